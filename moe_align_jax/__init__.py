@@ -1,0 +1,34 @@
+"""moe_align_jax: the routing core of Mixture-of-Experts models for JAX.
+
+Names are resolved on first use (PEP 562), so that the jax-free leaves (`moe_align_jax.types`,
+`moe_align_jax._checks`) can be imported without jax.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AlignedBlocks": "types",
+    "Implementation": "types",
+    "Selection": "types",
+    "batched_moe_align_block_size": "block_align",
+    "max_num_tokens_padded": "_checks",
+    "moe_align_block_size": "block_align",
+    "padded_group_sizes": "block_align",
+    "select_implementation": "_dispatch",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'moe_align_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moe_align_jax.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

@@ -1,0 +1,124 @@
+"""Sizes, argument checks and the one template of error messages. A leaf: imports nothing of ours, no jax."""
+
+import operator
+
+INT32_MAX = 2**31 - 1
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def round_up(a, b):
+    return cdiv(a, b) * b
+
+
+def message(function: str, argument: str, rule: str, got: object, remedy: str) -> str:
+    """The text of every error: `{function}: {argument} must {rule}; got {what}. {remedy}`."""
+    return f"{function}: {argument} must {rule}; got {got}. {remedy}"
+
+
+def describe(value: object) -> str:
+    """`dtype [shape]` of an array, otherwise the type and value."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and shape is not None:
+        return f"{getattr(dtype, 'name', dtype)} {list(shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_positive_int(function: str, argument: str, value: object, remedy: str) -> int:
+    """A static Python int (or NumPy integer) >= 1, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        # ValueError: jax raises it for a traced or non-scalar array (its own kinds of TypeError too).
+        raise TypeError(
+            message(function, argument, "be a static Python int", describe(value), remedy)
+        ) from None
+    if number < 1:
+        raise ValueError(message(function, argument, "be at least 1", number, remedy))
+    return number
+
+
+def check_block_size(function: str, value: object) -> int:
+    return check_positive_int(
+        function, "block_size", value, "Pass the rows per GEMM block (its BLOCK_M), for example 64."
+    )
+
+
+def check_num_experts(function: str, value: object) -> int:
+    return check_positive_int(
+        function, "num_experts", value, "Pass the number of global (physical) experts."
+    )
+
+
+def capacity(num_pairs, *, block_size: int, num_experts: int, pad_sorted_ids: bool, minimum=min):
+    """P of `max_num_tokens_padded`, unchecked; `minimum` serves symbolic sizes."""
+    padded = num_pairs + minimum(num_pairs, num_experts) * (block_size - 1)
+    return round_up(padded, block_size) if pad_sorted_ids else padded
+
+
+def check_fits_int32(function: str, argument: str, value: int, what: str) -> int:
+    if value > INT32_MAX:
+        raise ValueError(
+            message(
+                function,
+                argument,
+                f"give {what} of at most 2**31 - 1",
+                value,
+                "Offsets are int32: use fewer pairs, fewer experts or a smaller block_size.",
+            )
+        )
+    return value
+
+
+def max_num_tokens_padded(
+    num_pairs: int, *, block_size: int, num_experts: int, pad_sorted_ids: bool = False
+) -> int:
+    """Rows that `sorted_token_ids` needs in the worst case: P, its static length.
+
+    P = n + min(n, E) * (block_size - 1), the value that vLLM 0.33 computes: each of the at most
+    min(n, E) experts in use wastes at most block_size - 1 rows.
+
+    Args:
+        num_pairs: n, the number of (token, k) pairs, >= 0.
+        block_size: rows per block, >= 1.
+        num_experts: E, >= 1.
+        pad_sorted_ids: round P up to a multiple of block_size.
+
+    Returns:
+        P, 0 for no pairs.
+
+    Raises:
+        TypeError: an argument is not an int.
+        ValueError: an argument is out of range, or P exceeds int32.
+
+    Example:
+        >>> max_num_tokens_padded(8192, block_size=128, num_experts=64)
+        16320
+        >>> max_num_tokens_padded(8, block_size=16, num_experts=256)
+        128
+    """
+    function = "max_num_tokens_padded"
+    block_size = check_block_size(function, block_size)
+    num_experts = check_num_experts(function, num_experts)
+    try:
+        if isinstance(num_pairs, bool):
+            raise TypeError
+        num_pairs = operator.index(num_pairs)
+    except TypeError:
+        rule = message(
+            function, "num_pairs", "be a Python int", describe(num_pairs), "Pass topk_ids.size."
+        )
+        raise TypeError(rule) from None
+    if num_pairs < 0:
+        raise ValueError(
+            message(function, "num_pairs", "be at least 0", num_pairs, "Pass topk_ids.size.")
+        )
+    padded = capacity(
+        num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids
+    )
+    return check_fits_int32(function, "num_pairs", padded, "a padded length P")

@@ -1,0 +1,365 @@
+"""Which implementation runs: one primitive of our own, with a lowering rule per platform.
+
+A primitive is used because the choice belongs to the platform that the program is *lowered* for, from one
+trace; `lax.platform_dependent` leaves `case` ops behind and breaks shard_map's check_vma, Explicit meshes
+and two-platform export.
+"""
+
+import functools
+import operator
+import re
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_align_jax import _checks, _tuning
+from moe_align_jax.types import AlignProblem, BatchedAlignProblem, Implementation, Selection
+
+type Problem = AlignProblem | BatchedAlignProblem
+
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+# The jax releases whose Mosaic GPU lowering our kernels were checked with: [oldest, first unknown).
+OLDEST_JAX, UNKNOWN_JAX = (0, 11, 2), (0, 13, 0)
+# CUDA allows 65,535 along grid.y, where a vmapped batch goes.
+MAX_KERNEL_BATCH = 65_535
+
+
+def jax_version() -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", jax.__version__)[:3])
+
+
+def _cuda_capability() -> float | None:
+    """Lowest compute capability among this process's CUDA devices; None without one."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:  # no CUDA backend here: lowering ahead of time
+        return None
+    return min(float(getattr(d, "compute_capability", "0")) for d in devices)
+
+
+def kernels_unavailable(platform: str) -> str | None:
+    """Why the Mosaic GPU kernels cannot be lowered for `platform`, or None when they can."""
+    if platform != "cuda":
+        return f"Mosaic GPU kernels run on NVIDIA GPUs only, not on {platform!r}"
+    version = jax_version()
+    if not OLDEST_JAX <= version < UNKNOWN_JAX:
+        low, high = (".".join(map(str, v)) for v in (OLDEST_JAX, UNKNOWN_JAX))
+        return f"the kernels need jax >= {low}, < {high}; this is jax {jax.__version__}"
+    try:
+        import moe_align_jax._simt.mosaic  # noqa: F401
+    except ImportError as error:
+        return f"Pallas' Mosaic GPU lowering does not import here: {error}"
+    capability = _cuda_capability()
+    if capability is not None and capability < 9.0:
+        return f"the kernels need compute capability 9.0 (Hopper) or newer; a GPU here has {capability}"
+    return None
+
+
+def _unavailable(implementation: str, platform: str) -> str | None:
+    """Why a named implementation cannot run for `platform`, or None."""
+    if implementation == "mosaic_gpu":
+        return kernels_unavailable(platform)
+    if implementation == "emulator" and platform != "cpu":
+        return f"the emulator runs the kernel bodies by NumPy on a CPU, not on {platform!r}"
+    return None
+
+
+def _choose(platform: str, implementation: str | None) -> str:
+    if implementation is None:
+        return "xla" if kernels_unavailable(platform) else "mosaic_gpu"
+    return implementation
+
+
+def _not_implemented(problem: Problem, implementation: str, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        _checks.message(
+            problem.name,
+            "implementation",
+            "be one that can run here",
+            repr(implementation),
+            f"{reason[0].upper()}{reason[1:]}. Pass implementation=None for the best available.",
+        )
+    )
+
+
+# -- how each implementation computes a problem, unbatched ---------------------------------------
+
+
+def _reference_call(problem: Problem, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    from moe_align_jax._reference import block_align as reference
+
+    named = dict(zip(problem.inputs, operands, strict=True))
+    if isinstance(problem, BatchedAlignProblem):
+        return reference.batched_block_align(problem, **named)
+    return reference.block_align(problem, **named)
+
+
+def _kernel_call(problem: Problem, batched: bool, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    from moe_align_jax._kernels import block_align as kernels
+    from moe_align_jax._simt import mosaic
+
+    program = kernels.build(problem, _tuning.config_for(problem), batched=batched)
+    return mosaic.run(program, operands)
+
+
+def _emulator_call(problem: Problem, batched: tuple[bool, ...], *operands: jax.Array):
+    from moe_align_jax._kernels import block_align as kernels
+    from moe_align_jax._simt import emulator
+
+    program = kernels.build(problem, _tuning.config_for(problem), batched=any(batched))
+
+    def on_host(*arrays):
+        arrays = [np.asarray(a) for a in arrays]
+        if not any(batched):
+            return tuple(emulator.run(program, arrays))
+        size = next(a.shape[0] for a, b in zip(arrays, batched, strict=True) if b)
+        rows = [
+            emulator.run(program, [a[i] if b else a for a, b in zip(arrays, batched, strict=True)])
+            for i in range(size)
+        ]
+        return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+    batch = next((a.shape[:1] for a, b in zip(operands, batched, strict=True) if b), ())
+    shapes = [jax.ShapeDtypeStruct(batch + s, np.int32) for s in problem.outputs.values()]
+    return jax.pure_callback(on_host, tuple(shapes), *operands)
+
+
+def _over_batch(call: Callable, batched: tuple[bool, ...]) -> Callable:
+    return jax.vmap(call, in_axes=tuple(0 if b else None for b in batched)) if any(batched) else call
+
+
+# -- the primitive -------------------------------------------------------------------------------
+
+block_align_p = Primitive("moe_align_block_size")
+block_align_p.multiple_results = True
+
+
+def _batch_shape(problem: Problem, avals: Any) -> tuple[Any, ...]:
+    for shape, aval in zip(problem.inputs.values(), avals, strict=True):
+        if aval.ndim > len(shape):
+            return aval.shape[:1]
+    return ()
+
+
+@block_align_p.def_abstract_eval
+def _abstract_eval(*avals, problem: Problem, implementation: str | None, batched: tuple[bool, ...]):
+    del implementation, batched
+    batch = _batch_shape(problem, avals)
+    like = avals[0]  # carries the manual-axis type (what varies over a shard_map) and the mesh
+
+    def out(shape):
+        spec = PartitionSpec(*[None] * len(shape))
+        sharding = NamedSharding(like.sharding.mesh, spec)
+        return like.update(shape=shape, dtype=np.dtype(np.int32), weak_type=False, sharding=sharding)
+
+    return [out(batch + shape) for shape in problem.outputs.values()]
+
+
+block_align_p.def_impl(
+    lambda *operands, **params: jax.jit(functools.partial(block_align_p.bind, **params))(*operands)
+)
+
+
+def _lower(platform: str, ctx, *operands, problem: Problem, implementation, batched):
+    choice = _choose(platform, implementation)
+    if reason := _unavailable(choice, platform):
+        raise _not_implemented(problem, choice, reason)
+    if choice == "emulator":
+        call = functools.partial(_emulator_call, problem, batched)
+    elif choice == "xla":
+        call = _over_batch(functools.partial(_reference_call, problem), batched)
+    else:
+        _check_kernel_sizes(problem, _batch_shape(problem, ctx.avals_in))
+        call = _over_batch(functools.partial(_kernel_call, problem, any(batched)), batched)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+
+
+def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
+    sizes = [d for shape in (*problem.inputs.values(), batch) for d in shape]
+    if not all(isinstance(d, (int, np.integer)) for d in sizes):
+        raise _not_implemented(
+            problem, "mosaic_gpu", "the kernels need static shapes; export a symbolic shape with 'xla'"
+        )
+    if batch and batch[0] > MAX_KERNEL_BATCH:
+        raise ValueError(
+            _checks.message(
+                problem.name,
+                "a vmapped batch",
+                f"be at most {MAX_KERNEL_BATCH} on a GPU",
+                batch[0],
+                "Use jax.lax.map with batch_size, or implementation='xla'.",
+            )
+        )
+
+
+for _platform in ("cpu", "tpu", "rocm", "cuda"):
+    mlir.register_lowering(
+        block_align_p, functools.partial(_lower, _platform), platform=_platform
+    )
+mlir.register_lowering(block_align_p, functools.partial(_lower, "another platform"))
+
+
+def _batching_rule(operands, dims, *, problem, implementation, batched):
+    """Any depth of vmap becomes one leading batch axis."""
+    [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
+    inner = next((a.shape[0 if d is None or d > 0 else 1]
+                  for a, d, b in zip(operands, dims, batched, strict=True) if b), None)
+    flat, flat_batched = [], []
+    for operand, dim, has_inner in zip(operands, dims, batched, strict=True):
+        if dim is not None:
+            operand = lax.transpose(
+                operand, (dim, *[i for i in range(operand.ndim) if i != dim])
+            ) if dim else operand
+        if inner is not None and (dim is not None or has_inner):
+            core = operand.shape[int(dim is not None) + int(has_inner):]
+            axes = tuple(i for i, there in enumerate((dim is not None, has_inner)) if there)
+            rest = tuple(range(2, 2 + len(core)))
+            operand = lax.broadcast_in_dim(operand, (size, inner, *core), axes + rest)
+            operand = lax.reshape(operand, (size * inner, *core))
+        flat.append(operand)
+        flat_batched.append(dim is not None or has_inner)
+    results = block_align_p.bind(
+        *flat, problem=problem, implementation=implementation, batched=tuple(flat_batched)
+    )
+    if inner is not None:
+        results = [lax.reshape(r, (size, inner, *r.shape[1:])) for r in results]
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[block_align_p] = _batching_rule
+
+
+def _jvp_rule(primals, tangents, **params):
+    """Integer in, integer out: no tangent."""
+    del tangents
+    results = block_align_p.bind(*primals, **params)
+    return results, [ad.Zero.from_primal_value(r) for r in results]
+
+
+ad.primitive_jvps[block_align_p] = _jvp_rule
+
+
+def _vary_together(operands: list[jax.Array]) -> list[jax.Array]:
+    """Under shard_map with check_vma, casts every operand to vary over the union of their axes."""
+    varying = [getattr(jax.typeof(x), "mat", None) for x in operands]
+    axes = [frozenset(m.varying) if m is not None else frozenset() for m in varying]
+    union = frozenset().union(*axes)
+    return [
+        lax.pcast(x, tuple(sorted(union - have)), to="varying") if union - have else x
+        for x, have in zip(operands, axes, strict=True)
+    ]
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """With Explicit mesh axes, gathers a sharded operand: the result is the global alignment."""
+    spec = jax.typeof(x).sharding.spec
+    if all(axes is None for axes in spec):
+        return x
+    return jax.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def align(problem: Problem, implementation: str | None, *operands: jax.Array):
+    """Binds the primitive: the results of `problem.outputs`, in order."""
+    return block_align_p.bind(
+        *_vary_together(list(operands)),
+        problem=problem,
+        implementation=implementation,
+        batched=(False,) * len(operands),
+    )
+
+
+# -- asking ---------------------------------------------------------------------------------------
+
+
+def check_implementation(function: str, implementation: object) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(
+            _checks.message(
+                function,
+                "implementation",
+                f"be None or one of {names}",
+                repr(implementation),
+                "Pass None for the best available.",
+            )
+        )
+
+
+def select_implementation(
+    topk_ids_or_shape: Any,
+    *,
+    block_size: int,
+    num_experts: int,
+    platform: str | None = None,
+    implementation: str | None = None,
+) -> Selection:
+    """Says what `moe_align_block_size` would run, and why the others would not.
+
+    Args:
+        topk_ids_or_shape: the ids, or their shape as an int or a tuple of ints.
+        block_size: rows per block.
+        num_experts: E.
+        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        implementation: as for `moe_align_block_size`.
+
+    Returns:
+        `Selection(implementation, form, reasons)`.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run for that platform.
+        TypeError, ValueError: as `moe_align_block_size`.
+
+    Example:
+        >>> select_implementation((4096, 2), block_size=128, num_experts=64, platform="cuda")[:2]
+        ('mosaic_gpu', 'grid')
+    """
+    function = "select_implementation"
+    block_size = _checks.check_block_size(function, block_size)
+    num_experts = _checks.check_num_experts(function, num_experts)
+    check_implementation(function, implementation)
+    shape = getattr(topk_ids_or_shape, "shape", topk_ids_or_shape)
+    try:
+        shape = tuple(map(operator.index, shape if isinstance(shape, (tuple, list)) else (shape,)))
+    except TypeError:
+        raise TypeError(
+            _checks.message(
+                function,
+                "topk_ids_or_shape",
+                "be an array or a shape",
+                _checks.describe(topk_ids_or_shape),
+                "Pass topk_ids, or its shape as a tuple of ints.",
+            )
+        ) from None
+    padded = _checks.max_num_tokens_padded(
+        int(np.prod(shape, dtype=object)), block_size=block_size, num_experts=num_experts
+    )
+    problem = AlignProblem(int(np.prod(shape, dtype=object)), num_experts, block_size, padded)
+    platform = platform or jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
+    choice = _choose(platform, implementation)
+    if reason := _unavailable(choice, platform):
+        raise _not_implemented(problem, choice, reason)
+    reasons = {}
+    for other in IMPLEMENTATIONS:
+        if other == choice:
+            continue
+        if reason := _unavailable(other, platform):
+            reasons[other] = reason
+        elif implementation is not None:
+            reasons[other] = f"implementation={implementation!r} was asked for"
+        elif other == "emulator":
+            reasons[other] = "it runs only when named: it is for tests and debugging"
+        else:
+            reasons[other] = "the Mosaic GPU kernels run here and are faster"
+    if problem.num_pairs == 0:
+        form = "empty"
+    else:
+        form = "sort" if choice == "xla" else _tuning.config_for(problem).form
+    return Selection(choice, form, reasons)

@@ -1,0 +1,1 @@
+"""The specification in plain jax.numpy; also `implementation="xla"`."""

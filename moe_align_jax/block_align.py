@@ -1,0 +1,384 @@
+"""moe_align_block_size, batched_moe_align_block_size, padded_group_sizes: contract, checks, hand-off."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from moe_align_jax import _checks, _dispatch
+from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
+
+_I32 = jnp.int32
+
+
+def moe_align_block_size(
+    topk_ids: Int[Array, "*pairs"] | Int[np.ndarray, "*pairs"],
+    *,
+    block_size: int,
+    num_experts: int,
+    expert_map: Int[Array, " num_experts"] | Int[np.ndarray, " num_experts"] | None = None,
+    ignore_invalid_experts: bool = False,
+    pad_sorted_ids: bool = False,
+    num_valid_pairs: int | Int[Array, ""] | None = None,
+    return_inverse: bool = False,
+    implementation: Implementation | None = None,
+) -> AlignedBlocks:
+    """Groups (token, expert) pairs by expert, each expert padded to whole GEMM blocks.
+
+    The grouped GEMM that follows reads one expert's weights per block, so no block may mix experts.
+    The order is stable: the same input gives the same bits on every implementation, run and GPU.
+
+    Args:
+        topk_ids: any shape (usually `[num_tokens, top_k]`, flattened in row-major order), any integer
+            dtype: the chosen experts. Ids outside `[0, num_experts)` are dropped. Ids are compared in
+            their own dtype; under a caller's own jit without x64, jax has narrowed a NumPy int64 first.
+            Sharded over devices under plain jit, the result is the global one (ids are gathered);
+            per-shard results are shard_map's.
+        block_size: rows per GEMM block (its BLOCK_M), >= 1. Static.
+        num_experts: E, number of global (physical) experts, >= 1. Static.
+        expert_map: `[E]` any integer dtype, global to local id, -1 if on another rank; entries outside
+            `[-1, E)` count as -1.
+        ignore_invalid_experts: False aligns all experts and then maps `expert_ids`, so that remote
+            blocks read -1; True drops remote pairs before counting and groups by local id.
+        pad_sorted_ids: round P up to a multiple of block_size. Static.
+        num_valid_pairs: None, a Python int or a scalar integer array (a device value, not static):
+            pairs at flat index >= it are dropped; a negative one drops all.
+        return_inverse: also return `row_of_pair`. Static.
+        implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU, else "xla"),
+            or a name, which runs or raises. Static.
+
+    Returns:
+        `AlignedBlocks` of int32 arrays, with P = `max_num_tokens_padded(...)` and
+        B = cdiv(P, block_size). `sorted_token_ids` `[P]`: pair indices, ascending within an expert;
+        n = topk_ids.size in every other slot. `expert_ids` `[B]`: -1 past the last used block.
+        `num_tokens_post_padded` `[1]`: rows in use. `tokens_per_expert` `[E]`: pairs kept.
+        `row_of_pair` `[n]` or None: the row of each pair, -1 for a dropped one.
+
+    Raises:
+        TypeError: an array is not an integer array, or a size is not a static int.
+        ValueError: a size is out of range, a shape does not fit, or P exceeds int32.
+        NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit
+            at lowering); the message says why.
+
+    Example:
+        >>> out = moe_align_block_size(jnp.array([[2, 3], [1, 2], [1, 3]]), block_size=4, num_experts=4)
+        >>> out.sorted_token_ids[:12].tolist()
+        [2, 4, 6, 6, 0, 3, 6, 6, 1, 5, 6, 6]
+        >>> out.expert_ids[:4].tolist(), out.num_tokens_post_padded.tolist()
+        ([1, 2, 3, -1], [12])
+
+    Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
+    """
+    function = "moe_align_block_size"
+    block_size = _checks.check_block_size(function, block_size)
+    num_experts = _checks.check_num_experts(function, num_experts)
+    _dispatch.check_implementation(function, implementation)
+    topk_ids = _check_integer_array(
+        function,
+        "topk_ids",
+        topk_ids,
+        "Pass the expert ids that top_k returned, not their weights.",
+    )
+    for argument, flag in (
+        ("ignore_invalid_experts", ignore_invalid_experts),
+        ("pad_sorted_ids", pad_sorted_ids),
+        ("return_inverse", return_inverse),
+    ):
+        _check_bool(function, argument, flag)
+
+    num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
+    capacity = _capacity(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
+    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_experts)}
+    if expert_map is not None:
+        operands["expert_map"] = _check_expert_map(function, expert_map, num_experts)
+    if num_valid_pairs is not None:
+        operands["num_valid_pairs"] = _check_num_valid_pairs(function, num_valid_pairs)
+    return _align(
+        operands,
+        block_size=block_size,
+        num_experts=num_experts,
+        capacity=capacity,
+        ignore_invalid_experts=bool(ignore_invalid_experts),
+        return_inverse=bool(return_inverse),
+        implementation=implementation,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "block_size",
+        "num_experts",
+        "capacity",
+        "ignore_invalid_experts",
+        "return_inverse",
+        "implementation",
+    ),
+)
+def _align(
+    operands: dict[str, jax.Array],
+    *,
+    block_size: int,
+    num_experts: int,
+    capacity: Any,
+    ignore_invalid_experts: bool,
+    return_inverse: bool,
+    implementation: str | None,
+) -> AlignedBlocks:
+    """One cached trace per static size: eager calls and repeated layers reuse it."""
+    operands = {name: _dispatch.replicate(x) for name, x in operands.items()}
+    topk_ids = operands["topk_ids"]
+    num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
+    with jax.named_scope("moe_align_block_size"):
+        if isinstance(num_pairs, int) and num_pairs == 0:
+            empty, none = jnp.zeros(0, _I32), jnp.zeros(num_experts, _I32)
+            inverse = empty if return_inverse else None
+            return AlignedBlocks(empty, empty, jnp.zeros(1, _I32), none, inverse)
+        ids = _as_int32_words(lax.reshape(topk_ids, (num_pairs,)))
+        arrays = [ids]
+        expert_map = operands.get("expert_map")
+        if expert_map is not None:
+            arrays.append(_narrow_map(expert_map, num_experts))
+        num_valid_pairs = operands.get("num_valid_pairs")
+        if num_valid_pairs is not None:
+            arrays.append(_narrow_count(num_valid_pairs))
+        problem = AlignProblem(
+            num_pairs=num_pairs,
+            num_experts=num_experts,
+            block_size=block_size,
+            capacity=capacity,
+            id_words=ids.shape[1] if ids.ndim == 2 else 1,
+            expert_map=("filter" if ignore_invalid_experts else "label")
+            if expert_map is not None
+            else "",
+            has_num_valid_pairs=num_valid_pairs is not None,
+            return_inverse=return_inverse,
+        )
+        return AlignedBlocks(*_dispatch.align(problem, implementation, *arrays))
+
+
+def batched_moe_align_block_size(
+    expert_num_tokens: Int[Array, " num_experts"] | Int[np.ndarray, " num_experts"],
+    *,
+    max_tokens_per_batch: int,
+    block_size: int,
+    implementation: Implementation | None = None,
+) -> AlignedBlocks:
+    """Aligns the batched `[E, max_tokens_per_batch, H]` layout, where each expert's rows lie together.
+
+    Args:
+        expert_num_tokens: `[E]` any integer dtype, rows in use per expert; counts outside
+            `[0, max_tokens_per_batch]` are clamped.
+        max_tokens_per_batch: rows per expert of the layout, >= 1. Static.
+        block_size: rows per GEMM block, >= 1. Static.
+        implementation: as for `moe_align_block_size`.
+
+    Returns:
+        `AlignedBlocks` with P = E * round_up(max_tokens_per_batch, block_size). Row i of expert e is
+        `e * max_tokens_per_batch + i`; the sentinel is `E * max_tokens_per_batch`. `row_of_pair` is None.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `moe_align_block_size`.
+
+    Example:
+        >>> out = batched_moe_align_block_size(jnp.array([1, 0, 3]), max_tokens_per_batch=4, block_size=2)
+        >>> out.sorted_token_ids.tolist()
+        [0, 12, 8, 9, 10, 12, 12, 12, 12, 12, 12, 12]
+        >>> out.expert_ids.tolist(), out.num_tokens_post_padded.tolist()
+        ([0, 2, 2, -1, -1, -1], [6])
+
+    Source: contract of vLLM 0.33 `batched_moe_align_block_size` (Apache-2.0); no code taken.
+    """
+    function = "batched_moe_align_block_size"
+    block_size = _checks.check_block_size(function, block_size)
+    max_tokens_per_batch = _checks.check_positive_int(
+        function,
+        "max_tokens_per_batch",
+        max_tokens_per_batch,
+        "Pass the static rows per expert of the [E, max_tokens, H] layout.",
+    )
+    _dispatch.check_implementation(function, implementation)
+    counts = _check_integer_array(
+        function, "expert_num_tokens", expert_num_tokens, "Pass the row count of each expert."
+    )
+    if counts.ndim != 1 or counts.shape[0] < 1:
+        raise ValueError(
+            _checks.message(
+                function,
+                "expert_num_tokens",
+                "have shape [num_experts] with at least one expert",
+                _checks.describe(counts),
+                "Pass the row count of each expert.",
+            )
+        )
+    problem = BatchedAlignProblem(counts.shape[0], max_tokens_per_batch, block_size)
+    _checks.check_fits_int32(
+        function, "max_tokens_per_batch", problem.capacity, "a padded length P"
+    )
+    if isinstance(counts, np.ndarray):
+        counts = np.clip(counts, 0, min(max_tokens_per_batch, np.iinfo(counts.dtype).max))
+        counts = counts.astype(np.int32)
+    return _batched_align(counts, problem=problem, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "implementation"))
+def _batched_align(
+    counts: jax.Array, *, problem: BatchedAlignProblem, implementation: str | None
+) -> AlignedBlocks:
+    with jax.named_scope("batched_moe_align_block_size"):
+        counts = _narrow_count(_dispatch.replicate(counts))
+        return AlignedBlocks(*_dispatch.align(problem, implementation, counts))
+
+
+def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array, " num_experts"]:
+    """Rows per expert with padding, as `jax.lax.ragged_dot` wants its group sizes.
+
+    Args:
+        aligned: the result of an alignment.
+        block_size: the one it was aligned with.
+
+    Returns:
+        `[E]` int32, `round_up(tokens_per_expert, block_size)`; they sum to `num_tokens_post_padded`.
+
+    Raises:
+        TypeError, ValueError: block_size is not an int >= 1.
+
+    Example:
+        >>> out = moe_align_block_size(jnp.array([[2, 3], [1, 2], [1, 3]]), block_size=4, num_experts=4)
+        >>> padded_group_sizes(out, block_size=4).tolist()
+        [0, 4, 4, 4]
+    """
+    block_size = _checks.check_block_size("padded_group_sizes", block_size)
+    counts = aligned.tokens_per_expert
+    return (counts + (block_size - 1)) // block_size * block_size
+
+
+# -- checks on static facts -----------------------------------------------------------------------
+
+
+def _check_bool(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        rule = _checks.message(
+            function,
+            argument,
+            "be a Python bool",
+            _checks.describe(value),
+            "It changes the compiled program, so it is static.",
+        )
+        raise TypeError(rule)
+
+
+def _check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        if type(value).__module__.partition(".")[0] == "torch":
+            remedy = "Call torch_bridge for PyTorch tensors."
+        got = _checks.describe(value)
+        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        got = _checks.describe(value)
+        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+    return value
+
+
+def _capacity(function: str, num_pairs: Any, block_size: int, num_experts: int, pad: bool) -> Any:
+    """P. Symbolic sizes (shape-polymorphic export) stay symbolic and are not bounded here."""
+    if isinstance(num_pairs, int):
+        capacity = _checks.capacity(
+            num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad
+        )
+        return _checks.check_fits_int32(function, "topk_ids", capacity, "a padded length P")
+    return _checks.capacity(
+        num_pairs,
+        block_size=block_size,
+        num_experts=num_experts,
+        pad_sorted_ids=pad,
+        minimum=jax.core.min_dim,
+    )
+
+
+def _check_expert_map(function: str, value: Any, num_experts: int) -> Any:
+    remedy = "Pass one local id (or -1) per global expert."
+    value = _check_integer_array(function, "expert_map", value, remedy)
+    if value.shape != (num_experts,):
+        raise ValueError(
+            _checks.message(
+                function,
+                "expert_map",
+                f"have shape [{num_experts}]",
+                _checks.describe(value),
+                remedy,
+            )
+        )
+    return _narrow_on_host(value, num_experts)
+
+
+def _check_num_valid_pairs(function: str, value: Any) -> Any:
+    remedy = "Pass the number of pairs in use, as an int or a scalar integer array."
+    if isinstance(value, bool):
+        got = _checks.describe(value)
+        raise TypeError(
+            _checks.message(function, "num_valid_pairs", "be an integer", got, remedy)
+        )
+    if isinstance(value, int):
+        return np.int32(min(max(value, -1), _checks.INT32_MAX))
+    value = _check_integer_array(function, "num_valid_pairs", value, remedy)
+    if value.size != 1:
+        raise ValueError(
+            _checks.message(
+                function, "num_valid_pairs", "be a scalar", _checks.describe(value), remedy
+            )
+        )
+    if isinstance(value, np.ndarray):
+        return np.int32(min(max(int(value.item()), -1), _checks.INT32_MAX))
+    return value
+
+
+# -- narrowing to int32 without changing what is in range --------------------------------------------
+
+
+def _narrow_on_host(value: Any, num_experts: int) -> Any:
+    """A NumPy array of ids as int32, out-of-range ids as -1: jax would narrow int64 by wrapping."""
+    if not isinstance(value, np.ndarray) or value.dtype == np.int32:
+        return value
+    in_range = (value >= 0) & (value < num_experts)
+    return np.where(in_range, value, -1).astype(np.int32)
+
+
+def _as_int32_words(ids: jax.Array) -> jax.Array:
+    """`[n]` int32, or for 64-bit ids `[n, 2]` int32 words, low first. Out-of-range stays out of range."""
+    if ids.dtype == _I32:
+        return ids
+    if ids.dtype.itemsize >= 4:
+        # uint32 above int32 reads as negative; 64-bit ids need no arithmetic (which jax would narrow).
+        return lax.bitcast_convert_type(ids, _I32)
+    return lax.convert_element_type(ids, _I32)
+
+
+def _narrow_map(expert_map: jax.Array, num_experts: int) -> jax.Array:
+    words = _as_int32_words(expert_map)
+    if words.ndim == 1:
+        return words
+    low, high = words[:, 0], words[:, 1]
+    return jnp.where((high == 0) & (low < num_experts), low, -1)
+
+
+def _narrow_count(count: jax.Array) -> jax.Array:
+    """`[k]` int32 with values beyond int32 saturated: 2**31 - 1 above, -1 below."""
+    count = lax.reshape(count, (max(count.size, 1),))
+    unsigned = jnp.issubdtype(count.dtype, jnp.unsignedinteger)
+    words = _as_int32_words(count)
+    if words.ndim == 1:
+        if unsigned and count.dtype.itemsize == 4:
+            return jnp.where(words < 0, _I32(_checks.INT32_MAX), words)
+        return words
+    low, high = words[:, 0], words[:, 1]
+    small = (high == 0) & (low >= 0)
+    negative = jnp.bool_(False) if unsigned else high < 0
+    return jnp.where(small, low, jnp.where(negative, _I32(-1), _I32(_checks.INT32_MAX)))
