@@ -1,0 +1,1 @@
+"""The small language that kernel bodies are written in, its MLIR side and its NumPy side."""

@@ -1,0 +1,269 @@
+"""The language of our kernel bodies: values, about 20 primitives, kernels and programs.
+
+A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds the kernel's refs by name.
+It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
+`emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
+
+Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles, ballots and
+matches order no memory. `block_sync` orders shared and global accesses of one CTA. Nothing orders two CTAs
+of one kernel. A kernel sees what the kernels before it wrote, from its `grid_dependency_wait` on.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+WARP = 32
+WARPGROUP = 128
+# Limits of sm_90, which the lowering does not check (a launch over them aborts the process).
+MAX_THREADS = 1024
+MAX_SHARED_BYTES = 232_448
+MAX_CLUSTER = 16
+MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
+
+
+class Int(abc.ABC):
+    """An int32 (or, from a comparison, a boolean) value, one per thread.
+
+    Arithmetic wraps. `//`, `%` and `>>` are unsigned, comparisons signed. `&`, `|` also combine booleans.
+    """
+
+    @abc.abstractmethod
+    def _binary(self, name: str, other: "Int | int", reverse: bool = False) -> "Int": ...
+
+    def __add__(self, other):
+        return self._binary("add", other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other):
+        return self._binary("sub", other)
+
+    def __rsub__(self, other):
+        return self._binary("sub", other, reverse=True)
+
+    def __mul__(self, other):
+        return self._binary("mul", other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other):
+        return self._binary("udiv", other)
+
+    def __mod__(self, other):
+        return self._binary("urem", other)
+
+    def __and__(self, other):
+        return self._binary("and", other)
+
+    def __or__(self, other):
+        return self._binary("or", other)
+
+    def __xor__(self, other):
+        return self._binary("xor", other)
+
+    def __lshift__(self, other):
+        return self._binary("shl", other)
+
+    def __rshift__(self, other):
+        return self._binary("shr", other)
+
+    def __lt__(self, other):
+        return self._binary("slt", other)
+
+    def __le__(self, other):
+        return self._binary("sle", other)
+
+    def __gt__(self, other):
+        return self._binary("sgt", other)
+
+    def __ge__(self, other):
+        return self._binary("sge", other)
+
+    def eq(self, other):
+        return self._binary("eq", other)
+
+    def ne(self, other):
+        return self._binary("ne", other)
+
+    def below(self, other):
+        """Unsigned `<`: `x.below(n)` is `0 <= x < n` in one comparison."""
+        return self._binary("ult", other)
+
+
+class Simt(abc.ABC):
+    """The machine that a body runs on: one CTA of `num_threads` threads, one of `num_ctas` in the grid.
+
+    Indices are int32 values, or a tuple of them for a ref of more than one dimension.
+    """
+
+    num_threads: int
+    num_ctas: int
+
+    # -- who and what
+    @abc.abstractmethod
+    def thread_id(self) -> Int:
+        """Index of the thread in its CTA."""
+
+    @abc.abstractmethod
+    def cta_id(self) -> Int:
+        """Index of the CTA in the grid."""
+
+    @abc.abstractmethod
+    def const(self, value: int) -> Int:
+        """A static int as a value."""
+
+    @abc.abstractmethod
+    def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
+        """`condition ? a : b`, both computed."""
+
+    # -- control flow
+    @abc.abstractmethod
+    def if_(self, condition: Int) -> AbstractContextManager[None]:
+        """`with t.if_(c):` runs the body where c holds."""
+
+    @abc.abstractmethod
+    def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
+        """`for i in t.for_range(a, b, s):` a run-time loop; the body is traced once. start < 2**31 - step."""
+
+    @abc.abstractmethod
+    def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
+        """`condition ? compute() : other`, with compute() executed only where the condition holds."""
+
+    # -- memory
+    @abc.abstractmethod
+    def load(self, ref: Any, index: Any) -> Int:
+        """`ref[index]`."""
+
+    @abc.abstractmethod
+    def store(self, ref: Any, index: Any, value: Int | int) -> None:
+        """`ref[index] = value`."""
+
+    @abc.abstractmethod
+    def store4(self, ref: Any, index: Int | int, value: Int | int) -> None:
+        """`ref[index:index+4] = value` in one 16-byte store; index is a multiple of 4."""
+
+    @abc.abstractmethod
+    def copy4(self, target: Any, source: Any, index: Int | int) -> None:
+        """`target[index:index+4] = source[index:index+4]`, 16 bytes at a time; index is a multiple of 4."""
+
+    @abc.abstractmethod
+    def atomic_add(self, ref: Any, index: Int | int, value: Int | int) -> None:
+        """`ref[index] += value`, atomic within the CTA (shared memory), relaxed."""
+
+    # -- warp
+    @abc.abstractmethod
+    def shfl(self, value: Int, lane: Int | int) -> Int:
+        """The value of another lane of the warp."""
+
+    @abc.abstractmethod
+    def shfl_up(self, value: Int, delta: int) -> Int:
+        """The value of lane - delta; the thread's own where that is negative."""
+
+    @abc.abstractmethod
+    def ballot(self, condition: Int) -> Int:
+        """Mask of the lanes where the condition holds."""
+
+    @abc.abstractmethod
+    def match_any(self, value: Int) -> Int:
+        """Mask of the lanes with my value."""
+
+    @abc.abstractmethod
+    def popc(self, value: Int) -> Int:
+        """Number of bits set."""
+
+    # -- order
+    @abc.abstractmethod
+    def warp_sync(self) -> None:
+        """Orders memory among the threads of the warp, all of which must arrive."""
+
+    @abc.abstractmethod
+    def block_sync(self) -> None:
+        """Orders memory among the threads of the CTA, all of which must arrive."""
+
+    @abc.abstractmethod
+    def grid_dependency_wait(self) -> None:
+        """Waits until the kernels before this one have finished. Every thread calls it before its first
+        access to what they wrote, or to what they may still read; does nothing without PDL."""
+
+    @abc.abstractmethod
+    def launch_dependents(self) -> None:
+        """Lets the next kernel start (its `grid_dependency_wait` still waits); nothing without PDL."""
+
+
+type Body = Callable[[Simt, SimpleNamespace], None]
+type Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One launch. Every ref is int32; an output is written by this kernel alone.
+
+    Attributes:
+        name: what profilers show, `<name>_mosaic_gpu_kernel`.
+        body: the body.
+        inputs: name and shape of each buffer that it reads.
+        outputs: name and shape of each buffer that it writes (all of it).
+        shared: words of each shared-memory array. Uninitialised.
+        num_warpgroups: warpgroups per CTA.
+        num_ctas: CTAs in the grid.
+        cluster: CTAs per cluster.
+    """
+
+    name: str
+    body: Body
+    inputs: Shapes
+    outputs: Shapes
+    shared: Mapping[str, int] = field(default_factory=dict)
+    num_warpgroups: int
+    num_ctas: int = 1
+    cluster: int = 1
+
+    @property
+    def num_threads(self) -> int:
+        return self.num_warpgroups * WARPGROUP
+
+    @property
+    def shared_words(self) -> int:
+        """Each array starts at a multiple of 16 bytes."""
+        return sum(-(-words // 4) * 4 for words in self.shared.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Kernels that run one after the other over named buffers.
+
+    Attributes:
+        inputs: name and shape of each operand, in order.
+        kernels: the launches, in order.
+        results: names of the buffers that are returned, in order.
+    """
+
+    inputs: Shapes
+    kernels: tuple[Kernel, ...]
+    results: tuple[str, ...]
+
+
+class LaunchError(ValueError):
+    """A kernel asks for more than the chip has."""
+
+
+def check_launch(kernel: Kernel, batch: int = 1) -> None:
+    """Refuses what the chip refuses. `batch` goes along grid.y."""
+    for what, value, limit in (
+        ("threads per CTA", kernel.num_threads, MAX_THREADS),
+        ("bytes of shared memory", kernel.shared_words * 4, MAX_SHARED_BYTES),
+        ("CTAs per cluster", kernel.cluster, MAX_CLUSTER),
+        ("CTAs along grid.x", kernel.num_ctas, MAX_GRID_X),
+        ("CTAs along grid.y", batch, MAX_GRID_YZ),
+    ):
+        if not 1 <= value <= limit and not (value == 0 and what.startswith("bytes")):
+            raise LaunchError(f"{kernel.name}: {what} must be within 1..{limit}; got {value}.")
+    if kernel.num_ctas % kernel.cluster:
+        raise LaunchError(
+            f"{kernel.name}: num_ctas must be a multiple of the cluster; "
+            f"got {kernel.num_ctas} CTAs in clusters of {kernel.cluster}."
+        )
