@@ -1,0 +1,100 @@
+"""Device time per call: a CUDA graph for torch callables, a profiler trace for jit, wall time on a CPU."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moe_align_jax._cli import traces
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one provider on one case, in microseconds per call.
+
+    Attributes:
+        metric: "graph_us" (CUDA graph replay), "span_us" (device span under jit) or "wall_us".
+        samples_us: one value per replay, execution or repeat.
+        calls: calls in each sample.
+        note: anything a reader must know, "" otherwise.
+        kernels_per_call: kernels that the trace showed, None where none is kept.
+    """
+
+    metric: str
+    samples_us: list[float] = field(repr=False)
+    calls: int = 1
+    note: str = ""
+    kernels_per_call: float | None = None
+
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.samples_us, percent))
+
+
+def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) -> Timing:
+    """Captures all calls, over as many inputs and outputs, in one CUDA graph and times its replays.
+
+    The outputs are written by the last replay: the caller poisons before and verifies after.
+    """
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    torch.cuda.synchronize()
+    for start, end in pairs:
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+    samples = [start.elapsed_time(end) * 1e3 / len(calls) for start, end in pairs]
+    return Timing("graph_us", samples, len(calls))
+
+
+def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: int = 12) -> Timing:
+    """Device span per call of a jitted program that makes one call per argument.
+
+    The host waits after every execution, which sets them apart in the trace. Without a kernel in the
+    trace (a driver that hides CUDA graphs from the profiler), the wall time is returned, and named so.
+    """
+    import jax
+
+    for _ in range(4):  # XLA records its CUDA graph after the first executions
+        jax.block_until_ready(program(arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(executions):
+                jax.block_until_ready(program(arguments))
+                time.sleep(0.002)  # a gap far wider than any between two kernels
+        events = traces.gpu_events(traces.load(traces.newest_xplane(folder)))
+    spans = traces.span_per_call(events, executions=executions, calls=len(arguments))
+    if spans.us_per_call:
+        return Timing(
+            "span_us", spans.us_per_call, len(arguments), spans.note, spans.kernels_per_call
+        )
+    wall = time_wall(lambda: jax.block_until_ready(program(arguments)), calls=len(arguments))
+    return Timing(wall.metric, wall.samples_us, wall.calls, f"{spans.note}; wall time instead")
+
+
+def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:
+    """Wall time on the host, dispatch included: for machines without a GPU."""
+    run()
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        samples.append((time.perf_counter() - start) * 1e6 / calls)
+    return Timing("wall_us", samples, calls, "host wall time, dispatch included")

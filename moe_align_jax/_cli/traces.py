@@ -1,0 +1,165 @@
+"""Reads back what `jax.profiler.trace` wrote: kernels on a GPU, operations on a CPU. No typer, no rich.
+
+A trace folder holds `plugins/profile/<time>/<host>.xplane.pb`: planes (a GPU, the host), lines in them (a
+CUDA stream, a thread) and events in those. A GPU plane has one line per stream; the derived lines that
+some versions add ("XLA Ops", "XLA Modules", ...) repeat the same time and are left out.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# What Pallas' Mosaic GPU lowering appends to the name of a kernel body.
+OUR_KERNEL = re.compile(r"_mosaic_gpu_kernel")
+_HOST_COPY = re.compile(r"memcpy\s*\(?(h2d|d2h|htod|dtoh)", re.IGNORECASE)
+
+
+class Event(NamedTuple):
+    """One kernel, copy or CPU operation; times in nanoseconds on the trace's own clock."""
+
+    name: str
+    start_ns: float
+    end_ns: float
+    module: str = ""
+
+    @property
+    def duration_ns(self) -> float:
+        return self.end_ns - self.start_ns
+
+
+class NameTotal(NamedTuple):
+    """All events of one name: how many, and their summed time."""
+
+    name: str
+    count: int
+    total_us: float
+
+
+class Spans(NamedTuple):
+    """What one call costs, once per execution of a program that makes many calls.
+
+    Attributes:
+        us_per_call: a value per execution; empty when the trace shows no kernel.
+        kernels_per_call: kernels (and device copies and fills) per call.
+        note: how the values were found when it is not the plain span; "" otherwise.
+    """
+
+    us_per_call: list[float]
+    kernels_per_call: float
+    note: str
+
+
+def newest_xplane(folder: str | Path) -> Path:
+    """The newest `*.xplane.pb` under `folder`.
+
+    Raises:
+        FileNotFoundError: the profiler wrote none there.
+    """
+    files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"no *.xplane.pb under {folder}: jax.profiler wrote no trace")
+    return files[-1]
+
+
+def load(path: str | Path) -> Any:
+    """The trace in a file, as `jax.profiler.ProfileData`."""
+    from jax.profiler import ProfileData
+
+    return ProfileData.from_file(str(path))
+
+
+def gpu_events(profile: Any, device: int = 0) -> list[Event]:
+    """Kernels, device copies and fills of one GPU in order of start; empty without such a plane.
+
+    Copies between host and device are left out: no part of a program's device time.
+    """
+    lines = [
+        line
+        for plane in profile.planes
+        if plane.name.startswith(f"/device:GPU:{device}")
+        for line in plane.lines
+    ]
+    streams = [line for line in lines if line.name.lower().startswith("stream")]
+    events = [
+        Event(event.name, event.start_ns, event.end_ns)
+        for line in streams
+        for event in line.events
+        if not _HOST_COPY.search(event.name)
+    ]
+    return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
+
+
+def cpu_events(profile: Any) -> list[Event]:
+    """XLA:CPU's operations (the host events that name an HLO operation), in order of start."""
+    events = []
+    for plane in profile.planes:
+        if not plane.name.startswith("/host:CPU"):
+            continue
+        for line in plane.lines:
+            for event in line.events:
+                stats = _stats(event)
+                if "hlo_op" in stats:
+                    module = str(stats.get("hlo_module", ""))
+                    name = str(stats["hlo_op"])
+                    events.append(Event(name, event.start_ns, event.end_ns, module))
+    return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
+
+
+def _stats(event: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # jaxlib's stats iterator trips a DeprecationWarning of Python's about its own type.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return dict(event.stats)
+
+
+def totals(events: Iterable[Event]) -> list[NameTotal]:
+    """Time per name, the costliest first."""
+    sums: dict[str, tuple[int, float]] = {}
+    for event in events:
+        count, total = sums.get(event.name, (0, 0.0))
+        sums[event.name] = count + 1, total + event.duration_ns / 1e3
+    rows = [NameTotal(name, *value) for name, value in sums.items()]
+    return sorted(rows, key=lambda row: -row.total_us)
+
+
+def split_executions(events: Sequence[Event], executions: int) -> list[list[Event]] | None:
+    """Cuts time-ordered events at the `executions - 1` widest gaps.
+
+    The host waits between executions, so those gaps are far wider than any inside. None when the parts
+    hold different numbers of events: then the cut is not to be trusted.
+    """
+    if not events or executions < 1 or len(events) % executions:
+        return None
+    gaps, busy_until = [], events[0].end_ns
+    for i, event in enumerate(events[1:], start=1):
+        gaps.append((event.start_ns - busy_until, i))
+        busy_until = max(busy_until, event.end_ns)
+    widest = sorted(gaps, reverse=True)[: executions - 1]
+    cuts = [0, *sorted(i for _, i in widest), len(events)]
+    parts = [list(events[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return parts if len({len(part) for part in parts}) == 1 else None
+
+
+def span_per_call(events: Sequence[Event], *, executions: int, calls: int) -> Spans:
+    """Device span per call: first start to last end of each execution, over its `calls` calls.
+
+    When all events do not split into equal executions, the same is tried with our own kernels alone,
+    and last their summed time is taken; `note` says so.
+    """
+    if not events:
+        return Spans([], 0.0, "the trace shows no kernel on a GPU stream")
+    per_call = len(events) / (executions * calls)
+    ours = [e for e in events if OUR_KERNEL.search(e.name)]
+    attempts = [(list(events), ""), (ours, "span of our named kernels only: other work did not split")]
+    for chosen, note in attempts:
+        if parts := split_executions(chosen, executions):
+            spans = [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / calls for p in parts]
+            busy = sum(e.duration_ns for e in chosen) / 1e3 / (executions * calls)
+            if not note and busy > 1.02 * sum(spans) / len(spans):
+                note = "kernels overlapped: the span is shorter than their sum"
+            return Spans(spans, len(chosen) / (executions * calls), note)
+    total = sum(e.duration_ns for e in ours or events) / 1e3
+    note = "sum of kernel times, not a span: executions could not be told apart"
+    return Spans([total / (executions * calls)], per_call, note)
