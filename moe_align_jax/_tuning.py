@@ -4,23 +4,93 @@ from dataclasses import dataclass
 
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
+_SHARED_WORDS = 232_448 // 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockAlignMosaicConfig:
-    """One way to run `moe_align_block_size` on a GPU.
+    """One way to run the alignment on a GPU.
 
     Attributes:
-        form: "warp", "block", "grid", "radix" or "batched".
+        form: "warp", "block", "grid", "radix" or "batched": a file of `_kernels/block_align`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
+        rounds: pairs per thread and tile ("grid", "radix").
+        staged: build the result in shared memory and copy it out ("block").
+        local_sort: sort each tile by expert in shared memory before it is written ("grid").
     """
 
     form: str
     num_warpgroups: int
     num_ctas: int = 1
+    rounds: int = 1
+    staged: bool = False
+    local_sort: bool = False
+
+
+MAX_WARP_PAIRS = 32
+MAX_BLOCK_PAIRS = 1024
+MAX_HISTOGRAM_EXPERTS = 4096  # of "block" and "grid": a histogram per warp has to fit
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _warpgroups_that_fit(num_experts: int, wanted: int, other_words: int) -> int:
+    """Warpgroups whose warps' histograms fit beside `other_words` of shared memory."""
+    stride = _cdiv(num_experts, 4) * 4
+    while wanted > 1 and wanted * 4 * stride + other_words > _SHARED_WORDS:
+        wanted //= 2
+    return wanted
 
 
 def config_for(problem: AlignProblem | BatchedAlignProblem) -> BlockAlignMosaicConfig:
+    """The heuristic: form by size, as measured on an H200 (docs/measured.md)."""
     if isinstance(problem, BatchedAlignProblem):
-        return BlockAlignMosaicConfig(form="batched", num_warpgroups=4, num_ctas=16)
-    return BlockAlignMosaicConfig(form="grid", num_warpgroups=8, num_ctas=32)
+        ctas = min(128, max(1, problem.capacity // 4096))
+        return BlockAlignMosaicConfig(form="batched", num_warpgroups=4, num_ctas=ctas)
+    n, num_experts = problem.num_pairs, problem.num_experts
+    if n <= MAX_WARP_PAIRS:
+        # 128 threads write 2K cells in a few rounds; more cells take more CTAs.
+        cells = max(problem.capacity, num_experts)
+        ctas = min(64, max(1, cells // 8192))
+        return BlockAlignMosaicConfig(form="warp", num_warpgroups=1, num_ctas=ctas)
+    if num_experts > MAX_HISTOGRAM_EXPERTS:
+        ctas = min(128, max(1, _cdiv(n, 1024)))
+        rounds = min(8, _cdiv(n, ctas * 512))
+        return BlockAlignMosaicConfig(
+            form="radix", num_warpgroups=4, num_ctas=ctas, rounds=rounds
+        )
+    if n <= MAX_BLOCK_PAIRS:
+        return _block_config(problem)
+    return _grid_config(problem)
+
+
+def _block_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
+    n, num_experts = problem.num_pairs, problem.num_experts
+    wanted = 1 if n <= 64 else 2 if n <= 512 else 4
+    fixed = num_experts + 64
+    groups = _warpgroups_that_fit(num_experts, wanted, fixed)
+    stride = _cdiv(num_experts, 4) * 4
+    fits = groups * 4 * stride + fixed + problem.capacity <= _SHARED_WORDS
+    return BlockAlignMosaicConfig(
+        form="block", num_warpgroups=groups, staged=fits and n > 512 and problem.capacity > 8192
+    )
+
+
+def _grid_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
+    n, num_experts = problem.num_pairs, problem.num_experts
+    ctas = 16 if n <= 2048 else 32 if n <= 16384 else 64 if n <= 131072 else 128
+    most_rounds = 4
+    stride = _cdiv(num_experts, 4) * 4
+    tile_words = 2 * most_rounds * 1024
+    groups = _warpgroups_that_fit(num_experts, 8, 4 * stride + tile_words + 128)
+    rounds = min(most_rounds, _cdiv(n, ctas * groups * 128))
+    return BlockAlignMosaicConfig(
+        form="grid",
+        num_warpgroups=groups,
+        num_ctas=ctas,
+        rounds=rounds,
+        local_sort=rounds >= 2,
+    )

@@ -348,7 +348,8 @@ def _narrow_on_host(value: Any, num_experts: int) -> Any:
     if not isinstance(value, np.ndarray) or value.dtype == np.int32:
         return value
     in_range = (value >= 0) & (value < num_experts)
-    return np.where(in_range, value, -1).astype(np.int32)
+    # Unsigned types cannot hold -1: narrow first (what wraps is out of range and replaced).
+    return np.where(in_range, value.astype(np.int32), np.int32(-1))
 
 
 def _as_int32_words(ids: jax.Array) -> jax.Array:

@@ -1,0 +1,75 @@
+"""What the forms of the alignment share: reading a pair's expert, naming a block, placing a pair."""
+
+from types import SimpleNamespace
+
+from moe_align_jax._simt.language import WARP, Int, Simt
+from moe_align_jax.types import AlignProblem
+
+
+def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
+    """(thread, lane, warp) within the CTA."""
+    tid = t.thread_id()
+    return tid, tid & (WARP - 1), tid >> 5
+
+
+def bin_bits(num_bins: int) -> int:
+    """Bits that tell the bins 0 .. num_bins - 1 and -1 (all ones) apart."""
+    return num_bins.bit_length()
+
+
+def pair_limit(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> Int | None:
+    """The run-time bound on the pairs in use, where there is one."""
+    return t.load(r.num_valid_pairs, 0) if problem.has_num_valid_pairs else None
+
+
+def read_expert(
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, limit: Int | None
+) -> Int:
+    """The group that a pair is counted in, -1 where it is dropped or past the end.
+
+    Loads are unconditional (past the end: of pair 0), so that the loads of several rounds overlap.
+    """
+    num_experts = problem.num_experts
+    inside = pair.below(problem.num_pairs)
+    at = t.select(inside, pair, 0)
+    if problem.id_words == 2:
+        expert, high = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
+        kept = inside & expert.below(num_experts) & high.eq(0)
+    else:
+        expert = t.load(r.topk_ids, at)
+        kept = inside & expert.below(num_experts)
+    if limit is not None:
+        kept = kept & (pair < limit)
+    if problem.expert_map == "filter":
+        expert = t.load(r.expert_map, t.select(kept, expert, 0))
+        kept = kept & expert.below(num_experts)
+    return t.select(kept, expert, -1)
+
+
+def block_label(t: Simt, r: SimpleNamespace, problem: AlignProblem, expert: Int) -> Int:
+    """What `expert_ids` says of a block of `expert` (>= 0)."""
+    if problem.expert_map != "label":
+        return expert
+    local = t.load(r.expert_map, expert)
+    return t.select(local.below(problem.num_experts), local, -1)
+
+
+def padded(count: Int, block_size: int) -> Int:
+    return (count + (block_size - 1)) // block_size * block_size
+
+
+def name_block(
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, row: Int, expert: Int
+) -> None:
+    """The pair on a block's first row names the block (experts start at multiples of block_size)."""
+    with t.if_((row % problem.block_size).eq(0)):
+        t.store(r.expert_ids, row // problem.block_size, block_label(t, r, problem, expert))
+
+
+def write_inverse(
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expert: Int, row: Int
+) -> None:
+    """`row_of_pair[pair]`, for pairs within the input."""
+    if problem.return_inverse:
+        with t.if_(pair.below(problem.num_pairs)):
+            t.store(r.row_of_pair, pair, t.select(expert >= 0, row, -1))

@@ -1,0 +1,238 @@
+"""The language as MLIR: a kernel becomes one `plgpu.kernel` whose body is one `inline_mgpu` block.
+
+The only file of the package that sees MLIR. Checked with jax 0.11.2 and 0.12.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf, vector
+
+from moe_align_jax._simt.language import Int, Kernel, Program, Simt, check_launch
+
+_FULL_MASK = -1
+_BINARY = {
+    "add": arith.addi,
+    "sub": arith.subi,
+    "mul": arith.muli,
+    "udiv": arith.divui,
+    "urem": arith.remui,
+    "and": arith.andi,
+    "or": arith.ori,
+    "xor": arith.xori,
+    "shl": arith.shli,
+    "shr": arith.shrui,
+}
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _value(x: "Int | int") -> ir.Value:
+    if isinstance(x, MlirInt):
+        return x.value
+    x = int(x)  # type: ignore[arg-type]
+    return arith.constant(_i32(), x - (1 << 32) if x >= 1 << 31 else x)
+
+
+def _index(x: "Int | int") -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), _value(x))
+
+
+class MlirInt(Int):
+    """An SSA value, i32 or i1."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def _binary(self, name: str, other: Int | int, reverse: bool = False) -> "MlirInt":
+        a, b = self.value, _value(other)
+        if reverse:
+            a, b = b, a
+        if operation := _BINARY.get(name):
+            return MlirInt(operation(a, b))
+        return MlirInt(arith.cmpi(getattr(arith.CmpIPredicate, name), a, b))
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A memref, or the part of the CTA's shared memory from `offset` on."""
+
+    memref: ir.Value
+    offset: int = 0
+
+    def indices(self, index: Any) -> list[ir.Value]:
+        if isinstance(index, tuple):
+            return [_index(i) for i in index]
+        return [_index(index + self.offset if self.offset else index)]
+
+    def pointer(self, index: Int | int) -> ir.Value:
+        element = ir.MemRefType(self.memref.type).element_type
+        base = mgpu_utils.memref_ptr(self.memref)
+        at = index + self.offset if self.offset else index
+        return mgpu_utils.getelementptr(base, [_value(at)], element)
+
+
+def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -> MlirInt:
+    mask = _value(_FULL_MASK)
+    if next(iter(inspect.signature(nvvm.shfl_sync).parameters)) == "thread_mask":  # jax >= 0.12
+        return MlirInt(nvvm.shfl_sync(mask, value, lane, _value(clamp), kind, results=[_i32()]))
+    return MlirInt(nvvm.shfl_sync(_i32(), mask, value, lane, _value(clamp), kind))
+
+
+class MosaicSimt(Simt):
+    """Emits MLIR at the current insertion point."""
+
+    def __init__(self, kernel: Kernel):
+        self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
+
+    def thread_id(self) -> Int:
+        return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
+
+    def cta_id(self) -> Int:
+        if self.num_ctas == 1:
+            return self.const(0)
+        return MlirInt(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
+
+    def const(self, value: int) -> Int:
+        return MlirInt(_value(value))
+
+    def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
+        return MlirInt(arith.select(_value(condition), _value(a), _value(b)))
+
+    def if_(self, condition: Int) -> AbstractContextManager[None]:
+        return mgpu_utils.when(_value(condition))
+
+    def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
+        loop = scf.ForOp(_value(start), _value(stop), _value(step), [])
+        with ir.InsertionPoint(loop.body):
+            yield MlirInt(loop.induction_variable)
+            scf.YieldOp([])
+
+    def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
+        branch = scf.IfOp(_value(condition), [_i32()], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.YieldOp([_value(compute())])
+        with ir.InsertionPoint(branch.else_block):
+            scf.YieldOp([_value(other)])
+        return MlirInt(branch.results[0])
+
+    def load(self, ref: _Ref, index: Any) -> Int:
+        return MlirInt(memref.load(ref.memref, ref.indices(index)))
+
+    def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
+        memref.store(_value(value), ref.memref, ref.indices(index))
+
+    def store4(self, ref: _Ref, index: Int | int, value: Int | int) -> None:
+        words = vector.broadcast(ir.VectorType.get((4,), _i32()), _value(value))
+        llvm.store(words, ref.pointer(index), alignment=16)
+
+    def copy4(self, target: _Ref, source: _Ref, index: Int | int) -> None:
+        words = llvm.load(ir.VectorType.get((4,), _i32()), source.pointer(index), alignment=16)
+        llvm.store(words, target.pointer(index), alignment=16)
+
+    def atomic_add(self, ref: _Ref, index: Int | int, value: Int | int) -> None:
+        # memref.atomic_rmw would be acq_rel at system scope.
+        llvm.atomicrmw(
+            llvm.AtomicBinOp.add,
+            ref.pointer(index),
+            _value(value),
+            llvm.AtomicOrdering.monotonic,
+            syncscope="block",
+        )
+
+    def shfl(self, value: Int, lane: Int | int) -> Int:
+        return _shuffle(_value(value), _value(lane), 31, nvvm.ShflKind.idx)
+
+    def shfl_up(self, value: Int, delta: int) -> Int:
+        return _shuffle(_value(value), _value(delta), 0, nvvm.ShflKind.up)
+
+    def ballot(self, condition: Int) -> Int:
+        return MlirInt(
+            llvm.inline_asm(
+                _i32(),
+                [_value(condition)],
+                "vote.sync.ballot.b32 $0, $1, 0xffffffff;",
+                "=r,b",
+                has_side_effects=True,
+            )
+        )
+
+    def match_any(self, value: Int) -> Int:
+        # nvvm.match_sync loses its `kind` in jaxlib 0.11.2's module serialisation.
+        return MlirInt(
+            llvm.inline_asm(
+                _i32(),
+                [_value(value)],
+                "match.any.sync.b32 $0, $1, 0xffffffff;",
+                "=r,r",
+                has_side_effects=True,
+            )
+        )
+
+    def popc(self, value: Int) -> Int:
+        return MlirInt(llvm.intr_ctpop(_value(value)))
+
+    def warp_sync(self) -> None:
+        nvvm.bar_warp_sync(_value(_FULL_MASK))
+
+    def block_sync(self) -> None:
+        gpu.barrier()
+
+    def grid_dependency_wait(self) -> None:
+        """Nothing: XLA launches without PDL (measured: it gives nothing inside XLA's CUDA graphs)."""
+
+    def launch_dependents(self) -> None:
+        """Nothing: see grid_dependency_wait."""
+
+
+def _launcher(kernel: Kernel) -> Callable[..., Sequence[jax.Array]]:
+    """The kernel as a function of its inputs, in order."""
+    words = kernel.shared_words
+    # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
+    scratch = [plgpu.SMEM((words,), jnp.int32)] if words else []
+    num_global = len(kernel.inputs) + len(kernel.outputs)
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_, *memrefs):
+            named = zip((*kernel.inputs, *kernel.outputs), memrefs[:num_global], strict=True)
+            r = SimpleNamespace(**{name: _Ref(m) for name, m in named})
+            offset = 0
+            for name, size in kernel.shared.items():
+                setattr(r, name, _Ref(memrefs[num_global], offset))
+                offset += -(-size // 4) * 4
+            kernel.body(MosaicSimt(kernel), r)
+
+        emit(*refs)
+
+    grid = {"grid": (kernel.num_ctas,), "grid_names": ("cta",)} if kernel.num_ctas > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.outputs.values()],
+        scratch_types=scratch,
+        num_threads=kernel.num_warpgroups,
+        thread_name="warpgroup",
+        kernel_name=kernel.name,
+        **grid,
+    )
+
+
+def run(program: Program, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Traces the program over jax arrays: one Mosaic custom call per kernel."""
+    buffers = dict(zip(program.inputs, operands, strict=True))
+    for kernel in program.kernels:
+        check_launch(kernel)
+        outputs = _launcher(kernel)(*[buffers[name] for name in kernel.inputs])
+        buffers.update(zip(kernel.outputs, outputs, strict=True))
+    return tuple(buffers[name] for name in program.results)

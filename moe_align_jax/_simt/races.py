@@ -1,0 +1,292 @@
+"""Memory of the emulator: buffers that know who touched each cell since the last barrier.
+
+Two accesses to a cell by different threads, one of them a write, need a barrier between them: `warp_sync` or
+`block_sync` for threads of one warp, `block_sync` for warps of one CTA; nothing orders two CTAs of a kernel.
+An atomic conflict-free with other atomics only.
+
+A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`. Every barrier
+takes the next tick of one clock as the stamp of the warps that arrived, so an access happened before a CTA's
+last block barrier exactly when its mark is below the CTA's *floor*, and before a warp's last barrier when its
+stamp is below the warp's. `span` widens the mark: ONE thread, several lanes of its WARP since their last
+barrier, several warps of its CTA, or several CTAs. That is all a later write needs to know of all the reads,
+so one mark per cell and kind of access is exact. Mark 0 is an untouched cell; stamps start at 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .language import WARP
+
+STAMP, THREAD = 34, 2
+ONE_THREAD, ONE_WARP, ONE_CTA, MANY_CTAS = range(4)
+
+
+class EmulatorError(Exception):
+    """A kernel body does what the machine does not define. The traceback holds the line of the body."""
+
+
+class OutOfBounds(EmulatorError):
+    """An index (or a source lane) outside its range."""
+
+
+class MisalignedAccess(EmulatorError):
+    """A 16-byte access whose index is no multiple of 4."""
+
+
+class UninitialisedRead(EmulatorError):
+    """A read of a cell that nothing has written."""
+
+
+class UnwrittenOutput(EmulatorError):
+    """A kernel ended without having written all of an output."""
+
+
+class RaceError(EmulatorError):
+    """Two threads touch a cell, one of them writing, with no barrier between."""
+
+
+class ConflictingStores(RaceError):
+    """Two threads store to one cell in one instruction; equal values count too."""
+
+
+class DivergentBarrier(EmulatorError):
+    """Some but not all threads of the CTA or warp reach a barrier, shuffle, ballot or match."""
+
+
+class Undefined(EmulatorError):
+    """A division by zero, a shift by 32 or more, a loop whose counter overflows, mixed types."""
+
+
+class EscapedValue(EmulatorError):
+    """A value is used outside the `if_` or the loop iteration that computed it."""
+
+
+class Threads(NamedTuple):
+    """Who makes an access: a mark for each lane, and the floor of its CTA (one int when all agree)."""
+
+    marks: np.ndarray
+    floor: np.ndarray | int
+
+    def at(self, lanes: np.ndarray) -> "Threads":
+        floor = self.floor
+        return Threads(self.marks[lanes], floor if isinstance(floor, int) else floor[lanes])
+
+    def times(self, n: int) -> "Threads":
+        floor = self.floor
+        return Threads(
+            self.marks.repeat(n), floor if isinstance(floor, int) else floor.repeat(n)
+        )
+
+
+class Clock:
+    """Barriers passed by every warp and CTA of a grid."""
+
+    def __init__(self, num_ctas: int, num_threads: int):
+        self.num_threads = num_threads
+        self.tick = 1
+        self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
+        self._of_cta = np.ones(num_ctas, np.int64)
+        self._thread = np.arange(num_ctas * num_threads, dtype=np.int64) << THREAD
+        self._threads: Threads | None = None
+
+    def block_barrier(self, ctas: np.ndarray | slice) -> None:
+        self.tick += 1
+        self._of_cta[ctas] = self._of_warp[ctas] = self.tick
+        self._threads = None
+
+    def warp_barrier(self, warps: np.ndarray | slice) -> None:
+        self.tick += 1
+        self._of_warp.reshape(-1)[warps] = self.tick
+        self._threads = None
+
+    def threads(self) -> Threads:
+        """All threads of the grid, now."""
+        if self._threads is None:
+            marks = self._thread + (self._of_warp << STAMP).repeat(WARP)
+            floor = self._of_cta << STAMP
+            uniform = (floor == floor[0]).all()
+            self._threads = Threads(
+                marks, int(floor[0]) if uniform else floor.repeat(self.num_threads)
+            )
+        return self._threads
+
+
+def thread_of(marks):
+    """Index in the grid."""
+    return (marks >> THREAD) & 0xFFFFFFFF
+
+
+class Touches:
+    """The marks of one kind of access to one buffer."""
+
+    def __init__(self, num_cells: int, num_threads: int, across_ctas: bool):
+        self.marks = np.zeros(num_cells, np.int64)
+        self._num_threads = num_threads
+        self._across = across_ctas  # CTAs share the cells
+
+    def conflict(self, cells: np.ndarray, threads: Threads) -> tuple[int, int] | None:
+        """The first lane that no barrier orders after an earlier access, and the mark of that one."""
+        old = self.marks.take(cells)
+        maybe = old != 0 if self._across else old >= threads.floor
+        if not maybe.any():
+            return None
+        [lanes] = maybe.nonzero()
+        old, (marks, floor) = old[lanes], threads.at(lanes)
+        me, other, span = thread_of(marks), thread_of(old), old & 3
+        same_warp = me // WARP == other // WARP
+        past_barrier = same_warp & (span <= ONE_WARP) & (old >> STAMP < marks >> STAMP)
+        myself = (span == ONE_THREAD) & (me == other)
+        bad = (old >= floor) & ~past_barrier & ~myself
+        if self._across:
+            bad |= (span == MANY_CTAS) | (me // self._num_threads != other // self._num_threads)
+        if not bad.any():
+            return None
+        first = int(bad.argmax())
+        return int(lanes[first]), int(old[first])
+
+    def replace(self, cells: np.ndarray, marks: np.ndarray) -> tuple[int, int] | None:
+        """The lanes are now the last to have touched the cells; two lanes on one cell are returned."""
+        self.marks[cells] = marks
+        won = self.marks.take(cells)
+        twice = won != marks
+        if not twice.any():
+            return None
+        first = int(twice.argmax())
+        return first, int(won[first])
+
+    def add(self, cells: np.ndarray, threads: Threads) -> None:
+        """The lanes join those that touched the cells."""
+        marks, floor = threads
+        old = self.marks.take(cells)
+        self.marks[cells] = marks
+        won = self.marks.take(cells)
+        shared = ((old != 0) if self._across else (old >= floor)) & (old != marks)
+        shared |= won != marks
+        if not shared.any():
+            return
+        [lanes] = shared.nonzero()
+        cells, old, won = cells[lanes], old[lanes], won[lanes]
+        marks, floor = threads.at(lanes)
+        me, other, winner, span = thread_of(marks), thread_of(old), thread_of(won), old & 3
+        # With the lanes of this instruction.
+        reach = np.where(me == winner, ONE_THREAD, ONE_WARP)
+        reach[me // WARP != winner // WARP] = ONE_CTA
+        # With those before it, as far as no barrier lies between.
+        recent = old >= floor
+        same_warp = me // WARP == other // WARP
+        same_time = old >> STAMP == marks >> STAMP
+        in_warp = recent & same_warp & same_time & ((span == ONE_WARP) | (me != other))
+        reach[in_warp] = np.maximum(reach[in_warp], ONE_WARP)
+        reach[recent & (~same_warp | (span >= ONE_CTA))] = ONE_CTA
+        if self._across:
+            per_cta = self._num_threads
+            far = (old != 0) & ((span == MANY_CTAS) | (me // per_cta != other // per_cta))
+            reach[far | (me // per_cta != winner // per_cta)] = MANY_CTAS
+        for span in (ONE_WARP, ONE_CTA, MANY_CTAS):  # the widest that a lane found stays
+            wide = reach == span
+            self.marks[cells[wide]] = marks[wide] | span
+
+
+class Buffer:
+    """A ref: its cells in one flat array, the CTAs' shared arrays one after the other.
+
+    An input is only read and holds no marks. `check_races=False` keeps the bounds and the marks of what is
+    written (they say what is initialised), no more.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], data: np.ndarray, *, kernel: str,
+                 num_threads: int, writable: bool, per_cta: bool, across_ctas: bool,
+                 check_races: bool, producer: int | None = None):  # fmt: skip
+        self.name, self.shape, self.data, self.kernel = name, shape, data, kernel
+        self.per_cta, self.producer = per_cta, producer
+        self.words = int(np.prod(shape))
+        self._num_threads, self._check = num_threads, check_races
+        self._new = lambda: Touches(data.size, num_threads, across_ctas)
+        self.written: Touches | None = self._new() if writable else None
+        self._read: Touches | None = None
+        self._atomic: Touches | None = None
+
+    def read(self, cells: np.ndarray, threads: Threads) -> np.ndarray:
+        if self.written is not None:
+            self._check_initialised(cells, threads)
+            if self._check:
+                self._no_conflict("load", cells, threads, store=self.written, atomic=self._atomic)
+                if self._read is None:
+                    self._read = self._new()
+                self._read.add(cells, threads)
+        return self.data.take(cells)
+
+    def write(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
+        written = self._writable()
+        if self._check:
+            self._no_conflict(
+                "store", cells, threads, store=written, load=self._read, atomic=self._atomic
+            )
+            if clash := written.replace(cells, threads.marks):
+                raise ConflictingStores(self._race("store", cells, threads, "store", *clash))
+        else:
+            written.marks[cells] = 1
+        self.data[cells] = value
+
+    def atomic_add(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
+        written = self._writable()
+        if not self.per_cta:
+            raise Undefined(f"{self.kernel}: atomic_add takes shared memory; {self.name} is global.")
+        self._check_initialised(cells, threads)
+        if self._check:
+            self._no_conflict("atomic", cells, threads, store=written, load=self._read)
+            if self._atomic is None:
+                self._atomic = self._new()
+            self._atomic.add(cells, threads)
+        np.add.at(self.data, cells, value)
+
+    def check_written(self) -> None:
+        """At the end of the kernel, for an output."""
+        missing = self._writable().marks == 0
+        if missing.any():
+            cell = int(missing.argmax())
+            raise UnwrittenOutput(
+                f"{self.kernel}: {self.cell(cell)} was not written; an output is written in full "
+                f"({int(missing.sum())} of {missing.size} cells are missing)."
+            )
+
+    def _writable(self) -> Touches:
+        if self.written is None:
+            raise Undefined(f"{self.kernel}: {self.name} is an input, and inputs are only read.")
+        return self.written
+
+    def _check_initialised(self, cells: np.ndarray, threads: Threads) -> None:
+        marks = self._writable().marks.take(cells)
+        if not marks.all():
+            lane = int((marks == 0).argmax())
+            raise UninitialisedRead(
+                f"{self.kernel}: {self.thread(int(threads.marks[lane]))} reads "
+                f"{self.cell(int(cells[lane]))}, which nothing has written."
+            )
+
+    def _no_conflict(self, action: str, cells: np.ndarray, threads: Threads,
+                     **earlier: Touches | None) -> None:  # fmt: skip
+        for other, touches in earlier.items():
+            if touches is not None and (clash := touches.conflict(cells, threads)):
+                raise RaceError(self._race(action, cells, threads, other, *clash))
+
+    # -- names for messages
+
+    def cell(self, cell: int) -> str:
+        if self.per_cta:
+            return f"{self.name}[{cell % self.words}] of CTA {cell // self.words}"
+        return f"{self.name}{[int(i) for i in np.unravel_index(cell, self.shape)]}"
+
+    def thread(self, mark: int) -> str:
+        cta, thread = divmod(thread_of(mark), self._num_threads)
+        return f"thread {thread} of CTA {cta}"
+
+    def _race(self, action: str, cells: np.ndarray, threads: Threads, other: str, lane: int,
+              mark: int) -> str:  # fmt: skip
+        others = "" if mark & 3 == ONE_THREAD else ", with other threads,"
+        return (
+            f"{self.kernel}: race on {self.cell(int(cells[lane]))}: {other} by "
+            f"{self.thread(mark)}{others} and {action} by {self.thread(int(threads.marks[lane]))}, "
+            "with no barrier between them."
+        )
