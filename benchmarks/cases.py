@@ -16,7 +16,7 @@ class Case:
         num_experts: E.
         block_size: rows per block.
         top_k: the width of `topk_ids`; divides num_pairs.
-        skew: "uniform", "zipf" (expert e drawn with weight 1 / (e + 1)) or "one" (all to one expert).
+        skew: "uniform", "zipf" (drawn with weights 1, 1/2, 1/3, ...) or "one" (all to one expert).
     """
 
     num_pairs: int

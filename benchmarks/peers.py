@@ -1,4 +1,4 @@
-"""Who is measured: our implementations, XLA composites, torch's own sort, vLLM's and SGLang's compiled ops.
+"""Who is measured: ours, XLA composites, torch's own sort, vLLM's and SGLang's compiled ops.
 
 Each provider knows its version, or why it is absent here. The only file that sees a peer's package.
 """
@@ -72,7 +72,7 @@ class TorchCalls:
         return [{k: t.cpu().numpy() for k, t in tensors.items()} for tensors in self.outputs]
 
 
-# -- jax ---------------------------------------------------------------------------------------------
+# -- jax ------------------------------------------------------------------------------------------
 
 
 def _ours(case: Case, *, implementation: str) -> Callable:
@@ -136,7 +136,7 @@ def jax_providers() -> list[Provider]:
     return found
 
 
-# -- torch -------------------------------------------------------------------------------------------
+# -- torch ----------------------------------------------------------------------------------------
 
 
 def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider]:
@@ -161,12 +161,20 @@ def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider
         reason = f"torch {torch.__version__} sees no CUDA device"
         return [_with(p, absent=reason) for p in (vllm, sglang, sort)]
     major = torch.cuda.get_device_capability()[0]
-    peers = [
-        (vllm, vllm_op, "vllm", "vllm", "_moe_C*.so", "_moe_C", "--vllm-op"),
-        (sglang, sglang_op, "sglang-kernel", "sgl_kernel", f"sm{major}0/common_ops*.so", "sgl_kernel",
-         "--sglang-op"),
+    pattern = f"sm{major}0/common_ops*.so"
+    found = [
+        _compiled(torch, vllm, vllm_op, "vllm", "vllm", "_moe_C*.so", "_moe_C", "--vllm-op"),
+        _compiled(
+            torch,
+            sglang,
+            sglang_op,
+            "sglang-kernel",
+            "sgl_kernel",
+            pattern,
+            "sgl_kernel",
+            "--sglang-op",
+        ),
     ]
-    found = [_compiled(torch, *peer) for peer in peers]
     return [*found, _with(sort, version=f"torch {torch.__version__}")]
 
 
@@ -244,7 +252,7 @@ def _vllm(case: Case, ids: list[np.ndarray]) -> TorchCalls:
 
     op = torch.ops._moe_C.moe_align_block_size
     outputs = _buffers(case, case.capacity, len(ids))
-    # vLLM 0.33 takes a ninth argument, scatter_idx; earlier releases do not know it.
+    # The last two are expert_map and, from vLLM 0.33 on, scatter_idx: neither is used.
     arguments = len(op.default._schema.arguments)
     calls = [
         functools.partial(
@@ -271,7 +279,7 @@ def _sglang(case: Case, ids: list[np.ndarray]) -> TorchCalls:
 
 
 def _torch_sort(case: Case, ids: list[np.ndarray]) -> TorchCalls:
-    """One stable sort; counts by binary search in the sorted ids; one scatter. Nothing synchronises."""
+    """One stable sort, counts by binary search, one scatter. Nothing synchronises."""
     import torch
 
     n, num_experts, block = case.num_pairs, case.num_experts, case.block_size

@@ -1,4 +1,4 @@
-"""Device time per call: a CUDA graph for torch callables, a profiler trace for jit, wall time on a CPU."""
+"""Time per call: a CUDA graph for torch callables, a profiler trace for jit, wall time on a CPU."""
 
 import tempfile
 import time
@@ -67,8 +67,8 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
 def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: int = 12) -> Timing:
     """Device span per call of a jitted program that makes one call per argument.
 
-    The host waits after every execution, which sets them apart in the trace. Without a kernel in the
-    trace (a driver that hides CUDA graphs from the profiler), the wall time is returned, and named so.
+    The host waits after every execution, which sets them apart in the trace. Without a kernel in
+    the trace (a profiler that does not see into CUDA graphs), the wall time is returned, and named so.
     """
     import jax
 

@@ -1,1 +1,1 @@
-"""The commands of `moe-align`, one module each; they import typer and rich, the rest of the package never."""
+"""The commands of `moe-align`, one module each. Only they and `cli` import typer and rich."""

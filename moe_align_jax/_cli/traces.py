@@ -1,8 +1,9 @@
-"""Reads back what `jax.profiler.trace` wrote: kernels on a GPU, operations on a CPU. No typer, no rich.
+"""Reads back what `jax.profiler.trace` wrote: kernels on a GPU, operations on a CPU.
 
-A trace folder holds `plugins/profile/<time>/<host>.xplane.pb`: planes (a GPU, the host), lines in them (a
-CUDA stream, a thread) and events in those. A GPU plane has one line per stream; the derived lines that
-some versions add ("XLA Ops", "XLA Modules", ...) repeat the same time and are left out.
+A trace folder holds `plugins/profile/<time>/<host>.xplane.pb`: planes (a GPU, the host), lines in
+them (a CUDA stream, a thread) and events in those. A GPU plane has one line per stream; the derived
+lines that some versions add ("XLA Ops", "XLA Modules", ...) repeat the same time and are left out.
+Imports neither typer nor rich: benchmarks/ uses it, too.
 """
 
 import re
@@ -127,8 +128,8 @@ def totals(events: Iterable[Event]) -> list[NameTotal]:
 def split_executions(events: Sequence[Event], executions: int) -> list[list[Event]] | None:
     """Cuts time-ordered events at the `executions - 1` widest gaps.
 
-    The host waits between executions, so those gaps are far wider than any inside. None when the parts
-    hold different numbers of events: then the cut is not to be trusted.
+    The host waits between executions, so those gaps are far wider than any inside. None when the
+    parts hold different numbers of events: then the cut is not to be trusted.
     """
     if not events or executions < 1 or len(events) % executions:
         return None
@@ -145,14 +146,15 @@ def split_executions(events: Sequence[Event], executions: int) -> list[list[Even
 def span_per_call(events: Sequence[Event], *, executions: int, calls: int) -> Spans:
     """Device span per call: first start to last end of each execution, over its `calls` calls.
 
-    When all events do not split into equal executions, the same is tried with our own kernels alone,
-    and last their summed time is taken; `note` says so.
+    When all events do not split into equal executions, the same is tried with our own kernels
+    alone, and last their summed time is taken; `note` says so.
     """
     if not events:
         return Spans([], 0.0, "the trace shows no kernel on a GPU stream")
     per_call = len(events) / (executions * calls)
     ours = [e for e in events if OUR_KERNEL.search(e.name)]
-    attempts = [(list(events), ""), (ours, "span of our named kernels only: other work did not split")]
+    fallback = "span of our named kernels only: other work did not split into equal executions"
+    attempts = [(list(events), ""), (ours, fallback)]
     for chosen, note in attempts:
         if parts := split_executions(chosen, executions):
             spans = [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / calls for p in parts]

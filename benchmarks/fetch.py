@@ -1,0 +1,95 @@
+"""Fetches the peers' compiled ops, out of their own wheels, into a git-ignored folder.
+
+python -m benchmarks.fetch [vllm] [sglang] [--folder .peers]
+
+vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11, and serves no other.
+Only the libraries are kept (about 45 and 20 MB); the wheels are several times larger.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Wheel(NamedTuple):
+    """A release, the member of its wheel that holds the op, and the file to keep it as."""
+
+    requirement: str
+    member: str
+    file: str
+
+
+WHEELS = {
+    "vllm": Wheel("vllm==0.33.0", "vllm/_moe_C_stable_libtorch.abi3.so", "vllm_moe.so"),
+    "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
+}
+
+_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
+
+
+def pip_command(requirement: str, folder: str | Path) -> list[str]:
+    """`pip download` of one Linux wheel, whatever machine asks; pip's own index settings hold."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", requirement]
+    command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
+    command += ["--implementation", "cp", "--dest", str(folder)]
+    for platform in [*_PLATFORMS, "manylinux2014_x86_64", "any"]:
+        command += ["--platform", platform]
+    return command
+
+
+def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
+    """Copies the op's library out of the one wheel in `wheel_folder`, and notes its release.
+
+    Raises:
+        FileNotFoundError: no wheel there, or it lacks the member (the message lists what it has).
+    """
+    found = sorted(Path(wheel_folder).glob("*.whl"))
+    if not found:
+        raise FileNotFoundError(f"{wheel.requirement}: pip left no wheel in {wheel_folder}")
+    target = Path(folder) / wheel.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(found[0]) as archive:
+        if wheel.member not in archive.namelist():
+            libraries = [n for n in archive.namelist() if n.endswith(".so")]
+            raise FileNotFoundError(f"{found[0].name} lacks {wheel.member}; it has {libraries}")
+        target.write_bytes(archive.read(wheel.member))
+    notes = target.with_name("versions.json")
+    versions = json.loads(notes.read_text()) if notes.is_file() else {}
+    versions[wheel.file] = wheel.requirement.replace("==", " ")
+    notes.write_text(json.dumps(versions, indent=1) + "\n")
+    return target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("peers", nargs="*", help=f"of {', '.join(WHEELS)}; all by default")
+    parser.add_argument("--folder", default=".peers", help="where to put the libraries")
+    options = parser.parse_args(argv)
+    if unknown := set(options.peers) - set(WHEELS):
+        parser.error(f"unknown peer {', '.join(sorted(unknown))}")
+    for peer in options.peers or WHEELS:
+        wheel = WHEELS[peer]
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{peer}: pip download {wheel.requirement} ...", flush=True)
+            done = subprocess.run(pip_command(wheel.requirement, folder))
+            if done.returncode:
+                print(
+                    f"{peer}: pip could not fetch {wheel.requirement} (is pip in this "
+                    f"environment, and a network?)",
+                    file=sys.stderr,
+                )
+                return 1
+            print(f"{peer}: {extract(folder, wheel, options.folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Where a row was measured: date, GPU, driver, versions, commit."""
+
+import datetime
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _output(*command: str) -> str:
+    """The standard output of a command, "" where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The commit of this checkout, "+" behind it with local changes, "unknown" without git."""
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if changed else head
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def facts(commit_id: str | None = None) -> dict[str, str | None]:
+    """The columns that every row of a run shares. `gpu` is None without one."""
+    import jax
+
+    device = jax.devices()[0]
+    on_gpu = device.platform in ("gpu", "cuda")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": device.device_kind if on_gpu else None,
+        "driver": driver.splitlines()[0] if on_gpu and driver else None,
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": _version("torch"),
+        "commit": commit_id or commit(),
+    }

@@ -1,0 +1,186 @@
+"""Tables from JSONL rows: the median run of each cell, losses as plain as wins.
+
+python -m benchmarks.report benchmarks/results/h100.jsonl --update README.md docs/measured.md
+"""
+
+import argparse
+import collections
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES, JIT_GOAL_US
+
+OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured
+MARKS = "<!-- measured:begin -->", "<!-- measured:end -->"
+_LABEL = {
+    "span_us": "device span under jit",
+    "graph_us": "CUDA graph",
+    "wall_us": "host wall time",
+}
+
+
+def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Every row of the files, in order."""
+    return [json.loads(line) for p in paths for line in Path(p).read_text().splitlines() if line]
+
+
+def median_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(case, provider) -> the row of its median run by p50 (of two, the slower one)."""
+    runs = collections.defaultdict(list)
+    for row in rows:
+        if row["verified"]:
+            runs[row["case"], row["provider"]].append(row)
+    by_time = {key: sorted(group, key=lambda r: r["p50_us"]) for key, group in runs.items()}
+    return {key: group[len(group) // 2] for key, group in by_time.items()}
+
+
+def base_of(rows: Iterable[dict[str, Any]]) -> str:
+    """Our implementation that the others are compared with."""
+    present = {r["provider"] for r in rows}
+    return next((name for name in OURS if name in present), OURS[0])
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
+
+    A ratio above 1 is a win of ours, below 1 a loss.
+    """
+    median = median_rows(rows)
+    present = list(dict.fromkeys(r["provider"] for r in rows))
+    base = base_of(rows)
+    providers = [base] * (base in present) + [p for p in present if p != base]
+    order = {case.name: i for i, case in enumerate(CASES)}
+    names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
+    failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
+    with_goal = OURS[0] in present
+    metric = {p: next((m["metric"] for k, m in median.items() if k[1] == p), "") for p in providers}
+    header = ["pairs x experts x block"]
+    header += [f"{p} ({_LABEL.get(metric[p], 'not timed')})" for p in providers]
+    header += ["goal + 15%"] * with_goal
+    lines = []
+    for name in names:
+        ours = median.get((name, base))
+        line = [name]
+        for provider in providers:
+            row = median.get((name, provider))
+            if (name, provider) in failed:
+                text = "WRONG or failed"
+            elif row is None:
+                text = "-"
+            else:
+                text = f"{row['p50_us']:.2f}"
+                if provider != base and ours is not None:
+                    text += f" ({row['p50_us'] / ours['p50_us']:.2f}x)"
+            line.append(text)
+        if with_goal:
+            goal = JIT_GOAL_US.get(name)
+            verdict = ""
+            if goal and ours:
+                verdict = "met" if ours["p50_us"] <= 1.15 * goal else "missed"
+            line.append(f"{1.15 * goal:.2f} {verdict}".strip() if goal else "-")
+        lines.append(line)
+    return header, lines
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """For a terminal: a rich table where rich is installed, plain columns otherwise."""
+    header, lines = cells(rows)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        padded = [
+            [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+            for line in [header, *lines]
+        ]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    table = Table(title="µs per call, median (behind it: its time / ours; below 1 we lose)")
+    for i, title in enumerate(header):
+        table.add_column(title.replace(" (", "\n("), justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    width = 100 + 12 * len(header)  # a redirected run must not fold its columns to 80 characters
+    console = Console(width=None if Console().is_terminal else width)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """One table per GPU, with what it was measured on; and how many comparisons we lose."""
+    parts = []
+    for gpu in dict.fromkeys(r["gpu"] or "no GPU (CPU wall time)" for r in rows):
+        here = [r for r in rows if (r["gpu"] or "no GPU (CPU wall time)") == gpu]
+        header, lines = cells(here)
+        runs = len({r["date"] for r in here})
+        first = here[-1]
+        facts = ", ".join(
+            f"{key} {', '.join(sorted({str(r[key]) for r in here}))}"
+            for key in ("driver", "jax", "torch", "commit")
+            if first[key]
+        )
+        versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
+        parts.append(
+            f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
+            f"run's p50, in µs per call; behind it, that time over {base_of(here)}'s "
+            f"(below 1 we lose).\n"
+        )
+        parts.append("| " + " | ".join(header) + " |")
+        parts.append("|" + "---|" * len(header))
+        parts += ["| " + " | ".join(line) + " |" for line in lines]
+        parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def losses(rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence that counts the comparisons that we lose, and names them."""
+    median = median_rows(rows)
+    base, compared, lost = base_of(rows), 0, []
+    for (case, provider), row in median.items():
+        ours = median.get((case, base))
+        if provider == base or ours is None:
+            continue
+        compared += 1
+        if row["p50_us"] < ours["p50_us"]:
+            lost.append(f"{case} against {provider}")
+    if not compared:
+        return "Nothing to compare with here."
+    if not lost:
+        return f"Of {compared} comparisons we lose none."
+    return f"Of {compared} comparisons we lose {len(lost)}: {', '.join(lost)}."
+
+
+def update(path: str | Path, text: str) -> None:
+    """Puts `text` between the two marks of a file.
+
+    Raises:
+        ValueError: the file lacks a mark.
+    """
+    old = Path(path).read_text()
+    begin, end = MARKS
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} must hold the lines {begin} and {end}")
+    head, tail = old.split(begin, 1)[0], old.split(end, 1)[1]
+    Path(path).write_text(f"{head}{begin}\n{text}{end}{tail}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", help="JSONL files")
+    parser.add_argument("--update", nargs="*", default=[], metavar="FILE", help="files with marks")
+    options = parser.parse_args(argv)
+    text = markdown(load(options.results))
+    for path in options.update:
+        update(path, text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Verifies every provider on the same random inputs, then times it, in one run.
+
+python -m benchmarks.run --vllm-op .peers/vllm_moe.so --out benchmarks/results/h100.jsonl
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Both frameworks share one GPU here; by default jax would take most of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from benchmarks import machine, peers, report, timing  # noqa: E402
+from benchmarks.cases import CASES, Case, expected, mismatch  # noqa: E402
+
+# A CPU needs seconds for the largest sizes, times five calls, times the repeats.
+CPU_MAX_PAIRS = 32_768
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = ", ".join(c.name for c in CASES)
+    parser = argparse.ArgumentParser(
+        prog="moe-align bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--vllm-op", metavar="PATH", help="vLLM's compiled MoE library")
+    parser.add_argument("--sglang-op", metavar="PATH", help="SGLang's compiled op library")
+    parser.add_argument("--out", metavar="FILE", help="JSONL to append to; nothing is kept without")
+    parser.add_argument("--cases", default="", help=f"comma-separated, of: {names}")
+    parser.add_argument("--providers", default="", help="comma-separated; all by default")
+    parser.add_argument("--calls", type=int, default=50, help="calls, inputs, outputs per program")
+    parser.add_argument("--executions", type=int, default=12, help="executions of a jit in a trace")
+    parser.add_argument("--replays", type=int, default=30, help="replays of a CUDA graph")
+    parser.add_argument("--commit", help="the commit to record, where git is not at hand")
+    options = parser.parse_args(argv)
+    known = {c.name for c in CASES}
+    if unknown := set(filter(None, options.cases.split(","))) - known:
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are: {names}")
+    if min(options.calls, options.executions, options.replays) < 1:
+        parser.error("--calls, --executions and --replays must be at least 1")
+    return options
+
+
+def chosen(names: str, things: Sequence[Any]) -> list[Any]:
+    wanted = [n for n in names.split(",") if n]
+    return [t for t in things if not wanted or t.name in wanted]
+
+
+def _poison_jax_memory(case: Case, count: int) -> None:
+    """Fills and frees as much device memory as the results take: XLA then reuses poisoned buffers.
+
+    The best that a functional framework allows; the kernels' own tests poison through other ways.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    sizes = (case.capacity, case.num_blocks, 1, case.num_experts)
+    arrays = [jnp.full(s, peers.POISON, jnp.int32) for _ in range(count) for s in sizes]
+    jax.block_until_ready(arrays)
+    for array in arrays:
+        array.delete()
+
+
+def _as_numpy(result: Any) -> dict[str, np.ndarray]:
+    named = result if isinstance(result, dict) else result._asdict()
+    return {name: np.asarray(value) for name, value in named.items() if value is not None}
+
+
+def _first_mismatch(
+    provider: peers.Provider, case: Case, ids: list[np.ndarray], results: list[dict]
+) -> str:
+    for index, (one, got) in enumerate(zip(ids, results, strict=True)):
+        wrong = mismatch(
+            case,
+            expected(case, one),
+            got,
+            stable=provider.stable,
+            expert_tail=provider.expert_tail,
+        )
+        if wrong:
+            return f"input {index}: {wrong}"
+    return ""
+
+
+def measure_jax(
+    provider: peers.Provider, case: Case, ids: list[np.ndarray], options: argparse.Namespace
+) -> tuple[str, timing.Timing | None]:
+    """(what is wrong or "", the timing when nothing is)."""
+    import jax
+
+    align: Callable = provider.make(case)  # type: ignore[misc]
+
+    def program(many):
+        return [align(one) for one in many]
+
+    on_device = [jax.device_put(one) for one in ids]
+    compiled = jax.jit(program).lower(on_device).compile()
+    _poison_jax_memory(case, len(ids))
+    results = [_as_numpy(r) for r in compiled(on_device)]
+    if wrong := _first_mismatch(provider, case, ids, results):
+        return wrong, None
+    if jax.default_backend() == "cpu":
+        once = lambda: jax.block_until_ready(compiled(on_device))  # noqa: E731
+        return "", timing.time_wall(once, calls=len(ids))
+    return "", timing.time_jit_span(compiled, on_device, executions=options.executions)
+
+
+def measure_torch(
+    provider: peers.Provider, case: Case, ids: list[np.ndarray], options: argparse.Namespace
+) -> tuple[str, timing.Timing | None]:
+    """As `measure_jax`: the eager calls are verified, then the timed graph's own results."""
+    import torch
+
+    prepared: peers.TorchCalls = provider.make(case, ids)  # type: ignore[misc]
+    prepared.poison()
+    for call in prepared.calls:
+        call()
+    torch.cuda.synchronize()
+    if wrong := _first_mismatch(provider, case, ids, prepared.results()):
+        return wrong, None
+    prepared.poison()
+    timed = timing.time_torch_graph(prepared.calls, replays=options.replays)
+    if wrong := _first_mismatch(provider, case, ids, prepared.results()):
+        return f"in its CUDA graph, {wrong}", None
+    return "", timed
+
+
+def row_of(
+    provider: peers.Provider, case: Case, wrong: str, timed: timing.Timing | None
+) -> dict[str, Any]:
+    """One JSONL row, less the columns of `machine.facts`."""
+    row: dict[str, Any] = {
+        "case": case.name,
+        "provider": provider.name,
+        "version": provider.version,
+        "verified": not wrong,
+    }
+    if wrong or timed is None:
+        return {**row, "error": wrong}
+    median = timed.percentile(50)
+    return {
+        **row,
+        "metric": timed.metric,
+        "p20_us": round(timed.percentile(20), 3),
+        "p50_us": round(median, 3),
+        "p80_us": round(timed.percentile(80), 3),
+        "bytes": case.bytes_moved,
+        "gbps": round(case.bytes_moved / median / 1e3, 1),
+        "samples": len(timed.samples_us),
+        "calls": timed.calls,
+        "kernels_per_call": timed.kernels_per_call,
+        "note": timed.note,
+    }
+
+
+def run_case(
+    case: Case, providers: Sequence[peers.Provider], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every provider on the same inputs, one after the other."""
+    rows = []
+    ids = [case.topk_ids(seed) for seed in range(options.calls)]
+    for provider in providers:
+        count = min(provider.calls or options.calls, options.calls)
+        if refusal := provider.refuses(case):
+            print(f"  {provider.name}: {refusal}", file=sys.stderr)
+            continue
+        measure = measure_jax if provider.kind == "jax" else measure_torch
+        try:
+            wrong, timed = measure(provider, case, ids[:count], options)
+        except Exception as error:  # one provider's failure must not cost the others their run
+            wrong, timed = f"{type(error).__name__}: {str(error)[:300]}", None
+        rows.append(row_of(provider, case, wrong, timed))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 1 when a provider gave a wrong answer or failed, else 0."""
+    import jax
+
+    options = arguments(argv)
+    facts = machine.facts(options.commit)
+    cases = chosen(options.cases, CASES)
+    where = facts["gpu"] or f"{jax.default_backend().upper()} ({facts['cpu']})"
+    print(f"moe-align bench on {where}, jax {facts['jax']}, torch {facts['torch']}")
+    everyone = [*peers.jax_providers(), *peers.torch_providers(options.vllm_op, options.sglang_op)]
+    names = {p.name for p in everyone}
+    if unknown := set(filter(None, options.providers.split(","))) - names:
+        print(
+            f"unknown provider {', '.join(sorted(unknown))}; there are: {', '.join(sorted(names))}"
+        )
+        return 2
+    providers = chosen(options.providers, everyone)
+    for provider in providers:
+        state = f"absent: {provider.absent}" if provider.absent else provider.version
+        print(f"  {provider.name:12} {provider.what}; {state}")
+    present = [p for p in providers if not p.absent]
+    if facts["gpu"] is None:
+        print(
+            "No GPU here: no kernel time and no peer can be measured. What follows is wall time of\n"
+            f"the jnp implementations on the {jax.default_backend().upper()}, "
+            f"up to {CPU_MAX_PAIRS} pairs: no claim about a GPU."
+        )
+        cases = [c for c in cases if c.num_pairs <= CPU_MAX_PAIRS]
+    rows, started = [], time.monotonic()
+    for case in cases:
+        begun = time.monotonic()
+        for row in run_case(case, present, options):
+            rows.append({**facts, **row})
+            if options.out:
+                with Path(options.out).open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+            if not row["verified"]:
+                print(f"  {case.name} {row['provider']}: {row['error']}", file=sys.stderr)
+        seconds = time.monotonic() - begun
+        print(f"  {case.name}: {seconds:.0f} s", file=sys.stderr)
+    print(report.text_table(rows))
+    for note in sorted({f"{r['provider']}: {r['note']}" for r in rows if r.get("note")}):
+        print(f"note: {note}")
+    failed = [r for r in rows if not r["verified"]]
+    verified = len(rows) - len(failed)
+    print(
+        f"{verified} results verified against NumPy and timed, {len(failed)} failed, "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    if options.out:
+        print(f"appended to {options.out}")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
