@@ -1,0 +1,70 @@
+"""Options and fixtures of the whole suite: strict jax, one `implementation` fixture, shards."""
+
+import os
+
+# Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def why_no_hopper() -> str | None:
+    """Why GPU tests cannot run in this process, or None."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError as error:
+        return f"no CUDA device for jax: {str(error).splitlines()[0]}"
+    capability = min(float(device.compute_capability) for device in devices)
+    return None if capability >= 9.0 else f"needs compute capability 9.0; this GPU has {capability}"
+
+
+IMPLEMENTATIONS = ("xla", "emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Each implementation by name, on the device that it runs on."""
+    # The emulator runs on a CPU also where jax's default device is a GPU.
+    with jax.default_device(jax.devices("cpu")[0] if request.param == "emulator" else None):
+        yield request.param
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", help="run only every N-th test, from the I-th (1-based)")
+
+
+def pytest_collection_modifyitems(config, items):
+    reason = None
+    if any(item.get_closest_marker("gpu") for item in items):
+        reason = why_no_hopper()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    if config.option.shard:
+        index, count = map(int, config.option.shard.split("/"))
+        if not 1 <= index <= count:
+            raise pytest.UsageError(f"--shard must be I/N with 1 <= I <= N; got {config.option.shard}")
+        chosen = items[index - 1 :: count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """A run in which nothing passed is a failure, also where everything was skipped."""
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    on_worker = hasattr(config, "workerinput")
+    if exitstatus == 0 and not on_worker and not config.option.collectonly and reporter:
+        if not reporter.stats.get("passed"):
+            reporter.write_line("no test passed: this run proves nothing", red=True)
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

@@ -1,0 +1,41 @@
+"""Calls that tests share."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moe_align_jax as maj
+from tests import oracle
+
+
+def as_jax(array: np.ndarray) -> jax.Array:
+    """A jax array of the very dtype, 64-bit ones too."""
+    wide = array.dtype.itemsize == 8
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        result = jnp.asarray(array)
+    assert result.dtype == array.dtype
+    return result
+
+
+def check(ids: Any, *, implementation: str, container: str = "numpy", **options: Any) -> Any:
+    """Aligns `ids` eagerly, compares every field with the oracle, and returns the result."""
+    given = as_jax(ids) if container == "jax" else ids
+    got = maj.moe_align_block_size(given, implementation=implementation, **options)
+    oracle.assert_same(got, oracle.expected(ids, **options))
+    return got
+
+
+def collect_primitives(jaxpr: Any) -> set[str]:
+    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    names |= collect_primitives(inner)
+    return names
