@@ -91,7 +91,7 @@ def batched_block_align(
     padded = (counts + (block_size - 1)) // block_size * block_size
     padded_ends = jnp.cumsum(padded, dtype=_I32)
     starts = padded_ends - padded
-    token = jnp.arange(max_tokens, dtype=_I32)
+    token = jnp.arange(max_tokens, dtype=_I32)[None, :]
     row = jnp.where(token < counts[:, None], starts[:, None] + token, problem.capacity)
     slot = jnp.arange(problem.num_pairs, dtype=_I32)
     sentinel = jnp.full(problem.capacity, problem.num_pairs, _I32)
