@@ -1,0 +1,98 @@
+"""The language in NumPy: runs a program's kernel bodies on a CPU, all threads of a grid in lock step.
+
+What the machine does not define is an `EmulatorError` (`faults.py` lists them): `lockstep.py` runs the
+primitives, `memory.py` checks each access, `races.py` knows who touched each cell since the last barrier.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from moe_align_jax._simt.faults import EmulatorError
+from moe_align_jax._simt.language import Kernel, Program, check_launch
+from moe_align_jax._simt.lockstep import EmulatedSimt
+from moe_align_jax._simt.memory import Buffer
+
+
+def _check_program(program: Program, arrays: Sequence[np.ndarray]) -> None:
+    shapes = dict(program.inputs)
+    for (name, shape), array in zip(program.inputs.items(), arrays, strict=True):
+        if array.shape != tuple(shape) or array.dtype != np.int32:
+            raise EmulatorError(
+                f"{name} must be int32 {list(shape)}; got {array.dtype} {list(array.shape)}."
+            )
+    for kernel in program.kernels:
+        check_launch(kernel)
+        for name, shape in kernel.inputs.items():
+            if shapes.get(name) != shape:
+                raise EmulatorError(
+                    f"{kernel.name}: input {name} must be an operand or an earlier kernel's output "
+                    f"of shape {list(shape)}; got {shapes.get(name)}."
+                )
+        if taken := set(kernel.outputs) & set(shapes):
+            raise EmulatorError(
+                f"{kernel.name}: an output is written by one kernel alone; got {sorted(taken)}."
+            )
+        shapes.update(kernel.outputs)
+
+
+def _run_kernel(kernel: Kernel, machine: EmulatedSimt, data: dict[str, np.ndarray],
+                producers: dict[str, int], check_races: bool) -> None:  # fmt: skip
+    common: dict[str, Any] = {
+        "kernel": kernel.name,
+        "num_threads": kernel.num_threads,
+        "check_races": check_races,
+    }
+    refs = {
+        name: Buffer(name, shape, data[name], writable=False, per_cta=False, across_ctas=False,
+                     producer=producers.get(name), **common)
+        for name, shape in kernel.inputs.items()
+    }  # fmt: skip
+    for name, shape in kernel.outputs.items():
+        data[name] = np.zeros(int(np.prod(shape)), np.int32)
+        refs[name] = Buffer(name, shape, data[name], writable=True, per_cta=False,
+                            across_ctas=kernel.num_ctas > 1, **common)  # fmt: skip
+    for name, words in kernel.shared.items():
+        cells = np.zeros(words * kernel.num_ctas, np.int32)
+        refs[name] = Buffer(name, (words,), cells, writable=True, per_cta=True, across_ctas=False,
+                            **common)  # fmt: skip
+    with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
+        kernel.body(machine, SimpleNamespace(**refs))
+    for name in kernel.outputs:
+        refs[name].check_written()
+
+
+def run(program: Program, arrays: Sequence[np.ndarray], *, check_races: bool = True) -> list[np.ndarray]:
+    """Runs a program by NumPy.
+
+    Every kernel is taken to be launched with programmatic dependent launch: what it does before its
+    `grid_dependency_wait` runs beside all kernels before it.
+
+    Args:
+        program: the kernels.
+        arrays: the operands, int32, in the order and shapes of `program.inputs`. Not written.
+        check_races: False leaves out the races between threads (not the bounds, nor what is uninitialised).
+
+    Returns:
+        The results, in the order of `program.results`, int32.
+
+    Raises:
+        EmulatorError: a body does what the machine does not define; its subclasses say what.
+        LaunchError: a kernel asks for more than the chip has.
+    """
+    arrays = [np.asarray(array) for array in arrays]
+    _check_program(program, arrays)
+    shapes = {**program.inputs}
+    data = {name: array.reshape(-1) for name, array in zip(program.inputs, arrays, strict=True)}
+    producers: dict[str, int] = {}
+    behind: frozenset[int] = frozenset()
+    for position, kernel in enumerate(program.kernels):
+        machine = EmulatedSimt(kernel, behind)
+        _run_kernel(kernel, machine, data, producers, check_races)
+        # A wait covers the kernel before, and through it those that this one waited for in turn.
+        behind = (behind if machine.waited else frozenset()) | {position}
+        producers.update(dict.fromkeys(kernel.outputs, position))
+        shapes.update(kernel.outputs)
+    return [data[name].reshape(shapes[name]) for name in program.results]
