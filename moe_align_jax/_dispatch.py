@@ -259,10 +259,11 @@ def _vary_together(operands: list[jax.Array]) -> list[jax.Array]:
 
 def replicate(x: jax.Array) -> jax.Array:
     """With Explicit mesh axes, gathers a sharded operand: the result is the global alignment."""
-    spec = jax.typeof(x).sharding.spec
-    if all(axes is None for axes in spec):
+    sharding = jax.typeof(x).sharding
+    if all(axes is None for axes in sharding.spec):
         return x
-    return jax.reshard(x, PartitionSpec(*[None] * x.ndim))
+    # With its mesh: an eager call may stand outside jax.set_mesh.
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def align(problem: Problem, implementation: str | None, *operands: jax.Array):
