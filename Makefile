@@ -1,0 +1,66 @@
+# make demo            runs the main job on this machine      make test   passes the tests
+# make lint, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
+# each target makes its own virtual environment. PYTHON=/path/to/python takes an interpreter whose packages
+# are already there instead (a machine without network).
+
+VENV := .venv
+OLD_JAX := 0.11.2
+OLD_JAX_DIR := .jax-$(OLD_JAX)
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+VENV_FOR = $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "PYTHON must be 3.12 or newer")'
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+VENV_FOR = @sh tools/make_venv.sh $(VENV)
+endif
+
+# Two worker processes where pytest-xdist is there; without it one process does the same tests.
+XDIST = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
+PYTEST = $(PY) -m pytest -q -rs $(XDIST) $(PYTEST_ARGS)
+
+.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format clean
+
+demo:
+	$(VENV_FOR) cli
+	$(PY) -m moe_align_jax.cli demo
+
+test:
+	$(VENV_FOR) cli test torch
+	$(PYTEST)
+
+# The library's tests with 64-bit jax: every output must still be int32.
+test-x64:
+	$(VENV_FOR) cli test torch
+	JAX_ENABLE_X64=1 $(PYTEST) --ignore tests/torch_bridge
+
+# The oldest jax we support, laid over the same environment: PyTorch is not installed twice.
+test-jax-0.11:
+	$(VENV_FOR) cli test torch
+	@test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
+	  touch $(OLD_JAX_DIR)/.complete; }
+	PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR) $(PYTEST) --expect-jax $(OLD_JAX) --torch-smoke
+
+# On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
+gpu-test:
+	$(VENV_FOR) cli test torch
+	$(PY) -m pytest -q -rs -p no:xdist -m gpu $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
+
+lint:
+	$(VENV_FOR) cli test torch dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format:
+	$(VENV_FOR) dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLD_JAX_DIR)
