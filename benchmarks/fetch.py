@@ -2,7 +2,7 @@
 
 python -m benchmarks.fetch [vllm] [sglang] [--folder .peers]
 
-vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11, and serves no other.
+vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
 Only the libraries are kept (about 45 and 20 MB); the wheels are several times larger.
 """
 

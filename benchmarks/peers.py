@@ -118,6 +118,8 @@ def jax_providers() -> list[Provider]:
     from moe_align_jax import __version__, select_implementation
 
     version = f"jax {jax.__version__}"
+    size: dict[str, Any] = {"topk_ids_or_shape": (8,), "block_size": 16, "num_experts": 8}
+    best = select_implementation(**size)
     found = []
     for name, what, calls in (
         ("mosaic_gpu", "ours: Pallas kernels under jit", None),
@@ -125,9 +127,9 @@ def jax_providers() -> list[Provider]:
     ):
         absent = ""
         try:
-            select_implementation((8,), block_size=16, num_experts=8, implementation=name)
+            select_implementation(**size, implementation=name)
         except NotImplementedError as error:
-            absent = str(error)
+            absent = best.reasons.get(name, str(error))
         make = functools.partial(_ours, implementation=name)
         ours = f"{__version__}, {version}"
         found.append(Provider(name, "jax", what, ours, absent, make, calls=calls))

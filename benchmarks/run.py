@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     present = [p for p in providers if not p.absent]
     if facts["gpu"] is None:
         print(
-            "No GPU here: no kernel time and no peer can be measured. What follows is wall time of\n"
-            f"the jnp implementations on the {jax.default_backend().upper()}, "
+            "No GPU here: no kernel time and no peer can be measured. What follows is wall time\n"
+            f"of the jnp implementations on the {jax.default_backend().upper()}, "
             f"up to {CPU_MAX_PAIRS} pairs: no claim about a GPU."
         )
         cases = [c for c in cases if c.num_pairs <= CPU_MAX_PAIRS]

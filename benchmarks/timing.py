@@ -68,7 +68,7 @@ def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: in
     """Device span per call of a jitted program that makes one call per argument.
 
     The host waits after every execution, which sets them apart in the trace. Without a kernel in
-    the trace (a profiler that does not see into CUDA graphs), the wall time is returned, and named so.
+    the trace (a profiler blind to CUDA graphs), the wall time is returned, and named so.
     """
     import jax
 

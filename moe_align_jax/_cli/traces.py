@@ -93,8 +93,12 @@ def gpu_events(profile: Any, device: int = 0) -> list[Event]:
 
 
 def cpu_events(profile: Any) -> list[Event]:
-    """XLA:CPU's operations (the host events that name an HLO operation), in order of start."""
-    events = []
+    """XLA:CPU's operations (the host events that name an HLO operation), in order of start.
+
+    A parallel operation has an event per thread, and one around them: overlapping events of one
+    operation are merged.
+    """
+    events: list[Event] = []
     for plane in profile.planes:
         if not plane.name.startswith("/host:CPU"):
             continue
@@ -105,7 +109,16 @@ def cpu_events(profile: Any) -> list[Event]:
                     module = str(stats.get("hlo_module", ""))
                     name = str(stats["hlo_op"])
                     events.append(Event(name, event.start_ns, event.end_ns, module))
-    return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
+    merged: list[Event] = []
+    latest: dict[tuple[str, str], int] = {}
+    for event in sorted(events, key=lambda e: (e.start_ns, e.end_ns)):
+        at = latest.get((event.module, event.name))
+        if at is not None and event.start_ns < merged[at].end_ns:
+            merged[at] = merged[at]._replace(end_ns=max(merged[at].end_ns, event.end_ns))
+        else:
+            latest[event.module, event.name] = len(merged)
+            merged.append(event)
+    return merged
 
 
 def _stats(event: Any) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""The typer application: options and help of each command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import moe_align_jax
+from moe_align_jax._cli import checkout, demo, info, profile
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="The routing core of Mixture-of-Experts models for JAX: moe_align_block_size.",
+)
+_Implementation = Annotated[
+    str | None,
+    typer.Option(help='"mosaic_gpu", "xla" or "emulator"; the best available by default.'),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(moe_align_jax.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+def _guarded(console: Console, run) -> None:
+    """Turns what this machine cannot do into one line; a bug keeps its traceback."""
+    try:
+        code = run()
+    except NotImplementedError as error:
+        console.print(f"[bold red]Cannot run here:[/] {error}", highlight=False)
+        code = 1
+    except RuntimeError as error:
+        if "nable to initialize backend" not in str(error):
+            raise
+        console.print(f"[bold red]jax finds no device:[/] {error}", highlight=False)
+        code = 1
+    _exit(code)
+
+
+@app.command("demo")
+def demo_command(implementation: _Implementation = None, seed: int = 0) -> None:
+    """Align a real routing on this machine and check it against a plain NumPy loop."""
+    console = Console()
+    _guarded(console, lambda: demo.run(console, implementation=implementation, seed=seed))
+
+
+@app.command("info")
+def info_command() -> None:
+    """Versions, devices, which implementations run here, and why not the rest."""
+    console = Console()
+    _guarded(console, lambda: info.run(console))
+
+
+@app.command("profile")
+def profile_command(
+    num_tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    num_experts: Annotated[int, typer.Option(min=1)] = 256,
+    top_k: Annotated[int, typer.Option(min=1)] = 8,
+    block_size: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls in the trace.")] = 20,
+    implementation: _Implementation = None,
+    out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("profile"),
+) -> None:
+    """Run the op under jax.profiler, print time per kernel, and leave the trace."""
+    if top_k > num_experts:
+        raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
+    console = Console()
+    _guarded(
+        console,
+        lambda: profile.run(
+            console,
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            block_size=block_size,
+            repeats=repeats,
+            implementation=implementation,
+            folder=out,
+        ),
+    )
+
+
+@app.command(
+    "bench",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_command(context: typer.Context) -> None:
+    """Verify and time against vLLM's and SGLang's ops, torch and XLA (needs a checkout)."""
+    root = checkout.find()
+    if root is None:
+        Console().print(checkout.MISSING, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+    _exit(checkout.run(root, "benchmarks.run", context.args))
