@@ -1,0 +1,37 @@
+"""torch_bridge: the operations of moe_align_jax on PyTorch tensors.
+
+Imports torch at once and jax only when a call needs it. `torch_bridge.vllm` and `torch_bridge.sglang` keep
+the signatures of those projects, so that one import line changes.
+"""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "torch_bridge: the import must find PyTorch >= 2.11; got none. "
+        "Install the extra: pip install 'moe-align-jax[torch]'."
+    ) from error
+
+from moe_align_jax.types import AlignedBlocks as AlignedBlocks
+from torch_bridge import sglang as sglang
+from torch_bridge import vllm as vllm
+from torch_bridge.align import align_blocks as align_blocks
+from torch_bridge.align import explain as explain
+from torch_bridge.align import moe_align_block_size as moe_align_block_size
+from torch_bridge.align import warmup as warmup
+from torch_bridge.dlpack import to_jax as to_jax
+from torch_bridge.dlpack import to_torch as to_torch
+from torch_bridge.plan import Plan as Plan
+
+__all__ = [
+    "AlignedBlocks",
+    "Plan",
+    "align_blocks",
+    "explain",
+    "moe_align_block_size",
+    "sglang",
+    "to_jax",
+    "to_torch",
+    "vllm",
+    "warmup",
+]

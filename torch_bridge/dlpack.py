@@ -1,0 +1,237 @@
+"""to_jax, to_torch: tensors across DLPack, with no silent copy and no silently wrong value.
+
+What DLPack and its two ends get wrong, and the guard here (each has a test in tests/torch_bridge):
+- jax narrows 64-bit values when x64 is off, without a word: they are imported under a local x64 context.
+- a FakeTensor is imported as garbage: refused. A neg-bit view loses its sign: copied or refused.
+- a CPU pointer off a 64-byte boundary, and any stride but the compact one: copied or refused.
+- torch's stream protocol needs the tensor's device to be current: it is made so.
+"""
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_align_jax import _checks
+
+if TYPE_CHECKING:
+    import jax
+
+# XLA's own rule for sharing CPU memory. On CUDA, XLA refuses arguments off 16 bytes when it runs a program
+# ("Address of buffer ... must be a multiple of 10"), and a Mosaic GPU kernel is compiled for pointers on
+# 256 bytes (its lowering declares so, and LLVM drops the low bits).
+_CPU_ALIGNMENT = 64
+_XLA_CUDA_ALIGNMENT = 16
+_MOSAIC_ALIGNMENT = 256
+
+_DTYPES = {
+    torch.bool,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+}
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no data of its own: fake, meta, or a wrapper of a torch transform."""
+    from torch._subclasses.fake_tensor import is_fake as torch_is_fake
+
+    return (
+        tensor.device.type == "meta"
+        or torch_is_fake(tensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def alignment(device_type: str, implementation: str | None = None) -> int:
+    """Bytes that a pointer must be a multiple of, to be used where it lies."""
+    if device_type == "cpu":
+        return _CPU_ALIGNMENT
+    return _MOSAIC_ALIGNMENT if implementation == "mosaic_gpu" else _XLA_CUDA_ALIGNMENT
+
+
+def copy_reason(tensor: torch.Tensor, boundary: int) -> str | None:
+    """Why a tensor cannot be shared where it lies, or None when it can."""
+    if tensor.is_neg() or tensor.is_conj():
+        return "its negative or conjugate bit is set, which DLPack does not carry"
+    if not tensor.is_contiguous():
+        return f"it is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())})"
+    if tensor.numel() and tensor.data_ptr() % boundary:
+        return f"its pointer is not on a {boundary}-byte boundary"
+    return None
+
+
+def compact_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A fresh row-major copy, in memory of torch's allocator (which is aligned)."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    dtype = tensor.dtype
+    # torch has few operations on these; their bits can travel as signed integers.
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    bits = tensor.view(signed[dtype]) if dtype in signed else tensor
+    copy = torch.empty(bits.shape, dtype=bits.dtype, device=bits.device)
+    return copy.copy_(bits).view(dtype)
+
+
+def on_device(device: torch.device) -> Any:
+    """Makes a CUDA device current: torch exports no tensor of another one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def share(tensor: torch.Tensor) -> "jax.Array":
+    """A jax array on the tensor's memory. The tensor was checked; a copy would be an error."""
+    import jax
+
+    wide = tensor.dtype.itemsize >= 8
+    with on_device(tensor.device), jax.enable_x64(True) if wide else contextlib.nullcontext():
+        return jax.dlpack.from_dlpack(tensor, copy=False)
+
+
+def check_not_capturing(function: str, device: torch.device) -> None:
+    """Refuses a CUDA-graph capture before XLA is touched: XLA runs on its own stream, outside it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            _checks.message(
+                function,
+                "the call",
+                "be outside a CUDA-graph capture on the DLPack path",
+                f"a capturing stream on {device}",
+                "XLA runs on a stream of its own: call it before the capture, or leave it out of the "
+                "captured region.",
+            )
+        )
+
+
+def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
+    """The same memory as a jax array, on the same device, 64-bit dtypes included (x64 stays off).
+
+    On CUDA, jax's stream waits for the work that torch's current stream holds now; the host does not
+    block. Keep the tensor alive, and do not write to it, until the jax work that reads it is done.
+
+    Args:
+        tensor: any shape; bool, any integer, float16, bfloat16, float32, float64, complex or
+            float8 (e4m3fn, e5m2, e8m0fnu).
+        allow_copy: copy where the memory cannot be shared (not contiguous, neg or conj bit set, a
+            pointer not on 64 bytes on a CPU or 16 bytes on CUDA). Otherwise that is an error.
+
+    Returns:
+        A `jax.Array` of the tensor's shape and dtype, committed to its device.
+
+    Raises:
+        TypeError: not a dense tensor with data, or its dtype has no jax counterpart.
+        ValueError: it requires grad, or a copy is needed and not allowed.
+        NotImplementedError: jax has no device that matches the tensor's.
+        RuntimeError: the current stream is being captured into a CUDA graph.
+
+    Example:
+        >>> import torch
+        >>> to_jax(torch.tensor([2**40 + 7])).item() == 2**40 + 7
+        True
+    """
+    function = "to_jax"
+    check_tensor(function, "tensor", tensor)
+    if tensor.dtype not in _DTYPES:
+        what, remedy = _checks.describe(tensor), "Convert it, or view() it as integers."
+        raise TypeError(
+            _checks.message(function, "tensor", "have a dtype that jax has too", what, remedy)
+        )
+    if tensor.requires_grad:
+        rule, remedy = "not require grad", "No gradient crosses: pass tensor.detach()."
+        raise ValueError(
+            _checks.message(function, "tensor", rule, _checks.describe(tensor), remedy)
+        )
+    check_not_capturing(function, tensor.device)
+    from torch_bridge import call
+
+    call.jax_platform(function, tensor.device)
+    if reason := copy_reason(tensor, alignment(tensor.device.type)):
+        if not allow_copy:
+            what = f"{_checks.describe(tensor)}: {reason}"
+            remedy = "Pass allow_copy=True, or tensor.clone(memory_format=torch.contiguous_format)."
+            raise ValueError(
+                _checks.message(function, "tensor", "be shareable without a copy", what, remedy)
+            )
+        with on_device(tensor.device):
+            tensor = compact_copy(tensor)
+    return share(tensor)
+
+
+def check_tensor(function: str, argument: str, tensor: object) -> None:
+    """A dense tensor that has data: DLPack would take a FakeTensor for garbage."""
+    if not isinstance(tensor, torch.Tensor):
+        what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+        raise TypeError(_checks.message(function, argument, "be a torch.Tensor", what, remedy))
+    if is_fake(tensor):
+        what = f"a fake, meta or transformed tensor, {_checks.describe(tensor)}"
+        remedy = "Call it on real tensors; under torch.compile, call the operations of torch_bridge."
+        raise TypeError(_checks.message(function, argument, "have data", what, remedy))
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        what = f"{_checks.describe(tensor)}, layout {tensor.layout}"
+        remedy = "Call to_dense() or dequantize() first."
+        raise TypeError(_checks.message(function, argument, "be a dense tensor", what, remedy))
+
+
+def to_torch(array: "jax.Array") -> torch.Tensor:
+    """The same memory as a torch tensor, on the same device.
+
+    On CUDA, torch's current stream waits for the array; the host does not block. On a CPU the call
+    returns when the array is ready. jax takes its arrays for immutable: do not write to the tensor while
+    the array is in use. On CUDA, finish the torch work that reads the tensor (or clone it) before it is
+    dropped: XLA may give the memory to its next program at once.
+
+    Args:
+        array: a concrete `jax.Array` on one device; any dtype that DLPack carries (no key arrays, int4).
+
+    Returns:
+        A tensor of the array's shape and dtype that shares its memory.
+
+    Raises:
+        TypeError: not a concrete jax.Array, or its dtype has no torch counterpart.
+        ValueError: the array lies on several devices or was deleted.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> to_torch(jnp.arange(3)).tolist()
+        [0, 1, 2]
+    """
+    import jax
+
+    function = "to_torch"
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        what = type(array).__name__
+        remedy = "Pass a concrete array: not a NumPy array, and not from inside jit or vmap."
+        raise TypeError(_checks.message(function, "array", "be a jax.Array", what, remedy))
+    if array.is_deleted():
+        remedy = "It was donated or deleted: compute it again."
+        raise ValueError(_checks.message(function, "array", "be alive", "a deleted array", remedy))
+    if len(array.devices()) != 1:
+        what, remedy = f"{len(array.devices())} devices", "Pass one shard, or gather it first."
+        raise ValueError(_checks.message(function, "array", "lie on one device", what, remedy))
+    device = next(iter(array.devices()))
+    try:
+        with on_device(_torch_device(device)):
+            return torch.from_dlpack(array)
+    except (AttributeError, BufferError, NotImplementedError, RuntimeError, TypeError) as error:
+        what, remedy = _checks.describe(array), f"DLPack says: {error}"
+        raise TypeError(
+            _checks.message(function, "array", "have a dtype that torch has too", what, remedy)
+        ) from error
+
+
+def _torch_device(device: "jax.Device") -> torch.device:
+    if device.platform == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", device.local_hardware_id or 0)

@@ -1,0 +1,221 @@
+"""The torch operators of the DLPack path, with fakes of pure size arithmetic (they need no jax).
+
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. The direct path will
+have operators of its own: these are tagged unsafe for CUDA graphs, and its own will not be.
+"""
+
+import torch
+
+from moe_align_jax import _checks
+from torch_bridge import call, checks, dlpack, plan
+from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
+
+_NAMESPACE = "moe_align_jax"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_TAGS = tuple(
+    tag
+    for name in ("pt2_compliant_tag", "cudagraph_unsafe")
+    if (tag := getattr(torch.Tag, name, None)) is not None
+)
+
+_ALIGN_ARGUMENTS = (
+    "Tensor topk_ids, Tensor? expert_map, Tensor? num_valid_pairs, SymInt? max_valid_pairs, "
+    "int num_experts, int block_size, bool ignore_invalid_experts, bool pad_sorted_ids"
+)
+_SCHEMAS = {
+    "block_align_dlpack": (
+        f"({_ALIGN_ARGUMENTS}, bool with_counts, bool with_inverse, bool with_scatter_idx) -> Tensor[]"
+    ),
+    "block_align_dlpack_out": (
+        f"({_ALIGN_ARGUMENTS}, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, "
+        "Tensor(c!) num_tokens_post_pad) -> ()"
+    ),
+    "sglang_block_align_dlpack": (
+        "(Tensor topk_ids, int num_experts, int block_size, bool ignore_invalid_expert, "
+        "bool with_inactive_blocks) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batched_block_align_dlpack": (
+        "(Tensor expert_num_tokens, int max_tokens_per_batch, int block_size) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+# -- bodies on real tensors --------------------------------------------------------------------------
+
+
+def plan_call(
+    function: str,
+    problem: Problem,
+    operands: dict[str, torch.Tensor],
+    out: tuple[torch.Tensor, ...] | None,
+) -> plan.Plan:
+    """The guards that need data, then the plan: all that comes before a call writes anything."""
+    for name, tensor in operands.items():
+        dlpack.check_tensor(function, name, tensor)
+    first, tensor = next(iter(operands.items()))
+    dlpack.check_not_capturing(function, tensor.device)
+    checks.check_capacity(function, first, problem.capacity)
+    if out is not None:
+        check_no_overlap(function, out, operands)
+    return plan.make_plan(problem, operands, has_out=out is not None)
+
+
+def _run(
+    problem: Problem,
+    operands: dict[str, torch.Tensor],
+    max_valid_pairs: int | None = None,
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> list[torch.Tensor]:
+    the_plan = plan_call(problem.name, problem, operands, out)
+    return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+
+
+def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Tensor]:
+    named = {"topk_ids": topk_ids, "expert_map": expert_map, "num_valid_pairs": num_valid_pairs}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _block_align(
+    topk_ids,
+    expert_map,
+    num_valid_pairs,
+    max_valid_pairs,
+    num_experts,
+    block_size,
+    ignore_invalid_experts,
+    pad_sorted_ids,
+    with_counts,
+    with_inverse,
+    with_scatter_idx,
+):
+    problem = AlignProblem(
+        topk_ids.numel(),
+        num_experts,
+        block_size,
+        ignore_invalid_experts,
+        pad_sorted_ids,
+        with_counts,
+        with_inverse,
+        with_scatter_idx,
+    )
+    operands = align_operands(topk_ids, expert_map, num_valid_pairs)
+    return _run(problem, operands, max_valid_pairs)
+
+
+def _block_align_out(
+    topk_ids,
+    expert_map,
+    num_valid_pairs,
+    max_valid_pairs,
+    num_experts,
+    block_size,
+    ignore_invalid_experts,
+    pad_sorted_ids,
+    sorted_token_ids,
+    expert_ids,
+    num_tokens_post_pad,
+):
+    problem = AlignProblem(
+        topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
+    )
+    operands = align_operands(topk_ids, expert_map, num_valid_pairs)
+    out = (sorted_token_ids, expert_ids, num_tokens_post_pad)
+    _run(problem, operands, max_valid_pairs, out)
+
+
+def _sglang_block_align(
+    topk_ids, num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
+):
+    problem = SglangProblem(
+        topk_ids.numel(), num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
+    )
+    return tuple(_run(problem, {"topk_ids": topk_ids}))
+
+
+def _batched_block_align(expert_num_tokens, max_tokens_per_batch, block_size):
+    problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
+    return tuple(_run(problem, {"expert_num_tokens": expert_num_tokens}))
+
+
+# -- fakes -------------------------------------------------------------------------------------------
+
+
+def _fake_results(problem: Problem, like: torch.Tensor) -> list[torch.Tensor]:
+    return [like.new_empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
+
+
+def _block_align_fake(topk_ids, expert_map, num_valid_pairs, max_valid_pairs, *options):
+    return _fake_results(AlignProblem(topk_ids.numel(), *options), topk_ids)
+
+
+def _block_align_out_fake(*arguments):
+    del arguments
+
+
+def _sglang_block_align_fake(topk_ids, *options):
+    return tuple(_fake_results(SglangProblem(topk_ids.numel(), *options), topk_ids))
+
+
+def _batched_block_align_fake(expert_num_tokens, max_tokens_per_batch, block_size):
+    problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
+    return tuple(_fake_results(problem, expert_num_tokens))
+
+
+_BODIES = {
+    "block_align_dlpack": (_block_align, _block_align_fake),
+    "block_align_dlpack_out": (_block_align_out, _block_align_out_fake),
+    "sglang_block_align_dlpack": (_sglang_block_align, _sglang_block_align_fake),
+    "batched_block_align_dlpack": (_batched_block_align, _batched_block_align_fake),
+}
+for _name, (_body, _fake) in _BODIES.items():
+    _library.define(_name + _SCHEMAS[_name], tags=_TAGS)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _body, _key)
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
+
+block_align = torch.ops.moe_align_jax.block_align_dlpack.default
+block_align_out = torch.ops.moe_align_jax.block_align_dlpack_out.default
+sglang_block_align = torch.ops.moe_align_jax.sglang_block_align_dlpack.default
+batched_block_align = torch.ops.moe_align_jax.batched_block_align_dlpack.default
+
+
+# -- out= ---------------------------------------------------------------------------------------------
+
+
+def check_no_overlap(
+    function: str, out: tuple[torch.Tensor, ...], operands: dict[str, torch.Tensor]
+) -> None:
+    """No tensor of `out` shares a byte with another of them or with an input."""
+    for i, target in enumerate(out):
+        others = [(f"out[{j}]", x) for j, x in enumerate(out) if j < i] + list(operands.items())
+        for name, other in others:
+            if _overlap(target, other):
+                raise ValueError(
+                    _checks.message(
+                        function,
+                        f"out[{i}]",
+                        f"not overlap {name}",
+                        "tensors that share memory",
+                        "Pass tensors of their own memory, for example from torch.empty.",
+                    )
+                )
+
+
+def _overlap(target: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a contiguous tensor shares a byte with another one of any strides."""
+    if not target.numel() or not other.numel():
+        return False
+    start, end = target.data_ptr(), target.data_ptr() + target.nbytes
+    reach = sum((n - 1) * s for n, s in zip(other.shape, other.stride(), strict=True))
+    first, last = other.data_ptr(), other.data_ptr() + (reach + 1) * other.element_size()
+    if last <= start or end <= first:
+        return False
+    if other.is_contiguous():
+        return True
+    # Rare: the spans cross, but a strided tensor may step over the target. Look at its elements.
+    offsets = torch.zeros((), dtype=torch.int64)
+    for n, s in zip(other.shape, other.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(n) * s
+    addresses = first + offsets * other.element_size()
+    return bool(((addresses < end) & (addresses + other.element_size() > start)).any())

@@ -1,0 +1,134 @@
+"""What one call computes, statically: its options, and the names and shapes of its results.
+
+Pure size arithmetic that also holds for symbolic sizes (SymInt): fakes, plans and calls share it. No jax.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from moe_align_jax import _checks
+
+# SGLang's capacity is a whole number of 16-byte stores.
+_SGLANG_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class AlignProblem:
+    """One alignment.
+
+    Attributes:
+        num_pairs: n, the length of the flat `topk_ids`.
+        with_counts: `tokens_per_expert` is wanted.
+        with_inverse: `row_of_pair` is wanted.
+        with_scatter_idx: vLLM's `scatter_idx` `[n, 1]` is wanted.
+    """
+
+    num_pairs: Any
+    num_experts: int
+    block_size: int
+    ignore_invalid_experts: bool = False
+    pad_sorted_ids: bool = False
+    with_counts: bool = False
+    with_inverse: bool = False
+    with_scatter_idx: bool = False
+
+    name: ClassVar[str] = "moe_align_block_size"
+
+    @property
+    def capacity(self) -> Any:
+        return _checks.capacity(
+            self.num_pairs,
+            block_size=self.block_size,
+            num_experts=self.num_experts,
+            pad_sorted_ids=self.pad_sorted_ids,
+            minimum=torch.sym_min,
+        )
+
+    @property
+    def outputs(self) -> dict[str, tuple[Any, ...]]:
+        """Name and shape of each int32 result, in order."""
+        shapes: dict[str, tuple[Any, ...]] = {
+            "sorted_token_ids": (self.capacity,),
+            "expert_ids": (_checks.cdiv(self.capacity, self.block_size),),
+            "num_tokens_post_padded": (1,),
+        }
+        if self.with_counts:
+            shapes["tokens_per_expert"] = (self.num_experts,)
+        if self.with_inverse:
+            shapes["row_of_pair"] = (self.num_pairs,)
+        if self.with_scatter_idx:
+            shapes["scatter_idx"] = (self.num_pairs, 1)
+        return shapes
+
+
+@dataclass(frozen=True)
+class SglangProblem:
+    """One alignment after SGLang: id -1 is a bucket of its own, ahead of expert 0.
+
+    Attributes:
+        ignore_invalid_expert: drop id -1 instead.
+        with_inactive_blocks: the count has a second word, the blocks of the bucket of id -1.
+    """
+
+    num_pairs: Any
+    num_experts: int
+    block_size: int
+    ignore_invalid_expert: bool = False
+    with_inactive_blocks: bool = False
+
+    name: ClassVar[str] = "moe_align_block_size"
+
+    @property
+    def aligned_capacity(self) -> Any:
+        """Rows that E + 1 buckets need; `capacity` rounds it up."""
+        return _checks.capacity(
+            self.num_pairs,
+            block_size=self.block_size,
+            num_experts=self.num_experts + 1,
+            pad_sorted_ids=False,
+            minimum=torch.sym_min,
+        )
+
+    @property
+    def capacity(self) -> Any:
+        return _checks.round_up(self.aligned_capacity, _SGLANG_MULTIPLE)
+
+    @property
+    def outputs(self) -> dict[str, tuple[Any, ...]]:
+        return {
+            "sorted_token_ids": (self.capacity,),
+            "expert_ids": (_checks.cdiv(self.capacity, self.block_size),),
+            "num_tokens_post_padded": (2 if self.with_inactive_blocks else 1,),
+        }
+
+
+@dataclass(frozen=True)
+class BatchedProblem:
+    """One alignment of the `[E, max_tokens_per_batch, H]` layout."""
+
+    num_experts: Any
+    max_tokens_per_batch: int
+    block_size: int
+
+    name: ClassVar[str] = "batched_moe_align_block_size"
+
+    @property
+    def num_pairs(self) -> Any:
+        return self.num_experts * self.max_tokens_per_batch
+
+    @property
+    def capacity(self) -> Any:
+        return self.num_experts * _checks.round_up(self.max_tokens_per_batch, self.block_size)
+
+    @property
+    def outputs(self) -> dict[str, tuple[Any, ...]]:
+        return {
+            "sorted_token_ids": (self.capacity,),
+            "expert_ids": (_checks.cdiv(self.capacity, self.block_size),),
+            "num_tokens_post_padded": (1,),
+        }
+
+
+type Problem = AlignProblem | SglangProblem | BatchedProblem

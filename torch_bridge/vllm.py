@@ -1,0 +1,124 @@
+"""vLLM's functions on our kernels: signatures, order, defaults, shapes and fill values of vllm 0.33.
+
+    from torch_bridge.vllm import moe_align_block_size
+
+vLLM itself is not imported. One quirk is not copied: with a map and ignore_invalid_experts=False, vLLM's
+unused blocks read expert_map[-1]; ours read -1. What vLLM refuses works here: 1-D ids, no pairs, any
+number of experts, every integer dtype.
+"""
+
+import torch
+
+from moe_align_jax import _checks
+from torch_bridge import align, checks, ops
+from torch_bridge.problems import BatchedProblem
+
+
+def moe_align_block_size(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    return_scatter_idx: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """vLLM's `moe_align_block_size`.
+
+    Args:
+        topk_ids: `[num_tokens, topk]` (or any shape), any integer dtype.
+        block_size: rows per GEMM block.
+        num_experts: number of global experts.
+        expert_map: `[num_experts]` any integer dtype: global to local id, -1 if on another rank.
+        pad_sorted_ids: round the capacity up to a multiple of block_size.
+        ignore_invalid_experts: drop pairs of remote experts before counting; otherwise their blocks
+            read -1.
+        return_scatter_idx: return `scatter_idx` too.
+
+    Returns:
+        `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32, as
+        `torch_bridge.moe_align_block_size`; then, if asked for, `scatter_idx` `[n, 1]` int32: a
+        pair's own index, -1 where the pair is dropped.
+
+    Raises:
+        ValueError: return_scatter_idx with a map and without ignore_invalid_experts; and what
+            `torch_bridge.moe_align_block_size` raises.
+
+    Example:
+        >>> ids = torch.tensor([[2, 3], [1, 9]], dtype=torch.int32)
+        >>> moe_align_block_size(ids, 2, 4, return_scatter_idx=True)[3].flatten().tolist()
+        [0, 1, 2, -1]
+
+    Source: vllm 0.33 `model_executor/layers/fused_moe/moe_align_block_size.py` (Apache-2.0), its
+    signature and contract; no code taken.
+    """
+    function = "moe_align_block_size"
+    checks.check_bool(function, "return_scatter_idx", return_scatter_idx)
+    problem, operands, limit = align.check(
+        function,
+        topk_ids,
+        num_experts,
+        block_size,
+        None,
+        expert_map,
+        ignore_invalid_experts,
+        pad_sorted_ids,
+        None,
+    )
+    if return_scatter_idx and expert_map is not None and not ignore_invalid_experts:
+        raise ValueError(
+            _checks.message(
+                function,
+                "return_scatter_idx",
+                "come with ignore_invalid_experts=True when there is an expert_map",
+                "ignore_invalid_experts=False",
+                "Pass ignore_invalid_experts=True, or leave scatter_idx out.",
+            )
+        )
+    arguments = align.op_arguments(problem, operands, limit)
+    return tuple(ops.block_align(*arguments, False, False, return_scatter_idx))
+
+
+def batched_moe_align_block_size(
+    max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """vLLM's `batched_moe_align_block_size`, for the `[num_experts, max_tokens_per_batch, H]` layout.
+
+    Args:
+        max_tokens_per_batch: rows per expert of the layout, >= 1.
+        block_size: rows per GEMM block.
+        expert_num_tokens: `[num_experts]` any integer dtype: rows in use per expert, clamped to
+            `[0, max_tokens_per_batch]`.
+
+    Returns:
+        `(sorted_token_ids, expert_ids, num_tokens_post_pad [1])`, int32, with
+        P = num_experts * round_up(max_tokens_per_batch, block_size) rows: row i of expert e is
+        `e * max_tokens_per_batch + i`, the sentinel `num_experts * max_tokens_per_batch`; unused blocks
+        read -1.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as
+        `torch_bridge.moe_align_block_size`.
+
+    Example:
+        >>> counts = torch.tensor([1, 0, 3], dtype=torch.int32)
+        >>> sorted_ids, expert_ids, count = batched_moe_align_block_size(4, 2, counts)
+        >>> sorted_ids[:6].tolist(), expert_ids.tolist(), count.tolist()
+        ([0, 12, 8, 9, 10, 12], [0, 2, 2, -1, -1, -1], [6])
+
+    Source: as `moe_align_block_size`.
+    """
+    function = "batched_moe_align_block_size"
+    remedy = "Pass the row count of each expert."
+    counts = checks.check_integer_tensor(function, "expert_num_tokens", expert_num_tokens, remedy)
+    max_tokens_per_batch = _checks.check_positive_int(
+        function, "max_tokens_per_batch", max_tokens_per_batch, "Pass the rows per expert."
+    )
+    block_size = _checks.check_block_size(function, block_size)
+    if counts.dim() != 1 or counts.shape[0] < 1:
+        what, rule = _checks.describe(counts), "have shape [num_experts] with at least one expert"
+        raise ValueError(_checks.message(function, "expert_num_tokens", rule, what, remedy))
+    if not torch.compiler.is_compiling():
+        problem = BatchedProblem(counts.shape[0], max_tokens_per_batch, block_size)
+        checks.check_capacity(function, "max_tokens_per_batch", problem.capacity)
+    return ops.batched_block_align(counts, max_tokens_per_batch, block_size)
