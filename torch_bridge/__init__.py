@@ -1,7 +1,7 @@
 """torch_bridge: the operations of moe_align_jax on PyTorch tensors.
 
-Imports torch at once and jax only when a call needs it. `torch_bridge.vllm` and `torch_bridge.sglang` keep
-the signatures of those projects, so that one import line changes.
+Imports torch at once and jax only when a call needs it. `torch_bridge.vllm` and
+`torch_bridge.sglang` keep the signatures of those projects, so that one import line changes.
 """
 
 try:

@@ -29,13 +29,13 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Groups (token, expert) pairs by expert, each expert padded to whole GEMM blocks.
 
-    `moe_align_jax.moe_align_block_size` on PyTorch tensors, on torch's current stream; the host does not
-    wait for the GPU. Works under torch.compile (fullgraph, dynamic shapes) and torch.export; not in a
-    CUDA-graph capture. The result is bit for bit the same in every run.
+    `moe_align_jax.moe_align_block_size` on PyTorch tensors, on torch's current stream; the host
+    does not wait for the GPU. Works under torch.compile (fullgraph, dynamic shapes) and
+    torch.export; not in a CUDA-graph capture. The result is bit for bit the same in every run.
 
     Args:
-        topk_ids: any shape, usually `[num_tokens, topk]` or flat, any integer dtype, on a CPU or a GPU.
-            Ids outside `[0, num_experts)` are dropped, compared in their own dtype.
+        topk_ids: any shape, usually `[num_tokens, topk]` or flat, any integer dtype, on a CPU or a
+            GPU. Ids outside `[0, num_experts)` are dropped, compared in their own dtype.
         num_experts: E, number of global (physical) experts, >= 1.
         block_size: rows per GEMM block, >= 1.
         topk: None, or the experts per token: the last dimension of `topk_ids`, or a divisor of the
@@ -51,8 +51,8 @@ def moe_align_block_size(
         path: "auto", "dlpack", or "direct" (not in this version).
 
     Returns:
-        `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32, on
-        the device of `topk_ids`, with P = `max_num_tokens_padded(n, ...)` for n = topk_ids.numel():
+        `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32,
+        on the device of `topk_ids`, with n pairs and P = `max_num_tokens_padded(n, ...)`:
         pair indices grouped by expert in ascending order, n in every other slot; the expert of each
         block, -1 past the last used one; rows in use.
 
@@ -115,8 +115,8 @@ def align_blocks(
 
     Returns:
         `AlignedBlocks` of int32 tensors on the device of `topk_ids`: `sorted_token_ids` `[P]`,
-        `expert_ids` `[B]`, `num_tokens_post_padded` `[1]`, `tokens_per_expert` `[E]`, and `row_of_pair`
-        `[n]` or None.
+        `expert_ids` `[B]`, `num_tokens_post_padded` `[1]`, `tokens_per_expert` `[E]`, and
+        `row_of_pair` `[n]` or None.
 
     Raises:
         As `torch_bridge.moe_align_block_size`.
@@ -165,8 +165,9 @@ def explain(
         As for `moe_align_block_size`.
 
     Returns:
-        `Plan(path, implementation, copies, reasons)`: the very object that drives the call. `copies`
-        maps each argument that would be copied, and "outputs" where the results would be, to the reason.
+        `Plan(path, implementation, copies, reasons)`: the very object that drives the call.
+        `copies` maps each argument that would be copied, and "outputs" where the results would be,
+        to the reason.
 
     Raises:
         As `moe_align_block_size`; TypeError for a tensor without data (fake, meta).
@@ -204,9 +205,9 @@ def warmup(
 ) -> NoReturn:
     """Not in this version: it belongs to the direct path.
 
-    The DLPack path compiles one program per number of pairs (jit's own rule), at the first call with that
-    number, so no warm-up could cover "any size up to max_tokens". Call `moe_align_block_size` once per
-    size that you will use.
+    The DLPack path compiles one program per number of pairs (jit's own rule), at the first call
+    with that number, so no warm-up could cover "any size up to max_tokens". Call
+    `moe_align_block_size` once per size that you will use.
 
     Args:
         num_experts, block_size: as for `moe_align_block_size`.
@@ -229,7 +230,7 @@ def warmup(
     )
 
 
-# -- shared by the entry points ------------------------------------------------------------------------
+# -- shared by the entry points ------------------------------------------------------------------
 
 
 def check(
@@ -243,7 +244,7 @@ def check(
     pad_sorted_ids,
     num_valid_pairs,
 ) -> tuple[AlignProblem, dict[str, torch.Tensor], int | None]:
-    """Checks all but data: the problem, its tensors by name, and num_valid_pairs when it is an int."""
+    """Checks all but data: the problem, its tensors by name, num_valid_pairs if it is an int."""
     topk_ids = checks.check_topk_ids(function, topk_ids)
     num_experts = _checks.check_num_experts(function, num_experts)
     block_size = _checks.check_block_size(function, block_size)
@@ -257,7 +258,7 @@ def check(
     problem = AlignProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
     )
-    if not torch.compiler.is_compiling():  # a traced size may be unknown; the operator checks it again
+    if not torch.compiler.is_compiling():  # a traced size may be unknown; the operator checks
         checks.check_capacity(function, "topk_ids", problem.capacity)
     operands = {"topk_ids": topk_ids}
     if expert_map is not None:
@@ -283,7 +284,7 @@ def op_arguments(problem: AlignProblem, operands: dict[str, torch.Tensor], limit
 def check_out(
     function: str, out: Sequence[torch.Tensor], problem: AlignProblem, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three contiguous int32 tensors of the exact shapes. (Overlap needs addresses: the operator's check.)"""
+    """Three contiguous int32 tensors of the exact shapes. The operator checks overlap."""
     remedy = "Pass (sorted_token_ids, expert_ids, num_tokens_post_pad) from torch.empty."
     if not isinstance(out, (tuple, list)) or len(out) != 3:
         what = f"{len(out)} items" if isinstance(out, (tuple, list)) else _checks.describe(out)
@@ -299,12 +300,8 @@ def check_out(
             raise ValueError(_checks.message(function, f"out[{i}]", rule, what, remedy))
         if target.device != device:
             rule = f"be on the device of topk_ids, {device}"
-            raise ValueError(
-                _checks.message(function, f"out[{i}]", rule, target.device, remedy)
-            )
+            raise ValueError(_checks.message(function, f"out[{i}]", rule, target.device, remedy))
         if target.layout != torch.strided or not target.is_contiguous():
             what = f"strides {list(target.stride())}"
-            raise ValueError(
-                _checks.message(function, f"out[{i}]", "be contiguous", what, remedy)
-            )
+            raise ValueError(_checks.message(function, f"out[{i}]", "be contiguous", what, remedy))
     return out[0], out[1], out[2]

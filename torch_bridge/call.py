@@ -1,10 +1,12 @@
-"""Runs a plan on the DLPack path: import, one jax program, hand over. Streams and lifetimes live here.
+"""Runs a plan on the DLPack path: import, one jax program, hand over. Streams and lifetimes.
 
 On CUDA the host never waits for the GPU. Three rules make that safe:
 1. XLA's stream waits for torch's current stream at the import (DLPack's stream argument).
-2. Results are exported, which makes torch's current stream wait for the program, *before* the inputs are
-   released or the caller may overwrite them: torch then reuses input memory only behind that wait.
-3. Results are copied into torch's memory, and XLA's memory is kept until an event behind that copy has
+2. Results are exported, which makes torch's current stream wait for the program, *before* the
+   inputs are released or the caller may overwrite them: torch then reuses input memory only behind
+   that wait.
+3. Results are copied into torch's memory, and XLA's memory is kept until an event behind that copy
+   has
    passed: XLA orders the reuse of its memory by its own stream alone and does not know of the copy.
 On a CPU the export returns when the program is done, so both sides may do as they like afterwards.
 """
@@ -45,12 +47,12 @@ def _configure_jax_memory() -> None:
 
 
 @functools.cache
-def _warn_of_preallocation(device: "jax.Device") -> None:
+def _warn_of_preallocation(device: Any) -> None:
     stats = device.memory_stats() or {}
     pool, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
     if limit and pool > 0.9 * limit:
         warnings.warn(
-            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device}, which torch cannot use. "
+            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device} for itself. "
             "Set XLA_PYTHON_CLIENT_PREALLOCATE=false before jax first uses the GPU.",
             stacklevel=2,
         )
@@ -85,7 +87,9 @@ def jax_platform(function: str, device: torch.device) -> str:
             "cuda": "Install jax[cuda13] or jax[cuda12], and leave the GPU visible to jax.",
         }.get(device.type, "Move the tensor to a CPU or a CUDA device.")
         raise NotImplementedError(
-            _checks.message(function, "the tensors' device", "be one that jax has too", device, remedy)
+            _checks.message(
+                function, "the tensors' device", "be one that jax has too", device, remedy
+            )
         )
     return platform
 
@@ -101,7 +105,7 @@ def execute(
     max_valid_pairs: int | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Does what the plan says. Returns the int32 tensors of `problem.outputs`, in order; or `out`."""
+    """Does what the plan says: the int32 tensors of `problem.outputs`, in order, or `out`."""
     device = next(iter(operands.values())).device
     if plan.implementation == "none":
         return _empty_results(problem, device, out)
@@ -153,11 +157,11 @@ def hand_over(
 
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(targets, sources)  # type: ignore[reportPrivateImportUsage]
 
 
 class _KeptMemory:
-    """XLA memory that torch's streams still have to read, with the event that says when they have."""
+    """XLA memory that torch's streams have yet to read, with the event that says they have."""
 
     def __init__(self) -> None:
         self._entries: collections.deque[tuple[Any, list[torch.Tensor], int]] = collections.deque()

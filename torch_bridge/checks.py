@@ -1,4 +1,4 @@
-"""Checks on torch arguments: static facts only (dtype, shape, device, layout), so that they trace."""
+"""Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
 
 import torch
 
@@ -37,7 +37,8 @@ def check_path(function: str, path: object) -> str:
 
 
 DIRECT_UNAVAILABLE = (
-    "Launching the kernels on torch's own stream is not in this version; pass path='auto' or 'dlpack'."
+    "Launching the kernels on torch's own stream is not in this version; "
+    "pass path='auto' or 'dlpack'."
 )
 
 
@@ -145,15 +146,11 @@ def check_num_valid_pairs(
         return None, min(max(value, -1), _checks.INT32_MAX)
     if not isinstance(value, torch.Tensor):
         what = _checks.describe(value)
-        raise TypeError(
-            _checks.message(function, "num_valid_pairs", "be an integer", what, remedy)
-        )
+        raise TypeError(_checks.message(function, "num_valid_pairs", "be an integer", what, remedy))
     tensor = check_integer_tensor(function, "num_valid_pairs", value, remedy, device)
     if tensor.numel() != 1:
         what = _checks.describe(tensor)
-        raise ValueError(
-            _checks.message(function, "num_valid_pairs", "be a scalar", what, remedy)
-        )
+        raise ValueError(_checks.message(function, "num_valid_pairs", "be a scalar", what, remedy))
     return tensor, None
 
 

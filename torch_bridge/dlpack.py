@@ -1,7 +1,7 @@
 """to_jax, to_torch: tensors across DLPack, with no silent copy and no silently wrong value.
 
 What DLPack and its two ends get wrong, and the guard here (each has a test in tests/torch_bridge):
-- jax narrows 64-bit values when x64 is off, without a word: they are imported under a local x64 context.
+- jax narrows 64-bit values when x64 is off, without a word: imported under a local x64 context.
 - a FakeTensor is imported as garbage: refused. A neg-bit view loses its sign: copied or refused.
 - a CPU pointer off a 64-byte boundary, and any stride but the compact one: copied or refused.
 - torch's stream protocol needs the tensor's device to be current: it is made so.
@@ -17,9 +17,9 @@ from moe_align_jax import _checks
 if TYPE_CHECKING:
     import jax
 
-# XLA's own rule for sharing CPU memory. On CUDA, XLA refuses arguments off 16 bytes when it runs a program
-# ("Address of buffer ... must be a multiple of 10"), and a Mosaic GPU kernel is compiled for pointers on
-# 256 bytes (its lowering declares so, and LLVM drops the low bits).
+# XLA's own rule for sharing CPU memory. On CUDA, XLA refuses to run a program on arguments that are
+# not on 16 bytes ("Address of buffer ... must be a multiple of 10"), and a Mosaic GPU kernel is
+# compiled for pointers on 256 bytes (its lowering declares so, and LLVM drops the low bits).
 _CPU_ALIGNMENT = 64
 _XLA_CUDA_ALIGNMENT = 16
 _MOSAIC_ALIGNMENT = 256
@@ -48,12 +48,11 @@ _DTYPES = {
 
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data of its own: fake, meta, or a wrapper of a torch transform."""
+    from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
     from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
     return (
-        tensor.device.type == "meta"
-        or torch_is_fake(tensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        tensor.device.type == "meta" or torch_is_fake(tensor) or is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -101,7 +100,7 @@ def share(tensor: torch.Tensor) -> "jax.Array":
 
 
 def check_not_capturing(function: str, device: torch.device) -> None:
-    """Refuses a CUDA-graph capture before XLA is touched: XLA runs on its own stream, outside it."""
+    """Refuses a CUDA-graph capture before XLA, which runs on a stream of its own, is touched."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             _checks.message(
@@ -109,7 +108,7 @@ def check_not_capturing(function: str, device: torch.device) -> None:
                 "the call",
                 "be outside a CUDA-graph capture on the DLPack path",
                 f"a capturing stream on {device}",
-                "XLA runs on a stream of its own: call it before the capture, or leave it out of the "
+                "XLA runs on a stream of its own: call it before the capture, or outside of the "
                 "captured region.",
             )
         )
@@ -118,8 +117,8 @@ def check_not_capturing(function: str, device: torch.device) -> None:
 def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     """The same memory as a jax array, on the same device, 64-bit dtypes included (x64 stays off).
 
-    On CUDA, jax's stream waits for the work that torch's current stream holds now; the host does not
-    block. Keep the tensor alive, and do not write to it, until the jax work that reads it is done.
+    On CUDA, jax's stream waits for the work that torch's current stream holds now; the host does
+    not block. Keep the tensor alive, and unchanged, until the jax work that reads it is done.
 
     Args:
         tensor: any shape; bool, any integer, float16, bfloat16, float32, float64, complex or
@@ -176,7 +175,7 @@ def check_tensor(function: str, argument: str, tensor: object) -> None:
         raise TypeError(_checks.message(function, argument, "be a torch.Tensor", what, remedy))
     if is_fake(tensor):
         what = f"a fake, meta or transformed tensor, {_checks.describe(tensor)}"
-        remedy = "Call it on real tensors; under torch.compile, call the operations of torch_bridge."
+        remedy = "Call it on real tensors; under torch.compile, call torch_bridge's operations."
         raise TypeError(_checks.message(function, argument, "have data", what, remedy))
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         what = f"{_checks.describe(tensor)}, layout {tensor.layout}"
@@ -188,12 +187,12 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
     """The same memory as a torch tensor, on the same device.
 
     On CUDA, torch's current stream waits for the array; the host does not block. On a CPU the call
-    returns when the array is ready. jax takes its arrays for immutable: do not write to the tensor while
-    the array is in use. On CUDA, finish the torch work that reads the tensor (or clone it) before it is
-    dropped: XLA may give the memory to its next program at once.
+    returns when the array is ready. jax takes its arrays for immutable: do not write to the tensor
+    while the array is in use. On CUDA, finish the torch work that reads the tensor before dropping
+    it: XLA may give the memory to its next program at once.
 
     Args:
-        array: a concrete `jax.Array` on one device; any dtype that DLPack carries (no key arrays, int4).
+        array: a concrete `jax.Array` on one device, of a dtype that DLPack carries (no keys, int4).
 
     Returns:
         A tensor of the array's shape and dtype that shares its memory.
@@ -208,9 +207,10 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
         [0, 1, 2]
     """
     import jax
+    from jax.core import Tracer
 
     function = "to_torch"
-    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         what = type(array).__name__
         remedy = "Pass a concrete array: not a NumPy array, and not from inside jit or vmap."
         raise TypeError(_checks.message(function, "array", "be a jax.Array", what, remedy))
@@ -231,7 +231,7 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
         ) from error
 
 
-def _torch_device(device: "jax.Device") -> torch.device:
+def _torch_device(device: Any) -> torch.device:
     if device.platform == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", device.local_hardware_id or 0)

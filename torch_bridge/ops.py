@@ -1,7 +1,8 @@
 """The torch operators of the DLPack path, with fakes of pure size arithmetic (they need no jax).
 
-`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. The direct path will
-have operators of its own: these are tagged unsafe for CUDA graphs, and its own will not be.
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. The direct
+path will have operators of its own: these are tagged unsafe for CUDA graphs, and its own will not
+be.
 """
 
 import torch
@@ -24,7 +25,8 @@ _ALIGN_ARGUMENTS = (
 )
 _SCHEMAS = {
     "block_align_dlpack": (
-        f"({_ALIGN_ARGUMENTS}, bool with_counts, bool with_inverse, bool with_scatter_idx) -> Tensor[]"
+        f"({_ALIGN_ARGUMENTS}, bool with_counts, bool with_inverse, bool with_scatter_idx) "
+        "-> Tensor[]"
     ),
     "block_align_dlpack_out": (
         f"({_ALIGN_ARGUMENTS}, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, "
@@ -41,7 +43,7 @@ _SCHEMAS = {
 }
 
 
-# -- bodies on real tensors --------------------------------------------------------------------------
+# -- bodies on real tensors ----------------------------------------------------------------------
 
 
 def plan_call(
@@ -138,7 +140,7 @@ def _batched_block_align(expert_num_tokens, max_tokens_per_batch, block_size):
     return tuple(_run(problem, {"expert_num_tokens": expert_num_tokens}))
 
 
-# -- fakes -------------------------------------------------------------------------------------------
+# -- fakes ---------------------------------------------------------------------------------------
 
 
 def _fake_results(problem: Problem, like: torch.Tensor) -> list[torch.Tensor]:
@@ -180,7 +182,7 @@ sglang_block_align = torch.ops.moe_align_jax.sglang_block_align_dlpack.default
 batched_block_align = torch.ops.moe_align_jax.batched_block_align_dlpack.default
 
 
-# -- out= ---------------------------------------------------------------------------------------------
+# -- out= ----------------------------------------------------------------------------------------
 
 
 def check_no_overlap(

@@ -74,7 +74,7 @@ def make_plan(
     if isinstance(problem, AlignProblem):
         sizes = (problem.num_pairs, problem.block_size, problem.num_experts)
     else:
-        # Its kernels are chosen by platform alone; SGLang's E + 1 buckets must not overflow a check.
+        # Chosen by platform alone.
         sizes = (1, 1, 1)
     implementation, others = _select(*sizes, platform, _forced_implementation)
     boundary = dlpack.alignment(device.type, implementation)
@@ -86,7 +86,6 @@ def make_plan(
         copies["outputs"] = "they are written into the tensors of out="
     elif device.type == "cuda":
         copies["outputs"] = (
-            "they are copied into torch's memory: XLA may reuse its own before torch's stream has read it"
+            "they are copied into torch's memory: XLA may reuse its own before torch has read it"
         )
     return Plan(path, implementation, copies, reasons | dict(others))
-

@@ -1,6 +1,7 @@
 """What one call computes, statically: its options, and the names and shapes of its results.
 
-Pure size arithmetic that also holds for symbolic sizes (SymInt): fakes, plans and calls share it. No jax.
+Pure size arithmetic that also holds for symbolic sizes (SymInt): fakes, plans and calls share it.
+No jax.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The JAX side: each problem as a call of moe_align_jax. Imported with the first call, never by torch_bridge."""
+"""The JAX side: each problem as a call of moe_align_jax. Imported with the first call."""
 
 import functools
 
@@ -69,7 +69,8 @@ def _vllm_scatter(operands, *, problem: AlignProblem, implementation: str):
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
 def _sglang(topk_ids: jax.Array, *, problem: SglangProblem, implementation: str):
     """Aligns E + 1 buckets: bucket 0 is id -1, bucket e + 1 is expert e."""
-    buckets = _buckets(topk_ids, problem.num_experts, keep_minus_one=not problem.ignore_invalid_expert)
+    keep = not problem.ignore_invalid_expert
+    buckets = _buckets(topk_ids, problem.num_experts, keep_minus_one=keep)
     aligned = moe_align_block_size(
         buckets,
         block_size=problem.block_size,
@@ -103,7 +104,8 @@ def _buckets(ids: jax.Array, num_experts: int, *, keep_minus_one: bool) -> jax.A
         expert = jnp.where(high == 0, low, -1)
     else:
         wide = ids.dtype.itemsize == 4
-        expert = lax.bitcast_convert_type(ids, _I32) if wide else lax.convert_element_type(ids, _I32)
+        narrow = lax.bitcast_convert_type if wide else lax.convert_element_type
+        expert = narrow(ids, _I32)
         minus_one = expert == -1
     bucket = jnp.where((expert >= 0) & (expert < num_experts), expert + 1, -1)
     if signed and keep_minus_one:

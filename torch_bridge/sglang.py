@@ -2,8 +2,8 @@
 
     from torch_bridge.sglang import moe_align_block_size
 
-SGLang itself is not imported. Combinations that SGLang refuses (off CUDA, above 8191 experts) work here,
-and every slot is written: tails of `sorted_token_ids` read n and of `expert_ids` -1, always.
+SGLang itself is not imported. Combinations that SGLang refuses (off CUDA, above 8191 experts) work
+here, and every slot is written: tails of `sorted_token_ids` read n and of `expert_ids` -1, always.
 """
 
 import torch
@@ -22,21 +22,22 @@ def moe_align_block_size(
     return_inactive_prefix_count: bool = False,
     pad_expert_ids: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SGLang's `moe_align_block_size`: id -1 (filtered by expert parallelism) has blocks of its own.
+    """SGLang's `moe_align_block_size`: id -1 (on another rank) has blocks of its own.
 
     Args:
-        topk_ids: `[num_tokens, topk]` (or any shape), any integer dtype. Ids below -1 or >= num_experts
-            are dropped.
+        topk_ids: `[num_tokens, topk]` (or any shape), any integer dtype. Ids below -1 or >=
+            num_experts are dropped.
         block_size: rows per GEMM block.
         num_experts: number of experts, without the bucket of id -1.
-        ignore_invalid_expert: drop id -1 too. Otherwise its pairs stand ahead of expert 0, in blocks
-            that read -1.
+        ignore_invalid_expert: drop id -1 too. Otherwise its pairs stand ahead of expert 0, in
+            blocks that read -1.
         return_inactive_prefix_count: the count gets a second word: the blocks (not rows) of id -1.
         pad_expert_ids: accepted; the tail of `expert_ids` reads -1 either way.
 
     Returns:
         `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1] or [2])`,
-        int32, with P = n + min(n, num_experts + 1) * (block_size - 1), rounded up to a multiple of 4.
+        int32, with P = n + min(n, num_experts + 1) * (block_size - 1), rounded up to a multiple
+        of 4.
 
     Raises:
         As `torch_bridge.moe_align_block_size`.
@@ -48,8 +49,8 @@ def moe_align_block_size(
         >>> sorted_ids.tolist(), expert_ids.tolist(), count.tolist()
         ([1, 4, 2, 4, 0, 3, 4, 4], [-1, 0, 1, -1], [6, 1])
 
-    Source: sglang 0.5.23 `srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py` (Apache-2.0), its
-    signature and contract; no code taken.
+    Source: sglang 0.5.23 `srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py`
+    (Apache-2.0), its signature and contract; no code taken.
     """
     function = "moe_align_block_size"
     topk_ids = checks.check_topk_ids(function, topk_ids)

@@ -1,10 +1,11 @@
-"""vLLM's functions on our kernels: signatures, order, defaults, shapes and fill values of vllm 0.33.
+"""vLLM's functions on our kernels: signatures, order, defaults, shapes and fill values of vllm
+0.33.
 
     from torch_bridge.vllm import moe_align_block_size
 
-vLLM itself is not imported. One quirk is not copied: with a map and ignore_invalid_experts=False, vLLM's
-unused blocks read expert_map[-1]; ours read -1. What vLLM refuses works here: 1-D ids, no pairs, any
-number of experts, every integer dtype.
+vLLM itself is not imported. One quirk is not copied: with a map and ignore_invalid_experts=False,
+vLLM's unused blocks read expert_map[-1]; ours read -1. What vLLM refuses works here: 1-D ids, no
+pairs, any number of experts, every integer dtype.
 """
 
 import torch
@@ -36,8 +37,8 @@ def moe_align_block_size(
         return_scatter_idx: return `scatter_idx` too.
 
     Returns:
-        `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32, as
-        `torch_bridge.moe_align_block_size`; then, if asked for, `scatter_idx` `[n, 1]` int32: a
+        `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32,
+        as `torch_bridge.moe_align_block_size`; then, if asked for, `scatter_idx` `[n, 1]` int32: a
         pair's own index, -1 where the pair is dropped.
 
     Raises:
@@ -82,7 +83,8 @@ def moe_align_block_size(
 def batched_moe_align_block_size(
     max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """vLLM's `batched_moe_align_block_size`, for the `[num_experts, max_tokens_per_batch, H]` layout.
+    """vLLM's `batched_moe_align_block_size`, for the `[num_experts, max_tokens_per_batch, H]`
+    layout.
 
     Args:
         max_tokens_per_batch: rows per expert of the layout, >= 1.
@@ -93,8 +95,8 @@ def batched_moe_align_block_size(
     Returns:
         `(sorted_token_ids, expert_ids, num_tokens_post_pad [1])`, int32, with
         P = num_experts * round_up(max_tokens_per_batch, block_size) rows: row i of expert e is
-        `e * max_tokens_per_batch + i`, the sentinel `num_experts * max_tokens_per_batch`; unused blocks
-        read -1.
+        `e * max_tokens_per_batch + i`, the sentinel `num_experts * max_tokens_per_batch`; unused
+        blocks read -1.
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as
