@@ -19,7 +19,7 @@ VENV_FOR = @sh tools/make_venv.sh $(VENV)
 endif
 
 # Two worker processes where pytest-xdist is there; without it one process does the same tests.
-XDIST = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
+XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rs $(XDIST) $(PYTEST_ARGS)
 
 .PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format clean
