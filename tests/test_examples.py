@@ -51,7 +51,7 @@ def masked_dense(params, x, weights, ids):
     y = 0.0
     for e in range(EXPERTS):
         out = (jax.nn.silu(x @ params.gate[e]) * (x @ params.up[e])) @ params.down[e]
-        y += out * (weights * (ids == e)).sum(1, keepdims=True)
+        y += out * jnp.where(ids == e, weights, 0).sum(1, keepdims=True)
     return y
 
 

@@ -8,15 +8,27 @@ from rich.console import Console
 
 import moe_align_jax
 from moe_align_jax._cli import checkout, demo, info, profile
+from moe_align_jax._dispatch import IMPLEMENTATIONS
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="The routing core of Mixture-of-Experts models for JAX: moe_align_block_size.",
 )
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
 _Implementation = Annotated[
     str | None,
-    typer.Option(help='"mosaic_gpu", "xla" or "emulator"; the best available by default.'),
+    typer.Option(
+        callback=_known,
+        help=f"One of {', '.join(IMPLEMENTATIONS)}; the best available by default.",
+    ),
 ]
 
 

@@ -1,0 +1,188 @@
+"""A small Mixture-of-Experts layer in JAX around moe_align_block_size.
+
+The shortest complete use of the op, meant for reading (`jax.lax.ragged_dot` is not the fastest
+grouped GEMM on a GPU). Every stage stands under `jax.named_scope`, so that a profile shows it.
+Run it: `python examples/moe_layer.py`.
+
+T tokens, K top_k, n = T*K pairs, E experts, P padded rows, H hidden size, F size within an expert.
+"""
+
+import argparse
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_align_jax import moe_align_block_size, padded_group_sizes, select_implementation
+
+
+class MoEParams(NamedTuple):
+    """Weights of the layer.
+
+    Attributes:
+        router: `[H, E]`.
+        gate: `[E, H, F]`.
+        up: `[E, H, F]`.
+        down: `[E, F, H]`.
+    """
+
+    router: jax.Array
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
+def init(
+    key: jax.Array, *, hidden: int, ffn: int, num_experts: int, dtype=jnp.float32
+) -> MoEParams:
+    """Random weights, scaled by the square root of what each multiplies."""
+    keys = jax.random.split(key, 4)
+    shapes = [
+        (hidden, num_experts),
+        (num_experts, hidden, ffn),
+        (num_experts, hidden, ffn),
+        (num_experts, ffn, hidden),
+    ]
+    return MoEParams(
+        *[
+            (jax.random.normal(k, s) / jnp.sqrt(s[-2])).astype(dtype)
+            for k, s in zip(keys, shapes, strict=True)
+        ]
+    )
+
+
+def route(router: jax.Array, x: jax.Array, *, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The top_k experts of each token: weights `[T, K]` that sum to 1, and ids `[T, K]` int32."""
+    with jax.named_scope("route"):
+        logits, topk_ids = jax.lax.top_k(x.astype(jnp.float32) @ router.astype(jnp.float32), top_k)
+        return jax.nn.softmax(logits), topk_ids
+
+
+def apply_experts(
+    params: MoEParams,
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    *,
+    block_size: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The weighted sum of each token's experts; an id outside `[0, E)` adds zero.
+
+    Args:
+        params: the weights; the router is not used.
+        x: `[T, H]` floating point.
+        topk_weights: `[T, K]` floating point.
+        topk_ids: `[T, K]` integers.
+        block_size: rows per block: each expert's rows are padded to a multiple of it. Static.
+        implementation: of the alignment; None for the best available.
+
+    Returns:
+        `[T, H]`, dtype of x.
+    """
+    num_experts = params.gate.shape[0]
+    top_k = topk_ids.shape[1]
+    with jax.named_scope("align"):
+        aligned = moe_align_block_size(
+            topk_ids,
+            block_size=block_size,
+            num_experts=num_experts,
+            return_inverse=True,
+            implementation=implementation,
+        )
+        group_sizes = padded_group_sizes(aligned, block_size=block_size)
+    with jax.named_scope("gather"):
+        # Pair i belongs to token i // K; the sentinel n gives token T, past the end: a zero row.
+        token = aligned.sorted_token_ids // top_k
+        rows = x.at[token].get(mode="fill", fill_value=0)
+    with jax.named_scope("experts"):
+        # The group sizes sum to num_tokens_post_padded <= P. Rows past it belong to no expert, and
+        # ragged_dot promises nothing about them; nothing below reads them, forward or backward.
+        hidden = jax.nn.silu(jax.lax.ragged_dot(rows, params.gate, group_sizes))
+        hidden *= jax.lax.ragged_dot(rows, params.up, group_sizes)
+        out = jax.lax.ragged_dot(hidden, params.down, group_sizes)
+    with jax.named_scope("combine"):
+        # A dropped pair has row -1, which would index from the end: send it past the end instead.
+        row = jnp.where(aligned.row_of_pair < 0, out.shape[0], aligned.row_of_pair)
+        per_pair = out.at[row].get(mode="fill", fill_value=0).reshape(*topk_ids.shape, -1)
+        return jnp.einsum("tk,tkh->th", topk_weights.astype(out.dtype), per_pair).astype(x.dtype)
+
+
+def moe_layer(
+    params: MoEParams,
+    x: jax.Array,
+    *,
+    top_k: int,
+    block_size: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`[T, H]` -> `[T, H]`: route, align, grouped GEMMs with SwiGLU, combine."""
+    weights, topk_ids = route(params.router, x, top_k=top_k)
+    return apply_experts(
+        params, x, weights, topk_ids, block_size=block_size, implementation=implementation
+    )
+
+
+def dense_moe_layer(params: MoEParams, x: jax.Array, *, top_k: int) -> jax.Array:
+    """The same by running every expert on every token: E / K times the work, no alignment."""
+    weights, topk_ids = route(params.router, x, top_k=top_k)
+    gate = jnp.einsum("th,ehf->tef", x, params.gate)
+    up = jnp.einsum("th,ehf->tef", x, params.up)
+    each = jnp.einsum("tef,efh->teh", jax.nn.silu(gate) * up, params.down)
+    share = (jax.nn.one_hot(topk_ids, params.gate.shape[0]) * weights[..., None]).sum(1)
+    return jnp.einsum("te,teh->th", share, each).astype(x.dtype)
+
+
+def main() -> None:
+    """Runs the layer and its gradient under jit, and compares both with the dense layer."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--block-size", type=int, default=16)
+    options = parser.parse_args()
+
+    key_params, key_x = jax.random.split(jax.random.key(0))
+    params = init(
+        key_params, hidden=options.hidden, ffn=2 * options.hidden, num_experts=options.experts
+    )
+    x = jax.random.normal(key_x, (options.tokens, options.hidden))
+    sizes = {"top_k": options.top_k, "block_size": options.block_size}
+
+    def loss(params, x):
+        return jnp.mean(moe_layer(params, x, **sizes) ** 2)
+
+    def dense_loss(params, x):
+        return jnp.mean(dense_moe_layer(params, x, top_k=options.top_k) ** 2)
+
+    # Full float32 products, so that the two ways of summing differ by rounding only.
+    with jax.default_matmul_precision("highest"):
+        y = jax.jit(lambda p, x: moe_layer(p, x, **sizes))(params, x)
+        dense = jax.jit(lambda p, x: dense_moe_layer(p, x, top_k=options.top_k))(params, x)
+        gradients = jax.jit(jax.grad(loss))(params, x)
+        dense_gradients = jax.jit(jax.grad(dense_loss))(params, x)
+
+    def relative_error(a, b):
+        return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+
+    shape = (options.tokens, options.top_k)
+    selection = select_implementation(
+        shape, block_size=options.block_size, num_experts=options.experts
+    )
+    device = jax.devices()[0]
+    print(
+        f"MoE layer on {device.device_kind}: {options.tokens} tokens, top-{options.top_k} of "
+        f"{options.experts} experts, hidden {options.hidden}, blocks of {options.block_size}"
+    )
+    print(f"alignment by {selection.implementation} (form {selection.form!r})")
+    print(
+        f"against the dense layer, largest error relative to the largest value: y "
+        f"{relative_error(y, dense):.1e}"
+    )
+    for name, ours, reference in zip(params._fields, gradients, dense_gradients, strict=True):
+        print(f"  gradient of {name:6} {str(ours.shape):16} {relative_error(ours, reference):.1e}")
+
+
+if __name__ == "__main__":
+    main()
