@@ -5,6 +5,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,6 +15,11 @@ from moe_align_jax import _checks, _dispatch
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
 
 _I32 = jnp.int32
+
+# So that an exported program that returns it can be serialised.
+jax.export.register_namedtuple_serialization(
+    AlignedBlocks, serialized_name="moe_align_jax.AlignedBlocks"
+)
 
 
 def moe_align_block_size(
