@@ -6,8 +6,7 @@ On CUDA the host never waits for the GPU. Three rules make that safe:
    inputs are released or the caller may overwrite them: torch then reuses input memory only behind
    that wait.
 3. Results are copied into torch's memory, and XLA's memory is kept until an event behind that copy
-   has
-   passed: XLA orders the reuse of its memory by its own stream alone and does not know of the copy.
+   has passed: XLA orders the reuse of its memory by its own stream, which knows nothing of the copy.
 On a CPU the export returns when the program is done, so both sides may do as they like afterwards.
 """
 
@@ -126,7 +125,7 @@ def execute(
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """One dimension, so that one compiled program serves every shape of as many ids."""
-    return tensor.reshape(-1) if name == "topk_ids" else tensor
+    return tensor.view(-1) if name == "topk_ids" else tensor
 
 
 def _empty_results(problem, device, out) -> list[torch.Tensor]:

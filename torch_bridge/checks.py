@@ -3,6 +3,7 @@
 import torch
 
 from moe_align_jax import _checks
+from torch_bridge import dlpack
 
 INTEGER_DTYPES = (
     torch.int8,
@@ -64,17 +65,13 @@ def check_integer_tensor(
         raise TypeError(
             _checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
         )
+    if what := dlpack.not_dense(value):
+        remedy = "Call to_dense() or dequantize() first."
+        raise TypeError(_checks.message(function, argument, "be a dense tensor", what, remedy))
     if value.dtype not in INTEGER_DTYPES:
         what = _checks.describe(value)
         raise TypeError(
             _checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
-        )
-    if value.layout != torch.strided or value.is_nested:
-        what = f"{value.layout} layout" if value.layout != torch.strided else "a nested tensor"
-        raise TypeError(
-            _checks.message(
-                function, argument, "be a dense (strided) tensor", what, "Call to_dense() first."
-            )
         )
     if device is not None and value.device != device:
         raise ValueError(

@@ -168,6 +168,15 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     return share(tensor)
 
 
+def not_dense(tensor: torch.Tensor) -> str | None:
+    """What kind of tensor has no plain strided memory, or None."""
+    if tensor.is_nested:  # it has no shape to describe
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"{_checks.describe(tensor)} of layout {tensor.layout}"
+    return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
+
+
 def check_tensor(function: str, argument: str, tensor: object) -> None:
     """A dense tensor that has data: DLPack would take a FakeTensor for garbage."""
     if not isinstance(tensor, torch.Tensor):
@@ -177,8 +186,7 @@ def check_tensor(function: str, argument: str, tensor: object) -> None:
         what = f"a fake, meta or transformed tensor, {_checks.describe(tensor)}"
         remedy = "Call it on real tensors; under torch.compile, call torch_bridge's operations."
         raise TypeError(_checks.message(function, argument, "have data", what, remedy))
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        what = f"{_checks.describe(tensor)}, layout {tensor.layout}"
+    if what := not_dense(tensor):
         remedy = "Call to_dense() or dequantize() first."
         raise TypeError(_checks.message(function, argument, "be a dense tensor", what, remedy))
 
