@@ -147,7 +147,7 @@ def main() -> None:
     params = init(
         key_params, hidden=options.hidden, ffn=2 * options.hidden, num_experts=options.experts
     )
-    x = jax.random.normal(key_x, (options.tokens, options.hidden))
+    x = jax.random.normal(key_x, (options.tokens, options.hidden), jnp.float32)
     sizes = {"top_k": options.top_k, "block_size": options.block_size}
 
     def loss(params, x):

@@ -25,8 +25,8 @@ def example():
 @pytest.fixture(scope="module")
 def inputs(example):
     params = example.init(jax.random.key(0), hidden=HIDDEN, ffn=FFN, num_experts=EXPERTS)
-    x = jax.random.normal(jax.random.key(1), (TOKENS, HIDDEN))
-    weights = jax.nn.softmax(jax.random.normal(jax.random.key(2), (TOKENS, TOP_K)))
+    x = jax.random.normal(jax.random.key(1), (TOKENS, HIDDEN), jnp.float32)
+    weights = jax.nn.softmax(jax.random.normal(jax.random.key(2), (TOKENS, TOP_K), jnp.float32))
     ids = jax.random.randint(jax.random.key(3), (TOKENS, TOP_K), 0, EXPERTS)
     return params, x, weights, ids
 
@@ -79,7 +79,7 @@ def test_moe_layer_values_equal_a_loop_over_pairs(example, inputs, routing, bloc
 def test_moe_layer_gradients_equal_the_dense_ones(example, inputs, routing):
     params, x, weights, ids = inputs
     ids = ROUTINGS[routing](ids)
-    direction = jax.random.normal(jax.random.key(4), x.shape)
+    direction = jax.random.normal(jax.random.key(4), x.shape, x.dtype)
 
     def loss(layer):
         return lambda params, x, weights: jnp.sum(layer(params, x, weights, ids) * direction)
@@ -111,7 +111,7 @@ def test_moe_layer_routes_and_trains_its_router(example, inputs):
         return jnp.sum(example.moe_layer(p, x, top_k=TOP_K, block_size=4) ** 2)
 
     gradient = jax.grad(loss)(params.router)
-    step = jax.random.normal(jax.random.key(5), params.router.shape) * 1e-3
+    step = 1e-3 * jax.random.normal(jax.random.key(5), params.router.shape, x.dtype)
     change = loss(params.router + step) - loss(params.router - step)
     np.testing.assert_allclose(change, 2 * jnp.sum(gradient * step), rtol=0.05)
 

@@ -1,0 +1,314 @@
+"""benchmarks/: cases, verification, tables, fetching, and one run on this machine."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import cases, fetch, peers, report, run, timing
+from benchmarks.cases import Case, expected, mismatch
+from moe_align_jax._cli.demo import plain_loop
+
+SMALL = [
+    Case(num_pairs=24, num_experts=5, block_size=4, top_k=2),
+    Case(num_pairs=64, num_experts=3, block_size=8, skew="one"),
+    Case(num_pairs=96, num_experts=40, block_size=16, skew="zipf"),
+    Case(num_pairs=8, num_experts=256, block_size=16),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_expected_equals_a_plain_loop(case):
+    for seed in range(3):
+        ids = case.topk_ids(seed)
+        assert ids.shape == (case.num_pairs // case.top_k, case.top_k) and ids.dtype == np.int32
+        assert ids.min() >= 0 and ids.max() < case.num_experts
+        want, loop = expected(case, ids), plain_loop(ids, case.block_size, case.num_experts)
+        np.testing.assert_array_equal(want.sorted_token_ids, loop.sorted_token_ids)
+        np.testing.assert_array_equal(want.expert_ids, loop.expert_ids)
+        np.testing.assert_array_equal(want.tokens_per_expert, loop.tokens_per_expert)
+        assert want.num_tokens_post_padded == loop.num_tokens_post_padded[0]
+
+
+def test_skews_are_what_they_say():
+    sizes = {"num_pairs": 8192, "num_experts": 64, "block_size": 16}
+    share = {}
+    for skew in cases.SKEWS:
+        counts = np.bincount(Case(**sizes, skew=skew).topk_ids(1).ravel(), minlength=64)
+        share[skew] = np.sort(counts)[::-1] / 8192
+    assert share["one"].tolist() == [1.0] + [0.0] * 63
+    assert share["uniform"].max() < 2 / 64
+    harmonic = (1 / np.arange(1, 65)).sum()
+    np.testing.assert_allclose(share["zipf"][:3], [1 / harmonic / i for i in (1, 2, 3)], rtol=0.1)
+
+
+def test_bytes_moved_count_each_array_once():
+    case = Case(num_pairs=8192, num_experts=64, block_size=128, top_k=2)
+    # ids, sorted_token_ids (P = 16320, as vLLM computes it), expert_ids, the total, the counts
+    assert case.bytes_moved == 4 * (8192 + 16320 + 128 + 1 + 64)
+
+
+def answer(case, ids):
+    want = expected(case, ids)
+    total = np.array([want.num_tokens_post_padded], np.int32)
+    return want, {
+        "sorted_token_ids": want.sorted_token_ids.copy(),
+        "expert_ids": want.expert_ids.copy(),
+        "num_tokens_post_padded": total,
+        "tokens_per_expert": want.tokens_per_expert.copy(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value", "found"),
+    [
+        ("num_tokens_post_padded", 0, 4, "num_tokens_post_padded is 4"),
+        ("expert_ids", 0, 3, "expert_ids differ first at block 0"),
+        ("expert_ids", -1, 0, "expert_ids differ first at block"),
+        ("sorted_token_ids", -1, peers.POISON, "sorted_token_ids differ first at row"),
+        ("sorted_token_ids", 0, 99, "sorted_token_ids differ first at row 0"),
+        ("tokens_per_expert", 2, -1, "tokens_per_expert differ first at 2"),
+    ],
+)
+def test_mismatch_finds_each_kind_of_wrong_answer(field, place, value, found):
+    case = SMALL[0]
+    want, got = answer(case, case.topk_ids(0))
+    assert mismatch(case, want, got) == ""
+    got[field][place] = value
+    assert found in mismatch(case, want, got)
+    if field == "sorted_token_ids":
+        assert found.split(" at ")[0] in mismatch(case, want, got, stable=False)
+
+
+def test_mismatch_forgives_only_what_a_peer_does_not_promise():
+    case = SMALL[0]
+    want, got = answer(case, case.topk_ids(0))
+    rows = got["sorted_token_ids"]
+    rows[[0, 1]] = rows[[1, 0]]
+    assert mismatch(case, want, got) and mismatch(case, want, got, stable=False) == ""
+    start = int(np.flatnonzero(want.expert_ids != want.expert_ids[0])[0]) * case.block_size
+    rows[[0, start]] = rows[[start, 0]]  # now across two experts
+    assert mismatch(case, want, got, stable=False)
+
+    want, got = answer(case, case.topk_ids(0))
+    got["expert_ids"][want.num_tokens_post_padded // case.block_size :] = peers.POISON
+    assert mismatch(case, want, got) and mismatch(case, want, got, expert_tail=False) == ""
+    # a longer buffer, as SGLang's, must hold the sentinel to its end
+    rows = got["sorted_token_ids"]
+    for tail, good in ((case.num_pairs, True), (peers.POISON, False)):
+        got["sorted_token_ids"] = np.append(rows, np.int32(tail))
+        assert (mismatch(case, want, got, expert_tail=False) == "") == good
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("name", ["xla", "xla_argsort"])
+def test_jax_providers_are_right(name, case):
+    provider = next(p for p in peers.jax_providers() if p.name == name)
+    assert provider.absent == ""
+    ids = case.topk_ids(7)
+    result = run._as_numpy(jax.jit(provider.make(case))(ids))
+    assert mismatch(case, expected(case, ids), result) == ""
+
+
+def test_torch_sort_is_right_on_a_cpu(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    on_cpu = {"device": "cpu"}
+    for name in ("full", "arange", "zeros"):
+        real = getattr(torch, name)
+        replaced = lambda *a, real=real, **k: real(*a, **{**k, **on_cpu})  # noqa: E731
+        monkeypatch.setattr(torch, name, replaced)
+    monkeypatch.setattr(peers, "_on_gpu", lambda ids: [torch.from_numpy(i) for i in ids])
+    for case in SMALL:
+        ids = [case.topk_ids(seed) for seed in range(2)]
+        prepared = peers._torch_sort(case, ids)
+        prepared.poison()
+        for call in prepared.calls:
+            call()
+        for one, got in zip(ids, prepared.results(), strict=True):
+            assert mismatch(case, expected(case, one), got) == ""
+
+
+def test_absent_peers_say_why():
+    torch_peers = peers.torch_providers("nowhere.so", None)
+    assert [p.name for p in torch_peers] == ["vllm", "sglang", "torch_sort"]
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            reasons = ["does not serve here", "`python -m benchmarks.fetch`"]
+        else:
+            reasons = ["sees no CUDA device"] * 2
+    except ImportError:
+        reasons = ["PyTorch is not installed"] * 2
+    for peer, reason in zip(torch_peers, reasons, strict=False):
+        assert reason in peer.absent
+
+
+def test_a_peer_is_not_asked_for_more_experts_than_it_takes():
+    vllm = next(p for p in peers.torch_providers(None, None) if p.name == "vllm")
+    assert vllm.refuses(Case(num_pairs=8, num_experts=992, block_size=16)) == ""
+    assert "992" in vllm.refuses(Case(num_pairs=8, num_experts=993, block_size=16))
+
+
+def test_wall_time_is_per_call():
+    import time
+
+    timed = timing.time_wall(lambda: time.sleep(0.02), calls=10, repeats=3)
+    assert timed.metric == "wall_us" and len(timed.samples_us) == 3
+    assert 2000 <= timed.percentile(50) < 20_000
+
+
+def test_span_without_a_gpu_is_wall_time_and_says_so():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU, whose span is measured")
+    program = jax.jit(lambda many: [x * 2 for x in many])
+    timed = timing.time_jit_span(program, [np.ones(4, np.float32)] * 3, executions=2)
+    assert timed.metric == "wall_us" and timed.calls == 3
+    assert "no kernel" in timed.note and "wall time instead" in timed.note
+
+
+def test_run_verifies_times_and_appends(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--cases", "8x256x16,512x64x16", "--calls", "2", "--providers", "xla,xla_argsort"]
+    for _ in range(2):
+        assert (
+            run.main([*arguments, "--out", str(out), "--commit", "abc", "--executions", "3"]) == 0
+        )
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2
+    for row in rows:
+        assert row["verified"] and row["commit"] == "abc" and row["jax"] == jax.__version__
+        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        case = next(c for c in cases.CASES if c.name == row["case"])
+        assert row["bytes"] == case.bytes_moved
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["p50_us"] / 1e3, abs=0.06)
+    text = capsys.readouterr().out
+    assert "4 results verified against NumPy and timed, 0 failed" in text
+    if jax.default_backend() == "cpu":
+        assert {r["metric"] for r in rows} == {"wall_us"} and rows[0]["gpu"] is None
+        assert "No GPU here" in text and "no claim about a GPU" in text
+
+
+def test_run_reports_a_wrong_provider_and_fails(monkeypatch, capsys, tmp_path):
+    def wrong(case):
+        right = peers._xla_argsort(case)
+
+        def align(ids):
+            out = right(ids)
+            return {**out, "expert_ids": out["expert_ids"].at[0].add(1)}
+
+        return align
+
+    liar = peers.Provider("liar", "jax", "a wrong one", make=wrong)
+    breaks = peers.Provider("breaks", "jax", "a broken one", make=lambda case: 1 / 0)
+    monkeypatch.setattr(peers, "jax_providers", lambda: [liar, breaks])
+    monkeypatch.setattr(peers, "torch_providers", lambda *paths: [])
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--cases", "8x256x16", "--calls", "2", "--out", str(out)]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["verified"] for r in rows] == [False, False]
+    assert "expert_ids differ first at block 0" in rows[0]["error"]
+    assert "ZeroDivisionError" in rows[1]["error"]
+    assert all("p50_us" not in r for r in rows)
+    assert "0 results verified" in capsys.readouterr().out
+
+
+def test_run_refuses_unknown_names(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--cases", "7x7x7"])
+    assert run.main(["--providers", "nobody"]) == 2
+    assert "unknown provider nobody" in capsys.readouterr().out
+
+
+# -- report -----------------------------------------------------------------------------------
+
+
+def row(case, provider, p50, **more):
+    facts = {"date": "2026-11-21T10:00:00+00:00", "gpu": "H100", "driver": "1", "jax": "0.11.2"}
+    facts |= {"torch": "2.11.0", "commit": "abc", "version": "v", "metric": "graph_us"}
+    return {**facts, "case": case, "provider": provider, "verified": True, "p50_us": p50, **more}
+
+
+ROWS = [
+    *[row("8x256x16", "mosaic_gpu", p50, metric="span_us") for p50 in (1.3, 9.0, 1.2)],
+    row("8x256x16", "vllm", 3.9),
+    row("512x256x16", "mosaic_gpu", 4.0, metric="span_us"),
+    row("512x256x16", "vllm", 3.0),
+    {**row("512x256x16", "sglang", 0.0), "verified": False, "error": "wrong"},
+]
+
+
+def test_report_takes_the_median_run():
+    median = report.median_rows(ROWS)
+    assert median["8x256x16", "mosaic_gpu"]["p50_us"] == 1.3
+    assert ("512x256x16", "sglang") not in median
+
+
+def test_report_shows_wins_losses_goals_and_failures():
+    header, lines = report.cells(ROWS)
+    assert header[1] == "mosaic_gpu (device span under jit)" and header[-1] == "goal + 15%"
+    assert lines == [
+        ["8x256x16", "1.30", "3.90 (3.00x)", "-", "1.43 met"],
+        ["512x256x16", "4.00", "3.00 (0.75x)", "WRONG or failed", "2.52 missed"],
+    ]
+    assert report.losses(ROWS) == "Of 2 comparisons we lose 1: 512x256x16 against vllm."
+    text = report.markdown(ROWS)
+    assert "**H100**, 2026-11-21, driver 1, jax 0.11.2, torch 2.11.0, commit abc" in text
+    assert "| 8x256x16 | 1.30 | 3.90 (3.00x) | - | 1.43 met |" in text
+
+
+def test_report_reads_jsonl_and_fills_a_file_between_its_marks(tmp_path, capsys):
+    results, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    results.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    begin, end = report.MARKS
+    page.write_text(f"before\n{begin}\nold figures\n{end}\nafter\n")
+    assert report.main([str(results), "--update", str(page)]) == 0
+    text = page.read_text()
+    assert text == f"before\n{begin}\n{capsys.readouterr().out}{end}\nafter\n"
+    assert "old figures" not in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.update(page, "text")
+
+
+# -- fetch ------------------------------------------------------------------------------------
+
+
+def test_fetch_extracts_the_op_and_notes_its_release(tmp_path):
+    wheel = fetch.WHEELS["vllm"]
+    wheels, folder = tmp_path / "wheels", tmp_path / "peers"
+    wheels.mkdir()
+    with pytest.raises(FileNotFoundError, match="no wheel"):
+        fetch.extract(wheels, wheel, folder)
+    with zipfile.ZipFile(wheels / "vllm-0.33.0-cp38-abi3-linux.whl", "w") as archive:
+        archive.writestr("vllm/other.so", b"no")
+        archive.writestr(wheel.member, b"the op")
+    target = fetch.extract(wheels, wheel, folder)
+    assert target == folder / "vllm_moe.so" and target.read_bytes() == b"the op"
+    assert peers._version_of(target) == "vllm 0.33.0"
+    with pytest.raises(FileNotFoundError, match="lacks sgl_kernel"):
+        fetch.extract(wheels, fetch.WHEELS["sglang"], folder)
+
+
+def test_fetch_leaves_the_index_to_pip():
+    command = fetch.pip_command("vllm==0.33.0", "folder")
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command and "vllm==0.33.0" in command
+    assert not any("://" in part or "index" in part for part in command)
+
+
+def test_fetch_reports_a_pip_that_fails(monkeypatch, capsys, tmp_path):
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(fetch.subprocess, "run", lambda command: failed)
+    assert fetch.main(["vllm", "--folder", str(tmp_path)]) == 1
+    assert "could not fetch vllm==0.33.0" in capsys.readouterr().err
+
+
+def test_version_of_a_library_without_a_note_is_its_hash(tmp_path):
+    library = tmp_path / "some.so"
+    library.write_bytes(b"")
+    assert peers._version_of(library) == "some.so sha256 e3b0c44298fc"
