@@ -1,7 +1,7 @@
-"""The language in NumPy: runs a program's kernel bodies on a CPU, all threads of a grid in lock step.
+"""The language in NumPy: runs a program's kernel bodies on a CPU, a grid's threads in lock step.
 
-What the machine does not define is an `EmulatorError` (`faults.py` lists them): `lockstep.py` runs the
-primitives, `memory.py` checks each access, `races.py` knows who touched each cell since the last barrier.
+What the machine does not define is an `EmulatorError` (`faults.py` lists them). `lockstep.py` runs
+the primitives, `memory.py` checks each access, `races.py` knows who touched a cell since a barrier.
 """
 
 from collections.abc import Sequence
@@ -38,33 +38,56 @@ def _check_program(program: Program, arrays: Sequence[np.ndarray]) -> None:
         shapes.update(kernel.outputs)
 
 
-def _run_kernel(kernel: Kernel, machine: EmulatedSimt, data: dict[str, np.ndarray],
-                producers: dict[str, int], check_races: bool) -> None:  # fmt: skip
+def _run_kernel(
+    kernel: Kernel,
+    machine: EmulatedSimt,
+    data: dict[str, np.ndarray],
+    producers: dict[str, int],
+    check_races: bool,
+) -> None:
     common: dict[str, Any] = {
         "kernel": kernel.name,
         "num_threads": kernel.num_threads,
         "check_races": check_races,
     }
     refs = {
-        name: Buffer(name, shape, data[name], writable=False, per_cta=False, across_ctas=False,
-                     producer=producers.get(name), **common)
+        name: Buffer(
+            name,
+            shape,
+            data[name],
+            writable=False,
+            per_cta=False,
+            across_ctas=False,
+            producer=producers.get(name),
+            **common,
+        )
         for name, shape in kernel.inputs.items()
-    }  # fmt: skip
+    }
     for name, shape in kernel.outputs.items():
         data[name] = np.zeros(int(np.prod(shape)), np.int32)
-        refs[name] = Buffer(name, shape, data[name], writable=True, per_cta=False,
-                            across_ctas=kernel.num_ctas > 1, **common)  # fmt: skip
+        refs[name] = Buffer(
+            name,
+            shape,
+            data[name],
+            writable=True,
+            per_cta=False,
+            across_ctas=kernel.num_ctas > 1,
+            **common,
+        )
     for name, words in kernel.shared.items():
         cells = np.zeros(words * kernel.num_ctas, np.int32)
-        refs[name] = Buffer(name, (words,), cells, writable=True, per_cta=True, across_ctas=False,
-                            **common)  # fmt: skip
+        refs[name] = Buffer(
+            name, (words,), cells, writable=True, per_cta=True, across_ctas=False, **common
+        )
     with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
         kernel.body(machine, SimpleNamespace(**refs))
     for name in kernel.outputs:
         refs[name].check_written()
 
 
-def run(program: Program, arrays: Sequence[np.ndarray], *, check_races: bool = True) -> list[np.ndarray]:
+def run(
+    program: Program, arrays: Sequence[np.ndarray], *, check_races: bool = True
+) -> list[np.ndarray]:
     """Runs a program by NumPy.
 
     Every kernel is taken to be launched with programmatic dependent launch: what it does before its
@@ -73,7 +96,7 @@ def run(program: Program, arrays: Sequence[np.ndarray], *, check_races: bool = T
     Args:
         program: the kernels.
         arrays: the operands, int32, in the order and shapes of `program.inputs`. Not written.
-        check_races: False leaves out the races between threads (not the bounds, nor what is uninitialised).
+        check_races: False leaves out races between threads (not bounds or uninitialised reads).
 
     Returns:
         The results, in the order of `program.results`, int32.

@@ -2,7 +2,7 @@
 
 
 class EmulatorError(Exception):
-    """A kernel body does what the machine does not define. The traceback holds the line of the body."""
+    """A kernel body does what the machine does not define. The traceback holds its line."""
 
 
 class OutOfBounds(EmulatorError):

@@ -1,4 +1,4 @@
-"""The machine in NumPy: all threads of a grid in lock step, control flow narrowing the active lanes."""
+"""The machine in NumPy: a grid's threads in lock step, control flow narrowing who is active."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from moe_align_jax._simt.values import NOTHING, Scope, Value, array_of, constant
 class EmulatedSimt(Simt):
     """All CTAs of one kernel at once.
 
-    `behind`: the kernels of the program that have ended once a thread's grid_dependency_wait returns.
+    `behind`: the kernels of the program that have ended once `grid_dependency_wait` returns.
     """
 
     def __init__(self, kernel: Kernel, behind: frozenset[int] = frozenset()):
@@ -263,7 +263,8 @@ class EmulatedSimt(Simt):
         if array.size == 1:
             return Value(array, self)
         rows = array.reshape(-1, WARP)
-        return Value(np.concatenate([rows[:, :delta], rows[:, : WARP - delta]], 1).reshape(-1), self)
+        moved = np.concatenate([rows[:, :delta], rows[:, : WARP - delta]], axis=1)
+        return Value(moved.reshape(-1), self)
 
     def ballot(self, condition: Int) -> Int:
         self._whole(WARP, "ballot")
@@ -295,4 +296,5 @@ class EmulatedSimt(Simt):
 
 def _masks(votes: np.ndarray) -> np.ndarray:
     """Each 32 booleans, in order, as the bits of one int32."""
-    return np.packbits(votes.reshape(-1), bitorder="little").view("<i4").astype(np.int32, copy=False)
+    packed = np.packbits(votes.reshape(-1), bitorder="little")
+    return packed.view("<i4").astype(np.int32, copy=False)

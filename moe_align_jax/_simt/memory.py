@@ -15,13 +15,24 @@ from moe_align_jax._simt.races import ONE_THREAD, Threads, Touches, thread_of
 class Buffer:
     """A ref: its cells in one flat array, the CTAs' shared arrays one after the other.
 
-    An input is only read and holds no marks. `check_races=False` keeps the bounds and the marks of what is
+    An input is only read and holds no marks. `check_races=False` keeps the marks of what is
     written (they say what is initialised), no more.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], data: np.ndarray, *, kernel: str,
-                 num_threads: int, writable: bool, per_cta: bool, across_ctas: bool,
-                 check_races: bool, producer: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        data: np.ndarray,
+        *,
+        kernel: str,
+        num_threads: int,
+        writable: bool,
+        per_cta: bool,
+        across_ctas: bool,
+        check_races: bool,
+        producer: int | None = None,
+    ):
         self.name, self.shape, self.data, self.kernel = name, shape, data, kernel
         self.per_cta, self.producer = per_cta, producer
         self.words = int(np.prod(shape))
@@ -56,7 +67,9 @@ class Buffer:
     def atomic_add(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
         written = self._writable()
         if not self.per_cta:
-            raise Undefined(f"{self.kernel}: atomic_add takes shared memory; {self.name} is global.")
+            raise Undefined(
+                f"{self.kernel}: atomic_add is for shared memory; {self.name} is global."
+            )
         self._check_initialised(cells, threads)
         if self._check:
             self._no_conflict("atomic", cells, threads, store=written, load=self._read)
@@ -89,8 +102,9 @@ class Buffer:
                 f"{self.cell(int(cells[lane]))}, which nothing has written."
             )
 
-    def _no_conflict(self, action: str, cells: np.ndarray, threads: Threads,
-                     **earlier: Touches | None) -> None:  # fmt: skip
+    def _no_conflict(
+        self, action: str, cells: np.ndarray, threads: Threads, **earlier: Touches | None
+    ) -> None:
         for other, touches in earlier.items():
             if touches is not None and (clash := touches.conflict(cells, threads)):
                 raise RaceError(self._race(action, cells, threads, other, *clash))
@@ -106,8 +120,9 @@ class Buffer:
         cta, thread = divmod(thread_of(mark), self._num_threads)
         return f"thread {thread} of CTA {cta}"
 
-    def _race(self, action: str, cells: np.ndarray, threads: Threads, other: str, lane: int,
-              mark: int) -> str:  # fmt: skip
+    def _race(
+        self, action: str, cells: np.ndarray, threads: Threads, other: str, lane: int, mark: int
+    ) -> str:
         others = "" if mark & 3 == ONE_THREAD else ", with other threads,"
         return (
             f"{self.kernel}: race on {self.cell(int(cells[lane]))}: {other} by "

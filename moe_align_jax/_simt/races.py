@@ -1,15 +1,16 @@
 """Who touched each cell since the last barrier.
 
-Two accesses to a cell by different threads, one of them a write, need a barrier between them: `warp_sync` or
-`block_sync` for threads of one warp, `block_sync` for warps of one CTA; nothing orders two CTAs of a kernel.
-Atomics do not conflict with each other, only with plain accesses.
+Two accesses to a cell by different threads, one of them a write, need a barrier between them:
+`warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA; nothing orders
+two CTAs of a kernel. Atomics do not conflict with each other, only with plain accesses.
 
-A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`. Every barrier
-takes the next tick of one clock as the stamp of the warps that arrived, so an access happened before a CTA's
-last block barrier exactly when its mark is below the CTA's *floor*, and before a warp's last barrier when its
-stamp is below the warp's. `span` widens the mark: ONE thread, several lanes of its WARP since their last
-barrier, several warps of its CTA, or several CTAs. That is all a later write needs to know of all the reads,
-so one mark per cell and kind of access is exact. Mark 0 is an untouched cell; stamps start at 1.
+A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
+Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
+came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, and
+before the warp's last barrier when its stamp is below the warp's. `span` widens a mark to several
+lanes of the warp since its last barrier, or several warps of the CTA since the last block barrier:
+all that a later write needs to know of all the reads, so that one mark per cell and kind of access
+is exact. Mark 0 is an untouched cell; stamps start at 1.
 """
 
 from typing import NamedTuple
@@ -19,11 +20,11 @@ import numpy as np
 from moe_align_jax._simt.language import WARP
 
 STAMP, THREAD = 34, 2
-ONE_THREAD, ONE_WARP, ONE_CTA, MANY_CTAS = range(4)
+ONE_THREAD, ONE_WARP, ONE_CTA = range(3)
 
 
 class Threads(NamedTuple):
-    """Who makes an access: a mark for each lane, and the floor of its CTA (one int when all agree)."""
+    """Who makes an access: each lane's mark, and the floor of its CTA (an int when all agree)."""
 
     marks: np.ndarray
     floor: np.ndarray | int
@@ -34,9 +35,7 @@ class Threads(NamedTuple):
 
     def times(self, n: int) -> "Threads":
         floor = self.floor
-        return Threads(
-            self.marks.repeat(n), floor if isinstance(floor, int) else floor.repeat(n)
-        )
+        return Threads(self.marks.repeat(n), floor if isinstance(floor, int) else floor.repeat(n))
 
 
 class Clock:
@@ -86,7 +85,7 @@ class Touches:
         self._across = across_ctas  # CTAs share the cells
 
     def conflict(self, cells: np.ndarray, threads: Threads) -> tuple[int, int] | None:
-        """The first lane that no barrier orders after an earlier access, and the mark of that one."""
+        """The first lane that no barrier orders after an earlier access, and that one's mark."""
         old = self.marks.take(cells)
         maybe = old != 0 if self._across else old >= threads.floor
         if not maybe.any():
@@ -99,14 +98,14 @@ class Touches:
         myself = (span == ONE_THREAD) & (me == other)
         bad = (old >= floor) & ~past_barrier & ~myself
         if self._across:
-            bad |= (span == MANY_CTAS) | (me // self._num_threads != other // self._num_threads)
+            bad |= me // self._num_threads != other // self._num_threads
         if not bad.any():
             return None
         first = int(bad.argmax())
         return int(lanes[first]), int(old[first])
 
     def replace(self, cells: np.ndarray, marks: np.ndarray) -> tuple[int, int] | None:
-        """The lanes are now the last to have touched the cells; two lanes on one cell are returned."""
+        """The lanes are the last to have touched the cells. Returns two lanes that share one."""
         self.marks[cells] = marks
         won = self.marks.take(cells)
         twice = won != marks
@@ -116,13 +115,15 @@ class Touches:
         return first, int(won[first])
 
     def add(self, cells: np.ndarray, threads: Threads) -> None:
-        """The lanes join those that touched the cells."""
+        """The lanes join those that touched the cells.
+
+        All are of one CTA: what can be read was written by some CTA, and only its reads are no races.
+        """
         marks, floor = threads
         old = self.marks.take(cells)
         self.marks[cells] = marks
         won = self.marks.take(cells)
-        shared = ((old != 0) if self._across else (old >= floor)) & (old != marks)
-        shared |= won != marks
+        shared = ((old >= floor) & (old != marks)) | (won != marks)
         if not shared.any():
             return
         [lanes] = shared.nonzero()
@@ -139,10 +140,6 @@ class Touches:
         in_warp = recent & same_warp & same_time & ((span == ONE_WARP) | (me != other))
         reach[in_warp] = np.maximum(reach[in_warp], ONE_WARP)
         reach[recent & (~same_warp | (span >= ONE_CTA))] = ONE_CTA
-        if self._across:
-            per_cta = self._num_threads
-            far = (old != 0) & ((span == MANY_CTAS) | (me // per_cta != other // per_cta))
-            reach[far | (me // per_cta != winner // per_cta)] = MANY_CTAS
-        for span in (ONE_WARP, ONE_CTA, MANY_CTAS):  # the widest that a lane found stays
+        for span in (ONE_WARP, ONE_CTA):  # the widest that a lane found stays
             wide = reach == span
             self.marks[cells[wide]] = marks[wide] | span

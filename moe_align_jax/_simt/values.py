@@ -55,7 +55,7 @@ def constant(value: int) -> np.ndarray:
 
 
 class Scope:
-    """The lanes that are active in a stretch of the body (sorted; None = all), and whether it still runs."""
+    """The active lanes of a stretch of the body (sorted; None = all); `alive` while it runs."""
 
     __slots__ = ("lanes", "count", "alive", "_threads", "_tick")
 
