@@ -132,7 +132,9 @@ def _emulator_call(problem: Problem, batched: tuple[bool, ...], *operands: jax.A
 
 
 def _over_batch(call: Callable, batched: tuple[bool, ...]) -> Callable:
-    return jax.vmap(call, in_axes=tuple(0 if b else None for b in batched)) if any(batched) else call
+    return (
+        jax.vmap(call, in_axes=tuple(0 if b else None for b in batched)) if any(batched) else call
+    )
 
 
 # -- the primitive -------------------------------------------------------------------------------
@@ -157,7 +159,9 @@ def _abstract_eval(*avals, problem: Problem, implementation: str | None, batched
     def out(shape):
         spec = PartitionSpec(*[None] * len(shape))
         sharding = NamedSharding(like.sharding.mesh, spec)
-        return like.update(shape=shape, dtype=np.dtype(np.int32), weak_type=False, sharding=sharding)
+        return like.update(
+            shape=shape, dtype=np.dtype(np.int32), weak_type=False, sharding=sharding
+        )
 
     return [out(batch + shape) for shape in problem.outputs.values()]
 
@@ -185,7 +189,9 @@ def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
     sizes = [d for shape in (*problem.inputs.values(), batch) for d in shape]
     if not all(isinstance(d, (int, np.integer)) for d in sizes):
         raise _not_implemented(
-            problem, "mosaic_gpu", "the kernels need static shapes; export a symbolic shape with 'xla'"
+            problem,
+            "mosaic_gpu",
+            "the kernels need static shapes; export a symbolic shape with 'xla'",
         )
     if batch and batch[0] > MAX_KERNEL_BATCH:
         raise ValueError(
@@ -200,25 +206,31 @@ def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
 
 
 for _platform in ("cpu", "tpu", "rocm", "cuda"):
-    mlir.register_lowering(
-        block_align_p, functools.partial(_lower, _platform), platform=_platform
-    )
+    mlir.register_lowering(block_align_p, functools.partial(_lower, _platform), platform=_platform)
 mlir.register_lowering(block_align_p, functools.partial(_lower, "another platform"))
 
 
 def _batching_rule(operands, dims, *, problem, implementation, batched):
     """Any depth of vmap becomes one leading batch axis."""
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
-    inner = next((a.shape[0 if d is None or d > 0 else 1]
-                  for a, d, b in zip(operands, dims, batched, strict=True) if b), None)
+    inner = next(
+        (
+            a.shape[0 if d is None or d > 0 else 1]
+            for a, d, b in zip(operands, dims, batched, strict=True)
+            if b
+        ),
+        None,
+    )
     flat, flat_batched = [], []
     for operand, dim, has_inner in zip(operands, dims, batched, strict=True):
         if dim is not None:
-            operand = lax.transpose(
-                operand, (dim, *[i for i in range(operand.ndim) if i != dim])
-            ) if dim else operand
+            operand = (
+                lax.transpose(operand, (dim, *[i for i in range(operand.ndim) if i != dim]))
+                if dim
+                else operand
+            )
         if inner is not None and (dim is not None or has_inner):
-            core = operand.shape[int(dim is not None) + int(has_inner):]
+            core = operand.shape[int(dim is not None) + int(has_inner) :]
             axes = tuple(i for i, there in enumerate((dim is not None, has_inner)) if there)
             rest = tuple(range(2, 2 + len(core)))
             operand = lax.broadcast_in_dim(operand, (size, inner, *core), axes + rest)

@@ -329,9 +329,7 @@ def _check_num_valid_pairs(function: str, value: Any) -> Any:
     remedy = "Pass the number of pairs in use, as an int or a scalar integer array."
     if isinstance(value, bool):
         got = _checks.describe(value)
-        raise TypeError(
-            _checks.message(function, "num_valid_pairs", "be an integer", got, remedy)
-        )
+        raise TypeError(_checks.message(function, "num_valid_pairs", "be an integer", got, remedy))
     if isinstance(value, int):
         return np.int32(min(max(value, -1), _checks.INT32_MAX))
     value = _check_integer_array(function, "num_valid_pairs", value, remedy)

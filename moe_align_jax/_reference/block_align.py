@@ -18,7 +18,10 @@ def _exclusive_sum(x: jax.Array) -> jax.Array:
 
 
 def _local_experts(
-    problem: AlignProblem, topk_ids: jax.Array, expert_map: jax.Array | None, limit: jax.Array | None
+    problem: AlignProblem,
+    topk_ids: jax.Array,
+    expert_map: jax.Array | None,
+    limit: jax.Array | None,
 ) -> jax.Array:
     """`[n]` the group of each pair, E where it is dropped."""
     num_experts = problem.num_experts

@@ -24,7 +24,9 @@ def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
             yield i
 
 
-def fill(t: Simt, ref: Any, value: Int | int, count: int, thread: Int, threads: int, *, vector: bool):
+def fill(
+    t: Simt, ref: Any, value: Int | int, count: int, thread: Int, threads: int, *, vector: bool
+):
     """`ref[:count] = value` by `threads` threads; with `vector`, 16 bytes at a time."""
     whole = count // 4 * 4 if vector else 0
     if whole:

@@ -13,9 +13,7 @@ from moe_align_jax._tuning import BlockAlignMosaicConfig
 from moe_align_jax.types import BatchedAlignProblem
 
 
-def build(
-    problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
-) -> Program:
+def build(problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
     del vector
     num_experts, max_tokens = problem.num_experts, problem.max_tokens_per_batch
     block_size, sentinel = problem.block_size, problem.num_pairs

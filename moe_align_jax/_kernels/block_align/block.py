@@ -1,24 +1,24 @@
-"""Up to about 2K pairs: one CTA. Count -> scan over warps -> scan over experts -> scatter.
+"""Up to about 2K pairs, in one launch: count -> scan over warps -> scan over experts -> scatter.
 
 Each warp owns a contiguous run of pairs and a histogram of its own in shared memory, so the order is stable
-and nothing is atomic. The sentinels are written before the first barrier, 16 bytes at a time, and the
-pairs scattered over them; `staged`, both happen in shared memory and the result is copied out.
-Bytes: ids read once, every output written once (twice for the rows in use, unless staged). Deterministic.
+and nothing is atomic. One SM is slow at writing (scattered 4-byte stores take 1.4 to 2.8 cycles each), so
+several CTAs may do all the same work and write a slice of the rows each: they need not talk.
+Sentinels are written before the first barrier, 16 bytes at a time, and the pairs scattered over them.
+Bytes: ids read once per CTA, outputs written once (the rows in use twice). Deterministic.
 """
 
 from types import SimpleNamespace
 
 from moe_align_jax._kernels.block_align import common
 from moe_align_jax._simt import collectives
-from moe_align_jax._simt.language import WARP, Kernel, Program, Simt
+from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax._tuning import BlockAlignMosaicConfig
 from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
     n, num_experts, block_size = problem.num_pairs, problem.num_experts, problem.block_size
-    capacity = problem.capacity
-    threads = config.num_warpgroups * 128
+    threads = config.num_warpgroups * WARPGROUP
     num_warps = threads // WARP
     stride = -(-num_experts // 4) * 4  # of a warp's histogram
     per_thread = -(-num_experts // threads)  # experts
@@ -27,14 +27,15 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, lane, warp = common.thread_ids(t)
+        cta = t.cta_id()
         row_of_warp = warp * stride
-        target = r.stage if config.staged else r.sorted_token_ids
         t.grid_dependency_wait()
         limit = common.pair_limit(t, r, problem)
         pairs = [warp * (rounds * WARP) + (k * WARP + lane) for k in range(rounds)]
         experts = [common.read_expert(t, r, problem, pair, limit) for pair in pairs]
         collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
-        collectives.fill(t, target, n, capacity, tid, threads, vector=vector or config.staged)
+        rows = common.Slice(t, problem.capacity)
+        rows.fill(r.sorted_token_ids, n, vector=vector)
         t.block_sync()
 
         # 1. Each warp counts its pairs, and ranks them among themselves.
@@ -56,9 +57,10 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         for e, count, size in zip(mine, counts, sizes, strict=True):
             with t.if_(e < num_experts):
                 t.store(r.start, e, start)
-                t.store(r.tokens_per_expert, e, count)
+                with t.if_(cta.eq(0)):
+                    t.store(r.tokens_per_expert, e, count)
             start = start + size
-        with t.if_(tid.eq(0)):
+        with t.if_(cta.eq(0) & tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, total)
         t.block_sync()
 
@@ -66,32 +68,27 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         for pair, e, rank in zip(pairs, experts, ranks, strict=True):
             row = t.value_if(
                 e >= 0,
-                lambda e=e, rank=rank: t.load(r.start, e) + t.load(r.histogram, row_of_warp + e) + rank,
+                lambda e=e, rank=rank: (
+                    t.load(r.start, e) + t.load(r.histogram, row_of_warp + e) + rank
+                ),
                 -1,
             )
-            with t.if_(e >= 0):
-                t.store(target, row, pair)
+            with rows.holding(row, e >= 0):
+                t.store(r.sorted_token_ids, row, pair)
                 common.name_block(t, r, problem, row, e)
-            common.write_inverse(t, r, problem, pair, e, row)
-        for b in collectives.strided(t, total // block_size + tid, problem.num_blocks, threads):
+            with t.if_(cta.eq(0)):
+                common.write_inverse(t, r, problem, pair, e, row)
+        me, everyone = cta * threads + tid, t.num_ctas * threads
+        for b in collectives.strided(t, total // block_size + me, problem.num_blocks, everyone):
             t.store(r.expert_ids, b, -1)
-        if config.staged:
-            t.block_sync()
-            whole = capacity // 4 * 4 if vector else 0
-            for i in collectives.strided(t, tid * 4, whole, threads * 4):
-                t.copy4(r.sorted_token_ids, r.stage, i)
-            for i in collectives.strided(t, tid + whole, capacity, threads):
-                t.store(r.sorted_token_ids, i, t.load(r.stage, i))
 
-    shared = {"histogram": num_warps * stride, "start": num_experts, "scratch": WARP}
-    if config.staged:
-        shared["stage"] = capacity
     kernel = Kernel(
         name="moe_align_block",
         body=body,
         inputs=problem.inputs,
         outputs=problem.outputs,
-        shared=shared,
+        shared={"histogram": num_warps * stride, "start": num_experts, "scratch": WARP},
         num_warpgroups=config.num_warpgroups,
+        num_ctas=config.num_ctas,
     )
     return Program(inputs=problem.inputs, kernels=(kernel,), results=tuple(problem.outputs))

@@ -1,7 +1,10 @@
 """What the forms of the alignment share: reading a pair's expert, naming a block, placing a pair."""
 
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
+from typing import Any
 
+from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax.types import AlignProblem
 
@@ -10,6 +13,35 @@ def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
     """(thread, lane, warp) within the CTA."""
     tid = t.thread_id()
     return tid, tid & (WARP - 1), tid >> 5
+
+
+class Slice:
+    """The part of an output that one of several CTAs writes: they all find the same result, and need not
+    talk. A multiple of 4 cells, so that its fill can take 16 bytes at a time."""
+
+    def __init__(self, t: Simt, size: int):
+        self.t, self.size = t, size
+        self.length = -(-size // (t.num_ctas * 4)) * 4
+        self.base = t.cta_id() * self.length
+
+    def fill(self, ref: Any, value: int, *, vector: bool) -> None:
+        t, tid = self.t, self.t.thread_id()
+        if t.num_ctas == 1:
+            collectives.fill(t, ref, value, self.size, tid, t.num_threads, vector=vector)
+            return
+        width = 4 if vector else 1
+        whole = self.size // width * width
+        for offset in t.for_range(tid * width, self.length, t.num_threads * width):
+            with t.if_((self.base + offset).below(whole)):
+                (t.store4 if vector else t.store)(ref, self.base + offset, value)
+        with self.holding(tid + whole, tid < self.size - whole):
+            t.store(ref, tid + whole, value)
+
+    def holding(self, index: Int, condition: Int) -> AbstractContextManager[None]:
+        """`with slice.holding(i, c):` where c holds and the cell lies in this slice."""
+        if self.t.num_ctas == 1:
+            return self.t.if_(condition)
+        return self.t.if_(condition & (index - self.base).below(self.length))
 
 
 def bin_bits(num_bins: int) -> int:
@@ -58,9 +90,7 @@ def padded(count: Int, block_size: int) -> Int:
     return (count + (block_size - 1)) // block_size * block_size
 
 
-def name_block(
-    t: Simt, r: SimpleNamespace, problem: AlignProblem, row: Int, expert: Int
-) -> None:
+def name_block(t: Simt, r: SimpleNamespace, problem: AlignProblem, row: Int, expert: Int) -> None:
     """The pair on a block's first row names the block (experts start at multiples of block_size)."""
     with t.if_((row % problem.block_size).eq(0)):
         t.store(r.expert_ids, row // problem.block_size, block_label(t, r, problem, expert))

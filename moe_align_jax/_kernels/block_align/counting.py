@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from moe_align_jax._kernels.block_align import common
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Shapes, Simt
 
@@ -72,7 +71,7 @@ def count_kernel(
     name: str, layout: Layout, read_bin: ReadBin, inputs: Shapes, histograms: str
 ) -> Kernel:
     """Writes `histograms` `[num_ctas * words]`: the bins of each CTA's pairs."""
-    threads, num_bins, words = layout.threads, layout.num_bins, layout.words
+    threads, words = layout.threads, layout.words
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, cta = t.thread_id(), t.cta_id()
@@ -139,7 +138,9 @@ def sum_histograms(
             else:
                 word = t.value_if(row < num_ctas, lambda at=at: t.load(source, at), 0)
             mine = cta > row
-            for half, count in zip(sums, [word & 0xFFFF, word >> 16] if halves == 2 else [word], strict=True):
+            for half, count in zip(
+                sums, [word & 0xFFFF, word >> 16] if halves == 2 else [word], strict=True
+            ):
                 half[0] = half[0] + count
                 half[1] = half[1] + t.select(mine, count, 0)
         for k, (total, earlier) in enumerate(sums):

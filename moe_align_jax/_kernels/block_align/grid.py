@@ -62,7 +62,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 for e in mine
             ]
             if local_sort:
-                at, in_tile = collectives.block_exclusive_scan(t, sum(counts, t.const(0)), r.scratch)
+                at, in_tile = collectives.block_exclusive_scan(
+                    t, sum(counts, t.const(0)), r.scratch
+                )
                 for e, count in zip(mine, counts, strict=True):
                     with t.if_(e < num_experts):
                         t.store(r.local_start, e, at)
@@ -75,9 +77,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             """Where each expert's rows start, for this CTA, and end; returns the rows in use."""
             totals = [t.value_if(e < num_experts, lambda e=e: t.load(r.filled, e), 0) for e in mine]
             sizes = [common.padded(total, block_size) for total in totals]
-            start, in_use = collectives.block_exclusive_scan(
-                t, sum(sizes, t.const(0)), r.scratch2
-            )
+            start, in_use = collectives.block_exclusive_scan(t, sum(sizes, t.const(0)), r.scratch2)
             for e, total, size in zip(mine, totals, sizes, strict=True):
                 with t.if_(e < num_experts):
                     t.store(r.start, e, start + t.load(r.start, e))
@@ -92,9 +92,10 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
 
         def scatter(pairs: list[Int], experts: list[Int], ranks: list[Int]) -> None:
             for pair, e, in_warp in zip(pairs, experts, ranks, strict=True):
-                local = t.value_if(
-                    e >= 0, lambda e=e: t.load(r.histogram, row_of_warp + e), 0
-                ) + in_warp
+                local = (
+                    t.value_if(e >= 0, lambda e=e: t.load(r.histogram, row_of_warp + e), 0)
+                    + in_warp
+                )
                 row = t.value_if(e >= 0, lambda e=e: t.load(r.start, e), 0) + local
                 with t.if_(e >= 0):
                     if local_sort:

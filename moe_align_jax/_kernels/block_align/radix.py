@@ -207,9 +207,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
             size = common.padded(count, block_size)
             offset, added = collectives.block_exclusive_scan(t, size, r.scratch2)
             start = t.load(r.carry, 0) + offset
-            label = t.value_if(
-                inside, lambda: common.block_label(t, r, problem, expert), -1
-            )
+            label = t.value_if(inside, lambda: common.block_label(t, r, problem, expert), -1)
             with t.if_(inside):
                 t.store(r.start, expert, start)
                 t.store(r.tokens_per_expert, expert, count)
@@ -312,6 +310,4 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
     kernels.append(_scan_kernel(problem, num_chunks))
     num_ctas = min(4 * _MAX_CHUNKS, -(-problem.capacity // chunk_threads))
     kernels.append(_rows_kernel(problem, f"pairs{last}", num_ctas))
-    return Program(
-        inputs=problem.inputs, kernels=tuple(kernels), results=tuple(problem.outputs)
-    )
+    return Program(inputs=problem.inputs, kernels=tuple(kernels), results=tuple(problem.outputs))

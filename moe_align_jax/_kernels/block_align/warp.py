@@ -24,28 +24,12 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         kept = expert >= 0
         label = common.block_label(t, r, problem, t.select(kept, expert, 0))
 
-        def prefill(ref, value: int, size: int):
-            """Fills this CTA's slice; returns the test whether a cell lies in it."""
-            if num_ctas == 1:
-                collectives.fill(t, ref, value, size, tid, t.num_threads, vector=vector)
-                return lambda index: index >= 0
-            # All CTAs take interleaved pieces of 4 cells per thread.
-            threads = num_ctas * t.num_threads
-            mine = cta * t.num_threads + tid
-            for i in collectives.strided(t, mine * 4, size // 4 * 4, threads * 4):
-                if vector:
-                    t.store4(ref, i, value)
-                else:
-                    for k in range(4):
-                        t.store(ref, i + k, value)
-            rest = size // 4 * 4
-            with t.if_((cta.eq(rest // 4 // t.num_threads % num_ctas)) & (tid < size % 4)):
-                t.store(ref, tid + rest, value)
-            return lambda index: ((index // 4 // t.num_threads) % num_ctas).eq(cta)
-
-        in_sorted = prefill(r.sorted_token_ids, n, problem.capacity)
-        in_blocks = prefill(r.expert_ids, -1, problem.num_blocks)
-        in_counts = prefill(r.tokens_per_expert, 0, problem.num_experts)
+        rows = common.Slice(t, problem.capacity)
+        blocks = common.Slice(t, problem.num_blocks)
+        counts = common.Slice(t, problem.num_experts)
+        rows.fill(r.sorted_token_ids, n, vector=vector)
+        blocks.fill(r.expert_ids, -1, vector=vector)
+        counts.fill(r.tokens_per_expert, 0, vector=vector)
 
         same = t.match_any(expert)
         rank, count = t.popc(same & collectives.lanes_below(t, lane)), t.popc(same)
@@ -54,18 +38,18 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         start: Int = t.const(0)
         total: Int = t.const(0)
         for j in range(n):
-            other, rows = t.shfl(expert, j), t.shfl(own, j)
-            start = start + t.select(other < expert, rows, 0)
-            total = total + rows
+            other, size = t.shfl(expert, j), t.shfl(own, j)
+            start = start + t.select(other < expert, size, 0)
+            total = total + size
         row = start + rank
 
         t.block_sync()  # the sentinels of this CTA's slice are in place
-        with t.if_((tid < WARP) & kept):
-            with t.if_(in_sorted(row)):
+        with t.if_(tid < WARP):
+            with rows.holding(row, kept):
                 t.store(r.sorted_token_ids, row, lane)
-            with t.if_((rank % block_size).eq(0) & in_blocks(row // block_size)):
+            with blocks.holding(row // block_size, kept & (rank % block_size).eq(0)):
                 t.store(r.expert_ids, row // block_size, label)
-            with t.if_(first & in_counts(expert)):
+            with counts.holding(expert, first):
                 t.store(r.tokens_per_expert, expert, count)
         with t.if_(cta.eq(0) & tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, total)
