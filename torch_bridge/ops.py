@@ -174,6 +174,8 @@ for _name, (_body, _fake) in _BODIES.items():
     _library.define(_name + _SCHEMAS[_name], tags=_TAGS)
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _body, _key)
+    # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
 
 block_align = torch.ops.moe_align_jax.block_align_dlpack.default
