@@ -26,13 +26,13 @@ def _distribution(name: str) -> str:
 
 def versions() -> dict[str, str]:
     """Name -> version, or why there is none."""
-    import jaxlib
+    from jaxlib.version import __version__ as jaxlib_version
 
     found = {
         "moe-align-jax": moe_align_jax.__version__,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib_version,
         "jax-cuda plugin": next(
             (
                 f"{version} ({name})"
