@@ -1,0 +1,249 @@
+"""Our kernel bodies with one line changed, and how to load them."""
+
+import contextlib
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = "moe_align_jax._simt.collectives"
+KERNELS = "moe_align_jax._kernels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """In `module`, the first line that reads `old` from the one line `after` on (None: the only one in
+    the file) becomes `new`; lines are compared without their indentation."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    after: str | None = None
+    kills: str = "RaceError"  # what must kill it: a class of faults.py, or "wrong" for the result
+
+    def apply(self, source: str) -> str:
+        lines = source.splitlines()
+        bare = [line.strip() for line in lines]
+        start = 0
+        if self.after is None:
+            assert bare.count(self.old) == 1, f"{self.name}: {self.old!r} is not the only such line"
+        else:
+            assert bare.count(self.after) == 1, f"{self.name}: {self.after!r} occurs not once"
+            start = bare.index(self.after)
+        at = bare.index(self.old, start)
+        indentation = lines[at][: len(lines[at]) - len(bare[at])]
+        lines[at] = indentation + self.new
+        return "\n".join(lines) + "\n"
+
+
+def _form(name: str, module: str, old: str, new: str, **more: str) -> Mutant:
+    return Mutant(name=name, module=f"{KERNELS}.block_align.{module}", old=old, new=new, **more)
+
+
+def _collective(name: str, old: str, new: str, **more: str) -> Mutant:
+    return Mutant(name=name, module=COLLECTIVES, old=old, new=new, **more)
+
+
+BLOCK_SYNC, WARP_SYNC, WAIT = "t.block_sync()", "t.warp_sync()", "t.grid_dependency_wait()"
+
+MUTANTS = (
+    # Barriers and waits removed, weakened or moved under a condition.
+    _collective("the scan's block barrier is a warp barrier", BLOCK_SYNC, WARP_SYNC),
+    _collective(
+        "no barrier before a warp's histogram is written",
+        WARP_SYNC,
+        "pass",
+        after="before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)",
+    ),
+    _collective(
+        "no barrier after a warp's histogram is written",
+        WARP_SYNC,
+        "pass",
+        after="t.store(histogram, row + bin_, before + t.popc(same))",
+    ),
+    _form(
+        "warp: no barrier between the sentinels and the pairs",
+        "warp",
+        "t.block_sync()  # the sentinels of this CTA's slice are in place",
+        "pass",
+    ),
+    _form(
+        "block: no barrier after the fills",
+        "block",
+        BLOCK_SYNC,
+        "pass",
+        after="rows.fill(r.sorted_token_ids, n, vector=vector)",
+    ),
+    _form(
+        "block: the barrier before the column scan is a warp barrier",
+        "block",
+        BLOCK_SYNC,
+        WARP_SYNC,
+        after="# 1. Each warp counts its pairs, and ranks them among themselves.",
+    ),
+    _form(
+        "block: no barrier before the starts are read",
+        "block",
+        BLOCK_SYNC,
+        "pass",
+        after="t.store(r.num_tokens_post_padded, 0, total)",
+    ),
+    _form(
+        "count: no barrier between the zeros and the atomics",
+        "counting",
+        BLOCK_SYNC,
+        "pass",
+        after="collectives.fill(t, r.histogram, 0, layout.stride, tid, threads, vector=True)",
+    ),
+    _form(
+        "count: no barrier between the atomics and the loads",
+        "counting",
+        BLOCK_SYNC,
+        WARP_SYNC,
+        after="count(read(tile * layout.tile))",
+    ),
+    _form("grid: no wait for the count kernel", "grid", WAIT, "pass"),
+    _form("grid: half of the threads wait", "grid", WAIT, f"if_low = t.if_(t.thread_id() < 128)\n{' ' * 8}with if_low: {WAIT}"),
+    _form(
+        "grid: the staged stores are read without a barrier",
+        "grid",
+        BLOCK_SYNC,
+        WARP_SYNC,
+        after="common.write_inverse(t, r, problem, pair, e, row)",
+    ),
+    _form(
+        "grid: the next tile begins without a barrier",
+        "grid",
+        BLOCK_SYNC,
+        "pass",
+        after="t.store(r.start, e, t.load(r.start, e) + count)",
+    ),
+    _form(
+        "radix: a lane changes the carry while others read it",
+        "radix",
+        "t.block_sync()  # everyone has read the carry",
+        "pass",
+    ),
+    _form(
+        "radix: rows are added before they are zero",
+        "radix",
+        BLOCK_SYNC,
+        "pass",
+        after="t.store(r.rows, 0, 0)",
+    ),
+    _form(
+        "radix: the last kernel does not wait",
+        "radix",
+        WAIT,
+        "pass",
+        after="me, everyone = t.cta_id() * threads + t.thread_id(), num_ctas * threads",
+    ),
+    _form(
+        "batched: rows are written before the starts are there",
+        "batched",
+        BLOCK_SYNC,
+        "pass",
+        after="t.store(r.tokens_per_expert, e, count)",
+    ),
+    # Arithmetic, masks, kinds of access.
+    _collective(
+        "the scan adds one lane too few",
+        "x = x + t.select(lane >= distance, y, 0)",
+        "x = x + t.select(lane > distance, y, 0)",
+        kills="wrong",
+    ),
+    _collective(
+        "the sum of the warps before includes one's own",
+        "before = t.shfl(running - sums, warp)",
+        "before = t.shfl(running, warp)",
+        kills="EmulatorError",
+    ),
+    _collective(
+        "a fill begins one cell late",
+        "for i in strided(t, thread + whole, count, threads):",
+        "for i in strided(t, thread + whole + 1, count, threads):",
+        kills="EmulatorError",
+    ),
+    _collective(
+        "a barrier where not all lanes are",
+        "with t.if_(counted & rank.eq(0)):",
+        "with t.if_(counted & rank.eq(0)): t.warp_sync()\n    with t.if_(counted & rank.eq(0)):",
+        kills="DivergentBarrier",
+    ),
+    _form(
+        "warp: an expert's rows begin after its own",
+        "warp",
+        "start = start + t.select(other < expert, size, 0)",
+        "start = start + t.select(other <= expert, size, 0)",
+        kills="EmulatorError",
+    ),
+    _form(
+        "count: dropped pairs are counted",
+        "counting",
+        "with t.if_(bin_ >= 0):",
+        "with t.if_(bin_ >= -1):",
+        kills="OutOfBounds",
+    ),
+    _form(
+        "count: a CTA's own pairs are before it",
+        "counting",
+        "mine = cta > row",
+        "mine = cta >= row",
+        kills="EmulatorError",
+    ),
+    _form(
+        "count: sums are stored, not added",
+        "counting",
+        "t.atomic_add(getattr(r, totals), bin_, total)",
+        "t.store(getattr(r, totals), bin_, total)",
+    ),
+    _form(
+        "grid: an expert's padding ends one row early",
+        "grid",
+        "t.store(r.end, e, start + size)",
+        "t.store(r.end, e, start + size - 1)",
+        kills="UnwrittenOutput",
+    ),
+    _form(
+        "radix: the search leaves out the last key",
+        "radix",
+        "inside = probe <= n",
+        "inside = probe < n",
+        kills="EmulatorError",
+    ),
+)
+
+
+@contextlib.contextmanager
+def mutated(mutant: Mutant | None) -> Iterator[types.ModuleType]:
+    """A fresh import of the kernels with one line changed (None: none); yields the package of the op."""
+
+    def ours(name: str) -> bool:
+        return name == COLLECTIVES or name == KERNELS or name.startswith(KERNELS + ".")
+
+    import moe_align_jax._kernels.block_align
+    import moe_align_jax._simt.collectives  # noqa: F401
+
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+    try:
+        if mutant is not None:
+            spec = importlib.util.find_spec(mutant.module)
+            assert spec is not None and spec.origin is not None
+            source = mutant.apply(pathlib.Path(spec.origin).read_text())
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[mutant.module] = module
+            exec(compile(source, f"{spec.origin} ({mutant.name})", "exec"), module.__dict__)
+            parent, _, child = mutant.module.rpartition(".")
+            setattr(importlib.import_module(parent), child, module)
+        yield importlib.import_module(f"{KERNELS}.block_align")
+    finally:
+        for name in [name for name in sys.modules if ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(saved)
+        for name, module in saved.items():
+            parent, _, child = name.rpartition(".")
+            setattr(sys.modules[parent], child, module)
