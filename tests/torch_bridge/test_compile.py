@@ -96,8 +96,13 @@ def test_opcheck_reports_a_wrong_fake():
     """What the checks above rest on: a fake with other shapes is found."""
     with torch.library._scoped_library("bridge_test", "FRAGMENT") as library:
         library.define("wrong(Tensor topk_ids) -> Tensor", tags=ops._TAGS)
-        library.impl("wrong", lambda x: ops.block_align(
-            x, None, None, None, 16, 8, False, False, False, False, False)[0], "CPU")
+        library.impl(
+            "wrong",
+            lambda x: ops.block_align(
+                x, None, None, None, 16, 8, False, False, False, False, False
+            )[0],
+            "CPU",
+        )
         torch.library.register_fake(
             "bridge_test::wrong", lambda x: x.new_empty(3, dtype=torch.int32), lib=library
         )
