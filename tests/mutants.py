@@ -23,7 +23,7 @@ class Mutant:
     old: str
     new: str
     after: str | None = None
-    kills: str = "RaceError"  # what must kill it: a class of faults.py, or "wrong" for the result
+    kills: str = "RaceError"  # by what: a class of faults.py; "wrong": any, or a wrong result
 
     def apply(self, source: str) -> str:
         lines = source.splitlines()
@@ -51,7 +51,7 @@ def _collective(name: str, old: str, new: str, **more: str) -> Mutant:
 BLOCK_SYNC, WARP_SYNC, WAIT = "t.block_sync()", "t.warp_sync()", "t.grid_dependency_wait()"
 
 MUTANTS = (
-    # Barriers and waits removed, weakened or moved under a condition.
+    # Barriers and waits removed, weakened, or under a condition.
     _collective("the scan's block barrier is a warp barrier", BLOCK_SYNC, WARP_SYNC),
     _collective(
         "no barrier before a warp's histogram is written",
@@ -107,7 +107,12 @@ MUTANTS = (
         after="count(read(tile * layout.tile))",
     ),
     _form("grid: no wait for the count kernel", "grid", WAIT, "pass"),
-    _form("grid: half of the threads wait", "grid", WAIT, f"if_low = t.if_(t.thread_id() < 128)\n{' ' * 8}with if_low: {WAIT}"),
+    _form(
+        "grid: two warps wait, not all",
+        "grid",
+        WAIT,
+        "t.value_if(t.thread_id() < 64, lambda: (t.grid_dependency_wait(), t.const(0))[1], 0)",
+    ),
     _form(
         "grid: the staged stores are read without a barrier",
         "grid",
@@ -160,18 +165,19 @@ MUTANTS = (
         "the sum of the warps before includes one's own",
         "before = t.shfl(running - sums, warp)",
         "before = t.shfl(running, warp)",
-        kills="EmulatorError",
+        kills="wrong",
     ),
     _collective(
         "a fill begins one cell late",
         "for i in strided(t, thread + whole, count, threads):",
         "for i in strided(t, thread + whole + 1, count, threads):",
-        kills="EmulatorError",
+        kills="wrong",
     ),
     _collective(
-        "a barrier where not all lanes are",
-        "with t.if_(counted & rank.eq(0)):",
-        "with t.if_(counted & rank.eq(0)): t.warp_sync()\n    with t.if_(counted & rank.eq(0)):",
+        "not all lanes are at the barrier",
+        WARP_SYNC,
+        "t.value_if(counted, lambda: (t.warp_sync(), before)[1], 0)",
+        after="before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)",
         kills="DivergentBarrier",
     ),
     _form(
@@ -179,7 +185,7 @@ MUTANTS = (
         "warp",
         "start = start + t.select(other < expert, size, 0)",
         "start = start + t.select(other <= expert, size, 0)",
-        kills="EmulatorError",
+        kills="wrong",
     ),
     _form(
         "count: dropped pairs are counted",
@@ -193,7 +199,7 @@ MUTANTS = (
         "counting",
         "mine = cta > row",
         "mine = cta >= row",
-        kills="EmulatorError",
+        kills="wrong",
     ),
     _form(
         "count: sums are stored, not added",
@@ -213,7 +219,7 @@ MUTANTS = (
         "radix",
         "inside = probe <= n",
         "inside = probe < n",
-        kills="EmulatorError",
+        kills="wrong",
     ),
 )
 

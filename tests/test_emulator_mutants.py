@@ -69,7 +69,8 @@ def test_there_are_enough_mutants():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_killed(mutant):
     """By what it does wrong: a missing barrier never shows in a lock-step result."""
-    error = AssertionError if mutant.kills == "wrong" else getattr(faults, mutant.kills)
+    wrong = (AssertionError, faults.EmulatorError)
+    error = wrong if mutant.kills == "wrong" else getattr(faults, mutant.kills)
     with mutated(mutant) as kernels, pytest.raises(error):
         run_suite(kernels)
 

@@ -1,4 +1,4 @@
-"""The emulator's race and barrier checks: a kernel passes, and with one barrier removed is reported.
+"""The emulator's race and barrier checks: a kernel passes, and is reported with a barrier removed.
 
 `test_races_are_exact` holds the checks to vector clocks over every thread, on random kernels.
 """

@@ -117,7 +117,7 @@ class Touches:
     def add(self, cells: np.ndarray, threads: Threads) -> None:
         """The lanes join those that touched the cells.
 
-        All are of one CTA: what can be read was written by some CTA, and only its reads are no races.
+        All are of one CTA: what can be read was written by a CTA, and the reads of others are races.
         """
         marks, floor = threads
         old = self.marks.take(cells)
