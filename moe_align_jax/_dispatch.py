@@ -77,10 +77,10 @@ def _choose(platform: str, implementation: str | None) -> str:
     return implementation
 
 
-def _not_implemented(problem: Problem, implementation: str, reason: str) -> NotImplementedError:
+def _not_implemented(function: str, implementation: str, reason: str) -> NotImplementedError:
     return NotImplementedError(
         _checks.message(
-            problem.name,
+            function,
             "implementation",
             "be one that can run here",
             repr(implementation),
@@ -174,7 +174,7 @@ block_align_p.def_impl(
 def _lower(platform: str, ctx, *operands, problem: Problem, implementation, batched):
     choice = _choose(platform, implementation)
     if reason := _unavailable(choice, platform):
-        raise _not_implemented(problem, choice, reason)
+        raise _not_implemented(problem.name, choice, reason)
     if choice == "emulator":
         call = functools.partial(_emulator_call, problem, batched)
     elif choice == "xla":
@@ -189,7 +189,7 @@ def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
     sizes = [d for shape in (*problem.inputs.values(), batch) for d in shape]
     if not all(isinstance(d, (int, np.integer)) for d in sizes):
         raise _not_implemented(
-            problem,
+            problem.name,
             "mosaic_gpu",
             "the kernels need static shapes; export a symbolic shape with 'xla'",
         )
@@ -358,7 +358,7 @@ def select_implementation(
     platform = "cuda" if platform == "gpu" else platform
     choice = _choose(platform, implementation)
     if reason := _unavailable(choice, platform):
-        raise _not_implemented(problem, choice, reason)
+        raise _not_implemented(function, choice, reason)
     reasons = {}
     for other in IMPLEMENTATIONS:
         if other == choice:

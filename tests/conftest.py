@@ -38,7 +38,9 @@ def implementation(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", metavar="I/N", help="run only every N-th test, from the I-th (1-based)")
+    parser.addoption(
+        "--shard", metavar="I/N", help="run only every N-th test, from the I-th (1-based)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -52,7 +54,9 @@ def pytest_collection_modifyitems(config, items):
     if config.option.shard:
         index, count = map(int, config.option.shard.split("/"))
         if not 1 <= index <= count:
-            raise pytest.UsageError(f"--shard must be I/N with 1 <= I <= N; got {config.option.shard}")
+            raise pytest.UsageError(
+                f"--shard must be I/N with 1 <= I <= N; got {config.option.shard}"
+            )
         chosen = items[index - 1 :: count]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen

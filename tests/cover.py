@@ -65,7 +65,9 @@ def generate(seed: int) -> list[Case]:
     left = all_pairs().difference(*map(pairs_of, cases))
     while left:
         # The two factors with the most levels bound the length: serve their pairs first.
-        start = max(sorted(left, key=repr), key=lambda p: len(FACTORS[p[0][0]]) * len(FACTORS[p[1][0]]))
+        start = max(
+            sorted(left, key=repr), key=lambda p: len(FACTORS[p[0][0]]) * len(FACTORS[p[1][0]])
+        )
         best: Case = {}
         best_gain = -1
         for _ in range(40):

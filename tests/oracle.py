@@ -77,9 +77,7 @@ def align(
     return Expected(rows, blocks, [used], [len(g) for g in groups], inverse)
 
 
-def align_batched(
-    counts: Sequence[int], *, max_tokens_per_batch: int, block_size: int
-) -> Expected:
+def align_batched(counts: Sequence[int], *, max_tokens_per_batch: int, block_size: int) -> Expected:
     sentinel = len(counts) * max_tokens_per_batch
     rows: list[int] = []
     blocks: list[int] = []
@@ -177,7 +175,9 @@ def route(
     rng = np.random.default_rng(seed)
     shape = (num_tokens, top_k)
     info = np.iinfo(dtype)
-    minus_one = -1 if info.min < 0 else int(info.max)  # an unsigned type has no -1: its largest value
+    minus_one = (
+        -1 if info.min < 0 else int(info.max)
+    )  # an unsigned type has no -1: its largest value
     largest = min(num_experts - 1, int(info.max))
     ids = rng.integers(0, largest, shape, endpoint=True).astype(object)
     if routing == "zipf":

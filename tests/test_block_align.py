@@ -181,7 +181,14 @@ def test_block_align_num_valid_pairs_of_any_size_and_dtype(implementation, num_v
 
 def test_block_align_flattens_any_shape_in_row_major_order(implementation):
     base = np.random.default_rng(6).integers(0, 12, (4, 6, 10)).astype(np.int32)
-    for ids in (base, base.ravel(), base.T, base[::2, ::-1, 1::3], np.asfortranarray(base), base[0, 0, 0]):
+    for ids in (
+        base,
+        base.ravel(),
+        base.T,
+        base[::2, ::-1, 1::3],
+        np.asfortranarray(base),
+        base[0, 0, 0],
+    ):
         check(np.asarray(ids), implementation=implementation, block_size=4, num_experts=12)
 
 
@@ -206,7 +213,7 @@ def test_block_align_same_bits_every_run(implementation, num_pairs):
     assert all([np.asarray(field).tobytes() for field in run] == first for run in runs)
 
 
-# -- padded_group_sizes, and the batched layout ---------------------------------------------------------------
+# -- padded_group_sizes, and the batched layout ------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 100])

@@ -111,7 +111,9 @@ def test_batched_cuda_program_holds_only_kernels(size):
     )
     counts = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
     assert_only_kernels(lower(function, counts))
-    assert_only_kernels(lower(jax.vmap(function), jax.ShapeDtypeStruct((7, num_experts), jnp.int32)))
+    assert_only_kernels(
+        lower(jax.vmap(function), jax.ShapeDtypeStruct((7, num_experts), jnp.int32))
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint64", "uint32"])
@@ -146,7 +148,9 @@ def test_one_trace_lowers_for_each_platform(platforms):
     for chosen in (platforms, ("cpu",), ("cuda",)):
         counts = operations(traced.lower(lowering_platforms=chosen))
         kernels = counts[f"custom_call {MOSAIC}"]
-        assert bool(kernels) == (chosen == ("cuda",)) and bool(counts["stablehlo.sort"]) != bool(kernels)
+        assert bool(kernels) == (chosen == ("cuda",)) and bool(counts["stablehlo.sort"]) != bool(
+            kernels
+        )
 
 
 def test_layers_of_one_model_share_one_lowering():
@@ -200,7 +204,9 @@ def test_vmap_beyond_the_grid_is_a_value_error_at_lowering():
     limit = jax.ShapeDtypeStruct((65_535, 4), jnp.int32)
     assert_only_kernels(lower(batched, limit))
     traced = jax.jit(batched).trace(jax.ShapeDtypeStruct((65_536, 4), jnp.int32))
-    with pytest.raises(ValueError, match="a vmapped batch must be at most 65535 on a GPU; got 65536"):
+    with pytest.raises(
+        ValueError, match="a vmapped batch must be at most 65535 on a GPU; got 65536"
+    ):
         traced.lower(lowering_platforms=("cuda",))
     deep = jax.vmap(jax.vmap(named(None)))
     traced = jax.jit(deep).trace(jax.ShapeDtypeStruct((100, 1000, 4), jnp.int32))
@@ -259,7 +265,9 @@ def test_shape_polymorphic_export_of_xla_runs_at_several_sizes(pad):
 def test_shape_polymorphic_export_of_the_kernels_says_what_to_do():
     [tokens] = jax.export.symbolic_shape("tokens", constraints=("tokens >= 1",))
     shape = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
-    with pytest.raises(NotImplementedError, match="static shapes; export a symbolic shape with 'xla'"):
+    with pytest.raises(
+        NotImplementedError, match="static shapes; export a symbolic shape with 'xla'"
+    ):
         jax.export.export(jax.jit(named(None)), platforms=["cuda"])(shape)
 
 
@@ -270,10 +278,20 @@ def test_shape_polymorphic_export_of_the_kernels_says_what_to_do():
 @pytest.mark.parametrize("size", forms.SIZES, ids=str)
 def test_optimised_cuda_program_holds_only_kernels(size):
     """What XLA makes of it: custom calls, views of the same bytes, and tuples; no fill, copy or fusion."""
-    allowed = {"parameter", "tuple", "get-tuple-element", "bitcast", "custom-call", "call", "constant"}
+    allowed = {
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "custom-call",
+        "call",
+        "constant",
+    }
     for options in forms.OPTIONS[:: 5 if size.num_pairs > 10_000 else 1]:
         function, shapes = call(size, options)
         compiled = jax.jit(function).lower(*shapes).compile().as_text()
-        found = set(re.findall(r"^\s*(?:ROOT )?\S+ = .*? ([a-z][a-z0-9-]*)\(", compiled, re.MULTILINE))
+        found = set(
+            re.findall(r"^\s*(?:ROOT )?\S+ = .*? ([a-z][a-z0-9-]*)\(", compiled, re.MULTILINE)
+        )
         targets = set(re.findall(r'custom_call_target="([^"]+)"', compiled))
         assert found <= allowed and targets == {MOSAIC}, (options, found, targets)

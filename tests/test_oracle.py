@@ -42,7 +42,9 @@ def test_batched_oracle_gives_the_result_worked_out_by_hand():
     assert got.num_tokens_post_padded == [6] and got.tokens_per_expert == [1, 0, 3]
 
 
-@pytest.mark.parametrize("case", [c for c in cover.load() if c["num_tokens"] <= 64][::2], ids=cover.name)
+@pytest.mark.parametrize(
+    "case", [c for c in cover.load() if c["num_tokens"] <= 64][::2], ids=cover.name
+)
 def test_numpy_oracle_equals_the_loops(case):
     ids, options = cover.arguments(case)
     want = oracle.align(ids.ravel().tolist(), **options)

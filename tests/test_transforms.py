@@ -150,7 +150,9 @@ def test_cond_runs_only_the_chosen_branch(implementation):
     ids = ids_of(50)
 
     def function(flag, ids):
-        return jax.lax.cond(flag, aligner(implementation), aligner(implementation, block_size=4), ids)
+        return jax.lax.cond(
+            flag, aligner(implementation), aligner(implementation, block_size=4), ids
+        )
 
     got = jax.jit(function)(True, ids)
     oracle.assert_same(got, oracle.expected(ids, **OPTIONS))
