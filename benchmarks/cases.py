@@ -153,9 +153,12 @@ def mismatch(
         return "sorted_token_ids is too short, or its end is not the sentinel"
     rows = rows[: case.capacity]
     if not stable:
+        if used and not 0 <= rows[:used].min() <= rows[:used].max() <= case.num_pairs:
+            return "sorted_token_ids holds neither pair nor sentinel"
         # Ascending within each expert; the sentinel is the largest value, so padding goes last.
         expert = np.repeat(want.expert_ids[: used // case.block_size], case.block_size)
-        rows[:used] = rows[:used][np.lexsort((rows[:used], expert))]
+        offset = expert.astype(np.int64) * (case.num_pairs + 1)
+        rows[:used] = np.sort(offset + rows[:used]) - offset
     if not np.array_equal(rows, want.sorted_token_ids):
         return f"sorted_token_ids differ first at row {_first(rows, want.sorted_token_ids)}"
     counts = got.get("tokens_per_expert")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,15 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, peers, report, timing  # noqa: E402
-from benchmarks.cases import CASES, Case, expected, mismatch  # noqa: E402
+from benchmarks.cases import CASES, Case, Expected, expected, mismatch  # noqa: E402
 
 # A CPU needs seconds for the largest sizes, times five calls, times the repeats.
 CPU_MAX_PAIRS = 32_768
+
+
+def say(text: str, file: Any = None) -> None:
+    """Prints at once: a run that is cut off keeps what it said."""
+    print(text, file=file or sys.stdout, flush=True)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,24 +77,25 @@ def _as_numpy(result: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in named.items() if value is not None}
 
 
+class Inputs(NamedTuple):
+    """Samples of one case and their answers, which serve every provider."""
+
+    ids: list[np.ndarray]
+    answers: list[Expected]
+
+
 def _first_mismatch(
-    provider: peers.Provider, case: Case, ids: list[np.ndarray], results: list[dict]
+    provider: peers.Provider, case: Case, answers: list[Expected], results: list[dict]
 ) -> str:
-    for index, (one, got) in enumerate(zip(ids, results, strict=True)):
-        wrong = mismatch(
-            case,
-            expected(case, one),
-            got,
-            stable=provider.stable,
-            expert_tail=provider.expert_tail,
-        )
+    for index, (want, got) in enumerate(zip(answers, results, strict=True)):
+        wrong = mismatch(case, want, got, stable=provider.stable, expert_tail=provider.expert_tail)
         if wrong:
             return f"input {index}: {wrong}"
     return ""
 
 
 def measure_jax(
-    provider: peers.Provider, case: Case, ids: list[np.ndarray], options: argparse.Namespace
+    provider: peers.Provider, case: Case, inputs: Inputs, options: argparse.Namespace
 ) -> tuple[str, timing.Timing | None]:
     """(what is wrong or "", the timing when nothing is)."""
     import jax
@@ -99,34 +105,34 @@ def measure_jax(
     def program(many):
         return [align(one) for one in many]
 
-    on_device = [jax.device_put(one) for one in ids]
+    on_device = [jax.device_put(one) for one in inputs.ids]
     compiled = jax.jit(program).lower(on_device).compile()
-    _poison_jax_memory(case, len(ids))
+    _poison_jax_memory(case, len(on_device))
     results = [_as_numpy(r) for r in compiled(on_device)]
-    if wrong := _first_mismatch(provider, case, ids, results):
+    if wrong := _first_mismatch(provider, case, inputs.answers, results):
         return wrong, None
     if jax.default_backend() == "cpu":
         once = lambda: jax.block_until_ready(compiled(on_device))  # noqa: E731
-        return "", timing.time_wall(once, calls=len(ids))
+        return "", timing.time_wall(once, calls=len(on_device))
     return "", timing.time_jit_span(compiled, on_device, executions=options.executions)
 
 
 def measure_torch(
-    provider: peers.Provider, case: Case, ids: list[np.ndarray], options: argparse.Namespace
+    provider: peers.Provider, case: Case, inputs: Inputs, options: argparse.Namespace
 ) -> tuple[str, timing.Timing | None]:
     """As `measure_jax`: the eager calls are verified, then the timed graph's own results."""
     import torch
 
-    prepared: peers.TorchCalls = provider.make(case, ids)  # type: ignore[misc]
+    prepared: peers.TorchCalls = provider.make(case, inputs.ids)  # type: ignore[misc]
     prepared.poison()
     for call in prepared.calls:
         call()
     torch.cuda.synchronize()
-    if wrong := _first_mismatch(provider, case, ids, prepared.results()):
+    if wrong := _first_mismatch(provider, case, inputs.answers, prepared.results()):
         return wrong, None
     prepared.poison()
     timed = timing.time_torch_graph(prepared.calls, replays=options.replays)
-    if wrong := _first_mismatch(provider, case, ids, prepared.results()):
+    if wrong := _first_mismatch(provider, case, inputs.answers, prepared.results()):
         return f"in its CUDA graph, {wrong}", None
     return "", timed
 
@@ -165,14 +171,15 @@ def run_case(
     """Every provider on the same inputs, one after the other."""
     rows = []
     ids = [case.topk_ids(seed) for seed in range(options.calls)]
+    answers = [expected(case, one) for one in ids]
     for provider in providers:
         count = min(provider.calls or options.calls, options.calls)
         if refusal := provider.refuses(case):
-            print(f"  {provider.name}: {refusal}", file=sys.stderr)
+            say(f"  {provider.name}: {refusal}", file=sys.stderr)
             continue
         measure = measure_jax if provider.kind == "jax" else measure_torch
         try:
-            wrong, timed = measure(provider, case, ids[:count], options)
+            wrong, timed = measure(provider, case, Inputs(ids[:count], answers[:count]), options)
         except Exception as error:  # one provider's failure must not cost the others their run
             wrong, timed = f"{type(error).__name__}: {str(error)[:300]}", None
         rows.append(row_of(provider, case, wrong, timed))
@@ -187,21 +194,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine.facts(options.commit)
     cases = chosen(options.cases, CASES)
     where = facts["gpu"] or f"{jax.default_backend().upper()} ({facts['cpu']})"
-    print(f"moe-align bench on {where}, jax {facts['jax']}, torch {facts['torch']}")
+    say(f"moe-align bench on {where}, jax {facts['jax']}, torch {facts['torch']}")
     everyone = [*peers.jax_providers(), *peers.torch_providers(options.vllm_op, options.sglang_op)]
     names = {p.name for p in everyone}
     if unknown := set(filter(None, options.providers.split(","))) - names:
-        print(
-            f"unknown provider {', '.join(sorted(unknown))}; there are: {', '.join(sorted(names))}"
-        )
+        say(f"unknown provider {', '.join(sorted(unknown))}; there are: {', '.join(sorted(names))}")
         return 2
     providers = chosen(options.providers, everyone)
     for provider in providers:
         state = f"absent: {provider.absent}" if provider.absent else provider.version
-        print(f"  {provider.name:12} {provider.what}; {state}")
+        say(f"  {provider.name:12} {provider.what}; {state}")
     present = [p for p in providers if not p.absent]
     if facts["gpu"] is None:
-        print(
+        say(
             "No GPU here: no kernel time and no peer can be measured. What follows is wall time\n"
             f"of the jnp implementations on the {jax.default_backend().upper()}, "
             f"up to {CPU_MAX_PAIRS} pairs: no claim about a GPU."
@@ -216,20 +221,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with Path(options.out).open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             if not row["verified"]:
-                print(f"  {case.name} {row['provider']}: {row['error']}", file=sys.stderr)
+                say(f"  {case.name} {row['provider']}: {row['error']}", file=sys.stderr)
         seconds = time.monotonic() - begun
-        print(f"  {case.name}: {seconds:.0f} s", file=sys.stderr)
-    print(report.text_table(rows))
+        say(f"  {case.name}: {seconds:.0f} s", file=sys.stderr)
+    say(report.text_table(rows))
     for note in sorted({f"{r['provider']}: {r['note']}" for r in rows if r.get("note")}):
-        print(f"note: {note}")
+        say(f"note: {note}")
     failed = [r for r in rows if not r["verified"]]
     verified = len(rows) - len(failed)
-    print(
+    say(
         f"{verified} results verified against NumPy and timed, {len(failed)} failed, "
         f"{time.monotonic() - started:.0f} s"
     )
     if options.out:
-        print(f"appended to {options.out}")
+        say(f"appended to {options.out}")
     return 1 if failed or not rows else 0
 
 

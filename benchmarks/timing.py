@@ -48,7 +48,8 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # "thread_local": what jax's own threads do on the GPU meanwhile must not break the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:
             call()
     for _ in range(3):

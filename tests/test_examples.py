@@ -1,6 +1,8 @@
-"""examples/moe_layer.py against dense references that share no code with it."""
+"""examples/moe_layer.py against dense references that share no code with it; README's code."""
 
+import doctest
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +133,46 @@ def test_moe_layer_runs_as_a_script():
     errors = [float(line.split()[-1]) for line in done.stdout.splitlines() if "gradient of" in line]
     assert len(errors) == 4 and max(errors) < 1e-4
     assert "alignment by" in done.stdout
+
+
+# -- README -----------------------------------------------------------------------------------
+
+README = FILE.parent.parent / "README.md"
+
+
+def test_readme_example_prints_what_it_says():
+    result = doctest.testfile(str(README), module_relative=False)
+    assert result.attempted >= 5 and result.failed == 0
+
+
+def readme_code(containing: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    [code] = [b for b in blocks if containing in b and ">>>" not in b]
+    return code
+
+
+def test_readme_jax_code_multiplies_each_row_by_its_expert(inputs):
+    params, x, _, ids = inputs
+    names = {}
+    exec(readme_code("import jax\n"), names)
+    with jax.default_matmul_precision("highest"):
+        out = names["experts"](x, params.gate, ids, num_experts=EXPERTS, block_size=4)
+    flat, row = np.asarray(ids).ravel(), 0
+    for expert in range(EXPERTS):
+        pairs = np.flatnonzero(flat == expert)
+        want = np.asarray(x)[pairs // TOP_K] @ np.asarray(params.gate[expert])
+        np.testing.assert_allclose(out[row : row + len(pairs)], want, rtol=1e-5, atol=1e-5)
+        row += -(-len(pairs) // 4) * 4
+
+
+def test_readme_torch_code_aligns():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    names = {}
+    exec(readme_code("from torch_bridge").replace('device="cuda"', 'device="cpu"'), names)
+    ids = names["topk_ids"].numpy()
+    rows, experts = names["sorted_ids"].numpy(), names["expert_ids"].numpy()
+    used = int(names["num_tokens_post_pad"][0])
+    real = rows < ids.size
+    np.testing.assert_array_equal(np.sort(rows[real]), np.arange(ids.size))
+    assert used == (-(-np.bincount(ids, minlength=64) // 128) * 128).sum()
+    np.testing.assert_array_equal(ids[rows[real]], np.repeat(experts, 128)[: rows.size][real])
