@@ -18,10 +18,10 @@ def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
     if not isinstance(stop, int) or stop <= _INT32_MAX - 2 * step:
         yield from t.for_range(start, stop, step)
         return
+    rest = t.select(start.below(stop), stop - start, 0)
     for k in t.for_range(0, -(-stop // step)):
-        i = start + k * step
-        with t.if_(i.below(stop)):
-            yield i
+        with t.if_((k * step).below(rest)):
+            yield start + k * step
 
 
 def fill(

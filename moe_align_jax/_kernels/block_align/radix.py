@@ -202,12 +202,12 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
             expert = cta * chunk + (base + tid)
             inside = (base + tid < chunk) & (expert < num_experts)
             count = t.value_if(
-                inside, lambda: t.load(r.first, expert + 1) - t.load(r.first, expert), 0
+                inside, lambda e=expert: t.load(r.first, e + 1) - t.load(r.first, e), 0
             )
             size = common.padded(count, block_size)
             offset, added = collectives.block_exclusive_scan(t, size, r.scratch2)
             start = t.load(r.carry, 0) + offset
-            label = t.value_if(inside, lambda: common.block_label(t, r, problem, expert), -1)
+            label = t.value_if(inside, lambda e=expert: common.block_label(t, r, problem, e), -1)
             with t.if_(inside):
                 t.store(r.start, expert, start)
                 t.store(r.tokens_per_expert, expert, count)
