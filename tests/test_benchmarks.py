@@ -113,22 +113,74 @@ def test_jax_providers_are_right(name, case):
     assert mismatch(case, expected(case, ids), result) == ""
 
 
-def test_torch_sort_is_right_on_a_cpu(monkeypatch):
+@pytest.fixture
+def torch_on_cpu(monkeypatch):
+    """torch, with what peers.py makes on a GPU made on the CPU."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    on_cpu = {"device": "cpu"}
     for name in ("full", "arange", "zeros"):
         real = getattr(torch, name)
-        replaced = lambda *a, real=real, **k: real(*a, **{**k, **on_cpu})  # noqa: E731
+        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
         monkeypatch.setattr(torch, name, replaced)
     monkeypatch.setattr(peers, "_on_gpu", lambda ids: [torch.from_numpy(i) for i in ids])
+    return torch
+
+
+def check_torch_peer(make, **promises):
     for case in SMALL:
         ids = [case.topk_ids(seed) for seed in range(2)]
-        prepared = peers._torch_sort(case, ids)
+        prepared = make(case, ids)
         prepared.poison()
         for call in prepared.calls:
             call()
         for one, got in zip(ids, prepared.results(), strict=True):
-            assert mismatch(case, expected(case, one), got) == ""
+            assert mismatch(case, expected(case, one), got, **promises) == ""
+
+
+def test_torch_sort_is_right_on_a_cpu(torch_on_cpu):
+    check_torch_peer(peers._torch_sort)
+
+
+# The schemas of vllm 0.33.0's and sglang-kernel 0.4.4's libraries, around a stand-in.
+VLLM_OP = """moe_align_block_size(Tensor topk_ids, int num_experts, int block_size,
+    Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, Tensor(c!) num_tokens_post_pad,
+    Tensor? maybe_expert_map, Tensor(d!)? scatter_idx=None) -> ()"""
+SGLANG_OP = """moe_align_block_size(Tensor topk_ids, int num_experts, int block_size,
+    Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, Tensor(c!) num_tokens_post_pad,
+    Tensor(d!) cumsum_buffer, bool pad_sorted_token_ids) -> ()"""
+
+
+def fill(topk_ids, num_experts, block_size, rows, labels, total):
+    """The contract, into a peer's own tensors (whose order within an expert is free: reversed)."""
+    out = plain_loop(topk_ids.numpy(), block_size, num_experts)
+    rows.fill_(topk_ids.numel())
+    start = 0
+    for count in out.tokens_per_expert:
+        rows.numpy()[start : start + count] = out.sorted_token_ids[start : start + count][::-1]
+        start += -(-count // block_size) * block_size
+    labels.numpy()[: out.expert_ids.size] = out.expert_ids
+    total.fill_(start)
+
+
+def test_vllm_op_is_called_by_its_schema(torch_on_cpu):
+    def op(ids, num_experts, block_size, rows, labels, total, expert_map, scatter_idx=None):
+        assert ids.dim() == 2 and expert_map is None and scatter_idx is None
+        fill(ids, num_experts, block_size, rows, labels, total)
+
+    with torch_on_cpu.library._scoped_library("_moe_C", "DEF") as library:
+        library.define(VLLM_OP)
+        library.impl("moe_align_block_size", op, "CPU")
+        check_torch_peer(peers._vllm, stable=False)
+
+
+def test_sglang_op_is_called_by_its_schema(torch_on_cpu):
+    def op(ids, buckets, block_size, rows, labels, total, cumsum, pad):
+        assert ids.dim() == 2 and cumsum.shape == (buckets + 1,) and pad is True
+        fill(ids, buckets - 1, block_size, rows, labels, total)
+
+    with torch_on_cpu.library._scoped_library("sgl_kernel", "DEF") as library:
+        library.define(SGLANG_OP)
+        library.impl("moe_align_block_size", op, "CPU")
+        check_torch_peer(peers._sglang, stable=False, expert_tail=False)
 
 
 def test_absent_peers_say_why():
