@@ -1,0 +1,114 @@
+"""What an import does, in processes of their own; and the script that must run as it is."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SCRIPT = """
+import torch
+import time
+from torch_bridge import moe_align_block_size
+
+num_tokens = 4096
+num_experts = 64
+topk = 2
+block_size = 128
+topk_ids = torch.randint(0, num_experts, (num_tokens * topk,), dtype=torch.int32, device='cuda')
+
+torch.cuda.synchronize()
+start = time.time()
+sorted_ids, expert_ids, num_tokens_post_pad = moe_align_block_size(
+    topk_ids, num_experts, block_size, topk
+)
+torch.cuda.synchronize()
+duration = time.time() - start
+print(f"Duration: {duration:.4f} seconds")
+"""
+CPU_SCRIPT = SCRIPT.replace("'cuda'", "'cpu'").replace("torch.cuda.synchronize()\n", "")
+# The shapes of vLLM 0.33 (P = 8192 + 64 * 127), and a count that loops over the ids give.
+CHECK = """
+rows = 0
+for expert in range(num_experts):
+    pairs = sum(1 for x in topk_ids.tolist() if x == expert)
+    rows += -(-pairs // block_size) * block_size
+print(tuple(sorted_ids.shape), tuple(expert_ids.shape), num_tokens_post_pad.tolist() == [rows])
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def check_script(script: str) -> None:
+    result = run(script + CHECK)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert re.fullmatch(r"Duration: \d+\.\d{4} seconds", first)
+    assert second == "(16320,) (128,) True"
+
+
+def test_script_on_a_cpu():
+    assert "cuda" not in CPU_SCRIPT
+    check_script(CPU_SCRIPT)
+
+
+@pytest.mark.gpu
+def test_script_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    check_script(SCRIPT)
+
+
+def test_import_brings_in_torch_and_no_jax():
+    result = run(
+        "import sys, torch_bridge, torch_bridge.vllm, torch_bridge.sglang\n"
+        "print('torch' in sys.modules, 'jax' in sys.modules, 'jaxlib' in sys.modules)"
+    )
+    assert result.stdout.split() == ["True", "False", "False"], result.stderr
+
+
+def test_fakes_and_errors_need_no_jax():
+    result = run(
+        "import sys, torch, torch_bridge\n"
+        "ids = torch.zeros(8, 2, dtype=torch.int64, device='meta')\n"
+        "sys.modules['jax'] = None\n"
+        "got = torch_bridge.moe_align_block_size(ids, 4, 16)\n"
+        "try:\n    torch_bridge.moe_align_block_size(ids.float(), 4, 16)\n"
+        "except TypeError:\n    print([tuple(x.shape) for x in got])"
+    )
+    assert result.stdout.strip() == "[(76,), (5,), (1,)]", result.stderr
+
+
+def test_import_without_torch_names_the_extra():
+    result = run(
+        "import sys\nsys.modules['torch'] = None\n"
+        "try:\n    import torch_bridge\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    assert "moe-align-jax[torch]" in result.stdout, result.stderr
+    assert re.match(r"\w+: .+ must .+; got .+\. .+\.$", result.stdout.strip())
+
+
+def test_moe_align_jax_never_imports_torch():
+    result = run(
+        "import sys, jax.numpy as jnp, moe_align_jax\n"
+        "moe_align_jax.moe_align_block_size(jnp.arange(4), block_size=2, num_experts=4)\n"
+        "print('torch' in sys.modules)"
+    )
+    assert result.stdout.split() == ["False"], result.stderr
+
+
+def test_a_call_changes_no_setting_of_jax():
+    result = run(
+        "import os, torch, torch_bridge\n"
+        "before = dict(os.environ)\n"
+        "torch_bridge.moe_align_block_size(torch.arange(8), 8, 4)\n"
+        "import jax\n"
+        "print(jax.config.jax_enable_x64, before == dict(os.environ))"
+    )
+    assert result.stdout.split() == ["False", "True"], result.stderr
