@@ -80,14 +80,20 @@ def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: in
             for _ in range(executions):
                 jax.block_until_ready(program(arguments))
                 time.sleep(0.002)  # a gap far wider than any between two kernels
-        events = traces.gpu_events(traces.load(traces.newest_xplane(folder)))
+        profile = traces.load(traces.newest_xplane(folder))
+        events = traces.gpu_events(profile)
     spans = traces.span_per_call(events, executions=executions, calls=len(arguments))
     if spans.us_per_call:
         return Timing(
             "span_us", spans.us_per_call, len(arguments), spans.note, spans.kernels_per_call
         )
     wall = time_wall(lambda: jax.block_until_ready(program(arguments)), calls=len(arguments))
-    return Timing(wall.metric, wall.samples_us, wall.calls, f"{spans.note}; wall time instead")
+    return Timing(
+        wall.metric,
+        wall.samples_us,
+        wall.calls,
+        f"{spans.note}; wall time instead; it holds {traces.contents(profile)[:400]}",
+    )
 
 
 def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:

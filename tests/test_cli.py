@@ -221,6 +221,14 @@ def test_span_leaves_out_derived_lines_and_host_copies():
     assert spans.us_per_call == pytest.approx([(3 * 3 + 2) / 4] * 3)
 
 
+def test_span_takes_other_lines_where_none_is_called_a_stream():
+    lines = {"compute 7": executions_of(4), "XLA Ops": [("fusion", 0.0, 20000.0)]}
+    profile = gpu_trace(lines)
+    spans = traces.span_per_call(traces.gpu_events(profile), executions=3, calls=4)
+    assert spans.us_per_call == pytest.approx([11 / 4] * 3)
+    assert traces.contents(profile) == "/device:GPU:0 [compute 7: 12, XLA Ops: 1]"
+
+
 def test_span_joins_the_streams_of_one_execution():
     second = [(kernel, start + 30, length) for kernel, start, length in executions_of(1)]
     profile = gpu_trace({"Stream #1(Compute)": executions_of(2), "Stream #2(Compute)": second})

@@ -14,6 +14,18 @@ from typing import Any, NamedTuple
 
 # What Pallas' Mosaic GPU lowering appends to the name of a kernel body.
 OUR_KERNEL = re.compile(r"_mosaic_gpu_kernel")
+_DERIVED_LINES = {
+    "Framework Name Scope",
+    "Framework Ops",
+    "Launch Stats",
+    "Source code",
+    "Steps",
+    "TensorFlow Name Scope",
+    "TensorFlow Ops",
+    "XLA Modules",
+    "XLA Ops",
+    "XLA TraceMe",
+}
 _HOST_COPY = re.compile(r"memcpy\s*\(?(h2d|d2h|htod|dtoh)", re.IGNORECASE)
 
 
@@ -83,6 +95,7 @@ def gpu_events(profile: Any, device: int = 0) -> list[Event]:
         for line in plane.lines
     ]
     streams = [line for line in lines if line.name.lower().startswith("stream")]
+    streams = streams or [line for line in lines if line.name not in _DERIVED_LINES]
     events = [
         Event(event.name, event.start_ns, event.end_ns)
         for line in streams
@@ -90,6 +103,15 @@ def gpu_events(profile: Any, device: int = 0) -> list[Event]:
         if not _HOST_COPY.search(event.name)
     ]
     return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
+
+
+def contents(profile: Any) -> str:
+    """Planes, their lines and event counts, in one line: to say what a trace holds instead."""
+    planes = (
+        f"{plane.name} [{', '.join(f'{x.name}: {len(list(x.events))}' for x in plane.lines)}]"
+        for plane in profile.planes
+    )
+    return "; ".join(planes)
 
 
 def cpu_events(profile: Any) -> list[Event]:
