@@ -27,7 +27,7 @@ def _sample(dtype: torch.dtype) -> torch.Tensor:
     return values.view(dtype).reshape(4, 6)
 
 
-# -- facts --------------------------------------------------------------------------------------------
+# -- facts ---------------------------------------------------------------------------------------
 
 
 def test_fact_jax_narrows_int64_silently():
@@ -89,7 +89,7 @@ def test_fact_an_exported_array_outlives_jax_and_is_writable():
     assert torch.equal(tensor, torch.arange(1000, dtype=torch.int32) * 3 + 1)
 
 
-# -- to_jax, to_torch ------------------------------------------------------------------------------------
+# -- to_jax, to_torch ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -218,7 +218,7 @@ def test_to_torch_refuses_a_tracer():
     assert_format(caught.value)
 
 
-# -- each guard, taken out ----------------------------------------------------------------------------------
+# -- each guard, taken out -----------------------------------------------------------------------
 
 
 def test_without_the_x64_guard_an_id_aliases(monkeypatch):

@@ -49,7 +49,7 @@ def _matrix():
     return _square
 
 
-# -- results -------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,7 +123,7 @@ def test_gpu_compile(backend):
     assert_triple(tuple(compiled(ids)), want)
 
 
-# -- copies ----------------------------------------------------------------------------------------------
+# -- copies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -170,7 +170,7 @@ def test_gpu_converters_share_memory(dtype):
     assert np.asarray(array).tobytes() == values.numpy().tobytes()
 
 
-# -- streams -----------------------------------------------------------------------------------------------
+# -- streams -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [False, True], ids=["default stream", "side stream"])
@@ -241,7 +241,7 @@ def test_gpu_without_the_hand_over_the_overwrite_is_seen(monkeypatch):
     assert wrong > 0
 
 
-# -- memory --------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 
 def _late_copy(monkeypatch):
@@ -355,7 +355,7 @@ def test_gpu_eight_threads_on_streams_of_their_own():
         assert list(pool.map(work, range(8))) == [TRIES] * 8
 
 
-# -- capture ---------------------------------------------------------------------------------------------------
+# -- capture -------------------------------------------------------------------------------------
 
 
 def test_gpu_capture_is_refused_and_the_context_works_on():
