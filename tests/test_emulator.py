@@ -449,6 +449,9 @@ def test_batch_along_grid_y():
     check_launch(one, batch=65_535)
     with pytest.raises(LaunchError, match="65536"):
         check_launch(one, batch=65_536)
+    assert emulator.run(program(one), [], batch=65_535) == []
+    with pytest.raises(LaunchError, match="65536"):
+        emulator.run(program(one), [], batch=65_536)
 
 
 # -- programs --------------------------------------------------------------------------------------

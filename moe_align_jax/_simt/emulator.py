@@ -16,7 +16,7 @@ from moe_align_jax._simt.lockstep import EmulatedSimt
 from moe_align_jax._simt.memory import Buffer
 
 
-def _check_program(program: Program, arrays: Sequence[np.ndarray]) -> None:
+def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -> None:
     shapes = dict(program.inputs)
     for (name, shape), array in zip(program.inputs.items(), arrays, strict=True):
         if array.shape != tuple(shape) or array.dtype != np.int32:
@@ -24,7 +24,7 @@ def _check_program(program: Program, arrays: Sequence[np.ndarray]) -> None:
                 f"{name} must be int32 {list(shape)}; got {array.dtype} {list(array.shape)}."
             )
     for kernel in program.kernels:
-        check_launch(kernel)
+        check_launch(kernel, batch)
         for name, shape in kernel.inputs.items():
             if shapes.get(name) != shape:
                 raise EmulatorError(
@@ -86,7 +86,7 @@ def _run_kernel(
 
 
 def run(
-    program: Program, arrays: Sequence[np.ndarray], *, check_races: bool = True
+    program: Program, arrays: Sequence[np.ndarray], *, batch: int = 1, check_races: bool = True
 ) -> list[np.ndarray]:
     """Runs a program by NumPy.
 
@@ -96,6 +96,7 @@ def run(
     Args:
         program: the kernels.
         arrays: the operands, int32, in the order and shapes of `program.inputs`. Not written.
+        batch: rows of the vmapped batch that these arrays are one of (only checked: grid.y).
         check_races: False leaves out races between threads (not bounds or uninitialised reads).
 
     Returns:
@@ -106,7 +107,7 @@ def run(
         LaunchError: a kernel asks for more than the chip has.
     """
     arrays = [np.asarray(array) for array in arrays]
-    _check_program(program, arrays)
+    _check_program(program, arrays, batch)
     shapes = {**program.inputs}
     data = {name: array.reshape(-1) for name, array in zip(program.inputs, arrays, strict=True)}
     producers: dict[str, int] = {}
