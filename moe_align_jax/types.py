@@ -5,6 +5,12 @@ from typing import Any, Literal, NamedTuple
 Implementation = Literal["mosaic_gpu", "xla", "emulator"]
 
 
+# What a program that is sized at launch is told: n, P, and where the first id lies behind the pointer.
+LAUNCH_SIZES = ("num_pairs", "capacity", "first_id")
+# A kernel's pointers count as 256-byte aligned: a view starts at most 63 words behind such an address.
+MAX_FIRST_ID = 64
+
+
 class AlignedBlocks(NamedTuple):
     """Pairs grouped by expert, each group padded to whole blocks.
 
@@ -59,6 +65,9 @@ class AlignProblem(NamedTuple):
             or "filter" (applied before counting; remote pairs are dropped).
         has_num_valid_pairs: whether a device scalar bounds the pairs in use.
         return_inverse: whether `row_of_pair` is an output.
+        sized_at_launch: num_pairs and capacity are only upper bounds; the launch gives the real ones,
+            and the position of the first id. For the direct launch from PyTorch, where a new size
+            must not cost a compile.
     """
 
     num_pairs: int
@@ -69,6 +78,7 @@ class AlignProblem(NamedTuple):
     expert_map: str = ""
     has_num_valid_pairs: bool = False
     return_inverse: bool = False
+    sized_at_launch: bool = False
 
     name = "moe_align_block_size"
 
@@ -79,12 +89,14 @@ class AlignProblem(NamedTuple):
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each int32 operand, in order."""
-        ids = (self.num_pairs,) if self.id_words == 1 else (self.num_pairs, self.id_words)
-        shapes = {"topk_ids": ids}
+        rows = self.num_pairs + (MAX_FIRST_ID if self.sized_at_launch else 0)
+        shapes = {"topk_ids": (rows,) if self.id_words == 1 else (rows, self.id_words)}
         if self.expert_map:
             shapes["expert_map"] = (self.num_experts,)
         if self.has_num_valid_pairs:
             shapes["num_valid_pairs"] = (1,)
+        if self.sized_at_launch:
+            shapes |= dict.fromkeys(LAUNCH_SIZES, (1,))
         return shapes
 
     @property

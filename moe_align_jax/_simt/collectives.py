@@ -25,11 +25,11 @@ def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
 
 
 def fill(
-    t: Simt, ref: Any, value: Int | int, count: int, thread: Int, threads: int, *, vector: bool
+    t: Simt, ref: Any, value: Int | int, count: Int | int, thread: Int, threads: int, *, vector: bool
 ):
     """`ref[:count] = value` by `threads` threads; with `vector`, 16 bytes at a time."""
     whole = count // 4 * 4 if vector else 0
-    if whole:
+    if not isinstance(whole, int) or whole:
         for i in strided(t, thread * 4, whole, threads * 4):
             t.store4(ref, i, value)
     for i in strided(t, thread + whole, count, threads):

@@ -151,6 +151,10 @@ class Simt(abc.ABC):
         """`target[index:index+4] = source[index:index+4]`, 16 bytes at a time; index is a multiple of 4."""
 
     @abc.abstractmethod
+    def launch_value(self, ref: Any) -> Int:
+        """The one word of an input that the launch passes by value (>= 0)."""
+
+    @abc.abstractmethod
     def atomic_add(self, ref: Any, index: Int | int, value: Int | int) -> None:
         """`ref[index] += value`, atomic within the CTA (shared memory), relaxed."""
 

@@ -237,6 +237,9 @@ class EmulatedSimt(Simt):
             words = self._read(source, self._vectors(source, index), threads)
             target.write(self._vectors(target, index), words, threads)
 
+    def launch_value(self, ref: Any) -> Int:
+        return self.load(ref, 0)
+
     def atomic_add(self, ref: Buffer, index: Int | int, value: Int | int) -> None:
         added = self._stored(value)
         if self.scope.count:

@@ -141,6 +141,13 @@ class MosaicSimt(Simt):
         words = llvm.load(ir.VectorType.get((4,), _i32()), source.pointer(index), alignment=16)
         llvm.store(words, target.pointer(index), alignment=16)
 
+    def launch_value(self, ref: _Ref) -> Int:
+        # It rides in a pointer. LLVM takes a pointer parameter's low 8 bits for zero (it is declared
+        # 256-byte aligned), so the launcher shifts the value left by 8.
+        pointer = memref.extract_aligned_pointer_as_index(ref.memref)
+        word = arith.shrui(pointer, arith.constant(ir.IndexType.get(), 8))
+        return MlirInt(arith.index_cast(_i32(), word))
+
     def atomic_add(self, ref: _Ref, index: Int | int, value: Int | int) -> None:
         # memref.atomic_rmw would be acq_rel at system scope.
         llvm.atomicrmw(

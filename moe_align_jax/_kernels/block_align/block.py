@@ -17,25 +17,26 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
-    n, num_experts, block_size = problem.num_pairs, problem.num_experts, problem.block_size
+    num_experts, block_size = problem.num_experts, problem.block_size
     threads = config.num_warpgroups * WARPGROUP
     num_warps = threads // WARP
     stride = -(-num_experts // 4) * 4  # of a warp's histogram
     per_thread = -(-num_experts // threads)  # experts
-    rounds = -(-n // threads)  # of 32 pairs per warp
+    rounds = -(-problem.num_pairs // threads)  # of 32 pairs per warp
     bits = common.bin_bits(num_experts)
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, lane, warp = common.thread_ids(t)
         cta = t.cta_id()
         row_of_warp = warp * stride
+        sizes = common.Sizes(t, r, problem)
         t.grid_dependency_wait()
         limit = common.pair_limit(t, r, problem)
         pairs = [warp * (rounds * WARP) + (k * WARP + lane) for k in range(rounds)]
-        experts = [common.read_expert(t, r, problem, pair, limit) for pair in pairs]
+        experts = [common.read_expert(t, r, problem, sizes, pair, limit) for pair in pairs]
         collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
-        rows = common.Slice(t, problem.capacity)
-        rows.fill(r.sorted_token_ids, n, vector=vector)
+        rows = common.Slice(t, sizes.capacity)
+        rows.fill(r.sorted_token_ids, sizes.num_pairs, vector=vector)
         t.block_sync()
 
         # 1. Each warp counts its pairs, and ranks them among themselves.
@@ -52,9 +53,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             )
             for e in mine
         ]
-        sizes = [common.padded(count, block_size) for count in counts]
-        start, total = collectives.block_exclusive_scan(t, sum(sizes, t.const(0)), r.scratch)
-        for e, count, size in zip(mine, counts, sizes, strict=True):
+        padded = [common.padded(count, block_size) for count in counts]
+        start, total = collectives.block_exclusive_scan(t, sum(padded, t.const(0)), r.scratch)
+        for e, count, size in zip(mine, counts, padded, strict=True):
             with t.if_(e < num_experts):
                 t.store(r.start, e, start)
                 with t.if_(cta.eq(0)):
@@ -77,9 +78,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 t.store(r.sorted_token_ids, row, pair)
                 common.name_block(t, r, problem, row, e)
             with t.if_(cta.eq(0)):
-                common.write_inverse(t, r, problem, pair, e, row)
+                common.write_inverse(t, r, problem, sizes, pair, e, row)
         me, everyone = cta * threads + tid, t.num_ctas * threads
-        for b in collectives.strided(t, total // block_size + me, problem.num_blocks, everyone):
+        for b in collectives.strided(t, total // block_size + me, sizes.num_blocks, everyone):
             t.store(r.expert_ids, b, -1)
 
     kernel = Kernel(

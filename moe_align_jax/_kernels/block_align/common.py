@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
-from moe_align_jax.types import AlignProblem
+from moe_align_jax.types import LAUNCH_SIZES, AlignProblem
 
 
 def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
@@ -15,16 +15,40 @@ def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
     return tid, tid & (WARP - 1), tid >> 5
 
 
+def cdiv(a: Any, b: int) -> Any:
+    """ceil(a / b) of a value or an int."""
+    return (a + (b - 1)) // b
+
+
+class Sizes:
+    """n, P and B: ints, or values where the launch gives them."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: AlignProblem):
+        self.num_pairs: Any = problem.num_pairs
+        self.capacity: Any = problem.capacity
+        self.num_blocks: Any = problem.num_blocks
+        self.first_id: Any = 0
+        if problem.sized_at_launch:
+            self.num_pairs, self.capacity = t.launch_value(r.num_pairs), t.launch_value(r.capacity)
+            self.num_blocks = cdiv(self.capacity, problem.block_size)
+            self.first_id = t.launch_value(r.first_id)
+
+
+def launch_sizes(problem: AlignProblem) -> dict[str, tuple[int, ...]]:
+    """The inputs through which a launch gives the sizes."""
+    return {name: shape for name, shape in problem.inputs.items() if name in LAUNCH_SIZES}
+
+
 class Slice:
     """The part of an output that one of several CTAs writes: they all find the same result, and need not
     talk. A multiple of 4 cells, so that its fill can take 16 bytes at a time."""
 
-    def __init__(self, t: Simt, size: int):
+    def __init__(self, t: Simt, size: Int | int):
         self.t, self.size = t, size
-        self.length = -(-size // (t.num_ctas * 4)) * 4
+        self.length = cdiv(size, t.num_ctas * 4) * 4
         self.base = t.cta_id() * self.length
 
-    def fill(self, ref: Any, value: int, *, vector: bool) -> None:
+    def fill(self, ref: Any, value: Int | int, *, vector: bool) -> None:
         t, tid = self.t, self.t.thread_id()
         if t.num_ctas == 1:
             collectives.fill(t, ref, value, self.size, tid, t.num_threads, vector=vector)
@@ -55,15 +79,15 @@ def pair_limit(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> Int | None
 
 
 def read_expert(
-    t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, limit: Int | None
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int, limit: Int | None
 ) -> Int:
     """The group that a pair is counted in, -1 where it is dropped or past the end.
 
     Loads are unconditional (past the end: of pair 0), so that the loads of several rounds overlap.
     """
     num_experts = problem.num_experts
-    inside = pair.below(problem.num_pairs)
-    at = t.select(inside, pair, 0)
+    inside = pair.below(sizes.num_pairs)
+    at = t.select(inside, pair, 0) + sizes.first_id
     if problem.id_words == 2:
         expert, high = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
         kept = inside & expert.below(num_experts) & high.eq(0)
@@ -97,9 +121,15 @@ def name_block(t: Simt, r: SimpleNamespace, problem: AlignProblem, row: Int, exp
 
 
 def write_inverse(
-    t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expert: Int, row: Int
+    t: Simt,
+    r: SimpleNamespace,
+    problem: AlignProblem,
+    sizes: Sizes,
+    pair: Int,
+    expert: Int,
+    row: Int,
 ) -> None:
     """`row_of_pair[pair]`, for pairs within the input."""
     if problem.return_inverse:
-        with t.if_(pair.below(problem.num_pairs)):
+        with t.if_(pair.below(sizes.num_pairs)):
             t.store(r.row_of_pair, pair, t.select(expert >= 0, row, -1))

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from moe_align_jax._kernels.block_align import common
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Shapes, Simt
+from moe_align_jax.types import AlignProblem
 
 type ReadBin = Callable[[Simt, SimpleNamespace, Int], Int]  # pair -> bin, -1 for none
 
@@ -42,14 +44,14 @@ class Layout:
     def tiles(self) -> int:
         return -(-self.num_pairs // (self.tile * self.num_ctas))
 
-    @property
-    def pairs_per_cta(self) -> int:
-        return self.tiles * self.tile
+    def tiles_of(self, num_pairs: Int | int) -> Int | int:
+        """Tiles of a CTA for that many pairs, at most `num_pairs` of the layout."""
+        return 1 if self.tiles == 1 else common.cdiv(num_pairs, self.tile * self.num_ctas)
 
     @property
     def packed(self) -> bool:
         """Two counts of 16 bits per word."""
-        return self.pairs_per_cta < 1 << 16
+        return self.tiles * self.tile < 1 << 16
 
     @property
     def words(self) -> int:
@@ -62,13 +64,13 @@ class Layout:
         return -(-self.num_bins // 4) * 4
 
 
-def choose_rounds(num_pairs: int, num_ctas: int, num_warpgroups: int, most: int) -> int:
-    """Rounds per tile: all in one tile when that is at most `most`."""
-    return min(most, -(-num_pairs // (num_ctas * num_warpgroups * WARPGROUP)))
-
-
 def count_kernel(
-    name: str, layout: Layout, read_bin: ReadBin, inputs: Shapes, histograms: str
+    name: str,
+    problem: AlignProblem,
+    layout: Layout,
+    read_bin: ReadBin,
+    inputs: Shapes,
+    histograms: str,
 ) -> Kernel:
     """Writes `histograms` `[num_ctas * words]`: the bins of each CTA's pairs."""
     threads, words = layout.threads, layout.words
@@ -77,7 +79,8 @@ def count_kernel(
         tid, cta = t.thread_id(), t.cta_id()
         t.grid_dependency_wait()
         t.launch_dependents()
-        first = cta * layout.pairs_per_cta
+        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
+        first = cta * (tiles * layout.tile)
 
         def count(bins: list[Int]) -> None:
             for bin_ in bins:
@@ -95,7 +98,7 @@ def count_kernel(
         if layout.tiles == 1:
             count(once)
         else:
-            for tile in t.for_range(0, layout.tiles):
+            for tile in t.for_range(0, tiles):
                 count(read(tile * layout.tile))
         t.block_sync()
         for i in t.for_range(tid, words, threads):

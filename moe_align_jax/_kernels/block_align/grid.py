@@ -17,9 +17,9 @@ from moe_align_jax.types import AlignProblem
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
     del vector  # its stores are 4 bytes wide
-    n, num_experts, block_size = problem.num_pairs, problem.num_experts, problem.block_size
+    num_experts, block_size = problem.num_experts, problem.block_size
     layout = counting.Layout(
-        num_pairs=n,
+        num_pairs=problem.num_pairs,
         num_bins=num_experts,
         num_ctas=config.num_ctas,
         num_warpgroups=config.num_warpgroups,
@@ -31,19 +31,21 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
     local_sort, one_tile = config.local_sort, layout.tiles == 1
 
     def read_bin(t: Simt, r: SimpleNamespace, pair: Int) -> Int:
-        return common.read_expert(t, r, problem, pair, common.pair_limit(t, r, problem))
+        sizes, limit = common.Sizes(t, r, problem), common.pair_limit(t, r, problem)
+        return common.read_expert(t, r, problem, sizes, pair, limit)
 
     def place(t: Simt, r: SimpleNamespace) -> None:
         tid, lane, warp = common.thread_ids(t)
         cta = t.cta_id()
         row_of_warp = warp * stride
-        limit = common.pair_limit(t, r, problem)
+        sizes, limit = common.Sizes(t, r, problem), common.pair_limit(t, r, problem)
+        tiles = layout.tiles_of(sizes.num_pairs)
         mine = [tid * per_thread + k for k in range(per_thread)]  # experts of this thread
 
         def read_tile(tile: Int | int) -> tuple[list[Int], list[Int]]:
-            first = cta * layout.pairs_per_cta + tile * layout.tile + warp * (layout.rounds * WARP)
+            first = cta * (tiles * layout.tile) + tile * layout.tile + warp * (layout.rounds * WARP)
             pairs = [first + (k * WARP + lane) for k in range(layout.rounds)]
-            return pairs, [common.read_expert(t, r, problem, pair, limit) for pair in pairs]
+            return pairs, [common.read_expert(t, r, problem, sizes, pair, limit) for pair in pairs]
 
         def clear_histogram() -> None:
             collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
@@ -76,9 +78,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         def scan_experts() -> Int:
             """Where each expert's rows start, for this CTA, and end; returns the rows in use."""
             totals = [t.value_if(e < num_experts, lambda e=e: t.load(r.filled, e), 0) for e in mine]
-            sizes = [common.padded(total, block_size) for total in totals]
-            start, in_use = collectives.block_exclusive_scan(t, sum(sizes, t.const(0)), r.scratch2)
-            for e, total, size in zip(mine, totals, sizes, strict=True):
+            padded = [common.padded(total, block_size) for total in totals]
+            start, in_use = collectives.block_exclusive_scan(t, sum(padded, t.const(0)), r.scratch2)
+            for e, total, size in zip(mine, totals, padded, strict=True):
                 with t.if_(e < num_experts):
                     t.store(r.start, e, start + t.load(r.start, e))
                     t.store(r.filled, e, start + total)
@@ -105,7 +107,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                     else:
                         t.store(r.sorted_token_ids, row, pair)
                     common.name_block(t, r, problem, row, e)
-                common.write_inverse(t, r, problem, pair, e, row)
+                common.write_inverse(t, r, problem, sizes, pair, e, row)
             if local_sort:
                 t.block_sync()
                 for i in t.for_range(tid, t.load(r.in_tile, 0), threads):
@@ -130,7 +132,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             scatter(pairs, experts, ranks)
         else:
             in_use = scan_experts()
-            for tile in t.for_range(0, layout.tiles):
+            for tile in t.for_range(0, tiles):
                 pairs, experts = read_tile(tile)
                 ranks = rank(experts)
                 t.block_sync()
@@ -147,17 +149,17 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         # Blocks and rows that no pair takes.
         everyone = layout.num_ctas * threads
         me = cta * threads + tid
-        for b in collectives.strided(t, in_use // block_size + me, problem.num_blocks, everyone):
+        for b in collectives.strided(t, in_use // block_size + me, sizes.num_blocks, everyone):
             t.store(r.expert_ids, b, -1)
         warps = layout.num_ctas * num_warps
         for e in t.for_range(cta * num_warps + warp, num_experts, warps):
             for i in t.for_range(t.load(r.filled, e) + lane, t.load(r.end, e), WARP):
-                t.store(r.sorted_token_ids, i, n)
-        for i in collectives.strided(t, in_use + me, problem.capacity, everyone):
-            t.store(r.sorted_token_ids, i, n)
+                t.store(r.sorted_token_ids, i, sizes.num_pairs)
+        for i in collectives.strided(t, in_use + me, sizes.capacity, everyone):
+            t.store(r.sorted_token_ids, i, sizes.num_pairs)
 
     count = counting.count_kernel(
-        "moe_align_grid_count", layout, read_bin, problem.inputs, "histograms"
+        "moe_align_grid_count", problem, layout, read_bin, problem.inputs, "histograms"
     )
     shared = {
         "histogram": num_warps * stride,

@@ -33,15 +33,18 @@ def _pass_kernels(
     per_thread = -(-num_bins // threads)
     histograms = f"histograms{index}"
     keys, pairs = f"keys{index}", f"pairs{index}"
-    inputs = problem.inputs if index == 0 else {keys: (n,), pairs: (n,)}
+    inputs = (
+        problem.inputs if index == 0 else {keys: (n,), pairs: (n,), **common.launch_sizes(problem)}
+    )
     outputs = {f"keys{index + 1}": (n,), f"pairs{index + 1}": (n,)}
 
     def read(t: Simt, r: SimpleNamespace, position: Int) -> tuple[Int, Int, Int]:
         """(key, pair, digit); the digit is -1 past the end."""
-        inside = position.below(n)
+        sizes = common.Sizes(t, r, problem)
+        inside = position.below(sizes.num_pairs)
         if index == 0:
             limit = common.pair_limit(t, r, problem)
-            expert = common.read_expert(t, r, problem, position, limit)
+            expert = common.read_expert(t, r, problem, sizes, position, limit)
             key, pair = t.select(expert >= 0, expert, problem.num_experts), position
         else:
             at = t.select(inside, position, 0)
@@ -74,8 +77,9 @@ def _pass_kernels(
                 t.store(r.start, d, start + t.load(r.start, d))
             start = start + total
 
-        for tile in t.for_range(0, layout.tiles):
-            first = cta * layout.pairs_per_cta + tile * layout.tile + warp * (layout.rounds * WARP)
+        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
+        for tile in t.for_range(0, tiles):
+            first = cta * (tiles * layout.tile) + tile * layout.tile + warp * (layout.rounds * WARP)
             read_pairs = [read(t, r, first + (k * WARP + lane)) for k in range(layout.rounds)]
             bin_bits = common.bin_bits(num_bins)
             ranks = [
@@ -105,7 +109,7 @@ def _pass_kernels(
             t.block_sync()
 
     count = counting.count_kernel(
-        f"moe_align_radix_count{index}", layout, read_digit, inputs, histograms
+        f"moe_align_radix_count{index}", problem, layout, read_digit, inputs, histograms
     )
     placed = Kernel(
         name=f"moe_align_radix_place{index}",
@@ -132,11 +136,12 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
 
     def lower_bound(t: Simt, r: SimpleNamespace, key: Int) -> Int:
         """Number of sorted keys below `key`."""
+        num_keys = common.Sizes(t, r, problem).num_pairs
         at: Int = t.const(0)
         step = 1 << (n.bit_length() - 1)
         while step:
             probe = at + step
-            inside = probe <= n
+            inside = probe <= num_keys
             smaller = t.load(getattr(r, keys), t.select(inside, probe - 1, 0)) < key
             at = t.select(inside & smaller, probe, at)
             step //= 2
@@ -164,7 +169,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
     return Kernel(
         name="moe_align_radix_first",
         body=body,
-        inputs={keys: (n,)},
+        inputs={keys: (n,), **common.launch_sizes(problem)},
         outputs={"first": (num_experts + 1,), "chunk_rows": (num_chunks,)},
         shared={"rows": 1},
         num_warpgroups=_FINISH_WARPGROUPS,
@@ -177,7 +182,11 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
     num_experts, block_size = problem.num_experts, problem.block_size
     chunk = -(-num_experts // num_chunks)
     threads = _FINISH_WARPGROUPS * WARPGROUP
-    inputs = {"first": (num_experts + 1,), "chunk_rows": (num_chunks,)}
+    inputs = {
+        "first": (num_experts + 1,),
+        "chunk_rows": (num_chunks,),
+        **common.launch_sizes(problem),
+    }
     outputs = {
         "start": (num_experts,),
         "block_expert": (problem.num_blocks,),
@@ -224,7 +233,9 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
                 t.store(r.carry, 0, t.load(r.carry, 0) + added)
             t.block_sync()
         me, everyone = cta * threads + tid, num_chunks * threads
-        for b in collectives.strided(t, in_use // block_size + me, problem.num_blocks, everyone):
+        for b in collectives.strided(
+            t, in_use // block_size + me, common.Sizes(t, r, problem).num_blocks, everyone
+        ):
             t.store(r.block_expert, b, -1)
             t.store(r.expert_ids, b, -1)
         with t.if_(me.eq(0)):
@@ -251,20 +262,21 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         me, everyone = t.cta_id() * threads + t.thread_id(), num_ctas * threads
+        sizes = common.Sizes(t, r, problem)
         t.grid_dependency_wait()
-        for row in collectives.strided(t, me, problem.capacity, everyone):
+        for row in collectives.strided(t, me, sizes.capacity, everyone):
             expert = t.load(r.block_expert, row // block_size)
             e = t.select(expert >= 0, expert, 0)
             at = t.load(r.first, e) + (row - t.load(r.start, e))
             real = (expert >= 0) & (at < t.load(r.first, e + 1))
-            pair = t.value_if(real, lambda at=at: t.load(getattr(r, pairs), at), n)
+            pair = t.value_if(real, lambda at=at: t.load(getattr(r, pairs), at), sizes.num_pairs)
             t.store(r.sorted_token_ids, row, pair)
             if problem.return_inverse:
                 with t.if_(real):
                     t.store(r.row_of_pair, pair, row)
         if problem.return_inverse:
             kept = t.load(r.first, num_experts)
-            for at in collectives.strided(t, kept + me, n, everyone):
+            for at in collectives.strided(t, kept + me, sizes.num_pairs, everyone):
                 t.store(r.row_of_pair, t.load(getattr(r, pairs), at), -1)
 
     return Kernel(
@@ -275,6 +287,7 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
             "first": (num_experts + 1,),
             "start": (num_experts,),
             "block_expert": (problem.num_blocks,),
+            **common.launch_sizes(problem),
         },
         outputs=outputs,
         num_warpgroups=_FINISH_WARPGROUPS,

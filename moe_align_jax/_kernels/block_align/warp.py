@@ -14,18 +14,20 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
-    n, block_size, num_ctas = problem.num_pairs, problem.block_size, config.num_ctas
+    block_size, num_ctas = problem.block_size, config.num_ctas
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, lane, _ = common.thread_ids(t)
         cta = t.cta_id()
+        sizes = common.Sizes(t, r, problem)
+        n = sizes.num_pairs
         t.grid_dependency_wait()
-        expert = common.read_expert(t, r, problem, lane, common.pair_limit(t, r, problem))
+        expert = common.read_expert(t, r, problem, sizes, lane, common.pair_limit(t, r, problem))
         kept = expert >= 0
         label = common.block_label(t, r, problem, t.select(kept, expert, 0))
 
-        rows = common.Slice(t, problem.capacity)
-        blocks = common.Slice(t, problem.num_blocks)
+        rows = common.Slice(t, sizes.capacity)
+        blocks = common.Slice(t, sizes.num_blocks)
         counts = common.Slice(t, problem.num_experts)
         rows.fill(r.sorted_token_ids, n, vector=vector)
         blocks.fill(r.expert_ids, -1, vector=vector)
@@ -37,7 +39,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         own = t.select(first, common.padded(count, block_size), 0)  # once per expert
         start: Int = t.const(0)
         total: Int = t.const(0)
-        for j in range(n):
+        for j in range(problem.num_pairs):
             other, size = t.shfl(expert, j), t.shfl(own, j)
             start = start + t.select(other < expert, size, 0)
             total = total + size
