@@ -2,12 +2,15 @@
 
 import re
 
+import jax
 import numpy as np
 import torch
 
 from tests import oracle
 
 DTYPES = [getattr(torch, name) for name in oracle.ID_DTYPES]
+# Whether the run has x64 on (JAX_ENABLE_X64=1): the bridge leaves it as it is.
+X64 = jax.config.jax_enable_x64
 # The one format of errors: "{function}: {argument} must {rule}; got {what}. {remedy}".
 ERROR_FORMAT = re.compile(r"^\w+: .+ must .+; got .+\. .+\.$", re.DOTALL)
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_bridge
 from tests import oracle
-from tests.torch_bridge.helpers import assert_format, assert_triple, misaligned
+from tests.torch_bridge.helpers import X64, assert_format, assert_triple, misaligned
 from torch_bridge import call, dlpack, to_jax, to_torch
 
 ALL_DTYPES = sorted(dlpack._DTYPES, key=str)
@@ -31,7 +31,7 @@ def _sample(dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_fact_jax_narrows_int64_silently():
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), jax.enable_x64(False):
         warnings.simplefilter("error")
         array = jax.dlpack.from_dlpack(torch.tensor([2**40 + 7]), copy=False)
     assert array.dtype == np.int32 and array.tolist() == [7]
@@ -42,7 +42,7 @@ def test_fact_int64_is_shared_under_a_local_x64_context():
     with jax.enable_x64(True):
         array = jax.dlpack.from_dlpack(tensor, copy=False)
     assert array.dtype == np.int64 and array.unsafe_buffer_pointer() == tensor.data_ptr()
-    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_enable_x64 == X64
 
 
 def test_fact_imported_arrays_stay_on_their_device():
@@ -101,7 +101,7 @@ def test_to_jax_shares_memory_of_every_dtype_and_back(dtype):
     assert np.asarray(array).tobytes() == _bits(tensor)
     back = to_torch(array)
     assert back.dtype == dtype and back.shape == (4, 6) and back.data_ptr() == tensor.data_ptr()
-    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_enable_x64 == X64
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 1)])
@@ -225,8 +225,9 @@ def test_without_the_x64_guard_an_id_aliases(monkeypatch):
     ids = torch.tensor([3, 2**32 + 3])
     want = oracle.align(ids.tolist(), block_size=2, num_experts=4)
     assert_triple(torch_bridge.moe_align_block_size(ids, 4, 2), want)
-    monkeypatch.setattr(jax, "enable_x64", lambda on: contextlib.nullcontext())
-    got = torch_bridge.moe_align_block_size(ids, 4, 2)
+    with jax.enable_x64(False):
+        monkeypatch.setattr(jax, "enable_x64", lambda on: contextlib.nullcontext())
+        got = torch_bridge.moe_align_block_size(ids, 4, 2)
     assert got[0].tolist() != list(want.sorted_token_ids)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import torch_bridge
 from tests import oracle
-from tests.torch_bridge.helpers import DTYPES, assert_format, assert_triple, ids_of
+from tests.torch_bridge.helpers import DTYPES, X64, assert_format, assert_triple, ids_of
 from torch_bridge import call, dlpack, plan, problems, sglang, to_jax, to_torch, vllm
 
 pytestmark = [
@@ -141,7 +141,7 @@ def test_gpu_contiguous_ids_are_not_copied(dtype, monkeypatch):
     assert set(explained.copies) == {"outputs"}
     assert_triple(torch_bridge.moe_align_block_size(ids, 64, 32), want)
     assert seen == [(ids.data_ptr(), ids.data_ptr())]
-    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_enable_x64 == X64
 
 
 def test_gpu_plan_names_the_kernels_on_hopper():

@@ -12,7 +12,7 @@ import torch
 
 import torch_bridge
 from tests import oracle
-from tests.torch_bridge.helpers import assert_triple, ids_of
+from tests.torch_bridge.helpers import X64, assert_triple, ids_of
 from torch_bridge import call, plan, problems
 
 TRIES = 100
@@ -126,7 +126,7 @@ def test_eight_threads():
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(8))) == [TRIES] * 8
-    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_enable_x64 == X64
 
 
 def test_x64_is_never_on_in_another_thread(monkeypatch):
@@ -142,7 +142,7 @@ def test_x64_is_never_on_in_another_thread(monkeypatch):
 
     monkeypatch.setattr(jax.dlpack, "from_dlpack", look)
     torch_bridge.moe_align_block_size(torch.arange(8), 8, 4)
-    assert seen == [(True, False)]
+    assert seen == [(True, X64)]
 
 
 class _Event:
