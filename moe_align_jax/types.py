@@ -65,6 +65,7 @@ class AlignProblem(NamedTuple):
             or "filter" (applied before counting; remote pairs are dropped).
         has_num_valid_pairs: whether a device scalar bounds the pairs in use.
         return_inverse: whether `row_of_pair` is an output.
+        return_counts: whether `tokens_per_expert` is an output.
         sized_at_launch: num_pairs and capacity are only upper bounds; the launch gives the real ones,
             and the position of the first id. For the direct launch from PyTorch, where a new size
             must not cost a compile.
@@ -78,6 +79,7 @@ class AlignProblem(NamedTuple):
     expert_map: str = ""
     has_num_valid_pairs: bool = False
     return_inverse: bool = False
+    return_counts: bool = True
     sized_at_launch: bool = False
 
     name = "moe_align_block_size"
@@ -106,8 +108,9 @@ class AlignProblem(NamedTuple):
             "sorted_token_ids": (self.capacity,),
             "expert_ids": (self.num_blocks,),
             "num_tokens_post_padded": (1,),
-            "tokens_per_expert": (self.num_experts,),
         }
+        if self.return_counts:
+            shapes["tokens_per_expert"] = (self.num_experts,)
         if self.return_inverse:
             shapes["row_of_pair"] = (self.num_pairs,)
         return shapes

@@ -93,8 +93,9 @@ def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -
 class MosaicSimt(Simt):
     """Emits MLIR at the current insertion point."""
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, *, pdl: bool = False):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
+        self._pdl = pdl
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -196,15 +197,25 @@ class MosaicSimt(Simt):
     def block_sync(self) -> None:
         gpu.barrier()
 
+    def _grid_control(self, instruction: str) -> None:
+        # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
+        if self._pdl:
+            void = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(void, [], instruction, "~{memory}", has_side_effects=True)
+
     def grid_dependency_wait(self) -> None:
-        """Nothing: XLA launches without PDL (measured: it gives nothing inside XLA's CUDA graphs)."""
+        self._grid_control("griddepcontrol.wait;")
 
     def launch_dependents(self) -> None:
-        """Nothing: see grid_dependency_wait."""
+        self._grid_control("griddepcontrol.launch_dependents;")
 
 
-def _launcher(kernel: Kernel) -> Callable[..., Sequence[jax.Array]]:
-    """The kernel as a function of its inputs, in order."""
+def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax.Array]]:
+    """The kernel as a function of its inputs, in order.
+
+    `pdl`: for a launch with programmatic dependent launch, which the launcher must then ask for.
+    """
+    check_launch(kernel)
     words = kernel.shared_words
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
     scratch = [plgpu.SMEM((words,), jnp.int32)] if words else []
@@ -219,7 +230,7 @@ def _launcher(kernel: Kernel) -> Callable[..., Sequence[jax.Array]]:
             for name, size in kernel.shared.items():
                 setattr(r, name, _Ref(memrefs[num_global], offset))
                 offset += -(-size // 4) * 4
-            kernel.body(MosaicSimt(kernel), r)
+            kernel.body(MosaicSimt(kernel, pdl=pdl), r)
 
         emit(*refs)
 
@@ -239,7 +250,6 @@ def run(program: Program, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...
     """Traces the program over jax arrays: one Mosaic custom call per kernel."""
     buffers = dict(zip(program.inputs, operands, strict=True))
     for kernel in program.kernels:
-        check_launch(kernel)
-        outputs = _launcher(kernel)(*[buffers[name] for name in kernel.inputs])
+        outputs = launcher(kernel)(*[buffers[name] for name in kernel.inputs])
         buffers.update(zip(kernel.outputs, outputs, strict=True))
     return tuple(buffers[name] for name in program.results)

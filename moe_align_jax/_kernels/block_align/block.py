@@ -58,8 +58,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         for e, count, size in zip(mine, counts, padded, strict=True):
             with t.if_(e < num_experts):
                 t.store(r.start, e, start)
-                with t.if_(cta.eq(0)):
-                    t.store(r.tokens_per_expert, e, count)
+                if problem.return_counts:
+                    with t.if_(cta.eq(0)):
+                        t.store(r.tokens_per_expert, e, count)
             start = start + size
         with t.if_(cta.eq(0) & tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, total)

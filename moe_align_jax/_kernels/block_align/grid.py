@@ -85,8 +85,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                     t.store(r.start, e, start + t.load(r.start, e))
                     t.store(r.filled, e, start + total)
                     t.store(r.end, e, start + size)
-                    with t.if_(cta.eq(0)):
-                        t.store(r.tokens_per_expert, e, total)
+                    if problem.return_counts:
+                        with t.if_(cta.eq(0)):
+                            t.store(r.tokens_per_expert, e, total)
                 start = start + size
             with t.if_(cta.eq(0) & tid.eq(0)):
                 t.store(r.num_tokens_post_padded, 0, in_use)

@@ -193,6 +193,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
         **{
             name: problem.outputs[name]
             for name in ("expert_ids", "tokens_per_expert", "num_tokens_post_padded")
+            if name in problem.outputs
         },
     }
     if problem.expert_map == "label":
@@ -219,7 +220,8 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
             label = t.value_if(inside, lambda e=expert: common.block_label(t, r, problem, e), -1)
             with t.if_(inside):
                 t.store(r.start, expert, start)
-                t.store(r.tokens_per_expert, expert, count)
+                if problem.return_counts:
+                    t.store(r.tokens_per_expert, expert, count)
             # A warp names the blocks of its 32 experts together: one of them may have them all.
             for j in range(WARP):
                 first_block = t.shfl(start, j) // block_size

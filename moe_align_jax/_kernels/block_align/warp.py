@@ -28,10 +28,11 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
 
         rows = common.Slice(t, sizes.capacity)
         blocks = common.Slice(t, sizes.num_blocks)
-        counts = common.Slice(t, problem.num_experts)
+        counts = common.Slice(t, problem.num_experts if problem.return_counts else 0)
         rows.fill(r.sorted_token_ids, n, vector=vector)
         blocks.fill(r.expert_ids, -1, vector=vector)
-        counts.fill(r.tokens_per_expert, 0, vector=vector)
+        if problem.return_counts:
+            counts.fill(r.tokens_per_expert, 0, vector=vector)
 
         same = t.match_any(expert)
         rank, count = t.popc(same & collectives.lanes_below(t, lane)), t.popc(same)
@@ -51,8 +52,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 t.store(r.sorted_token_ids, row, lane)
             with blocks.holding(row // block_size, kept & (rank % block_size).eq(0)):
                 t.store(r.expert_ids, row // block_size, label)
-            with counts.holding(expert, first):
-                t.store(r.tokens_per_expert, expert, count)
+            if problem.return_counts:
+                with counts.holding(expert, first):
+                    t.store(r.tokens_per_expert, expert, count)
         with t.if_(cta.eq(0) & tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, total)
         if problem.return_inverse:
