@@ -28,6 +28,11 @@ class BlockAlignMosaicConfig:
 
 MAX_WARP_PAIRS = 32
 MAX_BLOCK_PAIRS = 2048
+# "block": (up to this many pairs, warpgroups). "grid": (up to this many pairs, CTAs, warpgroups): small
+# CTAs that all have work; 256 threads instead of 1,024 save 1.5 us at 8K pairs. H200, docs/measured.md.
+_BLOCK_SIZES = ((64, 1), (512, 2), (MAX_BLOCK_PAIRS, 4))
+_GRID_SIZES = ((4096, 16, 2), (8192, 32, 2), (32_768, 64, 2), (131_072, 128, 2), (524_288, 128, 8))
+_MAX_ROUNDS = 4
 MAX_HISTOGRAM_EXPERTS = 4096  # of "block" and "grid": a histogram per warp has to fit
 
 
@@ -65,7 +70,7 @@ def config_for(problem: AlignProblem | BatchedAlignProblem) -> BlockAlignMosaicC
 
 def _block_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
     n, num_experts = problem.num_pairs, problem.num_experts
-    wanted = 1 if n <= 64 else 2 if n <= 512 else 4
+    wanted = next(groups for end, groups in _BLOCK_SIZES if n <= end)
     groups = _warpgroups_that_fit(num_experts, wanted, num_experts + 64)
     # Every CTA does all the counting; one per 1,024 rows saves more on writing than its launch costs.
     ctas = min(16, _cdiv(problem.capacity, 1024))
@@ -74,14 +79,11 @@ def _block_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
 
 def _grid_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
     n, num_experts = problem.num_pairs, problem.num_experts
-    # Small CTAs that all have work: 256 threads instead of 1,024 save 1.5 us at 8K pairs (H200).
-    ctas = 16 if n <= 4096 else 32 if n <= 8192 else 64 if n <= 32768 else 128
-    wanted = 2 if n <= 131072 else 8
-    most_rounds = 4
+    ctas, wanted = next((row[1:] for row in _GRID_SIZES if n <= row[0]), _GRID_SIZES[-1][1:])
     stride = _cdiv(num_experts, 4) * 4
-    tile_words = 2 * most_rounds * wanted * 128
+    tile_words = 2 * _MAX_ROUNDS * wanted * 128
     groups = _warpgroups_that_fit(num_experts, wanted, 4 * stride + tile_words + 128)
-    rounds = min(most_rounds, _cdiv(n, ctas * groups * 128))
+    rounds = min(_MAX_ROUNDS, _cdiv(n, ctas * groups * 128))
     return BlockAlignMosaicConfig(
         form="grid",
         num_warpgroups=groups,
@@ -89,3 +91,30 @@ def _grid_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
         rounds=rounds,
         local_sort=rounds >= 2,
     )
+
+
+def size_bucket(num_pairs: int, num_experts: int, block_size: int) -> int:
+    """The size up to which one program that is sized at launch serves `num_pairs` pairs.
+
+    Such a program does the work of its largest size in rounds of 32 pairs per warp, so buckets end where
+    one more round begins: `config_for` at a bucket's end is the configuration of all of it. Beyond one
+    tile per CTA, tiles are counted at launch, and buckets are powers of two.
+    """
+    if num_pairs <= MAX_WARP_PAIRS:
+        return max(8, _power_of_two(num_pairs))
+    if num_experts > MAX_HISTOGRAM_EXPERTS:
+        return _power_of_two(num_pairs)
+    for end, *_ in (*_BLOCK_SIZES, *_GRID_SIZES):
+        if num_pairs > end:
+            continue
+        problem = AlignProblem(end, num_experts, block_size, end + num_experts * (block_size - 1))
+        config = config_for(problem)
+        step = config.num_warpgroups * 128 * (config.num_ctas if config.form == "grid" else 1)
+        if end > _MAX_ROUNDS * step and config.form == "grid":
+            break  # several tiles
+        return min(end, _cdiv(num_pairs, step) * step)
+    return _power_of_two(num_pairs)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

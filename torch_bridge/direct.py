@@ -1,0 +1,305 @@
+"""The direct path: our kernels on torch's current stream, launched by the driver. No jax in this process.
+
+A program is compiled in a process of its own (launch.py), for all sizes of a bucket, and kept on disk
+(modules.py); this process loads machine code, takes memory from torch's allocator and launches. The stream
+is asked for at every call, so launches are captured into CUDA graphs like any of torch's own.
+"""
+
+import functools
+import json
+import operator
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from moe_align_jax import _checks, _tuning
+from moe_align_jax.types import AlignProblem, BatchedAlignProblem
+from torch_bridge import driver, modules
+
+_COMPILE_SECONDS = 300
+# Beyond, offsets could wrap inside a kernel's loops.
+MAX_CAPACITY = 2**31 - 2**24
+
+type Problem = AlignProblem | BatchedAlignProblem
+
+
+class Unavailable(RuntimeError):
+    """The direct path cannot run this; the message is the reason."""
+
+
+class Miss(RuntimeError):
+    """A program that is not loaded was needed while a stream is captured."""
+
+
+# -- whether it can run here --------------------------------------------------------------------
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can run directly on this device, or None."""
+    if device.type != "cuda":
+        return "the direct path launches CUDA kernels; these tensors are on a " + device.type
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs; this torch is for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        low = ".".join(map(str, capability))
+        return f"the kernels need compute capability 9.0 (Hopper) or newer; {device} has {low}"
+    try:
+        driver.library()
+    except OSError as error:
+        return f"libcuda does not load: {error}"
+    return None
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    facts = torch.cuda.get_device_properties(index)
+    return f"{facts.name} sm_{facts.major}{facts.minor} driver {driver.driver_version()}"
+
+
+# -- programs -----------------------------------------------------------------------------------
+
+
+class Program:
+    """A loaded program on one device: kernels, and what each of their parameters is."""
+
+    def __init__(self, index: int, problem: Problem, entry: modules.Entry):
+        self._launches, self._slots = [], []
+        self.outputs = tuple(problem.outputs)
+        names = (*problem.inputs, *self.outputs, *entry.between)
+        self.between_words, starts = 0, {}
+        for name, shape in entry.between.items():
+            starts[name] = self.between_words * 4
+            words = functools.reduce(operator.mul, shape, 1)
+            self.between_words += -(-words // 64) * 64  # pointers count as 256-byte aligned
+        self.between_starts = tuple(starts[name] for name in entry.between)
+        for kernel, cubin in zip(entry.kernels, entry.cubins, strict=True):
+            function = driver.Function(cubin, kernel["entry"])
+            function.allow_shared(kernel["shared_bytes"])
+            self._launches.append(
+                driver.Launch(
+                    function,
+                    grid=kernel["grid"],
+                    block=kernel["block"],
+                    shared_bytes=kernel["shared_bytes"],
+                    num_parameters=len(kernel["parameters"]),
+                    pdl=True,
+                )
+            )
+            self._slots.append(
+                operator.itemgetter(*[names.index(name) for name in kernel["parameters"]])
+            )
+        self._local = threading.local()
+        self._index = index
+
+    def launch(self, stream: int, values: list[int]) -> None:
+        """Enqueues the kernels; `values` in the order of inputs, outputs, buffers between."""
+        try:
+            mine = self._local.launches
+        except AttributeError:
+            # A thread has its own argument memory, and the driver's context may be new to it.
+            driver.enter(self._index)
+            copies = [launch.copy() for launch in self._launches]
+            mine = self._local.launches = list(zip(copies, self._slots, strict=True))
+        for launch, slots in mine:
+            launch(stream, *slots(values))
+
+
+_programs: dict[tuple[int, Problem], Program] = {}
+_failures: dict[tuple[int, Problem], str] = {}
+_lock = threading.Lock()
+
+
+def loaded(index: int, problem: Problem) -> Program | None:
+    return _programs.get((index, problem))
+
+
+def failure(index: int, problem: Problem) -> str | None:
+    """Why this program could not be made, when that was tried."""
+    return _failures.get((index, problem))
+
+
+def prepare(index: int, problems: list[Problem]) -> None:
+    """Loads programs, from disk where they are, compiling the others in one process.
+
+    Raises:
+        Unavailable: one of them could not be compiled or proved right.
+    """
+    with _lock, torch.cuda.device(index):
+        missing = [p for p in problems if (index, p) not in _programs]
+        if not missing:
+            return
+        torch.cuda.current_stream(index)  # makes sure that torch's context is there
+        torch.cuda.init()
+        keys = {problem: modules.key_of(problem, _gpu(index)) for problem in missing}
+        absent = []
+        for problem in missing:
+            if reason := _failures.get((index, problem)):
+                raise Unavailable(reason)
+            entry = modules.load(keys[problem])
+            if entry is None:
+                absent.append(problem)
+            else:
+                _load(index, problem, entry)
+        if absent:
+            for problem, entry in zip(absent, _compile(index, absent), strict=True):
+                if isinstance(entry, str):
+                    _failures[index, problem] = entry
+                    continue
+                modules.store(keys[problem], entry)
+                _load(index, problem, entry)
+            for problem in absent:
+                if reason := _failures.get((index, problem)):
+                    raise Unavailable(reason)
+
+
+def _load(index: int, problem: Problem, entry: modules.Entry) -> None:
+    driver.enter(index)
+    _programs[index, problem] = Program(index, problem, entry)
+
+
+def _compile(index: int, problems: list[Problem]) -> list[modules.Entry | str]:
+    """Compiles and proves programs in a process of its own: entries, or reasons why not."""
+    script = Path(__file__).with_name("launch.py")
+    with tempfile.TemporaryDirectory() as folder:
+        request = {
+            "device": index,
+            "folder": folder,
+            "problems": [[type(p).__name__, p._asdict()] for p in problems],
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, str(script)],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=_COMPILE_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return [f"compiling took over {_COMPILE_SECONDS} s"] * len(problems)
+        except OSError as error:
+            return [f"no process to compile in: {error}"] * len(problems)
+        try:
+            answer = json.loads(done.stdout.splitlines()[-1])
+        except (IndexError, ValueError):
+            tail = " ".join(done.stderr.split()[-40:])
+            reason = f"the compiling process ended with status {done.returncode}: {tail}"
+            return [reason] * len(problems)
+        if "error" in answer:
+            return [answer["error"]] * len(problems)
+        entries: list[modules.Entry | str] = []
+        for one in answer["programs"]:
+            if "error" in one:
+                entries.append(one["error"])
+                continue
+            cubins = [Path(folder, name).read_bytes() for name in one["files"]]
+            entries.append(modules.Entry(one["kernels"], one["between"], cubins))
+        return entries
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    warnings.warn(
+        f"torch_bridge: the direct path cannot run, DLPack is used: {reason}", stacklevel=4
+    )
+
+
+# -- one alignment ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def program_problem(
+    num_pairs: int,
+    num_experts: int,
+    block_size: int,
+    id_words: int,
+    expert_map: str,
+    has_num_valid_pairs: bool,
+    return_counts: bool,
+    return_inverse: bool,
+) -> AlignProblem:
+    """The program that serves this size: that of its bucket's end."""
+    end = _tuning.size_bucket(num_pairs, num_experts, block_size)
+    capacity = _checks.capacity(
+        end, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+    )
+    return AlignProblem(
+        end,
+        num_experts,
+        block_size,
+        capacity,
+        id_words,
+        expert_map,
+        has_num_valid_pairs,
+        return_inverse,
+        return_counts,
+        sized_at_launch=True,
+    )
+
+
+def program_for(function: str, index: int, problem: Problem) -> Program:
+    """The loaded program; loads or compiles it unless the stream is being captured.
+
+    Raises:
+        Miss: it is not loaded and torch's current stream is captured.
+        Unavailable: it cannot be had.
+    """
+    program = _programs.get((index, problem))
+    if program is not None:
+        return program
+    if torch.cuda.is_current_stream_capturing():
+        sizes = f"num_experts={problem.num_experts}, block_size={problem.block_size}"
+        if isinstance(problem, AlignProblem):
+            sizes += f", up to {problem.num_pairs} pairs"
+        raise Miss(
+            _checks.message(
+                function,
+                "a call in a CUDA-graph capture",
+                "find its kernels loaded",
+                f"none for {sizes}",
+                "Call torch_bridge.warmup(...) with these sizes and options before the capture.",
+            )
+        )
+    prepare(index, [problem])
+    return _programs[index, problem]
+
+
+def align(
+    program: Program,
+    ids: torch.Tensor,
+    num_pairs: int,
+    capacity: int,
+    options: tuple[int, ...],
+    results: list[torch.Tensor],
+) -> None:
+    """Launches an alignment.
+
+    Args:
+        program: from `program_for`.
+        ids: contiguous, of 4- or 8-byte integers, on the program's device, which is current.
+        num_pairs, capacity: n >= 1 and P.
+        options: pointers of expert_map and num_valid_pairs, as the program has them.
+        results: contiguous int32 tensors, 16-byte aligned, for the program's outputs.
+    """
+    pointer = ids.data_ptr()
+    behind = pointer & 255
+    values = [pointer - behind, *options, num_pairs << 8, capacity << 8]
+    values.append(behind // ids.element_size() << 8)
+    values += [x.data_ptr() for x in results]
+    launch_with_buffers(program, values, ids.device)
+
+
+def launch_with_buffers(program: Program, values: list[int], device: torch.device) -> None:
+    """Launches with buffers for what lies between the kernels, from torch's allocator: it hands them
+    out again in this stream's order only."""
+    if program.between_words:
+        between = torch.empty(program.between_words, dtype=torch.int32, device=device)
+        start = between.data_ptr()
+        values += [start + offset for offset in program.between_starts]
+    program.launch(torch.cuda.current_stream(device).cuda_stream, values)

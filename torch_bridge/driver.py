@@ -1,0 +1,218 @@
+"""The few calls of the CUDA driver that a launch takes, through ctypes. Imports neither torch nor jax.
+
+Everything here is the driver's public API (cuda.h).
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+
+_SUCCESS, _INVALID_CONTEXT = 0, 201
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
+_JIT_INPUT_PTX = 1
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_*
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z")),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libcuda; OSError where there is none."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    for name in ("cuModuleLoadData", "cuModuleUnload", "cuCtxSetCurrent"):
+        getattr(cuda, name).argtypes = [ctypes.c_void_p] * (2 if "Load" in name else 1)
+    return cuda
+
+
+def check(result: int, what: str) -> None:
+    if result == _SUCCESS:
+        return
+    text = ctypes.c_char_p()
+    library().cuGetErrorString(result, ctypes.byref(text))
+    reason = text.value.decode() if text.value else "unknown error"
+    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).")
+
+
+def driver_version() -> int:
+    version = ctypes.c_int()
+    check(library().cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
+    return version.value
+
+
+@functools.cache
+def primary_context(device: int) -> ctypes.c_void_p:
+    """The context that the CUDA runtime (so torch) uses; kept for the life of the process."""
+    cuda, context, handle = library(), ctypes.c_void_p(), ctypes.c_int()
+    check(cuda.cuInit(0), "cuInit")
+    check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
+    check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    return context
+
+
+def enter(device: int) -> None:
+    """Makes the device's context current in this thread."""
+    check(library().cuCtxSetCurrent(primary_context(device)), "cuCtxSetCurrent")
+
+
+def capability(device: int) -> tuple[int, int]:
+    cuda, handle, value = library(), ctypes.c_int(), ctypes.c_int()
+    check(cuda.cuInit(0), "cuInit")
+    check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
+    pair = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        check(
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle),
+            "cuDeviceGetAttribute",
+        )
+        pair.append(value.value)
+    return pair[0], pair[1]
+
+
+def assemble(ptx: str) -> bytes:
+    """PTX to a cubin for the current context's device, by the driver's own assembler."""
+    cuda = library()
+    state, image, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
+    check(cuda.cuLinkCreate_v2(0, None, None, ctypes.byref(state)), "cuLinkCreate")
+    try:
+        text = ptx.encode() + b"\0"
+        check(
+            cuda.cuLinkAddData_v2(
+                state, _JIT_INPUT_PTX, text, ctypes.c_size_t(len(text)), b"kernel", 0, None, None
+            ),
+            "assembling the kernel (cuLinkAddData)",
+        )
+        check(cuda.cuLinkComplete(state, ctypes.byref(image), ctypes.byref(size)), "cuLinkComplete")
+        return ctypes.string_at(image, size.value)
+    finally:
+        cuda.cuLinkDestroy(state)
+
+
+def synchronize() -> None:
+    check(library().cuCtxSynchronize(), "running a kernel")
+
+
+class Memory:
+    """Device memory of our own, for proving a program."""
+
+    def __init__(self, size: int):
+        self._address, self._size = ctypes.c_uint64(), max(size, 4)
+        check(
+            library().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(self._size)),
+            f"allocating {size} bytes",
+        )
+
+    @property
+    def address(self) -> int:
+        return self._address.value
+
+    def fill(self, word: int) -> None:
+        count = ctypes.c_size_t(self._size // 4)
+        check(library().cuMemsetD32_v2(self._address, ctypes.c_uint(word), count), "cuMemset")
+
+    def write(self, array) -> None:
+        """From a contiguous NumPy array."""
+        source, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        check(library().cuMemcpyHtoD_v2(self._address, source, size), "cuMemcpyHtoD")
+
+    def read(self, array):
+        """Into a contiguous NumPy array, which is returned."""
+        target, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        check(library().cuMemcpyDtoH_v2(target, self._address, size), "cuMemcpyDtoH")
+        return array
+
+    def free(self) -> None:
+        library().cuMemFree_v2(self._address)
+
+
+class Function:
+    """One kernel, loaded into the current context and ready to launch."""
+
+    def __init__(self, cubin: bytes, entry: str):
+        cuda = library()
+        self._module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
+        check(cuda.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {entry}")
+        check(
+            cuda.cuModuleGetFunction(ctypes.byref(self.handle), self._module, entry.encode()),
+            f"finding {entry}",
+        )
+
+    def allow_shared(self, size: int) -> None:
+        check(
+            library().cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, size),
+            f"asking for {size} bytes of shared memory",
+        )
+
+
+class Launch:
+    """A kernel with its grid and the memory that a launch packs its arguments into.
+
+    Not for two threads at once: a thread makes its own (`copy`).
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared_bytes: int,
+        num_parameters: int,
+        pdl: bool,
+    ):
+        self._recipe = {
+            "grid": grid,
+            "block": block,
+            "shared_bytes": shared_bytes,
+            "num_parameters": num_parameters,
+            "pdl": pdl,
+        }
+        self.function = function
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self._config = _LaunchConfig(
+            *grid, *block, shared_bytes, None, ctypes.pointer(self._attribute), int(pdl)
+        )
+        self._values = (ctypes.c_uint64 * num_parameters)()
+        start = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_void_p * num_parameters)(
+            *[start + 8 * i for i in range(num_parameters)]
+        )
+        self._pack = struct.Struct(f"{num_parameters}Q").pack_into
+        self._arguments = (
+            ctypes.addressof(self._config),
+            function.handle.value,
+            ctypes.addressof(self._pointers),
+            None,
+        )
+        self._launch = library().cuLaunchKernelEx
+
+    def copy(self) -> "Launch":
+        return Launch(self.function, **self._recipe)
+
+    def __call__(self, stream: int, *values: int) -> None:
+        """Enqueues the kernel: one 64-bit value per parameter."""
+        self._pack(self._values, 0, *values)
+        self._config.stream = stream
+        result = self._launch(*self._arguments)
+        if result:
+            check(result, "launching a kernel")

@@ -1,0 +1,394 @@
+"""Compiles our Pallas kernels for a launch outside XLA. Run as a process of its own; imports no torch.
+
+The one file that uses private symbols: jaxlib's `MosaicGpuCompile` (in the CUDA plugin), the attribute
+of the lowered custom call that holds the module, and the host code that Mosaic dumps, from which the
+launch is read: grid, block, shared memory, and which buffer each parameter is. Whatever does not look
+as in the releases that we checked is refused. Every program is run on the GPU against NumPy before it is
+handed over: a defect ends this process, never the user's.
+
+Protocol: a JSON request on standard input, files in the folder that it names, a JSON answer on standard
+output's last line.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# The plugins whose compiler was checked: [oldest, first unknown).
+OLDEST_JAXLIB, UNKNOWN_JAXLIB = (0, 11, 2), (0, 13, 0)
+_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
+class CompileError(RuntimeError):
+    """A program could not be compiled or proved right."""
+
+
+class KernelLaunch(NamedTuple):
+    """How a compiled kernel is launched.
+
+    Attributes:
+        entry: its symbol in the cubin.
+        grid, block: CTAs and threads in x, y, z.
+        shared_bytes: dynamic shared memory.
+        parameters: for each 64-bit parameter, the name of its buffer.
+    """
+
+    entry: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    parameters: tuple[str, ...]
+
+
+# -- reading Mosaic's host code ------------------------------------------------------------------
+
+_LOAD = re.compile(r"(%\w+) = load ptr, ptr (%\w+)")
+_SLOT = re.compile(r"(%\w+) = getelementptr \{ ptr[^}]*\}, ptr %\w+, i32 0, i32 (\d+)")
+_STORE = re.compile(r"store ptr (%\w+), ptr (%\w+)")
+# jaxlib 0.11 launches there; 0.12 hands the same numbers (and one more) to its runtime.
+_CALL = re.compile(
+    r"@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr %\w+, ((?:i32 -?\d+, )+)"
+    r"ptr %\w+, ptr %\w+\)"
+)
+
+
+def read_launch(host_llvm: str, entry: str, buffers: tuple[str, ...]) -> KernelLaunch:
+    """The launch of the one kernel in Mosaic's host code; `buffers` are the custom call's, in order."""
+    body = host_llvm[host_llvm.index("define ") :].split("\n}\n")[0]
+    calls = _CALL.findall(body)
+    if len(calls) != 1:
+        raise CompileError(f"expected one launch in the host code of {entry}; got {len(calls)}")
+    numbers = [int(x) for x in re.findall(r"-?\d+", calls[0].replace("i32", ""))]
+    if len(numbers) not in (11, 12) or any(numbers[3:6]):
+        raise CompileError(f"the launch of {entry} has an unknown form: {numbers}")
+    loads = _LOAD.findall(body)
+    table = loads[0][1]  # the array of buffers: its first one is loaded first
+    index_of = {name: 0 for name, address in loads if address == table}
+    at = re.compile(rf"(%\w+) = getelementptr ptr, ptr {table}, i32 (\d+)")
+    addresses = {name: int(index) for name, index in at.findall(body)}
+    index_of |= {name: addresses[address] for name, address in loads if address in addresses}
+    slots = {name: int(index) for name, index in _SLOT.findall(body)}
+    parameters: dict[int, str] = {}
+    for value, address in _STORE.findall(body):
+        if address in slots:
+            if value not in index_of or index_of[value] >= len(buffers):
+                raise CompileError(f"a parameter of {entry} is no buffer of the call: {value}")
+            parameters[slots[address]] = buffers[index_of[value]]
+    if sorted(parameters) != list(range(len(parameters))) or not parameters:
+        raise CompileError(f"the parameters of {entry} are not understood: {parameters}")
+    return KernelLaunch(
+        entry,
+        (numbers[0], numbers[1], numbers[2]),
+        (numbers[6], numbers[7], numbers[8]),
+        numbers[9],
+        tuple(parameters[i] for i in range(len(parameters))),
+    )
+
+
+# -- compiling -----------------------------------------------------------------------------------
+
+
+def _custom_call_modules(operation: Any) -> list[bytes]:
+    found = []
+    for region in operation.regions:
+        for block in region:
+            for op in block:
+                name = op.operation.name
+                if name == "stablehlo.custom_call" and "mosaic_gpu" in str(
+                    op.attributes["call_target_name"]
+                ):
+                    found.append(op.attributes["mhlo.backend_config"]["module"].value_bytes)
+                found += _custom_call_modules(op.operation)
+    return found
+
+
+def lower(kernel: Any) -> bytes:
+    """The serialised Mosaic module of one kernel, launched with PDL. Starts no backend but the CPU's."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._simt import mosaic
+
+    structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.inputs.values()]
+    program = jax.jit(mosaic.launcher(kernel, pdl=True))
+    module = program.trace(*structs).lower(lowering_platforms=("cuda",)).compiler_ir()
+    with module.context:
+        found = _custom_call_modules(module.operation)
+    if len(found) != 1:
+        raise CompileError(f"expected one Mosaic call in {kernel.name}; got {len(found)}")
+    return found[0]
+
+
+class Compiler:
+    """jaxlib's Mosaic compiler; needs a current CUDA context."""
+
+    def __init__(self, plugin: str | None = None):
+        import jaxlib.version
+
+        version = tuple(int(x) for x in re.findall(r"\d+", jaxlib.version.__version__)[:3])
+        if not OLDEST_JAXLIB <= version < UNKNOWN_JAXLIB:
+            low, high = (".".join(map(str, v)) for v in (OLDEST_JAXLIB, UNKNOWN_JAXLIB))
+            raise CompileError(f"needs jaxlib >= {low}, < {high}; this is {version}")
+        self._compile = ctypes.CDLL(plugin or _plugin_library()).MosaicGpuCompile
+        self._compile.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        self._compile.restype = ctypes.c_void_p
+
+    def __call__(self, kernel: Any) -> tuple[str, KernelLaunch]:
+        """(PTX, launch) of a kernel."""
+        module = lower(kernel)
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {
+                "MOSAIC_GPU_DUMP_TO": folder,
+                "MOSAIC_GPU_DUMP_PTX": "1",
+                "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+            }
+            os.environ.update(dump)
+            try:
+                compiled = self._compile(module, len(module))
+            finally:
+                for name in dump:  # lowering the next kernel would dump too
+                    del os.environ[name]
+            if not compiled:
+                raise CompileError(f"MosaicGpuCompile refused {kernel.name}")
+            ptx, host = (list(Path(folder).glob(f"*.{kind}")) for kind in ("ptx", "ll"))
+            if len(ptx) != 1 or len(host) != 1:
+                raise CompileError(f"Mosaic dumped {len(ptx)} PTX and {len(host)} LLVM files")
+            text = ptx[0].read_text()
+            [entry] = re.findall(r"\.visible \.entry (\w+)\(", text)
+            buffers = (*kernel.inputs, *kernel.outputs)
+            launch = read_launch(host[0].read_text(), entry, buffers)
+            if text.split(")")[0].count(".param .u64") != len(launch.parameters):
+                raise CompileError(f"{entry} takes other parameters than its launch passes")
+            return text, launch
+
+
+def _plugin_library() -> str:
+    for name in _PLUGINS:
+        if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(name):
+            return importlib.import_module(name)._get_library_path()
+    raise CompileError("no CUDA plugin of jax is installed: install the extra cuda13 or cuda12")
+
+
+# -- proving a program ---------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """One input of a program: arrays for pointers, words for values, and NumPy's answer."""
+
+    arrays: dict[str, Any]
+    words: dict[str, int]
+    want: dict[str, Any]
+
+
+def align_trial(problem: Any, n: int, seed: int) -> Trial:
+    """Random ids (some out of range), a random map and a bound, as the problem has them."""
+    import numpy as np
+
+    from moe_align_jax import _checks
+
+    num_experts, block_size = problem.num_experts, problem.block_size
+    rng = np.random.default_rng(seed)
+    capacity = _checks.capacity(
+        n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+    )
+    ids = rng.integers(-2, num_experts + 2, n)
+    expert_map = rng.integers(-2, num_experts + 1, num_experts)
+    limit = n - n // 8 if problem.has_num_valid_pairs else n
+
+    kept = (ids >= 0) & (ids < num_experts) & (np.arange(n) < limit)
+    group = np.where(kept, ids, 0)
+    if problem.expert_map == "filter":
+        group = expert_map[group]
+        kept &= (group >= 0) & (group < num_experts)
+    group = np.where(kept, group, num_experts)
+    counts = np.bincount(group, minlength=num_experts + 1)[:num_experts]
+    padded = -(-counts // block_size) * block_size
+    start, before = np.cumsum(padded) - padded, np.cumsum(counts) - counts
+    order = np.argsort(group, kind="stable")[: counts.sum()]
+    rows = start[group[order]] + np.arange(order.size) - before[group[order]]
+    label = np.arange(num_experts)
+    if problem.expert_map == "label":
+        label = np.where((expert_map >= 0) & (expert_map < num_experts), expert_map, -1)
+    used = np.repeat(label, padded // block_size)
+    want = {
+        "sorted_token_ids": np.full(capacity, n),
+        "expert_ids": np.full(-(-capacity // block_size), -1),
+        "num_tokens_post_padded": padded.sum(keepdims=True),
+        "tokens_per_expert": counts,
+        "row_of_pair": np.full(n, -1),
+    }
+    want["sorted_token_ids"][rows] = order
+    want["expert_ids"][: used.size] = used
+    want["row_of_pair"][order] = rows
+
+    first_id = 3
+    held = np.zeros(n + first_id, np.int64 if problem.id_words == 2 else np.int32)
+    held[first_id:] = ids
+    arrays = {
+        "topk_ids": held,
+        "expert_map": expert_map.astype(np.int32),
+        "num_valid_pairs": np.array([limit], np.int32),
+    }
+    words = {"num_pairs": n, "capacity": capacity, "first_id": first_id}
+    return Trial(arrays, words, want)
+
+
+def batched_trial(problem: Any, seed: int) -> Trial:
+    import numpy as np
+
+    most, block_size = problem.max_tokens_per_batch, problem.block_size
+    given = np.random.default_rng(seed).integers(-2, most + 3, problem.num_experts)
+    counts = np.clip(given, 0, most)
+    padded = -(-counts // block_size) * block_size
+    want = {
+        "sorted_token_ids": np.full(problem.capacity, problem.num_pairs),
+        "expert_ids": np.full(problem.num_blocks, -1),
+        "num_tokens_post_padded": padded.sum(keepdims=True),
+        "tokens_per_expert": counts,
+    }
+    start = np.cumsum(padded) - padded
+    expert = np.repeat(np.arange(problem.num_experts), counts)
+    within = np.arange(expert.size) - (np.cumsum(counts) - counts)[expert]
+    want["sorted_token_ids"][start[expert] + within] = expert * most + within
+    blocks = np.repeat(np.arange(problem.num_experts), padded // block_size)
+    want["expert_ids"][: blocks.size] = blocks
+    return Trial({"expert_num_tokens": given.astype(np.int32)}, {}, want)
+
+
+def prove(
+    driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
+) -> None:
+    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
+    import numpy as np
+
+    launches = []
+    for kernel, cubin in zip(kernels, cubins, strict=True):
+        function = driver.Function(cubin, kernel["entry"])
+        function.allow_shared(kernel["shared_bytes"])
+        launches.append(
+            driver.Launch(
+                function,
+                grid=kernel["grid"],
+                block=kernel["block"],
+                shared_bytes=kernel["shared_bytes"],
+                num_parameters=len(kernel["parameters"]),
+                pdl=True,
+            )
+        )
+    if problem.name == "moe_align_block_size":
+        sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
+        trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
+    else:
+        trials = [batched_trial(problem, seed) for seed in range(2)]
+    for trial in trials:
+        buffers: dict[str, Any] = {}
+        try:
+            for name, shape in shapes.items():
+                if name in trial.words:
+                    continue
+                if name in trial.arrays:
+                    buffers[name] = driver.Memory(trial.arrays[name].nbytes)
+                    buffers[name].write(trial.arrays[name])
+                else:
+                    words = trial.want[name].size if name in problem.outputs else np.prod(shape)
+                    buffers[name] = driver.Memory(4 * int(words))
+                    buffers[name].fill(0x5EED5EED)
+            values = {name: memory.address for name, memory in buffers.items()}
+            values |= {name: word << 8 for name, word in trial.words.items()}
+            for launch, kernel in zip(launches, kernels, strict=True):
+                launch(0, *[values[name] for name in kernel["parameters"]])
+            driver.synchronize()
+            for name in problem.outputs:
+                got = buffers[name].read(np.empty(trial.want[name].shape, np.int32))
+                if (wrong := np.flatnonzero(got != trial.want[name])).size:
+                    at = int(wrong[0])
+                    raise CompileError(
+                        f"{problem} gives {name}[{at}] = {got[at]}, not {trial.want[name][at]}"
+                    )
+        finally:
+            for memory in buffers.values():
+                memory.free()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[str], dict]:
+    """(launches as dicts, PTX of each kernel, shape of every buffer between the kernels)."""
+    from moe_align_jax import _tuning
+    from moe_align_jax._kernels import block_align
+
+    program = block_align.build(problem, _tuning.config_for(problem))
+    shapes: dict[str, tuple[int, ...]] = dict(program.inputs)
+    launches, texts = [], []
+    for kernel in program.kernels:
+        shapes |= kernel.outputs
+        ptx, launch = compiler(kernel)
+        launches.append(launch._asdict())
+        texts.append(ptx)
+    return launches, texts, shapes
+
+
+def _serve(request: dict) -> list[dict]:
+    # By path: the package `torch_bridge` would import torch.
+    spec = importlib.util.spec_from_file_location("driver", Path(__file__).with_name("driver.py"))
+    driver = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(driver)  # type: ignore[union-attr]
+    from moe_align_jax import types
+
+    driver.enter(request["device"])
+    compiler, answers = Compiler(), []
+    for index, (kind, fields) in enumerate(request["problems"]):
+        begun, problem = time.monotonic(), getattr(types, kind)(**fields)
+        try:
+            launches, texts, shapes = compile_program(compiler, problem)
+            cubins = [driver.assemble(ptx) for ptx in texts]
+            prove(driver, problem, launches, cubins, shapes)
+        except CompileError as error:
+            answers.append({"error": str(error)})
+            continue
+        files = []
+        for k, cubin in enumerate(cubins):
+            files.append(f"{index}-{k}.cubin")
+            Path(request["folder"], files[-1]).write_bytes(cubin)
+        between = {
+            name: shape
+            for name, shape in shapes.items()
+            if name not in problem.inputs and name not in problem.outputs
+        }
+        answers.append(
+            {
+                "kernels": launches,
+                "files": files,
+                "between": between,
+                "seconds": round(time.monotonic() - begun, 3),
+            }
+        )
+    return answers
+
+
+def main() -> int:
+    """Reads the request, writes the cubins, prints the answer."""
+    here = str(Path(__file__).parent)
+    sys.path[:] = [p for p in sys.path if p != here]  # its files are no top-level modules
+    sys.path.insert(0, str(Path(here).parent))
+    os.environ["JAX_PLATFORMS"] = "cpu"  # jax is only a compiler here
+    try:
+        answer: dict[str, Any] = {"programs": _serve(json.load(sys.stdin))}
+    except Exception as error:  # the parent shows it; a traceback helps nobody there
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print("\n" + json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # no atexit of jax or CUDA: the answer is out

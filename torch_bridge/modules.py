@@ -1,0 +1,170 @@
+"""Compiled programs on disk, so that a later process neither imports jax nor compiles.
+
+An entry is one file: magic, SHA-256 of the rest, length and text of a JSON header, the cubins. It is keyed
+by everything that could change the machine code or its meaning, written under another name and moved into
+place, and checked before use; what does not check is removed and made again. The folder belongs to the user
+alone, and its size is bounded. Imports neither jax nor torch.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_MAGIC = b"moe-align module 1\n"
+_MAX_BYTES = 256 << 20
+_SOURCES = ("_kernels/block_align/*.py", "_simt/*.py", "_checks.py", "_tuning.py", "types.py")
+
+
+class Entry(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        kernels: for each launch, the fields of `launch.KernelLaunch`.
+        between: name and shape of the buffers between its kernels.
+        cubins: machine code, one per launch.
+    """
+
+    kernels: list[dict[str, Any]]
+    between: dict[str, list[int]]
+    cubins: list[bytes]
+
+
+def folder() -> Path:
+    """`TORCH_BRIDGE_CACHE_DIR`, or torch_bridge in the user's cache folder."""
+    if given := os.environ.get("TORCH_BRIDGE_CACHE_DIR"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "torch_bridge"
+
+
+@functools.cache
+def source_digest() -> str:
+    """Of all code that the kernels and their launch come from, and the versions below them."""
+    import moe_align_jax
+
+    digest, here = hashlib.sha256(moe_align_jax.__version__.encode()), Path(__file__).parent
+    root = Path(moe_align_jax.__file__).parent
+    files = [path for pattern in _SOURCES for path in sorted(root.glob(pattern))]
+    for path in (*files, here / "launch.py", here / "driver.py"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for package in ("jax", "jaxlib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{package} {importlib.metadata.version(package)}\0".encode())
+    return digest.hexdigest()
+
+
+def key_of(problem: Any, gpu: str) -> str:
+    """Key of a program: `gpu` names the card, its capability and the driver."""
+    text = repr((type(problem).__name__, tuple(problem), gpu, source_digest()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _private_folder() -> Path | None:
+    """The folder, made if need be; None (with a warning) where others could write into it."""
+    path = folder()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = path.stat()
+    except OSError as error:
+        _warn(f"no compiled kernels are kept: {error}")
+        return None
+    if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
+        _warn(f"no compiled kernels are kept: others may write into {path}. chmod 700 it.")
+        return None
+    return path
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(f"torch_bridge: {text}", stacklevel=3)
+
+
+def _encode(key: str, entry: Entry) -> bytes:
+    header = json.dumps(
+        {
+            "key": key,
+            "kernels": entry.kernels,
+            "between": entry.between,
+            "sizes": [len(cubin) for cubin in entry.cubins],
+        }
+    ).encode()
+    rest = len(header).to_bytes(8, "little") + header + b"".join(entry.cubins)
+    return _MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def _decode(key: str, data: bytes) -> Entry | None:
+    start = len(_MAGIC) + 32
+    rest = data[start:]
+    if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : start] != hashlib.sha256(rest).digest():
+        return None
+    end = 8 + int.from_bytes(rest[:8], "little")
+    header = json.loads(rest[8:end])
+    if header["key"] != key:
+        return None
+    cubins = []
+    for size in header["sizes"]:
+        cubins.append(rest[end : end + size])
+        end += size
+    return Entry(header["kernels"], header["between"], cubins)
+
+
+def load(key: str) -> Entry | None:
+    """The entry, or None: there is none, or it is damaged or another's (it is then removed)."""
+    if (path := _private_folder()) is None:
+        return None
+    file = path / f"{key}.mod"
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    try:
+        entry = _decode(key, data)
+    except (ValueError, KeyError, TypeError):
+        entry = None
+    if entry is None:
+        with contextlib.suppress(OSError):
+            file.unlink()
+    return entry
+
+
+def store(key: str, entry: Entry) -> None:
+    """Keeps an entry; where the disk is full or not writable, warns and goes on without."""
+    if (path := _private_folder()) is None:
+        return
+    data = _encode(key, entry)
+    try:
+        handle, name = tempfile.mkstemp(dir=path, suffix=".new")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path / f"{key}.mod")
+        except BaseException:
+            os.unlink(name)
+            raise
+        _bound(path)
+    except OSError as error:
+        _warn(f"compiled kernels could not be kept: {error}")
+
+
+def _bound(path: Path) -> None:
+    """Removes the oldest entries beyond the bound."""
+    files = []
+    for file in path.glob("*.mod"):
+        with contextlib.suppress(OSError):
+            facts = file.stat()
+            files.append((facts.st_mtime, facts.st_size, file))
+    total = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if total <= _MAX_BYTES:
+            break
+        with contextlib.suppress(OSError):
+            file.unlink()
+        total -= size
