@@ -26,7 +26,8 @@ def why_no_hopper() -> str | None:
     return None if capability >= 9.0 else f"needs compute capability 9.0; this GPU has {capability}"
 
 
-IMPLEMENTATIONS = ("xla", "emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+IMPLEMENTATIONS = ("xla", *KERNELS)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
