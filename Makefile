@@ -57,7 +57,7 @@ lint:
 	$(VENV_FOR) cli test torch dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 format:
 	$(VENV_FOR) dev
