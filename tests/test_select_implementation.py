@@ -140,5 +140,23 @@ def test_default_platform_is_that_of_the_process():
     )
 
 
+@pytest.mark.parametrize("name", ["xla", "emulator", None])
+def test_named_implementation_runs_and_nothing_else(monkeypatch, name):
+    """The contract suite would prove nothing if a name fell back to another implementation."""
+    from moe_align_jax._reference import block_align as reference
+    from moe_align_jax._simt import emulator
+
+    ran = []
+    for module, function in ((reference, "block_align"), (emulator, "run")):
+        real = getattr(module, function)
+        spy = lambda *a, real=real, module=module, **k: ran.append(module) or real(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, function, spy)
+    ids = np.arange(77, dtype=np.int32)  # a size that no other test has compiled
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = maj.moe_align_block_size(ids, block_size=3, num_experts=77, implementation=name)
+    assert out.tokens_per_expert.tolist() == [1] * 77
+    assert set(ran) == {emulator if name == "emulator" else reference}
+
+
 def test_pieces_of_a_version():
     assert _dispatch.jax_version()[:2] == tuple(map(int, jax.__version__.split(".")[:2]))
