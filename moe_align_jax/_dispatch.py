@@ -252,7 +252,8 @@ def _jvp_rule(primals, tangents, **params):
     """Integer in, integer out: no tangent."""
     del tangents
     results = block_align_p.bind(*primals, **params)
-    return results, [ad.Zero.from_primal_value(r) for r in results]
+    zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
+    return results, [zero(r) for r in results]
 
 
 ad.primitive_jvps[block_align_p] = _jvp_rule

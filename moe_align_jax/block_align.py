@@ -305,7 +305,7 @@ def _capacity(function: str, num_pairs: Any, block_size: int, num_experts: int, 
         block_size=block_size,
         num_experts=num_experts,
         pad_sorted_ids=pad,
-        minimum=jax.core.min_dim,
+        minimum=jax.core.min_dim,  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 

@@ -26,7 +26,8 @@ def why_no_hopper() -> str | None:
     return None if capability >= 9.0 else f"needs compute capability 9.0; this GPU has {capability}"
 
 
-IMPLEMENTATIONS = ("xla", "emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+IMPLEMENTATIONS = ("xla", *KERNELS)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -39,7 +40,22 @@ def implementation(request):
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--expect-jax", metavar="VERSION", help="fail unless this is the jax that runs"
+    )
+    parser.addoption(
         "--shard", metavar="I/N", help="run only every N-th test, from the I-th (1-based)"
+    )
+
+
+def pytest_configure(config):
+    wanted = config.option.expect_jax
+    if wanted and jax.__version__ != wanted:
+        raise pytest.UsageError(f"--expect-jax {wanted}, but jax {jax.__version__} was imported")
+
+
+def pytest_report_header(config):
+    return (
+        f"jax {jax.__version__}, x64 {jax.config.jax_enable_x64}, GPU: {why_no_hopper() or 'yes'}"
     )
 
 

@@ -4,35 +4,32 @@ import itertools
 from typing import Any, NamedTuple
 
 from moe_align_jax import _checks, _tuning
-from moe_align_jax.types import AlignProblem, BatchedAlignProblem
+from moe_align_jax.types import AlignProblem
 
 
 class Size(NamedTuple):
-    """The static size of a call, and the form that it is there to reach."""
+    """The static size of a call."""
 
-    form: str
     num_pairs: int
     num_experts: int
     block_size: int
 
+    @property
+    def form(self) -> str:
+        return _tuning.config_for(problem(self, OPTIONS[0])).form
 
-# Sizes at and beside the thresholds of _tuning, and the E that issue and peers name.
+
+WARP, BLOCK = _tuning.MAX_WARP_PAIRS, _tuning.MAX_BLOCK_PAIRS
+EXPERTS = _tuning.MAX_HISTOGRAM_EXPERTS
+
+# Both sides of each threshold of _tuning, and the E that the peers name.
 SIZES = (
-    Size("warp", 1, 1, 1),
-    Size("warp", 8, 256, 16),
-    Size("warp", 32, 65_535, 4),
-    Size("block", 33, 64, 16),
-    Size("block", 512, 256, 16),
-    Size("block", 1000, 1000, 64),
-    Size("block", 1024, 4095, 16),
-    Size("grid", 1025, 1, 64),
-    Size("grid", 2048, 128, 64),
-    Size("grid", 8192, 64, 128),
-    Size("grid", 8192, 4095, 8),
-    Size("grid", 70_000, 256, 128),
-    Size("radix", 33, 4097, 16),
-    Size("radix", 5000, 65_535, 4),
-    Size("radix", 70_000, 9000, 8),
+    *(Size(1, 1, 1), Size(8, 256, 16), Size(WARP, 65_535, 4)),
+    *(Size(WARP + 1, 64, 16), Size(512, 256, 16), Size(1000, 1000, 64)),
+    *(Size(BLOCK, EXPERTS, 16), Size(BLOCK, 1, 64), Size(BLOCK + 1, 1, 64)),
+    *(Size(4000, 128, 64), Size(8192, 64, 128), Size(8192, EXPERTS, 8), Size(70_000, 256, 128)),
+    *(Size(140_000, 60, 64), Size(WARP + 1, EXPERTS + 1, 16)),
+    *(Size(5000, 65_535, 4), Size(70_000, 9000, 8)),
 )
 
 # Every combination of what changes the program. Values are made by `arguments` in helpers.
@@ -63,9 +60,3 @@ def problem(size: Size, options: dict[str, Any], id_words: int = 1) -> AlignProb
         has_num_valid_pairs=options["num_valid_pairs"],
         return_inverse=options["return_inverse"],
     )
-
-
-def form_of(size: Size | tuple[int, int, int]) -> str:
-    if isinstance(size, Size):
-        return _tuning.config_for(problem(size, OPTIONS[0])).form
-    return _tuning.config_for(BatchedAlignProblem(*size)).form

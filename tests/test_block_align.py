@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from tests import cover, oracle
+from tests import cover, forms, oracle
+from tests.conftest import KERNELS
 from tests.helpers import as_jax, check
 
 
@@ -14,6 +15,32 @@ from tests.helpers import as_jax, check
 def test_block_align_equals_oracle_over_the_cover(implementation, case):
     ids, options = cover.arguments(case)
     check(ids, implementation=implementation, container=case["container"], **options)
+
+
+@pytest.mark.parametrize("implementation", KERNELS, indirect=True)
+@pytest.mark.parametrize("options", forms.OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("size", forms.SIZES, ids=str)
+def test_block_align_every_form_with_every_option(implementation, size, options):
+    """Both sides of each threshold between the kernel forms."""
+    ids = oracle.route(
+        "outside",
+        num_tokens=size.num_pairs,
+        top_k=1,
+        num_experts=size.num_experts,
+        dtype="int32",
+        seed=3,
+    )
+    check(
+        ids,
+        implementation=implementation,
+        block_size=size.block_size,
+        num_experts=size.num_experts,
+        expert_map=oracle.local_map("any", size.num_experts, 1) if options["map"] else None,
+        ignore_invalid_experts=options["map"] == "filter",
+        num_valid_pairs=size.num_pairs * 3 // 4 if options["num_valid_pairs"] else None,
+        return_inverse=options["return_inverse"],
+        pad_sorted_ids=options["pad_sorted_ids"],
+    )
 
 
 # -- who is empty, and sizes around powers of two ---------------------------------------------------

@@ -71,8 +71,7 @@ def call(size: forms.Size, options: dict):
 def test_sizes_reach_every_form():
     folder = pathlib.Path(_kernels.__file__).parent / "block_align"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "common", "counting"}
-    assert {forms.form_of(size) for size in (*forms.SIZES, *forms.BATCHED_SIZES)} == files
-    assert all(forms.form_of(size) == size.form for size in forms.SIZES)
+    assert {size.form for size in forms.SIZES} | {"batched"} == files
 
 
 def test_the_check_sees_another_operation():
@@ -93,7 +92,7 @@ def test_cuda_program_holds_only_kernels(size):
 @pytest.mark.parametrize("num_experts", [1, 64, 256, 1000, 4095, 65_535])
 @pytest.mark.parametrize("num_pairs", [8, 600, 3000])
 def test_cuda_program_under_vmap_holds_only_kernels(num_experts, num_pairs):
-    function, shapes = call(forms.Size("", num_pairs, num_experts, 16), forms.OPTIONS[-1])
+    function, shapes = call(forms.Size(num_pairs, num_experts, 16), forms.OPTIONS[-1])
     batched = [jax.ShapeDtypeStruct((5, *s.shape), s.dtype) for s in shapes]
     plain = assert_only_kernels(lower(function, *shapes))
     assert assert_only_kernels(lower(jax.vmap(function), *batched)) == plain
@@ -137,7 +136,7 @@ def test_cuda_program_widens_narrow_ids_once(dtype):
 
 
 def test_cuda_program_of_no_pairs_launches_nothing():
-    function, shapes = call(forms.Size("", 0, 8, 16), forms.OPTIONS[-1])
+    function, shapes = call(forms.Size(0, 8, 16), forms.OPTIONS[-1])
     assert not [name for name in operations(lower(function, *shapes)) if "custom_call" in name]
 
 

@@ -139,7 +139,8 @@ def sum_histograms(
             if num_ctas % groups == 0:
                 word = t.load(source, at)
             else:
-                word = t.value_if(row < num_ctas, lambda at=at: t.load(source, at), 0)
+                there = row < num_ctas
+                word = t.value_if(there, lambda at=at: t.load(source, at), 0)  # type: ignore[arg-type]
             mine = cta > row
             for half, count in zip(
                 sums, [word & 0xFFFF, word >> 16] if halves == 2 else [word], strict=True

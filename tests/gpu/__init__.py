@@ -1,0 +1,1 @@
+"""What only a Hopper GPU can show: `make gpu-test`, and `python -m tests.gpu.sanitize`."""
