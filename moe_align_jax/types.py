@@ -65,6 +65,8 @@ class AlignProblem(NamedTuple):
             or "filter" (applied before counting; remote pairs are dropped).
         has_num_valid_pairs: whether a device scalar bounds the pairs in use.
         return_inverse: whether `row_of_pair` is an output.
+        minus_one: id -1 is a group of its own ahead of expert 0, with blocks that read -1 (SGLang's
+            convention); num_experts counts it.
         return_counts: whether `tokens_per_expert` is an output.
         sized_at_launch: num_pairs and capacity are only upper bounds; the launch gives the real ones,
             and the position of the first id. For the direct launch from PyTorch, where a new size
@@ -79,6 +81,7 @@ class AlignProblem(NamedTuple):
     expert_map: str = ""
     has_num_valid_pairs: bool = False
     return_inverse: bool = False
+    minus_one: bool = False
     return_counts: bool = True
     sized_at_launch: bool = False
 

@@ -1,13 +1,14 @@
 """moe_align_block_size and align_blocks on torch tensors; explain and warmup."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
 from moe_align_jax import _checks
 from moe_align_jax.types import AlignedBlocks
-from torch_bridge import checks, ops
+from torch_bridge import checks, direct, direct_call, ops, shortcut
 from torch_bridge.plan import Plan
 from torch_bridge.problems import AlignProblem
 
@@ -31,7 +32,8 @@ def moe_align_block_size(
 
     `moe_align_jax.moe_align_block_size` on PyTorch tensors, on torch's current stream; the host
     does not wait for the GPU. Works under torch.compile (fullgraph, dynamic shapes) and
-    torch.export; not in a CUDA-graph capture. The result is bit for bit the same in every run.
+    torch.export; on the direct path also in a CUDA-graph capture, after `warmup`. The result is bit
+    for bit the same in every run.
 
     Args:
         topk_ids: any shape, usually `[num_tokens, topk]` or flat, any integer dtype, on a CPU or a
@@ -48,7 +50,9 @@ def moe_align_block_size(
             index >= it are dropped.
         out: three tensors to write instead of new ones, exact in shape, dtype (int32) and device,
             contiguous, overlapping neither each other nor an input. They are returned.
-        path: "auto", "dlpack", or "direct" (not in this version).
+        path: "auto" takes the best: "direct", a launch on torch's current stream (Hopper or newer),
+            or "dlpack", through jax (elsewhere, and where a program cannot be made, which a warning
+            says). A name takes that one or raises.
 
     Returns:
         `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32,
@@ -60,7 +64,8 @@ def moe_align_block_size(
         TypeError: an argument is not an integer tensor, int or bool.
         ValueError: a size, shape, device or `out` does not fit, or P exceeds int32.
         NotImplementedError: `path="direct"`, or jax has no device like that of `topk_ids`.
-        RuntimeError: torch's current stream is being captured into a CUDA graph.
+        RuntimeError: torch's current stream is being captured into a CUDA graph, and the kernels for
+            this size are not loaded (or the path is "dlpack").
         Nothing is written when an error is raised.
 
     Example:
@@ -73,6 +78,16 @@ def moe_align_block_size(
 
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
+    if (
+        expert_map is None
+        and num_valid_pairs is None
+        and path == "auto"
+        and not torch.compiler.is_compiling()
+        and not shortcut.watched()
+        and (call_at_once := shortcut.find(topk_ids, num_experts, block_size, pad_sorted_ids, topk))
+        and (results := call_at_once(topk_ids, out)) is not None
+    ):
+        return results
     function = "moe_align_block_size"
     path = checks.check_path(function, path)  # type: ignore[assignment]
     problem, operands, limit = check(
@@ -87,10 +102,16 @@ def moe_align_block_size(
         num_valid_pairs,
     )
     if out is None:
-        results = ops.block_align(*op_arguments(problem, operands, limit), False, False, False)
+        results = aligned(problem, operands, limit, path)
+        if topk is not None and len(operands) == 1 and limit is None:
+            shortcut.keep(problem, operands, topk)
         return results[0], results[1], results[2]
     out = check_out(function, out, problem, operands["topk_ids"].device)
-    ops.block_align_out(*op_arguments(problem, operands, limit), *out)
+    if launches_at_once(operands, out):
+        ops.run(problem, operands, limit, out, path)
+    else:
+        op = ops.chosen("block_align_out", operands["topk_ids"].device, path)
+        op(*op_arguments(problem, operands, limit), *out)
     return out
 
 
@@ -128,7 +149,7 @@ def align_blocks(
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
     function = "align_blocks"
-    checks.check_path(function, path)
+    path = checks.check_path(function, path)  # type: ignore[assignment]
     checks.check_bool(function, "return_inverse", return_inverse)
     problem, operands, limit = check(
         function,
@@ -141,9 +162,36 @@ def align_blocks(
         pad_sorted_ids,
         num_valid_pairs,
     )
-    arguments = op_arguments(problem, operands, limit)
-    results = ops.block_align(*arguments, True, return_inverse, False)
-    return AlignedBlocks(*results)
+    problem = dataclasses.replace(problem, with_counts=True, with_inverse=return_inverse)
+    return AlignedBlocks(*aligned(problem, operands, limit, path))
+
+
+def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether a call may pass by torch's dispatcher (3 us of the host): plain tensors on a GPU that can
+    launch directly, and nobody who records or transforms operators."""
+    if torch.compiler.is_compiling() or shortcut.watched():
+        return False
+    tensors = (*operands.values(), *out)
+    plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    device = tensors[0].device
+    return plain and device.type == "cuda" and direct.unavailable(device) is None
+
+
+def aligned(
+    problem: AlignProblem, operands: dict[str, torch.Tensor], limit: int | None, path: str
+) -> Sequence[torch.Tensor]:
+    """The results of `problem.outputs`."""
+    if launches_at_once(operands):
+        return ops.run(problem, operands, limit, path=path)
+    device = operands["topk_ids"].device
+    if path == "direct" and (reason := direct.unavailable(device)):
+        remedy = f"{reason[0].upper()}{reason[1:]}. Pass path='auto' or 'dlpack'."
+        raise NotImplementedError(
+            _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
+        )
+    wanted = (problem.with_counts, problem.with_inverse, problem.with_scatter_idx)
+    op = ops.chosen("block_align", device, path)
+    return op(*op_arguments(problem, operands, limit), *wanted)
 
 
 def explain(
@@ -191,7 +239,7 @@ def explain(
     )
     if out is not None:
         out = check_out(function, out, problem, topk_ids.device)
-    return ops.plan_call(function, problem, operands, out)
+    return ops.plan_call(function, problem, operands, out, path)
 
 
 def warmup(
@@ -201,33 +249,87 @@ def warmup(
     max_tokens: int,
     topk: int = 1,
     device: Any = None,
-    **options: Any,
-) -> NoReturn:
-    """Not in this version: it belongs to the direct path.
+    dtypes: Sequence[torch.dtype] = (torch.int32, torch.int64),
+    expert_map: bool | torch.Tensor | None = None,
+    ignore_invalid_experts: bool = False,
+    pad_sorted_ids: bool = False,
+    num_valid_pairs: bool | int | torch.Tensor | None = None,
+    tokens_per_expert: bool = False,
+    return_inverse: bool = False,
+    sglang: bool = False,
+) -> int:
+    """Compiles and loads what calls with these options need: afterwards no size compiles.
 
-    The DLPack path compiles one program per number of pairs (jit's own rule), at the first call
-    with that number, so no warm-up could cover "any size up to max_tokens". Call
-    `moe_align_block_size` once per size that you will use.
+    One program serves a range of sizes, about 20 of them all sizes up to half a million pairs. They are
+    kept on disk (`TORCH_BRIDGE_CACHE_DIR`), so that the next process only loads them. Needed before
+    a capture into a CUDA graph; elsewhere the first call with a size does the same for its range.
 
     Args:
         num_experts, block_size: as for `moe_align_block_size`.
-        max_tokens, topk: sizes up to max_tokens * topk pairs.
-        device: where to compile for.
-        **options: other options of `moe_align_block_size`.
+        max_tokens, topk: sizes from 1 up to max_tokens * topk pairs.
+        device: a CUDA device; None for the current one.
+        dtypes: of `topk_ids`. Those of up to 32 bits share programs, and those of 64 bits.
+        expert_map, num_valid_pairs: whether calls pass one (the value itself does not matter).
+        ignore_invalid_experts, pad_sorted_ids: as for `moe_align_block_size`.
+        tokens_per_expert, return_inverse: what `align_blocks` returns besides; vLLM's
+            `return_scatter_idx` needs return_inverse.
+        sglang: for `torch_bridge.sglang.moe_align_block_size`; `ignore_invalid_experts` stands for its
+            `ignore_invalid_expert`, tokens_per_expert for its `return_inactive_prefix_count`.
+
+    Returns:
+        The number of programs that are now loaded for these options.
 
     Raises:
-        NotImplementedError: always, in this version.
+        TypeError, ValueError: a size is not an int >= 1.
+        NotImplementedError: the direct path cannot run on this device; the message says why.
+
+    Example:
+        >>> warmup(num_experts=64, block_size=16, max_tokens=256, topk=8)  # doctest: +SKIP
+        18
     """
-    del num_experts, block_size, max_tokens, topk, device, options
-    raise NotImplementedError(
-        _checks.message(
-            "warmup",
-            "path",
-            'be "direct"',
-            '"dlpack", the only path of this version',
-            "It compiles one program per number of pairs: call moe_align_block_size once per size.",
-        )
-    )
+    function = "warmup"
+    num_experts = _checks.check_num_experts(function, num_experts)
+    block_size = _checks.check_block_size(function, block_size)
+    remedy = "Pass the most tokens of a call, and the experts per token."
+    max_tokens = _checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
+    most = max_tokens * _checks.check_positive_int(function, "topk", topk, remedy)
+    _checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
+    device = torch.device("cuda" if device is None else device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    with_map = expert_map is not None and expert_map is not False
+    with_limit = num_valid_pairs is not None and num_valid_pairs is not False
+    try:
+        if reason := direct.unavailable(device):
+            raise direct.Unavailable(reason)
+        wanted = {
+            direct_call.sized(
+                n,
+                num_experts,
+                block_size,
+                dtype,
+                expert_map="" if not with_map else "filter" if ignore_invalid_experts else "label",
+                num_valid_pairs=with_limit,
+                tokens_per_expert=tokens_per_expert,
+                return_inverse=return_inverse,
+                minus_one=sglang and not ignore_invalid_experts,
+            )
+            for n in direct.bucket_ends(most, num_experts + sglang, block_size)
+            for dtype in dtypes
+        }
+        direct.prepare(device.index, sorted(wanted))
+    except direct.Unavailable as reason:
+        what = f"{reason}"
+        raise NotImplementedError(
+            _checks.message(
+                function,
+                "device",
+                "be one that the kernels can be launched on",
+                device,
+                f"{what[0].upper()}{what[1:]}",
+            )
+        ) from None
+    return len(wanted)
 
 
 # -- shared by the entry points ------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import dlpack
+from torch_bridge import direct_call, dlpack
 from torch_bridge.problems import Problem
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def execute(
     device = next(iter(operands.values())).device
     if plan.implementation == "none":
         return _empty_results(problem, device, out)
+    if plan.path == "direct":
+        return direct_call.execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
     from torch_bridge import programs
 
     with dlpack.on_device(device):

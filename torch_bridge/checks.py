@@ -20,7 +20,7 @@ _DEVICES = ("cpu", "cuda", "meta")
 
 
 def check_path(function: str, path: object) -> str:
-    """The path that runs: "auto" is "dlpack" in this version."""
+    """One of PATHS."""
     if path not in PATHS:
         names = ", ".join(map(repr, PATHS))
         raise ValueError(
@@ -28,19 +28,7 @@ def check_path(function: str, path: object) -> str:
                 function, "path", f"be one of {names}", repr(path), 'Pass "auto" for the best.'
             )
         )
-    if path == "direct":
-        raise NotImplementedError(
-            _checks.message(
-                function, "path", "be one that can run here", repr(path), DIRECT_UNAVAILABLE
-            )
-        )
-    return "dlpack"
-
-
-DIRECT_UNAVAILABLE = (
-    "Launching the kernels on torch's own stream is not in this version; "
-    "pass path='auto' or 'dlpack'."
-)
+    return path  # type: ignore[return-value]
 
 
 def check_bool(function: str, argument: str, value: object) -> None:

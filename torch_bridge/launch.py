@@ -198,12 +198,14 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     capacity = _checks.capacity(
         n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
     )
-    ids = rng.integers(-2, num_experts + 2, n)
+    shift = 1 if problem.minus_one else 0
+    ids = rng.integers(-2, num_experts + 2, n) - shift
     expert_map = rng.integers(-2, num_experts + 1, num_experts)
     limit = n - n // 8 if problem.has_num_valid_pairs else n
 
-    kept = (ids >= 0) & (ids < num_experts) & (np.arange(n) < limit)
-    group = np.where(kept, ids, 0)
+    group = ids + shift
+    kept = (group >= 0) & (group < num_experts) & (np.arange(n) < limit)
+    group = np.where(kept, group, 0)
     if problem.expert_map == "filter":
         group = expert_map[group]
         kept &= (group >= 0) & (group < num_experts)
@@ -213,7 +215,7 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     start, before = np.cumsum(padded) - padded, np.cumsum(counts) - counts
     order = np.argsort(group, kind="stable")[: counts.sum()]
     rows = start[group[order]] + np.arange(order.size) - before[group[order]]
-    label = np.arange(num_experts)
+    label = np.arange(num_experts) - shift
     if problem.expert_map == "label":
         label = np.where((expert_map >= 0) & (expert_map < num_experts), expert_map, -1)
     used = np.repeat(label, padded // block_size)

@@ -1,42 +1,44 @@
-"""The torch operators of the DLPack path, with fakes of pure size arithmetic (they need no jax).
+"""The torch operators, with fakes of pure size arithmetic (they need no jax).
 
-`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. The direct
-path will have operators of its own: these are tagged unsafe for CUDA graphs, and its own will not
-be.
+Each has two: `NAME` launches directly where that is possible, and can be captured into CUDA graphs;
+`NAME_dlpack` goes through jax and is tagged unsafe for them, so that inductor splits its graphs
+there. Which one is called is decided before tracing, by the device (`chosen`).
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import call, checks, dlpack, plan
+from torch_bridge import call, checks, direct, dlpack, plan, shortcut
 from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
 
 _NAMESPACE = "moe_align_jax"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_TAGS = tuple(
-    tag
-    for name in ("pt2_compliant_tag", "cudagraph_unsafe")
-    if (tag := getattr(torch.Tag, name, None)) is not None
-)
+_COMPLIANT = (torch.Tag.pt2_compliant_tag,)
+_UNSAFE = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
 _ALIGN_ARGUMENTS = (
     "Tensor topk_ids, Tensor? expert_map, Tensor? num_valid_pairs, SymInt? max_valid_pairs, "
     "int num_experts, int block_size, bool ignore_invalid_experts, bool pad_sorted_ids"
 )
 _SCHEMAS = {
-    "block_align_dlpack": (
+    "block_align": (
         f"({_ALIGN_ARGUMENTS}, bool with_counts, bool with_inverse, bool with_scatter_idx) "
         "-> Tensor[]"
     ),
-    "block_align_dlpack_out": (
+    "block_align_out": (
         f"({_ALIGN_ARGUMENTS}, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, "
         "Tensor(c!) num_tokens_post_pad) -> ()"
     ),
-    "sglang_block_align_dlpack": (
+    "sglang_block_align": (
         "(Tensor topk_ids, int num_experts, int block_size, bool ignore_invalid_expert, "
         "bool with_inactive_blocks) -> (Tensor, Tensor, Tensor)"
     ),
-    "batched_block_align_dlpack": (
+    "batched_block_align": (
         "(Tensor expert_num_tokens, int max_tokens_per_batch, int block_size) "
         "-> (Tensor, Tensor, Tensor)"
     ),
@@ -51,25 +53,43 @@ def plan_call(
     problem: Problem,
     operands: dict[str, torch.Tensor],
     out: tuple[torch.Tensor, ...] | None,
+    path: str = "auto",
 ) -> plan.Plan:
     """The guards that need data, then the plan: all that comes before a call writes anything."""
     for name, tensor in operands.items():
         dlpack.check_tensor(function, name, tensor)
     first, tensor = next(iter(operands.items()))
-    dlpack.check_not_capturing(function, tensor.device)
     checks.check_capacity(function, first, problem.capacity)
     if out is not None:
         check_no_overlap(function, out, operands)
-    return plan.make_plan(problem, operands, has_out=out is not None)
+    the_plan = plan.make_plan(problem, operands, path=path, has_out=out is not None)
+    if the_plan.path == "dlpack":
+        dlpack.check_not_capturing(function, tensor.device)
+    return the_plan
 
 
-def _run(
+def run(
     problem: Problem,
     operands: dict[str, torch.Tensor],
     max_valid_pairs: int | None = None,
     out: tuple[torch.Tensor, ...] | None = None,
+    path: str = "auto",
 ) -> list[torch.Tensor]:
-    the_plan = plan_call(problem.name, problem, operands, out)
+    """Plans a call and does it. With "auto", a program that cannot be made costs one warning."""
+    the_plan = plan_call(problem.name, problem, operands, out, path)
+    if the_plan.path == "direct" and len(operands) == 1 and max_valid_pairs is None:
+        shortcut.keep(problem, operands)
+    try:
+        return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+    except direct.Unavailable as reason:
+        if path == "direct":
+            remedy = f"{reason} Pass path='auto' or 'dlpack'."
+            text = _checks.message(
+                problem.name, "path", "be one that can run here", "'direct'", remedy
+            )
+            raise NotImplementedError(text) from None
+        direct.warn_once(str(reason))
+    the_plan = plan_call(problem.name, problem, operands, out, "dlpack")
     return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
 
 
@@ -79,6 +99,7 @@ def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Ten
 
 
 def _block_align(
+    path,
     topk_ids,
     expert_map,
     num_valid_pairs,
@@ -91,6 +112,10 @@ def _block_align(
     with_inverse,
     with_scatter_idx,
 ):
+    plain = expert_map is None and num_valid_pairs is None and max_valid_pairs is None
+    if plain and path == "auto" and not (with_counts or with_inverse or with_scatter_idx):
+        if call_at_once := shortcut.find(topk_ids, num_experts, block_size, pad_sorted_ids):
+            return call_at_once(topk_ids)
     problem = AlignProblem(
         topk_ids.numel(),
         num_experts,
@@ -102,10 +127,11 @@ def _block_align(
         with_scatter_idx,
     )
     operands = align_operands(topk_ids, expert_map, num_valid_pairs)
-    return _run(problem, operands, max_valid_pairs)
+    return run(problem, operands, max_valid_pairs, path=path)
 
 
 def _block_align_out(
+    path,
     topk_ids,
     expert_map,
     num_valid_pairs,
@@ -123,21 +149,21 @@ def _block_align_out(
     )
     operands = align_operands(topk_ids, expert_map, num_valid_pairs)
     out = (sorted_token_ids, expert_ids, num_tokens_post_pad)
-    _run(problem, operands, max_valid_pairs, out)
+    run(problem, operands, max_valid_pairs, out, path)
 
 
 def _sglang_block_align(
-    topk_ids, num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
+    path, topk_ids, num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
 ):
     problem = SglangProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
     )
-    return tuple(_run(problem, {"topk_ids": topk_ids}))
+    return tuple(run(problem, {"topk_ids": topk_ids}, path=path))
 
 
-def _batched_block_align(expert_num_tokens, max_tokens_per_batch, block_size):
+def _batched_block_align(path, expert_num_tokens, max_tokens_per_batch, block_size):
     problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
-    return tuple(_run(problem, {"expert_num_tokens": expert_num_tokens}))
+    return tuple(run(problem, {"expert_num_tokens": expert_num_tokens}, path=path))
 
 
 # -- fakes ---------------------------------------------------------------------------------------
@@ -165,23 +191,42 @@ def _batched_block_align_fake(expert_num_tokens, max_tokens_per_batch, block_siz
 
 
 _BODIES = {
-    "block_align_dlpack": (_block_align, _block_align_fake),
-    "block_align_dlpack_out": (_block_align_out, _block_align_out_fake),
-    "sglang_block_align_dlpack": (_sglang_block_align, _sglang_block_align_fake),
-    "batched_block_align_dlpack": (_batched_block_align, _batched_block_align_fake),
+    "block_align": (_block_align, _block_align_fake),
+    "block_align_out": (_block_align_out, _block_align_out_fake),
+    "sglang_block_align": (_sglang_block_align, _sglang_block_align_fake),
+    "batched_block_align": (_batched_block_align, _batched_block_align_fake),
 }
-for _name, (_body, _fake) in _BODIES.items():
-    _library.define(_name + _SCHEMAS[_name], tags=_TAGS)
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _body, _key)
-    # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
-    _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
-    torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
+for _base, (_body, _fake) in _BODIES.items():
+    for _name, _path, _tags in (
+        (_base, "auto", _COMPLIANT),
+        (f"{_base}_dlpack", "dlpack", _COMPLIANT + _UNSAFE),
+    ):
+        _library.define(_name + _SCHEMAS[_base], tags=_tags)
+        for _key in ("CPU", "CUDA"):
+            _library.impl(_name, functools.partial(_body, _path), _key)
+        # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
+        _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
+        torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
 
-block_align = torch.ops.moe_align_jax.block_align_dlpack.default
-block_align_out = torch.ops.moe_align_jax.block_align_dlpack_out.default
-sglang_block_align = torch.ops.moe_align_jax.sglang_block_align_dlpack.default
-batched_block_align = torch.ops.moe_align_jax.batched_block_align_dlpack.default
+
+block_align_dlpack = torch.ops.moe_align_jax.block_align_dlpack.default
+block_align_out_dlpack = torch.ops.moe_align_jax.block_align_out_dlpack.default
+sglang_block_align_dlpack = torch.ops.moe_align_jax.sglang_block_align_dlpack.default
+batched_block_align_dlpack = torch.ops.moe_align_jax.batched_block_align_dlpack.default
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    name: getattr(torch.ops.moe_align_jax, name).default
+    for base in _BODIES
+    for name in (base, f"{base}_dlpack")
+}
+
+
+def chosen(name: str, device: torch.device, path: str = "auto") -> Callable[..., Any]:
+    """The operator `name` for this device: direct where a launch is possible, else DLPack's."""
+    if path != "dlpack" and device.type == "cuda" and direct.launches_on(device.index):
+        return _OPERATORS[name]
+    return _OPERATORS[f"{name}_dlpack"]
 
 
 # -- out= ----------------------------------------------------------------------------------------

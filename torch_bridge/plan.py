@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from torch_bridge import call, checks, dlpack
+from moe_align_jax import _checks
+from torch_bridge import call, direct_call, dlpack
 from torch_bridge.problems import AlignProblem, Problem
 
 
@@ -15,7 +16,7 @@ class Plan(NamedTuple):
     """How one call runs.
 
     Attributes:
-        path: "dlpack", or "direct" in a later version.
+        path: "direct", launched on torch's current stream, or "dlpack", through jax.
         implementation: the one of moe_align_jax: "mosaic_gpu" or "xla"; "none" for zero pairs.
         copies: for each argument that is copied (and "outputs" where the results are), why.
         reasons: for each path and implementation not taken, why.
@@ -62,13 +63,30 @@ def make_plan(
     problem: Problem,
     operands: Mapping[str, torch.Tensor],
     *,
-    path: str = "dlpack",
+    path: str = "auto",
     has_out: bool = False,
 ) -> Plan:
-    """The plan of one call on these tensors, which have data. Copies nothing, runs nothing."""
-    reasons = {"direct": checks.DIRECT_UNAVAILABLE}
+    """The plan of one call on these tensors, which have data. Copies nothing, runs nothing.
+
+    Raises:
+        NotImplementedError: path is "direct" and that cannot run here.
+    """
+    refusal = direct_call.refuses(problem, operands)
+    if _forced_implementation:
+        refusal = f"{_forced_implementation!r} was asked for"
+    if path == "direct" and refusal:
+        remedy = f"{refusal[0].upper()}{refusal[1:]}. Pass path='auto' or 'dlpack'."
+        raise NotImplementedError(
+            _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
+        )
+    taken = "direct" if path != "dlpack" and not refusal else "dlpack"
+    reasons = {"direct": refusal or "path='dlpack' was asked for"} if taken == "dlpack" else {}
     if problem.num_pairs == 0:
-        return Plan(path, "none", {}, reasons | {"xla": "there are no pairs: nothing to compute"})
+        return Plan(taken, "none", {}, reasons | {"xla": "there are no pairs: nothing to compute"})
+    if taken == "direct":
+        reasons = {"dlpack": "the direct path runs here, and costs the host less"}
+        copies = direct_call.copies(operands)
+        return Plan(taken, "mosaic_gpu", copies, reasons)
     device = next(iter(operands.values())).device
     platform = call.jax_platform(problem.name, device)
     if isinstance(problem, AlignProblem):
@@ -88,4 +106,4 @@ def make_plan(
         copies["outputs"] = (
             "they are copied into torch's memory: XLA may reuse its own before torch has read it"
         )
-    return Plan(path, implementation, copies, reasons | dict(others))
+    return Plan(taken, implementation, copies, reasons | dict(others))

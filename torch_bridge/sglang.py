@@ -62,6 +62,7 @@ def moe_align_block_size(
     if not torch.compiler.is_compiling():
         problem = SglangProblem(topk_ids.numel(), num_experts, block_size)
         checks.check_capacity(function, "topk_ids", problem.capacity)
-    return ops.sglang_block_align(
+    op = ops.chosen("sglang_block_align", topk_ids.device)
+    return op(
         topk_ids, num_experts, block_size, ignore_invalid_expert, return_inactive_prefix_count
     )

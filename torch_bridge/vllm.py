@@ -8,6 +8,8 @@ vLLM's unused blocks read expert_map[-1]; ours read -1. What vLLM refuses works 
 pairs, any number of experts, every integer dtype.
 """
 
+import dataclasses
+
 import torch
 
 from moe_align_jax import _checks
@@ -76,8 +78,8 @@ def moe_align_block_size(
                 "Pass ignore_invalid_experts=True, or leave scatter_idx out.",
             )
         )
-    arguments = align.op_arguments(problem, operands, limit)
-    return tuple(ops.block_align(*arguments, False, False, return_scatter_idx))
+    problem = dataclasses.replace(problem, with_scatter_idx=return_scatter_idx)
+    return tuple(align.aligned(problem, operands, limit, "auto"))
 
 
 def batched_moe_align_block_size(
@@ -123,4 +125,5 @@ def batched_moe_align_block_size(
     if not torch.compiler.is_compiling():
         problem = BatchedProblem(counts.shape[0], max_tokens_per_batch, block_size)
         checks.check_capacity(function, "max_tokens_per_batch", problem.capacity)
-    return ops.batched_block_align(counts, max_tokens_per_batch, block_size)
+    op = ops.chosen("batched_block_align", counts.device)
+    return op(counts, max_tokens_per_batch, block_size)

@@ -69,20 +69,20 @@ def test_fakes_have_the_shapes_of_the_results(entry, num_tokens, monkeypatch):
 def _op_cases():
     _, ids = ids_of(torch.int32)
     options = (None, None, None, 16, 8, False, False)
-    yield "plain", ops.block_align, (ids, *options, False, False, False)
-    yield "int64", ops.block_align, (ids.long(), *options, False, False, False)
-    yield "all", ops.block_align, (ids, *options, True, True, True)
-    yield "transposed", ops.block_align, (ids.t(), *options, False, False, False)
-    yield "empty", ops.block_align, (ids[:0], *options, True, True, True)
+    yield "plain", ops.block_align_dlpack, (ids, *options, False, False, False)
+    yield "int64", ops.block_align_dlpack, (ids.long(), *options, False, False, False)
+    yield "all", ops.block_align_dlpack, (ids, *options, True, True, True)
+    yield "transposed", ops.block_align_dlpack, (ids.t(), *options, False, False, False)
+    yield "empty", ops.block_align_dlpack, (ids[:0], *options, True, True, True)
     full = (_map(), torch.tensor(9), None, 16, 8, True, True)
-    yield "map", ops.block_align, (ids, *full, False, False, False)
+    yield "map", ops.block_align_dlpack, (ids, *full, False, False, False)
     limited = (_map(), None, 9, 16, 8, False, True)
-    yield "limit", ops.block_align, (ids, *limited, False, False, False)
+    yield "limit", ops.block_align_dlpack, (ids, *limited, False, False, False)
     sizes = (oracle.capacity(111, 8, 16, False), 28, 1)
     out = tuple(torch.zeros(k, dtype=torch.int32) for k in sizes)
-    yield "out", ops.block_align_out, (ids, *options, *out)
-    yield "sglang", ops.sglang_block_align, (ids, 16, 8, False, True)
-    yield "batched", ops.batched_block_align, (torch.arange(7), 12, 8)
+    yield "out", ops.block_align_out_dlpack, (ids, *options, *out)
+    yield "sglang", ops.sglang_block_align_dlpack, (ids, 16, 8, False, True)
+    yield "batched", ops.batched_block_align_dlpack, (torch.arange(7), 12, 8)
 
 
 @pytest.mark.parametrize("case", [name for name, _, _ in _op_cases()])
@@ -95,10 +95,10 @@ def test_opcheck(case):
 def test_opcheck_reports_a_wrong_fake():
     """What the checks above rest on: a fake with other shapes is found."""
     with torch.library._scoped_library("bridge_test", "FRAGMENT") as library:
-        library.define("wrong(Tensor topk_ids) -> Tensor", tags=ops._TAGS)
+        library.define("wrong(Tensor topk_ids) -> Tensor", tags=ops._COMPLIANT)
         library.impl(
             "wrong",
-            lambda x: ops.block_align(
+            lambda x: ops.block_align_dlpack(
                 x, None, None, None, 16, 8, False, False, False, False, False
             )[0],
             "CPU",
@@ -113,7 +113,7 @@ def test_opcheck_reports_a_wrong_fake():
 def test_operators_are_kept_out_of_cuda_graphs():
     if not hasattr(torch.Tag, "cudagraph_unsafe"):
         pytest.skip(f"torch {torch.__version__} has no Tag.cudagraph_unsafe")
-    for op in (ops.block_align, ops.block_align_out, ops.sglang_block_align):
+    for op in (ops.block_align_dlpack, ops.block_align_out_dlpack, ops.sglang_block_align_dlpack):
         assert torch.Tag.cudagraph_unsafe in op.tags
 
 
@@ -184,7 +184,7 @@ def test_export_keeps_one_node_and_serves_other_sizes():
     example = ids_of(torch.int32, num_tokens=40)[1]
     exported = torch.export.export(Layer(), (example,), dynamic_shapes={"ids": {0: tokens}})
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count(ops.block_align) == 1
+    assert targets.count(ops.block_align_dlpack) == 1
     for num_tokens in (40, 6, 300):
         array, ids = ids_of(torch.int32, num_tokens=num_tokens)
         want = oracle.align(array.ravel(), block_size=8, num_experts=16)

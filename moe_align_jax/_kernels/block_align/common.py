@@ -90,10 +90,13 @@ def read_expert(
     at = t.select(inside, pair, 0) + sizes.first_id
     if problem.id_words == 2:
         expert, high = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
-        kept = inside & expert.below(num_experts) & high.eq(0)
+        sign = t.select(expert.eq(-1), -1, 0) if problem.minus_one else 0
+        inside = inside & high.eq(sign)
     else:
         expert = t.load(r.topk_ids, at)
-        kept = inside & expert.below(num_experts)
+    if problem.minus_one:
+        expert = expert + 1
+    kept = inside & expert.below(num_experts)
     if limit is not None:
         kept = kept & (pair < limit)
     if problem.expert_map == "filter":
@@ -104,6 +107,8 @@ def read_expert(
 
 def block_label(t: Simt, r: SimpleNamespace, problem: AlignProblem, expert: Int) -> Int:
     """What `expert_ids` says of a block of `expert` (>= 0)."""
+    if problem.minus_one:
+        return expert - 1
     if problem.expert_map != "label":
         return expert
     local = t.load(r.expert_map, expert)

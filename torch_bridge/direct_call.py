@@ -1,0 +1,218 @@
+"""Runs a plan on the direct path: prepares the operands in torch, launches, finishes the rare outputs."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moe_align_jax import _checks
+from moe_align_jax.types import AlignProblem as KernelProblem
+from moe_align_jax.types import BatchedAlignProblem
+from torch_bridge import direct
+from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
+
+ID_WORDS = {torch.int32: 1, torch.uint32: 1, torch.int64: 2, torch.uint64: 2}
+_UNSIGNED = (torch.uint32, torch.uint64)
+
+
+def refuses(problem: Problem, operands: Mapping[str, torch.Tensor]) -> str | None:
+    """Why the direct path cannot run this call on its device, or None."""
+    first = next(iter(operands.values()))
+    if reason := direct.unavailable(first.device):
+        return reason
+    if problem.capacity > direct.MAX_CAPACITY:
+        return f"{problem.capacity} rows are too many for the kernels' 32-bit loops"
+    if isinstance(problem, SglangProblem) and first.dtype in _UNSIGNED:
+        return f"id -1 has no bit pattern of its own in {first.dtype}"
+    return direct.failure(first.device.index, kernel_problem(problem, operands))
+
+
+def sized(
+    num_pairs: int,
+    num_experts: int,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    expert_map: str = "",
+    num_valid_pairs: bool = False,
+    tokens_per_expert: bool = False,
+    return_inverse: bool = False,
+    minus_one: bool = False,
+) -> KernelProblem:
+    """The program for a size; with `minus_one`, num_experts does not count the bucket of id -1."""
+    return direct.program_problem(
+        num_pairs,
+        num_experts + minus_one,
+        block_size,
+        ID_WORDS.get(dtype, 1),
+        expert_map,
+        num_valid_pairs,
+        tokens_per_expert,
+        return_inverse,
+        minus_one,
+    )
+
+
+def kernel_problem(
+    problem: Problem, operands: Mapping[str, torch.Tensor], has_limit: bool = False
+) -> KernelProblem | BatchedAlignProblem:
+    """The program that serves a call."""
+    if isinstance(problem, BatchedProblem):
+        return BatchedAlignProblem(
+            problem.num_experts, problem.max_tokens_per_batch, problem.block_size
+        )
+    sizes = (problem.num_pairs, problem.num_experts, problem.block_size)
+    dtype = operands["topk_ids"].dtype
+    if isinstance(problem, SglangProblem):
+        return sized(
+            *sizes,
+            dtype,
+            tokens_per_expert=problem.with_inactive_blocks,
+            minus_one=not problem.ignore_invalid_expert,
+        )
+    mode = ""
+    if "expert_map" in operands:
+        mode = "filter" if problem.ignore_invalid_experts else "label"
+    return sized(
+        *sizes,
+        dtype,
+        expert_map=mode,
+        num_valid_pairs=has_limit or "num_valid_pairs" in operands,
+        tokens_per_expert=problem.with_counts,
+        return_inverse=problem.with_inverse or problem.with_scatter_idx,
+    )
+
+
+def copies(operands: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Which operands are copied, and why: every other one is read where it lies."""
+    found = {}
+    for name, tensor in operands.items():
+        if tensor.is_neg():
+            found[name] = "it is a lazy negation"
+        elif name != "num_valid_pairs" and not tensor.is_contiguous():
+            what = f"shape {list(tensor.shape)}, strides {list(tensor.stride())}"
+            found[name] = f"it is not contiguous ({what})"
+        elif tensor.dtype not in (ID_WORDS if name == "topk_ids" else (torch.int32,)):
+            found[name] = f"its {tensor.dtype} is converted to int32"
+    return found
+
+
+def _narrow(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """As contiguous int32; values outside [low, high] (compared in their own dtype) become `low`."""
+    if tensor.dtype == torch.int32:
+        return tensor.contiguous()
+    if tensor.dtype in (torch.uint32, torch.uint64):  # torch has few operations on these
+        tensor = tensor.view(torch.int32 if tensor.dtype == torch.uint32 else torch.int64)
+    wide = tensor.to(torch.int64)
+    return torch.where((wide < low) | (wide > high), low, wide).to(torch.int32).contiguous()
+
+
+def _count(tensor: torch.Tensor) -> torch.Tensor:
+    """A bound on the pairs as int32, saturated."""
+    if tensor.dtype == torch.int32:
+        return tensor
+    unsigned = tensor.dtype in _UNSIGNED
+    if unsigned:
+        tensor = tensor.view(torch.int32 if tensor.dtype == torch.uint32 else torch.int64)
+    wide = tensor.to(torch.int64)
+    if unsigned:  # beyond the signed type: more pairs than there can be
+        wide = torch.where(wide < 0, _checks.INT32_MAX, wide)
+    return wide.clamp(-1, _checks.INT32_MAX).to(torch.int32)
+
+
+def execute(
+    problem: Problem,
+    operands: Mapping[str, torch.Tensor],
+    *,
+    max_valid_pairs: int | None = None,
+    out: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """The int32 tensors of `problem.outputs`, in order, or `out`, written on torch's current stream.
+
+    Raises:
+        direct.Miss, direct.Unavailable: as `direct.program_for`.
+    """
+    device = next(iter(operands.values())).device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+    if isinstance(problem, BatchedProblem):
+        return _batched(problem, operands["expert_num_tokens"], out)
+    needed = kernel_problem(problem, operands, max_valid_pairs is not None)
+    assert isinstance(needed, KernelProblem)
+    program = direct.program_for(problem.name, device.index, needed)
+
+    ids = operands["topk_ids"].detach()
+    if ids.is_neg():
+        ids = ids.resolve_neg()
+    ids = ids.contiguous() if ids.dtype in ID_WORDS else ids.to(torch.int32).contiguous()
+    kept, pointers = [], []  # what lives until the launch
+    if needed.expert_map:
+        kept.append(_narrow(operands["expert_map"].detach(), -1, problem.num_experts - 1))
+    if needed.has_num_valid_pairs:
+        if max_valid_pairs is not None:
+            limit = torch.full((1,), max_valid_pairs, dtype=torch.int32, device=device)
+        else:
+            limit = _count(operands["num_valid_pairs"].detach())
+        kept.append(limit)
+    pointers = [tensor.data_ptr() for tensor in kept]
+
+    capacity = problem.capacity
+    shapes = {
+        "sorted_token_ids": capacity,
+        "expert_ids": -(-capacity // problem.block_size),
+        "num_tokens_post_padded": 1,
+        "tokens_per_expert": needed.num_experts,
+        "row_of_pair": problem.num_pairs,
+    }
+    given = dict(zip(problem.outputs, out or (), strict=bool(out)))
+    written = {
+        name: given[name]
+        if name in given and given[name].data_ptr() % 16 == 0
+        else torch.empty(shapes[name], dtype=torch.int32, device=device)
+        for name in program.outputs
+    }
+    direct.align(program, ids, problem.num_pairs, capacity, tuple(pointers), list(written.values()))
+    return _finish(problem, written, given)
+
+
+def _finish(
+    problem: Problem, written: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the kernels do not write themselves, and targets off a 16-byte boundary."""
+    if isinstance(problem, AlignProblem) and problem.with_scatter_idx:
+        rows = written["row_of_pair"]
+        pair = torch.arange(problem.num_pairs, dtype=torch.int32, device=rows.device)
+        written["scatter_idx"] = torch.where(rows >= 0, pair, -1).unsqueeze(1)
+    if isinstance(problem, SglangProblem) and problem.with_inactive_blocks:
+        total = written["num_tokens_post_padded"]
+        if problem.ignore_invalid_expert:
+            blocks = torch.zeros_like(total)
+        else:
+            counts = written["tokens_per_expert"][:1]
+            blocks = (counts + (problem.block_size - 1)) // problem.block_size
+        written["num_tokens_post_padded"] = torch.cat([total, blocks.to(torch.int32)])
+    for name, target in given.items():
+        if written[name] is not target:
+            target.copy_(written[name])
+            written[name] = target
+    return [written[name] for name in problem.outputs]
+
+
+def _batched(
+    problem: BatchedProblem, counts: torch.Tensor, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    needed = kernel_problem(problem, {})
+    program = direct.program_for(problem.name, counts.device.index, needed)
+    given = counts.detach().contiguous()
+    if given.dtype != torch.int32:
+        if given.dtype in _UNSIGNED:
+            given = _count(given)
+        given = given.to(torch.int64).clamp(0, problem.max_tokens_per_batch).to(torch.int32)
+    written = {
+        name: torch.empty(shape, dtype=torch.int32, device=counts.device)
+        for name, shape in needed.outputs.items()
+    }
+    values = [given.data_ptr(), *[x.data_ptr() for x in written.values()]]
+    direct.launch_with_buffers(program, values, counts.device)
+    targets = dict(zip(problem.outputs, out or (), strict=bool(out)))
+    return _finish(problem, written, targets)
