@@ -78,7 +78,7 @@ def patch_for_good() -> Callable[[], None]:
 
 def _known_module() -> ModuleType:
     """`vllm._custom_ops` of a release that we know."""
-    remedy = "Install one of these, or call torch_bridge.vllm's functions yourself."
+    remedy = "Install vllm 0.33, or call torch_bridge.vllm's functions yourself."
     try:
         import vllm  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
