@@ -1,9 +1,11 @@
 """Fetches the peers' compiled ops, out of their own wheels, into a git-ignored folder.
 
+With vLLM's comes the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run.
+
 python -m benchmarks.fetch [vllm] [sglang] [--folder .peers]
 
 vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
-Only the libraries are kept (about 45 and 20 MB); the wheels are several times larger.
+Only these files are kept (about 45 and 20 MB); the wheels are several times larger.
 """
 
 import argparse
@@ -18,15 +20,27 @@ from typing import NamedTuple
 
 
 class Wheel(NamedTuple):
-    """A release, the member of its wheel that holds the op, and the file to keep it as."""
+    """A release, the member of its wheel that holds the op, and the file to keep it as.
+
+    `python` is a second member, the source that calls the op, and its file.
+    """
 
     requirement: str
     member: str
     file: str
+    python: tuple[str, str] | None = None
 
 
 WHEELS = {
-    "vllm": Wheel("vllm==0.33.0", "vllm/_moe_C_stable_libtorch.abi3.so", "vllm_moe.so"),
+    "vllm": Wheel(
+        "vllm==0.33.0",
+        "vllm/_moe_C_stable_libtorch.abi3.so",
+        "vllm_moe.so",
+        (
+            "vllm/model_executor/layers/fused_moe/moe_align_block_size.py",
+            "vllm_moe_align_block_size.py",
+        ),
+    ),
     "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
 }
 
@@ -44,10 +58,13 @@ def pip_command(requirement: str, folder: str | Path) -> list[str]:
 
 
 def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
-    """Copies the op's library out of the one wheel in `wheel_folder`, and notes its release.
+    """Copies the wheel's members out of the one wheel in `wheel_folder`, and notes its release.
+
+    Returns:
+        The path of the op's library.
 
     Raises:
-        FileNotFoundError: no wheel there, or it lacks the member (the message lists what it has).
+        FileNotFoundError: no wheel there, or it lacks a member (the message lists what it has).
     """
     found = sorted(Path(wheel_folder).glob("*.whl"))
     if not found:
@@ -55,10 +72,14 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
     target = Path(folder) / wheel.file
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(found[0]) as archive:
-        if wheel.member not in archive.namelist():
-            libraries = [n for n in archive.namelist() if n.endswith(".so")]
-            raise FileNotFoundError(f"{found[0].name} lacks {wheel.member}; it has {libraries}")
-        target.write_bytes(archive.read(wheel.member))
+        members = [(wheel.member, wheel.file), *([wheel.python] if wheel.python else [])]
+        for member, _ in members:
+            if member not in archive.namelist():
+                suffix = Path(member).suffix
+                alike = [n for n in archive.namelist() if n.endswith(suffix)]
+                raise FileNotFoundError(f"{found[0].name} lacks {member}; it has {alike[:99]}")
+        for member, file in members:
+            target.with_name(file).write_bytes(archive.read(member))
     notes = target.with_name("versions.json")
     versions = json.loads(notes.read_text()) if notes.is_file() else {}
     versions[wheel.file] = wheel.requirement.replace("==", " ")

@@ -338,7 +338,13 @@ def test_fetch_extracts_the_op_and_notes_its_release(tmp_path):
     with zipfile.ZipFile(wheels / "vllm-0.33.0-cp38-abi3-linux.whl", "w") as archive:
         archive.writestr("vllm/other.so", b"no")
         archive.writestr(wheel.member, b"the op")
+    with pytest.raises(FileNotFoundError, match="lacks vllm/model_executor"):
+        fetch.extract(wheels, wheel, folder)
+    assert not list(folder.iterdir())
+    with zipfile.ZipFile(wheels / "vllm-0.33.0-cp38-abi3-linux.whl", "a") as archive:
+        archive.writestr(wheel.python[0], b"its caller")
     target = fetch.extract(wheels, wheel, folder)
+    assert (folder / "vllm_moe_align_block_size.py").read_bytes() == b"its caller"
     assert target == folder / "vllm_moe.so" and target.read_bytes() == b"the op"
     assert peers._version_of(target) == "vllm 0.33.0"
     with pytest.raises(FileNotFoundError, match="lacks sgl_kernel"):

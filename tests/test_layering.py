@@ -50,7 +50,7 @@ FOREIGN: dict[str, set[str]] = {
     "jax._src": set(),
     "typer": {"moe_align_jax._cli", "lazily moe_align_jax.cli"},
     "rich": {"moe_align_jax._cli", "lazily moe_align_jax.cli", "lazily benchmarks"},
-    "vllm": {"lazily benchmarks.peers"},
+    "vllm": {"lazily benchmarks.peers", "lazily torch_bridge.vllm_patch"},
     "sglang": {"lazily benchmarks.peers"},
     "sgl_kernel": {"lazily benchmarks.peers"},
     "tests": set(),

@@ -74,9 +74,10 @@ def run(
     max_valid_pairs: int | None = None,
     out: tuple[torch.Tensor, ...] | None = None,
     path: str = "auto",
+    function: str | None = None,
 ) -> list[torch.Tensor]:
     """Plans a call and does it. With "auto", a program that cannot be made costs one warning."""
-    the_plan = plan_call(problem.name, problem, operands, out, path)
+    the_plan = plan_call(function or problem.name, problem, operands, out, path)
     if the_plan.path == "direct" and len(operands) == 1 and max_valid_pairs is None:
         shortcut.keep(problem, operands)
     try:
@@ -89,7 +90,7 @@ def run(
             )
             raise NotImplementedError(text) from None
         direct.warn_once(str(reason))
-    the_plan = plan_call(problem.name, problem, operands, out, "dlpack")
+    the_plan = plan_call(function or problem.name, problem, operands, out, "dlpack")
     return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
 
 
@@ -196,11 +197,15 @@ _BODIES = {
     "sglang_block_align": (_sglang_block_align, _sglang_block_align_fake),
     "batched_block_align": (_batched_block_align, _batched_block_align_fake),
 }
+
+
+def pair_of(base: str) -> tuple[tuple[str, str, tuple[torch.Tag, ...]], ...]:
+    """Name, path and tags of the two operators of one kind."""
+    return (base, "auto", _COMPLIANT), (f"{base}_dlpack", "dlpack", _COMPLIANT + _UNSAFE)
+
+
 for _base, (_body, _fake) in _BODIES.items():
-    for _name, _path, _tags in (
-        (_base, "auto", _COMPLIANT),
-        (f"{_base}_dlpack", "dlpack", _COMPLIANT + _UNSAFE),
-    ):
+    for _name, _path, _tags in pair_of(_base):
         _library.define(_name + _SCHEMAS[_base], tags=_tags)
         for _key in ("CPU", "CUDA"):
             _library.impl(_name, functools.partial(_body, _path), _key)
@@ -209,24 +214,23 @@ for _base, (_body, _fake) in _BODIES.items():
         torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
 
 
-block_align_dlpack = torch.ops.moe_align_jax.block_align_dlpack.default
-block_align_out_dlpack = torch.ops.moe_align_jax.block_align_out_dlpack.default
-sglang_block_align_dlpack = torch.ops.moe_align_jax.sglang_block_align_dlpack.default
-batched_block_align_dlpack = torch.ops.moe_align_jax.batched_block_align_dlpack.default
-
-
 _OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(torch.ops.moe_align_jax, name).default
     for base in _BODIES
-    for name in (base, f"{base}_dlpack")
+    for name, _, _ in pair_of(base)
 }
 
 
-def chosen(name: str, device: torch.device, path: str = "auto") -> Callable[..., Any]:
-    """The operator `name` for this device: direct where a launch is possible, else DLPack's."""
+def name_for(base: str, device: torch.device, path: str = "auto") -> str:
+    """The operator for this device: direct where a launch is possible, else DLPack's."""
     if path != "dlpack" and device.type == "cuda" and direct.launches_on(device.index):
-        return _OPERATORS[name]
-    return _OPERATORS[f"{name}_dlpack"]
+        return base
+    return f"{base}_dlpack"
+
+
+def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[..., Any]:
+    """The operator that `name_for` names."""
+    return _OPERATORS[name_for(base, device, path)]
 
 
 # -- out= ----------------------------------------------------------------------------------------

@@ -2,6 +2,12 @@
 
     from torch_bridge.sglang import moe_align_block_size
 
+`ops_moe_align_block_size` is its compiled op, which fills the caller's buffers:
+
+    from torch_bridge.sglang import ops_moe_align_block_size as moe_align_block_size
+
+in place of `from sglang.kernels.ops.moe import moe_align_block_size` (sgl_kernel's, in older ones).
+
 SGLang itself is not imported. Combinations that SGLang refuses (off CUDA, above 8191 experts) work
 here, and every slot is written: tails of `sorted_token_ids` read n and of `expert_ids` -1, always.
 """
@@ -9,7 +15,7 @@ here, and every slot is written: tails of `sorted_token_ids` read n and of `expe
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import checks, ops
+from torch_bridge import checks, into, ops
 from torch_bridge.problems import SglangProblem
 
 
@@ -65,4 +71,86 @@ def moe_align_block_size(
     op = ops.chosen("sglang_block_align", topk_ids.device)
     return op(
         topk_ids, num_experts, block_size, ignore_invalid_expert, return_inactive_prefix_count
+    )
+
+
+def ops_moe_align_block_size(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    cumsum_buffer: torch.Tensor,
+    pad_sorted_token_ids: bool = False,
+    ignore_invalid_expert: bool = False,
+) -> None:
+    """SGLang's compiled op `moe_align_block_size`: writes into the caller's buffers.
+
+    The capacity is the buffers': larger ones are filled to their end. Every slot is written.
+
+    Args:
+        topk_ids: `[num_tokens, topk]` (or any shape), any integer dtype, n pairs.
+        num_experts: E + 1: the experts and the bucket of id -1. At least 2.
+        block_size: rows per GEMM block.
+        sorted_token_ids: at least P = n + min(n, E + 1) * (block_size - 1) elements; n past the
+            result.
+        experts_ids: at least P // block_size elements; -1 past the last used block.
+        num_tokens_post_pad: one element.
+        cumsum_buffer: scratch of the original, at least E + 2 elements of int32. Not touched.
+        pad_sorted_token_ids: accepted; the tail of `sorted_token_ids` reads n either way.
+        ignore_invalid_expert: drop id -1. Otherwise its pairs stand ahead of expert 0, in blocks
+            that read -1.
+
+        The buffers are contiguous int32 on the device of `topk_ids`, and overlap neither each other
+        nor an input.
+
+    Returns:
+        None.
+
+    Raises:
+        TypeError: a buffer is no int32 tensor.
+        ValueError: a buffer is too small, on another device, not contiguous, or overlaps.
+        And what `torch_bridge.moe_align_block_size` raises. Nothing is written then.
+
+    Example:
+        >>> ids = torch.tensor([[1, -1], [0, 1]], dtype=torch.int32)
+        >>> sorted_ids, expert_ids, count, scratch = (
+        ...     torch.empty(n, dtype=torch.int32) for n in (8, 4, 1, 4))
+        >>> ops_moe_align_block_size(ids, 2 + 1, 2, sorted_ids, expert_ids, count, scratch, True)
+        >>> sorted_ids.tolist(), expert_ids.tolist(), count.tolist()
+        ([1, 4, 2, 4, 0, 3, 4, 4], [-1, 0, 1, -1], [6])
+
+    Source: the op's schema as sglang 0.5.23 calls it (Apache-2.0), signature and contract; no code
+    taken.
+    """
+    function = "ops_moe_align_block_size"
+    topk_ids = checks.check_topk_ids(function, topk_ids)
+    buckets = _checks.check_num_experts(function, num_experts)
+    block_size = _checks.check_block_size(function, block_size)
+    checks.check_bool(function, "pad_sorted_token_ids", pad_sorted_token_ids)
+    checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
+    if buckets < 2:
+        rule, remedy = "be at least 2", "Pass the number of experts plus one."
+        raise ValueError(_checks.message(function, "num_experts", rule, buckets, remedy))
+    device = topk_ids.device
+    into.check_buffer(function, "sorted_token_ids", sorted_token_ids, device)
+    into.check_buffer(function, "experts_ids", experts_ids, device)
+    into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
+    into.check_buffer(function, "cumsum_buffer", cumsum_buffer, device)
+    if cumsum_buffer.numel() < buckets + 1:
+        rule, what = f"have at least {buckets + 1} elements", _checks.describe(cumsum_buffer)
+        remedy = "Pass num_experts + 1 of them."
+        raise ValueError(_checks.message(function, "cumsum_buffer", rule, what, remedy))
+    if not torch.compiler.is_compiling():
+        problem = SglangProblem(topk_ids.numel(), buckets - 1, block_size)
+        checks.check_capacity(function, "topk_ids", problem.capacity)
+    into.chosen("sglang_block_align_into", device)(
+        topk_ids,
+        buckets - 1,
+        block_size,
+        ignore_invalid_expert,
+        sorted_token_ids,
+        experts_ids,
+        num_tokens_post_pad,
     )

@@ -11,6 +11,8 @@ from torch_bridge import dlpack, ops, sglang, vllm
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
+OPS = torch.ops.moe_align_jax
+
 
 def _map(device="cpu"):
     return torch.from_numpy(oracle.local_map("second", 16, 1)).to(device)
@@ -69,20 +71,20 @@ def test_fakes_have_the_shapes_of_the_results(entry, num_tokens, monkeypatch):
 def _op_cases():
     _, ids = ids_of(torch.int32)
     options = (None, None, None, 16, 8, False, False)
-    yield "plain", ops.block_align_dlpack, (ids, *options, False, False, False)
-    yield "int64", ops.block_align_dlpack, (ids.long(), *options, False, False, False)
-    yield "all", ops.block_align_dlpack, (ids, *options, True, True, True)
-    yield "transposed", ops.block_align_dlpack, (ids.t(), *options, False, False, False)
-    yield "empty", ops.block_align_dlpack, (ids[:0], *options, True, True, True)
+    yield "plain", OPS.block_align_dlpack.default, (ids, *options, False, False, False)
+    yield "int64", OPS.block_align_dlpack.default, (ids.long(), *options, False, False, False)
+    yield "all", OPS.block_align_dlpack.default, (ids, *options, True, True, True)
+    yield "transposed", OPS.block_align_dlpack.default, (ids.t(), *options, False, False, False)
+    yield "empty", OPS.block_align_dlpack.default, (ids[:0], *options, True, True, True)
     full = (_map(), torch.tensor(9), None, 16, 8, True, True)
-    yield "map", ops.block_align_dlpack, (ids, *full, False, False, False)
+    yield "map", OPS.block_align_dlpack.default, (ids, *full, False, False, False)
     limited = (_map(), None, 9, 16, 8, False, True)
-    yield "limit", ops.block_align_dlpack, (ids, *limited, False, False, False)
+    yield "limit", OPS.block_align_dlpack.default, (ids, *limited, False, False, False)
     sizes = (oracle.capacity(111, 8, 16, False), 28, 1)
     out = tuple(torch.zeros(k, dtype=torch.int32) for k in sizes)
-    yield "out", ops.block_align_out_dlpack, (ids, *options, *out)
-    yield "sglang", ops.sglang_block_align_dlpack, (ids, 16, 8, False, True)
-    yield "batched", ops.batched_block_align_dlpack, (torch.arange(7), 12, 8)
+    yield "out", OPS.block_align_out_dlpack.default, (ids, *options, *out)
+    yield "sglang", OPS.sglang_block_align_dlpack.default, (ids, 16, 8, False, True)
+    yield "batched", OPS.batched_block_align_dlpack.default, (torch.arange(7), 12, 8)
 
 
 @pytest.mark.parametrize("case", [name for name, _, _ in _op_cases()])
@@ -98,7 +100,7 @@ def test_opcheck_reports_a_wrong_fake():
         library.define("wrong(Tensor topk_ids) -> Tensor", tags=ops._COMPLIANT)
         library.impl(
             "wrong",
-            lambda x: ops.block_align_dlpack(
+            lambda x: OPS.block_align_dlpack.default(
                 x, None, None, None, 16, 8, False, False, False, False, False
             )[0],
             "CPU",
@@ -113,7 +115,11 @@ def test_opcheck_reports_a_wrong_fake():
 def test_operators_are_kept_out_of_cuda_graphs():
     if not hasattr(torch.Tag, "cudagraph_unsafe"):
         pytest.skip(f"torch {torch.__version__} has no Tag.cudagraph_unsafe")
-    for op in (ops.block_align_dlpack, ops.block_align_out_dlpack, ops.sglang_block_align_dlpack):
+    for op in (
+        OPS.block_align_dlpack.default,
+        OPS.block_align_out_dlpack.default,
+        OPS.sglang_block_align_dlpack.default,
+    ):
         assert torch.Tag.cudagraph_unsafe in op.tags
 
 
@@ -184,7 +190,7 @@ def test_export_keeps_one_node_and_serves_other_sizes():
     example = ids_of(torch.int32, num_tokens=40)[1]
     exported = torch.export.export(Layer(), (example,), dynamic_shapes={"ids": {0: tokens}})
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count(ops.block_align_dlpack) == 1
+    assert targets.count(OPS.block_align_dlpack.default) == 1
     for num_tokens in (40, 6, 300):
         array, ids = ids_of(torch.int32, num_tokens=num_tokens)
         want = oracle.align(array.ravel(), block_size=8, num_experts=16)

@@ -1,0 +1,184 @@
+"""Makes an installed vLLM call ours: at `vllm._custom_ops`, through which its Python layer calls.
+
+Its users import the Python function by name, so that one cannot be replaced for them; the op that
+it calls can, because it is looked up in the module at each call.
+"""
+
+import contextlib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+
+import torch
+
+from moe_align_jax import _checks
+
+# Releases whose ops have the signatures below, by their first two numbers.
+KNOWN_VERSIONS = ("0.33",)
+_PARAMETERS = {
+    "moe_align_block_size": (
+        *("topk_ids", "num_experts", "block_size", "sorted_token_ids", "experts_ids"),
+        *("num_tokens_post_pad", "expert_map", "scatter_idx"),
+    ),
+    "batched_moe_align_block_size": (
+        *("max_tokens_per_batch", "block_size", "expert_num_tokens", "sorted_ids", "expert_ids"),
+        "num_tokens_post_pad",
+    ),
+}
+
+
+@contextlib.contextmanager
+def patch() -> Iterator[None]:
+    """`patch_for_good` for the length of a `with` block.
+
+    Raises:
+        As `patch_for_good`.
+    """
+    undo = patch_for_good()
+    try:
+        yield
+    finally:
+        undo()
+
+
+def patch_for_good() -> Callable[[], None]:
+    """Makes this process's vLLM align with ours, until the function that it returns is called.
+
+    Replaces `moe_align_block_size` and `batched_moe_align_block_size` of `vllm._custom_ops`, which
+    every `fused_moe` layer reaches. The LoRA variant (`moe_lora_align_block_size`) and the fused
+    globalize variant (`fused_globalize_align_block_size`) stay vLLM's own.
+
+    Call it in each process that runs layers, before vLLM captures CUDA graphs: a graph that has
+    been captured keeps what it holds. Patches may nest or overlap: vLLM's own functions, the very
+    objects, come back when the last one is undone; to undo one twice does nothing more.
+
+    Returns:
+        The function that undoes it.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        NotImplementedError: a vLLM other than 0.33, or with other signatures. Nothing is replaced.
+
+    Source: names and signatures of vllm 0.33 `_custom_ops.py` (Apache-2.0); no code taken.
+    """
+    _active.enter(_known_module())
+    undone = False
+
+    def undo() -> None:
+        nonlocal undone
+        with _active.lock:
+            first, undone = not undone, True
+        if first:
+            _active.leave()
+
+    return undo
+
+
+def _known_module() -> ModuleType:
+    """`vllm._custom_ops` of a release that we know."""
+    remedy = "Install vllm 0.33, or call torch_bridge.vllm's functions yourself."
+    try:
+        import vllm  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        what = _checks.message("patch", "vllm", "be installed", "no such module", remedy)
+        raise ImportError(what) from error
+    version = str(getattr(vllm, "__version__", "none"))
+    known = ", ".join(f"{release}.x" for release in KNOWN_VERSIONS)
+    if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS:
+        rule = f"be a release whose ops are known: {known}"
+        raise NotImplementedError(
+            _checks.message("patch", "vllm.__version__", rule, version, remedy)
+        )
+    from vllm import _custom_ops  # type: ignore[import-not-found]
+
+    for name, expected in _PARAMETERS.items():
+        function = getattr(_custom_ops, name, None)
+        found = tuple(inspect.signature(function).parameters) if callable(function) else None
+        if found != expected:
+            rule = f"take ({', '.join(expected)}), as in {known}"
+            what = "no such function" if found is None else f"({', '.join(found)})"
+            argument = f"vllm._custom_ops.{name}"
+            raise NotImplementedError(_checks.message("patch", argument, rule, what, remedy))
+    return _custom_ops
+
+
+def _batched_moe_align_block_size(
+    max_tokens_per_batch: int,
+    block_size: int,
+    expert_num_tokens: torch.Tensor,
+    sorted_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+) -> None:
+    """`ops_batched_moe_align_block_size` with the names of vLLM's Python wrapper."""
+    from torch_bridge import vllm
+
+    vllm.ops_batched_moe_align_block_size(
+        max_tokens_per_batch,
+        block_size,
+        expert_num_tokens,
+        sorted_ids,
+        expert_ids,
+        num_tokens_post_pad,
+    )
+
+
+def _replacements() -> dict[str, Callable[..., None]]:
+    from torch_bridge import vllm
+
+    return {
+        "moe_align_block_size": vllm.ops_moe_align_block_size,
+        "batched_moe_align_block_size": _batched_moe_align_block_size,
+    }
+
+
+class _Active:
+    """How many patches are in force, and what they replaced."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._count = 0
+        self._module: ModuleType | None = None
+        self._originals: dict[str, object] = {}
+
+    def enter(self, module: ModuleType) -> None:
+        with self.lock:
+            if self._count == 0:
+                originals = {name: getattr(module, name) for name in _PARAMETERS}
+                try:
+                    _set_all(module, _replacements())
+                except BaseException:
+                    _set_all(module, originals)
+                    raise
+                self._module, self._originals = module, originals
+            self._count += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self._count -= 1
+            if self._count:
+                return
+            module, originals = self._module, self._originals
+            self._module, self._originals = None, {}
+            ours = _replacements()
+            foreign = [name for name in originals if getattr(module, name, None) is not ours[name]]
+            _set_all(module, {k: x for k, x in originals.items() if k not in foreign})
+        if foreign:
+            names = ", ".join(f"vllm._custom_ops.{name}" for name in foreign)
+            warnings.warn(
+                f"torch_bridge: {names} was replaced by someone else since the patch; "
+                "it is left as it is.",
+                stacklevel=3,
+            )
+
+
+def _set_all(module: ModuleType | None, functions: Mapping[str, object]) -> None:
+    for name, function in functions.items():
+        setattr(module, name, function)
+
+
+_active = _Active()
