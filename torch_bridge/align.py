@@ -12,6 +12,8 @@ from torch_bridge import checks, direct, direct_call, ops, shortcut
 from torch_bridge.plan import Plan
 from torch_bridge.problems import AlignProblem
 
+is_tracing = torch.compiler.is_compiling
+
 type Path = Literal["auto", "direct", "dlpack"]
 
 
@@ -82,7 +84,7 @@ def moe_align_block_size(
         expert_map is None
         and num_valid_pairs is None
         and path == "auto"
-        and not torch.compiler.is_compiling()
+        and not is_tracing()
         and not shortcut.watched()
         and (call_at_once := shortcut.find(topk_ids, num_experts, block_size, pad_sorted_ids, topk))
         and (results := call_at_once(topk_ids, out)) is not None
@@ -103,7 +105,7 @@ def moe_align_block_size(
     )
     if out is None:
         results = aligned(problem, operands, limit, path)
-        if topk is not None and len(operands) == 1 and limit is None:
+        if topk is not None and len(operands) == 1 and limit is None and not is_tracing():
             shortcut.keep(problem, operands, topk)
         return results[0], results[1], results[2]
     out = check_out(function, out, problem, operands["topk_ids"].device)
@@ -169,7 +171,7 @@ def align_blocks(
 def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
     """Whether a call may pass by torch's dispatcher (3 us of the host): plain tensors on a GPU that can
     launch directly, and nobody who records or transforms operators."""
-    if torch.compiler.is_compiling() or shortcut.watched():
+    if is_tracing() or shortcut.watched():
         return False
     tensors = (*operands.values(), *out)
     plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
@@ -360,7 +362,7 @@ def check(
     problem = AlignProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
     )
-    if not torch.compiler.is_compiling():  # a traced size may be unknown; the operator checks
+    if not is_tracing():  # a traced size may be unknown; the operator checks
         checks.check_capacity(function, "topk_ids", problem.capacity)
     operands = {"topk_ids": topk_ids}
     if expert_map is not None:

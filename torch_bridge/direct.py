@@ -66,6 +66,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why nothing can run directly on this device, or None."""
     if device.type != "cuda":
         return "the direct path launches CUDA kernels; these tensors are on a " + device.type
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs; this torch is for AMD's"
     capability = torch.cuda.get_device_capability(device)

@@ -58,14 +58,12 @@ def plan_call(
     """The guards that need data, then the plan: all that comes before a call writes anything."""
     for name, tensor in operands.items():
         dlpack.check_tensor(function, name, tensor)
-    first, tensor = next(iter(operands.items()))
+    first = next(iter(operands))
     checks.check_capacity(function, first, problem.capacity)
     if out is not None:
         check_no_overlap(function, out, operands)
-    the_plan = plan.make_plan(problem, operands, path=path, has_out=out is not None)
-    if the_plan.path == "dlpack":
-        dlpack.check_not_capturing(function, tensor.device)
-    return the_plan
+    has_out = out is not None
+    return plan.make_plan(problem, operands, path=path, has_out=has_out, function=function)
 
 
 def run(

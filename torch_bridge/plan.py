@@ -65,19 +65,22 @@ def make_plan(
     *,
     path: str = "auto",
     has_out: bool = False,
+    function: str | None = None,
 ) -> Plan:
     """The plan of one call on these tensors, which have data. Copies nothing, runs nothing.
 
     Raises:
         NotImplementedError: path is "direct" and that cannot run here.
+        RuntimeError: the path is "dlpack" and torch's current stream is captured; jax is not touched then.
     """
+    function = function or problem.name
     refusal = direct_call.refuses(problem, operands)
     if _forced_implementation:
         refusal = f"{_forced_implementation!r} was asked for"
     if path == "direct" and refusal:
         remedy = f"{refusal[0].upper()}{refusal[1:]}. Pass path='auto' or 'dlpack'."
         raise NotImplementedError(
-            _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
+            _checks.message(function, "path", "be one that can run here", "'direct'", remedy)
         )
     taken = "direct" if path != "dlpack" and not refusal else "dlpack"
     reasons = {"direct": refusal or "path='dlpack' was asked for"} if taken == "dlpack" else {}
@@ -88,6 +91,7 @@ def make_plan(
         copies = direct_call.copies(operands)
         return Plan(taken, "mosaic_gpu", copies, reasons)
     device = next(iter(operands.values())).device
+    dlpack.check_not_capturing(function, device)
     platform = call.jax_platform(problem.name, device)
     if isinstance(problem, AlignProblem):
         sizes = (problem.num_pairs, problem.block_size, problem.num_experts)

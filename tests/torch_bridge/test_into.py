@@ -13,6 +13,8 @@ from torch_bridge import dlpack, ops, plan, sglang, vllm
 
 POISON = -7777
 
+OPS = torch.ops.moe_align_jax
+
 
 def poisoned(*sizes):
     return [torch.full((size,), POISON, dtype=torch.int32) for size in sizes]
@@ -256,23 +258,23 @@ def _op_cases():
     scatter = torch.zeros(ids.numel(), 1, dtype=torch.int32)
     yield (
         "plain",
-        torch.ops.moe_align_jax.block_align_into_dlpack.default,
+        OPS.block_align_into_dlpack.default,
         (ids, None, 16, 8, *poisoned(300, 40, 1), None),
     )
     yield (
         "all",
-        torch.ops.moe_align_jax.block_align_into_dlpack.default,
+        OPS.block_align_into_dlpack.default,
         (ids.t(), local, 16, 8, *poisoned(300, 40, 1), scatter),
     )
     yield (
         "sglang",
-        torch.ops.moe_align_jax.sglang_block_align_into_dlpack.default,
+        OPS.sglang_block_align_into_dlpack.default,
         (ids, 16, 8, False, *poisoned(230, 29, 1)),
     )
     counts = torch.arange(7)
     yield (
         "batched",
-        torch.ops.moe_align_jax.batched_block_align_into_dlpack.default,
+        OPS.batched_block_align_into_dlpack.default,
         (counts, 12, 8, *poisoned(112, 14, 1)),
     )
 
