@@ -321,14 +321,14 @@ def warmup(
         }
         direct.prepare(device.index, sorted(wanted))
     except direct.Unavailable as reason:
-        what = f"{reason}"
+        what = str(reason).rstrip(".")
         raise NotImplementedError(
             _checks.message(
                 function,
                 "device",
                 "be one that the kernels can be launched on",
                 device,
-                f"{what[0].upper()}{what[1:]}",
+                f"{what[0].upper()}{what[1:]}.",
             )
         ) from None
     return len(wanted)
