@@ -32,10 +32,13 @@ test:
 	$(VENV_FOR) cli test torch
 	$(PYTEST)
 
+# Left out where only jax differs: tests of NumPy, shell and oracle code, which `make test` has run.
+WITHOUT_JAX := $(addprefix --ignore-glob='*/tests/test_,$(addsuffix *.py',emulator oracle make_venv sanitize))
+
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch
-	JAX_ENABLE_X64=1 $(PYTEST) --ignore tests/torch_bridge
+	JAX_ENABLE_X64=1 $(PYTEST) $(WITHOUT_JAX) --ignore tests/torch_bridge
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.
@@ -46,7 +49,8 @@ test-jax-0.11:
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
 	  touch $(OLD_JAX_DIR)/.complete; }
-	PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR) $(PYTEST) --expect-jax $(OLD_JAX) $(TORCH_SMOKE)
+	PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	  $(PYTEST) --expect-jax $(OLD_JAX) $(WITHOUT_JAX) $(TORCH_SMOKE)
 
 # On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
 gpu-test:

@@ -47,7 +47,7 @@ def patch_for_good() -> Callable[[], None]:
     """Makes this process's vLLM align with ours, until the function that it returns is called.
 
     Replaces `moe_align_block_size` and `batched_moe_align_block_size` of `vllm._custom_ops`, which
-    every `fused_moe` layer reaches. The LoRA variant (`moe_lora_align_block_size`) and the fused
+    vLLM's Python functions of these names call. The LoRA variant (`moe_lora_align_block_size`) and the fused
     globalize variant (`fused_globalize_align_block_size`) stay vLLM's own.
 
     Call it in each process that runs layers, before vLLM captures CUDA graphs: a graph that has

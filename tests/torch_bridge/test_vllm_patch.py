@@ -1,6 +1,7 @@
 """torch_bridge.vllm.patch: vLLM's real Python file calls our op; versions, nesting, undoing."""
 
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -84,6 +85,20 @@ def test_the_ops_take_vllms_keywords(custom_ops):
     assert_triple(
         tuple(buffers), oracle.align_batched([1, 0, 3], max_tokens_per_batch=4, block_size=2)
     )
+
+
+def test_readme_lines_switch_it_on_and_off(custom_ops):
+    before = held(custom_ops)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (stub_vllm.ROOT / "README.md").read_text(), re.DOTALL
+    )
+    [code] = [block for block in blocks if "patch_for_good" in block]
+    on, off = code.split("undo()  #")
+    names = {}
+    exec(on, names)
+    assert custom_ops.moe_align_block_size is vllm.ops_moe_align_block_size
+    exec("undo()  #" + off, names)
+    assert held(custom_ops) == before
 
 
 # -- in force and undone ---------------------------------------------------------------------------
