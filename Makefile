@@ -20,7 +20,7 @@ endif
 
 # Two worker processes where pytest-xdist is there; without it one process does the same tests.
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
-PYTEST = $(PY) -m pytest -q -rs $(XDIST) $(PYTEST_ARGS)
+PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
 .PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format clean
 
@@ -55,7 +55,7 @@ test-jax-0.11:
 # On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
 gpu-test:
 	$(VENV_FOR) cli test torch
-	$(PY) -m pytest -q -rs -p no:xdist -m gpu $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
+	$(PY) -m pytest -q -rfEs -p no:xdist -m gpu $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
 
 lint:
 	$(VENV_FOR) cli test torch dev

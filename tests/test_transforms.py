@@ -182,7 +182,7 @@ def layer(implementation, weights, activations, ids):
     top_k = ids.shape[1]
     pairs = ids.size
     used = jnp.repeat(aligned.expert_ids, 4, total_repeat_length=aligned.sorted_token_ids.size)
-    rows = jnp.append(activations, jnp.zeros((1, activations.shape[1])), axis=0)[
+    rows = jnp.append(activations, jnp.zeros_like(activations[:1]), axis=0)[
         jnp.minimum(aligned.sorted_token_ids // top_k, activations.shape[0])
     ]
     scaled = rows * weights[jnp.maximum(used, 0)][:, None]
