@@ -80,16 +80,19 @@ def moe_align_block_size(
 
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
-    if (
-        expert_map is None
-        and num_valid_pairs is None
-        and path == "auto"
-        and not is_tracing()
-        and not shortcut.watched()
-        and (call_at_once := shortcut.find(topk_ids, num_experts, block_size, pad_sorted_ids, topk))
-        and (results := call_at_once(topk_ids, out)) is not None
-    ):
-        return results
+    if num_valid_pairs is None and path == "auto" and shortcut.open_to_all():
+        results = shortcut.attempt(
+            topk_ids,
+            num_experts,
+            block_size,
+            pad_sorted_ids,
+            expert_map,
+            ignore_invalid_experts,
+            topk,
+            out,
+        )
+        if results is not None:
+            return results
     function = "moe_align_block_size"
     path = checks.check_path(function, path)  # type: ignore[assignment]
     problem, operands, limit = check(
@@ -105,7 +108,7 @@ def moe_align_block_size(
     )
     if out is None:
         results = aligned(problem, operands, limit, path)
-        if topk is not None and len(operands) == 1 and limit is None and not is_tracing():
+        if topk is not None and limit is None and not is_tracing():
             shortcut.keep(problem, operands, topk)
         return results[0], results[1], results[2]
     out = check_out(function, out, problem, operands["topk_ids"].device)
@@ -171,7 +174,7 @@ def align_blocks(
 def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
     """Whether a call may pass by torch's dispatcher (3 us of the host): plain tensors on a GPU that can
     launch directly, and nobody who records or transforms operators."""
-    if is_tracing() or shortcut.watched():
+    if not shortcut.open_to_all():
         return False
     tensors = (*operands.values(), *out)
     plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)

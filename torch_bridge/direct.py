@@ -41,6 +41,7 @@ def _empty_int32(size: int) -> torch.Tensor:
 
 # What inductor's own code calls for the same, 10 and 3 times as fast as the public functions above.
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 if _strided := getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None):
 
     def empty_int32(size: int) -> torch.Tensor:
@@ -100,49 +101,54 @@ class Program:
     """A loaded program on one device: kernels, and what each of their parameters is."""
 
     def __init__(self, index: int, problem: Problem, entry: modules.Entry):
-        self._launches, self._slots = [], []
         self.outputs = tuple(problem.outputs)
         names = (*problem.inputs, *self.outputs, *entry.between)
-        self.between_words, starts = 0, {}
+        words, starts = 0, {}
         for name, shape in entry.between.items():
-            starts[name] = self.between_words * 4
-            words = functools.reduce(operator.mul, shape, 1)
-            self.between_words += -(-words // 64) * 64  # pointers count as 256-byte aligned
-        self.between_starts = tuple(starts[name] for name in entry.between)
+            starts[name] = words * 4
+            # Pointers count as 256-byte aligned.
+            words += -(-functools.reduce(operator.mul, shape, 1) // 64) * 64
+        self.between_words = words
+        self._between_starts = tuple(starts[name] for name in entry.between)
+        self._specs = []
         for kernel, cubin in zip(entry.kernels, entry.cubins, strict=True):
             function = driver.Function(cubin, kernel["entry"])
             function.allow_shared(kernel["shared_bytes"])
-            self._launches.append(
-                driver.Launch(
-                    function,
-                    grid=kernel["grid"],
-                    block=kernel["block"],
-                    shared_bytes=kernel["shared_bytes"],
-                    num_parameters=len(kernel["parameters"]),
-                    pdl=True,
+            positions = tuple(names.index(name) for name in kernel["parameters"])
+            self._specs.append(
+                driver.LaunchSpec(
+                    function, kernel["grid"], kernel["block"], kernel["shared_bytes"], positions
                 )
             )
-            self._slots.append(
-                operator.itemgetter(*[names.index(name) for name in kernel["parameters"]])
-            )
-        self._local = threading.local()
-        self._index = index
+        self._local, self._index = threading.local(), index
 
-    def launches(self) -> list[tuple[driver.Launch, Callable[[Sequence[int]], tuple[int, ...]]]]:
-        """This thread's launches, each with what picks its parameters out of the values."""
+    def launch(self, values: tuple[int, ...]) -> None:
+        """Enqueues the kernels on torch's current stream of the current device, which is the program's.
+
+        `values` in the order of inputs and outputs. Buffers between the kernels come from torch's
+        allocator, which hands them out again in this stream's order only.
+        """
+        mine = self._local
         try:
-            return self._local.launches
+            launches = mine.launches
         except AttributeError:
             # A thread has its own argument memory, and the driver's context may be new to it.
             driver.enter(self._index)
-            copies = [launch.copy() for launch in self._launches]
-            self._local.launches = list(zip(copies, self._slots, strict=True))
-            return self._local.launches
-
-    def launch(self, stream: int, values: Sequence[int]) -> None:
-        """Enqueues the kernels; `values` in the order of inputs, outputs, buffers between."""
-        for launch, slots in self.launches():
-            launch(stream, *slots(values))
+            launches = mine.launches = driver.Launches(self._specs)
+            mine.between = None
+        stream = raw_stream(self._index)
+        if self.between_words:
+            if stream:
+                start = empty_int32(self.between_words).data_ptr()
+                values += tuple([start + offset for offset in self._between_starts])
+            else:
+                # The default stream outlives every thread and is never captured: keep the buffer.
+                if mine.between is None:
+                    kept = empty_int32(self.between_words)
+                    addresses = [kept.data_ptr() + offset for offset in self._between_starts]
+                    mine.between = (kept, tuple(addresses))
+                values += mine.between[1]
+        launches(stream, values)
 
 
 _programs: dict[tuple[int, Problem], Program] = {}
@@ -331,8 +337,8 @@ def align(
     ids: torch.Tensor,
     num_pairs: int,
     capacity: int,
-    options: tuple[int, ...],
-    results: list[torch.Tensor],
+    options: Sequence[int],
+    results: Sequence[torch.Tensor],
 ) -> None:
     """Launches an alignment.
 
@@ -345,17 +351,8 @@ def align(
     """
     pointer = ids.data_ptr()
     behind = pointer & 255
-    values = [pointer - behind, *options, num_pairs << 8, capacity << 8]
-    values.append(behind // ids.element_size() << 8)
-    values += [x.data_ptr() for x in results]
-    launch_with_buffers(program, values, ids.device)
-
-
-def launch_with_buffers(program: Program, values: list[int], device: torch.device) -> None:
-    """Launches with buffers for what lies between the kernels, from torch's allocator: it hands them
-    out again in this stream's order only."""
-    if program.between_words:
-        between = empty_int32(program.between_words)
-        start = between.data_ptr()
-        values += [start + offset for offset in program.between_starts]
-    program.launch(raw_stream(device.index), values)
+    first_id = behind // ids.element_size()
+    targets = [x.data_ptr() for x in results]
+    program.launch(
+        (pointer - behind, *options, num_pairs << 8, capacity << 8, first_id << 8, *targets)
+    )

@@ -132,7 +132,7 @@ def execute(
         direct.Miss, direct.Unavailable: as `direct.program_for`.
     """
     device = next(iter(operands.values())).device
-    if device.index != torch.cuda.current_device():
+    if device.index != direct.current_device():
         with torch.cuda.device(device):
             return execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
     if isinstance(problem, BatchedProblem):
@@ -212,7 +212,6 @@ def _batched(
         name: torch.empty(shape, dtype=torch.int32, device=counts.device)
         for name, shape in needed.outputs.items()
     }
-    values = [given.data_ptr(), *[x.data_ptr() for x in written.values()]]
-    direct.launch_with_buffers(program, values, counts.device)
+    program.launch((given.data_ptr(), *[x.data_ptr() for x in written.values()]))
     targets = dict(zip(problem.outputs, out or (), strict=bool(out)))
     return _finish(problem, written, targets)

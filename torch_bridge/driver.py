@@ -5,8 +5,10 @@ Everything here is the driver's public API (cuda.h).
 
 import ctypes
 import functools
+import operator
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _SUCCESS, _INVALID_CONTEXT = 0, 201
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
@@ -163,56 +165,67 @@ class Function:
         )
 
 
-class Launch:
-    """A kernel with its grid and the memory that a launch packs its arguments into.
+class LaunchSpec(NamedTuple):
+    """A kernel and how it is launched.
 
-    Not for two threads at once: a thread makes its own (`copy`).
+    Attributes:
+        function: the loaded kernel.
+        grid, block: CTAs and threads in x, y, z.
+        shared_bytes: dynamic shared memory.
+        parameters: for each 64-bit parameter, its position among a program's values.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        *,
-        grid: Sequence[int],
-        block: Sequence[int],
-        shared_bytes: int,
-        num_parameters: int,
-        pdl: bool,
-    ):
-        self._recipe = {
-            "grid": grid,
-            "block": block,
-            "shared_bytes": shared_bytes,
-            "num_parameters": num_parameters,
-            "pdl": pdl,
-        }
-        self.function = function
+    function: Function
+    grid: Sequence[int]
+    block: Sequence[int]
+    shared_bytes: int
+    parameters: tuple[int, ...]
+
+
+class Launches:
+    """Kernels launched one after the other, with the memory that their arguments are packed into.
+
+    Not for two threads at once: a thread makes its own. Each kernel may start before the one ahead of it
+    has ended (programmatic dependent launch), and waits for it where it must.
+    """
+
+    def __init__(self, specs: Sequence[LaunchSpec]):
+        positions = [position for spec in specs for position in spec.parameters]
+        self._values = (ctypes.c_uint64 * len(positions))()
+        self._pick = operator.itemgetter(*positions)
+        self._pack = struct.Struct(f"{len(positions)}Q").pack_into
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
-        self._config = _LaunchConfig(
-            *grid, *block, shared_bytes, None, ctypes.pointer(self._attribute), int(pdl)
-        )
-        self._values = (ctypes.c_uint64 * num_parameters)()
-        start = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * num_parameters)(
-            *[start + 8 * i for i in range(num_parameters)]
-        )
-        self._pack = struct.Struct(f"{num_parameters}Q").pack_into
-        self._arguments = (
-            ctypes.addressof(self._config),
-            function.handle.value,
-            ctypes.addressof(self._pointers),
-            None,
-        )
+        self._stream: int | None = None
+        self._configs, self._pointers, self._arguments = [], [], []
+        at = ctypes.addressof(self._values)
+        for spec in specs:
+            count = len(spec.parameters)
+            pointers = (ctypes.c_void_p * count)(*[at + 8 * i for i in range(count)])
+            at += 8 * count
+            config = _LaunchConfig(
+                *spec.grid, *spec.block, spec.shared_bytes, None, ctypes.pointer(self._attribute), 1
+            )
+            self._configs.append(config)
+            self._pointers.append(pointers)
+            self._arguments.append(
+                (
+                    ctypes.c_void_p(ctypes.addressof(config)),
+                    spec.function.handle,
+                    ctypes.c_void_p(ctypes.addressof(pointers)),
+                    None,
+                )
+            )
         self._launch = library().cuLaunchKernelEx
 
-    def copy(self) -> "Launch":
-        return Launch(self.function, **self._recipe)
-
-    def __call__(self, stream: int, *values: int) -> None:
-        """Enqueues the kernel: one 64-bit value per parameter."""
-        self._pack(self._values, 0, *values)
-        self._config.stream = stream
-        result = self._launch(*self._arguments)
-        if result:
-            check(result, "launching a kernel")
+    def __call__(self, stream: int, values: Sequence[int]) -> None:
+        """Enqueues the kernels."""
+        self._pack(self._values, 0, *self._pick(values))
+        if stream != self._stream:
+            for config in self._configs:
+                config.stream = stream
+            self._stream = stream
+        launch = self._launch
+        for arguments in self._arguments:
+            if result := launch(*arguments):
+                check(result, "launching a kernel")

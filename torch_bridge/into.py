@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import ops
+from torch_bridge import ops, shortcut
 from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")
@@ -63,6 +63,8 @@ def align_into(
     check_no_overlap(function, buffers, operands)
     parts = [_first(buffers[name], shape) for name, shape in problem.outputs.items()]
     ops.run(problem, dict(operands), out=tuple(parts), path=path, function=function)
+    if path == "auto":
+        shortcut.keep(problem, dict(operands), capacity=buffers["sorted_token_ids"].numel())
     for (name, shape), part in zip(problem.outputs.items(), parts, strict=True):
         flat, size = buffers[name].view(-1), math.prod(shape)
         if flat.numel() < size:  # `part` is not in the buffer

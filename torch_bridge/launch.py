@@ -270,20 +270,17 @@ def prove(
     """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
     import numpy as np
 
-    launches = []
+    names, specs = list(shapes), []
     for kernel, cubin in zip(kernels, cubins, strict=True):
         function = driver.Function(cubin, kernel["entry"])
         function.allow_shared(kernel["shared_bytes"])
-        launches.append(
-            driver.Launch(
-                function,
-                grid=kernel["grid"],
-                block=kernel["block"],
-                shared_bytes=kernel["shared_bytes"],
-                num_parameters=len(kernel["parameters"]),
-                pdl=True,
+        positions = tuple(names.index(name) for name in kernel["parameters"])
+        specs.append(
+            driver.LaunchSpec(
+                function, kernel["grid"], kernel["block"], kernel["shared_bytes"], positions
             )
         )
+    launches = driver.Launches(specs)
     if problem.name == "moe_align_block_size":
         sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
@@ -304,8 +301,7 @@ def prove(
                     buffers[name].fill(0x5EED5EED)
             values = {name: memory.address for name, memory in buffers.items()}
             values |= {name: word << 8 for name, word in trial.words.items()}
-            for launch, kernel in zip(launches, kernels, strict=True):
-                launch(0, *[values[name] for name in kernel["parameters"]])
+            launches(0, [values.get(name, 0) for name in names])
             driver.synchronize()
             for name in problem.outputs:
                 got = buffers[name].read(np.empty(trial.want[name].shape, np.int32))

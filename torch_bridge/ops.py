@@ -76,7 +76,7 @@ def run(
 ) -> list[torch.Tensor]:
     """Plans a call and does it. With "auto", a program that cannot be made costs one warning."""
     the_plan = plan_call(function or problem.name, problem, operands, out, path)
-    if the_plan.path == "direct" and len(operands) == 1 and max_valid_pairs is None:
+    if the_plan.path == "direct" and max_valid_pairs is None:
         shortcut.keep(problem, operands)
     try:
         return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
@@ -111,10 +111,17 @@ def _block_align(
     with_inverse,
     with_scatter_idx,
 ):
-    plain = expert_map is None and num_valid_pairs is None and max_valid_pairs is None
-    if plain and path == "auto" and not (with_counts or with_inverse or with_scatter_idx):
-        if call_at_once := shortcut.find(topk_ids, num_experts, block_size, pad_sorted_ids):
-            return call_at_once(topk_ids)
+    if (
+        path == "auto"
+        and num_valid_pairs is None
+        and max_valid_pairs is None
+        and not (with_counts or with_inverse or with_scatter_idx)
+    ):
+        results = shortcut.attempt(
+            topk_ids, num_experts, block_size, pad_sorted_ids, expert_map, ignore_invalid_experts
+        )
+        if results is not None:
+            return list(results)
     problem = AlignProblem(
         topk_ids.numel(),
         num_experts,

@@ -1,7 +1,7 @@
-"""The way of a call that was seen before: same shape, dtype, device and sizes, no options.
+"""The way of a call that was seen before: same shape, dtype, device and sizes.
 
 Checks, plan and size arithmetic depend on these alone; once they have passed, a later call needs only the
-launch. What is asked again is what can differ: the tensor's layout and memory, and the current device.
+launch. What is asked again is what can differ: the tensors' layout and memory, and the current device.
 """
 
 from collections.abc import Sequence
@@ -14,61 +14,87 @@ from torch_bridge.problems import AlignProblem, Problem
 
 _MAX_KEPT = 1 << 14
 _kept: dict[tuple, "Shortcut"] = {}
+_is_tracing = torch.compiler.is_compiling
 
 try:  # who records or transforms operators must see ours
-    from torch.utils._python_dispatch import _len_torch_dispatch_stack as watched
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack as _watched
 except ImportError:  # pragma: no cover
 
-    def watched() -> int:
+    def _watched() -> int:
         """Whether a torch dispatch mode is active; unknown, so every call goes by the dispatcher."""
         return 1
 
 
-class Shortcut:
-    """A plain alignment of one size on one device."""
+def open_to_all() -> bool:
+    """Whether a call may pass by torch's dispatcher: nobody traces, records or transforms operators."""
+    return not (_is_tracing() or _watched())
 
-    def __init__(self, problem: AlignProblem, ids: torch.Tensor, program: direct.Program):
-        capacity = problem.capacity
+
+class Shortcut:
+    """An alignment of one size on one device, with or without an expert map."""
+
+    def __init__(
+        self, problem: AlignProblem, ids: torch.Tensor, program: direct.Program, capacity: int
+    ):
         self._device = ids.get_device()
+        self._num_experts = problem.num_experts
         self._item_size = ids.element_size()
         self._input_bytes = problem.num_pairs * self._item_size
         self._sizes = (problem.num_pairs << 8, capacity << 8)
         self._lengths = (capacity, -(-capacity // problem.block_size), 1)
         self._program = program
 
-    def __call__(self, ids: torch.Tensor, out: Sequence[torch.Tensor] | None = None) -> Any:
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+        out: Sequence[torch.Tensor] | None = None,
+    ) -> Any:
         """The three results; None where the ordinary way has to look (and to complain)."""
-        if torch.cuda.current_device() != self._device or not ids.is_contiguous() or ids.is_neg():
+        if direct.current_device() != self._device or not ids.is_contiguous() or ids.is_neg():
             return None
         pointer = ids.data_ptr()
+        behind = pointer & 255
+        if expert_map is None:
+            inputs = (pointer - behind, *self._sizes, behind // self._item_size << 8)
+        elif self._fits(expert_map):
+            first_id = behind // self._item_size << 8
+            inputs = (pointer - behind, expert_map.data_ptr(), *self._sizes, first_id)
+        else:
+            return None
         if out is None:
             empty = direct.empty_int32
             rows, blocks, count = self._lengths
-            results = (empty(rows), empty(blocks), empty(count))
-            x, y, z = results
+            out = x, y, z = empty(rows), empty(blocks), empty(count)
             targets = (x.data_ptr(), y.data_ptr(), z.data_ptr())
         else:
-            targets = self._targets(pointer, out)
+            targets = self._targets(pointer, expert_map, out)
             if targets is None:
                 return None
-            results = out
-        program, behind = self._program, pointer & 255
-        first_id = behind // self._item_size << 8
-        values = (pointer - behind, *self._sizes, first_id, *targets)
-        if program.between_words:
-            between = direct.empty_int32(program.between_words)
-            start = between.data_ptr()
-            values += tuple([start + offset for offset in program.between_starts])
-        stream = direct.raw_stream(self._device)
-        for launch, slots in program.launches():
-            launch(stream, *slots(values))
-        return results
+        self._program.launch(inputs + targets)
+        return out
 
-    def _targets(self, pointer: int, out: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
-        """Pointers of a fitting `out`."""
+    def _fits(self, expert_map: Any) -> bool:
+        return (
+            type(expert_map) is torch.Tensor
+            and expert_map.dtype is torch.int32
+            and expert_map.dim() == 1
+            and expert_map.shape[0] == self._num_experts
+            and expert_map.get_device() == self._device
+            and expert_map.is_contiguous()
+            and not expert_map.is_neg()
+        )
+
+    def _targets(
+        self, pointer: int, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor]
+    ) -> tuple[int, ...] | None:
+        """Pointers of a fitting `out`, which overlaps nothing."""
         if type(out) not in (tuple, list) or len(out) != 3:
             return None
         spans = [(pointer, pointer + self._input_bytes)]
+        if expert_map is not None:
+            spans.append((expert_map.data_ptr(), expert_map.data_ptr() + 4 * self._num_experts))
+        targets = []
         for target, length in zip(out, self._lengths, strict=True):
             if (
                 type(target) is not torch.Tensor
@@ -77,45 +103,70 @@ class Shortcut:
                 or target.shape[0] != length
                 or target.get_device() != self._device
                 or not target.is_contiguous()
+                or target.is_neg()
             ):
                 return None
             start = target.data_ptr()
+            if start & 15:
+                return None
+            targets.append(start)
             spans.append((start, start + 4 * length))
-        spans_in_order = sorted(spans)
-        for (_, end), (start, _) in zip(spans_in_order, spans_in_order[1:], strict=False):
+        spans.sort()
+        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
             if start < end:
                 return None
-        targets = tuple([start for start, _ in spans[1:]])
-        return None if any(start & 15 for start in targets) else targets
+        return tuple(targets)
 
 
-def _key(ids: torch.Tensor, num_experts: Any, block_size: Any, pad: Any, topk: Any) -> tuple:
-    return (ids.shape, ids.dtype, ids.get_device(), num_experts, block_size, pad, topk)
+def _key(ids: torch.Tensor, *sizes: Any) -> tuple:
+    return (ids.shape, ids.dtype, ids.get_device(), *sizes)
 
 
-def find(
-    ids: Any, num_experts: Any, block_size: Any, pad_sorted_ids: Any, topk: Any = None
-) -> Shortcut | None:
-    """The shortcut of a call like this one, if one was kept."""
+def attempt(
+    ids: Any,
+    num_experts: Any,
+    block_size: Any,
+    pad_sorted_ids: Any,
+    expert_map: Any = None,
+    ignore_invalid_experts: Any = False,
+    topk: Any = None,
+    out: Any = None,
+    capacity: int = 0,
+) -> Any:
+    """The three results of a call like one that was kept; None for every other call.
+
+    `capacity`: rows of the caller's buffers in the in-place form, 0 in the others.
+    """
     if (
-        type(ids) is torch.Tensor
+        _kept
+        and type(ids) is torch.Tensor
         and type(num_experts) is int
         and type(block_size) is int
         and type(pad_sorted_ids) is bool
+        and type(ignore_invalid_experts) is bool
         and (topk is None or type(topk) is int)
-        and ids.is_cuda
     ):
-        return _kept.get(_key(ids, num_experts, block_size, pad_sorted_ids, topk))
+        mode = None if expert_map is None else ignore_invalid_experts
+        sizes = (num_experts, block_size, pad_sorted_ids, mode, topk, capacity)
+        found = _kept.get(_key(ids, *sizes))
+        if found is not None:
+            return found(ids, expert_map, out)
     return None
 
 
-def keep(problem: Problem, operands: dict[str, torch.Tensor], topk: int | None = None) -> None:
+def keep(
+    problem: Problem,
+    operands: dict[str, torch.Tensor],
+    topk: int | None = None,
+    capacity: int = 0,
+) -> None:
     """After all checks: the next call like this one may take the shortcut, if its program is loaded."""
     ids = operands.get("topk_ids")
     if (
         not isinstance(problem, AlignProblem)
         or ids is None
         or type(ids) is not torch.Tensor
+        or "num_valid_pairs" in operands
         or problem.with_counts
         or problem.with_inverse
         or problem.with_scatter_idx
@@ -129,5 +180,6 @@ def keep(problem: Problem, operands: dict[str, torch.Tensor], topk: int | None =
         return
     if len(_kept) >= _MAX_KEPT:
         _kept.clear()
-    key = _key(ids, problem.num_experts, problem.block_size, problem.pad_sorted_ids, topk)
-    _kept[key] = Shortcut(problem, ids, program)
+    mode = problem.ignore_invalid_experts if "expert_map" in operands else None
+    sizes = (problem.num_experts, problem.block_size, problem.pad_sorted_ids, mode, topk, capacity)
+    _kept[_key(ids, *sizes)] = Shortcut(problem, ids, program, capacity or problem.capacity)

@@ -16,7 +16,7 @@ import dataclasses
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import align, checks, into, ops
+from torch_bridge import align, checks, into, ops, shortcut
 from torch_bridge.problems import BatchedProblem
 from torch_bridge.vllm_patch import patch as patch
 from torch_bridge.vllm_patch import patch_for_good as patch_for_good
@@ -60,6 +60,12 @@ def moe_align_block_size(
     Source: vllm 0.33 `model_executor/layers/fused_moe/moe_align_block_size.py` (Apache-2.0), its
     signature and contract; no code taken.
     """
+    if return_scatter_idx is False and shortcut.open_to_all():
+        results = shortcut.attempt(
+            topk_ids, num_experts, block_size, pad_sorted_ids, expert_map, ignore_invalid_experts
+        )
+        if results is not None:
+            return results
     function = "moe_align_block_size"
     checks.check_bool(function, "return_scatter_idx", return_scatter_idx)
     problem, operands, limit = align.check(
@@ -194,6 +200,17 @@ def ops_moe_align_block_size(
     Source: vllm 0.33 `_custom_ops.py` and its op's schema (Apache-2.0), signature and contract; no
     code taken.
     """
+    buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
+    if scatter_idx is None and shortcut.open_to_all():
+        rows = sorted_token_ids.numel() if isinstance(sorted_token_ids, torch.Tensor) else 0
+        filtered = expert_map is not None
+        done = shortcut.attempt(
+            *(topk_ids, num_experts, block_size, False, expert_map, filtered),
+            out=buffers,
+            capacity=rows,
+        )
+        if done is not None:
+            return
     function = "ops_moe_align_block_size"
     problem, operands, _ = align.check(
         function, topk_ids, num_experts, block_size, None, expert_map, False, False, None
@@ -209,9 +226,7 @@ def ops_moe_align_block_size(
         operands.get("expert_map"),
         problem.num_experts,
         problem.block_size,
-        sorted_token_ids,
-        experts_ids,
-        num_tokens_post_pad,
+        *buffers,
         scatter_idx,
     )
 
