@@ -143,6 +143,9 @@ def jax_providers() -> list[Provider]:
 
 def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider]:
     """torch's own sort and the compiled peers; each absent with a reason where it cannot run."""
+    direct = Provider(
+        "torch_bridge", "torch", "ours: the same kernels, launched by PyTorch", make=_direct
+    )
     sort = Provider("torch_sort", "torch", "torch.sort and a scatter", make=_torch_sort)
     vllm = Provider("vllm", "torch", "vLLM's CUDA op", make=_vllm, max_experts=992, stable=False)
     sglang = Provider(
@@ -158,10 +161,10 @@ def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider
         import torch
     except ImportError:
         reason = "PyTorch is not installed"
-        return [_with(p, absent=reason) for p in (vllm, sglang, sort)]
+        return [_with(p, absent=reason) for p in (direct, vllm, sglang, sort)]
     if not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device"
-        return [_with(p, absent=reason) for p in (vllm, sglang, sort)]
+        return [_with(p, absent=reason) for p in (direct, vllm, sglang, sort)]
     major = torch.cuda.get_device_capability()[0]
     pattern = f"sm{major}0/common_ops*.so"
     found = [
@@ -177,7 +180,13 @@ def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider
             "--sglang-op",
         ),
     ]
-    return [*found, _with(sort, version=f"torch {torch.__version__}")]
+    import torch_bridge
+
+    ids = torch.zeros(8, 1, dtype=torch.int32, device="cuda")
+    plan = torch_bridge.explain(ids, 8, 16)
+    ours = f"torch {torch.__version__}, path {plan.path!r}"
+    direct = _with(direct, version=ours, absent=plan.reasons.get("direct", ""))
+    return [direct, *found, _with(sort, version=f"torch {torch.__version__}")]
 
 
 def _with(provider: Provider, **changes: Any) -> Provider:
@@ -247,6 +256,25 @@ def _on_gpu(ids: list[np.ndarray]) -> list[Any]:
     import torch
 
     return [torch.from_numpy(i).cuda() for i in ids]
+
+
+def _direct(case: Case, ids: list[np.ndarray]) -> TorchCalls:
+    import torch_bridge
+
+    torch_bridge.warmup(
+        num_experts=case.num_experts, block_size=case.block_size, max_tokens=case.num_pairs
+    )
+    outputs = _buffers(case, case.capacity, len(ids))
+
+    def align(topk_ids, *out):
+        torch_bridge.moe_align_block_size(
+            topk_ids, case.num_experts, case.block_size, out=out, path="auto"
+        )
+
+    calls = [
+        functools.partial(align, i, *o.values()) for i, o in zip(_on_gpu(ids), outputs, strict=True)
+    ]
+    return TorchCalls(calls, outputs)
 
 
 def _vllm(case: Case, ids: list[np.ndarray]) -> TorchCalls:

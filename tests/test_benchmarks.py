@@ -185,7 +185,7 @@ def test_sglang_op_is_called_by_its_schema(torch_on_cpu):
 
 def test_absent_peers_say_why():
     torch_peers = peers.torch_providers("nowhere.so", None)
-    assert [p.name for p in torch_peers] == ["vllm", "sglang", "torch_sort"]
+    assert [p.name for p in torch_peers] == ["torch_bridge", "vllm", "sglang", "torch_sort"]
     try:
         import torch
 
