@@ -139,7 +139,9 @@ class Program:
         stream = raw_stream(self._index)
         if self.between_words:
             if stream:
-                start = empty_int32(self.between_words).data_ptr()
+                # Held until all kernels are enqueued: another thread on this stream may not get it before.
+                between = empty_int32(self.between_words)
+                start = between.data_ptr()
                 values += tuple([start + offset for offset in self._between_starts])
             else:
                 # The default stream outlives every thread and is never captured: keep the buffer.
