@@ -1,4 +1,7 @@
-"""The bridge on a GPU: streams, reuse of memory, threads, capture. Skipped, and counted, without one."""
+"""The bridge on a GPU, on both paths: streams, reuse of memory, threads. Skipped, and counted, without one.
+
+What only the direct path can do (capture, sizes at launch, no jax) is in test_direct_gpu.py.
+"""
 
 import concurrent.futures
 import random
@@ -23,6 +26,11 @@ pytestmark = [
 
 TRIES = 100
 SLEEP = 50_000_000  # GPU cycles, about 30 ms: longer than any alignment here
+
+
+@pytest.fixture(params=["direct", "dlpack"])
+def path(request):
+    return request.param
 
 
 def _large(seed, num_tokens=20_000, dtype=torch.int32):
@@ -54,10 +62,10 @@ def _matrix():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 37, 3000])
-def test_gpu_every_dtype(dtype, num_tokens):
+def test_gpu_every_dtype(dtype, num_tokens, path):
     array, ids = ids_of(dtype, num_tokens=num_tokens)
     options = {"block_size": 8, "num_experts": 16, "return_inverse": True}
-    got = torch_bridge.align_blocks(ids.cuda(), **options)
+    got = torch_bridge.align_blocks(ids.cuda(), path=path, **options)
     assert all(x.is_cuda for x in got)
     want = oracle.align(array.ravel(), **options)
     oracle.assert_same(type(got)(*[x.cpu() for x in got]), want)
@@ -65,30 +73,31 @@ def test_gpu_every_dtype(dtype, num_tokens):
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 16, 63])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
-def test_gpu_any_alignment(dtype, offset):
+def test_gpu_any_alignment(dtype, offset, path):
     array, ids = ids_of(dtype, num_tokens=500)
     padded = torch.zeros(offset + ids.numel(), dtype=dtype, device="cuda")
     view = padded[offset:].view(ids.shape)
     view.copy_(ids)
     want = oracle.align(array.ravel(), block_size=8, num_experts=16)
-    assert_triple(torch_bridge.moe_align_block_size(view, 16, 8), want)
+    assert_triple(torch_bridge.moe_align_block_size(view, 16, 8, path=path), want)
 
 
-def test_gpu_strided_inputs():
+def test_gpu_strided_inputs(path):
     for dtype in DTYPES:
         array, ids = ids_of(dtype, num_tokens=100)
         both = np.repeat(array, 2, axis=1)
         view = torch.from_numpy(both).cuda()[:, ::2]
         want = oracle.align(array.ravel(), block_size=8, num_experts=16)
-        assert_triple(torch_bridge.moe_align_block_size(view, 16, 8), want)
+        assert_triple(torch_bridge.moe_align_block_size(view, 16, 8, path=path), want)
 
 
-def test_gpu_no_pairs_and_out():
-    got = torch_bridge.moe_align_block_size(torch.zeros(0, 2, dtype=torch.int64).cuda(), 4, 4)
+def test_gpu_no_pairs_and_out(path):
+    none = torch.zeros(0, 2, dtype=torch.int64).cuda()
+    got = torch_bridge.moe_align_block_size(none, 4, 4, path=path)
     assert [x.tolist() for x in got] == [[], [], [0]]
     ids, want = _large(0)
     out = tuple(torch.full((len(x),), -7, dtype=torch.int32).cuda() for x in want[:3])
-    assert_triple(torch_bridge.moe_align_block_size(ids, 64, 32, out=out), want)
+    assert_triple(torch_bridge.moe_align_block_size(ids, 64, 32, out=out, path=path), want)
 
 
 def test_gpu_drop_ins():
@@ -114,10 +123,12 @@ def test_gpu_devices_must_agree():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_gpu_compile(backend):
+def test_gpu_compile(backend, path):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x: torch_bridge.moe_align_block_size(x, 64, 32), backend=backend, fullgraph=True
+        lambda x: torch_bridge.moe_align_block_size(x, 64, 32, path=path),
+        backend=backend,
+        fullgraph=True,
     )
     ids, want = _large(1, 500)
     assert_triple(tuple(compiled(ids)), want)
@@ -127,7 +138,7 @@ def test_gpu_compile(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_gpu_contiguous_ids_are_not_copied(dtype, monkeypatch):
+def test_gpu_contiguous_ids_are_not_copied_through_dlpack(dtype, monkeypatch):
     import_, seen = jax.dlpack.from_dlpack, []
 
     def spy(tensor, **options):
@@ -137,16 +148,16 @@ def test_gpu_contiguous_ids_are_not_copied(dtype, monkeypatch):
 
     monkeypatch.setattr(jax.dlpack, "from_dlpack", spy)
     ids, want = _large(0, 500, dtype)
-    explained = torch_bridge.explain(ids, 64, 32)
+    explained = torch_bridge.explain(ids, 64, 32, path="dlpack")
     assert set(explained.copies) == {"outputs"}
-    assert_triple(torch_bridge.moe_align_block_size(ids, 64, 32), want)
+    assert_triple(torch_bridge.moe_align_block_size(ids, 64, 32, path="dlpack"), want)
     assert seen == [(ids.data_ptr(), ids.data_ptr())]
     assert jax.config.jax_enable_x64 == X64
 
 
 def test_gpu_plan_names_the_kernels_on_hopper():
     ids, _ = _large(0, 500)
-    explained = torch_bridge.explain(ids, 64, 32)
+    explained = torch_bridge.explain(ids, 64, 32, path="dlpack")
     newer = torch.cuda.get_device_capability() >= (9, 0)
     assert explained.implementation == ("mosaic_gpu" if newer else "xla")
 
@@ -170,11 +181,112 @@ def test_gpu_converters_share_memory(dtype):
     assert np.asarray(array).tobytes() == values.numpy().tobytes()
 
 
+def _allocations(call):
+    """What a call returns, and how many tensors it took from torch's allocator."""
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    result = call()
+    return result, torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+
+@pytest.mark.parametrize("entry", ["first call", "call seen before", "operator"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_gpu_direct_reads_a_view_at_any_element_where_it_lies(dtype, entry):
+    """Beyond a 256-byte line of int32 ids; each takes the memory of its results and no more."""
+    array, ids = ids_of(dtype, num_tokens=29)
+    want = oracle.align(array.ravel(), block_size=8, num_experts=16)
+    buffer = torch.full((128 + ids.numel(),), 3, dtype=dtype, device="cuda")
+    buffer = buffer[-buffer.data_ptr() % 256 // dtype.itemsize :]
+    calls = {
+        "first call": lambda x: torch_bridge.moe_align_block_size(x, 16, 8, path="direct"),
+        "call seen before": lambda x: torch_bridge.moe_align_block_size(x, 16, 8),
+        "operator": lambda x: tuple(
+            torch.ops.moe_align_jax.block_align(
+                x, None, None, None, 16, 8, False, False, False, False, False
+            )
+        ),
+    }
+    call_it = calls[entry]
+    call_it(ids.cuda())  # loads, and is remembered
+    for offset in range(71):
+        view = buffer[offset : offset + ids.numel()].view(ids.shape)
+        view.copy_(ids)
+        assert torch_bridge.explain(view, 16, 8, path="direct").copies == {}
+        got, taken = _allocations(lambda v=view: call_it(v))
+        assert_triple(got, want)
+        assert taken == 3, f"element offset {offset}"
+        view.fill_(3)
+
+
+def test_gpu_direct_copies_a_strided_view_once():
+    """The counter of the test above sees a copy."""
+    array, ids = ids_of(torch.int64, num_tokens=29)
+    want = oracle.align(array.ravel(), block_size=8, num_experts=16)
+    torch_bridge.moe_align_block_size(ids.cuda(), 16, 8, path="direct")
+    view = ids.cuda().t().contiguous().t()
+    assert set(torch_bridge.explain(view, 16, 8, path="direct").copies) == {"topk_ids"}
+    got, taken = _allocations(lambda: torch_bridge.moe_align_block_size(view, 16, 8, path="direct"))
+    assert_triple(got, want)
+    assert taken == 4
+
+
+@pytest.mark.parametrize("offset", range(5))
+@pytest.mark.parametrize("num_tokens", [1, 29, 1500, 9000])
+def test_gpu_direct_out_at_any_alignment(num_tokens, offset):
+    """Results of the exact sizes, with nothing written beside them."""
+    array, ids = ids_of(torch.int64, num_tokens=num_tokens)
+    want = oracle.align_numpy(array, block_size=8, num_experts=16)
+    sizes = [len(x) for x in want[:3]]
+    held = [torch.full((offset + size + 70,), -7, dtype=torch.int32).cuda() for size in sizes]
+    out = tuple(x[offset : offset + size] for x, size in zip(held, sizes, strict=True))
+    for _ in range(3):  # the second call may take the short way
+        for tensor in held:
+            tensor.fill_(-7)
+        got = torch_bridge.moe_align_block_size(ids.cuda(), 16, 8, out=out, path="auto")
+        assert all(a is b for a, b in zip(got, out, strict=True))
+        assert_triple(got, want)
+        for tensor, size in zip(held, sizes, strict=True):
+            assert (tensor[:offset] == -7).all() and (tensor[offset + size :] == -7).all()
+
+
+OPTIONS = {
+    "map": {"expert_map": "second"},
+    "filter": {"expert_map": "any", "ignore_invalid_experts": True},
+    "limit": {"num_valid_pairs": 50},
+    "limit tensor": {"num_valid_pairs": torch.tensor(50)},
+    "padded": {"pad_sorted_ids": True},
+    "all": {
+        "expert_map": "any",
+        "ignore_invalid_experts": True,
+        "num_valid_pairs": torch.tensor([70], dtype=torch.int32),
+        "pad_sorted_ids": True,
+    },
+}
+
+
+@pytest.mark.parametrize("num_tokens", [9, 37, 900])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gpu_options(name, num_tokens, path):
+    array, ids = ids_of(torch.int64, num_tokens=num_tokens)
+    given, plain = dict(OPTIONS[name]), dict(OPTIONS[name])
+    if "expert_map" in given:
+        plain["expert_map"] = oracle.local_map(given["expert_map"], 16, 1)
+        given["expert_map"] = torch.from_numpy(plain["expert_map"]).cuda()
+    if isinstance(given.get("num_valid_pairs"), torch.Tensor):
+        plain["num_valid_pairs"] = int(given["num_valid_pairs"])
+        given["num_valid_pairs"] = given["num_valid_pairs"].cuda()
+    sizes = {"block_size": 8, "num_experts": 16, "return_inverse": True}
+    want = oracle.align(array.ravel(), **sizes, **plain)
+    got = torch_bridge.align_blocks(ids.cuda(), path=path, **sizes, **given)
+    oracle.assert_same(type(got)(*[x.cpu() for x in got]), want)
+    triple = torch_bridge.moe_align_block_size(ids.cuda(), 16, 8, path=path, **given)
+    assert_triple(triple, want)
+
+
 # -- streams -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [False, True], ids=["default stream", "side stream"])
-def test_gpu_call_is_ordered_on_the_current_stream(side):
+def test_gpu_call_is_ordered_on_the_current_stream(side, path):
     """The ids are written behind a sleep, and the results read at once: 100 tries without a sync."""
     base, want = _large(2)
     stream = torch.cuda.Stream() if side else torch.cuda.default_stream()
@@ -185,7 +297,7 @@ def test_gpu_call_is_ordered_on_the_current_stream(side):
             if attempt % 10 == 0:
                 torch.cuda._sleep(SLEEP)
             ids.copy_(base)
-            got = torch_bridge.moe_align_block_size(ids, 64, 32)
+            got = torch_bridge.moe_align_block_size(ids, 64, 32, path=path)
             kept = tuple(x.clone() for x in got)
             for tensor in got:
                 tensor.fill_(-1)
@@ -193,15 +305,15 @@ def test_gpu_call_is_ordered_on_the_current_stream(side):
 
 
 @pytest.mark.parametrize("side", [False, True], ids=["default stream", "side stream"])
-def test_gpu_host_does_not_wait(side):
+def test_gpu_host_does_not_wait(side, path):
     base, _ = _large(2)
-    torch_bridge.moe_align_block_size(base, 64, 32)
+    torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream() if side else torch.cuda.default_stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50 * SLEEP)
         start = time.perf_counter()
-        torch_bridge.moe_align_block_size(base, 64, 32)
+        torch_bridge.moe_align_block_size(base, 64, 32, path=path)
         host = time.perf_counter() - start
         assert not stream.query(), "the sleep was over before the call returned"
     torch.cuda.synchronize()
@@ -209,7 +321,7 @@ def test_gpu_host_does_not_wait(side):
 
 
 @pytest.mark.parametrize("side", [False, True], ids=["default stream", "side stream"])
-def test_gpu_ids_may_be_overwritten_right_after_the_call(side):
+def test_gpu_ids_may_be_overwritten_right_after_the_call(side, path):
     base, want = _large(3)
     stream = torch.cuda.Stream() if side else torch.cuda.default_stream()
     torch.cuda.synchronize()
@@ -218,7 +330,7 @@ def test_gpu_ids_may_be_overwritten_right_after_the_call(side):
             ids = base.clone()
             if attempt % 10 == 0:
                 _busy_jax()
-            got = torch_bridge.moe_align_block_size(ids, 64, 32)
+            got = torch_bridge.moe_align_block_size(ids, 64, 32, path=path)
             ids.fill_(1)
             assert_triple(got, want)
 
@@ -228,7 +340,7 @@ def test_gpu_without_the_hand_over_the_overwrite_is_seen(monkeypatch):
     monkeypatch.setattr(call, "hand_over", lambda results, **options: results)
     base, want = _large(3)
     problem = problems.AlignProblem(base.numel(), 64, 32)
-    made = plan.make_plan(problem, {"topk_ids": base})
+    made = plan.make_plan(problem, {"topk_ids": base}, path="dlpack")
     jax.block_until_ready(call.execute(made, problem, {"topk_ids": base}))
     wrong = 0
     for _ in range(10):
@@ -255,7 +367,7 @@ def _late_copy(monkeypatch):
     monkeypatch.setattr(call, "_copy_all", late)
 
 
-def _align_while_jax_reuses_memory():
+def _align_while_jax_reuses_memory(path="dlpack"):
     """A call on a side stream, then jax programs without torch inputs that take such memory."""
     base, want = _large(4)
     fill = jax.jit(lambda: [jnp.full(len(x), -3, jnp.int32) for x in want[:3]])
@@ -263,17 +375,17 @@ def _align_while_jax_reuses_memory():
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        got = torch_bridge.moe_align_block_size(base, 64, 32)
+        got = torch_bridge.moe_align_block_size(base, 64, 32, path=path)
         fillers = [fill() for _ in range(8)]
         jax.block_until_ready(fillers)
         stream.synchronize()
         return got, want
 
 
-def test_gpu_results_are_copied_before_xla_reuses_their_memory(monkeypatch):
+def test_gpu_results_are_copied_before_xla_reuses_their_memory(monkeypatch, path):
     _late_copy(monkeypatch)
     for _ in range(10):
-        assert_triple(*_align_while_jax_reuses_memory())
+        assert_triple(*_align_while_jax_reuses_memory(path))
 
 
 def test_gpu_without_keeping_the_memory_results_are_lost(monkeypatch):
@@ -286,7 +398,7 @@ def test_gpu_without_keeping_the_memory_results_are_lost(monkeypatch):
     assert wrong > 0
 
 
-def test_gpu_tensors_may_be_dropped_in_any_order_under_pressure():
+def test_gpu_tensors_may_be_dropped_in_any_order_under_pressure(path):
     """torch and jax take and scribble over memory of the same sizes all the while."""
     rng = random.Random(0)
     base, want = _large(5)
@@ -299,7 +411,9 @@ def test_gpu_tensors_may_be_dropped_in_any_order_under_pressure():
         with torch.cuda.stream(rng.choice(streams)):
             ids = base.clone()
             local = torch.arange(64, dtype=torch.int64, device="cuda")
-            got = torch_bridge.align_blocks(ids, num_experts=64, block_size=32, expert_map=local)
+            got = torch_bridge.align_blocks(
+                ids, num_experts=64, block_size=32, expert_map=local, path=path
+            )
             alive = {"ids": ids, "map": local}
             alive |= {k: v for k, v in got._asdict().items() if v is not None}
             del ids, local, got
@@ -316,20 +430,20 @@ def test_gpu_tensors_may_be_dropped_in_any_order_under_pressure():
                             np.testing.assert_array_equal(tensor.cpu().numpy(), fields[other])
 
 
-def test_gpu_calls_do_not_accumulate_memory():
+def test_gpu_calls_do_not_accumulate_memory(path):
     base, _ = _large(6)
     for _ in range(20):
-        torch_bridge.moe_align_block_size(base, 64, 32)
+        torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(2000):
-        torch_bridge.moe_align_block_size(base, 64, 32)
+        torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
     assert call._kept._bytes <= call._MAX_KEPT_BYTES
 
 
-def test_gpu_eight_threads_on_streams_of_their_own():
+def test_gpu_eight_threads_on_streams_of_their_own(path):
     start = threading.Barrier(8)
 
     def work(thread):
@@ -346,7 +460,7 @@ def test_gpu_eight_threads_on_streams_of_their_own():
             for attempt in range(TRIES):
                 ids, options, want = cases[attempt % len(cases)]
                 given = ids.clone()
-                got = torch_bridge.align_blocks(given, **options)
+                got = torch_bridge.align_blocks(given, path=path, **options)
                 given.zero_()
                 oracle.assert_same(type(got)(*[x.cpu() if x is not None else x for x in got]), want)
         return TRIES
@@ -358,10 +472,10 @@ def test_gpu_eight_threads_on_streams_of_their_own():
 # -- capture -------------------------------------------------------------------------------------
 
 
-def test_gpu_capture_is_refused_and_the_context_works_on():
+def test_gpu_capture_through_dlpack_is_refused_and_the_context_works_on():
     base, want = _large(7, 500)
     out = tuple(torch.full((len(x),), -7, dtype=torch.int32).cuda() for x in want[:3])
-    torch_bridge.moe_align_block_size(base, 64, 32)
+    torch_bridge.moe_align_block_size(base, 64, 32, path="dlpack")
     graph = torch.cuda.CUDAGraph()
     number = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
@@ -369,7 +483,7 @@ def test_gpu_capture_is_refused_and_the_context_works_on():
         number += 1
         for given in ({}, {"out": out}):
             with pytest.raises(RuntimeError, match="capture") as caught:
-                torch_bridge.moe_align_block_size(base, 64, 32, **given)
+                torch_bridge.moe_align_block_size(base, 64, 32, path="dlpack", **given)
             assert_format(caught.value)
         with pytest.raises(RuntimeError, match="capture"):
             to_jax(base)
@@ -377,14 +491,14 @@ def test_gpu_capture_is_refused_and_the_context_works_on():
     graph.replay()  # the capture went on and is whole
     assert number.item() == 2
     assert all((x == -7).all() for x in out)
-    assert_triple(torch_bridge.moe_align_block_size(base, 64, 32), want)
+    assert_triple(torch_bridge.moe_align_block_size(base, 64, 32, path="dlpack"), want)
 
 
-def test_gpu_second_device():
+def test_gpu_second_device(path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     ids, want = _large(8, 500)
-    got = torch_bridge.moe_align_block_size(ids.to("cuda:1"), 64, 32)
+    got = torch_bridge.moe_align_block_size(ids.to("cuda:1"), 64, 32, path=path)
     assert all(x.device == torch.device("cuda", 1) for x in got)
     assert torch.cuda.current_device() == 0
     assert_triple(got, want)
