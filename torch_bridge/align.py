@@ -116,7 +116,8 @@ def moe_align_block_size(
         ops.run(problem, operands, limit, out, path)
     else:
         op = ops.chosen("block_align_out", operands["topk_ids"].device, path)
-        op(*op_arguments(problem, operands, limit), *out)
+        sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
+        op(*sizes, *out, *op_options(problem, operands, limit))
     return out
 
 
@@ -196,7 +197,8 @@ def aligned(
         )
     wanted = (problem.with_counts, problem.with_inverse, problem.with_scatter_idx)
     op = ops.chosen("block_align", device, path)
-    return op(*op_arguments(problem, operands, limit), *wanted)
+    sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
+    return op(*sizes, *op_options(problem, operands, limit), *wanted)
 
 
 def explain(
@@ -375,14 +377,11 @@ def check(
     return problem, operands, limit
 
 
-def op_arguments(problem: AlignProblem, operands: dict[str, torch.Tensor], limit: int | None):
+def op_options(problem: AlignProblem, operands: dict[str, torch.Tensor], limit: int | None):
     return (
-        operands["topk_ids"],
         operands.get("expert_map"),
         operands.get("num_valid_pairs"),
         limit,
-        problem.num_experts,
-        problem.block_size,
         problem.ignore_invalid_experts,
         problem.pad_sorted_ids,
     )

@@ -21,18 +21,20 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 _UNSAFE = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
-_ALIGN_ARGUMENTS = (
-    "Tensor topk_ids, Tensor? expert_map, Tensor? num_valid_pairs, SymInt? max_valid_pairs, "
-    "int num_experts, int block_size, bool ignore_invalid_experts, bool pad_sorted_ids"
+# Trailing defaults cost nothing: the dispatcher hands a Python body only what differs from them.
+_ALIGN_SIZES = "Tensor topk_ids, int num_experts, int block_size"
+_ALIGN_OPTIONS = (
+    "Tensor? expert_map=None, Tensor? num_valid_pairs=None, SymInt? max_valid_pairs=None, "
+    "bool ignore_invalid_experts=False, bool pad_sorted_ids=False"
 )
 _SCHEMAS = {
     "block_align": (
-        f"({_ALIGN_ARGUMENTS}, bool with_counts, bool with_inverse, bool with_scatter_idx) "
-        "-> Tensor[]"
+        f"({_ALIGN_SIZES}, {_ALIGN_OPTIONS}, bool with_counts=False, bool with_inverse=False, "
+        "bool with_scatter_idx=False) -> Tensor[]"
     ),
     "block_align_out": (
-        f"({_ALIGN_ARGUMENTS}, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, "
-        "Tensor(c!) num_tokens_post_pad) -> ()"
+        f"({_ALIGN_SIZES}, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, "
+        f"Tensor(c!) num_tokens_post_pad, {_ALIGN_OPTIONS}) -> ()"
     ),
     "sglang_block_align": (
         "(Tensor topk_ids, int num_experts, int block_size, bool ignore_invalid_expert, "
@@ -100,16 +102,16 @@ def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Ten
 def _block_align(
     path,
     topk_ids,
-    expert_map,
-    num_valid_pairs,
-    max_valid_pairs,
     num_experts,
     block_size,
-    ignore_invalid_experts,
-    pad_sorted_ids,
-    with_counts,
-    with_inverse,
-    with_scatter_idx,
+    expert_map=None,
+    num_valid_pairs=None,
+    max_valid_pairs=None,
+    ignore_invalid_experts=False,
+    pad_sorted_ids=False,
+    with_counts=False,
+    with_inverse=False,
+    with_scatter_idx=False,
 ):
     if (
         path == "auto"
@@ -139,16 +141,16 @@ def _block_align(
 def _block_align_out(
     path,
     topk_ids,
-    expert_map,
-    num_valid_pairs,
-    max_valid_pairs,
     num_experts,
     block_size,
-    ignore_invalid_experts,
-    pad_sorted_ids,
     sorted_token_ids,
     expert_ids,
     num_tokens_post_pad,
+    expert_map=None,
+    num_valid_pairs=None,
+    max_valid_pairs=None,
+    ignore_invalid_experts=False,
+    pad_sorted_ids=False,
 ):
     problem = AlignProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
@@ -179,12 +181,22 @@ def _fake_results(problem: Problem, like: torch.Tensor) -> list[torch.Tensor]:
     return [like.new_empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
 
 
-def _block_align_fake(topk_ids, expert_map, num_valid_pairs, max_valid_pairs, *options):
-    return _fake_results(AlignProblem(topk_ids.numel(), *options), topk_ids)
+def _block_align_fake(
+    topk_ids,
+    num_experts,
+    block_size,
+    expert_map=None,
+    num_valid_pairs=None,
+    max_valid_pairs=None,
+    *options,
+    **named,
+):
+    problem = AlignProblem(topk_ids.numel(), num_experts, block_size, *options, **named)
+    return _fake_results(problem, topk_ids)
 
 
-def _block_align_out_fake(*arguments):
-    del arguments
+def _block_align_out_fake(*arguments, **named):
+    del arguments, named
 
 
 def _sglang_block_align_fake(topk_ids, *options):

@@ -70,19 +70,26 @@ def test_fakes_have_the_shapes_of_the_results(entry, num_tokens, monkeypatch):
 
 def _op_cases():
     _, ids = ids_of(torch.int32)
-    options = (None, None, None, 16, 8, False, False)
-    yield "plain", OPS.block_align_dlpack.default, (ids, *options, False, False, False)
-    yield "int64", OPS.block_align_dlpack.default, (ids.long(), *options, False, False, False)
-    yield "all", OPS.block_align_dlpack.default, (ids, *options, True, True, True)
-    yield "transposed", OPS.block_align_dlpack.default, (ids.t(), *options, False, False, False)
-    yield "empty", OPS.block_align_dlpack.default, (ids[:0], *options, True, True, True)
-    full = (_map(), torch.tensor(9), None, 16, 8, True, True)
-    yield "map", OPS.block_align_dlpack.default, (ids, *full, False, False, False)
-    limited = (_map(), None, 9, 16, 8, False, True)
-    yield "limit", OPS.block_align_dlpack.default, (ids, *limited, False, False, False)
+    yield "plain", OPS.block_align_dlpack.default, (ids, 16, 8)
+    yield "int64", OPS.block_align_dlpack.default, (ids.long(), 16, 8)
+    yield (
+        "all",
+        OPS.block_align_dlpack.default,
+        (ids, 16, 8, None, None, None, False, False, True, True, True),
+    )
+    yield "transposed", OPS.block_align_dlpack.default, (ids.t(), 16, 8)
+    yield (
+        "empty",
+        OPS.block_align_dlpack.default,
+        (ids[:0], 16, 8, None, None, None, False, False, True, True, True),
+    )
+    full = (16, 8, _map(), torch.tensor(9), None, True, True)
+    yield "map", OPS.block_align_dlpack.default, (ids, *full)
+    limited = (16, 8, _map(), None, 9, False, True)
+    yield "limit", OPS.block_align_dlpack.default, (ids, *limited)
     sizes = (oracle.capacity(111, 8, 16, False), 28, 1)
     out = tuple(torch.zeros(k, dtype=torch.int32) for k in sizes)
-    yield "out", OPS.block_align_out_dlpack.default, (ids, *options, *out)
+    yield "out", OPS.block_align_out_dlpack.default, (ids, 16, 8, *out)
     yield "sglang", OPS.sglang_block_align_dlpack.default, (ids, 16, 8, False, True)
     yield "batched", OPS.batched_block_align_dlpack.default, (torch.arange(7), 12, 8)
 
@@ -100,9 +107,7 @@ def test_opcheck_reports_a_wrong_fake():
         library.define("wrong(Tensor topk_ids) -> Tensor", tags=ops._COMPLIANT)
         library.impl(
             "wrong",
-            lambda x: OPS.block_align_dlpack.default(
-                x, None, None, None, 16, 8, False, False, False, False, False
-            )[0],
+            lambda x: OPS.block_align_dlpack.default(x, 16, 8)[0],
             "CPU",
         )
         torch.library.register_fake(
