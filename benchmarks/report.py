@@ -13,7 +13,10 @@ from typing import Any
 
 from benchmarks.cases import CASES, JIT_GOAL_US
 
-OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured
+OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
+OURS_IN_GRAPHS = (
+    "torch_bridge"  # and for PyTorch's ops in CUDA graphs this one, where it was measured
+)
 MARKS = "<!-- measured:begin -->", "<!-- measured:end -->"
 _LABEL = {
     "span_us": "device span under jit",
@@ -43,6 +46,16 @@ def base_of(rows: Iterable[dict[str, Any]]) -> str:
     return next((name for name in OURS if name in present), OURS[0])
 
 
+def base_for(provider: str, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Whom a provider is compared with: ours, timed in the same way where that was done; None for
+    those of ours that the others are compared with."""
+    base = base_of(rows)
+    graphs = {r["provider"] for r in rows if r.get("metric") == "graph_us"}
+    if provider in (base, OURS_IN_GRAPHS):
+        return None
+    return OURS_IN_GRAPHS if graphs >= {provider, OURS_IN_GRAPHS} else base
+
+
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
 
@@ -51,7 +64,9 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     median = median_rows(rows)
     present = list(dict.fromkeys(r["provider"] for r in rows))
     base = base_of(rows)
-    providers = [base] * (base in present) + [p for p in present if p != base]
+    first = [p for p in (base, OURS_IN_GRAPHS) if p in present]
+    providers = first + [p for p in present if p not in first]
+    base_by_provider = {p: base_for(p, rows) for p in providers}
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
     failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
@@ -72,8 +87,9 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 text = "-"
             else:
                 text = f"{row['p50_us']:.2f}"
-                if provider != base and ours is not None:
-                    text += f" ({row['p50_us'] / ours['p50_us']:.2f}x)"
+                against = median.get((name, base_by_provider[provider] or ""))
+                if against is not None:
+                    text += f" ({row['p50_us'] / against['p50_us']:.2f}x)"
             line.append(text)
         if with_goal:
             goal = JIT_GOAL_US.get(name)
@@ -126,8 +142,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
         parts.append(
             f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
-            f"run's p50, in µs per call; behind it, that time over {base_of(here)}'s "
-            f"(below 1 we lose).\n"
+            f"run's p50, in µs per call; behind it, that time over ours, taken in the same way: "
+            f"{base_of(here)}'s, for PyTorch's ops in CUDA graphs {OURS_IN_GRAPHS}'s where it "
+            f"was measured (below 1 we lose).\n"
         )
         parts.append("| " + " | ".join(header) + " |")
         parts.append("|" + "---|" * len(header))
@@ -139,10 +156,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def losses(rows: Sequence[dict[str, Any]]) -> str:
     """A sentence that counts the comparisons that we lose, and names them."""
     median = median_rows(rows)
-    base, compared, lost = base_of(rows), 0, []
+    compared, lost = 0, []
     for (case, provider), row in median.items():
-        ours = median.get((case, base))
-        if provider == base or ours is None:
+        ours = median.get((case, base_for(provider, rows) or ""))
+        if ours is None:
             continue
         compared += 1
         if row["p50_us"] < ours["p50_us"]:
