@@ -144,3 +144,24 @@ def test_one_exported_program_runs_on_the_gpu_and_on_the_cpu():
     for platform in ("cuda", "cpu"):
         got = again.call(jax.device_put(ids, jax.devices(platform)[0]))
         oracle.assert_same(got, want)
+
+
+@pytest.mark.parametrize("num_pairs", [7, 500, 5000])
+def test_capacity_at_the_int32_limit(num_pairs):
+    """P = 2**31 - 1: no index of the fills may wrap. 8.6 GB of output, compared where it lies."""
+    capacity = 2**31 - 1
+    block_size = capacity - num_pairs + 1  # of one expert's only block
+    aligned = jax.jit(
+        functools.partial(
+            maj.moe_align_block_size,
+            block_size=block_size,
+            num_experts=1,
+            implementation="mosaic_gpu",
+        )
+    )(jnp.zeros(num_pairs, jnp.int32))
+    rows = aligned.sorted_token_ids
+    assert rows.shape == (capacity,)
+    assert rows[:num_pairs].tolist() == list(range(num_pairs))
+    assert int(jnp.max(rows[num_pairs:])) == int(jnp.min(rows[num_pairs:])) == num_pairs
+    assert aligned.expert_ids.tolist() == [0, -1]
+    assert aligned.num_tokens_post_padded.tolist() == [block_size]
