@@ -1,0 +1,308 @@
+"""Compiled programs on disk: what is kept, what is refused, and that nothing foreign is ever loaded."""
+
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+import moe_align_jax
+from moe_align_jax.types import AlignProblem, BatchedAlignProblem
+from torch_bridge import modules
+
+KEY = hashlib.sha256(b"a program").hexdigest()
+# The module in a process that has neither torch nor jax.
+BY_PATH = f"""
+import importlib.util, sys
+sys.modules["torch"] = sys.modules["jax"] = None
+spec = importlib.util.spec_from_file_location("modules", {modules.__file__!r})
+modules = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(modules)
+"""
+OTHER = hashlib.sha256(b"another").hexdigest()
+ENTRY = modules.Entry(
+    [{"entry": "align", "grid": [16, 1, 1], "parameters": ["topk_ids", "expert_ids"]}] * 2,
+    {"block_expert": [128], "keys1": [2048]},
+    [bytes(range(256)), b""],
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(path))
+    modules._warn.cache_clear()
+    yield path
+    modules._warn.cache_clear()
+
+
+def file_of(folder, key=KEY):
+    return folder / f"{key}.mod"
+
+
+def test_round_trip(folder):
+    assert modules.load(KEY) is None
+    modules.store(KEY, ENTRY)
+    assert modules.load(KEY) == ENTRY
+    assert [path.name for path in folder.iterdir()] == [f"{KEY}.mod"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    other = ENTRY._replace(cubins=[b"x", b"y"])
+    modules.store(KEY, other)
+    assert modules.load(KEY) == other
+
+
+def test_no_damaged_byte_goes_unseen(folder):
+    modules.store(KEY, ENTRY)
+    whole = file_of(folder).read_bytes()
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        file_of(folder).write_bytes(data)
+        assert modules.load(KEY) is None, f"byte {at}"
+        assert not file_of(folder).exists(), f"byte {at}"
+    file_of(folder).write_bytes(whole)
+    assert modules.load(KEY) == ENTRY
+
+
+def test_truncated_or_longer_entries_are_removed(folder):
+    modules.store(KEY, ENTRY)
+    whole = file_of(folder).read_bytes()
+    for data in (*(whole[:size] for size in range(0, len(whole), 7)), whole + b"\0"):
+        file_of(folder).write_bytes(data)
+        assert modules.load(KEY) is None, len(data)
+        assert not file_of(folder).exists()
+
+
+def test_entry_of_another_key_is_removed(folder):
+    """Whole and sound, but another program's, under this name."""
+    modules.store(OTHER, ENTRY)
+    os.rename(file_of(folder, OTHER), file_of(folder))
+    assert modules.load(KEY) is None
+    assert not file_of(folder).exists()
+
+
+@pytest.mark.parametrize("header", [b"[1]", b"{}", b'"x"', b'{"key": 1', b"\xff\xfe"])
+def test_sound_checksum_over_a_strange_header(folder, header):
+    rest = len(header).to_bytes(8, "little") + header
+    modules.store(KEY, ENTRY)
+    file_of(folder).write_bytes(modules._MAGIC + hashlib.sha256(rest).digest() + rest)
+    assert modules.load(KEY) is None
+    assert not file_of(folder).exists()
+
+
+def test_many_writers_and_readers_at_once():
+    """Whoever reads sees a whole entry: one of those that were written."""
+    entries = [ENTRY._replace(cubins=[bytes([k]) * 200_000, b""]) for k in range(8)]
+    modules.store(KEY, entries[0])
+
+    def write(k):
+        for _ in range(20):
+            modules.store(KEY, entries[k])
+        return "wrote"
+
+    def read(_):
+        return [modules.load(KEY) in entries for _ in range(60)]
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        readers = [pool.submit(read, k) for k in range(4)]
+        writers = [pool.submit(write, k) for k in range(8)]
+        assert all(all(x.result()) for x in readers)
+        assert [x.result() for x in writers] == ["wrote"] * 8
+    assert [path.suffix for path in modules.folder().iterdir()] == [".mod"]
+
+
+def test_writers_in_other_processes(folder):
+    code = f"""{BY_PATH}
+entry = modules.Entry([], {{}}, [sys.argv[1].encode() * 100_000])
+for _ in range(200):
+    modules.store({KEY!r}, entry)
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in range(2)]
+    want = [modules.Entry([], {}, [str(k).encode() * 100_000]) for k in range(2)]
+    seen = 0
+    while any(process.poll() is None for process in running):
+        if (entry := modules.load(KEY)) is not None:
+            assert entry in want
+            seen += 1
+    assert [process.wait() for process in running] == [0, 0]
+    assert seen and modules.load(KEY) in want
+    assert [path.name for path in folder.iterdir()] == [f"{KEY}.mod"]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_folder_that_others_may_write_is_not_used(folder, mode):
+    modules.store(KEY, ENTRY)
+    folder.chmod(mode)
+    with pytest.warns(UserWarning, match="others may write") as caught:
+        assert modules.load(KEY) is None
+        modules.store(OTHER, ENTRY)
+    assert len(caught) == 1 and "chmod 700" in str(caught[0].message)
+    assert not file_of(folder, OTHER).exists()
+    folder.chmod(0o755)  # others may read
+    assert modules.load(KEY) == ENTRY
+
+
+def test_folder_of_another_user_is_not_used(folder, monkeypatch):
+    modules.store(KEY, ENTRY)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.warns(UserWarning, match="no compiled kernels are kept"):
+        assert modules.load(KEY) is None
+
+
+def test_folder_that_cannot_be_made(folder):
+    folder.write_text("a file stands in the way")
+    with pytest.warns(UserWarning, match="no compiled kernels are kept"):
+        modules.store(KEY, ENTRY)
+    assert modules.load(KEY) is None
+    assert folder.read_text() == "a file stands in the way"
+
+
+class _FullDisk:
+    """A file on which a part of what is written fits."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def write(self, data):
+        self._file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["write", "replace", "mkstemp"])
+def test_full_disk_costs_a_warning_and_leaves_nothing_half_written(folder, step, monkeypatch):
+    modules.store(OTHER, ENTRY)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    if step == "write":
+        fdopen = os.fdopen
+        monkeypatch.setattr(os, "fdopen", lambda *given: _FullDisk(fdopen(*given)))
+    elif step == "replace":
+        monkeypatch.setattr(os, "replace", full)
+    else:
+        monkeypatch.setattr(modules.tempfile, "mkstemp", full)
+    with pytest.warns(UserWarning, match="could not be kept.*No space left"):
+        modules.store(KEY, ENTRY)
+    assert [path.name for path in folder.iterdir()] == [f"{OTHER}.mod"]
+    assert modules.load(KEY) is None and modules.load(OTHER) == ENTRY
+
+
+def test_size_is_bounded_and_the_oldest_go_first(folder, monkeypatch):
+    monkeypatch.setattr(modules, "_MAX_BYTES", 35_000)
+    entry = ENTRY._replace(cubins=[bytes(9_000)])
+    keys = [hashlib.sha256(bytes([k])).hexdigest() for k in range(6)]
+    for age, key in enumerate(keys):
+        modules.store(key, entry)
+        then = time.time() - 1000 + age
+        os.utime(file_of(folder, key), (then, then))
+    held = [key for key in keys if file_of(folder, key).exists()]
+    assert held == keys[-3:]
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 35_000
+
+
+def test_folder_is_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path / "here"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert modules.folder() == tmp_path / "here"
+    monkeypatch.delenv("TORCH_BRIDGE_CACHE_DIR")
+    assert modules.folder() == tmp_path / "xdg" / "torch_bridge"
+    modules.store(KEY, ENTRY)
+    assert file_of(tmp_path / "xdg" / "torch_bridge").exists()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert modules.folder() == tmp_path / "home" / ".cache" / "torch_bridge"
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+PROBLEM = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
+
+
+@pytest.fixture
+def fresh_digest():
+    modules.source_digest.cache_clear()
+    yield
+    modules.source_digest.cache_clear()
+
+
+def test_key_names_the_problem_and_the_gpu():
+    changed = [
+        PROBLEM._replace(**{field: value})
+        for field, value in {
+            "num_pairs": 9,
+            "num_experts": 9,
+            "block_size": 5,
+            "capacity": 33,
+            "id_words": 2,
+            "expert_map": "label",
+            "has_num_valid_pairs": True,
+            "return_inverse": True,
+            "minus_one": True,
+            "return_counts": False,
+            "sized_at_launch": False,
+        }.items()
+    ]
+    assert len(changed) == len(PROBLEM._fields)
+    batched = BatchedAlignProblem(8, 8, 4)
+    keys = [modules.key_of(p, "H200 sm_90 driver 13000") for p in (PROBLEM, *changed, batched)]
+    keys += [
+        modules.key_of(PROBLEM, gpu) for gpu in ("H100 sm_90 driver 13000", "H200 sm_90 driver 1")
+    ]
+    assert len(set(keys)) == len(keys)
+    assert modules.key_of(PROBLEM, "H200 sm_90 driver 13000") == keys[0]
+
+
+@pytest.mark.parametrize("what", ["our version", "jax", "jaxlib"])
+def test_key_changes_with_a_version(what, monkeypatch, fresh_digest):
+    before = modules.key_of(PROBLEM, "gpu")
+    modules.source_digest.cache_clear()
+    if what == "our version":
+        monkeypatch.setattr(moe_align_jax, "__version__", "0.0.0")
+    else:
+        version = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name: "9.9" if name == what else version(name)
+        )
+    assert modules.key_of(PROBLEM, "gpu") != before
+
+
+def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch, fresh_digest):
+    """Each file that the machine code comes from, one at a time."""
+    before, read = modules.source_digest(), modules.Path.read_bytes
+    opened = []
+    monkeypatch.setattr(modules.Path, "read_bytes", lambda p: opened.append(p) or read(p))
+    modules.source_digest.cache_clear()
+    assert modules.source_digest() == before
+    parts = {path.parent.name + "/" + path.name for path in opened}
+    for name in ("block_align/warp.py", "block_align/radix.py", "_simt/mosaic.py"):
+        assert name in parts
+    for name in ("_tuning.py", "_checks.py", "types.py"):
+        assert f"moe_align_jax/{name}" in parts
+    assert {"torch_bridge/launch.py", "torch_bridge/driver.py"} <= parts
+    for changed in list(opened):
+        monkeypatch.setattr(
+            modules.Path, "read_bytes", lambda p, c=changed: read(p) + b"#" * (p == c)
+        )
+        modules.source_digest.cache_clear()
+        assert modules.source_digest() != before, changed
+
+
+def test_neither_jax_nor_torch_is_imported_to_read_an_entry():
+    modules.store(KEY, ENTRY)
+    code = f"""{BY_PATH}
+print(len(modules.load({KEY!r}).cubins), len(modules.source_digest()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "64"], done.stderr
