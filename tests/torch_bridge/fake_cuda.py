@@ -10,10 +10,12 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 from moe_align_jax.types import LAUNCH_SIZES
+from tests import oracle
 from torch_bridge import driver, launch, modules
 
 GARBAGE = 0x5EED5EED
@@ -175,3 +177,35 @@ def resized(program: Program, shapes: dict) -> Program:
         for k in program.kernels
     )
     return dataclasses.replace(program, inputs=other(program.inputs), kernels=kernels)
+
+
+# -- what such a call must give ---------------------------------------------------------------------
+
+
+def want_of(problem, array, operands, limit=None):
+    options = {}
+    if "expert_map" in operands:
+        options["expert_map"] = operands["expert_map"].tolist()
+        options["ignore_invalid_experts"] = problem.ignore_invalid_experts
+    if "num_valid_pairs" in operands:
+        limit = int(operands["num_valid_pairs"])
+    return oracle.align(
+        array.ravel().tolist(),
+        block_size=problem.block_size,
+        num_experts=problem.num_experts,
+        pad_sorted_ids=problem.pad_sorted_ids,
+        num_valid_pairs=limit,
+        return_inverse=True,
+        **options,
+    )
+
+
+def assert_results(problem, results, want):
+    assert len(results) == len(problem.outputs)
+    for (name, shape), got in zip(problem.outputs.items(), results, strict=True):
+        assert tuple(got.shape) == shape and got.dtype == torch.int32, name
+        if name == "scatter_idx":
+            expect = [i if row >= 0 else -1 for i, row in enumerate(want.row_of_pair)]
+        else:
+            expect = getattr(want, name)
+        np.testing.assert_array_equal(got.flatten().numpy(), expect, err_msg=name)

@@ -1,0 +1,44 @@
+"""The direct path on CPU tensors."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.torch_bridge.fake_cuda import FakeCuda
+from torch_bridge import direct, driver, shortcut
+
+UNWRITTEN = -77_777
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The direct path on CPU tensors: the driver emulates; device -1 is the CPU's."""
+    fake = FakeCuda()
+    fake.stream, fake.compiles = 7, []
+
+    def compile_(index, wanted):
+        fake.compiles.append(list(wanted))
+        return [fake.entry(problem) for problem in wanted]
+
+    monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "library", lambda: fake)
+    monkeypatch.setattr(driver, "enter", lambda index: None)
+    monkeypatch.setattr(direct, "_compile", compile_)
+    monkeypatch.setattr(direct, "_gpu", lambda index: "fake sm_90")
+    monkeypatch.setattr(direct, "_programs", {})
+    monkeypatch.setattr(direct, "_failures", {})
+    monkeypatch.setattr(direct, "unavailable", lambda device: None)
+    monkeypatch.setattr(direct, "raw_stream", lambda index: fake.stream)
+    monkeypatch.setattr(direct, "current_device", lambda: None)
+    monkeypatch.setattr(
+        direct, "empty_int32", lambda n: torch.full((n,), UNWRITTEN, dtype=torch.int32)
+    )
+    monkeypatch.setattr(shortcut, "_kept", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    direct.warn_once.cache_clear()
+    yield fake
+    direct.warn_once.cache_clear()

@@ -1,0 +1,123 @@
+"""The shortcut of calls seen before, on a fake driver: which calls take it, and which do not."""
+
+import pytest
+import torch
+
+from tests.torch_bridge.fake_cuda import assert_results, want_of
+from tests.torch_bridge.helpers import ids_of
+from torch_bridge import direct, direct_call, problems, shortcut
+
+
+@pytest.fixture
+def seen_before(fake, monkeypatch):
+    """A kept call of 37 x 3 int32 ids, 16 experts, blocks of 8."""
+    monkeypatch.setattr(direct, "current_device", lambda: -1)
+    array, ids = ids_of(torch.int32)
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    direct.prepare(-1, [direct_call.kernel_problem(problem, {"topk_ids": ids})])
+    shortcut.keep(problem, {"topk_ids": ids})
+    assert len(shortcut._kept) == 1
+    return ids, want_of(problem, array, {})
+
+
+def test_shortcut_gives_the_results(seen_before):
+    ids, want = seen_before
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    for given in (ids, ids.clone(), torch.nn.functional.pad(ids.flatten(), (1, 0))[1:].view(37, 3)):
+        results = shortcut.attempt(given, 16, 8, False)
+        assert type(results) is tuple
+        assert_results(problem, results, want)
+
+
+def test_shortcut_into_out(seen_before):
+    ids, want = seen_before
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    out = tuple(torch.empty(shape, dtype=torch.int32) for shape in problem.outputs.values())
+    assert shortcut.attempt(ids, 16, 8, False, out=out) is out
+    assert_results(problem, out, want)
+
+
+def _others(ids):
+    """Calls unlike the one that was kept: each goes the ordinary way."""
+    sizes = (problems.AlignProblem(ids.numel(), 16, 8)).outputs.values()
+    fresh = [torch.full(shape, -7, dtype=torch.int32) for shape in sizes]
+    wide = torch.full((fresh[0].numel() + 1,), -7, dtype=torch.int32)
+    span = torch.full((fresh[0].numel() + ids.numel(),), 3, dtype=torch.int32)
+    overlapping = span[: fresh[0].numel()], fresh[1], fresh[2]
+    inside = span[fresh[0].numel() - 4 :][: ids.numel()].view(37, 3)
+    yield "another shape", (ids.flatten(), 16, 8, False), {}
+    yield "another size", (ids[1:], 16, 8, False), {}
+    yield "another dtype", (ids.long(), 16, 8, False), {}
+    yield "a subclass", (torch.nn.Parameter(ids, requires_grad=False), 16, 8, False), {}
+    yield "no tensor", (ids.numpy(), 16, 8, False), {}
+    yield "strided", (ids.t().contiguous().t(), 16, 8, False), {}
+    yield "negated", (torch._neg_view(ids), 16, 8, False), {}
+    yield "more experts", (ids, 17, 8, False), {}
+    yield "other blocks", (ids, 16, 4, False), {}
+    yield "float experts", (ids, 16.0, 8, False), {}
+    yield "bool blocks", (ids, 16, True, False), {}
+    yield "padded", (ids, 16, 8, True), {}
+    yield "int for a flag", (ids, 16, 8, 0), {}
+    yield "topk", (ids, 16, 8, False), {"topk": 3}
+    yield "map", (ids, 16, 8, False), {"expert_map": torch.arange(16, dtype=torch.int32)}
+    yield "two outs", (ids, 16, 8, False), {"out": fresh[:2]}
+    yield "int64 out", (ids, 16, 8, False), {"out": (fresh[0].long(), *fresh[1:])}
+    yield "short out", (ids, 16, 8, False), {"out": (fresh[0][1:], *fresh[1:])}
+    yield "2-D out", (ids, 16, 8, False), {"out": (*fresh[:2], fresh[2][None])}
+    yield "out off 16 bytes", (ids, 16, 8, False), {"out": (wide[1:], *fresh[1:])}
+    yield "same out twice", (ids, 16, 8, False), {"out": (fresh[0], fresh[1], fresh[0][:1])}
+    yield "out over ids", (inside, 16, 8, False), {"out": overlapping}
+
+
+CASES = [name for name, _, _ in _others(ids_of(torch.int32)[1])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
+    ids, _ = seen_before
+    [(arguments, options)] = [(a, o) for name, a, o in _others(ids) if name == case]
+    fake.launched.clear()
+    assert shortcut.attempt(*arguments, **options) is None
+    assert not fake.launched
+    for tensor in options.get("out", ()):
+        assert tensor.tolist() in ([-7] * tensor.numel(), [[-7]], [3] * tensor.numel())
+
+
+def test_shortcut_only_on_the_current_device(seen_before, monkeypatch):
+    ids, _ = seen_before
+    monkeypatch.setattr(direct, "current_device", lambda: 1)
+    assert shortcut.attempt(ids, 16, 8, False) is None
+
+
+def test_shortcut_is_kept_for_plain_calls_with_a_loaded_program(fake):
+    _, ids = ids_of(torch.int32)
+    n = ids.numel()
+    plain = problems.AlignProblem(n, 16, 8)
+    kept = [
+        (plain, {"topk_ids": ids}),  # no program yet
+        (problems.AlignProblem(n, 16, 8, with_counts=True), {"topk_ids": ids}),
+        (problems.AlignProblem(n, 16, 8, with_inverse=True), {"topk_ids": ids}),
+        (problems.AlignProblem(n, 16, 8, with_scatter_idx=True), {"topk_ids": ids}),
+        (problems.AlignProblem(0, 16, 8), {"topk_ids": ids[:0]}),
+        (plain, {"topk_ids": ids.to(torch.uint8)}),
+        (plain, {"topk_ids": ids, "num_valid_pairs": torch.tensor(3)}),
+        (plain, {"topk_ids": torch.nn.Parameter(ids, requires_grad=False)}),
+        (problems.SglangProblem(n, 16, 8), {"topk_ids": ids}),
+        (problems.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0]}),
+    ]
+    for index, (problem, operands) in enumerate(kept):
+        if index and isinstance(problem, problems.AlignProblem) and problem.num_pairs:
+            direct.prepare(-1, [direct_call.kernel_problem(problem, operands)])
+        shortcut.keep(problem, operands)
+        assert not shortcut._kept, index
+    shortcut.keep(plain, {"topk_ids": ids})
+    assert len(shortcut._kept) == 1
+
+
+def test_shortcut_is_bounded(fake, monkeypatch):
+    monkeypatch.setattr(shortcut, "_MAX_KEPT", 8)
+    direct.prepare(-1, [direct_call.sized(20, 16, 8, torch.int32)])
+    for n in range(17, 33):
+        ids = torch.zeros(n, dtype=torch.int32)
+        shortcut.keep(problems.AlignProblem(n, 16, 8), {"topk_ids": ids})
+        assert 1 <= len(shortcut._kept) <= 8
