@@ -369,3 +369,16 @@ def test_version_of_a_library_without_a_note_is_its_hash(tmp_path):
     library = tmp_path / "some.so"
     library.write_bytes(b"")
     assert peers._version_of(library) == "some.so sha256 e3b0c44298fc"
+
+
+def test_host_time_is_per_call(monkeypatch):
+    """`host_us` divides by its calls, and takes the median of its repeats."""
+    torch = pytest.importorskip("torch")
+    from benchmarks import host
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = iter([0.0, 3e-3, 10.0, 10.0 + 6e-3, 20.0, 20.0 + 9e-3])
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    made = []
+    assert host.host_us(lambda: made.append(1), calls=3, repeats=3) == pytest.approx(2000)
+    assert len(made) == 100 + 9
