@@ -287,7 +287,9 @@ def test_traced_size_is_a_type_error(argument):
 
 def test_float_ids_under_jit_are_the_same_error():
     with pytest.raises(TypeError, match=r"topk_ids must be an integer array; got float32 \[3\]"):
-        jax.jit(lambda x: maj.moe_align_block_size(x, block_size=4, num_experts=8))(jnp.zeros(3, jnp.float32))
+        jax.jit(lambda x: maj.moe_align_block_size(x, block_size=4, num_experts=8))(
+            jnp.zeros(3, jnp.float32)
+        )
 
 
 def test_torch_tensor_is_sent_to_the_bridge():
