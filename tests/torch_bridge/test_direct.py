@@ -280,12 +280,12 @@ def test_stream_is_asked_for_at_every_call(fake):
 def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
     """Another thread on the same stream must not get them from the allocator before."""
     _, ids = ids_of(torch.int32, num_tokens=1000)
-    problem, alive = problems.AlignProblem(3000, 16, 8), []
+    problem, memory, dead = problems.AlignProblem(3000, 16, 8), [], []
 
     class Tracked:
         def __init__(self, n):
             self.tensor = torch.empty(n, dtype=torch.int32)
-            alive.append(self)
+            memory.append(self.tensor)  # stays, so that a defect is seen and does not crash
 
         def data_ptr(self):
             return self.tensor.data_ptr()
@@ -293,13 +293,10 @@ def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
         def __del__(self):
             dead.append(len(fake.launched))
 
-    dead = []
     monkeypatch.setattr(direct, "empty_int32", Tracked)
     program = direct.program_for("f", None, direct_call.kernel_problem(problem, {"topk_ids": ids}))
     run, counted = fake._run, []
-    monkeypatch.setattr(
-        fake, "_run", lambda *a: (alive.clear(), counted.append(len(dead)), run(*a))
-    )
+    monkeypatch.setattr(fake, "_run", lambda *a: (counted.append(len(dead)), run(*a)))
     results = [torch.empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
     direct.align(program, ids, 3000, problem.capacity, (), results)
     assert counted == [0, 0] and len(dead) == 1
