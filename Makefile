@@ -43,14 +43,15 @@ test-x64:
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.
 TORCH_SMOKE := --ignore-glob='*/torch_bridge/test_[b-z]*'
+OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
+  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
+  touch $(OLD_JAX_DIR)/.complete; }
+WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-jax-0.11:
 	$(VENV_FOR) cli test torch
-	@test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
-	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
-	  touch $(OLD_JAX_DIR)/.complete; }
-	PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
-	  $(PYTEST) --expect-jax $(OLD_JAX) $(WITHOUT_JAX) $(TORCH_SMOKE)
+	@$(OLD_JAX_THERE)
+	$(WITH_OLD_JAX) $(PYTEST) --expect-jax $(OLD_JAX) $(WITHOUT_JAX) $(TORCH_SMOKE)
 
 # On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
 gpu-test:
@@ -69,4 +70,18 @@ format:
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_JAX_DIR)
+	rm -rf $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
+
+# Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
+# CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
+.PHONY: compile-kernels resolve
+compile-kernels:
+	$(VENV_FOR) cli test torch
+	@$(OLD_JAX_THERE)
+	$(PY) -m tests.no_gpu.compile --jobs $(JOBS)
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
+
+# jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
+resolve:
+	$(VENV_FOR) cli test torch dev
+	sh tools/check_resolves.sh $(PY)

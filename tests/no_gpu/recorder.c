@@ -1,0 +1,82 @@
+/* A libcuda for machines without a GPU: a Hopper that runs nothing and remembers what it was asked to.
+
+   It has what jaxlib's Mosaic compiler, and the host code that it makes, call. Nothing of CUDA's headers
+   is needed: types and numbers are the driver's binary interface. `recorded` is read through ctypes
+   (tests/no_gpu/worker.py has the same layout). Anything else that is asked for fails to resolve.
+
+       cc -shared -fPIC -o libcuda.so.1 recorder.c
+*/
+#include <stdint.h>
+#include <string.h>
+
+#define MAX_PARAMETERS 64
+enum { SUCCESS = 0, INVALID_IMAGE = 200, INVALID_VALUE = 1 };
+enum { MAJOR = 75, MINOR = 76, MAX_DYNAMIC_SHARED = 8 };
+
+typedef struct {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream;
+    struct { int id, padding; uint64_t value[8]; } *attributes;
+    unsigned num_attributes;
+} LaunchConfig;
+
+struct {
+    int num_parameters; /* set by the reader: how many the next launches pass */
+    int modules, launches, most_shared_bytes;
+    unsigned grid[3], block[3], shared_bytes, programmatic;
+    uint64_t stream, parameters[MAX_PARAMETERS];
+    char entry[256];
+} recorded;
+
+int cuInit(unsigned flags) { return SUCCESS; }
+int cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
+int cuCtxGetDevice(int *device) { *device = 0; return SUCCESS; }
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return SUCCESS; }
+int cuModuleUnload(void *module) { return SUCCESS; }
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == MAJOR ? 9 : 0; /* compute capability 9.0 */
+    return SUCCESS;
+}
+
+int cuGetErrorString(int error, const char **text) {
+    *text = "an error of the recording libcuda";
+    return SUCCESS;
+}
+
+int cuModuleLoadData(void **module, const void *image) {
+    if (memcmp(image, "\177ELF", 4) != 0)
+        return INVALID_IMAGE; /* PTX, say: ptxas did not run */
+    recorded.modules++;
+    *module = (void *)2;
+    return SUCCESS;
+}
+
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    strncpy(recorded.entry, name, sizeof recorded.entry - 1);
+    *function = (void *)3;
+    return SUCCESS;
+}
+
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    if (attribute == MAX_DYNAMIC_SHARED)
+        recorded.most_shared_bytes = value;
+    return SUCCESS;
+}
+
+int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
+    if (function != (void *)3 || extra || recorded.num_parameters > MAX_PARAMETERS)
+        return INVALID_VALUE;
+    recorded.launches++;
+    memcpy(recorded.grid, config->grid, sizeof recorded.grid);
+    memcpy(recorded.block, config->block, sizeof recorded.block);
+    recorded.shared_bytes = config->shared_bytes;
+    recorded.stream = (uint64_t)config->stream;
+    recorded.programmatic = 0;
+    for (unsigned i = 0; i < config->num_attributes; i++)
+        if (config->attributes[i].id == 6) /* programmatic stream serialization */
+            recorded.programmatic = (unsigned)config->attributes[i].value[0];
+    for (int i = 0; i < recorded.num_parameters; i++)
+        recorded.parameters[i] = *(uint64_t *)parameters[i];
+    return SUCCESS;
+}

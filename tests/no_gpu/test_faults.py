@@ -1,0 +1,178 @@
+"""The checks of the GPU-less compile find what they are there for: PTX by hand, each with one fault."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from tests import forms
+from tests.no_gpu import cases, ptx, toolchain, worker
+
+KERNEL = """
+.visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1)
+.maxntid 256, 1, 1
+{
+	ld.param::entry.b64 	%rd1, [k_param_0];
+	ld.param.u64 	%rd2, [k_param_1];
+	cvta.to.global.u64 	%rd3, %rd1;
+	// begin inline asm
+	griddepcontrol.wait;
+	// end inline asm
+	mul.wide.u32 	%rd4, %r1, 4;
+	add.s64 	%rd5, %rd3, %rd4;
+	@%p1 bra 	$L__BB0_1;
+	ld.global.b32 	%r2, [%rd5+4];
+	ld.shared.v4.b32 	{%r3, %r4, %r5, %r6}, [%r7];
+	st.global.v4.b32 	[%rd2], {%r3, %r4, %r5, %r6};
+}
+"""
+WAIT = "griddepcontrol.wait;"
+LOG = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+    {stack} bytes stack frame, {stores} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers
+"""
+
+
+def test_accesses_are_traced_to_their_parameters():
+    load, store = ptx.global_accesses(KERNEL)
+    assert load[:3] == ("ld.global.b32", 4, frozenset({0}))
+    assert store[:3] == ("st.global.v4.b32", 16, frozenset({1}))
+
+
+def test_what_ptxas_says_is_read():
+    assert ptx.usage(LOG.format(stack=8, stores=12, registers=40)) == (40, 8, 12, 4)
+
+
+def test_a_sound_kernel_has_no_fault():
+    used = ptx.Usage(128, 0, 0, 0)
+    assert not [
+        *worker.resource_faults(used, 256, KERNEL),
+        *worker.order_faults(KERNEL, pdl=True, first=True),
+        *worker.width_faults(KERNEL, ("topk_ids", "expert_ids"), 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("used", "threads", "fault"),
+    [
+        ((32, 0, 4, 0), 256, "4 bytes spilled"),
+        ((32, 0, 0, 4), 256, "4 bytes spilled"),
+        ((32, 16, 0, 0), 256, "16 bytes of stack"),
+        ((249, 0, 0, 0), 256, None),  # 256 x 256: the last that fits
+        ((257, 0, 0, 0), 256, "take 67584 of 65536"),
+        ((32, 0, 0, 0), 512, "compiled for CTAs of 256 threads, launched with 512"),
+    ],
+)
+def test_resources(used, threads, fault):
+    found = list(worker.resource_faults(ptx.Usage(*used), threads, KERNEL))
+    assert len(found) == (fault is not None), found
+    assert not fault or fault in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "pdl", "first", "fault"),
+    [
+        (KERNEL.replace(WAIT, ""), True, True, "missing"),
+        (KERNEL, False, True, "without PDL"),
+        (KERNEL.replace(WAIT, "griddepcontrol.launch_dependents;"), False, True, "without PDL"),
+        (KERNEL.replace(WAIT, "ld.global.b32 %r9, [%rd3];\n" + WAIT), True, True, "ahead"),
+        (KERNEL.replace(WAIT, "ld.global.b32 %r9, [%rd3];\n" + WAIT), True, False, None),
+        (KERNEL.replace(WAIT, "st.global.b32 [%rd3], %r9;\n" + WAIT), True, False, "ahead"),
+        (KERNEL.replace(WAIT, ""), False, True, None),
+    ],
+)
+def test_order(text, pdl, first, fault):
+    found = list(worker.order_faults(text, pdl=pdl, first=first))
+    assert len(found) == (fault is not None), found
+    assert not fault or fault in found[0]
+
+
+@pytest.mark.parametrize(
+    ("load", "id_words", "fault"),
+    [
+        ("ld.global.b32 	%r2, [%rd5+4]", 1, None),
+        ("ld.global.v2.b32 	{%r2, %r8}, [%rd5+8]", 2, None),
+        ("ld.global.nc.b64 	%rd9, [%rd5]", 2, None),
+        ("ld.global.v2.b32 	{%r2, %r8}, [%rd5+8]", 1, "of 8 bytes"),
+        ("ld.global.b64 	%rd9, [%rd5]", 1, "of 8 bytes"),
+        ("ld.global.nc.v4.u32 	{%r2, %r8, %r9, %r10}, [%rd5]", 2, "of 16 bytes"),
+        ("ld.v2.b32 	{%r2, %r8}, [%rd1]", 1, "of 8 bytes"),
+        ("ld.global.b32 	%r2, [%rd2]", 1, "gone blind"),
+    ],
+)
+def test_load_width(load, id_words, fault):
+    text = KERNEL.replace("ld.global.b32 	%r2, [%rd5+4]", load)
+    found = list(worker.width_faults(text, ("topk_ids", "expert_ids"), id_words))
+    assert len(found) == (fault is not None), found
+    assert not fault or fault in found[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"grid": (5, 1, 1)}, "grid"),
+        ({"block": (128, 1, 1)}, "block"),
+        ({"shared_bytes": 1020}, "the kernel asks for 1024"),
+        ({"parameters": ("topk_ids",)}, "not passed: ['expert_ids']"),
+    ],
+)
+def test_launch(change, fault):
+    kernel = SimpleNamespace(
+        num_ctas=4, num_threads=256, shared_words=256, outputs={"expert_ids": (1,)}
+    )
+    launch = {"grid": (4, 1, 1), "block": (256, 1, 1), "shared_bytes": 1024}
+    launch |= {"parameters": ("topk_ids", "expert_ids")} | change
+    found = list(worker.launch_faults(kernel, "direct", SimpleNamespace(**launch)))
+    assert len(found) == (fault is not None), found
+    assert not fault or fault in found[0]
+
+
+def test_the_selection_covers_every_size_form_and_pair_of_options():
+    chosen = cases.all_cases()
+    assert {case.form for case in chosen} == {"warp", "block", "grid", "radix", "batched"}
+    sizes = {(c.problem.num_experts, c.problem.block_size) for c in chosen}
+    assert {(size.num_experts, size.block_size) for size in forms.SIZES} <= sizes
+    # Counted here by another way than the selection does.
+    together = {
+        (form, id_words, expert_map, inverse)
+        for form in ("warp", "block", "grid", "radix")
+        for id_words in (1, 2)
+        for expert_map in ("", "label", "filter")
+        for inverse in (False, True)
+    }
+    for pair in ((0, 1, 2), (0, 1, 3), (0, 2, 3)):
+        met = {
+            tuple(
+                (c.form, c.problem.id_words, c.problem.expert_map, c.problem.return_inverse)[i]
+                for i in pair
+            )
+            for c in chosen
+            if c.form != "batched"
+        }
+        assert {tuple(x[i] for i in pair) for x in together} <= met
+
+
+def test_without_a_c_compiler_the_set_up_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with pytest.raises(toolchain.Missing, match="C compiler does not run.*/no/such/compiler"):
+        toolchain._build_recorder(tmp_path)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(toolchain.Missing, match="install gcc or clang"):
+        toolchain._build_recorder(tmp_path)
+
+
+def test_the_recorder_has_the_layout_that_is_read(tmp_path):
+    try:
+        toolchain._build_recorder(tmp_path)
+    except toolchain.Missing as missing:
+        pytest.skip(str(missing))
+    library = ctypes.CDLL(str(tmp_path / toolchain.LIBRARY))
+    recorded = worker._Recorded.in_dll(library, "recorded")
+    assert library.cuModuleLoadData(ctypes.byref(ctypes.c_void_p()), b".version 9.0") == 200
+    assert recorded.modules == 0
+    assert library.cuModuleLoadData(ctypes.byref(ctypes.c_void_p()), b"\x7fELF") == 0
+    assert library.cuModuleGetFunction(ctypes.byref(ctypes.c_void_p()), None, b"last_field") == 0
+    assert (recorded.modules, recorded.entry) == (1, b"last_field")

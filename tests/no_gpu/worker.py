@@ -1,0 +1,244 @@
+"""Compiles some of the cases and checks what comes out. Started by `compile`, in the toolchain's folder.
+
+    python -m tests.no_gpu.worker PLUGIN RUNTIME SHARE OF
+
+Prints a JSON line per case: its name, kernels (name, registers, shared bytes), and what is wrong.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.no_gpu import cases, ptx
+from tests.no_gpu.cases import BATCH, Case
+
+_MAX_PARAMETERS = 64
+REGISTERS_PER_SM = 65_536
+# Shared memory is asked for in whole kilobytes.
+_SHARED_STEP = 1024
+_STREAM = 0x77
+
+
+class _Recorded(ctypes.Structure):
+    """As in recorder.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("num_parameters", "modules", "launches")),
+        ("most_shared_bytes", ctypes.c_int),
+        *((name, ctypes.c_uint * 3) for name in ("grid", "block")),
+        *((name, ctypes.c_uint) for name in ("shared_bytes", "programmatic")),
+        ("stream", ctypes.c_uint64),
+        ("parameters", ctypes.c_uint64 * _MAX_PARAMETERS),
+        ("entry", ctypes.c_char * 256),
+    ]
+
+
+def _load_launch() -> Any:
+    # By path: the package `torch_bridge` would import torch.
+    path = Path(__file__).parents[2] / "torch_bridge/launch.py"
+    spec = importlib.util.spec_from_file_location("launch", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+class Checker:
+    """jaxlib's compiler over the recording libcuda."""
+
+    def __init__(self, plugin: str, runtime: str):
+        import jaxlib.version
+        from jax.experimental.mosaic import gpu  # noqa: F401  (it sets the variable below)
+
+        # jaxlib 0.12 passes the kernel and a device, too.
+        self._second_abi = jaxlib.version.__version_info__ >= (0, 12)
+        os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = runtime
+        library = ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+        self.recorded = _Recorded.in_dll(library, "recorded")  # a real libcuda has no such thing
+        self.launch = _load_launch()
+        self.compiler = self.launch.Compiler(plugin)
+        self._mode = ""
+        self._compiled = 0
+        compile_module = self.compiler._compile
+
+        def remember(module: bytes, size: int) -> int:
+            self._compiled = compile_module(module, size)
+            return self._compiled
+
+        self.compiler._compile = remember
+        as_launched_directly = self.launch.lower
+        self.launch.lower = lambda kernel: (
+            as_launched_directly(kernel) if self._mode == "direct" else self._lower_for_xla(kernel)
+        )
+
+    def _lower_for_xla(self, kernel: Any) -> bytes:
+        """As `jit` and `vmap` take it: without PDL."""
+        import jax
+        import jax.numpy as jnp
+
+        from moe_align_jax._simt import mosaic
+
+        call, batch = mosaic.launcher(kernel), ()
+        if self._mode == "vmap":
+            call, batch = jax.vmap(call), (BATCH,)
+        structs = [jax.ShapeDtypeStruct(batch + s, jnp.int32) for s in kernel.inputs.values()]
+        traced = jax.jit(call).trace(*structs)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
+        with module.context:
+            [found] = self.launch._custom_call_modules(module.operation)
+        return found
+
+    def check(self, case: Case) -> dict[str, Any]:
+        """One program: its kernels, and what is wrong with them."""
+        from moe_align_jax import _tuning
+        from moe_align_jax._kernels import block_align
+
+        begun, kernels, wrong = time.monotonic(), [], []
+        self._mode = case.mode
+        config = _tuning.config_for(case.problem)
+        program = block_align.build(case.problem, config, batched=case.mode == "vmap")
+        for position, kernel in enumerate(program.kernels):
+            try:
+                text, launch = self.compiler(kernel)
+                used = ptx.usage(_ptxas(text))
+            except self.launch.CompileError as error:
+                wrong.append(f"{kernel.name}: {error}")
+                continue
+            faults = (
+                *launch_faults(kernel, case.mode, launch),
+                *self._recording_faults(kernel, launch),
+                *resource_faults(used, launch.block[0], text),
+                *order_faults(text, pdl=case.mode == "direct", first=position == 0),
+                *width_faults(text, launch.parameters, getattr(case.problem, "id_words", 1)),
+            )
+            wrong += [f"{kernel.name}: {fault}" for fault in faults]
+            kernels.append((kernel.name, launch.block[0], used.registers, launch.shared_bytes))
+        seconds = round(time.monotonic() - begun, 2)
+        return {"case": str(case), "kernels": kernels, "wrong": wrong, "seconds": seconds}
+
+    def _recording_faults(self, kernel: Any, launch: Any) -> Iterator[str]:
+        """Launches through jaxlib's own host code, and compares with what was read from it."""
+        recorded = self.recorded
+        buffers = (*kernel.inputs, *kernel.outputs)
+        sentinels = {name: 0x7F0000000000 + 0x1000 * i for i, name in enumerate(buffers)}
+        recorded.num_parameters, recorded.launches = len(launch.parameters), 0
+        pointers = (ctypes.c_void_p * len(buffers))(*sentinels.values())
+        function, host, spec = (ctypes.c_void_p * 3).from_address(self._compiled)
+        arguments: list[Any] = [function, _STREAM, ctypes.cast(pointers, ctypes.c_void_p)]
+        types = [ctypes.c_void_p] * 3
+        if self._second_abi:
+            arguments, types = [spec, *arguments, 0], [ctypes.c_void_p, *types, ctypes.c_int]
+        ctypes.CFUNCTYPE(None, *types)(host)(*arguments)
+        if (recorded.launches, recorded.stream) != (1, _STREAM):
+            yield f"{recorded.launches} launches on stream {recorded.stream:#x}"
+            return
+        names = {value: name for name, value in sentinels.items()}
+        passed = recorded.parameters[: len(launch.parameters)]
+        pairs = {
+            "entry": (launch.entry, recorded.entry.decode()),
+            "grid": (launch.grid, tuple(recorded.grid)),
+            "block": (launch.block, tuple(recorded.block)),
+            "shared bytes": (launch.shared_bytes, recorded.shared_bytes),
+            "parameters": (launch.parameters, tuple(names.get(x, hex(x)) for x in passed)),
+        }
+        for what, (read, happened) in pairs.items():
+            if read != happened:
+                yield f"{what} read as {read}; jaxlib launched with {happened}"
+        if recorded.shared_bytes > 48 << 10 and recorded.most_shared_bytes < recorded.shared_bytes:
+            yield f"launched with more shared memory than allowed: {recorded.most_shared_bytes}"
+
+
+def _ptxas(text: str) -> str:
+    """ptxas' account of one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text)
+        command = ["cuda_sdk_lib/bin/ptxas", "-v", "-arch=sm_90a", str(source), "-o"]
+        done = subprocess.run(
+            [*command, str(source.with_suffix(".cubin"))], capture_output=True, text=True
+        )
+    if done.returncode:
+        raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+    return done.stderr + done.stdout
+
+
+# -- what must hold ------------------------------------------------------------------------------
+
+
+def launch_faults(kernel: Any, mode: str, launch: Any) -> Iterator[str]:
+    """The launch against the kernel's own description."""
+    from moe_align_jax._simt.language import MAX_SHARED_BYTES
+
+    grid, batch = (kernel.num_ctas, 1, 1), BATCH if mode == "vmap" else 1
+    if batch > 1:  # Mosaic folds axes of one CTA
+        grid = (kernel.num_ctas, batch, 1) if kernel.num_ctas > 1 else (batch, 1, 1)
+    if launch.grid != grid:
+        yield f"grid {launch.grid}, not {grid}"
+    if launch.block != (kernel.num_threads, 1, 1):
+        yield f"block {launch.block}, not {kernel.num_threads} threads"
+    asked = kernel.shared_words * 4
+    if not asked <= launch.shared_bytes < asked + _SHARED_STEP:
+        yield f"{launch.shared_bytes} bytes of shared memory; the kernel asks for {asked}"
+    if launch.shared_bytes > MAX_SHARED_BYTES:
+        yield f"{launch.shared_bytes} bytes of shared memory; an SM has {MAX_SHARED_BYTES}"
+    if missing := set(kernel.outputs) - set(launch.parameters):
+        yield f"outputs that are not passed: {sorted(missing)}"
+
+
+def resource_faults(used: ptx.Usage, threads: int, text: str) -> Iterator[str]:
+    """Nothing spilled, and the CTA fits into an SM's registers."""
+    if (spilled := used.spill_stores + used.spill_loads) or used.stack:
+        yield f"{spilled} bytes spilled, {used.stack} bytes of stack"
+    # Registers are handed out 8 at a time.
+    if (taken := -(-used.registers // 8) * 8 * threads) > REGISTERS_PER_SM:
+        yield f"{used.registers} registers x {threads} threads take {taken} of {REGISTERS_PER_SM}"
+    if (most := ptx.max_threads(text)) != threads:
+        yield f"compiled for CTAs of {most} threads, launched with {threads}"
+
+
+def order_faults(text: str, *, pdl: bool, first: bool) -> Iterator[str]:
+    """With PDL every kernel waits for what was launched before it; without, none does."""
+    waits = text.find("griddepcontrol.wait")
+    if pdl != (waits >= 0) or (not pdl and "griddepcontrol" in text):
+        yield f"griddepcontrol.wait {'is missing' if pdl else 'without PDL'}"
+    # Kernels behind the first may read inputs before: the first has waited for their writer.
+    if pdl and waits >= 0:
+        early = [a for a in ptx.global_accesses(text) if a.position < waits]
+        if early := [a for a in early if first or not a.instruction.startswith("ld")]:
+            yield f"{early[0].instruction} ahead of griddepcontrol.wait"
+
+
+def width_faults(text: str, parameters: tuple[str, ...], id_words: int) -> Iterator[str]:
+    """Ids may start at any word, though the pointer counts as aligned: no load may span two of them."""
+    if "topk_ids" not in parameters:
+        return
+    at = parameters.index("topk_ids")
+    loads = [
+        access
+        for access in ptx.global_accesses(text)
+        if at in access.parameters and access.instruction.startswith("ld")
+    ]
+    if not loads:
+        yield "topk_ids is passed and never loaded: this check has gone blind"
+    for load in loads:
+        if load.bytes > 4 * id_words:
+            yield f"{load.instruction} of {load.bytes} bytes from topk_ids"
+
+
+def main(plugin: str, runtime: str, share: str, of: str) -> None:
+    checker = Checker(plugin, runtime)
+    for case in cases.all_cases()[int(share) :: int(of)]:
+        print(json.dumps(checker.check(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # without the destructors of a driver that is none
