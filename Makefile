@@ -32,13 +32,16 @@ test:
 	$(VENV_FOR) cli test torch
 	$(PYTEST)
 
-# Left out where only jax differs: tests of NumPy, shell and oracle code, which `make test` has run.
-WITHOUT_JAX := $(addprefix --ignore-glob='*/tests/test_,$(addsuffix *.py',emulator oracle make_venv sanitize))
+# The same tests once more where only jax differs. Left out: tests of NumPy, shell and oracle code, which
+# `make test` has run. XLA compiles with fewer passes, hypothesis tries fewer cases: both for time alone.
+AGAIN := $(addprefix --ignore-glob='*/tests/test_,$(addsuffix *.py',emulator oracle make_venv sanitize)) \
+  --hypothesis-profile=brief
+QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch
-	JAX_ENABLE_X64=1 $(PYTEST) $(WITHOUT_JAX) --ignore tests/torch_bridge
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/torch_bridge
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.

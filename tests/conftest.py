@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite: strict jax, one `implementation` fixture, shards."""
 
+import importlib.util
 import os
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
@@ -25,6 +26,20 @@ def why_no_hopper() -> str | None:
     capability = min(float(device.compute_capability) for device in devices)
     return None if capability >= 9.0 else f"needs compute capability 9.0; this GPU has {capability}"
 
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # derandomize: the same cases every run; a failure is a failure for everyone.
+    for profile, examples in (("default", 60), ("brief", 15)):
+        settings.register_profile(
+            profile,
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        )
+    settings.load_profile("default")
 
 KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
 IMPLEMENTATIONS = ("xla", *KERNELS)

@@ -2,21 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import moe_align_jax as maj
 from tests import oracle
 from tests.helpers import as_jax
-
-# derandomize: the same cases every run; a failure is a failure for everyone.
-common = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 @st.composite
 def calls(draw, max_pairs=200):
@@ -52,7 +43,6 @@ def run(ids, implementation, options):
     return [np.asarray(field) for field in out]
 
 
-@common
 @given(case=calls())
 def test_result_equals_oracle(implementation, case):
     ids, options = case
@@ -60,7 +50,6 @@ def test_result_equals_oracle(implementation, case):
     oracle.assert_same(got, oracle.expected(ids, **options))
 
 
-@common
 @given(case=calls())
 def test_rows_are_a_permutation_of_the_kept_pairs(implementation, case):
     ids, options = case
@@ -76,7 +65,6 @@ def test_rows_are_a_permutation_of_the_kept_pairs(implementation, case):
     assert (inverse >= 0).sum() == len(kept)
 
 
-@common
 @given(case=calls())
 def test_blocks_are_pure_and_groups_are_stable(implementation, case):
     ids, options = case
@@ -107,7 +95,6 @@ def test_blocks_are_pure_and_groups_are_stable(implementation, case):
         assert all(len(some) == size for g, some in groups if g == expert and some[-1] != pairs[-1])
 
 
-@common
 @given(case=calls(max_pairs=80))
 def test_two_runs_and_two_containers_give_the_same_bits(implementation, case):
     ids, options = case
@@ -116,7 +103,6 @@ def test_two_runs_and_two_containers_give_the_same_bits(implementation, case):
     assert first == [field.tobytes() for field in run(as_jax(ids), implementation, options)]
 
 
-@common
 @given(case=calls(max_pairs=80), seed=st.integers(0, 2**16))
 def test_permuted_input_gives_the_same_blocks(implementation, case, seed):
     """Only sorted_token_ids and row_of_pair know the order of the pairs."""
@@ -129,7 +115,6 @@ def test_permuted_input_gives_the_same_blocks(implementation, case, seed):
         assert np.array_equal(first[field], second[field])
 
 
-@common
 @given(
     counts=st.lists(st.integers(-3, 40), min_size=1, max_size=30),
     max_tokens=st.integers(1, 30),
@@ -147,7 +132,6 @@ def test_batched_result_equals_oracle(implementation, counts, max_tokens, block_
 
 
 @pytest.mark.parametrize("pad", [False, True])
-@common
 @given(
     num_pairs=st.integers(0, 300),
     num_experts=st.integers(1, 40),
