@@ -76,7 +76,7 @@ MUTANTS = (
         "block",
         BLOCK_SYNC,
         "pass",
-        after="rows.fill(r.sorted_token_ids, n, vector=vector)",
+        after="rows.fill(r.sorted_token_ids, sizes.num_pairs, vector=vector)",
     ),
     _form(
         "block: the barrier before the column scan is a warp barrier",
@@ -118,7 +118,7 @@ MUTANTS = (
         "grid",
         BLOCK_SYNC,
         WARP_SYNC,
-        after="common.write_inverse(t, r, problem, pair, e, row)",
+        after="common.write_inverse(t, r, problem, sizes, pair, e, row)",
     ),
     _form(
         "grid: the next tile begins without a barrier",
@@ -217,8 +217,8 @@ MUTANTS = (
     _form(
         "radix: the search leaves out the last key",
         "radix",
-        "inside = probe <= n",
-        "inside = probe < n",
+        "inside = probe <= num_keys",
+        "inside = probe < num_keys",
         kills="wrong",
     ),
 )
