@@ -54,7 +54,7 @@ WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:
 test-jax-0.11:
 	$(VENV_FOR) cli test torch
 	@$(OLD_JAX_THERE)
-	$(WITH_OLD_JAX) $(PYTEST) --expect-jax $(OLD_JAX) $(WITHOUT_JAX) $(TORCH_SMOKE)
+	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) $(AGAIN) $(TORCH_SMOKE)
 
 # On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
 gpu-test:

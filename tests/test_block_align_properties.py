@@ -9,6 +9,7 @@ import moe_align_jax as maj
 from tests import oracle
 from tests.helpers import as_jax
 
+
 @st.composite
 def calls(draw, max_pairs=200):
     """(ids, options): few experts or many, ids in and out of range, every option."""

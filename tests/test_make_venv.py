@@ -111,6 +111,16 @@ def test_half_made_environment_is_made_anew(machine, harm):
     assert not (venv / "left-over").exists() and not (venv / ".unfinished").exists()
 
 
+def test_environment_of_somebody_else_is_kept(machine):
+    put(machine, "python3.12", PYTHON)
+    venv = machine.parent / "venv"
+    subprocess.run(["sh", str(machine / "python3.12"), "-m", "venv", str(venv)], check=True)
+    (venv / "theirs").touch()
+    done, installs = make(machine, "cli")
+    assert done.returncode == 0 and len(installs) == 1 and (venv / "theirs").exists()
+    assert make(machine, "cli")[1] == []
+
+
 def test_changed_dependencies_are_installed(machine, tmp_path):
     put(machine, "python3.12", PYTHON)
     checkout = tmp_path / "checkout"

@@ -5,7 +5,7 @@
 #
 # VENV/.complete-EXTRA names what was installed (checkout, Python, pyproject.toml): anything else there is
 # installed again. VENV/.unfinished stands while an install runs: one that was killed is not trusted, and
-# the environment is made anew.
+# the environment is made anew. A working environment that somebody else made is kept and added to.
 set -eu
 
 venv=$1
@@ -43,7 +43,7 @@ if [ -e "$venv" ] && ! { is_new_enough "$venv/bin/python" && "$venv/bin/python" 
 then
     rm -rf "$venv" # its Python is gone, or it was never finished
 fi
-if [ -e "$venv" ] && [ "$(cat "$venv/.made-in" 2>/dev/null)" != "$PWD" ]; then
+if [ -e "$venv/.made-in" ] && [ "$(cat "$venv/.made-in")" != "$PWD" ]; then
     rm -rf "$venv" # a copied or moved checkout: the scripts in it name the old place
 fi
 if [ ! -e "$venv" ]; then
