@@ -25,9 +25,18 @@ except ImportError:  # pragma: no cover
         return 1
 
 
+try:  # inside torch.func's transforms tensors look plain, and have no pointer or one of 0
+    from torch._C._functorch import maybe_current_level as _transformed  # type: ignore[import]
+except ImportError:  # pragma: no cover
+
+    def _transformed() -> int | None:
+        """The level of torch.func's transforms, or None; unknown, as above."""
+        return 1
+
+
 def open_to_all() -> bool:
     """Whether a call may pass by torch's dispatcher: nobody traces, records or transforms operators."""
-    return not (_is_tracing() or _watched())
+    return not (_is_tracing() or _watched()) and _transformed() is None
 
 
 class Shortcut:
@@ -148,7 +157,10 @@ def attempt(
     ):
         mode = None if expert_map is None else ignore_invalid_experts
         sizes = (num_experts, block_size, pad_sorted_ids, mode, topk, capacity)
-        found = _kept.get(_key(ids, *sizes))
+        try:
+            found = _kept.get(_key(ids, *sizes))
+        except RuntimeError:  # a nested tensor has no shape
+            return None
         if found is not None:
             return found(ids, expert_map, out)
     return None

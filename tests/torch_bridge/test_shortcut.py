@@ -50,6 +50,8 @@ def _others(ids):
     yield "another dtype", (ids.long(), 16, 8, False), {}
     yield "a subclass", (torch.nn.Parameter(ids, requires_grad=False), 16, 8, False), {}
     yield "no tensor", (ids.numpy(), 16, 8, False), {}
+    yield "nested", (torch.nested.nested_tensor([ids, ids]), 16, 8, False), {}
+    yield "sparse", (ids.to_sparse(), 16, 8, False), {}
     yield "strided", (ids.t().contiguous().t(), 16, 8, False), {}
     yield "negated", (torch._neg_view(ids), 16, 8, False), {}
     yield "more experts", (ids, 17, 8, False), {}
@@ -69,18 +71,48 @@ def _others(ids):
     yield "out over ids", (inside, 16, 8, False), {"out": overlapping}
 
 
-CASES = [name for name, _, _ in _others(ids_of(torch.int32)[1])]
+CASES = [
+    *("another shape", "another size", "another dtype", "a subclass", "no tensor", "nested"),
+    *("sparse", "strided", "negated", "more experts", "other blocks", "float experts"),
+    *("bool blocks", "padded", "int for a flag", "topk", "map", "two outs", "int64 out"),
+    *("short out", "2-D out", "out off 16 bytes", "same out twice", "out over ids"),
+]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
     ids, _ = seen_before
-    [(arguments, options)] = [(a, o) for name, a, o in _others(ids) if name == case]
+    others = {name: (arguments, options) for name, arguments, options in _others(ids)}
+    assert list(others) == CASES
+    arguments, options = others[case]
     fake.launched.clear()
     assert shortcut.attempt(*arguments, **options) is None
     assert not fake.launched
     for tensor in options.get("out", ()):
         assert tensor.tolist() in ([-7] * tensor.numel(), [[-7]], [3] * tensor.numel())
+
+
+@pytest.mark.parametrize("transform", ["vmap", "functionalize", "grad"])
+def test_shortcut_is_closed_inside_transforms(transform):
+    """There a tensor is of the plain type, and its pointer is 0 or an error."""
+    seen = []
+
+    def look(x):
+        seen.append((type(x), shortcut.open_to_all()))
+        return x.sum()
+
+    assert shortcut.open_to_all()
+    getattr(torch.func, transform)(look)(torch.ones(3))
+    assert seen == [(torch.Tensor, False)]
+    assert shortcut.open_to_all()
+
+
+def test_shortcut_is_closed_to_modes_that_watch_operators():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with TorchDispatchMode():
+        assert not shortcut.open_to_all()
 
 
 def test_shortcut_only_on_the_current_device(seen_before, monkeypatch):
