@@ -1,5 +1,6 @@
 """Inputs and comparisons that the bridge's tests share."""
 
+import itertools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from tests import oracle
+from torch_bridge import direct, direct_call
 
 DTYPES = [getattr(torch, name) for name in oracle.ID_DTYPES]
 # Whether the run has x64 on (JAX_ENABLE_X64=1): the bridge leaves it as it is.
@@ -48,3 +50,21 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     view.copy_(tensor)
     assert view.data_ptr() % 64 and view.is_contiguous()
     return view
+
+
+def load_programs(sizes, options, dtypes=(torch.int64,), **more) -> None:
+    """Compiles what calls will need, many at once: one by one, each costs a process.
+
+    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, `more` as for
+    `direct_call.sized`.
+    """
+    wanted = set()
+    for (n, num_experts, block_size), given in itertools.product(sizes, options):
+        use = ""
+        if given.get("expert_map") is not None:
+            use = "filter" if given.get("ignore_invalid_experts") else "label"
+        limit = given.get("num_valid_pairs") is not None
+        for dtype in dtypes:
+            sized = {"expert_map": use, "num_valid_pairs": limit, **more}
+            wanted.add(direct_call.sized(n, num_experts, block_size, dtype, **sized))
+    direct.prepare(torch.cuda.current_device(), sorted(wanted))

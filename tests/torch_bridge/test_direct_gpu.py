@@ -15,7 +15,7 @@ import torch
 import torch_bridge
 from tests import oracle
 from tests.gpu import soak
-from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
+from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from torch_bridge import direct, shortcut
 
 pytestmark = [
@@ -115,18 +115,29 @@ SIZES = [
     (2049, 8, 7),
 ]
 SIZES += [(8192, 64, 128), (70_000, 256, 64), (600_000, 64, 16)]
+# Every fifth of all: each value of each option, and most pairs of them.
 CHOICES = list(
     itertools.product(
         (None, "label", "filter"), (None, "int", "tensor"), (False, True), (False, True)
     )
-)
+)[::5]
 
 
 @pytest.mark.parametrize(("n", "num_experts", "block_size"), SIZES)
 def test_gpu_both_paths_give_the_same_bits(n, num_experts, block_size):
     """All options, both id widths, a view off any boundary."""
-    small = n > 10_000
-    for index, (use, limit, pad, inverse) in enumerate(CHOICES[:: 7 if small else 1]):
+    given = [
+        {
+            "expert_map": use,
+            "ignore_invalid_experts": use == "filter",
+            "num_valid_pairs": limit,
+        }
+        for use, limit, _, _ in CHOICES
+    ]
+    for inverse in (False, True):
+        both = {"tokens_per_expert": True, "return_inverse": inverse}
+        load_programs([(n, num_experts, block_size)], given, (torch.int32, torch.int64), **both)
+    for index, (use, limit, pad, inverse) in enumerate(CHOICES):
         dtype = (torch.int64, torch.int32)[index % 2]
         array, ids = ids_of(dtype, "outside", n, 1, num_experts, seed=index)
         ids = torch.nn.functional.pad(ids.flatten(), (3, 0)).cuda()[3:]
@@ -167,18 +178,17 @@ def test_gpu_no_size_compiles_after_warmup(num_experts, most, monkeypatch):
 
 def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
     sizes = {"num_experts": 12, "block_size": 8}
-    local, count = torch.arange(12).cuda(), torch.tensor(40).cuda()
-    _, ids = ids_of(torch.int64, num_tokens=50, num_experts=12)
+    local, count = torch.arange(12).cuda(), torch.tensor(11).cuda()
+    _, ids = ids_of(torch.int64, num_tokens=5, num_experts=12)
     ids = ids.cuda()
     cases = []
-    for use, limit, counts in itertools.product(
-        (None, False, True), (None, 40, count), (False, True)
-    ):
+    chosen = [(None, None, False), (False, None, True), (True, count, False), (None, 11, True)]
+    for use, limit, counts in [*chosen, (True, 11, True), (False, count, False)]:
         given = {"ignore_invalid_experts": bool(use), "num_valid_pairs": limit}
         given["expert_map"] = None if use is None else local
         torch_bridge.warmup(
             **sizes,
-            max_tokens=50,
+            max_tokens=5,
             topk=3,
             dtypes=[torch.int64],
             tokens_per_expert=counts,
@@ -186,10 +196,10 @@ def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
             **given,
         )
         cases.append((given, counts))
-    for ignore, prefix in itertools.product((False, True), repeat=2):
+    for ignore, prefix in ((False, True), (True, False)):
         torch_bridge.warmup(
             **sizes,
-            max_tokens=150,
+            max_tokens=15,
             dtypes=[torch.int64],
             ignore_invalid_experts=ignore,
             tokens_per_expert=prefix,
@@ -201,7 +211,7 @@ def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
             torch_bridge.align_blocks(ids, path="direct", return_inverse=True, **sizes, **given)
         else:
             torch_bridge.moe_align_block_size(ids, 12, 8, path="direct", **given)
-    for ignore, prefix in itertools.product((False, True), repeat=2):
+    for ignore, prefix in ((False, True), (True, False)):
         torch_bridge.sglang.moe_align_block_size(
             ids, 8, 12, ignore, return_inactive_prefix_count=prefix
         )
@@ -216,6 +226,7 @@ ALONE = """
     from torch_bridge import moe_align_block_size, explain
     torch.cuda.synchronize()
     free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    # ready
     for _ in range(3):
         got = moe_align_block_size(ids, 64, 128)
         moe_align_block_size(ids[:100], 64, 128)
@@ -236,13 +247,14 @@ def test_gpu_process_has_no_jax_and_loses_no_memory_but_the_modules():
 
 
 def test_gpu_warm_call_starts_no_process():
-    code = """
-        import subprocess
-        def refuse(*a, **k): raise AssertionError("a process was started")
-        subprocess.Popen = subprocess.run = refuse
+    refuse = """
+    import subprocess
+    def refuse(*a, **k): raise AssertionError("a process was started")
+    subprocess.Popen.__init__ = refuse
     """
+    assert "# ready" in ALONE
     _run(ALONE)
-    assert _run(textwrap.dedent(code) + textwrap.dedent(ALONE)).split()[0] == "direct"
+    assert _run(ALONE.replace("# ready", refuse.strip())).split()[0] == "direct"
 
 
 # -- threads, devices, fork ---------------------------------------------------------------------------

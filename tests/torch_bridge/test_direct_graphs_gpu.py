@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 import torch_bridge
 from tests import oracle
-from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
+from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from torch_bridge import direct
 
 pytestmark = [
@@ -49,9 +49,14 @@ def _on_gpu(options, num_experts):
     return given, plain
 
 
+@pytest.fixture(scope="module")
+def options_loaded():
+    load_programs(SIZES, OPTIONS.values(), tokens_per_expert=True, return_inverse=True)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("n", "num_experts", "block_size"), SIZES)
-def test_gpu_graph_replays_with_changed_inputs(n, num_experts, block_size, options):
+def test_gpu_graph_replays_with_changed_inputs(n, num_experts, block_size, options, options_loaded):
     given, plain = _on_gpu(options, num_experts)
     sizes = {"num_experts": num_experts, "block_size": block_size, "return_inverse": True}
     static = torch.zeros(n, dtype=torch.int64, device="cuda")

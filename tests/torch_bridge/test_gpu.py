@@ -16,7 +16,14 @@ import torch
 
 import torch_bridge
 from tests import oracle
-from tests.torch_bridge.helpers import DTYPES, X64, assert_format, assert_triple, ids_of
+from tests.torch_bridge.helpers import (
+    DTYPES,
+    X64,
+    assert_format,
+    assert_triple,
+    ids_of,
+    load_programs,
+)
 from torch_bridge import call, dlpack, plan, problems, sglang, to_jax, to_torch, vllm
 
 pytestmark = [
@@ -196,9 +203,16 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def options_loaded():
+    sizes = [(3 * num_tokens, 16, 8) for num_tokens in (9, 37, 900)]
+    load_programs(sizes, OPTIONS.values(), tokens_per_expert=True, return_inverse=True)
+    load_programs(sizes, OPTIONS.values())
+
+
 @pytest.mark.parametrize("num_tokens", [9, 37, 900])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gpu_options(name, num_tokens, path):
+def test_gpu_options(name, num_tokens, path, options_loaded):
     array, ids = ids_of(torch.int64, num_tokens=num_tokens)
     given, plain = dict(OPTIONS[name]), dict(OPTIONS[name])
     if "expert_map" in given:
