@@ -324,7 +324,7 @@ def warmup(
             for n in direct.bucket_ends(most, num_experts + sglang, block_size)
             for dtype in dtypes
         }
-        direct.prepare(device.index, sorted(wanted))
+        direct.prepare(device.index, sorted(wanted), again=True)
     except direct.Unavailable as reason:
         what = str(reason).rstrip(".")
         raise NotImplementedError(

@@ -167,8 +167,11 @@ def failure(index: int, problem: Problem) -> str | None:
     return _failures.get((index, problem))
 
 
-def prepare(index: int, problems: list[Problem]) -> None:
-    """Loads programs, from disk where they are, compiling the others in one process.
+def prepare(index: int, problems: list[Problem], *, again: bool = False) -> None:
+    """Loads programs, from disk where they are, compiling the others in processes of their own.
+
+    What failed before is not tried again (a call must not compile each time), unless `again`: the
+    reason may have been a GPU without memory for the compiling process.
 
     Raises:
         Unavailable: one of them could not be compiled or proved right.
@@ -182,6 +185,8 @@ def prepare(index: int, problems: list[Problem]) -> None:
         keys = {problem: modules.key_of(problem, _gpu(index)) for problem in missing}
         absent = []
         for problem in missing:
+            if again:
+                _failures.pop((index, problem), None)
             if reason := _failures.get((index, problem)):
                 raise Unavailable(reason)
             entry = modules.load(keys[problem])

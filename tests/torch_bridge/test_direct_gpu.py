@@ -54,11 +54,7 @@ def test_gpu_view_at_any_element_is_read_where_it_lies(dtype, entry):
     calls = {
         "first call": lambda x: torch_bridge.moe_align_block_size(x, 16, 8, path="direct"),
         "call seen before": lambda x: torch_bridge.moe_align_block_size(x, 16, 8),
-        "operator": lambda x: tuple(
-            torch.ops.moe_align_jax.block_align(
-                x, None, None, None, 16, 8, False, False, False, False, False
-            )
-        ),
+        "operator": lambda x: tuple(torch.ops.moe_align_jax.block_align(x, 16, 8)),
     }
     call_it = calls[entry]
     call_it(ids.cuda())  # loads, and is remembered
