@@ -190,7 +190,8 @@ def aligned(
     if launches_at_once(operands):
         return ops.run(problem, operands, limit, path=path)
     device = operands["topk_ids"].device
-    if path == "direct" and (reason := direct.unavailable(device)):
+    if path == "direct" and not (device.type == "cuda" and direct.launches_on(device.index)):
+        reason = direct.unavailable(device) or "it cannot"
         remedy = f"{reason[0].upper()}{reason[1:]}. Pass path='auto' or 'dlpack'."
         raise NotImplementedError(
             _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)

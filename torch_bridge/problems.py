@@ -15,6 +15,12 @@ from moe_align_jax import _checks
 _SGLANG_MULTIPLE = 4
 
 
+def _minimum(a: Any, b: Any) -> Any:
+    """For ints as for torch.SymInt, whose comparison would fix its value. (Dynamo traces its own symbols,
+    which call themselves int, through `min`, and torch 2.11's not through `sym_min` of plain ints.)"""
+    return min(a, b) if type(a) is int and type(b) is int else torch.sym_min(a, b)
+
+
 @dataclass(frozen=True)
 class AlignProblem:
     """One alignment.
@@ -44,7 +50,7 @@ class AlignProblem:
             block_size=self.block_size,
             num_experts=self.num_experts,
             pad_sorted_ids=self.pad_sorted_ids,
-            minimum=torch.sym_min,
+            minimum=_minimum,
         )
 
     @property
@@ -89,7 +95,7 @@ class SglangProblem:
             block_size=self.block_size,
             num_experts=self.num_experts + 1,
             pad_sorted_ids=False,
-            minimum=torch.sym_min,
+            minimum=_minimum,
         )
 
     @property

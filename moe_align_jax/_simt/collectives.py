@@ -25,7 +25,14 @@ def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
 
 
 def fill(
-    t: Simt, ref: Any, value: Int | int, count: Int | int, thread: Int, threads: int, *, vector: bool
+    t: Simt,
+    ref: Any,
+    value: Int | int,
+    count: Int | int,
+    thread: Int,
+    threads: int,
+    *,
+    vector: bool,
 ):
     """`ref[:count] = value` by `threads` threads; with `vector`, 16 bytes at a time."""
     whole = count // 4 * 4 if vector else 0

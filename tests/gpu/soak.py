@@ -130,7 +130,7 @@ def run_calls(calls: int) -> dict[str, Any]:
         lambda: torch_bridge.moe_align_block_size(small, 64, 16),
         lambda: torch_bridge.moe_align_block_size(large, 64, 16),
         lambda: torch_bridge.moe_align_block_size(small, 64, 16, expert_map=mapped),
-        lambda: operator(large, None, None, None, 64, 16, False, False, False, False, False),
+        lambda: operator(large, 64, 16),
         lambda: torch_bridge.moe_align_block_size(large[1:], 64, 16, path="direct"),
     ]
     samples, micros, thousands = [], [], max(1, calls // 10_000)
