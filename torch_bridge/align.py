@@ -325,7 +325,7 @@ def warmup(
             for n in direct.bucket_ends(most, num_experts + sglang, block_size)
             for dtype in dtypes
         }
-        direct.prepare(device.index, sorted(wanted), again=True)
+        direct.prepare(device.index or 0, sorted(wanted), again=True)
     except direct.Unavailable as reason:
         what = str(reason).rstrip(".")
         raise NotImplementedError(

@@ -35,20 +35,18 @@ def _raw_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
-def _empty_int32(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int32, device="cuda")
-
-
 # What inductor's own code calls for the same, 10 and 3 times as fast as the public functions above.
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-if _strided := getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None):
+_dynamo = getattr(torch._C, "_dynamo", None)
+_strided = getattr(getattr(_dynamo, "guards", None), "_empty_strided_cuda", None)
 
-    def empty_int32(size: int) -> torch.Tensor:
-        """An int32 tensor on the current device, from torch's allocator."""
-        return _strided((size,), (1,), torch.int32)
-else:
-    empty_int32 = _empty_int32
+
+def empty_int32(size: int) -> torch.Tensor:
+    """An int32 tensor on the current device, from torch's allocator."""
+    if _strided is None:
+        return torch.empty(size, dtype=torch.int32, device="cuda")
+    return _strided((size,), (1,), torch.int32)
 
 
 class Unavailable(RuntimeError):

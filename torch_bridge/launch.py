@@ -119,6 +119,7 @@ def lower(kernel: Any) -> bytes:
     structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.inputs.values()]
     program = jax.jit(mosaic.launcher(kernel, pdl=True))
     module = program.trace(*structs).lower(lowering_platforms=("cuda",)).compiler_ir()
+    assert module is not None  # StableHLO, the dialect that is there always
     with module.context:
         found = _custom_call_modules(module.operation)
     if len(found) != 1:

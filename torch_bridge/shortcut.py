@@ -17,7 +17,7 @@ _kept: dict[tuple, "Shortcut"] = {}
 _is_tracing = torch.compiler.is_compiling
 
 try:  # who records or transforms operators must see ours
-    from torch.utils._python_dispatch import _len_torch_dispatch_stack as _watched
+    from torch._C import _len_torch_dispatch_stack as _watched
 except ImportError:  # pragma: no cover
 
     def _watched() -> int:
