@@ -10,12 +10,18 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AlignedBlocks": "types",
+    "ExpertLoad": "expert_load",
     "Implementation": "types",
+    "LoadRecord": "_recorder.rows",
     "Selection": "types",
     "batched_moe_align_block_size": "block_align",
+    "collect_expert_load": "expert_load",
+    "commit_expert_load": "expert_load",
+    "init_expert_load": "expert_load",
     "max_num_tokens_padded": "_checks",
     "moe_align_block_size": "block_align",
     "padded_group_sizes": "block_align",
+    "record_expert_load": "expert_load",
     "select_implementation": "_dispatch",
 }
 

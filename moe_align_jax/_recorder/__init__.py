@@ -1,0 +1,1 @@
+"""Parts of the expert load recorder that need no jax, and the checks of its arguments."""

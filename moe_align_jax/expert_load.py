@@ -1,0 +1,396 @@
+"""Expert load as pure state: each forward pass leaves one row in a ring on the device.
+
+The alignment has counted the pairs of every expert already; recording copies these counts, so that a
+forward pass costs one `dynamic_update_slice`, whatever the number of layers. Legend of the shapes:
+B passes in the ring, L layers, Ep physical and El logical experts, S shards, e = Ep / S.
+
+A row holds its header (see `Layout.header`), the counts (or, per token, the ids) of all layers, and the
+physical_to_logical_map that was in force in that pass. Counts and map travel together, so a change
+of placement cannot move old counts to other experts, and no scatter runs in the step: the sum over
+replicas is made of these rows on the host, in int64.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_align_jax import _checks
+from moe_align_jax._recorder import arguments
+from moe_align_jax._recorder.rows import Layout, LoadRecord, read_rows
+
+LoadMode = Literal["stat", "stat_approx", "per_pass", "per_token"]
+MODES = ("stat", "stat_approx", "per_pass", "per_token")
+_I32 = jnp.int32
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLoad:
+    """The state that `record_expert_load` takes and returns. Donate it: the ring is written in place.
+
+    Every array's leading axis is that of the shards, so one `PartitionSpec("ep")` serves the
+    whole state as a prefix in `shard_map`. With mode None there are no arrays at all.
+
+    Attributes:
+        ring: `[S * (B + 1), row]` int32. Row `pass % B` of a shard is written by each recorded pass;
+            row B takes what is written while recording is off. Row: header (pass id, epoch,
+            tokens, 0), `L * width` counts or ids, `L * Ep` of the map.
+        control: `[S, 2]` int32: whether to record, and the epoch, whose rows count.
+        passes: `[S]` int32: the next pass id, where the caller gives none.
+        pending: counts (or ids) of single layers, not yet committed.
+        layout: static sizes, None when recording is compiled out.
+    """
+
+    ring: Any
+    control: Any
+    passes: Any
+    pending: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    layout: Layout | None = None
+
+    @property
+    def mode(self) -> str | None:
+        return self.layout.mode if self.layout else None
+
+    def recording(self, on: bool) -> "ExpertLoad":
+        """The state with recording switched: a device value, no program is compiled again."""
+        if self.layout is None:
+            return self
+        control = np.array(jax.device_get(self.control))
+        control[:, 0] = bool(on)
+        return dataclasses.replace(self, control=_like(control, self.control))
+
+    def cleared(self) -> "ExpertLoad":
+        """The state without its rows; the ring itself is not touched."""
+        if self.layout is None:
+            return self
+        control = np.array(jax.device_get(self.control))
+        control[:, 1] += 1  # rows of earlier epochs no longer count
+        passes = np.zeros(self.passes.shape, np.int32)
+        return dataclasses.replace(
+            self,
+            control=_like(control, self.control),
+            passes=_like(passes, self.passes),
+            pending={},
+        )
+
+
+jax.tree_util.register_dataclass(
+    ExpertLoad, data_fields=["ring", "control", "passes", "pending"], meta_fields=["layout"]
+)
+
+
+def _like(value: np.ndarray, array: jax.Array) -> jax.Array:
+    """A device array placed as `array` is, so that a jitted step is not traced again."""
+    return jax.device_put(value, array.sharding) if array.committed else jnp.asarray(value)
+
+
+def init_expert_load(
+    mode: LoadMode | None,
+    *,
+    num_layers: int,
+    num_physical_experts: int,
+    num_logical_experts: int | None = None,
+    num_passes: int = 1000,
+    max_tokens: int | None = None,
+    top_k: int | None = None,
+    num_shards: int = 1,
+    local_experts: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+    recording: bool = False,
+) -> ExpertLoad:
+    """Makes the state of the recorder: empty, and off unless `recording`.
+
+    Memory per shard: `4 * (B + 1) * L * (Ep + Ep)` bytes with a map, half of it without one;
+    per token `4 * (B + 1) * L * (max_tokens * top_k + Ep)`.
+
+    Args:
+        mode: "stat": counts per pass, of which a dump gives the logical ones. "per_pass": the same
+            rows; a dump gives one record per pass. "per_token": the ids of every token.
+            "stat_approx": as "stat", for counts that come rounded up to a GEMM's alignment. None:
+            no arrays, and every recording call is the identity: the compiled program is the
+            one without it.
+        num_layers: L.
+        num_physical_experts: Ep, the experts that the alignment counts.
+        num_logical_experts: El <= Ep when a physical_to_logical_map is recorded with every pass;
+            None when physical and logical experts are the same.
+        num_passes: B, the passes that the ring keeps.
+        max_tokens: per token only: tokens of one pass (on one shard).
+        top_k: per token only: ids per token.
+        num_shards: S, devices of the expert-parallel axis; each records for itself, inside
+            `shard_map`, and the host sums them.
+        local_experts: each shard counts all tokens on its own e = Ep / S experts (a low-latency
+            dispatch), instead of its own tokens on all Ep.
+        sharding: of the leading axis of every array, for example
+            `NamedSharding(mesh, PartitionSpec("ep"))`; None for the default device.
+        recording: whether recording starts on.
+
+    Returns:
+        `ExpertLoad`.
+
+    Raises:
+        TypeError: a size is not an int.   ValueError: a size or the mode is out of range.
+
+    Example:
+        >>> load = init_expert_load("stat", num_layers=2, num_physical_experts=4, num_passes=8)
+        >>> load.ring.shape, load.mode
+        ((9, 12), 'stat')
+        >>> jax.tree.leaves(init_expert_load(None, num_layers=2, num_physical_experts=4))
+        []
+
+    Source: SGLang `srt/eplb/expert_distribution.py` (Apache-2.0), its modes; no code taken.
+    """
+    function = "init_expert_load"
+    if mode is None:
+        return ExpertLoad(None, None, None)
+    if mode not in MODES:
+        rule, remedy = f"be one of {', '.join(MODES)} or None", "None compiles recording out."
+        raise ValueError(_checks.message(function, "mode", rule, repr(mode), remedy))
+    sizes = {
+        "num_layers": num_layers,
+        "num_physical_experts": num_physical_experts,
+        "num_passes": num_passes,
+        "num_shards": num_shards,
+    }
+    if num_logical_experts is not None:
+        sizes["num_logical_experts"] = num_logical_experts
+    if mode == "per_token":
+        sizes |= {"max_tokens": max_tokens, "top_k": top_k}
+    checked = {
+        name: _checks.check_positive_int(function, name, value, "Pass a size.")
+        for name, value in sizes.items()
+    }
+    physical, shards = checked["num_physical_experts"], checked["num_shards"]
+    logical = checked.get("num_logical_experts", physical)
+    if logical > physical:
+        rule, remedy = f"be at most num_physical_experts = {physical}", "Every expert has a slot."
+        raise ValueError(_checks.message(function, "num_logical_experts", rule, logical, remedy))
+    if local_experts and (mode == "per_token" or physical % shards):
+        rule = "go with num_physical_experts divisible by num_shards, and with counts"
+        got = f"mode {mode!r}, {physical} experts on {shards} shards"
+        remedy = "Leave it False where a shard counts all experts."
+        raise ValueError(_checks.message(function, "local_experts", rule, got, remedy))
+    tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
+    layout = Layout(
+        mode=mode,
+        num_layers=checked["num_layers"],
+        num_physical_experts=physical,
+        num_logical_experts=logical,
+        num_passes=checked["num_passes"],
+        width=tokens * k or (physical // shards if local_experts else physical),
+        max_tokens=tokens,
+        top_k=k,
+        has_map=num_logical_experts is not None,
+        local_experts=bool(local_experts),
+    )
+    rows = shards * (layout.num_passes + 1)
+    _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
+    control = np.tile(np.array([bool(recording), 1], np.int32), (shards, 1))
+    if sharding is None:
+        place = jnp.asarray
+    else:
+        place = lambda value: jax.device_put(value, sharding)  # noqa: E731
+    return ExpertLoad(
+        ring=jnp.zeros((rows, layout.row), _I32, device=sharding),
+        control=place(control),
+        passes=place(np.zeros(shards, np.int32)),
+        layout=layout,
+    )
+
+
+def record_expert_load(
+    load: ExpertLoad,
+    layer: int | None,
+    tokens_per_expert: Any,
+    *,
+    topk_ids: Any = None,
+    physical_to_logical_map: Any = None,
+    forward_pass_id: Any = None,
+) -> ExpertLoad:
+    """Records the load of one layer, or (layer None) of a whole forward pass.
+
+    With `layer`, nothing is computed yet: `commit_expert_load` ends the pass and writes its row. Under
+    `lax.scan` let the body return `tokens_per_expert`, and record the stacked `[L, E]` once.
+
+    Args:
+        load: the state; inside `shard_map` this device's part of it.
+        layer: 0 <= layer < L, a Python int; a layer that is recorded twice (micro-batches) is summed,
+            one that is not has zeros. None: `tokens_per_expert` has every layer; ends the pass.
+        tokens_per_expert: `[E]` integers, `AlignedBlocks.tokens_per_expert`; for layer None
+            `[L, E]` or L arrays `[E]`. E is Ep (or e, with `local_experts`). Negative counts are
+            zero. Not used per token, and may be None there.
+        topk_ids: per token only (otherwise not used): `[num_tokens, top_k]` integers; for layer None
+            `[L, num_tokens, top_k]` or L arrays. Ids outside `[0, Ep)` are recorded as -1.
+        physical_to_logical_map: `[L, Ep]` integers, the placement of this very pass, or an object with
+            this attribute (`ExpertLocation`). Only for layer None, and needed then if the state was
+            made with num_logical_experts.
+        forward_pass_id: scalar integer, kept with the row, which it also places: one row per id. None
+            counts the passes in the state, at the cost of a scalar addition per pass. Only for layer
+            None.
+
+    Returns:
+        The new state. With mode None, `load` itself.
+
+    Raises:
+        TypeError: an array is not of integers, or layer is neither an int nor None.
+        ValueError: a shape does not fit, or an argument that the mode needs is missing.
+
+    Example:
+        >>> load = init_expert_load("stat", num_layers=2, num_physical_experts=4, recording=True)
+        >>> out = moe_align_block_size(jnp.array([[2, 3], [1, -1]]), block_size=4, num_experts=4)
+        >>> load = record_expert_load(load, 0, out.tokens_per_expert)
+        >>> load = commit_expert_load(record_expert_load(load, 1, out.tokens_per_expert))
+        >>> collect_expert_load(load).logical_count.tolist()
+        [[[0, 1, 1, 1], [0, 1, 1, 1]]]
+    """
+    function = "record_expert_load"
+    layout = load.layout
+    if layout is None:
+        return load
+    per_token = layout.mode == "per_token"
+    argument = "topk_ids" if per_token else "tokens_per_expert"
+    given = topk_ids if per_token else tokens_per_expert
+    if layer is not None:
+        index = arguments.check_layer(function, layer, layout.num_layers)
+        if physical_to_logical_map is not None or forward_pass_id is not None:
+            rule, remedy = (
+                "be None while forward_pass_id or a map is given",
+                "Pass it to the commit.",
+            )
+            raise ValueError(_checks.message(function, "layer", rule, layer, remedy))
+        part = arguments.check_layer_array(function, argument, given, layout)
+        if index in load.pending:
+            before = load.pending[index]
+            part = jnp.concatenate([before, part]) if per_token else before + part
+        return dataclasses.replace(load, pending={**load.pending, index: part})
+    if load.pending:
+        rule, got = "be a layer while single layers are pending", f"None with {len(load.pending)}"
+        remedy = "End the pass with commit_expert_load."
+        raise ValueError(_checks.message(function, "layer", rule, got, remedy))
+    parts = arguments.check_all_layers(function, argument, given, layout)
+    return _commit(function, load, parts, physical_to_logical_map, forward_pass_id)
+
+
+def commit_expert_load(
+    load: ExpertLoad, *, physical_to_logical_map: Any = None, forward_pass_id: Any = None
+) -> ExpertLoad:
+    """Ends a forward pass whose layers were recorded one by one: writes its row.
+
+    Args:
+        load: the state with the layers that `record_expert_load` left pending.
+        physical_to_logical_map: as in `record_expert_load`.
+        forward_pass_id: as in `record_expert_load`.
+
+    Returns:
+        The new state, nothing pending. With mode None, `load` itself.
+
+    Raises:
+        TypeError, ValueError: as `record_expert_load`.
+
+    Example:
+        >>> load = init_expert_load("stat", num_layers=1, num_physical_experts=2, recording=True)
+        >>> load = record_expert_load(load, 0, jnp.array([3, 4]))
+        >>> collect_expert_load(commit_expert_load(load, forward_pass_id=7)).forward_pass_id.tolist()
+        [7]
+    """
+    if load.layout is None:
+        return load
+    pending = [load.pending.get(layer) for layer in range(load.layout.num_layers)]
+    load = dataclasses.replace(load, pending={})
+    return _commit("commit_expert_load", load, pending, physical_to_logical_map, forward_pass_id)
+
+
+def collect_expert_load(load: ExpertLoad) -> LoadRecord:
+    """Brings the recorded passes to the host: the one call that waits for the device.
+
+    Args:
+        load: the state, with all its shards (those that this process can address).
+
+    Returns:
+        `LoadRecord` of NumPy arrays, int64 sums over the shards; the state stays as it is.
+
+    Raises:
+        ValueError: recording is compiled out, or the shards recorded different passes.
+
+    Example:
+        >>> load = init_expert_load("stat", num_layers=1, num_physical_experts=3,
+        ...                         num_logical_experts=2, recording=True)
+        >>> load = record_expert_load(load, None, jnp.array([[5, 6, 7]]),
+        ...                           physical_to_logical_map=jnp.array([[0, 1, 0]]))
+        >>> record = collect_expert_load(load)
+        >>> record.physical_count.tolist(), record.logical_count.tolist()
+        ([[[5, 6, 7]]], [[[12, 6]]])
+    """
+    if load.layout is None:
+        rule, remedy = "have a recording mode", "Make the state with a mode."
+        raise ValueError(_checks.message("collect_expert_load", "load", rule, None, remedy))
+    return read_rows(_on_host(load.ring), _on_host(load.control), load.layout)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def _commit(
+    function: str, load: ExpertLoad, parts: Any, physical_to_logical_map: Any, forward_pass_id: Any
+) -> ExpertLoad:
+    """One row from the layers' parts (None: nothing recorded), one update of the ring."""
+    layout = load.layout
+    if layout is None:
+        return load
+    if load.passes.shape[0] != 1:
+        rule, got = "be one shard's part", f"all {load.passes.shape[0]} shards"
+        remedy = "Record inside shard_map, with PartitionSpec of the expert-parallel axis."
+        raise ValueError(_checks.message(function, "load", rule, got, remedy))
+    with jax.named_scope("record_expert_load"):
+        if layout.mode == "per_token":
+            body, tokens = _token_rows(function, parts, layout)
+        else:
+            body, tokens = _count_rows(parts, layout), 0
+        own = forward_pass_id is None
+        sequence = load.passes[0] if own else arguments.pass_id(function, forward_pass_id)
+        recording, epoch = load.control[0, 0], load.control[0, 1]
+        header = jnp.stack([sequence, epoch, _I32(tokens), _I32(0)])
+        row = [header, *body]
+        if layout.has_map:
+            row.append(arguments.check_map(function, physical_to_logical_map, layout).reshape(-1))
+        slot = lax.rem(lax.convert_element_type(sequence, jnp.uint32), np.uint32(layout.num_passes))
+        slot = jnp.where(recording != 0, lax.convert_element_type(slot, _I32), layout.num_passes)
+        ring = lax.dynamic_update_slice(
+            load.ring, jnp.concatenate(row)[None], (slot.astype(_I32), _I32(0))
+        )
+        passes = load.passes + (recording != 0).astype(_I32) if own else load.passes
+    return dataclasses.replace(load, ring=ring, passes=passes)
+
+
+def _count_rows(parts: Any, layout: Layout) -> list[Any]:
+    if not isinstance(parts, list):
+        return [jnp.maximum(parts, 0).reshape(-1)]
+    zeros = jnp.zeros(layout.width, _I32)
+    return [zeros if part is None else jnp.maximum(part, 0) for part in parts]
+
+
+def _token_rows(function: str, parts: Any, layout: Layout) -> tuple[list[Any], int]:
+    """Every layer's ids, padded with -1 to `max_tokens`, and the tokens of the longest layer."""
+    rows, most = [], 0
+    for ids in parts:
+        tokens = 0 if ids is None else ids.shape[0]
+        if tokens > layout.max_tokens:
+            rule = f"have at most max_tokens = {layout.max_tokens} rows"
+            raise ValueError(
+                _checks.message(function, "topk_ids", rule, tokens, "Make the state larger.")
+            )
+        most = max(most, tokens)
+        missing = (layout.max_tokens - tokens) * layout.top_k
+        if ids is not None:
+            valid = (ids >= 0) & (ids < layout.num_physical_experts)
+            rows.append(jnp.where(valid, ids, -1).reshape(-1))
+        if missing:
+            rows.append(jnp.full(missing, -1, _I32))
+    return rows, most
