@@ -17,6 +17,9 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.types": set(),
     "moe_align_jax._checks": set(),
     "moe_align_jax._tuning": {"moe_align_jax.types"},
+    "moe_align_jax._files": {"moe_align_jax._checks"},
+    "moe_align_jax._eplb": {"moe_align_jax._checks"},
+    "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.block_align": {f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")},
     "moe_align_jax._dispatch": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
@@ -68,6 +71,8 @@ JAX_FREE = (
     "moe_align_jax.types",
     "moe_align_jax._checks",
     "moe_align_jax._tuning",
+    "moe_align_jax._files",
+    "moe_align_jax.eplb",
 )
 
 

@@ -1,0 +1,1 @@
+"""The parts of expert placement: NumPy on the host, over all layers at once."""

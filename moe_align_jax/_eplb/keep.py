@@ -1,0 +1,98 @@
+"""Renames the GPUs, nodes and slots of a new placement so that few experts move. NumPy and scipy."""
+
+import numpy as np
+
+
+def keep_in_place(
+    new: np.ndarray, old: np.ndarray, *, num_gpus: int, num_nodes: int, blocks: int
+) -> np.ndarray:
+    """The slot of the machine that each slot of a placement shall be.
+
+    What a GPU holds stays together; which GPU it is, is free: within its block, and blocks among each
+    other. Of all such renamings the result has, in this order: the fewest experts that reach a GPU that did
+    not hold them, the fewest of them that come from another node, the most slots that do not change.
+
+    Args:
+        new: `[L, Ep]` int32, the physical_to_logical_map of the placement.
+        old: `[L, Ep]` integers, the one in force.
+        num_gpus: D. num_nodes: nodes of the machine, a divisor of D.
+        blocks: a divisor of D; consecutive GPUs of which only the names may be exchanged: the nodes for the
+            hierarchical policy, 1 for the global one.
+
+    Returns:
+        `[L, Ep]` int64, a permutation of the slots in each layer.
+    """
+    layers, num_slots = new.shape
+    per_gpu = num_slots // num_gpus
+    moved = np.empty((layers, num_slots), np.int64)
+    kept = _kept(new, old, num_gpus, num_nodes)
+    for layer in range(layers):
+        gpu_of = _assign_gpus(kept[layer], blocks)
+        fresh = new[layer].reshape(num_gpus, per_gpu).tolist()
+        before = old[layer].reshape(num_gpus, per_gpu).tolist()
+        for pack, gpu in enumerate(gpu_of):
+            slots = _slots(fresh[pack], before[gpu])
+            start = pack * per_gpu
+            moved[layer, start : start + per_gpu] = [gpu * per_gpu + slot for slot in slots]
+    return moved
+
+
+def _kept(new: np.ndarray, old: np.ndarray, num_gpus: int, num_nodes: int) -> np.ndarray:
+    """`[L, D, D]` float64: what is saved when pack a goes to GPU b, the three aims in one number."""
+    layers, num_slots = new.shape
+    num_logical = int(max(new.max(initial=0), old.max(initial=0))) + 1
+    copies = np.zeros((2, layers, num_gpus, num_logical), np.float32)
+    gpu = np.arange(num_slots) // (num_slots // num_gpus)
+    each = np.arange(layers)[:, None]
+    for side, slots in enumerate((new, old)):
+        np.add.at(copies[side], (each, gpu, slots), 1)
+    wanted, held = copies
+    local = _shared(wanted, held)
+    by_node = held.reshape(layers, num_nodes, -1, num_logical).max(axis=2)
+    near = np.repeat(_shared(wanted, by_node), num_gpus // num_nodes, axis=2)
+    slots = sum(
+        (_shared(wanted >= k, held >= k) for k in range(1, int(copies.max(initial=0)) + 1)),
+        np.zeros_like(local),
+    )
+    # No sum of one aim over the GPUs reaches 1 of the aim before it.
+    unit = float(num_slots + 1)
+    return (local * unit + near) * unit + slots
+
+
+def _shared(wanted: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """`[L, A, B]`: experts that are in row a of the one and row b of the other."""
+    left, right = ((x > 0).astype(np.float32) for x in (wanted, held))
+    return (left @ right.transpose(0, 2, 1)).astype(np.float64)
+
+
+def _assign_gpus(kept: np.ndarray, blocks: int) -> list[int]:
+    """The GPU of each pack that keeps most in all."""
+    from scipy.optimize import linear_sum_assignment
+
+    num_gpus = len(kept)
+    size = num_gpus // blocks
+    tiles = kept.reshape(blocks, size, blocks, size).transpose(0, 2, 1, 3)
+    inner = np.empty((blocks, blocks, size), np.int64)
+    value = np.empty((blocks, blocks))
+    for a in range(blocks):
+        for b in range(blocks):
+            row, column = linear_sum_assignment(tiles[a, b], maximize=True)
+            inner[a, b], value[a, b] = column, tiles[a, b][row, column].sum()
+    _, block_of = linear_sum_assignment(value, maximize=True)
+    return [int(b * size + g) for a, b in enumerate(block_of) for g in inner[a, b]]
+
+
+def _slots(fresh: list[int], before: list[int]) -> list[int]:
+    """A slot for each expert of a GPU: its own where it had one, the rest in order."""
+    slots = [-1] * len(fresh)
+    waiting: dict[int, list[int]] = {}
+    for index in reversed(range(len(fresh))):
+        waiting.setdefault(fresh[index], []).append(index)
+    free = []
+    for slot, expert in enumerate(before):
+        if waiting.get(expert):
+            slots[waiting[expert].pop()] = slot
+        else:
+            free.append(slot)
+    rest = iter(free)
+    return [slot if slot >= 0 else next(rest) for slot in slots]
