@@ -44,6 +44,15 @@ def _cuda_capability() -> float | None:
     return min(float(getattr(d, "compute_capability", "0")) for d in devices)
 
 
+def gpu_kind() -> str | None:
+    """The kind of this process's CUDA devices: the first one's, which is the same in every process of a
+    distributed program; None without one."""
+    try:
+        return getattr(jax.devices("cuda")[0], "device_kind", None)
+    except RuntimeError:  # no CUDA backend here
+        return None
+
+
 def kernels_unavailable(platform: str) -> str | None:
     """Why the Mosaic GPU kernels cannot be lowered for `platform`, or None when they can."""
     if platform != "cuda":
@@ -105,6 +114,7 @@ def _kernel_call(problem: Problem, batched: bool, *operands: jax.Array) -> tuple
     from moe_align_jax._kernels import block_align as kernels
     from moe_align_jax._simt import mosaic
 
+    problem = problem._replace(tuning=_tuning.table_name(gpu_kind()))
     program = kernels.build(problem, _tuning.config_for(problem), batched=batched)
     return mosaic.run(program, operands)
 
@@ -354,7 +364,11 @@ def select_implementation(
     padded = _checks.max_num_tokens_padded(
         int(np.prod(shape, dtype=object)), block_size=block_size, num_experts=num_experts
     )
-    problem = AlignProblem(int(np.prod(shape, dtype=object)), num_experts, block_size, padded)
+    # The emulator takes the default table everywhere: its results do not depend on the machine.
+    tuning = "" if implementation == "emulator" else _tuning.table_name(gpu_kind())
+    problem = AlignProblem(
+        int(np.prod(shape, dtype=object)), num_experts, block_size, padded, tuning=tuning
+    )
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
     choice = _choose(platform, implementation)
@@ -371,7 +385,8 @@ def select_implementation(
         elif other == "emulator":
             reasons[other] = "it runs only when named: it is for tests and debugging"
         else:
-            reasons[other] = "the Mosaic GPU kernels run here and are faster"
+            sizes = _tuning.describe(tuning)
+            reasons[other] = f"the Mosaic GPU kernels run here and are faster (sizes: {sizes})"
     if problem.num_pairs == 0:
         form = "empty"
     else:

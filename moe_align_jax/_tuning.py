@@ -1,15 +1,38 @@
-"""Configurations of the kernels, and which one a size takes. A leaf: imports nothing of ours but types."""
+"""Which form and sizes a problem takes: a table per kind of GPU, a rule where there is none. A leaf, no jax.
 
+The tables are `data/tuning/*.json`, written by `moe-align tune`. `AlignProblem.tuning` names the one that
+counts: that of the process's (or torch's) CUDA device, found by `table_name`; "" is the default table, for
+lowering where no GPU is at hand.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
+DEFAULT_TABLE = "nvidia_h200"
+HEURISTIC = "heuristic"  # in place of a table's name
+FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before the package's own
+
+# Limits of the kernels, whatever a table says.
+MAX_WARP_PAIRS = 32  # of "warp": a lane each
+MAX_HISTOGRAM_EXPERTS = 4096  # of "block" and "grid": a histogram per warp has to fit
+_MAX_GRID_ROUNDS = 4  # of "grid", which keeps a tile in registers and shared memory
 _SHARED_WORDS = 232_448 // 4
+# Of the heuristic: where "block" ends.
+MAX_BLOCK_PAIRS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockAlignMosaicConfig:
-    """One way to run the alignment on a GPU.
+    """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
         form: "warp", "block", "grid", "radix" or "batched": a file of `_kernels/block_align`.
@@ -17,6 +40,7 @@ class BlockAlignMosaicConfig:
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("grid", "radix").
         local_sort: sort each tile by expert in shared memory before it is written ("grid").
+        cells_per_cta: rows of output that make another CTA worth its launch ("warp", "block", "batched").
     """
 
     form: str
@@ -24,23 +48,311 @@ class BlockAlignMosaicConfig:
     num_ctas: int = 1
     rounds: int = 1
     local_sort: bool = False
+    cells_per_cta: int = 1
 
 
-MAX_WARP_PAIRS = 32
-MAX_BLOCK_PAIRS = 2048
-# "block": (up to this many pairs, warpgroups). "grid": (up to this many pairs, CTAs, warpgroups): small
-# CTAs that all have work; 256 threads instead of 1,024 save 1.5 us at 8K pairs. H200, docs/measured.md.
-_BLOCK_SIZES = ((64, 1), (512, 2), (MAX_BLOCK_PAIRS, 4))
-_GRID_SIZES = ((4096, 16, 2), (8192, 32, 2), (32_768, 64, 2), (131_072, 128, 2), (524_288, 128, 8))
-_MAX_ROUNDS = 4
-MAX_HISTOGRAM_EXPERTS = 4096  # of "block" and "grid": a histogram per warp has to fit
+class Row(NamedTuple):
+    """A line of a table.
+
+    Attributes:
+        first_expert, last_expert: the E that it serves, both included; None for no end.
+        num_pairs: up to this many pairs, from the line before on; None for no end.
+        config: its choice, before `fit`.
+        us: device time per call that was measured at its largest size, None where it was not.
+    """
+
+    first_expert: int
+    last_expert: int | None
+    num_pairs: int | None
+    config: BlockAlignMosaicConfig
+    us: float | None = None
+
+
+class Table(NamedTuple):
+    """The choices for one kind of GPU.
+
+    Attributes:
+        gpu: its kind, as CUDA names it.
+        jax: the release that it was measured with.
+        date: day of the measurement, ISO.
+        made_by: the program, or who.
+        batched: the choice for `batched_moe_align_block_size`.
+        rows: by first_expert, then num_pairs; every (E, pairs) has one.
+    """
+
+    gpu: str
+    jax: str
+    date: str
+    made_by: str
+    batched: BlockAlignMosaicConfig
+    rows: tuple[Row, ...]
+
+
+# -- reading and writing tables -------------------------------------------------------------------
+
+
+def parse_table(text: str, source: str = "the table") -> Table:
+    """A table from its JSON; see `write_table`.
+
+    Raises:
+        ValueError: an unknown or missing field, or sizes without a row; the message names the place.
+    """
+    content = json.loads(text)
+    wanted = set(Table._fields)
+    if set(content) != wanted:
+        raise ValueError(f"{source} must have the fields {sorted(wanted)}; got {sorted(content)}.")
+    rows = [_parse_row(row, f"{source}, row {i}") for i, row in enumerate(content["rows"])]
+    _check_cover(rows, source)
+    return Table(
+        **{name: str(content[name]) for name in ("gpu", "jax", "date", "made_by")},
+        batched=_parse_config(content["batched"], f"{source}, batched"),
+        rows=tuple(rows),
+    )
+
+
+def _parse_row(row: Mapping[str, Any], place: str) -> Row:
+    needed, known = {"num_experts", "num_pairs", "config"}, {"us"}
+    if not needed <= set(row) <= needed | known:
+        fields = sorted(needed | known)
+        raise ValueError(f"{place}: the fields must be {fields}; got {sorted(row)}.")
+    first, last = row["num_experts"]
+    config = _parse_config(row["config"], place)
+    pairs = row["num_pairs"]
+    if config.form == "warp" and (pairs is None or pairs > MAX_WARP_PAIRS):
+        raise ValueError(f"{place}: 'warp' must end at {MAX_WARP_PAIRS} pairs; got {pairs}.")
+    if config.form in ("block", "grid") and (last is None or last > MAX_HISTOGRAM_EXPERTS):
+        limit = MAX_HISTOGRAM_EXPERTS
+        raise ValueError(f"{place}: {config.form!r} must end at {limit} experts; got {last}.")
+    return Row(first, last, pairs, config, row.get("us"))
+
+
+def _parse_config(config: Mapping[str, Any], place: str) -> BlockAlignMosaicConfig:
+    known = {field.name for field in dataclasses.fields(BlockAlignMosaicConfig)}
+    if unknown := sorted(set(config) - known):
+        raise ValueError(f"{place}: a config has the fields {sorted(known)}; got {unknown}.")
+    try:
+        return BlockAlignMosaicConfig(**config)
+    except TypeError as error:
+        raise ValueError(f"{place}: {error}.") from None
+
+
+def _check_cover(rows: list[Row], source: str) -> None:
+    """Every E from 1 on in one range, every number of pairs from 1 on in one row of it."""
+    ranges = list(dict.fromkeys((row.first_expert, row.last_expert) for row in rows))
+    ends = [0, *(last for _, last in ranges)]
+    starts = [first for first, _ in ranges]
+    if (
+        not rows
+        or ends[-1] is not None
+        or starts != [None if e is None else e + 1 for e in ends[:-1]]
+    ):
+        raise ValueError(f"{source}: the rows must serve every num_experts once; got {ranges}.")
+    for which in ranges:
+        pairs = [row.num_pairs for row in rows if (row.first_expert, row.last_expert) == which]
+        bounded = pairs[:-1]
+        if pairs[-1] is not None or None in bounded or bounded != sorted(set(bounded)):  # type: ignore[type-var]
+            raise ValueError(
+                f"{source}: num_pairs must ascend to null for num_experts {list(which)}; got {pairs}."
+            )
+
+
+def format_table(table: Table) -> str:
+    """The JSON of a table, a line per row; defaults are left out."""
+
+    def config_of(config: BlockAlignMosaicConfig) -> dict[str, Any]:
+        return {
+            field.name: value
+            for field in dataclasses.fields(config)
+            if (value := getattr(config, field.name)) != field.default
+        }
+
+    facts = [
+        f' "{name}": {json.dumps(getattr(table, name))},'
+        for name in ("gpu", "jax", "date", "made_by")
+    ]
+    lines = []
+    for row in table.rows:
+        line = {
+            "num_experts": [row.first_expert, row.last_expert],
+            "num_pairs": row.num_pairs,
+            "config": config_of(row.config),
+        }
+        lines.append(json.dumps(line if row.us is None else {**line, "us": row.us}))
+    batched = f' "batched": {json.dumps(config_of(table.batched))},'
+    rows = ",\n".join(f"  {line}" for line in lines)
+    return "\n".join(["{", *facts, batched, ' "rows": [', rows, " ]", "}", ""])
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for, in this order."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    own = Path(__file__).parent / "data" / "tuning"
+    return [Path(given), own] if given else [own]
+
+
+@functools.cache
+def _paths() -> dict[str, Path]:
+    return {path.stem: path for folder in reversed(folders()) for path in folder.glob("*.json")}
+
+
+@functools.cache
+def table(name: str) -> Table | None:
+    """The table of `AlignProblem.tuning`: "" is the default one, "heuristic" none."""
+    if name == HEURISTIC:
+        return None
+    path = _paths()[name or DEFAULT_TABLE]
+    return parse_table(path.read_text(), path.name)
+
+
+def stem_of(device_kind: str) -> str:
+    """The file name, without ".json", for a kind of GPU."""
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
+
+
+@functools.cache
+def table_name(device_kind: str | None) -> str:
+    """Which table serves a GPU, as `AlignProblem.tuning` has it.
+
+    The longest name that begins the kind's: "nvidia_h100" serves "NVIDIA H100 80GB HBM3" unless there is
+    an "nvidia_h100_80gb_hbm3". None is no GPU: "", the default table.
+    """
+    if device_kind is None:
+        return ""
+    stem = stem_of(device_kind)
+    fitting = [name for name in _paths() if f"{stem}_".startswith(f"{name}_")]
+    return max(fitting, key=len, default=HEURISTIC)
+
+
+def describe(name: str) -> str:
+    """One line about what `AlignProblem.tuning` names."""
+    found = table(name)
+    if found is None:
+        return "a rule by size: this kind of GPU has no table (`moe-align tune` makes one)"
+    why = "" if name else "no GPU here, so the default: "
+    return f"{why}the table of {found.gpu}, {found.date}, jax {found.jax}"
+
+
+# -- choosing -------------------------------------------------------------------------------------
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _warpgroups_that_fit(num_experts: int, wanted: int, other_words: int) -> int:
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def row_for(num_pairs: int, num_experts: int, tuning: str = "") -> Row:
+    """The row that serves a size, of a table or of the heuristic."""
+    chosen = table(tuning)
+    if chosen is None:
+        return heuristic(num_pairs, num_experts)
+    for row in chosen.rows:
+        if row.last_expert is not None and num_experts > row.last_expert:
+            continue
+        if row.num_pairs is None or num_pairs <= row.num_pairs:
+            return row
+    raise ValueError(f"the table {tuning!r} has no row for {num_pairs} pairs, E = {num_experts}.")
+
+
+def heuristic(num_pairs: int, num_experts: int) -> Row:
+    """For a GPU without a table: work for every thread before more CTAs, up to one CTA per SM.
+
+    The numbers are shares of work, not sizes at which forms were seen to cross on one card.
+    """
+    end = max(MAX_WARP_PAIRS, _power_of_two(num_pairs))
+    if num_pairs <= MAX_WARP_PAIRS:
+        config = BlockAlignMosaicConfig(
+            form="warp", num_warpgroups=1, num_ctas=64, cells_per_cta=8192
+        )
+    elif num_experts > MAX_HISTOGRAM_EXPERTS:
+        config = BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=128, rounds=8)
+    elif num_pairs <= MAX_BLOCK_PAIRS:
+        groups = min(4, max(1, end // 256))  # two pairs per thread
+        config = BlockAlignMosaicConfig(
+            form="block", num_warpgroups=groups, num_ctas=16, cells_per_cta=1024
+        )
+    else:
+        ctas = min(
+            128, end // 256
+        )  # 256 threads with a pair each, then more rounds, then more threads
+        groups = min(8, max(2, end // (ctas * 128 * _MAX_GRID_ROUNDS)))
+        config = BlockAlignMosaicConfig(
+            form="grid",
+            num_warpgroups=groups,
+            num_ctas=ctas,
+            rounds=_MAX_GRID_ROUNDS,
+            local_sort=True,
+        )
+    return Row(1, None, end, config)
+
+
+def config_for(problem: AlignProblem | BatchedAlignProblem) -> BlockAlignMosaicConfig:
+    """The configuration that `problem.tuning` chooses, fitted to the problem."""
+    if isinstance(problem, BatchedAlignProblem):
+        return fit((table(problem.tuning) or table("")).batched, problem)  # type: ignore[union-attr]
+    return fit(row_for(problem.num_pairs, problem.num_experts, problem.tuning).config, problem)
+
+
+def fit(
+    config: BlockAlignMosaicConfig, problem: AlignProblem | BatchedAlignProblem
+) -> BlockAlignMosaicConfig:
+    """`config` with its sizes lowered to what the problem needs and shared memory holds."""
+    return _FITS[config.form](config, problem)
+
+
+def _fit_warp(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    # 128 threads write 2K cells in a few rounds; more cells take more CTAs.
+    ctas = max(problem.capacity, problem.num_experts) // config.cells_per_cta
+    return dataclasses.replace(config, num_ctas=min(config.num_ctas, max(1, ctas)))
+
+
+def _fit_block(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    # Every CTA does all the counting; one per share of rows saves more on writing than its launch costs.
+    num_experts = problem.num_experts
+    return dataclasses.replace(
+        config,
+        num_warpgroups=_warpgroups_that_fit(
+            num_experts, config.num_warpgroups, other_words=num_experts + 64
+        ),
+        num_ctas=min(config.num_ctas, _cdiv(problem.capacity, config.cells_per_cta)),
+    )
+
+
+def _fit_grid(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    stride = _cdiv(problem.num_experts, 4) * 4
+    tile_words = 2 * config.rounds * config.num_warpgroups * 128
+    groups = _warpgroups_that_fit(
+        problem.num_experts, config.num_warpgroups, other_words=4 * stride + tile_words + 128
+    )
+    rounds = min(config.rounds, _cdiv(problem.num_pairs, config.num_ctas * groups * 128))
+    sort = config.local_sort and rounds >= 2
+    return dataclasses.replace(config, num_warpgroups=groups, rounds=rounds, local_sort=sort)
+
+
+def _fit_radix(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    threads = config.num_warpgroups * 128
+    ctas = min(config.num_ctas, _cdiv(problem.num_pairs, threads))
+    rounds = min(config.rounds, _cdiv(problem.num_pairs, ctas * threads))
+    return dataclasses.replace(config, num_ctas=ctas, rounds=rounds)
+
+
+def _fit_batched(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    ctas = problem.capacity // config.cells_per_cta
+    return dataclasses.replace(config, num_ctas=min(config.num_ctas, max(1, ctas)))
+
+
+_FITS = {
+    "warp": _fit_warp,
+    "block": _fit_block,
+    "grid": _fit_grid,
+    "radix": _fit_radix,
+    "batched": _fit_batched,
+}
+
+
+def _warpgroups_that_fit(num_experts: int, wanted: int, *, other_words: int) -> int:
     """Warpgroups whose warps' histograms fit beside `other_words` of shared memory."""
     stride = _cdiv(num_experts, 4) * 4
     while wanted > 1 and wanted * 4 * stride + other_words > _SHARED_WORDS:
@@ -48,73 +360,32 @@ def _warpgroups_that_fit(num_experts: int, wanted: int, other_words: int) -> int
     return wanted
 
 
-def config_for(problem: AlignProblem | BatchedAlignProblem) -> BlockAlignMosaicConfig:
-    """The heuristic: form by size, as measured on an H200 (docs/measured.md)."""
-    if isinstance(problem, BatchedAlignProblem):
-        ctas = min(128, max(1, problem.capacity // 4096))
-        return BlockAlignMosaicConfig(form="batched", num_warpgroups=4, num_ctas=ctas)
-    n, num_experts = problem.num_pairs, problem.num_experts
-    if n <= MAX_WARP_PAIRS:
-        # 128 threads write 2K cells in a few rounds; more cells take more CTAs.
-        cells = max(problem.capacity, num_experts)
-        ctas = min(64, max(1, cells // 8192))
-        return BlockAlignMosaicConfig(form="warp", num_warpgroups=1, num_ctas=ctas)
-    if num_experts > MAX_HISTOGRAM_EXPERTS:
-        ctas = min(128, _cdiv(n, 256))
-        rounds = min(8, _cdiv(n, ctas * 256))
-        return BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=ctas, rounds=rounds)
-    if n <= MAX_BLOCK_PAIRS:
-        return _block_config(problem)
-    return _grid_config(problem)
+# -- programs that are sized at launch ------------------------------------------------------------
 
 
-def _block_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
-    n, num_experts = problem.num_pairs, problem.num_experts
-    wanted = next(groups for end, groups in _BLOCK_SIZES if n <= end)
-    groups = _warpgroups_that_fit(num_experts, wanted, num_experts + 64)
-    # Every CTA does all the counting; one per 1,024 rows saves more on writing than its launch costs.
-    ctas = min(16, _cdiv(problem.capacity, 1024))
-    return BlockAlignMosaicConfig(form="block", num_warpgroups=groups, num_ctas=ctas)
+def _pairs_per_round(config: BlockAlignMosaicConfig) -> int | None:
+    """Pairs that a one-tile program takes in one round of all its threads; None where rounds do not count."""
+    ctas = {"block": 1, "grid": config.num_ctas}.get(config.form)
+    return ctas and ctas * config.num_warpgroups * 128
 
 
-def _grid_config(problem: AlignProblem) -> BlockAlignMosaicConfig:
-    n, num_experts = problem.num_pairs, problem.num_experts
-    ctas, wanted = next((row[1:] for row in _GRID_SIZES if n <= row[0]), _GRID_SIZES[-1][1:])
-    stride = _cdiv(num_experts, 4) * 4
-    tile_words = 2 * _MAX_ROUNDS * wanted * 128
-    groups = _warpgroups_that_fit(num_experts, wanted, 4 * stride + tile_words + 128)
-    rounds = min(_MAX_ROUNDS, _cdiv(n, ctas * groups * 128))
-    return BlockAlignMosaicConfig(
-        form="grid",
-        num_warpgroups=groups,
-        num_ctas=ctas,
-        rounds=rounds,
-        local_sort=rounds >= 2,
-    )
-
-
-def size_bucket(num_pairs: int, num_experts: int, block_size: int) -> int:
+def size_bucket(num_pairs: int, num_experts: int, block_size: int, tuning: str = "") -> int:
     """The size up to which one program that is sized at launch serves `num_pairs` pairs.
 
+    A bucket lies within one row of the table, so `config_for` at its end is the configuration of all of it.
     Such a program does the work of its largest size in rounds of 32 pairs per warp, so buckets end where
-    one more round begins: `config_for` at a bucket's end is the configuration of all of it. Beyond one
-    tile per CTA, tiles are counted at launch, and buckets are powers of two.
+    one more round begins, at most two per power of two. Elsewhere (several tiles are counted at launch)
+    buckets are powers of two.
     """
-    if num_pairs <= MAX_WARP_PAIRS:
-        return max(8, _power_of_two(num_pairs))
-    if num_experts > MAX_HISTOGRAM_EXPERTS:
-        return _power_of_two(num_pairs)
-    for end, *_ in (*_BLOCK_SIZES, *_GRID_SIZES):
-        if num_pairs > end:
-            continue
-        problem = AlignProblem(end, num_experts, block_size, end + num_experts * (block_size - 1))
-        config = config_for(problem)
-        step = config.num_warpgroups * 128 * (config.num_ctas if config.form == "grid" else 1)
-        if end > _MAX_ROUNDS * step and config.form == "grid":
-            break  # several tiles
-        return min(end, _cdiv(num_pairs, step) * step)
-    return _power_of_two(num_pairs)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    row, power = row_for(num_pairs, num_experts, tuning), _power_of_two(num_pairs)
+    end = power if row.num_pairs is None else row.num_pairs
+    capacity = end + num_experts * (block_size - 1)
+    config = fit(row.config, AlignProblem(end, num_experts, block_size, capacity, tuning=tuning))
+    step = _pairs_per_round(config)
+    several_tiles = config.form == "grid" and step and num_pairs > row.config.rounds * step
+    if step is None or several_tiles:
+        bucket = max(8, power)
+    else:
+        step = max(step, power // 4)
+        bucket = _cdiv(num_pairs, step) * step
+    return bucket if row.num_pairs is None else min(bucket, row.num_pairs)

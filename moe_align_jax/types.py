@@ -71,6 +71,7 @@ class AlignProblem(NamedTuple):
         sized_at_launch: num_pairs and capacity are only upper bounds; the launch gives the real ones,
             and the position of the first id. For the direct launch from PyTorch, where a new size
             must not cost a compile.
+        tuning: whose table chooses form and sizes (`_tuning.table_name`); "" for the default.
     """
 
     num_pairs: int
@@ -84,6 +85,7 @@ class AlignProblem(NamedTuple):
     minus_one: bool = False
     return_counts: bool = True
     sized_at_launch: bool = False
+    tuning: str = ""
 
     name = "moe_align_block_size"
 
@@ -125,6 +127,7 @@ class BatchedAlignProblem(NamedTuple):
     num_experts: int
     max_tokens_per_batch: int
     block_size: int
+    tuning: str = ""
 
     name = "batched_moe_align_block_size"
 

@@ -321,8 +321,11 @@ def warmup(
                 tokens_per_expert=tokens_per_expert,
                 return_inverse=return_inverse,
                 minus_one=sglang and not ignore_invalid_experts,
+                tuning=direct.tuning(device),
             )
-            for n in direct.bucket_ends(most, num_experts + sglang, block_size)
+            for n in direct.bucket_ends(
+                most, num_experts + sglang, block_size, direct.tuning(device)
+            )
             for dtype in dtypes
         }
         direct.prepare(device.index or 0, sorted(wanted), again=True)

@@ -87,6 +87,14 @@ def launches_on(index: int) -> bool:
 
 
 @functools.cache
+def tuning(device: torch.device) -> str:
+    """Whose table chooses the sizes of kernels on this device, as problems name it."""
+    if device.type != "cuda":
+        return ""
+    return _tuning.table_name(torch.cuda.get_device_properties(device).name)
+
+
+@functools.cache
 def _gpu(index: int) -> str:
     facts = torch.cuda.get_device_properties(index)
     return f"{facts.name} sm_{facts.major}{facts.minor} driver {driver.driver_version()}"
@@ -281,9 +289,10 @@ def program_problem(
     return_counts: bool,
     return_inverse: bool,
     minus_one: bool,
+    tuning: str = "",
 ) -> AlignProblem:
     """The program that serves this size: that of its bucket's end."""
-    end = _tuning.size_bucket(num_pairs, num_experts, block_size)
+    end = _tuning.size_bucket(num_pairs, num_experts, block_size, tuning)
     capacity = _checks.capacity(
         end, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
     )
@@ -299,14 +308,15 @@ def program_problem(
         minus_one,
         return_counts,
         sized_at_launch=True,
+        tuning=tuning,
     )
 
 
-def bucket_ends(most: int, num_experts: int, block_size: int) -> list[int]:
+def bucket_ends(most: int, num_experts: int, block_size: int, tuning: str = "") -> list[int]:
     """The largest sizes of the buckets that hold 1 .. most pairs."""
-    ends = [_tuning.size_bucket(1, num_experts, block_size)]
+    ends = [_tuning.size_bucket(1, num_experts, block_size, tuning)]
     while ends[-1] < most:
-        ends.append(_tuning.size_bucket(ends[-1] + 1, num_experts, block_size))
+        ends.append(_tuning.size_bucket(ends[-1] + 1, num_experts, block_size, tuning))
     return ends
 
 

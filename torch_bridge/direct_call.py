@@ -37,8 +37,12 @@ def sized(
     tokens_per_expert: bool = False,
     return_inverse: bool = False,
     minus_one: bool = False,
+    tuning: str = "",
 ) -> KernelProblem:
-    """The program for a size; with `minus_one`, num_experts does not count the bucket of id -1."""
+    """The program for a size; with `minus_one`, num_experts does not count the bucket of id -1.
+
+    `tuning`: `direct.tuning` of the device.
+    """
     return direct.program_problem(
         num_pairs,
         num_experts + minus_one,
@@ -49,6 +53,7 @@ def sized(
         tokens_per_expert,
         return_inverse,
         minus_one,
+        tuning,
     )
 
 
@@ -56,9 +61,10 @@ def kernel_problem(
     problem: Problem, operands: Mapping[str, torch.Tensor], has_limit: bool = False
 ) -> KernelProblem | BatchedAlignProblem:
     """The program that serves a call."""
+    tuning = direct.tuning(next(iter(operands.values())).device)
     if isinstance(problem, BatchedProblem):
         return BatchedAlignProblem(
-            problem.num_experts, problem.max_tokens_per_batch, problem.block_size
+            problem.num_experts, problem.max_tokens_per_batch, problem.block_size, tuning
         )
     sizes = (problem.num_pairs, problem.num_experts, problem.block_size)
     dtype = operands["topk_ids"].dtype
@@ -68,6 +74,7 @@ def kernel_problem(
             dtype,
             tokens_per_expert=problem.with_inactive_blocks,
             minus_one=not problem.ignore_invalid_expert,
+            tuning=tuning,
         )
     mode = ""
     if "expert_map" in operands:
@@ -79,6 +86,7 @@ def kernel_problem(
         num_valid_pairs=has_limit or "num_valid_pairs" in operands,
         tokens_per_expert=problem.with_counts,
         return_inverse=problem.with_inverse or problem.with_scatter_idx,
+        tuning=tuning,
     )
 
 
@@ -201,7 +209,7 @@ def _finish(
 def _batched(
     problem: BatchedProblem, counts: torch.Tensor, out: Sequence[torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    needed = kernel_problem(problem, {})
+    needed = kernel_problem(problem, {"expert_num_tokens": counts})
     program = direct.program_for(problem.name, counts.device.index, needed)
     given = counts.detach().contiguous()
     if given.dtype != torch.int32:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
 _SOURCES = ("_kernels/block_align/*.py", "_simt/*.py", "_checks.py", "_tuning.py", "types.py")
+_TABLES = "*.json"  # of the folders of `_tuning`: the choice of form and sizes
 
 
 class Entry(NamedTuple):
@@ -49,10 +50,12 @@ def folder() -> Path:
 def source_digest() -> str:
     """Of all code that the kernels and their launch come from, and the versions below them."""
     import moe_align_jax
+    from moe_align_jax import _tuning
 
     digest, here = hashlib.sha256(moe_align_jax.__version__.encode()), Path(__file__).parent
     root = Path(moe_align_jax.__file__).parent
     files = [path for pattern in _SOURCES for path in sorted(root.glob(pattern))]
+    files += [path for folder in _tuning.folders() for path in sorted(folder.glob(_TABLES))]
     for path in (*files, here / "launch.py", here / "driver.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for package in ("jax", "jaxlib"):

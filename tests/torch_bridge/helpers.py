@@ -59,6 +59,8 @@ def load_programs(sizes, options, dtypes=(torch.int64,), **more) -> None:
     `direct_call.sized`.
     """
     wanted = set()
+    device = torch.device("cuda", torch.cuda.current_device())
+    more = {"tuning": direct.tuning(device), **more}
     for (n, num_experts, block_size), given in itertools.product(sizes, options):
         use = ""
         if given.get("expert_map") is not None:

@@ -252,6 +252,7 @@ def test_key_names_the_problem_and_the_gpu():
             "minus_one": True,
             "return_counts": False,
             "sized_at_launch": False,
+            "tuning": "heuristic",
         }.items()
     ]
     assert len(changed) == len(PROBLEM._fields)
@@ -291,6 +292,7 @@ def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch,
     for name in ("_tuning.py", "_checks.py", "types.py"):
         assert f"moe_align_jax/{name}" in parts
     assert {"torch_bridge/launch.py", "torch_bridge/driver.py"} <= parts
+    assert "tuning/nvidia_h200.json" in parts
     for changed in list(opened):
         monkeypatch.setattr(
             modules.Path, "read_bytes", lambda p, c=changed: read(p) + b"#" * (p == c)
