@@ -55,17 +55,27 @@ def warp_inclusive_scan(t: Simt, x: Int, lane: Int) -> Int:
 def block_exclusive_scan(t: Simt, x: Int, scratch: Any) -> tuple[Int, Int]:
     """(sum of x over the threads before mine, sum over all). `scratch` holds a word per warp; a
     `block_sync` must lie between two uses of one scratch."""
+    [result] = block_exclusive_scans(t, [x], scratch)
+    return result
+
+
+def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[Int, Int]]:
+    """Several scans behind one barrier; `scratch` holds WARP words for each."""
     tid = t.thread_id()
     lane, warp = tid & (WARP - 1), tid >> 5
     num_warps = t.num_threads // WARP
-    inclusive = warp_inclusive_scan(t, x, lane)
+    inclusive = [warp_inclusive_scan(t, x, lane) for x in xs]
     with t.if_(lane.eq(WARP - 1)):
-        t.store(scratch, warp, inclusive)
+        for k, value in enumerate(inclusive):
+            t.store(scratch, warp + k * WARP, value)
     t.block_sync()
-    sums = t.value_if(lane < num_warps, lambda: t.load(scratch, lane), 0)
-    running = warp_inclusive_scan(t, sums, lane)  # every warp does it again: saves a barrier
-    before = t.shfl(running - sums, warp)
-    return inclusive - x + before, t.shfl(running, WARP - 1)
+    results = []
+    for k, (x, value) in enumerate(zip(xs, inclusive, strict=True)):
+        sums = t.value_if(lane < num_warps, lambda k=k: t.load(scratch, lane + k * WARP), 0)
+        running = warp_inclusive_scan(t, sums, lane)  # every warp does it again: saves a barrier
+        before = t.shfl(running - sums, warp)
+        results.append((value - x + before, t.shfl(running, WARP - 1)))
+    return results
 
 
 def match_bits(t: Simt, x: Int, bits: int) -> Int:

@@ -57,7 +57,7 @@ def _run_kernel(
             data[name],
             writable=False,
             per_cta=False,
-            across_ctas=False,
+            reach="cta",
             producer=producers.get(name),
             **common,
         )
@@ -71,16 +71,18 @@ def _run_kernel(
             data[name],
             writable=True,
             per_cta=False,
-            across_ctas=kernel.num_ctas > 1,
+            reach="grid" if kernel.num_ctas > 1 else "cta",
             **common,
         )
     for name, words in kernel.shared.items():
         cells = np.zeros(words * kernel.num_ctas, np.int32)
+        reach = "cluster" if kernel.cluster > 1 else "cta"
         refs[name] = Buffer(
-            name, (words,), cells, writable=True, per_cta=True, across_ctas=False, **common
+            name, (words,), cells, writable=True, per_cta=True, reach=reach, **common
         )
     with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
         kernel.body(machine, SimpleNamespace(**refs))
+    machine.check_end()
     for name in kernel.outputs:
         refs[name].check_written()
 

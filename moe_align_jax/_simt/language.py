@@ -5,8 +5,9 @@ It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles, ballots and
-matches order no memory. `block_sync` orders shared and global accesses of one CTA. Nothing orders two CTAs
-of one kernel. A kernel sees what the kernels before it wrote, from its `grid_dependency_wait` on.
+matches order no memory. `block_sync` orders shared and global accesses of one CTA, `cluster_sync` shared accesses of the CTAs of a
+cluster (CTA g is in cluster g // `cluster`); nothing else orders two CTAs of one kernel. A kernel sees what
+the kernels before it wrote, from its `grid_dependency_wait` on.
 """
 
 import abc
@@ -102,6 +103,7 @@ class Simt(abc.ABC):
 
     num_threads: int
     num_ctas: int
+    cluster: int
 
     # -- who and what
     @abc.abstractmethod
@@ -137,6 +139,11 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def load(self, ref: Any, index: Any) -> Int:
         """`ref[index]`."""
+
+    @abc.abstractmethod
+    def load_peer(self, ref: Any, index: Int | int, cta: Int | int) -> Int:
+        """`ref[index]` of another CTA of my cluster, by its index in the grid; `ref` is shared. A
+        `cluster_sync` must lie between this and that CTA's stores, and between this and its end."""
 
     @abc.abstractmethod
     def store(self, ref: Any, index: Any, value: Int | int) -> None:
@@ -187,6 +194,10 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def block_sync(self) -> None:
         """Orders memory among the threads of the CTA, all of which must arrive."""
+
+    @abc.abstractmethod
+    def cluster_sync(self) -> None:
+        """Orders shared memory among the CTAs of the cluster, all of whose threads must arrive."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

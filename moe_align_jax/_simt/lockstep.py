@@ -29,12 +29,14 @@ class EmulatedSimt(Simt):
     def __init__(self, kernel: Kernel, behind: frozenset[int] = frozenset()):
         self.name, self._behind = kernel.name, behind
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
+        self.cluster = kernel.cluster
         self._total = self.num_threads * self.num_ctas
         self._thread = np.tile(np.arange(self.num_threads, dtype=np.int32), self.num_ctas)
         self._cta = np.arange(self.num_ctas, dtype=np.int32).repeat(
             self.num_threads if self.num_ctas > 1 else 1
         )
-        self._clock = Clock(self.num_ctas, self.num_threads)
+        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster)
+        self._peers_read = False  # since the last cluster_sync
         self._waited = np.zeros(self._total, bool)
         self.scope = Scope(None, self._total)
 
@@ -157,8 +159,10 @@ class EmulatedSimt(Simt):
 
     # -- memory
 
-    def _cells(self, ref: Buffer, index: Any, width: int = 1) -> np.ndarray:
-        """Flat cells of the active lanes (the first of each, for a vector)."""
+    def _cells(
+        self, ref: Buffer, index: Any, width: int = 1, of: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Flat cells of the active lanes (the first of each, for a vector); of the CTAs `of`, not mine."""
         indices = index if isinstance(index, tuple) else (index,)
         if len(indices) != len(ref.shape) or (width > 1 and len(indices) > 1):
             raise Undefined(
@@ -186,7 +190,8 @@ class EmulatedSimt(Simt):
             cells = at.astype(np.intp) if cells is None else cells * size + at
         assert cells is not None
         if ref.per_cta and self.num_ctas > 1:
-            cells = cells + self.scope.active(self._cta).astype(np.intp) * ref.words
+            cta = self.scope.active(self._cta) if of is None else of
+            cells = cells + cta.astype(np.intp) * ref.words
         if cells.size != self.scope.count:
             cells = cells.repeat(self.scope.count)
         return cells
@@ -210,6 +215,17 @@ class EmulatedSimt(Simt):
         if not self.scope.count:
             return Value(constant(NOTHING), self)
         return self._spread(self._read(ref, self._cells(ref, index), self._threads()))
+
+    def load_peer(self, ref: Buffer, index: Int | int, cta: Int | int) -> Int:
+        if not ref.per_cta:
+            raise Undefined(f"{self.name}: load_peer is for shared memory; {ref.name} is global.")
+        if not self.scope.count:
+            return Value(constant(NOTHING), self)
+        mine, peer = self.scope.active(self._cta), self.scope.active(array_of(cta))
+        if (peer // self.cluster != mine // self.cluster).any():
+            raise OutOfBounds(f"{self.name}: load_peer of {ref.name} from another cluster.")
+        self._peers_read = True
+        return self._spread(ref.read(self._cells(ref, index, of=peer), self._threads()))
 
     def store(self, ref: Buffer, index: Any, value: Int | int) -> None:
         stored = self._stored(value)
@@ -288,6 +304,17 @@ class EmulatedSimt(Simt):
 
     def block_sync(self) -> None:
         self._clock.block_barrier(self._whole(self.num_threads, "block_sync"))
+
+    def cluster_sync(self) -> None:
+        self._clock.cluster_barrier(self._whole(self.num_threads * self.cluster, "cluster_sync"))
+        self._peers_read = False
+
+    def check_end(self) -> None:
+        """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
+        if self._peers_read:
+            raise RaceError(
+                f"{self.name}: load_peer after the last cluster_sync: the peer may have ended."
+            )
 
     def grid_dependency_wait(self) -> None:
         lanes = self.scope.lanes

@@ -29,7 +29,7 @@ class Buffer:
         num_threads: int,
         writable: bool,
         per_cta: bool,
-        across_ctas: bool,
+        reach: str,
         check_races: bool,
         producer: int | None = None,
     ):
@@ -37,7 +37,7 @@ class Buffer:
         self.per_cta, self.producer = per_cta, producer
         self.words = int(np.prod(shape))
         self._num_threads, self._check = num_threads, check_races
-        self._new = lambda: Touches(data.size, num_threads, across_ctas)
+        self._new = lambda: Touches(data.size, num_threads, reach)
         self.written: Touches | None = self._new() if writable else None
         self._read: Touches | None = None
         self._atomic: Touches | None = None

@@ -91,11 +91,17 @@ def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -
     return MlirInt(nvvm.shfl_sync(_i32(), mask, value, lane, _value(clamp), kind))  # type: ignore[call-arg]
 
 
+def _barrier_asm(instructions: str) -> None:
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, [], instructions, "~{memory}", has_side_effects=True)
+
+
 class MosaicSimt(Simt):
     """Emits MLIR at the current insertion point."""
 
     def __init__(self, kernel: Kernel, *, pdl: bool = False):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
+        self.cluster = kernel.cluster
         self._pdl = pdl
 
     def thread_id(self) -> Int:
@@ -131,6 +137,20 @@ class MosaicSimt(Simt):
 
     def load(self, ref: _Ref, index: Any) -> Int:
         return MlirInt(memref.load(ref.memref, ref.indices(index)))
+
+    def load_peer(self, ref: _Ref, index: Int | int, cta: Int | int) -> Int:
+        address = llvm.ptrtoint(_i32(), ref.pointer(index))
+        rank = _value(cta & (self.cluster - 1))
+        return MlirInt(
+            llvm.inline_asm(
+                _i32(),
+                [address, rank],
+                "{ .reg .b32 peer; mapa.shared::cluster.u32 peer, $1, $2; "
+                "ld.shared::cluster.u32 $0, [peer]; }",
+                "=r,r,r",
+                has_side_effects=True,
+            )
+        )
 
     def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
         memref.store(_value(value), ref.memref, ref.indices(index))
@@ -198,11 +218,13 @@ class MosaicSimt(Simt):
     def block_sync(self) -> None:
         gpu.barrier()
 
+    def cluster_sync(self) -> None:
+        _barrier_asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
+
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:
-            void = ir.Type.parse("!llvm.void")
-            llvm.inline_asm(void, [], instruction, "~{memory}", has_side_effects=True)
+            _barrier_asm(instruction)
 
     def grid_dependency_wait(self) -> None:
         self._grid_control("griddepcontrol.wait;")
@@ -235,7 +257,10 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
 
         emit(*refs)
 
-    grid = {"grid": (kernel.num_ctas,), "grid_names": ("cta",)} if kernel.num_ctas > 1 else {}
+    clusters = kernel.num_ctas // kernel.cluster
+    grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)} if clusters > 1 else {}
+    if kernel.cluster > 1:
+        grid |= {"cluster": (kernel.cluster,), "cluster_names": ("peer",)}
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.outputs.values()],

@@ -2,15 +2,15 @@
 
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
 `warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA; nothing orders
-two CTAs of a kernel. Atomics do not conflict with each other, only with plain accesses.
+two CTAs of a kernel, except `cluster_sync` the shared memory of a cluster's. Atomics do not conflict with each other, only with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
 Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
-came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, and
-before the warp's last barrier when its stamp is below the warp's. `span` widens a mark to several
-lanes of the warp since its last barrier, or several warps of the CTA since the last block barrier:
-all that a later write needs to know of all the reads, so that one mark per cell and kind of access
-is exact. Mark 0 is an untouched cell; stamps start at 1.
+came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, before the
+cluster's last barrier when below its *wide* floor, and before the warp's last barrier when its stamp is
+below the warp's. `span` widens a mark to several lanes of the warp since its last barrier, several
+warps of the CTA since the last block barrier, or several CTAs of the cluster since its last one: all
+that a later write needs to know of all the reads, so that one mark per cell and kind of access is exact. Mark 0 is an untouched cell; stamps start at 1.
 """
 
 from typing import NamedTuple
@@ -20,32 +20,39 @@ import numpy as np
 from moe_align_jax._simt.language import WARP
 
 STAMP, THREAD = 34, 2
-ONE_THREAD, ONE_WARP, ONE_CTA = range(3)
+ONE_THREAD, ONE_WARP, ONE_CTA, ONE_CLUSTER = range(4)
+
+type Floor = np.ndarray | int
+
+
+def _at(floor: Floor, lanes: np.ndarray) -> Floor:
+    return floor if isinstance(floor, int) else floor[lanes]
 
 
 class Threads(NamedTuple):
-    """Who makes an access: each lane's mark, and the floor of its CTA (an int when all agree)."""
+    """Who makes an access: each lane's mark, the floors of its CTA and its cluster (ints when all agree)."""
 
     marks: np.ndarray
-    floor: np.ndarray | int
+    floor: Floor
+    wide: Floor
 
     def at(self, lanes: np.ndarray) -> "Threads":
-        floor = self.floor
-        return Threads(self.marks[lanes], floor if isinstance(floor, int) else floor[lanes])
+        return Threads(self.marks[lanes], _at(self.floor, lanes), _at(self.wide, lanes))
 
     def times(self, n: int) -> "Threads":
-        floor = self.floor
-        return Threads(self.marks.repeat(n), floor if isinstance(floor, int) else floor.repeat(n))
+        floors = [f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide)]
+        return Threads(self.marks.repeat(n), *floors)
 
 
 class Clock:
-    """Barriers passed by every warp and CTA of a grid."""
+    """Barriers passed by every warp, CTA and cluster of a grid."""
 
-    def __init__(self, num_ctas: int, num_threads: int):
+    def __init__(self, num_ctas: int, num_threads: int, cluster: int = 1):
         self.num_threads = num_threads
         self.tick = 1
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
         self._of_cta = np.ones(num_ctas, np.int64)
+        self._of_cluster = np.ones((num_ctas // cluster, cluster), np.int64)
         self._thread = np.arange(num_ctas * num_threads, dtype=np.int64) << THREAD
         self._threads: Threads | None = None
 
@@ -54,20 +61,25 @@ class Clock:
         self._of_cta[ctas] = self._of_warp[ctas] = self.tick
         self._threads = None
 
+    def cluster_barrier(self, clusters: np.ndarray | slice) -> None:
+        self._of_cluster[clusters] = self.tick + 1
+        self.block_barrier((self._of_cluster.reshape(-1) == self.tick + 1).nonzero()[0])
+
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
         self.tick += 1
         self._of_warp.reshape(-1)[warps] = self.tick
         self._threads = None
 
+    def _floor(self, of_cta: np.ndarray) -> Floor:
+        floor = of_cta.reshape(-1) << STAMP
+        uniform = (floor == floor[0]).all()
+        return int(floor[0]) if uniform else floor.repeat(self.num_threads)
+
     def threads(self) -> Threads:
         """All threads of the grid, now."""
         if self._threads is None:
             marks = self._thread + (self._of_warp << STAMP).repeat(WARP)
-            floor = self._of_cta << STAMP
-            uniform = (floor == floor[0]).all()
-            self._threads = Threads(
-                marks, int(floor[0]) if uniform else floor.repeat(self.num_threads)
-            )
+            self._threads = Threads(marks, self._floor(self._of_cta), self._floor(self._of_cluster))
         return self._threads
 
 
@@ -77,28 +89,32 @@ def thread_of(marks):
 
 
 class Touches:
-    """The marks of one kind of access to one buffer."""
+    """The marks of one kind of access to one buffer.
 
-    def __init__(self, num_cells: int, num_threads: int, across_ctas: bool):
+    `reach`: who else can touch a cell: "cta", only threads of its CTA; "cluster", those of the cluster;
+    "grid", all, with nothing to order them.
+    """
+
+    def __init__(self, num_cells: int, num_threads: int, reach: str):
         self.marks = np.zeros(num_cells, np.int64)
-        self._num_threads = num_threads
-        self._across = across_ctas  # CTAs share the cells
+        self._num_threads, self._reach = num_threads, reach
 
     def conflict(self, cells: np.ndarray, threads: Threads) -> tuple[int, int] | None:
         """The first lane that no barrier orders after an earlier access, and that one's mark."""
         old = self.marks.take(cells)
-        maybe = old != 0 if self._across else old >= threads.floor
+        wide: Floor = threads.wide if self._reach == "cluster" else 1
+        maybe = old >= (threads.floor if self._reach == "cta" else wide)
         if not maybe.any():
             return None
         [lanes] = maybe.nonzero()
-        old, (marks, floor) = old[lanes], threads.at(lanes)
+        old, (marks, floor, _) = old[lanes], threads.at(lanes)
         me, other, span = thread_of(marks), thread_of(old), old & 3
         same_warp = me // WARP == other // WARP
         past_barrier = same_warp & (span <= ONE_WARP) & (old >> STAMP < marks >> STAMP)
         myself = (span == ONE_THREAD) & (me == other)
         bad = (old >= floor) & ~past_barrier & ~myself
-        if self._across:
-            bad |= me // self._num_threads != other // self._num_threads
+        if self._reach != "cta":
+            bad |= (me // self._num_threads != other // self._num_threads) | (span == ONE_CLUSTER)
         if not bad.any():
             return None
         first = int(bad.argmax())
@@ -117,18 +133,20 @@ class Touches:
     def add(self, cells: np.ndarray, threads: Threads) -> None:
         """The lanes join those that touched the cells.
 
-        All are of one CTA: what can be read was written by a CTA, and the reads of others are races.
+        In global memory all are of one CTA: what can be read was written by a CTA, and the reads of
+        others are races.
         """
-        marks, floor = threads
+        marks, floor, wide = threads
         old = self.marks.take(cells)
         self.marks[cells] = marks
         won = self.marks.take(cells)
-        shared = ((old >= floor) & (old != marks)) | (won != marks)
+        since = wide if self._reach == "cluster" else floor
+        shared = ((old >= since) & (old != marks)) | (won != marks)
         if not shared.any():
             return
         [lanes] = shared.nonzero()
         cells, old, won = cells[lanes], old[lanes], won[lanes]
-        marks, floor = threads.at(lanes)
+        marks, floor, wide = threads.at(lanes)
         me, other, winner, span = thread_of(marks), thread_of(old), thread_of(won), old & 3
         # With the lanes of this instruction.
         reach = np.where(me == winner, ONE_THREAD, ONE_WARP)
@@ -140,6 +158,10 @@ class Touches:
         in_warp = recent & same_warp & same_time & ((span == ONE_WARP) | (me != other))
         reach[in_warp] = np.maximum(reach[in_warp], ONE_WARP)
         reach[recent & (~same_warp | (span >= ONE_CTA))] = ONE_CTA
-        for span in (ONE_WARP, ONE_CTA):  # the widest that a lane found stays
-            wide = reach == span
-            self.marks[cells[wide]] = marks[wide] | span
+        if self._reach == "cluster":
+            cta = me // self._num_threads
+            apart = (cta != other // self._num_threads) | (span == ONE_CLUSTER)
+            reach[(cta != winner // self._num_threads) | (apart & (old >= wide))] = ONE_CLUSTER
+        for span in (ONE_WARP, ONE_CTA, ONE_CLUSTER):  # the widest that a lane found stays
+            wide_lanes = reach == span
+            self.marks[cells[wide_lanes]] = marks[wide_lanes] | span
