@@ -197,9 +197,11 @@ def aligned(
             _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
         )
     wanted = (problem.with_counts, problem.with_inverse, problem.with_scatter_idx)
-    op = ops.chosen("block_align", device, path)
     sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
-    return op(*sizes, *op_options(problem, operands, limit), *wanted)
+    options = (*op_options(problem, operands, limit), *wanted)
+    if all(option is None or option is False for option in options):
+        return ops.chosen("block_align", device, path)(*sizes)
+    return ops.chosen("block_align.options", device, path)(*sizes, *options)
 
 
 def explain(

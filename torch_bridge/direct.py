@@ -9,6 +9,7 @@ import functools
 import json
 import operator
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from torch_bridge import driver, modules
 _COMPILE_SECONDS = 300
 # Beyond, offsets could wrap inside a kernel's loops.
 MAX_CAPACITY = 2**31 - 2**24
+_ONE = (1,)
 
 type Problem = AlignProblem | BatchedAlignProblem
 
@@ -39,14 +42,16 @@ def _raw_stream(index: int) -> int:
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _dynamo = getattr(torch._C, "_dynamo", None)
-_strided = getattr(getattr(_dynamo, "guards", None), "_empty_strided_cuda", None)
 
 
-def empty_int32(size: int) -> torch.Tensor:
-    """An int32 tensor on the current device, from torch's allocator."""
-    if _strided is None:
-        return torch.empty(size, dtype=torch.int32, device="cuda")
-    return _strided((size,), (1,), torch.int32)
+def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+# A tensor on the current device, from torch's allocator: (size, stride, dtype).
+empty_strided: Callable[..., torch.Tensor] = getattr(
+    getattr(_dynamo, "guards", None), "_empty_strided_cuda", _empty_strided
+)
 
 
 class Unavailable(RuntimeError):
@@ -108,14 +113,19 @@ class Program:
 
     def __init__(self, index: int, problem: Problem, entry: modules.Entry):
         self.outputs = tuple(problem.outputs)
-        names = (*problem.inputs, *self.outputs, *entry.between)
+        ends = (*problem.inputs, *self.outputs)
+        names = (*ends, *entry.between)
         words, starts = 0, {}
         for name, shape in entry.between.items():
             starts[name] = words * 4
             # Pointers count as 256-byte aligned.
             words += -(-functools.reduce(operator.mul, shape, 1) // 64) * 64
-        self.between_words = words
+        self._num_values = len(names)
+        self._pack = struct.Struct(f"{len(ends)}Q").pack_into
+        self._between_size = (words,) if words else None
         self._between_starts = tuple(starts[name] for name in entry.between)
+        self._between_at = 8 * len(ends)
+        self._pack_between = struct.Struct(f"{len(starts)}Q").pack_into
         self._specs = []
         for kernel, cubin in zip(entry.kernels, entry.cubins, strict=True):
             function = driver.Function(cubin, kernel["entry"])
@@ -128,7 +138,7 @@ class Program:
             )
         self._local, self._index = threading.local(), index
 
-    def launch(self, values: tuple[int, ...]) -> None:
+    def launch(self, *values: int) -> None:
         """Enqueues the kernels on torch's current stream of the current device, which is the program's.
 
         `values` in the order of inputs and outputs. Buffers between the kernels come from torch's
@@ -138,25 +148,36 @@ class Program:
         try:
             launches = mine.launches
         except AttributeError:
-            # A thread has its own argument memory, and the driver's context may be new to it.
-            driver.enter(self._index)
-            launches = mine.launches = driver.Launches(self._specs)
-            mine.between = None
+            launches = self._enter(mine)
         stream = raw_stream(self._index)
-        if self.between_words:
-            if stream:
-                # Held until all kernels are enqueued: another thread on this stream may not get it before.
-                between = empty_int32(self.between_words)
-                start = between.data_ptr()
-                values += tuple([start + offset for offset in self._between_starts])
-            else:
-                # The default stream outlives every thread and is never captured: keep the buffer.
-                if mine.between is None:
-                    kept = empty_int32(self.between_words)
-                    addresses = [kept.data_ptr() + offset for offset in self._between_starts]
-                    mine.between = (kept, tuple(addresses))
-                values += mine.between[1]
-        launches(stream, values)
+        if self._between_size is None:
+            pass
+        elif stream:
+            # Held until all kernels are enqueued: another thread on this stream may not get it before.
+            between = empty_strided(self._between_size, _ONE, torch.int32)
+            self._point_between(launches, between)
+            mine.kept_is_next = False
+        elif not mine.kept_is_next:
+            # The default stream outlives every thread and is never captured: keep the buffer.
+            if mine.kept is None:
+                mine.kept = empty_strided(self._between_size, _ONE, torch.int32)
+            self._point_between(launches, mine.kept)
+            mine.kept_is_next = True
+        self._pack(launches.values, 0, *values)
+        launches.enqueue(stream)
+
+    def _enter(self, mine: Any) -> driver.Launches:
+        """A thread has its own argument memory, and the driver's context may be new to it."""
+        driver.enter(self._index)
+        launches = driver.Launches(self._specs, self._num_values)
+        mine.kept, mine.kept_is_next = None, False
+        mine.launches = launches
+        return launches
+
+    def _point_between(self, launches: driver.Launches, buffer: torch.Tensor) -> None:
+        start = buffer.data_ptr()
+        addresses = [start + offset for offset in self._between_starts]
+        self._pack_between(launches.values, self._between_at, *addresses)
 
 
 _programs: dict[tuple[int, Problem], Program] = {}
@@ -369,5 +390,5 @@ def align(
     first_id = behind // ids.element_size()
     targets = [x.data_ptr() for x in results]
     program.launch(
-        (pointer - behind, *options, num_pairs << 8, capacity << 8, first_id << 8, *targets)
+        pointer - behind, *options, num_pairs << 8, capacity << 8, first_id << 8, *targets
     )

@@ -220,6 +220,6 @@ def _batched(
         name: torch.empty(shape, dtype=torch.int32, device=counts.device)
         for name, shape in needed.outputs.items()
     }
-    program.launch((given.data_ptr(), *[x.data_ptr() for x in written.values()]))
+    program.launch(given.data_ptr(), *[x.data_ptr() for x in written.values()])
     targets = dict(zip(problem.outputs, out or (), strict=bool(out)))
     return _finish(problem, written, targets)

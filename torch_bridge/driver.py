@@ -5,8 +5,6 @@ Everything here is the driver's public API (cuda.h).
 
 import ctypes
 import functools
-import operator
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,7 +38,6 @@ class _LaunchConfig(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """libcuda; OSError where there is none."""
     cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     for name in ("cuModuleLoadData", "cuModuleUnload", "cuCtxSetCurrent"):
         getattr(cuda, name).argtypes = [ctypes.c_void_p] * (2 if "Load" in name else 1)
     return cuda
@@ -183,49 +180,44 @@ class LaunchSpec(NamedTuple):
 
 
 class Launches:
-    """Kernels launched one after the other, with the memory that their arguments are packed into.
+    """Kernels launched one after the other, with the memory that their arguments are read from.
 
     Not for two threads at once: a thread makes its own. Each kernel may start before the one ahead of it
     has ended (programmatic dependent launch), and waits for it where it must.
+
+    Attributes:
+        values: a 64-bit word per value of the program. The driver copies them at each launch.
     """
 
-    def __init__(self, specs: Sequence[LaunchSpec]):
-        positions = [position for spec in specs for position in spec.parameters]
-        self._values = (ctypes.c_uint64 * len(positions))()
-        self._pick = operator.itemgetter(*positions)
-        self._pack = struct.Struct(f"{len(positions)}Q").pack_into
+    def __init__(self, specs: Sequence[LaunchSpec], num_values: int):
+        self.values = (ctypes.c_uint64 * num_values)()
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
         self._stream: int | None = None
         self._configs, self._pointers, self._arguments = [], [], []
-        at = ctypes.addressof(self._values)
+        start = ctypes.addressof(self.values)
+        # Without argtypes, and with arguments made once, ctypes converts nothing at a call: half the time.
+        pointer = ctypes.c_void_p.from_param
         for spec in specs:
-            count = len(spec.parameters)
-            pointers = (ctypes.c_void_p * count)(*[at + 8 * i for i in range(count)])
-            at += 8 * count
+            places = [start + 8 * position for position in spec.parameters]
+            pointers = (ctypes.c_void_p * len(places))(*places)
             config = _LaunchConfig(
                 *spec.grid, *spec.block, spec.shared_bytes, None, ctypes.pointer(self._attribute), 1
             )
             self._configs.append(config)
             self._pointers.append(pointers)
-            self._arguments.append(
-                (
-                    ctypes.c_void_p(ctypes.addressof(config)),
-                    spec.function.handle,
-                    ctypes.c_void_p(ctypes.addressof(pointers)),
-                    None,
-                )
-            )
+            addresses = (ctypes.addressof(config), spec.function.handle.value)
+            addresses += (ctypes.addressof(pointers), 0)
+            self._arguments.append(tuple([pointer(address) for address in addresses]))
         self._launch = library().cuLaunchKernelEx
 
-    def __call__(self, stream: int, values: Sequence[int]) -> None:
-        """Enqueues the kernels."""
-        self._pack(self._values, 0, *self._pick(values))
+    def enqueue(self, stream: int) -> None:
+        """Enqueues the kernels, with what `values` holds now."""
         if stream != self._stream:
             for config in self._configs:
                 config.stream = stream
             self._stream = stream
         launch = self._launch
-        for arguments in self._arguments:
-            if result := launch(*arguments):
+        for config, function, arguments, extra in self._arguments:
+            if result := launch(config, function, arguments, extra):
                 check(result, "launching a kernel")

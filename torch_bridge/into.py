@@ -4,10 +4,8 @@ A buffer may be larger than the result: it is filled to its end. `align_into` is
 runs such a call; the operators around it mutate their arguments and return nothing.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -185,18 +183,5 @@ _BODIES = {
     "sglang_block_align_into": _sglang_block_align_into,
     "batched_block_align_into": _batched_block_align_into,
 }
-_OPERATORS: dict[str, Callable[..., Any]] = {}
 for _base, _body in _BODIES.items():
-    for _name, _path, _tags in ops.pair_of(_base):
-        _library.define(_name + _SCHEMAS[_base], tags=_tags)
-        for _key in ("CPU", "CUDA"):
-            _library.impl(_name, functools.partial(_body, _path), _key)
-        # As in ops.py: the dispatcher shall not resolve a neg-bit view by a copy of its own.
-        _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
-        torch.library.register_fake(f"moe_align_jax::{_name}", _nothing, lib=_library)
-        _OPERATORS[_name] = getattr(torch.ops.moe_align_jax, _name).default
-
-
-def chosen(name: str, device: torch.device) -> Callable[..., Any]:
-    """The operator `name` for this device, as `ops.chosen`."""
-    return _OPERATORS[ops.name_for(name, device)]
+    ops.register(_library, _base, _SCHEMAS[_base], ops.both(_body), _nothing)

@@ -281,7 +281,7 @@ def prove(
                 function, kernel["grid"], kernel["block"], kernel["shared_bytes"], positions
             )
         )
-    launches = driver.Launches(specs)
+    launches = driver.Launches(specs, len(names))
     if problem.name == "moe_align_block_size":
         sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
@@ -302,7 +302,8 @@ def prove(
                     buffers[name].fill(0x5EED5EED)
             values = {name: memory.address for name, memory in buffers.items()}
             values |= {name: word << 8 for name, word in trial.words.items()}
-            launches(0, [values.get(name, 0) for name in names])
+            launches.values[:] = [values.get(name, 0) for name in names]
+            launches.enqueue(0)
             driver.synchronize()
             for name in problem.outputs:
                 got = buffers[name].read(np.empty(trial.want[name].shape, np.int32))

@@ -3,10 +3,11 @@
 Each has two: `NAME` launches directly where that is possible, and can be captured into CUDA graphs;
 `NAME_dlpack` goes through jax and is tagged unsafe for them, so that inductor splits its graphs
 there. Which one is called is decided before tracing, by the device (`chosen`).
-`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7.
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. A list of
+results costs more than a tuple, and so does each option that could be passed: the plain call has an
+overload of its own.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ _ALIGN_OPTIONS = (
     "bool ignore_invalid_experts=False, bool pad_sorted_ids=False"
 )
 _SCHEMAS = {
-    "block_align": (
+    "block_align": f"({_ALIGN_SIZES}) -> (Tensor, Tensor, Tensor)",
+    "block_align.options": (
         f"({_ALIGN_SIZES}, {_ALIGN_OPTIONS}, bool with_counts=False, bool with_inverse=False, "
         "bool with_scatter_idx=False) -> Tensor[]"
     ),
@@ -99,7 +101,19 @@ def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Ten
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def _block_align(
+def _block_align(topk_ids, num_experts, block_size):
+    # The schema has made sure of the ints.
+    results = shortcut.attempt(topk_ids, num_experts, block_size, False)
+    if results is not None:
+        return results
+    return tuple(_block_align_options("auto", topk_ids, num_experts, block_size))
+
+
+def _block_align_dlpack(topk_ids, num_experts, block_size):
+    return tuple(_block_align_options("dlpack", topk_ids, num_experts, block_size))
+
+
+def _block_align_options(
     path,
     topk_ids,
     num_experts,
@@ -181,7 +195,12 @@ def _fake_results(problem: Problem, like: torch.Tensor) -> list[torch.Tensor]:
     return [like.new_empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
 
 
-def _block_align_fake(
+def _block_align_fake(topk_ids, num_experts, block_size):
+    problem = AlignProblem(topk_ids.numel(), num_experts, block_size)
+    return tuple(_fake_results(problem, topk_ids))
+
+
+def _block_align_options_fake(
     topk_ids,
     num_experts,
     block_size,
@@ -208,41 +227,61 @@ def _batched_block_align_fake(expert_num_tokens, max_tokens_per_batch, block_siz
     return tuple(_fake_results(problem, expert_num_tokens))
 
 
+def on_path(body: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """The body with its first argument. (Torch takes functions only.)"""
+    return lambda *arguments, **named: body(path, *arguments, **named)
+
+
+def both(body: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A body for each of the two paths."""
+    return on_path(body, "auto"), on_path(body, "dlpack")
+
+
 _BODIES = {
-    "block_align": (_block_align, _block_align_fake),
-    "block_align_out": (_block_align_out, _block_align_out_fake),
-    "sglang_block_align": (_sglang_block_align, _sglang_block_align_fake),
-    "batched_block_align": (_batched_block_align, _batched_block_align_fake),
+    "block_align": ((_block_align, _block_align_dlpack), _block_align_fake),
+    "block_align.options": (both(_block_align_options), _block_align_options_fake),
+    "block_align_out": (both(_block_align_out), _block_align_out_fake),
+    "sglang_block_align": (both(_sglang_block_align), _sglang_block_align_fake),
+    "batched_block_align": (both(_batched_block_align), _batched_block_align_fake),
 }
+_OPERATORS: dict[str, Callable[..., Any]] = {}
 
 
-def pair_of(base: str) -> tuple[tuple[str, str, tuple[torch.Tag, ...]], ...]:
-    """Name, path and tags of the two operators of one kind."""
-    return (base, "auto", _COMPLIANT), (f"{base}_dlpack", "dlpack", _COMPLIANT + _UNSAFE)
+def dlpack_name(base: str) -> str:
+    """The name of an operator's twin."""
+    name, dot, overload = base.partition(".")
+    return f"{name}_dlpack{dot}{overload}"
 
 
-for _base, (_body, _fake) in _BODIES.items():
-    for _name, _path, _tags in pair_of(_base):
-        _library.define(_name + _SCHEMAS[_base], tags=_tags)
-        for _key in ("CPU", "CUDA"):
-            _library.impl(_name, functools.partial(_body, _path), _key)
+def register(
+    library: torch.library.Library,
+    base: str,
+    schema: str,
+    bodies: tuple[Callable[..., Any], Callable[..., Any]],
+    fake: Callable[..., Any],
+) -> None:
+    """Defines the operator `base` and its twin through DLPack."""
+    names, tags = (base, dlpack_name(base)), (_COMPLIANT, _COMPLIANT + _UNSAFE)
+    for name, body, tag in zip(names, bodies, tags, strict=True):
+        library.define(name + schema, tags=tag)
+        for key in ("CPU", "CUDA"):
+            library.impl(name, body, key)
         # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
-        _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
-        torch.library.register_fake(f"{_NAMESPACE}::{_name}", _fake, lib=_library)
+        library.impl(name, torch.library.fallthrough_kernel, "Negative")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
+        packet, _, overload = name.partition(".")
+        _OPERATORS[name] = getattr(getattr(torch.ops.moe_align_jax, packet), overload or "default")
 
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    name: getattr(torch.ops.moe_align_jax, name).default
-    for base in _BODIES
-    for name, _, _ in pair_of(base)
-}
+for _base, (_bodies, _fake) in _BODIES.items():
+    register(_library, _base, _SCHEMAS[_base], _bodies, _fake)
 
 
 def name_for(base: str, device: torch.device, path: str = "auto") -> str:
     """The operator for this device: direct where a launch is possible, else DLPack's."""
     if path != "dlpack" and device.type == "cuda" and direct.launches_on(device.index):
         return base
-    return f"{base}_dlpack"
+    return dlpack_name(base)
 
 
 def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[..., Any]:

@@ -145,7 +145,7 @@ def ops_moe_align_block_size(
     if not torch.compiler.is_compiling():
         problem = SglangProblem(topk_ids.numel(), buckets - 1, block_size)
         checks.check_capacity(function, "topk_ids", problem.capacity)
-    into.chosen("sglang_block_align_into", device)(
+    ops.chosen("sglang_block_align_into", device)(
         topk_ids,
         buckets - 1,
         block_size,

@@ -14,7 +14,9 @@ from torch_bridge.problems import AlignProblem, Problem
 
 _MAX_KEPT = 1 << 14
 _kept: dict[tuple, "Shortcut"] = {}
-_is_tracing = torch.compiler.is_compiling
+_INT32, _ONE = torch.int32, (1,)
+# Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below.
+_is_tracing = torch.compiler.is_dynamo_compiling
 
 try:  # who records or transforms operators must see ours
     from torch._C import _len_torch_dispatch_stack as _watched
@@ -47,40 +49,46 @@ class Shortcut:
     ):
         self._device = ids.get_device()
         self._num_experts = problem.num_experts
-        self._item_size = ids.element_size()
-        self._input_bytes = problem.num_pairs * self._item_size
-        self._sizes = (problem.num_pairs << 8, capacity << 8)
-        self._lengths = (capacity, -(-capacity // problem.block_size), 1)
-        self._program = program
+        self._input_bytes = problem.num_pairs * ids.element_size()
+        # From bytes to elements, as a launch gives a size: times 256.
+        self._shift = 8 - (ids.element_size().bit_length() - 1)
+        self._num_pairs, self._capacity = problem.num_pairs << 8, capacity << 8
+        lengths = (capacity, -(-capacity // problem.block_size), 1)
+        self._shapes = [(length,) for length in lengths]
+        self._sizes = [4 * length for length in lengths]
+        self._launch = program.launch
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        expert_map: torch.Tensor | None = None,
-        out: Sequence[torch.Tensor] | None = None,
+    def run(
+        self, ids: torch.Tensor, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor] | None
     ) -> Any:
         """The three results; None where the ordinary way has to look (and to complain)."""
         if direct.current_device() != self._device or not ids.is_contiguous() or ids.is_neg():
             return None
-        pointer = ids.data_ptr()
-        behind = pointer & 255
-        if expert_map is None:
-            inputs = (pointer - behind, *self._sizes, behind // self._item_size << 8)
-        elif self._fits(expert_map):
-            first_id = behind // self._item_size << 8
-            inputs = (pointer - behind, expert_map.data_ptr(), *self._sizes, first_id)
-        else:
+        if expert_map is not None and not self._fits(expert_map):
             return None
+        pointer = ids.data_ptr()
         if out is None:
-            empty = direct.empty_int32
-            rows, blocks, count = self._lengths
-            out = x, y, z = empty(rows), empty(blocks), empty(count)
-            targets = (x.data_ptr(), y.data_ptr(), z.data_ptr())
+            empty = direct.empty_strided
+            rows, blocks, count = self._shapes
+            out = (
+                empty(rows, _ONE, _INT32),
+                empty(blocks, _ONE, _INT32),
+                empty(count, _ONE, _INT32),
+            )
+            rows, blocks, count = out
+            rows, blocks, count = rows.data_ptr(), blocks.data_ptr(), count.data_ptr()
         else:
             targets = self._targets(pointer, expert_map, out)
             if targets is None:
                 return None
-        self._program.launch(inputs + targets)
+            rows, blocks, count = targets
+        behind = pointer & 255
+        pairs, capacity, first = self._num_pairs, self._capacity, behind << self._shift
+        if expert_map is None:
+            self._launch(pointer - behind, pairs, capacity, first, rows, blocks, count)
+        else:
+            local = expert_map.data_ptr()
+            self._launch(pointer - behind, local, pairs, capacity, first, rows, blocks, count)
         return out
 
     def _fits(self, expert_map: Any) -> bool:
@@ -96,21 +104,17 @@ class Shortcut:
 
     def _targets(
         self, pointer: int, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor]
-    ) -> tuple[int, ...] | None:
+    ) -> list[int] | None:
         """Pointers of a fitting `out`, which overlaps nothing."""
         if type(out) not in (tuple, list) or len(out) != 3:
             return None
-        spans = [(pointer, pointer + self._input_bytes)]
-        if expert_map is not None:
-            spans.append((expert_map.data_ptr(), expert_map.data_ptr() + 4 * self._num_experts))
-        targets = []
-        for target, length in zip(out, self._lengths, strict=True):
+        targets, ends, device = [], [], self._device
+        for target, shape, size in zip(out, self._shapes, self._sizes):  # noqa: B905 - 3 each
             if (
                 type(target) is not torch.Tensor
-                or target.dtype is not torch.int32
-                or target.dim() != 1
-                or target.shape[0] != length
-                or target.get_device() != self._device
+                or target.dtype is not _INT32
+                or target.shape != shape
+                or target.get_device() != device
                 or not target.is_contiguous()
                 or target.is_neg()
             ):
@@ -119,16 +123,27 @@ class Shortcut:
             if start & 15:
                 return None
             targets.append(start)
-            spans.append((start, start + 4 * length))
-        spans.sort()
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
-            if start < end:
+            ends.append(start + size)
+        a, b, c = targets
+        end_a, end_b, end_c = ends
+        if a < end_b and b < end_a or a < end_c and c < end_a or b < end_c and c < end_b:
+            return None
+        end = pointer + self._input_bytes
+        if (
+            a < end
+            and pointer < end_a
+            or b < end
+            and pointer < end_b
+            or c < end
+            and pointer < end_c
+        ):
+            return None
+        if expert_map is not None:
+            first = expert_map.data_ptr()
+            end = first + 4 * self._num_experts
+            if a < end and first < end_a or b < end and first < end_b or c < end and first < end_c:
                 return None
-        return tuple(targets)
-
-
-def _key(ids: torch.Tensor, *sizes: Any) -> tuple:
-    return (ids.shape, ids.dtype, ids.get_device(), *sizes)
+        return targets
 
 
 def attempt(
@@ -156,13 +171,15 @@ def attempt(
         and (topk is None or type(topk) is int)
     ):
         mode = None if expert_map is None else ignore_invalid_experts
-        sizes = (num_experts, block_size, pad_sorted_ids, mode, topk, capacity)
+        options = (pad_sorted_ids, mode, topk, capacity)
         try:
-            found = _kept.get(_key(ids, *sizes))
+            found = _kept.get(
+                (ids.shape, ids.dtype, ids.get_device(), num_experts, block_size, options)
+            )
         except RuntimeError:  # a nested tensor has no shape
             return None
         if found is not None:
-            return found(ids, expert_map, out)
+            return found.run(ids, expert_map, out)
     return None
 
 
@@ -193,5 +210,6 @@ def keep(
     if len(_kept) >= _MAX_KEPT:
         _kept.clear()
     mode = problem.ignore_invalid_experts if "expert_map" in operands else None
-    sizes = (problem.num_experts, problem.block_size, problem.pad_sorted_ids, mode, topk, capacity)
-    _kept[_key(ids, *sizes)] = Shortcut(problem, ids, program, capacity or problem.capacity)
+    options = (problem.pad_sorted_ids, mode, topk, capacity)
+    key = (ids.shape, ids.dtype, ids.get_device(), problem.num_experts, problem.block_size, options)
+    _kept[key] = Shortcut(problem, ids, program, capacity or problem.capacity)

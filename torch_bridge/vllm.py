@@ -221,7 +221,7 @@ def ops_moe_align_block_size(
     into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
     if scatter_idx is not None:
         into.check_buffer(function, "scatter_idx", scatter_idx, device)
-    into.chosen("block_align_into", device)(
+    ops.chosen("block_align_into", device)(
         topk_ids,
         operands.get("expert_map"),
         problem.num_experts,
@@ -271,5 +271,5 @@ def ops_batched_moe_align_block_size(
     into.check_buffer(function, "sorted_token_ids", sorted_token_ids, counts.device)
     into.check_buffer(function, "experts_ids", experts_ids, counts.device)
     into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, counts.device)
-    op = into.chosen("batched_block_align_into", counts.device)
+    op = ops.chosen("batched_block_align_into", counts.device)
     op(counts, max_tokens_per_batch, block_size, *buffers)

@@ -32,7 +32,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(direct, "raw_stream", lambda index: fake.stream)
     monkeypatch.setattr(direct, "current_device", lambda: None)
     monkeypatch.setattr(
-        direct, "empty_int32", lambda n: torch.full((n,), UNWRITTEN, dtype=torch.int32)
+        direct, "empty_strided", lambda size, *_: torch.full(size, UNWRITTEN, dtype=torch.int32)
     )
     monkeypatch.setattr(shortcut, "_kept", {})
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())

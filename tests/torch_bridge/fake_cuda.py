@@ -19,10 +19,14 @@ from tests import oracle
 from torch_bridge import driver, launch, modules
 
 GARBAGE = 0x5EED5EED
+# What C makes of an argument that was converted before.
+_as_pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda pointer: pointer)
 
 
 def value_of(argument: Any) -> int:
     """An integer that came as itself or as a ctypes object."""
+    if type(argument) is type(ctypes.c_void_p.from_param(1)):
+        return _as_pointer(argument) or 0
     return getattr(argument, "value", argument)
 
 
@@ -118,7 +122,7 @@ class FakeCuda:
         given = driver._LaunchConfig.from_address(value_of(config))
         assert (given.grid_x, given.grid_y, given.grid_z) == how.grid
         assert (given.block_x, given.block_y, given.block_z) == how.block
-        assert given.shared_bytes == how.shared_bytes and extra is None
+        assert given.shared_bytes == how.shared_bytes and value_of(extra) == 0
         attribute = given.attributes[0]
         assert (given.num_attributes, attribute.id, attribute.value[0]) == (1, 6, 1)  # PDL
         pointers = (ctypes.c_void_p * len(how.parameters)).from_address(value_of(arguments))

@@ -74,19 +74,20 @@ def _op_cases():
     yield "int64", OPS.block_align_dlpack.default, (ids.long(), 16, 8)
     yield (
         "all",
-        OPS.block_align_dlpack.default,
+        OPS.block_align_dlpack.options,
         (ids, 16, 8, None, None, None, False, False, True, True, True),
     )
     yield "transposed", OPS.block_align_dlpack.default, (ids.t(), 16, 8)
+    yield "no pairs", OPS.block_align_dlpack.default, (ids[:0], 16, 8)
     yield (
         "empty",
-        OPS.block_align_dlpack.default,
+        OPS.block_align_dlpack.options,
         (ids[:0], 16, 8, None, None, None, False, False, True, True, True),
     )
     full = (16, 8, _map(), torch.tensor(9), None, True, True)
-    yield "map", OPS.block_align_dlpack.default, (ids, *full)
+    yield "map", OPS.block_align_dlpack.options, (ids, *full)
     limited = (16, 8, _map(), None, 9, False, True)
-    yield "limit", OPS.block_align_dlpack.default, (ids, *limited)
+    yield "limit", OPS.block_align_dlpack.options, (ids, *limited)
     sizes = (oracle.capacity(111, 8, 16, False), 28, 1)
     out = tuple(torch.zeros(k, dtype=torch.int32) for k in sizes)
     yield "out", OPS.block_align_out_dlpack.default, (ids, 16, 8, *out)

@@ -283,8 +283,8 @@ def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
     problem, memory, dead = problems.AlignProblem(3000, 16, 8), [], []
 
     class Tracked:
-        def __init__(self, n):
-            self.tensor = torch.empty(n, dtype=torch.int32)
+        def __init__(self, size, *_):
+            self.tensor = torch.empty(size, dtype=torch.int32)
             memory.append(self.tensor)  # stays, so that a defect is seen and does not crash
 
         def data_ptr(self):
@@ -293,7 +293,7 @@ def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
         def __del__(self):
             dead.append(len(fake.launched))
 
-    monkeypatch.setattr(direct, "empty_int32", Tracked)
+    monkeypatch.setattr(direct, "empty_strided", Tracked)
     program = direct.program_for("f", None, direct_call.kernel_problem(problem, {"topk_ids": ids}))
     run, counted = fake._run, []
     monkeypatch.setattr(fake, "_run", lambda *a: (counted.append(len(dead)), run(*a)))
@@ -313,8 +313,8 @@ def test_threads_have_argument_memory_of_their_own(fake):
     start, errors = threading.Barrier(4), []
 
     class Seen(launches):
-        def __init__(self, specs):
-            super().__init__(specs)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             packed.append((threading.get_ident(), self))
 
     def work(k):
