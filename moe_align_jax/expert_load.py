@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_align_jax import _checks
 from moe_align_jax._recorder import arguments
@@ -85,7 +86,7 @@ jax.tree_util.register_dataclass(
 
 def _like(value: np.ndarray, array: jax.Array) -> jax.Array:
     """A device array placed as `array` is, so that a jitted step is not traced again."""
-    return jax.device_put(value, array.sharding) if array.committed else jnp.asarray(value)
+    return _place(value, array.sharding if array.committed else None)
 
 
 def init_expert_load(
@@ -189,16 +190,24 @@ def init_expert_load(
     rows = shards * (layout.num_passes + 1)
     _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
     control = np.tile(np.array([bool(recording), 1], np.int32), (shards, 1))
-    if sharding is None:
-        place = jnp.asarray
-    else:
-        place = lambda value: jax.device_put(value, sharding)  # noqa: E731
     return ExpertLoad(
-        ring=jnp.zeros((rows, layout.row), _I32, device=sharding),
-        control=place(control),
-        passes=place(np.zeros(shards, np.int32)),
+        ring=jnp.zeros((rows, layout.row), _I32, device=_of_rank(sharding, 2)),
+        control=_place(control, _of_rank(sharding, 2)),
+        passes=_place(np.zeros(shards, np.int32), _of_rank(sharding, 1)),
         layout=layout,
     )
+
+
+def _of_rank(sharding: jax.sharding.Sharding | None, rank: int) -> jax.sharding.Sharding | None:
+    """With a spec as long as the shape, as programs return it: the first call is then like the next."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = (*sharding.spec, *[None] * rank)[:rank]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+
+
+def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
 
 
 def record_expert_load(
@@ -365,7 +374,11 @@ def _commit(
         ring = lax.dynamic_update_slice(
             load.ring, jnp.concatenate(row)[None], (slot.astype(_I32), _I32(0))
         )
-        passes = load.passes + (recording != 0).astype(_I32) if own else load.passes
+        passes = load.passes
+        if own:
+            # Written after the ring has read it: otherwise XLA copies the donated scalar first.
+            ring, passes = lax.optimization_barrier((ring, passes))
+            passes = passes + (recording != 0).astype(_I32)
     return dataclasses.replace(load, ring=ring, passes=passes)
 
 

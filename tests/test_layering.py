@@ -31,6 +31,10 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax._kernels.block_align.{shared}" for shared in ("common", "counting")),
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
+    "moe_align_jax.expert_load": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),
+    },
+    "moe_align_jax._recorder": {"moe_align_jax._checks", "moe_align_jax._recorder"},
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},
     "torch_bridge": {

@@ -100,10 +100,14 @@ def pass_id(function: str, value: Any) -> jax.Array:
     """A scalar as int32, modulo 2**32."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return jnp.asarray(np.uint32(int(value) & 0xFFFFFFFF).astype(np.int32))
-    array = integers(function, "forward_pass_id", value)
-    if array.size != 1:
-        rule, got = "be a scalar", _checks.describe(array)
+    kind = getattr(value, "dtype", None)
+    if not isinstance(value, (jax.Array, np.ndarray)) or not jnp.issubdtype(kind, jnp.integer):
+        rule, remedy = "be a scalar integer or None", "None counts the passes."
+        got = _checks.describe(value)
+        raise TypeError(_checks.message(function, "forward_pass_id", rule, got, remedy))
+    if value.size != 1:
+        rule, got = "be a scalar", _checks.describe(value)
         raise ValueError(
             _checks.message(function, "forward_pass_id", rule, got, "One id per pass.")
         )
-    return array.reshape(())
+    return jnp.asarray(value.astype(np.int32)).reshape(())

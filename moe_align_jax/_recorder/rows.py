@@ -71,11 +71,13 @@ def to_logical(
 
     The map is `[N, L, Ep]`, or `[L, Ep]` for all passes.
     """
-    passes, layers, _ = physical_count.shape
+    passes, layers, width = physical_count.shape
     ids = np.broadcast_to(physical_to_logical_map, physical_count.shape)
     valid = (ids >= 0) & (ids < num_logical_experts)
     # A column more, for what is dropped.
-    flat = np.where(valid, ids, num_logical_experts).reshape(passes * layers, -1).astype(np.int64)
+    flat = (
+        np.where(valid, ids, num_logical_experts).reshape(passes * layers, width).astype(np.int64)
+    )
     flat += np.arange(passes * layers, dtype=np.int64)[:, None] * (num_logical_experts + 1)
     out = np.zeros(passes * layers * (num_logical_experts + 1), np.int64)
     np.add.at(out, flat.reshape(-1), physical_count.reshape(-1).astype(np.int64))
@@ -84,8 +86,8 @@ def to_logical(
 
 def count_ids(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
     """`[N, L, num_experts]` int64 from ids `[N, S, L, tokens, top_k]`; ids out of range are dropped."""
-    passes, _, layers = topk_ids.shape[:3]
-    ids = np.moveaxis(topk_ids, 2, 1).reshape(passes, layers, -1)
+    passes, shards, layers, tokens, top_k = topk_ids.shape
+    ids = np.moveaxis(topk_ids, 2, 1).reshape(passes, layers, shards * tokens * top_k)
     return to_logical(np.ones_like(ids, dtype=np.int64), ids, num_experts)
 
 
