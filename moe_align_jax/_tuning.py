@@ -40,6 +40,8 @@ class BlockAlignMosaicConfig:
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("grid", "radix").
         local_sort: sort each tile by expert in shared memory before it is written ("grid").
+        cluster: CTAs that add up their histograms through each other's shared memory, a power of two up
+            to 8; 1 for none ("grid", "radix").
         cells_per_cta: rows of output that make another CTA worth its launch ("warp", "block", "batched").
     """
 
@@ -48,6 +50,7 @@ class BlockAlignMosaicConfig:
     num_ctas: int = 1
     rounds: int = 1
     local_sort: bool = False
+    cluster: int = 1
     cells_per_cta: int = 1
 
 
@@ -284,6 +287,7 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             num_ctas=ctas,
             rounds=_MAX_GRID_ROUNDS,
             local_sort=True,
+            cluster=8,
         )
     return Row(1, None, end, config)
 
@@ -328,14 +332,23 @@ def _fit_grid(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicC
     )
     rounds = min(config.rounds, _cdiv(problem.num_pairs, config.num_ctas * groups * 128))
     sort = config.local_sort and rounds >= 2
-    return dataclasses.replace(config, num_warpgroups=groups, rounds=rounds, local_sort=sort)
+    cluster = _cluster_within(config.cluster, config.num_ctas)
+    return dataclasses.replace(
+        config, num_warpgroups=groups, rounds=rounds, local_sort=sort, cluster=cluster
+    )
+
+
+def _cluster_within(wanted: int, num_ctas: int) -> int:
+    """The largest power of two up to `wanted` that divides the CTAs."""
+    return min(wanted, num_ctas & -num_ctas)
 
 
 def _fit_radix(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
     threads = config.num_warpgroups * 128
     ctas = min(config.num_ctas, _cdiv(problem.num_pairs, threads))
     rounds = min(config.rounds, _cdiv(problem.num_pairs, ctas * threads))
-    return dataclasses.replace(config, num_ctas=ctas, rounds=rounds)
+    cluster = _cluster_within(config.cluster, ctas)
+    return dataclasses.replace(config, num_ctas=ctas, rounds=rounds, cluster=cluster)
 
 
 def _fit_batched(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
