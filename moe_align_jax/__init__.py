@@ -10,10 +10,14 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AlignedBlocks": "types",
+    "ExpertDistributionRecorder": "recorder",
     "ExpertLoad": "expert_load",
+    "ExpertLocation": "expert_location",
+    "ExpertMoves": "eplb",
     "ExpertPlacement": "eplb",
     "Implementation": "types",
     "LoadRecord": "_recorder.rows",
+    "MoveKind": "eplb",
     "Selection": "types",
     "balancedness": "eplb",
     "batched_moe_align_block_size": "block_align",
@@ -24,9 +28,11 @@ _MODULE_OF = {
     "max_num_tokens_padded": "_checks",
     "moe_align_block_size": "block_align",
     "padded_group_sizes": "block_align",
+    "plan_expert_moves": "eplb",
     "rebalance_experts": "eplb",
     "record_expert_load": "expert_load",
     "select_implementation": "_dispatch",
+    "to_physical_ids": "expert_dispatch",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -10,6 +10,17 @@ import numpy as np
 from moe_align_jax import _checks
 from moe_align_jax._eplb import greedy
 from moe_align_jax._eplb.keep import keep_in_place
+from moe_align_jax._eplb.moves import ExpertMoves, MoveKind, plan_expert_moves
+
+__all__ = [
+    "ExpertMoves",
+    "ExpertPlacement",
+    "MoveKind",
+    "balancedness",
+    "expected_physical_count",
+    "plan_expert_moves",
+    "rebalance_experts",
+]
 
 Algorithm = Literal[
     "auto", "deepseek", "deepseek_hierarchical", "deepseek_vec", "deepseek_vec_hierarchical"

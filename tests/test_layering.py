@@ -18,8 +18,14 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._checks": set(),
     "moe_align_jax._tuning": {"moe_align_jax.types"},
     "moe_align_jax._files": {"moe_align_jax._checks"},
-    "moe_align_jax._eplb": {"moe_align_jax._checks"},
+    "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
+    "moe_align_jax.expert_location": {
+        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files", "eplb")
+    },
+    "moe_align_jax.expert_dispatch": {
+        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "block_align", "expert_location")
+    },
     "moe_align_jax.block_align": {f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")},
     "moe_align_jax._dispatch": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
@@ -34,7 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.expert_load": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),
     },
-    "moe_align_jax._recorder": {"moe_align_jax._checks", "moe_align_jax._recorder"},
+    "moe_align_jax.recorder": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "expert_load")),
+    },
+    "moe_align_jax._recorder": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "eplb.balancedness")),
+    },
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},
     "torch_bridge": {

@@ -1,0 +1,89 @@
+"""The maps between logical experts and physical slots, checked and turned round. NumPy on the host."""
+
+from typing import Any, NoReturn
+
+import numpy as np
+
+from moe_align_jax import _checks
+
+
+def fail(function: str, argument: str, rule: str, got: object, remedy: str) -> NoReturn:
+    raise ValueError(_checks.message(function, argument, rule, got, remedy))
+
+
+def check_map(function: str, value: Any, num_logical: int | None = None) -> tuple[np.ndarray, int]:
+    """(the map `[L, Ep]` int32, El) of a physical_to_logical_map in which no expert is missing.
+
+    Args:
+        function: the caller's name, for error messages.
+        value: integers `[L, Ep]`.
+        num_logical: El; None for one more than the greatest expert in the map.
+
+    Raises:
+        TypeError: not integers.   ValueError: a wrong shape, expert, or an expert without a slot.
+    """
+    argument, remedy = "physical_to_logical_map", "Pass the expert of each slot, [layers, slots]."
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        fail(function, argument, "have shape [L, Ep]", "lists of different lengths", remedy)
+    if array.dtype.kind not in "iu":
+        got = _checks.describe(array)
+        raise TypeError(_checks.message(function, argument, "be integers", got, remedy))
+    if array.ndim != 2 or 0 in array.shape:
+        fail(function, argument, "have shape [L, Ep]", list(array.shape), remedy)
+    low, high = int(array.min()), int(array.max())
+    num_logical = high + 1 if num_logical is None else num_logical
+    if low < 0 or high >= num_logical:
+        fail(function, argument, f"hold experts in [0, {num_logical})", f"[{low}, {high}]", remedy)
+    num_layers, num_slots = array.shape
+    if num_logical > num_slots:
+        got = f"{num_slots} slots"
+        fail(function, argument, f"give each of {num_logical} experts a slot", got, remedy)
+    present = np.zeros((num_layers, num_logical), bool)
+    present[np.arange(num_layers)[:, None], array] = True
+    if not present.all():
+        layer, expert = (int(where[0]) for where in np.nonzero(~present))
+        got = f"none for expert {expert} in layer {layer}"
+        fail(function, argument, "give every expert a slot in every layer", got, remedy)
+    return array.astype(np.int32), num_logical
+
+
+def slots_of_experts(
+    physical_to_logical: np.ndarray, num_logical: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(slots `[L, El, width]` int32 ascending, then -1; number of replicas `[L, El]` int32)."""
+    layers, num_slots = physical_to_logical.shape
+    order = np.argsort(physical_to_logical, axis=1, kind="stable").astype(np.int32)
+    expert = np.take_along_axis(physical_to_logical, order, axis=1)
+    each = np.arange(layers)[:, None]
+    count = np.zeros((layers, num_logical), np.int32)
+    np.add.at(count, (each, physical_to_logical), 1)
+    first = np.cumsum(count, axis=1) - count
+    rank = np.arange(num_slots) - np.take_along_axis(first, expert, axis=1)
+    slots = np.full((layers, num_logical, width), -1, np.int32)
+    slots[each, expert, rank] = order
+    return slots, count
+
+
+def static_dispatch(
+    physical_to_logical: np.ndarray, slots: np.ndarray, count: np.ndarray, num_gpus: int
+) -> np.ndarray:
+    """The one slot that each GPU sends the tokens of each expert to, `[L, D, El]` int32.
+
+    A GPU with a replica uses its own, the first. The other GPUs take the replicas of expert i in layer l
+    by turns, beginning with number `(l + i) % count`: they load any two replicas alike, to within one GPU.
+    """
+    layers, num_slots = physical_to_logical.shape
+    num_logical = slots.shape[1]
+    slot = np.arange(num_slots)
+    nowhere = np.int32(num_slots)
+    local = np.full((layers, num_gpus, num_logical), nowhere, np.int32)
+    gpu = slot // (num_slots // num_gpus)
+    where = (np.arange(layers)[:, None], gpu, physical_to_logical)
+    np.minimum.at(local, where, np.broadcast_to(slot.astype(np.int32), physical_to_logical.shape))
+    remote = local == nowhere
+    begin = np.arange(layers)[:, None, None] + np.arange(num_logical)
+    turn = (np.cumsum(remote, axis=1) - 1 + begin) % count[:, None, :]
+    taken = np.take_along_axis(slots.transpose(0, 2, 1), turn, axis=1)
+    return np.where(remote, taken, local).astype(np.int32)

@@ -1,0 +1,172 @@
+"""to_physical_ids: which replica of its expert each token takes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from moe_align_jax import _checks, block_align
+from moe_align_jax._eplb.maps import fail
+from moe_align_jax.expert_location import Dispatch, ExpertLocation, check_dispatch
+
+# round(2**32 / golden ratio) as int32. Its multiples, read as fractions of 2**32, fill the unit interval as
+# evenly as any sequence does, from whichever token on and however few: better than random.
+HASH_MULTIPLIER = 2654435761 - 2**32
+_I32 = jnp.int32
+
+
+def to_physical_ids(
+    topk_ids: Int[Array, "*tokens top_k"],
+    location: ExpertLocation,
+    *,
+    layer: Any = None,
+    dispatch: Dispatch | None = None,
+    rank: Any = None,
+    num_fused_shared_experts: int = 0,
+) -> Int[Array, "*tokens top_k"]:
+    """Logical expert ids to physical slots: chooses a replica for every (token, k) pair.
+
+    "static": `static_dispatch_map[rank, id]`, the same replica for every token of a GPU.
+    "dynamic": by a hash of the token, in int32 with wrap-around, for the pair at flat position f:
+    `t = first_token + f // top_k`, `h = ((t * -1640531535) >> 16) & 65535`,
+    `slot = logical_to_physical_map[id, (h * num_replicas[id]) >> 16]`.
+    "round_robin": `slot = logical_to_physical_map[id, (j + s) % num_replicas[id]]` for the j-th pair of its
+    expert in the batch, with s the replica that "dynamic" gives token `first_token`; exactly even.
+    All are deterministic; the same input gives the same bits.
+
+    Args:
+        topk_ids: `[..., top_k]` any integer dtype, logical ids; a vector holds one id per token. Ids outside
+            `[0, El)` give -1.
+        location: of all layers, or of one (`location.layer(i)`, or inside `lax.scan` over it).
+        layer: the layer, an int or an integer scalar; None for the location of one layer.
+        dispatch: None for the location's own.
+        rank: None, or this GPU's number, an int or an integer scalar such as `lax.axis_index("ep")`. Needed
+            for "static"; for the others, tokens are numbered from `rank * num_tokens` on instead of
+            from the location's `first_token`.
+        num_fused_shared_experts: the last so many columns are left as they are. Static.
+
+    Returns:
+        int32 of the same shape: slots in `[0, Ep)`, or -1.
+
+    Raises:
+        TypeError: ids are not integers, or the location is none.
+        ValueError: `layer` or `rank` is missing or out of range, or the dispatch is unknown.
+
+    Example:
+        >>> location = ExpertLocation.from_map([[0, 1, 2, 1]])
+        >>> ids = jnp.array([[1, 0], [1, -1], [1, 2]])
+        >>> to_physical_ids(ids, location, layer=0, dispatch="round_robin").tolist()
+        [[1, 0], [3, -1], [1, 2]]
+
+    Source: the contract of SGLang's logical to physical dispatch (Apache-2.0); no code taken.
+    """
+    function = "to_physical_ids"
+    if not isinstance(location, ExpertLocation):
+        rule, got = "be an ExpertLocation", _checks.describe(location)
+        raise TypeError(_checks.message(function, "location", rule, got, "Make one from a map."))
+    if location.num_layers is not None:
+        if layer is None:
+            fail(function, "layer", "be given", None, "The location is of all layers.")
+        location = location.layer(layer)
+    elif layer is not None:
+        got = _checks.describe(layer)
+        fail(function, "layer", "be left out", got, "The location is of one layer already.")
+    dispatch = location.dispatch if dispatch is None else dispatch
+    check_dispatch(function, dispatch)
+
+    ids = block_align._check_integer_array(
+        function, "topk_ids", topk_ids, "Pass the expert ids that top_k returned."
+    )
+    shared = num_fused_shared_experts
+    last = ids.shape[-1] if ids.ndim else 0
+    if isinstance(shared, bool) or not isinstance(shared, (int, np.integer)):
+        rule, got = "be a static Python int", _checks.describe(shared)
+        remedy = "Pass the columns of shared experts."
+        raise TypeError(_checks.message(function, "num_fused_shared_experts", rule, got, remedy))
+    if ids.ndim == 0 or not 0 <= shared <= (last if ids.ndim > 1 else 0):
+        got = f"{shared} for ids {list(ids.shape)}"
+        rule = "be at most the columns of topk_ids"
+        fail(function, "num_fused_shared_experts", rule, got, "Pass ids [..., top_k].")
+
+    if rank is not None:
+        tokens = ids.size // last if ids.ndim > 1 and last else ids.size
+        first = jnp.asarray(rank).astype(_I32) * _I32(tokens)
+        location = location.for_rank(rank, first_token=first)
+    if dispatch == "static":
+        if location.static_dispatch_map is None:
+            remedy = 'Make it with num_gpus and dispatch="static".'
+            fail(function, "location", "hold a static_dispatch_map", None, remedy)
+        if location.static_dispatch_map.ndim != 1:
+            fail(function, "rank", 'be given for dispatch="static"', None, "Pass the GPU's number.")
+    if isinstance(ids, np.ndarray):
+        ids = _narrow_on_host(ids, location.num_logical_experts, int(shared))
+    return _dispatched(ids, location, dispatch=dispatch, shared=int(shared))
+
+
+def token_hash(token: Any) -> Any:
+    """16 hash bits of token numbers, int32 arrays, in int32 arithmetic with wrap-around."""
+    return ((token * _I32(HASH_MULTIPLIER)) >> _I32(16)) & _I32(0xFFFF)
+
+
+@functools.partial(jax.jit, static_argnames=("dispatch", "shared"))
+def _dispatched(
+    ids: jax.Array, location: ExpertLocation, *, dispatch: Dispatch, shared: int
+) -> jax.Array:
+    with jax.named_scope("to_physical_ids"):
+        if ids.size == 0:
+            return jnp.zeros(ids.shape, _I32)
+        top_k = ids.shape[-1] if ids.ndim > 1 else 1
+        logical = block_align._narrow_map(ids.reshape(-1), 2**31 - 1).reshape(-1, top_k)
+        routed = logical[:, : top_k - shared]
+        mapped = _map_routed(routed, location, dispatch)
+        return jnp.concatenate((mapped, logical[:, top_k - shared :]), axis=1).reshape(ids.shape)
+
+
+def _map_routed(ids: jax.Array, location: ExpertLocation, dispatch: Dispatch) -> jax.Array:
+    """`[T, K]` int32 slots of `[T, K]` int32 ids."""
+    slots = location.logical_to_physical_map
+    num_experts, width = slots.shape
+    valid = (ids >= 0) & (ids < num_experts)
+    expert = jnp.where(valid, ids, 0)
+    if dispatch == "static":
+        return jnp.where(valid, _take(location.static_dispatch_map, expert), -1)
+    count = _take(location.num_replicas, expert)
+    first = jnp.asarray(location.first_token)
+    if dispatch == "dynamic":
+        token = lax.broadcasted_iota(_I32, ids.shape, 0) + first
+        replica = (token_hash(token) * count) >> _I32(16)
+    else:
+        begin = (token_hash(first) * count) >> _I32(16)
+        turn = _place_within_expert(jnp.where(valid, ids, -1), num_experts)
+        replica = lax.rem(turn + begin, count)
+    return jnp.where(valid, _take(slots.reshape(-1), expert * _I32(width) + replica), -1)
+
+
+def _place_within_expert(ids: jax.Array, num_experts: int) -> jax.Array:
+    """How many pairs before each one chose its expert: the alignment with blocks of one row knows."""
+    aligned = block_align.moe_align_block_size(
+        ids, block_size=1, num_experts=num_experts, return_inverse=True
+    )
+    first_row = jnp.cumsum(aligned.tokens_per_expert, dtype=_I32) - aligned.tokens_per_expert
+    expert = jnp.maximum(ids, 0)
+    # An invalid pair has row -1; what it gets is not used, but must not be negative.
+    return jnp.maximum(aligned.row_of_pair.reshape(ids.shape) - _take(first_row, expert), 0)
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.asarray(table).at[index].get(mode="clip")
+
+
+def _narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray:
+    """int32, where jax would wrap int64; a shared column keeps what int32 can hold."""
+    if ids.dtype == np.int32:
+        return ids
+    limit = np.full(ids.shape[-1:], num_experts)
+    if shared:
+        limit[-shared:] = _checks.INT32_MAX
+    in_range = (ids >= 0) & (ids < limit)
+    return np.where(in_range, ids.astype(np.int32), np.int32(-1))
