@@ -36,7 +36,7 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         "topk_ids": "Mode per_token records ids: pass the topk_ids that were aligned.",
         "physical_to_logical_map": "This state records one with every pass: pass that in force.",
     }.get(argument, "Pass integers.")
-    kind = getattr(value, "dtype", None)
+    kind: Any = getattr(value, "dtype", None)
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(
         kind, jnp.integer
     ):
@@ -44,12 +44,12 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
     if value.dtype == np.int32:
         return jnp.asarray(value)
-    own, words = np.iinfo(value.dtype), np.iinfo(np.int32)
+    own, words = np.iinfo(np.dtype(kind)), np.iinfo(np.int32)
     low, high = (
         np.array(f(own_, word), value.dtype)
         for f, own_, word in ((max, own.min, words.min), (min, own.max, words.max))
     )
-    clip = np.clip if isinstance(value, (np.ndarray, np.generic)) else jnp.clip
+    clip: Any = np.clip if isinstance(value, (np.ndarray, np.generic)) else jnp.clip
     return jnp.asarray(clip(value, low, high).astype(np.int32))
 
 
@@ -100,7 +100,7 @@ def pass_id(function: str, value: Any) -> jax.Array:
     """A scalar as int32, modulo 2**32."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return jnp.asarray(np.uint32(int(value) & 0xFFFFFFFF).astype(np.int32))
-    kind = getattr(value, "dtype", None)
+    kind: Any = getattr(value, "dtype", None)
     if not isinstance(value, (jax.Array, np.ndarray)) or not jnp.issubdtype(kind, jnp.integer):
         rule, remedy = "be a scalar integer or None", "None counts the passes."
         got = _checks.describe(value)
