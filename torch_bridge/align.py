@@ -1,14 +1,14 @@
-"""moe_align_block_size and align_blocks on torch tensors; explain and warmup."""
+"""moe_align_block_size and align_blocks on torch tensors, and explain."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from moe_align_jax import _checks
 from moe_align_jax.types import AlignedBlocks
-from torch_bridge import checks, direct, direct_call, ops, shortcut
+from torch_bridge import checks, direct, ops, shortcut
 from torch_bridge.plan import Plan
 from torch_bridge.problems import AlignProblem
 
@@ -250,99 +250,6 @@ def explain(
     if out is not None:
         out = check_out(function, out, problem, topk_ids.device)
     return ops.plan_call(function, problem, operands, out, path)
-
-
-def warmup(
-    *,
-    num_experts: int,
-    block_size: int,
-    max_tokens: int,
-    topk: int = 1,
-    device: Any = None,
-    dtypes: Sequence[torch.dtype] = (torch.int32, torch.int64),
-    expert_map: bool | torch.Tensor | None = None,
-    ignore_invalid_experts: bool = False,
-    pad_sorted_ids: bool = False,
-    num_valid_pairs: bool | int | torch.Tensor | None = None,
-    tokens_per_expert: bool = False,
-    return_inverse: bool = False,
-    sglang: bool = False,
-) -> int:
-    """Compiles and loads what calls with these options need: afterwards no size compiles.
-
-    One program serves a range of sizes, about 20 of them all sizes up to half a million pairs. They are
-    kept on disk (`TORCH_BRIDGE_CACHE_DIR`), so that the next process only loads them. Needed before
-    a capture into a CUDA graph; elsewhere the first call with a size does the same for its range.
-
-    Args:
-        num_experts, block_size: as for `moe_align_block_size`.
-        max_tokens, topk: sizes from 1 up to max_tokens * topk pairs.
-        device: a CUDA device; None for the current one.
-        dtypes: of `topk_ids`. Those of up to 32 bits share programs, and those of 64 bits.
-        expert_map, num_valid_pairs: whether calls pass one (the value itself does not matter).
-        ignore_invalid_experts, pad_sorted_ids: as for `moe_align_block_size`.
-        tokens_per_expert, return_inverse: what `align_blocks` returns besides; vLLM's
-            `return_scatter_idx` needs return_inverse.
-        sglang: for `torch_bridge.sglang.moe_align_block_size`; `ignore_invalid_experts` stands for its
-            `ignore_invalid_expert`, tokens_per_expert for its `return_inactive_prefix_count`.
-
-    Returns:
-        The number of programs that are now loaded for these options.
-
-    Raises:
-        TypeError, ValueError: a size is not an int >= 1.
-        NotImplementedError: the direct path cannot run on this device; the message says why.
-
-    Example:
-        >>> warmup(num_experts=64, block_size=16, max_tokens=256, topk=8)  # doctest: +SKIP
-        18
-    """
-    function = "warmup"
-    num_experts = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
-    remedy = "Pass the most tokens of a call, and the experts per token."
-    max_tokens = _checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
-    most = max_tokens * _checks.check_positive_int(function, "topk", topk, remedy)
-    _checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
-    device = torch.device("cuda" if device is None else device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    with_map = expert_map is not None and expert_map is not False
-    with_limit = num_valid_pairs is not None and num_valid_pairs is not False
-    try:
-        if reason := direct.unavailable(device):
-            raise direct.Unavailable(reason)
-        wanted = {
-            direct_call.sized(
-                n,
-                num_experts,
-                block_size,
-                dtype,
-                expert_map="" if not with_map else "filter" if ignore_invalid_experts else "label",
-                num_valid_pairs=with_limit,
-                tokens_per_expert=tokens_per_expert,
-                return_inverse=return_inverse,
-                minus_one=sglang and not ignore_invalid_experts,
-                tuning=direct.tuning(device),
-            )
-            for n in direct.bucket_ends(
-                most, num_experts + sglang, block_size, direct.tuning(device)
-            )
-            for dtype in dtypes
-        }
-        direct.prepare(device.index or 0, sorted(wanted), again=True)
-    except direct.Unavailable as reason:
-        what = str(reason).rstrip(".")
-        raise NotImplementedError(
-            _checks.message(
-                function,
-                "device",
-                "be one that the kernels can be launched on",
-                device,
-                f"{what[0].upper()}{what[1:]}.",
-            )
-        ) from None
-    return len(wanted)
 
 
 # -- shared by the entry points ------------------------------------------------------------------

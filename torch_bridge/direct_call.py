@@ -11,6 +11,7 @@ from torch_bridge import direct
 from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
 
 ID_WORDS = {torch.int32: 1, torch.uint32: 1, torch.int64: 2, torch.uint64: 2}
+_STORE_BYTES = 16
 _UNSIGNED = (torch.uint32, torch.uint64)
 
 
@@ -90,8 +91,13 @@ def kernel_problem(
     )
 
 
-def copies(operands: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Which operands are copied, and why: every other one is read where it lies."""
+def copies(
+    operands: Mapping[str, torch.Tensor], out: Sequence[torch.Tensor] | None = None
+) -> dict[str, str]:
+    """Which operands are copied (and "outputs" for those of `out`), and why.
+
+    Every other one is read, or written, where it lies.
+    """
     found = {}
     for name, tensor in operands.items():
         if tensor.is_neg():
@@ -101,7 +107,16 @@ def copies(operands: Mapping[str, torch.Tensor]) -> dict[str, str]:
             found[name] = f"it is not contiguous ({what})"
         elif tensor.dtype not in (ID_WORDS if name == "topk_ids" else (torch.int32,)):
             found[name] = f"its {tensor.dtype} is converted to int32"
+    off = [f"out[{i}]" for i, tensor in enumerate(out or ()) if not _on_boundary(tensor)]
+    if off:
+        verb = "starts" if len(off) == 1 else "start"
+        found["outputs"] = f"{', '.join(off)} {verb} off a {_STORE_BYTES}-byte boundary"
     return found
+
+
+def _on_boundary(target: torch.Tensor) -> bool:
+    """Whether the kernels may store into it at once."""
+    return target.data_ptr() % _STORE_BYTES == 0
 
 
 def _narrow(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -175,7 +190,7 @@ def execute(
     given = dict(zip(problem.outputs, out or (), strict=bool(out)))
     written = {
         name: given[name]
-        if name in given and given[name].data_ptr() % 16 == 0
+        if name in given and _on_boundary(given[name])
         else torch.empty(shapes[name], dtype=torch.int32, device=device)
         for name in program.outputs
     }
@@ -186,7 +201,7 @@ def execute(
 def _finish(
     problem: Problem, written: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
-    """What the kernels do not write themselves, and targets off a 16-byte boundary."""
+    """What the kernels do not write themselves, and copies into targets off a 16-byte boundary."""
     if isinstance(problem, AlignProblem) and problem.with_scatter_idx:
         rows = written["row_of_pair"]
         pair = torch.arange(problem.num_pairs, dtype=torch.int32, device=rows.device)
@@ -216,10 +231,12 @@ def _batched(
         if given.dtype in _UNSIGNED:
             given = _count(given)
         given = given.to(torch.int64).clamp(0, problem.max_tokens_per_batch).to(torch.int32)
+    targets = dict(zip(problem.outputs, out or (), strict=bool(out)))
     written = {
-        name: torch.empty(shape, dtype=torch.int32, device=counts.device)
+        name: targets[name]
+        if name in targets and _on_boundary(targets[name])
+        else torch.empty(shape, dtype=torch.int32, device=counts.device)
         for name, shape in needed.outputs.items()
     }
     program.launch(given.data_ptr(), *[x.data_ptr() for x in written.values()])
-    targets = dict(zip(problem.outputs, out or (), strict=bool(out)))
     return _finish(problem, written, targets)

@@ -1,16 +1,18 @@
 """The in-place form: aligns into buffers that the caller brings, as the peers' compiled ops do.
 
-A buffer may be larger than the result: it is filled to its end. `align_into` is the one place that
+A buffer may be larger than the result: it is filled to its end, by the launch itself where the lengths of
+`sorted_token_ids` and `expert_ids` fit together, else by torch. `align_into` is the one place that
 runs such a call; the operators around it mutate their arguments and return nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import ops, shortcut
+from torch_bridge import direct, ops, shortcut
 from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")
@@ -60,15 +62,36 @@ def align_into(
     check_sizes(function, problem, buffers)
     check_no_overlap(function, buffers, operands)
     parts = [_first(buffers[name], shape) for name, shape in problem.outputs.items()]
-    ops.run(problem, dict(operands), out=tuple(parts), path=path, function=function)
-    if path == "auto":
-        shortcut.keep(problem, dict(operands), capacity=buffers["sorted_token_ids"].numel())
+    whole = _sized_by_buffers(problem, buffers)
+    filled = ops.run(problem, dict(operands), None, parts, path, function, whole)
+    if whole is not None:
+        if path == "auto" and isinstance(problem, AlignProblem):
+            shortcut.keep(problem, dict(operands), capacity=whole[0].capacity)
+        if filled[0] is whole[1][0]:
+            return
     for (name, shape), part in zip(problem.outputs.items(), parts, strict=True):
         flat, size = buffers[name].view(-1), math.prod(shape)
         if flat.numel() < size:  # `part` is not in the buffer
             flat.copy_(part.view(-1)[: flat.numel()])
         elif flat.numel() > size:
             flat[size:].fill_(-1 if name == "expert_ids" else problem.num_pairs)
+
+
+def _sized_by_buffers(
+    problem: Problem, buffers: Mapping[str, torch.Tensor]
+) -> tuple[Problem, list[torch.Tensor]] | None:
+    """The same with P from the buffers, for one launch that fills them to their end, and its outputs.
+
+    None where a launch takes no such P: `expert_ids` is not as long as it says, a batched program has
+    its P compiled in, and with no pairs nothing is launched.
+    """
+    if isinstance(problem, BatchedProblem) or problem.num_pairs == 0:
+        return None
+    rows, blocks = buffers["sorted_token_ids"].numel(), buffers["expert_ids"].numel()
+    if blocks != _checks.cdiv(rows, problem.block_size) or rows > direct.MAX_CAPACITY:
+        return None
+    sized = dataclasses.replace(problem, rows=rows)
+    return sized, [buffers[name].view(shape) for name, shape in sized.outputs.items()]
 
 
 def _first(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

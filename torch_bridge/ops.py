@@ -8,7 +8,7 @@ results costs more than a tuple, and so does each option that could be passed: t
 overload of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def plan_call(
     function: str,
     problem: Problem,
     operands: dict[str, torch.Tensor],
-    out: tuple[torch.Tensor, ...] | None,
+    out: Sequence[torch.Tensor] | None,
     path: str = "auto",
 ) -> plan.Plan:
     """The guards that need data, then the plan: all that comes before a call writes anything."""
@@ -66,24 +66,30 @@ def plan_call(
     checks.check_capacity(function, first, problem.capacity)
     if out is not None:
         check_no_overlap(function, out, operands)
-    has_out = out is not None
-    return plan.make_plan(problem, operands, path=path, has_out=has_out, function=function)
+    return plan.make_plan(problem, operands, path=path, out=out, function=function)
 
 
 def run(
     problem: Problem,
     operands: dict[str, torch.Tensor],
     max_valid_pairs: int | None = None,
-    out: tuple[torch.Tensor, ...] | None = None,
+    out: Sequence[torch.Tensor] | None = None,
     path: str = "auto",
     function: str | None = None,
+    whole: tuple[Problem, Sequence[torch.Tensor]] | None = None,
 ) -> list[torch.Tensor]:
-    """Plans a call and does it. With "auto", a program that cannot be made costs one warning."""
+    """Plans a call and does it. With "auto", a program that cannot be made costs one warning.
+
+    `whole`: a problem and `out` of more rows, which a launch fills as well; what is returned says whether.
+    """
     the_plan = plan_call(function or problem.name, problem, operands, out, path)
     if the_plan.path == "direct" and max_valid_pairs is None:
         shortcut.keep(problem, operands)
     try:
-        return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+        run_problem, run_out = whole if whole and the_plan.path == "direct" else (problem, out)
+        return call.execute(
+            the_plan, run_problem, operands, max_valid_pairs=max_valid_pairs, out=run_out
+        )
     except direct.Unavailable as reason:
         if path == "direct":
             remedy = f"{reason} Pass path='auto' or 'dlpack'."
@@ -293,7 +299,7 @@ def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[...,
 
 
 def check_no_overlap(
-    function: str, out: tuple[torch.Tensor, ...], operands: dict[str, torch.Tensor]
+    function: str, out: Sequence[torch.Tensor], operands: dict[str, torch.Tensor]
 ) -> None:
     """No tensor of `out` shares a byte with another of them or with an input."""
     for i, target in enumerate(out):

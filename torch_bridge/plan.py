@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     Attributes:
         path: "direct", launched on torch's current stream, or "dlpack", through jax.
         implementation: the one of moe_align_jax: "mosaic_gpu" or "xla"; "none" for zero pairs.
-        copies: for each argument that is copied (and "outputs" where the results are), why.
+        copies: for each argument that is copied (and "outputs" where a result is), why.
         reasons: for each path and implementation not taken, why.
     """
 
@@ -64,7 +64,7 @@ def make_plan(
     operands: Mapping[str, torch.Tensor],
     *,
     path: str = "auto",
-    has_out: bool = False,
+    out: Sequence[torch.Tensor] | None = None,
     function: str | None = None,
 ) -> Plan:
     """The plan of one call on these tensors, which have data. Copies nothing, runs nothing.
@@ -88,7 +88,7 @@ def make_plan(
         return Plan(taken, "none", {}, reasons | {"xla": "there are no pairs: nothing to compute"})
     if taken == "direct":
         reasons = {"dlpack": "the direct path runs here, and costs the host less"}
-        copies = direct_call.copies(operands)
+        copies = direct_call.copies(operands, out)
         return Plan(taken, "mosaic_gpu", copies, reasons)
     device = next(iter(operands.values())).device
     dlpack.check_not_capturing(function, device)
@@ -104,7 +104,7 @@ def make_plan(
     for name, tensor in operands.items():
         if reason := dlpack.copy_reason(tensor, boundary):
             copies[name] = reason
-    if has_out:
+    if out is not None:
         copies["outputs"] = "they are written into the tensors of out="
     elif device.type == "cuda":
         copies["outputs"] = (

@@ -30,6 +30,7 @@ class AlignProblem:
         with_counts: `tokens_per_expert` is wanted.
         with_inverse: `row_of_pair` is wanted.
         with_scatter_idx: vLLM's `scatter_idx` `[n, 1]` is wanted.
+        rows: P, where the caller's buffers give it; 0 for the least that is enough.
     """
 
     num_pairs: Any
@@ -40,12 +41,13 @@ class AlignProblem:
     with_counts: bool = False
     with_inverse: bool = False
     with_scatter_idx: bool = False
+    rows: int = 0
 
     name: ClassVar[str] = "moe_align_block_size"
 
     @property
     def capacity(self) -> Any:
-        return _checks.capacity(
+        return self.rows or _checks.capacity(
             self.num_pairs,
             block_size=self.block_size,
             num_experts=self.num_experts,
@@ -77,6 +79,7 @@ class SglangProblem:
     Attributes:
         ignore_invalid_expert: drop id -1 instead.
         with_inactive_blocks: the count has a second word, the blocks of the bucket of id -1.
+        rows: as for `AlignProblem`.
     """
 
     num_pairs: Any
@@ -84,6 +87,7 @@ class SglangProblem:
     block_size: int
     ignore_invalid_expert: bool = False
     with_inactive_blocks: bool = False
+    rows: int = 0
 
     name: ClassVar[str] = "moe_align_block_size"
 
@@ -100,7 +104,7 @@ class SglangProblem:
 
     @property
     def capacity(self) -> Any:
-        return _checks.round_up(self.aligned_capacity, _SGLANG_MULTIPLE)
+        return self.rows or _checks.round_up(self.aligned_capacity, _SGLANG_MULTIPLE)
 
     @property
     def outputs(self) -> dict[str, tuple[Any, ...]]:

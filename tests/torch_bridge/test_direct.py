@@ -258,6 +258,20 @@ def test_batched(dtype, fake):
     assert_results(problem, results, want)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_batched_into_out(offset, fake):
+    counts = torch.tensor([3, 0, 15, 200, 7, 16, 1, 2], dtype=torch.int32)
+    problem = problems.BatchedProblem(8, 15, 8)
+    held = [torch.full((offset + k[0] + 5,), -5).int() for k in problem.outputs.values()]
+    out = [x[offset:-5] for x in held]
+    results = direct_call.execute(problem, {"expert_num_tokens": counts}, out=out)
+    assert all(a is b for a, b in zip(results, out, strict=True))
+    want = oracle.align_batched(counts.tolist(), max_tokens_per_batch=15, block_size=8)
+    assert_results(problem, results, want)
+    for tensor in held:
+        assert (tensor[:offset] == -5).all() and (tensor[-5:] == -5).all()
+
+
 def test_sglang_refuses_unsigned_ids(fake):
     _, ids = ids_of(torch.uint64)
     reason = direct_call.refuses(problems.SglangProblem(ids.numel(), 16, 8), {"topk_ids": ids})

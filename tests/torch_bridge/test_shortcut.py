@@ -153,3 +153,23 @@ def test_shortcut_is_bounded(fake, monkeypatch):
         ids = torch.zeros(n, dtype=torch.int32)
         shortcut.keep(problems.AlignProblem(n, 16, 8), {"topk_ids": ids})
         assert 1 <= len(shortcut._kept) <= 8
+
+
+def test_shortcut_fills_the_buffers_of_the_in_place_form(fake, monkeypatch):
+    """Their rows are the capacity; buffers whose lengths do not fit together go the ordinary way."""
+    array, ids = ids_of(torch.int32)
+    n, problem = ids.numel(), problems.AlignProblem(ids.numel(), 16, 8)
+    want, rows = want_of(problem, array, {}), problem.capacity + 100
+    direct.prepare(-1, [direct_call.kernel_problem(problem, {"topk_ids": ids})])
+    shortcut.keep(problem, {"topk_ids": ids}, capacity=rows)
+    monkeypatch.setattr(direct, "current_device", lambda: -1)
+    out = tuple(torch.full((k,), -7, dtype=torch.int32) for k in (rows, -(-rows // 8), 1))
+    longer = (out[0], torch.full((len(out[1]) + 1,), -7, dtype=torch.int32), out[2])
+    assert shortcut.attempt(ids, 16, 8, False, out=out) is None  # another capacity
+    assert shortcut.attempt(ids, 16, 8, False, out=longer, capacity=rows) is None
+    assert (torch.cat(longer) == -7).all() and not fake.launched
+    assert shortcut.attempt(ids, 16, 8, False, out=out, capacity=rows) is out
+    assert out[0].tolist() == list(want.sorted_token_ids) + [n] * 100
+    blocks = list(want.expert_ids)
+    assert out[1].tolist() == blocks + [-1] * (len(out[1]) - len(blocks))
+    assert out[2].tolist() == list(want.num_tokens_post_padded)

@@ -1,0 +1,113 @@
+"""The caller's own outputs on the direct path: off a boundary, and larger than the result."""
+
+import pytest
+import torch
+
+import torch_bridge
+from tests import oracle
+from tests.torch_bridge.fake_cuda import assert_results, want_of
+from tests.torch_bridge.helpers import ids_of
+from torch_bridge import direct, ops, problems, sglang, vllm
+
+# -- out= off a boundary, explained -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (4, 8, 4), (1, 0, 0), (0, 0, 2), (3, 5, 7)])
+def test_explain_says_which_outputs_are_copied(offsets, fake, monkeypatch):
+    """And what it says is what happens: each named target is written by torch, the others are not."""
+    array, ids = ids_of(torch.int32)
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    out = tuple(
+        torch.empty(at + shape[0], dtype=torch.int32)[at:]
+        for at, shape in zip(offsets, problem.outputs.values(), strict=True)
+    )
+    named = [f"out[{i}]" for i, at in enumerate(offsets) if at % 4]
+    copies = torch_bridge.explain(ids, 16, 8, out=out).copies
+    assert set(copies) == ({"outputs"} if named else set())
+    assert [x for x in ("out[0]", "out[1]", "out[2]") if x in str(copies)] == named
+    assert not named or "16-byte boundary" in copies["outputs"]
+    align, launched = direct.align, []
+    monkeypatch.setattr(
+        direct, "align", lambda *a: (launched.extend(x.data_ptr() for x in a[-1]), align(*a))
+    )
+    results = ops.run(problem, {"topk_ids": ids}, out=out)
+    assert_results(problem, results, want_of(problem, array, {}))
+    assert all(a is b for a, b in zip(results, out, strict=True))
+    assert [x.data_ptr() not in launched for x in out] == [bool(at % 4) for at in offsets]
+
+
+# -- in place, into larger buffers ---------------------------------------------------------------------
+
+POISON = -5
+
+
+def into_case(name):
+    """(call on ids and buffers, rows that are enough, pairs, block_size, what the rows in use hold)."""
+    array, ids = ids_of(torch.int32, "minus_30" if name == "sglang" else "outside", num_tokens=40)
+    n = ids.numel()
+    if name == "sglang":
+        problem = problems.SglangProblem(n, 16, 8)
+        rows = problem.aligned_capacity
+        scratch = torch.empty(18, dtype=torch.int32)
+
+        def call(*buffers):
+            sglang.ops_moe_align_block_size(ids, 17, 8, *buffers, scratch, False)
+    else:
+        problem = problems.AlignProblem(n, 16, 8, ignore_invalid_experts=name != "vllm")
+        rows = problem.capacity
+        local = None if name == "vllm" else torch.from_numpy(oracle.local_map("second", 16, 0))
+        scatter = torch.empty(n, dtype=torch.int32) if name == "scatter" else None
+
+        def call(*buffers):
+            vllm.ops_moe_align_block_size(ids, 16, 8, *buffers, local, scatter)
+
+    return call, rows, n
+
+
+@pytest.fixture
+def launches_here(fake, monkeypatch):
+    """The in-place operators of CPU tensors go to the direct body."""
+    monkeypatch.setattr(ops, "name_for", lambda base, *_: base)
+    return fake
+
+
+@pytest.mark.parametrize("more", [0, 1, 7, 8, 300])
+@pytest.mark.parametrize("name", ["vllm", "filter", "scatter", "sglang"])
+def test_one_launch_fills_larger_buffers(name, more, launches_here, monkeypatch):
+    call, least, n = into_case(name)
+    want = [torch.full((k,), POISON, dtype=torch.int32) for k in (least, -(-least // 8), 1)]
+    with monkeypatch.context() as patch:  # the way through jax and a second fill
+        patch.setattr(ops, "name_for", lambda base, *_: ops.dlpack_name(base))
+        call(*want)
+    fills, fill = [], torch.Tensor.fill_
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda x, value: fills.append(x) or fill(x, value))
+    rows = least + more
+    for again in range(2):  # the second call may take the shortcut
+        held = [torch.empty(k + 4, dtype=torch.int32) for k in (rows, -(-rows // 8), 1)]
+        for tensor in held:
+            tensor[...] = POISON
+        launches_here.launched.clear()
+        call(*[x[:-4] for x in held])
+        assert len(launches_here.launched) == 1 and not fills, again
+        assert held[0][:-4].tolist() == want[0].tolist() + [n] * more
+        assert held[1][:-4].tolist() == want[1].tolist() + [-1] * (len(held[1]) - 4 - len(want[1]))
+        assert held[2][:1].tolist() == want[2].tolist()
+        assert all((x[-4:] == POISON).all() for x in held)
+
+
+@pytest.mark.parametrize("more_blocks", [-1, 1, 30])
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_lengths_that_do_not_fit_together_are_filled_after_the_launch(
+    name, more_blocks, launches_here
+):
+    call, least, n = into_case(name)
+    rows = least + 8 - least % 8 + 5  # a last, partial block, which may be missing
+    blocks = -(-rows // 8) + more_blocks
+    buffers = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, blocks, 1)]
+    exact = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, -(-rows // 8), 1)]
+    call(*buffers)
+    call(*exact)
+    assert torch.equal(buffers[0], exact[0]) and torch.equal(buffers[2], exact[2])
+    longer, shorter = sorted((buffers[1], exact[1]), key=len)[::-1]
+    assert torch.equal(longer[: len(shorter)], shorter)
+    assert (longer[len(shorter) :] == -1).all()
