@@ -133,7 +133,12 @@ class Program:
             positions = tuple(names.index(name) for name in kernel["parameters"])
             self._specs.append(
                 driver.LaunchSpec(
-                    function, kernel["grid"], kernel["block"], kernel["shared_bytes"], positions
+                    function,
+                    kernel["grid"],
+                    kernel["cluster"],
+                    kernel["block"],
+                    kernel["shared_bytes"],
+                    positions,
                 )
             )
         self._local, self._index = threading.local(), index

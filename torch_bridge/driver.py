@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 _SUCCESS, _INVALID_CONTEXT = 0, 201
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
 _JIT_INPUT_PTX = 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_*
 
@@ -167,13 +167,14 @@ class LaunchSpec(NamedTuple):
 
     Attributes:
         function: the loaded kernel.
-        grid, block: CTAs and threads in x, y, z.
+        grid, cluster, block: CTAs of the grid and of a cluster, and threads, in x, y, z.
         shared_bytes: dynamic shared memory.
         parameters: for each 64-bit parameter, its position among a program's values.
     """
 
     function: Function
     grid: Sequence[int]
+    cluster: Sequence[int]
     block: Sequence[int]
     shared_bytes: int
     parameters: tuple[int, ...]
@@ -191,19 +192,22 @@ class Launches:
 
     def __init__(self, specs: Sequence[LaunchSpec], num_values: int):
         self.values = (ctypes.c_uint64 * num_values)()
-        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
-        self._attribute.value[0] = 1
         self._stream: int | None = None
-        self._configs, self._pointers, self._arguments = [], [], []
+        self._configs, self._pointers, self._arguments, self._attributes = [], [], [], []
         start = ctypes.addressof(self.values)
         # Without argtypes, and with arguments made once, ctypes converts nothing at a call: half the time.
         pointer = ctypes.c_void_p.from_param
         for spec in specs:
             places = [start + 8 * position for position in spec.parameters]
             pointers = (ctypes.c_void_p * len(places))(*places)
+            attributes = (_Attribute * 2)()
+            attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+            attributes[1].id, attributes[1].value[:3] = _CLUSTER_DIMENSION, list(spec.cluster)
+            in_clusters = any(size > 1 for size in spec.cluster)
             config = _LaunchConfig(
-                *spec.grid, *spec.block, spec.shared_bytes, None, ctypes.pointer(self._attribute), 1
+                *spec.grid, *spec.block, spec.shared_bytes, None, attributes, 1 + in_clusters
             )
+            self._attributes.append(attributes)
             self._configs.append(config)
             self._pointers.append(pointers)
             addresses = (ctypes.addressof(config), spec.function.handle.value)

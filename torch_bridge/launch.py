@@ -35,13 +35,14 @@ class KernelLaunch(NamedTuple):
 
     Attributes:
         entry: its symbol in the cubin.
-        grid, block: CTAs and threads in x, y, z.
+        grid, cluster, block: CTAs of the grid and of a cluster, and threads, in x, y, z.
         shared_bytes: dynamic shared memory.
         parameters: for each 64-bit parameter, the name of its buffer.
     """
 
     entry: str
     grid: tuple[int, int, int]
+    cluster: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
     parameters: tuple[str, ...]
@@ -66,7 +67,9 @@ def read_launch(host_llvm: str, entry: str, buffers: tuple[str, ...]) -> KernelL
     if len(calls) != 1:
         raise CompileError(f"expected one launch in the host code of {entry}; got {len(calls)}")
     numbers = [int(x) for x in re.findall(r"-?\d+", calls[0].replace("i32", ""))]
-    if len(numbers) not in (11, 12) or any(numbers[3:6]):
+    cluster = [max(size, 1) for size in numbers[3:6]]  # 0, 0, 0: none
+    divides = all(size % part == 0 for size, part in zip(numbers[:3], cluster, strict=True))
+    if len(numbers) not in (11, 12) or not divides or cluster[0] * cluster[1] * cluster[2] > 8:
         raise CompileError(f"the launch of {entry} has an unknown form: {numbers}")
     loads = _LOAD.findall(body)
     table = loads[0][1]  # the array of buffers: its first one is loaded first
@@ -86,6 +89,7 @@ def read_launch(host_llvm: str, entry: str, buffers: tuple[str, ...]) -> KernelL
     return KernelLaunch(
         entry,
         (numbers[0], numbers[1], numbers[2]),
+        (cluster[0], cluster[1], cluster[2]),
         (numbers[6], numbers[7], numbers[8]),
         numbers[9],
         tuple(parameters[i] for i in range(len(parameters))),
@@ -278,7 +282,12 @@ def prove(
         positions = tuple(names.index(name) for name in kernel["parameters"])
         specs.append(
             driver.LaunchSpec(
-                function, kernel["grid"], kernel["block"], kernel["shared_bytes"], positions
+                function,
+                kernel["grid"],
+                kernel["cluster"],
+                kernel["block"],
+                kernel["shared_bytes"],
+                positions,
             )
         )
     launches = driver.Launches(specs, len(names))

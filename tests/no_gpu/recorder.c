@@ -23,7 +23,7 @@ typedef struct {
 struct {
     int num_parameters; /* set by the reader: how many the next launches pass */
     int modules, launches, most_shared_bytes;
-    unsigned grid[3], block[3], shared_bytes, programmatic;
+    unsigned grid[3], block[3], cluster[3], shared_bytes, programmatic;
     uint64_t stream, parameters[MAX_PARAMETERS];
     char entry[256];
 } recorded;
@@ -69,6 +69,7 @@ int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **paramete
         return INVALID_VALUE;
     recorded.launches++;
     memcpy(recorded.grid, config->grid, sizeof recorded.grid);
+    recorded.cluster[0] = recorded.cluster[1] = recorded.cluster[2] = 1;
     memcpy(recorded.block, config->block, sizeof recorded.block);
     recorded.shared_bytes = config->shared_bytes;
     recorded.stream = (uint64_t)config->stream;
@@ -76,6 +77,8 @@ int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **paramete
     for (unsigned i = 0; i < config->num_attributes; i++)
         if (config->attributes[i].id == 6) /* programmatic stream serialization */
             recorded.programmatic = (unsigned)config->attributes[i].value[0];
+        else if (config->attributes[i].id == 4) /* cluster dimension */
+            memcpy(recorded.cluster, config->attributes[i].value, sizeof recorded.cluster);
     for (int i = 0; i < recorded.num_parameters; i++)
         recorded.parameters[i] = *(uint64_t *)parameters[i];
     return SUCCESS;

@@ -113,6 +113,7 @@ def test_load_width(load, id_words, fault):
     [
         ({}, None),
         ({"grid": (5, 1, 1)}, "grid"),
+        ({"cluster": (4, 1, 1)}, "clusters"),
         ({"block": (128, 1, 1)}, "block"),
         ({"shared_bytes": 1020}, "the kernel asks for 1024"),
         ({"parameters": ("topk_ids",)}, "not passed: ['expert_ids']"),
@@ -120,9 +121,9 @@ def test_load_width(load, id_words, fault):
 )
 def test_launch(change, fault):
     kernel = SimpleNamespace(
-        num_ctas=4, num_threads=256, shared_words=256, outputs={"expert_ids": (1,)}
+        num_ctas=4, cluster=2, num_threads=256, shared_words=256, outputs={"expert_ids": (1,)}
     )
-    launch = {"grid": (4, 1, 1), "block": (256, 1, 1), "shared_bytes": 1024}
+    launch = {"grid": (4, 1, 1), "cluster": (2, 1, 1), "block": (256, 1, 1), "shared_bytes": 1024}
     launch |= {"parameters": ("topk_ids", "expert_ids")} | change
     found = list(worker.launch_faults(kernel, "direct", SimpleNamespace(**launch)))
     assert len(found) == (fault is not None), found

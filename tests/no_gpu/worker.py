@@ -33,7 +33,7 @@ class _Recorded(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("num_parameters", "modules", "launches")),
         ("most_shared_bytes", ctypes.c_int),
-        *((name, ctypes.c_uint * 3) for name in ("grid", "block")),
+        *((name, ctypes.c_uint * 3) for name in ("grid", "block", "cluster")),
         *((name, ctypes.c_uint) for name in ("shared_bytes", "programmatic")),
         ("stream", ctypes.c_uint64),
         ("parameters", ctypes.c_uint64 * _MAX_PARAMETERS),
@@ -145,6 +145,7 @@ class Checker:
             "entry": (launch.entry, recorded.entry.decode()),
             "grid": (launch.grid, tuple(recorded.grid)),
             "block": (launch.block, tuple(recorded.block)),
+            "cluster": (launch.cluster, tuple(recorded.cluster)),
             "shared bytes": (launch.shared_bytes, recorded.shared_bytes),
             "parameters": (launch.parameters, tuple(names.get(x, hex(x)) for x in passed)),
         }
@@ -181,6 +182,8 @@ def launch_faults(kernel: Any, mode: str, launch: Any) -> Iterator[str]:
         grid = (kernel.num_ctas, batch, 1) if kernel.num_ctas > 1 else (batch, 1, 1)
     if launch.grid != grid:
         yield f"grid {launch.grid}, not {grid}"
+    if launch.cluster != (kernel.cluster, 1, 1):
+        yield f"clusters of {launch.cluster}, not {kernel.cluster}"
     if launch.block != (kernel.num_threads, 1, 1):
         yield f"block {launch.block}, not {kernel.num_threads} threads"
     asked = kernel.shared_words * 4

@@ -64,6 +64,7 @@ class FakeCuda:
         how = launch.KernelLaunch(
             kernel.name,
             (kernel.num_ctas, 1, 1),
+            (kernel.cluster, 1, 1),
             (kernel.num_threads, 1, 1),
             4 * kernel.shared_words,
             (*kernel.inputs, *kernel.outputs),
@@ -123,8 +124,10 @@ class FakeCuda:
         assert (given.grid_x, given.grid_y, given.grid_z) == how.grid
         assert (given.block_x, given.block_y, given.block_z) == how.block
         assert given.shared_bytes == how.shared_bytes and value_of(extra) == 0
-        attribute = given.attributes[0]
-        assert (given.num_attributes, attribute.id, attribute.value[0]) == (1, 6, 1)  # PDL
+        pdl, cluster = given.attributes[0], given.attributes[1]
+        assert (pdl.id, pdl.value[0]) == (6, 1)
+        assert given.num_attributes == (2 if kernel.cluster > 1 else 1)
+        assert (cluster.id, tuple(cluster.value[:3])) == (4, how.cluster)
         pointers = (ctypes.c_void_p * len(how.parameters)).from_address(value_of(arguments))
         values = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
         self.launched.append((kernel.name, given.stream or 0))

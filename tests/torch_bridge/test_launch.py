@@ -65,12 +65,21 @@ V12 = {
 def test_launch_is_read(layout, order):
     got = launch.read_launch(host_code(**layout, order=order), "align", BUFFERS)
     assert got.entry == "align" and got.shared_bytes == 4096
-    assert got.grid == (16, 1, 1) and got.block == (256, 1, 1)
+    assert got.grid == (16, 1, 1) and got.block == (256, 1, 1) and got.cluster == (1, 1, 1)
     assert got.parameters == tuple(BUFFERS[i] for i in order)
 
 
+@pytest.mark.parametrize("layout", [V11, V12], ids=["jaxlib 0.11", "jaxlib 0.12"])
+def test_launch_in_clusters_is_read(layout):
+    numbers = layout.get("numbers", (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096, 0))
+    numbers = (*numbers[:3], 8, 1, 1, *numbers[6:])
+    got = launch.read_launch(host_code(**layout | {"numbers": numbers}), "align", BUFFERS)
+    assert got.cluster == (8, 1, 1) and got.block == (256, 1, 1)
+
+
 REFUSED = {
-    "a cluster": {"numbers": (16, 1, 1, 2, 1, 1, 256, 1, 1, 4096, 0)},
+    "a cluster of 16": {"numbers": (16, 1, 1, 16, 1, 1, 256, 1, 1, 4096, 0)},
+    "a grid of broken clusters": {"numbers": (15, 1, 1, 2, 1, 1, 256, 1, 1, 4096, 0)},
     "a shorter launch": {"numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096)},
     "a longer launch": {"numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096, 0, 0, 0)},
     "two launches": {"calls": 2},
@@ -255,7 +264,7 @@ problem = types.AlignProblem(8, 8, 4, 32, sized_at_launch=True)
 made = []
 def compiler(kernel):
     made.append(launch.lower(kernel))
-    return "ptx", launch.KernelLaunch(kernel.name, (1, 1, 1), (1, 1, 1), 0, ())
+    return "ptx", launch.KernelLaunch(kernel.name, (1, 1, 1), (1, 1, 1), (1, 1, 1), 0, ())
 launches, texts, shapes = launch.compile_program(compiler, problem)
 print(json.dumps([len(made), made[0][:4].hex(), list(shapes)]))
 """

@@ -25,6 +25,7 @@ def build(problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vecto
         tid, lane, warp = common.thread_ids(t)
         cta = t.cta_id()
         t.grid_dependency_wait()
+        t.launch_dependents()
         with t.if_(tid.eq(0)):
             t.store(r.carry, 0, 0)
         for base in t.for_range(0, num_experts, threads):

@@ -31,6 +31,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         row_of_warp = warp * stride
         sizes = common.Sizes(t, r, problem)
         t.grid_dependency_wait()
+        t.launch_dependents()
         limit = common.pair_limit(t, r, problem)
         pairs = [warp * (rounds * WARP) + (k * WARP + lane) for k in range(rounds)]
         experts = [common.read_expert(t, r, problem, sizes, pair, limit) for pair in pairs]

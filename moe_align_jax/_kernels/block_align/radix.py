@@ -68,13 +68,16 @@ def _pass_kernels(
             collectives.fill(t, sums, 0, stride, tid, threads, vector=True)
         t.block_sync()
         t.grid_dependency_wait()
-        counting.sum_histograms(t, r, layout, histograms, before="start", totals="totals")
+        t.launch_dependents()
+        sums = counting.HistogramSums(t, r, layout, histograms)
+        sums.read()
+        sums.add(before="start", totals="totals")
         t.block_sync()
         totals = [t.value_if(d < num_bins, lambda d=d: t.load(r.totals, d), 0) for d in mine]
         start, _ = collectives.block_exclusive_scan(t, sum(totals, t.const(0)), r.scratch)
         for d, total in zip(mine, totals, strict=True):
             with t.if_(d < num_bins):
-                t.store(r.start, d, start + t.load(r.start, d))
+                t.store(r.start, d, start + t.load(r.start, d) + sums.before_me(d))
             start = start + total
 
         tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
@@ -150,6 +153,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, cta = t.thread_id(), t.cta_id()
         t.grid_dependency_wait()
+        t.launch_dependents()
         with t.if_(tid.eq(0)):
             t.store(r.rows, 0, 0)
         t.block_sync()
@@ -203,6 +207,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
         tid, lane, _ = common.thread_ids(t)
         cta = t.cta_id()
         t.grid_dependency_wait()
+        t.launch_dependents()
         rows = t.value_if(tid < num_chunks, lambda: t.load(r.chunk_rows, tid), 0)
         before, in_use = collectives.block_exclusive_scan(t, rows, r.scratch)
         with t.if_(tid.eq(cta)):  # num_chunks is at most the number of threads
@@ -266,6 +271,7 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
         me, everyone = t.cta_id() * threads + t.thread_id(), num_ctas * threads
         sizes = common.Sizes(t, r, problem)
         t.grid_dependency_wait()
+        t.launch_dependents()
         for row in collectives.strided(t, me, sizes.capacity, everyone):
             expert = t.load(r.block_expert, row // block_size)
             e = t.select(expert >= 0, expert, 0)
@@ -316,6 +322,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             num_ctas=config.num_ctas,
             num_warpgroups=config.num_warpgroups,
             rounds=config.rounds,
+            cluster=config.cluster,
         )
         kernels += _pass_kernels(problem, layout, index, shift, bits)
     last = len(passes)

@@ -22,6 +22,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         sizes = common.Sizes(t, r, problem)
         n = sizes.num_pairs
         t.grid_dependency_wait()
+        t.launch_dependents()
         expert = common.read_expert(t, r, problem, sizes, lane, common.pair_limit(t, r, problem))
         kept = expert >= 0
         label = common.block_label(t, r, problem, t.select(kept, expert, 0))
