@@ -2,7 +2,7 @@
 
 With vLLM's comes the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run.
 
-python -m benchmarks.fetch [vllm] [sglang] [--folder .peers]
+python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [--folder .peers]
 
 vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
 Only these files are kept (about 45 and 20 MB); the wheels are several times larger.
@@ -10,6 +10,7 @@ Only these files are kept (about 45 and 20 MB); the wheels are several times lar
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,15 @@ from typing import NamedTuple
 class Wheel(NamedTuple):
     """A release, the member of its wheel that holds the op, and the file to keep it as.
 
-    `python` is a second member, the source that calls the op, and its file.
+    `python` is a second member, the source that calls the op, and its file. `replace` is a pattern in a
+    Python member and what stands in its place: what the file asks of the rest of its package.
     """
 
     requirement: str
     member: str
     file: str
     python: tuple[str, str] | None = None
+    replace: tuple[str, str] | None = None
 
 
 WHEELS = {
@@ -42,6 +45,13 @@ WHEELS = {
         ),
     ),
     "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
+    # Its single-launch Triton kernel: plain Python, that runs without sglang.
+    "sglang_small": Wheel(
+        "sglang==0.5.23",
+        "sglang/kernels/ops/moe/moe_align_small_numel.py",
+        "sgl_small.py",
+        replace=(r"(?m)^from sglang\S* import is_arch_support_pdl$", "is_arch_support_pdl = bool"),
+    ),
 }
 
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
@@ -79,7 +89,13 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
                 alike = [n for n in archive.namelist() if n.endswith(suffix)]
                 raise FileNotFoundError(f"{found[0].name} lacks {member}; it has {alike[:99]}")
         for member, file in members:
-            target.with_name(file).write_bytes(archive.read(member))
+            content = archive.read(member)
+            if wheel.replace:
+                text, count = re.subn(*wheel.replace, content.decode())
+                if count != 1:
+                    raise ValueError(f"{member} is not as it was: {count} times {wheel.replace[0]}")
+                content = text.encode()
+            target.with_name(file).write_bytes(content)
     notes = target.with_name("versions.json")
     versions = json.loads(notes.read_text()) if notes.is_file() else {}
     versions[wheel.file] = wheel.requirement.replace("==", " ")

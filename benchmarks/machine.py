@@ -1,11 +1,14 @@
 """Where a row was measured: date, GPU, driver, versions, commit."""
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+# The commit, where the code was copied to a machine without its .git.
+COMMIT_VARIABLE = "MOE_ALIGN_COMMIT"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,7 +22,10 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, "+" behind it with local changes, "unknown" without git."""
+    """The commit of this checkout, "+" behind it with local changes; `MOE_ALIGN_COMMIT` comes first, and
+    without either it is "unknown"."""
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"

@@ -8,14 +8,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Case
+from benchmarks.cases import EMPTY_PLUS, Case
 
 POISON = -7777  # what outputs hold before a call: no valid index, no sentinel, no -1
 
@@ -35,6 +35,10 @@ class Provider:
         max_experts: it is not asked for more.
         stable: whether it promises ascending order within an expert.
         expert_tail: whether it writes `expert_ids` past the last used block.
+        row_tail: whether it writes `sorted_token_ids` past the rows in use.
+        max_pairs: it is not asked for more.
+        options: whether it takes an expert map, a bound on the pairs, and gives the inverse.
+        only: the names of the cases that it is for; empty for all.
         calls: calls per measured program; None for the run's own number.
     """
 
@@ -47,18 +51,33 @@ class Provider:
     max_experts: int | None = None
     stable: bool = True
     expert_tail: bool = True
+    row_tail: bool = True
+    max_pairs: int | None = None
+    options: bool = False
+    only: tuple[str, ...] = ()
     calls: int | None = None
 
     def refuses(self, case: Case) -> str:
         """Why it cannot take this case, "" when it can."""
         if self.max_experts is not None and case.num_experts > self.max_experts:
             return f"takes at most {self.max_experts} experts"
+        if self.max_pairs is not None and case.num_pairs > self.max_pairs:
+            return f"takes at most {self.max_pairs} pairs"
+        if case.with_options and not self.options:
+            return "takes no options"
+        if self.only and case.name not in self.only:
+            return f"is measured at {', '.join(self.only)} only"
         return ""
+
+    @property
+    def promises(self) -> dict[str, bool]:
+        """What `cases.mismatch` holds it to."""
+        return {name: getattr(self, name) for name in ("stable", "expert_tail", "row_tail")}
 
 
 @dataclass(frozen=True)
 class TorchCalls:
-    """Prepared calls: `calls[i]()` reads input i and writes the tensors of `outputs[i]`."""
+    """Prepared calls: `calls[i]()` reads input i and writes the tensors of `outputs[i]`, or replaces them."""
 
     calls: list[Callable[[], None]]
     outputs: list[dict[str, Any]]
@@ -78,11 +97,16 @@ class TorchCalls:
 def _ours(case: Case, *, implementation: str) -> Callable:
     from moe_align_jax import moe_align_block_size
 
+    options: dict[str, Any] = {}
+    if case.with_options:
+        options["expert_map"], options["ignore_invalid_experts"] = case.expert_map, True
+        options["num_valid_pairs"], options["return_inverse"] = np.int32(case.num_pairs), True
     return functools.partial(
         moe_align_block_size,
         block_size=case.block_size,
         num_experts=case.num_experts,
         implementation=implementation,
+        **options,
     )
 
 
@@ -132,7 +156,7 @@ def jax_providers() -> list[Provider]:
             absent = best.reasons.get(name, str(error))
         make = functools.partial(_ours, implementation=name)
         ours = f"{__version__}, {version}"
-        found.append(Provider(name, "jax", what, ours, absent, make, calls=calls))
+        found.append(Provider(name, "jax", what, ours, absent, make, calls=calls, options=True))
     composite = "argsort, bincount, searchsorted under jit"
     found.append(Provider("xla_argsort", "jax", composite, version, "", _xla_argsort, calls=5))
     return found
@@ -141,10 +165,14 @@ def jax_providers() -> list[Provider]:
 # -- torch ----------------------------------------------------------------------------------------
 
 
-def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider]:
+def torch_providers(
+    vllm_op: str | None, sglang_op: str | None, sglang_small: str | None = None
+) -> list[Provider]:
     """torch's own sort and the compiled peers; each absent with a reason where it cannot run."""
-    direct = Provider(
-        "torch_bridge", "torch", "ours: the same kernels, launched by PyTorch", make=_direct
+    what = "ours: the same kernels, launched by PyTorch"
+    direct = Provider("torch_bridge", "torch", what, make=_direct, options=True)
+    empty = Provider(
+        "empty", "torch", "a kernel that does nothing", make=_empty, only=tuple(EMPTY_PLUS)
     )
     sort = Provider("torch_sort", "torch", "torch.sort and a scatter", make=_torch_sort)
     vllm = Provider("vllm", "torch", "vLLM's CUDA op", make=_vllm, max_experts=992, stable=False)
@@ -157,14 +185,30 @@ def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider
         stable=False,
         expert_tail=False,
     )
+    small = [
+        Provider(
+            name,
+            "torch",
+            f"SGLang's single-launch Triton kernel{what}",
+            make=functools.partial(_sglang_small, pdl=pdl),
+            max_pairs=64,
+            expert_tail=False,
+            row_tail=False,
+        )
+        for name, what, pdl in (
+            ("sglang_small", "", False),
+            ("sglang_small_pdl", ", launched with PDL", True),
+        )
+    ]
     try:
         import torch
-    except ImportError:
-        reason = "PyTorch is not installed"
-        return [_with(p, absent=reason) for p in (direct, vllm, sglang, sort)]
-    if not torch.cuda.is_available():
+
         reason = f"torch {torch.__version__} sees no CUDA device"
-        return [_with(p, absent=reason) for p in (direct, vllm, sglang, sort)]
+        here = torch.cuda.is_available()
+    except ImportError:
+        reason, here = "PyTorch is not installed", False
+    if not here:
+        return [_with(p, absent=reason) for p in (direct, vllm, sglang, *small, sort, empty)]
     major = torch.cuda.get_device_capability()[0]
     pattern = f"sm{major}0/common_ops*.so"
     found = [
@@ -186,7 +230,9 @@ def torch_providers(vllm_op: str | None, sglang_op: str | None) -> list[Provider
     plan = torch_bridge.explain(ids, 8, 16)
     ours = f"torch {torch.__version__}, path {plan.path!r}"
     direct = _with(direct, version=ours, absent=plan.reasons.get("direct", ""))
-    return [direct, *found, _with(sort, version=f"torch {torch.__version__}")]
+    small = [_small(provider, sglang_small) for provider in small]
+    version = f"torch {torch.__version__}"
+    return [direct, *found, *small, _with(sort, version=version), _with(empty, version=version)]
 
 
 def _with(provider: Provider, **changes: Any) -> Provider:
@@ -229,6 +275,26 @@ def _compiled(
     return _with(provider, absent=f"its library does not serve here: {problem}")
 
 
+def _small(provider: Provider, path: str | None) -> Provider:
+    """SGLang's Triton kernel: from the file that benchmarks.fetch took out of its wheel."""
+    if importlib.util.find_spec("triton") is None:
+        return _with(provider, absent="Triton is not installed")
+    if path is None or not Path(path).is_file():
+        reason = f"--sglang-small names no file ({path}; `python -m benchmarks.fetch` gets one)"
+        return _with(provider, absent=reason)
+    make = functools.partial(provider.make, path=path)  # type: ignore[arg-type]
+    return _with(provider, version=_version_of(Path(path)), make=make)
+
+
+@functools.cache
+def _module_at(path: str) -> Any:
+    """A Python file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
 def _version_of(library: Path) -> str:
     """The release that benchmarks.fetch noted beside a library, otherwise its hash."""
     note = library.with_name("versions.json")
@@ -255,15 +321,14 @@ def _buffers(case: Case, capacity: int, count: int) -> list[dict[str, Any]]:
 def _on_gpu(ids: list[np.ndarray]) -> list[Any]:
     import torch
 
-    return [torch.from_numpy(i).cuda() for i in ids]
+    return [torch.from_numpy(i).cuda() if isinstance(i, np.ndarray) else i for i in ids]
 
 
 def _direct(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     import torch_bridge
 
-    torch_bridge.warmup(
-        num_experts=case.num_experts, block_size=case.block_size, max_tokens=case.num_pairs
-    )
+    if case.with_options:
+        return _direct_with_options(case, ids)
     outputs = _buffers(case, case.capacity, len(ids))
 
     def align(topk_ids, *out):
@@ -275,6 +340,63 @@ def _direct(case: Case, ids: list[np.ndarray]) -> TorchCalls:
         functools.partial(align, i, *o.values()) for i, o in zip(_on_gpu(ids), outputs, strict=True)
     ]
     return TorchCalls(calls, outputs)
+
+
+def _direct_with_options(case: Case, ids: list[np.ndarray]) -> TorchCalls:
+    """Each call takes its results from torch's allocator: inside a capture, from the graph's pool."""
+    import torch
+
+    import torch_bridge
+
+    expert_map, limit = _on_gpu([case.expert_map, np.array([case.num_pairs], np.int32)])
+    outputs: list[dict[str, torch.Tensor]] = [{} for _ in ids]
+
+    def align(topk_ids: torch.Tensor, results: dict[str, torch.Tensor]) -> None:
+        aligned = torch_bridge.align_blocks(
+            topk_ids,
+            case.num_experts,
+            case.block_size,
+            expert_map=expert_map,
+            ignore_invalid_experts=True,
+            num_valid_pairs=limit,
+            return_inverse=True,
+        )
+        results |= aligned._asdict()
+
+    given = zip(_on_gpu(ids), outputs, strict=True)
+    return TorchCalls([functools.partial(align, i, o) for i, o in given], outputs)
+
+
+def prepare_direct(cases: Sequence[Case]) -> None:
+    """Compiles all programs that `torch_bridge` needs for these cases, many at once."""
+    import torch
+
+    from torch_bridge import direct, direct_call
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    wanted = {
+        direct_call.sized(
+            case.num_pairs,
+            case.num_experts,
+            case.block_size,
+            torch.int32,
+            expert_map="filter" * case.with_options,
+            num_valid_pairs=case.with_options,
+            tokens_per_expert=case.with_options,
+            return_inverse=case.with_options,
+            tuning=direct.tuning(device),
+        )
+        for case in cases
+    }
+    direct.prepare(device.index, sorted(wanted), again=True)
+
+
+def _empty(case: Case, ids: list[np.ndarray]) -> TorchCalls:
+    """The least that a kernel in a CUDA graph takes: torch's spinning kernel, told to spin for no cycle."""
+    import torch
+
+    del case
+    return TorchCalls([functools.partial(torch.cuda._sleep, 0)] * len(ids), [])
 
 
 def _vllm(case: Case, ids: list[np.ndarray]) -> TorchCalls:
@@ -305,6 +427,23 @@ def _sglang(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     for i, o in zip(_on_gpu(ids), outputs, strict=True):
         scratch = torch.zeros(buckets + 1, dtype=torch.int32, device="cuda")
         calls.append(functools.partial(op, i, buckets, block, *o.values(), scratch, True))
+    return TorchCalls(calls, outputs)
+
+
+def _sglang_small(case: Case, ids: list[np.ndarray], *, path: str, pdl: bool) -> TorchCalls:
+    module = _module_at(path)
+    n, buckets, block = case.num_pairs, case.num_experts + 1, case.block_size
+    capacity = n * block if n < buckets else n + buckets * (block - 1)
+    outputs = _buffers(case, max(capacity, case.capacity), len(ids))
+
+    def align(*arguments):
+        module.is_arch_support_pdl = lambda: pdl  # a question that the file asks of SGLang
+        module.moe_align_small_numel(*arguments)
+
+    calls = [
+        functools.partial(align, i, buckets, block, *o.values())
+        for i, o in zip(_on_gpu(ids), outputs, strict=True)
+    ]
     return TorchCalls(calls, outputs)
 
 

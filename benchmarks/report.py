@@ -1,6 +1,7 @@
-"""Tables from JSONL rows: the median run of each cell, losses as plain as wins.
+"""Tables, goals and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
 
-python -m benchmarks.report benchmarks/results/h100.jsonl --update README.md docs/measured.md
+python -m benchmarks.report benchmarks/results/*.jsonl --readme README.md --update docs/measured.md \\
+    --plots docs/figures
 """
 
 import argparse
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CASES, JIT_GOAL_US
+from benchmarks import goals
+from benchmarks.cases import CASES, EMPTY_PLUS, GRIDS, TARGET_US, jit_target_us
 
 OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
 OURS_IN_GRAPHS = (
@@ -23,6 +25,9 @@ _LABEL = {
     "graph_us": "CUDA graph",
     "wall_us": "host wall time",
 }
+_NO_COLUMN = ("empty",)
+
+type Rows = Sequence[dict[str, Any]]
 
 
 def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -46,23 +51,48 @@ def base_of(rows: Iterable[dict[str, Any]]) -> str:
     return next((name for name in OURS if name in present), OURS[0])
 
 
-def base_for(provider: str, rows: Sequence[dict[str, Any]]) -> str | None:
+def base_for(provider: str, rows: Rows) -> str | None:
     """Whom a provider is compared with: ours, timed in the same way where that was done; None for
     those of ours that the others are compared with."""
     base = base_of(rows)
     graphs = {r["provider"] for r in rows if r.get("metric") == "graph_us"}
-    if provider in (base, OURS_IN_GRAPHS):
+    if provider in (base, OURS_IN_GRAPHS, *_NO_COLUMN):
         return None
     return OURS_IN_GRAPHS if graphs >= {provider, OURS_IN_GRAPHS} else base
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def target_of(name: str, median: dict[tuple[str, str], dict[str, Any]]) -> float | None:
+    """The goal for a call from PyTorch; against the empty kernel of the same runs where it is set so."""
+    empty = median.get((name, "empty"))
+    if name in EMPTY_PLUS and empty is not None:
+        return round(empty["p50_us"] + EMPTY_PLUS[name], 3)
+    return TARGET_US.get(name)
+
+
+def verdicts(
+    name: str, median: dict[tuple[str, str], dict[str, Any]]
+) -> list[tuple[str, float, bool]]:
+    """(what, goal, whether it is met) of a case, for each of ours that was measured."""
+    target = target_of(name, median)
+    if target is None:
+        return []
+    found = []
+    for provider, what, goal in (
+        (OURS_IN_GRAPHS, "graph", target),
+        (OURS[0], "jit", jit_target_us(target)),
+    ):
+        if row := median.get((name, provider)):
+            found.append((what, goal, row["p50_us"] <= goal))
+    return found
+
+
+def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
 
     A ratio above 1 is a win of ours, below 1 a loss.
     """
     median = median_rows(rows)
-    present = list(dict.fromkeys(r["provider"] for r in rows))
+    present = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in _NO_COLUMN))
     base = base_of(rows)
     first = [p for p in (base, OURS_IN_GRAPHS) if p in present]
     providers = first + [p for p in present if p not in first]
@@ -70,14 +100,13 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
     failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
-    with_goal = OURS[0] in present
+    with_goal = any(verdicts(name, median) for name in names)
     metric = {p: next((m["metric"] for k, m in median.items() if k[1] == p), "") for p in providers}
     header = ["pairs x experts x block"]
     header += [f"{p} ({_LABEL.get(metric[p], 'not timed')})" for p in providers]
-    header += ["goal + 15%"] * with_goal
+    header += ["goal"] * with_goal
     lines = []
     for name in names:
-        ours = median.get((name, base))
         line = [name]
         for provider in providers:
             row = median.get((name, provider))
@@ -92,16 +121,16 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                     text += f" ({row['p50_us'] / against['p50_us']:.2f}x)"
             line.append(text)
         if with_goal:
-            goal = JIT_GOAL_US.get(name)
-            verdict = ""
-            if goal and ours:
-                verdict = "met" if ours["p50_us"] <= 1.15 * goal else "missed"
-            line.append(f"{1.15 * goal:.2f} {verdict}".strip() if goal else "-")
+            said = [
+                f"{what} {goal:.2f} {'met' if met else 'missed'}"
+                for what, goal, met in verdicts(name, median)
+            ]
+            line.append(", ".join(said) or "-")
         lines.append(line)
     return header, lines
 
 
-def text_table(rows: Sequence[dict[str, Any]]) -> str:
+def text_table(rows: Rows) -> str:
     """For a terminal: a rich table where rich is installed, plain columns otherwise."""
     header, lines = cells(rows)
     try:
@@ -126,34 +155,55 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
     return capture.get().rstrip()
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """One table per GPU, with what it was measured on; and how many comparisons we lose."""
+def gpus(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each GPU."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["gpu"] or "no GPU (CPU wall time)", []).append(row)
+    return found
+
+
+def markdown(rows: Rows, *, brief: bool = False) -> str:
+    """One table per GPU, with what it was measured on; how many comparisons we lose, and the goals.
+
+    `brief`: the table of the ordinary sizes alone, for the README.
+    """
     parts = []
-    for gpu in dict.fromkeys(r["gpu"] or "no GPU (CPU wall time)" for r in rows):
-        here = [r for r in rows if (r["gpu"] or "no GPU (CPU wall time)") == gpu]
-        header, lines = cells(here)
-        runs = len({r["date"] for r in here})
-        first = here[-1]
-        facts = ", ".join(
-            f"{key} {', '.join(sorted({str(r[key]) for r in here}))}"
-            for key in ("driver", "jax", "torch", "commit")
-            if first[key]
-        )
-        versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
-        parts.append(
-            f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
-            f"run's p50, in µs per call; behind it, that time over ours, taken in the same way: "
-            f"{base_of(here)}'s, for PyTorch's ops in CUDA graphs {OURS_IN_GRAPHS}'s where it "
-            f"was measured (below 1 we lose).\n"
-        )
-        parts.append("| " + " | ".join(header) + " |")
-        parts.append("|" + "---|" * len(header))
-        parts += ["| " + " | ".join(line) + " |" for line in lines]
-        parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
+    for gpu, everything in gpus(rows).items():
+        union = [r for r in everything if r.get("grid") == "union"]
+        here = [r for r in everything if r.get("grid") != "union"]
+        shown = here
+        if brief:
+            names = {case.name for case in GRIDS["table"]}
+            shown = [r for r in here if r["case"] in names]
+        if shown:
+            header, lines = cells(shown)
+            runs = len({r["date"] for r in here})
+            first = here[-1]
+            facts = ", ".join(
+                f"{key} {', '.join(sorted({str(r[key]) for r in here}))}"
+                for key in ("driver", "jax", "torch", "commit")
+                if first[key]
+            )
+            versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
+            parts.append(
+                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
+                f"run's p50, in µs per call; behind it, that time over ours, taken in the same way: "
+                f"{base_of(here)}'s, for PyTorch's ops in CUDA graphs {OURS_IN_GRAPHS}'s where it "
+                f"was measured (below 1 we lose).\n"
+            )
+            parts.append("| " + " | ".join(header) + " |")
+            parts.append("|" + "---|" * len(header))
+            parts += ["| " + " | ".join(line) + " |" for line in lines]
+            parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
+            if not brief:
+                parts.append(goals.markdown(median_rows(here), verdicts))
+        if union and not brief:
+            parts.append(goals.union_markdown(gpu, union))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def losses(rows: Sequence[dict[str, Any]]) -> str:
+def losses(rows: Rows) -> str:
     """A sentence that counts the comparisons that we lose, and names them."""
     median = median_rows(rows)
     compared, lost = 0, []
@@ -191,10 +241,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", nargs="+", help="JSONL files")
     parser.add_argument("--update", nargs="*", default=[], metavar="FILE", help="files with marks")
+    parser.add_argument(
+        "--readme", nargs="*", default=[], metavar="FILE", help="the same, the ordinary sizes alone"
+    )
+    parser.add_argument("--plots", metavar="FOLDER", help="where to draw (needs the extra bench)")
     options = parser.parse_args(argv)
-    text = markdown(load(options.results))
+    rows = load(options.results)
+    text = markdown(rows)
     for path in options.update:
         update(path, text)
+    for path in options.readme:
+        update(path, markdown(rows, brief=True))
+    if options.plots:
+        from benchmarks import plots
+
+        for gpu, here in gpus(rows).items():
+            for path in plots.draw(gpu, here, Path(options.plots)):
+                print(f"drawn: {path}", file=sys.stderr)
     print(text, end="")
     return 0
 

@@ -1,6 +1,7 @@
 """Verifies every provider on the same random inputs, then times it, in one run.
 
 python -m benchmarks.run --vllm-op .peers/vllm_moe.so --out benchmarks/results/h100.jsonl
+python -m benchmarks.run --grid union --vllm-op .peers/vllm_moe.so --out benchmarks/results/union/h100.jsonl
 """
 
 import argparse
@@ -8,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, peers, report, timing  # noqa: E402
-from benchmarks.cases import CASES, Case, Expected, expected, mismatch  # noqa: E402
+from benchmarks.cases import CASES, GRIDS, Case, Expected, expected, mismatch  # noqa: E402
 
 # A CPU needs seconds for the largest sizes, times five calls, times the repeats.
 CPU_MAX_PAIRS = 32_768
@@ -31,19 +32,33 @@ def say(text: str, file: Any = None) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(c.name for c in CASES)
+    grids = ", ".join(GRIDS)
     parser = argparse.ArgumentParser(
         prog="moe-align bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--vllm-op", metavar="PATH", help="vLLM's compiled MoE library")
     parser.add_argument("--sglang-op", metavar="PATH", help="SGLang's compiled op library")
+    parser.add_argument(
+        "--sglang-small", metavar="PATH", help="SGLang's Triton kernel, a Python file"
+    )
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to; nothing is kept without")
+    parser.add_argument(
+        "--grid", default="", help=f"comma-separated, of: {grids}; all by default. Or union, alone"
+    )
     parser.add_argument("--cases", default="", help=f"comma-separated, of: {names}")
     parser.add_argument("--providers", default="", help="comma-separated; all by default")
     parser.add_argument("--calls", type=int, default=50, help="calls, inputs, outputs per program")
     parser.add_argument("--executions", type=int, default=12, help="executions of a jit in a trace")
     parser.add_argument("--replays", type=int, default=30, help="replays of a CUDA graph")
+    parser.add_argument("--budget", type=float, help="seconds after which no case is begun")
+    parser.add_argument(
+        "--no-jit", action="store_true", help="with --grid union: from PyTorch alone"
+    )
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     options = parser.parse_args(argv)
+    unknown = set(filter(None, options.grid.split(","))) - set(GRIDS)
+    if unknown and options.grid != "union":
+        parser.error(f"unknown grid {', '.join(sorted(unknown))}; there are: {grids}, union")
     known = {c.name for c in CASES}
     if unknown := set(filter(None, options.cases.split(","))) - known:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; there are: {names}")
@@ -88,7 +103,7 @@ def _first_mismatch(
     provider: peers.Provider, case: Case, answers: list[Expected], results: list[dict]
 ) -> str:
     for index, (want, got) in enumerate(zip(answers, results, strict=True)):
-        wrong = mismatch(case, want, got, stable=provider.stable, expert_tail=provider.expert_tail)
+        wrong = mismatch(case, want, got, **provider.promises)
         if wrong:
             return f"input {index}: {wrong}"
     return ""
@@ -100,7 +115,8 @@ def measure_jax(
     """(what is wrong or "", the timing when nothing is)."""
     import jax
 
-    align: Callable = provider.make(case)  # type: ignore[misc]
+    # One jit inside the other: the call is traced and lowered once, not once per input.
+    align = jax.jit(provider.make(case))  # type: ignore[misc]
 
     def program(many):
         return [align(one) for one in many]
@@ -128,6 +144,8 @@ def measure_torch(
     for call in prepared.calls:
         call()
     torch.cuda.synchronize()
+    if not prepared.outputs:  # the empty kernel
+        return "", timing.time_torch_graph(prepared.calls, replays=options.replays)
     if wrong := _first_mismatch(provider, case, inputs.answers, prepared.results()):
         return wrong, None
     prepared.poison()
@@ -191,11 +209,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     options = arguments(argv)
+    if options.grid == "union":
+        from benchmarks import union
+
+        return union.run(options)
     facts = machine.facts(options.commit)
-    cases = chosen(options.cases, CASES)
+    grids = [g for g in options.grid.split(",") if g] or list(GRIDS)
+    cases = chosen(options.cases, [case for grid in grids for case in GRIDS[grid]])
     where = facts["gpu"] or f"{jax.default_backend().upper()} ({facts['cpu']})"
     say(f"moe-align bench on {where}, jax {facts['jax']}, torch {facts['torch']}")
-    everyone = [*peers.jax_providers(), *peers.torch_providers(options.vllm_op, options.sglang_op)]
+    everyone = [
+        *peers.jax_providers(),
+        *peers.torch_providers(options.vllm_op, options.sglang_op, options.sglang_small),
+    ]
     names = {p.name for p in everyone}
     if unknown := set(filter(None, options.providers.split(","))) - names:
         say(f"unknown provider {', '.join(sorted(unknown))}; there are: {', '.join(sorted(names))}")
@@ -213,8 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         cases = [c for c in cases if c.num_pairs <= CPU_MAX_PAIRS]
     rows, started = [], time.monotonic()
+    if any(p.name == "torch_bridge" for p in present):
+        peers.prepare_direct(cases)
     for case in cases:
         begun = time.monotonic()
+        if options.budget and begun - started > options.budget:
+            say(f"  {case.name}: not begun, the budget is spent")
+            continue
         for row in run_case(case, present, options):
             rows.append({**facts, **row})
             if options.out:

@@ -1,6 +1,5 @@
 """Time per call: a CUDA graph for torch callables, a profiler trace for jit, wall time on a CPU."""
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,34 +65,32 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
 
 
 def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: int = 12) -> Timing:
-    """Device span per call of a jitted program that makes one call per argument.
+    """As `time_jit_spans`, of one program."""
+    return time_jit_spans([program], [arguments], executions=executions)[0]
+
+
+def time_jit_spans(
+    programs: Sequence[Callable], arguments: Sequence[Sequence[Any]], *, executions: int = 12
+) -> list[Timing]:
+    """Device span per call of jitted programs that make one call per argument each, from one trace.
 
     The host waits after every execution, which sets them apart in the trace. Without a kernel in
     the trace (a profiler blind to CUDA graphs), the wall time is returned, and named so.
     """
     import jax
 
-    for _ in range(4):  # XLA records its CUDA graph after the first executions
-        jax.block_until_ready(program(arguments))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(executions):
-                jax.block_until_ready(program(arguments))
-                time.sleep(0.002)  # a gap far wider than any between two kernels
-        profile = traces.load(traces.newest_xplane(folder))
-        events = traces.gpu_events(profile)
-    spans = traces.span_per_call(events, executions=executions, calls=len(arguments))
-    if spans.us_per_call:
-        return Timing(
-            "span_us", spans.us_per_call, len(arguments), spans.note, spans.kernels_per_call
-        )
-    wall = time_wall(lambda: jax.block_until_ready(program(arguments)), calls=len(arguments))
-    return Timing(
-        wall.metric,
-        wall.samples_us,
-        wall.calls,
-        f"{spans.note}; wall time instead; it holds {traces.contents(profile)[:400]}",
-    )
+    recorded, holds = traces.record(programs, arguments, executions)
+    timings = []
+    for program, given, spans in zip(programs, arguments, recorded, strict=True):
+        calls = len(given)
+        if spans.us_per_call:
+            note, kernels = spans.note, spans.kernels_per_call
+            timings.append(Timing("span_us", spans.us_per_call, calls, note, kernels))
+            continue
+        wall = time_wall(lambda p=program, g=given: jax.block_until_ready(p(g)), calls=calls)
+        note = f"{spans.note}; wall time instead; it holds {holds[:400]}"
+        timings.append(Timing(wall.metric, wall.samples_us, wall.calls, note))
+    return timings
 
 
 def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:

@@ -7,8 +7,10 @@ Imports neither typer nor rich: benchmarks/ uses it, too.
 """
 
 import re
+import tempfile
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +162,70 @@ def totals(events: Iterable[Event]) -> list[NameTotal]:
     return sorted(rows, key=lambda row: -row.total_us)
 
 
+def record(
+    programs: Sequence[Callable], arguments: Sequence[Sequence[Any]], executions: int
+) -> tuple[list[Spans], str]:
+    """Runs jitted programs under the profiler, one after the other; what one call of each costs.
+
+    Program i takes the list `arguments[i]` and makes one call per entry. The host waits after each execution.
+
+    Returns:
+        The spans of each program, and what the trace held, for a message.
+    """
+    import jax
+
+    for program, given in zip(programs, arguments, strict=True):
+        for _ in range(4):  # XLA records its CUDA graph after the first executions
+            jax.block_until_ready(program(given))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for program, given in zip(programs, arguments, strict=True):
+                for _ in range(executions):
+                    jax.block_until_ready(program(given))
+                    time.sleep(0.002)  # a gap far wider than any between two kernels
+        profile = load(newest_xplane(folder))
+    events, calls = gpu_events(profile), [len(given) for given in arguments]
+    if len(programs) == 1:
+        return [span_per_call(events, executions=executions, calls=calls[0])], contents(profile)
+    return spans_in_order(events, executions=executions, calls=calls), contents(profile)
+
+
+def spans_in_order(
+    events: Sequence[Event], *, executions: int, calls: Sequence[int]
+) -> list[Spans]:
+    """As `span_per_call`, for programs that ran one after the other, each `executions` times.
+
+    Cut at the widest gaps. Where the parts of a program hold different numbers of events the cut is not to
+    be trusted, and that program has no value.
+    """
+    note = "the trace could not be cut into executions"
+    cuts = _widest_gaps(events, executions * len(calls) - 1)
+    if cuts is None:
+        return [Spans([], 0.0, note)] * len(calls)
+    edges = [0, *cuts, len(events)]
+    parts = [events[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    found = []
+    for k, count in enumerate(calls):
+        mine = parts[k * executions : (k + 1) * executions]
+        if len({len(part) for part in mine}) != 1:
+            found.append(Spans([], 0.0, note))
+            continue
+        spans = [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / count for p in mine]
+        found.append(Spans(spans, len(mine[0]) / count, ""))
+    return found
+
+
+def _widest_gaps(events: Sequence[Event], count: int) -> list[int] | None:
+    """Where to cut time-ordered events at the `count` widest gaps, ascending; None with too few events."""
+    if count >= len(events):
+        return None
+    gaps, busy_until = [], events[0].end_ns
+    for i, event in enumerate(events[1:], start=1):
+        gaps.append((event.start_ns - busy_until, i))
+        busy_until = max(busy_until, event.end_ns)
+    return sorted(i for _, i in sorted(gaps, reverse=True)[:count])
+
+
 def split_executions(events: Sequence[Event], executions: int) -> list[list[Event]] | None:
     """Cuts time-ordered events at the `executions - 1` widest gaps.
 
@@ -168,12 +234,7 @@ def split_executions(events: Sequence[Event], executions: int) -> list[list[Even
     """
     if not events or executions < 1 or len(events) % executions:
         return None
-    gaps, busy_until = [], events[0].end_ns
-    for i, event in enumerate(events[1:], start=1):
-        gaps.append((event.start_ns - busy_until, i))
-        busy_until = max(busy_until, event.end_ns)
-    widest = sorted(gaps, reverse=True)[: executions - 1]
-    cuts = [0, *sorted(i for _, i in widest), len(events)]
+    cuts = [0, *(_widest_gaps(events, executions - 1) or []), len(events)]
     parts = [list(events[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
     return parts if len({len(part) for part in parts}) == 1 else None
 

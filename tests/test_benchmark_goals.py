@@ -1,0 +1,178 @@
+"""The union grid's checks and ratios, and the project's goals held against rows."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import goals, peers, report, run, union
+from benchmarks.cases import Case, expected
+
+CASE = Case(num_pairs=96, num_experts=7, block_size=8)
+
+
+def row(case, provider, p50, **more):
+    facts = {"date": "2026-11-21T10:00:00+00:00", "gpu": "H100", "driver": "1", "jax": "0.11.2"}
+    facts |= {"torch": "2.11.0", "commit": "abc", "version": "v", "metric": "graph_us"}
+    return {**facts, "case": case, "provider": provider, "verified": True, "p50_us": p50, **more}
+
+
+def tensors(case, ids):
+    torch = pytest.importorskip("torch")
+    want = expected(case, ids)
+    return {
+        "sorted_token_ids": torch.from_numpy(want.sorted_token_ids.copy()),
+        "expert_ids": torch.from_numpy(want.expert_ids.copy()),
+        "num_tokens_post_padded": torch.tensor([want.num_tokens_post_padded], dtype=torch.int32),
+    }
+
+
+STRICT = {"stable": True, "expert_tail": True, "row_tail": True}
+LOOSE = dict.fromkeys(STRICT, False)
+
+
+def test_comparison_on_the_gpu_finds_what_the_one_by_numpy_finds():
+    """Each change of one word, strictly and loosely, against cases.mismatch."""
+    from benchmarks.cases import mismatch
+
+    ids = CASE.topk_ids(1)
+    want = tensors(CASE, ids)
+    rng = np.random.default_rng(0)
+    for promises in (STRICT, LOOSE):
+        found = {"": 0, "something": 0}
+        for _ in range(150):
+            got = tensors(CASE, ids)
+            name = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")[rng.integers(3)]
+            at, other = rng.integers(got[name].numel(), size=2)
+            if rng.integers(2):
+                got[name][at] = int(rng.integers(-2, 100))
+            else:  # a swap, which only order can tell
+                got[name][[at, other]] = got[name][[other, at]]
+            ours = union.differs(CASE, want, got, promises)
+            arrays = {k: t.numpy() for k, t in got.items()}
+            theirs = mismatch(CASE, expected(CASE, ids), arrays, **promises)
+            assert bool(ours) == bool(theirs), (promises, name, at, ours, theirs)
+            found["something" if ours else ""] += 1
+        assert min(found.values()) > 10
+
+
+def test_reference_on_the_gpu_is_held_to_numpy(monkeypatch):
+    torch = pytest.importorskip("torch")
+    for name in ("full", "arange", "zeros"):
+        real = getattr(torch, name)
+        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
+        monkeypatch.setattr(torch, name, replaced)
+    ids = [torch.from_numpy(CASE.topk_ids(seed)) for seed in range(2)]
+    wrong, want = union.reference_of(CASE, ids)
+    assert wrong == ""
+    for one, got in zip(ids, want, strict=True):
+        assert union.differs(CASE, tensors(CASE, one.numpy()), got, STRICT) == ""
+    monkeypatch.setattr(
+        peers,
+        "_torch_sort",
+        lambda case, ids: peers.TorchCalls([], [tensors(CASE, 6 - CASE.topk_ids(0))]),
+    )
+    assert "torch's sort" in union.reference_of(CASE, ids)[0]
+
+
+def test_calls_are_many_where_they_are_short():
+    assert union.calls_for(Case(num_pairs=8, num_experts=8, block_size=4)) == 20
+    assert union.calls_for(Case(num_pairs=1 << 22, num_experts=65535, block_size=256)) == 4
+
+
+ROWS = [
+    row("a", "torch_bridge", 2.0, grid="union"),
+    row("a", "mosaic_gpu", 4.0, grid="union"),
+    row("a", "vllm", 8.0, grid="union"),
+    row("b", "torch_bridge", 2.0, grid="union"),
+    row("b", "vllm", 1.0, grid="union"),
+    row("b", "sglang", 6.0, grid="union"),
+    {**row("c", "vllm", 1.0, grid="union"), "verified": False, "error": "x"},
+]
+
+
+def test_union_ratios_are_worst_first_with_the_geometric_mean():
+    found = union.ratios(ROWS)
+    assert found["torch_bridge", "vllm"] == [(0.5, "b"), (4.0, "a")]
+    assert found["mosaic_gpu", "vllm"] == [(2.0, "a")]
+    assert union.geomean([0.5, 4.0]) == pytest.approx(math.sqrt(2))
+    [line] = [x for x in union.summary(ROWS) if x.startswith("vllm against torch_bridge")]
+    assert "2 sizes, geometric mean 1.41x, worst 0.50x (b), slower than it at 1" in line
+    assert line.endswith("missed")
+    [sglang] = [x for x in union.summary(ROWS) if x.startswith("sglang")]
+    assert sglang.endswith("met")
+    listing = union.listing(ROWS)
+    assert [x.split()[0] for x in listing] == ["b", "a"]
+    assert "sglang / torch_bridge 3.00x" in listing[0]
+    text = report.markdown(ROWS)
+    assert "Union grid, **H100**, 2026-11-21, commit abc, 3 sizes" in text and "0.50x" in text
+    assert "| a |" not in text  # no row of the main table
+
+
+def test_union_needs_a_gpu(capsys):
+    import jax
+
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has one")
+    assert run.main(["--grid", "union"]) == 2
+    assert "a GPU must be there" in capsys.readouterr().out
+
+
+# -- goals --------------------------------------------------------------------------------------------
+
+
+def said(rows):
+    return goals.lines_of(report.median_rows(rows), report.verdicts)
+
+
+def test_goals_say_met_or_missed_with_the_number():
+    rows = [
+        row("8x256x16", "torch_bridge", 1.2),
+        row("8x256x16", "empty", 0.8),
+        row("8x256x16", "vllm", 4.8),
+        row("64x256x16", "torch_bridge", 2.0),
+        row("64x256x16", "mosaic_gpu", 2.2, metric="span_us"),
+        row("64x256x16", "vllm", 3.0),
+        row("8192x64x128", "xla", 60.0, metric="span_us"),
+    ]
+    lines = said(rows)
+    assert lines[0] == (
+        "- **missed**: targets in µs per call: 2 of 3; missed: 64x256x16 (graph, 1.50)"
+    )
+    assert lines[1].startswith("- **missed**") and lines[1].endswith(": 2.45x")  # sqrt(4 * 1.5)
+    assert lines[2].endswith("no row under 2.0x: the least is 1.50x (64x256x16)")
+    assert lines[3] == '- **missed**: "xla" at 8192x64x128 at most 50 µs: 60.0'
+    assert len(lines) == 4
+    assert said([row("7x7x7", "vllm", 1.0)]) == []
+
+
+def test_goals_of_skew_and_options_are_against_the_plain_case():
+    rows = [
+        row("131072x256x128", "torch_bridge", 5.0),
+        row("131072x256x128-one", "torch_bridge", 5.5),
+        row("131072x256x128-zipf1.3", "torch_bridge", 6.5),
+        row("131072x256x128-zipf", "torch_bridge", 50.0),  # no goal of ours
+        row("131072x256x128-options", "torch_bridge", 5.7),
+        row("8x256x16", "torch_bridge", 1.0),
+        row("8x256x16-options", "torch_bridge", 1.24),
+    ]
+    lines = {line.split(": ", 1)[1]: line.split(":")[0] for line in said(rows)}
+    skew = next(k for k in lines if k.startswith("all pairs"))
+    assert "worst 1.30x; missed: 131072x256x128-zipf1.3 1.30x" in skew and "missed" in lines[skew]
+    options = next(k for k in lines if k.startswith("every option"))
+    assert "worst 1.24x" in options and lines[options] == "- met"
+
+
+def test_goals_of_many_experts():
+    rows = [
+        row("8x1024x16", "torch_bridge", 2.0),
+        row("8x1024x16", "sglang_small", 1.5),
+        row("64x65535x16", "mosaic_gpu", 20.0, metric="span_us"),
+        row("64x65535x16", "xla", 15.0, metric="span_us"),
+    ]
+    lines = [line for line in said(rows) if "E from 1024" in line]
+    assert [line.split(":")[0] for line in lines] == ["- **missed**"] * 3
+    assert "8x1024x16 (sglang_small) 0.75x" in lines[0] and "64x65535x16 0.75x" in lines[1]
+    # 64 pairs, 1,024 rows, 64 blocks, the total, 65,535 counts: 66,624 words at 4.3 TB/s, three times
+    bound = 5 + 3 * 4 * 66_624 / 4.3e6
+    assert f"64x65535x16 {20 / bound:.2f}x" in lines[2]
