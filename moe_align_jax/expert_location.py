@@ -281,9 +281,11 @@ class ExpertLocation:
 
         def replace(old: Any, new: Any) -> Any:
             rows = chosen.reshape(-1, *[1] * (old.ndim - 1))
-            if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
-                new = jax.device_put(new, old.sharding)
-            return jnp.where(rows, new, old)
+            if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
+                return jnp.where(rows, new, old)
+            # To the very sharding: one that is only equivalent would trace a jitted step again.
+            merged = jnp.where(rows, jax.device_put(new, old.sharding), old)
+            return jax.device_put(merged, old.sharding)
 
         return jax.tree.map(replace, self, other)
 
