@@ -1,9 +1,12 @@
 """Runs every kernel form under NVIDIA's compute-sanitizer and prints a table of what it found.
 
-    python -m tests.gpu.sanitize [--tools memcheck,racecheck,initcheck,synccheck] [--sanitizer PATH]
+    python -m tests.gpu.sanitize [--path jit|direct] [--tools memcheck,racecheck,...] [--sanitizer PATH]
 
 One child process per tool runs all forms, checks each result with the oracle, and names the form on a line
 of its own, so that a report is counted for the form it stands under. Exit code 1 when anything was found.
+"jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
+off a boundary, the peers' forms and a side stream. There only our kernels are looked at, by their names,
+and a first child without the sanitizer leaves the compiled programs on disk.
 """
 
 import argparse
@@ -21,6 +24,7 @@ MARK = "### form "
 REPORT = re.compile(
     r"^=+ (?:Invalid|Error: |Warning: |Race reported|Uninitialized|Barrier error|Program hit|Host API)"
 )
+KERNEL = "### kernel "
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
@@ -83,6 +87,29 @@ def run_forms() -> None:
     print(f"{MARK}end", flush=True)
 
 
+def run_direct() -> None:
+    """The child: each form once or more, launched by torch_bridge; then the names of its kernels."""
+    from tests.gpu import direct_forms
+    from torch_bridge import direct
+
+    load, names = direct._load, set()
+
+    def named(index, problem, entry):
+        names.update(kernel["entry"] for kernel in entry.kernels)
+        load(index, problem, entry)
+
+    direct._load = named
+    for form, size, options in cases():
+        print(f"{MARK}{form}", flush=True)
+        if form == "batched":
+            direct_forms.run_batched("cuda", *size)
+        else:
+            direct_forms.run_form("cuda", size, options)
+    for name in sorted(names):
+        print(f"{KERNEL}{name}")
+    print(f"{MARK}end", flush=True)
+
+
 def count_reports(output: str) -> dict[str, int]:
     """Reports under each form; those before the first one stand under "start"."""
     form, found = "start", {"start": 0}
@@ -95,20 +122,51 @@ def count_reports(output: str) -> dict[str, int]:
     return found
 
 
-def run_tool(sanitizer: str, tool: str) -> tuple[dict[str, int], str | None, str]:
-    """(reports by form, what went wrong or None, output)."""
-    environment = dict(os.environ)
+def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Environment and options of the sanitizer."""
+    if path == "direct":
+        # Each tensor its own cudaMalloc, of the exact size.
+        options = ["--target-processes", "application-only", "--report-api-errors", "no"]
+        options += [f"--kernel-name=kne={name}" for name in kernels]
+        if tool != "memcheck":
+            options.remove("--report-api-errors")
+            options.remove("no")
+        return {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, options
     # Each buffer its own cudaMalloc, so that one past the end is outside; no CUDA graphs around kernels.
-    environment["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
-    flags = environment.get("XLA_FLAGS", "")
-    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
-    command = [sanitizer, "--tool", tool, "--print-limit", "1000", "--target-processes", "all"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
+    environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": flags}
+    return environment, ["--target-processes", "all"]
+
+
+def child(path: str) -> list[str]:
+    return [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--path", path]
+
+
+def kernel_names(path: str) -> list[str]:
+    """Runs the child once without the sanitizer, so that everything is compiled: the kernels it launched.
+
+    Raises:
+        RuntimeError: it fails; there is nothing to sanitize then.
+    """
+    done = subprocess.run(child(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    names = [x.removeprefix(KERNEL) for x in done.stdout.splitlines() if x.startswith(KERNEL)]
+    if done.returncode or not names:
+        raise RuntimeError(f"the run without the sanitizer failed:\n{done.stdout[-6000:]}")
+    return names
+
+
+def run_tool(
+    sanitizer: str, tool: str, path: str, kernels: list[str]
+) -> tuple[dict[str, int], str | None, str]:
+    """(reports by form, what went wrong or None, output)."""
+    environment, options = settings(path, tool, kernels)
+    command = [sanitizer, "--tool", tool, "--print-limit", "1000", *options]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "tests.gpu.sanitize", "--child"],
+        [*command, *child(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | environment,
     )
     found = count_reports(done.stdout)
     summary = SUMMARY.search(done.stdout)
@@ -125,11 +183,12 @@ def run_tool(sanitizer: str, tool: str) -> tuple[dict[str, int], str | None, str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--path", choices=("jit", "direct"), default="jit")
     parser.add_argument("--sanitizer", default=None, help="path of compute-sanitizer")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        run_forms()
+        (run_direct if arguments.path == "direct" else run_forms)()
         return 0
     sanitizer = arguments.sanitizer or shutil.which("compute-sanitizer")
     sanitizer = sanitizer or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -138,12 +197,16 @@ def main() -> int:
             "compute-sanitizer is not on PATH: it comes with the CUDA toolkit, or name it with --sanitizer"
         )
         return 1
+    kernels = []
+    if arguments.path == "direct":
+        kernels = kernel_names(arguments.path)
+        print(f"{len(kernels)} kernels: {' '.join(kernels)}", flush=True)
     names = list(dict.fromkeys(form for form, _, _ in cases()))
     print(f"{'tool':<12}" + "".join(f"{name:>9}" for name in names) + "   seconds  verdict")
     failed = False
     for tool in arguments.tools.split(","):
         start = time.monotonic()
-        found, problem, output = run_tool(sanitizer, tool)
+        found, problem, output = run_tool(sanitizer, tool, arguments.path, kernels)
         failed |= problem is not None
         cells = "".join(f"{found.get(name, '-'):>9}" for name in names)
         print(
