@@ -121,6 +121,8 @@ def _parse_row(row: Mapping[str, Any], place: str) -> Row:
     first, last = row["num_experts"]
     config = _parse_config(row["config"], place)
     pairs = row["num_pairs"]
+    if config.form not in _FITS or config.form == "batched":
+        raise ValueError(f"{place}: the form must be one of {sorted(_FITS)}; got {config.form!r}.")
     if config.form == "warp" and (pairs is None or pairs > MAX_WARP_PAIRS):
         raise ValueError(f"{place}: 'warp' must end at {MAX_WARP_PAIRS} pairs; got {pairs}.")
     if config.form in ("block", "grid") and (last is None or last > MAX_HISTOGRAM_EXPERTS):
