@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.expert_location": {
         f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files", "eplb")
     },
+    "moe_align_jax.expert_weights": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_dispatch": {
         f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "block_align", "expert_location")
     },
@@ -51,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "torch_bridge": {
         *("torch_bridge", "moe_align_jax._checks", "moe_align_jax._tuning", "moe_align_jax.types"),
         *(f"moe_align_jax.{name}" for name in ("moe_align_block_size", "select_implementation")),
-        "moe_align_jax.batched_moe_align_block_size",
+        *("moe_align_jax.batched_moe_align_block_size", "moe_align_jax._recorder.files"),
     },
     # A process of its own that compiles: it imports no torch, and reaches the kernels themselves.
     "torch_bridge.launch": {

@@ -8,6 +8,8 @@
 
 in place of `from sglang.kernels.ops.moe import moe_align_block_size` (sgl_kernel's, in older ones).
 
+`ExpertDistributionRecorder` is its recorder of expert load (`torch_bridge/sglang_recorder.py`).
+
 SGLang itself is not imported. Combinations that SGLang refuses (off CUDA, above 8191 experts) work
 here, and every slot is written: tails of `sorted_token_ids` read n and of `expert_ids` -1, always.
 """
@@ -17,6 +19,14 @@ import torch
 from moe_align_jax import _checks
 from torch_bridge import checks, into, ops
 from torch_bridge.problems import SglangProblem
+from torch_bridge.sglang_recorder import ExpertDistributionMetrics as ExpertDistributionMetrics
+from torch_bridge.sglang_recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
+from torch_bridge.sglang_recorder import (
+    get_global_expert_distribution_recorder as get_global_expert_distribution_recorder,
+)
+from torch_bridge.sglang_recorder import (
+    set_global_expert_distribution_recorder as set_global_expert_distribution_recorder,
+)
 
 
 def moe_align_block_size(

@@ -15,7 +15,7 @@ _COLUMNS = ("logical_count", "physical_count", "topk_ids")
 _METADATA = b"moe_align_jax"
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> Path:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
     """Writes through a temporary file in the same folder, synced and then renamed.
 
     Whenever the process or the machine stops, `path` is the old file or the new one.
