@@ -143,7 +143,8 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def load_peer(self, ref: Any, index: Int | int, cta: Int | int) -> Int:
         """`ref[index]` of another CTA of my cluster, by its index in the grid; `ref` is shared. A
-        `cluster_sync` must lie between this and that CTA's stores, and between this and its end."""
+        `cluster_sync` must lie between this and that CTA's stores; `cluster_arrive` says that no more
+        follow, and keeps that CTA's memory until then."""
 
     @abc.abstractmethod
     def store(self, ref: Any, index: Any, value: Int | int) -> None:
@@ -198,6 +199,15 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def cluster_sync(self) -> None:
         """Orders shared memory among the CTAs of the cluster, all of whose threads must arrive."""
+
+    @abc.abstractmethod
+    def cluster_arrive(self) -> None:
+        """After its last `load_peer`, by every thread. Before its stores to global memory: it would wait
+        for them (1,000 cycles, H200)."""
+
+    @abc.abstractmethod
+    def cluster_wait(self) -> None:
+        """At the end: waits until every thread of the cluster has come to its `cluster_arrive`."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

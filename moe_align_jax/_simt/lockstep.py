@@ -36,7 +36,8 @@ class EmulatedSimt(Simt):
             self.num_threads if self.num_ctas > 1 else 1
         )
         self._clock = Clock(self.num_ctas, self.num_threads, self.cluster)
-        self._peers_read = False  # since the last cluster_sync
+        self._peers_read = False  # since the last cluster_wait
+        self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
         self.scope = Scope(None, self._total)
 
@@ -224,6 +225,8 @@ class EmulatedSimt(Simt):
         mine, peer = self.scope.active(self._cta), self.scope.active(array_of(cta))
         if (peer // self.cluster != mine // self.cluster).any():
             raise OutOfBounds(f"{self.name}: load_peer of {ref.name} from another cluster.")
+        if self._leaving:
+            raise RaceError(f"{self.name}: load_peer of {ref.name} after cluster_arrive.")
         self._peers_read = True
         return self._spread(ref.read(self._cells(ref, index, of=peer), self._threads()))
 
@@ -306,14 +309,28 @@ class EmulatedSimt(Simt):
         self._clock.block_barrier(self._whole(self.num_threads, "block_sync"))
 
     def cluster_sync(self) -> None:
-        self._clock.cluster_barrier(self._whole(self.num_threads * self.cluster, "cluster_sync"))
-        self._peers_read = False
+        if self._leaving:
+            raise DivergentBarrier(f"{self.name}: cluster_sync after cluster_arrive.")
+        self._clock.cluster_barrier(self._whole_clusters("cluster_sync"))
+
+    def _whole_clusters(self, what: str) -> np.ndarray | slice:
+        return self._whole(self.num_threads * self.cluster, what)
+
+    def cluster_arrive(self) -> None:
+        self._whole_clusters("cluster_arrive")
+        self._leaving = True
+
+    def cluster_wait(self) -> None:
+        self._whole_clusters("cluster_wait")
+        if not self._leaving:
+            raise DivergentBarrier(f"{self.name}: cluster_wait before cluster_arrive.")
+        self._peers_read = self._leaving = False
 
     def check_end(self) -> None:
         """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
-        if self._peers_read:
+        if self._peers_read or self._leaving:
             raise RaceError(
-                f"{self.name}: load_peer after the last cluster_sync: the peer may have ended."
+                f"{self.name}: load_peer, and the end without cluster_wait: the peer may have ended."
             )
 
     def grid_dependency_wait(self) -> None:

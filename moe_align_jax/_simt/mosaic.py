@@ -221,6 +221,12 @@ class MosaicSimt(Simt):
     def cluster_sync(self) -> None:
         _barrier_asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
 
+    def cluster_arrive(self) -> None:
+        _barrier_asm("barrier.cluster.arrive.release.aligned;")
+
+    def cluster_wait(self) -> None:
+        _barrier_asm("barrier.cluster.wait.acquire.aligned;")
+
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:

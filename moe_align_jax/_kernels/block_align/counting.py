@@ -148,13 +148,19 @@ def _add_up_cluster(t: Simt, r: SimpleNamespace, layout: Layout, histograms: str
     share = -(-layout.stride // (4 * cluster)) * 4  # a multiple of 4: warps are whole
     rows, within = getattr(r, histograms), getattr(r, _within(histograms))
     t.cluster_sync()
-    for start in t.for_range(0, share * cluster, layout.threads):
-        offset = (start + tid) >> (cluster.bit_length() - 1)
+    # Every load before the first store, for cluster_arrive.
+    rounds = -(-share * cluster // layout.threads)
+    counted = []
+    for k in range(rounds):
+        offset = (tid + k * layout.threads) >> (cluster.bit_length() - 1)
         bin_ = rank * share + offset
         there = (offset < share) & (bin_ < layout.num_bins)
         count = t.value_if(
             there, lambda b=bin_: t.load_peer(r.histogram, b, cta - rank + peer), 0
         )
+        counted.append((bin_, there, count))
+    t.cluster_arrive()
+    for bin_, there, count in counted:
         through, distance = count, 1
         while distance < cluster:
             other = t.shfl_up(through, distance)
@@ -171,7 +177,7 @@ def _add_up_cluster(t: Simt, r: SimpleNamespace, layout: Layout, histograms: str
         else:
             with t.if_(last):
                 t.store(rows, row + bin_, through)
-    t.cluster_sync()
+    t.cluster_wait()
 
 
 class HistogramSums:

@@ -6,8 +6,9 @@ Bytes: ids read twice, histograms (num_ctas / cluster * E * 2 B) written once an
 output written once. Deterministic.
 """
 
+import dataclasses
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 from moe_align_jax._kernels.block_align import common, counting
 from moe_align_jax._simt import collectives
@@ -48,20 +49,273 @@ class Columns:
         return column % self.run * self.per_thread + column // self.run
 
 
-def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
-    del vector  # its stores are 4 bytes wide
-    num_experts, block_size = problem.num_experts, problem.block_size
-    layout = counting.Layout(
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of a CTA's pairs after they were ranked.
+
+    Attributes:
+        first: its first pair.
+        held: each pair's column and rank in its warp, in one word; negative for a dropped pair.
+        counts: pairs of each expert of this thread; None where they were not needed.
+        local_starts: with `local_sort`, their first places in the sorted tile.
+        kept: with `local_sort`, pairs that are not dropped.
+    """
+
+    first: Int
+    held: list[Int]
+    counts: list[Int] | None = None
+    local_starts: list[Int] | None = None
+    kept: Int | None = None
+
+
+class Placer:
+    """The place kernel's body on one machine."""
+
+    def __init__(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        problem: AlignProblem,
+        layout: counting.Layout,
+        *,
+        local_sort: bool,
+    ):
+        self.t, self.r, self.problem, self.layout, self.local_sort = (
+            t,
+            r,
+            problem,
+            layout,
+            local_sort,
+        )
+        self.tid, self.lane, self.warp = common.thread_ids(t)
+        self.cta = t.cta_id()
+        self.columns = columns = Columns(problem.num_experts, layout.threads)
+        self.row_of_warp = self.warp * columns.stride
+        self.sizes, self.limit = common.Sizes(t, r, problem), None
+        self.tiles = layout.tiles_of(self.sizes.num_pairs)
+        numbers = range(columns.per_thread)
+        self.mine = [self.tid * columns.per_thread + k for k in numbers]  # experts
+        self.my_columns = [self.tid + k * columns.run for k in numbers]
+        self.valid = [e < problem.num_experts for e in self.mine]
+        run = self.warp * (layout.rounds * WARP)
+        self.places = [run + (k * WARP + self.lane) for k in range(layout.rounds)]  # in a tile
+
+    # -- the pairs of this CTA alone
+
+    def first_of(self, tile: Int | int) -> Int:
+        return self.cta * (self.tiles * self.layout.tile) + tile * self.layout.tile
+
+    def read_tile(self, first: Int) -> list[Int]:
+        t, r, problem = self.t, self.r, self.problem
+        self.limit = common.pair_limit(t, r, problem)
+        return [
+            common.read_expert(t, r, problem, self.sizes, first + p, self.limit)
+            for p in self.places
+        ]
+
+    def clear_histogram(self) -> None:
+        words = self.layout.num_warps * self.columns.stride
+        collectives.fill(
+            self.t, self.r.histogram, 0, words, self.tid, self.layout.threads, vector=True
+        )
+
+    def rank(self, first: Int, experts: list[Int]) -> _Tile:
+        """Counts the pairs into the warps' histograms (cleared, a `block_sync` ago; one follows)."""
+        t, columns, held = self.t, self.columns, []
+        for expert in experts:
+            column = columns.of(t, expert)
+            place = collectives.tally(
+                t, self.r.histogram, self.row_of_warp, column, self.lane, columns.bits
+            )
+            held.append((column << _HALF) | place)
+        return _Tile(first, held)
+
+    def _cells(self, k: int) -> list[Int]:
+        """My k-th expert's counts of all warps."""
+        stride = self.columns.stride
+        return [self.my_columns[k] + w * stride for w in range(self.layout.num_warps)]
+
+    def count(self, tile: _Tile) -> _Tile:
+        t = self.t
+
+        def count_of(k: int) -> Int:
+            return sum((t.load(self.r.histogram, c) for c in self._cells(k)), t.const(0))
+
+        counts = [t.value_if(ok, lambda k=k: count_of(k), 0) for k, ok in enumerate(self.valid)]
+        return dataclasses.replace(tile, counts=counts)
+
+    def sort(self, tile: _Tile) -> _Tile:
+        """Sorts a tile by expert in shared memory; a `block_sync` follows."""
+        t, r = self.t, self.r
+        tile = self.count(tile)
+        assert tile.counts is not None  # for the type checker
+        start, kept = collectives.block_exclusive_scan(t, sum(tile.counts, t.const(0)), r.scratch)
+        starts = []
+        for k, count in enumerate(tile.counts):
+            starts.append(start)
+            self._spread(k, start)
+            start = start + count
+        t.block_sync()
+        for place, word in zip(self.places, tile.held, strict=True):
+            with t.if_(word >= 0):
+                t.store(r.sorted, self._at(word), (word ^ (word & _LOW)) | place)
+        return dataclasses.replace(tile, local_starts=starts, kept=kept)
+
+    def _spread(self, k: int, start: Int) -> Int:
+        """Turns the counts of my k-th expert into the place of each warp's first pair; returns their sum."""
+        t, r = self.t, self.r
+
+        def scan() -> Int:
+            cells, running = self._cells(k), start
+            counts = [t.load(r.histogram, cell) for cell in cells]
+            for cell, count in zip(cells, counts, strict=True):
+                t.store(r.histogram, cell, running)
+                running = running + count
+            return running - start
+
+        return t.value_if(self.valid[k], scan, 0)
+
+    def _at(self, word: Int) -> Int:
+        """Where the spread histogram puts a pair."""
+        return self.t.load(self.r.histogram, self.row_of_warp + (word >> _HALF)) + (word & _LOW)
+
+    # -- all pairs
+
+    def scan(self, totals: list[Int], before: list[Int]) -> tuple[list[Int], Int]:
+        """The row of this CTA's first pair of each of my experts, and the rows in use.
+
+        `totals`: all pairs of an expert; `before`: those of the CTAs before mine.
+        """
+        t, r, problem = self.t, self.r, self.problem
+        padded = [common.padded(total, problem.block_size) for total in totals]
+        start, in_use = collectives.block_exclusive_scan(t, sum(padded, t.const(0)), r.scratch2)
+        starts = []
+        for k, (e, total, size) in enumerate(zip(self.mine, totals, padded, strict=True)):
+            starts.append(start + before[k])
+            with t.if_(self.valid[k]):
+                t.store(r.filled, e, start + total)
+                t.store(r.end, e, start + size)
+                if problem.return_counts:
+                    with t.if_(self.cta.eq(0)):
+                        t.store(r.tokens_per_expert, e, total)
+            start = start + size
+        with t.if_(self.cta.eq(0) & self.tid.eq(0)):
+            t.store(r.num_tokens_post_padded, 0, in_use)
+        return starts, in_use
+
+    def _write_row(self, row: Int, pair: Int, column: Int) -> None:
+        self.t.store(self.r.sorted_token_ids, row, pair)
+        common.name_block(self.t, self.r, self.problem, row, self.columns.expert(column))
+
+    def scatter(self, tile: _Tile, starts: list[Int]) -> list[Int]:
+        """Every pair of a tile to its row; returns the counts of my experts."""
+        return (self._scatter_sorted if self.local_sort else self._scatter_unsorted)(tile, starts)
+
+    def _scatter_unsorted(self, tile: _Tile, starts: list[Int]) -> list[Int]:
+        t = self.t
+        counts = [self._spread(k, start) for k, start in enumerate(starts)]
+        t.block_sync()
+        for place, word in zip(self.places, tile.held, strict=True):
+            row = t.value_if(word >= 0, lambda w=word: self._at(w), 0)
+            with t.if_(word >= 0):
+                self._write_row(row, tile.first + place, word >> _HALF)
+            self._write_inverse(tile.first + place, word, row)
+        return counts
+
+    def _scatter_sorted(self, tile: _Tile, starts: list[Int]) -> list[Int]:
+        t, r = self.t, self.r
+        assert tile.counts is not None and tile.local_starts is not None and tile.kept is not None
+        for k, (start, local) in enumerate(zip(starts, tile.local_starts, strict=True)):
+            with t.if_(self.valid[k]):
+                t.store(r.delta, self.my_columns[k], start - local)
+        t.block_sync()
+        rounds, threads = self.layout.rounds, self.layout.threads
+        with t.if_(tile.kept > 0):
+            for begin in range(0, rounds, _WRITE_ROUNDS):
+                cells = [
+                    self.tid + k * threads for k in range(begin, min(begin + _WRITE_ROUNDS, rounds))
+                ]
+                words = [t.load(r.sorted, t.select(c < tile.kept, c, 0)) for c in cells]
+                rows = [
+                    cell + t.load(r.delta, word >> _HALF)
+                    for cell, word in zip(cells, words, strict=True)
+                ]
+                for cell, word, row in zip(cells, words, rows, strict=True):
+                    with t.if_(cell < tile.kept):
+                        self._write_row(row, tile.first + (word & _LOW), word >> _HALF)
+        if self.problem.return_inverse:
+            for place, word in zip(self.places, tile.held, strict=True):
+                row = t.value_if(
+                    word >= 0, lambda w=word: self._at(w) + t.load(r.delta, w >> _HALF), 0
+                )
+                self._write_inverse(tile.first + place, word, row)
+        return tile.counts
+
+    def _write_inverse(self, pair: Int, word: Int, row: Int) -> None:
+        common.write_inverse(self.t, self.r, self.problem, self.sizes, pair, word, row)
+
+    def fill(self, in_use: Int) -> None:
+        """Blocks and rows that no pair takes."""
+        t, r, sizes = self.t, self.r, self.sizes
+        everyone = self.layout.num_ctas * self.layout.threads
+        me = self.cta * self.layout.threads + self.tid
+        first_block = in_use // self.problem.block_size
+        for b in collectives.strided(t, first_block + me, sizes.num_blocks, everyone):
+            t.store(r.expert_ids, b, -1)
+        self._fill_padding(me, everyone)
+        for i in collectives.strided(t, in_use + me, sizes.capacity, everyone):
+            t.store(r.sorted_token_ids, i, sizes.num_pairs)
+
+    def _fill_padding(self, me: Int, everyone: int) -> None:
+        """A group of lanes per expert, no wider than a block."""
+        t, r, problem = self.t, self.r, self.problem
+        width = min(WARP, 1 << (problem.block_size - 1).bit_length())
+        group, lane = me >> (width.bit_length() - 1), me & (width - 1)
+        for first in range(0, problem.num_experts, everyone // width):
+            e = group + first
+            inside = e < problem.num_experts
+            safe = t.select(inside, e, 0)
+            start, end = t.load(r.filled, safe), t.load(r.end, safe)
+            end = t.select(inside, end, start)
+            if problem.block_size <= 4 * width:
+                cells = [start + (lane + step) for step in range(0, problem.block_size - 1, width)]
+                for i in cells:
+                    with t.if_(i < end):
+                        t.store(r.sorted_token_ids, i, self.sizes.num_pairs)
+            else:
+                for i in t.for_range(start + lane, end, width):
+                    t.store(r.sorted_token_ids, i, self.sizes.num_pairs)
+
+
+def layout_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting.Layout:
+    return counting.Layout(
         num_pairs=problem.num_pairs,
-        num_bins=num_experts,
+        num_bins=problem.num_experts,
         num_ctas=config.num_ctas,
         num_warpgroups=config.num_warpgroups,
         rounds=config.rounds,
         cluster=config.cluster,
     )
-    threads, num_warps, rounds = layout.threads, layout.num_warps, layout.rounds
-    columns = Columns(num_experts, threads)
-    stride = columns.stride
+
+
+def shared_of(layout: counting.Layout, *, local_sort: bool) -> dict[str, int]:
+    """What a `Placer` needs of shared memory."""
+    stride = Columns(layout.num_bins, layout.threads).stride
+    shared = {
+        "histogram": layout.num_warps * stride,
+        "filled": stride,  # all pairs, then the row past the last pair
+        "end": stride,
+        "scratch": WARP,
+        "scratch2": WARP,
+    }
+    if local_sort:
+        shared |= {"delta": stride, "sorted": layout.tile}  # row of a pair - its place in the tile
+    return shared
+
+
+def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    del vector  # its stores are 4 bytes wide
+    layout = layout_of(problem, config)
     local_sort, one_tile = config.local_sort, layout.tiles == 1
 
     def read_bin(t: Simt, r: SimpleNamespace, pair: Int) -> Int:
@@ -69,220 +323,65 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         return common.read_expert(t, r, problem, sizes, pair, limit)
 
     def place(t: Simt, r: SimpleNamespace) -> None:
-        tid, lane, warp = common.thread_ids(t)
-        cta = t.cta_id()
-        row_of_warp = warp * stride
-        sizes, limit = common.Sizes(t, r, problem), common.pair_limit(t, r, problem)
-        tiles = layout.tiles_of(sizes.num_pairs)
-        mine = [tid * columns.per_thread + k for k in range(columns.per_thread)]  # experts
-        my_columns = [tid + k * columns.run for k in range(columns.per_thread)]
-        valid = [e < num_experts for e in mine]
-        places = [warp * (rounds * WARP) + (k * WARP + lane) for k in range(rounds)]  # in a tile
-
-        def first_of(tile: Int | int) -> Int:
-            return cta * (tiles * layout.tile) + tile * layout.tile
-
-        def read_tile(first: Int) -> list[Int]:
-            return [common.read_expert(t, r, problem, sizes, first + p, limit) for p in places]
-
-        def clear_histogram() -> None:
-            collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
-
-        def rank(experts: list[Int]) -> list[Int]:
-            """Each pair's column and its rank in the warp, in one word; negative for a dropped pair."""
-            held = []
-            for expert in experts:
-                column = columns.of(t, expert)
-                place = collectives.tally(
-                    t, r.histogram, row_of_warp, column, lane, columns.bits
-                )
-                held.append((column << _HALF) | place)
-            return held
-
-        def count_of(k: int) -> Int:
-            """Pairs of the tile of my k-th expert."""
-            cells = [my_columns[k] + w * stride for w in range(num_warps)]
-            return t.value_if(
-                valid[k], lambda: sum((t.load(r.histogram, c) for c in cells), t.const(0)), 0
-            )
-
-        def scan_experts(in_tile: list[Int]) -> tuple[list[Int], Int, tuple[Int, Int] | None]:
-            """Where this CTA's pairs of my experts begin, and the rows in use; the scan of `in_tile`."""
-            safe = [t.select(ok, e, 0) for ok, e in zip(valid, mine, strict=True)]
-            totals = [
-                t.select(ok, t.load(r.filled, e), 0) for ok, e in zip(valid, safe, strict=True)
-            ]
-            before = [t.load(r.start, e) for e in safe]
-            padded = [common.padded(total, block_size) for total in totals]
-            scans = [sum(padded, t.const(0))] + ([sum(in_tile, t.const(0))] if in_tile else [])
-            (start, in_use), *local = collectives.block_exclusive_scans(t, scans, r.scratch)
-            starts = []
-            for k, (e, total, size) in enumerate(zip(mine, totals, padded, strict=True)):
-                starts.append(start + before[k] + within[k])
-                with t.if_(valid[k]):
-                    t.store(r.filled, e, start + total)
-                    t.store(r.end, e, start + size)
-                    if problem.return_counts:
-                        with t.if_(cta.eq(0)):
-                            t.store(r.tokens_per_expert, e, total)
-                start = start + size
-            with t.if_(cta.eq(0) & tid.eq(0)):
-                t.store(r.num_tokens_post_padded, 0, in_use)
-            return starts, in_use, local[0] if local else None
-
-        def place_columns(k: int, start: Int, local_start: Int | None) -> Int:
-            """Turns my k-th expert's counts into the first row (with `local_sort`, the first place in the
-            sorted tile) of each warp; returns their sum."""
-
-            def scan() -> Int:
-                cells = [my_columns[k] + w * stride for w in range(num_warps)]
-                counts = [t.load(r.histogram, cell) for cell in cells]
-                running = first = start if local_start is None else local_start
-                for cell, count in zip(cells, counts, strict=True):
-                    t.store(r.histogram, cell, running)
-                    running = running + count
-                if local_start is not None:
-                    t.store(r.delta, my_columns[k], start - local_start)
-                return running - first
-
-            return t.value_if(valid[k], scan, 0)
-
-        def write_row(row: Int, pair: Int, column: Int) -> None:
-            t.store(r.sorted_token_ids, row, pair)
-            common.name_block(t, r, problem, row, columns.expert(column))
-
-        def scatter(first: Int, held: list[Int], in_tile: Int | None) -> None:
-            """Every pair of the tile to its row."""
-            for place, word in zip(places, held, strict=True):
-                kept, column = word >= 0, word >> _HALF
-                at = t.value_if(
-                    kept,
-                    lambda c=column, w=word: t.load(r.histogram, row_of_warp + c) + (w & _LOW),
-                    0,
-                )
-                row = at
-                if local_sort:
-                    with t.if_(kept):
-                        t.store(r.sorted, at, (column << _HALF) | place)
-                    if problem.return_inverse:
-                        row = at + t.value_if(kept, lambda c=column: t.load(r.delta, c), 0)
-                else:
-                    with t.if_(kept):
-                        write_row(row, first + place, column)
-                common.write_inverse(t, r, problem, sizes, first + place, word, row)
-            if in_tile is None:
-                return
-            t.block_sync()
-            with t.if_(in_tile > 0):
-                for begin in range(0, rounds, _WRITE_ROUNDS):
-                    chunk = range(begin, min(begin + _WRITE_ROUNDS, rounds))
-                    cells = [tid + k * threads for k in chunk]
-                    words = [t.load(r.sorted, t.select(c < in_tile, c, 0)) for c in cells]
-                    rows = [
-                        cell + t.load(r.delta, word >> _HALF)
-                        for cell, word in zip(cells, words, strict=True)
-                    ]
-                    for cell, word, row in zip(cells, words, rows, strict=True):
-                        with t.if_(cell < in_tile):
-                            write_row(row, first + (word & _LOW), word >> _HALF)
-
-        def place_tile(first: Int, held: list[Int], starts: list[Int], local: Any) -> list[Int]:
-            """After the tile was ranked and counted; returns the counts of my experts."""
-            local_start, in_tile = local if local_sort else (None, None)
-            counts = []
-            for k, start in enumerate(starts):
-                counts.append(place_columns(k, start, local_start))
-                if local_sort:
-                    local_start = local_start + counts[-1]
-            t.block_sync()
-            scatter(first, held, in_tile)
-            return counts
-
-        experts = read_tile(first_of(0)) if one_tile else []
-        clear_histogram()
-        sums = counting.HistogramSums(t, r, layout, "histograms")
+        p = Placer(t, r, problem, layout, local_sort=local_sort)
+        tile: _Tile | None = None
+        experts = p.read_tile(p.first_of(0)) if one_tile else []
+        p.clear_histogram()
         for zeroed in (r.start, r.filled):
-            collectives.fill(t, zeroed, 0, stride, tid, threads, vector=True)
+            collectives.fill(t, zeroed, 0, p.columns.stride, p.tid, layout.threads, vector=True)
+        t.block_sync()
+        if one_tile:  # what needs nothing of the count kernel runs beside it
+            tile = p.rank(p.first_of(0), experts)
+            if local_sort:
+                t.block_sync()
+                tile = p.sort(tile)
         t.grid_dependency_wait()
         t.launch_dependents()
+        sums = counting.HistogramSums(t, r, layout, "histograms")
         sums.read()
-        within = [sums.before_me(t.select(ok, e, 0)) for ok, e in zip(valid, mine, strict=True)]
-        t.block_sync()
-        held = rank(experts)
+        safe = [t.select(ok, e, 0) for ok, e in zip(p.valid, p.mine, strict=True)]
+        within = [sums.before_me(e) for e in safe]
         sums.add(before="start", totals="filled")
         t.block_sync()
-        counted = [count_of(k) for k in range(columns.per_thread)] if local_sort and one_tile else []
-        starts, in_use, local = scan_experts(counted)
-        if one_tile:
-            place_tile(first_of(0), held, starts, local)
+        totals = [t.select(ok, t.load(r.filled, e), 0) for ok, e in zip(p.valid, safe, strict=True)]
+        before = [t.load(r.start, e) + inside for e, inside in zip(safe, within, strict=True)]
+        starts, in_use = p.scan(totals, before)
+        if tile is not None:
+            p.scatter(tile, starts)
         else:
-            for e, ok, start in zip(mine, valid, starts, strict=True):
+            for e, ok, start in zip(p.mine, p.valid, starts, strict=True):
                 with t.if_(ok):
                     t.store(r.start, e, start)
-            for tile in t.for_range(0, tiles):
-                held = rank(read_tile(first_of(tile)))
+            for index in t.for_range(0, p.tiles):
+                first = p.first_of(index)
+                tile = p.rank(first, p.read_tile(first))
                 t.block_sync()
                 if local_sort:
-                    in_tile = sum((count_of(k) for k in range(columns.per_thread)), t.const(0))
-                    local = collectives.block_exclusive_scan(t, in_tile, r.scratch)
+                    tile = p.sort(tile)
                 starts = [
                     t.value_if(ok, lambda e=e: t.load(r.start, e), 0)
-                    for ok, e in zip(valid, mine, strict=True)
+                    for ok, e in zip(p.valid, p.mine, strict=True)
                 ]
-                counts = place_tile(first_of(tile), held, starts, local)
-                for e, ok, start, count in zip(mine, valid, starts, counts, strict=True):
+                counts = p.scatter(tile, starts)
+                for e, ok, start, count in zip(p.mine, p.valid, starts, counts, strict=True):
                     with t.if_(ok):
                         t.store(r.start, e, start + count)
                 t.block_sync()
-                clear_histogram()
+                p.clear_histogram()
                 t.block_sync()
-
-        # Blocks and rows that no pair takes.
-        everyone = layout.num_ctas * threads
-        me = cta * threads + tid
-        for b in collectives.strided(t, in_use // block_size + me, sizes.num_blocks, everyone):
-            t.store(r.expert_ids, b, -1)
-        fill_padding(t, r, me, sizes.num_pairs)
-        for i in collectives.strided(t, in_use + me, sizes.capacity, everyone):
-            t.store(r.sorted_token_ids, i, sizes.num_pairs)
-
-    def fill_padding(t: Simt, r: SimpleNamespace, me: Int, sentinel: Int | int) -> None:
-        """A group of lanes per expert, no wider than a block."""
-        width = min(WARP, 1 << max(block_size - 1, 1).bit_length() - 1)
-        groups = layout.num_ctas * threads // width
-        group, lane = me >> (width.bit_length() - 1), me & (width - 1)
-        for first in range(0, num_experts, groups):
-            e = group + first
-            inside = e < num_experts
-            safe = t.select(inside, e, 0)
-            start, end = t.load(r.filled, safe), t.load(r.end, safe)
-            end = t.select(inside, end, start)
-            if block_size <= 4 * width:
-                for step in range(0, block_size - 1, width):
-                    with t.if_(start + (lane + step) < end):
-                        t.store(r.sorted_token_ids, start + (lane + step), sentinel)
-            else:
-                for i in t.for_range(start + lane, end, width):
-                    t.store(r.sorted_token_ids, i, sentinel)
+        p.fill(in_use)
 
     count = counting.count_kernel(
         "moe_align_grid_count", problem, layout, read_bin, problem.inputs, "histograms"
     )
-    shared = {
-        "histogram": num_warps * stride,
-        "start": stride,  # pairs of the clusters before mine, then the row of the next tile's first pair
-        "filled": stride,  # all pairs, then the row past the last pair
-        "end": stride,
-        "scratch": 2 * WARP,
-    }
-    if local_sort:
-        shared |= {"delta": stride, "sorted": layout.tile}  # row of a pair - its place in the tile
+    # Pairs of the clusters before mine, then the row of the next tile's first pair.
+    start = {"start": Columns(problem.num_experts, layout.threads).stride}
     kernel = Kernel(
         name="moe_align_grid_place",
         body=place,
         inputs={**problem.inputs, **count.outputs},
         outputs=problem.outputs,
-        shared=shared,
+        shared=shared_of(layout, local_sort=local_sort) | start,
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
     )

@@ -1,0 +1,60 @@
+"""One kernel of one cluster: "grid" without its count kernel. The CTAs read each other's counts from shared
+memory, so that there is one launch, and no histogram in global memory.
+
+Bytes: ids read once, every output written once. Deterministic.
+"""
+
+from types import SimpleNamespace
+
+from moe_align_jax._kernels.block_align import grid
+from moe_align_jax._simt.language import Kernel, Program, Simt
+from moe_align_jax._tuning import BlockAlignMosaicConfig
+from moe_align_jax.types import AlignProblem
+
+
+def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    del vector  # its stores are 4 bytes wide
+    layout = grid.layout_of(problem, config)
+    local_sort = config.local_sort
+
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        p = grid.Placer(t, r, problem, layout, local_sort=local_sort)
+        p.clear_histogram()
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        experts = p.read_tile(p.first_of(0))
+        t.block_sync()
+        tile = p.rank(p.first_of(0), experts)
+        t.block_sync()
+        tile = p.count(tile)
+        assert tile.counts is not None  # for the type checker
+        for e, ok, count in zip(p.mine, p.valid, tile.counts, strict=True):
+            with t.if_(ok):
+                t.store(r.counts, e, count)
+        t.cluster_sync()
+        safe = [t.select(ok, e, 0) for ok, e in zip(p.valid, p.mine, strict=True)]
+        peers = [[t.load_peer(r.counts, e, c) for c in range(layout.num_ctas)] for e in safe]
+        t.cluster_arrive()
+        zero, totals, before = t.const(0), [], []
+        for ok, counts in zip(p.valid, peers, strict=True):
+            totals.append(t.select(ok, sum(counts, zero), 0))
+            mine = [t.select(p.cta > c, count, 0) for c, count in enumerate(counts)]
+            before.append(sum(mine, zero))
+        starts, in_use = p.scan(totals, before)
+        if local_sort:
+            tile = p.sort(tile)
+        p.scatter(tile, starts)
+        p.fill(in_use)
+        t.cluster_wait()
+
+    kernel = Kernel(
+        name="moe_align_cluster",
+        body=body,
+        inputs=problem.inputs,
+        outputs=problem.outputs,
+        shared=grid.shared_of(layout, local_sort=local_sort) | {"counts": layout.num_bins},
+        num_warpgroups=config.num_warpgroups,
+        num_ctas=config.num_ctas,
+        cluster=config.num_ctas,
+    )
+    return Program(inputs=problem.inputs, kernels=(kernel,), results=tuple(problem.outputs))
