@@ -6,18 +6,46 @@ run through jax, so that this file is tested without a GPU.
 """
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 import torch_bridge
+from moe_align_jax.types import BatchedAlignProblem
 from tests import forms, oracle
-from torch_bridge import sglang, vllm
+from torch_bridge import direct, direct_call, sglang, vllm
 
 # dtype of the ids, and elements that their view lies behind the start of its memory.
 INPUTS = (("int32", 0), ("int32", 3), ("int64", 1))
 MORE_ROWS = 77  # of the buffers that are larger than the result
+
+
+def load(cases: Iterable[tuple[str, Any, dict[str, Any]]]) -> None:
+    """Compiles what `run_form` and `run_batched` need on the current GPU, many at once."""
+    index = torch.cuda.current_device()
+    tuning = direct.tuning(torch.device("cuda", index))
+    wanted: set[Any] = set()
+    for form, size, options in cases:
+        if form == "batched":
+            wanted.add(BatchedAlignProblem(*size, tuning=tuning))
+            continue
+        for dtype in (torch.int32, torch.int64):
+            sizes = (*size, dtype)
+            wanted.add(direct_call.sized(*sizes, tuning=tuning))
+            wanted.add(direct_call.sized(*sizes, minus_one=True, tuning=tuning))
+            wanted.add(
+                direct_call.sized(
+                    *sizes,
+                    expert_map=options["map"],
+                    num_valid_pairs=options["num_valid_pairs"],
+                    tokens_per_expert=True,
+                    return_inverse=options["return_inverse"],
+                    tuning=tuning,
+                )
+            )
+    direct.prepare(index, list(wanted))
 
 
 def on(device: str, array: np.ndarray, skip: int = 0) -> torch.Tensor:

@@ -99,6 +99,7 @@ def run_direct() -> None:
         load(index, problem, entry)
 
     direct._load = named
+    direct_forms.load(cases())
     for form, size, options in cases():
         print(f"{MARK}{form}", flush=True)
         if form == "batched":

@@ -201,7 +201,15 @@ def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
             tokens_per_expert=prefix,
             sglang=True,
         )
+    torch_bridge.warmup(num_experts=12, block_size=8, max_tokens=30, batched=True)
     monkeypatch.setattr(direct, "_compile", lambda *a: pytest.fail("compiled"))
+    counts = torch.arange(12).cuda() * 3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = torch_bridge.vllm.batched_moe_align_block_size(30, 8, counts)
+    graph.replay()
+    want = oracle.align_batched(range(0, 36, 3), max_tokens_per_batch=30, block_size=8)
+    assert_triple(got, want)
     for given, counts in cases:
         if counts:
             torch_bridge.align_blocks(ids, path="direct", return_inverse=True, **sizes, **given)
