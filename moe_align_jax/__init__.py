@@ -33,6 +33,8 @@ _MODULE_OF = {
     "record_expert_load": "expert_load",
     "select_implementation": "_dispatch",
     "to_physical_ids": "expert_dispatch",
+    "update_expert_weights": "expert_weights",
+    "update_expert_weights_by_chunks": "expert_weights",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
