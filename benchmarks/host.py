@@ -81,15 +81,23 @@ def calls_of(topk_ids: Any, num_experts: int, block_size: int, vllm: bool) -> di
 
     sizes = (topk_ids, num_experts, block_size)
     out = torch_bridge.moe_align_block_size(*sizes)
+    operator = torch.ops.moe_align_jax.block_align  # looked up once, as vLLM's is
     calls: dict[str, Callable] = {
         "torch_bridge": lambda: torch_bridge.moe_align_block_size(*sizes),
         "torch_bridge, out=": lambda: torch_bridge.moe_align_block_size(*sizes, out=out),
-        "torch.ops": lambda: torch.ops.moe_align_jax.block_align(*sizes),
+        "torch.ops": lambda: operator(*sizes),
         "torch_bridge.vllm": lambda: torch_bridge.vllm.moe_align_block_size(
             topk_ids, block_size, num_experts
         ),
+        "torch_bridge.vllm in place": lambda: torch_bridge.vllm.ops_moe_align_block_size(
+            *sizes, *out
+        ),
     }
-    return calls | ({"vllm": vllm_call(*sizes)} if vllm else {})
+    if vllm:
+        in_place = torch.ops._moe_C.moe_align_block_size
+        calls["vllm"] = vllm_call(*sizes)
+        calls["vllm in place"] = lambda: in_place(*sizes, *out, None, None)
+    return calls
 
 
 def first_call(script: str, cache: str) -> list[Any]:
@@ -152,12 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         calls = calls_of(topk_ids, num_experts, block_size, bool(options.vllm_op))
         measured = {name: host_us(call) for name, call in calls.items()}
         for name, value in measured.items():
-            ratio = value / measured["vllm"] if "vllm" in measured else float("nan")
+            peer = "vllm in place" if name.endswith("in place") else "vllm"
+            ratio = value / measured.get(peer, float("nan"))
             case = f"{num_pairs}x{num_experts}x{block_size}"
             rows.append(
                 {"case": case, "provider": name, "metric": "host_us", "us": round(value, 2)}
             )
-            print(f"{case:14} {name:22} {value:7.2f} µs  {ratio:5.2f} of vLLM's")
+            print(f"{case:14} {name:26} {value:7.2f} µs  {ratio:5.2f} of vLLM's")
     for row in cold_starts(options.vllm_op):
         rows.append(row)
         print(
