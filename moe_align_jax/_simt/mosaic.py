@@ -4,6 +4,7 @@ The only file of the package that sees MLIR. Checked with jax 0.11.2 and 0.12.
 """
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -239,6 +240,20 @@ class MosaicSimt(Simt):
         self._grid_control("griddepcontrol.launch_dependents;")
 
 
+def _name_module(kernel: Kernel) -> None:
+    """Names the module that is being made, for dumps, after the kernel and its sizes.
+
+    jaxlib 0.11.2 would count the modules of the process in that name and serialise it: a kernel's bytes, so
+    the key in jax's compilation cache, would depend on what was lowered before.
+    """
+    operation: Any = ir.InsertionPoint.current.block.owner
+    while operation.name != "builtin.module":
+        operation = operation.parent
+    sizes = repr((kernel.inputs, kernel.outputs, kernel.num_ctas, kernel.num_threads))
+    name = f"{kernel.name}_{zlib.crc32(sizes.encode()):08x}"
+    operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+
 def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax.Array]]:
     """The kernel as a function of its inputs, in order.
 
@@ -253,6 +268,7 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def emit(_, *memrefs):
+            _name_module(kernel)
             named = zip((*kernel.inputs, *kernel.outputs), memrefs[:num_global], strict=True)
             r = SimpleNamespace(**{name: _Ref(m) for name, m in named})
             offset = 0
