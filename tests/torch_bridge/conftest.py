@@ -42,3 +42,16 @@ def fake(monkeypatch, tmp_path):
     direct.warn_once.cache_clear()
     yield fake
     direct.warn_once.cache_clear()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Torch's compiler as in a new process, without what lies on disk: its keys know no operator's schema,
+    so that a graph compiled for another version of ours would be run."""
+    from torch._functorch import config as autograd
+    from torch._inductor import config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False):
+        yield
+    torch._dynamo.reset()

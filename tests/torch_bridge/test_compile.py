@@ -9,6 +9,7 @@ from tests import oracle
 from tests.torch_bridge.helpers import assert_triple, ids_of
 from torch_bridge import dlpack, ops, sglang, vllm
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
 OPS = torch.ops.moe_align_jax
@@ -34,13 +35,6 @@ ENTRIES = {
     "batched": lambda x: vllm.batched_moe_align_block_size(40, 8, x.flatten()),
     "sglang": lambda x: sglang.moe_align_block_size(x, 8, 16, return_inactive_prefix_count=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -10,17 +10,11 @@ from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of, loa
 from torch_bridge import direct
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
 OPS = torch.ops.moe_align_jax
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # -- torch.cuda.graph ---------------------------------------------------------------------------------

@@ -129,9 +129,9 @@ def test_gpu_devices_must_agree():
     assert_format(caught.value)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gpu_compile(backend, path):
-    torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: torch_bridge.moe_align_block_size(x, 64, 32, path=path),
         backend=backend,

@@ -298,13 +298,6 @@ def test_fake_buffers_reach_no_jax(monkeypatch):
     assert vllm.ops_moe_align_block_size(IDS.to("meta"), 4, 4, *meta) is None
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def vllm_layer(ids, out):
     scatter = torch.empty(ids.numel(), 1, dtype=torch.int32)
     vllm.ops_moe_align_block_size(ids + 0, 16, 8, *out, None, scatter)
