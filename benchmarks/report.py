@@ -1,18 +1,19 @@
 """Tables, goals and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
 
-python -m benchmarks.report benchmarks/results/*.jsonl --readme README.md --update docs/measured.md \\
-    --plots docs/figures
+python -m benchmarks.report benchmarks/results/*.jsonl benchmarks/results/{union,compile}/*.jsonl \\
+    --readme README.md --update docs/measured.md --plots docs/figures
 """
 
 import argparse
 import collections
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import compile_time, goals
 from benchmarks.cases import CASES, EMPTY_PLUS, GRIDS, TARGET_US, jit_target_us
 
 OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
@@ -170,8 +171,11 @@ def markdown(rows: Rows, *, brief: bool = False) -> str:
     """
     parts = []
     for gpu, everything in gpus(rows).items():
-        union = [r for r in everything if r.get("grid") == "union"]
-        here = [r for r in everything if r.get("grid") != "union"]
+        kinds = collections.defaultdict(list)
+        for row in everything:
+            kinds[row.get("grid") or row.get("metric") or ""].append(row)
+        union, compiled = kinds.pop("union", []), kinds.pop("compile_s", [])
+        here = [row for group in kinds.values() for row in group]
         shown = here
         if brief:
             names = {case.name for case in GRIDS["table"]}
@@ -200,6 +204,8 @@ def markdown(rows: Rows, *, brief: bool = False) -> str:
                 parts.append(goals.markdown(median_rows(here), verdicts))
         if union and not brief:
             parts.append(goals.union_markdown(gpu, union))
+        if compiled and not brief:
+            parts.append(f"Compile time, **{gpu}**: {compile_time.verdict(compiled)}.\n")
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -235,6 +241,13 @@ def update(path: str | Path, text: str) -> None:
     Path(path).write_text(f"{head}{begin}\n{text}{end}{tail}")
 
 
+def pictures(drawn: Sequence[Path], page: str | Path) -> str:
+    """Links to the pictures, relative to the page."""
+    folder = Path(page).resolve().parent
+    links = [f"![{p.stem}]({os.path.relpath(p.resolve(), folder)})" for p in drawn]
+    return "".join(f"\n{link}\n" for link in links)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -248,16 +261,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = load(options.results)
     text = markdown(rows)
-    for path in options.update:
-        update(path, text)
-    for path in options.readme:
-        update(path, markdown(rows, brief=True))
+    drawn: list[Path] = []
     if options.plots:
         from benchmarks import plots
 
         for gpu, here in gpus(rows).items():
-            for path in plots.draw(gpu, here, Path(options.plots)):
-                print(f"drawn: {path}", file=sys.stderr)
+            drawn += plots.draw(gpu, here, Path(options.plots))
+    for path in options.update:
+        update(path, text + pictures(drawn, path))
+    for path in options.readme:
+        update(path, markdown(rows, brief=True) + pictures(drawn, path))
     print(text, end="")
     return 0
 

@@ -18,7 +18,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import machine, peers, report, timing  # noqa: E402
+from benchmarks import goals, machine, peers, report, timing  # noqa: E402
 from benchmarks.cases import CASES, GRIDS, Case, Expected, expected, mismatch  # noqa: E402
 
 # A CPU needs seconds for the largest sizes, times five calls, times the repeats.
@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.monotonic() - begun
         say(f"  {case.name}: {seconds:.0f} s", file=sys.stderr)
     say(report.text_table(rows))
+    for line in goals.lines_of(report.median_rows(rows), report.verdicts):
+        say(line)
     for note in sorted({f"{r['provider']}: {r['note']}" for r in rows if r.get("note")}):
         say(f"note: {note}")
     failed = [r for r in rows if not r["verified"]]
