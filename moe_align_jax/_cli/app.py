@@ -1,14 +1,15 @@
 """The typer application: options and help of each command."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 
 import moe_align_jax
-from moe_align_jax._cli import checkout, demo, info, profile, tune
+from moe_align_jax._cli import checkout, demo, eplb, info, profile, tune
 from moe_align_jax._dispatch import IMPLEMENTATIONS
+from moe_align_jax.eplb import Algorithm
 
 app = typer.Typer(
     add_completion=False,
@@ -151,6 +152,35 @@ def tune_command(
             out=out,
         ),
     )
+
+
+@app.command("eplb")
+def eplb_command(
+    file: Annotated[
+        Path,
+        typer.Argument(help="Recorded loads: .npz, .json, .pt (SGLang's too), .arrow, .parquet."),
+    ],
+    num_gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the experts.")],
+    num_redundant: Annotated[int, typer.Option(min=0, help="Slots beyond one per expert.")] = 0,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes of fast interconnect.")] = 1,
+    num_groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model.")] = 1,
+    algorithm: Annotated[
+        str, typer.Option(help=f"One of {', '.join(get_args(Algorithm))}.")
+    ] = "auto",
+    previous: Annotated[
+        Path | None,
+        typer.Option(help="The placement in force, where FILE does not hold it: few experts move."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The placement, as JSON.")] = Path("placement.json"),
+    heatmap: Annotated[Path, typer.Option(help="Layers x GPUs, a PNG.")] = Path("placement.png"),
+) -> None:
+    """Place experts by recorded loads: which to replicate, and on which GPU; expected balancedness."""
+    if algorithm not in get_args(Algorithm):
+        raise typer.BadParameter(f"{algorithm!r} is none of {', '.join(get_args(Algorithm))}")
+    options = eplb.Options(
+        num_gpus, num_redundant, num_nodes, num_groups, algorithm, previous, out, heatmap
+    )
+    _exit(eplb.run(Console(), file, options))
 
 
 @app.command(

@@ -1,0 +1,188 @@
+"""`moe-align eplb`, run as its users run it, on files of every kind."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import moe_align_jax as maj
+from moe_align_jax._cli import heatmap
+from moe_align_jax._cli.app import app
+from tests.test_eplb import README, zipf
+
+matplotlib_image = pytest.importorskip("matplotlib.image")
+LOADS = np.array([README])
+
+
+@pytest.fixture
+def eplb(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+
+    def call(file, *options):
+        return runner.invoke(app, ["eplb", str(file), *options], catch_exceptions=False)
+
+    return call
+
+
+OPTIONS = ("--num-gpus", "8", "--num-redundant", "4", "--num-nodes", "2", "--num-groups", "4")
+
+
+def test_readme_example_from_file_to_placement(eplb, tmp_path):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS)
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.output.splitlines()]
+    rows = [[cell for cell in line if cell != "│"] for line in lines if len(line) > 10]
+    assert ["0", "10", "(17.7%)", "2", "0.4800", "0.8277"] in rows
+    assert ["1", "5", "(17.0%)", "2", "0.4201", "0.8050"] in rows
+    assert "mean of 2 layers: trivial 0.4500, EPLB 0.8164" in done.output
+    assert "worst layer: 0.4201, 0.8050" in done.output
+
+    document = json.loads((tmp_path / "placement.json").read_text())
+    want = maj.rebalance_experts(README, 16, 4, 2, 8).physical_to_logical_map.tolist()
+    assert document["physical_to_logical_map"] == want
+    assert document["balancedness_before"] == pytest.approx([0.4800, 0.4201], abs=5e-5)
+    assert document["balancedness_after"] == pytest.approx([0.8277, 0.8050], abs=5e-5)
+    location = maj.ExpertLocation.from_file(tmp_path / "placement.json")
+    assert location.physical_to_logical_map.tolist() == want
+
+
+def test_picture_shows_the_load_of_each_gpu(tmp_path):
+    """Two layers, four GPUs: the busiest tile of a map is its brightest."""
+    before = np.array([[1.0, 1, 1, 5], [2, 2, 2, 2]])
+    after = np.full((2, 4), 2.0)
+    heatmap.draw(before, after, tmp_path / "x.png", ("before", "after"))
+    image = matplotlib_image.imread(tmp_path / "x.png")[:, :, :3]
+    height, width = image.shape[:2]
+    assert height > 200 and width > 800
+    left, right = (
+        image[:, int(a * width) : int(b * width)] for a, b in ((0.08, 0.42), (0.5, 0.85))
+    )
+    # Yellow, viridis' upper end, is on the left alone.
+    yellow = [
+        ((part[..., 0] > 0.9) & (part[..., 1] > 0.8) & (part[..., 2] < 0.3))
+        for part in (left, right)
+    ]
+    assert yellow[0].sum() > 500 and yellow[1].sum() == 0
+    # In the right quarter of the left map, in its upper half.
+    rows, columns = np.nonzero(yellow[0])
+    assert rows.max() < height * 0.6 and columns.min() > left.shape[1] * 0.6
+
+
+def test_command_writes_the_picture_where_it_is_told(eplb, tmp_path):
+    np.savez(tmp_path / "loads.npz", logical_count=LOADS)
+    done = eplb("loads.npz", *OPTIONS, "--heatmap", "here.png", "--out", "there.json")
+    assert done.exit_code == 0
+    assert "heat map: here.png" in done.output and "placement: there.json" in done.output
+    assert matplotlib_image.imread(tmp_path / "here.png").ndim == 3
+    assert not (tmp_path / "placement.json").exists()
+
+
+def test_without_matplotlib_the_placement_is_still_written(eplb, tmp_path, monkeypatch):
+    np.savez(tmp_path / "loads.npz", logical_count=LOADS)
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = eplb("loads.npz", *OPTIONS)
+    assert done.exit_code == 0 and "moe-align-jax[plot]" in done.output
+    assert (tmp_path / "placement.json").exists() and not (tmp_path / "placement.png").exists()
+
+
+@pytest.mark.parametrize("file_format", ["npz", "arrow", "parquet"])
+def test_dumps_of_our_recorder(eplb, tmp_path, file_format):
+    if file_format != "npz":
+        pytest.importorskip("pyarrow")
+    recorder = maj.ExpertDistributionRecorder(
+        "stat", num_layers=2, num_physical_experts=12, directory=tmp_path, file_format=file_format
+    )
+    recorder.start_record()
+    for part in (np.array(README) // 3, np.array(README) - np.array(README) // 3):
+        recorder.state = maj.record_expert_load(recorder.state, None, part)
+    done = eplb(recorder.dump_record("file"), *OPTIONS)
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "placement.json").read_text())
+    want = maj.rebalance_experts(README, 16, 4, 2, 8).physical_to_logical_map.tolist()
+    assert document["physical_to_logical_map"] == want
+    assert "pass by pass, mean of 2: " in done.output
+
+
+def test_sglang_dump(eplb, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"rank": 0, "logical_count": torch.tensor(LOADS)}, tmp_path / "loads.pt")
+    done = eplb("loads.pt", *OPTIONS)
+    assert done.exit_code == 0
+    assert "mean of 2 layers: trivial 0.4500, EPLB 0.8164" in done.output
+
+
+def test_placement_in_force_moves_few_experts(eplb, tmp_path):
+    rng = np.random.default_rng(1)
+    load = zipf(rng, 2, 32, tokens=5000)
+    np.savez(tmp_path / "first.npz", logical_count=load)
+    later = rng.poisson(load * rng.uniform(0.7, 1.4, load.shape))
+    np.savez(tmp_path / "later.npz", logical_count=later)
+    assert eplb("first.npz", "--num-gpus", "8", "--num-redundant", "8").exit_code == 0
+    old = json.loads((tmp_path / "placement.json").read_text())["physical_to_logical_map"]
+    options = ("--num-gpus", "8", "--num-redundant", "8", "--out", "new.json")
+    done = eplb("later.npz", *options, "--previous", "placement.json")
+    assert done.exit_code == 0
+    new = json.loads((tmp_path / "new.json").read_text())["physical_to_logical_map"]
+    want = maj.rebalance_experts(later, 40, 1, 1, 8, previous=old).physical_to_logical_map
+    assert new == want.tolist()
+    moves = maj.plan_expert_moves(old, new, num_gpus=8)
+    unchanged = int((np.array(old) == np.array(new)).sum())
+    assert f"moves of 80 slots: unchanged {unchanged}, local copy " in done.output
+    assert f"same node {int((moves.kind == 3).sum())}, other node 0" in done.output
+    before = maj.balancedness(maj.expected_physical_count(later, old), 8).mean()
+    assert f"mean of 2 layers: in force {before:.4f}" in done.output
+
+    # The same where the recording itself holds the map.
+    np.savez(tmp_path / "held.npz", logical_count=later, physical_to_logical_map=old)
+    held = eplb("held.npz", *options)
+    assert f"moves of 80 slots: unchanged {unchanged}, " in held.output
+
+
+def test_windowed_algorithm(eplb, tmp_path):
+    steps = zipf(np.random.default_rng(2), 4, 2, 12, tokens=300)
+    np.savez(tmp_path / "loads.npz", logical_count=steps)
+    done = eplb(
+        "loads.npz", "--num-gpus", "4", "--num-redundant", "4", "--algorithm", "deepseek_vec"
+    )
+    assert done.exit_code == 0
+    want = maj.rebalance_experts(steps, 16, 1, 1, 4, algorithm="deepseek_vec")
+    document = json.loads((tmp_path / "placement.json").read_text())
+    assert document["physical_to_logical_map"] == want.physical_to_logical_map.tolist()
+
+
+@pytest.mark.parametrize(
+    ("contents", "options", "words"),
+    [
+        (b"", (), "file must be readable"),
+        (b"PAR1 and no table", (), "No placement"),
+        (b'{"x": 1}', (), "hold logical_count; got x"),
+        (b'{"logical_count": [[1, 2, 3]]}', ("--num-gpus", "2"), "multiple of num_gpus"),
+        (b'{"logical_count": [[1, 2]]}', ("--previous", "none.json"), "none.json"),
+        (b'{"logical_count": [[1, 2]]}', ("--previous", "loads"), "hold a physical_to_logical_map"),
+        (
+            b'{"logical_count": [[1, 2]], "physical_to_logical_map": [[0, 0]]}',
+            ("--previous", "loads"),
+            "none for expert 1",
+        ),
+        (b'{"logical_count": [[1, 2]]}', ("--out", "loads/x.json"), "Not written"),
+    ],
+)
+def test_refusals_are_one_line(eplb, tmp_path, contents, options, words):
+    (tmp_path / "loads").write_bytes(contents)
+    options = options if "--num-gpus" in options else ("--num-gpus", "1", *options)
+    done = eplb("loads", *options)
+    assert done.exit_code == 1
+    assert words in " ".join(done.output.split())
+    assert not (tmp_path / "placement.json").exists()
+
+
+def test_unknown_algorithm_and_missing_gpus_are_usage_errors(eplb, tmp_path):
+    (tmp_path / "loads").write_text('{"logical_count": [[1]]}')
+    assert "none of auto" in eplb("loads", "--num-gpus", "1", "--algorithm", "best").output
+    assert eplb("loads").exit_code == 2
