@@ -23,8 +23,9 @@ FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before 
 
 # Limits of the kernels, whatever a table says.
 MAX_WARP_PAIRS = 32  # of "warp": a lane each
-MAX_HISTOGRAM_EXPERTS = 4096  # of "block" and "grid": a histogram per warp has to fit
-_MAX_GRID_ROUNDS = 4  # of "grid", which keeps a tile in registers and shared memory
+MAX_HISTOGRAM_EXPERTS = 4096  # of "block", "cluster" and "grid": a histogram per warp has to fit
+MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
+_MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
 _SHARED_WORDS = 232_448 // 4
 # Of the heuristic: where "block" ends.
 MAX_BLOCK_PAIRS = 2048
@@ -35,11 +36,11 @@ class BlockAlignMosaicConfig:
     """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
-        form: "warp", "block", "grid", "radix" or "batched": a file of `_kernels/block_align`.
+        form: "warp", "block", "cluster", "grid", "radix" or "batched": a file of `_kernels/block_align`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
-        rounds: pairs per thread and tile ("grid", "radix").
-        local_sort: sort each tile by expert in shared memory before it is written ("grid").
+        rounds: pairs per thread and tile ("cluster", "grid", "radix").
+        local_sort: sort each tile by expert in shared memory before it is written ("cluster", "grid").
         cluster: CTAs that add up their histograms through each other's shared memory, a power of two up
             to 8; 1 for none ("grid", "radix").
         cells_per_cta: rows of output that make another CTA worth its launch ("warp", "block", "batched").
@@ -125,7 +126,14 @@ def _parse_row(row: Mapping[str, Any], place: str) -> Row:
         raise ValueError(f"{place}: the form must be one of {sorted(_FITS)}; got {config.form!r}.")
     if config.form == "warp" and (pairs is None or pairs > MAX_WARP_PAIRS):
         raise ValueError(f"{place}: 'warp' must end at {MAX_WARP_PAIRS} pairs; got {pairs}.")
-    if config.form in ("block", "grid") and (last is None or last > MAX_HISTOGRAM_EXPERTS):
+    if config.form == "cluster":
+        most = config.num_ctas * config.num_warpgroups * 128 * config.rounds
+        if config.num_ctas not in (2, 4, MAX_CLUSTER) or pairs is None or pairs > most:
+            raise ValueError(
+                f"{place}: 'cluster' must have 2, 4 or {MAX_CLUSTER} CTAs and one tile; "
+                f"got {config.num_ctas} CTAs, which hold {most} pairs, for {pairs}."
+            )
+    if config.form in ("block", "cluster", "grid") and (last is None or last > MAX_HISTOGRAM_EXPERTS):
         limit = MAX_HISTOGRAM_EXPERTS
         raise ValueError(f"{place}: {config.form!r} must end at {limit} experts; got {last}.")
     return Row(first, last, pairs, config, row.get("us"))
@@ -340,6 +348,13 @@ def _fit_grid(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicC
     )
 
 
+def _fit_cluster(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    fitted = _fit_grid(dataclasses.replace(config, cluster=config.num_ctas), problem)
+    tile = fitted.num_ctas * fitted.num_warpgroups * 128 * fitted.rounds
+    # Many experts leave room for few warps; "grid" takes several tiles.
+    return dataclasses.replace(fitted, form="grid") if problem.num_pairs > tile else fitted
+
+
 def _cluster_within(wanted: int, num_ctas: int) -> int:
     """The largest power of two up to `wanted` that divides the CTAs."""
     return min(wanted, num_ctas & -num_ctas)
@@ -361,6 +376,7 @@ def _fit_batched(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosa
 _FITS = {
     "warp": _fit_warp,
     "block": _fit_block,
+    "cluster": _fit_cluster,
     "grid": _fit_grid,
     "radix": _fit_radix,
     "batched": _fit_batched,
@@ -380,7 +396,7 @@ def _warpgroups_that_fit(num_experts: int, wanted: int, *, other_words: int) -> 
 
 def _pairs_per_round(config: BlockAlignMosaicConfig) -> int | None:
     """Pairs that a one-tile program takes in one round of all its threads; None where rounds do not count."""
-    ctas = {"block": 1, "grid": config.num_ctas}.get(config.form)
+    ctas = {"block": 1, "cluster": config.num_ctas, "grid": config.num_ctas}.get(config.form)
     return ctas and ctas * config.num_warpgroups * 128
 
 

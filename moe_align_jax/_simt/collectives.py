@@ -43,9 +43,10 @@ def fill(
         t.store(ref, i, value)
 
 
-def warp_inclusive_scan(t: Simt, x: Int, lane: Int) -> Int:
+def warp_inclusive_scan(t: Simt, x: Int, lane: Int, width: int = WARP) -> Int:
+    """Over the first `width` lanes."""
     distance = 1
-    while distance < WARP:
+    while distance < width:
         y = t.shfl_up(x, distance)
         x = x + t.select(lane >= distance, y, 0)
         distance *= 2
@@ -72,9 +73,9 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
     results = []
     for k, (x, value) in enumerate(zip(xs, inclusive, strict=True)):
         sums = t.value_if(lane < num_warps, lambda k=k: t.load(scratch, lane + k * WARP), 0)
-        running = warp_inclusive_scan(t, sums, lane)  # every warp does it again: saves a barrier
+        running = warp_inclusive_scan(t, sums, lane, num_warps)  # every warp does it again: saves a barrier
         before = t.shfl(running - sums, warp)
-        results.append((value - x + before, t.shfl(running, WARP - 1)))
+        results.append((value - x + before, t.shfl(running, num_warps - 1)))
     return results
 
 

@@ -213,11 +213,15 @@ class HistogramSums:
         there = self._there(column, group)
         words = []
         for j in range(self._rows):
-            row = j * self._groups + group
-            inside = there if layout.num_rows % self._groups == 0 else there & (row < layout.num_rows)
-            at = t.select(inside, row * layout.words + column, 0)
+            row, inside = self._row(j, group)
+            at = t.select(there & inside, row * layout.words + column, 0)
             words.append(t.load(getattr(self._r, self._histograms), at))
         return words
+
+    def _row(self, j: int, group: Int | int) -> tuple[Int, Int]:
+        """The j-th row of a group, and whether there is one."""
+        row = self._t.const(j * self._groups) + group
+        return row, row < self._layout.num_rows
 
     def _there(self, column: Int, group: Int | int) -> Int:
         there = column < self._layout.words
@@ -252,8 +256,7 @@ class HistogramSums:
         halves = 2 if layout.packed else 1
         sums = [[t.const(0), t.const(0)] for _ in range(halves)]
         for j, word in enumerate(words):
-            row = j * self._groups + group
-            inside = t.const(row) < layout.num_rows if isinstance(row, int) else row < layout.num_rows
+            row, inside = self._row(j, group)
             mine = my_row > row
             for half, count in zip(
                 sums, [word & 0xFFFF, word >> 16] if layout.packed else [word], strict=True

@@ -18,6 +18,7 @@ from moe_align_jax.types import AlignProblem
 
 _HALF = 16  # a column and a rank (or a place in the tile) share a word
 _LOW = (1 << _HALF) - 1
+_MOST_COUNTS = 32  # of the warps' counts that a thread keeps in registers
 _WRITE_ROUNDS = 4  # loads of a tile in flight at a time when it is written
 
 
@@ -57,6 +58,7 @@ class _Tile:
         first: its first pair.
         held: each pair's column and rank in its warp, in one word; negative for a dropped pair.
         counts: pairs of each expert of this thread; None where they were not needed.
+        by_warp: the same for each warp, where there are registers for them.
         local_starts: with `local_sort`, their first places in the sorted tile.
         kept: with `local_sort`, pairs that are not dropped.
     """
@@ -64,6 +66,7 @@ class _Tile:
     first: Int
     held: list[Int]
     counts: list[Int] | None = None
+    by_warp: list[list[Int]] | None = None
     local_starts: list[Int] | None = None
     kept: Int | None = None
 
@@ -137,12 +140,19 @@ class Placer:
 
     def count(self, tile: _Tile) -> _Tile:
         t = self.t
-
-        def count_of(k: int) -> Int:
-            return sum((t.load(self.r.histogram, c) for c in self._cells(k)), t.const(0))
-
-        counts = [t.value_if(ok, lambda k=k: count_of(k), 0) for k, ok in enumerate(self.valid)]
-        return dataclasses.replace(tile, counts=counts)
+        zero, keep = t.const(0), self.layout.num_warps * len(self.mine) <= _MOST_COUNTS
+        counts, by_warp = [], []
+        for k, ok in enumerate(self.valid):
+            if keep:
+                safe = t.select(ok, self.my_columns[k], 0)
+                stride = self.columns.stride
+                cells = [safe + w * stride for w in range(self.layout.num_warps)]
+                by_warp.append([t.load(self.r.histogram, cell) for cell in cells])
+                counts.append(t.select(ok, sum(by_warp[k], zero), 0))
+            else:
+                total = lambda k=k: sum((t.load(self.r.histogram, c) for c in self._cells(k)), zero)  # noqa: E731
+                counts.append(t.value_if(ok, total, 0))
+        return dataclasses.replace(tile, counts=counts, by_warp=by_warp if keep else None)
 
     def sort(self, tile: _Tile) -> _Tile:
         """Sorts a tile by expert in shared memory; a `block_sync` follows."""
@@ -153,7 +163,7 @@ class Placer:
         starts = []
         for k, count in enumerate(tile.counts):
             starts.append(start)
-            self._spread(k, start)
+            self._spread(tile, k, start)
             start = start + count
         t.block_sync()
         for place, word in zip(self.places, tile.held, strict=True):
@@ -161,13 +171,17 @@ class Placer:
                 t.store(r.sorted, self._at(word), (word ^ (word & _LOW)) | place)
         return dataclasses.replace(tile, local_starts=starts, kept=kept)
 
-    def _spread(self, k: int, start: Int) -> Int:
+    def _spread(self, tile: _Tile, k: int, start: Int) -> Int:
         """Turns the counts of my k-th expert into the place of each warp's first pair; returns their sum."""
         t, r = self.t, self.r
 
         def scan() -> Int:
             cells, running = self._cells(k), start
-            counts = [t.load(r.histogram, cell) for cell in cells]
+            counts = (
+                [t.load(r.histogram, cell) for cell in cells]
+                if tile.by_warp is None
+                else tile.by_warp[k]
+            )
             for cell, count in zip(cells, counts, strict=True):
                 t.store(r.histogram, cell, running)
                 running = running + count
@@ -213,7 +227,7 @@ class Placer:
 
     def _scatter_unsorted(self, tile: _Tile, starts: list[Int]) -> list[Int]:
         t = self.t
-        counts = [self._spread(k, start) for k, start in enumerate(starts)]
+        counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]
         t.block_sync()
         for place, word in zip(self.places, tile.held, strict=True):
             row = t.value_if(word >= 0, lambda w=word: self._at(w), 0)
