@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_align_jax import _checks
 from moe_align_jax._recorder import arguments
@@ -199,8 +199,11 @@ def init_expert_load(
 
 
 def _of_rank(sharding: jax.sharding.Sharding | None, rank: int) -> jax.sharding.Sharding | None:
-    """With a spec as long as the shape, as programs return it: the first call is then like the next."""
-    if not isinstance(sharding, NamedSharding):
+    """Named as programs name it that return the state: the first call is then traced like the next.
+
+    With Explicit axes that is a spec as long as the shape, with Auto ones the spec as it was written.
+    """
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
         return sharding
     spec = (*sharding.spec, *[None] * rank)[:rank]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)

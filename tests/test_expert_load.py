@@ -1,5 +1,6 @@
 """Recording expert load: every mode against NumPy's bincount, the ring, shards, and what it costs."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -232,8 +233,11 @@ def test_a_map_is_also_taken_from_an_object_that_has_it():
 
 
 def test_start_and_stop_do_not_compile_again_and_stop_keeps_the_data():
+    traces = []
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(load, ids):
+        traces.append(load)
         return maj.record_expert_load(load, None, jnp.stack([align(one) for one in ids]))
 
     load, want = make("stat", recording=False), []
@@ -251,7 +255,7 @@ def test_start_and_stop_do_not_compile_again_and_stop_keeps_the_data():
     load = step(load.cleared(), random_ids(9))
     got = maj.collect_expert_load(load)
     np.testing.assert_array_equal(got.physical_count, bincount(random_ids(9))[None])
-    assert got.forward_pass_id.tolist() == [0] and step._cache_size() == 1
+    assert got.forward_pass_id.tolist() == [0] and len(traces) == 1
 
 
 def test_given_pass_ids_place_the_rows():
@@ -337,7 +341,10 @@ def test_shards_record_for_themselves_and_are_summed(mesh, mode, check_vma):
     sharding = NamedSharding(mesh, P("ep"))
     load = make(mode, mapped=True, num_shards=8, sharding=sharding)
 
+    traces = []
+
     def forward(load, ids, maps):
+        traces.append(load)
         counts = jnp.stack([align(one) for one in ids])
         return maj.record_expert_load(
             load, None, counts, topk_ids=ids, physical_to_logical_map=maps
@@ -362,7 +369,34 @@ def test_shards_record_for_themselves_and_are_summed(mesh, mode, check_vma):
         load = load.recording(seed != 3)  # the pass with seed 4 is not recorded
     record = maj.collect_expert_load(load)
     np.testing.assert_array_equal(record.logical_count, [want[i] for i in (1, 2, 3, 5, 6)])
-    assert load.ring.sharding.is_equivalent_to(sharding, 2) and step._cache_size() == 1
+    assert load.ring.sharding.is_equivalent_to(sharding, 2) and len(traces) == 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("context", [False, True])
+def test_the_first_sharded_pass_is_traced_like_the_next(kind, context):
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(kind,), devices=jax.devices("cpu"))
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        load = make("stat", num_shards=8, sharding=NamedSharding(mesh, P("ep")))
+        traces = []
+
+        def forward(load, counts):
+            traces.append(load)
+            return maj.record_expert_load(load, None, counts)
+
+        step = jax.jit(
+            jax.shard_map(
+                forward,
+                mesh=mesh,
+                in_specs=(P("ep"), P()),
+                out_specs=P("ep"),
+            ),
+            donate_argnums=0,
+        )
+        for on in (True, False, True):
+            load = step(load.recording(on).cleared(), COUNTS)
+    assert len(traces) == 1
+    assert maj.collect_expert_load(load).physical_count.tolist() == [(8 * COUNTS).tolist()]
 
 
 def test_local_counts_of_all_tokens_equal_the_sum_of_global_counts(mesh):
