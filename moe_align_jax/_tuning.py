@@ -133,7 +133,9 @@ def _parse_row(row: Mapping[str, Any], place: str) -> Row:
                 f"{place}: 'cluster' must have 2, 4 or {MAX_CLUSTER} CTAs and one tile; "
                 f"got {config.num_ctas} CTAs, which hold {most} pairs, for {pairs}."
             )
-    if config.form in ("block", "cluster", "grid") and (last is None or last > MAX_HISTOGRAM_EXPERTS):
+    if config.form in ("block", "cluster", "grid") and (
+        last is None or last > MAX_HISTOGRAM_EXPERTS
+    ):
         limit = MAX_HISTOGRAM_EXPERTS
         raise ValueError(f"{place}: {config.form!r} must end at {limit} experts; got {last}.")
     return Row(first, last, pairs, config, row.get("us"))

@@ -376,6 +376,16 @@ def run(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    reached: dict[Cell, Winner] = {}
+
+    def keep() -> Table:
+        date = datetime.date.today().isoformat()
+        made = table_of(reached, gpu=gpu, jax_version=jax.__version__, tuning=tuning, date=date)
+        text = _tuning.format_table(made)
+        _tuning.parse_table(text, str(path))  # what is written can be read
+        write(path, text)
+        return made
+
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("tuning", total=len(cells))
 
@@ -383,26 +393,19 @@ def run(
             said = "nothing could be measured"
             if winner is not None:
                 said = f"{winner.us:.2f} µs, {describe(winner.config)}"
+                reached[cell] = winner
+                keep()  # a launch that fails ends the process: what was found stays
             size = "x".join(map(str, cell))
             progress.console.print(f"{size:>18}  {said}", highlight=False, soft_wrap=True)
             progress.update(task, advance=1, description=f"E = {cell.num_experts}")
 
-        winners = tune(cells, measure, tuning=tuning, seconds=seconds, report=report)
-    if not winners:
+        tune(cells, measure, tuning=tuning, seconds=seconds, report=report)
+    if not reached:
         console.print("[bold red]nothing was measured; nothing is written[/]")
         return 1
-    made = table_of(
-        winners,
-        gpu=gpu,
-        jax_version=jax.__version__,
-        tuning=tuning,
-        date=datetime.date.today().isoformat(),
-    )
-    text = _tuning.format_table(made)
-    _tuning.parse_table(text, str(path))  # what is written can be read
-    write(path, text)
+    rows = len(keep().rows)
     console.print(
-        f"{len(winners)} of {len(cells)} sizes measured, {len(made.rows)} rows written to {path}. It is "
+        f"{len(reached)} of {len(cells)} sizes measured, {rows} rows written to {path}. It is "
         f"used from moe_align_jax/data/tuning/, or with {_tuning.FOLDER_VARIABLE} set to its folder.",
         highlight=False,
         soft_wrap=True,

@@ -52,6 +52,8 @@ def pack(weight: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
 def snake(weight: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Deals items to packs heaviest first, in boustrophedon order; arguments and result as `pack`'s."""
     num_items = weight.shape[1]
+    if num_items == num_packs:
+        return pack(weight, num_packs)
     order = np.argsort(-weight, axis=1, kind="stable")
     lap, step = np.divmod(np.arange(num_items), num_packs)
     turn = np.where(lap % 2 == 0, step, num_packs - 1 - step)

@@ -73,7 +73,9 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
     results = []
     for k, (x, value) in enumerate(zip(xs, inclusive, strict=True)):
         sums = t.value_if(lane < num_warps, lambda k=k: t.load(scratch, lane + k * WARP), 0)
-        running = warp_inclusive_scan(t, sums, lane, num_warps)  # every warp does it again: saves a barrier
+        running = warp_inclusive_scan(
+            t, sums, lane, num_warps
+        )  # every warp does it again: saves a barrier
         before = t.shfl(running - sums, warp)
         results.append((value - x + before, t.shfl(running, num_warps - 1)))
     return results

@@ -220,7 +220,9 @@ class MosaicSimt(Simt):
         gpu.barrier()
 
     def cluster_sync(self) -> None:
-        _barrier_asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
+        _barrier_asm(
+            "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+        )
 
     def cluster_arrive(self) -> None:
         _barrier_asm("barrier.cluster.arrive.release.aligned;")

@@ -155,9 +155,7 @@ def _add_up_cluster(t: Simt, r: SimpleNamespace, layout: Layout, histograms: str
         offset = (tid + k * layout.threads) >> (cluster.bit_length() - 1)
         bin_ = rank * share + offset
         there = (offset < share) & (bin_ < layout.num_bins)
-        count = t.value_if(
-            there, lambda b=bin_: t.load_peer(r.histogram, b, cta - rank + peer), 0
-        )
+        count = t.value_if(there, lambda b=bin_: t.load_peer(r.histogram, b, cta - rank + peer), 0)
         counted.append((bin_, there, count))
     t.cluster_arrive()
     for bin_, there, count in counted:
