@@ -367,8 +367,12 @@ def _direct_with_options(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     return TorchCalls([functools.partial(align, i, o) for i, o in given], outputs)
 
 
-def prepare_direct(cases: Sequence[Case]) -> None:
-    """Compiles all programs that `torch_bridge` needs for these cases, many at once."""
+def prepare_direct(cases: Sequence[Case]) -> str:
+    """Compiles all programs that `torch_bridge` needs for these cases, many at once.
+
+    Returns:
+        Why one of them could not be made (its case will say so too), else "".
+    """
     import torch
 
     from torch_bridge import direct, direct_call
@@ -388,7 +392,11 @@ def prepare_direct(cases: Sequence[Case]) -> None:
         )
         for case in cases
     }
-    direct.prepare(device.index, sorted(wanted), again=True)
+    try:
+        direct.prepare(device.index, sorted(wanted), again=True)
+    except direct.Unavailable as reason:
+        return str(reason)
+    return ""
 
 
 def _empty(case: Case, ids: list[np.ndarray]) -> TorchCalls:

@@ -176,3 +176,68 @@ def test_goals_of_many_experts():
     # 64 pairs, 1,024 rows, 64 blocks, the total, 65,535 counts: 66,624 words at 4.3 TB/s, three times
     bound = 5 + 3 * 4 * 66_624 / 4.3e6
     assert f"64x65535x16 {20 / bound:.2f}x" in lines[2]
+
+
+def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
+    """The whole of one size on a CPU, with a stand-in for the CUDA graph that runs the calls."""
+    torch = pytest.importorskip("torch")
+    for name in ("full", "arange", "zeros", "randint"):
+        real = getattr(torch, name)
+        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
+        monkeypatch.setattr(torch, name, replaced)
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+
+    def run_calls(calls, replays):
+        for call in calls:
+            call()
+        return union.timing.Timing("graph_us", [1.0, 2.0, 3.0], len(calls))
+
+    monkeypatch.setattr(union.timing, "time_torch_graph", run_calls)
+
+    def lies(case, ids):
+        made = peers._torch_sort(case, ids)
+        spoil = made.outputs[-1]["expert_ids"]
+        return peers.TorchCalls(
+            [*made.calls[:-1], lambda: (made.calls[-1](), spoil.fill_(0))], made.outputs
+        )
+
+    def breaks(case, ids):
+        raise RuntimeError("no such op")
+
+    providers = [
+        peers.Provider("right", "torch", "", make=peers._torch_sort),
+        peers.Provider("wrong", "torch", "", make=lies),
+        peers.Provider("broken", "torch", "", make=breaks),
+        peers.Provider("small", "torch", "", make=breaks, max_pairs=8),
+    ]
+    rows = union.measure_graphs(CASE, providers)
+    assert [r["provider"] for r in rows] == ["right", "wrong", "broken"]
+    assert rows[0]["verified"] and (rows[0]["p50_us"], rows[0]["calls"]) == (2.0, 20)
+    assert rows[1]["error"] == "expert_ids differ" and "no such op" in rows[2]["error"]
+    assert all(r["grid"] == "union" and r["case"] == "96x7x8" for r in rows)
+
+
+def test_union_under_jit_verifies_and_wants_a_device_span(monkeypatch):
+    monkeypatch.setattr(union, "_CALLS", (2, 3))
+    provider = next(p for p in peers.jax_providers() if p.name == "xla")
+    cases = [CASE, Case(num_pairs=16, num_experts=300, block_size=4)]
+
+    def spans(programs, given, executions):
+        return [union.timing.Timing("span_us", [2.0, 1.0, 3.0], len(g)) for g in given]
+
+    monkeypatch.setattr(union.timing, "time_jit_spans", spans)
+    rows = union.measure_jit(cases, provider)
+    assert [(r["case"], r["verified"], r["p50_us"]) for r in rows] == [
+        ("96x7x8", True, 2.0),
+        ("16x300x4", True, 2.0),
+    ]
+    wall = union.timing.Timing("wall_us", [1.0], 1, "no kernel in the trace")
+    monkeypatch.setattr(
+        union.timing, "time_jit_spans", lambda programs, *a, **k: [wall] * len(programs)
+    )
+    monkeypatch.setattr(union.timing, "time_jit_span", lambda *a, **k: wall)
+    [row_] = union.measure_jit(cases[:1], provider)
+    assert not row_["verified"] and row_["error"] == "no kernel in the trace"
+    wrong = peers.Provider("wrong", "jax", "", make=lambda case: provider.make(cases[1]))
+    assert not union.measure_jit(cases[:1], wrong)[0]["verified"]
