@@ -48,19 +48,23 @@ class Model(NamedTuple):
     experts: dict[str, jax.Array]
 
 
-def init(key: jax.Array, mesh: Mesh, location: ExpertLocation, *, hidden: int, ffn: int) -> Model:
+def init(
+    rng: np.random.Generator, mesh: Mesh, location: ExpertLocation, *, hidden: int, ffn: int
+) -> Model:
     """Random experts, each copied into the slots that the location gives it."""
-    keys = jax.random.split(key, 4)
-    slots = location.physical_to_logical_map
-    layers, experts = slots.shape[0], location.num_logical_experts
-    shapes = {"gate": (hidden, ffn), "up": (hidden, ffn), "down": (ffn, hidden)}
+    slots = np.asarray(location.physical_to_logical_map)
+    layers, experts = len(slots), location.num_logical_experts
+
+    def place(value: np.ndarray, spec: P) -> jax.Array:
+        return jax.device_put(value.astype(np.float32), NamedSharding(mesh, spec))
+
     weights = {}
-    for key, (name, shape) in zip(keys, shapes.items(), strict=False):
-        logical = jax.random.normal(key, (layers, experts, *shape)) / np.sqrt(shape[0])
-        physical = jax.vmap(lambda one, where: one[where])(logical, slots)
-        weights[name] = jax.device_put(physical, NamedSharding(mesh, P(None, "ep")))
-    router = jax.random.normal(keys[3], (layers, hidden, experts)) / np.sqrt(hidden)
-    return Model(jax.device_put(router, NamedSharding(mesh, P())), weights)
+    for name, shape in {"gate": (hidden, ffn), "up": (hidden, ffn), "down": (ffn, hidden)}.items():
+        logical = rng.normal(size=(layers, experts, *shape)) / np.sqrt(shape[0])
+        physical = logical[np.arange(layers)[:, None], slots]
+        weights[name] = place(physical, P(None, "ep"))
+    router = rng.normal(size=(layers, hidden, experts)) / np.sqrt(hidden)
+    return Model(place(router, P()), weights)
 
 
 def make_step(mesh: Mesh, *, top_k: int) -> tuple[Any, list]:
@@ -140,7 +144,8 @@ def serve(options: argparse.Namespace, mesh: Mesh) -> tuple[list[Period], float,
     gpus, layers, experts = mesh.devices.size, options.layers, options.experts
     slots = -(-(experts + options.redundant) // gpus) * gpus  # the same on every device
     location = ExpertLocation.trivial(layers, experts, slots)
-    model = init(jax.random.key(0), mesh, location, hidden=options.hidden, ffn=2 * options.hidden)
+    rng = np.random.default_rng(0)
+    model = init(rng, mesh, location, hidden=options.hidden, ffn=2 * options.hidden)
     recorder = ExpertDistributionRecorder(
         "stat",
         num_layers=layers,
@@ -153,7 +158,6 @@ def serve(options: argparse.Namespace, mesh: Mesh) -> tuple[list[Period], float,
         sharding=NamedSharding(mesh, P("ep")),
     )
     step, traced = make_step(mesh, top_k=options.top_k)
-    rng = np.random.default_rng(0)
     probe = rng.normal(size=(options.tokens, options.hidden)).astype(np.float32)
     popularity = zipf(rng, layers, experts, options.skew)
 

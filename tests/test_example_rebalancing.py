@@ -49,8 +49,8 @@ def dense(model, first_slot, x, popularity):
 def test_step_equals_a_loop_over_tokens_and_records_what_it_did(example):
     mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
     location = maj.ExpertLocation.trivial(LAYERS, EXPERTS, SLOTS)
-    model = example.init(jax.random.key(0), mesh, location, hidden=HIDDEN, ffn=6)
     rng = np.random.default_rng(0)
+    model = example.init(rng, mesh, location, hidden=HIDDEN, ffn=6)
     x = rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
     popularity = example.zipf(rng, LAYERS, EXPERTS, 1.0)
     load = maj.init_expert_load(
