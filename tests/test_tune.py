@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from moe_align_jax import _tuning
-from moe_align_jax._cli import app, tune
+from moe_align_jax._cli import tune
 from moe_align_jax._cli.demo import plain_loop
 from moe_align_jax._kernels import block_align
 from moe_align_jax._simt import emulator
@@ -215,6 +214,9 @@ def test_what_is_tried_gives_the_answer():
 
 def test_without_a_gpu_it_says_so():
     import jax
+    from typer.testing import CliRunner
+
+    from moe_align_jax._cli import app
 
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has one")
