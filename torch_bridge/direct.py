@@ -58,6 +58,10 @@ class Unavailable(RuntimeError):
     """The direct path cannot run this; the message is the reason."""
 
 
+class TooManyRows(RuntimeError):
+    """The caller's buffers have more rows than this program takes."""
+
+
 class Miss(RuntimeError):
     """A program that is not loaded was needed while a stream is captured."""
 
@@ -109,7 +113,12 @@ def _gpu(index: int) -> str:
 
 
 class Program:
-    """A loaded program on one device: kernels, and what each of their parameters is."""
+    """A loaded program on one device: kernels, and what each of their parameters is.
+
+    Attributes:
+        outputs: names of its results.
+        max_capacity: the most rows that a launch may ask for.
+    """
 
     def __init__(self, index: int, problem: Problem, entry: modules.Entry):
         self.outputs = tuple(problem.outputs)
@@ -120,6 +129,10 @@ class Program:
             starts[name] = words * 4
             # Pointers count as 256-byte aligned.
             words += -(-functools.reduce(operator.mul, shape, 1) // 64) * 64
+        # Kernels stride over any number of rows; buffers between them, but for counts, end where they were
+        # compiled to end.
+        bounded = any(not name.startswith("histograms") for name in entry.between)
+        self.max_capacity = problem.capacity if bounded else MAX_CAPACITY
         self._num_values = len(names)
         self._pack = struct.Struct(f"{len(ends)}Q").pack_into
         self._between_size = (words,) if words else None
@@ -319,8 +332,12 @@ def program_problem(
 ) -> AlignProblem:
     """The program that serves this size: that of its bucket's end."""
     end = _tuning.size_bucket(num_pairs, num_experts, block_size, tuning)
-    capacity = _checks.capacity(
-        end, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+    # The most that any entry point asks for: SGLang counts a bucket more and takes whole 16-byte stores.
+    capacity = _checks.round_up(
+        _checks.capacity(
+            end, block_size=block_size, num_experts=num_experts + 1, pad_sorted_ids=False
+        ),
+        4,
     )
     return AlignProblem(
         end,
@@ -386,7 +403,7 @@ def align(
     Args:
         program: from `program_for`.
         ids: contiguous, of 4- or 8-byte integers, on the program's device, which is current.
-        num_pairs, capacity: n >= 1 and P.
+        num_pairs, capacity: n >= 1 and P, at most the program's `max_capacity`.
         options: pointers of expert_map and num_valid_pairs, as the program has them.
         results: contiguous int32 tensors, 16-byte aligned, for the program's outputs.
     """

@@ -153,6 +153,7 @@ def execute(
 
     Raises:
         direct.Miss, direct.Unavailable: as `direct.program_for`.
+        direct.TooManyRows: the problem's rows are too many for the program.
     """
     device = next(iter(operands.values())).device
     if device.index != direct.current_device():
@@ -163,6 +164,8 @@ def execute(
     needed = kernel_problem(problem, operands, max_valid_pairs is not None)
     assert isinstance(needed, KernelProblem)
     program = direct.program_for(problem.name, device.index, needed)
+    if problem.capacity > program.max_capacity:
+        raise direct.TooManyRows(f"{problem.capacity} rows; {program.max_capacity} are possible")
 
     ids = operands["topk_ids"].detach()
     if ids.is_neg():

@@ -83,7 +83,7 @@ def _sized_by_buffers(
     """The same with P from the buffers, for one launch that fills them to their end, and its outputs.
 
     None where a launch takes no such P: `expert_ids` is not as long as it says, a batched program has
-    its P compiled in, and with no pairs nothing is launched.
+    its P compiled in, and with no pairs nothing is launched. (`direct.TooManyRows` comes later.)
     """
     if isinstance(problem, BatchedProblem) or problem.num_pairs == 0:
         return None

@@ -8,6 +8,7 @@ results costs more than a tuple, and so does each option that could be passed: t
 overload of its own.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,16 +81,16 @@ def run(
 ) -> list[torch.Tensor]:
     """Plans a call and does it. With "auto", a program that cannot be made costs one warning.
 
-    `whole`: a problem and `out` of more rows, which a launch fills as well; what is returned says whether.
+    `whole`: a problem and `out` of more rows, which a launch may fill as well; what is returned says whether.
     """
     the_plan = plan_call(function or problem.name, problem, operands, out, path)
     if the_plan.path == "direct" and max_valid_pairs is None:
         shortcut.keep(problem, operands)
     try:
-        run_problem, run_out = whole if whole and the_plan.path == "direct" else (problem, out)
-        return call.execute(
-            the_plan, run_problem, operands, max_valid_pairs=max_valid_pairs, out=run_out
-        )
+        if whole and the_plan.path == "direct":
+            with contextlib.suppress(direct.TooManyRows):
+                return call.execute(the_plan, whole[0], operands, out=whole[1])
+        return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
     except direct.Unavailable as reason:
         if path == "direct":
             remedy = f"{reason} Pass path='auto' or 'dlpack'."

@@ -205,11 +205,12 @@ def keep(
         return
     needed = direct_call.kernel_problem(problem, operands)
     program = direct.loaded(ids.get_device(), needed)
-    if program is None:
+    rows = capacity or problem.capacity
+    if program is None or rows > program.max_capacity:
         return
     if len(_kept) >= _MAX_KEPT:
         _kept.clear()
     mode = problem.ignore_invalid_experts if "expert_map" in operands else None
     options = (problem.pad_sorted_ids, mode, topk, capacity)
     key = (ids.shape, ids.dtype, ids.get_device(), problem.num_experts, problem.block_size, options)
-    _kept[key] = Shortcut(problem, ids, program, capacity or problem.capacity)
+    _kept[key] = Shortcut(problem, ids, program, rows)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import torch_bridge
+from moe_align_jax import _tuning
 from tests import oracle
 from tests.torch_bridge.fake_cuda import assert_results, want_of
 from tests.torch_bridge.helpers import ids_of
-from torch_bridge import direct, ops, problems, sglang, vllm
+from torch_bridge import direct, direct_call, ops, problems, sglang, vllm
 
 # -- out= off a boundary, explained -------------------------------------------------------------------
 
@@ -111,3 +112,63 @@ def test_lengths_that_do_not_fit_together_are_filled_after_the_launch(
     longer, shorter = sorted((buffers[1], exact[1]), key=len)[::-1]
     assert torch.equal(longer[: len(shorter)], shorter)
     assert (longer[len(shorter) :] == -1).all()
+
+
+FORMS = [(20, 16, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 5000, 4)]
+
+
+def test_those_forms_are_all_there_are():
+    configs = [
+        _tuning.config_for(direct_call.sized(n, e, b, torch.int32)).form for n, e, b in FORMS
+    ]
+    assert configs == ["warp", "block", "cluster", "grid", "radix"]
+
+
+@pytest.mark.parametrize(("n", "num_experts", "block_size"), FORMS)
+def test_every_form_fills_far_more_rows_than_its_bucket_has(n, num_experts, block_size, fake):
+    """Or says that it cannot: "radix" has a buffer between its kernels with a word per block."""
+    array, ids = ids_of(torch.int32, num_tokens=n, top_k=1, num_experts=num_experts)
+    least = problems.AlignProblem(n, num_experts, block_size)
+    want, rows = want_of(least, array, {}), 3 * least.capacity + 5
+    problem = problems.AlignProblem(n, num_experts, block_size, rows=rows)
+    assert problem.capacity == rows
+    if num_experts == 5000:
+        with pytest.raises(direct.TooManyRows):
+            direct_call.execute(problem, {"topk_ids": ids})
+        assert not fake.launched
+        return
+    results = direct_call.execute(problem, {"topk_ids": ids})
+    blocks = -(-rows // block_size) - len(want.expert_ids)
+    assert results[0].tolist() == [*want.sorted_token_ids, *[n] * (rows - least.capacity)]
+    assert results[1].tolist() == [*want.expert_ids, *[-1] * blocks]
+    assert results[2].tolist() == list(want.num_tokens_post_padded)
+
+
+@pytest.mark.parametrize("more", [0, 2, 9, 40_000])
+def test_a_program_of_bounded_rows_is_helped_by_a_second_fill(more, launches_here):
+    array, ids = ids_of(torch.int32, num_tokens=100, top_k=3, num_experts=5000)
+    problem = problems.AlignProblem(300, 5000, 4)
+    want, rows = want_of(problem, array, {}), problem.capacity + more
+    for _ in range(2):  # the second call may not take the shortcut beyond the bound
+        buffers = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, -(-rows // 4), 1)]
+        vllm.ops_moe_align_block_size(ids, 5000, 4, *buffers)
+        assert buffers[0].tolist() == [*want.sorted_token_ids, *[300] * more]
+        filled = len(buffers[1]) - len(want.expert_ids)
+        assert buffers[1].tolist() == [*want.expert_ids, *[-1] * filled]
+        assert buffers[2].tolist() == list(want.num_tokens_post_padded)
+
+
+@pytest.mark.parametrize("minus_one", [False, True])
+@pytest.mark.parametrize(("num_experts", "block_size"), [(16, 8), (60, 7), (5000, 3), (9000, 1)])
+def test_a_program_has_room_for_every_entry_point(num_experts, block_size, minus_one):
+    """At the end of each bucket, where its own P is the largest."""
+    for end in direct.bucket_ends(40_000, num_experts + minus_one, block_size):
+        sizes = (end, num_experts, block_size)
+        program = direct_call.sized(*sizes, torch.int32, minus_one=minus_one)
+        assert program.num_pairs == end
+        for entry in (
+            problems.AlignProblem(*sizes),
+            problems.AlignProblem(*sizes, pad_sorted_ids=True),
+            problems.SglangProblem(*sizes),
+        ):
+            assert entry.capacity <= program.capacity
