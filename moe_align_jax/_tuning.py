@@ -23,7 +23,8 @@ FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before 
 
 # Limits of the kernels, whatever a table says.
 MAX_WARP_PAIRS = 32  # of "warp": a lane each
-MAX_HISTOGRAM_EXPERTS = 4096  # of "block", "cluster" and "grid": a histogram per warp has to fit
+MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
+WITH_HISTOGRAMS = ("block", "cluster", "grid")
 MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
 _MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
 _SHARED_WORDS = 232_448 // 4
@@ -122,23 +123,32 @@ def _parse_row(row: Mapping[str, Any], place: str) -> Row:
     first, last = row["num_experts"]
     config = _parse_config(row["config"], place)
     pairs = row["num_pairs"]
-    if config.form not in _FITS or config.form == "batched":
-        raise ValueError(f"{place}: the form must be one of {sorted(_FITS)}; got {config.form!r}.")
-    if config.form == "warp" and (pairs is None or pairs > MAX_WARP_PAIRS):
-        raise ValueError(f"{place}: 'warp' must end at {MAX_WARP_PAIRS} pairs; got {pairs}.")
-    if config.form == "cluster":
-        most = config.num_ctas * config.num_warpgroups * 128 * config.rounds
-        if config.num_ctas not in (2, 4, MAX_CLUSTER) or pairs is None or pairs > most:
-            raise ValueError(
-                f"{place}: 'cluster' must have 2, 4 or {MAX_CLUSTER} CTAs and one tile; "
-                f"got {config.num_ctas} CTAs, which hold {most} pairs, for {pairs}."
-            )
-    if config.form in ("block", "cluster", "grid") and (
-        last is None or last > MAX_HISTOGRAM_EXPERTS
-    ):
-        limit = MAX_HISTOGRAM_EXPERTS
-        raise ValueError(f"{place}: {config.form!r} must end at {limit} experts; got {last}.")
+    if reason := refusal(config, last, pairs):
+        raise ValueError(f"{place}: {reason}.")
     return Row(first, last, pairs, config, row.get("us"))
+
+
+def refusal(
+    config: BlockAlignMosaicConfig, last_expert: int | None, num_pairs: int | None
+) -> str | None:
+    """Why a config cannot serve up to that many experts and pairs (None: any number), or None."""
+    form = config.form
+    if form not in _FITS or form == "batched":
+        return f"the form must be one of {sorted(_FITS)}; got {form!r}"
+    if form == "warp" and (num_pairs is None or num_pairs > MAX_WARP_PAIRS):
+        return f"'warp' must end at {MAX_WARP_PAIRS} pairs; got {num_pairs}"
+    if form in WITH_HISTOGRAMS and (last_expert is None or last_expert > MAX_HISTOGRAM_EXPERTS):
+        return f"{form!r} must end at {MAX_HISTOGRAM_EXPERTS} experts; got {last_expert}"
+    if form == "cluster":
+        most = config.num_ctas * config.num_warpgroups * 128 * config.rounds
+        if config.num_ctas not in (2, 4, MAX_CLUSTER) or num_pairs is None or num_pairs > most:
+            return (
+                f"'cluster' must have 2, 4 or {MAX_CLUSTER} CTAs and one tile; "
+                f"got {config.num_ctas} CTAs, which hold {most} pairs, for {num_pairs}"
+            )
+    if config.cluster > MAX_CLUSTER:
+        return f"a cluster must have at most {MAX_CLUSTER} CTAs; got {config.cluster}"
+    return None
 
 
 def _parse_config(config: Mapping[str, Any], place: str) -> BlockAlignMosaicConfig:
@@ -289,9 +299,8 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             form="block", num_warpgroups=groups, num_ctas=16, cells_per_cta=1024
         )
     else:
-        ctas = min(
-            128, end // 256
-        )  # 256 threads with a pair each, then more rounds, then more threads
+        # 256 threads with a pair each, then more rounds, then more threads.
+        ctas = min(128, end // 256)
         groups = min(8, max(2, end // (ctas * 128 * _MAX_GRID_ROUNDS)))
         config = BlockAlignMosaicConfig(
             form="grid",

@@ -79,6 +79,26 @@ def test_search_leaves_out_what_is_wrong_and_what_a_form_cannot_do():
     assert tune.search(CELL, [block(2)], measured(lambda c: "no GPU")) is None
 
 
+def test_search_tries_one_cluster_and_none_that_is_too_large():
+    def time_of(config):
+        return 1.0 if config.form == "cluster" else 3.0
+
+    cell = tune.Cell(2048, 64, 16)
+    measure = measured(time_of)
+    assert tune.search(cell, [block(4)], measure).config.form == "cluster"
+    clusters = [c for _, c in measure.asked if c.form == "cluster"]
+    assert {c.num_ctas for c in clusters} == {8} and all(c.cluster <= 8 for _, c in measure.asked)
+    too_large = Config(form="cluster", num_warpgroups=1, num_ctas=16, rounds=1)
+    assert not tune.allowed(too_large, cell)
+    assert not tune.allowed(clusters[0], tune.Cell(2048, 9000, 16))
+    assert not tune.allowed(clusters[0], tune.Cell(1 << 20, 64, 16))  # more than one tile
+    # A smaller size's cluster is not preferred where it cannot serve: what is written can be read.
+    winners = tune.tune(tune.cells_of((64,), 2**17), measured(time_of), tuning="")
+    made = tune.table_of(winners, gpu=GPU, jax_version="1", tuning="", date="2026-01-02")
+    assert _tuning.parse_table(_tuning.format_table(made)) == made
+    assert {"cluster", "grid"} <= {row.config.form for row in made.rows}
+
+
 def test_neighbours_change_every_field_by_one_step():
     config = Config(form="grid", num_warpgroups=8, num_ctas=16, rounds=2, local_sort=True)
     found = tune.neighbours(config)

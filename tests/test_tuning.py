@@ -83,6 +83,8 @@ def broken(edit):
         (broken(lambda t: t["rows"][0]["config"].update(form="warp")), ""),
         (broken(lambda t: t["rows"][1]["config"].update(form="warp")), "'warp' must end at 32"),
         (broken(lambda t: t["rows"][2]["config"].update(form="grid")), "must end at 4096 experts"),
+        (broken(lambda t: t["rows"][2]["config"].update(form="cluster")), "end at 4096 experts"),
+        (broken(lambda t: t["rows"][1]["config"].update(form="gird")), "row 1: the form must be"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_place(made, says):
@@ -227,7 +229,7 @@ def test_heuristic_gives_every_thread_work_before_more_threads():
             threads = config.num_warpgroups * 128
             ctas = config.num_ctas if config.form == "grid" else 1
             assert 2**k >= ctas * threads // 2
-            assert config.rounds <= 4 and config.num_ctas <= 128
+            assert config.rounds <= 8 and config.num_ctas <= 128
 
 
 # -- buckets ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from moe_align_jax.types import AlignProblem
 
 # Important experts first: a budget may end early.
 EXPERTS = (256, 64, 1024, 8, 65_535, 4096)
-SIZES = tuple(2**k for k in (3, 5, *range(6, 16), 17, 19, 21))  # a row of the table ends at each
+SIZES = (8, *(2**k for k in range(5, 22)))  # a row of the table ends at each
 HYSTERESIS = 0.02
 _MOST_STEPS = 2
 # Beyond these a launch fails or nothing is gained; fields that are not named stay below 2**20.
@@ -97,16 +97,20 @@ def other_forms(cell: Cell) -> list[Config]:
     found = [_tuning.heuristic(max(1, size), num_experts).config for size in sorted(near)]
     if 1024 <= num_experts <= _tuning.MAX_HISTOGRAM_EXPERTS:
         found.append(_tuning.heuristic(n, _tuning.MAX_HISTOGRAM_EXPERTS + 1).config)
+    if n > _tuning.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
+        groups = min(4, max(1, n // (_tuning.MAX_CLUSTER * 256)))
+        rounds = -(-n // (_tuning.MAX_CLUSTER * 128 * groups))
+        if rounds <= _LIMITS["rounds"]:
+            ctas = _tuning.MAX_CLUSTER
+            found.append(
+                Config(form="cluster", num_warpgroups=groups, num_ctas=ctas, rounds=rounds)
+            )
     return list(dict.fromkeys(found))
 
 
 def allowed(config: Config, cell: Cell) -> bool:
-    """What `_tuning.parse_table` takes."""
-    if config.form == "warp" and cell.num_pairs > _tuning.MAX_WARP_PAIRS:
-        return False
-    return config.form not in ("block", "grid") or (
-        cell.num_experts <= _tuning.MAX_HISTOGRAM_EXPERTS
-    )
+    """Whether a row of a table may say so: a launch that no GPU takes would end the process."""
+    return _tuning.refusal(config, cell.num_experts, cell.num_pairs) is None
 
 
 def search(cell: Cell, preferred: Sequence[Config], measure: Measure) -> Winner | None:
