@@ -40,15 +40,16 @@ class ExpertLoad:
         ring: `[S * (B + 1), row]` int32. Row `pass % B` of a shard is written by each recorded pass;
             row B takes what is written while recording is off. Row: header (pass id, epoch,
             tokens, 0), `L * width` counts or ids, `L * Ep` of the map.
-        control: `[S, 2]` int32: whether to record, and the epoch, whose rows count.
-        passes: `[S]` int32: the next pass id, where the caller gives none.
+        control: `[S, 2]` int32: the epoch, whose rows count; and twice the next pass id (where the caller
+            gives none), plus 1 while recording. So packed, the next value is made of the same word
+            alone, in place. And jax gives a donated buffer to the first result of its shape: a `[1]`
+            would go to some `num_tokens_post_padded`, and be copied.
         pending: counts (or ids) of single layers, not yet committed.
         layout: static sizes, None when recording is compiled out.
     """
 
     ring: Any
     control: Any
-    passes: Any
     pending: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     layout: Layout | None = None
 
@@ -57,36 +58,31 @@ class ExpertLoad:
         return self.layout.mode if self.layout else None
 
     def recording(self, on: bool) -> "ExpertLoad":
-        """The state with recording switched: a device value, no program is compiled again."""
-        if self.layout is None:
-            return self
-        control = np.array(jax.device_get(self.control))
-        control[:, 0] = bool(on)
-        return dataclasses.replace(self, control=_like(control, self.control))
+        """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
+        return self._controlled([-1, -2], [0, bool(on)])
 
     def cleared(self) -> "ExpertLoad":
-        """The state without its rows; the ring itself is not touched."""
+        """The state without its rows: those of earlier epochs do not count. The ring is not touched."""
+        return dataclasses.replace(self._controlled([-1, 1], [1, 0]), pending={})
+
+    def _controlled(self, keep: list, add: list) -> "ExpertLoad":
         if self.layout is None:
             return self
-        control = np.array(jax.device_get(self.control))
-        control[:, 1] += 1  # rows of earlier epochs no longer count
-        passes = np.zeros(self.passes.shape, np.int32)
-        return dataclasses.replace(
-            self,
-            control=_like(control, self.control),
-            passes=_like(passes, self.passes),
-            pending={},
-        )
+        control = _masked(self.control, np.array([keep], np.int32), np.array([add], np.int32))
+        if self.control.committed:
+            # Named as before, so that a jitted step is not traced again.
+            control = jax.device_put(control, self.control.sharding)
+        return dataclasses.replace(self, control=control)
+
+
+@jax.jit
+def _masked(control: jax.Array, keep: jax.Array, add: jax.Array) -> jax.Array:
+    return (control & keep) + add
 
 
 jax.tree_util.register_dataclass(
-    ExpertLoad, data_fields=["ring", "control", "passes", "pending"], meta_fields=["layout"]
+    ExpertLoad, data_fields=["ring", "control", "pending"], meta_fields=["layout"]
 )
-
-
-def _like(value: np.ndarray, array: jax.Array) -> jax.Array:
-    """A device array placed as `array` is, so that a jitted step is not traced again."""
-    return _place(value, array.sharding if array.committed else None)
 
 
 def init_expert_load(
@@ -146,7 +142,7 @@ def init_expert_load(
     """
     function = "init_expert_load"
     if mode is None:
-        return ExpertLoad(None, None, None)
+        return ExpertLoad(None, None)
     if mode not in MODES:
         rule, remedy = f"be one of {', '.join(MODES)} or None", "None compiles recording out."
         raise ValueError(_checks.message(function, "mode", rule, repr(mode), remedy))
@@ -189,11 +185,12 @@ def init_expert_load(
     )
     rows = shards * (layout.num_passes + 1)
     _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
-    control = np.tile(np.array([bool(recording), 1], np.int32), (shards, 1))
+    control = np.tile(np.array([1, bool(recording)], np.int32), (shards, 1))
     return ExpertLoad(
         ring=jnp.zeros((rows, layout.row), _I32, device=_of_rank(sharding, 2)),
-        control=_place(control, _of_rank(sharding, 2)),
-        passes=_place(np.zeros(shards, np.int32), _of_rank(sharding, 1)),
+        control=jnp.asarray(control)
+        if sharding is None
+        else jax.device_put(control, _of_rank(sharding, 2)),
         layout=layout,
     )
 
@@ -207,10 +204,6 @@ def _of_rank(sharding: jax.sharding.Sharding | None, rank: int) -> jax.sharding.
         return sharding
     spec = (*sharding.spec, *[None] * rank)[:rank]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
-
-
-def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
 
 
 def record_expert_load(
@@ -240,7 +233,7 @@ def record_expert_load(
             this attribute (`ExpertLocation`). Only for layer None, and needed then if the state was
             made with num_logical_experts.
         forward_pass_id: scalar integer, kept with the row, which it also places: one row per id. None
-            counts the passes in the state, at the cost of a scalar addition per pass. Only for layer
+            counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per pass. Only for layer
             None.
 
     Returns:
@@ -356,8 +349,8 @@ def _commit(
     layout = load.layout
     if layout is None:
         return load
-    if load.passes.shape[0] != 1:
-        rule, got = "be one shard's part", f"all {load.passes.shape[0]} shards"
+    if load.control.shape[0] != 1:
+        rule, got = "be one shard's part", f"all {load.control.shape[0]} shards"
         remedy = "Record inside shard_map, with PartitionSpec of the expert-parallel axis."
         raise ValueError(_checks.message(function, "load", rule, got, remedy))
     with jax.named_scope("record_expert_load"):
@@ -366,8 +359,10 @@ def _commit(
         else:
             body, tokens = _count_rows(parts, layout), 0
         own = forward_pass_id is None
-        sequence = load.passes[0] if own else arguments.pass_id(function, forward_pass_id)
-        recording, epoch = load.control[0, 0], load.control[0, 1]
+        epoch, word = load.control[0, 0], load.control[0, 1]
+        counted = lax.shift_right_logical(word, _I32(1))
+        sequence = counted if own else arguments.pass_id(function, forward_pass_id)
+        recording = word & 1
         header = jnp.stack([sequence, epoch, _I32(tokens), _I32(0)])
         row = [header, *body]
         if layout.has_map:
@@ -377,12 +372,12 @@ def _commit(
         ring = lax.dynamic_update_slice(
             load.ring, jnp.concatenate(row)[None], (slot.astype(_I32), _I32(0))
         )
-        passes = load.passes
+        control = load.control
         if own:
-            # Written after the ring has read it: otherwise XLA copies the donated scalar first.
-            ring, passes = lax.optimization_barrier((ring, passes))
-            passes = passes + (recording != 0).astype(_I32)
-    return dataclasses.replace(load, ring=ring, passes=passes)
+            # Written after the ring has read it: otherwise XLA copies the donated array first.
+            ring, control = lax.optimization_barrier((ring, control))
+            control = control + 2 * (control & np.array([[0, 1]], np.int32))
+    return dataclasses.replace(load, ring=ring, control=control)
 
 
 def _count_rows(parts: Any, layout: Layout) -> list[Any]:

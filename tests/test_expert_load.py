@@ -275,6 +275,19 @@ def test_given_pass_ids_place_the_rows():
     )
 
 
+def test_counted_passes_wrap_in_order():
+    load = make("stat")
+    control = np.array([[1, -6 + 1]], np.int32)  # the next pass is 2**31 - 3, recording
+    load = dataclasses.replace(load, control=jnp.asarray(control))
+    counts = [np.full((LAYERS, EXPERTS), i, np.int32) for i in range(5)]
+    for one in counts:
+        load = counted(load, None, one)
+    record = maj.collect_expert_load(load)
+    # 0 takes the row of 2**31 - 3: the ring keeps fewer passes this once, still in order.
+    assert record.forward_pass_id.tolist() == [2**31 - 1, 0, 1]
+    np.testing.assert_array_equal(record.physical_count, counts[2:])
+
+
 # -- what it costs ----------------------------------------------------------------------------------
 
 
@@ -321,8 +334,23 @@ def test_one_update_per_pass_in_the_donated_ring(mode, step):
     compiled = lowered.compile().as_text()
     alias = re.search(r"input_output_alias=\{(.*?) \}, entry", compiled)
     assert alias, "nothing is donated"
-    # ring, control and passes, each written into its own input
-    assert re.findall(r"\{(\d)\}: \((\d), ", alias[1]) == [("0", "0"), ("1", "1"), ("2", "2")]
+    # the ring and the control words, each written into its own input
+    assert re.findall(r"\{(\d)\}: \((\d), ", alias[1]) == [("0", "0"), ("1", "1")]
+
+
+def test_beside_the_blocks_of_an_alignment_the_donated_state_keeps_its_buffers():
+    """Their `[1]` counts must not take the buffer of a scalar of ours: that would cost a copy."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def forward(load, ids):
+        found = maj.moe_align_block_size(ids, block_size=4, num_experts=EXPERTS)
+        counts = jnp.tile(found.tokens_per_expert[None], (LAYERS, 1))
+        return found, maj.record_expert_load(load, None, counts, forward_pass_id=np.int32(1))
+
+    text = forward.lower(make("stat"), random_ids(0)[0]).compile().as_text()
+    alias = re.search(r"input_output_alias=\{(.*?) \}, entry", text)[1]
+    # outputs 0 to 3 are the blocks'
+    assert re.findall(r"\{(\d)\}: \((\d), ", alias) == [("4", "0"), ("5", "1")]
 
 
 # -- shards -----------------------------------------------------------------------------------------

@@ -100,17 +100,17 @@ def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadReco
     shards, sizes = control.shape[0], (layout.num_layers, layout.num_physical_experts)
     rows = ring.reshape(shards, layout.num_passes + 1, layout.row)[:, : layout.num_passes]
     headers = rows[:, :, :HEADER]
-    used = headers[:, :, 1] == control[:, 1:]
+    used = headers[:, :, 1] == control[:, :1]
     if (used != used[0]).any() or (headers[:, used[0], 0] != headers[0, used[0], 0]).any():
         rule, got = "have recorded the same passes on every shard", "shards that differ"
         remedy = "Every shard must run the same recording calls."
         raise ValueError(_checks.message("collect_expert_load", "load", rule, got, remedy))
     slots = np.flatnonzero(used[0])
     if slots.size:
-        # Ids are modulo 2**32: order them by their distance from one of them.
+        # Ids are modulo 2**31 or 2**32: order them by their distance from one of them, without its top bit.
         ids = headers[0, slots, 0]
         with np.errstate(over="ignore"):
-            slots = slots[np.argsort(ids - ids[0], kind="stable")]
+            slots = slots[np.argsort((ids - ids[0]) << 1, kind="stable")]
     rows = np.moveaxis(rows[:, slots], 0, 1)  # [N, S, row]
     count = len(slots)
     body = rows[:, :, HEADER : HEADER + layout.num_layers * layout.width]
