@@ -122,14 +122,14 @@ MUTANTS = (
     ),
     _form(
         "grid: the sorted tile is read without a barrier",
-        "grid",
+        "placing",
         BLOCK_SYNC,
         WARP_SYNC,
         after="t.store(r.delta, self.my_columns[k], start - local)",
     ),
     _form(
         "grid: places are read before they are written",
-        "grid",
+        "placing",
         BLOCK_SYNC,
         "pass",
         after="counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]",
@@ -261,7 +261,7 @@ MUTANTS = (
     ),
     _form(
         "grid: an expert's padding ends one row early",
-        "grid",
+        "placing",
         "t.store(r.end, e, start + size)",
         "t.store(r.end, e, start + size - 1)",
         kills="UnwrittenOutput",

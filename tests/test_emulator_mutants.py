@@ -40,7 +40,9 @@ def suite():
     yield pairs("grid", 700, 33, 4, num_warpgroups=2, num_ctas=3, rounds=1)
     yield pairs("grid", 2000, 33, 4, num_warpgroups=1, num_ctas=3, rounds=2)
     yield pairs("grid", 2000, 64, 4, num_warpgroups=2, num_ctas=4, rounds=2, local_sort=True)
-    yield pairs("grid", 2000, 70, 4, num_warpgroups=1, num_ctas=4, rounds=4, local_sort=True, cluster=4)
+    yield pairs(
+        "grid", 2000, 70, 4, num_warpgroups=1, num_ctas=4, rounds=4, local_sort=True, cluster=4
+    )
     yield pairs("cluster", 900, 300, 4, num_warpgroups=1, num_ctas=4, rounds=2)
     yield pairs("radix", 300, 1500, 4, num_warpgroups=1, num_ctas=2, rounds=1)
     yield pairs("radix", 511, 700, 2, num_warpgroups=1, num_ctas=1, rounds=1, routing="uniform")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import re
 
 import jax
@@ -573,3 +574,20 @@ def test_a_traced_layer_says_what_to_do_under_scan():
 
     with pytest.raises(TypeError, match="Under lax.scan return the counts"):
         jax.lax.scan(body, make("stat"), jnp.arange(LAYERS))
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "expert_load.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [step] = [block for block in blocks if "init_expert_load(" in block]
+    [recorder] = [block for block in blocks if "ExpertDistributionRecorder(" in block]
+    names: dict = {}
+    exec(step, names)
+    assert names["record"].logical_count.shape == (3, 2, 8)
+    for pass_id, counts in enumerate(names["record"].logical_count):
+        ids = np.asarray(jax.random.randint(jax.random.key(pass_id), (2, 64, 2), 0, 8))
+        for layer in range(2):
+            assert counts[layer].tolist() == np.bincount(ids[layer].ravel(), minlength=8).tolist()
+    exec(recorder, names)
+    assert [file.parent.name for file in tmp_path.rglob("*.npz")] == ["dumps"]

@@ -35,7 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._reference": {"moe_align_jax.types"},
     "moe_align_jax._kernels": {
         *(f"moe_align_jax.{m}" for m in ("_simt", "_tuning", "types")),
-        *(f"moe_align_jax._kernels.block_align.{shared}" for shared in ("common", "counting")),
+        *(
+            f"moe_align_jax._kernels.block_align.{shared}"
+            for shared in ("common", "counting", "placing")
+        ),
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {

@@ -69,7 +69,7 @@ def read_launch(host_llvm: str, entry: str, buffers: tuple[str, ...]) -> KernelL
     numbers = [int(x) for x in re.findall(r"-?\d+", calls[0].replace("i32", ""))]
     cluster = [max(size, 1) for size in numbers[3:6]]  # 0, 0, 0: none
     divides = all(size % part == 0 for size, part in zip(numbers[:3], cluster, strict=True))
-    if len(numbers) not in (11, 12) or not divides or cluster[0] * cluster[1] * cluster[2] > 16:
+    if len(numbers) not in (11, 12) or not divides or cluster[0] * cluster[1] * cluster[2] > 8:
         raise CompileError(f"the launch of {entry} has an unknown form: {numbers}")
     loads = _LOAD.findall(body)
     table = loads[0][1]  # the array of buffers: its first one is loaded first

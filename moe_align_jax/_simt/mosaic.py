@@ -111,6 +111,8 @@ class MosaicSimt(Simt):
     def cta_id(self) -> Int:
         if self.num_ctas == 1:
             return self.const(0)
+        if self.num_ctas == self.cluster:  # vmap's batch then shares grid.x with it
+            return MlirInt(nvvm.read_ptx_sreg_cluster_ctarank(_i32()))
         return MlirInt(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
 
     def const(self, value: int) -> Int:

@@ -1,16 +1,18 @@
 """Who touched each cell since the last barrier.
 
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
-`warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA; nothing orders
-two CTAs of a kernel, except `cluster_sync` the shared memory of a cluster's. Atomics do not conflict with each other, only with plain accesses.
+`warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA, `cluster_sync`
+between the CTAs of a cluster (for shared memory); nothing orders two CTAs otherwise. Atomics do not
+conflict with each other, only with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
 Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
 came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, before the
-cluster's last barrier when below its *wide* floor, and before the warp's last barrier when its stamp is
-below the warp's. `span` widens a mark to several lanes of the warp since its last barrier, several
+cluster's last barrier when below its *wide* floor, and before the warp's last barrier when its stamp
+is below the warp's. `span` widens a mark to several lanes of the warp since its last barrier, several
 warps of the CTA since the last block barrier, or several CTAs of the cluster since its last one: all
-that a later write needs to know of all the reads, so that one mark per cell and kind of access is exact. Mark 0 is an untouched cell; stamps start at 1.
+that a later write needs to know of all the reads, so that one mark per cell and kind of access is
+exact. Mark 0 is an untouched cell; stamps start at 1.
 """
 
 from typing import NamedTuple

@@ -178,8 +178,9 @@ def launch_faults(kernel: Any, mode: str, launch: Any) -> Iterator[str]:
     from moe_align_jax._simt.language import MAX_SHARED_BYTES
 
     grid, batch = (kernel.num_ctas, 1, 1), BATCH if mode == "vmap" else 1
-    if batch > 1:  # Mosaic folds axes of one CTA
-        grid = (kernel.num_ctas, batch, 1) if kernel.num_ctas > 1 else (batch, 1, 1)
+    if batch > 1:  # Mosaic folds axes of one CTA or cluster
+        alone = kernel.num_ctas == kernel.cluster
+        grid = (batch * kernel.num_ctas, 1, 1) if alone else (kernel.num_ctas, batch, 1)
     if launch.grid != grid:
         yield f"grid {launch.grid}, not {grid}"
     if launch.cluster != (kernel.cluster, 1, 1):

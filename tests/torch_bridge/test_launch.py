@@ -78,7 +78,7 @@ def test_launch_in_clusters_is_read(layout):
 
 
 REFUSED = {
-    "a cluster of 32": {"numbers": (32, 1, 1, 32, 1, 1, 256, 1, 1, 4096, 0)},
+    "a cluster of 16": {"numbers": (16, 1, 1, 16, 1, 1, 256, 1, 1, 4096, 0)},
     "a grid of broken clusters": {"numbers": (15, 1, 1, 2, 1, 1, 256, 1, 1, 4096, 0)},
     "a shorter launch": {"numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096)},
     "a longer launch": {"numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096, 0, 0, 0)},

@@ -6,7 +6,7 @@ Bytes: ids read once, every output written once. Deterministic.
 
 from types import SimpleNamespace
 
-from moe_align_jax._kernels.block_align import grid
+from moe_align_jax._kernels.block_align import placing
 from moe_align_jax._simt.language import Kernel, Program, Simt
 from moe_align_jax._tuning import BlockAlignMosaicConfig
 from moe_align_jax.types import AlignProblem
@@ -14,11 +14,11 @@ from moe_align_jax.types import AlignProblem
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
     del vector  # its stores are 4 bytes wide
-    layout = grid.layout_of(problem, config)
+    layout = placing.layout_of(problem, config)
     local_sort = config.local_sort
 
     def body(t: Simt, r: SimpleNamespace) -> None:
-        p = grid.Placer(t, r, problem, layout, local_sort=local_sort)
+        p = placing.Placer(t, r, problem, layout, local_sort=local_sort)
         p.clear_histogram()
         t.grid_dependency_wait()
         t.launch_dependents()
@@ -52,7 +52,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         body=body,
         inputs=problem.inputs,
         outputs=problem.outputs,
-        shared=grid.shared_of(layout, local_sort=local_sort) | {"counts": layout.num_bins},
+        shared=placing.shared_of(layout, local_sort=local_sort) | {"counts": layout.num_bins},
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,

@@ -141,7 +141,7 @@ def _within(histograms: str) -> str:
 
 
 def _add_up_cluster(t: Simt, r: SimpleNamespace, layout: Layout, histograms: str) -> None:
-    """Each CTA adds up its share of the bins over the cluster: neighbouring lanes read one bin of the CTAs."""
+    """Each CTA adds up its share of the bins over the cluster; adjacent lanes read one bin of its CTAs."""
     tid, cta, cluster = t.thread_id(), t.cta_id(), layout.cluster
     peer, lane = tid & (cluster - 1), tid & (WARP - 1)
     rank = cta & (cluster - 1)
