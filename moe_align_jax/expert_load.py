@@ -233,8 +233,8 @@ def record_expert_load(
             this attribute (`ExpertLocation`). Only for layer None, and needed then if the state was
             made with num_logical_experts.
         forward_pass_id: scalar integer, kept with the row, which it also places: one row per id. None
-            counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per pass. Only for layer
-            None.
+            counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per pass.
+            Only for layer None.
 
     Returns:
         The new state. With mode None, `load` itself.
