@@ -112,7 +112,8 @@ class MosaicSimt(Simt):
         if self.num_ctas == 1:
             return self.const(0)
         if self.num_ctas == self.cluster:  # vmap's batch then shares grid.x with it
-            return MlirInt(nvvm.read_ptx_sreg_cluster_ctarank(_i32()))
+            # nvvm's own operation has another signature in each jaxlib.
+            return MlirInt(llvm.inline_asm(_i32(), [], "mov.u32 $0, %cluster_ctarank;", "=r"))
         return MlirInt(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
 
     def const(self, value: int) -> Int:

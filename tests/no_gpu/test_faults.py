@@ -132,7 +132,14 @@ def test_launch(change, fault):
 
 def test_the_selection_covers_every_size_form_and_pair_of_options():
     chosen = cases.all_cases()
-    assert {case.form for case in chosen} == {"warp", "block", "cluster", "grid", "radix", "batched"}
+    assert {case.form for case in chosen} == {
+        "warp",
+        "block",
+        "cluster",
+        "grid",
+        "radix",
+        "batched",
+    }
     sizes = {(c.problem.num_experts, c.problem.block_size) for c in chosen}
     assert {(size.num_experts, size.block_size) for size in forms.SIZES} <= sizes
     # Counted here by another way than the selection does.
