@@ -1,6 +1,6 @@
 """Alignment in plain jax.numpy: the specification, and what CPUs, TPUs and other GPUs run.
 
-One stable sort of int32 keys with the pair index as payload gives each pair's rank within its expert;
+One sort of the pairs by expert gives each pair's rank within its expert;
 the rest are sums over experts and two scatters. No double argsort, no 64-bit arithmetic.
 """
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._reference import replicas
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 _I32 = jnp.int32
@@ -22,6 +23,7 @@ def _local_experts(
     topk_ids: jax.Array,
     expert_map: jax.Array | None,
     limit: jax.Array | None,
+    tables: dict[str, jax.Array],
 ) -> jax.Array:
     """`[n]` the group of each pair, E where it is dropped."""
     num_experts = problem.num_experts
@@ -30,13 +32,30 @@ def _local_experts(
         expert = jnp.where(high == 0, low, -1)
     else:
         expert = topk_ids
-    kept = (expert >= 0) & (expert < num_experts)
+    kept = (expert >= 0) & (expert < (problem.num_logical if problem.dispatch else num_experts))
+    pair = jnp.arange(problem.num_pairs, dtype=_I32)
     if limit is not None:
-        kept &= jnp.arange(problem.num_pairs, dtype=_I32) < limit
+        kept &= pair < limit
+    if problem.dispatch:
+        expert = replicas.of_pairs(problem, pair, jnp.where(kept, expert, 0), **tables)
+        kept &= (expert >= 0) & (expert < num_experts)
     if problem.expert_map == "filter":
         expert = expert_map[jnp.where(kept, expert, 0)]  # type: ignore[index]
         kept &= (expert >= 0) & (expert < num_experts)
     return jnp.where(kept, expert, num_experts)
+
+
+def _sort_pairs(
+    expert: jax.Array, pair: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+    """Both, by expert (0 .. E) and then by pair."""
+    bits = max(pair.size - 1, 1).bit_length()
+    if (num_experts + 1) << bits > 2**31:
+        sorted_expert, sorted_pair = lax.sort((expert, pair), num_keys=1, is_stable=True)
+        return sorted_expert, sorted_pair
+    # One word holds both, and one operand sorts faster than two. No two words are equal.
+    words = lax.sort(expert << bits | pair, is_stable=False)
+    return words >> bits, words & ((1 << bits) - 1)
 
 
 def _label_blocks(
@@ -58,13 +77,12 @@ def _label_blocks(
 def block_align(problem: AlignProblem, **operands: jax.Array) -> tuple[jax.Array, ...]:
     """The results of `problem.outputs`, in order."""
     n, num_experts, block_size = problem.num_pairs, problem.num_experts, problem.block_size
-    expert_map = operands.get("expert_map")
-    expert = _local_experts(
-        problem, operands["topk_ids"], expert_map, operands.get("num_valid_pairs")
-    )
+    ids, expert_map = operands.pop("topk_ids"), operands.pop("expert_map", None)
+    limit = operands.pop("num_valid_pairs", None)
+    expert = _local_experts(problem, ids, expert_map, limit, operands)
 
     pair = jnp.arange(n, dtype=_I32)
-    sorted_expert, sorted_pair = lax.sort((expert, pair), num_keys=1, is_stable=True)
+    sorted_expert, sorted_pair = _sort_pairs(expert, pair, num_experts)
     counts = jnp.zeros(num_experts, _I32).at[expert].add(1, mode="drop")
     padded = (counts + (block_size - 1)) // block_size * block_size
     padded_ends = jnp.cumsum(padded, dtype=_I32)
