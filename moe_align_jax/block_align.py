@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
@@ -13,6 +13,9 @@ from jaxtyping import Array, Int
 
 from moe_align_jax import _checks, _dispatch
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
+
+if TYPE_CHECKING:
+    from moe_align_jax.expert_location import ExpertLocation
 
 _I32 = jnp.int32
 
@@ -32,6 +35,8 @@ def moe_align_block_size(
     pad_sorted_ids: bool = False,
     num_valid_pairs: int | Int[Array, ""] | None = None,
     return_inverse: bool = False,
+    expert_location: "ExpertLocation | None" = None,
+    layer: int | Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
 ) -> AlignedBlocks:
     """Groups (token, expert) pairs by expert, each expert padded to whole GEMM blocks.
@@ -55,6 +60,12 @@ def moe_align_block_size(
         num_valid_pairs: None, a Python int or a scalar integer array (a device value, not static):
             pairs at flat index >= it are dropped; a negative one drops all.
         return_inverse: also return `row_of_pair`. Static.
+        expert_location: ids are logical experts, in `[0, El)`; each pair takes the replica that
+            `to_physical_ids` gives it, within the same kernels. E, expert_map and the results are of
+            physical slots. Its arrays are not static: an update compiles nothing. With "static" dispatch,
+            that of one GPU (`for_rank`). "round_robin" costs a mapping and an alignment beforehand.
+        layer: the layer of an expert_location of all layers, an int or an integer scalar (clamped). The
+            tables are then read where they lie: a slice of them may cost XLA a kernel.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU, else "xla"),
             or a name, which runs or raises. Static.
 
@@ -67,7 +78,8 @@ def moe_align_block_size(
 
     Raises:
         TypeError: an array is not an integer array, or a size is not a static int.
-        ValueError: a size is out of range, a shape does not fit, or P exceeds int32.
+        ValueError: a size is out of range, a shape does not fit, or P exceeds int32; num_experts is not
+            the location's, or its layer or GPU is not chosen.
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit
             at lowering); the message says why.
 
@@ -97,9 +109,26 @@ def moe_align_block_size(
     ):
         _check_bool(function, argument, flag)
 
+    dispatch, tables, num_ids = "", {}, num_experts
+    if expert_location is not None:
+        from moe_align_jax import expert_dispatch
+
+        dispatch, tables = expert_dispatch.alignment_tables(
+            function, expert_location, layer, num_experts
+        )
+        num_ids = expert_location.num_logical_experts
+        if dispatch == "round_robin":  # a pair's turn is known once all pairs before it are
+            rows = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
+            topk_ids = expert_dispatch.to_physical_ids(rows, expert_location, layer=layer)
+            dispatch, tables, num_ids = "", {}, num_experts
+    elif layer is not None:
+        remedy = "It is the layer of an expert_location."
+        rule = _checks.message(function, "layer", "be left out", _checks.describe(layer), remedy)
+        raise ValueError(rule)
+
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
     capacity = _capacity(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
-    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_experts)}
+    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_ids), **tables}
     if expert_map is not None:
         operands["expert_map"] = _check_expert_map(function, expert_map, num_experts)
     if num_valid_pairs is not None:
@@ -111,6 +140,7 @@ def moe_align_block_size(
         capacity=capacity,
         ignore_invalid_experts=bool(ignore_invalid_experts),
         return_inverse=bool(return_inverse),
+        dispatch=dispatch,
         implementation=implementation,
     )
 
@@ -123,6 +153,7 @@ def moe_align_block_size(
         "capacity",
         "ignore_invalid_experts",
         "return_inverse",
+        "dispatch",
         "implementation",
     ),
 )
@@ -134,6 +165,7 @@ def _align(
     capacity: Any,
     ignore_invalid_experts: bool,
     return_inverse: bool,
+    dispatch: str,
     implementation: str | None,
 ) -> AlignedBlocks:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
@@ -146,7 +178,8 @@ def _align(
             inverse = empty if return_inverse else None
             return AlignedBlocks(empty, empty, jnp.zeros(1, _I32), none, inverse)
         ids = _as_int32_words(lax.reshape(topk_ids, (num_pairs,)))
-        arrays = [ids]
+        sizes, tables = _dispatch_tables(operands, dispatch)
+        arrays = [ids, *tables]
         expert_map = operands.get("expert_map")
         if expert_map is not None:
             arrays.append(_narrow_map(expert_map, num_experts))
@@ -164,8 +197,32 @@ def _align(
             else "",
             has_num_valid_pairs=num_valid_pairs is not None,
             return_inverse=return_inverse,
+            **sizes,
         )
         return AlignedBlocks(*_dispatch.align(problem, implementation, *arrays))
+
+
+def _dispatch_tables(
+    operands: dict[str, jax.Array], dispatch: str
+) -> tuple[dict[str, Any], list[jax.Array]]:
+    """The sizes of an expert location for AlignProblem, and its arrays in the order of its inputs."""
+    if not dispatch:
+        return {}, []
+    ids, layered = operands["topk_ids"], "layer" in operands
+    sizes: dict[str, Any] = {"dispatch": dispatch}
+    if dispatch == "static":
+        names = ("static_dispatch_map",)
+        sizes["num_logical"] = operands[names[0]].shape[-1]
+    else:
+        names = ("logical_to_physical_map", "num_replicas", "first_token")
+        sizes["num_logical"], sizes["replica_width"] = operands[names[0]].shape[-2:]
+        sizes["top_k"] = ids.shape[-1] if ids.ndim > 1 else 1
+    if layered:
+        sizes["num_layers"] = operands[names[0]].shape[0]
+        names += ("layer",)
+    # Every value of a location fits int32, whatever the type that a caller's program gave it.
+    arrays = [lax.convert_element_type(operands[name], _I32) for name in names]
+    return sizes, [lax.reshape(x, (x.size,)) for x in arrays]
 
 
 def batched_moe_align_block_size(

@@ -1,4 +1,4 @@
-"""to_physical_ids: which replica of its expert each token takes."""
+"""to_physical_ids: which replica of its expert each token takes. And what of it the alignment does."""
 
 import functools
 from typing import Any
@@ -11,11 +11,9 @@ from jaxtyping import Array, Int
 
 from moe_align_jax import _checks, block_align
 from moe_align_jax._eplb.maps import fail
+from moe_align_jax._reference import replicas
 from moe_align_jax.expert_location import Dispatch, ExpertLocation, check_dispatch
 
-# round(2**32 / golden ratio) as int32. Its multiples, read as fractions of 2**32, fill the unit interval as
-# evenly as any sequence does, from whichever token on and however few: better than random.
-HASH_MULTIPLIER = 2654435761 - 2**32
 _I32 = jnp.int32
 
 
@@ -107,11 +105,6 @@ def to_physical_ids(
     return _dispatched(ids, location, dispatch=dispatch, shared=int(shared))
 
 
-def token_hash(token: Any) -> Any:
-    """16 hash bits of token numbers, int32 arrays, in int32 arithmetic with wrap-around."""
-    return ((token * _I32(HASH_MULTIPLIER)) >> _I32(16)) & _I32(0xFFFF)
-
-
 @functools.partial(jax.jit, static_argnames=("dispatch", "shared"))
 def _dispatched(
     ids: jax.Array, location: ExpertLocation, *, dispatch: Dispatch, shared: int
@@ -133,17 +126,17 @@ def _map_routed(ids: jax.Array, location: ExpertLocation, dispatch: Dispatch) ->
     valid = (ids >= 0) & (ids < num_experts)
     expert = jnp.where(valid, ids, 0)
     if dispatch == "static":
-        return jnp.where(valid, _take(location.static_dispatch_map, expert), -1)
-    count = _take(location.num_replicas, expert)
-    first = jnp.asarray(location.first_token)
+        return jnp.where(valid, replicas.take(location.static_dispatch_map, expert), -1)
+    first, flat = jnp.asarray(location.first_token), slots.reshape(-1)
     if dispatch == "dynamic":
         token = lax.broadcasted_iota(_I32, ids.shape, 0) + first
-        replica = (token_hash(token) * count) >> _I32(16)
-    else:
-        begin = (token_hash(first) * count) >> _I32(16)
-        turn = _place_within_expert(jnp.where(valid, ids, -1), num_experts)
-        replica = lax.rem(turn + begin, count)
-    return jnp.where(valid, _take(slots.reshape(-1), expert * _I32(width) + replica), -1)
+        chosen = replicas.dynamic(token, expert, flat, location.num_replicas, width)
+        return jnp.where(valid, chosen, -1)
+    count = replicas.take(location.num_replicas, expert)
+    begin = (replicas.token_hash(first) * count) >> _I32(16)
+    turn = _place_within_expert(jnp.where(valid, ids, -1), num_experts)
+    replica = lax.rem(turn + begin, count)
+    return jnp.where(valid, replicas.take(flat, expert * _I32(width) + replica), -1)
 
 
 def _place_within_expert(ids: jax.Array, num_experts: int) -> jax.Array:
@@ -154,11 +147,7 @@ def _place_within_expert(ids: jax.Array, num_experts: int) -> jax.Array:
     first_row = jnp.cumsum(aligned.tokens_per_expert, dtype=_I32) - aligned.tokens_per_expert
     expert = jnp.maximum(ids, 0)
     # An invalid pair has row -1; what it gets is not used, but must not be negative.
-    return jnp.maximum(aligned.row_of_pair.reshape(ids.shape) - _take(first_row, expert), 0)
-
-
-def _take(table: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.asarray(table).at[index].get(mode="clip")
+    return jnp.maximum(aligned.row_of_pair.reshape(ids.shape) - replicas.take(first_row, expert), 0)
 
 
 def _narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray:
@@ -170,3 +159,62 @@ def _narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarra
         limit[-shared:] = _checks.INT32_MAX
     in_range = (ids >= 0) & (ids < limit)
     return np.where(in_range, ids.astype(np.int32), np.int32(-1))
+
+
+# -- for the alignment ----------------------------------------------------------------------------
+
+
+def alignment_tables(
+    function: str, location: Any, layer: Any, num_experts: int
+) -> tuple[Dispatch, dict[str, Any]]:
+    """The dispatch of a location, and the arrays that an alignment into `num_experts` slots reads.
+
+    Raises:
+        TypeError, ValueError: as `moe_align_block_size` says.
+    """
+    if not isinstance(location, ExpertLocation):
+        rule, got = "be an ExpertLocation", _checks.describe(location)
+        raise TypeError(_checks.message(function, "expert_location", rule, got, "Make one."))
+    slots = location.num_physical_experts
+    if slots != num_experts:
+        remedy = "Ids are logical, but it is slots that are aligned."
+        rule = f"be the location's num_physical_experts ({slots})"
+        fail(function, "num_experts", rule, num_experts, remedy)
+    check_dispatch(function, location.dispatch)
+    tables = {}
+    if location.num_layers is not None:
+        tables["layer"] = _checked_layer(function, layer, location.num_layers)
+    elif layer is not None:
+        got, remedy = _checks.describe(layer), "expert_location is of one layer already."
+        fail(function, "layer", "be left out", got, remedy)
+    if location.dispatch == "static":
+        table = location.static_dispatch_map
+        if table is None:
+            remedy = 'Make it with num_gpus and dispatch="static".'
+            fail(function, "expert_location", "hold a static_dispatch_map", None, remedy)
+        if table.ndim != 1 + len(tables):
+            got = _checks.describe(table)
+            rule = "have the static_dispatch_map of one GPU"
+            fail(function, "expert_location", rule, got, "Pass expert_location.for_rank(rank).")
+        tables["static_dispatch_map"] = table
+    else:
+        names = ("logical_to_physical_map", "num_replicas", "first_token")
+        tables |= {name: getattr(location, name) for name in names}
+        size = location.logical_to_physical_map.size
+        _checks.check_fits_int32(function, "expert_location", size, "a table")
+    return location.dispatch, tables
+
+
+def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:
+    if layer is None:
+        fail(function, "layer", "be given", None, "expert_location is of all layers.")
+    if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool):
+        if not 0 <= layer < num_layers:
+            rule, remedy = f"be in [0, {num_layers})", "Pass a layer of expert_location."
+            fail(function, "layer", rule, layer, remedy)
+        return np.int32(layer)
+    remedy = "Pass an int, or an integer scalar that the program computes."
+    layer = block_align._check_integer_array(function, "layer", layer, remedy)
+    if layer.size != 1:
+        fail(function, "layer", "be a scalar", _checks.describe(layer), remedy)
+    return layer

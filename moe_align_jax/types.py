@@ -9,6 +9,9 @@ Implementation = Literal["mosaic_gpu", "xla", "emulator"]
 LAUNCH_SIZES = ("num_pairs", "capacity", "first_id")
 # A kernel's pointers count as 256-byte aligned: a view starts at most 63 words behind such an address.
 MAX_FIRST_ID = 64
+# round(2**32 / golden ratio) as int32. Its multiples, read as fractions of 2**32, fill the unit interval as
+# evenly as any sequence does, from whichever token on and however few: better than random.
+HASH_MULTIPLIER = 2654435761 - 2**32
 
 
 class AlignedBlocks(NamedTuple):
@@ -72,6 +75,13 @@ class AlignProblem(NamedTuple):
             and the position of the first id. For the direct launch from PyTorch, where a new size
             must not cost a compile.
         tuning: whose table chooses form and sizes (`_tuning.table_name`); "" for the default.
+        dispatch: how a pair takes a physical slot of its logical expert: "" where ids are slots, "static"
+            by one table, "dynamic" by a hash of the token. num_experts counts the slots.
+        num_logical: with dispatch, El: ids outside `[0, El)` are dropped.
+        replica_width: with "dynamic", X: slots per logical expert in the table.
+        top_k: with "dynamic", pairs per token.
+        num_layers: with dispatch, layers that the tables hold, of which the input `layer` names one; 0
+            where they are of one layer.
     """
 
     num_pairs: int
@@ -86,6 +96,11 @@ class AlignProblem(NamedTuple):
     return_counts: bool = True
     sized_at_launch: bool = False
     tuning: str = ""
+    dispatch: str = ""
+    num_logical: int = 0
+    replica_width: int = 0
+    top_k: int = 1
+    num_layers: int = 0
 
     name = "moe_align_block_size"
 
@@ -98,6 +113,16 @@ class AlignProblem(NamedTuple):
         """Name and shape of each int32 operand, in order."""
         rows = self.num_pairs + (MAX_FIRST_ID if self.sized_at_launch else 0)
         shapes = {"topk_ids": (rows,) if self.id_words == 1 else (rows, self.id_words)}
+        layers = max(self.num_layers, 1)
+        if self.dispatch == "static":
+            shapes["static_dispatch_map"] = (layers * self.num_logical,)
+        elif self.dispatch:
+            rows = layers * self.num_logical
+            shapes["logical_to_physical_map"] = (rows * self.replica_width,)
+            shapes["num_replicas"] = (rows,)
+            shapes["first_token"] = (layers,)
+        if self.num_layers:
+            shapes["layer"] = (1,)
         if self.expert_map:
             shapes["expert_map"] = (self.num_experts,)
         if self.has_num_valid_pairs:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
-from moe_align_jax.expert_dispatch import HASH_MULTIPLIER
+from moe_align_jax.types import HASH_MULTIPLIER
 from tests import helpers
 
 L, EL, EP, D, K = 3, 10, 16, 4, 4

@@ -25,14 +25,18 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax.expert_weights": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_dispatch": {
-        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "block_align", "expert_location")
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "block_align", "expert_location")),
+        "moe_align_jax._reference.replicas",
     },
-    "moe_align_jax.block_align": {f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")},
+    "moe_align_jax.block_align": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")),
+        "lazily moe_align_jax.expert_dispatch",
+    },
     "moe_align_jax._dispatch": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
         *(f"lazily moe_align_jax.{m}" for m in ("_kernels", "_reference", "_simt")),
     },
-    "moe_align_jax._reference": {"moe_align_jax.types"},
+    "moe_align_jax._reference": {"moe_align_jax.types", "moe_align_jax._reference.replicas"},
     "moe_align_jax._kernels": {
         *(f"moe_align_jax.{m}" for m in ("_simt", "_tuning", "types")),
         *(

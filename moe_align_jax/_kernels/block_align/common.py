@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
-from moe_align_jax.types import LAUNCH_SIZES, AlignProblem
+from moe_align_jax.types import HASH_MULTIPLIER, LAUNCH_SIZES, AlignProblem
 
 
 def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
@@ -78,6 +78,23 @@ def pair_limit(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> Int | None
     return t.load(r.num_valid_pairs, 0) if problem.has_num_valid_pairs else None
 
 
+def _replica(t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expert: Int) -> Int:
+    """The slot that a pair takes of its logical expert, in [0, El), as `to_physical_ids` says."""
+    layer: Any = 0
+    if problem.num_layers:
+        layer = t.load(r.layer, 0)
+        layer = t.select(layer < 0, 0, layer)
+        layer = t.select(layer < problem.num_layers, layer, problem.num_layers - 1)
+        expert = layer * problem.num_logical + expert
+    if problem.dispatch == "static":
+        return t.load(r.static_dispatch_map, expert)
+    token = t.load(r.first_token, layer) + pair // problem.top_k
+    turn = ((token * HASH_MULTIPLIER) >> 16) * t.load(r.num_replicas, expert) >> 16
+    # A count that is none must not lead out of the table.
+    turn = t.select(turn.below(problem.replica_width), turn, 0)
+    return t.load(r.logical_to_physical_map, expert * problem.replica_width + turn)
+
+
 def read_expert(
     t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int, limit: Int | None
 ) -> Int:
@@ -96,9 +113,12 @@ def read_expert(
         expert = t.load(r.topk_ids, at)
     if problem.minus_one:
         expert = expert + 1
-    kept = inside & expert.below(num_experts)
+    kept = inside & expert.below(problem.num_logical if problem.dispatch else num_experts)
     if limit is not None:
         kept = kept & (pair < limit)
+    if problem.dispatch:
+        expert = _replica(t, r, problem, pair, t.select(kept, expert, 0))
+        kept = kept & expert.below(num_experts)
     if problem.expert_map == "filter":
         expert = t.load(r.expert_map, t.select(kept, expert, 0))
         kept = kept & expert.below(num_experts)
