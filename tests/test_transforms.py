@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +287,24 @@ def test_jit_of_the_same_size_traces_once(implementation):
         for seed in range(3):
             oracle.assert_same(function(ids_of(78, seed=seed)), want[seed])
     assert not events
+
+
+def test_names_resolved_within_a_trace_do_not_have_it_made_again():
+    """In a process of its own, where the step is the first to use a name of ours."""
+    program = """
+import jax
+import moe_align_jax as maj
+traces = []
+@jax.jit
+def step(ids):
+    traces.append(None)
+    return maj.moe_align_block_size(ids, block_size=4, num_experts=8).expert_ids
+ids = jax.numpy.arange(8, dtype="int32")
+step(ids), step(ids)
+print(len(traces))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
 
 
 def test_named_scope_is_in_the_program(implementation):
