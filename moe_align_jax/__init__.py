@@ -7,7 +7,7 @@ Names are resolved on first use (PEP 562), so that the jax-free leaves (`moe_ali
 import importlib
 import sys
 
-if "jax" in sys.modules:
+if "jax.core" in sys.modules:
     # Our modules need it, and it adds to the keys of jit's caches (jax 0.12): imported in the midst of a
     # step's first trace, where a name of ours may be resolved, it would have that step traced again.
     importlib.import_module("jax.extend.core")
