@@ -43,6 +43,21 @@ OPTIONS: tuple[dict[str, Any], ...] = tuple(
 BATCHED_SIZES = ((8, 16, 8), (64, 1, 4), (256, 512, 64), (1000, 13, 16))  # E, max_tokens, block
 
 
+def location_sizes(size: Size, dispatch: str, num_layers: int = 0) -> dict[str, Any]:
+    """The fields of AlignProblem for logical ids: top-4, up to 32 redundant slots."""
+    if not dispatch:
+        return {}
+    num_logical = size.num_experts - min(size.num_experts - 1, 32)
+    width = size.num_experts - num_logical + 1 if dispatch == "dynamic" else 0
+    return {
+        "dispatch": dispatch,
+        "num_logical": num_logical,
+        "replica_width": width,
+        "top_k": 4 if dispatch == "dynamic" else 1,
+        "num_layers": num_layers,
+    }
+
+
 def problem(size: Size, options: dict[str, Any], id_words: int = 1) -> AlignProblem:
     padded = _checks.max_num_tokens_padded(
         size.num_pairs,

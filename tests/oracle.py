@@ -165,6 +165,50 @@ def assert_same(got: Any, want: Expected) -> None:
             )
 
 
+# -- logical experts to physical slots -------------------------------------------------------------
+
+
+def replica_by_hash(token: int, count: int) -> int:
+    hashed = (token % 2**32 * 2654435761 % 2**32) >> 16
+    return hashed * count >> 16
+
+
+def physical_ids(
+    ids: np.ndarray,
+    physical: np.ndarray,
+    dispatch: str,
+    *,
+    first_token: int = 0,
+    static: Any = None,
+    shared: int = 0,
+) -> np.ndarray:
+    """`ids` `[..., K]`, or one per token, by `physical` `[Ep]`: the map of one layer; `static` `[El]`."""
+    slots: dict[int, list[int]] = {}
+    for slot, expert in enumerate(physical.tolist()):
+        slots.setdefault(expert, []).append(slot)
+    top_k = ids.shape[-1] if ids.ndim > 1 else 1
+    seen: dict[int, int] = {}
+    out = []
+    for pair, expert in enumerate(ids.ravel().tolist()):
+        token, k = divmod(pair, top_k)
+        if k >= top_k - shared:
+            out.append(expert)
+        elif expert not in slots:
+            out.append(-1)
+        elif dispatch == "static":
+            out.append(int(static[expert]))
+        else:
+            mine = slots[expert]
+            if dispatch == "dynamic":
+                replica = replica_by_hash(first_token + token, len(mine))
+            else:
+                begin = replica_by_hash(first_token, len(mine))
+                replica = (seen.get(expert, 0) + begin) % len(mine)
+                seen[expert] = seen.get(expert, 0) + 1
+            out.append(mine[replica])
+    return np.array(out, np.int32).reshape(ids.shape)
+
+
 # -- inputs ---------------------------------------------------------------------------------------
 
 

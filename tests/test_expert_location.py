@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from moe_align_jax.types import HASH_MULTIPLIER
 from tests import helpers
+from tests.oracle import physical_ids as expected
+from tests.oracle import replica_by_hash
 
 L, EL, EP, D, K = 3, 10, 16, 4, 4
 DISPATCHES = ("static", "dynamic", "round_robin")
@@ -36,42 +38,6 @@ LOCATION = location_of()
 
 def random_ids(*shape, seed=1, low=-2, high=EL + 2):
     return np.random.default_rng(seed).integers(low, high, shape).astype(np.int32)
-
-
-# -- the oracle: one pair at a time, Python integers ------------------------------------------------------
-
-
-def replica_by_hash(token, count):
-    hashed = (token % 2**32 * 2654435761 % 2**32) >> 16
-    return hashed * count >> 16
-
-
-def expected(ids, physical, dispatch, *, first_token=0, static=None, shared=0):
-    """`ids` `[..., K]` mapped by the map `physical` `[Ep]` of one layer."""
-    slots = {}
-    for slot, expert in enumerate(physical.tolist()):
-        slots.setdefault(expert, []).append(slot)
-    flat = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
-    seen: dict = {}
-    out = []
-    for token, row in enumerate(flat.tolist()):
-        for k, expert in enumerate(row):
-            if k >= len(row) - shared:
-                out.append(expert)
-            elif expert not in slots:
-                out.append(-1)
-            elif dispatch == "static":
-                out.append(int(static[expert]))
-            else:
-                mine = slots[expert]
-                if dispatch == "dynamic":
-                    replica = replica_by_hash(first_token + token, len(mine))
-                else:
-                    begin = replica_by_hash(first_token, len(mine))
-                    replica = (seen.get(expert, 0) + begin) % len(mine)
-                    seen[expert] = seen.get(expert, 0) + 1
-                out.append(mine[replica])
-    return np.array(out, np.int32).reshape(ids.shape)
 
 
 def check(got, ids, layer, dispatch, *, rank=0, location=LOCATION, shared=0, first_token=None):

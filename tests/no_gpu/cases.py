@@ -22,6 +22,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "pad_sorted_ids": (False, True),
     "minus_one": (False, True),
     "return_counts": (True, False),
+    "dispatch": ("", "static", "dynamic"),
+    "num_layers": (0, 3),
 }
 # Every program size up to here, sized at launch, with these experts.
 _MOST_PAIRS, _BUCKET_EXPERTS, _BUCKET_BLOCK = 1 << 20, 256, 64
@@ -50,10 +52,12 @@ class Case(NamedTuple):
 
 
 def _possible(options: Options) -> bool:
-    """Whether anything asks for this: torch_bridge alone has the bucket of id -1 and leaves out counts, and
-    its programs' capacity is a bucket's."""
+    """Whether anything asks for this: torch_bridge alone has the bucket of id -1 and leaves out counts,
+    its programs' capacity is a bucket's, and it takes no expert location."""
+    if options["num_layers"] and not options["dispatch"]:
+        return False
     if options["mode"] == "direct":
-        return not options["pad_sorted_ids"]
+        return not options["pad_sorted_ids"] and not options["dispatch"]
     return options["return_counts"] and not options["minus_one"]
 
 
@@ -98,6 +102,7 @@ def align_case(size: forms.Size, options: Options) -> Case:
         minus_one=options["minus_one"],
         return_counts=options["return_counts"],
         sized_at_launch=direct,
+        **forms.location_sizes(size, options["dispatch"], options["num_layers"]),
     )
     return Case(problem, options["mode"])
 

@@ -253,6 +253,11 @@ def test_key_names_the_problem_and_the_gpu():
             "return_counts": False,
             "sized_at_launch": False,
             "tuning": "heuristic",
+            "dispatch": "static",
+            "num_logical": 7,
+            "replica_width": 2,
+            "top_k": 2,
+            "num_layers": 3,
         }.items()
     ]
     assert len(changed) == len(PROBLEM._fields)
