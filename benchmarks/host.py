@@ -38,21 +38,28 @@ print(json.dumps([first * 1e3, second * 1e3, "jax" in sys.modules]))
 _OURS = ("import torch_bridge", "torch_bridge.moe_align_block_size(topk_ids, 64, 128, 2)")
 
 
-def host_us(call: Callable[[], Any], *, calls: int = 300, repeats: int = 15) -> float:
-    """Median over repeats of the host time per call; the GPU is waited for between repeats only."""
+def host_us(
+    named: dict[str, Callable[[], Any]], *, calls: int = 300, repeats: int = 15
+) -> dict[str, float]:
+    """Median over repeats of the host time per call; the GPU is waited for between repeats only.
+
+    The providers take turns, so that a slow moment of the machine meets all of them.
+    """
     import torch
 
-    for _ in range(100):
-        call()
-    samples = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
+    for call in named.values():
+        for _ in range(100):
             call()
-        samples.append((time.perf_counter() - start) * 1e6 / calls)
+    samples: dict[str, list[float]] = {name: [] for name in named}
+    for _ in range(repeats):
+        for name, call in named.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            samples[name].append((time.perf_counter() - start) * 1e6 / calls)
     torch.cuda.synchronize()
-    return statistics.median(samples)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def vllm_call(topk_ids: Any, num_experts: int, block_size: int) -> Callable[[], Any]:
@@ -158,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = (num_pairs // 8, 8)
         topk_ids = torch.randint(0, num_experts, shape, dtype=torch.int32, device="cuda")
         calls = calls_of(topk_ids, num_experts, block_size, bool(options.vllm_op))
-        measured = {name: host_us(call) for name, call in calls.items()}
+        measured = host_us(calls)
         for name, value in measured.items():
             peer = "vllm in place" if name.endswith("in place") else "vllm"
             ratio = value / measured.get(peer, float("nan"))

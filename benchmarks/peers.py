@@ -354,8 +354,8 @@ def _direct_with_options(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     def align(topk_ids: torch.Tensor, results: dict[str, torch.Tensor]) -> None:
         aligned = torch_bridge.align_blocks(
             topk_ids,
-            case.num_experts,
-            case.block_size,
+            num_experts=case.num_experts,
+            block_size=case.block_size,
             expert_map=expert_map,
             ignore_invalid_experts=True,
             num_valid_pairs=limit,

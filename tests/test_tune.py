@@ -253,9 +253,9 @@ def test_gpu_tunes_one_small_size(tmp_path):
     """On the GPU itself: candidates are verified and timed, and the table can be read."""
     out = tmp_path / "x.json"
     console = Console(file=io.StringIO(), width=200)
-    sizes = {"experts": (64,), "max_pairs": 8, "block_size": 16, "seconds": 60}
+    sizes = {"experts": (64,), "max_pairs": 32, "block_size": 16, "seconds": 60}
     assert tune.run(console, **sizes, out=out) == 0
     made = _tuning.parse_table(out.read_text())
     best = next(row for row in made.rows if row.us is not None)
-    assert best.num_pairs == 8 or best.num_pairs == 32
+    assert best.num_pairs in (8, 32)
     assert 0.5 < best.us < 50

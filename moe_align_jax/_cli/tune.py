@@ -202,10 +202,13 @@ def table_of(
 ) -> Table:
     """Winners where there are any, what `tuning` chooses elsewhere; equal neighbours are one row.
 
-    A range of experts ends at each E that was measured, whose choices it takes: what fits there fits below.
+    A range of experts ends at each E that was measured, whose choices it takes (what fits there fits below),
+    and where one of today's ends.
     """
     limit = _tuning.MAX_HISTOGRAM_EXPERTS
+    today = _tuning.table(tuning)
     measured = {cell.num_experts for cell in winners}
+    measured |= {row.last_expert for row in today.rows if row.last_expert} if today else set()
     ends: list[int] = sorted(measured | {limit})
     beyond = [e for e in ends if e > limit] or [limit + 1]
     ranges = [e for e in ends if e <= limit] + beyond

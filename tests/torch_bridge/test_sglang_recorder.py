@@ -330,9 +330,11 @@ def test_cuda_graph_replays_record(mode):
     """On a GPU: captured once with recording off, then replayed with new ids."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
+    torch.cuda.set_sync_debug_mode(0)
     where = placement()
     where.physical_to_logical_map = where.physical_to_logical_map.cuda()
     recorder = make(mode, where, buffer_size=4)
+    fresh = [torch.from_numpy(random_ids(seed)).int().pin_memory() for seed in range(3)]
     static = torch.zeros(LAYERS, 9, TOP_K, dtype=torch.int32, device="cuda")
 
     def layers():
@@ -346,15 +348,14 @@ def test_cuda_graph_replays_record(mode):
     with torch.cuda.graph(graph):
         layers()
     recorder.start_record()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(2)  # a wait is an error
     try:
         for seed in range(3):
-            fresh = torch.from_numpy(random_ids(seed)).int().pin_memory()
-            static.copy_(fresh, non_blocking=True)
+            static.copy_(fresh[seed], non_blocking=True)
             with recorder.with_forward_pass(seed, None):
                 graph.replay()
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(0)
     dump = recorder.dump_record("object")
     for seed in range(3):
         want = bincount(random_ids(seed))
