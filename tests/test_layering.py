@@ -54,6 +54,15 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._recorder": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "eplb.balancedness")),
     },
+    "moe_align_jax.masked_layout": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "block_align")),
+    },
+    "moe_align_jax.expert_parallel": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "masked_layout")),
+    },
+    "moe_align_jax._expert_parallel": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "block_align")),
+    },
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},
     "torch_bridge": {

@@ -1,0 +1,35 @@
+"""Every rank gets every token, and a reduce-scatter sums what the ranks made of them.
+
+Bytes into a rank: (D - 1) * T rows each way, whatever the routing. Nothing is planned or copied beforehand.
+The way back adds in the rows' own dtype, in the order of the backend's reduce-scatter.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from moe_align_jax._expert_parallel.transport import Group
+
+
+class AllGather:
+    name = "all_gather"
+
+    def unavailable(self, platform: str) -> str | None:
+        del platform
+        return None
+
+    def plan(self, topk_ids: jax.Array, group: Group) -> Any:
+        del topk_ids, group
+        return ()
+
+    def send(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
+        del plan
+        return lax.all_gather(rows, group.axis_name, axis=0, tiled=True)
+
+    def num_received(self, plan: Any) -> None:
+        del plan
+
+    def give_back(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
+        del plan
+        return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)

@@ -1,0 +1,125 @@
+"""Checks of the arguments of dispatch, combine and the layouts: static facts only."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_align_jax import _checks, block_align
+from moe_align_jax._expert_parallel import message
+
+_I32 = jnp.int32
+_PAYLOADS = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_ids(function: str, topk_ids: Any) -> Any:
+    """`[T, K]` integers."""
+    remedy = "Pass the expert ids that top_k returned, [num_tokens, top_k]."
+    ids = block_align._check_integer_array(function, "topk_ids", topk_ids, remedy)
+    if ids.ndim != 2:
+        rule, got = "have two dimensions", _checks.describe(ids)
+        raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+    return ids
+
+
+def check_rows(
+    function: str,
+    argument: str,
+    tree: Any,
+    shape: tuple[int, ...],
+    remedy: str,
+    *,
+    floating: bool = False,
+) -> Any:
+    """Arrays `[*shape, ...]` as jax arrays; exactly one, of a float dtype, if `floating`."""
+    leaves, kind = jax.tree.flatten(tree)
+    if floating and (len(leaves) != 1 or leaves[0] is not tree):
+        got = _checks.describe(tree)
+        raise TypeError(_checks.message(function, argument, "be one array", got, remedy))
+    for leaf in leaves:
+        got = _checks.describe(leaf)
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise TypeError(_checks.message(function, argument, "be jax arrays", got, remedy))
+        if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(_checks.message(function, argument, "be floating point", got, remedy))
+        if leaf.shape[: len(shape)] != shape:
+            rule = f"have shape {[*shape, '...']}"
+            raise ValueError(_checks.message(function, argument, rule, got, remedy))
+    return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def check_layout(function: str, layout: Any, kind: type, maker: str) -> None:
+    if not isinstance(layout, kind):
+        got = _checks.describe(layout)
+        rule, remedy = f"be a {kind.__name__}", f"Pass the one that {maker} returned."
+        raise TypeError(_checks.message(function, "layout", rule, got, remedy))
+
+
+def check_local_experts(function: str, num_experts: Any, size: int) -> int:
+    num_experts = _checks.check_num_experts(function, num_experts)
+    if num_experts % size:
+        rule = f"be a multiple of the {size} ranks"
+        remedy = "Every rank holds as many experts: add redundant or empty ones."
+        raise ValueError(_checks.message(function, "num_experts", rule, num_experts, remedy))
+    return num_experts // size
+
+
+def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array | None]:
+    """(x, None), or (q, scales) from a caller who has quantised."""
+    if payload not in (None, "fp8"):
+        rule, remedy = 'be None or "fp8"', "None sends x as it is."
+        raise ValueError(_checks.message(function, "payload", rule, repr(payload), remedy))
+    group = message.GROUP
+    if isinstance(x, (tuple, list)):
+        remedy = f"Pass (e4m3 [T, H], float32 scales [T, H / {group}]), or x alone."
+        got = f"({', '.join(_checks.describe(part) for part in x)})"
+        dtypes = [getattr(part, "dtype", None) for part in x]
+        if payload is not None or dtypes != [message.FP8, jnp.float32]:
+            rule = "be one array, or (float8_e4m3fn, float32) without payload"
+            raise TypeError(_checks.message(function, "x", rule, got, remedy))
+        q, scales = (jnp.asarray(part) for part in x)
+        if q.ndim != 2 or q.shape[1] % group or scales.shape != (q.shape[0], q.shape[1] // group):
+            rule = f"have shapes [T, H] and [T, H / {group}]"
+            raise ValueError(_checks.message(function, "x", rule, got, remedy))
+        return q, scales
+    remedy = "Pass this rank's tokens, [num_tokens, hidden]."
+    got = _checks.describe(x)
+    if not isinstance(x, (jax.Array, np.ndarray)) or x.dtype.name not in _PAYLOADS:
+        rule = f"be an array of {', '.join(_PAYLOADS[:-1])}"
+        raise TypeError(_checks.message(function, "x", rule, got, remedy))
+    if x.ndim != 2:
+        raise ValueError(_checks.message(function, "x", "have two dimensions", got, remedy))
+    if payload == "fp8" and (x.shape[1] % group or x.shape[1] == 0):
+        rule = f"have a multiple of {group} columns for an fp8 payload"
+        remedy = f"A scale serves {group} columns: pad H, or send payload=None."
+        raise ValueError(_checks.message(function, "x", rule, got, remedy))
+    return jnp.asarray(x), None
+
+
+def check_pairs(function: str, ids: Any, weights: Any, num_tokens: int) -> jax.Array:
+    """Weights as float32."""
+    if ids.shape[0] != num_tokens or ids.shape[1] == 0:
+        rule, got = f"have shape [{num_tokens}, top_k]", _checks.describe(ids)
+        remedy = "Pass the experts of each row of x."
+        raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+    remedy = "Pass one weight per pair of topk_ids."
+    weights = check_rows(function, "topk_weights", weights, ids.shape, remedy, floating=True)
+    if weights.ndim != 2:
+        rule, got = f"have shape {list(ids.shape)}", _checks.describe(weights)
+        raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
+    return weights.astype(jnp.float32)
+
+
+def global_ids(ids: Any, num_experts: int, num_valid_tokens: Any, num_tokens: int) -> jax.Array:
+    """int32 ids, -1 where nothing is to be sent."""
+    # In their own dtype, before narrowing: an unsigned or 64-bit id must not wrap into range.
+    valid = (ids >= 0) & (ids < num_experts)
+    if num_valid_tokens is not None:
+        count = jnp.asarray(num_valid_tokens)
+        if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
+            rule, got = "be an integer scalar", _checks.describe(num_valid_tokens)
+            remedy = "Pass the number of tokens in use on this rank."
+            raise TypeError(_checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
+        valid &= (jnp.arange(num_tokens, dtype=_I32) < count.astype(_I32))[:, None]
+    return jnp.where(valid, jnp.asarray(ids).astype(_I32), -1)

@@ -1,0 +1,60 @@
+"""What a shard_map body can ask about its mesh: axis sizes, the platform, which axes a value varies over."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from moe_align_jax import _checks
+
+AxisName = str | tuple[str, ...]
+
+
+def check_axis_size(function: str, axis_name: Any) -> int:
+    """D, the devices along `axis_name`.
+
+    Raises:
+        TypeError: not a name or a tuple of names.   ValueError: no enclosing shard_map has the axis.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    remedy = 'Call it inside jax.shard_map over that axis, for example axis_name="ep".'
+    if not names or not all(isinstance(name, str) for name in names):
+        rule, got = "be the name of a mesh axis, or a tuple of names", _checks.describe(axis_name)
+        raise TypeError(_checks.message(function, "axis_name", rule, got, remedy))
+    try:
+        return lax.axis_size(axis_name)
+    except (NameError, KeyError):
+        rule, got = "name an axis of the enclosing shard_map", repr(axis_name)
+        raise ValueError(_checks.message(function, "axis_name", rule, got, remedy)) from None
+
+
+def mesh_platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices where it has any, else of jax's default backend."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _varying(x: Any) -> frozenset[str]:
+    kind = getattr(jax.typeof(x), "mat", None)
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def vary_together(tree: Any, *also: str) -> Any:
+    """Under shard_map with check_vma, every leaf varies over the union of all their axes and `also`.
+
+    A function with a gradient rule of its own needs this: its cotangents vary as its arguments do, and
+    the transpose of the cast then sums those of an argument that was the same on all devices.
+    """
+    leaves, tree_kind = jax.tree.flatten(tree)
+    if not leaves or not any(hasattr(jax.typeof(x), "mat") for x in leaves):
+        return tree
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    axes = [_varying(x) for x in leaves]
+    union = frozenset(also).union(*axes)
+    cast = [
+        lax.pcast(x, tuple(sorted(union - have)), to="varying") if union - have else x
+        for x, have in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(tree_kind, cast)

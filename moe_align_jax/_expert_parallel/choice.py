@@ -1,0 +1,106 @@
+"""Which transport runs: a rule that can be read, asked and overridden."""
+
+from typing import Any, Literal, NamedTuple
+
+from moe_align_jax import _checks
+from moe_align_jax._expert_parallel import ragged
+from moe_align_jax._expert_parallel.all_gather import AllGather
+from moe_align_jax._expert_parallel.all_to_all import AllToAll
+from moe_align_jax._expert_parallel.transport import Transport
+
+TransportName = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
+Mode = Literal["normal", "low_latency", "auto"]
+
+# A kernel of our own that writes into the peers' buffers over NVLink would be one more entry: `plan` places
+# the rows, `send` and `give_back` write them, `unavailable` is its feature check.
+TRANSPORTS: dict[str, Transport] = {
+    t.name: t for t in (AllGather(), AllToAll(), ragged.RaggedAllToAll())
+}
+
+# From so many tokens per rank on, sending fewer rows pays for counting them first.
+RAGGED_MIN_TOKENS = 1024
+# ... where at most this part of the rows of a dense exchange is of use.
+RAGGED_MAX_SHARE = 0.75
+
+
+class TransportChoice(NamedTuple):
+    """What `select_transport` answers.
+
+    Attributes:
+        transport: the transport that runs.
+        mode: "normal" or "low_latency".
+        reasons: for each transport, why it runs or not.
+    """
+
+    transport: str
+    mode: str
+    reasons: dict[str, str]
+
+
+def resolve_mode(function: str, mode: Any, num_tokens: int, most: int) -> str:
+    if mode not in ("normal", "low_latency", "auto"):
+        rule = 'be "normal", "low_latency" or "auto"'
+        remedy = '"auto" decides by the static number of tokens.'
+        raise ValueError(_checks.message(function, "mode", rule, repr(mode), remedy))
+    if mode == "auto":
+        return "low_latency" if num_tokens <= most else "normal"
+    if mode == "low_latency" and num_tokens > most:
+        raise ValueError(
+            _checks.message(
+                function,
+                "x",
+                f'have at most max_low_latency_tokens ({most}) rows in mode "low_latency"',
+                num_tokens,
+                'Use mode="normal" or "auto", or raise max_low_latency_tokens.',
+            )
+        )
+    return mode
+
+
+def used_share(num_ranks: int, top_k: int) -> float:
+    """The part of a dense exchange's rows that are of use under uniform routing: `1 - (1 - 1/D)^K`."""
+    return 1 - (1 - 1 / num_ranks) ** top_k
+
+
+def choose(
+    function: str,
+    transport: Any,
+    *,
+    mode: str,
+    num_tokens: int,
+    top_k: int,
+    num_ranks: int,
+    platform: str,
+) -> TransportChoice:
+    """The named transport if it can run, or the rule's."""
+    cannot = {name: t.unavailable(platform) for name, t in TRANSPORTS.items()}
+    if transport is not None:
+        if transport not in TRANSPORTS:
+            rule = f"be one of {', '.join(TRANSPORTS)}, or None"
+            got, remedy = repr(transport), "None chooses by shape."
+            raise ValueError(_checks.message(function, "transport", rule, got, remedy))
+        if cannot[transport]:
+            rule, got = f"be able to run on {platform}", repr(transport)
+            remedy = f"{cannot[transport]}: leave transport=None, or name another."
+            raise NotImplementedError(_checks.message(function, "transport", rule, got, remedy))
+        reasons = {name: "another was named" for name in TRANSPORTS} | {transport: "named"}
+        return TransportChoice(transport, mode, reasons)
+
+    share = used_share(num_ranks, top_k)
+    reasons = {
+        "all_gather": "as many bytes as all_to_all, and its reduce-scatter adds in the payload's dtype",
+        "all_to_all": "the fastest dense exchange measured",
+    }
+    if cannot["ragged_all_to_all"]:
+        reasons["ragged_all_to_all"] = cannot["ragged_all_to_all"]
+    elif not ragged.decomposer_enabled():
+        reasons["ragged_all_to_all"] = f"slow without XLA_FLAGS={ragged.DECOMPOSER_FLAG}=true"
+    elif mode == "low_latency" or num_tokens < RAGGED_MIN_TOKENS:
+        reasons["ragged_all_to_all"] = "counting the rows first costs more than it saves"
+    elif share > RAGGED_MAX_SHARE:
+        reasons["ragged_all_to_all"] = f"{share:.0%} of the rows of a dense exchange are of use"
+    else:
+        reasons["ragged_all_to_all"] = f"only {share:.0%} of a dense exchange's rows are of use"
+        reasons["all_to_all"] = reasons["all_gather"] = "moves rows that nobody needs"
+        return TransportChoice("ragged_all_to_all", mode, reasons)
+    return TransportChoice("all_to_all", mode, reasons)

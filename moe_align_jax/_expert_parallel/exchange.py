@@ -1,0 +1,93 @@
+"""The two directions, each the gradient of the other: rows out to the experts, and results back."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._expert_parallel.choice import TRANSPORTS
+from moe_align_jax._expert_parallel.transport import Group
+
+_I32 = jnp.int32
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class DispatchInfo:
+    """What is static about a dispatch.
+
+    Attributes:
+        mode: "normal" or "low_latency".
+        transport: the name of the transport.
+        group: the ranks.
+        num_tokens: T.
+    """
+
+    mode: str
+    transport: str
+    group: Group
+    num_tokens: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def send(info: DispatchInfo, x, scales, weights, ids, plan):
+    """(x, scales, weights, local ids) as received, `[R, ...]`."""
+    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    transport, group = TRANSPORTS[info.transport], info.group
+    sent = transport.send(message.pack(fields), plan, group)
+    received = message.unpack(sent, fields)
+    x, scales, (weights, ids) = received[0], None, received[-2:]
+    if len(received) == 4:
+        scales = received[1]
+    local = ids - lax.axis_index(group.axis_name).astype(_I32) * _I32(group.num_local_experts)
+    mine = (ids >= 0) & (local >= 0) & (local < group.num_local_experts)
+    count = transport.num_received(plan)
+    if count is not None:
+        mine &= (jnp.arange(ids.shape[0], dtype=_I32) < count)[:, None]
+    return x, scales, jnp.where(mine, weights, 0.0), jnp.where(mine, local, -1)
+
+
+def _send_forward(info, x, scales, weights, ids, plan):
+    received = send(info, x, scales, weights, ids, plan)
+    return received, (plan, received[3] >= 0)
+
+
+def _send_backward(info, saved, cotangents):
+    plan, mine = saved
+    d_x, d_scales, d_weights, _ = cotangents
+    transport, group = TRANSPORTS[info.transport], info.group
+    d_weights = transport.give_back(jnp.where(mine, d_weights, 0.0), plan, group)
+    if d_scales is not None:
+        # An fp8 payload: without_gradient stands before it and lets no cotangent through.
+        shape = (info.num_tokens, *d_x.shape[1:]), (info.num_tokens, *d_scales.shape[1:])
+        zeros = (jnp.zeros(shape[0], d_x.dtype), jnp.zeros(shape[1], d_scales.dtype))
+        return *vary_together((*zeros, d_weights)), None, None
+    d_x = jnp.where(jnp.any(mine, axis=1)[:, None], d_x, jnp.zeros((), d_x.dtype))
+    return transport.give_back(d_x, plan, group), None, d_weights, None, None
+
+
+send.defvjp(_send_forward, _send_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def give_back(info: DispatchInfo, rows, in_use, plan):
+    """`[T, H]` of `[R, H]`, in which rows that are not in use are zero."""
+    del in_use
+    return TRANSPORTS[info.transport].give_back(rows, plan, info.group)
+
+
+def _give_back_forward(info, rows, in_use, plan):
+    return give_back(info, rows, in_use, plan), (in_use, plan)
+
+
+def _give_back_backward(info, saved, d_out):
+    in_use, plan = saved
+    d_rows = TRANSPORTS[info.transport].send(d_out, plan, info.group)
+    return jnp.where(in_use[:, None], d_rows, jnp.zeros((), d_out.dtype)), None, None
+
+
+give_back.defvjp(_give_back_forward, _give_back_backward)

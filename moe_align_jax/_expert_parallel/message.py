@@ -1,0 +1,83 @@
+"""One message per token: its payload, the scales of an fp8 payload, its ids and weights, side by side.
+
+One collective instead of three or four. The words of a message are unsigned integers as wide as the payload's
+dtype, so that packing and unpacking the payload only renames it.
+"""
+
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_align_jax import _checks
+
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0
+# Below it a group's scale no longer follows its greatest value: DeepEP's and DeepGEMM's floor.
+AMAX_FLOOR = 1e-4
+GROUP = 128
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def pack(fields: list[jax.Array]) -> jax.Array:
+    """`[T, c_i]` arrays, side by side, as `[T, W]` unsigned words of the narrowest one's width."""
+    word = _WORDS[min(4, *(field.dtype.itemsize for field in fields))]
+    columns = []
+    for field in fields:
+        words = lax.bitcast_convert_type(field, word)
+        columns.append(words.reshape(field.shape[0], _width(field, word)))
+    return jnp.concatenate(columns, axis=1)
+
+
+def unpack(message: jax.Array, like: list[Any]) -> list[jax.Array]:
+    """The fields of `[R, W]` words, with the columns and dtypes of those that were packed."""
+    fields, start = [], 0
+    word = message.dtype
+    for field in like:
+        width = _width(field, word)
+        words = message[:, start : start + width]
+        start += width
+        ratio = jnp.dtype(field.dtype).itemsize // word.itemsize
+        if ratio > 1:
+            words = words.reshape(message.shape[0], field.shape[1], ratio)
+        fields.append(lax.bitcast_convert_type(words, field.dtype))
+    return fields
+
+
+def _width(field: Any, word: Any) -> int:
+    return field.shape[1] * (jnp.dtype(field.dtype).itemsize // jnp.dtype(word).itemsize)
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(e4m3 `[T, H]`, float32 scales `[T, H / 128]`), per token and 128 columns: `x ~ q * scale`.
+
+    `scale = max(amax, 1e-4) / 448`, `q = e4m3(x * (448 / max(amax, 1e-4)))`.
+    """
+    num_tokens, hidden = x.shape
+    groups = x.astype(jnp.float32).reshape(num_tokens, hidden // GROUP, GROUP)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(AMAX_FLOOR))
+    q = groups * (jnp.float32(FP8_MAX) / amax)[..., None]
+    # The product can round to just above 448, which e4m3 without infinities would turn into NaN.
+    q = jnp.clip(q, -FP8_MAX, FP8_MAX).astype(FP8)
+    return q.reshape(num_tokens, hidden), amax * jnp.float32(1 / FP8_MAX)
+
+
+@jax.custom_vjp
+def without_gradient(tree: Any) -> Any:
+    """Its argument; taking its gradient is an error."""
+    return tree
+
+
+def _refuse(*_: Any) -> NoReturn:
+    rule = _checks.message(
+        "dispatch",
+        "x",
+        "not be differentiated when its payload is fp8",
+        "a gradient through the quantisation",
+        "Train with payload=None, or stop the gradient of x with jax.lax.stop_gradient.",
+    )
+    raise NotImplementedError(rule)
+
+
+without_gradient.defvjp(_refuse, _refuse)

@@ -1,0 +1,297 @@
+"""dispatch and combine: tokens to the ranks of their experts and back, inside jax.shard_map.
+
+Everything has a static shape and no result waits for the host: a step is one XLA program. Buffers are
+sized for the worst case and their tails are marked, by ids of -1 or by `masked_m`.
+
+D ranks, T tokens per rank (static, the same on all), K top_k, E = D * e experts, of which rank r holds
+`[r * e, (r + 1) * e)`; R = D * T rows received at most; M rows per expert; H hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_align_jax import _checks
+from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel.arguments import (
+    check_ids,
+    check_local_experts,
+    check_pairs,
+    check_rows,
+    check_x,
+    global_ids,
+)
+from moe_align_jax._expert_parallel.axes import check_axis_size, mesh_platform, vary_together
+from moe_align_jax._expert_parallel.choice import (
+    TRANSPORTS,
+    Mode,
+    TransportChoice,
+    TransportName,
+    choose,
+    resolve_mode,
+)
+from moe_align_jax._expert_parallel.exchange import DispatchInfo, give_back, send
+from moe_align_jax._expert_parallel.transport import Group
+from moe_align_jax.masked_layout import permute_to_masked, unpermute_from_masked
+
+
+class DispatchHandle(NamedTuple):
+    """What `combine` needs to bring results home. Its fields may change; pass it on as it is.
+
+    Attributes:
+        info: the static part (no leaves).
+        plan: the transport's own arrays.
+        in_use: `[R]` bool, the received rows that have an expert of this rank.
+        layout: the `MaskedLayout` of "low_latency", else None.
+        topk_weights: `[R, K]` float32 for "low_latency", else None: there the caller applies them.
+    """
+
+    info: Any
+    plan: Any
+    in_use: Any
+    layout: Any
+    topk_weights: Any
+
+
+class Dispatched(NamedTuple):
+    """What a rank receives; by mode, the fields that do not apply are None.
+
+    Attributes:
+        x: "normal": `[R, H]`, by source rank, then token; rows whose ids are all -1 are unspecified.
+            "low_latency": `[e, M, H]`, by expert, then source rank, then token; zero, or unspecified, from
+            `masked_m` on. The dtype sent, or e4m3.
+        scales: of an fp8 payload, float32 `[R, H / 128]` or `[e, M, H / 128]`: `x * scales` is the value.
+        masked_m: "low_latency": `[e]` int32, rows in use of each expert.
+        topk_ids: "normal": `[R, K]` int32, local expert ids, -1 for a pair of another rank.
+        topk_weights: "normal": `[R, K]` float32, 0 where the id is -1.
+        handle: for `combine`.
+    """
+
+    x: Any
+    scales: Any
+    masked_m: Any
+    topk_ids: Any
+    topk_weights: Any
+    handle: Any
+
+
+def dispatch(
+    x: Float[Array, "num_tokens hidden"] | tuple[Array, Array],
+    topk_ids: Int[Array, "num_tokens top_k"],
+    topk_weights: Float[Array, "num_tokens top_k"],
+    *,
+    axis_name: str | tuple[str, ...],
+    num_experts: int,
+    mode: Mode = "auto",
+    max_low_latency_tokens: int = 128,
+    payload: str | None = None,
+    num_valid_tokens: int | Int[Array, ""] | None = None,
+    max_tokens_per_expert: int | None = None,
+    initialize: bool = True,
+    transport: TransportName | None = None,
+) -> Dispatched:
+    """Sends each token to the ranks that hold its experts. Call it inside `jax.shard_map`.
+
+    A token goes to a rank at most once, with its ids and weights, and the scales of an fp8 payload, in
+    the same message. Every rank calls it, also one without tokens. Differentiable in x and topk_weights
+    (reverse mode): the gradient takes the way of `combine`. Deterministic: the same input gives the same
+    bits.
+
+    Args:
+        x: `[T, H]` bfloat16, float16 or float32, this rank's tokens; or (e4m3 `[T, H]`, float32 scales
+            `[T, H / 128]`), quantised by the caller.
+        topk_ids: `[T, K]` any integer dtype, global (physical) experts; outside `[0, E)` nothing is sent.
+        topk_weights: `[T, K]` floating point.
+        axis_name: the mesh axis over which experts are split, or a tuple of axes.
+        num_experts: E, a multiple of D. Static.
+        mode: "normal": rows as they come, for `permute_to_contiguous`; the caller applies the weights.
+            "low_latency": rows by expert in boxes of M; `combine` applies the weights. "auto": the latter
+            where T is at most max_low_latency_tokens. The choice is made when the program is traced.
+        max_low_latency_tokens: the largest T of "low_latency". Static.
+        payload: None sends x as it is; "fp8" sends e4m3 with one float32 scale per 128 columns, and
+            returns that. It has no gradient in x: asking for one is an error.
+        num_valid_tokens: None, an int or an integer scalar (a device value): rows from it on are padding.
+        max_tokens_per_expert: "low_latency": M; None for R, which is enough where the ids of a token are
+            distinct. With less, pairs past M are dropped: the handle's layout counts them.
+        initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them, for
+            consumers that never read them; not for training.
+        transport: None chooses by shape and platform (`select_transport` says how); or a name.
+
+    Returns:
+        `Dispatched`.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: `axis_name` is no axis of the enclosing shard_map, E is no multiple of D, T exceeds
+            max_low_latency_tokens, H is no multiple of 128 for fp8, or a shape does not fit.
+        NotImplementedError: the named transport cannot run here; a gradient of an fp8 payload.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> def double(x, ids, weights):
+        ...     got = dispatch(x, ids, weights, axis_name="ep", num_experts=2)
+        ...     return combine(2 * got.x, got.handle)
+        >>> spec = jax.sharding.PartitionSpec("ep")
+        >>> step = jax.jit(jax.shard_map(double, mesh=mesh, in_specs=spec, out_specs=spec))
+        >>> ids, weights = jnp.array([[1, 0], [1, -1]]), jnp.array([[0.5, 0.25], [1.0, 9.0]])
+        >>> step(jnp.array([[1.0], [10.0]]), ids, weights).tolist()
+        [[1.5], [20.0]]
+
+    Source: the contract of DeepEP's dispatch and low_latency_dispatch (MIT); no code taken.
+    """
+    function = "dispatch"
+    size = check_axis_size(function, axis_name)
+    group = Group(axis_name, size, check_local_experts(function, num_experts, size))
+    x, scales = check_x(function, x, payload)
+    ids = check_ids(function, topk_ids)
+    num_tokens, top_k = x.shape[0], ids.shape[1]
+    weights = check_pairs(function, ids, topk_weights, num_tokens)
+    most = _checks.check_positive_int(
+        function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
+    )
+    mode = resolve_mode(function, mode, num_tokens, most)
+    if max_tokens_per_expert is not None and mode != "low_latency":
+        rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
+        got = max_tokens_per_expert
+        raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
+    choice = choose(
+        function,
+        transport,
+        mode=mode,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_ranks=size,
+        platform=mesh_platform(),
+    )
+    info = DispatchInfo(mode, choice.transport, group, num_tokens)
+
+    with jax.named_scope(function):
+        ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
+        if payload == "fp8":
+            x, scales = message.quantize(message.without_gradient(x))
+        elif scales is not None:
+            x, scales = message.without_gradient((x, scales))
+        names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        x, scales, weights, ids = vary_together((x, scales, weights, ids), *names)
+        with jax.named_scope("plan"):
+            plan = TRANSPORTS[info.transport].plan(ids, group)
+        with jax.named_scope("send"):
+            x, scales, weights, ids = send(info, x, scales, weights, ids, plan)
+        in_use = jnp.any(ids >= 0, axis=1)
+        if mode == "normal":
+            handle = DispatchHandle(info, plan, in_use, None, None)
+            return Dispatched(x, scales, None, ids, weights, handle)
+        rows, layout = permute_to_masked(
+            (x, scales),
+            ids,
+            num_experts=group.num_local_experts,
+            max_tokens_per_expert=max_tokens_per_expert,
+            initialize=initialize,
+        )
+        handle = DispatchHandle(info, plan, in_use, layout, weights)
+        return Dispatched(*rows, layout.masked_m, None, None, handle)
+
+
+def combine(
+    y: Float[Array, "*rows hidden"], handle: DispatchHandle, *, out_dtype: Any = None
+) -> Float[Array, "num_tokens hidden"]:
+    """Brings the experts' results back to the tokens' ranks and adds them up.
+
+    "low_latency": `out[t] = sum_k topk_weights[t, k] * y(expert of (t, k))`; a rank adds its own experts in
+    float32, and sends one row per token. "normal": `out[t]` is the plain sum over the ranks that have t of
+    their rows of y, to which the caller has applied the weights. Rows travel in the dtype of y. Over
+    ranks "all_to_all" and "ragged_all_to_all" add in float32, "all_gather" in the dtype of y. Rows
+    that are not in use count as zero, whatever they hold.
+
+    Args:
+        y: "low_latency": `[e, M, H]`; "normal": `[R, H]`; floating point. H need not be that of x.
+        handle: of the `dispatch` that delivered the rows.
+        out_dtype: None for the dtype of y.
+
+    Returns:
+        `[T, H]`, this rank's tokens; zero for a token without experts.
+
+    Raises:
+        TypeError: y is not floating point, or the handle is none.
+        ValueError: y does not fit the handle.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> def add_one(x, ids, weights):
+        ...     got = dispatch(x, ids, weights, axis_name="ep", num_experts=2, mode="normal")
+        ...     return combine((got.x + 1) * got.topk_weights.sum(1, keepdims=True), got.handle)
+        >>> spec = jax.sharding.PartitionSpec("ep")
+        >>> step = jax.jit(jax.shard_map(add_one, mesh=mesh, in_specs=spec, out_specs=spec))
+        >>> step(jnp.array([[1.0]]), jnp.array([[1, 0]]), jnp.array([[0.5, 0.25]])).tolist()
+        [[1.5]]
+
+    Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.
+    """
+    function = "combine"
+    if not isinstance(handle, DispatchHandle):
+        rule, got = "be a DispatchHandle", _checks.describe(handle)
+        remedy = "Pass the handle of what dispatch returned."
+        raise TypeError(_checks.message(function, "handle", rule, got, remedy))
+    info: DispatchInfo = handle.info
+    masked = info.mode == "low_latency"
+    shape = handle.layout.pair_of_row.shape if masked else handle.in_use.shape
+    remedy = "Pass one row for each row of what dispatch returned."
+    y = check_rows(function, "y", y, shape, remedy, floating=True)
+    if y.ndim != len(shape) + 1:
+        rule, got = f"have shape {[*shape, 'H']}", _checks.describe(y)
+        raise ValueError(_checks.message(function, "y", rule, got, remedy))
+    with jax.named_scope(function):
+        if masked:
+            rows = unpermute_from_masked(y, handle.layout, handle.topk_weights)
+        else:
+            rows = jnp.where(handle.in_use[:, None], y, jnp.zeros((), y.dtype))
+        with jax.named_scope("give_back"):
+            rows, in_use, plan = vary_together((rows, handle.in_use, handle.plan))
+            out = give_back(info, rows, in_use, plan)
+        return out.astype(y.dtype if out_dtype is None else out_dtype)
+
+
+def select_transport(
+    num_tokens: int,
+    *,
+    top_k: int,
+    num_ranks: int,
+    mode: Mode = "auto",
+    max_low_latency_tokens: int = 128,
+    platform: str | None = None,
+    transport: TransportName | None = None,
+) -> TransportChoice:
+    """Which transport `dispatch` would take, and why not the others.
+
+    Args:
+        num_tokens: T, tokens per rank.
+        top_k: K.
+        num_ranks: D.
+        mode: as for `dispatch`.
+        max_low_latency_tokens: as for `dispatch`.
+        platform: "cpu" or "gpu"; None for jax's default.
+        transport: as for `dispatch`.
+
+    Returns:
+        `TransportChoice(transport, mode, reasons)`.
+
+    Raises:
+        TypeError: a size is not an int.   ValueError: a size, mode or transport is out of range.
+        NotImplementedError: the named transport cannot run there.
+
+    Example:
+        >>> select_transport(4096, top_k=8, num_ranks=8, platform="cpu").transport
+        'all_to_all'
+    """
+    function = "select_transport"
+    remedy = "Pass the static sizes of the exchange."
+    sizes = {"top_k": top_k, "num_ranks": num_ranks}
+    for argument, value in sizes.items():
+        _checks.check_positive_int(function, argument, value, remedy)
+    if num_tokens != 0:
+        _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
+    mode = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)  # type: ignore[assignment]
+    platform = platform or ("gpu" if jax.default_backend() == "gpu" else jax.default_backend())
+    return choose(function, transport, mode=mode, num_tokens=num_tokens, platform=platform, **sizes)

@@ -1,0 +1,310 @@
+"""Tokens laid out by expert, and back: the masked layout (decode) and the contiguous one (prefill).
+
+Masked: a box of M rows per expert, of which `masked_m` are in use, for a masked grouped GEMM. Contiguous:
+each expert's rows together, padded to whole GEMM blocks, with `m_indices` naming the expert of each row.
+Both orders are those of `moe_align_block_size`: by expert, then by pair, so rank-major and then by token
+for tokens gathered from several ranks. Rows move by gathers in both directions and in both gradients.
+
+T tokens, K top_k, n = T * K pairs, e (local) experts, M rows per expert, P rows, H hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from moe_align_jax import _checks, block_align
+from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
+from moe_align_jax._expert_parallel.rows import sum_rows, take_rows
+
+_I32 = jnp.int32
+
+
+class MaskedLayout(NamedTuple):
+    """Where each pair stands in the `[e, M, ...]` layout.
+
+    The example is ids `[[1, 0], [1, -1]]` with e = 2, M = 2, so n = 4:
+
+    Attributes:
+        masked_m: `[e]` int32. Rows in use = `min(tokens_per_expert, M)`. `[1, 2]`
+        tokens_per_expert: `[e]` int32. Pairs of each expert; greater than `masked_m` where rows were
+            dropped for want of room. `[1, 2]`
+        row_of_pair: `[T, K]` int32. `expert * M + i` for the i-th pair of its expert, -1 for a dropped
+            pair. `[[2, 0], [3, -1]]`
+        pair_of_row: `[e, M]` int32, its inverse; n in rows that are not in use. `[[1, 4], [0, 2]]`
+    """
+
+    masked_m: Any
+    tokens_per_expert: Any
+    row_of_pair: Any
+    pair_of_row: Any
+
+
+class ContiguousLayout(NamedTuple):
+    """Where each pair stands in the `[P, ...]` layout of padded segments.
+
+    The example is ids `[[1, 0], [1, -1]]` with e = 2 and an alignment of 2, so n = 4 and P = 6:
+
+    Attributes:
+        m_indices: `[P]` int32. The expert of each row, padding included; -1 past the last segment (and in
+            padding rows, where that was asked for). `[0, 0, 1, 1, -1, -1]`
+        group_sizes: `[e]` int32. Rows of each segment with padding, as `jax.lax.ragged_dot` wants
+            them. `[2, 2]`
+        tokens_per_expert: `[e]` int32. Pairs of each expert. `[1, 2]`
+        row_of_pair: `[T, K]` int32, -1 for a dropped pair. `[[2, 0], [3, -1]]`
+        pair_of_row: `[P]` int32, its inverse; n in padding. `[1, 4, 0, 2, 4, 4]`
+    """
+
+    m_indices: Any
+    group_sizes: Any
+    tokens_per_expert: Any
+    row_of_pair: Any
+    pair_of_row: Any
+
+
+def permute_to_masked(
+    x: PyTree,
+    topk_ids: Int[Array, "num_tokens top_k"],
+    *,
+    num_experts: int,
+    max_tokens_per_expert: int | None = None,
+    initialize: bool = True,
+) -> tuple[PyTree, MaskedLayout]:
+    """Copies each token to the box of every expert it chose: `[T, ...]` to `[e, M, ...]`.
+
+    Args:
+        x: `[T, ...]`, any dtype, or a pytree of such arrays (a payload and its scales).
+        topk_ids: `[T, K]` any integer dtype, local expert ids; outside `[0, e)` a pair is dropped.
+        num_experts: e, the (local) experts, >= 1. Static.
+        max_tokens_per_expert: M, >= 1, static; None for T (at least 1), which is enough where the ids of a
+            token are distinct. Pairs of an expert past M are dropped, the last ones first:
+            `tokens_per_expert` then exceeds `masked_m`.
+        initialize: whether rows >= `masked_m` are zero. False leaves them unwritten: their cost goes, and
+            nothing may read them, which a dense product over all rows does in its gradient. Static.
+
+    Returns:
+        (rows, layout): rows as x, each `[e, M, ...]`; a `MaskedLayout`. Row i of an expert is its i-th pair
+        in the order of `topk_ids`.
+
+    Raises:
+        TypeError: ids are not integers, or a size is not a static int.
+        ValueError: a shape does not fit, or e * M exceeds int32.
+
+    Example:
+        >>> x = jnp.array([[1.0], [2.0]])
+        >>> rows, layout = permute_to_masked(x, jnp.array([[1, 0], [1, -1]]), num_experts=2)
+        >>> rows[..., 0].tolist(), layout.masked_m.tolist()
+        ([[1.0, 0.0], [1.0, 2.0]], [1, 2])
+
+    Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
+    """
+    function = "permute_to_masked"
+    num_experts = _checks.check_num_experts(function, num_experts)
+    ids = check_ids(function, topk_ids)
+    num_tokens, top_k = ids.shape
+    x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
+    room = max(num_tokens, 1)
+    if max_tokens_per_expert is not None:
+        room = _checks.check_positive_int(
+            function, "max_tokens_per_expert", max_tokens_per_expert, "Pass the rows per expert."
+        )
+    _checks.check_fits_int32(
+        function, "max_tokens_per_expert", num_experts * room + ids.size, "a number of rows"
+    )
+
+    with jax.named_scope(function):
+        aligned = block_align.moe_align_block_size(
+            ids, block_size=1, num_experts=num_experts, return_inverse=True
+        )
+        counts = aligned.tokens_per_expert
+        first = jnp.cumsum(counts, dtype=_I32) - counts
+        masked_m = jnp.minimum(counts, _I32(room))
+        if ids.size == 0:
+            pair_of_row = jnp.zeros((num_experts, room), _I32)
+            row_of_pair = jnp.zeros((num_tokens, top_k), _I32)
+        else:
+            place = jnp.arange(room, dtype=_I32)[None]
+            pair = aligned.sorted_token_ids.at[first[:, None] + place].get(mode="clip")
+            pair_of_row = jnp.where(place < masked_m[:, None], pair, _I32(ids.size))
+            row = aligned.row_of_pair.reshape(ids.shape)
+            # A kept pair's id is in range, whatever its dtype; a dropped one's is not used.
+            expert = jnp.where(row < 0, 0, jnp.asarray(ids).astype(_I32))
+            place = row - first.at[expert].get(mode="clip")
+            kept = (row >= 0) & (place < room)
+            row_of_pair = jnp.where(kept, expert * _I32(room) + place, -1)
+        layout = MaskedLayout(masked_m, counts, row_of_pair, pair_of_row)
+
+        def permute(leaf):
+            rows = take_rows(leaf, row_of_pair, pair_of_row.reshape(-1), initialize=initialize)
+            return rows.reshape(num_experts, room, *leaf.shape[1:])
+
+        return jax.tree.map(permute, x), layout
+
+
+def unpermute_from_masked(
+    y: Float[Array, "num_experts max_tokens ..."],
+    layout: MaskedLayout,
+    topk_weights: Float[Array, "num_tokens top_k"] | None = None,
+    *,
+    out_dtype: Any = None,
+) -> Float[Array, "num_tokens ..."]:
+    """The weighted sum of each token's rows: `[e, M, ...]` to `[T, ...]`.
+
+    `out[t] = sum_k topk_weights[t, k] * y[row_of_pair[t, k]]`, in float32, k ascending; a dropped pair adds
+    zero. Rows that are not in use are not read, whatever they hold.
+
+    Args:
+        y: `[e, M, ...]` floating point, what the experts made of the rows.
+        layout: of the `permute_to_masked` that made the rows.
+        topk_weights: `[T, K]` floating point; None for ones.
+        out_dtype: None for the dtype of y.
+
+    Returns:
+        `[T, ...]`.
+
+    Raises:
+        TypeError: y or the weights are not floating point, or the layout is none.
+        ValueError: a shape does not fit the layout.
+
+    Example:
+        >>> x = jnp.array([[1.0], [2.0]])
+        >>> rows, layout = permute_to_masked(x, jnp.array([[1, 0], [1, -1]]), num_experts=2)
+        >>> weights = jnp.array([[0.5, 0.25], [3.0, 9.0]])
+        >>> unpermute_from_masked(10 * rows, layout, weights).tolist()
+        [[7.5], [60.0]]
+    """
+    function = "unpermute_from_masked"
+    check_layout(function, layout, MaskedLayout, "permute_to_masked")
+    shape = layout.pair_of_row.shape
+    y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
+    flat = y.reshape(shape[0] * shape[1], *y.shape[2:])
+    return _unpermute(function, flat, layout, topk_weights, out_dtype)
+
+
+def permute_to_contiguous(
+    x: PyTree,
+    topk_ids: Int[Array, "num_tokens top_k"],
+    *,
+    num_experts: int,
+    expert_alignment: int = 128,
+    max_num_rows: int | None = None,
+    mark_padding: bool = False,
+) -> tuple[PyTree, ContiguousLayout]:
+    """Copies each token to the segment of every expert it chose: `[T, ...]` to `[P, ...]`.
+
+    Args:
+        x: `[T, ...]`, any dtype, or a pytree of such arrays.
+        topk_ids: `[T, K]` any integer dtype, local expert ids; outside `[0, e)` a pair is dropped.
+        num_experts: e, the (local) experts, >= 1. Static.
+        expert_alignment: segments are padded to a multiple of it: the GEMM's BLOCK_M. Static.
+        max_num_rows: P, a multiple of expert_alignment, static; None for the worst case,
+            `max_num_tokens_padded(..., pad_sorted_ids=True)`. Pairs past P are dropped.
+        mark_padding: whether `m_indices` reads -1 in padding rows too. Static.
+
+    Returns:
+        (rows, layout): rows as x, each `[P, ...]`, zero in padding; a `ContiguousLayout`.
+
+    Raises:
+        TypeError: ids are not integers, or a size is not a static int.
+        ValueError: a shape or a size does not fit, or P exceeds int32.
+
+    Example:
+        >>> x = jnp.array([[1.0], [2.0]])
+        >>> ids = jnp.array([[1, 0], [1, -1]])
+        >>> rows, layout = permute_to_contiguous(x, ids, num_experts=2, expert_alignment=2)
+        >>> rows[:, 0].tolist(), layout.m_indices.tolist()
+        ([1.0, 0.0, 1.0, 2.0, 0.0, 0.0], [0, 0, 1, 1, -1, -1])
+
+    Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
+    """
+    function = "permute_to_contiguous"
+    num_experts = _checks.check_num_experts(function, num_experts)
+    alignment = _checks.check_positive_int(
+        function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
+    )
+    ids = check_ids(function, topk_ids)
+    x = check_rows(function, "x", x, ids.shape[:1], "Pass arrays of one row per token.")
+    rows = None
+    if max_num_rows is not None:
+        remedy = "Pass a multiple of expert_alignment."
+        rows = _checks.check_positive_int(function, "max_num_rows", max_num_rows, remedy)
+        if rows % alignment:
+            rule = f"be a multiple of expert_alignment ({alignment})"
+            raise ValueError(_checks.message(function, "max_num_rows", rule, rows, remedy))
+
+    with jax.named_scope(function):
+        aligned = block_align.moe_align_block_size(
+            ids,
+            block_size=alignment,
+            num_experts=num_experts,
+            pad_sorted_ids=True,
+            return_inverse=True,
+        )
+        worst = aligned.sorted_token_ids.shape[0]
+        rows = worst if rows is None else min(rows, worst)
+        pair_of_row = aligned.sorted_token_ids[:rows]
+        row = aligned.row_of_pair.reshape(ids.shape)
+        row_of_pair = jnp.where(row < rows, row, -1)
+        m_indices = jnp.repeat(
+            aligned.expert_ids[: rows // alignment], alignment, total_repeat_length=rows
+        )
+        if mark_padding:
+            m_indices = jnp.where(pair_of_row < ids.size, m_indices, -1)
+        sizes = block_align.padded_group_sizes(aligned, block_size=alignment)
+        ends = jnp.minimum(jnp.cumsum(sizes, dtype=_I32), _I32(rows))
+        sizes = jnp.diff(ends, prepend=_I32(0))
+        layout = ContiguousLayout(
+            m_indices, sizes, aligned.tokens_per_expert, row_of_pair, pair_of_row
+        )
+        return jax.tree.map(lambda leaf: take_rows(leaf, row_of_pair, pair_of_row), x), layout
+
+
+def unpermute_from_contiguous(
+    y: Float[Array, "num_rows ..."],
+    layout: ContiguousLayout,
+    topk_weights: Float[Array, "num_tokens top_k"] | None = None,
+    *,
+    out_dtype: Any = None,
+) -> Float[Array, "num_tokens ..."]:
+    """The weighted sum of each token's rows: `[P, ...]` to `[T, ...]`, as `unpermute_from_masked`.
+
+    Args:
+        y: `[P, ...]` floating point, what the experts made of the rows.
+        layout: of the `permute_to_contiguous` that made the rows.
+        topk_weights: `[T, K]` floating point; None for ones.
+        out_dtype: None for the dtype of y.
+
+    Returns:
+        `[T, ...]`.
+
+    Raises:
+        TypeError: y or the weights are not floating point, or the layout is none.
+        ValueError: a shape does not fit the layout.
+
+    Example:
+        >>> x = jnp.array([[1.0], [2.0]])
+        >>> ids = jnp.array([[1, 0], [1, -1]])
+        >>> rows, layout = permute_to_contiguous(x, ids, num_experts=2, expert_alignment=2)
+        >>> unpermute_from_contiguous(10 * rows, layout).tolist()
+        [[20.0], [20.0]]
+    """
+    function = "unpermute_from_contiguous"
+    check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
+    shape = layout.pair_of_row.shape
+    y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
+    return _unpermute(function, y, layout, topk_weights, out_dtype)
+
+
+def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any) -> jax.Array:
+    if weights is not None:
+        shape = layout.row_of_pair.shape
+        remedy = "Pass one weight per pair of topk_ids."
+        weights = check_rows(function, "topk_weights", weights, shape, remedy, floating=True)
+        if weights.ndim != 2:
+            rule = f"have shape {list(shape)}"
+            got = _checks.describe(weights)
+            raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
+    with jax.named_scope(function):
+        out = sum_rows(y, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1))
+        return out.astype(y.dtype if out_dtype is None else out_dtype)
