@@ -47,6 +47,7 @@ _MODULE_OF = {
     "rebalance_experts": "eplb",
     "record_expert_load": "expert_load",
     "select_implementation": "_dispatch",
+    "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
     "to_physical_ids": "expert_dispatch",
     "unpermute_from_contiguous": "masked_layout",

@@ -36,6 +36,12 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
         *(f"lazily moe_align_jax.{m}" for m in ("_kernels", "_reference", "_simt")),
     },
+    "moe_align_jax._quant": set(),
+    "moe_align_jax.masked_quant": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_quant", "types")),
+        *(f"lazily moe_align_jax.{m}.masked_quant" for m in ("_kernels", "_reference")),
+    },
+    "moe_align_jax._reference.masked_quant": {"moe_align_jax._quant"},
     "moe_align_jax._reference": {"moe_align_jax.types", "moe_align_jax._reference.replicas"},
     "moe_align_jax._kernels": {
         *(f"moe_align_jax.{m}" for m in ("_simt", "_tuning", "types")),
@@ -43,6 +49,10 @@ ALLOWED: dict[str, set[str]] = {
             f"moe_align_jax._kernels.block_align.{shared}"
             for shared in ("common", "counting", "placing")
         ),
+    },
+    "moe_align_jax._kernels.masked_quant": {
+        *(f"moe_align_jax.{m}" for m in ("_quant", "_simt.collectives", "_simt.language")),
+        *("moe_align_jax._kernels.masked_quant", "lazily moe_align_jax._simt.mosaic"),
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
@@ -86,7 +96,9 @@ FOREIGN: dict[str, set[str]] = {
     "torch": {"torch_bridge", "lazily benchmarks", "lazily moe_align_jax._cli"},
     "jaxlib.mlir": {"moe_align_jax._simt.mosaic"},
     "jax.experimental.mosaic": {"moe_align_jax._simt.mosaic"},
-    "jax.experimental.pallas": {"moe_align_jax._simt.mosaic"},
+    "jax.experimental.pallas": {
+        *("moe_align_jax._simt.mosaic", "moe_align_jax._kernels.masked_quant.kernel"),
+    },
     "jaxlib.version": {"lazily moe_align_jax._cli", "lazily torch_bridge.launch"},
     "jaxlib": {"moe_align_jax._simt.mosaic"},
     "jax._src": set(),
@@ -103,6 +115,7 @@ JAX_FREE = (
     "moe_align_jax.types",
     "moe_align_jax._checks",
     "moe_align_jax._tuning",
+    "moe_align_jax._quant",
     "moe_align_jax._files",
     "moe_align_jax.eplb",
 )

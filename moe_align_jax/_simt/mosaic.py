@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -297,6 +298,27 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
         kernel_name=kernel.name,
         **grid,
     )
+
+
+def inline_scalars(
+    kernel: Kernel, compute: Callable[[Simt, SimpleNamespace], Sequence[Int]], count: int, **refs: Any
+) -> list[jax.Array]:
+    """`count` int32 scalars that code of the language computes within another Pallas kernel.
+
+    `kernel` says who runs: one-dimensional in its grid, and named as the other one. Every thread of a
+    warpgroup must compute the same. `refs` are the other kernel's, int32, by name.
+    """
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=[scalar] * count)
+    def emit(_, *memrefs):
+        _name_module(kernel)
+        named = zip(refs, memrefs, strict=True)
+        r = SimpleNamespace(**{name: _Ref(m) for name, m in named})
+        values = compute(MosaicSimt(kernel), r)
+        return [mgpu.FragmentedArray.splat(_value(v), (), is_signed=True) for v in values]
+
+    return emit(*refs.values())
 
 
 def run(program: Program, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

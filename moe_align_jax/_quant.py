@@ -1,0 +1,68 @@
+"""The static description of one fused activation and quantisation. A leaf: imports nothing of ours, no jax."""
+
+from typing import Literal, NamedTuple
+
+ScaleFormat = Literal["float32", "ue8m0", "ue8m0_packed"]
+ScaleLayout = Literal["row_major", "column_major"]
+
+E4M3_MAX = 448.0
+# TMA takes rows whose pitch is a multiple of 16 bytes: 4 scales.
+COLUMN_MULTIPLE = 4
+GROUPS_PER_WORD = 4
+
+
+class MaskedQuantProblem(NamedTuple):
+    """Everything static about one `silu_and_mul_masked_quant`: the key of every cache.
+
+    Attributes:
+        num_experts: e.
+        max_rows: M, rows of each expert's part.
+        width: N, values of a result row; x has 2 N.
+        dtype: of x, "bfloat16" or "float16".
+        group_size: values that share a scale.
+        scale_format: "float32", "ue8m0" (a power of two, as float32) or "ue8m0_packed" (four exponents to
+            an int32).
+        scale_layout: "row_major" or "column_major"; packed scales are column-major.
+        swiglu_limit: bound of gate and up, None without one.
+        swiglu_alpha: None for `silu(gate) * up`; otherwise `gate * sigmoid(alpha * gate) * (up + 1)`.
+        amax_floor: the least absolute maximum of a group.
+        divide: divide by the scale, instead of multiplying by its reciprocal.
+    """
+
+    num_experts: int
+    max_rows: int
+    width: int
+    dtype: str = "bfloat16"
+    group_size: int = 128
+    scale_format: str = "float32"
+    scale_layout: str = "row_major"
+    swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
+    amax_floor: float = 1e-10
+    divide: bool = False
+
+    name = "silu_and_mul_masked_quant"
+
+    @property
+    def num_groups(self) -> int:
+        return self.width // self.group_size
+
+    @property
+    def packed(self) -> bool:
+        return self.scale_format == "ue8m0_packed"
+
+    @property
+    def scales_shape(self) -> tuple[int, int, int]:
+        if self.packed:
+            return self.num_experts, self.num_groups // GROUPS_PER_WORD, self.max_rows
+        if self.scale_layout == "column_major":
+            pitch = -(-self.max_rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+            return self.num_experts, self.num_groups, pitch
+        return self.num_experts, self.max_rows, self.num_groups
+
+    @property
+    def outputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name, shape and dtype of each result, in order."""
+        q = (self.num_experts, self.max_rows, self.width)
+        scales = "int32" if self.packed else "float32"
+        return {"q": (q, "float8_e4m3fn"), "scales": (self.scales_shape, scales)}
