@@ -23,6 +23,7 @@ FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before 
 
 # Limits of the kernels, whatever a table says.
 MAX_WARP_PAIRS = 32  # of "warp": a lane each
+MAX_COMPARED_PAIRS = 256  # of "pairs", which compares each with all
 MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
 MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
@@ -37,14 +38,14 @@ class BlockAlignMosaicConfig:
     """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
-        form: "warp", "block", "cluster", "grid", "radix" or "batched": a file of `_kernels/block_align`.
+        form: "warp", "pairs", "block", "cluster", "grid", "radix" or "batched": a file of `_kernels/block_align`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("cluster", "grid", "radix").
         local_sort: sort each tile by expert in shared memory before it is written ("cluster", "grid").
         cluster: CTAs that add up their histograms through each other's shared memory, a power of two up
             to 8; 1 for none ("grid", "radix").
-        cells_per_cta: rows of output that make another CTA worth its launch ("warp", "block", "batched").
+        cells_per_cta: rows of output that make another CTA worth its launch ("warp", "pairs", "block", "batched").
     """
 
     form: str
@@ -137,6 +138,8 @@ def refusal(
         return f"the form must be one of {sorted(_FITS)}; got {form!r}"
     if form == "warp" and (num_pairs is None or num_pairs > MAX_WARP_PAIRS):
         return f"'warp' must end at {MAX_WARP_PAIRS} pairs; got {num_pairs}"
+    if form == "pairs" and (num_pairs is None or num_pairs > MAX_COMPARED_PAIRS):
+        return f"'pairs' must end at {MAX_COMPARED_PAIRS} pairs; got {num_pairs}"
     if form in WITH_HISTOGRAMS and (last_expert is None or last_expert > MAX_HISTOGRAM_EXPERTS):
         return f"{form!r} must end at {MAX_HISTOGRAM_EXPERTS} experts; got {last_expert}"
     if form == "cluster":
@@ -291,6 +294,10 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
         config = BlockAlignMosaicConfig(
             form="warp", num_warpgroups=1, num_ctas=64, cells_per_cta=8192
         )
+    elif num_experts > MAX_HISTOGRAM_EXPERTS and num_pairs <= MAX_COMPARED_PAIRS:
+        config = BlockAlignMosaicConfig(
+            form="pairs", num_warpgroups=4, num_ctas=64, cells_per_cta=8192
+        )
     elif num_experts > MAX_HISTOGRAM_EXPERTS:
         config = BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=128, rounds=8)
     elif num_pairs <= MAX_BLOCK_PAIRS:
@@ -331,6 +338,11 @@ def _fit_warp(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicC
     # 128 threads write 2K cells in a few rounds; more cells take more CTAs.
     ctas = max(problem.capacity, problem.num_experts) // config.cells_per_cta
     return dataclasses.replace(config, num_ctas=min(config.num_ctas, max(1, ctas)))
+
+
+def _fit_pairs(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    groups = max(config.num_warpgroups, _cdiv(_power_of_two(problem.num_pairs), 128))
+    return dataclasses.replace(_fit_warp(config, problem), num_warpgroups=groups)
 
 
 def _fit_block(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
@@ -386,6 +398,7 @@ def _fit_batched(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosa
 
 _FITS = {
     "warp": _fit_warp,
+    "pairs": _fit_pairs,
     "block": _fit_block,
     "cluster": _fit_cluster,
     "grid": _fit_grid,

@@ -72,6 +72,27 @@ MUTANTS = (
         "pass",
     ),
     _form(
+        "pairs: the others are read before all are there",
+        "pairs",
+        BLOCK_SYNC,
+        "pass",
+        after="counts.fill(r.tokens_per_expert, 0, vector=vector)",
+    ),
+    _form(
+        "pairs: sizes are read before all are there",
+        "pairs",
+        BLOCK_SYNC,
+        WARP_SYNC,
+        after="t.store(r.padded, pair, t.select(first, common.padded(same, block_size), 0))",
+    ),
+    _form(
+        "pairs: equal pairs after one's own are before it",
+        "pairs",
+        "rank = count([c & (j < pair) for c, j in zip(equal, others, strict=True)])",
+        "rank = count([c & (j <= pair) for c, j in zip(equal, others, strict=True)])",
+        kills="wrong",
+    ),
+    _form(
         "block: no barrier after the fills",
         "block",
         BLOCK_SYNC,

@@ -134,6 +134,7 @@ def test_the_selection_covers_every_size_form_and_pair_of_options():
     chosen = cases.all_cases()
     assert {case.form for case in chosen} == {
         "warp",
+        "pairs",
         "block",
         "cluster",
         "grid",

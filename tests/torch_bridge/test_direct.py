@@ -77,7 +77,7 @@ def test_sized_program_gives_the_exact_result(n, num_experts, block_size, option
 
 def test_every_form_is_among_the_sizes():
     forms = {_tuning.config_for(sized_problem(*size, {})).form for size in SIZES}
-    assert forms == {"warp", "block", "cluster", "grid", "radix"}
+    assert forms == {"warp", "pairs", "block", "cluster", "grid", "radix"}
 
 
 @pytest.mark.parametrize("n", [3, 100, 2500])

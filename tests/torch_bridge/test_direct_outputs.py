@@ -114,14 +114,14 @@ def test_lengths_that_do_not_fit_together_are_filled_after_the_launch(
     assert (longer[len(shorter) :] == -1).all()
 
 
-FORMS = [(20, 16, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 5000, 4)]
+FORMS = [(20, 16, 8), (100, 3000, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 5000, 4)]
 
 
 def test_those_forms_are_all_there_are():
     configs = [
         _tuning.config_for(direct_call.sized(n, e, b, torch.int32)).form for n, e, b in FORMS
     ]
-    assert configs == ["warp", "block", "cluster", "grid", "radix"]
+    assert configs == ["warp", "pairs", "block", "cluster", "grid", "radix"]
 
 
 @pytest.mark.parametrize(("n", "num_experts", "block_size"), FORMS)

@@ -60,5 +60,3 @@ def config_for(problem: MaskedQuantProblem) -> Config:
         tile = 1
     tiles = problem.num_experts * problem.max_rows * -(-groups // tile)
     return Config(tile, max(1, min(tiles, _NUM_SMS * _CTAS_PER_SM)))
-
-
