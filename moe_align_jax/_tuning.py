@@ -38,14 +38,16 @@ class BlockAlignMosaicConfig:
     """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
-        form: "warp", "pairs", "block", "cluster", "grid", "radix" or "batched": a file of `_kernels/block_align`.
+        form: "warp", "pairs", "block", "cluster", "grid", "radix" or "batched": a file of
+            `_kernels/block_align`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("cluster", "grid", "radix").
         local_sort: sort each tile by expert in shared memory before it is written ("cluster", "grid").
         cluster: CTAs that add up their histograms through each other's shared memory, a power of two up
             to 8; 1 for none ("grid", "radix").
-        cells_per_cta: rows of output that make another CTA worth its launch ("warp", "pairs", "block", "batched").
+        cells_per_cta: rows of output that make another CTA worth its launch ("warp", "pairs", "block",
+            "batched").
     """
 
     form: str
