@@ -1,5 +1,6 @@
 """What the forms of the alignment share: reading a pair's expert, naming a block, placing a pair."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax.types import HASH_MULTIPLIER, LAUNCH_SIZES, AlignProblem
+
+_MOST_HELD = 8  # words of an expert map in each lane
 
 
 def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
@@ -95,12 +98,43 @@ def _replica(t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expe
     return t.load(r.logical_to_physical_map, expert * problem.replica_width + turn)
 
 
+type ReadMap = Callable[[Int], Int]  # expert_map of an expert within [0, E)
+
+
+def map_from_lanes(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> ReadMap | None:
+    """A small expert map, held by the lanes of each warp: its loads do not wait for the ids, which saves a
+    trip to L2 where little else is done. None without a map, or for a larger one."""
+    num_experts = problem.num_experts
+    if not problem.expert_map or num_experts > _MOST_HELD * WARP:
+        return None
+    lane = t.thread_id() & (WARP - 1)
+    held = []
+    for start in range(0, num_experts, WARP):
+        at = lane + start
+        held.append(t.load(r.expert_map, t.select(at < num_experts, at, 0)))
+
+    def look(expert: Int) -> Int:
+        found, group = t.shfl(held[0], expert & (WARP - 1)), expert >> 5
+        for k, words in enumerate(held[1:], start=1):
+            found = t.select(group.eq(k), t.shfl(words, expert & (WARP - 1)), found)
+        return found
+
+    return look
+
+
 def read_expert(
-    t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int, limit: Int | None
+    t: Simt,
+    r: SimpleNamespace,
+    problem: AlignProblem,
+    sizes: Sizes,
+    pair: Int,
+    limit: Int | None,
+    read_map: ReadMap | None = None,
 ) -> Int:
     """The group that a pair is counted in, -1 where it is dropped or past the end.
 
     Loads are unconditional (past the end: of pair 0), so that the loads of several rounds overlap.
+    `read_map`: from `map_from_lanes`; whole warps call then.
     """
     num_experts = problem.num_experts
     inside = pair.below(sizes.num_pairs)
@@ -120,18 +154,25 @@ def read_expert(
         expert = _replica(t, r, problem, pair, t.select(kept, expert, 0))
         kept = kept & expert.below(num_experts)
     if problem.expert_map == "filter":
-        expert = t.load(r.expert_map, t.select(kept, expert, 0))
+        safe = t.select(kept, expert, 0)
+        expert = read_map(safe) if read_map else t.load(r.expert_map, safe)
         kept = kept & expert.below(num_experts)
     return t.select(kept, expert, -1)
 
 
-def block_label(t: Simt, r: SimpleNamespace, problem: AlignProblem, expert: Int) -> Int:
+def block_label(
+    t: Simt,
+    r: SimpleNamespace,
+    problem: AlignProblem,
+    expert: Int,
+    read_map: ReadMap | None = None,
+) -> Int:
     """What `expert_ids` says of a block of `expert` (>= 0)."""
     if problem.minus_one:
         return expert - 1
     if problem.expert_map != "label":
         return expert
-    local = t.load(r.expert_map, expert)
+    local = read_map(expert) if read_map else t.load(r.expert_map, expert)
     return t.select(local.below(problem.num_experts), local, -1)
 
 

@@ -23,9 +23,10 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         n = sizes.num_pairs
         t.grid_dependency_wait()
         t.launch_dependents()
-        expert = common.read_expert(t, r, problem, sizes, lane, common.pair_limit(t, r, problem))
+        limit, read_map = common.pair_limit(t, r, problem), common.map_from_lanes(t, r, problem)
+        expert = common.read_expert(t, r, problem, sizes, lane, limit, read_map)
         kept = expert >= 0
-        label = common.block_label(t, r, problem, t.select(kept, expert, 0))
+        label = common.block_label(t, r, problem, t.select(kept, expert, 0), read_map)
 
         rows = common.Slice(t, sizes.capacity)
         blocks = common.Slice(t, sizes.num_blocks)
