@@ -151,21 +151,21 @@ def dispatch(
     most = _checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
     )
-    mode = resolve_mode(function, mode, num_tokens, most)
-    if max_tokens_per_expert is not None and mode != "low_latency":
+    chosen = resolve_mode(function, mode, num_tokens, most)
+    if max_tokens_per_expert is not None and chosen != "low_latency":
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
         got = max_tokens_per_expert
         raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
     choice = choose(
         function,
         transport,
-        mode=mode,
+        mode=chosen,
         num_tokens=num_tokens,
         top_k=top_k,
         num_ranks=size,
         platform=mesh_platform(),
     )
-    info = DispatchInfo(mode, choice.transport, group, num_tokens)
+    info = DispatchInfo(chosen, choice.transport, group, num_tokens)
 
     with jax.named_scope(function):
         ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
@@ -180,10 +180,10 @@ def dispatch(
         with jax.named_scope("send"):
             x, scales, weights, ids = send(info, x, scales, weights, ids, plan)
         in_use = jnp.any(ids >= 0, axis=1)
-        if mode == "normal":
+        if chosen == "normal":
             handle = DispatchHandle(info, plan, in_use, None, None)
             return Dispatched(x, scales, None, ids, weights, handle)
-        rows, layout = permute_to_masked(
+        (x, scales), layout = permute_to_masked(
             (x, scales),
             ids,
             num_experts=group.num_local_experts,
@@ -191,7 +191,7 @@ def dispatch(
             initialize=initialize,
         )
         handle = DispatchHandle(info, plan, in_use, layout, weights)
-        return Dispatched(*rows, layout.masked_m, None, None, handle)
+        return Dispatched(x, scales, layout.masked_m, None, None, handle)
 
 
 def combine(
@@ -292,6 +292,8 @@ def select_transport(
         _checks.check_positive_int(function, argument, value, remedy)
     if num_tokens != 0:
         _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
-    mode = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)  # type: ignore[assignment]
+    chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
     platform = platform or ("gpu" if jax.default_backend() == "gpu" else jax.default_backend())
-    return choose(function, transport, mode=mode, num_tokens=num_tokens, platform=platform, **sizes)
+    return choose(
+        function, transport, mode=chosen, num_tokens=num_tokens, platform=platform, **sizes
+    )

@@ -8,6 +8,7 @@ for tokens gathered from several ranks. Rows move by gathers in both directions 
 T tokens, K top_k, n = T * K pairs, e (local) experts, M rows per expert, P rows, H hidden.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +114,15 @@ def permute_to_masked(
         function, "max_tokens_per_expert", num_experts * room + ids.size, "a number of rows"
     )
 
-    with jax.named_scope(function):
+    ids = block_align._narrow_on_host(ids, num_experts)
+    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "room", "initialize"))
+def _to_masked(
+    x: Any, ids: jax.Array, *, num_experts: int, room: int, initialize: bool
+) -> tuple[Any, MaskedLayout]:
+    with jax.named_scope("permute_to_masked"):
         aligned = block_align.moe_align_block_size(
             ids, block_size=1, num_experts=num_experts, return_inverse=True
         )
@@ -122,23 +131,23 @@ def permute_to_masked(
         masked_m = jnp.minimum(counts, _I32(room))
         if ids.size == 0:
             pair_of_row = jnp.zeros((num_experts, room), _I32)
-            row_of_pair = jnp.zeros((num_tokens, top_k), _I32)
+            row_of_pair = jnp.zeros(ids.shape, _I32)
         else:
             place = jnp.arange(room, dtype=_I32)[None]
             pair = aligned.sorted_token_ids.at[first[:, None] + place].get(mode="clip")
             pair_of_row = jnp.where(place < masked_m[:, None], pair, _I32(ids.size))
             row = aligned.row_of_pair.reshape(ids.shape)
             # A kept pair's id is in range, whatever its dtype; a dropped one's is not used.
-            expert = jnp.where(row < 0, 0, jnp.asarray(ids).astype(_I32))
+            expert = jnp.where(row < 0, 0, ids.astype(_I32))
             place = row - first.at[expert].get(mode="clip")
             kept = (row >= 0) & (place < room)
             row_of_pair = jnp.where(kept, expert * _I32(room) + place, -1)
-        layout = MaskedLayout(masked_m, counts, row_of_pair, pair_of_row)
 
         def permute(leaf):
             rows = take_rows(leaf, row_of_pair, pair_of_row.reshape(-1), initialize=initialize)
             return rows.reshape(num_experts, room, *leaf.shape[1:])
 
+        layout = MaskedLayout(masked_m, counts, row_of_pair, pair_of_row)
         return jax.tree.map(permute, x), layout
 
 
@@ -233,7 +242,27 @@ def permute_to_contiguous(
             rule = f"be a multiple of expert_alignment ({alignment})"
             raise ValueError(_checks.message(function, "max_num_rows", rule, rows, remedy))
 
-    with jax.named_scope(function):
+    return _to_contiguous(
+        x,
+        block_align._narrow_on_host(ids, num_experts),
+        num_experts=num_experts,
+        alignment=alignment,
+        limit=rows,
+        mark_padding=bool(mark_padding),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "alignment", "limit", "mark_padding"))
+def _to_contiguous(
+    x: Any,
+    ids: jax.Array,
+    *,
+    num_experts: int,
+    alignment: int,
+    limit: int | None,
+    mark_padding: bool,
+) -> tuple[Any, ContiguousLayout]:
+    with jax.named_scope("permute_to_contiguous"):
         aligned = block_align.moe_align_block_size(
             ids,
             block_size=alignment,
@@ -242,21 +271,19 @@ def permute_to_contiguous(
             return_inverse=True,
         )
         worst = aligned.sorted_token_ids.shape[0]
-        rows = worst if rows is None else min(rows, worst)
+        rows = worst if limit is None else min(limit, worst)
         pair_of_row = aligned.sorted_token_ids[:rows]
         row = aligned.row_of_pair.reshape(ids.shape)
         row_of_pair = jnp.where(row < rows, row, -1)
-        m_indices = jnp.repeat(
-            aligned.expert_ids[: rows // alignment], alignment, total_repeat_length=rows
-        )
+        blocks = aligned.expert_ids[: rows // alignment]
+        m_indices = jnp.broadcast_to(blocks[:, None], (blocks.size, alignment)).reshape(-1)
         if mark_padding:
             m_indices = jnp.where(pair_of_row < ids.size, m_indices, -1)
         sizes = block_align.padded_group_sizes(aligned, block_size=alignment)
         ends = jnp.minimum(jnp.cumsum(sizes, dtype=_I32), _I32(rows))
         sizes = jnp.diff(ends, prepend=_I32(0))
-        layout = ContiguousLayout(
-            m_indices, sizes, aligned.tokens_per_expert, row_of_pair, pair_of_row
-        )
+        counts = aligned.tokens_per_expert
+        layout = ContiguousLayout(m_indices, sizes, counts, row_of_pair, pair_of_row)
         return jax.tree.map(lambda leaf: take_rows(leaf, row_of_pair, pair_of_row), x), layout
 
 
@@ -305,6 +332,12 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
             rule = f"have shape {list(shape)}"
             got = _checks.describe(weights)
             raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
-    with jax.named_scope(function):
-        out = sum_rows(y, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1))
-        return out.astype(y.dtype if out_dtype is None else out_dtype)
+    out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
+    rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
+    return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "out_dtype"))
+def _sum(y, weights, row_of_pair, pair_of_row, *, name: str, out_dtype: Any) -> jax.Array:
+    with jax.named_scope(name):
+        return sum_rows(y, weights, row_of_pair, pair_of_row).astype(out_dtype)

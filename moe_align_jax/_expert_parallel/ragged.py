@@ -118,5 +118,5 @@ def exchange(
 ) -> jax.Array:
     """One ragged_all_to_all into zeros of the given shape."""
     out = jnp.zeros(shape, rows.dtype)
-    rows, out, *where = vary_together((rows, out, *where))
-    return lax.ragged_all_to_all(rows, out, *where, axis_name=group.axis_name)
+    rows, out, *placed = vary_together((rows, out, *where))
+    return lax.ragged_all_to_all(rows, out, *placed, axis_name=group.axis_name)

@@ -18,7 +18,7 @@ from moe_align_jax._expert_parallel.axes import vary_together
 
 def accumulator(dtype: Any) -> Any:
     """float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def take_rows(
@@ -34,7 +34,7 @@ def take_rows(
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _take(x, row_of_pair, pair_of_row, initialize)
-    return _take_rows(*vary_together((x, row_of_pair, pair_of_row)), initialize)
+    return _take_rows(initialize, *vary_together((x, row_of_pair, pair_of_row)))
 
 
 def sum_rows(
@@ -126,10 +126,6 @@ def _sum_rows_backward(saved, d_out):
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
-def _take_rows(x, row_of_pair, pair_of_row, initialize):
-    return _take_rows_vjp(initialize, x, row_of_pair, pair_of_row)
-
-
 def _take_rows_body(initialize, x, row_of_pair, pair_of_row):
     return _take(x, row_of_pair, pair_of_row, initialize)
 
@@ -143,5 +139,5 @@ def _take_rows_backward(initialize, row_of_pair, d_rows):
     return _sum(d_rows, None, row_of_pair).astype(d_rows.dtype), None, None
 
 
-_take_rows_vjp = jax.custom_vjp(_take_rows_body, nondiff_argnums=(0,))
-_take_rows_vjp.defvjp(_take_rows_forward, _take_rows_backward)
+_take_rows = jax.custom_vjp(_take_rows_body, nondiff_argnums=(0,))
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
