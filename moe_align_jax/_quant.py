@@ -1,4 +1,4 @@
-"""The static description of one fused activation and quantisation. A leaf: imports nothing of ours, no jax."""
+"""The static description of one fused activation and quantisation. Imports nothing of ours and no jax."""
 
 from typing import Literal, NamedTuple
 

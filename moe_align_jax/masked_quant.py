@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
@@ -20,6 +20,8 @@ from moe_align_jax.types import Implementation, Selection
 _FORMATS = ("float32", "ue8m0", "ue8m0_packed")
 _LAYOUTS = ("row_major", "column_major")
 _DTYPES = ("bfloat16", "float16")
+# Below, the reciprocal of a scale could overflow.
+_LEAST_FLOOR = 1e-30
 
 
 def silu_and_mul_masked_quant(
@@ -247,7 +249,8 @@ def make_problem(
         rule, got = "be a static bool", _checks.describe(divide)
         remedy = "Pass True or False."
         raise TypeError(_checks.message(function, "divide", rule, got, remedy))
-    floor = _check_number(function, "amax_floor", amax_floor, "be positive", lambda v: v > 0)
+    rule = f"be at least {_LEAST_FLOOR}"
+    floor = _check_number(function, "amax_floor", amax_floor, rule, lambda v: v >= _LEAST_FLOOR)
     limit, alpha = swiglu_limit, swiglu_alpha
     if limit is not None:
         rule = "be None or at least 0"
@@ -299,8 +302,19 @@ masked_quant_p.multiple_results = True
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
 def _run(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
     with jax.named_scope(problem.name):
+        if implementation == "emulator" and x.size:
+            # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
+            return _emulate(problem, x, masked_m)
         operands = _dispatch._vary_together([x, masked_m])
         return tuple(masked_quant_p.bind(*operands, problem=problem, implementation=implementation))
+
+
+def _emulate(problem: MaskedQuantProblem, x, masked_m):
+    from moe_align_jax._kernels import masked_quant as kernels
+
+    if reason := kernels.unsupported(problem):
+        raise _dispatch._not_implemented(problem.name, "emulator", reason)
+    return tuple(kernels.run(problem, x, masked_m, interpret=True))
 
 
 @masked_quant_p.def_abstract_eval
@@ -343,14 +357,14 @@ def _choose(
 
 def _lower(platform: str, ctx, x, masked_m, *, problem: MaskedQuantProblem, implementation):
     choice = _choose(problem.name, problem, platform, implementation)
-    if choice == "xla" or not all(problem.outputs["q"][0]):
+    if choice != "mosaic_gpu" or not math.prod(problem.outputs["q"][0]):  # nothing to launch for
         from moe_align_jax._reference import masked_quant as reference
 
         call = functools.partial(reference.masked_quant, problem)
     else:
         from moe_align_jax._kernels import masked_quant as kernels
 
-        call = functools.partial(kernels.run, problem, interpret=choice == "emulator")
+        call = functools.partial(kernels.run, problem)
     return mlir.lower_fun(call, multiple_results=True)(ctx, x, masked_m)
 
 
@@ -376,3 +390,14 @@ def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementatio
 
 
 batching.primitive_batchers[masked_quant_p] = _batching_rule
+
+
+def _jvp_rule(primals, tangents, **params):
+    del primals, tangents, params
+    remedy = "Quantise what needs no gradient, or pass jax.lax.stop_gradient(x)."
+    name = MaskedQuantProblem.name
+    message = _checks.message(name, "x", "not be differentiated", "a tangent", remedy)
+    raise NotImplementedError(message)
+
+
+ad.primitive_jvps[masked_quant_p] = _jvp_rule

@@ -45,7 +45,7 @@ def round_to(values: jax.Array, dtype) -> jax.Array:
 def power_of_two_above(scale: jax.Array) -> jax.Array:
     """2**ceil(log2(scale)) of positive float32, by its bits: the exponent, plus one above a power of two."""
     bits = lax.bitcast_convert_type(scale, jnp.int32)
-    exponent = (bits >> _EXPONENT_BITS) + ((bits & _MANTISSA) != 0)
+    exponent = (bits >> _EXPONENT_BITS) + ((bits & _MANTISSA) != 0).astype(jnp.int32)
     exponent = jnp.clip(exponent, 1, 254)
     return lax.bitcast_convert_type(exponent << _EXPONENT_BITS, jnp.float32)
 
@@ -66,7 +66,7 @@ def masked_quant(
     scale = group_scale(problem, jnp.max(jnp.abs(values), axis=-1))
     scaled = values / scale[..., None] if problem.divide else values * (1.0 / scale)[..., None]
     q = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-    valid = jnp.arange(rows, dtype=jnp.int32) < masked_m.astype(jnp.int32)[:, None]
+    valid = jnp.arange(rows, dtype=jnp.int32)[None] < masked_m.astype(jnp.int32)[:, None]
     q = jnp.where(valid[..., None, None], q, jnp.zeros((), q.dtype))
     return q.reshape(experts, rows, problem.width), _stored(problem, scale, valid)
 
@@ -78,7 +78,7 @@ def _stored(problem: MaskedQuantProblem, scale: jax.Array, valid: jax.Array) -> 
         exponent = jnp.where(valid[..., None], exponent, 0)
         word = exponent.reshape(*exponent.shape[:2], -1, GROUPS_PER_WORD)
         shift = jnp.arange(GROUPS_PER_WORD, dtype=jnp.int32) * 8
-        return jnp.sum(word << shift, axis=-1, dtype=jnp.int32).transpose(0, 2, 1)
+        return jnp.sum(word << shift[None, None, None], axis=-1, dtype=jnp.int32).transpose(0, 2, 1)
     scale = jnp.where(valid[..., None], scale, jnp.float32(0))
     if problem.scale_layout == "row_major":
         return scale

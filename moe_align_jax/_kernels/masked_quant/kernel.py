@@ -1,8 +1,8 @@
 """The kernel of silu_and_mul_masked_quant, in Pallas Mosaic GPU.
 
-Work is cut into tiles, each so many groups of one valid row, that a CTA of one warpgroup does at a time. CTAs take
-equal shares of the tiles of all experts, in order of (expert, row, tile): few experts with many rows keep as
-many CTAs busy as many with few do.
+Work is cut into tiles, each so many groups of one valid row, which a CTA of one warpgroup does one by one.
+CTAs take equal shares of the tiles of all experts, in order of (expert, row, tile): few experts with many rows
+keep as many CTAs busy as many with few do.
 
 Reads 4 N bytes and writes N + 4 N / 128 per valid row, each once. No other row is read or written, nothing is
 atomic, and the result does not depend on the shares. Needs sm_90: e4m3 conversions, bfloat16 products.
@@ -31,7 +31,7 @@ _BIAS = 127
 
 
 def _layout(tile: int) -> Any:
-    """Where the values `[tile, 128]` lie among 4 warps. All of a group is in one of them, where that can be."""
+    """Where the values `[tile, 128]` lie among 4 warps: all of a group in one of them, where that can be."""
     if tile % 8 == 0:  # 2 groups to a warp, 16 lanes of 8 values: 16-byte loads
         tiling = plgpu.Tiling(((8, GROUP), (2, GROUP), (8,)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -223,14 +223,9 @@ def _activation(
         bound = _F32(float(jnp.dtype(dtype).type(limit)))
         gate, up = jnp.minimum(gate, bound), _clip(up.astype(_F32), bound).astype(dtype)
     silu = gate * (1.0 / (1.0 + jnp.exp(-gate)))
-    if interpret:  # the interpreter's XLA would leave out roundings between two dtypes
-        return _round_to(dtype, _round_to(dtype, silu) * up.astype(_F32))
-    return (silu.astype(dtype) * up).astype(_F32)
-
-
-def _round_to(dtype: Any, x: jax.Array) -> jax.Array:
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    # The interpreter's XLA would leave out roundings between two operations.
+    keep = lax.optimization_barrier if interpret else lambda x: x
+    return keep(keep(silu.astype(dtype)) * up).astype(_F32)
 
 
 def _clip(x: jax.Array, bound: Any) -> jax.Array:
