@@ -37,9 +37,10 @@ def round_to(values: jax.Array, dtype) -> jax.Array:
     rounded = lax.reduce_precision(values, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     if info.nexp == jnp.finfo(jnp.float32).nexp:
         return rounded
-    # Below its normal numbers reduce_precision gives 0. Here they lie 2**-24 apart, as float32 at 0.75 do.
-    tiny = jnp.float32(info.tiny)
-    return jnp.where(jnp.abs(values) < tiny, (values + 0.75) - 0.75, rounded)
+    # Below its normal numbers, where values lie evenly, reduce_precision gives 0.
+    step = jnp.float32(info.smallest_subnormal)
+    even = lax.round(values / step, lax.RoundingMethod.TO_NEAREST_EVEN) * step
+    return jnp.where(jnp.abs(values) < jnp.float32(info.tiny), even, rounded)
 
 
 def power_of_two_above(scale: jax.Array) -> jax.Array:

@@ -301,7 +301,10 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
 
 
 def inline_scalars(
-    kernel: Kernel, compute: Callable[[Simt, SimpleNamespace], Sequence[Int]], count: int, **refs: Any
+    kernel: Kernel,
+    compute: Callable[[Simt, SimpleNamespace], Sequence[Int]],
+    count: int,
+    **refs: Any,
 ) -> list[jax.Array]:
     """`count` int32 scalars that code of the language computes within another Pallas kernel.
 

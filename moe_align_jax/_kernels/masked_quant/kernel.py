@@ -1,8 +1,8 @@
 """The kernel of silu_and_mul_masked_quant, in Pallas Mosaic GPU.
 
 Work is cut into tiles, each so many groups of one valid row, which a CTA of one warpgroup does one by one.
-CTAs take equal shares of the tiles of all experts, in order of (expert, row, tile): few experts with many rows
-keep as many CTAs busy as many with few do.
+CTAs take equal shares of the tiles of all experts, in order of (expert, row, tile): few experts with many
+rows keep as many CTAs busy as many with few do.
 
 Reads 4 N bytes and writes N + 4 N / 128 per valid row, each once. No other row is read or written, nothing is
 atomic, and the result does not depend on the shares. Needs sm_90: e4m3 conversions, bfloat16 products.
