@@ -311,7 +311,7 @@ def inline_scalars(
     `kernel` says who runs: one-dimensional in its grid, and named as the other one. Every thread of a
     warpgroup must compute the same. `refs` are the other kernel's, int32, by name.
     """
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=[scalar] * count)
     def emit(_, *memrefs):
@@ -321,7 +321,8 @@ def inline_scalars(
         values = compute(MosaicSimt(kernel), r)
         return [mgpu.FragmentedArray.splat(_value(v), (), is_signed=True) for v in values]
 
-    return emit(*refs.values())
+    scalars: Any = emit(*refs.values())
+    return scalars
 
 
 def run(program: Program, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
