@@ -88,8 +88,8 @@ MUTANTS = (
     _form(
         "pairs: equal pairs after one's own are before it",
         "pairs",
-        "rank = count([c & (j < pair) for c, j in zip(equal, others, strict=True)])",
-        "rank = count([c & (j <= pair) for c, j in zip(equal, others, strict=True)])",
+        "rank = rank + t.select(equal & (j < pair), 1, 0)",
+        "rank = rank + t.select(equal & (j <= pair), 1, 0)",
         kills="wrong",
     ),
     _form(

@@ -39,11 +39,6 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 distance *= 2
             return x
 
-        def count(conditions: list[Int], values: list[Int] | None = None) -> Int:
-            ones = values or [t.const(1)] * looks
-            terms = [t.select(c, v, 0) for c, v in zip(conditions, ones, strict=True)]
-            return over_parts(sum(terms, t.const(0)))
-
         t.grid_dependency_wait()
         t.launch_dependents()
         limit = common.pair_limit(t, r, problem)
@@ -63,17 +58,24 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             counts.fill(r.tokens_per_expert, 0, vector=vector)
         t.block_sync()
 
-        expert_of = [t.load(r.experts, j) for j in others]
-        equal = [e.eq(expert) for e in expert_of]
-        same = count(equal)
-        rank = count([c & (j < pair) for c, j in zip(equal, others, strict=True)])
+        # Sums as they go: lists of 64 values would not fit into registers.
+        zero = t.const(0)
+        same, rank = zero, zero
+        for j in others:
+            equal = t.load(r.experts, j).eq(expert)
+            same = same + t.select(equal, 1, 0)
+            rank = rank + t.select(equal & (j < pair), 1, 0)
+        same, rank = over_parts(same), over_parts(rank)
         first = kept & rank.eq(0)
         with t.if_(mine):
             t.store(r.padded, pair, t.select(first, common.padded(same, block_size), 0))
         t.block_sync()
-        padded = [t.load(r.padded, j) for j in others]
-        row = rank + count([e < expert for e in expert_of], padded)
-        total = over_parts(sum(padded, t.const(0)))
+        start, total = zero, zero
+        for j in others:
+            size = t.load(r.padded, j)
+            start = start + t.select(t.load(r.experts, j) < expert, size, 0)
+            total = total + size
+        row, total = over_parts(start) + rank, over_parts(total)
 
         chosen = mine & kept
         with rows.holding(row, chosen):

@@ -15,6 +15,7 @@ from moe_align_jax.types import AlignProblem
 _HALF = 16  # a column and a rank (or a place in the tile) share a word
 _LOW = (1 << _HALF) - 1
 _MOST_WORDS = 40  # that a thread keeps in registers: its pairs, the warps' counts of its experts
+_LOADS_AT_ONCE = 16  # of the warps' counts, where they are read again
 _WRITE_ROUNDS = 4  # loads of a tile in flight at a time when it is written
 
 
@@ -174,14 +175,16 @@ class Placer:
 
         def scan() -> Int:
             cells, running = self._cells(k), start
-            counts = (
-                [t.load(r.histogram, cell) for cell in cells]
-                if tile.by_warp is None
-                else tile.by_warp[k]
-            )
-            for cell, count in zip(cells, counts, strict=True):
-                t.store(r.histogram, cell, running)
-                running = running + count
+            for first in range(0, len(cells), _LOADS_AT_ONCE):
+                some = cells[first : first + _LOADS_AT_ONCE]
+                counts = (
+                    [t.load(r.histogram, cell) for cell in some]
+                    if tile.by_warp is None
+                    else tile.by_warp[k][first : first + _LOADS_AT_ONCE]
+                )
+                for cell, count in zip(some, counts, strict=True):
+                    t.store(r.histogram, cell, running)
+                    running = running + count
             return running - start
 
         return t.value_if(self.valid[k], scan, 0)
