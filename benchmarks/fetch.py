@@ -2,7 +2,7 @@
 
 With vLLM's comes the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run.
 
-python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [--folder .peers]
+python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [--folder .peers]
 
 vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
 Only these files are kept (about 45 and 20 MB); the wheels are several times larger.
@@ -51,6 +51,16 @@ WHEELS = {
         "sglang/kernels/ops/moe/moe_align_small_numel.py",
         "sgl_small.py",
         replace=(r"(?m)^from sglang\S* import is_arch_support_pdl$", "is_arch_support_pdl = bool"),
+    ),
+    # Its Triton kernels of the masked layout, for benchmarks.masked_quant: what they use is torch and triton.
+    "sglang_masked": Wheel(
+        "sglang==0.5.23",
+        "sglang/kernels/ops/moe/ep_moe_kernels.py",
+        "sgl_masked.py",
+        replace=(
+            r"(?s)from sglang\.srt\.environ import.*?(?=import triton\.language as tl)",
+            "",
+        ),
     ),
     # Its Triton kernel that maps and counts expert ids, for benchmarks.expert_load.
     "sglang_eplb": Wheel(
