@@ -122,19 +122,20 @@ def main() -> None:
         mesh, top_k=options.top_k, mode=options.mode, transport=options.transport
     )
 
-    def loss(params, x):
-        return jnp.mean(layer(params, x) ** 2)
+    def loss(layer, params, x):
+        y = layer(params, x)
+        return jnp.mean(y**2), y
 
-    def dense_loss(params, x):
-        return jnp.mean(dense_moe_layer(params, x, top_k=options.top_k) ** 2)
+    def step(layer):
+        """`(params, x)` to the gradient of the loss, and y."""
+        return jax.jit(jax.grad(functools.partial(loss, layer), has_aux=True))
 
     placed = place(mesh, params, PARAM_SPECS), place(mesh, x, P(AXIS))
     # Full float32 products, so that the two ways of summing differ by rounding only.
     with jax.default_matmul_precision("highest"):
-        y = jax.jit(layer)(*placed)
-        gradients = jax.jit(jax.grad(loss))(*placed)
-        dense = dense_moe_layer(params, x, top_k=options.top_k)
-        dense_gradients = jax.grad(dense_loss)(params, x)
+        gradients, y = step(layer)(*placed)
+        dense_layer = functools.partial(dense_moe_layer, top_k=options.top_k)
+        dense_gradients, dense = step(dense_layer)(params, x)
     # What lies on the devices of other processes too, as NumPy arrays.
     y, gradients = multihost_utils.process_allgather((y, gradients), tiled=True)
 

@@ -58,9 +58,19 @@ def mesh_of(size=8, kind=AxisType.Auto, shape=None, names=("ep",)):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
 
 
-def over(mesh, body, spec="ep", **options):
-    """The body as one program, every argument and result split along its first dimension."""
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(spec), out_specs=P(spec), **options))
+def jit(function):
+    """With fewer compiler passes: for time alone."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def split(mesh, body):
+    """shard_map with every argument and result split along its first dimension."""
+    return jax.shard_map(body, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+
+
+def over(mesh, body):
+    """The same as one program."""
+    return jit(split(mesh, body))
 
 
 class Batch:
@@ -104,7 +114,7 @@ def experts_of_a_rank(got, per_rank, in_dtype=jnp.float32):
     if got.scales is not None:
         x = x.astype(in_dtype) * jnp.repeat(got.scales, 128, axis=-1).astype(in_dtype)
     first = lax.axis_index("ep") * per_rank
-    scale = scale_of((first + jnp.arange(per_rank)).astype(jnp.float32))
+    scale = scale_of((first + jnp.arange(per_rank, dtype=jnp.int32)).astype(jnp.float32))
     if got.masked_m is not None:
         return (x.astype(jnp.float32) * scale[:, None, None]).astype(in_dtype)
     rows, layout = maj.permute_to_contiguous(
@@ -141,13 +151,12 @@ def test_layer_equals_the_sum_over_pairs(emulated_ragged, transport, mode):
     np.testing.assert_array_equal(run(*batch.args), got)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_other_sizes_of_the_axis(emulated_ragged, size):
-    for transport in TRANSPORTS[1:]:
-        batch = Batch(size, 6, 4, 2, 4, seed=size)
-        got = over(mesh_of(size), layer(batch, transport=transport))(*batch.args)
-        want = batch.combined(lambda e, x: x * scale_of(e))
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+@pytest.mark.parametrize(("size", "transport"), [(1, "all_to_all"), (2, "ragged_all_to_all")])
+def test_other_sizes_of_the_axis(emulated_ragged, size, transport):
+    batch = Batch(size, 6, 4, 2, 4, seed=size)
+    got = over(mesh_of(size), layer(batch, transport=transport))(*batch.args)
+    want = batch.combined(lambda e, x: x * scale_of(e))
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
 
 
 def calc_diff(a, b):
@@ -163,8 +172,10 @@ def authors_tokens(size, count, hidden):
     return x.astype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("payload", [None, "fp8"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("transport", "payload"),
+    [("all_gather", "fp8"), ("all_to_all", None), ("ragged_all_to_all", "fp8")],
+)
 def test_low_latency_as_its_authors_test_it(emulated_ragged, transport, payload):
     """Counts, one run per source rank in token order, values, and the identity brought back."""
     size, count, hidden, num_experts = 8, 12, 256, 24
@@ -368,8 +379,15 @@ def move(rows, tables, length):
 # -- gradients -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("transport", "mode"),
+    [
+        ("all_gather", "low_latency"),
+        ("all_to_all", "normal"),
+        ("ragged_all_to_all", "normal"),
+        ("ragged_all_to_all", "low_latency"),
+    ],
+)
 def test_gradients_equal_those_of_the_dense_layer(emulated_ragged, transport, mode):
     """In x, the weights and the experts' own parameters, with check_vma."""
     size, num_experts, hidden = 4, 8, 5
@@ -389,7 +407,7 @@ def test_gradients_equal_those_of_the_dense_layer(emulated_ragged, transport, mo
         y = jnp.tanh(rows * factors[jnp.maximum(found.m_indices, 0)])
         return maj.combine(maj.unpermute_from_contiguous(y, found, got.topk_weights), got.handle)
 
-    run = over(mesh_of(size), body)
+    run = split(mesh_of(size), body)
 
     def loss(*args):
         return jnp.sum(run(*args, batch.ids) * direction)
@@ -401,8 +419,8 @@ def test_gradients_equal_those_of_the_dense_layer(emulated_ragged, transport, mo
 
     given = batch.x, batch.weights, factors
     with jax.default_matmul_precision("highest"):
-        got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
-        want = jax.grad(dense, argnums=(0, 1, 2))(*map(jnp.asarray, given))
+        got = jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+        want = jit(jax.grad(dense, argnums=(0, 1, 2)))(*given)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -422,7 +440,7 @@ def test_gradient_of_bfloat16_and_of_a_replicated_input():
         run = jax.shard_map(body, mesh=mesh_of(4), in_specs=P(), out_specs=P("ep"))
         return jnp.sum(run(x).astype(jnp.float32))
 
-    got = jax.jit(jax.grad(loss))(jnp.asarray(x))
+    got = jit(jax.grad(loss))(jnp.asarray(x))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, [[12.0] * 4, [12.0] * 4, [0.0] * 4])
 
@@ -431,12 +449,12 @@ def test_fp8_payload_has_no_gradient_in_x_and_one_in_the_weights():
     batch = Batch(2, 4, 128, 2, 4, "float32", seed=14)
 
     def loss(x, weights, stop=False):
-        run = over(mesh_of(2), layer(batch, payload="fp8", mode="low_latency"))
+        run = split(mesh_of(2), layer(batch, payload="fp8", mode="low_latency"))
         return jnp.sum(run(lax.stop_gradient(x) if stop else x, batch.ids, weights))
 
     with pytest.raises(NotImplementedError, match="x must not be differentiated when its payload"):
         jax.grad(loss)(batch.x, batch.weights)
-    got = jax.jit(jax.grad(functools.partial(loss, stop=True), argnums=1))(batch.x, batch.weights)
+    got = jit(jax.grad(functools.partial(loss, stop=True), argnums=1))(batch.x, batch.weights)
     each = batch.x.sum(1, keepdims=True) * scale_of(batch.ids)
     want = np.where(batch.valid, each, 0)
     np.testing.assert_allclose(got, want, rtol=0.05, atol=0.6)
@@ -464,7 +482,7 @@ def test_explicit_mesh_and_two_axes(check_vma):
         functools.partial(body, names=names),
         mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma,
     )  # fmt: skip
-    np.testing.assert_allclose(jax.jit(run)(*placed), want, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(jit(run)(*placed), want, rtol=2e-6, atol=1e-6)
     batch = Batch(4, 3, 4, 2, 16, seed=16)
     mesh = mesh_of(shape=(4, 2), names=("ep", "tp"))
     run = jax.shard_map(
@@ -472,7 +490,7 @@ def test_explicit_mesh_and_two_axes(check_vma):
         mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), axis_names={"ep"}, check_vma=True,
     )  # fmt: skip
     want = batch.combined(lambda e, x: 2 * x)
-    np.testing.assert_allclose(jax.jit(run)(*batch.args), want, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(jit(run)(*batch.args), want, rtol=2e-6, atol=1e-6)
 
 
 def test_no_token_anywhere_and_no_static_row():
@@ -481,7 +499,7 @@ def test_no_token_anywhere_and_no_static_row():
         x = np.zeros((2 * count, 4), np.float32)
         ids, weights = np.full((2 * count, 2), -1, np.int32), np.ones((2 * count, 2), np.float32)
         options = Batch(2, 1, 4, 2, 4) if batch is None else batch
-        for mode in MODES if count else ("low_latency",):
+        for mode in MODES if not count else ("low_latency",):
             got = over(mesh_of(2), layer(options, mode=mode))(x + 1, ids, weights)
             assert got.shape == x.shape and not np.any(got)
 
@@ -680,12 +698,16 @@ def test_example_layer_equals_a_loop_over_pairs(monkeypatch, options):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import expert_parallel_layer as example
 
-    params = example.init(jax.random.key(0), hidden=128, ffn=8, num_experts=8)
-    x = jax.random.normal(jax.random.key(1), (16, 128), jnp.float32)
+    rng = np.random.default_rng(0)
+    shapes = {"router": (128, 8), "gate": (8, 128, 8), "up": (8, 128, 8), "down": (8, 8, 128)}
+    params = example.MoEParams(
+        **{k: (rng.normal(size=s) / s[-2] ** 0.5).astype(np.float32) for k, s in shapes.items()}
+    )
+    x = rng.normal(size=(16, 128)).astype(np.float32)
     mesh = mesh_of(4)
     run = example.expert_parallel_layer(mesh, top_k=2, **options)
     with jax.default_matmul_precision("highest"):
-        got = jax.jit(run)(example.place(mesh, params, example.PARAM_SPECS), x)
+        got = jit(run)(example.place(mesh, params, example.PARAM_SPECS), x)
     router, gate, up, down = (np.asarray(p, np.float64) for p in params)
     logits = np.asarray(x, np.float64) @ router
     want = np.zeros(x.shape)
@@ -694,5 +716,5 @@ def test_example_layer_equals_a_loop_over_pairs(monkeypatch, options):
         for e, w in zip(chosen, share / share.sum(), strict=True):
             g, u = np.asarray(x)[t] @ gate[e], np.asarray(x)[t] @ up[e]
             want[t] += w * ((g / (1 + np.exp(-g)) * u) @ down[e])
-    worst = np.abs(got - want).max() / np.abs(want).max()
+    worst = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
     assert worst < (0.08 if options.get("payload") else 2e-6), worst
