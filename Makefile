@@ -82,7 +82,9 @@ compile-kernels:
 	$(VENV_FOR) cli test torch
 	@$(OLD_JAX_THERE)
 	$(PY) -m tests.no_gpu.compile --jobs $(JOBS)
+	$(PY) -m tests.no_gpu.masked_quant
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.masked_quant
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:

@@ -28,11 +28,13 @@ GROUP, E4M3_MAX, FLOOR = 128, 448.0, 1e-10
 _L2_BYTES = 50 << 20
 _COPY_BYTES = 1 << 30
 _SAMPLED_ROWS = 256
-# Of a tile: groups. Of the grid: CTAs for each of 132 SMs.
+# (groups of a tile, CTAs for each of 132 SMs, whether a tile is loaded ahead): as many CTAs as an SM holds by
+# their registers, and fewer.
 VARIANTS = [
-    (tile, per_sm, prefetch)
-    for tile, per_sm in ((8, 8), (8, 12), (16, 7), (16, 4))
-    for prefetch in (False, True)
+    *((8, per_sm, False) for per_sm in (10, 8, 5)),
+    *((8, per_sm, True) for per_sm in (9, 6)),
+    *((16, per_sm, False) for per_sm in (7, 5)),
+    *((16, per_sm, True) for per_sm in (6, 4)),
 ]
 
 

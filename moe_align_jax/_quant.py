@@ -61,6 +61,15 @@ class MaskedQuantProblem(NamedTuple):
         return self.num_experts, self.max_rows, self.num_groups
 
     @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each operand of the kernel, in order."""
+        groups = (self.num_groups, self.group_size)
+        return {
+            "x": (self.num_experts, self.max_rows, 2, *groups),
+            "masked_m": (self.num_experts,),
+        }
+
+    @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name, shape and dtype of each result, in order."""
         q = (self.num_experts, self.max_rows, self.width)

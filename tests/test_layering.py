@@ -79,10 +79,11 @@ ALLOWED: dict[str, set[str]] = {
         *("torch_bridge", "moe_align_jax._checks", "moe_align_jax._tuning", "moe_align_jax.types"),
         *(f"moe_align_jax.{name}" for name in ("moe_align_block_size", "select_implementation")),
         *("moe_align_jax.batched_moe_align_block_size", "moe_align_jax._recorder.files"),
+        *("moe_align_jax._quant", "lazily moe_align_jax.silu_and_mul_masked_quant"),
     },
     # A process of its own that compiles: it imports no torch, and reaches the kernels themselves.
     "torch_bridge.launch": {
-        *(f"lazily moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
+        *(f"lazily moe_align_jax.{m}" for m in ("_checks", "_quant", "_tuning", "types")),
         *("lazily moe_align_jax._kernels", "lazily moe_align_jax._simt"),
     },
     "torch_bridge.driver": set(),

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 # The plugins whose compiler was checked: [oldest, first unknown).
 OLDEST_JAXLIB, UNKNOWN_JAXLIB = (0, 11, 2), (0, 13, 0)
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_MASKED_QUANT = "silu_and_mul_masked_quant"
 
 
 class CompileError(RuntimeError):
@@ -120,8 +121,11 @@ def lower(kernel: Any) -> bytes:
 
     from moe_align_jax._simt import mosaic
 
-    structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.inputs.values()]
-    program = jax.jit(mosaic.launcher(kernel, pdl=True))
+    if hasattr(kernel, "call"):  # written in Pallas itself
+        program, structs = jax.jit(kernel.call), kernel.structs
+    else:
+        structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.inputs.values()]
+        program = jax.jit(mosaic.launcher(kernel, pdl=True))
     module = program.trace(*structs).lower(lowering_platforms=("cuda",)).compiler_ir()
     assert module is not None  # StableHLO, the dialect that is there always
     with module.context:
@@ -269,13 +273,8 @@ def batched_trial(problem: Any, seed: int) -> Trial:
     return Trial({"expert_num_tokens": given.astype(np.int32)}, {}, want)
 
 
-def prove(
-    driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
-) -> None:
-    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
-    import numpy as np
-
-    names, specs = list(shapes), []
+def _launches(driver: Any, kernels: list[dict], cubins: list[bytes], names: list[str]) -> Any:
+    specs = []
     for kernel, cubin in zip(kernels, cubins, strict=True):
         function = driver.Function(cubin, kernel["entry"])
         function.allow_shared(kernel["shared_bytes"])
@@ -290,7 +289,41 @@ def prove(
                 positions,
             )
         )
-    launches = driver.Launches(specs, len(names))
+    return driver.Launches(specs, len(names))
+
+
+def _prove_masked_quant(driver: Any, problem: Any, launches: Any, names: list[str]) -> None:
+    from moe_align_jax._kernels.masked_quant import trial
+
+    given, buffers = trial.arrays(problem), {}
+    try:
+        for name, array in given.items():
+            buffers[name] = driver.Memory(array.nbytes)
+            buffers[name].write(array)
+        for name, size in trial.sizes(problem, given).items():
+            buffers[name] = driver.Memory(size)
+            buffers[name].fill(0x5EED5EED)
+        launches.values[:] = [buffers[name].address for name in names]
+        launches.enqueue(0)
+        driver.synchronize()
+        wrong = trial.mismatch(problem, given, lambda name, into: buffers[name].read(into))
+    finally:
+        for memory in buffers.values():
+            memory.free()
+    if wrong:
+        raise CompileError(f"{problem}: {wrong}")
+
+
+def prove(
+    driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
+) -> None:
+    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
+    import numpy as np
+
+    names = list(shapes)
+    launches = _launches(driver, kernels, cubins, names)
+    if problem.name == _MASKED_QUANT:
+        return _prove_masked_quant(driver, problem, launches, names)
     if problem.name == "moe_align_block_size":
         sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
@@ -331,6 +364,15 @@ def prove(
 
 def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[str], dict]:
     """(launches as dicts, PTX of each kernel, shape of every buffer between the kernels)."""
+    if problem.name == _MASKED_QUANT:
+        from moe_align_jax._kernels import masked_quant
+
+        try:
+            kernel = masked_quant.direct_kernel(problem)
+        except NotImplementedError as reason:
+            raise CompileError(str(reason)) from None
+        ptx, launch = compiler(kernel)
+        return [launch._asdict()], [ptx], {**kernel.inputs, **kernel.outputs}
     from moe_align_jax import _tuning
     from moe_align_jax._kernels import block_align
 
@@ -350,12 +392,13 @@ def _serve(request: dict) -> list[dict]:
     spec = importlib.util.spec_from_file_location("driver", Path(__file__).with_name("driver.py"))
     driver = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(driver)  # type: ignore[union-attr]
-    from moe_align_jax import types
+    from moe_align_jax import _quant, types
 
     driver.enter(request["device"])
     compiler, answers = Compiler(), []
     for index, (kind, fields) in enumerate(request["problems"]):
-        begun, problem = time.monotonic(), getattr(types, kind)(**fields)
+        module = _quant if hasattr(_quant, kind) else types
+        begun, problem = time.monotonic(), getattr(module, kind)(**fields)
         try:
             launches, texts, shapes = compile_program(compiler, problem)
             cubins = [driver.assemble(ptx) for ptx in texts]

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
-_SOURCES = ("_kernels/block_align/*.py", "_simt/*.py", "_checks.py", "_tuning.py", "types.py")
+_SOURCES = (
+    *("_kernels/block_align/*.py", "_kernels/masked_quant/*.py", "_simt/*.py"),
+    *("_checks.py", "_quant.py", "_tuning.py", "types.py"),
+)
 _TABLES = "*.json"  # of the folders of `_tuning`: the choice of form and sizes
 
 

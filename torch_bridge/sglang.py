@@ -8,6 +8,9 @@
 
 in place of `from sglang.kernels.ops.moe import moe_align_block_size` (sgl_kernel's, in older ones).
 
+`silu_and_mul_masked_post_quant_fwd` is its activation and quantisation of the masked layout
+(`torch_bridge/sglang_masked.py`).
+
 `ExpertDistributionRecorder` is its recorder of expert load (`torch_bridge/sglang_recorder.py`).
 
 SGLang itself is not imported. Combinations that SGLang refuses (off CUDA, above 8191 experts) work
@@ -19,6 +22,9 @@ import torch
 from moe_align_jax import _checks
 from torch_bridge import checks, into, ops
 from torch_bridge.problems import SglangProblem
+from torch_bridge.sglang_masked import (
+    silu_and_mul_masked_post_quant_fwd as silu_and_mul_masked_post_quant_fwd,
+)
 from torch_bridge.sglang_recorder import ExpertDistributionMetrics as ExpertDistributionMetrics
 from torch_bridge.sglang_recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
 from torch_bridge.sglang_recorder import (

@@ -1,5 +1,8 @@
 """silu_and_mul_masked_quant on a GPU: which sizes the kernel takes, and its launch."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 
 from moe_align_jax._kernels.masked_quant.config import GROUP, Config
@@ -23,3 +26,33 @@ def run(
     launch = kernel.build(problem, config or config_for(problem), interpret=interpret)
     q, scales = launch(x.reshape(shape), masked_m)
     return [q.reshape(*shape[:2], problem.width), scales]
+
+
+class DirectKernel(NamedTuple):
+    """The kernel for a launch outside XLA, with programmatic dependent launch.
+
+    Attributes:
+        name: of the kernel.
+        inputs, outputs: its buffers by name, in order.
+        call: the kernel as a function of its inputs.
+        structs: shapes and dtypes of these.
+    """
+
+    name: str
+    inputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
+    call: Callable
+    structs: list[jax.ShapeDtypeStruct]
+
+
+def direct_kernel(problem: MaskedQuantProblem) -> DirectKernel:
+    """For `torch_bridge`. NotImplementedError where the kernel does not take the problem."""
+    from moe_align_jax._kernels.masked_quant import kernel
+
+    if reason := unsupported(problem):
+        raise NotImplementedError(reason)
+    call = kernel.build(problem, config_for(problem)._replace(pdl=True))
+    dtypes = {"x": problem.dtype, "masked_m": "int32"}
+    structs = [jax.ShapeDtypeStruct(s, dtypes[name]) for name, s in problem.inputs.items()]
+    outputs = {name: shape for name, (shape, _) in problem.outputs.items()}
+    return DirectKernel(problem.name, problem.inputs, outputs, call, structs)

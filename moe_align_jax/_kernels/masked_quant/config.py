@@ -10,8 +10,9 @@ GROUP = 128
 MAX_EXPERTS = 1024
 _INT32_MAX = 2**31 - 1
 _NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
-# CTAs of 128 threads that an SM holds, by their registers.
-_CTAS_PER_SM = 12
+# CTAs that an SM holds, by their registers (43 a thread with tiles of 8 groups), by groups of a tile. More
+# would start when others end, with no one to share the memory's bandwidth with.
+_CTAS_PER_SM = {8: 10, 4: 16, 1: 16}
 
 
 class Config(NamedTuple):
@@ -59,4 +60,4 @@ def config_for(problem: MaskedQuantProblem) -> Config:
     else:
         tile = 1
     tiles = problem.num_experts * problem.max_rows * -(-groups // tile)
-    return Config(tile, max(1, min(tiles, _NUM_SMS * _CTAS_PER_SM)))
+    return Config(tile, max(1, min(tiles, _NUM_SMS * _CTAS_PER_SM[tile])))
