@@ -6,6 +6,7 @@ which follows the op's documented meaning; its offsets are also simulated withou
 
 import functools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -718,3 +719,33 @@ def test_example_layer_equals_a_loop_over_pairs(monkeypatch, options):
             want[t] += w * ((g / (1 + np.exp(-g)) * u) @ down[e])
     worst = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
     assert worst < (0.08 if options.get("payload") else 2e-6), worst
+
+
+def test_code_of_the_docs_gives_what_they_say():
+    text = (ROOT / "docs" / "expert_parallel.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(first, names)
+    x, ids, w = (np.asarray(names[n], np.float64) for n in ("x", "topk_ids", "w"))
+    want = 0.5 * np.einsum("th,tkhf->tf", x, w[ids.astype(int)])
+    np.testing.assert_allclose(names["y"], want, rtol=1e-4, atol=1e-5)
+    exec(second, names)
+    assert names["choice"].transport in TRANSPORTS
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_step_is_one_cuda_program_that_never_asks_the_host(monkeypatch, transport):
+    """Lowered for GPUs on a machine without one: our alignment kernel, collectives, no callback."""
+    monkeypatch.setattr(ragged.RaggedAllToAll, "unavailable", lambda self, platform: None)
+    batch = Batch(4, 64, 128, 2, 8, "bfloat16")
+    options = {"payload": "fp8", "transport": transport, "initialize": False}
+    run = split(mesh_of(4), layer(batch, mode="low_latency", **options))
+    text = jax.jit(run).trace(*batch.args).lower(lowering_platforms=("cuda",)).as_text()
+    calls = set(re.findall(r"custom_call @(\w+)", text))
+    assert "mosaic_gpu_v2" in calls and not any("callback" in name for name in calls)
+    assert not re.search(r"stablehlo\.(send|recv|infeed|outfeed)", text)
+    used = {"all_gather": "all_gather", "all_to_all": "all_to_all", "ragged_all_to_all": "ragged"}
+    assert used[transport] in text
+    # The payload and its scales travel in one message: out, back, and the counts of "ragged".
+    rows = re.findall(r"stablehlo\.(all_to_all|all_gather|reduce_scatter)|@ragged_all_to_all", text)
+    assert len(rows) == (3 if transport.startswith("ragged") else 2)
