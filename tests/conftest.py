@@ -45,6 +45,20 @@ KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
 IMPLEMENTATIONS = ("xla", *KERNELS)
 
 
+def by_implementation(argument, values, *, xla, ids=str):
+    """Parametrises `implementation` and one more argument: 'xla' takes the values `xla` alone.
+
+    It compiles every size anew, in half a second, and has no size at which it becomes another program; the
+    kernels have many.
+    """
+    cases = [pytest.param("xla", x, id=f"xla-{ids(x)}") for x in xla]
+    cases += [pytest.param("emulator", x, id=f"emulator-{ids(x)}") for x in values]
+    on_gpu = {"marks": pytest.mark.gpu}
+    cases += [pytest.param("mosaic_gpu", x, id=f"mosaic_gpu-{ids(x)}", **on_gpu) for x in values]
+    names = ("implementation", argument)
+    return pytest.mark.parametrize(names, cases, indirect=["implementation"])
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     """Each implementation by name, on the device that it runs on."""

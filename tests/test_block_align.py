@@ -1,17 +1,18 @@
 """The contract of moe_align_block_size, once per implementation, against the plain-Python oracle."""
 
 import itertools
+import operator
 
 import numpy as np
 import pytest
 
 import moe_align_jax as maj
 from tests import cover, forms, oracle
-from tests.conftest import KERNELS
+from tests.conftest import KERNELS, by_implementation
 from tests.helpers import as_jax, check
 
 
-@pytest.mark.parametrize("case", cover.load(), ids=cover.name)
+@by_implementation("case", cover.load(), xla=cover.load_coarse(), ids=cover.name)
 def test_block_align_equals_oracle_over_the_cover(implementation, case):
     ids, options = cover.arguments(case)
     check(ids, implementation=implementation, container=case["container"], **options)
@@ -59,7 +60,7 @@ def test_block_align_empty_expert_gets_no_block(implementation, num_pairs):
 EDGES = sorted({2**power + step for power in range(16) for step in (-1, 0, 1)} - {0})
 
 
-@pytest.mark.parametrize("num_pairs", EDGES)
+@by_implementation("num_pairs", EDGES, xla=EDGES[::4])
 def test_block_align_sizes_around_powers_of_two(implementation, num_pairs):
     ids = oracle.route(
         "minus_30", num_tokens=num_pairs, top_k=1, num_experts=60, dtype="int32", seed=num_pairs
@@ -67,7 +68,10 @@ def test_block_align_sizes_around_powers_of_two(implementation, num_pairs):
     check(ids, implementation=implementation, block_size=16, num_experts=60, return_inverse=True)
 
 
-@pytest.mark.parametrize("num_experts", [e for e in EDGES if e <= 4097])
+EXPERT_EDGES = [e for e in EDGES if e <= 4097]
+
+
+@by_implementation("num_experts", EXPERT_EDGES, xla=EXPERT_EDGES[1::4])
 def test_block_align_experts_around_powers_of_two(implementation, num_experts):
     ids = oracle.route(
         "outside", num_tokens=700, top_k=1, num_experts=num_experts, dtype="int32", seed=num_experts
@@ -75,9 +79,15 @@ def test_block_align_experts_around_powers_of_two(implementation, num_experts):
     check(ids, implementation=implementation, block_size=8, num_experts=num_experts)
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 100, 127, 128, 129, 1000, 4096])
-@pytest.mark.parametrize("num_pairs", [1, 31, 300, 5000])
-def test_block_align_any_block_size(implementation, block_size, num_pairs):
+BLOCK_SIZES = [1, 2, 3, 5, 7, 100, 127, 128, 129, 1000, 4096]
+SOME_PAIRS = [1, 31, 300, 5000]
+PAIRS_AND_BLOCKS = list(itertools.product(SOME_PAIRS, BLOCK_SIZES))
+EACH_BLOCK = list(zip(itertools.cycle(SOME_PAIRS), BLOCK_SIZES, strict=False))
+
+
+@by_implementation("sizes", PAIRS_AND_BLOCKS, xla=EACH_BLOCK)
+def test_block_align_any_block_size(implementation, sizes):
+    num_pairs, block_size = sizes
     ids = oracle.route(
         "zipf", num_tokens=num_pairs, top_k=1, num_experts=10, dtype="int32", seed=block_size
     )
@@ -255,11 +265,19 @@ def test_padded_group_sizes_sum_to_the_rows_in_use(implementation, block_size):
     assert sizes.dtype == np.int32
 
 
-BATCHED = list(itertools.product([1, 13, 16, 512], [1, 8, 40, 256], [1, 8, 32, 100]))
+BATCHED_LEVELS = ([1, 13, 16, 512], [1, 8, 40, 256], [1, 8, 32, 100])
+BATCHED = list(itertools.product(*BATCHED_LEVELS))
+# A Latin square: every two levels of different arguments meet.
+BATCHED_PAIRWISE = [
+    sizes
+    for at in itertools.product(range(4), repeat=3)
+    if sum(at) % 4 == 0 and (sizes := tuple(map(operator.getitem, BATCHED_LEVELS, at)))
+]
 
 
-@pytest.mark.parametrize(("max_tokens", "num_experts", "block_size"), BATCHED)
-def test_batched_align_equals_oracle(implementation, max_tokens, num_experts, block_size):
+@by_implementation("sizes", BATCHED, xla=BATCHED_PAIRWISE)
+def test_batched_align_equals_oracle(implementation, sizes):
+    max_tokens, num_experts, block_size = sizes
     rng = np.random.default_rng(max_tokens * num_experts + block_size)
     several = {
         "mixed": rng.integers(0, max_tokens + 1, num_experts),
