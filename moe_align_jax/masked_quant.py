@@ -105,7 +105,7 @@ def silu_and_mul_masked_quant(
     return _run(x, masked_m, problem=problem, implementation=implementation)
 
 
-def select_implementation(
+def select_quant_implementation(
     shape: tuple[int, int, int],
     *,
     dtype: Any = "bfloat16",
@@ -130,12 +130,12 @@ def select_implementation(
         TypeError, ValueError: as `silu_and_mul_masked_quant`.
 
     Example:
-        >>> select_implementation((32, 1024, 4096), platform="cuda")[0]
+        >>> select_quant_implementation((32, 1024, 4096), platform="cuda")[0]
         'mosaic_gpu'
-        >>> select_implementation((32, 1024, 4096), platform="cuda", group_size=64)[0]
+        >>> select_quant_implementation((32, 1024, 4096), platform="cuda", group_size=64)[0]
         'xla'
     """
-    function = "masked_quant.select_implementation"
+    function = "select_quant_implementation"
     _dispatch.check_implementation(function, implementation)
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 import moe_align_jax as maj
 from moe_align_jax import masked_quant
 from moe_align_jax._kernels import masked_quant as kernels
+from moe_align_jax._kernels.masked_quant import trial
 from moe_align_jax._kernels.masked_quant.config import Config
 from moe_align_jax._kernels.masked_quant.share import Share, Work
 from moe_align_jax._simt import emulator
@@ -363,17 +364,17 @@ def test_lowers_for_cuda_to_one_kernel(shape, options):
 def test_what_the_kernel_cannot_take_goes_to_xla():
     text = lowered_for_cuda((4, 16, 1024), group_size=64)
     assert "mosaic_gpu" not in text and "stablehlo.exponential" in text
-    chosen = masked_quant.select_implementation((4, 16, 1024), platform="cuda", group_size=64)
+    chosen = masked_quant.select_quant_implementation((4, 16, 1024), platform="cuda", group_size=64)
     assert chosen.implementation == "xla" and "groups of 128" in chosen.reasons["mosaic_gpu"]
-    many = masked_quant.select_implementation((1025, 4, 256), platform="cuda")
+    many = masked_quant.select_quant_implementation((1025, 4, 256), platform="cuda")
     assert many.implementation == "xla" and "at most 1024 experts" in many.reasons["mosaic_gpu"]
-    chosen = masked_quant.select_implementation((4, 16, 2048), platform="cuda")
+    chosen = masked_quant.select_quant_implementation((4, 16, 2048), platform="cuda")
     assert chosen[:2] == ("mosaic_gpu", "tile8")
     with pytest.raises(NotImplementedError, match="run on NVIDIA GPUs only, not on 'cpu'"):
-        masked_quant.select_implementation(
+        masked_quant.select_quant_implementation(
             (4, 16, 2048), platform="cpu", implementation="mosaic_gpu"
         )
-    assert masked_quant.select_implementation((4, 16, 2048), platform="cpu").form == "whole"
+    assert masked_quant.select_quant_implementation((4, 16, 2048), platform="cpu").form == "whole"
 
 
 X, M = np.zeros((2, 4, 512), jnp.bfloat16), np.zeros(2, np.int32)
@@ -428,3 +429,41 @@ def test_a_derivative_is_refused():
 
 def test_fields_of_a_share_are_those_that_are_found():
     assert Share._fields == ("expert", "at", "count", "end")
+
+
+# -- the trial of a compiled kernel ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_the_trial_takes_right_results_and_no_others(experts, options):
+    """What runs ahead of a kernel's first launch from PyTorch, on the reference's results."""
+    options = dict(options)
+    shape, dtype = (experts, 7, 1024), options.pop("dtype", "bfloat16")
+    defaults = {"group_size": 128, "scale_format": "float32", "scale_layout": None}
+    problem = masked_quant.make_problem("test", shape, dtype, **(defaults | options))
+    given = trial.arrays(problem)
+    assert given["masked_m"].tolist() == [5, 3, 0][:experts]
+    x = np.zeros((experts * 7, 1024), given["x"].dtype)
+    x[: len(given["x"])] = given["x"]
+    q, scales = quant(x.reshape(shape), given["masked_m"], implementation="xla", **options)
+    results = {"q": np.asarray(q).view(np.uint8), "scales": np.asarray(scales)}
+
+    def wrong(**changed):
+        memory = {name: a.tobytes() for name, a in (results | changed).items()}
+        for name, size in trial.sizes(problem, given).items():
+            memory[name] = memory[name][:size]
+
+        def read(name, into):
+            into[...] = np.frombuffer(memory[name], into.dtype, into.size).reshape(into.shape)
+            return into
+
+        return trial.mismatch(problem, given, read)
+
+    assert wrong() == ""
+    q = results["q"].copy()
+    q[0, 4, 300] ^= 2
+    assert "a code of expert 0 is off by" in wrong(q=q)
+    scales = results["scales"].copy()
+    scales[0, 0, 0] += np.array(1, scales.dtype)
+    assert "a scale of expert 0 is" in wrong(scales=scales)
