@@ -56,12 +56,9 @@ def offsets(counts: Any, rank: Any, *, back: bool) -> tuple[Any, Any, Any, Any]:
     """input_offsets, send_sizes, output_offsets, recv_sizes of a rank, each `[D]`: the table above."""
     # On the way back rank r sends to j what j had sent to r, to where it had been in j's send buffer.
     counts = (counts.T if back else counts).astype(_I32)
-    within = (
-        jnp.cumsum(counts, axis=1, dtype=_I32) - counts
-    )  # [r, j]: rows of r for the ranks before j
-    before = (
-        jnp.cumsum(counts, axis=0, dtype=_I32) - counts
-    )  # [r, j]: rows for j of the ranks before r
+    # [r, j]: the rows of r for the ranks before j, and those for j of the ranks before r.
+    within = jnp.cumsum(counts, axis=1, dtype=_I32) - counts
+    before = jnp.cumsum(counts, axis=0, dtype=_I32) - counts
 
     def line(table: Any, axis: int) -> Any:
         return lax.dynamic_index_in_dim(table, rank, axis, keepdims=False)
