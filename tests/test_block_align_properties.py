@@ -44,17 +44,8 @@ def run(ids, implementation, options):
     return [np.asarray(field) for field in out]
 
 
-@given(case=calls())
-def test_result_equals_oracle(implementation, case):
-    ids, options = case
-    got = maj.moe_align_block_size(ids, implementation=implementation, **options)
-    oracle.assert_same(got, oracle.expected(ids, **options))
-
-
-@given(case=calls())
-def test_rows_are_a_permutation_of_the_kept_pairs(implementation, case):
-    ids, options = case
-    rows, blocks, used, counts, inverse = run(ids, implementation, options)
+def assert_rows_are_a_permutation_of_the_kept_pairs(ids, options, result):
+    rows, blocks, used, counts, inverse = result
     n = ids.size
     kept = rows[rows < n]
     assert len(set(kept.tolist())) == len(kept) == counts.sum()
@@ -66,10 +57,8 @@ def test_rows_are_a_permutation_of_the_kept_pairs(implementation, case):
     assert (inverse >= 0).sum() == len(kept)
 
 
-@given(case=calls())
-def test_blocks_are_pure_and_groups_are_stable(implementation, case):
-    ids, options = case
-    rows, blocks, used, counts, _ = run(ids, implementation, options)
+def assert_blocks_are_pure_and_groups_are_stable(ids, options, result):
+    rows, blocks, used, counts, _ = result
     size, n, expert_map = options["block_size"], ids.size, options["expert_map"]
     groups = []
     for block in range(used[0] // size):
@@ -96,24 +85,24 @@ def test_blocks_are_pure_and_groups_are_stable(implementation, case):
         assert all(len(some) == size for g, some in groups if g == expert and some[-1] != pairs[-1])
 
 
-@given(case=calls(max_pairs=80))
-def test_two_runs_and_two_containers_give_the_same_bits(implementation, case):
+@given(case=calls())
+def test_result_equals_oracle_and_keeps_every_property(implementation, case):
+    """All of it about one result: `xla` compiles each size anew."""
     ids, options = case
-    first = [field.tobytes() for field in run(ids, implementation, options)]
+    got = maj.moe_align_block_size(ids, implementation=implementation, **options)
+    oracle.assert_same(got, oracle.expected(ids, **options))
+    result = [np.asarray(field) for field in got]
+    assert_rows_are_a_permutation_of_the_kept_pairs(ids, options, result)
+    assert_blocks_are_pure_and_groups_are_stable(ids, options, result)
+    first = [field.tobytes() for field in result]
     assert first == [field.tobytes() for field in run(ids, implementation, options)]
-    assert first == [field.tobytes() for field in run(as_jax(ids), implementation, options)]
-
-
-@given(case=calls(max_pairs=80), seed=st.integers(0, 2**16))
-def test_permuted_input_gives_the_same_blocks(implementation, case, seed):
-    """Only sorted_token_ids and row_of_pair know the order of the pairs."""
-    ids, options = case
-    options["num_valid_pairs"] = None
-    shuffled = np.random.default_rng(seed).permutation(ids)
-    first = run(ids, implementation, options)
-    second = run(shuffled, implementation, options)
-    for field in (1, 2, 3):
-        assert np.array_equal(first[field], second[field])
+    if implementation != "xla" or ids.dtype == np.int32:  # another dtype is another program
+        assert first == [field.tobytes() for field in run(as_jax(ids), implementation, options)]
+    if options["num_valid_pairs"] is None:
+        # Only sorted_token_ids and row_of_pair know the order of the pairs.
+        shuffled = np.random.default_rng(ids.size).permutation(ids)
+        again = run(shuffled, implementation, options)
+        assert first[1:4] == [field.tobytes() for field in again[1:4]]
 
 
 @given(
