@@ -39,6 +39,8 @@ OPTIONS: tuple[dict[str, Any], ...] = tuple(
         ("", "label", "filter"), (False, True), (False, True), (False, True)
     )
 )
+# The fewest in which every two values of different options meet.
+PAIRWISE = tuple(OPTIONS[i] for i in (0, 7, 11, 12, 18, 21))
 
 BATCHED_SIZES = ((8, 16, 8), (64, 1, 4), (256, 512, 64), (1000, 13, 16))  # E, max_tokens, block
 
@@ -75,3 +77,15 @@ def problem(size: Size, options: dict[str, Any], id_words: int = 1) -> AlignProb
         has_num_valid_pairs=options["num_valid_pairs"],
         return_inverse=options["return_inverse"],
     )
+
+
+def sizes_and_options() -> list[tuple[Size, dict[str, Any]]]:
+    """Every combination of options for one size of each form, every two values together for the others."""
+    whole: dict[str, Size] = {}
+    for size in sorted(SIZES, key=lambda size: (size.num_experts == 1, size.num_pairs)):
+        whole.setdefault(size.form, size)
+    return [
+        (size, options)
+        for size in SIZES
+        for options in (OPTIONS if size in whole.values() else PAIRWISE)
+    ]

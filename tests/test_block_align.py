@@ -19,8 +19,11 @@ def test_block_align_equals_oracle_over_the_cover(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", KERNELS, indirect=True)
-@pytest.mark.parametrize("options", forms.OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("size", forms.SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    forms.sizes_and_options(),
+    ids=lambda x: str(x) if isinstance(x, forms.Size) else "-".join(map(str, x.values())),
+)
 def test_block_align_every_form_with_every_option(implementation, size, options):
     """Both sides of each threshold between the kernel forms."""
     ids = oracle.route(

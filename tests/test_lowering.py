@@ -84,7 +84,7 @@ def test_the_check_sees_another_operation():
 
 @pytest.mark.parametrize("size", forms.SIZES, ids=str)
 def test_cuda_program_holds_only_kernels(size):
-    for options in forms.OPTIONS:
+    for options in forms.PAIRWISE:
         function, shapes = call(size, options)
         assert_only_kernels(lower(function, *shapes))
 
