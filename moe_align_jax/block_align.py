@@ -65,7 +65,7 @@ def moe_align_block_size(
             physical slots. Its arrays are not static: an update compiles nothing. With "static" dispatch,
             that of one GPU (`for_rank`). "round_robin" costs a mapping and an alignment beforehand.
         layer: the layer of an expert_location of all layers, an int or an integer scalar (clamped). The
-            tables are then read where they lie: a slice of them may cost XLA a kernel.
+            tables are then read where they lie: slices of them can cost XLA a kernel each.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU, else "xla"),
             or a name, which runs or raises. Static.
 
