@@ -78,7 +78,7 @@ def test_authors_cases_on_a_gpu(size, scale_format):
 @pytest.mark.parametrize(
     ("width", "implementation"),
     [
-        *((width, "emulator") for width in (384, 640, 1152)),
+        *((width, "emulator") for width in (384, 1152)),
         *(pytest.param(w, "mosaic_gpu", marks=pytest.mark.gpu) for w in range(128, 1281, 128)),
     ],
 )
@@ -105,7 +105,7 @@ OPTIONS = [
     ("options", "implementation"),
     [
         *((options, "xla") for options in OPTIONS),
-        *((options, "emulator") for options in OPTIONS[1::2] + OPTIONS[-1:]),
+        *((options, "emulator") for options in [OPTIONS[k] for k in (1, 3, 5, 8)]),
         *(pytest.param(o, "mosaic_gpu", marks=pytest.mark.gpu) for o in OPTIONS),
     ],
     ids=str,
@@ -320,9 +320,7 @@ def test_shares_in_the_emulator(work):
                 assert end == min(max(masked_m[expert], 0), work.rows) * work.tiles_per_row
 
 
-@pytest.mark.parametrize(
-    ("tile", "num_ctas", "prefetch"), [(8, 40, True), (16, 3, False), (4, 7, True)]
-)
+@pytest.mark.parametrize(("tile", "num_ctas", "prefetch"), [(16, 3, False), (4, 40, True)])
 def test_any_config_gives_the_same(tile, num_ctas, prefetch):
     x, _ = inputs(4, 3, 2048 if tile == 16 else 1152)
     masked_m = jnp.array([2, 0, 3, 1])
@@ -434,8 +432,9 @@ def test_fields_of_a_share_are_those_that_are_found():
 # -- the trial of a compiled kernel ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize(
+    ("experts", "options"), [(1, OPTIONS[1]), *((3, options) for options in OPTIONS)], ids=str
+)
 def test_the_trial_takes_right_results_and_no_others(experts, options):
     """What runs ahead of a kernel's first launch from PyTorch, on the reference's results."""
     options = dict(options)
