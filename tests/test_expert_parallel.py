@@ -30,13 +30,13 @@ MODES = ("normal", "low_latency")
 
 
 def exchange_by_all_gather(rows, shape, where, group):
-    """What lax.ragged_all_to_all says it does; NaN, or all bits, where nothing was written."""
+    """What lax.ragged_all_to_all says it does; NaN, or 0 (a good id), where nothing was written."""
     every, starts, sizes, targets, expected = (
         lax.all_gather(a, group.axis_name) for a in (rows, *where)
     )
     me = lax.axis_index(group.axis_name)
     place = jnp.arange(shape[0], dtype=jnp.int32)
-    poison = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
+    poison = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else 0
     out = jnp.full(shape, poison, rows.dtype)
     for sender in range(group.size):
         size = jnp.where(sizes[sender, me] == expected[me, sender], sizes[sender, me], 0)
