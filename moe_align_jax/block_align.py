@@ -118,7 +118,7 @@ def moe_align_block_size(
         )
         num_ids = expert_location.num_logical_experts
         if dispatch == "round_robin":  # a pair's turn is known once all pairs before it are
-            rows = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
+            rows: Any = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
             topk_ids = expert_dispatch.to_physical_ids(rows, expert_location, layer=layer)
             dispatch, tables, num_ids = "", {}, num_experts
     elif layer is not None:

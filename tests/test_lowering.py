@@ -70,7 +70,8 @@ def call(size: forms.Size, options: dict):
 
 def test_sizes_reach_every_form():
     folder = pathlib.Path(_kernels.__file__).parent / "block_align"
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "common", "counting", "placing"}
+    shared = {"__init__", "common", "counting", "placing"}
+    files = {path.stem for path in folder.glob("*.py")} - shared
     assert {size.form for size in forms.SIZES} | {"batched"} == files
 
 
