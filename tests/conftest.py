@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite: strict jax, one `implementation` fixture, shards."""
 
+import gc
 import importlib.util
 import os
 
@@ -89,13 +90,15 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    reason = None
-    if any(item.get_closest_marker("gpu") for item in items):
-        reason = why_no_hopper()
-    if reason:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=reason))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    reason = why_no_hopper() if on_gpu else None
+    if reason and not config.option.markexpr and len(on_gpu) < len(items):
+        # Left out whole, and the header says why: thousands of skips take time and hide the others.
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elif reason:
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if config.option.shard:
         index, count = map(int, config.option.shard.split("/"))
         if not 1 <= index <= count:
@@ -105,6 +108,12 @@ def pytest_collection_modifyitems(config, items):
         chosen = items[index - 1 :: count]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+def pytest_collection_finish(session):
+    """What lives until the end is no garbage: without it, each full collection looks at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
