@@ -446,6 +446,34 @@ def test_gradient_of_bfloat16_and_of_a_replicated_input():
     np.testing.assert_array_equal(got, [[12.0] * 4, [12.0] * 4, [0.0] * 4])
 
 
+@pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
+def test_rows_of_nobody_take_no_part_in_gradients(transport):
+    """A dense exchange delivers them, but their tokens get nothing for it, and neither do their results."""
+    size, num_experts = 4, 4
+    batch = Batch(size, 5, 3, 2, num_experts, seed=17)
+    direction = np.random.default_rng(18).normal(size=batch.x.shape).astype(np.float32)
+
+    def body(x, y, ids, weights):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=num_experts,
+            mode="normal", transport=transport,
+        )  # fmt: skip
+        return got.x, maj.combine(y, got.handle)
+
+    run = split(mesh_of(size), body)
+
+    def loss(x, y):
+        received, home = run(x, y, batch.ids, batch.weights)
+        return jnp.sum(received) + jnp.sum(home * direction)
+
+    y = np.ones((size * size * 5, 3), np.float32)
+    d_x, d_y = jit(jax.grad(loss, argnums=(0, 1)))(batch.x, y)
+    # One expert per rank: rank r has the tokens that chose expert r.
+    has = np.stack([(batch.ids == rank).any(1) for rank in range(size)])
+    np.testing.assert_allclose(d_x, np.repeat(has.sum(0)[:, None], 3, 1), rtol=1e-6)
+    np.testing.assert_allclose(d_y, (has[:, :, None] * direction).reshape(y.shape), rtol=1e-6)
+
+
 def test_fp8_payload_has_no_gradient_in_x_and_one_in_the_weights():
     batch = Batch(2, 4, 128, 2, 4, "float32", seed=14)
 
