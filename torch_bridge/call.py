@@ -65,7 +65,8 @@ def _platform(device_type: str, index: int | None) -> str | None:
     import jax
 
     try:
-        devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
+        with dlpack.current_device_kept():
+            devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
     except RuntimeError:
         return None
     if device_type == "cpu":

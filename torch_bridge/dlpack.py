@@ -8,6 +8,7 @@ What DLPack and its two ends get wrong, and the guard here (each has a test in t
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,12 +92,30 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def current_device_kept() -> Iterator[None]:
+    """Around what may start jax's GPU client: it leaves the last GPU current in this thread (jax 0.11.2, two
+    GPUs), and torch would allocate there from then on."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.current_device()
+    try:
+        yield
+    finally:
+        torch.cuda.set_device(before)
+
+
 def share(tensor: torch.Tensor) -> "jax.Array":
     """A jax array on the tensor's memory. The tensor was checked; a copy would be an error."""
     import jax
 
     wide = tensor.dtype.itemsize >= 8
-    with on_device(tensor.device), jax.enable_x64(True) if wide else contextlib.nullcontext():
+    with (
+        current_device_kept(),
+        on_device(tensor.device),
+        jax.enable_x64(True) if wide else contextlib.nullcontext(),
+    ):
         return jax.dlpack.from_dlpack(tensor, copy=False)
 
 

@@ -289,6 +289,7 @@ def test_gpu_20000_calls_do_not_grow():
 def test_gpu_every_device():
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs; torch sees {torch.cuda.device_count()}")
+    torch.cuda.set_device(0)
     array, ids = ids_of(torch.int64, num_tokens=2000)
     want = oracle.align_numpy(array, block_size=8, num_experts=16)
     for _ in range(3):
@@ -437,8 +438,9 @@ def test_gpu_transforms_are_refused_or_right(transform):
         return torch_bridge.moe_align_block_size(x, 4, 4)
 
     if transform == "vmap":
-        with pytest.raises((TypeError, RuntimeError, NotImplementedError)):
-            torch.func.vmap(call)(ids)
+        # torch's fallback: the operator once per row.
+        for got, one in zip(torch.func.vmap(call)(ids), want[:3], strict=True):
+            assert got.tolist() == [list(one)] * len(ids)
     else:
         assert_triple(tuple(torch.func.functionalize(call)(ids[0])), want)
     torch.cuda.synchronize()

@@ -263,3 +263,23 @@ def test_without_the_fake_guard_garbage_passes(monkeypatch):
             assert "must have data" not in str(error)  # not our error: the guard was ours
         else:
             assert isinstance(array, jax.Array)
+
+
+def test_jax_may_not_change_torchs_current_device(monkeypatch):
+    """As its GPU client does when it starts, on a machine with several GPUs."""
+    import jax
+
+    from torch_bridge import call
+
+    current = [0]
+
+    def start(backend):
+        current[0] = 1
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(jax, "local_devices", start)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    assert call._platform.__wrapped__("cuda", 0) is None
+    assert current == [0]

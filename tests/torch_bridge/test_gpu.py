@@ -444,6 +444,7 @@ def test_gpu_capture_through_dlpack_is_refused_and_the_context_works_on():
 def test_gpu_second_device(path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    torch.cuda.set_device(0)
     ids, want = _large(8, 500)
     got = torch_bridge.moe_align_block_size(ids.to("cuda:1"), 64, 32, path=path)
     assert all(x.device == torch.device("cuda", 1) for x in got)

@@ -325,6 +325,7 @@ def test_no_pass_reads_a_value_on_the_host(mode, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch warns of its own check
 @pytest.mark.parametrize("mode", MODES)
 def test_cuda_graph_replays_record(mode):
     """On a GPU: captured once with recording off, then replayed with new ids."""

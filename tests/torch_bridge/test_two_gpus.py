@@ -20,6 +20,9 @@ SIZES = (60, 9000)  # pairs for 16 experts and blocks of 8: one kernel, two kern
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
+    torch.cuda.set_device(
+        0
+    )  # jax, which the tests ask for its GPUs, may have left another one current
     for device in DEVICES:
         torch_bridge.warmup(num_experts=16, block_size=8, max_tokens=max(SIZES), device=device)
     assert torch.cuda.current_device() == 0
