@@ -248,8 +248,8 @@ def combine(
         else:
             rows = jnp.where(handle.in_use[:, None], y, jnp.zeros((), y.dtype))
         with jax.named_scope("give_back"):
-            rows, in_use, plan = vary_together((rows, handle.in_use, handle.plan))
-            out = give_back(info, rows, in_use, plan)
+            rows, plan = vary_together((rows, handle.plan))
+            out = give_back(info, rows, plan)
         return out.astype(y.dtype if out_dtype is None else out_dtype)
 
 

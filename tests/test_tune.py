@@ -159,10 +159,14 @@ def test_equal_ranges_of_experts_are_one():
         for n in tune.SIZES
         for e in (8, 64, 4096, 65_535)
     }
-    made = tune.table_of(winners, gpu=GPU, jax_version="1", tuning=_tuning.HEURISTIC, date="2026-01-02")
+    made = tune.table_of(
+        winners, gpu=GPU, jax_version="1", tuning=_tuning.HEURISTIC, date="2026-01-02"
+    )
     assert [row[:3] for row in made.rows] == [(1, None, None)]
     del winners[tune.Cell(64, 64, 16)]
-    made = tune.table_of(winners, gpu=GPU, jax_version="1", tuning=_tuning.HEURISTIC, date="2026-01-02")
+    made = tune.table_of(
+        winners, gpu=GPU, jax_version="1", tuning=_tuning.HEURISTIC, date="2026-01-02"
+    )
     assert {row[:2] for row in made.rows} == {(1, 8), (9, 64), (65, None)}
 
 

@@ -74,20 +74,17 @@ send.defvjp(_send_forward, _send_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def give_back(info: DispatchInfo, rows, in_use, plan):
-    """`[T, H]` of `[R, H]`, in which rows that are not in use are zero."""
-    del in_use
+def give_back(info: DispatchInfo, rows, plan):
+    """`[T, H]` of `[R, H]`, in which rows of nobody are zero, and whose cotangents the caller ignores."""
     return TRANSPORTS[info.transport].give_back(rows, plan, info.group)
 
 
-def _give_back_forward(info, rows, in_use, plan):
-    return give_back(info, rows, in_use, plan), (in_use, plan)
+def _give_back_forward(info, rows, plan):
+    return give_back(info, rows, plan), plan
 
 
-def _give_back_backward(info, saved, d_out):
-    in_use, plan = saved
-    d_rows = TRANSPORTS[info.transport].send(d_out, plan, info.group)
-    return jnp.where(in_use[:, None], d_rows, jnp.zeros((), d_out.dtype)), None, None
+def _give_back_backward(info, plan, d_out):
+    return TRANSPORTS[info.transport].send(d_out, plan, info.group), None
 
 
 give_back.defvjp(_give_back_forward, _give_back_backward)
