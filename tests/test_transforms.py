@@ -60,7 +60,7 @@ def test_vmap_two_deep_over_any_axes(implementation, in_axes):
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_vmap_of_any_of_the_operands(implementation, dtype):
-    """Ids, map and count batched or not, one and two deep, in ten combinations."""
+    """Ids, map and count batched or not, one and two deep, in ten combinations; int64 in four."""
     ids = as_jax(ids_of(3, 2, 70).astype(dtype))
     maps = jnp.asarray(np.random.default_rng(1).integers(-1, 10, (3, 2, 10)), jnp.int32)
     counts = jnp.asarray([[0, 70], [35, -1], [69, 80]], jnp.int32)
@@ -71,7 +71,8 @@ def test_vmap_of_any_of_the_operands(implementation, dtype):
         )
 
     operands = (ids, maps, counts)
-    for mask in (1, 2, 4, 7, 0o11, 0o24, 0o41, 0o52, 0o63, 0o77):
+    masks = (1, 2, 4, 7, 0o11, 0o24, 0o41, 0o52, 0o63, 0o77)
+    for mask in masks if dtype == "int32" else (1, 4, 0o52, 0o77):
         # Low digit: which of the three the outer vmap maps; high digit: which the inner one does.
         outer = tuple(0 if mask >> i & 1 else None for i in range(3))
         inner = tuple(0 if mask >> (i + 3) & 1 else None for i in range(3))
@@ -218,7 +219,9 @@ def test_gradients_of_the_code_around_it(implementation, wrap):
     results = []
     for function in (mine, dense):
         grad = jax.grad(functools.partial(loss, function), argnums=(0, 1))
-        results.append((jax.vmap(grad) if wrap == "vmap" else grad)(*arguments))
+        grad = jax.vmap(grad) if wrap == "vmap" else grad
+        # One by one, each operation of the code around would be compiled by itself: once is enough.
+        results.append((grad if wrap == "plain" else jax.jit(grad))(*arguments))
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
