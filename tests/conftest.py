@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import zlib
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -75,6 +76,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--shard", metavar="I/N", help="run only every N-th test, from the I-th (1-based)"
     )
+    parser.addoption(
+        "--sample",
+        metavar="N",
+        type=int,
+        help="of each test function, run one case in N, at least one",
+    )
 
 
 def pytest_configure(config):
@@ -89,6 +96,20 @@ def pytest_report_header(config):
     )
 
 
+def _sample(config, items, each):
+    """Leaves one case in `each` of every test function: the same ones every time, others with x64."""
+    salt = f"x64 {jax.config.jax_enable_x64}"
+    functions = {}
+    for item in items:
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    chosen = set()
+    for cases in functions.values():
+        cases = sorted(cases, key=lambda item: zlib.crc32(f"{salt} {item.nodeid}".encode()))
+        chosen.update(cases[: -(-len(cases) // each)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
 def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_hopper() if on_gpu else None
@@ -99,6 +120,8 @@ def pytest_collection_modifyitems(config, items):
     elif reason:
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if config.option.sample:
+        _sample(config, items, config.option.sample)
     if config.option.shard:
         index, count = map(int, config.option.shard.split("/"))
         if not 1 <= index <= count:
