@@ -37,7 +37,7 @@ test:
 # the files about NumPy, shell, command line, benchmarks and text. XLA compiles with fewer passes, hypothesis
 # tries fewer cases.
 NOT_AGAIN := benchmark cli emulator eplb files layering make_venv oracle sanitize soak tun
-AGAIN := $(addprefix --ignore-glob='*/tests/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
+AGAIN := $(addprefix --ignore-glob='tests/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
   --sample 3 --hypothesis-profile=brief
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
@@ -48,7 +48,7 @@ test-x64:
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.
-TORCH_SMOKE := --ignore-glob='*/torch_bridge/test_[b-z]*'
+TORCH_SMOKE := --ignore-glob='tests/torch_bridge/test_[b-z]*'
 OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
   $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
     --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
