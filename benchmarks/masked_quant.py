@@ -129,7 +129,7 @@ class Inputs:
         @jax.jit
         def make(key):
             x = jax.random.normal(key, shape, jnp.bfloat16)
-            past = jnp.arange(size.rows)[None] >= self.masked_m[:, None]
+            past = jnp.arange(size.rows, dtype="int32")[None] >= self.masked_m[:, None]
             return jnp.where(past[..., None], jnp.bfloat16(jnp.nan), x)  # nothing may read these
 
         self.x = [make(jax.random.key(k)) for k in range(count)]

@@ -224,7 +224,8 @@ def combine(
         ...     return combine((got.x + 1) * got.topk_weights.sum(1, keepdims=True), got.handle)
         >>> spec = jax.sharding.PartitionSpec("ep")
         >>> step = jax.jit(jax.shard_map(add_one, mesh=mesh, in_specs=spec, out_specs=spec))
-        >>> step(jnp.array([[1.0]]), jnp.array([[1, 0]]), jnp.array([[0.5, 0.25]])).tolist()
+        >>> x, weights = jnp.array([[1.0]], "float32"), jnp.array([[0.5, 0.25]], "float32")
+        >>> step(x, jnp.array([[1, 0]]), weights).tolist()
         [[1.5]]
 
     Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.

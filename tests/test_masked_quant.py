@@ -323,7 +323,7 @@ def test_shares_in_the_emulator(work):
 @pytest.mark.parametrize(("tile", "num_ctas", "prefetch"), [(16, 3, False), (4, 40, True)])
 def test_any_config_gives_the_same(tile, num_ctas, prefetch):
     x, _ = inputs(4, 3, 2048 if tile == 16 else 1152)
-    masked_m = jnp.array([2, 0, 3, 1])
+    masked_m = jnp.array([2, 0, 3, 1], "int32")
     problem = masked_quant.make_problem(
         "test", x.shape, "bfloat16", group_size=128, scale_format="float32", scale_layout=None
     )

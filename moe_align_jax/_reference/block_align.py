@@ -49,7 +49,8 @@ def _sort_pairs(
     expert: jax.Array, pair: jax.Array, num_experts: int
 ) -> tuple[jax.Array, jax.Array]:
     """Both, by expert (0 .. E) and then by pair."""
-    bits = max(pair.size - 1, 1).bit_length()
+    n = pair.shape[0]
+    bits = max(n - 1, 1).bit_length() if isinstance(n, int) else 32  # a symbolic size may be any
     if (num_experts + 1) << bits > 2**31:
         sorted_expert, sorted_pair = lax.sort((expert, pair), num_keys=1, is_stable=True)
         return sorted_expert, sorted_pair

@@ -24,7 +24,8 @@ def run(
 
     shape = (problem.num_experts, problem.max_rows, 2, problem.num_groups, GROUP)
     launch = kernel.build(problem, config or config_for(problem), interpret=interpret)
-    q, scales = launch(x.reshape(shape), masked_m)
+    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+        q, scales = launch(x.reshape(shape), masked_m)
     return [q.reshape(*shape[:2], problem.width), scales]
 
 
