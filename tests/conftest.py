@@ -12,6 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ).strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+gc.disable()  # until everything is imported and collected, which leaves little garbage
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -135,8 +137,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """What lives until the end is no garbage: without it, each full collection looks at all of it."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config):
