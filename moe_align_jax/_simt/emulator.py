@@ -38,18 +38,38 @@ def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -
         shapes.update(kernel.outputs)
 
 
-def _run_kernel(
-    kernel: Kernel,
-    machine: EmulatedSimt,
-    data: dict[str, np.ndarray],
-    producers: dict[str, int],
-    check_races: bool,
-) -> None:
-    common: dict[str, Any] = {
+def _common(kernel: Kernel, check_races: bool) -> dict[str, Any]:
+    return {
         "kernel": kernel.name,
         "num_threads": kernel.num_threads,
         "check_races": check_races,
     }
+
+
+def _outputs(kernel: Kernel, check_races: bool) -> dict[str, Buffer]:
+    return {
+        name: Buffer(
+            name,
+            shape,
+            np.zeros(int(np.prod(shape)), np.int32),
+            writable=True,
+            per_cta=False,
+            reach="grid" if kernel.num_ctas > 1 else "cta",
+            **_common(kernel, check_races),
+        )
+        for name, shape in kernel.outputs.items()
+    }
+
+
+def _run_kernel(
+    kernel: Kernel,
+    machine: EmulatedSimt,
+    data: dict[str, np.ndarray],
+    outputs: dict[str, Buffer],
+    producers: dict[str, int],
+    check_races: bool,
+) -> None:
+    common = _common(kernel, check_races)
     refs = {
         name: Buffer(
             name,
@@ -62,18 +82,7 @@ def _run_kernel(
             **common,
         )
         for name, shape in kernel.inputs.items()
-    }
-    for name, shape in kernel.outputs.items():
-        data[name] = np.zeros(int(np.prod(shape)), np.int32)
-        refs[name] = Buffer(
-            name,
-            shape,
-            data[name],
-            writable=True,
-            per_cta=False,
-            reach="grid" if kernel.num_ctas > 1 else "cta",
-            **common,
-        )
+    } | outputs
     for name, words in kernel.shared.items():
         cells = np.zeros(words * kernel.num_ctas, np.int32)
         reach = "cluster" if kernel.cluster > 1 else "cta"
@@ -83,8 +92,42 @@ def _run_kernel(
     with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
         kernel.body(machine, SimpleNamespace(**refs))
     machine.check_end()
-    for name in kernel.outputs:
-        refs[name].check_written()
+
+
+def _finish(kernel: Kernel, outputs: dict[str, Buffer]) -> dict[str, np.ndarray]:
+    for name, buffer in outputs.items():
+        if name not in kernel.partial:
+            buffer.check_written()
+    return {name: buffer.data for name, buffer in outputs.items()}
+
+
+def run_on_devices(
+    kernel: Kernel, arrays: Sequence[Sequence[np.ndarray]], *, check_races: bool = True
+) -> list[list[np.ndarray]]:
+    """Runs a kernel of several devices, one device after the other.
+
+    Args:
+        kernel: with `devices`.
+        arrays: for each device the operands, int32, in the order and shapes of `kernel.inputs`.
+        check_races: as for `run`, among the threads of a device.
+
+    Returns:
+        For each device the outputs, in order; 0 where nothing was written.
+
+    Raises:
+        EmulatorError: as for `run`.
+    """
+    check_launch(kernel)
+    outputs = [_outputs(kernel, check_races) for _ in arrays]
+    for rank, given in enumerate(arrays):
+        data = {
+            name: np.asarray(array, np.int32).reshape(-1)
+            for name, array in zip(kernel.inputs, given, strict=True)
+        }
+        machine = EmulatedSimt(kernel, rank=rank, outputs=outputs)
+        _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)
+    done = [_finish(kernel, mine) for mine in outputs]
+    return [[mine[n].reshape(shape) for n, shape in kernel.outputs.items()] for mine in done]
 
 
 def run(
@@ -116,7 +159,9 @@ def run(
     behind: frozenset[int] = frozenset()
     for position, kernel in enumerate(program.kernels):
         machine = EmulatedSimt(kernel, behind)
-        _run_kernel(kernel, machine, data, producers, check_races)
+        outputs = _outputs(kernel, check_races)
+        _run_kernel(kernel, machine, data, outputs, producers, check_races)
+        data.update(_finish(kernel, outputs))
         # A wait covers the kernel before, and through it those that this one waited for in turn.
         behind = (behind if machine.waited else frozenset()) | {position}
         producers.update(dict.fromkeys(kernel.outputs, position))

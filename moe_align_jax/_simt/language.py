@@ -151,8 +151,13 @@ class Simt(abc.ABC):
         """`ref[index] = value`."""
 
     @abc.abstractmethod
-    def store4(self, ref: Any, index: Int | int, value: Int | int) -> None:
-        """`ref[index:index+4] = value` in one 16-byte store; index is a multiple of 4."""
+    def load4(self, ref: Any, index: Int | int) -> Any:
+        """`ref[index:index+4]` in one 16-byte load, for `store4`; index is a multiple of 4."""
+
+    @abc.abstractmethod
+    def store4(self, ref: Any, index: Int | int, value: Any) -> None:
+        """`ref[index:index+4] = value` in one 16-byte store: one word four times, or what `load4` gave;
+        index is a multiple of 4."""
 
     @abc.abstractmethod
     def copy4(self, target: Any, source: Any, index: Int | int) -> None:
@@ -209,6 +214,20 @@ class Simt(abc.ABC):
     def cluster_wait(self) -> None:
         """At the end: waits until every thread of the cluster has come to its `cluster_arrive`."""
 
+    # -- other devices
+    @abc.abstractmethod
+    def rank(self) -> Int:
+        """Index of my device among the kernel's `devices`."""
+
+    @abc.abstractmethod
+    def remote(self, ref: Any, rank: Int | int) -> Any:
+        """The same output of another device's launch; the rank is the same in all threads."""
+
+    @abc.abstractmethod
+    def device_sync(self) -> None:
+        """At the end: tells the CTA of my index on every device that my CTA has stored all, and waits for
+        theirs. Once the kernel has ended, all that devices wrote here is there."""
+
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:
         """Waits until the kernels before this one have finished. Every thread calls it before its first
@@ -221,6 +240,19 @@ class Simt(abc.ABC):
 
 type Body = Callable[[Simt, SimpleNamespace], None]
 type Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that run a kernel together: some of a mesh, whose devices are counted in row-major order.
+
+    Attributes:
+        count: how many; my rank is `device // stride % count`.
+        stride: how far apart two neighbours are.
+    """
+
+    count: int
+    stride: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +268,9 @@ class Kernel:
         num_warpgroups: warpgroups per CTA.
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
+        arrays: (shape, dtype) of a buffer that is no int32 array outside; the body sees its words.
+        partial: outputs that need not be written in full.
+        devices: those whose outputs the body may write to, as they do to mine.
     """
 
     name: str
@@ -246,6 +281,9 @@ class Kernel:
     num_warpgroups: int
     num_ctas: int = 1
     cluster: int = 1
+    arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+    devices: Devices | None = None
 
     @property
     def num_threads(self) -> int:

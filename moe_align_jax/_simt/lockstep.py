@@ -1,7 +1,7 @@
 """The machine in NumPy: a grid's threads in lock step, control flow narrowing who is active."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +24,16 @@ class EmulatedSimt(Simt):
     """All CTAs of one kernel at once.
 
     `behind`: the kernels of the program that have ended once `grid_dependency_wait` returns.
+    `rank`, `outputs`: this device, and the outputs of all devices, by name.
     """
 
-    def __init__(self, kernel: Kernel, behind: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        kernel: Kernel,
+        behind: frozenset[int] = frozenset(),
+        rank: int = 0,
+        outputs: Sequence[Mapping[str, Buffer]] = (),
+    ):
         self.name, self._behind = kernel.name, behind
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
@@ -39,6 +46,9 @@ class EmulatedSimt(Simt):
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
+        # Devices run one after the other: nothing follows a device_sync, so none has to wait.
+        self._rank, self._outputs = rank, outputs
+        self._synced = np.full(self.num_ctas, kernel.devices is None)
         self.scope = Scope(None, self._total)
 
     @property
@@ -244,10 +254,17 @@ class EmulatedSimt(Simt):
     def _vectors(self, ref: Buffer, index: Any) -> np.ndarray:
         return (self._cells(ref, index, width=4)[:, None] + np.arange(4)).reshape(-1)
 
-    def store4(self, ref: Buffer, index: Int | int, value: Int | int) -> None:
-        stored = self._stored(value)
+    def load4(self, ref: Buffer, index: Int | int) -> tuple[Int, ...]:
+        if not self.scope.count:
+            return (Value(constant(NOTHING), self),) * 4
+        words = self._read(ref, self._vectors(ref, index), self._threads().times(4))
+        return tuple(self._spread(words[k::4]) for k in range(4))
+
+    def store4(self, ref: Buffer, index: Int | int, value: Any) -> None:
+        stored = [self._stored(v) for v in (value if isinstance(value, tuple) else (value,) * 4)]
         if self.scope.count:
-            words = stored if stored.size == 1 else stored.repeat(4)
+            count = self.scope.count
+            words = np.stack([np.broadcast_to(s, (count,)) for s in stored], axis=1).reshape(-1)
             ref.write(self._vectors(ref, index), words, self._threads().times(4))
 
     def copy4(self, target: Buffer, source: Buffer, index: Int | int) -> None:
@@ -328,10 +345,34 @@ class EmulatedSimt(Simt):
 
     def check_end(self) -> None:
         """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
+        if not self._synced.all():
+            cta = int(self._synced.argmin())
+            raise RaceError(f"{self.name}: CTA {cta} ends without device_sync.")
         if self._peers_read or self._leaving:
             raise RaceError(
                 f"{self.name}: load_peer, and the end without cluster_wait: the peer may have ended."
             )
+
+    # -- other devices
+
+    def rank(self) -> Int:
+        return Value(constant(self._rank), self)
+
+    def remote(self, ref: Buffer, rank: Int | int) -> Buffer:
+        ranks = np.unique(self.scope.active(array_of(rank)))
+        if ranks.size != 1 or not 0 <= ranks[0] < len(self._outputs):
+            raise Undefined(f"{self.name}: remote takes the rank of one device; got {ranks}.")
+        if ref.name not in self._outputs[ranks[0]]:
+            raise Undefined(f"{self.name}: remote is for outputs; {ref.name} is none.")
+        return self._outputs[int(ranks[0])][ref.name]
+
+    def device_sync(self) -> None:
+        self._whole(self.num_threads, "device_sync")
+        self._synced[self._active_ctas()] = True
+
+    def _active_ctas(self) -> np.ndarray | slice:
+        lanes = self.scope.lanes
+        return slice(None) if lanes is None else np.unique(lanes // self.num_threads)
 
     def grid_dependency_wait(self) -> None:
         lanes = self.scope.lanes

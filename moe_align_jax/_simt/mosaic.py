@@ -72,6 +72,7 @@ class _Ref:
 
     memref: ir.Value
     offset: int = 0
+    argument: ir.Value | None = None  # of the kernel, of any dtype
 
     def indices(self, index: Any) -> list[ir.Value]:
         if isinstance(index, tuple):
@@ -93,6 +94,16 @@ def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -
     return MlirInt(nvvm.shfl_sync(_i32(), mask, value, lane, _value(clamp), kind))  # type: ignore[call-arg]
 
 
+def _global_ref(argument: ir.Value, words: tuple[int, ...]) -> _Ref:
+    """A kernel's argument as its words."""
+    if str(ir.MemRefType(argument.type).element_type) == "i32":
+        return _Ref(argument, argument=argument)
+    pointer = mgpu_utils.memref_ptr(argument)
+    return _Ref(
+        mgpu_utils.ptr_as_memref(pointer, ir.MemRefType.get(words, _i32())), argument=argument
+    )
+
+
 def _barrier_asm(instructions: str) -> None:
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, [], instructions, "~{memory}", has_side_effects=True)
@@ -101,10 +112,19 @@ def _barrier_asm(instructions: str) -> None:
 class MosaicSimt(Simt):
     """Emits MLIR at the current insertion point."""
 
-    def __init__(self, kernel: Kernel, *, pdl: bool = False):
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        pdl: bool = False,
+        context: Any = None,
+        arrivals: ir.Value | None = None,
+    ):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
         self._pdl = pdl
+        # For kernels of several devices: Mosaic's launch context, and a zeroed word of each CTA.
+        self._devices, self._context, self._arrivals = kernel.devices, context, arrivals
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -160,13 +180,16 @@ class MosaicSimt(Simt):
     def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
         memref.store(_value(value), ref.memref, ref.indices(index))
 
-    def store4(self, ref: _Ref, index: Int | int, value: Int | int) -> None:
-        words = vector.broadcast(ir.VectorType.get((4,), _i32()), _value(value))
-        llvm.store(words, ref.pointer(index), alignment=16)
+    def load4(self, ref: _Ref, index: Int | int) -> ir.Value:
+        return llvm.load(ir.VectorType.get((4,), _i32()), ref.pointer(index), alignment=16)
+
+    def store4(self, ref: _Ref, index: Int | int, value: Any) -> None:
+        if not isinstance(value, ir.Value):
+            value = vector.broadcast(ir.VectorType.get((4,), _i32()), _value(value))
+        llvm.store(value, ref.pointer(index), alignment=16)
 
     def copy4(self, target: _Ref, source: _Ref, index: Int | int) -> None:
-        words = llvm.load(ir.VectorType.get((4,), _i32()), source.pointer(index), alignment=16)
-        llvm.store(words, target.pointer(index), alignment=16)
+        self.store4(target, index, self.load4(source, index))
 
     def launch_value(self, ref: _Ref) -> Int:
         # It rides in a pointer. LLVM takes a pointer parameter's low 8 bits for zero (it is declared
@@ -234,6 +257,42 @@ class MosaicSimt(Simt):
     def cluster_wait(self) -> None:
         _barrier_asm("barrier.cluster.wait.acquire.aligned;")
 
+    def rank(self) -> Int:
+        assert self._devices is not None
+        device = MlirInt(self._context.device_id())
+        return device // self._devices.stride % self._devices.count
+
+    def _device(self, rank: Int | int) -> Int:
+        """The place of a rank in the mesh."""
+        assert self._devices is not None
+        device = MlirInt(self._context.device_id())
+        return device + (rank - self.rank()) * self._devices.stride
+
+    def remote(self, ref: _Ref, rank: Int | int) -> _Ref:
+        assert ref.argument is not None
+        there = self._context.to_remote(ref.argument, _value(self._device(rank)))
+        return _global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
+
+    def device_sync(self) -> None:
+        assert self._devices is not None
+        void, thread = ir.Type.parse("!llvm.void"), self.thread_id()
+        gpu.barrier()
+        # A lane per device: one fence for all that the CTA has written, then a count everywhere at once.
+        with self.if_(thread < self._devices.count):
+            there = self._context.to_remote(self._arrivals, _value(self._device(thread)))
+            signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
+            pointer = mgpu_utils.memref_ptr(there)
+            llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
+        with self.if_(thread.eq(0)):
+            pointer = mgpu_utils.memref_ptr(self._arrivals)
+            wait = (
+                "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
+                "setp.lt.u32 more, seen, $1; @more bra again; }"
+            )
+            count = _value(self._devices.count)
+            llvm.inline_asm(void, [pointer, count], wait, "l,r,~{memory}", has_side_effects=True)
+        gpu.barrier()
+
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:
@@ -269,29 +328,35 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     words = kernel.shared_words
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
     scratch = [plgpu.SMEM((words,), jnp.int32)] if words else []
-    num_global = len(kernel.inputs) + len(kernel.outputs)
+    if kernel.devices:
+        scratch.append(plgpu.SemaphoreType.REGULAR)
+    buffers = {**kernel.inputs, **kernel.outputs}
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_, *memrefs):
+        def emit(context, *memrefs):
             _name_module(kernel)
-            named = zip((*kernel.inputs, *kernel.outputs), memrefs[:num_global], strict=True)
-            r = SimpleNamespace(**{name: _Ref(m) for name, m in named})
+            given, own = memrefs[: len(buffers)], memrefs[len(buffers) :]
+            named = zip(buffers.items(), given, strict=True)
+            r = SimpleNamespace(**{name: _global_ref(m, words) for (name, words), m in named})
             offset = 0
             for name, size in kernel.shared.items():
-                setattr(r, name, _Ref(memrefs[num_global], offset))
+                setattr(r, name, _Ref(own[0], offset))
                 offset += -(-size // 4) * 4
-            kernel.body(MosaicSimt(kernel, pdl=pdl), r)
+            arrivals = own[-1] if kernel.devices else None
+            kernel.body(MosaicSimt(kernel, pdl=pdl, context=context, arrivals=arrivals), r)
 
         emit(*refs)
 
     clusters = kernel.num_ctas // kernel.cluster
-    grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)} if clusters > 1 else {}
+    with_grid = clusters > 1 or kernel.devices is not None
+    grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)} if with_grid else {}
     if kernel.cluster > 1:
         grid |= {"cluster": (kernel.cluster,), "cluster_names": ("peer",)}
+    outputs = [kernel.arrays.get(name, (w, jnp.int32)) for name, w in kernel.outputs.items()]
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.outputs.values()],
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
         scratch_types=scratch,
         num_threads=kernel.num_warpgroups,
         thread_name="warpgroup",
