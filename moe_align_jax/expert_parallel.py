@@ -244,13 +244,12 @@ def combine(
         rule, got = f"have shape {[*shape, 'H']}", _checks.describe(y)
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
     with jax.named_scope(function):
+        rows, in_use = y, handle.in_use
         if masked:
-            rows = unpermute_from_masked(y, handle.layout, handle.topk_weights)
-        else:
-            rows = jnp.where(handle.in_use[:, None], y, jnp.zeros((), y.dtype))
+            rows, in_use = unpermute_from_masked(y, handle.layout, handle.topk_weights), None
         with jax.named_scope("give_back"):
-            rows, plan = vary_together((rows, handle.plan))
-            out = give_back(info, rows, plan)
+            rows, in_use, plan = vary_together((rows, in_use, handle.plan))
+            out = give_back(info, rows, in_use, plan)
         return out.astype(y.dtype if out_dtype is None else out_dtype)
 
 

@@ -7,8 +7,10 @@ The way back adds in the rows' own dtype, in the order of the backend's reduce-s
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.transport import Group
 
 
@@ -23,6 +25,9 @@ class AllGather:
         del topk_ids, group
         return ()
 
+    def send_fields(self, fields: list[jax.Array], plan: Any, group: Group) -> list[jax.Array]:
+        return message.move(fields, group.size, lambda rows: self.send(rows, plan, group))
+
     def send(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
         del plan
         return lax.all_gather(rows, group.axis_name, axis=0, tiled=True)
@@ -30,6 +35,10 @@ class AllGather:
     def num_received(self, plan: Any) -> None:
         del plan
 
-    def give_back(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
+    def give_back(
+        self, rows: jax.Array, plan: Any, group: Group, in_use: jax.Array | None = None
+    ) -> jax.Array:
         del plan
+        if in_use is not None:
+            rows = jnp.where(in_use[:, None], rows, jnp.zeros((), rows.dtype))
         return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)

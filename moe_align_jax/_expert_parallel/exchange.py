@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.transport import Group
@@ -38,8 +37,7 @@ def send(info: DispatchInfo, x, scales, weights, ids, plan):
     """(x, scales, weights, local ids) as received, `[R, ...]`."""
     fields = [f for f in (x, scales, weights, ids) if f is not None]
     transport, group = TRANSPORTS[info.transport], info.group
-    sent = transport.send(message.pack(fields), plan, group)
-    received = message.unpack(sent, fields)
+    received = transport.send_fields(fields, plan, group)
     x, scales, (weights, ids) = received[0], None, received[-2:]
     if len(received) == 4:
         scales = received[1]
@@ -66,25 +64,32 @@ def _send_backward(info, saved, cotangents):
         shape = (info.num_tokens, *d_x.shape[1:]), (info.num_tokens, *d_scales.shape[1:])
         zeros = (jnp.zeros(shape[0], d_x.dtype), jnp.zeros(shape[1], d_scales.dtype))
         return *vary_together((*zeros, d_weights)), None, None
-    d_x = jnp.where(jnp.any(mine, axis=1)[:, None], d_x, jnp.zeros((), d_x.dtype))
-    return transport.give_back(d_x, plan, group), None, d_weights, None, None
+    d_x = transport.give_back(d_x, plan, group, jnp.any(mine, axis=1))
+    return d_x, None, d_weights, None, None
 
 
 send.defvjp(_send_forward, _send_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def give_back(info: DispatchInfo, rows, plan):
-    """`[T, H]` of `[R, H]`, in which rows of nobody are zero, and whose cotangents the caller ignores."""
-    return TRANSPORTS[info.transport].give_back(rows, plan, info.group)
+def give_back(info: DispatchInfo, rows, in_use, plan):
+    """`[T, H]` of `[R, H]`, of which rows not in use count as zero.
+
+    `in_use` None: they are zero, and their cotangents are of no interest to the caller.
+    """
+    return TRANSPORTS[info.transport].give_back(rows, plan, info.group, in_use)
 
 
-def _give_back_forward(info, rows, plan):
-    return give_back(info, rows, plan), plan
+def _give_back_forward(info, rows, in_use, plan):
+    return give_back(info, rows, in_use, plan), (in_use, plan)
 
 
-def _give_back_backward(info, plan, d_out):
-    return TRANSPORTS[info.transport].send(d_out, plan, info.group), None
+def _give_back_backward(info, saved, d_out):
+    in_use, plan = saved
+    d_rows = TRANSPORTS[info.transport].send(d_out, plan, info.group)
+    if in_use is not None:
+        d_rows = jnp.where(in_use[:, None], d_rows, jnp.zeros((), d_rows.dtype))
+    return d_rows, None, None
 
 
 give_back.defvjp(_give_back_forward, _give_back_backward)

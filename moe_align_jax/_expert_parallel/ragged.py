@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax import block_align
+from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.rows import accumulator, take_rows
-from moe_align_jax._expert_parallel.transport import Group
+from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
 
 _I32 = jnp.int32
 
@@ -77,17 +78,20 @@ class RaggedAllToAll:
     def plan(self, topk_ids: jax.Array, group: Group) -> RaggedPlan:
         num_tokens, top_k = topk_ids.shape
         ranks = jnp.arange(group.size, dtype=_I32)[None]
-        valid = (topk_ids >= 0) & (topk_ids < group.size * group.num_local_experts)
-        owner = jnp.where(valid, topk_ids // group.num_local_experts, -1)
-        hit = jnp.any(owner[:, :, None] == ranks[None], axis=1)
+        ranks = jnp.where(ranks_of_tokens(topk_ids, group), ranks, -1)
         aligned = block_align.moe_align_block_size(
-            jnp.where(hit, ranks, -1), block_size=1, num_experts=group.size, return_inverse=True
+            ranks, block_size=1, num_experts=group.size, return_inverse=True
         )
         counts = lax.all_gather(aligned.tokens_per_expert, group.axis_name, axis=0)
         most = num_tokens * min(top_k, group.size)
         row_of_copy = aligned.row_of_pair.reshape(num_tokens, group.size)
         rank = lax.axis_index(group.axis_name)
         return RaggedPlan(counts, rank, row_of_copy, aligned.sorted_token_ids[:most])
+
+    def send_fields(
+        self, fields: list[jax.Array], plan: RaggedPlan, group: Group
+    ) -> list[jax.Array]:
+        return message.move(fields, group.size, lambda rows: self.send(rows, plan, group))
 
     def send(self, rows: jax.Array, plan: RaggedPlan, group: Group) -> jax.Array:
         packed = take_rows(rows, plan.row_of_copy, plan.copy_of_row)
@@ -98,7 +102,10 @@ class RaggedAllToAll:
         mine = lax.dynamic_index_in_dim(plan.counts, plan.rank, 1, keepdims=False)
         return jnp.sum(mine, dtype=_I32)
 
-    def give_back(self, rows: jax.Array, plan: RaggedPlan, group: Group) -> jax.Array:
+    def give_back(
+        self, rows: jax.Array, plan: RaggedPlan, group: Group, in_use: jax.Array | None = None
+    ) -> jax.Array:
+        del in_use  # the rows that travel are the ones in use
         out = (plan.copy_of_row.shape[0], rows.shape[1])
         packed = exchange(rows, out, offsets(plan.counts, plan.rank, back=True), group)
         dtype = accumulator(rows.dtype)
@@ -113,7 +120,7 @@ class RaggedAllToAll:
 def exchange(
     rows: jax.Array, shape: tuple[int, int], where: tuple[Any, Any, Any, Any], group: Group
 ) -> jax.Array:
-    """One ragged_all_to_all into zeros of the given shape."""
-    out = jnp.zeros(shape, rows.dtype)
+    """One ragged_all_to_all into a buffer of the given shape, whose other rows are unspecified."""
+    out = lax.empty(shape, rows.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     rows, out, *placed = vary_together((rows, out, *where))
     return lax.ragged_all_to_all(rows, out, *placed, axis_name=group.axis_name)

@@ -7,6 +7,7 @@ of their source rank and then of the token; a row without an expert of r is unsp
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 
 class Group(NamedTuple):
@@ -23,11 +24,19 @@ class Group(NamedTuple):
     num_local_experts: int
 
 
+def ranks_of_tokens(topk_ids: jax.Array, group: Group) -> jax.Array:
+    """`[T, D]` bool: whether the token has an expert on the rank. Ids as for `Transport.plan`."""
+    ranks = jnp.arange(group.size, dtype=jnp.int32)[None, None]
+    valid = (topk_ids >= 0) & (topk_ids < group.size * group.num_local_experts)
+    owner = jnp.where(valid, topk_ids // group.num_local_experts, -1)
+    return jnp.any(owner[:, :, None] == ranks, axis=1)
+
+
 class Transport(Protocol):
     """One way to move rows. Stateless: what it must remember between the two directions is its plan.
 
     `send` and `give_back` are linear and each other's transpose up to rows without an expert, which
-    the caller keeps at zero: the gradient of either is the other.
+    the caller keeps out: the gradient of either is the other.
     """
 
     name: str
@@ -37,17 +46,27 @@ class Transport(Protocol):
         ...
 
     def plan(self, topk_ids: jax.Array, group: Group) -> Any:
-        """A pytree of int32 arrays. `topk_ids` `[T, K]` int32, global; outside `[0, D * e)` is nobody's."""
+        """Integers and bools. `topk_ids` `[T, K]` int32, global; outside `[0, D * e)` an id is nobody's."""
+        ...
+
+    def send_fields(self, fields: list[jax.Array], plan: Any, group: Group) -> list[jax.Array]:
+        """`[T, c_i]` arrays of any dtypes, the payload first, to `[R, c_i]`: a token's fields together."""
         ...
 
     def send(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
-        """`[T, W]` of any dtype to `[R, W]`."""
+        """One `[T, c]` array to `[R, c]`."""
         ...
 
     def num_received(self, plan: Any) -> jax.Array | None:
         """How many rows came; None where every row of the R is somebody's token."""
         ...
 
-    def give_back(self, rows: jax.Array, plan: Any, group: Group) -> jax.Array:
-        """`[R, W]` floating point to `[T, W]`, summed over the ranks that a token went to."""
+    def give_back(
+        self, rows: jax.Array, plan: Any, group: Group, in_use: jax.Array | None = None
+    ) -> jax.Array:
+        """`[R, c]` floating point to `[T, c]`, summed over the ranks that a token went to.
+
+        Rows that came without an expert of this rank count as zero, whatever they hold: `in_use` `[R]` says
+        which have one; None if the others hold zeros already.
+        """
         ...
