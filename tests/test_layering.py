@@ -71,7 +71,9 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "masked_layout")),
     },
     "moe_align_jax._expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "block_align")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_expert_parallel")),
+        *(f"moe_align_jax.{m}" for m in ("_kernels.peer_rows", "_simt.language", "block_align")),
+        "lazily moe_align_jax._simt.mosaic",
     },
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},

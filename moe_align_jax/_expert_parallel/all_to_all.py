@@ -8,8 +8,6 @@ The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks ge
 all_gather as well, which needs no D copies of them: so large fields go.
 """
 
-import functools
-import operator
 from typing import Any
 
 import jax
@@ -17,8 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._expert_parallel import message
-from moe_align_jax._expert_parallel.rows import accumulator
-from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
+from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 
 
 class AllToAll:
@@ -50,13 +47,7 @@ class AllToAll:
         self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
-        dtype = accumulator(rows.dtype)
-        parts = [part.astype(dtype) for part in parts]
-        if in_use is not None:
-            # Here, as part of the sum: before the exchange it would be a pass of its own.
-            zero = jnp.zeros((), dtype)
-            parts = [jnp.where(plan[:, r, None], part, zero) for r, part in enumerate(parts)]
-        return functools.reduce(operator.add, parts).astype(rows.dtype)
+        return sum_over_ranks(parts, None if in_use is None else plan)
 
     def _exchange(self, parts: jax.Array, group: Group) -> jax.Array:
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)

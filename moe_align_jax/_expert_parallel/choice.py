@@ -2,21 +2,23 @@
 
 from typing import Any, Literal, NamedTuple
 
-from moe_align_jax import _checks
-from moe_align_jax._expert_parallel import ragged
+import jax
+
+from moe_align_jax import _checks, _dispatch
+from moe_align_jax._expert_parallel import nvlink, ragged
 from moe_align_jax._expert_parallel.all_gather import AllGather
 from moe_align_jax._expert_parallel.all_to_all import AllToAll
 from moe_align_jax._expert_parallel.transport import Transport
 
-TransportName = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
+TransportName = Literal["all_gather", "all_to_all", "nvlink", "ragged_all_to_all"]
 Mode = Literal["normal", "low_latency", "auto"]
 
-# A kernel of our own that writes into the peers' buffers over NVLink would be one more entry: `plan` places
-# the rows, `send` and `give_back` write them, `unavailable` is its feature check.
 TRANSPORTS: dict[str, Transport] = {
-    t.name: t for t in (AllGather(), AllToAll(), ragged.RaggedAllToAll())
+    t.name: t for t in (AllGather(), AllToAll(), nvlink.NvLink(), ragged.RaggedAllToAll())
 }
 
+# The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
+NVLINK_RUN_WITH = (0, 11)
 # From so many tokens per rank on, sending fewer rows pays for counting them first.
 RAGGED_MIN_TOKENS = 1024
 # ... where at most this part of the rows of a dense exchange is of use.
@@ -86,11 +88,18 @@ def choose(
         reasons = {name: "another was named" for name in TRANSPORTS} | {transport: "named"}
         return TransportChoice(transport, mode, reasons)
 
-    share = used_share(num_ranks, top_k)
     reasons = {
         "all_gather": "as many bytes as all_to_all, and its reduce-scatter adds in the payload's dtype",
         "all_to_all": "the fastest dense exchange measured",
     }
+    best = "all_to_all"
+    if reason := cannot["nvlink"] or _nvlink_unwanted(mode, num_ranks):
+        reasons["nvlink"] = reason
+    else:
+        best = "nvlink"
+        reasons["nvlink"] = "our kernels write to the peers: the lowest latency measured"
+        reasons["all_to_all"] = "slower than our kernels at few tokens"
+    share = used_share(num_ranks, top_k)
     if cannot["ragged_all_to_all"]:
         reasons["ragged_all_to_all"] = cannot["ragged_all_to_all"]
     elif not ragged.decomposer_enabled():
@@ -100,7 +109,19 @@ def choose(
     elif share > RAGGED_MAX_SHARE:
         reasons["ragged_all_to_all"] = f"{share:.0%} of the rows of a dense exchange are of use"
     else:
+        best = "ragged_all_to_all"
         reasons["ragged_all_to_all"] = f"only {share:.0%} of a dense exchange's rows are of use"
         reasons["all_to_all"] = reasons["all_gather"] = "moves rows that nobody needs"
-        return TransportChoice("ragged_all_to_all", mode, reasons)
-    return TransportChoice("all_to_all", mode, reasons)
+    return TransportChoice(best, mode, reasons)
+
+
+def _nvlink_unwanted(mode: str, num_ranks: int) -> str | None:
+    """Why our kernels are not the choice where they can run, or None."""
+    if num_ranks > nvlink.MAX_DEVICES:
+        return f"it takes at most {nvlink.MAX_DEVICES} devices"
+    if _dispatch.jax_version()[:2] != NVLINK_RUN_WITH:
+        seen = ".".join(map(str, NVLINK_RUN_WITH))
+        return f"seen running with jax {seen} only; this is {jax.__version__}: name it to take it"
+    if mode != "low_latency":
+        return "NCCL moves many rows as fast"
+    return None

@@ -4,10 +4,14 @@ D ranks, T tokens per rank, K top_k, e experts per rank. Rank r gets R = D * T r
 of their source rank and then of the token; a row without an expert of r is unspecified, its ids are -1.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from moe_align_jax._expert_parallel.rows import accumulator
 
 
 class Group(NamedTuple):
@@ -30,6 +34,17 @@ def ranks_of_tokens(topk_ids: jax.Array, group: Group) -> jax.Array:
     valid = (topk_ids >= 0) & (topk_ids < group.size * group.num_local_experts)
     owner = jnp.where(valid, topk_ids // group.num_local_experts, -1)
     return jnp.any(owner[:, :, None] == ranks, axis=1)
+
+
+def sum_over_ranks(parts: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`[D, T, c]` to `[T, c]` in the order of the ranks, in float32. `mask` `[T, D]`: which parts count."""
+    dtype = accumulator(parts.dtype)
+    each = [part.astype(dtype) for part in parts]
+    if mask is not None:
+        # Here, as part of the sum: before the exchange it would be a pass of its own.
+        zero = jnp.zeros((), dtype)
+        each = [jnp.where(mask[:, r, None], part, zero) for r, part in enumerate(each)]
+    return functools.reduce(operator.add, each).astype(parts.dtype)
 
 
 class Transport(Protocol):

@@ -96,7 +96,8 @@ def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -
 
 def _global_ref(argument: ir.Value, words: tuple[int, ...]) -> _Ref:
     """A kernel's argument as its words."""
-    if str(ir.MemRefType(argument.type).element_type) == "i32":
+    kind = ir.MemRefType(argument.type)
+    if str(kind.element_type) == "i32" and tuple(kind.shape) == words:
         return _Ref(argument, argument=argument)
     pointer = mgpu_utils.memref_ptr(argument)
     return _Ref(
@@ -327,7 +328,7 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     check_launch(kernel)
     words = kernel.shared_words
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
-    scratch = [plgpu.SMEM((words,), jnp.int32)] if words else []
+    scratch: list[Any] = [plgpu.SMEM((words,), jnp.int32)] if words else []
     if kernel.devices:
         scratch.append(plgpu.SemaphoreType.REGULAR)
     buffers = {**kernel.inputs, **kernel.outputs}
@@ -353,6 +354,9 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)} if with_grid else {}
     if kernel.cluster > 1:
         grid |= {"cluster": (kernel.cluster,), "cluster_names": ("peer",)}
+    if kernel.devices:  # whose addresses Mosaic finds by following a value to the kernel's argument
+        lane = plgpu.LoweringSemantics.Lane
+        grid["compiler_params"] = plgpu.CompilerParams(lowering_semantics=lane)
     outputs = [kernel.arrays.get(name, (w, jnp.int32)) for name, w in kernel.outputs.items()]
     return plgpu.kernel(
         body,
