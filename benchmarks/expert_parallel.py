@@ -35,7 +35,8 @@ from benchmarks import machine, timing  # noqa: E402
 from moe_align_jax._cli import traces  # noqa: E402
 
 AXIS = "ep"
-TRANSPORTS = ("all_to_all", "all_gather", "ragged_all_to_all")
+TRANSPORTS = ("nvlink", "all_to_all", "all_gather", "ragged_all_to_all")
+GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
 
 
 class Size(NamedTuple):
@@ -183,11 +184,14 @@ def plain(size: Size, ranks: int, kind: str) -> Callable:
     return one
 
 
-def providers(size: Size, ranks: int, platform: str) -> Iterator[tuple[str, Callable]]:
+def providers(
+    size: Size, ranks: int, platform: str, transports: Sequence[str]
+) -> Iterator[tuple[str, Callable]]:
     """Name and `(x, ids, weights) -> (x, received)`, the most telling ones first."""
     yield "plain all_to_all", plain(size, ranks, "all_to_all")
-    usable = [t for t in TRANSPORTS if platform == "gpu" or not t.startswith("ragged")]
-    for transport in usable:
+    for transport in transports:
+        if platform != "gpu" and transport in GPU_TRANSPORTS:
+            continue
         yield f"ours, {transport}", pair(size, transport=transport)
         if size.mode == "low_latency":
             name = f"ours, {transport}, tails unwritten"
@@ -197,7 +201,7 @@ def providers(size: Size, ranks: int, platform: str) -> Iterator[tuple[str, Call
 
 
 def measure(
-    mesh: jax.sharding.Mesh, size: Size, executions: int, until: float
+    mesh: jax.sharding.Mesh, size: Size, executions: int, until: float, transports: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     ranks = mesh.size
     platform = "gpu" if mesh.devices.flat[0].platform in ("gpu", "cuda") else "cpu"
@@ -210,7 +214,7 @@ def measure(
     away = sum(
         int((owner[r] == j).any(1).sum()) for r in range(ranks) for j in range(ranks) if r != j
     )
-    for provider, one in providers(size, ranks, platform):
+    for provider, one in providers(size, ranks, platform, transports):
         if time.monotonic() > until:
             yield {"case": size.name, "provider": provider, "note": "left out: no time"}
             return
@@ -266,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--devices", type=int, help="of those there are; all by default")
+    parser.add_argument("--transports", default=",".join(TRANSPORTS))
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument(
         "--budget", type=float, default=100, help="seconds, then the rest is left out"
@@ -277,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     sizes = {"hidden": options.hidden, "experts": options.experts, "top_k": options.top_k}
+    transports = options.transports.split(",")
     facts = machine.facts(options.commit) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     rows = []
 
@@ -291,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for mode in ("low_latency", "normal"):
         size = Size(mode, options.check_tokens, **sizes)
-        for transport in TRANSPORTS:
+        for transport in transports:
             for chosen in ({}, {"initialize": False}) if mode == "low_latency" else ({},):
                 row = {"case": f"check {size.name}", "provider": f"{transport} {chosen or ''}"}
                 try:
@@ -311,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in options.cases.split(","):
         mode, _, tokens = case.partition(":")
         size = Size(mode, int(tokens), **sizes)
-        for row in measure(mesh, size, options.executions, until):
+        for row in measure(mesh, size, options.executions, until, transports):
             keep(row)
             value = f"{row['us']:10.1f} µs {row['gbps']:7.1f} GB/s" if "us" in row else " " * 26
             print(f"{row['case']:18} {row['provider']:42} {value} {row.get('kernels') or ''} "
