@@ -63,6 +63,7 @@ class Dispatched(NamedTuple):
             "low_latency": `[e, M, H]`, by expert, then source rank, then token; zero, or unspecified, from
             `masked_m` on. The dtype sent, or e4m3.
         scales: of an fp8 payload, float32 `[R, H / 128]` or `[e, M, H / 128]`: `x * scales` is the value.
+            Packed ones: int32 `[R, H / 512]`, or `[e, H / 512, M]`, as `silu_and_mul_masked_quant` has them.
         masked_m: "low_latency": `[e]` int32, rows in use of each expert.
         topk_ids: "normal": `[R, K]` int32, local expert ids, -1 for a pair of another rank.
         topk_weights: "normal": `[R, K]` float32, 0 where the id is -1.
@@ -101,7 +102,7 @@ def dispatch(
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32, this rank's tokens; or (e4m3 `[T, H]`, float32 scales
-            `[T, H / 128]`), quantised by the caller.
+            `[T, H / 128]` or packed int32 ones `[T, H / 512]`), quantised by the caller.
         topk_ids: `[T, K]` any integer dtype, global (physical) experts; outside `[0, E)` nothing is sent.
         topk_weights: `[T, K]` floating point.
         axis_name: the mesh axis over which experts are split, or a tuple of axes.
@@ -111,7 +112,9 @@ def dispatch(
             where T is at most max_low_latency_tokens. The choice is made when the program is traced.
         max_low_latency_tokens: the largest T of "low_latency". Static.
         payload: None sends x as it is; "fp8" sends e4m3 with one float32 scale per 128 columns, and
-            returns that. It has no gradient in x: asking for one is an error.
+            returns that. "fp8_ue8m0": the scales are powers of two (rounded up); "fp8_ue8m0_packed": and
+            travel as exponents, four to an int32, the first in the lowest byte. None of the three has a
+            gradient in x: asking for one is an error.
         num_valid_tokens: None, an int or an integer scalar (a device value): rows from it on are padding.
         max_tokens_per_expert: "low_latency": M; None for R, which is enough where the ids of a token are
             distinct. With less, pairs past M are dropped: the handle's layout counts them.
@@ -125,7 +128,8 @@ def dispatch(
     Raises:
         TypeError: a wrong dtype.
         ValueError: `axis_name` is no axis of the enclosing shard_map, E is no multiple of D, T exceeds
-            max_low_latency_tokens, H is no multiple of 128 for fp8, or a shape does not fit.
+            max_low_latency_tokens, H is no multiple of 128 for fp8 (512 if packed), or a shape does not
+            fit.
         NotImplementedError: the named transport cannot run here; a gradient of an fp8 payload.
 
     Example:
@@ -169,8 +173,8 @@ def dispatch(
 
     with jax.named_scope(function):
         ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
-        if payload == "fp8":
-            x, scales = message.quantize(message.without_gradient(x))
+        if payload is not None:
+            x, scales = message.quantize(message.without_gradient(x), message.PAYLOADS[payload])
         elif scales is not None:
             x, scales = message.without_gradient((x, scales))
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -190,6 +194,8 @@ def dispatch(
             max_tokens_per_expert=max_tokens_per_expert,
             initialize=initialize,
         )
+        if scales is not None and scales.dtype == jnp.int32:
+            scales = jnp.swapaxes(scales, 1, 2)
         handle = DispatchHandle(info, plan, in_use, layout, weights)
         return Dispatched(x, scales, layout.masked_m, None, None, handle)
 

@@ -73,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_expert_parallel")),
         *(f"moe_align_jax.{m}" for m in ("_kernels.peer_rows", "_simt.language", "block_align")),
+        *("moe_align_jax._quant", "moe_align_jax._reference.masked_quant"),
         "lazily moe_align_jax._simt.mosaic",
     },
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},

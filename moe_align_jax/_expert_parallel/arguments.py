@@ -67,18 +67,22 @@ def check_local_experts(function: str, num_experts: Any, size: int) -> int:
 
 def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array | None]:
     """(x, None), or (q, scales) from a caller who has quantised."""
-    if payload not in (None, "fp8"):
-        rule, remedy = 'be None or "fp8"', "None sends x as it is."
+    if payload is not None and payload not in message.PAYLOADS:
+        rule = f"be None or one of {', '.join(message.PAYLOADS)}"
+        remedy = "None sends x as it is."
         raise ValueError(_checks.message(function, "payload", rule, repr(payload), remedy))
-    group = message.GROUP
     if isinstance(x, (tuple, list)):
-        remedy = f"Pass (e4m3 [T, H], float32 scales [T, H / {group}]), or x alone."
+        remedy = (
+            "Pass (e4m3 [T, H], float32 scales [T, H / 128] or int32 [T, H / 512]), or x alone."
+        )
         got = f"({', '.join(_checks.describe(part) for part in x)})"
         dtypes = [getattr(part, "dtype", None) for part in x]
-        if payload is not None or dtypes != [message.FP8, jnp.float32]:
-            rule = "be one array, or (float8_e4m3fn, float32) without payload"
+        known = [[message.FP8, kind] for kind in (jnp.float32, jnp.int32)]
+        if payload is not None or dtypes not in known:
+            rule = "be one array, or (float8_e4m3fn, float32 or int32) without payload"
             raise TypeError(_checks.message(function, "x", rule, got, remedy))
         q, scales = (jnp.asarray(part) for part in x)
+        group = message.columns_per_scale(scales.dtype)
         if q.ndim != 2 or q.shape[1] % group or scales.shape != (q.shape[0], q.shape[1] // group):
             rule = f"have shapes [T, H] and [T, H / {group}]"
             raise ValueError(_checks.message(function, "x", rule, got, remedy))
@@ -90,9 +94,11 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
         raise TypeError(_checks.message(function, "x", rule, got, remedy))
     if x.ndim != 2:
         raise ValueError(_checks.message(function, "x", "have two dimensions", got, remedy))
-    if payload == "fp8" and (x.shape[1] % group or x.shape[1] == 0):
-        rule = f"have a multiple of {group} columns for an fp8 payload"
-        remedy = f"A scale serves {group} columns: pad H, or send payload=None."
+    packed = payload is not None and message.PAYLOADS[payload] == "ue8m0_packed"
+    group = message.columns_per_scale(jnp.int32 if packed else jnp.float32)
+    if payload is not None and (x.shape[1] % group or x.shape[1] == 0):
+        rule = f"have a multiple of {group} columns for an {'packed ' * packed}fp8 payload"
+        remedy = f"{group} columns share an element of the scales: pad H, or send payload=None."
         raise ValueError(_checks.message(function, "x", rule, got, remedy))
     return jnp.asarray(x), None
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.transport import Group
 
@@ -61,9 +60,7 @@ def _send_backward(info, saved, cotangents):
     d_weights = transport.give_back(jnp.where(mine, d_weights, 0.0), plan, group)
     if d_scales is not None:
         # An fp8 payload: without_gradient stands before it and lets no cotangent through.
-        shape = (info.num_tokens, *d_x.shape[1:]), (info.num_tokens, *d_scales.shape[1:])
-        zeros = (jnp.zeros(shape[0], d_x.dtype), jnp.zeros(shape[1], d_scales.dtype))
-        return *vary_together((*zeros, d_weights)), None, None
+        return None, None, d_weights, None, None
     d_x = transport.give_back(d_x, plan, group, jnp.any(mine, axis=1))
     return d_x, None, d_weights, None, None
 

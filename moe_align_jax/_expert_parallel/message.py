@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax import _checks
+from moe_align_jax._quant import GROUPS_PER_WORD
+from moe_align_jax._reference.masked_quant import power_of_two_above
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 # Below it a group's scale no longer follows its greatest value: DeepEP's and DeepGEMM's floor.
 AMAX_FLOOR = 1e-4
 GROUP = 128
+# What a caller may ask for, and the format of its scales: the names of silu_and_mul_masked_quant.
+PAYLOADS = {"fp8": "float32", "fp8_ue8m0": "ue8m0", "fp8_ue8m0_packed": "ue8m0_packed"}
 # A field of which a rank receives more travels by itself. Packing and unpacking read and write a message some
 # three times; at 3 TB/s and this size that takes 16 us, and a small collective more takes 15 to 20.
 MAX_PACKED_BYTES = 16 << 20
@@ -70,17 +74,33 @@ def _width(field: Any, word: Any) -> int:
     return field.shape[1] * (jnp.dtype(field.dtype).itemsize // jnp.dtype(word).itemsize)
 
 
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(e4m3 `[T, H]`, float32 scales `[T, H / 128]`), per token and 128 columns: `x ~ q * scale`.
+def columns_per_scale(scales_dtype: Any) -> int:
+    """Of H, to one element of the scales: a group's, or those of the four exponents of an int32."""
+    return GROUP * (GROUPS_PER_WORD if scales_dtype == jnp.int32 else 1)
 
-    `scale = max(amax, 1e-4) / 448`, `q = e4m3(x * (448 / max(amax, 1e-4)))`.
+
+def quantize(x: jax.Array, scale_format: str = "float32") -> tuple[jax.Array, jax.Array]:
+    """(e4m3 `[T, H]`, scales), per token and 128 columns: `x ~ q * scale`.
+
+    "float32": `scale = max(amax, 1e-4) / 448`, `q = e4m3(x * (448 / max(amax, 1e-4)))`, scales `[T, G]`.
+    "ue8m0": the power of two at or above that scale, and `q = e4m3(x / scale)`.
+    "ue8m0_packed": its biased exponent, four to an int32, the first in the lowest byte: `[T, G / 4]`.
     """
     num_tokens, hidden = x.shape
     groups = x.astype(jnp.float32).reshape(num_tokens, hidden // GROUP, GROUP)
     amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(AMAX_FLOOR))
+    scales = amax * jnp.float32(1 / FP8_MAX)
+    factor = jnp.float32(FP8_MAX) / amax
+    if scale_format != "float32":
+        scales = power_of_two_above(scales)
+        factor = 1 / scales
     # The product may round to just above 448, which e4m3 still rounds to 448: nothing has to be clamped.
-    q = (groups * (jnp.float32(FP8_MAX) / amax)[..., None]).astype(FP8)
-    return q.reshape(num_tokens, hidden), amax * jnp.float32(1 / FP8_MAX)
+    q = (groups * factor[..., None]).astype(FP8).reshape(num_tokens, hidden)
+    if scale_format == "ue8m0_packed":
+        exponents = (lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)
+        words = exponents.reshape(num_tokens, -1, GROUPS_PER_WORD)
+        return q, lax.bitcast_convert_type(words, jnp.int32)
+    return q, scales
 
 
 @jax.custom_vjp
