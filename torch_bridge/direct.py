@@ -5,6 +5,7 @@ A program is compiled in a process of its own (launch.py), for all sizes of a bu
 is asked for at every call, so launches are captured into CUDA graphs like any of torch's own.
 """
 
+import contextlib
 import functools
 import json
 import operator
@@ -54,6 +55,10 @@ empty_strided: Callable[..., torch.Tensor] = getattr(
 )
 
 
+with contextlib.suppress(OSError):  # said again, and louder, by the first call
+    modules.code_digest()
+
+
 class Unavailable(RuntimeError):
     """The direct path cannot run this; the message is the reason."""
 
@@ -89,10 +94,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def launches_on(index: int) -> bool:
     """Whether the direct path can run on that CUDA device."""
     return unavailable(torch.device("cuda", index)) is None
+
+
+# torch.compiler.assume_constant_result sets this too, but imports the compiler: 2 s that eager users need not
+# wait for.
+launches_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -275,6 +284,7 @@ def _compile_share(index: int, problems: list[Problem]) -> list[modules.Entry | 
         request = {
             "device": index,
             "folder": folder,
+            "sources": modules.source_digest(),
             "problems": [[type(p).__name__, p._asdict()] for p in problems],
         }
         try:

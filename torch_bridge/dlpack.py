@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
+from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
 from moe_align_jax import _checks
 
@@ -50,9 +52,6 @@ _DTYPE_NAMES = frozenset(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
 
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data of its own: fake, meta, or a wrapper of a torch transform."""
-    from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
-    from torch._subclasses.fake_tensor import is_fake as torch_is_fake
-
     return (
         tensor.device.type == "meta" or torch_is_fake(tensor) or is_functorch_wrapped_tensor(tensor)
     )

@@ -387,11 +387,21 @@ def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[
     return launches, texts, shapes
 
 
+def _beside(name: str) -> Any:
+    """The module of that file here. By path: the package `torch_bridge` would import torch."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
 def _serve(request: dict) -> list[dict]:
-    # By path: the package `torch_bridge` would import torch.
-    spec = importlib.util.spec_from_file_location("driver", Path(__file__).with_name("driver.py"))
-    driver = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(driver)  # type: ignore[union-attr]
+    driver, modules = _beside("driver"), _beside("modules")
+    if request["sources"] != modules.source_digest():
+        raise CompileError(
+            "moe_align_jax or its tuning tables were changed after this process had imported them: "
+            "start a new process"
+        )
     from moe_align_jax import _quant, types
 
     driver.enter(request["device"])

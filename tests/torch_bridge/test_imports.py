@@ -78,6 +78,12 @@ def test_import_fakes_and_errors_need_no_jax():
     assert result.stdout == "True False False\n[(76,), (5,), (1,)]\n", result.stderr
 
 
+def test_import_does_not_import_the_compiler():
+    """It takes 2 s; where a program compiles, it imports it."""
+    result = run("import torch, sys, torch_bridge\nprint('torch._dynamo' in sys.modules)")
+    assert result.stdout == "False\n", result.stderr
+
+
 def test_import_without_torch_names_the_extra():
     result = run(
         "import sys\nsys.modules['torch'] = None\n"

@@ -12,7 +12,7 @@ import pytest
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from tests import oracle
 from tests.torch_bridge.fake_cuda import FakeCuda
-from torch_bridge import direct, driver, launch
+from torch_bridge import direct, driver, launch, modules
 
 SCRIPT = pathlib.Path(launch.__file__)
 BUFFERS = ("topk_ids", "num_pairs", "sorted_token_ids", "expert_ids")
@@ -236,7 +236,13 @@ WITHOUT_TORCH = (
     "import runpy, sys; sys.modules['torch'] = None;"
     f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 )
-NO_SUCH_DEVICE = json.dumps({"device": 4096, "folder": ".", "problems": []})
+REQUEST = {
+    "device": 4096,
+    "folder": ".",
+    "sources": modules.source_digest(),
+    "problems": [],
+}
+NO_SUCH_DEVICE = json.dumps(REQUEST)
 
 
 @pytest.mark.parametrize("code", [None, WITHOUT_TORCH], ids=["script", "without torch"])
@@ -248,6 +254,13 @@ def test_a_bad_request_is_answered(request_, kind, code):
     answer = _serve(request_, code)
     assert set(answer) == {"error"}
     assert answer["error"].split(":")[0] in kind.split("|")
+
+
+def test_sources_that_changed_since_the_request_are_not_compiled():
+    """Their programs would be kept under the key of what the asking process had imported."""
+    other = "0" * len(REQUEST["sources"])
+    answer = _serve(json.dumps({**REQUEST, "sources": other}))
+    assert set(answer) == {"error"} and "were changed" in answer["error"]
 
 
 def test_lowering_needs_neither_torch_nor_a_gpu():

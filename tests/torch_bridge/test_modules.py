@@ -230,11 +230,16 @@ def test_folder_is_where_the_user_says(monkeypatch, tmp_path):
 PROBLEM = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
 
 
+def forget_digests():
+    modules.source_digest.cache_clear()
+    modules.code_digest.cache_clear()
+
+
 @pytest.fixture
 def fresh_digest():
-    modules.source_digest.cache_clear()
+    forget_digests()
     yield
-    modules.source_digest.cache_clear()
+    forget_digests()
 
 
 def test_key_names_the_problem_and_the_gpu():
@@ -273,7 +278,7 @@ def test_key_names_the_problem_and_the_gpu():
 @pytest.mark.parametrize("what", ["our version", "jax", "jaxlib"])
 def test_key_changes_with_a_version(what, monkeypatch, fresh_digest):
     before = modules.key_of(PROBLEM, "gpu")
-    modules.source_digest.cache_clear()
+    forget_digests()
     if what == "our version":
         monkeypatch.setattr(moe_align_jax, "__version__", "0.0.0")
     else:
@@ -289,7 +294,7 @@ def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch,
     before, read = modules.source_digest(), modules.Path.read_bytes
     opened = []
     monkeypatch.setattr(modules.Path, "read_bytes", lambda p: opened.append(p) or read(p))
-    modules.source_digest.cache_clear()
+    forget_digests()
     assert modules.source_digest() == before
     parts = {path.parent.name + "/" + path.name for path in opened}
     for name in ("block_align/warp.py", "block_align/radix.py", "_simt/mosaic.py"):
@@ -302,7 +307,7 @@ def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch,
         monkeypatch.setattr(
             modules.Path, "read_bytes", lambda p, c=changed: read(p) + b"#" * (p == c)
         )
-        modules.source_digest.cache_clear()
+        forget_digests()
         assert modules.source_digest() != before, changed
 
 
