@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe_align_jax import _checks, block_align
 from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
-from moe_align_jax._expert_parallel.rows import sum_rows, take_rows
+from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
 
@@ -126,29 +126,20 @@ def _to_masked(
         aligned = block_align.moe_align_block_size(
             ids, block_size=1, num_experts=num_experts, return_inverse=True
         )
+        leaves, kind = jax.tree.flatten(x)
+        layout, rows = copy_to_masked(
+            leaves,
+            ids,
+            aligned.sorted_token_ids,
+            aligned.row_of_pair,
+            aligned.tokens_per_expert,
+            room=room,
+            initialize=initialize,
+        )
+        masked_m, row_of_pair, pair_of_row = layout
         counts = aligned.tokens_per_expert
-        first = jnp.cumsum(counts, dtype=_I32) - counts
-        masked_m = jnp.minimum(counts, _I32(room))
-        if ids.size == 0:
-            pair_of_row = jnp.zeros((num_experts, room), _I32)
-            row_of_pair = jnp.zeros(ids.shape, _I32)
-        else:
-            place = jnp.arange(room, dtype=_I32)[None]
-            pair = aligned.sorted_token_ids.at[first[:, None] + place].get(mode="clip")
-            pair_of_row = jnp.where(place < masked_m[:, None], pair, _I32(ids.size))
-            row = aligned.row_of_pair.reshape(ids.shape)
-            # A kept pair's id is in range, whatever its dtype; a dropped one's is not used.
-            expert = jnp.where(row < 0, 0, ids.astype(_I32))
-            place = row - first.at[expert].get(mode="clip")
-            kept = (row >= 0) & (place < room)
-            row_of_pair = jnp.where(kept, expert * _I32(room) + place, -1)
-
-        def permute(leaf):
-            rows = take_rows(leaf, row_of_pair, pair_of_row.reshape(-1), initialize=initialize)
-            return rows.reshape(num_experts, room, *leaf.shape[1:])
-
         layout = MaskedLayout(masked_m, counts, row_of_pair, pair_of_row)
-        return jax.tree.map(permute, x), layout
+        return jax.tree.unflatten(kind, rows), layout
 
 
 def unpermute_from_masked(

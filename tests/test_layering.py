@@ -54,6 +54,10 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_quant", "_simt.collectives", "_simt.language")),
         *("moe_align_jax._kernels.masked_quant", "lazily moe_align_jax._simt.mosaic"),
     },
+    "moe_align_jax._kernels.rows": {
+        *(f"moe_align_jax.{m}" for m in ("_simt.collectives", "_simt.language", "_kernels.rows")),
+        "lazily moe_align_jax._simt.mosaic",
+    },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),
@@ -75,6 +79,9 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_kernels.peer_rows", "_simt.language", "block_align")),
         *("moe_align_jax._quant", "moe_align_jax._reference.masked_quant"),
         "lazily moe_align_jax._simt.mosaic",
+    },
+    "moe_align_jax._expert_parallel.row_primitives": {
+        *(f"moe_align_jax.{m}" for m in ("_dispatch", "_expert_parallel", "_kernels.rows")),
     },
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},

@@ -1,0 +1,145 @@
+"""Moving rows by a kernel of our own where one runs, by XLA elsewhere: a lowering rule per platform.
+
+The kernels stand in a program as custom calls, which XLA cannot split: where it divides a program over
+devices by itself (a mesh's axes that are not manual), XLA's own way stays.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_align_jax import _dispatch
+from moe_align_jax._expert_parallel import gathers
+from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._kernels import rows as kernels
+
+
+def _like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A result: varies over a shard_map's axes as `aval` does."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _divided_by_xla(ctx: Any) -> bool:
+    context = ctx.module_context.axis_context
+    if (count := getattr(context, "num_devices", None)) is not None:
+        return count > 1
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return False
+    return any(size > 1 for name, size in mesh.shape.items() if name not in context.manual_axes)
+
+
+def _divided_by_hand(*arrays: jax.Array) -> bool:
+    """Whether one is sharded over a mesh's Explicit axes, for which the primitives have no rule."""
+    specs = [getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) for x in arrays]
+    return any(axes is not None for spec in specs for axes in spec)
+
+
+def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) -> Primitive:
+    """A primitive with one parameter, `problem`: `reference(problem, *operands)` by XLA, or `launch`."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(
+        lambda *operands, problem: jax.jit(functools.partial(primitive.bind, problem=problem))(
+            *operands
+        )
+    )
+
+    def lower(platform: str, ctx, *operands, problem):
+        by_xla = _dispatch.kernels_unavailable(platform) or _divided_by_xla(ctx)
+        call = functools.partial(reference if by_xla else launch, problem)
+        return mlir.lower_fun(lambda *given: call(*vary_together(given)), multiple_results=True)(
+            ctx, *operands
+        )
+
+    for platform in ("cpu", "tpu", "rocm", "cuda"):
+        rule = functools.partial(lower, platform)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    mlir.register_lowering(primitive, functools.partial(lower, "another platform"))
+
+    def batch(operands, dims, *, problem):
+        results = jax.vmap(functools.partial(reference, problem), in_axes=tuple(dims))(*operands)
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+# -- into the masked layout ------------------------------------------------------------------------
+
+
+def _copy_abstract(topk_ids, order, place_of_pair, counts, *leaves, problem: kernels.MaskedCopy):
+    del order, place_of_pair, counts
+    boxes = (problem.num_experts, problem.room)
+    layout = ((problem.num_experts,), topk_ids.shape, boxes)
+    return [
+        *(_like(topk_ids, shape, jnp.int32) for shape in layout),
+        *(_like(leaf, (*boxes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves),
+    ]
+
+
+def _copy_reference(problem: kernels.MaskedCopy, topk_ids, order, place_of_pair, counts, *leaves):
+    layout = gathers.masked_layout(topk_ids, order, place_of_pair, counts, problem.room)
+    _, row_of_pair, pair_of_row = layout
+    boxes = pair_of_row.shape
+    rows = (
+        gathers.take(x, row_of_pair, pair_of_row.reshape(-1), problem.initialize) for x in leaves
+    )
+    return [
+        *layout,
+        *(row.reshape(*boxes, *x.shape[1:]) for row, x in zip(rows, leaves, strict=True)),
+    ]
+
+
+def _copy_launch(problem: kernels.MaskedCopy, topk_ids, order, place_of_pair, counts, *leaves):
+    del order
+    return kernels.run_copy(problem, topk_ids, place_of_pair, counts, *leaves)
+
+
+_copy_p = _make("permute_to_masked", _copy_abstract, _copy_reference, _copy_launch)
+
+
+def movable(leaves: list[jax.Array]) -> list[int]:
+    """Which arrays' rows the kernel takes."""
+    found = []
+    for k, leaf in enumerate(leaves):
+        if all(isinstance(size, int) for size in leaf.shape) and not _divided_by_hand(leaf):
+            if kernels.movable(leaf.dtype.name, _row_bytes(leaf)):
+                found.append(k)
+    return found[: kernels.MAX_LEAVES]
+
+
+def _row_bytes(leaf: jax.Array) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+
+
+def copy(
+    indices: tuple[jax.Array, ...], leaves: list[jax.Array], room: int, initialize: bool
+) -> list[jax.Array]:
+    """`[*gathers.masked_layout(*indices, room), rows [e, M, ...] of each leaf]`, without a gradient.
+
+    `leaves` are `movable`, and vary over a shard_map's axes at least as the ids do.
+    """
+    topk_ids, order, place_of_pair, counts = indices
+    num_tokens, top_k = topk_ids.shape
+    problem = kernels.MaskedCopy(
+        num_tokens,
+        top_k,
+        counts.shape[0],
+        room,
+        initialize,
+        tuple(kernels.Leaf(x.dtype.name, _row_bytes(x)) for x in leaves),
+    )
+    given = (order, place_of_pair, counts, *leaves)
+    if kernels.copy_unsupported(problem) or _divided_by_hand(topk_ids):
+        return _copy_reference(problem, topk_ids, *given)
+    return _copy_p.bind(topk_ids.astype(jnp.int32), *given, problem=problem)

@@ -1,0 +1,139 @@
+"""Compiles the kernels that move rows without a GPU, and checks the result.
+
+    python -m tests.no_gpu.rows
+
+As `compile` does for the alignment: nothing spills, the launch that was read is the one that jaxlib makes,
+rows are moved 16 bytes at a time, and a row's loads come before its stores. Exit code 1 otherwise.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from tests.no_gpu import ptx, toolchain, worker
+
+
+class Compiled(NamedTuple):
+    """A kernel to compile.
+
+    Attributes:
+        what: it is.
+        kernel: with `name`, `inputs`, `outputs`, `call` and `structs`.
+        widths: bytes at a time of the inputs named.
+        faults: more to say of its PTX and parameters.
+    """
+
+    what: str
+    kernel: Any
+    widths: dict[str, int]
+    faults: Callable[[str, tuple[str, ...]], Iterator[str]]
+
+
+class _Direct(NamedTuple):
+    name: str
+    inputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
+    call: Callable
+    structs: list
+
+
+def copies() -> Iterator[Compiled]:
+    """The layouts of dispatch, and what is unusual."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._kernels.rows import masked_copy, sizes
+    from moe_align_jax._simt import mosaic
+
+    fp8 = (sizes.Leaf("float8_e4m3fn", 7168), sizes.Leaf("float32", 224))
+    wide = (sizes.Leaf("bfloat16", 14336),)
+    mixed = (sizes.Leaf("int8", 20), sizes.Leaf("uint16", 48), sizes.Leaf("uint32", 4))
+    problems = [
+        *(sizes.MaskedCopy(t, 8, e, t, False, fp8) for t, e in ((32, 64), (512, 64), (1024, 32))),
+        sizes.MaskedCopy(512, 8, 64, 512, True, fp8),
+        sizes.MaskedCopy(512, 8, 64, 512, True, wide),
+        sizes.MaskedCopy(4096, 32, 4096, 16, True, (sizes.Leaf("float32", 1 << 16),)),
+        sizes.MaskedCopy(1, 1, 1, 1, True, mixed),
+        sizes.MaskedCopy(300, 5, 130, 7, False, ()),
+    ]
+    for problem in problems:
+        config = sizes.copy_config(problem)
+        [kernel] = masked_copy.build(problem, config).kernels
+        structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in kernel.inputs.values()]
+        names = [x for x, _ in masked_copy.leaf_names(problem)]
+        for name, leaf in zip(names, problem.leaves, strict=True):
+            size = kernel.inputs[name][0] * 4 // jnp.dtype(leaf.dtype).itemsize
+            structs[list(kernel.inputs).index(name)] = jax.ShapeDtypeStruct((size,), leaf.dtype)
+        call = mosaic.launcher(kernel)
+        direct = _Direct(kernel.name, dict(kernel.inputs), dict(kernel.outputs), call, structs)
+        widths = {n: leaf.unit_bytes for n, leaf in zip(names, problem.leaves, strict=True)}
+        yield Compiled(f"{problem}, {config}", direct, widths, _loads_first)
+
+
+def _loads_first(text: str, parameters: tuple[str, ...]) -> Iterator[str]:
+    """All loads of rows stand before the first store to one."""
+    accesses = ptx.global_accesses(text)
+
+    def places(prefix: str, instruction: str) -> list[int]:
+        at = {k for k, name in enumerate(parameters) if name.startswith(prefix)}
+        return [
+            a.position
+            for a in accesses
+            if a.parameters & at and a.instruction.startswith(instruction)
+        ]
+
+    loads, stores = places("x", "ld"), places("rows", "st")
+    if loads and stores and max(loads) > min(stores):
+        yield "a row is stored before all of it was asked for"
+
+
+def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[str]:
+    yield from worker.resource_faults(used, 128, text)
+    yield from worker.order_faults(text, pdl=False, first=True)
+    if launch.block != (128, 1, 1) or launch.cluster != (1, 1, 1):
+        yield f"block {launch.block}, cluster {launch.cluster}"
+    if missing := set(one.kernel.outputs) - set(launch.parameters):
+        yield f"outputs that are not passed: {sorted(missing)}"
+    accesses = ptx.global_accesses(text)
+    for name, width in one.widths.items():
+        at = launch.parameters.index(name)
+        found = {a.bytes for a in accesses if at in a.parameters}
+        if found != {width}:
+            yield f"{name} is read {sorted(found)} bytes at a time, not {width}"
+    yield from one.faults(text, launch.parameters)
+
+
+def check(plugin: str, runtime: str) -> int:
+    checker, wrong, count = worker.Checker(plugin, runtime), 0, 0
+    checker._mode = "direct"  # lowered as it is
+    for one in copies():
+        text, launch = checker.compiler(one.kernel)
+        used = ptx.usage(worker._ptxas(text))
+        found = [*faults(one, text, launch, used)]
+        found += checker._recording_faults(one.kernel, launch)
+        print(f"{used.registers:3} registers, grid {launch.grid[0]:5}  {one.what}", flush=True)
+        for fault in found:
+            print(f"    {fault}", file=sys.stderr, flush=True)
+        wrong, count = wrong + len(found), count + 1
+    print(f"{count} kernels, {wrong} faults")
+    return wrong
+
+
+def main() -> int:
+    try:
+        tools = toolchain.set_up()
+    except toolchain.Missing as missing:
+        print(f"tests.no_gpu.rows: {missing}", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "tests.no_gpu.rows", str(tools.plugin), str(tools.runtime)]
+    return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        status = 1 if check(*sys.argv[1:]) else 0
+        sys.stdout.flush()
+        os._exit(status)  # without the destructors of a driver that is none
+    sys.exit(main())
