@@ -23,117 +23,15 @@ from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
 from moe_align_jax._expert_parallel import choice, message, ragged
+from tests import exchanges
+from tests.exchanges import MODES, TRANSPORTS, Batch, jit, layer, mesh_of, over, scale_of, split
 
 ROOT = Path(__file__).resolve().parent.parent
-TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
-MODES = ("normal", "low_latency")
-
-
-def exchange_by_all_gather(rows, shape, where, group):
-    """What lax.ragged_all_to_all says it does; NaN, or 0 (a good id), where nothing was written."""
-    every, starts, sizes, targets, expected = (
-        lax.all_gather(a, group.axis_name) for a in (rows, *where)
-    )
-    me = lax.axis_index(group.axis_name)
-    place = jnp.arange(shape[0], dtype=jnp.int32)
-    poison = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else 0
-    out = jnp.full(shape, poison, rows.dtype)
-    for sender in range(group.size):
-        size = jnp.where(sizes[sender, me] == expected[me, sender], sizes[sender, me], 0)
-        first = targets[sender, me]
-        inside = (place >= first) & (place < first + size)
-        moved = every[sender].at[starts[sender, me] + place - first].get(mode="clip")
-        out = jnp.where(inside[:, None], moved, out)
-    return out
 
 
 @pytest.fixture
 def emulated_ragged(monkeypatch):
-    monkeypatch.setattr(ragged, "exchange", exchange_by_all_gather)
-    monkeypatch.setattr(ragged.RaggedAllToAll, "unavailable", lambda self, platform: None)
-
-
-def mesh_of(size=8, kind=AxisType.Auto, shape=None, names=("ep",)):
-    shape = shape or (size,)
-    devices = jax.devices("cpu")[: int(np.prod(shape))]
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
-
-
-def jit(function):
-    """With fewer compiler passes: for time alone."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def split(mesh, body):
-    """shard_map with every argument and result split along its first dimension."""
-    return jax.shard_map(body, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-
-
-def over(mesh, body):
-    """The same as one program."""
-    return jit(split(mesh, body))
-
-
-class Batch:
-    """Tokens of all ranks, some of whose pairs go nowhere; rank 1 has none, the last rank few experts."""
-
-    def __init__(self, size, count, hidden, top_k, num_experts, dtype="float32", seed=0):
-        rng = np.random.default_rng(seed)
-        total = size * count
-        self.size, self.count, self.num_experts = size, count, num_experts
-        self.x = rng.normal(size=(total, hidden)).astype(getattr(ml_dtypes, dtype, dtype))
-        popularity = rng.random((total, num_experts)) - 0.7 * (
-            np.arange(num_experts) > num_experts // 2
-        )
-        self.ids = np.argsort(-popularity, axis=1)[:, :top_k].astype(np.int32)
-        self.ids[rng.random(self.ids.shape) < 0.15] = -1
-        self.ids[0, 0] = num_experts
-        if size > 1:
-            self.ids[count : 2 * count] = -1
-        self.weights = rng.random(self.ids.shape).astype(np.float32)
-        self.valid = (self.ids >= 0) & (self.ids < num_experts)
-
-    @property
-    def args(self):
-        return self.x, self.ids, self.weights
-
-    def combined(self, expert):
-        """float64 `sum_k w * expert(e, x)`."""
-        out = np.zeros(self.x.shape)
-        for t, k in zip(*np.nonzero(self.valid), strict=True):
-            out[t] += self.weights[t, k] * expert(self.ids[t, k], self.x[t].astype(np.float64))
-        return out
-
-
-def scale_of(expert):
-    return 1 + expert / 4
-
-
-def experts_of_a_rank(got, per_rank, in_dtype=jnp.float32):
-    """`x * scale_of(expert)` of what was dispatched, in either mode."""
-    x = got.x
-    if got.scales is not None:
-        x = x.astype(in_dtype) * jnp.repeat(got.scales, 128, axis=-1).astype(in_dtype)
-    first = lax.axis_index("ep") * per_rank
-    scale = scale_of((first + jnp.arange(per_rank, dtype=jnp.int32)).astype(jnp.float32))
-    if got.masked_m is not None:
-        return (x.astype(jnp.float32) * scale[:, None, None]).astype(in_dtype)
-    rows, layout = maj.permute_to_contiguous(
-        x, got.topk_ids, num_experts=per_rank, expert_alignment=4
-    )
-    y = rows.astype(jnp.float32) * scale[jnp.maximum(layout.m_indices, 0)][:, None]
-    return maj.unpermute_from_contiguous(y.astype(in_dtype), layout, got.topk_weights)
-
-
-def layer(batch, **options):
-    def body(x, ids, weights):
-        got = maj.dispatch(
-            x, ids, weights, axis_name="ep", num_experts=batch.num_experts, **options
-        )
-        y = experts_of_a_rank(got, batch.num_experts // batch.size, x.dtype)
-        return maj.combine(y, got.handle)
-
-    return body
+    exchanges.emulate_ragged(monkeypatch)
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -298,40 +196,6 @@ def test_a_caller_who_has_quantised_and_valid_tokens_of_each_rank():
         used = want >= 0
         np.testing.assert_array_equal(got_q[rank][used], q.view(np.uint8)[used])
         np.testing.assert_array_equal(got_scales[rank][used], scales[used])
-
-
-def test_quantisation_is_that_of_deepep():
-    """Scales exactly, codes exactly but for ties of the product's rounding; floor, zero, the largest."""
-    rng = np.random.default_rng(7)
-    x = (rng.normal(size=(6, 256)) * 2.0 ** rng.integers(-20, 19, (6, 1))).astype(np.float32)
-    x[1, :128] = 0
-    x[2, :128] = 1e-6
-    x[3, 5] = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    q, scales = message.quantize(jnp.asarray(x))
-    amax = np.maximum(np.abs(x.reshape(6, 2, 128)).max(-1), np.float32(1e-4))
-    np.testing.assert_allclose(scales, amax / 448, rtol=1e-6)
-    exact = x.reshape(6, 2, 128).astype(np.float64) * (448 / amax.astype(np.float64))[..., None]
-    want = exact.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).reshape(6, 256)
-    apart = np.asarray(q).view(np.uint8).astype(int) - want.view(np.uint8)
-    assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 0.005
-    assert not np.isnan(np.asarray(q, np.float32)).any()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_message_keeps_every_bit(dtype):
-    rng = np.random.default_rng(8)
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    x = rng.integers(0, 256, (5, 6, 2)).astype(np.uint8).view(kind)[..., 0]
-    scales, ids = (
-        rng.normal(size=(5, 3)).astype(np.float32),
-        np.arange(10, dtype=np.int32).reshape(5, 2),
-    )
-    fields = [jnp.asarray(a) for a in (x, scales, ids)]
-    words = message.pack(fields)
-    assert words.shape == (5, 6 + 6 + 4) and words.dtype == np.uint16
-    for got, want in zip(message.unpack(words, fields), (x, scales, ids), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
 
 # -- the ragged plan, without jax's collectives ------------------------------------------------------
@@ -608,8 +472,18 @@ BAD = {
     "a payload": (ValueError, "dispatch: payload must be None or", lambda: calls(payload="fp4")),
     "columns for fp8": (
         ValueError,
-        r"x must have a multiple of 128 columns for an fp8 payload; got float32 \[4, 100\]",
+        r"x must have a multiple of 128 columns for payload 'fp8'; got float32 \[4, 100\]",
         lambda: calls(hidden=100, payload="fp8"),
+    ),
+    "columns for packed scales": (
+        ValueError,
+        r"x must have a multiple of 512 columns for payload 'fp8_ue8m0_packed'; got float32 \[4, 128\]",
+        lambda: calls(payload="fp8_ue8m0_packed"),
+    ),
+    "packed scales of other columns": (
+        ValueError,
+        r"x must have shapes \[T, H\] and \[T, H / 512\]; got \(float8_e4m3fn \[4, 512\], int32",
+        lambda: calls(x=(np.zeros((8, 512), F8), np.zeros((8, 4), np.int32))),
     ),
     "integer tokens": (
         TypeError,

@@ -97,7 +97,7 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
     packed = payload is not None and message.PAYLOADS[payload] == "ue8m0_packed"
     group = message.columns_per_scale(jnp.int32 if packed else jnp.float32)
     if payload is not None and (x.shape[1] % group or x.shape[1] == 0):
-        rule = f"have a multiple of {group} columns for an {'packed ' * packed}fp8 payload"
+        rule = f"have a multiple of {group} columns for payload {payload!r}"
         remedy = f"{group} columns share an element of the scales: pad H, or send payload=None."
         raise ValueError(_checks.message(function, "x", rule, got, remedy))
     return jnp.asarray(x), None
