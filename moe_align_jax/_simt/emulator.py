@@ -4,7 +4,9 @@ What the machine does not define is an `EmulatorError` (`faults.py` lists them).
 the primitives, `memory.py` checks each access, `races.py` knows who touched a cell since a barrier.
 """
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,12 +106,13 @@ def _finish(kernel: Kernel, outputs: dict[str, Buffer]) -> dict[str, np.ndarray]
 def run_on_devices(
     kernel: Kernel, arrays: Sequence[Sequence[np.ndarray]], *, check_races: bool = True
 ) -> list[list[np.ndarray]]:
-    """Runs a kernel of several devices, one device after the other.
+    """Runs a kernel of several devices, each in a thread of its own.
 
     Args:
         kernel: with `devices`.
         arrays: for each device the operands, int32, in the order and shapes of `kernel.inputs`.
-        check_races: as for `run`, among the threads of a device.
+        check_races: as for `run`. The CTAs of one index on all devices count as one, so that a read of what
+            another CTA's peer wrote is a race.
 
     Returns:
         For each device the outputs, in order; 0 where nothing was written.
@@ -119,13 +122,25 @@ def run_on_devices(
     """
     check_launch(kernel)
     outputs = [_outputs(kernel, check_races) for _ in arrays]
-    for rank, given in enumerate(arrays):
+    together = threading.Barrier(len(arrays))
+
+    def run_one(rank: int) -> None:
         data = {
             name: np.asarray(array, np.int32).reshape(-1)
-            for name, array in zip(kernel.inputs, given, strict=True)
+            for name, array in zip(kernel.inputs, arrays[rank], strict=True)
         }
-        machine = EmulatedSimt(kernel, rank=rank, outputs=outputs)
-        _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)
+        machine = EmulatedSimt(kernel, rank=rank, outputs=outputs, meet=together.wait)
+        try:
+            _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)
+        except BaseException:
+            together.abort()
+            raise
+
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        ended = [pool.submit(run_one, rank).exception for rank in range(len(arrays))]
+        errors = [error for each in ended if (error := each())]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
     done = [_finish(kernel, mine) for mine in outputs]
     return [[mine[n].reshape(shape) for n, shape in kernel.outputs.items()] for mine in done]
 

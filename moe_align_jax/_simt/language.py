@@ -11,7 +11,7 @@ kernel. A kernel sees what the kernels before it wrote, from its `grid_dependenc
 """
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -135,6 +135,12 @@ class Simt(abc.ABC):
     def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
         """`condition ? compute() : other`, with compute() executed only where the condition holds."""
 
+    @abc.abstractmethod
+    def values_if(
+        self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int]
+    ) -> list[Int]:
+        """`value_if` of several values."""
+
     # -- memory
     @abc.abstractmethod
     def load(self, ref: Any, index: Any) -> Int:
@@ -151,13 +157,17 @@ class Simt(abc.ABC):
         """`ref[index] = value`."""
 
     @abc.abstractmethod
-    def load4(self, ref: Any, index: Int | int) -> Any:
-        """`ref[index:index+4]` in one 16-byte load, for `store4`; index is a multiple of 4."""
+    def load4(self, ref: Any, index: Int | int) -> tuple[Int, ...]:
+        """`ref[index:index+4]` in one 16-byte load; index is a multiple of 4."""
 
     @abc.abstractmethod
-    def store4(self, ref: Any, index: Int | int, value: Any) -> None:
-        """`ref[index:index+4] = value` in one 16-byte store: one word four times, or what `load4` gave;
-        index is a multiple of 4."""
+    def store4(self, ref: Any, index: Int | int, value: Int | int | tuple[Int, ...]) -> None:
+        """`ref[index:index+4] = value` in one 16-byte store, of four words or of one four times; index is a
+        multiple of 4."""
+
+    @abc.abstractmethod
+    def store2(self, ref: Any, index: Int | int, value: tuple[Int, ...]) -> None:
+        """`ref[index:index+2] = value` in one 8-byte store; index is a multiple of 2."""
 
     @abc.abstractmethod
     def copy4(self, target: Any, source: Any, index: Int | int) -> None:
@@ -170,6 +180,31 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def atomic_add(self, ref: Any, index: Int | int, value: Int | int) -> None:
         """`ref[index] += value`, atomic within the CTA (shared memory), relaxed."""
+
+    # -- float32, as the bits of an int32
+    @abc.abstractmethod
+    def fma(self, a: Int, b: Int, c: Int | int) -> Int:
+        """`a * b + c`, rounded once."""
+
+    @abc.abstractmethod
+    def fadd(self, a: Int, b: Int) -> Int:
+        """`a + b`."""
+
+    @abc.abstractmethod
+    def fmul(self, a: Int, b: Int | int) -> Int:
+        """`a * b`."""
+
+    @abc.abstractmethod
+    def fdiv(self, a: Int | int, b: Int) -> Int:
+        """`a / b`, rounded to nearest."""
+
+    @abc.abstractmethod
+    def bfloat16_pair(self, low: Int, high: Int) -> Int:
+        """Two float32, rounded to bfloat16, in one word."""
+
+    @abc.abstractmethod
+    def e4m3_pair(self, low: Int, high: Int) -> Int:
+        """Two float32, rounded to e4m3 and no greater than 448, in the low half of a word."""
 
     # -- warp
     @abc.abstractmethod
@@ -225,8 +260,8 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def device_sync(self) -> None:
-        """At the end: tells the CTA of my index on every device that my CTA has stored all, and waits for
-        theirs. Once the kernel has ended, all that devices wrote here is there."""
+        """Once: tells the CTA of my index on every device that my CTA stores no more there, and waits for theirs.
+        What they wrote here my CTA may read from then on, and later kernels may."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from moe_align_jax._simt.faults import (
@@ -24,7 +25,7 @@ class EmulatedSimt(Simt):
     """All CTAs of one kernel at once.
 
     `behind`: the kernels of the program that have ended once `grid_dependency_wait` returns.
-    `rank`, `outputs`: this device, and the outputs of all devices, by name.
+    `rank`, `outputs`, `meet`: this device, all devices' outputs by name, how to wait for the others.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class EmulatedSimt(Simt):
         behind: frozenset[int] = frozenset(),
         rank: int = 0,
         outputs: Sequence[Mapping[str, Buffer]] = (),
+        meet: Callable[[], Any] = lambda: None,
     ):
         self.name, self._behind = kernel.name, behind
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
@@ -46,9 +48,8 @@ class EmulatedSimt(Simt):
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
-        # Devices run one after the other: nothing follows a device_sync, so none has to wait.
-        self._rank, self._outputs = rank, outputs
-        self._synced = np.full(self.num_ctas, kernel.devices is None)
+        self._rank, self._outputs, self._meet = rank, outputs, meet
+        self._synced = kernel.devices is None
         self.scope = Scope(None, self._total)
 
     @property
@@ -156,17 +157,24 @@ class EmulatedSimt(Simt):
             inside = self._chosen(inside, at < end)
 
     def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
-        chosen, result = self._condition(condition), self._full(array_of(other)).copy()
+        return self.values_if(condition, lambda: [compute()], [other])[0]
+
+    def values_if(
+        self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
+    ) -> list[Int]:
+        chosen = self._condition(condition)
+        results = [self._full(array_of(other)).copy() for other in others]
         with self._inside(self._chosen(self.scope, chosen)) as inside:
             if inside.count:
-                value = self._full(array_of(compute()))
-                if value.dtype != np.int32 or result.dtype != np.int32:
-                    raise Undefined(f"{self.name}: value_if takes int32 values.")
-                if inside.lanes is None:
-                    result = value
-                else:
-                    result[inside.lanes] = value.take(inside.lanes)
-        return Value(result, self)
+                values = [self._full(array_of(value)) for value in compute()]
+                for number, (value, result) in enumerate(zip(values, results, strict=True)):
+                    if value.dtype != np.int32 or result.dtype != np.int32:
+                        raise Undefined(f"{self.name}: value_if takes int32 values.")
+                    if inside.lanes is None:
+                        results[number] = value
+                    else:
+                        result[inside.lanes] = value.take(inside.lanes)
+        return [Value(result, self) for result in results]
 
     # -- memory
 
@@ -251,8 +259,8 @@ class EmulatedSimt(Simt):
             raise Undefined(f"{self.name}: memory holds int32 values; got a boolean.")
         return self.scope.active(array)
 
-    def _vectors(self, ref: Buffer, index: Any) -> np.ndarray:
-        return (self._cells(ref, index, width=4)[:, None] + np.arange(4)).reshape(-1)
+    def _vectors(self, ref: Buffer, index: Any, width: int = 4) -> np.ndarray:
+        return (self._cells(ref, index, width=width)[:, None] + np.arange(width)).reshape(-1)
 
     def load4(self, ref: Buffer, index: Int | int) -> tuple[Int, ...]:
         if not self.scope.count:
@@ -261,11 +269,17 @@ class EmulatedSimt(Simt):
         return tuple(self._spread(words[k::4]) for k in range(4))
 
     def store4(self, ref: Buffer, index: Int | int, value: Any) -> None:
-        stored = [self._stored(v) for v in (value if isinstance(value, tuple) else (value,) * 4)]
+        self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
+
+    def store2(self, ref: Buffer, index: Int | int, value: tuple[Int, ...]) -> None:
+        self._store_words(ref, index, value)
+
+    def _store_words(self, ref: Buffer, index: Int | int, values: tuple[Int, ...]) -> None:
+        stored, width = [self._stored(v) for v in values], len(values)
         if self.scope.count:
-            count = self.scope.count
-            words = np.stack([np.broadcast_to(s, (count,)) for s in stored], axis=1).reshape(-1)
-            ref.write(self._vectors(ref, index), words, self._threads().times(4))
+            columns = [np.broadcast_to(words, (self.scope.count,)) for words in stored]
+            words = np.stack(columns, axis=1).reshape(-1)
+            ref.write(self._vectors(ref, index, width), words, self._threads().times(width))
 
     def copy4(self, target: Buffer, source: Buffer, index: Int | int) -> None:
         if self.scope.count:
@@ -280,6 +294,43 @@ class EmulatedSimt(Simt):
         added = self._stored(value)
         if self.scope.count:
             ref.atomic_add(self._cells(ref, index), added, self._threads())
+
+    # -- float32, as the bits of an int32
+
+    def _float(self, operation: Callable, *operands: Int | int) -> Int:
+        arrays = [array_of(x).view(np.float32) for x in operands]
+        with np.errstate(all="ignore"):  # lanes that are not active may hold anything
+            result = operation(*arrays)
+        return Value(np.asarray(result, np.float32).view(np.int32), self)
+
+    def fma(self, a: Int, b: Int, c: Int | int) -> Int:
+        # The product of two float32 is exact in float64.
+        return self._float(lambda x, y, z: x.astype(np.float64) * y + z, a, b, c)
+
+    def fadd(self, a: Int, b: Int) -> Int:
+        return self._float(np.add, a, b)
+
+    def fmul(self, a: Int, b: Int | int) -> Int:
+        return self._float(np.multiply, a, b)
+
+    def fdiv(self, a: Int | int, b: Int) -> Int:
+        return self._float(np.divide, a, b)
+
+    def bfloat16_pair(self, low: Int, high: Int) -> Int:
+        return self._pair(low, high, ml_dtypes.bfloat16, np.uint16, 16)
+
+    def e4m3_pair(self, low: Int, high: Int) -> Int:
+        return self._pair(low, high, ml_dtypes.float8_e4m3fn, np.uint8, 8)
+
+    def _pair(self, low: Int, high: Int, kind: Any, word: Any, bits: int) -> Int:
+        halves = []
+        with np.errstate(all="ignore"):
+            for x in (low, high):
+                value = array_of(x).view(np.float32)
+                if bits == 8:
+                    value = np.clip(value, -448, 448)
+                halves.append(value.astype(kind).view(word).astype(np.uint32))
+        return Value((halves[0] | halves[1] << np.uint32(bits)).view(np.int32), self)
 
     # -- warp
 
@@ -345,9 +396,8 @@ class EmulatedSimt(Simt):
 
     def check_end(self) -> None:
         """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
-        if not self._synced.all():
-            cta = int(self._synced.argmin())
-            raise RaceError(f"{self.name}: CTA {cta} ends without device_sync.")
+        if not self._synced:
+            raise RaceError(f"{self.name}: it ends without device_sync.")
         if self._peers_read or self._leaving:
             raise RaceError(
                 f"{self.name}: load_peer, and the end without cluster_wait: the peer may have ended."
@@ -367,12 +417,11 @@ class EmulatedSimt(Simt):
         return self._outputs[int(ranks[0])][ref.name]
 
     def device_sync(self) -> None:
-        self._whole(self.num_threads, "device_sync")
-        self._synced[self._active_ctas()] = True
-
-    def _active_ctas(self) -> np.ndarray | slice:
-        lanes = self.scope.lanes
-        return slice(None) if lanes is None else np.unique(lanes // self.num_threads)
+        if self.scope.lanes is not None or self._synced:
+            raise DivergentBarrier(f"{self.name}: device_sync is for all threads, once.")
+        self._clock.block_barrier(self._whole(self.num_threads, "device_sync"))
+        self._meet()
+        self._synced = True
 
     def grid_dependency_wait(self) -> None:
         lanes = self.scope.lanes

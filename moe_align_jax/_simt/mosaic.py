@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
 from moe_align_jax._simt.language import Int, Kernel, Program, Simt, check_launch
 
@@ -154,12 +154,17 @@ class MosaicSimt(Simt):
             scf.YieldOp([])
 
     def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
-        branch = scf.IfOp(_value(condition), [_i32()], has_else=True)
+        return self.values_if(condition, lambda: [compute()], [other])[0]
+
+    def values_if(
+        self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
+    ) -> list[Int]:
+        branch = scf.IfOp(_value(condition), [_i32()] * len(others), has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scf.YieldOp([_value(compute())])
+            scf.YieldOp([_value(x) for x in compute()])
         with ir.InsertionPoint(branch.else_block):  # type: ignore[arg-type]
-            scf.YieldOp([_value(other)])
-        return MlirInt(branch.results[0])
+            scf.YieldOp([_value(x) for x in others])
+        return [MlirInt(result) for result in branch.results]
 
     def load(self, ref: _Ref, index: Any) -> Int:
         return MlirInt(memref.load(ref.memref, ref.indices(index)))
@@ -181,13 +186,21 @@ class MosaicSimt(Simt):
     def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
         memref.store(_value(value), ref.memref, ref.indices(index))
 
-    def load4(self, ref: _Ref, index: Int | int) -> ir.Value:
-        return llvm.load(ir.VectorType.get((4,), _i32()), ref.pointer(index), alignment=16)
+    def load4(self, ref: _Ref, index: Int | int) -> tuple[Int, ...]:
+        words = llvm.load(ir.VectorType.get((4,), _i32()), ref.pointer(index), alignment=16)
+        return tuple(MlirInt(llvm.extractelement(words, _value(k))) for k in range(4))
 
     def store4(self, ref: _Ref, index: Int | int, value: Any) -> None:
-        if not isinstance(value, ir.Value):
-            value = vector.broadcast(ir.VectorType.get((4,), _i32()), _value(value))
-        llvm.store(value, ref.pointer(index), alignment=16)
+        self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
+
+    def store2(self, ref: _Ref, index: Int | int, value: tuple[Int, ...]) -> None:
+        self._store_words(ref, index, value)
+
+    def _store_words(self, ref: _Ref, index: Int | int, values: tuple[Int, ...]) -> None:
+        words = llvm.mlir_undef(ir.VectorType.get((len(values),), _i32()))
+        for k, value in enumerate(values):
+            words = llvm.insertelement(words, _value(value), _value(k))
+        llvm.store(words, ref.pointer(index), alignment=4 * len(values))
 
     def copy4(self, target: _Ref, source: _Ref, index: Int | int) -> None:
         self.store4(target, index, self.load4(source, index))
@@ -208,6 +221,37 @@ class MosaicSimt(Simt):
             llvm.AtomicOrdering.monotonic,
             syncscope="block",
         )
+
+    def _float(self, instruction: str, *operands: Int | int) -> Int:
+        """One instruction on float32 operands, with a result of 32 bits."""
+        f32 = ir.F32Type.get()
+        values = [arith.bitcast(f32, _value(x)) for x in operands]
+        places = ", ".join(f"${k}" for k in range(len(values) + 1))
+        constraints = "=r" + ",f" * len(values)
+        return MlirInt(llvm.inline_asm(_i32(), values, f"{instruction} {places};", constraints))
+
+    def fma(self, a: Int, b: Int, c: Int | int) -> Int:
+        return self._float("fma.rn.f32", a, b, c)
+
+    def fadd(self, a: Int, b: Int) -> Int:
+        return self._float("add.rn.f32", a, b)
+
+    def fmul(self, a: Int, b: Int | int) -> Int:
+        return self._float("mul.rn.f32", a, b)
+
+    def fdiv(self, a: Int | int, b: Int) -> Int:
+        return self._float("div.rn.f32", a, b)
+
+    def bfloat16_pair(self, low: Int, high: Int) -> Int:
+        return self._float("cvt.rn.bf16x2.f32", high, low)
+
+    def e4m3_pair(self, low: Int, high: Int) -> Int:
+        convert = (
+            "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, $1, $2; cvt.u32.u16 $0, pair; }"
+        )
+        f32 = ir.F32Type.get()
+        values = [arith.bitcast(f32, _value(x)) for x in (high, low)]
+        return MlirInt(llvm.inline_asm(_i32(), values, convert, "=r,f,f"))
 
     def shfl(self, value: Int, lane: Int | int) -> Int:
         return _shuffle(_value(value), _value(lane), 31, nvvm.ShflKind.idx)
