@@ -24,10 +24,14 @@ FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before 
 # Limits of the kernels, whatever a table says.
 MAX_WARP_PAIRS = 32  # of "warp": a lane each
 MAX_COMPARED_PAIRS = 256  # of "pairs", which compares each with all
+MAX_SORTED_PAIRS = 16_384  # of "sorted": under skew one CTA's shared memory holds all, three times
 MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
 MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
 _MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
+_MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
+_MAX_DIGIT_BITS = 8  # of "sorted"
+_MOST_CELLS = 2**31 - 2**24  # of "sorted": beyond, its loops over rows could wrap
 _SHARED_WORDS = 232_448 // 4
 # Of the heuristic: where "block" ends.
 MAX_BLOCK_PAIRS = 2048
@@ -38,16 +42,16 @@ class BlockAlignMosaicConfig:
     """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
-        form: "warp", "pairs", "block", "cluster", "grid", "radix" or "batched": a file of
+        form: "warp", "pairs", "block", "cluster", "grid", "sorted", "radix" or "batched": a file of
             `_kernels/block_align`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("cluster", "grid", "radix").
         local_sort: sort each tile by expert in shared memory before it is written ("cluster", "grid").
         cluster: CTAs that add up their histograms through each other's shared memory, a power of two up
-            to 8; 1 for none ("grid", "radix").
+            to 8; 1 for none ("grid", "radix"). Of "sorted": CTAs that share the experts.
         cells_per_cta: rows of output that make another CTA worth its launch ("warp", "pairs", "block",
-            "batched").
+            "sorted", "batched").
     """
 
     form: str
@@ -57,6 +61,9 @@ class BlockAlignMosaicConfig:
     local_sort: bool = False
     cluster: int = 1
     cells_per_cta: int = 1
+
+
+_RADIX = BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=128, rounds=8)  # any size
 
 
 class Row(NamedTuple):
@@ -142,6 +149,8 @@ def refusal(
         return f"'warp' must end at {MAX_WARP_PAIRS} pairs; got {num_pairs}"
     if form == "pairs" and (num_pairs is None or num_pairs > MAX_COMPARED_PAIRS):
         return f"'pairs' must end at {MAX_COMPARED_PAIRS} pairs; got {num_pairs}"
+    if form == "sorted" and (num_pairs is None or num_pairs > MAX_SORTED_PAIRS):
+        return f"'sorted' must end at {MAX_SORTED_PAIRS} pairs; got {num_pairs}"
     if form in WITH_HISTOGRAMS and (last_expert is None or last_expert > MAX_HISTOGRAM_EXPERTS):
         return f"{form!r} must end at {MAX_HISTOGRAM_EXPERTS} experts; got {last_expert}"
     if form == "cluster":
@@ -300,8 +309,14 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
         config = BlockAlignMosaicConfig(
             form="pairs", num_warpgroups=4, num_ctas=64, cells_per_cta=8192
         )
+    elif num_experts > MAX_HISTOGRAM_EXPERTS and num_pairs <= MAX_SORTED_PAIRS:
+        groups = min(8, max(1, end // 128))  # a pair per thread
+        cluster = 1 if end <= 512 else MAX_CLUSTER  # its barrier against the length of the sort
+        config = BlockAlignMosaicConfig(
+            form="sorted", num_warpgroups=groups, num_ctas=64, cluster=cluster, cells_per_cta=1024
+        )
     elif num_experts > MAX_HISTOGRAM_EXPERTS:
-        config = BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=128, rounds=8)
+        config = _RADIX
     elif num_pairs <= MAX_BLOCK_PAIRS:
         groups = min(4, max(1, end // 256))  # two pairs per thread
         config = BlockAlignMosaicConfig(
@@ -385,6 +400,42 @@ def _cluster_within(wanted: int, num_ctas: int) -> int:
     return min(wanted, num_ctas & -num_ctas)
 
 
+def sorted_range(num_experts: int, num_ctas: int, cluster: int) -> int:
+    """Experts whose pairs one CTA of "sorted" sorts: whole slices of the counts, of a multiple of 4."""
+    return _cdiv(num_experts, num_ctas * 4) * 4 * (num_ctas // cluster)
+
+
+def sorted_digits(num_keys: int) -> list[tuple[int, int]]:
+    """(shift, bits) of each pass of "sorted" over the keys 0 .. num_keys - 1."""
+    key_bits = (num_keys - 1).bit_length()
+    bits = _cdiv(key_bits, max(1, _cdiv(key_bits, _MAX_DIGIT_BITS)))
+    return [(shift, min(bits, key_bits - shift)) for shift in range(0, key_bits, bits or 1)]
+
+
+def _fit_sorted(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    n, num_experts = problem.num_pairs, problem.num_experts
+    most = _power_of_two(_cdiv(n, 128))  # a pair per thread
+    groups = max(min(config.num_warpgroups, most), _cdiv(most, _MAX_SORTED_ROUNDS))
+    cluster = 1 << (config.cluster.bit_length() - 1)
+    cells = max(problem.capacity, num_experts)
+    ctas = min(config.num_ctas, _cdiv(cells, config.cells_per_cta))
+    while True:
+        copies = max(1, ctas // cluster)
+        experts = sorted_range(num_experts, copies * cluster, cluster)
+        if experts <= 1 << 16 or cluster == MAX_CLUSTER:
+            break
+        cluster *= 2
+    threads = groups * 128
+    bins = sum(1 << bits for _, bits in sorted_digits(experts))
+    words = 3 * _cdiv(n, threads) * threads + (groups * 4 + 1) * bins + 128
+    # An expert's place in its range and a pair share a word.
+    if n > MAX_SORTED_PAIRS or experts > 1 << 16 or words > _SHARED_WORDS or cells > _MOST_CELLS:
+        return _fit_radix(_RADIX, problem)
+    return dataclasses.replace(
+        config, num_warpgroups=groups, num_ctas=copies * cluster, cluster=cluster
+    )
+
+
 def _fit_radix(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
     threads = config.num_warpgroups * 128
     ctas = min(config.num_ctas, _cdiv(problem.num_pairs, threads))
@@ -404,6 +455,7 @@ _FITS = {
     "block": _fit_block,
     "cluster": _fit_cluster,
     "grid": _fit_grid,
+    "sorted": _fit_sorted,
     "radix": _fit_radix,
     "batched": _fit_batched,
 }
@@ -422,7 +474,8 @@ def _warpgroups_that_fit(num_experts: int, wanted: int, *, other_words: int) -> 
 
 def _pairs_per_round(config: BlockAlignMosaicConfig) -> int | None:
     """Pairs that a one-tile program takes in one round of all its threads; None where rounds do not count."""
-    ctas = {"block": 1, "cluster": config.num_ctas, "grid": config.num_ctas}.get(config.form)
+    every = {"block": 1, "sorted": 1, "cluster": config.num_ctas, "grid": config.num_ctas}
+    ctas = every.get(config.form)
     return ctas and ctas * config.num_warpgroups * 128
 
 

@@ -45,6 +45,9 @@ def suite():
         "grid", 2000, 70, 4, num_warpgroups=1, num_ctas=4, rounds=4, local_sort=True, cluster=4
     )
     yield pairs("cluster", 900, 300, 4, num_warpgroups=1, num_ctas=4, rounds=2)
+    yield pairs("sorted", 300, 1500, 4, num_warpgroups=1)
+    yield pairs("sorted", 300, 1500, 3, num_warpgroups=1, num_ctas=8, cluster=4)
+    yield pairs("sorted", 400, 20, 6, num_warpgroups=1, num_ctas=4, cluster=2, routing="zipf")
     yield pairs("radix", 300, 1500, 4, num_warpgroups=1, num_ctas=2, rounds=1)
     yield pairs("radix", 511, 700, 2, num_warpgroups=1, num_ctas=1, rounds=1, routing="uniform")
     yield pairs("radix", 64, 2, 4, num_warpgroups=1, num_ctas=1, rounds=1, routing="one")

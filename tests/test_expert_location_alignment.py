@@ -74,6 +74,8 @@ CONFIGS = {
     "grid in tiles": (900, {"num_ctas": 3, "rounds": 2}),
     "grid sorted": (900, {"num_ctas": 4, "rounds": 2, "local_sort": True, "cluster": 4}),
     "cluster": (900, {"num_ctas": 4, "rounds": 2}),
+    "sorted": (300, {"num_ctas": 2}),
+    "sorted in a cluster": (900, {"num_ctas": 8, "cluster": 4}),
     "radix": (300, {"num_ctas": 2}),
 }
 # map, num_valid_pairs, words per id, layers: each value of one with each of the next.
@@ -376,7 +378,7 @@ def shapes_of(size, dispatch):
     return maj.ExpertLocation(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in shapes), dispatch)
 
 
-FORMS = {size.form: size for size in forms.SIZES if size.num_pairs < 10_000}
+FORMS = {size.form: size for size in forms.SIZES if size.num_pairs < 20_000}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,10 @@ def test_search_leaves_out_what_is_wrong_and_what_a_form_cannot_do():
     assert "warp" not in {c.form for _, c in measure.asked}
     many = tune.Cell(512, 9000, 16)
     measure = measured(lambda c: 1.0)
+    assert tune.search(many, [block(1)], measure).config.form == "sorted"
+    assert {c.form for _, c in measure.asked} == {"sorted"}
+    many = tune.Cell(1 << 17, 9000, 16)
+    measure = measured(lambda c: 1.0)
     assert tune.search(many, [block(1)], measure).config.form == "radix"
     assert {c.form for _, c in measure.asked} == {"radix"}
     assert tune.search(CELL, [block(2)], measured(lambda c: "no GPU")) is None

@@ -84,6 +84,7 @@ def broken(edit):
         (broken(lambda t: t["rows"][1]["config"].update(form="warp")), "'warp' must end at 32"),
         (broken(lambda t: t["rows"][2]["config"].update(form="grid")), "must end at 4096 experts"),
         (broken(lambda t: t["rows"][2]["config"].update(form="cluster")), "end at 4096 experts"),
+        (broken(lambda t: t["rows"][2]["config"].update(form="sorted")), "must end at 16384 pairs"),
         (broken(lambda t: t["rows"][1]["config"].update(form="gird")), "row 1: the form must be"),
     ],
 )
@@ -185,7 +186,11 @@ def test_the_gpu_of_the_process_chooses_and_is_named(monkeypatch):
         ((32_768, 256, 64), ("grid", 2, 64, 2, True)),
         ((524_288, 256, 128), ("grid", 8, 128, 4, True)),
         ((524_288, 4096, 128), ("grid", 2, 128, 4, True)),
-        ((5000, 65_535, 4), ("radix", 2, 20, 1, False)),
+        ((300, 9000, 16), ("sorted", 4, 9, 1, False)),
+        ((513, 9000, 1), ("sorted", 8, 8, 1, False)),
+        ((5000, 65_535, 4), ("sorted", 8, 64, 1, False)),
+        ((16_384, 60_000, 16), ("sorted", 8, 64, 1, False)),
+        ((17_000, 65_535, 4), ("radix", 2, 67, 1, False)),
     ],
 )
 def test_h200_choices_before_it_is_tuned_anew(size, config):
@@ -198,6 +203,9 @@ def test_h200_choices_before_it_is_tuned_anew(size, config):
             num_ctas={8192: 32, 32_768: 64}.get(size[0], 128),
             rounds=4,
             local_sort=True,
+        ),
+        "sorted": dict(
+            num_warpgroups=8, num_ctas=64, cluster=8 if size[0] > 512 else 1, cells_per_cta=1024
         ),
         "radix": dict(num_warpgroups=2, num_ctas=128, rounds=8),
     }

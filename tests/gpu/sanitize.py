@@ -29,12 +29,12 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
 def cases() -> Iterator[tuple[str, object, dict]]:
-    """(form, size, options): the largest size below 10,000 pairs of each form, plain and with all options."""
+    """(form, size, options): the largest size below 20,000 pairs of each form, plain and with all options."""
     from tests import forms
 
     by_form = {}
     for size in forms.SIZES:
-        if size.num_pairs < 10_000:
+        if size.num_pairs < 20_000:
             by_form[size.form] = max(by_form.get(size.form, size), size)
     for form, size in by_form.items():
         for options in (forms.OPTIONS[0], forms.OPTIONS[-1]):

@@ -138,6 +138,7 @@ def test_the_selection_covers_every_size_form_and_pair_of_options():
         "block",
         "cluster",
         "grid",
+        "sorted",
         "radix",
         "batched",
     }
@@ -146,7 +147,7 @@ def test_the_selection_covers_every_size_form_and_pair_of_options():
     # Counted here by another way than the selection does.
     together = {
         (form, id_words, expert_map, inverse)
-        for form in ("warp", "block", "grid", "radix")
+        for form in ("warp", "block", "grid", "sorted", "radix")
         for id_words in (1, 2)
         for expert_map in ("", "label", "filter")
         for inverse in (False, True)

@@ -26,9 +26,10 @@ GARBAGE = -77_777
 WARP = (8, 4, (1, 2, 7, 8, 9, 16, 31, 32))
 BLOCK = (64, 16, (33, 64, 128, 129, 200, 256, 257, 512, 513, 1000, 2048))
 GRID = (16, 8, (2049, 2100, 4096, 4097, 5000, 8192))
-RADIX = (5000, 4, (33, 64, 65, 300))
-SIZES = [(n, e, b) for e, b, sizes in (WARP, BLOCK, GRID, RADIX) for n in sizes]
+SORTED = (5000, 4, (33, 64, 65, 300, 512, 513, 1500))
+SIZES = [(n, e, b) for e, b, sizes in (WARP, BLOCK, GRID, SORTED) for n in sizes]
 SIZES += [(20_000, 60, 64), (1, 1, 1), (100, 1, 3), (40, 65_535, 1)]
+SIZES += [(1100, 65_535, 3), (17_000, 5000, 4)]
 
 OPTIONS = {
     "plain": {"return_counts": False},
@@ -77,7 +78,7 @@ def test_sized_program_gives_the_exact_result(n, num_experts, block_size, option
 
 def test_every_form_is_among_the_sizes():
     forms = {_tuning.config_for(sized_problem(*size, {})).form for size in SIZES}
-    assert forms == {"warp", "pairs", "block", "cluster", "grid", "radix"}
+    assert forms == {"warp", "pairs", "block", "cluster", "grid", "sorted", "radix"}
 
 
 @pytest.mark.parametrize("n", [3, 100, 2500])

@@ -114,14 +114,15 @@ def test_lengths_that_do_not_fit_together_are_filled_after_the_launch(
     assert (longer[len(shorter) :] == -1).all()
 
 
-FORMS = [(20, 16, 8), (100, 3000, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 5000, 4)]
+FORMS = [(20, 16, 8), (100, 3000, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 4500, 4)]
+FORMS += [(17_000, 5000, 4)]
 
 
 def test_those_forms_are_all_there_are():
     configs = [
         _tuning.config_for(direct_call.sized(n, e, b, torch.int32)).form for n, e, b in FORMS
     ]
-    assert configs == ["warp", "pairs", "block", "cluster", "grid", "radix"]
+    assert configs == ["warp", "pairs", "block", "cluster", "grid", "sorted", "radix"]
 
 
 @pytest.mark.parametrize(("n", "num_experts", "block_size"), FORMS)
@@ -146,13 +147,14 @@ def test_every_form_fills_far_more_rows_than_its_bucket_has(n, num_experts, bloc
 
 @pytest.mark.parametrize("more", [0, 2, 9, 40_000])
 def test_a_program_of_bounded_rows_is_helped_by_a_second_fill(more, launches_here):
-    array, ids = ids_of(torch.int32, num_tokens=100, top_k=3, num_experts=5000)
-    problem = problems.AlignProblem(300, 5000, 4)
+    array, ids = ids_of(torch.int32, num_tokens=100, top_k=170, num_experts=5000)
+    n = ids.numel()
+    problem = problems.AlignProblem(n, 5000, 4)
     want, rows = want_of(problem, array, {}), problem.capacity + more
     for _ in range(2):  # the second call may not take the shortcut beyond the bound
         buffers = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, -(-rows // 4), 1)]
         vllm.ops_moe_align_block_size(ids, 5000, 4, *buffers)
-        assert buffers[0].tolist() == [*want.sorted_token_ids, *[300] * more]
+        assert buffers[0].tolist() == [*want.sorted_token_ids, *[n] * more]
         filled = len(buffers[1]) - len(want.expert_ids)
         assert buffers[1].tolist() == [*want.expert_ids, *[-1] * filled]
         assert buffers[2].tolist() == list(want.num_tokens_post_padded)

@@ -1,0 +1,312 @@
+"""Up to 16K pairs of very many experts, in one launch: each CTA sorts the pairs of a range of experts.
+
+The CTAs of a cluster own a range of experts each. A CTA reads every id and keeps its range's pairs, in
+order, in shared memory; sorts them by expert, a digit of at most 8 bits at a time; and finds the pairs that
+open a block (every block_size-th of an expert). Sorted, a block holds the pairs from its opener to the next
+one's: the openers are all that writing needs, but for the number of blocks of the ranges before, the one
+word that a cluster exchanges. Several clusters (num_ctas / cluster) do the same work and write a share of it
+each. Nothing is as long as E but the counts that are written. Under skew one CTA may hold every pair.
+Bytes: ids read once per CTA, every output written once (counts twice where they are not 0). Deterministic.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+from moe_align_jax._kernels.block_align import common
+from moe_align_jax._simt import collectives
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
+from moe_align_jax._tuning import BlockAlignMosaicConfig, sorted_digits, sorted_range
+from moe_align_jax.types import AlignProblem
+
+_HALF = 16  # an expert's place in its range and a pair share a word
+_LOW = (1 << _HALF) - 1
+
+
+def _highest(t: Simt, mask: Int) -> Int:
+    """Index of the highest bit set, -1 for none."""
+    for distance in (1, 2, 4, 8, 16):
+        mask = mask | (mask >> distance)
+    return t.popc(mask) - 1
+
+
+def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
+    """(sum of the counts of the warps before mine, sum over all), of one count per warp; one barrier."""
+    _, lane, warp = common.thread_ids(t)
+    num_warps = t.num_threads // WARP
+    with t.if_(lane.eq(0)):
+        t.store(scratch, warp, count)
+    t.block_sync()
+    counts = t.value_if(lane < num_warps, lambda: t.load(scratch, lane), 0)
+    running = collectives.warp_inclusive_scan(t, counts, lane, num_warps)
+    return t.shfl(running - counts, warp), t.shfl(running, num_warps - 1)
+
+
+class _Sorter:
+    """The body on one machine, a phase per method."""
+
+    def __init__(
+        self, t: Simt, r: SimpleNamespace, problem: AlignProblem, rounds: int, *, vector: bool
+    ):
+        self.t, self.r, self.problem, self.rounds = t, r, problem, rounds
+        self.tid, self.lane, self.warp = common.thread_ids(t)
+        self.threads, self.num_warps = t.num_threads, t.num_threads // WARP
+        self.sizes = common.Sizes(t, r, problem)
+        # Ranks share a cluster's experts, copies share a range's output.
+        cta, self.copies = t.cta_id(), t.num_ctas // t.cluster
+        self.cta = cta
+        self.rank, self.copy = cta & (t.cluster - 1), cta >> (t.cluster.bit_length() - 1)
+        self.wide = vector and problem.block_size % 4 == 0
+        # 16-byte stores of the counts: vmap's rows start at any word without `vector`.
+        self.vector = vector
+        self.counts = common.Slice(t, problem.num_experts)
+        self.counts.base = (self.rank * self.copies + self.copy) * self.counts.length
+        self.length = sorted_range(problem.num_experts, t.num_ctas, t.cluster)
+        self.first_expert = self.rank * self.length
+
+    def collect(self) -> Int:
+        """My range's pairs, in order, into `words0`; returns their number."""
+        t, r, problem, sizes = self.t, self.r, self.problem, self.sizes
+        limit = common.pair_limit(t, r, problem)
+        first = self.warp * (self.rounds * WARP) + self.lane
+        pairs = [first + k * WARP for k in range(self.rounds)]
+        experts = [common.read_expert(t, r, problem, sizes, pair, limit) for pair in pairs]
+        if problem.return_counts:
+            self.counts.fill(r.tokens_per_expert, 0, vector=self.vector)
+        if problem.return_inverse:
+            mine = common.Slice(t, sizes.num_pairs)
+            for pair, expert in zip(pairs, experts, strict=True):
+                with mine.holding(pair, pair.below(sizes.num_pairs) & (expert < 0)):
+                    t.store(r.row_of_pair, pair, -1)
+        keys = [expert - self.first_expert for expert in experts]
+        masks = [t.ballot(key.below(self.length)) for key in keys]
+        numbers = [t.popc(mask) for mask in masks]
+        at, number = _over_warps(t, sum(numbers, t.const(0)), r.scratch)
+        below = collectives.lanes_below(t, self.lane)
+        for pair, key, mask, added in zip(pairs, keys, masks, numbers, strict=True):
+            with t.if_(key.below(self.length)):
+                t.store(r.words0, at + t.popc(mask & below), (key << _HALF) | pair)
+            at = at + added
+        return number
+
+    def sort(self, index: int, shift: int, bits: int, number: Int) -> None:
+        """One stable pass by a digit, from words `index` to the other ones; its histogram is cleared, a
+        `block_sync` ago. Each warp has a contiguous run and a column of the histogram."""
+        t, r = self.t, self.r
+        source, target = (getattr(r, f"words{(index + k) % 2}") for k in range(2))
+        histogram = getattr(r, f"histogram{index}")
+        # Odd: a warp's bins lie in different banks, and differ in their low bits still.
+        stride = self.num_warps + 1
+        rounds = common.cdiv(number, self.threads)
+        first = self.warp * (rounds * WARP) + self.lane
+
+        def bin_of(word: Int) -> Int:
+            return ((word >> (_HALF + shift)) & ((1 << bits) - 1)) * stride
+
+        for k in t.for_range(0, rounds):
+            at = first + k * WARP
+            with t.if_(at - self.lane < number):  # for whole warps
+                # Past the end all ones: after every pair in the order, so before none of its bin.
+                word = t.value_if(at < number, lambda at=at: t.load(source, at), -1)
+                rank = collectives.tally(t, histogram, self.warp, bin_of(word), self.lane, bits)
+                t.store(r.ranks, at, rank)
+        t.block_sync()
+        # The warps' counts of a bin are neighbours: one scan over all of them.
+        cells = self.num_warps << bits
+        per_thread = -(-cells // self.threads)
+        places = [self.tid * per_thread + k for k in range(per_thread)]
+        places = [place + place // self.num_warps for place in places]
+        inside = self.tid < cells  # where a thread has one cell; else all have as many
+
+        def count_at(place: Int) -> Int:
+            if cells >= self.threads:
+                return t.load(histogram, place)
+            return t.value_if(inside, lambda: t.load(histogram, place), 0)
+
+        counts = [count_at(place) for place in places]
+        running, _ = collectives.block_exclusive_scan(t, sum(counts, t.const(0)), r.scratch)
+        for place, count in zip(places, counts, strict=True):
+            with t.if_(inside) if cells < self.threads else contextlib.nullcontext():
+                t.store(histogram, place, running)
+            running = running + count
+        t.block_sync()
+        for k in t.for_range(0, rounds):
+            at = first + k * WARP
+            with t.if_(at < number):
+                word = t.load(source, at)
+                place = t.load(histogram, bin_of(word) + self.warp) + t.load(r.ranks, at)
+                t.store(target, place, word)
+        t.block_sync()
+
+    def find_blocks(self, words: object, spare: object, number: Int) -> None:
+        """Openers of my range's blocks into `ranks`, `number` behind them, and how many into `blocks`.
+        `spare`: at each expert's last pair its count, else 0, for the experts of my share.
+
+        A chunk has a position per thread. What is known before it stands in `before`, a pair per chunk:
+        the openers so far, and the place of the last expert's first pair.
+        """
+        t, r, tid, lane, warp = self.t, self.r, self.tid, self.lane, self.warp
+        chunks = common.cdiv(number, self.threads)
+        below = collectives.lanes_below(t, lane)
+        for chunk in t.for_range(0, chunks):
+            at = chunk * self.threads + tid
+            first_of_warp = at - lane
+            inside = at < number
+
+            def key_at(place: Int, there: Int) -> Int:
+                return t.value_if(there, lambda: t.load(words, place) >> _HALF, -1)
+
+            key = key_at(at, inside)
+            head = inside & key.ne(key_at(at - 1, inside & (at > 0)))
+            heads = t.ballot(head)
+            with t.if_(lane.eq(0)):
+                last = first_of_warp + _highest(t, heads)
+                t.store(r.heads, warp, t.select(heads.eq(0), -1, last))
+            t.block_sync()
+            lasts = t.value_if(lane < self.num_warps, lambda: t.load(r.heads, lane), -1)
+            earlier = t.ballot((lasts >= 0) & (lane < warp))
+            start = t.shfl(lasts, _highest(t, earlier) & (WARP - 1))
+            start = t.select(earlier.eq(0), t.load(r.before, chunk * 2 + 1), start)
+            upto = heads & (below | (t.const(1) << lane))
+            start = t.select(upto.eq(0), start, first_of_warp + _highest(t, upto))
+
+            opens = inside & ((at - start) % self.problem.block_size).eq(0)
+            openers = t.ballot(opens)
+            earlier_warps, added = _over_warps(t, t.popc(openers), r.scratch)
+            known = t.load(r.before, chunk * 2)
+            with t.if_(opens):
+                t.store(r.ranks, known + earlier_warps + t.popc(openers & below), at)
+            if self.problem.return_counts:
+                last = inside & key.ne(key_at(at + 1, at + 1 < number))
+                mine = (key + self.first_expert - self.counts.base).below(self.counts.length)
+                with t.if_(inside):
+                    t.store(spare, at, t.select(last & mine, at - start + 1, 0))
+            with t.if_(tid.eq(self.threads - 1)):
+                t.store(r.before, chunk * 2 + 2, known + added)
+                t.store(r.before, chunk * 2 + 3, start)
+        with t.if_(tid.eq(self.threads - 1)):
+            blocks = t.load(r.before, chunks * 2)
+            t.store(r.blocks, 0, blocks)
+            t.store(r.ranks, blocks, number)
+
+    def exchange(self) -> tuple[Int, Int]:
+        """(blocks of the ranges before mine, of all). Before any store to global memory but old ones: the
+        cluster's barrier waits for those."""
+        t, r = self.t, self.r
+        if t.cluster == 1:
+            t.block_sync()
+            return t.const(0), t.load(r.blocks, 0)
+        t.cluster_sync()
+        first = self.cta - self.rank
+        theirs = t.value_if(
+            self.lane < t.cluster, lambda: t.load_peer(r.blocks, 0, first + self.lane), 0
+        )
+        t.cluster_arrive()
+        running = collectives.warp_inclusive_scan(t, theirs, self.lane, t.cluster)
+        return t.shfl(running - theirs, self.rank), t.shfl(running, t.cluster - 1)
+
+    def write(self, words: object, spare: object, number: Int, first_block: Int) -> None:
+        """My share of my range: its rows, blocks and counts."""
+        t, r, problem = self.t, self.r, self.problem
+        n, block_size = self.sizes.num_pairs, problem.block_size
+        blocks = t.load(r.blocks, 0)
+        me, step = self.copy * self.threads + self.tid, self.copies * self.threads
+        width = 4 if self.wide else 1
+
+        def write_row(row: Int, place: Int, end: Int) -> None:
+            real = place < end
+            pair = t.value_if(real, lambda: t.load(words, place) & _LOW, n)
+            t.store(r.sorted_token_ids, row, pair)
+            if problem.return_inverse:
+                with t.if_(real):
+                    t.store(r.row_of_pair, pair, row)
+
+        per_block = block_size // width
+        for i in t.for_range(me, blocks * per_block, step):
+            block = i // per_block
+            place = t.load(r.ranks, block) + (i - block * per_block) * width
+            end = t.load(r.ranks, block + 1)
+            row = first_block * block_size + i * width
+            if not self.wide:
+                write_row(row, place, end)
+                continue
+            with t.if_(place >= end):
+                t.store4(r.sorted_token_ids, row, n)
+            with t.if_(place < end):
+                for k in range(4):
+                    write_row(row + k, place + k, end)
+        for block in t.for_range(me, blocks, step):
+            expert = self.first_expert + (t.load(words, t.load(r.ranks, block)) >> _HALF)
+            label = common.block_label(t, r, problem, expert)
+            t.store(r.expert_ids, first_block + block, label)
+        if problem.return_counts:
+            for at in t.for_range(self.tid, number, self.threads):
+                count = t.load(spare, at)
+                with t.if_(count > 0):
+                    expert = self.first_expert + (t.load(words, at) >> _HALF)
+                    t.store(r.tokens_per_expert, expert, count)
+
+    def fill(self, in_use: Int) -> None:
+        """What no block takes; `in_use` blocks."""
+        t, r, sizes = self.t, self.r, self.sizes
+        me, everyone = self.cta * self.threads + self.tid, t.num_ctas * self.threads
+        for block in collectives.strided(t, in_use + me, sizes.num_blocks, everyone):
+            t.store(r.expert_ids, block, -1)
+        row, capacity = in_use * self.problem.block_size, sizes.capacity
+        if self.wide:  # then `row` is a multiple of 4
+            whole = capacity // 4 * 4
+            for i in collectives.strided(t, row + me * 4, whole, everyone * 4):
+                t.store4(r.sorted_token_ids, i, sizes.num_pairs)
+            row = t.const(0) + whole
+        for i in collectives.strided(t, row + me, capacity, everyone):
+            t.store(r.sorted_token_ids, i, sizes.num_pairs)
+
+
+def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    threads = config.num_warpgroups * WARPGROUP
+    rounds = -(-problem.num_pairs // threads)
+    digits = sorted_digits(sorted_range(problem.num_experts, config.num_ctas, config.cluster))
+    bins = {f"histogram{k}": (threads // WARP + 1) << bits for k, (_, bits) in enumerate(digits)}
+
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        s = _Sorter(t, r, problem, rounds, vector=vector)
+        for name, words in bins.items():
+            collectives.fill(t, getattr(r, name), 0, words, s.tid, threads, vector=True)
+        with t.if_(s.tid < 2):
+            t.store(r.before, s.tid, 0)
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        number = s.collect()
+        t.block_sync()
+        for index, (shift, bits) in enumerate(digits):
+            s.sort(index, shift, bits, number)
+        words, spare = (getattr(r, f"words{(len(digits) + k) % 2}") for k in range(2))
+        s.find_blocks(words, spare, number)
+        first_block, in_use = s.exchange()
+        s.write(words, spare, number, first_block)
+        s.fill(in_use)
+        with t.if_(s.cta.eq(0) & s.tid.eq(0)):
+            t.store(r.num_tokens_post_padded, 0, in_use * problem.block_size)
+        if t.cluster > 1:
+            t.cluster_wait()
+
+    words = rounds * threads
+    kernel = Kernel(
+        name="moe_align_sorted",
+        body=body,
+        inputs=problem.inputs,
+        outputs=problem.outputs,
+        shared={
+            "words0": words,
+            "words1": words,
+            "ranks": words + 1,  # then the openers, and their end
+            "before": 2 * rounds + 2,
+            "blocks": 1,
+            "scratch": WARP,
+            "heads": WARP,
+            **bins,
+        },
+        num_warpgroups=config.num_warpgroups,
+        num_ctas=config.num_ctas,
+        cluster=config.cluster,
+    )
+    return Program(inputs=problem.inputs, kernels=(kernel,), results=tuple(problem.outputs))
