@@ -7,6 +7,7 @@ result the next pair's input: "low_latency" sends fp8 and its scales and gets bf
 bfloat16 both ways. No expert runs; what a rank hands to combine is an argument, tied to what it has received.
 For the ragged transport start it with
 XLA_FLAGS=--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true.
+With --packing the rows are also sent in one message, and x by itself, whatever their size.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 import moe_align_jax as maj  # noqa: E402
 from benchmarks import machine, timing  # noqa: E402
 from moe_align_jax._cli import traces  # noqa: E402
+from moe_align_jax._expert_parallel import message  # noqa: E402
 
 AXIS = "ep"
 TRANSPORTS = ("nvlink", "all_to_all", "all_gather", "ragged_all_to_all")
@@ -162,6 +164,20 @@ def pair(size: Size, *, back: bool = True, **options) -> Callable:
     return one
 
 
+def packing_up_to(one: Callable, num_bytes: int) -> Callable:
+    """The same program, traced with another bound of what is packed into a message."""
+
+    def changed(*arguments):
+        bound = message.MAX_PACKED_BYTES
+        message.MAX_PACKED_BYTES = num_bytes
+        try:
+            return one(*arguments)
+        finally:
+            message.MAX_PACKED_BYTES = bound
+
+    return changed
+
+
 def plain(size: Size, ranks: int, kind: str) -> Callable:
     """The collectives alone, of the same bytes; the sum over ranks of all_to_all is left out."""
     out_bytes, _ = size.row_bytes
@@ -171,21 +187,23 @@ def plain(size: Size, ranks: int, kind: str) -> Callable:
         del ids, weights
         y = y.reshape(-1, size.hidden)[: ranks * size.tokens]
         bits = lax.bitcast_convert_type(x, jnp.uint16)
-        message = jnp.tile(bits, (1, -(-words // size.hidden)))[:, :words]
+        rows = jnp.tile(bits, (1, -(-words // size.hidden)))[:, :words]
         if kind == "all_to_all":
-            copies = jnp.broadcast_to(message, (ranks, *message.shape))
+            copies = jnp.broadcast_to(rows, (ranks, *rows.shape))
             got = lax.all_to_all(copies, AXIS, 0, 0)
             y, got = lax.optimization_barrier((y, got))
             return lax.all_to_all(y.reshape(ranks, *x.shape), AXIS, 0, 0)[0], got
-        got = lax.all_gather(message, AXIS, axis=0, tiled=True)
+        got = lax.all_gather(rows, AXIS, axis=0, tiled=True)
         y, got = lax.optimization_barrier((y, got))
+        if kind == "all_gather + all_to_all":
+            return lax.all_to_all(y.reshape(ranks, *x.shape), AXIS, 0, 0)[0], got
         return lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True), got
 
     return one
 
 
 def providers(
-    size: Size, ranks: int, platform: str, transports: Sequence[str]
+    size: Size, ranks: int, platform: str, transports: Sequence[str], packing: bool
 ) -> Iterator[tuple[str, Callable]]:
     """Name and `(x, ids, weights) -> (x, received)`, the most telling ones first."""
     yield "plain all_to_all", plain(size, ranks, "all_to_all")
@@ -196,12 +214,23 @@ def providers(
         if size.mode == "low_latency":
             name = f"ours, {transport}, tails unwritten"
             yield name, pair(size, transport=transport, initialize=False)
-    yield "plain all_gather + psum_scatter", plain(size, ranks, "all_gather")
+        if packing and transport != "nvlink":
+            of_x = ranks * size.tokens * size.hidden * (1 if size.payload else 2)
+            for name, bound in (("one message", 1 << 62), ("x by itself", of_x - 1)):
+                changed = packing_up_to(pair(size, transport=transport), bound)
+                yield f"ours, {transport}, {name}", changed
+    for kind in ("all_gather + psum_scatter", "all_gather + all_to_all"):
+        yield f"plain {kind}", plain(size, ranks, kind)
     yield "ours, all_to_all, dispatch alone", pair(size, back=False, transport="all_to_all")
 
 
 def measure(
-    mesh: jax.sharding.Mesh, size: Size, executions: int, until: float, transports: Sequence[str]
+    mesh: jax.sharding.Mesh,
+    size: Size,
+    executions: int,
+    until: float,
+    transports: Sequence[str] = TRANSPORTS,
+    packing: bool = False,
 ) -> Iterator[dict[str, Any]]:
     ranks = mesh.size
     platform = "gpu" if mesh.devices.flat[0].platform in ("gpu", "cuda") else "cpu"
@@ -214,7 +243,7 @@ def measure(
     away = sum(
         int((owner[r] == j).any(1).sum()) for r in range(ranks) for j in range(ranks) if r != j
     )
-    for provider, one in providers(size, ranks, platform, transports):
+    for provider, one in providers(size, ranks, platform, transports, packing):
         if time.monotonic() > until:
             yield {"case": size.name, "provider": provider, "note": "left out: no time"}
             return
@@ -271,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--devices", type=int, help="of those there are; all by default")
     parser.add_argument("--transports", default=",".join(TRANSPORTS))
+    parser.add_argument("--packing", action="store_true", help="with and without one message")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument(
         "--budget", type=float, default=100, help="seconds, then the rest is left out"
@@ -317,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in options.cases.split(","):
         mode, _, tokens = case.partition(":")
         size = Size(mode, int(tokens), **sizes)
-        for row in measure(mesh, size, options.executions, until, transports):
+        for row in measure(mesh, size, options.executions, until, transports, options.packing):
             keep(row)
             value = f"{row['us']:10.1f} µs {row['gbps']:7.1f} GB/s" if "us" in row else " " * 26
             print(f"{row['case']:18} {row['provider']:42} {value} {row.get('kernels') or ''} "
