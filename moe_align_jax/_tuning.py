@@ -425,9 +425,8 @@ def _fit_sorted(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosai
         if experts <= 1 << 16 or cluster == MAX_CLUSTER:
             break
         cluster *= 2
-    threads = groups * 128
     bins = sum(1 << bits for _, bits in sorted_digits(experts))
-    words = 3 * _cdiv(n, threads) * threads + (groups * 4 + 1) * bins + 128
+    words = 3 * _cdiv(n, groups * 128) * groups * 128 + (groups * 4 + 1) * bins + 128
     # An expert's place in its range and a pair share a word.
     if n > MAX_SORTED_PAIRS or experts > 1 << 16 or words > _SHARED_WORDS or cells > _MOST_CELLS:
         return _fit_radix(_RADIX, problem)
@@ -474,8 +473,8 @@ def _warpgroups_that_fit(num_experts: int, wanted: int, *, other_words: int) -> 
 
 def _pairs_per_round(config: BlockAlignMosaicConfig) -> int | None:
     """Pairs that a one-tile program takes in one round of all its threads; None where rounds do not count."""
-    every = {"block": 1, "sorted": 1, "cluster": config.num_ctas, "grid": config.num_ctas}
-    ctas = every.get(config.form)
+    form, ctas = config.form, config.num_ctas
+    ctas = {"block": 1, "sorted": 1, "cluster": ctas, "grid": ctas}.get(form)
     return ctas and ctas * config.num_warpgroups * 128
 
 
