@@ -7,6 +7,7 @@ D ranks, T tokens per rank (static, the same on all), K top_k, E = D * e experts
 `[r * e, (r + 1) * e)`; R = D * T rows received at most; M rows per expert; H hidden.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +33,15 @@ from moe_align_jax._expert_parallel.choice import (
     choose,
     resolve_mode,
 )
-from moe_align_jax._expert_parallel.exchange import DispatchInfo, give_back, send
+from moe_align_jax._expert_parallel.exchange import (
+    DispatchInfo,
+    give_back,
+    give_back_sums,
+    nvlink,
+    send,
+)
 from moe_align_jax._expert_parallel.transport import Group
-from moe_align_jax.masked_layout import permute_to_masked, unpermute_from_masked
+from moe_align_jax.masked_layout import permute_to_masked
 
 
 class DispatchHandle(NamedTuple):
@@ -90,7 +97,7 @@ def dispatch(
     payload: str | None = None,
     num_valid_tokens: int | Int[Array, ""] | None = None,
     max_tokens_per_expert: int | None = None,
-    initialize: bool = True,
+    initialize: bool | None = None,
     transport: TransportName | None = None,
 ) -> Dispatched:
     """Sends each token to the ranks that hold its experts. Call it inside `jax.shard_map`.
@@ -118,8 +125,8 @@ def dispatch(
         num_valid_tokens: None, an int or an integer scalar (a device value): rows from it on are padding.
         max_tokens_per_expert: "low_latency": M; None for R, which is enough where the ids of a token are
             distinct. With less, pairs past M are dropped: the handle's layout counts them.
-        initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them, for
-            consumers that never read them; not for training.
+        initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them (most of the
+            memory traffic), for consumers that never read them; not for training. None: not with an fp8 payload.
         transport: None chooses by shape and platform (`select_transport` says how); or a name.
 
     Returns:
@@ -172,8 +179,14 @@ def dispatch(
     info = DispatchInfo(chosen, choice.transport, group, num_tokens)
 
     with jax.named_scope(function):
-        ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
-        if payload is not None:
+        ours = info.transport == nvlink.name
+        if not (
+            ours and num_valid_tokens is None and ids.dtype == jnp.int32
+        ):  # it checks ids itself
+            ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
+        if payload == "fp8" and ours and x.dtype == jnp.bfloat16:
+            x, info = message.without_gradient(x), dataclasses.replace(info, quantise=True)
+        elif payload is not None:
             x, scales = message.quantize(message.without_gradient(x), message.PAYLOADS[payload])
         elif scales is not None:
             x, scales = message.without_gradient((x, scales))
@@ -192,7 +205,7 @@ def dispatch(
             ids,
             num_experts=group.num_local_experts,
             max_tokens_per_expert=max_tokens_per_expert,
-            initialize=initialize,
+            initialize=scales is None if initialize is None else initialize,
         )
         if scales is not None and scales.dtype == jnp.int32:
             scales = jnp.swapaxes(scales, 1, 2)
@@ -250,12 +263,12 @@ def combine(
         rule, got = f"have shape {[*shape, 'H']}", _checks.describe(y)
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
     with jax.named_scope(function):
-        rows, in_use = y, handle.in_use
         if masked:
-            rows, in_use = unpermute_from_masked(y, handle.layout, handle.topk_weights), None
-        with jax.named_scope("give_back"):
-            rows, in_use, plan = vary_together((rows, in_use, handle.plan))
-            out = give_back(info, rows, in_use, plan)
+            out = give_back_sums(info, y, handle.topk_weights, handle.layout, handle.plan)
+        else:
+            with jax.named_scope("give_back"):
+                rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))
+                out = give_back(info, rows, in_use, plan)
         return out.astype(y.dtype if out_dtype is None else out_dtype)
 
 

@@ -8,16 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+import moe_align_jax as maj
+from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NvLink
-from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._kernels import peer_rows
-from moe_align_jax._kernels.peer_rows import Field, GiveBack, Send
+from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send, copying
 from moe_align_jax._simt import emulator, faults
 from moe_align_jax._simt.language import Devices, Kernel
 
 
-def words_of(rng, rows: int, field: Field) -> np.ndarray:
-    return rng.integers(1, 1 << 31, (rows, field.words)).astype(np.int32)
+def sent(problem: peer_rows.Problem, *arrays) -> list[dict[str, np.ndarray]]:
+    """The outputs of every device, by name, in their own dtypes."""
+    kernel = peer_rows.build(problem)
+    given = zip(*arrays, strict=True)
+    got = emulator.run_on_devices(kernel, [[a.view(np.int32) for a in mine] for mine in given])
+    return [
+        {
+            name: words.reshape(-1).view(dtype).reshape(shape)
+            for (name, (shape, dtype)), words in zip(problem.outputs.items(), mine, strict=True)
+        }
+        for mine in got
+    ]
 
 
 @given(
@@ -26,28 +37,59 @@ def words_of(rng, rows: int, field: Field) -> np.ndarray:
     top_k=st.integers(1, 5),
     local=st.integers(1, 4),
     columns=st.sampled_from([4, 6, 8, 514, 1028]),
+    routing=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_send_puts_each_token_where_its_experts_are(devices, tokens, top_k, local, columns, seed):
+def test_send_puts_each_token_where_its_experts_are(
+    devices, tokens, top_k, local, columns, routing, seed
+):
     rng = np.random.default_rng(seed)
-    fields = (
-        Field(columns, np.dtype("uint16"), True),
-        Field(3, np.dtype("float32"), True),
-        Field(top_k, np.dtype("int32"), False),
-    )
+    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
     ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
-    rows = [[words_of(rng, tokens, f) for f in fields] for _ in range(devices)]
-    kernel = peer_rows.build(Send(tokens, top_k, fields, Devices(devices), local))
-    got = emulator.run_on_devices(kernel, [[ids[d], *rows[d]] for d in range(devices)])
+    weights = rng.random((devices, tokens, top_k), np.float32) + 1
+    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
+    y = rng.random((devices, tokens, 3), np.float32) + 1
+    problem = Send(tokens, top_k, fields, Devices(devices), local, routing)
+    got = sent(problem, *((ids, weights) if routing else (ids,)), x, y)
 
     for receiver in range(devices):
-        for number, field in enumerate(fields):
-            received = got[receiver][number].reshape(devices, tokens, -1)
-            for sender in range(devices):
-                for token in range(tokens):
-                    wanted = any(i // local == receiver and i >= 0 for i in ids[sender, token])
-                    want = rows[sender][number][token] if wanted or not field.sparse else 0
-                    np.testing.assert_array_equal(received[sender, token], want)
+        for row in range(devices * tokens):
+            sender, token = divmod(row, tokens)
+            here = [0 <= i - receiver * local < local for i in ids[sender, token]]
+            for name, source in (("received0", x), ("received1", y)):
+                want = source[sender, token] if any(here) else 0 * source[sender, token]
+                np.testing.assert_array_equal(got[receiver][name][row], want)
+            if routing:
+                want = np.where(here, ids[sender, token] - receiver * local, -1)
+                np.testing.assert_array_equal(got[receiver]["local_ids"][row], want)
+                want = np.where(here, weights[sender, token], 0)
+                np.testing.assert_array_equal(got[receiver]["local_weights"][row], want)
+
+
+@given(
+    devices=st.integers(1, 4),
+    tokens=st.integers(1, 5),
+    groups=st.sampled_from([1, 2, 3, 9, 20]),
+    seed=st.integers(0, 99),
+)
+def test_send_quantises_as_message_does(devices, tokens, groups, seed):
+    rng, columns = np.random.default_rng(seed), 128 * groups
+    scale = np.exp2(rng.integers(-30, 10, (devices, tokens, groups, 1)))
+    x = (rng.standard_normal((devices, tokens, groups, 128)) * scale).astype(jnp.bfloat16)
+    x[:, :, 0, :3] = 0.0
+    x[0, 0, 0] = -0.0
+    x = x.reshape(devices, tokens, columns)
+    ids = np.zeros((devices, tokens, 1), np.int32)
+    field = Field(columns, np.dtype(jnp.bfloat16))
+    problem = Send(tokens, 1, (field,), Devices(devices), 1, False, np.dtype(jnp.float8_e4m3fn))
+    got = sent(problem, ids, x)
+
+    values = x.astype(np.float32).reshape(devices * tokens, groups, 128)
+    amax = np.maximum(np.abs(values).max(-1), np.float32(1e-4))
+    codes = values * (np.float32(448) / amax)[..., None]
+    want = np.clip(codes, -448, 448).astype(jnp.float8_e4m3fn).reshape(devices * tokens, columns)
+    np.testing.assert_array_equal(got[0]["received0"].view(np.uint8), want.view(np.uint8))
+    np.testing.assert_array_equal(got[0]["received1"], amax * np.float32(1 / 448))
 
 
 @given(
@@ -57,25 +99,72 @@ def test_send_puts_each_token_where_its_experts_are(devices, tokens, top_k, loca
     seed=st.integers(0, 99),
 )
 def test_give_back_returns_every_row_to_its_token(devices, tokens, columns, seed):
-    rng, field = np.random.default_rng(seed), Field(columns, np.dtype("uint16"), False)
-    rows = [words_of(rng, devices * tokens, field) for _ in range(devices)]
-    kernel = peer_rows.build(GiveBack(tokens, field, Devices(devices)))
-    got = emulator.run_on_devices(kernel, [[x] for x in rows])
+    rng = np.random.default_rng(seed)
+    problem = GiveBack(tokens, Field(columns, np.dtype("uint16")), Devices(devices))
+    rows = rng.integers(0, 1 << 16, (devices, devices, tokens, columns)).astype(np.uint16)
+    got = sent(problem, rows.reshape(devices, devices * tokens, columns))
     for home in range(devices):
-        parts = got[home][0].reshape(devices, tokens, -1)
-        for rank in range(devices):
-            want = rows[rank].reshape(devices, tokens, -1)[home]
-            np.testing.assert_array_equal(parts[rank], want)
+        np.testing.assert_array_equal(got[home]["parts"], rows[:, home])
 
 
-def test_more_tokens_than_ctas(monkeypatch):
-    monkeypatch.setattr(peer_rows, "MAX_CTAS", 3)
-    problem = GiveBack(8, Field(4, np.dtype("int32"), False), Devices(2))
-    rows = [np.arange(64, dtype=np.int32).reshape(16, 4) + 100 * d for d in range(2)]
-    got = emulator.run_on_devices(peer_rows.build.__wrapped__(problem), [[x] for x in rows])
-    for home in range(2):
-        want = np.stack([x.reshape(2, 8, 4)[home] for x in rows])
-        np.testing.assert_array_equal(got[home][0].reshape(2, 8, 4), want)
+@given(
+    devices=st.integers(1, 6),
+    tokens=st.integers(1, 5),
+    top_k=st.integers(1, 4),
+    columns=st.sampled_from([8, 24, 1032, 7176]),
+    seed=st.integers(0, 99),
+)
+def test_combine_sums_weighted_rows_over_pairs_and_ranks(devices, tokens, top_k, columns, seed):
+    rng, num_rows = np.random.default_rng(seed), 11
+    y = rng.standard_normal((devices, num_rows, columns)).astype(jnp.bfloat16)
+    row = rng.integers(-1, num_rows, (devices, devices * tokens, top_k)).astype(np.int32)
+    y[:, 3] = np.nan  # a row of nobody
+    row[row == 3] = -1
+    weights = rng.standard_normal(row.shape).astype(np.float32)
+    problem = Combine(tokens, top_k, num_rows, columns, np.dtype(jnp.bfloat16), Devices(devices))
+    got = sent(problem, y, row, weights)
+
+    for home in range(devices):
+        for token in range(tokens):
+            total = np.zeros(columns, np.float32)
+            for rank in range(devices):
+                part, pairs = np.zeros(columns, np.float64), home * tokens + token
+                for k in range(top_k):
+                    if (at := row[rank, pairs, k]) >= 0:
+                        part += y[rank, at].astype(np.float64) * weights[rank, pairs, k]
+                part = part.astype(jnp.bfloat16)
+                received = got[home]["parts"][rank, token].astype(np.float32)
+                np.testing.assert_allclose(
+                    received, part.astype(np.float32), rtol=2.0**-7, atol=1e-6
+                )
+                total += received
+            np.testing.assert_array_equal(
+                got[home]["out"][token].astype(np.float32),
+                total.astype(jnp.bfloat16).astype(np.float32),
+            )
+
+
+@pytest.mark.parametrize("kind", ["send", "combine"])
+def test_more_tokens_than_ctas(monkeypatch, kind):
+    monkeypatch.setattr(copying, "MAX_CTAS", 3)
+    monkeypatch.setattr(copying, "MAX_LARGE_CTAS", 3)
+    peer_rows.build.cache_clear()
+    rng = np.random.default_rng(0)
+    if kind == "send":
+        x = rng.integers(0, 1 << 16, (2, 8, 8)).astype(np.uint16)
+        problem = Send(8, 1, (Field(8, np.dtype("uint16")),), Devices(2), 1, False)
+        got = sent(problem, np.ones((2, 8, 1), np.int32), x)
+        np.testing.assert_array_equal(got[1]["received0"], x.reshape(16, 8))
+    else:
+        y = rng.standard_normal((2, 16, 8)).astype(jnp.bfloat16)
+        row = np.broadcast_to(np.arange(16, dtype=np.int32)[:, None], (2, 16, 1)).copy()
+        problem = Combine(8, 1, 16, 8, np.dtype(jnp.bfloat16), Devices(2))
+        got = sent(problem, y, row, np.ones((2, 16, 1), np.float32))
+        want = y[0].astype(np.float32) + y[1].astype(np.float32)
+        for home in range(2):
+            mine = want[home * 8 : home * 8 + 8].astype(jnp.bfloat16)
+            np.testing.assert_array_equal(got[home]["out"], mine)
+    peer_rows.build.cache_clear()
 
 
 def test_a_cta_that_does_not_meet_its_peers_is_found():
@@ -96,28 +185,47 @@ def test_a_cta_that_does_not_meet_its_peers_is_found():
         emulator.run_on_devices(kernel, [[], []])
 
 
+@pytest.mark.parametrize("payload", [None, "fp8"])
 @pytest.mark.parametrize(
-    ("shape", "names", "stride"),
-    [((8,), ("ep",), 1), ((2, 4), ("dp", "ep"), 1), ((4, 2), ("ep", "dp"), 2)],
+    ("shape", "names"), [((8,), ("ep",)), ((2, 4), ("dp", "ep")), ((4, 2), ("ep", "dp"))]
 )
-def test_a_round_trip_lowers_to_our_kernels_alone(shape, names, stride):
+def test_a_low_latency_step_lowers_to_our_kernels_alone(monkeypatch, shape, names, payload):
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
     mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
-    transport, count = NvLink(), mesh.shape["ep"]
+    count = mesh.shape["ep"]
 
-    def both(x, scales, weights, ids):
-        assert transport.unavailable("gpu") is None
-        group = Group("ep", count, 4)
-        plan = transport.plan(ids, group)
-        x, scales, *_ = transport.send_fields([x, scales, weights, ids], plan, group)
-        return transport.give_back(x.astype(jnp.float32) + scales.sum(), plan, group)
+    def step(x, ids, weights):
+        options = {"payload": payload, "transport": "nvlink"}
+        got = maj.dispatch(x, ids, weights, axis_name="ep", num_experts=4 * count, **options)
+        return maj.combine(got.x.astype(jnp.bfloat16), got.handle)
 
     spec, tokens = P(names), 3 * mesh.size
-    shapes = [((tokens, 6), jnp.float8_e4m3fn), ((tokens, 2), jnp.float32)]
-    shapes += [((tokens, 5), jnp.float32), ((tokens, 5), jnp.int32)]
+    shapes = [((tokens, 256), jnp.bfloat16), ((tokens, 5), jnp.int32), ((tokens, 5), jnp.float32)]
     structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
-    step = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec))
-    text = step.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 2
+    program = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))
+    text = program.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "moe_dispatch_send" in text and "moe_combine" in text
+    assert "all_to_all" not in text and "all_gather" not in text
+
+
+def test_gradients_lower_to_our_kernels(monkeypatch):
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x, weights, ids):
+        options = {"transport": "nvlink", "mode": "low_latency"}
+        got = maj.dispatch(x, ids, weights, axis_name="ep", num_experts=16, **options)
+        return jnp.sum(maj.combine(jnp.sin(got.x), got.handle).astype(jnp.float32))[None]
+
+    def both(x, weights, ids):
+        total = lambda x, weights: loss(x, weights, ids).sum()  # noqa: E731
+        return jax.grad(total, argnums=(0, 1))(x, weights)
+
+    shapes = [((24, 64), jnp.bfloat16), ((24, 2), jnp.float32), ((24, 2), jnp.int32)]
+    structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
+    program = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    text = program.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "moe_dispatch_send" in text and "moe_combine_give_back" in text
     assert "all_to_all" not in text and "all_gather" not in text
 
 

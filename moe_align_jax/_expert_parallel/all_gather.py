@@ -16,6 +16,7 @@ from moe_align_jax._expert_parallel.transport import Group
 
 class AllGather:
     name = "all_gather"
+    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         del platform

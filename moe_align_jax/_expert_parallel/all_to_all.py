@@ -20,6 +20,7 @@ from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum
 
 class AllToAll:
     name = "all_to_all"
+    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         del platform

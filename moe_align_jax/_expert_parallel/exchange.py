@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
+from moe_align_jax._expert_parallel.nvlink import NvLink
+from moe_align_jax._expert_parallel.rows import sum_rows
 from moe_align_jax._expert_parallel.transport import Group
 
 _I32 = jnp.int32
+nvlink = NvLink()  # has steps of its own
 
 
 @jax.tree_util.register_static
@@ -23,12 +27,14 @@ class DispatchInfo:
         transport: the name of the transport.
         group: the ranks.
         num_tokens: T.
+        quantise: whether the transport turns a bfloat16 x into e4m3 and scales.
     """
 
     mode: str
     transport: str
     group: Group
     num_tokens: int
+    quantise: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -36,10 +42,15 @@ def send(info: DispatchInfo, x, scales, weights, ids, plan):
     """(x, scales, weights, local ids) as received, `[R, ...]`."""
     fields = [f for f in (x, scales, weights, ids) if f is not None]
     transport, group = TRANSPORTS[info.transport], info.group
-    received = transport.send_fields(fields, plan, group)
+    if info.quantise:
+        received = nvlink.send_quantised(x, weights, ids, plan, group)
+    else:
+        received = transport.send_fields(fields, plan, group)
     x, scales, (weights, ids) = received[0], None, received[-2:]
     if len(received) == 4:
         scales = received[1]
+    if transport.localises:
+        return x, scales, weights, ids
     local = ids - lax.axis_index(group.axis_name).astype(_I32) * _I32(group.num_local_experts)
     mine = (ids >= 0) & (local >= 0) & (local < group.num_local_experts)
     count = transport.num_received(plan)
@@ -90,3 +101,36 @@ def _give_back_backward(info, saved, d_out):
 
 
 give_back.defvjp(_give_back_forward, _give_back_backward)
+
+
+def give_back_sums(info: DispatchInfo, y, weights, layout, plan):
+    """`[T, H]`: the weighted sum of each token's rows of y `[e, M, H]`, given back and summed over ranks."""
+    flat = y.reshape(-1, *y.shape[2:])
+    operands = flat, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1), plan
+    fused = info.transport == nvlink.name and nvlink.sums_pairs(flat, layout.row_of_pair)
+    return (_in_one_kernel if fused else _in_two_steps)(info, *vary_together(operands))
+
+
+def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
+    rows = sum_rows(y, weights, row_of_pair, pair_of_row).astype(y.dtype)
+    with jax.named_scope("give_back"):
+        return give_back(info, rows, None, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_one_kernel(info, y, weights, row_of_pair, pair_of_row, plan):
+    del pair_of_row, plan
+    return nvlink.sum_pairs(y, weights, row_of_pair, info.group)
+
+
+def _in_one_kernel_forward(info, *operands):
+    return _in_one_kernel(info, *operands), operands
+
+
+def _in_one_kernel_backward(info, operands, d_out):
+    y, weights, *places = operands
+    _, pull = jax.vjp(lambda y, weights: _in_two_steps(info, y, weights, *places), y, weights)
+    return *pull(d_out), None, None, None
+
+
+_in_one_kernel.defvjp(_in_one_kernel_forward, _in_one_kernel_backward)

@@ -1,7 +1,9 @@
 """Our own kernels write rows straight into the peers' buffers over NVLink: the GPUs of one process.
 
 A token's row goes only to the ranks that have one of its experts, each to its place at once: nothing is
-packed, and nothing is counted first. The sum over ranks is ours: float32, in the order of the ranks.
+packed, and nothing is counted first. The sum over ranks is ours: float32, in the order of the ranks. Two
+steps of a low-latency exchange are done on the way: the fp8 quantisation, and the weighted sum of
+a token's rows.
 """
 
 from typing import Any
@@ -14,6 +16,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_align_jax import _dispatch
+from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._kernels import peer_rows
@@ -26,6 +29,7 @@ _WORD = 4
 
 class NvLink:
     name = "nvlink"
+    localises = True
 
     def unavailable(self, platform: str) -> str | None:
         if reason := _dispatch.kernels_unavailable("cuda" if platform == "gpu" else platform):
@@ -48,27 +52,40 @@ class NvLink:
     def send_fields(
         self, fields: list[jax.Array], plan: jax.Array, group: Group
     ) -> list[jax.Array]:
-        # The payload and its scales travel where they are wanted; ids and weights say who wanted them.
-        sparse = [i < len(fields) - 2 for i in range(len(fields))]
-        return self._send(fields, sparse, plan, group)
+        *payload, weights, ids = fields
+        if ids.size == 0:
+            return [_nothing(field, group) for field in fields]
+        words = [_in_words(field) for field in payload]
+        problem = self._problem(words, ids, group, routing=True)
+        *received, weights, ids = _launch(problem, ids, weights, *words)
+        return [*map(_out_of_words, received, payload), weights, ids]
+
+    def send_quantised(
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, plan: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        """As `send_fields` of e4m3 codes and float32 scales of x, `[T, H]` bfloat16."""
+        del plan
+        if ids.size == 0:
+            scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
+            fields = (x.astype(message.FP8), scales, weights, ids)
+            return [_nothing(field, group) for field in fields]
+        problem = self._problem([x], ids, group, routing=True)
+        problem = problem._replace(quantise=np.dtype(message.FP8))
+        return _launch(problem, ids, weights, x)
 
     def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
-        return self._send([rows], [True], plan, group)[0]
+        if plan.size == 0:
+            return _nothing(rows, group)
+        words = _in_words(rows)
+        [received] = _launch(self._problem([words], plan, group, routing=False), plan, words)
+        return _out_of_words(received, rows)
 
-    def _send(
-        self, fields: list[jax.Array], sparse: list[bool], ids: jax.Array, group: Group
-    ) -> list[jax.Array]:
-        num_tokens, top_k = ids.shape
-        if num_tokens * top_k == 0:
-            return [jnp.zeros((group.size * num_tokens, *f.shape[1:]), f.dtype) for f in fields]
-        words = [_in_words(field) for field in fields]
-        kinds = tuple(
-            peer_rows.Field(field.shape[1], np.dtype(field.dtype), is_sparse)
-            for field, is_sparse in zip(words, sparse, strict=True)
-        )
-        problem = peer_rows.Send(num_tokens, top_k, kinds, _devices(group), group.num_local_experts)
-        received = _launch(problem, ids, *words)
-        return [_out_of_words(got, field) for got, field in zip(received, fields, strict=True)]
+    def _problem(
+        self, words: list[jax.Array], ids: jax.Array, group: Group, *, routing: bool
+    ) -> peer_rows.Send:
+        fields = tuple(peer_rows.Field(x.shape[1], np.dtype(x.dtype)) for x in words)
+        sizes = ids.shape[0], ids.shape[1], fields
+        return peer_rows.Send(*sizes, _devices(group), group.num_local_experts, routing)
 
     def num_received(self, plan: Any) -> None:
         del plan
@@ -76,14 +93,38 @@ class NvLink:
     def give_back(
         self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
+        num_tokens = rows.shape[0] // group.size
         if rows.size == 0:
-            return jnp.zeros((rows.shape[0] // group.size, *rows.shape[1:]), rows.dtype)
+            return jnp.zeros((num_tokens, *rows.shape[1:]), rows.dtype)
         words = _in_words(rows)
-        kind = peer_rows.Field(words.shape[1], np.dtype(words.dtype), False)
-        problem = peer_rows.GiveBack(rows.shape[0] // group.size, kind, _devices(group))
-        [parts] = _launch(problem, words)
+        field = peer_rows.Field(words.shape[1], np.dtype(words.dtype))
+        [parts] = _launch(peer_rows.GiveBack(num_tokens, field, _devices(group)), words)
         mask = None if in_use is None else ranks_of_tokens(plan, group)
         return _out_of_words(sum_over_ranks(parts, mask), rows)
+
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+        """Whether `sum_pairs` takes these."""
+        return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
+
+    def sum_pairs(
+        self, y: jax.Array, weights: jax.Array, row_of_pair: jax.Array, group: Group
+    ) -> jax.Array:
+        """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
+
+        Args:
+            y: `[num_rows, H]` bfloat16.
+            weights: `[R, K]` float32.
+            row_of_pair: `[R, K]` int32, -1 for none.
+            group: the ranks.
+        """
+        num_rows, columns = y.shape
+        num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
+        sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
+        return _launch(peer_rows.Combine(*sizes, _devices(group)), y, row_of_pair, weights)[0]
+
+
+def _nothing(like: jax.Array, group: Group) -> jax.Array:
+    return jnp.zeros((group.size * like.shape[0], *like.shape[1:]), like.dtype)
 
 
 def _devices(group: Group) -> Devices:
@@ -110,25 +151,22 @@ peer_rows_p = Primitive("moe_peer_rows")
 peer_rows_p.multiple_results = True
 
 
-type Problem = peer_rows.Send | peer_rows.GiveBack
-
-
-def _launch(problem: Problem, *operands: jax.Array) -> list[jax.Array]:
+def _launch(problem: peer_rows.Problem, *operands: jax.Array) -> list[jax.Array]:
     return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
 
 
 @peer_rows_p.def_abstract_eval
-def _abstract_eval(*avals, problem: Problem):
+def _abstract_eval(*avals, problem: peer_rows.Problem):
     like = avals[0]  # carries the manual-axis type and the mesh
 
     def out(shape, dtype):
         sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
         return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
-    return [out(*array) for array in problem.outputs]
+    return [out(*array) for array in problem.outputs.values()]
 
 
-def _lower(ctx, *operands, problem: Problem):
+def _lower(ctx, *operands, problem: peer_rows.Problem):
     from moe_align_jax._simt import mosaic
 
     launcher = mosaic.launcher(peer_rows.build(problem))

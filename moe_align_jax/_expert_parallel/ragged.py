@@ -69,6 +69,7 @@ def offsets(counts: Any, rank: Any, *, back: bool) -> tuple[Any, Any, Any, Any]:
 
 class RaggedAllToAll:
     name = "ragged_all_to_all"
+    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         if platform == "cpu":

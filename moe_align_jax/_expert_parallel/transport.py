@@ -55,6 +55,9 @@ class Transport(Protocol):
     """
 
     name: str
+    # Whether the last two fields, weights and ids, arrive as the receiver's own: ids local, and -1 and 0 for
+    # pairs of other ranks.
+    localises: bool
 
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run on this platform, or None."""

@@ -256,12 +256,12 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def remote(self, ref: Any, rank: Int | int) -> Any:
-        """The same output of another device's launch; the rank is the same in all threads."""
+        """The same output of the launch on another device, of its rank; to be stored to."""
 
     @abc.abstractmethod
     def device_sync(self) -> None:
-        """Once: tells the CTA of my index on every device that my CTA stores no more there, and waits for theirs.
-        What they wrote here my CTA may read from then on, and later kernels may."""
+        """Once: tells the CTA of my index on every device that my CTA stores no more there, and waits for
+        theirs. What they wrote here my CTA may read from then on, and later kernels may."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,13 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 from moe_align_jax._simt.memory import Buffer
 from moe_align_jax._simt.races import Clock, Threads
 from moe_align_jax._simt.values import NOTHING, Scope, Value, array_of, constant
+
+
+class Remote(NamedTuple):
+    """An output of other devices; each thread has the rank of its own."""
+
+    name: str
+    ranks: np.ndarray
 
 
 class EmulatedSimt(Simt):
@@ -248,7 +255,11 @@ class EmulatedSimt(Simt):
         self._peers_read = True
         return self._spread(ref.read(self._cells(ref, index, of=peer), self._threads()))
 
-    def store(self, ref: Buffer, index: Any, value: Int | int) -> None:
+    def store(self, ref: "Buffer | Remote", index: Any, value: Int | int) -> None:
+        if isinstance(ref, Remote):
+            for buffer in self._each_device(ref):
+                self.store(buffer, index, value)
+            return
         stored = self._stored(value)
         if self.scope.count:
             ref.write(self._cells(ref, index), stored, self._threads())
@@ -268,13 +279,19 @@ class EmulatedSimt(Simt):
         words = self._read(ref, self._vectors(ref, index), self._threads().times(4))
         return tuple(self._spread(words[k::4]) for k in range(4))
 
-    def store4(self, ref: Buffer, index: Int | int, value: Any) -> None:
+    def store4(self, ref: "Buffer | Remote", index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
 
-    def store2(self, ref: Buffer, index: Int | int, value: tuple[Int, ...]) -> None:
+    def store2(self, ref: "Buffer | Remote", index: Int | int, value: tuple[Int, ...]) -> None:
         self._store_words(ref, index, value)
 
-    def _store_words(self, ref: Buffer, index: Int | int, values: tuple[Int, ...]) -> None:
+    def _store_words(
+        self, ref: "Buffer | Remote", index: Int | int, values: tuple[Int, ...]
+    ) -> None:
+        if isinstance(ref, Remote):
+            for buffer in self._each_device(ref):
+                self._store_words(buffer, index, values)
+            return
         stored, width = [self._stored(v) for v in values], len(values)
         if self.scope.count:
             columns = [np.broadcast_to(words, (self.scope.count,)) for words in stored]
@@ -408,13 +425,16 @@ class EmulatedSimt(Simt):
     def rank(self) -> Int:
         return Value(constant(self._rank), self)
 
-    def remote(self, ref: Buffer, rank: Int | int) -> Buffer:
-        ranks = np.unique(self.scope.active(array_of(rank)))
-        if ranks.size != 1 or not 0 <= ranks[0] < len(self._outputs):
-            raise Undefined(f"{self.name}: remote takes the rank of one device; got {ranks}.")
-        if ref.name not in self._outputs[ranks[0]]:
-            raise Undefined(f"{self.name}: remote is for outputs; {ref.name} is none.")
-        return self._outputs[int(ranks[0])][ref.name]
+    def remote(self, ref: Buffer, rank: Int | int) -> "Remote":
+        return Remote(ref.name, array_of(rank))
+
+    def _each_device(self, ref: "Remote") -> Iterator[Buffer]:
+        """The buffers behind a remote ref, each with the lanes that mean it."""
+        for rank in np.unique(self.scope.active(ref.ranks)):
+            if not 0 <= rank < len(self._outputs) or ref.name not in self._outputs[rank]:
+                raise Undefined(f"{self.name}: {ref.name} is no output of a device {rank}.")
+            with self._inside(self._chosen(self.scope, ref.ranks == rank)):
+                yield self._outputs[rank][ref.name]
 
     def device_sync(self) -> None:
         if self.scope.lanes is not None or self._synced:

@@ -20,25 +20,27 @@ from tests.no_gpu import ptx, toolchain, worker
 
 def problems() -> Iterator:
     """Payloads as they are sent, sizes that are measured, and rows of odd lengths."""
+    import jax.numpy as jnp
     import numpy as np
 
-    from moe_align_jax._kernels.peer_rows import Field, GiveBack, Send
+    from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send
     from moe_align_jax._simt.language import Devices
 
-    f32, i32 = np.dtype("float32"), np.dtype("int32")
-    e4m3, bf16 = np.dtype("uint8"), np.dtype("uint16")
+    f32, bf16, e4m3 = (np.dtype(name) for name in ("float32", jnp.bfloat16, jnp.float8_e4m3fn))
     for count in (2, 4, 8):
-        devices = Devices(count)
-        pair = (Field(8, f32, False), Field(8, i32, False))
-        fp8 = (Field(7168, e4m3, True), Field(56, f32, True), *pair)
+        devices, local = Devices(count), 256 // count
+        plain, quantised = Field(7168, bf16), (Field(7168, e4m3), Field(56, f32))
         for tokens in (8, 128):
-            yield Send(tokens, 8, fp8, devices, 256 // count)
-            yield GiveBack(tokens, Field(7168, bf16, False), devices)
-        yield Send(4096, 8, (Field(7168, bf16, True), *pair), devices, 256 // count)
-        yield GiveBack(4096, Field(7168, bf16, False), devices)
-        odd = (Field(6, bf16, True), Field(3, f32, False), Field(3, i32, False))
-        yield Send(5, 3, odd, devices, 3)
-        yield GiveBack(5, Field(6, bf16, False), devices)
+            yield Send(tokens, 8, (plain,), devices, local, True, e4m3)
+            yield Send(tokens, 8, quantised, devices, local, True)
+            rows = local * count * tokens
+            yield Combine(tokens, 8, rows, 7168, bf16, devices)
+        yield Send(4096, 8, (plain,), devices, local, True)
+        yield GiveBack(4096, plain, devices)
+        odd = (Field(6, bf16), Field(3, f32))
+        yield Send(5, 3, odd, devices, 3, False)
+        yield GiveBack(5, Field(6, bf16), devices)
+        yield Combine(5, 3, 15, 24, bf16, devices)
 
 
 def lowered(problem) -> bytes:
@@ -47,14 +49,12 @@ def lowered(problem) -> bytes:
     from jax.sharding import PartitionSpec as P
 
     from moe_align_jax._expert_parallel import nvlink
-    from moe_align_jax._kernels import peer_rows
 
-    kernel = peer_rows.build(problem)
     count = problem.devices.count
     mesh = jax.make_mesh(
         (count,), ("ep",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
     )
-    given = [kernel.arrays[name] for name in kernel.inputs]
+    given = problem.inputs.values()
     structs = [jax.ShapeDtypeStruct((s[0] * count, *s[1:]), dtype) for s, dtype in given]
     call = jax.shard_map(
         lambda *x: nvlink._launch(problem, *x), mesh=mesh, in_specs=P("ep"), out_specs=P("ep")
@@ -79,15 +79,19 @@ def compiled(compile_module, module: bytes) -> str:
 
 
 def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
-    yield from worker.resource_faults(used, 128, text)
+    from moe_align_jax._kernels import peer_rows
+
+    threads = peer_rows.build(problem).num_threads
+    yield from worker.resource_faults(used, threads, text)
     fences = re.findall(r"fence\.acq_rel\.sys", text)
     signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
     if (len(fences), len(signals), len(waits)) != (1, 1, 1):
         yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
-    fields = problem.fields if hasattr(problem, "fields") else (problem.field,)
-    wide = any(field.words % 4 == 0 for field in fields)
-    if wide != bool(re.search(r"st\.(?:global\.)?v4", text)):
-        yield f"16-byte stores: {not wide}, in rows of {[field.words for field in fields]} words"
+    first = next(iter(problem.outputs.values()))
+    width = {0: "v4"}.get(first[0][-1] * first[1].itemsize % 16, "b32")
+    width = "v2" if getattr(problem, "quantise", None) else width
+    if not re.search(rf"st\.(?:global\.)?{width}", text):
+        yield f"rows of {first} are not stored by {width}"
 
 
 def check(plugin: str, runtime: str) -> int:

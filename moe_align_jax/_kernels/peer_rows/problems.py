@@ -1,0 +1,140 @@
+"""What is to be moved: hashable, so that it can be a parameter of a primitive.
+
+D ranks, T tokens per rank, K top_k, R = D * T rows that a rank can receive, H columns.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_align_jax._simt.language import Devices
+
+type Array = tuple[tuple[int, ...], Any]  # shape, dtype
+
+# Columns of a group that shares a scale.
+GROUP = 128
+INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
+
+
+class Field(NamedTuple):
+    """What a row has of one array: so many columns, whose bytes are a multiple of 4."""
+
+    columns: int
+    dtype: Any
+
+    @property
+    def words(self) -> int:
+        return self.columns * self.dtype.itemsize // 4
+
+
+class Send(NamedTuple):
+    """Tokens to the ranks of their experts: row `s * T + t` of a rank is token t of rank s.
+
+    Takes `topk_ids [T, K]` int32 (global; out of range is nobody's), with `routing` also
+    `weights [T, K]` float32, and a `[T, c]` array per field. Gives a `[R, c]` array per field, written
+    only where the token has an expert of the receiver; with `routing` also `ids [R, K]` (local, -1 for
+    others' experts) and `weights [R, K]` (0 for those), written everywhere.
+
+    Attributes:
+        quantise: None, or the e4m3 dtype: the one field is bfloat16 and goes as e4m3 and float32 scales of
+            128 columns (`Quantised`).
+    """
+
+    num_tokens: int
+    top_k: int
+    fields: tuple[Field, ...]
+    devices: Devices
+    num_local_experts: int
+    routing: bool
+    quantise: Any = None
+
+    @property
+    def received(self) -> tuple[Field, ...]:
+        if self.quantise is None:
+            return self.fields
+        [field] = self.fields
+        return Field(field.columns, self.quantise), Field(field.columns // GROUP, FLOAT32)
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        pairs = (self.num_tokens, self.top_k)
+        named: dict[str, Array] = {"topk_ids": (pairs, INT32)}
+        if self.routing:
+            named["weights"] = (pairs, FLOAT32)
+        for number, field in enumerate(self.fields):
+            named[f"field{number}"] = ((self.num_tokens, field.columns), field.dtype)
+        return named
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        rows = self.devices.count * self.num_tokens
+        named: dict[str, Array] = {
+            f"received{number}": ((rows, field.columns), field.dtype)
+            for number, field in enumerate(self.received)
+        }
+        if self.routing:
+            named |= {
+                "local_weights": ((rows, self.top_k), FLOAT32),
+                "local_ids": ((rows, self.top_k), INT32),
+            }
+        return named
+
+
+class GiveBack(NamedTuple):
+    """`rows [R, c]` to `parts [D, T, c]`: row `s * T + t` of rank d is `parts[d, t]` of rank s."""
+
+    num_tokens: int
+    field: Field
+    devices: Devices
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        return {
+            "rows": ((self.devices.count * self.num_tokens, self.field.columns), self.field.dtype)
+        }
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        shape = (self.devices.count, self.num_tokens, self.field.columns)
+        return {"parts": (shape, self.field.dtype)}
+
+
+class Combine(NamedTuple):
+    """The weighted sum of each token's rows of y on every rank, given back, and summed over the ranks.
+
+    Takes `y [num_rows, H]` bfloat16, `row_of_pair [R, K]` int32 (-1 for none) and `weights [R, K]`
+    float32. Gives `out [T, H]` bfloat16, and the parts that the ranks sent. Float32 sums, over K by fused
+    multiply-adds in order, rounded to bfloat16 for the way, then over the ranks in order.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_rows: int
+    columns: int
+    dtype: Any  # bfloat16
+    devices: Devices
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        pairs = (self.devices.count * self.num_tokens, self.top_k)
+        return {
+            "y": ((self.num_rows, self.columns), self.dtype),
+            "row_of_pair": (pairs, INT32),
+            "weights": (pairs, FLOAT32),
+        }
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        shape = (self.num_tokens, self.columns)
+        return {
+            "out": (shape, self.dtype),
+            "parts": ((self.devices.count, *shape), self.dtype),
+        }
+
+
+type Problem = Send | GiveBack | Combine
+
+
+def words(array: Array) -> int:
+    shape, dtype = array
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4
