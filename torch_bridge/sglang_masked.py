@@ -1,7 +1,8 @@
 """SGLang's fused activation and quantisation of the masked layout, on our kernel.
 
 `torch_bridge.sglang` re-exports it. On a Hopper GPU the kernel is launched on torch's current stream and
-writes into the caller's tensors; elsewhere jax computes, over DLPack, and valid rows are copied.
+writes into the caller's tensors; elsewhere jax computes, over DLPack, and valid rows are copied. Torch's
+tracers see an operator that mutates them (and its twin over DLPack, as in `torch_bridge.ops`).
 """
 
 import functools
@@ -10,11 +11,17 @@ import torch
 
 from moe_align_jax import _checks
 from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem
-from torch_bridge import checks, direct, dlpack
+from torch_bridge import checks, direct, dlpack, into, ops
+from torch_bridge.align import launches_at_once
 
 _FUNCTION = "silu_and_mul_masked_post_quant_fwd"
 _MOSAIC_ALIGNMENT = 256
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_OPERATOR = "silu_and_mul_masked_quant_into"
+_SCHEMA = (
+    "(Tensor input, Tensor masked_m, Tensor(a!) output, Tensor(b!) output_scale, int quant_group_size, "
+    "bool scale_ue8m0, float gemm1_alpha, float gemm1_clamp_limit) -> ()"
+)
 
 
 def silu_and_mul_masked_post_quant_fwd(
@@ -65,28 +72,38 @@ def silu_and_mul_masked_post_quant_fwd(
     Source: sglang 0.5.23 `kernels/ops/moe/ep_moe_kernels.py` (Apache-2.0), signature and contract; no code
     taken.
     """
-    problem = _checked(
-        input,
-        output,
-        output_scale,
-        quant_group_size,
-        masked_m,
-        scale_ue8m0,
-        gemm1_alpha or 0.0,
-        gemm1_clamp_limit or 0.0,
-    )
     del num_real_tokens, topk
-    if not output.numel():
+    alpha, limit = gemm1_alpha or 0.0, gemm1_clamp_limit or 0.0
+    tensors = {"input": input, "masked_m": masked_m, "output": output, "output_scale": output_scale}
+    group = _check(tensors, quant_group_size, scale_ue8m0, alpha, limit)
+    if launches_at_once(tensors):
+        _run("auto", tensors, group, scale_ue8m0, alpha, limit)
         return
-    tensors = (input, masked_m, output, output_scale)
-    if (program := _program(problem, tensors)) is not None:
-        with torch.cuda.device(input.device):
+    op = ops.chosen(_OPERATOR, input.device)
+    op(*tensors.values(), group, scale_ue8m0, float(alpha), float(limit))
+
+
+def _run(path, tensors, group, ue8m0, alpha, limit) -> None:
+    """Does a call whose tensors have passed `_check`."""
+    _check_data(tensors)
+    if not tensors["output"].numel():
+        return
+    problem = _problem(tensors, group, ue8m0, alpha, limit)
+    x, masked_m, output, output_scale = tensors.values()
+    if path == "auto" and (program := _program(problem, tensors.values())) is not None:
+        with torch.cuda.device(x.device):
             if masked_m.dtype != torch.int32 or masked_m.data_ptr() % _MOSAIC_ALIGNMENT:
                 masked_m = masked_m.clamp(0, problem.max_rows).to(torch.int32, copy=True)
-            pointers = (x.data_ptr() for x in (input, masked_m, output, output_scale))
-            program.launch(*pointers)
+            program.launch(*(t.data_ptr() for t in (x, masked_m, output, output_scale)))
         return
-    _by_jax(problem, *tensors)
+    _by_jax(problem, *tensors.values())
+
+
+def _operator(path, x, masked_m, output, output_scale, group, ue8m0, alpha, limit) -> None:
+    """The operator's body: also for callers who come by `torch.ops`."""
+    tensors = {"input": x, "masked_m": masked_m, "output": output, "output_scale": output_scale}
+    _check(tensors, group, ue8m0, alpha, limit)
+    _run(path, tensors, group, ue8m0, alpha, limit)
 
 
 # -- the direct launch ---------------------------------------------------------------------------
@@ -94,10 +111,12 @@ def silu_and_mul_masked_post_quant_fwd(
 
 def _program(problem: MaskedQuantProblem, tensors) -> direct.Program | None:
     """The kernel, ready to launch on these tensors; None where it cannot."""
-    x, _, output, scales = tensors
+    x, masked_m, output, scales = tensors
     if direct.unavailable(x.device) is not None:
         return None
     if any(t.data_ptr() % _MOSAIC_ALIGNMENT for t in (x, output, scales)):
+        return None
+    if x.is_neg() or masked_m.is_neg():  # jax gets a copy that has the signs
         return None
     index = x.device.index
     program = direct.loaded(index, problem)  # type: ignore[arg-type]
@@ -166,13 +185,14 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -
 # -- checks --------------------------------------------------------------------------------------
 
 
-def _checked(
-    x, output, output_scale, group_size, masked_m, ue8m0, alpha, limit
-) -> MaskedQuantProblem:
-    """The problem, of tensors that fit it."""
-    named = {"input": x, "output": output, "output_scale": output_scale, "masked_m": masked_m}
-    for argument, tensor in named.items():
-        dlpack.check_tensor(_FUNCTION, argument, tensor)
+def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) -> int:
+    """All that tracing can check too; the group size as an int."""
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+            rule = "be a torch.Tensor"
+            raise TypeError(_checks.message(_FUNCTION, argument, rule, what, remedy))
+    x, masked_m, output, output_scale = tensors.values()
     checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
     remedy = "Pass how many values share a scale, for example 128."
     group = _checks.check_positive_int(_FUNCTION, "quant_group_size", group_size, remedy)
@@ -209,38 +229,50 @@ def _checked(
         "masked_m": (experts,),
     }
     for argument, shape in shapes.items():
-        if tuple(named[argument].shape) != shape:
-            _fail(ValueError, argument, f"have shape {list(shape)}", named[argument])
-    for argument, tensor in named.items():
+        if tuple(tensors[argument].shape) != shape:
+            _fail(ValueError, argument, f"have shape {list(shape)}", tensors[argument])
+    for argument, tensor in tensors.items():
         if tensor.device != x.device:
             rule = f"be on the input's device, {x.device}"
             raise ValueError(
                 _checks.message(_FUNCTION, argument, rule, tensor.device, "Move it there.")
             )
-    layout = _scale_layout(output_scale, packed)
+    _scale_layout(output_scale)
     for argument in ("input", "output", "masked_m"):
-        if not named[argument].is_contiguous():
-            strides = f"strides {list(named[argument].stride())}"
+        if not tensors[argument].is_contiguous():
+            strides = f"strides {list(tensors[argument].stride())}"
             remedy = f"Pass {argument}.contiguous()."
             raise ValueError(_checks.message(_FUNCTION, argument, "be contiguous", strides, remedy))
-    from torch_bridge import into
+    return group
 
-    buffers = {"output": output, "output_scale": output_scale}
-    into.check_no_overlap(_FUNCTION, buffers, {"input": x, "masked_m": masked_m})
+
+def _check_data(tensors: dict[str, torch.Tensor]) -> None:
+    """What needs tensors with memory."""
+    for argument, tensor in tensors.items():
+        dlpack.check_tensor(_FUNCTION, argument, tensor)
+    operands = {name: tensors[name] for name in ("input", "masked_m")}
+    buffers = {name: tensors[name] for name in ("output", "output_scale")}
+    into.check_no_overlap(_FUNCTION, buffers, operands)
+
+
+def _problem(tensors: dict[str, torch.Tensor], group, ue8m0, alpha, limit) -> MaskedQuantProblem:
+    x, scales = tensors["input"], tensors["output_scale"]
+    form = "ue8m0" if ue8m0 else "float32"
     return MaskedQuantProblem(
-        experts,
-        rows,
-        width,
+        x.shape[0],
+        x.shape[1],
+        x.shape[2] // 2,
         _DTYPES[x.dtype],
         group,
-        ("ue8m0_packed" if packed else "ue8m0") if ue8m0 else "float32",
-        layout,
+        "ue8m0_packed" if scales.dtype == torch.int32 else form,
+        _scale_layout(scales),
         float(limit) if alpha else None,
         float(alpha) or None,
     )
 
 
-def _scale_layout(scales: torch.Tensor, packed: bool) -> str:
+def _scale_layout(scales: torch.Tensor) -> str:
+    packed = scales.dtype == torch.int32
     if scales.is_contiguous():
         return "column_major" if packed else "row_major"
     experts, rows, groups = scales.shape
@@ -255,3 +287,7 @@ def _scale_layout(scales: torch.Tensor, packed: bool) -> str:
 def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> None:
     remedy = "See torch_bridge.sglang for what each tensor holds."
     raise kind(_checks.message(_FUNCTION, argument, rule, _checks.describe(tensor), remedy))
+
+
+_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
+ops.register(_library, _OPERATOR, _SCHEMA, ops.both(_operator), lambda *arguments: None)

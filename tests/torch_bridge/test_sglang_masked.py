@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import masked_quant_oracle as oracle
-from torch_bridge import sglang
+from torch_bridge import dlpack, sglang
 
 quant = sglang.silu_and_mul_masked_post_quant_fwd
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -101,6 +103,143 @@ def test_a_view_that_is_not_aligned():
 def test_no_rows():
     x, q, scales, masked_m = buffers(2, 0, 128)
     quant(x, q, scales, 128, masked_m)
+
+
+def test_a_view_that_is_negated():
+    x, q, scales, masked_m = buffers(2, 4, 128)
+    quant(torch._neg_view(x), q, scales, 128, masked_m)
+    check(-x, q, scales, masked_m)
+
+
+# -- under torch's tracers -------------------------------------------------------------------------
+
+OPS = torch.ops.moe_align_jax
+
+
+def column_major(experts, rows, width, device="cpu"):
+    x, q, _, masked_m = buffers(experts, rows, width, device=device)
+    shape = (experts, width // 128, -(-rows // 4) * 4)
+    return x, q, torch.full(shape, 7.0, device=device).transpose(1, 2)[:, :rows], masked_m
+
+
+# Buffers; arguments past them; what the oracle is told.
+FORMS = {
+    "plain": (buffers, {}, {}),
+    "packed": (
+        lambda *sizes, **options: buffers(*sizes, packed=True, **options),
+        {"scale_ue8m0": True, "num_real_tokens": 5, "topk": 2},
+        {"packed": True, "scale_format": "ue8m0"},
+    ),
+    "column-major": (
+        column_major,
+        {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7},
+        {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    ),
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("form", "backend", "dynamic"),
+    [
+        ("plain", "eager", True),
+        ("packed", "aot_eager", True),
+        ("packed", "inductor", False),
+        ("column-major", "aot_eager", False),
+        ("column-major", "inductor", True),
+    ],
+)
+def test_compile_fullgraph(form, backend, dynamic, device):
+    """Between work of torch's own, whose results it takes and which takes its results."""
+    make, options, expected = FORMS[form]
+
+    def layer(x, q, scales, masked_m):
+        quant(x + x, q, scales, 128, masked_m, **options)
+        return q.float().abs().amax()
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
+    for experts, rows in ((3, 5), (4, 6)):
+        x, q, scales, masked_m = make(experts, rows, 512, device=device)
+        q.view(torch.uint8).fill_(UNTOUCHED)
+        greatest = compiled(x, q, scales, masked_m)
+        check(x + x, q, scales, masked_m, **expected)
+        assert greatest == q.float().abs().amax() > 200
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_other_numbers_of_rows_are_not_compiled_again():
+    counter = CompileCounter()
+    compiled = torch.compile(quant, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (5, 6, 9):
+        x, q, scales, masked_m = buffers(3, rows, 256)
+        compiled(x, q, scales, 128, masked_m)
+        check(x, q, scales, masked_m)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form):
+    make, given, _ = FORMS[form]
+    x, q, scales, masked_m = make(2, 4, 512)
+    options = [float(given.get(name, 0)) for name in ("gemm1_alpha", "gemm1_clamp_limit")]
+    arguments = (x, masked_m, q, scales, 128, given.get("scale_ue8m0", False), *options)
+    op = OPS.silu_and_mul_masked_quant_into_dlpack.default
+    # Not test_schema, which multiplies float8: the operator's inputs are compared here.
+    utils = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    before = x.clone(), masked_m.clone()
+    results = torch.library.opcheck(op, arguments, test_utils=utils)
+    assert list(results.values()) == ["SUCCESS"] * 3
+    assert torch.equal(x, before[0]) and torch.equal(masked_m, before[1])
+
+
+def test_fakes_touch_no_data(monkeypatch):
+    monkeypatch.setattr(dlpack, "share", lambda tensor: pytest.fail("a fake tensor reached DLPack"))
+    given = buffers(2, 4, 256)
+    with FakeTensorMode() as mode:
+        x, q, scales, masked_m = map(mode.from_tensor, given)
+        assert quant(x, q, scales, 128, masked_m) is None
+        with pytest.raises(ValueError, match=r"output_scale must have shape \[2, 4, 2\]"):
+            quant(x, q, scales[:1], 128, masked_m)
+    x, q, scales, masked_m = (tensor.to("meta") for tensor in given)
+    assert quant(x, q, scales, 128, masked_m) is None
+    assert (given[1].view(torch.uint8) == UNTOUCHED).all()
+
+
+def test_the_operator_checks_what_it_is_given():
+    """It can be called by torch.ops too."""
+    x, q, scales, masked_m = buffers(2, 4, 256)
+    with pytest.raises(ValueError, match=r"masked_m must have shape \[2\]"):
+        OPS.silu_and_mul_masked_quant_into(x, masked_m[:1], q, scales, 128, False, 0.0, 0.0)
+    assert (q.view(torch.uint8) == UNTOUCHED).all()
+    OPS.silu_and_mul_masked_quant_into_dlpack(x, masked_m, q, scales, 128, False, 0.0, 0.0)
+    check(x, q, scales, masked_m)
+
+
+def test_only_its_twin_is_kept_out_of_cuda_graphs():
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip(f"torch {torch.__version__} has no Tag.cudagraph_unsafe")
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert unsafe in OPS.silu_and_mul_masked_quant_into_dlpack.default.tags
+    assert unsafe not in OPS.silu_and_mul_masked_quant_into.default.tags
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_inductor_puts_it_into_a_cuda_graph():
+    def layer(x, q, scales, masked_m):
+        quant(x + x, q, scales, 128, masked_m)
+        return q.view(torch.uint8).clone(), scales.clone()
+
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    x, q, scales, masked_m = buffers(8, 64, 2048, device="cuda")
+    for sign in (1, -1, 1, -1):
+        codes, found = compiled(sign * x, q, scales, masked_m)
+        check(sign * (x + x), codes.view(torch.float8_e4m3fn), found, masked_m)
+
+
+# -- graphs and streams ----------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
