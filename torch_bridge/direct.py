@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -127,6 +126,11 @@ class Program:
     Attributes:
         outputs: names of its results.
         max_capacity: the most rows that a launch may ask for.
+
+    And what `launch` is made of, for those who cannot spare the time of its call:
+        threads: a thread's `launches`, once it has called `enter`.
+        pack: writes a launch's values, `pack(launches.values, 0, *values)`.
+        between: None where there is no memory between kernels.
     """
 
     def __init__(self, index: int, problem: Problem, entry: modules.Entry):
@@ -143,11 +147,12 @@ class Program:
         bounded = any(not name.startswith("histograms") for name in entry.between)
         self.max_capacity = problem.capacity if bounded else MAX_CAPACITY
         self._num_values = len(names)
-        self._pack = struct.Struct(f"{len(ends)}Q").pack_into
+        self.pack = struct.Struct(f"{len(ends)}Q").pack_into
         self._between_size = (words,) if words else None
         self._between_starts = tuple(starts[name] for name in entry.between)
         self._between_at = 8 * len(ends)
         self._pack_between = struct.Struct(f"{len(starts)}Q").pack_into
+        self.between = self._between if words else None
         self._specs = []
         for kernel, cubin in zip(entry.kernels, entry.cubins, strict=True):
             function = driver.Function(cubin, kernel["entry"])
@@ -163,7 +168,7 @@ class Program:
                     positions,
                 )
             )
-        self._local, self._index = threading.local(), index
+        self.threads, self._index = threading.local(), index
 
     def launch(self, *values: int) -> None:
         """Enqueues the kernels on torch's current stream of the current device, which is the program's.
@@ -171,40 +176,39 @@ class Program:
         `values` in the order of inputs and outputs. Buffers between the kernels come from torch's
         allocator, which hands them out again in this stream's order only.
         """
-        mine = self._local
         try:
-            launches = mine.launches
+            launches = self.threads.launches
         except AttributeError:
-            launches = self._enter(mine)
+            launches = self.enter()
         stream = raw_stream(self._index)
-        if self._between_size is None:
-            pass
-        elif stream:
-            # Held until all kernels are enqueued: another thread on this stream may not get it before.
-            between = empty_strided(self._between_size, _ONE, torch.int32)
-            self._point_between(launches, between)
-            mine.kept_is_next = False
-        elif not mine.kept_is_next:
-            # The default stream outlives every thread and is never captured: keep the buffer.
-            if mine.kept is None:
-                mine.kept = empty_strided(self._between_size, _ONE, torch.int32)
-            self._point_between(launches, mine.kept)
-            mine.kept_is_next = True
-        self._pack(launches.values, 0, *values)
+        # Held until all kernels are enqueued: another thread on this stream may not get it before.
+        held = self.between and self.between(launches, stream)
+        self.pack(launches.values, 0, *values)
         launches.enqueue(stream)
+        del held
 
-    def _enter(self, mine: Any) -> driver.Launches:
+    def enter(self) -> driver.Launches:
         """A thread has its own argument memory, and the driver's context may be new to it."""
         driver.enter(self._index)
         launches = driver.Launches(self._specs, self._num_values)
-        mine.kept, mine.kept_is_next = None, False
-        mine.launches = launches
+        self.threads.launches = launches
         return launches
 
-    def _point_between(self, launches: driver.Launches, buffer: torch.Tensor) -> None:
+    def _between(self, launches: driver.Launches, stream: int) -> torch.Tensor | None:
+        """Points the next launch on `stream` at memory between its kernels: to be held until then."""
+        if stream:
+            buffer = empty_strided(self._between_size, _ONE, torch.int32)
+        elif launches.kept_is_next:
+            return None
+        else:  # The default stream outlives every thread and is never captured: keep the buffer.
+            if launches.kept is None:
+                launches.kept = empty_strided(self._between_size, _ONE, torch.int32)
+            buffer = launches.kept
         start = buffer.data_ptr()
         addresses = [start + offset for offset in self._between_starts]
         self._pack_between(launches.values, self._between_at, *addresses)
+        launches.kept_is_next = not stream
+        return buffer
 
 
 _programs: dict[tuple[int, Problem], Program] = {}

@@ -6,7 +6,7 @@ Everything here is the driver's public API (cuda.h).
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SUCCESS, _INVALID_CONTEXT = 0, 201
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
@@ -188,7 +188,11 @@ class Launches:
 
     Attributes:
         values: a 64-bit word per value of the program. The driver copies them at each launch.
+        kept, kept_is_next: for whoever fills `values`: memory that they may point to, and whether they do.
     """
+
+    kept: Any = None
+    kept_is_next = False
 
     def __init__(self, specs: Sequence[LaunchSpec], num_values: int):
         self.values = (ctypes.c_uint64 * num_values)()

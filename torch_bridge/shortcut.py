@@ -4,7 +4,7 @@ Checks, plan and size arithmetic depend on these alone; once they have passed, a
 launch. What is asked again is what can differ: the tensors' layout and memory, and the current device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,15 @@ from torch_bridge import direct, direct_call
 from torch_bridge.problems import AlignProblem, Problem
 
 _MAX_KEPT = 1 << 14
-_kept: dict[tuple, "Shortcut"] = {}
 _INT32, _ONE = torch.int32, (1,)
+# The options of a call without any: pad_sorted_ids, ignore_invalid_experts (None without a map), topk,
+# capacity.
+_PLAIN = (False, None, None, 0)
+# By shape, dtype, device, num_experts, block_size, options.
+_kept: dict[tuple, "Shortcut"] = {}
+# The one that served the operator's last call of these (num_experts, block_size): a layer calls as the one
+# before it did.
+recent: dict[tuple[int, int], "Shortcut"] = {}
 # Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below.
 _is_tracing = torch.compiler.is_dynamo_compiling
 
@@ -41,8 +48,44 @@ def open_to_all() -> bool:
     return not (_is_tracing() or _watched()) and _transformed() is None
 
 
+def _never(tensor: torch.Tensor) -> bool:
+    del tensor
+    return False
+
+
+def _guard(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """Whether another is like it: in type, dtype, device, sizes, strides, and in the dispatch keys, which
+    tell a lazy negation. Torch's compiler asks this of a graph's inputs, in a third of the time that it
+    takes to ask one by one."""
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards  # type: ignore[reportAttributeAccessIssue]
+        check = guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return check if check(tensor) is True else _never
+    except Exception:  # another torch has it elsewhere, or otherwise
+        return _never
+
+
+def _is_plain(tensor: Any, shape: Sequence[int], device: int) -> bool:
+    """Whether it is a dense, row-major int32 tensor that holds what its memory holds."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.dtype is _INT32
+        and tensor.shape == shape
+        and tensor.get_device() == device
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
 class Shortcut:
-    """An alignment of one size on one device, with or without an expert map."""
+    """An alignment of one size on one device, with or without an expert map.
+
+    Attributes:
+        align: the results, in new tensors, for contiguous ids that are no lazy negation, without a map; None
+            where another device is current.
+        fits: whether ids are certain to be such, and of this shape, dtype and device. Of dense tensors only:
+            torch's function behind it ends the process at a nested one.
+    """
 
     def __init__(
         self, problem: AlignProblem, ids: torch.Tensor, program: direct.Program, capacity: int
@@ -57,6 +100,54 @@ class Shortcut:
         self._shapes = [(length,) for length in lengths]
         self._sizes = [4 * length for length in lengths]
         self._launch = program.launch
+        self.align = self._bound_to(program)
+        self.fits: Callable[[torch.Tensor], bool] = _never
+
+    def _bound_to(self, program: direct.Program) -> Callable[[torch.Tensor], Any]:
+        """`align`. All that it needs is bound here, and it launches itself: at 5 us a call, every
+        attribute and every call of a function of ours is some percent."""
+        device, shift = self._device, self._shift
+        num_pairs, capacity = self._num_pairs, self._capacity
+        rows_shape, blocks_shape, count_shape = self._shapes
+        threads, enter, pack, between = (
+            program.threads,
+            program.enter,
+            program.pack,
+            program.between,
+        )
+
+        def align(ids: torch.Tensor) -> Any:
+            if direct.current_device() != device:
+                return None
+            empty, pointer = direct.empty_strided, ids.data_ptr()
+            rows = empty(rows_shape, _ONE, _INT32)
+            blocks = empty(blocks_shape, _ONE, _INT32)
+            count = empty(count_shape, _ONE, _INT32)
+            try:
+                launches = threads.launches
+            except AttributeError:
+                launches = enter()
+            stream = direct.raw_stream(device)
+            held = None  # until the kernels are enqueued, as in `Program.launch`
+            if between is not None and (stream or not launches.kept_is_next):
+                held = between(launches, stream)
+            behind = pointer & 255
+            pack(
+                launches.values,
+                0,
+                pointer - behind,
+                num_pairs,
+                capacity,
+                behind << shift,
+                rows.data_ptr(),
+                blocks.data_ptr(),
+                count.data_ptr(),
+            )
+            launches.enqueue(stream)
+            del held
+            return rows, blocks, count
+
+        return align
 
     def run(
         self, ids: torch.Tensor, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor] | None
@@ -64,19 +155,13 @@ class Shortcut:
         """The three results; None where the ordinary way has to look (and to complain)."""
         if direct.current_device() != self._device or not ids.is_contiguous() or ids.is_neg():
             return None
-        if expert_map is not None and not self._fits(expert_map):
+        if expert_map is not None and not _is_plain(expert_map, (self._num_experts,), self._device):
             return None
         pointer = ids.data_ptr()
         if out is None:
             empty = direct.empty_strided
-            rows, blocks, count = self._shapes
-            out = (
-                empty(rows, _ONE, _INT32),
-                empty(blocks, _ONE, _INT32),
-                empty(count, _ONE, _INT32),
-            )
-            rows, blocks, count = out
-            rows, blocks, count = rows.data_ptr(), blocks.data_ptr(), count.data_ptr()
+            out = tuple([empty(shape, _ONE, _INT32) for shape in self._shapes])
+            rows, blocks, count = [x.data_ptr() for x in out]
         else:
             targets = self._targets(pointer, expert_map, out)
             if targets is None:
@@ -91,41 +176,21 @@ class Shortcut:
             self._launch(pointer - behind, local, pairs, capacity, first, rows, blocks, count)
         return out
 
-    def _fits(self, expert_map: Any) -> bool:
-        return (
-            type(expert_map) is torch.Tensor
-            and expert_map.dtype is torch.int32
-            and expert_map.dim() == 1
-            and expert_map.shape[0] == self._num_experts
-            and expert_map.get_device() == self._device
-            and expert_map.is_contiguous()
-            and not expert_map.is_neg()
-        )
-
     def _targets(
         self, pointer: int, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor]
-    ) -> list[int] | None:
+    ) -> tuple[int, int, int] | None:
         """Pointers of a fitting `out`, which overlaps nothing."""
         if type(out) not in (tuple, list) or len(out) != 3:
             return None
-        targets, ends, device = [], [], self._device
-        for target, shape, size in zip(out, self._shapes, self._sizes):  # noqa: B905 - 3 each
-            if (
-                type(target) is not torch.Tensor
-                or target.dtype is not _INT32
-                or target.shape != shape
-                or target.get_device() != device
-                or not target.is_contiguous()
-                or target.is_neg()
-            ):
+        for target, shape in zip(out, self._shapes):  # noqa: B905 - 3 each
+            if not _is_plain(target, shape, self._device):
                 return None
-            start = target.data_ptr()
-            if start & 15:
-                return None
-            targets.append(start)
-            ends.append(start + size)
-        a, b, c = targets
-        end_a, end_b, end_c = ends
+        first, second, third = out
+        a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
+        if (a | b | c) & 15:
+            return None
+        size_a, size_b, size_c = self._sizes
+        end_a, end_b, end_c = a + size_a, b + size_b, c + size_c
         if a < end_b and b < end_a or a < end_c and c < end_a or b < end_c and c < end_b:
             return None
         end = pointer + self._input_bytes
@@ -139,11 +204,11 @@ class Shortcut:
         ):
             return None
         if expert_map is not None:
-            first = expert_map.data_ptr()
-            end = first + 4 * self._num_experts
-            if a < end and first < end_a or b < end and first < end_b or c < end and first < end_c:
+            start = expert_map.data_ptr()
+            end = start + 4 * self._num_experts
+            if a < end and start < end_a or b < end and start < end_b or c < end and start < end_c:
                 return None
-        return targets
+        return a, b, c
 
 
 def attempt(
@@ -179,8 +244,28 @@ def attempt(
         except RuntimeError:  # a nested tensor has no shape
             return None
         if found is not None:
+            if expert_map is None and out is None:
+                return found.align(ids) if ids.is_contiguous() and not ids.is_neg() else None
             return found.run(ids, expert_map, out)
     return None
+
+
+def attempt_dense(ids: torch.Tensor, num_experts: int, block_size: int) -> Any:
+    """`attempt` behind the dispatcher, which calls the operator's body with ints and dense tensors only.
+
+    The body itself has asked the `recent` one, which is not certain about these ids.
+    """
+    found = None
+    if type(ids) is torch.Tensor:
+        found = _kept.get((ids.shape, ids.dtype, ids.get_device(), num_experts, block_size, _PLAIN))
+    if found is None or not ids.is_contiguous() or ids.is_neg():
+        return None
+    if recent.get((num_experts, block_size)) is found:
+        # The same again, or in another mode: tensors of inference mode have other keys.
+        found.fits = _guard(ids)
+    else:
+        recent[num_experts, block_size] = found
+    return found.align(ids)
 
 
 def keep(
@@ -210,6 +295,7 @@ def keep(
         return
     if len(_kept) >= _MAX_KEPT:
         _kept.clear()
+        recent.clear()
     mode = problem.ignore_invalid_experts if "expert_map" in operands else None
     options = (problem.pad_sorted_ids, mode, topk, capacity)
     key = (ids.shape, ids.dtype, ids.get_device(), problem.num_experts, problem.block_size, options)

@@ -35,6 +35,7 @@ def fake(monkeypatch, tmp_path):
         direct, "empty_strided", lambda size, *_: torch.full(size, UNWRITTEN, dtype=torch.int32)
     )
     monkeypatch.setattr(shortcut, "_kept", {})
+    monkeypatch.setattr(shortcut, "recent", {})
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: None)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)

@@ -457,6 +457,7 @@ def no_worker(monkeypatch, tmp_path):
     monkeypatch.setattr(direct, "_programs", {})
     monkeypatch.setattr(direct, "_failures", {})
     monkeypatch.setattr(shortcut, "_kept", {})
+    monkeypatch.setattr(shortcut, "recent", {})
     monkeypatch.setattr(direct, "_compile", lambda index, wanted: ["no worker here"] * len(wanted))
     direct.warn_once.cache_clear()
     yield

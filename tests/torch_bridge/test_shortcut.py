@@ -5,7 +5,11 @@ import torch
 
 from tests.torch_bridge.fake_cuda import assert_results, want_of
 from tests.torch_bridge.helpers import ids_of
-from torch_bridge import direct, direct_call, problems, shortcut
+from torch_bridge import direct, direct_call, ops, problems, shortcut
+
+
+def outputs_of(problem):
+    return tuple(torch.full(shape, -7, dtype=torch.int32) for shape in problem.outputs.values())
 
 
 @pytest.fixture
@@ -18,6 +22,137 @@ def seen_before(fake, monkeypatch):
     shortcut.keep(problem, {"topk_ids": ids})
     assert len(shortcut._kept) == 1
     return ids, want_of(problem, array, {})
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2], ids=["kept", "recent", "guarded"])
+def test_operator_takes_it_too(calls, seen_before, fake, monkeypatch):
+    """With a look-up of its own; from the third call on, torch's guards answer. What is unlike the kept call
+    goes the ordinary way, whoever answers."""
+    ids, want = seen_before
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    operator = torch.ops.moe_align_jax.block_align
+    ordinary = []
+
+    def look(*given):
+        ordinary.append(given[1])
+        return outputs_of(problem)
+
+    monkeypatch.setattr(ops, "_block_align_options", look)
+    for _ in range(calls):
+        operator(ids, 16, 8)
+    [kept] = shortcut._kept.values()
+    assert (kept.fits is not shortcut._never) == (calls == 2)
+    if calls == 2:
+        monkeypatch.setattr(shortcut, "_guard", lambda x: pytest.fail("asked again"))
+    elsewhere = torch.nn.functional.pad(ids.flatten(), (1, 0))[1:].view(37, 3)
+    others = [ids.flatten(), ids[1:], ids.long(), ids.t().contiguous().t(), torch._neg_view(ids)]
+    others += [torch.nn.Parameter(ids, requires_grad=False), ids.to(torch.uint32)]
+    for arguments in [*((x, 16, 8) for x in others), (ids, 17, 8), (ids, 16, 4)]:
+        fake.launched.clear()
+        operator(*arguments)
+        assert len(ordinary) == 1 and not fake.launched
+        assert ordinary.pop() is arguments[0]
+    for given in (ids.clone(), elsewhere):
+        assert_results(problem, operator(given, 16, 8), want)
+    assert not ordinary
+    monkeypatch.setattr(direct, "current_device", lambda: 1)
+    fake.launched.clear()
+    operator(ids, 16, 8)
+    assert len(ordinary) == 1 and not fake.launched
+
+
+def test_operator_in_other_modes_and_shapes(seen_before):
+    """A tensor of inference mode is none outside; the recent call is often another than this one."""
+    ids, want = seen_before
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    operator = torch.ops.moe_align_jax.block_align
+    shortcut.keep(problem, {"topk_ids": ids.flatten()})
+    kept = shortcut._kept[ids.shape, ids.dtype, -1, 16, 8, shortcut._PLAIN]
+    for _ in range(2):
+        with torch.inference_mode():
+            given = ids.clone()
+            for _ in range(3):
+                assert_results(problem, operator(given, 16, 8), want)
+            assert kept.fits(given) and not kept.fits(ids)
+        for x in (ids, ids, ids, given, ids, ids.flatten(), ids, ids.flatten(), given):
+            assert_results(problem, operator(x, 16, 8), want)
+
+
+def test_operator_without_torchs_guards(seen_before, monkeypatch):
+    ids, want = seen_before
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    [kept] = shortcut._kept.values()
+    for missing in (None, lambda *given, **named: 1 / 0):
+        monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", missing)
+        for _ in range(3):
+            results = torch.ops.moe_align_jax.block_align(ids, 16, 8)
+            assert_results(problem, results, want)
+        assert kept.fits is shortcut._never
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("kind", ["nested", "coo", "csr"])
+def test_only_dense_tensors_reach_the_operator(kind, seen_before):
+    """What `Shortcut.fits` rests on: it may not be asked about a nested tensor."""
+    ids, _ = seen_before
+    for _ in range(3):
+        torch.ops.moe_align_jax.block_align(ids, 16, 8)
+    [kept] = shortcut._kept.values()
+    assert kept.fits is not shortcut._never
+    make = {
+        "nested": lambda: torch.nested.nested_tensor([ids, ids]),
+        "coo": ids.to_sparse,
+        "csr": ids.to_sparse_csr,
+    }
+    with pytest.raises(NotImplementedError, match="moe_align_jax::block_align"):
+        torch.ops.moe_align_jax.block_align(make[kind](), 16, 8)
+
+
+def test_shapes_in_turn(seen_before):
+    ids, _ = seen_before
+    flat = ids.flatten()
+    problem = problems.AlignProblem(ids.numel(), 16, 8)
+    shortcut.keep(problem, {"topk_ids": flat})
+    half = problems.AlignProblem(50, 16, 8)
+    direct.prepare(-1, [direct_call.kernel_problem(half, {"topk_ids": flat[:50]})])
+    shortcut.keep(half, {"topk_ids": flat[:50]})
+    for given, one in ((ids, problem), (flat, problem), (flat[:50], half)) * 4:
+        want = want_of(one, given.numpy(), {})
+        assert_results(one, shortcut.attempt(given, 16, 8, False), want)
+        out = outputs_of(one)
+        assert shortcut.attempt(given, 16, 8, False, out=out) is out
+        assert_results(one, out, want)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_map_and_out(fake, monkeypatch, filtered):
+    """Each combination again and again, and maps that are unlike it."""
+    monkeypatch.setattr(direct, "current_device", lambda: -1)
+    array, ids = ids_of(torch.int32)
+    local = torch.arange(16, dtype=torch.int32) - 3
+    operands = {"topk_ids": ids, "expert_map": local}
+    problem = problems.AlignProblem(ids.numel(), 16, 8, ignore_invalid_experts=filtered)
+    direct.prepare(-1, [direct_call.kernel_problem(problem, operands)])
+    shortcut.keep(problem, operands)
+    want = want_of(problem, array, {"expert_map": local})
+    call = (ids, 16, 8, False)
+    for _ in range(4):
+        assert_results(problem, shortcut.attempt(*call, local, filtered), want)
+        out = outputs_of(problem)
+        assert shortcut.attempt(*call, local, filtered, out=out) is out
+        assert_results(problem, out, want)
+        fake.launched.clear()
+        shared = torch.zeros(32, dtype=torch.int32)
+        others = [local.long(), local[1:], local[None], torch._neg_view(local), local.tolist()]
+        others += [shared[::2], local.to_sparse(), torch.nn.Parameter(local, requires_grad=False)]
+        for other in others:
+            assert shortcut.attempt(*call, other, filtered) is None
+            assert shortcut.attempt(*call, other, filtered, out=out) is None
+        assert shortcut.attempt(*call, local, not filtered) is None
+        over_map = (*out[:2], local[:1])
+        assert shortcut.attempt(*call, local, filtered, out=over_map) is None
+        assert not fake.launched
 
 
 def test_shortcut_gives_the_results(seen_before):
@@ -67,6 +202,9 @@ def _others(ids):
     yield "short out", (ids, 16, 8, False), {"out": (fresh[0][1:], *fresh[1:])}
     yield "2-D out", (ids, 16, 8, False), {"out": (*fresh[:2], fresh[2][None])}
     yield "out off 16 bytes", (ids, 16, 8, False), {"out": (wide[1:], *fresh[1:])}
+    negated = torch._neg_view(-fresh[0])
+    yield "negated out", (ids, 16, 8, False), {"out": (negated, *fresh[1:])}
+    yield "sparse out", (ids, 16, 8, False), {"out": (fresh[0].to_sparse(), *fresh[1:])}
     yield "same out twice", (ids, 16, 8, False), {"out": (fresh[0], fresh[1], fresh[0][:1])}
     yield "out over ids", (inside, 16, 8, False), {"out": overlapping}
 
@@ -75,7 +213,15 @@ CASES = [
     *("another shape", "another size", "another dtype", "a subclass", "no tensor", "nested"),
     *("sparse", "strided", "negated", "more experts", "other blocks", "float experts"),
     *("bool blocks", "padded", "int for a flag", "topk", "map", "two outs", "int64 out"),
-    *("short out", "2-D out", "out off 16 bytes", "same out twice", "out over ids"),
+    *(
+        "short out",
+        "2-D out",
+        "out off 16 bytes",
+        "negated out",
+        "sparse out",
+        "same out twice",
+        "out over ids",
+    ),
 ]
 
 
@@ -90,6 +236,7 @@ def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
     assert shortcut.attempt(*arguments, **options) is None
     assert not fake.launched
     for tensor in options.get("out", ()):
+        tensor = tensor.to_dense()
         assert tensor.tolist() in ([-7] * tensor.numel(), [[-7]], [3] * tensor.numel())
 
 
