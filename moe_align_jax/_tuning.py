@@ -63,6 +63,9 @@ class BlockAlignMosaicConfig:
     cells_per_cta: int = 1
 
 
+_CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockAlignMosaicConfig))
+
+
 _RADIX = BlockAlignMosaicConfig(form="radix", num_warpgroups=2, num_ctas=128, rounds=8)  # any size
 
 
@@ -166,9 +169,9 @@ def refusal(
 
 
 def _parse_config(config: Mapping[str, Any], place: str) -> BlockAlignMosaicConfig:
-    known = {field.name for field in dataclasses.fields(BlockAlignMosaicConfig)}
-    if unknown := sorted(set(config) - known):
-        raise ValueError(f"{place}: a config has the fields {sorted(known)}; got {unknown}.")
+    if unknown := sorted(config.keys() - _CONFIG_FIELDS):
+        known = sorted(_CONFIG_FIELDS)
+        raise ValueError(f"{place}: a config has the fields {known}; got {unknown}.")
     try:
         return BlockAlignMosaicConfig(**config)
     except TypeError as error:
@@ -231,7 +234,10 @@ def folders() -> list[Path]:
 
 @functools.cache
 def _paths() -> dict[str, Path]:
-    return {path.stem: path for folder in reversed(folders()) for path in folder.glob("*.json")}
+    there = [folder for folder in reversed(folders()) if folder.is_dir()]
+    # Not by glob: the first one of a process compiles its pattern, and a first call waits for it.
+    paths = [path for folder in there for path in folder.iterdir()]
+    return {path.stem: path for path in paths if path.suffix == ".json"}
 
 
 @functools.cache
