@@ -1,6 +1,7 @@
 """What dispatch sends: quantised payloads and their scales, in a message or by themselves, not copied."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +203,30 @@ def test_no_copy_of_all_rows_beside_the_exchanges(monkeypatch):
     parts = re.findall(rf"= f32\[1?,?{count},{hidden}\]\S* ([\w-]+)\(", entry)
     parts = [kind for kind in parts if kind not in ("get-tuple-element", "bitcast", "parameter")]
     assert parts in (["slice"] * size + ["fusion"], ["fusion"] * (size + 1)), parts
+
+
+# -- what the README shows ---------------------------------------------------------------------------
+
+
+def test_layer_of_the_readme_equals_a_loop_over_pairs():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    [snippet] = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "def layer_of_a_device(" in block
+    ]
+    scope = {}
+    exec(snippet, scope)
+    rng = np.random.default_rng(25)
+    batch = Batch(4, 3, 16, 2, 8, "bfloat16", seed=26)
+    gate_up = (rng.normal(size=(8, 16, 256)) / 4).astype(batch.x.dtype)
+    down = (rng.normal(size=(8, 128, 16)) / 11).astype(batch.x.dtype)
+    got = over(mesh_of(4), scope["layer_of_a_device"])(*batch.args, gate_up, down)
+
+    def expert(e, x):
+        gate, up = np.split(x @ gate_up[e].astype(np.float64), 2)
+        return (gate / (1 + np.exp(-gate)) * up) @ down[e].astype(np.float64)
+
+    want = batch.combined(expert)
+    worst = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+    assert worst < 0.05, worst
