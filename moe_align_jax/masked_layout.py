@@ -331,4 +331,4 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
 @functools.partial(jax.jit, static_argnames=("name", "out_dtype"))
 def _sum(y, weights, row_of_pair, pair_of_row, *, name: str, out_dtype: Any) -> jax.Array:
     with jax.named_scope(name):
-        return sum_rows(y, weights, row_of_pair, pair_of_row).astype(out_dtype)
+        return sum_rows(y, weights, row_of_pair, pair_of_row, out_dtype)

@@ -109,6 +109,7 @@ FOREIGN: dict[str, set[str]] = {
     "jax.experimental.mosaic": {"moe_align_jax._simt.mosaic"},
     "jax.experimental.pallas": {
         *("moe_align_jax._simt.mosaic", "moe_align_jax._kernels.masked_quant.kernel"),
+        "moe_align_jax._kernels.rows.weighted_sum",
     },
     "jaxlib.version": {"lazily moe_align_jax._cli", "lazily torch_bridge.launch"},
     "jaxlib": {"moe_align_jax._simt.mosaic"},

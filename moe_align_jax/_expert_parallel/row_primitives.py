@@ -143,3 +143,45 @@ def copy(
     if kernels.copy_unsupported(problem) or _divided_by_hand(topk_ids):
         return _copy_reference(problem, topk_ids, *given)
     return _copy_p.bind(topk_ids.astype(jnp.int32), *given, problem=problem)
+
+
+# -- back, as weighted sums ------------------------------------------------------------------------
+
+
+def _sum_abstract(y, row_of_pair, *weights, problem: kernels.RowSum):
+    del weights
+    return [_like(y, (row_of_pair.shape[0], *y.shape[1:]), problem.out_dtype)]
+
+
+def _sum_reference(problem: kernels.RowSum, y, row_of_pair, *weights):
+    total = gathers.weighted_sum(y, weights[0] if weights else None, row_of_pair)
+    return [total.astype(problem.out_dtype)]
+
+
+def _sum_launch(problem: kernels.RowSum, y, row_of_pair, *weights):
+    return [kernels.run_sum(problem, y, row_of_pair, *weights)]
+
+
+_sum_p = _make("sum_rows", _sum_abstract, _sum_reference, _sum_launch)
+
+
+def weighted_sum(
+    y: jax.Array, weights: jax.Array | None, row_of_pair: jax.Array, out_dtype: Any
+) -> jax.Array:
+    """`gathers.weighted_sum` in a dtype, without a gradient. All vary alike over a shard_map's axes."""
+    given = (y, row_of_pair) if weights is None else (y, row_of_pair, weights)
+    num_tokens, top_k = row_of_pair.shape
+    problem = kernels.RowSum(
+        num_tokens,
+        top_k,
+        y.shape[0],
+        math.prod(y.shape[1:]),
+        y.dtype.name,
+        jnp.dtype(out_dtype).name,
+        weights is not None,
+    )
+    if kernels.sum_unsupported(problem) or _divided_by_hand(*given):
+        return _sum_reference(problem, *given)[0]
+    if weights is not None:
+        given = (y, row_of_pair, weights.astype(jnp.float32))
+    return _sum_p.bind(*given, problem=problem)[0]

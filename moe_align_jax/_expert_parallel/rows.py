@@ -7,6 +7,8 @@ T tokens, K top_k, n = T * K pairs, P rows. `row_of_pair` `[T, K]`: the row of e
 `pair_of_row` `[P]`: the pair of each row, n for none.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -63,20 +65,26 @@ def take_rows(
 
 
 def sum_rows(
-    y: jax.Array, weights: jax.Array | None, row_of_pair: jax.Array, pair_of_row: jax.Array
+    y: jax.Array,
+    weights: jax.Array | None,
+    row_of_pair: jax.Array,
+    pair_of_row: jax.Array,
+    out_dtype: Any = None,
 ) -> jax.Array:
-    """`[T, ...]` in float32: `sum_k weights[t, k] * y[row_of_pair[t, k]]`, k ascending, no row adds zero.
+    """`[T, ...]`: `sum_k weights[t, k] * y[row_of_pair[t, k]]` in float32, k ascending; no row adds zero.
 
     Args:
         y: `[P, ...]`, any float dtype.
         weights: `[T, K]`; None for ones.
         row_of_pair: `[T, K]` int32.
         pair_of_row: `[P]` int32.
+        out_dtype: of the result, rounded to once; None for float32 (float64 for float64).
     """
+    out_dtype = jnp.dtype(accumulator(y.dtype) if out_dtype is None else out_dtype)
     if weights is None:
         y, row_of_pair, pair_of_row = vary_together((y, row_of_pair, pair_of_row))
-        return _sum_rows(y, None, row_of_pair, pair_of_row)
-    return _sum_rows(*vary_together((y, weights, row_of_pair, pair_of_row)))
+        return _sum_rows(out_dtype, y, None, row_of_pair, pair_of_row)
+    return _sum_rows(out_dtype, *vary_together((y, weights, row_of_pair, pair_of_row)))
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -110,21 +118,22 @@ _copy = jax.custom_vjp(_copy_body, nondiff_argnums=(0, 1))
 _copy.defvjp(_copy_forward, _copy_backward)
 
 
-@jax.custom_vjp
-def _sum_rows(y, weights, row_of_pair, pair_of_row):
+def _sum_rows_body(out_dtype, y, weights, row_of_pair, pair_of_row):
     del pair_of_row
-    return gathers.weighted_sum(y, weights, row_of_pair)
+    return row_primitives.weighted_sum(y, weights, row_of_pair, out_dtype)
 
 
-def _sum_rows_forward(y, weights, row_of_pair, pair_of_row):
-    total = gathers.weighted_sum(y, weights, row_of_pair)
+def _sum_rows_forward(out_dtype, y, weights, row_of_pair, pair_of_row):
+    total = _sum_rows_body(out_dtype, y, weights, row_of_pair, pair_of_row)
     return total, (y, weights, row_of_pair, pair_of_row)
 
 
-def _sum_rows_backward(saved, d_out):
+def _sum_rows_backward(out_dtype, saved, d_out):
+    del out_dtype
     y, weights, row_of_pair, pair_of_row = saved
     dtype = accumulator(y.dtype)
-    d_rows = gathers.take(d_out.astype(dtype), row_of_pair, pair_of_row, True)
+    d_out = d_out.astype(dtype)
+    d_rows = gathers.take(d_out, row_of_pair, pair_of_row, True)
     if weights is None:
         return d_rows.astype(y.dtype), None, None, None
     flat = weights.reshape(-1)
@@ -140,6 +149,7 @@ def _sum_rows_backward(saved, d_out):
     return d_rows.astype(y.dtype), d_weights.astype(weights.dtype), None, None
 
 
+_sum_rows = jax.custom_vjp(_sum_rows_body, nondiff_argnums=(0,))
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 

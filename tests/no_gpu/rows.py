@@ -21,7 +21,7 @@ class Compiled(NamedTuple):
     Attributes:
         what: it is.
         kernel: with `name`, `inputs`, `outputs`, `call` and `structs`.
-        widths: bytes at a time of the inputs named.
+        widths: bytes at a time of the buffers named.
         faults: more to say of its PTX and parameters.
     """
 
@@ -72,6 +72,56 @@ def copies() -> Iterator[Compiled]:
         yield Compiled(f"{problem}, {config}", direct, widths, _loads_first)
 
 
+def sums() -> Iterator[Compiled]:
+    """The sums of combine, and what is unusual."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._kernels.rows import sizes, weighted_sum
+
+    problems = [
+        sizes.RowSum(512, 8, 64 * 512, 7168, "bfloat16", "bfloat16", True),
+        sizes.RowSum(32, 8, 64 * 32, 7168, "bfloat16", "bfloat16", True),
+        sizes.RowSum(5000, 8, 40960, 2880, "bfloat16", "float32", True),
+        sizes.RowSum(100, 6, 3000, 4096, "float32", "float32", False),
+        sizes.RowSum(7, 64, 300, 1152, "float16", "bfloat16", False),
+        sizes.RowSum(1, 1, 1, 136, "bfloat16", "float16", True),
+    ]
+    for problem in problems:
+        config = sizes.sum_config(problem)
+        inputs = {
+            "y": problem.grained(problem.num_rows),
+            "row_of_pair": (problem.num_tokens, problem.top_k),
+        }
+        structs = [jax.ShapeDtypeStruct(inputs["y"], problem.dtype)]
+        structs.append(jax.ShapeDtypeStruct(inputs["row_of_pair"], jnp.int32))
+        if problem.weighted:
+            inputs["weights"] = inputs["row_of_pair"]
+            structs.append(jax.ShapeDtypeStruct(inputs["weights"], jnp.float32))
+        outputs = {"out": problem.grained(problem.num_tokens)}
+        call = weighted_sum.build(problem, config)
+        direct = _Direct("sum_rows", inputs, outputs, call, structs)
+        values = config.tile // 128  # of a thread
+        widths = {
+            "y": min(values * problem.item_bytes, 16),
+            "out": min(values * jnp.dtype(problem.out_dtype).itemsize, 16),
+        }
+        yield Compiled(f"{problem}, {config}", direct, widths, _together(config.ahead))
+
+
+def _together(ahead: int) -> Callable:
+    """As many rows are asked for, with no branch between them, as the sizes say."""
+
+    def found(text: str, parameters: tuple[str, ...]) -> Iterator[str]:
+        at = parameters.index("y")
+        loads = [a.position for a in ptx.global_accesses(text) if at in a.parameters]
+        branches = [text.count("bra", 0, position) for position in loads]
+        if not branches or branches.count(branches[0]) < ahead:
+            yield f"branches before each load of a row: {branches}; {ahead} belong together"
+
+    return found
+
+
 def _loads_first(text: str, parameters: tuple[str, ...]) -> Iterator[str]:
     """All loads of rows stand before the first store to one."""
     accesses = ptx.global_accesses(text)
@@ -101,14 +151,14 @@ def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[s
         at = launch.parameters.index(name)
         found = {a.bytes for a in accesses if at in a.parameters}
         if found != {width}:
-            yield f"{name} is read {sorted(found)} bytes at a time, not {width}"
+            yield f"{name} is accessed {sorted(found)} bytes at a time, not {width}"
     yield from one.faults(text, launch.parameters)
 
 
 def check(plugin: str, runtime: str) -> int:
     checker, wrong, count = worker.Checker(plugin, runtime), 0, 0
     checker._mode = "direct"  # lowered as it is
-    for one in copies():
+    for one in (*sums(), *copies()):
         text, launch = checker.compiler(one.kernel)
         used = ptx.usage(worker._ptxas(text))
         found = [*faults(one, text, launch, used)]

@@ -6,9 +6,13 @@ from moe_align_jax._kernels.rows.sizes import MAX_LEAVES as MAX_LEAVES
 from moe_align_jax._kernels.rows.sizes import CopyConfig as CopyConfig
 from moe_align_jax._kernels.rows.sizes import Leaf as Leaf
 from moe_align_jax._kernels.rows.sizes import MaskedCopy as MaskedCopy
+from moe_align_jax._kernels.rows.sizes import RowSum as RowSum
+from moe_align_jax._kernels.rows.sizes import SumConfig as SumConfig
 from moe_align_jax._kernels.rows.sizes import copy_config as copy_config
 from moe_align_jax._kernels.rows.sizes import copy_unsupported as copy_unsupported
 from moe_align_jax._kernels.rows.sizes import movable as movable
+from moe_align_jax._kernels.rows.sizes import sum_config as sum_config
+from moe_align_jax._kernels.rows.sizes import sum_unsupported as sum_unsupported
 
 
 def run_copy(
@@ -42,3 +46,29 @@ def run_copy(
         pair_of_row.reshape(boxes),
         *(row.reshape(*boxes, *x.shape[1:]) for row, x in zip(rows, leaves, strict=True)),
     ]
+
+
+def run_sum(
+    problem: RowSum,
+    y: jax.Array,
+    row_of_pair: jax.Array,
+    *weights: jax.Array,
+    config: SumConfig | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`[T, ...]`: `sum_k weights[t, k] * y[row_of_pair[t, k]]`, -1 adds nothing.
+
+    Args:
+        problem: what to do.
+        y: `[P, ...]`, H values in a row.
+        row_of_pair: `[T, K]` int32.
+        weights: none, or `[T, K]` float32.
+        config: None for the usual one.
+        interpret: run it by Pallas' own interpreter, on a CPU.
+    """
+    from moe_align_jax._kernels.rows import weighted_sum
+
+    launch = weighted_sum.build(problem, config or sum_config(problem), interpret=interpret)
+    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+        out = launch(y.reshape(problem.grained(problem.num_rows)), row_of_pair, *weights)
+    return out.reshape(problem.num_tokens, *y.shape[1:])

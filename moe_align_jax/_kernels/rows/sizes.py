@@ -120,3 +120,89 @@ def copy_config(problem: MaskedCopy) -> CopyConfig:
         cells = max([cells, *(cells * leaf.units for leaf in problem.leaves)])
     wanted = max(problem.num_tokens * parts, -(-cells // (THREADS * _FILLED_PER_THREAD)))
     return CopyConfig(parts, min(wanted, _NUM_SMS * _CTAS_PER_SM))
+
+
+# -- the weighted sum --------------------------------------------------------------------------------
+
+SUMMED = ("bfloat16", "float16", "float32")
+MAX_SUMMED_PAIRS = 64  # of a token: they are unrolled
+_TILES = (1024, 512, 256, 128)
+_MOST_WASTE = 1.15  # values that tiles take, per value of a row
+_MAX_SUM_CTAS = 4096  # of a tile: more take turns
+_SUM_HELD = 32  # registers of a thread for rows on their way
+
+
+class RowSum(NamedTuple):
+    """What the weighted sum has to do: T rows of H values, each the sum of up to K of P rows.
+
+    Attributes:
+        num_tokens, top_k, num_rows, width: T, K, P, H.
+        dtype: of the rows.
+        out_dtype: of the sums.
+        weighted: whether there are weights.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_rows: int
+    width: int
+    dtype: str
+    out_dtype: str
+    weighted: bool
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def grain(self) -> int:
+        """Values that are loaded at once, a thread's share of a tile. Rows are `[H / grain, grain]` in the
+        kernel: so LLVM sees that its loads and stores are aligned."""
+        return VECTOR_BYTES // self.item_bytes
+
+    def grained(self, num_rows: int) -> tuple[int, int, int]:
+        return num_rows, self.width // self.grain, self.grain
+
+
+class SumConfig(NamedTuple):
+    """Sizes of the kernel of the weighted sum.
+
+    Attributes:
+        tile: values of a row that a CTA takes at a time.
+        num_ctas: CTAs for each tile of a row.
+        ahead: pairs of a token whose rows are asked for together.
+    """
+
+    tile: int
+    num_ctas: int
+    ahead: int
+
+    def parts(self, problem: RowSum) -> int:
+        """Tiles of a row."""
+        return -(-problem.width // self.tile)
+
+
+def sum_unsupported(problem: RowSum) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    sizes = (problem.num_tokens, problem.top_k, problem.num_rows, problem.width)
+    if not all(isinstance(size, int) for size in sizes):
+        return "the kernel needs static shapes"
+    if problem.dtype not in SUMMED or problem.out_dtype not in SUMMED:
+        return f"the kernel adds up {', '.join(SUMMED)}"
+    if not 1 <= problem.top_k <= MAX_SUMMED_PAIRS or not problem.num_tokens * problem.num_rows:
+        return f"the kernel takes tokens of 1 to {MAX_SUMMED_PAIRS} pairs, and at least one row"
+    if problem.width < _TILES[-1] or problem.width * problem.item_bytes % VECTOR_BYTES:
+        return f"the kernel takes rows of at least {_TILES[-1]} values, a multiple of 16 bytes"
+    if max(problem.num_tokens, problem.num_rows) * problem.width > _INT32_MAX:
+        return "the kernel counts values in int32"
+    return None
+
+
+def sum_config(problem: RowSum) -> SumConfig:
+    """The largest tile of 16 bytes a thread that wastes little; grid and depth by registers."""
+    width = problem.width
+    fitting = [n for n in _TILES if n <= min(width, THREADS * VECTOR_BYTES // problem.item_bytes)]
+    tile = next((n for n in fitting if -(-width // n) * n <= _MOST_WASTE * width), fitting[-1])
+    held = max(1, tile // THREADS * problem.item_bytes // WORD_BYTES)
+    ahead = max(1, min(problem.top_k, _SUM_HELD // held))
+    return SumConfig(tile, min(problem.num_tokens, _MAX_SUM_CTAS), ahead)
