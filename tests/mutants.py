@@ -226,7 +226,7 @@ MUTANTS = (
         "sorted",
         BLOCK_SYNC,
         WARP_SYNC,
-        after="t.store(r.heads, warp, t.select(heads.eq(0), -1, last))",
+        after="t.store(r.heads, warp, last)",
     ),
     _form(
         "sorted: openers are read before all are there",
@@ -257,8 +257,8 @@ MUTANTS = (
     _form(
         "sorted: what is past the end comes first",
         "sorted",
-        "word = t.value_if(at < number, lambda at=at: t.load(source, at), -1)",
-        "word = t.value_if(at < number, lambda at=at: t.load(source, at), 0)",
+        "word = t.select(at < number, load_at(at), -1)",
+        "word = t.select(at < number, load_at(at), 0)",
         kills="wrong",
     ),
     _form(

@@ -20,6 +20,7 @@ from moe_align_jax.types import AlignProblem
 
 _HALF = 16  # an expert's place in its range and a pair share a word
 _LOW = (1 << _HALF) - 1
+_MOST_MASKS = 8  # that a thread keeps in registers beside its keys
 
 
 def _highest(t: Simt, mask: Int) -> Int:
@@ -27,6 +28,11 @@ def _highest(t: Simt, mask: Int) -> Int:
     for distance in (1, 2, 4, 8, 16):
         mask = mask | (mask >> distance)
     return t.popc(mask) - 1
+
+
+def _last_of(t: Simt, mask: Int, first: Int, otherwise: Int) -> Int:
+    """The last place of a mask whose bit 0 is the place `first`; `otherwise` of an empty one."""
+    return t.select(mask.eq(0), otherwise, first + _highest(t, mask))
 
 
 def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
@@ -61,6 +67,9 @@ class _Sorter:
         self.counts = common.Slice(t, problem.num_experts)
         self.counts.base = (self.rank * self.copies + self.copy) * self.counts.length
         self.length = sorted_range(problem.num_experts, t.num_ctas, t.cluster)
+        # For an even share of the pairs and an eighth.
+        self.looks = min(4, -(-problem.num_pairs * 9 // (8 * t.cluster * self.threads)))
+        self.looks = min(self.looks, rounds)
         self.first_expert = self.rank * self.length
 
     def collect(self) -> Int:
@@ -78,14 +87,20 @@ class _Sorter:
                 with mine.holding(pair, pair.below(sizes.num_pairs) & (expert < 0)):
                     t.store(r.row_of_pair, pair, -1)
         keys = [expert - self.first_expert for expert in experts]
-        masks = [t.ballot(key.below(self.length)) for key in keys]
-        numbers = [t.popc(mask) for mask in masks]
-        at, number = _over_warps(t, sum(numbers, t.const(0)), r.scratch)
+
+        def votes() -> list[Int]:
+            return [t.ballot(key.below(self.length)) for key in keys]
+
+        masks = votes()
+        added = sum((t.popc(mask) for mask in masks), t.const(0))
+        at, number = _over_warps(t, added, r.scratch)
+        if self.rounds > _MOST_MASKS:
+            masks = votes()
         below = collectives.lanes_below(t, self.lane)
-        for pair, key, mask, added in zip(pairs, keys, masks, numbers, strict=True):
+        for pair, key, mask in zip(pairs, keys, masks, strict=True):
             with t.if_(key.below(self.length)):
                 t.store(r.words0, at + t.popc(mask & below), (key << _HALF) | pair)
-            at = at + added
+            at = at + t.popc(mask)
         return number
 
     def sort(self, index: int, shift: int, bits: int, number: Int) -> None:
@@ -102,11 +117,14 @@ class _Sorter:
         def bin_of(word: Int) -> Int:
             return ((word >> (_HALF + shift)) & ((1 << bits) - 1)) * stride
 
+        def load_at(at: Int) -> Int:
+            return t.load(source, t.select(at < number, at, 0))
+
         for k in t.for_range(0, rounds):
             at = first + k * WARP
             with t.if_(at - self.lane < number):  # for whole warps
                 # Past the end all ones: after every pair in the order, so before none of its bin.
-                word = t.value_if(at < number, lambda at=at: t.load(source, at), -1)
+                word = t.select(at < number, load_at(at), -1)
                 rank = collectives.tally(t, histogram, self.warp, bin_of(word), self.lane, bits)
                 t.store(r.ranks, at, rank)
         t.block_sync()
@@ -141,49 +159,68 @@ class _Sorter:
         """Openers of my range's blocks into `ranks`, `number` behind them, and how many into `blocks`.
         `spare`: at each expert's last pair its count, else 0, for the experts of my share.
 
-        A chunk has a position per thread. What is known before it stands in `before`, a pair per chunk:
-        the openers so far, and the place of the last expert's first pair.
+        A warp looks at `looks` times 32 positions of a chunk, which holds the pairs of any range unless
+        they are skewed. What is known before a chunk stands in `before`, two words per chunk: the openers
+        so far, and the place of the last expert's first pair.
         """
         t, r, tid, lane, warp = self.t, self.r, self.tid, self.lane, self.warp
-        chunks = common.cdiv(number, self.threads)
+        block_size, threads, looks = self.problem.block_size, self.threads, self.looks
         below = collectives.lanes_below(t, lane)
+        chunks = common.cdiv(number, threads * looks)
         for chunk in t.for_range(0, chunks):
-            at = chunk * self.threads + tid
-            first_of_warp = at - lane
-            inside = at < number
+            firsts = [
+                (chunk * self.num_warps + warp) * (looks * WARP) + k * WARP for k in range(looks)
+            ]
+            places = [first + lane for first in firsts]
 
-            def key_at(place: Int, there: Int) -> Int:
-                return t.value_if(there, lambda: t.load(words, place) >> _HALF, -1)
+            def key_at(place: Int) -> Int:
+                there = place.below(number)
+                return t.select(there, t.load(words, t.select(there, place, 0)) >> _HALF, -1)
 
-            key = key_at(at, inside)
-            head = inside & key.ne(key_at(at - 1, inside & (at > 0)))
-            heads = t.ballot(head)
+            keys = [key_at(at) for at in places]
+            heads = [
+                t.ballot((at < number) & key.ne(key_at(at - 1)))
+                for at, key in zip(places, keys, strict=True)
+            ]
+            last = t.const(-1)
+            for mask, first in zip(heads, firsts, strict=True):
+                last = _last_of(t, mask, first, last)
             with t.if_(lane.eq(0)):
-                last = first_of_warp + _highest(t, heads)
-                t.store(r.heads, warp, t.select(heads.eq(0), -1, last))
+                t.store(r.heads, warp, last)
             t.block_sync()
-            lasts = t.value_if(lane < self.num_warps, lambda: t.load(r.heads, lane), -1)
+            lasts = t.load(r.heads, t.select(lane < self.num_warps, lane, 0))
             earlier = t.ballot((lasts >= 0) & (lane < warp))
             start = t.shfl(lasts, _highest(t, earlier) & (WARP - 1))
             start = t.select(earlier.eq(0), t.load(r.before, chunk * 2 + 1), start)
-            upto = heads & (below | (t.const(1) << lane))
-            start = t.select(upto.eq(0), start, first_of_warp + _highest(t, upto))
+            starts = []
+            upto = below | (t.const(1) << lane)
+            for mask, first in zip(heads, firsts, strict=True):
+                starts.append(_last_of(t, mask & upto, first, start))
+                start = _last_of(t, mask, first, start)
 
-            opens = inside & ((at - start) % self.problem.block_size).eq(0)
-            openers = t.ballot(opens)
-            earlier_warps, added = _over_warps(t, t.popc(openers), r.scratch)
+            opens = [
+                (at < number) & ((at - first) % block_size).eq(0)
+                for at, first in zip(places, starts, strict=True)
+            ]
+            openers = [t.ballot(condition) for condition in opens]
+            added = [t.popc(mask) for mask in openers]
+            index, all_added = _over_warps(t, sum(added, t.const(0)), r.scratch)
             known = t.load(r.before, chunk * 2)
-            with t.if_(opens):
-                t.store(r.ranks, known + earlier_warps + t.popc(openers & below), at)
+            index = known + index
+            for at, condition, mask, more in zip(places, opens, openers, added, strict=True):
+                with t.if_(condition):
+                    t.store(r.ranks, index + t.popc(mask & below), at)
+                index = index + more
             if self.problem.return_counts:
-                last = inside & key.ne(key_at(at + 1, at + 1 < number))
-                mine = (key + self.first_expert - self.counts.base).below(self.counts.length)
-                with t.if_(inside):
-                    t.store(spare, at, t.select(last & mine, at - start + 1, 0))
-            with t.if_(tid.eq(self.threads - 1)):
-                t.store(r.before, chunk * 2 + 2, known + added)
+                for at, key, first in zip(places, keys, starts, strict=True):
+                    mine = (key + self.first_expert - self.counts.base).below(self.counts.length)
+                    last_pair = key.ne(key_at(at + 1)) & mine
+                    with t.if_(at < number):
+                        t.store(spare, at, t.select(last_pair, at - first + 1, 0))
+            with t.if_(tid.eq(threads - 1)):
+                t.store(r.before, chunk * 2 + 2, known + all_added)
                 t.store(r.before, chunk * 2 + 3, start)
-        with t.if_(tid.eq(self.threads - 1)):
+        with t.if_(tid.eq(threads - 1)):
             blocks = t.load(r.before, chunks * 2)
             t.store(r.blocks, 0, blocks)
             t.store(r.ranks, blocks, number)
