@@ -111,7 +111,7 @@ def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Ten
 def _block_align(topk_ids, num_experts, block_size):
     last = shortcut.recent.get((num_experts, block_size))
     if last is not None and last.fits(topk_ids):
-        results = last.align(topk_ids)
+        results = last.run(topk_ids)
     else:
         results = shortcut.attempt_dense(topk_ids, num_experts, block_size)
     if results is not None:

@@ -81,8 +81,8 @@ class Shortcut:
     """An alignment of one size on one device, with or without an expert map.
 
     Attributes:
-        align: the results, in new tensors, for contiguous ids that are no lazy negation, without a map; None
-            where another device is current.
+        run: called with ids, contiguous and no lazy negation, expert_map (or None) and `out` (or None for
+            new tensors). The three results; None where the ordinary way has to look (and to complain).
         fits: whether ids are certain to be such, and of this shape, dtype and device. Of dense tensors only:
             torch's function behind it ends the process at a nested one.
     """
@@ -93,36 +93,44 @@ class Shortcut:
         self._device = ids.get_device()
         self._num_experts = problem.num_experts
         self._input_bytes = problem.num_pairs * ids.element_size()
-        # From bytes to elements, as a launch gives a size: times 256.
-        self._shift = 8 - (ids.element_size().bit_length() - 1)
-        self._num_pairs, self._capacity = problem.num_pairs << 8, capacity << 8
         lengths = (capacity, -(-capacity // problem.block_size), 1)
         self._shapes = [(length,) for length in lengths]
         self._sizes = [4 * length for length in lengths]
-        self._launch = program.launch
-        self.align = self._bound_to(program)
+        # From bytes to elements, as a launch gives a size: times 256.
+        shift = 8 - (ids.element_size().bit_length() - 1)
+        self.run = self._bound_to(program, problem.num_pairs << 8, capacity << 8, shift)
         self.fits: Callable[[torch.Tensor], bool] = _never
 
-    def _bound_to(self, program: direct.Program) -> Callable[[torch.Tensor], Any]:
-        """`align`. All that it needs is bound here, and it launches itself: at 5 us a call, every
-        attribute and every call of a function of ours is some percent."""
-        device, shift = self._device, self._shift
-        num_pairs, capacity = self._num_pairs, self._capacity
+    def _bound_to(
+        self, program: direct.Program, num_pairs: int, capacity: int, shift: int
+    ) -> Callable[..., Any]:
+        """`run`. All that it needs is bound here, and it launches itself: at 5 us a call, every attribute
+        and every call of a function of ours is some percent."""
+        device, map_shape, targets_of = self._device, (self._num_experts,), self._targets
         rows_shape, blocks_shape, count_shape = self._shapes
-        threads, enter, pack, between = (
-            program.threads,
-            program.enter,
-            program.pack,
-            program.between,
-        )
+        threads, enter = program.threads, program.enter
+        pack, between = program.pack, program.between
 
-        def align(ids: torch.Tensor) -> Any:
+        def run(
+            ids: torch.Tensor, expert_map: Any = None, out: Sequence[torch.Tensor] | None = None
+        ) -> Any:
             if direct.current_device() != device:
                 return None
-            empty, pointer = direct.empty_strided, ids.data_ptr()
-            rows = empty(rows_shape, _ONE, _INT32)
-            blocks = empty(blocks_shape, _ONE, _INT32)
-            count = empty(count_shape, _ONE, _INT32)
+            if expert_map is not None and not _is_plain(expert_map, map_shape, device):
+                return None
+            pointer = ids.data_ptr()
+            if out is None:
+                empty = direct.empty_strided
+                rows = empty(rows_shape, _ONE, _INT32)
+                blocks = empty(blocks_shape, _ONE, _INT32)
+                count = empty(count_shape, _ONE, _INT32)
+                out = rows, blocks, count
+                rows, blocks, count = rows.data_ptr(), blocks.data_ptr(), count.data_ptr()
+            else:
+                targets = targets_of(pointer, expert_map, out)
+                if targets is None:
+                    return None
+                rows, blocks, count = targets
             try:
                 launches = threads.launches
             except AttributeError:
@@ -132,49 +140,18 @@ class Shortcut:
             if between is not None and (stream or not launches.kept_is_next):
                 held = between(launches, stream)
             behind = pointer & 255
-            pack(
-                launches.values,
-                0,
-                pointer - behind,
-                num_pairs,
-                capacity,
-                behind << shift,
-                rows.data_ptr(),
-                blocks.data_ptr(),
-                count.data_ptr(),
-            )
+            start, first = pointer - behind, behind << shift
+            values = launches.values
+            if expert_map is None:
+                pack(values, 0, start, num_pairs, capacity, first, rows, blocks, count)
+            else:
+                local = expert_map.data_ptr()
+                pack(values, 0, start, local, num_pairs, capacity, first, rows, blocks, count)
             launches.enqueue(stream)
             del held
-            return rows, blocks, count
+            return out
 
-        return align
-
-    def run(
-        self, ids: torch.Tensor, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor] | None
-    ) -> Any:
-        """The three results; None where the ordinary way has to look (and to complain)."""
-        if direct.current_device() != self._device or not ids.is_contiguous() or ids.is_neg():
-            return None
-        if expert_map is not None and not _is_plain(expert_map, (self._num_experts,), self._device):
-            return None
-        pointer = ids.data_ptr()
-        if out is None:
-            empty = direct.empty_strided
-            out = tuple([empty(shape, _ONE, _INT32) for shape in self._shapes])
-            rows, blocks, count = [x.data_ptr() for x in out]
-        else:
-            targets = self._targets(pointer, expert_map, out)
-            if targets is None:
-                return None
-            rows, blocks, count = targets
-        behind = pointer & 255
-        pairs, capacity, first = self._num_pairs, self._capacity, behind << self._shift
-        if expert_map is None:
-            self._launch(pointer - behind, pairs, capacity, first, rows, blocks, count)
-        else:
-            local = expert_map.data_ptr()
-            self._launch(pointer - behind, local, pairs, capacity, first, rows, blocks, count)
-        return out
+        return run
 
     def _targets(
         self, pointer: int, expert_map: torch.Tensor | None, out: Sequence[torch.Tensor]
@@ -182,8 +159,16 @@ class Shortcut:
         """Pointers of a fitting `out`, which overlaps nothing."""
         if type(out) not in (tuple, list) or len(out) != 3:
             return None
+        device = self._device
         for target, shape in zip(out, self._shapes):  # noqa: B905 - 3 each
-            if not _is_plain(target, shape, self._device):
+            if (  # `_is_plain`, but for the time of its calls
+                type(target) is not torch.Tensor
+                or target.dtype is not _INT32
+                or target.shape != shape
+                or target.get_device() != device
+                or not target.is_contiguous()
+                or target.is_neg()
+            ):
                 return None
         first, second, third = out
         a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
@@ -243,9 +228,7 @@ def attempt(
             )
         except RuntimeError:  # a nested tensor has no shape
             return None
-        if found is not None:
-            if expert_map is None and out is None:
-                return found.align(ids) if ids.is_contiguous() and not ids.is_neg() else None
+        if found is not None and ids.is_contiguous() and not ids.is_neg():
             return found.run(ids, expert_map, out)
     return None
 
@@ -265,7 +248,7 @@ def attempt_dense(ids: torch.Tensor, num_experts: int, block_size: int) -> Any:
         found.fits = _guard(ids)
     else:
         recent[num_experts, block_size] = found
-    return found.align(ids)
+    return found.run(ids)
 
 
 def keep(

@@ -205,9 +205,15 @@ def ops_moe_align_block_size(
         rows = sorted_token_ids.numel() if isinstance(sorted_token_ids, torch.Tensor) else 0
         filtered = expert_map is not None
         done = shortcut.attempt(
-            *(topk_ids, num_experts, block_size, False, expert_map, filtered),
-            out=buffers,
-            capacity=rows,
+            topk_ids,
+            num_experts,
+            block_size,
+            False,
+            expert_map,
+            filtered,
+            None,
+            buffers,
+            rows,
         )
         if done is not None:
             return
