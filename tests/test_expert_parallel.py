@@ -22,6 +22,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from moe_align_jax import _dispatch
 from moe_align_jax._expert_parallel import choice, message, ragged
 from tests import exchanges
 from tests.exchanges import MODES, TRANSPORTS, Batch, jit, layer, mesh_of, over, scale_of, split
@@ -400,6 +401,7 @@ def test_no_token_anywhere_and_no_static_row():
 
 
 def test_the_rule_can_be_asked(monkeypatch):
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", ())  # no jax at all
     ask = functools.partial(maj.select_transport, top_k=8, num_ranks=8)
     assert ask(128).mode == "low_latency" and ask(129).mode == "normal"
     assert ask(129, max_low_latency_tokens=256).mode == "low_latency"
@@ -416,6 +418,18 @@ def test_the_rule_can_be_asked(monkeypatch):
     assert narrow.transport == "all_to_all" and "90%" in narrow.reasons["ragged_all_to_all"]
     assert ask(128, num_ranks=32, platform="gpu").transport == "all_to_all"
     assert set(narrow.reasons) == set(choice.TRANSPORTS)
+
+
+def test_our_kernels_are_the_choice_with_the_jax_they_ran_with(monkeypatch):
+    ask = functools.partial(maj.select_transport, 128, top_k=8, platform="gpu")
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", _dispatch.jax_version()[:2])
+    assert ask(num_ranks=4).transport == "nvlink"
+    assert "at most 8 devices" in ask(num_ranks=9).reasons["nvlink"]
+    assert "Mosaic GPU" in ask(num_ranks=4, platform="cpu").reasons["nvlink"]
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (0, 9))
+    other = ask(num_ranks=4)
+    assert other.transport == "all_to_all" and "with jax 0.9 only" in other.reasons["nvlink"]
+    assert ask(num_ranks=4, transport="nvlink").transport == "nvlink"
 
 
 def calls(size=2, count=4, hidden=128, x=None, ids=None, weights=None, **options):
@@ -631,7 +645,7 @@ def test_code_of_the_docs_gives_what_they_say():
     want = 0.5 * np.einsum("th,tkhf->tf", x, w[ids.astype(int)])
     np.testing.assert_allclose(names["y"], want, rtol=1e-4, atol=1e-5)
     exec(second, names)
-    assert names["choice"].transport in TRANSPORTS
+    assert names["choice"].transport in choice.TRANSPORTS
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
