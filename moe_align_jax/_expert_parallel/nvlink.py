@@ -37,6 +37,8 @@ class NvLink:
         if jax.process_count() > 1:
             return "it writes to the GPUs of its own process, and there is more than one process"
         mesh = jax.sharding.get_abstract_mesh()
+        if mesh.manual_axes and mesh.size == 1:
+            return "one device has no peers"
         if mesh.size > MAX_DEVICES:
             return f"it takes meshes of at most {MAX_DEVICES} devices; this one has {mesh.size}"
         sizes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
