@@ -63,6 +63,7 @@ class BlockAlignMosaicConfig:
     cells_per_cta: int = 1
 
 
+_NOT_OF_A_NAME = re.compile(r"[^a-z0-9]+")
 _CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockAlignMosaicConfig))
 
 
@@ -109,6 +110,7 @@ class Table(NamedTuple):
 # -- reading and writing tables -------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
 def parse_table(text: str, source: str = "the table") -> Table:
     """A table from its JSON; see `write_table`.
 
@@ -232,12 +234,20 @@ def folders() -> list[Path]:
     return [Path(given), own] if given else [own]
 
 
+def _tables_in(folder: Path) -> list[Path]:
+    # Not by glob: the first one of a process compiles its pattern, and a first call waits for it.
+    return [x for x in folder.iterdir() if x.suffix == ".json"] if folder.is_dir() else []
+
+
 @functools.cache
 def _paths() -> dict[str, Path]:
-    there = [folder for folder in reversed(folders()) if folder.is_dir()]
-    # Not by glob: the first one of a process compiles its pattern, and a first call waits for it.
-    paths = [path for folder in there for path in folder.iterdir()]
-    return {path.stem: path for path in paths if path.suffix == ".json"}
+    return {path.stem: path for folder in reversed(folders()) for path in _tables_in(folder)}
+
+
+def preload() -> None:
+    """Parses the package's own tables, so that a later `table` need not: of text that it meets again."""
+    for path in _tables_in(folders()[-1]):
+        parse_table(path.read_text(), path.name)
 
 
 @functools.cache
@@ -251,7 +261,7 @@ def table(name: str) -> Table | None:
 
 def stem_of(device_kind: str) -> str:
     """The file name, without ".json", for a kind of GPU."""
-    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
+    return _NOT_OF_A_NAME.sub("_", device_kind.lower()).strip("_")
 
 
 @functools.cache

@@ -54,8 +54,9 @@ empty_strided: Callable[..., torch.Tensor] = getattr(
 )
 
 
-with contextlib.suppress(OSError):  # said again, and louder, by the first call
+with contextlib.suppress(OSError, ValueError):  # said again, and louder, by the first call
     modules.code_digest()
+    _tuning.preload()
 
 
 class Unavailable(RuntimeError):

@@ -1,11 +1,15 @@
 """What an import does, in processes of their own; and the script that must run as it is."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from moe_align_jax import _tuning
 
 SCRIPT = """
 import torch
@@ -82,6 +86,38 @@ def test_import_does_not_import_the_compiler():
     """It takes 2 s; where a program compiles, it imports it."""
     result = run("import torch, sys, torch_bridge\nprint('torch._dynamo' in sys.modules)")
     assert result.stdout == "False\n", result.stderr
+
+
+def test_first_call_finds_sources_hashed_and_tables_parsed():
+    """What the import has done; the names of tables and their bytes are looked at again."""
+    result = run(
+        "import torch_bridge\n"
+        "from pathlib import Path\n"
+        "from moe_align_jax import _tuning\n"
+        "from torch_bridge import modules\n"
+        "read, seen = Path.read_bytes, []\n"
+        "Path.read_bytes = lambda path: (seen.append(path.suffix), read(path))[1]\n"
+        "_tuning.json = None\n"
+        "modules.source_digest()\n"
+        "print(set(seen), _tuning.table('nvidia_h200').gpu)"
+    )
+    assert result.stdout == "{'.json'} NVIDIA H200\n", result.stderr
+
+
+def test_a_folder_of_tables_may_be_named_after_the_import(tmp_path):
+    own = Path(_tuning.__file__).parent / "data/tuning/nvidia_h200.json"
+    table = json.loads(own.read_text()) | {"gpu": "mine"}
+    (tmp_path / own.name).write_text(json.dumps(table))
+    code = (
+        "import os, torch_bridge\n"
+        "from moe_align_jax import _tuning\n"
+        "from torch_bridge import modules\n"
+        f"if NAMED: os.environ[_tuning.FOLDER_VARIABLE] = {str(tmp_path)!r}\n"
+        "print(_tuning.table('nvidia_h200').gpu, modules.source_digest())"
+    )
+    named, plain = (run(f"NAMED = {flag}\n{code}").stdout.split() for flag in (True, False))
+    assert (named[0], plain[:2]) == ("mine", ["NVIDIA", "H200"])
+    assert len(named[-1]) == 64 and named[-1] != plain[-1]
 
 
 def test_import_without_torch_names_the_extra():
