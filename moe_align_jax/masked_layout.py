@@ -3,7 +3,8 @@
 Masked: a box of M rows per expert, of which `masked_m` are in use, for a masked grouped GEMM. Contiguous:
 each expert's rows together, padded to whole GEMM blocks, with `m_indices` naming the expert of each row.
 Both orders are those of `moe_align_block_size`: by expert, then by pair, so rank-major and then by token
-for tokens gathered from several ranks. Rows move by gathers in both directions and in both gradients.
+for tokens gathered from several ranks. On a Hopper GPU one kernel makes the masked layout and another one
+the weighted sums; elsewhere, and in all gradients, rows move by gathers.
 
 T tokens, K top_k, n = T * K pairs, e (local) experts, M rows per expert, P rows, H hidden.
 """
