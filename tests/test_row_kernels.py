@@ -334,6 +334,14 @@ def test_xla_keeps_what_it_divides_over_devices():
     assert operations(lower(half, *placed))["stablehlo.gather"]
 
 
+def test_without_jit_it_is_the_same():
+    y = tokens(18, 256).reshape(3, 6, 256)
+    _, layout = maj.permute_to_masked(tokens(6, 4), routing("with holes", 6, 2, 3), num_experts=3)
+    want = maj.unpermute_from_masked(y, layout)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(maj.unpermute_from_masked(y, layout), want)
+
+
 # -- on a GPU ------------------------------------------------------------------------------------------
 
 
