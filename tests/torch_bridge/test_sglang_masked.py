@@ -225,17 +225,25 @@ def test_only_its_twin_is_kept_out_of_cuda_graphs():
     assert unsafe not in OPS.silu_and_mul_masked_quant_into.default.tags
 
 
-@pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor_puts_it_into_a_cuda_graph():
-    def layer(x, q, scales, masked_m):
-        quant(x + x, q, scales, 128, masked_m)
-        return q.view(torch.uint8).clone(), scales.clone()
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [("cpu", None), pytest.param("cuda", "reduce-overhead", marks=pytest.mark.gpu)],
+)
+def test_inductor_allocates_what_it_writes(device, mode):
+    """On a GPU inside inductor's CUDA graph, which replays with other values and counts."""
 
-    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
-    x, q, scales, masked_m = buffers(8, 64, 2048, device="cuda")
+    def layer(x, masked_m):
+        codes = torch.full((4, 6, 256), UNTOUCHED, dtype=torch.uint8, device=device)
+        scales = torch.full((4, 6, 2), 7.0, device=device)
+        quant(x + x, codes.view(torch.float8_e4m3fn), scales, 128, masked_m)
+        return codes, scales
+
+    compiled = torch.compile(layer, mode=mode, fullgraph=True)
+    x, _, _, masked_m = buffers(4, 6, 256, device=device)
     for sign in (1, -1, 1, -1):
-        codes, found = compiled(sign * x, q, scales, masked_m)
+        masked_m = 6 - masked_m
+        codes, found = compiled(sign * x, masked_m)
         check(sign * (x + x), codes.view(torch.float8_e4m3fn), found, masked_m)
 
 
