@@ -20,11 +20,8 @@ from typing import Any, NamedTuple
 
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
-# Of moe_align_jax: files, and folders with all of their Python files.
-_SOURCES = (
-    *("_kernels/block_align", "_kernels/masked_quant", "_simt"),
-    *("_checks.py", "_quant.py", "_tuning.py", "types.py"),
-)
+# Of moe_align_jax: what a program comes from, beside the leaves at its top (`_*.py`).
+_SOURCES = ("_kernels", "_kernels/block_align", "_kernels/masked_quant", "_simt")
 
 
 class Entry(NamedTuple):
@@ -65,9 +62,11 @@ def code_digest() -> str:
     import moe_align_jax
 
     start, here = moe_align_jax.__version__, Path(__file__).parent
-    root, files = Path(moe_align_jax.__file__).parent, []
+    root = Path(moe_align_jax.__file__).parent
+    files = [path for path in _files_in(root, ".py") if path.name.startswith("_")]
+    files += [root / "types.py"]
     for name in _SOURCES:
-        files += [root / name] if name.endswith(".py") else _files_in(root / name, ".py")
+        files += _files_in(root / name, ".py")
     for package in ("jax", "jaxlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             start += f"\0{package} {importlib.metadata.version(package)}"

@@ -263,7 +263,7 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     assert set(answer) == {"error"} and "were changed" in answer["error"]
 
 
-def test_lowering_needs_neither_torch_nor_a_gpu():
+def test_lowering_needs_neither_torch_nor_a_gpu(monkeypatch):
     """The whole way to Mosaic's module, in a process of its own."""
     code = f"""
 import importlib.util, json, os, sys
@@ -279,9 +279,18 @@ def compiler(kernel):
     made.append(launch.lower(kernel))
     return "ptx", launch.KernelLaunch(kernel.name, (1, 1, 1), (1, 1, 1), (1, 1, 1), 0, ())
 launches, texts, shapes = launch.compile_program(compiler, problem)
-print(json.dumps([len(made), made[0][:4].hex(), list(shapes)]))
+from moe_align_jax._kernels.masked_quant import trial
+files = [m.__file__ for n, m in sys.modules.items() if n.startswith("moe_align_jax.")]
+print(json.dumps([len(made), made[0][:4].hex(), list(shapes), files]))
 """
-    count, magic, shapes = _serve("", code)
+    count, magic, shapes, files = _serve("", code)
+    # All that it imports of ours is a part of the key.
+    hashed, read = set(), pathlib.Path.read_bytes
+    monkeypatch.setattr(
+        pathlib.Path, "read_bytes", lambda path: (hashed.add(str(path)), read(path))[1]
+    )
+    modules.code_digest.__wrapped__()
+    assert len(files) > 10 and not set(files) - hashed
     assert count == 1 and bytes.fromhex(magic) == b"ML\xefR"  # MLIR bytecode
     problem = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
     assert shapes == [*problem.inputs, *problem.outputs]
