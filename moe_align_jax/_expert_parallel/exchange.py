@@ -112,7 +112,7 @@ def give_back_sums(info: DispatchInfo, y, weights, layout, plan):
 
 
 def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
-    rows = sum_rows(y, weights, row_of_pair, pair_of_row).astype(y.dtype)
+    rows = sum_rows(y, weights, row_of_pair, pair_of_row, y.dtype)
     with jax.named_scope("give_back"):
         return give_back(info, rows, None, plan)
 
