@@ -1,6 +1,7 @@
 """Tokens to the ranks of their experts, quantised on the way if asked."""
 
 from types import SimpleNamespace
+from typing import Any
 
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import GROUP, Send
@@ -38,68 +39,79 @@ class _Sender:
 
     def _one(self, token: Int) -> None:
         t, problem = self.t, self.problem
+        # All loads first: none waits for another.
+        batches = copying.batches(copying.pieces(t, problem.fields, self.thread, WARPGROUP))
+        held = [self._load(batches[0], token)]
+        routes = self._load_routes(token) if problem.routing else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
-        wanted = []
-        for rank in self.ranks:
-            first, any_here = rank * problem.num_local_experts, None
-            for expert in ids:
-                here = (expert - first).below(problem.num_local_experts)
-                any_here = here if any_here is None else any_here | here
-            wanted.append(any_here)
+        wanted = [self._wanted(ids, rank) for rank in self.ranks]
         row = t.rank() * problem.num_tokens + token
-        if problem.quantise is None:
-            self._copy(token, row, wanted)
-        else:
-            self._quantise(token, row, wanted)
-        if problem.routing:
-            self._route(token, row)
+        store = self._copy if problem.quantise is None else self._quantise
+        for batch in batches:
+            store(batch, held.pop() if held else self._load(batch, token), row, wanted)
+        for route in routes:
+            self._store_route(row, *route)
 
-    def _copy(self, token: Int, row: Int, wanted: list[Int]) -> None:
+    def _load(self, batch: list[copying.Piece], token: Int) -> list[Any]:
+        words = [field.words for field in self.problem.fields]
+        return [
+            copying.load(self.t, getattr(self.r, f"field{p.field}"), p, token * words[p.field])
+            for p in batch
+        ]
+
+    def _wanted(self, ids: list[Int], rank: Int) -> Int:
+        count = self.problem.num_local_experts
+        first = rank * count
+        wanted = (ids[0] - first).below(count)
+        for expert in ids[1:]:
+            wanted = wanted | (expert - first).below(count)
+        return wanted
+
+    def _copy(
+        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+    ) -> None:
         t, fields = self.t, self.problem.fields
-        for batch in copying.batches(copying.pieces(t, fields, self.thread, WARPGROUP)):
-            held = [
-                copying.load(
-                    t, getattr(self.r, f"field{p.field}"), p, token * fields[p.field].words
-                )
-                for p in batch
-            ]
-            for refs, goes in zip(self.there, wanted, strict=True):
-                for piece, value in zip(batch, held, strict=True):
-                    with t.if_(piece.inside & goes):
-                        ref = refs[f"received{piece.field}"]
-                        copying.store(t, ref, piece, row * fields[piece.field].words, value)
+        for refs, goes in zip(self.there, wanted, strict=True):
+            for piece, value in zip(batch, held, strict=True):
+                with t.if_(piece.inside & goes):
+                    ref = refs[f"received{piece.field}"]
+                    copying.store(t, ref, piece, row * fields[piece.field].words, value)
 
-    def _route(self, token: Int, row: Int) -> None:
-        """Each rank gets its own experts' pairs; the others' are marked."""
-        t, top_k, count = self.t, self.problem.top_k, self.problem.num_local_experts
+    def _load_routes(self, token: Int) -> list[tuple[Int, Int, Int, Int]]:
+        """(k, whether it is there, expert, weight): a pair of the token for each thread."""
+        t, top_k, routes = self.t, self.problem.top_k, []
         for start in range(0, top_k, WARPGROUP):
             k = self.thread + start
-            with t.if_(k < top_k):
-                expert = t.load(self.r.topk_ids, token * top_k + k)
-                weight = t.load(self.r.weights, token * top_k + k)
-                for rank, refs in zip(self.ranks, self.there, strict=True):
-                    local = expert - rank * count
-                    here = local.below(count)
-                    t.store(refs["local_ids"], row * top_k + k, t.select(here, local, -1))
-                    t.store(refs["local_weights"], row * top_k + k, t.select(here, weight, 0))
+            at = token * top_k + t.select(k < top_k, k, 0)
+            routes.append((k, k < top_k, t.load(self.r.topk_ids, at), t.load(self.r.weights, at)))
+        return routes
 
-    def _quantise(self, token: Int, row: Int, wanted: list[Int]) -> None:
+    def _store_route(self, row: Int, k: Int, inside: Int, expert: Int, weight: Int) -> None:
+        """Each rank gets its own experts' pairs; the others' are marked."""
+        t, at, count = self.t, row * self.problem.top_k + k, self.problem.num_local_experts
+        with t.if_(inside):
+            for rank, refs in zip(self.ranks, self.there, strict=True):
+                local = expert - rank * count
+                here = local.below(count)
+                t.store(refs["local_ids"], at, t.select(here, local, -1))
+                t.store(refs["local_weights"], at, t.select(here, weight, 0))
+
+    def _quantise(
+        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+    ) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
         t, [field] = self.t, self.problem.fields
         lane = self.thread & (WARP - 1)
-        for batch in copying.batches(copying.pieces(t, [field], self.thread, WARPGROUP)):
-            held = [copying.load(t, self.r.field0, p, token * field.words) for p in batch]
-            for piece, words in zip(batch, held, strict=True):
-                codes, scale = self._codes(words, lane)
-                group = piece.first // (GROUP // 2)
-                opens = (lane & (GROUP // _VALUES - 1)).eq(0)
-                for refs, goes in zip(self.there, wanted, strict=True):
-                    with t.if_(piece.inside & goes):
-                        at = row * (field.columns // 4) + piece.first // 2
-                        t.store2(refs["received0"], at, codes)
-                        with t.if_(opens):
-                            at = row * (field.columns // GROUP) + group
-                            t.store(refs["received1"], at, scale)
+        opens = (lane & (GROUP // _VALUES - 1)).eq(0)
+        for piece, words in zip(batch, held, strict=True):
+            codes, scale = self._codes(words, lane)
+            group = piece.first // (GROUP // 2)
+            for refs, goes in zip(self.there, wanted, strict=True):
+                with t.if_(piece.inside & goes):
+                    at = row * (field.columns // 4) + piece.first // 2
+                    t.store2(refs["received0"], at, codes)
+                    with t.if_(opens):
+                        t.store(refs["received1"], row * (field.columns // GROUP) + group, scale)
 
     def _codes(self, words: tuple[Int, ...], lane: Int) -> tuple[tuple[Int, ...], Int]:
         """e4m3 codes of 8 bfloat16, in two words, and the scale of their group.
