@@ -29,7 +29,7 @@ SIZES = (
     *(Size(BLOCK, EXPERTS, 16), Size(BLOCK, 1, 64), Size(BLOCK + 1, 1, 64)),
     *(Size(4000, 128, 64), Size(8192, 64, 128), Size(8192, EXPERTS, 8), Size(70_000, 256, 128)),
     *(Size(140_000, 60, 64), Size(WARP + 1, EXPERTS + 1, 16), Size(200, 3000, 8)),
-    *(Size(300, 9000, 16), Size(5000, 65_535, 4), Size(17_000, 9000, 8)),
+    *(Size(300, 9000, 16), Size(16_000, 65_535, 4), Size(17_000, 9000, 8)),
 )
 
 # Every combination of what changes the program. Values are made by `arguments` in helpers.

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax": set(),  # __init__: names are resolved on first use
     "moe_align_jax.types": set(),
     "moe_align_jax._checks": set(),
-    "moe_align_jax._tuning": {"moe_align_jax.types"},
+    "moe_align_jax._fits": {"moe_align_jax.types"},
+    "moe_align_jax._tuning": {"moe_align_jax._fits", "moe_align_jax.types"},
     "moe_align_jax._files": {"moe_align_jax._checks"},
     "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._reference.masked_quant": {"moe_align_jax._quant"},
     "moe_align_jax._reference": {"moe_align_jax.types", "moe_align_jax._reference.replicas"},
     "moe_align_jax._kernels": {
-        *(f"moe_align_jax.{m}" for m in ("_simt", "_tuning", "types")),
+        *(f"moe_align_jax.{m}" for m in ("_fits", "_simt", "_tuning", "types")),
         *(
             f"moe_align_jax._kernels.block_align.{shared}"
             for shared in ("common", "counting", "placing")
@@ -126,6 +127,7 @@ JAX_FREE = (
     "moe_align_jax",
     "moe_align_jax.types",
     "moe_align_jax._checks",
+    "moe_align_jax._fits",
     "moe_align_jax._tuning",
     "moe_align_jax._quant",
     "moe_align_jax._files",

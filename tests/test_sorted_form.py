@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from moe_align_jax import _tuning
+from moe_align_jax import _fits
+from moe_align_jax._fits import BlockAlignMosaicConfig
 from moe_align_jax._kernels import block_align
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import check_launch
-from moe_align_jax._tuning import BlockAlignMosaicConfig
 from moe_align_jax.types import AlignProblem
 from tests import forms, oracle
 
@@ -35,7 +35,7 @@ def test_every_configuration_equals_the_oracle(size, config):
     seed = SIZES.index(size) * len(CONFIGS) + CONFIGS.index(config)
     options = forms.OPTIONS[seed * 7 % len(forms.OPTIONS)]
     problem = forms.problem(size, options, id_words=1 + seed % 2)
-    config = _tuning.fit(sorted_config(*config), problem)
+    config = _fits.fit(sorted_config(*config), problem)
     assert config.form == "sorted"
     dtype = "int32" if problem.id_words == 1 else "int64"
     ids = oracle.route(
@@ -103,7 +103,7 @@ def test_one_cta_of_a_cluster_may_hold_every_pair(routing):
 )
 def test_fit_takes_another_form_for_what_it_cannot_sort(num_pairs, num_experts, form, cluster):
     config = sorted_config(8, 64, 1)
-    got = _tuning.fit(config, AlignProblem(num_pairs, num_experts, 1, num_pairs))
+    got = _fits.fit(config, AlignProblem(num_pairs, num_experts, 1, num_pairs))
     assert (got.form, got.cluster) == (form, cluster)
 
 
@@ -112,7 +112,7 @@ def test_whatever_a_table_says_can_be_launched():
     configs = itertools.product((1, 2, 8), (1, 5, 64, 256), (1, 2, 8))
     for (n, num_experts), config in itertools.product(sizes, list(configs)):
         problem = AlignProblem(n, num_experts, 16, n * 16)
-        fitted = _tuning.fit(sorted_config(*config), problem)
+        fitted = _fits.fit(sorted_config(*config), problem)
         for kernel in block_align.build(problem, fitted).kernels:
             check_launch(kernel)
             assert fitted.form == "radix" or -(-n // kernel.num_threads) <= 16  # in registers
@@ -120,7 +120,7 @@ def test_whatever_a_table_says_can_be_launched():
 
 @pytest.mark.parametrize("num_keys", [1, 2, 3, 256, 257, 1152, 8192, 65_535, 65_536])
 def test_digits_say_all_of_a_key(num_keys):
-    digits = _tuning.sorted_digits(num_keys)
+    digits = _fits.sorted_digits(num_keys)
     keys = np.arange(num_keys)
     parts = [(keys >> shift & ((1 << bits) - 1)) << shift for shift, bits in digits]
     np.testing.assert_array_equal(sum(parts, np.zeros_like(keys)), keys)

@@ -297,9 +297,9 @@ def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch,
     forget_digests()
     assert modules.source_digest() == before
     parts = {path.parent.name + "/" + path.name for path in opened}
-    for name in ("block_align/warp.py", "block_align/radix.py", "_simt/mosaic.py"):
+    for name in ("block_align/warp.py", "block_align/sorted.py", "_simt/mosaic.py"):
         assert name in parts
-    for name in ("_tuning.py", "_checks.py", "types.py"):
+    for name in ("_tuning.py", "_fits.py", "_checks.py", "types.py"):
         assert f"moe_align_jax/{name}" in parts
     assert {"torch_bridge/launch.py", "torch_bridge/driver.py"} <= parts
     assert "tuning/nvidia_h200.json" in parts

@@ -12,10 +12,10 @@ Bytes: ids read once per CTA, every output written once (counts twice where they
 import contextlib
 from types import SimpleNamespace
 
+from moe_align_jax._fits import BlockAlignMosaicConfig, sorted_digits, sorted_range
 from moe_align_jax._kernels.block_align import common
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
-from moe_align_jax._tuning import BlockAlignMosaicConfig, sorted_digits, sorted_range
 from moe_align_jax.types import AlignProblem
 
 _HALF = 16  # an expert's place in its range and a pair share a word
