@@ -125,8 +125,9 @@ def dispatch(
         num_valid_tokens: None, an int or an integer scalar (a device value): rows from it on are padding.
         max_tokens_per_expert: "low_latency": M; None for R, which is enough where the ids of a token are
             distinct. With less, pairs past M are dropped: the handle's layout counts them.
-        initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them (most of the
-            memory traffic), for consumers that never read them; not for training. None: not with an fp8 payload.
+        initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them (most
+            of the memory traffic), for consumers that never read them; not for training. None: not with an
+            fp8 payload.
         transport: None chooses by shape and platform (`select_transport` says how); or a name.
 
     Returns:
@@ -157,7 +158,7 @@ def dispatch(
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
     ids = check_ids(function, topk_ids)
-    num_tokens, top_k = x.shape[0], ids.shape[1]
+    num_tokens = x.shape[0]
     weights = check_pairs(function, ids, topk_weights, num_tokens)
     most = _checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
@@ -171,8 +172,6 @@ def dispatch(
         function,
         transport,
         mode=chosen,
-        num_tokens=num_tokens,
-        top_k=top_k,
         num_ranks=size,
         platform=mesh_platform(),
     )
@@ -286,7 +285,7 @@ def select_transport(
 
     Args:
         num_tokens: T, tokens per rank.
-        top_k: K.
+        top_k: K. Today's rule does not depend on it.
         num_ranks: D.
         mode: as for `dispatch`.
         max_low_latency_tokens: as for `dispatch`.
@@ -313,6 +312,4 @@ def select_transport(
         _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
     chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
     platform = platform or ("gpu" if jax.default_backend() == "gpu" else jax.default_backend())
-    return choose(
-        function, transport, mode=chosen, num_tokens=num_tokens, platform=platform, **sizes
-    )
+    return choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)

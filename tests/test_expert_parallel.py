@@ -407,17 +407,9 @@ def test_the_rule_can_be_asked(monkeypatch):
     assert ask(129, max_low_latency_tokens=256).mode == "low_latency"
     assert ask(4096, platform="cpu").transport == "all_to_all"
     assert ask(64, transport="all_gather").transport == "all_gather"
-    monkeypatch.setenv("XLA_FLAGS", "--a=b")
-    slow = ask(4096, num_ranks=32, platform="gpu")
-    assert slow.transport == "all_to_all" and "slow" in slow.reasons["ragged_all_to_all"]
-    monkeypatch.setenv("XLA_FLAGS", f"--a=b {ragged.DECOMPOSER_FLAG}=true")
-    # 1 - (31/32)^8 = 22% of the rows of a dense exchange would be of use, and 1 - (3/4)^8 = 90%.
     wide = ask(4096, num_ranks=32, platform="gpu")
-    assert wide.transport == "ragged_all_to_all" and "22%" in wide.reasons["ragged_all_to_all"]
-    narrow = ask(4096, num_ranks=4, platform="gpu")
-    assert narrow.transport == "all_to_all" and "90%" in narrow.reasons["ragged_all_to_all"]
-    assert ask(128, num_ranks=32, platform="gpu").transport == "all_to_all"
-    assert set(narrow.reasons) == set(choice.TRANSPORTS)
+    assert wide.transport == "all_to_all" and "no fast form" in wide.reasons["ragged_all_to_all"]
+    assert set(wide.reasons) == set(choice.TRANSPORTS)
 
 
 def test_our_kernels_are_the_choice_with_the_jax_they_ran_with(monkeypatch):

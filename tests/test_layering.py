@@ -59,6 +59,9 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_simt.collectives", "_simt.language", "_kernels.rows")),
         "lazily moe_align_jax._simt.mosaic",
     },
+    "moe_align_jax._kernels.peer_rows": {
+        *("moe_align_jax._kernels.peer_rows", "moe_align_jax._simt.language"),
+    },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),

@@ -19,10 +19,6 @@ TRANSPORTS: dict[str, Transport] = {
 
 # The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
 NVLINK_RUN_WITH = (0, 11)
-# From so many tokens per rank on, sending fewer rows pays for counting them first.
-RAGGED_MIN_TOKENS = 1024
-# ... where at most this part of the rows of a dense exchange is of use.
-RAGGED_MAX_SHARE = 0.75
 
 
 class TransportChoice(NamedTuple):
@@ -59,18 +55,11 @@ def resolve_mode(function: str, mode: Any, num_tokens: int, most: int) -> str:
     return mode
 
 
-def used_share(num_ranks: int, top_k: int) -> float:
-    """The part of a dense exchange's rows that are of use under uniform routing: `1 - (1 - 1/D)^K`."""
-    return 1 - (1 - 1 / num_ranks) ** top_k
-
-
 def choose(
     function: str,
     transport: Any,
     *,
     mode: str,
-    num_tokens: int,
-    top_k: int,
     num_ranks: int,
     platform: str,
 ) -> TransportChoice:
@@ -91,30 +80,14 @@ def choose(
     reasons = {
         "all_gather": "as many bytes as all_to_all, and its reduce-scatter adds in the payload's dtype",
         "all_to_all": "the fastest dense exchange measured",
+        "ragged_all_to_all": cannot["ragged_all_to_all"]
+        or "XLA has no fast form of it yet: no shape where it won was measured",
     }
-    best = "all_to_all"
     if reason := cannot["nvlink"] or _nvlink_unwanted(num_ranks):
-        reasons["nvlink"] = reason
-    else:
-        best = "nvlink"
-        reasons["nvlink"] = "our kernels write to the peers: the fastest measured, at 8 to 4096 tokens"
-        reasons["all_to_all"] = "slower than our own kernels"
-    share = used_share(num_ranks, top_k)
-    if cannot["ragged_all_to_all"]:
-        reasons["ragged_all_to_all"] = cannot["ragged_all_to_all"]
-    elif best == "nvlink":
-        reasons["ragged_all_to_all"] = "our kernels send no more rows"
-    elif not ragged.decomposer_enabled():
-        reasons["ragged_all_to_all"] = f"slow without XLA_FLAGS={ragged.DECOMPOSER_FLAG}=true"
-    elif mode == "low_latency" or num_tokens < RAGGED_MIN_TOKENS:
-        reasons["ragged_all_to_all"] = "counting the rows first costs more than it saves"
-    elif share > RAGGED_MAX_SHARE:
-        reasons["ragged_all_to_all"] = f"{share:.0%} of the rows of a dense exchange are of use"
-    else:
-        best = "ragged_all_to_all"
-        reasons["ragged_all_to_all"] = f"only {share:.0%} of a dense exchange's rows are of use"
-        reasons["all_to_all"] = reasons["all_gather"] = "moves rows that nobody needs"
-    return TransportChoice(best, mode, reasons)
+        return TransportChoice("all_to_all", mode, reasons | {"nvlink": reason})
+    reasons["nvlink"] = "our kernels write to the peers: the fastest measured, at 8 to 4096 tokens"
+    reasons["all_to_all"] = "slower than our own kernels"
+    return TransportChoice("nvlink", mode, reasons)
 
 
 def _nvlink_unwanted(num_ranks: int) -> str | None:

@@ -10,7 +10,6 @@ output_offsets[j]  sum_{r' < r} C[r', j]        sum_{j' < r} C[j, j']
 recv_sizes[j]      C[j, r]                      C[r, j]
 """
 
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -24,16 +23,6 @@ from moe_align_jax._expert_parallel.rows import accumulator, take_rows
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
 
 _I32 = jnp.int32
-
-# Without it XLA:GPU's ragged_all_to_all is right, but up to 33 times slower (H200, jax 0.11.2, 2026-11-21).
-DECOMPOSER_FLAG = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer"
-
-
-def decomposer_enabled() -> bool:
-    """Whether this process's XLA_FLAGS ask for the fast form of ragged_all_to_all."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    chosen = [f.partition("=")[2] for f in flags if f.partition("=")[0] == DECOMPOSER_FLAG]
-    return bool(chosen) and chosen[-1].lower() in ("", "true", "1")
 
 
 class RaggedPlan(NamedTuple):
