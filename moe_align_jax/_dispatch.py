@@ -176,9 +176,13 @@ def _abstract_eval(*avals, problem: Problem, implementation: str | None, batched
     return [out(batch + shape) for shape in problem.outputs.values()]
 
 
-block_align_p.def_impl(
-    lambda *operands, **params: jax.jit(functools.partial(block_align_p.bind, **params))(*operands)
-)
+def run_eagerly(primitive: Primitive, *operands: jax.Array, **params: Any) -> Any:
+    """A primitive outside jit: a program of its own, also under `jax.disable_jit`."""
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+
+
+block_align_p.def_impl(functools.partial(run_eagerly, block_align_p))
 
 
 def _lower(platform: str, ctx, *operands, problem: Problem, implementation, batched):

@@ -329,9 +329,7 @@ def _abstract_eval(x, masked_m, *, problem: MaskedQuantProblem, implementation: 
     return [out(shape, dtype) for shape, dtype in problem.outputs.values()]
 
 
-masked_quant_p.def_impl(
-    lambda *operands, **params: jax.jit(functools.partial(masked_quant_p.bind, **params))(*operands)
-)
+masked_quant_p.def_impl(functools.partial(_dispatch.run_eagerly, masked_quant_p))
 
 
 def _unavailable(problem: MaskedQuantProblem, implementation: str, platform: str) -> str | None:

@@ -31,6 +31,23 @@ def row(result, *index):
     return jax.tree.map(lambda x: x[index], result)
 
 
+def test_without_jit_it_is_the_same(implementation):
+    ids = ids_of(40)
+    with jax.disable_jit():
+        got = aligner(implementation)(ids)
+    oracle.assert_same(got, oracle.expected(ids, **OPTIONS))
+
+
+def test_the_masked_activation_without_jit_is_the_same():
+    x = np.random.default_rng(0).standard_normal((2, 3, 256)).astype(np.float32)
+    given = jnp.asarray(x, jnp.bfloat16), np.array([2, 3], np.int32)
+    want = maj.silu_and_mul_masked_quant(*given)
+    with jax.disable_jit():
+        got = maj.silu_and_mul_masked_quant(*given)
+    for mine, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
+
+
 @pytest.mark.parametrize("num_pairs", [6, 400, 3000])
 def test_jit_equals_oracle(implementation, num_pairs):
     ids = ids_of(num_pairs)

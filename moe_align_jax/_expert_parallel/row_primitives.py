@@ -49,11 +49,7 @@ def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) 
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
 
-    def run(*operands, problem):
-        with jax.disable_jit(False):  # it would come here again
-            return jax.jit(functools.partial(primitive.bind, problem=problem))(*operands)
-
-    primitive.def_impl(run)
+    primitive.def_impl(functools.partial(_dispatch.run_eagerly, primitive))
 
     def lower(platform: str, ctx, *operands, problem):
         by_xla = _dispatch.kernels_unavailable(platform) or _divided_by_xla(ctx)
