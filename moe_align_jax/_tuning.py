@@ -264,10 +264,13 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             form="pairs", num_warpgroups=4, num_ctas=64, cells_per_cta=8192
         )
     elif num_experts > MAX_HISTOGRAM_EXPERTS and num_pairs <= MAX_SORTED_PAIRS:
-        cluster = 1 if end <= 512 else MAX_CLUSTER  # its barrier against the length of the sort
         groups = 4 if end <= MAX_SORTED_PAIRS // 2 else 8  # 16 pairs to read per thread at most
         config = BlockAlignMosaicConfig(
-            form="sorted", num_warpgroups=groups, num_ctas=64, cluster=cluster, cells_per_cta=1024
+            form="sorted",
+            num_warpgroups=groups,
+            num_ctas=64,
+            cluster=MAX_CLUSTER,
+            cells_per_cta=1024,
         )
     elif num_experts > MAX_HISTOGRAM_EXPERTS:
         config = RADIX

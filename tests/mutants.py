@@ -201,6 +201,19 @@ MUTANTS = (
         after="number = s.collect()",
     ),
     _form(
+        "sorted: pairs take their places while others are compared with them",
+        "sorted",
+        "t.block_sync()  # all have read, and the target may be the source",
+        "pass",
+    ),
+    _form(
+        "sorted: a pair is below itself",
+        "sorted",
+        "below = below + t.select(t.load(words, part + k).below(word), 1, 0)",
+        "below = below + t.select(word.below(t.load(words, part + k)), 0, 1)",
+        kills="wrong",
+    ),
+    _form(
         "sorted: counts are added up before all have counted",
         "sorted",
         BLOCK_SYNC,

@@ -10,6 +10,7 @@ Bytes: ids read once per CTA, every output written once (counts twice where they
 """
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 from moe_align_jax._fits import BlockAlignMosaicConfig, sorted_digits, sorted_range
@@ -20,6 +21,7 @@ from moe_align_jax.types import AlignProblem
 
 _HALF = 16  # an expert's place in its range and a pair share a word
 _LOW = (1 << _HALF) - 1
+_MOST_COMPARED = 192  # pairs, beyond which two passes by digits are faster
 _MOST_MASKS = 8  # that a thread keeps in registers beside its keys
 
 
@@ -45,6 +47,14 @@ def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
     counts = t.value_if(lane < num_warps, lambda: t.load(scratch, lane), 0)
     running = collectives.warp_inclusive_scan(t, counts, lane, num_warps)
     return t.shfl(running - counts, warp), t.shfl(running, num_warps - 1)
+
+
+def compared_pairs(num_pairs: int, threads: int, cluster: int) -> int:
+    """The most pairs of a range that are compared rather than sorted by digits: an even share and three
+    standard deviations; 0 where that is too many."""
+    share = -(-num_pairs // cluster)
+    most = -(-min(num_pairs, share + 3 * math.isqrt(share)) // WARP) * WARP
+    return most if most <= min(_MOST_COMPARED, threads) else 0
 
 
 class _Sorter:
@@ -102,6 +112,30 @@ class _Sorter:
                 t.store(r.words0, at + t.popc(mask & below), (key << _HALF) | pair)
             at = at + t.popc(mask)
         return number
+
+    def compare(self, compared: int, target: object, number: Int) -> None:
+        """Sorts up to `compared` pairs by comparing each with all: a word says expert, then pair. Behind
+        the last are words of all ones. Neighbouring lanes share a pair, each looks at a part of the others.
+        """
+        t, words = self.t, self.r.words0
+        shift = min(3, (self.threads // compared).bit_length() - 1)
+        parts = 1 << shift
+        place, part = self.tid >> shift, self.tid & (parts - 1)
+        word = t.load(words, t.select(place < compared, place, 0))
+
+        def rank() -> Int:
+            below = t.const(0)
+            for k in range(0, compared, parts):
+                below = below + t.select(t.load(words, part + k).below(word), 1, 0)
+            for k in range(shift):
+                below = below + t.shfl(below, self.lane ^ (1 << k))
+            return below
+
+        found = t.value_if((self.tid - self.lane) >> shift < number, rank, 0)  # for whole warps
+        t.block_sync()  # all have read, and the target may be the source
+        with t.if_(part.eq(0) & (place < number)):
+            t.store(target, found, word)
+        t.block_sync()
 
     def sort(self, index: int, shift: int, bits: int, number: Int) -> None:
         """One stable pass by a digit, from words `index` to the other ones; its histogram is cleared, a
@@ -302,21 +336,28 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
     threads = config.num_warpgroups * WARPGROUP
     rounds = -(-problem.num_pairs // threads)
     digits = sorted_digits(sorted_range(problem.num_experts, config.num_ctas, config.cluster))
+    compared = compared_pairs(problem.num_pairs, threads, config.cluster) if digits else 0
     bins = {f"histogram{k}": (threads // WARP + 1) << bits for k, (_, bits) in enumerate(digits)}
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         s = _Sorter(t, r, problem, rounds, vector=vector)
         for name, words in bins.items():
             collectives.fill(t, getattr(r, name), 0, words, s.tid, threads, vector=True)
+        collectives.fill(t, r.words0, -1, compared, s.tid, threads, vector=True)
         with t.if_(s.tid < 2):
             t.store(r.before, s.tid, 0)
         t.grid_dependency_wait()
         t.launch_dependents()
         number = s.collect()
         t.block_sync()
-        for index, (shift, bits) in enumerate(digits):
-            s.sort(index, shift, bits, number)
         words, spare = (getattr(r, f"words{(len(digits) + k) % 2}") for k in range(2))
+        if compared:
+            with t.if_(number <= compared):
+                s.compare(compared, words, number)
+        if compared < problem.num_pairs:
+            with t.if_(compared < number):
+                for index, (shift, bits) in enumerate(digits):
+                    s.sort(index, shift, bits, number)
         s.find_blocks(words, spare, number)
         first_block, in_use = s.exchange()
         s.write(words, spare, number, first_block)
