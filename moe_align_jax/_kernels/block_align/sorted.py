@@ -1,11 +1,12 @@
 """Up to 16K pairs of very many experts, in one launch: each CTA sorts the pairs of a range of experts.
 
 The CTAs of a cluster own a range of experts each. A CTA reads every id and keeps its range's pairs, in
-order, in shared memory; sorts them by expert, a digit of at most 8 bits at a time; and finds the pairs that
-open a block (every block_size-th of an expert). Sorted, a block holds the pairs from its opener to the next
-one's: the openers are all that writing needs, but for the number of blocks of the ranges before, the one
-word that a cluster exchanges. Several clusters (num_ctas / cluster) do the same work and write a share of it
-each. Nothing is as long as E but the counts that are written. Under skew one CTA may hold every pair.
+order, in shared memory; sorts them by expert, by comparing each with all where they are few, else a digit
+of at most 8 bits at a time; and finds the pairs that open a block (every block_size-th of an expert). Sorted,
+a block holds the pairs from its opener to the next one's: the openers are all that writing needs, but for
+the number of blocks of the ranges before, the one word that a cluster exchanges. Several clusters (num_ctas /
+cluster) do the same work and write a share of it each. Nothing is as long as E but the counts that are
+written. Under skew one CTA may hold every pair: several times slower, and right.
 Bytes: ids read once per CTA, every output written once (counts twice where they are not 0). Deterministic.
 """
 
