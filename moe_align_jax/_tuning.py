@@ -33,6 +33,12 @@ from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 DEFAULT_TABLE = "nvidia_h200"
 HEURISTIC = "heuristic"  # in place of a table's name
+# GPUs of one chip with other memory: a table serves them until there is one of their own.
+SAME_CHIP = {
+    "nvidia_h100": "nvidia_h200",
+    "nvidia_h800": "nvidia_h200",
+    "nvidia_gh200": "nvidia_h200",
+}
 FOLDER_VARIABLE = "MOE_ALIGN_TUNING_DIR"  # a folder of tables that come before the package's own
 
 # Of the heuristic: where "block" ends.
@@ -215,12 +221,14 @@ def table_name(device_kind: str | None) -> str:
     """Which table serves a GPU, as `AlignProblem.tuning` has it.
 
     The longest name that begins the kind's: "nvidia_h100" serves "NVIDIA H100 80GB HBM3" unless there is
-    an "nvidia_h100_80gb_hbm3". None is no GPU: "", the default table.
+    an "nvidia_h100_80gb_hbm3". Without one, that of another GPU with the same chip, then the heuristic. None
+    is no GPU: "", the default table.
     """
     if device_kind is None:
         return ""
-    stem = stem_of(device_kind)
-    fitting = [name for name in _paths() if f"{stem}_".startswith(f"{name}_")]
+    stem = f"{stem_of(device_kind)}_"
+    fitting = [name for name in _paths() if stem.startswith(f"{name}_")]
+    fitting = fitting or [name for kind, name in SAME_CHIP.items() if stem.startswith(f"{kind}_")]
     return max(fitting, key=len, default=HEURISTIC)
 
 
@@ -280,16 +288,16 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             form="block", num_warpgroups=groups, num_ctas=16, cells_per_cta=1024
         )
     else:
-        # 256 threads with a pair each, then more rounds, then more threads.
-        ctas = min(128, end // 256)
-        groups = min(8, max(2, end // (ctas * 128 * MAX_GRID_ROUNDS)))
+        # 256 threads with a pair each, then more threads, then more rounds. Clusters pay where they are many.
+        ctas = min(64, end // 256)
+        groups = min(8, max(2, end // (ctas * 128 * MAX_GRID_ROUNDS // 2)))
         config = BlockAlignMosaicConfig(
             form="grid",
             num_warpgroups=groups,
             num_ctas=ctas,
             rounds=MAX_GRID_ROUNDS,
             local_sort=True,
-            cluster=8,
+            cluster=MAX_CLUSTER if ctas == 64 else 1,
         )
     return Row(1, None, end, config)
 

@@ -275,3 +275,9 @@ def test_buckets_follow_rows_that_end_anywhere(own_folder):
         end = next(e for e in got if e >= n)
         assert _tuning.size_bucket(n, 64, 16, "x") == end
         assert _tuning.row_for(n, 64, "x") == _tuning.row_for(end, 64, "x")
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
+def test_a_gpu_with_the_same_chip_takes_its_table(kind):
+    assert _tuning.table_name(kind) == "nvidia_h200"
+    assert _tuning.table_name("NVIDIA B200") == _tuning.HEURISTIC

@@ -91,10 +91,13 @@ def neighbours(config: Config) -> list[Config]:
 
 
 def other_forms(cell: Cell) -> list[Config]:
-    """Where forms meet, the heuristic's choice for the sizes on both sides."""
+    """Where forms meet, the heuristic's choice for the sizes on both sides, and the default table's."""
     n, num_experts = cell.num_pairs, cell.num_experts
     near = {n // 4, n // 2, n, n * 2, n * 4}
     found = [_tuning.heuristic(max(1, size), num_experts).config for size in sorted(near)]
+    found.append(
+        _tuning.row_for(n, num_experts).config
+    )  # the default table's, of another GPU maybe
     if 1024 <= num_experts <= _tuning.MAX_HISTOGRAM_EXPERTS:
         found.append(_tuning.heuristic(n, _tuning.MAX_HISTOGRAM_EXPERTS + 1).config)
     if n > _tuning.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
