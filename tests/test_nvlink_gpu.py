@@ -21,6 +21,8 @@ def mesh(request):
     shape = {"2": (1, 2), "all": (1, len(devices)), "2x2": (2, 2)}[request.param]
     if len(devices) < max(2, shape[0] * shape[1]):
         pytest.skip(f"needs more GPUs than {len(devices)}")
+    if request.param == "all" and len(devices) == 2:
+        pytest.skip("the same as 2")
     count = shape[0] * shape[1]
     axes = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh(shape, ("dp", "ep"), axes, devices=devices[:count])
@@ -75,7 +77,7 @@ class Tokens:
 
 @pytest.mark.parametrize("payload", [None, "fp8"])
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5, 3), (128, 2), (300, 6)])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (128, 3), (300, 6)])
 def test_a_layer_equals_numpy(mesh, tokens, top_k, mode, payload):
     given = Tokens(mesh, tokens, top_k, seed=tokens)
     options = dict(mode=mode, payload=payload, transport="nvlink", max_low_latency_tokens=512)
@@ -149,7 +151,7 @@ def test_many_steps_in_one_program(mesh):
             got = given.dispatch(x, turned, weights * share, transport="nvlink")
             return maj.combine(got.x, got.handle)
 
-        return jax.lax.fori_loop(0, 200, step, x)
+        return jax.lax.fori_loop(0, 100, step, x)
 
     given.x = np.ones_like(given.x)
     got = np.asarray(given.run(body)).astype(np.float32)
