@@ -233,8 +233,8 @@ def test_only_its_twin_is_kept_out_of_cuda_graphs():
 def test_inductor_allocates_what_it_writes(device, mode):
     """On a GPU inside inductor's CUDA graph, which replays with other values and counts."""
 
-    # float8 from the start: Triton has no constants of it, and inductor drops a copy that is viewed as another
-    # dtype and then written (torch 2.15).
+    # float8 from the start: Triton has no constants of it, and inductor drops a copy that is viewed as
+    # another dtype and then written (torch 2.15).
     untouched = torch.full((4, 6, 256), UNTOUCHED, dtype=torch.uint8, device=device)
     untouched = untouched.view(torch.float8_e4m3fn)
 
