@@ -238,3 +238,32 @@ def test_where_it_cannot_run_it_says_why():
     mesh = jax.sharding.AbstractMesh((2, 2), ("ep", "tp"))
     with jax.sharding.use_abstract_mesh(mesh):
         assert "manual in shard_map" in str(transport.unavailable("gpu"))
+
+
+def lowered_over(devices):
+    mesh = jax.sharding.Mesh(np.array(devices), ("ep",))
+
+    def step(x, ids, weights):
+        got = maj.dispatch(x, ids, weights, axis_name="ep", num_experts=8, transport="nvlink")
+        return maj.combine(got.x, got.handle)
+
+    tokens = 2 * len(devices)
+    shapes = [((tokens, 64), jnp.bfloat16), ((tokens, 2), jnp.int32), ((tokens, 2), jnp.float32)]
+    program = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    traced = program.trace(*[jax.ShapeDtypeStruct(*one) for one in shapes])
+    return traced.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "match"),
+    [
+        (slice(0, 1), "one device has no peers"),
+        (slice(0, 4), "all 8 devices of the process; this one has 4"),
+        (slice(None, None, -1), "in the order of their ids"),
+    ],
+)
+def test_a_mesh_of_other_devices_is_refused(monkeypatch, chosen, match):
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match=match):
+        lowered_over(jax.devices()[chosen])
+    assert lowered_over(jax.devices()) is not None

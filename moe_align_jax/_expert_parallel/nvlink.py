@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_align_jax import _dispatch
+from moe_align_jax import _checks, _dispatch
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
@@ -41,6 +41,10 @@ class NvLink:
             return "one device has no peers"
         if mesh.size > MAX_DEVICES:
             return f"it takes meshes of at most {MAX_DEVICES} devices; this one has {mesh.size}"
+        if mesh.manual_axes and mesh.size != (count := jax.local_device_count()):
+            return (
+                f"it takes a mesh of all {count} devices of the process; this one has {mesh.size}"
+            )
         sizes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
         if auto := [n for n, size in sizes if size > 1 and n not in mesh.manual_axes]:
             return f"every axis of the mesh must be manual in shard_map; {auto} are not"
@@ -168,9 +172,21 @@ def _abstract_eval(*avals, problem: peer_rows.Problem):
     return [out(*array) for array in problem.outputs.values()]
 
 
+def _check_order(mesh: Any) -> None:
+    """A kernel finds its peers by their place in the mesh, XLA their addresses by the order of devices."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return
+    ids = [device.id for device in mesh.devices.flat]
+    if ids != sorted(ids):
+        rule = "be over a mesh with the devices in the order of their ids for transport 'nvlink'"
+        remedy = "Make the mesh of jax.devices() in order, or pass transport='all_to_all'."
+        raise NotImplementedError(_checks.message("dispatch", "axis_name", rule, ids, remedy))
+
+
 def _lower(ctx, *operands, problem: peer_rows.Problem):
     from moe_align_jax._simt import mosaic
 
+    _check_order(getattr(ctx.module_context.axis_context, "mesh", None))
     launcher = mosaic.launcher(peer_rows.build(problem))
     return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
 
