@@ -174,6 +174,7 @@ def dispatch(
         mode=chosen,
         num_ranks=size,
         platform=mesh_platform(),
+        axis_name=axis_name,
     )
     info = DispatchInfo(chosen, choice.transport, group, num_tokens)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
-from moe_align_jax import expert_parallel
+from moe_align_jax import _checks, expert_parallel
 from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NvLink
 from moe_align_jax._kernels import peer_rows
 from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send, copying
@@ -267,3 +267,21 @@ def test_a_mesh_of_other_devices_is_refused(monkeypatch, chosen, match):
     with pytest.raises(NotImplementedError, match=match):
         lowered_over(jax.devices()[chosen])
     assert lowered_over(jax.devices()) is not None
+
+
+def test_axes_that_are_not_neighbours_in_the_mesh_are_refused():
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("a", "b", "c"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        transport = NvLink()
+        assert [transport.refuses(x) for x in ("b", ("a", "b"), ("b", "c"))] == [None] * 3
+        for axes in (("b", "a"), ("a", "c")):
+            assert "neighbours in the mesh" in str(transport.refuses(axes))
+
+
+def test_more_words_than_int32_counts_are_refused(monkeypatch):
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    monkeypatch.setattr(
+        _checks, "INT32_MAX", 2 * 8 * 32 - 1
+    )  # of the x that a rank receives: R = 16
+    with pytest.raises(NotImplementedError, match="4-byte words by transport 'nvlink'"):
+        lowered_over(jax.devices())

@@ -13,8 +13,9 @@ from moe_align_jax._expert_parallel.transport import Transport
 TransportName = Literal["all_gather", "all_to_all", "nvlink", "ragged_all_to_all"]
 Mode = Literal["normal", "low_latency", "auto"]
 
+_NVLINK = nvlink.NvLink()
 TRANSPORTS: dict[str, Transport] = {
-    t.name: t for t in (AllGather(), AllToAll(), nvlink.NvLink(), ragged.RaggedAllToAll())
+    t.name: t for t in (AllGather(), AllToAll(), _NVLINK, ragged.RaggedAllToAll())
 }
 
 # The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
@@ -62,9 +63,12 @@ def choose(
     mode: str,
     num_ranks: int,
     platform: str,
+    axis_name: Any = None,
 ) -> TransportChoice:
-    """The named transport if it can run, or the rule's."""
+    """The named transport if it can run, or the rule's; `axis_name` where a mesh encloses the call."""
     cannot = {name: t.unavailable(platform) for name, t in TRANSPORTS.items()}
+    if axis_name is not None and not cannot[_NVLINK.name]:
+        cannot[_NVLINK.name] = _NVLINK.refuses(axis_name)
     if transport is not None:
         if transport not in TRANSPORTS:
             rule = f"be one of {', '.join(TRANSPORTS)}, or None"

@@ -20,6 +20,7 @@ from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._kernels import peer_rows
+from moe_align_jax._kernels.peer_rows.problems import words
 from moe_align_jax._simt.language import Devices
 
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
@@ -50,6 +51,15 @@ class NvLink:
             return f"every axis of the mesh must be manual in shard_map; {auto} are not"
         return None
 
+    def refuses(self, axis_name: Any) -> str | None:
+        """Why not over these axes of the enclosing mesh, or None."""
+        names = jax.sharding.get_abstract_mesh().axis_names
+        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        places = [names.index(axis) for axis in axes]
+        if places != list(range(places[0], places[0] + len(axes))):
+            return f"it takes axes that are neighbours in the mesh, in its order {names}"
+        return None
+
     def plan(self, topk_ids: jax.Array, group: Group) -> jax.Array:
         """The ids, by which a token's rank itself can tell which results count."""
         del group
@@ -61,9 +71,9 @@ class NvLink:
         *payload, weights, ids = fields
         if ids.size == 0:
             return [_nothing(field, group) for field in fields]
-        words = [_in_words(field) for field in payload]
-        problem = self._problem(words, ids, group, routing=True)
-        *received, weights, ids = _launch(problem, ids, weights, *words)
+        given = [_in_words(field) for field in payload]
+        problem = self._problem(given, ids, group, routing=True)
+        *received, weights, ids = _launch(problem, ids, weights, *given)
         return [*map(_out_of_words, received, payload), weights, ids]
 
     def send_quantised(
@@ -82,14 +92,14 @@ class NvLink:
     def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
         if plan.size == 0:
             return _nothing(rows, group)
-        words = _in_words(rows)
-        [received] = _launch(self._problem([words], plan, group, routing=False), plan, words)
+        given = _in_words(rows)
+        [received] = _launch(self._problem([given], plan, group, routing=False), plan, given)
         return _out_of_words(received, rows)
 
     def _problem(
-        self, words: list[jax.Array], ids: jax.Array, group: Group, *, routing: bool
+        self, given: list[jax.Array], ids: jax.Array, group: Group, *, routing: bool
     ) -> peer_rows.Send:
-        fields = tuple(peer_rows.Field(x.shape[1], np.dtype(x.dtype)) for x in words)
+        fields = tuple(peer_rows.Field(x.shape[1], np.dtype(x.dtype)) for x in given)
         sizes = ids.shape[0], ids.shape[1], fields
         return peer_rows.Send(*sizes, _devices(group), group.num_local_experts, routing)
 
@@ -102,9 +112,9 @@ class NvLink:
         num_tokens = rows.shape[0] // group.size
         if rows.size == 0:
             return jnp.zeros((num_tokens, *rows.shape[1:]), rows.dtype)
-        words = _in_words(rows)
-        field = peer_rows.Field(words.shape[1], np.dtype(words.dtype))
-        [parts] = _launch(peer_rows.GiveBack(num_tokens, field, _devices(group)), words)
+        given = _in_words(rows)
+        field = peer_rows.Field(given.shape[1], np.dtype(given.dtype))
+        [parts] = _launch(peer_rows.GiveBack(num_tokens, field, _devices(group)), given)
         mask = None if in_use is None else ranks_of_tokens(plan, group)
         return _out_of_words(sum_over_ranks(parts, mask), rows)
 
@@ -158,6 +168,11 @@ peer_rows_p.multiple_results = True
 
 
 def _launch(problem: peer_rows.Problem, *operands: jax.Array) -> list[jax.Array]:
+    largest = max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))
+    if largest > _checks.INT32_MAX:
+        rule = f"move at most {_checks.INT32_MAX} 4-byte words by transport 'nvlink'"
+        remedy = "Pass transport='all_to_all'."
+        raise NotImplementedError(_checks.message("dispatch", "x", rule, largest, remedy))
     return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
 
 
