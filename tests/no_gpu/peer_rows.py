@@ -2,7 +2,7 @@
 
     python -m tests.no_gpu.peer_rows
 
-Lowered for a mesh of 2, 4 and 8 devices: nothing spills, rows move 16 bytes at a time where their length
+Lowered for a mesh of 2 and of 8 devices: nothing spills, rows move 16 bytes at a time where their length
 allows, and each CTA has a fence for all devices before it counts its arrival. Exit code 1 otherwise.
 """
 
@@ -27,14 +27,12 @@ def problems() -> Iterator:
     from moe_align_jax._simt.language import Devices
 
     f32, bf16, e4m3 = (np.dtype(name) for name in ("float32", jnp.bfloat16, jnp.float8_e4m3fn))
-    for count in (2, 4, 8):
+    for count in (2, 8):
         devices, local = Devices(count), 256 // count
         plain, quantised = Field(7168, bf16), (Field(7168, e4m3), Field(56, f32))
-        for tokens in (8, 128):
-            yield Send(tokens, 8, (plain,), devices, local, True, e4m3)
-            yield Send(tokens, 8, quantised, devices, local, True)
-            rows = local * count * tokens
-            yield Combine(tokens, 8, rows, 7168, bf16, devices)
+        yield Send(128, 8, (plain,), devices, local, True, e4m3)
+        yield Send(128, 8, quantised, devices, local, True)
+        yield Combine(128, 8, local * count * 128, 7168, bf16, devices)
         yield Send(4096, 8, (plain,), devices, local, True)
         yield GiveBack(4096, plain, devices)
         odd = (Field(6, bf16), Field(3, f32))
