@@ -6,12 +6,11 @@ As `compile` does for the alignment: nothing spills, the launch that `torch_brid
 that jaxlib makes, the kernel waits where PDL needs it, x is loaded 16 bytes at a time. Exit code 1 otherwise.
 """
 
-import os
-import subprocess
+import functools
 import sys
 from collections.abc import Iterator
 
-from tests.no_gpu import ptx, toolchain, worker
+from tests.no_gpu import ptx, script, worker
 
 
 def problems() -> list:
@@ -65,36 +64,16 @@ def faults(kernel, pdl: bool, tile: int, text: str, launch, used: ptx.Usage) -> 
         yield f"x is loaded {sorted(widths)} bytes at a time, in tiles of {tile}"
 
 
-def check(plugin: str, runtime: str) -> int:
-    checker, wrong, count = worker.Checker(plugin, runtime), 0, 0
-    checker._mode = "direct"  # lowered as it is
-    for name, kernel, pdl, tile in kernels():
-        text, launch = checker.compiler(kernel)
-        used = ptx.usage(worker._ptxas(text))
-        found = [*faults(kernel, pdl, tile, text, launch, used)]
-        found += checker._recording_faults(kernel, launch)
-        print(f"{used.registers:3} registers, grid {launch.grid[0]:5}  {name}", flush=True)
-        for fault in found:
-            print(f"    {fault}", file=sys.stderr, flush=True)
-        wrong, count = wrong + len(found), count + 1
-    print(f"{count} kernels, {wrong} faults")
-    return wrong
-
-
-def main() -> int:
-    try:
-        tools = toolchain.set_up()
-    except toolchain.Missing as missing:
-        print(f"tests.no_gpu.masked_quant: {missing}", file=sys.stderr)
-        return 1
-    command = [sys.executable, "-m", "tests.no_gpu.masked_quant"]
-    command += [str(tools.plugin), str(tools.runtime)]
-    return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
+def check(plugin: str, runtime: str) -> Iterator[script.Report]:
+    yield from script.direct(
+        plugin,
+        runtime,
+        (
+            (what, kernel, functools.partial(faults, kernel, pdl, tile))
+            for what, kernel, pdl, tile in kernels()
+        ),
+    )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        status = 1 if check(*sys.argv[1:]) else 0
-        sys.stdout.flush()
-        os._exit(status)  # without the destructors of a driver that is none
-    sys.exit(main())
+    sys.exit(script.main("tests.no_gpu.masked_quant", check))

@@ -6,16 +6,14 @@ Lowered for a mesh of 2 and of 8 devices: nothing spills, rows move 16 bytes at 
 allows, and each CTA has a fence for all devices before it counts its arrival. Exit code 1 otherwise.
 """
 
-import ctypes
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.no_gpu import ptx, toolchain, worker
+from tests.no_gpu import ptx, script, worker
 
 
 def problems() -> Iterator:
@@ -92,44 +90,17 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
         yield f"rows of {first} are not stored by {width}"
 
 
-def check(plugin: str, runtime: str) -> int:
+def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     import jax
-    from jax.experimental.mosaic import gpu  # noqa: F401  (it sets the variable below)
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
-    os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = runtime
-    ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
-    compile_module = ctypes.CDLL(plugin).MosaicGpuCompile
-    compile_module.argtypes = [ctypes.c_char_p, ctypes.c_int]
-    compile_module.restype = ctypes.c_void_p
-    wrong = count = 0
+    compile_module = worker.Checker(plugin, runtime).compiler._compile
     for problem in problems():
         text = compiled(compile_module, lowered(problem))
         used = ptx.usage(worker._ptxas(text))
-        found = [*faults(problem, text, used)]
-        print(f"{used.registers:3} registers  {problem}"[:150], flush=True)
-        for fault in found:
-            print(f"    {fault}", file=sys.stderr, flush=True)
-        wrong, count = wrong + len(found), count + 1
-    print(f"{count} kernels, {wrong} faults")
-    return wrong
-
-
-def main() -> int:
-    try:
-        tools = toolchain.set_up()
-    except toolchain.Missing as missing:
-        print(f"tests.no_gpu.peer_rows: {missing}", file=sys.stderr)
-        return 1
-    command = [sys.executable, "-m", "tests.no_gpu.peer_rows"]
-    command += [str(tools.plugin), str(tools.runtime)]
-    return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
+        yield f"{used.registers:3} registers  {problem}"[:150], [*faults(problem, text, used)]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        status = 1 if check(*sys.argv[1:]) else 0
-        sys.stdout.flush()
-        os._exit(status)  # without the destructors of a driver that is none
-    sys.exit(main())
+    sys.exit(script.main("tests.no_gpu.peer_rows", check))

@@ -6,13 +6,12 @@ As `compile` does for the alignment: nothing spills, the launch that was read is
 rows are moved 16 bytes at a time, and a row's loads come before its stores. Exit code 1 otherwise.
 """
 
-import os
-import subprocess
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tests.no_gpu import ptx, toolchain, worker
+from tests.no_gpu import ptx, script, worker
 
 
 class Compiled(NamedTuple):
@@ -155,35 +154,11 @@ def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[s
     yield from one.faults(text, launch.parameters)
 
 
-def check(plugin: str, runtime: str) -> int:
-    checker, wrong, count = worker.Checker(plugin, runtime), 0, 0
-    checker._mode = "direct"  # lowered as it is
-    for one in (*sums(), *copies()):
-        text, launch = checker.compiler(one.kernel)
-        used = ptx.usage(worker._ptxas(text))
-        found = [*faults(one, text, launch, used)]
-        found += checker._recording_faults(one.kernel, launch)
-        print(f"{used.registers:3} registers, grid {launch.grid[0]:5}  {one.what}", flush=True)
-        for fault in found:
-            print(f"    {fault}", file=sys.stderr, flush=True)
-        wrong, count = wrong + len(found), count + 1
-    print(f"{count} kernels, {wrong} faults")
-    return wrong
-
-
-def main() -> int:
-    try:
-        tools = toolchain.set_up()
-    except toolchain.Missing as missing:
-        print(f"tests.no_gpu.rows: {missing}", file=sys.stderr)
-        return 1
-    command = [sys.executable, "-m", "tests.no_gpu.rows", str(tools.plugin), str(tools.runtime)]
-    return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
+def check(plugin: str, runtime: str) -> Iterator[script.Report]:
+    every = (*sums(), *copies())
+    given = ((one.what, one.kernel, functools.partial(faults, one)) for one in every)
+    yield from script.direct(plugin, runtime, given)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        status = 1 if check(*sys.argv[1:]) else 0
-        sys.stdout.flush()
-        os._exit(status)  # without the destructors of a driver that is none
-    sys.exit(main())
+    sys.exit(script.main("tests.no_gpu.rows", check))

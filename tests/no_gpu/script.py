@@ -1,0 +1,54 @@
+"""The command that compiles some kernels without a GPU: what its modules have in common.
+
+A module gives `main` its own name and a check: `(plugin, runtime) -> (a line, what is wrong)` per kernel. The
+command starts itself again in the folder that the toolchain has made, with these two as arguments.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tests.no_gpu import ptx, toolchain, worker
+
+type Report = tuple[str, list[str]]
+
+
+def direct(
+    plugin: str, runtime: str, kernels: Iterable[tuple[str, Any, Callable[..., Iterator[str]]]]
+) -> Iterator[Report]:
+    """Compiles (what it is, kernel, `faults(text, launch, used)`) as they are, as for a direct launch."""
+    checker = worker.Checker(plugin, runtime)
+    checker._mode = "direct"
+    for what, kernel, faults in kernels:
+        text, launch = checker.compiler(kernel)
+        used = ptx.usage(worker._ptxas(text))
+        found = [*faults(text, launch, used), *checker._recording_faults(kernel, launch)]
+        yield f"{used.registers:3} registers, grid {launch.grid[0]:5}  {what}", found
+
+
+def _print(reports: Iterable[Report]) -> int:
+    wrong = count = 0
+    for line, found in reports:
+        print(line, flush=True)
+        for fault in found:
+            print(f"    {fault}", file=sys.stderr, flush=True)
+        wrong, count = wrong + len(found), count + 1
+    print(f"{count} kernels, {wrong} faults")
+    return wrong
+
+
+def main(name: str, check: Callable[[str, str], Iterable[Report]]) -> int:
+    """The exit code: 1 when anything is wrong or missing."""
+    if len(sys.argv) == 3:
+        status = 1 if _print(check(*sys.argv[1:])) else 0
+        sys.stdout.flush()
+        os._exit(status)  # without the destructors of a driver that is none
+    try:
+        tools = toolchain.set_up()
+    except toolchain.Missing as missing:
+        print(f"{name}: {missing}", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", name, str(tools.plugin), str(tools.runtime)]
+    return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
