@@ -160,20 +160,17 @@ def _batch_shape(problem: Problem, avals: Any) -> tuple[Any, ...]:
     return ()
 
 
+def result_like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The type of a primitive's result, on the mesh of an operand, which it varies over a shard_map with."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
 @block_align_p.def_abstract_eval
 def _abstract_eval(*avals, problem: Problem, implementation: str | None, batched: tuple[bool, ...]):
     del implementation, batched
     batch = _batch_shape(problem, avals)
-    like = avals[0]  # carries the manual-axis type (what varies over a shard_map) and the mesh
-
-    def out(shape):
-        spec = PartitionSpec(*[None] * len(shape))
-        sharding = NamedSharding(like.sharding.mesh, spec)
-        return like.update(
-            shape=shape, dtype=np.dtype(np.int32), weak_type=False, sharding=sharding
-        )
-
-    return [out(batch + shape) for shape in problem.outputs.values()]
+    return [result_like(avals[0], batch + s, np.int32) for s in problem.outputs.values()]
 
 
 def run_eagerly(primitive: Primitive, *operands: jax.Array, **params: Any) -> Any:

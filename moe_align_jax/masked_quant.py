@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
 from moe_align_jax import _checks, _dispatch
@@ -320,13 +319,7 @@ def _emulate(problem: MaskedQuantProblem, x, masked_m):
 @masked_quant_p.def_abstract_eval
 def _abstract_eval(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
     del masked_m, implementation
-    mesh = x.sharding.mesh  # x also carries the manual-axis type: what varies over a shard_map
-
-    def out(shape, dtype):
-        sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
-        return x.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
-
-    return [out(shape, dtype) for shape, dtype in problem.outputs.values()]
+    return [_dispatch.result_like(x, *result) for result in problem.outputs.values()]
 
 
 masked_quant_p.def_impl(functools.partial(_dispatch.run_eagerly, masked_quant_p))

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_align_jax import _checks, _dispatch
 from moe_align_jax._expert_parallel import message
@@ -178,13 +177,7 @@ def _launch(problem: peer_rows.Problem, *operands: jax.Array) -> list[jax.Array]
 
 @peer_rows_p.def_abstract_eval
 def _abstract_eval(*avals, problem: peer_rows.Problem):
-    like = avals[0]  # carries the manual-axis type and the mesh
-
-    def out(shape, dtype):
-        sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
-        return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
-
-    return [out(*array) for array in problem.outputs.values()]
+    return [_dispatch.result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
 def _check_order(mesh: Any) -> None:

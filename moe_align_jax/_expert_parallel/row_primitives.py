@@ -13,18 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_align_jax import _dispatch
 from moe_align_jax._expert_parallel import gathers
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._kernels import rows as kernels
-
-
-def _like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A result: varies over a shard_map's axes as `aval` does."""
-    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
-    return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
 
 def _divided_by_xla(ctx: Any) -> bool:
@@ -79,8 +72,8 @@ def _copy_abstract(topk_ids, order, place_of_pair, counts, *leaves, problem: ker
     boxes = (problem.num_experts, problem.room)
     layout = ((problem.num_experts,), topk_ids.shape, boxes)
     return [
-        *(_like(topk_ids, shape, jnp.int32) for shape in layout),
-        *(_like(leaf, (*boxes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves),
+        *(_dispatch.result_like(topk_ids, shape, jnp.int32) for shape in layout),
+        *(_dispatch.result_like(leaf, (*boxes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves),
     ]
 
 
@@ -147,7 +140,7 @@ def copy(
 
 def _sum_abstract(y, row_of_pair, *weights, problem: kernels.RowSum):
     del weights
-    return [_like(y, (row_of_pair.shape[0], *y.shape[1:]), problem.out_dtype)]
+    return [_dispatch.result_like(y, (row_of_pair.shape[0], *y.shape[1:]), problem.out_dtype)]
 
 
 def _sum_reference(problem: kernels.RowSum, y, row_of_pair, *weights):
