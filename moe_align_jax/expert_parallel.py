@@ -37,9 +37,9 @@ from moe_align_jax._expert_parallel.exchange import (
     DispatchInfo,
     give_back,
     give_back_sums,
-    nvlink,
     send,
 )
+from moe_align_jax._expert_parallel.nvlink import NVLINK
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax.masked_layout import permute_to_masked
 
@@ -179,10 +179,9 @@ def dispatch(
     info = DispatchInfo(chosen, choice.transport, group, num_tokens)
 
     with jax.named_scope(function):
-        ours = info.transport == nvlink.name
-        if not (
-            ours and num_valid_tokens is None and ids.dtype == jnp.int32
-        ):  # it checks ids itself
+        ours = info.transport == NVLINK.name
+        checks_ids = ours and num_valid_tokens is None and ids.dtype == jnp.int32
+        if not checks_ids:
             ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
         if payload == "fp8" and ours and x.dtype == jnp.bfloat16:
             x, info = message.without_gradient(x), dataclasses.replace(info, quantise=True)

@@ -5,17 +5,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from moe_align_jax import _checks, _dispatch
-from moe_align_jax._expert_parallel import nvlink, ragged
+from moe_align_jax._expert_parallel import ragged
 from moe_align_jax._expert_parallel.all_gather import AllGather
 from moe_align_jax._expert_parallel.all_to_all import AllToAll
+from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NVLINK
 from moe_align_jax._expert_parallel.transport import Transport
 
 TransportName = Literal["all_gather", "all_to_all", "nvlink", "ragged_all_to_all"]
 Mode = Literal["normal", "low_latency", "auto"]
 
-_NVLINK = nvlink.NvLink()
 TRANSPORTS: dict[str, Transport] = {
-    t.name: t for t in (AllGather(), AllToAll(), _NVLINK, ragged.RaggedAllToAll())
+    t.name: t for t in (AllGather(), AllToAll(), NVLINK, ragged.RaggedAllToAll())
 }
 
 # The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
@@ -67,8 +67,8 @@ def choose(
 ) -> TransportChoice:
     """The named transport if it can run, or the rule's; `axis_name` where a mesh encloses the call."""
     cannot = {name: t.unavailable(platform) for name, t in TRANSPORTS.items()}
-    if axis_name is not None and not cannot[_NVLINK.name]:
-        cannot[_NVLINK.name] = _NVLINK.refuses(axis_name)
+    if axis_name is not None and not cannot[NVLINK.name]:
+        cannot[NVLINK.name] = NVLINK.refuses(axis_name)
     if transport is not None:
         if transport not in TRANSPORTS:
             rule = f"be one of {', '.join(TRANSPORTS)}, or None"
@@ -87,19 +87,21 @@ def choose(
         "ragged_all_to_all": cannot["ragged_all_to_all"]
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }
-    if reason := cannot["nvlink"] or _nvlink_unwanted(num_ranks):
-        return TransportChoice("all_to_all", mode, reasons | {"nvlink": reason})
-    reasons["nvlink"] = "our kernels write to the peers: the fastest measured, at 8 to 4096 tokens"
+    if reason := cannot[NVLINK.name] or _nvlink_unwanted(num_ranks):
+        return TransportChoice("all_to_all", mode, reasons | {NVLINK.name: reason})
+    reasons[NVLINK.name] = (
+        "our kernels write to the peers: the fastest measured, at 8 to 4096 tokens"
+    )
     reasons["all_to_all"] = "slower than our own kernels"
-    return TransportChoice("nvlink", mode, reasons)
+    return TransportChoice(NVLINK.name, mode, reasons)
 
 
 def _nvlink_unwanted(num_ranks: int) -> str | None:
     """Why our kernels are not the choice where they can run, or None."""
     if num_ranks == 1:
         return "one rank has no peers"
-    if num_ranks > nvlink.MAX_DEVICES:
-        return f"it takes at most {nvlink.MAX_DEVICES} devices"
+    if num_ranks > MAX_DEVICES:
+        return f"it takes at most {MAX_DEVICES} devices"
     if _dispatch.jax_version()[:2] != NVLINK_RUN_WITH:
         seen = ".".join(map(str, NVLINK_RUN_WITH))
         return f"seen running with jax {seen} only; this is {jax.__version__}: name it to take it"

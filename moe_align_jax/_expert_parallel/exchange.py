@@ -9,12 +9,11 @@ from jax import lax
 
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
-from moe_align_jax._expert_parallel.nvlink import NvLink
+from moe_align_jax._expert_parallel.nvlink import NVLINK
 from moe_align_jax._expert_parallel.rows import sum_rows
 from moe_align_jax._expert_parallel.transport import Group
 
 _I32 = jnp.int32
-nvlink = NvLink()  # has steps of its own
 
 
 @jax.tree_util.register_static
@@ -43,7 +42,7 @@ def send(info: DispatchInfo, x, scales, weights, ids, plan):
     fields = [f for f in (x, scales, weights, ids) if f is not None]
     transport, group = TRANSPORTS[info.transport], info.group
     if info.quantise:
-        received = nvlink.send_quantised(x, weights, ids, plan, group)
+        received = NVLINK.send_quantised(x, weights, ids, group)
     else:
         received = transport.send_fields(fields, plan, group)
     x, scales, (weights, ids) = received[0], None, received[-2:]
@@ -107,7 +106,7 @@ def give_back_sums(info: DispatchInfo, y, weights, layout, plan):
     """`[T, H]`: the weighted sum of each token's rows of y `[e, M, H]`, given back and summed over ranks."""
     flat = y.reshape(-1, *y.shape[2:])
     operands = flat, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1), plan
-    fused = info.transport == nvlink.name and nvlink.sums_pairs(flat, layout.row_of_pair)
+    fused = info.transport == NVLINK.name and NVLINK.sums_pairs(flat, layout.row_of_pair)
     return (_in_one_kernel if fused else _in_two_steps)(info, *vary_together(operands))
 
 
@@ -120,7 +119,7 @@ def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_one_kernel(info, y, weights, row_of_pair, pair_of_row, plan):
     del pair_of_row, plan
-    return nvlink.sum_pairs(y, weights, row_of_pair, info.group)
+    return NVLINK.sum_pairs(y, weights, row_of_pair, info.group)
 
 
 def _in_one_kernel_forward(info, *operands):

@@ -76,10 +76,9 @@ class NvLink:
         return [*map(_out_of_words, received, payload), weights, ids]
 
     def send_quantised(
-        self, x: jax.Array, weights: jax.Array, ids: jax.Array, plan: jax.Array, group: Group
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
     ) -> list[jax.Array]:
         """As `send_fields` of e4m3 codes and float32 scales of x, `[T, H]` bfloat16."""
-        del plan
         if ids.size == 0:
             scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
             fields = (x.astype(message.FP8), scales, weights, ids)
@@ -136,6 +135,9 @@ class NvLink:
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
         return _launch(peer_rows.Combine(*sizes, _devices(group)), y, row_of_pair, weights)[0]
+
+
+NVLINK = NvLink()
 
 
 def _nothing(like: jax.Array, group: Group) -> jax.Array:

@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import GROUP, Send
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
-# DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: float32 bits.
-_FLOOR, _MOST, _INVERSE = 0x38D1B717, 0x43E00000, 0x3B124925
+# DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: the bits of
+# float32.
+_FLOOR, _MOST, _INVERSE = np.array([1e-4, 448, 1 / 448], np.float32).view(np.int32).tolist()
 _LOW, _MAGNITUDE = 0xFFFF, 0x7FFF
 _VALUES = 8  # bfloat16 of a 16-byte word
 
