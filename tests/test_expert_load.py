@@ -59,9 +59,9 @@ def by_logical(counts, maps):
     return out
 
 
-def align(ids):
+def align(ids, implementation="xla"):
     return maj.moe_align_block_size(
-        ids, block_size=4, num_experts=EXPERTS, implementation="xla"
+        ids, block_size=4, num_experts=EXPERTS, implementation=implementation
     ).tokens_per_expert
 
 
@@ -357,9 +357,21 @@ def test_beside_the_blocks_of_an_alignment_the_donated_state_keeps_its_buffers()
 # -- shards -----------------------------------------------------------------------------------------
 
 
+PLATFORMS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=PLATFORMS)
+def devices(request):
+    """Several of one platform: eight CPU devices, or all GPUs of the machine."""
+    found = jax.devices(request.param)
+    if len(found) < 2:
+        pytest.skip(f"sharding needs two GPUs; there is {len(found)}")
+    return found
+
+
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def mesh(request):
-    mesh = jax.make_mesh((8,), ("ep",), axis_types=(request.param,), devices=jax.devices("cpu"))
+def mesh(request, devices):
+    mesh = jax.make_mesh((len(devices),), ("ep",), axis_types=(request.param,), devices=devices)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -368,13 +380,13 @@ def mesh(request):
 @pytest.mark.parametrize("mode", ["stat", "per_token"])
 def test_shards_record_for_themselves_and_are_summed(mesh, mode, check_vma):
     sharding = NamedSharding(mesh, P("ep"))
-    load = make(mode, mapped=True, num_shards=8, sharding=sharding)
+    load = make(mode, mapped=True, num_shards=mesh.size, sharding=sharding)
 
     traces = []
 
     def forward(load, ids, maps):
         traces.append(load)
-        counts = jnp.stack([align(one) for one in ids])
+        counts = jnp.stack([align(one, implementation=None) for one in ids])
         return maj.record_expert_load(
             load, None, counts, topk_ids=ids, physical_to_logical_map=maps
         )
@@ -391,7 +403,7 @@ def test_shards_record_for_themselves_and_are_summed(mesh, mode, check_vma):
     )
     want = []
     for seed in range(7):
-        ids, maps = random_ids(seed, tokens=8 * TOKENS), random_map(seed)
+        ids, maps = random_ids(seed, tokens=mesh.size * TOKENS), random_map(seed)
         want.append(by_logical(bincount(ids), maps))
         placed = jax.device_put(ids, NamedSharding(mesh, P(None, "ep")))
         load = step(load, placed, jax.device_put(maps, NamedSharding(mesh, P())))
@@ -403,10 +415,11 @@ def test_shards_record_for_themselves_and_are_summed(mesh, mode, check_vma):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("context", [False, True])
-def test_the_first_sharded_pass_is_traced_like_the_next(kind, context):
-    mesh = jax.make_mesh((8,), ("ep",), axis_types=(kind,), devices=jax.devices("cpu"))
+def test_the_first_sharded_pass_is_traced_like_the_next(kind, context, devices):
+    shards = len(devices)
+    mesh = jax.make_mesh((shards,), ("ep",), axis_types=(kind,), devices=devices)
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
-        load = make("stat", num_shards=8, sharding=NamedSharding(mesh, P("ep")))
+        load = make("stat", num_shards=shards, sharding=NamedSharding(mesh, P("ep")))
         traces = []
 
         def forward(load, counts):
@@ -425,7 +438,7 @@ def test_the_first_sharded_pass_is_traced_like_the_next(kind, context):
         for on in (True, False, True):
             load = step(load.recording(on).cleared(), COUNTS)
     assert len(traces) == 1
-    assert maj.collect_expert_load(load).physical_count.tolist() == [(8 * COUNTS).tolist()]
+    assert maj.collect_expert_load(load).physical_count.tolist() == [(shards * COUNTS).tolist()]
 
 
 def test_local_counts_of_all_tokens_equal_the_sum_of_global_counts(mesh):
@@ -435,7 +448,7 @@ def test_local_counts_of_all_tokens_equal_the_sum_of_global_counts(mesh):
         "stat",
         num_layers=LAYERS,
         num_physical_experts=experts,
-        num_shards=8,
+        num_shards=mesh.size,
         local_experts=True,
         sharding=NamedSharding(mesh, P("ep")),
         recording=True,
