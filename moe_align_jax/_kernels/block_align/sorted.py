@@ -264,8 +264,10 @@ class _Sorter:
         """(blocks of the ranges before mine, of all). Before any store to global memory but old ones: the
         cluster's barrier waits for those."""
         t, r = self.t, self.r
+        # The cluster's barrier orders this CTA's own accesses too, but compute-sanitizer's racecheck goes by
+        # this one; everybody waits at the next in any case.
+        t.block_sync()
         if t.cluster == 1:
-            t.block_sync()
             return t.const(0), t.load(r.blocks, 0)
         t.cluster_sync()
         first = self.cta - self.rank
