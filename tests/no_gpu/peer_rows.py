@@ -30,13 +30,13 @@ def problems() -> Iterator:
         plain, quantised = Field(7168, bf16), (Field(7168, e4m3), Field(56, f32))
         yield Send(128, 8, (plain,), devices, local, True, e4m3)
         yield Send(128, 8, quantised, devices, local, True)
-        yield Combine(128, 8, local * count * 128, 7168, bf16, devices)
+        yield Combine(128, 8, local * count * 128, 7168, bf16, devices, local)
         yield Send(4096, 8, (plain,), devices, local, True)
         yield GiveBack(4096, plain, devices)
         odd = (Field(6, bf16), Field(3, f32))
         yield Send(5, 3, odd, devices, 3, False)
         yield GiveBack(5, Field(6, bf16), devices)
-        yield Combine(5, 3, 15, 24, bf16, devices)
+        yield Combine(5, 3, 15, 24, bf16, devices, 3)
 
 
 def lowered(problem) -> bytes:
