@@ -1,13 +1,14 @@
 """Weighted sums of the experts' rows, back to their tokens' ranks, and summed there: one kernel.
 
 A CTA takes the same units on every device: a part of a token's row, so that many SMs share few tokens and
-their shares differ little. A warpgroup sums the pairs of one home rank after the other; after all devices'
+their shares differ little. Each of its warpgroups sums the pairs of another home rank; after all devices'
 CTAs of this index have met, the CTA adds up what came for its own units. A rank sends what it has an
 expert for, and the home knows which ranks these are: from its tokens' ids.
 """
 
+import functools
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import Combine
@@ -16,8 +17,7 @@ from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 _HIGH = 0xFFFF0000
 # Added to anything, also to -0.0, it changes nothing.
 _NEGATIVE_ZERO = 0x80000000
-_MAX_WARPGROUPS = 4
-# Threads of an SM, at up to 64 registers each (`tests.no_gpu.peer_rows` counts them).
+# Of an SM, at 64 registers a thread: what the compiler takes (`tests.no_gpu.peer_rows` looks).
 _RESIDENT_WARPGROUPS = 8
 # 16-byte words of a row's part that a thread has, 8 float32 sums each.
 WORDS_PER_THREAD = 1
@@ -34,7 +34,7 @@ def build(problem: Combine) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Combiner(t, r, problem).run()
 
-    groups = min(problem.devices.count, _MAX_WARPGROUPS)
+    groups = problem.devices.count
     parts = -(-(problem.columns // 2) // part_words(problem.columns))
     most = copying.MIN_SMS * (_RESIDENT_WARPGROUPS // groups)
     return copying.kernel(
@@ -81,14 +81,13 @@ class _Combiner:
         self.lane = thread & (WARP - 1)
         self.group_thread = thread & (WARPGROUP - 1)
         self.group = thread >> (WARPGROUP.bit_length() - 1)
-        self.groups = t.num_threads // WARPGROUP
 
     def run(self) -> None:
-        t = self.t
+        t, count = self.t, self.problem.devices.count
         t.grid_dependency_wait()
         copying.for_tokens(t, self.num_units, self._send)
         # A warpgroup adds up every so many of my units.
-        first, step = t.cta_id() + self.group * t.num_ctas, self.groups * t.num_ctas
+        first, step = t.cta_id() + self.group * t.num_ctas, count * t.num_ctas
         if self.num_units <= step:
             inside = first < self.num_units
             unit = t.select(inside, first, 0)
@@ -104,19 +103,15 @@ class _Combiner:
     # -- to the home ranks
 
     def _send(self, unit: Int) -> None:
-        """A unit's sums over my pairs, of all home ranks."""
-        t, count = self.t, self.problem.devices.count
-        token = unit // self.parts
-        # No rank is written by all at a time: mine first.
-        turns = range(0, count, self.groups)
-        homes = [(t.rank() + self.group + k) % count for k in turns]
-        each = [self._load_pairs(home, token) for home in homes]
-        for k, home, pairs in zip(turns, homes, each, strict=True):
-            mine = self._any(pairs)
-            if k + self.groups > count:
-                mine = mine & (self.group + k < count)
-            with t.if_(mine):
-                self._sum_pairs(home, unit, pairs)
+        """A unit's sum over the pairs of a token of my warpgroup's home rank, to that rank."""
+        t = self.t
+        pairs = self._load_pairs(self.group, unit // self.parts)
+        wanted, masks = self._votes(pairs)
+        with t.if_(wanted):
+            sums = self._sum_pairs(unit, pairs, masks)
+            # My rank, and where the other one's memory is, are loads: beside the rows, not ahead of them.
+            there, me = t.remote(self.r.parts, self.group), t.rank()
+            self._store(there, me * self.problem.num_tokens, unit, sums)
 
     def _load_pairs(self, home: Int, token: Int) -> list[_Pairs]:
         t, r, top_k = self.t, self.r, self.problem.top_k
@@ -128,18 +123,21 @@ class _Combiner:
             found.append(_Pairs(min(WARP, top_k - start), inside, *loaded))
         return found
 
-    def _any(self, pairs: list[_Pairs]) -> Int:
-        """Whether the token has an expert here, with or without room for it."""
-        votes = self.t.const(0)
-        for some in pairs:
-            votes = votes | self.t.ballot(some.inside & (some.expert >= 0))
-        return votes.ne(0)
+    def _votes(self, pairs: list[_Pairs]) -> tuple[Int, list[Int]]:
+        """Whether the token has an expert here, with or without room for it; and masks of pairs with a row.
 
-    def _sum_pairs(self, home: Int, unit: Int, pairs: list[_Pairs]) -> None:
+        The masks before any branch, or the loads of rows would be behind it: a latency more.
+        """
+        t, votes = self.t, self.t.const(0)
+        masks = [t.ballot(some.inside & (some.row >= 0)) for some in pairs]
+        for some in pairs:
+            votes = votes | t.ballot(some.inside & (some.expert >= 0))
+        return votes.ne(0), masks
+
+    def _sum_pairs(self, unit: Int, pairs: list[_Pairs], masks: list[Int]) -> list[Int]:
         t, pieces = self.t, self._pieces(unit)
         sums = [t.const(0)] * (8 * len(pieces))
-        for some in pairs:
-            mask = t.ballot(some.inside & (some.row >= 0))
+        for some, mask in zip(pairs, masks, strict=True):
             for start in range(0, some.count, ROWS_AT_A_TIME):
                 count = min(ROWS_AT_A_TIME, some.count - start)
 
@@ -148,8 +146,7 @@ class _Combiner:
 
                 first = some is pairs[0] and start == 0
                 *sums, mask = add() if first else t.values_if(mask.ne(0), add, [*sums, mask])
-        there = t.remote(self.r.parts, home)
-        self._store(there, pieces, t.rank() * self.problem.num_tokens, unit, sums)
+        return sums
 
     def _add_rows(
         self, pairs: _Pairs, count: int, mask: Int, sums: list[Int], pieces: list[copying.Piece]
@@ -199,7 +196,7 @@ class _Combiner:
         sums = _floats(held[0])
         for words in held[1:]:
             sums = [t.fadd(a, b) for a, b in zip(sums, _floats(words), strict=True)]
-        self._store(self.r.out, pieces, 0, unit, sums)
+        self._store(self.r.out, 0, unit, sums)
 
     # -- parts of rows
 
@@ -210,21 +207,18 @@ class _Combiner:
             for start in range(0, self.part_words, WARPGROUP * 4)
         ]
 
-    def _load(self, ref: object, pieces: list[copying.Piece], row: Int, there: Int) -> list[Int]:
+    def _load(self, ref: Any, pieces: list[copying.Piece], row: Int, there: Int) -> list[Int]:
         """My words of a row, zeros where it is not there."""
-        start = row * self.row_words
-        return self.t.values_if(
-            there,
-            lambda: [w for piece in pieces for w in copying.load(self.t, ref, piece, start)],
-            [self.t.const(0)] * (4 * len(pieces)),
-        )
+        t, start, words = self.t, row * self.row_words, []
+        for piece in pieces:
+            load = functools.partial(t.load4, ref, start + piece.first)
+            words += t.values_if(there & piece.inside, load, [t.const(0)] * 4)
+        return words
 
-    def _store(
-        self, ref: object, pieces: list[copying.Piece], first: Int | int, unit: Int, sums: list[Int]
-    ) -> None:
+    def _store(self, ref: Any, first: Int | int, unit: Int, sums: list[Int]) -> None:
         """Rounded, to the row of the unit's token after row `first`."""
         t, start = self.t, (unit // self.parts + first) * self.row_words
         words = [t.bfloat16_pair(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self._pieces(unit)):
             with t.if_(piece.inside):
                 copying.store(t, ref, piece, start, tuple(words[4 * number : 4 * number + 4]))
