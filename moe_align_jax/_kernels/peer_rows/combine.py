@@ -34,7 +34,7 @@ def build(problem: Combine) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Combiner(t, r, problem).run()
 
-    groups = problem.devices.count
+    groups = problem.devices.count  # at most 8, as the transport takes
     parts = -(-(problem.columns // 2) // part_words(problem.columns))
     most = copying.MIN_SMS * (_RESIDENT_WARPGROUPS // groups)
     return copying.kernel(
