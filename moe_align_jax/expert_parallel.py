@@ -53,6 +53,7 @@ class DispatchHandle(NamedTuple):
         in_use: `[R]` bool, the received rows that have an expert of this rank.
         layout: the `MaskedLayout` of "low_latency", else None.
         topk_weights: `[R, K]` float32 for "low_latency", else None: there the caller applies them.
+        topk_ids: `[R, K]` int32 for "low_latency", else None: local experts, -1 for other ranks'.
     """
 
     info: Any
@@ -60,6 +61,7 @@ class DispatchHandle(NamedTuple):
     in_use: Any
     layout: Any
     topk_weights: Any
+    topk_ids: Any
 
 
 class Dispatched(NamedTuple):
@@ -197,7 +199,7 @@ def dispatch(
             x, scales, weights, ids = send(info, x, scales, weights, ids, plan)
         in_use = jnp.any(ids >= 0, axis=1)
         if chosen == "normal":
-            handle = DispatchHandle(info, plan, in_use, None, None)
+            handle = DispatchHandle(info, plan, in_use, None, None, None)
             return Dispatched(x, scales, None, ids, weights, handle)
         (x, scales), layout = permute_to_masked(
             (x, scales),
@@ -208,7 +210,7 @@ def dispatch(
         )
         if scales is not None and scales.dtype == jnp.int32:
             scales = jnp.swapaxes(scales, 1, 2)
-        handle = DispatchHandle(info, plan, in_use, layout, weights)
+        handle = DispatchHandle(info, plan, in_use, layout, weights, ids)
         return Dispatched(x, scales, layout.masked_m, None, None, handle)
 
 
@@ -263,7 +265,8 @@ def combine(
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
     with jax.named_scope(function):
         if masked:
-            out = give_back_sums(info, y, handle.topk_weights, handle.layout, handle.plan)
+            pairs = handle.topk_weights, handle.topk_ids
+            out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
         else:
             with jax.named_scope("give_back"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))

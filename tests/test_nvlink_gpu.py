@@ -136,6 +136,29 @@ def test_padding_tokens_and_ranks_without_any(mesh):
     np.testing.assert_allclose(np.asarray(out).astype(np.float32), want, atol=0.05)
 
 
+@pytest.mark.parametrize(("tokens", "room"), [(1, 1), (40, 5), (140, 30)])
+def test_pairs_dropped_for_want_of_room(mesh, tokens, room):
+    """An expert keeps its first ones; a rank that keeps none of a token owes it a row of zeros."""
+    given = Tokens(mesh, tokens, 4, seed=5)
+    given.ids[0] = given.experts  # a token without experts
+
+    def body(x, ids, weights):
+        options = dict(transport="nvlink", mode="low_latency", max_low_latency_tokens=512)
+        got = given.dispatch(x, ids, weights, max_tokens_per_expert=room, **options)
+        return maj.combine(got.x, got.handle)
+
+    got = [np.asarray(given.run(body)).astype(np.float32) for _ in range(3)]
+    kept = np.zeros(given.ids.shape, bool)
+    for ids, mine in zip(*(np.split(a, mesh.shape["dp"]) for a in (given.ids, kept)), strict=True):
+        for expert in range(given.experts):
+            pairs = np.argwhere(ids == expert)[:room]
+            mine[tuple(pairs.T)] = True
+    want = given.x.astype(np.float32) * np.where(kept, given.weights, 0).sum(1, keepdims=True)
+    np.testing.assert_allclose(got[0], want, atol=0.02 * np.abs(want).max())
+    np.testing.assert_array_equal(got[1], got[0])
+    np.testing.assert_array_equal(got[2], got[0])
+
+
 def test_many_steps_in_one_program(mesh):
     """Each step starts from the one before: a row that came late would show."""
     given = Tokens(mesh, 33, 2, seed=4)

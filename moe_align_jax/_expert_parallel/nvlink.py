@@ -121,7 +121,13 @@ class NvLink:
         return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
 
     def sum_pairs(
-        self, y: jax.Array, weights: jax.Array, row_of_pair: jax.Array, group: Group
+        self,
+        y: jax.Array,
+        weights: jax.Array,
+        row_of_pair: jax.Array,
+        local_ids: jax.Array,
+        plan: jax.Array,
+        group: Group,
     ) -> jax.Array:
         """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
 
@@ -129,12 +135,15 @@ class NvLink:
             y: `[num_rows, H]` bfloat16.
             weights: `[R, K]` float32.
             row_of_pair: `[R, K]` int32, -1 for none.
+            local_ids: `[R, K]` int32, as received: -1 for other ranks' experts.
+            plan: of the tokens.
             group: the ranks.
         """
         num_rows, columns = y.shape
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
-        return _launch(peer_rows.Combine(*sizes, _devices(group)), y, row_of_pair, weights)[0]
+        problem = peer_rows.Combine(*sizes, _devices(group), group.num_local_experts)
+        return _launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
 
 
 NVLINK = NvLink()
