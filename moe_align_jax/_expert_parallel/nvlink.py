@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from moe_align_jax import _checks, _dispatch
-from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel import message, peer_access
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._kernels import peer_rows
@@ -36,6 +36,8 @@ class NvLink:
             return reason
         if jax.process_count() > 1:
             return "it writes to the GPUs of its own process, and there is more than one process"
+        if reason := peer_access.missing():
+            return reason
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.manual_axes and mesh.size == 1:
             return "one device has no peers"
@@ -191,7 +193,7 @@ def _abstract_eval(*avals, problem: peer_rows.Problem):
     return [_dispatch.result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
-def _check_order(mesh: Any) -> None:
+def check_order(mesh: Any) -> None:
     """A kernel finds its peers by their place in the mesh, XLA their addresses by the order of devices."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return
@@ -205,7 +207,7 @@ def _check_order(mesh: Any) -> None:
 def _lower(ctx, *operands, problem: peer_rows.Problem):
     from moe_align_jax._simt import mosaic
 
-    _check_order(getattr(ctx.module_context.axis_context, "mesh", None))
+    check_order(getattr(ctx.module_context.axis_context, "mesh", None))
     launcher = mosaic.launcher(peer_rows.build(problem))
     return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
 
