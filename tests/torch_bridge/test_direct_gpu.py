@@ -456,6 +456,7 @@ def no_worker(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(direct, "_programs", {})
     monkeypatch.setattr(direct, "_failures", {})
+    monkeypatch.setattr(direct, "_verdicts", {})
     monkeypatch.setattr(shortcut, "_kept", {})
     monkeypatch.setattr(shortcut, "recent", {})
     monkeypatch.setattr(direct, "_compile", lambda index, wanted: ["no worker here"] * len(wanted))
