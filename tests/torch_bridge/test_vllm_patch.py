@@ -1,5 +1,6 @@
 """torch_bridge.vllm.patch: vLLM's real Python file calls our op; versions, nesting, undoing."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.torch_bridge import stub_vllm
+from tests.torch_bridge import peer_files, stub_vllm
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
 from tests.torch_bridge.test_vllm import vllm_expected
 from torch_bridge import vllm, vllm_patch
@@ -66,6 +67,39 @@ def test_vllms_own_batched_function_calls_ours(custom_ops):
     with vllm.patch():
         got = theirs.batched_moe_align_block_size(13, 8, torch.tensor(counts, dtype=torch.int32))
     assert_triple(got, want)
+
+
+def defaults_of(function: ast.FunctionDef) -> list[tuple[str, object]]:
+    """Parameters and their defaults, as `inspect` has them."""
+    given, empty = function.args, inspect.Parameter.empty
+    assert not (given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg)
+    defaults = [ast.literal_eval(x) for x in given.defaults]
+    defaults = [empty] * (len(given.args) - len(defaults)) + defaults
+    return list(zip([x.arg for x in given.args], defaults, strict=True))
+
+
+def test_vllms_own_signatures_are_those_that_patch_and_the_stubs_know(custom_ops):
+    """Read, not run: the file imports the engine."""
+    tree = ast.parse(peer_files.path_of("vllm_custom_ops.py").read_text())
+    functions = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
+    theirs = {x.name: defaults_of(x) for x in functions if x.name in vars(custom_ops)}
+    assert set(theirs) == {*NAMES, *UNTOUCHED}
+    assert len([x for x in functions if x.name in theirs]) == len(theirs)  # defined once
+    for name in NAMES:
+        stub = inspect.signature(getattr(custom_ops, name)).parameters.values()
+        assert [(p.name, p.default) for p in stub] == theirs[name]
+        assert vllm_patch._PARAMETERS[name] == tuple(argument for argument, _ in theirs[name])
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_a_missing_file_skips_or_fails_and_says_how_to_get_it(required, monkeypatch, tmp_path):
+    monkeypatch.setattr(peer_files, "FOLDER", tmp_path)
+    monkeypatch.setenv(peer_files.REQUIRE, required)
+    kind = pytest.fail.Exception if required else pytest.skip.Exception
+    with pytest.raises(kind, match=r"python -m benchmarks\.fetch vllm.*MOE_ALIGN_REQUIRE_PEERS"):
+        stub_vllm.real_file()
+    (tmp_path / "vllm_moe.so").touch()
+    assert peer_files.path_of("vllm_moe.so") == tmp_path / "vllm_moe.so"
 
 
 def test_the_ops_take_vllms_keywords(custom_ops):
