@@ -1,10 +1,13 @@
 """torch_bridge.vllm.patch: vLLM's real Python file calls our op; versions, nesting, undoing."""
 
 import ast
+import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -14,7 +17,7 @@ from tests import oracle
 from tests.torch_bridge import peer_files, stub_vllm
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
 from tests.torch_bridge.test_vllm import vllm_expected
-from torch_bridge import vllm, vllm_patch
+from torch_bridge import vllm, vllm_patch, vllm_plugin
 
 NAMES = ("moe_align_block_size", "batched_moe_align_block_size")
 UNTOUCHED = ("moe_lora_align_block_size", "fused_globalize_align_block_size")
@@ -135,6 +138,49 @@ def test_readme_lines_switch_it_on_and_off(custom_ops):
     assert held(custom_ops) == before
 
 
+def test_readme_installs_what_compiles_and_names_the_plugins_variable():
+    readme = (stub_vllm.ROOT / "README.md").read_text()
+    section = readme.split("### Switch it on in vLLM")[1].split("\n## ")[0]
+    assert "pip install -e '.[cuda13,torch]'" in section
+    assert f"{vllm_plugin.VARIABLE}=1 vllm serve" in section
+    assert f"{peer_files.REQUIRE}=1" in readme
+
+
+# -- the plugin --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """What vLLM calls in each of its processes, as pyproject.toml names it."""
+    monkeypatch.setattr(vllm_patch, "_active", vllm_patch._Active())  # nobody undoes it
+    project = tomllib.loads((stub_vllm.ROOT / "pyproject.toml").read_text())["project"]
+    [(name, value)] = project["entry-points"]["vllm.general_plugins"].items()
+    assert name == "moe_align_jax"
+    entry = importlib.metadata.EntryPoint(name, value, "vllm.general_plugins")
+    return entry.load()
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "1"])
+def test_plugin_patches_where_it_is_told_to(value, plugin, custom_ops, monkeypatch):
+    before = held(custom_ops)
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(vllm_plugin.VARIABLE, value)
+    for _ in range(2):  # vLLM may load plugins more than once
+        plugin()
+    assert (held(custom_ops) == before) == (value != "1")
+    assert (custom_ops.moe_align_block_size is vllm.ops_moe_align_block_size) == (value == "1")
+
+
+def test_plugin_says_that_a_release_is_unknown_only_where_it_is_told_to(plugin, monkeypatch):
+    stub_vllm.make(monkeypatch, "0.34.0")
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    plugin()
+    monkeypatch.setenv(vllm_plugin.VARIABLE, "1")
+    with pytest.raises(NotImplementedError, match=r"0\.33\.x"):
+        plugin()
+
+
 # -- in force and undone ---------------------------------------------------------------------------
 
 
@@ -251,6 +297,7 @@ def test_an_import_error_inside_vllm_is_its_own(monkeypatch, tmp_path):
 
 
 def test_importing_the_bridge_imports_no_vllm():
-    code = "import sys, torch_bridge.vllm; print('vllm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = "import sys, torch_bridge.vllm_plugin as p; p.register(); print('vllm' in sys.modules)"
+    env = {k: x for k, x in os.environ.items() if k != vllm_plugin.VARIABLE}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["False"], done.stderr
