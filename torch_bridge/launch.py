@@ -7,7 +7,8 @@ as in the releases that we checked is refused. Every program is run on the GPU a
 handed over: a defect ends this process, never the user's.
 
 Protocol: a JSON request on standard input, files in the folder that it names, a JSON answer on standard
-output's last line.
+output's last line. An "error" of the whole answer holds for any program "until" the machine is "changed" or
+the asking process "restart"ed; without an "until" it may pass by itself, as a lack of memory does.
 """
 
 import ctypes
@@ -29,6 +30,10 @@ _MASKED_QUANT = "silu_and_mul_masked_quant"
 
 class CompileError(RuntimeError):
     """A program could not be compiled or proved right."""
+
+
+class MachineError(CompileError):
+    """No program can be compiled here, because of what is installed or how the GPU is set up."""
 
 
 class KernelLaunch(NamedTuple):
@@ -144,8 +149,11 @@ class Compiler:
         version = tuple(int(x) for x in re.findall(r"\d+", jaxlib.version.__version__)[:3])
         if not OLDEST_JAXLIB <= version < UNKNOWN_JAXLIB:
             low, high = (".".join(map(str, v)) for v in (OLDEST_JAXLIB, UNKNOWN_JAXLIB))
-            raise CompileError(f"needs jaxlib >= {low}, < {high}; this is {version}")
-        self._compile = ctypes.CDLL(plugin or _plugin_library()).MosaicGpuCompile
+            raise MachineError(f"needs jaxlib >= {low}, < {high}; this is {version}")
+        try:
+            self._compile = ctypes.CDLL(plugin or _plugin_library()).MosaicGpuCompile
+        except (OSError, AttributeError) as error:
+            raise MachineError(f"jax's CUDA plugin does not load: {error}") from None
         self._compile.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._compile.restype = ctypes.c_void_p
 
@@ -182,7 +190,7 @@ def _plugin_library() -> str:
     for name in _PLUGINS:
         if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(name):
             return importlib.import_module(name)._get_library_path()
-    raise CompileError("no CUDA plugin of jax is installed: install the extra cuda13 or cuda12")
+    raise MachineError("no CUDA plugin of jax is installed: install the extra cuda13 or cuda12")
 
 
 # -- proving a program ---------------------------------------------------------------------------
@@ -395,6 +403,17 @@ def _beside(name: str) -> Any:
     return module
 
 
+def _enter(driver: Any, device: int) -> None:
+    try:
+        driver.enter(device)
+    except driver.DriverError as error:
+        if error.code == driver.DEVICE_UNAVAILABLE and driver.compute_mode(device):
+            raise MachineError(
+                f"{error} Its compute mode keeps a second process out: `nvidia-smi -c DEFAULT` lets it in."
+            ) from None
+        raise
+
+
 def _serve(request: dict) -> list[dict]:
     driver = _beside("driver")
     # What is kept under a key comes from the sources in it. (A benchmark keeps nothing.)
@@ -405,7 +424,7 @@ def _serve(request: dict) -> list[dict]:
         )
     from moe_align_jax import _quant, types
 
-    driver.enter(request["device"])
+    _enter(driver, request["device"])
     compiler, answers = Compiler(), []
     for index, (kind, fields) in enumerate(request["problems"]):
         module = _quant if hasattr(_quant, kind) else types
@@ -447,6 +466,10 @@ def main() -> int:
         answer: dict[str, Any] = {"programs": _serve(json.load(sys.stdin))}
     except Exception as error:  # the parent shows it; a traceback helps nobody there
         answer = {"error": f"{type(error).__name__}: {error}"}
+        if isinstance(error, MachineError):
+            answer["until"] = "changed"
+        elif isinstance(error, CompileError | ImportError):
+            answer["until"] = "restart"
     print("\n" + json.dumps(answer), flush=True)
     return 0
 

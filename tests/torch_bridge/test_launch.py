@@ -1,6 +1,7 @@
 """launch.py without a GPU: reading Mosaic's host code, the trials, proving by a fake driver, the process."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import subprocess
@@ -260,7 +261,8 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     """Their programs would be kept under the key of what the asking process had imported."""
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
-    assert set(answer) == {"error"} and "were changed" in answer["error"]
+    assert set(answer) == {"error", "until"} and "were changed" in answer["error"]
+    assert answer["until"] == "restart"
 
 
 def test_lowering_needs_neither_torch_nor_a_gpu(monkeypatch):
@@ -301,11 +303,48 @@ def test_another_jaxlib_is_refused(monkeypatch):
 
     for version in ("0.11.1", "0.13.0", "1.0.0"):
         monkeypatch.setattr(jaxlib.version, "__version__", version)
-        with pytest.raises(launch.CompileError, match="needs jaxlib"):
+        with pytest.raises(launch.MachineError, match="needs jaxlib"):
             launch.Compiler()
 
 
 def test_this_jaxlib_is_not_refused():
-    with pytest.raises((launch.CompileError, OSError, AttributeError)) as caught:
+    with pytest.raises(launch.MachineError, match="does not load"):
         launch.Compiler("/dev/null")  # no library: it gets as far as loading it
-    assert "needs jaxlib" not in str(caught.value)
+
+
+REASONS = {
+    "machine": (launch.MachineError("no plugin"), "changed"),
+    "process": (launch.CompileError("other sources"), "restart"),
+    "import": (ImportError("half installed"), "restart"),
+    "memory": (driver.DriverError("out of memory", 2), None),
+    "disk": (OSError(28, "No space left on device"), None),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_an_error_says_how_long_it_holds(name, monkeypatch, capsys):
+    error, until = REASONS[name]
+
+    def fails(request):
+        raise error
+
+    monkeypatch.setattr(launch, "_serve", fails)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{}"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert launch.main() == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert str(error) in answer["error"] and answer.get("until") == until
+
+
+@pytest.mark.parametrize(("code", "mode", "kept"), [(46, 3, True), (46, 0, False), (2, 3, False)])
+def test_exclusive_compute_mode_is_told_from_what_may_pass(code, mode, kept, fake, monkeypatch):
+    def refuse(device):
+        raise driver.DriverError("cuDevicePrimaryCtxRetain failed", code)
+
+    fake.compute_mode = mode
+    monkeypatch.setattr(driver, "enter", refuse)
+    with pytest.raises(RuntimeError, match="PrimaryCtxRetain") as caught:
+        launch._enter(driver, 0)
+    assert isinstance(caught.value, launch.MachineError) == kept
+    assert ("nvidia-smi -c DEFAULT" in str(caught.value)) == kept
