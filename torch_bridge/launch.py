@@ -12,6 +12,7 @@ output's last line.
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -136,11 +137,16 @@ def lower(kernel: Any) -> bytes:
 
 
 class Compiler:
-    """jaxlib's Mosaic compiler; needs a current CUDA context."""
+    """jaxlib's Mosaic compiler; needs a current CUDA context.
+
+    Attributes:
+        lower_seconds: what lowering, up to Mosaic's module, has taken so far.
+    """
 
     def __init__(self, plugin: str | None = None):
         import jaxlib.version
 
+        self.lower_seconds = 0.0
         version = tuple(int(x) for x in re.findall(r"\d+", jaxlib.version.__version__)[:3])
         if not OLDEST_JAXLIB <= version < UNKNOWN_JAXLIB:
             low, high = (".".join(map(str, v)) for v in (OLDEST_JAXLIB, UNKNOWN_JAXLIB))
@@ -151,7 +157,9 @@ class Compiler:
 
     def __call__(self, kernel: Any) -> tuple[str, KernelLaunch]:
         """(PTX, launch) of a kernel."""
+        begun = time.monotonic()
         module = lower(kernel)
+        self.lower_seconds += time.monotonic() - begun
         with tempfile.TemporaryDirectory() as folder:
             dump = {
                 "MOSAIC_GPU_DUMP_TO": folder,
@@ -409,11 +417,15 @@ def _serve(request: dict) -> list[dict]:
     compiler, answers = Compiler(), []
     for index, (kind, fields) in enumerate(request["problems"]):
         module = _quant if hasattr(_quant, kind) else types
-        begun, problem = time.monotonic(), getattr(module, kind)(**fields)
+        problem, lowered_before = getattr(module, kind)(**fields), compiler.lower_seconds
+        times = [time.monotonic()]
         try:
             launches, texts, shapes = compile_program(compiler, problem)
+            times.append(time.monotonic())
             cubins = [driver.assemble(ptx) for ptx in texts]
+            times.append(time.monotonic())
             prove(driver, problem, launches, cubins, shapes)
+            times.append(time.monotonic())
         except CompileError as error:
             answers.append({"error": str(error)})
             continue
@@ -426,12 +438,15 @@ def _serve(request: dict) -> list[dict]:
             for name, shape in shapes.items()
             if name not in problem.inputs and name not in problem.outputs
         }
+        lower = compiler.lower_seconds - lowered_before
+        compiled, assemble, proof = (b - a for a, b in itertools.pairwise(times))
+        steps = {"lower": lower, "compile": compiled - lower, "assemble": assemble, "prove": proof}
         answers.append(
             {
                 "kernels": launches,
                 "files": files,
                 "between": between,
-                "seconds": round(time.monotonic() - begun, 3),
+                "seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
             }
         )
     return answers

@@ -5,6 +5,8 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,6 +263,45 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
     assert set(answer) == {"error"} and "were changed" in answer["error"]
+
+
+def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
+    """Lowering is the real one; the others take as long as they sleep."""
+
+    class Compiler(launch.Compiler):
+        def __init__(self):
+            self.lower_seconds = 0.0
+
+        def _compile(self, module, size):
+            time.sleep(0.02)
+            raise launch.CompileError("no plugin")
+
+    problem = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
+    request = {"device": 0, "folder": str(tmp_path), "problems": []}
+    request["problems"] = [["AlignProblem", problem._asdict()]] * 2
+    slow = SimpleNamespace(
+        enter=lambda device: None, assemble=lambda ptx: time.sleep(0.03) or ptx.encode()
+    )
+    monkeypatch.setattr(launch, "_beside", lambda name: slow)
+    monkeypatch.setattr(launch, "Compiler", Compiler)
+    assert [set(one) for one in launch._serve(request)] == [{"error"}] * 2
+
+    call, how = Compiler.__call__, launch.KernelLaunch("k", *[(1, 1, 1)] * 3, 0, ("topk_ids",))
+
+    def compiled(self, kernel):
+        with pytest.raises(launch.CompileError, match="no plugin"):
+            call(self, kernel)
+        return "ptx", how
+
+    monkeypatch.setattr(Compiler, "__call__", compiled)
+    monkeypatch.setattr(launch, "prove", lambda *a: time.sleep(0.04))
+    begun = time.monotonic()
+    first, second = (one["seconds"] for one in launch._serve(request))
+    whole = time.monotonic() - begun
+    for steps in (first, second):
+        assert steps["compile"] >= 0.02 and steps["assemble"] >= 0.03 and steps["prove"] >= 0.04
+        assert steps["lower"] > 0
+    assert whole - 1 < sum(first.values()) + sum(second.values()) <= whole + 0.01
 
 
 def test_lowering_needs_neither_torch_nor_a_gpu(monkeypatch):
