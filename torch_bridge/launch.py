@@ -205,16 +205,22 @@ class Trial(NamedTuple):
 
 
 def align_trial(problem: Any, n: int, seed: int) -> Trial:
-    """Random ids (some out of range), a random map and a bound, as the problem has them."""
+    """Random ids (some out of range), a random map and a bound, as the problem has them.
+
+    Args:
+        n: pairs; those of a problem that is not sized at launch are its own.
+    """
     import numpy as np
 
     from moe_align_jax import _checks
 
     num_experts, block_size = problem.num_experts, problem.block_size
     rng = np.random.default_rng(seed)
-    capacity = _checks.capacity(
-        n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
-    )
+    capacity = problem.capacity
+    if problem.sized_at_launch:
+        capacity = _checks.capacity(
+            n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+        )
     shift = 1 if problem.minus_one else 0
     ids = rng.integers(-2, num_experts + 2, n) - shift
     expert_map = rng.integers(-2, num_experts + 1, num_experts)
@@ -247,7 +253,7 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     want["expert_ids"][: used.size] = used
     want["row_of_pair"][order] = rows
 
-    first_id = 3
+    first_id = 3 if problem.sized_at_launch else 0
     held = np.zeros(n + first_id, np.int64 if problem.id_words == 2 else np.int32)
     held[first_id:] = ids
     arrays = {
@@ -325,7 +331,7 @@ def _prove_masked_quant(driver: Any, problem: Any, launches: Any, names: list[st
 def prove(
     driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
 ) -> None:
-    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
+    """Runs a program on random input, at its largest size and, if it can, a smaller one, against NumPy."""
     import numpy as np
 
     names = list(shapes)
@@ -333,7 +339,8 @@ def prove(
     if problem.name == _MASKED_QUANT:
         return _prove_masked_quant(driver, problem, launches, names)
     if problem.name == "moe_align_block_size":
-        sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
+        n = problem.num_pairs
+        sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
     else:
         trials = [batched_trial(problem, seed) for seed in range(2)]

@@ -126,7 +126,8 @@ TRIALS = {
     ("n", "num_experts", "block_size"), [(1, 1, 1), (40, 8, 16), (3000, 100, 4)]
 )
 def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options):
-    problem = AlignProblem(n, num_experts, block_size, 0, return_inverse=True, **options)
+    options = {**options, "return_inverse": True, "sized_at_launch": True}
+    problem = AlignProblem(n, num_experts, block_size, 0, **options)
     trial = launch.align_trial(problem, n, seed=n)
     first = trial.words["first_id"]
     held = trial.arrays["topk_ids"]
@@ -189,6 +190,23 @@ def test_prove_passes_a_right_program(problem, fake):
     launch.prove(driver, problem, launches, cubins, shapes)
     assert len(fake.launched) == 2 * len(launches)
     assert not fake._memory  # all of it was freed
+
+
+@pytest.mark.parametrize("size", [(5, 4, 2, 16), (300, 9000, 4, 1200), (2500, 8, 16, 2620)])
+def test_prove_passes_a_program_of_one_size(size, fake):
+    """Whose ids start where their memory does: as a benchmark compares with."""
+    for problem in (AlignProblem(*size), AlignProblem(*size, id_words=2, expert_map="filter")):
+        launches, cubins, shapes = fake.compiled(problem)
+        assert not set(shapes) & {"num_pairs", "capacity", "first_id"}
+        before = len(fake.launched)
+        launch.prove(driver, problem, launches, cubins, shapes)
+        assert len(fake.launched) == before + len(launches) and not fake._memory
+    launches, cubins, shapes = fake.compiled(problem)
+    kernel, _, how = fake.kernels[-1]
+    broken = dataclasses.replace(kernel, body=_off_by_one("sorted_token_ids")(kernel.body))
+    fake.kernels[-1] = (broken, problem, how)
+    with pytest.raises(launch.CompileError, match=r"sorted_token_ids\[0\]"):
+        launch.prove(driver, problem, launches, cubins, shapes)
 
 
 def _off_by_one(name):
