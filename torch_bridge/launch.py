@@ -13,6 +13,7 @@ the asking process "restart"ed; without an "until" it may pass by itself, as a l
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -141,11 +142,16 @@ def lower(kernel: Any) -> bytes:
 
 
 class Compiler:
-    """jaxlib's Mosaic compiler; needs a current CUDA context."""
+    """jaxlib's Mosaic compiler; needs a current CUDA context.
+
+    Attributes:
+        lower_seconds: what lowering, up to Mosaic's module, has taken so far.
+    """
 
     def __init__(self, plugin: str | None = None):
         import jaxlib.version
 
+        self.lower_seconds = 0.0
         version = tuple(int(x) for x in re.findall(r"\d+", jaxlib.version.__version__)[:3])
         if not OLDEST_JAXLIB <= version < UNKNOWN_JAXLIB:
             low, high = (".".join(map(str, v)) for v in (OLDEST_JAXLIB, UNKNOWN_JAXLIB))
@@ -159,7 +165,9 @@ class Compiler:
 
     def __call__(self, kernel: Any) -> tuple[str, KernelLaunch]:
         """(PTX, launch) of a kernel."""
+        begun = time.monotonic()
         module = lower(kernel)
+        self.lower_seconds += time.monotonic() - begun
         with tempfile.TemporaryDirectory() as folder:
             dump = {
                 "MOSAIC_GPU_DUMP_TO": folder,
@@ -205,16 +213,22 @@ class Trial(NamedTuple):
 
 
 def align_trial(problem: Any, n: int, seed: int) -> Trial:
-    """Random ids (some out of range), a random map and a bound, as the problem has them."""
+    """Random ids (some out of range), a random map and a bound, as the problem has them.
+
+    Args:
+        n: pairs; those of a problem that is not sized at launch are its own.
+    """
     import numpy as np
 
     from moe_align_jax import _checks
 
     num_experts, block_size = problem.num_experts, problem.block_size
     rng = np.random.default_rng(seed)
-    capacity = _checks.capacity(
-        n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
-    )
+    capacity = problem.capacity
+    if problem.sized_at_launch:
+        capacity = _checks.capacity(
+            n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+        )
     shift = 1 if problem.minus_one else 0
     ids = rng.integers(-2, num_experts + 2, n) - shift
     expert_map = rng.integers(-2, num_experts + 1, num_experts)
@@ -247,7 +261,7 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     want["expert_ids"][: used.size] = used
     want["row_of_pair"][order] = rows
 
-    first_id = 3
+    first_id = 3 if problem.sized_at_launch else 0
     held = np.zeros(n + first_id, np.int64 if problem.id_words == 2 else np.int32)
     held[first_id:] = ids
     arrays = {
@@ -325,7 +339,7 @@ def _prove_masked_quant(driver: Any, problem: Any, launches: Any, names: list[st
 def prove(
     driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
 ) -> None:
-    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
+    """Runs a program on random input, at its largest size and, if it can, a smaller one, against NumPy."""
     import numpy as np
 
     names = list(shapes)
@@ -333,7 +347,8 @@ def prove(
     if problem.name == _MASKED_QUANT:
         return _prove_masked_quant(driver, problem, launches, names)
     if problem.name == "moe_align_block_size":
-        sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
+        n = problem.num_pairs
+        sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
     else:
         trials = [batched_trial(problem, seed) for seed in range(2)]
@@ -428,11 +443,15 @@ def _serve(request: dict) -> list[dict]:
     compiler, answers = Compiler(), []
     for index, (kind, fields) in enumerate(request["problems"]):
         module = _quant if hasattr(_quant, kind) else types
-        begun, problem = time.monotonic(), getattr(module, kind)(**fields)
+        problem, lowered_before = getattr(module, kind)(**fields), compiler.lower_seconds
+        times = [time.monotonic()]
         try:
             launches, texts, shapes = compile_program(compiler, problem)
+            times.append(time.monotonic())
             cubins = [driver.assemble(ptx) for ptx in texts]
+            times.append(time.monotonic())
             prove(driver, problem, launches, cubins, shapes)
+            times.append(time.monotonic())
         except CompileError as error:
             answers.append({"error": str(error)})
             continue
@@ -445,12 +464,15 @@ def _serve(request: dict) -> list[dict]:
             for name, shape in shapes.items()
             if name not in problem.inputs and name not in problem.outputs
         }
+        lower = compiler.lower_seconds - lowered_before
+        compiled, assemble, proof = (b - a for a, b in itertools.pairwise(times))
+        steps = {"lower": lower, "compile": compiled - lower, "assemble": assemble, "prove": proof}
         answers.append(
             {
                 "kernels": launches,
                 "files": files,
                 "between": between,
-                "seconds": round(time.monotonic() - begun, 3),
+                "seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
             }
         )
     return answers
