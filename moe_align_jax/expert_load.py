@@ -232,9 +232,10 @@ def record_expert_load(
         physical_to_logical_map: `[L, Ep]` integers, the placement of this very pass, or an object with
             this attribute (`ExpertLocation`). Only for layer None, and needed then if the state was
             made with num_logical_experts.
-        forward_pass_id: scalar integer, kept with the row, which it also places: one row per id. None
-            counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per pass.
-            Only for layer None.
+        forward_pass_id: scalar integer, kept with the row, which it also places: row `id % B`, over what
+            is there. Ids that step by 1 use the whole ring; of passes with equal ids the last stays.
+            None counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per
+            pass. Only for layer None.
 
     Returns:
         The new state. With mode None, `load` itself.
