@@ -626,9 +626,7 @@ def test_a_traced_layer_says_what_to_do_under_scan():
 def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (pathlib.Path(__file__).parents[1] / "docs" / "expert_load.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    [step] = [block for block in blocks if "init_expert_load(" in block]
-    [recorder] = [block for block in blocks if "ExpertDistributionRecorder(" in block]
+    step, recorder, moving, by_layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(step, names)
     assert names["record"].logical_count.shape == (3, 2, 8)
@@ -638,3 +636,20 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
             assert counts[layer].tolist() == np.bincount(ids[layer].ravel(), minlength=8).tolist()
     exec(recorder, names)
     assert [file.parent.name for file in tmp_path.rglob("*.npz")] == ["dumps"]
+
+    for block in (moving, by_layer):
+        names = {}
+        exec(moving.split("for weights, layers")[0] if block == by_layer else moving, names)
+        new, held = names["new"], names["weights"]["up"]
+        if block == by_layer:
+            names["model"] = [{"up": held[layer]} for layer in range(6)]
+            shardings = [layer["up"].sharding for layer in names["model"]]
+            exec(by_layer, names)
+            assert [layer["up"].sharding for layer in names["model"]] == shardings
+            assert all(sharding.spec[0] == "ep" for sharding in shardings)
+            held = np.stack([layer["up"] for layer in names["model"]])
+        slots = np.asarray(new.physical_to_logical_map)
+        want = names["experts"][np.arange(6)[:, None], slots].astype(np.float32)
+        np.testing.assert_array_equal(held, want)
+        np.testing.assert_array_equal(names["location"].physical_to_logical_map, slots)
+        assert (slots != names["slots"]).any(axis=1).all()
