@@ -263,10 +263,10 @@ def test_files_that_do_not_fit_are_refused(eplb, tmp_path, change, words):
 # -- what SGLang's recorder of torch_bridge writes ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
+@pytest.mark.parametrize("mode", ["stat", "stat_approx", "per_pass", "per_token"])
 def test_files_that_the_recorder_for_pytorch_wrote(eplb, tmp_path, mode):
-    """Two ranks, each with tokens of its own; "stat" sums them itself, and one of the two writes. The
-    placement changes before the last pass."""
+    """Two ranks, each with tokens of its own; "stat" sums them itself, so one writes, and "stat_approx" takes
+    the aligned counts of a rank's own slots. The placement changes before the last pass."""
     torch = pytest.importorskip("torch")
     from torch_bridge import sglang
 
@@ -277,16 +277,19 @@ def test_files_that_the_recorder_for_pytorch_wrote(eplb, tmp_path, mode):
     placement = SimpleNamespace(
         physical_to_logical_map=torch.from_numpy(old), num_logical_experts=12, ep_size=4
     )
-    options = {"max_tokens": 50, "top_k": 3} if mode == "per_token" else {}
+    options = {
+        "per_token": {"max_tokens": 50, "top_k": 3},
+        "stat_approx": {"moe_a2a_backend": "deepep"},
+    }.get(mode, {})
+    sums = mode.startswith("stat")
     want, names = np.zeros((3, 2, 12), np.int64), []
-    for rank in range(1 if mode == "stat" else 2):
+    for rank in range(1 if sums else 2):
         folder = tmp_path / str(rank)
         recorder = sglang.ExpertDistributionRecorder.init_new(
             placement, rank, mode=mode, buffer_size=3, directory=folder, **options
         )
         recorder.start_record()
         for number in range(3):
-            ids = rng.zipf(1.5, (2, 50, 3)) - 2  # from -1 on, also beyond the slots
             now = old if number < 2 else maps
             placement.physical_to_logical_map = torch.from_numpy(now)
             batch = SimpleNamespace(
@@ -297,21 +300,26 @@ def test_files_that_the_recorder_for_pytorch_wrote(eplb, tmp_path, mode):
             )
             with recorder.with_forward_pass(number, batch):
                 for layer in range(2):
+                    ids = rng.zipf(1.5, (50, 3)) - 2  # from -1 on, also beyond the slots
                     with recorder.with_current_layer(layer):
-                        recorder.on_select_experts(torch.from_numpy(ids[layer]))
-            for layer, one in enumerate(ids):
-                kept = one[(one >= 0) & (one < 16)]
-                want[number, layer] += np.bincount(now[layer][kept], minlength=12)
+                        if mode == "stat_approx":
+                            counts = rng.integers(0, 5, 4) * 128
+                            ids = np.repeat(np.arange(4), counts)
+                            recorder.on_deepep_dispatch_normal(counts.tolist(), None, None, None)
+                        else:
+                            recorder.on_select_experts(torch.from_numpy(ids))
+                    kept = ids[(ids >= 0) & (ids < 16)]
+                    want[number, layer] += np.bincount(now[layer][kept], minlength=12)
         recorder.dump_record("file")
         [file] = folder.iterdir()
         names.append(file)
     done = eplb(*names, *PLACED, "--algorithm", "deepseek_vec")
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "placement.json").read_text())
-    previous = None if mode == "stat" else maps
+    previous = None if sums else maps
     placed = maj.rebalance_experts(want, 16, 1, 1, 4, algorithm="deepseek_vec", previous=previous)
     assert document["physical_to_logical_map"] == placed.physical_to_logical_map.tolist()
-    if mode != "stat":
+    if not sums:
         assert "be given once; got one twice" in eplb(names[0], names[0], *PLACED).output
         shutil.copy(names[0], tmp_path / "copy.pt")
         again = eplb(names[0], "copy.pt", *PLACED)
