@@ -292,6 +292,26 @@ def test_no_location_leaves_nothing_of_it_in_the_program():
     assert list(plain.inputs) == ["topk_ids"]
 
 
+def problem_of(**options):
+    """What is compiled for `[5, K]` ids with static dispatch."""
+    location = location_of("static").for_rank(0)
+    program = jax.make_jaxpr(aligner("xla", expert_location=location, layer=0, **options))
+    todo = [program(ids_of(5, K)).jaxpr]
+    for jaxpr in todo:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "moe_align_block_size":
+                return equation.params["problem"]
+            todo += [x.jaxpr for x in equation.params.values() if hasattr(x, "jaxpr")]
+    raise AssertionError("no alignment in the program")
+
+
+def test_no_shared_experts_leave_nothing_of_them_in_the_program():
+    plain = problem_of()
+    assert plain == problem_of(num_fused_shared_experts=0)
+    assert (plain.num_shared, plain.top_k) == (0, 1)
+    assert problem_of(num_fused_shared_experts=2) == plain._replace(num_shared=2, top_k=K)
+
+
 # -- transformations ----------------------------------------------------------------------------------
 
 
@@ -548,4 +568,9 @@ def test_every_form_on_a_gpu(size, dispatch):
         want = oracle.expected(mapped(ids, location, layer), **options)
         oracle.assert_same(step(ids, location, jnp.int32(layer)), want)
         oracle.assert_same(align(ids, expert_location=location.layer(layer)), want)
+    if top_k > 1:
+        last = np.random.default_rng(9).integers(-2, slots + 3, len(ids))
+        ids[:, -1] = last
+        got = align(ids, expert_location=location, layer=1, num_fused_shared_experts=1)
+        oracle.assert_same(got, oracle.expected(mapped(ids, location, 1, 1), **options))
     assert _tuning.config_for(AlignProblem(*size, 0)).form == size.form
