@@ -88,10 +88,12 @@ compile-kernels:
 	$(PY) -m tests.no_gpu.masked_quant
 	$(PY) -m tests.no_gpu.rows
 	$(PY) -m tests.no_gpu.peer_rows
+	$(PY) -m tests.no_gpu.recording
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.masked_quant
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.rows
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.peer_rows
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.recording
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:

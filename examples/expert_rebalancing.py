@@ -68,15 +68,16 @@ def init(
 
 
 def make_step(mesh: Mesh, *, top_k: int) -> tuple[Any, list]:
-    """The jitted `(model, location, load, x [T, H], popularity [L, El]) -> (y [T, H], load)`.
+    """The jitted `(model, location, load, number, x [T, H], popularity [L, El]) -> (y [T, H], load)`.
 
     Every device sees all tokens, applies its own experts, and the results are summed over the devices.
-    The load counts what each device did, layer by layer: one update at the end. With it comes a list with an
-    entry for each time that the step was traced (and so compiled).
+    The load counts what each device did, layer by layer: one update at the end, in the row of the pass's
+    number (a state that counts passes itself costs a kernel more). With the step comes a list
+    with an entry for each time that it was traced (and so compiled).
     """
     traced = []
 
-    def forward(model, location, load, x, popularity):
+    def forward(model, location, load, number, x, popularity):
         traced.append(x.shape)
         slots = model.experts["gate"].shape[1]  # e, of this device
         first = jax.lax.axis_index("ep") * slots
@@ -97,12 +98,14 @@ def make_step(mesh: Mesh, *, top_k: int) -> tuple[Any, list]:
             # It aligns the same ids again; XLA makes one of the two.
             part = apply_experts(params, x, weights, mine, block_size=BLOCK_SIZE)
             x = x + jax.lax.psum(part, "ep")
-        load = record_expert_load(load, None, counts, physical_to_logical_map=location)
+        load = record_expert_load(
+            load, None, counts, physical_to_logical_map=location, forward_pass_id=number
+        )
         return x, load
 
     specs = Model(P(), P(None, "ep"))
     mapped = jax.shard_map(
-        forward, mesh=mesh, in_specs=(specs, P(), P("ep"), P(), P()), out_specs=(P(), P("ep"))
+        forward, mesh=mesh, in_specs=(specs, P(), P("ep"), P(), P(), P()), out_specs=(P(), P("ep"))
     )
     return jax.jit(mapped, donate_argnums=2), traced
 
@@ -162,7 +165,7 @@ def serve(options: argparse.Namespace, mesh: Mesh) -> tuple[list[Period], float,
     popularity = zipf(rng, layers, experts, options.skew)
 
     def run(x):
-        y, recorder.state = step(model, location, recorder.state, x, popularity)
+        y, recorder.state = step(model, location, recorder.state, np.int32(number), x, popularity)
         return np.asarray(y)
 
     recorder.start_record()

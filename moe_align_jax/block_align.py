@@ -37,6 +37,7 @@ def moe_align_block_size(
     return_inverse: bool = False,
     expert_location: "ExpertLocation | None" = None,
     layer: int | Int[Array, ""] | None = None,
+    num_fused_shared_experts: int = 0,
     implementation: Implementation | None = None,
 ) -> AlignedBlocks:
     """Groups (token, expert) pairs by expert, each expert padded to whole GEMM blocks.
@@ -66,6 +67,9 @@ def moe_align_block_size(
             that of one GPU (`for_rank`). "round_robin" costs a mapping and an alignment beforehand.
         layer: the layer of an expert_location of all layers, an int or an integer scalar (clamped). The
             tables are then read where they lie: slices of them can cost XLA a kernel each.
+        num_fused_shared_experts: with an expert_location, the last so many columns of topk_ids
+            `[..., top_k]` are slots already, and left as they are. E may then exceed the location's
+            slots: those behind them are the shared experts'. Static.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU, else "xla"),
             or a name, which runs or raises. Static.
 
@@ -109,26 +113,39 @@ def moe_align_block_size(
     ):
         _check_bool(function, argument, flag)
 
-    dispatch, tables, num_ids = "", {}, num_experts
+    dispatch, tables, shared = "", {}, 0
     if expert_location is not None:
         from moe_align_jax import expert_dispatch
 
+        shared = expert_dispatch.check_shared(function, num_fused_shared_experts, topk_ids.shape)
         dispatch, tables = expert_dispatch.alignment_tables(
-            function, expert_location, layer, num_experts
+            function, expert_location, layer, num_experts, shared
         )
-        num_ids = expert_location.num_logical_experts
         if dispatch == "round_robin":  # a pair's turn is known once all pairs before it are
             rows: Any = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
-            topk_ids = expert_dispatch.to_physical_ids(rows, expert_location, layer=layer)
-            dispatch, tables, num_ids = "", {}, num_experts
-    elif layer is not None:
-        remedy = "It is the layer of an expert_location."
-        rule = _checks.message(function, "layer", "be left out", _checks.describe(layer), remedy)
-        raise ValueError(rule)
+            topk_ids = expert_dispatch.to_physical_ids(
+                rows, expert_location, layer=layer, num_fused_shared_experts=shared
+            )
+            dispatch, tables, shared = "", {}, 0
+        elif isinstance(topk_ids, np.ndarray):
+            num_logical = expert_location.num_logical_experts
+            topk_ids = expert_dispatch.narrow_on_host(topk_ids, num_logical, shared)
+    else:
+        for argument, value, remedy in (
+            ("layer", layer, "It is the layer of an expert_location."),
+            (
+                "num_fused_shared_experts",
+                num_fused_shared_experts or None,
+                "They are columns that an expert_location leaves alone.",
+            ),
+        ):
+            if value is not None:
+                got = _checks.describe(value)
+                raise ValueError(_checks.message(function, argument, "be left out", got, remedy))
 
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
     capacity = _capacity(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
-    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_ids), **tables}
+    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_experts), **tables}
     if expert_map is not None:
         operands["expert_map"] = _check_expert_map(function, expert_map, num_experts)
     if num_valid_pairs is not None:
@@ -141,6 +158,7 @@ def moe_align_block_size(
         ignore_invalid_experts=bool(ignore_invalid_experts),
         return_inverse=bool(return_inverse),
         dispatch=dispatch,
+        shared=shared,
         implementation=implementation,
     )
 
@@ -154,6 +172,7 @@ def moe_align_block_size(
         "ignore_invalid_experts",
         "return_inverse",
         "dispatch",
+        "shared",
         "implementation",
     ),
 )
@@ -166,6 +185,7 @@ def _align(
     ignore_invalid_experts: bool,
     return_inverse: bool,
     dispatch: str,
+    shared: int,
     implementation: str | None,
 ) -> AlignedBlocks:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
@@ -178,7 +198,7 @@ def _align(
             inverse = empty if return_inverse else None
             return AlignedBlocks(empty, empty, jnp.zeros(1, _I32), none, inverse)
         ids = _as_int32_words(lax.reshape(topk_ids, (num_pairs,)))
-        sizes, tables = _dispatch_tables(operands, dispatch)
+        sizes, tables = _dispatch_tables(operands, dispatch, shared)
         arrays = [ids, *tables]
         expert_map = operands.get("expert_map")
         if expert_map is not None:
@@ -203,7 +223,7 @@ def _align(
 
 
 def _dispatch_tables(
-    operands: dict[str, jax.Array], dispatch: str
+    operands: dict[str, jax.Array], dispatch: str, shared: int
 ) -> tuple[dict[str, Any], list[jax.Array]]:
     """The sizes of an expert location for AlignProblem, and its arrays in the order of its inputs."""
     if not dispatch:
@@ -217,6 +237,8 @@ def _dispatch_tables(
         names = ("logical_to_physical_map", "num_replicas", "first_token")
         sizes["num_logical"], sizes["replica_width"] = operands[names[0]].shape[-2:]
         sizes["top_k"] = ids.shape[-1] if ids.ndim > 1 else 1
+    if shared:
+        sizes |= {"top_k": ids.shape[-1], "num_shared": shared}
     if layered:
         sizes["num_layers"] = operands[names[0]].shape[0]
         names += ("layer",)

@@ -79,18 +79,12 @@ def to_physical_ids(
     ids = block_align._check_integer_array(
         function, "topk_ids", topk_ids, "Pass the expert ids that top_k returned."
     )
-    shared = num_fused_shared_experts
-    last = ids.shape[-1] if ids.ndim else 0
-    if isinstance(shared, bool) or not isinstance(shared, (int, np.integer)):
-        rule, got = "be a static Python int", _checks.describe(shared)
-        remedy = "Pass the columns of shared experts."
-        raise TypeError(_checks.message(function, "num_fused_shared_experts", rule, got, remedy))
-    if ids.ndim == 0 or not 0 <= shared <= (last if ids.ndim > 1 else 0):
-        got = f"{shared} for ids {list(ids.shape)}"
-        rule = "be at most the columns of topk_ids"
-        fail(function, "num_fused_shared_experts", rule, got, "Pass ids [..., top_k].")
+    shared = check_shared(function, num_fused_shared_experts, ids.shape)
+    if ids.ndim == 0:
+        fail(function, "topk_ids", "have an axis", _checks.describe(ids), "Pass ids [..., top_k].")
 
     if rank is not None:
+        last = ids.shape[-1]
         tokens = ids.size // last if ids.ndim > 1 and last else ids.size
         first = jnp.asarray(rank).astype(_I32) * _I32(tokens)
         location = location.for_rank(rank, first_token=first)
@@ -101,8 +95,26 @@ def to_physical_ids(
         if location.static_dispatch_map.ndim != 1:
             fail(function, "rank", 'be given for dispatch="static"', None, "Pass the GPU's number.")
     if isinstance(ids, np.ndarray):
-        ids = _narrow_on_host(ids, location.num_logical_experts, int(shared))
-    return _dispatched(ids, location, dispatch=dispatch, shared=int(shared))
+        ids = narrow_on_host(ids, location.num_logical_experts, shared)
+    return _dispatched(ids, location, dispatch=dispatch, shared=shared)
+
+
+def check_shared(function: str, shared: Any, shape: tuple[Any, ...]) -> int:
+    """`num_fused_shared_experts` for ids of this shape.
+
+    Raises:
+        TypeError, ValueError: it is not an int, or more than the columns.
+    """
+    argument = "num_fused_shared_experts"
+    if isinstance(shared, bool) or not isinstance(shared, (int, np.integer)):
+        rule, got = "be a static Python int", _checks.describe(shared)
+        remedy = "Pass the columns of shared experts."
+        raise TypeError(_checks.message(function, argument, rule, got, remedy))
+    if not 0 <= shared <= (shape[-1] if len(shape) > 1 else 0):
+        got = f"{shared} for ids {list(shape)}"
+        rule = "be at most the columns of topk_ids"
+        fail(function, argument, rule, got, "Pass ids [..., top_k].")
+    return int(shared)
 
 
 @functools.partial(jax.jit, static_argnames=("dispatch", "shared"))
@@ -150,7 +162,7 @@ def _place_within_expert(ids: jax.Array, num_experts: int) -> jax.Array:
     return jnp.maximum(aligned.row_of_pair.reshape(ids.shape) - replicas.take(first_row, expert), 0)
 
 
-def _narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray:
+def narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray:
     """int32, where jax would wrap int64; a shared column keeps what int32 can hold."""
     if ids.dtype == np.int32:
         return ids
@@ -165,9 +177,11 @@ def _narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarra
 
 
 def alignment_tables(
-    function: str, location: Any, layer: Any, num_experts: int
+    function: str, location: Any, layer: Any, num_experts: int, shared: int
 ) -> tuple[Dispatch, dict[str, Any]]:
     """The dispatch of a location, and the arrays that an alignment into `num_experts` slots reads.
+
+    With `shared` columns there may be slots behind the location's: theirs.
 
     Raises:
         TypeError, ValueError: as `moe_align_block_size` says.
@@ -176,9 +190,10 @@ def alignment_tables(
         rule, got = "be an ExpertLocation", _checks.describe(location)
         raise TypeError(_checks.message(function, "expert_location", rule, got, "Make one."))
     slots = location.num_physical_experts
-    if slots != num_experts:
+    if num_experts < slots or num_experts > slots and not shared:
         remedy = "Ids are logical, but it is slots that are aligned."
         rule = f"be the location's num_physical_experts ({slots})"
+        rule += ", or more for those of shared experts" if shared else ""
         fail(function, "num_experts", rule, num_experts, remedy)
     check_dispatch(function, location.dispatch)
     tables = {}

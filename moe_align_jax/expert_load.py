@@ -11,6 +11,7 @@ replicas is made of these rows on the host, in int64.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_align_jax import _checks
 from moe_align_jax._recorder import arguments
-from moe_align_jax._recorder.rows import Layout, LoadRecord, read_rows
+from moe_align_jax._recorder.rows import (
+    HEADER,
+    Layout,
+    LoadRecord,
+    physical_counts,
+    read_rows,
+    used_rows,
+)
 
 LoadMode = Literal["stat", "stat_approx", "per_pass", "per_token"]
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
@@ -232,9 +240,10 @@ def record_expert_load(
         physical_to_logical_map: `[L, Ep]` integers, the placement of this very pass, or an object with
             this attribute (`ExpertLocation`). Only for layer None, and needed then if the state was
             made with num_logical_experts.
-        forward_pass_id: scalar integer, kept with the row, which it also places: one row per id. None
-            counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per pass.
-            Only for layer None.
+        forward_pass_id: scalar integer, kept with the row, which it also places: row `id % B`, over what
+            is there. Ids that step by 1 use the whole ring; of passes with equal ids the last stays.
+            None counts the passes in the state (modulo 2**31), at the cost of one more tiny kernel per
+            pass. Only for layer None.
 
     Returns:
         The new state. With mode None, `load` itself.
@@ -335,11 +344,52 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
     return read_rows(_on_host(load.ring), _on_host(load.control), load.layout)
 
 
+def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
+    """What metrics need of the ring: its headers, and the counts of the last passes. No map, no older row.
+
+    The rows are gathered on their devices, as many as the next power of two, so that a ring that fills
+    compiles few programs; each process does this for its own shards alone.
+
+    Returns:
+        N, the passes recorded, and `[min(N, most), L, Ep]` int64, oldest first, summed over the shards.
+    """
+    layout = load.layout
+    assert layout is not None
+    parts = _parts(load.ring)
+    headers = np.concatenate([np.asarray(_headers(part, layout)) for part in parts])
+    slots = used_rows(headers, _on_host(load.control))
+    last = slots[-most:]
+    room = min(1 << max(len(last) - 1, 0).bit_length(), layout.num_passes)
+    padded = np.full(room, layout.num_passes, np.int32)  # the row of what was not recorded
+    padded[: len(last)] = last
+    bodies = [_bodies(part, padded, layout) for part in parts]
+    body = np.concatenate([np.asarray(x) for x in bodies])[:, : len(last)]
+    return len(slots), physical_counts(np.moveaxis(body, 0, 1), layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _headers(ring: jax.Array, layout: Layout) -> jax.Array:
+    return ring.reshape(-1, layout.num_passes + 1, layout.row)[:, : layout.num_passes, :HEADER]
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _bodies(ring: jax.Array, slots: jax.Array, layout: Layout) -> jax.Array:
+    """`[S, n, L, width]` counts (or ids) of the rows `slots` `[n]`."""
+    rows = ring.reshape(-1, layout.num_passes + 1, layout.row)
+    body = rows[:, slots, HEADER : HEADER + layout.num_layers * layout.width]
+    return body.reshape(*body.shape[:2], layout.num_layers, layout.width)
+
+
 def _on_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))
+    return np.concatenate([np.asarray(part) for part in _parts(array)])
+
+
+def _parts(array: jax.Array) -> list[jax.Array]:
+    """The shards that this process holds, each on its device, in order."""
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+    return [parts[start] for start in sorted(parts)]
 
 
 def _commit(

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,18 +185,25 @@ class ExpertDistributionRecorder:
         self._clear()
         return path if output_mode == "file" else dump
 
-    def metrics(self) -> LoadMetrics:
+    def metrics(self, windows: Sequence[int] = WINDOWS) -> LoadMetrics:
         """Balancedness per layer and window of passes, tokens per GPU; waits for the device.
 
+        What comes to the host are the counts of as many passes as the longest window has.
+
+        Args:
+            windows: in passes, each >= 1.
+
         Raises:
-            RuntimeError: the mode is None.   ValueError: the recorder was made without num_gpus.
+            RuntimeError: the mode is None.
+            ValueError: the recorder was made without num_gpus, or a window is impossible.
         """
         self._need_mode("metrics")
         if self.num_gpus is None:
             _fail("num_gpus", "be given for metrics", None, "Pass it to the constructor.")
-        found = load_metrics(
-            expert_load.collect_expert_load(self.state).physical_count, self.num_gpus or 1
-        )
+        if not windows or min(windows) < 1:
+            _fail("windows", "be passes >= 1", repr(windows), "", "metrics")
+        passes, counts = expert_load.last_physical_counts(self.state, max(windows))
+        found = load_metrics(counts, self.num_gpus or 1, windows, passes=passes)
         if self._gauges is not None:
             self._gauges.set(found)
         return found

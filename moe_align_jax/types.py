@@ -79,9 +79,10 @@ class AlignProblem(NamedTuple):
             by one table, "dynamic" by a hash of the token. num_experts counts the slots.
         num_logical: with dispatch, El: ids outside `[0, El)` are dropped.
         replica_width: with "dynamic", X: slots per logical expert in the table.
-        top_k: with "dynamic", pairs per token.
+        top_k: with "dynamic" or shared columns, pairs per token.
         num_layers: with dispatch, layers that the tables hold, of which the input `layer` names one; 0
             where they are of one layer.
+        num_shared: with dispatch, so many last columns of the top_k hold slots already.
     """
 
     num_pairs: int
@@ -101,6 +102,7 @@ class AlignProblem(NamedTuple):
     replica_width: int = 0
     top_k: int = 1
     num_layers: int = 0
+    num_shared: int = 0
 
     name = "moe_align_block_size"
 

@@ -83,7 +83,9 @@ PAIRWISE = tuple(OPTIONS[i] for i in (0, 7, 11, 12, 18, 21))
 BATCHED_SIZES = ((8, 16, 8), (64, 1, 4), (256, 512, 64), (1000, 13, 16))  # E, max_tokens, block
 
 
-def location_sizes(size: Size, dispatch: str, num_layers: int = 0) -> dict[str, Any]:
+def location_sizes(
+    size: Size, dispatch: str, num_layers: int = 0, num_shared: int = 0
+) -> dict[str, Any]:
     """The fields of AlignProblem for logical ids: top-4, up to 32 redundant slots."""
     if not dispatch:
         return {}
@@ -93,8 +95,9 @@ def location_sizes(size: Size, dispatch: str, num_layers: int = 0) -> dict[str, 
         "dispatch": dispatch,
         "num_logical": num_logical,
         "replica_width": width,
-        "top_k": 4 if dispatch == "dynamic" else 1,
+        "top_k": 4 if dispatch == "dynamic" or num_shared else 1,
         "num_layers": num_layers,
+        "num_shared": num_shared,
     }
 
 

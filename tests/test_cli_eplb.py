@@ -1,7 +1,9 @@
 """`moe-align eplb`, run as its users run it, on files of every kind."""
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 import moe_align_jax as maj
 from moe_align_jax._cli import heatmap
 from moe_align_jax._cli.app import app
+from moe_align_jax._eplb import loads
+from moe_align_jax._recorder import files
 from tests.test_eplb import README, zipf
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -22,8 +26,8 @@ def eplb(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
 
-    def call(file, *options):
-        return runner.invoke(app, ["eplb", str(file), *options], catch_exceptions=False)
+    def call(*arguments):
+        return runner.invoke(app, ["eplb", *map(str, arguments)], catch_exceptions=False)
 
     return call
 
@@ -186,3 +190,137 @@ def test_unknown_algorithm_and_missing_gpus_are_usage_errors(eplb, tmp_path):
     (tmp_path / "loads").write_text('{"logical_count": [[1]]}')
     assert "none of auto" in eplb("loads", "--num-gpus", "1", "--algorithm", "best").output
     assert eplb("loads").exit_code == 2
+
+
+# -- files of several processes ----------------------------------------------------------------------------
+
+PLACED = ("--num-gpus", "4", "--num-redundant", "4")
+
+
+def of_ranks(tmp_path, file_format="npz", ranks=3):
+    """Dumps of one recording by several processes, and their sum `[S, L, El]`."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(zipf(rng, ranks, 4, 2, 12, tokens=300) + 1.0)
+    names = []
+    for rank, part in enumerate(counts):
+        dump = {"rank": rank, "forward_pass_id": np.arange(7, 11), "logical_count": part}
+        names.append(files.write_dump(tmp_path / f"{rank}.{file_format}", dump, file_format).name)
+    return names, counts.sum(axis=0)
+
+
+@pytest.mark.parametrize("file_format", ["npz", "arrow"])
+def test_files_of_several_processes_are_added_up(eplb, tmp_path, file_format):
+    if file_format != "npz":
+        pytest.importorskip("pyarrow")
+    names, total = of_ranks(tmp_path, file_format)
+    done = eplb(*names, *PLACED, "--algorithm", "deepseek_vec")
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "placement.json").read_text())
+    want = maj.rebalance_experts(total, 16, 1, 1, 4, algorithm="deepseek_vec")
+    assert document["physical_to_logical_map"] == want.physical_to_logical_map.tolist()
+    assert document["loads"] == ", ".join(names)
+    one = maj.rebalance_experts(total * 0 + 1, 16, 1, 1, 4).physical_to_logical_map
+    assert document["physical_to_logical_map"] != one.tolist()
+
+
+def test_sums_of_files_go_beyond_int32(tmp_path):
+    contents = {str(i): {"logical_count": np.full((1, 2), 2**31 - 1, np.int32)} for i in range(3)}
+    assert loads.sum_of_files(contents, function="f").tolist() == [[[3 * (2**31 - 1)] * 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"logical_count": np.ones((3, 2, 12))},
+            "1.npz must hold passes, layers and experts [4, 2, 12], as",
+        ),
+        ({"logical_count": np.ones((4, 2, 13))}, "got [4, 2, 13]. Several files must be those of"),
+        ({"forward_pass_id": np.arange(8, 12)}, "1.npz must be of the passes of '0.npz'"),
+        ({"rank": 0}, "1.npz must be of another rank than '0.npz'; got rank 0"),
+        ({"logical_count": np.full((4, 2, 12), -1)}, "logical_count must be finite and at least 0"),
+        ({"last_physical_to_logical_map": 1}, "1.npz must have the physical_to_logical_map of"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(eplb, tmp_path, change, words):
+    maps = np.tile(np.arange(16) % 12, (2, 1))
+    for rank in range(2):
+        dump = {"rank": rank, "forward_pass_id": np.arange(7, 11)}
+        dump |= {
+            "logical_count": np.ones((4, 2, 12), np.int64),
+            "last_physical_to_logical_map": maps,
+        }
+        if rank:
+            dump |= change
+        if isinstance(dump["last_physical_to_logical_map"], int):
+            dump["last_physical_to_logical_map"] = maps[:, ::-1]
+        np.savez(tmp_path / f"{rank}.npz", **dump)
+    done = eplb("0.npz", "1.npz", *PLACED)
+    assert done.exit_code == 1 and words in " ".join(done.output.split())
+    assert not (tmp_path / "placement.json").exists()
+
+
+# -- what SGLang's recorder of torch_bridge writes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["stat", "stat_approx", "per_pass", "per_token"])
+def test_files_that_the_recorder_for_pytorch_wrote(eplb, tmp_path, mode):
+    """Two ranks, each with tokens of its own; "stat" sums them itself, so one writes, and "stat_approx" takes
+    the aligned counts of a rank's own slots. The placement changes before the last pass."""
+    torch = pytest.importorskip("torch")
+    from torch_bridge import sglang
+
+    rng = np.random.default_rng(5)
+    old, maps = (
+        np.stack([rng.permutation([*range(12), 0, 3, 3, 5]) for _ in range(2)]) for _ in range(2)
+    )
+    placement = SimpleNamespace(
+        physical_to_logical_map=torch.from_numpy(old), num_logical_experts=12, ep_size=4
+    )
+    options = {
+        "per_token": {"max_tokens": 50, "top_k": 3},
+        "stat_approx": {"moe_a2a_backend": "deepep"},
+    }.get(mode, {})
+    sums = mode.startswith("stat")
+    want, names = np.zeros((3, 2, 12), np.int64), []
+    for rank in range(1 if sums else 2):
+        folder = tmp_path / str(rank)
+        recorder = sglang.ExpertDistributionRecorder.init_new(
+            placement, rank, mode=mode, buffer_size=3, directory=folder, **options
+        )
+        recorder.start_record()
+        for number in range(3):
+            now = old if number < 2 else maps
+            placement.physical_to_logical_map = torch.from_numpy(now)
+            batch = SimpleNamespace(
+                input_ids=torch.arange(50),
+                positions=torch.arange(50),
+                extend_seq_lens_cpu=[50],
+                forward_mode=SimpleNamespace(value=1),
+            )
+            with recorder.with_forward_pass(number, batch):
+                for layer in range(2):
+                    ids = rng.zipf(1.5, (50, 3)) - 2  # from -1 on, also beyond the slots
+                    with recorder.with_current_layer(layer):
+                        if mode == "stat_approx":
+                            counts = rng.integers(0, 5, 4) * 128
+                            ids = np.repeat(np.arange(4), counts)
+                            recorder.on_deepep_dispatch_normal(counts.tolist(), None, None, None)
+                        else:
+                            recorder.on_select_experts(torch.from_numpy(ids))
+                    kept = ids[(ids >= 0) & (ids < 16)]
+                    want[number, layer] += np.bincount(now[layer][kept], minlength=12)
+        recorder.dump_record("file")
+        [file] = folder.iterdir()
+        names.append(file)
+    done = eplb(*names, *PLACED, "--algorithm", "deepseek_vec")
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "placement.json").read_text())
+    previous = None if sums else maps
+    placed = maj.rebalance_experts(want, 16, 1, 1, 4, algorithm="deepseek_vec", previous=previous)
+    assert document["physical_to_logical_map"] == placed.physical_to_logical_map.tolist()
+    if not sums:
+        assert "be given once; got one twice" in eplb(names[0], names[0], *PLACED).output
+        shutil.copy(names[0], tmp_path / "copy.pt")
+        again = eplb(names[0], "copy.pt", *PLACED)
+        assert again.exit_code == 1 and "must be of another rank than" in again.output

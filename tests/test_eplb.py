@@ -522,12 +522,20 @@ def test_measures_refuse_maps_that_do_not_fit():
         maj.balancedness([[1, 2, 3]], 2)
 
 
-def test_deepseek_v3_takes_a_twentieth_of_a_second():
-    """58 layers of 256 experts on 288 slots; a tenth of that time is usual."""
-    load = zipf(np.random.default_rng(0), 58, 256, tokens=1_000_000)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (8, 4)])
+def test_deepseek_v3_takes_a_twentieth_of_a_second(groups, kept):
+    """58 layers of 256 experts on 288 slots. Usual: 2 to 10 ms, and 20 to 30 with `previous`. What counts is
+    the process's own time, the least of five: other processes do not."""
+    rng = np.random.default_rng(0)
+    load = zipf(rng, 58, 256, tokens=1_000_000)
+    previous = None
+    if kept:
+        previous = maj.rebalance_experts(load, 288, *groups, 32).physical_to_logical_map
+        load = rng.poisson(load * rng.lognormal(0, 0.3, load.shape))
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        maj.rebalance_experts(load, 288, 1, 1, 32)
-        seconds.append(time.perf_counter() - start)
+        start = time.process_time()
+        maj.rebalance_experts(load, 288, *groups, 32, previous=previous)
+        seconds.append(time.process_time() - start)
     assert min(seconds) <= 0.05

@@ -65,7 +65,7 @@ def test_step_equals_a_loop_over_tokens_and_records_what_it_did(example):
     )
     step, traced = example.make_step(mesh, top_k=TOP_K)
     with jax.default_matmul_precision("highest"):
-        y, load = step(model, location, load, x, popularity)
+        y, load = step(model, location, load, np.int32(7), x, popularity)
     want, counts = dense(model, [range(EXPERTS)] * LAYERS, x, popularity)
     np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(maj.collect_expert_load(load).logical_count, counts[None])
@@ -74,9 +74,12 @@ def test_step_equals_a_loop_over_tokens_and_records_what_it_did(example):
     moves = maj.plan_expert_moves(location.physical_to_logical_map, new, num_gpus=8)
     moved = model._replace(experts=maj.update_expert_weights(model.experts, moves))
     with jax.default_matmul_precision("highest"):
-        y, load = step(moved, maj.ExpertLocation.from_map(new, EXPERTS), load, x, popularity)
+        location = maj.ExpertLocation.from_map(new, EXPERTS)
+        y, load = step(moved, location, load, np.int32(8), x, popularity)
     np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
-    np.testing.assert_array_equal(maj.collect_expert_load(load).logical_count[1], counts)
+    record = maj.collect_expert_load(load)
+    np.testing.assert_array_equal(record.logical_count[1], counts)
+    assert record.forward_pass_id.tolist() == [7, 8]
     assert len(traced) == 1
 
 

@@ -276,6 +276,30 @@ def test_given_pass_ids_place_the_rows():
     )
 
 
+def test_ids_that_share_a_factor_with_the_ring_or_are_equal_write_over_rows():
+    """What docs/expert_load.md says of them: fewer passes, and the later of two equal ones."""
+    one = np.ones((LAYERS, EXPERTS), np.int32)
+    for stride, kept in ((1, 6), (2, 3), (4, 3), (5, 6), (6, 1)):
+        load = make("stat", num_passes=6)
+        ids = [stride * i for i in range(13)]
+        for pass_id in ids:
+            load = counted(load, None, one, None, np.int32(pass_id))
+        assert maj.collect_expert_load(load).forward_pass_id.tolist() == ids[-kept:]
+    for which in range(2):  # of two micro-batches: once with one id, once with their own
+        load = make("stat", num_passes=6)
+        for step, batch in np.ndindex(3, 2):
+            pass_id = np.int32(2 * step + batch if which else step)
+            load = counted(load, None, one * (1 + batch), None, pass_id)
+        found = maj.collect_expert_load(load).physical_count[:, 0, 0].tolist()
+        assert found == ([1, 2] * 3 if which else [2] * 3)
+    twice = make("stat")
+    for part in (one, 2 * one):
+        for layer in range(LAYERS):
+            twice = maj.record_expert_load(twice, layer, part[layer])
+    twice = maj.commit_expert_load(twice, forward_pass_id=3)
+    np.testing.assert_array_equal(maj.collect_expert_load(twice).physical_count, 3 * one[None])
+
+
 def test_counted_passes_wrap_in_order():
     load = make("stat")
     control = np.array([[1, -6 + 1]], np.int32)  # the next pass is 2**31 - 3, recording
@@ -337,6 +361,16 @@ def test_one_update_per_pass_in_the_donated_ring(mode, step):
     assert alias, "nothing is donated"
     # the ring and the control words, each written into its own input
     assert re.findall(r"\{(\d)\}: \((\d), ", alias[1]) == [("0", "0"), ("1", "1")]
+
+
+def test_the_control_words_change_where_the_state_counts_and_only_there():
+    """The update of the counter is the second kernel: none with an id of the caller's."""
+    for pass_id in (jnp.int32(3), None):
+        step = functools.partial(counted.__wrapped__, forward_pass_id=pass_id)
+        program = jax.make_jaxpr(step)(make("stat"), None, np.ones((LAYERS, EXPERTS), np.int32))
+        given, left = program.jaxpr.invars[1], program.jaxpr.outvars[1]
+        assert given.aval.shape == left.aval.shape == (1, 2)
+        assert (given is left) == (pass_id is not None)
 
 
 def test_beside_the_blocks_of_an_alignment_the_donated_state_keeps_its_buffers():
@@ -592,9 +626,7 @@ def test_a_traced_layer_says_what_to_do_under_scan():
 def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (pathlib.Path(__file__).parents[1] / "docs" / "expert_load.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    [step] = [block for block in blocks if "init_expert_load(" in block]
-    [recorder] = [block for block in blocks if "ExpertDistributionRecorder(" in block]
+    step, recorder, moving, by_layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(step, names)
     assert names["record"].logical_count.shape == (3, 2, 8)
@@ -604,3 +636,20 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
             assert counts[layer].tolist() == np.bincount(ids[layer].ravel(), minlength=8).tolist()
     exec(recorder, names)
     assert [file.parent.name for file in tmp_path.rglob("*.npz")] == ["dumps"]
+
+    for block in (moving, by_layer):
+        names = {}
+        exec(moving.split("for weights, layers")[0] if block == by_layer else moving, names)
+        new, held = names["new"], names["weights"]["up"]
+        if block == by_layer:
+            names["model"] = [{"up": held[layer]} for layer in range(6)]
+            shardings = [layer["up"].sharding for layer in names["model"]]
+            exec(by_layer, names)
+            assert [layer["up"].sharding for layer in names["model"]] == shardings
+            assert all(sharding.spec[0] == "ep" for sharding in shardings)
+            held = np.stack([layer["up"] for layer in names["model"]])
+        slots = np.asarray(new.physical_to_logical_map)
+        want = names["experts"][np.arange(6)[:, None], slots].astype(np.float32)
+        np.testing.assert_array_equal(held, want)
+        np.testing.assert_array_equal(names["location"].physical_to_logical_map, slots)
+        assert (slots != names["slots"]).any(axis=1).all()

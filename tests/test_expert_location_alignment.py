@@ -37,7 +37,7 @@ def ids_of(*shape, seed=1, logical=EL):
     return np.random.default_rng(seed).integers(-2, logical + 3, shape).astype(np.int32)
 
 
-def mapped(ids, location, layer):
+def mapped(ids, location, layer, shared=0):
     """The slots of `ids`, by plain Python; `location` of all layers and of one GPU."""
     static = location.static_dispatch_map
     return oracle.physical_ids(
@@ -46,11 +46,12 @@ def mapped(ids, location, layer):
         location.dispatch,
         first_token=int(np.asarray(location.first_token)[layer]),
         static=None if static is None else np.asarray(static)[layer],
+        shared=shared,
     )
 
 
-def check(got, ids, location, layer, **options):
-    slots = mapped(ids, location, layer)
+def check(got, ids, location, layer, shared=0, **options):
+    slots = mapped(ids, location, layer, shared)
     oracle.assert_same(got, oracle.expected(slots, **OPTIONS | options))
 
 
@@ -62,6 +63,12 @@ def aligner(implementation, **options):
 
 def row(result, *index):
     return jax.tree.map(lambda x: np.asarray(x)[index], result)
+
+
+def with_shared(ids, shared, slots=EP):
+    """`ids` whose last columns are slots: also beyond the logical experts, and beyond all slots."""
+    last = np.random.default_rng(9).integers(-2, slots + 3, ids.shape)
+    return np.where(np.arange(K) >= K - shared, last, ids).astype(np.int32)
 
 
 # -- every form of the kernels ------------------------------------------------------------------------
@@ -78,10 +85,10 @@ CONFIGS = {
     "sorted in a cluster": (900, {"num_ctas": 8, "cluster": 4}),
     "radix": (300, {"num_ctas": 2}),
 }
-# map, num_valid_pairs, words per id, layers: each value of one with each of the next.
+# map, num_valid_pairs, words per id, layers, shared columns: each value of one with each of the next.
 VARIANTS = (
-    *(("", False, 1, 0), ("label", True, 2, 0), ("filter", False, 2, 3)),
-    *(("", True, 1, 3), ("filter", True, 1, 0), ("label", False, 1, 3)),
+    *(("", False, 1, 0, 0), ("label", True, 2, 0, 1), ("filter", False, 2, 3, 2)),
+    *(("", True, 1, 3, K), ("filter", True, 1, 0, 0), ("label", False, 1, 3, 1)),
 )
 
 
@@ -91,9 +98,10 @@ def test_every_form_in_the_emulator(which, dispatch):
     num_pairs, sizes = CONFIGS[which]
     config = BlockAlignMosaicConfig(form=which.split()[0], num_warpgroups=1, **sizes)
     location = location_of(dispatch).for_rank(1, first_token=FAR)
-    ids, expert_map = ids_of(num_pairs // K, K), oracle.local_map("any", EP, 0)
-    for mode, valid, words, layers in VARIANTS:
+    routed, expert_map = ids_of(num_pairs // K, K), oracle.local_map("any", EP, 0)
+    for mode, valid, words, layers, shared in VARIANTS:
         layer = layers and 1
+        ids = with_shared(routed, shared)
         problem = AlignProblem(
             num_pairs,
             EP,
@@ -108,6 +116,7 @@ def test_every_form_in_the_emulator(which, dispatch):
             replica_width=location.logical_to_physical_map.shape[-1],
             top_k=K,
             num_layers=layers,
+            num_shared=shared,
         )
         tables = location if layers else row(location, slice(0, 1))
         names = ("static_dispatch_map", "logical_to_physical_map", "num_replicas", "first_token")
@@ -121,7 +130,7 @@ def test_every_form_in_the_emulator(which, dispatch):
         given = [np.asarray(operands[n]).reshape(s) for n, s in problem.inputs.items()]
         result = emulator.run(program, given)
         want = oracle.align(
-            mapped(ids, location, layer).ravel(),
+            mapped(ids, location, layer, shared).ravel(),
             expert_map=expert_map if mode else None,
             ignore_invalid_experts=mode == "filter",
             num_valid_pairs=num_pairs // 2 if valid else None,
@@ -142,6 +151,26 @@ def test_a_layer_of_all_or_one_by_itself(implementation, dispatch, num_tokens):
     check(align(ids, expert_location=location.layer(1)), ids, location, 1)
     given = jnp.asarray(ids)
     check(align(given, expert_location=location, layer=jnp.int32(0)), ids, location, 0)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("shared", [1, K])
+def test_shared_experts_are_left_alone(implementation, dispatch, shared):
+    """Their slots may be among the location's, or behind them; `to_physical_ids` does the same."""
+    location = location_of(dispatch).for_rank(2, first_token=FAR)
+    for slots in (EP, EP + 2):
+        ids = with_shared(ids_of(60, K), shared, slots)
+        align = aligner(implementation, num_experts=slots, num_fused_shared_experts=shared)
+        got = align(ids, expert_location=location, layer=2)
+        check(got, ids, location, 2, shared, num_experts=slots)
+        beyond = np.asarray(got.tokens_per_expert)[EL:].sum()
+        assert beyond >= (np.isin(ids[:, K - shared :], np.arange(EL, slots))).sum() > 0
+        wide = ids.astype(np.int64) + (ids == slots - 1) * 2**32
+        narrow = np.where(wide == ids, ids, -1)
+        got = align(wide, expert_location=location.layer(1))
+        check(got, narrow, location, 1, shared, num_experts=slots)
+        apart = maj.to_physical_ids(ids, location, layer=2, num_fused_shared_experts=shared)
+        np.testing.assert_array_equal(apart, mapped(ids, location, 2, shared))
 
 
 def test_more_experts_than_histograms_hold(implementation):
@@ -261,6 +290,26 @@ def test_no_location_leaves_nothing_of_it_in_the_program():
     plain = forms.problem(size, forms.OPTIONS[0])
     assert plain == plain._replace(**forms.location_sizes(size, ""))
     assert list(plain.inputs) == ["topk_ids"]
+
+
+def problem_of(**options):
+    """What is compiled for `[5, K]` ids with static dispatch."""
+    location = location_of("static").for_rank(0)
+    program = jax.make_jaxpr(aligner("xla", expert_location=location, layer=0, **options))
+    todo = [program(ids_of(5, K)).jaxpr]
+    for jaxpr in todo:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "moe_align_block_size":
+                return equation.params["problem"]
+            todo += [x.jaxpr for x in equation.params.values() if hasattr(x, "jaxpr")]
+    raise AssertionError("no alignment in the program")
+
+
+def test_no_shared_experts_leave_nothing_of_them_in_the_program():
+    plain = problem_of()
+    assert plain == problem_of(num_fused_shared_experts=0)
+    assert (plain.num_shared, plain.top_k) == (0, 1)
+    assert problem_of(num_fused_shared_experts=2) == plain._replace(num_shared=2, top_k=K)
 
 
 # -- transformations ----------------------------------------------------------------------------------
@@ -387,9 +436,10 @@ FORMS = {size.form: size for size in forms.SIZES if size.num_pairs < 20_000}
     ids=str,
 )
 def test_cuda_program_has_no_kernel_more(size, dispatch):
-    def align(ids, location=None, layer=None):
+    def align(ids, location=None, layer=None, shared=0):
         return maj.moe_align_block_size(
             ids,
+            num_fused_shared_experts=shared,
             block_size=size.block_size,
             num_experts=size.num_experts,
             expert_location=location,
@@ -400,6 +450,8 @@ def test_cuda_program_has_no_kernel_more(size, dispatch):
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), location)
     ids = jax.ShapeDtypeStruct((size.num_pairs, 1), jnp.int32)
     plain = assert_only_kernels(lower(align, ids))
+    shared = functools.partial(align, shared=1)
+    assert assert_only_kernels(lower(shared, ids, location, scalar)) == plain
     assert assert_only_kernels(lower(align, ids, location, scalar)) == plain
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), (ids, one))
     assert assert_only_kernels(lower(jax.vmap(align), *batch)) == plain
@@ -435,6 +487,36 @@ REFUSED = [
         dict(expert_location=DYNAMIC.layer(0), layer=0),
         ValueError,
         "layer must be left out; got int",
+    ),
+    (
+        dict(num_fused_shared_experts=1),
+        ValueError,
+        "num_fused_shared_experts must be left out; got int 1. They are columns that an",
+    ),
+    (
+        dict(expert_location=DYNAMIC.layer(0), num_fused_shared_experts=K + 1),
+        ValueError,
+        r"num_fused_shared_experts must be at most the columns of topk_ids; got 4 for ids \[",
+    ),
+    (
+        dict(expert_location=DYNAMIC.layer(0), num_fused_shared_experts=-1),
+        ValueError,
+        "num_fused_shared_experts must be at most the columns of topk_ids",
+    ),
+    (
+        dict(expert_location=DYNAMIC.layer(0), num_fused_shared_experts=True),
+        TypeError,
+        "num_fused_shared_experts must be a static Python int",
+    ),
+    (
+        dict(expert_location=DYNAMIC.layer(0), num_experts=EP - 1, num_fused_shared_experts=1),
+        ValueError,
+        r"the location's num_physical_experts \(16\), or more for those of shared experts; got 15",
+    ),
+    (
+        dict(expert_location=DYNAMIC.layer(0), num_experts=EP + 1),
+        ValueError,
+        r"be the location's num_physical_experts \(16\); got 17",
     ),
     (dict(layer=0), ValueError, "layer must be left out; got int 0. It is the layer of an expert"),
     (
@@ -486,4 +568,9 @@ def test_every_form_on_a_gpu(size, dispatch):
         want = oracle.expected(mapped(ids, location, layer), **options)
         oracle.assert_same(step(ids, location, jnp.int32(layer)), want)
         oracle.assert_same(align(ids, expert_location=location.layer(layer)), want)
+    if top_k > 1:
+        last = np.random.default_rng(9).integers(-2, slots + 3, len(ids))
+        ids[:, -1] = last
+        got = align(ids, expert_location=location, layer=1, num_fused_shared_experts=1)
+        oracle.assert_same(got, oracle.expected(mapped(ids, location, 1, 1), **options))
     assert _tuning.config_for(AlignProblem(*size, 0)).form == size.form

@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from moe_align_jax import expert_load
 from moe_align_jax._recorder import files, metrics
 
 LAYERS, EXPERTS, LOGICAL, TOP_K = 2, 8, 6, 2
@@ -383,6 +386,69 @@ def test_metrics_equal_plain_python():
     assert found.tokens_per_gpu.tolist() == want
     dump = recorder.dump_record("object")
     np.testing.assert_allclose(dump["average_utilization_rate_over_window"], found.average(1000))
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_token"])
+def test_metrics_bring_the_last_rows_alone(mode, monkeypatch):
+    """Of a ring that wrapped: no map, no older pass, no more than the next power of two."""
+    sizes = {"max_tokens": 9, "top_k": TOP_K} if mode == "per_token" else {}
+    sizes |= STAT | {"buffer_size": 30, "num_logical_experts": LOGICAL, "num_gpus": 4}
+    recorder = maj.ExpertDistributionRecorder(mode, **sizes)
+    moved, bodies = [], expert_load._bodies
+
+    def gather(*arguments):
+        moved.append(bodies(*arguments))
+        return moved[-1]
+
+    def refuse(array):
+        assert array.size <= 2, "the whole ring went to the host"
+        return np.asarray(array)
+
+    monkeypatch.setattr(expert_load, "_bodies", gather)
+    monkeypatch.setattr(expert_load, "_on_host", refuse)
+    recorder.start_record()
+    slots = np.tile(np.arange(EXPERTS) % LOGICAL, (LAYERS, 1))
+    serve(recorder, range(44), maps=slots)
+    counts = np.array([bincount(random_ids(i)) for i in range(44)])
+    width = TOP_K * 9 if mode == "per_token" else EXPERTS
+    for windows, rows in (((1, 3), 4), ((10,), 16), ((1, 29), 30), ((30, 7), 30), ((1000,), 30)):
+        found = recorder.metrics(windows)
+        assert moved.pop().shape == (1, rows, LAYERS, width) and not moved
+        want = metrics.load_metrics(counts[-30:], 4, windows)
+        assert found.passes == want.passes == 30
+        for window in windows:
+            np.testing.assert_array_equal(found.balancedness[window], want.balancedness[window])
+        np.testing.assert_array_equal(found.tokens_per_gpu, want.tokens_per_gpu)
+    for windows in ((), (0,)):
+        with pytest.raises(ValueError, match="metrics: windows must be passes >= 1"):
+            recorder.metrics(windows)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_metrics_of_shards(local):
+    """Each on its device, and all on one, which has no mesh."""
+    mesh = jax.make_mesh((4,), ("ep",), devices=jax.devices("cpu")[:4])
+    sharding = NamedSharding(mesh, P("ep"))
+    rng = np.random.default_rng(3)
+    width = EXPERTS // 4 if local else EXPERTS
+    counts = rng.integers(0, 99, (7, 4, LAYERS, width)).astype(np.int32)
+    recorder = make(num_gpus=4, num_shards=4, local_experts=local, sharding=sharding, buffer_size=5)
+    one = jax.shard_map(
+        lambda state, part: maj.record_expert_load(state, None, part[0]),
+        mesh=mesh,
+        in_specs=(P("ep"), P("ep")),
+        out_specs=P("ep"),
+    )
+    recorder.start_record()
+    for part in counts:
+        recorder.state = jax.jit(one)(recorder.state, jax.device_put(part, sharding))
+    want = counts.swapaxes(1, 2).reshape(7, LAYERS, EXPERTS) if local else counts.sum(axis=1)
+    for state in (recorder.state, jax.device_put(recorder.state, jax.devices("cpu")[0])):
+        recorder.state = state
+        found = recorder.metrics((2, 4))
+        plain = metrics.load_metrics(want[-5:], 4, (2, 4))
+        np.testing.assert_array_equal(found.tokens_per_gpu, plain.tokens_per_gpu)
+        np.testing.assert_array_equal(found.balancedness[2], plain.balancedness[2])
 
 
 def test_metrics_without_a_pass_are_nan():

@@ -156,9 +156,13 @@ def tune_command(
 
 @app.command("eplb")
 def eplb_command(
-    file: Annotated[
-        Path,
-        typer.Argument(help="Recorded loads: .npz, .json, .pt (SGLang's too), .arrow, .parquet."),
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Recorded loads: .npz, .json, .pt (SGLang's too), .arrow, .parquet. Several, one of "
+            "each process of the same recording, are added up.",
+        ),
     ],
     num_gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the experts.")],
     num_redundant: Annotated[int, typer.Option(min=0, help="Slots beyond one per expert.")] = 0,
@@ -180,7 +184,7 @@ def eplb_command(
     options = eplb.Options(
         num_gpus, num_redundant, num_nodes, num_groups, algorithm, previous, out, heatmap
     )
-    _exit(eplb.run(Console(), file, options))
+    _exit(eplb.run(Console(), files, options))
 
 
 @app.command(

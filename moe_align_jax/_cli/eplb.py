@@ -1,6 +1,7 @@
 """`moe-align eplb`: a placement of experts from recorded loads, and what it is worth."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +38,14 @@ class Options(NamedTuple):
     heatmap: Path = Path("placement.png")
 
 
-def run(console: Console, file: Path, options: Options) -> int:
+def run(console: Console, files: Sequence[Path], options: Options) -> int:
     """Reads loads, writes the placement and its picture, prints what changes; 1 on a refusal."""
     try:
-        contents = _read(file)
-        history = loads.recorded_load(contents, function=_FUNCTION)
-        in_force = _in_force(contents, history, options)
+        named = {str(file): _read(file) for file in files}
+        if len(named) < len(files):
+            maps.fail(_FUNCTION, "FILE", "be given once", "one twice", "Pass one of each process.")
+        history = loads.sum_of_files(named, function=_FUNCTION)
+        in_force = _in_force(loads.map_of_files(named, function=_FUNCTION), history, options)
         placement = rebalance_experts(
             history,
             history.shape[2] + options.num_redundant,
@@ -66,7 +69,7 @@ def run(console: Console, file: Path, options: Options) -> int:
     console.print(_table(history, placement.expert_count, sides, moves, names))
     _print_summary(console, history, sides, moves, names)
     try:
-        _write_json(options, file, new, sides)
+        _write_json(options, files, new, sides)
     except OSError as error:
         console.print(f"[bold red]Not written:[/] {escape(str(error))}", highlight=False)
         return 1
@@ -98,9 +101,8 @@ def _read(file: Path) -> dict[str, Any]:
     return read_file(file, function=_FUNCTION)
 
 
-def _in_force(contents: dict[str, Any], history: np.ndarray, options: Options) -> np.ndarray | None:
-    """The placement that serves now, if the file or `--previous` says so and these GPUs can hold it."""
-    slots = loads.map_in_force(contents)
+def _in_force(slots: np.ndarray | None, history: np.ndarray, options: Options) -> np.ndarray | None:
+    """The placement that serves now, if the files (`slots`) or `--previous` say so and it fits the GPUs."""
     if options.previous is not None:
         slots = loads.map_in_force(_read(options.previous))
         if slots is None:
@@ -195,14 +197,16 @@ def _print_summary(
         console.print(f"moves of {moves.kind.size} slots: {kinds}", highlight=False, soft_wrap=True)
 
 
-def _write_json(options: Options, file: Path, slots: np.ndarray, sides: list[_Worth]) -> None:
+def _write_json(
+    options: Options, files: Sequence[Path], slots: np.ndarray, sides: list[_Worth]
+) -> None:
     document = {
         "physical_to_logical_map": slots.tolist(),
         "num_gpus": options.num_gpus,
         "num_nodes": options.num_nodes,
         "num_groups": options.num_groups,
         "algorithm": options.algorithm,
-        "loads": file.name,
+        "loads": ", ".join(file.name for file in files),
         "balancedness_before": [round(float(x), 6) for x in sides[0].whole],
         "balancedness_after": [round(float(x), 6) for x in sides[1].whole],
     }

@@ -12,6 +12,8 @@ _REMEDY = (
     "`moe-align eplb` writes."
 )
 
+_SAME_RECORDING = "Several files must be those of the processes (ranks) of one recording."
+
 
 def map_in_force(contents: dict[str, Any]) -> np.ndarray | None:
     """The physical_to_logical_map `[L, Ep]` of a file, the last one where it has one per pass; or None."""
@@ -22,13 +24,82 @@ def map_in_force(contents: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
+def map_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarray | None:
+    """`map_in_force` of several files, which is one; None if no file has any.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    first, found = "", None
+    for name, contents in files.items():
+        slots = map_in_force(contents)
+        if found is None:
+            first, found = name, slots
+        elif slots is not None and not np.array_equal(slots, found):
+            rule = f"have the physical_to_logical_map of {first!r}"
+            fail(function, name, rule, "another", _SAME_RECORDING)
+    return found
+
+
+def sum_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarray:
+    """`recorded_load` of the files that several processes wrote of one recording: their sum, pass by pass.
+
+    Args:
+        files: name and contents of each, at least one.
+        function: the caller's name, for error messages.
+
+    Raises:
+        TypeError, ValueError: as `recorded_load`; or the files are not of the same passes and experts.
+    """
+    (first, contents), *others = files.items()
+    if not others:
+        return recorded_load(contents, function=function)
+    _check_ranks(files, function)
+    if all(isinstance(each.get("records"), list) for each in files.values()):
+        # A record says which pass it is of: those of all files are as good as one file's.
+        records = [record for each in files.values() for record in each["records"]]
+        slots = map_of_files(files, function=function)
+        merged = {"records": records, "last_physical_to_logical_map": slots}
+        return recorded_load(merged, function=function)
+    total, passes = recorded_load(contents, function=function), contents.get("forward_pass_id")
+    total = total.astype(np.int64 if total.dtype.kind in "iu" else np.float64)
+    for name, each in others:
+        load = recorded_load(each, function=function)
+        if load.shape != total.shape:
+            rule = f"hold passes, layers and experts {list(total.shape)}, as {first!r}"
+            fail(function, name, rule, list(load.shape), _SAME_RECORDING)
+        ids = each.get("forward_pass_id")
+        if ids is not None and passes is not None and not np.array_equal(ids, passes):
+            fail(function, name, f"be of the passes of {first!r}", "others", _SAME_RECORDING)
+        total = total + load
+    return total
+
+
+def _check_ranks(files: dict[str, dict[str, Any]], function: str) -> None:
+    """No two files are of one rank; of records, no two of one rank and pass."""
+    seen: dict[Any, str] = {}
+    for name, contents in files.items():
+        records = contents.get("records")
+        parts = records if isinstance(records, list) else [contents]
+        keys = {
+            (record.get("forward_pass_id") if records is parts else None, record.get("rank"))
+            for record in parts
+            if isinstance(record, dict) and isinstance(record.get("rank"), int)
+        }
+        for key in keys:
+            if seen.setdefault(key, name) != name:
+                rule, got = f"be of another rank than {seen[key]!r}", f"rank {key[1]}"
+                fail(function, name, rule, got, _SAME_RECORDING)
+
+
 def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
     """The tokens per expert of a recording, step by step.
 
     Args:
         contents: of the file: `logical_count` `[L, El]` or `[S, L, El]`; or `physical_count` `[S, L, Ep]` or
             SGLang's `records` (one dict per pass and rank with `global_physical_count` or
-            `topk_ids_of_layer`), with the map that leads from slots to experts.
+            `topk_ids_of_layer`), with the map that leads from slots to experts. Records of torch_bridge
+            hold `global_logical_count`, too, by the map of their own pass: it is taken.
         function: the caller's name, for error messages.
 
     Returns:
@@ -41,7 +112,7 @@ def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
     if name is not None:
         load = contents[name]
     elif isinstance(contents.get("records"), list) and contents["records"]:
-        name, load = "physical_count", _sum_of_records(contents, function)
+        name, load = _sum_of_records(contents, function)
     else:
         got = ", ".join(sorted(contents)) or "nothing"
         fail(function, "file", "hold logical_count", got, _REMEDY)
@@ -77,14 +148,18 @@ def _to_logical(physical: np.ndarray, slots: np.ndarray | None, function: str) -
     return logical
 
 
-def _sum_of_records(contents: dict[str, Any], function: str) -> np.ndarray:
-    """`[S, L, Ep]` from SGLang's records: one per forward pass and rank, ranks summed."""
+def _sum_of_records(contents: dict[str, Any], function: str) -> tuple[str, np.ndarray]:
+    """What is counted, and `[S, L, experts]` from SGLang's records: one per pass and rank, ranks summed."""
+    logical = all(
+        isinstance(record, dict) and isinstance(record.get("global_logical_count"), np.ndarray)
+        for record in contents["records"]
+    )
     slots = map_in_force(contents)
     passes: dict[Any, np.ndarray] = {}
     for number, record in enumerate(contents["records"]):
         count = None
         if isinstance(record, dict):
-            count = record.get("global_physical_count")
+            count = record.get("global_logical_count" if logical else "global_physical_count")
             ids = record.get("topk_ids_of_layer")
             if count is None and isinstance(ids, np.ndarray) and slots is not None:
                 count = _count_ids(ids, slots.shape[-1])
@@ -100,7 +175,7 @@ def _sum_of_records(contents: dict[str, Any], function: str) -> np.ndarray:
     shapes = {count.shape for count in passes.values()}
     if len(shapes) > 1:
         fail(function, "records", "have one shape", sorted(shapes), _REMEDY)
-    return np.stack(list(passes.values()))
+    return "logical_count" if logical else "physical_count", np.stack(list(passes.values()))
 
 
 def _count_ids(ids: np.ndarray, num_slots: int) -> np.ndarray | None:

@@ -31,9 +31,15 @@ class LoadMetrics(NamedTuple):
 
 
 def load_metrics(
-    physical_count: np.ndarray, num_gpus: int, windows: Sequence[int] = WINDOWS
+    physical_count: np.ndarray,
+    num_gpus: int,
+    windows: Sequence[int] = WINDOWS,
+    *,
+    passes: int | None = None,
 ) -> LoadMetrics:
     """From `[N, L, Ep]` counts, oldest pass first; slot p is on GPU `p // (Ep / num_gpus)`.
+
+    They may be the last of so many `passes`, as long as the longest window.
 
     Example:
         >>> counts = np.array([[[4, 0, 0, 0]], [[1, 1, 1, 1]]])
@@ -43,16 +49,16 @@ def load_metrics(
         >>> metrics.tokens_per_gpu.tolist()
         [[5, 1, 1, 1]]
     """
-    passes, layers, experts = physical_count.shape
+    count, layers, experts = physical_count.shape
     each = np.zeros((0, layers))
-    if passes:
+    if count:
         each = balancedness(physical_count, num_gpus).astype(np.float64)
     longest = physical_count[-max(windows) :]
     per_gpu = longest.reshape(len(longest), layers, num_gpus, experts // num_gpus)
     nothing = np.full(layers, np.nan)
     return LoadMetrics(
-        passes,
-        {window: each[-window:].mean(axis=0) if passes else nothing for window in windows},
+        count if passes is None else passes,
+        {window: each[-window:].mean(axis=0) if count else nothing for window in windows},
         per_gpu.sum(axis=(0, 3), dtype=np.int64),
     )
 

@@ -91,15 +91,12 @@ def count_ids(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
     return to_logical(np.ones_like(ids, dtype=np.int64), ids, num_experts)
 
 
-def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadRecord:
-    """The rows of the present epoch in order of time, from `[S * (B + 1), row]` and `[S, 2]`.
+def used_rows(headers: np.ndarray, control: np.ndarray) -> np.ndarray:
+    """`[N]` the rows of the present epoch in order of time, from `[S, B, HEADER]` and `[S, 2]`.
 
     Raises:
         ValueError: the shards did not record the same passes.
     """
-    shards, sizes = control.shape[0], (layout.num_layers, layout.num_physical_experts)
-    rows = ring.reshape(shards, layout.num_passes + 1, layout.row)[:, : layout.num_passes]
-    headers = rows[:, :, :HEADER]
     used = headers[:, :, 1] == control[:, :1]
     if (used != used[0]).any() or (headers[:, used[0], 0] != headers[0, used[0], 0]).any():
         rule, got = "have recorded the same passes on every shard", "shards that differ"
@@ -111,10 +108,34 @@ def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadReco
         ids = headers[0, slots, 0]
         with np.errstate(over="ignore"):
             slots = slots[np.argsort((ids - ids[0]) << 1, kind="stable")]
+    return slots
+
+
+def physical_counts(body: np.ndarray, layout: Layout) -> np.ndarray:
+    """`[N, L, Ep]` int64, summed over the shards, from counts (or ids) `[N, S, L, width]`."""
+    if layout.mode == "per_token":
+        ids = body.reshape(*body.shape[:3], layout.max_tokens, layout.top_k)
+        return count_ids(ids, layout.num_physical_experts)
+    if layout.local_experts:
+        sizes = (len(body), layout.num_layers, layout.num_physical_experts)
+        return np.moveaxis(body, 1, 2).reshape(sizes).astype(np.int64)
+    return body.sum(axis=1, dtype=np.int64)
+
+
+def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadRecord:
+    """The rows of the present epoch in order of time, from `[S * (B + 1), row]` and `[S, 2]`.
+
+    Raises:
+        ValueError: the shards did not record the same passes.
+    """
+    shards, sizes = control.shape[0], (layout.num_layers, layout.num_physical_experts)
+    rows = ring.reshape(shards, layout.num_passes + 1, layout.row)[:, : layout.num_passes]
+    slots = used_rows(rows[:, :, :HEADER], control)
     rows = np.moveaxis(rows[:, slots], 0, 1)  # [N, S, row]
     count = len(slots)
     body = rows[:, :, HEADER : HEADER + layout.num_layers * layout.width]
     body = body.reshape(count, shards, layout.num_layers, layout.width)
+    physical = physical_counts(body, layout)
     maps = None
     if layout.has_map:
         maps = rows[:, 0, HEADER + layout.num_layers * layout.width :].reshape(count, *sizes)
@@ -122,11 +143,6 @@ def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadReco
     if layout.mode == "per_token":
         topk_ids = body.reshape(*body.shape[:3], layout.max_tokens, layout.top_k)
         num_tokens = rows[:, :, 2].astype(np.int64)
-        physical = count_ids(topk_ids, layout.num_physical_experts)
-    elif layout.local_experts:
-        physical = np.moveaxis(body, 1, 2).reshape(count, *sizes).astype(np.int64)
-    else:
-        physical = body.sum(axis=1, dtype=np.int64)
     logical = physical if maps is None else to_logical(physical, maps, layout.num_logical_experts)
     ids = rows[:, 0, 0].astype(np.int64) & 0xFFFFFFFF
     return LoadRecord(ids, physical, logical, maps, topk_ids, num_tokens)

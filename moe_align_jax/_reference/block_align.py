@@ -34,10 +34,14 @@ def _local_experts(
         expert = topk_ids
     kept = (expert >= 0) & (expert < (problem.num_logical if problem.dispatch else num_experts))
     pair = jnp.arange(problem.num_pairs, dtype=_I32)
+    if problem.num_shared:
+        shared = lax.rem(pair, _I32(problem.top_k)) >= problem.top_k - problem.num_shared
+        kept |= shared  # they are slots: compared below
     if limit is not None:
         kept &= pair < limit
     if problem.dispatch:
-        expert = replicas.of_pairs(problem, pair, jnp.where(kept, expert, 0), **tables)
+        mapped = replicas.of_pairs(problem, pair, jnp.where(kept, expert, 0), **tables)
+        expert = jnp.where(shared, expert, mapped) if problem.num_shared else mapped
         kept &= (expert >= 0) & (expert < num_experts)
     if problem.expert_map == "filter":
         expert = expert_map[jnp.where(kept, expert, 0)]  # type: ignore[index]

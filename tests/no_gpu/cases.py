@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "return_counts": (True, False),
     "dispatch": ("", "static", "dynamic"),
     "num_layers": (0, 3),
+    "num_shared": (0, 1),
 }
 # Every program size up to here, sized at launch, with these experts.
 _MOST_PAIRS, _BUCKET_EXPERTS, _BUCKET_BLOCK = 1 << 20, 256, 64
@@ -54,7 +55,7 @@ class Case(NamedTuple):
 def _possible(options: Options) -> bool:
     """Whether anything asks for this: torch_bridge alone has the bucket of id -1 and leaves out counts,
     its programs' capacity is a bucket's, and it takes no expert location."""
-    if options["num_layers"] and not options["dispatch"]:
+    if (options["num_layers"] or options["num_shared"]) and not options["dispatch"]:
         return False
     if options["mode"] == "direct":
         return not options["pad_sorted_ids"] and not options["dispatch"]
@@ -102,7 +103,9 @@ def align_case(size: forms.Size, options: Options) -> Case:
         minus_one=options["minus_one"],
         return_counts=options["return_counts"],
         sized_at_launch=direct,
-        **forms.location_sizes(size, options["dispatch"], options["num_layers"]),
+        **forms.location_sizes(
+            size, options["dispatch"], options["num_layers"], options["num_shared"]
+        ),
     )
     return Case(problem, options["mode"])
 

@@ -320,6 +320,7 @@ def test_key_names_the_problem_and_the_gpu():
             "replica_width": 2,
             "top_k": 2,
             "num_layers": 3,
+            "num_shared": 1,
         }.items()
     ]
     assert len(changed) == len(PROBLEM._fields)

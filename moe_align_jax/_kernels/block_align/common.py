@@ -147,11 +147,19 @@ def read_expert(
         expert = t.load(r.topk_ids, at)
     if problem.minus_one:
         expert = expert + 1
-    kept = inside & expert.below(problem.num_logical if problem.dispatch else num_experts)
+    bound: Any = problem.num_logical if problem.dispatch else num_experts
+    if problem.num_shared:
+        shared = pair % problem.top_k >= problem.top_k - problem.num_shared
+        bound = t.select(shared, num_experts, bound)
+    kept = inside & expert.below(bound)
     if limit is not None:
         kept = kept & (pair < limit)
     if problem.dispatch:
-        expert = _replica(t, r, problem, pair, t.select(kept, expert, 0))
+        logical = t.select(kept, expert, 0)
+        if problem.num_shared:
+            logical = t.select(shared, 0, logical)  # a slot may lie beyond the tables
+        mapped = _replica(t, r, problem, pair, logical)
+        expert = t.select(shared, expert, mapped) if problem.num_shared else mapped
         kept = kept & expert.below(num_experts)
     if problem.expert_map == "filter":
         safe = t.select(kept, expert, 0)
