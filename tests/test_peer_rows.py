@@ -12,7 +12,15 @@ import moe_align_jax as maj
 from moe_align_jax import _checks, expert_parallel
 from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NvLink
 from moe_align_jax._kernels import peer_rows
-from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send, copying
+from moe_align_jax._kernels.peer_rows import (
+    Combine,
+    Dispatch,
+    Field,
+    GiveBack,
+    Send,
+    copying,
+    dispatch,
+)
 from moe_align_jax._simt import emulator, faults
 from moe_align_jax._simt.language import Devices, Kernel
 
@@ -92,6 +100,87 @@ def test_send_quantises_as_message_does(devices, tokens, groups, seed):
     np.testing.assert_array_equal(got[0]["received1"], amax * np.float32(1 / 448))
 
 
+def layout_of(ids, experts: int, room: int) -> dict[str, np.ndarray]:
+    """The MaskedLayout of local ids `[R, K]`, a pair at a time."""
+    counts = np.zeros(experts, np.int32)
+    row_of_pair = np.full(ids.shape, -1, np.int32)
+    pair_of_row = np.full((experts, room), ids.size, np.int32)
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if 0 <= expert < experts:
+            if counts[expert] < room:
+                row_of_pair.reshape(-1)[pair] = expert * room + counts[expert]
+                pair_of_row[expert, counts[expert]] = pair
+            counts[expert] += 1
+    return {
+        "masked_m": np.minimum(counts, room),
+        "tokens_per_expert": counts,
+        "row_of_pair": row_of_pair,
+        "pair_of_row": pair_of_row,
+    }
+
+
+def check_dispatch(problem: Dispatch, ids, weights, *fields) -> None:
+    """Ids, weights and rows as `Send` delivers them, which is checked by itself; the boxes against NumPy."""
+    send = problem.send
+    experts, pairs = send.num_local_experts, (-1, send.top_k)
+    got = sent(problem, ids, weights, *fields)
+    alone = sent(send, ids, weights, *fields)
+    for rank, (mine, plain) in enumerate(zip(got, alone, strict=True)):
+        for name, array in plain.items():
+            np.testing.assert_array_equal(mine[name].view(np.uint8), array.view(np.uint8), name)
+        local = ids.reshape(pairs) - rank * experts
+        local = np.where((local >= 0) & (local < experts), local, -1)
+        np.testing.assert_array_equal(mine["local_ids"], local)
+        for name, array in layout_of(local, experts, problem.room).items():
+            np.testing.assert_array_equal(mine[name], array, name)
+        pair = mine["pair_of_row"]
+        for number in range(len(send.received)):
+            rows, boxes = (mine[f"{name}{number}"] for name in ("received", "boxes"))
+            used = rows.view(np.uint8)[np.minimum(pair, pairs[1] * len(rows) - 1) // send.top_k]
+            used[pair == local.size] = 0
+            np.testing.assert_array_equal(boxes.view(np.uint8), used)
+
+
+@given(
+    devices=st.integers(1, 8),
+    tokens=st.integers(1, 9),
+    top_k=st.integers(1, 5),
+    local=st.integers(1, 5),
+    room=st.integers(1, 30),
+    columns=st.sampled_from([4, 6, 8, 514, 1028]),
+    seed=st.integers(0, 99),
+)
+def test_dispatch_fills_the_boxes(devices, tokens, top_k, local, room, columns, seed):
+    """Ids may be out of range or occur twice in a token, and boxes be too small."""
+    rng = np.random.default_rng(seed)
+    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
+    ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
+    weights = rng.random((devices, tokens, top_k), np.float32) + 1
+    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
+    y = rng.random((devices, tokens, 3), np.float32) + 1
+    send = Send(tokens, top_k, fields, Devices(devices), local, True)
+    check_dispatch(Dispatch(send, room), ids, weights, x, y)
+
+
+@given(
+    devices=st.integers(2, 4),
+    tokens=st.integers(1, 5),
+    top_k=st.sampled_from([1, 8, 11]),
+    groups=st.sampled_from([1, 8, 16, 24, 56]),
+    seed=st.integers(0, 99),
+)
+def test_dispatch_quantises_parts_of_rows(devices, tokens, top_k, groups, seed):
+    rng, local = np.random.default_rng(seed), 7
+    ids = rng.integers(0, devices * local, (devices, tokens, top_k)).astype(np.int32)
+    weights = rng.random((devices, tokens, top_k), np.float32)
+    x = rng.standard_normal((devices, tokens, 128 * groups)).astype(jnp.bfloat16)
+    field, e4m3 = Field(128 * groups, np.dtype(jnp.bfloat16)), np.dtype(jnp.float8_e4m3fn)
+    send = Send(tokens, top_k, (field,), Devices(devices), local, True, e4m3)
+    problem = Dispatch(send, devices * tokens)
+    assert dispatch.parts(problem) == {1: 1, 8: 1, 16: 2, 24: 3, 56: 7}[groups]
+    check_dispatch(problem, ids, weights, x)
+
+
 @given(
     devices=st.integers(1, 8),
     tokens=st.integers(1, 9),
@@ -144,7 +233,7 @@ def test_combine_sums_weighted_rows_over_pairs_and_ranks(devices, tokens, top_k,
             )
 
 
-@pytest.mark.parametrize("kind", ["send", "combine"])
+@pytest.mark.parametrize("kind", ["send", "dispatch", "combine"])
 def test_more_tokens_than_ctas(monkeypatch, kind):
     monkeypatch.setattr(copying, "MAX_CTAS", 3)
     monkeypatch.setattr(copying, "MAX_LARGE_CTAS", 3)
@@ -155,6 +244,11 @@ def test_more_tokens_than_ctas(monkeypatch, kind):
         problem = Send(8, 1, (Field(8, np.dtype("uint16")),), Devices(2), 1, False)
         got = sent(problem, np.ones((2, 8, 1), np.int32), x)
         np.testing.assert_array_equal(got[1]["received0"], x.reshape(16, 8))
+    elif kind == "dispatch":
+        x = rng.integers(0, 1 << 16, (2, 8, 8)).astype(np.uint16)
+        ids = rng.integers(-1, 19, (2, 8, 3)).astype(np.int32)
+        send = Send(8, 3, (Field(8, np.dtype("uint16")),), Devices(2), 9, True)
+        check_dispatch(Dispatch(send, 4), ids, rng.random(ids.shape, np.float32), x)
     else:
         y = rng.standard_normal((2, 16, 8)).astype(jnp.bfloat16)
         row = np.broadcast_to(np.arange(16, dtype=np.int32)[:, None], (2, 16, 1)).copy()

@@ -8,13 +8,25 @@ device is there. No row has two writers, and its place is known beforehand, so n
 
 import functools
 
-from moe_align_jax._kernels.peer_rows import combine, give_back, send
-from moe_align_jax._kernels.peer_rows.problems import Combine, Field, GiveBack, Problem, Send
+from moe_align_jax._kernels.peer_rows import combine, dispatch, give_back, send
+from moe_align_jax._kernels.peer_rows.problems import (
+    Combine,
+    Dispatch,
+    Field,
+    GiveBack,
+    Problem,
+    Send,
+)
 from moe_align_jax._simt.language import Kernel
 
-__all__ = ["Combine", "Field", "GiveBack", "Problem", "Send", "build"]
+__all__ = ["Combine", "Dispatch", "Field", "GiveBack", "Problem", "Send", "build"]
 
-_BUILDERS = {Send: send.build, GiveBack: give_back.build, Combine: combine.build}
+_BUILDERS = {
+    Send: send.build,
+    Dispatch: dispatch.build,
+    GiveBack: give_back.build,
+    Combine: combine.build,
+}
 
 
 @functools.lru_cache(256)
