@@ -3,7 +3,8 @@
     python -m tests.no_gpu.peer_rows
 
 Lowered for a mesh of 2 and of 8 devices: nothing spills, rows move 16 bytes at a time where their length
-allows, and each CTA has a fence for all devices before it counts its arrival. Exit code 1 otherwise.
+allows, each CTA has a fence for all devices before it counts its arrival, and all of them are resident. Exit
+code 1 otherwise.
 """
 
 import os
@@ -15,13 +16,15 @@ from pathlib import Path
 
 from tests.no_gpu import ptx, script, worker
 
+_FEWEST_SMS = 114  # of a GPU with NVLink
+
 
 def problems() -> Iterator:
     """Payloads as they are sent, sizes that are measured, and rows of odd lengths."""
     import jax.numpy as jnp
     import numpy as np
 
-    from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send
+    from moe_align_jax._kernels.peer_rows import Combine, Dispatch, Field, GiveBack, Send
     from moe_align_jax._simt.language import Devices
 
     f32, bf16, e4m3 = (np.dtype(name) for name in ("float32", jnp.bfloat16, jnp.float8_e4m3fn))
@@ -30,12 +33,17 @@ def problems() -> Iterator:
         plain, quantised = Field(7168, bf16), (Field(7168, e4m3), Field(56, f32))
         yield Send(128, 8, (plain,), devices, local, True, e4m3)
         yield Send(128, 8, quantised, devices, local, True)
+        for tokens in (8, 128):
+            yield Dispatch(Send(tokens, 8, (plain,), devices, local, True, e4m3), count * tokens)
+        yield Dispatch(Send(128, 8, (plain,), devices, local, True), count * 128)
+        yield Dispatch(Send(512 // count * 4, 4, quantised, devices, local, True), 128)
         yield Combine(128, 8, local * count * 128, 7168, bf16, devices)
         yield Send(4096, 8, (plain,), devices, local, True)
         yield GiveBack(4096, plain, devices)
         odd = (Field(6, bf16), Field(3, f32))
         yield Send(5, 3, odd, devices, 3, False)
         yield GiveBack(5, Field(6, bf16), devices)
+        yield Dispatch(Send(5, 3, odd, devices, 3, True), 4)
         yield Combine(5, 3, 15, 24, bf16, devices)
 
 
@@ -77,12 +85,21 @@ def compiled(compile_module, module: bytes) -> str:
 def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
     from moe_align_jax._kernels import peer_rows
 
-    threads = peer_rows.build(problem).num_threads
+    kernel = peer_rows.build(problem)
+    threads = kernel.num_threads
     yield from worker.resource_faults(used, threads, text)
+    # Registers are handed out 8 at a time; every CTA waits for others.
+    resident = _FEWEST_SMS * (worker.REGISTERS_PER_SM // (-(-used.registers // 8) * 8 * threads))
+    if kernel.num_ctas > resident:
+        yield f"{kernel.num_ctas} CTAs of {threads} threads, of which {resident} are resident"
     fences = re.findall(r"fence\.acq_rel\.sys", text)
     signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
-    if (len(fences), len(signals), len(waits)) != (1, 1, 1):
-        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
+    fused = isinstance(problem, peer_rows.Dispatch)
+    told = 2 if fused else 1  # the dispatch tells everyone of its ids, then its peers of rows
+    if (len(fences), len(signals), len(waits)) != (told, told, told):
+        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; {told} of each"
+    if fused and (early := re.findall(r"ld\.global\.nc\S*", text)):
+        yield f"{early} may read what has not come yet"
     first = next(iter(problem.outputs.values()))
     width = {0: "v4"}.get(first[0][-1] * first[1].itemsize % 16, "b32")
     width = "v2" if getattr(problem, "quantise", None) else width
