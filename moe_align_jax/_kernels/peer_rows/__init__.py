@@ -9,6 +9,7 @@ device is there. No row has two writers, and its place is known beforehand, so n
 import functools
 
 from moe_align_jax._kernels.peer_rows import combine, dispatch, give_back, send
+from moe_align_jax._kernels.peer_rows.dispatch import unsupported as dispatch_unsupported
 from moe_align_jax._kernels.peer_rows.problems import (
     Combine,
     Dispatch,
@@ -19,7 +20,16 @@ from moe_align_jax._kernels.peer_rows.problems import (
 )
 from moe_align_jax._simt.language import Kernel
 
-__all__ = ["Combine", "Dispatch", "Field", "GiveBack", "Problem", "Send", "build"]
+__all__ = [
+    "Combine",
+    "Dispatch",
+    "Field",
+    "GiveBack",
+    "Problem",
+    "Send",
+    "build",
+    "dispatch_unsupported",
+]
 
 _BUILDERS = {
     Send: send.build,

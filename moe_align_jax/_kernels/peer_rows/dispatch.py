@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from moe_align_jax._kernels.peer_rows import copying
-from moe_align_jax._kernels.peer_rows.problems import GROUP, INT32, Dispatch, Field
+from moe_align_jax._kernels.peer_rows.problems import GROUP, INT32, Dispatch, Field, words
 from moe_align_jax._kernels.peer_rows.send import Sender
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
@@ -29,6 +29,18 @@ _ENOUGH_CTAS = 132
 # A row that came is copied by so many threads: 448 words of 16 bytes (7168 columns of e4m3) leave none idle.
 _COPYING = 64
 _TARGETS_AHEAD = 8
+_INT32_MAX = 2**31 - 1
+
+
+def unsupported(problem: Dispatch) -> str | None:
+    """Why there is another way to be taken, or None."""
+    if problem.send.top_k > MAX_TOP_K:
+        return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
+    if problem.num_pairs > MAX_PAIRS:
+        return f"every CTA compares all pairs, at most {MAX_PAIRS}"
+    if max(words(array) for array in problem.outputs.values()) > _INT32_MAX:
+        return "it counts words in int32"
+    return None
 
 
 def parts(problem: Dispatch) -> int:
@@ -132,9 +144,9 @@ class _Dispatcher:
         everything = [Field(problem.num_pairs, INT32)]
         held: list[tuple[Int, list[Int]]] = []
         for piece in copying.pieces(t, everything, thread, WARPGROUP):
-            words = copying.load(t, self.r.local_ids, piece, 0 * thread)
-            words = words if piece.width == 4 else [words]
-            held.append((piece.first, [t.select(piece.inside, word, -1) for word in words]))
+            ids = copying.load(t, self.r.local_ids, piece, t.const(0))
+            ids = ids if piece.width == 4 else [ids]
+            held.append((piece.first, [t.select(piece.inside, one, -1) for one in ids]))
 
         def one(unit: Int) -> None:
             places = (warp * self.rounds + self._round(unit)) * self.slots
@@ -184,10 +196,10 @@ class _Dispatcher:
     def _counted(self, held: list[tuple[Int, list[Int]]], expert: Int, end: Int | int) -> Int:
         """How many of the warp's ids are the expert's and stand before the end."""
         t, total = self.t, self.t.const(0)
-        for first, words in held:
+        for first, ids in held:
             before = end - first
-            for k, word in enumerate(words):
-                total = total + t.select(word.eq(expert) & (before > k), 1, 0)
+            for k, one in enumerate(ids):
+                total = total + t.select(one.eq(expert) & (before > k), 1, 0)
         for distance in (16, 8, 4, 2, 1):
             total = total + t.shfl(total, self.lane ^ distance)
         return total
