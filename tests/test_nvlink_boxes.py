@@ -26,7 +26,7 @@ def launched_by_xla(problem, *operands):
     assert isinstance(problem, peer_rows.Dispatch)
     ids, weights, *fields = operands
     if problem.send.quantise is not None:
-        fields = message.quantize(*fields, message.PAYLOADS["fp8"])
+        fields = message.quantize(fields[0], message.PAYLOADS["fp8"])
     local = gather(ids) - lax.axis_index("ep") * LOCAL
     mine = (local >= 0) & (local < LOCAL)
     local, weights = jnp.where(mine, local, -1), jnp.where(mine, gather(weights), 0)
@@ -66,7 +66,7 @@ def run(body):
     return jax.jit(step)(x, ids, weights)
 
 
-def dispatch(x, ids, weights, transport, **options):
+def dispatch(transport, x, ids, weights, **options):
     experts = jax.device_count() * LOCAL
     return maj.dispatch(
         x, ids, weights, axis_name="ep", num_experts=experts, transport=transport, **options
@@ -79,7 +79,7 @@ def test_it_gives_what_all_to_all_gives(launches, payload, room):
     options = {"payload": payload, "max_tokens_per_expert": room, "initialize": False}
 
     def body(transport, *operands):
-        got = dispatch(*operands, transport, **options)
+        got = dispatch(transport, *operands, **options)
         used = jnp.arange(got.x.shape[1])[None] < got.masked_m[:, None]
         scales = got.scales
         if payload == "fp8_ue8m0_packed":
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_all_to_all(launches, payload):
     def body(transport, x, ids, weights):
         def loss(x, weights):
             options = {"payload": payload, "initialize": False, "max_tokens_per_expert": 5}
-            got = dispatch(x, ids, weights, transport, **options)
+            got = dispatch(transport, x, ids, weights, **options)
             used = jnp.arange(got.x.shape[1])[None] < got.masked_m[:, None]
             rows = jnp.where(used[..., None], got.x.astype(jnp.float32), 0)
             return jnp.sum(jnp.cos(maj.combine(jnp.sin(rows), got.handle)))
@@ -123,12 +123,12 @@ def test_gradients_are_those_of_all_to_all(launches, payload):
 )
 def test_it_is_for_boxes_whose_other_rows_are_not_cleared(launches, options):
     with pytest.raises(AssertionError):  # another kernel, which nobody plays here
-        run(lambda *operands: dispatch(*operands, "nvlink", **options).x)
+        run(lambda *operands: dispatch("nvlink", *operands, **options).x)
     assert launches == [peer_rows.Send]
 
 
 def test_many_pairs_take_the_other_way(launches, monkeypatch):
     monkeypatch.setattr(peer_rows.dispatch, "MAX_PAIRS", jax.device_count() * TOKENS * TOP_K - 1)
     with pytest.raises(AssertionError):
-        run(lambda *operands: dispatch(*operands, "nvlink", initialize=False).x)
+        run(lambda *operands: dispatch("nvlink", *operands, initialize=False).x)
     assert launches == [peer_rows.Send]

@@ -9,7 +9,7 @@ from moe_align_jax._simt.faults import DivergentBarrier, RaceError, Undefined
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax._simt.memory import Buffer
 from moe_align_jax._simt.races import Clock, Told
-from moe_align_jax._simt.values import Scope, Value, array_of, constant
+from moe_align_jax._simt.values import Scope, array_of
 
 
 class Remote(NamedTuple):
@@ -54,9 +54,6 @@ class AmongDevices(Simt):
         if self._peers is None:
             raise Undefined(f"{self.name}: it runs on one device.")
         return self._peers
-
-    def rank(self) -> Int:
-        return Value(constant(self._others().rank), self)
 
     def remote(self, ref: Buffer, rank: Int | int) -> Remote:
         return Remote(ref.name, array_of(rank))

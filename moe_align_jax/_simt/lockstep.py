@@ -43,8 +43,8 @@ class EmulatedSimt(AmongDevices):
         self._cta = np.arange(self.num_ctas, dtype=np.int32).repeat(
             self.num_threads if self.num_ctas > 1 else 1
         )
-        place = (peers.rank, peers.told) if peers else ()
-        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, *place)
+        rank, told = (peers.rank, peers.told) if peers else (0, None)
+        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, rank, told)
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
@@ -123,6 +123,9 @@ class EmulatedSimt(AmongDevices):
 
     def cta_id(self) -> Int:
         return Value(self._cta, self)
+
+    def rank(self) -> Int:
+        return Value(constant(self._others().rank), self)
 
     def const(self, value: int) -> Int:
         return Value(constant(operator.index(value)), self)

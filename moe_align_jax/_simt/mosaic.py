@@ -320,7 +320,7 @@ class MosaicSimt(Simt):
         there = self._context.to_remote(ref.argument, _value(self._device(rank)))
         return _global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
 
-    def _counter(self, ref: ir.Value, everyone: bool) -> ir.Value:
+    def _counter(self, ref: Any, everyone: bool) -> ir.Value:
         """A pointer to one of the counters, given those of my CTA on any device."""
         at = 1 - self.cta_id() * _COUNTERS if everyone else self.const(0)
         return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(at)], _i32())

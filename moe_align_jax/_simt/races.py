@@ -55,8 +55,8 @@ class Threads(NamedTuple):
         return Threads(self.marks[lanes], *floors, self.clock)
 
     def times(self, n: int) -> "Threads":
-        floors = [f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide)]
-        return Threads(self.marks.repeat(n), *floors, self.clock)
+        floor, wide = (f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide))
+        return Threads(self.marks.repeat(n), floor, wide, self.clock)
 
 
 class Clock:

@@ -26,8 +26,9 @@ MAX_PAIRS, MAX_TOP_K = 64 * WARPGROUP, WARP
 _WARPS = WARPGROUP // WARP  # that send rows, and that count
 # Rows are cut until these CTAs have work: an H100 or H200 has as many SMs.
 _ENOUGH_CTAS = 132
-# A row that came is copied by so many threads: 448 words of 16 bytes (7168 columns of e4m3) leave none idle.
-_COPYING = 64
+# So many rows that came are copied at a time, from four source ranks on: by 64 threads each, of which 448
+# words of 16 bytes (7168 columns of e4m3) leave none idle.
+_ROWS_AT_A_TIME = 4
 _TARGETS_AHEAD = 8
 _INT32_MAX = 2**31 - 1
 
@@ -91,6 +92,8 @@ class _Dispatcher:
         self.sources = problem.devices.count
         self.slots = self.sources * self.send.top_k  # pairs of a token here, of all source ranks
         self.experts = -(-self.send.num_local_experts // t.num_ctas)  # of a CTA
+        self.groups = min(_ROWS_AT_A_TIME, 1 << (self.sources - 1).bit_length())
+        self.copying = t.num_threads // self.groups  # threads of a group
         self.thread = t.thread_id()
         self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
 
@@ -225,13 +228,12 @@ class _Dispatcher:
                     t.store(r.pair_of_row, expert * room + place, self.problem.num_pairs)
 
     def _find(self, unit: Int) -> list[_Found]:
-        """The rows of the source ranks that my 64 threads copy."""
+        """The rows of the source ranks that my group of threads copies."""
         t, top_k, room = self.t, self.send.top_k, self.problem.room
         token, places = self._token(unit), self._round(unit) * self.slots
-        groups = t.num_threads // _COPYING
         found = []
-        for start in range(0, self.sources, groups):
-            source = self.thread // _COPYING + start
+        for start in range(0, self.sources, self.groups):
+            source = self.thread // self.copying + start
             first = (source * self.problem.num_tokens + token) * top_k
             mine = (self.lane < top_k) & (source < self.sources)
             expert = t.load(self.r.local_ids, t.select(mine, first + self.lane, 0))
@@ -248,7 +250,7 @@ class _Dispatcher:
 
     def _lay_out(self, unit: Int, found: list[_Found]) -> None:
         t, r = self.t, self.r
-        opens = (self.thread & (_COPYING - 1)) < WARP
+        opens = (self.thread & (self.copying - 1)) < WARP
         if self.parts > 1:
             opens = opens & unit.eq(self._token(unit) * self.parts)
         for one in found:
@@ -271,8 +273,8 @@ class _Dispatcher:
         for here, there in zip(units[1:], used[1:], strict=True):
             other, any_used = t.select(there, here, other), any_used | there
         given = [t.select(there, here, other) for here, there in zip(units, used, strict=True)]
-        thread = self.thread & (_COPYING - 1)
-        pieces = list(copying.pieces(t, fields, thread, _COPYING))
+        thread = self.thread & (self.copying - 1)
+        pieces = list(copying.pieces(t, fields, thread, self.copying))
         share = [(number, piece) for number in range(len(found)) for piece in pieces]
         with t.if_(any_used):
             for start in range(0, len(share), copying.MOST_HELD):
