@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_align_jax._simt import emulator, faults
-from moe_align_jax._simt.language import WARP, Devices, Kernel
+from moe_align_jax._simt.language import WARP, WARPGROUP, Devices, Kernel
 
 DEVICES, CTAS = 2, 3
 
@@ -17,7 +17,7 @@ def run(body, words=CTAS * DEVICES):
         inputs={},
         outputs={"out": (words,), "copy": (CTAS,)},
         shared={"seen": 1},
-        num_warpgroups=1,
+        num_warpgroups=2,
         num_ctas=CTAS,
         devices=Devices(DEVICES),
         partial=frozenset(["out", "copy"]),
@@ -37,6 +37,10 @@ def first_warp(t):
     return t.if_(t.thread_id() < WARP)
 
 
+def second_warpgroup(t):
+    return t.if_(t.thread_id() >= WARPGROUP)
+
+
 def read(t, r, cell, thread=0):
     with t.if_(t.thread_id().eq(thread)):
         t.store(r.copy, t.cta_id(), t.load(r.out, cell))
@@ -52,9 +56,10 @@ def test_everyone_is_told_by_one_warp():
         store_everywhere(t, r)
         with first_warp(t):
             t.tell_everyone()
-            t.wait_for_everyone(1)
             t.tell_peers()
             t.wait_for_peers(1)
+        with second_warpgroup(t):
+            t.wait_for_everyone(1)
         t.block_sync()
         read(t, r, next_cta(t), thread=100)
 
@@ -68,7 +73,7 @@ def test_peers_are_told_by_several_warps():
     def body(t, r):
         store_everywhere(t, r)
         t.tell_peers()
-        t.wait_for_peers(4)
+        t.wait_for_peers(8)
         read(t, r, (1 - t.rank()) * CTAS + t.cta_id(), thread=100)
 
     for rank, (_, copy) in enumerate(run(body)):
@@ -84,24 +89,25 @@ def peers_only(t, r):
 def told_before_the_store(t, r):
     t.tell_everyone()
     store_everywhere(t, r)
-    t.wait_for_everyone(4)
+    t.wait_for_everyone(8)
     read(t, r, next_cta(t))
 
 
 def told_by_another_warp(t, r):
     store_everywhere(t, r)
-    with t.if_(t.thread_id() >= 3 * WARP):
+    with t.if_(t.thread_id() >= 7 * WARP):
         t.tell_everyone()
     t.wait_for_everyone(1)
     read(t, r, next_cta(t))
 
 
-def another_warp_has_waited(t, r):
+def another_warpgroup_has_waited(t, r):
     store_everywhere(t, r)
     with first_warp(t):
         t.tell_everyone()
+    with second_warpgroup(t):
         t.wait_for_everyone(1)
-    read(t, r, next_cta(t), thread=100)
+    read(t, r, next_cta(t))
 
 
 def nobody_has_waited(t, r):
@@ -123,7 +129,7 @@ def overwritten_after_others_have_read(t, r):
     """All CTAs read a cell that the first one then writes."""
     store_everywhere(t, r)
     t.tell_everyone()
-    t.wait_for_everyone(4)
+    t.wait_for_everyone(8)
     read(t, r, 0)
     t.block_sync()
     with t.if_(t.cta_id().eq(0) & t.thread_id().eq(0)):
@@ -136,7 +142,7 @@ def overwritten_after_others_have_read(t, r):
         peers_only,
         told_before_the_store,
         told_by_another_warp,
-        another_warp_has_waited,
+        another_warpgroup_has_waited,
         nobody_has_waited,
         overwritten_by_the_next_cta,
         overwritten_after_others_have_read,
@@ -156,7 +162,7 @@ def test_an_end_before_others_have_stored_is_found():
         store_everywhere(t, r)
         t.tell_everyone()
         t.tell_peers()
-        t.wait_for_peers(4)
+        t.wait_for_peers(8)
 
     for body, match in (
         (told_nobody, "told nobody of"),
@@ -171,7 +177,7 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
     def fewer(t, r):
         with first_warp(t):
             t.tell_peers()
-        t.wait_for_peers(4)
+        t.wait_for_peers(8)
 
     def more(t, r):
         t.tell_everyone()
@@ -180,7 +186,7 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
     def not_all_ctas(t, r):
         with t.if_(t.cta_id().eq(0)):
             t.tell_everyone()
-        t.wait_for_everyone(4)
+        t.wait_for_everyone(8)
 
     def twice(t, r):
         t.tell_peers()
@@ -190,12 +196,18 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
         with t.if_(t.thread_id() < 5):
             t.tell_peers()
 
+    def part_of_a_warpgroup(t, r):
+        t.tell_everyone()
+        with first_warp(t):
+            t.wait_for_everyone(8)
+
     for body, match in (
-        (fewer, "for 4 warps of each CTA; 1 to 1"),
-        (more, "for 1 warps of each CTA; 4 to 4"),
-        (not_all_ctas, "for 4 warps of each CTA; 0 to 4"),
+        (fewer, "for 8 warps of each CTA; 1 to 1"),
+        (more, "for 1 warps of each CTA; 8 to 8"),
+        (not_all_ctas, "for 8 warps of each CTA; 0 to 8"),
         (twice, "once"),
         (part_of_a_warp, "5 of 32 threads"),
+        (part_of_a_warpgroup, "32 of 128 threads"),
     ):
         with pytest.raises(faults.DivergentBarrier, match=match):
             run(body)

@@ -280,8 +280,8 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def wait_for_everyone(self, count: int) -> None:
-        """By whole warps: waits until `count` warps of every CTA of every device have told. All CTAs must
-        be resident."""
+        """By whole warpgroups, in which one thread looks for all: waits until `count` warps of every CTA of
+        every device have told. All CTAs must be resident."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

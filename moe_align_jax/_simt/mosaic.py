@@ -19,7 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
-from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt, check_launch
+from moe_align_jax._simt.language import (
+    WARP,
+    WARPGROUP,
+    Int,
+    Kernel,
+    Program,
+    Simt,
+    check_launch,
+)
 
 _FULL_MASK = -1
 _COUNTERS = 2  # words of a CTA, in a kernel of several devices
@@ -335,7 +343,7 @@ class MosaicSimt(Simt):
             llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
 
     def _await(self, lane: Int, count: int, everyone: bool) -> None:
-        """Lane 0 looks until the counter on this device has come to the number."""
+        """The first lane looks until the counter on this device has come to the number."""
         with self.if_(lane.eq(0)):
             wait = (
                 "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
@@ -364,8 +372,10 @@ class MosaicSimt(Simt):
     def wait_for_everyone(self, count: int) -> None:
         assert self._devices is not None
         everyone = count * self._devices.count * self.num_ctas
-        self._await(self._lane(), everyone, everyone=True)
-        self.warp_sync()
+        self._await(self.thread_id() & (WARPGROUP - 1), everyone, everyone=True)
+        barrier = self.thread_id() // WARPGROUP + 1  # 0 is block_sync's
+        void, sync = ir.Type.parse("!llvm.void"), f"bar.sync $0, {WARPGROUP};"
+        llvm.inline_asm(void, [_value(barrier)], sync, "r,~{memory}", has_side_effects=True)
 
     def device_sync(self) -> None:
         assert self._devices is not None

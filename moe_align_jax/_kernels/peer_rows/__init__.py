@@ -1,9 +1,10 @@
 """Rows written straight into other GPUs' memory over NVLink: out to the experts' ranks, and back.
 
 Every device launches the same kernel, and XLA has a barrier of all devices ahead of it: from then on their
-outputs may be written. A CTA takes the same tokens on every device, stores what is theirs everywhere, then
-meets the CTAs of its index (`device_sync`): when the kernel ends here, all that others wrote to this
-device is there. No row has two writers, and its place is known beforehand, so nothing is counted first.
+outputs may be written, and their counters are zero. A CTA takes the same tokens on every device, stores what
+is theirs everywhere, then meets the CTAs of its index (`device_sync`): when the kernel ends here, all that
+others wrote to this device is there. No row has two writers, and its place is known beforehand. Only
+`dispatch` counts, to find places in the experts' boxes, and there every CTA waits for the ids of all others.
 """
 
 import functools

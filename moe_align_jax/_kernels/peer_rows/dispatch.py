@@ -24,6 +24,7 @@ from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 # a microsecond at 64, while the rows travel. A lane holds a pair of a token.
 MAX_PAIRS, MAX_TOP_K = 64 * WARPGROUP, WARP
 _WARPS = WARPGROUP // WARP  # that send rows, and that count
+_MAX_EXPERTS = 32  # of a CTA: about 100 ns each
 # Rows are cut until these CTAs have work: an H100 or H200 has as many SMs.
 _ENOUGH_CTAS = 132
 # So many rows that came are copied at a time, from four source ranks on: by 64 threads each, of which 448
@@ -39,6 +40,8 @@ def unsupported(problem: Dispatch) -> str | None:
         return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
     if problem.num_pairs > MAX_PAIRS:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
+    if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
+        return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
     if max(words(array) for array in problem.outputs.values()) > _INT32_MAX:
         return "it counts words in int32"
     return None
@@ -56,6 +59,11 @@ def parts(problem: Dispatch) -> int:
     return next(fitting, 1)
 
 
+def _num_ctas(problem: Dispatch) -> int:
+    # As many as of one warpgroup are resident: two take no more registers than there are for one.
+    return min(problem.num_tokens * parts(problem), copying.MAX_CTAS)
+
+
 def build(problem: Dispatch) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Dispatcher(t, r, problem).run()
@@ -65,9 +73,7 @@ def build(problem: Dispatch) -> Kernel:
     kernel = copying.kernel(
         "moe_dispatch", problem, body, num_warpgroups=2, partial=frozenset(sparse)
     )
-    units = problem.num_tokens * parts(problem)
-    # As many as of one warpgroup are resident: it takes half of the registers that a CTA may have.
-    num_ctas = min(units, copying.MAX_CTAS)
+    units, num_ctas = problem.num_tokens * parts(problem), _num_ctas(problem)
     slots = -(-units // num_ctas) * problem.devices.count * problem.send.top_k
     experts = -(-problem.send.num_local_experts // num_ctas)
     shared = {"places": _WARPS * slots, "totals": _WARPS * experts}
