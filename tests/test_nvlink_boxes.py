@@ -80,7 +80,7 @@ def test_it_gives_what_all_to_all_gives(launches, payload, room):
 
     def body(transport, *operands):
         got = dispatch(transport, *operands, **options)
-        used = jnp.arange(got.x.shape[1])[None] < got.masked_m[:, None]
+        used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
         scales = got.scales
         if payload == "fp8_ue8m0_packed":
             scales = jnp.swapaxes(scales, 1, 2)
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_all_to_all(launches, payload):
         def loss(x, weights):
             options = {"payload": payload, "initialize": False, "max_tokens_per_expert": 5}
             got = dispatch(transport, x, ids, weights, **options)
-            used = jnp.arange(got.x.shape[1])[None] < got.masked_m[:, None]
+            used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
             rows = jnp.where(used[..., None], got.x.astype(jnp.float32), 0)
             return jnp.sum(jnp.cos(maj.combine(jnp.sin(rows), got.handle)))
 

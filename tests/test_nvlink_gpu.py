@@ -114,7 +114,7 @@ def test_boxes_filled_by_one_kernel_are_those_of_four(mesh, monkeypatch, tokens,
         layout, scales = got.handle.layout, got.scales
         if payload == "fp8_ue8m0_packed":
             scales = jnp.swapaxes(scales, 1, 2)
-        used = jnp.arange(got.x.shape[1])[None] < got.masked_m[:, None]
+        used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
         rows = [r.view(jnp.uint8) for r in (got.x, scales) if r is not None]
         rows = [jnp.where(used[..., None], r, 0) for r in rows]
         return rows, got.masked_m, tuple(layout), got.handle.in_use, got.handle.topk_weights

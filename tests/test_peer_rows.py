@@ -181,6 +181,25 @@ def test_dispatch_quantises_parts_of_rows(devices, tokens, top_k, groups, seed):
     check_dispatch(problem, ids, weights, x)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "room", "reason"),
+    [
+        (128, 8, 32, 1024, None),
+        (129, 8, 32, 1024, "at most 8192"),
+        (4, 32, 32, 4, None),
+        (4, 33, 32, 4, "at most 32"),
+        (1, 2, 7 * 32, 4, None),  # 7 parts of a row: 7 CTAs
+        (1, 2, 7 * 32 + 1, 4, "at most 32 experts"),
+        (128, 8, 32, 2**31 // (32 * 1792) + 1, "int32"),
+    ],
+)
+def test_what_dispatch_in_one_kernel_takes(tokens, top_k, experts, room, reason):
+    field, e4m3 = Field(7168, np.dtype(jnp.bfloat16)), np.dtype(jnp.float8_e4m3fn)
+    send = Send(tokens, top_k, (field,), Devices(8), experts, True, e4m3)
+    refused = peer_rows.dispatch_unsupported(Dispatch(send, room))
+    assert refused is None if reason is None else reason in str(refused)
+
+
 @given(
     devices=st.integers(1, 8),
     tokens=st.integers(1, 9),
