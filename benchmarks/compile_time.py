@@ -1,13 +1,15 @@
-"""Compile time of each form: tracing and lowering, then compiling, each program new to the process.
+"""Compile time of each form, step by step, each program new to the process.
 
 python -m benchmarks.compile_time --out benchmarks/results/compile/NAME.jsonl
 
-jax's compilation cache is off. "mosaic_gpu" is a jit with one call, "torch_bridge" a program that is sized
-at launch, in the process that compiles for PyTorch (assembling it, and proving it on the GPU, included). The
-first program of a process also pays for what every compiler loads once, and is a row of its own.
+jax's compilation cache is off. "mosaic_gpu" is a jit with one call: tracing and lowering, compiling (Mosaic
+and ptxas), the first run. "torch_bridge" is a program that is sized at launch, in the process that compiles
+for PyTorch: tracing and lowering, Mosaic's compiler, assembling by the driver, the proof on the GPU. The
+first program of a process also pays for what every compiler loads once: under jit a row of its own.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -16,30 +18,49 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import machine
 from benchmarks.cases import Case
 from moe_align_jax import _checks, _dispatch, _tuning
-from moe_align_jax.types import AlignProblem
+from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 GOAL_S = 0.5
+# The steps of a program, in order; a total is over those that were measured.
+STEPS = ("lower_s", "compile_s", "first_run_s", "assemble_s", "prove_s")
 # Sizes whose forms differ, in the tables that there are; with options the largest program of each form.
 CASES = tuple(
     Case(num_pairs=n, num_experts=num_experts, block_size=block, with_options=options)
     for n, num_experts, block in (
-        *(
-            (32, 256, 16),
-            (64, 9000, 16),
-            (512, 256, 16),
-            (2048, 128, 64),
-            (8192, 64, 128),
-            (32_768, 256, 64),
-        ),
-        *((32_768, 256, 64), (524_288, 256, 128), (8192, 65_535, 16), (32_768, 65_535, 16)),
+        *((32, 256, 16), (64, 9000, 16), (512, 256, 16), (512, 9000, 16), (2048, 128, 64)),
+        *((8192, 64, 128), (8192, 65_535, 16), (32_768, 256, 64), (32_768, 65_535, 16)),
+        (524_288, 256, 128),
     )
     for options in (False, True)
 )
+BATCHED = ((256, 512, 64),)  # E, the most tokens of an expert, block
+
+type Problem = AlignProblem | BatchedAlignProblem
+type Steps = dict[str, float]
+
+
+class Measured(NamedTuple):
+    """A row's program: under jit, and as PyTorch has it."""
+
+    name: str
+    jit: Problem
+    direct: Problem
+
+
+def programs(tuning: str) -> list[Measured]:
+    found = [
+        Measured(c.name, problem_of(c, tuning), problem_of(c, tuning, sized_at_launch=True))
+        for c in CASES
+    ]
+    for sizes in BATCHED:
+        problem = BatchedAlignProblem(*sizes, tuning=tuning)
+        found.append(Measured(f"batched {'x'.join(map(str, sizes))}", problem, problem))
+    return found
 
 
 def problem_of(case: Case, tuning: str, *, sized_at_launch: bool = False) -> AlignProblem:
@@ -62,68 +83,65 @@ def problem_of(case: Case, tuning: str, *, sized_at_launch: bool = False) -> Ali
     )
 
 
-def seconds_of(problem: AlignProblem, *, compile_too: bool) -> tuple[float, float | None]:
-    """(tracing and lowering, compiling and the first run) of one new program, in seconds."""
+def another(problem: Problem, k: int) -> Problem:
+    """The same with k pairs, or tokens of an expert, fewer: neither jax nor Mosaic has seen its program."""
+    if isinstance(problem, BatchedAlignProblem):
+        return problem._replace(max_tokens_per_batch=problem.max_tokens_per_batch - k)
+    return problem._replace(num_pairs=problem.num_pairs - k)
+
+
+def steps_of(problem: Problem, *, compile_too: bool) -> Steps:
+    """Seconds of each step of one new program under jit."""
     import jax
     import numpy as np
 
     jax.clear_caches()
     operands = [np.zeros(shape, np.int32) for shape in problem.inputs.values()]
     program = jax.jit(lambda *x: _dispatch.align(problem, "mosaic_gpu", *x))
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
-    middle = time.perf_counter()
-    if not compile_too:
-        return middle - start, None
-    compiled = lowered.compile()
-    jax.block_until_ready(compiled(*operands))  # XLA may compile a kernel when it first runs
-    return middle - start, time.perf_counter() - middle
+    times.append(time.perf_counter())
+    if compile_too:
+        compiled = lowered.compile()
+        times.append(time.perf_counter())
+        jax.block_until_ready(compiled(*operands))  # XLA may compile a kernel when it first runs
+        times.append(time.perf_counter())
+    taken = (end - begin for begin, end in itertools.pairwise(times))
+    return dict(zip(STEPS, taken, strict=False))
 
 
-def row_of(
-    case: Case, provider: str, form: str, runs: Sequence[tuple[float, float | None]]
-) -> dict:
-    """The medians; the total is over what was measured."""
-    lower = statistics.median(run[0] for run in runs)
-    compiled = [run[1] for run in runs if run[1] is not None]
-    row: dict[str, Any] = {
-        "case": case.name,
-        "provider": provider,
-        "form": form,
-        "metric": "compile_s",
-        "lower_s": round(lower, 4),
-        "samples": len(runs),
-    }
-    if compiled:
-        row["compile_s"] = round(statistics.median(compiled), 4)
-        row["total_s"] = round(statistics.median(sum(run) for run in runs), 4)  # type: ignore[arg-type]
+def row_of(name: str, provider: str, form: str, runs: Sequence[Steps]) -> dict[str, Any]:
+    """The medians of each step, and of the total where anything was compiled."""
+    row: dict[str, Any] = {"case": name, "provider": provider, "form": form}
+    row |= {"metric": "compile_s", "samples": len(runs)}
+    for step in STEPS:
+        if step in runs[0]:
+            row[step] = round(statistics.median(run[step] for run in runs), 4)
+    if "compile_s" in runs[0]:
+        row["total_s"] = round(statistics.median(sum(run.values()) for run in runs), 4)
     return row
 
 
-def jit_rows(cases: Sequence[Case], repeats: int, *, on_gpu: bool) -> list[dict[str, Any]]:
-    """Each repeat has another number of pairs: neither jax nor Mosaic has seen its program."""
+def jit_rows(measured: Sequence[Measured], repeats: int, *, on_gpu: bool) -> list[dict[str, Any]]:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
-    tuning, rows = _tuning.table_name(_dispatch.gpu_kind()), []
-    for index, case in enumerate(cases):
-        problem = problem_of(case, tuning)
-        form, runs = _tuning.config_for(problem).form, []
+    rows = []
+    for index, one in enumerate(measured):
+        form, runs = _tuning.config_for(one.jit).form, []
         for k in range(repeats + (index == 0)):
-            one = problem._replace(num_pairs=problem.num_pairs - k)
-            run = seconds_of(one, compile_too=on_gpu)
+            run = steps_of(another(one.jit, k), compile_too=on_gpu)
             if index == 0 and k == 0:
-                rows.append(row_of(case, "mosaic_gpu, first", form, [run]))
+                rows.append(row_of(one.name, "mosaic_gpu, first", form, [run]))
             else:
                 runs.append(run)
-        rows.append(row_of(case, "mosaic_gpu", form, runs))
+        rows.append(row_of(one.name, "mosaic_gpu", form, runs))
     return rows
 
 
-def direct_rows(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def direct_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """The same for PyTorch, by the process that compiles for it; the whole process in the first row."""
-    tuning = _tuning.table_name(_dispatch.gpu_kind())
-    problems = [problem_of(case, tuning, sized_at_launch=True) for case in cases]
+    problems = [one.direct for one in measured]
     with tempfile.TemporaryDirectory() as folder:
         request = {
             "device": 0,
@@ -142,13 +160,14 @@ def direct_rows(cases: Sequence[Case]) -> list[dict[str, Any]]:
     if "error" in answer:
         raise RuntimeError(f"torch_bridge/launch.py: {answer['error']}")
     rows = []
-    for case, problem, program in zip(cases, problems, answer["programs"], strict=True):
-        row = {"case": case.name, "provider": "torch_bridge", "metric": "compile_s", "samples": 1}
-        row["form"] = _tuning.config_for(problem).form
-        row |= (
-            {"error": program["error"]} if "error" in program else {"total_s": program["seconds"]}
-        )
-        rows.append(row)
+    for one, program in zip(measured, answer["programs"], strict=True):
+        form = _tuning.config_for(one.direct).form
+        if "error" in program:
+            row = {"case": one.name, "provider": "torch_bridge", "form": form}
+            rows.append({**row, "metric": "compile_s", "samples": 1, "error": program["error"]})
+            continue
+        steps = {f"{step}_s": seconds for step, seconds in program["seconds"].items()}
+        rows.append(row_of(one.name, "torch_bridge", form, [steps]))
     first = {"case": "all of these", "provider": "torch_bridge, process", "form": "all"}
     return [{**first, "metric": "compile_s", "samples": 1, "total_s": round(whole, 3)}, *rows]
 
@@ -179,13 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = facts["gpu"] is not None
     if not on_gpu:
         print("No GPU here: tracing and lowering alone are measured.", flush=True)
-    rows = jit_rows(CASES, options.repeats, on_gpu=on_gpu)
+    measured = programs(_tuning.table_name(_dispatch.gpu_kind()))
+    rows = jit_rows(measured, options.repeats, on_gpu=on_gpu)
     if on_gpu and not options.no_direct:
-        rows += direct_rows(CASES)
+        rows += direct_rows(measured)
     for row in rows:
-        parts = [
-            f"{name} {row[name]:.3f}" for name in ("lower_s", "compile_s", "total_s") if name in row
-        ]
+        parts = [f"{name} {row[name]:.3f}" for name in (*STEPS, "total_s") if name in row]
         print(f"{row['case']:24} {row['form']:8} {row['provider']:22} {', '.join(parts)}")
     print(verdict(rows))
     if options.out:

@@ -1,6 +1,7 @@
 """Fetches the peers' compiled ops, out of their own wheels, into a git-ignored folder.
 
-With vLLM's comes the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run.
+With vLLM's come the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run, and the
+one that `patch` replaces functions of, which they read.
 
 python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [--folder .peers]
 
@@ -23,14 +24,14 @@ from typing import NamedTuple
 class Wheel(NamedTuple):
     """A release, the member of its wheel that holds the op, and the file to keep it as.
 
-    `python` is a second member, the source that calls the op, and its file. `replace` is a pattern in a
+    `python` are more members, sources around the op, each with its file. `replace` is a pattern in a
     Python member and what stands in its place: what the file asks of the rest of its package.
     """
 
     requirement: str
     member: str
     file: str
-    python: tuple[str, str] | None = None
+    python: tuple[tuple[str, str], ...] = ()
     replace: tuple[str, str] | None = None
 
 
@@ -40,8 +41,11 @@ WHEELS = {
         "vllm/_moe_C_stable_libtorch.abi3.so",
         "vllm_moe.so",
         (
-            "vllm/model_executor/layers/fused_moe/moe_align_block_size.py",
-            "vllm_moe_align_block_size.py",
+            (
+                "vllm/model_executor/layers/fused_moe/moe_align_block_size.py",
+                "vllm_moe_align_block_size.py",
+            ),
+            ("vllm/_custom_ops.py", "vllm_custom_ops.py"),
         ),
     ),
     "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
@@ -102,7 +106,7 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
     target = Path(folder) / wheel.file
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(found[0]) as archive:
-        members = [(wheel.member, wheel.file), *([wheel.python] if wheel.python else [])]
+        members = [(wheel.member, wheel.file), *wheel.python]
         for member, _ in members:
             if member not in archive.namelist():
                 suffix = Path(member).suffix
@@ -118,7 +122,8 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
             target.with_name(file).write_bytes(content)
     notes = target.with_name("versions.json")
     versions = json.loads(notes.read_text()) if notes.is_file() else {}
-    versions[wheel.file] = wheel.requirement.replace("==", " ")
+    for _, file in members:
+        versions[file] = wheel.requirement.replace("==", " ")
     notes.write_text(json.dumps(versions, indent=1) + "\n")
     return target
 

@@ -89,7 +89,9 @@ def _against_plain(
             if own["p50_us"] > allowed(other["p50_us"]):
                 missed.append((case.name, ratio))
         if count:
-            value = f"worst {worst:.2f}x" + (f"; missed: {_named(missed)}" if missed else "")
+            value = f"worst of {count} {worst:.2f}x" + (
+                f"; missed: {_named(missed)}" if missed else ""
+            )
             lines.append(_said(f"{name} ({provider})", value, not missed))
     return lines
 

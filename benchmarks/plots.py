@@ -32,6 +32,7 @@ _LABEL = {
     "torch_sort": "torch.sort",
 }
 _MOST_LINES = 6  # of experts in one picture
+_COLUMNS = 5  # pictures side by side
 
 type Points = dict[str, list[tuple[float, float]]]
 
@@ -149,14 +150,18 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     skewed = time_under_skew(rows)
     if skewed:
+        columns = min(len(skewed), _COLUMNS)
+        rows_of_them = -(-len(skewed) // columns)
         figure, axes = plt.subplots(
             layout="constrained",
-            nrows=1,
-            ncols=len(skewed),
-            figsize=(4.2 * len(skewed), 3.2),
+            nrows=rows_of_them,
+            ncols=columns,
+            figsize=(4.2 * columns, 3.2 * rows_of_them),
             squeeze=False,
         )
-        for axis, (size, by) in zip(axes[0], skewed.items(), strict=True):
+        for axis in axes.flat[len(skewed) :]:
+            axis.set_axis_off()
+        for axis, (size, by) in zip(axes.flat, skewed.items(), strict=False):
             shown = [skew for skew in SKEWS if any(skew in skews for skews in by.values())]
             width = 0.8 / len(by)
             for k, (provider, skews) in enumerate(by.items()):
@@ -167,7 +172,8 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             centre = (len(by) - 1) * width / 2
             axis.set_xticks([i + centre for i in range(len(shown))], shown)
             axis.set(yscale="log", title=size, ylim=(1, None))
-        axes[0][0].set_ylabel("µs per call")
+        for line in axes:
+            line[0].set_ylabel("µs per call")
         axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "skew", "Time under skew")
     return written

@@ -33,9 +33,9 @@ _GROUP = 12  # programs in one trace
 _NUMPY_PAIRS = 1 << 16  # up to here the reference is held to NumPy
 
 
-def calls_for(case: Case) -> int:
-    """Calls in one graph: many where a call is short, few where its output is large."""
-    least, most = _CALLS
+def calls_for(case: Case, calls: tuple[int, int] | None = None) -> int:
+    """Calls in one graph, of (least, most): many where a call is short, few where its output is large."""
+    least, most = calls or _CALLS
     return min(most, max(least, _GRAPH_WORDS // (case.capacity + case.num_pairs)))
 
 

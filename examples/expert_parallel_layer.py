@@ -57,6 +57,9 @@ def layer_of_one_device(
         alignment: rows per block of the contiguous layout. Static.
         options: of `dispatch`: mode, transport, payload...
     """
+    # The einsums below read every row of a box, and their gradients multiply the rows past masked_m by zero:
+    # those must be written. An fp8 payload leaves them unwritten otherwise, and 0 * NaN is NaN.
+    options = {"initialize": True} | options
     local = params.gate.shape[0]
     weights, topk_ids = route(params.router, x, top_k=top_k)
     num_experts = local * jax.lax.axis_size(AXIS)
@@ -143,6 +146,7 @@ def main() -> None:
         options.tokens,
         top_k=options.top_k,
         num_ranks=len(devices),
+        mesh=mesh,
         mode=options.mode,
         transport=options.transport,
     )

@@ -11,6 +11,7 @@ from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 # Limits of the kernels, whatever a table says.
 MAX_WARP_PAIRS = 32  # of "warp": a lane each
+MAX_WARP_EXPERTS = 2**26 - 1  # of "warp", whose sort has expert and lane in one word
 MAX_COMPARED_PAIRS = 256  # of "pairs", which compares each with all
 MAX_SORTED_PAIRS = 16_384  # of "sorted": under skew one CTA's shared memory holds all, three times
 MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
@@ -95,6 +96,8 @@ def fit(
 
 
 def _fit_warp(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+    if problem.num_experts > MAX_WARP_EXPERTS:
+        config = dataclasses.replace(config, form="pairs")
     # 128 threads write 2K cells in a few rounds; more cells take more CTAs.
     ctas = max(problem.capacity, problem.num_experts) // config.cells_per_cta
     return dataclasses.replace(config, num_ctas=min(config.num_ctas, max(1, ctas)))

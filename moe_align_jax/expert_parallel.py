@@ -7,6 +7,7 @@ D ranks, T tokens per rank (static, the same on all), K top_k, E = D * e experts
 `[r * e, (r + 1) * e)`; R = D * T rows received at most; M rows per expert; H hidden.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -24,7 +25,12 @@ from moe_align_jax._expert_parallel.arguments import (
     check_x,
     global_ids,
 )
-from moe_align_jax._expert_parallel.axes import check_axis_size, mesh_platform, vary_together
+from moe_align_jax._expert_parallel.axes import (
+    check_axis_size,
+    manual,
+    mesh_platform,
+    vary_together,
+)
 from moe_align_jax._expert_parallel.choice import (
     TRANSPORTS,
     Mode,
@@ -41,7 +47,7 @@ from moe_align_jax._expert_parallel.exchange import (
     send,
     send_to_boxes,
 )
-from moe_align_jax._expert_parallel.nvlink import NVLINK
+from moe_align_jax._expert_parallel.nvlink import NVLINK, check_order
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
@@ -55,6 +61,7 @@ class DispatchHandle(NamedTuple):
         in_use: `[R]` bool, the received rows that have an expert of this rank.
         layout: the `MaskedLayout` of "low_latency", else None.
         topk_weights: `[R, K]` float32 for "low_latency", else None: there the caller applies them.
+        topk_ids: `[R, K]` int32 for "low_latency", else None: local experts, -1 for other ranks'.
     """
 
     info: Any
@@ -62,6 +69,7 @@ class DispatchHandle(NamedTuple):
     in_use: Any
     layout: Any
     topk_weights: Any
+    topk_ids: Any
 
 
 class Dispatched(NamedTuple):
@@ -74,17 +82,22 @@ class Dispatched(NamedTuple):
         scales: of an fp8 payload, float32 `[R, H / 128]` or `[e, M, H / 128]`: `x * scales` is the value.
             Packed ones: int32 `[R, H / 512]`, or `[e, H / 512, M]`, as `silu_and_mul_masked_quant` has them.
         masked_m: "low_latency": `[e]` int32, rows in use of each expert.
+        tokens_per_expert: "low_latency": `[e]` int32, pairs that came for each expert. Where it exceeds
+            `masked_m`, the rest was dropped for want of room (`max_tokens_per_expert`).
         topk_ids: "normal": `[R, K]` int32, local expert ids, -1 for a pair of another rank.
         topk_weights: "normal": `[R, K]` float32, 0 where the id is -1.
         handle: for `combine`.
+        choice: the `TransportChoice`: which transport and mode run, and why. Static (no leaves).
     """
 
     x: Any
     scales: Any
     masked_m: Any
+    tokens_per_expert: Any
     topk_ids: Any
     topk_weights: Any
     handle: Any
+    choice: Any
 
 
 def dispatch(
@@ -126,11 +139,13 @@ def dispatch(
             gradient in x: asking for one is an error.
         num_valid_tokens: None, an int or an integer scalar (a device value): rows from it on are padding.
         max_tokens_per_expert: "low_latency": M; None for R, which is enough where the ids of a token are
-            distinct. With less, pairs past M are dropped: the handle's layout counts them.
+            distinct. With less, pairs past M are dropped: `tokens_per_expert` of the result counts them.
+            Of no effect where "auto" takes "normal", so that one call serves decode and prefill; an error
+            with mode "normal".
         initialize: "low_latency": whether rows from `masked_m` on are zero. False saves writing them (most
             of the memory traffic), for consumers that never read them; not for training. None: not with an
             fp8 payload.
-        transport: None chooses by shape and platform (`select_transport` says how); or a name.
+        transport: None for the best that can run here; or a name. The result's `choice` says which ran.
 
     Returns:
         `Dispatched`.
@@ -166,7 +181,7 @@ def dispatch(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
     )
     chosen = resolve_mode(function, mode, num_tokens, most)
-    if max_tokens_per_expert is not None and chosen != "low_latency":
+    if max_tokens_per_expert is not None and mode == "normal":
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
         got = max_tokens_per_expert
         raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
@@ -199,8 +214,8 @@ def dispatch(
         if chosen == "normal":
             with jax.named_scope("send"):
                 x, scales, weights, ids = send(info, *payload_and_pairs, plan)
-            handle = DispatchHandle(info, plan, jnp.any(ids >= 0, axis=1), None, None)
-            return Dispatched(x, scales, None, ids, weights, handle)
+            handle = DispatchHandle(info, plan, jnp.any(ids >= 0, axis=1), None, None, None)
+            return Dispatched(x, scales, None, None, ids, weights, handle, choice)
         experts, received = group.num_local_experts, size * num_tokens
         room = check_room(function, max_tokens_per_expert, experts, received, ids.shape[1])
         if initialize is None:
@@ -224,8 +239,9 @@ def dispatch(
         in_use = jnp.any(ids >= 0, axis=1)
         if scales is not None and scales.dtype == jnp.int32:
             scales = jnp.swapaxes(scales, 1, 2)
-        handle = DispatchHandle(info, plan, in_use, layout, weights)
-        return Dispatched(x, scales, layout.masked_m, None, None, handle)
+        handle = DispatchHandle(info, plan, in_use, layout, weights, ids)
+        used, counts = layout.masked_m, layout.tokens_per_expert
+        return Dispatched(x, scales, used, counts, None, None, handle, choice)
 
 
 def combine(
@@ -236,8 +252,8 @@ def combine(
     "low_latency": `out[t] = sum_k topk_weights[t, k] * y(expert of (t, k))`; a rank adds its own experts in
     float32, and sends one row per token. "normal": `out[t]` is the plain sum over the ranks that have t of
     their rows of y, to which the caller has applied the weights. Rows travel in the dtype of y. Over
-    ranks "all_to_all" and "ragged_all_to_all" add in float32, "all_gather" in the dtype of y. Rows
-    that are not in use count as zero, whatever they hold.
+    ranks every transport adds in float32, in the order of the ranks, but for "all_gather", which adds in the
+    dtype of y. Rows that are not in use count as zero, whatever they hold.
 
     Args:
         y: "low_latency": `[e, M, H]`; "normal": `[R, H]`; floating point. H need not be that of x.
@@ -279,7 +295,8 @@ def combine(
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
     with jax.named_scope(function):
         if masked:
-            out = give_back_sums(info, y, handle.topk_weights, handle.layout, handle.plan)
+            pairs = handle.topk_weights, handle.topk_ids
+            out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
         else:
             with jax.named_scope("give_back"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))
@@ -295,9 +312,12 @@ def select_transport(
     mode: Mode = "auto",
     max_low_latency_tokens: int = 128,
     platform: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     transport: TransportName | None = None,
 ) -> TransportChoice:
     """Which transport `dispatch` would take, and why not the others.
+
+    What a dispatch did take its result says: `Dispatched.choice`.
 
     Args:
         num_tokens: T, tokens per rank.
@@ -305,7 +325,9 @@ def select_transport(
         num_ranks: D.
         mode: as for `dispatch`.
         max_low_latency_tokens: as for `dispatch`.
-        platform: "cpu" or "gpu"; None for jax's default.
+        platform: "cpu" or "gpu"; None for the mesh's, or jax's default.
+        mesh: of the shard_map that dispatch would be called in, manual over all axes. "nvlink" does not take
+            every mesh: with None the answer is for one of all GPUs of the process.
         transport: as for `dispatch`.
 
     Returns:
@@ -313,7 +335,7 @@ def select_transport(
 
     Raises:
         TypeError: a size is not an int.   ValueError: a size, mode or transport is out of range.
-        NotImplementedError: the named transport cannot run there.
+        NotImplementedError: the named transport cannot run there; or what dispatch would raise over the mesh.
 
     Example:
         >>> select_transport(4096, top_k=8, num_ranks=8, platform="cpu").transport
@@ -327,5 +349,9 @@ def select_transport(
     if num_tokens != 0:
         _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
     chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
-    platform = platform or ("gpu" if jax.default_backend() == "gpu" else jax.default_backend())
-    return choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(manual(mesh)):
+        platform = platform or mesh_platform()
+        choice = choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)
+    if choice.transport == NVLINK.name:
+        check_order(mesh)
+    return choice

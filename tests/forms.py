@@ -4,7 +4,37 @@ import itertools
 from typing import Any, NamedTuple
 
 from moe_align_jax import _checks, _tuning
+from moe_align_jax._fits import BlockAlignMosaicConfig, cdiv, pairs_per_round
+from moe_align_jax._kernels import block_align
 from moe_align_jax.types import AlignProblem
+
+
+class Variant(NamedTuple):
+    """What differs between the kernels of one form, beyond numbers.
+
+    Attributes:
+        form: of the config, as are `clusters` (there are any) and `local_sort`.
+        ctas, rounds, tiles: whether there are several: CTAs, pairs per thread, and tiles of them.
+        num_kernels: launches of a call.
+    """
+
+    form: str
+    ctas: bool
+    clusters: bool
+    local_sort: bool
+    rounds: bool
+    tiles: bool
+    num_kernels: int
+
+    def __str__(self) -> str:
+        words = [self.form]
+        words += ["cluster"] * (self.clusters and self.form != "cluster")
+        words += ["ctas"] * (self.ctas and not self.clusters and self.form not in ("grid", "radix"))
+        words += ["local_sort"] * self.local_sort
+        words += ["tiles" if self.tiles else "rounds"] * (self.rounds and not self.local_sort)
+        words += ["tiles"] * (self.tiles and self.local_sort)
+        words += [f"{self.num_kernels} kernels"] * (self.num_kernels > 2)
+        return " ".join(words)
 
 
 class Size(NamedTuple):
@@ -18,6 +48,10 @@ class Size(NamedTuple):
     def form(self) -> str:
         return _tuning.config_for(problem(self, OPTIONS[0])).form
 
+    @property
+    def variant(self) -> Variant:
+        return variant_of(self, _tuning.config_for(problem(self, OPTIONS[0])))
+
 
 WARP, BLOCK = _tuning.MAX_WARP_PAIRS, _tuning.MAX_BLOCK_PAIRS
 EXPERTS = _tuning.MAX_HISTOGRAM_EXPERTS
@@ -30,6 +64,10 @@ SIZES = (
     *(Size(4000, 128, 64), Size(8192, 64, 128), Size(8192, EXPERTS, 8), Size(70_000, 256, 128)),
     *(Size(140_000, 60, 64), Size(WARP + 1, EXPERTS + 1, 16), Size(200, 3000, 8)),
     *(Size(300, 9000, 16), Size(16_000, 65_535, 4), Size(17_000, 9000, 8)),
+    # The variants that the thresholds leave out; the last but one has several tiles.
+    *(Size(40, 64, 128), Size(270, 60, 1), Size(33, 65_535, 4), Size(1100, 256, 16)),
+    *(Size(1100, 64, 16), Size(2100, 600, 16), Size(8200, 100, 32)),
+    *(Size(66_000, EXPERTS, 8), Size(33_000, 9000, 8)),
 )
 
 # Every combination of what changes the program. Values are made by `arguments` in helpers.
@@ -76,6 +114,24 @@ def problem(size: Size, options: dict[str, Any], id_words: int = 1) -> AlignProb
         expert_map=options["map"],
         has_num_valid_pairs=options["num_valid_pairs"],
         return_inverse=options["return_inverse"],
+    )
+
+
+def variant_of(size: Size, config: BlockAlignMosaicConfig) -> Variant:
+    """Of the kernels that a fitted config makes for a size."""
+    threads = pairs_per_round(config) or 0
+    if config.form == "radix":
+        threads = config.num_ctas * config.num_warpgroups * 128
+    rounds = cdiv(size.num_pairs, threads) if threads else 1
+    tiled = config.form in ("cluster", "grid", "radix")
+    return Variant(
+        form=config.form,
+        ctas=config.num_ctas > 1,
+        clusters=config.cluster > 1,
+        local_sort=config.local_sort,
+        rounds=rounds > 1,
+        tiles=tiled and rounds > config.rounds,
+        num_kernels=len(block_align.build(problem(size, OPTIONS[0]), config).kernels),
     )
 
 

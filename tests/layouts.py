@@ -38,6 +38,33 @@ def weighted_sum(y, row_of_pair, weights):
     return out
 
 
+def row_sum_inputs(problem, seed=0):
+    """Of a RowSum: y, indices with holes and one token of none, weights or not; NaN where none is read."""
+    rng = np.random.default_rng(seed)
+    shape = problem.num_tokens, problem.top_k
+    rows = rng.integers(0, problem.num_rows, shape).astype(np.int32)
+    rows[rng.random(shape) < 0.4] = -1
+    rows[problem.num_tokens // 2] = -1
+    weights = rng.normal(size=shape).astype(np.float32)
+    y = rng.normal(size=(problem.num_rows, problem.width)).astype(problem.dtype)
+    y[np.setdiff1d(np.arange(problem.num_rows), rows)] = np.nan
+    weights[rows < 0] = np.inf
+    return y, rows, [weights] if problem.weighted else []
+
+
+def assert_row_sums(problem, got, y, rows, weights):
+    """Float32 sums within their rounding errors, rounded once to the dtype asked for."""
+    got = np.asarray(got)
+    assert got.dtype == problem.out_dtype and got.shape == (problem.num_tokens, problem.width)
+    y = np.nan_to_num(y.astype(np.float64))
+    weights = np.where(rows < 0, 0, weights[0] if weights else 1)
+    want = weighted_sum(y, rows, weights)
+    size = weighted_sum(np.abs(y), rows, np.abs(weights))
+    rounding = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[problem.out_dtype]
+    room = rounding * np.abs(want) + problem.top_k * 2.0**-23 * size + 2.0**-25
+    assert (np.abs(got.astype(np.float64) - want) <= room).all()
+
+
 def tokens(count, hidden, dtype="float32", seed=0):
     return np.random.default_rng(seed).normal(size=(count, hidden)).astype(dtype)
 

@@ -72,6 +72,27 @@ MUTANTS = (
         "pass",
     ),
     _form(
+        "warp: keys are compared before all are there",
+        "warp",
+        WARP_SYNC,
+        "pass",
+        after="t.store(r.keys, first + lane, key)",
+    ),
+    _form(
+        "warp: keys are read before they have their places",
+        "warp",
+        WARP_SYNC,
+        "pass",
+        after="t.store(r.sorted, first + place, key)",
+    ),
+    _form(
+        "warp: a block's first pair does not count as its opener",
+        "warp",
+        "block = t.popc(openers & upto) - 1",
+        "block = t.popc(openers & collectives.lanes_below(t, lane)) - 1",
+        kills="wrong",
+    ),
+    _form(
         "pairs: the others are read before all are there",
         "pairs",
         BLOCK_SYNC,
@@ -335,10 +356,10 @@ MUTANTS = (
         kills="DivergentBarrier",
     ),
     _form(
-        "warp: an expert's rows begin after its own",
+        "warp: an expert's first pair follows the expert before",
         "warp",
-        "start = start + t.select(other < expert, size, 0)",
-        "start = start + t.select(other <= expert, size, 0)",
+        "rank = lane - t.highest_bit(heads & upto)",
+        "rank = lane - t.highest_bit(heads & (upto >> 1))",
         kills="wrong",
     ),
     _form(

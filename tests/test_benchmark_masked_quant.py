@@ -51,6 +51,24 @@ def test_sizes():
     assert size.bytes_moved(np.array([2, 0, 1, 0])) == 3 * (4 * 256 + 256 + 2 * 4)
 
 
+@pytest.mark.parametrize("kind", ["kernel", "memcpy"])
+def test_a_copy_moves_as_many_bytes_as_it_says(monkeypatch, kind):
+    torch = pytest.importorskip("torch")
+    made = []
+
+    def ones(*shape, device):
+        made.append(torch.ones(shape, device=device))
+        made[-1][1] = 7
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", ones)
+    for call in masked_quant.copy_calls(kind, 4096, device="cpu"):
+        call()
+    assert len(made) > 1
+    for pair in made:  # half of them read, half written
+        assert pair.nbytes == 4096 and pair[0].nbytes == 2048 and bool((pair == 1).all())
+
+
 def test_a_run_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     assert masked_quant.main(["--size", "3,8,256,5", "--copies", "2", "--out", str(out)]) == 0

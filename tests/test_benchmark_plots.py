@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import plots, report
+from benchmarks.cases import CASES
 
 
 def row(case, provider, p50, metric="graph_us", **more):
@@ -38,6 +39,16 @@ def test_points_are_those_of_the_rows():
     assert plots.time_under_skew(ROWS) == {
         "131072x256x128": {"torch_bridge": {"uniform": 5.0, "one": 6.0}}
     }
+
+
+def test_many_skewed_sizes_share_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    skewed = [c for c in CASES if c.skew != "uniform"]
+    sizes = {c.name.removesuffix(f"-{c.skew}") for c in skewed}
+    rows = [row(name, "torch_bridge", 2.0) for name in (*sizes, *(c.name for c in skewed))]
+    assert set(plots.time_under_skew(rows)) == sizes and len(sizes) > 5
+    [picture] = [p for p in plots.draw("NVIDIA H100", rows, tmp_path) if "skew" in p.name]
+    assert picture.stat().st_size < 200_000
 
 
 def test_pictures_are_drawn_small_and_the_readme_takes_the_ordinary_sizes(tmp_path, capsys):

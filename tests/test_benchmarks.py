@@ -470,11 +470,18 @@ def test_fetch_extracts_the_op_and_notes_its_release(tmp_path):
         fetch.extract(wheels, wheel, folder)
     assert not list(folder.iterdir())
     with zipfile.ZipFile(wheels / "vllm-0.33.0-cp38-abi3-linux.whl", "a") as archive:
-        archive.writestr(wheel.python[0], b"its caller")
+        for member, _ in wheel.python:
+            archive.writestr(member, f"source of {member}")
     target = fetch.extract(wheels, wheel, folder)
-    assert (folder / "vllm_moe_align_block_size.py").read_bytes() == b"its caller"
+    callers = {
+        "vllm_moe_align_block_size.py": "model_executor/layers/fused_moe/moe_align_block_size.py",
+        "vllm_custom_ops.py": "_custom_ops.py",
+    }
+    for file, member in callers.items():
+        assert (folder / file).read_text() == f"source of vllm/{member}"
     assert target == folder / "vllm_moe.so" and target.read_bytes() == b"the op"
-    assert peers._version_of(target) == "vllm 0.33.0"
+    files = [target, *(folder / file for file in callers)]
+    assert {peers._version_of(file) for file in files} == {"vllm 0.33.0"}
     with pytest.raises(FileNotFoundError, match="lacks sgl_kernel"):
         fetch.extract(wheels, fetch.WHEELS["sglang"], folder)
 

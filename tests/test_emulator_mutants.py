@@ -34,7 +34,7 @@ def batch(counts, max_tokens, block_size, **config):
 def suite():
     """Problems small enough for all to take about a second, each form with its inner loops running."""
     yield pairs("warp", 29, 10, 3, num_warpgroups=1)
-    yield pairs("warp", 32, 40, 4, num_warpgroups=1, num_ctas=3, routing="uniform")
+    yield pairs("warp", 32, 40, 32, num_warpgroups=1, num_ctas=3, routing="uniform")
     yield pairs("pairs", 61, 10, 3, num_warpgroups=2, num_ctas=2)
     yield pairs("block", 100, 10, 4, num_warpgroups=1)
     yield pairs("block", 700, 300, 8, num_warpgroups=2, routing="zipf")

@@ -219,7 +219,6 @@ def test_block_barrier_removed_for_global_memory():
         lambda t: t.shfl(t.thread_id(), 0),
         lambda t: t.shfl_up(t.thread_id(), 1),
         lambda t: t.ballot(t.thread_id() > 0),
-        lambda t: t.match_any(t.thread_id()),
     ],
 )
 @pytest.mark.parametrize("body", WARP_CASES)
@@ -364,7 +363,6 @@ def test_two_ctas_have_barriers_of_their_own():
         (lambda t, i: t.shfl(i, 0), lambda i, cta: i < 64, lambda i, cta: cta < i),
         (lambda t, i: t.shfl_up(i, 1), lambda i, cta: i >= 96, lambda i, cta: i >= 97),
         (lambda t, i: t.ballot(i < 9), lambda i, cta: cta > 0, lambda i, cta: (i & 1).eq(0)),
-        (lambda t, i: t.match_any(i), lambda i, cta: i < 32, lambda i, cta: i < 31),
     ],
 )
 def test_divergent_barriers(operation, whole, partial):

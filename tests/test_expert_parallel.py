@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
-from moe_align_jax import _dispatch
+from moe_align_jax import _dispatch, expert_parallel
 from moe_align_jax._expert_parallel import choice, message, ragged
 from tests import exchanges
 from tests.exchanges import MODES, TRANSPORTS, Batch, jit, layer, mesh_of, over, scale_of, split
@@ -628,6 +628,33 @@ def test_example_layer_equals_a_loop_over_pairs(monkeypatch, options):
     assert worst < (0.08 if options.get("payload") else 2e-6), worst
 
 
+def test_example_layer_trains_its_experts_behind_an_fp8_payload(monkeypatch):
+    """Rows that nothing has written are NaN here, as they may be on a GPU: no gradient may meet one."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import expert_parallel_layer as example
+    from moe_layer import dense_moe_layer
+
+    monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    rng = np.random.default_rng(1)
+    # 7 is 448 / 64: these tokens' scales are powers of two, and fp8 loses nothing of them.
+    x = np.clip(64 * rng.normal(size=(20, 128)), -448, 448).astype(F8).astype(np.float32) / 64
+    x[:, 0] = 7
+    params = example.init(jax.random.key(0), hidden=128, ffn=16, num_experts=8)
+    layer = example.expert_parallel_layer(
+        mesh_of(4), top_k=2, mode="low_latency", payload="fp8", transport="all_to_all"
+    )
+
+    def gradient(layer):
+        return jit(jax.grad(lambda params: jnp.mean(jnp.sin(layer(params, x)))))(params)
+
+    with jax.default_matmul_precision("highest"):
+        got = gradient(layer)
+        want = gradient(functools.partial(dense_moe_layer, top_k=2))
+    for name, ours, theirs in zip(params._fields, got, want, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-5, err_msg=name)
+
+
 def test_code_of_the_docs_gives_what_they_say():
     text = (ROOT / "docs" / "expert_parallel.md").read_text()
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -640,17 +667,26 @@ def test_code_of_the_docs_gives_what_they_say():
     assert names["choice"].transport in choice.TRANSPORTS
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "nvlink"])
 def test_a_step_is_one_cuda_program_that_never_asks_the_host(monkeypatch, transport):
-    """Lowered for GPUs on a machine without one: our alignment kernel, collectives, no callback."""
+    """Lowered for GPUs on a machine without one: our kernels, collectives, no callback or transfer."""
     monkeypatch.setattr(ragged.RaggedAllToAll, "unavailable", lambda self, platform: None)
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     batch = Batch(4, 64, 128, 2, 8, "bfloat16")
     options = {"payload": "fp8", "transport": transport, "initialize": False}
     run = split(mesh_of(4), layer(batch, mode="low_latency", **options))
-    text = jax.jit(run).trace(*batch.args).lower(lowering_platforms=("cuda",)).as_text()
-    calls = set(re.findall(r"custom_call @(\w+)", text))
-    assert "mosaic_gpu_v2" in calls and not any("callback" in name for name in calls)
+    traced = jax.jit(run).trace(*batch.args)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # No callback among the custom calls, and no copy to the host's memory.
+    calls = set(re.findall(r"custom_call @([\w.]+)", text))
+    assert {"mosaic_gpu_v2"} <= calls <= {"mosaic_gpu_v2", "ragged_all_to_all", "AllocateBuffer"}
     assert not re.search(r"stablehlo\.(send|recv|infeed|outfeed)", text)
+    assert not traced.jaxpr.effects
+    if transport == "nvlink":
+        assert not re.search(r"stablehlo\.(all_to_all|all_gather|reduce_scatter|collective)", text)
+        assert "moe_combine" in text
+        return
     used = {"all_gather": "all_gather", "all_to_all": "all_to_all", "ragged_all_to_all": "ragged"}
     assert used[transport] in text
     # The payload and its scales travel in one message: out, back, and the counts of "ragged".

@@ -75,6 +75,70 @@ def test_authors_cases_on_a_gpu(size, scale_format):
     check(x, masked_m, implementation="mosaic_gpu", scale_format=scale_format)
 
 
+# SGLang's sizes: 288 experts over so many ranks, each with room for 768 rows of every rank, N = 2048.
+RANKS = (8, 16, 32, 48)
+MASKS = {
+    "balanced": lambda rng, e, total: np.full(e, total // e),
+    "imbalanced": lambda rng, e, total: total * (share := rng.random(e) ** 3) / share.sum(),
+    "extreme": lambda rng, e, total: np.where(np.arange(e) == 0, total, 0),
+}
+
+
+def masked_rows(mask, ranks, tokens):
+    """int32 `[e]`: rows of each expert of one rank, to which 8 pairs of each of `tokens` tokens go."""
+    experts, room = 288 // ranks, 768 * ranks
+    rows = MASKS[mask](np.random.default_rng(tokens), experts, 8 * tokens)
+    return np.minimum(np.rint(rows), room).astype(np.int32)
+
+
+def sampled_check(x, masked_m, *, implementation="mosaic_gpu", **options):
+    """As `check`, of the first, the last and other valid rows of each expert."""
+    q, scales = quant(x, masked_m, implementation=implementation, **options)
+    rng = np.random.default_rng(0)
+    count, last = 256 // len(masked_m) + 2, np.maximum(masked_m, 1) - 1
+    rows = rng.integers(0, last[:, None] + 1, (len(masked_m), count))
+    rows[:, 0], rows[:, 1] = 0, last
+    at = (np.arange(len(masked_m))[:, None], rows)
+    valid = np.where(masked_m > 0, count, 0)
+    want = oracle.expected(np.asarray(x[at]), valid, **options)
+    oracle.assert_close(np.asarray(q[at]), np.asarray(scales[at]), *want, valid)
+
+
+def test_masks_follow_their_names():
+    assert masked_rows("balanced", 8, 6144).tolist() == [1365] * 36
+    imbalanced = masked_rows("imbalanced", 16, 6144)
+    assert imbalanced.max() > 2 * imbalanced.mean() > 4 * imbalanced.min()
+    assert masked_rows("extreme", 48, 6144).tolist() == [36864, 0, 0, 0, 0, 0]
+    assert masked_rows("imbalanced", 48, 1).sum() <= 11
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", RANKS)
+def test_sglangs_cases_on_a_gpu(ranks):
+    """1.8 GB of x, whose rows past `masked_m` are NaN; every mask and number of tokens."""
+    shape = (288 // ranks, 768 * ranks, 4096)
+    for mask in MASKS:
+        for tokens in (1, 4, 16, 64, 256, 1024, 4096, 6144):
+            masked_m = masked_rows(mask, ranks, tokens)
+            sampled_check(gpu_input(shape, masked_m), masked_m)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gpu_input(shape, masked_m):
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    past = jnp.arange(shape[1], dtype=jnp.int32)[None] >= masked_m[:, None]
+    return jnp.where(past[..., None], jnp.bfloat16(jnp.nan), x)
+
+
+# vLLM's greatest, with every row scaled by 2**1 .. 2**19.
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(8, 1024, 7168), (256, 64, 7168), (8, 128, 128 * 33)], ids=str)
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_vllms_largest_cases_on_a_gpu(size, scale_format):
+    x, masked_m = inputs(*size, powers=19)
+    sampled_check(jnp.asarray(x), masked_m, scale_format=scale_format)
+
+
 @pytest.mark.parametrize(
     ("width", "implementation"),
     [

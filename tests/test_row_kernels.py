@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from moe_align_jax._kernels import rows as kernels
 from moe_align_jax._simt import emulator, faults
-from tests.layouts import masked_oracle, routing, tokens, weighted_sum
+from tests.layouts import assert_row_sums, masked_oracle, routing, row_sum_inputs, tokens
 from tests.mutants import BLOCK_SYNC, KERNELS, Mutant, mutated
 from tests.test_lowering import MOSAIC, lower, operations
 
@@ -168,33 +168,6 @@ def test_mutant_is_killed(mutant):
 # -- the weighted sum, by Pallas' interpreter ----------------------------------------------------------
 
 
-def sum_inputs(problem, seed=0):
-    """y, indices with holes and one token of nothing, weights or nothing; NaN where nothing is read."""
-    rng = np.random.default_rng(seed)
-    shape = problem.num_tokens, problem.top_k
-    rows = rng.integers(0, problem.num_rows, shape).astype(np.int32)
-    rows[rng.random(shape) < 0.4] = -1
-    rows[problem.num_tokens // 2] = -1
-    weights = rng.normal(size=shape).astype(np.float32)
-    y = rng.normal(size=(problem.num_rows, problem.width)).astype(problem.dtype)
-    y[np.setdiff1d(np.arange(problem.num_rows), rows)] = np.nan
-    weights[rows < 0] = np.inf
-    return y, rows, [weights] if problem.weighted else []
-
-
-def assert_sums(problem, got, y, rows, weights):
-    """Float32 sums within their rounding errors, rounded once to the dtype asked for."""
-    got = np.asarray(got)
-    assert got.dtype == problem.out_dtype and got.shape == (problem.num_tokens, problem.width)
-    y = np.nan_to_num(y.astype(np.float64))
-    weights = np.where(rows < 0, 0, weights[0] if weights else 1)
-    want = weighted_sum(y, rows, weights)
-    size = weighted_sum(np.abs(y), rows, np.abs(weights))
-    rounding = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[problem.out_dtype]
-    room = rounding * np.abs(want) + problem.top_k * 2.0**-23 * size + 2.0**-25
-    assert (np.abs(got.astype(np.float64) - want) <= room).all()
-
-
 SUMS = [  # T, K, P, H, dtype, out_dtype, weighted, config
     ((3, 4, 9, 1024, "bfloat16", "bfloat16", True), None),
     ((5, 5, 7, 264, "float16", "float32", True), SumConfig(128, 2, 2)),
@@ -207,9 +180,9 @@ SUMS = [  # T, K, P, H, dtype, out_dtype, weighted, config
 def test_sum_in_the_interpreter(sizes, config):
     problem = RowSum(*sizes)
     assert kernels.sum_unsupported(problem) is None
-    y, rows, weights = sum_inputs(problem)
+    y, rows, weights = row_sum_inputs(problem)
     got = kernels.run_sum(problem, jnp.asarray(y), rows, *weights, config=config, interpret=True)
-    assert_sums(problem, got, y, rows, weights)
+    assert_row_sums(problem, got, y, rows, weights)
 
 
 def test_sum_takes_every_size_that_it_says():
@@ -402,9 +375,9 @@ def test_masked_layout_on_a_gpu(size, initialize):
 )
 def test_sum_on_a_gpu(sizes):
     problem = RowSum(*sizes)
-    y, rows, weights = sum_inputs(problem)
+    y, rows, weights = row_sum_inputs(problem)
     got = jax.jit(functools.partial(kernels.run_sum, problem))(y, rows, *weights)
-    assert_sums(problem, got, y, rows, weights)
+    assert_row_sums(problem, got, y, rows, weights)
     again = jax.jit(functools.partial(kernels.run_sum, problem))(y, rows, *weights)
     assert np.asarray(again).tobytes() == np.asarray(got).tobytes()
 

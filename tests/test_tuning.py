@@ -230,6 +230,16 @@ def test_every_choice_is_a_program_that_can_be_launched(tuning, num_experts):
         check_launch(kernel)
 
 
+def test_experts_too_many_for_one_word_with_the_lane_are_compared():
+    """ "warp" sorts words of expert and lane; "pairs" takes any number of experts."""
+    for num_experts, form in ((2**26 - 1, "warp"), (2**26, "pairs"), (2**31 - 1, "pairs")):
+        one = problem(8, num_experts, 16)
+        config = _tuning.config_for(one)
+        assert config.form == form
+        for kernel in block_align.build(one, config).kernels:
+            check_launch(kernel)
+
+
 def test_heuristic_gives_every_thread_work_before_more_threads():
     for num_experts in (8, 256):
         for k in range(6, 23):

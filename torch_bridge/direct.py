@@ -7,31 +7,24 @@ is asked for at every call, so launches are captured into CUDA graphs like any o
 
 import contextlib
 import functools
-import json
 import operator
-import os
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from moe_align_jax import _checks, _tuning
-from moe_align_jax.types import AlignProblem, BatchedAlignProblem
-from torch_bridge import driver, modules
+from moe_align_jax.types import AlignProblem
+from torch_bridge import compiling, driver, modules
 
-_COMPILE_SECONDS = 300
 # Beyond, offsets could wrap inside a kernel's loops.
 MAX_CAPACITY = 2**31 - 2**24
 _ONE = (1,)
 
-type Problem = AlignProblem | BatchedAlignProblem
+type Problem = compiling.Problem
 
 
 def _raw_stream(index: int) -> int:
@@ -115,7 +108,8 @@ def tuning(device: torch.device) -> str:
 @functools.cache
 def _gpu(index: int) -> str:
     facts = torch.cuda.get_device_properties(index)
-    return f"{facts.name} sm_{facts.major}{facts.minor} driver {driver.driver_version()}"
+    driven_by = f"{driver.driver_version()} {driver.release()}"
+    return f"{facts.name} sm_{facts.major}{facts.minor} driver {driven_by}"
 
 
 # -- programs -----------------------------------------------------------------------------------
@@ -214,7 +208,10 @@ class Program:
 
 _programs: dict[tuple[int, Problem], Program] = {}
 _failures: dict[tuple[int, Problem], str] = {}
+# Of a device, why nothing can be compiled for it; None once the disk knows no reason.
+_verdicts: dict[int, str | None] = {}
 _lock = threading.Lock()
+_compile = compiling.compile_all
 
 
 def loaded(index: int, problem: Problem) -> Program | None:
@@ -222,15 +219,47 @@ def loaded(index: int, problem: Problem) -> Program | None:
 
 
 def failure(index: int, problem: Problem) -> str | None:
-    """Why this program could not be made, when that was tried."""
-    return _failures.get((index, problem))
+    """Why this program cannot be made, as far as that was tried: here, or by a process before this one."""
+    at = (index, problem)
+    if reason := _failures.get(at):
+        return reason
+    if index not in _verdicts:
+        _verdicts.setdefault(index, modules.load_verdict(_verdict_key(index)))
+    reason = _verdicts.get(index)
+    if reason and at not in _programs and not modules.holds(modules.key_of(problem, _gpu(index))):
+        _failures[at] = reason
+        return reason
+    return None
+
+
+def _verdict_key(index: int) -> str:
+    """A verdict is about this Python's packages too, and whether the GPU lets a second process in."""
+    mode = driver.compute_mode(index)
+    return modules.verdict_key(f"{_gpu(index)} compute mode {mode} {sys.executable}")
+
+
+def _keep(index: int, verdict: compiling.Verdict) -> str:
+    """Keeps a verdict; the first reason of several stands for the device."""
+    if verdict.lasting and not _verdicts.get(index):
+        modules.store_verdict(_verdict_key(index), verdict.reason)
+    reason = _verdicts[index] = _verdicts.get(index) or verdict.reason
+    return reason
+
+
+def _forget(index: int) -> None:
+    """Lets the device be tried again, for every program that its verdict kept from it."""
+    modules.forget_verdict(_verdict_key(index))
+    reason = _verdicts.pop(index, None)
+    for at in [at for at, why in _failures.items() if at[0] == index and why == reason]:
+        del _failures[at]
 
 
 def prepare(index: int, problems: list[Problem], *, again: bool = False) -> None:
     """Loads programs, from disk where they are, compiling the others in processes of their own.
 
     What failed before is not tried again (a call must not compile each time), unless `again`: the
-    reason may have been a GPU without memory for the compiling process.
+    reason may have been a GPU without memory for the compiling process. A reason that holds for any program
+    is not tried again with another one either, and one that will last, not by other processes.
 
     Raises:
         Unavailable: one of them could not be compiled or proved right.
@@ -243,6 +272,8 @@ def prepare(index: int, problems: list[Problem], *, again: bool = False) -> None
         torch.cuda.init()
         keys = {problem: modules.key_of(problem, _gpu(index)) for problem in missing}
         absent = []
+        if again:
+            _forget(index)
         for problem in missing:
             if again:
                 _failures.pop((index, problem), None)
@@ -254,7 +285,14 @@ def prepare(index: int, problems: list[Problem], *, again: bool = False) -> None
             else:
                 _load(index, problem, entry)
         if absent:
+            reason = _verdicts.get(index) or modules.load_verdict(_verdict_key(index))
+            _verdicts[index] = reason
+            if reason:
+                _failures.update(((index, problem), reason) for problem in absent)
+                raise Unavailable(reason)
             for problem, entry in zip(absent, _compile(index, absent), strict=True):
+                if isinstance(entry, compiling.Verdict):
+                    entry = _keep(index, entry)
                 if isinstance(entry, str):
                     _failures[index, problem] = entry
                     continue
@@ -268,58 +306,6 @@ def prepare(index: int, problems: list[Problem], *, again: bool = False) -> None
 def _load(index: int, problem: Problem, entry: modules.Entry) -> None:
     driver.enter(index)
     _programs[index, problem] = Program(index, problem, entry)
-
-
-def _compile(index: int, problems: list[Problem]) -> list[modules.Entry | str]:
-    """Compiles and proves programs: entries, or reasons why not. Many go to several processes."""
-    workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2, len(problems) // 4))
-    shares = [problems[k::workers] for k in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(functools.partial(_compile_share, index), shares))
-    answers: list[modules.Entry | str] = [""] * len(problems)
-    for k, share in enumerate(done):
-        answers[k::workers] = share
-    return answers
-
-
-def _compile_share(index: int, problems: list[Problem]) -> list[modules.Entry | str]:
-    """In one process of its own."""
-    script = Path(__file__).with_name("launch.py")
-    with tempfile.TemporaryDirectory() as folder:
-        request = {
-            "device": index,
-            "folder": folder,
-            "sources": modules.source_digest(),
-            "problems": [[type(p).__name__, p._asdict()] for p in problems],
-        }
-        try:
-            done = subprocess.run(
-                [sys.executable, str(script)],
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            return [f"compiling took over {_COMPILE_SECONDS} s"] * len(problems)
-        except OSError as error:
-            return [f"there is no process to compile in: {error}"] * len(problems)
-        try:
-            answer = json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, ValueError):
-            tail = " ".join(done.stderr.split()[-40:])
-            reason = f"the compiling process ended with status {done.returncode}: {tail}"
-            return [reason] * len(problems)
-        if "error" in answer:
-            return [answer["error"]] * len(problems)
-        entries: list[modules.Entry | str] = []
-        for one in answer["programs"]:
-            if "error" in one:
-                entries.append(one["error"])
-                continue
-            cubins = [Path(folder, name).read_bytes() for name in one["files"]]
-            entries.append(modules.Entry(one["kernels"], one["between"], cubins))
-        return entries
 
 
 @functools.cache

@@ -5,18 +5,27 @@ Everything here is the driver's public API (cuda.h).
 
 import ctypes
 import functools
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 _SUCCESS, _INVALID_CONTEXT = 0, 201
+DEVICE_UNAVAILABLE = 46  # CUDA_ERROR_*
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
 _JIT_INPUT_PTX = 1
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_*
+_COMPUTE_MODE, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 20, 75, 76  # CU_DEVICE_ATTRIBUTE_*
+_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
 class DriverError(RuntimeError):
-    """A call of the CUDA driver failed."""
+    """A call of the CUDA driver failed, with this `code`."""
+
+    def __init__(self, text: str, code: int):
+        super().__init__(text)
+        self.code = code
 
 
 class _Attribute(ctypes.Structure):
@@ -49,13 +58,45 @@ def check(result: int, what: str) -> None:
     text = ctypes.c_char_p()
     library().cuGetErrorString(result, ctypes.byref(text))
     reason = text.value.decode() if text.value else "unknown error"
-    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).")
+    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).", result)
 
 
 def driver_version() -> int:
     version = ctypes.c_int()
     check(library().cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
     return version.value
+
+
+class _LibraryOf(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), *((x, ctypes.c_void_p) for x in ("at", "name", "value"))]
+
+
+def file_of(function: Any) -> str:
+    """The file that a foreign function was loaded from; "" where that is not to be had."""
+    found, address = _LibraryOf(), ctypes.cast(function, ctypes.c_void_p)
+    try:
+        known = ctypes.CDLL(None).dladdr(address, ctypes.byref(found))
+    except AttributeError:  # another C library than glibc
+        known = 0
+    return os.path.realpath(os.fsdecode(found.file)) if known and found.file else ""
+
+
+@functools.cache
+def release() -> str:
+    """The driver's release, such as 580.159.04; "" where nobody says it.
+
+    Many releases share one `driver_version`, that of CUDA, and each may bring another assembler. What is
+    loaded counts (its file is named so), then what the kernel runs.
+    """
+    if named := re.search(
+        r"libcuda\.so\.(\d{3,}\.\d[\d.]*)$", file_of(library().cuDriverGetVersion)
+    ):
+        return named[1]
+    try:
+        said = re.search(r"\s(\d{3,}\.\d[\d.]*)\s", _KERNEL_MODULE.read_text())
+    except (OSError, ValueError):
+        return ""
+    return said[1] if said else ""
 
 
 @functools.cache
@@ -73,18 +114,21 @@ def enter(device: int) -> None:
     check(library().cuCtxSetCurrent(primary_context(device)), "cuCtxSetCurrent")
 
 
-def capability(device: int) -> tuple[int, int]:
+def _attribute(device: int, attribute: int) -> int:
     cuda, handle, value = library(), ctypes.c_int(), ctypes.c_int()
     check(cuda.cuInit(0), "cuInit")
     check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
-    pair = []
-    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
-        check(
-            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle),
-            "cuDeviceGetAttribute",
-        )
-        pair.append(value.value)
-    return pair[0], pair[1]
+    check(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle), "cuDeviceGetAttribute")
+    return value.value
+
+
+def capability(device: int) -> tuple[int, int]:
+    return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)
+
+
+def compute_mode(device: int) -> int:
+    """0: any number of processes. Others let in one, or none."""
+    return _attribute(device, _COMPUTE_MODE)
 
 
 def assemble(ptx: str) -> bytes:

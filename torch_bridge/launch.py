@@ -7,11 +7,13 @@ as in the releases that we checked is refused. Every program is run on the GPU a
 handed over: a defect ends this process, never the user's.
 
 Protocol: a JSON request on standard input, files in the folder that it names, a JSON answer on standard
-output's last line.
+output's last line. An "error" of the whole answer holds for any program "until" the machine is "changed" or
+the asking process "restart"ed; without an "until" it may pass by itself, as a lack of memory does.
 """
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -29,6 +31,10 @@ _MASKED_QUANT = "silu_and_mul_masked_quant"
 
 class CompileError(RuntimeError):
     """A program could not be compiled or proved right."""
+
+
+class MachineError(CompileError):
+    """No program can be compiled here, because of what is installed or how the GPU is set up."""
 
 
 class KernelLaunch(NamedTuple):
@@ -136,22 +142,32 @@ def lower(kernel: Any) -> bytes:
 
 
 class Compiler:
-    """jaxlib's Mosaic compiler; needs a current CUDA context."""
+    """jaxlib's Mosaic compiler; needs a current CUDA context.
+
+    Attributes:
+        lower_seconds: what lowering, up to Mosaic's module, has taken so far.
+    """
 
     def __init__(self, plugin: str | None = None):
         import jaxlib.version
 
+        self.lower_seconds = 0.0
         version = tuple(int(x) for x in re.findall(r"\d+", jaxlib.version.__version__)[:3])
         if not OLDEST_JAXLIB <= version < UNKNOWN_JAXLIB:
             low, high = (".".join(map(str, v)) for v in (OLDEST_JAXLIB, UNKNOWN_JAXLIB))
-            raise CompileError(f"needs jaxlib >= {low}, < {high}; this is {version}")
-        self._compile = ctypes.CDLL(plugin or _plugin_library()).MosaicGpuCompile
+            raise MachineError(f"needs jaxlib >= {low}, < {high}; this is {version}")
+        try:
+            self._compile = ctypes.CDLL(plugin or _plugin_library()).MosaicGpuCompile
+        except (OSError, AttributeError) as error:
+            raise MachineError(f"jax's CUDA plugin does not load: {error}") from None
         self._compile.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._compile.restype = ctypes.c_void_p
 
     def __call__(self, kernel: Any) -> tuple[str, KernelLaunch]:
         """(PTX, launch) of a kernel."""
+        begun = time.monotonic()
         module = lower(kernel)
+        self.lower_seconds += time.monotonic() - begun
         with tempfile.TemporaryDirectory() as folder:
             dump = {
                 "MOSAIC_GPU_DUMP_TO": folder,
@@ -182,7 +198,7 @@ def _plugin_library() -> str:
     for name in _PLUGINS:
         if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(name):
             return importlib.import_module(name)._get_library_path()
-    raise CompileError("no CUDA plugin of jax is installed: install the extra cuda13 or cuda12")
+    raise MachineError("no CUDA plugin of jax is installed: install the extra cuda13 or cuda12")
 
 
 # -- proving a program ---------------------------------------------------------------------------
@@ -197,16 +213,22 @@ class Trial(NamedTuple):
 
 
 def align_trial(problem: Any, n: int, seed: int) -> Trial:
-    """Random ids (some out of range), a random map and a bound, as the problem has them."""
+    """Random ids (some out of range), a random map and a bound, as the problem has them.
+
+    Args:
+        n: pairs; those of a problem that is not sized at launch are its own.
+    """
     import numpy as np
 
     from moe_align_jax import _checks
 
     num_experts, block_size = problem.num_experts, problem.block_size
     rng = np.random.default_rng(seed)
-    capacity = _checks.capacity(
-        n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
-    )
+    capacity = problem.capacity
+    if problem.sized_at_launch:
+        capacity = _checks.capacity(
+            n, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+        )
     shift = 1 if problem.minus_one else 0
     ids = rng.integers(-2, num_experts + 2, n) - shift
     expert_map = rng.integers(-2, num_experts + 1, num_experts)
@@ -239,7 +261,7 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     want["expert_ids"][: used.size] = used
     want["row_of_pair"][order] = rows
 
-    first_id = 3
+    first_id = 3 if problem.sized_at_launch else 0
     held = np.zeros(n + first_id, np.int64 if problem.id_words == 2 else np.int32)
     held[first_id:] = ids
     arrays = {
@@ -317,7 +339,7 @@ def _prove_masked_quant(driver: Any, problem: Any, launches: Any, names: list[st
 def prove(
     driver: Any, problem: Any, kernels: list[dict], cubins: list[bytes], shapes: dict
 ) -> None:
-    """Runs a program on random input, at its largest size and at a smaller one, against NumPy."""
+    """Runs a program on random input, at its largest size and, if it can, a smaller one, against NumPy."""
     import numpy as np
 
     names = list(shapes)
@@ -325,7 +347,8 @@ def prove(
     if problem.name == _MASKED_QUANT:
         return _prove_masked_quant(driver, problem, launches, names)
     if problem.name == "moe_align_block_size":
-        sizes = sorted({problem.num_pairs, max(1, problem.num_pairs * 3 // 4 - 5)})
+        n = problem.num_pairs
+        sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
         trials = [align_trial(problem, n, seed) for seed, n in enumerate(sizes)]
     else:
         trials = [batched_trial(problem, seed) for seed in range(2)]
@@ -395,6 +418,17 @@ def _beside(name: str) -> Any:
     return module
 
 
+def _enter(driver: Any, device: int) -> None:
+    try:
+        driver.enter(device)
+    except driver.DriverError as error:
+        if error.code == driver.DEVICE_UNAVAILABLE and driver.compute_mode(device):
+            raise MachineError(
+                f"{error} Its compute mode keeps a second process out: `nvidia-smi -c DEFAULT` lets it in."
+            ) from None
+        raise
+
+
 def _serve(request: dict) -> list[dict]:
     driver = _beside("driver")
     # What is kept under a key comes from the sources in it. (A benchmark keeps nothing.)
@@ -405,15 +439,19 @@ def _serve(request: dict) -> list[dict]:
         )
     from moe_align_jax import _quant, types
 
-    driver.enter(request["device"])
+    _enter(driver, request["device"])
     compiler, answers = Compiler(), []
     for index, (kind, fields) in enumerate(request["problems"]):
         module = _quant if hasattr(_quant, kind) else types
-        begun, problem = time.monotonic(), getattr(module, kind)(**fields)
+        problem, lowered_before = getattr(module, kind)(**fields), compiler.lower_seconds
+        times = [time.monotonic()]
         try:
             launches, texts, shapes = compile_program(compiler, problem)
+            times.append(time.monotonic())
             cubins = [driver.assemble(ptx) for ptx in texts]
+            times.append(time.monotonic())
             prove(driver, problem, launches, cubins, shapes)
+            times.append(time.monotonic())
         except CompileError as error:
             answers.append({"error": str(error)})
             continue
@@ -426,12 +464,15 @@ def _serve(request: dict) -> list[dict]:
             for name, shape in shapes.items()
             if name not in problem.inputs and name not in problem.outputs
         }
+        lower = compiler.lower_seconds - lowered_before
+        compiled, assemble, proof = (b - a for a, b in itertools.pairwise(times))
+        steps = {"lower": lower, "compile": compiled - lower, "assemble": assemble, "prove": proof}
         answers.append(
             {
                 "kernels": launches,
                 "files": files,
                 "between": between,
-                "seconds": round(time.monotonic() - begun, 3),
+                "seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
             }
         )
     return answers
@@ -447,6 +488,10 @@ def main() -> int:
         answer: dict[str, Any] = {"programs": _serve(json.load(sys.stdin))}
     except Exception as error:  # the parent shows it; a traceback helps nobody there
         answer = {"error": f"{type(error).__name__}: {error}"}
+        if isinstance(error, MachineError):
+            answer["until"] = "changed"
+        elif isinstance(error, CompileError | ImportError):
+            answer["until"] = "restart"
     print("\n" + json.dumps(answer), flush=True)
     return 0
 

@@ -4,6 +4,9 @@ An entry is one file: magic, SHA-256 of the rest, length and text of a JSON head
 by everything that could change the machine code or its meaning, written under another name and moved into
 place, and checked before use; what does not check is removed and made again. The folder belongs to the user
 alone, and its size is bounded. Imports neither jax nor torch.
+
+Beside them, in the same form and for a day, lies why a machine cannot compile at all (a verdict), so that not
+every process tries.
 """
 
 import contextlib
@@ -14,12 +17,14 @@ import json
 import os
 import stat
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
+_VERDICT_SECONDS = 24 * 3600
 # Of moe_align_jax: what a program comes from, beside the leaves at its top (`_*.py`).
 _SOURCES = ("_kernels", "_kernels/block_align", "_kernels/masked_quant", "_simt")
 
@@ -67,7 +72,7 @@ def code_digest() -> str:
     files += [root / "types.py"]
     for name in _SOURCES:
         files += _files_in(root / name, ".py")
-    for package in ("jax", "jaxlib"):
+    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             start += f"\0{package} {importlib.metadata.version(package)}"
     return _digest_of(start.encode(), [*files, here / "launch.py", here / "driver.py"])
@@ -95,12 +100,12 @@ def key_of(problem: Any, gpu: str) -> str:
 
 def _private_folder() -> Path | None:
     """The folder, made if need be; None (with a warning) where others could write into it."""
-    path = folder()
     try:
+        path = folder()
         if not path.is_dir():
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = path.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         _warn(f"no compiled kernels are kept: {error}")
         return None
     if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
@@ -145,9 +150,17 @@ def _decode(key: str, data: bytes) -> Entry | None:
 
 def load(key: str) -> Entry | None:
     """The entry, or None: there is none, or it is damaged or another's (it is then removed)."""
-    if (path := _private_folder()) is None:
-        return None
-    file = path / f"{key}.mod"
+    path = _private_folder()
+    return _read(key, path / f"{key}.mod") if path else None
+
+
+def holds(key: str) -> bool:
+    """Whether there is a file for it; whether that is sound, `load` says."""
+    path = _private_folder()
+    return path is not None and (path / f"{key}.mod").is_file()
+
+
+def _read(key: str, file: Path) -> Entry | None:
     try:
         data = file.read_bytes()
     except OSError:
@@ -164,6 +177,10 @@ def load(key: str) -> Entry | None:
 
 def store(key: str, entry: Entry) -> None:
     """Keeps an entry; where the disk is full or not writable, warns and goes on without."""
+    _write(key, entry, "mod")
+
+
+def _write(key: str, entry: Entry, ending: str) -> None:
     if (path := _private_folder()) is None:
         return
     data = _encode(key, entry)
@@ -172,7 +189,7 @@ def store(key: str, entry: Entry) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            os.replace(name, path / f"{key}.mod")
+            os.replace(name, path / f"{key}.{ending}")
         except BaseException:
             os.unlink(name)
             raise
@@ -181,10 +198,44 @@ def store(key: str, entry: Entry) -> None:
         _warn(f"compiled kernels could not be kept: {error}")
 
 
+def verdict_key(machine: str) -> str:
+    """Key of a verdict: `machine` names what it hangs on, beside the sources and versions."""
+    return hashlib.sha256(f"{machine}\0{source_digest()}".encode()).hexdigest()
+
+
+def load_verdict(key: str) -> str | None:
+    """Why no program can be compiled, as an earlier process found, and where that is kept; or None."""
+    if (path := _private_folder()) is None:
+        return None
+    file = path / f"{key}.why"
+    if (entry := _read(key, file)) is None:
+        return None
+    try:
+        [kept] = entry.kernels
+        reason, left = str(kept["reason"]), kept["until"] - time.time()
+    except (ValueError, KeyError, TypeError):
+        reason, left = "", -1
+    if not 0 < left <= _VERDICT_SECONDS:  # beyond: a clock was set back
+        forget_verdict(key)
+        return None
+    return f"{reason} (found by an earlier process and kept in {file}: warmup(...) tries again)"
+
+
+def store_verdict(key: str, reason: str) -> None:
+    until = time.time() + _VERDICT_SECONDS
+    _write(key, Entry([{"reason": reason, "until": until}], {}, []), "why")
+
+
+def forget_verdict(key: str) -> None:
+    if (path := _private_folder()) is not None:
+        with contextlib.suppress(OSError):
+            (path / f"{key}.why").unlink(missing_ok=True)
+
+
 def _bound(path: Path) -> None:
     """Removes the oldest entries beyond the bound."""
     files = []
-    for file in path.glob("*.mod"):
+    for file in (*path.glob("*.mod"), *path.glob("*.why")):
         with contextlib.suppress(OSError):
             facts = file.stat()
             files.append((facts.st_mtime, facts.st_size, file))

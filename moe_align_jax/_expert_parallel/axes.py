@@ -35,6 +35,12 @@ def mesh_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def manual(mesh: jax.sharding.Mesh) -> jax.sharding.AbstractMesh:
+    """What a shard_map body over all axes of the mesh sees of it."""
+    kinds = dict.fromkeys(mesh.axis_names, jax.sharding.AxisType.Manual)
+    return mesh.abstract_mesh.update_axis_types(kinds)
+
+
 def _varying(x: Any) -> frozenset[str]:
     kind = getattr(jax.typeof(x), "mat", None)
     return frozenset() if kind is None else frozenset(kind.varying)

@@ -137,12 +137,16 @@ def _give_back_backward(info, saved, d_out):
 give_back.defvjp(_give_back_forward, _give_back_backward)
 
 
-def give_back_sums(info: DispatchInfo, y, weights, layout, plan):
-    """`[T, H]`: the weighted sum of each token's rows of y `[e, M, H]`, given back and summed over ranks."""
+def give_back_sums(info: DispatchInfo, y, weights, ids, layout, plan):
+    """`[T, H]`: the weighted sum of each token's rows of y `[e, M, H]`, given back and summed over ranks.
+
+    `weights` and local `ids` `[R, K]` as they were received.
+    """
     flat = y.reshape(-1, *y.shape[2:])
     operands = flat, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1), plan
-    fused = info.transport == NVLINK.name and NVLINK.sums_pairs(flat, layout.row_of_pair)
-    return (_in_one_kernel if fused else _in_two_steps)(info, *vary_together(operands))
+    if info.transport == NVLINK.name and NVLINK.sums_pairs(flat, layout.row_of_pair):
+        return _in_one_kernel(info, *vary_together((*operands, ids)))
+    return _in_two_steps(info, *vary_together(operands))
 
 
 def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
@@ -152,9 +156,9 @@ def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_one_kernel(info, y, weights, row_of_pair, pair_of_row, plan):
-    del pair_of_row, plan
-    return NVLINK.sum_pairs(y, weights, row_of_pair, info.group)
+def _in_one_kernel(info, y, weights, row_of_pair, pair_of_row, plan, ids):
+    del pair_of_row
+    return NVLINK.sum_pairs(y, weights, row_of_pair, ids, plan, info.group)
 
 
 def _in_one_kernel_forward(info, *operands):
@@ -162,9 +166,9 @@ def _in_one_kernel_forward(info, *operands):
 
 
 def _in_one_kernel_backward(info, operands, d_out):
-    y, weights, *places = operands
+    y, weights, *places, _ = operands
     _, pull = jax.vjp(lambda y, weights: _in_two_steps(info, y, weights, *places), y, weights)
-    return *pull(d_out), None, None, None
+    return *pull(d_out), None, None, None, None
 
 
 _in_one_kernel.defvjp(_in_one_kernel_forward, _in_one_kernel_backward)

@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from moe_align_jax import _checks, _dispatch
-from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel import message, peer_access
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._kernels import peer_rows
@@ -36,6 +36,8 @@ class NvLink:
             return reason
         if jax.process_count() > 1:
             return "it writes to the GPUs of its own process, and there is more than one process"
+        if reason := peer_access.missing():
+            return reason
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.manual_axes and mesh.size == 1:
             return "one device has no peers"
@@ -156,7 +158,13 @@ class NvLink:
         return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
 
     def sum_pairs(
-        self, y: jax.Array, weights: jax.Array, row_of_pair: jax.Array, group: Group
+        self,
+        y: jax.Array,
+        weights: jax.Array,
+        row_of_pair: jax.Array,
+        local_ids: jax.Array,
+        plan: jax.Array,
+        group: Group,
     ) -> jax.Array:
         """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
 
@@ -164,12 +172,15 @@ class NvLink:
             y: `[num_rows, H]` bfloat16.
             weights: `[R, K]` float32.
             row_of_pair: `[R, K]` int32, -1 for none.
+            local_ids: `[R, K]` int32, as received: -1 for other ranks' experts.
+            plan: of the tokens.
             group: the ranks.
         """
         num_rows, columns = y.shape
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
-        return _launch(peer_rows.Combine(*sizes, _devices(group)), y, row_of_pair, weights)[0]
+        problem = peer_rows.Combine(*sizes, _devices(group), group.num_local_experts)
+        return _launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
 
 
 NVLINK = NvLink()
@@ -217,7 +228,7 @@ def _abstract_eval(*avals, problem: peer_rows.Problem):
     return [_dispatch.result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
-def _check_order(mesh: Any) -> None:
+def check_order(mesh: Any) -> None:
     """A kernel finds its peers by their place in the mesh, XLA their addresses by the order of devices."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return
@@ -231,7 +242,7 @@ def _check_order(mesh: Any) -> None:
 def _lower(ctx, *operands, problem: peer_rows.Problem):
     from moe_align_jax._simt import mosaic
 
-    _check_order(getattr(ctx.module_context.axis_context, "mesh", None))
+    check_order(getattr(ctx.module_context.axis_context, "mesh", None))
     launcher = mosaic.launcher(peer_rows.build(problem))
     return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
 

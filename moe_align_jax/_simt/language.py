@@ -220,13 +220,14 @@ class Simt(abc.ABC):
     def ballot(self, condition: Int) -> Int:
         """Mask of the lanes where the condition holds."""
 
-    @abc.abstractmethod
-    def match_any(self, value: Int) -> Int:
-        """Mask of the lanes with my value."""
-
+    # -- bits
     @abc.abstractmethod
     def popc(self, value: Int) -> Int:
         """Number of bits set."""
+
+    @abc.abstractmethod
+    def highest_bit(self, value: Int) -> Int:
+        """Index of the highest bit set, -1 for none."""
 
     # -- order
     @abc.abstractmethod

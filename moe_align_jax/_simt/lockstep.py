@@ -370,13 +370,12 @@ class EmulatedSimt(AmongDevices):
         self._whole(WARP, "ballot")
         return Value(_masks(self._full(self._condition(condition))).repeat(WARP), self)
 
-    def match_any(self, value: Int) -> Int:
-        self._whole(WARP, "match_any")
-        rows = self._full(array_of(value)).reshape(-1, WARP)
-        return Value(_masks(rows[:, :, None] == rows[:, None, :]), self)
-
     def popc(self, value: Int) -> Int:
         return Value(np.bitwise_count(array_of(value).view(np.uint32)).astype(np.int32), self)
+
+    def highest_bit(self, value: Int) -> Int:
+        _, exponent = np.frexp(array_of(value).view(np.uint32).astype(np.float64))
+        return Value(exponent.astype(np.int32) - 1, self)
 
     # -- order
 

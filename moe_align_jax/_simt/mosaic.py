@@ -280,20 +280,11 @@ class MosaicSimt(Simt):
             )
         )
 
-    def match_any(self, value: Int) -> Int:
-        # nvvm.match_sync loses its `kind` in jaxlib 0.11.2's module serialisation.
-        return MlirInt(
-            llvm.inline_asm(
-                _i32(),
-                [_value(value)],
-                "match.any.sync.b32 $0, $1, 0xffffffff;",
-                "=r,r",
-                has_side_effects=True,
-            )
-        )
-
     def popc(self, value: Int) -> Int:
         return MlirInt(llvm.intr_ctpop(_value(value)))
+
+    def highest_bit(self, value: Int) -> Int:
+        return 31 - MlirInt(llvm.intr_ctlz(_value(value), False))
 
     def warp_sync(self) -> None:
         nvvm.bar_warp_sync(_value(_FULL_MASK))

@@ -15,6 +15,7 @@ import torch
 import torch_bridge
 from moe_align_jax.types import BatchedAlignProblem
 from tests import forms, oracle
+from tests.gpu.sanitizer_cases import Case
 from torch_bridge import direct, direct_call, sglang, vllm
 
 # dtype of the ids, and elements that their view lies behind the start of its memory.
@@ -22,13 +23,14 @@ INPUTS = (("int32", 0), ("int32", 3), ("int64", 1))
 MORE_ROWS = 77  # of the buffers that are larger than the result
 
 
-def load(cases: Iterable[tuple[str, Any, dict[str, Any]]]) -> None:
-    """Compiles what `run_form` and `run_batched` need on the current GPU, many at once."""
+def load(cases: Iterable[Case]) -> None:
+    """Compiles what `run` needs of these cases on the current GPU, many at once."""
     index = torch.cuda.current_device()
     tuning = direct.tuning(torch.device("cuda", index))
     wanted: set[Any] = set()
-    for form, size, options in cases:
-        if form == "batched":
+    for case in cases:
+        size, options = case.size, case.options
+        if case.name == "batched":
             wanted.add(BatchedAlignProblem(*size, tuning=tuning))
             continue
         for dtype in (torch.int32, torch.int64):
@@ -60,6 +62,14 @@ def check(got: Any, want: oracle.Expected) -> None:
         if tensor is not None:
             expect = np.asarray(getattr(want, name))
             np.testing.assert_array_equal(tensor.cpu().numpy(), expect, err_msg=name)
+
+
+def run(device: str, case: Case) -> None:
+    """Every entry point on one case, by the tuning table of the device."""
+    if case.name == "batched":
+        run_batched(device, *case.size)
+    else:
+        run_form(device, case.size, case.options)
 
 
 def run_form(device: str, size: forms.Size, options: dict[str, Any]) -> None:

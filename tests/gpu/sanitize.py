@@ -1,12 +1,14 @@
-"""Runs every kernel form under NVIDIA's compute-sanitizer and prints a table of what it found.
+"""Runs every kernel under NVIDIA's compute-sanitizer and prints a table of what it found.
 
-    python -m tests.gpu.sanitize [--path jit|direct] [--tools memcheck,racecheck,...] [--sanitizer PATH]
+    python -m tests.gpu.sanitize [--path jit|direct|peers] [--tools memcheck,racecheck,...] [--sanitizer PATH]
 
-One child process per tool runs all forms, checks each result with the oracle, and names the form on a line
-of its own, so that a report is counted for the form it stands under. Exit code 1 when anything was found.
+One child process per tool makes the calls of sanitizer_cases.py, checks each result with the oracle, and
+names the kernels on a line of its own, so that a report is counted for what it stands under. Exit code 1
+when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
 off a boundary, the peers' forms and a side stream. There only our kernels are looked at, by their names,
-and a first child without the sanitizer leaves the compiled programs on disk.
+and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
+combine by the transport "nvlink", over two GPUs or more.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MARK = "### form "
@@ -28,69 +30,19 @@ KERNEL = "### kernel "
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
-def cases() -> Iterator[tuple[str, object, dict]]:
-    """(form, size, options), plain and with all options: the largest size below 8,192 pairs of each form, or
-    its smallest. (racecheck takes minutes over a sort of more in shared memory.)"""
-    from tests import forms
+def run_jit(path: str, tool: str) -> None:
+    """The child: everything once."""
+    from tests.gpu import sanitizer_cases
 
-    by_form: dict = {}
-    for size in sorted(forms.SIZES):
-        if size.form not in by_form or size.num_pairs < 8192:
-            by_form[size.form] = size
-    for form, size in by_form.items():
-        for options in (forms.OPTIONS[0], forms.OPTIONS[-1]):
-            yield form, size, options
-    yield "batched", forms.BATCHED_SIZES[2], {}
-
-
-def run_forms() -> None:
-    """The child: each form once."""
-    import functools
-
-    import jax
-    import numpy as np
-
-    import moe_align_jax as maj
-    from tests import oracle
-
-    for form, size, options in cases():
-        print(f"{MARK}{form}", flush=True)
-        if form == "batched":
-            num_experts, max_tokens, block_size = size
-            counts = np.random.default_rng(0).integers(0, max_tokens + 1, num_experts)
-            sizes = {"max_tokens_per_batch": max_tokens, "block_size": block_size}
-            got = maj.batched_moe_align_block_size(counts, implementation="mosaic_gpu", **sizes)
-            want = oracle.align_batched(counts.tolist(), **sizes)
-        else:
-            ids = oracle.route(
-                "outside",
-                num_tokens=size.num_pairs,
-                top_k=1,
-                num_experts=size.num_experts,
-                dtype="int32",
-                seed=0,
-            )
-            given = {
-                "block_size": size.block_size,
-                "num_experts": size.num_experts,
-                "expert_map": oracle.local_map("second", size.num_experts, 0)
-                if options["map"]
-                else None,
-                "ignore_invalid_experts": options["map"] == "filter",
-                "num_valid_pairs": size.num_pairs // 2 if options["num_valid_pairs"] else None,
-                "return_inverse": options["return_inverse"],
-                "pad_sorted_ids": options["pad_sorted_ids"],
-            }
-            call = functools.partial(maj.moe_align_block_size, implementation="mosaic_gpu")
-            got, want = call(ids, **given), oracle.expected(ids, **given)
-        jax.block_until_ready(got)
-        oracle.assert_same(got, want)
+    for name, run in sanitizer_cases.runs(path, tool):
+        print(f"{MARK}{name}", flush=True)
+        run()
     print(f"{MARK}end", flush=True)
 
 
-def run_direct() -> None:
-    """The child: each form once or more, launched by torch_bridge; then the names of its kernels."""
-    from tests.gpu import direct_forms
+def run_direct(tool: str) -> None:
+    """The child: each case once or more, launched by torch_bridge; then the names of its kernels."""
+    from tests.gpu import direct_forms, sanitizer_cases
     from torch_bridge import direct
 
     load, names = direct._load, set()
@@ -100,13 +52,11 @@ def run_direct() -> None:
         load(index, problem, entry)
 
     direct._load = named
-    direct_forms.load(cases())
-    for form, size, options in cases():
-        print(f"{MARK}{form}", flush=True)
-        if form == "batched":
-            direct_forms.run_batched("cuda", *size)
-        else:
-            direct_forms.run_form("cuda", size, options)
+    cases = sanitizer_cases.cases(tool)
+    direct_forms.load(cases)
+    for case in cases:
+        print(f"{MARK}{case.name}", flush=True)
+        direct_forms.run("cuda", case)
     for name in sorted(names):
         print(f"{KERNEL}{name}")
     print(f"{MARK}end", flush=True)
@@ -140,8 +90,10 @@ def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], 
     return environment, ["--target-processes", "all"]
 
 
-def child(path: str) -> list[str]:
-    return [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--path", path]
+def child(path: str, tool: str = "") -> list[str]:
+    """The command that makes a path's calls, but for those that `tool` takes too long over."""
+    command = [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--path", path]
+    return [*command, "--tools", tool]
 
 
 def kernel_names(path: str) -> list[str]:
@@ -164,7 +116,7 @@ def run_tool(
     environment, options = settings(path, tool, kernels)
     command = [sanitizer, "--tool", tool, "--print-limit", "1000", *options]
     done = subprocess.run(
-        [*command, *child(path)],
+        [*command, *child(path, tool)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -182,15 +134,28 @@ def run_tool(
     return found, problem, done.stdout
 
 
+def table(names: Sequence[str], found: dict[str, dict[str, int]]) -> list[str]:
+    """A line per kernel with the reports of each tool; `found` by tool."""
+    width = max(map(len, names)) + 2
+    lines = [f"{'':{width}}" + "".join(f"{tool:>11}" for tool in found)]
+    for name in names:
+        cells = "".join(f"{counts.get(name, '-'):>11}" for counts in found.values())
+        lines.append(f"{name:{width}}{cells}")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", default=",".join(TOOLS))
-    parser.add_argument("--path", choices=("jit", "direct"), default="jit")
+    parser.add_argument("--path", choices=("jit", "direct", "peers"), default="jit")
     parser.add_argument("--sanitizer", default=None, help="path of compute-sanitizer")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        (run_direct if arguments.path == "direct" else run_forms)()
+        if arguments.path == "direct":
+            run_direct(arguments.tools)
+        else:
+            run_jit(arguments.path, arguments.tools)
         return 0
     sanitizer = arguments.sanitizer or shutil.which("compute-sanitizer")
     sanitizer = sanitizer or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -203,19 +168,19 @@ def main() -> int:
     if arguments.path == "direct":
         kernels = kernel_names(arguments.path)
         print(f"{len(kernels)} kernels: {' '.join(kernels)}", flush=True)
-    names = list(dict.fromkeys(form for form, _, _ in cases()))
-    print(f"{'tool':<12}" + "".join(f"{name:>9}" for name in names) + "   seconds  verdict")
-    failed = False
+    from tests.gpu import sanitizer_cases
+
+    found, failed = {}, False
     for tool in arguments.tools.split(","):
         start = time.monotonic()
-        found, problem, output = run_tool(sanitizer, tool, arguments.path, kernels)
+        found[tool], problem, output = run_tool(sanitizer, tool, arguments.path, kernels)
         failed |= problem is not None
-        cells = "".join(f"{found.get(name, '-'):>9}" for name in names)
-        print(
-            f"{tool:<12}{cells}{time.monotonic() - start:>10.0f}  {problem or 'clean'}", flush=True
-        )
+        seconds = time.monotonic() - start
+        print(f"{tool:<12}{seconds:>6.0f} s  {problem or 'clean'}", flush=True)
         if problem:
             print(output[-6000:])
+    print("\nReports:")
+    print("\n".join(table(sanitizer_cases.names(arguments.path), found)))
     return int(failed)
 
 

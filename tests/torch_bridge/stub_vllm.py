@@ -8,11 +8,9 @@ import pathlib
 import sys
 import types
 
-import pytest
+from tests.torch_bridge import peer_files
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Out of vLLM's wheel, by `python -m benchmarks.fetch vllm`.
-REAL_FILE = ROOT / ".peers" / "vllm_moe_align_block_size.py"
 
 
 def unreplaced(*arguments, **options):
@@ -65,9 +63,8 @@ def make(monkeypatch, version="0.33.0") -> types.ModuleType:
 
 def real_file() -> types.ModuleType:
     """vLLM's own moe_align_block_size.py, on the stubs; skips where it is not there."""
-    if not REAL_FILE.is_file():
-        pytest.skip("vLLM's own file is not there: `python -m benchmarks.fetch vllm` gets it")
-    spec = importlib.util.spec_from_file_location("vllm_moe_align_block_size", REAL_FILE)
+    path = peer_files.path_of("vllm_moe_align_block_size.py")
+    spec = importlib.util.spec_from_file_location("vllm_moe_align_block_size", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

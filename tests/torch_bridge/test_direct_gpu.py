@@ -242,12 +242,20 @@ ALONE = """
 """
 
 
-def test_gpu_process_has_no_jax_and_loses_no_memory_but_the_modules():
-    for _ in range(2):  # the first may compile, in a process of its own; the second reads from disk
+# ALONE's two programs are three modules, and CUDA takes memory for code 2 MiB at a time; one more for what
+# the driver itself may need. A client of jax's would take hundreds.
+MODULES_MIB = 4 * 2
+
+
+def test_gpu_process_has_no_jax_and_loses_no_memory_but_the_modules(record_property):
+    for start in ("first", "second"):  # the first may compile, in a process of its own
         path, jax_there, jaxlib_there, taken, _ = _run(ALONE).split()
         assert (path, jax_there, jaxlib_there) == ("direct", "False", "False")
+        mib = int(taken) / 2**20
+        record_property(f"MiB taken, {start} process", mib)
+        print(f"{start} process: {mib:g} MiB of GPU memory beyond torch's allocator")  # pytest -s
         # The GPU's free memory is everybody's: other processes must be quiet while this runs.
-        assert int(taken) < 64 << 20
+        assert mib <= MODULES_MIB
 
 
 def test_gpu_warm_call_starts_no_process():
@@ -456,6 +464,7 @@ def no_worker(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(direct, "_programs", {})
     monkeypatch.setattr(direct, "_failures", {})
+    monkeypatch.setattr(direct, "_verdicts", {})
     monkeypatch.setattr(shortcut, "_kept", {})
     monkeypatch.setattr(shortcut, "recent", {})
     monkeypatch.setattr(direct, "_compile", lambda index, wanted: ["no worker here"] * len(wanted))

@@ -1,10 +1,13 @@
 """launch.py without a GPU: reading Mosaic's host code, the trials, proving by a fake driver, the process."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +127,8 @@ TRIALS = {
     ("n", "num_experts", "block_size"), [(1, 1, 1), (40, 8, 16), (3000, 100, 4)]
 )
 def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options):
-    problem = AlignProblem(n, num_experts, block_size, 0, return_inverse=True, **options)
+    options = {**options, "return_inverse": True, "sized_at_launch": True}
+    problem = AlignProblem(n, num_experts, block_size, 0, **options)
     trial = launch.align_trial(problem, n, seed=n)
     first = trial.words["first_id"]
     held = trial.arrays["topk_ids"]
@@ -187,6 +191,23 @@ def test_prove_passes_a_right_program(problem, fake):
     launch.prove(driver, problem, launches, cubins, shapes)
     assert len(fake.launched) == 2 * len(launches)
     assert not fake._memory  # all of it was freed
+
+
+@pytest.mark.parametrize("size", [(5, 4, 2, 16), (300, 9000, 4, 1200), (2500, 8, 16, 2620)])
+def test_prove_passes_a_program_of_one_size(size, fake):
+    """Whose ids start where their memory does: as a benchmark compares with."""
+    for problem in (AlignProblem(*size), AlignProblem(*size, id_words=2, expert_map="filter")):
+        launches, cubins, shapes = fake.compiled(problem)
+        assert not set(shapes) & {"num_pairs", "capacity", "first_id"}
+        before = len(fake.launched)
+        launch.prove(driver, problem, launches, cubins, shapes)
+        assert len(fake.launched) == before + len(launches) and not fake._memory
+    launches, cubins, shapes = fake.compiled(problem)
+    kernel, _, how = fake.kernels[-1]
+    broken = dataclasses.replace(kernel, body=_off_by_one("sorted_token_ids")(kernel.body))
+    fake.kernels[-1] = (broken, problem, how)
+    with pytest.raises(launch.CompileError, match=r"sorted_token_ids\[0\]"):
+        launch.prove(driver, problem, launches, cubins, shapes)
 
 
 def _off_by_one(name):
@@ -260,7 +281,47 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     """Their programs would be kept under the key of what the asking process had imported."""
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
-    assert set(answer) == {"error"} and "were changed" in answer["error"]
+    assert set(answer) == {"error", "until"} and "were changed" in answer["error"]
+    assert answer["until"] == "restart"
+
+
+def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
+    """Lowering is the real one; the others take as long as they sleep."""
+
+    class Compiler(launch.Compiler):
+        def __init__(self):
+            self.lower_seconds = 0.0
+
+        def _compile(self, module, size):
+            time.sleep(0.02)
+            raise launch.CompileError("no plugin")
+
+    problem = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
+    request = {"device": 0, "folder": str(tmp_path), "problems": []}
+    request["problems"] = [["AlignProblem", problem._asdict()]] * 2
+    slow = SimpleNamespace(
+        enter=lambda device: None, assemble=lambda ptx: time.sleep(0.03) or ptx.encode()
+    )
+    monkeypatch.setattr(launch, "_beside", lambda name: slow)
+    monkeypatch.setattr(launch, "Compiler", Compiler)
+    assert [set(one) for one in launch._serve(request)] == [{"error"}] * 2
+
+    call, how = Compiler.__call__, launch.KernelLaunch("k", *[(1, 1, 1)] * 3, 0, ("topk_ids",))
+
+    def compiled(self, kernel):
+        with pytest.raises(launch.CompileError, match="no plugin"):
+            call(self, kernel)
+        return "ptx", how
+
+    monkeypatch.setattr(Compiler, "__call__", compiled)
+    monkeypatch.setattr(launch, "prove", lambda *a: time.sleep(0.04))
+    begun = time.monotonic()
+    first, second = (one["seconds"] for one in launch._serve(request))
+    whole = time.monotonic() - begun
+    for steps in (first, second):
+        assert steps["compile"] >= 0.02 and steps["assemble"] >= 0.03 and steps["prove"] >= 0.04
+        assert steps["lower"] > 0
+    assert whole - 1 < sum(first.values()) + sum(second.values()) <= whole + 0.01
 
 
 def test_lowering_needs_neither_torch_nor_a_gpu(monkeypatch):
@@ -301,11 +362,48 @@ def test_another_jaxlib_is_refused(monkeypatch):
 
     for version in ("0.11.1", "0.13.0", "1.0.0"):
         monkeypatch.setattr(jaxlib.version, "__version__", version)
-        with pytest.raises(launch.CompileError, match="needs jaxlib"):
+        with pytest.raises(launch.MachineError, match="needs jaxlib"):
             launch.Compiler()
 
 
 def test_this_jaxlib_is_not_refused():
-    with pytest.raises((launch.CompileError, OSError, AttributeError)) as caught:
+    with pytest.raises(launch.MachineError, match="does not load"):
         launch.Compiler("/dev/null")  # no library: it gets as far as loading it
-    assert "needs jaxlib" not in str(caught.value)
+
+
+REASONS = {
+    "machine": (launch.MachineError("no plugin"), "changed"),
+    "process": (launch.CompileError("other sources"), "restart"),
+    "import": (ImportError("half installed"), "restart"),
+    "memory": (driver.DriverError("out of memory", 2), None),
+    "disk": (OSError(28, "No space left on device"), None),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_an_error_says_how_long_it_holds(name, monkeypatch, capsys):
+    error, until = REASONS[name]
+
+    def fails(request):
+        raise error
+
+    monkeypatch.setattr(launch, "_serve", fails)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{}"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert launch.main() == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert str(error) in answer["error"] and answer.get("until") == until
+
+
+@pytest.mark.parametrize(("code", "mode", "kept"), [(46, 3, True), (46, 0, False), (2, 3, False)])
+def test_exclusive_compute_mode_is_told_from_what_may_pass(code, mode, kept, fake, monkeypatch):
+    def refuse(device):
+        raise driver.DriverError("cuDevicePrimaryCtxRetain failed", code)
+
+    fake.compute_mode = mode
+    monkeypatch.setattr(driver, "enter", refuse)
+    with pytest.raises(RuntimeError, match="PrimaryCtxRetain") as caught:
+        launch._enter(driver, 0)
+    assert isinstance(caught.value, launch.MachineError) == kept
+    assert ("nvidia-smi -c DEFAULT" in str(caught.value)) == kept

@@ -225,6 +225,63 @@ def test_folder_is_where_the_user_says(monkeypatch, tmp_path):
     assert modules.folder() == tmp_path / "home" / ".cache" / "torch_bridge"
 
 
+def test_user_without_a_home_keeps_nothing(monkeypatch, tmp_path):
+    """No HOME, and no entry in the passwd file: a container that runs under a number."""
+    for name in ("TORCH_BRIDGE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(modules.Path, "home", no_home)
+    with pytest.warns(UserWarning, match="no compiled kernels are kept: Could not determine home"):
+        assert modules.load(KEY) is None
+    modules.store(KEY, ENTRY)
+    modules.store_verdict(KEY, "reason")
+    modules.forget_verdict(KEY)
+    assert modules.load_verdict(KEY) is None and not modules.holds(KEY)
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+
+def test_verdict_is_kept_and_forgotten(folder):
+    assert modules.load_verdict(KEY) is None
+    modules.store_verdict(KEY, "no plugin")
+    [file] = folder.iterdir()
+    kept = modules.load_verdict(KEY)
+    assert kept is not None and kept.startswith("no plugin (") and str(file) in kept
+    assert modules.load(KEY) is None and not modules.holds(KEY)  # it is no program
+    assert modules.load_verdict(OTHER) is None
+    modules.forget_verdict(KEY)
+    modules.forget_verdict(KEY)
+    assert modules.load_verdict(KEY) is None and not list(folder.iterdir())
+
+
+def test_verdict_lasts_a_day(folder, monkeypatch):
+    now = time.time()
+    for later, there in [(24 * 3600 - 60, True), (24 * 3600 + 1, False), (-60, False)]:
+        monkeypatch.setattr(modules.time, "time", lambda: now)
+        modules.store_verdict(KEY, "no plugin")
+        monkeypatch.setattr(modules.time, "time", lambda at=now + later: at)
+        assert (modules.load_verdict(KEY) is not None) == there, later
+        assert bool(list(folder.iterdir())) == there
+
+
+def test_damaged_or_strange_verdicts_are_removed(folder):
+    modules.store_verdict(KEY, "no plugin")
+    [file] = folder.iterdir()
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert modules.load_verdict(KEY) is None and not file.exists(), at
+    for kernels in ([], [{}], [{"reason": "x", "until": "tomorrow"}], [3]):
+        file.write_bytes(modules._encode(KEY, modules.Entry(kernels, {}, [])))
+        assert modules.load_verdict(KEY) is None and not file.exists(), kernels
+    file.write_bytes(modules._encode(OTHER, modules.Entry([], {}, [])))
+    assert modules.load_verdict(KEY) is None and not file.exists()
+
+
 # -- keys -----------------------------------------------------------------------------------------
 
 PROBLEM = AlignProblem(8, 8, 4, 32, sized_at_launch=True)
@@ -275,7 +332,9 @@ def test_key_names_the_problem_and_the_gpu():
     assert modules.key_of(PROBLEM, "H200 sm_90 driver 13000") == keys[0]
 
 
-@pytest.mark.parametrize("what", ["our version", "jax", "jaxlib"])
+@pytest.mark.parametrize(
+    "what", ["our version", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"]
+)
 def test_key_changes_with_a_version(what, monkeypatch, fresh_digest):
     before = modules.key_of(PROBLEM, "gpu")
     forget_digests()

@@ -6,18 +6,17 @@ The op comes from MOE_ALIGN_VLLM_OP, otherwise from `.peers/vllm_moe.so`, where
 
 import functools
 import os
-import pathlib
 
 import numpy as np
 import pytest
 import torch
 
 from tests import cover, oracle
+from tests.torch_bridge import peer_files
 from tests.torch_bridge.test_vllm import vllm_rows
 from torch_bridge import vllm
 
 VARIABLE = "MOE_ALIGN_VLLM_OP"
-DEFAULT = pathlib.Path(__file__).parents[2] / ".peers" / "vllm_moe.so"
 MAX_EXPERTS = 992
 POISON = -7777
 
@@ -38,9 +37,7 @@ def their_ops():
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
     named = os.environ.get(VARIABLE)
-    if named is None and not DEFAULT.is_file():
-        pytest.skip(f"no {DEFAULT.name}: `python -m benchmarks.fetch vllm`, or set {VARIABLE}")
-    return _load(named or str(DEFAULT))
+    return _load(named or str(peer_files.path_of("vllm_moe.so")))
 
 
 def inputs(case):

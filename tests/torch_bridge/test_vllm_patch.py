@@ -1,19 +1,23 @@
 """torch_bridge.vllm.patch: vLLM's real Python file calls our op; versions, nesting, undoing."""
 
+import ast
+import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
 import torch
 
 from tests import oracle
-from tests.torch_bridge import stub_vllm
+from tests.torch_bridge import peer_files, stub_vllm
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
 from tests.torch_bridge.test_vllm import vllm_expected
-from torch_bridge import vllm, vllm_patch
+from torch_bridge import vllm, vllm_patch, vllm_plugin
 
 NAMES = ("moe_align_block_size", "batched_moe_align_block_size")
 UNTOUCHED = ("moe_lora_align_block_size", "fused_globalize_align_block_size")
@@ -68,6 +72,39 @@ def test_vllms_own_batched_function_calls_ours(custom_ops):
     assert_triple(got, want)
 
 
+def defaults_of(function: ast.FunctionDef) -> list[tuple[str, object]]:
+    """Parameters and their defaults, as `inspect` has them."""
+    given, empty = function.args, inspect.Parameter.empty
+    assert not (given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg)
+    defaults = [ast.literal_eval(x) for x in given.defaults]
+    defaults = [empty] * (len(given.args) - len(defaults)) + defaults
+    return list(zip([x.arg for x in given.args], defaults, strict=True))
+
+
+def test_vllms_own_signatures_are_those_that_patch_and_the_stubs_know(custom_ops):
+    """Read, not run: the file imports the engine."""
+    tree = ast.parse(peer_files.path_of("vllm_custom_ops.py").read_text())
+    functions = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
+    theirs = {x.name: defaults_of(x) for x in functions if x.name in vars(custom_ops)}
+    assert set(theirs) == {*NAMES, *UNTOUCHED}
+    assert len([x for x in functions if x.name in theirs]) == len(theirs)  # defined once
+    for name in NAMES:
+        stub = inspect.signature(getattr(custom_ops, name)).parameters.values()
+        assert [(p.name, p.default) for p in stub] == theirs[name]
+        assert vllm_patch._PARAMETERS[name] == tuple(argument for argument, _ in theirs[name])
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_a_missing_file_skips_or_fails_and_says_how_to_get_it(required, monkeypatch, tmp_path):
+    monkeypatch.setattr(peer_files, "FOLDER", tmp_path)
+    monkeypatch.setenv(peer_files.REQUIRE, required)
+    kind = pytest.fail.Exception if required else pytest.skip.Exception
+    with pytest.raises(kind, match=r"python -m benchmarks\.fetch vllm.*MOE_ALIGN_REQUIRE_PEERS"):
+        stub_vllm.real_file()
+    (tmp_path / "vllm_moe.so").touch()
+    assert peer_files.path_of("vllm_moe.so") == tmp_path / "vllm_moe.so"
+
+
 def test_the_ops_take_vllms_keywords(custom_ops):
     """The parameters of vLLM's wrappers, by name and with their defaults."""
     originals = dict(zip(NAMES, held(custom_ops), strict=True))
@@ -99,6 +136,49 @@ def test_readme_lines_switch_it_on_and_off(custom_ops):
     assert custom_ops.moe_align_block_size is vllm.ops_moe_align_block_size
     exec("undo()  #" + off, names)
     assert held(custom_ops) == before
+
+
+def test_readme_installs_what_compiles_and_names_the_plugins_variable():
+    readme = (stub_vllm.ROOT / "README.md").read_text()
+    section = readme.split("### Switch it on in vLLM")[1].split("\n## ")[0]
+    assert "pip install -e '.[cuda13,torch]'" in section
+    assert f"{vllm_plugin.VARIABLE}=1 vllm serve" in section
+    assert f"{peer_files.REQUIRE}=1" in readme
+
+
+# -- the plugin --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """What vLLM calls in each of its processes, as pyproject.toml names it."""
+    monkeypatch.setattr(vllm_patch, "_active", vllm_patch._Active())  # nobody undoes it
+    project = tomllib.loads((stub_vllm.ROOT / "pyproject.toml").read_text())["project"]
+    [(name, value)] = project["entry-points"]["vllm.general_plugins"].items()
+    assert name == "moe_align_jax"
+    entry = importlib.metadata.EntryPoint(name, value, "vllm.general_plugins")
+    return entry.load()
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "1"])
+def test_plugin_patches_where_it_is_told_to(value, plugin, custom_ops, monkeypatch):
+    before = held(custom_ops)
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(vllm_plugin.VARIABLE, value)
+    for _ in range(2):  # vLLM may load plugins more than once
+        plugin()
+    assert (held(custom_ops) == before) == (value != "1")
+    assert (custom_ops.moe_align_block_size is vllm.ops_moe_align_block_size) == (value == "1")
+
+
+def test_plugin_says_that_a_release_is_unknown_only_where_it_is_told_to(plugin, monkeypatch):
+    stub_vllm.make(monkeypatch, "0.34.0")
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    plugin()
+    monkeypatch.setenv(vllm_plugin.VARIABLE, "1")
+    with pytest.raises(NotImplementedError, match=r"0\.33\.x"):
+        plugin()
 
 
 # -- in force and undone ---------------------------------------------------------------------------
@@ -217,6 +297,7 @@ def test_an_import_error_inside_vllm_is_its_own(monkeypatch, tmp_path):
 
 
 def test_importing_the_bridge_imports_no_vllm():
-    code = "import sys, torch_bridge.vllm; print('vllm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = "import sys, torch_bridge.vllm_plugin as p; p.register(); print('vllm' in sys.modules)"
+    env = {k: x for k, x in os.environ.items() if k != vllm_plugin.VARIABLE}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["False"], done.stderr

@@ -26,16 +26,9 @@ _MOST_COMPARED = 192  # pairs, beyond which two passes by digits are faster
 _MOST_MASKS = 8  # that a thread keeps in registers beside its keys
 
 
-def _highest(t: Simt, mask: Int) -> Int:
-    """Index of the highest bit set, -1 for none."""
-    for distance in (1, 2, 4, 8, 16):
-        mask = mask | (mask >> distance)
-    return t.popc(mask) - 1
-
-
 def _last_of(t: Simt, mask: Int, first: Int, otherwise: Int) -> Int:
     """The last place of a mask whose bit 0 is the place `first`; `otherwise` of an empty one."""
-    return t.select(mask.eq(0), otherwise, first + _highest(t, mask))
+    return t.select(mask.eq(0), otherwise, first + t.highest_bit(mask))
 
 
 def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
@@ -225,7 +218,7 @@ class _Sorter:
             t.block_sync()
             lasts = t.load(r.heads, t.select(lane < self.num_warps, lane, 0))
             earlier = t.ballot((lasts >= 0) & (lane < warp))
-            start = t.shfl(lasts, _highest(t, earlier) & (WARP - 1))
+            start = t.shfl(lasts, t.highest_bit(earlier) & (WARP - 1))
             start = t.select(earlier.eq(0), t.load(r.before, chunk * 2 + 1), start)
             starts = []
             upto = below | (t.const(1) << lane)

@@ -7,7 +7,8 @@ from moe_align_jax._kernels.peer_rows.problems import Field, Problem, words
 from moe_align_jax._simt.language import Int, Kernel, Simt
 
 # CTAs wait for each other's peers: all of them are to be resident, on any GPU that has NVLink.
-MAX_CTAS, MAX_LARGE_CTAS = 228, 114  # of one warpgroup, of more
+MIN_SMS = 114
+MAX_CTAS = 2 * MIN_SMS  # of one warpgroup, whose threads may have all registers they like
 # 16-byte words that a thread holds, from its loads to its stores.
 MOST_HELD = 16
 
@@ -60,16 +61,21 @@ def everyone(t: Simt, count: int) -> list[Int]:
 
 
 def kernel(
-    name: str, problem: Problem, body: Any, *, num_warpgroups: int = 1, **options: Any
+    name: str,
+    problem: Problem,
+    body: Any,
+    *,
+    num_warpgroups: int = 1,
+    num_ctas: int | None = None,
+    **options: Any,
 ) -> Kernel:
-    most = MAX_CTAS if num_warpgroups == 1 else MAX_LARGE_CTAS
     return Kernel(
         name=name,
         body=body,
         inputs={n: (words(a),) for n, a in problem.inputs.items()},
         outputs={n: (words(a),) for n, a in problem.outputs.items()},
         arrays={**problem.inputs, **problem.outputs},
-        num_ctas=min(problem.num_tokens, most),
+        num_ctas=num_ctas or min(problem.num_tokens, MAX_CTAS),
         num_warpgroups=num_warpgroups,
         devices=problem.devices,
         **options,

@@ -9,7 +9,6 @@ D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e
 tokens are cut into parts, each for a CTA.
 """
 
-import dataclasses
 import functools
 import operator
 from types import SimpleNamespace
@@ -70,14 +69,19 @@ def build(problem: Dispatch) -> Kernel:
 
     received = range(len(problem.send.received))
     sparse = {f"{name}{number}" for number in received for name in ("received", "boxes")}
-    kernel = copying.kernel(
-        "moe_dispatch", problem, body, num_warpgroups=2, partial=frozenset(sparse)
-    )
-    units, num_ctas = problem.num_tokens * parts(problem), _num_ctas(problem)
-    slots = -(-units // num_ctas) * problem.devices.count * problem.send.top_k
+    num_ctas = _num_ctas(problem)
+    rounds = -(-problem.num_tokens * parts(problem) // num_ctas)
+    slots = rounds * problem.devices.count * problem.send.top_k
     experts = -(-problem.send.num_local_experts // num_ctas)
-    shared = {"places": _WARPS * slots, "totals": _WARPS * experts}
-    return dataclasses.replace(kernel, num_ctas=num_ctas, shared=shared)
+    return copying.kernel(
+        "moe_dispatch",
+        problem,
+        body,
+        num_warpgroups=2,
+        num_ctas=num_ctas,
+        shared={"places": _WARPS * slots, "totals": _WARPS * experts},
+        partial=frozenset(sparse),
+    )
 
 
 class _Found(NamedTuple):

@@ -151,9 +151,11 @@ class GiveBack(NamedTuple):
 class Combine(NamedTuple):
     """The weighted sum of each token's rows of y on every rank, given back, and summed over the ranks.
 
-    Takes `y [num_rows, H]` bfloat16, `row_of_pair [R, K]` int32 (-1 for none) and `weights [R, K]`
-    float32. Gives `out [T, H]` bfloat16, and the parts that the ranks sent. Float32 sums, over K by fused
-    multiply-adds in order, rounded to bfloat16 for the way, then over the ranks in order.
+    Takes `y [num_rows, H]` bfloat16, `row_of_pair [R, K]` int32 (-1 for none), `weights [R, K]` float32, and
+    who has an expert of whom: `local_ids [R, K]` as `Send` gave them (-1 for others' experts; one of mine may
+    have no row), and my tokens' `topk_ids [T, K]`. Gives `out [T, H]` bfloat16, and the parts that the ranks
+    sent, written only where the rank has an expert of the token. Float32 sums, over K by fused multiply-adds
+    in order, rounded to bfloat16 for the way, then over the ranks in order; zeros without any.
     """
 
     num_tokens: int
@@ -162,6 +164,7 @@ class Combine(NamedTuple):
     columns: int
     dtype: Any  # bfloat16
     devices: Devices
+    num_local_experts: int
 
     @property
     def inputs(self) -> dict[str, Array]:
@@ -170,6 +173,8 @@ class Combine(NamedTuple):
             "y": ((self.num_rows, self.columns), self.dtype),
             "row_of_pair": (pairs, INT32),
             "weights": (pairs, FLOAT32),
+            "local_ids": (pairs, INT32),
+            "topk_ids": ((self.num_tokens, self.top_k), INT32),
         }
 
     @property

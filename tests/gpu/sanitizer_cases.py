@@ -1,0 +1,248 @@
+"""What the sanitizers run, and the way through jit: each call's result is compared with the oracle.
+
+Of the alignment every variant of the kernels (forms.Variant), at the smallest size that has it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from moe_align_jax import _tuning
+from moe_align_jax._fits import BlockAlignMosaicConfig, fit
+from tests import forms, layouts, masked_quant_oracle, oracle
+
+# racecheck takes minutes over a sort of more in shared memory.
+MOST_RACECHECK_PAIRS = 20_000
+
+
+class Case(NamedTuple):
+    """A call of the alignment.
+
+    Attributes:
+        name: of the variant, as tables show it; "batched" for `batched_moe_align_block_size`.
+        size: one of `forms.SIZES`, or of `forms.BATCHED_SIZES`.
+        options: one of `forms.OPTIONS`.
+        config: in place of the tuning table's, before `fit`.
+    """
+
+    name: str
+    size: Any
+    options: dict[str, Any]
+    config: BlockAlignMosaicConfig | None = None
+
+
+def cases(tool: str = "") -> list[Case]:
+    """Each variant of `forms.SIZES` plain and with all options, but for what `tool` takes too long over."""
+    smallest: dict[forms.Variant, forms.Size] = {}
+    for size in sorted(forms.SIZES, key=lambda size: (size.num_experts == 1, size.num_pairs)):
+        smallest.setdefault(size.variant, size)
+    found = [
+        Case(str(variant), size, options)
+        for variant, size in smallest.items()
+        if tool != "racecheck" or size.num_pairs <= MOST_RACECHECK_PAIRS
+        for options in (forms.OPTIONS[0], forms.OPTIONS[-1])
+    ]
+    return [*found, Case("batched", forms.BATCHED_SIZES[2], {})]
+
+
+_Config = BlockAlignMosaicConfig
+# Variants that the default table has at large sizes, or that a table of another GPU could have.
+_SMALL: tuple[tuple[forms.Size, BlockAlignMosaicConfig], ...] = (
+    (
+        forms.Size(9001, 100, 32),
+        _Config(form="grid", num_warpgroups=1, num_ctas=16, rounds=2, local_sort=True, cluster=8),
+    ),
+    (forms.Size(9002, 300, 16), _Config(form="grid", num_warpgroups=1, num_ctas=16, rounds=2)),
+    (
+        forms.Size(1901, 100, 16),
+        _Config(form="cluster", num_warpgroups=1, num_ctas=8, rounds=2, local_sort=True),
+    ),
+    (forms.Size(9003, 5000, 8), _Config(form="radix", num_warpgroups=2, num_ctas=8, rounds=2)),
+    (
+        forms.Size(9004, 5000, 8),
+        _Config(form="radix", num_warpgroups=2, num_ctas=8, rounds=2, cluster=8),
+    ),
+)
+
+
+def small_cases() -> list[Case]:
+    """Large sizes' variants at small ones, by a config of their own."""
+    found = []
+    for size, config in _SMALL:
+        fitted = fit(config, forms.problem(size, forms.OPTIONS[0]))
+        name = f"{forms.variant_of(size, fitted)}, small"
+        found += [Case(name, size, o, config) for o in (forms.OPTIONS[0], forms.OPTIONS[-1])]
+    return found
+
+
+# -- the alignment through jit -------------------------------------------------------------------------
+
+
+def align(case: Case, implementation: str = "mosaic_gpu") -> None:
+    import jax
+
+    import moe_align_jax as maj
+
+    if case.name == "batched":
+        num_experts, max_tokens, block_size = case.size
+        counts = np.random.default_rng(0).integers(0, max_tokens + 1, num_experts)
+        sizes = {"max_tokens_per_batch": max_tokens, "block_size": block_size}
+        got = maj.batched_moe_align_block_size(counts, implementation=implementation, **sizes)
+        want = oracle.align_batched(counts.tolist(), **sizes)
+        oracle.assert_same(jax.block_until_ready(got), want)
+        return
+    size, options = case.size, case.options
+    ids = oracle.route(
+        "outside",
+        num_tokens=size.num_pairs,
+        top_k=1,
+        num_experts=size.num_experts,
+        dtype="int32",
+        seed=0,
+    )
+    given = {
+        "block_size": size.block_size,
+        "num_experts": size.num_experts,
+        "expert_map": oracle.local_map("second", size.num_experts, 0) if options["map"] else None,
+        "ignore_invalid_experts": options["map"] == "filter",
+        "num_valid_pairs": size.num_pairs // 2 if options["num_valid_pairs"] else None,
+        "return_inverse": options["return_inverse"],
+        "pad_sorted_ids": options["pad_sorted_ids"],
+    }
+    chosen = _tuning.config_for
+    if case.config is not None:
+        chosen = functools.partial(fit, case.config)
+    with mock.patch.object(_tuning, "config_for", chosen):  # asked when the call is lowered
+        got = maj.moe_align_block_size(ids, implementation=implementation, **given)
+    oracle.assert_same(jax.block_until_ready(got), oracle.expected(ids, **given))
+
+
+# -- the other kernels through jit -----------------------------------------------------------------------
+
+
+def masked_quant(implementation: str = "mosaic_gpu") -> None:
+    """Every scale format; all rows, and some: only rows in use are fetched, as others hold anything."""
+    import jax
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def fetch(array, at, rows_last):
+        return array[at[0], :, at[1]] if rows_last else array[at]
+
+    rng = np.random.default_rng(0)
+    for (experts, rows, width), options in (
+        ((3, 5, 384), {}),
+        ((3, 5, 512), {"scale_format": "ue8m0"}),
+        ((2, 8, 1024), {"scale_format": "ue8m0_packed"}),
+        ((2, 7, 768), {"scale_layout": "column_major", "swiglu_alpha": 1.7, "swiglu_limit": 7.0}),
+        ((8, 3, 7168), {"swiglu_limit": 0.7}),
+    ):
+        x = rng.standard_normal((experts, rows, 2 * width), np.float32).astype(jnp.bfloat16)
+        math = {k: v for k, v in options.items() if k != "scale_layout"}
+        for counts in (np.full(experts, rows, np.int32), np.arange(experts, dtype=np.int32)):
+            q, scales = maj.silu_and_mul_masked_quant(
+                x, counts, implementation=implementation, **options
+            )
+            want_q, want_scales = masked_quant_oracle.expected(x, counts, **math)
+            at = np.nonzero(np.arange(rows) < counts[:, None])
+            packed = scales.dtype == jnp.int32
+            got_q, got_scales = np.zeros_like(want_q), np.zeros_like(want_scales)
+            got_q[at] = fetch(q, at, False)
+            found = np.asarray(fetch(scales, at, packed or "scale_layout" in options))
+            got_scales[at] = masked_quant_oracle.unpack(found.T[None])[0] if packed else found
+            masked_quant_oracle.assert_close(got_q, got_scales, want_q, want_scales, counts)
+
+
+def permute() -> None:
+    """The copy into the masked layout, rows of several widths at once and rows that end past their room."""
+    import jax
+    import ml_dtypes
+
+    import moe_align_jax as maj
+
+    for count, top_k, num_experts, room, width in ((9, 3, 4, 27, 48), (33, 8, 130, 3, 7168)):
+        rng = np.random.default_rng(0)
+        x = {
+            "q": rng.integers(0, 256, (count, width)).astype(np.uint8),
+            "scales": layouts.tokens(count, 3),
+            "half": layouts.tokens(count, 6).astype(ml_dtypes.bfloat16),
+        }
+        ids = layouts.routing("with holes", count, top_k, num_experts)
+        sizes = {"num_experts": num_experts, "max_tokens_per_expert": room, "initialize": True}
+        rows, layout = jax.jit(functools.partial(maj.permute_to_masked, **sizes))(x, ids)
+        for name, given in x.items():
+            want, *places = layouts.masked_oracle(given, ids, num_experts, room)
+            assert np.asarray(rows[name]).tobytes() == want.tobytes(), name
+        found = layout.masked_m, layout.tokens_per_expert, layout.row_of_pair, layout.pair_of_row
+        for ours, theirs in zip(found, places, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def weighted_sum() -> None:
+    """Several dtypes and widths; rows that nobody asks for are NaN."""
+    import jax
+
+    from moe_align_jax._kernels import rows as kernels
+
+    for problem in (
+        kernels.RowSum(1, 1, 1, 128, "bfloat16", "bfloat16", True),
+        kernels.RowSum(9, 8, 64, 7168, "bfloat16", "float32", True),
+        kernels.RowSum(33, 6, 100, 2880, "float16", "float16", True),
+        kernels.RowSum(7, 4, 50, 1152, "float32", "float32", False),
+    ):
+        given = layouts.row_sum_inputs(problem)
+        y, rows, weights = given
+        got = jax.jit(functools.partial(kernels.run_sum, problem))(y, rows, *weights)
+        layouts.assert_row_sums(problem, got, *given)
+
+
+# -- dispatch and combine over NVLink --------------------------------------------------------------------
+
+PEERS = (("normal", None), ("normal", "fp8"), ("low_latency", None), ("low_latency", "fp8"))
+
+
+def peers(mode: str, payload: str | None) -> None:
+    """A layer over all GPUs."""
+    import jax
+    from jax.sharding import AxisType
+
+    from tests.test_nvlink_gpu import Tokens
+
+    devices = jax.devices("gpu")
+    if len(devices) < 2:
+        raise RuntimeError(f"the peers' kernels need two GPUs; got {len(devices)}")
+    axes = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((1, len(devices)), ("dp", "ep"), axes, devices=devices)
+    given = Tokens(mesh, 20, 3, seed=0)
+    options = {"mode": mode, "payload": payload, "transport": "nvlink"}
+    got = np.asarray(given.run(given.layer(**options, max_low_latency_tokens=64)))
+    want = given.expected()
+    room = (0.08 if payload else 0.02) * np.abs(want).max()
+    np.testing.assert_allclose(got.astype(np.float32), want, atol=room)
+
+
+# -- all of a path -------------------------------------------------------------------------------------
+
+
+def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what to run) of each step of the path "jit" or "peers"."""
+    if path == "peers":
+        for mode, payload in PEERS:
+            yield f"{mode} {payload or ''}".strip(), functools.partial(peers, mode, payload)
+        return
+    for case in (*cases(tool), *small_cases()):
+        yield case.name, functools.partial(align, case)
+    yield "masked_quant", masked_quant
+    yield "permute", permute
+    yield "weighted_sum", weighted_sum
+
+
+def names(path: str) -> list[str]:
+    """Of the path's steps, each once."""
+    found = [case.name for case in cases()] if path == "direct" else [n for n, _ in runs(path)]
+    return list(dict.fromkeys(found))
