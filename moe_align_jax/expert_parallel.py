@@ -41,13 +41,15 @@ from moe_align_jax._expert_parallel.choice import (
 )
 from moe_align_jax._expert_parallel.exchange import (
     DispatchInfo,
+    fills_boxes,
     give_back,
     give_back_sums,
     send,
+    send_to_boxes,
 )
 from moe_align_jax._expert_parallel.nvlink import NVLINK, check_order
 from moe_align_jax._expert_parallel.transport import Group
-from moe_align_jax.masked_layout import permute_to_masked
+from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
 class DispatchHandle(NamedTuple):
@@ -208,19 +210,33 @@ def dispatch(
         x, scales, weights, ids = vary_together((x, scales, weights, ids), *names)
         with jax.named_scope("plan"):
             plan = TRANSPORTS[info.transport].plan(ids, group)
-        with jax.named_scope("send"):
-            x, scales, weights, ids = send(info, x, scales, weights, ids, plan)
-        in_use = jnp.any(ids >= 0, axis=1)
+        payload_and_pairs = x, scales, weights, ids
         if chosen == "normal":
-            handle = DispatchHandle(info, plan, in_use, None, None, None)
+            with jax.named_scope("send"):
+                x, scales, weights, ids = send(info, *payload_and_pairs, plan)
+            handle = DispatchHandle(info, plan, jnp.any(ids >= 0, axis=1), None, None, None)
             return Dispatched(x, scales, None, None, ids, weights, handle, choice)
-        (x, scales), layout = permute_to_masked(
-            (x, scales),
-            ids,
-            num_experts=group.num_local_experts,
-            max_tokens_per_expert=max_tokens_per_expert,
-            initialize=scales is None if initialize is None else initialize,
-        )
+        experts, received = group.num_local_experts, size * num_tokens
+        room = check_room(function, max_tokens_per_expert, experts, received, ids.shape[1])
+        if initialize is None:
+            initialize = not (info.quantise or scales is not None)
+        if not initialize and fills_boxes(info, *payload_and_pairs, room):
+            with jax.named_scope("send"):
+                x, scales, weights, ids, layout = send_to_boxes(
+                    info, room, *payload_and_pairs, plan
+                )
+            layout = MaskedLayout(*layout)
+        else:
+            with jax.named_scope("send"):
+                x, scales, weights, ids = send(info, *payload_and_pairs, plan)
+            (x, scales), layout = permute_to_masked(
+                (x, scales),
+                ids,
+                num_experts=experts,
+                max_tokens_per_expert=room,
+                initialize=initialize,
+            )
+        in_use = jnp.any(ids >= 0, axis=1)
         if scales is not None and scales.dtype == jnp.int32:
             scales = jnp.swapaxes(scales, 1, 2)
         handle = DispatchHandle(info, plan, in_use, layout, weights, ids)

@@ -106,17 +106,22 @@ def permute_to_masked(
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
-    room = max(num_tokens, 1)
-    if max_tokens_per_expert is not None:
-        room = _checks.check_positive_int(
-            function, "max_tokens_per_expert", max_tokens_per_expert, "Pass the rows per expert."
-        )
-    _checks.check_fits_int32(
-        function, "max_tokens_per_expert", num_experts * room + ids.size, "a number of rows"
-    )
-
+    room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = block_align._narrow_on_host(ids, num_experts)
     return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+
+
+def check_room(
+    function: str, max_tokens_per_expert: Any, num_experts: int, num_tokens: int, top_k: int
+) -> int:
+    """M."""
+    room, name = max(num_tokens, 1), "max_tokens_per_expert"
+    if max_tokens_per_expert is not None:
+        remedy = "Pass the rows per expert."
+        room = _checks.check_positive_int(function, name, max_tokens_per_expert, remedy)
+    rows = num_experts * room + num_tokens * top_k
+    _checks.check_fits_int32(function, name, rows, "a number of rows")
+    return room
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "room", "initialize"))

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from moe_align_jax import _dispatch
 from moe_align_jax._expert_parallel import choice
+from moe_align_jax._expert_parallel.nvlink import NvLink
+from moe_align_jax._kernels.peer_rows import dispatch
 
 pytestmark = pytest.mark.gpu
 HIDDEN, LOCAL = 256, 4
@@ -119,6 +121,44 @@ def test_a_layer_equals_numpy(mesh, tokens, top_k, mode, payload):
     np.testing.assert_array_equal(np.asarray(given.run(body)).astype(np.float32), got)
 
 
+@pytest.mark.parametrize("payload", [None, "fp8", "fp8_ue8m0_packed"])
+@pytest.mark.parametrize("room", [None, 3])
+@pytest.mark.parametrize("tokens", [1, 8, 128, 250])
+def test_boxes_filled_by_one_kernel_are_those_of_four(mesh, monkeypatch, tokens, room, payload):
+    """Bit for bit, and again. Rows of 7168 columns are cut into parts where tokens are few."""
+    given = Tokens(mesh, tokens, 4, seed=tokens, hidden=7168)
+    filled, fill = [], NvLink.send_to_boxes
+    spy = lambda *args: filled.append(1) or fill(*args)  # noqa: E731
+    monkeypatch.setattr(NvLink, "send_to_boxes", spy)
+
+    def body(x, ids, weights):
+        options = dict(mode="low_latency", transport="nvlink", max_low_latency_tokens=512)
+        got = given.dispatch(
+            x,
+            ids,
+            weights,
+            payload=payload,
+            max_tokens_per_expert=room,
+            initialize=False,
+            **options,
+        )
+        layout, scales = got.handle.layout, got.scales
+        if payload == "fp8_ue8m0_packed":
+            scales = jnp.swapaxes(scales, 1, 2)
+        used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
+        rows = [r.view(jnp.uint8) for r in (got.x, scales) if r is not None]
+        rows = [jnp.where(used[..., None], r, 0) for r in rows]
+        return rows, got.masked_m, tuple(layout), got.handle.in_use, got.handle.topk_weights
+
+    runs = [given.run(lambda *operands: body(*operands)) for _ in range(2)]
+    assert len(filled) == 2
+    monkeypatch.setattr(dispatch, "MAX_PAIRS", 0)
+    runs.append(given.run(lambda *operands: body(*operands)))
+    assert len(filled) == 2
+    for other in runs[1:]:
+        jax.tree.map(np.testing.assert_array_equal, runs[0], other)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("tokens", [7, 260])
 def test_rows_and_sums_are_those_of_all_to_all(mesh, tokens, dtype):
@@ -136,13 +176,15 @@ def test_rows_and_sums_are_those_of_all_to_all(mesh, tokens, dtype):
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
 
 
-@pytest.mark.parametrize("mode", ["normal", "low_latency"])
-def test_gradients_are_those_of_all_to_all(mesh, mode):
+@pytest.mark.parametrize(
+    ("mode", "initialize"), [("normal", None), ("low_latency", True), ("low_latency", False)]
+)
+def test_gradients_are_those_of_all_to_all(mesh, mode, initialize):
     given = Tokens(mesh, 9, 3, seed=2, dtype=jnp.float32)
 
     def body(transport, x, ids, weights):
         def loss(x, weights):
-            layer = given.layer(mode=mode, transport=transport)
+            layer = given.layer(mode=mode, transport=transport, initialize=initialize)
             return jnp.sum(jnp.sin(layer(x, ids, weights)))
 
         return jax.grad(loss, argnums=(0, 1))(x, weights)
@@ -192,9 +234,11 @@ def test_pairs_dropped_for_want_of_room(mesh, tokens, room):
     np.testing.assert_array_equal(got[2], got[0])
 
 
-def test_many_steps_in_one_program(mesh):
+@pytest.mark.parametrize("initialize", [True, False])
+@pytest.mark.parametrize("tokens", [3, 33, 140])
+def test_many_steps_in_one_program(mesh, tokens, initialize):
     """Each step starts from the one before: a row that came late would show."""
-    given = Tokens(mesh, 33, 2, seed=4)
+    given = Tokens(mesh, tokens, 2, seed=4, hidden=3072)
     given.ids = np.abs(given.ids) % given.experts
 
     def body(x, ids, weights):
@@ -202,7 +246,8 @@ def test_many_steps_in_one_program(mesh):
 
         def step(i, x):
             turned = (ids + i) % given.experts
-            got = given.dispatch(x, turned, weights * share, transport="nvlink")
+            options = dict(mode="low_latency", max_low_latency_tokens=512, initialize=initialize)
+            got = given.dispatch(x, turned, weights * share, transport="nvlink", **options)
             return maj.combine(got.x, got.handle)
 
         return jax.lax.fori_loop(0, 100, step, x)

@@ -12,7 +12,16 @@ import moe_align_jax as maj
 from moe_align_jax import _checks, expert_parallel
 from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NvLink
 from moe_align_jax._kernels import peer_rows
-from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send, combine, copying
+from moe_align_jax._kernels.peer_rows import (
+    Combine,
+    Dispatch,
+    Field,
+    GiveBack,
+    Send,
+    combine,
+    copying,
+    dispatch,
+)
 from moe_align_jax._simt import emulator, faults
 from moe_align_jax._simt.language import Devices, Kernel
 
@@ -90,6 +99,106 @@ def test_send_quantises_as_message_does(devices, tokens, groups, seed):
     want = np.clip(codes, -448, 448).astype(jnp.float8_e4m3fn).reshape(devices * tokens, columns)
     np.testing.assert_array_equal(got[0]["received0"].view(np.uint8), want.view(np.uint8))
     np.testing.assert_array_equal(got[0]["received1"], amax * np.float32(1 / 448))
+
+
+def layout_of(ids, experts: int, room: int) -> dict[str, np.ndarray]:
+    """The MaskedLayout of local ids `[R, K]`, a pair at a time."""
+    counts = np.zeros(experts, np.int32)
+    row_of_pair = np.full(ids.shape, -1, np.int32)
+    pair_of_row = np.full((experts, room), ids.size, np.int32)
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if 0 <= expert < experts:
+            if counts[expert] < room:
+                row_of_pair.reshape(-1)[pair] = expert * room + counts[expert]
+                pair_of_row[expert, counts[expert]] = pair
+            counts[expert] += 1
+    return {
+        "masked_m": np.minimum(counts, room),
+        "tokens_per_expert": counts,
+        "row_of_pair": row_of_pair,
+        "pair_of_row": pair_of_row,
+    }
+
+
+def check_dispatch(problem: Dispatch, ids, weights, *fields) -> None:
+    """Ids, weights and rows as `Send` delivers them, which is checked by itself; the boxes against NumPy."""
+    send = problem.send
+    experts, pairs = send.num_local_experts, (-1, send.top_k)
+    got = sent(problem, ids, weights, *fields)
+    alone = sent(send, ids, weights, *fields)
+    for rank, (mine, plain) in enumerate(zip(got, alone, strict=True)):
+        for name, array in plain.items():
+            np.testing.assert_array_equal(mine[name].view(np.uint8), array.view(np.uint8), name)
+        local = ids.reshape(pairs) - rank * experts
+        local = np.where((local >= 0) & (local < experts), local, -1)
+        np.testing.assert_array_equal(mine["local_ids"], local)
+        for name, array in layout_of(local, experts, problem.room).items():
+            np.testing.assert_array_equal(mine[name], array, name)
+        pair = mine["pair_of_row"]
+        for number in range(len(send.received)):
+            rows, boxes = (mine[f"{name}{number}"] for name in ("received", "boxes"))
+            used = rows.view(np.uint8)[np.minimum(pair, pairs[1] * len(rows) - 1) // send.top_k]
+            used[pair == local.size] = 0
+            np.testing.assert_array_equal(boxes.view(np.uint8), used)
+
+
+@given(
+    devices=st.integers(1, 8),
+    tokens=st.integers(1, 9),
+    top_k=st.integers(1, 5),
+    local=st.integers(1, 5),
+    room=st.integers(1, 30),
+    columns=st.sampled_from([4, 6, 8, 514, 1028]),
+    seed=st.integers(0, 99),
+)
+def test_dispatch_fills_the_boxes(devices, tokens, top_k, local, room, columns, seed):
+    """Ids may be out of range or occur twice in a token, and boxes be too small."""
+    rng = np.random.default_rng(seed)
+    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
+    ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
+    weights = rng.random((devices, tokens, top_k), np.float32) + 1
+    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
+    y = rng.random((devices, tokens, 3), np.float32) + 1
+    send = Send(tokens, top_k, fields, Devices(devices), local, True)
+    check_dispatch(Dispatch(send, room), ids, weights, x, y)
+
+
+@given(
+    devices=st.integers(2, 4),
+    tokens=st.integers(1, 5),
+    top_k=st.sampled_from([1, 8, 11]),
+    groups=st.sampled_from([1, 8, 16, 24, 56]),
+    seed=st.integers(0, 99),
+)
+def test_dispatch_quantises_parts_of_rows(devices, tokens, top_k, groups, seed):
+    rng, local = np.random.default_rng(seed), 7
+    ids = rng.integers(0, devices * local, (devices, tokens, top_k)).astype(np.int32)
+    weights = rng.random((devices, tokens, top_k), np.float32)
+    x = rng.standard_normal((devices, tokens, 128 * groups)).astype(jnp.bfloat16)
+    field, e4m3 = Field(128 * groups, np.dtype(jnp.bfloat16)), np.dtype(jnp.float8_e4m3fn)
+    send = Send(tokens, top_k, (field,), Devices(devices), local, True, e4m3)
+    problem = Dispatch(send, devices * tokens)
+    assert dispatch.parts(problem) == {1: 1, 8: 1, 16: 2, 24: 3, 56: 7}[groups]
+    check_dispatch(problem, ids, weights, x)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "room", "reason"),
+    [
+        (128, 8, 32, 1024, None),
+        (129, 8, 32, 1024, "at most 8192"),
+        (4, 32, 32, 4, None),
+        (4, 33, 32, 4, "at most 32"),
+        (1, 2, 7 * 32, 4, None),  # 7 parts of a row: 7 CTAs
+        (1, 2, 7 * 32 + 1, 4, "at most 32 experts"),
+        (128, 8, 32, 2**31 // (32 * 1792) + 1, "int32"),
+    ],
+)
+def test_what_dispatch_in_one_kernel_takes(tokens, top_k, experts, room, reason):
+    field, e4m3 = Field(7168, np.dtype(jnp.bfloat16)), np.dtype(jnp.float8_e4m3fn)
+    send = Send(tokens, top_k, (field,), Devices(8), experts, True, e4m3)
+    refused = peer_rows.dispatch_unsupported(Dispatch(send, room))
+    assert refused is None if reason is None else reason in str(refused)
 
 
 @given(
@@ -193,6 +302,17 @@ def test_send_with_more_tokens_than_ctas(monkeypatch):
     peer_rows.build.cache_clear()
 
 
+def test_dispatch_with_more_tokens_than_ctas(monkeypatch):
+    monkeypatch.setattr(copying, "MAX_CTAS", 3)
+    peer_rows.build.cache_clear()
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1 << 16, (2, 8, 8)).astype(np.uint16)
+    ids = rng.integers(-1, 19, (2, 8, 3)).astype(np.int32)
+    send = Send(8, 3, (Field(8, np.dtype("uint16")),), Devices(2), 9, True)
+    check_dispatch(Dispatch(send, 4), ids, rng.random(ids.shape, np.float32), x)
+    peer_rows.build.cache_clear()
+
+
 def test_a_cta_that_does_not_meet_its_peers_is_found():
     def body(t, r):
         with t.if_(t.thread_id().eq(0)):
@@ -230,7 +350,10 @@ def test_a_low_latency_step_lowers_to_our_kernels_alone(monkeypatch, shape, name
     structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
     program = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))
     text = program.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-    assert "moe_dispatch_send" in text and "moe_combine" in text
+    assert "moe_combine" in text
+    # Without rows to be cleared one kernel does it all.
+    assert ("moe_dispatch_send" in text) == (payload is None)
+    assert ("permute_to_masked_mosaic" in text) == (payload is None)
     assert "all_to_all" not in text and "all_gather" not in text
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.nvlink import NVLINK
-from moe_align_jax._expert_parallel.rows import sum_rows
+from moe_align_jax._expert_parallel.rows import sum_copies, sum_rows
 from moe_align_jax._expert_parallel.transport import Group
 
 _I32 = jnp.int32
@@ -76,6 +76,41 @@ def _send_backward(info, saved, cotangents):
 
 
 send.defvjp(_send_forward, _send_backward)
+
+
+def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
+    """Whether `send_to_boxes` takes these."""
+    if info.transport != NVLINK.name:
+        return False
+    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    return NVLINK.fills_boxes(fields, info.group, room, info.quantise)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def send_to_boxes(info: DispatchInfo, room: int, x, scales, weights, ids, plan):
+    """`send`, then `permute_to_masked` of what came, not initialised: (x, scales, weights, ids, layout)."""
+    del plan
+    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    boxes, layout, received = NVLINK.send_to_boxes(fields, info.group, room, info.quantise)
+    return boxes[0], boxes[1] if len(boxes) > 1 else None, *received, layout
+
+
+def _boxes_forward(info, room, *operands):
+    results = send_to_boxes(info, room, *operands)
+    ids, (_, _, row_of_pair, _) = results[3:]
+    return results, (operands[-1], ids >= 0, row_of_pair)
+
+
+def _boxes_backward(info, room, saved, cotangents):
+    del room
+    plan, mine, row_of_pair = saved
+    d_x, d_scales, d_weights, *_ = cotangents
+    if d_scales is None:
+        d_x = sum_copies(d_x, row_of_pair)
+    return _send_backward(info, (plan, mine), (d_x, d_scales, d_weights, None))
+
+
+send_to_boxes.defvjp(_boxes_forward, _boxes_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

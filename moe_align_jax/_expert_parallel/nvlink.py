@@ -1,9 +1,9 @@
 """Our own kernels write rows straight into the peers' buffers over NVLink: the GPUs of one process.
 
 A token's row goes only to the ranks that have one of its experts, each to its place at once: nothing is
-packed, and nothing is counted first. The sum over ranks is ours: float32, in the order of the ranks. Two
-steps of a low-latency exchange are done on the way: the fp8 quantisation, and the weighted sum of
-a token's rows.
+packed, and nothing is counted first. The sum over ranks is ours: float32, in the order of the ranks. Steps
+of a low-latency exchange are done on the way: the fp8 quantisation, the boxes of the experts, and the
+weighted sum of a token's rows.
 """
 
 from typing import Any
@@ -88,6 +88,41 @@ class NvLink:
         problem = self._problem([x], ids, group, routing=True)
         problem = problem._replace(quantise=np.dtype(message.FP8))
         return _launch(problem, ids, weights, x)
+
+    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+        """Whether `send_to_boxes` takes these."""
+        *payload, _, ids = fields
+        if ids.size == 0 or any(x.shape[1] * x.dtype.itemsize % _WORD for x in payload):
+            return False
+        problem = self._dispatch_problem(payload, ids, group, room, quantise)
+        return peer_rows.dispatch_unsupported(problem) is None
+
+    def send_to_boxes(
+        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
+        `send_fields`). Rows from `masked_m` on are not written.
+
+        Args:
+            fields: the payload, weights and ids.
+            group: the ranks.
+            room: rows per expert.
+            quantise: whether the payload, one bfloat16 array, becomes e4m3 codes and float32 scales.
+        """
+        *payload, weights, ids = fields
+        problem = self._dispatch_problem(payload, ids, group, room, quantise)
+        given = zip(problem.outputs, _launch(problem, ids, weights, *payload), strict=True)
+        named = {name: x for name, x in given if not name.startswith("received")}
+        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = named.values()
+        return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
+
+    def _dispatch_problem(
+        self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
+    ) -> peer_rows.Dispatch:
+        send = self._problem(payload, ids, group, routing=True)
+        return peer_rows.Dispatch(
+            send._replace(quantise=np.dtype(message.FP8)) if quantise else send, room
+        )
 
     def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
         if plan.size == 0:

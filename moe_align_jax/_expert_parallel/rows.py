@@ -103,11 +103,12 @@ def _copy_forward(room, initialize, leaves, indices):
 def _copy_backward(room, initialize, row_of_pair, cotangents):
     del room, initialize
     _, d_rows = cotangents
-    return [_d_leaf(d, row_of_pair) for d in d_rows], None
+    return [sum_copies(d, row_of_pair) for d in d_rows], None
 
 
-def _d_leaf(d_rows, row_of_pair):
-    if not jnp.issubdtype(d_rows.dtype, jnp.floating):  # of integers
+def sum_copies(d_rows, row_of_pair):
+    """The cotangent `[T, ...]` of rows that were copied to boxes `[e, M, ...]`; None of integers."""
+    if not jnp.issubdtype(d_rows.dtype, jnp.floating):
         return None
     flat = d_rows.reshape(-1, *d_rows.shape[2:])
     flat, row_of_pair = vary_together((flat, row_of_pair))

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_align_jax._simt.devices import Peers
 from moe_align_jax._simt.faults import EmulatorError
 from moe_align_jax._simt.language import Kernel, Program, check_launch
 from moe_align_jax._simt.lockstep import EmulatedSimt
 from moe_align_jax._simt.memory import Buffer
+from moe_align_jax._simt.races import Told
 
 
 def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -> None:
@@ -45,6 +47,7 @@ def _common(kernel: Kernel, check_races: bool) -> dict[str, Any]:
         "kernel": kernel.name,
         "num_threads": kernel.num_threads,
         "check_races": check_races,
+        "num_ctas": kernel.num_ctas if kernel.devices else 0,
     }
 
 
@@ -56,7 +59,7 @@ def _outputs(kernel: Kernel, check_races: bool) -> dict[str, Buffer]:
             np.zeros(int(np.prod(shape)), np.int32),
             writable=True,
             per_cta=False,
-            reach="grid" if kernel.num_ctas > 1 else "cta",
+            reach="grid" if kernel.num_ctas > 1 or kernel.devices else "cta",
             **_common(kernel, check_races),
         )
         for name, shape in kernel.outputs.items()
@@ -111,8 +114,7 @@ def run_on_devices(
     Args:
         kernel: with `devices`.
         arrays: for each device the operands, int32, in the order and shapes of `kernel.inputs`.
-        check_races: as for `run`. The CTAs of one index on all devices count as one, so that a read of what
-            another CTA's peer wrote is a race.
+        check_races: as for `run`. A read of what another device wrote is a race until it was told of.
 
     Returns:
         For each device the outputs, in order; 0 where nothing was written.
@@ -123,13 +125,15 @@ def run_on_devices(
     check_launch(kernel)
     outputs = [_outputs(kernel, check_races) for _ in arrays]
     together = threading.Barrier(len(arrays))
+    told = Told(len(arrays), kernel.num_ctas, kernel.num_threads)
 
     def run_one(rank: int) -> None:
         data = {
             name: np.asarray(array, np.int32).reshape(-1)
             for name, array in zip(kernel.inputs, arrays[rank], strict=True)
         }
-        machine = EmulatedSimt(kernel, rank=rank, outputs=outputs, meet=together.wait)
+        peers = Peers(rank, outputs, together.wait, told)
+        machine = EmulatedSimt(kernel, peers=peers)
         try:
             _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)
         except BaseException:

@@ -7,7 +7,8 @@ It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline
 Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles, ballots and
 matches order no memory. `block_sync` orders shared and global accesses of one CTA, `cluster_sync` shared
 accesses of the CTAs of a cluster (CTA g is in cluster g // `cluster`); nothing else orders two CTAs of one
-kernel. A kernel sees what the kernels before it wrote, from its `grid_dependency_wait` on.
+kernel but what they tell each other, where several devices run it. A kernel sees what the kernels before it
+wrote, from its `grid_dependency_wait` on.
 """
 
 import abc
@@ -263,6 +264,25 @@ class Simt(abc.ABC):
     def device_sync(self) -> None:
         """Once: tells the CTA of my index on every device that my CTA stores no more there, and waits for
         theirs. What they wrote here my CTA may read from then on, and later kernels may."""
+
+    @abc.abstractmethod
+    def tell_peers(self) -> None:
+        """By a whole warp, once: the CTAs of my index on every device, mine too, may read what the warp has
+        stored until now, once they are back from `wait_for_peers`. It orders the warp as `warp_sync` does."""
+
+    @abc.abstractmethod
+    def wait_for_peers(self, count: int) -> None:
+        """By whole warps: waits until `count` warps, no more will, of the CTA of my index on every device
+        have told. A `block_sync` passes on to the CTA what one of its warps has waited for."""
+
+    @abc.abstractmethod
+    def tell_everyone(self) -> None:
+        """As `tell_peers`, to every CTA of every device; those know after `wait_for_everyone`."""
+
+    @abc.abstractmethod
+    def wait_for_everyone(self, count: int) -> None:
+        """By whole warpgroups, in which one thread looks for all: waits until `count` warps of every CTA of
+        every device have told. All CTAs must be resident."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

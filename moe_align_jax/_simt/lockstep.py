@@ -1,13 +1,14 @@
 """The machine in NumPy: a grid's threads in lock step, control flow narrowing who is active."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from moe_align_jax._simt.devices import AmongDevices, Peers, Remote
 from moe_align_jax._simt.faults import (
     DivergentBarrier,
     MisalignedAccess,
@@ -15,33 +16,24 @@ from moe_align_jax._simt.faults import (
     RaceError,
     Undefined,
 )
-from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
+from moe_align_jax._simt.language import WARP, Int, Kernel
 from moe_align_jax._simt.memory import Buffer
 from moe_align_jax._simt.races import Clock, Threads
 from moe_align_jax._simt.values import NOTHING, Scope, Value, array_of, constant
 
 
-class Remote(NamedTuple):
-    """An output of other devices; each thread has the rank of its own."""
-
-    name: str
-    ranks: np.ndarray
-
-
-class EmulatedSimt(Simt):
+class EmulatedSimt(AmongDevices):
     """All CTAs of one kernel at once.
 
     `behind`: the kernels of the program that have ended once `grid_dependency_wait` returns.
-    `rank`, `outputs`, `meet`: this device, all devices' outputs by name, how to wait for the others.
+    `peers`: for a kernel of several devices.
     """
 
     def __init__(
         self,
         kernel: Kernel,
         behind: frozenset[int] = frozenset(),
-        rank: int = 0,
-        outputs: Sequence[Mapping[str, Buffer]] = (),
-        meet: Callable[[], Any] = lambda: None,
+        peers: Peers | None = None,
     ):
         self.name, self._behind = kernel.name, behind
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
@@ -51,12 +43,12 @@ class EmulatedSimt(Simt):
         self._cta = np.arange(self.num_ctas, dtype=np.int32).repeat(
             self.num_threads if self.num_ctas > 1 else 1
         )
-        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster)
+        rank, told = (peers.rank, peers.told) if peers else (0, None)
+        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, rank, told)
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
-        self._rank, self._outputs, self._meet = rank, outputs, meet
-        self._synced = kernel.devices is None
+        self._join(peers, self._total // WARP)
         self.scope = Scope(None, self._total)
 
     @property
@@ -131,6 +123,9 @@ class EmulatedSimt(Simt):
 
     def cta_id(self) -> Int:
         return Value(self._cta, self)
+
+    def rank(self) -> Int:
+        return Value(constant(self._others().rank), self)
 
     def const(self, value: int) -> Int:
         return Value(constant(operator.index(value)), self)
@@ -255,7 +250,7 @@ class EmulatedSimt(Simt):
         self._peers_read = True
         return self._spread(ref.read(self._cells(ref, index, of=peer), self._threads()))
 
-    def store(self, ref: "Buffer | Remote", index: Any, value: Int | int) -> None:
+    def store(self, ref: Buffer | Remote, index: Any, value: Int | int) -> None:
         if isinstance(ref, Remote):
             for buffer in self._each_device(ref):
                 self.store(buffer, index, value)
@@ -279,15 +274,13 @@ class EmulatedSimt(Simt):
         words = self._read(ref, self._vectors(ref, index), self._threads().times(4))
         return tuple(self._spread(words[k::4]) for k in range(4))
 
-    def store4(self, ref: "Buffer | Remote", index: Int | int, value: Any) -> None:
+    def store4(self, ref: Buffer | Remote, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
 
-    def store2(self, ref: "Buffer | Remote", index: Int | int, value: tuple[Int, ...]) -> None:
+    def store2(self, ref: Buffer | Remote, index: Int | int, value: tuple[Int, ...]) -> None:
         self._store_words(ref, index, value)
 
-    def _store_words(
-        self, ref: "Buffer | Remote", index: Int | int, values: tuple[Int, ...]
-    ) -> None:
+    def _store_words(self, ref: Buffer | Remote, index: Int | int, values: tuple[Int, ...]) -> None:
         if isinstance(ref, Remote):
             for buffer in self._each_device(ref):
                 self._store_words(buffer, index, values)
@@ -412,35 +405,11 @@ class EmulatedSimt(Simt):
 
     def check_end(self) -> None:
         """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
-        if not self._synced:
-            raise RaceError(f"{self.name}: it ends without device_sync.")
+        self._check_devices_end()
         if self._peers_read or self._leaving:
             raise RaceError(
                 f"{self.name}: load_peer, and the end without cluster_wait: the peer may have ended."
             )
-
-    # -- other devices
-
-    def rank(self) -> Int:
-        return Value(constant(self._rank), self)
-
-    def remote(self, ref: Buffer, rank: Int | int) -> "Remote":
-        return Remote(ref.name, array_of(rank))
-
-    def _each_device(self, ref: "Remote") -> Iterator[Buffer]:
-        """The buffers behind a remote ref, each with the lanes that mean it."""
-        for rank in np.unique(self.scope.active(ref.ranks)):
-            if not 0 <= rank < len(self._outputs) or ref.name not in self._outputs[rank]:
-                raise Undefined(f"{self.name}: {ref.name} is no output of a device {rank}.")
-            with self._inside(self._chosen(self.scope, ref.ranks == rank)):
-                yield self._outputs[rank][ref.name]
-
-    def device_sync(self) -> None:
-        if self.scope.lanes is not None or self._synced:
-            raise DivergentBarrier(f"{self.name}: device_sync is for all threads, once.")
-        self._clock.block_barrier(self._whole(self.num_threads, "device_sync"))
-        self._meet()
-        self._synced = True
 
     def grid_dependency_wait(self) -> None:
         lanes = self.scope.lanes

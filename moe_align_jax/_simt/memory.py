@@ -32,9 +32,11 @@ class Buffer:
         reach: str,
         check_races: bool,
         producer: int | None = None,
+        num_ctas: int = 0,
     ):
         self.name, self.shape, self.data, self.kernel = name, shape, data, kernel
         self.per_cta, self.producer = per_cta, producer
+        self._num_ctas = num_ctas  # of a device, where there are several
         self.words = int(np.prod(shape))
         self._num_threads, self._check = num_threads, check_races
         self._new = lambda: Touches(data.size, num_threads, reach)
@@ -118,6 +120,9 @@ class Buffer:
 
     def thread(self, mark: int) -> str:
         cta, thread = divmod(thread_of(mark), self._num_threads)
+        if self._num_ctas:
+            device, cta = divmod(cta, self._num_ctas)
+            return f"thread {thread} of CTA {cta} of device {device}"
         return f"thread {thread} of CTA {cta}"
 
     def _race(

@@ -19,9 +19,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
-from moe_align_jax._simt.language import Int, Kernel, Program, Simt, check_launch
+from moe_align_jax._simt.language import (
+    WARP,
+    WARPGROUP,
+    Int,
+    Kernel,
+    Program,
+    Simt,
+    check_launch,
+)
 
 _FULL_MASK = -1
+_COUNTERS = 2  # words of a CTA, in a kernel of several devices
 _BINARY = {
     "add": arith.addi,
     "sub": arith.subi,
@@ -124,7 +133,8 @@ class MosaicSimt(Simt):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
         self._pdl = pdl
-        # For kernels of several devices: Mosaic's launch context, and a zeroed word of each CTA.
+        # For kernels of several devices: Mosaic's launch context, and zeroed counters, two words of each CTA:
+        # what its peers have told, and, of CTA 0 alone, what everyone has.
         self._devices, self._context, self._arrivals = kernel.devices, context, arrivals
 
     def thread_id(self) -> Int:
@@ -309,25 +319,61 @@ class MosaicSimt(Simt):
         there = self._context.to_remote(ref.argument, _value(self._device(rank)))
         return _global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
 
-    def device_sync(self) -> None:
+    def _counter(self, ref: Any, everyone: bool) -> ir.Value:
+        """A pointer to one of the counters, given those of my CTA on any device."""
+        at = 1 - self.cta_id() * _COUNTERS if everyone else self.const(0)
+        return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(at)], _i32())
+
+    def _tell(self, lane: Int, everyone: bool) -> None:
+        """A lane per device: one fence for what came before, then a count everywhere at once."""
         assert self._devices is not None
-        void, thread = ir.Type.parse("!llvm.void"), self.thread_id()
-        gpu.barrier()
-        # A lane per device: one fence for all that the CTA has written, then a count everywhere at once.
-        with self.if_(thread < self._devices.count):
-            there = self._context.to_remote(self._arrivals, _value(self._device(thread)))
+        with self.if_(lane < self._devices.count):
+            there = self._context.to_remote(self._arrivals, _value(self._device(lane)))
             signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
-            pointer = mgpu_utils.memref_ptr(there)
+            pointer, void = self._counter(there, everyone), ir.Type.parse("!llvm.void")
             llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
-        with self.if_(thread.eq(0)):
-            pointer = mgpu_utils.memref_ptr(self._arrivals)
+
+    def _await(self, lane: Int, count: int, everyone: bool) -> None:
+        """The first lane looks until the counter on this device has come to the number."""
+        with self.if_(lane.eq(0)):
             wait = (
                 "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
                 "setp.lt.u32 more, seen, $1; @more bra again; }"
             )
-            count = _value(self._devices.count)
-            llvm.inline_asm(void, [pointer, count], wait, "l,r,~{memory}", has_side_effects=True)
-        gpu.barrier()
+            operands = [self._counter(self._arrivals, everyone), _value(count)]
+            void = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(void, operands, wait, "l,r,~{memory}", has_side_effects=True)
+
+    def _lane(self) -> Int:
+        return self.thread_id() & (WARP - 1)
+
+    def tell_peers(self) -> None:
+        self.warp_sync()
+        self._tell(self._lane(), everyone=False)
+
+    def tell_everyone(self) -> None:
+        self.warp_sync()
+        self._tell(self._lane(), everyone=True)
+
+    def wait_for_peers(self, count: int) -> None:
+        assert self._devices is not None
+        self._await(self._lane(), count * self._devices.count, everyone=False)
+        self.warp_sync()
+
+    def wait_for_everyone(self, count: int) -> None:
+        assert self._devices is not None
+        everyone = count * self._devices.count * self.num_ctas
+        self._await(self.thread_id() & (WARPGROUP - 1), everyone, everyone=True)
+        barrier = self.thread_id() // WARPGROUP + 1  # 0 is block_sync's
+        void, sync = ir.Type.parse("!llvm.void"), f"bar.sync $0, {WARPGROUP};"
+        llvm.inline_asm(void, [_value(barrier)], sync, "r,~{memory}", has_side_effects=True)
+
+    def device_sync(self) -> None:
+        assert self._devices is not None
+        self.block_sync()
+        self._tell(self.thread_id(), everyone=False)
+        self._await(self.thread_id(), self._devices.count, everyone=False)
+        self.block_sync()
 
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
@@ -365,7 +411,7 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
     scratch: list[Any] = [plgpu.SMEM((words,), jnp.int32)] if words else []
     if kernel.devices:
-        scratch.append(plgpu.SemaphoreType.REGULAR)
+        scratch.append(plgpu.SemaphoreType.REGULAR((_COUNTERS,)))
     buffers = {**kernel.inputs, **kernel.outputs}
 
     def body(*refs):

@@ -2,8 +2,9 @@
 
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
 `warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA, `cluster_sync`
-between the CTAs of a cluster (for shared memory); nothing orders two CTAs otherwise. Atomics do not
-conflict with each other, only with plain accesses.
+between the CTAs of a cluster (for shared memory). Two CTAs, also those of two devices, are otherwise ordered
+only by what a warp tells and the other waits for (`Told`). Atomics do not conflict with each other, only
+with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
 Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
@@ -12,7 +13,8 @@ cluster's last barrier when below its *wide* floor, and before the warp's last b
 is below the warp's. `span` widens a mark to several lanes of the warp since its last barrier, several
 warps of the CTA since the last block barrier, or several CTAs of the cluster since its last one: all
 that a later write needs to know of all the reads, so that one mark per cell and kind of access is
-exact. Mark 0 is an untouched cell; stamps start at 1.
+exact. Mark 0 is an untouched cell; stamps start at 1. Where several devices run a kernel, their threads are
+counted on from device to device.
 """
 
 from typing import NamedTuple
@@ -31,36 +33,60 @@ def _at(floor: Floor, lanes: np.ndarray) -> Floor:
     return floor if isinstance(floor, int) else floor[lanes]
 
 
+class Told:
+    """What the warps of all devices have told: their stamps at that time, 0 for nothing yet."""
+
+    def __init__(self, num_devices: int, num_ctas: int, num_threads: int):
+        shape = num_devices, num_ctas, num_threads // WARP
+        self.peers, self.everyone = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+
+
 class Threads(NamedTuple):
-    """Who makes an access: each lane's mark, the floors of its CTA and its cluster (ints when all agree)."""
+    """Who makes an access: each lane's mark, the floors of its CTA and its cluster (ints when all agree), and
+    the clock that knows what their warps have waited for."""
 
     marks: np.ndarray
     floor: Floor
     wide: Floor
+    clock: "Clock"
 
     def at(self, lanes: np.ndarray) -> "Threads":
-        return Threads(self.marks[lanes], _at(self.floor, lanes), _at(self.wide, lanes))
+        floors = _at(self.floor, lanes), _at(self.wide, lanes)
+        return Threads(self.marks[lanes], *floors, self.clock)
 
     def times(self, n: int) -> "Threads":
-        floors = [f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide)]
-        return Threads(self.marks.repeat(n), *floors)
+        floor, wide = (f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide))
+        return Threads(self.marks.repeat(n), floor, wide, self.clock)
 
 
 class Clock:
-    """Barriers passed by every warp, CTA and cluster of a grid."""
+    """Barriers passed by every warp, CTA and cluster of the grid of device `rank`; `told` is all devices'."""
 
-    def __init__(self, num_ctas: int, num_threads: int, cluster: int = 1):
+    def __init__(
+        self,
+        num_ctas: int,
+        num_threads: int,
+        cluster: int = 1,
+        rank: int = 0,
+        told: Told | None = None,
+    ):
         self.num_threads = num_threads
         self.tick = 1
+        self._told, self._rank = told, rank
+        # Which warps have waited, by themselves or through a barrier of their CTA.
+        self.heard_peers, self.heard_everyone = np.zeros((2, num_ctas, num_threads // WARP), bool)
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
         self._of_cta = np.ones(num_ctas, np.int64)
         self._of_cluster = np.ones((num_ctas // cluster, cluster), np.int64)
-        self._thread = np.arange(num_ctas * num_threads, dtype=np.int64) << THREAD
+        total = num_ctas * num_threads
+        self._thread = np.arange(rank * total, (rank + 1) * total, dtype=np.int64) << THREAD
         self._threads: Threads | None = None
 
     def block_barrier(self, ctas: np.ndarray | slice) -> None:
         self.tick += 1
         self._of_cta[ctas] = self._of_warp[ctas] = self.tick
+        for heard in (self.heard_peers, self.heard_everyone) if self._told else ():
+            heard[ctas] = heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
     def cluster_barrier(self, clusters: np.ndarray | slice) -> None:
@@ -81,8 +107,25 @@ class Clock:
         """All threads of the grid, now."""
         if self._threads is None:
             marks = self._thread + (self._of_warp << STAMP).repeat(WARP)
-            self._threads = Threads(marks, self._floor(self._of_cta), self._floor(self._of_cluster))
+            floors = self._floor(self._of_cta), self._floor(self._of_cluster)
+            self._threads = Threads(marks, *floors, self)
         return self._threads
+
+    def told_before(self, me: np.ndarray, old: np.ndarray) -> np.ndarray:
+        """Which accesses, by their marks, were told of to the warps of these threads."""
+        if self._told is None:
+            return np.zeros(me.shape, bool)
+        num_ctas, warps = self.heard_peers.shape
+        mine = me // WARP - self._rank * num_ctas * warps
+        other, stamp, span = thread_of(old) // WARP, old >> STAMP, old & 3
+        alone, peers = span <= ONE_WARP, self._told.peers
+        everyone = alone & (stamp < self._told.everyone.reshape(-1)[other])
+        whole = peers.min(axis=2).reshape(-1)[other // warps]  # of all warps of the CTA
+        stamps = np.where(alone, peers.reshape(-1)[other], whole)
+        same = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)
+        peers = same & (stamp < stamps)
+        heard_peers, heard_everyone = self.heard_peers.reshape(-1), self.heard_everyone.reshape(-1)
+        return (everyone & heard_everyone[mine]) | (peers & heard_peers[mine])
 
 
 def thread_of(marks):
@@ -94,7 +137,7 @@ class Touches:
     """The marks of one kind of access to one buffer.
 
     `reach`: who else can touch a cell: "cta", only threads of its CTA; "cluster", those of the cluster;
-    "grid", all, with nothing to order them.
+    "grid", all, with nothing to order them but `Told`.
     """
 
     def __init__(self, num_cells: int, num_threads: int, reach: str):
@@ -109,7 +152,7 @@ class Touches:
         if not maybe.any():
             return None
         [lanes] = maybe.nonzero()
-        old, (marks, floor, _) = old[lanes], threads.at(lanes)
+        old, (marks, floor, _, clock) = old[lanes], threads.at(lanes)
         me, other, span = thread_of(marks), thread_of(old), old & 3
         same_warp = me // WARP == other // WARP
         past_barrier = same_warp & (span <= ONE_WARP) & (old >> STAMP < marks >> STAMP)
@@ -117,6 +160,8 @@ class Touches:
         bad = (old >= floor) & ~past_barrier & ~myself
         if self._reach != "cta":
             bad |= (me // self._num_threads != other // self._num_threads) | (span == ONE_CLUSTER)
+            if bad.any():
+                bad &= ~clock.told_before(me, old)
         if not bad.any():
             return None
         first = int(bad.argmax())
@@ -133,22 +178,21 @@ class Touches:
         return first, int(won[first])
 
     def add(self, cells: np.ndarray, threads: Threads) -> None:
-        """The lanes join those that touched the cells.
-
-        In global memory all are of one CTA: what can be read was written by a CTA, and the reads of
-        others are races.
-        """
-        marks, floor, wide = threads
+        """The lanes join those that touched the cells."""
+        marks, floor, wide, _ = threads
         old = self.marks.take(cells)
         self.marks[cells] = marks
         won = self.marks.take(cells)
-        since = wide if self._reach == "cluster" else floor
+        if self._reach == "grid":
+            wide = 1
+        since = floor if self._reach == "cta" else wide
         shared = ((old >= since) & (old != marks)) | (won != marks)
         if not shared.any():
             return
         [lanes] = shared.nonzero()
         cells, old, won = cells[lanes], old[lanes], won[lanes]
-        marks, floor, wide = threads.at(lanes)
+        wide = _at(wide, lanes)
+        marks, floor, *_ = threads.at(lanes)
         me, other, winner, span = thread_of(marks), thread_of(old), thread_of(won), old & 3
         # With the lanes of this instruction.
         reach = np.where(me == winner, ONE_THREAD, ONE_WARP)
@@ -160,7 +204,7 @@ class Touches:
         in_warp = recent & same_warp & same_time & ((span == ONE_WARP) | (me != other))
         reach[in_warp] = np.maximum(reach[in_warp], ONE_WARP)
         reach[recent & (~same_warp | (span >= ONE_CTA))] = ONE_CTA
-        if self._reach == "cluster":
+        if self._reach != "cta":
             cta = me // self._num_threads
             apart = (cta != other // self._num_threads) | (span == ONE_CLUSTER)
             reach[(cta != winner // self._num_threads) | (apart & (old >= wide))] = ONE_CLUSTER

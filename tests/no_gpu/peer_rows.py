@@ -22,7 +22,7 @@ def problems() -> Iterator:
     import jax.numpy as jnp
     import numpy as np
 
-    from moe_align_jax._kernels.peer_rows import Combine, Field, GiveBack, Send
+    from moe_align_jax._kernels.peer_rows import Combine, Dispatch, Field, GiveBack, Send
     from moe_align_jax._simt.language import Devices
 
     f32, bf16, e4m3 = (np.dtype(name) for name in ("float32", jnp.bfloat16, jnp.float8_e4m3fn))
@@ -31,12 +31,17 @@ def problems() -> Iterator:
         plain, quantised = Field(7168, bf16), (Field(7168, e4m3), Field(56, f32))
         yield Send(128, 8, (plain,), devices, local, True, e4m3)
         yield Send(128, 8, quantised, devices, local, True)
+        for tokens in (8, 128):
+            yield Dispatch(Send(tokens, 8, (plain,), devices, local, True, e4m3), count * tokens)
+        yield Dispatch(Send(128, 8, (plain,), devices, local, True), count * 128)
+        yield Dispatch(Send(512 // count * 4, 4, quantised, devices, local, True), 128)
         yield Combine(128, 8, local * count * 128, 7168, bf16, devices, local)
         yield Send(4096, 8, (plain,), devices, local, True)
         yield GiveBack(4096, plain, devices)
         odd = (Field(6, bf16), Field(3, f32))
         yield Send(5, 3, odd, devices, 3, False)
         yield GiveBack(5, Field(6, bf16), devices)
+        yield Dispatch(Send(5, 3, odd, devices, 3, True), 4)
         yield Combine(5, 3, 15, 24, bf16, devices, 3)
     for count in (3, 4, 6):  # by how many warpgroups a CTA has
         yield Combine(128, 8, 85 * count * 128, 7168, bf16, Devices(count), 85)
@@ -89,8 +94,12 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
         yield f"{kernel.num_ctas} CTAs, of which {resident} are resident on an SM"
     fences = re.findall(r"fence\.acq_rel\.sys", text)
     signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
-    if (len(fences), len(signals), len(waits)) != (1, 1, 1):
-        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
+    fused = isinstance(problem, peer_rows.Dispatch)
+    told = 2 if fused else 1  # the dispatch tells everyone of its ids, then its peers of rows
+    if (len(fences), len(signals), len(waits)) != (told, told, told):
+        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; {told} of each"
+    if fused and (early := re.findall(r"ld\.global\.nc\S*", text)):
+        yield f"{early} may read what has not come yet"
     first = next(iter(problem.outputs.values()))
     width = {0: "v4"}.get(first[0][-1] * first[1].itemsize % 16, "b32")
     width = "v2" if getattr(problem, "quantise", None) else width

@@ -1,20 +1,43 @@
 """Rows written straight into other GPUs' memory over NVLink: out to the experts' ranks, and back.
 
 Every device launches the same kernel, and XLA has a barrier of all devices ahead of it: from then on their
-outputs may be written. A CTA takes the same tokens on every device, stores what is theirs everywhere, then
-meets the CTAs of its index (`device_sync`): when the kernel ends here, all that others wrote to this
-device is there. No row has two writers, and its place is known beforehand, so nothing is counted first.
+outputs may be written, and their counters are zero. A CTA takes the same tokens on every device, stores what
+is theirs everywhere, then meets the CTAs of its index (`device_sync`): when the kernel ends here, all that
+others wrote to this device is there. No row has two writers, and its place is known beforehand. Only
+`dispatch` counts, to find places in the experts' boxes, and there every CTA waits for the ids of all others.
 """
 
 import functools
 
-from moe_align_jax._kernels.peer_rows import combine, give_back, send
-from moe_align_jax._kernels.peer_rows.problems import Combine, Field, GiveBack, Problem, Send
+from moe_align_jax._kernels.peer_rows import combine, dispatch, give_back, send
+from moe_align_jax._kernels.peer_rows.dispatch import unsupported as dispatch_unsupported
+from moe_align_jax._kernels.peer_rows.problems import (
+    Combine,
+    Dispatch,
+    Field,
+    GiveBack,
+    Problem,
+    Send,
+)
 from moe_align_jax._simt.language import Kernel
 
-__all__ = ["Combine", "Field", "GiveBack", "Problem", "Send", "build"]
+__all__ = [
+    "Combine",
+    "Dispatch",
+    "Field",
+    "GiveBack",
+    "Problem",
+    "Send",
+    "build",
+    "dispatch_unsupported",
+]
 
-_BUILDERS = {Send: send.build, GiveBack: give_back.build, Combine: combine.build}
+_BUILDERS = {
+    Send: send.build,
+    Dispatch: dispatch.build,
+    GiveBack: give_back.build,
+    Combine: combine.build,
+}
 
 
 @functools.lru_cache(256)

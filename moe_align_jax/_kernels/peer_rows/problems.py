@@ -26,6 +26,10 @@ class Field(NamedTuple):
     def words(self) -> int:
         return self.columns * self.dtype.itemsize // 4
 
+    def part(self, parts: int) -> "Field":
+        """Of a row that is cut into so many equal parts."""
+        return self._replace(columns=self.columns // parts)
+
 
 class Send(NamedTuple):
     """Tokens to the ranks of their experts: row `s * T + t` of a rank is token t of rank s.
@@ -78,6 +82,51 @@ class Send(NamedTuple):
                 "local_ids": ((rows, self.top_k), INT32),
             }
         return named
+
+
+class Dispatch(NamedTuple):
+    """`Send` with routing, and what a rank receives into boxes of `room` rows for each of its e experts.
+
+    Gives, beside what `Send` does, `boxes [e, room, c]` per field received, and the `MaskedLayout` of the
+    received ids: `masked_m [e]`, `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`.
+    Rows of a box from `masked_m` on are not written.
+    """
+
+    send: Send
+    room: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.send.num_tokens
+
+    @property
+    def devices(self) -> Devices:
+        return self.send.devices
+
+    @property
+    def num_pairs(self) -> int:
+        """That a rank receives ids of."""
+        return self.devices.count * self.num_tokens * self.send.top_k
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        return self.send.inputs
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        experts = self.send.num_local_experts
+        rows = self.devices.count * self.num_tokens
+        boxes: dict[str, Array] = {
+            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            for number, field in enumerate(self.send.received)
+        }
+        layout: dict[str, Array] = {
+            "masked_m": ((experts,), INT32),
+            "tokens_per_expert": ((experts,), INT32),
+            "row_of_pair": ((rows, self.send.top_k), INT32),
+            "pair_of_row": ((experts, self.room), INT32),
+        }
+        return boxes | layout | self.send.outputs
 
 
 class GiveBack(NamedTuple):
@@ -137,7 +186,7 @@ class Combine(NamedTuple):
         }
 
 
-type Problem = Send | GiveBack | Combine
+type Problem = Send | Dispatch | GiveBack | Combine
 
 
 def words(array: Array) -> int:

@@ -18,47 +18,59 @@ _VALUES = 8  # bfloat16 of a 16-byte word
 
 def build(problem: Send) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
-        _Sender(t, r, problem).run()
+        Sender(t, r, problem, t.thread_id()).run()
 
     sparse = frozenset(f"received{number}" for number in range(len(problem.received)))
     return copying.kernel("moe_dispatch_send", problem, body, partial=sparse)
 
 
-class _Sender:
-    def __init__(self, t: Simt, r: SimpleNamespace, problem: Send):
-        self.t, self.r, self.problem = t, r, problem
-        self.thread = t.thread_id()
+class Sender:
+    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Send, thread: Int, parts: int = 1):
+        self.t, self.r, self.problem, self.thread, self.parts = t, r, problem, thread, parts
+        self.fields = [field.part(parts) for field in problem.fields]
+        self.ranks = copying.everyone(t, problem.devices.count)
+        self.there = [
+            {name: t.remote(getattr(r, name), rank) for name in problem.outputs}
+            for rank in self.ranks
+        ]
 
     def run(self) -> None:
         t, problem = self.t, self.problem
         t.grid_dependency_wait()
-        self.ranks = copying.everyone(t, problem.devices.count)
-        self.there = [
-            {name: t.remote(getattr(self.r, name), rank) for name in problem.outputs}
-            for rank in self.ranks
-        ]
-        copying.for_tokens(t, problem.num_tokens, self._one)
+
+        def one(token: Int) -> None:
+            self.send_row(token, with_pairs=problem.routing)
+
+        copying.for_tokens(t, problem.num_tokens, one)
         t.device_sync()
 
-    def _one(self, token: Int) -> None:
+    def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
         t, problem = self.t, self.problem
+        token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
-        batches = copying.batches(copying.pieces(t, problem.fields, self.thread, WARPGROUP))
-        held = [self._load(batches[0], token)]
-        routes = self._load_routes(token) if problem.routing else []
+        batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
+        held = [self._load(batches[0], unit)]
+        routes = self._load_routes(token) if with_pairs else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
         wanted = [self._wanted(ids, rank) for rank in self.ranks]
-        row = t.rank() * problem.num_tokens + token
+        row = t.rank() * (problem.num_tokens * self.parts) + unit
         store = self._copy if problem.quantise is None else self._quantise
         for batch in batches:
-            store(batch, held.pop() if held else self._load(batch, token), row, wanted)
+            store(batch, held.pop() if held else self._load(batch, unit), row, wanted)
         for route in routes:
-            self._store_route(row, *route)
+            self._store_route(t.rank() * problem.num_tokens + token, *route)
 
-    def _load(self, batch: list[copying.Piece], token: Int) -> list[Any]:
-        words = [field.words for field in self.problem.fields]
+    def send_pairs(self, token: Int) -> None:
+        """A token's ids and weights to everyone."""
+        for route in self._load_routes(token):
+            self._store_route(self.t.rank() * self.problem.num_tokens + token, *route)
+
+    def _load(self, batch: list[copying.Piece], unit: Int) -> list[Any]:
+        words = [field.words for field in self.fields]
         return [
-            copying.load(self.t, getattr(self.r, f"field{p.field}"), p, token * words[p.field])
+            copying.load(self.t, getattr(self.r, f"field{p.field}"), p, unit * words[p.field])
             for p in batch
         ]
 
@@ -73,7 +85,7 @@ class _Sender:
     def _copy(
         self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
     ) -> None:
-        t, fields = self.t, self.problem.fields
+        t, fields = self.t, self.fields
         for refs, goes in zip(self.there, wanted, strict=True):
             for piece, value in zip(batch, held, strict=True):
                 with t.if_(piece.inside & goes):
@@ -103,7 +115,7 @@ class _Sender:
         self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
     ) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
-        t, [field] = self.t, self.problem.fields
+        t, [field] = self.t, self.fields
         lane = self.thread & (WARP - 1)
         opens = (lane & (GROUP // _VALUES - 1)).eq(0)
         for piece, words in zip(batch, held, strict=True):
