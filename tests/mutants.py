@@ -344,8 +344,8 @@ MUTANTS = (
     ),
     _collective(
         "a fill begins one cell late",
-        "for i in strided(t, thread + whole, count, threads):",
-        "for i in strided(t, thread + whole + 1, count, threads):",
+        "t.store(ref, thread + whole, value)",
+        "t.store(ref, thread + whole - 1, value)",
         kills="wrong",
     ),
     _collective(

@@ -35,12 +35,22 @@ def fill(
     vector: bool,
 ):
     """`ref[:count] = value` by `threads` threads; with `vector`, 16 bytes at a time."""
-    whole = count // 4 * 4 if vector else 0
+    if not vector:
+        for i in strided(t, thread, count, threads):
+            t.store(ref, i, value)
+        return
+    whole, first = count // 4 * 4, thread * 4
+    if not isinstance(count, int):
+        # Most counts are small: the loop, which the assembler unrolls, is left out then.
+        with t.if_(first < whole):
+            t.store4(ref, first, value)
+        first = first + threads * 4
     if not isinstance(whole, int) or whole:
-        for i in strided(t, thread * 4, whole, threads * 4):
+        for i in strided(t, first, whole, threads * 4):
             t.store4(ref, i, value)
-    for i in strided(t, thread + whole, count, threads):
-        t.store(ref, i, value)
+    if not isinstance(count, int) or count > whole:
+        with t.if_(thread < count - whole):
+            t.store(ref, thread + whole, value)
 
 
 def warp_inclusive_scan(t: Simt, x: Int, lane: Int, width: int = WARP) -> Int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
@@ -122,6 +122,27 @@ def map_from_lanes(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> ReadMa
     return look
 
 
+class LoadedId(NamedTuple):
+    """A pair's id, on its way from memory."""
+
+    pair: Int
+    inside: Int
+    words: tuple[Int, ...]
+
+
+def load_id(
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int
+) -> LoadedId:
+    """Unconditional (past the end: of pair 0), so that the loads of several rounds overlap."""
+    inside = pair.below(sizes.num_pairs)
+    at = t.select(inside, pair, 0) + sizes.first_id
+    if problem.id_words == 2:
+        words = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
+    else:
+        words = (t.load(r.topk_ids, at),)
+    return LoadedId(pair, inside, words)
+
+
 def read_expert(
     t: Simt,
     r: SimpleNamespace,
@@ -129,22 +150,25 @@ def read_expert(
     sizes: Sizes,
     pair: Int,
     limit: Int | None,
+) -> Int:
+    """The group that a pair is counted in, -1 where it is dropped or past the end."""
+    return expert_of(t, r, problem, load_id(t, r, problem, sizes, pair), limit)
+
+
+def expert_of(
+    t: Simt,
+    r: SimpleNamespace,
+    problem: AlignProblem,
+    loaded: LoadedId,
+    limit: Int | None,
     read_map: ReadMap | None = None,
 ) -> Int:
-    """The group that a pair is counted in, -1 where it is dropped or past the end.
-
-    Loads are unconditional (past the end: of pair 0), so that the loads of several rounds overlap.
-    `read_map`: from `map_from_lanes`; whole warps call then.
-    """
+    """As `read_expert`. `read_map`: from `map_from_lanes`; whole warps call then."""
     num_experts = problem.num_experts
-    inside = pair.below(sizes.num_pairs)
-    at = t.select(inside, pair, 0) + sizes.first_id
-    if problem.id_words == 2:
-        expert, high = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
+    pair, inside, (expert, *high) = loaded
+    if high:
         sign = t.select(expert.eq(-1), -1, 0) if problem.minus_one else 0
-        inside = inside & high.eq(sign)
-    else:
-        expert = t.load(r.topk_ids, at)
+        inside = inside & high[0].eq(sign)
     if problem.minus_one:
         expert = expert + 1
     bound: Any = problem.num_logical if problem.dispatch else num_experts

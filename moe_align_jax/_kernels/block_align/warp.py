@@ -50,10 +50,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         t.grid_dependency_wait()
         t.launch_dependents()
         limit, read_map = common.pair_limit(t, r, problem), common.map_from_lanes(t, r, problem)
-        expert = common.read_expert(t, r, problem, sizes, lane, limit, read_map)
-        kept = expert >= 0
-        label = common.block_label(t, r, problem, t.select(kept, expert, 0), read_map)
+        loaded = common.load_id(t, r, problem, sizes, lane)
 
+        # While the ids are on their way.
         rows = common.Slice(t, sizes.capacity)
         blocks = common.Slice(t, sizes.num_blocks)
         counts = common.Slice(t, problem.num_experts if problem.return_counts else 0)
@@ -62,6 +61,9 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         if problem.return_counts:
             counts.fill(r.tokens_per_expert, 0, vector=vector)
 
+        expert = common.expert_of(t, r, problem, loaded, limit, read_map)
+        kept = expert >= 0
+        label = common.block_label(t, r, problem, t.select(kept, expert, 0), read_map)
         key = t.select(kept, (expert << _LANE_BITS) | lane, lane | _DROPPED)
         mine, before, after = _sort(t, r, key, problem.num_pairs)
         pair, expert, kept = mine & (WARP - 1), mine >> _LANE_BITS, mine < _DROPPED
