@@ -4,7 +4,6 @@ Checks, plan and size arithmetic depend on these alone; once they have passed, a
 launch. What is asked again is what can differ: the tensors' layout and memory, and the current device.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,18 +13,17 @@ import torch
 from torch_bridge import direct, direct_call
 from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangProblem
 
-_MAX_KEPT = 1 << 14
+_MAX_KEPT, _MAX_APART = 1 << 14, 16
 _INT32, _ONE = torch.int32, (1,)
 # A call's form: whose convention it follows, and what it gives besides.
 _COUNTS, _INVERSE, SCATTER, _SGLANG, _INACTIVE, BATCHED = (1 << bit for bit in range(6))
-# The options of a call without any: pad_sorted_ids, ignore_invalid_experts, whether there are an expert_map
-# and a num_valid_pairs, topk, capacity, form.
-PLAIN = (False, False, False, False, None, 0, 0)
-# By shape, dtype and device of the ids, and (num_experts, block_size, options).
-_kept: dict[tuple, "Shortcut"] = {}
-# The one that served the last call of these (num_experts, block_size, options): a layer calls as the one
-# before it did.
-recent: dict[tuple[int, int, tuple], "Shortcut"] = {}
+# num_experts and block_size; unless the call is a plain one, also pad_sorted_ids, ignore_invalid_experts,
+# whether there are an expert_map and a num_valid_pairs, topk, capacity and form.
+type Sizes = tuple[Any, ...]
+# By shape, dtype and device of the ids, and these.
+_kept: dict[tuple[Any, Any, int, Sizes], "Shortcut"] = {}
+# The one that served the last call of these: a layer calls as the one before it did.
+recent: dict[Sizes, "Shortcut"] = {}
 # Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below.
 _is_tracing = torch.compiler.is_dynamo_compiling
 
@@ -91,6 +89,7 @@ class Shortcut:
             ordinary way has to look (and to complain).
         fits, fits_out: whether tensors are certain to be such: ids and options, or these and `out`. Of
             dense tensors only: torch's function behind it ends the process at a nested one.
+        num_out: length of `out`.
     """
 
     def __init__(
@@ -107,10 +106,12 @@ class Shortcut:
         self._option_shapes += [None] * (len(options) - len(self._option_shapes))
         self._shapes = [(capacity,), (-(-capacity // problem.block_size),), _ONE]
         self._shapes += list(problem.outputs.values())[3:]
+        self.num_out = len(self._shapes)
         # Bytes of ids, options, `out`.
         self._sizes = [x.numel() * x.element_size() for x in operands.values()]
         self._sizes += [4 * math.prod(shape) for shape in self._shapes]
-        self._apart: tuple[int, ...] = ()
+        # Pointers of these that were seen to overlap nowhere: an allocator hands them out again and again.
+        self._apart: set[tuple[int, ...]] = set()
         self.run = self._bound_to(problem, ids, needed, program, capacity)
         self.fits: Callable[..., bool] = _never
         self.fits_out: Callable[..., bool] = _never
@@ -203,8 +204,8 @@ class Shortcut:
             return False
         if out is None:
             return True
-        right = len(out) == len(self._shapes)
-        return right and all(map(_is_plain, out, self._shapes, [device] * len(out)))
+        right = len(out) == self.num_out
+        return right and all(map(_is_plain, out, self._shapes, [device] * self.num_out))
 
     def _targets(
         self, ids: int, options: Sequence[int], out: Sequence[torch.Tensor]
@@ -212,13 +213,18 @@ class Shortcut:
         """Pointers of `out`, where the launch may store there."""
         targets = tuple([tensor.data_ptr() for tensor in out])
         pointers = (ids, *options, *targets)
-        if pointers != self._apart:  # which an allocator often hands out again
-            if any(target & 15 for target in targets):
-                return None
-            spans = sorted(zip(pointers, self._sizes, strict=True))
-            if any(a + size > b for (a, size), (b, _) in itertools.pairwise(spans)):
-                return None
-            self._apart = pointers
+        if pointers not in self._apart:
+            end = 0
+            for start, size in sorted(zip(pointers, self._sizes)):  # noqa: B905 - for speed
+                if start < end:
+                    return None
+                end = start + size
+            for target in targets:
+                if target & 15:
+                    return None
+            if len(self._apart) >= _MAX_APART:
+                self._apart.clear()
+            self._apart.add(pointers)
         return targets
 
 
@@ -252,21 +258,34 @@ def attempt(
     ):
         return None
     mapped, limited = expert_map is not None, num_valid_pairs is not None
-    options = (pad_sorted_ids, ignore_invalid_experts, mapped, limited, topk, capacity, form)
-    tensors = ()
-    if mapped:
-        tensors = (expert_map, num_valid_pairs) if limited else (expert_map,)
-    elif limited:
-        tensors = (num_valid_pairs,)
-    try:
-        nested = ids.is_nested
-        for tensor in tensors:
-            nested = nested or tensor.is_nested
-        for tensor in out or ():
-            nested = nested or tensor.is_nested
-    except AttributeError:  # no tensor
+    flags = pad_sorted_ids or ignore_invalid_experts or mapped or limited
+    sizes = (num_experts, block_size)
+    if form or capacity or flags or topk is not None:
+        flags = (pad_sorted_ids, ignore_invalid_experts, mapped, limited)
+        sizes = (num_experts, block_size, *flags, topk, capacity, form)
+    options = ()
+    if ids.is_nested:
         return None
-    return None if nested else attempt_dense(ids, (num_experts, block_size, options), tensors, out)
+    if flags or out is not None:
+        if mapped:
+            options = (expert_map, num_valid_pairs) if limited else (expert_map,)
+        elif limited:
+            options = (num_valid_pairs,)
+        try:
+            for tensor in (*options, *out) if out else options:
+                if tensor.is_nested:
+                    return None
+        except AttributeError:  # no tensor
+            return None
+    last = recent.get(sizes)
+    if last is not None:
+        if out is None:
+            certain = last.fits(ids, *options)
+        else:
+            certain = len(out) == last.num_out and last.fits_out(ids, *options, *out)
+        if certain:
+            return last.run(ids, options, out)
+    return look_up(ids, sizes, options, out)
 
 
 def attempt_into(
@@ -299,30 +318,22 @@ def is_scratch(buffer: Any, ids: Any, least: int) -> bool:
     )
 
 
-def attempt_dense(
+def look_up(
     ids: torch.Tensor,
-    sizes: tuple[int, int, tuple],
+    sizes: Sizes,
     options: Sequence[torch.Tensor] = (),
     out: Sequence[torch.Tensor] | None = None,
 ) -> Any:
-    """`attempt` of dense tensors, ints and bools, as torch's dispatcher hands them to an operator's body.
+    """`attempt` of dense tensors, ints and bools, when the `recent` one is not certain about them.
 
-    First what served the last such call is asked, then there is a look-up.
+    The body of a plain operator gets these from torch's dispatcher, and asks itself.
     """
-    last = recent.get(sizes)
-    if last is not None:
-        if out is None:
-            certain = last.fits(ids, *options) if options else last.fits(ids)
-        else:
-            certain = last.fits_out(ids, *options, *out)
-        if certain:
-            return last.run(ids, options, out)
     if type(ids) is not torch.Tensor:
         return None
     found = _kept.get((ids.shape, ids.dtype, ids.get_device(), sizes))
     if found is None or not found.accepts(ids, options, out):
         return None
-    if last is not found:
+    if recent.get(sizes) is not found:
         recent[sizes] = found
     # The same again, or in another mode: tensors of inference mode have other keys.
     elif out is None:
@@ -372,8 +383,8 @@ def sglang_form(with_inactive_blocks: bool = False) -> int:
     return _SGLANG | _INACTIVE * with_inactive_blocks
 
 
-def _sizes(problem: Problem, *given: Any) -> tuple[int, int, tuple]:
-    """(num_experts, block_size, options) as `attempt` makes them of a call. `given`: the middle options."""
+def _sizes(problem: Problem, *given: Any) -> Sizes:
+    """As `attempt` makes them of a call. `given`: those of expert_map, num_valid_pairs, topk, capacity."""
     first, pad, ignore = problem.num_experts, False, False
     if isinstance(problem, AlignProblem):
         pad, ignore = problem.pad_sorted_ids, problem.ignore_invalid_experts
@@ -382,4 +393,6 @@ def _sizes(problem: Problem, *given: Any) -> tuple[int, int, tuple]:
         ignore, form = problem.ignore_invalid_expert, sglang_form(problem.with_inactive_blocks)
     else:
         first, form = problem.max_tokens_per_batch, BATCHED
-    return first, problem.block_size, (pad, ignore, *given, form)
+    options = (pad, ignore, *given, form)
+    plain = all(option in (False, None) for option in options)
+    return (first, problem.block_size, *(() if plain else options))
