@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -261,6 +262,19 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
     assert set(answer) == {"error"} and "were changed" in answer["error"]
+
+
+def test_answers_tell_the_proof_from_the_rest(monkeypatch, tmp_path):
+    driver = types.SimpleNamespace(enter=lambda index: None, assemble=lambda text: b"cubin")
+    now = iter([10.0, 12.5, 13.0, 13.0])  # at the start, compiled, proved and proved
+    monkeypatch.setattr(launch, "_beside", lambda name: driver)
+    monkeypatch.setattr(launch, "Compiler", lambda: None)
+    monkeypatch.setattr(launch, "compile_program", lambda *_: ([], ["ptx"], {}))
+    monkeypatch.setattr(launch, "prove", lambda *_: None)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(now))
+    problem = ["AlignProblem", AlignProblem(8, 8, 4, 32)._asdict()]
+    [answer] = launch._serve({"device": 0, "folder": str(tmp_path), "problems": [problem]})
+    assert (answer["seconds"], answer["proof_seconds"]) == (3.0, 0.5)
 
 
 def test_lowering_needs_neither_torch_nor_a_gpu(monkeypatch):
