@@ -140,7 +140,7 @@ def into(name, call, want=None):
 
 
 def sglang_into(ids, *buffers):
-    scratch = torch.zeros(E + 2, dtype=torch.int32)
+    scratch = torch.zeros(E + 2, dtype=torch.int32, device=ids.device)
     sglang.ops_moe_align_block_size(ids, E + 1, BLOCK, *buffers, scratch)
 
 
@@ -370,3 +370,62 @@ def test_sglangs_scratch_is_looked_at_each_time(bad, fake, monkeypatch):
         IDS, E + 1, BLOCK, *buffers_of(entry.want), torch.zeros(99, dtype=torch.int32), True
     )
     assert fake.launched
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture
+def only_known(monkeypatch):
+    """From when it is called on, a call by the ordinary way fails."""
+
+    def fail(*arguments, **options):
+        pytest.fail("the ordinary way")
+
+    return lambda: monkeypatch.setattr(direct_call, "execute", fail)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("name", ENTRIES)
+def test_gpu_known_calls(name, only_known):
+    """Eagerly, on a stream of their own and captured. The first call loads, the second keeps."""
+    entry, stream = ENTRIES[name], torch.cuda.Stream()
+    flat, tensors = flattened(entry.want), [x.cuda() for x in entry.operands.values()]
+    for _ in range(2):
+        assert values(entry.call(*tensors)) == flat
+    only_known()
+    for _ in range(3):
+        assert values(entry.call(*tensors)) == flat
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            assert values(entry.call(*tensors)) == flat
+    static, graph = [torch.zeros_like(x) for x in tensors], torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = entry.call(*static)
+    for one, x in zip(static, tensors, strict=True):
+        one.copy_(x)
+    for _ in range(2):
+        for result in got:
+            result.fill_(-9)
+        graph.replay()
+        assert values(got) == flat
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_gpu_known_calls_in_place(name, only_known):
+    entry = IN_PLACE[name]
+    flat, tensors = flattened(entry.want), [x.cuda() for x in entry.operands.values()]
+    kept = [x.cuda() for x in buffers_of(entry.want)]
+    for k in range(6):
+        if k == 2:
+            only_known()
+        for buffers in (kept, [x.cuda() for x in buffers_of(entry.want)]):
+            for buffer in buffers:
+                buffer.fill_(-7)
+            assert values(entry.call(*tensors, buffers=buffers)) == flat
