@@ -161,9 +161,16 @@ def ops_moe_align_block_size(
         and shortcut.open_to_all()
         and shortcut.is_scratch(cumsum_buffer, topk_ids, num_experts + 1)
     ):
-        form = shortcut.sglang_form()
-        sizes = (topk_ids, num_experts - 1, block_size)
-        if shortcut.attempt_into(*sizes, buffers, None, ignore_invalid_expert, form):
+        done = shortcut.attempt(
+            topk_ids,
+            num_experts - 1,
+            block_size,
+            ignore_invalid_experts=ignore_invalid_expert,
+            out=buffers,
+            form=shortcut.SGLANG,
+            in_place=True,
+        )
+        if done is not None:
             return
     function = "ops_moe_align_block_size"
     topk_ids = checks.check_topk_ids(function, topk_ids)

@@ -16,7 +16,7 @@ from torch_bridge.problems import AlignProblem, BatchedProblem, Problem, SglangP
 _MAX_KEPT, _MAX_APART = 1 << 14, 16
 _INT32, _ONE = torch.int32, (1,)
 # A call's form: whose convention it follows, and what it gives besides.
-_COUNTS, _INVERSE, SCATTER, _SGLANG, _INACTIVE, BATCHED = (1 << bit for bit in range(6))
+_COUNTS, _INVERSE, SCATTER, SGLANG, _INACTIVE, BATCHED = (1 << bit for bit in range(6))
 # num_experts and block_size; unless the call is a plain one, also pad_sorted_ids, ignore_invalid_experts,
 # whether there are an expert_map and a num_valid_pairs, topk, capacity and form.
 type Sizes = tuple[Any, ...]
@@ -237,13 +237,13 @@ def attempt(
     ignore_invalid_experts: Any = False,
     topk: Any = None,
     out: Any = None,
-    capacity: int = 0,
     num_valid_pairs: Any = None,
     form: int = 0,
+    in_place: bool = False,
 ) -> Any:
     """The results of a call like one that was kept; None for every other call.
 
-    `capacity`: rows of the caller's buffers in the in-place form, 0 in the others. `form`: the problem's.
+    `form`: the problem's. `in_place`: the rows of `out` are the capacity.
     (Of the batched layout, the counts are the ids and max_tokens_per_batch is num_experts.)
     """
     if not (
@@ -260,6 +260,11 @@ def attempt(
     mapped, limited = expert_map is not None, num_valid_pairs is not None
     flags = pad_sorted_ids or ignore_invalid_experts or mapped or limited
     sizes = (num_experts, block_size)
+    capacity = 0
+    if in_place:
+        if not isinstance(out[0], torch.Tensor):
+            return None
+        capacity = out[0].numel()
     if form or capacity or flags or topk is not None:
         flags = (pad_sorted_ids, ignore_invalid_experts, mapped, limited)
         sizes = (num_experts, block_size, *flags, topk, capacity, form)
@@ -286,23 +291,6 @@ def attempt(
         if certain:
             return last.run(ids, options, out)
     return look_up(ids, sizes, options, out)
-
-
-def attempt_into(
-    ids: Any,
-    num_experts: Any,
-    block_size: Any,
-    buffers: tuple[Any, ...],
-    expert_map: Any = None,
-    ignore_invalid_experts: Any = False,
-    form: int = 0,
-) -> bool:
-    """`attempt` of the in-place form: whether the buffers are filled."""
-    rows = buffers[0]
-    if not isinstance(rows, torch.Tensor):
-        return False
-    options = (expert_map, ignore_invalid_experts, None, buffers, rows.numel(), None, form)
-    return attempt(ids, num_experts, block_size, False, *options) is not None
 
 
 def is_scratch(buffer: Any, ids: Any, least: int) -> bool:
@@ -380,7 +368,7 @@ def align_form(with_counts: bool, with_inverse: bool, with_scatter_idx: bool = F
 
 def sglang_form(with_inactive_blocks: bool = False) -> int:
     """The form of an `SglangProblem`."""
-    return _SGLANG | _INACTIVE * with_inactive_blocks
+    return SGLANG | _INACTIVE * with_inactive_blocks
 
 
 def _sizes(problem: Problem, *given: Any) -> Sizes:

@@ -217,16 +217,20 @@ def ops_moe_align_block_size(
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
     if shortcut.open_to_all():
-        done = shortcut.attempt_into(
+        done = shortcut.attempt(
             topk_ids,
             num_experts,
             block_size,
-            buffers if scatter_idx is None else (*buffers, scatter_idx),
+            False,
             expert_map,
             expert_map is not None,
+            None,
+            buffers if scatter_idx is None else (*buffers, scatter_idx),
+            None,
             0 if scatter_idx is None else shortcut.SCATTER,
+            True,
         )
-        if done:
+        if done is not None:
             return
     function = "ops_moe_align_block_size"
     problem, operands, _ = align.check(
@@ -282,8 +286,15 @@ def ops_batched_moe_align_block_size(
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
     if shortcut.open_to_all():
-        sizes = (expert_num_tokens, max_tokens_per_batch, block_size)
-        if shortcut.attempt_into(*sizes, buffers, form=shortcut.BATCHED):
+        done = shortcut.attempt(
+            expert_num_tokens,
+            max_tokens_per_batch,
+            block_size,
+            out=buffers,
+            form=shortcut.BATCHED,
+            in_place=True,
+        )
+        if done is not None:
             return
     function = "ops_batched_moe_align_block_size"
     counts, max_tokens_per_batch, block_size = _check_batched(

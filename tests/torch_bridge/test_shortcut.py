@@ -320,9 +320,9 @@ def test_shortcut_fills_the_buffers_of_the_in_place_form(fake, monkeypatch):
     out = tuple(torch.full((k,), -7, dtype=torch.int32) for k in (rows, -(-rows // 8), 1))
     longer = (out[0], torch.full((len(out[1]) + 1,), -7, dtype=torch.int32), out[2])
     assert shortcut.attempt(ids, 16, 8, False, out=out) is None  # another capacity
-    assert shortcut.attempt(ids, 16, 8, False, out=longer, capacity=rows) is None
+    assert shortcut.attempt(ids, 16, 8, False, out=longer, in_place=True) is None
     assert (torch.cat(longer) == -7).all() and not fake.launched
-    assert shortcut.attempt(ids, 16, 8, False, out=out, capacity=rows) is out
+    assert shortcut.attempt(ids, 16, 8, False, out=out, in_place=True) is out
     assert out[0].tolist() == list(want.sorted_token_ids) + [n] * 100
     blocks = list(want.expert_ids)
     assert out[1].tolist() == blocks + [-1] * (len(out[1]) - len(blocks))
