@@ -261,7 +261,7 @@ def attempt(
     flags = pad_sorted_ids or ignore_invalid_experts or mapped or limited
     sizes = (num_experts, block_size)
     capacity = 0
-    if in_place:
+    if in_place and out:
         if not isinstance(out[0], torch.Tensor):
             return None
         capacity = out[0].numel()

@@ -238,6 +238,38 @@ def test_only_on_the_current_device_and_unwatched(name, fake, monkeypatch):
     assert not fake.launched
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_reach_no_guard(fake, monkeypatch):
+    """Torch's guards end the process at one, so all tensors are asked before."""
+    problem, operands = AlignProblem(N, E, BLOCK), {"topk_ids": IDS, "expert_map": MAP}
+    operands["num_valid_pairs"] = LIMIT
+    remember(Entry(problem, operands, None, None), monkeypatch)
+    out = tuple(torch.zeros(shape, dtype=torch.int32) for shape in problem.outputs.values())
+
+    def attempt(ids, local, limit, out):
+        return shortcut.attempt(
+            ids, E, BLOCK, expert_map=local, num_valid_pairs=limit, out=out, in_place=False
+        )
+
+    for _ in range(3):
+        for given in (None, out):
+            assert attempt(IDS, MAP, LIMIT, given) is not None
+    [kept] = shortcut._kept.values()
+    assert shortcut._never not in (kept.fits, kept.fits_out)
+    fake.launched.clear()
+    nested = torch.nested.nested_tensor([MAP, MAP])
+    for given in (None, out):
+        assert attempt(nested, MAP, LIMIT, given) is None
+        assert attempt(IDS, nested, LIMIT, given) is None
+        assert attempt(IDS, MAP, nested, given) is None
+    for position in range(3):
+        spoiled = [nested if i == position else x for i, x in enumerate(out)]
+        assert attempt(IDS, MAP, LIMIT, spoiled) is None
+    for few in ((), out[:2], (*out, out[0])):  # and they raise at another number of tensors
+        assert attempt(IDS, MAP, LIMIT, few) is None
+    assert not fake.launched
+
+
 @pytest.mark.parametrize("name", ["sglang", "blocks, inverse", "scatter"])
 def test_inference_mode(name, fake, monkeypatch):
     entry = ENTRIES[name]
