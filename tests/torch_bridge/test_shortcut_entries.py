@@ -306,6 +306,18 @@ def test_ints_for_flags_are_refused_as_ever(call, fake, monkeypatch):
     assert not fake.launched
 
 
+@pytest.mark.parametrize("calls", [0, 3], ids=["kept", "guarded"])
+def test_two_bounds_are_refused_as_ever(calls, fake, monkeypatch):
+    entry = ENTRIES["limit"]
+    remember(entry, monkeypatch)
+    for _ in range(calls):
+        entry.call(IDS, LIMIT)
+    fake.launched.clear()
+    with pytest.raises(ValueError, match="num_valid_pairs must be a scalar"):
+        entry.call(IDS, torch.stack([LIMIT, LIMIT]))
+    assert not fake.launched
+
+
 def test_scatter_idx_with_a_map_that_labels_is_refused_as_ever(fake, monkeypatch):
     """Though the operator gives both."""
     problem = AlignProblem(N, E, BLOCK, with_scatter_idx=True)
