@@ -186,7 +186,7 @@ def execute(
     shapes = {
         "sorted_token_ids": capacity,
         "expert_ids": -(-capacity // problem.block_size),
-        "num_tokens_post_padded": 1,
+        "num_tokens_post_padded": problem.outputs["num_tokens_post_padded"][0],
         "tokens_per_expert": needed.num_experts,
         "row_of_pair": problem.num_pairs,
     }
@@ -221,13 +221,13 @@ def finish(
         torch.bitwise_or(pair, rows >> 31, out=target.view(-1))
         written["scatter_idx"] = target
     if isinstance(problem, SglangProblem) and problem.with_inactive_blocks:
-        total = written["num_tokens_post_padded"]
+        blocks = written["num_tokens_post_padded"][1:]  # the kernels write the first word
         if problem.ignore_invalid_expert:
-            blocks = torch.zeros_like(total)
+            blocks.zero_()
         else:
             counts = written["tokens_per_expert"][:1]
-            blocks = (counts + (problem.block_size - 1)) // problem.block_size
-        written["num_tokens_post_padded"] = torch.cat([total, blocks.to(torch.int32)])
+            torch.add(counts, problem.block_size - 1, out=blocks)
+            blocks.floor_divide_(problem.block_size)
     for name, target in given.items():
         if written[name] is not target:
             target.copy_(written[name])

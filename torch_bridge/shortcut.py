@@ -104,8 +104,8 @@ class Shortcut:
         self._device = ids.get_device()
         self._option_shapes = [(problem.num_experts,)] if "expert_map" in operands else []
         self._option_shapes += [None] * (len(options) - len(self._option_shapes))
-        self._shapes = [(capacity,), (-(-capacity // problem.block_size),), _ONE]
-        self._shapes += list(problem.outputs.values())[3:]
+        self._shapes = [(capacity,), (-(-capacity // problem.block_size),)]
+        self._shapes += list(problem.outputs.values())[2:]
         self.num_out = len(self._shapes)
         # Bytes of ids, options, `out`.
         self._sizes = [x.numel() * x.element_size() for x in operands.values()]
@@ -127,7 +127,7 @@ class Shortcut:
         """`run`. All that it needs is bound here, and it launches itself: at 5 us a call, every attribute
         and every call of a function of ours is some percent."""
         device, targets_of = self._device, self._targets
-        rows_shape, blocks_shape = self._shapes[:2]
+        rows_shape, blocks_shape, count_shape = self._shapes[:3]
         # What the launch writes besides the first three.
         lengths = {"tokens_per_expert": needed.num_experts, "row_of_pair": problem.num_pairs}
         more = [(lengths[name],) for name in program.outputs[3:]]
@@ -153,7 +153,7 @@ class Shortcut:
             if out is None:
                 rows = empty(rows_shape, _ONE, _INT32)
                 blocks = empty(blocks_shape, _ONE, _INT32)
-                count = empty(_ONE, _ONE, _INT32)
+                count = empty(count_shape, _ONE, _INT32)
                 results = rows, blocks, count
                 targets = rows.data_ptr(), blocks.data_ptr(), count.data_ptr()
             else:
