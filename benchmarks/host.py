@@ -1,9 +1,13 @@
-"""Host time per call from PyTorch, and the first call of a fresh process, beside vLLM's compiled op.
+"""Host time per call from PyTorch, and the first call of a fresh process, beside the peers' compiled ops.
 
-python -m benchmarks.host --vllm-op .peers/vllm_moe.so --out benchmarks/results/host/NAME.jsonl
+python -m benchmarks.host --vllm-op .peers/vllm_moe.so --sglang-op .peers/sgl_ops.so \\
+    --out benchmarks/results/host/NAME.jsonl
+
+vLLM's own Python function is timed too, on its op and patched to ours, if its file lies beside the op.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -15,14 +19,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, vllm_file
 
 # One kernel, two kernels: pairs, experts, block.
 SIZES = ((512, 256, 16), (8192, 256, 16))
+# The process that compiles says how long it took, and how much of that was the proof on the GPU.
 _FIRST_CALL = """
-import json, sys, time
+import json, subprocess, sys, time
 import torch
 {imports}
+programs, run = [], subprocess.run
+def listen(command, **options):
+    done = run(command, **options)
+    if "launch.py" in str(command):
+        answer = json.loads(done.stdout.splitlines()[-1])
+        programs.extend(one for one in answer.get("programs", ()) if "seconds" in one)
+    return done
+subprocess.run = listen
 topk_ids = torch.randint(0, 64, (4096 * 2,), dtype=torch.int32, device="cuda")
 torch.cuda.synchronize()
 start = time.perf_counter()
@@ -33,7 +46,11 @@ start = time.perf_counter()
 {call}
 torch.cuda.synchronize()
 second = time.perf_counter() - start
-print(json.dumps([first * 1e3, second * 1e3, "jax" in sys.modules]))
+whole = sum(sum(one["seconds"].values()) for one in programs)
+proof = sum(one["seconds"]["prove"] for one in programs)
+times = {{"ms": first, "second_call_ms": second, "compile_ms": whole - proof, "proof_ms": proof}}
+times = {{name: seconds * 1e3 for name, seconds in times.items()}}
+print(json.dumps(times | {{"imports_jax": "jax" in sys.modules}}))
 """
 _OURS = ("import torch_bridge", "torch_bridge.moe_align_block_size(topk_ids, 64, 128, 2)")
 
@@ -62,8 +79,10 @@ def host_us(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def vllm_call(topk_ids: Any, num_experts: int, block_size: int) -> Callable[[], Any]:
-    """vLLM's op with the three allocations that its Python layer makes."""
+def vllm_call(
+    topk_ids: Any, num_experts: int, block_size: int, *, scatter_idx: bool = False
+) -> Callable[[], Any]:
+    """vLLM's op with the allocations that its Python layer makes: three, or four."""
     import torch
 
     op = torch.ops._moe_C.moe_align_block_size
@@ -72,43 +91,124 @@ def vllm_call(topk_ids: Any, num_experts: int, block_size: int) -> Callable[[], 
     blocks = -(-capacity // block_size)
 
     def call():
+        scatter = None
+        if scatter_idx:
+            scatter = torch.empty((n, 1), dtype=torch.int32, device=device)
         rows = torch.empty((capacity,), dtype=torch.int32, device=device)
         experts = torch.empty((blocks,), dtype=torch.int32, device=device)
         count = torch.empty((1,), dtype=torch.int32, device=device)
-        op(topk_ids, num_experts, block_size, rows, experts, count, None, None)
+        op(topk_ids, num_experts, block_size, rows, experts, count, None, scatter)
         return rows, experts, count
 
     return call
 
 
-def calls_of(topk_ids: Any, num_experts: int, block_size: int, vllm: bool) -> dict[str, Callable]:
+def sglang_buffers(num_pairs: int, num_experts: int, block_size: int, device: Any) -> list[Any]:
+    """What SGLang's Python layer allocates for its op: three results and a scratch."""
+    import torch
+
+    buckets = num_experts + 1
+    capacity = num_pairs + min(num_pairs, buckets) * (block_size - 1)
+    capacity = -(-capacity // 4) * 4
+    sizes = (capacity, -(-capacity // block_size), 1, buckets + 1)
+    return [torch.empty((size,), dtype=torch.int32, device=device) for size in sizes]
+
+
+def calls_of(topk_ids: Any, num_experts: int, block_size: int) -> dict[str, Callable]:
+    """Ours, by name. `peer_of` names what each is to be read beside."""
+    import torch
+
+    import torch_bridge
+    from torch_bridge import sglang, vllm
+
+    sizes = (topk_ids, num_experts, block_size)
+    named = {"num_experts": num_experts, "block_size": block_size}
+    turned = (topk_ids, block_size, num_experts)
+    out = torch_bridge.moe_align_block_size(*sizes)
+    buffers = sglang_buffers(topk_ids.numel(), num_experts, block_size, topk_ids.device)
+    batch, counts = batch_of(topk_ids, num_experts)
+    operator = torch.ops.moe_align_jax.block_align  # looked up once, as vLLM's is
+    return {
+        "torch_bridge": lambda: torch_bridge.moe_align_block_size(*sizes),
+        "torch_bridge, out=": lambda: torch_bridge.moe_align_block_size(*sizes, out=out),
+        "torch.ops": lambda: operator(*sizes),
+        "align_blocks": lambda: torch_bridge.align_blocks(topk_ids, **named),
+        "align_blocks, inverse": lambda: torch_bridge.align_blocks(
+            topk_ids, return_inverse=True, **named
+        ),
+        "torch_bridge.vllm": lambda: vllm.moe_align_block_size(*turned),
+        "torch_bridge.vllm in place": lambda: vllm.ops_moe_align_block_size(*sizes, *out),
+        "torch_bridge.vllm, scatter_idx": lambda: vllm.moe_align_block_size(
+            *turned, return_scatter_idx=True
+        ),
+        "torch_bridge.vllm batched": lambda: vllm.batched_moe_align_block_size(
+            batch, block_size, counts
+        ),
+        "torch_bridge.sglang": lambda: sglang.moe_align_block_size(*turned),
+        "torch_bridge.sglang in place": lambda: sglang.ops_moe_align_block_size(
+            topk_ids, num_experts + 1, block_size, *buffers
+        ),
+    }
+
+
+def batch_of(topk_ids: Any, num_experts: int) -> tuple[int, Any]:
+    """max_tokens_per_batch and expert_num_tokens of as many tokens in the batched layout."""
+    import torch
+
+    counts = torch.bincount(topk_ids.flatten().long(), minlength=num_experts)
+    return topk_ids.shape[0], counts.to(torch.int32)
+
+
+def vllm_calls(topk_ids: Any, num_experts: int, block_size: int) -> dict[str, Callable]:
+    """vLLM's compiled ops; "vllm" and what follows a comma allocate as its Python layer does."""
     import torch
 
     import torch_bridge
 
-    sizes = (topk_ids, num_experts, block_size)
+    sizes, ops = (topk_ids, num_experts, block_size), torch.ops._moe_C
     out = torch_bridge.moe_align_block_size(*sizes)
-    operator = torch.ops.moe_align_jax.block_align  # looked up once, as vLLM's is
-    calls: dict[str, Callable] = {
-        "torch_bridge": lambda: torch_bridge.moe_align_block_size(*sizes),
-        "torch_bridge, out=": lambda: torch_bridge.moe_align_block_size(*sizes, out=out),
-        "torch.ops": lambda: operator(*sizes),
-        "torch_bridge.vllm": lambda: torch_bridge.vllm.moe_align_block_size(
-            topk_ids, block_size, num_experts
-        ),
-        "torch_bridge.vllm in place": lambda: torch_bridge.vllm.ops_moe_align_block_size(
-            *sizes, *out
-        ),
+    batch, counts = batch_of(topk_ids, num_experts)
+    capacity = num_experts * -(-batch // block_size) * block_size
+
+    def batched():
+        lengths = (capacity, capacity // block_size, 1)
+        results = [torch.empty((n,), dtype=torch.int32, device=counts.device) for n in lengths]
+        ops.batched_moe_align_block_size(batch, block_size, counts, *results)
+        return results
+
+    return {
+        "vllm": vllm_call(*sizes),
+        "vllm in place": lambda: ops.moe_align_block_size(*sizes, *out, None, None),
+        "vllm, scatter_idx": vllm_call(*sizes, scatter_idx=True),
+        "vllm batched": batched,
     }
-    if vllm:
-        in_place = torch.ops._moe_C.moe_align_block_size
-        calls["vllm"] = vllm_call(*sizes)
-        calls["vllm in place"] = lambda: in_place(*sizes, *out, None, None)
-    return calls
 
 
-def first_call(script: str, cache: str) -> list[Any]:
-    """[first call ms, second call ms, whether jax was imported] of a fresh process."""
+def sglang_calls(topk_ids: Any, num_experts: int, block_size: int) -> dict[str, Callable]:
+    """SGLang's compiled op, with and without its allocations."""
+    import torch
+
+    op, buckets = torch.ops.sgl_kernel.moe_align_block_size, num_experts + 1
+    allocated = (topk_ids.numel(), num_experts, block_size, topk_ids.device)
+    kept = sglang_buffers(*allocated)
+    return {
+        "sglang": lambda: op(topk_ids, buckets, block_size, *sglang_buffers(*allocated), True),
+        "sglang in place": lambda: op(topk_ids, buckets, block_size, *kept, True),
+    }
+
+
+def peer_of(name: str) -> str:
+    """The provider whose time stands below the line of a ratio."""
+    if name.startswith("vllm's function"):
+        return "vllm's function"
+    ours, *rest = name.removeprefix("torch_bridge.").partition(" in place")
+    if ours in ("vllm, scatter_idx", "vllm batched", "sglang"):
+        return ours + rest[0]
+    return "vllm" + rest[0]
+
+
+def first_call(script: str, cache: str) -> dict[str, Any]:
+    """Times of a fresh process's first and second call, and whether jax was imported."""
     environment = os.environ | {"TORCH_BRIDGE_CACHE_DIR": cache}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
@@ -131,25 +231,60 @@ def cold_starts(vllm_op: str | None, repeats: int = 5) -> list[dict[str, Any]]:
             call = "vllm_call(topk_ids.view(4096, 2), 64, 128)()"
             cases.append(("vllm", _FIRST_CALL.format(imports=imports, call=call), repeats))
         for name, script, count in cases:
-            runs = [first_call(script, cache) for _ in range(count)]
-            first, second = (statistics.median(run[k] for run in runs) for k in range(2))
-            rows.append(
-                {
-                    "case": "first call, 8192x64x128",
-                    "provider": name,
-                    "metric": "first_call_ms",
-                    "ms": round(first, 2),
-                    "second_call_ms": round(second, 3),
-                    "imports_jax": any(run[2] for run in runs),
-                    "processes": count,
-                }
-            )
+            rows.append(first_call_row(name, [first_call(script, cache) for _ in range(count)]))
+    return rows
+
+
+def first_call_row(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over processes. What was compiled and proved is in it where something was."""
+    times = {
+        key: round(statistics.median(run[key] for run in runs), 3)
+        for key in ("ms", "second_call_ms", "compile_ms", "proof_ms")
+    }
+    if not times["compile_ms"]:
+        del times["compile_ms"], times["proof_ms"]
+    return {
+        "case": "first call, 8192x64x128",
+        "provider": name,
+        "metric": "first_call_ms",
+        **times,
+        "imports_jax": any(run["imports_jax"] for run in runs),
+        "processes": len(runs),
+    }
+
+
+def host_rows(
+    topk_ids: Any, num_experts: int, block_size: int, vllm_op: str | None, sglang_op: str | None
+) -> list[dict[str, Any]]:
+    """A row per provider, with its ratio to `peer_of` where that was measured."""
+    sizes = (topk_ids, num_experts, block_size)
+    with contextlib.ExitStack() as stack:
+        calls = calls_of(*sizes)
+        if vllm_op:
+            calls |= vllm_calls(*sizes)
+            file = Path(vllm_op).with_name(vllm_file.NAME)
+            if file.is_file():
+                own, patched = stack.enter_context(vllm_file.own_and_patched(file))
+                turned = (topk_ids, block_size, num_experts)
+                calls["vllm's function"] = lambda: own.moe_align_block_size(*turned)
+                calls["vllm's function, patched"] = lambda: patched.moe_align_block_size(*turned)
+        if sglang_op:
+            calls |= sglang_calls(*sizes)
+        measured = host_us(calls)
+    rows = []
+    for name, value in measured.items():
+        row = {"case": f"{topk_ids.numel()}x{num_experts}x{block_size}", "provider": name}
+        row |= {"metric": "host_us", "us": round(value, 2)}
+        if (peer := peer_of(name)) in measured:
+            row |= {"peer": peer, "ratio": round(value / measured[peer], 3)}
+        rows.append(row)
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vllm-op", metavar="PATH", help="vLLM's compiled MoE library")
+    parser.add_argument("--sglang-op", metavar="PATH", help="SGLang's compiled library")
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     options = parser.parse_args(argv)
@@ -158,27 +293,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.host: a CUDA device must be there; got none. Run it on a GPU machine.")
         return 2
-    if options.vllm_op:
-        torch.ops.load_library(options.vllm_op)
+    for library in filter(None, (options.vllm_op, options.sglang_op)):
+        torch.ops.load_library(library)
     rows = []
     for num_pairs, num_experts, block_size in SIZES:
         shape = (num_pairs // 8, 8)
         topk_ids = torch.randint(0, num_experts, shape, dtype=torch.int32, device="cuda")
-        calls = calls_of(topk_ids, num_experts, block_size, bool(options.vllm_op))
-        measured = host_us(calls)
-        for name, value in measured.items():
-            peer = "vllm in place" if name.endswith("in place") else "vllm"
-            ratio = value / measured.get(peer, float("nan"))
-            case = f"{num_pairs}x{num_experts}x{block_size}"
-            rows.append(
-                {"case": case, "provider": name, "metric": "host_us", "us": round(value, 2)}
-            )
-            print(f"{case:14} {name:26} {value:7.2f} µs  {ratio:5.2f} of vLLM's")
+        rows += host_rows(topk_ids, num_experts, block_size, options.vllm_op, options.sglang_op)
+    for row in rows:
+        beside = f"{row['ratio']:5.2f} of {row['peer']}'s" if "ratio" in row else ""
+        print(f"{row['case']:14} {row['provider']:31} {row['us']:7.2f} µs  {beside}")
     for row in cold_starts(options.vllm_op):
         rows.append(row)
-        print(
-            f"{row['case']:24} {row['provider']:26} {row['ms']:9.2f} ms; second {row['second_call_ms']}"
-        )
+        parts = [f"{key} {row[key]}" for key in row if key.endswith("_ms")]
+        print(f"{row['case']:24} {row['provider']:26} {row['ms']:9.2f} ms; {', '.join(parts)}")
     if options.out:
         facts = machine.facts(options.commit)
         with Path(options.out).open("a") as file:

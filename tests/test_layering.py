@@ -100,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
         *(f"lazily moe_align_jax.{m}" for m in ("_checks", "_quant", "_tuning", "types")),
         *("lazily moe_align_jax._kernels", "lazily moe_align_jax._simt"),
     },
+    "torch_bridge.trials": {"lazily moe_align_jax._checks"},
     "torch_bridge.driver": set(),
     "torch_bridge.modules": {"lazily moe_align_jax"},
     "benchmarks": {"benchmarks", "moe_align_jax", "torch_bridge"},

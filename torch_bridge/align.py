@@ -80,7 +80,7 @@ def moe_align_block_size(
 
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
-    if num_valid_pairs is None and path == "auto" and shortcut.open_to_all():
+    if path == "auto" and shortcut.open_to_all():
         results = shortcut.attempt(
             topk_ids,
             num_experts,
@@ -90,6 +90,7 @@ def moe_align_block_size(
             ignore_invalid_experts,
             topk,
             out,
+            num_valid_pairs=num_valid_pairs,
         )
         if results is not None:
             return results
@@ -154,6 +155,19 @@ def align_blocks(
         >>> aligned.tokens_per_expert.tolist(), aligned.row_of_pair.tolist()
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
+    if path == "auto" and type(return_inverse) is bool and shortcut.open_to_all():
+        results = shortcut.attempt(
+            topk_ids,
+            num_experts,
+            block_size,
+            pad_sorted_ids,
+            expert_map,
+            ignore_invalid_experts,
+            num_valid_pairs=num_valid_pairs,
+            form=shortcut.align_form(True, return_inverse),
+        )
+        if results is not None:
+            return AlignedBlocks(*results)
     function = "align_blocks"
     path = checks.check_path(function, path)  # type: ignore[assignment]
     checks.check_bool(function, "return_inverse", return_inverse)

@@ -186,7 +186,7 @@ def execute(
     shapes = {
         "sorted_token_ids": capacity,
         "expert_ids": -(-capacity // problem.block_size),
-        "num_tokens_post_padded": 1,
+        "num_tokens_post_padded": problem.outputs["num_tokens_post_padded"][0],
         "tokens_per_expert": needed.num_experts,
         "row_of_pair": problem.num_pairs,
     }
@@ -198,25 +198,36 @@ def execute(
         for name in program.outputs
     }
     direct.align(program, ids, problem.num_pairs, capacity, tuple(pointers), list(written.values()))
-    return _finish(problem, written, given)
+    return finish(problem, written, given)
 
 
-def _finish(
+def is_unfinished(problem: Problem) -> bool:
+    """Whether the kernels do not write all results themselves."""
+    if isinstance(problem, AlignProblem):
+        return problem.with_scatter_idx
+    return isinstance(problem, SglangProblem) and problem.with_inactive_blocks
+
+
+def finish(
     problem: Problem, written: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """What the kernels do not write themselves, and copies into targets off a 16-byte boundary."""
     if isinstance(problem, AlignProblem) and problem.with_scatter_idx:
         rows = written["row_of_pair"]
         pair = torch.arange(problem.num_pairs, dtype=torch.int32, device=rows.device)
-        written["scatter_idx"] = torch.where(rows >= 0, pair, -1).unsqueeze(1)
+        # A dropped pair's row is -1, and so are all of its bits.
+        target = given.get("scatter_idx")
+        target = pair.view(-1, 1) if target is None else target
+        torch.bitwise_or(pair, rows >> 31, out=target.view(-1))
+        written["scatter_idx"] = target
     if isinstance(problem, SglangProblem) and problem.with_inactive_blocks:
-        total = written["num_tokens_post_padded"]
+        blocks = written["num_tokens_post_padded"][1:]  # the kernels write the first word
         if problem.ignore_invalid_expert:
-            blocks = torch.zeros_like(total)
+            blocks.zero_()
         else:
             counts = written["tokens_per_expert"][:1]
-            blocks = (counts + (problem.block_size - 1)) // problem.block_size
-        written["num_tokens_post_padded"] = torch.cat([total, blocks.to(torch.int32)])
+            torch.add(counts, problem.block_size - 1, out=blocks)
+            blocks.floor_divide_(problem.block_size)
     for name, target in given.items():
         if written[name] is not target:
             target.copy_(written[name])
@@ -242,4 +253,4 @@ def _batched(
         for name, shape in needed.outputs.items()
     }
     program.launch(given.data_ptr(), *[x.data_ptr() for x in written.values()])
-    return _finish(problem, written, targets)
+    return finish(problem, written, targets)

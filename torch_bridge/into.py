@@ -65,7 +65,7 @@ def align_into(
     whole = _sized_by_buffers(problem, buffers)
     filled = ops.run(problem, dict(operands), None, parts, path, function, whole)
     if whole is not None:
-        if path == "auto" and isinstance(problem, AlignProblem):
+        if path == "auto":
             shortcut.keep(problem, dict(operands), capacity=whole[0].capacity)
         if filled[0] is whole[1][0]:
             return
@@ -85,12 +85,17 @@ def _sized_by_buffers(
     None where a launch takes no such P: `expert_ids` is not as long as it says, a batched program has
     its P compiled in, and with no pairs nothing is launched. (`direct.TooManyRows` comes later.)
     """
-    if isinstance(problem, BatchedProblem) or problem.num_pairs == 0:
-        return None
     rows, blocks = buffers["sorted_token_ids"].numel(), buffers["expert_ids"].numel()
     if blocks != _checks.cdiv(rows, problem.block_size) or rows > direct.MAX_CAPACITY:
         return None
-    sized = dataclasses.replace(problem, rows=rows)
+    if isinstance(problem, BatchedProblem):
+        if rows != problem.capacity:
+            return None
+        sized = problem
+    elif problem.num_pairs == 0:
+        return None
+    else:
+        sized = dataclasses.replace(problem, rows=rows)
     return sized, [buffers[name].view(shape) for name, shape in sized.outputs.items()]
 
 

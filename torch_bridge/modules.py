@@ -75,7 +75,8 @@ def code_digest() -> str:
     for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             start += f"\0{package} {importlib.metadata.version(package)}"
-    return _digest_of(start.encode(), [*files, here / "launch.py", here / "driver.py"])
+    own = [here / f"{name}.py" for name in ("launch", "driver", "trials")]
+    return _digest_of(start.encode(), [*files, *own])
 
 
 def _files_in(folder: Path, ending: str) -> list[Path]:

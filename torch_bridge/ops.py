@@ -109,11 +109,12 @@ def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Ten
 
 
 def _block_align(topk_ids, num_experts, block_size):
-    last = shortcut.recent.get((num_experts, block_size))
+    sizes = (num_experts, block_size)
+    last = shortcut.recent.get(sizes)
     if last is not None and last.fits(topk_ids):
         results = last.run(topk_ids)
     else:
-        results = shortcut.attempt_dense(topk_ids, num_experts, block_size)
+        results = shortcut.look_up(topk_ids, sizes)
     if results is not None:
         return results
     return tuple(_block_align_options("auto", topk_ids, num_experts, block_size))
@@ -137,14 +138,16 @@ def _block_align_options(
     with_inverse=False,
     with_scatter_idx=False,
 ):
-    if (
-        path == "auto"
-        and num_valid_pairs is None
-        and max_valid_pairs is None
-        and not (with_counts or with_inverse or with_scatter_idx)
-    ):
+    if path == "auto" and max_valid_pairs is None:
         results = shortcut.attempt(
-            topk_ids, num_experts, block_size, pad_sorted_ids, expert_map, ignore_invalid_experts
+            topk_ids,
+            num_experts,
+            block_size,
+            pad_sorted_ids,
+            expert_map,
+            ignore_invalid_experts,
+            num_valid_pairs=num_valid_pairs,
+            form=shortcut.align_form(with_counts, with_inverse, with_scatter_idx),
         )
         if results is not None:
             return list(results)
@@ -187,6 +190,17 @@ def _block_align_out(
 def _sglang_block_align(
     path, topk_ids, num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
 ):
+    if path == "auto":
+        form = shortcut.sglang_form(with_inactive_blocks)
+        results = shortcut.attempt(
+            topk_ids,
+            num_experts,
+            block_size,
+            ignore_invalid_experts=ignore_invalid_expert,
+            form=form,
+        )
+        if results is not None:
+            return results
     problem = SglangProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
     )

@@ -20,7 +20,7 @@ here, and every slot is written: tails of `sorted_token_ids` read n and of `expe
 import torch
 
 from moe_align_jax import _checks
-from torch_bridge import checks, into, ops
+from torch_bridge import checks, into, ops, shortcut
 from torch_bridge.problems import SglangProblem
 from torch_bridge.sglang_masked import (
     silu_and_mul_masked_post_quant_fwd as silu_and_mul_masked_post_quant_fwd,
@@ -74,6 +74,20 @@ def moe_align_block_size(
     Source: sglang 0.5.23 `srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py`
     (Apache-2.0), its signature and contract; no code taken.
     """
+    if (
+        type(return_inactive_prefix_count) is bool
+        and type(pad_expert_ids) is bool
+        and shortcut.open_to_all()
+    ):
+        results = shortcut.attempt(
+            topk_ids,
+            num_experts,
+            block_size,
+            ignore_invalid_experts=ignore_invalid_expert,
+            form=shortcut.sglang_form(return_inactive_prefix_count),
+        )
+        if results is not None:
+            return results
     function = "moe_align_block_size"
     topk_ids = checks.check_topk_ids(function, topk_ids)
     block_size = _checks.check_block_size(function, block_size)
@@ -140,6 +154,24 @@ def ops_moe_align_block_size(
     Source: the op's schema as sglang 0.5.23 calls it (Apache-2.0), signature and contract; no code
     taken.
     """
+    buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
+    if (
+        type(num_experts) is int
+        and type(pad_sorted_token_ids) is bool
+        and shortcut.open_to_all()
+        and shortcut.is_scratch(cumsum_buffer, topk_ids, num_experts + 1)
+    ):
+        done = shortcut.attempt(
+            topk_ids,
+            num_experts - 1,
+            block_size,
+            ignore_invalid_experts=ignore_invalid_expert,
+            out=buffers,
+            form=shortcut.SGLANG,
+            in_place=True,
+        )
+        if done is not None:
+            return
     function = "ops_moe_align_block_size"
     topk_ids = checks.check_topk_ids(function, topk_ids)
     buckets = _checks.check_num_experts(function, num_experts)
@@ -166,7 +198,5 @@ def ops_moe_align_block_size(
         buckets - 1,
         block_size,
         ignore_invalid_expert,
-        sorted_token_ids,
-        experts_ids,
-        num_tokens_post_pad,
+        *buffers,
     )

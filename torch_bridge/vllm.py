@@ -60,9 +60,18 @@ def moe_align_block_size(
     Source: vllm 0.33 `model_executor/layers/fused_moe/moe_align_block_size.py` (Apache-2.0), its
     signature and contract; no code taken.
     """
-    if return_scatter_idx is False and shortcut.open_to_all():
+    scattered = return_scatter_idx is True and (
+        expert_map is None or ignore_invalid_experts is True
+    )
+    if (return_scatter_idx is False or scattered) and shortcut.open_to_all():
         results = shortcut.attempt(
-            topk_ids, num_experts, block_size, pad_sorted_ids, expert_map, ignore_invalid_experts
+            topk_ids,
+            num_experts,
+            block_size,
+            pad_sorted_ids,
+            expert_map,
+            ignore_invalid_experts,
+            form=shortcut.SCATTER if scattered else 0,
         )
         if results is not None:
             return results
@@ -123,6 +132,12 @@ def batched_moe_align_block_size(
 
     Source: as `moe_align_block_size`.
     """
+    if shortcut.open_to_all():
+        results = shortcut.attempt(
+            expert_num_tokens, max_tokens_per_batch, block_size, form=shortcut.BATCHED
+        )
+        if results is not None:
+            return results
     function = "batched_moe_align_block_size"
     counts, max_tokens_per_batch, block_size = _check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size
@@ -201,19 +216,19 @@ def ops_moe_align_block_size(
     code taken.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if scatter_idx is None and shortcut.open_to_all():
-        rows = sorted_token_ids.numel() if isinstance(sorted_token_ids, torch.Tensor) else 0
-        filtered = expert_map is not None
+    if shortcut.open_to_all():
         done = shortcut.attempt(
             topk_ids,
             num_experts,
             block_size,
             False,
             expert_map,
-            filtered,
+            expert_map is not None,
             None,
-            buffers,
-            rows,
+            buffers if scatter_idx is None else (*buffers, scatter_idx),
+            None,
+            0 if scatter_idx is None else shortcut.SCATTER,
+            True,
         )
         if done is not None:
             return
@@ -269,11 +284,22 @@ def ops_batched_moe_align_block_size(
 
     Source: as `ops_moe_align_block_size`.
     """
+    buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
+    if shortcut.open_to_all():
+        done = shortcut.attempt(
+            expert_num_tokens,
+            max_tokens_per_batch,
+            block_size,
+            out=buffers,
+            form=shortcut.BATCHED,
+            in_place=True,
+        )
+        if done is not None:
+            return
     function = "ops_batched_moe_align_block_size"
     counts, max_tokens_per_batch, block_size = _check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size
     )
-    buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
     into.check_buffer(function, "sorted_token_ids", sorted_token_ids, counts.device)
     into.check_buffer(function, "experts_ids", experts_ids, counts.device)
     into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, counts.device)

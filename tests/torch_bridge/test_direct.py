@@ -16,7 +16,7 @@ from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.torch_bridge.fake_cuda import assert_results, exact_shapes, resized, want_of
 from tests.torch_bridge.helpers import assert_format, ids_of
-from torch_bridge import compiling, direct, direct_call, driver, launch, modules, ops, problems
+from torch_bridge import compiling, direct, direct_call, driver, modules, ops, problems, trials
 
 GARBAGE = -77_777
 
@@ -70,7 +70,7 @@ def emulate(problem, trial, *, garbage=GARBAGE):
 def test_sized_program_gives_the_exact_result(n, num_experts, block_size, options):
     """Against the trial, which test_launch.py holds to the oracle."""
     problem = sized_problem(n, num_experts, block_size, options)
-    trial = launch.align_trial(problem, n, seed=n)
+    trial = trials.align_trial(problem, n, seed=n)
     results = emulate(problem, trial, garbage=n % num_experts)  # ids that would count
     for name, got in zip(problem.outputs, results, strict=True):
         np.testing.assert_array_equal(got, trial.want[name], err_msg=name)
@@ -85,7 +85,7 @@ def test_every_form_is_among_the_sizes():
 def test_emulator_sees_a_read_past_the_ids(n):
     """What the exact sizes above rest on: one id less than the launch says."""
     problem = sized_problem(n, 16, 8, {})
-    trial = launch.align_trial(problem, n, seed=0)
+    trial = trials.align_trial(problem, n, seed=0)
     exact = exact_shapes(problem, **trial.words)
     exact["topk_ids"] = (exact["topk_ids"][0] - 1,)
     program = resized(block_align.build(problem, _tuning.config_for(problem)), exact)

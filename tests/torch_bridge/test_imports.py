@@ -40,6 +40,12 @@ for expert in range(num_experts):
     rows += -(-pairs // block_size) * block_size
 print(tuple(sorted_ids.shape), tuple(expert_ids.shape), num_tokens_post_pad.tolist() == [rows])
 """
+# Which way it went; a process that takes "direct" imports no jax, the plan included.
+CHECK_PATH = """
+import sys, torch_bridge
+plan = torch_bridge.explain(topk_ids, num_experts, block_size, topk)
+print(plan.path, "jax" in sys.modules)
+"""
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -48,24 +54,25 @@ def run(code: str) -> subprocess.CompletedProcess:
     )
 
 
-def check_script(script: str) -> None:
-    result = run(script + CHECK)
+def check_script(script: str, path: str) -> None:
+    result = run(script + CHECK + CHECK_PATH)
     assert result.returncode == 0, result.stderr
-    first, second = result.stdout.splitlines()
+    first, second, third = result.stdout.splitlines()
     assert re.fullmatch(r"Duration: \d+\.\d{4} seconds", first)
     assert second == "(16320,) (128,) True"
+    assert third == f"{path} {path == 'dlpack'}"
 
 
 def test_script_on_a_cpu():
     assert "cuda" not in CPU_SCRIPT
-    check_script(CPU_SCRIPT)
+    check_script(CPU_SCRIPT, "dlpack")
 
 
 @pytest.mark.gpu
 def test_script_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-    check_script(SCRIPT)
+    check_script(SCRIPT, "direct")
 
 
 def test_import_fakes_and_errors_need_no_jax():

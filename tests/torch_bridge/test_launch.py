@@ -15,7 +15,7 @@ import pytest
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from tests import oracle
 from tests.torch_bridge.fake_cuda import FakeCuda
-from torch_bridge import direct, driver, launch, modules
+from torch_bridge import direct, driver, launch, modules, trials
 
 SCRIPT = pathlib.Path(launch.__file__)
 BUFFERS = ("topk_ids", "num_pairs", "sorted_token_ids", "expert_ids")
@@ -129,7 +129,7 @@ TRIALS = {
 def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options):
     options = {**options, "return_inverse": True, "sized_at_launch": True}
     problem = AlignProblem(n, num_experts, block_size, 0, **options)
-    trial = launch.align_trial(problem, n, seed=n)
+    trial = trials.align_trial(problem, n, seed=n)
     first = trial.words["first_id"]
     held = trial.arrays["topk_ids"]
     assert (
@@ -157,7 +157,7 @@ def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options
     ("num_experts", "most", "block_size"), [(1, 1, 1), (8, 16, 8), (300, 13, 16)]
 )
 def test_batched_trial_is_what_the_oracle_says(num_experts, most, block_size):
-    trial = launch.batched_trial(BatchedAlignProblem(num_experts, most, block_size), seed=3)
+    trial = trials.batched_trial(BatchedAlignProblem(num_experts, most, block_size), seed=3)
     given = trial.arrays["expert_num_tokens"]
     want = oracle.align_batched(given.tolist(), max_tokens_per_batch=most, block_size=block_size)
     for name in oracle.Expected._fields[:4]:

@@ -67,7 +67,7 @@ def test_operator_in_other_modes_and_shapes(seen_before):
     problem = problems.AlignProblem(ids.numel(), 16, 8)
     operator = torch.ops.moe_align_jax.block_align
     shortcut.keep(problem, {"topk_ids": ids.flatten()})
-    kept = shortcut._kept[ids.shape, ids.dtype, -1, 16, 8, shortcut._PLAIN]
+    kept = shortcut._kept[ids.shape, ids.dtype, -1, (16, 8)]
     for _ in range(2):
         with torch.inference_mode():
             given = ids.clone()
@@ -268,29 +268,36 @@ def test_shortcut_only_on_the_current_device(seen_before, monkeypatch):
     assert shortcut.attempt(ids, 16, 8, False) is None
 
 
-def test_shortcut_is_kept_for_plain_calls_with_a_loaded_program(fake):
+def test_shortcut_is_kept_for_calls_with_a_loaded_program(fake):
+    """And with ids, map and bound that the kernels read where they lie."""
     _, ids = ids_of(torch.int32)
     n = ids.numel()
-    plain = problems.AlignProblem(n, 16, 8)
-    kept = [
+    plain, sglang = problems.AlignProblem(n, 16, 8), problems.SglangProblem(n, 16, 8)
+    others = [
         (plain, {"topk_ids": ids}),  # no program yet
-        (problems.AlignProblem(n, 16, 8, with_counts=True), {"topk_ids": ids}),
-        (problems.AlignProblem(n, 16, 8, with_inverse=True), {"topk_ids": ids}),
-        (problems.AlignProblem(n, 16, 8, with_scatter_idx=True), {"topk_ids": ids}),
         (problems.AlignProblem(0, 16, 8), {"topk_ids": ids[:0]}),
         (plain, {"topk_ids": ids.to(torch.uint8)}),
         (plain, {"topk_ids": ids, "num_valid_pairs": torch.tensor(3)}),
+        (plain, {"topk_ids": ids, "expert_map": torch.arange(16)}),
         (plain, {"topk_ids": torch.nn.Parameter(ids, requires_grad=False)}),
-        (problems.SglangProblem(n, 16, 8), {"topk_ids": ids}),
-        (problems.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0]}),
+        (sglang, {"topk_ids": ids.to(torch.uint32)}),
+        (problems.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0].long()}),
     ]
-    for index, (problem, operands) in enumerate(kept):
-        if index and isinstance(problem, problems.AlignProblem) and problem.num_pairs:
+    for index, (problem, operands) in enumerate(others):
+        if index and problem.num_pairs:
             direct.prepare(-1, [direct_call.kernel_problem(problem, operands)])
         shortcut.keep(problem, operands)
         assert not shortcut._kept, index
-    shortcut.keep(plain, {"topk_ids": ids})
-    assert len(shortcut._kept) == 1
+    kept = [
+        (plain, {"topk_ids": ids}),
+        (plain, {"topk_ids": ids.to(torch.uint32)}),
+        (sglang, {"topk_ids": ids}),
+        (problems.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0]}),
+    ]
+    for index, (problem, operands) in enumerate(kept, 1):
+        direct.prepare(-1, [direct_call.kernel_problem(problem, operands)])
+        shortcut.keep(problem, operands)
+        assert len(shortcut._kept) == index
 
 
 def test_shortcut_is_bounded(fake, monkeypatch):
@@ -313,9 +320,9 @@ def test_shortcut_fills_the_buffers_of_the_in_place_form(fake, monkeypatch):
     out = tuple(torch.full((k,), -7, dtype=torch.int32) for k in (rows, -(-rows // 8), 1))
     longer = (out[0], torch.full((len(out[1]) + 1,), -7, dtype=torch.int32), out[2])
     assert shortcut.attempt(ids, 16, 8, False, out=out) is None  # another capacity
-    assert shortcut.attempt(ids, 16, 8, False, out=longer, capacity=rows) is None
+    assert shortcut.attempt(ids, 16, 8, False, out=longer, in_place=True) is None
     assert (torch.cat(longer) == -7).all() and not fake.launched
-    assert shortcut.attempt(ids, 16, 8, False, out=out, capacity=rows) is out
+    assert shortcut.attempt(ids, 16, 8, False, out=out, in_place=True) is out
     assert out[0].tolist() == list(want.sorted_token_ids) + [n] * 100
     blocks = list(want.expert_ids)
     assert out[1].tolist() == blocks + [-1] * (len(out[1]) - len(blocks))
