@@ -640,6 +640,7 @@ def test_example_layer_trains_its_experts_behind_an_fp8_payload(monkeypatch):
     x = np.clip(64 * rng.normal(size=(20, 128)), -448, 448).astype(F8).astype(np.float32) / 64
     x[:, 0] = 7
     params = example.init(jax.random.key(0), hidden=128, ffn=16, num_experts=8)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)  # x64 draws float64
     layer = example.expert_parallel_layer(
         mesh_of(4), top_k=2, mode="low_latency", payload="fp8", transport="all_to_all"
     )
