@@ -129,7 +129,8 @@ def dense_moe_layer(params: MoEParams, x: jax.Array, *, top_k: int) -> jax.Array
     gate = jnp.einsum("th,ehf->tef", x, params.gate)
     up = jnp.einsum("th,ehf->tef", x, params.up)
     each = jnp.einsum("tef,efh->teh", jax.nn.silu(gate) * up, params.down)
-    share = (jax.nn.one_hot(topk_ids, params.gate.shape[0]) * weights[..., None]).sum(1)
+    chosen = jax.nn.one_hot(topk_ids, params.gate.shape[0], dtype=weights.dtype)
+    share = (chosen * weights[..., None]).sum(1)
     return jnp.einsum("te,teh->th", share, each).astype(x.dtype)
 
 
