@@ -8,8 +8,9 @@ import contextlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 NAME = "vllm_moe_align_block_size.py"
@@ -19,30 +20,41 @@ RELEASE = "0.33.0"
 @contextlib.contextmanager
 def own_and_patched(path: Path) -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
     """The file's module on vLLM's own ops, and one on which `torch_bridge.vllm.patch` is in force."""
+    import torch
+
     import torch_bridge
 
+    compiled = torch.ops._moe_C
+    loaded = []
     with mock.patch.dict(sys.modules):
-        own, patched = _load(path), _load(path)
+        for _ in range(2):  # each on ops of its own; the last ones stay in sys.modules
+            ops = custom_ops(compiled.moe_align_block_size, compiled.batched_moe_align_block_size)
+            sys.modules.update(stand_ins(ops))
+            loaded.append(load(path))
         with torch_bridge.vllm.patch():
-            yield own, patched
+            yield loaded[0], loaded[1]
 
 
-def _load(path: Path) -> types.ModuleType:
-    """The file, on ops and helpers of its own, which stay in sys.modules."""
-    vllm = types.ModuleType("vllm")
-    vllm.__version__ = RELEASE  # type: ignore[attr-defined]
-    helpers = {
-        "_custom_ops": _custom_ops(),
-        "triton_utils": {"triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))},
-        "utils": {},
-        "utils.math_utils": {"round_up": lambda a, b: -(-a // b) * b},
+def stand_ins(ops: Mapping[str, object], release: str | None = RELEASE) -> dict[str, Any]:
+    """Modules by their names: what the file imports, with `ops` for `vllm._custom_ops`."""
+    members: dict[str, Mapping[str, object]] = {
+        "vllm": {} if release is None else {"__version__": release},
+        "vllm._custom_ops": ops,
+        "vllm.triton_utils": {"triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))},
+        "vllm.utils": {},
+        "vllm.utils.math_utils": {"round_up": lambda a, b: -(-a // b) * b},
     }
-    sys.modules["vllm"] = vllm
-    for name, members in helpers.items():
-        module = sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
-        vars(module).update(members)
-        if "." not in name:
-            setattr(vllm, name, module)
+    modules = {name: types.ModuleType(name) for name in members}
+    for name, module in modules.items():
+        vars(module).update(members[name])
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], last, module)
+    return modules
+
+
+def load(path: Path) -> types.ModuleType:
+    """The file as a module of its own."""
     spec = importlib.util.spec_from_file_location("vllm_moe_align_block_size", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -50,9 +62,8 @@ def _load(path: Path) -> types.ModuleType:
     return module
 
 
-def _custom_ops() -> dict[str, object]:
-    """Its wrappers of the compiled ops, which pass on what they get."""
-    import torch
+def custom_ops(align: Callable[..., None], batched: Callable[..., None]) -> dict[str, Callable]:
+    """vLLM's wrappers of its compiled ops, which pass on what they get."""
 
     def moe_align_block_size(
         topk_ids,
@@ -64,7 +75,7 @@ def _custom_ops() -> dict[str, object]:
         expert_map=None,
         scatter_idx=None,
     ):
-        torch.ops._moe_C.moe_align_block_size(
+        align(
             topk_ids,
             num_experts,
             block_size,
@@ -83,7 +94,7 @@ def _custom_ops() -> dict[str, object]:
         expert_ids,
         num_tokens_post_pad,
     ):
-        torch.ops._moe_C.batched_moe_align_block_size(
+        batched(
             max_tokens_per_batch,
             block_size,
             expert_num_tokens,
