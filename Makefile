@@ -59,10 +59,11 @@ test-jax-0.11:
 	@$(OLD_JAX_THERE)
 	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) $(AGAIN) $(TORCH_SMOKE)
 
-# On a machine with a Hopper GPU. SHARD=1/4 does a quarter of it.
+# On a machine with a Hopper GPU, or several. SHARDS processes at once.
+SHARDS ?= 4
 gpu-test:
 	$(VENV_FOR) cli test torch
-	$(PY) -m pytest -q -rfEs -p no:xdist -m gpu $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
+	sh tools/gpu_test.sh $(PY) $(SHARDS) $(PYTEST_ARGS)
 
 lint:
 	$(VENV_FOR) cli test torch dev

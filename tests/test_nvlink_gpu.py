@@ -16,7 +16,7 @@ from moe_align_jax._expert_parallel import choice
 from moe_align_jax._expert_parallel.nvlink import NvLink
 from moe_align_jax._kernels.peer_rows import dispatch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 HIDDEN, LOCAL = 256, 4
 OURS = "nvlink"
 

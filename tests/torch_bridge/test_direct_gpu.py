@@ -247,6 +247,7 @@ ALONE = """
 MODULES_MIB = 4 * 2
 
 
+@pytest.mark.alone
 def test_gpu_process_has_no_jax_and_loses_no_memory_but_the_modules(record_property):
     for start in ("first", "second"):  # the first may compile, in a process of its own
         path, jax_there, jaxlib_there, taken, _ = _run(ALONE).split()
