@@ -1,4 +1,4 @@
-"""tools/gpu_test.sh with a stand-in for Python: which processes it starts, and what it makes of their ends."""
+"""tools/gpu_test.sh with a stand-in for Python: which processes it starts, and what it makes of their end."""
 
 import pathlib
 import subprocess
