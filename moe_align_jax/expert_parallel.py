@@ -211,32 +211,33 @@ def dispatch(
         with jax.named_scope("plan"):
             plan = TRANSPORTS[info.transport].plan(ids, group)
         payload_and_pairs = x, scales, weights, ids
-        if chosen == "normal":
-            with jax.named_scope("send"):
-                x, scales, weights, ids = send(info, *payload_and_pairs, plan)
-            handle = DispatchHandle(info, plan, jnp.any(ids >= 0, axis=1), None, None, None)
+        experts, room = group.num_local_experts, None
+        if chosen == "low_latency":
+            room = check_room(
+                function, max_tokens_per_expert, experts, size * num_tokens, ids.shape[1]
+            )
+            if initialize is None:
+                initialize = not (info.quantise or scales is not None)
+        with jax.named_scope("send"):
+            if room and not initialize and fills_boxes(info, *payload_and_pairs, room):
+                *received, boxed = send_to_boxes(info, room, *payload_and_pairs, plan)
+            else:
+                received, boxed = send(info, *payload_and_pairs, plan), None
+        x, scales, weights, ids = received
+        in_use = jnp.any(ids >= 0, axis=1)
+        if room is None:
+            handle = DispatchHandle(info, plan, in_use, None, None, None)
             return Dispatched(x, scales, None, None, ids, weights, handle, choice)
-        experts, received = group.num_local_experts, size * num_tokens
-        room = check_room(function, max_tokens_per_expert, experts, received, ids.shape[1])
-        if initialize is None:
-            initialize = not (info.quantise or scales is not None)
-        if not initialize and fills_boxes(info, *payload_and_pairs, room):
-            with jax.named_scope("send"):
-                x, scales, weights, ids, layout = send_to_boxes(
-                    info, room, *payload_and_pairs, plan
-                )
-            layout = MaskedLayout(*layout)
-        else:
-            with jax.named_scope("send"):
-                x, scales, weights, ids = send(info, *payload_and_pairs, plan)
+        if boxed is None:
             (x, scales), layout = permute_to_masked(
                 (x, scales),
                 ids,
                 num_experts=experts,
                 max_tokens_per_expert=room,
-                initialize=initialize,
+                initialize=bool(initialize),
             )
-        in_use = jnp.any(ids >= 0, axis=1)
+        else:
+            layout = MaskedLayout(*boxed)
         if scales is not None and scales.dtype == jnp.int32:
             scales = jnp.swapaxes(scales, 1, 2)
         handle = DispatchHandle(info, plan, in_use, layout, weights, ids)

@@ -36,10 +36,15 @@ class DispatchInfo:
     quantise: bool = False
 
 
+def _fields(*given: jax.Array | None) -> list[jax.Array]:
+    """What travels of a token: payload, perhaps its scales, weights and ids."""
+    return [field for field in given if field is not None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(info: DispatchInfo, x, scales, weights, ids, plan):
     """(x, scales, weights, local ids) as received, `[R, ...]`."""
-    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    fields = _fields(x, scales, weights, ids)
     transport, group = TRANSPORTS[info.transport], info.group
     if info.quantise:
         received = NVLINK.send_quantised(x, weights, ids, group)
@@ -82,7 +87,7 @@ def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
     """Whether `send_to_boxes` takes these."""
     if info.transport != NVLINK.name:
         return False
-    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    fields = _fields(x, scales, weights, ids)
     return NVLINK.fills_boxes(fields, info.group, room, info.quantise)
 
 
@@ -90,7 +95,7 @@ def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
 def send_to_boxes(info: DispatchInfo, room: int, x, scales, weights, ids, plan):
     """`send`, then `permute_to_masked` of what came, not initialised: (x, scales, weights, ids, layout)."""
     del plan
-    fields = [f for f in (x, scales, weights, ids) if f is not None]
+    fields = _fields(x, scales, weights, ids)
     boxes, layout, received = NVLINK.send_to_boxes(fields, info.group, room, info.quantise)
     return boxes[0], boxes[1] if len(boxes) > 1 else None, *received, layout
 

@@ -19,7 +19,7 @@ from moe_align_jax._expert_parallel import message, peer_access
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._kernels import peer_rows
-from moe_align_jax._kernels.peer_rows.problems import words
+from moe_align_jax._kernels.peer_rows.problems import most_words
 from moe_align_jax._simt.language import Devices
 
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
@@ -85,8 +85,7 @@ class NvLink:
             scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
             fields = (x.astype(message.FP8), scales, weights, ids)
             return [_nothing(field, group) for field in fields]
-        problem = self._problem([x], ids, group, routing=True)
-        problem = problem._replace(quantise=np.dtype(message.FP8))
+        problem = self._problem([x], ids, group, routing=True, quantise=True)
         return _launch(problem, ids, weights, x)
 
     def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
@@ -119,10 +118,8 @@ class NvLink:
     def _dispatch_problem(
         self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
     ) -> peer_rows.Dispatch:
-        send = self._problem(payload, ids, group, routing=True)
-        return peer_rows.Dispatch(
-            send._replace(quantise=np.dtype(message.FP8)) if quantise else send, room
-        )
+        send = self._problem(payload, ids, group, routing=True, quantise=quantise)
+        return peer_rows.Dispatch(send, room)
 
     def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
         if plan.size == 0:
@@ -132,11 +129,18 @@ class NvLink:
         return _out_of_words(received, rows)
 
     def _problem(
-        self, given: list[jax.Array], ids: jax.Array, group: Group, *, routing: bool
+        self,
+        given: list[jax.Array],
+        ids: jax.Array,
+        group: Group,
+        *,
+        routing: bool,
+        quantise: bool = False,
     ) -> peer_rows.Send:
         fields = tuple(peer_rows.Field(x.shape[1], np.dtype(x.dtype)) for x in given)
         sizes = ids.shape[0], ids.shape[1], fields
-        return peer_rows.Send(*sizes, _devices(group), group.num_local_experts, routing)
+        target = np.dtype(message.FP8) if quantise else None
+        return peer_rows.Send(*sizes, _devices(group), group.num_local_experts, routing, target)
 
     def num_received(self, plan: Any) -> None:
         del plan
@@ -215,8 +219,7 @@ peer_rows_p.multiple_results = True
 
 
 def _launch(problem: peer_rows.Problem, *operands: jax.Array) -> list[jax.Array]:
-    largest = max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))
-    if largest > _checks.INT32_MAX:
+    if (largest := most_words(problem)) > _checks.INT32_MAX:
         rule = f"move at most {_checks.INT32_MAX} 4-byte words by transport 'nvlink'"
         remedy = "Pass transport='all_to_all'."
         raise NotImplementedError(_checks.message("dispatch", "x", rule, largest, remedy))

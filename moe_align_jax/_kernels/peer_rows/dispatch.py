@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from moe_align_jax._kernels.peer_rows import copying
-from moe_align_jax._kernels.peer_rows.problems import GROUP, INT32, Dispatch, Field, words
+from moe_align_jax._kernels.peer_rows.problems import GROUP, INT32, Dispatch, Field, most_words
 from moe_align_jax._kernels.peer_rows.send import Sender
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
@@ -41,7 +41,7 @@ def unsupported(problem: Dispatch) -> str | None:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
     if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
         return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
-    if max(words(array) for array in problem.outputs.values()) > _INT32_MAX:
+    if most_words(problem) > _INT32_MAX:
         return "it counts words in int32"
     return None
 

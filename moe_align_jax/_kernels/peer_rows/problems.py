@@ -192,3 +192,8 @@ type Problem = Send | Dispatch | GiveBack | Combine
 def words(array: Array) -> int:
     shape, dtype = array
     return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4
+
+
+def most_words(problem: Problem) -> int:
+    """Of the largest array: kernels count words in int32."""
+    return max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))
