@@ -3,10 +3,13 @@
 import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moe_align_jax import _checks, _tuning
 from moe_align_jax._fits import BlockAlignMosaicConfig, cdiv, pairs_per_round
 from moe_align_jax._kernels import block_align
 from moe_align_jax.types import AlignProblem
+from tests import oracle
 
 
 class Variant(NamedTuple):
@@ -81,6 +84,18 @@ OPTIONS: tuple[dict[str, Any], ...] = tuple(
 PAIRWISE = tuple(OPTIONS[i] for i in (0, 7, 11, 12, 18, 21))
 
 BATCHED_SIZES = ((8, 16, 8), (64, 1, 4), (256, 512, 64), (1000, 13, 16))  # E, max_tokens, block
+
+
+def ids_of(size: Size, seed: int = 0, dtype: str = "int32") -> np.ndarray:
+    """`[n, 1]` random ids, half of them out of range."""
+    return oracle.route(
+        "outside",
+        num_tokens=size.num_pairs,
+        top_k=1,
+        num_experts=size.num_experts,
+        dtype=dtype,
+        seed=seed,
+    )
 
 
 def location_sizes(

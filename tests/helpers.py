@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import moe_align_jax as maj
 from tests import oracle
@@ -26,6 +27,19 @@ def check(ids: Any, *, implementation: str, container: str = "numpy", **options:
     got = maj.moe_align_block_size(given, implementation=implementation, **options)
     oracle.assert_same(got, oracle.expected(ids, **options))
     return got
+
+
+def torch_on_cpu(monkeypatch: Any, *names: str) -> Any:
+    """torch, whose functions of these names (of those that benchmarks call) make on the CPU what is meant
+    for the GPU. Skips without it."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for name in names:
+        real = getattr(torch, name)
+        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
+        monkeypatch.setattr(torch, name, replaced)
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+    return torch
 
 
 def collect_primitives(jaxpr: Any) -> set[str]:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import compile_time, goals, peers, report, run, union
 from benchmarks.cases import CASES, Case, expected
 from moe_align_jax import _tuning
+from tests.helpers import torch_on_cpu
 
 CASE = Case(num_pairs=96, num_experts=7, block_size=8)
 
@@ -58,11 +59,7 @@ def test_comparison_on_the_gpu_finds_what_the_one_by_numpy_finds():
 
 
 def test_reference_on_the_gpu_is_held_to_numpy(monkeypatch):
-    torch = pytest.importorskip("torch")
-    for name in ("full", "arange", "zeros"):
-        real = getattr(torch, name)
-        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
-        monkeypatch.setattr(torch, name, replaced)
+    torch = torch_on_cpu(monkeypatch, "full", "arange", "zeros")
     ids = [torch.from_numpy(CASE.topk_ids(seed)) for seed in range(2)]
     wrong, want = union.reference_of(CASE, ids)
     assert wrong == ""
@@ -202,13 +199,7 @@ def test_goals_of_many_experts():
 
 def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
     """The whole of one size on a CPU, with a stand-in for the CUDA graph that runs the calls."""
-    torch = pytest.importorskip("torch")
-    for name in ("full", "arange", "zeros", "randint"):
-        real = getattr(torch, name)
-        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
-        monkeypatch.setattr(torch, name, replaced)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+    torch_on_cpu(monkeypatch, "full", "arange", "zeros", "randint")
 
     def run_calls(calls, replays):
         for call in calls:

@@ -9,6 +9,7 @@ from moe_align_jax import _tuning
 torch = pytest.importorskip("torch")
 
 from benchmarks import peers, union  # noqa: E402
+from tests.helpers import torch_on_cpu  # noqa: E402
 from torch_bridge import direct  # noqa: E402
 
 
@@ -54,12 +55,7 @@ def test_models_reach_every_form():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Tensors meant for the GPU lie here, and a graph's calls run once."""
-    for name in ("full", "arange", "zeros", "randint"):
-        real = getattr(torch, name)
-        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
-        monkeypatch.setattr(torch, name, replaced)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+    torch_on_cpu(monkeypatch, "full", "arange", "zeros", "randint")
     taken = iter([1.0, 1.1] * 99)
 
     def run_calls(calls, replays):

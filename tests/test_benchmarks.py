@@ -12,6 +12,7 @@ import pytest
 from benchmarks import cases, fetch, peers, report, run, timing
 from benchmarks.cases import Case, expected, mismatch
 from moe_align_jax._cli.demo import plain_loop
+from tests import helpers
 
 SMALL = [
     Case(num_pairs=24, num_experts=5, block_size=4, top_k=2),
@@ -154,11 +155,7 @@ def test_jax_providers_are_right(name, case):
 @pytest.fixture
 def torch_on_cpu(monkeypatch):
     """torch, with what peers.py makes on a GPU made on the CPU."""
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    for name in ("full", "arange", "zeros"):
-        real = getattr(torch, name)
-        replaced = lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"})  # noqa: E731
-        monkeypatch.setattr(torch, name, replaced)
+    torch = helpers.torch_on_cpu(monkeypatch, "full", "arange", "zeros")
     monkeypatch.setattr(peers, "_on_gpu", lambda ids: [torch.from_numpy(i) for i in ids])
     return torch
 

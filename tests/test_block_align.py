@@ -26,16 +26,8 @@ def test_block_align_equals_oracle_over_the_cover(implementation, case):
 )
 def test_block_align_every_form_with_every_option(implementation, size, options):
     """Both sides of each threshold between the kernel forms."""
-    ids = oracle.route(
-        "outside",
-        num_tokens=size.num_pairs,
-        top_k=1,
-        num_experts=size.num_experts,
-        dtype="int32",
-        seed=3,
-    )
     check(
-        ids,
+        forms.ids_of(size, seed=3),
         implementation=implementation,
         block_size=size.block_size,
         num_experts=size.num_experts,

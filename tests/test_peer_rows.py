@@ -40,6 +40,17 @@ def sent(problem: peer_rows.Problem, *arrays) -> list[dict[str, np.ndarray]]:
     ]
 
 
+def random_tokens(seed, devices, tokens, top_k, local, columns):
+    """Two fields, and of all devices ids (some out of range), weights and both fields' values, none 0."""
+    rng = np.random.default_rng(seed)
+    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
+    ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
+    weights = rng.random((devices, tokens, top_k), np.float32) + 1
+    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
+    y = rng.random((devices, tokens, 3), np.float32) + 1
+    return fields, ids, weights, x, y
+
+
 @given(
     devices=st.integers(1, 8),
     tokens=st.integers(1, 9),
@@ -52,12 +63,8 @@ def sent(problem: peer_rows.Problem, *arrays) -> list[dict[str, np.ndarray]]:
 def test_send_puts_each_token_where_its_experts_are(
     devices, tokens, top_k, local, columns, routing, seed
 ):
-    rng = np.random.default_rng(seed)
-    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
-    ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
-    weights = rng.random((devices, tokens, top_k), np.float32) + 1
-    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
-    y = rng.random((devices, tokens, 3), np.float32) + 1
+    fields, *given = random_tokens(seed, devices, tokens, top_k, local, columns)
+    ids, weights, x, y = given
     problem = Send(tokens, top_k, fields, Devices(devices), local, routing)
     got = sent(problem, *((ids, weights) if routing else (ids,)), x, y)
 
@@ -153,12 +160,8 @@ def check_dispatch(problem: Dispatch, ids, weights, *fields) -> None:
 )
 def test_dispatch_fills_the_boxes(devices, tokens, top_k, local, room, columns, seed):
     """Ids may be out of range or occur twice in a token, and boxes be too small."""
-    rng = np.random.default_rng(seed)
-    fields = (Field(columns, np.dtype("uint16")), Field(3, np.dtype("float32")))
-    ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
-    weights = rng.random((devices, tokens, top_k), np.float32) + 1
-    x = rng.integers(1, 1 << 16, (devices, tokens, columns)).astype(np.uint16)
-    y = rng.random((devices, tokens, 3), np.float32) + 1
+    fields, *given = random_tokens(seed, devices, tokens, top_k, local, columns)
+    ids, weights, x, y = given
     send = Send(tokens, top_k, fields, Devices(devices), local, True)
     check_dispatch(Dispatch(send, room), ids, weights, x, y)
 

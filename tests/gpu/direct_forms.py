@@ -74,14 +74,7 @@ def run(device: str, case: Case) -> None:
 
 def run_form(device: str, size: forms.Size, options: dict[str, Any]) -> None:
     for dtype, skip in INPUTS:
-        ids = oracle.route(
-            "outside",
-            num_tokens=size.num_pairs,
-            top_k=1,
-            num_experts=size.num_experts,
-            dtype=dtype,
-            seed=0,
-        )
+        ids = forms.ids_of(size, dtype=dtype)
         there = on(device, ids, skip)
         run_options(device, ids, there, size, options)
         run_plain(device, ids, there, size)

@@ -95,14 +95,7 @@ def align(case: Case, implementation: str = "mosaic_gpu") -> None:
         oracle.assert_same(jax.block_until_ready(got), want)
         return
     size, options = case.size, case.options
-    ids = oracle.route(
-        "outside",
-        num_tokens=size.num_pairs,
-        top_k=1,
-        num_experts=size.num_experts,
-        dtype="int32",
-        seed=0,
-    )
+    ids = forms.ids_of(size)
     given = {
         "block_size": size.block_size,
         "num_experts": size.num_experts,

@@ -17,14 +17,7 @@ POISON = 0x5A5A5A5A
 
 
 def ids_of(size: forms.Size, seed: int = 0) -> np.ndarray:
-    return oracle.route(
-        "outside",
-        num_tokens=size.num_pairs,
-        top_k=1,
-        num_experts=size.num_experts,
-        dtype="int32",
-        seed=seed,
-    ).ravel()
+    return forms.ids_of(size, seed).ravel()
 
 
 def aligner(size: forms.Size, **options):
