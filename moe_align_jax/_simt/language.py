@@ -4,8 +4,8 @@ A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds
 It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
-Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles, ballots and
-matches order no memory. `block_sync` orders shared and global accesses of one CTA, `cluster_sync` shared
+Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles and ballots
+order no memory. `block_sync` orders shared and global accesses of one CTA, `cluster_sync` shared
 accesses of the CTAs of a cluster (CTA g is in cluster g // `cluster`); nothing else orders two CTAs of one
 kernel but what they tell each other, where several devices run it. A kernel sees what the kernels before it
 wrote, from its `grid_dependency_wait` on.
