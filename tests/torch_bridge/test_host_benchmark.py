@@ -5,18 +5,17 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import host, vllm_file
 from tests import oracle
+from tests.torch_bridge import peer_files
 from tests.torch_bridge.helpers import assert_triple, ids_of
 from torch_bridge import sglang, vllm
 
 E, BLOCK = 16, 8
-FILE = Path(__file__).parents[2] / ".peers" / vllm_file.NAME
 
 
 @pytest.fixture
@@ -41,11 +40,11 @@ def peers(monkeypatch):
     return called
 
 
-@pytest.mark.skipif(not FILE.is_file(), reason="`python -m benchmarks.fetch vllm` gets the file")
 def test_vllms_file_on_its_op_and_patched(peers):
+    path = peer_files.path_of(vllm_file.NAME)
     array, ids = ids_of(torch.int32)
     want = oracle.align(array.ravel(), block_size=BLOCK, num_experts=E)
-    with vllm_file.own_and_patched(FILE) as (own, patched):
+    with vllm_file.own_and_patched(path) as (own, patched):
         assert_triple(own.moe_align_block_size(ids, BLOCK, E), want)
         assert peers == ["vllm"]
         assert_triple(patched.moe_align_block_size(ids, BLOCK, E), want)
