@@ -127,7 +127,7 @@ def test_a_lane_that_is_not_active_may_divide_by_zero_or_index_anything():
 def test_warp_operations_equal_plain_python(words, seed):
     rng = np.random.default_rng(seed)
     x, source = rng.choice(words, 256).tolist(), rng.integers(0, 32, 256)
-    names = ("shfl", "fixed", "ballot", "popc", "highest", "up1", "up5", "up31")
+    names = ("shfl", "fixed", "ballot", "sum", "popc", "highest", "up1", "up5", "up31")
 
     def body(t, r):
         i = t.cta_id() * 128 + t.thread_id()
@@ -135,18 +135,20 @@ def test_warp_operations_equal_plain_python(words, seed):
         t.store(r.shfl, i, t.shfl(value, t.load(r.b, i)))
         t.store(r.fixed, i, t.shfl(value, 9))
         t.store(r.ballot, i, t.ballot(value > 0))
+        t.store(r.sum, i, t.warp_sum(value))
         t.store(r.popc, i, t.popc(value))
         t.store(r.highest, i, t.highest_bit(value))
         for delta in (1, 5, 31):
             t.store(getattr(r, f"up{delta}"), i, t.shfl_up(value, delta))
 
     got = launch(body, x, source, outputs={name: (256,) for name in names}, num_ctas=2)
-    shfl, fixed, ballot, popc, highest, up1, up5, up31 = (g.tolist() for g in got)
+    shfl, fixed, ballot, total, popc, highest, up1, up5, up31 = (g.tolist() for g in got)
     for i, value in enumerate(x):
         warp = range(i // 32 * 32, i // 32 * 32 + 32)
         assert shfl[i] == x[warp[source[i]]]
         assert fixed[i] == x[warp[9]]
         assert u(ballot[i]) == sum(1 << k for k, j in enumerate(warp) if x[j] > 0)
+        assert u(total[i]) == sum(x[j] for j in warp) & 0xFFFFFFFF
         assert popc[i] == bin(u(value)).count("1")
         assert highest[i] == u(value).bit_length() - 1
         for up, delta in ((up1, 1), (up5, 5), (up31, 31)):

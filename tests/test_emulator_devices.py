@@ -196,9 +196,9 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
         with t.if_(t.thread_id() < 5):
             t.tell_peers()
 
-    def part_of_a_warpgroup(t, r):
+    def part_of_a_warp_waits(t, r):
         t.tell_everyone()
-        with first_warp(t):
+        with t.if_(t.thread_id() < 5):
             t.wait_for_everyone(8)
 
     for body, match in (
@@ -207,7 +207,7 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
         (not_all_ctas, "for 8 warps of each CTA; 0 to 8"),
         (twice, "once"),
         (part_of_a_warp, "5 of 32 threads"),
-        (part_of_a_warpgroup, "32 of 128 threads"),
+        (part_of_a_warp_waits, "5 of 32 threads"),
     ):
         with pytest.raises(faults.DivergentBarrier, match=match):
             run(body)

@@ -213,9 +213,7 @@ class _Dispatcher:
             before = end - first
             for k, one in enumerate(ids):
                 total = total + t.select(one.eq(expert) & (before > k), 1, 0)
-        for distance in (16, 8, 4, 2, 1):
-            total = total + t.shfl(total, self.lane ^ distance)
-        return total
+        return t.warp_sum(total)
 
     # -- the layout
 
