@@ -330,7 +330,7 @@ def test_a_cta_that_does_not_meet_its_peers_is_found():
         devices=Devices(2),
         partial=frozenset(["out"]),
     )
-    with pytest.raises(faults.RaceError, match="it ends without device_sync"):
+    with pytest.raises(faults.RaceError, match="it ends without device_wait"):
         emulator.run_on_devices(kernel, [[], []])
 
 

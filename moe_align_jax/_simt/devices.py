@@ -1,15 +1,15 @@
 """What devices that run a kernel together do to each other, in NumPy: each has a thread of the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_align_jax._simt.faults import DivergentBarrier, RaceError, Undefined
+from moe_align_jax._simt.faults import DivergentBarrier, OutOfBounds, RaceError, Undefined
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax._simt.memory import Buffer
 from moe_align_jax._simt.races import Clock, Told
-from moe_align_jax._simt.values import Scope, array_of
+from moe_align_jax._simt.values import Scope, Value, array_of
 
 
 class Remote(NamedTuple):
@@ -27,12 +27,16 @@ class Peers(NamedTuple):
         outputs: all devices' outputs, by name.
         meet: how to wait for the others.
         told: what all have told.
+        inboxes: all devices' inboxes, `[devices, words]`, 0 where nothing has been put.
+        taken: which of their words have been taken.
     """
 
     rank: int
     outputs: list[dict[str, Buffer]]
     meet: Callable[[], Any]
     told: Told
+    inboxes: np.ndarray
+    taken: np.ndarray
 
 
 class AmongDevices(Simt):
@@ -44,11 +48,11 @@ class AmongDevices(Simt):
     _inside: Callable[..., Any]
     _chosen: Callable[..., Scope]
     _whole: Callable[[int, str], Any]
+    _full: Callable[[np.ndarray], np.ndarray]
 
-    def _join(self, peers: Peers | None, num_warps: int) -> None:
+    def _join(self, peers: Peers | None) -> None:
         self._peers = peers
-        # Warps that have stored to other devices since they last told of it.
-        self._untold = np.zeros(num_warps, bool)
+        self._untold = False  # whether it has stored to other devices since its `device_arrive`
 
     def _others(self) -> Peers:
         if self._peers is None:
@@ -64,65 +68,73 @@ class AmongDevices(Simt):
         for rank in np.unique(self.scope.active(ref.ranks)):
             if not 0 <= rank < len(outputs) or ref.name not in outputs[rank]:
                 raise Undefined(f"{self.name}: {ref.name} is no output of a device {rank}.")
-            with self._inside(self._chosen(self.scope, ref.ranks == rank)) as scope:
-                warps = slice(None) if scope.lanes is None else scope.lanes // WARP
-                self._untold[warps] = True
+            with self._inside(self._chosen(self.scope, ref.ranks == rank)):
+                self._untold = True
                 yield outputs[rank][ref.name]
 
-    def _tell(self, told: np.ndarray, warps: np.ndarray | slice, what: str) -> None:
-        mine = told[self._others().rank].reshape(-1)
-        if mine[warps].any():
-            raise DivergentBarrier(f"{self.name}: a warp comes to {what} once.")
-        self._clock.warp_barrier(warps)
-        mine[warps] = self._clock.tick
-        self._untold[warps] = False
+    def device_arrive(self) -> None:
+        if self.scope.lanes is not None:
+            raise DivergentBarrier(f"{self.name}: device_arrive is for all threads.")
+        stamps = self._others().told.stamps
+        if stamps[self._others().rank]:
+            raise DivergentBarrier(f"{self.name}: there is one device_arrive.")
+        self.block_sync()
+        stamps[self._others().rank] = self._clock.tick
+        self._untold = False
 
-    def _wait(self, told: np.ndarray, heard: np.ndarray, count: int, what: str) -> None:
-        warps = self._whole(WARP, what)
+    def device_wait(self) -> None:
+        warps = self._whole(WARP, "device_wait")
         self._others().meet()
-        each = (told != 0).sum(axis=2)
-        if (each != count).any():
-            raise DivergentBarrier(
-                f"{self.name}: {what} is for {count} warps of each CTA; {each.min()} to {each.max()} "
-                "of them have told."
-            )
-        heard.reshape(-1)[warps] = True
+        if not self._others().told.stamps.all():
+            raise DivergentBarrier(f"{self.name}: device_wait before device_arrive.")
+        self._clock.heard.reshape(-1)[warps] = True
         self._clock.warp_barrier(warps)
 
-    def tell_peers(self) -> None:
-        self._tell(self._others().told.peers, self._whole(WARP, "tell_peers"), "tell_peers")
+    def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
+        given = (self.scope.active(self._full(array_of(x))) for x in (rank, index, value))
+        ranks, at, words = given
+        inboxes = self._others().inboxes
+        outside = (ranks < 0) | (ranks >= len(inboxes)) | (at < 0) | (at >= inboxes.shape[1])
+        if outside.any():
+            raise OutOfBounds(f"{self.name}: put into word {at[outside.argmax()]} of an inbox.")
+        if (words == 0).any():
+            raise Undefined(f"{self.name}: a word that is put is not 0.")
+        if inboxes[ranks, at].any() or len(set(zip(ranks, at, strict=True))) < len(at):
+            raise RaceError(f"{self.name}: a word is put once.")
+        inboxes[ranks, at] = words
 
-    def tell_everyone(self) -> None:
-        self._tell(
-            self._others().told.everyone, self._whole(WARP, "tell_everyone"), "tell_everyone"
-        )
-
-    def wait_for_peers(self, count: int) -> None:
-        self._wait(self._others().told.peers, self._clock.heard_peers, count, "wait_for_peers")
-
-    def wait_for_everyone(self, count: int) -> None:
-        self._wait(
-            self._others().told.everyone, self._clock.heard_everyone, count, "wait_for_everyone"
-        )
+    def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
+        self._others().meet()
+        inbox, taken = (of_all[self._others().rank] for of_all in self._others()[-2:])
+        results = []
+        for index, width in places:
+            first = self._full(array_of(index))
+            at = self.scope.active(first)
+            if (at % width).any() or (at < 0).any() or (at + width > len(inbox)).any():
+                raise OutOfBounds(f"{self.name}: takes {width} words from {at} on.")
+            cells = at[:, None] + np.arange(width)
+            if not inbox[cells].all():
+                raise DivergentBarrier(f"{self.name}: takes a word that nobody puts.")
+            taken[cells] = True
+            inside = first.clip(0, len(inbox) - width)
+            results.append(tuple(Value(inbox[inside + k], self) for k in range(width)))
+        return results
 
     def device_sync(self) -> None:
-        if self.scope.lanes is not None:
-            raise DivergentBarrier(f"{self.name}: device_sync is for all threads.")
-        self.block_sync()
-        self._tell(self._others().told.peers, slice(None), "device_sync")
-        self.wait_for_peers(self.num_threads // WARP)
+        self.device_arrive()
+        self.device_wait()
         self.block_sync()
 
     def _check_devices_end(self) -> None:
         """All that others wrote to this device is there when the kernel ends: later ones may read it."""
         if self._peers is None:
             return
-        everyone, clock = self._peers.told.everyone[self._peers.rank], self._clock
-        if not clock.heard_peers.any(axis=1).all():
-            raise RaceError(f"{self.name}: it ends without device_sync, or wait_for_peers.")
-        if everyone.any() and not clock.heard_everyone.any(axis=1).all():
-            raise RaceError(f"{self.name}: it ends without wait_for_everyone.")
-        if self._untold.any():
+        if not self._clock.heard.any(axis=1).all():
+            raise RaceError(f"{self.name}: it ends without device_wait.")
+        inbox, taken = (of_all[self._peers.rank] for of_all in self._peers[-2:])
+        if (inbox.astype(bool) & ~taken).any():
+            raise RaceError(f"{self.name}: it ends before a word that was put was taken.")
+        if self._untold:
             raise RaceError(
                 f"{self.name}: it ends with stores to other devices that it told nobody of."
             )

@@ -125,14 +125,16 @@ def run_on_devices(
     check_launch(kernel)
     outputs = [_outputs(kernel, check_races) for _ in arrays]
     together = threading.Barrier(len(arrays))
-    told = Told(len(arrays), kernel.num_ctas, kernel.num_threads)
+    told = Told(np.zeros(len(arrays), np.int64))
+    inboxes = np.zeros((len(arrays), kernel.inbox), np.int32)
+    taken = np.zeros(inboxes.shape, bool)
 
     def run_one(rank: int) -> None:
         data = {
             name: np.asarray(array, np.int32).reshape(-1)
             for name, array in zip(kernel.inputs, arrays[rank], strict=True)
         }
-        peers = Peers(rank, outputs, together.wait, told)
+        peers = Peers(rank, outputs, together.wait, told, inboxes, taken)
         machine = EmulatedSimt(kernel, peers=peers)
         try:
             _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)

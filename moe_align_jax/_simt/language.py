@@ -266,27 +266,27 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def device_sync(self) -> None:
-        """Once: tells the CTA of my index on every device that my CTA stores no more there, and waits for
-        theirs. What they wrote here my CTA may read from then on, and later kernels may."""
+        """`device_arrive`, `device_wait`, `block_sync`: then my CTA may read what its peers wrote here."""
 
     @abc.abstractmethod
-    def tell_peers(self) -> None:
-        """By a whole warp, once: the CTAs of my index on every device, mine too, may read what the warp has
-        stored until now, once they are back from `wait_for_peers`. It orders the warp as `warp_sync` does."""
+    def device_arrive(self) -> None:
+        """Once, by all threads: tells my peers, the CTAs of my index on every device, that my CTA stores no
+        more there. A `block_sync`, too."""
 
     @abc.abstractmethod
-    def wait_for_peers(self, count: int) -> None:
-        """By whole warps: waits until `count` warps, no more will, of the CTA of my index on every device
-        have told. A `block_sync` passes on to the CTA what one of its warps has waited for."""
+    def device_wait(self) -> None:
+        """By whole warps: waits until all my peers have come to their `device_arrive`. What they wrote here
+        the warp may read from then on, after a `block_sync` its CTA, and after the kernel everybody."""
 
     @abc.abstractmethod
-    def tell_everyone(self) -> None:
-        """As `tell_peers`, to every CTA of every device; those know after `wait_for_everyone`."""
+    def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
+        """Puts a word into the inbox of the device of that rank: not 0, and each word once. It is its own
+        message: nobody tells of it, and it tells of nothing else."""
 
     @abc.abstractmethod
-    def wait_for_everyone(self, count: int) -> None:
-        """By whole warps: waits until `count` warps of every CTA of every device have told. All CTAs must be
-        resident."""
+    def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
+        """For each (index, width) so many words of my inbox, 1, or 4 from a multiple of 4 on, once somebody
+        has put them. Waits for all together. All CTAs must be resident; what is put must be taken."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:
@@ -331,6 +331,7 @@ class Kernel:
         arrays: (shape, dtype) of a buffer that is no int32 array outside; the body sees its words.
         partial: outputs that need not be written in full.
         devices: those whose outputs the body may write to, as they do to mine.
+        inbox: words that they may put, and I take.
     """
 
     name: str
@@ -344,6 +345,7 @@ class Kernel:
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None
+    inbox: int = 0
 
     @property
     def num_threads(self) -> int:

@@ -48,7 +48,7 @@ class EmulatedSimt(AmongDevices):
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)
-        self._join(peers, self._total // WARP)
+        self._join(peers)
         self.scope = Scope(None, self._total)
 
     @property

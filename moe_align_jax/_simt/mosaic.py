@@ -4,6 +4,7 @@ The only file of the package that sees MLIR. Checked with jax 0.11.2 and 0.12.
 """
 
 import inspect
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,7 +31,6 @@ from moe_align_jax._simt.language import (
 )
 
 _FULL_MASK = -1
-_COUNTERS = 2  # words of a CTA, in a kernel of several devices
 _BINARY = {
     "add": arith.addi,
     "sub": arith.subi,
@@ -127,14 +128,15 @@ class MosaicSimt(Simt):
         *,
         pdl: bool = False,
         context: Any = None,
-        arrivals: ir.Value | None = None,
+        zeroed: ir.Value | None = None,
     ):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
         self._pdl = pdl
-        # For kernels of several devices: Mosaic's launch context, and zeroed counters, two words of each CTA:
-        # what its peers have told, and, of CTA 0 alone, what everyone has.
-        self._devices, self._context, self._arrivals = kernel.devices, context, arrivals
+        # For kernels of several devices: Mosaic's launch context, and zeroed words: the inbox, then how many
+        # peers of each CTA have arrived.
+        self._devices, self._context, self._zeroed = kernel.devices, context, zeroed
+        self._inbox = kernel.inbox
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -281,9 +283,7 @@ class MosaicSimt(Simt):
 
     def warp_sum(self, value: Int) -> Int:
         add = "redux.sync.add.s32 $0, $1, 0xffffffff;"
-        return MlirInt(
-            llvm.inline_asm(_i32(), [_value(value)], add, "=r,r", has_side_effects=True)
-        )
+        return MlirInt(llvm.inline_asm(_i32(), [_value(value)], add, "=r,r", has_side_effects=True))
 
     def popc(self, value: Int) -> Int:
         return MlirInt(llvm.intr_ctpop(_value(value)))
@@ -324,58 +324,70 @@ class MosaicSimt(Simt):
         there = self._context.to_remote(ref.argument, _value(self._device(rank)))
         return _global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
 
-    def _counter(self, ref: Any, everyone: bool) -> ir.Value:
-        """A pointer to one of the counters, given those of my CTA on any device."""
-        at = 1 - self.cta_id() * _COUNTERS if everyone else self.const(0)
-        return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(at)], _i32())
+    def _word(self, index: Int | int, rank: Int | int | None = None) -> ir.Value:
+        """A pointer to one of the zeroed words, mine or of the device of that rank."""
+        ref = self._zeroed
+        if rank is not None:
+            ref = self._context.to_remote(ref, _value(self._device(rank)))
+        return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(index)], _i32())
 
-    def _tell(self, lane: Int, everyone: bool) -> None:
-        """A lane per device: one fence for what came before, then a count everywhere at once."""
+    def _arrived(self) -> Int:
+        """Where the counter of my CTA is."""
+        return self.cta_id() + self._inbox
+
+    def device_arrive(self) -> None:
+        """A thread per device: one fence for what came before, then a count everywhere at once."""
         assert self._devices is not None
-        with self.if_(lane < self._devices.count):
-            there = self._context.to_remote(self._arrivals, _value(self._device(lane)))
+        self.block_sync()
+        with self.if_(self.thread_id() < self._devices.count):
             signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
-            pointer, void = self._counter(there, everyone), ir.Type.parse("!llvm.void")
+            pointer = self._word(self._arrived(), self.thread_id())
+            void = ir.Type.parse("!llvm.void")
             llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
 
-    def _await(self, lane: Int, count: int, everyone: bool) -> None:
-        """The first lane looks until the counter on this device has come to the number."""
-        with self.if_(lane.eq(0)):
+    def device_wait(self) -> None:
+        """The first lane looks until the counter has come to the number of devices."""
+        assert self._devices is not None
+        with self.if_((self.thread_id() & (WARP - 1)).eq(0)):
             wait = (
                 "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
                 "setp.lt.u32 more, seen, $1; @more bra again; }"
             )
-            operands = [self._counter(self._arrivals, everyone), _value(count)]
+            operands = [self._word(self._arrived()), _value(self._devices.count)]
             void = ir.Type.parse("!llvm.void")
             llvm.inline_asm(void, operands, wait, "l,r,~{memory}", has_side_effects=True)
-
-    def _lane(self) -> Int:
-        return self.thread_id() & (WARP - 1)
-
-    def tell_peers(self) -> None:
-        self.warp_sync()
-        self._tell(self._lane(), everyone=False)
-
-    def tell_everyone(self) -> None:
-        self.warp_sync()
-        self._tell(self._lane(), everyone=True)
-
-    def wait_for_peers(self, count: int) -> None:
-        assert self._devices is not None
-        self._await(self._lane(), count * self._devices.count, everyone=False)
         self.warp_sync()
 
-    def wait_for_everyone(self, count: int) -> None:
-        assert self._devices is not None
-        everyone = count * self._devices.count * self.num_ctas
-        self._await(self._lane(), everyone, everyone=True)
-        self.warp_sync()
+    def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
+        operands = [self._word(index, rank), _value(value)]
+        void, store = ir.Type.parse("!llvm.void"), "st.relaxed.sys.global.u32 [$0], $1;"
+        llvm.inline_asm(void, operands, store, "l,r,~{memory}", has_side_effects=True)
+
+    def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
+        # All loads before any is looked at: one latency.
+        ends = list(itertools.accumulate(width for _, width in places))
+        count, loads = ends[-1], []
+        for number, (end, (_, width)) in enumerate(zip(ends, places, strict=True)):
+            words = ", ".join(f"${k}" for k in range(end - width, end))
+            vector, target = (".v4", "{" + words + "}") if width == 4 else ("", words)
+            loads.append(f"ld.relaxed.sys.global{vector}.u32 {target}, [${count + number}];")
+        looks = ["setp.eq.u32 more, $0, 0;"]
+        looks += [f"setp.eq.or.u32 more, ${k}, 0, more;" for k in range(1, count)]
+        body = " ".join(["again:", *loads, *looks, "@more bra again;"])
+        kind = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
+        constraints = ",".join(["=&r"] * count + ["l"] * len(places) + ["~{memory}"])
+        pointers = [self._word(index) for index, _ in places]
+        asm = "{ .reg .pred more; " + body + " }"
+        found = llvm.inline_asm(kind, pointers, asm, constraints, has_side_effects=True)
+        words = [MlirInt(llvm.extractvalue(_i32(), found, [k])) for k in range(count)]
+        return [
+            tuple(words[end - width : end]) for end, (_, width) in zip(ends, places, strict=True)
+        ]
 
     def device_sync(self) -> None:
-        assert self._devices is not None
-        self.block_sync()
-        self._tell(self.thread_id(), everyone=False)
-        self._await(self.thread_id(), self._devices.count, everyone=False)
+        self.device_arrive()
+        with self.if_(self.thread_id() < WARP):
+            self.device_wait()
         self.block_sync()
 
     def _grid_control(self, instruction: str) -> None:
@@ -413,11 +425,13 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     words = kernel.shared_words
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
     scratch: list[Any] = [plgpu.SMEM((words,), jnp.int32)] if words else []
-    if kernel.devices:
-        scratch.append(plgpu.SemaphoreType.REGULAR((_COUNTERS,)))
     buffers = {**kernel.inputs, **kernel.outputs}
 
     def body(*refs):
+        if kernel.devices:
+            counters = plgpu.SemaphoreType.REGULAR((kernel.inbox + kernel.num_ctas,))
+            refs = (*refs, pl.get_global(counters))
+
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def emit(context, *memrefs):
             _name_module(kernel)
@@ -428,8 +442,8 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             for name, size in kernel.shared.items():
                 setattr(r, name, _Ref(own[0], offset))
                 offset += -(-size // 4) * 4
-            arrivals = own[-1] if kernel.devices else None
-            kernel.body(MosaicSimt(kernel, pdl=pdl, context=context, arrivals=arrivals), r)
+            zeroed = own[-1] if kernel.devices else None
+            kernel.body(MosaicSimt(kernel, pdl=pdl, context=context, zeroed=zeroed), r)
 
         emit(*refs)
 

@@ -33,12 +33,10 @@ def _at(floor: Floor, lanes: np.ndarray) -> Floor:
     return floor if isinstance(floor, int) else floor[lanes]
 
 
-class Told:
-    """What the warps of all devices have told: their stamps at that time, 0 for nothing yet."""
+class Told(NamedTuple):
+    """The tick of each device's `device_arrive`, 0 before it: all its CTAs come there at once."""
 
-    def __init__(self, num_devices: int, num_ctas: int, num_threads: int):
-        shape = num_devices, num_ctas, num_threads // WARP
-        self.peers, self.everyone = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    stamps: np.ndarray
 
 
 class Threads(NamedTuple):
@@ -74,7 +72,7 @@ class Clock:
         self.tick = 1
         self._told, self._rank = told, rank
         # Which warps have waited, by themselves or through a barrier of their CTA.
-        self.heard_peers, self.heard_everyone = np.zeros((2, num_ctas, num_threads // WARP), bool)
+        self.heard = np.zeros((num_ctas, num_threads // WARP), bool)
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
         self._of_cta = np.ones(num_ctas, np.int64)
         self._of_cluster = np.ones((num_ctas // cluster, cluster), np.int64)
@@ -85,8 +83,8 @@ class Clock:
     def block_barrier(self, ctas: np.ndarray | slice) -> None:
         self.tick += 1
         self._of_cta[ctas] = self._of_warp[ctas] = self.tick
-        for heard in (self.heard_peers, self.heard_everyone) if self._told else ():
-            heard[ctas] = heard[ctas].any(axis=1, keepdims=True)
+        if self._told:
+            self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
     def cluster_barrier(self, clusters: np.ndarray | slice) -> None:
@@ -115,17 +113,12 @@ class Clock:
         """Which accesses, by their marks, were told of to the warps of these threads."""
         if self._told is None:
             return np.zeros(me.shape, bool)
-        num_ctas, warps = self.heard_peers.shape
+        num_ctas, warps = self.heard.shape
         mine = me // WARP - self._rank * num_ctas * warps
         other, stamp, span = thread_of(old) // WARP, old >> STAMP, old & 3
-        alone, peers = span <= ONE_WARP, self._told.peers
-        everyone = alone & (stamp < self._told.everyone.reshape(-1)[other])
-        whole = peers.min(axis=2).reshape(-1)[other // warps]  # of all warps of the CTA
-        stamps = np.where(alone, peers.reshape(-1)[other], whole)
-        same = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)
-        peers = same & (stamp < stamps)
-        heard_peers, heard_everyone = self.heard_peers.reshape(-1), self.heard_everyone.reshape(-1)
-        return (everyone & heard_everyone[mine]) | (peers & heard_peers[mine])
+        peers = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)
+        told = stamp < self._told.stamps[other // warps // num_ctas]
+        return peers & told & self.heard.reshape(-1)[mine]
 
 
 def thread_of(marks):

@@ -94,12 +94,14 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
         yield f"{kernel.num_ctas} CTAs, of which {resident} are resident on an SM"
     fences = re.findall(r"fence\.acq_rel\.sys", text)
     signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
-    fused = isinstance(problem, peer_rows.Dispatch)
-    told = 2 if fused else 1  # the dispatch tells everyone of its ids, then its peers of rows
-    if (len(fences), len(signals), len(waits)) != (told, told, told):
-        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; {told} of each"
-    if fused and (early := re.findall(r"ld\.global\.nc\S*", text)):
-        yield f"{early} may read what has not come yet"
+    if (len(fences), len(signals), len(waits)) != (1, 1, 1):
+        yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
+    if isinstance(problem, peer_rows.Dispatch):
+        puts, takes = (re.findall(rf"{word}\.relaxed\.sys", text) for word in ("st", "ld"))
+        if not puts or not takes:
+            yield f"{len(puts)} puts, {len(takes)} takes"
+        if early := re.findall(r"ld\.global\.nc\S*", text):
+            yield f"{early} may read what has not come yet"
     first = next(iter(problem.outputs.values()))
     width = {0: "v4"}.get(first[0][-1] * first[1].itemsize % 16, "b32")
     width = "v2" if getattr(problem, "quantise", None) else width

@@ -4,7 +4,7 @@ Every device launches the same kernel, and XLA has a barrier of all devices ahea
 outputs may be written, and their counters are zero. A CTA takes the same tokens on every device, stores what
 is theirs everywhere, then meets the CTAs of its index (`device_sync`): when the kernel ends here, all that
 others wrote to this device is there. No row has two writers, and its place is known beforehand. Only
-`dispatch` counts, to find places in the experts' boxes, and there every CTA waits for the ids of all others.
+`dispatch` counts, to find places in the experts' boxes, and there every CTA takes the ids of all devices.
 """
 
 import functools

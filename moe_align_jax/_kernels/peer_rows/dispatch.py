@@ -1,9 +1,10 @@
 """A whole low-latency dispatch: tokens to the ranks of their experts, and there into the experts' boxes.
 
-Of a CTA's two warpgroups one sends rows, as `send` does. The other sends ids ahead of them, to everyone,
-waits for all that come here, and counts: the place of a pair in its expert's box is the number of pairs of
-the same expert before it. So the places are known when the rows are here. A CTA copies the rows that the
-peers of its index have sent. Every CTA reads all ids: this is for small batches.
+Of a CTA's two warpgroups one sends rows, as `send` does. The other puts ids into everyone's inbox, takes all
+that come here, and counts: the place of a pair in its expert's box is the number of pairs of the same
+expert before it. An id is its own message: no fence, which would wait for rows, is ahead of it. So the places
+are known when the rows are here. A CTA copies the rows that the peers of its index have sent. Every CTA
+takes all ids: this is for small batches.
 
 D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts. Rows of few
 tokens are cut into parts, each for a CTA.
@@ -30,6 +31,8 @@ _ENOUGH_CTAS = 132
 # words of 16 bytes (7168 columns of e4m3) leave none idle.
 _ROWS_AT_A_TIME = 4
 _TARGETS_AHEAD = 8
+# What goes through the inbox is not 0: for local id i it is i + 2, and 1 for other ranks' experts.
+_FIRST_ID, _NO_ID = 2, 1
 _INT32_MAX = 2**31 - 1
 
 
@@ -79,17 +82,19 @@ def build(problem: Dispatch) -> Kernel:
         body,
         num_warpgroups=2,
         num_ctas=num_ctas,
-        shared={"places": _WARPS * slots, "totals": _WARPS * experts},
+        shared={"places": _WARPS * slots, "totals": _WARPS * experts, "wanted": slots},
         partial=frozenset(sparse),
+        inbox=problem.num_pairs,
     )
 
 
 class _Found(NamedTuple):
-    """A token of a source rank: lane k has the row in the boxes of its pair k, -1 for none."""
+    """A token of a source rank: a lane has the local id of a pair and its row in the boxes, -1 for none."""
 
     source: Int
     first_pair: Int
     mine: Int  # whether the lane has a pair
+    expert: Int
     row: Int
 
 
@@ -113,7 +118,9 @@ class _Dispatcher:
         with t.if_(self.thread < WARPGROUP):
             sender = Sender(t, self.r, self.send, self.thread, self.parts)
             copying.for_tokens(t, self.units, sender.send_row)
-            t.tell_peers()
+        with t.if_(self.warp.eq(_WARPS)):
+            copying.for_tokens(t, self.units, self._send_routes)
+        t.device_arrive()  # one fence: it waits for the rows
         with t.if_(self.thread >= WARPGROUP):
             self._count()
         t.block_sync()  # the counts of all warps
@@ -132,7 +139,7 @@ class _Dispatcher:
 
     def _wait_for_rows(self) -> None:
         with self.t.if_(self.warp.eq(0)):
-            self.t.wait_for_peers(_WARPS)
+            self.t.device_wait()
         self.t.block_sync()
 
     def _token(self, unit: Int) -> Int:
@@ -149,49 +156,73 @@ class _Dispatcher:
         t, problem = self.t, self.problem
         thread = self.thread - WARPGROUP
         warp = thread // WARP
-        with t.if_(warp.eq(0)):
-            self._send_pairs()
-            t.tell_everyone()
-        t.wait_for_everyone(1)
         # All ids, and where the first of each 16 bytes stands among them.
         everything = [Field(problem.num_pairs, INT32)]
         held: list[tuple[Int, list[Int]]] = []
-        for piece in copying.pieces(t, everything, thread, WARPGROUP):
-            ids = copying.load(t, self.r.local_ids, piece, t.const(0))
-            ids = ids if piece.width == 4 else [ids]
-            held.append((piece.first, [t.select(piece.inside, one, -1) for one in ids]))
-
-        def one(unit: Int) -> None:
-            places = (warp * self.rounds + self._round(unit)) * self.slots
-            self._count_token(self._token(unit), held, places)
-
-        copying.for_tokens(t, self.units, one)
+        own = self._slots(t.cta_id()) if self.rounds == 1 else []
+        wanted: list[tuple[Int, ...]] = []
+        # Half as many at a time as fit into registers: each has its address, too, until it has come.
+        for batch in copying.batches(copying.pieces(t, everything, thread, WARPGROUP), 2):
+            places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
+            taken = t.take([*places, *own])
+            for piece, ids in zip(batch, taken[: len(batch)], strict=True):
+                ids = [t.select(piece.inside, one, _NO_ID) for one in ids]
+                held.append((piece.first, ids))
+            if own:
+                wanted, own = taken[len(batch) :], []
+        if self.rounds == 1:
+            self._count_token(t.cta_id(), wanted, held, warp)
+        else:
+            copying.for_tokens(
+                t,
+                self.units,
+                lambda unit: self._count_token(unit, t.take(self._slots(unit)), held, warp),
+            )
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
-            total = self._counted(held, expert, problem.num_pairs)
+            total = self._counted(held, expert + _FIRST_ID, problem.num_pairs)
             with t.if_(self.lane.eq(0)):
                 t.store(self.r.totals, warp * self.experts + number, total)
 
-    def _send_pairs(self) -> None:
-        t = self.t
-        sender = Sender(t, self.r, self.send, self.lane)
+    def _send_routes(self, unit: Int) -> None:
+        """A token's ids and weights to everyone, marks in place of those of the others' experts."""
+        t, r, top_k, count = self.t, self.r, self.send.top_k, self.send.num_local_experts
+        token = self._token(unit)
+        goes = self.lane < top_k
+        pair = token * top_k + t.select(goes, self.lane, 0)
+        expert, weight = t.load(r.topk_ids, pair), t.load(r.weights, pair)
+        if self.parts > 1:
+            goes = goes & unit.eq(token * self.parts)
+        with t.if_(goes):
+            at = t.rank() * (self.problem.num_tokens * top_k) + pair
+            for k in t.for_range(0, self.sources):
+                rank = (t.rank() + k) % self.sources
+                local = expert - rank * count
+                here = local.below(count)
+                t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
+                t.store(t.remote(r.local_weights, rank), at, t.select(here, weight, 0))
 
-        def one(unit: Int) -> None:
-            token = self._token(unit)
-            with t.if_(unit.eq(token * self.parts)):
-                sender.send_pairs(token)
+    def _slots(self, unit: Int) -> list[tuple[Int, int]]:
+        """Where the ids of the token's pairs are in the inbox: for each 32 slots, a lane's."""
+        t, token = self.t, self._token(unit)
+        slots = [self.lane + start for start in range(0, self.slots, WARP)]
+        return [(self._pair(token, t.select(k < self.slots, k, 0)), 1) for k in slots]
 
-        copying.for_tokens(t, self.units, one)
-
-    def _count_token(self, token: Int, held: list[tuple[Int, list[Int]]], places: Int) -> None:
+    def _count_token(
+        self,
+        unit: Int,
+        slots: list[tuple[Int, ...]],
+        held: list[tuple[Int, list[Int]]],
+        warp: Int,
+    ) -> None:
         """What this warp holds of the pairs before each of the token's pairs here."""
-        t = self.t
-        starts = range(0, self.slots, WARP)
-        mine = [self.lane + start < self.slots for start in starts]
-        slots = [t.select(there, self.lane + s, 0) for there, s in zip(mine, starts, strict=True)]
-        loaded = [t.load(self.r.local_ids, self._pair(token, slot)) for slot in slots]
-        for start, there, wanted in zip(starts, mine, loaded, strict=True):
-            kept = t.ballot(there & (wanted >= 0))
+        t, token = self.t, self._token(unit)
+        places = (warp * self.rounds + self._round(unit)) * self.slots
+        for start, [wanted] in zip(range(0, self.slots, WARP), slots, strict=True):
+            there = self.lane + start < self.slots
+            with t.if_(there & warp.eq(0)):
+                t.store(self.r.wanted, self._round(unit) * self.slots + self.lane + start, wanted)
+            kept = t.ballot(there & (wanted >= _FIRST_ID))
             for k in t.for_range(0, min(WARP, self.slots - start)):
                 with t.if_(((kept >> k) & 1).ne(0)):
                     end = self._pair(token, k + start)
@@ -207,7 +238,7 @@ class _Dispatcher:
         )
 
     def _counted(self, held: list[tuple[Int, list[Int]]], expert: Int, end: Int | int) -> Int:
-        """How many of the warp's ids are the expert's and stand before the end."""
+        """How many of the words that the warp holds are the expert's and stand before the end."""
         t, total = self.t, self.t.const(0)
         for first, ids in held:
             before = end - first
@@ -244,8 +275,10 @@ class _Dispatcher:
             source = self.thread // self.copying + start
             first = (source * self.problem.num_tokens + token) * top_k
             mine = (self.lane < top_k) & (source < self.sources)
-            expert = t.load(self.r.local_ids, t.select(mine, first + self.lane, 0))
-            kept, slot = mine & (expert >= 0), places + source * top_k + self.lane
+            slot = places + source * top_k + self.lane
+            wanted = t.load(self.r.wanted, t.select(mine, slot, 0))
+            expert = wanted - _FIRST_ID
+            kept = mine & (expert >= 0)
             stride = self.rounds * self.slots
 
             def place(slot=slot, stride=stride) -> Int:
@@ -253,7 +286,7 @@ class _Dispatcher:
 
             at = t.value_if(kept, place, room)
             row = t.select(at < room, expert * room + at, -1)
-            found.append(_Found(source, first, mine, row))
+            found.append(_Found(source, first, mine, expert, row))
         return found
 
     def _lay_out(self, unit: Int, found: list[_Found]) -> None:
@@ -263,6 +296,7 @@ class _Dispatcher:
             opens = opens & unit.eq(self._token(unit) * self.parts)
         for one in found:
             with t.if_(opens & one.mine):
+                t.store(r.local_ids, one.first_pair + self.lane, one.expert)
                 t.store(r.row_of_pair, one.first_pair + self.lane, one.row)
                 with t.if_(one.row >= 0):
                     t.store(r.pair_of_row, one.row, one.first_pair + self.lane)

@@ -62,11 +62,6 @@ class Sender:
         for route in routes:
             self._store_route(t.rank() * problem.num_tokens + token, *route)
 
-    def send_pairs(self, token: Int) -> None:
-        """A token's ids and weights to everyone."""
-        for route in self._load_routes(token):
-            self._store_route(self.t.rank() * self.problem.num_tokens + token, *route)
-
     def _load(self, batch: list[copying.Piece], unit: Int) -> list[Any]:
         words = [field.words for field in self.fields]
         return [
