@@ -21,14 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
-from moe_align_jax._simt.language import (
-    WARP,
-    Int,
-    Kernel,
-    Program,
-    Simt,
-    check_launch,
-)
+from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt, check_launch
 
 _FULL_MASK = -1
 _BINARY = {
