@@ -41,6 +41,11 @@ def second_warpgroup(t):
     return t.if_(t.thread_id() >= WARPGROUP)
 
 
+def tell_everyone(t):
+    for rank in range(DEVICES):
+        t.tell_everyone(rank)
+
+
 def read(t, r, cell, thread=0):
     with t.if_(t.thread_id().eq(thread)):
         t.store(r.copy, t.cta_id(), t.load(r.out, cell))
@@ -55,11 +60,11 @@ def test_everyone_is_told_by_one_warp():
     def body(t, r):
         store_everywhere(t, r)
         with first_warp(t):
-            t.tell_everyone()
+            tell_everyone(t)
             t.tell_peers()
             t.wait_for_peers(1)
         with second_warpgroup(t):
-            t.wait_for_everyone(1)
+            t.wait_for_everyone(CTAS * DEVICES)
         t.block_sync()
         read(t, r, next_cta(t), thread=100)
 
@@ -87,26 +92,26 @@ def peers_only(t, r):
 
 
 def told_before_the_store(t, r):
-    t.tell_everyone()
+    tell_everyone(t)
     store_everywhere(t, r)
-    t.wait_for_everyone(8)
+    t.wait_for_everyone(8 * CTAS * DEVICES)
     read(t, r, next_cta(t))
 
 
 def told_by_another_warp(t, r):
     store_everywhere(t, r)
     with t.if_(t.thread_id() >= 7 * WARP):
-        t.tell_everyone()
-    t.wait_for_everyone(1)
+        tell_everyone(t)
+    t.wait_for_everyone(CTAS * DEVICES)
     read(t, r, next_cta(t))
 
 
 def another_warpgroup_has_waited(t, r):
     store_everywhere(t, r)
     with first_warp(t):
-        t.tell_everyone()
+        tell_everyone(t)
     with second_warpgroup(t):
-        t.wait_for_everyone(1)
+        t.wait_for_everyone(CTAS * DEVICES)
     read(t, r, next_cta(t))
 
 
@@ -128,8 +133,8 @@ def overwritten_by_the_next_cta(t, r):
 def overwritten_after_others_have_read(t, r):
     """All CTAs read a cell that the first one then writes."""
     store_everywhere(t, r)
-    t.tell_everyone()
-    t.wait_for_everyone(8)
+    tell_everyone(t)
+    t.wait_for_everyone(8 * CTAS * DEVICES)
     read(t, r, 0)
     t.block_sync()
     with t.if_(t.cta_id().eq(0) & t.thread_id().eq(0)):
@@ -160,7 +165,7 @@ def test_an_end_before_others_have_stored_is_found():
 
     def waits_for_peers_alone(t, r):
         store_everywhere(t, r)
-        t.tell_everyone()
+        tell_everyone(t)
         t.tell_peers()
         t.wait_for_peers(8)
 
@@ -180,13 +185,13 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
         t.wait_for_peers(8)
 
     def more(t, r):
-        t.tell_everyone()
-        t.wait_for_everyone(1)
+        tell_everyone(t)
+        t.wait_for_everyone(CTAS * DEVICES)
 
     def not_all_ctas(t, r):
         with t.if_(t.cta_id().eq(0)):
-            t.tell_everyone()
-        t.wait_for_everyone(8)
+            tell_everyone(t)
+        t.wait_for_everyone(8 * CTAS * DEVICES)
 
     def twice(t, r):
         t.tell_peers()
@@ -197,14 +202,14 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
             t.tell_peers()
 
     def part_of_a_warpgroup(t, r):
-        t.tell_everyone()
+        tell_everyone(t)
         with first_warp(t):
-            t.wait_for_everyone(8)
+            t.wait_for_everyone(8 * CTAS * DEVICES)
 
     for body, match in (
         (fewer, "for 8 warps of each CTA; 1 to 1"),
-        (more, "for 1 warps of each CTA; 8 to 8"),
-        (not_all_ctas, "for 8 warps of each CTA; 0 to 8"),
+        (more, "is for 6 warps; 48 have told"),
+        (not_all_ctas, "is for 48 warps; 16 have told"),
         (twice, "once"),
         (part_of_a_warp, "5 of 32 threads"),
         (part_of_a_warpgroup, "32 of 128 threads"),

@@ -192,8 +192,8 @@ def test_dispatch_quantises_parts_of_rows(devices, tokens, top_k, groups, seed):
         (129, 8, 32, 1024, "at most 8192"),
         (4, 32, 32, 4, None),
         (4, 33, 32, 4, "at most 32"),
-        (1, 2, 7 * 32, 4, None),  # 7 parts of a row: 7 CTAs
-        (1, 2, 7 * 32 + 1, 4, "at most 32 experts"),
+        (1, 2, 15 * 32, 4, None),  # 7 parts of a row, and 8 receivers of ids: 15 CTAs
+        (1, 2, 15 * 32 + 1, 4, "at most 32 experts"),
         (128, 8, 32, 2**31 // (32 * 1792) + 1, "int32"),
     ],
 )

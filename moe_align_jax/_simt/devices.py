@@ -47,8 +47,8 @@ class AmongDevices(Simt):
 
     def _join(self, peers: Peers | None, num_warps: int) -> None:
         self._peers = peers
-        # Warps that have stored to other devices since they last told of it.
-        self._untold = np.zeros(num_warps, bool)
+        # Which warps have stored to a device, and not told of it since.
+        self._untold = np.zeros((len(peers.outputs) if peers else 0, num_warps), bool)
 
     def _others(self) -> Peers:
         if self._peers is None:
@@ -66,7 +66,7 @@ class AmongDevices(Simt):
                 raise Undefined(f"{self.name}: {ref.name} is no output of a device {rank}.")
             with self._inside(self._chosen(self.scope, ref.ranks == rank)) as scope:
                 warps = slice(None) if scope.lanes is None else scope.lanes // WARP
-                self._untold[warps] = True
+                self._untold[rank, warps] = True
                 yield outputs[rank][ref.name]
 
     def _tell(self, told: np.ndarray, warps: np.ndarray | slice, what: str) -> None:
@@ -75,42 +75,51 @@ class AmongDevices(Simt):
             raise DivergentBarrier(f"{self.name}: a warp comes to {what} once.")
         self._clock.warp_barrier(warps)
         mine[warps] = self._clock.tick
-        self._untold[warps] = False
-
-    def _wait(self, told: np.ndarray, heard: np.ndarray, count: int, what: str) -> None:
-        warps = self._whole(WARP, what)
-        self._others().meet()
-        each = (told != 0).sum(axis=2)
-        if (each != count).any():
-            raise DivergentBarrier(
-                f"{self.name}: {what} is for {count} warps of each CTA; {each.min()} to {each.max()} "
-                "of them have told."
-            )
-        heard.reshape(-1)[warps] = True
-        self._clock.warp_barrier(warps)
 
     def tell_peers(self) -> None:
-        self._tell(self._others().told.peers, self._whole(WARP, "tell_peers"), "tell_peers")
+        warps = self._whole(WARP, "tell_peers")
+        self._tell(self._others().told.peers, warps, "tell_peers")
+        self._untold[:, warps] = False
 
-    def tell_everyone(self) -> None:
-        self._tell(
-            self._others().told.everyone, self._whole(WARP, "tell_everyone"), "tell_everyone"
-        )
+    def tell_everyone(self, rank: Int | int) -> None:
+        self._whole(WARP, "tell_everyone")
+        ranks = array_of(rank)
+        for one in np.unique(self.scope.active(ranks)):
+            with self._inside(self._chosen(self.scope, ranks == one)):
+                warps = self._whole(WARP, "tell_everyone")
+                self._tell(self._others().told.everyone[one], warps, "tell_everyone")
+                self._untold[one, warps] = False
 
     def wait_for_peers(self, count: int) -> None:
-        self._wait(self._others().told.peers, self._clock.heard_peers, count, "wait_for_peers")
+        warps = self._whole(WARP, "wait_for_peers")
+        self._others().meet()
+        each = (self._others().told.peers != 0).sum(axis=2)
+        if (each != count).any():
+            raise DivergentBarrier(
+                f"{self.name}: wait_for_peers is for {count} warps of each CTA; {each.min()} to "
+                f"{each.max()} of them have told."
+            )
+        self._clock.heard_peers.reshape(-1)[warps] = True
+        self._clock.warp_barrier(warps)
 
     def wait_for_everyone(self, count: int) -> None:
         self._whole(WARPGROUP, "wait_for_everyone")
-        self._wait(
-            self._others().told.everyone, self._clock.heard_everyone, count, "wait_for_everyone"
-        )
+        warps = self._whole(WARP, "wait_for_everyone")
+        self._others().meet()
+        told = (self._others().told.everyone[self._others().rank] != 0).sum()
+        if told != count:
+            raise DivergentBarrier(
+                f"{self.name}: wait_for_everyone is for {count} warps; {told} have told."
+            )
+        self._clock.heard_everyone.reshape(-1)[warps] = True
+        self._clock.warp_barrier(warps)
 
     def device_sync(self) -> None:
         if self.scope.lanes is not None:
             raise DivergentBarrier(f"{self.name}: device_sync is for all threads.")
         self.block_sync()
         self._tell(self._others().told.peers, slice(None), "device_sync")
+        self._untold[:] = False
         self.wait_for_peers(self.num_threads // WARP)
         self.block_sync()
 

@@ -276,13 +276,14 @@ class Simt(abc.ABC):
         have told. A `block_sync` passes on to the CTA what one of its warps has waited for."""
 
     @abc.abstractmethod
-    def tell_everyone(self) -> None:
-        """As `tell_peers`, to every CTA of every device; those know after `wait_for_everyone`."""
+    def tell_everyone(self, rank: Int | int) -> None:
+        """By a whole warp, once for each device: as `tell_peers`, to every CTA of the device of that rank;
+        those know after `wait_for_everyone`."""
 
     @abc.abstractmethod
     def wait_for_everyone(self, count: int) -> None:
-        """By whole warpgroups, in which one thread looks for all: waits until `count` warps of every CTA of
-        every device have told. All CTAs must be resident."""
+        """By whole warpgroups, in which one thread looks for all: waits until `count` warps, no more will,
+        of all devices have told everyone on mine. All CTAs must be resident."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

@@ -324,14 +324,18 @@ class MosaicSimt(Simt):
         at = 1 - self.cta_id() * _COUNTERS if everyone else self.const(0)
         return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(at)], _i32())
 
-    def _tell(self, lane: Int, everyone: bool) -> None:
-        """A lane per device: one fence for what came before, then a count everywhere at once."""
+    def _tell(self, rank: Int | int, everyone: bool) -> None:
+        """By each thread: a fence for what came before, then a count on the device of that rank."""
+        there = self._context.to_remote(self._arrivals, _value(self._device(rank)))
+        signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
+        pointer, void = self._counter(there, everyone), ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
+
+    def _tell_peers(self, lane: Int) -> None:
+        """A lane per device, everywhere at once."""
         assert self._devices is not None
         with self.if_(lane < self._devices.count):
-            there = self._context.to_remote(self._arrivals, _value(self._device(lane)))
-            signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
-            pointer, void = self._counter(there, everyone), ir.Type.parse("!llvm.void")
-            llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
+            self._tell(lane, everyone=False)
 
     def _await(self, lane: Int, count: int, everyone: bool) -> None:
         """The first lane looks until the counter on this device has come to the number."""
@@ -349,11 +353,12 @@ class MosaicSimt(Simt):
 
     def tell_peers(self) -> None:
         self.warp_sync()
-        self._tell(self._lane(), everyone=False)
+        self._tell_peers(self._lane())
 
-    def tell_everyone(self) -> None:
+    def tell_everyone(self, rank: Int | int) -> None:
         self.warp_sync()
-        self._tell(self._lane(), everyone=True)
+        with self.if_(self._lane().eq(0)):
+            self._tell(rank, everyone=True)
 
     def wait_for_peers(self, count: int) -> None:
         assert self._devices is not None
@@ -361,9 +366,7 @@ class MosaicSimt(Simt):
         self.warp_sync()
 
     def wait_for_everyone(self, count: int) -> None:
-        assert self._devices is not None
-        everyone = count * self._devices.count * self.num_ctas
-        self._await(self.thread_id() & (WARPGROUP - 1), everyone, everyone=True)
+        self._await(self.thread_id() & (WARPGROUP - 1), count, everyone=True)
         barrier = self.thread_id() // WARPGROUP + 1  # 0 is block_sync's
         void, sync = ir.Type.parse("!llvm.void"), f"bar.sync $0, {WARPGROUP};"
         llvm.inline_asm(void, [_value(barrier)], sync, "r,~{memory}", has_side_effects=True)
@@ -371,7 +374,7 @@ class MosaicSimt(Simt):
     def device_sync(self) -> None:
         assert self._devices is not None
         self.block_sync()
-        self._tell(self.thread_id(), everyone=False)
+        self._tell_peers(self.thread_id())
         self._await(self.thread_id(), self._devices.count, everyone=False)
         self.block_sync()
 

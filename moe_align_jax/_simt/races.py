@@ -34,11 +34,15 @@ def _at(floor: Floor, lanes: np.ndarray) -> Floor:
 
 
 class Told:
-    """What the warps of all devices have told: their stamps at that time, 0 for nothing yet."""
+    """What the warps of all devices have told: their stamps at that time, 0 for nothing yet.
+
+    `everyone` has also the device that was told, first.
+    """
 
     def __init__(self, num_devices: int, num_ctas: int, num_threads: int):
         shape = num_devices, num_ctas, num_threads // WARP
-        self.peers, self.everyone = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self.peers = np.zeros(shape, np.int64)
+        self.everyone = np.zeros((num_devices, *shape), np.int64)
 
 
 class Threads(NamedTuple):
@@ -119,7 +123,7 @@ class Clock:
         mine = me // WARP - self._rank * num_ctas * warps
         other, stamp, span = thread_of(old) // WARP, old >> STAMP, old & 3
         alone, peers = span <= ONE_WARP, self._told.peers
-        everyone = alone & (stamp < self._told.everyone.reshape(-1)[other])
+        everyone = alone & (stamp < self._told.everyone[self._rank].reshape(-1)[other])
         whole = peers.min(axis=2).reshape(-1)[other // warps]  # of all warps of the CTA
         stamps = np.where(alone, peers.reshape(-1)[other], whole)
         same = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)

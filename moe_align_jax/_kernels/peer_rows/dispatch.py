@@ -1,9 +1,10 @@
 """A whole low-latency dispatch: tokens to the ranks of their experts, and there into the experts' boxes.
 
-Of a CTA's two warpgroups one sends rows, as `send` does. The other sends ids ahead of them, to everyone,
-waits for all that come here, and counts: the place of a pair in its expert's box is the number of pairs of
-the same expert before it. So the places are known when the rows are here. A CTA copies the rows that the
-peers of its index have sent. Every CTA reads all ids: this is for small batches.
+Of a CTA's two warpgroups one sends rows, as `send` does. The other waits for the ids of all that comes
+here, and counts: the place of a pair in its expert's box is the number of pairs of the same expert before
+it. So the places are known when the rows are here. A CTA copies the rows that the peers of its index have
+sent. Every CTA reads all ids: this is for small batches. A rank's ids are sent by a CTA for each receiver
+that sends nothing ahead of them: a fence waits for all that its CTA has stored, and rows take long.
 
 D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts. Rows of few
 tokens are cut into parts, each for a CTA.
@@ -11,6 +12,7 @@ tokens are cut into parts, each for a CTA.
 
 import functools
 import operator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -58,9 +60,13 @@ def parts(problem: Dispatch) -> int:
     return next(fitting, 1)
 
 
+def _row_ctas(problem: Dispatch) -> int:
+    # As many CTAs as of one warpgroup are resident: two take no more registers than there are for one.
+    return min(problem.num_tokens * parts(problem), copying.MAX_CTAS - problem.devices.count)
+
+
 def _num_ctas(problem: Dispatch) -> int:
-    # As many as of one warpgroup are resident: two take no more registers than there are for one.
-    return min(problem.num_tokens * parts(problem), copying.MAX_CTAS)
+    return _row_ctas(problem) + problem.devices.count
 
 
 def build(problem: Dispatch) -> Kernel:
@@ -70,7 +76,7 @@ def build(problem: Dispatch) -> Kernel:
     received = range(len(problem.send.received))
     sparse = {f"{name}{number}" for number in received for name in ("received", "boxes")}
     num_ctas = _num_ctas(problem)
-    rounds = -(-problem.num_tokens * parts(problem) // num_ctas)
+    rounds = -(-problem.num_tokens * parts(problem) // _row_ctas(problem))
     slots = rounds * problem.devices.count * problem.send.top_k
     experts = -(-problem.send.num_local_experts // num_ctas)
     return copying.kernel(
@@ -98,7 +104,9 @@ class _Dispatcher:
         self.t, self.r, self.problem, self.send = t, r, problem, problem.send
         self.parts = parts(problem)
         self.units = problem.num_tokens * self.parts
-        self.rounds = -(-self.units // t.num_ctas)
+        self.row_ctas = _row_ctas(problem)
+        self.rounds = -(-self.units // self.row_ctas)
+        self.has_rows = t.cta_id() < self.row_ctas
         self.sources = problem.devices.count
         self.slots = self.sources * self.send.top_k  # pairs of a token here, of all source ranks
         self.experts = -(-self.send.num_local_experts // t.num_ctas)  # of a CTA
@@ -112,23 +120,74 @@ class _Dispatcher:
         t.grid_dependency_wait()
         with t.if_(self.thread < WARPGROUP):
             sender = Sender(t, self.r, self.send, self.thread, self.parts)
-            copying.for_tokens(t, self.units, sender.send_row)
+            self._for_units(sender.send_row)
+            with t.if_(self._receiver() >= 0):
+                self._post_weights(self._receiver(), self.thread)
             t.tell_peers()
         with t.if_(self.thread >= WARPGROUP):
             self._count()
         t.block_sync()  # the counts of all warps
         self._lay_out_experts()
         if self.rounds == 1:
-            found = self._find(t.cta_id())
-            self._lay_out(t.cta_id(), found)
+            unit = t.select(self.has_rows, t.cta_id(), 0)
+            found = self._find(unit)  # nothing, where there are no rows
+            self._lay_out(unit, found)
             self._wait_for_rows()
-            self._copy(t.cta_id(), found)
+            self._copy(unit, found)
         else:
-            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
-                self._lay_out(unit, self._find(unit))
+            self._for_units(lambda unit: self._lay_out(unit, self._find(unit)))
             self._wait_for_rows()
-            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
-                self._copy(unit, self._find(unit))
+            self._for_units(lambda unit: self._copy(unit, self._find(unit)))
+
+    def _for_units(self, body: Callable[[Int], None]) -> None:
+        """Those of my CTA: on every device the same."""
+        t = self.t
+        if self.rounds == 1:
+            with t.if_(self.has_rows):
+                body(t.cta_id())
+        else:
+            first = t.select(self.has_rows, t.cta_id(), self.units)
+            for unit in t.for_range(first, self.units, self.row_ctas):
+                body(unit)
+
+    # -- ids and weights
+
+    def _receiver(self) -> Int:
+        """Of the rank to which my CTA sends ids, negative for none; no two ranks begin with the same one."""
+        t = self.t
+        number = t.cta_id() - self.row_ctas
+        return t.select(number < 0, -1, (t.rank() + number) % self.sources)
+
+    def _post_ids(self, receiver: Int, thread: Int) -> None:
+        """The ids of all my tokens: local ones, -1 for other ranks' experts."""
+        self._post("local_ids", ["topk_ids"], receiver, thread)
+
+    def _post_weights(self, receiver: Int, thread: Int) -> None:
+        """The weights of all my tokens, 0 for other ranks' experts."""
+        self._post("local_weights", ["topk_ids", "weights"], receiver, thread)
+
+    def _post(self, name: str, sources: list[str], receiver: Int, thread: Int) -> None:
+        t, count = self.t, self.send.num_local_experts
+        num_pairs = self.problem.num_tokens * self.send.top_k
+        there = t.remote(getattr(self.r, name), receiver)
+        share = copying.pieces(t, [Field(num_pairs, INT32)], thread, WARPGROUP)
+        for batch in copying.batches(share, len(sources)):
+            held = [
+                [copying.load(t, getattr(self.r, source), piece, t.const(0)) for source in sources]
+                for piece in batch
+            ]
+            for piece, loaded in zip(batch, held, strict=True):
+                words = [list(x) if piece.width == 4 else [x] for x in loaded]
+                local = [expert - receiver * count for expert in words[0]]
+                other = -1 if len(words) == 1 else 0
+                chosen = local if len(words) == 1 else words[1]
+                given = [
+                    t.select(at.below(count), value, other)
+                    for at, value in zip(local, chosen, strict=True)
+                ]
+                with t.if_(piece.inside):
+                    value = tuple(given) if piece.width == 4 else given[0]
+                    copying.store(t, there, piece, t.rank() * num_pairs, value)
 
     def _wait_for_rows(self) -> None:
         with self.t.if_(self.warp.eq(0)):
@@ -141,7 +200,7 @@ class _Dispatcher:
     def _round(self, unit: Int) -> Int:
         if self.rounds == 1:
             return self.t.const(0)
-        return (unit - self.t.cta_id()) // self.t.num_ctas
+        return (unit - self.t.cta_id()) // self.row_ctas
 
     # -- the counting warpgroup
 
@@ -149,10 +208,10 @@ class _Dispatcher:
         t, problem = self.t, self.problem
         thread = self.thread - WARPGROUP
         warp = thread // WARP
-        with t.if_(warp.eq(0)):
-            self._send_pairs()
-            t.tell_everyone()
-        t.wait_for_everyone(1)
+        with t.if_(self._receiver() >= 0):
+            self._post_ids(self._receiver(), thread)
+            t.tell_everyone(self._receiver())
+        t.wait_for_everyone(_WARPS * self.sources)
         # All ids, and where the first of each 16 bytes stands among them.
         everything = [Field(problem.num_pairs, INT32)]
         held: list[tuple[Int, list[Int]]] = []
@@ -165,23 +224,12 @@ class _Dispatcher:
             places = (warp * self.rounds + self._round(unit)) * self.slots
             self._count_token(self._token(unit), held, places)
 
-        copying.for_tokens(t, self.units, one)
+        self._for_units(one)
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
             total = self._counted(held, expert, problem.num_pairs)
             with t.if_(self.lane.eq(0)):
                 t.store(self.r.totals, warp * self.experts + number, total)
-
-    def _send_pairs(self) -> None:
-        t = self.t
-        sender = Sender(t, self.r, self.send, self.lane)
-
-        def one(unit: Int) -> None:
-            token = self._token(unit)
-            with t.if_(unit.eq(token * self.parts)):
-                sender.send_pairs(token)
-
-        copying.for_tokens(t, self.units, one)
 
     def _count_token(self, token: Int, held: list[tuple[Int, list[Int]]], places: Int) -> None:
         """What this warp holds of the pairs before each of the token's pairs here."""
@@ -245,7 +293,7 @@ class _Dispatcher:
         for start in range(0, self.sources, self.groups):
             source = self.thread // self.copying + start
             first = (source * self.problem.num_tokens + token) * top_k
-            mine = (self.lane < top_k) & (source < self.sources)
+            mine = self.has_rows & (self.lane < top_k) & (source < self.sources)
             expert = t.load(self.r.local_ids, t.select(mine, first + self.lane, 0))
             kept, slot = mine & (expert >= 0), places + source * top_k + self.lane
             stride = self.rounds * self.slots

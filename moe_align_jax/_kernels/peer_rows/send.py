@@ -41,18 +41,18 @@ class Sender:
         t.grid_dependency_wait()
 
         def one(token: Int) -> None:
-            self.send_row(token, with_pairs=problem.routing)
+            self.send_row(token, with_routes=problem.routing)
 
         copying.for_tokens(t, problem.num_tokens, one)
         t.device_sync()
 
-    def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
+    def send_row(self, unit: Int, *, with_routes: bool = False) -> None:
         t, problem = self.t, self.problem
         token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
         batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
         held = [self._load(batches[0], unit)]
-        routes = self._load_routes(token) if with_pairs else []
+        routes = self._load_routes(token) if with_routes else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
         wanted = [self._wanted(ids, rank) for rank in self.ranks]
         row = t.rank() * (problem.num_tokens * self.parts) + unit
@@ -61,11 +61,6 @@ class Sender:
             store(batch, held.pop() if held else self._load(batch, unit), row, wanted)
         for route in routes:
             self._store_route(t.rank() * problem.num_tokens + token, *route)
-
-    def send_pairs(self, token: Int) -> None:
-        """A token's ids and weights to everyone."""
-        for route in self._load_routes(token):
-            self._store_route(self.t.rank() * self.problem.num_tokens + token, *route)
 
     def _load(self, batch: list[copying.Piece], unit: Int) -> list[Any]:
         words = [field.words for field in self.fields]
