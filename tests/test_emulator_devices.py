@@ -201,18 +201,12 @@ def test_a_wait_that_would_not_end_or_end_early_is_found():
         with t.if_(t.thread_id() < 5):
             t.tell_peers()
 
-    def part_of_a_warpgroup(t, r):
-        tell_everyone(t)
-        with first_warp(t):
-            t.wait_for_everyone(8 * CTAS * DEVICES)
-
     for body, match in (
         (fewer, "for 8 warps of each CTA; 1 to 1"),
         (more, "is for 6 warps; 48 have told"),
         (not_all_ctas, "is for 48 warps; 16 have told"),
         (twice, "once"),
         (part_of_a_warp, "5 of 32 threads"),
-        (part_of_a_warpgroup, "32 of 128 threads"),
     ):
         with pytest.raises(faults.DivergentBarrier, match=match):
             run(body)

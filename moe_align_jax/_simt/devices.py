@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._simt.faults import DivergentBarrier, RaceError, Undefined
-from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
+from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax._simt.memory import Buffer
 from moe_align_jax._simt.races import Clock, Told
 from moe_align_jax._simt.values import Scope, array_of
@@ -103,7 +103,6 @@ class AmongDevices(Simt):
         self._clock.warp_barrier(warps)
 
     def wait_for_everyone(self, count: int) -> None:
-        self._whole(WARPGROUP, "wait_for_everyone")
         warps = self._whole(WARP, "wait_for_everyone")
         self._others().meet()
         told = (self._others().told.everyone[self._others().rank] != 0).sum()

@@ -220,6 +220,10 @@ class Simt(abc.ABC):
     def ballot(self, condition: Int) -> Int:
         """Mask of the lanes where the condition holds."""
 
+    @abc.abstractmethod
+    def warp_sum(self, value: Int) -> Int:
+        """The sum over the warp, to each lane."""
+
     # -- bits
     @abc.abstractmethod
     def popc(self, value: Int) -> Int:
@@ -282,8 +286,8 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def wait_for_everyone(self, count: int) -> None:
-        """By whole warpgroups, in which one thread looks for all: waits until `count` warps, no more will,
-        of all devices have told everyone on mine. All CTAs must be resident."""
+        """By whole warps: waits until `count` warps, no more will, of all devices have told everyone on mine.
+        All CTAs must be resident."""
 
     @abc.abstractmethod
     def grid_dependency_wait(self) -> None:

@@ -370,6 +370,11 @@ class EmulatedSimt(AmongDevices):
         self._whole(WARP, "ballot")
         return Value(_masks(self._full(self._condition(condition))).repeat(WARP), self)
 
+    def warp_sum(self, value: Int) -> Int:
+        self._whole(WARP, "warp_sum")
+        sums = self._full(array_of(value)).reshape(-1, WARP).sum(axis=1, dtype=np.int32)
+        return Value(sums.repeat(WARP), self)
+
     def popc(self, value: Int) -> Int:
         return Value(np.bitwise_count(array_of(value).view(np.uint32)).astype(np.int32), self)
 

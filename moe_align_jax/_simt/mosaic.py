@@ -21,7 +21,6 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
 from moe_align_jax._simt.language import (
     WARP,
-    WARPGROUP,
     Int,
     Kernel,
     Program,
@@ -280,6 +279,12 @@ class MosaicSimt(Simt):
             )
         )
 
+    def warp_sum(self, value: Int) -> Int:
+        add = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+        return MlirInt(
+            llvm.inline_asm(_i32(), [_value(value)], add, "=r,r", has_side_effects=True)
+        )
+
     def popc(self, value: Int) -> Int:
         return MlirInt(llvm.intr_ctpop(_value(value)))
 
@@ -366,10 +371,8 @@ class MosaicSimt(Simt):
         self.warp_sync()
 
     def wait_for_everyone(self, count: int) -> None:
-        self._await(self.thread_id() & (WARPGROUP - 1), count, everyone=True)
-        barrier = self.thread_id() // WARPGROUP + 1  # 0 is block_sync's
-        void, sync = ir.Type.parse("!llvm.void"), f"bar.sync $0, {WARPGROUP};"
-        llvm.inline_asm(void, [_value(barrier)], sync, "r,~{memory}", has_side_effects=True)
+        self._await(self._lane(), count, everyone=True)
+        self.warp_sync()
 
     def device_sync(self) -> None:
         assert self._devices is not None

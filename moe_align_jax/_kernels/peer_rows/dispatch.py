@@ -121,8 +121,8 @@ class _Dispatcher:
         with t.if_(self.thread < WARPGROUP):
             sender = Sender(t, self.r, self.send, self.thread, self.parts)
             self._for_units(sender.send_row)
-            with t.if_(self._receiver() >= 0):
-                self._post_weights(self._receiver(), self.thread)
+            with t.if_(self._posts(self.warp)):
+                self._post_weights(self._receiver())
             t.tell_peers()
         with t.if_(self.thread >= WARPGROUP):
             self._count()
@@ -158,19 +158,23 @@ class _Dispatcher:
         number = t.cta_id() - self.row_ctas
         return t.select(number < 0, -1, (t.rank() + number) % self.sources)
 
-    def _post_ids(self, receiver: Int, thread: Int) -> None:
+    def _posts(self, warp: Int) -> Int:
+        """Whether the warp, by its number in its warpgroup, does. One: each has a fence of its own."""
+        return (self._receiver() >= 0) & warp.eq(0)
+
+    def _post_ids(self, receiver: Int) -> None:
         """The ids of all my tokens: local ones, -1 for other ranks' experts."""
-        self._post("local_ids", ["topk_ids"], receiver, thread)
+        self._post("local_ids", ["topk_ids"], receiver)
 
-    def _post_weights(self, receiver: Int, thread: Int) -> None:
+    def _post_weights(self, receiver: Int) -> None:
         """The weights of all my tokens, 0 for other ranks' experts."""
-        self._post("local_weights", ["topk_ids", "weights"], receiver, thread)
+        self._post("local_weights", ["topk_ids", "weights"], receiver)
 
-    def _post(self, name: str, sources: list[str], receiver: Int, thread: Int) -> None:
+    def _post(self, name: str, sources: list[str], receiver: Int) -> None:
         t, count = self.t, self.send.num_local_experts
         num_pairs = self.problem.num_tokens * self.send.top_k
         there = t.remote(getattr(self.r, name), receiver)
-        share = copying.pieces(t, [Field(num_pairs, INT32)], thread, WARPGROUP)
+        share = copying.pieces(t, [Field(num_pairs, INT32)], self.lane, WARP)
         for batch in copying.batches(share, len(sources)):
             held = [
                 [copying.load(t, getattr(self.r, source), piece, t.const(0)) for source in sources]
@@ -208,10 +212,10 @@ class _Dispatcher:
         t, problem = self.t, self.problem
         thread = self.thread - WARPGROUP
         warp = thread // WARP
-        with t.if_(self._receiver() >= 0):
-            self._post_ids(self._receiver(), thread)
+        with t.if_(self._posts(warp)):
+            self._post_ids(self._receiver())
             t.tell_everyone(self._receiver())
-        t.wait_for_everyone(_WARPS * self.sources)
+        t.wait_for_everyone(self.sources)
         # All ids, and where the first of each 16 bytes stands among them.
         everything = [Field(problem.num_pairs, INT32)]
         held: list[tuple[Int, list[Int]]] = []
@@ -261,9 +265,7 @@ class _Dispatcher:
             before = end - first
             for k, one in enumerate(ids):
                 total = total + t.select(one.eq(expert) & (before > k), 1, 0)
-        for distance in (16, 8, 4, 2, 1):
-            total = total + t.shfl(total, self.lane ^ distance)
-        return total
+        return t.warp_sum(total)
 
     # -- the layout
 
