@@ -88,6 +88,10 @@ def build(problem: Dispatch) -> Kernel:
     )
 
 
+type Places = list[tuple[Int, int]]  # of the inbox: index and width
+type Held = list[tuple[Int, list[Int]]]  # words of the inbox, and which pair the first of them is
+
+
 class _Found(NamedTuple):
     """A token of a source rank: a lane has the local id of a pair and its row in the boxes, -1 for none."""
 
@@ -150,39 +154,7 @@ class _Dispatcher:
             return self.t.const(0)
         return (unit - self.t.cta_id()) // self.t.num_ctas
 
-    # -- the counting warpgroup
-
-    def _count(self) -> None:
-        t, problem = self.t, self.problem
-        thread = self.thread - WARPGROUP
-        warp = thread // WARP
-        # All ids, and where the first of each 16 bytes stands among them.
-        everything = [Field(problem.num_pairs, INT32)]
-        held: list[tuple[Int, list[Int]]] = []
-        own = self._slots(t.cta_id()) if self.rounds == 1 else []
-        wanted: list[tuple[Int, ...]] = []
-        # Half as many at a time as fit into registers: each has its address, too, until it has come.
-        for batch in copying.batches(copying.pieces(t, everything, thread, WARPGROUP), 2):
-            places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
-            taken = t.take([*places, *own])
-            for piece, ids in zip(batch, taken[: len(batch)], strict=True):
-                ids = [t.select(piece.inside, one, _NO_ID) for one in ids]
-                held.append((piece.first, ids))
-            if own:
-                wanted, own = taken[len(batch) :], []
-        if self.rounds == 1:
-            self._count_token(t.cta_id(), wanted, held, warp)
-        else:
-            copying.for_tokens(
-                t,
-                self.units,
-                lambda unit: self._count_token(unit, t.take(self._slots(unit)), held, warp),
-            )
-        for number in t.for_range(0, self.experts):
-            expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
-            total = self._counted(held, expert + _FIRST_ID, problem.num_pairs)
-            with t.if_(self.lane.eq(0)):
-                t.store(self.r.totals, warp * self.experts + number, total)
+    # -- ids and weights
 
     def _send_routes(self, unit: Int) -> None:
         """A token's ids and weights to everyone, marks in place of those of the others' experts."""
@@ -202,7 +174,39 @@ class _Dispatcher:
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
                 t.store(t.remote(r.local_weights, rank), at, t.select(here, weight, 0))
 
-    def _slots(self, unit: Int) -> list[tuple[Int, int]]:
+    # -- the counting warpgroup
+
+    def _count(self) -> None:
+        t, thread = self.t, self.thread - WARPGROUP
+        warp = thread // WARP
+        if self.rounds == 1:
+            held, wanted = self._take_ids(thread, self._slots(t.cta_id()))
+            self._count_token(t.cta_id(), wanted, held, warp)
+        else:
+            held, _ = self._take_ids(thread, [])
+            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
+                self._count_token(unit, t.take(self._slots(unit)), held, warp)
+        for number in t.for_range(0, self.experts):
+            expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
+            total = self._counted(held, expert + _FIRST_ID, self.problem.num_pairs)
+            with t.if_(self.lane.eq(0)):
+                t.store(self.r.totals, warp * self.experts + number, total)
+
+    def _take_ids(self, thread: Int, also: Places) -> tuple[Held, list[tuple[Int, ...]]]:
+        """The thread's share of all ids; and what else is to be taken, with the first of them."""
+        t, held, others = self.t, [], []
+        share = copying.pieces(t, [Field(self.problem.num_pairs, INT32)], thread, WARPGROUP)
+        # Half as many at a time as fit into registers: each has its address, too, until it has come.
+        for batch in copying.batches(share, 2):
+            places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
+            taken = t.take([*places, *also])
+            also, others = [], others + taken[len(batch) :]
+            for piece, ids in zip(batch, taken[: len(batch)], strict=True):
+                ids = [t.select(piece.inside, one, _NO_ID) for one in ids]
+                held.append((piece.first, ids))
+        return held, others
+
+    def _slots(self, unit: Int) -> Places:
         """Where the ids of the token's pairs are in the inbox: for each 32 slots, a lane's."""
         t, token = self.t, self._token(unit)
         slots = [self.lane + start for start in range(0, self.slots, WARP)]
@@ -212,7 +216,7 @@ class _Dispatcher:
         self,
         unit: Int,
         slots: list[tuple[Int, ...]],
-        held: list[tuple[Int, list[Int]]],
+        held: Held,
         warp: Int,
     ) -> None:
         """What this warp holds of the pairs before each of the token's pairs here."""
@@ -237,7 +241,7 @@ class _Dispatcher:
             slot - source * self.send.top_k
         )
 
-    def _counted(self, held: list[tuple[Int, list[Int]]], expert: Int, end: Int | int) -> Int:
+    def _counted(self, held: Held, expert: Int, end: Int | int) -> Int:
         """How many of the words that the warp holds are the expert's and stand before the end."""
         t, total = self.t, self.t.const(0)
         for first, ids in held:
