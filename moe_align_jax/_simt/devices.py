@@ -1,7 +1,7 @@
 """What devices that run a kernel together do to each other, in NumPy: each has a thread of the host."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -116,8 +116,8 @@ class AmongDevices(Simt):
             if not inbox[cells].all():
                 raise DivergentBarrier(f"{self.name}: takes a word that nobody puts.")
             taken[cells] = True
-            inside = first.clip(0, len(inbox) - width)
-            results.append(tuple(Value(inbox[inside + k], self) for k in range(width)))
+            inside, machine = first.clip(0, len(inbox) - width), cast(Any, self)
+            results.append(tuple(Value(inbox[inside + k], machine) for k in range(width)))
         return results
 
     def device_sync(self) -> None:
