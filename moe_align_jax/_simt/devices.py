@@ -8,7 +8,7 @@ import numpy as np
 from moe_align_jax._simt.faults import DivergentBarrier, OutOfBounds, RaceError, Undefined
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax._simt.memory import Buffer
-from moe_align_jax._simt.races import Clock, Told
+from moe_align_jax._simt.races import Clock
 from moe_align_jax._simt.values import Scope, Value, array_of
 
 
@@ -26,17 +26,22 @@ class Peers(NamedTuple):
         rank: which one it is.
         outputs: all devices' outputs, by name.
         meet: how to wait for the others.
-        told: what all have told.
+        arrived: for each device the tick of its `device_arrive`, 0 before it.
         inboxes: all devices' inboxes, `[devices, words]`, 0 where nothing has been put.
-        taken: which of their words have been taken.
+        taken: which words of mine have been taken.
     """
 
     rank: int
     outputs: list[dict[str, Buffer]]
     meet: Callable[[], Any]
-    told: Told
+    arrived: np.ndarray
     inboxes: np.ndarray
     taken: np.ndarray
+
+    @property
+    def inbox(self) -> np.ndarray:
+        """Mine."""
+        return self.inboxes[self.rank]
 
 
 class AmongDevices(Simt):
@@ -75,24 +80,24 @@ class AmongDevices(Simt):
     def device_arrive(self) -> None:
         if self.scope.lanes is not None:
             raise DivergentBarrier(f"{self.name}: device_arrive is for all threads.")
-        stamps = self._others().told.stamps
-        if stamps[self._others().rank]:
+        peers = self._others()
+        if peers.arrived[peers.rank]:
             raise DivergentBarrier(f"{self.name}: there is one device_arrive.")
         self.block_sync()
-        stamps[self._others().rank] = self._clock.tick
+        peers.arrived[peers.rank] = self._clock.tick
         self._untold = False
 
     def device_wait(self) -> None:
         warps = self._whole(WARP, "device_wait")
         self._others().meet()
-        if not self._others().told.stamps.all():
+        if not self._others().arrived.all():
             raise DivergentBarrier(f"{self.name}: device_wait before device_arrive.")
         self._clock.heard.reshape(-1)[warps] = True
         self._clock.warp_barrier(warps)
 
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
-        given = (self.scope.active(self._full(array_of(x))) for x in (rank, index, value))
-        ranks, at, words = given
+        operands = (self._full(array_of(x)) for x in (rank, index, value))
+        ranks, at, words = map(self.scope.active, operands)
         inboxes = self._others().inboxes
         outside = (ranks < 0) | (ranks >= len(inboxes)) | (at < 0) | (at >= inboxes.shape[1])
         if outside.any():
@@ -104,9 +109,9 @@ class AmongDevices(Simt):
         inboxes[ranks, at] = words
 
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
-        self._others().meet()
-        inbox, taken = (of_all[self._others().rank] for of_all in self._others()[-2:])
-        results = []
+        peers, results = self._others(), []
+        peers.meet()
+        inbox = peers.inbox
         for index, width in places:
             first = self._full(array_of(index))
             at = self.scope.active(first)
@@ -115,7 +120,7 @@ class AmongDevices(Simt):
             cells = at[:, None] + np.arange(width)
             if not inbox[cells].all():
                 raise DivergentBarrier(f"{self.name}: takes a word that nobody puts.")
-            taken[cells] = True
+            peers.taken[cells] = True
             inside, machine = first.clip(0, len(inbox) - width), cast(Any, self)
             results.append(tuple(Value(inbox[inside + k], machine) for k in range(width)))
         return results
@@ -131,8 +136,7 @@ class AmongDevices(Simt):
             return
         if not self._clock.heard.any(axis=1).all():
             raise RaceError(f"{self.name}: it ends without device_wait.")
-        inbox, taken = (of_all[self._peers.rank] for of_all in self._peers[-2:])
-        if (inbox.astype(bool) & ~taken).any():
+        if ((self._peers.inbox != 0) & ~self._peers.taken).any():
             raise RaceError(f"{self.name}: it ends before a word that was put was taken.")
         if self._untold:
             raise RaceError(

@@ -17,7 +17,6 @@ from moe_align_jax._simt.faults import EmulatorError
 from moe_align_jax._simt.language import Kernel, Program, check_launch
 from moe_align_jax._simt.lockstep import EmulatedSimt
 from moe_align_jax._simt.memory import Buffer
-from moe_align_jax._simt.races import Told
 
 
 def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -> None:
@@ -125,16 +124,16 @@ def run_on_devices(
     check_launch(kernel)
     outputs = [_outputs(kernel, check_races) for _ in arrays]
     together = threading.Barrier(len(arrays))
-    told = Told(np.zeros(len(arrays), np.int64))
+    arrived = np.zeros(len(arrays), np.int64)
     inboxes = np.zeros((len(arrays), kernel.inbox), np.int32)
-    taken = np.zeros(inboxes.shape, bool)
 
     def run_one(rank: int) -> None:
         data = {
             name: np.asarray(array, np.int32).reshape(-1)
             for name, array in zip(kernel.inputs, arrays[rank], strict=True)
         }
-        peers = Peers(rank, outputs, together.wait, told, inboxes, taken)
+        taken = np.zeros(kernel.inbox, bool)
+        peers = Peers(rank, outputs, together.wait, arrived, inboxes, taken)
         machine = EmulatedSimt(kernel, peers=peers)
         try:
             _run_kernel(kernel, machine, data, outputs[rank], {}, check_races)

@@ -43,8 +43,8 @@ class EmulatedSimt(AmongDevices):
         self._cta = np.arange(self.num_ctas, dtype=np.int32).repeat(
             self.num_threads if self.num_ctas > 1 else 1
         )
-        rank, told = (peers.rank, peers.told) if peers else (0, None)
-        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, rank, told)
+        rank, arrived = (peers.rank, peers.arrived) if peers else (0, None)
+        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, rank, arrived)
         self._peers_read = False  # since the last cluster_wait
         self._leaving = False  # between cluster_arrive and cluster_wait
         self._waited = np.zeros(self._total, bool)

@@ -107,9 +107,12 @@ def _global_ref(argument: ir.Value, words: tuple[int, ...]) -> _Ref:
     )
 
 
-def _barrier_asm(instructions: str) -> None:
+def _order_asm(instructions: str, operands: Sequence[ir.Value] = (), constraints: str = "") -> None:
+    """Instructions that order memory, or are its messages to others; they give nothing."""
     void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, [], instructions, "~{memory}", has_side_effects=True)
+    llvm.inline_asm(
+        void, operands, instructions, f"{constraints}~{{memory}}", has_side_effects=True
+    )
 
 
 class MosaicSimt(Simt):
@@ -291,15 +294,13 @@ class MosaicSimt(Simt):
         gpu.barrier()
 
     def cluster_sync(self) -> None:
-        _barrier_asm(
-            "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-        )
+        _order_asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
 
     def cluster_arrive(self) -> None:
-        _barrier_asm("barrier.cluster.arrive.release.aligned;")
+        _order_asm("barrier.cluster.arrive.release.aligned;")
 
     def cluster_wait(self) -> None:
-        _barrier_asm("barrier.cluster.wait.acquire.aligned;")
+        _order_asm("barrier.cluster.wait.acquire.aligned;")
 
     def rank(self) -> Int:
         assert self._devices is not None
@@ -334,9 +335,7 @@ class MosaicSimt(Simt):
         self.block_sync()
         with self.if_(self.thread_id() < self._devices.count):
             signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
-            pointer = self._word(self._arrived(), self.thread_id())
-            void = ir.Type.parse("!llvm.void")
-            llvm.inline_asm(void, [pointer], signal, "l,~{memory}", has_side_effects=True)
+            _order_asm(signal, [self._word(self._arrived(), self.thread_id())], "l,")
 
     def device_wait(self) -> None:
         """The first lane looks until the counter has come to the number of devices."""
@@ -347,14 +346,12 @@ class MosaicSimt(Simt):
                 "setp.lt.u32 more, seen, $1; @more bra again; }"
             )
             operands = [self._word(self._arrived()), _value(self._devices.count)]
-            void = ir.Type.parse("!llvm.void")
-            llvm.inline_asm(void, operands, wait, "l,r,~{memory}", has_side_effects=True)
+            _order_asm(wait, operands, "l,r,")
         self.warp_sync()
 
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
         operands = [self._word(index, rank), _value(value)]
-        void, store = ir.Type.parse("!llvm.void"), "st.relaxed.sys.global.u32 [$0], $1;"
-        llvm.inline_asm(void, operands, store, "l,r,~{memory}", has_side_effects=True)
+        _order_asm("st.relaxed.sys.global.u32 [$0], $1;", operands, "l,r,")
 
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
         # All loads before any is looked at: one latency.
@@ -386,7 +383,7 @@ class MosaicSimt(Simt):
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:
-            _barrier_asm(instruction)
+            _order_asm(instruction)
 
     def grid_dependency_wait(self) -> None:
         self._grid_control("griddepcontrol.wait;")

@@ -3,7 +3,7 @@
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
 `warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA, `cluster_sync`
 between the CTAs of a cluster (for shared memory). Two CTAs, also those of two devices, are otherwise ordered
-only by what a warp tells and the other waits for (`Told`). Atomics do not conflict with each other, only
+only by a `device_arrive` that the other one has waited for. Atomics do not conflict with each other, only
 with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
@@ -33,12 +33,6 @@ def _at(floor: Floor, lanes: np.ndarray) -> Floor:
     return floor if isinstance(floor, int) else floor[lanes]
 
 
-class Told(NamedTuple):
-    """The tick of each device's `device_arrive`, 0 before it: all its CTAs come there at once."""
-
-    stamps: np.ndarray
-
-
 class Threads(NamedTuple):
     """Who makes an access: each lane's mark, the floors of its CTA and its cluster (ints when all agree), and
     the clock that knows what their warps have waited for."""
@@ -58,7 +52,10 @@ class Threads(NamedTuple):
 
 
 class Clock:
-    """Barriers passed by every warp, CTA and cluster of the grid of device `rank`; `told` is all devices'."""
+    """Barriers passed by every warp, CTA and cluster of the grid of device `rank`.
+
+    `arrived`: the tick of each device's `device_arrive`, 0 before it: all its CTAs come there at once.
+    """
 
     def __init__(
         self,
@@ -66,11 +63,11 @@ class Clock:
         num_threads: int,
         cluster: int = 1,
         rank: int = 0,
-        told: Told | None = None,
+        arrived: np.ndarray | None = None,
     ):
         self.num_threads = num_threads
         self.tick = 1
-        self._told, self._rank = told, rank
+        self._arrived, self._rank = arrived, rank
         # Which warps have waited, by themselves or through a barrier of their CTA.
         self.heard = np.zeros((num_ctas, num_threads // WARP), bool)
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
@@ -83,7 +80,7 @@ class Clock:
     def block_barrier(self, ctas: np.ndarray | slice) -> None:
         self.tick += 1
         self._of_cta[ctas] = self._of_warp[ctas] = self.tick
-        if self._told:
+        if self._arrived is not None:
             self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
@@ -111,13 +108,13 @@ class Clock:
 
     def told_before(self, me: np.ndarray, old: np.ndarray) -> np.ndarray:
         """Which accesses, by their marks, were told of to the warps of these threads."""
-        if self._told is None:
+        if self._arrived is None:
             return np.zeros(me.shape, bool)
         num_ctas, warps = self.heard.shape
         mine = me // WARP - self._rank * num_ctas * warps
         other, stamp, span = thread_of(old) // WARP, old >> STAMP, old & 3
         peers = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)
-        told = stamp < self._told.stamps[other // warps // num_ctas]
+        told = stamp < self._arrived[other // warps // num_ctas]
         return peers & told & self.heard.reshape(-1)[mine]
 
 
@@ -130,7 +127,7 @@ class Touches:
     """The marks of one kind of access to one buffer.
 
     `reach`: who else can touch a cell: "cta", only threads of its CTA; "cluster", those of the cluster;
-    "grid", all, with nothing to order them but `Told`.
+    "grid", all, with nothing to order them but `device_arrive`.
     """
 
     def __init__(self, num_cells: int, num_threads: int, reach: str):

@@ -167,6 +167,7 @@ class _Dispatcher:
             goes = goes & unit.eq(token * self.parts)
         with t.if_(goes):
             at = t.rank() * (self.problem.num_tokens * top_k) + pair
+            # In a loop: all ranks' addresses at once would take the registers of two CTAs on an SM.
             for k in t.for_range(0, self.sources):
                 rank = (t.rank() + k) % self.sources
                 local = expert - rank * count
