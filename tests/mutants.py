@@ -9,6 +9,8 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_align_jax._simt import faults
+
 COLLECTIVES = "moe_align_jax._simt.collectives"
 KERNELS = "moe_align_jax._kernels"
 
@@ -24,6 +26,13 @@ class Mutant:
     new: str
     after: str | None = None
     kills: str = "RaceError"  # by what: a class of faults.py; "wrong": any, or a wrong result
+
+    @property
+    def errors(self) -> type[Exception] | tuple[type[Exception], ...]:
+        """What finds it raises."""
+        if self.kills == "wrong":
+            return AssertionError, faults.EmulatorError
+        return getattr(faults, self.kills)
 
     def apply(self, source: str) -> str:
         lines = source.splitlines()

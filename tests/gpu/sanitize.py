@@ -76,21 +76,17 @@ def count_reports(output: str) -> dict[str, int]:
 
 def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], list[str]]:
     """Environment and options of the sanitizer."""
+    # torch and NCCL ask the driver for what is not there; only memcheck looks at that, and knows the option.
+    quiet = ["--report-api-errors", "no"] if tool == "memcheck" and path != "jit" else []
     if path == "direct":
         # Each tensor its own cudaMalloc, of the exact size.
-        options = ["--target-processes", "application-only", "--report-api-errors", "no"]
+        options = ["--target-processes", "application-only", *quiet]
         options += [f"--kernel-name=kne={name}" for name in kernels]
-        if tool != "memcheck":
-            options.remove("--report-api-errors")
-            options.remove("no")
         return {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, options
     # Each buffer its own cudaMalloc, so that one past the end is outside; no CUDA graphs around kernels.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": flags}
-    options = ["--target-processes", "all"]
-    if path == "peers" and tool == "memcheck":  # NCCL asks for kernels that are not there
-        options += ["--report-api-errors", "no"]
-    return environment, options
+    return environment, ["--target-processes", "all", *quiet]
 
 
 def child(path: str, tool: str = "") -> list[str]:
