@@ -18,6 +18,7 @@ MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
 MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
 MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
+_MOST_ROUNDS_OF_1024 = 6  # of "grid" with 1024 threads and the inverse
 _MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
 _MAX_DIGIT_BITS = 8  # of "sorted"
 _MOST_CELLS = 2**31 - 2**24  # of "sorted": beyond, its loops over rows could wrap
@@ -120,13 +121,19 @@ def _fit_block(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaic
     )
 
 
-def _fit_grid(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
+def _fit_grid(
+    config: BlockAlignMosaicConfig, problem: Any, mailbox: int = 0
+) -> BlockAlignMosaicConfig:
     stride = cdiv(problem.num_experts, 4) * 4
     tile_words = 2 * config.rounds * config.num_warpgroups * 128
     groups = _warpgroups_that_fit(
-        problem.num_experts, config.num_warpgroups, other_words=4 * stride + tile_words + 128
+        problem.num_experts,
+        config.num_warpgroups,
+        other_words=4 * stride + tile_words + mailbox + 128,
     )
     rounds = min(config.rounds, cdiv(problem.num_pairs, config.num_ctas * groups * 128))
+    if groups == 8 and problem.return_inverse:  # 64 registers per thread: with more rounds some spill
+        rounds = min(rounds, _MOST_ROUNDS_OF_1024)
     sort = config.local_sort and rounds >= 2
     cluster = _cluster_within(config.cluster, config.num_ctas)
     return dataclasses.replace(
@@ -135,7 +142,8 @@ def _fit_grid(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicC
 
 
 def _fit_cluster(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosaicConfig:
-    fitted = _fit_grid(dataclasses.replace(config, cluster=config.num_ctas), problem)
+    mailbox = config.num_ctas * problem.num_experts  # every CTA's counts
+    fitted = _fit_grid(dataclasses.replace(config, cluster=config.num_ctas), problem, mailbox)
     tile = fitted.num_ctas * fitted.num_warpgroups * 128 * fitted.rounds
     # Many experts leave room for few warps; "grid" takes several tiles.
     return dataclasses.replace(fitted, form="grid") if problem.num_pairs > tile else fitted

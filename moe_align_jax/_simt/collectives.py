@@ -1,5 +1,7 @@
 """What several threads do together, written in the language: scans, tallies, fills."""
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,22 +96,21 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
 def match_bits(t: Simt, x: Int, bits: int) -> Int:
     """Mask of the lanes whose low `bits` bits equal mine: one ballot per bit. (`match_any` is 3x slower
     where a warp holds many distinct values: H200, 2026-11-21.)"""
-    mask = None
-    for bit in range(bits):
-        mine = (x & (1 << bit)).ne(0)
-        votes = t.ballot(mine)
-        votes = t.select(mine, votes, votes ^ -1)
-        mask = votes if mask is None else mask & votes
-    return t.const(-1) if mask is None else mask
+    masks = [t.same_bit(x, bit) for bit in range(bits)]
+    return functools.reduce(operator.and_, masks) if masks else t.const(-1)
 
 
-def tally(t: Simt, histogram: Any, row: Int, bin_: Int, lane: Int, bits: int) -> Int:
+def tally(
+    t: Simt, histogram: Any, row: Int, bin_: Int, lane: Int, bits: int, all_used: bool = False
+) -> Int:
     """Counts one bin per lane (-1 = none) into the warp's row of the histogram; returns each one's stable
-    rank among the warp's so far. The row is the warp's own, so no atomics. -1 must differ from every bin
-    in its low `bits` bits."""
+    rank among the warp's so far. The row is the warp's own, so no atomics. Bins differ in their low `bits`
+    bits, and so does -1 unless they take all values (`all_used`)."""
     same = match_bits(t, bin_, bits)
-    rank = t.popc(same & lanes_below(t, lane))
     counted = bin_ >= 0
+    if all_used:
+        same = same & t.ballot(counted)
+    rank = t.popc(same & lanes_below(t, lane))
     before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)
     t.warp_sync()
     with t.if_(counted & rank.eq(0)):

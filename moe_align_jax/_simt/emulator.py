@@ -89,9 +89,8 @@ def _run_kernel(
     } | outputs
     for name, words in kernel.shared.items():
         cells = np.zeros(words * kernel.num_ctas, np.int32)
-        reach = "cluster" if kernel.cluster > 1 else "cta"
         refs[name] = Buffer(
-            name, (words,), cells, writable=True, per_cta=True, reach=reach, **common
+            name, (words,), cells, writable=True, per_cta=True, reach="cta", **common
         )
     with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
         kernel.body(machine, SimpleNamespace(**refs))

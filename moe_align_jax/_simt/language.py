@@ -5,10 +5,9 @@ It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles and ballots
-order no memory. `block_sync` orders shared and global accesses of one CTA, `cluster_sync` shared
-accesses of the CTAs of a cluster (CTA g is in cluster g // `cluster`); nothing else orders two CTAs of one
-kernel but what they tell each other, where several devices run it. A kernel sees what the kernels before it
-wrote, from its `grid_dependency_wait` on.
+order no memory. `block_sync` orders shared and global accesses of one CTA; nothing orders two CTAs of one
+kernel but what they tell each other: by mail within a cluster (CTA g is in cluster g // `cluster`), and where
+several devices run it. A kernel sees what the kernels before it wrote, from its `grid_dependency_wait` on.
 """
 
 import abc
@@ -24,6 +23,7 @@ WARPGROUP = 128
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232_448
 MAX_CLUSTER = 16
+MAIL_BARRIER_WORDS = 2
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 
 
@@ -148,12 +148,6 @@ class Simt(abc.ABC):
         """`ref[index]`."""
 
     @abc.abstractmethod
-    def load_peer(self, ref: Any, index: Int | int, cta: Int | int) -> Int:
-        """`ref[index]` of another CTA of my cluster, by its index in the grid; `ref` is shared. A
-        `cluster_sync` must lie between this and that CTA's stores; `cluster_arrive` says that no more
-        follow, and keeps that CTA's memory until then."""
-
-    @abc.abstractmethod
     def store(self, ref: Any, index: Any, value: Int | int) -> None:
         """`ref[index] = value`."""
 
@@ -221,6 +215,10 @@ class Simt(abc.ABC):
         """Mask of the lanes where the condition holds."""
 
     @abc.abstractmethod
+    def same_bit(self, value: Int, bit: int) -> Int:
+        """Mask of the lanes whose value has in that bit what mine has."""
+
+    @abc.abstractmethod
     def warp_sum(self, value: Int) -> Int:
         """The sum over the warp, to each lane."""
 
@@ -242,18 +240,19 @@ class Simt(abc.ABC):
     def block_sync(self) -> None:
         """Orders memory among the threads of the CTA, all of which must arrive."""
 
+    # -- the other CTAs of my cluster
     @abc.abstractmethod
-    def cluster_sync(self) -> None:
-        """Orders shared memory among the CTAs of the cluster, all of whose threads must arrive."""
+    def cluster_ready(self) -> None:
+        """By every thread, before the first `post`: waits until all CTAs of the cluster run."""
 
     @abc.abstractmethod
-    def cluster_arrive(self) -> None:
-        """After its last `load_peer`, by every thread. Before its stores to global memory: it would wait
-        for them (1,000 cycles, H200)."""
+    def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
+        """Puts a word, or 4 from a multiple of 4 on, into the mailbox of a CTA of my cluster, by its index in
+        the grid; mine is one of them. Each word of each mailbox once: it tells of nothing else."""
 
     @abc.abstractmethod
-    def cluster_wait(self) -> None:
-        """At the end: waits until every thread of the cluster has come to its `cluster_arrive`."""
+    def mail(self) -> Any:
+        """My mailbox, to be loaded from, once it is full. By whole warps; every CTA must come here."""
 
     # -- other devices
     @abc.abstractmethod
@@ -328,6 +327,7 @@ class Kernel:
         num_warpgroups: warpgroups per CTA.
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
+        mailbox: words that each CTA gets from the CTAs of its cluster.
         arrays: (shape, dtype) of a buffer that is no int32 array outside; the body sees its words.
         partial: outputs that need not be written in full.
         devices: those whose outputs the body may write to, as they do to mine.
@@ -342,6 +342,7 @@ class Kernel:
     num_warpgroups: int
     num_ctas: int = 1
     cluster: int = 1
+    mailbox: int = 0
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None
@@ -353,8 +354,9 @@ class Kernel:
 
     @property
     def shared_words(self) -> int:
-        """Each array starts at a multiple of 16 bytes."""
-        return sum(-(-words // 4) * 4 for words in self.shared.values())
+        """Each array starts at a multiple of 16 bytes; so do the mailbox, after them, and its barrier."""
+        mail = (self.mailbox, MAIL_BARRIER_WORDS) if self.mailbox else ()
+        return sum(-(-words // 4) * 4 for words in (*self.shared.values(), *mail))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moe_align_jax._simt.clusters import InCluster
 from moe_align_jax._simt.devices import AmongDevices, Peers, Remote
 from moe_align_jax._simt.faults import (
     DivergentBarrier,
@@ -22,7 +23,7 @@ from moe_align_jax._simt.races import Clock, Threads
 from moe_align_jax._simt.values import NOTHING, Scope, Value, array_of, constant
 
 
-class EmulatedSimt(AmongDevices):
+class EmulatedSimt(AmongDevices, InCluster):
     """All CTAs of one kernel at once.
 
     `behind`: the kernels of the program that have ended once `grid_dependency_wait` returns.
@@ -44,11 +45,10 @@ class EmulatedSimt(AmongDevices):
             self.num_threads if self.num_ctas > 1 else 1
         )
         rank, arrived = (peers.rank, peers.arrived) if peers else (0, None)
-        self._clock = Clock(self.num_ctas, self.num_threads, self.cluster, rank, arrived)
-        self._peers_read = False  # since the last cluster_wait
-        self._leaving = False  # between cluster_arrive and cluster_wait
+        self._clock = Clock(self.num_ctas, self.num_threads, rank, arrived)
         self._waited = np.zeros(self._total, bool)
         self._join(peers)
+        self._open_mailboxes(kernel)
         self.scope = Scope(None, self._total)
 
     @property
@@ -180,10 +180,8 @@ class EmulatedSimt(AmongDevices):
 
     # -- memory
 
-    def _cells(
-        self, ref: Buffer, index: Any, width: int = 1, of: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Flat cells of the active lanes (the first of each, for a vector); of the CTAs `of`, not mine."""
+    def _cells(self, ref: Buffer, index: Any, width: int = 1) -> np.ndarray:
+        """Flat cells of the active lanes (the first of each, for a vector)."""
         indices = index if isinstance(index, tuple) else (index,)
         if len(indices) != len(ref.shape) or (width > 1 and len(indices) > 1):
             raise Undefined(
@@ -211,8 +209,7 @@ class EmulatedSimt(AmongDevices):
             cells = at.astype(np.intp) if cells is None else cells * size + at
         assert cells is not None
         if ref.per_cta and self.num_ctas > 1:
-            cta = self.scope.active(self._cta) if of is None else of
-            cells = cells + cta.astype(np.intp) * ref.words
+            cells = cells + self.scope.active(self._cta).astype(np.intp) * ref.words
         if cells.size != self.scope.count:
             cells = cells.repeat(self.scope.count)
         return cells
@@ -236,19 +233,6 @@ class EmulatedSimt(AmongDevices):
         if not self.scope.count:
             return Value(constant(NOTHING), self)
         return self._spread(self._read(ref, self._cells(ref, index), self._threads()))
-
-    def load_peer(self, ref: Buffer, index: Int | int, cta: Int | int) -> Int:
-        if not ref.per_cta:
-            raise Undefined(f"{self.name}: load_peer is for shared memory; {ref.name} is global.")
-        if not self.scope.count:
-            return Value(constant(NOTHING), self)
-        mine, peer = self.scope.active(self._cta), self.scope.active(array_of(cta))
-        if (peer // self.cluster != mine // self.cluster).any():
-            raise OutOfBounds(f"{self.name}: load_peer of {ref.name} from another cluster.")
-        if self._leaving:
-            raise RaceError(f"{self.name}: load_peer of {ref.name} after cluster_arrive.")
-        self._peers_read = True
-        return self._spread(ref.read(self._cells(ref, index, of=peer), self._threads()))
 
     def store(self, ref: Buffer | Remote, index: Any, value: Int | int) -> None:
         if isinstance(ref, Remote):
@@ -370,6 +354,11 @@ class EmulatedSimt(AmongDevices):
         self._whole(WARP, "ballot")
         return Value(_masks(self._full(self._condition(condition))).repeat(WARP), self)
 
+    def same_bit(self, value: Int, bit: int) -> Int:
+        mine = (value & (1 << bit)).ne(0)
+        votes = self.ballot(mine)
+        return self.select(mine, votes, votes ^ -1)
+
     def warp_sum(self, value: Int) -> Int:
         self._whole(WARP, "warp_sum")
         sums = self._full(array_of(value)).reshape(-1, WARP).sum(axis=1, dtype=np.int32)
@@ -390,31 +379,10 @@ class EmulatedSimt(AmongDevices):
     def block_sync(self) -> None:
         self._clock.block_barrier(self._whole(self.num_threads, "block_sync"))
 
-    def cluster_sync(self) -> None:
-        if self._leaving:
-            raise DivergentBarrier(f"{self.name}: cluster_sync after cluster_arrive.")
-        self._clock.cluster_barrier(self._whole_clusters("cluster_sync"))
-
-    def _whole_clusters(self, what: str) -> np.ndarray | slice:
-        return self._whole(self.num_threads * self.cluster, what)
-
-    def cluster_arrive(self) -> None:
-        self._whole_clusters("cluster_arrive")
-        self._leaving = True
-
-    def cluster_wait(self) -> None:
-        self._whole_clusters("cluster_wait")
-        if not self._leaving:
-            raise DivergentBarrier(f"{self.name}: cluster_wait before cluster_arrive.")
-        self._peers_read = self._leaving = False
-
     def check_end(self) -> None:
-        """At the end of the kernel: a CTA's shared memory is gone as soon as it ends."""
+        """At the end of the kernel."""
         self._check_devices_end()
-        if self._peers_read or self._leaving:
-            raise RaceError(
-                f"{self.name}: load_peer, and the end without cluster_wait: the peer may have ended."
-            )
+        self._check_mail_end()
 
     def grid_dependency_wait(self) -> None:
         lanes = self.scope.lanes

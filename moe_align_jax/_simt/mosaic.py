@@ -125,6 +125,8 @@ class MosaicSimt(Simt):
         pdl: bool = False,
         context: Any = None,
         zeroed: ir.Value | None = None,
+        mailbox: _Ref | None = None,
+        mail_barrier: _Ref | None = None,
     ):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
@@ -133,6 +135,8 @@ class MosaicSimt(Simt):
         # peers of each CTA have arrived.
         self._devices, self._context, self._zeroed = kernel.devices, context, zeroed
         self._inbox = kernel.inbox
+        self._mailbox, self._mail_barrier = mailbox, mail_barrier
+        self._mailbox_words = kernel.mailbox
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -175,20 +179,6 @@ class MosaicSimt(Simt):
 
     def load(self, ref: _Ref, index: Any) -> Int:
         return MlirInt(memref.load(ref.memref, ref.indices(index)))
-
-    def load_peer(self, ref: _Ref, index: Int | int, cta: Int | int) -> Int:
-        address = llvm.ptrtoint(_i32(), ref.pointer(index))
-        rank = _value(cta & (self.cluster - 1))
-        return MlirInt(
-            llvm.inline_asm(
-                _i32(),
-                [address, rank],
-                "{ .reg .b32 peer; mapa.shared::cluster.u32 peer, $1, $2; "
-                "ld.shared::cluster.u32 $0, [peer]; }",
-                "=r,r,r",
-                has_side_effects=True,
-            )
-        )
 
     def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
         memref.store(_value(value), ref.memref, ref.indices(index))
@@ -277,6 +267,16 @@ class MosaicSimt(Simt):
             )
         )
 
+    def same_bit(self, value: Int, bit: int) -> Int:
+        # Written out: LLVM would test the bit once for the vote and, shifted, again for the choice.
+        code = (
+            f"{{ .reg .pred p; .reg .b32 mine, votes; and.b32 mine, $1, {1 << bit}; "
+            "setp.ne.b32 p, mine, 0; vote.sync.ballot.b32 votes, p, 0xffffffff; "
+            "selp.b32 mine, 0, -1, p; xor.b32 $0, votes, mine; }"
+        )
+        asm = llvm.inline_asm(_i32(), [_value(value)], code, "=r,r", has_side_effects=True)
+        return MlirInt(asm)
+
     def warp_sum(self, value: Int) -> Int:
         add = "redux.sync.add.s32 $0, $1, 0xffffffff;"
         return MlirInt(llvm.inline_asm(_i32(), [_value(value)], add, "=r,r", has_side_effects=True))
@@ -293,14 +293,45 @@ class MosaicSimt(Simt):
     def block_sync(self) -> None:
         gpu.barrier()
 
-    def cluster_sync(self) -> None:
-        _order_asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
+    def open_mailbox(self) -> None:
+        """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
+        with self.if_(self.thread_id().eq(0)):
+            words = self._mailbox_words * 4
+            _order_asm(
+                "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster; "
+                f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {words};",
+                [self._shared_address(self._mail_barrier, 0)],
+                "r,",
+            )
+        _order_asm("barrier.cluster.arrive.relaxed.aligned;")
 
-    def cluster_arrive(self) -> None:
-        _order_asm("barrier.cluster.arrive.release.aligned;")
+    def _shared_address(self, ref: _Ref | None, index: Int | int) -> ir.Value:
+        assert ref is not None  # the kernel has a mailbox
+        return llvm.ptrtoint(_i32(), ref.pointer(index))
 
-    def cluster_wait(self) -> None:
+    def cluster_ready(self) -> None:
         _order_asm("barrier.cluster.wait.acquire.aligned;")
+
+    def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
+        there = [self._shared_address(self._mailbox, index)]
+        there += [self._shared_address(self._mail_barrier, 0), _value(cta & (self.cluster - 1))]
+        names = ", ".join(f"${k + 3}" for k in range(len(values)))
+        width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
+        asm = (
+            "{ .reg .b32 cell, barrier; mapa.shared::cluster.u32 cell, $0, $2; "
+            "mapa.shared::cluster.u32 barrier, $1, $2; "
+            f"st.async.shared::cluster.mbarrier::complete_tx::bytes{width}.b32 [cell], {source}, "
+            "[barrier]; }"
+        )
+        _order_asm(asm, [*there, *map(_value, values)], "r," * (3 + len(values)))
+
+    def mail(self) -> Any:
+        wait = (
+            "{ .reg .pred full; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, "
+            "[$0], 0; @!full bra again; }"
+        )
+        _order_asm(wait, [self._shared_address(self._mail_barrier, 0)], "r,")
+        return self._mailbox
 
     def rank(self) -> Int:
         assert self._devices is not None
@@ -432,8 +463,17 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             for name, size in kernel.shared.items():
                 setattr(r, name, _Ref(own[0], offset))
                 offset += -(-size // 4) * 4
-            zeroed = own[-1] if kernel.devices else None
-            kernel.body(MosaicSimt(kernel, pdl=pdl, context=context, zeroed=zeroed), r)
+            machine = MosaicSimt(
+                kernel,
+                pdl=pdl,
+                context=context,
+                zeroed=own[-1] if kernel.devices else None,
+                mailbox=_Ref(own[0], offset) if kernel.mailbox else None,
+                mail_barrier=_Ref(own[0], words - 4) if kernel.mailbox else None,
+            )
+            if kernel.mailbox:
+                machine.open_mailbox()
+            kernel.body(machine, r)
 
         emit(*refs)
 

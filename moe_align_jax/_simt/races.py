@@ -1,17 +1,15 @@
 """Who touched each cell since the last barrier.
 
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
-`warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA, `cluster_sync`
-between the CTAs of a cluster (for shared memory). Two CTAs, also those of two devices, are otherwise ordered
-only by a `device_arrive` that the other one has waited for. Atomics do not conflict with each other, only
-with plain accesses.
+`warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA. Two CTAs, also those
+of two devices, are ordered only by a `device_arrive` that the other one has waited for. Atomics do not
+conflict with each other, only with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 34 | thread << 2 | span`.
 Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
-came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, before the
-cluster's last barrier when below its *wide* floor, and before the warp's last barrier when its stamp
-is below the warp's. `span` widens a mark to several lanes of the warp since its last barrier, several
-warps of the CTA since the last block barrier, or several CTAs of the cluster since its last one: all
+came before the CTA's last block barrier exactly when its mark is below the CTA's *floor*, and before
+the warp's last barrier when its stamp is below the warp's. `span` widens a mark to several lanes of the
+warp since its last barrier, several warps of the CTA since the last block barrier, or several CTAs: all
 that a later write needs to know of all the reads, so that one mark per cell and kind of access is
 exact. Mark 0 is an untouched cell; stamps start at 1. Where several devices run a kernel, their threads are
 counted on from device to device.
@@ -24,7 +22,7 @@ import numpy as np
 from moe_align_jax._simt.language import WARP
 
 STAMP, THREAD = 34, 2
-ONE_THREAD, ONE_WARP, ONE_CTA, ONE_CLUSTER = range(4)
+ONE_THREAD, ONE_WARP, ONE_CTA, SEVERAL_CTAS = range(4)
 
 type Floor = np.ndarray | int
 
@@ -34,25 +32,23 @@ def _at(floor: Floor, lanes: np.ndarray) -> Floor:
 
 
 class Threads(NamedTuple):
-    """Who makes an access: each lane's mark, the floors of its CTA and its cluster (ints when all agree), and
-    the clock that knows what their warps have waited for."""
+    """Who makes an access: each lane's mark, the floor of its CTA (an int when all agree), and the clock that
+    knows what their warps have waited for."""
 
     marks: np.ndarray
     floor: Floor
-    wide: Floor
     clock: "Clock"
 
     def at(self, lanes: np.ndarray) -> "Threads":
-        floors = _at(self.floor, lanes), _at(self.wide, lanes)
-        return Threads(self.marks[lanes], *floors, self.clock)
+        return Threads(self.marks[lanes], _at(self.floor, lanes), self.clock)
 
     def times(self, n: int) -> "Threads":
-        floor, wide = (f if isinstance(f, int) else f.repeat(n) for f in (self.floor, self.wide))
-        return Threads(self.marks.repeat(n), floor, wide, self.clock)
+        floor = self.floor if isinstance(self.floor, int) else self.floor.repeat(n)
+        return Threads(self.marks.repeat(n), floor, self.clock)
 
 
 class Clock:
-    """Barriers passed by every warp, CTA and cluster of the grid of device `rank`.
+    """Barriers passed by every warp and CTA of the grid of device `rank`.
 
     `arrived`: the tick of each device's `device_arrive`, 0 before it: all its CTAs come there at once.
     """
@@ -61,7 +57,6 @@ class Clock:
         self,
         num_ctas: int,
         num_threads: int,
-        cluster: int = 1,
         rank: int = 0,
         arrived: np.ndarray | None = None,
     ):
@@ -72,7 +67,6 @@ class Clock:
         self.heard = np.zeros((num_ctas, num_threads // WARP), bool)
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
         self._of_cta = np.ones(num_ctas, np.int64)
-        self._of_cluster = np.ones((num_ctas // cluster, cluster), np.int64)
         total = num_ctas * num_threads
         self._thread = np.arange(rank * total, (rank + 1) * total, dtype=np.int64) << THREAD
         self._threads: Threads | None = None
@@ -83,10 +77,6 @@ class Clock:
         if self._arrived is not None:
             self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
-
-    def cluster_barrier(self, clusters: np.ndarray | slice) -> None:
-        self._of_cluster[clusters] = self.tick + 1
-        self.block_barrier((self._of_cluster.reshape(-1) == self.tick + 1).nonzero()[0])
 
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
         self.tick += 1
@@ -102,8 +92,7 @@ class Clock:
         """All threads of the grid, now."""
         if self._threads is None:
             marks = self._thread + (self._of_warp << STAMP).repeat(WARP)
-            floors = self._floor(self._of_cta), self._floor(self._of_cluster)
-            self._threads = Threads(marks, *floors, self)
+            self._threads = Threads(marks, self._floor(self._of_cta), self)
         return self._threads
 
     def told_before(self, me: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -126,8 +115,8 @@ def thread_of(marks):
 class Touches:
     """The marks of one kind of access to one buffer.
 
-    `reach`: who else can touch a cell: "cta", only threads of its CTA; "cluster", those of the cluster;
-    "grid", all, with nothing to order them but `device_arrive`.
+    `reach`: who else can touch a cell: "cta", only threads of its CTA; "grid", all, with nothing to order
+    CTAs but `device_arrive`.
     """
 
     def __init__(self, num_cells: int, num_threads: int, reach: str):
@@ -137,19 +126,18 @@ class Touches:
     def conflict(self, cells: np.ndarray, threads: Threads) -> tuple[int, int] | None:
         """The first lane that no barrier orders after an earlier access, and that one's mark."""
         old = self.marks.take(cells)
-        wide: Floor = threads.wide if self._reach == "cluster" else 1
-        maybe = old >= (threads.floor if self._reach == "cta" else wide)
+        maybe = old >= (threads.floor if self._reach == "cta" else 1)
         if not maybe.any():
             return None
         [lanes] = maybe.nonzero()
-        old, (marks, floor, _, clock) = old[lanes], threads.at(lanes)
+        old, (marks, floor, clock) = old[lanes], threads.at(lanes)
         me, other, span = thread_of(marks), thread_of(old), old & 3
         same_warp = me // WARP == other // WARP
         past_barrier = same_warp & (span <= ONE_WARP) & (old >> STAMP < marks >> STAMP)
         myself = (span == ONE_THREAD) & (me == other)
         bad = (old >= floor) & ~past_barrier & ~myself
         if self._reach != "cta":
-            bad |= (me // self._num_threads != other // self._num_threads) | (span == ONE_CLUSTER)
+            bad |= (me // self._num_threads != other // self._num_threads) | (span == SEVERAL_CTAS)
             if bad.any():
                 bad &= ~clock.told_before(me, old)
         if not bad.any():
@@ -169,20 +157,17 @@ class Touches:
 
     def add(self, cells: np.ndarray, threads: Threads) -> None:
         """The lanes join those that touched the cells."""
-        marks, floor, wide, _ = threads
+        marks, floor, _ = threads
         old = self.marks.take(cells)
         self.marks[cells] = marks
         won = self.marks.take(cells)
-        if self._reach == "grid":
-            wide = 1
-        since = floor if self._reach == "cta" else wide
+        since = floor if self._reach == "cta" else 1
         shared = ((old >= since) & (old != marks)) | (won != marks)
         if not shared.any():
             return
         [lanes] = shared.nonzero()
         cells, old, won = cells[lanes], old[lanes], won[lanes]
-        wide = _at(wide, lanes)
-        marks, floor, *_ = threads.at(lanes)
+        marks, floor, _ = threads.at(lanes)
         me, other, winner, span = thread_of(marks), thread_of(old), thread_of(won), old & 3
         # With the lanes of this instruction.
         reach = np.where(me == winner, ONE_THREAD, ONE_WARP)
@@ -196,8 +181,8 @@ class Touches:
         reach[recent & (~same_warp | (span >= ONE_CTA))] = ONE_CTA
         if self._reach != "cta":
             cta = me // self._num_threads
-            apart = (cta != other // self._num_threads) | (span == ONE_CLUSTER)
-            reach[(cta != winner // self._num_threads) | (apart & (old >= wide))] = ONE_CLUSTER
-        for span in (ONE_WARP, ONE_CTA, ONE_CLUSTER):  # the widest that a lane found stays
+            apart = (cta != other // self._num_threads) | (span == SEVERAL_CTAS)
+            reach[(cta != winner // self._num_threads) | (apart & (old > 0))] = SEVERAL_CTAS
+        for span in (ONE_WARP, ONE_CTA, SEVERAL_CTAS):  # the widest that a lane found stays
             wide_lanes = reach == span
             self.marks[cells[wide_lanes]] = marks[wide_lanes] | span

@@ -25,9 +25,10 @@ GARBAGE = -77_777
 # num_experts, block_size, sizes: both ends of buckets of every form, and between.
 WARP = (8, 4, (1, 2, 7, 8, 9, 16, 31, 32))
 BLOCK = (64, 16, (33, 64, 128, 129, 200, 256, 257, 512, 513, 1000, 2048))
-GRID = (16, 8, (2049, 2100, 4096, 4097, 5000, 8192))
+CLUSTER = (16, 8, (2049, 2100, 4096, 4097, 5000, 8192))
+GRID = (100, 8, (4097, 5000, 8192, 8193, 9000))
 SORTED = (5000, 4, (33, 64, 65, 300, 512, 513, 1500))
-SIZES = [(n, e, b) for e, b, sizes in (WARP, BLOCK, GRID, SORTED) for n in sizes]
+SIZES = [(n, e, b) for e, b, sizes in (WARP, BLOCK, CLUSTER, GRID, SORTED) for n in sizes]
 SIZES += [(20_000, 60, 64), (1, 1, 1), (100, 1, 3), (40, 65_535, 1)]
 SIZES += [(1100, 65_535, 3), (17_000, 5000, 4)]
 
@@ -107,7 +108,7 @@ def test_emulator_sees_a_read_past_the_ids(n):
 )
 def test_buckets_hold_their_sizes_and_are_few(num_experts, block_size):
     ends = direct.bucket_ends(2**22, num_experts, block_size)
-    assert ends == sorted(set(ends)) and ends[-1] >= 2**22 and len(ends) <= 26
+    assert ends == sorted(set(ends)) and ends[-1] >= 2**22 and len(ends) <= 28
     edges = {n for end in ends for n in (end - 1, end, end + 1) if 1 <= n <= 2**22}
     sizes = sorted(edges | set(range(1, 9000)) | set(range(9000, 2**22, 9973)))
     got = [_tuning.size_bucket(n, num_experts, block_size) for n in sizes]
@@ -141,13 +142,13 @@ def test_sizes_of_one_bucket_share_a_program():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.uint64], ids=str)
-@pytest.mark.parametrize("n", [3, 30, 111, 2100])
+@pytest.mark.parametrize("n", [3, 30, 111, 8200])
 def test_every_size_and_dtype(n, dtype, fake):
     array, ids = ids_of(dtype, num_tokens=n, top_k=1)
     problem = problems.AlignProblem(n, 16, 8, with_counts=True)
     results = direct_call.execute(problem, {"topk_ids": ids})
     assert_results(problem, results, want_of(problem, array, {}))
-    assert len(fake.launched) == (2 if n > 2048 else 1)
+    assert len(fake.launched) == (2 if n > 8192 else 1)
     assert {stream for _, stream in fake.launched} == {7}
 
 
@@ -223,7 +224,7 @@ def test_layouts_that_are_copied(fake):
 
 
 @pytest.mark.parametrize("offset", range(5))
-@pytest.mark.parametrize("n", [1, 33, 2100])
+@pytest.mark.parametrize("n", [1, 33, 8200])
 def test_out_is_written_and_nothing_beside_it(n, offset, fake):
     array, ids = ids_of(torch.int64, num_tokens=n, top_k=1)
     problem = problems.AlignProblem(n, 16, 8)
@@ -284,8 +285,8 @@ def test_sglang_refuses_unsigned_ids(fake):
 
 
 def test_stream_is_asked_for_at_every_call(fake):
-    _, ids = ids_of(torch.int32, num_tokens=1000)
-    problem = problems.AlignProblem(3000, 16, 8)
+    _, ids = ids_of(torch.int32, num_tokens=3000)
+    problem = problems.AlignProblem(9000, 16, 8)
     for stream in (7, 0, 9, 0, 7):
         fake.stream = stream
         direct_call.execute(problem, {"topk_ids": ids})
@@ -294,8 +295,8 @@ def test_stream_is_asked_for_at_every_call(fake):
 
 def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
     """Another thread on the same stream must not get them from the allocator before."""
-    _, ids = ids_of(torch.int32, num_tokens=1000)
-    problem, memory, dead = problems.AlignProblem(3000, 16, 8), [], []
+    _, ids = ids_of(torch.int32, num_tokens=3000)
+    problem, memory, dead = problems.AlignProblem(9000, 16, 8), [], []
 
     class Tracked:
         def __init__(self, size, *_):

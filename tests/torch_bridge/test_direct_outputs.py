@@ -114,7 +114,7 @@ def test_lengths_that_do_not_fit_together_are_filled_after_the_launch(
     assert (longer[len(shorter) :] == -1).all()
 
 
-FORMS = [(20, 16, 8), (60, 3000, 8), (500, 16, 8), (2048, 64, 16), (3000, 16, 8), (300, 4500, 4)]
+FORMS = [(20, 16, 8), (60, 3000, 8), (500, 16, 8), (2048, 64, 16), (9000, 16, 8), (300, 4500, 4)]
 FORMS += [(17_000, 5000, 4)]
 
 

@@ -41,7 +41,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         t.block_sync()
 
         # 1. Each warp counts its pairs, and ranks them among themselves.
-        ranks = [collectives.tally(t, r.histogram, row_of_warp, e, lane, bits) for e in experts]
+        ranks = [collectives.tally(t, r.histogram, row_of_warp, e, lane, *bits) for e in experts]
         t.block_sync()
 
         # 2. Where each expert starts, and each warp within it.

@@ -71,9 +71,10 @@ class Slice:
         return self.t.if_(condition & (index - self.base).below(self.length))
 
 
-def bin_bits(num_bins: int) -> int:
-    """Bits that tell the bins 0 .. num_bins - 1 and -1 (all ones) apart."""
-    return num_bins.bit_length()
+def bin_bits(num_bins: int) -> tuple[int, bool]:
+    """(bits that tell the bins 0 .. num_bins - 1 apart, whether all their values are bins)."""
+    bits = (num_bins - 1).bit_length()
+    return bits, num_bins == 1 << bits
 
 
 def pair_limit(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> Int | None:

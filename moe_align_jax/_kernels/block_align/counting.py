@@ -1,8 +1,8 @@
 """The two kernels of a stable counting sort over many CTAs, shared by the forms "grid" and "radix".
 
-CTA g owns a contiguous run of pairs. The count kernel makes one histogram per CTA; the CTAs of a cluster add
-theirs up through each other's shared memory, and write one row per cluster, and what stands before each CTA
-within its cluster. The place kernel adds up the rows before and of all clusters, scans the bins, ranks its
+CTA g owns a contiguous run of pairs. The count kernel makes one histogram per CTA; the CTAs of a cluster post
+theirs to each other, add them up, and write one row per cluster, and what stands before each CTA within its
+cluster. The place kernel adds up the rows before and of all clusters, scans the bins, ranks its
 own pairs (each warp a contiguous run, with a histogram of its own) and hands every pair its row. (Every CTA
 reads every row: with a row per CTA that was the longest phase, H200.) No atomics decide an order:
 deterministic.
@@ -11,6 +11,7 @@ deterministic.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 from moe_align_jax._kernels.block_align import common
 from moe_align_jax._simt import collectives
@@ -69,7 +70,7 @@ class Layout:
 
     @property
     def stride(self) -> int:
-        """Words of a histogram in shared memory: room for the packed pair of the last bin."""
+        """Words of a histogram in shared memory: whole 16 bytes."""
         return -(-self.num_bins // 4) * 4
 
 
@@ -82,7 +83,7 @@ def count_kernel(
     histograms: str,
 ) -> Kernel:
     """Writes `histograms` `[num_ctas * words]`: the bins of each CTA's pairs."""
-    threads, words = layout.threads, layout.words
+    threads = layout.threads
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, cta = t.thread_id(), t.cta_id()
@@ -92,9 +93,8 @@ def count_kernel(
         first = cta * (tiles * layout.tile)
 
         def count(bins: list[Int]) -> None:
-            for bin_ in bins:
-                with t.if_(bin_ >= 0):
-                    t.atomic_add(r.histogram, bin_, 1)
+            for bin_ in bins:  # one bin more for those that have none: a branch would take longer
+                t.atomic_add(r.histogram, t.select(bin_ >= 0, bin_, layout.stride), 1)
 
         def read(start: Int | int) -> list[Int]:
             return [
@@ -102,36 +102,26 @@ def count_kernel(
             ]
 
         once = read(0) if layout.tiles == 1 else []
-        collectives.fill(t, r.histogram, 0, layout.stride, tid, threads, vector=True)
+        collectives.fill(t, r.histogram, 0, layout.stride + 1, tid, threads, vector=True)
         t.block_sync()
         if layout.tiles == 1:
             count(once)
         else:
             for tile in t.for_range(0, tiles):
                 count(read(tile * layout.tile))
-        if layout.cluster > 1:
-            _add_up_cluster(t, r, layout, histograms)
-            return
         t.block_sync()
-        for i in t.for_range(tid, words, threads):
-            if layout.packed:
-                low, high = (t.load(r.histogram, i * 2 + k) for k in range(2))
-                t.store(getattr(r, histograms), cta * words + i, low | (high << 16))
-            else:
-                t.store(getattr(r, histograms), cta * words + i, t.load(r.histogram, i))
+        write_histogram(t, r, layout, histograms, r.histogram)
 
-    outputs: dict[str, tuple[int, ...]] = {histograms: (layout.num_rows * words,)}
-    if layout.cluster > 1:
-        outputs[_within(histograms)] = (layout.num_ctas * layout.num_bins,)
     return Kernel(
         name=name,
         body=body,
         inputs=inputs,
-        outputs=outputs,
-        shared={"histogram": -(-layout.stride // 8) * 8},
+        outputs=histogram_outputs(layout, histograms),
+        shared={"histogram": layout.stride + 1},
         num_warpgroups=layout.num_warpgroups,
         num_ctas=layout.num_ctas,
         cluster=layout.cluster,
+        mailbox=mailbox_words(layout),
     )
 
 
@@ -140,42 +130,70 @@ def _within(histograms: str) -> str:
     return f"{histograms}_within"
 
 
-def _add_up_cluster(t: Simt, r: SimpleNamespace, layout: Layout, histograms: str) -> None:
-    """Each CTA adds up its share of the bins over the cluster; adjacent lanes read one bin of its CTAs."""
-    tid, cta, cluster = t.thread_id(), t.cta_id(), layout.cluster
-    peer, lane = tid & (cluster - 1), tid & (WARP - 1)
+def histogram_outputs(layout: Layout, histograms: str) -> dict[str, tuple[int, ...]]:
+    """What `write_histogram` writes and `HistogramSums` reads."""
+    outputs: dict[str, tuple[int, ...]] = {histograms: (layout.num_rows * layout.words,)}
+    if layout.cluster > 1:
+        outputs[_within(histograms)] = (layout.num_ctas * layout.num_bins,)
+    return outputs
+
+
+def mailbox_words(layout: Layout) -> int:
+    """Of a kernel that ends with `write_histogram`."""
+    return layout.cluster * _share(layout) if layout.cluster > 1 else 0
+
+
+def _share(layout: Layout) -> int:
+    """Bins that a CTA adds up over its cluster: whole vectors, and whole words of a row."""
+    return -(-layout.stride // (4 * layout.cluster)) * 4
+
+
+def write_histogram(
+    t: Simt, r: SimpleNamespace, layout: Layout, histograms: str, histogram: Any
+) -> None:
+    """At the end of a kernel, after a `block_sync`: what each CTA has in shared `histogram`, added up over
+    its cluster. Each CTA gets its share of the bins from all of them."""
+    tid, cta, cluster, threads = t.thread_id(), t.cta_id(), layout.cluster, layout.threads
+    rows, words = getattr(r, histograms), layout.words
+    if cluster == 1:
+        for i in t.for_range(tid, words, threads):
+            if layout.packed:
+                low, high = (t.load(histogram, i * 2 + k) for k in range(2))
+                t.store(rows, cta * words + i, low | (high << 16))
+            else:
+                t.store(rows, cta * words + i, t.load(histogram, i))
+        return
+    t.cluster_ready()
+    share = _share(layout)
     rank = cta & (cluster - 1)
-    share = -(-layout.stride // (4 * cluster)) * 4  # a multiple of 4: warps are whole
-    rows, within = getattr(r, histograms), getattr(r, _within(histograms))
-    t.cluster_sync()
-    # Every load before the first store, for cluster_arrive.
-    rounds = -(-share * cluster // layout.threads)
-    counted = []
-    for k in range(rounds):
-        offset = (tid + k * layout.threads) >> (cluster.bit_length() - 1)
+    first = cta - rank
+    for i in t.for_range(tid * 4, share * cluster, threads * 4):
+        to = i // share
+        there = i < layout.stride
+        counts = t.values_if(there, lambda i=i: t.load4(histogram, i), [t.const(0)] * 4)
+        t.post(first + to, rank * share + (i - to * share), *counts)
+    box = t.mail()
+    row = (cta >> (cluster.bit_length() - 1)) * words
+    for offset in t.for_range(tid, -(-share // WARP) * WARP, threads):  # whole warps
         bin_ = rank * share + offset
         there = (offset < share) & (bin_ < layout.num_bins)
-        count = t.value_if(there, lambda b=bin_: t.load_peer(r.histogram, b, cta - rank + peer), 0)
-        counted.append((bin_, there, count))
-    t.cluster_arrive()
-    for bin_, there, count in counted:
-        through, distance = count, 1
-        while distance < cluster:
-            other = t.shfl_up(through, distance)
-            through = through + t.select(peer >= distance, other, 0)
-            distance *= 2
-        with t.if_(there):
-            t.store(within, (cta - rank + peer) * layout.num_bins + bin_, through - count)
-        row = (cta >> (cluster.bit_length() - 1)) * layout.words
-        last = there & peer.eq(cluster - 1)
+        safe = t.select(there, offset, 0)
+        counts = [t.load(box, safe + k * share) for k in range(cluster)]
+        running = t.const(0)
+        for k, count in enumerate(counts):
+            with t.if_(there):
+                t.store(
+                    getattr(r, _within(histograms)), (first + k) * layout.num_bins + bin_, running
+                )
+            running = running + count
         if layout.packed:
-            following = t.shfl(through, (lane + cluster) & (WARP - 1))  # that of the next bin
-            with t.if_(last & (bin_ & 1).eq(0)):
-                t.store(rows, row + (bin_ >> 1), through | (following << 16))
+            running = t.select(there, running, 0)
+            following = t.shfl(running, (tid + 1) & (WARP - 1))  # that of the next bin
+            with t.if_(there & (bin_ & 1).eq(0)):
+                t.store(rows, row + (bin_ >> 1), running | (following << 16))
         else:
-            with t.if_(last):
-                t.store(rows, row + bin_, through)
-    t.cluster_wait()
+            with t.if_(there):
+                t.store(rows, row + bin_, running)
 
 
 class HistogramSums:

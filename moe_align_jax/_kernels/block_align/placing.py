@@ -125,7 +125,7 @@ class Placer:
         for expert in experts:
             column = columns.of(t, expert)
             place = collectives.tally(
-                t, self.r.histogram, self.row_of_warp, column, self.lane, columns.bits
+                t, self.r.histogram, self.row_of_warp, column, self.lane, *columns.bits
             )
             held.append((column << _HALF) | place)
         return Tile(first, held)

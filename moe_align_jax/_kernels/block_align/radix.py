@@ -86,7 +86,7 @@ def _pass_kernels(
             read_pairs = [read(t, r, first + (k * WARP + lane)) for k in range(layout.rounds)]
             bin_bits = common.bin_bits(num_bins)
             ranks = [
-                collectives.tally(t, r.histogram, row_of_warp, digit, lane, bin_bits)
+                collectives.tally(t, r.histogram, row_of_warp, digit, lane, *bin_bits)
                 for _, _, digit in read_pairs
             ]
             t.block_sync()

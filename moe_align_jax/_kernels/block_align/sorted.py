@@ -254,20 +254,16 @@ class _Sorter:
             t.store(r.ranks, blocks, number)
 
     def exchange(self) -> tuple[Int, Int]:
-        """(blocks of the ranges before mine, of all). Before any store to global memory but old ones: the
-        cluster's barrier waits for those."""
+        """(blocks of the ranges before mine, of all)."""
         t, r = self.t, self.r
-        # The cluster's barrier orders this CTA's own accesses too. But racecheck takes what stands between
-        # its second arrive and wait for unordered (ten lines of CUDA show it): for it, and costs nothing.
         t.block_sync()
         if t.cluster == 1:
             return t.const(0), t.load(r.blocks, 0)
-        t.cluster_sync()
-        first = self.cta - self.rank
-        theirs = t.value_if(
-            self.lane < t.cluster, lambda: t.load_peer(r.blocks, 0, first + self.lane), 0
-        )
-        t.cluster_arrive()
+        t.cluster_ready()
+        with t.if_(self.tid < t.cluster):
+            t.post(self.cta - self.rank + self.tid, self.rank, t.load(r.blocks, 0))
+        box = t.mail()
+        theirs = t.value_if(self.lane < t.cluster, lambda: t.load(box, self.lane), 0)
         running = collectives.warp_inclusive_scan(t, theirs, self.lane, t.cluster)
         return t.shfl(running - theirs, self.rank), t.shfl(running, t.cluster - 1)
 
@@ -360,8 +356,6 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         s.fill(in_use)
         with t.if_(s.cta.eq(0) & s.tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, in_use * problem.block_size)
-        if t.cluster > 1:
-            t.cluster_wait()
 
     words = rounds * threads
     kernel = Kernel(
@@ -382,5 +376,6 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.cluster,
+        mailbox=config.cluster if config.cluster > 1 else 0,
     )
     return Program(inputs=problem.inputs, kernels=(kernel,), results=tuple(problem.outputs))
