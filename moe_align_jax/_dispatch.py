@@ -343,7 +343,7 @@ def select_implementation(
 
     Example:
         >>> select_implementation((4096, 2), block_size=128, num_experts=64, platform="cuda")[:2]
-        ('mosaic_gpu', 'grid')
+        ('mosaic_gpu', 'cluster')
     """
     function = "select_implementation"
     block_size = _checks.check_block_size(function, block_size)

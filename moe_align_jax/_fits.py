@@ -132,7 +132,9 @@ def _fit_grid(
         other_words=4 * stride + tile_words + mailbox + 128,
     )
     rounds = min(config.rounds, cdiv(problem.num_pairs, config.num_ctas * groups * 128))
-    if groups == 8 and problem.return_inverse:  # 64 registers per thread: with more rounds some spill
+    if (
+        groups == 8 and problem.return_inverse
+    ):  # 64 registers per thread: with more rounds some spill
         rounds = min(rounds, _MOST_ROUNDS_OF_1024)
     sort = config.local_sort and rounds >= 2
     cluster = _cluster_within(config.cluster, config.num_ctas)

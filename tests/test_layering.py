@@ -110,14 +110,14 @@ ALLOWED: dict[str, set[str]] = {
 # Which of our modules may import these, and at which depth.
 FOREIGN: dict[str, set[str]] = {
     "torch": {"torch_bridge", "lazily benchmarks", "lazily moe_align_jax._cli"},
-    "jaxlib.mlir": {"moe_align_jax._simt.mosaic"},
-    "jax.experimental.mosaic": {"moe_align_jax._simt.mosaic"},
+    "jaxlib.mlir": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
+    "jax.experimental.mosaic": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
     "jax.experimental.pallas": {
         *("moe_align_jax._simt.mosaic", "moe_align_jax._kernels.masked_quant.kernel"),
         "moe_align_jax._kernels.rows.weighted_sum",
     },
     "jaxlib.version": {"lazily moe_align_jax._cli", "lazily torch_bridge.launch"},
-    "jaxlib": {"moe_align_jax._simt.mosaic"},
+    "jaxlib": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
     "jax._src": set(),
     "typer": {"moe_align_jax._cli", "lazily moe_align_jax.cli"},
     "rich": {"moe_align_jax._cli", "lazily moe_align_jax.cli", "lazily benchmarks"},

@@ -1,14 +1,12 @@
 """The language as MLIR: a kernel becomes one `plgpu.kernel` whose body is one `inline_mgpu` block.
 
-The only file of the package that sees MLIR. Checked with jax 0.11.2 and 0.12.
+With `mlir` the only file of the package that sees MLIR. Checked with jax 0.11.2 and 0.12.
 """
 
-import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,97 +20,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf
 
 from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt, check_launch
-
-_FULL_MASK = -1
-_BINARY = {
-    "add": arith.addi,
-    "sub": arith.subi,
-    "mul": arith.muli,
-    "udiv": arith.divui,
-    "urem": arith.remui,
-    "and": arith.andi,
-    "or": arith.ori,
-    "xor": arith.xori,
-    "shl": arith.shli,
-    "shr": arith.shrui,
-}
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _value(x: "Int | int") -> ir.Value:
-    if isinstance(x, MlirInt):
-        return x.value
-    x = int(x)  # type: ignore[arg-type]
-    return arith.constant(_i32(), x - (1 << 32) if x >= 1 << 31 else x)
-
-
-def _index(x: "Int | int") -> ir.Value:
-    return arith.index_cast(ir.IndexType.get(), _value(x))
-
-
-class MlirInt(Int):
-    """An SSA value, i32 or i1."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    def _binary(self, name: str, other: Int | int, reverse: bool = False) -> "MlirInt":
-        a, b = self.value, _value(other)
-        if reverse:
-            a, b = b, a
-        if operation := _BINARY.get(name):
-            return MlirInt(operation(a, b))
-        return MlirInt(arith.cmpi(getattr(arith.CmpIPredicate, name), a, b))
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """A memref, or the part of the CTA's shared memory from `offset` on."""
-
-    memref: ir.Value
-    offset: int = 0
-    argument: ir.Value | None = None  # of the kernel, of any dtype
-
-    def indices(self, index: Any) -> list[ir.Value]:
-        if isinstance(index, tuple):
-            return [_index(i) for i in index]
-        return [_index(index + self.offset if self.offset else index)]
-
-    def pointer(self, index: Int | int) -> ir.Value:
-        element = ir.MemRefType(self.memref.type).element_type
-        base = mgpu_utils.memref_ptr(self.memref)
-        at = index + self.offset if self.offset else index
-        return mgpu_utils.getelementptr(base, [_value(at)], element)
-
-
-def _shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -> MlirInt:
-    mask = _value(_FULL_MASK)
-    if next(iter(inspect.signature(nvvm.shfl_sync).parameters)) == "thread_mask":  # jax >= 0.12
-        return MlirInt(nvvm.shfl_sync(mask, value, lane, _value(clamp), kind, results=[_i32()]))
-    # jaxlib's stubs know the signature of one release only.
-    return MlirInt(nvvm.shfl_sync(_i32(), mask, value, lane, _value(clamp), kind))  # type: ignore[call-arg]
-
-
-def _global_ref(argument: ir.Value, words: tuple[int, ...]) -> _Ref:
-    """A kernel's argument as its words."""
-    kind = ir.MemRefType(argument.type)
-    if str(kind.element_type) == "i32" and tuple(kind.shape) == words:
-        return _Ref(argument, argument=argument)
-    pointer = mgpu_utils.memref_ptr(argument)
-    return _Ref(
-        mgpu_utils.ptr_as_memref(pointer, ir.MemRefType.get(words, _i32())), argument=argument
-    )
-
-
-def _order_asm(instructions: str, operands: Sequence[ir.Value] = (), constraints: str = "") -> None:
-    """Instructions that order memory, or are its messages to others; they give nothing."""
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(
-        void, operands, instructions, f"{constraints}~{{memory}}", has_side_effects=True
-    )
+from moe_align_jax._simt.mlir import (
+    FULL_MASK,
+    MlirInt,
+    Ref,
+    global_ref,
+    i32,
+    order_asm,
+    shuffle,
+    value_of,
+)
 
 
 class MosaicSimt(Simt):
@@ -125,8 +42,8 @@ class MosaicSimt(Simt):
         pdl: bool = False,
         context: Any = None,
         zeroed: ir.Value | None = None,
-        mailbox: _Ref | None = None,
-        mail_barrier: _Ref | None = None,
+        mailbox: Ref | None = None,
+        mail_barrier: Ref | None = None,
     ):
         self.num_threads, self.num_ctas = kernel.num_threads, kernel.num_ctas
         self.cluster = kernel.cluster
@@ -139,27 +56,27 @@ class MosaicSimt(Simt):
         self._mailbox_words = kernel.mailbox
 
     def thread_id(self) -> Int:
-        return MlirInt(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
+        return MlirInt(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
 
     def cta_id(self) -> Int:
         if self.num_ctas == 1:
             return self.const(0)
         if self.num_ctas == self.cluster:  # vmap's batch then shares grid.x with it
             # nvvm's own operation has another signature in each jaxlib.
-            return MlirInt(llvm.inline_asm(_i32(), [], "mov.u32 $0, %cluster_ctarank;", "=r"))
-        return MlirInt(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
+            return MlirInt(llvm.inline_asm(i32(), [], "mov.u32 $0, %cluster_ctarank;", "=r"))
+        return MlirInt(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
     def const(self, value: int) -> Int:
-        return MlirInt(_value(value))
+        return MlirInt(value_of(value))
 
     def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
-        return MlirInt(arith.select(_value(condition), _value(a), _value(b)))
+        return MlirInt(arith.select(value_of(condition), value_of(a), value_of(b)))
 
     def if_(self, condition: Int) -> AbstractContextManager[None]:
-        return mgpu_utils.when(_value(condition))
+        return mgpu_utils.when(value_of(condition))
 
     def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
-        loop = scf.ForOp(_value(start), _value(stop), _value(step), [])
+        loop = scf.ForOp(value_of(start), value_of(stop), value_of(step), [])
         with ir.InsertionPoint(loop.body):
             yield MlirInt(loop.induction_variable)
             scf.YieldOp([])
@@ -170,51 +87,51 @@ class MosaicSimt(Simt):
     def values_if(
         self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
     ) -> list[Int]:
-        branch = scf.IfOp(_value(condition), [_i32()] * len(others), has_else=True)
+        branch = scf.IfOp(value_of(condition), [i32()] * len(others), has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scf.YieldOp([_value(x) for x in compute()])
+            scf.YieldOp([value_of(x) for x in compute()])
         with ir.InsertionPoint(branch.else_block):  # type: ignore[arg-type]
-            scf.YieldOp([_value(x) for x in others])
+            scf.YieldOp([value_of(x) for x in others])
         return [MlirInt(result) for result in branch.results]
 
-    def load(self, ref: _Ref, index: Any) -> Int:
+    def load(self, ref: Ref, index: Any) -> Int:
         return MlirInt(memref.load(ref.memref, ref.indices(index)))
 
-    def store(self, ref: _Ref, index: Any, value: Int | int) -> None:
-        memref.store(_value(value), ref.memref, ref.indices(index))
+    def store(self, ref: Ref, index: Any, value: Int | int) -> None:
+        memref.store(value_of(value), ref.memref, ref.indices(index))
 
-    def load4(self, ref: _Ref, index: Int | int) -> tuple[Int, ...]:
-        words = llvm.load(ir.VectorType.get((4,), _i32()), ref.pointer(index), alignment=16)
-        return tuple(MlirInt(llvm.extractelement(words, _value(k))) for k in range(4))
+    def load4(self, ref: Ref, index: Int | int) -> tuple[Int, ...]:
+        words = llvm.load(ir.VectorType.get((4,), i32()), ref.pointer(index), alignment=16)
+        return tuple(MlirInt(llvm.extractelement(words, value_of(k))) for k in range(4))
 
-    def store4(self, ref: _Ref, index: Int | int, value: Any) -> None:
+    def store4(self, ref: Ref, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
 
-    def store2(self, ref: _Ref, index: Int | int, value: tuple[Int, ...]) -> None:
+    def store2(self, ref: Ref, index: Int | int, value: tuple[Int, ...]) -> None:
         self._store_words(ref, index, value)
 
-    def _store_words(self, ref: _Ref, index: Int | int, values: tuple[Int, ...]) -> None:
-        words = llvm.mlir_undef(ir.VectorType.get((len(values),), _i32()))
+    def _store_words(self, ref: Ref, index: Int | int, values: tuple[Int, ...]) -> None:
+        words = llvm.mlir_undef(ir.VectorType.get((len(values),), i32()))
         for k, value in enumerate(values):
-            words = llvm.insertelement(words, _value(value), _value(k))
+            words = llvm.insertelement(words, value_of(value), value_of(k))
         llvm.store(words, ref.pointer(index), alignment=4 * len(values))
 
-    def copy4(self, target: _Ref, source: _Ref, index: Int | int) -> None:
+    def copy4(self, target: Ref, source: Ref, index: Int | int) -> None:
         self.store4(target, index, self.load4(source, index))
 
-    def launch_value(self, ref: _Ref) -> Int:
+    def launch_value(self, ref: Ref) -> Int:
         # It rides in a pointer. LLVM takes a pointer parameter's low 8 bits for zero (it is declared
         # 256-byte aligned), so the launcher shifts the value left by 8.
         pointer = memref.extract_aligned_pointer_as_index(ref.memref)
         word = arith.shrui(pointer, arith.constant(ir.IndexType.get(), 8))
-        return MlirInt(arith.index_cast(_i32(), word))
+        return MlirInt(arith.index_cast(i32(), word))
 
-    def atomic_add(self, ref: _Ref, index: Int | int, value: Int | int) -> None:
+    def atomic_add(self, ref: Ref, index: Int | int, value: Int | int) -> None:
         # memref.atomic_rmw would be acq_rel at system scope.
         llvm.atomicrmw(
             llvm.AtomicBinOp.add,
             ref.pointer(index),
-            _value(value),
+            value_of(value),
             llvm.AtomicOrdering.monotonic,
             syncscope="block",
         )
@@ -222,10 +139,10 @@ class MosaicSimt(Simt):
     def _float(self, instruction: str, *operands: Int | int) -> Int:
         """One instruction on float32 operands, with a result of 32 bits."""
         f32 = ir.F32Type.get()
-        values = [arith.bitcast(f32, _value(x)) for x in operands]
+        values = [arith.bitcast(f32, value_of(x)) for x in operands]
         places = ", ".join(f"${k}" for k in range(len(values) + 1))
         constraints = "=r" + ",f" * len(values)
-        return MlirInt(llvm.inline_asm(_i32(), values, f"{instruction} {places};", constraints))
+        return MlirInt(llvm.inline_asm(i32(), values, f"{instruction} {places};", constraints))
 
     def fma(self, a: Int, b: Int, c: Int | int) -> Int:
         return self._float("fma.rn.f32", a, b, c)
@@ -247,20 +164,20 @@ class MosaicSimt(Simt):
             "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, $1, $2; cvt.u32.u16 $0, pair; }"
         )
         f32 = ir.F32Type.get()
-        values = [arith.bitcast(f32, _value(x)) for x in (high, low)]
-        return MlirInt(llvm.inline_asm(_i32(), values, convert, "=r,f,f"))
+        values = [arith.bitcast(f32, value_of(x)) for x in (high, low)]
+        return MlirInt(llvm.inline_asm(i32(), values, convert, "=r,f,f"))
 
     def shfl(self, value: Int, lane: Int | int) -> Int:
-        return _shuffle(_value(value), _value(lane), 31, nvvm.ShflKind.idx)
+        return shuffle(value_of(value), value_of(lane), 31, nvvm.ShflKind.idx)
 
     def shfl_up(self, value: Int, delta: int) -> Int:
-        return _shuffle(_value(value), _value(delta), 0, nvvm.ShflKind.up)
+        return shuffle(value_of(value), value_of(delta), 0, nvvm.ShflKind.up)
 
     def ballot(self, condition: Int) -> Int:
         return MlirInt(
             llvm.inline_asm(
-                _i32(),
-                [_value(condition)],
+                i32(),
+                [value_of(condition)],
                 "vote.sync.ballot.b32 $0, $1, 0xffffffff;",
                 "=r,b",
                 has_side_effects=True,
@@ -274,21 +191,23 @@ class MosaicSimt(Simt):
             "setp.ne.b32 p, mine, 0; vote.sync.ballot.b32 votes, p, 0xffffffff; "
             "selp.b32 mine, 0, -1, p; xor.b32 $0, votes, mine; }"
         )
-        asm = llvm.inline_asm(_i32(), [_value(value)], code, "=r,r", has_side_effects=True)
+        asm = llvm.inline_asm(i32(), [value_of(value)], code, "=r,r", has_side_effects=True)
         return MlirInt(asm)
 
     def warp_sum(self, value: Int) -> Int:
         add = "redux.sync.add.s32 $0, $1, 0xffffffff;"
-        return MlirInt(llvm.inline_asm(_i32(), [_value(value)], add, "=r,r", has_side_effects=True))
+        return MlirInt(
+            llvm.inline_asm(i32(), [value_of(value)], add, "=r,r", has_side_effects=True)
+        )
 
     def popc(self, value: Int) -> Int:
-        return MlirInt(llvm.intr_ctpop(_value(value)))
+        return MlirInt(llvm.intr_ctpop(value_of(value)))
 
     def highest_bit(self, value: Int) -> Int:
-        return 31 - MlirInt(llvm.intr_ctlz(_value(value), False))
+        return 31 - MlirInt(llvm.intr_ctlz(value_of(value), False))
 
     def warp_sync(self) -> None:
-        nvvm.bar_warp_sync(_value(_FULL_MASK))
+        nvvm.bar_warp_sync(value_of(FULL_MASK))
 
     def block_sync(self) -> None:
         gpu.barrier()
@@ -296,25 +215,26 @@ class MosaicSimt(Simt):
     def open_mailbox(self) -> None:
         """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
         with self.if_(self.thread_id().eq(0)):
-            words = self._mailbox_words * 4
-            _order_asm(
-                "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster; "
-                f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {words};",
-                [self._shared_address(self._mail_barrier, 0)],
-                "r,",
-            )
-        _order_asm("barrier.cluster.arrive.relaxed.aligned;")
+            init = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
+            order_asm(init, [self._shared_address(self._mail_barrier, 0)], "r,")
+        order_asm("barrier.cluster.arrive.relaxed.aligned;")
 
-    def _shared_address(self, ref: _Ref | None, index: Int | int) -> ir.Value:
+    def _shared_address(self, ref: Ref | None, index: Int | int) -> ir.Value:
         assert ref is not None  # the kernel has a mailbox
-        return llvm.ptrtoint(_i32(), ref.pointer(index))
+        return llvm.ptrtoint(i32(), ref.pointer(index))
 
     def cluster_ready(self) -> None:
-        _order_asm("barrier.cluster.wait.acquire.aligned;")
+        order_asm("barrier.cluster.wait.acquire.aligned;")
+        # Not before: racecheck cannot tell it from a race with the other lanes' part in the init. Words that
+        # come before this is said count, too.
+        with self.if_(self.thread_id().eq(0)):
+            expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
+            words = [self._shared_address(self._mail_barrier, 0), value_of(self._mailbox_words * 4)]
+            order_asm(expect, words, "r,r,")
 
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
         there = [self._shared_address(self._mailbox, index)]
-        there += [self._shared_address(self._mail_barrier, 0), _value(cta & (self.cluster - 1))]
+        there += [self._shared_address(self._mail_barrier, 0), value_of(cta & (self.cluster - 1))]
         names = ", ".join(f"${k + 3}" for k in range(len(values)))
         width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
         asm = (
@@ -323,14 +243,14 @@ class MosaicSimt(Simt):
             f"st.async.shared::cluster.mbarrier::complete_tx::bytes{width}.b32 [cell], {source}, "
             "[barrier]; }"
         )
-        _order_asm(asm, [*there, *map(_value, values)], "r," * (3 + len(values)))
+        order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
 
     def mail(self) -> Any:
         wait = (
             "{ .reg .pred full; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, "
             "[$0], 0; @!full bra again; }"
         )
-        _order_asm(wait, [self._shared_address(self._mail_barrier, 0)], "r,")
+        order_asm(wait, [self._shared_address(self._mail_barrier, 0)], "r,")
         return self._mailbox
 
     def rank(self) -> Int:
@@ -344,17 +264,17 @@ class MosaicSimt(Simt):
         device = MlirInt(self._context.device_id())
         return device + (rank - self.rank()) * self._devices.stride
 
-    def remote(self, ref: _Ref, rank: Int | int) -> _Ref:
+    def remote(self, ref: Ref, rank: Int | int) -> Ref:
         assert ref.argument is not None
-        there = self._context.to_remote(ref.argument, _value(self._device(rank)))
-        return _global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
+        there = self._context.to_remote(ref.argument, value_of(self._device(rank)))
+        return global_ref(there, tuple(ir.MemRefType(ref.memref.type).shape))
 
     def _word(self, index: Int | int, rank: Int | int | None = None) -> ir.Value:
         """A pointer to one of the zeroed words, mine or of the device of that rank."""
         ref = self._zeroed
         if rank is not None:
-            ref = self._context.to_remote(ref, _value(self._device(rank)))
-        return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [_value(index)], _i32())
+            ref = self._context.to_remote(ref, value_of(self._device(rank)))
+        return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [value_of(index)], i32())
 
     def _arrived(self) -> Int:
         """Where the counter of my CTA is."""
@@ -366,7 +286,7 @@ class MosaicSimt(Simt):
         self.block_sync()
         with self.if_(self.thread_id() < self._devices.count):
             signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
-            _order_asm(signal, [self._word(self._arrived(), self.thread_id())], "l,")
+            order_asm(signal, [self._word(self._arrived(), self.thread_id())], "l,")
 
     def device_wait(self) -> None:
         """The first lane looks until the counter has come to the number of devices."""
@@ -376,13 +296,13 @@ class MosaicSimt(Simt):
                 "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
                 "setp.lt.u32 more, seen, $1; @more bra again; }"
             )
-            operands = [self._word(self._arrived()), _value(self._devices.count)]
-            _order_asm(wait, operands, "l,r,")
+            operands = [self._word(self._arrived()), value_of(self._devices.count)]
+            order_asm(wait, operands, "l,r,")
         self.warp_sync()
 
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
-        operands = [self._word(index, rank), _value(value)]
-        _order_asm("st.relaxed.sys.global.u32 [$0], $1;", operands, "l,r,")
+        operands = [self._word(index, rank), value_of(value)]
+        order_asm("st.relaxed.sys.global.u32 [$0], $1;", operands, "l,r,")
 
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
         # All loads before any is looked at: one latency.
@@ -400,7 +320,7 @@ class MosaicSimt(Simt):
         pointers = [self._word(index) for index, _ in places]
         asm = "{ .reg .pred more; " + body + " }"
         found = llvm.inline_asm(kind, pointers, asm, constraints, has_side_effects=True)
-        words = [MlirInt(llvm.extractvalue(_i32(), found, [k])) for k in range(count)]
+        words = [MlirInt(llvm.extractvalue(i32(), found, [k])) for k in range(count)]
         return [
             tuple(words[end - width : end]) for end, (_, width) in zip(ends, places, strict=True)
         ]
@@ -414,7 +334,7 @@ class MosaicSimt(Simt):
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:
-            _order_asm(instruction)
+            order_asm(instruction)
 
     def grid_dependency_wait(self) -> None:
         self._grid_control("griddepcontrol.wait;")
@@ -458,18 +378,18 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             _name_module(kernel)
             given, own = memrefs[: len(buffers)], memrefs[len(buffers) :]
             named = zip(buffers.items(), given, strict=True)
-            r = SimpleNamespace(**{name: _global_ref(m, words) for (name, words), m in named})
+            r = SimpleNamespace(**{name: global_ref(m, words) for (name, words), m in named})
             offset = 0
             for name, size in kernel.shared.items():
-                setattr(r, name, _Ref(own[0], offset))
+                setattr(r, name, Ref(own[0], offset))
                 offset += -(-size // 4) * 4
             machine = MosaicSimt(
                 kernel,
                 pdl=pdl,
                 context=context,
                 zeroed=own[-1] if kernel.devices else None,
-                mailbox=_Ref(own[0], offset) if kernel.mailbox else None,
-                mail_barrier=_Ref(own[0], words - 4) if kernel.mailbox else None,
+                mailbox=Ref(own[0], offset) if kernel.mailbox else None,
+                mail_barrier=Ref(own[0], words - 4) if kernel.mailbox else None,
             )
             if kernel.mailbox:
                 machine.open_mailbox()
@@ -514,9 +434,9 @@ def inline_scalars(
     def emit(_, *memrefs):
         _name_module(kernel)
         named = zip(refs, memrefs, strict=True)
-        r = SimpleNamespace(**{name: _Ref(m) for name, m in named})
+        r = SimpleNamespace(**{name: Ref(m) for name, m in named})
         values = compute(MosaicSimt(kernel), r)
-        return [mgpu.FragmentedArray.splat(_value(v), (), is_signed=True) for v in values]
+        return [mgpu.FragmentedArray.splat(value_of(v), (), is_signed=True) for v in values]
 
     scalars: Any = emit(*refs.values())
     return scalars
