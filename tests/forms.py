@@ -70,7 +70,7 @@ SIZES = (
     # The variants that the thresholds leave out; the last but one has several tiles.
     *(Size(40, 64, 128), Size(270, 60, 1), Size(33, 65_535, 4), Size(1100, 256, 16)),
     *(Size(1100, 64, 16), Size(2100, 600, 16), Size(8200, 100, 32)),
-    *(Size(4100, 100, 16), Size(32_700, 9000, 8)),
+    *(Size(4100, 100, 16), Size(32_600, 9000, 8)),
     *(Size(66_000, EXPERTS, 8), Size(33_000, 9000, 8)),
 )
 

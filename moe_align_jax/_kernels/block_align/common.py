@@ -131,12 +131,18 @@ class LoadedId(NamedTuple):
     words: tuple[Int, ...]
 
 
+def at_most(t: Simt, index: Int, last: Int | int) -> Int:
+    """The smaller one, unsigned."""
+    return t.select(index.below(last), index, last)
+
+
 def load_id(
     t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int
 ) -> LoadedId:
-    """Unconditional (past the end: of pair 0), so that the loads of several rounds overlap."""
+    """Unconditional (past the end: of the last pair), so that the loads of several rounds overlap. Their
+    addresses hang on no predicate: where several had to be kept for later, ptxas put the loads off, too."""
     inside = pair.below(sizes.num_pairs)
-    at = t.select(inside, pair, 0) + sizes.first_id
+    at = at_most(t, pair, sizes.num_pairs - 1) + sizes.first_id
     if problem.id_words == 2:
         words = t.load(r.topk_ids, (at, 0)), t.load(r.topk_ids, (at, 1))
     else:

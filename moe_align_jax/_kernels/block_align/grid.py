@@ -28,7 +28,8 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         p = placing.Placer(t, r, problem, layout, local_sort=local_sort)
         tile: placing.Tile | None = None
         experts = p.read_tile(p.first_of(0)) if one_tile else []
-        p.clear_histogram()
+        if one_tile:
+            p.clear_histogram()
         for zeroed in (r.start, r.filled):
             collectives.fill(t, zeroed, 0, p.columns.stride, p.tid, layout.threads, vector=True)
         t.block_sync()
@@ -56,7 +57,11 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                     t.store(r.start, e, start)
             for index in t.for_range(0, p.tiles):
                 first = p.first_of(index)
-                tile = p.rank(first, p.read_tile(first))
+                # Before a barrier, so that all loads are on their way: beyond it ptxas would spread them.
+                experts = p.read_tile(first)
+                p.clear_histogram()
+                t.block_sync()
+                tile = p.rank(first, experts)
                 t.block_sync()
                 if local_sort:
                     tile = p.sort(tile)
@@ -68,8 +73,6 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 for e, ok, start, count in zip(p.mine, p.valid, starts, counts, strict=True):
                     with t.if_(ok):
                         t.store(r.start, e, start + count)
-                t.block_sync()
-                p.clear_histogram()
                 t.block_sync()
         p.fill(in_use)
 

@@ -47,7 +47,7 @@ def _pass_kernels(
             expert = common.read_expert(t, r, problem, sizes, position, limit)
             key, pair = t.select(expert >= 0, expert, problem.num_experts), position
         else:
-            at = t.select(inside, position, 0)
+            at = common.at_most(t, position, sizes.num_pairs - 1)
             key, pair = t.load(getattr(r, keys), at), t.load(getattr(r, pairs), at)
         return key, pair, t.select(inside, (key >> shift) & ((1 << bits) - 1), -1)
 
@@ -63,12 +63,18 @@ def _pass_kernels(
         def clear_histogram() -> None:
             collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
 
-        clear_histogram()
         for sums in (r.start, r.totals):
             collectives.fill(t, sums, 0, stride, tid, threads, vector=True)
         t.block_sync()
         t.grid_dependency_wait()
         t.launch_dependents()
+        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
+
+        def read_tile(tile: Int | int) -> list[tuple[Int, Int, Int]]:
+            first = cta * (tiles * layout.tile) + tile * layout.tile + warp * (layout.rounds * WARP)
+            return [read(t, r, first + (k * WARP + lane)) for k in range(layout.rounds)]
+
+        once = read_tile(0) if layout.tiles == 1 else None
         sums = counting.HistogramSums(t, r, layout, histograms)
         sums.read()
         sums.add(before="start", totals="totals")
@@ -80,10 +86,11 @@ def _pass_kernels(
                 t.store(r.start, d, start + t.load(r.start, d) + sums.before_me(d))
             start = start + total
 
-        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
         for tile in t.for_range(0, tiles):
-            first = cta * (tiles * layout.tile) + tile * layout.tile + warp * (layout.rounds * WARP)
-            read_pairs = [read(t, r, first + (k * WARP + lane)) for k in range(layout.rounds)]
+            # Before a barrier, so that all loads are on their way: beyond it ptxas would spread them.
+            read_pairs = once or read_tile(tile)
+            clear_histogram()
+            t.block_sync()
             bin_bits = common.bin_bits(num_bins)
             ranks = [
                 collectives.tally(t, r.histogram, row_of_warp, digit, lane, *bin_bits)
@@ -108,8 +115,6 @@ def _pass_kernels(
             for d, count in zip(mine, counts, strict=True):
                 with t.if_(d < num_bins):
                     t.store(r.start, d, t.load(r.start, d) + count)
-            clear_histogram()
-            t.block_sync()
 
     count = counting.count_kernel(
         f"moe_align_radix_count{index}", problem, layout, read_digit, inputs, histograms
