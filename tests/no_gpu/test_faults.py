@@ -130,6 +130,27 @@ def test_launch(change, fault):
     assert not fault or fault in found[0]
 
 
+POST = "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %r2, [%r3];"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "mailbox", "fault"),
+    [
+        ("", 0, None),
+        ("barrier.cluster.arrive.relaxed.aligned; " + POST, 8, None),
+        ("", 8, "of 8 words, and 0 posts"),
+        (POST, 0, "of 0 words, and 1 posts"),
+        (POST + "fence.acq_rel.cluster;", 8, "fence.acq_rel.cluster in"),
+        (POST + "barrier.cluster.arrive.aligned;", 8, "barrier.cluster.arrive.aligned in"),
+        ("barrier.cluster.arrive.release.aligned;", 0, "arrive.release.aligned in"),
+    ],
+)
+def test_mail(instructions, mailbox, fault):
+    found = list(worker.mail_faults(KERNEL.replace(WAIT, instructions + WAIT), mailbox))
+    assert len(found) == (fault is not None), found
+    assert not fault or fault in found[0]
+
+
 def test_the_selection_covers_every_size_form_and_pair_of_options():
     chosen = cases.all_cases()
     assert {case.form for case in chosen} == {
