@@ -27,6 +27,7 @@ _LABEL = {
     "wall_us": "host wall time",
 }
 _NO_COLUMN = ("empty",)
+_COMPOSITES = ("torch_sort", "xla", "xla_argsort")  # columns behind the peers, whatever was run first
 
 type Rows = Sequence[dict[str, Any]]
 
@@ -96,7 +97,8 @@ def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     present = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in _NO_COLUMN))
     base = base_of(rows)
     first = [p for p in (base, OURS_IN_GRAPHS) if p in present]
-    providers = first + [p for p in present if p not in first]
+    peers = [p for p in present if p not in (*first, *_COMPOSITES)]
+    providers = [*first, *peers, *(p for p in _COMPOSITES if p in present and p not in first)]
     base_by_provider = {p: base_for(p, rows) for p in providers}
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_align_jax._simt import emulator, faults
+from moe_align_jax._kernels.block_align import common
+from moe_align_jax._simt import collectives, emulator, faults
 from moe_align_jax._simt.language import LaunchError, check_launch
 from tests.emulated import kernel, launch, program
 
@@ -128,6 +129,7 @@ def test_warp_operations_equal_plain_python(words, seed):
     rng = np.random.default_rng(seed)
     x, source = rng.choice(words, 256).tolist(), rng.integers(0, 32, 256)
     names = ("shfl", "fixed", "ballot", "sum", "popc", "highest", "up1", "up5", "up31")
+    names += ("bit0", "bit5", "bit31")
 
     def body(t, r):
         i = t.cta_id() * 128 + t.thread_id()
@@ -140,9 +142,11 @@ def test_warp_operations_equal_plain_python(words, seed):
         t.store(r.highest, i, t.highest_bit(value))
         for delta in (1, 5, 31):
             t.store(getattr(r, f"up{delta}"), i, t.shfl_up(value, delta))
+        for bit in (0, 5, 31):
+            t.store(getattr(r, f"bit{bit}"), i, t.same_bit(value, bit))
 
     got = launch(body, x, source, outputs={name: (256,) for name in names}, num_ctas=2)
-    shfl, fixed, ballot, total, popc, highest, up1, up5, up31 = (g.tolist() for g in got)
+    shfl, fixed, ballot, total, popc, highest, up1, up5, up31, *bits = (g.tolist() for g in got)
     for i, value in enumerate(x):
         warp = range(i // 32 * 32, i // 32 * 32 + 32)
         assert shfl[i] == x[warp[source[i]]]
@@ -153,6 +157,33 @@ def test_warp_operations_equal_plain_python(words, seed):
         assert highest[i] == u(value).bit_length() - 1
         for up, delta in ((up1, 1), (up5, 5), (up31, 31)):
             assert up[i] == (x[i - delta] if i % 32 >= delta else value)
+        for same, bit in zip(bits, (0, 5, 31), strict=True):
+            alike = [(u(x[j]) ^ u(value)) >> bit & 1 == 0 for j in warp]
+            assert u(same[i]) == sum(1 << k for k, yes in enumerate(alike) if yes)
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 5, 8, 200, 256])
+def test_a_tally_counts_and_ranks_stably(num_bins):
+    """As the kernels count a warp's pairs, -1 among them: with all values of its bits in use, and without."""
+    rng = np.random.default_rng(num_bins)
+    bins = rng.integers(-1, num_bins, 3 * 128)
+
+    def body(t, r):
+        lane, warp = t.thread_id() & 31, t.thread_id() >> 5
+        for first in range(0, num_bins * 4, 128):
+            with t.if_(t.thread_id() + first < num_bins * 4):
+                t.store(r.histogram, t.thread_id() + first, 0)
+        t.block_sync()
+        for k in range(3):
+            at = warp * 96 + (k * 32 + lane)
+            got = t.load(r.a, at), warp * num_bins, lane, *common.bin_bits(num_bins)
+            bin_, row, lane, *bits = got
+            t.store(r.rank, at, collectives.tally(t, r.histogram, row, bin_, lane, *bits))
+
+    [ranks] = launch(body, bins, outputs={"rank": (384,)}, shared={"histogram": num_bins * 4})
+    for at, bin_ in enumerate(bins.tolist()):
+        if bin_ >= 0:
+            assert ranks[at] == bins[at // 96 * 96 : at].tolist().count(bin_), (at, bin_)
 
 
 def test_warp_operations_in_one_warp_of_a_cta():
