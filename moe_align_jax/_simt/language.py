@@ -23,8 +23,8 @@ WARPGROUP = 128
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232_448
 MAX_CLUSTER = 16
-MAIL_BARRIER_WORDS = 2
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
+MAIL_BARRIER_WORDS = 2  # in shared memory, that count what has come into a mailbox
 
 
 class Int(abc.ABC):
@@ -353,10 +353,15 @@ class Kernel:
         return self.num_warpgroups * WARPGROUP
 
     @property
+    def shared_arrays(self) -> dict[str, int]:
+        """Words of each array in shared memory, with the mailbox and what counts its words."""
+        mail = {"mailbox": self.mailbox, "mail_barrier": MAIL_BARRIER_WORDS} if self.mailbox else {}
+        return {**self.shared, **mail}
+
+    @property
     def shared_words(self) -> int:
-        """Each array starts at a multiple of 16 bytes; so do the mailbox, after them, and its barrier."""
-        mail = (self.mailbox, MAIL_BARRIER_WORDS) if self.mailbox else ()
-        return sum(-(-words // 4) * 4 for words in (*self.shared.values(), *mail))
+        """Each array starts at a multiple of 16 bytes."""
+        return sum(-(-words // 4) * 4 for words in self.shared_arrays.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -378,22 +378,22 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             _name_module(kernel)
             given, own = memrefs[: len(buffers)], memrefs[len(buffers) :]
             named = zip(buffers.items(), given, strict=True)
-            r = SimpleNamespace(**{name: global_ref(m, words) for (name, words), m in named})
+            refs = {name: global_ref(m, words) for (name, words), m in named}
             offset = 0
-            for name, size in kernel.shared.items():
-                setattr(r, name, Ref(own[0], offset))
+            for name, size in kernel.shared_arrays.items():
+                refs[name] = Ref(own[0], offset)
                 offset += -(-size // 4) * 4
             machine = MosaicSimt(
                 kernel,
                 pdl=pdl,
                 context=context,
                 zeroed=own[-1] if kernel.devices else None,
-                mailbox=Ref(own[0], offset) if kernel.mailbox else None,
-                mail_barrier=Ref(own[0], words - 4) if kernel.mailbox else None,
+                mailbox=refs.pop("mailbox", None),
+                mail_barrier=refs.pop("mail_barrier", None),
             )
             if kernel.mailbox:
                 machine.open_mailbox()
-            kernel.body(machine, r)
+            kernel.body(machine, SimpleNamespace(**refs))
 
         emit(*refs)
 
