@@ -1,5 +1,6 @@
 """What can be read from a kernel's PTX, and from what ptxas says of it."""
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 _INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;]*);", re.MULTILINE)
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)")
 _POINTER = re.compile(r"%rd\d+")
+_REGISTER = re.compile(r"%rd?\d+")
 _WIDTH = re.compile(r"\.[busf](\d+)$")
 _VECTOR = re.compile(r"\.v(\d+)\.")
 # Memory that is not global; an access that names no space could be any.
@@ -38,12 +40,14 @@ class Access(NamedTuple):
         bytes: how many it moves.
         parameters: the kernel parameters that its address is computed from, by position.
         position: where in the text it stands.
+        register: what holds its address.
     """
 
     instruction: str
     bytes: int
     parameters: frozenset[int]
     position: int
+    register: str
 
 
 def max_threads(ptx: str) -> int:
@@ -89,4 +93,27 @@ def _accesses(
         if not register or not width:
             raise ValueError(f"not understood: {name} {operands}")
         size = int(width[1]) // 8 * int(vector[1] if vector else 1)
-        yield Access(name, size, origin.get(register[1], frozenset()), position)
+        parameters = origin.get(register[1], frozenset())
+        yield Access(name, size, parameters, position, register[1])
+
+
+@functools.lru_cache(maxsize=1)
+def _writers(ptx: str) -> dict[str, list[tuple[str, list[str]]]]:
+    """For each register the instructions that write it, and the registers that they read."""
+    writers: dict[str, list[tuple[str, list[str]]]] = {}
+    for match in _INSTRUCTION.finditer(ptx):
+        target, _, sources = match[2].partition(",")
+        writers.setdefault(target.strip(), []).append((match[1], _REGISTER.findall(sources)))
+    return writers
+
+
+def computed_by(ptx: str, register: str) -> set[str]:
+    """The instructions that a register is computed by, back to what was loaded or is given."""
+    writers, found, seen, todo = _writers(ptx), set(), {register}, [register]
+    while todo:
+        for name, sources in writers.get(todo.pop(), ()):
+            found.add(name)
+            new = set(sources) - seen if not name.startswith(("ld.", "atom.")) else set()
+            seen |= new
+            todo += new
+    return found

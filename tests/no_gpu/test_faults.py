@@ -49,7 +49,7 @@ def test_a_sound_kernel_has_no_fault():
     assert not [
         *worker.resource_faults(used, 256, KERNEL),
         *worker.order_faults(KERNEL, pdl=True, first=True),
-        *worker.width_faults(KERNEL, ("topk_ids", "expert_ids"), 1),
+        *worker.load_faults(KERNEL, ("topk_ids", "expert_ids"), 1),
     ]
 
 
@@ -88,6 +88,9 @@ def test_order(text, pdl, first, fault):
     assert not fault or fault in found[0]
 
 
+CLAMP = "{};\nmul.wide.u32 	%rd7, %r8, 4;\nadd.s64 	%rd8, %rd5, %rd7;\n"
+
+
 @pytest.mark.parametrize(
     ("load", "id_words", "fault"),
     [
@@ -99,11 +102,17 @@ def test_order(text, pdl, first, fault):
         ("ld.global.nc.v4.u32 	{%r2, %r8, %r9, %r10}, [%rd5]", 2, "of 16 bytes"),
         ("ld.v2.b32 	{%r2, %r8}, [%rd1]", 1, "of 8 bytes"),
         ("ld.global.b32 	%r2, [%rd2]", 1, "gone blind"),
+        (f"{CLAMP.format('min.u32 	%r8, %r9, %r1')}ld.global.b32 	%r2, [%rd8]", 1, None),
+        (
+            f"{CLAMP.format('selp.b32 	%r8, %r9, %r1, %p2')}ld.global.b32 	%r2, [%rd8]",
+            1,
+            "predicate",
+        ),
     ],
 )
 def test_load_width(load, id_words, fault):
     text = KERNEL.replace("ld.global.b32 	%r2, [%rd5+4]", load)
-    found = list(worker.width_faults(text, ("topk_ids", "expert_ids"), id_words))
+    found = list(worker.load_faults(text, ("topk_ids", "expert_ids"), id_words))
     assert len(found) == (fault is not None), found
     assert not fault or fault in found[0]
 
