@@ -27,11 +27,8 @@ _LABEL = {
     "wall_us": "host wall time",
 }
 _NO_COLUMN = ("empty",)
-_COMPOSITES = (
-    "torch_sort",
-    "xla",
-    "xla_argsort",
-)  # columns behind the peers, whatever was run first
+# Their columns stand behind the peers', whatever was run first.
+_COMPOSITES = ("torch_sort", "xla", "xla_argsort")
 
 type Rows = Sequence[dict[str, Any]]
 

@@ -18,7 +18,7 @@ MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
 MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
 MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
-_MOST_ROUNDS_OF_1024 = 6  # of "grid" with 1024 threads and the inverse
+_MOST_ROUNDS_OF_1024 = 6  # of "grid" with the inverse: a thread of 1024 has 64 registers
 _MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
 _MAX_DIGIT_BITS = 8  # of "sorted"
 _MOST_CELLS = 2**31 - 2**24  # of "sorted": beyond, its loops over rows could wrap
@@ -132,9 +132,7 @@ def _fit_grid(
         other_words=4 * stride + tile_words + mailbox + 128,
     )
     rounds = min(config.rounds, cdiv(problem.num_pairs, config.num_ctas * groups * 128))
-    if (
-        groups == 8 and problem.return_inverse
-    ):  # 64 registers per thread: with more rounds some spill
+    if groups == 8 and problem.return_inverse:
         rounds = min(rounds, _MOST_ROUNDS_OF_1024)
     sort = config.local_sort and rounds >= 2
     cluster = _cluster_within(config.cluster, config.num_ctas)

@@ -25,6 +25,7 @@ class InCluster(Simt):
     _cta: np.ndarray
     _whole: Callable[[int, str], Any]
     _full: Callable[[np.ndarray], np.ndarray]
+    _stored: Callable[[Int | int], np.ndarray]
 
     def _open_mailboxes(self, kernel: Kernel) -> None:
         words = kernel.mailbox
@@ -53,24 +54,24 @@ class InCluster(Simt):
             raise Undefined(f"{self.name}: post puts 1 word or 4; got {width}.")
         if not self._ready:
             raise RaceError(f"{self.name}: post before cluster_ready: that CTA may not run yet.")
-        to, at, *words = (self.scope.active(self._full(array_of(x))) for x in (cta, index, *values))
+        to, at = (self.scope.active(self._full(array_of(x))) for x in (cta, index))
+        words = [self._stored(value) for value in values]
         if (to // self.cluster != self.scope.active(self._full(self._cta)) // self.cluster).any():
             raise OutOfBounds(f"{self.name}: post to another cluster.")
-        outside = (at < 0) | (at + width > self._posted.shape[1])
+        outside = (at < 0) | (at + width > self._mailbox.words)
         if outside.any():
             raise OutOfBounds(f"{self.name}: post into word {at[outside.argmax()]} of a mailbox.")
         if (at % width).any():
             raise MisalignedAccess(
                 f"{self.name}: post of {width} words must be aligned to as many."
             )
+        cells = (to.astype(np.intp) * self._mailbox.words + at)[:, None] + np.arange(width)
+        posted = self._posted.reshape(-1)
+        if posted[cells].any() or np.unique(cells).size < cells.size:
+            raise RaceError(f"{self.name}: a word of a mailbox is posted once.")
+        posted[cells] = True
         for k, word in enumerate(words):
-            if word.dtype != np.int32:
-                raise Undefined(f"{self.name}: memory holds int32 values; got a boolean.")
-            cells = to.astype(np.intp) * self._posted.shape[1] + at + k
-            if self._posted.reshape(-1)[cells].any() or np.unique(cells).size < cells.size:
-                raise RaceError(f"{self.name}: a word of a mailbox is posted once.")
-            self._posted.reshape(-1)[cells] = True
-            self._mailbox.data[cells] = word
+            self._mailbox.data[cells[:, k]] = word
 
     def mail(self) -> Buffer:
         self._whole(WARP, "mail")

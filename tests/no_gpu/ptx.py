@@ -2,7 +2,6 @@
 
 import functools
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;]*);", re.MULTILINE)
@@ -56,35 +55,45 @@ def max_threads(ptx: str) -> int:
     return int(sizes[0]) * int(sizes[1]) * int(sizes[2])
 
 
+@functools.lru_cache(maxsize=1)
+def _writers(ptx: str) -> dict[str, list[tuple[str, str]]]:
+    """For each register the instructions that write it, and what they read."""
+    writers: dict[str, list[tuple[str, str]]] = {}
+    for match in _INSTRUCTION.finditer(ptx):
+        target, _, sources = match[2].partition(",")
+        writers.setdefault(target.strip(), []).append((match[1], sources))
+    return writers
+
+
+def _behind(ptx: str, register: str, kind: re.Pattern) -> set[tuple[str, str]]:
+    """The instructions that a register is computed by, through registers of that kind, and what they read;
+    back to what is given, or was loaded from memory."""
+    writers, found, seen, todo = _writers(ptx), set(), {register}, [register]
+    while todo:
+        for name, sources in writers.get(todo.pop(), ()):
+            if name.startswith(("ld.", "atom.")) and not name.startswith("ld.param"):
+                continue
+            found.add((name, sources))
+            new = set(kind.findall(sources)) - seen
+            seen |= new
+            todo += new
+    return found
+
+
+def computed_by(ptx: str, register: str) -> set[str]:
+    """The instructions that a register is computed by."""
+    return {name for name, _ in _behind(ptx, register, _REGISTER)}
+
+
 def global_accesses(ptx: str) -> list[Access]:
     """Every access to global memory, with the parameters behind its address.
 
     A 64-bit register counts as computed from a parameter if any instruction that writes it reads one that
     is; what a load from memory returns does not.
     """
-    instructions = [(m[1], m[2], m.start()) for m in _INSTRUCTION.finditer(ptx)]
-    origin: dict[str, frozenset[int]] = {}
-    changed = True
-    while changed:
-        changed = False
-        for name, operands, _ in instructions:
-            target, _, sources = operands.partition(",")
-            if not _POINTER.fullmatch(target.strip()):
-                continue
-            found = origin.get(target.strip(), frozenset())
-            if name.startswith("ld.param"):
-                found |= {int(k) for k in re.findall(r"_param_(\d+)", sources)}
-            elif not name.startswith(("ld.", "atom.")):
-                found = found.union(*(origin.get(r, ()) for r in _POINTER.findall(sources)))
-            if found != origin.get(target.strip(), frozenset()):
-                origin[target.strip()], changed = found, True
-    return list(_accesses(instructions, origin))
-
-
-def _accesses(
-    instructions: list[tuple[str, str, int]], origin: dict[str, frozenset[int]]
-) -> Iterator[Access]:
-    for name, operands, position in instructions:
+    found = []
+    for match in _INSTRUCTION.finditer(ptx):
+        name, operands = match[1], match[2]
         kind = name.split(".")[0]
         if kind not in ("ld", "ldu", "st", "atom", "red") or any(s in name for s in _OTHER_SPACES):
             continue
@@ -93,27 +102,11 @@ def _accesses(
         if not register or not width:
             raise ValueError(f"not understood: {name} {operands}")
         size = int(width[1]) // 8 * int(vector[1] if vector else 1)
-        parameters = origin.get(register[1], frozenset())
-        yield Access(name, size, parameters, position, register[1])
-
-
-@functools.lru_cache(maxsize=1)
-def _writers(ptx: str) -> dict[str, list[tuple[str, list[str]]]]:
-    """For each register the instructions that write it, and the registers that they read."""
-    writers: dict[str, list[tuple[str, list[str]]]] = {}
-    for match in _INSTRUCTION.finditer(ptx):
-        target, _, sources = match[2].partition(",")
-        writers.setdefault(target.strip(), []).append((match[1], _REGISTER.findall(sources)))
-    return writers
-
-
-def computed_by(ptx: str, register: str) -> set[str]:
-    """The instructions that a register is computed by, back to what was loaded or is given."""
-    writers, found, seen, todo = _writers(ptx), set(), {register}, [register]
-    while todo:
-        for name, sources in writers.get(todo.pop(), ()):
-            found.add(name)
-            new = set(sources) - seen if not name.startswith(("ld.", "atom.")) else set()
-            seen |= new
-            todo += new
+        parameters = frozenset(
+            int(number)
+            for writer, sources in _behind(ptx, register[1], _POINTER)
+            if writer.startswith("ld.param")
+            for number in re.findall(r"_param_(\d+)", sources)
+        )
+        found.append(Access(name, size, parameters, match.start(), register[1]))
     return found

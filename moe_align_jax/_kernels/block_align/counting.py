@@ -173,6 +173,7 @@ def write_histogram(
         counts = t.values_if(there, lambda i=i: t.load4(histogram, i), [t.const(0)] * 4)
         t.post(first + to, rank * share + (i - to * share), *counts)
     box = t.mail()
+    within = getattr(r, _within(histograms))
     row = (cta >> (cluster.bit_length() - 1)) * words
     for offset in t.for_range(tid, -(-share // WARP) * WARP, threads):  # whole warps
         bin_ = rank * share + offset
@@ -182,9 +183,7 @@ def write_histogram(
         running = t.const(0)
         for k, count in enumerate(counts):
             with t.if_(there):
-                t.store(
-                    getattr(r, _within(histograms)), (first + k) * layout.num_bins + bin_, running
-                )
+                t.store(within, (first + k) * layout.num_bins + bin_, running)
             running = running + count
         if layout.packed:
             running = t.select(there, running, 0)
