@@ -7,12 +7,9 @@ rows move 16 bytes at a time where their length allows, and each CTA has a fence
 counts its arrival. Exit code 1 otherwise.
 """
 
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from tests.no_gpu import ptx, script, worker
 
@@ -68,20 +65,6 @@ def lowered(problem) -> bytes:
     return module
 
 
-def compiled(compile_module, module: bytes) -> str:
-    """Its PTX."""
-    with tempfile.TemporaryDirectory() as folder:
-        dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
-        os.environ |= dump
-        done = compile_module(module, len(module))
-        for name in dump:  # lowering the next kernel would dump too
-            del os.environ[name]
-        if not done:
-            raise RuntimeError("MosaicGpuCompile refused the kernel")
-        [text] = [path.read_text() for path in Path(folder).glob("*.ptx")]
-    return text
-
-
 def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
     from moe_align_jax._kernels import peer_rows
     from moe_align_jax._kernels.peer_rows.copying import MIN_SMS
@@ -114,9 +97,10 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
-    compile_module = worker.Checker(plugin, runtime).compiler._compile
+    checker = worker.Checker(plugin, runtime)
     for problem in problems():
-        text = compiled(compile_module, lowered(problem))
+        dump = checker.compiler.dump([lowered(problem)], [str(problem)])
+        [(text, _)] = checker.launch.read_dump(dump).values()
         used = ptx.usage(worker._ptxas(text))
         yield f"{used.registers:3} registers  {problem}"[:150], [*faults(problem, text, used)]
 

@@ -22,7 +22,7 @@ def direct(
     checker = worker.Checker(plugin, runtime)
     checker._mode = "direct"
     for what, kernel, faults in kernels:
-        text, launch = checker.compiler(kernel)
+        [(text, launch)] = checker.compiler([kernel])
         used = ptx.usage(worker._ptxas(text))
         found = [*faults(text, launch, used), *checker._recording_faults(kernel, launch)]
         yield f"{used.registers:3} registers, grid {launch.grid[0]:5}  {what}", found

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Checker:
         library = ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
         self.recorded = _Recorded.in_dll(library, "recorded")  # a real libcuda has no such thing
         self.launch = _load_launch()
-        self.compiler = self.launch.Compiler(plugin)
+        self.compiler = self.launch.Compiler(ThreadPoolExecutor(1), plugin)
         self._mode = ""
         self._compiled = 0
         compile_module = self.compiler._compile
@@ -107,7 +108,7 @@ class Checker:
         program = block_align.build(case.problem, config, batched=case.mode == "vmap")
         for position, kernel in enumerate(program.kernels):
             try:
-                text, launch = self.compiler(kernel)
+                [(text, launch)] = self.compiler([kernel])
                 used = ptx.usage(_ptxas(text))
             except self.launch.CompileError as error:
                 wrong.append(f"{kernel.name}: {error}")

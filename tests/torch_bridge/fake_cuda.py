@@ -7,6 +7,7 @@ arguments is tested too; a launch that a GPU would not take is an AssertionError
 import ctypes
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ class FakeCuda:
         between = {name: list(shape) for name, shape in shapes.items() if name not in ends}
         return modules.Entry(launches, between, cubins)
 
-    def _compile(self, kernel: Kernel) -> tuple[str, launch.KernelLaunch]:
+    def _compile(self, kernels: Sequence[Kernel]) -> list[tuple[str, launch.KernelLaunch]]:
+        return [self._compile_one(kernel) for kernel in kernels]
+
+    def _compile_one(self, kernel: Kernel) -> tuple[str, launch.KernelLaunch]:
         how = launch.KernelLaunch(
             kernel.name,
             (kernel.num_ctas, 1, 1),
