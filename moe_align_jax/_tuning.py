@@ -317,8 +317,8 @@ def size_bucket(num_pairs: int, num_experts: int, block_size: int, tuning: str =
 
     A bucket lies within one row of the table, so `config_for` at its end is the configuration of all of it.
     Such a program does the work of its largest size in rounds of 32 pairs per warp, so buckets end where
-    one more round begins, at most two per power of two. Elsewhere (several tiles are counted at launch)
-    buckets are powers of two.
+    one more round begins, at most two per power of two; four of "sorted", whose every round is dear.
+    Elsewhere (several tiles are counted at launch) buckets are powers of two.
     """
     row, power = row_for(num_pairs, num_experts, tuning), power_of_two(num_pairs)
     end = power if row.num_pairs is None else row.num_pairs
@@ -329,6 +329,6 @@ def size_bucket(num_pairs: int, num_experts: int, block_size: int, tuning: str =
     if step is None or several_tiles:
         bucket = max(8, power)
     else:
-        step = max(step, power // 4)
+        step = max(step, power // (8 if config.form == "sorted" else 4))
         bucket = cdiv(num_pairs, step) * step
     return bucket if row.num_pairs is None else min(bucket, row.num_pairs)

@@ -260,7 +260,7 @@ def test_a_bucket_is_served_by_one_row_and_there_are_few(tuning, num_experts, bl
     ends = [_tuning.size_bucket(1, num_experts, block_size, tuning)]
     while ends[-1] < most:
         ends.append(_tuning.size_bucket(ends[-1] + 1, num_experts, block_size, tuning))
-    assert ends == sorted(set(ends)) and len(ends) <= 26
+    assert ends == sorted(set(ends)) and len(ends) <= 32
     start = 1
     for end in ends:
         row = _tuning.row_for(end, num_experts, tuning)

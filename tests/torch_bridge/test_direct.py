@@ -108,7 +108,7 @@ def test_emulator_sees_a_read_past_the_ids(n):
 )
 def test_buckets_hold_their_sizes_and_are_few(num_experts, block_size):
     ends = direct.bucket_ends(2**22, num_experts, block_size)
-    assert ends == sorted(set(ends)) and ends[-1] >= 2**22 and len(ends) <= 27
+    assert ends == sorted(set(ends)) and ends[-1] >= 2**22 and len(ends) <= 33
     edges = {n for end in ends for n in (end - 1, end, end + 1) if 1 <= n <= 2**22}
     sizes = sorted(edges | set(range(1, 9000)) | set(range(9000, 2**22, 9973)))
     got = [_tuning.size_bucket(n, num_experts, block_size) for n in sizes]
