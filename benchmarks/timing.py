@@ -32,11 +32,8 @@ class Timing:
         return float(np.percentile(self.samples_us, percent))
 
 
-def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) -> Timing:
-    """Captures all calls, over as many inputs and outputs, in one CUDA graph and times its replays.
-
-    The outputs are written by the last replay: the caller poisons before and verifies after.
-    """
+def capture_torch(calls: Sequence[Callable[[], None]]) -> Any:
+    """All calls, over as many inputs and outputs, in one CUDA graph, which has been replayed."""
     import torch
 
     side = torch.cuda.Stream()
@@ -53,15 +50,38 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
             call()
     for _ in range(3):
         graph.replay()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    return graph
+
+
+def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) -> Timing:
+    """Captures all calls in one CUDA graph and times its replays.
+
+    The outputs are written by the last replay: the caller poisons before and verifies after.
+    """
+    return time_torch_graphs([(capture_torch(calls), len(calls))], replays=replays)[0]
+
+
+def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> list[Timing]:
+    """Times graphs of so many calls each. Of several the replays take turns, each behind one that is not
+    timed: what disturbs the GPU for a few milliseconds costs each a sample, not one of them its median."""
+    import torch
+
+    taken: list[list[float]] = [[] for _ in graphs]
     torch.cuda.synchronize()
-    for start, end in pairs:
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-    samples = [start.elapsed_time(end) * 1e3 / len(calls) for start, end in pairs]
-    return Timing("graph_us", samples, len(calls))
+    for _ in range(replays):
+        for (graph, calls), samples in zip(graphs, taken, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if len(graphs) > 1:
+                graph.replay()
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3 / calls)
+    counts = [calls for _, calls in graphs]
+    return [
+        Timing("graph_us", samples, calls) for samples, calls in zip(taken, counts, strict=True)
+    ]
 
 
 def time_jit_span(program: Callable, arguments: Sequence[Any], *, executions: int = 12) -> Timing:

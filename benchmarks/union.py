@@ -105,7 +105,7 @@ def reference_of(case: Case, ids: list[Any]) -> tuple[str, list[dict[str, Any]]]
 
 
 def measure_graphs(case: Case, providers: Sequence[peers.Provider]) -> list[dict[str, Any]]:
-    """Each provider's CUDA graph over the same inputs, verified by what its last replay wrote."""
+    """Each provider's CUDA graph over the same inputs, in turns, verified by what its last replay wrote."""
     import torch
 
     generator = torch.Generator("cuda").manual_seed(case.num_pairs)
@@ -117,27 +117,22 @@ def measure_graphs(case: Case, providers: Sequence[peers.Provider]) -> list[dict
         for _ in range(calls_for(case))
     ]
     wrong, want = reference_of(case, ids)
-    rows = []
+    rows, ready = [], []
     for provider in providers:
         if provider.refuses(case):
             continue
         try:
             prepared = provider.make(case, ids)  # type: ignore[misc]
             prepared.poison()
-            timed = timing.time_torch_graph(prepared.calls, replays=_REPLAYS)
-            found = wrong or next(
-                filter(
-                    None,
-                    (
-                        differs(case, right, got, provider.promises)
-                        for right, got in zip(want, prepared.outputs, strict=True)
-                    ),
-                ),
-                "",
-            )
+            ready.append((provider, prepared, timing.capture_torch(prepared.calls)))
         except Exception as error:  # one provider's failure must not cost the others their run
             rows.append(failed_row(case, provider, f"{type(error).__name__}: {error}"))
-            continue
+    graphs = [(graph, len(prepared.calls)) for _, prepared, graph in ready]
+    timings = timing.time_torch_graphs(graphs, replays=_REPLAYS)
+    for (provider, prepared, _), timed in zip(ready, timings, strict=True):
+        pairs = zip(want, prepared.outputs, strict=True)
+        faults = (differs(case, right, got, provider.promises) for right, got in pairs)
+        found = wrong or next(filter(None, faults), "")
         rows.append(failed_row(case, provider, found) if found else row_of(case, provider, timed))
     return rows
 

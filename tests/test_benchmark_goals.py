@@ -1,11 +1,12 @@
 """The union grid's checks and ratios, and the project's goals held against rows."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import compile_time, goals, peers, report, run, union
+from benchmarks import compile_time, goals, peers, report, run, timing, union
 from benchmarks.cases import CASES, Case, expected
 from moe_align_jax import _tuning
 from tests.helpers import torch_on_cpu
@@ -201,12 +202,14 @@ def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
     """The whole of one size on a CPU, with a stand-in for the CUDA graph that runs the calls."""
     torch_on_cpu(monkeypatch, "full", "arange", "zeros", "randint")
 
-    def run_calls(calls, replays):
-        for call in calls:
-            call()
-        return union.timing.Timing("graph_us", [1.0, 2.0, 3.0], len(calls))
+    def run_calls(graphs, replays):
+        for calls, _ in graphs:
+            for call in calls:
+                call()
+        return [union.timing.Timing("graph_us", [1.0, 2.0, 3.0], count) for _, count in graphs]
 
-    monkeypatch.setattr(union.timing, "time_torch_graph", run_calls)
+    monkeypatch.setattr(union.timing, "capture_torch", lambda calls: calls)
+    monkeypatch.setattr(union.timing, "time_torch_graphs", run_calls)
 
     def lies(case, ids):
         made = peers._torch_sort(case, ids)
@@ -225,10 +228,44 @@ def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
         peers.Provider("small", "torch", "", make=breaks, max_pairs=8),
     ]
     rows = union.measure_graphs(CASE, providers)
-    assert [r["provider"] for r in rows] == ["right", "wrong", "broken"]
-    assert rows[0]["verified"] and (rows[0]["p50_us"], rows[0]["calls"]) == (2.0, 20)
-    assert rows[1]["error"] == "expert_ids differ" and "no such op" in rows[2]["error"]
+    found = {r["provider"]: r for r in rows}
+    assert set(found) == {"right", "wrong", "broken"} and len(rows) == 3
+    assert found["right"]["verified"] and not found["wrong"]["verified"]
+    assert (found["right"]["p50_us"], found["right"]["calls"]) == (2.0, 20)
+    assert (
+        found["wrong"]["error"] == "expert_ids differ" and "no such op" in found["broken"]["error"]
+    )
     assert all(r["grid"] == "union" and r["case"] == "96x7x8" for r in rows)
+
+
+def test_graphs_are_timed_in_turns(monkeypatch):
+    """A disturbance of a few milliseconds costs every graph a sample, not one its median."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = math.nan
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at  # ms
+
+    class Graph:
+        def __init__(self, ms):
+            self.ms = ms
+
+        def replay(self):
+            clock[0] += self.ms * (10 if 13 < clock[0] < 50 else 1)
+
+    cuda = SimpleNamespace(Event=Event, synchronize=lambda: None)
+    monkeypatch.setattr("torch.cuda", cuda)
+    slow, fast = timing.time_torch_graphs([(Graph(2.0), 4), (Graph(1.0), 2)], replays=9)
+    assert slow.percentile(50) == fast.percentile(50) == 500.0 and slow.calls == 4
+    assert max(slow.samples_us) == max(fast.samples_us) == 5000.0
+    [alone] = timing.time_torch_graphs([(Graph(1.0), 1)], replays=3)
+    assert alone.samples_us == [1000.0] * 3
 
 
 def test_union_under_jit_verifies_and_wants_a_device_span(monkeypatch):

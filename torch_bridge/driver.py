@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _SUCCESS, _INVALID_CONTEXT = 0, 201
+_CAPTURE_INVALIDATED = 901
 DEVICE_UNAVAILABLE = 46  # CUDA_ERROR_*
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
 _JIT_INPUT_PTX = 1
+_CAPTURE_HINT = (
+    " Another call ended the capture, perhaps a thread of jax's GPU client: where that lives in the process, "
+    'capture with torch.cuda.graph(..., capture_error_mode="thread_local").'
+)
 _COMPUTE_MODE, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 20, 75, 76  # CU_DEVICE_ATTRIBUTE_*
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -58,7 +63,8 @@ def check(result: int, what: str) -> None:
     text = ctypes.c_char_p()
     library().cuGetErrorString(result, ctypes.byref(text))
     reason = text.value.decode() if text.value else "unknown error"
-    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).", result)
+    hint = _CAPTURE_HINT if result == _CAPTURE_INVALIDATED else ""
+    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).{hint}", result)
 
 
 def driver_version() -> int:

@@ -214,7 +214,7 @@ class Compiler:
 
         It can write files instead, but then also disassembles every kernel and leaves a folder behind.
         """
-        wanted = dict.fromkeys(("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_HOST_LLVM"), "1")
+        wanted = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
         others = {x: os.environ.pop(x) for x in [*os.environ] if x.startswith("MOSAIC_GPU_DUMP")}
         os.environ.update(wanted)
         sys.stdout.flush()

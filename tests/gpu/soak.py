@@ -1,6 +1,6 @@
 """Soaks the direct path on a GPU: calls, threads, replays, memory under pressure. Prints a table.
 
-    python -m tests.gpu.soak [--seconds N] [--calls N] [--replays N] [--parts calls,threads,replays,pressure]
+    python -m tests.gpu.soak [--seconds N] [--calls N] [--replays N] [--parts calls,threads,...]
 
 "calls" runs alone, since it watches time and memory; the other parts run at once, a process each. Results are
 compared on the GPU with an alignment in torch operations (`align_torch`), which is held to the oracle first.
@@ -24,8 +24,9 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.gpu.graphs import capture
 
-PARTS = ("calls", "threads", "replays", "pressure")
+PARTS = ("calls", "threads", "replays", "pressure", "beside_jax")
 # num_experts, block_size, most pairs: every form, and both dtypes of ids.
 LAYERS = ((64, 16, 20_000), (256, 64, 4096), (5000, 4, 600))
 MIB = 1 << 20
@@ -227,11 +228,11 @@ def run_replays(replays: int) -> dict[str, Any]:
             check(align())
         torch.cuda.synchronize()
         renewing, aligning, checking = (torch.cuda.CUDAGraph() for _ in range(3))
-        with torch.cuda.graph(renewing):
+        with capture(renewing):
             renew()
-        with torch.cuda.graph(aligning):
+        with capture(aligning):
             results = align()
-        with torch.cuda.graph(checking):
+        with capture(checking):
             check(results)
         before = None
         for i in range(replays // len(cases)):
@@ -297,6 +298,20 @@ def run_pressure(seconds: float) -> dict[str, Any]:
     return {"done": done, "wrong": sum(int(x) for x in wrongs), "growth": growth, "note": note}
 
 
+def run_beside_jax(seconds: float) -> dict[str, Any]:
+    """Captures and replays, and between them calls on the DLPack path, whose jax looks at its streams about
+    every 5 s from a thread of its own."""
+    ids = random_ids(3000, 64, torch.int32, "cuda", 0)
+    stop, wrong, done = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < stop:
+        for _ in range(5):
+            got = torch_bridge.moe_align_block_size(ids, 64, 16, path="dlpack")
+        seen = run_replays(100)
+        wrong += seen["wrong"] + (not torch.equal(got[0], align_torch(ids, 64, 16)[0]))
+        done += seen["done"] + 5
+    return {"done": done, "wrong": wrong, "growth": []}
+
+
 # -- the command ------------------------------------------------------------------------------------
 
 
@@ -308,8 +323,10 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
         seen = run_threads(arguments.seconds)
     elif part == "replays":
         seen = run_replays(arguments.replays)
-    else:
+    elif part == "pressure":
         seen = run_pressure(arguments.seconds)
+    else:
+        return run_beside_jax(arguments.seconds)
     if "jax" in sys.modules:  # then this was not the direct path alone
         seen["growth"].append("jax was imported")
     return seen
@@ -330,7 +347,7 @@ def finish(part: str, began: float, process: subprocess.Popen) -> bool:
         seen = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
         print(
-            f"{part:<10}{'-':>12}{'-':>8}{seconds:>9.0f}  died with {process.returncode}",
+            f"{part:<11}{'-':>12}{'-':>8}{seconds:>9.0f}  died with {process.returncode}",
             flush=True,
         )
         return False
@@ -340,7 +357,7 @@ def finish(part: str, began: float, process: subprocess.Popen) -> bool:
     verdict = "passed" if passed else "FAILED " + "; ".join(seen["growth"])
     note = seen.get("note", "")
     print(
-        f"{part:<10}{seen['done']:>12,}{seen['wrong']:>8}{seconds:>9.0f}  {verdict}  {note}",
+        f"{part:<11}{seen['done']:>12,}{seen['wrong']:>8}{seconds:>9.0f}  {verdict}  {note}",
         flush=True,
     )
     return passed
@@ -348,7 +365,9 @@ def finish(part: str, began: float, process: subprocess.Popen) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20, help="of threads and pressure")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of threads, pressure and beside_jax"
+    )
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--replays", type=int, default=10_000)
     parser.add_argument("--parts", default=",".join(PARTS))
@@ -364,7 +383,7 @@ def main() -> int:
         print("torch sees no GPU: nothing was soaked")
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {warm_up()} programs")
-    print(f"{'part':<10}{'calls':>12}{'wrong':>8}{'seconds':>9}  verdict")
+    print(f"{'part':<11}{'calls':>12}{'wrong':>8}{'seconds':>9}  verdict")
     passed = True
     if "calls" in parts:
         passed &= finish("calls", *start("calls", arguments))

@@ -15,6 +15,7 @@ import torch
 import torch_bridge
 from tests import oracle
 from tests.gpu import soak
+from tests.gpu.graphs import capture
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from torch_bridge import direct, shortcut
 
@@ -205,7 +206,7 @@ def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
     monkeypatch.setattr(direct, "_compile", lambda *a: pytest.fail("compiled"))
     counts = torch.arange(12).cuda() * 3
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         got = torch_bridge.vllm.batched_moe_align_block_size(30, 8, counts)
     graph.replay()
     want = oracle.align_batched(range(0, 36, 3), max_tokens_per_batch=30, block_size=8)

@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 import torch_bridge
 from tests import oracle
+from tests.gpu.graphs import capture
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from torch_bridge import direct, dlpack
 
@@ -56,7 +57,7 @@ def test_gpu_graph_replays_with_changed_inputs(n, num_experts, block_size, optio
     static = torch.zeros(n, dtype=torch.int64, device="cuda")
     torch_bridge.align_blocks(static, **sizes, **given)  # loads, as warmup would
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         got = torch_bridge.align_blocks(static, path="direct", **sizes, **given)
     for seed in range(5):
         array, ids = ids_of(torch.int64, "outside", n, 1, num_experts, seed=seed)
@@ -75,7 +76,7 @@ def test_gpu_warmup_is_enough_for_captures_of_every_size(monkeypatch):
     for n in (1, 8, 9, 32, 33, 64, 65, 512, 513, 2047, 2048, 2049, 2800):
         static = torch.zeros(n, dtype=torch.int32, device="cuda")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             got = torch_bridge.moe_align_block_size(static, 24, 8)
         graphs.append((n, static, graph, got))
     for n, static, graph, got in graphs * 2:
@@ -100,7 +101,7 @@ def test_gpu_graph_with_out_and_other_work_around():
     layer()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         ids, shifted, doubled = layer()
     for _ in range(4):
         scores.uniform_()
@@ -120,7 +121,7 @@ def test_gpu_graphs_replay_between_eager_calls_and_on_other_streams():
         ids = ids.cuda()
         torch_bridge.moe_align_block_size(ids, 16, 8)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             got = torch_bridge.moe_align_block_size(ids, 16, 8)
         want = oracle.align_numpy(array, block_size=8, num_experts=16)
         graphs.append((graph, ids, got, want, torch.cuda.Stream()))
@@ -152,7 +153,7 @@ def test_gpu_drop_ins_in_a_graph():
     for call in calls:
         call(static, counts, local)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         results = [call(static, counts, local) for call in calls]
     for seed in range(3):
         _, ids = ids_of(torch.int64, "minus_30", 300, seed=seed)
@@ -172,7 +173,7 @@ def test_gpu_miss_in_a_capture_names_warmup_and_the_context_works_on():
     number = torch.zeros(1, device="cuda")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         number += 1
         for given in ({}, {"out": out}, {"path": "direct"}):
             with pytest.raises(RuntimeError, match=r"torch_bridge\.warmup") as caught:
@@ -183,7 +184,7 @@ def test_gpu_miss_in_a_capture_names_warmup_and_the_context_works_on():
     assert number.item() == 2 and all((x == -7).all() for x in out)
     assert_triple(torch_bridge.moe_align_block_size(ids, 61, 7), want)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         got = torch_bridge.moe_align_block_size(ids, 61, 7)
     graph.replay()
     assert_triple(got, want)

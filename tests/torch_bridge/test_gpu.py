@@ -16,6 +16,7 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.gpu.graphs import capture
 from tests.torch_bridge.helpers import (
     DTYPES,
     X64,
@@ -426,7 +427,7 @@ def test_gpu_capture_through_dlpack_is_refused_and_the_context_works_on():
     graph = torch.cuda.CUDAGraph()
     number = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         number += 1
         for given in ({}, {"out": out}):
             with pytest.raises(RuntimeError, match="capture") as caught:

@@ -338,7 +338,10 @@ def test_prove_finds_a_wrong_cell(name, fake):
 def test_prove_reports_a_launch_that_the_driver_refuses(fake):
     launches, cubins, shapes = fake.compiled(PROVED[0])
     fake.result = 1
-    with pytest.raises(driver.DriverError, match=r"launching a kernel failed: .*error 1"):
+    with pytest.raises(driver.DriverError, match=r"launching a kernel failed: .*error 1\)\.$"):
+        launch.prove(driver, PROVED[0], launches, cubins, shapes)
+    fake.result = 901  # a capture that another thread has ended
+    with pytest.raises(driver.DriverError, match=r"error 901\)\. Another call .*thread_local"):
         launch.prove(driver, PROVED[0], launches, cubins, shapes)
 
 

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import masked_quant_oracle as oracle
+from tests.gpu.graphs import capture
 from torch_bridge import dlpack, sglang
 
 quant = sglang.silu_and_mul_masked_post_quant_fwd
@@ -258,12 +259,12 @@ def test_inductor_allocates_what_it_writes(device, mode):
 def test_a_graph_replays_with_other_counts():
     x, q, scales, masked_m = buffers(8, 64, 2048, device="cuda")
     with pytest.raises(RuntimeError, match="Call it once with these shapes"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with capture(torch.cuda.CUDAGraph()):
             quant(x[:, :33].contiguous(), q[:, :33].contiguous(), scales[:, :33].contiguous(), 128,
                   masked_m)  # fmt: skip
     quant(x, q, scales, 128, masked_m)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         quant(x, q, scales, 128, masked_m)
     masked_m.copy_(64 - masked_m)
     q.view(torch.uint8).fill_(UNTOUCHED)

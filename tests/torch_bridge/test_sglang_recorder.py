@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gpu.graphs import capture
 from torch_bridge import sglang, sglang_recorder
 
 LAYERS, PHYSICAL, LOGICAL, RANKS, TOP_K = 2, 8, 6, 4, 2
@@ -346,7 +347,7 @@ def test_cuda_graph_replays_record(mode):
     layers()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         layers()
     recorder.start_record()
     torch.cuda.set_sync_debug_mode(2)  # a wait is an error

@@ -11,6 +11,7 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.gpu.graphs import capture
 from tests.torch_bridge.helpers import assert_format, ids_of
 from tests.torch_bridge.test_sglang import sglang_expected
 from tests.torch_bridge.test_vllm import vllm_expected
@@ -448,7 +449,7 @@ def test_gpu_known_calls(name, only_known):
             assert values(entry.call(*tensors)) == flat
     static, graph = [torch.zeros_like(x) for x in tensors], torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         got = entry.call(*static)
     for one, x in zip(static, tensors, strict=True):
         one.copy_(x)

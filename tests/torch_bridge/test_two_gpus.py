@@ -7,6 +7,7 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.gpu.graphs import capture
 from tests.torch_bridge.helpers import assert_format, assert_triple, ids_of
 from torch_bridge import direct, direct_call
 
@@ -136,7 +137,7 @@ def test_gpu_capture_on_the_second_device(n):
     with torch.cuda.device(second):
         torch_bridge.moe_align_block_size(held, 16, 8)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             got = torch_bridge.moe_align_block_size(held, 16, 8)
     for seed in range(5):
         other, want = case(n, seed)
@@ -158,14 +159,14 @@ def test_gpu_capture_needs_the_warmup_of_its_device():
     with torch.cuda.device(DEVICES[1]):
         number = torch.zeros((), device=DEVICES[1])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             number += 1
             with pytest.raises(RuntimeError, match=r"torch_bridge\.warmup") as caught:
                 torch_bridge.moe_align_block_size(ids, 19, 8)
             assert_format(caught.value)
         torch_bridge.warmup(**sizes, device="cuda:1")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             got = torch_bridge.moe_align_block_size(ids, 19, 8)
         graph.replay()
     want = oracle.align([0] * 8, block_size=8, num_experts=19)
