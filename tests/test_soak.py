@@ -1,9 +1,13 @@
 """What the soak on a GPU rests on: its answer in torch operations, and what it calls growth."""
 
+import ast
+import pathlib
+import sys
+
 import pytest
 import torch
 
-from tests.gpu import soak
+from tests.gpu import graphs, soak
 
 
 def test_align_torch_is_what_the_oracle_says():
@@ -50,3 +54,41 @@ def test_growth_of_time_is_found_and_one_slow_tenth_is_not():
     assert soak.find_growth(samples, [10.0] * 9 + [30.0]) == []
     [text] = soak.find_growth(samples, [10.0 + 2 * k for k in range(10)][:8] + [40.0, 44.0])
     assert text.startswith("time")
+
+
+# -- captures beside jax --------------------------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def unsafe_captures(source: str) -> list[int]:
+    """Lines that open torch.cuda.graph in its default mode, which a thread of jax's client breaks."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith("cuda.graph")
+        and "capture_error_mode" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_nothing_captures_in_a_mode_that_jax_breaks():
+    assert unsafe_captures("with torch.cuda.graph(g):\n    pass") == [1]
+    files = [
+        *ROOT.glob("tests/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("examples/*.py"),
+    ]
+    assert len(files) > 50
+    found = {str(f.relative_to(ROOT)): unsafe_captures(f.read_text()) for f in files}
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
+def test_capture_is_thread_local_beside_jax_alone(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: made.append(options))
+    assert "jax" in sys.modules
+    graphs.capture(None)
+    monkeypatch.delitem(sys.modules, "jax")
+    graphs.capture(None)
+    assert [options["capture_error_mode"] for options in made] == ["thread_local", "global"]

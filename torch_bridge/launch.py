@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 # The plugins whose compiler was checked: [oldest, first unknown).
 OLDEST_JAXLIB, UNKNOWN_JAXLIB = (0, 11, 2), (0, 13, 0)
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-_THREADS = 8  # no program has more kernels
+_THREADS = 8  # a program has up to nine kernels, most one or two
 _MASKED_QUANT = "silu_and_mul_masked_quant"
 
 
