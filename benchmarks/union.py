@@ -143,9 +143,12 @@ def measure_graphs(case: Case, providers: Sequence[peers.Provider]) -> list[dict
         time.sleep(_PAUSE_S * attempt)
         timings = timing.time_torch_graphs(graphs, replays=_REPLAYS)
     for (provider, prepared, _), timed in zip(ready, timings, strict=True):
-        pairs = zip(want, prepared.outputs, strict=True)
-        faults = (differs(case, right, got, provider.promises) for right, got in pairs)
-        found = wrong or next(filter(None, faults), "")
+        try:
+            pairs = zip(want, prepared.outputs, strict=True)
+            faults = (differs(case, right, got, provider.promises) for right, got in pairs)
+            found = wrong or next(filter(None, faults), "")
+        except Exception as error:  # outputs that cannot even be compared
+            found = f"{type(error).__name__}: {error}"
         rows.append(failed_row(case, provider, found) if found else row_of(case, provider, timed))
     return rows
 

@@ -221,7 +221,18 @@ def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
     def breaks(case, ids):
         raise RuntimeError("no such op")
 
+    def leaves_out(case, ids):
+        made = peers._torch_sort(case, ids)
+        outputs = [*made.outputs]
+
+        def last():
+            made.calls[-1]()
+            outputs[-1] = {k: x for k, x in made.outputs[-1].items() if k != "sorted_token_ids"}
+
+        return peers.TorchCalls([*made.calls[:-1], last], outputs)
+
     providers = [
+        peers.Provider("lacking", "torch", "", make=leaves_out),
         peers.Provider("right", "torch", "", make=peers._torch_sort),
         peers.Provider("wrong", "torch", "", make=lies),
         peers.Provider("broken", "torch", "", make=breaks),
@@ -229,7 +240,8 @@ def test_union_measures_verifies_and_reports_each_provider(monkeypatch):
     ]
     rows = union.measure_graphs(CASE, providers)
     found = {r["provider"]: r for r in rows}
-    assert set(found) == {"right", "wrong", "broken"} and len(rows) == 3
+    assert set(found) == {"lacking", "right", "wrong", "broken"} and len(rows) == 4
+    assert found["lacking"]["error"] == "KeyError: 'sorted_token_ids'"
     assert found["right"]["verified"] and not found["wrong"]["verified"]
     assert (found["right"]["p50_us"], found["right"]["calls"]) == (2.0, 20)
     assert (

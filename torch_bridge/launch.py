@@ -214,16 +214,15 @@ class Compiler:
 
         It can write files instead, but then also disassembles every kernel and leaves a folder behind.
         """
+        sys.stdout.flush()
+        printed = os.dup(1)
         wanted = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
         others = {x: os.environ.pop(x) for x in [*os.environ] if x.startswith("MOSAIC_GPU_DUMP")}
         os.environ.update(wanted)
-        sys.stdout.flush()
-        printed = os.dup(1)
         try:
             with tempfile.TemporaryFile() as file:
                 os.dup2(file.fileno(), 1)
                 done = [*self._pool.map(lambda module: self._compile(module, len(module)), modules)]
-                os.dup2(printed, 1)
                 file.seek(0)
                 text = file.read().decode()
         finally:

@@ -1,4 +1,5 @@
-"""Soaks the direct path on a GPU: calls, threads, replays, memory under pressure. Prints a table.
+"""Soaks the direct path on a GPU: calls, threads, replays, memory under pressure, and beside jax. Prints a
+table.
 
     python -m tests.gpu.soak [--seconds N] [--calls N] [--replays N] [--parts calls,threads,...]
 
@@ -326,8 +327,8 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     elif part == "pressure":
         seen = run_pressure(arguments.seconds)
     else:
-        return run_beside_jax(arguments.seconds)
-    if "jax" in sys.modules:  # then this was not the direct path alone
+        seen = run_beside_jax(arguments.seconds)
+    if part != "beside_jax" and "jax" in sys.modules:  # then this was not the direct path alone
         seen["growth"].append("jax was imported")
     return seen
 
