@@ -12,21 +12,33 @@ from moe_align_jax import _checks
 from moe_align_jax._recorder.rows import Layout
 
 
+def index(value: Any) -> int:
+    """The int that a Python int, a NumPy integer or an integer scalar of an array is.
+
+    Raises:
+        TypeError: it is anything else; a bool is no int.
+    """
+    if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.bool_:
+        raise TypeError("a bool")
+    try:
+        return operator.index(value)
+    except ValueError as error:  # some of jax's own, for a traced array
+        raise TypeError(str(error)) from None
+
+
 def check_layer(function: str, layer: Any, num_layers: int) -> int:
     remedy = "Under lax.scan return the counts from the body, and record all layers with None."
     try:
-        if isinstance(layer, bool):
-            raise TypeError
-        index = operator.index(layer)
-    except (TypeError, ValueError):  # ValueError: some of jax's own, for a traced array
+        number = index(layer)
+    except TypeError:
         got = _checks.describe(layer)
         raise TypeError(
             _checks.message(function, "layer", "be a Python int or None", got, remedy)
         ) from None
-    if not 0 <= index < num_layers:
+    if not 0 <= number < num_layers:
         rule = f"be in [0, {num_layers})"
-        raise ValueError(_checks.message(function, "layer", rule, index, "Layers count from 0."))
-    return index
+        raise ValueError(_checks.message(function, "layer", rule, number, "Layers count from 0."))
+    return number
 
 
 def integers(function: str, argument: str, value: Any) -> jax.Array:
@@ -41,7 +53,11 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         kind, jnp.integer
     ):
         got = "None" if value is None else _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+        rule = "be an integer array"
+        if type(value).__module__.partition(".")[0] == "torch":
+            rule, got = "be an integer array of jax or NumPy", f"a torch.Tensor {got}"
+            remedy = "Pass jax.dlpack.from_dlpack(tensor)."
+        raise TypeError(_checks.message(function, argument, rule, got, remedy))
     if value.dtype == np.int32:
         return jnp.asarray(value)
     own, words = np.iinfo(np.dtype(kind)), np.iinfo(np.int32)
