@@ -27,6 +27,40 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def leading(shape, rest: str = "...") -> str:
+    """`[2, 4, ...]`: a shape of which only the first sizes are numbers."""
+    return f"[{', '.join(map(str, (*shape, rest)))}]"
+
+
+def index(value: object) -> int:
+    """The int that a Python int, a NumPy integer or an integer scalar of an array is.
+
+    Raises:
+        TypeError: it is anything else: a bool is no int, a float is no index.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError("a bool")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except ValueError as error:  # some of jax's own, for a traced array
+        raise TypeError(str(error)) from None
+
+
+def check_static_bool(function: str, argument: str, value: object, remedy: str) -> bool:
+    """A Python bool (or NumPy one), as a bool; a string or a number is none."""
+    if (
+        isinstance(value, bool)
+        or type(value).__module__ == "numpy"
+        and type(value).__name__
+        in (
+            "bool",
+            "bool_",
+        )
+    ):
+        return bool(value)
+    raise TypeError(message(function, argument, "be a Python bool", describe(value), remedy))
+
+
 def check_positive_int(function: str, argument: str, value: object, remedy: str) -> int:
     """A static Python int (or NumPy integer) >= 1, as an int."""
     try:

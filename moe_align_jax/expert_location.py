@@ -1,5 +1,6 @@
 """ExpertLocation: where the replicas of each expert are, as a pytree. `expert_dispatch` uses it."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Any, Literal, get_args
@@ -205,24 +206,28 @@ class ExpertLocation:
         function = "ExpertLocation.from_file"
         if isinstance(path, str) and path.lstrip().startswith("{"):
             contents = _files.parse_json(path, function=function)
+            named: Any = contextlib.nullcontext()
         else:
             contents = _files.read_file(path, function=function)
+            named = _files.naming(path)
         recording = not contents.keys().isdisjoint(("physical_count", "records"))
-        if "physical_to_logical_map" in contents and not recording:
-            return cls.from_map(loads.map_in_force(contents), num_gpus=num_gpus, dispatch=dispatch)
-        history = loads.recorded_load(contents, function=function)
-        remedy = "The file holds loads, from which a placement must be made."
-        return cls.from_counts(
-            history,
-            num_physical_experts=_checks.check_positive_int(
-                function, "num_physical_experts", num_physical_experts, remedy
-            ),
-            num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
-            num_nodes=num_nodes,
-            num_groups=num_groups,
-            algorithm=algorithm,
-            dispatch=dispatch,
-        )
+        with named:
+            if "physical_to_logical_map" in contents and not recording:
+                slots = loads.map_in_force(contents)
+                return cls.from_map(slots, num_gpus=num_gpus, dispatch=dispatch)
+            history = loads.recorded_load(contents, function=function)
+            remedy = "The file holds loads, from which a placement must be made."
+            return cls.from_counts(
+                history,
+                num_physical_experts=_checks.check_positive_int(
+                    function, "num_physical_experts", num_physical_experts, remedy
+                ),
+                num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
+                num_nodes=num_nodes,
+                num_groups=num_groups,
+                algorithm=algorithm,
+                dispatch=dispatch,
+            )
 
     def layer(self, layer: Any) -> "ExpertLocation":
         """The location of one layer: an int, or an integer scalar that a program computes (clamped)."""

@@ -185,6 +185,9 @@ def dispatch(
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
         got = max_tokens_per_expert
         raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
+    if initialize is not None:
+        remedy = "True makes unused rows zero, False leaves them unwritten, None chooses."
+        initialize = _checks.check_static_bool(function, "initialize", initialize, remedy)
     choice = choose(
         function,
         transport,
@@ -292,7 +295,7 @@ def combine(
     remedy = "Pass one row for each row of what dispatch returned."
     y = check_rows(function, "y", y, shape, remedy, floating=True)
     if y.ndim != len(shape) + 1:
-        rule, got = f"have shape {[*shape, 'H']}", _checks.describe(y)
+        rule, got = f"have shape {_checks.leading(shape, 'H')}", _checks.describe(y)
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
     with jax.named_scope(function):
         if masked:

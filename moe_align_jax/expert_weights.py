@@ -246,7 +246,7 @@ def _check_leaf(leaf: Any, moves: ExpertMoves, axis_name: str) -> None:
         rule, remedy = "hold jax arrays with values", "Call it outside jit, on the arrays."
         raise TypeError(_checks.message(_FUNCTION, "weights", rule, got, remedy))
     if leaf.ndim < 2 or leaf.shape[:2] != moves.source.shape:
-        rule = f"have shape {[*moves.source.shape, '...']}"
+        rule = f"have shape {_checks.leading(moves.source.shape)}"
         fail(_FUNCTION, "weights", rule, got, "Pass [layers, slots, ...], as the plan.")
     sharding = leaf.sharding
     remedy = f"Place them with NamedSharding(mesh, PartitionSpec(None, {axis_name!r}, ...))."

@@ -103,12 +103,14 @@ def permute_to_masked(
     """
     function = "permute_to_masked"
     num_experts = _checks.check_num_experts(function, num_experts)
+    remedy = "True makes unused rows zero, False leaves them unwritten."
+    initialize = _checks.check_static_bool(function, "initialize", initialize, remedy)
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
     room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = block_align._narrow_on_host(ids, num_experts)
-    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
 
 
 def check_room(

@@ -12,48 +12,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
-import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax import _checks, expert_load
-from moe_align_jax._recorder import arguments, files
+from moe_align_jax._recorder import arguments, files, passes
 from moe_align_jax._recorder.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
 from moe_align_jax._recorder.rows import LoadRecord
 
 logger = logging.getLogger(__name__)
 _NAME = "ExpertDistributionRecorder"
-
-
-class _Metadata(NamedTuple):
-    """What `with_forward_pass` was given, for the rows of one pass.
-
-    Attributes:
-        first, last: the pass ids of its rows are first, ..., last - 1: ints, or scalars on the device, which
-            nothing waits for before a dump.
-        value: the caller's object.
-        text: the same as JSON, made when the pass ended.
-    """
-
-    first: Any
-    last: Any
-    value: Any
-    text: str
-
-
-class _Current(threading.local):
-    """Where one thread's hooks stand. Each thread has its own, so that passes may run side by side."""
-
-    def __init__(self) -> None:
-        self.layer: int | None = None
-        self.in_pass = False
-        self.pending: dict[int, Any] = {}
-        self.wrote = False  # `state` was assigned: a step ran
-        self.first: Any = 0  # the pass id that the state gives next
-
 
 
 class ExpertDistributionRecorder:
@@ -126,16 +96,16 @@ class ExpertDistributionRecorder:
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
             got, remedy = _checks.describe(directory), "Pass a folder."
             _fail("directory", "be a path or None", got, remedy, kind=TypeError)
-        passes = _checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
+        room = _checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
         self._lock = threading.RLock()
-        self._current = _Current()
+        self._current = passes.Current()
         self._disabled = 0
         self._state = expert_load.init_expert_load(
             mode,
             num_layers=num_layers,
             num_physical_experts=num_physical_experts,
             num_logical_experts=num_logical_experts,
-            num_passes=passes,
+            num_passes=room,
             max_tokens=max_tokens,
             top_k=top_k,
             num_shards=num_shards,
@@ -153,7 +123,7 @@ class ExpertDistributionRecorder:
         self.directory = Path(default if directory is None else directory)
         self._gauges = None if registry is None else Gauges(registry, name)
         self._recording = False
-        self._metadata: deque[_Metadata] = deque(maxlen=passes)
+        self._metadata: deque[passes.Metadata] = deque(maxlen=room)
 
     @property
     def state(self) -> expert_load.ExpertLoad:
@@ -261,15 +231,15 @@ class ExpertDistributionRecorder:
         if self.num_gpus is None:
             _fail("num_gpus", "be given for metrics", None, "Pass it to the constructor.")
         try:
-            sizes = [arguments.index(window) for window in windows]
+            sizes = [_checks.index(window) for window in windows]
         except TypeError:
             got, remedy = _checks.describe(windows), "Pass for example (10, 100, 1000)."
             _fail("windows", "be ints", got, remedy, "metrics", TypeError)
         if not sizes or min(sizes) < 1:
             _fail("windows", "be passes >= 1", repr(windows), "", "metrics")
         with self._lock:
-            passes, counts = expert_load.last_physical_counts(self._state, max(sizes))
-            found = load_metrics(counts, self.num_gpus or 1, sizes, passes=passes)
+            number, counts = expert_load.last_physical_counts(self._state, max(sizes))
+            found = load_metrics(counts, self.num_gpus or 1, sizes, passes=number)
             if self._gauges is not None:
                 self._gauges.set(found)
         return found
@@ -303,13 +273,13 @@ class ExpertDistributionRecorder:
             raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
         if forward_pass_id is not None:
             try:
-                forward_pass_id = arguments.index(forward_pass_id)
+                forward_pass_id = _checks.index(forward_pass_id)
             except TypeError:
                 got, remedy = _checks.describe(forward_pass_id), "None counts the passes."
                 rule = "be an int or None"
                 _fail("forward_pass_id", rule, got, remedy, function, TypeError)
         if metadata is not None:
-            _check_metadata(function, metadata)
+            passes.check_metadata(function, metadata)
         layout = self._state.layout
         if physical_to_logical_map is not None and layout is not None and layout.has_map:
             physical_to_logical_map = arguments.check_map(function, physical_to_logical_map, layout)
@@ -361,9 +331,9 @@ class ExpertDistributionRecorder:
             layout = self._state.layout
             counts = None
             if layout is not None and layout.mode != "per_token":
-                ids = _concrete("on_select_experts", topk_ids)
+                ids = passes.concrete("on_select_experts", topk_ids)
                 ids = arguments.integers("on_select_experts", "topk_ids", ids)
-                counts = _count(ids, num_experts=layout.width)
+                counts = passes.count(ids, num_experts=layout.width)
             self._record("on_select_experts", counts, topk_ids)
 
     def on_align(self, aligned: Any, topk_ids: Any = None) -> None:
@@ -389,7 +359,7 @@ class ExpertDistributionRecorder:
                 f"{hook}: the call must stand in with_forward_pass and with_current_layer; got none. "
                 "They say which row and layer to write."
             )
-        counts, topk_ids = _concrete(hook, counts), _concrete(hook, topk_ids)
+        counts, topk_ids = passes.concrete(hook, counts), passes.concrete(hook, topk_ids)
         current.pending = self._with_layer(current.pending, current.layer, counts, topk_ids)
 
     def _with_layer(self, pending: Any, layer: int, counts: Any, topk_ids: Any) -> dict[int, Any]:
@@ -411,16 +381,13 @@ class ExpertDistributionRecorder:
             first, last = forward_pass_id, forward_pass_id + 1
         else:
             first, last = self._current.first, self._next_pass()
-        try:
-            text = json.dumps(metadata, default=str)
-        except (TypeError, ValueError):  # changed since it was checked
-            text = json.dumps(str(metadata))
-        self._metadata.append(_Metadata(first, last, metadata, text))
+        text = passes.text_of(metadata)
+        self._metadata.append(passes.Metadata(first, last, metadata, text))
 
     def _next_pass(self) -> Any:
         """The pass id that the state gives next: a copy on the device, as the state may be donated."""
         with self._lock:
-            return _next_pass(self._state.control.addressable_shards[0].data)
+            return passes.next_pass(self._state.control.addressable_shards[0].data)
 
     def _disable(self, change: int) -> None:
         with self._lock:
@@ -500,38 +467,6 @@ def _commit(
         number = np.asarray(np.uint32(forward_pass_id & 0xFFFFFFFF))
     maps = getattr(physical_to_logical_map, "physical_to_logical_map", physical_to_logical_map)
     return _write_row(dataclasses.replace(state, pending={}), pending, number, maps)
-
-
-@jax.jit
-def _next_pass(control: jax.Array) -> jax.Array:
-    return control[0, 1] >> 1
-
-
-def _concrete(hook: str, value: Any) -> Any:
-    """The value, which must not be one that jit traces: it would outlive the trace."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{hook}: the hook must run outside jit; got a traced array. Inside, call "
-            "record_expert_load and return its state."
-        )
-    return value
-
-
-@functools.partial(jax.jit, static_argnames="num_experts")
-def _count(topk_ids: jax.Array, num_experts: int) -> jax.Array:
-    flat = topk_ids.reshape(-1)
-    slot = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    return jnp.zeros(num_experts, jnp.int32).at[slot].add(1, mode="drop")
-
-
-def _check_metadata(function: str, metadata: Any) -> None:
-    try:
-        json.dumps(metadata, default=str)
-    except (TypeError, ValueError, RecursionError) as error:
-        rule, remedy = "be what JSON can hold", "Keys of dicts are strings or numbers."
-        got = f"{_checks.describe(metadata)} ({error})"
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        _fail("metadata", rule, got, remedy, function, kind)
 
 
 def _fail(

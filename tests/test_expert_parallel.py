@@ -539,7 +539,7 @@ BAD = {
         TypeError, "combine: handle must be a DispatchHandle", lambda: combine_wrong(handle=3),
     ),
     "rows of another exchange": (
-        ValueError, r"combine: y must have shape \[8, '...'\]", lambda: combine_wrong((7, 16)),
+        ValueError, r"combine: y must have shape \[8, \.\.\.\]", lambda: combine_wrong((7, 16)),
     ),
     "flat rows": (
         ValueError,

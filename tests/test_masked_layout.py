@@ -265,7 +265,7 @@ BAD = {
     ),
     "other tokens": (
         ValueError,
-        "permute_to_masked: x must have shape .2, '...'.; got float32",
+        "permute_to_masked: x must have shape .2, \.\.\..; got float32",
         lambda: maj.permute_to_masked(tokens(3, 3), np.zeros((2, 1), np.int32), num_experts=2),
     ),
     "no room": (
@@ -304,7 +304,7 @@ BAD = {
     ),
     "rows of another shape": (
         ValueError,
-        "unpermute_from_masked: y must have shape .4, 3, '...'.; got float32 .6, 5.",
+        "unpermute_from_masked: y must have shape .4, 3, \.\.\..; got float32 .6, 5.",
         lambda: maj.unpermute_from_masked(tokens(6, 5), layout_of()),
     ),
     "weights of another shape": (

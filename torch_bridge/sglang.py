@@ -25,7 +25,7 @@ from torch_bridge.problems import SglangProblem
 from torch_bridge.sglang_masked import (
     silu_and_mul_masked_post_quant_fwd as silu_and_mul_masked_post_quant_fwd,
 )
-from torch_bridge.sglang_recorder import ExpertDistributionMetrics as ExpertDistributionMetrics
+from torch_bridge.sglang_metrics import ExpertDistributionMetrics as ExpertDistributionMetrics
 from torch_bridge.sglang_recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
 from torch_bridge.sglang_recorder import (
     get_global_expert_distribution_recorder as get_global_expert_distribution_recorder,

@@ -44,7 +44,7 @@ def check_rows(
         if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(_checks.message(function, argument, "be floating point", got, remedy))
         if leaf.shape[: len(shape)] != shape:
-            rule = f"have shape {[*shape, '...']}"
+            rule = f"have shape {_checks.leading(shape)}"
             raise ValueError(_checks.message(function, argument, rule, got, remedy))
     return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
 

@@ -1,6 +1,5 @@
 """Checks of what `record_expert_load` is given, on static facts; every array becomes int32."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,24 +11,10 @@ from moe_align_jax import _checks
 from moe_align_jax._recorder.rows import Layout
 
 
-def index(value: Any) -> int:
-    """The int that a Python int, a NumPy integer or an integer scalar of an array is.
-
-    Raises:
-        TypeError: it is anything else; a bool is no int.
-    """
-    if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.bool_:
-        raise TypeError("a bool")
-    try:
-        return operator.index(value)
-    except ValueError as error:  # some of jax's own, for a traced array
-        raise TypeError(str(error)) from None
-
-
 def check_layer(function: str, layer: Any, num_layers: int) -> int:
     remedy = "Under lax.scan return the counts from the body, and record all layers with None."
     try:
-        number = index(layer)
+        number = _checks.index(layer)
     except TypeError:
         got = _checks.describe(layer)
         raise TypeError(

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from moe_align_jax import _checks
+
 FORMATS = ("npz", "arrow", "parquet")
 # Arrays with a row per (pass, layer): a table's columns. Everything else goes into its metadata.
 _COLUMNS = ("logical_count", "physical_count", "topk_ids")
@@ -59,7 +61,8 @@ def _umask() -> int:
 def check_format(file_format: str) -> None:
     """Raises ImportError where the format's extra is missing: at once, not when hours were recorded."""
     if file_format != "npz":
-        _pyarrow()
+        rule, got = "be one whose extra is installed", f"{file_format!r} without pyarrow"
+        _pyarrow("ExpertDistributionRecorder", "file_format", rule, got)
 
 
 def write_dump(path: str | os.PathLike[str], dump: dict[str, Any], file_format: str) -> Path:
@@ -78,20 +81,18 @@ def _narrow(value: Any) -> Any:
     return value.astype(np.int32) if fits else value
 
 
-def _pyarrow() -> Any:
+def _pyarrow(function: str, argument: str, rule: str, got: str) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError(
-            "ExpertDistributionRecorder: file_format must be one that is installed; got a table. "
-            "Install the extra: pip install 'moe-align-jax[arrow]'."
-        ) from error
+        remedy = "Install the extra: pip install 'moe-align-jax[arrow]'."
+        raise ImportError(_checks.message(function, argument, rule, got, remedy)) from error
     return pyarrow
 
 
 def _write_table(file: BinaryIO, dump: dict[str, Any], file_format: str) -> None:
     """A row per (pass, layer): forward_pass_id, layer, and a list column per array of counts."""
-    arrow = _pyarrow()
+    arrow = _pyarrow("dump_record", "file_format", "be one whose extra is installed", file_format)
     passes, layers = dump["logical_count"].shape[:2]
     columns = {
         "forward_pass_id": arrow.array(np.repeat(dump["forward_pass_id"], layers)),
@@ -156,7 +157,8 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is damaged (its checksum says so), or no dump of ours.
         ImportError: the extra "arrow" is missing; the message names the file.
     """
-    arrow = _pyarrow()
+    got = f"{os.fspath(path)!r}, a table, without pyarrow"
+    arrow = _pyarrow("read_table", "file", "be of a kind whose extra is installed", got)
     with open(path, "rb") as file:
         data = file.read()
     try:

@@ -156,7 +156,9 @@ class Gauges:
                 free = itertools.chain([""], map(str, itertools.count(2)))
                 name = next(each for each in free if each not in writers)
             elif name in writers:
-                logger.warning("two recorders of one registry have the name %r: the later writes it", name)
+                logger.warning(
+                    "two recorders of one registry have the name %r: the later writes it", name
+                )
             self.name = name
             writers[name] = self
         self._shown: set[tuple[str, str]] = set()  # (layer, window) that have a balancedness
