@@ -67,7 +67,8 @@ class ExpertLoad:
 
     def recording(self, on: bool) -> "ExpertLoad":
         """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
-        return self._controlled([-1, -2], [0, bool(on)])
+        on = _checks.check_static_bool("recording", "on", on, "True records, False does not.")
+        return self._controlled([-1, -2], [0, on])
 
     def cleared(self) -> "ExpertLoad":
         """The state without its rows: those of earlier epochs do not count. The ring is not touched."""
@@ -173,11 +174,15 @@ def init_expert_load(
     if logical > physical:
         rule, remedy = f"be at most num_physical_experts = {physical}", "Every expert has a slot."
         raise ValueError(_checks.message(function, "num_logical_experts", rule, logical, remedy))
+    remedy = "True where a shard counts its own experts alone."
+    local_experts = _checks.check_static_bool(function, "local_experts", local_experts, remedy)
     if local_experts and (mode == "per_token" or physical % shards):
         rule = "go with num_physical_experts divisible by num_shards, and with counts"
         got = f"mode {mode!r}, {physical} experts on {shards} shards"
         remedy = "Leave it False where a shard counts all experts."
         raise ValueError(_checks.message(function, "local_experts", rule, got, remedy))
+    remedy = "Pass True or False."
+    recording = _checks.check_static_bool(function, "recording", recording, remedy)
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,
@@ -189,11 +194,11 @@ def init_expert_load(
         max_tokens=tokens,
         top_k=k,
         has_map=num_logical_experts is not None,
-        local_experts=bool(local_experts),
+        local_experts=local_experts,
     )
     rows = shards * (layout.num_passes + 1)
     _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
-    control = np.tile(np.array([1, bool(recording)], np.int32), (shards, 1))
+    control = np.tile(np.array([1, recording], np.int32), (shards, 1))
     return ExpertLoad(
         ring=jnp.zeros((rows, layout.row), _I32, device=_of_rank(sharding, 2)),
         control=jnp.asarray(control)
