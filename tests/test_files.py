@@ -225,8 +225,8 @@ def test_bfloat16_loads(tmp_path):
     bfloat16 = jnp.bfloat16
     load = np.array([[5, 1, 2, 2], [9, 1, 1, 1]], np.float32)
     want = maj.rebalance_experts(load, 6, 1, 1, 2).physical_to_logical_map
-    for given in (load.astype(bfloat16), jnp.asarray(load, bfloat16)):
-        got = maj.rebalance_experts(given, 6, 1, 1, 2).physical_to_logical_map
+    for loads_given in (load.astype(bfloat16), jnp.asarray(load, bfloat16)):
+        got = maj.rebalance_experts(loads_given, 6, 1, 1, 2).physical_to_logical_map
         assert np.array_equal(got, want)
     torch.save({"logical_count": torch.from_numpy(load).bfloat16()}, tmp_path / "x.pt")
     location = maj.ExpertLocation.from_file(tmp_path / "x.pt", num_physical_experts=6, num_gpus=2)

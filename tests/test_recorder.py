@@ -739,7 +739,7 @@ def test_no_flipped_bit_reads_as_other_counts(tmp_path, file_format):
 def test_threads_have_passes_of_their_own():
     recorder = make(buffer_size=64)
     recorder.start_record()
-    meet = threading.Barrier(4, timeout=60)
+    meet = threading.Barrier(4, timeout=20)
 
     def run(thread):
         for number in range(8):
@@ -771,9 +771,11 @@ def test_dumps_from_another_thread_lose_and_double_nothing():
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(dump)
-        for number in range(60):
-            hooked(recorder, number, {"n": number}, number)
-        done.set()
+        try:
+            for number in range(60):
+                hooked(recorder, number, {"n": number}, number)
+        finally:
+            done.set()
         other.result()
     dumps.append(recorder.dump_record("object"))
     ids = np.concatenate([one["forward_pass_id"] for one in dumps]).tolist()
