@@ -322,7 +322,7 @@ def trim(record: dict[str, Any]) -> None:
 
 def capturing() -> bool:
     """Whether a CUDA graph is captured on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def to_host(value: Any) -> Any:

@@ -348,7 +348,9 @@ class _Recorder(ExpertDistributionRecorder):
 
     def _own(self, function: str) -> None:
         """A forward pass fills one set of buffers: it belongs to the thread that began it."""
-        if self._thread not in (None, threading.get_ident()):
+        if torch.compiler.is_compiling() or self._thread is None:
+            return
+        if self._thread != threading.get_ident():
             raise RuntimeError(
                 f"{function}: a recorder must be used by one thread at a time; got a call from another "
                 "while a forward pass is in progress. Call it between passes, or make a recorder for "
