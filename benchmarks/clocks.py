@@ -133,7 +133,9 @@ def compile_together(
         for i, (jitted, arguments) in enumerate(programs):
             try:
                 compiling[i] = pool.submit(jitted.lower(*arguments).compile)
-            except Exception as error:  # one that cannot be built must not cost the others their run
+            except (
+                Exception
+            ) as error:  # one that cannot be built must not cost the others their run
                 failed[i] = error
         for i, compiled in compiling.items():
             failed[i] = compiled.exception()
@@ -157,7 +159,7 @@ def compile_all(steps: Sequence[Step]) -> list[Program]:
 
 
 def wall(program: Program, way: str, *, executions: int, rounds: int) -> list[float]:
-    """µs per call by the host's clock, one value per round of `executions` steps, after one that is not timed.
+    """µs per call by the host's clock, a value per round of `executions` steps, after one that is not timed.
 
     No profiler runs. The carry that came out is checked.
     """
@@ -182,7 +184,7 @@ class Traced:
         spans_us: first start to last end of all its kernels and copies, host copies included, per call.
         kernels: kernels, device copies and fills per call, of each execution.
         host_copies: copies between host and device per call, of each execution.
-        graphs: CUDA graphs of XLA launched, updated, and left out because of the profiler, on all devices.
+        graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler, on all devices.
     """
 
     spans_us: list[float]

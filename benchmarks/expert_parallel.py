@@ -3,16 +3,18 @@
 python -m benchmarks.expert_parallel --output benchmarks/results/expert_parallel/h200-x2-clocks.jsonl
 
 Everything that does the job is first held against the dense sum in NumPy. Then jitted steps are timed
-(`benchmarks.clocks`): a chain of pairs, each result the next pair's input. "low_latency" sends fp8 and its scales
-and gets bfloat16 back, "normal" sends bfloat16 both ways. No expert runs; what a rank hands to combine is an
-argument, tied to what it has received. Beside our transports stand
+(`benchmarks.clocks`): a chain of pairs, each result the next pair's input. "low_latency" sends fp8 and its
+scales and gets bfloat16 back, "normal" sends bfloat16 both ways. No expert runs; what a rank hands to combine
+is an argument, tied to what it has received. Beside our transports stand
 
-- "plain job": the same job in jax.numpy on plain collectives: quantise, exchange, lay out; weight, exchange, add
-  up. Rows are laid out by expert without gaps (as `ragged_dot` takes them), or in the masked layout's boxes;
-- "bare": the two exchanges of the same dense bytes and nothing else.
+- "plain job": the same job in jax.numpy on plain collectives: quantise, exchange, lay out; weight, exchange,
+  add up. Rows are laid out by expert without gaps (as `ragged_dot` takes them), or in the masked layout's
+  boxes;
+- "bare": the two exchanges of the same dense bytes and nothing else;
+- "nothing": what every step has beside, the small kernel that reads an element of what was received.
 
 Each launch (flags of XLA) is a process of its own. Ragged: `--transports ragged_all_to_all --launches
-ragged-decomposed`. With --packing our rows are also sent in one message, and x by itself, whatever their size.
+ragged-decomposed`. With --packing our rows are also sent in one message, and x by itself, whatever the size.
 """
 
 import argparse

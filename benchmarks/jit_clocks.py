@@ -23,7 +23,9 @@ from benchmarks import clocks, masked_quant, peers  # noqa: E402
 from benchmarks.cases import Case, expected  # noqa: E402
 
 CALLS = 58  # layers of DeepSeek-V3
-COMPOSITE_CALLS = 8  # of a composite of ten kernels and more: what a jit call costs is small beside it
+COMPOSITE_CALLS = (
+    8  # of a composite of ten kernels and more: what a jit call costs is small beside it
+)
 CASES = (
     Case(num_pairs=64, num_experts=256, block_size=16),
     Case(num_pairs=1024, num_experts=256, block_size=16),

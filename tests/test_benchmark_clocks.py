@@ -170,6 +170,7 @@ def two_steps():
         ],
         "XLA device 1": [
             ("command_buffer::update", 951.0, 20.0),
+            ("command_buffer::initialize#device=1#", 940.0, 5.0),
             ("command_buffer::execute", 981.0, 5.0),
         ],
     }
@@ -185,11 +186,11 @@ def test_a_trace_gives_spans_with_host_copies_and_graphs():
     assert first.spans_us == pytest.approx([(1013 - 990) / 2, 13 / 2])
     assert first.kernels == [1, 1] and first.host_copies == [1, 0]
     assert first.graphs == [
-        {"launched": 2, "updated": 2, "left_out": 0},
-        {"launched": 1, "updated": 0, "left_out": 0},
+        {"launched": 2, "updated": 2, "recorded": 1, "left_out": 0},
+        {"launched": 1, "updated": 0, "recorded": 0, "left_out": 0},
     ]
     assert second.spans_us == pytest.approx([14 / 2, 16 / 2]) and second.kernels == [1.5, 1.5]
-    assert second.graphs[0] == {"launched": 0, "updated": 0, "left_out": 1}
+    assert second.graphs[0] == {"launched": 0, "updated": 0, "recorded": 0, "left_out": 1}
     row = clocks._span_row(counting("ours"), first)
     assert (row["clock"], row["way"], row["first_us"], row["us"]) == ("span", "donated", 11.5, 9.0)
     assert (row["kernels"], row["host_copies"], row["graphs_updated"]) == (1, 0.5, 1)

@@ -222,7 +222,7 @@ def test_span_leaves_out_derived_lines():
 
 @pytest.mark.parametrize("stream", ["Stream #14(Compute,MemcpyH2D)", "Stream #15(MemcpyH2D)"])
 def test_span_counts_host_copies(stream):
-    """The first execution copies metadata 5 µs ahead of its first kernel, the second one 6 behind its last."""
+    """The first execution copies metadata 5 µs ahead of its first kernel, the second 6 behind its last."""
     copies = [("MemcpyH2D", -5.0 + 100, 1.0), ("Memcpy (HtoD)", 5011.0 + 6 + 100, 2.0)]
     later = [(kernel, start + 100, length) for kernel, start, length in executions_of(4)]
     lines = {"Stream #14(Compute,MemcpyH2D)": later}

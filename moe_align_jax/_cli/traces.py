@@ -33,6 +33,7 @@ _HOST_COPY = re.compile(r"memcpy\s*\(?(h2d|d2h|htod|dtoh)", re.IGNORECASE)
 GRAPH_EVENTS = {
     "launched": "command_buffer::execute",
     "updated": "command_buffer::update",
+    "recorded": "command_buffer::initialize",
     "left_out": "WARNING: CommandBuffer disabled when profiling",
 }
 
@@ -106,9 +107,7 @@ def gpu_events(profile: Any, device: int = 0) -> list[Event]:
     streams = [line for line in lines if line.name.lower().startswith("stream")]
     streams = streams or [line for line in lines if line.name not in _DERIVED_LINES]
     events = [
-        Event(event.name, event.start_ns, event.end_ns)
-        for line in streams
-        for event in line.events
+        Event(event.name, event.start_ns, event.end_ns) for line in streams for event in line.events
     ]
     return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
 
@@ -136,8 +135,8 @@ def split_at_pauses(events: Sequence[Event], *, pause_ns: float) -> list[list[Ev
 
 
 def graphs_during(profile: Any, annotation: str) -> list[dict[str, int]]:
-    """Per `jax.profiler.TraceAnnotation` of that name, in order: how many CUDA graphs XLA launched, updated
-    and, because a profiler ran, left out meanwhile. All devices of the process together."""
+    """Per `jax.profiler.TraceAnnotation` of that name, in order: how many CUDA graphs XLA launched, updated,
+    recorded ahead of the step and, because a profiler ran, left out. All devices of the process together."""
     windows: list[Event] = []
     graphs: list[tuple[str, float]] = []
     for plane in profile.planes:
