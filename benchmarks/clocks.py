@@ -184,7 +184,8 @@ class Traced:
         spans_us: first start to last end of all its kernels and copies, host copies included, per call.
         kernels: kernels, device copies and fills per call, of each execution.
         host_copies: copies between host and device per call, of each execution.
-        graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler, on all devices.
+        graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler; of all
+            devices together.
     """
 
     spans_us: list[float]

@@ -98,7 +98,7 @@ class Exchange(NamedTuple):
 
     Attributes:
         name: the provider.
-        out: `(x, ids, weights) -> (received, handle)`: what a grouped GEMM reads, and what the way back needs.
+        out: `(x, ids, weights) -> (received, handle)`: what a grouped GEMM reads, what the way back needs.
         back: `(y, handle) -> [T, H]`.
         rows: shape of y, what the rank's experts hand back.
         experts: `(received, handle, scale) -> y` of a layer whose local expert i multiplies by scale[i]; None
@@ -162,7 +162,10 @@ def _ones(size: Size, ranks: int, ids: np.ndarray, weights: np.ndarray) -> np.nd
     if size.mode == "low_latency":
         return weights.sum(1, keepdims=True)
     owner = ids // (size.experts // ranks)
-    return sum((owner == rank).any(1, keepdims=True).astype(np.float32) for rank in range(ranks))
+    return sum(
+        ((owner == rank).any(1, keepdims=True).astype(np.float32) for rank in range(ranks)),
+        start=np.zeros((len(ids), 1), np.float32),
+    )
 
 
 # -- the same job on plain collectives ---------------------------------------------------------------------
@@ -325,7 +328,7 @@ def nothing(size: Size) -> Exchange:
 def exchanges(
     size: Size, ranks: int, platform: str, transports: Sequence[str], packing: bool
 ) -> Iterator[Exchange]:
-    """The most telling ones first."""
+    """The most telling ones first. Our kernels are left out where there is no GPU."""
     transports = [t for t in transports if platform == "gpu" or t not in GPU_TRANSPORTS]
     for transport in transports[:1]:
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
@@ -437,6 +440,13 @@ def _within(got: np.ndarray, want: np.ndarray, limit: float, what: str) -> float
 # -- steps ------------------------------------------------------------------------------------------------
 
 
+def wanted(mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace) -> list[Exchange]:
+    """Those that the options ask for: whose name begins with one of `--providers`."""
+    transports, beginnings = options.transports.split(","), tuple(options.providers.split(";"))
+    every = exchanges(size, mesh.size, _platform(mesh), transports, options.packing)
+    return [exchange for exchange in every if exchange.name.startswith(beginnings)]
+
+
 def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) -> clocks.Step:
     """`((x, ids), weights, y) -> (x, ids)` through a chain of pairs: what is sent back exists only after what
     was received, and each pair sends what came back from the one before. An element of everything received is
@@ -483,8 +493,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     ranks, platform = mesh.size, _platform(mesh)
     calls = options.calls or calls_of(size, platform, options.quick)
-    transports = options.transports.split(",")
-    chosen = [*exchanges(size, ranks, platform, transports, options.packing), nothing(size)]
+    chosen = [*wanted(mesh, size, options), nothing(size)]
     steps = [step(mesh, size, exchange, calls) for exchange in chosen]
     out_bytes, back_bytes = size.row_bytes
     ids = np.asarray(size.arguments(mesh)[1])
@@ -520,6 +529,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--devices", type=int, help="of those there are; all by default")
     parser.add_argument("--transports", default=",".join(TRANSPORTS))
+    parser.add_argument(
+        "--providers", default="", help='by how their names begin: "ours, nvlink;bare"'
+    )
     parser.add_argument("--packing", action="store_true", help="with and without one message")
     parser.add_argument("--calls", type=int, help="pairs in a step")
     parser.add_argument("--check-tokens", type=int, default=64, help="tokens per rank of the check")
@@ -536,9 +548,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The flags of a launch change no value: one launch holds a layer to NumPy, every one what its steps give.
     first = options.launch == options.launches.split(",")[0]
     for mode in ("low_latency", "normal") if first else ():
-        size, transports = Size(mode, options.check_tokens, **sizes), options.transports.split(",")
-        chosen = exchanges(size, mesh.size, _platform(mesh), transports, options.packing)
-        for row in verify(mesh, size, list(chosen)):
+        size = Size(mode, options.check_tokens, **sizes)
+        for row in verify(mesh, size, wanted(mesh, size, options)):
             failed |= row["note"].startswith("WRONG")
             keep(row)
     for case in options.cases.split(","):

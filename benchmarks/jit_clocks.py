@@ -252,13 +252,14 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list
     """(case, what makes its steps), the most telling ones first."""
     cases = QUICK_CASES if options.quick else CASES
     calls = options.calls or CALLS
-    for case in cases:
+    parts = options.parts.split(",")
+    for case in cases if "alignment" in parts else ():
         yield case.name, lambda c=case: alignment_steps(c, calls, min(calls, COMPOSITE_CALLS))
     first = cases[min(1, len(cases) - 1)]
-    for implementation in ("mosaic_gpu", "xla")[: 1 if options.gpu else 2]:
+    for implementation in (("mosaic_gpu", "xla")[not options.gpu],) * ("recorder" in parts):
         name = f"pass of {calls} alignments {first.name}, {implementation}"
         yield name, lambda i=implementation: recorder_steps(first, calls, i)
-    for size in QUICK_MASKED if options.quick else MASKED:
+    for size in (QUICK_MASKED if options.quick else MASKED) * ("masked" in parts):
         yield f"masked {size.name}", lambda s=size: masked_steps(s, ("mosaic_gpu", "xla"))
 
 
@@ -268,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     clocks.add_arguments(parser, budget=95, launches="default,no-graphs")
     parser.add_argument("--calls", type=int, help="alignments in a step")
+    parser.add_argument("--parts", default="alignment,recorder,masked")
     options = parser.parse_args(argv)
     if options.launch is None:
         given = sys.argv[1:] if argv is None else argv
