@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import clocks, expert_parallel, jit_clocks, masked_quant
+from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant
 from benchmarks.cases import Case
 from moe_align_jax._cli.demo import plain_loop
 
@@ -272,16 +272,16 @@ SMALL = ["--hidden", "256", "--experts", "8", "--top-k", "2", "--devices", "2", 
 def mesh_of(count):
     axis_types = (jax.sharding.AxisType.Auto,)
     devices = jax.devices()[:count]
-    return jax.make_mesh((count,), (expert_parallel.AXIS,), axis_types, devices=devices)
+    return jax.make_mesh((count,), (exchanges.AXIS,), axis_types, devices=devices)
 
 
 def chosen(size, ranks, packing=False):
-    return list(expert_parallel.exchanges(size, ranks, "cpu", ("all_to_all",), packing))
+    return list(exchanges.every(size, ranks, "cpu", ("all_to_all",), packing))
 
 
 @pytest.mark.parametrize("mode", ["low_latency", "normal"])
 def test_every_exchange_is_right_and_a_wrong_one_is_found(mode):
-    mesh, size = mesh_of(4), expert_parallel.Size(mode, 6, **SIZES)
+    mesh, size = mesh_of(4), exchanges.Size(mode, 6, **SIZES)
     every = chosen(size, 4)
     names = [e.name for e in every]
     assert "ours, all_to_all" in names and len([n for n in names if n.startswith("bare")]) == 2
@@ -302,9 +302,9 @@ def test_every_exchange_is_right_and_a_wrong_one_is_found(mode):
 @pytest.mark.parametrize("mode", ["low_latency", "normal"])
 def test_a_step_makes_every_exchange_and_its_result_is_checked(mode):
     """No collective may be dropped because nothing reads what it has brought."""
-    mesh, size, calls = mesh_of(2), expert_parallel.Size(mode, 4, **SIZES), 3
+    mesh, size, calls = mesh_of(2), exchanges.Size(mode, 4, **SIZES), 3
     every = [e for e in chosen(size, 2) if "boxes" not in e.name]
-    every.append(expert_parallel.nothing(size))
+    every.append(exchanges.nothing(size))
     programs = clocks.compile_all([expert_parallel.step(mesh, size, e, calls) for e in every])
     for program in programs:
         assert program.error is None
@@ -320,9 +320,9 @@ def test_a_step_makes_every_exchange_and_its_result_is_checked(mode):
 
 
 def test_bytes_of_a_case():
-    size = expert_parallel.Size("low_latency", 128)
+    size = exchanges.Size("low_latency", 128)
     assert size.row_bytes == (7168 + 224 + 64, 14336)
-    assert expert_parallel.Size("normal", 4096).row_bytes == (14336 + 64, 14336)
+    assert exchanges.Size("normal", 4096).row_bytes == (14336 + 64, 14336)
 
 
 def test_rows_of_expert_parallelism(tmp_path, capsys):
@@ -343,8 +343,8 @@ def test_rows_of_expert_parallelism(tmp_path, capsys):
 
 
 def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
-    real = expert_parallel._ones
-    monkeypatch.setattr(expert_parallel, "_ones", lambda *a: real(*a) * 1.5)
+    real = exchanges._ones
+    monkeypatch.setattr(exchanges, "_ones", lambda *a: real(*a) * 1.5)
     given = [*SMALL, "--cases", "low_latency:2", "--check-tokens", "2", "--launch", "no-graphs"]
     given += ["--providers", "ours, all_to_all;plain job, all_to_all, sorted;bare all_to_all"]
     out = tmp_path / "rows.jsonl"
