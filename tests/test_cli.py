@@ -208,17 +208,43 @@ def test_span_is_first_start_to_last_end_over_calls():
     assert spans.kernels_per_call == 1 and spans.note == ""
 
 
-def test_span_leaves_out_derived_lines_and_host_copies():
-    noise = [("MemcpyH2D", 2000.0, 1.0), ("MemcpyD2H", 9000.0, 1.0)]
+def test_span_leaves_out_derived_lines():
     profile = gpu_trace(
         {
-            "Stream #14(Compute,MemcpyH2D)": executions_of(4) + noise,
+            "Stream #14(Compute)": executions_of(4),
             "XLA Ops": [("fusion", 0.0, 20000.0)],
             "XLA Modules": [("jit_program", 0.0, 20000.0)],
         }
     )
     spans = traces.span_per_call(traces.gpu_events(profile), executions=3, calls=4)
     assert spans.us_per_call == pytest.approx([(3 * 3 + 2) / 4] * 3)
+
+
+@pytest.mark.parametrize("stream", ["Stream #14(Compute,MemcpyH2D)", "Stream #15(MemcpyH2D)"])
+def test_span_counts_host_copies(stream):
+    """The first execution copies metadata 5 µs ahead of its first kernel, the second 6 behind its last."""
+    copies = [("MemcpyH2D", -5.0 + 100, 1.0), ("Memcpy (HtoD)", 5011.0 + 6 + 100, 2.0)]
+    later = [(kernel, start + 100, length) for kernel, start, length in executions_of(4)]
+    lines = {"Stream #14(Compute,MemcpyH2D)": later}
+    lines[stream] = lines.get(stream, []) + copies
+    events = traces.gpu_events(gpu_trace(lines))
+    spans = traces.span_per_call(events, executions=3, calls=1)
+    assert spans.us_per_call == pytest.approx([16, 19, 11]) and spans.note == ""
+    assert [traces.is_host_copy(event) for event in events].count(True) == 2
+    [by_gaps] = traces.spans_in_order(events, executions=3, calls=[1])
+    assert by_gaps.us_per_call == pytest.approx([16, 19, 11])
+
+
+def test_events_are_those_of_one_gpu():
+    text = "".join(
+        f'planes {{ id: {i} name: "/device:GPU:{i}" lines {{ id: 0 name: "Stream #1" timestamp_ns: 0 '
+        f"events {{ metadata_id: 1 offset_ps: {i} duration_ps: 5000 }} }} "
+        f'event_metadata {{ key: 1 value {{ id: 1 name: "k{i}" }} }} }} '
+        for i in (1, 10, 11)
+    )
+    profile = jax.profiler.ProfileData.from_text_proto(text)
+    assert [e.name for e in traces.gpu_events(profile, 1)] == ["k1"]
+    assert traces.gpu_events(profile, 0) == []
 
 
 def test_span_takes_other_lines_where_none_is_called_a_stream():
