@@ -5,13 +5,12 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _export
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
 
 if TYPE_CHECKING:
@@ -19,10 +18,7 @@ if TYPE_CHECKING:
 
 _I32 = jnp.int32
 
-# So that an exported program that returns it can be serialised.
-jax.export.register_namedtuple_serialization(
-    AlignedBlocks, serialized_name="moe_align_jax.AlignedBlocks"
-)
+_export.register_namedtuple(AlignedBlocks)
 
 
 def moe_align_block_size(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax import _checks, _files, eplb
+from moe_align_jax import _checks, _export, _files, eplb
 from moe_align_jax._eplb import loads, maps
 from moe_align_jax._eplb.maps import fail
 
@@ -290,7 +290,9 @@ class ExpertLocation:
         return jax.tree.map(replace, self, other)
 
 
-jax.tree_util.register_dataclass(
+_export.register_namedtuple(eplb.ExpertMoves)
+_export.register_namedtuple(eplb.ExpertPlacement)
+_export.register_dataclass(
     ExpertLocation,
     data_fields=[
         "physical_to_logical_map",

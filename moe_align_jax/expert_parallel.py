@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _export
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
@@ -52,6 +52,7 @@ from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
+@_export.register_namedtuple
 class DispatchHandle(NamedTuple):
     """What `combine` needs to bring results home. Its fields may change; pass it on as it is.
 
@@ -72,6 +73,7 @@ class DispatchHandle(NamedTuple):
     topk_ids: Any
 
 
+@_export.register_namedtuple
 class Dispatched(NamedTuple):
     """What a rank receives; by mode, the fields that do not apply are None.
 

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from moe_align_jax import _checks, block_align
+from moe_align_jax import _checks, _export, block_align
 from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
 
 
+@_export.register_namedtuple
 class MaskedLayout(NamedTuple):
     """Where each pair stands in the `[e, M, ...]` layout.
 
@@ -43,6 +44,7 @@ class MaskedLayout(NamedTuple):
     pair_of_row: Any
 
 
+@_export.register_namedtuple
 class ContiguousLayout(NamedTuple):
     """Where each pair stands in the `[P, ...]` layout of padded segments.
 

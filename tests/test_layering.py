@@ -16,13 +16,14 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax": set(),  # __init__: names are resolved on first use
     "moe_align_jax.types": set(),
     "moe_align_jax._checks": set(),
+    "moe_align_jax._export": set(),
     "moe_align_jax._fits": {"moe_align_jax.types"},
     "moe_align_jax._tuning": {"moe_align_jax._fits", "moe_align_jax.types"},
     "moe_align_jax._files": {"moe_align_jax._checks"},
     "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_location": {
-        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files", "eplb")
+        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_export", "_files", "eplb")
     },
     "moe_align_jax.expert_weights": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_dispatch": {
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._reference.replicas",
     },
     "moe_align_jax.block_align": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "types")),
         "lazily moe_align_jax.expert_dispatch",
     },
     "moe_align_jax._dispatch": {
@@ -64,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_export")),
+        *(f"moe_align_jax._recorder.{m}" for m in ("arguments", "rows")),
     },
     "moe_align_jax.recorder": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "expert_load")),
@@ -73,13 +75,13 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "eplb.balancedness")),
     },
     "moe_align_jax.masked_layout": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "block_align")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_export", "_expert_parallel", "block_align")),
     },
     "moe_align_jax.expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "masked_layout")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_export", "_expert_parallel", "masked_layout")),
     },
     "moe_align_jax._expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_expert_parallel")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_expert_parallel")),
         *(f"moe_align_jax.{m}" for m in ("_kernels.peer_rows", "_simt.language", "block_align")),
         *("moe_align_jax._quant", "moe_align_jax._reference.masked_quant"),
         "lazily moe_align_jax._simt.mosaic",
