@@ -12,6 +12,9 @@ if "jax.core" in sys.modules:
     # step's first trace, where a name of ours may be resolved, it would have that step traced again.
     importlib.import_module("jax.extend.core")
 
+# Notes from now on whether a fork leaves jax behind in the parent.
+importlib.import_module("moe_align_jax._fork")
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {

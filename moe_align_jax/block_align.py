@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _dispatch, _export
+from moe_align_jax import _checks, _dispatch, _export, _fork
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def moe_align_block_size(
             the location's, or its layer or GPU is not chosen.
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit
             at lowering); the message says why.
+        RuntimeError: this process was forked while jax was running, so that the call would hang.
 
     Example:
         >>> out = moe_align_block_size(jnp.array([[2, 3], [1, 2], [1, 3]]), block_size=4, num_experts=4)
@@ -93,6 +94,7 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     function = "moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     num_experts = _checks.check_num_experts(function, num_experts)
     _dispatch.check_implementation(function, implementation)
@@ -276,6 +278,7 @@ def batched_moe_align_block_size(
     Source: contract of vLLM 0.33 `batched_moe_align_block_size` (Apache-2.0); no code taken.
     """
     function = "batched_moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     max_tokens_per_batch = _checks.check_positive_int(
         function,
@@ -334,7 +337,9 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array,
         >>> padded_group_sizes(out, block_size=4).tolist()
         [0, 4, 4, 4]
     """
-    block_size = _checks.check_block_size("padded_group_sizes", block_size)
+    function = "padded_group_sizes"
+    _fork.check(function)
+    block_size = _checks.check_block_size(function, block_size)
     counts = aligned.tokens_per_expert
     return (counts + (block_size - 1)) // block_size * block_size
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_align_jax import _checks, _export
+from moe_align_jax import _checks, _export, _fork
 from moe_align_jax._recorder import arguments
 from moe_align_jax._recorder.rows import (
     HEADER,
@@ -77,6 +77,7 @@ class ExpertLoad:
     def _controlled(self, keep: list, add: list) -> "ExpertLoad":
         if self.layout is None:
             return self
+        _fork.check("ExpertLoad")
         control = _masked(self.control, np.array([keep], np.int32), np.array([add], np.int32))
         if self.control.committed:
             # Named as before, so that a jitted step is not traced again.
@@ -152,6 +153,7 @@ def init_expert_load(
     Source: SGLang `srt/eplb/expert_distribution.py` (Apache-2.0), its modes; no code taken.
     """
     function = "init_expert_load"
+    _fork.check(function)
     if mode is None:
         return ExpertLoad(None, None)
     if mode not in MODES:
@@ -264,6 +266,7 @@ def record_expert_load(
         [[[0, 1, 1, 1], [0, 1, 1, 1]]]
     """
     function = "record_expert_load"
+    _fork.check(function)
     layout = load.layout
     if layout is None:
         return load
@@ -316,9 +319,11 @@ def commit_expert_load(
     """
     if load.layout is None:
         return load
+    function = "commit_expert_load"
+    _fork.check(function)
     pending = [load.pending.get(str(layer)) for layer in range(load.layout.num_layers)]
     load = dataclasses.replace(load, pending={})
-    return _commit("commit_expert_load", load, pending, physical_to_logical_map, forward_pass_id)
+    return _commit(function, load, pending, physical_to_logical_map, forward_pass_id)
 
 
 def collect_expert_load(load: ExpertLoad) -> LoadRecord:
@@ -342,6 +347,7 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
         >>> record.physical_count.tolist(), record.logical_count.tolist()
         ([[[5, 6, 7]]], [[[12, 6]]])
     """
+    _fork.check("collect_expert_load")
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
         raise ValueError(_checks.message("collect_expert_load", "load", rule, None, remedy))
@@ -357,6 +363,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     Returns:
         N, the passes recorded, and `[min(N, most), L, Ep]` int64, oldest first, summed over the shards.
     """
+    _fork.check("metrics")
     layout = load.layout
     assert layout is not None
     parts = _parts(load.ring)

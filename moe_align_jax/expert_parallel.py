@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks, _export
+from moe_align_jax import _checks, _export, _fork
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
@@ -173,6 +173,7 @@ def dispatch(
     Source: the contract of DeepEP's dispatch and low_latency_dispatch (MIT); no code taken.
     """
     function = "dispatch"
+    _fork.check(function)
     size = check_axis_size(function, axis_name)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
@@ -284,6 +285,7 @@ def combine(
     Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.
     """
     function = "combine"
+    _fork.check(function)
     if not isinstance(handle, DispatchHandle):
         rule, got = "be a DispatchHandle", _checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from moe_align_jax import _checks, _export, block_align
+from moe_align_jax import _checks, _export, _fork, block_align
 from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
@@ -104,6 +104,7 @@ def permute_to_masked(
     Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
     """
     function = "permute_to_masked"
+    _fork.check(function)
     num_experts = _checks.check_num_experts(function, num_experts)
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
@@ -183,6 +184,7 @@ def unpermute_from_masked(
         [[7.5], [60.0]]
     """
     function = "unpermute_from_masked"
+    _fork.check(function)
     check_layout(function, layout, MaskedLayout, "permute_to_masked")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -227,6 +229,7 @@ def permute_to_contiguous(
     Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
     """
     function = "permute_to_contiguous"
+    _fork.check(function)
     num_experts = _checks.check_num_experts(function, num_experts)
     alignment = _checks.check_positive_int(
         function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
@@ -316,6 +319,7 @@ def unpermute_from_contiguous(
         [[20.0], [20.0]]
     """
     function = "unpermute_from_contiguous"
+    _fork.check(function)
     check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)

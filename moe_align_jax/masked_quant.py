@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _fork
 from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem, ScaleFormat, ScaleLayout
 from moe_align_jax.types import Implementation, Selection
 
@@ -86,6 +86,7 @@ def silu_and_mul_masked_quant(
     code taken.
     """
     function = MaskedQuantProblem.name
+    _fork.check(function)
     _dispatch.check_implementation(function, implementation)
     x, masked_m = _check_arrays(function, x, masked_m)
     problem = make_problem(
