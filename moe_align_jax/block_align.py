@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from moe_align_jax import _checks, _dispatch, _export, _fork
+from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
-
-if TYPE_CHECKING:
-    from moe_align_jax.expert_location import ExpertLocation
 
 _I32 = jnp.int32
 
@@ -31,7 +29,7 @@ def moe_align_block_size(
     pad_sorted_ids: bool = False,
     num_valid_pairs: int | Int[Array, ""] | None = None,
     return_inverse: bool = False,
-    expert_location: "ExpertLocation | None" = None,
+    expert_location: ExpertLocation | None = None,
     layer: int | Int[Array, ""] | None = None,
     num_fused_shared_experts: int = 0,
     implementation: Implementation | None = None,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks, _export, _fork
+from moe_align_jax import _checks, _dispatch, _export, _fork
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
@@ -339,7 +339,7 @@ def select_transport(
         `TransportChoice(transport, mode, reasons)`.
 
     Raises:
-        TypeError: a size is not an int.   ValueError: a size, mode or transport is out of range.
+        TypeError: a size is not an int.   ValueError: a size, mode, platform or transport is out of range.
         NotImplementedError: the named transport cannot run there; or what dispatch would raise over the mesh.
 
     Example:
@@ -354,6 +354,8 @@ def select_transport(
     if num_tokens != 0:
         _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
     chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
+    if platform is not None:
+        _dispatch.check_platform(function, platform)
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(manual(mesh)):
         platform = platform or mesh_platform()
         choice = choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)

@@ -118,7 +118,7 @@ def select_quant_implementation(
     Args:
         shape: of x, `(e, M, 2 N)`.
         dtype: of x.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: as for `select_implementation`.
         implementation: as for `silu_and_mul_masked_quant`.
         options: its other options.
 
@@ -139,8 +139,7 @@ def select_quant_implementation(
     _dispatch.check_implementation(function, implementation)
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = _dispatch.check_platform(function, platform)
     choice = _choose(function, problem, platform, implementation)
     reasons = {}
     for other in _dispatch.IMPLEMENTATIONS:

@@ -84,7 +84,7 @@ def test_step_equals_a_loop_over_tokens_and_records_what_it_did(example):
 
 
 def test_a_run_balances_the_stream_and_compiles_once(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     picture = tmp_path / "load.png"
     command = [sys.executable, str(FOLDER / "expert_rebalancing.py"), "--picture", str(picture)]
     command += ["--passes", "16", "--every", "4", "--layers", "1", "--hidden", "8"]

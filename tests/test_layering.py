@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax.block_align": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_fork", "types")),
+        "moe_align_jax.expert_location",
         "lazily moe_align_jax.expert_dispatch",
     },
     "moe_align_jax._dispatch": {
@@ -84,7 +85,8 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._expert_parallel",
     },
     "moe_align_jax.expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_export", "_fork", "masked_layout")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_fork")),
+        "moe_align_jax.masked_layout",
         "moe_align_jax._expert_parallel",
     },
     "moe_align_jax._expert_parallel": {

@@ -19,6 +19,17 @@ from moe_align_jax import _checks, _fork
 
 if TYPE_CHECKING:
     import jax
+else:
+
+    class _Jax:
+        """jax, for who reads an annotation (typing.get_type_hints): it is imported then, not before."""
+
+        def __getattr__(self, name: str) -> Any:
+            import jax
+
+            return getattr(jax, name)
+
+    jax = _Jax()
 
 # XLA's own rule for sharing CPU memory. On CUDA, XLA refuses to run a program on arguments that are
 # not on 16 bytes ("Address of buffer ... must be a multiple of 10"), and a Mosaic GPU kernel is

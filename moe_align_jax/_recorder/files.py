@@ -76,7 +76,8 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise ImportError(
             "ExpertDistributionRecorder: file_format must be one that is installed; got a table. "
-            "Install the extra: pip install 'moe-align-jax[arrow]'."
+            "Install the extra: pip install 'moe-align-jax[arrow]' (in a checkout: "
+            "pip install -e '.[arrow]')."
         ) from error
     return pyarrow
 

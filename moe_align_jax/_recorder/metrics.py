@@ -72,7 +72,8 @@ class Gauges:
         except ImportError as error:
             raise ImportError(
                 "ExpertDistributionRecorder: registry must find prometheus-client; got none. "
-                "Install the extra: pip install 'moe-align-jax[metrics]'."
+                "Install the extra: pip install 'moe-align-jax[metrics]' (in a checkout: "
+                "pip install -e '.[metrics]')."
             ) from error
         self._balancedness = Gauge(
             "moe_align_expert_balancedness",
