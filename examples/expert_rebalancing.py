@@ -235,7 +235,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG of the load of each GPU")
     options = parser.parse_args()
     if not 1 <= options.top_k <= options.experts:
-        parser.error(f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}")
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
 
     if options.picture:
         try:  # now, not after all the passes

@@ -325,7 +325,7 @@ def check_platform(function: str, platform: str | None) -> str:
         platform = jax.default_backend()
     if platform == "gpu":
         return "cuda"
-    if platform not in PLATFORMS and platform not in {d.platform for d in jax.devices()}:
+    if platform not in PLATFORMS and platform not in [d.platform for d in jax.devices()]:
         names = ", ".join(map(repr, ("gpu", *PLATFORMS)))
         remedy = "Leave it out for this process's default."
         rule = f"be None or one of {names}"

@@ -27,9 +27,7 @@ def register_static_field[T](cls: type[T]) -> type[T]:
 
 def register_namedtuple[T](cls: type[T]) -> type[T]:
     """For a NamedTuple, which is a pytree as it stands: all its fields are children."""
-    return jax.export.register_namedtuple_serialization(
-        cls, serialized_name=_PREFIX + cls.__name__
-    )
+    return jax.export.register_namedtuple_serialization(cls, serialized_name=_PREFIX + cls.__name__)
 
 
 def register_static[T](cls: type[T]) -> type[T]:

@@ -79,7 +79,9 @@ for line, code in blocks:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A folder with what the wheel installs."""
-    pytest.importorskip("hatchling", reason="the extra test is not installed: no wheel can be built")
+    pytest.importorskip(
+        "hatchling", reason="the extra test is not installed: no wheel can be built"
+    )
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -157,7 +159,9 @@ def commands(page: str):
     for line, block in blocks(page, "", "sh", "bash", "shell", "console"):
         lines = [re.sub(r"(^|\s)#.*", "", x) for x in block.replace("\\\n", " ").splitlines()]
         found = [re.sub(r"^\$ ", "", x).split() for x in lines if x.strip()]
-        found = [words[next((i for i, w in enumerate(words) if "=" not in w), 0) :] for words in found]
+        found = [
+            words[next((i for i, w in enumerate(words) if "=" not in w), 0) :] for words in found
+        ]
         if found and found[0][0] in COMMANDS:  # else a picture, or a list of files
             yield from ((line, words) for words in found)
     prose = FENCE.sub("", text)

@@ -1,4 +1,4 @@
-"""Programs that take or return our types, written by jax.export and read again: the same structure and bits."""
+"""Programs that take or return our types, written by jax.export and read again: structure and bits."""
 
 import dataclasses
 import subprocess

@@ -24,12 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_location": {
-        f"moe_align_jax.{m}"
-        for m in ("_checks", "_eplb", "_export", "_files", "_fork", "eplb")
+        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_export", "_files", "_fork", "eplb")
     },
-    "moe_align_jax.expert_weights": {
-        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_fork")
-    },
+    "moe_align_jax.expert_weights": {f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_fork")},
     "moe_align_jax.expert_dispatch": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_fork", "block_align")),
         "moe_align_jax.expert_location",

@@ -61,7 +61,9 @@ def gpu_experience() -> str:
     """What of the kernels we have run on a GPU under this jax; "" when that is everything."""
     if (ran := JAX_RUN_ON_A_GPU.get(jax_version())) is None:
         known = ", ".join(".".join(map(str, v)) for v in JAX_RUN_ON_A_GPU)
-        return f"with jax {jax.__version__}: lowered only, never run on a GPU of ours ({known} were)"
+        return (
+            f"with jax {jax.__version__}: lowered only, never run on a GPU of ours ({known} were)"
+        )
     return ran and f"with jax {jax.__version__}: run on GPUs of ours in part: {ran}"
 
 
