@@ -143,6 +143,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=16)
     options = parser.parse_args()
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
 
     key_params, key_x = jax.random.split(jax.random.key(0))
     params = init(

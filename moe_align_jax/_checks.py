@@ -62,7 +62,7 @@ def check_static_bool(function: str, argument: str, value: object, remedy: str) 
 
 
 def check_positive_int(function: str, argument: str, value: object, remedy: str) -> int:
-    """A static Python int (or NumPy integer) >= 1, as an int."""
+    """A static Python int (or NumPy integer) in [1, 2**31 - 1], as an int: sizes and offsets are int32."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -74,6 +74,8 @@ def check_positive_int(function: str, argument: str, value: object, remedy: str)
         ) from None
     if number < 1:
         raise ValueError(message(function, argument, "be at least 1", number, remedy))
+    if number > INT32_MAX:
+        raise ValueError(message(function, argument, "be at most 2**31 - 1", number, remedy))
     return number
 
 

@@ -27,6 +27,8 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # The jax releases whose Mosaic GPU lowering our kernels were checked with: [oldest, first unknown).
 OLDEST_JAX, UNKNOWN_JAX = (0, 11, 2), (0, 13, 0)
+# Those that jax lowers for under a name of its own.
+PLATFORMS = ("cpu", "tpu", "rocm", "cuda")
 # CUDA allows 65,535 along grid.y, where a vmapped batch goes.
 MAX_KERNEL_BATCH = 65_535
 
@@ -216,7 +218,7 @@ def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
         )
 
 
-for _platform in ("cpu", "tpu", "rocm", "cuda"):
+for _platform in PLATFORMS:
     mlir.register_lowering(block_align_p, functools.partial(_lower, _platform), platform=_platform)
 mlir.register_lowering(block_align_p, functools.partial(_lower, "another platform"))
 
@@ -317,6 +319,20 @@ def check_implementation(function: str, implementation: object) -> None:
         )
 
 
+def check_platform(function: str, platform: str | None) -> str:
+    """The platform to lower for: one that jax has a name for, or that this process has devices of."""
+    if platform is None:
+        platform = jax.default_backend()
+    if platform == "gpu":
+        return "cuda"
+    if platform not in PLATFORMS and platform not in [d.platform for d in jax.devices()]:
+        names = ", ".join(map(repr, ("gpu", *PLATFORMS)))
+        remedy = "Leave it out for this process's default."
+        rule = f"be None or one of {names}"
+        raise ValueError(_checks.message(function, "platform", rule, repr(platform), remedy))
+    return platform
+
+
 def select_implementation(
     topk_ids_or_shape: Any,
     *,
@@ -331,7 +347,8 @@ def select_implementation(
         topk_ids_or_shape: the ids, or their shape as an int or a tuple of ints.
         block_size: rows per block.
         num_experts: E.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: "cuda" (or "gpu"), "cpu", "tpu" or "rocm", for which to lower; None for this process's
+            default backend.
         implementation: as for `moe_align_block_size`.
 
     Returns:
@@ -370,8 +387,7 @@ def select_implementation(
     problem = AlignProblem(
         int(np.prod(shape, dtype=object)), num_experts, block_size, padded, tuning=tuning
     )
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = check_platform(function, platform)
     choice = _choose(platform, implementation)
     if reason := _unavailable(choice, platform):
         raise _not_implemented(function, choice, reason)

@@ -2,27 +2,21 @@
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _export, _fork
+from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
-
-if TYPE_CHECKING:
-    from moe_align_jax.expert_location import ExpertLocation
 
 _I32 = jnp.int32
 
-# So that an exported program that returns it can be serialised.
-jax.export.register_namedtuple_serialization(
-    AlignedBlocks, serialized_name="moe_align_jax.AlignedBlocks"
-)
+_export.register_namedtuple(AlignedBlocks)
 
 
 def moe_align_block_size(
@@ -35,7 +29,7 @@ def moe_align_block_size(
     pad_sorted_ids: bool = False,
     num_valid_pairs: int | Int[Array, ""] | None = None,
     return_inverse: bool = False,
-    expert_location: "ExpertLocation | None" = None,
+    expert_location: ExpertLocation | None = None,
     layer: int | Int[Array, ""] | None = None,
     num_fused_shared_experts: int = 0,
     implementation: Implementation | None = None,
@@ -86,6 +80,7 @@ def moe_align_block_size(
             the location's, or its layer or GPU is not chosen.
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit
             at lowering); the message says why.
+        RuntimeError: this process was forked while jax was running, so that the call would hang.
 
     Example:
         >>> out = moe_align_block_size(jnp.array([[2, 3], [1, 2], [1, 3]]), block_size=4, num_experts=4)
@@ -97,6 +92,7 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     function = "moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     num_experts = _checks.check_num_experts(function, num_experts)
     _dispatch.check_implementation(function, implementation)
@@ -280,6 +276,7 @@ def batched_moe_align_block_size(
     Source: contract of vLLM 0.33 `batched_moe_align_block_size` (Apache-2.0); no code taken.
     """
     function = "batched_moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     max_tokens_per_batch = _checks.check_positive_int(
         function,
@@ -338,7 +335,9 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array,
         >>> padded_group_sizes(out, block_size=4).tolist()
         [0, 4, 4, 4]
     """
-    block_size = _checks.check_block_size("padded_group_sizes", block_size)
+    function = "padded_group_sizes"
+    _fork.check(function)
+    block_size = _checks.check_block_size(function, block_size)
     counts = aligned.tokens_per_expert
     return (counts + (block_size - 1)) // block_size * block_size
 

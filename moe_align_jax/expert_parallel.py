@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _dispatch, _export, _fork
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
@@ -52,6 +52,7 @@ from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
+@_export.register_namedtuple
 class DispatchHandle(NamedTuple):
     """What `combine` needs to bring results home. Its fields may change; pass it on as it is.
 
@@ -72,6 +73,7 @@ class DispatchHandle(NamedTuple):
     topk_ids: Any
 
 
+@_export.register_namedtuple
 class Dispatched(NamedTuple):
     """What a rank receives; by mode, the fields that do not apply are None.
 
@@ -171,6 +173,7 @@ def dispatch(
     Source: the contract of DeepEP's dispatch and low_latency_dispatch (MIT); no code taken.
     """
     function = "dispatch"
+    _fork.check(function)
     size = check_axis_size(function, axis_name)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
@@ -285,6 +288,7 @@ def combine(
     Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.
     """
     function = "combine"
+    _fork.check(function)
     if not isinstance(handle, DispatchHandle):
         rule, got = "be a DispatchHandle", _checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."
@@ -338,7 +342,7 @@ def select_transport(
         `TransportChoice(transport, mode, reasons)`.
 
     Raises:
-        TypeError: a size is not an int.   ValueError: a size, mode or transport is out of range.
+        TypeError: a size is not an int.   ValueError: a size, mode, platform or transport is out of range.
         NotImplementedError: the named transport cannot run there; or what dispatch would raise over the mesh.
 
     Example:
@@ -353,6 +357,8 @@ def select_transport(
     if num_tokens != 0:
         _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
     chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
+    if platform is not None:
+        _dispatch.check_platform(function, platform)
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(manual(mesh)):
         platform = platform or mesh_platform()
         choice = choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)

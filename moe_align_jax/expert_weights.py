@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _fork
 from moe_align_jax._eplb.maps import fail
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind
 
@@ -87,6 +87,7 @@ def update_expert_weights_by_chunks(
         [0] [[2, 1], [3, 4], [5, 6]]
         [2] [[2, 1], [3, 4], [6, 5]]
     """
+    _fork.check(_FUNCTION)
     leaves, structure = jax.tree.flatten(weights)
     layers_per_chunk = _checks.check_positive_int(
         _FUNCTION, "layers_per_chunk", layers_per_chunk, "Pass a count of layers."

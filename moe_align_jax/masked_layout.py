@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from moe_align_jax import _checks, block_align
+from moe_align_jax import _checks, _export, _fork, block_align
 from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
 
 
+@_export.register_namedtuple
 class MaskedLayout(NamedTuple):
     """Where each pair stands in the `[e, M, ...]` layout.
 
@@ -43,6 +44,7 @@ class MaskedLayout(NamedTuple):
     pair_of_row: Any
 
 
+@_export.register_namedtuple
 class ContiguousLayout(NamedTuple):
     """Where each pair stands in the `[P, ...]` layout of padded segments.
 
@@ -102,6 +104,7 @@ def permute_to_masked(
     Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
     """
     function = "permute_to_masked"
+    _fork.check(function)
     num_experts = _checks.check_num_experts(function, num_experts)
     remedy = "True makes unused rows zero, False leaves them unwritten."
     initialize = _checks.check_static_bool(function, "initialize", initialize, remedy)
@@ -183,6 +186,7 @@ def unpermute_from_masked(
         [[7.5], [60.0]]
     """
     function = "unpermute_from_masked"
+    _fork.check(function)
     check_layout(function, layout, MaskedLayout, "permute_to_masked")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -227,6 +231,7 @@ def permute_to_contiguous(
     Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
     """
     function = "permute_to_contiguous"
+    _fork.check(function)
     num_experts = _checks.check_num_experts(function, num_experts)
     alignment = _checks.check_positive_int(
         function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
@@ -316,6 +321,7 @@ def unpermute_from_contiguous(
         [[20.0], [20.0]]
     """
     function = "unpermute_from_contiguous"
+    _fork.check(function)
     check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)

@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _fork
 from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem, ScaleFormat, ScaleLayout
 from moe_align_jax.types import Implementation, Selection
 
@@ -86,6 +86,7 @@ def silu_and_mul_masked_quant(
     code taken.
     """
     function = MaskedQuantProblem.name
+    _fork.check(function)
     _dispatch.check_implementation(function, implementation)
     x, masked_m = _check_arrays(function, x, masked_m)
     problem = make_problem(
@@ -117,7 +118,7 @@ def select_quant_implementation(
     Args:
         shape: of x, `(e, M, 2 N)`.
         dtype: of x.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: as for `select_implementation`.
         implementation: as for `silu_and_mul_masked_quant`.
         options: its other options.
 
@@ -138,8 +139,7 @@ def select_quant_implementation(
     _dispatch.check_implementation(function, implementation)
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = _dispatch.check_platform(function, platform)
     choice = _choose(function, problem, platform, implementation)
     reasons = {}
     for other in _dispatch.IMPLEMENTATIONS:

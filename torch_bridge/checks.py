@@ -19,6 +19,12 @@ PATHS = ("auto", "direct", "dlpack")
 _DEVICES = ("cpu", "cuda", "meta")
 
 
+def sizes_are_known() -> bool:
+    """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
+    tensors. The operator checks them then."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 def check_path(function: str, path: object) -> str:
     """One of PATHS."""
     if path not in PATHS:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _export
 from moe_align_jax._expert_parallel import ragged
 from moe_align_jax._expert_parallel.all_gather import AllGather
 from moe_align_jax._expert_parallel.all_to_all import AllToAll
@@ -29,7 +29,7 @@ TRANSPORTS: dict[str, Transport] = {
 NVLINK_RUN_WITH = (0, 11)
 
 
-@jax.tree_util.register_static
+@_export.register_static
 @dataclass(frozen=True)
 class TransportChoice:
     """What `select_transport` answers, and what `dispatch` says it took. Static: no leaves in a pytree.

@@ -85,7 +85,10 @@ def _pyarrow(function: str, argument: str, rule: str, got: str) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        remedy = "Install the extra: pip install 'moe-align-jax[arrow]'."
+        remedy = (
+            "Install the extra: pip install 'moe-align-jax[arrow]' (in a checkout: "
+            "pip install -e '.[arrow]')."
+        )
         raise ImportError(_checks.message(function, argument, rule, got, remedy)) from error
     return pyarrow
 

@@ -110,7 +110,8 @@ def _families(registry: Any) -> _Families:
     except ImportError as error:
         raise ImportError(
             "ExpertDistributionRecorder: registry must find prometheus-client; got none. "
-            "Install the extra: pip install 'moe-align-jax[metrics]'."
+            "Install the extra: pip install 'moe-align-jax[metrics]' (in a checkout: "
+            "pip install -e '.[metrics]')."
         ) from error
     if not callable(getattr(registry, "register", None)):
         rule, got = "be a prometheus_client.CollectorRegistry", _checks.describe(registry)
