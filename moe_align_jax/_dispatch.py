@@ -221,8 +221,45 @@ for _platform in ("cpu", "tpu", "rocm", "cuda"):
 mlir.register_lowering(block_align_p, functools.partial(_lower, "another platform"))
 
 
+def on_each_shard(call: Callable, operands: Any, dims: Any) -> Any:
+    """`call(*operands)` of a vmapped batch, by parts where the batch is split over Explicit mesh axes.
+
+    The primitives' results have no sharding of their own: without this the parts would be gathered first.
+
+    Args:
+        call: returns a list of arrays whose first dimension is the batch.
+        operands: its arguments.
+        dims: the dimension of the batch in each of them, None where it has none.
+    """
+    types = [(jax.typeof(x).sharding, dim) for x, dim in zip(operands, dims, strict=True)]
+    split = {sharding.spec[dim] for sharding, dim in types if dim is not None} - {None}
+    if not split:
+        return call(*operands)
+    [axes] = split
+    mesh = next(sharding.mesh for sharding, dim in types if dim is not None)
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return jax.shard_map(
+        lambda *parts: call(*_vary_together(list(parts))),
+        mesh=mesh,
+        in_specs=tuple(
+            PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, axes)
+            for _, dim in types
+        ),
+        out_specs=PartitionSpec(axes),
+        axis_names=set(names),
+    )(*operands)
+
+
 def _batching_rule(operands, dims, *, problem, implementation, batched):
     """Any depth of vmap becomes one leading batch axis."""
+    call = functools.partial(
+        _flat_batch, dims=dims, problem=problem, implementation=implementation, batched=batched
+    )
+    results = on_each_shard(call, operands, dims)
+    return results, [0] * len(results)
+
+
+def _flat_batch(*operands, dims, problem, implementation, batched):
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
     inner = next(
         (
@@ -253,7 +290,7 @@ def _batching_rule(operands, dims, *, problem, implementation, batched):
     )
     if inner is not None:
         results = [lax.reshape(r, (size, inner, *r.shape[1:])) for r in results]
-    return results, [0] * len(results)
+    return results
 
 
 batching.primitive_batchers[block_align_p] = _batching_rule

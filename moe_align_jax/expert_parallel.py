@@ -29,6 +29,7 @@ from moe_align_jax._expert_parallel.axes import (
     check_axis_size,
     manual,
     mesh_platform,
+    nothing_like,
     vary_together,
 )
 from moe_align_jax._expert_parallel.choice import (
@@ -207,6 +208,8 @@ def dispatch(
         elif scales is not None:
             x, scales = message.without_gradient((x, scales))
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        if num_tokens == 0:
+            x, scales, weights, ids = nothing_like((x, scales, weights, ids), *names)
         x, scales, weights, ids = vary_together((x, scales, weights, ids), *names)
         with jax.named_scope("plan"):
             plan = TRANSPORTS[info.transport].plan(ids, group)

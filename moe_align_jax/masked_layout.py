@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe_align_jax import _checks, block_align
 from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
+from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
@@ -108,7 +109,20 @@ def permute_to_masked(
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
     room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = block_align._narrow_on_host(ids, num_experts)
+    if num_tokens == 0:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x)
+        layout = MaskedLayout(*_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room)))
+        return vary_together((zeros, layout, (x, ids)))[:2]
     return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+
+
+def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    """The indices of a layout without tokens.
+
+    They do not depend on the ids: XLA folds arrays without elements to constants, and its partitioner
+    refuses a shard_map's body whose arguments are all such and whose results are not.
+    """
+    return [jnp.zeros(shape, _I32) for shape in shapes]
 
 
 def check_room(
@@ -239,9 +253,13 @@ def permute_to_contiguous(
             rule = f"be a multiple of expert_alignment ({alignment})"
             raise ValueError(_checks.message(function, "max_num_rows", rule, rows, remedy))
 
+    ids = block_align._narrow_on_host(ids, num_experts)
+    if ids.shape[0] == 0:
+        layout = ContiguousLayout(*_zeros((0,), (num_experts,), (num_experts,), ids.shape, (0,)))
+        return vary_together((jax.tree.map(jnp.zeros_like, x), layout, (x, ids)))[:2]
     return _to_contiguous(
         x,
-        block_align._narrow_on_host(ids, num_experts),
+        ids,
         num_experts=num_experts,
         alignment=alignment,
         limit=rows,
@@ -277,8 +295,8 @@ def _to_contiguous(
         if mark_padding:
             m_indices = jnp.where(pair_of_row < ids.size, m_indices, -1)
         sizes = block_align.padded_group_sizes(aligned, block_size=alignment)
-        ends = jnp.minimum(jnp.cumsum(sizes, dtype=_I32), _I32(rows))
-        sizes = jnp.diff(ends, prepend=_I32(0))
+        ends = jnp.cumsum(sizes, dtype=_I32)
+        sizes = jnp.minimum(ends, _I32(rows)) - jnp.minimum(ends - sizes, _I32(rows))
         counts = aligned.tokens_per_expert
         layout = ContiguousLayout(m_indices, sizes, counts, row_of_pair, pair_of_row)
         return jax.tree.map(lambda leaf: take_rows(leaf, row_of_pair, pair_of_row), x), layout

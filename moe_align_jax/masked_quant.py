@@ -193,6 +193,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 def _narrow(masked_m: Any, rows: int) -> jax.Array:
     """int32 in [0, rows]; clamped in its own dtype, where it could be too wide."""
     if isinstance(masked_m, np.ndarray):
+        rows = min(rows, np.iinfo(masked_m.dtype).max)
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))
     if masked_m.dtype == jnp.int32:
         return masked_m  # the kernel clamps: no operation before it
@@ -366,6 +367,12 @@ mlir.register_lowering(masked_quant_p, functools.partial(_lower, "another platfo
 
 def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementation):
     """A batch is so many more experts."""
+    call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
+    results = _dispatch.on_each_shard(call, operands, dims)
+    return results, [0] * len(results)
+
+
+def _flat_batch(*operands, dims, problem: MaskedQuantProblem, implementation):
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
     flat = []
     for operand, dim in zip(operands, dims, strict=True):
@@ -377,7 +384,7 @@ def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementatio
     experts = problem.num_experts
     problem = problem._replace(num_experts=size * experts)
     results = masked_quant_p.bind(*flat, problem=problem, implementation=implementation)
-    return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results], [0] * len(results)
+    return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results]
 
 
 batching.primitive_batchers[masked_quant_p] = _batching_rule
