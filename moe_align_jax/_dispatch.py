@@ -6,7 +6,6 @@ and two-platform export.
 """
 
 import functools
-import operator
 import re
 from collections.abc import Callable
 from typing import Any, get_args
@@ -296,12 +295,16 @@ def _flat_batch(*operands, dims, problem, implementation, batched):
 batching.primitive_batchers[block_align_p] = _batching_rule
 
 
+def no_tangent(x: jax.Array) -> Any:
+    """The tangent of a result that has none: an integer."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 def _jvp_rule(primals, tangents, **params):
     """Integer in, integer out: no tangent."""
     del tangents
     results = block_align_p.bind(*primals, **params)
-    zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
-    return results, [zero(r) for r in results]
+    return results, [no_tangent(r) for r in results]
 
 
 ad.primitive_jvps[block_align_p] = _jvp_rule
@@ -387,18 +390,16 @@ def select_implementation(
     num_experts = _checks.check_num_experts(function, num_experts)
     check_implementation(function, implementation)
     shape = getattr(topk_ids_or_shape, "shape", topk_ids_or_shape)
+    given = shape if isinstance(shape, (tuple, list)) else (shape,)
+    remedy = "Pass topk_ids, or its shape as a tuple of ints."
     try:
-        shape = tuple(map(operator.index, shape if isinstance(shape, (tuple, list)) else (shape,)))
+        if isinstance(topk_ids_or_shape, (jax.Array, np.ndarray, np.generic)):
+            if not np.issubdtype(topk_ids_or_shape.dtype, np.integer):
+                raise TypeError
+        shape = tuple(_checks.check_int(function, "topk_ids_or_shape", d, 0, remedy) for d in given)
     except TypeError:
-        raise TypeError(
-            _checks.message(
-                function,
-                "topk_ids_or_shape",
-                "be an array or a shape",
-                _checks.describe(topk_ids_or_shape),
-                "Pass topk_ids, or its shape as a tuple of ints.",
-            )
-        ) from None
+        rule, got = "be an array or a shape", _checks.describe(topk_ids_or_shape)
+        raise TypeError(_checks.message(function, "topk_ids_or_shape", rule, got, remedy)) from None
     padded = _checks.max_num_tokens_padded(
         int(np.prod(shape, dtype=object)), block_size=block_size, num_experts=num_experts
     )

@@ -17,8 +17,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from moe_align_jax import _checks, block_align
-from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
+from moe_align_jax._expert_parallel.arguments import (
+    check_ids,
+    check_layout,
+    check_out_dtype,
+    check_rows,
+)
 from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._expert_parallel.reverse_mode import reverse_mode_only
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
@@ -91,7 +97,7 @@ def permute_to_masked(
         in the order of `topk_ids`.
 
     Raises:
-        TypeError: ids are not integers, or a size is not a static int.
+        TypeError: ids are not integers, a size is not a static int, or a flag no bool.
         ValueError: a shape does not fit, or e * M exceeds int32.
 
     Example:
@@ -103,6 +109,7 @@ def permute_to_masked(
     Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
     """
     function = "permute_to_masked"
+    initialize = _checks.check_bool(function, "initialize", initialize)
     num_experts = _checks.check_num_experts(function, num_experts)
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
@@ -110,10 +117,14 @@ def permute_to_masked(
     room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = block_align._narrow_on_host(ids, num_experts)
     if num_tokens == 0:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x)
-        layout = MaskedLayout(*_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room)))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x
+        )
+        layout = MaskedLayout(
+            *_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room))
+        )
         return vary_together((zeros, layout, (x, ids)))[:2]
-    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
 
 
 def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -146,7 +157,7 @@ def _to_masked(
         aligned = block_align.moe_align_block_size(
             ids, block_size=1, num_experts=num_experts, return_inverse=True
         )
-        leaves, kind = jax.tree.flatten(x)
+        leaves, kind = jax.tree.flatten(reverse_mode_only("permute_to_masked", x))
         layout, rows = copy_to_masked(
             leaves,
             ids,
@@ -178,13 +189,13 @@ def unpermute_from_masked(
         y: `[e, M, ...]` floating point, what the experts made of the rows.
         layout: of the `permute_to_masked` that made the rows.
         topk_weights: `[T, K]` floating point; None for ones.
-        out_dtype: None for the dtype of y.
+        out_dtype: floating point; None for the dtype of y.
 
     Returns:
         `[T, ...]`.
 
     Raises:
-        TypeError: y or the weights are not floating point, or the layout is none.
+        TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
         ValueError: a shape does not fit the layout.
 
     Example:
@@ -226,7 +237,7 @@ def permute_to_contiguous(
         (rows, layout): rows as x, each `[P, ...]`, zero in padding; a `ContiguousLayout`.
 
     Raises:
-        TypeError: ids are not integers, or a size is not a static int.
+        TypeError: ids are not integers, a size is not a static int, or a flag no bool.
         ValueError: a shape or a size does not fit, or P exceeds int32.
 
     Example:
@@ -239,6 +250,7 @@ def permute_to_contiguous(
     Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
     """
     function = "permute_to_contiguous"
+    mark_padding = _checks.check_bool(function, "mark_padding", mark_padding)
     num_experts = _checks.check_num_experts(function, num_experts)
     alignment = _checks.check_positive_int(
         function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
@@ -263,7 +275,7 @@ def permute_to_contiguous(
         num_experts=num_experts,
         alignment=alignment,
         limit=rows,
-        mark_padding=bool(mark_padding),
+        mark_padding=mark_padding,
     )
 
 
@@ -299,6 +311,7 @@ def _to_contiguous(
         sizes = jnp.minimum(ends, _I32(rows)) - jnp.minimum(ends - sizes, _I32(rows))
         counts = aligned.tokens_per_expert
         layout = ContiguousLayout(m_indices, sizes, counts, row_of_pair, pair_of_row)
+        x = reverse_mode_only("permute_to_contiguous", x)
         return jax.tree.map(lambda leaf: take_rows(leaf, row_of_pair, pair_of_row), x), layout
 
 
@@ -315,13 +328,13 @@ def unpermute_from_contiguous(
         y: `[P, ...]` floating point, what the experts made of the rows.
         layout: of the `permute_to_contiguous` that made the rows.
         topk_weights: `[T, K]` floating point; None for ones.
-        out_dtype: None for the dtype of y.
+        out_dtype: floating point; None for the dtype of y.
 
     Returns:
         `[T, ...]`.
 
     Raises:
-        TypeError: y or the weights are not floating point, or the layout is none.
+        TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
         ValueError: a shape does not fit the layout.
 
     Example:
@@ -347,7 +360,7 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
             rule = f"have shape {list(shape)}"
             got = _checks.describe(weights)
             raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
-    out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
+    out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
     return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)
 
@@ -355,4 +368,5 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
 @functools.partial(jax.jit, static_argnames=("name", "out_dtype"))
 def _sum(y, weights, row_of_pair, pair_of_row, *, name: str, out_dtype: Any) -> jax.Array:
     with jax.named_scope(name):
+        y, weights = reverse_mode_only(name, (y, weights))
         return sum_rows(y, weights, row_of_pair, pair_of_row, out_dtype)

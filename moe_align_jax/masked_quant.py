@@ -136,6 +136,12 @@ def select_quant_implementation(
     """
     function = "select_quant_implementation"
     _dispatch.check_implementation(function, implementation)
+    remedy = "Pass the shape of x, (e, M, 2 N)."
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        rule, got = "be three ints", _checks.describe(shape)
+        raise TypeError(_checks.message(function, "shape", rule, got, remedy))
+    sizes = [_checks.check_int(function, "shape", size, 0, remedy) for size in shape]
+    shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
     platform = platform or jax.default_backend()
