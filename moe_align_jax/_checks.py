@@ -2,6 +2,8 @@
 
 import operator
 
+import numpy as np
+
 INT32_MAX = 2**31 - 1
 
 
@@ -46,23 +48,13 @@ def index(value: object) -> int:
         raise TypeError(str(error)) from None
 
 
-def check_static_bool(function: str, argument: str, value: object, remedy: str) -> bool:
-    """A Python bool (or NumPy one), as a bool; a string or a number is none."""
-    if (
-        isinstance(value, bool)
-        or type(value).__module__ == "numpy"
-        and type(value).__name__
-        in (
-            "bool",
-            "bool_",
-        )
-    ):
-        return bool(value)
-    raise TypeError(message(function, argument, "be a Python bool", describe(value), remedy))
-
-
 def check_positive_int(function: str, argument: str, value: object, remedy: str) -> int:
     """A static Python int (or NumPy integer) in [1, 2**31 - 1], as an int: sizes and offsets are int32."""
+    return check_int(function, argument, value, 1, remedy)
+
+
+def check_int(function: str, argument: str, value: object, least: int, remedy: str) -> int:
+    """A static Python int (or NumPy integer) in [least, 2**31 - 1], as an int; no bool, no float."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -72,11 +64,23 @@ def check_positive_int(function: str, argument: str, value: object, remedy: str)
         raise TypeError(
             message(function, argument, "be a static Python int", describe(value), remedy)
         ) from None
-    if number < 1:
-        raise ValueError(message(function, argument, "be at least 1", number, remedy))
+    if number < least:
+        raise ValueError(message(function, argument, f"be at least {least}", number, remedy))
     if number > INT32_MAX:
         raise ValueError(message(function, argument, "be at most 2**31 - 1", number, remedy))
     return number
+
+
+def check_bool(
+    function: str,
+    argument: str,
+    value: object,
+    remedy: str = "It changes the compiled program, so it is static.",
+) -> bool:
+    """A static Python bool (or NumPy's); a string or a number is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(message(function, argument, "be a Python bool", describe(value), remedy))
+    return bool(value)
 
 
 def check_block_size(function: str, value: object) -> int:
@@ -129,7 +133,7 @@ def max_num_tokens_padded(
         P, 0 for no pairs.
 
     Raises:
-        TypeError: an argument is not an int.
+        TypeError: an argument is not an int, or pad_sorted_ids not a bool.
         ValueError: an argument is out of range, or P exceeds int32.
 
     Example:
@@ -141,19 +145,8 @@ def max_num_tokens_padded(
     function = "max_num_tokens_padded"
     block_size = check_block_size(function, block_size)
     num_experts = check_num_experts(function, num_experts)
-    try:
-        if isinstance(num_pairs, bool):
-            raise TypeError
-        num_pairs = operator.index(num_pairs)
-    except TypeError:
-        rule = message(
-            function, "num_pairs", "be a Python int", describe(num_pairs), "Pass topk_ids.size."
-        )
-        raise TypeError(rule) from None
-    if num_pairs < 0:
-        raise ValueError(
-            message(function, "num_pairs", "be at least 0", num_pairs, "Pass topk_ids.size.")
-        )
+    pad_sorted_ids = check_bool(function, "pad_sorted_ids", pad_sorted_ids)
+    num_pairs = check_int(function, "num_pairs", num_pairs, 0, "Pass topk_ids.size.")
     padded = capacity(
         num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids
     )

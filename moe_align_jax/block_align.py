@@ -107,7 +107,7 @@ def moe_align_block_size(
         ("pad_sorted_ids", pad_sorted_ids),
         ("return_inverse", return_inverse),
     ):
-        _check_bool(function, argument, flag)
+        _checks.check_bool(function, argument, flag)
 
     dispatch, tables, shared = "", {}, 0
     if expert_location is not None:
@@ -345,18 +345,6 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array,
 # -- checks on static facts -----------------------------------------------------------------------
 
 
-def _check_bool(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        rule = _checks.message(
-            function,
-            argument,
-            "be a Python bool",
-            _checks.describe(value),
-            "It changes the compiled program, so it is static.",
-        )
-        raise TypeError(rule)
-
-
 def _check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         if type(value).__module__.partition(".")[0] == "torch":
@@ -405,18 +393,20 @@ def _check_expert_map(function: str, value: Any, num_experts: int) -> Any:
 
 def _check_num_valid_pairs(function: str, value: Any) -> Any:
     remedy = "Pass the number of pairs in use, as an int or a scalar integer array."
+    return check_count(function, "num_valid_pairs", value, remedy)
+
+
+def check_count(function: str, argument: str, value: Any, remedy: str) -> Any:
+    """An int or an array of one integer; what the host knows as int32, saturated at -1 and 2**31 - 1."""
     if isinstance(value, bool):
         got = _checks.describe(value)
-        raise TypeError(_checks.message(function, "num_valid_pairs", "be an integer", got, remedy))
+        raise TypeError(_checks.message(function, argument, "be an integer", got, remedy))
     if isinstance(value, int):
         return np.int32(min(max(value, -1), _checks.INT32_MAX))
-    value = _check_integer_array(function, "num_valid_pairs", value, remedy)
+    value = _check_integer_array(function, argument, value, remedy)
     if value.size != 1:
-        raise ValueError(
-            _checks.message(
-                function, "num_valid_pairs", "be a scalar", _checks.describe(value), remedy
-            )
-        )
+        got = _checks.describe(value)
+        raise ValueError(_checks.message(function, argument, "be a scalar", got, remedy))
     if isinstance(value, np.ndarray):
         return np.int32(min(max(int(value.item()), -1), _checks.INT32_MAX))
     return value

@@ -68,7 +68,7 @@ class ExpertLoad:
 
     def recording(self, on: bool) -> "ExpertLoad":
         """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
-        on = _checks.check_static_bool("recording", "on", on, "True records, False does not.")
+        on = _checks.check_bool("recording", "on", on, "True records, False does not.")
         return self._controlled([-1, -2], [0, on])
 
     def cleared(self) -> "ExpertLoad":
@@ -180,14 +180,14 @@ def init_expert_load(
         rule, remedy = f"be at most num_physical_experts = {physical}", "Every expert has a slot."
         raise ValueError(_checks.message(function, "num_logical_experts", rule, logical, remedy))
     remedy = "True where a shard counts its own experts alone."
-    local_experts = _checks.check_static_bool(function, "local_experts", local_experts, remedy)
+    local_experts = _checks.check_bool(function, "local_experts", local_experts, remedy)
     if local_experts and (mode == "per_token" or physical % shards):
         rule = "go with num_physical_experts divisible by num_shards, and with counts"
         got = f"mode {mode!r}, {physical} experts on {shards} shards"
         remedy = "Leave it False where a shard counts all experts."
         raise ValueError(_checks.message(function, "local_experts", rule, got, remedy))
     remedy = "Pass True or False."
-    recording = _checks.check_static_bool(function, "recording", recording, remedy)
+    recording = _checks.check_bool(function, "recording", recording, remedy)
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,
