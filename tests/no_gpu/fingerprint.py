@@ -3,8 +3,9 @@
     python -m tests.no_gpu.fingerprint --output before.json
     python -m tests.no_gpu.fingerprint --compare before.json [--output after.json]
 
-Every program of `cases`, and every kernel of `masked_quant`, `rows` and `peer_rows`. The kernels' own names
-are left out of the hash, and so are comments. Exit code 1 when a kernel differs, is missing or is new.
+Every program of `cases`, and every kernel of `masked_quant`, `rows` and `peer_rows`. Left out of the hash are
+the kernels' own names, comments, and the places in our source that an instruction comes from. Exit code 1
+when a kernel differs, is missing or is new.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from tests.no_gpu import toolchain
 
 
 def fingerprint(text: str) -> str:
-    """A hash of PTX that does not depend on how the kernel is called."""
+    """A hash of PTX that depends neither on the kernel's name nor on where its source stands."""
     for number, name in enumerate(re.findall(r"\.entry (\w+)\(", text)):
         text = text.replace(name, f"kernel{number}")
-    lines = (re.sub(r"\s*//.*", "", line) for line in text.splitlines())
+    lines = (re.sub(r"\s*//.*|^\s*\.(?:file|loc)\s.*", "", line) for line in text.splitlines())
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:32]
 
 
