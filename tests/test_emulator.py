@@ -112,7 +112,7 @@ def test_what_the_machine_does_not_define_is_refused(body):
 def test_a_lane_that_is_not_active_may_divide_by_zero_or_index_anything():
     def body(t, r):
         i = t.thread_id()
-        t.store(r.out, i, t.value_if(i > 0, lambda: t.const(100) // i, 7))
+        t.store(r.out, i, collectives.value_if(t, i > 0, lambda: t.const(100) // i, 7))
         with t.if_(i < 5):
             t.store(r.out, i + (i & 0), t.load(r.a, i))
 
@@ -243,10 +243,10 @@ def test_value_if_computes_under_the_narrowed_mask():
     def body(t, r):
         i = t.thread_id()
         with t.if_(i < 100):
-            inner = t.value_if(i < 50, lambda: t.load(r.a, i), i * 2)
+            inner = collectives.value_if(t, i < 50, lambda: t.load(r.a, i), i * 2)
             t.store(r.out, i, inner)
         with t.if_(i >= 100):
-            t.store(r.out, i, t.value_if(i < 0, lambda: t.load(r.a, i + 1000), -1))
+            t.store(r.out, i, collectives.value_if(t, i < 0, lambda: t.load(r.a, i + 1000), -1))
 
     [got] = launch(body, range(1000, 1050), outputs=OUT)
     want = [*range(1000, 1050), *range(100, 200, 2), *[-1] * 28]
@@ -311,8 +311,8 @@ def test_vectors_of_four():
             t.store4(r.s, i * 4, i)
         t.block_sync()
         with t.if_(i < 16):
-            t.copy4(r.out, r.s, i * 4)
-            t.copy4(r.copy, r.a, i * 4)
+            t.store4(r.out, i * 4, t.load4(r.s, i * 4))
+            t.store4(r.copy, i * 4, t.load4(r.a, i * 4))
 
     a = np.arange(64) * 3
     out, copy = launch(body, a, outputs={"out": (64,), "copy": (64,)}, shared={"s": 66})
@@ -356,7 +356,7 @@ def access(kind, index, guard=lambda t: t.thread_id() >= 0):
             elif kind == "store4":
                 t.store4(r.s, at, 1)
             else:
-                t.copy4(r.s, r.a, at)
+                t.store4(r.s, at, t.load4(r.a, at))
 
     return lambda: launch(body, np.zeros(1000), shared={"s": 128}, num_ctas=2)
 
@@ -428,7 +428,7 @@ def test_uninitialised_read(where, how):
             t.atomic_add(r.x, i, 1)
         else:
             with t.if_(i < 32):
-                t.copy4(r.y, r.x, i * 4)
+                t.store4(r.y, i * 4, t.load4(r.x, i * 4))
         t.block_sync()
         t.store(r.x, i, 0)
 

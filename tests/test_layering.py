@@ -64,7 +64,10 @@ ALLOWED: dict[str, set[str]] = {
         "lazily moe_align_jax._simt.mosaic",
     },
     "moe_align_jax._kernels.peer_rows": {
-        *("moe_align_jax._kernels.peer_rows", "moe_align_jax._simt.language"),
+        *(
+            f"moe_align_jax.{m}"
+            for m in ("_kernels.peer_rows", "_simt.collectives", "_simt.language")
+        ),
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
