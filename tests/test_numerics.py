@@ -1,4 +1,7 @@
-"""Values at the edges: weights of dropped pairs, counts beyond int32, exact scales, no tokens, wrong types."""
+"""Values at the edges: weights of dropped pairs, counts beyond int32, exact scales, no tokens, wrong types.
+
+Also what holds whatever the values: shardings under vmap, and which modes of differentiation there are.
+"""
 
 import contextlib
 import importlib.util

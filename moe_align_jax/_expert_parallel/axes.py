@@ -48,7 +48,7 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def nothing_like(tree: Any, *also: str) -> Any:
-    """Arrays of the shapes and dtypes of those of `tree`, which have no elements; they vary as `vary_together`.
+    """Arrays as those of `tree`, which have no elements; they vary as with `vary_together`.
 
     They do not depend on `tree`. XLA folds arrays without elements to constants, and its partitioner refuses
     a shard_map's body whose arguments are all such and whose results are not.

@@ -1,8 +1,8 @@
 """Functions whose gradient rule serves reverse mode alone say so in forward mode, in our own words.
 
-jax calls a `custom_vjp` function's rule in either mode, and in forward mode fails with a text that names neither
-the function nor a way out. Here a tangent passes through a primitive that can be transposed, as reverse mode
-does, but not computed, as forward mode would.
+jax calls the rule of a `custom_vjp` function in either mode, and in forward mode fails with a text that names
+neither the function nor a way out. Here a tangent passes through a primitive that can be transposed, as
+reverse mode does, but not computed, as forward mode would.
 """
 
 import contextlib
