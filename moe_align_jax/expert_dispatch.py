@@ -12,7 +12,12 @@ from jaxtyping import Array, Int
 from moe_align_jax import _checks, _fork, block_align
 from moe_align_jax._eplb.maps import fail
 from moe_align_jax._reference import replicas
-from moe_align_jax.expert_location import Dispatch, ExpertLocation, check_dispatch
+from moe_align_jax.expert_location import (
+    Dispatch,
+    ExpertLocation,
+    check_dispatch,
+    integer_scalar,
+)
 
 _I32 = jnp.int32
 
@@ -34,7 +39,8 @@ def to_physical_ids(
     `slot = logical_to_physical_map[id, (h * num_replicas[id]) >> 16]`.
     "round_robin": `slot = logical_to_physical_map[id, (j + s) % num_replicas[id]]` for the j-th pair of its
     expert in the batch, with s the replica that "dynamic" gives token `first_token`; exactly even.
-    All are deterministic; the same input gives the same bits.
+    All are deterministic; the same input gives the same bits. Where the location's tokens are "replicated",
+    all GPUs choose alike: the rank has no influence, and "static" does what "dynamic" does.
 
     Args:
         topk_ids: `[..., top_k]` any integer dtype, logical ids; a vector holds one id per token. Ids outside
@@ -43,8 +49,8 @@ def to_physical_ids(
         layer: the layer, an int or an integer scalar; None for the location of one layer.
         dispatch: None for the location's own.
         rank: None, or this GPU's number, an int or an integer scalar such as `lax.axis_index("ep")`. Needed
-            for "static"; for the others, tokens are numbered from `rank * num_tokens` on instead of
-            from the location's `first_token`.
+            for "static" of tokens per rank; for the others, tokens are numbered from `rank * num_tokens` on
+            instead of from the location's `first_token`.
         num_fused_shared_experts: the last so many columns are left as they are. Static.
 
     Returns:
@@ -85,10 +91,17 @@ def to_physical_ids(
         fail(function, "topk_ids", "have an axis", _checks.describe(ids), "Pass ids [..., top_k].")
 
     if rank is not None:
-        last = ids.shape[-1]
-        tokens = ids.size // last if ids.ndim > 1 and last else ids.size
-        first = jnp.asarray(rank).astype(_I32) * _I32(tokens)
+        rank = integer_scalar(function, "rank", rank, "Pass the GPU's number.")
+        # Of replicated tokens, the first is the same on every GPU: the location's.
+        first = location.first_token
+        if location.tokens == "per_rank":
+            last = ids.shape[-1]
+            num_tokens = ids.size // last if ids.ndim > 1 and last else ids.size
+            first = rank * num_tokens
+            if not isinstance(rank, int):
+                first = rank.astype(_I32) * _I32(num_tokens)
         location = location.for_rank(rank, first_token=first)
+    dispatch = chosen_by(location, dispatch)
     if dispatch == "static":
         if location.static_dispatch_map is None:
             remedy = 'Make it with num_gpus and dispatch="static".'
@@ -174,6 +187,13 @@ def narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray
     return np.where(in_range, ids.astype(np.int32), np.int32(-1))
 
 
+def chosen_by(location: ExpertLocation, dispatch: Dispatch) -> Dispatch:
+    """The dispatch that is computed: of replicated tokens, none may depend on the GPU."""
+    if location.tokens == "replicated" and dispatch == "static":
+        return "dynamic"
+    return dispatch
+
+
 # -- for the alignment ----------------------------------------------------------------------------
 
 
@@ -197,13 +217,14 @@ def alignment_tables(
         rule += ", or more for those of shared experts" if shared else ""
         fail(function, "num_experts", rule, num_experts, remedy)
     check_dispatch(function, location.dispatch)
+    dispatch = chosen_by(location, location.dispatch)
     tables = {}
     if location.num_layers is not None:
         tables["layer"] = _checked_layer(function, layer, location.num_layers)
     elif layer is not None:
         got, remedy = _checks.describe(layer), "expert_location is of one layer already."
         fail(function, "layer", "be left out", got, remedy)
-    if location.dispatch == "static":
+    if dispatch == "static":
         table = location.static_dispatch_map
         if table is None:
             remedy = 'Make it with num_gpus and dispatch="static".'
@@ -218,7 +239,7 @@ def alignment_tables(
         tables |= {name: getattr(location, name) for name in names}
         size = location.logical_to_physical_map.size
         _checks.check_fits_int32(function, "expert_location", size, "a table")
-    return location.dispatch, tables
+    return dispatch, tables
 
 
 def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:

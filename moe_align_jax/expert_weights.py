@@ -88,6 +88,11 @@ def update_expert_weights_by_chunks(
         [2] [[2, 1], [3, 4], [6, 5]]
     """
     _fork.check(_FUNCTION)
+    _check_moves(moves)
+    if not isinstance(axis_name, str):
+        rule, got = "be the name of a mesh axis", _checks.describe(axis_name)
+        remedy = 'Pass the expert-parallel axis, such as "ep".'
+        raise TypeError(_checks.message(_FUNCTION, "axis_name", rule, got, remedy))
     leaves, structure = jax.tree.flatten(weights)
     layers_per_chunk = _checks.check_positive_int(
         _FUNCTION, "layers_per_chunk", layers_per_chunk, "Pass a count of layers."
@@ -239,6 +244,22 @@ def _move_local(weights: jax.Array, routes: _Routes, *, axis_name: str, devices:
 
 
 # -- checks -----------------------------------------------------------------------------------------------
+
+
+def _check_moves(moves: Any) -> None:
+    if not isinstance(moves, ExpertMoves):
+        rule, got = "be an ExpertMoves", _checks.describe(moves)
+        raise TypeError(
+            _checks.message(_FUNCTION, "moves", rule, got, "Make it with plan_expert_moves.")
+        )
+    if not moves.same_size:
+        got = (
+            f"{moves.old_num_slots} slots on {moves.old_num_gpus} GPUs before, "
+            f"{moves.source.shape[1]} on {moves.num_gpus} after"
+        )
+        rule = "be between placements of the same slots and GPUs"
+        remedy = "Weights move in place; arrays of another size must be made anew, by moves.source."
+        fail(_FUNCTION, "moves", rule, got, remedy)
 
 
 def _check_leaf(leaf: Any, moves: ExpertMoves, axis_name: str) -> None:

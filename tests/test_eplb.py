@@ -464,7 +464,7 @@ def test_plan_of_some_layers():
     [
         ({"old": [[0.5, 1.0]]}, TypeError, "old must be integers"),
         ({"old": [0, 1]}, ValueError, "old must have shape"),
-        ({"new": [[0, 1, 2]]}, ValueError, "new must have old's shape"),
+        ({"new": [[0, 1], [1, 0]]}, ValueError, "new must have the 1 layers of old"),
         ({"new": [[0, 2]]}, ValueError, "expert 2 in layer 0"),
         ({"num_gpus": 3}, ValueError, "num_gpus must divide"),
         ({"num_nodes": 4}, ValueError, "num_nodes must divide"),
@@ -501,7 +501,8 @@ def test_plan_refuses(changes, error, words):
             "num_groups must be a multiple of num_nodes",
         ),
         ({"algorithm": "best"}, ValueError, "algorithm must be one of auto"),
-        ({"previous": [[0, 1]]}, ValueError, r"previous must be an integer array \[1, 8\]"),
+        ({"previous": [[0, 1, 2]]}, ValueError, "previous must have a multiple of its GPUs"),
+        ({"previous": [[0, 1]] * 2}, ValueError, r"previous must be an integer array \[1, slots\]"),
         ({"previous": [[0, 1, 2, 9] * 2]}, ValueError, "hold experts in"),
     ],
 )
