@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import union
 from benchmarks.cases import CASES, SKEWS
-from moe_align_jax import _tuning
+from moe_align_jax._align import tables
 
 OURS = ("torch_bridge", "mosaic_gpu")
 _COLOUR = {
@@ -99,7 +99,7 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    stem, written = _tuning.stem_of(gpu), []
+    stem, written = tables.stem_of(gpu), []
     rows = [r for r in rows if "p50_us" in r and r.get("grid") != "union"]
     last = max((r["date"][:10] for r in rows), default="")
 

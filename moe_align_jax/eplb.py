@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 from moe_align_jax._eplb import greedy, maps, spread
 from moe_align_jax._eplb.keep import keep_in_place
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind, plan_expert_moves
@@ -118,7 +118,7 @@ def rebalance_experts(
     sizes = (num_replicas, num_groups, num_nodes, num_gpus)
     names = ("num_replicas", "num_groups", "num_nodes", "num_gpus")
     num_replicas, num_groups, num_nodes, num_gpus = (
-        _checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
+        checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
         for name, size in zip(names, sizes, strict=True)
     )
     if algorithm not in get_args(Algorithm):
@@ -129,14 +129,14 @@ def rebalance_experts(
     blocks = num_nodes if hierarchical else 1
     _check_sizes(history.shape[2], num_replicas, num_groups, blocks, num_gpus)
     if not isinstance(spread_replicas, (bool, np.bool_)):
-        got, remedy = _checks.describe(spread_replicas), "Pass True or False."
-        rule = _checks.message(_FUNCTION, "spread_replicas", "be a bool", got, remedy)
+        got, remedy = checks.describe(spread_replicas), "Pass True or False."
+        rule = checks.message(_FUNCTION, "spread_replicas", "be a bool", got, remedy)
         raise TypeError(rule)
     groups = num_groups if hierarchical else 1
     place = _Sizes(num_replicas, groups, blocks, num_gpus, bool(spread_replicas))
     old_gpus = num_gpus
     if previous_num_gpus is not None:
-        old_gpus = _checks.check_positive_int(
+        old_gpus = checks.check_positive_int(
             _FUNCTION, "previous_num_gpus", previous_num_gpus, "Pass the GPUs of previous."
         )
     old = None
@@ -263,13 +263,13 @@ def expected_physical_count(weight: Any, physical_to_logical_map: Any) -> np.nda
     load = load.astype(np.float64)
     slots = maps.as_array(function, argument, physical_to_logical_map, remedy)
     if slots.dtype.kind not in "iu":
-        got = _checks.describe(slots)
-        raise TypeError(_checks.message(function, argument, "be integers", got, remedy))
+        got = checks.describe(slots)
+        raise TypeError(checks.message(function, argument, "be integers", got, remedy))
     good = load.ndim >= 2 and slots.ndim == 2 and load.shape[-2] == slots.shape[0]
     if not good or slots.size and not -1 <= int(slots.min()) <= int(slots.max()) < load.shape[-1]:
         rule = "map the slots of each layer of weight to its experts"
-        got = f"{_checks.describe(slots)} for weight {list(load.shape)}"
-        raise ValueError(_checks.message(function, argument, rule, got, remedy))
+        got = f"{checks.describe(slots)} for weight {list(load.shape)}"
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
     slots = slots.astype(np.int64)
     each = np.arange(slots.shape[0])[:, None]
     count = np.zeros((load.shape[-2], load.shape[-1] + 1))  # the last: slots that hold nothing
@@ -300,19 +300,19 @@ def balancedness(physical_count: Any, num_gpus: int) -> np.ndarray:
         [1.0, 0.25]
     """
     function, remedy = "balancedness", "Pass the tokens of each slot, [..., Ep]."
-    num_gpus = _checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
+    num_gpus = checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
     count = _real(function, "physical_count", physical_count, remedy)
     if count.ndim and count.size == 0:
-        got, rule = _checks.describe(count), "hold at least one count"
-        raise ValueError(_checks.message(function, "physical_count", rule, got, remedy))
+        got, rule = checks.describe(count), "hold at least one count"
+        raise ValueError(checks.message(function, "physical_count", rule, got, remedy))
     if count.ndim == 0 or count.shape[-1] % num_gpus:
         got = f"{num_gpus} for counts {list(count.shape)}"
         rule = "divide the last dimension of physical_count"
-        raise ValueError(_checks.message(function, "num_gpus", rule, got, "Pass [..., Ep]."))
+        raise ValueError(checks.message(function, "num_gpus", rule, got, "Pass [..., Ep]."))
     if not (np.isfinite(count).all() and count.min() >= 0):
         bad = count[~(np.isfinite(count) & (count >= 0))].flat[0]
         rule = "be finite and at least 0"
-        raise ValueError(_checks.message(function, "physical_count", rule, bad, remedy))
+        raise ValueError(checks.message(function, "physical_count", rule, bad, remedy))
     load = _sum(count.reshape(*count.shape[:-1], num_gpus, count.shape[-1] // num_gpus), axis=-1)
     # float64 where float32 cannot hold the sum itself, of which only the ratio is asked.
     load = load.astype(np.float32 if load.max() < 1e30 else np.float64)
@@ -325,7 +325,7 @@ def balancedness(physical_count: Any, num_gpus: int) -> np.ndarray:
 
 
 def _fail(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(_checks.message(_FUNCTION, argument, rule, got, remedy).rstrip())
+    raise ValueError(checks.message(_FUNCTION, argument, rule, got, remedy).rstrip())
 
 
 def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
@@ -341,8 +341,8 @@ def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
                 return array.astype(np.float32)
             except (TypeError, ValueError):
                 pass
-        got = _checks.describe(array)
-        raise TypeError(_checks.message(function, argument, "be real numbers", got, remedy))
+        got = checks.describe(array)
+        raise TypeError(checks.message(function, argument, "be real numbers", got, remedy))
     return array
 
 
@@ -369,11 +369,11 @@ def _check_previous(previous: Any, sizes: tuple[int, ...], num_gpus: int) -> np.
     num_layers, num_logical = sizes
     old = maps.as_array(_FUNCTION, "previous", previous, remedy)
     if old.dtype.kind not in "iu":
-        got = _checks.describe(old)
-        raise TypeError(_checks.message(_FUNCTION, "previous", "be integers", got, remedy))
+        got = checks.describe(old)
+        raise TypeError(checks.message(_FUNCTION, "previous", "be integers", got, remedy))
     if old.ndim != 2 or len(old) != num_layers or old.shape[1] == 0:
         rule = f"be an integer array [{num_layers}, slots]"
-        _fail("previous", rule, _checks.describe(old), remedy)
+        _fail("previous", rule, checks.describe(old), remedy)
     if old.shape[1] % num_gpus:
         got, rule = f"{old.shape[1]} slots", f"have a multiple of its GPUs ({num_gpus}) as slots"
         _fail("previous", rule, got, "Pass previous_num_gpus where it was for other GPUs.")

@@ -9,9 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _fork, block_align
+from moe_align_jax import block_align
+from moe_align_jax._align import replicas
+from moe_align_jax._core import checks, fork
 from moe_align_jax._eplb.maps import fail
-from moe_align_jax._reference import replicas
 from moe_align_jax.expert_location import (
     Dispatch,
     ExpertLocation,
@@ -69,16 +70,16 @@ def to_physical_ids(
     Source: the contract of SGLang's logical to physical dispatch (Apache-2.0); no code taken.
     """
     function = "to_physical_ids"
-    _fork.check(function)
+    fork.check(function)
     if not isinstance(location, ExpertLocation):
-        rule, got = "be an ExpertLocation", _checks.describe(location)
-        raise TypeError(_checks.message(function, "location", rule, got, "Make one from a map."))
+        rule, got = "be an ExpertLocation", checks.describe(location)
+        raise TypeError(checks.message(function, "location", rule, got, "Make one from a map."))
     if location.num_layers is not None:
         if layer is None:
             fail(function, "layer", "be given", None, "The location is of all layers.")
         location = location.layer(layer)
     elif layer is not None:
-        got = _checks.describe(layer)
+        got = checks.describe(layer)
         fail(function, "layer", "be left out", got, "The location is of one layer already.")
     dispatch = location.dispatch if dispatch is None else dispatch
     check_dispatch(function, dispatch)
@@ -88,7 +89,7 @@ def to_physical_ids(
     )
     shared = check_shared(function, num_fused_shared_experts, ids.shape)
     if ids.ndim == 0:
-        fail(function, "topk_ids", "have an axis", _checks.describe(ids), "Pass ids [..., top_k].")
+        fail(function, "topk_ids", "have an axis", checks.describe(ids), "Pass ids [..., top_k].")
 
     if rank is not None:
         rank = integer_scalar(function, "rank", rank, "Pass the GPU's number.")
@@ -121,9 +122,9 @@ def check_shared(function: str, shared: Any, shape: tuple[Any, ...]) -> int:
     """
     argument = "num_fused_shared_experts"
     if isinstance(shared, bool) or not isinstance(shared, (int, np.integer)):
-        rule, got = "be a static Python int", _checks.describe(shared)
+        rule, got = "be a static Python int", checks.describe(shared)
         remedy = "Pass the columns of shared experts."
-        raise TypeError(_checks.message(function, argument, rule, got, remedy))
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
     if not 0 <= shared <= (shape[-1] if len(shape) > 1 else 0):
         got = f"{shared} for ids {list(shape)}"
         rule = "be at most the columns of topk_ids"
@@ -182,7 +183,7 @@ def narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray
         return ids
     limit = np.full(ids.shape[-1:], num_experts)
     if shared:
-        limit[-shared:] = _checks.INT32_MAX
+        limit[-shared:] = checks.INT32_MAX
     in_range = (ids >= 0) & (ids < limit)
     return np.where(in_range, ids.astype(np.int32), np.int32(-1))
 
@@ -208,8 +209,8 @@ def alignment_tables(
         TypeError, ValueError: as `moe_align_block_size` says.
     """
     if not isinstance(location, ExpertLocation):
-        rule, got = "be an ExpertLocation", _checks.describe(location)
-        raise TypeError(_checks.message(function, "expert_location", rule, got, "Make one."))
+        rule, got = "be an ExpertLocation", checks.describe(location)
+        raise TypeError(checks.message(function, "expert_location", rule, got, "Make one."))
     slots = location.num_physical_experts
     if num_experts < slots or num_experts > slots and not shared:
         remedy = "Ids are logical, but it is slots that are aligned."
@@ -222,7 +223,7 @@ def alignment_tables(
     if location.num_layers is not None:
         tables["layer"] = _checked_layer(function, layer, location.num_layers)
     elif layer is not None:
-        got, remedy = _checks.describe(layer), "expert_location is of one layer already."
+        got, remedy = checks.describe(layer), "expert_location is of one layer already."
         fail(function, "layer", "be left out", got, remedy)
     if dispatch == "static":
         table = location.static_dispatch_map
@@ -230,7 +231,7 @@ def alignment_tables(
             remedy = 'Make it with num_gpus and dispatch="static".'
             fail(function, "expert_location", "hold a static_dispatch_map", None, remedy)
         if table.ndim != 1 + len(tables):
-            got = _checks.describe(table)
+            got = checks.describe(table)
             rule = "have the static_dispatch_map of one GPU"
             fail(function, "expert_location", rule, got, "Pass expert_location.for_rank(rank).")
         tables["static_dispatch_map"] = table
@@ -238,7 +239,7 @@ def alignment_tables(
         names = ("logical_to_physical_map", "num_replicas", "first_token")
         tables |= {name: getattr(location, name) for name in names}
         size = location.logical_to_physical_map.size
-        _checks.check_fits_int32(function, "expert_location", size, "a table")
+        checks.check_fits_int32(function, "expert_location", size, "a table")
     return dispatch, tables
 
 
@@ -253,5 +254,5 @@ def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:
     remedy = "Pass an int, or an integer scalar that the program computes."
     layer = block_align._check_integer_array(function, "layer", layer, remedy)
     if layer.size != 1:
-        fail(function, "layer", "be a scalar", _checks.describe(layer), remedy)
+        fail(function, "layer", "be a scalar", checks.describe(layer), remedy)
     return layer

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax import _checks, _export, _files, _fork, eplb
+from moe_align_jax import eplb
+from moe_align_jax._core import checks, files, fork
 from moe_align_jax._eplb import loads, maps, placement_files
 from moe_align_jax._eplb.maps import fail
+from moe_align_jax._lowering import export
 
 Dispatch = Literal["static", "dynamic", "round_robin"]
 Tokens = Literal["per_rank", "replicated"]
@@ -130,13 +132,13 @@ class ExpertLocation:
             [[0, 1, 2, 0, 1]]
         """
         function, remedy = "ExpertLocation.trivial", "Pass a count."
-        num_layers = _checks.check_positive_int(function, "num_layers", num_layers, remedy)
-        logical = _checks.check_positive_int(
+        num_layers = checks.check_positive_int(function, "num_layers", num_layers, remedy)
+        logical = checks.check_positive_int(
             function, "num_logical_experts", num_logical_experts, remedy
         )
         physical = logical
         if num_physical_experts is not None:
-            physical = _checks.check_positive_int(
+            physical = checks.check_positive_int(
                 function, "num_physical_experts", num_physical_experts, remedy
             )
         if physical < logical:
@@ -226,11 +228,11 @@ class ExpertLocation:
         """
         function = "ExpertLocation.from_file"
         if isinstance(path, str) and path.lstrip().startswith("{"):
-            contents = _files.parse_json(path, function=function)
+            contents = files.parse_json(path, function=function)
             named: Any = contextlib.nullcontext()
         else:
             contents = placement_files.read(path, function=function)
-            named = _files.naming(path)
+            named = files.naming(path)
         with named:
             recording = not contents.keys().isdisjoint(("physical_count", "records"))
             found = None if recording else placement_files.find(contents, function=function)
@@ -241,10 +243,10 @@ class ExpertLocation:
             remedy = "The file holds loads, from which a placement must be made."
             return cls.from_counts(
                 history,
-                num_physical_experts=_checks.check_positive_int(
+                num_physical_experts=checks.check_positive_int(
                     function, "num_physical_experts", num_physical_experts, remedy
                 ),
-                num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
+                num_gpus=checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
                 num_nodes=num_nodes,
                 num_groups=num_groups,
                 algorithm=algorithm,
@@ -259,7 +261,7 @@ class ExpertLocation:
             TypeError: the layer is not an integer (True and 1.0 are none).
             ValueError: it is out of range, or the location is of one layer.
         """
-        _fork.check("ExpertLocation.layer")
+        fork.check("ExpertLocation.layer")
         if self.num_layers is None:
             fail("ExpertLocation.layer", "location", "have layers", "one layer", "Use it as it is.")
         remedy = "Pass a layer of the map."
@@ -285,7 +287,7 @@ class ExpertLocation:
         Raises:
             TypeError: an argument is not an integer.   ValueError: the rank is out of range.
         """
-        _fork.check("ExpertLocation.for_rank")
+        fork.check("ExpertLocation.for_rank")
         function, remedy = "ExpertLocation.for_rank", "Pass the GPU's number."
         rank = integer_scalar(function, "rank", rank, remedy)
         if isinstance(rank, int) and rank < 0:
@@ -319,10 +321,10 @@ class ExpertLocation:
             ValueError: the sizes differ, or a layer is out of range.
         """
         function = "ExpertLocation.update"
-        _fork.check(function)
+        fork.check(function)
         if not isinstance(other, ExpertLocation):
-            rule, got = "be an ExpertLocation", _checks.describe(other)
-            raise TypeError(_checks.message(function, "other", rule, got, "Make one from a map."))
+            rule, got = "be an ExpertLocation", checks.describe(other)
+            raise TypeError(checks.message(function, "other", rule, got, "Make one from a map."))
         if self.num_layers is None:
             fail(function, "location", "have layers", "one layer", "Update that of all layers.")
         mine, theirs = (jax.tree.map(lambda leaf: leaf.shape, x) for x in (self, other))
@@ -342,9 +344,9 @@ class ExpertLocation:
         return jax.tree.map(replace, self, other)
 
 
-_export.register_namedtuple(eplb.ExpertMoves)
-_export.register_namedtuple(eplb.ExpertPlacement)
-_export.register_dataclass(
+export.register_namedtuple(eplb.ExpertMoves)
+export.register_namedtuple(eplb.ExpertPlacement)
+export.register_dataclass(
     ExpertLocation,
     data_fields=[
         "physical_to_logical_map",
@@ -373,7 +375,7 @@ def _made(
     dispatch: Dispatch,
     tokens: Tokens,
 ) -> ExpertLocation:
-    _fork.check(function)
+    fork.check(function)
     """`placed`: the map, the slots of each expert and how many those are."""
     physical, slots, count = placed
     check_dispatch(function, dispatch)
@@ -381,7 +383,7 @@ def _made(
     static = None
     by_rank = dispatch == "static" and tokens == "per_rank"
     if num_gpus is not None:
-        num_gpus = _checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
+        num_gpus = checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
         if physical.shape[1] % num_gpus:
             rule = f"divide the {physical.shape[1]} slots"
             fail(function, "num_gpus", rule, num_gpus, "Each GPU holds the same number of slots.")
@@ -418,8 +420,8 @@ def integer_scalar(function: str, argument: str, value: Any, remedy: str) -> Any
     dtype = getattr(value, "dtype", None)
     arrays = (jax.Array, np.ndarray)
     if not isinstance(value, arrays) or not jnp.issubdtype(dtype, jnp.integer):
-        rule, got = "be an int or an integer scalar", _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, rule, got, remedy))
+        rule, got = "be an int or an integer scalar", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
     if value.size != 1:
-        fail(function, argument, "be a scalar", _checks.describe(value), remedy)
+        fail(function, argument, "be a scalar", checks.describe(value), remedy)
     return int(value.reshape(())) if isinstance(value, np.ndarray) else value.reshape(())

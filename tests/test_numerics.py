@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
-from tests.exchanges import MODES, emulate_ragged, mesh_of, split
-from tests.layouts import tokens, weighted_sum
+from tests.expert_parallel.exchanges import MODES, emulate_ragged, mesh_of, split
+from tests.layout.helpers import tokens, weighted_sum
 
 LAYOUTS = {
     "masked": (maj.permute_to_masked, maj.unpermute_from_masked, {}),
@@ -342,7 +342,7 @@ def test_scales_are_the_correctly_rounded_quotient(implementation, dtype):
 
 
 def test_the_quotient_by_448_of_any_float32():
-    from moe_align_jax._quant import bits_over_448
+    from moe_align_jax._masked_quant.problem import bits_over_448
 
     every_mantissa = np.arange(0x3F800000, 0x40000000, dtype=np.int32).view(np.float32)
     exponents = np.random.default_rng(0).uniform(-117, 128, 1 << 20)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 import moe_align_jax
 from moe_align_jax._cli import checkout, demo, eplb, info, profile, tune
-from moe_align_jax._dispatch import IMPLEMENTATIONS
+from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
 
 app = typer.Typer(

@@ -18,9 +18,9 @@ from moe_align_jax import (
     rebalance_experts,
 )
 from moe_align_jax._cli import heatmap
+from moe_align_jax._core.files import read_file
 from moe_align_jax._eplb import loads, maps
-from moe_align_jax._files import read_file
-from moe_align_jax._recorder.files import read_table, write_atomically
+from moe_align_jax._expert_load.files import read_table, write_atomically
 
 _FUNCTION = "moe-align eplb"
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_align_jax import _checks, _files
+from moe_align_jax._core import checks
+from moe_align_jax._core import files as _files
 from moe_align_jax._eplb.maps import fail
 
 _REMEDY = (
@@ -127,8 +128,8 @@ def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
 
 def _check_load(function: str, name: str, load: Any) -> np.ndarray:
     if not isinstance(load, np.ndarray) or load.dtype.kind not in "iuf":
-        got = _checks.describe(load)
-        raise TypeError(_checks.message(function, name, "be numbers", got, _REMEDY))
+        got = checks.describe(load)
+        raise TypeError(checks.message(function, name, "be numbers", got, _REMEDY))
     load = load[None] if load.ndim == 2 else load
     if load.ndim != 3 or 0 in load.shape:
         fail(function, name, "have shape [L, experts] or [S, L, experts]", load.shape, _REMEDY)
@@ -144,7 +145,7 @@ def _to_logical(physical: np.ndarray, slots: np.ndarray | None, function: str) -
     good = slots.dtype.kind in "iu" and slots.shape == physical.shape[1:] and slots.min() >= 0
     if not good or slots.max() >= slots.shape[1]:
         rule = f"be experts of shape {list(physical.shape[1:])}"
-        fail(function, argument, rule, _checks.describe(slots), _REMEDY)
+        fail(function, argument, rule, checks.describe(slots), _REMEDY)
     logical = np.zeros((*physical.shape[:2], int(slots.max()) + 1), physical.dtype)
     steps, layers = (np.arange(n) for n in physical.shape[:2])
     np.add.at(logical, (steps[:, None, None], layers[:, None], slots[None]), physical)

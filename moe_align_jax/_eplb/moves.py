@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 from moe_align_jax._eplb import maps
 
 _FUNCTION = "plan_expert_moves"
@@ -116,11 +116,11 @@ def plan_expert_moves(
         >>> moves.source.tolist(), [MoveKind(k).name for k in moves.kind[0]]
         ([[0, 1, 4, 0]], ['UNCHANGED', 'UNCHANGED', 'SAME_NODE', 'SAME_NODE'])
     """
-    num_gpus = _checks.check_positive_int(_FUNCTION, "num_gpus", num_gpus, "Pass a count.")
-    num_nodes = _checks.check_positive_int(_FUNCTION, "num_nodes", num_nodes, "Pass a count.")
+    num_gpus = checks.check_positive_int(_FUNCTION, "num_gpus", num_gpus, "Pass a count.")
+    num_nodes = checks.check_positive_int(_FUNCTION, "num_nodes", num_nodes, "Pass a count.")
     old_gpus = num_gpus
     if old_num_gpus is not None:
-        old_gpus = _checks.check_positive_int(
+        old_gpus = checks.check_positive_int(
             _FUNCTION, "old_num_gpus", old_num_gpus, "Pass the GPUs of old."
         )
     before, after = _check_map("old", old), _check_map("new", new)
@@ -201,15 +201,15 @@ def _plan_layer(
 
 
 def _fail(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(_checks.message(_FUNCTION, argument, rule, got, remedy))
+    raise ValueError(checks.message(_FUNCTION, argument, rule, got, remedy))
 
 
 def _check_map(argument: str, value: Any) -> np.ndarray:
     remedy = "Pass a physical_to_logical_map, [layers, slots]."
     array = maps.as_array(_FUNCTION, argument, value, remedy)
     if array.dtype.kind not in "iu":
-        got = _checks.describe(array)
-        raise TypeError(_checks.message(_FUNCTION, argument, "be integers", got, remedy))
+        got = checks.describe(array)
+        raise TypeError(checks.message(_FUNCTION, argument, "be integers", got, remedy))
     if array.ndim != 2 or 0 in array.shape:
         _fail(argument, "have shape [L, Ep]", list(array.shape), remedy)
     if array.min() < -1:

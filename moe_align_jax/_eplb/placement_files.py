@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_align_jax import _checks, _files
+from moe_align_jax._core import checks, files
 from moe_align_jax._eplb import loads
 from moe_align_jax._eplb.maps import fail
 
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
     """
     name = os.fspath(path)
     if not name.lower().endswith((".yaml", ".yml")):
-        return _files.read_file(path, function=function)
+        return files.read_file(path, function=function)
     try:
         import yaml
     except ImportError:
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            _checks.message(function, "file", "be readable", f"{name!r} ({reason})", _REMEDY)
+            checks.message(function, "file", "be readable", f"{name!r} ({reason})", _REMEDY)
         ) from error
     return value
 
@@ -181,6 +181,6 @@ def _experts(function: str, argument: str, value: Any) -> list[int]:
         for each in value
     )
     if not good or not value:
-        got = _checks.describe(value)
+        got = checks.describe(value)
         fail(function, argument, "be a list of experts", got, _REMEDY)
     return value
