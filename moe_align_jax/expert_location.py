@@ -223,6 +223,7 @@ class ExpertLocation:
 
         Raises:
             OSError: the file cannot be read.
+            ImportError: the file is YAML, and pyyaml is not installed.
             TypeError, ValueError: it is damaged or holds no valid placement or load.
         """
         function = "ExpertLocation.from_file"
@@ -231,8 +232,9 @@ class ExpertLocation:
         else:
             contents = placement_files.read(path, function=function)
         recording = not contents.keys().isdisjoint(("physical_count", "records"))
-        found = None if recording else placement_files.find(contents, function=function)
-        if found is not None:
+        placed = not contents.keys().isdisjoint(placement_files.NAMES)
+        found = placement_files.find(contents, function=function) if placed else None
+        if found is not None and not recording:
             gpus = found.num_gpus if num_gpus is None else num_gpus
             return cls.from_map(found.slots, num_gpus=gpus, dispatch=dispatch, tokens=tokens)
         history = loads.recorded_load(contents, function=function)

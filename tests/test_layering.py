@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._fits": {"moe_align_jax.types"},
     "moe_align_jax._tuning": {"moe_align_jax._fits", "moe_align_jax.types"},
     "moe_align_jax._files": {"moe_align_jax._checks"},
-    "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
+    "moe_align_jax._eplb": {f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files")},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_location": {
         f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files", "eplb")
