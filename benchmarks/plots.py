@@ -183,8 +183,6 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             line[0].set_ylabel("µs per call")
         # Of all providers, also those that the picture beside it does not have.
         named = [Patch(color=colour[p], label=_LABEL.get(p, p)) for p in providers]
-        axes[0][-1].legend(
-            handles=named, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
+        axes[0][-1].legend(handles=named, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "skew", "Time under skew")
     return written

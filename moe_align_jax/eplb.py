@@ -254,7 +254,11 @@ def expected_physical_count(weight: Any, physical_to_logical_map: Any) -> np.nda
         >>> expected_physical_count([[6, 2, 4]], [[0, 1, 0, 2]]).tolist()
         [[3.0, 2.0, 3.0, 4.0]]
     """
-    function, argument, remedy = "expected_physical_count", "physical_to_logical_map", "Pass [L, Ep]."
+    function, argument, remedy = (
+        "expected_physical_count",
+        "physical_to_logical_map",
+        "Pass [L, Ep].",
+    )
     load = _real(function, "weight", weight, "Pass the load of each expert, [..., L, El].")
     load = load.astype(np.float64)
     slots = maps.as_array(function, argument, physical_to_logical_map, remedy)

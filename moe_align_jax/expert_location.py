@@ -142,9 +142,7 @@ class ExpertLocation:
             rule = f"be at least num_logical_experts ({logical})"
             fail(function, "num_physical_experts", rule, physical, "Every expert needs a slot.")
         slots = np.tile(np.arange(physical) % logical, (num_layers, 1))
-        return cls.from_map(
-            slots, logical, num_gpus=num_gpus, dispatch=dispatch, tokens=tokens
-        )
+        return cls.from_map(slots, logical, num_gpus=num_gpus, dispatch=dispatch, tokens=tokens)
 
     @classmethod
     def from_counts(
@@ -409,9 +407,8 @@ def integer_scalar(function: str, argument: str, value: Any, remedy: str) -> Any
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
-    dtype = getattr(value, "dtype", None)
     arrays = (jax.Array, np.ndarray)
-    if not isinstance(value, arrays) or not jnp.issubdtype(dtype, jnp.integer):
+    if not isinstance(value, arrays) or not jnp.issubdtype(value.dtype, jnp.integer):
         rule, got = "be an int or an integer scalar", _checks.describe(value)
         raise TypeError(_checks.message(function, argument, rule, got, remedy))
     if value.size != 1:

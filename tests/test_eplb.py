@@ -481,7 +481,7 @@ def test_plan_refuses(changes, error, words):
 
 @st.composite
 def resized(draw):
-    """Maps of different slots and GPUs; some GPUs of the old one are dead, some slots of the new one empty."""
+    """Maps of different slots and GPUs; a GPU of the old one is dead, some slots of the new one are empty."""
     gpus, nodes = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2), (6, 3)]))
     before, per_gpu, was = (draw(st.integers(1, 4)) for _ in range(3))
     experts = draw(st.integers(1, min(gpus * per_gpu, before * was)))
@@ -500,9 +500,7 @@ def resized(draw):
 @given(resized())
 def test_plan_between_different_sizes(case):
     old, new, gpus, nodes, before, per_gpu, was = case
-    moves = maj.plan_expert_moves(
-        old, new, num_gpus=gpus, num_nodes=nodes, old_num_gpus=before
-    )
+    moves = maj.plan_expert_moves(old, new, num_gpus=gpus, num_nodes=nodes, old_num_gpus=before)
     assert moves.same_size == (old.shape == new.shape and gpus == before)
     size = gpus // nodes
     for layer in range(2):
@@ -590,9 +588,7 @@ def test_spread_replicas_are_on_different_gpus(problem, algorithm):
     """On as many as there are, of a node where groups stay on their node; else evenly over them."""
     history, sizes = problem
     replicas, groups, nodes, gpus = sizes
-    placement = maj.rebalance_experts(
-        history, *sizes, algorithm=algorithm, spread_replicas=True
-    )
+    placement = maj.rebalance_experts(history, *sizes, algorithm=algorithm, spread_replicas=True)
     hierarchical = algorithm == "auto" and groups % nodes == 0
     domain = gpus // nodes if hierarchical else gpus
     experts = history.shape[2] // (nodes if hierarchical else 1)

@@ -451,9 +451,7 @@ def test_replicated_tokens_use_all_replicas_evenly(dispatch):
 
 
 def test_replicated_static_is_the_hash_of_the_oracle():
-    location = maj.ExpertLocation.from_map(
-        random_map(), EL, dispatch="static", tokens="replicated"
-    )
+    location = maj.ExpertLocation.from_map(random_map(), EL, dispatch="static", tokens="replicated")
     assert location.static_dispatch_map is None and location.tokens == "replicated"
     ids = random_ids(33, K)
     want = expected(ids, random_map()[1], "dynamic", first_token=0)

@@ -189,9 +189,7 @@ def eplb_command(
         Path | None,
         typer.Option(help="The placement; placement.json, or .yaml for tensorrt-llm."),
     ] = None,
-    format: Annotated[
-        str, typer.Option(help=f"One of {', '.join(get_args(Format))}.")
-    ] = "sglang",
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Format))}.")] = "sglang",
     first_layer: Annotated[
         int,
         typer.Option(min=0, help="Number of the first layer, where the format has layer numbers."),

@@ -136,9 +136,7 @@ def run(console: Console, files: Sequence[Path], options: Options) -> int:
 
 # -- reading ----------------------------------------------------------------------------------------------
 
-_LOADS = (
-    "Pass loads: a recorder's dump, or JSON with logical_count. A placement in force goes to --previous."
-)
+_LOADS = "Pass loads: a recorder's dump, or JSON with logical_count. A placement in force goes to --previous."
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -209,7 +207,7 @@ def _trivial(history: np.ndarray, num_slots: int) -> np.ndarray:
 
 
 def _moves(in_force: _InForce, new: np.ndarray, options: Options) -> tuple[Any, int]:
-    """(the plan, how many experts of all layers are in no slot in force): without a plan where there are any."""
+    """(the plan, 0); or (None, the experts that no slot in force holds, counted over the layers)."""
     pairs = zip(in_force.slots.tolist(), new.tolist(), strict=True)
     lost = sum(len({*after} - {*before}) for before, after in pairs)
     if lost:

@@ -71,9 +71,7 @@ def _kept(new: np.ndarray, old: np.ndarray, num_nodes: int) -> np.ndarray:
     # Of a GPU that had more slots, only the first ones are there to stay in.
     stay = copies_of(old[:, :, :per_gpu]) if old.shape[2] > per_gpu else held
     most = int(min(wanted.max(initial=0), stay.max(initial=0)))
-    slots = sum(
-        (_shared(wanted >= k, stay >= k) for k in range(1, most + 1)), np.zeros_like(local)
-    )
+    slots = sum((_shared(wanted >= k, stay >= k) for k in range(1, most + 1)), np.zeros_like(local))
     # No sum of one aim over the GPUs reaches 1 of the aim before it.
     unit = float(num_slots + 1)
     return (local * unit + near) * unit + slots

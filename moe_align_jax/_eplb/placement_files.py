@@ -104,9 +104,7 @@ def to_text(slots: np.ndarray, num_gpus: int, file_format: Format, first_layer: 
             devices = [
                 {"device_id": device, "device_expert": part} for device, part in enumerate(parts)
             ]
-            layers.append(
-                {"layer_id": layer, "device_count": num_gpus, "device_list": devices}
-            )
+            layers.append({"layer_id": layer, "device_count": num_gpus, "device_list": devices})
         return json.dumps({"moe_layer_count": len(slots), "layer_list": layers}) + "\n"
     # Of plain integers alone, so that nothing needs quotes, and pyyaml is not needed to write it.
     lines = [f"num_slots: {slots.shape[1]}", "initial_global_assignments:"]

@@ -55,9 +55,7 @@ def separate(weight: np.ndarray, owner: np.ndarray, packs: np.ndarray, num_packs
         _separate_row(weight[row].astype(np.float64), owner[row], packs[row], num_packs)
 
 
-def _separate_row(
-    weight: np.ndarray, owner: np.ndarray, packs: np.ndarray, num_packs: int
-) -> None:
+def _separate_row(weight: np.ndarray, owner: np.ndarray, packs: np.ndarray, num_packs: int) -> None:
     held = np.zeros((int(owner.max(initial=0)) + 1, num_packs), np.int64)
     np.add.at(held, (owner, packs), 1)
     load = np.bincount(packs, weight, num_packs)
