@@ -82,7 +82,7 @@ def find(contents: dict[str, Any], *, function: str) -> FoundPlacement | None:
         slots = as_array(function, NAMES[0], value, remedy)
         if slots.dtype.kind not in "iu" or slots.ndim != 2 or slots.size == 0:
             rule = "be integers, [layers, slots]"
-            fail(function, NAMES[0], rule, _checks.describe(slots), remedy)
+            fail(function, NAMES[0], rule, checks.describe(slots), remedy)
     return None if slots is None else FoundPlacement(slots)
 
 

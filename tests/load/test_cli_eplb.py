@@ -243,7 +243,8 @@ def test_sums_of_files_go_beyond_int32(tmp_path):
         ({"rank": 0}, "1.npz must be of another rank than '0.npz'; got rank 0"),
         (
             {"logical_count": np.full((4, 2, 12), -1)},
-            "logical_count of '1.npz' must be finite and at least 0",
+            "logical_count must be finite and at least 0; got -1. Pass loads: a recorder's dump, or JSON "
+            "with logical_count. A placement in force goes to --previous. The file is '1.npz'.",
         ),
         ({"last_physical_to_logical_map": 1}, "1.npz must have the physical_to_logical_map of"),
     ],
