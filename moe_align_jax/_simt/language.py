@@ -194,6 +194,30 @@ class Simt(abc.ABC):
         """`a / b`, rounded to nearest."""
 
     @abc.abstractmethod
+    def fmax(self, a: Int, b: Int) -> Int:
+        """The greater one; the other one where one is a NaN. Which zero of two with both signs, is open."""
+
+    @abc.abstractmethod
+    def fmin(self, a: Int, b: Int) -> Int:
+        """The lesser one, as `fmax`."""
+
+    @abc.abstractmethod
+    def exp2(self, a: Int) -> Int:
+        """`2**a`, to a relative 2**-22; a subnormal result is 0."""
+
+    @abc.abstractmethod
+    def reciprocal(self, a: Int) -> Int:
+        """`1 / a`, to a relative 2**-23; a subnormal result is 0."""
+
+    @abc.abstractmethod
+    def fsqrt(self, a: Int) -> Int:
+        """The square root, rounded to nearest."""
+
+    @abc.abstractmethod
+    def from_float16(self, word: Int) -> Int:
+        """The float16 in the low half of a word, as float32."""
+
+    @abc.abstractmethod
     def bfloat16_pair(self, low: Int, high: Int) -> Int:
         """Two float32, rounded to bfloat16, in one word."""
 
@@ -221,6 +245,14 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def warp_sum(self, value: Int) -> Int:
         """The sum over the warp, to each lane."""
+
+    @abc.abstractmethod
+    def warp_max(self, value: Int) -> Int:
+        """The greatest value of the warp, signed, to each lane."""
+
+    @abc.abstractmethod
+    def warp_min(self, value: Int) -> Int:
+        """The least value of the warp, signed, to each lane."""
 
     # -- bits
     @abc.abstractmethod
