@@ -37,6 +37,25 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_tuning", "types")),
         *(f"lazily moe_align_jax.{m}" for m in ("_kernels", "_reference", "_simt")),
     },
+    "moe_align_jax.router": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_router", "_tuning", "types")),
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax._router": {
+        *(f"moe_align_jax.{m}" for m in ("_router", "_simt.language", "types")),
+        *("moe_align_jax._fits", "moe_align_jax._tuning", "moe_align_jax._kernels.block_align"),
+    },
+    "moe_align_jax._router.arguments": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_router.problem", "block_align")),
+        "lazily moe_align_jax.expert_dispatch",
+    },
+    "moe_align_jax._router.problem": set(),
+    "moe_align_jax._router.reference": {"moe_align_jax._router.problem"},
+    "moe_align_jax._router.primitives": {
+        *(f"moe_align_jax.{m}" for m in ("_dispatch", "_router.problem", "types")),
+        *("moe_align_jax._router.reference", "lazily moe_align_jax._router"),
+        "lazily moe_align_jax._simt",
+    },
     "moe_align_jax._quant": set(),
     "moe_align_jax.masked_quant": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_quant", "types")),

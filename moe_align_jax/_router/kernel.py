@@ -120,9 +120,7 @@ class Router:
         if layout.whole and layout.each % (4 * per_word) == 0:
             at = (layout.first + start) >> (per_word - 1)
             words = [
-                word
-                for k in range(0, layout.each // per_word, 4)
-                for word in t.load4(ref, at + k)
+                word for k in range(0, layout.each // per_word, 4) for word in t.load4(ref, at + k)
             ]
         elif layout.whole and layout.each % per_word == 0:
             at = (layout.first + start) >> (per_word - 1)
@@ -184,9 +182,7 @@ class Router:
             ]
         keys = [f32.order(x) for x in choice]
         if self.packed:
-            keys = [
-                (key & ~_HALF) | (_HALF - (layout.first + j)) for j, key in enumerate(keys)
-            ]
+            keys = [(key & ~_HALF) | (_HALF - (layout.first + j)) for j, key in enumerate(keys)]
         if not layout.whole:
             keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
         if problem.limits_groups:
@@ -354,7 +350,7 @@ class Router:
             if not problem.over_chosen:
                 total = t.fadd(total, t.const(f32.bits(SUM_FLOOR)))
         if total is not None:
-            weight = t.fdiv(weight, total)
+            weight = t.fmul(weight, t.reciprocal(total))
         if problem.scaling_factor != 1:
             weight = t.fmul(weight, t.const(f32.bits(problem.scaling_factor)))
         return t.select(inside, weight, 0)
@@ -365,7 +361,8 @@ def kernel_inputs(problem: RouteProblem) -> dict[str, tuple[int, ...]]:
     sizes = {}
     for name, shape in problem.inputs.items():
         size = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        sizes[name] = (size // 2 if name == "logits" and problem.dtype != "float32" else size,)
+        halves = name == "logits" and problem.dtype != "float32"
+        sizes[name] = (-(-size // 2) if halves else size,)
     return sizes
 
 

@@ -211,7 +211,7 @@ class Simt(abc.ABC):
 
     @abc.abstractmethod
     def fsqrt(self, a: Int) -> Int:
-        """The square root, rounded to nearest."""
+        """The square root, to a relative 2**-22; a subnormal `a` counts as 0."""
 
     @abc.abstractmethod
     def from_float16(self, word: Int) -> Int:

@@ -323,7 +323,7 @@ class EmulatedSimt(AmongDevices, InCluster):
         return self._float(lambda x: _without_subnormals(1 / x.astype(np.float64)), a)
 
     def fsqrt(self, a: Int) -> Int:
-        return self._float(np.sqrt, a)
+        return self._float(lambda x: np.sqrt(_without_subnormals(x)), a)
 
     def from_float16(self, word: Int) -> Int:
         low = array_of(word).astype(np.uint16).view(np.float16)
@@ -421,7 +421,7 @@ class EmulatedSimt(AmongDevices, InCluster):
 
 
 def _without_subnormals(x: np.ndarray) -> np.ndarray:
-    """float32, as instructions that flush subnormal results give it."""
+    """float32, as instructions that flush subnormal numbers have it."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x).astype(np.float32)
 
 

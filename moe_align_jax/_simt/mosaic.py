@@ -169,7 +169,7 @@ class MosaicSimt(Simt):
         return self._float("rcp.approx.ftz.f32", a)
 
     def fsqrt(self, a: Int) -> Int:
-        return self._float("sqrt.rn.f32", a)
+        return self._float("sqrt.approx.ftz.f32", a)
 
     def from_float16(self, word: Int) -> Int:
         convert = (
