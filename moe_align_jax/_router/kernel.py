@@ -139,8 +139,8 @@ class Router:
     def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
         if not halves:
             return self.t.load(ref, expert + start)
-        word = self.t.load(ref, (expert + start) >> 1)
-        return self._half(word >> ((expert & 1) << 4), 0)
+        at = expert + start
+        return self._half(self.t.load(ref, at >> 1) >> ((at & 1) << 4), 0)
 
     def _half(self, word: Int, high: int) -> Int:
         """One of the two numbers in a word."""

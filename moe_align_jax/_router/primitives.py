@@ -109,8 +109,7 @@ def _weights_tangent(
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProblem, **params: Any):
     """Weights follow the logits; ids, and all that is aligned by them, do not move."""
     results = primitive.bind(*primals, problem=problem, **params)
-    zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
-    moved = [zero(r) for r in results]
+    moved: list[Any] = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     if not isinstance(tangents[0], ad.Zero):
         moved[0] = _weights_tangent(problem, primals[0], tangents[0], results[1])
     return results, moved

@@ -59,7 +59,8 @@ def _within_groups(problem: RouteProblem, choice: jax.Array, keys: jax.Array) ->
     else:
         group_keys = jnp.max(keys.reshape(shape), axis=-1)
     _, kept = lax.top_k(group_keys, problem.topk_groups)
-    stays = jnp.any(kept[:, :, None] == jnp.arange(groups, dtype=_I32), axis=1)
+    number = lax.broadcasted_iota(_I32, (1, 1, groups), 2)
+    stays = jnp.any(kept[:, :, None] == number, axis=1)
     stays = lax.broadcast_in_dim(stays, shape, (0, 1)).reshape(keys.shape)
     return jnp.where(stays, keys, _I32(_OUT))
 
@@ -78,6 +79,24 @@ def choose(problem: RouteProblem, logits: jax.Array, bias: jax.Array | None) -> 
     return lax.top_k(keys, problem.top_k)[1].astype(_I32)
 
 
+def _floored_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=-1, keepdims=True) + _F32(SUM_FLOOR)
+
+
+@jax.custom_jvp
+def _normalized(x: jax.Array) -> jax.Array:
+    """Divided by the sum."""
+    return x / _floored_sum(x)
+
+
+@_normalized.defjvp
+def _normalized_jvp(primals, tangents):
+    # Without the square of the sum, which is 0 in float32 where all are about 0.
+    [x], [moved] = primals, tangents
+    y, total = _normalized(x), _floored_sum(x)
+    return y, (moved - y * jnp.sum(moved, axis=-1, keepdims=True)) / total
+
+
 def weights_of(problem: RouteProblem, logits: jax.Array, topk_ids: jax.Array) -> jax.Array:
     """`[T, K]` the weights of chosen experts (0 where the id is -1): differentiable in the logits."""
     x = finite(problem, logits)
@@ -91,7 +110,7 @@ def weights_of(problem: RouteProblem, logits: jax.Array, topk_ids: jax.Array) ->
     else:
         weights = _elementwise(problem, chosen)
         if problem.renormalize:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _F32(SUM_FLOOR))
+            weights = _normalized(weights)
     if problem.scaling_factor != 1:
         weights = weights * _F32(problem.scaling_factor)
     return jnp.where(topk_ids >= 0, weights, _F32(0))
