@@ -17,6 +17,7 @@ from tests.no_gpu import ptx, script, worker
 
 class _Direct(NamedTuple):
     name: str
+    mailbox: int
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
     call: Callable
@@ -47,32 +48,67 @@ def problems() -> list:
     ]
 
 
+def aligned_problems() -> Iterator[tuple[Any, Any]]:
+    """Routers with the alignment in the same launch: each form and cluster, every option."""
+    from moe_align_jax import _checks
+    from moe_align_jax._router.problem import RouteProblem as Problem
+    from moe_align_jax.types import AlignProblem
+
+    deepseek = {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "bias_rows": 1}
+    dynamic = {"dispatch": "dynamic", "num_logical": 256, "replica_width": 4, "top_k": 8}
+    static = {"dispatch": "static", "num_logical": 60}
+    for problem, block_size, slots, options in (
+        (Problem(1, 256, 8), 16, 256, {}),
+        (Problem(4, 256, 8, "bfloat16"), 16, 256, {"expert_map": "label"}),
+        (Problem(8, 256, 8), 64, 256, {"return_inverse": True}),
+        (Problem(16, 64, 6), 64, 64, {"return_inverse": True}),
+        (Problem(32, 256, 8, **deepseek), 64, 288, {"return_inverse": True, **dynamic}),
+        (Problem(64, 256, 8, has_token_mask=True), 64, 256, {"expert_map": "filter"}),
+        (Problem(64, 256, 8, "bfloat16"), 128, 256, {"return_inverse": True}),
+        (Problem(100, 60, 4, "float16", has_num_valid_tokens=True), 16, 80, static),
+        (Problem(128, 512, 16), 16, 512, {"return_inverse": True}),
+        (Problem(128, 1024, 8, bias_rows=1), 128, 1024, {"return_inverse": True}),
+    ):
+        pairs = problem.num_tokens * problem.top_k
+        capacity = _checks.max_num_tokens_padded(pairs, block_size=block_size, num_experts=slots)
+        yield problem, AlignProblem(pairs, slots, block_size, capacity, **options)
+
+
 def kernels() -> Iterator[tuple[str, Any, bool, int]]:
     """(what it is, the kernel, whether it is launched with PDL, bytes of each load of logits)."""
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._router import kernel
+    from moe_align_jax._router import fused, kernel
     from moe_align_jax._simt import mosaic
 
-    for position, problem in enumerate(problems()):
-        [one] = kernel.build(problem).kernels
+    every = [(problem, None) for problem in problems()]
+    every += list(aligned_problems())
+    for position, (problem, align) in enumerate(every):
+        what = f"{problem}"
+        if align is None:
+            [one] = kernel.build(problem).kernels
+        else:
+            config = fused.config_for(problem, align)
+            [one] = fused.build(problem, align, config).kernels
+            what = f"{config}, {problem}, {align}"
         pdl = position % 2 == 1
-        structs = []
-        for name, shape in problem.inputs.items():
+        given, structs = {**problem.inputs, **(align.inputs if align else {})}, []
+        for name in one.inputs:
             dtype = {"logits": problem.dtype, "correction_bias": "float32"}.get(name, "int32")
-            size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+            size = given[name][0] * (given[name][1] if len(given[name]) > 1 else 1)
             structs.append(jax.ShapeDtypeStruct((size,), jnp.dtype(dtype)))
         call = mosaic.launcher(one, pdl=pdl)
-        direct = _Direct(one.name, dict(one.inputs), dict(one.outputs), call, structs)
+        shapes = dict(one.inputs), dict(one.outputs)
         per_load = 4 if problem.dtype == "float32" else 8
         whole = problem.num_experts % (32 * per_load) == 0
-        yield f"{problem}", direct, pdl, 16 if whole else 4
+        yield what, _Direct(one.name, one.mailbox, *shapes, call, structs), pdl, 16 if whole else 4
 
 
 def faults(kernel, pdl: bool, width: int, text: str, launch, used: ptx.Usage) -> Iterator[str]:
     yield from worker.resource_faults(used, launch.block[0], text)
     yield from worker.order_faults(text, pdl=pdl, first=True)
+    yield from worker.mail_faults(text, kernel.mailbox)
     if missing := set(kernel.outputs) - set(launch.parameters):
         yield f"outputs that are not passed: {sorted(missing)}"
     at = launch.parameters.index("logits")
