@@ -1,25 +1,28 @@
-"""dispatch + combine over the GPUs of one host, per transport, beside plain collectives of the same bytes.
+"""dispatch + combine over the GPUs of one host, per transport, beside plain collectives, by both clocks.
 
-python -m benchmarks.expert_parallel --out benchmarks/results/expert_parallel/h200-x2.jsonl
+python -m benchmarks.expert_parallel --output benchmarks/results/expert_parallel/h200-x2-clocks.jsonl
 
-Every transport is first held against the dense sum in NumPy. Then chains of pairs are timed, each
-result the next pair's input: "low_latency" sends fp8 and its scales and gets bfloat16 back, "normal" sends
-bfloat16 both ways. No expert runs; what a rank hands to combine is an argument, tied to what it has received.
-For the ragged transport start it with
-XLA_FLAGS=--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true.
-With --packing the rows are also sent in one message, and x by itself, whatever their size.
+Everything that does the job is first held against the dense sum in NumPy. Then jitted steps are timed
+(`benchmarks.clocks`): a chain of pairs, each result the next pair's input. "low_latency" sends fp8 and its
+scales and gets bfloat16 back, "normal" sends bfloat16 both ways. No expert runs; what a rank hands to combine
+is an argument, tied to what it has received. Beside our transports stand
+
+- "plain job": the same job in jax.numpy on plain collectives: quantise, exchange, lay out; weight, exchange,
+  add up. Rows are laid out by expert without gaps (as `ragged_dot` takes them), or in the masked layout's
+  boxes;
+- "bare": the two exchanges of the same dense bytes and nothing else;
+- "nothing": what every step has beside, the small kernel that reads an element of what was received.
+
+Each launch (flags of XLA) is a process of its own. Ragged: `--transports ragged_all_to_all --launches
+ragged-decomposed`. With --packing our rows are also sent in one message, and x by itself, whatever the size.
 """
 
 import argparse
-import functools
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,259 +34,175 @@ from jax import lax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-import moe_align_jax as maj  # noqa: E402
-from benchmarks import machine, timing  # noqa: E402
-from moe_align_jax._cli import traces  # noqa: E402
-from moe_align_jax._expert_parallel import message  # noqa: E402
-
-AXIS = "ep"
-TRANSPORTS = ("nvlink", "all_to_all", "all_gather", "ragged_all_to_all")
-GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
-
-
-class Size(NamedTuple):
-    """One exchange: T tokens per rank."""
-
-    mode: str
-    tokens: int
-    hidden: int = 7168
-    top_k: int = 8
-    experts: int = 256
-
-    @property
-    def payload(self) -> str | None:
-        return "fp8" if self.mode == "low_latency" else None
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode} {self.tokens}"
-
-    @property
-    def row_bytes(self) -> tuple[int, int]:
-        """Of a token: out (payload, scales, ids, weights), and back."""
-        out = self.hidden + self.hidden // 32 if self.payload else 2 * self.hidden
-        return out + 8 * self.top_k, 2 * self.hidden
-
-    def arguments(self, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
-        """x, ids and weights of all ranks; no expert twice in a token."""
-        rng = np.random.default_rng(seed)
-        total = self.tokens * mesh.size
-        x = rng.standard_normal((total, self.hidden), np.float32)
-        score = rng.random((total, self.experts), np.float32)
-        ids = np.argpartition(score, self.top_k, axis=1)[:, : self.top_k].astype(np.int32)
-        weights = rng.random((total, self.top_k), np.float32)
-        sharding = NamedSharding(mesh, P(AXIS))
-        place = functools.partial(jax.device_put, device=sharding)
-        return place(x.astype(jnp.bfloat16)), place(ids), place(weights)
-
-    def results(self, mesh: jax.sharding.Mesh) -> jax.Array:
-        """What the experts of all ranks would hand to combine."""
-        rows = mesh.size * self.tokens
-        masked = self.mode == "low_latency"
-        shape = (self.experts, rows, self.hidden) if masked else (mesh.size * rows, self.hidden)
-        return jax.jit(
-            lambda: jnp.ones(shape, jnp.bfloat16), out_shardings=NamedSharding(mesh, P(AXIS))
-        )()
-
-    def dispatch(self, x, ids, weights, **options) -> maj.Dispatched:
-        return maj.dispatch(
-            x, ids, weights, axis_name=AXIS, num_experts=self.experts, mode=self.mode,
-            max_low_latency_tokens=1 << 20, payload=self.payload, **options,
-        )  # fmt: skip
+from benchmarks import clocks, exchanges  # noqa: E402
+from benchmarks.exchanges import AXIS, Exchange, Size  # noqa: E402
 
 
 def spread(mesh: jax.sharding.Mesh, body: Callable) -> Callable:
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)))
+    return jax.shard_map(body, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
 
 
-# -- correctness --------------------------------------------------------------------------------------
+# -- correctness ------------------------------------------------------------------------------------------
 
 
-def verify(mesh: jax.sharding.Mesh, size: Size, options: dict[str, Any]) -> float:
-    """Error relative to the greatest value of a layer whose expert e multiplies by 1 + e / 64."""
-    local = size.experts // mesh.size
+def check_program(
+    mesh: jax.sharding.Mesh, size: Size, exchange: Exchange
+) -> tuple[Any, tuple, Callable[[Any], float]]:
+    """(a jitted function, its arguments, what tells its result's error or raises AssertionError).
+
+    It is a layer whose expert e multiplies by 1 + e / 64; of bare exchanges, every row that is received, and
+    every one that comes back.
+    """
+    arguments = size.arguments(mesh, seed=1)
+    if exchange.experts is None:
+        return _check_bare(mesh, size, exchange, arguments)
+    local, experts = size.experts // mesh.size, exchange.experts
 
     def body(x, ids, weights):
-        got = size.dispatch(x, ids, weights, **options)
-        rows = got.x.astype(jnp.float32)
-        if got.scales is not None:
-            rows *= jnp.repeat(got.scales, 128, axis=-1)
+        received, handle = exchange.out(x, ids, weights)
         first = lax.axis_index(AXIS) * local
         scale = 1 + (first + jnp.arange(local, dtype=jnp.int32)).astype(jnp.float32) / 64
-        if got.masked_m is not None:
-            return maj.combine((rows * scale[:, None, None]).astype(jnp.bfloat16), got.handle)
-        each = jnp.where(got.topk_ids < 0, 0.0, scale[jnp.maximum(got.topk_ids, 0)])
-        share = jnp.sum(each * got.topk_weights, axis=1, keepdims=True)
-        return maj.combine((rows * share).astype(jnp.bfloat16), got.handle)
+        return exchange.back(experts(received, handle, scale), handle)
 
-    arguments = size.arguments(mesh, seed=1)
-    run = spread(mesh, body)
-    got = np.asarray(run(*arguments)).astype(np.float32)
-    again = np.asarray(run(*arguments)).astype(np.float32)
-    np.testing.assert_array_equal(got, again, f"{size.name} {options}: other bits the second time")
-    x, ids, weights = (np.asarray(a).astype(np.float32) for a in arguments)
-    want = x * (weights * (1 + ids / 64)).sum(1, keepdims=True)
+    def error(result):
+        x, ids, weights = (np.asarray(a).astype(np.float32) for a in arguments)
+        want = x * (weights * (1 + ids / 64)).sum(1, keepdims=True)
+        got = np.asarray(result).astype(np.float32)
+        return _within(got, want, 0.07 if size.payload else 0.02, f"{size.name} {exchange.name}")
+
+    return jax.jit(spread(mesh, body)), arguments, error
+
+
+def _check_bare(mesh, size: Size, exchange: Exchange, arguments):
+    ranks, y = mesh.size, np.random.default_rng(2).normal(size=(mesh.size, *exchange.rows))
+    y = jnp.asarray(y, jnp.bfloat16).reshape(-1, size.hidden)
+    y = jax.device_put(y, NamedSharding(mesh, P(AXIS)))
+
+    def body(x, ids, weights, y):
+        received, handle = exchange.out(x, ids, weights)
+        return received.reshape(ranks * size.tokens, -1), exchange.back(y, handle)
+
+    def error(result):
+        received, got = (np.asarray(a) for a in result)
+        bits = np.asarray(arguments[0]).view(np.uint16)
+        words = size.row_bytes[0] // 2
+        rows = np.concatenate([bits] * -(-words // size.hidden), axis=1)[:, :words]
+        what = f"{size.name} {exchange.name}"
+        np.testing.assert_array_equal(received, np.tile(rows, (ranks, 1)), what)
+        parts = np.asarray(y).astype(np.float32).reshape(ranks, -1, size.hidden)
+        want = parts[0] if "all_to_all" in exchange.name else parts.sum(0)
+        return _within(got.astype(np.float32), want, 0.02, what)
+
+    return jax.jit(spread(mesh, body)), (*arguments, y), error
+
+
+def verify(
+    mesh: jax.sharding.Mesh, size: Size, chosen: Sequence[Exchange]
+) -> Iterator[dict[str, Any]]:
+    """A row for each: its error, or a note why there is none. Every program runs twice, for the same bits."""
+    programs = [check_program(mesh, size, exchange) for exchange in chosen]
+    failed = clocks.compile_together([(jitted, given) for jitted, given, _ in programs])
+    for exchange, (jitted, given, error), failure in zip(chosen, programs, failed, strict=True):
+        row: dict[str, Any] = {"case": f"check {size.name}", "provider": exchange.name}
+        try:
+            if failure is not None:
+                raise failure
+            results = [jax.tree.leaves(jitted(*given)) for _ in range(2)]
+            for one, other in zip(*results, strict=True):
+                np.testing.assert_array_equal(
+                    np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8), "other bits"
+                )
+            row["error"] = error(jitted(*given))
+            yield row | {"note": f"right, error {row['error']:.2e}"}
+        except NotImplementedError as cannot:
+            yield row | {"note": f"does not run here: {cannot}"}
+        except Exception as wrong:
+            yield row | {"note": f"WRONG: {type(wrong).__name__}: {str(wrong)[:500]}"}
+
+
+def _within(got: np.ndarray, want: np.ndarray, limit: float, what: str) -> float:
     error = float(np.abs(got - want).max() / np.abs(want).max())
-    limit = 0.07 if size.payload else 0.02
     if not error < limit:
-        raise AssertionError(
-            f"{size.name} {options}: error {error:.3g}, at most {limit} is allowed"
-        )
+        raise AssertionError(f"{what}: error {error:.3g}, at most {limit} is allowed")
     return error
 
 
-# -- programs -------------------------------------------------------------------------------------------
+# -- steps ------------------------------------------------------------------------------------------------
 
 
-def chain(mesh: jax.sharding.Mesh, one: Callable) -> Callable:
-    """`(list of (x, ids, weights, y))` to everything received: each call starts from the one before."""
-
-    def body(given):
-        x, received = given[0][0], []
-        for _, *rest in given:
-            x, kept = one(x, *rest)
-            received.append(kept)
-        return x, received
-
-    return spread(mesh, body)
+def wanted(mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace) -> list[Exchange]:
+    """Those that the options ask for: whose name begins with one of `--providers`."""
+    transports, beginnings = options.transports.split(","), tuple(options.providers.split(";"))
+    every = exchanges.every(size, mesh.size, _platform(mesh), transports, options.packing)
+    return [exchange for exchange in every if exchange.name.startswith(beginnings)]
 
 
-def pair(size: Size, *, back: bool = True, **options) -> Callable:
-    """dispatch, and combine of rows that are there before (a GEMM would write them)."""
+def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) -> clocks.Step:
+    """`((x, ids), weights, y) -> (x, ids)` through a chain of pairs: what is sent back exists only after what
+    was received, and each pair sends what came back from the one before. An element of everything received is
+    read, as the experts would read it."""
 
-    def one(x, ids, weights, y):
-        got = size.dispatch(x, ids, weights, **options)
-        kept = (got.x, got.scales, got.masked_m, got.topk_ids, got.topk_weights)
-        if not back:
-            x, kept = lax.optimization_barrier((x, kept))
-            return x, kept
-        # What is sent back exists only after what was received.
-        y, kept = lax.optimization_barrier((y, kept))
-        return maj.combine(y, got.handle), kept
+    @jax.jit  # traced and lowered once, not once per pair
+    def pair(x, ids, weights, y):
+        received, handle = exchange.out(x, ids, weights)
+        y, received = lax.optimization_barrier((y, received))
+        return exchange.back(y, handle), ids + clocks.zero_reading(received)
 
-    return one
+    def body(carry, weights, y):
+        x, ids = carry
+        for _ in range(calls):
+            x, ids = pair(x, ids, weights, y)
+        return x, ids
 
+    x, ids, weights = size.arguments(mesh)
+    shape = (mesh.size * exchange.rows[0], *exchange.rows[1:])
+    sharding = NamedSharding(mesh, P(AXIS))
+    y = jax.jit(lambda: jnp.ones(shape, jnp.bfloat16), out_shardings=sharding)()
+    want = exchange.ones(np.asarray(ids), np.asarray(weights))
+    # "nothing" hands x on as it was.
+    want = np.broadcast_to(want, x.shape) if want.size else np.asarray(x).astype(np.float32)
 
-def packing_up_to(one: Callable, num_bytes: int) -> Callable:
-    """The same program, traced with another bound of what is packed into a message."""
+    def check(carry):
+        what = f"{size.name} {exchange.name}, after its steps"
+        _within(np.asarray(carry[0]).astype(np.float32), want, 0.02, what)
+        np.testing.assert_array_equal(np.asarray(carry[1]), np.asarray(ids), what)
 
-    def changed(*arguments):
-        bound = message.MAX_PACKED_BYTES
-        message.MAX_PACKED_BYTES = num_bytes
-        try:
-            return one(*arguments)
-        finally:
-            message.MAX_PACKED_BYTES = bound
-
-    return changed
-
-
-def plain(size: Size, ranks: int, kind: str) -> Callable:
-    """The collectives alone, of the same bytes; the sum over ranks of all_to_all is left out."""
-    out_bytes, _ = size.row_bytes
-    words = out_bytes // 2
-
-    def one(x, ids, weights, y):
-        del ids, weights
-        y = y.reshape(-1, size.hidden)[: ranks * size.tokens]
-        bits = lax.bitcast_convert_type(x, jnp.uint16)
-        rows = jnp.tile(bits, (1, -(-words // size.hidden)))[:, :words]
-        if kind == "all_to_all":
-            copies = jnp.broadcast_to(rows, (ranks, *rows.shape))
-            got = lax.all_to_all(copies, AXIS, 0, 0)
-            y, got = lax.optimization_barrier((y, got))
-            return lax.all_to_all(y.reshape(ranks, *x.shape), AXIS, 0, 0)[0], got
-        got = lax.all_gather(rows, AXIS, axis=0, tiled=True)
-        y, got = lax.optimization_barrier((y, got))
-        if kind == "all_gather + all_to_all":
-            return lax.all_to_all(y.reshape(ranks, *x.shape), AXIS, 0, 0)[0], got
-        return lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True), got
-
-    return one
+    function = spread(mesh, body)
+    return clocks.Step(exchange.name, function, (x, ids), (weights, y), calls, check)
 
 
-def providers(
-    size: Size, ranks: int, platform: str, transports: Sequence[str], packing: bool
-) -> Iterator[tuple[str, Callable]]:
-    """Name and `(x, ids, weights) -> (x, received)`, the most telling ones first."""
-    yield "plain all_to_all", plain(size, ranks, "all_to_all")
-    for transport in transports:
-        if platform != "gpu" and transport in GPU_TRANSPORTS:
-            continue
-        yield f"ours, {transport}", pair(size, transport=transport)
-        if size.mode == "low_latency":
-            name = f"ours, {transport}, tails unwritten"
-            yield name, pair(size, transport=transport, initialize=False)
-        if packing and transport != "nvlink":
-            of_x = ranks * size.tokens * size.hidden * (1 if size.payload else 2)
-            for name, bound in (("one message", 1 << 62), ("x by itself", of_x - 1)):
-                changed = packing_up_to(pair(size, transport=transport), bound)
-                yield f"ours, {transport}, {name}", changed
-    for kind in ("all_gather + psum_scatter", "all_gather + all_to_all"):
-        yield f"plain {kind}", plain(size, ranks, kind)
-    yield "ours, all_to_all, dispatch alone", pair(size, back=False, transport="all_to_all")
+def calls_of(size: Size, platform: str, quick: bool) -> int:
+    """Pairs in a step: so many that what a jit call costs by itself is small beside them."""
+    if platform != "gpu":
+        return 2
+    return (8 if quick else 40) if size.tokens <= 512 else (4 if quick else 8)
 
 
 def measure(
-    mesh: jax.sharding.Mesh,
-    size: Size,
-    executions: int,
-    until: float,
-    transports: Sequence[str] = TRANSPORTS,
-    packing: bool = False,
+    mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace, until: float
 ) -> Iterator[dict[str, Any]]:
-    ranks = mesh.size
-    platform = "gpu" if mesh.devices.flat[0].platform in ("gpu", "cuda") else "cpu"
-    arguments = size.arguments(mesh)
-    calls = 2 if platform == "cpu" else 8 if size.tokens <= 512 else 3
-    given = [(*arguments, size.results(mesh))] * calls
+    ranks, platform = mesh.size, _platform(mesh)
+    calls = options.calls or calls_of(size, platform, options.quick)
+    chosen = [*wanted(mesh, size, options), exchanges.nothing(size)]
+    steps = [step(mesh, size, exchange, calls) for exchange in chosen]
     out_bytes, back_bytes = size.row_bytes
-    ids = np.asarray(arguments[1])
+    ids = np.asarray(size.arguments(mesh)[1])
     owner = ids.reshape(ranks, size.tokens, -1) // (size.experts // ranks)
     away = sum(
         int((owner[r] == j).any(1).sum()) for r in range(ranks) for j in range(ranks) if r != j
     )
-    for provider, one in providers(size, ranks, platform, transports, packing):
-        if time.monotonic() > until:
-            yield {"case": size.name, "provider": provider, "note": "left out: no time"}
-            return
-        start = time.monotonic()
-        row = {
-            "case": size.name, **size._asdict(), "devices": ranks, "provider": provider,
-            "dense_bytes": (ranks - 1) * size.tokens * (out_bytes + back_bytes),
-            "useful_bytes": away * (out_bytes + back_bytes) // ranks,
-        }  # fmt: skip
-        try:
-            program = chain(mesh, one)
-            found = timing.time_jit_span(program, given, executions=executions)
-        except Exception as error:  # one transport that fails must not cost the others
-            yield row | {"note": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-            continue
-        us = found.percentile(50)
-        row |= {
-            "us": round(us, 2),
-            "p20_us": round(found.percentile(20), 2),
-            "p80_us": round(found.percentile(80), 2),
-            "metric": found.metric,
-            "calls": calls,
-            "gbps": round(row["dense_bytes"] / us / 1e3, 1),
-            "note": found.note,
-            "kernels": found.kernels_per_call,
-        }
-        if platform == "gpu" and provider.startswith("ours"):
-            row["top"] = kernel_times(program, given)
-        yield row | {"took_s": round(time.monotonic() - start, 1)}
+    shared = {
+        "case": size.name, **size._asdict(), "devices": ranks,
+        "dense_bytes": (ranks - 1) * size.tokens * (out_bytes + back_bytes),
+        "useful_bytes": away * (out_bytes + back_bytes) // ranks,
+    }  # fmt: skip
+    executions, rounds = (4, 2) if options.quick or platform != "gpu" else (20, 5)
+    for row in clocks.rows_of(steps, executions=executions, rounds=rounds, until=until):
+        yield shared | row
 
 
-def kernel_times(program: Callable, given: Any, executions: int = 3) -> dict[str, float]:
-    """µs per call of the costliest kernels on the first GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(executions):
-                jax.block_until_ready(program(given))
-        events = traces.gpu_events(traces.load(traces.newest_xplane(folder)))
-    count = executions * len(given)
-    return {t.name[:60]: round(t.total_us / count, 2) for t in traces.totals(events)[:8]}
+def _platform(mesh: jax.sharding.Mesh) -> str:
+    return "gpu" if mesh.devices.flat[0].platform in ("gpu", "cuda") else "cpu"
 
 
 # -- the command ------------------------------------------------------------------------------------------
@@ -293,68 +212,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
-    parser.add_argument("--cases", default="low_latency:128,normal:4096,low_latency:8,normal:128")
+    clocks.add_arguments(parser, budget=185)
+    parser.add_argument("--cases", default="low_latency:8,low_latency:128,normal:4096")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--devices", type=int, help="of those there are; all by default")
-    parser.add_argument("--transports", default=",".join(TRANSPORTS))
-    parser.add_argument("--packing", action="store_true", help="with and without one message")
-    parser.add_argument("--executions", type=int, default=12)
+    parser.add_argument("--transports", default=",".join(exchanges.TRANSPORTS))
     parser.add_argument(
-        "--budget", type=float, default=100, help="seconds, then the rest is left out"
+        "--providers", default="", help='by how their names begin: "ours, nvlink;bare"'
     )
+    parser.add_argument("--packing", action="store_true", help="with and without one message")
+    parser.add_argument("--calls", type=int, help="pairs in a step")
     parser.add_argument("--check-tokens", type=int, default=64, help="tokens per rank of the check")
-    parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     options = parser.parse_args(argv)
+    if options.launch is None:
+        given = sys.argv[1:] if argv is None else argv
+        return clocks.run_launches("benchmarks.expert_parallel", given, options)
     until = time.monotonic() + options.budget
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     sizes = {"hidden": options.hidden, "experts": options.experts, "top_k": options.top_k}
-    transports = options.transports.split(",")
-    facts = machine.facts(options.commit) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
-    rows = []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        if options.out:
-            path = Path(options.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(facts | row) + "\n")
-
+    keep = clocks.keeper(options)
     failed = False
-    for mode in ("low_latency", "normal"):
+    # The flags of a launch change no value: one launch holds a layer to NumPy, every one what its steps give.
+    first = options.launch == options.launches.split(",")[0]
+    for mode in ("low_latency", "normal") if first else ():
         size = Size(mode, options.check_tokens, **sizes)
-        for transport in transports:
-            for chosen in ({}, {"initialize": False}) if mode == "low_latency" else ({},):
-                row = {"case": f"check {size.name}", "provider": f"{transport} {chosen or ''}"}
-                try:
-                    row["error"] = verify(mesh, size, {"transport": transport} | chosen)
-                    print(
-                        f"{row['case']:22} {row['provider']:40} error {row['error']:.2e}",
-                        flush=True,
-                    )
-                except NotImplementedError as error:
-                    print(f"{row['case']:22} {row['provider']:40} {error}", flush=True)
-                    continue
-                except Exception as error:
-                    failed = True
-                    row["note"] = f"FAILED: {type(error).__name__}: {str(error)[:500]}"
-                    print(f"{row['case']:22} {row['provider']:40} {row['note']}", flush=True)
-                keep(row)
+        for row in verify(mesh, size, wanted(mesh, size, options)):
+            failed |= row["note"].startswith("WRONG")
+            keep(row)
     for case in options.cases.split(","):
         mode, _, tokens = case.partition(":")
-        size = Size(mode, int(tokens), **sizes)
-        for row in measure(mesh, size, options.executions, until, transports, options.packing):
+        for row in measure(mesh, Size(mode, int(tokens), **sizes), options, until):
+            failed |= "AssertionError" in row.get("note", "")
             keep(row)
-            value = f"{row['us']:10.1f} µs {row['gbps']:7.1f} GB/s" if "us" in row else " " * 26
-            print(f"{row['case']:18} {row['provider']:42} {value} {row.get('kernels') or ''} "
-                  f"{row['note']}", flush=True)  # fmt: skip
-            for name, us in row.get("top", {}).items():
-                print(f"{'':24} {us:10.2f} {name}", flush=True)
-    return 1 if failed or not rows else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 With vLLM's come the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run, and the
 one that `patch` replaces functions of, which they read.
 
-python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [--folder .peers]
+python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [sglang_recorder]
+    [--folder .peers]
 
 vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
 Only these files are kept (about 45 and 20 MB); the wheels are several times larger.
@@ -65,6 +66,10 @@ WHEELS = {
             r"(?s)from sglang\.srt\.environ import.*?(?=import triton\.language as tl)",
             "",
         ),
+    ),
+    # Its recorder of expert load, which the tests of ours compare with: they stand in for the rest of sglang.
+    "sglang_recorder": Wheel(
+        "sglang==0.5.23", "sglang/srt/eplb/expert_distribution.py", "sgl_expert_distribution.py"
     ),
     # Its Triton kernel that maps and counts expert ids, for benchmarks.expert_load.
     "sglang_eplb": Wheel(

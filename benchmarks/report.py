@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", nargs="*", default=[], metavar="FILE", help="the same, the ordinary sizes alone"
     )
-    parser.add_argument("--plots", metavar="FOLDER", help="where to draw (needs the extra bench)")
+    parser.add_argument("--plots", metavar="FOLDER", help="where to draw (needs the extra plot)")
     options = parser.parse_args(argv)
     rows = load(options.results)
     text = markdown(rows)

@@ -109,6 +109,10 @@ def main() -> None:
     parser.add_argument("--mode", default="auto", choices=("auto", "normal", "low_latency"))
     parser.add_argument("--transport")
     options = parser.parse_args()
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
     if options.coordinator:

@@ -234,6 +234,19 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=1.0, help="exponent of Zipf's law; 0 is even")
     parser.add_argument("--picture", type=Path, help="a PNG of the load of each GPU")
     options = parser.parse_args()
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
+
+    if options.picture:
+        try:  # now, not after all the passes
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error(
+                "--picture needs matplotlib, which is not installed: leave --picture out, or install "
+                "the extra plot (in a checkout: pip install -e '.[plot]')"
+            )
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", 8)

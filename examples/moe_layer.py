@@ -103,9 +103,12 @@ def apply_experts(
         out = jax.lax.ragged_dot(hidden, params.down, group_sizes)
     with jax.named_scope("combine"):
         # A dropped pair has row -1, which would index from the end: send it past the end instead.
-        row = jnp.where(aligned.row_of_pair < 0, out.shape[0], aligned.row_of_pair)
+        dropped = aligned.row_of_pair < 0
+        row = jnp.where(dropped, out.shape[0], aligned.row_of_pair)
         per_pair = out.at[row].get(mode="fill", fill_value=0).reshape(*topk_ids.shape, -1)
-        return jnp.einsum("tk,tkh->th", topk_weights.astype(out.dtype), per_pair).astype(x.dtype)
+        # Its weight may be anything: 0 * NaN would be NaN, in the sum and in the gradient.
+        weights = jnp.where(dropped.reshape(topk_ids.shape), 0, topk_weights).astype(out.dtype)
+        return jnp.einsum("tk,tkh->th", weights, per_pair).astype(x.dtype)
 
 
 def moe_layer(
@@ -143,6 +146,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=16)
     options = parser.parse_args()
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
 
     key_params, key_x = jax.random.split(jax.random.key(0))
     params = init(

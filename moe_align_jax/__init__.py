@@ -12,6 +12,9 @@ if "jax.core" in sys.modules:
     # step's first trace, where a name of ours may be resolved, it would have that step traced again.
     importlib.import_module("jax.extend.core")
 
+# Notes from now on whether a fork leaves jax behind in the parent.
+importlib.import_module("moe_align_jax._fork")
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
@@ -59,13 +62,23 @@ _MODULE_OF = {
     "update_expert_weights_by_chunks": "expert_weights",
 }
 
+# Modules that do without jax, and the ones that tell jax.export about their types.
+_EXPORTED_BY = {
+    "types": "block_align",
+    "eplb": "expert_location",
+    "_recorder.rows": "expert_load",
+}
+
 __all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'moe_align_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"moe_align_jax.{_MODULE_OF[name]}"), name)
+    module = _MODULE_OF[name]
+    if module in _EXPORTED_BY and "jax.core" in sys.modules:
+        importlib.import_module(f"moe_align_jax.{_EXPORTED_BY[module]}")
+    value = getattr(importlib.import_module(f"moe_align_jax.{module}"), name)
     globals()[name] = value
     return value
 

@@ -2,6 +2,8 @@
 
 import operator
 
+import numpy as np
+
 INT32_MAX = 2**31 - 1
 
 
@@ -27,8 +29,32 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def leading(shape, rest: str = "...") -> str:
+    """`[2, 4, ...]`: a shape of which only the first sizes are numbers."""
+    return f"[{', '.join(map(str, (*shape, rest)))}]"
+
+
+def index(value: object) -> int:
+    """The int that a Python int, a NumPy integer or an integer scalar of an array is.
+
+    Raises:
+        TypeError: it is anything else: a bool is no int, a float is no index.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError("a bool")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except ValueError as error:  # some of jax's own, for a traced array
+        raise TypeError(str(error)) from None
+
+
 def check_positive_int(function: str, argument: str, value: object, remedy: str) -> int:
-    """A static Python int (or NumPy integer) >= 1, as an int."""
+    """A static Python int (or NumPy integer) in [1, 2**31 - 1], as an int: sizes and offsets are int32."""
+    return check_int(function, argument, value, 1, remedy)
+
+
+def check_int(function: str, argument: str, value: object, least: int, remedy: str) -> int:
+    """A static Python int (or NumPy integer) in [least, 2**31 - 1], as an int; no bool, no float."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -38,9 +64,23 @@ def check_positive_int(function: str, argument: str, value: object, remedy: str)
         raise TypeError(
             message(function, argument, "be a static Python int", describe(value), remedy)
         ) from None
-    if number < 1:
-        raise ValueError(message(function, argument, "be at least 1", number, remedy))
+    if number < least:
+        raise ValueError(message(function, argument, f"be at least {least}", number, remedy))
+    if number > INT32_MAX:
+        raise ValueError(message(function, argument, "be at most 2**31 - 1", number, remedy))
     return number
+
+
+def check_bool(
+    function: str,
+    argument: str,
+    value: object,
+    remedy: str = "It changes the compiled program, so it is static.",
+) -> bool:
+    """A static Python bool (or NumPy's); a string or a number is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(message(function, argument, "be a Python bool", describe(value), remedy))
+    return bool(value)
 
 
 def check_block_size(function: str, value: object) -> int:
@@ -93,7 +133,7 @@ def max_num_tokens_padded(
         P, 0 for no pairs.
 
     Raises:
-        TypeError: an argument is not an int.
+        TypeError: an argument is not an int, or pad_sorted_ids not a bool.
         ValueError: an argument is out of range, or P exceeds int32.
 
     Example:
@@ -105,19 +145,8 @@ def max_num_tokens_padded(
     function = "max_num_tokens_padded"
     block_size = check_block_size(function, block_size)
     num_experts = check_num_experts(function, num_experts)
-    try:
-        if isinstance(num_pairs, bool):
-            raise TypeError
-        num_pairs = operator.index(num_pairs)
-    except TypeError:
-        rule = message(
-            function, "num_pairs", "be a Python int", describe(num_pairs), "Pass topk_ids.size."
-        )
-        raise TypeError(rule) from None
-    if num_pairs < 0:
-        raise ValueError(
-            message(function, "num_pairs", "be at least 0", num_pairs, "Pass topk_ids.size.")
-        )
+    pad_sorted_ids = check_bool(function, "pad_sorted_ids", pad_sorted_ids)
+    num_pairs = check_int(function, "num_pairs", num_pairs, 0, "Pass topk_ids.size.")
     padded = capacity(
         num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids
     )

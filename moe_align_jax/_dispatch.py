@@ -6,7 +6,6 @@ and two-platform export.
 """
 
 import functools
-import operator
 import re
 from collections.abc import Callable
 from typing import Any, get_args
@@ -27,6 +26,8 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # The jax releases whose Mosaic GPU lowering our kernels were checked with: [oldest, first unknown).
 OLDEST_JAX, UNKNOWN_JAX = (0, 11, 2), (0, 13, 0)
+# Those that jax lowers for under a name of its own.
+PLATFORMS = ("cpu", "tpu", "rocm", "cuda")
 # CUDA allows 65,535 along grid.y, where a vmapped batch goes.
 MAX_KERNEL_BATCH = 65_535
 
@@ -216,13 +217,50 @@ def _check_kernel_sizes(problem: Problem, batch: tuple[Any, ...]) -> None:
         )
 
 
-for _platform in ("cpu", "tpu", "rocm", "cuda"):
+for _platform in PLATFORMS:
     mlir.register_lowering(block_align_p, functools.partial(_lower, _platform), platform=_platform)
 mlir.register_lowering(block_align_p, functools.partial(_lower, "another platform"))
 
 
+def on_each_shard(call: Callable, operands: Any, dims: Any) -> Any:
+    """`call(*operands)` of a vmapped batch, by parts where the batch is split over Explicit mesh axes.
+
+    The primitives' results have no sharding of their own: without this the parts would be gathered first.
+
+    Args:
+        call: returns a list of arrays whose first dimension is the batch.
+        operands: its arguments.
+        dims: the dimension of the batch in each of them, None where it has none.
+    """
+    types = [(jax.typeof(x).sharding, dim) for x, dim in zip(operands, dims, strict=True)]
+    split = {sharding.spec[dim] for sharding, dim in types if dim is not None} - {None}
+    if not split:
+        return call(*operands)
+    [axes] = split
+    mesh = next(sharding.mesh for sharding, dim in types if dim is not None)
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return jax.shard_map(
+        lambda *parts: call(*_vary_together(list(parts))),
+        mesh=mesh,
+        in_specs=tuple(
+            PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, axes)
+            for _, dim in types
+        ),
+        out_specs=PartitionSpec(axes),
+        axis_names=set(names),
+    )(*operands)
+
+
 def _batching_rule(operands, dims, *, problem, implementation, batched):
     """Any depth of vmap becomes one leading batch axis."""
+    call = functools.partial(
+        _flat_batch, dims=dims, problem=problem, implementation=implementation, batched=batched
+    )
+    results = on_each_shard(call, operands, dims)
+    return results, [0] * len(results)
+
+
+def _flat_batch(*operands, dims, problem, implementation, batched):
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
     inner = next(
         (
@@ -253,18 +291,22 @@ def _batching_rule(operands, dims, *, problem, implementation, batched):
     )
     if inner is not None:
         results = [lax.reshape(r, (size, inner, *r.shape[1:])) for r in results]
-    return results, [0] * len(results)
+    return results
 
 
 batching.primitive_batchers[block_align_p] = _batching_rule
+
+
+def no_tangent(x: jax.Array) -> Any:
+    """The tangent of a result that has none: an integer."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def _jvp_rule(primals, tangents, **params):
     """Integer in, integer out: no tangent."""
     del tangents
     results = block_align_p.bind(*primals, **params)
-    zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
-    return results, [zero(r) for r in results]
+    return results, [no_tangent(r) for r in results]
 
 
 ad.primitive_jvps[block_align_p] = _jvp_rule
@@ -317,6 +359,20 @@ def check_implementation(function: str, implementation: object) -> None:
         )
 
 
+def check_platform(function: str, platform: str | None) -> str:
+    """The platform to lower for: one that jax has a name for, or that this process has devices of."""
+    if platform is None:
+        platform = jax.default_backend()
+    if platform == "gpu":
+        return "cuda"
+    if platform not in PLATFORMS and platform not in [d.platform for d in jax.devices()]:
+        names = ", ".join(map(repr, ("gpu", *PLATFORMS)))
+        remedy = "Leave it out for this process's default."
+        rule = f"be None or one of {names}"
+        raise ValueError(_checks.message(function, "platform", rule, repr(platform), remedy))
+    return platform
+
+
 def select_implementation(
     topk_ids_or_shape: Any,
     *,
@@ -331,7 +387,8 @@ def select_implementation(
         topk_ids_or_shape: the ids, or their shape as an int or a tuple of ints.
         block_size: rows per block.
         num_experts: E.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: "cuda" (or "gpu"), "cpu", "tpu" or "rocm", for which to lower; None for this process's
+            default backend.
         implementation: as for `moe_align_block_size`.
 
     Returns:
@@ -350,18 +407,16 @@ def select_implementation(
     num_experts = _checks.check_num_experts(function, num_experts)
     check_implementation(function, implementation)
     shape = getattr(topk_ids_or_shape, "shape", topk_ids_or_shape)
+    given = shape if isinstance(shape, (tuple, list)) else (shape,)
+    remedy = "Pass topk_ids, or its shape as a tuple of ints."
     try:
-        shape = tuple(map(operator.index, shape if isinstance(shape, (tuple, list)) else (shape,)))
+        if isinstance(topk_ids_or_shape, (jax.Array, np.ndarray, np.generic)):
+            if not np.issubdtype(topk_ids_or_shape.dtype, np.integer):
+                raise TypeError
+        shape = tuple(_checks.check_int(function, "topk_ids_or_shape", d, 0, remedy) for d in given)
     except TypeError:
-        raise TypeError(
-            _checks.message(
-                function,
-                "topk_ids_or_shape",
-                "be an array or a shape",
-                _checks.describe(topk_ids_or_shape),
-                "Pass topk_ids, or its shape as a tuple of ints.",
-            )
-        ) from None
+        rule, got = "be an array or a shape", _checks.describe(topk_ids_or_shape)
+        raise TypeError(_checks.message(function, "topk_ids_or_shape", rule, got, remedy)) from None
     padded = _checks.max_num_tokens_padded(
         int(np.prod(shape, dtype=object)), block_size=block_size, num_experts=num_experts
     )
@@ -370,8 +425,7 @@ def select_implementation(
     problem = AlignProblem(
         int(np.prod(shape, dtype=object)), num_experts, block_size, padded, tuning=tuning
     )
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = check_platform(function, platform)
     choice = _choose(platform, implementation)
     if reason := _unavailable(choice, platform):
         raise _not_implemented(function, choice, reason)

@@ -5,12 +5,14 @@ names the file. npz and pt are both zip archives; they are told apart by what th
 """
 
 import collections
+import contextlib
 import io
 import json
 import math
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from moe_align_jax import _checks
 
 # Room for a ring of a thousand passes of 61 layers x 288 experts, many times over; less than a zip bomb.
 MAX_BYTES = 8 * 2**30
+# What all tensors of a .pt may hold together, beyond four times its own data: views may share a storage, and
+# one element may be expanded to any size.
+MAX_EXPANSION = 2**28
 _MAX_DIMENSIONS = 32
 _REMEDY = (
     "Pass a .json, .npz or .pt file of named arrays, as a recorder or `moe-align eplb` writes."
@@ -56,6 +61,19 @@ def read_file(path: str | os.PathLike[str], *, function: str = "read_file") -> d
             raise ValueError(
                 _checks.message(function, "file", "be readable", f"{name!r} ({reason})", _REMEDY)
             ) from error
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error about the contents of a file names the file, too."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = os.fspath(path)
+        if repr(name) in str(error):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{error} The file is {name!r}.") from error
 
 
 def parse_json(text: str | bytes, *, function: str = "parse_json") -> dict[str, Any]:
@@ -118,6 +136,10 @@ def _read_npy(data: bytes) -> np.ndarray:
     shape, fortran, dtype = readers[major](stream)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
+    if dtype.kind == "V" and dtype.itemsize in (1, 2) and dtype.names is None:
+        raise ValueError(
+            f"an array of {dtype}, as NumPy writes bfloat16 and float8: save it as float32"
+        )
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - stream.tell():
         raise ValueError(f"an array of {dtype} {list(shape)} does not fit its data")
@@ -136,9 +158,18 @@ _STORAGE_DTYPES = {
 
 
 class _Rebuild:
-    """Stands for torch._utils._rebuild_tensor_v2 in an unpickler. No attribute of it can be set."""
+    """Stands for torch._utils._rebuild_tensor_v2 in an unpickler; makes arrays of `limit` bytes in all.
 
-    __slots__ = ()
+    No attribute of it can be set: files may try.
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(self, limit: int = MAX_BYTES):
+        object.__setattr__(self, "_left", [limit])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
 
     def __call__(
         self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any
@@ -152,9 +183,12 @@ class _Rebuild:
             raise ValueError("a tensor with an impossible size or stride")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count and last >= storage.size or count * storage.itemsize > MAX_BYTES:
-            raise ValueError("a tensor that reaches beyond its storage")
         item = storage.itemsize
+        if count and last >= storage.size:
+            raise ValueError("a tensor that reaches beyond its storage")
+        self._left[0] -= count * item
+        if self._left[0] < 0:
+            raise ValueError("its tensors expand to many times the data of the file")
         view = np.lib.stride_tricks.as_strided(
             storage[offset if count else 0 :],
             size if count else (*size,),
@@ -173,11 +207,11 @@ class _StorageKind(str):
 class _Unpickler(pickle.Unpickler):
     """Reads tensors and plain containers, and nothing else: no name in the file is ever imported."""
 
-    def __init__(self, data: bytes, load_storage: Any):
+    def __init__(self, data: bytes, load_storage: Any, limit: int = MAX_BYTES):
         super().__init__(io.BytesIO(data))
         self._load_storage = load_storage
         self._known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
+            ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(limit),
             ("torch", "Size"): tuple,
             ("collections", "OrderedDict"): collections.OrderedDict,
             **{("torch", kind): _StorageKind(kind) for kind in _STORAGE_DTYPES},
@@ -216,7 +250,9 @@ def _read_torch(
             storages[key] = flat
         return storages[key]
 
-    value = _Unpickler(archive.read(f"{folder}data.pkl"), load_storage).load()
+    stored = sum(info.file_size for name, info in members.items() if name.startswith(folder))
+    limit = min(MAX_BYTES, MAX_EXPANSION + 4 * stored)
+    value = _Unpickler(archive.read(f"{folder}data.pkl"), load_storage, limit).load()
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict of tensors")
     if not all(isinstance(name, str) for name in value):

@@ -1,6 +1,7 @@
 """The static description of one fused activation and quantisation. Imports nothing of ours and no jax."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 ScaleFormat = Literal["float32", "ue8m0", "ue8m0_packed"]
 ScaleLayout = Literal["row_major", "column_major"]
@@ -9,6 +10,25 @@ E4M3_MAX = 448.0
 # TMA takes rows whose pitch is a multiple of 16 bytes: 4 scales.
 COLUMN_MULTIPLE = 4
 GROUPS_PER_WORD = 4
+
+
+def bits_over_448(bits: Any, divide: Callable[[Any, int], Any]) -> Any:
+    """The bits of x / 448, rounded to nearest even, from those of x: a float32 of at least 2**-117, finite.
+
+    In integers, since compilers turn the division into a product with the rounded reciprocal (XLA), or
+    into an approximation (the GPU's `div.full`): both are off by one in the last place at times.
+
+    Args:
+        bits: int32, an array of any kind with operators.
+        divide: the quotient of such an array and an int, both positive, without its fraction.
+    """
+    # 448 = 7 / 4 * 2**8: the significand of the quotient is that of x times 4 / 7, or 8 / 7 below 7 / 4.
+    mantissa = bits & 0x7FFFFF
+    large = (mantissa >= 0x600000).astype("int32")
+    significand = (mantissa | 0x800000) * (8 - 4 * large)
+    # A seventh is never halfway between two integers, so that adding 3 rounds to the nearest.
+    quotient = divide(significand + 3, 7)
+    return (((bits >> 23) - 9 + large) << 23) + (quotient & 0x7FFFFF)
 
 
 class MaskedQuantProblem(NamedTuple):

@@ -2,27 +2,21 @@
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _export, _fork
+from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
-
-if TYPE_CHECKING:
-    from moe_align_jax.expert_location import ExpertLocation
 
 _I32 = jnp.int32
 
-# So that an exported program that returns it can be serialised.
-jax.export.register_namedtuple_serialization(
-    AlignedBlocks, serialized_name="moe_align_jax.AlignedBlocks"
-)
+_export.register_namedtuple(AlignedBlocks)
 
 
 def moe_align_block_size(
@@ -35,7 +29,7 @@ def moe_align_block_size(
     pad_sorted_ids: bool = False,
     num_valid_pairs: int | Int[Array, ""] | None = None,
     return_inverse: bool = False,
-    expert_location: "ExpertLocation | None" = None,
+    expert_location: ExpertLocation | None = None,
     layer: int | Int[Array, ""] | None = None,
     num_fused_shared_experts: int = 0,
     implementation: Implementation | None = None,
@@ -86,6 +80,7 @@ def moe_align_block_size(
             the location's, or its layer or GPU is not chosen.
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit
             at lowering); the message says why.
+        RuntimeError: this process was forked while jax was running, so that the call would hang.
 
     Example:
         >>> out = moe_align_block_size(jnp.array([[2, 3], [1, 2], [1, 3]]), block_size=4, num_experts=4)
@@ -97,6 +92,7 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     function = "moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     num_experts = _checks.check_num_experts(function, num_experts)
     _dispatch.check_implementation(function, implementation)
@@ -111,7 +107,7 @@ def moe_align_block_size(
         ("pad_sorted_ids", pad_sorted_ids),
         ("return_inverse", return_inverse),
     ):
-        _check_bool(function, argument, flag)
+        _checks.check_bool(function, argument, flag)
 
     dispatch, tables, shared = "", {}, 0
     if expert_location is not None:
@@ -280,6 +276,7 @@ def batched_moe_align_block_size(
     Source: contract of vLLM 0.33 `batched_moe_align_block_size` (Apache-2.0); no code taken.
     """
     function = "batched_moe_align_block_size"
+    _fork.check(function)
     block_size = _checks.check_block_size(function, block_size)
     max_tokens_per_batch = _checks.check_positive_int(
         function,
@@ -338,24 +335,14 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array,
         >>> padded_group_sizes(out, block_size=4).tolist()
         [0, 4, 4, 4]
     """
-    block_size = _checks.check_block_size("padded_group_sizes", block_size)
+    function = "padded_group_sizes"
+    _fork.check(function)
+    block_size = _checks.check_block_size(function, block_size)
     counts = aligned.tokens_per_expert
     return (counts + (block_size - 1)) // block_size * block_size
 
 
 # -- checks on static facts -----------------------------------------------------------------------
-
-
-def _check_bool(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        rule = _checks.message(
-            function,
-            argument,
-            "be a Python bool",
-            _checks.describe(value),
-            "It changes the compiled program, so it is static.",
-        )
-        raise TypeError(rule)
 
 
 def _check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
@@ -406,18 +393,20 @@ def _check_expert_map(function: str, value: Any, num_experts: int) -> Any:
 
 def _check_num_valid_pairs(function: str, value: Any) -> Any:
     remedy = "Pass the number of pairs in use, as an int or a scalar integer array."
+    return check_count(function, "num_valid_pairs", value, remedy)
+
+
+def check_count(function: str, argument: str, value: Any, remedy: str) -> Any:
+    """An int or an array of one integer; what the host knows as int32, saturated at -1 and 2**31 - 1."""
     if isinstance(value, bool):
         got = _checks.describe(value)
-        raise TypeError(_checks.message(function, "num_valid_pairs", "be an integer", got, remedy))
+        raise TypeError(_checks.message(function, argument, "be an integer", got, remedy))
     if isinstance(value, int):
         return np.int32(min(max(value, -1), _checks.INT32_MAX))
-    value = _check_integer_array(function, "num_valid_pairs", value, remedy)
+    value = _check_integer_array(function, argument, value, remedy)
     if value.size != 1:
-        raise ValueError(
-            _checks.message(
-                function, "num_valid_pairs", "be a scalar", _checks.describe(value), remedy
-            )
-        )
+        got = _checks.describe(value)
+        raise ValueError(_checks.message(function, argument, "be a scalar", got, remedy))
     if isinstance(value, np.ndarray):
         return np.int32(min(max(int(value.item()), -1), _checks.INT32_MAX))
     return value

@@ -265,6 +265,8 @@ def _check_weight(weight: Any) -> np.ndarray:
     """`[S, L, El]` of its own dtype, with finite float32 sums."""
     remedy = "Pass the tokens per expert, [layers, experts] or [steps, layers, experts]."
     array = np.asarray(weight)
+    if array.dtype.name.startswith(("bfloat16", "float8")):  # no float to NumPy
+        array = array.astype(np.float32)
     if array.dtype.kind not in "biuf":
         got = _checks.describe(array)
         raise TypeError(_checks.message(_FUNCTION, "weight", "be real numbers", got, remedy))

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, block_align
+from moe_align_jax import _checks, _fork, block_align
 from moe_align_jax._eplb.maps import fail
 from moe_align_jax._reference import replicas
 from moe_align_jax.expert_location import Dispatch, ExpertLocation, check_dispatch
@@ -63,6 +63,7 @@ def to_physical_ids(
     Source: the contract of SGLang's logical to physical dispatch (Apache-2.0); no code taken.
     """
     function = "to_physical_ids"
+    _fork.check(function)
     if not isinstance(location, ExpertLocation):
         rule, got = "be an ExpertLocation", _checks.describe(location)
         raise TypeError(_checks.message(function, "location", rule, got, "Make one from a map."))

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _export, _fork
 from moe_align_jax._recorder import arguments
 from moe_align_jax._recorder.rows import (
     HEADER,
@@ -52,13 +52,14 @@ class ExpertLoad:
             gives none), plus 1 while recording. So packed, the next value is made of the same word
             alone, in place. And jax gives a donated buffer to the first result of its shape: a `[1]`
             would go to some `num_tokens_post_padded`, and be copied.
-        pending: counts (or ids) of single layers, not yet committed.
+        pending: counts (or ids) of single layers, not yet committed. The layer's number is written as
+            text, because jax.export takes no other keys.
         layout: static sizes, None when recording is compiled out.
     """
 
     ring: Any
     control: Any
-    pending: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    pending: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: Layout | None = None
 
     @property
@@ -67,7 +68,8 @@ class ExpertLoad:
 
     def recording(self, on: bool) -> "ExpertLoad":
         """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
-        return self._controlled([-1, -2], [0, bool(on)])
+        on = _checks.check_bool("recording", "on", on, "True records, False does not.")
+        return self._controlled([-1, -2], [0, on])
 
     def cleared(self) -> "ExpertLoad":
         """The state without its rows: those of earlier epochs do not count. The ring is not touched."""
@@ -76,6 +78,7 @@ class ExpertLoad:
     def _controlled(self, keep: list, add: list) -> "ExpertLoad":
         if self.layout is None:
             return self
+        _fork.check("ExpertLoad")
         control = _masked(self.control, np.array([keep], np.int32), np.array([add], np.int32))
         if self.control.committed:
             # Named as before, so that a jitted step is not traced again.
@@ -88,7 +91,9 @@ def _masked(control: jax.Array, keep: jax.Array, add: jax.Array) -> jax.Array:
     return (control & keep) + add
 
 
-jax.tree_util.register_dataclass(
+_export.register_static_field(Layout)
+_export.register_namedtuple(LoadRecord)
+_export.register_dataclass(
     ExpertLoad, data_fields=["ring", "control", "pending"], meta_fields=["layout"]
 )
 
@@ -149,6 +154,7 @@ def init_expert_load(
     Source: SGLang `srt/eplb/expert_distribution.py` (Apache-2.0), its modes; no code taken.
     """
     function = "init_expert_load"
+    _fork.check(function)
     if mode is None:
         return ExpertLoad(None, None)
     if mode not in MODES:
@@ -173,11 +179,15 @@ def init_expert_load(
     if logical > physical:
         rule, remedy = f"be at most num_physical_experts = {physical}", "Every expert has a slot."
         raise ValueError(_checks.message(function, "num_logical_experts", rule, logical, remedy))
+    remedy = "True where a shard counts its own experts alone."
+    local_experts = _checks.check_bool(function, "local_experts", local_experts, remedy)
     if local_experts and (mode == "per_token" or physical % shards):
         rule = "go with num_physical_experts divisible by num_shards, and with counts"
         got = f"mode {mode!r}, {physical} experts on {shards} shards"
         remedy = "Leave it False where a shard counts all experts."
         raise ValueError(_checks.message(function, "local_experts", rule, got, remedy))
+    remedy = "Pass True or False."
+    recording = _checks.check_bool(function, "recording", recording, remedy)
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,
@@ -189,11 +199,11 @@ def init_expert_load(
         max_tokens=tokens,
         top_k=k,
         has_map=num_logical_experts is not None,
-        local_experts=bool(local_experts),
+        local_experts=local_experts,
     )
     rows = shards * (layout.num_passes + 1)
     _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
-    control = np.tile(np.array([1, bool(recording)], np.int32), (shards, 1))
+    control = np.tile(np.array([1, recording], np.int32), (shards, 1))
     return ExpertLoad(
         ring=jnp.zeros((rows, layout.row), _I32, device=_of_rank(sharding, 2)),
         control=jnp.asarray(control)
@@ -261,6 +271,7 @@ def record_expert_load(
         [[[0, 1, 1, 1], [0, 1, 1, 1]]]
     """
     function = "record_expert_load"
+    _fork.check(function)
     layout = load.layout
     if layout is None:
         return load
@@ -276,10 +287,11 @@ def record_expert_load(
             )
             raise ValueError(_checks.message(function, "layer", rule, layer, remedy))
         part = arguments.check_layer_array(function, argument, given, layout)
-        if index in load.pending:
-            before = load.pending[index]
+        key = str(index)
+        if key in load.pending:
+            before = load.pending[key]
             part = jnp.concatenate([before, part]) if per_token else before + part
-        return dataclasses.replace(load, pending={**load.pending, index: part})
+        return dataclasses.replace(load, pending={**load.pending, key: part})
     if load.pending:
         rule, got = "be a layer while single layers are pending", f"None with {len(load.pending)}"
         remedy = "End the pass with commit_expert_load."
@@ -312,9 +324,11 @@ def commit_expert_load(
     """
     if load.layout is None:
         return load
-    pending = [load.pending.get(layer) for layer in range(load.layout.num_layers)]
+    function = "commit_expert_load"
+    _fork.check(function)
+    pending = [load.pending.get(str(layer)) for layer in range(load.layout.num_layers)]
     load = dataclasses.replace(load, pending={})
-    return _commit("commit_expert_load", load, pending, physical_to_logical_map, forward_pass_id)
+    return _commit(function, load, pending, physical_to_logical_map, forward_pass_id)
 
 
 def collect_expert_load(load: ExpertLoad) -> LoadRecord:
@@ -338,6 +352,7 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
         >>> record.physical_count.tolist(), record.logical_count.tolist()
         ([[[5, 6, 7]]], [[[12, 6]]])
     """
+    _fork.check("collect_expert_load")
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
         raise ValueError(_checks.message("collect_expert_load", "load", rule, None, remedy))
@@ -353,6 +368,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     Returns:
         N, the passes recorded, and `[min(N, most), L, Ep]` int64, oldest first, summed over the shards.
     """
+    _fork.check("metrics")
     layout = load.layout
     assert layout is not None
     parts = _parts(load.ring)

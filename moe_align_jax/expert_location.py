@@ -1,5 +1,6 @@
 """ExpertLocation: where the replicas of each expert are, as a pytree. `expert_dispatch` uses it."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Any, Literal, get_args
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax import _checks, _files, eplb
+from moe_align_jax import _checks, _export, _files, _fork, eplb
 from moe_align_jax._eplb import loads, maps
 from moe_align_jax._eplb.maps import fail
 
@@ -205,27 +206,32 @@ class ExpertLocation:
         function = "ExpertLocation.from_file"
         if isinstance(path, str) and path.lstrip().startswith("{"):
             contents = _files.parse_json(path, function=function)
+            named: Any = contextlib.nullcontext()
         else:
             contents = _files.read_file(path, function=function)
+            named = _files.naming(path)
         recording = not contents.keys().isdisjoint(("physical_count", "records"))
-        if "physical_to_logical_map" in contents and not recording:
-            return cls.from_map(loads.map_in_force(contents), num_gpus=num_gpus, dispatch=dispatch)
-        history = loads.recorded_load(contents, function=function)
-        remedy = "The file holds loads, from which a placement must be made."
-        return cls.from_counts(
-            history,
-            num_physical_experts=_checks.check_positive_int(
-                function, "num_physical_experts", num_physical_experts, remedy
-            ),
-            num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
-            num_nodes=num_nodes,
-            num_groups=num_groups,
-            algorithm=algorithm,
-            dispatch=dispatch,
-        )
+        with named:
+            if "physical_to_logical_map" in contents and not recording:
+                slots = loads.map_in_force(contents)
+                return cls.from_map(slots, num_gpus=num_gpus, dispatch=dispatch)
+            history = loads.recorded_load(contents, function=function)
+            remedy = "The file holds loads, from which a placement must be made."
+            return cls.from_counts(
+                history,
+                num_physical_experts=_checks.check_positive_int(
+                    function, "num_physical_experts", num_physical_experts, remedy
+                ),
+                num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
+                num_nodes=num_nodes,
+                num_groups=num_groups,
+                algorithm=algorithm,
+                dispatch=dispatch,
+            )
 
     def layer(self, layer: Any) -> "ExpertLocation":
         """The location of one layer: an int, or an integer scalar that a program computes (clamped)."""
+        _fork.check("ExpertLocation.layer")
         if self.num_layers is None:
             fail("ExpertLocation.layer", "location", "have layers", "one layer", "Use it as it is.")
         if isinstance(layer, (int, np.integer)):
@@ -245,6 +251,7 @@ class ExpertLocation:
             first_token: integer scalar, the number of the first token of this GPU's batch: with
                 `rank * num_tokens`, the GPUs' tokens together are spread over replicas as one batch.
         """
+        _fork.check("ExpertLocation.for_rank")
         row = self.static_dispatch_map
         layered = self.num_layers is not None
         if row is not None and row.ndim == 2 + layered:
@@ -269,6 +276,7 @@ class ExpertLocation:
             ValueError: the sizes differ, or a layer is out of range.
         """
         function = "ExpertLocation.update"
+        _fork.check(function)
         mine, theirs = (jax.tree.map(lambda leaf: leaf.shape, x) for x in (self, other))
         if mine != theirs:
             got = f"{theirs.physical_to_logical_map} for {mine.physical_to_logical_map}"
@@ -290,7 +298,9 @@ class ExpertLocation:
         return jax.tree.map(replace, self, other)
 
 
-jax.tree_util.register_dataclass(
+_export.register_namedtuple(eplb.ExpertMoves)
+_export.register_namedtuple(eplb.ExpertPlacement)
+_export.register_dataclass(
     ExpertLocation,
     data_fields=[
         "physical_to_logical_map",
@@ -312,6 +322,7 @@ def _made(
     num_gpus: int | None,
     dispatch: Dispatch,
 ) -> ExpertLocation:
+    _fork.check(function)
     check_dispatch(function, dispatch)
     static = None
     if num_gpus is not None:

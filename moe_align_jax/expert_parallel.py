@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _dispatch, _export, _fork
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
     check_local_experts,
+    check_num_valid_tokens,
+    check_out_dtype,
     check_pairs,
     check_rows,
     check_x,
@@ -29,6 +31,7 @@ from moe_align_jax._expert_parallel.axes import (
     check_axis_size,
     manual,
     mesh_platform,
+    nothing_like,
     vary_together,
 )
 from moe_align_jax._expert_parallel.choice import (
@@ -48,10 +51,12 @@ from moe_align_jax._expert_parallel.exchange import (
     send_to_boxes,
 )
 from moe_align_jax._expert_parallel.nvlink import NVLINK, check_order
+from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
+@_export.register_namedtuple
 class DispatchHandle(NamedTuple):
     """What `combine` needs to bring results home. Its fields may change; pass it on as it is.
 
@@ -72,6 +77,7 @@ class DispatchHandle(NamedTuple):
     topk_ids: Any
 
 
+@_export.register_namedtuple
 class Dispatched(NamedTuple):
     """What a rank receives; by mode, the fields that do not apply are None.
 
@@ -155,7 +161,8 @@ def dispatch(
         ValueError: `axis_name` is no axis of the enclosing shard_map, E is no multiple of D, T exceeds
             max_low_latency_tokens, H is no multiple of 128 for fp8 (512 if packed), or a shape does not
             fit.
-        NotImplementedError: the named transport cannot run here; a gradient of an fp8 payload.
+        NotImplementedError: the named transport cannot run here; a gradient of an fp8 payload; a
+            derivative in forward mode (`jax.jvp`, `jax.hessian`: take `jax.jacrev` twice).
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -171,12 +178,14 @@ def dispatch(
     Source: the contract of DeepEP's dispatch and low_latency_dispatch (MIT); no code taken.
     """
     function = "dispatch"
+    _fork.check(function)
     size = check_axis_size(function, axis_name)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
     ids = check_ids(function, topk_ids)
     num_tokens = x.shape[0]
     weights = check_pairs(function, ids, topk_weights, num_tokens)
+    num_valid_tokens = check_num_valid_tokens(num_valid_tokens)
     most = _checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
     )
@@ -185,6 +194,9 @@ def dispatch(
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
         got = max_tokens_per_expert
         raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
+    if initialize is not None:
+        remedy = "True makes unused rows zero, False leaves them unwritten, None chooses."
+        initialize = _checks.check_bool(function, "initialize", initialize, remedy)
     choice = choose(
         function,
         transport,
@@ -195,7 +207,7 @@ def dispatch(
     )
     info = DispatchInfo(chosen, choice.transport, group, num_tokens)
 
-    with jax.named_scope(function):
+    with jax.named_scope(function), in_our_words(function):
         ours = info.transport == NVLINK.name
         checks_ids = ours and num_valid_tokens is None and ids.dtype == jnp.int32
         if not checks_ids:
@@ -207,6 +219,11 @@ def dispatch(
         elif scales is not None:
             x, scales = message.without_gradient((x, scales))
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        if num_tokens == 0:
+            x, scales, weights, ids = nothing_like((x, scales, weights, ids), *names)
+        if scales is None:  # others have no derivative at all
+            x = reverse_mode_only(function, x)
+        weights = reverse_mode_only(function, weights)
         x, scales, weights, ids = vary_together((x, scales, weights, ids), *names)
         with jax.named_scope("plan"):
             plan = TRANSPORTS[info.transport].plan(ids, group)
@@ -234,7 +251,7 @@ def dispatch(
                 ids,
                 num_experts=experts,
                 max_tokens_per_expert=room,
-                initialize=bool(initialize),
+                initialize=initialize,
             )
         else:
             layout = MaskedLayout(*boxed)
@@ -259,13 +276,13 @@ def combine(
     Args:
         y: "low_latency": `[e, M, H]`; "normal": `[R, H]`; floating point. H need not be that of x.
         handle: of the `dispatch` that delivered the rows.
-        out_dtype: None for the dtype of y.
+        out_dtype: floating point; None for the dtype of y.
 
     Returns:
         `[T, H]`, this rank's tokens; zero for a token without experts.
 
     Raises:
-        TypeError: y is not floating point, or the handle is none.
+        TypeError: y or out_dtype is not floating point, or the handle is none.
         ValueError: y does not fit the handle.
 
     Example:
@@ -282,6 +299,7 @@ def combine(
     Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.
     """
     function = "combine"
+    _fork.check(function)
     if not isinstance(handle, DispatchHandle):
         rule, got = "be a DispatchHandle", _checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."
@@ -292,9 +310,11 @@ def combine(
     remedy = "Pass one row for each row of what dispatch returned."
     y = check_rows(function, "y", y, shape, remedy, floating=True)
     if y.ndim != len(shape) + 1:
-        rule, got = f"have shape {[*shape, 'H']}", _checks.describe(y)
+        rule, got = f"have shape {_checks.leading(shape, 'H')}", _checks.describe(y)
         raise ValueError(_checks.message(function, "y", rule, got, remedy))
-    with jax.named_scope(function):
+    out_dtype = check_out_dtype(function, out_dtype, y.dtype)
+    with jax.named_scope(function), in_our_words(function):
+        y = reverse_mode_only(function, y)
         if masked:
             pairs = handle.topk_weights, handle.topk_ids
             out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
@@ -302,7 +322,7 @@ def combine(
             with jax.named_scope("give_back"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))
                 out = give_back(info, rows, in_use, plan)
-        return out.astype(y.dtype if out_dtype is None else out_dtype)
+        return out.astype(out_dtype)
 
 
 def select_transport(
@@ -335,7 +355,7 @@ def select_transport(
         `TransportChoice(transport, mode, reasons)`.
 
     Raises:
-        TypeError: a size is not an int.   ValueError: a size, mode or transport is out of range.
+        TypeError: a size is not an int.   ValueError: a size, mode, platform or transport is out of range.
         NotImplementedError: the named transport cannot run there; or what dispatch would raise over the mesh.
 
     Example:
@@ -347,9 +367,13 @@ def select_transport(
     sizes = {"top_k": top_k, "num_ranks": num_ranks}
     for argument, value in sizes.items():
         _checks.check_positive_int(function, argument, value, remedy)
-    if num_tokens != 0:
-        _checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
-    chosen = resolve_mode(function, mode, num_tokens, max_low_latency_tokens)
+    if platform is not None:
+        _dispatch.check_platform(function, platform)
+    num_tokens = _checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
+    most = _checks.check_positive_int(
+        function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
+    )
+    chosen = resolve_mode(function, mode, num_tokens, most)
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(manual(mesh)):
         platform = platform or mesh_platform()
         choice = choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)

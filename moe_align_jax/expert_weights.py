@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _fork
 from moe_align_jax._eplb.maps import fail
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind
 
@@ -87,6 +87,7 @@ def update_expert_weights_by_chunks(
         [0] [[2, 1], [3, 4], [5, 6]]
         [2] [[2, 1], [3, 4], [6, 5]]
     """
+    _fork.check(_FUNCTION)
     leaves, structure = jax.tree.flatten(weights)
     layers_per_chunk = _checks.check_positive_int(
         _FUNCTION, "layers_per_chunk", layers_per_chunk, "Pass a count of layers."
@@ -246,7 +247,7 @@ def _check_leaf(leaf: Any, moves: ExpertMoves, axis_name: str) -> None:
         rule, remedy = "hold jax arrays with values", "Call it outside jit, on the arrays."
         raise TypeError(_checks.message(_FUNCTION, "weights", rule, got, remedy))
     if leaf.ndim < 2 or leaf.shape[:2] != moves.source.shape:
-        rule = f"have shape {[*moves.source.shape, '...']}"
+        rule = f"have shape {_checks.leading(moves.source.shape)}"
         fail(_FUNCTION, "weights", rule, got, "Pass [layers, slots, ...], as the plan.")
     sharding = leaf.sharding
     remedy = f"Place them with NamedSharding(mesh, PartitionSpec(None, {axis_name!r}, ...))."

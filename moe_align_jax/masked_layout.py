@@ -16,13 +16,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from moe_align_jax import _checks, block_align
-from moe_align_jax._expert_parallel.arguments import check_ids, check_layout, check_rows
+from moe_align_jax import _checks, _export, _fork, block_align
+from moe_align_jax._expert_parallel.arguments import (
+    check_ids,
+    check_layout,
+    check_out_dtype,
+    check_rows,
+)
+from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._expert_parallel.reverse_mode import reverse_mode_only
 from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
 
 _I32 = jnp.int32
 
 
+@_export.register_namedtuple
 class MaskedLayout(NamedTuple):
     """Where each pair stands in the `[e, M, ...]` layout.
 
@@ -43,6 +51,7 @@ class MaskedLayout(NamedTuple):
     pair_of_row: Any
 
 
+@_export.register_namedtuple
 class ContiguousLayout(NamedTuple):
     """Where each pair stands in the `[P, ...]` layout of padded segments.
 
@@ -90,7 +99,7 @@ def permute_to_masked(
         in the order of `topk_ids`.
 
     Raises:
-        TypeError: ids are not integers, or a size is not a static int.
+        TypeError: ids are not integers, a size is not a static int, or a flag no bool.
         ValueError: a shape does not fit, or e * M exceeds int32.
 
     Example:
@@ -102,13 +111,33 @@ def permute_to_masked(
     Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
     """
     function = "permute_to_masked"
+    _fork.check(function)
     num_experts = _checks.check_num_experts(function, num_experts)
+    remedy = "True makes unused rows zero, False leaves them unwritten."
+    initialize = _checks.check_bool(function, "initialize", initialize, remedy)
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
     room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = block_align._narrow_on_host(ids, num_experts)
-    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=bool(initialize))
+    if num_tokens == 0:
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x
+        )
+        layout = MaskedLayout(
+            *_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room))
+        )
+        return vary_together((zeros, layout, (x, ids)))[:2]
+    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
+
+
+def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    """The indices of a layout without tokens.
+
+    They do not depend on the ids: XLA folds arrays without elements to constants, and its partitioner
+    refuses a shard_map's body whose arguments are all such and whose results are not.
+    """
+    return [jnp.zeros(shape, _I32) for shape in shapes]
 
 
 def check_room(
@@ -132,7 +161,7 @@ def _to_masked(
         aligned = block_align.moe_align_block_size(
             ids, block_size=1, num_experts=num_experts, return_inverse=True
         )
-        leaves, kind = jax.tree.flatten(x)
+        leaves, kind = jax.tree.flatten(reverse_mode_only("permute_to_masked", x))
         layout, rows = copy_to_masked(
             leaves,
             ids,
@@ -164,13 +193,13 @@ def unpermute_from_masked(
         y: `[e, M, ...]` floating point, what the experts made of the rows.
         layout: of the `permute_to_masked` that made the rows.
         topk_weights: `[T, K]` floating point; None for ones.
-        out_dtype: None for the dtype of y.
+        out_dtype: floating point; None for the dtype of y.
 
     Returns:
         `[T, ...]`.
 
     Raises:
-        TypeError: y or the weights are not floating point, or the layout is none.
+        TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
         ValueError: a shape does not fit the layout.
 
     Example:
@@ -181,6 +210,7 @@ def unpermute_from_masked(
         [[7.5], [60.0]]
     """
     function = "unpermute_from_masked"
+    _fork.check(function)
     check_layout(function, layout, MaskedLayout, "permute_to_masked")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -212,7 +242,7 @@ def permute_to_contiguous(
         (rows, layout): rows as x, each `[P, ...]`, zero in padding; a `ContiguousLayout`.
 
     Raises:
-        TypeError: ids are not integers, or a size is not a static int.
+        TypeError: ids are not integers, a size is not a static int, or a flag no bool.
         ValueError: a shape or a size does not fit, or P exceeds int32.
 
     Example:
@@ -225,6 +255,8 @@ def permute_to_contiguous(
     Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
     """
     function = "permute_to_contiguous"
+    _fork.check(function)
+    mark_padding = _checks.check_bool(function, "mark_padding", mark_padding)
     num_experts = _checks.check_num_experts(function, num_experts)
     alignment = _checks.check_positive_int(
         function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
@@ -239,13 +271,17 @@ def permute_to_contiguous(
             rule = f"be a multiple of expert_alignment ({alignment})"
             raise ValueError(_checks.message(function, "max_num_rows", rule, rows, remedy))
 
+    ids = block_align._narrow_on_host(ids, num_experts)
+    if ids.shape[0] == 0:
+        layout = ContiguousLayout(*_zeros((0,), (num_experts,), (num_experts,), ids.shape, (0,)))
+        return vary_together((jax.tree.map(jnp.zeros_like, x), layout, (x, ids)))[:2]
     return _to_contiguous(
         x,
-        block_align._narrow_on_host(ids, num_experts),
+        ids,
         num_experts=num_experts,
         alignment=alignment,
         limit=rows,
-        mark_padding=bool(mark_padding),
+        mark_padding=mark_padding,
     )
 
 
@@ -277,10 +313,11 @@ def _to_contiguous(
         if mark_padding:
             m_indices = jnp.where(pair_of_row < ids.size, m_indices, -1)
         sizes = block_align.padded_group_sizes(aligned, block_size=alignment)
-        ends = jnp.minimum(jnp.cumsum(sizes, dtype=_I32), _I32(rows))
-        sizes = jnp.diff(ends, prepend=_I32(0))
+        ends = jnp.cumsum(sizes, dtype=_I32)
+        sizes = jnp.minimum(ends, _I32(rows)) - jnp.minimum(ends - sizes, _I32(rows))
         counts = aligned.tokens_per_expert
         layout = ContiguousLayout(m_indices, sizes, counts, row_of_pair, pair_of_row)
+        x = reverse_mode_only("permute_to_contiguous", x)
         return jax.tree.map(lambda leaf: take_rows(leaf, row_of_pair, pair_of_row), x), layout
 
 
@@ -297,13 +334,13 @@ def unpermute_from_contiguous(
         y: `[P, ...]` floating point, what the experts made of the rows.
         layout: of the `permute_to_contiguous` that made the rows.
         topk_weights: `[T, K]` floating point; None for ones.
-        out_dtype: None for the dtype of y.
+        out_dtype: floating point; None for the dtype of y.
 
     Returns:
         `[T, ...]`.
 
     Raises:
-        TypeError: y or the weights are not floating point, or the layout is none.
+        TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
         ValueError: a shape does not fit the layout.
 
     Example:
@@ -314,6 +351,7 @@ def unpermute_from_contiguous(
         [[20.0], [20.0]]
     """
     function = "unpermute_from_contiguous"
+    _fork.check(function)
     check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -329,7 +367,7 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
             rule = f"have shape {list(shape)}"
             got = _checks.describe(weights)
             raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
-    out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
+    out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
     return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)
 
@@ -337,4 +375,5 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
 @functools.partial(jax.jit, static_argnames=("name", "out_dtype"))
 def _sum(y, weights, row_of_pair, pair_of_row, *, name: str, out_dtype: Any) -> jax.Array:
     with jax.named_scope(name):
+        y, weights = reverse_mode_only(name, (y, weights))
         return sum_rows(y, weights, row_of_pair, pair_of_row, out_dtype)

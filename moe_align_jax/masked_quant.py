@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _fork
 from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem, ScaleFormat, ScaleLayout
 from moe_align_jax.types import Implementation, Selection
 
@@ -86,6 +86,7 @@ def silu_and_mul_masked_quant(
     code taken.
     """
     function = MaskedQuantProblem.name
+    _fork.check(function)
     _dispatch.check_implementation(function, implementation)
     x, masked_m = _check_arrays(function, x, masked_m)
     problem = make_problem(
@@ -117,7 +118,7 @@ def select_quant_implementation(
     Args:
         shape: of x, `(e, M, 2 N)`.
         dtype: of x.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: as for `select_implementation`.
         implementation: as for `silu_and_mul_masked_quant`.
         options: its other options.
 
@@ -136,10 +137,15 @@ def select_quant_implementation(
     """
     function = "select_quant_implementation"
     _dispatch.check_implementation(function, implementation)
+    remedy = "Pass the shape of x, (e, M, 2 N)."
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        rule, got = "be three ints", _checks.describe(shape)
+        raise TypeError(_checks.message(function, "shape", rule, got, remedy))
+    sizes = [_checks.check_int(function, "shape", size, 0, remedy) for size in shape]
+    shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = _dispatch.check_platform(function, platform)
     choice = _choose(function, problem, platform, implementation)
     reasons = {}
     for other in _dispatch.IMPLEMENTATIONS:
@@ -193,6 +199,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 def _narrow(masked_m: Any, rows: int) -> jax.Array:
     """int32 in [0, rows]; clamped in its own dtype, where it could be too wide."""
     if isinstance(masked_m, np.ndarray):
+        rows = min(rows, np.iinfo(masked_m.dtype).max)
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))
     if masked_m.dtype == jnp.int32:
         return masked_m  # the kernel clamps: no operation before it
@@ -366,6 +373,12 @@ mlir.register_lowering(masked_quant_p, functools.partial(_lower, "another platfo
 
 def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementation):
     """A batch is so many more experts."""
+    call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
+    results = _dispatch.on_each_shard(call, operands, dims)
+    return results, [0] * len(results)
+
+
+def _flat_batch(*operands, dims, problem: MaskedQuantProblem, implementation):
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
     flat = []
     for operand, dim in zip(operands, dims, strict=True):
@@ -377,7 +390,7 @@ def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementatio
     experts = problem.num_experts
     problem = problem._replace(num_experts=size * experts)
     results = masked_quant_p.bind(*flat, problem=problem, implementation=implementation)
-    return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results], [0] * len(results)
+    return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results]
 
 
 batching.primitive_batchers[masked_quant_p] = _batching_rule

@@ -7,19 +7,18 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
-import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax import _checks, expert_load
-from moe_align_jax._recorder import arguments, files
+from moe_align_jax._recorder import arguments, files, passes
 from moe_align_jax._recorder.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
 from moe_align_jax._recorder.rows import LoadRecord
 
@@ -47,11 +46,18 @@ class ExpertDistributionRecorder:
         num_gpus: D, a divisor of num_physical_experts, for the metrics; None for no metrics.
         directory: where dumps go; None for $MOE_ALIGN_RECORDER_DIR, else the folder of temporary files.
         file_format: "npz", or "arrow" or "parquet" (extra "arrow").
-        registry: a `prometheus_client` registry that `metrics` keeps up to date (extra "metrics").
+        registry: a `prometheus_client` registry that `metrics` keeps up to date (extra "metrics"). Several
+            recorders may share one.
+        name: the value of the gauges' label `name`, which tells recorders in one registry apart. None: ""
+            for the first recorder without a name, then "2", "3", ...
 
     Raises:
-        TypeError, ValueError: as `init_expert_load`; num_gpus or file_format is impossible.
-        ImportError: an extra is missing.
+        TypeError, ValueError: as `init_expert_load`; num_gpus, file_format, directory or name is
+            impossible.
+        ImportError: the extra of file_format or registry is missing.
+
+    Threads: each thread may run forward passes of its own with the hooks, and start, stop and dump from
+    any. `state` is one object: steps that take and assign it must not run at the same time.
 
     Example:
         >>> recorder = ExpertDistributionRecorder("stat", num_layers=1, num_physical_experts=3)
@@ -80,38 +86,54 @@ class ExpertDistributionRecorder:
         directory: str | os.PathLike[str] | None = None,
         file_format: Literal["npz", "arrow", "parquet"] = "npz",
         registry: Any = None,
+        name: str | None = None,
     ):
         if file_format not in files.FORMATS:
             _fail("file_format", f"be one of {', '.join(files.FORMATS)}", repr(file_format), "")
-        if num_gpus is not None:
-            gpus = _checks.check_positive_int(_NAME, "num_gpus", num_gpus, "Pass the GPUs.")
-            if num_physical_experts % gpus:
-                got = f"{gpus} GPUs for {num_physical_experts} experts"
-                _fail("num_gpus", "divide num_physical_experts", got, "GPUs hold equal shares.")
-        self.state = expert_load.init_expert_load(
+        files.check_format(file_format)
+        if name is not None and not isinstance(name, str):
+            _fail("name", "be a str or None", _checks.describe(name), "", kind=TypeError)
+        if directory is not None and not isinstance(directory, (str, os.PathLike)):
+            got, remedy = _checks.describe(directory), "Pass a folder."
+            _fail("directory", "be a path or None", got, remedy, kind=TypeError)
+        room = _checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
+        self._lock = threading.RLock()
+        self._current = passes.Current()
+        self._disabled = 0
+        self._state = expert_load.init_expert_load(
             mode,
             num_layers=num_layers,
             num_physical_experts=num_physical_experts,
             num_logical_experts=num_logical_experts,
-            num_passes=buffer_size,
+            num_passes=room,
             max_tokens=max_tokens,
             top_k=top_k,
             num_shards=num_shards,
             local_experts=local_experts,
             sharding=sharding,
         )
+        if num_gpus is not None:
+            gpus = _checks.check_positive_int(_NAME, "num_gpus", num_gpus, "Pass the GPUs.")
+            if self.mode is not None and num_physical_experts % gpus:
+                got = f"{gpus} GPUs for {num_physical_experts} experts"
+                _fail("num_gpus", "divide num_physical_experts", got, "GPUs hold equal shares.")
         self.num_gpus = num_gpus
         self.file_format = file_format
         default = os.environ.get("MOE_ALIGN_RECORDER_DIR") or tempfile.gettempdir()
         self.directory = Path(default if directory is None else directory)
-        self._gauges = None if registry is None else Gauges(registry)
+        self._gauges = None if registry is None else Gauges(registry, name)
         self._recording = False
-        self._disabled = 0
-        self._layer: int | None = None
-        self._pass: int | None = None
-        self._in_pass = False
-        self._metadata: deque[tuple[int, Any]] = deque(maxlen=buffer_size)
-        self._passes = 0
+        self._metadata: deque[passes.Metadata] = deque(maxlen=room)
+
+    @property
+    def state(self) -> expert_load.ExpertLoad:
+        """The state, for a step to take; assign what the step returns."""
+        return self._state
+
+    @state.setter
+    def state(self, state: expert_load.ExpertLoad) -> None:
+        self._state = state
+        self._current.wrote |= not self._disabled
 
     @property
     def mode(self) -> str | None:
@@ -130,11 +152,12 @@ class ExpertDistributionRecorder:
             RuntimeError: the mode is None, or a layer is being recorded.
         """
         self._need_mode("start_record")
-        if self._recording:
-            logger.warning("start_record: recording is on already; what it holds is discarded")
-        self._clear()
-        self._recording = True
-        self._switch()
+        with self._lock:
+            if self._recording:
+                logger.warning("start_record: recording is on already; what it holds is discarded")
+            self._clear()
+            self._recording = True
+            self._switch()
 
     def stop_record(self) -> None:
         """Stops; what was recorded stays.
@@ -143,10 +166,11 @@ class ExpertDistributionRecorder:
             RuntimeError: the mode is None.
         """
         self._need_mode("stop_record")
-        if not self._recording:
-            logger.warning("stop_record: recording is off already")
-        self._recording = False
-        self._switch()
+        with self._lock:
+            if not self._recording:
+                logger.warning("stop_record: recording is off already")
+            self._recording = False
+            self._switch()
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
         """Hands out what was recorded, and then clears it; recording stays on or off as it is.
@@ -173,17 +197,22 @@ class ExpertDistributionRecorder:
         self._need_mode("dump_record")
         if output_mode not in ("file", "object"):
             _fail("output_mode", 'be "file" or "object"', repr(output_mode), "", "dump_record")
-        dump = self._dump(expert_load.collect_expert_load(self.state))
-        if output_mode == "file":
-            several = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-            name = f"expert_distribution_recorder_{time.time()}{several}.{self.file_format}"
-            metadata = dump.pop("metadata")
-            if metadata:
-                dump["metadata"] = _as_json(metadata)
-            path = files.write_dump(self.directory / name, dump, self.file_format)
-            logger.info("dump_record: wrote %s", path)
-        self._clear()
-        return path if output_mode == "file" else dump
+        with self._lock:
+            self._need_no_layer()
+            dump = self._dump(expert_load.collect_expert_load(self._state))
+            metadata = dump["metadata"]
+            if output_mode == "object":
+                dump["metadata"] = {number: each.value for number, each in metadata.items()}
+                result: Any = dump
+            else:
+                several = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+                name = f"expert_distribution_recorder_{time.time()}{several}.{self.file_format}"
+                lines = (f"{json.dumps(str(n))}: {each.text}" for n, each in metadata.items())
+                dump["metadata"] = f"{{{', '.join(lines)}}}" if metadata else None
+                result = files.write_dump(self.directory / name, dump, self.file_format)
+                logger.info("dump_record: wrote %s", result)
+            self._clear()
+        return result
 
     def metrics(self, windows: Sequence[int] = WINDOWS) -> LoadMetrics:
         """Balancedness per layer and window of passes, tokens per GPU; waits for the device.
@@ -195,17 +224,24 @@ class ExpertDistributionRecorder:
 
         Raises:
             RuntimeError: the mode is None.
+            TypeError: a window is not an int.
             ValueError: the recorder was made without num_gpus, or a window is impossible.
         """
         self._need_mode("metrics")
         if self.num_gpus is None:
             _fail("num_gpus", "be given for metrics", None, "Pass it to the constructor.")
-        if not windows or min(windows) < 1:
+        try:
+            sizes = [_checks.index(window) for window in windows]
+        except TypeError:
+            got, remedy = _checks.describe(windows), "Pass for example (10, 100, 1000)."
+            _fail("windows", "be ints", got, remedy, "metrics", TypeError)
+        if not sizes or min(sizes) < 1:
             _fail("windows", "be passes >= 1", repr(windows), "", "metrics")
-        passes, counts = expert_load.last_physical_counts(self.state, max(windows))
-        found = load_metrics(counts, self.num_gpus or 1, windows, passes=passes)
-        if self._gauges is not None:
-            self._gauges.set(found)
+        with self._lock:
+            number, counts = expert_load.last_physical_counts(self._state, max(sizes))
+            found = load_metrics(counts, self.num_gpus or 1, sizes, passes=number)
+            if self._gauges is not None:
+                self._gauges.set(found)
         return found
 
     # -- passes and layers ----------------------------------------------------------------------------
@@ -222,55 +258,82 @@ class ExpertDistributionRecorder:
 
         Args:
             forward_pass_id: the engine's own; None counts. Use one of the two throughout.
-            metadata: anything; kept for the passes of the ring and dumped with them.
+            metadata: what JSON can hold (other values than numbers, strings, lists and dicts become
+                strings in files); dumped with the rows that this pass wrote, and with no other.
             physical_to_logical_map: the placement of this pass, where the hooks record it.
+
+        Raises:
+            TypeError: forward_pass_id is not an int, or metadata has keys that JSON has not; before
+                anything is recorded.
+            ValueError: metadata contains itself.
+            RuntimeError: the thread is in a forward pass already.
         """
-        if self._in_pass:
-            raise RuntimeError("with_forward_pass: passes must not nest; got one inside another.")
-        self._in_pass = True
+        function, current = "with_forward_pass", self._current
+        if current.in_pass:
+            raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+        if forward_pass_id is not None:
+            try:
+                forward_pass_id = _checks.index(forward_pass_id)
+            except TypeError:
+                got, remedy = _checks.describe(forward_pass_id), "None counts the passes."
+                rule = "be an int or None"
+                _fail("forward_pass_id", rule, got, remedy, function, TypeError)
+        if metadata is not None:
+            passes.check_metadata(function, metadata)
+        layout = self._state.layout
+        if physical_to_logical_map is not None and layout is not None and layout.has_map:
+            physical_to_logical_map = arguments.check_map(function, physical_to_logical_map, layout)
+        current.in_pass, current.wrote = True, False
+        counts = metadata is not None and forward_pass_id is None and self._active
+        current.first = self._next_pass() if counts else 0
         try:
             yield
-            if self._active and self.state.pending:
-                self.state = _commit(self.state, forward_pass_id, physical_to_logical_map)
-            if self._active:
-                number = self._passes if forward_pass_id is None else forward_pass_id
-                self._passes += 1
-                if metadata is not None:
-                    self._metadata.append((number, metadata))
+            with self._lock:
+                if self._active and (current.pending or self._state.pending):
+                    self._commit(forward_pass_id, physical_to_logical_map)
+                if self._active and metadata is not None and current.wrote:
+                    self._keep(forward_pass_id, metadata)
         finally:
-            self._in_pass = False
-            if self.state.pending:
-                self.state = dataclasses.replace(self.state, pending={})
+            current.in_pass, current.pending = False, {}
+            if self._state.pending:
+                self._state = dataclasses.replace(self._state, pending={})
 
     @contextlib.contextmanager
     def with_current_layer(self, layer: int) -> Iterator[None]:
-        """The layer that the hooks record."""
-        before, self._layer = self._layer, layer
+        """The layer that the hooks record.
+
+        Raises:
+            TypeError: layer is not an int.   ValueError: it is not in [0, num_layers).
+        """
+        if self._state.layout is not None:
+            layer = arguments.check_layer(
+                "with_current_layer", layer, self._state.layout.num_layers
+            )
+        current = self._current
+        before, current.layer = current.layer, layer
         try:
             yield
         finally:
-            self._layer = before
+            current.layer = before
 
     @contextlib.contextmanager
     def disable_this_region(self) -> Iterator[None]:
         """Records nothing inside, neither the hooks nor a step that is given `state`. May be nested."""
-        self._disabled += 1
-        self._switch()
+        self._disable(1)
         try:
             yield
         finally:
-            self._disabled -= 1
-            self._switch()
+            self._disable(-1)
 
     def on_select_experts(self, topk_ids: Any) -> None:
         """Counts the ids `[num_tokens, top_k]` of the current layer, outside `jit`; -1 is no expert."""
         if self._active:
-            layout = self.state.layout
+            layout = self._state.layout
             counts = None
             if layout is not None and layout.mode != "per_token":
-                ids = _concrete("on_select_experts", topk_ids)
+                ids = passes.concrete("on_select_experts", topk_ids)
                 ids = arguments.integers("on_select_experts", "topk_ids", ids)
-                counts = _count(ids, num_experts=layout.width)
+                counts = passes.count(ids, num_experts=layout.width)
             self._record("on_select_experts", counts, topk_ids)
 
     def on_align(self, aligned: Any, topk_ids: Any = None) -> None:
@@ -290,28 +353,63 @@ class ExpertDistributionRecorder:
         return self._recording and not self._disabled and self.mode is not None
 
     def _record(self, hook: str, counts: Any, topk_ids: Any) -> None:
-        if self._layer is None or not self._in_pass:
+        current = self._current
+        if current.layer is None or not current.in_pass:
             raise RuntimeError(
                 f"{hook}: the call must stand in with_forward_pass and with_current_layer; got none. "
                 "They say which row and layer to write."
             )
-        self.state = expert_load.record_expert_load(
-            self.state, self._layer, _concrete(hook, counts), topk_ids=_concrete(hook, topk_ids)
-        )
+        counts, topk_ids = passes.concrete(hook, counts), passes.concrete(hook, topk_ids)
+        current.pending = self._with_layer(current.pending, current.layer, counts, topk_ids)
+
+    def _with_layer(self, pending: Any, layer: int, counts: Any, topk_ids: Any) -> dict[int, Any]:
+        """The pending layers with one more; of the state, only its layout is read."""
+        empty = expert_load.ExpertLoad(None, None, pending, self._state.layout)
+        empty = expert_load.record_expert_load(empty, layer, counts, topk_ids=topk_ids)
+        return dict(empty.pending)
+
+    def _commit(self, forward_pass_id: int | None, physical_to_logical_map: Any) -> None:
+        """Writes the row of this thread's layers, and of those that the caller recorded in `state`."""
+        current, pending = self._current, dict(self._state.pending)
+        for layer, part in current.pending.items():
+            pending = self._with_layer(pending, layer, part, part)
+        current.wrote = True
+        self._state = _commit(self._state, pending, forward_pass_id, physical_to_logical_map)
+
+    def _keep(self, forward_pass_id: int | None, metadata: Any) -> None:
+        if forward_pass_id is not None:
+            first, last = forward_pass_id, forward_pass_id + 1
+        else:
+            first, last = self._current.first, self._next_pass()
+        text = passes.text_of(metadata)
+        self._metadata.append(passes.Metadata(first, last, metadata, text))
+
+    def _next_pass(self) -> Any:
+        """The pass id that the state gives next: a copy on the device, as the state may be donated."""
+        with self._lock:
+            return passes.next_pass(self._state.control.addressable_shards[0].data)
+
+    def _disable(self, change: int) -> None:
+        with self._lock:
+            self._disabled += change
+            self._switch()
 
     def _switch(self) -> None:
         if self.mode is not None:
-            self.state = self.state.recording(self._recording and not self._disabled)
+            self._state = self._state.recording(self._recording and not self._disabled)
 
-    def _clear(self) -> None:
-        if self._layer is not None:
+    def _need_no_layer(self) -> None:
+        if self._current.layer is not None:
             raise RuntimeError(
                 f"{_NAME}: data must not be cleared within with_current_layer; got layer "
-                f"{self._layer}. Start and dump between forward passes."
+                f"{self._current.layer}. Start and dump between forward passes."
             )
-        self.state = self.state.cleared()
+
+    def _clear(self) -> None:
+        self._need_no_layer()
+        self._state = self._state.cleared()
         self._metadata.clear()
-        self._passes = 0
+        self._current.first = 0
 
     def _need_mode(self, function: str) -> None:
         if self.mode is None:
@@ -324,7 +422,7 @@ class ExpertDistributionRecorder:
         dump: dict[str, Any] = {
             "rank": jax.process_index(),
             "mode": self.mode,
-            "buffer_size": self.state.layout.num_passes if self.state.layout else 0,
+            "buffer_size": self._state.layout.num_passes if self._state.layout else 0,
             "forward_pass_id": record.forward_pass_id,
             "logical_count": record.logical_count,
             "physical_count": record.physical_count,
@@ -334,7 +432,9 @@ class ExpertDistributionRecorder:
         }
         if self.num_gpus is not None and len(record.forward_pass_id):
             found = load_metrics(record.physical_count, self.num_gpus)
-            dump["average_utilization_rate_over_window"] = found.average(WINDOWS[-1])
+            average = found.average(WINDOWS[-1])
+            if not np.isnan(average):
+                dump["average_utilization_rate_over_window"] = average
         maps = record.physical_to_logical_map
         if maps is not None and len(maps):
             changed = [i for i in range(len(maps)) if i == 0 or (maps[i] != maps[i - 1]).any()]
@@ -343,7 +443,10 @@ class ExpertDistributionRecorder:
             dump["map_of_pass"] = np.searchsorted(changed, np.arange(len(maps)), side="right") - 1
         kept = set(record.forward_pass_id.tolist())
         dump["metadata"] = {
-            number: value for number, value in self._metadata if number & 0xFFFFFFFF in kept
+            number: each
+            for each in self._metadata
+            for number in range(int(each.first), int(each.last))
+            if number & 0xFFFFFFFF in kept
         }
         return dump
 
@@ -356,35 +459,22 @@ def _write_row(state: Any, pending: Any, forward_pass_id: Any, maps: Any) -> Any
     )
 
 
-def _commit(state: Any, forward_pass_id: int | None, physical_to_logical_map: Any) -> Any:
+def _commit(
+    state: Any, pending: Any, forward_pass_id: int | None, physical_to_logical_map: Any
+) -> Any:
     number = None
     if forward_pass_id is not None:
         number = np.asarray(np.uint32(forward_pass_id & 0xFFFFFFFF))
     maps = getattr(physical_to_logical_map, "physical_to_logical_map", physical_to_logical_map)
-    ring = dataclasses.replace(state, pending={})
-    return _write_row(ring, dict(state.pending), number, maps)
+    return _write_row(dataclasses.replace(state, pending={}), pending, number, maps)
 
 
-def _concrete(hook: str, value: Any) -> Any:
-    """The value, which must not be one that jit traces: it would outlive the trace."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{hook}: the hook must run outside jit; got a traced array. Inside, call "
-            "record_expert_load and return its state."
-        )
-    return value
-
-
-@functools.partial(jax.jit, static_argnames="num_experts")
-def _count(topk_ids: jax.Array, num_experts: int) -> jax.Array:
-    flat = topk_ids.reshape(-1)
-    slot = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    return jnp.zeros(num_experts, jnp.int32).at[slot].add(1, mode="drop")
-
-
-def _as_json(metadata: dict[int, Any]) -> str:
-    return json.dumps({str(number): value for number, value in metadata.items()}, default=str)
-
-
-def _fail(argument: str, rule: str, got: object, remedy: str, function: str = _NAME) -> None:
-    raise ValueError(_checks.message(function, argument, rule, got, remedy).rstrip())
+def _fail(
+    argument: str,
+    rule: str,
+    got: object,
+    remedy: str,
+    function: str = _NAME,
+    kind: type[Exception] = ValueError,
+) -> NoReturn:
+    raise kind(_checks.message(function, argument, rule, got, remedy).rstrip())

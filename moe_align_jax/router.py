@@ -1,7 +1,7 @@
 """route_topk, route_and_align, select_router_implementation: contract, checks, hand-off."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_align_jax import _checks, _dispatch, _tuning, block_align
+from moe_align_jax import _checks, _dispatch, _fork, _tuning, block_align
 from moe_align_jax._router import arguments, primitives
 from moe_align_jax._router.problem import RouteProblem, Scoring
+from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, Implementation, Selection
-
-if TYPE_CHECKING:
-    from moe_align_jax.expert_location import ExpertLocation
 
 _I32 = jnp.int32
 
@@ -80,6 +78,7 @@ def route_topk(
         ValueError: a shape does not fit, or an option is out of range.
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit at
             lowering); the message says why.
+        RuntimeError: this process was forked while jax was running, so that the call would hang.
 
     Example:
         >>> logits = jnp.log(jnp.array([[1.0, 3.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0]]))
@@ -95,6 +94,7 @@ def route_topk(
     DeepSeek's; no code taken.
     """
     function = "route_topk"
+    _fork.check(function)
     _dispatch.check_implementation(function, implementation)
     problem, operands = arguments.check_route(
         function,
@@ -155,7 +155,7 @@ def route_and_align(
     num_valid_tokens: int | Int[Array, ""] | None = None,
     expert_map: Int[Array, " num_slots"] | Int[np.ndarray, " num_slots"] | None = None,
     ignore_invalid_experts: bool = False,
-    expert_location: "ExpertLocation | None" = None,
+    expert_location: ExpertLocation | None = None,
     return_inverse: bool = True,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"], AlignedBlocks]:
@@ -179,7 +179,7 @@ def route_and_align(
     Differentiable in the logits, as `route_topk`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as the two functions.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as the two functions.
 
     Example:
         >>> logits = jnp.array([[0.0, 3.0, 2.0], [1.0, 0.0, 2.0]])
@@ -190,6 +190,7 @@ def route_and_align(
         [3, 4, 0, 4, 1, 2, 4]
     """
     function = "route_and_align"
+    _fork.check(function)
     _dispatch.check_implementation(function, implementation)
     problem, operands = arguments.check_route(
         function,
@@ -210,7 +211,7 @@ def route_and_align(
         ("ignore_invalid_experts", ignore_invalid_experts),
         ("return_inverse", return_inverse),
     ):
-        block_align._check_bool(function, argument, flag)
+        _checks.check_bool(function, argument, flag)
     dispatch, tables, slots = arguments.check_location(
         function, expert_location, problem.num_experts
     )
@@ -320,7 +321,8 @@ def select_router_implementation(
         block_size: rows per block of `route_and_align`; None for `route_topk`.
         dtype: of the logits.
         has_bias: whether there is a correction bias.
-        platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
+        platform: "cuda" (or "gpu"), "cpu", "tpu" or "rocm", for which to lower; None for this process's
+            default backend.
         implementation: as for `route_topk`.
         options: `route_topk`'s static ones: scoring, renormalize, num_groups, ...
 
@@ -358,8 +360,7 @@ def select_router_implementation(
         raise TypeError(_checks.message(function, "options", rule, got, "They are route_topk's."))
     problem = arguments.make_problem(function, logits, top_k=top_k, **(defaults | options))
     problem = problem._replace(bias_rows=int(has_bias))
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = _dispatch.check_platform(function, platform)
     choice = primitives.choose(function, problem, platform, implementation)
     reasons = {}
     for other in _dispatch.IMPLEMENTATIONS:

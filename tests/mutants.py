@@ -61,12 +61,17 @@ BLOCK_SYNC, WARP_SYNC, WAIT = "t.block_sync()", "t.warp_sync()", "t.grid_depende
 
 MUTANTS = (
     # Barriers and waits removed, weakened, or under a condition.
-    _collective("the scan's block barrier is a warp barrier", BLOCK_SYNC, WARP_SYNC),
+    _collective(
+        "the scan's block barrier is a warp barrier",
+        BLOCK_SYNC,
+        WARP_SYNC,
+        after="t.store(scratch, warp + k * WARP, value)",
+    ),
     _collective(
         "no barrier before a warp's histogram is written",
         WARP_SYNC,
         "pass",
-        after="before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)",
+        after="before = value_if(t, counted, lambda: t.load(histogram, row + bin_), 0)",
     ),
     _collective(
         "no barrier after a warp's histogram is written",
@@ -162,7 +167,7 @@ MUTANTS = (
         "grid: two warps wait, not all",
         "grid",
         WAIT,
-        "t.value_if(t.thread_id() < 64, lambda: (t.grid_dependency_wait(), t.const(0))[1], 0)",
+        "collectives.value_if(t, t.thread_id() < 64, lambda: (t.grid_dependency_wait(), t.const(0))[1], 0)",
     ),
     _form(
         "grid: pairs take their places before all of a tile are counted",
@@ -353,8 +358,8 @@ MUTANTS = (
     _collective(
         "not all lanes are at the barrier",
         WARP_SYNC,
-        "t.value_if(counted, lambda: (t.warp_sync(), before)[1], 0)",
-        after="before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)",
+        "value_if(t, counted, lambda: (t.warp_sync(), before)[1], 0)",
+        after="before = value_if(t, counted, lambda: t.load(histogram, row + bin_), 0)",
         kills="DivergentBarrier",
     ),
     _form(

@@ -47,3 +47,9 @@ def test_a_wrong_count_is_not_timed(monkeypatch):
 def test_sglangs_file_is_fetched_without_its_package():
     wheel = fetch.WHEELS["sglang_eplb"]
     assert wheel.file == "sgl_eplb.py" and wheel.replace[1] == "ExpertLocationDispatchInfo = object"
+
+
+def test_sglangs_recorder_is_fetched_as_it_is():
+    wheel = fetch.WHEELS["sglang_recorder"]
+    assert wheel.member.endswith("eplb/expert_distribution.py") and wheel.replace is None
+    assert wheel.file == "sgl_expert_distribution.py" and wheel.requirement == "sglang==0.5.23"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_align_jax._simt import emulator, faults
+from moe_align_jax._simt import collectives, emulator, faults
 from moe_align_jax._simt.language import WARP, WARPGROUP, Devices, Kernel
 
 DEVICES, CTAS = 2, 3
@@ -60,7 +60,7 @@ def next_cta(t):
 def test_peers_read_after_device_sync(thread):
     def body(t, r):
         store_everywhere(t, r)
-        t.device_sync()
+        collectives.device_sync(t)
         read(t, r, peers_cell(t), thread)
 
     for rank, (out, copy) in enumerate(run(body)):
@@ -84,7 +84,7 @@ def test_one_warp_waits_and_a_barrier_passes_it_on():
 
 def next_ctas(t, r):
     store_everywhere(t, r)
-    t.device_sync()
+    collectives.device_sync(t)
     read(t, r, next_cta(t))
 
 
@@ -112,7 +112,7 @@ def nobody_has_waited(t, r):
 
 def overwritten_by_the_next_cta(t, r):
     store_everywhere(t, r)
-    t.device_sync()
+    collectives.device_sync(t)
     with t.if_(t.thread_id().eq(0)):
         t.store(r.out, next_cta(t), 7)
 
@@ -144,7 +144,7 @@ def test_a_race_between_devices_is_found(body):
 
 def test_an_end_before_others_have_stored_is_found():
     def stores_afterwards(t, r):
-        t.device_sync()
+        collectives.device_sync(t)
         store_everywhere(t, r)
 
     def waits_for_nobody(t, r):
@@ -198,7 +198,7 @@ def put_everywhere(t, value=None, cells=1):
 def test_words_put_are_taken_by_every_cta():
     def body(t, r):
         put_everywhere(t)
-        t.device_sync()  # for the end, not for the words
+        collectives.device_sync(t)  # for the end, not for the words
         with first_warp(t):
             cells = [(t.const(0) + k, 1) for k in range(CTAS * DEVICES)]
             words = [word for [word] in t.take(cells)]
@@ -214,7 +214,7 @@ def test_words_put_are_taken_by_every_cta():
 def test_what_is_wrong_with_an_inbox_is_found():
     def untaken(t, r):
         put_everywhere(t)
-        t.device_sync()
+        collectives.device_sync(t)
         t.take([(my_cell(t) * 0, 1)])
 
     def never_put(t, r):

@@ -110,7 +110,7 @@ def copy_of_scalars(t, r, sync):
     t.store(r.s, i, i)
     sync()
     with t.if_(i < 32):
-        t.copy4(r.out, r.s, 124 - i * 4)
+        t.store4(r.out, 124 - i * 4, t.load4(r.s, 124 - i * 4))
 
 
 def atomic_on_zeros(t, r, sync):

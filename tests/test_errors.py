@@ -353,3 +353,51 @@ def test_import_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "16320\n", done.stderr
+
+
+IDS = np.zeros((4, 1), np.int32)
+SIZES = {
+    "moe_align_block_size": lambda **s: maj.moe_align_block_size(
+        IDS, **({"num_experts": 4, "block_size": 4} | s)
+    ),
+    "batched_moe_align_block_size": lambda **s: maj.batched_moe_align_block_size(
+        IDS[:, 0], **({"max_tokens_per_batch": 4, "block_size": 4} | s)
+    ),
+    "max_num_tokens_padded": lambda **s: maj.max_num_tokens_padded(
+        4, **({"num_experts": 4, "block_size": 4} | s)
+    ),
+    "select_implementation": lambda **s: maj.select_implementation(
+        (4,), **({"num_experts": 4, "block_size": 4} | s)
+    ),
+    "permute_to_masked": lambda **s: maj.permute_to_masked(IDS, IDS, **({"num_experts": 4} | s)),
+    "permute_to_contiguous": lambda **s: maj.permute_to_contiguous(
+        IDS, IDS, **({"num_experts": 4} | s)
+    ),
+    "init_expert_load": lambda **s: maj.init_expert_load(
+        "stat", **({"num_layers": 2, "num_physical_experts": 4} | s)
+    ),
+    "padded_group_sizes": lambda **s: maj.padded_group_sizes(
+        maj.moe_align_block_size(IDS, num_experts=4, block_size=4), **({"block_size": 4} | s)
+    ),
+    "moe_align_block_size of no pairs": lambda **s: maj.moe_align_block_size(
+        IDS[:0], **({"num_experts": 4, "block_size": 4} | s)
+    ),
+}
+ARGUMENTS = {
+    **dict.fromkeys(SIZES, ("num_experts", "block_size")),
+    "batched_moe_align_block_size": ("max_tokens_per_batch", "block_size"),
+    "permute_to_masked": ("num_experts", "max_tokens_per_expert"),
+    "permute_to_contiguous": ("num_experts", "expert_alignment"),
+    "init_expert_load": ("num_layers", "num_physical_experts"),
+    "padded_group_sizes": ("block_size",),
+}
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32 + 4, 10**30, np.uint64(2**63)], ids=str)
+@pytest.mark.parametrize("call, argument", [(c, a) for c in SIZES for a in ARGUMENTS[c]])
+def test_sizes_beyond_int32_are_refused_by_name(call, argument, size):
+    function = call.split()[0]
+    with pytest.raises(ValueError) as raised:
+        SIZES[call](**{argument: size})
+    begin = f"{function}: {argument} must be at most 2**31 - 1; got {size}. "
+    assert str(raised.value).startswith(begin)

@@ -83,8 +83,34 @@ def test_step_equals_a_loop_over_tokens_and_records_what_it_did(example):
     assert len(traced) == 1
 
 
+def test_a_picture_without_matplotlib_is_refused_before_the_run(monkeypatch, capsys, example):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["expert_rebalancing.py", "--picture", "load.png"])
+    monkeypatch.setattr(example, "serve", lambda *_: pytest.fail("it served"))
+    with pytest.raises(SystemExit):
+        example.main()
+    said = capsys.readouterr().err
+    assert "matplotlib" in said and "pip install -e '.[plot]'" in said
+
+
+@pytest.mark.parametrize("name", ["moe_layer", "expert_parallel_layer", "expert_rebalancing"])
+@pytest.mark.parametrize("top_k", ["99", "0", "-1"])
+def test_more_choices_than_experts_are_refused(monkeypatch, capsys, name, top_k):
+    monkeypatch.syspath_prepend(FOLDER)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--top-k", top_k])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        f"--top-k must be from 1 to --experts ({32 if 'rebal' in name else 16}); got {top_k}"
+        in said
+    )
+
+
 def test_a_run_balances_the_stream_and_compiles_once(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     picture = tmp_path / "load.png"
     command = [sys.executable, str(FOLDER / "expert_rebalancing.py"), "--picture", str(picture)]
     command += ["--passes", "16", "--every", "4", "--layers", "1", "--hidden", "8"]

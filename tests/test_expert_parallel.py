@@ -535,15 +535,18 @@ BAD = {
     "a count of floats": (
         TypeError, "num_valid_tokens must be an integer", lambda: calls(num_valid_tokens=1.5),
     ),
+    "initialize as text": (
+        TypeError, "dispatch: initialize must be a Python bool", lambda: calls(initialize="yes"),
+    ),
     "no handle": (
         TypeError, "combine: handle must be a DispatchHandle", lambda: combine_wrong(handle=3),
     ),
     "rows of another exchange": (
-        ValueError, r"combine: y must have shape \[8, '...'\]", lambda: combine_wrong((7, 16)),
+        ValueError, r"combine: y must have shape \[8, \.\.\.\]", lambda: combine_wrong((7, 16)),
     ),
     "flat rows": (
         ValueError,
-        r"combine: y must have shape \[2, 8, 'H'\]",
+        r"combine: y must have shape \[2, 8, H\]",
         lambda: combine_wrong((2, 8), mode="low_latency"),
     ),
     "integer results": (

@@ -5,6 +5,7 @@ import json
 import pickle
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -189,6 +190,74 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros(1000))
     with pytest.raises(ValueError, match="more than 1000"):
         _files.read_file(tmp_path / "x.npz")
+
+
+def test_a_small_pt_that_expands_to_gigabytes_is_refused(tmp_path):
+    """One element, expanded; no tensor alone is beyond the limit of a file."""
+    one = torch.zeros(1)
+    cases = {
+        "one": {"logical_count": one.expand(2**29)},
+        "several": {str(i): one.expand(2**24) for i in range(64)},
+        "nested": {
+            "records": [{"global_physical_count": one.expand(2**13, 2**13)} for _ in range(9)]
+        },
+    }
+    for name, contents in cases.items():
+        path = tmp_path / f"{name}.pt"
+        torch.save(contents, path)
+        assert path.stat().st_size < 20_000
+        with pytest.raises(
+            ValueError, match=rf"{name}\.pt.*expand to many times the data of the file"
+        ):
+            _files.read_file(path)
+
+
+def test_records_that_share_one_storage_are_read(tmp_path):
+    """Views of a large storage are no expansion: together they hold what it holds."""
+    base = torch.arange(2**21, dtype=torch.float64).reshape(64, -1)
+    torch.save({"records": [{"x": row} for row in base], "base": base}, tmp_path / "x.pt")
+    got = _files.read_file(tmp_path / "x.pt")
+    assert same(got["base"], base.numpy()) and same(got["records"][63]["x"], base[63].numpy())
+
+
+def test_bfloat16_loads(tmp_path):
+    """Read from a .pt and placed; NumPy's own file has lost the dtype, and the error says so."""
+    bfloat16 = jnp.bfloat16
+    load = np.array([[5, 1, 2, 2], [9, 1, 1, 1]], np.float32)
+    want = maj.rebalance_experts(load, 6, 1, 1, 2).physical_to_logical_map
+    for loads_given in (load.astype(bfloat16), jnp.asarray(load, bfloat16)):
+        got = maj.rebalance_experts(loads_given, 6, 1, 1, 2).physical_to_logical_map
+        assert np.array_equal(got, want)
+    torch.save({"logical_count": torch.from_numpy(load).bfloat16()}, tmp_path / "x.pt")
+    location = maj.ExpertLocation.from_file(tmp_path / "x.pt", num_physical_experts=6, num_gpus=2)
+    assert np.array_equal(location.physical_to_logical_map, want)
+    np.savez(tmp_path / "x.npz", logical_count=load.astype(bfloat16))
+    with pytest.raises(ValueError, match=r"x\.npz.*as NumPy writes bfloat16.*save it as float32"):
+        maj.ExpertLocation.from_file(tmp_path / "x.npz", num_physical_experts=6, num_gpus=2)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"x": np.ones(2)},
+        {"logical_count": "many"},
+        {"logical_count": np.full((2, 2), -1)},
+        {"physical_count": np.ones((1, 2, 4))},
+        {"physical_to_logical_map": np.ones((2, 2))},
+        {"physical_to_logical_map": np.array([[0, 7]])},
+        {"logical_count": np.ones((2, 6))},  # more experts than slots
+        {"records": [3]},
+    ],
+)
+def test_errors_about_a_file_name_it(tmp_path, contents):
+    path = write(tmp_path / "this one.json", contents)
+    with pytest.raises((TypeError, ValueError), match=r"this one\.json'"):
+        maj.ExpertLocation.from_file(path, num_physical_experts=4, num_gpus=2)
+    read = _files.read_file(path)
+    if "physical_to_logical_map" not in contents and contents.get("x") is not None:
+        for files in ({"a.npz": read}, {"a.npz": {"logical_count": COUNT}, "b.npz": read}):
+            with pytest.raises((TypeError, ValueError), match=f"'{list(files)[-1]}'"):
+                loads.sum_of_files(files, function="f")
 
 
 @pytest.mark.parametrize(

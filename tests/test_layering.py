@@ -16,21 +16,25 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax": set(),  # __init__: names are resolved on first use
     "moe_align_jax.types": set(),
     "moe_align_jax._checks": set(),
+    "moe_align_jax._export": set(),
+    "moe_align_jax._fork": {"moe_align_jax._checks"},
     "moe_align_jax._fits": {"moe_align_jax.types"},
     "moe_align_jax._tuning": {"moe_align_jax._fits", "moe_align_jax.types"},
     "moe_align_jax._files": {"moe_align_jax._checks"},
-    "moe_align_jax._eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
+    "moe_align_jax._eplb": {f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files")},
     "moe_align_jax.eplb": {"moe_align_jax._checks", "moe_align_jax._eplb"},
     "moe_align_jax.expert_location": {
-        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_files", "eplb")
+        f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_export", "_files", "_fork", "eplb")
     },
-    "moe_align_jax.expert_weights": {"moe_align_jax._checks", "moe_align_jax._eplb"},
+    "moe_align_jax.expert_weights": {f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_fork")},
     "moe_align_jax.expert_dispatch": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "block_align", "expert_location")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_eplb", "_fork", "block_align")),
+        "moe_align_jax.expert_location",
         "moe_align_jax._reference.replicas",
     },
     "moe_align_jax.block_align": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "types")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_fork", "types")),
+        "moe_align_jax.expert_location",
         "lazily moe_align_jax.expert_dispatch",
     },
     "moe_align_jax._dispatch": {
@@ -39,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax.router": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_router", "_tuning", "types")),
-        "moe_align_jax.block_align",
+        *(f"moe_align_jax.{m}" for m in ("_fork", "block_align", "expert_location")),
     },
     "moe_align_jax._router": {
         *(f"moe_align_jax.{m}" for m in ("_router", "_simt.language", "types")),
@@ -58,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._quant": set(),
     "moe_align_jax.masked_quant": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_quant", "types")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_fork", "_quant", "types")),
         *(f"lazily moe_align_jax.{m}.masked_quant" for m in ("_kernels", "_reference")),
     },
     "moe_align_jax._reference.masked_quant": {"moe_align_jax._quant"},
@@ -79,11 +83,15 @@ ALLOWED: dict[str, set[str]] = {
         "lazily moe_align_jax._simt.mosaic",
     },
     "moe_align_jax._kernels.peer_rows": {
-        *("moe_align_jax._kernels.peer_rows", "moe_align_jax._simt.language"),
+        *(
+            f"moe_align_jax.{m}"
+            for m in ("_kernels.peer_rows", "_simt.collectives", "_simt.language")
+        ),
     },
     "moe_align_jax._simt": {"moe_align_jax._simt"},
     "moe_align_jax.expert_load": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder.arguments", "_recorder.rows")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_export", "_fork")),
+        *(f"moe_align_jax._recorder.{m}" for m in ("arguments", "rows")),
     },
     "moe_align_jax.recorder": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "expert_load")),
@@ -92,13 +100,16 @@ ALLOWED: dict[str, set[str]] = {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_recorder", "eplb.balancedness")),
     },
     "moe_align_jax.masked_layout": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "block_align")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_export", "_fork", "block_align")),
+        "moe_align_jax._expert_parallel",
     },
     "moe_align_jax.expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_expert_parallel", "masked_layout")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_fork")),
+        "moe_align_jax.masked_layout",
+        "moe_align_jax._expert_parallel",
     },
     "moe_align_jax._expert_parallel": {
-        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_expert_parallel")),
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_export", "_expert_parallel")),
         *(f"moe_align_jax.{m}" for m in ("_kernels.peer_rows", "_simt.language", "block_align")),
         *("moe_align_jax._quant", "moe_align_jax._reference.masked_quant"),
         "lazily moe_align_jax._simt.mosaic",
@@ -110,6 +121,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},
     "torch_bridge": {
         *("torch_bridge", "moe_align_jax._checks", "moe_align_jax._tuning", "moe_align_jax.types"),
+        "moe_align_jax._fork",
         *(f"moe_align_jax.{name}" for name in ("moe_align_block_size", "select_implementation")),
         *("moe_align_jax.batched_moe_align_block_size", "moe_align_jax._recorder.files"),
         *("moe_align_jax._quant", "lazily moe_align_jax.silu_and_mul_masked_quant"),
@@ -150,6 +162,7 @@ JAX_FREE = (
     "moe_align_jax",
     "moe_align_jax.types",
     "moe_align_jax._checks",
+    "moe_align_jax._fork",
     "moe_align_jax._fits",
     "moe_align_jax._tuning",
     "moe_align_jax._quant",

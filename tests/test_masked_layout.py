@@ -265,9 +265,19 @@ BAD = {
     ),
     "other tokens": (
         ValueError,
-        "permute_to_masked: x must have shape .2, '...'.; got float32",
+        r"permute_to_masked: x must have shape \[2, \.\.\.\]; got float32",
         lambda: maj.permute_to_masked(tokens(3, 3), np.zeros((2, 1), np.int32), num_experts=2),
     ),
+    **{
+        f"initialize {value!r}": (
+            TypeError,
+            "permute_to_masked: initialize must be a Python bool; got",
+            lambda value=value: maj.permute_to_masked(
+                tokens(2, 3), np.zeros((2, 1), np.int32), num_experts=2, initialize=value
+            ),
+        )
+        for value in ("yes", 1, None)
+    },
     "no room": (
         ValueError,
         "max_tokens_per_expert must be at least 1; got 0",
@@ -304,7 +314,7 @@ BAD = {
     ),
     "rows of another shape": (
         ValueError,
-        "unpermute_from_masked: y must have shape .4, 3, '...'.; got float32 .6, 5.",
+        r"unpermute_from_masked: y must have shape \[4, 3, \.\.\.\]; got float32 \[6, 5\]",
         lambda: maj.unpermute_from_masked(tokens(6, 5), layout_of()),
     ),
     "weights of another shape": (

@@ -1,5 +1,6 @@
 """ExpertDistributionRecorder: control, dumps in every format, full disks, metrics."""
 
+import concurrent.futures
 import errno
 import functools
 import io
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -465,13 +467,77 @@ def test_metrics_reach_prometheus():
     recorder.state = maj.record_expert_load(recorder.state, None, counts)
     recorder.metrics()
     text = client.generate_latest(registry).decode()
-    assert 'moe_align_expert_tokens{gpu="0",layer="0"} 3.0' in text
-    assert 'moe_align_expert_tokens{gpu="1",layer="0"} 1.0' in text
-    assert "moe_align_recorded_passes 1.0" in text
-    value = registry.get_sample_value(
-        "moe_align_expert_balancedness", {"layer": "0", "window": "100"}
-    )
-    assert value == pytest.approx(2 / 3, abs=1e-5)
+    assert 'moe_align_expert_tokens{gpu="0",layer="0",name=""} 3.0' in text
+    assert 'moe_align_expert_tokens{gpu="1",layer="0",name=""} 1.0' in text
+    assert 'moe_align_recorded_passes{name=""} 1.0' in text
+    assert balancedness_of(registry, "", 0) == pytest.approx(2 / 3, abs=1e-5)
+
+
+def balancedness_of(registry, name, layer, window=100):
+    labels = {"name": name, "layer": str(layer), "window": str(window)}
+    return registry.get_sample_value("moe_align_expert_balancedness", labels)
+
+
+def idle_of(registry, name, window=100):
+    labels = {"name": name, "window": str(window)}
+    return registry.get_sample_value("moe_align_idle_layers", labels)
+
+
+def record(recorder, *layers):
+    counts = jnp.asarray([[*layer, *[0] * (EXPERTS - len(layer))] for layer in layers], jnp.int32)
+    recorder.state = maj.record_expert_load(recorder.state, None, counts)
+
+
+def test_means_and_gauges_skip_idle_layers_and_say_how_many():
+    client = pytest.importorskip("prometheus_client", reason="the extra metrics is not installed")
+    registry = client.CollectorRegistry()
+    recorder = make(num_gpus=2, registry=registry)
+    recorder.start_record()
+    found = recorder.metrics()
+    assert np.isnan(found.average(10)) and found.idle_layers(10) == LAYERS
+    assert balancedness_of(registry, "", 0) is None and idle_of(registry, "") == LAYERS
+    record(recorder, [3, 0, 0, 0, 1], [])  # the second layer is not recorded
+    record(recorder, [], [])  # an idle pass is no even one
+    found = recorder.metrics((1, 2))
+    assert found.idle_layers(1) == 2 and found.idle_layers(2) == 1
+    assert np.isnan(found.balancedness[2][1]) and np.isnan(found.average(1))
+    assert found.balancedness[2][0] == found.average(2) == pytest.approx(2 / 3, abs=1e-5)
+    assert balancedness_of(registry, "", 0, 2) == pytest.approx(2 / 3, abs=1e-5)
+    assert balancedness_of(registry, "", 1, 2) is None and idle_of(registry, "", 2) == 1
+    with pytest.raises(ValueError, match="LoadMetrics: window must be one of 1, 2; got 10"):
+        found.average(10)
+    dump = recorder.dump_record("object")
+    assert dump["average_utilization_rate_over_window"] == pytest.approx(2 / 3, abs=1e-5)
+    record(recorder, [], [5])
+    recorder.metrics((1, 2))
+    assert balancedness_of(registry, "", 0, 2) is None, "the value of before is gone"
+    assert balancedness_of(registry, "", 1, 2) == pytest.approx(1 / 2, abs=1e-5)
+    recorder.dump_record("object")
+    record(recorder, [], [])
+    assert recorder.dump_record("object")["average_utilization_rate_over_window"] is None
+
+
+def test_recorders_share_a_registry_by_name(caplog):
+    client = pytest.importorskip("prometheus_client", reason="the extra metrics is not installed")
+    registry = client.CollectorRegistry()
+    options = {"num_gpus": 2, "registry": registry}
+    main, draft = make(name="main", **options), make(name="draft", **options)
+    unnamed, other = make(**options), make(**options)
+    for recorder, busy in ((main, 4), (draft, 3), (unnamed, 2), (other, 1)):
+        recorder.start_record()
+        record(recorder, [busy, 0, 0, 0, 1], [1])
+        recorder.metrics()
+    for name, busy in (("main", 4), ("draft", 3), ("", 2), ("2", 1)):
+        want = (busy + 1) / 2 / busy
+        assert balancedness_of(registry, name, 0) == pytest.approx(want, abs=1e-5)
+    assert not caplog.text
+    again = make(name="main", **options)
+    assert "have the name 'main'" in caplog.text and again is not main
+    make(num_gpus=2, registry=client.CollectorRegistry(), name="main")
+    with pytest.raises(TypeError, match="name must be a str or None; got int 3"):
+        make(name=3)
+    with pytest.raises(TypeError, match="registry must be a prometheus_client.CollectorRegistry"):
+        make(registry={})
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "prometheus_client"])
@@ -485,3 +551,236 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, module):
         else:
             metrics.Gauges(None)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what lands where ---------------------------------------------------------------------------------
+
+
+def hooked(recorder, number, metadata, seed=None):
+    with recorder.with_forward_pass(number, metadata):
+        for layer in range(LAYERS if seed is not None else 0):
+            with recorder.with_current_layer(layer):
+                recorder.on_select_experts(random_ids(seed)[layer])
+
+
+@pytest.mark.parametrize("numbers", [(None,) * 5, (7, 8, 9, 10, 11)])
+def test_metadata_stays_with_the_rows_of_its_own_pass(numbers):
+    recorder = make()
+    recorder.start_record()
+    serve(recorder, [0] if numbers[0] is None else [])  # a row of no pass
+    for number, (name, seed) in zip(
+        numbers, (("empty", None), ("a", 1), ("none", None), ("b", 2), ("none", None)), strict=True
+    ):
+        hooked(recorder, number, name, seed)
+    dump = recorder.dump_record("object")
+    first = dump["forward_pass_id"].tolist()[-2:]
+    assert first == ([1, 2] if numbers[0] is None else [8, 10])
+    assert dump["metadata"] == {first[0]: "a", first[1]: "b"}
+    for _ in range(9):  # more passes without a row than the ring has
+        hooked(recorder, None, "none")
+    hooked(recorder, None, "c", 3)
+    for _ in range(9):
+        hooked(recorder, None, "none")
+        with recorder.with_forward_pass(None, "disabled"), recorder.disable_this_region():
+            serve(recorder, [4])
+    assert recorder.dump_record("object")["metadata"] == {0: "c"}
+
+
+def test_metadata_of_a_pass_with_several_rows_and_of_a_start_within():
+    recorder = make()
+    recorder.start_record()
+    with recorder.with_forward_pass(None, "both"):
+        serve(recorder, [0, 1])
+    with recorder.with_forward_pass(None, "third"):
+        serve(recorder, [2])
+    assert recorder.dump_record("object")["metadata"] == {0: "both", 1: "both", 2: "third"}
+    with recorder.with_forward_pass(None, "restarted"):
+        recorder.start_record()
+        serve(recorder, [3])
+    dump = recorder.dump_record("object")
+    assert dump["metadata"] == {0: "restarted"} and dump["forward_pass_id"].tolist() == [0]
+
+
+ITSELF: list = []
+ITSELF.append(ITSELF)
+REFUSED = {
+    "pass 1.5": (TypeError, {"forward_pass_id": 1.5}, "forward_pass_id must be an int or None"),
+    "pass True": (TypeError, {"forward_pass_id": True}, "forward_pass_id must be an int or None"),
+    "pass text": (TypeError, {"forward_pass_id": "7"}, "forward_pass_id must be an int or None"),
+    "tuple key": (TypeError, {"metadata": {(1, 2): 3}}, "metadata must be what JSON can hold"),
+    "deep key": (TypeError, {"metadata": [{"a": {(1,): 2}}]}, "metadata must be what JSON can"),
+    "circle": (ValueError, {"metadata": ITSELF}, "metadata must be what JSON can hold"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_dump_could_not_write_is_refused_when_it_is_given(name, tmp_path):
+    kind, options, text = REFUSED[name]
+    recorder = make(directory=tmp_path)
+    recorder.start_record()
+    hooked(recorder, 0, {"kept": 1}, 1)
+    with pytest.raises(kind, match=f"with_forward_pass: {text}"):
+        with recorder.with_forward_pass(**options):
+            raise AssertionError("not reached")
+    got = read(recorder.dump_record())
+    assert json.loads(str(got["metadata"])) == {"0": {"kept": 1}}
+    np.testing.assert_array_equal(got["logical_count"], [bincount(random_ids(1))])
+
+
+def test_metadata_that_changes_later_does_not_stop_the_dump(tmp_path):
+    recorder = make(directory=tmp_path)
+    recorder.start_record()
+    metadata = {"batch": 3, "shape": np.int64(4)}
+    hooked(recorder, 5, metadata, 1)
+    metadata[(1, 2)] = 3
+    got = read(recorder.dump_record())
+    assert json.loads(str(got["metadata"])) == {"5": {"batch": 3, "shape": "4"}}
+
+
+BAD_ARGUMENTS = {
+    "layer True": (
+        TypeError,
+        lambda r: layer_of(r, True),
+        "with_current_layer: layer must be a Pyth",
+    ),
+    "layer 1.0": (
+        TypeError,
+        lambda r: layer_of(r, 1.0),
+        "with_current_layer: layer must be a Python",
+    ),
+    "layer -1": (ValueError, lambda r: layer_of(r, -1), r"layer must be in \[0, 2\); got -1"),
+    "layer 2": (ValueError, lambda r: layer_of(r, 2), r"layer must be in \[0, 2\); got 2"),
+    "window 1.5": (TypeError, lambda r: r.metrics((1.5,)), "metrics: windows must be ints"),
+    "window True": (TypeError, lambda r: r.metrics((True,)), "metrics: windows must be ints"),
+    "windows 10": (TypeError, lambda r: r.metrics(10), "metrics: windows must be ints"),
+    "buffer True": (TypeError, lambda r: make(buffer_size=True), "buffer_size must be a static"),
+    "buffer 1.5": (TypeError, lambda r: make(buffer_size=1.5), "buffer_size must be a static"),
+    "gpus True": (TypeError, lambda r: make(num_gpus=True), "num_gpus must be a static Python int"),
+    "layers": (
+        TypeError,
+        lambda r: make(num_layers=2.0, num_gpus=2),
+        "num_layers must be a static",
+    ),
+    "experts": (TypeError, lambda r: make(num_physical_experts="8", num_gpus=2), "num_physical"),
+    "folder": (
+        TypeError,
+        lambda r: make(directory=3),
+        "directory must be a path or None; got int 3",
+    ),
+    "local": (TypeError, lambda r: make(local_experts="no"), "local_experts must be a Python bool"),
+    "torch": (
+        TypeError,
+        lambda r: in_layer(r, pytest.importorskip("torch").zeros(2, 2).long()),
+        r"topk_ids must be an integer array of jax or NumPy; got a torch.Tensor torch.int64 \[2, 2\]",
+    ),
+    "on": (TypeError, lambda r: r.state.recording("no"), "on must be a Python bool; got str"),
+}
+
+
+def layer_of(recorder, layer):
+    with recorder.with_current_layer(layer):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_arguments_of_a_wrong_kind_are_refused(name):
+    kind, call, text = BAD_ARGUMENTS[name]
+    recorder = make(num_gpus=2)
+    recorder.start_record()
+    with pytest.raises(kind, match=text):
+        call(recorder)
+    hooked(recorder, None, None, 0)
+    assert len(recorder.dump_record("object")["forward_pass_id"]) == 1
+
+
+def test_a_format_without_its_extra_is_refused_when_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for file_format in ("arrow", "parquet"):
+        with pytest.raises(
+            ImportError, match=f"file_format must .*'{file_format}' without pyarrow"
+        ):
+            make(file_format=file_format)
+    (tmp_path / "x.arrow").write_bytes(b"ARROW1")
+    with pytest.raises(ImportError, match=r"read_table: file must .*x\.arrow.*\[arrow\]"):
+        files.read_table(tmp_path / "x.arrow")
+
+
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+def test_no_flipped_bit_reads_as_other_counts(tmp_path, file_format):
+    pytest.importorskip("pyarrow", reason="the extra arrow is not installed")
+    path = recorded(tmp_path, "per_token", file_format=file_format).dump_record()
+    want, data = files.read_table(path), path.read_bytes()
+    damaged, refused = tmp_path / "damaged", 0
+    for place in range(0, len(data), max(1, len(data) // 800)):
+        broken = bytearray(data)
+        broken[place] ^= 1 << (place % 8)
+        damaged.write_bytes(broken)
+        try:
+            got = files.read_table(damaged)
+        except ValueError as error:
+            refused += 1
+            assert str(damaged) in str(error)
+            continue
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_array_equal(got[name], value)
+            assert getattr(got[name], "dtype", None) == getattr(value, "dtype", None)
+    assert refused > 300
+    column = data.find(np.ascontiguousarray(want["logical_count"]).tobytes()[:64])
+    if file_format == "arrow":
+        assert column > 0
+        broken = bytearray(data)
+        broken[column] ^= 1
+        damaged.write_bytes(broken)
+        with pytest.raises(ValueError, match="its checksum is another"):
+            files.read_table(damaged)
+
+
+def test_threads_have_passes_of_their_own():
+    recorder = make(buffer_size=64)
+    recorder.start_record()
+    meet = threading.Barrier(4, timeout=20)
+
+    def run(thread):
+        for number in range(8):
+            seed = 8 * thread + number
+            with recorder.with_forward_pass(seed, {"seed": seed}):
+                for layer, ids in enumerate(random_ids(seed)):
+                    meet.wait()  # all threads are within a pass, at one layer
+                    with recorder.with_current_layer(layer):
+                        recorder.on_select_experts(ids)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    dump = recorder.dump_record("object")
+    assert dump["forward_pass_id"].tolist() == list(range(32))
+    np.testing.assert_array_equal(
+        dump["logical_count"], [bincount(random_ids(i)) for i in range(32)]
+    )
+    assert dump["metadata"] == {i: {"seed": i} for i in range(32)}
+
+
+def test_dumps_from_another_thread_lose_and_double_nothing():
+    recorder = make(buffer_size=500)
+    recorder.start_record()
+    dumps, done = [], threading.Event()
+
+    def dump():
+        while not done.is_set():
+            dumps.append(recorder.dump_record("object"))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(dump)
+        try:
+            for number in range(60):
+                hooked(recorder, number, {"n": number}, number)
+        finally:
+            done.set()
+        other.result()
+    dumps.append(recorder.dump_record("object"))
+    ids = np.concatenate([one["forward_pass_id"] for one in dumps]).tolist()
+    assert ids == list(range(60))
+    counts = np.concatenate([one["logical_count"] for one in dumps])
+    np.testing.assert_array_equal(counts, [bincount(random_ids(i)) for i in range(60)])
+    metadata = {k: v for one in dumps for k, v in one["metadata"].items()}
+    assert metadata == {i: {"n": i} for i in range(60)}

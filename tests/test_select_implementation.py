@@ -10,6 +10,7 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax import _dispatch
+from moe_align_jax.masked_quant import select_quant_implementation
 from tests import forms
 
 SIZE = {"block_size": 64, "num_experts": 64}
@@ -160,3 +161,34 @@ def test_named_implementation_runs_and_nothing_else(monkeypatch, name):
 
 def test_pieces_of_a_version():
     assert _dispatch.jax_version()[:2] == tuple(map(int, jax.__version__.split(".")[:2]))
+
+
+QUESTIONS = {
+    "select_implementation": lambda p: maj.select_implementation((4, 2), platform=p, **SIZE),
+    "select_transport": lambda p: maj.select_transport(4, top_k=2, num_ranks=2, platform=p),
+    "select_quant_implementation": lambda p: select_quant_implementation((2, 4, 256), platform=p),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("platform", ["foo", "", "CPU", 3])
+def test_an_unknown_platform_is_an_error_that_names_those_that_there_are(name, platform):
+    with pytest.raises(ValueError) as raised:
+        QUESTIONS[name](platform)
+    text = str(raised.value)
+    assert text.startswith(f"{name}: platform must be None or one of 'gpu', 'cpu', 'tpu', 'rocm', ")
+    assert f"; got {platform!r}. " in text
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("platform", [None, "cpu", "gpu", "cuda", "rocm", "tpu"])
+def test_every_platform_that_jax_names_gets_an_answer(name, platform):
+    answer = QUESTIONS[name](platform)
+    chosen = answer.transport if name == "select_transport" else answer.implementation
+    assert chosen in ("mosaic_gpu", "xla", "nvlink", "all_to_all")
+
+
+def test_a_platform_of_a_plugin_is_known_where_it_has_devices(monkeypatch):
+    device = types.SimpleNamespace(platform="metal", device_kind="M", compute_capability="0")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    assert QUESTIONS["select_implementation"]("metal").implementation == "xla"

@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "torch_bridge: the import must find PyTorch >= 2.11; got none. "
-        "Install the extra: pip install 'moe-align-jax[torch]'."
+        "Install the extra: pip install 'moe-align-jax[torch]' (in a checkout: pip install -e '.[torch]')."
     ) from error
 
 from moe_align_jax.types import AlignedBlocks as AlignedBlocks

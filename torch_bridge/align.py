@@ -12,8 +12,6 @@ from torch_bridge import checks, direct, ops, shortcut
 from torch_bridge.plan import Plan
 from torch_bridge.problems import AlignProblem
 
-is_tracing = torch.compiler.is_compiling
-
 type Path = Literal["auto", "direct", "dlpack"]
 
 
@@ -109,7 +107,7 @@ def moe_align_block_size(
     )
     if out is None:
         results = aligned(problem, operands, limit, path)
-        if topk is not None and limit is None and not is_tracing():
+        if topk is not None and limit is None and checks.sizes_are_known():
             shortcut.keep(problem, operands, topk)
         return results[0], results[1], results[2]
     out = check_out(function, out, problem, operands["topk_ids"].device)
@@ -294,7 +292,7 @@ def check(
     problem = AlignProblem(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
     )
-    if not is_tracing():  # a traced size may be unknown; the operator checks
+    if checks.sizes_are_known():
         checks.check_capacity(function, "topk_ids", problem.capacity)
     operands = {"topk_ids": topk_ids}
     if expert_map is not None:

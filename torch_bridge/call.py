@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _fork
 from torch_bridge import direct_call, dlpack
 from torch_bridge.problems import Problem
 
@@ -79,7 +79,13 @@ def _platform(device_type: str, index: int | None) -> str | None:
 
 
 def jax_platform(function: str, device: torch.device) -> str:
-    """The platform that jax lowers for on this device; NotImplementedError where it has none."""
+    """The platform that jax lowers for on this device.
+
+    Raises:
+        NotImplementedError: it has none.
+        RuntimeError: this process was forked while jax was running, so that jax would hang.
+    """
+    _fork.check(function)
     platform = _platform(device.type, device.index) if device.type in ("cpu", "cuda") else None
     if platform is None:
         remedy = {

@@ -1,5 +1,6 @@
 """Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
 
+import numpy as np
 import torch
 
 from moe_align_jax import _checks
@@ -17,6 +18,12 @@ INTEGER_DTYPES = (
 )
 PATHS = ("auto", "direct", "dlpack")
 _DEVICES = ("cpu", "cuda", "meta")
+
+
+def sizes_are_known() -> bool:
+    """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
+    tensors. The operator checks them then."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def check_path(function: str, path: object) -> str:
@@ -127,7 +134,8 @@ def check_num_valid_pairs(
     remedy = "Pass the number of pairs in use, as an int or a scalar integer tensor."
     if value is None:
         return None, None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = int(value)
         return None, min(max(value, -1), _checks.INT32_MAX)
     if not isinstance(value, torch.Tensor):
         what = _checks.describe(value)

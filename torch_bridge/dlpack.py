@@ -15,10 +15,21 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
 from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _fork
 
 if TYPE_CHECKING:
     import jax
+else:
+
+    class _Jax:
+        """jax, for who reads an annotation (typing.get_type_hints): it is imported then, not before."""
+
+        def __getattr__(self, name: str) -> Any:
+            import jax
+
+            return getattr(jax, name)
+
+    jax = _Jax()
 
 # XLA's own rule for sharing CPU memory. On CUDA, XLA refuses to run a program on arguments that are
 # not on 16 bytes ("Address of buffer ... must be a multiple of 10"), and a Mosaic GPU kernel is
@@ -154,7 +165,8 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
         TypeError: not a dense tensor with data, or its dtype has no jax counterpart.
         ValueError: it requires grad, or a copy is needed and not allowed.
         NotImplementedError: jax has no device that matches the tensor's.
-        RuntimeError: the current stream is being captured into a CUDA graph.
+        RuntimeError: the current stream is being captured into a CUDA graph, or this process was forked
+            while jax was running.
 
     Example:
         >>> import torch
@@ -229,6 +241,7 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
     Raises:
         TypeError: not a concrete jax.Array, or its dtype has no torch counterpart.
         ValueError: the array lies on several devices or was deleted.
+        RuntimeError: this process was forked while jax was running.
 
     Example:
         >>> import jax.numpy as jnp
@@ -239,6 +252,7 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
     from jax.core import Tracer
 
     function = "to_torch"
+    _fork.check(function)
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         what = type(array).__name__
         remedy = "Pass a concrete array: not a NumPy array, and not from inside jit or vmap."

@@ -56,7 +56,8 @@ def source_digest() -> str:
     """Of all code and tables that the kernels and their launch come from, and the versions below them."""
     from moe_align_jax import _tuning
 
-    tables = [path for folder in _tuning.folders() for path in _files_in(folder, ".json")]
+    folders = [folder for folder in _tuning.folders() if folder.is_dir()]
+    tables = [path for folder in folders for path in _files_in(folder, ".json")]
     return _digest_of(code_digest().encode(), tables)
 
 
@@ -80,9 +81,12 @@ def code_digest() -> str:
 
 
 def _files_in(folder: Path, ending: str) -> list[Path]:
-    """In the order of their names. (Path.glob takes three times as long.)"""
-    if not folder.is_dir():
-        return []
+    """In the order of their names. (Path.glob takes three times as long.)
+
+    Raises:
+        FileNotFoundError: there is no such folder. An empty answer would leave its files out of the key, and
+            programs of older sources would be taken for today's.
+    """
     return [folder / name for name in sorted(os.listdir(folder)) if name.endswith(ending)]
 
 

@@ -17,8 +17,13 @@ _SGLANG_MULTIPLE = 4
 
 def _minimum(a: Any, b: Any) -> Any:
     """For ints as for torch.SymInt, whose comparison would fix its value. (Dynamo traces its own symbols,
-    which call themselves int, through `min`, and torch 2.11's not through `sym_min` of plain ints.)"""
-    return min(a, b) if type(a) is int and type(b) is int else torch.sym_min(a, b)
+    which call themselves int, through `min`, and torch 2.11's not through `sym_min` of plain ints.) Under
+    torch.jit.trace a size is a tensor."""
+    if type(a) is int and type(b) is int:
+        return min(a, b)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return min(int(a), int(b))
+    return torch.sym_min(a, b)
 
 
 @dataclass(frozen=True)

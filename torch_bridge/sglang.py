@@ -25,7 +25,7 @@ from torch_bridge.problems import SglangProblem
 from torch_bridge.sglang_masked import (
     silu_and_mul_masked_post_quant_fwd as silu_and_mul_masked_post_quant_fwd,
 )
-from torch_bridge.sglang_recorder import ExpertDistributionMetrics as ExpertDistributionMetrics
+from torch_bridge.sglang_metrics import ExpertDistributionMetrics as ExpertDistributionMetrics
 from torch_bridge.sglang_recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
 from torch_bridge.sglang_recorder import (
     get_global_expert_distribution_recorder as get_global_expert_distribution_recorder,
@@ -95,7 +95,7 @@ def moe_align_block_size(
     checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
     checks.check_bool(function, "return_inactive_prefix_count", return_inactive_prefix_count)
     checks.check_bool(function, "pad_expert_ids", pad_expert_ids)
-    if not torch.compiler.is_compiling():
+    if checks.sizes_are_known():
         problem = SglangProblem(topk_ids.numel(), num_experts, block_size)
         checks.check_capacity(function, "topk_ids", problem.capacity)
     op = ops.chosen("sglang_block_align", topk_ids.device)
@@ -190,7 +190,7 @@ def ops_moe_align_block_size(
         rule, what = f"have at least {buckets + 1} elements", _checks.describe(cumsum_buffer)
         remedy = "Pass num_experts + 1 of them."
         raise ValueError(_checks.message(function, "cumsum_buffer", rule, what, remedy))
-    if not torch.compiler.is_compiling():
+    if checks.sizes_are_known():
         problem = SglangProblem(topk_ids.numel(), buckets - 1, block_size)
         checks.check_capacity(function, "topk_ids", problem.capacity)
     ops.chosen("sglang_block_align_into", device)(

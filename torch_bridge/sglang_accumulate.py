@@ -3,6 +3,7 @@
 import io
 import logging
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed
 
 from moe_align_jax._recorder.files import write_atomically
-from torch_bridge.sglang_gather import Sizes, scatter_slots, to_host
+from torch_bridge.sglang_gather import Sizes, scatter_slots, to_host, trim
 
 logger = logging.getLogger("torch_bridge.sglang")
 
@@ -70,11 +71,12 @@ class Stat:
 
 
 class Detail:
-    """A record per pass, copied to the host without waiting for it."""
+    """A record per pass, copied to the host without waiting for it; the last `buffer_size`, or all."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, buffer_size: int):
         self._sizes = sizes
-        self._records: list[dict[str, Any]] = []
+        limit = None if buffer_size < 0 else buffer_size
+        self._records: deque[dict[str, Any]] = deque(maxlen=limit)
 
     def append(self, forward_pass_id: int, count: Any, maps: Any, gatherer: Any) -> None:
         shape = (self._sizes.layers, self._sizes.logical + 2)
@@ -93,7 +95,7 @@ class Detail:
         )
 
     def clear(self) -> None:
-        self._records = []
+        self._records.clear()
 
     def dump(self, metadata: Any, reduce: "Reduce", average: float | None) -> tuple[dict, str]:
         if self._sizes.device.type == "cuda":
@@ -107,6 +109,7 @@ class Detail:
 def _listed(record: dict[str, Any]) -> dict[str, Any]:
     """Tensors are lists where SGLang's records have lists."""
     record = dict(record)
+    trim(record)
     for name in ("input_ids", "positions"):
         if isinstance(record.get(name), torch.Tensor):
             record[name] = record[name].tolist()

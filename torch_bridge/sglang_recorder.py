@@ -8,35 +8,22 @@ are written whole or not at all, with tensors on the CPU.
 import contextlib
 import logging
 import os
-from collections import deque
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from moe_align_jax import _checks
+from torch_bridge import checks
 from torch_bridge import sglang_accumulate as accumulate
 from torch_bridge import sglang_gather as gather
+from torch_bridge.sglang_metrics import WINDOWS, History
 
 logger = logging.getLogger("torch_bridge.sglang")
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
-WINDOWS = (10, 100, 1000)
 _DIRECTORY = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
-
-
-class ExpertDistributionMetrics(NamedTuple):
-    """What a pass with metrics leaves in its outputs, on rank 0: tensors, so that nothing waits.
-
-    Attributes:
-        forward_pass_id: of the pass.
-        eplb_balancedness: scalar float32, mean over the layers of mean / max tokens per GPU.
-        gpu_physical_count_sum: scalar int64, (token, k) pairs of all layers and ranks.
-    """
-
-    forward_pass_id: int
-    eplb_balancedness: torch.Tensor
-    gpu_physical_count_sum: torch.Tensor
 
 
 class ExpertDistributionRecorder:
@@ -68,10 +55,12 @@ class ExpertDistributionRecorder:
         Args:
             expert_location_metadata: SGLang's object, or any with `physical_to_logical_map` `[L, Ep]`
                 (a tensor, read anew at the end of every pass), `num_logical_experts` and
-                `ep_size`. The buffers live on the map's device.
+                `ep_size`. The buffers live on the map's device. Between passes Ep and ep_size may
+                change (elastic scaling), unless a CUDA graph has captured the hooks: its
+                kernels write into buffers of the old size.
             rank: of this process among ep_size.
             mode: None records nothing.
-            buffer_size: passes that "stat" keeps; negative: all of them, in a buffer that grows.
+            buffer_size: passes that are kept, the last ones; negative: all of them, in a buffer that grows.
             moe_a2a_backend: "deepep" chooses the hooks by deepep_mode; "mori" those of low
                 latency; any other counts in `on_select_experts`.
             deepep_mode: "normal" or "low_latency".
@@ -87,7 +76,7 @@ class ExpertDistributionRecorder:
             The recorder, or for mode None one whose hooks do nothing.
 
         Raises:
-            TypeError, ValueError: an argument is missing or impossible.
+            TypeError, ValueError: an argument is missing, of another type or impossible.
             NotImplementedError: the mode needs another dispatch.
 
         Example:
@@ -107,8 +96,19 @@ class ExpertDistributionRecorder:
         if mode not in MODES:
             _fail(function, "mode", f"be one of {', '.join(MODES)} or None", repr(mode))
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
+        try:
+            buffer_size = _checks.index(buffer_size)
+        except TypeError:
+            _fail(function, "buffer_size", "be an int", _checks.describe(buffer_size), TypeError)
         if buffer_size == 0:
             _fail(function, "buffer_size", "not be 0", 0)
+        checks.check_bool(function, "enable_metrics", enable_metrics)
+        checks.check_bool(function, "replicated_tokens", replicated_tokens)
+        for name, value in (("moe_a2a_backend", moe_a2a_backend), ("deepep_mode", deepep_mode)):
+            if not isinstance(value, str):
+                _fail(function, name, "be a str", _checks.describe(value), TypeError)
+        if directory is not None and not isinstance(directory, (str, os.PathLike)):
+            _fail(function, "directory", "be a path", _checks.describe(directory), TypeError)
         if mode == "per_token":
             tokens, k = (
                 _checks.check_positive_int(function, name, value, "Mode per_token needs it.")
@@ -121,21 +121,25 @@ class ExpertDistributionRecorder:
             gatherer,
             accumulate.Stat(sizes, buffer_size)
             if mode.startswith("stat")
-            else accumulate.Detail(sizes),
+            else accumulate.Detail(sizes, buffer_size),
             expert_location_metadata,
-            enable_metrics=bool(enable_metrics),
+            enable_metrics=enable_metrics,
             reduce=accumulate.Reduce(group, replicated_tokens),
             directory=Path(directory or os.environ.get(_DIRECTORY) or "/tmp"),
         )
 
     @contextlib.contextmanager
     def with_current_layer(self, layer_idx: int) -> Iterator[None]:
-        """The layer that the hooks record."""
+        """The layer that the hooks record: an int in [0, L)."""
         yield
 
     @contextlib.contextmanager
     def with_debug_name(self, debug_name: str) -> Iterator[None]:
-        """Accepted for SGLang's call sites; all names are recorded together."""
+        """Accepted for SGLang's call sites (a micro-batch's name): all names are recorded together.
+
+        Counts of a layer are summed. In mode per_token the micro-batches' ids stand one after another, as
+        the tokens of the pass do: only the last one may be padded, and only in a CUDA graph's replay.
+        """
         yield
 
     @contextlib.contextmanager
@@ -147,7 +151,10 @@ class ExpertDistributionRecorder:
     def with_forward_pass(
         self, forward_pass_id: int, forward_batch: Any
     ) -> Iterator[dict[str, Any]]:
-        """One forward pass. It is recorded at its end, unless it raises.
+        """One forward pass. It is recorded at its end, unless it raises. Passes must not nest.
+
+        In mode per_token the tokens are those of `forward_batch`: rows behind them are padding, and
+        neither kept nor counted. Without a batch, all rows are tokens.
 
         Args:
             forward_pass_id: the engine's own.
@@ -156,6 +163,12 @@ class ExpertDistributionRecorder:
 
         Yields:
             A dict that holds "metrics" afterwards, with enable_metrics on rank 0.
+
+        Raises:
+            TypeError: forward_pass_id is not an int.
+            ValueError: the batch has more tokens than max_tokens, or micro-batches are padded.
+            RuntimeError: a pass is in progress, in this thread or another; or the placement changed its size
+                in a way that the buffers cannot follow.
         """
         yield {}
 
@@ -240,13 +253,20 @@ class _Recorder(ExpertDistributionRecorder):
         self._recording = False
         self._disabled = 0
         self._layer: int | None = None
-        self._history: deque[torch.Tensor] | None = None
+        self._lock = threading.RLock()
+        self._thread: int | None = None  # that of the pass in progress
+        self._captured = False  # a CUDA graph writes into the gatherer's buffers
+        self._history: History | None = None
         if enable_metrics:
-            self._history = deque(maxlen=WINDOWS[-1])
+            self._history = History()
             self.start_record()
 
     @contextlib.contextmanager
     def with_current_layer(self, layer_idx: int) -> Iterator[None]:
+        self._own("with_current_layer")
+        # A draft model's layers, which are not recorded, may have other numbers.
+        layers = None if self._disabled else self._gatherer.sizes.layers
+        layer_idx = gather.check_layer("with_current_layer", layer_idx, layers)
         before, self._layer = self._layer, layer_idx
         try:
             yield
@@ -255,34 +275,97 @@ class _Recorder(ExpertDistributionRecorder):
 
     @contextlib.contextmanager
     def disable_this_region(self) -> Iterator[None]:
-        self._disabled += 1
+        with self._lock:
+            self._disabled += 1
         try:
             yield
         finally:
-            self._disabled -= 1
+            with self._lock:
+                self._disabled -= 1
 
     @contextlib.contextmanager
     def with_forward_pass(
         self, forward_pass_id: int, forward_batch: Any
     ) -> Iterator[dict[str, Any]]:
-        outputs: dict[str, Any] = {}
-        started = self._recording
-        if started:
-            self._gatherer.start(forward_batch)
-        yield outputs
-        if started and self._recording:
-            count = self._gatherer.physical_count()
-            maps = self._metadata.physical_to_logical_map
-            self._accumulator.append(forward_pass_id, count, maps, self._gatherer)
-            if self._history is not None:
-                self._measure(forward_pass_id, count, outputs)
+        function, outputs = "with_forward_pass", {}
+        try:
+            forward_pass_id = _checks.index(forward_pass_id)
+        except TypeError:
+            got = _checks.describe(forward_pass_id)
+            _fail(function, "forward_pass_id", "be an int", got, TypeError)
+        with self._lock:
+            self._own(function)
+            if self._thread is not None:
+                raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+            self._thread = threading.get_ident()
+        try:
+            with self._lock:
+                started = self._recording
+                if started:
+                    self._follow_placement(function)
+                    self._gatherer.start(forward_batch)
+            yield outputs
+            with self._lock:
+                if started and self._recording:
+                    self._append(function, forward_pass_id, outputs)
+        finally:
+            self._thread = None
+
+    def _follow_placement(self, function: str) -> None:
+        """Buffers for another number of slots, where the placement has one by now."""
+        old = self._gatherer.sizes
+        new = gather.sizes_of(function, self._metadata, old.rank)
+        if new == old:
+            return
+        fixed = ("layers", "logical", "device")
+        if self._captured or any(getattr(new, name) != getattr(old, name) for name in fixed):
+            what = (
+                "the buffers that a CUDA graph captured" if self._captured else "what is recorded"
+            )
+            got = f"{new.layers} x {new.physical} slots of {new.logical} experts"
+            raise RuntimeError(
+                f"{function}: expert_location_metadata must keep the sizes of {what}, {old.layers} x "
+                f"{old.physical} slots of {old.logical} experts on {old.device}; got {got} on "
+                f"{new.device}. Dump, make a new recorder with init_new, and capture again."
+            )
+        self._gatherer = self._gatherer.resized(new)
+
+    def _append(self, function: str, forward_pass_id: int, outputs: dict[str, Any]) -> None:
+        self._gatherer.finish()
+        count = self._gatherer.physical_count()
+        maps = self._metadata.physical_to_logical_map
+        if maps.shape != count.shape:
+            raise RuntimeError(
+                f"{function}: expert_location_metadata must keep its size within a pass, "
+                f"{list(count.shape)}; got {list(maps.shape)}. Scale between forward passes."
+            )
+        self._accumulator.append(forward_pass_id, count, maps, self._gatherer)
+        if self._history is not None:
+            sizes = self._gatherer.sizes
+            found = self._history.measure(forward_pass_id, count, sizes, self._reduce)
+            if found is not None:
+                outputs["metrics"] = found
+
+    def _own(self, function: str) -> None:
+        """A forward pass fills one set of buffers: it belongs to the thread that began it."""
+        if torch.compiler.is_compiling() or self._thread is None:
+            return
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"{function}: a recorder must be used by one thread at a time; got a call from another "
+                "while a forward pass is in progress. Call it between passes, or make a recorder for "
+                "each thread."
+            )
 
     # -- hooks: kernels alone, into fixed buffers ---------------------------------------------------
 
     def _wanted(self) -> bool:
         """Also while a CUDA graph is captured: its replays record when recording is on."""
-        if self._disabled or not (self._recording or _capturing()):
+        capturing = not self._disabled and _capturing()
+        if self._disabled or not (self._recording or capturing):
             return False
+        self._own("ExpertDistributionRecorder")
+        self._captured |= capturing
         if self._layer is None:
             raise RuntimeError(
                 "ExpertDistributionRecorder: a hook must be called in with_current_layer; got no layer."
@@ -298,9 +381,12 @@ class _Recorder(ExpertDistributionRecorder):
             self._gatherer.on_tokens_per_expert(self._layer or 0, tokens_per_expert)
 
     def get_current_pass_count_buffer(self, layer_idx: int) -> torch.Tensor | None:
-        if self._disabled or not (self._recording or _capturing()):
+        function, capturing = "get_current_pass_count_buffer", _capturing()
+        if self._disabled or not (self._recording or capturing):
             return None
-        return self._gatherer.count_buffer(layer_idx)
+        self._captured |= capturing
+        layer = gather.check_layer(function, layer_idx, self._gatherer.sizes.layers)
+        return self._gatherer.count_buffer(layer)
 
     def on_deepep_dispatch_normal(
         self,
@@ -331,29 +417,35 @@ class _Recorder(ExpertDistributionRecorder):
         return self._recording
 
     def start_record(self) -> None:
-        if self._recording:
-            logger.warning("start_record: recording is on already; what it holds is discarded")
-        self._clear()
-        self._recording = True
+        with self._lock:
+            self._own("start_record")
+            if self._recording:
+                logger.warning("start_record: recording is on already; what it holds is discarded")
+            self._clear()
+            self._recording = True
 
     def stop_record(self) -> None:
-        if not self._recording:
-            logger.warning("stop_record: recording is off already")
-        self._recording = False
+        with self._lock:
+            self._own("stop_record")
+            if not self._recording:
+                logger.warning("stop_record: recording is off already")
+            self._recording = False
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
         if output_mode not in ("file", "object"):
             _fail("dump_record", "output_mode", 'be "file" or "object"', repr(output_mode))
-        self._need_no_layer()
-        average = None
-        if self._history is not None:
-            average = self._reduce.from_first(self.average_balancedness().get(WINDOWS[-1]))
-        dump, name = self._accumulator.dump(self._metadata, self._reduce, average)
-        if output_mode == "file":
-            result = accumulate.save(self._directory / name, dump) if name else None
-        else:
-            result = dump
-        self._clear()
+        with self._lock:
+            self._own("dump_record")
+            self._need_no_layer()
+            average = None
+            if self._history is not None:
+                average = self._reduce.from_first(self.average_balancedness().get(WINDOWS[-1]))
+            dump, name = self._accumulator.dump(self._metadata, self._reduce, average)
+            if output_mode == "file":
+                result = accumulate.save(self._directory / name, dump) if name else None
+            else:
+                result = dump
+            self._clear()
         return result
 
     def average_balancedness(self) -> dict[int, float]:
@@ -361,20 +453,7 @@ class _Recorder(ExpertDistributionRecorder):
 
         Empty without enable_metrics, without a pass, and on ranks other than 0. Waits for the device.
         """
-        if not self._history:
-            return {}
-        values = torch.stack(list(self._history)).cpu()
-        return {window: float(values[-window:].mean()) for window in WINDOWS}
-
-    def _measure(self, forward_pass_id: int, count: torch.Tensor, outputs: dict[str, Any]) -> None:
-        sizes = self._gatherer.sizes
-        per_gpu = count.reshape(sizes.layers, sizes.ranks, sizes.local).sum(-1, dtype=torch.int64)
-        if self._reduce.to_first(per_gpu):
-            mean, most = per_gpu.float().mean(-1), per_gpu.amax(-1).float()
-            balance = ((mean + 1e-5) / (most + 1e-5)).mean()
-            outputs["metrics"] = ExpertDistributionMetrics(forward_pass_id, balance, per_gpu.sum())
-            if self._history is not None:
-                self._history.append(balance)
+        return self._history.averages() if self._history is not None else {}
 
     def _clear(self) -> None:
         self._need_no_layer()
@@ -407,9 +486,11 @@ def set_global_expert_distribution_recorder(value: ExpertDistributionRecorder) -
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return gather.capturing()
 
 
-def _fail(function: str, argument: str, rule: str, got: object) -> None:
+def _fail(
+    function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
+) -> NoReturn:
     remedy = "See ExpertDistributionRecorder.init_new."
-    raise ValueError(_checks.message(function, argument, rule, got, remedy))
+    raise kind(_checks.message(function, argument, rule, got, remedy))

@@ -24,8 +24,9 @@ type Sizes = tuple[Any, ...]
 _kept: dict[tuple[Any, Any, int, Sizes], "Shortcut"] = {}
 # The one that served the last call of these: a layer calls as the one before it did.
 recent: dict[Sizes, "Shortcut"] = {}
-# Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below.
+# Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below, but for torch.jit's.
 _is_tracing = torch.compiler.is_dynamo_compiling
+_jit_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
 try:  # who records or transforms operators must see ours
     from torch._C import _len_torch_dispatch_stack as _watched
@@ -47,7 +48,7 @@ except ImportError:  # pragma: no cover
 
 def open_to_all() -> bool:
     """Whether a call may pass by torch's dispatcher: nobody traces, records or transforms operators."""
-    return not (_is_tracing() or _watched()) and _transformed() is None
+    return not (_is_tracing() or _watched() or _jit_traced()) and _transformed() is None
 
 
 def _never(*tensors: torch.Tensor) -> bool:

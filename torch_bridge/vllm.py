@@ -158,7 +158,7 @@ def _check_batched(
     if counts.dim() != 1 or counts.shape[0] < 1:
         what, rule = _checks.describe(counts), "have shape [num_experts] with at least one expert"
         raise ValueError(_checks.message(function, "expert_num_tokens", rule, what, remedy))
-    if not torch.compiler.is_compiling():
+    if checks.sizes_are_known():
         problem = BatchedProblem(counts.shape[0], rows, block_size)
         checks.check_capacity(function, "max_tokens_per_batch", problem.capacity)
     return counts, rows, block_size

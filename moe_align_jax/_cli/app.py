@@ -5,6 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import moe_align_jax
 from moe_align_jax._cli import checkout, demo, eplb, info, profile, tune
@@ -58,7 +59,11 @@ def _guarded(console: Console, run) -> None:
     try:
         code = run()
     except NotImplementedError as error:
-        console.print(f"[bold red]Cannot run here:[/] {error}", highlight=False)
+        console.print(f"[bold red]Cannot run here:[/] {escape(str(error))}", highlight=False)
+        code = 1
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        console.print(f"[bold red]Cannot write:[/] {escape(what)}", highlight=False, soft_wrap=True)
         code = 1
     except RuntimeError as error:
         if "nable to initialize backend" not in str(error):
@@ -70,7 +75,7 @@ def _guarded(console: Console, run) -> None:
 
 @app.command("demo")
 def demo_command(implementation: _Implementation = None, seed: int = 0) -> None:
-    """Align a real routing on this machine and check it against a plain NumPy loop."""
+    """Align random routings of real sizes on this machine and check the result against a plain NumPy loop."""
     console = Console()
     _guarded(console, lambda: demo.run(console, implementation=implementation, seed=seed))
 

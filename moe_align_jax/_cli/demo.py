@@ -1,4 +1,7 @@
-"""`moe-align demo`: the main job on this machine, checked against a plain NumPy loop."""
+"""`moe-align demo`: the main job on this machine, checked against a plain NumPy loop.
+
+The routings are random, of the sizes of real models: no weights are at hand to route with.
+"""
 
 import time
 from typing import NamedTuple
@@ -109,6 +112,11 @@ def _blocks_table(counts: np.ndarray, block_size: int) -> Table:
 def run(console: Console, *, implementation: str | None, seed: int) -> int:
     """Both routings; 1 when a result differs from the loop's, else 0."""
     device = jax.devices()[0]
+    console.print(
+        f"Two random routings, of the sizes of real layers: the top-k of normal logits, some experts "
+        f"more popular than others (seed {seed}).",
+        highlight=False,
+    )
     code = 0
     for routing in ROUTINGS:
         topk_ids = jax.block_until_ready(route(routing, seed))

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 MISSING = (
-    "no picture: matplotlib is not installed (extra `plot`: pip install 'moe-align-jax[plot]')"
+    "no picture: matplotlib is not installed (extra `plot`: pip install 'moe-align-jax[plot]'; "
+    "in a checkout: pip install -e '.[plot]')"
 )
 # Beyond it colours stop: one GPU with a tenfold load would leave the others indistinguishable.
 _MOST = 4.0

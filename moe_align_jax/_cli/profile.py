@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_align_jax import moe_align_block_size, select_implementation
-from moe_align_jax._cli import traces
+from moe_align_jax._cli import folders, traces
 from moe_align_jax._cli.demo import Routing, route
 
 _SHOWN = 12  # names in the table; the rest is summed
@@ -37,7 +37,12 @@ def run(
     implementation: str | None,
     folder: Path,
 ) -> int:
-    """Prints the table and names the trace; 1 when the trace shows no work, else 0."""
+    """Prints the table and names the trace; 1 when the trace shows no work, else 0.
+
+    Raises:
+        OSError: the folder cannot be written to; nothing has run then.
+    """
+    folders.check(folder)
     topk_ids = route(Routing("", num_tokens, num_experts, top_k, block_size), seed=0)
     sizes = {"block_size": block_size, "num_experts": num_experts, "implementation": implementation}
     selection = select_implementation(topk_ids, **sizes)

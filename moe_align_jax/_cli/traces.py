@@ -29,6 +29,13 @@ _DERIVED_LINES = {
     "XLA TraceMe",
 }
 _HOST_COPY = re.compile(r"memcpy\s*\(?(h2d|d2h|htod|dtoh)", re.IGNORECASE)
+# What XLA's host threads say of its CUDA graphs ("command buffers"): how their events' names begin.
+GRAPH_EVENTS = {
+    "launched": "command_buffer::execute",
+    "updated": "command_buffer::update",
+    "recorded": "command_buffer::initialize",
+    "left_out": "WARNING: CommandBuffer disabled when profiling",
+}
 
 
 class Event(NamedTuple):
@@ -57,7 +64,7 @@ class Spans(NamedTuple):
 
     Attributes:
         us_per_call: a value per execution; empty when the trace shows no kernel.
-        kernels_per_call: kernels (and device copies and fills) per call.
+        kernels_per_call: kernels (and copies and fills) per call.
         note: how the values were found when it is not the plain span; "" otherwise.
     """
 
@@ -86,25 +93,70 @@ def load(path: str | Path) -> Any:
 
 
 def gpu_events(profile: Any, device: int = 0) -> list[Event]:
-    """Kernels, device copies and fills of one GPU in order of start; empty without such a plane.
+    """Kernels, copies and fills of one GPU in order of start; empty without such a plane.
 
-    Copies between host and device are left out: no part of a program's device time.
+    Copies between host and device are among them: a program that waits for one (the metadata of a collective
+    kernel, say) waits on the device.
     """
     lines = [
         line
         for plane in profile.planes
-        if plane.name.startswith(f"/device:GPU:{device}")
+        if re.match(rf"/device:GPU:{device}\b", plane.name)
         for line in plane.lines
     ]
     streams = [line for line in lines if line.name.lower().startswith("stream")]
     streams = streams or [line for line in lines if line.name not in _DERIVED_LINES]
     events = [
-        Event(event.name, event.start_ns, event.end_ns)
-        for line in streams
-        for event in line.events
-        if not _HOST_COPY.search(event.name)
+        Event(event.name, event.start_ns, event.end_ns) for line in streams for event in line.events
     ]
     return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
+
+
+def is_host_copy(event: Event) -> bool:
+    """Whether the event is a copy between host and device."""
+    return bool(_HOST_COPY.search(event.name))
+
+
+def _num_kernels(events: Iterable[Event]) -> int:
+    """Kernels, device copies and fills. XLA makes some host copies in the first executions alone."""
+    return sum(not is_host_copy(event) for event in events)
+
+
+def split_at_pauses(events: Sequence[Event], *, pause_ns: float) -> list[list[Event]]:
+    """Cuts time-ordered events wherever the device was idle for at least so long."""
+    parts: list[list[Event]] = []
+    busy_until = 0.0
+    for event in events:
+        if not parts or event.start_ns - busy_until >= pause_ns:
+            parts.append([])
+        parts[-1].append(event)
+        busy_until = max(busy_until, event.end_ns)
+    return parts
+
+
+def graphs_during(profile: Any, annotation: str) -> list[dict[str, int]]:
+    """Per `jax.profiler.TraceAnnotation` of that name, in order: how many CUDA graphs XLA launched, updated,
+    recorded ahead of the step and, because a profiler ran, left out. All devices of the process together."""
+    windows: list[Event] = []
+    graphs: list[tuple[str, float]] = []
+    for plane in profile.planes:
+        if not plane.name.startswith("/host:"):
+            continue
+        for line in plane.lines:
+            for event in line.events:
+                if event.name == annotation:
+                    windows.append(Event(event.name, event.start_ns, event.end_ns))
+                for kind, name in GRAPH_EVENTS.items():
+                    if event.name.startswith(name):
+                        graphs.append((kind, event.start_ns))
+    windows.sort(key=lambda e: e.start_ns)
+    return [
+        {
+            kind: sum(k == kind and w.start_ns <= at <= w.end_ns for k, at in graphs)
+            for kind in GRAPH_EVENTS
+        }
+        for w in windows
+    ]
 
 
 def contents(profile: Any) -> str:
@@ -195,7 +247,7 @@ def spans_in_order(
 ) -> list[Spans]:
     """As `span_per_call`, for programs that ran one after the other, each `executions` times.
 
-    Cut at the widest gaps. Where the parts of a program hold different numbers of events the cut is not to
+    Cut at the widest gaps. Where the parts of a program hold different numbers of kernels the cut is not to
     be trusted, and that program has no value.
     """
     note = "the trace could not be cut into executions"
@@ -207,7 +259,7 @@ def spans_in_order(
     found = []
     for k, count in enumerate(calls):
         mine = parts[k * executions : (k + 1) * executions]
-        if len({len(part) for part in mine}) != 1:
+        if len({_num_kernels(part) for part in mine}) != 1:
             found.append(Spans([], 0.0, note))
             continue
         spans = [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / count for p in mine]
@@ -230,13 +282,13 @@ def split_executions(events: Sequence[Event], executions: int) -> list[list[Even
     """Cuts time-ordered events at the `executions - 1` widest gaps.
 
     The host waits between executions, so those gaps are far wider than any inside. None when the
-    parts hold different numbers of events: then the cut is not to be trusted.
+    parts hold different numbers of kernels: then the cut is not to be trusted.
     """
-    if not events or executions < 1 or len(events) % executions:
+    if not events or executions < 1 or _num_kernels(events) % executions:
         return None
     cuts = [0, *(_widest_gaps(events, executions - 1) or []), len(events)]
     parts = [list(events[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    return parts if len({len(part) for part in parts}) == 1 else None
+    return parts if len({_num_kernels(part) for part in parts}) == 1 else None
 
 
 def span_per_call(events: Sequence[Event], *, executions: int, calls: int) -> Spans:

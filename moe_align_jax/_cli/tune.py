@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import moe_align_jax
 from moe_align_jax import _checks, _tuning
+from moe_align_jax._cli import folders
 from moe_align_jax._tuning import BlockAlignMosaicConfig as Config
 from moe_align_jax._tuning import Row, Table
 from moe_align_jax.types import AlignProblem
@@ -358,6 +359,7 @@ def run(
 
     Raises:
         NotImplementedError: the kernels cannot run here; the message says why.
+        OSError: the table's folder cannot be written to; nothing was measured then.
     """
     import jax
 
@@ -378,6 +380,7 @@ def run(
             )
     tuning = _tuning.table_name(gpu)
     path = out or Path(f"{_tuning.stem_of(gpu)}.json")
+    folders.check(path.parent)
     console.print(f"{gpu}: today {_tuning.describe(tuning)}", highlight=False, soft_wrap=True)
     cells = cells_of(experts, max_pairs, block_size)
     columns = (

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_align_jax import _checks
+from moe_align_jax import _checks, _files
 from moe_align_jax._eplb.maps import fail
 
 _REMEDY = (
@@ -53,7 +53,8 @@ def sum_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarr
     """
     (first, contents), *others = files.items()
     if not others:
-        return recorded_load(contents, function=function)
+        with _files.naming(first):
+            return recorded_load(contents, function=function)
     _check_ranks(files, function)
     if all(isinstance(each.get("records"), list) for each in files.values()):
         # A record says which pass it is of: those of all files are as good as one file's.
@@ -61,10 +62,12 @@ def sum_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarr
         slots = map_of_files(files, function=function)
         merged = {"records": records, "last_physical_to_logical_map": slots}
         return recorded_load(merged, function=function)
-    total, passes = recorded_load(contents, function=function), contents.get("forward_pass_id")
+    with _files.naming(first):
+        total, passes = recorded_load(contents, function=function), contents.get("forward_pass_id")
     total = total.astype(np.int64 if total.dtype.kind in "iu" else np.float64)
     for name, each in others:
-        load = recorded_load(each, function=function)
+        with _files.naming(name):
+            load = recorded_load(each, function=function)
         if load.shape != total.shape:
             rule = f"hold passes, layers and experts {list(total.shape)}, as {first!r}"
             fail(function, name, rule, list(load.shape), _SAME_RECORDING)

@@ -44,9 +44,24 @@ def check_rows(
         if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(_checks.message(function, argument, "be floating point", got, remedy))
         if leaf.shape[: len(shape)] != shape:
-            rule = f"have shape {[*shape, '...']}"
+            rule = f"have shape {_checks.leading(shape)}"
             raise ValueError(_checks.message(function, argument, rule, got, remedy))
     return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def check_out_dtype(function: str, value: Any, default: Any) -> Any:
+    """A floating point dtype; `default` for None."""
+    if value is None:
+        return jnp.dtype(default)
+    try:
+        dtype = None if isinstance(value, (jax.Array, np.ndarray, np.generic)) else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        rule, got = "be a floating point dtype", _checks.describe(value if dtype is None else dtype)
+        remedy = "Sums of floating point rows are floating point: round or convert them afterwards."
+        raise TypeError(_checks.message(function, "out_dtype", rule, got, remedy))
+    return dtype
 
 
 def check_layout(function: str, layout: Any, kind: type, maker: str) -> None:
@@ -117,15 +132,23 @@ def check_pairs(function: str, ids: Any, weights: Any, num_tokens: int) -> jax.A
     return weights.astype(jnp.float32)
 
 
+def check_num_valid_tokens(value: Any) -> Any:
+    """A scalar; what the host knows as int32, saturated."""
+    remedy = "Pass the number of tokens in use on this rank, as an int or a scalar integer array."
+    if value is not None and getattr(value, "ndim", 0):
+        rule, got = "be a scalar", _checks.describe(value)
+        raise ValueError(_checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
+    if value is None:
+        return None
+    return block_align.check_count("dispatch", "num_valid_tokens", value, remedy)
+
+
 def global_ids(ids: Any, num_experts: int, num_valid_tokens: Any, num_tokens: int) -> jax.Array:
     """int32 ids, -1 where nothing is to be sent."""
     # In their own dtype, before narrowing: an unsigned or 64-bit id must not wrap into range.
     valid = (ids >= 0) & (ids < num_experts)
     if num_valid_tokens is not None:
-        count = jnp.asarray(num_valid_tokens)
-        if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
-            rule, got = "be an integer scalar", _checks.describe(num_valid_tokens)
-            remedy = "Pass the number of tokens in use on this rank."
-            raise TypeError(_checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
-        valid &= (jnp.arange(num_tokens, dtype=_I32) < count.astype(_I32))[:, None]
+        # Saturated, whatever its dtype: a count beyond int32 keeps every token.
+        count = block_align._narrow_count(jnp.asarray(num_valid_tokens))[0]
+        valid &= (jnp.arange(num_tokens, dtype=_I32) < count)[:, None]
     return jnp.where(valid, jnp.asarray(ids).astype(_I32), -1)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax import _checks
@@ -44,6 +45,16 @@ def manual(mesh: jax.sharding.Mesh) -> jax.sharding.AbstractMesh:
 def _varying(x: Any) -> frozenset[str]:
     kind = getattr(jax.typeof(x), "mat", None)
     return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def nothing_like(tree: Any, *also: str) -> Any:
+    """Arrays of the shapes and dtypes of those of `tree`, which have no elements; they vary as `vary_together`.
+
+    They do not depend on `tree`. XLA folds arrays without elements to constants, and its partitioner refuses
+    a shard_map's body whose arguments are all such and whose results are not.
+    """
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    return vary_together((empty, tree), *also)[0]
 
 
 def vary_together(tree: Any, *also: str) -> Any:

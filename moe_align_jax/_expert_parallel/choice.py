@@ -1,8 +1,9 @@
 """Which transport runs: a rule that can be read, asked and overridden.
 
-No table of sizes and GPUs stands behind it, because one transport won at every size measured: 8, 128 and 4096
-tokens per GPU on four H200 (docs/measured.md). So the rule asks where that one, "nvlink", can run; of the
-others "all_to_all" is the fastest or close to it.
+No table of sizes and GPUs stands behind it, because one transport had the shortest device span at every size
+measured: 8, 128 and 4096 tokens per GPU on two and four H200 (docs/measured.md; by the host's clock the
+transports have not been compared yet). So the rule asks where that one, "nvlink", can run; of the others
+"all_to_all" is the fastest or close to it.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from moe_align_jax import _checks, _dispatch
+from moe_align_jax import _checks, _dispatch, _export
 from moe_align_jax._expert_parallel import ragged
 from moe_align_jax._expert_parallel.all_gather import AllGather
 from moe_align_jax._expert_parallel.all_to_all import AllToAll
@@ -28,7 +29,7 @@ TRANSPORTS: dict[str, Transport] = {
 NVLINK_RUN_WITH = (0, 11)
 
 
-@jax.tree_util.register_static
+@_export.register_static
 @dataclass(frozen=True)
 class TransportChoice:
     """What `select_transport` answers, and what `dispatch` says it took. Static: no leaves in a pytree.
@@ -91,16 +92,16 @@ def choose(
 
     reasons = {
         "all_gather": "as many bytes as all_to_all, and its reduce-scatter adds in the payload's dtype",
-        "all_to_all": "the fastest dense exchange measured",
+        "all_to_all": "the dense exchange of the shortest device span measured",
         "ragged_all_to_all": cannot["ragged_all_to_all"]
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }
     if reason := cannot[NVLINK.name] or _nvlink_unwanted(num_ranks):
         return TransportChoice("all_to_all", mode, reasons | {NVLINK.name: reason})
     reasons[NVLINK.name] = (
-        "our kernels write to the peers: the fastest measured, at 8 to 4096 tokens"
+        "our kernels write to the peers: the shortest device span measured, at 8 to 4096 tokens"
     )
-    reasons["all_to_all"] = "slower than our own kernels"
+    reasons["all_to_all"] = "a longer device span than our own kernels'"
     return TransportChoice(NVLINK.name, mode, reasons)
 
 

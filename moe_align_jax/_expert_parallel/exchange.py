@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax import _export
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.nvlink import NVLINK
@@ -16,7 +17,7 @@ from moe_align_jax._expert_parallel.transport import Group
 _I32 = jnp.int32
 
 
-@jax.tree_util.register_static
+@_export.register_static
 @dataclass(frozen=True)
 class DispatchInfo:
     """What is static about a dispatch.

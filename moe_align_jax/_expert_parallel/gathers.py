@@ -80,15 +80,19 @@ def pick(y: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def weighted_sum(y: jax.Array, weights: jax.Array | None, row_of_pair: jax.Array) -> jax.Array:
-    """`[T, ...]` in the accumulator's dtype: `sum_k weights[t, k] * y[row_of_pair[t, k]]`, k ascending."""
+    """`[T, ...]` in the accumulator's dtype: `sum_k weights[t, k] * y[row_of_pair[t, k]]`, k ascending.
+
+    A pair without a row adds zero, whatever its weight: also NaN or infinity.
+    """
     dtype = accumulator(y.dtype)
     total = jnp.zeros((row_of_pair.shape[0], *y.shape[1:]), dtype)
     # One pair of each token after the other: K gathers that fuse, in an order that is always the same.
     for k in range(row_of_pair.shape[1]):
-        each = pick(y, row_of_pair[:, k]).astype(dtype)
-        total += each if weights is None else each * _column(weights, k, each, dtype)
+        row = row_of_pair[:, k]
+        each = pick(y, row).astype(dtype)
+        if weights is not None:
+            # Selected before the product: 0 * NaN and 0 * inf are NaN.
+            weight = jnp.where(row < 0, jnp.zeros((), dtype), weights[:, k].astype(dtype))
+            each *= weight.reshape(-1, *(1,) * (each.ndim - 1))
+        total += each
     return total
-
-
-def _column(weights: jax.Array, k: int, like: jax.Array, dtype: Any) -> jax.Array:
-    return weights[:, k].astype(dtype).reshape(-1, *(1,) * (like.ndim - 1))

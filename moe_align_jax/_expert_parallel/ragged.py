@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax import block_align
+from moe_align_jax import _export, block_align
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.rows import accumulator, take_rows
@@ -25,6 +25,7 @@ from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
 _I32 = jnp.int32
 
 
+@_export.register_namedtuple
 class RaggedPlan(NamedTuple):
     """What one rank knows of an exchange.
 

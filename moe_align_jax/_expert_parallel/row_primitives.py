@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from moe_align_jax import _dispatch
 from moe_align_jax._expert_parallel import gathers
@@ -34,6 +34,10 @@ def _divided_by_hand(*arrays: jax.Array) -> bool:
     """Whether one is sharded over a mesh's Explicit axes, for which the primitives have no rule."""
     specs = [getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) for x in arrays]
     return any(axes is not None for spec in specs for axes in spec)
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) -> Primitive:
@@ -61,6 +65,29 @@ def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) 
         return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = batch
+
+    def differentiate(primals, tangents, *, problem):
+        """By XLA's gathers: a gradient of a gradient comes here, the rules of `rows` make the first."""
+        results = primitive.bind(*primals, problem=problem)
+        given = [
+            jnp.zeros_like(x) if isinstance(t, ad.Zero) and _is_float(x) else t
+            for x, t in zip(primals, tangents, strict=True)
+        ]
+        places = [k for k, x in enumerate(primals) if _is_float(x)]
+
+        def of_floats(*floats):
+            operands = list(primals)
+            for k, x in zip(places, floats, strict=True):
+                operands[k] = x
+            return [r for r in reference(problem, *operands) if _is_float(r)]
+
+        floats = [[a[k] for k in places] for a in (primals, given)]
+        derivatives = iter(jax.jvp(of_floats, *floats)[1])
+        return results, [
+            next(derivatives) if _is_float(r) else _dispatch.no_tangent(r) for r in results
+        ]
+
+    ad.primitive_jvps[primitive] = differentiate
     return primitive
 
 

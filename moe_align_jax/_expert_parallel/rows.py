@@ -147,6 +147,8 @@ def _sum_rows_backward(out_dtype, saved, d_out):
         for k in range(row_of_pair.shape[1])
     ]
     d_weights = jnp.stack(columns, axis=1) if columns else jnp.zeros(weights.shape, dtype)
+    # No derivative by the weight of a pair without a row, also where the cotangent is NaN or infinite.
+    d_weights = jnp.where(row_of_pair < 0, jnp.zeros((), dtype), d_weights)
     return d_rows.astype(y.dtype), d_weights.astype(weights.dtype), None, None
 
 

@@ -1,6 +1,5 @@
 """Checks of what `record_expert_load` is given, on static facts; every array becomes int32."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,18 +14,16 @@ from moe_align_jax._recorder.rows import Layout
 def check_layer(function: str, layer: Any, num_layers: int) -> int:
     remedy = "Under lax.scan return the counts from the body, and record all layers with None."
     try:
-        if isinstance(layer, bool):
-            raise TypeError
-        index = operator.index(layer)
-    except (TypeError, ValueError):  # ValueError: some of jax's own, for a traced array
+        number = _checks.index(layer)
+    except TypeError:
         got = _checks.describe(layer)
         raise TypeError(
             _checks.message(function, "layer", "be a Python int or None", got, remedy)
         ) from None
-    if not 0 <= index < num_layers:
+    if not 0 <= number < num_layers:
         rule = f"be in [0, {num_layers})"
-        raise ValueError(_checks.message(function, "layer", rule, index, "Layers count from 0."))
-    return index
+        raise ValueError(_checks.message(function, "layer", rule, number, "Layers count from 0."))
+    return number
 
 
 def integers(function: str, argument: str, value: Any) -> jax.Array:
@@ -41,7 +38,11 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         kind, jnp.integer
     ):
         got = "None" if value is None else _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+        rule = "be an integer array"
+        if type(value).__module__.partition(".")[0] == "torch":
+            rule, got = "be an integer array of jax or NumPy", f"a torch.Tensor {got}"
+            remedy = "Pass jax.dlpack.from_dlpack(tensor)."
+        raise TypeError(_checks.message(function, argument, rule, got, remedy))
     if value.dtype == np.int32:
         return jnp.asarray(value)
     own, words = np.iinfo(np.dtype(kind)), np.iinfo(np.int32)

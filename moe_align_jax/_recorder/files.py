@@ -3,16 +3,20 @@
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from moe_align_jax import _checks
+
 FORMATS = ("npz", "arrow", "parquet")
 # Arrays with a row per (pass, layer): a table's columns. Everything else goes into its metadata.
 _COLUMNS = ("logical_count", "physical_count", "topk_ids")
 _METADATA = b"moe_align_jax"
+_CHECKSUM = b"moe_align_jax_crc32"  # of the columns and of the metadata: Arrow has none of its own
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
@@ -54,6 +58,13 @@ def _umask() -> int:
     return mask
 
 
+def check_format(file_format: str) -> None:
+    """Raises ImportError where the format's extra is missing: at once, not when hours were recorded."""
+    if file_format != "npz":
+        rule, got = "be one whose extra is installed", f"{file_format!r} without pyarrow"
+        _pyarrow("ExpertDistributionRecorder", "file_format", rule, got)
+
+
 def write_dump(path: str | os.PathLike[str], dump: dict[str, Any], file_format: str) -> Path:
     """One dump as a file; None values are left out, counts are stored as int32 where all of them fit."""
     dump = {name: _narrow(value) for name, value in dump.items() if value is not None}
@@ -70,20 +81,21 @@ def _narrow(value: Any) -> Any:
     return value.astype(np.int32) if fits else value
 
 
-def _pyarrow() -> Any:
+def _pyarrow(function: str, argument: str, rule: str, got: str) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError(
-            "ExpertDistributionRecorder: file_format must be one that is installed; got a table. "
-            "Install the extra: pip install 'moe-align-jax[arrow]'."
-        ) from error
+        remedy = (
+            "Install the extra: pip install 'moe-align-jax[arrow]' (in a checkout: "
+            "pip install -e '.[arrow]')."
+        )
+        raise ImportError(_checks.message(function, argument, rule, got, remedy)) from error
     return pyarrow
 
 
 def _write_table(file: BinaryIO, dump: dict[str, Any], file_format: str) -> None:
     """A row per (pass, layer): forward_pass_id, layer, and a list column per array of counts."""
-    arrow = _pyarrow()
+    arrow = _pyarrow("dump_record", "file_format", "be one whose extra is installed", file_format)
     passes, layers = dump["logical_count"].shape[:2]
     columns = {
         "forward_pass_id": arrow.array(np.repeat(dump["forward_pass_id"], layers)),
@@ -109,7 +121,9 @@ def _write_table(file: BinaryIO, dump: dict[str, Any], file_format: str) -> None
         if name not in columns
     }
     text = json.dumps({"shapes": shapes, "rest": rest}).encode()
-    table = arrow.table(columns).replace_schema_metadata({_METADATA: text})
+    table = arrow.table(columns)
+    checksum = str(_checksum(table, text)).encode()
+    table = table.replace_schema_metadata({_METADATA: text, _CHECKSUM: checksum})
     if file_format == "parquet":
         import pyarrow.parquet
 
@@ -119,14 +133,35 @@ def _write_table(file: BinaryIO, dump: dict[str, Any], file_format: str) -> None
             writer.write_table(table)
 
 
+def _checksum(table: Any, text: bytes) -> int:
+    """CRC-32 of the metadata, and of every column's name, rows, dtype and values."""
+    total = zlib.crc32(text)
+    for name in table.column_names:
+        values = _flat(table[name])
+        head = f"{name} {len(table[name])} {values.dtype} {len(values)};"
+        total = zlib.crc32(head.encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(values).view(np.uint8), total)
+    return total
+
+
+def _flat(column: Any) -> np.ndarray:
+    """The values of a column, of its lists one after another."""
+    column = column.combine_chunks()
+    if hasattr(column.type, "list_size"):
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=False)
+
+
 def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
     """An Arrow or Parquet dump as the dict that was dumped, of NumPy arrays.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is damaged, or no dump of ours.
+        ValueError: it is damaged (its checksum says so), or no dump of ours.
+        ImportError: the extra "arrow" is missing; the message names the file.
     """
-    arrow = _pyarrow()
+    got = f"{os.fspath(path)!r}, a table, without pyarrow"
+    arrow = _pyarrow("read_table", "file", "be of a kind whose extra is installed", got)
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -137,10 +172,13 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
             table = pyarrow.parquet.read_table(source)
         else:
             table = arrow.ipc.open_file(source).read_all()
-        facts = json.loads(table.schema.metadata[_METADATA])
+        metadata = table.schema.metadata or {}
+        if metadata[_CHECKSUM] != str(_checksum(table, metadata[_METADATA])).encode():
+            raise ValueError("its checksum is another")
+        facts = json.loads(metadata[_METADATA])
         dump = {}
         for name, shape in facts["shapes"].items():
-            value = table[name].combine_chunks().flatten().to_numpy().reshape(shape)
+            value = _flat(table[name]).reshape(shape)
             dump[name] = np.moveaxis(value, 1, 2) if name == "topk_ids" else value
         for name, value in facts["rest"].items():
             if isinstance(value, dict):
@@ -149,7 +187,8 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
         layers = max(facts["shapes"]["logical_count"][1], 1)
         dump["forward_pass_id"] = table["forward_pass_id"].to_numpy()[::layers]
         return dump
-    except (arrow.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+    # A damaged file fails anywhere in pyarrow or json, with nearly any exception.
+    except Exception as error:
         raise ValueError(
             f"read_table: file must be an Arrow or Parquet dump; got {os.fspath(path)!r} "
             f"({type(error).__name__}: {error}). Pass a file that the recorder wrote."

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._quant import COLUMN_MULTIPLE, E4M3_MAX, GROUPS_PER_WORD, MaskedQuantProblem
+from moe_align_jax._quant import (
+    COLUMN_MULTIPLE,
+    E4M3_MAX,
+    GROUPS_PER_WORD,
+    MaskedQuantProblem,
+    bits_over_448,
+)
 
 _EXPONENT_BITS, _MANTISSA = 23, (1 << 23) - 1
 
@@ -53,7 +59,9 @@ def power_of_two_above(scale: jax.Array) -> jax.Array:
 
 def group_scale(problem: MaskedQuantProblem, amax: jax.Array) -> jax.Array:
     """float32 scale of a group with that absolute maximum."""
-    scale = jnp.maximum(amax, jnp.float32(problem.amax_floor)) / jnp.float32(E4M3_MAX)
+    bits = lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(problem.amax_floor)), jnp.int32)
+    bits = bits_over_448(bits, lambda a, b: lax.div(a, jnp.full_like(a, b)))
+    scale = lax.bitcast_convert_type(bits, jnp.float32)
     return scale if problem.scale_format == "float32" else power_of_two_above(scale)
 
 

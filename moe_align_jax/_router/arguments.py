@@ -108,7 +108,7 @@ def make_problem(
         ("softmax_after_topk", softmax_after_topk),
         ("renormalize", renormalize),
     ):
-        block_align._check_bool(function, argument, flag)
+        _checks.check_bool(function, argument, flag)
     if softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
         fail("softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy)

@@ -109,7 +109,7 @@ def _weights_tangent(
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProblem, **params: Any):
     """Weights follow the logits; ids, and all that is aligned by them, do not move."""
     results = primitive.bind(*primals, problem=problem, **params)
-    moved: list[Any] = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    moved: list[Any] = [_dispatch.no_tangent(r) for r in results]
     if not isinstance(tangents[0], ad.Zero):
         moved[0] = _weights_tangent(problem, primals[0], tangents[0], results[1])
     return results, moved
@@ -142,6 +142,12 @@ def _leading(operand: jax.Array, dim: int | None, size: int) -> jax.Array:
 
 
 def _batch_route(operands, dims, *, problem: RouteProblem, implementation):
+    call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
+    results = _dispatch.on_each_shard(call, operands, dims)
+    return results, [0] * len(results)
+
+
+def _flat_batch(*operands, dims, problem: RouteProblem, implementation):
     """A batch is so many more tokens; a bound on the tokens of each becomes a mask of all."""
     [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
     given = dict(zip(problem.inputs, zip(operands, dims, strict=True), strict=True))
@@ -172,7 +178,7 @@ def _batch_route(operands, dims, *, problem: RouteProblem, implementation):
         implementation=implementation,
     )
     shape = (size, tokens, problem.top_k)
-    return [lax.reshape(r, shape) for r in results], [0] * len(results)
+    return [lax.reshape(r, shape) for r in results]
 
 
 # -- route_and_align -----------------------------------------------------------------------------------
@@ -252,7 +258,8 @@ def _batch_fused(operands, dims, *, problem: RouteProblem, align: AlignProblem, 
     route_call = functools.partial(route_p.bind, problem=problem, implementation=implementation)
     align_call = functools.partial(_dispatch.align, align, implementation)
     call = functools.partial(_apart, problem, align, route_call, align_call)
-    results = jax.vmap(call, in_axes=tuple(dims))(*operands)
+    batched = jax.vmap(call, in_axes=tuple(dims))
+    results = _dispatch.on_each_shard(batched, operands, dims)
     return results, [0] * len(results)
 
 
@@ -260,7 +267,7 @@ for _primitive, _lower, _batch in (
     (route_p, _lower_route, _batch_route),
     (route_and_align_p, _lower_fused, _batch_fused),
 ):
-    for _platform in ("cpu", "tpu", "rocm", "cuda"):
+    for _platform in _dispatch.PLATFORMS:
         mlir.register_lowering(_primitive, functools.partial(_lower, _platform), platform=_platform)
     mlir.register_lowering(_primitive, functools.partial(_lower, "another platform"))
     batching.primitive_batchers[_primitive] = _batch

@@ -1,8 +1,8 @@
-"""What several threads do together, written in the language: scans, tallies, fills."""
+"""What is composed of the language's primitives: choices, scans, tallies, fills, meetings of devices."""
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_align_jax._simt.language import WARP, Int, Simt
@@ -13,6 +13,20 @@ _INT32_MAX = 2**31 - 1
 def lanes_below(t: Simt, lane: Int) -> Int:
     """Mask of the lanes before mine."""
     return (t.const(1) << lane) - 1
+
+
+def value_if(t: Simt, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
+    """`condition ? compute() : other`, with compute() executed only where the condition holds."""
+    return t.values_if(condition, lambda: [compute()], [other])[0]
+
+
+def device_sync(t: Simt) -> None:
+    """By all threads, once: tells my peers that my CTA stores no more there, and waits until all of them have
+    told it. Then my CTA may read what its peers wrote here."""
+    t.device_arrive()
+    with t.if_(t.thread_id() < WARP):
+        t.device_wait()
+    t.block_sync()
 
 
 def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
@@ -84,7 +98,7 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
     t.block_sync()
     results = []
     for k, (x, value) in enumerate(zip(xs, inclusive, strict=True)):
-        sums = t.value_if(lane < num_warps, lambda k=k: t.load(scratch, lane + k * WARP), 0)
+        sums = value_if(t, lane < num_warps, lambda k=k: t.load(scratch, lane + k * WARP), 0)
         running = warp_inclusive_scan(
             t, sums, lane, num_warps
         )  # every warp does it again: saves a barrier
@@ -111,7 +125,7 @@ def tally(
     if all_used:
         same = same & t.ballot(counted)
     rank = t.popc(same & lanes_below(t, lane))
-    before = t.value_if(counted, lambda: t.load(histogram, row + bin_), 0)
+    before = value_if(t, counted, lambda: t.load(histogram, row + bin_), 0)
     t.warp_sync()
     with t.if_(counted & rank.eq(0)):
         t.store(histogram, row + bin_, before + t.popc(same))

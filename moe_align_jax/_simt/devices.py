@@ -125,11 +125,6 @@ class AmongDevices(Simt):
             results.append(tuple(Value(inbox[inside + k], machine) for k in range(width)))
         return results
 
-    def device_sync(self) -> None:
-        self.device_arrive()
-        self.device_wait()
-        self.block_sync()
-
     def _check_devices_end(self) -> None:
         """All that others wrote to this device is there when the kernel ends: later ones may read it."""
         if self._peers is None:

@@ -94,6 +94,7 @@ def _run_kernel(
         )
     with np.errstate(divide="ignore"):  # lanes that are not active may divide by anything
         kernel.body(machine, SimpleNamespace(**refs))
+    machine.check_loops()
     machine.check_end()
 
 

@@ -1,8 +1,19 @@
-"""The language of our kernel bodies: values, about 20 primitives, kernels and programs.
+"""The language of our kernel bodies: values, primitives in four groups, kernels and programs.
 
 A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds the kernel's refs by name.
 It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
+
+The primitives stand in four classes: `Core` (threads, control flow, memory, warps, barriers), `FloatBits`
+(float32 arithmetic on the bits of an int32: `floats.py`), `ClusterMail` (the CTAs of one cluster) and
+`PeerDevices` (several devices that run one kernel together). What is composed of them stands in
+`collectives.py`.
+
+Control flow of Python happens once, while the body is traced: `for k in range(4)` unrolls, `if problem.x`
+chooses what is compiled. What depends on a thread's values is written with `t.if_`, `t.for_range` and
+`t.select`. Python would misread three things in silence, so each raises `BodyError`: a value as a truth
+(`if x < y`, `and`, `or`, `not`), `==` and `!=` on a value, and a jump out of the body of an `if_` or a
+`for_range` (`return`, `break`, `continue`), which would hold for all threads at once.
 
 Memory model: threads of a warp run in lock step only as far as `warp_sync` says; shuffles and ballots
 order no memory. `block_sync` orders shared and global accesses of one CTA; nothing orders two CTAs of one
@@ -11,11 +22,15 @@ several devices run it. A kernel sees what the kernels before it wrote, from its
 """
 
 import abc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
+
+from moe_align_jax._simt.floats import FloatBits
+from moe_align_jax._simt.jumps import LEFT_LOOP, BodyError, refuse_jumps
 
 WARP = 32
 WARPGROUP = 128
@@ -27,14 +42,28 @@ MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 MAIL_BARRIER_WORDS = 2  # in shared memory, that count what has come into a mailbox
 
 
-class Int(abc.ABC):
-    """An int32 (or, from a comparison, a boolean) value, one per thread.
+def _refuse(what: str, remedy: str) -> NoReturn:
+    raise BodyError(f"kernel body: {what} must not be used on a value of the threads. {remedy}")
 
-    Arithmetic wraps. `//`, `%` and `>>` are unsigned, comparisons signed. `&`, `|` also combine booleans.
+
+class Int(abc.ABC):
+    """An int32 (or, from a comparison, a boolean) value, one per thread. Arithmetic wraps.
+
+    ===========  ===============================================  ==================================
+    sign         operators                                        as in C
+    ===========  ===============================================  ==================================
+    either       `+` `-` `*` `&` `|` `^` `<<` `.eq(y)` `.ne(y)`   the same bits for both
+    signed       `<` `<=` `>` `>=`                                `(int32_t)x < (int32_t)y`
+    unsigned     `//` `%` `>>` `.below(y)`                        `(uint32_t)x / (uint32_t)y`, ...
+    ===========  ===============================================  ==================================
+
+    `&`, `|` and `^` also combine booleans. `==`, `!=`, `bool()` and `hash()` raise `BodyError`.
     """
 
     @abc.abstractmethod
     def _binary(self, name: str, other: "Int | int", reverse: bool = False) -> "Int": ...
+
+    # -- the same for signed and unsigned
 
     def __add__(self, other):
         return self._binary("add", other)
@@ -52,12 +81,6 @@ class Int(abc.ABC):
 
     __rmul__ = __mul__
 
-    def __floordiv__(self, other):
-        return self._binary("udiv", other)
-
-    def __mod__(self, other):
-        return self._binary("urem", other)
-
     def __and__(self, other):
         return self._binary("and", other)
 
@@ -70,8 +93,13 @@ class Int(abc.ABC):
     def __lshift__(self, other):
         return self._binary("shl", other)
 
-    def __rshift__(self, other):
-        return self._binary("shr", other)
+    def eq(self, other):
+        return self._binary("eq", other)
+
+    def ne(self, other):
+        return self._binary("ne", other)
+
+    # -- signed
 
     def __lt__(self, other):
         return self._binary("slt", other)
@@ -85,19 +113,45 @@ class Int(abc.ABC):
     def __ge__(self, other):
         return self._binary("sge", other)
 
-    def eq(self, other):
-        return self._binary("eq", other)
+    # -- unsigned
 
-    def ne(self, other):
-        return self._binary("ne", other)
+    def __floordiv__(self, other):
+        return self._binary("udiv", other)
+
+    def __mod__(self, other):
+        return self._binary("urem", other)
+
+    def __rshift__(self, other):
+        return self._binary("shr", other)
 
     def below(self, other):
         """Unsigned `<`: `x.below(n)` is `0 <= x < n` in one comparison."""
         return self._binary("ult", other)
 
+    # -- what Python would answer for all threads at once
 
-class Simt(abc.ABC):
-    """The machine that a body runs on: one CTA of `num_threads` threads, one of `num_ctas` in the grid.
+    def __bool__(self) -> NoReturn:
+        _refuse(
+            "a truth value (`if`, `and`, `or`, `not`, `while`, `a < b < c`, `min`)",
+            "Each thread has its own: write `with t.if_(c):` or `t.select(c, a, b)`, and combine conditions "
+            "with `&` and `|`.",
+        )
+
+    def __eq__(self, other: object) -> NoReturn:
+        _refuse("`==`", "Write `x.eq(y)`.")
+
+    def __ne__(self, other: object) -> NoReturn:
+        _refuse("`!=`", "Write `x.ne(y)`.")
+
+    def __hash__(self) -> NoReturn:
+        _refuse(
+            "a hash (a key of a dict, a member of a set)",
+            "Each thread has its own: compare with `x.eq(y)`, and keep values in a list.",
+        )
+
+
+class Core(abc.ABC):
+    """Threads, control flow, memory, warps and barriers: what every kernel is made of.
 
     Indices are int32 values, or a tuple of them for a ref of more than one dimension.
     """
@@ -105,6 +159,7 @@ class Simt(abc.ABC):
     num_threads: int
     num_ctas: int
     cluster: int
+    _left_loop = False  # whether a `for_range` was left before its end
 
     # -- who and what
     @abc.abstractmethod
@@ -124,23 +179,58 @@ class Simt(abc.ABC):
         """`condition ? a : b`, both computed."""
 
     # -- control flow
-    @abc.abstractmethod
     def if_(self, condition: Int) -> AbstractContextManager[None]:
-        """`with t.if_(c):` runs the body where c holds."""
+        """`with t.if_(c):` runs the body where c holds.
 
-    @abc.abstractmethod
+        Raises:
+            BodyError: a `return`, `break` or `continue` leads out of the body.
+        """
+        self.check_loops()
+        refuse_jumps("t.if_", sys._getframe(1))
+        return self._if(condition)
+
     def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
-        """`for i in t.for_range(a, b, s):` a run-time loop; the body is traced once. start < 2**31 - step."""
+        """`for i in t.for_range(a, b, s):` a run-time loop; the body is traced once. start < 2**31 - step.
+
+        Raises:
+            BodyError: a `return` or `break` leads out of the body. Where the loop's text does not show it (it
+                runs inside another generator), the next `if_` or `for_range` raises, or the kernel's end.
+        """
+        self.check_loops()
+        refuse_jumps("t.for_range", sys._getframe(1))
+        return self._watched(self._for_range(start, stop, step))
+
+    def _watched(self, loop: Iterator[Int]) -> Iterator[Int]:
+        ended = False
+        try:
+            yield from loop
+            ended = True
+        finally:
+            # An error that passes through the loop ends it in the same way, but then nothing comes after it.
+            self._left_loop |= not ended
+
+    def check_loops(self) -> None:
+        """At the end of a body, and before each `if_` and `for_range`: no loop was left before its end.
+
+        Raises:
+            BodyError: one was.
+        """
+        if self._left_loop:
+            raise BodyError(LEFT_LOOP)
 
     @abc.abstractmethod
-    def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
-        """`condition ? compute() : other`, with compute() executed only where the condition holds."""
+    def _if(self, condition: Int) -> AbstractContextManager[None]:
+        """`if_` of the backend."""
+
+    @abc.abstractmethod
+    def _for_range(self, start: Int | int, stop: Int | int, step: Int | int) -> Iterator[Int]:
+        """`for_range` of the backend."""
 
     @abc.abstractmethod
     def values_if(
         self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int]
     ) -> list[Int]:
-        """`value_if` of several values."""
+        """For each value `condition ? computed : other`; compute() runs only where the condition holds."""
 
     # -- memory
     @abc.abstractmethod
@@ -165,65 +255,12 @@ class Simt(abc.ABC):
         """`ref[index:index+2] = value` in one 8-byte store; index is a multiple of 2."""
 
     @abc.abstractmethod
-    def copy4(self, target: Any, source: Any, index: Int | int) -> None:
-        """`target[index:index+4] = source[index:index+4]`, 16 bytes at a time; index is a multiple of 4."""
-
-    @abc.abstractmethod
     def launch_value(self, ref: Any) -> Int:
         """The one word of an input that the launch passes by value (>= 0)."""
 
     @abc.abstractmethod
     def atomic_add(self, ref: Any, index: Int | int, value: Int | int) -> None:
         """`ref[index] += value`, atomic within the CTA (shared memory), relaxed."""
-
-    # -- float32, as the bits of an int32
-    @abc.abstractmethod
-    def fma(self, a: Int, b: Int, c: Int | int) -> Int:
-        """`a * b + c`, rounded once."""
-
-    @abc.abstractmethod
-    def fadd(self, a: Int, b: Int) -> Int:
-        """`a + b`."""
-
-    @abc.abstractmethod
-    def fmul(self, a: Int, b: Int | int) -> Int:
-        """`a * b`."""
-
-    @abc.abstractmethod
-    def fdiv(self, a: Int | int, b: Int) -> Int:
-        """`a / b`, rounded to nearest."""
-
-    @abc.abstractmethod
-    def fmax(self, a: Int, b: Int) -> Int:
-        """The greater one; the other one where one is a NaN. Which zero of two with both signs, is open."""
-
-    @abc.abstractmethod
-    def fmin(self, a: Int, b: Int) -> Int:
-        """The lesser one, as `fmax`."""
-
-    @abc.abstractmethod
-    def exp2(self, a: Int) -> Int:
-        """`2**a`, to a relative 2**-22; a subnormal result is 0."""
-
-    @abc.abstractmethod
-    def reciprocal(self, a: Int) -> Int:
-        """`1 / a`, to a relative 2**-23; a subnormal result is 0."""
-
-    @abc.abstractmethod
-    def fsqrt(self, a: Int) -> Int:
-        """The square root, to a relative 2**-22; a subnormal `a` counts as 0."""
-
-    @abc.abstractmethod
-    def from_float16(self, word: Int) -> Int:
-        """The float16 in the low half of a word, as float32."""
-
-    @abc.abstractmethod
-    def bfloat16_pair(self, low: Int, high: Int) -> Int:
-        """Two float32, rounded to bfloat16, in one word."""
-
-    @abc.abstractmethod
-    def e4m3_pair(self, low: Int, high: Int) -> Int:
-        """Two float32, rounded to e4m3 and no greater than 448, in the low half of a word."""
 
     # -- warp
     @abc.abstractmethod
@@ -272,7 +309,19 @@ class Simt(abc.ABC):
     def block_sync(self) -> None:
         """Orders memory among the threads of the CTA, all of which must arrive."""
 
-    # -- the other CTAs of my cluster
+    @abc.abstractmethod
+    def grid_dependency_wait(self) -> None:
+        """Waits until the kernels before this one have finished. Every thread calls it before its first
+        access to what they wrote, or to what they may still read; does nothing without PDL."""
+
+    @abc.abstractmethod
+    def launch_dependents(self) -> None:
+        """Lets the next kernel start (its `grid_dependency_wait` still waits); nothing without PDL."""
+
+
+class ClusterMail(abc.ABC):
+    """What the CTAs of one cluster send to each other."""
+
     @abc.abstractmethod
     def cluster_ready(self) -> None:
         """By every thread, before the first `post`: waits until all CTAs of the cluster run."""
@@ -286,7 +335,10 @@ class Simt(abc.ABC):
     def mail(self) -> Any:
         """My mailbox, to be loaded from, once it is full. By whole warps; every CTA must come here."""
 
-    # -- other devices
+
+class PeerDevices(abc.ABC):
+    """What several devices that run one kernel together do to each other."""
+
     @abc.abstractmethod
     def rank(self) -> Int:
         """Index of my device among the kernel's `devices`."""
@@ -294,10 +346,6 @@ class Simt(abc.ABC):
     @abc.abstractmethod
     def remote(self, ref: Any, rank: Int | int) -> Any:
         """The same output of the launch on another device, of its rank; to be stored to."""
-
-    @abc.abstractmethod
-    def device_sync(self) -> None:
-        """`device_arrive`, `device_wait`, `block_sync`: then my CTA may read what its peers wrote here."""
 
     @abc.abstractmethod
     def device_arrive(self) -> None:
@@ -319,14 +367,9 @@ class Simt(abc.ABC):
         """For each (index, width) so many words of my inbox, 1, or 4 from a multiple of 4 on, once somebody
         has put them. Waits for all together. All CTAs must be resident; what is put must be taken."""
 
-    @abc.abstractmethod
-    def grid_dependency_wait(self) -> None:
-        """Waits until the kernels before this one have finished. Every thread calls it before its first
-        access to what they wrote, or to what they may still read; does nothing without PDL."""
 
-    @abc.abstractmethod
-    def launch_dependents(self) -> None:
-        """Lets the next kernel start (its `grid_dependency_wait` still waits); nothing without PDL."""
+class Simt(Core, FloatBits, ClusterMail, PeerDevices):
+    """The machine that a body runs on: one CTA of `num_threads` threads, one of `num_ctas` in the grid."""
 
 
 type Body = Callable[[Simt, SimpleNamespace], None]

@@ -139,11 +139,11 @@ class EmulatedSimt(AmongDevices, InCluster):
     # -- control flow
 
     @contextmanager
-    def if_(self, condition: Int) -> Iterator[None]:
+    def _if(self, condition: Int) -> Iterator[None]:
         with self._inside(self._chosen(self.scope, self._condition(condition))):
             yield
 
-    def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
+    def _for_range(self, start: Int | int, stop: Int | int, step: Int | int) -> Iterator[Int]:
         at, end, by = array_of(start), array_of(stop), array_of(step)
         if (self.scope.active(by) <= 0).any():
             raise Undefined(f"{self.name}: for_range takes a positive step.")
@@ -157,9 +157,6 @@ class EmulatedSimt(AmongDevices, InCluster):
                 raise Undefined(f"{self.name}: the counter of a loop overflows int32.")
             at = following
             inside = self._chosen(inside, at < end)
-
-    def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
-        return self.values_if(condition, lambda: [compute()], [other])[0]
 
     def values_if(
         self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
@@ -275,12 +272,6 @@ class EmulatedSimt(AmongDevices, InCluster):
             words = np.stack(columns, axis=1).reshape(-1)
             ref.write(self._vectors(ref, index, width), words, self._threads().times(width))
 
-    def copy4(self, target: Buffer, source: Buffer, index: Int | int) -> None:
-        if self.scope.count:
-            threads = self._threads().times(4)
-            words = self._read(source, self._vectors(source, index), threads)
-            target.write(self._vectors(target, index), words, threads)
-
     def launch_value(self, ref: Any) -> Int:
         return self.load(ref, 0)
 
@@ -320,7 +311,9 @@ class EmulatedSimt(AmongDevices, InCluster):
         return self._float(lambda x: _without_subnormals(np.exp2(x.astype(np.float64))), a)
 
     def reciprocal(self, a: Int) -> Int:
-        return self._float(lambda x: _without_subnormals(1 / x.astype(np.float64)), a)
+        return self._float(
+            lambda x: _without_subnormals(1 / _without_subnormals(x).astype(np.float64)), a
+        )
 
     def fsqrt(self, a: Int) -> Int:
         return self._float(lambda x: np.sqrt(_without_subnormals(x)), a)
@@ -422,7 +415,8 @@ class EmulatedSimt(AmongDevices, InCluster):
 
 def _without_subnormals(x: np.ndarray) -> np.ndarray:
     """float32, as instructions that flush subnormal numbers have it."""
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x).astype(np.float32)
+    small = np.abs(x) < np.finfo(np.float32).tiny
+    return np.where(small, np.copysign(0.0, x), x).astype(np.float32)
 
 
 def _masks(votes: np.ndarray) -> np.ndarray:

@@ -72,17 +72,14 @@ class MosaicSimt(Simt):
     def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
         return MlirInt(arith.select(value_of(condition), value_of(a), value_of(b)))
 
-    def if_(self, condition: Int) -> AbstractContextManager[None]:
+    def _if(self, condition: Int) -> AbstractContextManager[None]:
         return mgpu_utils.when(value_of(condition))
 
-    def for_range(self, start: Int | int, stop: Int | int, step: Int | int = 1) -> Iterator[Int]:
+    def _for_range(self, start: Int | int, stop: Int | int, step: Int | int) -> Iterator[Int]:
         loop = scf.ForOp(value_of(start), value_of(stop), value_of(step), [])
         with ir.InsertionPoint(loop.body):
             yield MlirInt(loop.induction_variable)
             scf.YieldOp([])
-
-    def value_if(self, condition: Int, compute: Callable[[], Int], other: Int | int) -> Int:
-        return self.values_if(condition, lambda: [compute()], [other])[0]
 
     def values_if(
         self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
@@ -115,9 +112,6 @@ class MosaicSimt(Simt):
         for k, value in enumerate(values):
             words = llvm.insertelement(words, value_of(value), value_of(k))
         llvm.store(words, ref.pointer(index), alignment=4 * len(values))
-
-    def copy4(self, target: Ref, source: Ref, index: Int | int) -> None:
-        self.store4(target, index, self.load4(source, index))
 
     def launch_value(self, ref: Ref) -> Int:
         # It rides in a pointer. LLVM takes a pointer parameter's low 8 bits for zero (it is declared
@@ -245,7 +239,7 @@ class MosaicSimt(Simt):
 
     def open_mailbox(self) -> None:
         """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
-        with self.if_(self.thread_id().eq(0)):
+        with self._if(self.thread_id().eq(0)):
             init = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
             order_asm(init, [self._shared_address(self._mail_barrier, 0)], "r,")
         order_asm("barrier.cluster.arrive.relaxed.aligned;")
@@ -258,7 +252,7 @@ class MosaicSimt(Simt):
         order_asm("barrier.cluster.wait.acquire.aligned;")
         # Not before: racecheck cannot tell it from a race with the other lanes' part in the init. Words that
         # come before this is said count, too.
-        with self.if_(self.thread_id().eq(0)):
+        with self._if(self.thread_id().eq(0)):
             expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
             words = [self._shared_address(self._mail_barrier, 0), value_of(self._mailbox_words * 4)]
             order_asm(expect, words, "r,r,")
@@ -315,14 +309,14 @@ class MosaicSimt(Simt):
         """A thread per device: one fence for what came before, then a count everywhere at once."""
         assert self._devices is not None
         self.block_sync()
-        with self.if_(self.thread_id() < self._devices.count):
+        with self._if(self.thread_id() < self._devices.count):
             signal = "fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;"
             order_asm(signal, [self._word(self._arrived(), self.thread_id())], "l,")
 
     def device_wait(self) -> None:
         """The first lane looks until the counter has come to the number of devices."""
         assert self._devices is not None
-        with self.if_((self.thread_id() & (WARP - 1)).eq(0)):
+        with self._if((self.thread_id() & (WARP - 1)).eq(0)):
             wait = (
                 "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
                 "setp.lt.u32 more, seen, $1; @more bra again; }"
@@ -355,12 +349,6 @@ class MosaicSimt(Simt):
         return [
             tuple(words[end - width : end]) for end, (_, width) in zip(ends, places, strict=True)
         ]
-
-    def device_sync(self) -> None:
-        self.device_arrive()
-        with self.if_(self.thread_id() < WARP):
-            self.device_wait()
-        self.block_sync()
 
     def _grid_control(self, instruction: str) -> None:
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
@@ -425,6 +413,7 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             if kernel.mailbox:
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
+            machine.check_loops()
 
         emit(*refs)
 
@@ -466,7 +455,9 @@ def inline_scalars(
         _name_module(kernel)
         named = zip(refs, memrefs, strict=True)
         r = SimpleNamespace(**{name: Ref(m) for name, m in named})
-        values = compute(MosaicSimt(kernel), r)
+        machine = MosaicSimt(kernel)
+        values = compute(machine, r)
+        machine.check_loops()
         return [mgpu.FragmentedArray.splat(value_of(v), (), is_signed=True) for v in values]
 
     scalars: Any = emit(*refs.values())

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_bridge
 from tests import oracle
 from tests.torch_bridge.helpers import assert_triple, ids_of
-from torch_bridge import dlpack, ops, sglang, vllm
+from torch_bridge import dlpack, ops, sglang, shortcut, vllm
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BACKENDS = ["eager", "aot_eager", "inductor"]
@@ -211,3 +211,51 @@ def test_inference_mode():
     want = oracle.align(array.ravel(), block_size=8, num_experts=16)
     with torch.inference_mode():
         assert_triple(torch_bridge.moe_align_block_size(ids.clone(), 16, 8), want)
+
+
+# -- torch.jit.trace -------------------------------------------------------------------------------
+
+JIT_CALLS = {
+    "moe_align_block_size": lambda ids: torch_bridge.moe_align_block_size(ids, 4, 4),
+    "with topk": lambda ids: torch_bridge.moe_align_block_size(ids, 4, 4, 2),
+    "with a map": lambda ids: torch_bridge.moe_align_block_size(
+        ids, 4, 4, expert_map=torch.tensor([1, -1, 0, 2]), ignore_invalid_experts=True
+    ),
+    "align_blocks": lambda ids: tuple(
+        torch_bridge.align_blocks(ids, num_experts=4, block_size=4, return_inverse=True)
+    ),
+    "vllm": lambda ids: torch_bridge.vllm.moe_align_block_size(ids, 4, 4),
+    "sglang": lambda ids: torch_bridge.sglang.moe_align_block_size(ids, 4, 4),
+    "batched": lambda ids: torch_bridge.vllm.batched_moe_align_block_size(4, 4, ids[:, 0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # topk is compared with a size
+@pytest.mark.parametrize("name", JIT_CALLS)
+def test_jit_trace_records_the_operator_and_holds_for_other_sizes(name):
+    function = JIT_CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(-1, 5, (n, 2), generator=generator).int() for n in (3, 7)]
+    traced = torch.jit.trace(function, (ids[0],))
+    assert "moe_align_jax::" in str(traced.graph)
+    for given in ids:
+        for got, want in zip(traced(given), function(given), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_jit_trace_of_a_call_that_took_the_shortcut_before(fake):
+    """The shortcut launches past the dispatcher: a trace would hold its results as constants."""
+    ids = torch.tensor([[1, 0], [1, 3]], dtype=torch.int32)
+    for _ in range(3):
+        torch_bridge.moe_align_block_size(ids, 4, 4)
+    assert shortcut.open_to_all()
+    seen = []
+
+    def function(ids):
+        seen.append(shortcut.open_to_all())
+        return ids + 1
+
+    torch.jit.trace(function, (ids,), check_trace=False)
+    assert seen == [False]

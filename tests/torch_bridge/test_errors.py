@@ -272,3 +272,25 @@ def test_errors_of_the_drop_ins(case):
 def test_default_tensors_of_this_file_are_right():
     assert WANT.num_tokens_post_padded == [16]
     np.testing.assert_array_equal(WANT.tokens_per_expert, [2, 3, 3, 3])
+
+
+HUGE = {
+    "moe_align_block_size": lambda ids, n: torch_bridge.moe_align_block_size(ids, n, 4),
+    "align_blocks": lambda ids, n: torch_bridge.align_blocks(ids, num_experts=n, block_size=4),
+    "explain": lambda ids, n: torch_bridge.explain(ids, n, 4),
+    "vllm": lambda ids, n: torch_bridge.vllm.moe_align_block_size(ids, 4, n),
+    "sglang": lambda ids, n: torch_bridge.sglang.moe_align_block_size(ids, 4, n),
+    "warmup": lambda ids, n: torch_bridge.warmup(num_experts=n, block_size=4, max_tokens=4),
+}
+
+
+@pytest.mark.parametrize("size", [2**31, 10**30], ids=str)
+@pytest.mark.parametrize("tokens", [0, 4])
+@pytest.mark.parametrize("name", HUGE)
+def test_more_experts_than_int32_holds_are_refused(name, tokens, size):
+    ids = torch.zeros(tokens, 2, dtype=torch.int32)
+    with pytest.raises(ValueError) as raised:
+        HUGE[name](ids, size)
+    text = str(raised.value)
+    assert f": num_experts must be at most 2**31 - 1; got {size}. " in text
+    assert_format(text)

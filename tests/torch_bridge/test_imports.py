@@ -134,6 +134,7 @@ def test_import_without_torch_names_the_extra():
         "except ImportError as error:\n    print(error)"
     )
     assert "moe-align-jax[torch]" in result.stdout, result.stderr
+    assert "pip install -e '.[torch]'" in result.stdout
     assert re.match(r"\w+: .+ must .+; got .+\. .+\.$", result.stdout.strip())
 
 

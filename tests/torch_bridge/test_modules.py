@@ -12,6 +12,7 @@ import time
 import pytest
 
 import moe_align_jax
+from moe_align_jax import _tuning
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from torch_bridge import modules
 
@@ -369,6 +370,20 @@ def test_key_changes_with_the_source_of_kernels_and_of_their_launch(monkeypatch,
         )
         forget_digests()
         assert modules.source_digest() != before, changed
+
+
+def test_a_source_folder_that_is_not_there_is_an_error(monkeypatch, fresh_digest):
+    """It would hash as empty, and kernels that moved elsewhere would no longer change the key."""
+    monkeypatch.setattr(modules, "_SOURCES", (*modules._SOURCES, "_moved_elsewhere"))
+    forget_digests()
+    with pytest.raises(FileNotFoundError, match="_moved_elsewhere"):
+        modules.code_digest()
+
+
+def test_a_folder_of_tables_that_is_not_there_has_no_tables(monkeypatch, fresh_digest, tmp_path):
+    monkeypatch.setenv(_tuning.FOLDER_VARIABLE, str(tmp_path / "none"))
+    forget_digests()
+    assert len(modules.source_digest()) == 64
 
 
 def test_neither_jax_nor_torch_is_imported_to_read_an_entry():

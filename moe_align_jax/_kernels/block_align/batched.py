@@ -30,7 +30,9 @@ def build(problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vecto
             t.store(r.carry, 0, 0)
         for base in t.for_range(0, num_experts, threads):
             e = base + tid
-            given = t.value_if(e < num_experts, lambda e=e: t.load(r.expert_num_tokens, e), 0)
+            given = collectives.value_if(
+                t, e < num_experts, lambda e=e: t.load(r.expert_num_tokens, e), 0
+            )
             count = t.select(given < 0, 0, t.select(given > max_tokens, max_tokens, given))
             size = common.padded(count, block_size)
             offset, added = collectives.block_exclusive_scan(t, size, r.scratch)

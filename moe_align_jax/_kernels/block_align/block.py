@@ -47,7 +47,8 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         # 2. Where each expert starts, and each warp within it.
         mine = [tid * per_thread + k for k in range(per_thread)]
         counts = [
-            t.value_if(
+            collectives.value_if(
+                t,
                 e < num_experts,
                 lambda e=e: collectives.column_scan(t, r.histogram, e, num_warps, stride),
                 0,
@@ -69,7 +70,8 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
 
         # 3. Every pair to its row; blocks that no pair names read -1.
         for pair, e, rank in zip(pairs, experts, ranks, strict=True):
-            row = t.value_if(
+            row = collectives.value_if(
+                t,
                 e >= 0,
                 lambda e=e, rank=rank: (
                     t.load(r.start, e) + t.load(r.histogram, row_of_warp + e) + rank

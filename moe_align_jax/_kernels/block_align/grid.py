@@ -66,7 +66,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 if local_sort:
                     tile = p.sort(tile)
                 starts = [
-                    t.value_if(ok, lambda e=e: t.load(r.start, e), 0)
+                    collectives.value_if(t, ok, lambda e=e: t.load(r.start, e), 0)
                     for ok, e in zip(p.valid, p.mine, strict=True)
                 ]
                 counts = p.scatter(tile, starts)

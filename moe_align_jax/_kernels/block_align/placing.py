@@ -149,7 +149,7 @@ class Placer:
                 counts.append(t.select(ok, sum(by_warp[k], zero), 0))
             else:
                 total = lambda k=k: sum((t.load(self.r.histogram, c) for c in self._cells(k)), zero)  # noqa: E731
-                counts.append(t.value_if(ok, total, 0))
+                counts.append(collectives.value_if(t, ok, total, 0))
         return dataclasses.replace(tile, counts=counts, by_warp=by_warp if keep else None)
 
     def sort(self, tile: Tile) -> Tile:
@@ -187,7 +187,7 @@ class Placer:
                     running = running + count
             return running - start
 
-        return t.value_if(self.valid[k], scan, 0)
+        return collectives.value_if(t, self.valid[k], scan, 0)
 
     def _at(self, word: Int) -> Int:
         """Where the spread histogram puts a pair."""
@@ -230,7 +230,7 @@ class Placer:
         counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]
         t.block_sync()
         for place, word in zip(self.places, tile.held, strict=True):
-            row = t.value_if(word >= 0, lambda w=word: self._at(w), 0)
+            row = collectives.value_if(t, word >= 0, lambda w=word: self._at(w), 0)
             with t.if_(word >= 0):
                 self._write_row(row, tile.first + place, word >> _HALF)
             self._write_inverse(tile.first + place, word, row)
@@ -259,8 +259,8 @@ class Placer:
                         self._write_row(row, tile.first + (word & _LOW), word >> _HALF)
         if self.problem.return_inverse:
             for place, word in zip(self.places, tile.held, strict=True):
-                row = t.value_if(
-                    word >= 0, lambda w=word: self._at(w) + t.load(r.delta, w >> _HALF), 0
+                row = collectives.value_if(
+                    t, word >= 0, lambda w=word: self._at(w) + t.load(r.delta, w >> _HALF), 0
                 )
                 self._write_inverse(tile.first + place, word, row)
         return tile.counts

@@ -79,7 +79,9 @@ def _pass_kernels(
         sums.read()
         sums.add(before="start", totals="totals")
         t.block_sync()
-        totals = [t.value_if(d < num_bins, lambda d=d: t.load(r.totals, d), 0) for d in mine]
+        totals = [
+            collectives.value_if(t, d < num_bins, lambda d=d: t.load(r.totals, d), 0) for d in mine
+        ]
         start, _ = collectives.block_exclusive_scan(t, sum(totals, t.const(0)), r.scratch)
         for d, total in zip(mine, totals, strict=True):
             with t.if_(d < num_bins):
@@ -98,7 +100,8 @@ def _pass_kernels(
             ]
             t.block_sync()
             counts = [
-                t.value_if(
+                collectives.value_if(
+                    t,
                     d < num_bins,
                     lambda d=d: collectives.column_scan(t, r.histogram, d, num_warps, stride),
                     0,
@@ -213,7 +216,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
         cta = t.cta_id()
         t.grid_dependency_wait()
         t.launch_dependents()
-        rows = t.value_if(tid < num_chunks, lambda: t.load(r.chunk_rows, tid), 0)
+        rows = collectives.value_if(t, tid < num_chunks, lambda: t.load(r.chunk_rows, tid), 0)
         before, in_use = collectives.block_exclusive_scan(t, rows, r.scratch)
         with t.if_(tid.eq(cta)):  # num_chunks is at most the number of threads
             t.store(r.carry, 0, before)
@@ -221,13 +224,15 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
         for base in t.for_range(0, chunk, threads):
             expert = cta * chunk + (base + tid)
             inside = (base + tid < chunk) & (expert < num_experts)
-            count = t.value_if(
-                inside, lambda e=expert: t.load(r.first, e + 1) - t.load(r.first, e), 0
+            count = collectives.value_if(
+                t, inside, lambda e=expert: t.load(r.first, e + 1) - t.load(r.first, e), 0
             )
             size = common.padded(count, block_size)
             offset, added = collectives.block_exclusive_scan(t, size, r.scratch2)
             start = t.load(r.carry, 0) + offset
-            label = t.value_if(inside, lambda e=expert: common.block_label(t, r, problem, e), -1)
+            label = collectives.value_if(
+                t, inside, lambda e=expert: common.block_label(t, r, problem, e), -1
+            )
             with t.if_(inside):
                 t.store(r.start, expert, start)
                 if problem.return_counts:
@@ -282,7 +287,9 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
             e = t.select(expert >= 0, expert, 0)
             at = t.load(r.first, e) + (row - t.load(r.start, e))
             real = (expert >= 0) & (at < t.load(r.first, e + 1))
-            pair = t.value_if(real, lambda at=at: t.load(getattr(r, pairs), at), sizes.num_pairs)
+            pair = collectives.value_if(
+                t, real, lambda at=at: t.load(getattr(r, pairs), at), sizes.num_pairs
+            )
             t.store(r.sorted_token_ids, row, pair)
             if problem.return_inverse:
                 with t.if_(real):

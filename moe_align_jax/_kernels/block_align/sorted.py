@@ -38,7 +38,7 @@ def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
     with t.if_(lane.eq(0)):
         t.store(scratch, warp, count)
     t.block_sync()
-    counts = t.value_if(lane < num_warps, lambda: t.load(scratch, lane), 0)
+    counts = collectives.value_if(t, lane < num_warps, lambda: t.load(scratch, lane), 0)
     running = collectives.warp_inclusive_scan(t, counts, lane, num_warps)
     return t.shfl(running - counts, warp), t.shfl(running, num_warps - 1)
 
@@ -125,7 +125,9 @@ class _Sorter:
                 below = below + t.shfl(below, self.lane ^ (1 << k))
             return below
 
-        found = t.value_if((self.tid - self.lane) >> shift < number, rank, 0)  # for whole warps
+        found = collectives.value_if(
+            t, (self.tid - self.lane) >> shift < number, rank, 0
+        )  # for whole warps
         t.block_sync()  # all have read, and the target may be the source
         with t.if_(part.eq(0) & (place < number)):
             t.store(target, found, word)
@@ -166,7 +168,7 @@ class _Sorter:
         def count_at(place: Int) -> Int:
             if cells >= self.threads:
                 return t.load(histogram, place)
-            return t.value_if(inside, lambda: t.load(histogram, place), 0)
+            return collectives.value_if(t, inside, lambda: t.load(histogram, place), 0)
 
         counts = [count_at(place) for place in places]
         running, _ = collectives.block_exclusive_scan(t, sum(counts, t.const(0)), r.scratch)
@@ -263,7 +265,7 @@ class _Sorter:
         with t.if_(self.tid < t.cluster):
             t.post(self.cta - self.rank + self.tid, self.rank, t.load(r.blocks, 0))
         box = t.mail()
-        theirs = t.value_if(self.lane < t.cluster, lambda: t.load(box, self.lane), 0)
+        theirs = collectives.value_if(t, self.lane < t.cluster, lambda: t.load(box, self.lane), 0)
         running = collectives.warp_inclusive_scan(t, theirs, self.lane, t.cluster)
         return t.shfl(running - theirs, self.rank), t.shfl(running, t.cluster - 1)
 
@@ -277,7 +279,7 @@ class _Sorter:
 
         def write_row(row: Int, place: Int, end: Int) -> None:
             real = place < end
-            pair = t.value_if(real, lambda: t.load(words, place) & _LOW, n)
+            pair = collectives.value_if(t, real, lambda: t.load(words, place) & _LOW, n)
             t.store(r.sorted_token_ids, row, pair)
             if problem.return_inverse:
                 with t.if_(real):

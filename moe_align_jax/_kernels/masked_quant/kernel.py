@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._kernels.masked_quant.config import GROUP, Config
 from moe_align_jax._kernels.masked_quant.share import Work
-from moe_align_jax._quant import E4M3_MAX, GROUPS_PER_WORD, MaskedQuantProblem
+from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem, bits_over_448
 
 _I32, _F32 = jnp.int32, jnp.float32
 _MANTISSA_BITS = 23
@@ -238,11 +238,12 @@ def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array,
     Nothing is clipped: a quotient is over 448 by an error of rounding at most, and 464 would still give 448.
     """
     amax = jnp.maximum(jnp.max(jnp.abs(value), axis=1), _F32(problem.amax_floor))
+    bits = lax.bitcast_convert_type(amax, _I32)
     if problem.scale_format == "float32":
-        scale = amax / _F32(E4M3_MAX)
+        bits = bits_over_448(bits, lambda a, b: lax.div(a, lax.broadcast(_I32(b), a.shape)))
+        scale = lax.bitcast_convert_type(bits, _F32)
         inverse = 1.0 / scale
     else:  # both exactly, by their exponents
-        bits = lax.bitcast_convert_type(amax, _I32)
         above = (bits & ((1 << _MANTISSA_BITS) - 1)) > _E4M3_MANTISSA
         exponent = (bits >> _MANTISSA_BITS) - _E4M3_EXPONENT + above.astype(_I32)
         scale, inverse = (

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import Combine
+from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
 _HIGH = 0xFFFF0000
@@ -92,11 +93,11 @@ class _Combiner:
             inside = first < self.num_units
             unit = t.select(inside, first, 0)
             wanted = self._ranks(unit)  # while the last rows are on their way
-            t.device_sync()
+            collectives.device_sync(t)
             with t.if_(inside):
                 self._sum_ranks(unit, wanted)
         else:
-            t.device_sync()
+            collectives.device_sync(t)
             for unit in t.for_range(first, self.num_units, step):
                 self._sum_ranks(unit, self._ranks(unit))
 

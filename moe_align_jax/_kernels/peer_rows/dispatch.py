@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import GROUP, INT32, Dispatch, Field, most_words
 from moe_align_jax._kernels.peer_rows.send import Sender
+from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
 # A thread of the counting warpgroup holds n / 128 ids, and compares each with every pair of a token: about
@@ -289,7 +290,7 @@ class _Dispatcher:
             def place(slot=slot, stride=stride) -> Int:
                 return self._sum(self.r.places, slot, stride)
 
-            at = t.value_if(kept, place, room)
+            at = collectives.value_if(t, kept, place, room)
             row = t.select(at < room, expert * room + at, -1)
             found.append(_Found(source, first, mine, expert, row))
         return found

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import GiveBack
+from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARPGROUP, Int, Kernel, Simt
 
 
@@ -34,6 +35,6 @@ def build(problem: GiveBack) -> Kernel:
                             copying.store(t, ref, piece, target, value)
 
         copying.for_tokens(t, problem.num_tokens, one)
-        t.device_sync()
+        collectives.device_sync(t)
 
     return copying.kernel("moe_combine_give_back", problem, body)

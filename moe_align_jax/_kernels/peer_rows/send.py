@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_align_jax._kernels.peer_rows import copying
 from moe_align_jax._kernels.peer_rows.problems import GROUP, Send
+from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
 # DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: the bits of
@@ -44,7 +45,7 @@ class Sender:
             self.send_row(token, with_pairs=problem.routing)
 
         copying.for_tokens(t, problem.num_tokens, one)
-        t.device_sync()
+        collectives.device_sync(t)
 
     def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
         t, problem = self.t, self.problem

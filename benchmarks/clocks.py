@@ -1,0 +1,431 @@
+"""Both clocks of a jitted step: the GPU's, out of the profiler's trace, and the host's, over many steps.
+
+A GPU's span says nothing about what the host pays to launch: kernels that XLA replays as one CUDA graph span
+little, and a graph whose buffers have moved is updated by the host, kernel by kernel, before each launch. So
+every figure names its clock, how the step was called and the flags of its process. Flags are read once per
+process: a benchmark runs itself as a child for each launch.
+
+python -m benchmarks.clocks FILE.jsonl ...   # the rows of a run as tables in Markdown
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_align_jax._cli import traces
+
+# What XLA puts into CUDA graphs, by the flags of the process.
+LAUNCHES = {
+    "default": "",
+    "collectives-in-graphs": "--xla_gpu_enable_command_buffer=+COLLECTIVES",
+    "no-graphs": "--xla_gpu_enable_command_buffer=",
+    # Not among those that run unasked: XLA maps a graph's temporary buffers to addresses that stay.
+    "stable-addresses": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
+    # The plain ragged collective is slow; with this it becomes an all_to_all of larger slices.
+    "ragged-decomposed": "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true",
+}
+# How the host calls a step. Each hands its result on to the next one.
+WAYS = {
+    "donated": "the step's state is donated; the host does not wait between steps",
+    "not waiting": "nothing is donated; the host does not wait between steps",
+    "waiting": "nothing is donated; the host waits for each step",
+}
+_PAUSE_S = 0.002  # between two traced steps: far more than between any two kernels of a step
+_ANNOTATION = "benchmark step"
+_WARM = 5  # XLA records its CUDA graph after the first executions
+
+
+@dataclass(frozen=True)
+class Step:
+    """`function(carry, *rest) -> carry`, the same shapes, dtypes and sharding as before.
+
+    Attributes:
+        name: the provider's name.
+        function: can be jitted. It makes `calls` calls of what is measured.
+        carry: a pytree of arrays on the devices, never donated itself: copies are.
+        rest: further arguments.
+        calls: how many times are divided out.
+        check: takes a carry that has come out of any step; raises AssertionError where it is wrong.
+        check_first: the same of the first step's.
+    """
+
+    name: str
+    function: Callable
+    carry: Any
+    rest: tuple = ()
+    calls: int = 1
+    check: Callable[[Any], None] = field(default=lambda carry: None, repr=False)
+    check_first: Callable[[Any], None] = field(default=lambda carry: None, repr=False)
+
+
+def zero_reading(tree: Any) -> Any:
+    """An int32 zero for which one element of every array is read.
+
+    A step adds it to what the next call starts from. Otherwise XLA drops what nobody reads: an optimisation
+    barrier keeps none of its results alive by itself. Adding it is one small kernel, the same for everyone.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    found = jnp.bool_(False)
+    for x in jax.tree.leaves(jax.lax.optimization_barrier(tree)):
+        if x.size:
+            first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim], words[x.dtype.itemsize])
+            # Never true, which XLA does not know.
+            found |= (first.astype(jnp.uint32) >> 1) > jnp.uint32(0x7FFFFFFF)
+    return found.astype(jnp.int32)
+
+
+class Program:
+    """A step, compiled twice: with its carry donated, and without."""
+
+    def __init__(self, step: Step):
+        import jax
+
+        self.step = step
+        self.error: Exception | None = None
+        self.jitted = {
+            True: jax.jit(step.function, donate_argnums=0),
+            False: jax.jit(step.function),
+        }
+
+    def fresh(self) -> Any:
+        """A copy of the step's first carry."""
+        import jax
+
+        return jax.tree.map(lambda x: jax.device_put(x.copy(), x.sharding), self.step.carry)
+
+    def run(self, way: str, carry: Any, executions: int) -> Any:
+        """The carry after so many steps, called in that way; the last one has ended."""
+        import jax
+
+        program, rest = self.jitted[way == "donated"], self.step.rest
+        for _ in range(executions):
+            carry = program(carry, *rest)
+            if way == "waiting":
+                jax.block_until_ready(carry)
+        return jax.block_until_ready(carry)
+
+
+def compile_together(
+    programs: Sequence[tuple[Any, Sequence[Any]]], threads: int = 8
+) -> list[Exception | None]:
+    """Traces `(jitted function, arguments)` one after the other and compiles several at once; what failed.
+
+    A call with such arguments finds the program compiled.
+    """
+    failed: list[Exception | None] = [None] * len(programs)
+    compiling = {}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for i, (jitted, arguments) in enumerate(programs):
+            try:
+                compiling[i] = pool.submit(jitted.lower(*arguments).compile)
+            except (
+                Exception
+            ) as error:  # one that cannot be built must not cost the others their run
+                failed[i] = error
+        for i, compiled in compiling.items():
+            failed[i] = compiled.exception()
+    return failed
+
+
+def compile_all(steps: Sequence[Step]) -> list[Program]:
+    """Every step, with and without donation. A step that fails has its `error`.
+
+    This comes before all timing: with every program that XLA loads it drops the CUDA graphs of the others.
+    """
+    programs = [Program(step) for step in steps]
+    pairs = [(p, jitted) for p in programs for jitted in p.jitted.values()]
+    failed = compile_together([(jitted, (p.step.carry, *p.step.rest)) for p, jitted in pairs])
+    for (program, _), error in zip(pairs, failed, strict=True):
+        program.error = program.error or error
+    return programs
+
+
+# -- the host's clock ------------------------------------------------------------------------------------
+
+
+def wall(program: Program, way: str, *, executions: int, rounds: int) -> list[float]:
+    """µs per call by the host's clock, a value per round of `executions` steps, after one that is not timed.
+
+    No profiler runs. The carry that came out is checked.
+    """
+    carry = program.run(way, program.fresh(), max(executions, _WARM))
+    samples = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        carry = program.run(way, carry, executions)
+        samples.append((time.perf_counter() - start) * 1e6 / executions / program.step.calls)
+    program.step.check(carry)
+    return samples
+
+
+# -- the device's clock ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace shows of one step, per execution, on the first GPU.
+
+    Attributes:
+        spans_us: first start to last end of all its kernels and copies, host copies included, per call.
+        kernels: kernels, device copies and fills per call, of each execution.
+        host_copies: copies between host and device per call, of each execution.
+        graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler; of all
+            devices together.
+    """
+
+    spans_us: list[float]
+    kernels: list[float]
+    host_copies: list[float]
+    graphs: list[dict[str, int]]
+
+
+def traced(programs: Sequence[Program], *, executions: int) -> list[Traced | None]:
+    """Runs the donated programs under the profiler, one after the other, the host waiting after each step.
+
+    None for every program without a GPU, or where the trace could not be cut into steps.
+    """
+    import jax
+
+    carries = [program.run("donated", program.fresh(), _WARM) for program in programs]
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i, program in enumerate(programs):
+                for _ in range(executions):
+                    with jax.profiler.TraceAnnotation(_ANNOTATION):
+                        carries[i] = program.run("donated", carries[i], 1)
+                    time.sleep(_PAUSE_S)
+        profile = traces.load(traces.newest_xplane(folder))
+    for program, carry in zip(programs, carries, strict=True):
+        program.step.check(carry)
+    return read_trace(profile, [program.step.calls for program in programs], executions)
+
+
+def read_trace(profile: Any, calls: Sequence[int], executions: int) -> list[Traced | None]:
+    """The trace of steps that ran one after the other, `executions` times each, with pauses between."""
+    events = traces.gpu_events(profile)
+    parts = traces.split_at_pauses(events, pause_ns=_PAUSE_S * 1e9 / 2)
+    if len(parts) != executions * len(calls):
+        return [None] * len(calls)
+    graphs = traces.graphs_during(profile, _ANNOTATION)
+    if len(graphs) != len(parts):
+        graphs = [{} for _ in parts]
+    found: list[Traced | None] = []
+    for k, count in enumerate(calls):
+        mine = parts[k * executions : (k + 1) * executions]
+        copies = [sum(traces.is_host_copy(e) for e in part) for part in mine]
+        found.append(
+            Traced(
+                [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / count for p in mine],
+                [(len(p) - c) / count for p, c in zip(mine, copies, strict=True)],
+                [c / count for c in copies],
+                graphs[k * executions : (k + 1) * executions],
+            )
+        )
+    return found
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
+    """The columns of a row that are times, in µs per call."""
+    low, middle, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
+    return {"us": middle, "p20_us": low, "p80_us": high, "samples": len(samples)}
+
+
+def rows_of(
+    steps: Sequence[Step], *, executions: int, rounds: int, until: float, traced_steps: int = 10
+) -> Iterable[dict[str, Any]]:
+    """A row per step and clock: "wall", in each of WAYS, and "span" where there is a GPU.
+
+    A step that fails, or for which no time is left, has a row with a "note" and no time.
+    """
+    programs = compile_all(steps)
+    timed = []
+    for program in programs:
+        name = {"provider": program.step.name}
+        if program.error is None and time.monotonic() > until:
+            yield name | {"note": "left out: no time"}
+            continue
+        try:
+            if program.error is not None:
+                raise program.error
+            for way in ("donated", "waiting"):  # both programs
+                program.step.check_first(program.run(way, program.fresh(), 1))
+            for way in WAYS:
+                samples = wall(program, way, executions=executions, rounds=rounds)
+                row = name | {"clock": "wall", "way": way, "calls": program.step.calls}
+                yield row | statistics_of(samples) | {"note": ""}
+            timed.append(program)
+        except NotImplementedError as error:
+            yield name | {"note": f"does not run here: {error}"}
+        except Exception as error:  # one that fails must not cost the others their run
+            yield name | {"note": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+    import jax
+
+    if not timed or jax.default_backend() != "gpu":
+        return
+    try:
+        every = traced(timed, executions=traced_steps)
+    except Exception as error:
+        yield {"provider": "all", "note": f"no spans: {type(error).__name__}: {str(error)[:300]}"}
+        return
+    for program, found in zip(timed, every, strict=True):
+        if found is None:
+            yield {"provider": program.step.name, "note": "no span: the trace could not be cut"}
+        else:
+            yield _span_row(program.step, found)
+
+
+def _span_row(step: Step, found: Traced) -> dict[str, Any]:
+    row = {"provider": step.name, "clock": "span", "way": "donated", "calls": step.calls}
+    row |= statistics_of(found.spans_us)
+    row["first_us"] = round(found.spans_us[0], 2)
+    for column, values in (("kernels", found.kernels), ("host_copies", found.host_copies)):
+        row[column] = round(statistics.median(values), 2)
+    for kind in traces.GRAPH_EVENTS:
+        counts = [graphs[kind] for graphs in found.graphs if kind in graphs]
+        if counts:
+            row[f"graphs_{kind}"] = statistics.median(counts)
+    return row | {"note": ""}
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """A row on one line."""
+    head = f"{row['case']:18} {row['provider']:44}"
+    if "us" not in row:
+        return f"{head} {row['note']}"
+    more = f"  {row['kernels']:g} kernels" if "kernels" in row else ""
+    more += f", {row['host_copies']:g} host copies" if row.get("host_copies") else ""
+    spread = f"{row['p20_us']:.2f} to {row['p80_us']:.2f}"
+    return f"{head} {row['clock']:4} {row['way']:12} {row['us']:10.2f} µs ({spread}){more}"
+
+
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    """A table per GPU and case: a line per provider and launch, a column per clock and way."""
+    cells: dict[tuple, dict[str, str]] = {}
+    where: dict[tuple, str] = {}
+    for row in rows:
+        if "clock" not in row:
+            continue
+        table = (row.get("gpu") or "no GPU", row["case"])
+        where[table] = f"{table[0]}, {row.get('date', '')[:10]}, jax {row.get('jax')}"
+        line = cells.setdefault((*table, row["provider"], row["launch"]), {})
+        if row["clock"] == "wall":
+            line[row["way"]] = f"{row['us']:.1f}"
+            continue
+        line["span"] = f"{row['us']:.1f}"
+        line["span, first traced"] = f"{row['first_us']:.1f}"
+        line["kernels"] = f"{row['kernels']:g} + {row['host_copies']:g}"
+    parts = []
+    titles = [*WAYS, "span", "span, first traced", "kernels"]
+    header = [f"wall, {t}" for t in WAYS] + ["span", "span, first traced", "kernels + host copies"]
+    for table, text in where.items():
+        parts.append(f"**{table[1]}**; {text}; µs a call:\n")
+        parts.append("| | launch | " + " | ".join(header) + " |")
+        parts.append("|" + "---|" * (len(header) + 2))
+        for key, line in cells.items():
+            if key[:2] == table:
+                values = " | ".join(line.get(title, "-") for title in titles)
+                parts.append(f"| {key[2]} | {key[3]} | {values} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+# -- a child for each launch -----------------------------------------------------------------------------
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    budget: float,
+    launches: str = "default,collectives-in-graphs,no-graphs",
+) -> None:
+    """The options that both benchmarks share."""
+    parser.add_argument("--output", "--out", metavar="FILE", help="JSONL to append to")
+    parser.add_argument(
+        "--launches",
+        default=launches,
+        help=f"comma-separated, of: {', '.join(LAUNCHES)}; each is a process of its own",
+    )
+    parser.add_argument("--launch", choices=LAUNCHES, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="few steps: to see that it works")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds, for all launches")
+    parser.add_argument("--commit", help="the commit to record, where git is not at hand")
+
+
+def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) -> int:
+    """Runs `python -m module argv` once per launch, in its share of the time left, and prints the tables.
+
+    Returns:
+        The greatest exit code.
+    """
+    names = [name for name in options.launches.split(",") if name]
+    if unknown := [name for name in names if name not in LAUNCHES]:
+        print(f"unknown launch {', '.join(unknown)}; there are: {', '.join(LAUNCHES)}")
+        return 2
+    until, worst = time.monotonic() + options.budget, 0
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(options.output or Path(folder) / "rows.jsonl")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        before = len(output.read_text().splitlines()) if output.exists() else 0
+        for i, name in enumerate(names):
+            # The first one also holds every value to NumPy.
+            weight = 1.6 if i == 0 and len(names) > 1 else 1.0
+            share = max(1.0, weight * (until - time.monotonic()) / (len(names) - i))
+            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS", ""), LAUNCHES[name])))
+            own = ["--launch", name, "--output", str(output), "--budget", f"{share:.0f}"]
+            print(f"-- launch {name}: XLA_FLAGS={flags!r}, {share:.0f} s", flush=True)
+            done = subprocess.run(
+                [sys.executable, "-m", module, *argv, *own],
+                env=os.environ | {"XLA_FLAGS": flags},
+                check=False,
+            )
+            if done.returncode:
+                print(f"-- launch {name} ended with {done.returncode}", flush=True)
+            worst = max(worst, abs(done.returncode))
+        lines = output.read_text().splitlines()[before:] if output.exists() else []
+    print(markdown(map(json.loads, lines)))
+    return worst or (0 if lines else 1)
+
+
+def keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Prints a row, and appends it with where and how it was measured."""
+    from benchmarks import machine
+
+    facts: dict[str, Any] = dict(machine.facts(options.commit))
+    facts |= {"launch": options.launch, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+    def keep(row: dict[str, Any]) -> None:
+        if options.output:
+            with Path(options.output).open("a") as file:
+                file.write(json.dumps(facts | row) + "\n")
+        print(text_of(row), flush=True)
+
+    return keep
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rows of clocks as tables in Markdown.")
+    parser.add_argument("files", nargs="+")
+    files = parser.parse_args(argv).files
+    print(markdown(json.loads(line) for f in files for line in Path(f).read_text().splitlines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""benchmarks/clocks.py, and the two benchmarks that use it, on this machine."""
+
+import argparse
+import json
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant
+from benchmarks.cases import Case
+from moe_align_jax._cli.demo import plain_loop
+
+TINY = Case(num_pairs=24, num_experts=5, block_size=4, top_k=2)
+
+
+def counting(name="plus one", by=1, **options):
+    return clocks.Step(name, lambda x, d: x + d, jnp.int32(0), (jnp.int32(by),), 2, **options)
+
+
+# -- steps by the host's clock --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", clocks.WAYS)
+def test_a_step_hands_its_result_on(way):
+    [program] = clocks.compile_all([counting(by=3)])
+    assert int(program.run(way, program.fresh(), 7)) == 21
+    assert int(program.step.carry) == 0  # never donated itself
+    seen = []
+    step = counting(check=lambda carry: seen.append(int(carry)))
+    [program] = clocks.compile_all([step])
+    samples = clocks.wall(program, way, executions=6, rounds=3)
+    # One round that is not timed, then three.
+    assert seen == [24] and len(samples) == 3 and min(samples) > 0
+
+
+def test_only_one_way_donates_and_only_one_waits(monkeypatch):
+    [program] = clocks.compile_all([counting()])
+    calls = []
+    for donated, jitted in list(program.jitted.items()):
+        program.jitted[donated] = lambda *a, d=donated, f=jitted: calls.append(d) or f(*a)
+    waits = []
+    real = jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waits.append(1) or real(x))
+    for way, donated, waited in (
+        ("donated", True, 1),
+        ("not waiting", False, 1),
+        ("waiting", False, 5),
+    ):
+        calls.clear()
+        waits.clear()
+        program.run(way, program.fresh(), 4)
+        assert calls == [donated] * 4 and len(waits) == waited
+
+
+def test_wall_time_is_per_call(monkeypatch):
+    [program] = clocks.compile_all([counting()])
+    real = program.jitted[True]
+    program.jitted[True] = lambda *a: time.sleep(0.004) or real(*a)
+    samples = clocks.wall(program, "donated", executions=2, rounds=2)
+    assert all(2000 <= s < 20_000 for s in samples)  # 4 ms over two calls
+
+
+def test_statistics():
+    row = clocks.statistics_of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    assert row == {"us": 3.5, "p20_us": 2.0, "p80_us": 5.0, "samples": 6}
+
+
+def test_rows_name_clock_and_way_and_one_failure_costs_nobody_else():
+    def wrong(carry):
+        raise AssertionError(f"got {int(carry)}")
+
+    def refuses(x, d):
+        raise NotImplementedError("not here")
+
+    steps = [
+        counting("first is wrong", check_first=wrong),
+        clocks.Step("refuses", refuses, jnp.int32(0), (jnp.int32(1),)),
+        counting("later is wrong", check=wrong),
+        counting("right"),
+    ]
+    rows = list(clocks.rows_of(steps, executions=2, rounds=2, until=time.monotonic() + 60))
+    by_name = {}
+    for row in rows:
+        by_name.setdefault(row["provider"], []).append(row)
+    assert [r["note"] for r in by_name["first is wrong"]] == ["failed: AssertionError: got 1"]
+    assert by_name["refuses"][0]["note"] == "does not run here: not here"
+    # Rounds of 5 and of 2 and 2 steps.
+    assert by_name["later is wrong"][0]["note"] == "failed: AssertionError: got 9"
+    right = [row for row in by_name["right"] if row["clock"] == "wall"]
+    assert [row["way"] for row in right] == list(clocks.WAYS)
+    for row in right:
+        assert row["calls"] == 2 and row["samples"] == 2 and row["note"] == ""
+        assert 0 < row["p20_us"] <= row["us"] <= row["p80_us"]
+    late = list(clocks.rows_of([counting()], executions=1, rounds=1, until=0.0))
+    assert [row["note"] for row in late] == ["left out: no time"]
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_nobody_reads_is_dropped_and_zero_reading_reads_it(read):
+    def step(x, y):
+        received = {"a": jnp.sort(x), "none": None, "empty": x[:0]}
+        y, received = jax.lax.optimization_barrier((y, received))
+        return y + clocks.zero_reading(received) if read else y + 1
+
+    given = jnp.arange(100, dtype=jnp.float32), jnp.zeros(3, jnp.int32)
+    compiled = jax.jit(step).lower(*given).compile()
+    assert (" sort(" in compiled.as_text()) == read
+    assert compiled(*given).tolist() == [0 if read else 1] * 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32", "float8_e4m3fn", "uint8"])
+def test_zero_reading_is_zero_whatever_the_bits(dtype):
+    width = jnp.dtype(dtype).itemsize
+    bits = np.array([0, 2 ** (8 * width) - 1, 2 ** (8 * width - 1)], f"u{width}")
+    for x in bits.view(jnp.dtype(dtype)):
+        assert int(jax.jit(clocks.zero_reading)([x.reshape(1, 1)])) == 0
+
+
+# -- the trace ------------------------------------------------------------------------------------------
+
+
+def plane(name: str, lines: dict[str, list[tuple[str, float, float]]], number: int) -> str:
+    """(event, start µs, duration µs) in lines."""
+    names = sorted({event for events in lines.values() for event, _, _ in events})
+    text = [
+        f'lines {{ id: {i} name: "{line}" timestamp_ns: 0 '
+        + "".join(
+            f"events {{ metadata_id: {names.index(event) + 1} offset_ps: {round(start * 1e6)} "
+            f"duration_ps: {round(length * 1e6)} }} "
+            for event, start, length in events
+        )
+        + "}"
+        for i, (line, events) in enumerate(lines.items())
+    ]
+    text += [
+        f'event_metadata {{ key: {i} value {{ id: {i} name: "{event}" }} }}'
+        for i, event in enumerate(names, start=1)
+    ]
+    return f'planes {{ id: {number} name: "{name}" {" ".join(text)} }}'
+
+
+def two_steps():
+    """Two programs of two calls, two executions each: the first copies metadata in its first one alone, where
+    XLA updates its graphs on both GPUs."""
+    compute = [
+        *[("ours_mosaic_gpu_kernel", 1000.0 + at, 3.0) for at in (0, 10)],
+        *[("ours_mosaic_gpu_kernel", 4000.0 + at, 3.0) for at in (0, 10)],
+        *[("nccl", 8000.0 + at, 4.0) for at in (0, 5, 10)],
+        *[("nccl", 12000.0 + at, 6.0) for at in (0, 5, 10)],
+    ]
+    copies = [("MemcpyH2D", 990.0, 2.0), ("MemcpyH2D", 1005.0, 2.0)]
+    threads = {
+        "python": [
+            ("benchmark step", 900.0, 200.0),
+            ("benchmark step", 3900.0, 200.0),
+            ("benchmark step", 7900.0, 200.0),
+            ("benchmark step", 11900.0, 200.0),
+            ("something else", 900.0, 20000.0),
+        ],
+        "XLA device 0": [
+            ("command_buffer::update", 950.0, 20.0),
+            ("command_buffer::execute", 980.0, 5.0),
+            ("command_buffer::execute", 3980.0, 5.0),
+            ("command_buffer::execute", 6000.0, 5.0),  # between two steps
+            ("WARNING: CommandBuffer disabled when profiling", 7950.0, 5.0),
+        ],
+        "XLA device 1": [
+            ("command_buffer::update", 951.0, 20.0),
+            ("command_buffer::initialize#device=1#", 940.0, 5.0),
+            ("command_buffer::execute", 981.0, 5.0),
+        ],
+    }
+    text = plane(
+        "/device:GPU:0", {"Stream #1(Compute)": compute, "Stream #2(MemcpyH2D)": copies}, 1
+    )
+    text += plane("/device:GPU:1", {"Stream #1(Compute)": [("nccl", 5000.0, 900.0)]}, 2)
+    return jax.profiler.ProfileData.from_text_proto(text + plane("/host:CPU", threads, 3))
+
+
+def test_a_trace_gives_spans_with_host_copies_and_graphs():
+    first, second = clocks.read_trace(two_steps(), [2, 2], 2)
+    assert first.spans_us == pytest.approx([(1013 - 990) / 2, 13 / 2])
+    assert first.kernels == [1, 1] and first.host_copies == [1, 0]
+    assert first.graphs == [
+        {"launched": 2, "updated": 2, "recorded": 1, "left_out": 0},
+        {"launched": 1, "updated": 0, "recorded": 0, "left_out": 0},
+    ]
+    assert second.spans_us == pytest.approx([14 / 2, 16 / 2]) and second.kernels == [1.5, 1.5]
+    assert second.graphs[0] == {"launched": 0, "updated": 0, "recorded": 0, "left_out": 1}
+    row = clocks._span_row(counting("ours"), first)
+    assert (row["clock"], row["way"], row["first_us"], row["us"]) == ("span", "donated", 11.5, 9.0)
+    assert (row["kernels"], row["host_copies"], row["graphs_updated"]) == (1, 0.5, 1)
+
+
+def test_a_trace_that_cannot_be_cut_gives_nothing():
+    assert clocks.read_trace(two_steps(), [2, 2], 3) == [None, None]
+
+
+def test_tracing_runs_every_program_the_host_waiting():
+    seen = []
+    step = counting(check=lambda carry: seen.append(int(carry)))
+    found = clocks.traced(clocks.compile_all([step, step]), executions=3)
+    assert seen == [5 + 3] * 2 and len(found) == 2
+    if jax.default_backend() != "gpu":
+        assert found == [None, None]
+
+
+# -- launches and tables --------------------------------------------------------------------------------
+
+
+def options(**more):
+    parser = argparse.ArgumentParser()
+    clocks.add_arguments(parser, budget=30)
+    return parser.parse_args([f"--{key}={value}" for key, value in more.items()])
+
+
+def test_each_launch_is_a_child_with_its_own_flags(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def child(command, env, check):
+        ran.append((command, env["XLA_FLAGS"]))
+        given = dict(zip(command[3::2], command[4::2], strict=True))
+        row = {"case": "c", "provider": "p", "launch": given["--launch"], "clock": "wall"}
+        row |= {"way": "donated", "us": 1.25, "gpu": "H200", "date": "2026-11-28T1", "jax": "0"}
+        with open(given["--output"], "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return subprocess.CompletedProcess(command, 3 if given["--launch"] == "no-graphs" else 0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    out = tmp_path / "rows" / "file.jsonl"
+    out.parent.mkdir()
+    out.write_text('{"case": "older"}\n')
+    given = options(output=out)
+    assert clocks.run_launches("benchmarks.x", ["--cases", "a"], given) == 3
+    assert [flags for _, flags in ran] == [
+        "--mine",
+        "--mine --xla_gpu_enable_command_buffer=+COLLECTIVES",
+        "--mine --xla_gpu_enable_command_buffer=",
+    ]
+    assert ran[0][0][1:5] == ["-m", "benchmarks.x", "--cases", "a"]
+    assert len(out.read_text().splitlines()) == 4
+    text = capsys.readouterr().out
+    assert "| p | default | 1.2 | - | - | - | - | - |" in text and "older" not in text
+    assert clocks.run_launches("x", [], options(launches="nowhere")) == 2
+
+
+def test_markdown_has_a_column_for_each_clock_and_way():
+    shared = {"case": "c", "gpu": "H200", "date": "2026-11-28T10", "jax": "0.11.2"}
+    shared |= {"provider": "ours", "launch": "default"}
+    rows = [shared | {"clock": "wall", "way": w, "us": us} for w, us in
+            zip(clocks.WAYS, (47.0, 52.0, 59.0), strict=True)]  # fmt: skip
+    span = {"clock": "span", "way": "donated", "us": 18.0, "first_us": 54.0}
+    rows.append(shared | span | {"kernels": 4, "host_copies": 0.5})
+    rows.append(shared | {"note": "left out: no time"})
+    lines = clocks.markdown(rows).splitlines()
+    assert lines[0] == "**c**; H200, 2026-11-28, jax 0.11.2; µs a call:"
+    assert lines[2].startswith("| | launch | wall, donated | wall, not waiting | wall, waiting |")
+    assert lines[4] == "| ours | default | 47.0 | 52.0 | 59.0 | 18.0 | 54.0 | 4 + 0.5 |"
+
+
+# -- expert parallelism ---------------------------------------------------------------------------------
+
+SIZES = {"hidden": 256, "top_k": 2, "experts": 8}
+SMALL = ["--hidden", "256", "--experts", "8", "--top-k", "2", "--devices", "2", "--quick"]
+
+
+def mesh_of(count):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    devices = jax.devices()[:count]
+    return jax.make_mesh((count,), (exchanges.AXIS,), axis_types, devices=devices)
+
+
+def chosen(size, ranks, packing=False):
+    return list(exchanges.every(size, ranks, "cpu", ("all_to_all",), packing))
+
+
+@pytest.mark.parametrize("mode", ["low_latency", "normal"])
+def test_every_exchange_is_right_and_a_wrong_one_is_found(mode):
+    mesh, size = mesh_of(4), exchanges.Size(mode, 6, **SIZES)
+    every = chosen(size, 4)
+    names = [e.name for e in every]
+    assert "ours, all_to_all" in names and len([n for n in names if n.startswith("bare")]) == 2
+    assert len([n for n in names if n.startswith("plain job")]) == (
+        4 if mode == "low_latency" else 2
+    )
+    rows = list(expert_parallel.verify(mesh, size, every))
+    assert [row["note"].split(",")[0] for row in rows] == ["right"] * len(every)
+
+    def broken(exchange):
+        return exchange._replace(back=lambda y, h: jnp.roll(exchange.back(y, h), 1, 0))
+
+    some = [every[0], every[1], every[-1]]
+    wrong = list(expert_parallel.verify(mesh, size, [broken(e) for e in some]))
+    assert len(wrong) == 3 and all(row["note"].startswith("WRONG") for row in wrong)
+
+
+@pytest.mark.parametrize("mode", ["low_latency", "normal"])
+def test_a_step_makes_every_exchange_and_its_result_is_checked(mode):
+    """No collective may be dropped because nothing reads what it has brought."""
+    mesh, size, calls = mesh_of(2), exchanges.Size(mode, 4, **SIZES), 3
+    every = [e for e in chosen(size, 2) if "boxes" not in e.name]
+    every.append(exchanges.nothing(size))
+    programs = clocks.compile_all([expert_parallel.step(mesh, size, e, calls) for e in every])
+    for program in programs:
+        assert program.error is None
+        carry = program.run("donated", program.fresh(), 2)
+        program.step.check(carry)
+        with pytest.raises(AssertionError, match="after its steps"):
+            program.step.check((carry[0] + jnp.bfloat16(1), carry[1]))
+        if program.step.name.startswith("bare"):
+            step = program.step
+            text = program.jitted[False].lower(step.carry, *step.rest).compile().as_text()
+            kinds = (" all-to-all(", " all-gather(", " reduce-scatter(", " all-reduce(")
+            assert sum(text.count(kind) for kind in kinds) == 2 * calls
+
+
+def test_bytes_of_a_case():
+    size = exchanges.Size("low_latency", 128)
+    assert size.row_bytes == (7168 + 224 + 64, 14336)
+    assert exchanges.Size("normal", 4096).row_bytes == (14336 + 64, 14336)
+
+
+def test_rows_of_expert_parallelism(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    given = [*SMALL, "--cases", "low_latency:3", "--check-tokens", "3", "--launch", "default"]
+    given += ["--providers", "ours, all_to_all;bare"]
+    assert expert_parallel.main([*given, "--output", str(out), "--commit", "x"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(
+        r["launch"] == "default" and r["date"] and "gpu" in r and "xla_flags" in r for r in rows
+    )
+    checks = [r for r in rows if r["case"].startswith("check")]
+    assert len(checks) == 2 * 3 and all("error" in r for r in checks)
+    timed = [r for r in rows if "clock" in r and r["clock"] == "wall"]
+    assert {r["way"] for r in timed} == set(clocks.WAYS) and len(timed) == 3 * 4
+    assert all(r["us"] > 0 and r["calls"] == 2 and r["devices"] == 2 for r in timed)
+    assert "ours, all_to_all" in capsys.readouterr().out
+
+
+def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
+    real = exchanges._ones
+    monkeypatch.setattr(exchanges, "_ones", lambda *a: real(*a) * 1.5)
+    given = [*SMALL, "--cases", "low_latency:2", "--check-tokens", "2", "--launch", "no-graphs"]
+    given += ["--providers", "ours, all_to_all;plain job, all_to_all, sorted;bare all_to_all"]
+    out = tmp_path / "rows.jsonl"
+    assert expert_parallel.main([*given, "--output", str(out)]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    # Another launch than the first holds no layer to NumPy, but what its steps give.
+    assert not [r for r in rows if r["case"].startswith("check")]
+    failed = [r for r in rows if "AssertionError" in r["note"]]
+    assert {r["provider"] for r in failed} == {"ours, all_to_all", "plain job, all_to_all, sorted"}
+    assert all("us" not in r for r in failed)
+
+
+# -- one GPU --------------------------------------------------------------------------------------------
+
+
+def test_the_chain_of_alignments_by_numpy_is_a_plain_loops():
+    ids = TINY.topk_ids(3)
+    last, counts = jit_clocks.chain_by_numpy(TINY, ids, 2)
+    for layer in range(2):
+        out = plain_loop(ids, TINY.block_size, TINY.num_experts)
+        np.testing.assert_array_equal(counts[layer], out.tokens_per_expert)
+        row_of_pair = np.empty(TINY.num_pairs, int)
+        for row, pair in enumerate(out.sorted_token_ids):
+            if pair < TINY.num_pairs:
+                row_of_pair[pair] = row
+        total = int(out.num_tokens_post_padded[0])
+        ids = (ids + total % 3 + row_of_pair.reshape(ids.shape) % 2) % TINY.num_experts
+    np.testing.assert_array_equal(last, ids)
+
+
+def test_alignments_and_recorder_of_one_gpu_are_right():
+    steps = jit_clocks.alignment_steps(TINY, 2, 1)
+    assert [(s.name, s.calls) for s in steps] == [
+        *(("mosaic_gpu", 2), ("xla", 2), ("xla_argsort", 1)),
+        ("nothing", 2),
+    ]
+    steps = [*steps[1:3], *jit_clocks.recorder_steps(TINY, 2, "xla")]
+    for program in clocks.compile_all(steps):
+        assert program.error is None
+        carry = program.run("donated", program.fresh(), 1)
+        program.step.check_first(carry)
+        again = program.run("donated", carry, 1)
+        with pytest.raises(AssertionError):  # a second step gives other ids and counts
+            program.step.check_first(again)
+
+
+def test_the_masked_activation_of_one_gpu_is_right(monkeypatch):
+    size = masked_quant.Size(3, 8, 256, 5)
+    steps = jit_clocks.masked_steps(size, ("xla",), copies=2)
+    [program] = clocks.compile_all(steps)
+    carry = program.run("waiting", program.fresh(), 2)
+    program.step.check(carry)
+    program.step.check_first(carry)
+    assert program.step.calls == 4
+    with pytest.raises(AssertionError):
+        program.step.check(carry + 1)
+    monkeypatch.setattr(masked_quant.Inputs, "wrong", lambda self, results: "code 3 for 4")
+    with pytest.raises(AssertionError, match="code 3 for 4"):
+        program.step.check_first(carry)
+
+
+def test_a_run_of_one_gpu_through_its_children(tmp_path):
+    """The command as a user gives it: a process per launch."""
+    out = tmp_path / "rows.jsonl"
+    given = ["--quick", "--calls", "1", "--parts", "alignment", "--output", str(out)]
+    assert jit_clocks.main(given) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["launch"] for r in rows} == {"default", "no-graphs"}
+    flags = {r["launch"]: r["xla_flags"] for r in rows}
+    assert flags["no-graphs"].endswith("--xla_gpu_enable_command_buffer=")
+    assert "command_buffer" not in flags["default"]
+    timed = {(r["launch"], r["case"], r["provider"]) for r in rows if "us" in r}
+    for launch in flags:
+        assert (launch, "64x256x16", "xla") in timed
