@@ -37,18 +37,18 @@ test:
 # the files about NumPy, shell, command line, benchmarks and text. XLA compiles with fewer passes, hypothesis
 # tries fewer cases.
 NOT_AGAIN := benchmark cli emulator eplb files layering make_venv oracle sanitize soak tun
-AGAIN := $(addprefix --ignore-glob='tests/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
+AGAIN := $(addprefix --ignore-glob='tests/*/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
   --sample 3 --hypothesis-profile=brief
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch
-	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/torch_bridge
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/bridge
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.
-TORCH_SMOKE := --ignore-glob='tests/torch_bridge/test_[b-z]*'
+TORCH_SMOKE := --ignore-glob='tests/bridge/test_[b-z]*'
 OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
   $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
     --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import machine
 from benchmarks.cases import Case
-from moe_align_jax import _checks, _dispatch, _tuning
+from moe_align_jax._align import tables
+from moe_align_jax._core import checks
+from moe_align_jax._lowering import select
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 GOAL_S = 0.5
@@ -65,8 +67,8 @@ def programs(tuning: str) -> list[Measured]:
 
 def problem_of(case: Case, tuning: str, *, sized_at_launch: bool = False) -> AlignProblem:
     size = (case.num_pairs, case.num_experts, case.block_size)
-    n = _tuning.size_bucket(*size, tuning) if sized_at_launch else case.num_pairs
-    rows = _checks.capacity(
+    n = tables.size_bucket(*size, tuning) if sized_at_launch else case.num_pairs
+    rows = checks.capacity(
         n, block_size=case.block_size, num_experts=case.num_experts, pad_sorted_ids=False
     )
     return AlignProblem(
@@ -97,7 +99,7 @@ def steps_of(problem: Problem, *, compile_too: bool) -> Steps:
 
     jax.clear_caches()
     operands = [np.zeros(shape, np.int32) for shape in problem.inputs.values()]
-    program = jax.jit(lambda *x: _dispatch.align(problem, "mosaic_gpu", *x))
+    program = jax.jit(lambda *x: select.align(problem, "mosaic_gpu", *x))
     times = [time.perf_counter()]
     lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
     times.append(time.perf_counter())
@@ -128,7 +130,7 @@ def jit_rows(measured: Sequence[Measured], repeats: int, *, on_gpu: bool) -> lis
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for index, one in enumerate(measured):
-        form, runs = _tuning.config_for(one.jit).form, []
+        form, runs = tables.config_for(one.jit).form, []
         for k in range(repeats + (index == 0)):
             run = steps_of(another(one.jit, k), compile_too=on_gpu)
             if index == 0 and k == 0:
@@ -158,10 +160,10 @@ def direct_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         whole = time.perf_counter() - start
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
-        raise RuntimeError(f"torch_bridge/launch.py: {answer['error']}")
+        raise RuntimeError(f"torch_bridge/_direct/compile_worker.py: {answer['error']}")
     rows = []
     for one, program in zip(measured, answer["programs"], strict=True):
-        form = _tuning.config_for(one.direct).form
+        form = tables.config_for(one.direct).form
         if "error" in program:
             row = {"case": one.name, "provider": "torch_bridge", "form": form}
             rows.append({**row, "metric": "compile_s", "samples": 1, "error": program["error"]})
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = facts["gpu"] is not None
     if not on_gpu:
         print("No GPU here: tracing and lowering alone are measured.", flush=True)
-    measured = programs(_tuning.table_name(_dispatch.gpu_kind()))
+    measured = programs(tables.table_name(select.gpu_kind()))
     rows = jit_rows(measured, options.repeats, on_gpu=on_gpu)
     if on_gpu and not options.no_direct:
         rows += direct_rows(measured)

@@ -168,8 +168,8 @@ def ours(size: Size, variant: tuple[int, int, bool] | None) -> Callable:
     if variant is None:
         return maj.silu_and_mul_masked_quant
     from moe_align_jax import masked_quant
-    from moe_align_jax._kernels import masked_quant as kernels
-    from moe_align_jax._kernels.masked_quant.config import Config
+    from moe_align_jax._masked_quant import launch as kernels
+    from moe_align_jax._masked_quant.config import Config
 
     tile, per_sm, prefetch = variant
     shape = (size.experts, size.rows, 2 * size.width)

@@ -375,11 +375,12 @@ def prepare_direct(cases: Sequence[Case]) -> str:
     """
     import torch
 
-    from torch_bridge import direct, direct_call
+    from torch_bridge._direct import call
+    from torch_bridge._direct import program as direct
 
     device = torch.device("cuda", torch.cuda.current_device())
     wanted = {
-        direct_call.sized(
+        call.sized(
             case.num_pairs,
             case.num_experts,
             case.block_size,

@@ -27,7 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, peers, timing, union  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
-from moe_align_jax import _tuning  # noqa: E402
+from moe_align_jax._align import tables  # noqa: E402
 from moe_align_jax.types import AlignProblem  # noqa: E402
 
 GOAL = 1.08  # times the exact program's
@@ -125,11 +125,12 @@ def prepare(index: int, every: Sequence[Place], tuning: str) -> dict[Place, Call
     import torch
 
     import torch_bridge
-    from torch_bridge import direct, direct_call
+    from torch_bridge._direct import call
+    from torch_bridge._direct import program as direct
 
     exact = {place: exact_problem(place.case, tuning) for place in every}
     shared = {
-        direct_call.sized(
+        call.sized(
             place.end, place.case.num_experts, place.case.block_size, torch.int32, tuning=tuning
         )
         for place in every
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     import torch
 
-    from torch_bridge import direct
+    from torch_bridge._direct import program as direct
 
     index = torch.cuda.current_device()
     tuning = direct.tuning(torch.device("cuda", index))
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() - started > options.budget:
                 break
             row = measure(place.case, exact[place])
-            form = _tuning.config_for(exact_problem(place.case, tuning)).form
+            form = tables.config_for(exact_problem(place.case, tuning)).form
             rows.append({**facts, **row, "form": form, "bucket": [place.before, place.end]})
         compiled = len(direct._programs) - loaded
     print(f"{'size':18} {'form':8} {'bucket':>16} {'exact':>9} {'at launch':>9} {'ratio':>7}")

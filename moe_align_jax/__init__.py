@@ -1,7 +1,7 @@
 """moe_align_jax: the routing core of Mixture-of-Experts models for JAX.
 
 Names are resolved on first use (PEP 562), so that the jax-free leaves (`moe_align_jax.types`,
-`moe_align_jax._checks`) can be imported without jax.
+`moe_align_jax._core.checks`) can be imported without jax.
 """
 
 import importlib
@@ -13,7 +13,7 @@ if "jax.core" in sys.modules:
     importlib.import_module("jax.extend.core")
 
 # Notes from now on whether a fork leaves jax behind in the parent.
-importlib.import_module("moe_align_jax._fork")
+importlib.import_module("moe_align_jax._core.fork")
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _MODULE_OF = {
     "ExpertMoves": "eplb",
     "ExpertPlacement": "eplb",
     "Implementation": "types",
-    "LoadRecord": "_recorder.rows",
+    "LoadRecord": "_expert_load.ring",
     "MaskedLayout": "masked_layout",
     "MoveKind": "eplb",
     "Selection": "types",
@@ -41,7 +41,7 @@ _MODULE_OF = {
     "dispatch": "expert_parallel",
     "expected_physical_count": "eplb",
     "init_expert_load": "expert_load",
-    "max_num_tokens_padded": "_checks",
+    "max_num_tokens_padded": "_core.checks",
     "moe_align_block_size": "block_align",
     "padded_group_sizes": "block_align",
     "permute_to_contiguous": "masked_layout",
@@ -51,7 +51,7 @@ _MODULE_OF = {
     "record_expert_load": "expert_load",
     "route_and_align": "router",
     "route_topk": "router",
-    "select_implementation": "_dispatch",
+    "select_implementation": "_lowering.select",
     "select_router_implementation": "router",
     "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
@@ -66,7 +66,7 @@ _MODULE_OF = {
 _EXPORTED_BY = {
     "types": "block_align",
     "eplb": "expert_location",
-    "_recorder.rows": "expert_load",
+    "_expert_load.ring": "expert_load",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

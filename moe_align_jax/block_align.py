@@ -10,13 +10,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _dispatch, _export, _fork
+from moe_align_jax._core import checks, fork
+from moe_align_jax._lowering import export, select
 from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
 
 _I32 = jnp.int32
 
-_export.register_namedtuple(AlignedBlocks)
+export.register_namedtuple(AlignedBlocks)
 
 
 def moe_align_block_size(
@@ -92,10 +93,10 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     function = "moe_align_block_size"
-    _fork.check(function)
-    block_size = _checks.check_block_size(function, block_size)
-    num_experts = _checks.check_num_experts(function, num_experts)
-    _dispatch.check_implementation(function, implementation)
+    fork.check(function)
+    block_size = checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    select.check_implementation(function, implementation)
     topk_ids = _check_integer_array(
         function,
         "topk_ids",
@@ -107,7 +108,7 @@ def moe_align_block_size(
         ("pad_sorted_ids", pad_sorted_ids),
         ("return_inverse", return_inverse),
     ):
-        _checks.check_bool(function, argument, flag)
+        checks.check_bool(function, argument, flag)
 
     dispatch, tables, shared = "", {}, 0
     if expert_location is not None:
@@ -136,8 +137,8 @@ def moe_align_block_size(
             ),
         ):
             if value is not None:
-                got = _checks.describe(value)
-                raise ValueError(_checks.message(function, argument, "be left out", got, remedy))
+                got = checks.describe(value)
+                raise ValueError(checks.message(function, argument, "be left out", got, remedy))
 
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
     capacity = _capacity(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
@@ -185,7 +186,7 @@ def _align(
     implementation: str | None,
 ) -> AlignedBlocks:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
-    operands = {name: _dispatch.replicate(x) for name, x in operands.items()}
+    operands = {name: select.replicate(x) for name, x in operands.items()}
     topk_ids = operands["topk_ids"]
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
     with jax.named_scope("moe_align_block_size"):
@@ -215,7 +216,7 @@ def _align(
             return_inverse=return_inverse,
             **sizes,
         )
-        return AlignedBlocks(*_dispatch.align(problem, implementation, *arrays))
+        return AlignedBlocks(*select.align(problem, implementation, *arrays))
 
 
 def _dispatch_tables(
@@ -276,32 +277,30 @@ def batched_moe_align_block_size(
     Source: contract of vLLM 0.33 `batched_moe_align_block_size` (Apache-2.0); no code taken.
     """
     function = "batched_moe_align_block_size"
-    _fork.check(function)
-    block_size = _checks.check_block_size(function, block_size)
-    max_tokens_per_batch = _checks.check_positive_int(
+    fork.check(function)
+    block_size = checks.check_block_size(function, block_size)
+    max_tokens_per_batch = checks.check_positive_int(
         function,
         "max_tokens_per_batch",
         max_tokens_per_batch,
         "Pass the static rows per expert of the [E, max_tokens, H] layout.",
     )
-    _dispatch.check_implementation(function, implementation)
+    select.check_implementation(function, implementation)
     counts = _check_integer_array(
         function, "expert_num_tokens", expert_num_tokens, "Pass the row count of each expert."
     )
     if counts.ndim != 1 or counts.shape[0] < 1:
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "expert_num_tokens",
                 "have shape [num_experts] with at least one expert",
-                _checks.describe(counts),
+                checks.describe(counts),
                 "Pass the row count of each expert.",
             )
         )
     problem = BatchedAlignProblem(counts.shape[0], max_tokens_per_batch, block_size)
-    _checks.check_fits_int32(
-        function, "max_tokens_per_batch", problem.capacity, "a padded length P"
-    )
+    checks.check_fits_int32(function, "max_tokens_per_batch", problem.capacity, "a padded length P")
     if isinstance(counts, np.ndarray):
         counts = np.clip(counts, 0, min(max_tokens_per_batch, np.iinfo(counts.dtype).max))
         counts = counts.astype(np.int32)
@@ -313,8 +312,8 @@ def _batched_align(
     counts: jax.Array, *, problem: BatchedAlignProblem, implementation: str | None
 ) -> AlignedBlocks:
     with jax.named_scope("batched_moe_align_block_size"):
-        counts = _narrow_count(_dispatch.replicate(counts))
-        return AlignedBlocks(*_dispatch.align(problem, implementation, counts))
+        counts = _narrow_count(select.replicate(counts))
+        return AlignedBlocks(*select.align(problem, implementation, counts))
 
 
 def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array, " num_experts"]:
@@ -336,8 +335,8 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array,
         [0, 4, 4, 4]
     """
     function = "padded_group_sizes"
-    _fork.check(function)
-    block_size = _checks.check_block_size(function, block_size)
+    fork.check(function)
+    block_size = checks.check_block_size(function, block_size)
     counts = aligned.tokens_per_expert
     return (counts + (block_size - 1)) // block_size * block_size
 
@@ -349,24 +348,24 @@ def _check_integer_array(function: str, argument: str, value: Any, remedy: str) 
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         if type(value).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
-        got = _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an integer array", got, remedy))
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
-        got = _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer array", got, remedy))
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an integer array", got, remedy))
     return value
 
 
 def _capacity(function: str, num_pairs: Any, block_size: int, num_experts: int, pad: bool) -> Any:
     """P. Symbolic sizes (shape-polymorphic export) stay symbolic and are not bounded here."""
     if isinstance(num_pairs, int):
-        capacity = _checks.capacity(
+        capacity = checks.capacity(
             num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad
         )
-        return _checks.check_fits_int32(function, "topk_ids", capacity, "a padded length P")
-    return _checks.capacity(
+        return checks.check_fits_int32(function, "topk_ids", capacity, "a padded length P")
+    return checks.capacity(
         num_pairs,
         block_size=block_size,
         num_experts=num_experts,
@@ -380,11 +379,11 @@ def _check_expert_map(function: str, value: Any, num_experts: int) -> Any:
     value = _check_integer_array(function, "expert_map", value, remedy)
     if value.shape != (num_experts,):
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "expert_map",
                 f"have shape [{num_experts}]",
-                _checks.describe(value),
+                checks.describe(value),
                 remedy,
             )
         )
@@ -399,16 +398,16 @@ def _check_num_valid_pairs(function: str, value: Any) -> Any:
 def check_count(function: str, argument: str, value: Any, remedy: str) -> Any:
     """An int or an array of one integer; what the host knows as int32, saturated at -1 and 2**31 - 1."""
     if isinstance(value, bool):
-        got = _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer", got, remedy))
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
     if isinstance(value, int):
-        return np.int32(min(max(value, -1), _checks.INT32_MAX))
+        return np.int32(min(max(value, -1), checks.INT32_MAX))
     value = _check_integer_array(function, argument, value, remedy)
     if value.size != 1:
-        got = _checks.describe(value)
-        raise ValueError(_checks.message(function, argument, "be a scalar", got, remedy))
+        got = checks.describe(value)
+        raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
     if isinstance(value, np.ndarray):
-        return np.int32(min(max(int(value.item()), -1), _checks.INT32_MAX))
+        return np.int32(min(max(int(value.item()), -1), checks.INT32_MAX))
     return value
 
 
@@ -449,9 +448,9 @@ def _narrow_count(count: jax.Array) -> jax.Array:
     words = _as_int32_words(count)
     if words.ndim == 1:
         if unsigned and count.dtype.itemsize == 4:
-            return jnp.where(words < 0, _I32(_checks.INT32_MAX), words)
+            return jnp.where(words < 0, _I32(checks.INT32_MAX), words)
         return words
     low, high = words[:, 0], words[:, 1]
     small = (high == 0) & (low >= 0)
     negative = jnp.bool_(False) if unsigned else high < 0
-    return jnp.where(small, low, jnp.where(negative, _I32(-1), _I32(_checks.INT32_MAX)))
+    return jnp.where(small, low, jnp.where(negative, _I32(-1), _I32(checks.INT32_MAX)))

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from moe_align_jax import _checks
-from moe_align_jax._eplb import greedy
+from moe_align_jax._core import checks
+from moe_align_jax._eplb import greedy, maps, spread
 from moe_align_jax._eplb.keep import keep_in_place
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind, plan_expert_moves
 
@@ -35,6 +35,7 @@ class _Sizes(NamedTuple):
     num_groups: int
     num_nodes: int
     num_gpus: int
+    spread: bool = False
 
 
 class ExpertPlacement(NamedTuple):
@@ -63,6 +64,8 @@ def rebalance_experts(
     *,
     algorithm: Algorithm = "auto",
     previous: Any = None,
+    previous_num_gpus: int | None = None,
+    spread_replicas: bool = False,
 ) -> ExpertPlacement:
     """Replicates hot experts and spreads all replicas over the GPUs: DeepSeek's EPLB.
 
@@ -82,16 +85,23 @@ def rebalance_experts(
             "deepseek_vec_hierarchical" look at every step of `weight`: each further replica goes where it
             lowers the sum over steps of the heaviest replica's load most, and replicas are dealt to GPUs
             in snake order.
-        previous: None, or `[L, Ep]` the physical_to_logical_map in force: GPUs (and nodes, and slots within
-            a GPU) are then renamed so that as few experts as possible change GPU. Loads per GPU stay
-            what they are without it, up to their order. Needs scipy, which jax brings.
+        previous: None, or `[L, slots]` the physical_to_logical_map in force: GPUs (and nodes, and slots
+            within a GPU) are then renamed so that as few experts as possible change GPU. Loads per GPU
+            stay what they are without it, up to their order. It may have other slots than Ep, and -1
+            where a slot holds nothing, as all those of a dead GPU. Needs scipy, which jax brings.
+        previous_num_gpus: GPUs of `previous`, a divisor of its slots; None for num_gpus. GPU g of it is GPU
+            g of the result, if there is one.
+        spread_replicas: True puts the replicas of an expert on different GPUs: on as many as there are (of
+            its node, for the hierarchical policy), so an expert gets at most one replica per GPU; more
+            only where a GPU has more slots than there are experts. Loads may be less even for it.
+            False is DeepSeek's algorithm, which may put two replicas of one expert on one GPU.
 
     Returns:
         `ExpertPlacement`.
 
     Raises:
-        TypeError: weight is not real numbers, or a size is not an int.
-        ValueError: negative or non-finite weights, or sizes that do not divide as they must.
+        TypeError: weight is not real numbers, a size is not an int, or spread_replicas is no bool.
+        ValueError: negative or non-finite weights, none at all, or sizes that do not divide as they must.
 
     Example: DeepSeek's own, the first of its two layers.
         >>> load = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]]
@@ -108,7 +118,7 @@ def rebalance_experts(
     sizes = (num_replicas, num_groups, num_nodes, num_gpus)
     names = ("num_replicas", "num_groups", "num_nodes", "num_gpus")
     num_replicas, num_groups, num_nodes, num_gpus = (
-        _checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
+        checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
         for name, size in zip(names, sizes, strict=True)
     )
     if algorithm not in get_args(Algorithm):
@@ -118,24 +128,39 @@ def rebalance_experts(
     )
     blocks = num_nodes if hierarchical else 1
     _check_sizes(history.shape[2], num_replicas, num_groups, blocks, num_gpus)
-    place = _Sizes(num_replicas, num_groups if hierarchical else 1, blocks, num_gpus)
+    if not isinstance(spread_replicas, (bool, np.bool_)):
+        got, remedy = checks.describe(spread_replicas), "Pass True or False."
+        rule = checks.message(_FUNCTION, "spread_replicas", "be a bool", got, remedy)
+        raise TypeError(rule)
+    groups = num_groups if hierarchical else 1
+    place = _Sizes(num_replicas, groups, blocks, num_gpus, bool(spread_replicas))
+    old_gpus = num_gpus
+    if previous_num_gpus is not None:
+        old_gpus = checks.check_positive_int(
+            _FUNCTION, "previous_num_gpus", previous_num_gpus, "Pass the GPUs of previous."
+        )
+    old = None
+    if previous is not None:
+        old = _check_previous(previous, history.shape[1:], old_gpus)
     placement = _place(history, place, windowed="vec" in algorithm)
-    if previous is None:
+    if old is None:
         return placement
-    old = _check_previous(previous, history.shape[2], placement.physical_to_logical_map.shape)
-    nodes = num_nodes if num_gpus % num_nodes == 0 else 1
     moved = keep_in_place(
-        placement.physical_to_logical_map, old, num_gpus=num_gpus, num_nodes=nodes, blocks=blocks
+        placement.physical_to_logical_map,
+        old,
+        num_gpus=num_gpus,
+        num_nodes=num_nodes if num_gpus % num_nodes == 0 else 1,
+        blocks=blocks,
+        old_num_gpus=old_gpus,
     )
     return _renamed(placement, moved)
 
 
 def _place(history: np.ndarray, sizes: "_Sizes", *, windowed: bool) -> ExpertPlacement:
     """The procedure itself, on loads `[S, L, El]`."""
-    num_replicas, num_groups, num_nodes, num_gpus = sizes
+    num_replicas, num_groups, num_nodes, num_gpus, spread_replicas = sizes
     # Exact for counts, which may add up beyond 2**24, before the one rounding to float32.
-    exact = np.float64 if history.dtype.kind == "f" else np.int64
-    weight = history.sum(axis=0, dtype=exact).astype(np.float32)
+    weight = _sum(history, axis=0).astype(np.float32)
     layers, num_logical = weight.shape
     group_size = num_logical // num_groups
     on_node = num_replicas // num_nodes
@@ -150,16 +175,29 @@ def _place(history: np.ndarray, sizes: "_Sizes", *, windowed: bool) -> ExpertPla
 
     # Replicas within each node, each node of each layer a row of its own.
     rows = np.take_along_axis(weight, node_major, axis=1).reshape(layers * num_nodes, -1)
+    gpus_of_node = num_gpus // num_nodes
+    most = None
+    if spread_replicas:
+        most = spread.most_replicas(rows.shape[1], on_node, gpus_of_node)
     if windowed:
         steps = np.take_along_axis(history.astype(np.float32), node_major[None], axis=2)
         steps = steps.reshape(history.shape[0], *rows.shape)
-        owner, rank, count = greedy.replicate_for_steps(steps, on_node)
+        owner, rank, count = greedy.replicate_for_steps(steps, on_node, most)
     else:
-        owner, rank, count = greedy.replicate(rows, on_node)
+        owner, rank, count = greedy.replicate(rows, on_node, most)
 
     # Replicas onto the GPUs of their node.
     share = np.take_along_axis(rows / count.astype(np.float32), owner, axis=1)
-    gpu, slot = (greedy.snake if windowed else greedy.pack)(share, num_gpus // num_nodes)
+    if spread_replicas:
+        gpu = (
+            greedy.snake(share, gpus_of_node)[0]
+            if windowed
+            else spread.pack(share, owner, gpus_of_node)
+        )
+        spread.separate(share, owner, gpu, gpus_of_node)
+        slot = spread.slots_in(gpu, gpus_of_node)
+    else:
+        gpu, slot = (greedy.snake if windowed else greedy.pack)(share, gpus_of_node)
     physical = (gpu * (num_replicas // num_gpus) + slot).reshape(layers, num_nodes, on_node)
     physical = (physical + np.arange(num_nodes)[:, None] * on_node).reshape(layers, -1)
 
@@ -175,6 +213,14 @@ def _place(history: np.ndarray, sizes: "_Sizes", *, windowed: bool) -> ExpertPla
     each = np.arange(layers)[:, None]
     logical_to_physical[each, logical, rank.reshape(layers, -1)] = physical
     return ExpertPlacement(physical_to_logical, logical_to_physical, expert_count)
+
+
+def _sum(values: np.ndarray, axis: int) -> np.ndarray:
+    """Sums of real numbers >= 0: exact where int64 holds them, else in float64."""
+    count = values.shape[axis]
+    if values.dtype.kind != "f" and int(values.max(initial=0)) * count < 2**63:
+        return values.sum(axis=axis, dtype=np.int64)
+    return values.sum(axis=axis, dtype=np.float64)
 
 
 def _renamed(placement: ExpertPlacement, moved: np.ndarray) -> ExpertPlacement:
@@ -194,86 +240,120 @@ def expected_physical_count(weight: Any, physical_to_logical_map: Any) -> np.nda
     """The load of each physical slot when the tokens of an expert spread evenly over its replicas.
 
     Args:
-        weight: `[..., L, El]`, the load of each expert.
-        physical_to_logical_map: `[L, Ep]` integers.
+        weight: `[..., L, El]` real numbers, the load of each expert.
+        physical_to_logical_map: `[L, Ep]` integers; -1 where a slot holds nothing, which has no load.
 
     Returns:
         `[..., L, Ep]` float64: `weight[l, i] / replicas of i` for the expert i in slot p.
 
     Raises:
+        TypeError: weight is not real numbers, or the map not integers.
         ValueError: the layers differ, or the map names an expert that is not there.
 
     Example:
         >>> expected_physical_count([[6, 2, 4]], [[0, 1, 0, 2]]).tolist()
         [[3.0, 2.0, 3.0, 4.0]]
     """
-    function = "expected_physical_count"
-    load = np.asarray(weight, np.float64)
-    slots = np.asarray(physical_to_logical_map)
+    function, argument, remedy = (
+        "expected_physical_count",
+        "physical_to_logical_map",
+        "Pass [L, Ep].",
+    )
+    load = _real(function, "weight", weight, "Pass the load of each expert, [..., L, El].")
+    load = load.astype(np.float64)
+    slots = maps.as_array(function, argument, physical_to_logical_map, remedy)
+    if slots.dtype.kind not in "iu":
+        got = checks.describe(slots)
+        raise TypeError(checks.message(function, argument, "be integers", got, remedy))
     good = load.ndim >= 2 and slots.ndim == 2 and load.shape[-2] == slots.shape[0]
-    if not good or slots.size and not 0 <= slots.min() <= slots.max() < load.shape[-1]:
+    if not good or slots.size and not -1 <= int(slots.min()) <= int(slots.max()) < load.shape[-1]:
         rule = "map the slots of each layer of weight to its experts"
-        got = f"{_checks.describe(slots)} for weight {list(load.shape)}"
-        raise ValueError(
-            _checks.message(function, "physical_to_logical_map", rule, got, "Pass [L, Ep].")
-        )
+        got = f"{checks.describe(slots)} for weight {list(load.shape)}"
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
+    slots = slots.astype(np.int64)
     each = np.arange(slots.shape[0])[:, None]
-    count = np.zeros(load.shape[-2:])
+    count = np.zeros((load.shape[-2], load.shape[-1] + 1))  # the last: slots that hold nothing
     np.add.at(count, (each, slots), 1)
-    return load[..., each, slots] / count[each, slots]
+    expected = load[..., each, np.maximum(slots, 0)] / count[each, slots]
+    return np.where(slots < 0, 0.0, expected)
 
 
 def balancedness(physical_count: Any, num_gpus: int) -> np.ndarray:
     """Mean load of a GPU over the load of the busiest one: 1 is even, 1 / num_gpus all on one.
 
-    `(mean + 1e-5) / (max + 1e-5)` in float32, so exactly 1 where nothing was counted.
+    `(mean + 1e-5) / (max + 1e-5)` in float32, so exactly 1 where nothing was counted. A mean over layers
+    should leave those out: 1 says there that nothing is known, not that the load is even.
 
     Args:
-        physical_count: `[..., Ep]` any real dtype, tokens per physical slot.
+        physical_count: `[..., Ep]` any real dtype, >= 0 and finite, at least one: tokens per physical slot.
         num_gpus: a divisor of Ep; slot p is on GPU `p // (Ep / num_gpus)`.
 
     Returns:
         `[...]` float32.
 
     Raises:
-        TypeError: num_gpus is not an int.
-        ValueError: num_gpus does not divide Ep.
+        TypeError: num_gpus is not an int, or the counts are not real numbers.
+        ValueError: num_gpus does not divide Ep, there are no counts, or one is negative, NaN or infinite.
 
     Example:
         >>> balancedness([[2, 2, 2, 2], [8, 0, 0, 0]], num_gpus=4).round(3).tolist()
         [1.0, 0.25]
     """
-    num_gpus = _checks.check_positive_int("balancedness", "num_gpus", num_gpus, "Pass a count.")
-    count = np.asarray(physical_count)
+    function, remedy = "balancedness", "Pass the tokens of each slot, [..., Ep]."
+    num_gpus = checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
+    count = _real(function, "physical_count", physical_count, remedy)
+    if count.ndim and count.size == 0:
+        got, rule = checks.describe(count), "hold at least one count"
+        raise ValueError(checks.message(function, "physical_count", rule, got, remedy))
     if count.ndim == 0 or count.shape[-1] % num_gpus:
         got = f"{num_gpus} for counts {list(count.shape)}"
         rule = "divide the last dimension of physical_count"
-        raise ValueError(_checks.message("balancedness", "num_gpus", rule, got, "Pass [..., Ep]."))
-    load = count.reshape(*count.shape[:-1], num_gpus, -1).sum(axis=-1).astype(np.float32)
-    small = np.float32(1e-5)
-    return (load.mean(axis=-1) + small) / (load.max(axis=-1) + small)
+        raise ValueError(checks.message(function, "num_gpus", rule, got, "Pass [..., Ep]."))
+    if not (np.isfinite(count).all() and count.min() >= 0):
+        bad = count[~(np.isfinite(count) & (count >= 0))].flat[0]
+        rule = "be finite and at least 0"
+        raise ValueError(checks.message(function, "physical_count", rule, bad, remedy))
+    load = _sum(count.reshape(*count.shape[:-1], num_gpus, count.shape[-1] // num_gpus), axis=-1)
+    # float64 where float32 cannot hold the sum itself, of which only the ratio is asked.
+    load = load.astype(np.float32 if load.max() < 1e30 else np.float64)
+    small = load.dtype.type(1e-5)
+    value = (load.mean(axis=-1) + small) / (load.max(axis=-1) + small)
+    return np.asarray(value, np.float32)
 
 
 # -- checks -----------------------------------------------------------------------------------------------
 
 
 def _fail(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(_checks.message(_FUNCTION, argument, rule, got, remedy).rstrip())
+    raise ValueError(checks.message(_FUNCTION, argument, rule, got, remedy).rstrip())
+
+
+def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
+    """An array of real numbers, of its own dtype.
+
+    Raises:
+        TypeError: of another dtype.   ValueError: lists of different lengths.
+    """
+    array = maps.as_array(function, argument, value, remedy)
+    if array.dtype.kind not in "biuf":
+        if array.dtype.kind == "V" or array.dtype.name == "bfloat16":  # ml_dtypes' floats
+            try:
+                return array.astype(np.float32)
+            except (TypeError, ValueError):
+                pass
+        got = checks.describe(array)
+        raise TypeError(checks.message(function, argument, "be real numbers", got, remedy))
+    return array
 
 
 def _check_weight(weight: Any) -> np.ndarray:
     """`[S, L, El]` of its own dtype, with finite float32 sums."""
     remedy = "Pass the tokens per expert, [layers, experts] or [steps, layers, experts]."
-    array = np.asarray(weight)
-    if array.dtype.name.startswith(("bfloat16", "float8")):  # no float to NumPy
-        array = array.astype(np.float32)
-    if array.dtype.kind not in "biuf":
-        got = _checks.describe(array)
-        raise TypeError(_checks.message(_FUNCTION, "weight", "be real numbers", got, remedy))
-    no_steps = array.ndim == 3 and array.shape[0] == 0
-    if array.ndim not in (2, 3) or array.shape[-1] == 0 or no_steps:
-        _fail("weight", "have shape [L, El] or [S, L, El]", list(array.shape), remedy)
-    if array.size and not array.min() >= 0:
+    array = _real(_FUNCTION, "weight", weight, remedy)
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        rule = "have shape [L, El] or [S, L, El], of at least one each"
+        _fail("weight", rule, list(array.shape), remedy)
+    if not array.min() >= 0:
         _fail("weight", "be at least 0 everywhere", array.min(), remedy)
     history = array if array.ndim == 3 else array[None]
     with np.errstate(over="ignore"):
@@ -283,14 +363,22 @@ def _check_weight(weight: Any) -> np.ndarray:
     return history
 
 
-def _check_previous(previous: Any, num_logical: int, shape: tuple[int, ...]) -> np.ndarray:
-    old = np.asarray(previous)
+def _check_previous(previous: Any, sizes: tuple[int, ...], num_gpus: int) -> np.ndarray:
+    """The map `[L, slots]` int64; `sizes` are (L, El)."""
     remedy = "Pass the physical_to_logical_map in force."
-    if old.shape != shape or old.dtype.kind not in "iu":
-        rule = f"be an integer array {list(shape)}"
-        _fail("previous", rule, _checks.describe(old), remedy)
-    if old.size and not 0 <= old.min() <= old.max() < num_logical:
-        rule = f"hold experts in [0, {num_logical})"
+    num_layers, num_logical = sizes
+    old = maps.as_array(_FUNCTION, "previous", previous, remedy)
+    if old.dtype.kind not in "iu":
+        got = checks.describe(old)
+        raise TypeError(checks.message(_FUNCTION, "previous", "be integers", got, remedy))
+    if old.ndim != 2 or len(old) != num_layers or old.shape[1] == 0:
+        rule = f"be an integer array [{num_layers}, slots]"
+        _fail("previous", rule, checks.describe(old), remedy)
+    if old.shape[1] % num_gpus:
+        got, rule = f"{old.shape[1]} slots", f"have a multiple of its GPUs ({num_gpus}) as slots"
+        _fail("previous", rule, got, "Pass previous_num_gpus where it was for other GPUs.")
+    if not -1 <= int(old.min()) <= int(old.max()) < num_logical:
+        rule = f"hold experts in [0, {num_logical}), or -1"
         _fail("previous", rule, f"[{old.min()}, {old.max()}]", remedy)
     return old.astype(np.int64)
 

@@ -9,10 +9,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from moe_align_jax import _checks, _fork, block_align
+from moe_align_jax import block_align
+from moe_align_jax._align import replicas
+from moe_align_jax._core import checks, fork
 from moe_align_jax._eplb.maps import fail
-from moe_align_jax._reference import replicas
-from moe_align_jax.expert_location import Dispatch, ExpertLocation, check_dispatch
+from moe_align_jax.expert_location import (
+    Dispatch,
+    ExpertLocation,
+    check_dispatch,
+    integer_scalar,
+)
 
 _I32 = jnp.int32
 
@@ -34,7 +40,8 @@ def to_physical_ids(
     `slot = logical_to_physical_map[id, (h * num_replicas[id]) >> 16]`.
     "round_robin": `slot = logical_to_physical_map[id, (j + s) % num_replicas[id]]` for the j-th pair of its
     expert in the batch, with s the replica that "dynamic" gives token `first_token`; exactly even.
-    All are deterministic; the same input gives the same bits.
+    All are deterministic; the same input gives the same bits. Where the location's tokens are "replicated",
+    all GPUs choose alike: the rank has no influence, and "static" does what "dynamic" does.
 
     Args:
         topk_ids: `[..., top_k]` any integer dtype, logical ids; a vector holds one id per token. Ids outside
@@ -43,8 +50,8 @@ def to_physical_ids(
         layer: the layer, an int or an integer scalar; None for the location of one layer.
         dispatch: None for the location's own.
         rank: None, or this GPU's number, an int or an integer scalar such as `lax.axis_index("ep")`. Needed
-            for "static"; for the others, tokens are numbered from `rank * num_tokens` on instead of
-            from the location's `first_token`.
+            for "static" of tokens per rank; for the others, tokens are numbered from
+            `rank * num_tokens` on instead of from the location's `first_token`.
         num_fused_shared_experts: the last so many columns are left as they are. Static.
 
     Returns:
@@ -63,16 +70,16 @@ def to_physical_ids(
     Source: the contract of SGLang's logical to physical dispatch (Apache-2.0); no code taken.
     """
     function = "to_physical_ids"
-    _fork.check(function)
+    fork.check(function)
     if not isinstance(location, ExpertLocation):
-        rule, got = "be an ExpertLocation", _checks.describe(location)
-        raise TypeError(_checks.message(function, "location", rule, got, "Make one from a map."))
+        rule, got = "be an ExpertLocation", checks.describe(location)
+        raise TypeError(checks.message(function, "location", rule, got, "Make one from a map."))
     if location.num_layers is not None:
         if layer is None:
             fail(function, "layer", "be given", None, "The location is of all layers.")
         location = location.layer(layer)
     elif layer is not None:
-        got = _checks.describe(layer)
+        got = checks.describe(layer)
         fail(function, "layer", "be left out", got, "The location is of one layer already.")
     dispatch = location.dispatch if dispatch is None else dispatch
     check_dispatch(function, dispatch)
@@ -82,13 +89,20 @@ def to_physical_ids(
     )
     shared = check_shared(function, num_fused_shared_experts, ids.shape)
     if ids.ndim == 0:
-        fail(function, "topk_ids", "have an axis", _checks.describe(ids), "Pass ids [..., top_k].")
+        fail(function, "topk_ids", "have an axis", checks.describe(ids), "Pass ids [..., top_k].")
 
     if rank is not None:
-        last = ids.shape[-1]
-        tokens = ids.size // last if ids.ndim > 1 and last else ids.size
-        first = jnp.asarray(rank).astype(_I32) * _I32(tokens)
+        rank = integer_scalar(function, "rank", rank, "Pass the GPU's number.")
+        # Of replicated tokens, the first is the same on every GPU: the location's.
+        first = location.first_token
+        if location.tokens == "per_rank":
+            last = ids.shape[-1]
+            num_tokens = ids.size // last if ids.ndim > 1 and last else ids.size
+            first = rank * num_tokens
+            if not isinstance(rank, int):
+                first = rank.astype(_I32) * _I32(num_tokens)
         location = location.for_rank(rank, first_token=first)
+    dispatch = chosen_by(location, dispatch)
     if dispatch == "static":
         if location.static_dispatch_map is None:
             remedy = 'Make it with num_gpus and dispatch="static".'
@@ -108,9 +122,9 @@ def check_shared(function: str, shared: Any, shape: tuple[Any, ...]) -> int:
     """
     argument = "num_fused_shared_experts"
     if isinstance(shared, bool) or not isinstance(shared, (int, np.integer)):
-        rule, got = "be a static Python int", _checks.describe(shared)
+        rule, got = "be a static Python int", checks.describe(shared)
         remedy = "Pass the columns of shared experts."
-        raise TypeError(_checks.message(function, argument, rule, got, remedy))
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
     if not 0 <= shared <= (shape[-1] if len(shape) > 1 else 0):
         got = f"{shared} for ids {list(shape)}"
         rule = "be at most the columns of topk_ids"
@@ -169,9 +183,16 @@ def narrow_on_host(ids: np.ndarray, num_experts: int, shared: int) -> np.ndarray
         return ids
     limit = np.full(ids.shape[-1:], num_experts)
     if shared:
-        limit[-shared:] = _checks.INT32_MAX
+        limit[-shared:] = checks.INT32_MAX
     in_range = (ids >= 0) & (ids < limit)
     return np.where(in_range, ids.astype(np.int32), np.int32(-1))
+
+
+def chosen_by(location: ExpertLocation, dispatch: Dispatch) -> Dispatch:
+    """The dispatch that is computed: of replicated tokens, none may depend on the GPU."""
+    if location.tokens == "replicated" and dispatch == "static":
+        return "dynamic"
+    return dispatch
 
 
 # -- for the alignment ----------------------------------------------------------------------------
@@ -188,8 +209,8 @@ def alignment_tables(
         TypeError, ValueError: as `moe_align_block_size` says.
     """
     if not isinstance(location, ExpertLocation):
-        rule, got = "be an ExpertLocation", _checks.describe(location)
-        raise TypeError(_checks.message(function, "expert_location", rule, got, "Make one."))
+        rule, got = "be an ExpertLocation", checks.describe(location)
+        raise TypeError(checks.message(function, "expert_location", rule, got, "Make one."))
     slots = location.num_physical_experts
     if num_experts < slots or num_experts > slots and not shared:
         remedy = "Ids are logical, but it is slots that are aligned."
@@ -197,19 +218,20 @@ def alignment_tables(
         rule += ", or more for those of shared experts" if shared else ""
         fail(function, "num_experts", rule, num_experts, remedy)
     check_dispatch(function, location.dispatch)
+    dispatch = chosen_by(location, location.dispatch)
     tables = {}
     if location.num_layers is not None:
         tables["layer"] = _checked_layer(function, layer, location.num_layers)
     elif layer is not None:
-        got, remedy = _checks.describe(layer), "expert_location is of one layer already."
+        got, remedy = checks.describe(layer), "expert_location is of one layer already."
         fail(function, "layer", "be left out", got, remedy)
-    if location.dispatch == "static":
+    if dispatch == "static":
         table = location.static_dispatch_map
         if table is None:
             remedy = 'Make it with num_gpus and dispatch="static".'
             fail(function, "expert_location", "hold a static_dispatch_map", None, remedy)
         if table.ndim != 1 + len(tables):
-            got = _checks.describe(table)
+            got = checks.describe(table)
             rule = "have the static_dispatch_map of one GPU"
             fail(function, "expert_location", rule, got, "Pass expert_location.for_rank(rank).")
         tables["static_dispatch_map"] = table
@@ -217,8 +239,8 @@ def alignment_tables(
         names = ("logical_to_physical_map", "num_replicas", "first_token")
         tables |= {name: getattr(location, name) for name in names}
         size = location.logical_to_physical_map.size
-        _checks.check_fits_int32(function, "expert_location", size, "a table")
-    return location.dispatch, tables
+        checks.check_fits_int32(function, "expert_location", size, "a table")
+    return dispatch, tables
 
 
 def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:
@@ -232,5 +254,5 @@ def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:
     remedy = "Pass an int, or an integer scalar that the program computes."
     layer = block_align._check_integer_array(function, "layer", layer, remedy)
     if layer.size != 1:
-        fail(function, "layer", "be a scalar", _checks.describe(layer), remedy)
+        fail(function, "layer", "be a scalar", checks.describe(layer), remedy)
     return layer

@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_align_jax import _checks, _export, _fork
-from moe_align_jax._recorder import arguments
-from moe_align_jax._recorder.rows import (
+from moe_align_jax._core import checks, fork
+from moe_align_jax._expert_load import arguments
+from moe_align_jax._expert_load.ring import (
     HEADER,
     Layout,
     LoadRecord,
@@ -31,6 +31,7 @@ from moe_align_jax._recorder.rows import (
     read_rows,
     used_rows,
 )
+from moe_align_jax._lowering import export
 
 LoadMode = Literal["stat", "stat_approx", "per_pass", "per_token"]
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
@@ -68,7 +69,7 @@ class ExpertLoad:
 
     def recording(self, on: bool) -> "ExpertLoad":
         """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
-        on = _checks.check_bool("recording", "on", on, "True records, False does not.")
+        on = checks.check_bool("recording", "on", on, "True records, False does not.")
         return self._controlled([-1, -2], [0, on])
 
     def cleared(self) -> "ExpertLoad":
@@ -78,7 +79,7 @@ class ExpertLoad:
     def _controlled(self, keep: list, add: list) -> "ExpertLoad":
         if self.layout is None:
             return self
-        _fork.check("ExpertLoad")
+        fork.check("ExpertLoad")
         control = _masked(self.control, np.array([keep], np.int32), np.array([add], np.int32))
         if self.control.committed:
             # Named as before, so that a jitted step is not traced again.
@@ -91,9 +92,9 @@ def _masked(control: jax.Array, keep: jax.Array, add: jax.Array) -> jax.Array:
     return (control & keep) + add
 
 
-_export.register_static_field(Layout)
-_export.register_namedtuple(LoadRecord)
-_export.register_dataclass(
+export.register_static_field(Layout)
+export.register_namedtuple(LoadRecord)
+export.register_dataclass(
     ExpertLoad, data_fields=["ring", "control", "pending"], meta_fields=["layout"]
 )
 
@@ -154,12 +155,12 @@ def init_expert_load(
     Source: SGLang `srt/eplb/expert_distribution.py` (Apache-2.0), its modes; no code taken.
     """
     function = "init_expert_load"
-    _fork.check(function)
+    fork.check(function)
     if mode is None:
         return ExpertLoad(None, None)
     if mode not in MODES:
         rule, remedy = f"be one of {', '.join(MODES)} or None", "None compiles recording out."
-        raise ValueError(_checks.message(function, "mode", rule, repr(mode), remedy))
+        raise ValueError(checks.message(function, "mode", rule, repr(mode), remedy))
     sizes = {
         "num_layers": num_layers,
         "num_physical_experts": num_physical_experts,
@@ -171,23 +172,23 @@ def init_expert_load(
     if mode == "per_token":
         sizes |= {"max_tokens": max_tokens, "top_k": top_k}
     checked = {
-        name: _checks.check_positive_int(function, name, value, "Pass a size.")
+        name: checks.check_positive_int(function, name, value, "Pass a size.")
         for name, value in sizes.items()
     }
     physical, shards = checked["num_physical_experts"], checked["num_shards"]
     logical = checked.get("num_logical_experts", physical)
     if logical > physical:
         rule, remedy = f"be at most num_physical_experts = {physical}", "Every expert has a slot."
-        raise ValueError(_checks.message(function, "num_logical_experts", rule, logical, remedy))
+        raise ValueError(checks.message(function, "num_logical_experts", rule, logical, remedy))
     remedy = "True where a shard counts its own experts alone."
-    local_experts = _checks.check_bool(function, "local_experts", local_experts, remedy)
+    local_experts = checks.check_bool(function, "local_experts", local_experts, remedy)
     if local_experts and (mode == "per_token" or physical % shards):
         rule = "go with num_physical_experts divisible by num_shards, and with counts"
         got = f"mode {mode!r}, {physical} experts on {shards} shards"
         remedy = "Leave it False where a shard counts all experts."
-        raise ValueError(_checks.message(function, "local_experts", rule, got, remedy))
+        raise ValueError(checks.message(function, "local_experts", rule, got, remedy))
     remedy = "Pass True or False."
-    recording = _checks.check_bool(function, "recording", recording, remedy)
+    recording = checks.check_bool(function, "recording", recording, remedy)
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,
@@ -202,7 +203,7 @@ def init_expert_load(
         local_experts=local_experts,
     )
     rows = shards * (layout.num_passes + 1)
-    _checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
+    checks.check_fits_int32(function, "num_passes", rows * layout.row, "a ring")
     control = np.tile(np.array([1, recording], np.int32), (shards, 1))
     return ExpertLoad(
         ring=jnp.zeros((rows, layout.row), _I32, device=_of_rank(sharding, 2)),
@@ -271,7 +272,7 @@ def record_expert_load(
         [[[0, 1, 1, 1], [0, 1, 1, 1]]]
     """
     function = "record_expert_load"
-    _fork.check(function)
+    fork.check(function)
     layout = load.layout
     if layout is None:
         return load
@@ -285,7 +286,7 @@ def record_expert_load(
                 "be None while forward_pass_id or a map is given",
                 "Pass it to the commit.",
             )
-            raise ValueError(_checks.message(function, "layer", rule, layer, remedy))
+            raise ValueError(checks.message(function, "layer", rule, layer, remedy))
         part = arguments.check_layer_array(function, argument, given, layout)
         key = str(index)
         if key in load.pending:
@@ -295,7 +296,7 @@ def record_expert_load(
     if load.pending:
         rule, got = "be a layer while single layers are pending", f"None with {len(load.pending)}"
         remedy = "End the pass with commit_expert_load."
-        raise ValueError(_checks.message(function, "layer", rule, got, remedy))
+        raise ValueError(checks.message(function, "layer", rule, got, remedy))
     parts = arguments.check_all_layers(function, argument, given, layout)
     return _commit(function, load, parts, physical_to_logical_map, forward_pass_id)
 
@@ -325,7 +326,7 @@ def commit_expert_load(
     if load.layout is None:
         return load
     function = "commit_expert_load"
-    _fork.check(function)
+    fork.check(function)
     pending = [load.pending.get(str(layer)) for layer in range(load.layout.num_layers)]
     load = dataclasses.replace(load, pending={})
     return _commit(function, load, pending, physical_to_logical_map, forward_pass_id)
@@ -352,10 +353,10 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
         >>> record.physical_count.tolist(), record.logical_count.tolist()
         ([[[5, 6, 7]]], [[[12, 6]]])
     """
-    _fork.check("collect_expert_load")
+    fork.check("collect_expert_load")
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
-        raise ValueError(_checks.message("collect_expert_load", "load", rule, None, remedy))
+        raise ValueError(checks.message("collect_expert_load", "load", rule, None, remedy))
     return read_rows(_on_host(load.ring), _on_host(load.control), load.layout)
 
 
@@ -368,7 +369,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     Returns:
         N, the passes recorded, and `[min(N, most), L, Ep]` int64, oldest first, summed over the shards.
     """
-    _fork.check("metrics")
+    fork.check("metrics")
     layout = load.layout
     assert layout is not None
     parts = _parts(load.ring)
@@ -418,7 +419,7 @@ def _commit(
     if load.control.shape[0] != 1:
         rule, got = "be one shard's part", f"all {load.control.shape[0]} shards"
         remedy = "Record inside shard_map, with PartitionSpec of the expert-parallel axis."
-        raise ValueError(_checks.message(function, "load", rule, got, remedy))
+        raise ValueError(checks.message(function, "load", rule, got, remedy))
     with jax.named_scope("record_expert_load"):
         if layout.mode == "per_token":
             body, tokens = _token_rows(function, parts, layout)
@@ -461,7 +462,7 @@ def _token_rows(function: str, parts: Any, layout: Layout) -> tuple[list[Any], i
         if tokens > layout.max_tokens:
             rule = f"have at most max_tokens = {layout.max_tokens} rows"
             raise ValueError(
-                _checks.message(function, "topk_ids", rule, tokens, "Make the state larger.")
+                checks.message(function, "topk_ids", rule, tokens, "Make the state larger.")
             )
         most = max(most, tokens)
         missing = (layout.max_tokens - tokens) * layout.top_k

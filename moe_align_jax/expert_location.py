@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax import _checks, _export, _files, _fork, eplb
-from moe_align_jax._eplb import loads, maps
+from moe_align_jax import eplb
+from moe_align_jax._core import checks, files, fork
+from moe_align_jax._eplb import loads, maps, placement_files
 from moe_align_jax._eplb.maps import fail
+from moe_align_jax._lowering import export
 
 Dispatch = Literal["static", "dynamic", "round_robin"]
+Tokens = Literal["per_rank", "replicated"]
 
 # So that the dispatch's (hash * replicas) fits int32, with hash < 2**16.
 _MOST_REPLICAS = 2**15
@@ -35,10 +38,16 @@ class ExpertLocation:
         logical_to_physical_map: `[L, El, X]` int32, the slots of expert i, then -1.
         num_replicas: `[L, El]` int32, how many those are, >= 1.
         static_dispatch_map: None, or `[L, D, El]` int32: the one slot that GPU d sends tokens of expert i
-            to; `[L, El]` once `for_rank` has chosen d.
+            to; `[L, El]` once `for_rank` has chosen d. None where tokens are replicated.
         first_token: `[L]` int32, what the hash counts the first token of a batch as.
         dispatch: static. How a token chooses among replicas where `to_physical_ids` is not told:
             "dynamic", "static" or "round_robin".
+        tokens: static. "per_rank": each GPU has tokens of its own, and sends each pair to the GPU of its
+            slot. "replicated": all GPUs see the same tokens and compute the pairs whose slots they hold
+            (by `expert_map`), as SGLang does with moe_a2a_backend="none". A choice by GPU would then have
+            some pairs computed twice and others never; so all GPUs choose alike: the rank has no
+            influence, and "static" chooses by the hash of the token, as "dynamic" does, which uses all
+            replicas evenly.
     """
 
     physical_to_logical_map: Any
@@ -47,6 +56,7 @@ class ExpertLocation:
     static_dispatch_map: Any
     first_token: Any
     dispatch: Dispatch = "dynamic"
+    tokens: Tokens = "per_rank"
 
     @property
     def num_physical_experts(self) -> int:
@@ -70,14 +80,15 @@ class ExpertLocation:
         *,
         num_gpus: int | None = None,
         dispatch: Dispatch = "dynamic",
+        tokens: Tokens = "per_rank",
     ) -> "ExpertLocation":
         """The location that a physical_to_logical_map describes.
 
         Args:
             physical_to_logical_map: `[L, Ep]` integers; every expert has a slot in every layer.
             num_logical_experts: El; None for one more than the greatest expert in the map.
-            num_gpus: D, a divisor of Ep; needed for `dispatch="static"`.
-            dispatch: of the result.
+            num_gpus: D, a divisor of Ep; needed for `dispatch="static"` of tokens per rank.
+            dispatch, tokens: of the result.
 
         Raises:
             TypeError: the map is not integers.
@@ -94,7 +105,7 @@ class ExpertLocation:
         )
         width = physical.shape[1] - num_logical + 1
         slots, count = maps.slots_of_experts(physical, num_logical, width)
-        return _made(cls, function, physical, slots, count, num_gpus, dispatch)
+        return _made(cls, function, (physical, slots, count), num_gpus, dispatch, tokens)
 
     @classmethod
     def trivial(
@@ -105,12 +116,13 @@ class ExpertLocation:
         *,
         num_gpus: int | None = None,
         dispatch: Dispatch = "dynamic",
+        tokens: Tokens = "per_rank",
     ) -> "ExpertLocation":
         """Slot p holds expert `p % El`: the redundant slots replicate the first experts.
 
         Args:
             num_layers: L.   num_logical_experts: El.   num_physical_experts: Ep >= El; None for El.
-            num_gpus, dispatch: as `from_map`.
+            num_gpus, dispatch, tokens: as `from_map`.
 
         Raises:
             TypeError, ValueError: a size is not an int, or out of range.
@@ -120,18 +132,20 @@ class ExpertLocation:
             [[0, 1, 2, 0, 1]]
         """
         function, remedy = "ExpertLocation.trivial", "Pass a count."
-        num_layers = _checks.check_positive_int(function, "num_layers", num_layers, remedy)
-        logical = _checks.check_positive_int(
+        num_layers = checks.check_positive_int(function, "num_layers", num_layers, remedy)
+        logical = checks.check_positive_int(
             function, "num_logical_experts", num_logical_experts, remedy
         )
-        physical = _checks.check_positive_int(
-            function, "num_physical_experts", num_physical_experts or logical, remedy
-        )
+        physical = logical
+        if num_physical_experts is not None:
+            physical = checks.check_positive_int(
+                function, "num_physical_experts", num_physical_experts, remedy
+            )
         if physical < logical:
             rule = f"be at least num_logical_experts ({logical})"
             fail(function, "num_physical_experts", rule, physical, "Every expert needs a slot.")
         slots = np.tile(np.arange(physical) % logical, (num_layers, 1))
-        return cls.from_map(slots, logical, num_gpus=num_gpus, dispatch=dispatch)
+        return cls.from_map(slots, logical, num_gpus=num_gpus, dispatch=dispatch, tokens=tokens)
 
     @classmethod
     def from_counts(
@@ -144,16 +158,19 @@ class ExpertLocation:
         num_groups: int = 1,
         algorithm: eplb.Algorithm = "auto",
         previous: Any = None,
+        previous_num_gpus: int | None = None,
+        spread_replicas: bool = False,
         dispatch: Dispatch = "dynamic",
+        tokens: Tokens = "per_rank",
     ) -> "ExpertLocation":
         """The placement that `rebalance_experts` makes of recorded loads.
 
         Args:
             logical_count: `[L, El]` or `[S, L, El]`, such as a recorder dumps.
             num_physical_experts: Ep.
-            num_gpus, num_nodes, num_groups, algorithm, previous: as `rebalance_experts`; `previous`
-                also takes an `ExpertLocation`.
-            dispatch: of the result.
+            num_gpus, num_nodes, num_groups, algorithm, previous, previous_num_gpus, spread_replicas: as
+                `rebalance_experts`; `previous` also takes an `ExpertLocation`.
+            dispatch, tokens: of the result.
 
         Raises:
             TypeError, ValueError: as `rebalance_experts`.
@@ -168,13 +185,15 @@ class ExpertLocation:
             num_gpus,
             algorithm=algorithm,
             previous=previous,
+            previous_num_gpus=previous_num_gpus,
+            spread_replicas=spread_replicas,
         )
         physical, slots, count = placed
-        width = num_physical_experts - slots.shape[1] + 1
+        width = physical.shape[1] - slots.shape[1] + 1
         room = ((0, 0), (0, 0), (0, width - slots.shape[2]))
         slots = np.pad(slots, room, constant_values=-1)
         function = "ExpertLocation.from_counts"
-        return _made(cls, function, physical, slots, count, num_gpus, dispatch)
+        return _made(cls, function, (physical, slots, count), num_gpus, dispatch, tokens)
 
     @classmethod
     def from_file(
@@ -187,57 +206,72 @@ class ExpertLocation:
         num_groups: int = 1,
         algorithm: eplb.Algorithm = "auto",
         dispatch: Dispatch = "dynamic",
+        tokens: Tokens = "per_rank",
     ) -> "ExpertLocation":
-        """From a placement or a recording in a file: ours, or SGLang's `--init-expert-location`.
+        """From a placement or a recording in a file: ours, SGLang's, vllm-ascend's or TensorRT-LLM's.
 
         A recording (it holds `physical_count` or `records`) is rebalanced; so is a file with
-        `logical_count` and no map. Otherwise the file's `physical_to_logical_map` is taken as it is.
+        `logical_count` and no map. Otherwise the placement is taken as it is: a `physical_to_logical_map`,
+        such as SGLang's `--init-expert-location` takes, vllm-ascend's `expert_map.json`, or the YAML of
+        TensorRT-LLM's load balancer.
 
         Args:
-            path: a .json, .npz or .pt file (torch is not needed), or JSON text that begins with "{".
+            path: a .json, .npz, .pt (torch is not needed), .yaml or .yml file (extra `yaml`), or JSON text
+                that begins with "{".
             num_physical_experts, num_gpus: needed to rebalance.
             num_nodes, num_groups, algorithm: for the rebalance.
-            dispatch: of the result.
+            dispatch, tokens: of the result.
 
         Raises:
             OSError: the file cannot be read.
+            ImportError: the file is YAML, and pyyaml is not installed.
             TypeError, ValueError: it is damaged or holds no valid placement or load.
         """
         function = "ExpertLocation.from_file"
         if isinstance(path, str) and path.lstrip().startswith("{"):
-            contents = _files.parse_json(path, function=function)
+            contents = files.parse_json(path, function=function)
             named: Any = contextlib.nullcontext()
         else:
-            contents = _files.read_file(path, function=function)
-            named = _files.naming(path)
-        recording = not contents.keys().isdisjoint(("physical_count", "records"))
+            contents = placement_files.read(path, function=function)
+            named = files.naming(path)
         with named:
-            if "physical_to_logical_map" in contents and not recording:
-                slots = loads.map_in_force(contents)
-                return cls.from_map(slots, num_gpus=num_gpus, dispatch=dispatch)
+            recording = not contents.keys().isdisjoint(("physical_count", "records"))
+            placed = not contents.keys().isdisjoint(placement_files.NAMES)
+            found = placement_files.find(contents, function=function) if placed else None
+            if found is not None and not recording:
+                gpus = found.num_gpus if num_gpus is None else num_gpus
+                return cls.from_map(found.slots, num_gpus=gpus, dispatch=dispatch, tokens=tokens)
             history = loads.recorded_load(contents, function=function)
             remedy = "The file holds loads, from which a placement must be made."
             return cls.from_counts(
                 history,
-                num_physical_experts=_checks.check_positive_int(
+                num_physical_experts=checks.check_positive_int(
                     function, "num_physical_experts", num_physical_experts, remedy
                 ),
-                num_gpus=_checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
+                num_gpus=checks.check_positive_int(function, "num_gpus", num_gpus, remedy),
                 num_nodes=num_nodes,
                 num_groups=num_groups,
                 algorithm=algorithm,
                 dispatch=dispatch,
+                tokens=tokens,
             )
 
     def layer(self, layer: Any) -> "ExpertLocation":
-        """The location of one layer: an int, or an integer scalar that a program computes (clamped)."""
-        _fork.check("ExpertLocation.layer")
+        """The location of one layer: an int, or an integer scalar that a program computes (clamped).
+
+        Raises:
+            TypeError: the layer is not an integer (True and 1.0 are none).
+            ValueError: it is out of range, or the location is of one layer.
+        """
+        fork.check("ExpertLocation.layer")
         if self.num_layers is None:
             fail("ExpertLocation.layer", "location", "have layers", "one layer", "Use it as it is.")
-        if isinstance(layer, (int, np.integer)):
+        remedy = "Pass a layer of the map."
+        layer = integer_scalar("ExpertLocation.layer", "layer", layer, remedy)
+        if isinstance(layer, int):
             if not 0 <= layer < self.num_layers:
                 rule = f"be in [0, {self.num_layers})"
-                fail("ExpertLocation.layer", "layer", rule, layer, "Pass a layer of the map.")
+                fail("ExpertLocation.layer", "layer", rule, layer, remedy)
             return jax.tree.map(lambda leaf: leaf[layer], self)
         return jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(jnp.asarray(leaf), layer, keepdims=False), self
@@ -249,19 +283,31 @@ class ExpertLocation:
         Args:
             rank: an int, or an integer scalar such as `lax.axis_index("ep")`.
             first_token: integer scalar, the number of the first token of this GPU's batch: with
-                `rank * num_tokens`, the GPUs' tokens together are spread over replicas as one batch.
+                `rank * num_tokens`, the GPUs' tokens together are spread over replicas as one batch. The
+                same on all GPUs where tokens are replicated.
+
+        Raises:
+            TypeError: an argument is not an integer.   ValueError: the rank is out of range.
         """
-        _fork.check("ExpertLocation.for_rank")
+        fork.check("ExpertLocation.for_rank")
+        function, remedy = "ExpertLocation.for_rank", "Pass the GPU's number."
+        rank = integer_scalar(function, "rank", rank, remedy)
+        if isinstance(rank, int) and rank < 0:
+            fail(function, "rank", "be at least 0", rank, remedy)
+        first_token = integer_scalar(
+            function, "first_token", first_token, "Pass the number of a token."
+        )
         row = self.static_dispatch_map
         layered = self.num_layers is not None
         if row is not None and row.ndim == 2 + layered:
             num_gpus = row.shape[-2]
-            if isinstance(rank, (int, np.integer)) and not 0 <= rank < num_gpus:
-                rule = f"be in [0, {num_gpus})"
-                fail("ExpertLocation.for_rank", "rank", rule, rank, "Pass the GPU's number.")
+            if isinstance(rank, int) and rank >= num_gpus:
+                fail(function, "rank", f"be in [0, {num_gpus})", rank, remedy)
             row = lax.dynamic_index_in_dim(
                 jnp.asarray(row), rank, axis=row.ndim - 2, keepdims=False
             )
+        if isinstance(first_token, int):  # token numbers wrap, as the hash of them does
+            first_token = np.int32((first_token + 2**31) % 2**32 - 2**31)
         first = jnp.broadcast_to(jnp.asarray(first_token).astype(_I32), self.first_token.shape)
         return dataclasses.replace(self, static_dispatch_map=row, first_token=first)
 
@@ -273,19 +319,21 @@ class ExpertLocation:
             layer_ids: ints in [0, L).
 
         Raises:
+            TypeError: other is no location, or layer_ids are not integers (a mask of bools is none).
             ValueError: the sizes differ, or a layer is out of range.
         """
         function = "ExpertLocation.update"
-        _fork.check(function)
+        fork.check(function)
+        if not isinstance(other, ExpertLocation):
+            rule, got = "be an ExpertLocation", checks.describe(other)
+            raise TypeError(checks.message(function, "other", rule, got, "Make one from a map."))
+        if self.num_layers is None:
+            fail(function, "location", "have layers", "one layer", "Update that of all layers.")
         mine, theirs = (jax.tree.map(lambda leaf: leaf.shape, x) for x in (self, other))
         if mine != theirs:
-            got = f"{theirs.physical_to_logical_map} for {mine.physical_to_logical_map}"
+            got = f"{_sizes(other)} for {_sizes(self)}"
             fail(function, "other", "have this location's sizes and dispatch", got, "Make it so.")
-        chosen = np.zeros(self.physical_to_logical_map.shape[0], bool)
-        ids = np.asarray(layer_ids, np.int64).reshape(-1)
-        if self.num_layers is None or ids.size and not 0 <= ids.min() <= ids.max() < len(chosen):
-            fail(function, "layer_ids", "be layers of the location", ids.tolist(), "Pass ints.")
-        chosen[ids] = True
+        chosen = maps.check_layers(function, layer_ids, self.num_layers)
 
         def replace(old: Any, new: Any) -> Any:
             rows = chosen.reshape(-1, *[1] * (old.ndim - 1))
@@ -298,9 +346,9 @@ class ExpertLocation:
         return jax.tree.map(replace, self, other)
 
 
-_export.register_namedtuple(eplb.ExpertMoves)
-_export.register_namedtuple(eplb.ExpertPlacement)
-_export.register_dataclass(
+export.register_namedtuple(eplb.ExpertMoves)
+export.register_namedtuple(eplb.ExpertPlacement)
+export.register_dataclass(
     ExpertLocation,
     data_fields=[
         "physical_to_logical_map",
@@ -309,40 +357,72 @@ _export.register_dataclass(
         "static_dispatch_map",
         "first_token",
     ],
-    meta_fields=["dispatch"],
+    meta_fields=["dispatch", "tokens"],
 )
+
+
+def _sizes(location: ExpertLocation) -> str:
+    slots, experts = location.physical_to_logical_map.shape, location.num_logical_experts
+    return (
+        f"[{', '.join(map(str, slots))}] slots of {experts} experts, {location.dispatch}, "
+        f"{location.tokens} tokens"
+    )
 
 
 def _made(
     cls: type[ExpertLocation],
     function: str,
-    physical: np.ndarray,
-    slots: np.ndarray,
-    count: np.ndarray,
+    placed: tuple[np.ndarray, np.ndarray, np.ndarray],
     num_gpus: int | None,
     dispatch: Dispatch,
+    tokens: Tokens,
 ) -> ExpertLocation:
-    _fork.check(function)
+    fork.check(function)
+    """`placed`: the map, the slots of each expert and how many those are."""
+    physical, slots, count = placed
     check_dispatch(function, dispatch)
+    _check_choice(function, "tokens", tokens, get_args(Tokens))
     static = None
+    by_rank = dispatch == "static" and tokens == "per_rank"
     if num_gpus is not None:
-        num_gpus = _checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
+        num_gpus = checks.check_positive_int(function, "num_gpus", num_gpus, "Pass a count.")
         if physical.shape[1] % num_gpus:
             rule = f"divide the {physical.shape[1]} slots"
             fail(function, "num_gpus", rule, num_gpus, "Each GPU holds the same number of slots.")
-        if dispatch == "static":
+        if by_rank:
             static = maps.static_dispatch(physical, slots, count, num_gpus)
-    elif dispatch == "static":
+    elif by_rank:
         fail(function, "num_gpus", 'be given for dispatch="static"', None, "Pass the GPUs.")
     if slots.shape[2] > _MOST_REPLICAS:
         got = slots.shape[2] - 1
         fail(function, "redundant slots", f"be below {_MOST_REPLICAS}", got, "Use fewer.")
     first = np.zeros(len(physical), np.int32)
     leaves = jax.tree.map(jnp.asarray, (physical, slots, count, static, first))
-    return cls(*leaves, dispatch=dispatch)
+    return cls(*leaves, dispatch=dispatch, tokens=tokens)
 
 
 def check_dispatch(function: str, dispatch: Any) -> None:
-    if dispatch not in get_args(Dispatch):
-        rule = f"be one of {', '.join(get_args(Dispatch))}"
-        fail(function, "dispatch", rule, repr(dispatch), "See ExpertLocation.")
+    _check_choice(function, "dispatch", dispatch, get_args(Dispatch))
+
+
+def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        rule = f"be one of {', '.join(choices)}"
+        fail(function, argument, rule, repr(value), "See ExpertLocation.")
+
+
+def integer_scalar(function: str, argument: str, value: Any, remedy: str) -> Any:
+    """An int where the value is known on the host, else the integer scalar of a device or program.
+
+    Raises:
+        TypeError: it is no integer; a bool and a float are none.   ValueError: no scalar.
+    """
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    arrays = (jax.Array, np.ndarray)
+    if not isinstance(value, arrays) or not jnp.issubdtype(value.dtype, jnp.integer):
+        rule, got = "be an int or an integer scalar", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
+    if value.size != 1:
+        fail(function, argument, "be a scalar", checks.describe(value), remedy)
+    return int(value.reshape(())) if isinstance(value, np.ndarray) else value.reshape(())

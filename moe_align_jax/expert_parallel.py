@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_align_jax import _checks, _dispatch, _export, _fork
+from moe_align_jax._core import checks, fork
 from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
@@ -50,13 +50,14 @@ from moe_align_jax._expert_parallel.exchange import (
     send,
     send_to_boxes,
 )
-from moe_align_jax._expert_parallel.nvlink import NVLINK, check_order
 from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._expert_parallel.transport import Group
+from moe_align_jax._expert_parallel.transports.nvlink import NVLINK, check_order
+from moe_align_jax._lowering import export, select
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
-@_export.register_namedtuple
+@export.register_namedtuple
 class DispatchHandle(NamedTuple):
     """What `combine` needs to bring results home. Its fields may change; pass it on as it is.
 
@@ -77,7 +78,7 @@ class DispatchHandle(NamedTuple):
     topk_ids: Any
 
 
-@_export.register_namedtuple
+@export.register_namedtuple
 class Dispatched(NamedTuple):
     """What a rank receives; by mode, the fields that do not apply are None.
 
@@ -178,7 +179,7 @@ def dispatch(
     Source: the contract of DeepEP's dispatch and low_latency_dispatch (MIT); no code taken.
     """
     function = "dispatch"
-    _fork.check(function)
+    fork.check(function)
     size = check_axis_size(function, axis_name)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
@@ -186,17 +187,17 @@ def dispatch(
     num_tokens = x.shape[0]
     weights = check_pairs(function, ids, topk_weights, num_tokens)
     num_valid_tokens = check_num_valid_tokens(num_valid_tokens)
-    most = _checks.check_positive_int(
+    most = checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
     )
     chosen = resolve_mode(function, mode, num_tokens, most)
     if max_tokens_per_expert is not None and mode == "normal":
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
         got = max_tokens_per_expert
-        raise ValueError(_checks.message(function, "max_tokens_per_expert", rule, got, remedy))
+        raise ValueError(checks.message(function, "max_tokens_per_expert", rule, got, remedy))
     if initialize is not None:
         remedy = "True makes unused rows zero, False leaves them unwritten, None chooses."
-        initialize = _checks.check_bool(function, "initialize", initialize, remedy)
+        initialize = checks.check_bool(function, "initialize", initialize, remedy)
     choice = choose(
         function,
         transport,
@@ -299,19 +300,19 @@ def combine(
     Source: the contract of DeepEP's combine and low_latency_combine (MIT); no code taken.
     """
     function = "combine"
-    _fork.check(function)
+    fork.check(function)
     if not isinstance(handle, DispatchHandle):
-        rule, got = "be a DispatchHandle", _checks.describe(handle)
+        rule, got = "be a DispatchHandle", checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."
-        raise TypeError(_checks.message(function, "handle", rule, got, remedy))
+        raise TypeError(checks.message(function, "handle", rule, got, remedy))
     info: DispatchInfo = handle.info
     masked = info.mode == "low_latency"
     shape = handle.layout.pair_of_row.shape if masked else handle.in_use.shape
     remedy = "Pass one row for each row of what dispatch returned."
     y = check_rows(function, "y", y, shape, remedy, floating=True)
     if y.ndim != len(shape) + 1:
-        rule, got = f"have shape {_checks.leading(shape, 'H')}", _checks.describe(y)
-        raise ValueError(_checks.message(function, "y", rule, got, remedy))
+        rule, got = f"have shape {checks.leading(shape, 'H')}", checks.describe(y)
+        raise ValueError(checks.message(function, "y", rule, got, remedy))
     out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     with jax.named_scope(function), in_our_words(function):
         y = reverse_mode_only(function, y)
@@ -366,11 +367,11 @@ def select_transport(
     remedy = "Pass the static sizes of the exchange."
     sizes = {"top_k": top_k, "num_ranks": num_ranks}
     for argument, value in sizes.items():
-        _checks.check_positive_int(function, argument, value, remedy)
+        checks.check_positive_int(function, argument, value, remedy)
     if platform is not None:
-        _dispatch.check_platform(function, platform)
-    num_tokens = _checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
-    most = _checks.check_positive_int(
+        select.check_platform(function, platform)
+    num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
+    most = checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
     )
     chosen = resolve_mode(function, mode, num_tokens, most)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_align_jax import _checks, _fork
+from moe_align_jax._core import checks, fork
 from moe_align_jax._eplb.maps import fail
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind
 
@@ -87,9 +87,14 @@ def update_expert_weights_by_chunks(
         [0] [[2, 1], [3, 4], [5, 6]]
         [2] [[2, 1], [3, 4], [6, 5]]
     """
-    _fork.check(_FUNCTION)
+    fork.check(_FUNCTION)
+    _check_moves(moves)
+    if not isinstance(axis_name, str):
+        rule, got = "be the name of a mesh axis", checks.describe(axis_name)
+        remedy = 'Pass the expert-parallel axis, such as "ep".'
+        raise TypeError(checks.message(_FUNCTION, "axis_name", rule, got, remedy))
     leaves, structure = jax.tree.flatten(weights)
-    layers_per_chunk = _checks.check_positive_int(
+    layers_per_chunk = checks.check_positive_int(
         _FUNCTION, "layers_per_chunk", layers_per_chunk, "Pass a count of layers."
     )
     for leaf in leaves:
@@ -241,13 +246,29 @@ def _move_local(weights: jax.Array, routes: _Routes, *, axis_name: str, devices:
 # -- checks -----------------------------------------------------------------------------------------------
 
 
+def _check_moves(moves: Any) -> None:
+    if not isinstance(moves, ExpertMoves):
+        rule, got = "be an ExpertMoves", checks.describe(moves)
+        raise TypeError(
+            checks.message(_FUNCTION, "moves", rule, got, "Make it with plan_expert_moves.")
+        )
+    if not moves.same_size:
+        got = (
+            f"{moves.old_num_slots} slots on {moves.old_num_gpus} GPUs before, "
+            f"{moves.source.shape[1]} on {moves.num_gpus} after"
+        )
+        rule = "be between placements of the same slots and GPUs"
+        remedy = "Weights move in place; arrays of another size must be made anew, by moves.source."
+        fail(_FUNCTION, "moves", rule, got, remedy)
+
+
 def _check_leaf(leaf: Any, moves: ExpertMoves, axis_name: str) -> None:
-    got = _checks.describe(leaf)
+    got = checks.describe(leaf)
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         rule, remedy = "hold jax arrays with values", "Call it outside jit, on the arrays."
-        raise TypeError(_checks.message(_FUNCTION, "weights", rule, got, remedy))
+        raise TypeError(checks.message(_FUNCTION, "weights", rule, got, remedy))
     if leaf.ndim < 2 or leaf.shape[:2] != moves.source.shape:
-        rule = f"have shape {_checks.leading(moves.source.shape)}"
+        rule = f"have shape {checks.leading(moves.source.shape)}"
         fail(_FUNCTION, "weights", rule, got, "Pass [layers, slots, ...], as the plan.")
     sharding = leaf.sharding
     remedy = f"Place them with NamedSharding(mesh, PartitionSpec(None, {axis_name!r}, ...))."

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from moe_align_jax import _checks, _export, _fork, block_align
+from moe_align_jax import block_align
+from moe_align_jax._core import checks, fork
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
     check_layout,
@@ -25,12 +26,13 @@ from moe_align_jax._expert_parallel.arguments import (
 )
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.reverse_mode import reverse_mode_only
-from moe_align_jax._expert_parallel.rows import copy_to_masked, sum_rows, take_rows
+from moe_align_jax._layout.rows import copy_to_masked, sum_rows, take_rows
+from moe_align_jax._lowering import export
 
 _I32 = jnp.int32
 
 
-@_export.register_namedtuple
+@export.register_namedtuple
 class MaskedLayout(NamedTuple):
     """Where each pair stands in the `[e, M, ...]` layout.
 
@@ -51,7 +53,7 @@ class MaskedLayout(NamedTuple):
     pair_of_row: Any
 
 
-@_export.register_namedtuple
+@export.register_namedtuple
 class ContiguousLayout(NamedTuple):
     """Where each pair stands in the `[P, ...]` layout of padded segments.
 
@@ -111,10 +113,10 @@ def permute_to_masked(
     Source: the masked layout of DeepEP's low-latency dispatch and DeepGEMM (MIT); no code taken.
     """
     function = "permute_to_masked"
-    _fork.check(function)
-    num_experts = _checks.check_num_experts(function, num_experts)
+    fork.check(function)
+    num_experts = checks.check_num_experts(function, num_experts)
     remedy = "True makes unused rows zero, False leaves them unwritten."
-    initialize = _checks.check_bool(function, "initialize", initialize, remedy)
+    initialize = checks.check_bool(function, "initialize", initialize, remedy)
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
@@ -147,9 +149,9 @@ def check_room(
     room, name = max(num_tokens, 1), "max_tokens_per_expert"
     if max_tokens_per_expert is not None:
         remedy = "Pass the rows per expert."
-        room = _checks.check_positive_int(function, name, max_tokens_per_expert, remedy)
+        room = checks.check_positive_int(function, name, max_tokens_per_expert, remedy)
     rows = num_experts * room + num_tokens * top_k
-    _checks.check_fits_int32(function, name, rows, "a number of rows")
+    checks.check_fits_int32(function, name, rows, "a number of rows")
     return room
 
 
@@ -210,7 +212,7 @@ def unpermute_from_masked(
         [[7.5], [60.0]]
     """
     function = "unpermute_from_masked"
-    _fork.check(function)
+    fork.check(function)
     check_layout(function, layout, MaskedLayout, "permute_to_masked")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -255,10 +257,10 @@ def permute_to_contiguous(
     Source: the contiguous layout of DeepGEMM and SGLang's ep_scatter (MIT, Apache-2.0); no code taken.
     """
     function = "permute_to_contiguous"
-    _fork.check(function)
-    mark_padding = _checks.check_bool(function, "mark_padding", mark_padding)
-    num_experts = _checks.check_num_experts(function, num_experts)
-    alignment = _checks.check_positive_int(
+    fork.check(function)
+    mark_padding = checks.check_bool(function, "mark_padding", mark_padding)
+    num_experts = checks.check_num_experts(function, num_experts)
+    alignment = checks.check_positive_int(
         function, "expert_alignment", expert_alignment, "Pass the rows per GEMM block."
     )
     ids = check_ids(function, topk_ids)
@@ -266,10 +268,10 @@ def permute_to_contiguous(
     rows = None
     if max_num_rows is not None:
         remedy = "Pass a multiple of expert_alignment."
-        rows = _checks.check_positive_int(function, "max_num_rows", max_num_rows, remedy)
+        rows = checks.check_positive_int(function, "max_num_rows", max_num_rows, remedy)
         if rows % alignment:
             rule = f"be a multiple of expert_alignment ({alignment})"
-            raise ValueError(_checks.message(function, "max_num_rows", rule, rows, remedy))
+            raise ValueError(checks.message(function, "max_num_rows", rule, rows, remedy))
 
     ids = block_align._narrow_on_host(ids, num_experts)
     if ids.shape[0] == 0:
@@ -351,7 +353,7 @@ def unpermute_from_contiguous(
         [[20.0], [20.0]]
     """
     function = "unpermute_from_contiguous"
-    _fork.check(function)
+    fork.check(function)
     check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
@@ -365,8 +367,8 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
         weights = check_rows(function, "topk_weights", weights, shape, remedy, floating=True)
         if weights.ndim != 2:
             rule = f"have shape {list(shape)}"
-            got = _checks.describe(weights)
-            raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
+            got = checks.describe(weights)
+            raise ValueError(checks.message(function, "topk_weights", rule, got, remedy))
     out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
     return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)

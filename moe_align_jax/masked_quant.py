@@ -12,8 +12,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, BFloat16, Float, Float16, Int
 
-from moe_align_jax import _checks, _dispatch, _fork
-from moe_align_jax._quant import GROUPS_PER_WORD, MaskedQuantProblem, ScaleFormat, ScaleLayout
+from moe_align_jax._core import checks, fork
+from moe_align_jax._lowering import select
+from moe_align_jax._masked_quant.problem import (
+    GROUPS_PER_WORD,
+    MaskedQuantProblem,
+    ScaleFormat,
+    ScaleLayout,
+)
 from moe_align_jax.types import Implementation, Selection
 
 _FORMATS = ("float32", "ue8m0", "ue8m0_packed")
@@ -86,8 +92,8 @@ def silu_and_mul_masked_quant(
     code taken.
     """
     function = MaskedQuantProblem.name
-    _fork.check(function)
-    _dispatch.check_implementation(function, implementation)
+    fork.check(function)
+    select.check_implementation(function, implementation)
     x, masked_m = _check_arrays(function, x, masked_m)
     problem = make_problem(
         function,
@@ -136,19 +142,19 @@ def select_quant_implementation(
         'xla'
     """
     function = "select_quant_implementation"
-    _dispatch.check_implementation(function, implementation)
+    select.check_implementation(function, implementation)
     remedy = "Pass the shape of x, (e, M, 2 N)."
     if not isinstance(shape, (tuple, list)) or len(shape) != 3:
-        rule, got = "be three ints", _checks.describe(shape)
-        raise TypeError(_checks.message(function, "shape", rule, got, remedy))
-    sizes = [_checks.check_int(function, "shape", size, 0, remedy) for size in shape]
+        rule, got = "be three ints", checks.describe(shape)
+        raise TypeError(checks.message(function, "shape", rule, got, remedy))
+    sizes = [checks.check_int(function, "shape", size, 0, remedy) for size in shape]
     shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
-    platform = _dispatch.check_platform(function, platform)
+    platform = select.check_platform(function, platform)
     choice = _choose(function, problem, platform, implementation)
     reasons = {}
-    for other in _dispatch.IMPLEMENTATIONS:
+    for other in select.IMPLEMENTATIONS:
         if other == choice:
             continue
         if reason := _unavailable(problem, other, platform):
@@ -161,7 +167,7 @@ def select_quant_implementation(
             reasons[other] = "the Mosaic GPU kernel runs here, and reads valid rows only"
     if choice == "xla":
         return Selection(choice, "whole", reasons)
-    from moe_align_jax._kernels import masked_quant as kernels
+    from moe_align_jax._masked_quant import launch as kernels
 
     return Selection(choice, kernels.config_for(problem).form, reasons)
 
@@ -175,24 +181,24 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
         if not isinstance(array, (jax.Array, np.ndarray)):
             remedy = "Pass a jax or NumPy array."
             rule = "be an array"
-            got = _checks.describe(array)
-            raise TypeError(_checks.message(function, argument, rule, got, remedy))
+            got = checks.describe(array)
+            raise TypeError(checks.message(function, argument, rule, got, remedy))
     if str(x.dtype) not in _DTYPES:
         remedy = "Pass the grouped GEMM's output in one of these."
-        rule, got = "be bfloat16 or float16", _checks.describe(x)
-        raise TypeError(_checks.message(function, "x", rule, got, remedy))
+        rule, got = "be bfloat16 or float16", checks.describe(x)
+        raise TypeError(checks.message(function, "x", rule, got, remedy))
     if not jnp.issubdtype(masked_m.dtype, jnp.integer):
         remedy = "Pass the number of valid rows of each expert."
-        rule, got = "be an integer array", _checks.describe(masked_m)
-        raise TypeError(_checks.message(function, "masked_m", rule, got, remedy))
+        rule, got = "be an integer array", checks.describe(masked_m)
+        raise TypeError(checks.message(function, "masked_m", rule, got, remedy))
     if x.ndim != 3 or x.shape[-1] % 2:
         remedy = "Each row holds gate, then up."
-        rule, got = "have shape [e, M, 2 N]", _checks.describe(x)
-        raise ValueError(_checks.message(function, "x", rule, got, remedy))
+        rule, got = "have shape [e, M, 2 N]", checks.describe(x)
+        raise ValueError(checks.message(function, "x", rule, got, remedy))
     if masked_m.shape != x.shape[:1]:
         remedy = "Pass one count per expert of x."
-        rule, got = f"have shape [{x.shape[0]}]", _checks.describe(masked_m)
-        raise ValueError(_checks.message(function, "masked_m", rule, got, remedy))
+        rule, got = f"have shape [{x.shape[0]}]", checks.describe(masked_m)
+        raise ValueError(checks.message(function, "masked_m", rule, got, remedy))
     return jnp.asarray(x), _narrow(masked_m, x.shape[1])
 
 
@@ -216,7 +222,7 @@ def _check_divided_by_hand(function: str, *arrays: jax.Array) -> None:
         if any(axes is not None for axes in spec):
             rule, got = "not be sharded over Explicit mesh axes", f"{spec}"
             remedy = "Call it inside jax.shard_map, over the axis that the experts lie on."
-            raise ValueError(_checks.message(function, argument, rule, got, remedy))
+            raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def make_problem(
@@ -234,27 +240,27 @@ def make_problem(
 ) -> MaskedQuantProblem:
     """The checked problem of x's shape and dtype, and the options."""
     remedy = "Pass how many values share a scale, for example 128."
-    group_size = _checks.check_positive_int(function, "group_size", group_size, remedy)
+    group_size = checks.check_positive_int(function, "group_size", group_size, remedy)
     _check_choice(function, "scale_format", scale_format, _FORMATS)
     if scale_layout is None:
         scale_layout = "column_major" if scale_format == "ue8m0_packed" else "row_major"
     _check_choice(function, "scale_layout", scale_layout, _LAYOUTS)
     if scale_format == "ue8m0_packed" and scale_layout != "column_major":
         rule, remedy = "be column_major for packed scales", "Leave it out."
-        message = _checks.message(function, "scale_layout", rule, repr(scale_layout), remedy)
+        message = checks.message(function, "scale_layout", rule, repr(scale_layout), remedy)
         raise ValueError(message)
     experts, rows, width = shape[0], shape[1], shape[2] // 2
     if width % group_size or not width:
         rule = f"have a last dimension of 2 N, with N a positive multiple of {group_size}"
         remedy = "Pad N, or pass another group_size."
-        raise ValueError(_checks.message(function, "x", rule, list(shape), remedy))
+        raise ValueError(checks.message(function, "x", rule, list(shape), remedy))
     if scale_format == "ue8m0_packed" and width // group_size % GROUPS_PER_WORD:
         rule = f"have N a multiple of {GROUPS_PER_WORD * group_size} for packed scales"
-        raise ValueError(_checks.message(function, "x", rule, list(shape), 'Use "ue8m0".'))
+        raise ValueError(checks.message(function, "x", rule, list(shape), 'Use "ue8m0".'))
     if not isinstance(divide, (bool, np.bool_)):
-        rule, got = "be a static bool", _checks.describe(divide)
+        rule, got = "be a static bool", checks.describe(divide)
         remedy = "Pass True or False."
-        raise TypeError(_checks.message(function, "divide", rule, got, remedy))
+        raise TypeError(checks.message(function, "divide", rule, got, remedy))
     rule = f"be at least {_LEAST_FLOOR}"
     floor = _check_number(function, "amax_floor", amax_floor, rule, lambda v: v >= _LEAST_FLOOR)
     limit, alpha = swiglu_limit, swiglu_alpha
@@ -283,19 +289,19 @@ def _check_choice(function: str, argument: str, value: object, choices: tuple[st
     if value not in choices:
         rule = f"be one of {', '.join(map(repr, choices))}"
         remedy = "It is a static string."
-        got = _checks.describe(value) if not isinstance(value, str) else repr(value)
-        raise ValueError(_checks.message(function, argument, rule, got, remedy))
+        got = checks.describe(value) if not isinstance(value, str) else repr(value)
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def _check_number(function: str, argument: str, value: Any, rule: str, holds: Any) -> float:
     """A static finite number, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the kernel: pass a Python float."
-        got = _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be a static number", got, remedy))
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
     if not math.isfinite(value) or not holds(value):
         remedy = "See its documentation for common values."
-        raise ValueError(_checks.message(function, argument, rule, value, remedy))
+        raise ValueError(checks.message(function, argument, rule, value, remedy))
     return float(value)
 
 
@@ -311,34 +317,34 @@ def _run(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None
         if implementation == "emulator" and x.size:
             # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
             return _emulate(problem, x, masked_m)
-        operands = _dispatch._vary_together([x, masked_m])
+        operands = select._vary_together([x, masked_m])
         return tuple(masked_quant_p.bind(*operands, problem=problem, implementation=implementation))
 
 
 def _emulate(problem: MaskedQuantProblem, x, masked_m):
-    from moe_align_jax._kernels import masked_quant as kernels
+    from moe_align_jax._masked_quant import launch as kernels
 
     if reason := kernels.unsupported(problem):
-        raise _dispatch._not_implemented(problem.name, "emulator", reason)
+        raise select._not_implemented(problem.name, "emulator", reason)
     return tuple(kernels.run(problem, x, masked_m, interpret=True))
 
 
 @masked_quant_p.def_abstract_eval
 def _abstract_eval(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
     del masked_m, implementation
-    return [_dispatch.result_like(x, *result) for result in problem.outputs.values()]
+    return [select.result_like(x, *result) for result in problem.outputs.values()]
 
 
-masked_quant_p.def_impl(functools.partial(_dispatch.run_eagerly, masked_quant_p))
+masked_quant_p.def_impl(functools.partial(select.run_eagerly, masked_quant_p))
 
 
 def _unavailable(problem: MaskedQuantProblem, implementation: str, platform: str) -> str | None:
     """Why a named implementation cannot run this for `platform`, or None."""
-    if reason := _dispatch._unavailable(implementation, platform):
+    if reason := select._unavailable(implementation, platform):
         return reason
     if implementation == "xla":
         return None
-    from moe_align_jax._kernels import masked_quant as kernels
+    from moe_align_jax._masked_quant import launch as kernels
 
     return kernels.unsupported(problem)
 
@@ -349,18 +355,18 @@ def _choose(
     if implementation is None:
         return "xla" if _unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
     if reason := _unavailable(problem, implementation, platform):
-        raise _dispatch._not_implemented(function, implementation, reason)
+        raise select._not_implemented(function, implementation, reason)
     return implementation
 
 
 def _lower(platform: str, ctx, x, masked_m, *, problem: MaskedQuantProblem, implementation):
     choice = _choose(problem.name, problem, platform, implementation)
     if choice != "mosaic_gpu" or not math.prod(problem.outputs["q"][0]):  # nothing to launch for
-        from moe_align_jax._reference import masked_quant as reference
+        from moe_align_jax._masked_quant import reference
 
         call = functools.partial(reference.masked_quant, problem)
     else:
-        from moe_align_jax._kernels import masked_quant as kernels
+        from moe_align_jax._masked_quant import launch as kernels
 
         call = functools.partial(kernels.run, problem)
     return mlir.lower_fun(call, multiple_results=True)(ctx, x, masked_m)
@@ -374,7 +380,7 @@ mlir.register_lowering(masked_quant_p, functools.partial(_lower, "another platfo
 def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementation):
     """A batch is so many more experts."""
     call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
-    results = _dispatch.on_each_shard(call, operands, dims)
+    results = select.on_each_shard(call, operands, dims)
     return results, [0] * len(results)
 
 
@@ -400,7 +406,7 @@ def _jvp_rule(primals, tangents, **params):
     del primals, tangents, params
     remedy = "Quantise what needs no gradient, or pass jax.lax.stop_gradient(x)."
     name = MaskedQuantProblem.name
-    message = _checks.message(name, "x", "not be differentiated", "a tangent", remedy)
+    message = checks.message(name, "x", "not be differentiated", "a tangent", remedy)
     raise NotImplementedError(message)
 
 

@@ -17,10 +17,11 @@ from typing import Any, Literal, NoReturn
 import jax
 import numpy as np
 
-from moe_align_jax import _checks, expert_load
-from moe_align_jax._recorder import arguments, files, passes
-from moe_align_jax._recorder.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
-from moe_align_jax._recorder.rows import LoadRecord
+from moe_align_jax import expert_load
+from moe_align_jax._core import checks
+from moe_align_jax._expert_load import arguments, files, passes
+from moe_align_jax._expert_load.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
+from moe_align_jax._expert_load.ring import LoadRecord
 
 logger = logging.getLogger(__name__)
 _NAME = "ExpertDistributionRecorder"
@@ -92,11 +93,11 @@ class ExpertDistributionRecorder:
             _fail("file_format", f"be one of {', '.join(files.FORMATS)}", repr(file_format), "")
         files.check_format(file_format)
         if name is not None and not isinstance(name, str):
-            _fail("name", "be a str or None", _checks.describe(name), "", kind=TypeError)
+            _fail("name", "be a str or None", checks.describe(name), "", kind=TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
-            got, remedy = _checks.describe(directory), "Pass a folder."
+            got, remedy = checks.describe(directory), "Pass a folder."
             _fail("directory", "be a path or None", got, remedy, kind=TypeError)
-        room = _checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
+        room = checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
         self._lock = threading.RLock()
         self._current = passes.Current()
         self._disabled = 0
@@ -113,7 +114,7 @@ class ExpertDistributionRecorder:
             sharding=sharding,
         )
         if num_gpus is not None:
-            gpus = _checks.check_positive_int(_NAME, "num_gpus", num_gpus, "Pass the GPUs.")
+            gpus = checks.check_positive_int(_NAME, "num_gpus", num_gpus, "Pass the GPUs.")
             if self.mode is not None and num_physical_experts % gpus:
                 got = f"{gpus} GPUs for {num_physical_experts} experts"
                 _fail("num_gpus", "divide num_physical_experts", got, "GPUs hold equal shares.")
@@ -231,9 +232,9 @@ class ExpertDistributionRecorder:
         if self.num_gpus is None:
             _fail("num_gpus", "be given for metrics", None, "Pass it to the constructor.")
         try:
-            sizes = [_checks.index(window) for window in windows]
+            sizes = [checks.index(window) for window in windows]
         except TypeError:
-            got, remedy = _checks.describe(windows), "Pass for example (10, 100, 1000)."
+            got, remedy = checks.describe(windows), "Pass for example (10, 100, 1000)."
             _fail("windows", "be ints", got, remedy, "metrics", TypeError)
         if not sizes or min(sizes) < 1:
             _fail("windows", "be passes >= 1", repr(windows), "", "metrics")
@@ -273,9 +274,9 @@ class ExpertDistributionRecorder:
             raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
         if forward_pass_id is not None:
             try:
-                forward_pass_id = _checks.index(forward_pass_id)
+                forward_pass_id = checks.index(forward_pass_id)
             except TypeError:
-                got, remedy = _checks.describe(forward_pass_id), "None counts the passes."
+                got, remedy = checks.describe(forward_pass_id), "None counts the passes."
                 rule = "be an int or None"
                 _fail("forward_pass_id", rule, got, remedy, function, TypeError)
         if metadata is not None:
@@ -477,4 +478,4 @@ def _fail(
     function: str = _NAME,
     kind: type[Exception] = ValueError,
 ) -> NoReturn:
-    raise kind(_checks.message(function, argument, rule, got, remedy).rstrip())
+    raise kind(checks.message(function, argument, rule, got, remedy).rstrip())

@@ -9,7 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_align_jax import _checks, _dispatch, _fork, _tuning, block_align
+from moe_align_jax import block_align
+from moe_align_jax._align import tables as tuning_tables
+from moe_align_jax._core import checks, fork
+from moe_align_jax._lowering import select
 from moe_align_jax._router import arguments, primitives
 from moe_align_jax._router.problem import RouteProblem, Scoring
 from moe_align_jax.expert_location import ExpertLocation
@@ -94,8 +97,8 @@ def route_topk(
     DeepSeek's; no code taken.
     """
     function = "route_topk"
-    _fork.check(function)
-    _dispatch.check_implementation(function, implementation)
+    fork.check(function)
+    select.check_implementation(function, implementation)
     problem, operands = arguments.check_route(
         function,
         logits,
@@ -119,7 +122,7 @@ def _route(
 ) -> tuple[jax.Array, jax.Array]:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
     with jax.named_scope("route_topk"):
-        arrays = _dispatch._vary_together(_prepare(problem, operands))
+        arrays = select._vary_together(_prepare(problem, operands))
         weights, ids = primitives.route_p.bind(
             *arrays, problem=problem, implementation=implementation
         )
@@ -128,7 +131,7 @@ def _route(
 
 def _prepare(problem: RouteProblem, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """The operands of `problem.inputs`, in order."""
-    given = {name: _dispatch.replicate(operands[name]) for name in problem.inputs}
+    given = {name: select.replicate(operands[name]) for name in problem.inputs}
     if problem.bias_rows:
         bias = given["correction_bias"].astype(jnp.float32)
         given["correction_bias"] = lax.reshape(bias, (1, problem.num_experts))
@@ -190,8 +193,8 @@ def route_and_align(
         [3, 4, 0, 4, 1, 2, 4]
     """
     function = "route_and_align"
-    _fork.check(function)
-    _dispatch.check_implementation(function, implementation)
+    fork.check(function)
+    select.check_implementation(function, implementation)
     problem, operands = arguments.check_route(
         function,
         logits,
@@ -206,12 +209,12 @@ def route_and_align(
         topk_groups=topk_groups,
         scaling_factor=scaling_factor,
     )
-    block_size = _checks.check_block_size(function, block_size)
+    block_size = checks.check_block_size(function, block_size)
     for argument, flag in (
         ("ignore_invalid_experts", ignore_invalid_experts),
         ("return_inverse", return_inverse),
     ):
-        _checks.check_bool(function, argument, flag)
+        checks.check_bool(function, argument, flag)
     dispatch, tables, slots = arguments.check_location(
         function, expert_location, problem.num_experts
     )
@@ -276,7 +279,7 @@ def _route_and_align(
     implementation: str | None,
 ) -> tuple[jax.Array, jax.Array, AlignedBlocks]:
     with jax.named_scope("route_and_align"):
-        tables = {name: _dispatch.replicate(x) for name, x in tables.items()}
+        tables = {name: select.replicate(x) for name, x in tables.items()}
         shape = (problem.num_tokens, problem.top_k)
         ids = {"topk_ids": jax.ShapeDtypeStruct(shape, _I32)}
         sizes, arrays = block_align._dispatch_tables({**ids, **tables}, dispatch, 0)  # type: ignore[arg-type]
@@ -294,7 +297,7 @@ def _route_and_align(
             **sizes,
         )
         weights, chosen, *aligned = primitives.route_and_align_p.bind(
-            *_dispatch._vary_together([*_prepare(problem, operands), *arrays]),
+            *select._vary_together([*_prepare(problem, operands), *arrays]),
             problem=problem,
             align=align,
             implementation=implementation,
@@ -341,10 +344,10 @@ def select_router_implementation(
         ('mosaic_gpu', 'warp')
     """
     function = "select_router_implementation"
-    _dispatch.check_implementation(function, implementation)
+    select.check_implementation(function, implementation)
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        rule, got = "be a pair of ints", _checks.describe(shape)
-        raise TypeError(_checks.message(function, "shape", rule, got, "Pass (T, E)."))
+        rule, got = "be a pair of ints", checks.describe(shape)
+        raise TypeError(checks.message(function, "shape", rule, got, "Pass (T, E)."))
     logits = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
     arguments.check_logits(function, logits)
     defaults = {
@@ -357,13 +360,13 @@ def select_router_implementation(
     }
     if unknown := sorted(options.keys() - defaults):
         rule, got = f"be among {sorted(defaults)}", unknown
-        raise TypeError(_checks.message(function, "options", rule, got, "They are route_topk's."))
+        raise TypeError(checks.message(function, "options", rule, got, "They are route_topk's."))
     problem = arguments.make_problem(function, logits, top_k=top_k, **(defaults | options))
     problem = problem._replace(bias_rows=int(has_bias))
-    platform = _dispatch.check_platform(function, platform)
+    platform = select.check_platform(function, platform)
     choice = primitives.choose(function, problem, platform, implementation)
     reasons = {}
-    for other in _dispatch.IMPLEMENTATIONS:
+    for other in select.IMPLEMENTATIONS:
         if other == choice:
             continue
         if reason := primitives.unavailable(problem, other, platform):
@@ -376,13 +379,13 @@ def select_router_implementation(
             reasons[other] = "the Mosaic GPU kernel runs here, and is one launch"
     form = "sort" if choice == "xla" else "warp"
     if block_size is not None:
-        block_size = _checks.check_block_size(function, block_size)
+        block_size = checks.check_block_size(function, block_size)
         pairs = problem.num_tokens * problem.top_k
         capacity = block_align._capacity(function, pairs, block_size, problem.num_experts, False)
-        tuning = "" if choice == "emulator" else _tuning.table_name(_dispatch.gpu_kind())
+        tuning = "" if choice == "emulator" else tuning_tables.table_name(select.gpu_kind())
         align = AlignProblem(pairs, problem.num_experts, block_size, capacity, tuning=tuning)
         if pairs and primitives.fused_config(problem, align, choice):
             form = "one launch"
         elif pairs and choice != "xla":
-            form = f"warp, {_tuning.config_for(align).form}"
+            form = f"warp, {tuning_tables.config_for(align).form}"
     return Selection(choice, form if problem.num_tokens else "empty", reasons)

@@ -74,7 +74,7 @@ class AlignProblem(NamedTuple):
         sized_at_launch: num_pairs and capacity are only upper bounds; the launch gives the real ones,
             and the position of the first id. For the direct launch from PyTorch, where a new size
             must not cost a compile.
-        tuning: whose table chooses form and sizes (`_tuning.table_name`); "" for the default.
+        tuning: whose table chooses form and sizes (`_align.tables.table_name`); "" for the default.
         dispatch: how a pair takes a physical slot of its logical expert: "" where ids are slots, "static"
             by one table, "dynamic" by a hash of the token. num_experts counts the slots.
         num_logical: with dispatch, El: ids outside `[0, El)` are dropped.

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_align_jax import _checks, _tuning
-from moe_align_jax._fits import BlockAlignMosaicConfig, cdiv, pairs_per_round
-from moe_align_jax._kernels import block_align
+from moe_align_jax._align import kernels, tables
+from moe_align_jax._align.config import BlockAlignMosaicConfig, cdiv, pairs_per_round
+from moe_align_jax._core import checks
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 
@@ -49,17 +49,17 @@ class Size(NamedTuple):
 
     @property
     def form(self) -> str:
-        return _tuning.config_for(problem(self, OPTIONS[0])).form
+        return tables.config_for(problem(self, OPTIONS[0])).form
 
     @property
     def variant(self) -> Variant:
-        return variant_of(self, _tuning.config_for(problem(self, OPTIONS[0])))
+        return variant_of(self, tables.config_for(problem(self, OPTIONS[0])))
 
 
-WARP, BLOCK = _tuning.MAX_WARP_PAIRS, _tuning.MAX_BLOCK_PAIRS
-EXPERTS = _tuning.MAX_HISTOGRAM_EXPERTS
+WARP, BLOCK = tables.MAX_WARP_PAIRS, tables.MAX_BLOCK_PAIRS
+EXPERTS = tables.MAX_HISTOGRAM_EXPERTS
 
-# Both sides of each threshold of _tuning, and the E that the peers name.
+# Both sides of each threshold of _align.tables, and the E that the peers name.
 SIZES = (
     *(Size(1, 1, 1), Size(8, 256, 16), Size(WARP, 65_535, 4)),
     *(Size(WARP + 1, 64, 16), Size(512, 256, 16), Size(1000, 1000, 64)),
@@ -118,7 +118,7 @@ def location_sizes(
 
 
 def problem(size: Size, options: dict[str, Any], id_words: int = 1) -> AlignProblem:
-    padded = _checks.max_num_tokens_padded(
+    padded = checks.max_num_tokens_padded(
         size.num_pairs,
         block_size=size.block_size,
         num_experts=size.num_experts,
@@ -150,7 +150,7 @@ def variant_of(size: Size, config: BlockAlignMosaicConfig) -> Variant:
         local_sort=config.local_sort,
         rounds=rounds > 1,
         tiles=tiled and rounds > config.rounds,
-        num_kernels=len(block_align.build(problem(size, OPTIONS[0]), config).kernels),
+        num_kernels=len(kernels.build(problem(size, OPTIONS[0]), config).kernels),
     )
 
 

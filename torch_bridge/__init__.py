@@ -15,16 +15,18 @@ except ImportError as error:
 from moe_align_jax.types import AlignedBlocks as AlignedBlocks
 from torch_bridge import sglang as sglang
 from torch_bridge import vllm as vllm
+from torch_bridge._direct.program import Miss as Miss
+from torch_bridge._direct.warmup import warmup as warmup
+from torch_bridge._plan import Plan as Plan
 from torch_bridge.align import align_blocks as align_blocks
 from torch_bridge.align import explain as explain
 from torch_bridge.align import moe_align_block_size as moe_align_block_size
 from torch_bridge.dlpack import to_jax as to_jax
 from torch_bridge.dlpack import to_torch as to_torch
-from torch_bridge.plan import Plan as Plan
-from torch_bridge.warm import warmup as warmup
 
 __all__ = [
     "AlignedBlocks",
+    "Miss",
     "Plan",
     "align_blocks",
     "explain",

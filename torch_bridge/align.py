@@ -6,11 +6,13 @@ from typing import Literal
 
 import torch
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks as _checks
 from moe_align_jax.types import AlignedBlocks
-from torch_bridge import checks, direct, ops, shortcut
-from torch_bridge.plan import Plan
-from torch_bridge.problems import AlignProblem
+from torch_bridge import _checks as checks
+from torch_bridge import _ops
+from torch_bridge._direct import fast_path, program
+from torch_bridge._plan import Plan
+from torch_bridge._specs import AlignProblem
 
 type Path = Literal["auto", "direct", "dlpack"]
 
@@ -78,8 +80,8 @@ def moe_align_block_size(
 
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
-    if path == "auto" and shortcut.open_to_all():
-        results = shortcut.attempt(
+    if path == "auto" and fast_path.open_to_all():
+        results = fast_path.attempt(
             topk_ids,
             num_experts,
             block_size,
@@ -108,13 +110,13 @@ def moe_align_block_size(
     if out is None:
         results = aligned(problem, operands, limit, path)
         if topk is not None and limit is None and checks.sizes_are_known():
-            shortcut.keep(problem, operands, topk)
+            fast_path.keep(problem, operands, topk)
         return results[0], results[1], results[2]
     out = check_out(function, out, problem, operands["topk_ids"].device)
     if launches_at_once(operands, out):
-        ops.run(problem, operands, limit, out, path)
+        _ops.run(problem, operands, limit, out, path)
     else:
-        op = ops.chosen("block_align_out", operands["topk_ids"].device, path)
+        op = _ops.chosen("block_align_out", operands["topk_ids"].device, path)
         sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
         op(*sizes, *out, *op_options(problem, operands, limit))
     return out
@@ -153,8 +155,8 @@ def align_blocks(
         >>> aligned.tokens_per_expert.tolist(), aligned.row_of_pair.tolist()
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
-    if path == "auto" and type(return_inverse) is bool and shortcut.open_to_all():
-        results = shortcut.attempt(
+    if path == "auto" and type(return_inverse) is bool and fast_path.open_to_all():
+        results = fast_path.attempt(
             topk_ids,
             num_experts,
             block_size,
@@ -162,7 +164,7 @@ def align_blocks(
             expert_map,
             ignore_invalid_experts,
             num_valid_pairs=num_valid_pairs,
-            form=shortcut.align_form(True, return_inverse),
+            form=fast_path.align_form(True, return_inverse),
         )
         if results is not None:
             return AlignedBlocks(*results)
@@ -187,12 +189,12 @@ def align_blocks(
 def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
     """Whether a call may pass by torch's dispatcher (3 us of the host): plain tensors on a GPU that can
     launch directly, and nobody who records or transforms operators."""
-    if not shortcut.open_to_all():
+    if not fast_path.open_to_all():
         return False
     tensors = (*operands.values(), *out)
     plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     device = tensors[0].device
-    return plain and device.type == "cuda" and direct.unavailable(device) is None
+    return plain and device.type == "cuda" and program.unavailable(device) is None
 
 
 def aligned(
@@ -200,10 +202,10 @@ def aligned(
 ) -> Sequence[torch.Tensor]:
     """The results of `problem.outputs`."""
     if launches_at_once(operands):
-        return ops.run(problem, operands, limit, path=path)
+        return _ops.run(problem, operands, limit, path=path)
     device = operands["topk_ids"].device
-    if path == "direct" and not (device.type == "cuda" and direct.launches_on(device.index)):
-        reason = direct.unavailable(device) or "it cannot"
+    if path == "direct" and not (device.type == "cuda" and program.launches_on(device.index)):
+        reason = program.unavailable(device) or "it cannot"
         remedy = f"{reason[0].upper()}{reason[1:]}. Pass path='auto' or 'dlpack'."
         raise NotImplementedError(
             _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
@@ -212,8 +214,8 @@ def aligned(
     sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
     options = (*op_options(problem, operands, limit), *wanted)
     if all(option is None or option is False for option in options):
-        return ops.chosen("block_align", device, path)(*sizes)
-    return ops.chosen("block_align.options", device, path)(*sizes, *options)
+        return _ops.chosen("block_align", device, path)(*sizes)
+    return _ops.chosen("block_align.options", device, path)(*sizes, *options)
 
 
 def explain(
@@ -261,7 +263,7 @@ def explain(
     )
     if out is not None:
         out = check_out(function, out, problem, topk_ids.device)
-    return ops.plan_call(function, problem, operands, out, path)
+    return _ops.plan_call(function, problem, operands, out, path)
 
 
 # -- shared by the entry points ------------------------------------------------------------------

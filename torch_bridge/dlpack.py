@@ -1,6 +1,6 @@
 """to_jax, to_torch: tensors across DLPack, with no silent copy and no silently wrong value.
 
-What DLPack and its two ends get wrong, and the guard here (each has a test in tests/torch_bridge):
+What DLPack and its two ends get wrong, and the guard here (each has a test in tests/bridge):
 - jax narrows 64-bit values when x64 is off, without a word: imported under a local x64 context.
 - a FakeTensor is imported as garbage: refused. A neg-bit view loses its sign: copied or refused.
 - a CPU pointer off a 64-byte boundary, and any stride but the compact one: copied or refused.
@@ -15,7 +15,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
 from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
-from moe_align_jax import _checks, _fork
+from moe_align_jax._core import checks, fork
 
 if TYPE_CHECKING:
     import jax
@@ -133,7 +133,7 @@ def check_not_capturing(function: str, device: torch.device) -> None:
     """Refuses a CUDA-graph capture before XLA, which runs on a stream of its own, is touched."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            _checks.message(
+            checks.message(
                 function,
                 "the call",
                 "be outside a CUDA-graph capture on the DLPack path",
@@ -176,25 +176,23 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     function = "to_jax"
     check_tensor(function, "tensor", tensor)
     if tensor.dtype not in _DTYPES:
-        what, remedy = _checks.describe(tensor), "Convert it, or view() it as integers."
+        what, remedy = checks.describe(tensor), "Convert it, or view() it as integers."
         raise TypeError(
-            _checks.message(function, "tensor", "have a dtype that jax has too", what, remedy)
+            checks.message(function, "tensor", "have a dtype that jax has too", what, remedy)
         )
     if tensor.requires_grad:
         rule, remedy = "not require grad", "No gradient crosses: pass tensor.detach()."
-        raise ValueError(
-            _checks.message(function, "tensor", rule, _checks.describe(tensor), remedy)
-        )
+        raise ValueError(checks.message(function, "tensor", rule, checks.describe(tensor), remedy))
     check_not_capturing(function, tensor.device)
-    from torch_bridge import call
+    from torch_bridge._dlpack_path import run
 
-    call.jax_platform(function, tensor.device)
+    run.jax_platform(function, tensor.device)
     if reason := copy_reason(tensor, alignment(tensor.device.type)):
         if not allow_copy:
-            what = f"{_checks.describe(tensor)}: {reason}"
+            what = f"{checks.describe(tensor)}: {reason}"
             remedy = "Pass allow_copy=True, or tensor.clone(memory_format=torch.contiguous_format)."
             raise ValueError(
-                _checks.message(function, "tensor", "be shareable without a copy", what, remedy)
+                checks.message(function, "tensor", "be shareable without a copy", what, remedy)
             )
         with on_device(tensor.device):
             tensor = compact_copy(tensor)
@@ -206,22 +204,22 @@ def not_dense(tensor: torch.Tensor) -> str | None:
     if tensor.is_nested:  # it has no shape to describe
         return "a nested tensor"
     if tensor.layout != torch.strided:
-        return f"{_checks.describe(tensor)} of layout {tensor.layout}"
+        return f"{checks.describe(tensor)} of layout {tensor.layout}"
     return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
 
 
 def check_tensor(function: str, argument: str, tensor: object) -> None:
     """A dense tensor that has data: DLPack would take a FakeTensor for garbage."""
     if not isinstance(tensor, torch.Tensor):
-        what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
-        raise TypeError(_checks.message(function, argument, "be a torch.Tensor", what, remedy))
+        what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
+        raise TypeError(checks.message(function, argument, "be a torch.Tensor", what, remedy))
     if is_fake(tensor):
-        what = f"a fake, meta or transformed tensor, {_checks.describe(tensor)}"
+        what = f"a fake, meta or transformed tensor, {checks.describe(tensor)}"
         remedy = "Call it on real tensors; under torch.compile, call torch_bridge's operations."
-        raise TypeError(_checks.message(function, argument, "have data", what, remedy))
+        raise TypeError(checks.message(function, argument, "have data", what, remedy))
     if what := not_dense(tensor):
         remedy = "Call to_dense() or dequantize() first."
-        raise TypeError(_checks.message(function, argument, "be a dense tensor", what, remedy))
+        raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
 
 
 def to_torch(array: "jax.Array") -> torch.Tensor:
@@ -252,21 +250,21 @@ def to_torch(array: "jax.Array") -> torch.Tensor:
     from jax.core import Tracer
 
     function = "to_torch"
-    _fork.check(function)
+    fork.check(function)
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         what = type(array).__name__
         remedy = "Pass a concrete array: not a NumPy array, and not from inside jit or vmap."
-        raise TypeError(_checks.message(function, "array", "be a jax.Array", what, remedy))
+        raise TypeError(checks.message(function, "array", "be a jax.Array", what, remedy))
     if array.is_deleted():
         remedy = "It was donated or deleted: compute it again."
-        raise ValueError(_checks.message(function, "array", "be alive", "a deleted array", remedy))
+        raise ValueError(checks.message(function, "array", "be alive", "a deleted array", remedy))
     if len(array.devices()) != 1:
         what, remedy = f"{len(array.devices())} devices", "Pass one shard, or gather it first."
-        raise ValueError(_checks.message(function, "array", "lie on one device", what, remedy))
+        raise ValueError(checks.message(function, "array", "lie on one device", what, remedy))
     if str(array.dtype) not in _DTYPE_NAMES:
-        what, remedy = _checks.describe(array), "Convert it first; key arrays: jax.random.key_data."
+        what, remedy = checks.describe(array), "Convert it first; key arrays: jax.random.key_data."
         raise TypeError(
-            _checks.message(function, "array", "have a dtype that torch has too", what, remedy)
+            checks.message(function, "array", "have a dtype that torch has too", what, remedy)
         )
     with on_device(_torch_device(next(iter(array.devices())))):
         return torch.from_dlpack(array)

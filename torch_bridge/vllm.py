@@ -15,9 +15,11 @@ import dataclasses
 
 import torch
 
-from moe_align_jax import _checks
-from torch_bridge import align, checks, into, ops, shortcut
-from torch_bridge.problems import BatchedProblem
+from moe_align_jax._core import checks as _checks
+from torch_bridge import _checks as checks
+from torch_bridge import _ops, align
+from torch_bridge._direct import fast_path, inplace
+from torch_bridge._specs import BatchedProblem
 from torch_bridge.vllm_patch import patch as patch
 from torch_bridge.vllm_patch import patch_for_good as patch_for_good
 
@@ -63,15 +65,15 @@ def moe_align_block_size(
     scattered = return_scatter_idx is True and (
         expert_map is None or ignore_invalid_experts is True
     )
-    if (return_scatter_idx is False or scattered) and shortcut.open_to_all():
-        results = shortcut.attempt(
+    if (return_scatter_idx is False or scattered) and fast_path.open_to_all():
+        results = fast_path.attempt(
             topk_ids,
             num_experts,
             block_size,
             pad_sorted_ids,
             expert_map,
             ignore_invalid_experts,
-            form=shortcut.SCATTER if scattered else 0,
+            form=fast_path.SCATTER if scattered else 0,
         )
         if results is not None:
             return results
@@ -132,9 +134,9 @@ def batched_moe_align_block_size(
 
     Source: as `moe_align_block_size`.
     """
-    if shortcut.open_to_all():
-        results = shortcut.attempt(
-            expert_num_tokens, max_tokens_per_batch, block_size, form=shortcut.BATCHED
+    if fast_path.open_to_all():
+        results = fast_path.attempt(
+            expert_num_tokens, max_tokens_per_batch, block_size, form=fast_path.BATCHED
         )
         if results is not None:
             return results
@@ -142,7 +144,7 @@ def batched_moe_align_block_size(
     counts, max_tokens_per_batch, block_size = _check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size
     )
-    op = ops.chosen("batched_block_align", counts.device)
+    op = _ops.chosen("batched_block_align", counts.device)
     return op(counts, max_tokens_per_batch, block_size)
 
 
@@ -216,8 +218,8 @@ def ops_moe_align_block_size(
     code taken.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if shortcut.open_to_all():
-        done = shortcut.attempt(
+    if fast_path.open_to_all():
+        done = fast_path.attempt(
             topk_ids,
             num_experts,
             block_size,
@@ -227,7 +229,7 @@ def ops_moe_align_block_size(
             None,
             buffers if scatter_idx is None else (*buffers, scatter_idx),
             None,
-            0 if scatter_idx is None else shortcut.SCATTER,
+            0 if scatter_idx is None else fast_path.SCATTER,
             True,
         )
         if done is not None:
@@ -237,12 +239,12 @@ def ops_moe_align_block_size(
         function, topk_ids, num_experts, block_size, None, expert_map, False, False, None
     )
     device = topk_ids.device
-    into.check_buffer(function, "sorted_token_ids", sorted_token_ids, device)
-    into.check_buffer(function, "experts_ids", experts_ids, device)
-    into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
+    inplace.check_buffer(function, "sorted_token_ids", sorted_token_ids, device)
+    inplace.check_buffer(function, "experts_ids", experts_ids, device)
+    inplace.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
     if scatter_idx is not None:
-        into.check_buffer(function, "scatter_idx", scatter_idx, device)
-    ops.chosen("block_align_into", device)(
+        inplace.check_buffer(function, "scatter_idx", scatter_idx, device)
+    _ops.chosen("block_align_into", device)(
         topk_ids,
         operands.get("expert_map"),
         problem.num_experts,
@@ -285,13 +287,13 @@ def ops_batched_moe_align_block_size(
     Source: as `ops_moe_align_block_size`.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if shortcut.open_to_all():
-        done = shortcut.attempt(
+    if fast_path.open_to_all():
+        done = fast_path.attempt(
             expert_num_tokens,
             max_tokens_per_batch,
             block_size,
             out=buffers,
-            form=shortcut.BATCHED,
+            form=fast_path.BATCHED,
             in_place=True,
         )
         if done is not None:
@@ -300,8 +302,8 @@ def ops_batched_moe_align_block_size(
     counts, max_tokens_per_batch, block_size = _check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size
     )
-    into.check_buffer(function, "sorted_token_ids", sorted_token_ids, counts.device)
-    into.check_buffer(function, "experts_ids", experts_ids, counts.device)
-    into.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, counts.device)
-    op = ops.chosen("batched_block_align_into", counts.device)
+    inplace.check_buffer(function, "sorted_token_ids", sorted_token_ids, counts.device)
+    inplace.check_buffer(function, "experts_ids", experts_ids, counts.device)
+    inplace.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, counts.device)
+    op = _ops.chosen("batched_block_align_into", counts.device)
     op(counts, max_tokens_per_batch, block_size, *buffers)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 
 # Releases whose ops have the signatures below, by their first two numbers.
 KNOWN_VERSIONS = ("0.33",)
@@ -84,14 +84,14 @@ def _known_module() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        what = _checks.message("patch", "vllm", "be installed", "no such module", remedy)
+        what = checks.message("patch", "vllm", "be installed", "no such module", remedy)
         raise ImportError(what) from error
     version = str(getattr(vllm, "__version__", "none"))
     known = ", ".join(f"{release}.x" for release in KNOWN_VERSIONS)
     if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS:
         rule = f"be a release whose ops are known: {known}"
         raise NotImplementedError(
-            _checks.message("patch", "vllm.__version__", rule, version, remedy)
+            checks.message("patch", "vllm.__version__", rule, version, remedy)
         )
     from vllm import _custom_ops  # type: ignore[import-not-found]
 
@@ -102,7 +102,7 @@ def _known_module() -> ModuleType:
             rule = f"take ({', '.join(expected)}), as in {known}"
             what = "no such function" if found is None else f"({', '.join(found)})"
             argument = f"vllm._custom_ops.{name}"
-            raise NotImplementedError(_checks.message("patch", argument, rule, what, remedy))
+            raise NotImplementedError(checks.message("patch", argument, rule, what, remedy))
     return _custom_ops
 
 

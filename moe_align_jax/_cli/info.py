@@ -9,12 +9,18 @@ from rich.markup import escape
 from rich.table import Table
 
 import moe_align_jax
-from moe_align_jax import _tuning, select_implementation
-from moe_align_jax._dispatch import IMPLEMENTATIONS, gpu_kind, jax_version, kernels_unavailable
+from moe_align_jax import select_implementation
+from moe_align_jax._align import tables
+from moe_align_jax._lowering.select import (
+    IMPLEMENTATIONS,
+    gpu_kind,
+    jax_version,
+    kernels_unavailable,
+)
 
 # The jax releases under which we have run the kernels on GPUs, and how much of the test suite ran there, as
 # docs/measured.md has it. Under others they were compiled only.
-JAX_RUN_ON_A_GPU = {
+JAX_RUN_ON_A_GPU: dict[tuple[int, ...], str] = {
     (0, 11, 2): "",
     (0, 12, 0): "the library's tests on an H100, and the first 76 of torch_bridge's",
 }
@@ -106,7 +112,7 @@ def run(console: Console) -> int:
     reason = kernels_unavailable("cuda")
     lowering = f"no: {reason}" if reason else "yes: implementation=None gives mosaic_gpu"
     console.print(f"lowering for cuda from here: {escape(lowering)}", highlight=False)
-    sizes = _tuning.describe(_tuning.table_name(gpu_kind()))
+    sizes = tables.describe(tables.table_name(gpu_kind()))
     console.print(f"form and sizes of the kernels: {escape(sizes)}", highlight=False)
     if experience := gpu_experience():
         console.print(f"mosaic_gpu {escape(experience)}", highlight=False)

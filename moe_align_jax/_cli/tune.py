@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moe_align_jax
-from moe_align_jax import _checks, _tuning
+from moe_align_jax._align import tables
+from moe_align_jax._align.tables import BlockAlignMosaicConfig as Config
+from moe_align_jax._align.tables import Row, Table
 from moe_align_jax._cli import folders
-from moe_align_jax._tuning import BlockAlignMosaicConfig as Config
-from moe_align_jax._tuning import Row, Table
+from moe_align_jax._core import checks
 from moe_align_jax.types import AlignProblem
 
 # Important experts first: a budget may end early.
@@ -47,7 +48,7 @@ class Cell(NamedTuple):
 
     @property
     def problem(self) -> AlignProblem:
-        rows = _checks.capacity(
+        rows = checks.capacity(
             self.num_pairs,
             block_size=self.block_size,
             num_experts=self.num_experts,
@@ -95,17 +96,15 @@ def other_forms(cell: Cell) -> list[Config]:
     """Where forms meet, the heuristic's choice for the sizes on both sides, and the default table's."""
     n, num_experts = cell.num_pairs, cell.num_experts
     near = {n // 4, n // 2, n, n * 2, n * 4}
-    found = [_tuning.heuristic(max(1, size), num_experts).config for size in sorted(near)]
-    found.append(
-        _tuning.row_for(n, num_experts).config
-    )  # the default table's, of another GPU maybe
-    if 1024 <= num_experts <= _tuning.MAX_HISTOGRAM_EXPERTS:
-        found.append(_tuning.heuristic(n, _tuning.MAX_HISTOGRAM_EXPERTS + 1).config)
-    if n > _tuning.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
-        groups = min(4, max(1, n // (_tuning.MAX_CLUSTER * 256)))
-        rounds = -(-n // (_tuning.MAX_CLUSTER * 128 * groups))
+    found = [tables.heuristic(max(1, size), num_experts).config for size in sorted(near)]
+    found.append(tables.row_for(n, num_experts).config)  # the default table's, of another GPU maybe
+    if 1024 <= num_experts <= tables.MAX_HISTOGRAM_EXPERTS:
+        found.append(tables.heuristic(n, tables.MAX_HISTOGRAM_EXPERTS + 1).config)
+    if n > tables.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
+        groups = min(4, max(1, n // (tables.MAX_CLUSTER * 256)))
+        rounds = -(-n // (tables.MAX_CLUSTER * 128 * groups))
         if rounds <= _LIMITS["rounds"]:
-            ctas = _tuning.MAX_CLUSTER
+            ctas = tables.MAX_CLUSTER
             found.append(
                 Config(form="cluster", num_warpgroups=groups, num_ctas=ctas, rounds=rounds)
             )
@@ -114,7 +113,7 @@ def other_forms(cell: Cell) -> list[Config]:
 
 def allowed(config: Config, cell: Cell) -> bool:
     """Whether a row of a table may say so: a launch that no GPU takes would end the process."""
-    return _tuning.refusal(config, cell.num_experts, cell.num_pairs) is None
+    return tables.refusal(config, cell.num_experts, cell.num_pairs) is None
 
 
 def search(cell: Cell, preferred: Sequence[Config], measure: Measure) -> Winner | None:
@@ -155,7 +154,7 @@ def search(cell: Cell, preferred: Sequence[Config], measure: Measure) -> Winner 
 
 def _fitted(config: Config, cell: Cell) -> Config:
     """As it will run; what `fit` alone reads is left out, so that equal programs are equal."""
-    return dataclasses.replace(_tuning.fit(config, cell.problem), cells_per_cta=1)
+    return dataclasses.replace(tables.fit(config, cell.problem), cells_per_cta=1)
 
 
 def cells_of(experts: Sequence[int], max_pairs: int, block_size: int | None = None) -> list[Cell]:
@@ -189,7 +188,7 @@ def tune(
             break
         smaller = [w for c, w in winners.items() if c.num_experts == cell.num_experts]
         before = [w for c, w in winners.items() if c.num_pairs == cell.num_pairs]
-        today = _tuning.row_for(cell.num_pairs, cell.num_experts, tuning).config
+        today = tables.row_for(cell.num_pairs, cell.num_experts, tuning).config
         preferred = [w.config for w in (*smaller[-1:], *before[-1:])] + [today]
         winner = search(cell, preferred, measure)
         if winner is not None:
@@ -209,8 +208,8 @@ def table_of(
     A range of experts ends at each E that was measured, whose choices it takes (what fits there fits below),
     and where one of today's ends.
     """
-    limit = _tuning.MAX_HISTOGRAM_EXPERTS
-    today = _tuning.table(tuning)
+    limit = tables.MAX_HISTOGRAM_EXPERTS
+    today = tables.table(tuning)
     measured = {cell.num_experts for cell in winners}
     measured |= {row.last_expert for row in today.rows if row.last_expert} if today else set()
     ends: list[int] = sorted(measured | {limit})
@@ -238,7 +237,7 @@ def table_of(
             start = first
         rows += [r._replace(first_expert=start, last_expert=last) for r in merged]
         first = end + 1
-    base = _tuning.table(tuning) or _tuning.table("")
+    base = tables.table(tuning) or tables.table("")
     assert base is not None  # the default table is part of the package
     made_by = f"moe-align tune, {moe_align_jax.__version__}"
     return Table(gpu, jax_version, date, made_by, base.batched, tuple(rows))
@@ -246,7 +245,7 @@ def table_of(
 
 def _row(num_pairs: int, num_experts: int, winner: Winner | None, tuning: str) -> Row:
     if winner is None:
-        config, us = _tuning.row_for(num_pairs, num_experts, tuning).config, None
+        config, us = tables.row_for(num_pairs, num_experts, tuning).config, None
     else:
         config, us = winner.config, round(winner.us, 2)
     return Row(0, None, num_pairs, config, us)
@@ -287,8 +286,8 @@ def measure_on_gpu(cell: Cell, configs: Sequence[Config]) -> list[float | str]:
     """Compiles, verifies and times each config: device span per call within one jit, in one trace."""
     import jax
 
+    from moe_align_jax._align import kernels as block_align
     from moe_align_jax._cli import traces
-    from moe_align_jax._kernels import block_align
     from moe_align_jax._simt import mosaic
 
     problem = cell.problem
@@ -363,14 +362,14 @@ def run(
     """
     import jax
 
-    from moe_align_jax import _dispatch
+    from moe_align_jax._lowering import select
 
     if gpu is None:
-        gpu = _dispatch.gpu_kind()
-        reason = _dispatch.kernels_unavailable("cuda")
+        gpu = select.gpu_kind()
+        reason = select.kernels_unavailable("cuda")
         if gpu is None or reason:
             raise NotImplementedError(
-                _checks.message(
+                checks.message(
                     "moe-align tune",
                     "this process",
                     "have a GPU that runs the kernels",
@@ -378,10 +377,10 @@ def run(
                     "Tables are made on the GPU that they are for.",
                 )
             )
-    tuning = _tuning.table_name(gpu)
-    path = out or Path(f"{_tuning.stem_of(gpu)}.json")
+    tuning = tables.table_name(gpu)
+    path = out or Path(f"{tables.stem_of(gpu)}.json")
     folders.check(path.parent)
-    console.print(f"{gpu}: today {_tuning.describe(tuning)}", highlight=False, soft_wrap=True)
+    console.print(f"{gpu}: today {tables.describe(tuning)}", highlight=False, soft_wrap=True)
     cells = cells_of(experts, max_pairs, block_size)
     columns = (
         TextColumn("{task.description}"),
@@ -394,8 +393,8 @@ def run(
     def keep() -> Table:
         date = datetime.date.today().isoformat()
         made = table_of(reached, gpu=gpu, jax_version=jax.__version__, tuning=tuning, date=date)
-        text = _tuning.format_table(made)
-        _tuning.parse_table(text, str(path))  # what is written can be read
+        text = tables.format_table(made)
+        tables.parse_table(text, str(path))  # what is written can be read
         write(path, text)
         return made
 
@@ -419,7 +418,7 @@ def run(
     rows = len(keep().rows)
     console.print(
         f"{len(reached)} of {len(cells)} sizes measured, {rows} rows written to {path}. It is "
-        f"used from moe_align_jax/data/tuning/, or with {_tuning.FOLDER_VARIABLE} set to its folder.",
+        f"used from moe_align_jax/data/tuning/, or with {tables.FOLDER_VARIABLE} set to its folder.",
         highlight=False,
         soft_wrap=True,
     )

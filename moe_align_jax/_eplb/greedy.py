@@ -63,7 +63,9 @@ def snake(weight: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
     return packs, places
 
 
-def replicate(weight: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def replicate(
+    weight: np.ndarray, num_replicas: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives each further replica to the expert whose replicas are loaded most; the first of equals.
 
     The greedy choice is optimal: no other choice of counts has a smaller max(weight / count).
@@ -71,6 +73,7 @@ def replicate(weight: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.nda
     Args:
         weight: `[R, n]` float32.
         num_replicas: m >= n.
+        most: None, or the most replicas that an expert gets; n * most >= m.
 
     Returns:
         owner `[R, m]` and rank `[R, m]` int64: replica j is the rank-th one of expert owner[j], the first
@@ -88,11 +91,13 @@ def replicate(weight: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.nda
         owner[:, j], rank[:, j] = chosen, count[at]
         count[at] += 1
         flat_per_replica[at] = flat_weight[at] / count[at].astype(_F32)
+        if most is not None:
+            flat_per_replica[at[count[at] >= most]] = _F32(-np.inf)
     return owner, rank, count.reshape(rows, num_experts)
 
 
 def replicate_for_steps(
-    history: np.ndarray, num_replicas: int
+    history: np.ndarray, num_replicas: int, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives each further replica where it lowers the sum over steps of the heaviest replica most.
 
@@ -101,7 +106,7 @@ def replicate_for_steps(
 
     Args:
         history: `[S, R, n]` float32, the load of each step.
-        num_replicas: m >= n.
+        num_replicas: m >= n.   most: as `replicate`.
 
     Returns:
         As `replicate`.
@@ -120,6 +125,8 @@ def replicate_for_steps(
         gain = (highest - np.maximum(share, second)).astype(np.float64)
         at = each * num_experts + top
         gains = np.bincount(at.ravel(), gain.ravel(), rows * num_experts).reshape(rows, -1)
+        if most is not None:
+            gains[count >= most] = -1.0
         best = gains == gains.max(axis=1, keepdims=True)
         chosen = np.where(best, total / count, -1.0).argmax(axis=1)
         owner[:, j], rank[:, j] = chosen, count[each, chosen]

@@ -4,7 +4,13 @@ import numpy as np
 
 
 def keep_in_place(
-    new: np.ndarray, old: np.ndarray, *, num_gpus: int, num_nodes: int, blocks: int
+    new: np.ndarray,
+    old: np.ndarray,
+    *,
+    num_gpus: int,
+    num_nodes: int,
+    blocks: int,
+    old_num_gpus: int,
 ) -> np.ndarray:
     """The slot of the machine that each slot of a placement shall be.
 
@@ -14,10 +20,11 @@ def keep_in_place(
 
     Args:
         new: `[L, Ep]` int32, the physical_to_logical_map of the placement.
-        old: `[L, Ep]` integers, the one in force.
+        old: `[L, slots]` integers, the one in force; -1 where a slot holds nothing.
         num_gpus: D. num_nodes: nodes of the machine, a divisor of D.
         blocks: a divisor of D; consecutive GPUs of which only the names may be exchanged: the nodes for the
             hierarchical policy, 1 for the global one.
+        old_num_gpus: of `old`; GPU g of it is GPU g of `new`, if there is one.
 
     Returns:
         `[L, Ep]` int64, a permutation of the slots in each layer.
@@ -25,11 +32,12 @@ def keep_in_place(
     layers, num_slots = new.shape
     per_gpu = num_slots // num_gpus
     moved = np.empty((layers, num_slots), np.int64)
-    kept = _kept(new, old, num_gpus, num_nodes)
+    held = _per_gpu(old, num_gpus, old_num_gpus)
+    kept = _kept(new.reshape(layers, num_gpus, per_gpu), held, num_nodes)
     for layer in range(layers):
         gpu_of = _assign_gpus(kept[layer], blocks)
         fresh = new[layer].reshape(num_gpus, per_gpu).tolist()
-        before = old[layer].reshape(num_gpus, per_gpu).tolist()
+        before = held[layer].tolist()
         for pack, gpu in enumerate(gpu_of):
             slots = _slots(fresh[pack], before[gpu])
             start = pack * per_gpu
@@ -37,23 +45,33 @@ def keep_in_place(
     return moved
 
 
-def _kept(new: np.ndarray, old: np.ndarray, num_gpus: int, num_nodes: int) -> np.ndarray:
+def _per_gpu(old: np.ndarray, num_gpus: int, old_num_gpus: int) -> np.ndarray:
+    """`[L, D, slots per GPU]`: what each of the D GPUs holds; -1 for nothing."""
+    held = old.reshape(len(old), old_num_gpus, -1)[:, :num_gpus]
+    new_gpus = num_gpus - held.shape[1]
+    return np.pad(held, ((0, 0), (0, new_gpus), (0, 0)), constant_values=-1)
+
+
+def _kept(new: np.ndarray, old: np.ndarray, num_nodes: int) -> np.ndarray:
     """`[L, D, D]` float64: what is saved when pack a goes to GPU b, the three aims in one number."""
-    layers, num_slots = new.shape
+    layers, num_gpus, per_gpu = new.shape
+    num_slots = num_gpus * per_gpu
     num_logical = int(max(new.max(initial=0), old.max(initial=0))) + 1
-    copies = np.zeros((2, layers, num_gpus, num_logical), np.float32)
-    gpu = np.arange(num_slots) // (num_slots // num_gpus)
-    each = np.arange(layers)[:, None]
-    for side, slots in enumerate((new, old)):
-        np.add.at(copies[side], (each, gpu, slots), 1)
-    wanted, held = copies
+    where = np.arange(layers)[:, None, None], np.arange(num_gpus)[:, None]
+
+    def copies_of(slots: np.ndarray) -> np.ndarray:
+        copies = np.zeros((layers, num_gpus, num_logical + 1), np.float32)
+        np.add.at(copies, (*where, slots), 1)  # -1: the last column, which is dropped
+        return copies[..., :num_logical]
+
+    wanted, held = copies_of(new), copies_of(old)
     local = _shared(wanted, held)
     by_node = held.reshape(layers, num_nodes, -1, num_logical).max(axis=2)
     near = np.repeat(_shared(wanted, by_node), num_gpus // num_nodes, axis=2)
-    slots = sum(
-        (_shared(wanted >= k, held >= k) for k in range(1, int(copies.max(initial=0)) + 1)),
-        np.zeros_like(local),
-    )
+    # Of a GPU that had more slots, only the first ones are there to stay in.
+    stay = copies_of(old[:, :, :per_gpu]) if old.shape[2] > per_gpu else held
+    most = int(min(wanted.max(initial=0), stay.max(initial=0)))
+    slots = sum((_shared(wanted >= k, stay >= k) for k in range(1, most + 1)), np.zeros_like(local))
     # No sum of one aim over the GPUs reaches 1 of the aim before it.
     unit = float(num_slots + 1)
     return (local * unit + near) * unit + slots
@@ -89,7 +107,8 @@ def _slots(fresh: list[int], before: list[int]) -> list[int]:
     for index in reversed(range(len(fresh))):
         waiting.setdefault(fresh[index], []).append(index)
     free = []
-    for slot, expert in enumerate(before):
+    for slot in range(len(fresh)):
+        expert = before[slot] if slot < len(before) else -1
         if waiting.get(expert):
             slots[waiting[expert].pop()] = slot
         else:

@@ -4,11 +4,44 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 
 
 def fail(function: str, argument: str, rule: str, got: object, remedy: str) -> NoReturn:
-    raise ValueError(_checks.message(function, argument, rule, got, remedy))
+    raise ValueError(checks.message(function, argument, rule, got, remedy))
+
+
+def as_array(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
+    """`np.asarray`, with our own error for lists of different lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        rule = "be an array, or lists of one length"
+        fail(function, argument, rule, "lists of different lengths", remedy)
+
+
+def check_layers(function: str, layer_ids: Any, num_layers: int) -> np.ndarray:
+    """`[num_layers]` bool: whether each layer is in a list of layer numbers.
+
+    Raises:
+        TypeError: not integers (a mask of bools is none).   ValueError: a layer is out of range.
+    """
+    argument, remedy = "layer_ids", "Pass the numbers of the layers, such as [0, 2]."
+    ids = as_array(function, argument, layer_ids, remedy).reshape(-1)
+    # An object array could hold anything, and an empty list is an array of floats.
+    if ids.dtype.kind not in "iu" and (ids.size or ids.dtype.kind == "b"):
+        got = checks.describe(ids)
+        raise TypeError(checks.message(function, argument, "be integers", got, remedy))
+    if isinstance(layer_ids, (list, tuple)):
+        for each in layer_ids:
+            if isinstance(each, (bool, np.bool_)):  # NumPy makes integers of [True, 2]
+                got = checks.describe(each)
+                raise TypeError(checks.message(function, argument, "be integers", got, remedy))
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < num_layers:
+        fail(function, argument, f"be layers in [0, {num_layers})", ids.tolist(), remedy)
+    chosen = np.zeros(num_layers, bool)
+    chosen[ids.astype(np.int64)] = True
+    return chosen
 
 
 def check_map(function: str, value: Any, num_logical: int | None = None) -> tuple[np.ndarray, int]:
@@ -23,17 +56,19 @@ def check_map(function: str, value: Any, num_logical: int | None = None) -> tupl
         TypeError: not integers.   ValueError: a wrong shape, expert, or an expert without a slot.
     """
     argument, remedy = "physical_to_logical_map", "Pass the expert of each slot, [layers, slots]."
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        fail(function, argument, "have shape [L, Ep]", "lists of different lengths", remedy)
+    array = as_array(function, argument, value, remedy)
     if array.dtype.kind not in "iu":
-        got = _checks.describe(array)
-        raise TypeError(_checks.message(function, argument, "be integers", got, remedy))
+        got = checks.describe(array)
+        raise TypeError(checks.message(function, argument, "be integers", got, remedy))
     if array.ndim != 2 or 0 in array.shape:
         fail(function, argument, "have shape [L, Ep]", list(array.shape), remedy)
     low, high = int(array.min()), int(array.max())
-    num_logical = high + 1 if num_logical is None else num_logical
+    if num_logical is None:
+        num_logical = high + 1
+    else:
+        num_logical = checks.check_positive_int(
+            function, "num_logical_experts", num_logical, "Pass a count, or None."
+        )
     if low < 0 or high >= num_logical:
         fail(function, argument, f"hold experts in [0, {num_logical})", f"[{low}, {high}]", remedy)
     num_layers, num_slots = array.shape

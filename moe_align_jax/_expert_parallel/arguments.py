@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_align_jax import _checks, block_align
+from moe_align_jax import block_align
+from moe_align_jax._core import checks
 from moe_align_jax._expert_parallel import message
 
 _I32 = jnp.int32
@@ -18,8 +19,8 @@ def check_ids(function: str, topk_ids: Any) -> Any:
     remedy = "Pass the expert ids that top_k returned, [num_tokens, top_k]."
     ids = block_align._check_integer_array(function, "topk_ids", topk_ids, remedy)
     if ids.ndim != 2:
-        rule, got = "have two dimensions", _checks.describe(ids)
-        raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+        rule, got = "have two dimensions", checks.describe(ids)
+        raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
     return ids
 
 
@@ -35,17 +36,17 @@ def check_rows(
     """Arrays `[*shape, ...]` as jax arrays; exactly one, of a float dtype, if `floating`."""
     leaves, kind = jax.tree.flatten(tree)
     if floating and (len(leaves) != 1 or leaves[0] is not tree):
-        got = _checks.describe(tree)
-        raise TypeError(_checks.message(function, argument, "be one array", got, remedy))
+        got = checks.describe(tree)
+        raise TypeError(checks.message(function, argument, "be one array", got, remedy))
     for leaf in leaves:
-        got = _checks.describe(leaf)
+        got = checks.describe(leaf)
         if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise TypeError(_checks.message(function, argument, "be jax arrays", got, remedy))
+            raise TypeError(checks.message(function, argument, "be jax arrays", got, remedy))
         if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(_checks.message(function, argument, "be floating point", got, remedy))
+            raise TypeError(checks.message(function, argument, "be floating point", got, remedy))
         if leaf.shape[: len(shape)] != shape:
-            rule = f"have shape {_checks.leading(shape)}"
-            raise ValueError(_checks.message(function, argument, rule, got, remedy))
+            rule = f"have shape {checks.leading(shape)}"
+            raise ValueError(checks.message(function, argument, rule, got, remedy))
     return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
 
 
@@ -58,25 +59,25 @@ def check_out_dtype(function: str, value: Any, default: Any) -> Any:
     except TypeError:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        rule, got = "be a floating point dtype", _checks.describe(value if dtype is None else dtype)
+        rule, got = "be a floating point dtype", checks.describe(value if dtype is None else dtype)
         remedy = "Sums of floating point rows are floating point: round or convert them afterwards."
-        raise TypeError(_checks.message(function, "out_dtype", rule, got, remedy))
+        raise TypeError(checks.message(function, "out_dtype", rule, got, remedy))
     return dtype
 
 
 def check_layout(function: str, layout: Any, kind: type, maker: str) -> None:
     if not isinstance(layout, kind):
-        got = _checks.describe(layout)
+        got = checks.describe(layout)
         rule, remedy = f"be a {kind.__name__}", f"Pass the one that {maker} returned."
-        raise TypeError(_checks.message(function, "layout", rule, got, remedy))
+        raise TypeError(checks.message(function, "layout", rule, got, remedy))
 
 
 def check_local_experts(function: str, num_experts: Any, size: int) -> int:
-    num_experts = _checks.check_num_experts(function, num_experts)
+    num_experts = checks.check_num_experts(function, num_experts)
     if num_experts % size:
         rule = f"be a multiple of the {size} ranks"
         remedy = "Every rank holds as many experts: add redundant or empty ones."
-        raise ValueError(_checks.message(function, "num_experts", rule, num_experts, remedy))
+        raise ValueError(checks.message(function, "num_experts", rule, num_experts, remedy))
     return num_experts // size
 
 
@@ -85,50 +86,50 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
     if payload is not None and payload not in message.PAYLOADS:
         rule = f"be None or one of {', '.join(message.PAYLOADS)}"
         remedy = "None sends x as it is."
-        raise ValueError(_checks.message(function, "payload", rule, repr(payload), remedy))
+        raise ValueError(checks.message(function, "payload", rule, repr(payload), remedy))
     if isinstance(x, (tuple, list)):
         remedy = (
             "Pass (e4m3 [T, H], float32 scales [T, H / 128] or int32 [T, H / 512]), or x alone."
         )
-        got = f"({', '.join(_checks.describe(part) for part in x)})"
+        got = f"({', '.join(checks.describe(part) for part in x)})"
         dtypes = [getattr(part, "dtype", None) for part in x]
         known = [[message.FP8, kind] for kind in (jnp.float32, jnp.int32)]
         if payload is not None or dtypes not in known:
             rule = "be one array, or (float8_e4m3fn, float32 or int32) without payload"
-            raise TypeError(_checks.message(function, "x", rule, got, remedy))
+            raise TypeError(checks.message(function, "x", rule, got, remedy))
         q, scales = (jnp.asarray(part) for part in x)
         group = message.columns_per_scale(scales.dtype)
         if q.ndim != 2 or q.shape[1] % group or scales.shape != (q.shape[0], q.shape[1] // group):
             rule = f"have shapes [T, H] and [T, H / {group}]"
-            raise ValueError(_checks.message(function, "x", rule, got, remedy))
+            raise ValueError(checks.message(function, "x", rule, got, remedy))
         return q, scales
     remedy = "Pass this rank's tokens, [num_tokens, hidden]."
-    got = _checks.describe(x)
+    got = checks.describe(x)
     if not isinstance(x, (jax.Array, np.ndarray)) or x.dtype.name not in _PAYLOADS:
         rule = f"be an array of {', '.join(_PAYLOADS[:-1])}"
-        raise TypeError(_checks.message(function, "x", rule, got, remedy))
+        raise TypeError(checks.message(function, "x", rule, got, remedy))
     if x.ndim != 2:
-        raise ValueError(_checks.message(function, "x", "have two dimensions", got, remedy))
+        raise ValueError(checks.message(function, "x", "have two dimensions", got, remedy))
     packed = payload is not None and message.PAYLOADS[payload] == "ue8m0_packed"
     group = message.columns_per_scale(jnp.int32 if packed else jnp.float32)
     if payload is not None and (x.shape[1] % group or x.shape[1] == 0):
         rule = f"have a multiple of {group} columns for payload {payload!r}"
         remedy = f"{group} columns share an element of the scales: pad H, or send payload=None."
-        raise ValueError(_checks.message(function, "x", rule, got, remedy))
+        raise ValueError(checks.message(function, "x", rule, got, remedy))
     return jnp.asarray(x), None
 
 
 def check_pairs(function: str, ids: Any, weights: Any, num_tokens: int) -> jax.Array:
     """Weights as float32."""
     if ids.shape[0] != num_tokens or ids.shape[1] == 0:
-        rule, got = f"have shape [{num_tokens}, top_k]", _checks.describe(ids)
+        rule, got = f"have shape [{num_tokens}, top_k]", checks.describe(ids)
         remedy = "Pass the experts of each row of x."
-        raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+        raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
     remedy = "Pass one weight per pair of topk_ids."
     weights = check_rows(function, "topk_weights", weights, ids.shape, remedy, floating=True)
     if weights.ndim != 2:
-        rule, got = f"have shape {list(ids.shape)}", _checks.describe(weights)
-        raise ValueError(_checks.message(function, "topk_weights", rule, got, remedy))
+        rule, got = f"have shape {list(ids.shape)}", checks.describe(weights)
+        raise ValueError(checks.message(function, "topk_weights", rule, got, remedy))
     return weights.astype(jnp.float32)
 
 
@@ -136,8 +137,8 @@ def check_num_valid_tokens(value: Any) -> Any:
     """A scalar; what the host knows as int32, saturated."""
     remedy = "Pass the number of tokens in use on this rank, as an int or a scalar integer array."
     if value is not None and getattr(value, "ndim", 0):
-        rule, got = "be a scalar", _checks.describe(value)
-        raise ValueError(_checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
+        rule, got = "be a scalar", checks.describe(value)
+        raise ValueError(checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
     if value is None:
         return None
     return block_align.check_count("dispatch", "num_valid_tokens", value, remedy)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 
 AxisName = str | tuple[str, ...]
 
@@ -20,13 +20,13 @@ def check_axis_size(function: str, axis_name: Any) -> int:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     remedy = 'Call it inside jax.shard_map over that axis, for example axis_name="ep".'
     if not names or not all(isinstance(name, str) for name in names):
-        rule, got = "be the name of a mesh axis, or a tuple of names", _checks.describe(axis_name)
-        raise TypeError(_checks.message(function, "axis_name", rule, got, remedy))
+        rule, got = "be the name of a mesh axis, or a tuple of names", checks.describe(axis_name)
+        raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
     try:
         return lax.axis_size(axis_name)
     except (NameError, KeyError):
         rule, got = "name an axis of the enclosing shard_map", repr(axis_name)
-        raise ValueError(_checks.message(function, "axis_name", rule, got, remedy)) from None
+        raise ValueError(checks.message(function, "axis_name", rule, got, remedy)) from None
 
 
 def mesh_platform() -> str:
@@ -48,7 +48,7 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def nothing_like(tree: Any, *also: str) -> Any:
-    """Arrays of the shapes and dtypes of those of `tree`, which have no elements; they vary as `vary_together`.
+    """Arrays as those of `tree`, which have no elements; they vary as with `vary_together`.
 
     They do not depend on `tree`. XLA folds arrays without elements to constants, and its partitioner refuses
     a shard_map's body whose arguments are all such and whose results are not.

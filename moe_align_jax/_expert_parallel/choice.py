@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import jax
 
-from moe_align_jax import _checks, _dispatch, _export
-from moe_align_jax._expert_parallel import ragged
-from moe_align_jax._expert_parallel.all_gather import AllGather
-from moe_align_jax._expert_parallel.all_to_all import AllToAll
-from moe_align_jax._expert_parallel.nvlink import MAX_DEVICES, NVLINK
+from moe_align_jax._core import checks
 from moe_align_jax._expert_parallel.transport import Transport
+from moe_align_jax._expert_parallel.transports import ragged
+from moe_align_jax._expert_parallel.transports.all_gather import AllGather
+from moe_align_jax._expert_parallel.transports.all_to_all import AllToAll
+from moe_align_jax._expert_parallel.transports.nvlink import MAX_DEVICES, NVLINK
+from moe_align_jax._lowering import export, select
 
 TransportName = Literal["all_gather", "all_to_all", "nvlink", "ragged_all_to_all"]
 Mode = Literal["normal", "low_latency", "auto"]
@@ -29,7 +30,7 @@ TRANSPORTS: dict[str, Transport] = {
 NVLINK_RUN_WITH = (0, 11)
 
 
-@_export.register_static
+@export.register_static
 @dataclass(frozen=True)
 class TransportChoice:
     """What `select_transport` answers, and what `dispatch` says it took. Static: no leaves in a pytree.
@@ -49,12 +50,12 @@ def resolve_mode(function: str, mode: Any, num_tokens: int, most: int) -> str:
     if mode not in ("normal", "low_latency", "auto"):
         rule = 'be "normal", "low_latency" or "auto"'
         remedy = '"auto" decides by the static number of tokens.'
-        raise ValueError(_checks.message(function, "mode", rule, repr(mode), remedy))
+        raise ValueError(checks.message(function, "mode", rule, repr(mode), remedy))
     if mode == "auto":
         return "low_latency" if num_tokens <= most else "normal"
     if mode == "low_latency" and num_tokens > most:
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "x",
                 f'have at most max_low_latency_tokens ({most}) rows in mode "low_latency"',
@@ -82,11 +83,11 @@ def choose(
         if transport not in TRANSPORTS:
             rule = f"be one of {', '.join(TRANSPORTS)}, or None"
             got, remedy = repr(transport), "None chooses by shape."
-            raise ValueError(_checks.message(function, "transport", rule, got, remedy))
+            raise ValueError(checks.message(function, "transport", rule, got, remedy))
         if cannot[transport]:
             rule, got = f"be able to run on {platform}", repr(transport)
             remedy = f"{cannot[transport]}: leave transport=None, or name another."
-            raise NotImplementedError(_checks.message(function, "transport", rule, got, remedy))
+            raise NotImplementedError(checks.message(function, "transport", rule, got, remedy))
         reasons = {name: "another was named" for name in TRANSPORTS} | {transport: "named"}
         return TransportChoice(transport, mode, reasons)
 
@@ -111,7 +112,7 @@ def _nvlink_unwanted(num_ranks: int) -> str | None:
         return "one rank has no peers"
     if num_ranks > MAX_DEVICES:
         return f"it takes at most {MAX_DEVICES} devices"
-    if _dispatch.jax_version()[:2] != NVLINK_RUN_WITH:
+    if select.jax_version()[:2] != NVLINK_RUN_WITH:
         seen = ".".join(map(str, NVLINK_RUN_WITH))
         return f"seen running with jax {seen} only; this is {jax.__version__}: name it to take it"
     return None

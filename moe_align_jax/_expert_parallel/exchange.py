@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax import _export
 from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
-from moe_align_jax._expert_parallel.nvlink import NVLINK
-from moe_align_jax._expert_parallel.rows import sum_copies, sum_rows
 from moe_align_jax._expert_parallel.transport import Group
+from moe_align_jax._expert_parallel.transports.nvlink import NVLINK
+from moe_align_jax._layout.rows import sum_copies, sum_rows
+from moe_align_jax._lowering import export
 
 _I32 = jnp.int32
 
 
-@_export.register_static
+@export.register_static
 @dataclass(frozen=True)
 class DispatchInfo:
     """What is static about a dispatch.

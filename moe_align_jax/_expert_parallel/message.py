@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax import _checks
-from moe_align_jax._quant import GROUPS_PER_WORD
-from moe_align_jax._reference.masked_quant import power_of_two_above
+from moe_align_jax._core import checks
+from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD
+from moe_align_jax._masked_quant.reference import power_of_two_above
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
@@ -110,7 +110,7 @@ def without_gradient(tree: Any) -> Any:
 
 
 def _refuse(*_: Any) -> NoReturn:
-    rule = _checks.message(
+    rule = checks.message(
         "dispatch",
         "x",
         "not be differentiated when its payload is fp8",

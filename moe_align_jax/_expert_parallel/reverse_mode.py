@@ -1,8 +1,8 @@
 """Functions whose gradient rule serves reverse mode alone say so in forward mode, in our own words.
 
-jax calls a `custom_vjp` function's rule in either mode, and in forward mode fails with a text that names neither
-the function nor a way out. Here a tangent passes through a primitive that can be transposed, as reverse mode
-does, but not computed, as forward mode would.
+jax calls the rule of a `custom_vjp` function in either mode, and in forward mode fails with a text that names
+neither the function nor a way out. Here a tangent passes through a primitive that can be transposed, as
+reverse mode does, but not computed, as forward mode would.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from moe_align_jax import _checks
+from moe_align_jax._core import checks
 
 _tangent_p = Primitive("reverse_mode_only")
 
@@ -54,7 +54,7 @@ def _refuse(*_: Any, function: str) -> NoReturn:
     remedy = (
         "Use jax.grad, jax.vjp or jax.jacrev, and jax.jacrev(jax.jacrev(f)) for jax.hessian(f)."
     )
-    raise NotImplementedError(_checks.message(function, "its result", rule, got, remedy))
+    raise NotImplementedError(checks.message(function, "its result", rule, got, remedy))
 
 
 _tangent_p.def_impl(_refuse)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_align_jax import _export
-from moe_align_jax._expert_parallel.rows import accumulator
+from moe_align_jax._layout.rows import accumulator
+from moe_align_jax._lowering import export
 
 
-@_export.register_static_field
+@export.register_static_field
 class Group(NamedTuple):
     """The ranks that exchange: a mesh axis (or several) of the enclosing shard_map.
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_align_jax import _checks, block_align
+from moe_align_jax import block_align
+from moe_align_jax._core import checks
 from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
 
 
@@ -24,8 +25,8 @@ def check_route(
         remedy = "Pass the gate's outputs as a jax or NumPy array."
         if type(logits).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
-        got = _checks.describe(logits)
-        raise TypeError(_checks.message(function, "logits", "be an array", got, remedy))
+        got = checks.describe(logits)
+        raise TypeError(checks.message(function, "logits", "be an array", got, remedy))
     check_logits(function, logits)
     problem = make_problem(function, logits, **static)
     operands: dict[str, Any] = {"logits": logits}
@@ -38,9 +39,9 @@ def check_route(
     if token_mask is not None:
         remedy = "True says that a token is real."
         if getattr(token_mask, "dtype", None) != np.bool_:
-            got = _checks.describe(token_mask)
+            got = checks.describe(token_mask)
             rule = "be a bool array"
-            raise TypeError(_checks.message(function, "token_mask", rule, got, remedy))
+            raise TypeError(checks.message(function, "token_mask", rule, got, remedy))
         _check_shape(function, "token_mask", token_mask, (num_tokens,), remedy)
         operands["token_mask"] = token_mask
     if num_valid_tokens is not None:
@@ -55,16 +56,16 @@ def check_route(
 
 def _check_floats(function: str, argument: str, value: Any, remedy: str) -> None:
     if str(getattr(value, "dtype", "")) not in DTYPES:
-        rule, got = "be float32, bfloat16 or float16", _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, rule, got, remedy))
+        rule, got = "be float32, bfloat16 or float16", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
 
 
 def _check_shape(
     function: str, argument: str, value: Any, shape: tuple[Any, ...], remedy: str
 ) -> None:
     if value.shape != shape:
-        rule, got = f"have shape {list(shape)}", _checks.describe(value)
-        raise ValueError(_checks.message(function, argument, rule, got, remedy))
+        rule, got = f"have shape {list(shape)}", checks.describe(value)
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def check_logits(function: str, logits: Any) -> None:
@@ -72,8 +73,8 @@ def check_logits(function: str, logits: Any) -> None:
     _check_floats(function, "logits", logits, remedy)
     if len(logits.shape) != 2 or logits.shape[1] == 0:
         rule = "have shape [num_tokens, num_experts] with at least one expert"
-        got = _checks.describe(logits)
-        raise ValueError(_checks.message(function, "logits", rule, got, remedy))
+        got = checks.describe(logits)
+        raise ValueError(checks.message(function, "logits", rule, got, remedy))
 
 
 def make_problem(
@@ -92,23 +93,23 @@ def make_problem(
     num_tokens, num_experts = logits.shape
 
     def fail(argument: str, rule: str, got: Any, remedy: str) -> None:
-        raise ValueError(_checks.message(function, argument, rule, got, remedy))
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
 
     remedy = "Pass the number of experts of each token."
-    top_k = _checks.check_positive_int(function, "top_k", top_k, remedy)
+    top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     remedy = "Pass the number of groups that the experts are divided into."
-    groups = _checks.check_positive_int(function, "num_groups", num_groups, remedy)
+    groups = checks.check_positive_int(function, "num_groups", num_groups, remedy)
     remedy = "Pass the number of groups that may be chosen from."
-    stay = _checks.check_positive_int(function, "topk_groups", topk_groups, remedy)
+    stay = checks.check_positive_int(function, "topk_groups", topk_groups, remedy)
     if scoring not in SCORINGS:
-        got = repr(scoring) if isinstance(scoring, str) else _checks.describe(scoring)
+        got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
         fail("scoring", rule, got, "It is a static string.")
     for argument, flag in (
         ("softmax_after_topk", softmax_after_topk),
         ("renormalize", renormalize),
     ):
-        _checks.check_bool(function, argument, flag)
+        checks.check_bool(function, argument, flag)
     if softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
         fail("softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy)
@@ -126,9 +127,9 @@ def make_problem(
     if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
         scaling_factor, (int, float, np.integer, np.floating)
     ):
-        rule, got = "be a static number", _checks.describe(scaling_factor)
+        rule, got = "be a static number", checks.describe(scaling_factor)
         remedy = "It is compiled into the kernel: pass a Python float."
-        raise TypeError(_checks.message(function, "scaling_factor", rule, got, remedy))
+        raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
     factor = float(np.float32(scaling_factor))
     if not math.isfinite(factor):
         fail("scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none.")
@@ -151,17 +152,17 @@ def _check_count(function: str, value: Any) -> Any:
     argument = "num_valid_tokens"
     remedy = "Pass the number of real tokens, as an int or a scalar integer array."
     if isinstance(value, (bool, np.bool_)):
-        got = _checks.describe(value)
-        raise TypeError(_checks.message(function, argument, "be an integer", got, remedy))
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
     if not isinstance(value, int):
         value = block_align._check_integer_array(function, argument, value, remedy)
         if value.size != 1:
-            got = _checks.describe(value)
-            raise ValueError(_checks.message(function, argument, "be a scalar", got, remedy))
+            got = checks.describe(value)
+            raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
         if not isinstance(value, np.ndarray):
             return value
         value = int(value.item())
-    return np.int32(min(max(value, -1), _checks.INT32_MAX))
+    return np.int32(min(max(value, -1), checks.INT32_MAX))
 
 
 def check_location(
@@ -176,11 +177,11 @@ def check_location(
     if getattr(location, "num_layers", None) is not None:
         rule, got = "be of one layer", f"one of {location.num_layers} layers"
         remedy = "Pass expert_location.layer(i)."
-        raise ValueError(_checks.message(function, "expert_location", rule, got, remedy))
+        raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
     dispatch, tables = expert_dispatch.alignment_tables(function, location, None, slots, 0)
     if location.num_logical_experts != num_experts:
         rule = f"have {num_experts} logical experts, as the logits have"
         remedy = "The router chooses logical experts."
         got = location.num_logical_experts
-        raise ValueError(_checks.message(function, "expert_location", rule, got, remedy))
+        raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
     return dispatch, tables, slots

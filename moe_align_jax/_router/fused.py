@@ -2,7 +2,7 @@
 
 Each CTA of a cluster routes its share of the tokens, a warp each, and tells their ids to every CTA: by mail,
 or, where it is alone, by shared memory. Then all hold all ids, and each does what a CTA of the alignment's
-own kernel does with the ids in memory: `_kernels/block_align` is used as it is, so the results are the same.
+own kernel does with the ids in memory: `_align/kernels` is used as it is, so the results are the same.
 
 Bytes: as the two kernels, without the ids' way through memory. Grid: one cluster. Deterministic.
 """
@@ -10,8 +10,8 @@ Bytes: as the two kernels, without the ids' way through memory. Grid: one cluste
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from moe_align_jax import _fits, _tuning
-from moe_align_jax._kernels import block_align
+from moe_align_jax._align import config as forms
+from moe_align_jax._align import kernels, tables
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
@@ -42,23 +42,23 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
     pairs = align.num_pairs
     if problem.num_tokens > MAX_TOKENS or routing.unsupported(problem):
         return None
-    if pairs <= _fits.MAX_WARP_PAIRS:
+    if pairs <= forms.MAX_WARP_PAIRS:
         form = "warp"
-    elif pairs <= _tuning.MAX_BLOCK_PAIRS and align.num_experts <= _fits.MAX_HISTOGRAM_EXPERTS:
+    elif pairs <= tables.MAX_BLOCK_PAIRS and align.num_experts <= forms.MAX_HISTOGRAM_EXPERTS:
         form = "block"
     else:
         return None
     groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
     warps = groups * WARPGROUP // WARP
     wanted = max(-(-problem.num_tokens // warps), align.capacity // _CELLS_PER_CTA, 1)
-    return FusedConfig(form, groups, min(_MAX_CTAS, _fits.power_of_two(wanted)))
+    return FusedConfig(form, groups, min(_MAX_CTAS, forms.power_of_two(wanted)))
 
 
 def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
     """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
-    [inner] = block_align.build(
+    [inner] = kernels.build(
         align,
-        _fits.BlockAlignMosaicConfig(
+        forms.BlockAlignMosaicConfig(
             form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
         ),
     ).kernels

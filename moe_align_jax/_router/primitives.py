@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from moe_align_jax import _dispatch
+from moe_align_jax._lowering import select
 from moe_align_jax._router import reference
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax.types import AlignProblem
@@ -21,7 +21,7 @@ _I32 = jnp.int32
 
 def unavailable(problem: RouteProblem, implementation: str, platform: str) -> str | None:
     """Why a named implementation cannot run this for `platform`, or None."""
-    if reason := _dispatch._unavailable(implementation, platform):
+    if reason := select._unavailable(implementation, platform):
         return reason
     if implementation == "xla":
         return None
@@ -42,7 +42,7 @@ def choose(function: str, problem: RouteProblem, platform: str, implementation: 
     if implementation is None:
         return "xla" if unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
     if reason := unavailable(problem, implementation, platform):
-        raise _dispatch._not_implemented(function, implementation, reason)
+        raise select._not_implemented(function, implementation, reason)
     return implementation
 
 
@@ -88,10 +88,10 @@ def _route(problem: RouteProblem, choice: str, *operands: jax.Array) -> Any:
 
 def _align(problem: AlignProblem, choice: str, *operands: jax.Array) -> Any:
     if choice == "xla":
-        return _dispatch._reference_call(problem, *operands)
+        return select._reference_call(problem, *operands)
     if choice == "mosaic_gpu":
-        return _dispatch._kernel_call(problem, False, *operands)
-    return _dispatch._emulator_call(problem, (False,) * len(operands), *operands)
+        return select._kernel_call(problem, False, *operands)
+    return select._emulator_call(problem, (False,) * len(operands), *operands)
 
 
 # -- the derivative ----------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def _weights_tangent(
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProblem, **params: Any):
     """Weights follow the logits; ids, and all that is aligned by them, do not move."""
     results = primitive.bind(*primals, problem=problem, **params)
-    moved: list[Any] = [_dispatch.no_tangent(r) for r in results]
+    moved: list[Any] = [select.no_tangent(r) for r in results]
     if not isinstance(tangents[0], ad.Zero):
         moved[0] = _weights_tangent(problem, primals[0], tangents[0], results[1])
     return results, moved
@@ -124,10 +124,10 @@ route_p.multiple_results = True
 @route_p.def_abstract_eval
 def _route_abstract(logits, *rest, problem: RouteProblem, implementation: str | None):
     del rest, implementation
-    return [_dispatch.result_like(logits, *result) for result in problem.outputs.values()]
+    return [select.result_like(logits, *result) for result in problem.outputs.values()]
 
 
-route_p.def_impl(functools.partial(_dispatch.run_eagerly, route_p))
+route_p.def_impl(functools.partial(select.run_eagerly, route_p))
 
 
 def _lower_route(platform: str, ctx, *operands, problem: RouteProblem, implementation):
@@ -143,7 +143,7 @@ def _leading(operand: jax.Array, dim: int | None, size: int) -> jax.Array:
 
 def _batch_route(operands, dims, *, problem: RouteProblem, implementation):
     call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
-    results = _dispatch.on_each_shard(call, operands, dims)
+    results = select.on_each_shard(call, operands, dims)
     return results, [0] * len(results)
 
 
@@ -173,7 +173,7 @@ def _flat_batch(*operands, dims, problem: RouteProblem, implementation):
     if mask is not None:
         flat.append(lax.reshape(mask.astype(_I32), (size * tokens,)))
     results = route_p.bind(
-        *_dispatch._vary_together(flat),
+        *select._vary_together(flat),
         problem=problem._replace(**changed),
         implementation=implementation,
     )
@@ -193,10 +193,10 @@ def _fused_abstract(
 ):
     del rest, implementation
     kinds = [*problem.outputs.values(), *((s, "int32") for s in align.outputs.values())]
-    return [_dispatch.result_like(logits, *kind) for kind in kinds]
+    return [select.result_like(logits, *kind) for kind in kinds]
 
 
-route_and_align_p.def_impl(functools.partial(_dispatch.run_eagerly, route_and_align_p))
+route_and_align_p.def_impl(functools.partial(select.run_eagerly, route_and_align_p))
 
 
 def _apart(
@@ -242,7 +242,7 @@ def _lower_fused(
         call = functools.partial(_fused, problem, align, choice, config)
     else:
         # The alignment's kernels take more than the router's.
-        aligning = _dispatch._choose(platform, implementation)
+        aligning = select._choose(platform, implementation)
         call = functools.partial(
             _apart,
             problem,
@@ -256,10 +256,10 @@ def _lower_fused(
 def _batch_fused(operands, dims, *, problem: RouteProblem, align: AlignProblem, implementation):
     """Each row of a batch has an alignment of its own: the two apart."""
     route_call = functools.partial(route_p.bind, problem=problem, implementation=implementation)
-    align_call = functools.partial(_dispatch.align, align, implementation)
+    align_call = functools.partial(select.align, align, implementation)
     call = functools.partial(_apart, problem, align, route_call, align_call)
     batched = jax.vmap(call, in_axes=tuple(dims))
-    results = _dispatch.on_each_shard(batched, operands, dims)
+    results = select.on_each_shard(batched, operands, dims)
     return results, [0] * len(results)
 
 
@@ -267,7 +267,7 @@ for _primitive, _lower, _batch in (
     (route_p, _lower_route, _batch_route),
     (route_and_align_p, _lower_fused, _batch_fused),
 ):
-    for _platform in _dispatch.PLATFORMS:
+    for _platform in select.PLATFORMS:
         mlir.register_lowering(_primitive, functools.partial(_lower, _platform), platform=_platform)
     mlir.register_lowering(_primitive, functools.partial(_lower, "another platform"))
     batching.primitive_batchers[_primitive] = _batch

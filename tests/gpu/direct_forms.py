@@ -16,7 +16,8 @@ import torch_bridge
 from moe_align_jax.types import BatchedAlignProblem
 from tests import forms, oracle
 from tests.gpu.sanitizer_cases import Case
-from torch_bridge import direct, direct_call, sglang, vllm
+from torch_bridge import sglang, vllm
+from torch_bridge._direct import call, program
 
 # dtype of the ids, and elements that their view lies behind the start of its memory.
 INPUTS = (("int32", 0), ("int32", 3), ("int64", 1))
@@ -26,7 +27,7 @@ MORE_ROWS = 77  # of the buffers that are larger than the result
 def load(cases: Iterable[Case]) -> None:
     """Compiles what `run` needs of these cases on the current GPU, many at once."""
     index = torch.cuda.current_device()
-    tuning = direct.tuning(torch.device("cuda", index))
+    tuning = program.tuning(torch.device("cuda", index))
     wanted: set[Any] = set()
     for case in cases:
         size, options = case.size, case.options
@@ -35,10 +36,10 @@ def load(cases: Iterable[Case]) -> None:
             continue
         for dtype in (torch.int32, torch.int64):
             sizes = (*size, dtype)
-            wanted.add(direct_call.sized(*sizes, tuning=tuning))
-            wanted.add(direct_call.sized(*sizes, minus_one=True, tuning=tuning))
+            wanted.add(call.sized(*sizes, tuning=tuning))
+            wanted.add(call.sized(*sizes, minus_one=True, tuning=tuning))
             wanted.add(
-                direct_call.sized(
+                call.sized(
                     *sizes,
                     expert_map=options["map"],
                     num_valid_pairs=options["num_valid_pairs"],
@@ -47,7 +48,7 @@ def load(cases: Iterable[Case]) -> None:
                     tuning=tuning,
                 )
             )
-    direct.prepare(index, list(wanted))
+    program.prepare(index, list(wanted))
 
 
 def on(device: str, array: np.ndarray, skip: int = 0) -> torch.Tensor:

@@ -43,15 +43,15 @@ def run_jit(path: str, tool: str) -> None:
 def run_direct(tool: str) -> None:
     """The child: each case once or more, launched by torch_bridge; then the names of its kernels."""
     from tests.gpu import direct_forms, sanitizer_cases
-    from torch_bridge import direct
+    from torch_bridge._direct import program
 
-    load, names = direct._load, set()
+    load, names = program._load, set()
 
     def named(index, problem, entry):
         names.update(kernel["entry"] for kernel in entry.kernels)
         load(index, problem, entry)
 
-    direct._load = named
+    program._load = named
     cases = sanitizer_cases.cases(tool)
     direct_forms.load(cases)
     for case in cases:

@@ -10,9 +10,10 @@ from unittest import mock
 
 import numpy as np
 
-from moe_align_jax import _tuning
-from moe_align_jax._fits import BlockAlignMosaicConfig, fit
-from tests import forms, layouts, masked_quant_oracle, oracle
+from moe_align_jax._align import tables
+from moe_align_jax._align.config import BlockAlignMosaicConfig, fit
+from tests import forms, oracle
+from tests.layout import helpers, masked_quant_oracle
 
 # racecheck takes minutes over a sort of more in shared memory.
 MOST_RACECHECK_PAIRS = 20_000
@@ -105,10 +106,10 @@ def align(case: Case, implementation: str = "mosaic_gpu") -> None:
         "return_inverse": options["return_inverse"],
         "pad_sorted_ids": options["pad_sorted_ids"],
     }
-    chosen = _tuning.config_for
+    chosen = tables.config_for
     if case.config is not None:
         chosen = functools.partial(fit, case.config)
-    with mock.patch.object(_tuning, "config_for", chosen):  # asked when the call is lowered
+    with mock.patch.object(tables, "config_for", chosen):  # asked when the call is lowered
         got = maj.moe_align_block_size(ids, implementation=implementation, **given)
     oracle.assert_same(jax.block_until_ready(got), oracle.expected(ids, **given))
 
@@ -162,14 +163,14 @@ def permute() -> None:
         rng = np.random.default_rng(0)
         x = {
             "q": rng.integers(0, 256, (count, width)).astype(np.uint8),
-            "scales": layouts.tokens(count, 3),
-            "half": layouts.tokens(count, 6).astype(ml_dtypes.bfloat16),
+            "scales": helpers.tokens(count, 3),
+            "half": helpers.tokens(count, 6).astype(ml_dtypes.bfloat16),
         }
-        ids = layouts.routing("with holes", count, top_k, num_experts)
+        ids = helpers.routing("with holes", count, top_k, num_experts)
         sizes = {"num_experts": num_experts, "max_tokens_per_expert": room, "initialize": True}
         rows, layout = jax.jit(functools.partial(maj.permute_to_masked, **sizes))(x, ids)
         for name, given in x.items():
-            want, *places = layouts.masked_oracle(given, ids, num_experts, room)
+            want, *places = helpers.masked_oracle(given, ids, num_experts, room)
             assert np.asarray(rows[name]).tobytes() == want.tobytes(), name
         found = layout.masked_m, layout.tokens_per_expert, layout.row_of_pair, layout.pair_of_row
         for ours, theirs in zip(found, places, strict=True):
@@ -180,7 +181,7 @@ def weighted_sum() -> None:
     """Several dtypes and widths; rows that nobody asks for are NaN."""
     import jax
 
-    from moe_align_jax._kernels import rows as kernels
+    from moe_align_jax._layout import kernels
 
     for problem in (
         kernels.RowSum(1, 1, 1, 128, "bfloat16", "bfloat16", True),
@@ -188,10 +189,10 @@ def weighted_sum() -> None:
         kernels.RowSum(33, 6, 100, 2880, "float16", "float16", True),
         kernels.RowSum(7, 4, 50, 1152, "float32", "float32", False),
     ):
-        given = layouts.row_sum_inputs(problem)
+        given = helpers.row_sum_inputs(problem)
         y, rows, weights = given
         got = jax.jit(functools.partial(kernels.run_sum, problem))(y, rows, *weights)
-        layouts.assert_row_sums(problem, got, *given)
+        helpers.assert_row_sums(problem, got, *given)
 
 
 # -- dispatch and combine over NVLink --------------------------------------------------------------------
@@ -204,7 +205,7 @@ def peers(mode: str, payload: str | None) -> None:
     import jax
     from jax.sharding import AxisType
 
-    from tests.test_nvlink_gpu import Tokens
+    from tests.expert_parallel.test_nvlink_gpu import Tokens
 
     devices = jax.devices("gpu")
     if len(devices) < 2:

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from moe_align_jax import _checks, _tuning
+from moe_align_jax._align import tables
+from moe_align_jax._core import checks
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from tests import forms
 
@@ -40,7 +41,7 @@ class Case(NamedTuple):
 
     @property
     def form(self) -> str:
-        return _tuning.config_for(self.problem).form
+        return tables.config_for(self.problem).form
 
     def __str__(self) -> str:
         plain = self.problem._field_defaults
@@ -84,8 +85,8 @@ def covering() -> list[Options]:
 
 def align_case(size: forms.Size, options: Options) -> Case:
     direct = options["mode"] == "direct"
-    pairs = _tuning.size_bucket(*size) if direct else size.num_pairs
-    capacity = _checks.capacity(
+    pairs = tables.size_bucket(*size) if direct else size.num_pairs
+    capacity = checks.capacity(
         pairs,
         block_size=size.block_size,
         num_experts=size.num_experts,
@@ -130,7 +131,7 @@ def _all() -> Iterator[Case]:
     while pairs <= _MOST_PAIRS:
         size = forms.Size(pairs, _BUCKET_EXPERTS, _BUCKET_BLOCK)
         yield align_case(size, direct[k % len(direct)])
-        pairs, k = _tuning.size_bucket(*size) + 1, k + 1
+        pairs, k = tables.size_bucket(*size) + 1, k + 1
     for size in forms.BATCHED_SIZES:
         for mode in MODES:
             yield Case(BatchedAlignProblem(*size), mode)

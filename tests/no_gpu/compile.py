@@ -3,7 +3,8 @@
     python -m tests.no_gpu.compile [--jobs N] [--verbose]
 
 For every program of `cases`: nothing spills, registers fit the CTA, the launch that
-`torch_bridge/launch.py` reads is the one that jaxlib makes, kernels wait where PDL needs it, and no load
+`torch_bridge/_direct/compile_worker.py` reads is the one that jaxlib makes, kernels wait where PDL needs
+it, and no load
 spans two ids. Exit code 1 when anything is wrong or missing.
 """
 

@@ -32,13 +32,13 @@ def fingerprint(text: str) -> str:
 
 
 def _aligned(checker: Any) -> Iterator[tuple[str, list[str]]]:
-    from moe_align_jax import _tuning
-    from moe_align_jax._kernels import block_align
+    from moe_align_jax._align import kernels as block_align
+    from moe_align_jax._align import tables
     from tests.no_gpu import cases
 
     for case in cases.all_cases():
         checker._mode = case.mode
-        config = _tuning.config_for(case.problem)
+        config = tables.config_for(case.problem)
         program = block_align.build(case.problem, config, batched=case.mode == "vmap")
         # The case's name holds the sizes and options, and no name of a class.
         yield str(case), [*program.kernels]

@@ -2,7 +2,8 @@
 
     python -m tests.no_gpu.masked_quant
 
-As `compile` does for the alignment: nothing spills, the launch that `torch_bridge/launch.py` reads is the one
+As `compile` does for the alignment: nothing spills, the launch that
+`torch_bridge/_direct/compile_worker.py` reads is the one
 that jaxlib makes, the kernel waits where PDL needs it, x is loaded 16 bytes at a time. Exit code 1 otherwise.
 """
 
@@ -15,7 +16,7 @@ from tests.no_gpu import ptx, script, worker
 
 def problems() -> list:
     """Every tile, scale format and activation, and the sizes that are measured."""
-    from moe_align_jax._quant import MaskedQuantProblem as Problem
+    from moe_align_jax._masked_quant.problem import MaskedQuantProblem as Problem
 
     packed = {"scale_format": "ue8m0_packed", "scale_layout": "column_major"}
     return [
@@ -35,9 +36,9 @@ def problems() -> list:
 
 def kernels() -> Iterator[tuple[str, object, bool, int]]:
     """(what it is, the kernel, whether it is launched with PDL, groups of a tile)."""
-    from moe_align_jax._kernels import masked_quant
-    from moe_align_jax._kernels.masked_quant import kernel
-    from moe_align_jax._kernels.masked_quant.config import Config, config_for
+    from moe_align_jax._masked_quant import kernel
+    from moe_align_jax._masked_quant import launch as masked_quant
+    from moe_align_jax._masked_quant.config import Config, config_for
 
     for problem in problems():
         plain, direct = config_for(problem), masked_quant.direct_kernel(problem)

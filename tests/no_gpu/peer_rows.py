@@ -19,7 +19,13 @@ def problems() -> Iterator:
     import jax.numpy as jnp
     import numpy as np
 
-    from moe_align_jax._kernels.peer_rows import Combine, Dispatch, Field, GiveBack, Send
+    from moe_align_jax._expert_parallel.nvlink_kernels import (
+        Combine,
+        Dispatch,
+        Field,
+        GiveBack,
+        Send,
+    )
     from moe_align_jax._simt.language import Devices
 
     f32, bf16, e4m3 = (np.dtype(name) for name in ("float32", jnp.bfloat16, jnp.float8_e4m3fn))
@@ -49,7 +55,7 @@ def lowered(problem) -> bytes:
     import jax
     from jax.sharding import PartitionSpec as P
 
-    from moe_align_jax._expert_parallel import nvlink
+    from moe_align_jax._expert_parallel.transports import nvlink
 
     count = problem.devices.count
     mesh = jax.make_mesh(
@@ -66,10 +72,10 @@ def lowered(problem) -> bytes:
 
 
 def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
-    from moe_align_jax._kernels import peer_rows
-    from moe_align_jax._kernels.peer_rows.copying import MIN_SMS
+    from moe_align_jax._expert_parallel import nvlink_kernels
+    from moe_align_jax._expert_parallel.nvlink_kernels.copying import MIN_SMS
 
-    kernel = peer_rows.build(problem)
+    kernel = nvlink_kernels.build(problem)
     threads = kernel.num_threads
     yield from worker.resource_faults(used, threads, text)
     resident = worker.REGISTERS_PER_SM // (-(-used.registers // 8) * 8 * threads)
@@ -79,7 +85,7 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
     signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
     if (len(fences), len(signals), len(waits)) != (1, 1, 1):
         yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
-    if isinstance(problem, peer_rows.Dispatch):
+    if isinstance(problem, nvlink_kernels.Dispatch):
         puts, takes = (re.findall(rf"{word}\.relaxed\.sys", text) for word in ("st", "ld"))
         if not puts or not takes:
             yield f"{len(puts)} puts, {len(takes)} takes"

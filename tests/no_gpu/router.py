@@ -50,7 +50,7 @@ def problems() -> list:
 
 def aligned_problems() -> Iterator[tuple[Any, Any]]:
     """Routers with the alignment in the same launch: each form and cluster, every option."""
-    from moe_align_jax import _checks
+    from moe_align_jax._core import checks
     from moe_align_jax._router.problem import RouteProblem as Problem
     from moe_align_jax.types import AlignProblem
 
@@ -70,7 +70,7 @@ def aligned_problems() -> Iterator[tuple[Any, Any]]:
         (Problem(128, 1024, 8, bias_rows=1), 128, 1024, {"return_inverse": True}),
     ):
         pairs = problem.num_tokens * problem.top_k
-        capacity = _checks.max_num_tokens_padded(pairs, block_size=block_size, num_experts=slots)
+        capacity = checks.max_num_tokens_padded(pairs, block_size=block_size, num_experts=slots)
         yield problem, AlignProblem(pairs, slots, block_size, capacity, **options)
 
 

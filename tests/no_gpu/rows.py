@@ -43,7 +43,7 @@ def copies() -> Iterator[Compiled]:
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._kernels.rows import masked_copy, sizes
+    from moe_align_jax._layout.kernels import masked_copy, sizes
     from moe_align_jax._simt import mosaic
 
     fp8 = (sizes.Leaf("float8_e4m3fn", 7168), sizes.Leaf("float32", 224))
@@ -76,7 +76,7 @@ def sums() -> Iterator[Compiled]:
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._kernels.rows import sizes, weighted_sum
+    from moe_align_jax._layout.kernels import sizes, weighted_sum
 
     problems = [
         sizes.RowSum(512, 8, 64 * 512, 7168, "bfloat16", "bfloat16", True),

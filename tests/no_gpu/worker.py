@@ -45,7 +45,7 @@ class _Recorded(ctypes.Structure):
 
 def _load_launch() -> Any:
     # By path: the package `torch_bridge` would import torch.
-    path = Path(__file__).parents[2] / "torch_bridge/launch.py"
+    path = Path(__file__).parents[2] / "torch_bridge/_direct/compile_worker.py"
     spec = importlib.util.spec_from_file_location("launch", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -99,12 +99,12 @@ class Checker:
 
     def check(self, case: Case) -> dict[str, Any]:
         """One program: its kernels, and what is wrong with them."""
-        from moe_align_jax import _tuning
-        from moe_align_jax._kernels import block_align
+        from moe_align_jax._align import kernels as block_align
+        from moe_align_jax._align import tables
 
         begun, kernels, wrong = time.monotonic(), [], []
         self._mode = case.mode
-        config = _tuning.config_for(case.problem)
+        config = tables.config_for(case.problem)
         program = block_align.build(case.problem, config, batched=case.mode == "vmap")
         for position, kernel in enumerate(program.kernels):
             try:

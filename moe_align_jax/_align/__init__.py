@@ -1,0 +1,1 @@
+"""The alignment: configuration, tuning tables, reference and kernels."""

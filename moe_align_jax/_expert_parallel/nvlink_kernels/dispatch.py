@@ -1,0 +1,361 @@
+"""A whole low-latency dispatch: tokens to the ranks of their experts, and there into the experts' boxes.
+
+Of a CTA's two warpgroups one sends rows, as `send` does. The other puts ids into everyone's inbox, takes all
+that come here, and counts: the place of a pair in its expert's box is the number of pairs of the same
+expert before it. An id is its own message: no fence, which would wait for rows, is ahead of it. So the places
+are known when the rows are here. A CTA copies the rows that the peers of its index have sent. Every CTA
+takes all ids: this is for small batches.
+
+D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts. Rows of few
+tokens are cut into parts, each for a CTA.
+"""
+
+import functools
+import operator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from moe_align_jax._expert_parallel.nvlink_kernels import copying
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
+    GROUP,
+    INT32,
+    Dispatch,
+    Field,
+    most_words,
+)
+from moe_align_jax._expert_parallel.nvlink_kernels.send import Sender
+from moe_align_jax._simt import collectives
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
+
+# A thread of the counting warpgroup holds n / 128 ids, and compares each with every pair of a token: about
+# a microsecond at 64, while the rows travel. A lane holds a pair of a token.
+MAX_PAIRS, MAX_TOP_K = 64 * WARPGROUP, WARP
+_WARPS = WARPGROUP // WARP  # that send rows, and that count
+_MAX_EXPERTS = 32  # of a CTA: about 100 ns each
+# Rows are cut until these CTAs have work: an H100 or H200 has as many SMs.
+_ENOUGH_CTAS = 132
+# So many rows that came are copied at a time, from four source ranks on: by 64 threads each, of which 448
+# words of 16 bytes (7168 columns of e4m3) leave none idle.
+_ROWS_AT_A_TIME = 4
+_TARGETS_AHEAD = 8
+# What goes through the inbox is not 0: for local id i it is i + 2, and 1 for other ranks' experts.
+_FIRST_ID, _NO_ID = 2, 1
+_INT32_MAX = 2**31 - 1
+
+
+def unsupported(problem: Dispatch) -> str | None:
+    """Why there is another way to be taken, or None."""
+    if problem.send.top_k > MAX_TOP_K:
+        return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
+    if problem.num_pairs > MAX_PAIRS:
+        return f"every CTA compares all pairs, at most {MAX_PAIRS}"
+    if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
+        return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
+    if most_words(problem) > _INT32_MAX:
+        return "it counts words in int32"
+    return None
+
+
+def parts(problem: Dispatch) -> int:
+    """Into how many a row is cut: as long as every sending thread has 16 bytes of the first field."""
+    send = problem.send
+    first = send.fields[0]
+    units = [field.words for field in send.fields]
+    if send.quantise is not None:
+        units = [first.columns // GROUP]
+    most = min(_ENOUGH_CTAS // problem.num_tokens, first.words // (4 * WARPGROUP))
+    fitting = (k for k in range(most, 1, -1) if all(unit % k == 0 for unit in units))
+    return next(fitting, 1)
+
+
+def _num_ctas(problem: Dispatch) -> int:
+    # As many as of one warpgroup are resident: two take no more registers than there are for one.
+    return min(problem.num_tokens * parts(problem), copying.MAX_CTAS)
+
+
+def build(problem: Dispatch) -> Kernel:
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        _Dispatcher(t, r, problem).run()
+
+    received = range(len(problem.send.received))
+    sparse = {f"{name}{number}" for number in received for name in ("received", "boxes")}
+    num_ctas = _num_ctas(problem)
+    rounds = -(-problem.num_tokens * parts(problem) // num_ctas)
+    slots = rounds * problem.devices.count * problem.send.top_k
+    experts = -(-problem.send.num_local_experts // num_ctas)
+    return copying.kernel(
+        "moe_dispatch",
+        problem,
+        body,
+        num_warpgroups=2,
+        num_ctas=num_ctas,
+        shared={"places": _WARPS * slots, "totals": _WARPS * experts, "wanted": slots},
+        partial=frozenset(sparse),
+        inbox=problem.num_pairs,
+    )
+
+
+type Places = list[tuple[Int, int]]  # of the inbox: index and width
+type Held = list[tuple[Int, list[Int]]]  # words of the inbox, and which pair the first of them is
+
+
+class _Found(NamedTuple):
+    """A token of a source rank: a lane has the local id of a pair and its row in the boxes, -1 for none."""
+
+    source: Int
+    first_pair: Int
+    mine: Int  # whether the lane has a pair
+    expert: Int
+    row: Int
+
+
+class _Dispatcher:
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Dispatch):
+        self.t, self.r, self.problem, self.send = t, r, problem, problem.send
+        self.parts = parts(problem)
+        self.units = problem.num_tokens * self.parts
+        self.rounds = -(-self.units // t.num_ctas)
+        self.sources = problem.devices.count
+        self.slots = self.sources * self.send.top_k  # pairs of a token here, of all source ranks
+        self.experts = -(-self.send.num_local_experts // t.num_ctas)  # of a CTA
+        self.groups = min(_ROWS_AT_A_TIME, 1 << (self.sources - 1).bit_length())
+        self.copying = t.num_threads // self.groups  # threads of a group
+        self.thread = t.thread_id()
+        self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
+
+    def run(self) -> None:
+        t = self.t
+        t.grid_dependency_wait()
+        with t.if_(self.thread < WARPGROUP):
+            sender = Sender(t, self.r, self.send, self.thread, self.parts)
+            copying.for_tokens(t, self.units, sender.send_row)
+        with t.if_(self.warp.eq(_WARPS)):
+            copying.for_tokens(t, self.units, self._send_routes)
+        t.device_arrive()  # one fence: it waits for the rows
+        with t.if_(self.thread >= WARPGROUP):
+            self._count()
+        t.block_sync()  # the counts of all warps
+        self._lay_out_experts()
+        if self.rounds == 1:
+            found = self._find(t.cta_id())
+            self._lay_out(t.cta_id(), found)
+            self._wait_for_rows()
+            self._copy(t.cta_id(), found)
+        else:
+            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
+                self._lay_out(unit, self._find(unit))
+            self._wait_for_rows()
+            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
+                self._copy(unit, self._find(unit))
+
+    def _wait_for_rows(self) -> None:
+        with self.t.if_(self.warp.eq(0)):
+            self.t.device_wait()
+        self.t.block_sync()
+
+    def _token(self, unit: Int) -> Int:
+        return unit // self.parts if self.parts > 1 else unit
+
+    def _round(self, unit: Int) -> Int:
+        if self.rounds == 1:
+            return self.t.const(0)
+        return (unit - self.t.cta_id()) // self.t.num_ctas
+
+    # -- ids and weights
+
+    def _send_routes(self, unit: Int) -> None:
+        """A token's ids and weights to everyone, marks in place of those of the others' experts."""
+        t, r, top_k, count = self.t, self.r, self.send.top_k, self.send.num_local_experts
+        token = self._token(unit)
+        goes = self.lane < top_k
+        pair = token * top_k + t.select(goes, self.lane, 0)
+        expert, weight = t.load(r.topk_ids, pair), t.load(r.weights, pair)
+        if self.parts > 1:
+            goes = goes & unit.eq(token * self.parts)
+        with t.if_(goes):
+            at = t.rank() * (self.problem.num_tokens * top_k) + pair
+            # In a loop: all ranks' addresses at once would take the registers of two CTAs on an SM.
+            for k in t.for_range(0, self.sources):
+                rank = (t.rank() + k) % self.sources
+                local = expert - rank * count
+                here = local.below(count)
+                t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
+                t.store(t.remote(r.local_weights, rank), at, t.select(here, weight, 0))
+
+    # -- the counting warpgroup
+
+    def _count(self) -> None:
+        t, thread = self.t, self.thread - WARPGROUP
+        warp = thread // WARP
+        if self.rounds == 1:
+            held, wanted = self._take_ids(thread, self._slots(t.cta_id()))
+            self._count_token(t.cta_id(), wanted, held, warp)
+        else:
+            held, _ = self._take_ids(thread, [])
+            for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
+                self._count_token(unit, t.take(self._slots(unit)), held, warp)
+        for number in t.for_range(0, self.experts):
+            expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
+            total = self._counted(held, expert + _FIRST_ID, self.problem.num_pairs)
+            with t.if_(self.lane.eq(0)):
+                t.store(self.r.totals, warp * self.experts + number, total)
+
+    def _take_ids(self, thread: Int, also: Places) -> tuple[Held, list[tuple[Int, ...]]]:
+        """The thread's share of all ids; and what else is to be taken, with the first of them."""
+        t, held, others = self.t, [], []
+        share = copying.pieces(t, [Field(self.problem.num_pairs, INT32)], thread, WARPGROUP)
+        # Half as many at a time as fit into registers: each has its address, too, until it has come.
+        for batch in copying.batches(share, 2):
+            places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
+            taken = t.take([*places, *also])
+            also, others = [], others + taken[len(batch) :]
+            for piece, ids in zip(batch, taken[: len(batch)], strict=True):
+                ids = [t.select(piece.inside, one, _NO_ID) for one in ids]
+                held.append((piece.first, ids))
+        return held, others
+
+    def _slots(self, unit: Int) -> Places:
+        """Where the ids of the token's pairs are in the inbox: for each 32 slots, a lane's."""
+        t, token = self.t, self._token(unit)
+        slots = [self.lane + start for start in range(0, self.slots, WARP)]
+        return [(self._pair(token, t.select(k < self.slots, k, 0)), 1) for k in slots]
+
+    def _count_token(
+        self,
+        unit: Int,
+        slots: list[tuple[Int, ...]],
+        held: Held,
+        warp: Int,
+    ) -> None:
+        """What this warp holds of the pairs before each of the token's pairs here."""
+        t, token = self.t, self._token(unit)
+        places = (warp * self.rounds + self._round(unit)) * self.slots
+        for start, [wanted] in zip(range(0, self.slots, WARP), slots, strict=True):
+            there = self.lane + start < self.slots
+            with t.if_(there & warp.eq(0)):
+                t.store(self.r.wanted, self._round(unit) * self.slots + self.lane + start, wanted)
+            kept = t.ballot(there & (wanted >= _FIRST_ID))
+            for k in t.for_range(0, min(WARP, self.slots - start)):
+                with t.if_(((kept >> k) & 1).ne(0)):
+                    end = self._pair(token, k + start)
+                    count = self._counted(held, t.shfl(wanted, k), end)
+                    with t.if_(self.lane.eq(0)):
+                        t.store(self.r.places, places + k + start, count)
+
+    def _pair(self, token: Int, slot: Int) -> Int:
+        """The number of a pair among all n."""
+        source = slot // self.send.top_k
+        return (source * self.problem.num_tokens + token) * self.send.top_k + (
+            slot - source * self.send.top_k
+        )
+
+    def _counted(self, held: Held, expert: Int, end: Int | int) -> Int:
+        """How many of the words that the warp holds are the expert's and stand before the end."""
+        t, total = self.t, self.t.const(0)
+        for first, ids in held:
+            before = end - first
+            for k, one in enumerate(ids):
+                total = total + t.select(one.eq(expert) & (before > k), 1, 0)
+        return t.warp_sum(total)
+
+    # -- the layout
+
+    def _sum(self, ref: Any, at: Int, stride: int) -> Int:
+        """Of what the counting warps have found."""
+        found = [self.t.load(ref, at + k * stride) for k in range(_WARPS)]
+        return functools.reduce(operator.add, found)
+
+    def _lay_out_experts(self) -> None:
+        """How many pairs each of my experts has, and the rows of its box that are not in use."""
+        t, r, room = self.t, self.r, self.problem.room
+        for number in t.for_range(0, self.experts):
+            expert = t.cta_id() + number * t.num_ctas
+            with t.if_(expert < self.send.num_local_experts):
+                total = self._sum(r.totals, number, self.experts)
+                with t.if_(self.thread.eq(0)):
+                    t.store(r.tokens_per_expert, expert, total)
+                    t.store(r.masked_m, expert, t.select(total < room, total, room))
+                for place in t.for_range(total + self.thread, room, t.num_threads):
+                    t.store(r.pair_of_row, expert * room + place, self.problem.num_pairs)
+
+    def _find(self, unit: Int) -> list[_Found]:
+        """The rows of the source ranks that my group of threads copies."""
+        t, top_k, room = self.t, self.send.top_k, self.problem.room
+        token, places = self._token(unit), self._round(unit) * self.slots
+        found = []
+        for start in range(0, self.sources, self.groups):
+            source = self.thread // self.copying + start
+            first = (source * self.problem.num_tokens + token) * top_k
+            mine = (self.lane < top_k) & (source < self.sources)
+            slot = places + source * top_k + self.lane
+            wanted = t.load(self.r.wanted, t.select(mine, slot, 0))
+            expert = wanted - _FIRST_ID
+            kept = mine & (expert >= 0)
+            stride = self.rounds * self.slots
+
+            def place(slot=slot, stride=stride) -> Int:
+                return self._sum(self.r.places, slot, stride)
+
+            at = collectives.value_if(t, kept, place, room)
+            row = t.select(at < room, expert * room + at, -1)
+            found.append(_Found(source, first, mine, expert, row))
+        return found
+
+    def _lay_out(self, unit: Int, found: list[_Found]) -> None:
+        t, r = self.t, self.r
+        opens = (self.thread & (self.copying - 1)) < WARP
+        if self.parts > 1:
+            opens = opens & unit.eq(self._token(unit) * self.parts)
+        for one in found:
+            with t.if_(opens & one.mine):
+                t.store(r.local_ids, one.first_pair + self.lane, one.expert)
+                t.store(r.row_of_pair, one.first_pair + self.lane, one.row)
+                with t.if_(one.row >= 0):
+                    t.store(r.pair_of_row, one.row, one.first_pair + self.lane)
+
+    # -- the rows
+
+    def _copy(self, unit: Int, found: list[_Found]) -> None:
+        """Reads a row that came once, and writes it once per pair."""
+        t = self.t
+        fields = [field.part(self.parts) for field in self.send.received]
+        part = unit - self._token(unit) * self.parts
+        used = [t.ballot(one.row >= 0).ne(0) for one in found]
+        units = [one.source * self.units + unit for one in found]
+        # In place of a row that nobody asked for, another one is read: no branch stands between two loads.
+        other, any_used = units[0], used[0]
+        for here, there in zip(units[1:], used[1:], strict=True):
+            other, any_used = t.select(there, here, other), any_used | there
+        given = [t.select(there, here, other) for here, there in zip(units, used, strict=True)]
+        thread = self.thread & (self.copying - 1)
+        pieces = list(copying.pieces(t, fields, thread, self.copying))
+        share = [(number, piece) for number in range(len(found)) for piece in pieces]
+        with t.if_(any_used):
+            for start in range(0, len(share), copying.MOST_HELD):
+                batch = share[start : start + copying.MOST_HELD]
+                held = [
+                    copying.load(
+                        t,
+                        getattr(self.r, f"received{piece.field}"),
+                        piece,
+                        given[number] * fields[piece.field].words,
+                    )
+                    for number, piece in batch
+                ]
+                for number in sorted({number for number, _ in batch}):
+                    mine = [(p, v) for (n, p), v in zip(batch, held, strict=True) if n == number]
+                    self._store(found[number].row, part, mine, fields)
+
+    def _store(
+        self, row: Int, part: Int, held: list[tuple[copying.Piece, Any]], fields: list[Field]
+    ) -> None:
+        t, top_k = self.t, self.send.top_k
+        for start in t.for_range(0, top_k, _TARGETS_AHEAD):
+            targets = [t.shfl(row, start + k) for k in range(min(top_k, _TARGETS_AHEAD))]
+            for target in targets:
+                with t.if_(target >= 0):
+                    for piece, value in held:
+                        ref = getattr(self.r, f"boxes{piece.field}")
+                        at = (target * self.parts + part) * fields[piece.field].words
+                        with t.if_(piece.inside):
+                            copying.store(t, ref, piece, at, value)

@@ -1,0 +1,150 @@
+"""Tokens to the ranks of their experts, quantised on the way if asked."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from moe_align_jax._expert_parallel.nvlink_kernels import copying
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import GROUP, Send
+from moe_align_jax._simt import collectives
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
+
+# DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: the bits of
+# float32.
+_FLOOR, _MOST, _INVERSE = np.array([1e-4, 448, 1 / 448], np.float32).view(np.int32).tolist()
+_LOW, _MAGNITUDE = 0xFFFF, 0x7FFF
+_VALUES = 8  # bfloat16 of a 16-byte word
+
+
+def build(problem: Send) -> Kernel:
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        Sender(t, r, problem, t.thread_id()).run()
+
+    sparse = frozenset(f"received{number}" for number in range(len(problem.received)))
+    return copying.kernel("moe_dispatch_send", problem, body, partial=sparse)
+
+
+class Sender:
+    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Send, thread: Int, parts: int = 1):
+        self.t, self.r, self.problem, self.thread, self.parts = t, r, problem, thread, parts
+        self.fields = [field.part(parts) for field in problem.fields]
+        self.ranks = copying.everyone(t, problem.devices.count)
+        self.there = [
+            {name: t.remote(getattr(r, name), rank) for name in problem.outputs}
+            for rank in self.ranks
+        ]
+
+    def run(self) -> None:
+        t, problem = self.t, self.problem
+        t.grid_dependency_wait()
+
+        def one(token: Int) -> None:
+            self.send_row(token, with_pairs=problem.routing)
+
+        copying.for_tokens(t, problem.num_tokens, one)
+        collectives.device_sync(t)
+
+    def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
+        t, problem = self.t, self.problem
+        token = unit // self.parts if self.parts > 1 else unit
+        # All loads first: none waits for another.
+        batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
+        held = [self._load(batches[0], unit)]
+        routes = self._load_routes(token) if with_pairs else []
+        ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
+        wanted = [self._wanted(ids, rank) for rank in self.ranks]
+        row = t.rank() * (problem.num_tokens * self.parts) + unit
+        store = self._copy if problem.quantise is None else self._quantise
+        for batch in batches:
+            store(batch, held.pop() if held else self._load(batch, unit), row, wanted)
+        for route in routes:
+            self._store_route(t.rank() * problem.num_tokens + token, *route)
+
+    def _load(self, batch: list[copying.Piece], unit: Int) -> list[Any]:
+        words = [field.words for field in self.fields]
+        return [
+            copying.load(self.t, getattr(self.r, f"field{p.field}"), p, unit * words[p.field])
+            for p in batch
+        ]
+
+    def _wanted(self, ids: list[Int], rank: Int) -> Int:
+        count = self.problem.num_local_experts
+        first = rank * count
+        wanted = (ids[0] - first).below(count)
+        for expert in ids[1:]:
+            wanted = wanted | (expert - first).below(count)
+        return wanted
+
+    def _copy(
+        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+    ) -> None:
+        t, fields = self.t, self.fields
+        for refs, goes in zip(self.there, wanted, strict=True):
+            for piece, value in zip(batch, held, strict=True):
+                with t.if_(piece.inside & goes):
+                    ref = refs[f"received{piece.field}"]
+                    copying.store(t, ref, piece, row * fields[piece.field].words, value)
+
+    def _load_routes(self, token: Int) -> list[tuple[Int, Int, Int, Int]]:
+        """(k, whether it is there, expert, weight): a pair of the token for each thread."""
+        t, top_k, routes = self.t, self.problem.top_k, []
+        for start in range(0, top_k, WARPGROUP):
+            k = self.thread + start
+            at = token * top_k + t.select(k < top_k, k, 0)
+            routes.append((k, k < top_k, t.load(self.r.topk_ids, at), t.load(self.r.weights, at)))
+        return routes
+
+    def _store_route(self, row: Int, k: Int, inside: Int, expert: Int, weight: Int) -> None:
+        """Each rank gets its own experts' pairs; the others' are marked."""
+        t, at, count = self.t, row * self.problem.top_k + k, self.problem.num_local_experts
+        with t.if_(inside):
+            for rank, refs in zip(self.ranks, self.there, strict=True):
+                local = expert - rank * count
+                here = local.below(count)
+                t.store(refs["local_ids"], at, t.select(here, local, -1))
+                t.store(refs["local_weights"], at, t.select(here, weight, 0))
+
+    def _quantise(
+        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+    ) -> None:
+        """16 lanes hold a group of 128 columns, 8 each."""
+        t, [field] = self.t, self.fields
+        lane = self.thread & (WARP - 1)
+        opens = (lane & (GROUP // _VALUES - 1)).eq(0)
+        for piece, words in zip(batch, held, strict=True):
+            codes, scale = self._codes(words, lane)
+            group = piece.first // (GROUP // 2)
+            for refs, goes in zip(self.there, wanted, strict=True):
+                with t.if_(piece.inside & goes):
+                    at = row * (field.columns // 4) + piece.first // 2
+                    t.store2(refs["received0"], at, codes)
+                    with t.if_(opens):
+                        t.store(refs["received1"], row * (field.columns // GROUP) + group, scale)
+
+    def _codes(self, words: tuple[Int, ...], lane: Int) -> tuple[tuple[Int, ...], Int]:
+        """e4m3 codes of 8 bfloat16, in two words, and the scale of their group.
+
+        Magnitudes of bfloat16 order as their bits do. NaN is above all, so its group becomes NaN.
+        """
+        t = self.t
+        halves = [half for word in words for half in (word & _LOW, word >> 16)]
+        most = halves[0] & _MAGNITUDE
+        for half in halves[1:]:
+            most = self._max(most, half & _MAGNITUDE)
+        for distance in (8, 4, 2, 1):
+            most = self._max(most, t.shfl(most, lane ^ distance))
+        most = self._max(most << 16, t.const(_FLOOR))
+        factor = t.fdiv(t.const(_MOST), most)
+        values = [t.fmul(half << 16, factor) for half in halves]
+        codes = [
+            t.e4m3_pair(values[i], values[i + 1])
+            | (t.e4m3_pair(values[i + 2], values[i + 3]) << 16)
+            for i in (0, 4)
+        ]
+        return tuple(codes), t.fmul(most, t.const(_INVERSE))
+
+    def _max(self, a: Int, b: Int) -> Int:
+        return self.t.select(a < b, b, a)

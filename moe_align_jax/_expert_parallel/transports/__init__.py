@@ -1,0 +1,1 @@
+"""The transports that carry rows between devices."""

@@ -1,0 +1,256 @@
+"""Our own kernels write rows straight into the peers' buffers over NVLink: the GPUs of one process.
+
+A token's row goes only to the ranks that have one of its experts, each to its place at once: nothing is
+packed, and nothing is counted first. The sum over ranks is ours: float32, in the order of the ranks. Steps
+of a low-latency exchange are done on the way: the fp8 quantisation, the boxes of the experts, and the
+weighted sum of a token's rows.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from moe_align_jax._core import checks
+from moe_align_jax._expert_parallel import message, nvlink_kernels
+from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import most_words
+from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
+from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._lowering import select
+from moe_align_jax._simt.language import Devices
+
+# XLA keeps the addresses of at most so many devices of a process for a kernel.
+MAX_DEVICES = 8
+_WORD = 4
+
+
+class NvLink:
+    name = "nvlink"
+    localises = True
+
+    def unavailable(self, platform: str) -> str | None:
+        if reason := select.kernels_unavailable("cuda" if platform == "gpu" else platform):
+            return reason
+        if jax.process_count() > 1:
+            return "it writes to the GPUs of its own process, and there is more than one process"
+        if reason := peer_access.missing():
+            return reason
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.manual_axes and mesh.size == 1:
+            return "one device has no peers"
+        if mesh.size > MAX_DEVICES:
+            return f"it takes meshes of at most {MAX_DEVICES} devices; this one has {mesh.size}"
+        if mesh.manual_axes and mesh.size != (count := jax.local_device_count()):
+            return (
+                f"it takes a mesh of all {count} devices of the process; this one has {mesh.size}"
+            )
+        sizes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
+        if auto := [n for n, size in sizes if size > 1 and n not in mesh.manual_axes]:
+            return f"every axis of the mesh must be manual in shard_map; {auto} are not"
+        return None
+
+    def refuses(self, axis_name: Any) -> str | None:
+        """Why not over these axes of the enclosing mesh, or None."""
+        names = jax.sharding.get_abstract_mesh().axis_names
+        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        places = [names.index(axis) for axis in axes]
+        if places != list(range(places[0], places[0] + len(axes))):
+            return f"it takes axes that are neighbours in the mesh, in its order {names}"
+        return None
+
+    def plan(self, topk_ids: jax.Array, group: Group) -> jax.Array:
+        """The ids, by which a token's rank itself can tell which results count."""
+        del group
+        return topk_ids
+
+    def send_fields(
+        self, fields: list[jax.Array], plan: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        *payload, weights, ids = fields
+        if ids.size == 0:
+            return [_nothing(field, group) for field in fields]
+        given = [_in_words(field) for field in payload]
+        problem = self._problem(given, ids, group, routing=True)
+        *received, weights, ids = _launch(problem, ids, weights, *given)
+        return [*map(_out_of_words, received, payload), weights, ids]
+
+    def send_quantised(
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        """As `send_fields` of e4m3 codes and float32 scales of x, `[T, H]` bfloat16."""
+        if ids.size == 0:
+            scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
+            fields = (x.astype(message.FP8), scales, weights, ids)
+            return [_nothing(field, group) for field in fields]
+        problem = self._problem([x], ids, group, routing=True, quantise=True)
+        return _launch(problem, ids, weights, x)
+
+    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+        """Whether `send_to_boxes` takes these."""
+        *payload, _, ids = fields
+        if ids.size == 0 or any(x.shape[1] * x.dtype.itemsize % _WORD for x in payload):
+            return False
+        problem = self._dispatch_problem(payload, ids, group, room, quantise)
+        return nvlink_kernels.dispatch_unsupported(problem) is None
+
+    def send_to_boxes(
+        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
+        `send_fields`). Rows from `masked_m` on are not written.
+
+        Args:
+            fields: the payload, weights and ids.
+            group: the ranks.
+            room: rows per expert.
+            quantise: whether the payload, one bfloat16 array, becomes e4m3 codes and float32 scales.
+        """
+        *payload, weights, ids = fields
+        problem = self._dispatch_problem(payload, ids, group, room, quantise)
+        given = zip(problem.outputs, _launch(problem, ids, weights, *payload), strict=True)
+        named = {name: x for name, x in given if not name.startswith("received")}
+        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = named.values()
+        return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
+
+    def _dispatch_problem(
+        self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
+    ) -> nvlink_kernels.Dispatch:
+        send = self._problem(payload, ids, group, routing=True, quantise=quantise)
+        return nvlink_kernels.Dispatch(send, room)
+
+    def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
+        if plan.size == 0:
+            return _nothing(rows, group)
+        given = _in_words(rows)
+        [received] = _launch(self._problem([given], plan, group, routing=False), plan, given)
+        return _out_of_words(received, rows)
+
+    def _problem(
+        self,
+        given: list[jax.Array],
+        ids: jax.Array,
+        group: Group,
+        *,
+        routing: bool,
+        quantise: bool = False,
+    ) -> nvlink_kernels.Send:
+        fields = tuple(nvlink_kernels.Field(x.shape[1], np.dtype(x.dtype)) for x in given)
+        sizes = ids.shape[0], ids.shape[1], fields
+        target = np.dtype(message.FP8) if quantise else None
+        return nvlink_kernels.Send(
+            *sizes, _devices(group), group.num_local_experts, routing, target
+        )
+
+    def num_received(self, plan: Any) -> None:
+        del plan
+
+    def give_back(
+        self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
+    ) -> jax.Array:
+        num_tokens = rows.shape[0] // group.size
+        if rows.size == 0:
+            return jnp.zeros((num_tokens, *rows.shape[1:]), rows.dtype)
+        given = _in_words(rows)
+        field = nvlink_kernels.Field(given.shape[1], np.dtype(given.dtype))
+        [parts] = _launch(nvlink_kernels.GiveBack(num_tokens, field, _devices(group)), given)
+        mask = None if in_use is None else ranks_of_tokens(plan, group)
+        return _out_of_words(sum_over_ranks(parts, mask), rows)
+
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+        """Whether `sum_pairs` takes these."""
+        return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
+
+    def sum_pairs(
+        self,
+        y: jax.Array,
+        weights: jax.Array,
+        row_of_pair: jax.Array,
+        local_ids: jax.Array,
+        plan: jax.Array,
+        group: Group,
+    ) -> jax.Array:
+        """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
+
+        Args:
+            y: `[num_rows, H]` bfloat16.
+            weights: `[R, K]` float32.
+            row_of_pair: `[R, K]` int32, -1 for none.
+            local_ids: `[R, K]` int32, as received: -1 for other ranks' experts.
+            plan: of the tokens.
+            group: the ranks.
+        """
+        num_rows, columns = y.shape
+        num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
+        sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
+        problem = nvlink_kernels.Combine(*sizes, _devices(group), group.num_local_experts)
+        return _launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
+
+
+NVLINK = NvLink()
+
+
+def _nothing(like: jax.Array, group: Group) -> jax.Array:
+    return jnp.zeros((group.size * like.shape[0], *like.shape[1:]), like.dtype)
+
+
+def _devices(group: Group) -> Devices:
+    """Where the ranks of an axis (or of neighbouring axes) stand among the mesh's devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = group.axis_name if isinstance(group.axis_name, tuple) else (group.axis_name,)
+    last = mesh.axis_names.index(names[-1])
+    return Devices(group.size, int(np.prod(mesh.axis_sizes[last + 1 :], dtype=int)))
+
+
+def _in_words(x: jax.Array) -> jax.Array:
+    """`[T, c]` whose rows are multiples of 4 bytes: itself, or padded."""
+    pad = -x.shape[1] * x.dtype.itemsize % _WORD // x.dtype.itemsize
+    return jnp.pad(x, ((0, 0), (0, pad))) if pad else x
+
+
+def _out_of_words(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x[:, : like.shape[1]]
+
+
+# -- the primitive ---------------------------------------------------------------------------------
+
+peer_rows_p = Primitive("moe_peer_rows")
+peer_rows_p.multiple_results = True
+
+
+def _launch(problem: nvlink_kernels.Problem, *operands: jax.Array) -> list[jax.Array]:
+    if (largest := most_words(problem)) > checks.INT32_MAX:
+        rule = f"move at most {checks.INT32_MAX} 4-byte words by transport 'nvlink'"
+        remedy = "Pass transport='all_to_all'."
+        raise NotImplementedError(checks.message("dispatch", "x", rule, largest, remedy))
+    return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
+
+
+@peer_rows_p.def_abstract_eval
+def _abstract_eval(*avals, problem: nvlink_kernels.Problem):
+    return [select.result_like(avals[0], *array) for array in problem.outputs.values()]
+
+
+def check_order(mesh: Any) -> None:
+    """A kernel finds its peers by their place in the mesh, XLA their addresses by the order of devices."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return
+    ids = [device.id for device in mesh.devices.flat]
+    if ids != sorted(ids):
+        rule = "be over a mesh with the devices in the order of their ids for transport 'nvlink'"
+        remedy = "Make the mesh of jax.devices() in order, or pass transport='all_to_all'."
+        raise NotImplementedError(checks.message("dispatch", "axis_name", rule, ids, remedy))
+
+
+def _lower(ctx, *operands, problem: nvlink_kernels.Problem):
+    from moe_align_jax._simt import mosaic
+
+    check_order(getattr(ctx.module_context.axis_context, "mesh", None))
+    launcher = mosaic.launcher(nvlink_kernels.build(problem))
+    return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
+
+
+mlir.register_lowering(peer_rows_p, _lower, platform="cuda")

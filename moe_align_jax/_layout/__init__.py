@@ -1,0 +1,1 @@
+"""Moves of rows into the masked and contiguous layouts, and back."""

@@ -1,0 +1,63 @@
+"""Sizes of the kernel of silu_and_mul_masked_quant, and what it cannot take. No Pallas here."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+
+GROUP = 128
+MAX_EXPERTS = 1024
+_INT32_MAX = 2**31 - 1
+_NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
+# CTAs that an SM holds, by their registers (43 a thread with tiles of 8 groups), by groups of a tile. More
+# would start when others end, with no one to share the memory's bandwidth with.
+_CTAS_PER_SM = {8: 10, 4: 16, 1: 16}
+
+
+class Config(NamedTuple):
+    """Sizes of the kernel.
+
+    Attributes:
+        tile: groups of a row that a CTA, one warpgroup, does at a time.
+        num_ctas: CTAs of the grid.
+        prefetch: whether a tile is loaded while the one before it is computed.
+        pdl: for a launch with programmatic dependent launch.
+    """
+
+    tile: int
+    num_ctas: int
+    prefetch: bool = False
+    pdl: bool = False
+
+    @property
+    def form(self) -> str:
+        return f"tile{self.tile}"
+
+
+def unsupported(problem: MaskedQuantProblem) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    sizes = (problem.num_experts, problem.max_rows, problem.width)
+    if not all(isinstance(size, (int, np.integer)) for size in sizes):
+        return "the kernel needs static shapes; export a symbolic shape with 'xla'"
+    if problem.group_size != GROUP:
+        return f"the kernel quantises groups of {GROUP}; group_size is {problem.group_size}"
+    if problem.num_experts > MAX_EXPERTS:
+        return f"the kernel takes at most {MAX_EXPERTS} experts; these are {problem.num_experts}"
+    tiles = problem.num_experts * problem.max_rows * problem.num_groups
+    if tiles > _INT32_MAX:
+        return f"the kernel counts groups in int32; x has {tiles}"
+    return None
+
+
+def config_for(problem: MaskedQuantProblem) -> Config:
+    """Tile and grid for a problem that the kernel takes."""
+    groups = problem.num_groups
+    if groups >= 8:
+        tile = 8
+    elif groups >= 4:
+        tile = 4
+    else:
+        tile = 1
+    tiles = problem.num_experts * problem.max_rows * -(-groups // tile)
+    return Config(tile, max(1, min(tiles, _NUM_SMS * _CTAS_PER_SM[tile])))

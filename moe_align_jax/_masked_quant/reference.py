@@ -1,0 +1,95 @@
+"""silu_and_mul_masked_quant in plain jax.numpy: the specification, and implementation="xla".
+
+Whole arrays, whatever `masked_m` says; rows at or past it are zero, and so are their scales.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_align_jax._masked_quant.problem import (
+    COLUMN_MULTIPLE,
+    E4M3_MAX,
+    GROUPS_PER_WORD,
+    MaskedQuantProblem,
+    bits_over_448,
+)
+
+_EXPONENT_BITS, _MANTISSA = 23, (1 << 23) - 1
+
+
+def activation(problem: MaskedQuantProblem, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """float32 values to quantise, of gate and up as x holds them."""
+    dtype = gate.dtype
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if problem.swiglu_alpha is not None:
+        if problem.swiglu_limit is not None:
+            limit = jnp.float32(problem.swiglu_limit)
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        inner = gate * jnp.float32(problem.swiglu_alpha)
+        return gate / (1.0 + jnp.exp(-inner)) * (up + 1.0)
+    if problem.swiglu_limit is not None:
+        limit = jnp.asarray(problem.swiglu_limit, dtype).astype(jnp.float32)
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    silu = gate / (1.0 + jnp.exp(-gate))
+    # Each of the two is rounded to x's dtype; in float32 the product of two rounded factors is exact.
+    product = round_to(silu, dtype) * up
+    return round_to(product, dtype)
+
+
+def round_to(values: jax.Array, dtype) -> jax.Array:
+    """float32 values rounded to what `dtype` can hold. XLA may drop a pair of converts, not this."""
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(values, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    if info.nexp == jnp.finfo(jnp.float32).nexp:
+        return rounded
+    # Below its normal numbers, where values lie evenly, reduce_precision gives 0.
+    step = jnp.float32(info.smallest_subnormal)
+    even = lax.round(values / step, lax.RoundingMethod.TO_NEAREST_EVEN) * step
+    return jnp.where(jnp.abs(values) < jnp.float32(info.tiny), even, rounded)
+
+
+def power_of_two_above(scale: jax.Array) -> jax.Array:
+    """2**ceil(log2(scale)) of positive float32, by its bits: the exponent, plus one above a power of two."""
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    exponent = (bits >> _EXPONENT_BITS) + ((bits & _MANTISSA) != 0).astype(jnp.int32)
+    exponent = jnp.clip(exponent, 1, 254)
+    return lax.bitcast_convert_type(exponent << _EXPONENT_BITS, jnp.float32)
+
+
+def group_scale(problem: MaskedQuantProblem, amax: jax.Array) -> jax.Array:
+    """float32 scale of a group with that absolute maximum."""
+    bits = lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(problem.amax_floor)), jnp.int32)
+    bits = bits_over_448(bits, lambda a, b: lax.div(a, jnp.full_like(a, b)))
+    scale = lax.bitcast_convert_type(bits, jnp.float32)
+    return scale if problem.scale_format == "float32" else power_of_two_above(scale)
+
+
+def masked_quant(
+    problem: MaskedQuantProblem, x: jax.Array, masked_m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    experts, rows, groups = problem.num_experts, problem.max_rows, problem.num_groups
+    gate, up = x[..., : problem.width], x[..., problem.width :]
+    shape = (experts, rows, groups, problem.group_size)
+    values = activation(problem, gate, up).reshape(shape)
+    scale = group_scale(problem, jnp.max(jnp.abs(values), axis=-1))
+    scaled = values / scale[..., None] if problem.divide else values * (1.0 / scale)[..., None]
+    q = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    valid = jnp.arange(rows, dtype=jnp.int32)[None] < masked_m.astype(jnp.int32)[:, None]
+    q = jnp.where(valid[..., None, None], q, jnp.zeros((), q.dtype))
+    return q.reshape(experts, rows, problem.width), _stored(problem, scale, valid)
+
+
+def _stored(problem: MaskedQuantProblem, scale: jax.Array, valid: jax.Array) -> jax.Array:
+    """[e, M, G] float32 scales in the format and layout that was asked for."""
+    if problem.packed:
+        exponent = lax.bitcast_convert_type(scale, jnp.int32) >> _EXPONENT_BITS
+        exponent = jnp.where(valid[..., None], exponent, 0)
+        word = exponent.reshape(*exponent.shape[:2], -1, GROUPS_PER_WORD)
+        shift = jnp.arange(GROUPS_PER_WORD, dtype=jnp.int32) * 8
+        return jnp.sum(word << shift[None, None, None], axis=-1, dtype=jnp.int32).transpose(0, 2, 1)
+    scale = jnp.where(valid[..., None], scale, jnp.float32(0))
+    if problem.scale_layout == "row_major":
+        return scale
+    padding = -problem.max_rows % COLUMN_MULTIPLE
+    return jnp.pad(scale.transpose(0, 2, 1), ((0, 0), (0, 0), (0, padding)))

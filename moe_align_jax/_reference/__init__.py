@@ -1,1 +1,0 @@
-"""The specification in plain jax.numpy; also `implementation="xla"`."""

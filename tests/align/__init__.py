@@ -1,0 +1,1 @@
+"""The alignment: contract, errors, lowering, sharding, tuning."""

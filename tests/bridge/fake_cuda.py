@@ -1,0 +1,234 @@
+"""A CUDA driver on a CPU: modules hold kernels of ours, and a launch runs the emulator on host memory.
+
+It reads the launch as the driver does, from the addresses that it is given, so that the packing of
+arguments is tested too; a launch that a GPU would not take is an AssertionError.
+"""
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_align_jax._simt import emulator
+from moe_align_jax._simt.language import Kernel, Program
+from moe_align_jax.types import LAUNCH_SIZES
+from tests import oracle
+from torch_bridge._direct import compile_worker, disk_cache, driver
+
+GARBAGE = 0x5EED5EED
+# What C makes of an argument that was converted before.
+_as_pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda pointer: pointer)
+
+
+def value_of(argument: Any) -> int:
+    """An integer that came as itself or as a ctypes object."""
+    if type(argument) is type(ctypes.c_void_p.from_param(1)):
+        return _as_pointer(argument) or 0
+    return getattr(argument, "value", argument)
+
+
+def words_at(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_int32 * max(count, 1)).from_address(address))[:count]
+
+
+class FakeCuda:
+    """The functions of libcuda that driver.py calls."""
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[Kernel, Any, compile_worker.KernelLaunch]] = []
+        self.launched: list[tuple[str, int]] = []  # kernel and stream
+        self.loads = 0
+        self.result = 0
+        self.compute_mode = 0
+        self._memory: dict[int, Any] = {}
+        self._sizes: dict[str, int] = {}
+        self._problem: Any = None
+
+    # -- the other side: what a compiler hands over
+
+    def compiled(self, problem: Any) -> tuple[list[dict], list[bytes], dict]:
+        """(launches, cubins, shapes), as launch.py makes them."""
+        self._problem = problem
+        launches, texts, shapes = compile_worker.compile_program(self._compile, problem)  # type: ignore[arg-type]
+        return launches, [text.encode() for text in texts], shapes
+
+    def entry(self, problem: Any) -> disk_cache.Entry:
+        launches, cubins, shapes = self.compiled(problem)
+        ends = (*problem.inputs, *problem.outputs)
+        between = {name: list(shape) for name, shape in shapes.items() if name not in ends}
+        return disk_cache.Entry(launches, between, cubins)
+
+    def _compile(self, kernels: Sequence[Kernel]) -> list[tuple[str, compile_worker.KernelLaunch]]:
+        return [self._compile_one(kernel) for kernel in kernels]
+
+    def _compile_one(self, kernel: Kernel) -> tuple[str, compile_worker.KernelLaunch]:
+        how = compile_worker.KernelLaunch(
+            kernel.name,
+            (kernel.num_ctas, 1, 1),
+            (kernel.cluster, 1, 1),
+            (kernel.num_threads, 1, 1),
+            4 * kernel.shared_words,
+            (*kernel.inputs, *kernel.outputs),
+        )
+        self.kernels.append((kernel, self._problem, how))
+        return f"kernel {len(self.kernels) - 1}", how
+
+    # -- libcuda
+
+    def cuInit(self, flags) -> int:
+        return 0
+
+    def cuDeviceGet(self, handle, device) -> int:
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, handle) -> int:
+        assert attribute == 20  # the one that the user's process asks for
+        value._obj.value = self.compute_mode
+        return 0
+
+    def cuModuleLoadData(self, module, image) -> int:
+        self.loads += 1
+        module._obj.value = int(image.split()[1]) + 1
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name) -> int:
+        kernel = self.kernels[value_of(module) - 1][0]
+        assert name.decode() == kernel.name
+        function._obj.value = value_of(module)
+        return 0
+
+    def cuFuncSetAttribute(self, function, attribute, size) -> int:
+        assert (attribute, size) == (8, self.kernels[value_of(function) - 1][2].shared_bytes)
+        return 0
+
+    def cuGetErrorString(self, result, text) -> int:
+        text._obj.value = b"a fake failure"
+        return 0
+
+    def cuMemAlloc_v2(self, address, size) -> int:
+        memory = ctypes.create_string_buffer(value_of(size) + 256)
+        address._obj.value = -(-ctypes.addressof(memory) // 256) * 256
+        self._memory[address._obj.value] = memory
+        return 0
+
+    def cuMemFree_v2(self, address) -> int:
+        del self._memory[value_of(address)]
+        return 0
+
+    def cuMemsetD32_v2(self, address, word, count) -> int:
+        words_at(value_of(address), value_of(count))[:] = np.uint32(value_of(word)).view(np.int32)
+        return 0
+
+    def cuMemcpyHtoD_v2(self, target, source, size) -> int:
+        ctypes.memmove(value_of(target), value_of(source), value_of(size))
+        return 0
+
+    cuMemcpyDtoH_v2 = cuMemcpyHtoD_v2
+
+    def cuCtxSynchronize(self) -> int:
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, arguments, extra) -> int:
+        if self.result:
+            return self.result
+        kernel, problem, how = self.kernels[value_of(function) - 1]
+        given = driver._LaunchConfig.from_address(value_of(config))
+        assert (given.grid_x, given.grid_y, given.grid_z) == how.grid
+        assert (given.block_x, given.block_y, given.block_z) == how.block
+        assert given.shared_bytes == how.shared_bytes and value_of(extra) == 0
+        pdl, cluster = given.attributes[0], given.attributes[1]
+        assert (pdl.id, pdl.value[0]) == (6, 1)
+        assert given.num_attributes == (2 if kernel.cluster > 1 else 1)
+        assert (cluster.id, tuple(cluster.value[:3])) == (4, how.cluster)
+        pointers = (ctypes.c_void_p * len(how.parameters)).from_address(value_of(arguments))
+        values = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
+        self.launched.append((kernel.name, given.stream or 0))
+        self._run(kernel, problem, dict(zip(how.parameters, values, strict=True)))
+        return 0
+
+    def _run(self, kernel: Kernel, problem: Any, values: dict[str, int]) -> None:
+        """The emulator on the very memory. Sizes are exact, so that it sees each access beside them."""
+        for name in LAUNCH_SIZES:
+            if name in values:
+                assert values[name] % 256 == 0
+                self._sizes[name] = values[name] >> 8
+        exact = exact_shapes(problem, **self._sizes) if self._sizes else {}
+        shapes = {**kernel.inputs, **kernel.outputs}
+        shapes |= {name: exact[name] for name in shapes if name in exact}
+        held = {}
+        for name, shape in shapes.items():
+            if name in LAUNCH_SIZES:
+                held[name] = np.array([self._sizes[name]], np.int32)
+            else:
+                assert values[name] % (256 if name == "topk_ids" else 4) == 0, name
+                assert values[name] % 16 == 0 or name in problem.inputs, name
+                held[name] = words_at(values[name], math.prod(shape)).reshape(shape)
+        program = resized(Program(inputs=kernel.inputs, kernels=(kernel,), results=()), shapes)
+        program = dataclasses.replace(program, results=tuple(kernel.outputs))
+        results = emulator.run(program, [held[name].copy() for name in kernel.inputs])
+        for name, result in zip(kernel.outputs, results, strict=True):
+            held[name][...] = result
+
+
+def exact_shapes(problem: Any, *, num_pairs: int, capacity: int, first_id: int) -> dict:
+    """What the buffers of a program that is sized at launch really hold."""
+    rows = first_id + num_pairs
+    blocks = -(-capacity // problem.block_size)
+    return {
+        "topk_ids": (rows,) if problem.id_words == 1 else (rows, problem.id_words),
+        "sorted_token_ids": (capacity,),
+        "expert_ids": (blocks,),
+        "row_of_pair": (num_pairs,),
+        "block_expert": (blocks,),
+        **{f"{kind}{i}": (num_pairs,) for kind in ("keys", "pairs") for i in range(8)},
+        **{kind: (num_pairs,) for kind in ("keys", "pairs")},
+    }
+
+
+def resized(program: Program, shapes: dict) -> Program:
+    """The program with other lengths of its buffers, as a launch on a smaller size has them."""
+
+    def other(given):
+        return {name: shapes.get(name, shape) for name, shape in given.items()}
+
+    kernels = tuple(
+        dataclasses.replace(k, inputs=other(k.inputs), outputs=other(k.outputs))
+        for k in program.kernels
+    )
+    return dataclasses.replace(program, inputs=other(program.inputs), kernels=kernels)
+
+
+# -- what such a call must give ---------------------------------------------------------------------
+
+
+def want_of(problem, array, operands, limit=None):
+    options = {}
+    if "expert_map" in operands:
+        options["expert_map"] = operands["expert_map"].tolist()
+        options["ignore_invalid_experts"] = problem.ignore_invalid_experts
+    if "num_valid_pairs" in operands:
+        limit = int(operands["num_valid_pairs"])
+    return oracle.align(
+        array.ravel().tolist(),
+        block_size=problem.block_size,
+        num_experts=problem.num_experts,
+        pad_sorted_ids=problem.pad_sorted_ids,
+        num_valid_pairs=limit,
+        return_inverse=True,
+        **options,
+    )
+
+
+def assert_results(problem, results, want):
+    assert len(results) == len(problem.outputs)
+    for (name, shape), got in zip(problem.outputs.items(), results, strict=True):
+        assert tuple(got.shape) == shape and got.dtype == torch.int32, name
+        if name == "scatter_idx":
+            expect = [i if row >= 0 else -1 for i, row in enumerate(want.row_of_pair)]
+        else:
+            expect = getattr(want, name)
+        np.testing.assert_array_equal(got.flatten().numpy(), expect, err_msg=name)

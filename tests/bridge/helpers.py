@@ -1,0 +1,72 @@
+"""Inputs and comparisons that the bridge's tests share."""
+
+import itertools
+import re
+
+import jax
+import numpy as np
+import torch
+
+from tests import oracle
+from torch_bridge._direct import call, program
+
+DTYPES = [getattr(torch, name) for name in oracle.ID_DTYPES]
+# Whether the run has x64 on (JAX_ENABLE_X64=1): the bridge leaves it as it is.
+X64 = jax.config.jax_enable_x64
+# The one format of errors: "{function}: {argument} must {rule}; got {what}. {remedy}".
+ERROR_FORMAT = re.compile(r"^\w+: .+ must .+; got .+\. .+\.$", re.DOTALL)
+
+
+def ids_of(dtype: torch.dtype, routing="outside", num_tokens=37, top_k=3, num_experts=16, seed=0):
+    """`[num_tokens, top_k]` ids as a NumPy array and as a torch tensor."""
+    name = str(dtype).removeprefix("torch.")
+    array = oracle.route(
+        routing,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        dtype=name,
+        seed=seed,
+    )
+    return array, torch.from_numpy(array.copy())
+
+
+def assert_triple(got, want: oracle.Expected) -> None:
+    """A plain tuple of three int32 tensors that hold what the oracle says."""
+    assert type(got) is tuple and len(got) == 3
+    for name, tensor, expect in zip(oracle.Expected._fields[:3], got, want[:3], strict=True):
+        assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32, name
+        np.testing.assert_array_equal(tensor.cpu().numpy(), np.asarray(expect), err_msg=name)
+
+
+def assert_format(error: BaseException) -> None:
+    assert ERROR_FORMAT.match(str(error)), str(error)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, one element past a 64-byte boundary."""
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    view = flat[1:].view(tensor.shape)
+    view.copy_(tensor)
+    assert view.data_ptr() % 64 and view.is_contiguous()
+    return view
+
+
+def load_programs(sizes, options, dtypes=(torch.int64,), **more) -> None:
+    """Compiles what calls will need, many at once: one by one, each costs a process.
+
+    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, `more` as for
+    `call.sized`.
+    """
+    wanted = set()
+    device = torch.device("cuda", torch.cuda.current_device())
+    more = {"tuning": program.tuning(device), **more}
+    for (n, num_experts, block_size), given in itertools.product(sizes, options):
+        use = ""
+        if given.get("expert_map") is not None:
+            use = "filter" if given.get("ignore_invalid_experts") else "label"
+        limit = given.get("num_valid_pairs") is not None
+        for dtype in dtypes:
+            sized = {"expert_map": use, "num_valid_pairs": limit, **more}
+            wanted.add(call.sized(n, num_experts, block_size, dtype, **sized))
+    program.prepare(torch.cuda.current_device(), sorted(wanted))

@@ -1,0 +1,74 @@
+"""driver.py without a GPU: which release of the driver a program was assembled by."""
+
+import ctypes
+import os
+import types
+
+import pytest
+import torch
+
+from torch_bridge._direct import disk_cache, driver, program
+from torch_bridge._direct.call import sized
+
+# What the kernel modules print, the closed and the open one.
+CLOSED = (
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:00:00 UTC 2025\n"
+    "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n"
+)
+OPEN = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (a@b)\n"
+    "GCC version:  gcc version 12.3.0 \n"
+)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """Any driver: `said` is what its kernel module prints, `loaded` the file that was loaded."""
+    machine = types.SimpleNamespace(said=tmp_path / "version", loaded="/lib/libcuda.so.1")
+    monkeypatch.setattr(driver, "_KERNEL_MODULE", machine.said)
+    monkeypatch.setattr(driver, "file_of", lambda function: machine.loaded)
+    monkeypatch.setattr(
+        driver, "library", lambda: types.SimpleNamespace(cuDriverGetVersion=lambda *_: 0)
+    )
+    driver.release.cache_clear()
+    yield machine
+    driver.release.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("loaded", "said", "release"),
+    [
+        ("/lib/libcuda.so.580.65.06", OPEN, "580.65.06"),  # what is loaded counts
+        ("/lib/libcuda.so.1", CLOSED, "580.65.06"),
+        ("/lib/wsl/libcuda.so.1.1", OPEN, "580.159.04"),
+        ("", OPEN, "580.159.04"),
+        ("/lib/libcuda.so.1", "something else 12.3.0\n", ""),
+        ("", None, ""),
+    ],
+)
+def test_release(loaded, said, release, machine):
+    machine.loaded = loaded
+    if said is not None:
+        machine.said.write_text(said)
+    assert driver.release() == release
+
+
+def test_file_of_a_foreign_function(monkeypatch):
+    monkeypatch.undo()
+    library = ctypes.CDLL("libm.so.6")
+    path = driver.file_of(library.cos)
+    assert os.path.isfile(path) and path == os.path.realpath(path) and "libm" in path
+
+
+def test_releases_of_one_cuda_version_share_no_program(machine, monkeypatch):
+    facts = types.SimpleNamespace(name="H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(driver, "driver_version", lambda: 13000)
+    problem, keys = sized(5, 16, 8, torch.int32), set()
+    for release in ("580.65.06", "580.159.04"):
+        machine.loaded = f"/lib/libcuda.so.{release}"
+        driver.release.cache_clear()
+        gpu = program._gpu.__wrapped__(0)
+        assert gpu == f"H200 sm_90 driver 13000 {release}"
+        keys |= {disk_cache.key_of(problem, gpu), disk_cache.verdict_key(gpu)}
+    assert len(keys) == 4

@@ -1,0 +1,1 @@
+"""Dispatch and combine, the transports, and the kernels over NVLink."""

@@ -1,0 +1,202 @@
+"""Which transport runs: what select_transport says, what dispatch took, and what the driver is asked."""
+
+import ctypes
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import moe_align_jax as maj
+from moe_align_jax import expert_parallel
+from moe_align_jax._expert_parallel import choice
+from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._lowering import select
+from tests.expert_parallel.exchanges import jit, mesh_of, over, split
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """As where the eight devices are GPUs and our kernels have run with this jax."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", select.jax_version()[:2])
+
+
+def taken(mesh, names="ep", **options):
+    """The choice of a dispatch that is traced over the mesh."""
+    found = []
+
+    def body(x, ids, weights):
+        got = maj.dispatch(x, ids, weights, axis_name=names, num_experts=8, **options)
+        found.append(got.choice)
+        return maj.combine(got.x, got.handle)
+
+    rows = 2 * mesh.size
+    given = [((rows, 8), "float32"), ((rows, 2), "int32"), ((rows, 2), "float32")]
+    spec = P(mesh.axis_names)
+    run = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
+    jax.eval_shape(run, *[jax.ShapeDtypeStruct(*one) for one in given])
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "transport"),
+    [
+        ((8,), ("ep",), "nvlink"),
+        ((4,), ("ep",), "all_to_all"),
+        ((2, 4), ("dp", "ep"), "nvlink"),
+        ((1,), ("ep",), "all_to_all"),
+    ],
+)
+def test_select_transport_agrees_with_dispatch(on_gpus, shape, names, transport):
+    """Of the mesh it is told of; and what dispatch took stands in its result."""
+    mesh = mesh_of(shape=shape, names=names)
+    asked = maj.select_transport(2, top_k=2, num_ranks=mesh.shape["ep"], mesh=mesh)
+    assert asked == taken(mesh) and asked.transport == transport
+    if shape == (4,):
+        assert "all 8 devices of the process; this one has 4" in asked.reasons["nvlink"]
+
+
+def test_the_platform_of_a_mesh_is_its_own(monkeypatch):
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", select.jax_version()[:2])
+    asked = maj.select_transport(2, top_k=2, num_ranks=8, mesh=mesh_of())
+    assert asked == taken(mesh_of()) and asked.transport == "all_to_all"
+    assert "not on 'cpu'" in asked.reasons["nvlink"]
+
+
+def test_devices_in_another_order_are_refused_as_by_dispatch(on_gpus):
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[::-1]), ("ep",))
+    with pytest.raises(NotImplementedError, match="in the order of their ids"):
+        maj.select_transport(2, top_k=2, num_ranks=8, mesh=mesh)
+    named = maj.select_transport(2, top_k=2, num_ranks=8, mesh=mesh, transport="all_to_all")
+    assert named.transport == "all_to_all" and named.reasons["all_to_all"] == "named"
+
+
+def test_the_choice_is_static():
+    """It leaves jit and shard_map with the arrays, and is the same in every trace."""
+
+    def body(x, ids, weights):
+        return maj.dispatch(x, ids, weights, axis_name="ep", num_experts=4)
+
+    given = (np.ones((4, 8), np.float32), np.zeros((4, 1), np.int32), np.ones((4, 1), np.float32))
+    run = split(mesh_of(2), body)
+    first, again = jit(run)(*given), jit(lambda *given: run(*given))(*given)
+    assert first.choice == maj.select_transport(2, top_k=1, num_ranks=2, mesh=mesh_of(2))
+    assert first.choice == again.choice and hash(first.choice) == hash(again.choice)
+    assert jax.tree.structure(first) == jax.tree.structure(again)
+    assert not jax.tree.leaves(first.choice)
+
+
+# -- what the driver is asked -------------------------------------------------------------------------
+
+
+class Driver:
+    """libcuda, of GPUs of which some pairs do not reach each other; handles are ordinals + 100."""
+
+    def __init__(self, apart=(), no_atomics=(), error=0):
+        self.apart, self.no_atomics, self.error, self.calls = apart, no_atomics, error, 0
+
+    def cuInit(self, flags):
+        return self.error
+
+    def cuDeviceGet(self, out, ordinal):
+        return self._write(out, ordinal + 100)
+
+    def cuDeviceCanAccessPeer(self, out, a, b):
+        return self._write(out, (a - 100, b - 100) not in self.apart)
+
+    def cuDeviceGetP2PAttribute(self, out, attribute, a, b):
+        assert attribute == 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+        return self._write(out, (a - 100, b - 100) not in self.no_atomics)
+
+    def _write(self, out, value):
+        self.calls += 1
+        ctypes.cast(out, ctypes.POINTER(ctypes.c_int))[0] = value
+        return 0
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A process that has GPUs 2, 3 and 5 and a driver: `gpus(driver)`, forgotten afterwards."""
+
+    def make(driver, ordinals=(2, 3, 5)):
+        devices = [types.SimpleNamespace(platform="gpu", local_hardware_id=k) for k in ordinals]
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        monkeypatch.setattr(peer_access, "_library", lambda: driver)
+        peer_access.missing.cache_clear()
+
+    yield make
+    monkeypatch.undo()
+    peer_access.missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (Driver(), None),
+        (Driver(apart=[(5, 2)]), "GPU 5 cannot reach the memory of GPU 2"),
+        (Driver(no_atomics=[(2, 3)]), "GPU 2 cannot add atomically in the memory of GPU 3"),
+        (Driver(error=100), "cannot be asked .*cuInit failed .CUDA driver error 100"),
+    ],
+)
+def test_without_peer_access_the_choice_is_all_to_all(on_gpus, gpus, driver, reason):
+    gpus(driver)
+    asked = maj.select_transport(8, top_k=2, num_ranks=3)
+    assert asked.transport == ("all_to_all" if reason else "nvlink")
+    if reason:
+        with pytest.raises(NotImplementedError, match=reason):
+            maj.select_transport(8, top_k=2, num_ranks=3, transport="nvlink")
+    calls = driver.calls
+    assert maj.select_transport(8, top_k=2, num_ranks=3) == asked and driver.calls == calls
+
+
+def test_without_a_driver_the_reason_says_so(on_gpus, gpus, monkeypatch):
+    gpus(None)
+
+    def nothing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(peer_access, "_library", nothing)
+    asked = maj.select_transport(8, top_k=2, num_ranks=3)
+    assert asked.transport == "all_to_all" and "libcuda.so.1" in asked.reasons["nvlink"]
+
+
+def test_one_gpu_or_none_asks_nobody(gpus):
+    gpus(None, ordinals=(4,))
+    assert peer_access.missing() is None
+
+
+@pytest.mark.gpu
+def test_this_hosts_driver_answers():
+    """GPUs that NVLink joins have peer access; a driver that cannot be asked is a fault of ours."""
+    assert "cannot be asked" not in (peer_access.missing() or "")
+
+
+# -- what the result says of room --------------------------------------------------------------------
+
+
+def test_one_call_serves_decode_and_prefill():
+    """ "auto" with max_tokens_per_expert: counted where rows are dropped, of no effect in "normal"."""
+
+    def body(x, ids, weights):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=4, max_tokens_per_expert=3,
+            max_low_latency_tokens=4,
+        )  # fmt: skip
+        if got.masked_m is None:
+            assert got.tokens_per_expert is None
+            return got.topk_ids[:, 0]
+        assert got.x.shape == (2, 3, 8)
+        return jnp.stack([got.masked_m, got.tokens_per_expert])
+
+    def run(tokens):
+        ids = np.where(np.arange(2 * tokens) % 4 == 3, 2, 1).astype(np.int32)[:, None]
+        x, weights = np.ones((2 * tokens, 8), np.float32), np.ones((2 * tokens, 1), np.float32)
+        return np.asarray(over(mesh_of(2), body)(x, ids, weights))
+
+    # Of the eight tokens expert 1 gets six, for three of which there is room, and expert 2 two.
+    assert run(4).reshape(2, 2, 2).tolist() == [[[0, 3], [0, 6]], [[2, 0], [2, 0]]]
+    assert (run(5).reshape(2, 10) >= 0).sum(1).tolist() == [8, 2]

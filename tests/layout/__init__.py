@@ -1,0 +1,1 @@
+"""Masked and contiguous layouts, and the quantisation in the masked one."""

@@ -1,0 +1,1 @@
+"""Expert load, its recorder, placements and weights."""

@@ -1,0 +1,1 @@
+"""The project itself: layering, docs, command line, scripts."""

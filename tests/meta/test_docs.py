@@ -1,0 +1,270 @@
+"""What README.md and docs/*.md show: every Python block runs from the built wheel, every command exists.
+
+A page's blocks run one after the other in one process, as a reader tries them. The process sees the wheel and
+the installed packages, and no checkout. A comment behind a `print(...)` is what it prints.
+"""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+COMMENTED_PRINT = re.compile(r"^ *print\(.*\)  # (.+)$", re.M)
+
+
+def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
+    """(line, text) of the fenced blocks in these languages."""
+    text = PAGES[page]
+    found = [m for m in FENCE.finditer(text) if m[1] in languages]
+    return [(text[: m.start(2)].count("\n") + 1, m[2]) for m in found]
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python", "py", "pycon")]
+
+# Run in the process that sees no checkout: argv is [the wheel's folder, the file with stand-ins for vLLM].
+CHILD = r"""
+import doctest, importlib.util, json, re, sys
+
+site, stand_ins = sys.argv[1:]
+import moe_align_jax
+assert moe_align_jax.__file__.startswith(site), moe_align_jax.__file__
+for absent in ("tests", "benchmarks", "examples"):
+    assert importlib.util.find_spec(absent) is None, f"the checkout is on the path: {absent}"
+
+page, blocks = json.load(sys.stdin)
+source = "".join(code for _, code in blocks)
+has_gpu = True
+if "torch" in source:
+    import torch
+    has_gpu = torch.cuda.is_available()
+if "vllm" in source and importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.spec_from_file_location("stand_ins", stand_ins)
+    stubs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stubs)
+    sys.modules.update(stubs.stand_ins(stubs.custom_ops(None, None)))
+scope = {"__name__": "__main__"}
+for line, code in blocks:
+    where = f"{page}, the block at line {line}"
+    if not has_gpu:
+        code = re.sub("(?<=[\"'])cuda(?=[\"'])", "cpu", code)
+    try:
+        if ">>>" in code:
+            test = doctest.DocTestParser().get_doctest(code, scope, where, page, line)
+            assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0, where
+            scope.update(test.globs)
+        else:
+            # The empty lines make a traceback name the page's own line.
+            exec(compile("\n" * (line - 1) + code, page, "exec"), scope)
+    except NotImplementedError as error:
+        if has_gpu or "CUDA" not in str(error):
+            raise  # what needs a GPU says so
+        print(f"{where}: {error}", file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A folder with what the wheel installs."""
+    pytest.importorskip(
+        "hatchling", reason="the extra test is not installed: no wheel can be built"
+    )
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [file] = folder.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def packages() -> list[str]:
+    """The path of this process without checkouts of ours."""
+    there = [Path(entry or os.curdir).resolve() for entry in sys.path]
+    return [str(e) for e in there if e.exists() and not (e / "moe_align_jax").exists()]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_blocks_run_from_the_wheel(page, wheel, tmp_path):
+    code = blocks(page, "python", "py", "pycon")
+    source = "".join(text for _, text in code)
+    if "torch" in source:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    # -S: no .pth file, which may name a checkout that is installed as it stands. -P: not the working folder.
+    command = [sys.executable, "-S", "-P", "-c", CHILD, str(wheel)]
+    command.append(str(ROOT / "benchmarks" / "vllm_file.py"))
+    path = os.pathsep.join([str(wheel), *packages()])
+    done = subprocess.run(
+        command,
+        input=json.dumps([page, code]),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    printed = iter(done.stdout.splitlines())
+    for promised in COMMENTED_PRINT.findall(source):
+        assert promised in printed, f"no line {promised!r} (in this order) in {done.stdout}"
+
+
+def test_the_pages_have_python():
+    assert {"README.md", "docs/expert_load.md", "docs/expert_parallel.md"} <= set(WITH_PYTHON)
+
+
+def test_readme_jax_export_note_names_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"]
+    section = PAGES["README.md"].split("## Install")[1].split("\n## ")[0]
+    for extra in extras:
+        assert f"`{extra}`" in section, f"README's Install does not name the extra {extra}"
+
+
+def test_the_extra_all_holds_every_extra_for_users():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    [everything] = extras["all"]
+    name, listed = re.fullmatch(r"([\w-]+)\[([\w,]+)\]", everything).groups()
+    assert name == project["name"]
+    for_developers = {"test", "dev", "docs", "all", "cuda12", "cuda13"}
+    assert set(listed.split(",")) == extras.keys() - for_developers
+    contents = [tuple(extras[extra]) for extra in extras]
+    assert len(set(contents)) == len(contents), "two extras are the same"
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+COMMANDS = ("moe-align", "make", "python", "pip")
+# Programs of others that a page may show.
+FOREIGN = ("vllm",)
+
+
+def commands(page: str):
+    """(line, words) of each command in a shell block or in code within a sentence."""
+    text = PAGES[page]
+    for line, block in blocks(page, "", "sh", "bash", "shell", "console"):
+        lines = [re.sub(r"(^|\s)#.*", "", x) for x in block.replace("\\\n", " ").splitlines()]
+        found = [re.sub(r"^\$ ", "", x).split() for x in lines if x.strip()]
+        found = [
+            words[next((i for i, w in enumerate(words) if "=" not in w), 0) :] for words in found
+        ]
+        if found and found[0][0] in COMMANDS:  # else a picture, or a list of files
+            yield from ((line, words) for words in found)
+    prose = FENCE.sub("", text)
+    for span in re.findall(r"`([^`]+)`", prose):
+        words = span.split()
+        if len(words) > 1 and words[0] in COMMANDS:
+            yield 0, words
+
+
+def options_of(words: list[str]) -> set[str]:
+    return {w.split("=")[0].strip("'\"") for w in words if re.match(r"--?[a-zA-Z]", w)}
+
+
+def declared(source: str) -> set[str]:
+    """The options that a file's argument parser takes."""
+    found = {"-h", "--help"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            found |= {v for v in values if str(v).startswith("-")}
+    return found
+
+
+def complaint(words: list[str]) -> str | None:
+    """What of a command does not exist, or None."""
+    program, *rest = words
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        for word in rest:
+            name, is_variable, _ = word.partition("=")
+            pattern = rf"\$\({name}\)|ifdef {name}\b" if is_variable else rf"^{name}:"
+            if not word.startswith("-") and not re.search(pattern, makefile, re.M):
+                return f"make has no {word}"
+        return None
+    if program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = extras["optional-dependencies"].keys()
+        for asked in re.findall(r"(?:\.|moe-align-jax)\[([\w,]+)\]", " ".join(rest)):
+            if unknown := set(asked.split(",")) - extras:
+                return f"no extra {unknown}"
+        return None
+    if program == "moe-align":
+        pytest.importorskip("typer", reason="the extra cli is not installed")
+        import typer
+
+        from moe_align_jax._cli.app import app
+
+        command = typer.main.get_command(app)
+        name = rest[0] if rest and not rest[0].startswith("-") else None
+        if name is not None and name not in command.commands:
+            return f"moe-align has no command {name}"
+        if name == "bench":
+            return complaint(["python", "-m", "benchmarks.run", *rest[1:]])
+        known = {"--help"}
+        for parameter in (command.commands[name] if name else command).params:
+            known |= {*parameter.opts, *parameter.secondary_opts}
+        unknown = options_of(rest) - known
+        return f"moe-align {name} has no {unknown}" if unknown else None
+    if program in FOREIGN:
+        return None
+    if program != "python":
+        return f"what is {program}?"
+    if rest[0] == "-m":
+        module = rest[1].replace(".", "/")
+        files = [ROOT / f"{module}.py", ROOT / module / "__main__.py"]
+    else:
+        files = [ROOT / rest[0]]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        top = rest[1].split(".")[0] if rest[0] == "-m" else rest[0]
+        ours = not (rest[0] == "-m" and importlib.util.find_spec(top)) or (ROOT / top).exists()
+        return f"no file {rest[:2]}" if ours else None
+    unknown = options_of(rest[2 if rest[0] == "-m" else 1 :]) - declared(file.read_text())
+    return f"{file.name} has no {unknown}" if unknown else None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_options_exist(page):
+    wrong = [f"line {n}: {' '.join(w)}: {c}" for n, w in commands(page) if (c := complaint(w))]
+    assert wrong == []
+
+
+def test_pages_show_commands():
+    shown = [" ".join(words) for page in PAGES for _, words in commands(page)]
+    for program in COMMANDS:
+        assert any(text.startswith(program) for text in shown), program
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nothing",
+        "make test PYTON=/usr/bin/python",
+        "pip install -e '.[cuda13,bench]'",
+        "moe-align optimise",
+        "moe-align eplb FILE --gpus 3",
+        "moe-align bench --no-such-option 1",
+        "python -m benchmarks.nothing",
+        "python -m benchmarks.run --no-such-option",
+        "python examples/moe_layer.py --topk 3",
+        "python examples/nothing.py",
+        "cargo build",
+    ],
+)
+def test_what_does_not_exist_is_found(command):
+    assert complaint(command.split()) is not None

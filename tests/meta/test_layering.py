@@ -1,0 +1,477 @@
+"""Who may import whom, read from the source: an AST walk over every module of the packages."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGES = ("moe_align_jax", "torch_bridge", "benchmarks", "examples")
+
+# What a module, or every module under a package, may import of ours. The longest name that fits counts.
+# "lazily": inside a function only, so that importing the module does not import the other.
+ALLOWED: dict[str, set[str]] = {
+    "moe_align_jax._core": set(),
+    "moe_align_jax._lowering": set(),
+    "moe_align_jax._align": set(),
+    "moe_align_jax": set(),
+    "moe_align_jax.types": set(),
+    "moe_align_jax._core.checks": set(),
+    "moe_align_jax._lowering.export": set(),
+    "moe_align_jax._core.fork": {
+        "moe_align_jax._core.checks",
+    },
+    "moe_align_jax._align.config": {
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._align.tables": {
+        "moe_align_jax._align.config",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._core.files": {
+        "moe_align_jax._core.checks",
+    },
+    "moe_align_jax._eplb": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.files",
+        "moe_align_jax._eplb",
+    },
+    "moe_align_jax.eplb": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._eplb",
+    },
+    "moe_align_jax.expert_location": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.files",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._eplb",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax.eplb",
+    },
+    "moe_align_jax.expert_weights": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._eplb",
+    },
+    "moe_align_jax.expert_dispatch": {
+        "moe_align_jax._align.replicas",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._eplb",
+        "moe_align_jax.block_align",
+        "moe_align_jax.expert_location",
+    },
+    "moe_align_jax.block_align": {
+        "lazily moe_align_jax.expert_dispatch",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax.expert_location",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._lowering.select": {
+        "lazily moe_align_jax._align.kernels",
+        "lazily moe_align_jax._align.reference",
+        "lazily moe_align_jax._align.replicas",
+        "lazily moe_align_jax._masked_quant",
+        "lazily moe_align_jax._masked_quant.reference",
+        "lazily moe_align_jax._simt",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._core.checks",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax.router": {
+        "moe_align_jax._align.tables",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._router",
+        "moe_align_jax.block_align",
+        "moe_align_jax.expert_location",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._router": {
+        "moe_align_jax._align.config",
+        "moe_align_jax._align.kernels",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._router",
+        "moe_align_jax._simt.language",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._router.arguments": {
+        "lazily moe_align_jax.expert_dispatch",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._router.problem",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax._router.problem": set(),
+    "moe_align_jax._router.reference": {
+        "moe_align_jax._router.problem",
+    },
+    "moe_align_jax._router.primitives": {
+        "lazily moe_align_jax._router",
+        "lazily moe_align_jax._simt",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._router.problem",
+        "moe_align_jax._router.reference",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._masked_quant.problem": set(),
+    "moe_align_jax.masked_quant": {
+        "lazily moe_align_jax._masked_quant",
+        "lazily moe_align_jax._masked_quant.reference",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._masked_quant.reference": {
+        "moe_align_jax._masked_quant.problem",
+    },
+    "moe_align_jax._align.reference": {
+        "moe_align_jax._align.replicas",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._align.replicas": {
+        "moe_align_jax._align.replicas",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._align.kernels": {
+        "moe_align_jax._align.config",
+        "moe_align_jax._align.kernels.common",
+        "moe_align_jax._align.kernels.counting",
+        "moe_align_jax._align.kernels.placing",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._simt",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._masked_quant": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._masked_quant",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._layout.kernels": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._layout.kernels",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._expert_parallel.nvlink_kernels": {
+        "moe_align_jax._expert_parallel.nvlink_kernels",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._simt": {
+        "moe_align_jax._simt",
+    },
+    "moe_align_jax.expert_load": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_load.arguments",
+        "moe_align_jax._expert_load.ring",
+        "moe_align_jax._lowering.export",
+    },
+    "moe_align_jax.recorder": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_load",
+        "moe_align_jax.expert_load",
+    },
+    "moe_align_jax._expert_load": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_load",
+        "moe_align_jax.eplb.balancedness",
+    },
+    "moe_align_jax.masked_layout": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_parallel",
+        "moe_align_jax._layout",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax.expert_parallel": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_parallel",
+        "moe_align_jax._layout",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax.masked_layout",
+    },
+    "moe_align_jax._expert_parallel": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_parallel",
+        "moe_align_jax._expert_parallel.nvlink_kernels",
+        "moe_align_jax._layout",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._masked_quant.reference",
+        "moe_align_jax._simt.language",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax._layout": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_parallel",
+        "moe_align_jax._expert_parallel.nvlink_kernels",
+        "moe_align_jax._layout",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._masked_quant.reference",
+        "moe_align_jax._simt.language",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax._layout.primitives": {
+        "moe_align_jax._expert_parallel",
+        "moe_align_jax._layout",
+        "moe_align_jax._layout.kernels",
+        "moe_align_jax._lowering.select",
+    },
+    "moe_align_jax.cli": {
+        "lazily moe_align_jax._cli",
+    },
+    "moe_align_jax._cli": {
+        "lazily torch_bridge",
+        "moe_align_jax",
+    },
+    "torch_bridge": {
+        "lazily moe_align_jax.silu_and_mul_masked_quant",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_load.files",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax.batched_moe_align_block_size",
+        "moe_align_jax.moe_align_block_size",
+        "moe_align_jax.select_implementation",
+        "moe_align_jax.types",
+        "torch_bridge",
+    },
+    "torch_bridge._direct.compile_worker": {
+        "lazily moe_align_jax._align.kernels",
+        "lazily moe_align_jax._align.tables",
+        "lazily moe_align_jax._core.checks",
+        "lazily moe_align_jax._masked_quant",
+        "lazily moe_align_jax._masked_quant.problem",
+        "lazily moe_align_jax._simt",
+        "lazily moe_align_jax.types",
+    },
+    "torch_bridge._direct.selftest": {
+        "lazily moe_align_jax._core.checks",
+    },
+    "torch_bridge._direct.driver": set(),
+    "torch_bridge._direct.disk_cache": {
+        "lazily moe_align_jax",
+    },
+    "benchmarks": {
+        "benchmarks",
+        "moe_align_jax",
+        "torch_bridge",
+    },
+    "examples": {
+        "moe_align_jax",
+    },
+}
+
+# Which of our modules may import these, and at which depth.
+FOREIGN: dict[str, set[str]] = {
+    "torch": {
+        "lazily benchmarks",
+        "lazily moe_align_jax._cli",
+        "torch_bridge",
+    },
+    "jaxlib.mlir": {
+        "moe_align_jax._simt.mlir",
+        "moe_align_jax._simt.mosaic",
+    },
+    "jax.experimental.mosaic": {
+        "moe_align_jax._simt.mlir",
+        "moe_align_jax._simt.mosaic",
+    },
+    "jax.experimental.pallas": {
+        "moe_align_jax._layout.kernels.weighted_sum",
+        "moe_align_jax._masked_quant.kernel",
+        "moe_align_jax._simt.mosaic",
+    },
+    "jaxlib.version": {
+        "lazily moe_align_jax._cli",
+        "lazily torch_bridge._direct.compile_worker",
+    },
+    "jaxlib": {
+        "moe_align_jax._simt.mlir",
+        "moe_align_jax._simt.mosaic",
+    },
+    "jax._src": set(),
+    "typer": {
+        "lazily moe_align_jax.cli",
+        "moe_align_jax._cli",
+    },
+    "rich": {
+        "lazily benchmarks",
+        "lazily moe_align_jax.cli",
+        "moe_align_jax._cli",
+    },
+    "vllm": {
+        "lazily benchmarks.peers",
+        "lazily torch_bridge.vllm_patch",
+    },
+    "sglang": {
+        "lazily benchmarks.peers",
+    },
+    "sgl_kernel": {
+        "lazily benchmarks.peers",
+    },
+    "tests": set(),
+}
+# These may be imported where jax is not installed.
+JAX_FREE = (
+    "moe_align_jax",
+    "moe_align_jax.types",
+    "moe_align_jax._core.checks",
+    "moe_align_jax._core.fork",
+    "moe_align_jax._align.config",
+    "moe_align_jax._align.tables",
+    "moe_align_jax._masked_quant.problem",
+    "moe_align_jax._core.files",
+    "moe_align_jax.eplb",
+)
+
+
+def modules() -> dict[str, pathlib.Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST, lazily: bool = False):
+    """(name, whether inside a function) of each import; those for type checkers only are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, lazily) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from ((f"{node.module}.{alias.name}", lazily) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        else:
+            inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imports(node, lazily or inside)
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def permitted(name: str, lazily: bool, entries: set[str]) -> bool:
+    return any(
+        under(name, entry.removeprefix("lazily ")) and (lazily or not entry.startswith("lazily "))
+        for entry in entries
+    )
+
+
+def violations(module: str, source: str) -> list[str]:
+    rule = max((r for r in ALLOWED if under(module, r)), key=len)
+    if rule == "moe_align_jax" != module:
+        return [f"{module}: no rule in ALLOWED"]
+    entries = ALLOWED[rule]
+    found = []
+    for name, lazily in imports(ast.parse(source)):
+        if any(under(name, package) for package in PACKAGES):
+            ok = permitted(name, lazily, entries)
+        else:
+            owners = [f for f in FOREIGN if under(name, f)]
+            ok = not owners or permitted(module, lazily, FOREIGN[max(owners, key=len)])
+        if not ok:
+            found.append(f"{module} imports {name}{' lazily' if lazily else ''}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_it_may(module):
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+BROKEN = [
+    ("moe_align_jax.block_align", "import torch"),
+    ("moe_align_jax.block_align", "def f():\n    import torch"),
+    ("moe_align_jax.block_align", "from moe_align_jax._align import kernels as block_align"),
+    ("moe_align_jax._lowering.select", "from moe_align_jax._simt import mosaic"),
+    (
+        "moe_align_jax._align.kernels.grid",
+        "from moe_align_jax._align import reference as block_align",
+    ),
+    ("moe_align_jax._align.kernels.grid", "from jaxlib.mlir.dialects import arith"),
+    ("moe_align_jax._align.kernels.grid", "import moe_align_jax._align.kernels.radix"),
+    ("moe_align_jax._simt.language", "from moe_align_jax import types"),
+    ("moe_align_jax._simt.language", "import jax.experimental.pallas.mosaic_gpu"),
+    ("moe_align_jax._align.tables", "from moe_align_jax._core import checks as _checks"),
+    ("moe_align_jax.types", "from moe_align_jax._core import checks as _checks"),
+    ("moe_align_jax._core.checks", "def f():\n    from tests import oracle"),
+    ("moe_align_jax.unknown", "import numpy"),
+    ("torch_bridge._ops", "from moe_align_jax._lowering import select as _dispatch"),
+    ("torch_bridge.vllm", "import vllm"),
+    ("torch_bridge._ops", "from jax._src import core"),
+    ("benchmarks.run", "def f():\n    import vllm"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), BROKEN)
+def test_the_walk_sees_a_forbidden_import(module, source):
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize("module", JAX_FREE)
+def test_leaf_imports_without_jax(module):
+    code = f"import sys; sys.modules['jax'] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_and_calling_the_library_never_imports_torch():
+    code = (
+        "import sys, numpy as np, moe_align_jax as m;"
+        "m.moe_align_block_size(np.zeros(4, 'int32'), block_size=4, num_experts=2);"
+        "print('torch' in sys.modules, 'torch_bridge' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_says_what_it_is_and_stays_readable(module):
+    source = MODULES[module].read_text()
+    limit = 400 if "kernels" in module else 500
+    assert len(source.splitlines()) <= limit
+    assert ast.get_docstring(ast.parse(source)), "no module docstring"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not under(m, "benchmarks")])
+def test_library_has_no_assert_for_its_user(module):
+    """An assert may state a fact of ours; argument checks raise errors that name a remedy."""
+    tree = ast.parse(MODULES[module].read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+            public = module.rsplit(".", 1)[-1] in (
+                "block_align",
+                "align",
+                "vllm",
+                "sglang",
+                "dlpack",
+            )
+            asserts = [n for n in ast.walk(function) if isinstance(n, ast.Assert)]
+            assert not (public and asserts), f"{function.name}, line {function.lineno}"

@@ -1,0 +1,1 @@
+"""The kernel language: emulator, traps, races, mutants."""

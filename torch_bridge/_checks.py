@@ -1,0 +1,151 @@
+"""Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
+
+import numpy as np
+import torch
+
+from moe_align_jax._core import checks
+from torch_bridge import dlpack
+
+INTEGER_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+PATHS = ("auto", "direct", "dlpack")
+_DEVICES = ("cpu", "cuda", "meta")
+
+
+def sizes_are_known() -> bool:
+    """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
+    tensors. The operator checks them then."""
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
+def check_path(function: str, path: object) -> str:
+    """One of PATHS."""
+    if path not in PATHS:
+        names = ", ".join(map(repr, PATHS))
+        raise ValueError(
+            checks.message(
+                function, "path", f"be one of {names}", repr(path), 'Pass "auto" for the best.'
+            )
+        )
+    return path  # type: ignore[return-value]
+
+
+def check_bool(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            checks.message(
+                function,
+                argument,
+                "be a Python bool",
+                checks.describe(value),
+                "It changes the compiled program, so it is static.",
+            )
+        )
+
+
+def check_integer_tensor(
+    function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
+) -> torch.Tensor:
+    """A dense integer tensor, on `device` when one is given."""
+    if not isinstance(value, torch.Tensor):
+        what = checks.describe(value)
+        raise TypeError(
+            checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
+        )
+    if what := dlpack.not_dense(value):
+        remedy = "Call to_dense() or dequantize() first."
+        raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
+    if value.dtype not in INTEGER_DTYPES:
+        what = checks.describe(value)
+        raise TypeError(
+            checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
+        )
+    if device is not None and value.device != device:
+        raise ValueError(
+            checks.message(
+                function,
+                argument,
+                f"be on the same device as the ids, {device}",
+                value.device,
+                f"Move it there: {argument}.to({str(device)!r}).",
+            )
+        )
+    if value.device.type not in _DEVICES:
+        raise NotImplementedError(
+            checks.message(
+                function,
+                argument,
+                "be on a CPU or a CUDA device",
+                value.device,
+                "Move it to one of these.",
+            )
+        )
+    return value
+
+
+def check_topk_ids(function: str, value: object) -> torch.Tensor:
+    return check_integer_tensor(
+        function,
+        "topk_ids",
+        value,
+        "Pass the expert ids that torch.topk returned, not their weights.",
+    )
+
+
+def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
+    """`topk` equals the last dimension, or divides the length of a 1-D `topk_ids`."""
+    remedy = "Pass the experts per token of these topk_ids, or leave topk out."
+    number = checks.check_positive_int(function, "topk", topk, remedy)
+    if topk_ids.dim() == 1:
+        fits, rule = topk_ids.shape[0] % number == 0, "divide the length of a 1-D topk_ids"
+    else:
+        fits = topk_ids.dim() > 1 and topk_ids.shape[-1] == number
+        rule = "equal the last dimension of topk_ids"
+    if not fits:
+        got = f"{number} for topk_ids {list(topk_ids.shape)}"
+        raise ValueError(checks.message(function, "topk", rule, got, remedy))
+
+
+def check_expert_map(
+    function: str, value: object, num_experts: int, device: torch.device
+) -> torch.Tensor:
+    remedy = "Pass one local id (or -1) per global expert."
+    expert_map = check_integer_tensor(function, "expert_map", value, remedy, device)
+    if expert_map.dim() != 1 or expert_map.shape[0] != num_experts:
+        what = checks.describe(expert_map)
+        raise ValueError(
+            checks.message(function, "expert_map", f"have shape [{num_experts}]", what, remedy)
+        )
+    return expert_map
+
+
+def check_num_valid_pairs(
+    function: str, value: object, device: torch.device
+) -> tuple[torch.Tensor | None, int | None]:
+    """num_valid_pairs as a device scalar or as a Python int within int32."""
+    remedy = "Pass the number of pairs in use, as an int or a scalar integer tensor."
+    if value is None:
+        return None, None
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = int(value)
+        return None, min(max(value, -1), checks.INT32_MAX)
+    if not isinstance(value, torch.Tensor):
+        what = checks.describe(value)
+        raise TypeError(checks.message(function, "num_valid_pairs", "be an integer", what, remedy))
+    tensor = check_integer_tensor(function, "num_valid_pairs", value, remedy, device)
+    if tensor.numel() != 1:
+        what = checks.describe(tensor)
+        raise ValueError(checks.message(function, "num_valid_pairs", "be a scalar", what, remedy))
+    return tensor, None
+
+
+def check_capacity(function: str, argument: str, capacity: int) -> None:
+    checks.check_fits_int32(function, argument, capacity, "a padded length P")

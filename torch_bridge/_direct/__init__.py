@@ -1,0 +1,1 @@
+"""The direct path: our compiled kernels on torch's stream, without jax in the call."""

@@ -1,0 +1,140 @@
+"""warmup: the programs of calls to come, compiled and loaded ahead of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_align_jax._core import checks as _checks
+from moe_align_jax.types import BatchedAlignProblem
+from torch_bridge import _checks as checks
+from torch_bridge._direct import call, program
+from torch_bridge._specs import BatchedProblem
+
+
+def warmup(
+    *,
+    num_experts: int,
+    block_size: int,
+    max_tokens: int,
+    topk: int = 1,
+    device: Any = None,
+    dtypes: Sequence[torch.dtype] = (torch.int32, torch.int64),
+    expert_map: bool | torch.Tensor | None = None,
+    ignore_invalid_experts: bool = False,
+    pad_sorted_ids: bool = False,
+    num_valid_pairs: bool | int | torch.Tensor | None = None,
+    tokens_per_expert: bool = False,
+    return_inverse: bool = False,
+    sglang: bool = False,
+    batched: bool = False,
+) -> int:
+    """Compiles and loads what calls with these options need: afterwards no size compiles.
+
+    One program serves a range of sizes, about 20 of them all sizes up to half a million pairs. They are
+    kept on disk (`TORCH_BRIDGE_CACHE_DIR`), so that the next process only loads them. Needed before
+    a capture into a CUDA graph; elsewhere the first call with a size does the same for its range.
+
+    Args:
+        num_experts, block_size: as for `moe_align_block_size`.
+        max_tokens, topk: sizes from 1 up to max_tokens * topk pairs.
+        device: a CUDA device; None for the current one.
+        dtypes: of `topk_ids`. Those of up to 32 bits share programs, and those of 64 bits.
+        expert_map, num_valid_pairs: whether calls pass one (the value itself does not matter).
+        ignore_invalid_experts, pad_sorted_ids: as for `moe_align_block_size`.
+        tokens_per_expert, return_inverse: what `align_blocks` returns besides; vLLM's
+            `return_scatter_idx` needs return_inverse.
+        sglang: for `torch_bridge.sglang.moe_align_block_size`; `ignore_invalid_experts` stands for its
+            `ignore_invalid_expert`, tokens_per_expert for its `return_inactive_prefix_count`.
+        batched: for `torch_bridge.vllm.batched_moe_align_block_size` instead, of `num_experts` counts
+            and `max_tokens` as its `max_tokens_per_batch`: exactly that size, one program. Takes none of
+            the options above but device.
+
+    Returns:
+        The number of programs that are now loaded for these options.
+
+    Raises:
+        TypeError, ValueError: a size is not an int >= 1, or batched comes with an option of the others.
+        NotImplementedError: the direct path cannot run on this device; the message says why.
+
+    Example:
+        >>> warmup(num_experts=64, block_size=16, max_tokens=256, topk=8)  # doctest: +SKIP
+        18
+    """
+    function = "warmup"
+    num_experts = _checks.check_num_experts(function, num_experts)
+    block_size = _checks.check_block_size(function, block_size)
+    remedy = "Pass the most tokens of a call, and the experts per token."
+    max_tokens = _checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
+    topk = _checks.check_positive_int(function, "topk", topk, remedy)
+    most = max_tokens * topk
+    device = torch.device("cuda" if device is None else device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    with_map = expert_map is not None and expert_map is not False
+    with_limit = num_valid_pairs is not None and num_valid_pairs is not False
+    options = {
+        "topk": topk > 1,
+        "expert_map": with_map,
+        "ignore_invalid_experts": ignore_invalid_experts,
+        "pad_sorted_ids": pad_sorted_ids,
+        "num_valid_pairs": with_limit,
+        "tokens_per_expert": tokens_per_expert,
+        "return_inverse": return_inverse,
+        "sglang": sglang,
+    }
+    if batched and (given := [name for name, on in options.items() if on]):
+        raise ValueError(
+            _checks.message(
+                function,
+                "batched",
+                "come without options of the other ops",
+                ", ".join(given),
+                "Leave them out, or warm the ops up one by one.",
+            )
+        )
+    if batched:
+        problem = BatchedProblem(num_experts, max_tokens, block_size)
+        checks.check_capacity(function, "max_tokens", problem.capacity)
+    else:
+        _checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
+    try:
+        if reason := program.unavailable(device):
+            raise program.Unavailable(reason)
+        tuning = program.tuning(device)
+        if batched:
+            sizes = (num_experts, max_tokens, block_size)
+            wanted = {BatchedAlignProblem(*sizes, tuning=tuning)}
+        else:
+            mode = "" if not with_map else "filter" if ignore_invalid_experts else "label"
+            minus_one = sglang and not ignore_invalid_experts
+            ends = program.bucket_ends(most, num_experts + minus_one, block_size, tuning)
+            wanted = {
+                call.sized(
+                    n,
+                    num_experts,
+                    block_size,
+                    dtype,
+                    expert_map=mode,
+                    num_valid_pairs=with_limit,
+                    tokens_per_expert=tokens_per_expert,
+                    return_inverse=return_inverse,
+                    minus_one=minus_one,
+                    tuning=tuning,
+                )
+                for n in ends
+                for dtype in dtypes
+            }
+        program.prepare(device.index or 0, sorted(wanted), again=True)
+    except program.Unavailable as reason:
+        what = str(reason).rstrip(".")
+        raise NotImplementedError(
+            _checks.message(
+                function,
+                "device",
+                "be one that the kernels can be launched on",
+                device,
+                f"{what[0].upper()}{what[1:]}.",
+            )
+        ) from None
+    return len(wanted)

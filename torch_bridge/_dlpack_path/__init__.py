@@ -1,0 +1,1 @@
+"""The DLPack path: jax runs the call on torch's memory."""

@@ -1,0 +1,204 @@
+"""Runs a plan on the DLPack path: import, one jax program, hand over. Streams and lifetimes.
+
+On CUDA the host never waits for the GPU. Three rules make that safe:
+1. XLA's stream waits for torch's current stream at the import (DLPack's stream argument).
+2. Results are exported, which makes torch's current stream wait for the program, *before* the
+   inputs are released or the caller may overwrite them: torch then reuses input memory only behind
+   that wait.
+3. Results are copied into torch's memory, and XLA's memory is kept until an event behind that copy
+   has passed: XLA orders the reuse of its memory by its own stream, which knows nothing of the copy.
+On a CPU the export returns when the program is done, so both sides may do as they like afterwards.
+"""
+
+import collections
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_align_jax._core import checks, fork
+from torch_bridge import dlpack
+from torch_bridge._direct import call
+from torch_bridge._specs import Problem
+
+if TYPE_CHECKING:
+    import jax
+
+    from torch_bridge._plan import Plan
+
+# XLA memory that may wait for torch's copies before a call waits for the oldest of them.
+_MAX_KEPT_BYTES = 256 << 20
+
+
+# -- jax's devices ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def _configure_jax_memory() -> None:
+    """Before jax starts its GPU client: it shall not take 75% of the memory at once.
+
+    Too late when the program has used jax on the GPU before; `_warn_of_preallocation` then says so.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@functools.cache
+def _warn_of_preallocation(device: Any) -> None:
+    stats = device.memory_stats() or {}
+    pool, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
+    if limit and pool > 0.9 * limit:
+        warnings.warn(
+            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device} for itself. "
+            "Set XLA_PYTHON_CLIENT_PREALLOCATE=false before jax first uses the GPU.",
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _platform(device_type: str, index: int | None) -> str | None:
+    """The platform to lower for, or None when jax has no such device here."""
+    if device_type == "cuda":
+        _configure_jax_memory()
+    import jax
+
+    try:
+        with dlpack.current_device_kept():
+            devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
+    except RuntimeError:
+        return None
+    if device_type == "cpu":
+        return "cpu" if devices else None
+    for device in devices:
+        if device.local_hardware_id == index:
+            _warn_of_preallocation(device)
+            return "rocm" if torch.version.hip else "cuda"
+    return None
+
+
+def jax_platform(function: str, device: torch.device) -> str:
+    """The platform that jax lowers for on this device.
+
+    Raises:
+        NotImplementedError: it has none.
+        RuntimeError: this process was forked while jax was running, so that jax would hang.
+    """
+    fork.check(function)
+    platform = _platform(device.type, device.index) if device.type in ("cpu", "cuda") else None
+    if platform is None:
+        remedy = {
+            "cpu": "JAX_PLATFORMS leaves the CPU out: add cpu to it.",
+            "cuda": "Install jax[cuda13] or jax[cuda12], and leave the GPU visible to jax.",
+        }.get(device.type, "Move the tensor to a CPU or a CUDA device.")
+        raise NotImplementedError(
+            checks.message(
+                function, "the tensors' device", "be one that jax has too", device, remedy
+            )
+        )
+    return platform
+
+
+# -- one call --------------------------------------------------------------------------------------
+
+
+def execute(
+    plan: "Plan",
+    problem: Problem,
+    operands: Mapping[str, torch.Tensor],
+    *,
+    max_valid_pairs: int | None = None,
+    out: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Does what the plan says: the int32 tensors of `problem.outputs`, in order, or `out`."""
+    device = next(iter(operands.values())).device
+    if plan.implementation == "none":
+        return _empty_results(problem, device, out)
+    if plan.path == "direct":
+        return call.execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+    from torch_bridge._dlpack_path import jax_calls
+
+    with dlpack.on_device(device):
+        inputs = {
+            name: dlpack.compact_copy(x) if name in plan.copies else x
+            for name, x in operands.items()
+        }
+        arrays = {name: dlpack.share(_flat(name, x)) for name, x in inputs.items()}
+        results = jax_calls.run(problem, plan.implementation, arrays, max_valid_pairs)
+        handed = hand_over(results, copy="outputs" in plan.copies, out=out)
+    # Only now may the inputs go: torch's stream waits for the program (rule 2).
+    del arrays, inputs
+    return handed
+
+
+def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One dimension, so that one compiled program serves every shape of as many ids."""
+    return tensor.view(-1) if name == "topk_ids" else tensor
+
+
+def _empty_results(problem, device, out) -> list[torch.Tensor]:
+    """No pairs: no rows in use. Nothing goes to jax."""
+    if out is None:
+        fills = {"num_tokens_post_padded": 0, "tokens_per_expert": 0}
+        return [
+            torch.full(shape, fills.get(name, -1), dtype=torch.int32, device=device)
+            for name, shape in problem.outputs.items()
+        ]
+    for tensor in out:
+        tensor.zero_()  # only the count has elements
+    return list(out)
+
+
+def hand_over(
+    results: "Sequence[jax.Array]", *, copy: bool, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """Results as torch tensors, ordered on torch's current stream; on a CPU, ready."""
+    views = [dlpack.to_torch(x) for x in results]
+    if not copy:
+        return views
+    targets = list(out) if out is not None else [torch.empty_like(x) for x in views]
+    _copy_all(targets, views)
+    if views[0].is_cuda:
+        _kept.keep_until_read(views)
+    return targets
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)  # type: ignore[reportPrivateImportUsage]
+
+
+class _KeptMemory:
+    """XLA memory that torch's streams have yet to read, with the event that says they have."""
+
+    def __init__(self) -> None:
+        self._entries: collections.deque[tuple[Any, list[torch.Tensor], int]] = collections.deque()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def keep_until_read(self, views: list[torch.Tensor]) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        size = sum(x.nbytes for x in views)
+        released = []
+        with self._lock:
+            self._entries.append((event, views, size))
+            self._bytes += size
+            while self._entries and self._entries[0][0].query():
+                released.append(self._pop())
+        while self._bytes > _MAX_KEPT_BYTES:
+            with self._lock:
+                entry = self._pop() if self._entries else None
+            if entry is None:
+                break
+            entry[0].synchronize()
+            released.append(entry)
+
+    def _pop(self):
+        entry = self._entries.popleft()
+        self._bytes -= entry[2]
+        return entry
+
+
+_kept = _KeptMemory()
