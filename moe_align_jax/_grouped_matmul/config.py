@@ -10,7 +10,7 @@ _INT32_MAX = 2**31 - 1
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
-WARPGROUP = 128
+COMPUTING = 2  # warpgroups that multiply
 MAX_SHARED_BYTES = 232_448
 
 
@@ -60,6 +60,8 @@ def unsupported(problem: MatmulProblem) -> str | None:
             return f"the kernel reads 16 bytes at a time: {name} must be a positive multiple of 8; it is {size}"
     if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > _INT32_MAX:
         return "the kernel counts units of 16 bytes of x in int32; these are too many"
+    if problem.num_rows >= 1 << 30:
+        return f"the kernel takes fewer than 2**30 rows; these are {problem.num_rows}"
     groups = {"masked": problem.num_experts, "ragged": problem.num_groups}.get(problem.rows, 0)
     if groups > MAX_GROUPS:
         return f"the kernel takes at most {MAX_GROUPS} groups of rows; these are {groups}"
