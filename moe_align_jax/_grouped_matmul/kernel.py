@@ -189,7 +189,7 @@ def build(
                 tile, steps = tile_at(i)
 
                 def put(q):
-                    store(q, pieces[q], at)
+                    store(q, pieces[q], at, whole=True)
 
                 def between(k):
                     for q in range(len(pieces)):
@@ -199,7 +199,18 @@ def build(
                 for q in range(len(pieces)):
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
-                return ring + steps, _I32(1), here, finish(sums, tile, here)
+                value = finish(sums, tile, here)
+                if not shape.partial:
+                    return ring + steps, _I32(1), here, value
+                # Stored at once: single rows take registers that the next tile's products need.
+                whole = here[0] + shape.wm <= here[2]
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, here)
+
+                return ring + steps, whole.astype(_I32), here, value
 
             if not config.late:
                 lax.fori_loop(0, mine, now, _I32(0))
@@ -212,7 +223,7 @@ def build(
                 @pl.when(waits > 0)
                 def _():
                     for q, value in enumerate(pieces):
-                        store(q, value, at)
+                        store(q, value, at, whole=True)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -382,8 +393,13 @@ class _Store:
         columns = shape.columns // (1 if config.form == "m" else COMPUTING)
         self.across = columns // shape.piece
 
-    def __call__(self, q: int, value: jax.Array, at: tuple[jax.Array, ...]) -> None:
-        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone."""
+    def __call__(
+        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+    ) -> None:
+        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone.
+
+        `whole`: all of the tile's rows are known to be stored.
+        """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
         if self.swap:
@@ -402,7 +418,7 @@ class _Store:
         plgpu.commit_smem()
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
-        elif not self.shape.partial:
+        elif whole or not self.shape.partial:
             self._whole(slot, row, column)
         else:
             lax.cond(
