@@ -116,7 +116,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
         return Config("swap", bm, 128, 128, 5, group=0)
-    if bm == 64:
+    if bm == 64 or problem.n % 64 or problem.k % 64:  # where "m" would be serialised
         return Config("n", 64, 256, 64, 4, group=0 if problem.w_columns <= 512 else 4)
     group = 0 if problem.w_columns <= 512 else 16 if problem.num_experts <= 16 else 4
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, gather, loads
+from moe_align_jax._grouped_matmul import epilogue, inline, loads
 from moe_align_jax._grouped_matmul.config import COMPUTING, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
@@ -159,7 +159,8 @@ def build(
                     def _():
                         plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
 
-                    return [acc[...] for acc in accumulators]
+                    sums = [acc[...] for acc in accumulators]
+                    return inline.settled(sums, interpret=interpret)
 
                 like = plgpu.ACC((shape.wm, shape.wn), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
@@ -245,11 +246,11 @@ def build(
                     loader.load(refs, tile, rows, slot, k, full.at[slot])
                     if not by_copies:
                         return ()
-                    gather.commit_copies(interpret=interpret)
+                    inline.commit_copies(interpret=interpret)
 
                     @pl.when(at >= config.lag)
                     def _():
-                        gather.wait_for_copies(config.lag, interpret=interpret)
+                        inline.wait_for_copies(config.lag, interpret=interpret)
                         arrived(at, config.lag)
 
                     return ()
@@ -259,7 +260,7 @@ def build(
 
             end = lax.fori_loop(0, mine, one, _I32(0))
             if by_copies:
-                gather.wait_for_copies(0, interpret=interpret)
+                inline.wait_for_copies(0, interpret=interpret)
                 for lag in range(config.lag, 0, -1):
                     pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
             # No barrier is left in the midst of a phase.
@@ -408,7 +409,7 @@ class _Store:
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
-            gather.store_parted(tile, self.like, value, interpret=self.interpret)
+            inline.store_parted(tile, self.like, value, interpret=self.interpret)
         elif self.swap:
             target = tile.transpose((1, 0))
             value = value if self.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
@@ -440,7 +441,7 @@ class _Store:
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         if not self.shape.partial:
             end = row + self.rows
-        gather.store_rows(
+        inline.store_rows(
             self.refs.o_tiles.at[self.warpgroup, slot],
             self.like,
             self.refs.out,

@@ -110,6 +110,18 @@ def lower(problem: Any, config: Any) -> Any:
     return jax.jit(kernel.build(problem, config)).trace(*given).lower(lowering_platforms=("cuda",))
 
 
+def early_reads(text: str) -> Iterator[str]:
+    """Instructions that read a sum between the last wgmma and the wait for it."""
+    sums: set[str] = set()
+    for line in text.splitlines():
+        if found := re.search(r"wgmma\.mma_async[^{]*\{([^}]*)\}", line):
+            sums = set(re.findall(r"%\w+", found.group(1)))
+        elif "wgmma.wait_group.sync.aligned 0;" in line:
+            sums = set()
+        elif sums and sums & set(re.findall(r"%\w+", line)):
+            yield line.strip()
+
+
 def _ptxas(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -149,6 +161,8 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
             wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
         if "serialized" in log:
             wrong.append(next(line for line in log.splitlines() if "serialized" in line))
+        if early := list(early_reads(kernel)):
+            wrong.append(f"{len(early)} times a sum is read before the wait for it: {early[0]}")
         if not re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16", kernel):
             wrong.append("no wgmma")
         # Other processes share this machine's cores: this much at the most.
