@@ -106,28 +106,6 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
     )
 
 
-# -- sums ----------------------------------------------------------------------------------------------------
-
-
-def settled(sums: list[jax.Array], *, interpret: bool) -> list[jax.Array]:
-    """wgmma's sums, as they are now, after the wait for it.
-
-    The wait has no operands: LLVM moved a conversion of the sums ahead of it where a tile may have no steps at
-    all, and so no sums (jax 0.11.2, a tile of 16 rows: wrong results that changed from run to run).
-    """
-    if interpret:
-        return sums
-    layout = plgpu.Layout.WGMMA
-    like = [plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout) for x in sums]
-
-    @plgpu.inline_mgpu(arg_types=(layout,) * len(sums), return_type=like)
-    def emit(_, *arrays):
-        found = mgpu.optimization_barrier(*arrays)
-        return list(found) if len(arrays) > 1 else [found]
-
-    return list(emit(*sums))
-
-
 # -- rows by their indices ---------------------------------------------------------------------------------
 
 

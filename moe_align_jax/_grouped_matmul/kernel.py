@@ -129,7 +129,7 @@ def build(
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
-            def multiply(steps, ring, between):
+            def multiply(tile, ring, between):
                 """The warpgroup's sums, in one accumulator or two."""
 
                 def scope(*accumulators):
@@ -152,15 +152,17 @@ def build(
 
                         return ()
 
-                    lax.fori_loop(0, steps, step, ())
-                    plgpu.wgmma_wait(0)
-
-                    @pl.when(steps > 0)
+                    # The wait belongs to the branch: where the paths with and without wgmma met ahead of
+                    # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
+                    # results that changed from run to run).
+                    @pl.when(tile.valid)
                     def _():
-                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+                        lax.fori_loop(0, shape.k_steps, step, ())
+                        plgpu.wgmma_wait(0)
+                        last = ring + (shape.k_steps + stages - 1)
+                        plgpu.barrier_arrive(empty.at[slot_of(last)])
 
-                    sums = [acc[...] for acc in accumulators]
-                    return inline.settled(sums, interpret=interpret)
+                    return [acc[...] for acc in accumulators]
 
                 like = plgpu.ACC((shape.wm, shape.wn), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
@@ -180,7 +182,7 @@ def build(
 
             def now(i, ring):
                 tile, steps = tile_at(i)
-                sums, at = multiply(steps, ring, lambda k: None), place(tile)
+                sums, at = multiply(tile, ring, lambda k: None), place(tile)
                 for q, value in enumerate(finish(sums, tile, at)):
                     store(q, value, at)
                 return ring + steps
@@ -196,7 +198,7 @@ def build(
                     for q in range(len(pieces)):
                         pl.when((k == q) & (waits > 0))(lambda q=q: put(q))
 
-                sums = multiply(steps, ring, between)
+                sums = multiply(tile, ring, between)
                 for q in range(len(pieces)):
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)

@@ -8,6 +8,7 @@ fits into shared memory, and a kernel compiles in less than two seconds. Exit co
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,27 +111,46 @@ def lower(problem: Any, config: Any) -> Any:
     return jax.jit(kernel.build(problem, config)).trace(*given).lower(lowering_platforms=("cuda",))
 
 
-def early_reads(text: str) -> Iterator[str]:
-    """Instructions that read a sum between the last wgmma and the wait for it."""
-    sums: set[str] = set()
-    for line in text.splitlines():
-        if found := re.search(r"wgmma\.mma_async[^{]*\{([^}]*)\}", line):
-            sums = set(re.findall(r"%\w+", found.group(1)))
-        elif "wgmma.wait_group.sync.aligned 0;" in line:
-            sums = set()
-        elif sums and sums & set(re.findall(r"%\w+", line)):
-            yield line.strip()
+_HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\S* R(\d+),")
+_ROW = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
 
 
-def _ptxas(text: str) -> str:
+def early_reads(sass: str) -> Iterator[str]:
+    """Instructions that stand between a wgmma and the wait for all of them, and read or write its sums.
+
+    ptxas put conversions there, of a wait in which paths with and without wgmma met.
+    """
+    first = last = -1
+    for row in _ROW.findall(sass):
+        if found := _HGMMA.search(row):
+            first = int(found.group(2))
+            last = first + int(found.group(1)) // 2
+        elif "DEPBAR.LE gsb0, 0x0" in row:
+            first = last = -1
+        elif any(first <= int(r) < last for r in re.findall(r"\bR(\d+)\b", row)):
+            yield row
+
+
+def _disassembled(cubin: Path) -> str:
+    ptxas = Path("cuda_sdk_lib/bin/ptxas").resolve()
+    beside = ptxas.with_name("cuobjdump")
+    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise toolchain.Missing(f"there is no cuobjdump beside {ptxas}, nor on PATH")
+    done = subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True)
+    return done.stdout
+
+
+def _ptxas(text: str) -> tuple[str, str]:
+    """ptxas' account of one kernel, and its machine code."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(text)
-        command = ["cuda_sdk_lib/bin/ptxas", "-v", "-arch=sm_90a", str(source), "-o", "/dev/null"]
+        command = ["cuda_sdk_lib/bin/ptxas", "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
-    return done.stderr + done.stdout
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+        return done.stderr + done.stdout, _disassembled(cubin)
 
 
 def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
@@ -154,16 +174,16 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
             continue
         seconds = time.monotonic() - begun
         [(kernel, _)] = launch.read_dump(text).values()
-        log = _ptxas(kernel)
+        log, sass = _ptxas(kernel)
         used = ptx.usage(log)
         wrong = []
         if (spilled := used.spill_stores + used.spill_loads) or used.stack:
             wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
         if "serialized" in log:
             wrong.append(next(line for line in log.splitlines() if "serialized" in line))
-        if early := list(early_reads(kernel)):
-            wrong.append(f"{len(early)} times a sum is read before the wait for it: {early[0]}")
-        if not re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16", kernel):
+        if early := list(early_reads(sass)):
+            wrong.append(f"{len(early)} times sums are used before the wait for them: {early[0]}")
+        if not _HGMMA.search(sass):
             wrong.append("no wgmma")
         # Other processes share this machine's cores: this much at the most.
         if seconds > MAX_SECONDS * float(os.environ.get("COMPILE_PATIENCE", "1")):
