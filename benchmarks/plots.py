@@ -97,6 +97,7 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
     stem, written = tables.stem_of(gpu), []
@@ -150,6 +151,10 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     skewed = time_under_skew(rows)
     if skewed:
+        measured = {provider for by in skewed.values() for provider in by}
+        # One place for each in all pictures; those without a colour of their own at the end.
+        providers = [p for p in _COLOUR if p in measured] + sorted(measured - _COLOUR.keys())
+        colour = {p: _COLOUR.get(p, f"C{k}") for k, p in enumerate(providers)}
         columns = min(len(skewed), _COLUMNS)
         rows_of_them = -(-len(skewed) // columns)
         figure, axes = plt.subplots(
@@ -163,17 +168,21 @@ def draw(gpu: str, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             axis.set_axis_off()
         for axis, (size, by) in zip(axes.flat, skewed.items(), strict=False):
             shown = [skew for skew in SKEWS if any(skew in skews for skews in by.values())]
-            width = 0.8 / len(by)
-            for k, (provider, skews) in enumerate(by.items()):
+            width = 0.8 / len(providers)
+            for k, provider in enumerate(providers):
+                skews = by.get(provider, {})
                 places = [i + k * width for i, skew in enumerate(shown) if skew in skews]
                 heights = [skews[skew] for skew in shown if skew in skews]
-                label = _LABEL.get(provider, provider)
-                axis.bar(places, heights, width, label=label, color=_COLOUR.get(provider))
-            centre = (len(by) - 1) * width / 2
+                axis.bar(places, heights, width, color=colour[provider])
+            centre = (len(providers) - 1) * width / 2
             axis.set_xticks([i + centre for i in range(len(shown))], shown)
-            axis.set(yscale="log", title=size, ylim=(1, None))
+            # A bar begins at the lower end of a logarithmic axis: at half of the shortest, so that it shows.
+            shortest = min(us for skews in by.values() for us in skews.values())
+            axis.set(yscale="log", title=size, ylim=(shortest / 2, None))
         for line in axes:
             line[0].set_ylabel("µs per call")
-        axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        # Of all providers, also those that the picture beside it does not have.
+        named = [Patch(color=colour[p], label=_LABEL.get(p, p)) for p in providers]
+        axes[0][-1].legend(handles=named, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "skew", "Time under skew")
     return written

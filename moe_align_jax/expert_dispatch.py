@@ -50,8 +50,8 @@ def to_physical_ids(
         layer: the layer, an int or an integer scalar; None for the location of one layer.
         dispatch: None for the location's own.
         rank: None, or this GPU's number, an int or an integer scalar such as `lax.axis_index("ep")`. Needed
-            for "static" of tokens per rank; for the others, tokens are numbered from `rank * num_tokens` on
-            instead of from the location's `first_token`.
+            for "static" of tokens per rank; for the others, tokens are numbered from
+            `rank * num_tokens` on instead of from the location's `first_token`.
         num_fused_shared_experts: the last so many columns are left as they are. Static.
 
     Returns:

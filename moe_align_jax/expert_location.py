@@ -224,6 +224,7 @@ class ExpertLocation:
 
         Raises:
             OSError: the file cannot be read.
+            ImportError: the file is YAML, and pyyaml is not installed.
             TypeError, ValueError: it is damaged or holds no valid placement or load.
         """
         function = "ExpertLocation.from_file"
@@ -235,8 +236,9 @@ class ExpertLocation:
             named = files.naming(path)
         with named:
             recording = not contents.keys().isdisjoint(("physical_count", "records"))
-            found = None if recording else placement_files.find(contents, function=function)
-            if found is not None:
+            placed = not contents.keys().isdisjoint(placement_files.NAMES)
+            found = placement_files.find(contents, function=function) if placed else None
+            if found is not None and not recording:
                 gpus = found.num_gpus if num_gpus is None else num_gpus
                 return cls.from_map(found.slots, num_gpus=gpus, dispatch=dispatch, tokens=tokens)
             history = loads.recorded_load(contents, function=function)
@@ -417,9 +419,8 @@ def integer_scalar(function: str, argument: str, value: Any, remedy: str) -> Any
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
-    dtype = getattr(value, "dtype", None)
     arrays = (jax.Array, np.ndarray)
-    if not isinstance(value, arrays) or not jnp.issubdtype(dtype, jnp.integer):
+    if not isinstance(value, arrays) or not jnp.issubdtype(value.dtype, jnp.integer):
         rule, got = "be an int or an integer scalar", checks.describe(value)
         raise TypeError(checks.message(function, argument, rule, got, remedy))
     if value.size != 1:

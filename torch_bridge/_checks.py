@@ -23,7 +23,7 @@ _DEVICES = ("cpu", "cuda", "meta")
 def sizes_are_known() -> bool:
     """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
     tensors. The operator checks them then."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
 def check_path(function: str, path: object) -> str:

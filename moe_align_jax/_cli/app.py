@@ -1,7 +1,7 @@
 """The typer application: options and help of each command."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.markup import escape
 
 import moe_align_jax
 from moe_align_jax._cli import checkout, demo, eplb, info, profile, tune
+from moe_align_jax._eplb.placement_files import Format
 from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
 
@@ -176,18 +177,59 @@ def eplb_command(
     algorithm: Annotated[
         str, typer.Option(help=f"One of {', '.join(get_args(Algorithm))}.")
     ] = "auto",
+    spread_replicas: Annotated[
+        bool, typer.Option("--spread-replicas", help="No two replicas of an expert on one GPU.")
+    ] = False,
     previous: Annotated[
         Path | None,
-        typer.Option(help="The placement in force, where FILE does not hold it: few experts move."),
+        typer.Option(
+            help="The placement in force, in any of the formats, where FILE does not hold it: few "
+            "experts move. -1 stands for a slot that holds nothing."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The placement, as JSON.")] = Path("placement.json"),
-    heatmap: Annotated[Path, typer.Option(help="Layers x GPUs, a PNG.")] = Path("placement.png"),
+    previous_num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the placement in force; else --num-gpus.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The placement; placement.json, or .yaml for tensorrt-llm."),
+    ] = None,
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Format))}.")] = "sglang",
+    first_layer: Annotated[
+        int,
+        typer.Option(min=0, help="Number of the first layer, where the format has layer numbers."),
+    ] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Sizes and balancedness of each layer, as JSON.")
+    ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(help="Layers x GPUs, a PNG; named after the placement without it."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write over files that are there.")
+    ] = False,
 ) -> None:
     """Place experts by recorded loads: which to replicate, and on which GPU; expected balancedness."""
     if algorithm not in get_args(Algorithm):
         raise typer.BadParameter(f"{algorithm!r} is none of {', '.join(get_args(Algorithm))}")
+    if format not in get_args(Format):
+        raise typer.BadParameter(f"{format!r} is none of {', '.join(get_args(Format))}")
     options = eplb.Options(
-        num_gpus, num_redundant, num_nodes, num_groups, algorithm, previous, out, heatmap
+        num_gpus=num_gpus,
+        num_redundant=num_redundant,
+        num_nodes=num_nodes,
+        num_groups=num_groups,
+        algorithm=algorithm,
+        spread_replicas=spread_replicas,
+        previous=previous,
+        previous_num_gpus=previous_num_gpus,
+        out=out,
+        format=cast(Format, format),
+        first_layer=first_layer,
+        report=report,
+        heatmap=heatmap,
+        overwrite=overwrite,
     )
     _exit(eplb.run(Console(), files, options))
 

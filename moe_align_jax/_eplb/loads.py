@@ -42,12 +42,14 @@ def map_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarr
     return found
 
 
-def sum_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarray:
+def sum_of_files(
+    files: dict[str, dict[str, Any]], *, function: str, remedy: str = _REMEDY
+) -> np.ndarray:
     """`recorded_load` of the files that several processes wrote of one recording: their sum, pass by pass.
 
     Args:
         files: name and contents of each, at least one.
-        function: the caller's name, for error messages.
+        function, remedy: the caller's name and advice, for error messages.
 
     Raises:
         TypeError, ValueError: as `recorded_load`; or the files are not of the same passes and experts.
@@ -55,20 +57,20 @@ def sum_of_files(files: dict[str, dict[str, Any]], *, function: str) -> np.ndarr
     (first, contents), *others = files.items()
     if not others:
         with _files.naming(first):
-            return recorded_load(contents, function=function)
+            return recorded_load(contents, function=function, remedy=remedy)
     _check_ranks(files, function)
     if all(isinstance(each.get("records"), list) for each in files.values()):
         # A record says which pass it is of: those of all files are as good as one file's.
         records = [record for each in files.values() for record in each["records"]]
         slots = map_of_files(files, function=function)
         merged = {"records": records, "last_physical_to_logical_map": slots}
-        return recorded_load(merged, function=function)
+        return recorded_load(merged, function=function, remedy=remedy)
     with _files.naming(first):
-        total, passes = recorded_load(contents, function=function), contents.get("forward_pass_id")
-    total = total.astype(np.int64 if total.dtype.kind in "iu" else np.float64)
+        total = widened(recorded_load(contents, function=function, remedy=remedy))
+    passes = contents.get("forward_pass_id")
     for name, each in others:
         with _files.naming(name):
-            load = recorded_load(each, function=function)
+            load = widened(recorded_load(each, function=function, remedy=remedy))
         if load.shape != total.shape:
             rule = f"hold passes, layers and experts {list(total.shape)}, as {first!r}"
             fail(function, name, rule, list(load.shape), _SAME_RECORDING)
@@ -96,7 +98,14 @@ def _check_ranks(files: dict[str, dict[str, Any]], function: str) -> None:
                 fail(function, name, rule, got, _SAME_RECORDING)
 
 
-def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
+def widened(load: np.ndarray) -> np.ndarray:
+    """Loads of which a million can be added up: int64, or float64 for floats and for what int64 might not
+    hold then."""
+    small = load.dtype.kind in "iu" and int(load.max(initial=0)) < 2**42
+    return load.astype(np.int64 if small else np.float64)
+
+
+def recorded_load(contents: dict[str, Any], *, function: str, remedy: str = _REMEDY) -> np.ndarray:
     """The tokens per expert of a recording, step by step.
 
     Args:
@@ -104,7 +113,7 @@ def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
             SGLang's `records` (one dict per pass and rank with `global_physical_count` or
             `topk_ids_of_layer`), with the map that leads from slots to experts. Records of torch_bridge
             hold `global_logical_count`, too, by the map of their own pass: it is taken.
-        function: the caller's name, for error messages.
+        function, remedy: the caller's name and advice, for error messages.
 
     Returns:
         `[S, L, El]`, S >= 1, integer or floating, >= 0 and finite.
@@ -119,22 +128,23 @@ def recorded_load(contents: dict[str, Any], *, function: str) -> np.ndarray:
         name, load = _sum_of_records(contents, function)
     else:
         got = ", ".join(sorted(contents)) or "nothing"
-        fail(function, "file", "hold logical_count", got, _REMEDY)
-    load = _check_load(function, name, load)
+        fail(function, "file", "hold logical_count", got, remedy)
+    load = _check_load(function, name, load, remedy)
     if name == "logical_count":
         return load
     return _to_logical(load, map_in_force(contents), function)
 
 
-def _check_load(function: str, name: str, load: Any) -> np.ndarray:
+def _check_load(function: str, name: str, load: Any, remedy: str) -> np.ndarray:
     if not isinstance(load, np.ndarray) or load.dtype.kind not in "iuf":
         got = checks.describe(load)
-        raise TypeError(checks.message(function, name, "be numbers", got, _REMEDY))
+        raise TypeError(checks.message(function, name, "be numbers", got, remedy))
     load = load[None] if load.ndim == 2 else load
     if load.ndim != 3 or 0 in load.shape:
-        fail(function, name, "have shape [L, experts] or [S, L, experts]", load.shape, _REMEDY)
+        rule = "have shape [L, experts] or [S, L, experts]"
+        fail(function, name, rule, list(load.shape), remedy)
     if not (np.isfinite(load).all() and load.min() >= 0):
-        fail(function, name, "be finite and at least 0", load.min(), _REMEDY)
+        fail(function, name, "be finite and at least 0", load.min(), remedy)
     return load
 
 
@@ -146,6 +156,7 @@ def _to_logical(physical: np.ndarray, slots: np.ndarray | None, function: str) -
     if not good or slots.max() >= slots.shape[1]:
         rule = f"be experts of shape {list(physical.shape[1:])}"
         fail(function, argument, rule, checks.describe(slots), _REMEDY)
+    physical = widened(physical)  # a slot's counts fit its dtype, those of an expert need not
     logical = np.zeros((*physical.shape[:2], int(slots.max()) + 1), physical.dtype)
     steps, layers = (np.arange(n) for n in physical.shape[:2])
     np.add.at(logical, (steps[:, None, None], layers[:, None], slots[None]), physical)
@@ -175,6 +186,7 @@ def _sum_of_records(contents: dict[str, Any], function: str) -> tuple[str, np.nd
         if key in passes and passes[key].shape != count.shape:
             rule = f"count {list(passes[key].shape)}"
             fail(function, f"records[{number}]", rule, list(count.shape), _REMEDY)
+        count = widened(count)
         passes[key] = passes[key] + count if key in passes else count
     shapes = {count.shape for count in passes.values()}
     if len(shapes) > 1:

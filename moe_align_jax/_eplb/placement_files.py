@@ -13,9 +13,11 @@ import numpy as np
 
 from moe_align_jax._core import checks, files
 from moe_align_jax._eplb import loads
-from moe_align_jax._eplb.maps import fail
+from moe_align_jax._eplb.maps import as_array, fail
 
 Format = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
+# The name that each format is known by, in the same order.
+NAMES = ("physical_to_logical_map", "layer_list", "initial_global_assignments")
 
 # A map of 100 layers and 10,000 slots is 5 MB of YAML.
 _MOST_YAML_BYTES = 64 * 2**20
@@ -75,6 +77,12 @@ def find(contents: dict[str, Any], *, function: str) -> FoundPlacement | None:
     if "initial_global_assignments" in contents:
         return _from_tensorrt_llm(contents, function)
     slots = loads.map_in_force(contents)
+    if slots is None and NAMES[0] in contents:  # of YAML, or no array
+        value, remedy = contents[NAMES[0]], "Pass the expert of each slot, [layers, slots]."
+        slots = as_array(function, NAMES[0], value, remedy)
+        if slots.dtype.kind not in "iu" or slots.ndim != 2 or slots.size == 0:
+            rule = "be integers, [layers, slots]"
+            fail(function, NAMES[0], rule, checks.describe(slots), remedy)
     return None if slots is None else FoundPlacement(slots)
 
 

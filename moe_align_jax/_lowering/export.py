@@ -39,7 +39,7 @@ def register_static[T](cls: type[T]) -> type[T]:
         serialized_name=_PREFIX + cls.__name__,
         serialize_auxdata=_dump,
         deserialize_auxdata=_load,
-        from_children=lambda value, children: value,
+        from_children=lambda aux_data, children: aux_data,
     )
 
 
@@ -51,9 +51,9 @@ def register_dataclass[T](cls: type[T], data_fields: list[str], meta_fields: lis
         fields = dict(zip(meta_fields, static, strict=True))
         return _dump({"children": data_fields, "static": fields})
 
-    def from_children(written: dict[str, Any], children: Any) -> T:
-        named = dict(zip(written["children"], children, strict=True))
-        return cls(**named, **written["static"])
+    def from_children(aux_data: Any, children: Any) -> T:
+        named = dict(zip(aux_data["children"], children, strict=True))
+        return cls(**named, **aux_data["static"])
 
     return jax.export.register_pytree_node_serialization(
         cls,

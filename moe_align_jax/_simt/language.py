@@ -5,8 +5,9 @@ It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 The primitives stand in four classes: `Core` (threads, control flow, memory, warps, barriers), `FloatBits`
-(float32 arithmetic on the bits of an int32), `ClusterMail` (the CTAs of one cluster) and `PeerDevices`
-(several devices that run one kernel together). What is composed of them stands in `collectives.py`.
+(float32 arithmetic on the bits of an int32: `floats.py`), `ClusterMail` (the CTAs of one cluster) and
+`PeerDevices` (several devices that run one kernel together). What is composed of them stands in
+`collectives.py`.
 
 Control flow of Python happens once, while the body is traced: `for k in range(4)` unrolls, `if problem.x`
 chooses what is compiled. What depends on a thread's values is written with `t.if_`, `t.for_range` and
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from moe_align_jax._simt.floats import FloatBits
 from moe_align_jax._simt.jumps import LEFT_LOOP, BodyError, refuse_jumps
 
 WARP = 32
@@ -281,6 +283,14 @@ class Core(abc.ABC):
     def warp_sum(self, value: Int) -> Int:
         """The sum over the warp, to each lane."""
 
+    @abc.abstractmethod
+    def warp_max(self, value: Int) -> Int:
+        """The greatest value of the warp, signed, to each lane."""
+
+    @abc.abstractmethod
+    def warp_min(self, value: Int) -> Int:
+        """The least value of the warp, signed, to each lane."""
+
     # -- bits
     @abc.abstractmethod
     def popc(self, value: Int) -> Int:
@@ -307,34 +317,6 @@ class Core(abc.ABC):
     @abc.abstractmethod
     def launch_dependents(self) -> None:
         """Lets the next kernel start (its `grid_dependency_wait` still waits); nothing without PDL."""
-
-
-class FloatBits(abc.ABC):
-    """float32 arithmetic. A float32 is an `Int` that holds its bits: `+` would add the bits, `fadd` adds."""
-
-    @abc.abstractmethod
-    def fma(self, a: Int, b: Int, c: Int | int) -> Int:
-        """`a * b + c`, rounded once."""
-
-    @abc.abstractmethod
-    def fadd(self, a: Int, b: Int) -> Int:
-        """`a + b`."""
-
-    @abc.abstractmethod
-    def fmul(self, a: Int, b: Int | int) -> Int:
-        """`a * b`."""
-
-    @abc.abstractmethod
-    def fdiv(self, a: Int | int, b: Int) -> Int:
-        """`a / b`, rounded to nearest."""
-
-    @abc.abstractmethod
-    def bfloat16_pair(self, low: Int, high: Int) -> Int:
-        """Two float32, rounded to bfloat16, in one word."""
-
-    @abc.abstractmethod
-    def e4m3_pair(self, low: Int, high: Int) -> Int:
-        """Two float32, rounded to e4m3 and no greater than 448, in the low half of a word."""
 
 
 class ClusterMail(abc.ABC):

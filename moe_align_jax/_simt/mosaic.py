@@ -150,6 +150,28 @@ class MosaicSimt(Simt):
     def fdiv(self, a: Int | int, b: Int) -> Int:
         return self._float("div.rn.f32", a, b)
 
+    def fmax(self, a: Int, b: Int) -> Int:
+        return self._float("max.f32", a, b)
+
+    def fmin(self, a: Int, b: Int) -> Int:
+        return self._float("min.f32", a, b)
+
+    def exp2(self, a: Int) -> Int:
+        return self._float("ex2.approx.ftz.f32", a)
+
+    def reciprocal(self, a: Int) -> Int:
+        return self._float("rcp.approx.ftz.f32", a)
+
+    def fsqrt(self, a: Int) -> Int:
+        return self._float("sqrt.approx.ftz.f32", a)
+
+    def from_float16(self, word: Int) -> Int:
+        convert = (
+            "{ .reg .b16 low, high; .reg .f32 wide; mov.b32 {low, high}, $1; "
+            "cvt.f32.f16 wide, low; mov.b32 $0, wide; }"
+        )
+        return MlirInt(llvm.inline_asm(i32(), [value_of(word)], convert, "=r,r"))
+
     def bfloat16_pair(self, low: Int, high: Int) -> Int:
         return self._float("cvt.rn.bf16x2.f32", high, low)
 
@@ -188,11 +210,20 @@ class MosaicSimt(Simt):
         asm = llvm.inline_asm(i32(), [value_of(value)], code, "=r,r", has_side_effects=True)
         return MlirInt(asm)
 
-    def warp_sum(self, value: Int) -> Int:
-        add = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+    def _over_warp(self, operation: str, value: Int) -> Int:
+        code = f"redux.sync.{operation}.s32 $0, $1, 0xffffffff;"
         return MlirInt(
-            llvm.inline_asm(i32(), [value_of(value)], add, "=r,r", has_side_effects=True)
+            llvm.inline_asm(i32(), [value_of(value)], code, "=r,r", has_side_effects=True)
         )
+
+    def warp_sum(self, value: Int) -> Int:
+        return self._over_warp("add", value)
+
+    def warp_max(self, value: Int) -> Int:
+        return self._over_warp("max", value)
+
+    def warp_min(self, value: Int) -> Int:
+        return self._over_warp("min", value)
 
     def popc(self, value: Int) -> Int:
         return MlirInt(llvm.intr_ctpop(value_of(value)))

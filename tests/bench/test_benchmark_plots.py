@@ -51,6 +51,41 @@ def test_many_skewed_sizes_share_a_picture(tmp_path):
     assert picture.stat().st_size < 200_000
 
 
+def test_every_bar_under_skew_shows_and_every_provider_is_named(tmp_path, monkeypatch):
+    """Times below 1 µs beside some far above; one provider is measured in the first picture alone."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append((path, self)))
+    skewed = [c for c in CASES if c.skew != "uniform"]
+    names = sorted({c.name.removesuffix(f"-{c.skew}") for c in skewed})
+    names += [c.name for c in skewed]
+    rows = [row(name, "torch_bridge", 0.86) for name in names]
+    rows += [row(name, "xla_argsort", 450.0) for name in names]
+    size = min(plots.time_under_skew(rows), key=lambda s: [c.name for c in CASES].index(s))
+    rows += [row(name, "sglang_small", 1.9) for name in names if name.startswith(size)]
+    plots.draw("NVIDIA H100", rows, tmp_path)
+    [figure] = [figure for path, figure in drawn if "skew" in path.name]
+    heights = []
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        for bar in axis.patches:
+            heights.append(bar.get_height())
+            assert low < bar.get_height() <= high
+            # From the bottom of the picture up: visibly.
+            assert bar.get_height() / low >= 1.5
+    assert {0.86, 1.9, 450.0} == {*heights}
+    [legend] = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    named = {
+        text.get_text(): patch.get_facecolor()
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+    assert set(named) == {"ours from PyTorch", "argsort under jit", "SGLang, one launch"}
+    bars = {bar.get_height(): bar.get_facecolor() for a in figure.axes for bar in a.patches}
+    assert named["SGLang, one launch"] == bars[1.9] and len({*named.values()}) == 3
+
+
 def test_pictures_are_drawn_small_and_the_readme_takes_a_few_sizes_and_one_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     results, readme, page = (tmp_path / name for name in ("rows.jsonl", "README.md", "page.md"))

@@ -217,6 +217,7 @@ def test_layer_of_the_page_equals_a_loop_over_pairs():
     ]
     scope = {}
     exec(snippet, scope)
+    scope["num_experts"] = 8  # the layer's own, of the batch below
     rng = np.random.default_rng(25)
     batch = Batch(4, 3, 16, 2, 8, "bfloat16", seed=26)
     gate_up = (rng.normal(size=(8, 16, 256)) / 4).astype(batch.x.dtype)

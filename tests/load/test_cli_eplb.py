@@ -37,7 +37,7 @@ OPTIONS = ("--num-gpus", "8", "--num-redundant", "4", "--num-nodes", "2", "--num
 
 def test_readme_example_from_file_to_placement(eplb, tmp_path):
     (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
-    done = eplb("loads.json", *OPTIONS)
+    done = eplb("loads.json", *OPTIONS, "--report", "report.json")
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.output.splitlines()]
     rows = [[cell for cell in line if cell != "│"] for line in lines if len(line) > 10]
@@ -48,7 +48,9 @@ def test_readme_example_from_file_to_placement(eplb, tmp_path):
 
     document = json.loads((tmp_path / "placement.json").read_text())
     want = maj.rebalance_experts(README, 16, 4, 2, 8).physical_to_logical_map.tolist()
-    assert document["physical_to_logical_map"] == want
+    assert document == {"physical_to_logical_map": want}
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["num_gpus"] == 8 and document["idle_layers"] == 0
     assert document["balancedness_before"] == pytest.approx([0.4800, 0.4201], abs=5e-5)
     assert document["balancedness_after"] == pytest.approx([0.8277, 0.8050], abs=5e-5)
     location = maj.ExpertLocation.from_file(tmp_path / "placement.json")
@@ -144,7 +146,7 @@ def test_placement_in_force_moves_few_experts(eplb, tmp_path):
 
     # The same where the recording itself holds the map.
     np.savez(tmp_path / "held.npz", logical_count=later, physical_to_logical_map=old)
-    held = eplb("held.npz", *options)
+    held = eplb("held.npz", *options, "--overwrite")
     assert f"moves of 80 slots: unchanged {unchanged}, " in held.output
 
 
@@ -166,7 +168,7 @@ def test_windowed_algorithm(eplb, tmp_path):
         (b"", (), "file must be readable"),
         (b"PAR1 and no table", (), "No placement"),
         (b'{"x": 1}', (), "hold logical_count; got x"),
-        (b'{"logical_count": [[1, 2, 3]]}', ("--num-gpus", "2"), "multiple of num_gpus"),
+        (b'{"logical_count": [[1, 2, 3]]}', ("--num-gpus", "2"), "fill 2 GPUs (--num-gpus)"),
         (b'{"logical_count": [[1, 2]]}', ("--previous", "none.json"), "none.json"),
         (b'{"logical_count": [[1, 2]]}', ("--previous", "loads"), "hold a physical_to_logical_map"),
         (
@@ -213,12 +215,13 @@ def test_files_of_several_processes_are_added_up(eplb, tmp_path, file_format):
     if file_format != "npz":
         pytest.importorskip("pyarrow")
     names, total = of_ranks(tmp_path, file_format)
-    done = eplb(*names, *PLACED, "--algorithm", "deepseek_vec")
+    report = ("--report", "report.json")
+    done = eplb(*names, *PLACED, "--algorithm", "deepseek_vec", *report)
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "placement.json").read_text())
     want = maj.rebalance_experts(total, 16, 1, 1, 4, algorithm="deepseek_vec")
     assert document["physical_to_logical_map"] == want.physical_to_logical_map.tolist()
-    assert document["loads"] == ", ".join(names)
+    assert json.loads((tmp_path / "report.json").read_text())["loads"] == ", ".join(names)
     one = maj.rebalance_experts(total * 0 + 1, 16, 1, 1, 4).physical_to_logical_map
     assert document["physical_to_logical_map"] != one.tolist()
 
@@ -238,7 +241,11 @@ def test_sums_of_files_go_beyond_int32(tmp_path):
         ({"logical_count": np.ones((4, 2, 13))}, "got [4, 2, 13]. Several files must be those of"),
         ({"forward_pass_id": np.arange(8, 12)}, "1.npz must be of the passes of '0.npz'"),
         ({"rank": 0}, "1.npz must be of another rank than '0.npz'; got rank 0"),
-        ({"logical_count": np.full((4, 2, 12), -1)}, "logical_count must be finite and at least 0"),
+        (
+            {"logical_count": np.full((4, 2, 12), -1)},
+            "logical_count must be finite and at least 0; got -1. Pass loads: a recorder's dump, or JSON "
+            "with logical_count. A placement in force goes to --previous. The file is '1.npz'.",
+        ),
         ({"last_physical_to_logical_map": 1}, "1.npz must have the physical_to_logical_map of"),
     ],
 )
@@ -324,3 +331,258 @@ def test_files_that_the_recorder_for_pytorch_wrote(eplb, tmp_path, mode):
         shutil.copy(names[0], tmp_path / "copy.pt")
         again = eplb(names[0], "copy.pt", *PLACED)
         assert again.exit_code == 1 and "must be of another rank than" in again.output
+
+
+# -- placements in the files of engines -------------------------------------------------------------------
+
+
+def sglang_init_by_mapping(model_config, physical_to_logical_map, moe_ep_rank=None):
+    """The signature of SGLang 0.5.23's loader, which is called with the file's names as arguments."""
+    return np.array(physical_to_logical_map)
+
+
+def vllm_ascend_map(slots, gpus):
+    """`expert_map.json` of a map, by plain loops."""
+    layers = []
+    for number, row in enumerate(slots):
+        size = len(row) // gpus
+        devices = [
+            {"device_id": d, "device_expert": [int(e) for e in row[d * size : (d + 1) * size]]}
+            for d in range(gpus)
+        ]
+        layers.append({"layer_id": number, "device_count": gpus, "device_list": devices})
+    return {"moe_layer_count": len(slots), "layer_list": layers}
+
+
+def tensorrt_llm_map(slots):
+    rows = {number: [int(e) for e in row] for number, row in enumerate(slots)}
+    return {
+        "num_slots": len(slots[0]),
+        "initial_global_assignments": rows,
+        "layer_updates_per_iter": 0,
+    }
+
+
+README_PLACED = maj.rebalance_experts(README, 16, 4, 2, 8).physical_to_logical_map
+
+
+def test_placement_is_what_the_loader_of_sglang_takes(eplb, tmp_path):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    assert eplb("loads.json", *OPTIONS).exit_code == 0
+    contents = json.loads((tmp_path / "placement.json").read_text())
+    got = sglang_init_by_mapping(None, **contents, moe_ep_rank=0)
+    assert np.array_equal(got, README_PLACED)
+    again = eplb("loads.json", *OPTIONS, "--previous", "placement.json", "--out", "again.json")
+    assert "moves of 32 slots: unchanged 32, " in again.output
+
+
+@pytest.mark.parametrize("file_format", ["vllm-ascend", "tensorrt-llm"])
+def test_formats_of_other_engines_out_and_in(eplb, tmp_path, file_format):
+    yaml = pytest.importorskip("yaml")
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, "--format", file_format)
+    assert done.exit_code == 0, done.output
+    if file_format == "vllm-ascend":
+        name = "placement.json"
+        got = json.loads((tmp_path / name).read_text())
+        assert got == vllm_ascend_map(README_PLACED, 8)
+    else:
+        name = "placement.yaml"
+        got = yaml.safe_load((tmp_path / name).read_text())
+        assert got == tensorrt_llm_map(README_PLACED)
+    again = eplb("loads.json", *OPTIONS, "--previous", name, "--out", "b.json")
+    assert "moves of 32 slots: unchanged 32, " in again.output
+    location = maj.ExpertLocation.from_file(tmp_path / name)
+    assert np.array_equal(location.physical_to_logical_map, README_PLACED)
+
+
+def test_files_of_other_engines_in_any_order_of_layers_and_devices(eplb, tmp_path):
+    """Layers are numbered as the model's are: here from 3 on."""
+    yaml = pytest.importorskip("yaml")
+    ascend = vllm_ascend_map(README_PLACED, 8)
+    for layer in ascend["layer_list"]:
+        layer["layer_id"] += 3
+        layer["device_list"].reverse()
+    ascend["layer_list"].reverse()
+    (tmp_path / "map.json").write_text(json.dumps(ascend))
+    rows = tensorrt_llm_map(README_PLACED)
+    rows["initial_global_assignments"] = {
+        layer + 3: row for layer, row in reversed(rows["initial_global_assignments"].items())
+    }
+    (tmp_path / "map.yml").write_text(yaml.safe_dump(rows, sort_keys=False))
+    for name in ("map.json", "map.yml"):
+        location = maj.ExpertLocation.from_file(tmp_path / name)
+        assert np.array_equal(location.physical_to_logical_map, README_PLACED)
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    options = ("--format", "tensorrt-llm", "--first-layer", "3", "--previous", "map.json")
+    assert eplb("loads.json", *OPTIONS, *options).exit_code == 0
+    got = yaml.safe_load((tmp_path / "placement.yaml").read_text())
+    assert list(got["initial_global_assignments"]) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_list": 3}, "layer_list must be a list of layers"),
+        ({"moe_layer_count": 3}, "hold moe_layer_count (3) layers"),
+        ({"layer_list": [{"layer_id": True}]}, "layer_id must be an integer"),
+        ({"device_count": 7}, "hold device_count (7) devices"),
+        ({"device_id": 1}, "hold each device once; got 1 twice"),
+        ({"device_expert": [0, 1.5]}, "device_expert of device 0 in layer 0 must be a list"),
+        ({"device_expert": [0, True]}, "device_expert of device 0 in layer 0 must be a list"),
+        ({"device_expert": [0]}, "hold as many devices in each layer"),
+    ],
+)
+def test_broken_expert_maps_are_refused(eplb, tmp_path, change, words):
+    document = vllm_ascend_map(README_PLACED, 8)
+    first = document["layer_list"][0]
+    for name, value in change.items():
+        for place in (document, first, first["device_list"][0]):
+            if name in place:
+                place[name] = value
+                break
+    (tmp_path / "map.json").write_text(json.dumps(document))
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, "--previous", "map.json")
+    assert done.exit_code == 1 and words in " ".join(done.output.split())
+    assert "map.json" in done.output and not (tmp_path / "placement.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it holds a NoneType, not a mapping"),
+        ("[1, 2]", "it holds a list"),
+        ("a: [1", "file must be readable"),
+        ("num_slots: 2\ninitial_global_assignments: 3", "map layers to experts"),
+        ("num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "each of num_slots (3) slots"),
+        ("initial_global_assignments: {0: [0, 1], x: [0, 1]}", "must be an integer of at least 0"),
+        ("!!python/object/apply:os.system ['true']", "file must be readable"),
+        ("physical_to_logical_map: [[0, 1], [1]]", "lists of different lengths"),
+    ],
+)
+def test_broken_yaml_is_refused(eplb, tmp_path, text, words):
+    pytest.importorskip("yaml")
+    (tmp_path / "map.yaml").write_text(text)
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, "--previous", "map.yaml")
+    assert done.exit_code == 1 and words in " ".join(done.output.split()), done.output
+    with pytest.raises(ValueError):
+        maj.ExpertLocation.from_file(tmp_path / "map.yaml")
+
+
+def test_without_pyyaml_the_extra_is_named(eplb, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "map.yaml").write_text("num_slots: 2")
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, "--previous", "map.yaml")
+    assert done.exit_code == 1 and "moe-align-jax[yaml]" in done.output
+
+
+# -- other GPUs than before --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_placement_in_force_is_of_other_gpus(eplb, tmp_path, dead):
+    rng = np.random.default_rng(3)
+    load = zipf(rng, 2, 12, tokens=5000)
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": load.tolist()}))
+    old = maj.rebalance_experts(load, 24, 1, 1, 8).physical_to_logical_map
+    if dead:
+        old[:, 6:9] = -1
+    held = {*old[0].tolist()} & {*old[1].tolist()}
+    (tmp_path / "old.json").write_text(json.dumps(vllm_ascend_map(old, 8)))
+    options = ("--num-gpus", "4", "--num-redundant", "4", "--previous", "old.json")
+    done = eplb("loads.json", *options)
+    assert done.exit_code == 0, done.output
+    got = json.loads((tmp_path / "placement.json").read_text())["physical_to_logical_map"]
+    want = maj.rebalance_experts(load, 16, 1, 1, 4, previous=old, previous_num_gpus=8)
+    assert got == want.physical_to_logical_map.tolist()
+    if held >= {*range(12)}:
+        moves = maj.plan_expert_moves(old, got, num_gpus=4, old_num_gpus=8)
+        assert f"moves of 32 slots: unchanged {moves.count(maj.MoveKind.UNCHANGED)}" in done.output
+    else:
+        lost = sum(12 - len({*row.tolist()} - {-1}) for row in old)
+        assert f"experts that no slot in force holds: {lost}" in done.output
+    bad = eplb("loads.json", *options, "--previous-num-gpus", "6", "--out", "x.json")
+    assert "be for --previous-num-gpus 6; got 8 devices" in " ".join(bad.output.split())
+
+
+# -- layers without tokens ---------------------------------------------------------------------------------
+
+
+def test_layers_without_tokens_are_not_called_balanced(eplb, tmp_path):
+    """Three layers of five are idle in all passes, another in the second: plain means over the rest."""
+    counts = np.zeros((2, 5, 12), int)
+    counts[0, :2], counts[1, 0] = README, README[0]
+    np.savez(tmp_path / "loads.npz", logical_count=counts)
+    done = eplb("loads.npz", *OPTIONS, "--report", "report.json")
+    assert done.exit_code == 0, done.output
+    assert "mean of 2 layers (3 without tokens left out): trivial 0.4500, " in done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["idle_layers"] == 3 and report["balancedness_before"][2:] == [None] * 3
+    after = report["balancedness_after"][:2]
+    assert report["mean_balancedness_after"] == pytest.approx(sum(after) / 2, abs=1e-6)
+    # The first pass has 0.4800 and 0.4201, the second 0.4800 alone.
+    assert f"pass by pass, mean of 2: trivial {(0.45005 + 0.48) / 2:.4f}" in done.output
+
+
+def test_loads_without_any_token_say_so(eplb, tmp_path):
+    np.savez(tmp_path / "loads.npz", logical_count=np.zeros((2, 3, 12), int))
+    done = eplb("loads.npz", *OPTIONS, "--report", "report.json")
+    assert done.exit_code == 0 and "no layer has tokens" in done.output
+    assert json.loads((tmp_path / "report.json").read_text())["mean_balancedness_after"] is None
+
+
+# -- what is written over, and what errors say -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["placement.json", "placement.png", "report.json"])
+def test_no_file_is_written_over_unasked(eplb, tmp_path, name):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    (tmp_path / name).write_text("mine")
+    done = eplb("loads.json", *OPTIONS, "--report", "report.json")
+    assert done.exit_code == 1 and "pass --overwrite" in " ".join(done.output.split())
+    assert {p.name for p in tmp_path.iterdir()} == {"loads.json", name}
+    assert (tmp_path / name).read_text() == "mine"
+    assert eplb("loads.json", *OPTIONS, "--report", "report.json", "--overwrite").exit_code == 0
+    assert (tmp_path / name).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--out", "loads.json", "--overwrite"), "--out must be another file than FILE"),
+        (("--report", "placement.json"), "--report must be another file than --out"),
+        (("--num-redundant", "3"), "--num-redundant must fill 8 GPUs (--num-gpus) evenly"),
+        (("--num-groups", "5", "--num-nodes", "1"), "--num-groups must divide the 12 experts"),
+        (("--num-nodes", "4", "--num-gpus", "2"), "--num-gpus must be a multiple of --num-nodes"),
+        (
+            ("--num-nodes", "3", "--algorithm", "deepseek_hierarchical"),
+            "--num-groups must be a multiple of --num-nodes (3)",
+        ),
+    ],
+)
+def test_errors_name_options(eplb, tmp_path, options, words):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, *options)
+    text = " ".join(done.output.split())
+    assert done.exit_code == 1 and words in text
+    assert not any(name in text for name in ("rebalance_experts", "num_replicas", "num_gpus"))
+
+
+def test_a_placement_given_as_loads_is_not_asked_for_again(eplb, tmp_path):
+    (tmp_path / "p.json").write_text('{"physical_to_logical_map": [[0, 1]]}')
+    text = " ".join(eplb("p.json", "--num-gpus", "1").output.split())
+    assert "file must hold logical_count; got physical_to_logical_map. Pass loads" in text
+    assert text.endswith("The file is 'p.json'.")
+
+
+def test_loads_of_files_do_not_wrap():
+    big = {str(i): {"logical_count": np.full((1, 2), 2**62)} for i in range(3)}
+    assert loads.sum_of_files(big, function="f").tolist() == [[[3 * 2.0**62] * 2]]
+    slots = {
+        "physical_count": np.full((1, 1, 2), 2**31 - 1, np.int32),
+        "physical_to_logical_map": np.array([[0, 0]]),
+    }
+    assert loads.recorded_load(slots, function="f").tolist() == [[[2 * (2**31 - 1)]]]

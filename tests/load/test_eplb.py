@@ -476,6 +476,226 @@ def test_plan_refuses(changes, error, words):
         maj.plan_expert_moves(given_.pop("old"), given_.pop("new"), **given_)
 
 
+# -- other slots and GPUs than before ---------------------------------------------------------------------
+
+
+@st.composite
+def resized(draw):
+    """Maps of different slots and GPUs; a GPU of the old one is dead, some slots of the new one are empty."""
+    gpus, nodes = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2), (6, 3)]))
+    before, per_gpu, was = (draw(st.integers(1, 4)) for _ in range(3))
+    experts = draw(st.integers(1, min(gpus * per_gpu, before * was)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    old = rng.integers(0, experts, (2, before * was))
+    if before > 1:
+        old.reshape(2, before, was)[:, rng.integers(before)] = -1
+    new = np.full((2, gpus * per_gpu), -1)
+    for layer in range(2):
+        there = np.unique(old[layer][old[layer] >= 0])
+        new[layer] = rng.choice(there, gpus * per_gpu)
+    new[rng.random(new.shape) < 0.1] = -1
+    return old, new, gpus, nodes, before, per_gpu, was
+
+
+@given(resized())
+def test_plan_between_different_sizes(case):
+    old, new, gpus, nodes, before, per_gpu, was = case
+    moves = maj.plan_expert_moves(old, new, num_gpus=gpus, num_nodes=nodes, old_num_gpus=before)
+    assert moves.same_size == (old.shape == new.shape and gpus == before)
+    size = gpus // nodes
+    for layer in range(2):
+        for slot, expert in enumerate(new[layer].tolist()):
+            kind, source = moves.kind[layer, slot], int(moves.source[layer, slot])
+            gpu, place = divmod(slot, per_gpu)
+            if expert < 0:
+                assert kind == MoveKind.UNCHANGED and source == -1
+                continue
+            assert old[layer, source] == expert
+            holders = {p // was for p in np.flatnonzero(old[layer] == expert).tolist()}
+            mine = range(gpu * per_gpu, (gpu + 1) * per_gpu)
+            first = next(p for p in mine if new[layer, p] == expert)
+            stays = gpu < before and place < was and old[layer, gpu * was + place] == expert
+            if stays:
+                assert kind == MoveKind.UNCHANGED and source == gpu * was + place
+            elif gpu in holders:
+                assert kind == MoveKind.LOCAL_COPY and source // was == gpu
+            elif slot != first:
+                assert kind == MoveKind.FREE_RIDER and source == moves.source[layer, first]
+            else:
+                near = {g for g in holders if g // size == gpu // size}
+                way = MoveKind.SAME_NODE if near else MoveKind.OTHER_NODE
+                assert kind == way and source // was in (near or holders)
+
+
+def test_plans_of_other_sizes_are_not_cut_by_layers():
+    moves = maj.plan_expert_moves([[0, 1]], [[0, 1, 1]], num_gpus=1)
+    with pytest.raises(ValueError, match="ExpertMoves.layers: the plan must be between"):
+        moves.layers([0])
+    with pytest.raises(ValueError, match="old_num_gpus must divide the 2 slots of old; got 3"):
+        maj.plan_expert_moves([[0, 1]], [[0, 1, 1]], num_gpus=3)
+    with pytest.raises(ValueError, match="old must hold experts, or -1; got -2"):
+        maj.plan_expert_moves([[0, -2]], [[0, 0]], num_gpus=1)
+    with pytest.raises(ValueError, match="expert 1 in layer 0. Its weights are nowhere"):
+        maj.plan_expert_moves([[0, -1]], [[0, 1]], num_gpus=2)
+    with pytest.raises(ValueError, match="must be an array, or lists of one length"):
+        maj.plan_expert_moves([[0, 1], [0]], [[0, 1]], num_gpus=1)
+
+
+@pytest.mark.parametrize(("before", "was"), [(6, 2), (2, 4), (4, 4), (4, 2), (3, 5), (4, 3)])
+@pytest.mark.parametrize("dead", [False, True])
+def test_kept_placement_of_other_sizes_moves_least(before, was, dead):
+    """Every order of the four new GPUs is tried."""
+    rng = np.random.default_rng(before * 10 + was)
+    for _ in range(5):
+        load = zipf(rng, 1, 8, tokens=300)
+        old = rng.integers(0, 8, (1, before * was))
+        if dead:
+            old[0, was : 2 * was] = -1
+        new = maj.rebalance_experts(load, 12, 1, 1, 4)
+        kept = maj.rebalance_experts(
+            load, 12, 1, 1, 4, previous=old, previous_num_gpus=before
+        ).physical_to_logical_map
+        held = [{*gpu} - {-1} for gpu in old.reshape(before, was).tolist()]
+        held = (held + [set()] * 4)[:4]
+
+        def received(packs, held=held):
+            return sum(len({*p} - h) for p, h in zip(packs, held, strict=True))
+
+        def stay(packs, old=old):
+            there = zip(packs, old.reshape(before, was).tolist(), strict=False)
+            return sum(a == b for pack, gpu in there for a, b in zip(pack, gpu, strict=False))
+
+        packs = new.physical_to_logical_map.reshape(4, 3).tolist()
+        orders = list(itertools.permutations(packs))
+        least = min(map(received, orders))
+        got = kept.reshape(4, 3).tolist()
+        assert received(got) == least
+        assert sorted(map(sorted, got)) == sorted(map(sorted, packs))
+        most = max(
+            stay(each)
+            for order in orders
+            if received(order) == least
+            for each in itertools.product(*map(itertools.permutations, order))
+        )
+        assert stay(got) == most
+
+
+# -- replicas on different GPUs ---------------------------------------------------------------------------
+
+
+@given(problems(max_steps=3), st.sampled_from(["auto", "deepseek", "deepseek_vec"]))
+def test_spread_replicas_are_on_different_gpus(problem, algorithm):
+    """On as many as there are, of a node where groups stay on their node; else evenly over them."""
+    history, sizes = problem
+    replicas, groups, nodes, gpus = sizes
+    placement = maj.rebalance_experts(history, *sizes, algorithm=algorithm, spread_replicas=True)
+    hierarchical = algorithm == "auto" and groups % nodes == 0
+    domain = gpus // nodes if hierarchical else gpus
+    experts = history.shape[2] // (nodes if hierarchical else 1)
+    most = -(-(replicas // gpus) // experts)  # copies on one GPU; 1 where slots allow
+    per_gpu = placement.physical_to_logical_map.reshape(len(history[0]), gpus, -1)
+    for layer, rows in enumerate(per_gpu.tolist()):
+        count = np.bincount(sum(rows, []), minlength=history.shape[2])
+        assert np.array_equal(count, placement.expert_count[layer])
+        assert count.min() >= 1 and count.max() <= most * domain
+        for row in rows:
+            assert max(row.count(e) for e in row) <= most
+        for expert, slots in enumerate(placement.logical_to_physical_map[layer]):
+            used = slots[: count[expert]]
+            assert (placement.physical_to_logical_map[layer, used] == expert).all()
+            assert len({*used.tolist()}) == count[expert] and (slots[count[expert] :] == -1).all()
+
+
+def test_spread_replicas_cost_little_balance_and_kept_ones_stay_spread():
+    """DeepSeek-V3's sizes: twins without it, none with it."""
+    rng = np.random.default_rng(0)
+    load = zipf(rng, 58, 256, tokens=1_000_000)
+
+    def twins(slots):
+        rows = np.asarray(slots).reshape(58 * 32, -1).tolist()
+        return sum(len({*row}) < len(row) for row in rows)
+
+    def worth(slots):
+        return maj.balancedness(maj.expected_physical_count(load, slots), 32).mean()
+
+    for sizes in ((288, 1, 1, 32), (288, 8, 4, 32)):
+        usual = maj.rebalance_experts(load, *sizes).physical_to_logical_map
+        spread = maj.rebalance_experts(load, *sizes, spread_replicas=True)
+        slots = spread.physical_to_logical_map
+        assert twins(usual) > 0 and twins(slots) == 0
+        assert worth(slots) > worth(usual) - 0.03
+        kept = maj.rebalance_experts(load, *sizes, spread_replicas=True, previous=usual)
+        assert twins(kept.physical_to_logical_map) == 0
+    location = maj.ExpertLocation.from_counts(
+        load, num_physical_experts=288, num_gpus=32, spread_replicas=True
+    )
+    assert twins(location.physical_to_logical_map) == 0
+
+
+# -- sums beyond int64, and arrays without anything -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        np.array([[[2**62, 1, 1, 1]]] * 4),
+        np.array([[[2**63, 1, 1, 1]]], np.uint64),
+        np.array([[[2**63, 1, 1, 1]]] * 3, np.uint64),
+    ],
+)
+def test_sums_beyond_int64_do_not_wrap(steps):
+    """The hot expert gets all the redundant slots, as the same loads in float64 say."""
+    for algorithm in ("auto", "deepseek_vec"):
+        got = maj.rebalance_experts(steps, 8, 1, 1, 4, algorithm=algorithm)
+        assert got.expert_count.tolist() == [[5, 1, 1, 1]]
+    for_gpu = maj.balancedness(steps.sum(axis=0, dtype=np.float64), 2)
+    assert for_gpu.tolist() == pytest.approx([0.5])
+    wide = np.full((1, 4), 2**62)
+    assert maj.balancedness(wide, 2).tolist() == [1.0]
+    assert maj.balancedness(np.full((1, 4), 60000, np.float16), 2).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0), (0, 2, 4), (2, 0, 4)])
+def test_empty_arrays_are_refused_in_our_words(shape):
+    empty = np.zeros(shape)
+    with pytest.raises(ValueError, match="^balancedness: physical_count must hold at least one"):
+        maj.balancedness(empty, 2)
+    with pytest.raises(ValueError, match="^rebalance_experts: weight must have shape"):
+        maj.rebalance_experts(empty, 4, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "words"),
+    [
+        ([[np.nan, 1]], ValueError, "be finite and at least 0; got nan"),
+        ([[np.inf, 1]], ValueError, "be finite and at least 0; got inf"),
+        ([[-1, 1]], ValueError, "be finite and at least 0; got -1"),
+        ([["a", "b"]], TypeError, "be real numbers"),
+        ([[1, 1j]], TypeError, "be real numbers"),
+        ([[1, 2], [1]], ValueError, "lists of different lengths"),
+    ],
+)
+def test_balancedness_refuses_what_counts_cannot_be(count, error, words):
+    with pytest.raises(error, match=f"^balancedness: physical_count must .*{words}|{words}"):
+        maj.balancedness(count, 2)
+
+
+def test_expected_counts_need_a_map_of_integers_and_leave_empty_slots_idle():
+    for bad in ([[0.0, 1.0]], [[True, False]], np.array([[0, 1.5]])):
+        with pytest.raises(TypeError, match="physical_to_logical_map must be integers"):
+            maj.expected_physical_count([[1, 2]], bad)
+    with pytest.raises(TypeError, match="weight must be real numbers"):
+        maj.expected_physical_count([["1", "2"]], [[0, 1]])
+    got = maj.expected_physical_count([[6, 2]], [[0, -1, 1, 0, -1]])
+    assert got.tolist() == [[3.0, 0.0, 2.0, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("bad", [1, "yes", None, 1.0])
+def test_spread_replicas_is_a_bool(bad):
+    with pytest.raises(TypeError, match="spread_replicas must be a bool"):
+        maj.rebalance_experts([[1, 2]], 2, 1, 1, 1, spread_replicas=bad)
+
+
 # -- errors -----------------------------------------------------------------------------------------------
 
 
@@ -516,7 +736,7 @@ def test_rebalance_refuses(changes, error, words):
 
 
 def test_measures_refuse_maps_that_do_not_fit():
-    for bad in ([0, 1], [[0, 3]], [[0, 1], [1, 0]]):
+    for bad in ([0, 1], [[0, 3]], [[0, -2]], [[0, 1], [1, 0]]):
         with pytest.raises(ValueError, match="physical_to_logical_map must"):
             maj.expected_physical_count([[1, 2]], bad)
     with pytest.raises(ValueError, match="num_gpus must divide"):

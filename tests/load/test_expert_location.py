@@ -390,3 +390,188 @@ def test_trivial_and_update_refuse():
         LOCATION.update(LOCATION, [3])
     with pytest.raises(ValueError, match="must have layers"):
         LOCATION.layer(0).layer(0)
+
+
+# -- tokens that all GPUs see -----------------------------------------------------------------------------
+
+
+def random_replicated(rng, dispatch):
+    """(location, GPUs, ids): sizes and placement at random, also twins on one GPU."""
+    gpus, per_gpu = int(rng.integers(1, 6)), int(rng.integers(1, 5))
+    slots = gpus * per_gpu
+    experts = int(rng.integers(1, slots + 1))
+    physical = random_map(int(rng.integers(1000)), 2, experts, slots)
+    location = maj.ExpertLocation.from_map(
+        physical, experts, num_gpus=gpus, dispatch=dispatch, tokens="replicated"
+    )
+    ids = rng.integers(-1, experts + 1, (11, 6)).astype(np.int32)
+    return location, gpus, ids
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_each_pair_of_replicated_tokens_is_computed_by_one_gpu(dispatch):
+    """Each GPU maps all tokens by itself and keeps the pairs whose slots it holds."""
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        location, gpus, ids = random_replicated(rng, dispatch)
+        slots, experts = location.num_physical_experts, location.num_logical_experts
+        per_gpu = slots // gpus
+        held = np.asarray(location.physical_to_logical_map)[1]
+        computed = np.zeros(ids.shape, int)
+        for rank in range(gpus):
+            local = np.full(slots, -1)
+            local[rank * per_gpu : (rank + 1) * per_gpu] = np.arange(per_gpu)
+            aligned = maj.moe_align_block_size(
+                ids,
+                block_size=4,
+                num_experts=slots,
+                expert_map=local,
+                ignore_invalid_experts=True,
+                return_inverse=True,
+                expert_location=location.for_rank(rank),
+                layer=1,
+            )
+            kept = np.asarray(aligned.row_of_pair).reshape(ids.shape) >= 0
+            computed += kept
+            mapped = np.asarray(maj.to_physical_ids(ids, location, layer=1, rank=rank))
+            assert ((mapped // per_gpu == rank) == kept).all()
+            assert (held[mapped[kept]] == ids[kept]).all()
+        assert (computed == ((ids >= 0) & (ids < experts))).all()
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_replicated_tokens_use_all_replicas_evenly(dispatch):
+    location = maj.ExpertLocation.from_map(
+        [[0, 1, 0, 2, 0, 3, 0, 1]], num_gpus=4, dispatch=dispatch, tokens="replicated"
+    )
+    ids = np.zeros((400, 1), np.int32)
+    got = np.asarray(maj.to_physical_ids(ids, location, layer=0, rank=3))
+    share = np.bincount(got.ravel(), minlength=8)[[0, 2, 4, 6]]
+    assert share.sum() == 400 and share.max() - share.min() <= 4
+
+
+def test_replicated_static_is_the_hash_of_the_oracle():
+    location = maj.ExpertLocation.from_map(random_map(), EL, dispatch="static", tokens="replicated")
+    assert location.static_dispatch_map is None and location.tokens == "replicated"
+    ids = random_ids(33, K)
+    want = expected(ids, random_map()[1], "dynamic", first_token=0)
+    for rank in (None, 0, 3, jnp.int32(2)):
+        got = maj.to_physical_ids(ids, location, layer=1, rank=rank)
+        np.testing.assert_array_equal(np.asarray(got), want)
+    later = location.for_rank(2, first_token=70)
+    want = expected(ids, random_map()[1], "dynamic", first_token=70)
+    for rank in (None, 1):
+        got = maj.to_physical_ids(ids, later, layer=1, rank=rank)
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+def test_tokens_is_static_and_of_every_constructor(tmp_path):
+    one = maj.ExpertLocation.trivial(1, 4, 8, tokens="replicated")
+    counts = maj.ExpertLocation.from_counts(
+        np.ones((1, 4)), num_physical_experts=8, num_gpus=2, tokens="replicated"
+    )
+    (tmp_path / "p.json").write_text('{"physical_to_logical_map": [[0, 1]]}')
+    file = maj.ExpertLocation.from_file(tmp_path / "p.json", tokens="replicated")
+    loads = maj.ExpertLocation.from_file(
+        '{"logical_count": [[1, 2]]}', num_physical_experts=2, num_gpus=1, tokens="replicated"
+    )
+    for location in (one, counts, file, loads, one.layer(0), one.for_rank(1)):
+        assert location.tokens == "replicated"
+        leaves, structure = jax.tree.flatten(location)
+        assert jax.tree.unflatten(structure, leaves).tokens == "replicated"
+    other = maj.ExpertLocation.trivial(1, 4, 8)
+    assert other.tokens == "per_rank"
+    assert jax.tree.structure(one) != jax.tree.structure(other)
+    with pytest.raises(ValueError, match="per_rank tokens for .* replicated tokens"):
+        one.update(other, [0])
+    with pytest.raises(ValueError, match="tokens must be one of per_rank, replicated"):
+        maj.ExpertLocation.trivial(1, 4, tokens="both")
+
+
+# -- a bool is no int, a float is no index ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, 1.0, np.float64(1.0), jnp.float32(1), "1", None])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad: LOCATION.layer(bad),
+        lambda bad: LOCATION.for_rank(bad),
+        lambda bad: LOCATION.for_rank(0, first_token=bad),
+        lambda bad: LOCATION.update(LOCATION, [bad]),
+        lambda bad: maj.ExpertLocation.trivial(bad, 4),
+        lambda bad: maj.ExpertLocation.trivial(1, bad),
+        lambda bad: maj.plan_expert_moves([[0]], [[0]], num_gpus=1).layers([bad]),
+    ],
+    ids=["layer", "rank", "first_token", "update", "layers", "experts", "moves"],
+)
+def test_neither_bools_nor_floats_are_ints(call, bad):
+    with pytest.raises(TypeError, match="must be"):
+        call(bad)
+
+
+@pytest.mark.parametrize("bad", [True, 1.0, np.True_])
+def test_optional_sizes_are_ints(bad):
+    ids = np.zeros((2, 2), int)
+    for call in (
+        lambda: maj.ExpertLocation.trivial(1, 1, bad),
+        lambda: maj.ExpertLocation.from_map([[0, 1]], bad),
+        lambda: maj.ExpertLocation.from_map([[0, 1]], num_gpus=bad),
+        lambda: maj.to_physical_ids(ids, LOCATION, layer=bad, dispatch="dynamic"),
+        lambda: maj.to_physical_ids(ids, LOCATION, layer=0, rank=bad),
+        lambda: maj.plan_expert_moves([[0]], [[0]], num_gpus=1, old_num_gpus=bad),
+        lambda: maj.rebalance_experts([[1]], 1, 1, 1, 1, previous=[[0]], previous_num_gpus=bad),
+    ):
+        with pytest.raises(TypeError, match="must be"):
+            call()
+    for call in (
+        lambda: maj.ExpertLocation.trivial(1, 4, 0),
+        lambda: maj.ExpertLocation.from_map([[0, 1]], 0),
+    ):
+        with pytest.raises(ValueError, match="must be at least 1; got 0"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([False, False, True], TypeError),
+        (np.array([False, False, True]), TypeError),
+        ([True, 2], TypeError),
+        ([2.9], TypeError),
+        (np.array([1.0]), TypeError),
+        ([-1], ValueError),
+        ([[0], [1, 2]], ValueError),
+        (np.array([2**63], np.uint64), ValueError),
+    ],
+)
+def test_layers_to_update_are_their_numbers(ids, error):
+    other = location_of(random_map(9))
+    moves = maj.plan_expert_moves(random_map(), random_map(9), num_gpus=D)
+    with pytest.raises(error, match="^ExpertLocation.update: layer_ids must be"):
+        LOCATION.update(other, ids)
+    with pytest.raises(error, match="^ExpertMoves.layers: layer_ids must be"):
+        moves.layers(ids)
+
+
+def test_integers_of_every_kind_are_layers_and_ranks():
+    want = np.asarray(LOCATION.physical_to_logical_map)[1]
+    for one in (1, np.int64(1), np.uint8(1), np.array(1), jnp.int32(1)):
+        assert np.array_equal(LOCATION.layer(one).physical_to_logical_map, want)
+        row = LOCATION.for_rank(one).static_dispatch_map
+        assert np.array_equal(row, np.asarray(LOCATION.static_dispatch_map)[:, 1])
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 3\); got 3"):
+        LOCATION.layer(np.array(3))
+    assert LOCATION.update(location_of(random_map(9)), ()).num_layers == L
+    with pytest.raises(TypeError, match="other must be an ExpertLocation"):
+        LOCATION.update(None, [0])
+    with pytest.raises(ValueError, match="rank must be at least 0; got -1"):
+        maj.ExpertLocation.trivial(1, 4).for_rank(-1)
+
+
+def test_token_numbers_wrap_as_the_hash_does():
+    location = maj.ExpertLocation.from_map([[0, 0, 0, 1]]).layer(0)
+    ids = np.zeros((9, 1), np.int32)
+    for first in (2**31 - 3, 2**40 + 5, -(2**35) - 1):
+        got = maj.to_physical_ids(ids, location.for_rank(0, first_token=first))
+        assert got.tolist() == [[replica_by_hash(first + t, 3)] for t in range(9)]

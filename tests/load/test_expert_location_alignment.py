@@ -459,6 +459,24 @@ def test_cuda_program_has_no_kernel_more(size, dispatch):
     assert operations(numbered)[f"custom_call {MOSAIC}"] == plain  # of one function, called thrice
 
 
+def test_replicated_static_compiles_the_program_of_dynamic():
+    """For CUDA, text by text: no kernel is other than before."""
+    ids = ids_of(64, K)
+
+    def text(dispatch, tokens):
+        rows = np.tile(np.arange(EP) % EL, (L, 1))
+        location = maj.ExpertLocation.from_map(
+            rows, EL, num_gpus=D, dispatch=dispatch, tokens=tokens
+        )
+        align = aligner("mosaic_gpu")
+        program = lower(lambda i, loc: align(i, expert_location=loc, layer=1), ids, location)
+        assert_only_kernels(program)
+        return program.as_text()
+
+    assert text("static", "replicated") == text("dynamic", "per_rank")
+    assert text("dynamic", "replicated") == text("dynamic", "per_rank")
+
+
 def test_round_robin_costs_what_the_docstring_says():
     """The guard of the test above: a map before the alignment shows."""
     location = shapes_of(forms.Size(600, 64, 16), "round_robin")

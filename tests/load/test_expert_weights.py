@@ -207,6 +207,22 @@ def test_what_does_not_fit_is_refused(weights, options, error, words):
         assert not weights.is_deleted()
 
 
+@pytest.mark.parametrize("moves", [None, (), {"kind": 1}, np.zeros((1, 16))])
+def test_a_plan_is_an_expert_moves(moves):
+    weights = place(np.zeros((1, 16, 8), np.float32), mesh_of())
+    with pytest.raises(TypeError, match="update_expert_weights: moves must be an ExpertMoves"):
+        maj.update_expert_weights(weights, moves)
+    plan = maj.plan_expert_moves(np.zeros((1, 8), int), np.zeros((1, 16), int), num_gpus=D)
+    with pytest.raises(ValueError, match="must be between placements of the same slots and GPUs"):
+        maj.update_expert_weights(weights, plan)
+    same = maj.plan_expert_moves(*random_maps(1, 12, 16), num_gpus=D)
+    with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis"):
+        maj.update_expert_weights(weights, same, axis_name=None)
+    with pytest.raises(TypeError, match="layers_per_chunk must be a static Python int"):
+        maj.update_expert_weights(weights, same, layers_per_chunk=True)
+    assert not weights.is_deleted()
+
+
 @pytest.mark.gpu
 def test_weights_follow_the_placement_on_gpus():
     devices = jax.devices("cuda")

@@ -2,6 +2,8 @@
 refuses (races and barriers: test_emulator_races.py). A defect stands beside the correct kernel.
 """
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -130,7 +132,7 @@ def test_warp_operations_equal_plain_python(words, seed):
     rng = np.random.default_rng(seed)
     x, source = rng.choice(words, 256).tolist(), rng.integers(0, 32, 256)
     names = ("shfl", "fixed", "ballot", "sum", "popc", "highest", "up1", "up5", "up31")
-    names += ("bit0", "bit5", "bit31")
+    names += ("bit0", "bit5", "bit31", "most", "least")
 
     def body(t, r):
         i = t.cta_id() * 128 + t.thread_id()
@@ -145,15 +147,19 @@ def test_warp_operations_equal_plain_python(words, seed):
             t.store(getattr(r, f"up{delta}"), i, t.shfl_up(value, delta))
         for bit in (0, 5, 31):
             t.store(getattr(r, f"bit{bit}"), i, t.same_bit(value, bit))
+        t.store(r.most, i, t.warp_max(value))
+        t.store(r.least, i, t.warp_min(value))
 
     got = launch(body, x, source, outputs={name: (256,) for name in names}, num_ctas=2)
-    shfl, fixed, ballot, total, popc, highest, up1, up5, up31, *bits = (g.tolist() for g in got)
+    got = [g.tolist() for g in got]
+    shfl, fixed, ballot, total, popc, highest, up1, up5, up31, *bits, most, least = got
     for i, value in enumerate(x):
         warp = range(i // 32 * 32, i // 32 * 32 + 32)
         assert shfl[i] == x[warp[source[i]]]
         assert fixed[i] == x[warp[9]]
         assert u(ballot[i]) == sum(1 << k for k, j in enumerate(warp) if x[j] > 0)
         assert u(total[i]) == sum(x[j] for j in warp) & 0xFFFFFFFF
+        assert most[i] == max(x[j] for j in warp) and least[i] == min(x[j] for j in warp)
         assert popc[i] == bin(u(value)).count("1")
         assert highest[i] == u(value).bit_length() - 1
         for up, delta in ((up1, 1), (up5, 5), (up31, 31)):
@@ -161,6 +167,74 @@ def test_warp_operations_equal_plain_python(words, seed):
         for same, bit in zip(bits, (0, 5, 31), strict=True):
             alike = [(u(x[j]) ^ u(value)) >> bit & 1 == 0 for j in warp]
             assert u(same[i]) == sum(1 << k for k, yes in enumerate(alike) if yes)
+
+
+# -- float32 -----------------------------------------------------------------------------------------
+
+FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, 3.0, -2.5, 127.0, 1e-30, 3e38, -3e38, 700.0, -200.0]
+FLOATS += [float("inf"), float("-inf"), float("nan")]
+PAIRS_OF_FLOATS = [(a, b) for a in FLOATS for b in FLOATS][:256]
+
+
+def on_floats(operation, *columns):
+    """What a primitive gives for float32 numbers."""
+
+    def body(t, r):
+        i = t.cta_id() * 128 + t.thread_id()
+        refs = [getattr(r, "ab"[k]) for k in range(len(columns))]
+        given = [t.load(ref, i) for ref in refs]
+        t.store(r.out, i, operation(t, *given))
+
+    words = [np.array(column, np.float32).view(np.int32) for column in columns]
+    size = len(words[0])
+    [got] = launch(body, *words, outputs={"out": (size,)}, num_ctas=size // 128)
+    return got.view(np.float32)
+
+
+def test_the_greater_and_the_lesser_float_leave_nans_out():
+    a, b = zip(*PAIRS_OF_FLOATS, strict=True)
+    most = on_floats(lambda t, x, y: t.fmax(x, y), a, b)
+    least = on_floats(lambda t, x, y: t.fmin(x, y), a, b)
+    for x, y, high, low in zip(a, b, most, least, strict=True):
+        numbers = [np.float32(v) for v in (x, y) if v == v] or [float("nan")]
+        np.testing.assert_array_equal(high, np.float32(max(numbers)))
+        np.testing.assert_array_equal(low, np.float32(min(numbers)))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("exp2", lambda x: 2.0 ** min(x, 1000.0) if x == x else x),
+        ("reciprocal", lambda x: 1 / x if x else math.copysign(math.inf, x)),
+        ("fsqrt", lambda x: math.sqrt(x) if x >= 0 else math.nan),
+    ],
+)
+def test_functions_of_a_float_equal_float64(name, plain):
+    """What is subnormal in float32 is 0."""
+    given = np.array((FLOATS + [1e-40, -1e-40, -127.5, -126.0]) * 8, np.float32)[:128]
+    got = on_floats(lambda t, x: getattr(t, name)(x), given)
+    for x, y in zip(given.tolist(), got, strict=True):
+        operand = 0.0 if name != "exp2" and abs(x) < 2.0**-126 else x
+        operand = math.copysign(operand, x)
+        want = np.float64(plain(operand))
+        if abs(want) < 2.0**-126:
+            want = np.float64(0)
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(y, np.float32(want), rtol=2.0**-22)
+
+
+def test_float16_of_the_low_half_of_a_word():
+    words = np.arange(0, 65_536, 128, dtype=np.int64) * 65_537 + 7
+    values = (words % 65_536).astype(np.uint16).view(np.float16)
+
+    def body(t, r):
+        i = t.cta_id() * 128 + t.thread_id()
+        t.store(r.out, i, t.from_float16(t.load(r.a, i)))
+
+    [got] = launch(
+        body, words.astype(np.uint32).view(np.int32), outputs={"out": (512,)}, num_ctas=4
+    )
+    np.testing.assert_array_equal(got.view(np.float32), values.astype(np.float32))
 
 
 @pytest.mark.parametrize("num_bins", [1, 2, 5, 8, 200, 256])

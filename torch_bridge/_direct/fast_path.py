@@ -27,7 +27,7 @@ _kept: dict[tuple[Any, Any, int, Sizes], "Shortcut"] = {}
 recent: dict[Sizes, "Shortcut"] = {}
 # Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below, but for torch.jit's.
 _is_tracing = torch.compiler.is_dynamo_compiling
-_jit_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_jit_traced: Callable[[], bool] = torch._C._is_tracing
 
 try:  # who records or transforms operators must see ours
     from torch._C import _len_torch_dispatch_stack as _watched

@@ -301,6 +301,27 @@ class EmulatedSimt(AmongDevices, InCluster):
     def fdiv(self, a: Int | int, b: Int) -> Int:
         return self._float(np.divide, a, b)
 
+    def fmax(self, a: Int, b: Int) -> Int:
+        return self._float(np.fmax, a, b)
+
+    def fmin(self, a: Int, b: Int) -> Int:
+        return self._float(np.fmin, a, b)
+
+    def exp2(self, a: Int) -> Int:
+        return self._float(lambda x: _without_subnormals(np.exp2(x.astype(np.float64))), a)
+
+    def reciprocal(self, a: Int) -> Int:
+        return self._float(
+            lambda x: _without_subnormals(1 / _without_subnormals(x).astype(np.float64)), a
+        )
+
+    def fsqrt(self, a: Int) -> Int:
+        return self._float(lambda x: np.sqrt(_without_subnormals(x)), a)
+
+    def from_float16(self, word: Int) -> Int:
+        low = array_of(word).astype(np.uint16).view(np.float16)
+        return Value(low.astype(np.float32).view(np.int32), self)
+
     def bfloat16_pair(self, low: Int, high: Int) -> Int:
         return self._pair(low, high, ml_dtypes.bfloat16, np.uint16, 16)
 
@@ -350,10 +371,19 @@ class EmulatedSimt(AmongDevices, InCluster):
         votes = self.ballot(mine)
         return self.select(mine, votes, votes ^ -1)
 
+    def _over_warp(self, what: str, operation: Callable, value: Int) -> Int:
+        self._whole(WARP, what)
+        rows = self._full(array_of(value)).reshape(-1, WARP)
+        return Value(operation(rows).repeat(WARP), self)
+
     def warp_sum(self, value: Int) -> Int:
-        self._whole(WARP, "warp_sum")
-        sums = self._full(array_of(value)).reshape(-1, WARP).sum(axis=1, dtype=np.int32)
-        return Value(sums.repeat(WARP), self)
+        return self._over_warp("warp_sum", lambda x: x.sum(axis=1, dtype=np.int32), value)
+
+    def warp_max(self, value: Int) -> Int:
+        return self._over_warp("warp_max", lambda x: x.max(axis=1), value)
+
+    def warp_min(self, value: Int) -> Int:
+        return self._over_warp("warp_min", lambda x: x.min(axis=1), value)
 
     def popc(self, value: Int) -> Int:
         return Value(np.bitwise_count(array_of(value).view(np.uint32)).astype(np.int32), self)
@@ -381,6 +411,12 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     def launch_dependents(self) -> None:
         """Nothing: the next kernel is taken to start as early as it can anyway."""
+
+
+def _without_subnormals(x: np.ndarray) -> np.ndarray:
+    """float32, as instructions that flush subnormal numbers have it."""
+    small = np.abs(x) < np.finfo(np.float32).tiny
+    return np.where(small, np.copysign(0.0, x), x).astype(np.float32)
 
 
 def _masks(votes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,187 @@
+"""What the router's functions check of their arguments, and the problem that they make of them."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_align_jax import block_align
+from moe_align_jax._core import checks
+from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
+
+
+def check_route(
+    function: str,
+    logits: Any,
+    *,
+    correction_bias: Any,
+    token_mask: Any,
+    num_valid_tokens: Any,
+    **static: Any,
+) -> tuple[RouteProblem, dict[str, Any]]:
+    """The checked problem, and the operands by name as they were given."""
+    if not isinstance(logits, (jax.Array, np.ndarray)):
+        remedy = "Pass the gate's outputs as a jax or NumPy array."
+        if type(logits).__module__.partition(".")[0] == "torch":
+            remedy = "Call torch_bridge for PyTorch tensors."
+        got = checks.describe(logits)
+        raise TypeError(checks.message(function, "logits", "be an array", got, remedy))
+    check_logits(function, logits)
+    problem = make_problem(function, logits, **static)
+    operands: dict[str, Any] = {"logits": logits}
+    num_tokens, num_experts = logits.shape
+    if correction_bias is not None:
+        remedy = "Pass one number for each expert, or None."
+        _check_floats(function, "correction_bias", correction_bias, remedy)
+        _check_shape(function, "correction_bias", correction_bias, (num_experts,), remedy)
+        operands["correction_bias"] = correction_bias
+    if token_mask is not None:
+        remedy = "True says that a token is real."
+        if getattr(token_mask, "dtype", None) != np.bool_:
+            got = checks.describe(token_mask)
+            rule = "be a bool array"
+            raise TypeError(checks.message(function, "token_mask", rule, got, remedy))
+        _check_shape(function, "token_mask", token_mask, (num_tokens,), remedy)
+        operands["token_mask"] = token_mask
+    if num_valid_tokens is not None:
+        operands["num_valid_tokens"] = _check_count(function, num_valid_tokens)
+    problem = problem._replace(
+        bias_rows=int(correction_bias is not None),
+        has_token_mask=token_mask is not None,
+        has_num_valid_tokens=num_valid_tokens is not None,
+    )
+    return problem, operands
+
+
+def _check_floats(function: str, argument: str, value: Any, remedy: str) -> None:
+    if str(getattr(value, "dtype", "")) not in DTYPES:
+        rule, got = "be float32, bfloat16 or float16", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
+
+
+def _check_shape(
+    function: str, argument: str, value: Any, shape: tuple[Any, ...], remedy: str
+) -> None:
+    if value.shape != shape:
+        rule, got = f"have shape {list(shape)}", checks.describe(value)
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
+
+
+def check_logits(function: str, logits: Any) -> None:
+    remedy = "Pass the gate's outputs, a row for each token."
+    _check_floats(function, "logits", logits, remedy)
+    if len(logits.shape) != 2 or logits.shape[1] == 0:
+        rule = "have shape [num_tokens, num_experts] with at least one expert"
+        got = checks.describe(logits)
+        raise ValueError(checks.message(function, "logits", rule, got, remedy))
+
+
+def make_problem(
+    function: str,
+    logits: Any,
+    *,
+    top_k: Any,
+    scoring: Any,
+    softmax_after_topk: Any,
+    renormalize: Any,
+    num_groups: Any,
+    topk_groups: Any,
+    scaling_factor: Any,
+) -> RouteProblem:
+    """Of the static options, checked."""
+    num_tokens, num_experts = logits.shape
+
+    def fail(argument: str, rule: str, got: Any, remedy: str) -> None:
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
+
+    remedy = "Pass the number of experts of each token."
+    top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
+    remedy = "Pass the number of groups that the experts are divided into."
+    groups = checks.check_positive_int(function, "num_groups", num_groups, remedy)
+    remedy = "Pass the number of groups that may be chosen from."
+    stay = checks.check_positive_int(function, "topk_groups", topk_groups, remedy)
+    if scoring not in SCORINGS:
+        got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
+        rule = f"be one of {', '.join(map(repr, SCORINGS))}"
+        fail("scoring", rule, got, "It is a static string.")
+    for argument, flag in (
+        ("softmax_after_topk", softmax_after_topk),
+        ("renormalize", renormalize),
+    ):
+        checks.check_bool(function, argument, flag)
+    if softmax_after_topk and scoring != "softmax":
+        got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
+        fail("softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy)
+    if num_experts % groups:
+        got = f"{groups} for {num_experts} experts"
+        fail("num_groups", "divide the number of experts", got, "Groups are of one size.")
+    if stay > groups:
+        got = f"{stay} of {groups}"
+        fail("topk_groups", "be at most num_groups", got, "Pass num_groups to choose from all.")
+    candidates = num_experts // groups * stay
+    if top_k > candidates:
+        got = f"{top_k} of {candidates}"
+        remedy = "No expert is chosen twice."
+        fail("top_k", "be at most the number of experts that can be chosen", got, remedy)
+    if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
+        scaling_factor, (int, float, np.integer, np.floating)
+    ):
+        rule, got = "be a static number", checks.describe(scaling_factor)
+        remedy = "It is compiled into the kernel: pass a Python float."
+        raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
+    factor = float(np.float32(scaling_factor))
+    if not math.isfinite(factor):
+        fail("scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none.")
+    return RouteProblem(
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        top_k=top_k,
+        dtype=str(logits.dtype),
+        scoring=scoring,
+        softmax_after_topk=bool(softmax_after_topk),
+        renormalize=bool(renormalize),
+        num_groups=groups,
+        topk_groups=stay,
+        scaling_factor=factor,
+    )
+
+
+def _check_count(function: str, value: Any) -> Any:
+    """num_valid_tokens, saturated to int32 where it is known."""
+    argument = "num_valid_tokens"
+    remedy = "Pass the number of real tokens, as an int or a scalar integer array."
+    if isinstance(value, (bool, np.bool_)):
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
+    if not isinstance(value, int):
+        value = block_align._check_integer_array(function, argument, value, remedy)
+        if value.size != 1:
+            got = checks.describe(value)
+            raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
+        if not isinstance(value, np.ndarray):
+            return value
+        value = int(value.item())
+    return np.int32(min(max(value, -1), checks.INT32_MAX))
+
+
+def check_location(
+    function: str, location: Any, num_experts: int
+) -> tuple[str, dict[str, Any], int]:
+    """Its dispatch and tables for the alignment, and the number of its slots."""
+    if location is None:
+        return "", {}, num_experts
+    from moe_align_jax import expert_dispatch
+
+    slots = getattr(location, "num_physical_experts", 1)
+    if getattr(location, "num_layers", None) is not None:
+        rule, got = "be of one layer", f"one of {location.num_layers} layers"
+        remedy = "Pass expert_location.layer(i)."
+        raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
+    dispatch, tables = expert_dispatch.alignment_tables(function, location, None, slots, 0)
+    if location.num_logical_experts != num_experts:
+        rule = f"have {num_experts} logical experts, as the logits have"
+        remedy = "The router chooses logical experts."
+        got = location.num_logical_experts
+        raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
+    return dispatch, tables, slots

@@ -1,0 +1,116 @@
+"""The router and the alignment behind it in one launch, for as many tokens as a cluster holds warps.
+
+Each CTA of a cluster routes its share of the tokens, a warp each, and tells their ids to every CTA: by mail,
+or, where it is alone, by shared memory. Then all hold all ids, and each does what a CTA of the alignment's
+own kernel does with the ids in memory: `_align/kernels` is used as it is, so the results are the same.
+
+Bytes: as the two kernels, without the ids' way through memory. Grid: one cluster. Deterministic.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from moe_align_jax._align import config as forms
+from moe_align_jax._align import kernels, tables
+from moe_align_jax._router import kernel as routing
+from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
+from moe_align_jax.types import AlignProblem
+
+MAX_TOKENS = 128  # two for each warp of the largest cluster
+_MAX_CTAS = 8
+_CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """How one launch is made.
+
+    Attributes:
+        form: of the alignment, "warp" or "block".
+        num_warpgroups: of a CTA.
+        num_ctas: CTAs of the cluster.
+    """
+
+    form: str
+    num_warpgroups: int
+    num_ctas: int
+
+
+def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None:
+    """None where it takes two launches."""
+    pairs = align.num_pairs
+    if problem.num_tokens > MAX_TOKENS or routing.unsupported(problem):
+        return None
+    if pairs <= forms.MAX_WARP_PAIRS:
+        form = "warp"
+    elif pairs <= tables.MAX_BLOCK_PAIRS and align.num_experts <= forms.MAX_HISTOGRAM_EXPERTS:
+        form = "block"
+    else:
+        return None
+    groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
+    warps = groups * WARPGROUP // WARP
+    wanted = max(-(-problem.num_tokens // warps), align.capacity // _CELLS_PER_CTA, 1)
+    return FusedConfig(form, groups, min(_MAX_CTAS, forms.power_of_two(wanted)))
+
+
+def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
+    """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
+    [inner] = kernels.build(
+        align,
+        forms.BlockAlignMosaicConfig(
+            form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
+        ),
+    ).kernels
+    warps, pairs = config.num_warpgroups * WARPGROUP // WARP, align.num_pairs
+    everyone = warps * config.num_ctas
+    by_mail = config.num_ctas > 1
+
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        tid = t.thread_id()
+        lane, warp = tid & (WARP - 1), tid >> 5
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        router = routing.Router(t, r, problem, lane)
+        first = t.cta_id() * warps + warp
+        tokens = [first + k for k in range(0, problem.num_tokens, everyone)]
+        # All tokens' logits are asked for before one of them is waited for.
+        asked = [t.select(token < problem.num_tokens, token, 0) for token in tokens]
+        rows = [router.load(token) for token in asked]
+        if by_mail:
+            t.cluster_ready()
+        for token, row in zip(tokens, rows, strict=True):
+            with t.if_(token < problem.num_tokens):
+                weight, expert = router.choose(row)
+                routing.store(t, r, problem, lane, token, weight, expert)
+                with t.if_(lane < problem.top_k):
+                    at = token * problem.top_k + lane
+                    if by_mail:
+                        for cta in range(config.num_ctas):
+                            t.post(cta, at, expert)
+                    else:
+                        t.store(r.chosen, at, expert)
+        if by_mail:
+            ids = t.mail()
+        else:
+            t.block_sync()
+            ids = r.chosen
+        inner.body(t, SimpleNamespace(**{**vars(r), "topk_ids": ids}))
+
+    names, arrays = routing.outputs(problem)
+    inputs = {**routing.kernel_inputs(problem), **inner.inputs}
+    del inputs["topk_ids"]
+    outputs = {**names, **inner.outputs}
+    kernel = Kernel(
+        name="route_and_align",
+        body=body,
+        inputs=inputs,
+        outputs=outputs,
+        shared={**inner.shared, **({} if by_mail else {"chosen": pairs})},
+        num_warpgroups=config.num_warpgroups,
+        num_ctas=config.num_ctas,
+        cluster=config.num_ctas,
+        mailbox=pairs if by_mail else 0,
+        arrays=arrays,
+    )
+    return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

@@ -1,0 +1,415 @@
+"""The router's kernel: a warp chooses for one token, with all its logits in registers.
+
+Lane by lane the experts lie in order, so that a tie between lanes or registers goes to the lower one; a
+group of experts lies on neighbouring lanes, a power of two. A lane holds a key per expert, an int32 in the
+order of what is chosen by, and sorts its keys in fours. Then K rounds each take the greatest of the warp: the
+heads of the fours are compared, `redux.sync` finds the greatest key of all lanes and a second one the lowest
+id that has it, and the four that it came from moves up. Lane k keeps what round k found.
+
+bfloat16 logits that are chosen by need 16 bits, so that a key holds the id, too: no two keys are equal, and
+one `redux.sync` finds both.
+
+Bytes: every logit read once, every result written once. Grid: a CTA for each 4 tokens, or 8 where they are
+many. Deterministic.
+
+T tokens, E experts, K chosen, G groups; a lane holds `each` experts of its group.
+"""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from moe_align_jax._router import arithmetic as f32
+from moe_align_jax._router.problem import GREATEST, SUM_FLOOR, RouteProblem
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
+
+MAX_EXPERTS = 1024  # 32 in a lane's registers
+MAX_TOP_K = WARP  # lane k keeps the k-th
+MAX_GROUPS = WARP  # a lane or more each
+# From so many tokens on two warpgroups to a CTA are 3 to 12% faster than one (H200, 2026-11-28).
+MANY_TOKENS = 4096
+
+_OUT = -(2**31)  # below every key
+_FOUR = 4
+_HALF = 0xFFFF
+_MINUS_INFINITY = f32.bits(float("-inf"))
+
+
+def unsupported(problem: RouteProblem) -> str | None:
+    """Why the kernel cannot run this, or None."""
+    for what, value, limit in (
+        ("experts", problem.num_experts, MAX_EXPERTS),
+        ("chosen experts", problem.top_k, MAX_TOP_K),
+        ("groups", problem.num_groups if problem.limits_groups else 1, MAX_GROUPS),
+        ("logits", problem.num_tokens * problem.num_experts, 2**31 - 1),
+    ):
+        if value > limit:
+            return f"the router's kernel takes up to {limit} {what}; got {value}"
+    return None
+
+
+class _Layout(NamedTuple):
+    """Which experts a lane holds: `first + j` for j below `each`, where `within(j)`.
+
+    Attributes:
+        each: keys of a lane.
+        lanes: of a group.
+        whole: every lane holds that many.
+        group, first: the lane's group and its first expert.
+    """
+
+    each: int
+    lanes: int
+    whole: bool
+    group: Int
+    first: Int
+    part: Int
+    size: int
+    num_groups: int
+
+    def within(self, j: int) -> Int:
+        return (self.part * self.each + j < self.size) & (self.group < self.num_groups)
+
+
+def _layout(problem: RouteProblem, lane: Int) -> _Layout:
+    groups = problem.num_groups if problem.limits_groups else 1
+    size = problem.num_experts // groups
+    lanes = WARP >> (groups - 1).bit_length()
+    each = -(-size // lanes)
+    whole = lanes * each == size and lanes * groups == WARP
+    group, part = lane >> (lanes.bit_length() - 1), lane & (lanes - 1)
+    return _Layout(each, lanes, whole, group, group * size + part * each, part, size, groups)
+
+
+class Loaded(NamedTuple):
+    """What a token needs of memory, on its way."""
+
+    token: Int
+    words: list[Int]
+    bias: list[Int]
+    real: list[Int]
+
+
+class Router:
+    """The code of one warp: `load`, then `choose`."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int):
+        self.t, self.r, self.problem, self.lane = t, r, problem, lane
+        self.layout = _layout(problem, lane)
+        self.packed = problem.dtype == "bfloat16" and not problem.bias_rows
+        self.halves = problem.dtype != "float32"
+
+    # -- memory
+
+    def load(self, token: Int) -> Loaded:
+        """Unconditional, so that all of it is asked for before anything is waited for."""
+        t, r, problem = self.t, self.r, self.problem
+        words = self._row(r.logits, token * problem.num_experts, self.halves)
+        bias = []
+        if problem.bias_rows:
+            row = token // (problem.num_tokens // problem.bias_rows) * problem.num_experts
+            bias = self._row(r.correction_bias, row if problem.bias_rows > 1 else 0, False)
+        real = []
+        if problem.has_token_mask:
+            real.append(t.load(r.token_mask, token).ne(0))
+        if problem.has_num_valid_tokens:
+            real.append(token < t.load(r.num_valid_tokens, 0))
+        return Loaded(token, words, bias, real)
+
+    def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
+        """float32 bits of my experts, of a row that starts at that element (an even one for halves)."""
+        t, layout = self.t, self.layout
+        per_word = 2 if halves else 1
+        if layout.whole and layout.each % (4 * per_word) == 0:
+            at = (layout.first + start) >> (per_word - 1)
+            words = [
+                word for k in range(0, layout.each // per_word, 4) for word in t.load4(ref, at + k)
+            ]
+        elif layout.whole and layout.each % per_word == 0:
+            at = (layout.first + start) >> (per_word - 1)
+            words = [t.load(ref, at + k) for k in range(layout.each // per_word)]
+        else:
+            return [self._element(ref, start, self._expert(j), halves) for j in range(layout.each)]
+        if not halves:
+            return words
+        return [self._half(word, high) for word in words for high in (0, 1)]
+
+    def _expert(self, j: int) -> Int:
+        """My j-th; 0 where there is none."""
+        expert = self.layout.first + j
+        return expert if self.layout.whole else self.t.select(self.layout.within(j), expert, 0)
+
+    def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
+        if not halves:
+            return self.t.load(ref, expert + start)
+        at = expert + start
+        return self._half(self.t.load(ref, at >> 1) >> ((at & 1) << 4), 0)
+
+    def _half(self, word: Int, high: int) -> Int:
+        """One of the two numbers in a word."""
+        if self.problem.dtype == "bfloat16":
+            return word & ~_HALF if high else word << 16
+        return self.t.from_float16(word >> 16 if high else word)
+
+    def _finite(self, x: Int) -> Int:
+        """As `reference.finite`, and no -0."""
+        t, greatest = self.t, f32.bits(GREATEST[self.problem.dtype])
+        x = t.fmin(t.fmax(x, t.const(greatest | f32.SIGN)), t.const(greatest))
+        return t.fadd(x, t.const(0))
+
+    # -- the choice
+
+    def choose(self, loaded: Loaded) -> tuple[Int, Int]:
+        """(weight, expert) of lane k: the token's k-th. Those of the lanes from K on mean nothing."""
+        t, problem, layout = self.t, self.problem, self.layout
+        logits = [self._finite(x) for x in loaded.words]
+        total = greatest = None
+        if problem.by_logits and not problem.bias_rows:
+            choice = logits
+        else:
+            if problem.by_logits:
+                scores = logits
+            elif problem.scoring == "softmax":
+                local = self._greatest([f32.order(x) for x in logits])
+                greatest = f32.order(t.warp_max(local))
+                powers = self._powers(logits, greatest)
+                total = self._sum(powers)
+                inverse = t.reciprocal(total)
+                scores = [t.fmul(x, inverse) for x in powers]
+            else:
+                scores = [f32.score(t, problem.scoring, x) for x in logits]
+            # A NaN gives -inf, and -0 becomes 0.
+            choice = [
+                t.fadd(t.fmax(t.fadd(x, b), t.const(_MINUS_INFINITY)), t.const(0))
+                for x, b in zip(scores, loaded.bias, strict=True)
+            ]
+        keys = [f32.order(x) for x in choice]
+        if self.packed:
+            keys = [(key & ~_HALF) | (_HALF - (layout.first + j)) for j, key in enumerate(keys)]
+        if not layout.whole:
+            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+        if problem.limits_groups:
+            stays = self._group_stays(keys)
+            keys = [t.select(stays, key, _OUT) for key in keys]
+        value, expert = self._take(keys)
+
+        if problem.bias_rows:
+            logit = self._reload(loaded.token, expert)
+        else:
+            logit = f32.order(value)
+            if self.packed:
+                logit, expert = logit & ~_HALF, _HALF - (value & _HALF)
+        weight = self._weigh(logits, logit, greatest, total)
+        for real in loaded.real:
+            weight, expert = t.select(real, weight, 0), t.select(real, expert, -1)
+        return weight, expert
+
+    def _greatest(self, keys: list[Int]) -> Int:
+        best = keys[0]
+        for j, key in enumerate(keys[1:], start=1):
+            if not self.layout.whole:
+                key = self.t.select(self.layout.within(j), key, _OUT)
+            best = self._greater(best, key)
+        if not self.layout.whole:
+            best = self.t.select(self.layout.within(0), best, _OUT)
+        return best
+
+    def _greater(self, a: Int, b: Int) -> Int:
+        return self.t.select(b > a, b, a)
+
+    def _lesser(self, a: Int, b: Int) -> Int:
+        return self.t.select(b > a, a, b)
+
+    def _powers(self, logits: list[Int], greatest: Int) -> list[Int]:
+        """`exp(x - greatest)` of my logits, 0 where I hold none."""
+        t, layout = self.t, self.layout
+        powers = [f32.fast_exp(t, f32.subtract(t, x, greatest)) for x in logits]
+        if layout.whole:
+            return powers
+        return [t.select(layout.within(j), x, 0) for j, x in enumerate(powers)]
+
+    def _sum(self, xs: list[Int]) -> Int:
+        """Over the warp."""
+        while len(xs) > 1:
+            pairs = zip(xs[::2], xs[1::2], strict=False)
+            xs = [self.t.fadd(a, b) for a, b in pairs] + xs[len(xs) & ~1 :]
+        return f32.sum_over_warp(self.t, xs[0], self.lane)
+
+    def _group_stays(self, keys: list[Int]) -> Int:
+        """Whether my group is among the best."""
+        t, problem, layout = self.t, self.problem, self.layout
+        pair = problem.bias_rows and problem.group_size > 1
+        first, second = keys[0], t.const(_OUT)
+        for key in keys[1:]:
+            if pair:
+                second = self._greater(second, self._lesser(first, key))
+            first = self._greater(first, key)
+        distance = 1
+        while distance < layout.lanes:
+            first_there = t.shfl(first, self.lane ^ distance)
+            if pair:
+                second_there = t.shfl(second, self.lane ^ distance)
+                both = self._greater(second, second_there)
+                second = self._greater(both, self._lesser(first, first_there))
+            first = self._greater(first, first_there)
+            distance *= 2
+        if pair:
+            total = t.fadd(f32.order(first), f32.order(second))
+            # inf - inf is as bad as -inf.
+            total = t.fadd(t.fmax(total, t.const(_MINUS_INFINITY)), t.const(0))
+            first = f32.order(total)
+        better = t.const(0)
+        for group in range(problem.num_groups):
+            other = t.shfl(first, group * layout.lanes)
+            ahead = (other > first) | (other.eq(first) & (layout.group > group))
+            better = better + t.select(ahead, 1, 0)
+        return better < problem.topk_groups
+
+    def _take(self, keys: list[Int]) -> tuple[Int, Int]:
+        """(key, expert) of lane k: the k-th greatest key."""
+        t, problem, lane = self.t, self.problem, self.lane
+        items = [(key, self.layout.first + j) for j, key in enumerate(keys)]
+        fours = [self._sorted(items[k : k + _FOUR]) for k in range(0, len(items), _FOUR)]
+        value, expert = t.const(0), t.const(0)
+        for k in range(problem.top_k):
+            head = fours[0][0]
+            for four in fours[1:]:
+                head = self._better(head, four[0])
+            best = t.warp_max(head[0])
+            if self.packed:
+                found = [four[0][0].eq(best) for four in fours]
+            else:
+                chosen = t.warp_min(t.select(head[0].eq(best), head[1], MAX_EXPERTS))
+                found = [four[0][1].eq(chosen) for four in fours]
+                expert = chosen if k == 0 else t.select(lane.eq(k), chosen, expert)
+            value = best if k == 0 else t.select(lane.eq(k), best, value)
+            left = problem.top_k - 1 - k
+            fours = [
+                self._moved_up(four, was, left) for four, was in zip(fours, found, strict=True)
+            ]
+        return value, expert
+
+    def _better(self, a: tuple[Int, Int], b: tuple[Int, Int]) -> tuple[Int, Int]:
+        """The one with the greater key; a, whose expert is the lower one, of equal ones."""
+        if self.packed:
+            return self._greater(a[0], b[0]), a[1]
+        ahead = b[0] > a[0]
+        return self.t.select(ahead, b[0], a[0]), self.t.select(ahead, b[1], a[1])
+
+    def _sorted(self, four: list[tuple[Int, Int]]) -> list[tuple[Int, Int]]:
+        """By key, descending, equal ones as they were: neighbours change places, which is stable."""
+        t, four = self.t, list(four)
+        for turn in range(len(four)):
+            for i in range(turn & 1, len(four) - 1, 2):
+                (a, x), (b, y) = four[i], four[i + 1]
+                if self.packed:
+                    four[i], four[i + 1] = (self._greater(a, b), x), (self._lesser(a, b), y)
+                    continue
+                behind = b > a
+                four[i] = t.select(behind, b, a), t.select(behind, y, x)
+                four[i + 1] = t.select(behind, a, b), t.select(behind, x, y)
+        return four[: self.problem.top_k]
+
+    def _moved_up(
+        self, four: list[tuple[Int, Int]], was_head: Int, left: int
+    ) -> list[tuple[Int, Int]]:
+        """Without its head where that was taken; no longer than the rounds that are left."""
+        t, moved = self.t, []
+        for i, (key, expert) in enumerate(four[:left]):
+            if i + 1 == len(four):
+                moved.append((t.select(was_head, _OUT, key), expert))
+                continue
+            after, its = four[i + 1]
+            moved.append((t.select(was_head, after, key), expert))
+            if not self.packed:
+                moved[-1] = moved[-1][0], t.select(was_head, its, expert)
+        return moved
+
+    # -- the weights
+
+    def _reload(self, token: Int, expert: Int) -> Int:
+        """The logit of lane k's expert, by which it was not chosen."""
+        start = token * self.problem.num_experts
+        return self._finite(self._element(self.r.logits, start, expert, self.halves))
+
+    def _weigh(self, logits: list[Int], logit: Int, greatest: Int | None, total: Int | None) -> Int:
+        """Of lane k's logit; 0 in the lanes from K on."""
+        t, problem, lane = self.t, self.problem, self.lane
+        inside = lane < problem.top_k
+        if problem.scoring == "softmax":
+            if problem.over_chosen and problem.bias_rows:
+                greatest = f32.order(t.warp_max(t.select(inside, f32.order(logit), _OUT)))
+            elif greatest is None:  # chosen by the logits: the first is the greatest of all
+                greatest = t.shfl(logit, 0)
+            if not problem.over_chosen and total is None:
+                total = self._sum(self._powers(logits, greatest))
+            weight = f32.exp(t, f32.subtract(t, logit, greatest))
+        else:
+            weight = f32.score(t, problem.scoring, logit)
+        weight = t.select(inside, weight, 0)
+        if problem.over_chosen or (problem.renormalize and problem.scoring != "softmax"):
+            width = 1 << (problem.top_k - 1).bit_length()
+            total = f32.sum_over_warp(t, weight, lane, width)
+            if not problem.over_chosen:
+                total = t.fadd(total, t.const(f32.bits(SUM_FLOOR)))
+        if total is not None:
+            weight = t.fmul(weight, t.reciprocal(total))
+        if problem.scaling_factor != 1:
+            weight = t.fmul(weight, t.const(f32.bits(problem.scaling_factor)))
+        return t.select(inside, weight, 0)
+
+
+def kernel_inputs(problem: RouteProblem) -> dict[str, tuple[int, ...]]:
+    """Words of each operand, flat."""
+    sizes = {}
+    for name, shape in problem.inputs.items():
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        halves = name == "logits" and problem.dtype != "float32"
+        sizes[name] = (-(-size // 2) if halves else size,)
+    return sizes
+
+
+def outputs(problem: RouteProblem) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Words of each result, flat; and what is no int32 outside."""
+    shape = (problem.num_tokens * problem.top_k,)
+    names = dict.fromkeys(problem.outputs, shape)
+    return names, {"topk_weights": (shape, "float32")}
+
+
+def store(t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int, token: Int, *found: Int):
+    """Lane k's weight and expert."""
+    weight, expert = found
+    with t.if_(lane < problem.top_k):
+        at = token * problem.top_k + lane
+        t.store(r.topk_weights, at, weight)
+        t.store(r.topk_ids, at, expert)
+
+
+def build(problem: RouteProblem) -> Program:
+    """`(logits, ...) -> (topk_weights, topk_ids)`, all flat."""
+    num_warpgroups = 1 if problem.num_tokens < MANY_TOKENS else 2
+    warps = num_warpgroups * WARPGROUP // WARP
+
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        tid = t.thread_id()
+        lane, warp = tid & (WARP - 1), tid >> 5
+        token = t.cta_id() * warps + warp
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        router = Router(t, r, problem, lane)
+        exact = problem.num_tokens % warps == 0
+        asked = token if exact else t.select(token < problem.num_tokens, token, 0)
+        loaded = router.load(asked)
+        with t.if_(token < problem.num_tokens):
+            store(t, r, problem, lane, token, *router.choose(loaded))
+
+    names, arrays = outputs(problem)
+    kernel = Kernel(
+        name="route_topk",
+        body=body,
+        inputs=kernel_inputs(problem),
+        outputs=names,
+        num_warpgroups=num_warpgroups,
+        num_ctas=-(-problem.num_tokens // warps),
+        arrays=arrays,
+    )
+    return Program(inputs=kernel.inputs, kernels=(kernel,), results=tuple(names))

@@ -1,0 +1,92 @@
+"""The static description of one router call. Imports nothing of ours and no jax."""
+
+from typing import Literal, NamedTuple
+
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "sqrtsoftplus")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What is added to the sum by which weights are divided: sigmoid and sqrtsoftplus scores may all be 0.
+SUM_FLOOR = 1e-20
+# The greatest finite number of each dtype: an infinite logit counts as this one.
+GREATEST = {
+    "float32": float.fromhex("0x1.fffffep127"),
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float16": 65504.0,
+}
+
+
+class RouteProblem(NamedTuple):
+    """Everything static about one `route_topk`: the key of every cache.
+
+    Attributes:
+        num_tokens: T.
+        num_experts: E.
+        top_k: K.
+        dtype: of the logits.
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus".
+        softmax_after_topk: softmax over the K chosen logits, instead of over all E.
+        renormalize: weights are divided by their sum.
+        num_groups: G, groups of E / G neighbouring experts.
+        topk_groups: groups that may be chosen from.
+        scaling_factor: of the weights.
+        bias_rows: rows of the correction bias `[rows, E]`, each for T / rows neighbouring tokens (a vmapped
+            batch has several); 0 without a bias.
+        has_token_mask: whether an int32 `[T]` says which tokens are real (not 0).
+        has_num_valid_tokens: whether a device scalar bounds the tokens in use.
+    """
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    dtype: str = "float32"
+    scoring: str = "softmax"
+    softmax_after_topk: bool = False
+    renormalize: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    scaling_factor: float = 1.0
+    bias_rows: int = 0
+    has_token_mask: bool = False
+    has_num_valid_tokens: bool = False
+
+    name = "route_topk"
+
+    @property
+    def group_size(self) -> int:
+        return self.num_experts // self.num_groups
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether some experts are out of the choice."""
+        return self.topk_groups < self.num_groups
+
+    @property
+    def over_chosen(self) -> bool:
+        """Whether weights depend on the chosen logits alone: a softmax over all, divided by the chosen ones'
+        sum, is the softmax over those."""
+        return self.scoring == "softmax" and (self.softmax_after_topk or self.renormalize)
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether the choice is by the logits themselves: each scoring grows with the logit, so that without
+        a bias the order is the same, and the finer one."""
+        return not self.bias_rows or self.softmax_after_topk
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each operand, in order."""
+        shapes = {"logits": (self.num_tokens, self.num_experts)}
+        if self.bias_rows:
+            shapes["correction_bias"] = (self.bias_rows, self.num_experts)
+        if self.has_token_mask:
+            shapes["token_mask"] = (self.num_tokens,)
+        if self.has_num_valid_tokens:
+            shapes["num_valid_tokens"] = (1,)
+        return shapes
+
+    @property
+    def outputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name, shape and dtype of each result, in order."""
+        shape = (self.num_tokens, self.top_k)
+        return {"topk_weights": (shape, "float32"), "topk_ids": (shape, "int32")}

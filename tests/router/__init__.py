@@ -1,0 +1,1 @@
+"""The router, alone and with the alignment: contract, transforms, errors."""
