@@ -100,7 +100,7 @@ def verdicts(
     return found
 
 
-def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Rows, *, with_goals: bool = True) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
 
     A ratio above 1 is a win of ours, below 1 a loss.
@@ -115,7 +115,7 @@ def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
     failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
-    with_goal = any(verdicts(name, median) for name in names)
+    with_goal = with_goals and any(verdicts(name, median) for name in names)
     metric = {p: next((m["metric"] for k, m in median.items() if k[1] == p), "") for p in providers}
     header = ["pairs x experts x block"]
     header += [f"{p} ({_LABEL.get(metric[p], 'not timed')})" for p in providers]
@@ -225,7 +225,7 @@ def headline(rows: Rows) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """One table per GPU, with what it was measured on; how many comparisons we lose, and the goals."""
+    """One table per GPU, with what it was measured on, and how many comparisons we lose."""
     parts = []
     for gpu, everything in gpus(rows).items():
         kinds = collections.defaultdict(list)
@@ -234,26 +234,25 @@ def markdown(rows: Rows) -> str:
         union, compiled = kinds.pop("union", []), kinds.pop("compile_s", [])
         here = [row for group in kinds.values() for row in group]
         if here:
-            header, lines = cells(here)
+            header, lines = cells(here, with_goals=False)
             runs = len({r["date"] for r in here})
             first = here[-1]
             facts = ", ".join(
                 f"{key} {', '.join(sorted({str(r[key]) for r in here}))}"
-                for key in ("driver", "jax", "torch", "commit")
+                for key in ("driver", "jax", "torch")
                 if first[key]
             )
             versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
             parts.append(
-                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
-                f"run's p50, in µs per call; behind it, that time over ours, taken in the same way: "
-                f"{base_of(here)}'s, for PyTorch's ops in CUDA graphs {OURS_IN_GRAPHS}'s where it "
-                f"was measured (below 1 we lose).\n"
+                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
+                f"run's p50, in µs per call.\nIn parentheses: that time divided by ours, by the same clock "
+                f"and launch ({base_of(here)} under jit,\n{OURS_IN_GRAPHS} in CUDA graphs); below 1 ours is "
+                f"slower.\n"
             )
             parts.append("| " + " | ".join(header) + " |")
             parts.append("|" + "---|" * len(header))
             parts += ["| " + " | ".join(line) + " |" for line in lines]
             parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
-            parts.append(goals.markdown(median_rows(here), verdicts))
         if union:
             parts.append(goals.union_markdown(gpu, union))
         if compiled:
