@@ -9,6 +9,7 @@ import collections
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,11 @@ def gpus(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _filled(text: str) -> str:
+    """A paragraph of lines that fit a page."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def headline(rows: Rows) -> str:
     """The README's table, one per GPU: a few sizes and columns, with date, GPU, clock and launch."""
     parts = []
@@ -244,15 +250,17 @@ def markdown(rows: Rows) -> str:
             )
             versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
             parts.append(
-                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
-                f"run's p50, in µs per call.\nIn parentheses: that time divided by ours, by the same clock "
-                f"and launch ({base_of(here)} under jit,\n{OURS_IN_GRAPHS} in CUDA graphs); below 1 ours is "
-                f"slower.\n"
+                _filled(
+                    f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
+                    f"run's p50, in µs per call. In parentheses: that time divided by ours, by the same "
+                    f"clock and launch ({base_of(here)} under jit, {OURS_IN_GRAPHS} in CUDA graphs); below "
+                    f"1 ours is slower."
+                )
             )
             parts.append("| " + " | ".join(header) + " |")
             parts.append("|" + "---|" * len(header))
             parts += ["| " + " | ".join(line) + " |" for line in lines]
-            parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
+            parts.append("\n" + _filled(f"{losses(here)} Providers: {'; '.join(versions)}."))
         if union:
             parts.append(goals.union_markdown(gpu, union))
         if compiled:
@@ -296,7 +304,7 @@ def pictures(drawn: Sequence[Path], page: str | Path) -> str:
     """Links to the pictures, relative to the page."""
     folder = Path(page).resolve().parent
     links = [f"![{p.stem}]({os.path.relpath(p.resolve(), folder)})" for p in drawn]
-    return "".join(f"\n{link}\n" for link in links)
+    return "\n" + "\n".join(links) + "\n" if links else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

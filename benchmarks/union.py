@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, peers, timing
-from benchmarks.cases import UNION_GEOMEAN, UNION_LEAST, Case, expected, mismatch, union_grid
+from benchmarks.cases import UNION_LEAST, Case, expected, mismatch, union_grid
 
 OURS, OURS_JIT = "torch_bridge", "mosaic_gpu"
 _GRAPH_WORDS = 1 << 25  # of output in one graph: 128 MB
