@@ -12,7 +12,7 @@ if "jax.core" in sys.modules:
     # step's first trace, where a name of ours may be resolved, it would have that step traced again.
     importlib.import_module("jax.extend.core")
 
-# Notes from now on whether a fork leaves jax behind in the parent.
+# From now on records whether this process is forked while jax runs.
 importlib.import_module("moe_align_jax._core.fork")
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """For the site's API pages: our docstrings in the form that griffe reads.
 
-griffe knows the heading "Examples:", our docstrings say "Example:". In "Args:" and "Raises:" it takes only items of
-the form "name: description" and leaves the rest out of the page: a list of names that goes over two lines, and a
-sentence about all of them ("Nothing is written when an error is raised.").
+griffe knows the heading "Examples:", our docstrings say "Example:". In "Args:" and "Raises:" it takes only
+items of the form "name: description" and leaves the rest out of the page: a list of names that goes over two
+lines, and a sentence about all of them ("Nothing is written when an error is raised.").
 """
 
 import re
@@ -29,7 +29,9 @@ def readable(text: str) -> str:
         name = {"Args": "Arguments"}.get(section[1], section[1])
         return "\n".join([f"{name} {first[0].lower()}{first[1:]}", *rest, "", ""])
 
-    return re.sub(r"^(Args|Raises):\n((?:    .*\n|\n(?=    ))*(?:    .*)?)\n*", split, text, flags=re.M)
+    return re.sub(
+        r"^(Args|Raises):\n((?:    .*\n|\n(?=    ))*(?:    .*)?)\n*", split, text, flags=re.M
+    )
 
 
 class Readable(griffe.Extension):

@@ -57,7 +57,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                     t.store(r.start, e, start)
             for index in t.for_range(0, p.tiles):
                 first = p.first_of(index)
-                # Before a barrier, so that all loads are on their way: beyond it ptxas would spread them.
+                # Before a barrier, so that all loads start together: behind it ptxas would spread them.
                 experts = p.read_tile(first)
                 p.clear_histogram()
                 t.block_sync()

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
-from moe_align_jax._expert_parallel.nvlink_kernels.problems import GiveBack
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import ReturnRows
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARPGROUP, Int, Kernel, Simt
 
 
-def build(problem: GiveBack) -> Kernel:
+def build(problem: ReturnRows) -> Kernel:
     field, count = problem.field, problem.devices.count
 
     def body(t: Simt, r: SimpleNamespace) -> None:
