@@ -205,14 +205,14 @@ def test_no_copy_of_all_rows_beside_the_exchanges(monkeypatch):
     assert parts in (["slice"] * size + ["fusion"], ["fusion"] * (size + 1)), parts
 
 
-# -- what the README shows ---------------------------------------------------------------------------
+# -- what docs/expert_parallel.md shows ---------------------------------------------------------------
 
 
-def test_layer_of_the_readme_equals_a_loop_over_pairs():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+def test_layer_of_the_page_equals_a_loop_over_pairs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "expert_parallel.md").read_text()
     [snippet] = [
         block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         if "def layer_of_a_device(" in block
     ]
     scope = {}
