@@ -4,6 +4,7 @@ With vLLM's come the Python file that calls it, which the tests of `torch_bridge
 one that `patch` replaces functions of, which they read.
 
 python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [sglang_recorder]
+    [sglang_router]
     [--folder .peers]
 
 vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
@@ -70,6 +71,21 @@ WHEELS = {
     # Its recorder of expert load, which the tests of ours compare with: they stand in for the rest of sglang.
     "sglang_recorder": Wheel(
         "sglang==0.5.23", "sglang/srt/eplb/expert_distribution.py", "sgl_expert_distribution.py"
+    ),
+    # Its Triton router, for benchmarks.router: what it uses is torch and triton. The other ways that the file
+    # chooses from are for other GPUs, or for 896 experts.
+    "sglang_router": Wheel(
+        "sglang==0.5.23",
+        "sglang/kernels/ops/moe/moe_fused_gate.py",
+        "sgl_router.py",
+        replace=(
+            r"(?m)^from sglang\.kernels\.jit\.utils import .*\n"
+            r"from sglang\.kernels\.kernel_api_logging import .*\n"
+            r"from sglang\.kernels\.ops\.moe import moe_route_radix$",
+            "from types import SimpleNamespace\n"
+            "is_arch_support_pdl, debug_kernel_api = lambda: True, lambda function: function\n"
+            "moe_route_radix = SimpleNamespace(covered=lambda *arguments: False)",
+        ),
     ),
     # Its Triton kernel that maps and counts expert ids, for benchmarks.expert_load.
     "sglang_eplb": Wheel(
