@@ -1,6 +1,6 @@
 """grouped_matmul, ragged_dot and masked_grouped_matmul beside the grouped GEMMs of other libraries.
 
-python -m benchmarks.grouped_matmul --out results/grouped_matmul.jsonl
+python -m benchmarks.grouped_matmul --out ROWS.jsonl
 
 Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
 time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one jit
