@@ -178,10 +178,9 @@ def markdown(median: Median, verdicts: Callable) -> str:
 
 
 def union_markdown(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The union grid in a few lines: a summary per peer and the ten worst sizes."""
+    """The union grid in a few lines: a summary per peer and the three worst sizes."""
     summary = [f"- {line}" for line in union.summary(rows)]
-    worst = [f"- `{line}`" for line in union.listing(rows)[:10]]
+    worst = [f"- `{line}`" for line in union.listing(rows)[:3]]
     sizes = len({r["case"] for r in rows})
-    commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
-    head = f"Union grid, **{gpu}**, {rows[-1]['date'][:10]}, commit {commits}, {sizes} sizes:"
-    return "\n".join([head, "", *summary, "", "The ten worst sizes:", "", *worst, ""])
+    head = f"Union grid, **{gpu}**, {rows[-1]['date'][:10]}, {sizes} sizes:"
+    return "\n".join([head, "", *summary, "", "The three worst sizes:", "", *worst, ""])

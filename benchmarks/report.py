@@ -1,7 +1,7 @@
 """Tables, goals and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
 
 python -m benchmarks.report benchmarks/results/*.jsonl benchmarks/results/{union,compile}/*.jsonl \\
-    --readme README.md --update docs/measured.md --plots docs/figures
+    --readme README.md --update docs/performance.md --plots docs/figures
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compile_time, goals
-from benchmarks.cases import CASES, EMPTY_PLUS, GRIDS, TARGET_US, jit_target_us
+from benchmarks.cases import CASES, EMPTY_PLUS, TARGET_US, jit_target_us
 
 OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
 OURS_IN_GRAPHS = (
@@ -27,6 +27,17 @@ _LABEL = {
     "wall_us": "host wall time",
 }
 _NO_COLUMN = ("empty",)
+# What the README shows: five sizes from a decode step to a large prefill, and these columns.
+README_CASES = ("8x256x16", "512x256x16", "8192x64x128", "32768x256x64", "524288x256x128")
+README_COLUMNS = {
+    "torch_bridge": "ours",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "torch_sort": "torch.sort",
+    "mosaic_gpu": "ours under jit",
+    "xla": "XLA under jit",
+}
+README_PICTURE = "_ratio"  # how the name of its one picture ends
 # Their columns stand behind the peers', whatever was run first.
 _COMPOSITES = ("torch_sort", "xla", "xla_argsort")
 
@@ -89,7 +100,7 @@ def verdicts(
     return found
 
 
-def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Rows, *, with_goals: bool = True) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
 
     A ratio above 1 is a win of ours, below 1 a loss.
@@ -104,7 +115,7 @@ def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
     failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
-    with_goal = any(verdicts(name, median) for name in names)
+    with_goal = with_goals and any(verdicts(name, median) for name in names)
     metric = {p: next((m["metric"] for k, m in median.items() if k[1] == p), "") for p in providers}
     header = ["pairs x experts x block"]
     header += [f"{p} ({_LABEL.get(metric[p], 'not timed')})" for p in providers]
@@ -167,11 +178,54 @@ def gpus(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def markdown(rows: Rows, *, brief: bool = False) -> str:
-    """One table per GPU, with what it was measured on; how many comparisons we lose, and the goals.
+def headline(rows: Rows) -> str:
+    """The README's table, one per GPU: a few sizes and columns, with date, GPU, clock and launch."""
+    parts = []
+    for gpu, everything in gpus(rows).items():
+        here = [
+            row
+            for row in everything
+            if row["case"] in README_CASES
+            and row["provider"] in README_COLUMNS
+            and row.get("metric") in ("graph_us", "span_us")
+            and row.get("grid") != "union"
+        ]
+        median = median_rows(here)
+        if not median:
+            continue
+        columns = {
+            p: title for p, title in README_COLUMNS.items() if any(k[1] == p for k in median)
+        }
+        lines = []
+        for name in README_CASES:
+            if not any(case == name for case, _ in median):
+                continue
+            line = [name]
+            for provider in columns:
+                row = median.get((name, provider))
+                base = median.get((name, base_for(provider, here) or ""))
+                text = "-" if row is None else f"{row['p50_us']:.2f}"
+                if row is not None and base is not None:
+                    text += f" ({row['p50_us'] / base['p50_us']:.2f}x)"
+                line.append(text)
+            lines.append(line)
+        first = here[-1]
+        parts.append(
+            f"{gpu}, {first['date'][:10]}, jax {first['jax']}, torch {first['torch']}. "
+            f"Microseconds per call, median.\n"
+            f"In parentheses: that time divided by ours, by the same clock and launch; below 1 ours is "
+            f"slower.\n"
+            f"From PyTorch: CUDA events around the replay of a CUDA graph of 50 calls. Under jit: device "
+            f"span in the\nprofiler's trace of one jitted step (of ours 50 calls, of XLA 5).\n"
+        )
+        parts.append("| pairs x experts x block | " + " | ".join(columns.values()) + " |")
+        parts.append("|" + "---|" * (len(columns) + 1))
+        parts += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(parts).rstrip() + "\n"
 
-    `brief`: the table of the ordinary sizes alone, for the README.
-    """
+
+def markdown(rows: Rows) -> str:
+    """One table per GPU, with what it was measured on, and how many comparisons we lose."""
     parts = []
     for gpu, everything in gpus(rows).items():
         kinds = collections.defaultdict(list)
@@ -179,35 +233,29 @@ def markdown(rows: Rows, *, brief: bool = False) -> str:
             kinds[row.get("grid") or row.get("metric") or ""].append(row)
         union, compiled = kinds.pop("union", []), kinds.pop("compile_s", [])
         here = [row for group in kinds.values() for row in group]
-        shown = here
-        if brief:
-            names = {case.name for case in GRIDS["table"]}
-            shown = [r for r in here if r["case"] in names]
-        if shown:
-            header, lines = cells(shown)
+        if here:
+            header, lines = cells(here, with_goals=False)
             runs = len({r["date"] for r in here})
             first = here[-1]
             facts = ", ".join(
                 f"{key} {', '.join(sorted({str(r[key]) for r in here}))}"
-                for key in ("driver", "jax", "torch", "commit")
+                for key in ("driver", "jax", "torch")
                 if first[key]
             )
             versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
             parts.append(
-                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s); each cell is the median "
-                f"run's p50, in µs per call; behind it, that time over ours, taken in the same way: "
-                f"{base_of(here)}'s, for PyTorch's ops in CUDA graphs {OURS_IN_GRAPHS}'s where it "
-                f"was measured (below 1 we lose).\n"
+                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
+                f"run's p50, in µs per call.\nIn parentheses: that time divided by ours, by the same clock "
+                f"and launch ({base_of(here)} under jit,\n{OURS_IN_GRAPHS} in CUDA graphs); below 1 ours is "
+                f"slower.\n"
             )
             parts.append("| " + " | ".join(header) + " |")
             parts.append("|" + "---|" * len(header))
             parts += ["| " + " | ".join(line) + " |" for line in lines]
             parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
-            if not brief:
-                parts.append(goals.markdown(median_rows(here), verdicts))
-        if union and not brief:
+        if union:
             parts.append(goals.union_markdown(gpu, union))
-        if compiled and not brief:
+        if compiled:
             parts.append(f"Compile time, **{gpu}**: {compile_time.verdict(compiled)}.\n")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -258,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", help="JSONL files")
     parser.add_argument("--update", nargs="*", default=[], metavar="FILE", help="files with marks")
     parser.add_argument(
-        "--readme", nargs="*", default=[], metavar="FILE", help="the same, the ordinary sizes alone"
+        "--readme", nargs="*", default=[], metavar="FILE", help="the same, a few sizes alone"
     )
     parser.add_argument("--plots", metavar="FOLDER", help="where to draw (needs the extra plot)")
     options = parser.parse_args(argv)
@@ -273,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in options.update:
         update(path, text + pictures(drawn, path))
     for path in options.readme:
-        update(path, markdown(rows, brief=True) + pictures(drawn, path))
+        one = [picture for picture in drawn if picture.stem.endswith(README_PICTURE)]
+        update(path, headline(rows) + pictures(one, path))
     print(text, end="")
     return 0
 

@@ -25,7 +25,7 @@ from moe_align_jax._expert_parallel.arguments import (
     check_rows,
 )
 from moe_align_jax._expert_parallel.axes import vary_together
-from moe_align_jax._expert_parallel.reverse_mode import reverse_mode_only
+from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._layout.rows import copy_to_masked, sum_rows, take_rows
 from moe_align_jax._lowering import export
 
@@ -130,7 +130,8 @@ def permute_to_masked(
             *_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room))
         )
         return vary_together((zeros, layout, (x, ids)))[:2]
-    return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
+    with in_our_words(function):
+        return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
 
 
 def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -277,14 +278,15 @@ def permute_to_contiguous(
     if ids.shape[0] == 0:
         layout = ContiguousLayout(*_zeros((0,), (num_experts,), (num_experts,), ids.shape, (0,)))
         return vary_together((jax.tree.map(jnp.zeros_like, x), layout, (x, ids)))[:2]
-    return _to_contiguous(
-        x,
-        ids,
-        num_experts=num_experts,
-        alignment=alignment,
-        limit=rows,
-        mark_padding=mark_padding,
-    )
+    with in_our_words(function):
+        return _to_contiguous(
+            x,
+            ids,
+            num_experts=num_experts,
+            alignment=alignment,
+            limit=rows,
+            mark_padding=mark_padding,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "alignment", "limit", "mark_padding"))
@@ -371,7 +373,8 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
             raise ValueError(checks.message(function, "topk_weights", rule, got, remedy))
     out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
-    return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)
+    with in_our_words(function):
+        return _sum(y, weights, *rows, name=function, out_dtype=out_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "out_dtype"))

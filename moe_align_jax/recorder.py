@@ -40,9 +40,10 @@ class ExpertDistributionRecorder:
             recorder.on_select_experts(topk_ids)
 
     Args:
-        mode, num_layers, num_physical_experts, num_logical_experts, max_tokens, top_k, num_shards,
-        local_experts, sharding: as in `init_expert_load`. Mode None: every hook does nothing, the
-            state is empty, and starting, stopping and dumping raise.
+        mode: as in `init_expert_load`. None: every hook does nothing, the state is empty, and starting,
+            stopping and dumping raise.
+        num_layers, num_physical_experts, num_logical_experts: as in `init_expert_load`.
+        max_tokens, top_k, num_shards, local_experts, sharding: as in `init_expert_load`.
         buffer_size: B, the passes that are kept.
         num_gpus: D, a divisor of num_physical_experts, for the metrics; None for no metrics.
         directory: where dumps go; None for $MOE_ALIGN_RECORDER_DIR, else the folder of temporary files.

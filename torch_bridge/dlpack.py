@@ -150,7 +150,7 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     On CUDA, jax's stream waits for the work that torch's current stream holds now; the host does
     not block. Keep the tensor alive, and unchanged, until the jax work that reads it is done. jax's
     GPU client lives in the process from then on: capture CUDA graphs with
-    `capture_error_mode="thread_local"` (docs/jax_and_pytorch.md).
+    `capture_error_mode="thread_local"` (docs/pytorch.md).
 
     Args:
         tensor: any shape; bool, any integer, float16, bfloat16, float32, float64, complex or

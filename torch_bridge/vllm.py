@@ -123,8 +123,7 @@ def batched_moe_align_block_size(
         blocks read -1.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as
-        `torch_bridge.moe_align_block_size`.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `torch_bridge.moe_align_block_size`.
 
     Example:
         >>> counts = torch.tensor([1, 0, 3], dtype=torch.int32)
@@ -196,8 +195,8 @@ def ops_moe_align_block_size(
             finished ids itself.)
         scatter_idx: n elements: a pair's own index, -1 where the pair is dropped.
 
-        The buffers are contiguous int32 on the device of `topk_ids`, and overlap neither each other
-        nor an input.
+    The buffers are contiguous int32 on the device of `topk_ids`, and overlap neither each other nor an
+    input. Nothing is written when an error is raised.
 
     Returns:
         None.
@@ -205,7 +204,7 @@ def ops_moe_align_block_size(
     Raises:
         TypeError: a buffer is no int32 tensor.
         ValueError: a buffer is too small, on another device, not contiguous, or overlaps.
-        And what `torch_bridge.moe_align_block_size` raises. Nothing is written then.
+        NotImplementedError, RuntimeError: as `torch_bridge.moe_align_block_size`.
 
     Example:
         >>> ids = torch.tensor([[2, 3], [1, 2]], dtype=torch.int32)
@@ -275,7 +274,7 @@ def ops_batched_moe_align_block_size(
         None.
 
     Raises:
-        As `ops_moe_align_block_size`.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `ops_moe_align_block_size`.
 
     Example:
         >>> counts = torch.tensor([1, 0, 3], dtype=torch.int32)

@@ -34,7 +34,7 @@ def patch() -> Iterator[None]:
     """`patch_for_good` for the length of a `with` block.
 
     Raises:
-        As `patch_for_good`.
+        ImportError, NotImplementedError: as `patch_for_good`.
     """
     undo = patch_for_good()
     try:

@@ -19,7 +19,7 @@ from moe_align_jax._lowering.select import (
 )
 
 # The jax releases under which we have run the kernels on GPUs, and how much of the test suite ran there, as
-# docs/measured.md has it. Under others they were compiled only.
+# docs/notebook/ records it. With other releases they were compiled only.
 JAX_RUN_ON_A_GPU: dict[tuple[int, ...], str] = {
     (0, 11, 2): "",
     (0, 12, 0): "the library's tests on an H100, and the first 76 of torch_bridge's",

@@ -432,9 +432,29 @@ def test_report_shows_wins_losses_goals_and_failures():
     ]
     assert report.losses(ROWS) == "Of 2 comparisons we lose 1: 512x256x16 against vllm."
     text = report.markdown(ROWS)
-    assert "**H100**, 2026-11-21, driver 1, jax 0.11.2, torch 2.11.0, commit abc" in text
-    assert "| 8x256x16 | 1.30 | 3.90 (3.00x) | - | jit 2.00 met |" in text
-    assert "- **missed**: targets in µs per call: 1 of 2; missed: 512x256x16 (jit, 2.80)" in text
+    assert "**H100**, 2026-11-21, driver 1, jax 0.11.2, torch 2.11.0. " in text
+    assert "| 8x256x16 | 1.30 | 3.90 (3.00x) | - |" in text and "commit" not in text
+    assert "Of 2 comparisons we lose 1: 512x256x16 against vllm." in text
+
+
+def test_headline_shows_five_sizes_with_date_gpu_clock_and_launch():
+    ours = [row(name, "torch_bridge", 2.0) for name in (*report.README_CASES, "64x256x16")]
+    sizes = [*ours, *ROWS, row("8x256x16", "torch_sort", 1.0), row("8x256x16", "sglang_small", 1.0)]
+    text = report.headline(sizes)
+    assert "H100, 2026-11-21, jax 0.11.2, torch 2.11.0. Microseconds per call" in text
+    assert "CUDA events around the replay of a CUDA graph" in text and "device span" in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    # 3.9 and 3.0 of vLLM's, and 1.0 of torch's sort, against 2.0 of ours by the same clock: a loss shows.
+    assert table == [
+        "| pairs x experts x block | ours | vLLM | torch.sort | ours under jit |",
+        "| 8x256x16 | 2.00 | 3.90 (1.95x) | 1.00 (0.50x) | 1.30 |",
+        "| 512x256x16 | 2.00 | 3.00 (1.50x) | - | 4.00 |",
+        "| 8192x64x128 | 2.00 | - | - | - |",
+        "| 32768x256x64 | 2.00 | - | - | - |",
+        "| 524288x256x128 | 2.00 | - | - | - |",
+    ]
+    assert all(len(line) <= 110 for line in text.splitlines())
+    assert report.headline([row("64x256x16", "vllm", 1.0)]) == "\n"
 
 
 def test_report_reads_jsonl_and_fills_a_file_between_its_marks(tmp_path, capsys):

@@ -124,11 +124,12 @@ def test_the_ops_take_vllms_keywords(custom_ops):
     )
 
 
-def test_readme_lines_switch_it_on_and_off(custom_ops):
+PAGE = (stub_vllm.ROOT / "docs" / "pytorch.md").read_text()
+
+
+def test_lines_of_the_page_switch_it_on_and_off(custom_ops):
     before = held(custom_ops)
-    blocks = re.findall(
-        r"```python\n(.*?)```", (stub_vllm.ROOT / "README.md").read_text(), re.DOTALL
-    )
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     [code] = [block for block in blocks if "patch_for_good" in block]
     on, off = code.split("undo()  #")
     names = {}
@@ -138,12 +139,14 @@ def test_readme_lines_switch_it_on_and_off(custom_ops):
     assert held(custom_ops) == before
 
 
-def test_readme_installs_what_compiles_and_names_the_plugins_variable():
-    readme = (stub_vllm.ROOT / "README.md").read_text()
-    section = readme.split("### Switch it on in vLLM")[1].split("\n## ")[0]
+def test_page_installs_what_compiles_and_names_the_plugins_variable():
+    section = PAGE.split("\n## vLLM\n")[1].split("\n## ")[0]
     assert "pip install -e '.[cuda13,torch]'" in section
     assert f"{vllm_plugin.VARIABLE}=1 vllm serve" in section
-    assert f"{peer_files.REQUIRE}=1" in readme
+    readme = (stub_vllm.ROOT / "README.md").read_text()
+    assert f"{vllm_plugin.VARIABLE}=1 vllm serve" in readme
+    contract = (stub_vllm.ROOT / "docs" / "contract.md").read_text()
+    assert f"{peer_files.REQUIRE}=1" in contract
 
 
 # -- the plugin --------------------------------------------------------------------------------------

@@ -205,18 +205,19 @@ def test_no_copy_of_all_rows_beside_the_exchanges(monkeypatch):
     assert parts in (["slice"] * size + ["fusion"], ["fusion"] * (size + 1)), parts
 
 
-# -- what the README shows ---------------------------------------------------------------------------
+# -- what docs/expert_parallel.md shows ---------------------------------------------------------------
 
 
-def test_layer_of_the_readme_equals_a_loop_over_pairs():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+def test_layer_of_the_page_equals_a_loop_over_pairs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "expert_parallel.md").read_text()
     [snippet] = [
         block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         if "def layer_of_a_device(" in block
     ]
     scope = {}
     exec(snippet, scope)
+    scope["num_experts"] = 8  # the layer's own, of the batch below
     rng = np.random.default_rng(25)
     batch = Batch(4, 3, 16, 2, 8, "bfloat16", seed=26)
     gate_up = (rng.normal(size=(8, 16, 256)) / 4).astype(batch.x.dtype)

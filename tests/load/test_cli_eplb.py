@@ -574,7 +574,8 @@ def test_errors_name_options(eplb, tmp_path, options, words):
 def test_a_placement_given_as_loads_is_not_asked_for_again(eplb, tmp_path):
     (tmp_path / "p.json").write_text('{"physical_to_logical_map": [[0, 1]]}')
     text = " ".join(eplb("p.json", "--num-gpus", "1").output.split())
-    assert "file 'p.json' must hold logical_count; got physical_to_logical_map. Pass loads" in text
+    assert "file must hold logical_count; got physical_to_logical_map. Pass loads" in text
+    assert text.endswith("The file is 'p.json'.")
 
 
 def test_loads_of_files_do_not_wrap():

@@ -634,22 +634,27 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
         ids = np.asarray(jax.random.randint(jax.random.key(pass_id), (2, 64, 2), 0, 8))
         for layer in range(2):
             assert counts[layer].tolist() == np.bincount(ids[layer].ravel(), minlength=8).tolist()
-    exec(recorder, names)
-    assert [file.parent.name for file in tmp_path.rglob("*.npz")] == ["dumps"]
+    exec(recorder, names)  # each block goes on where the one before it ends
+    [file] = tmp_path.rglob("*.npz")
+    assert file.parent.name == "dumps" and file == tmp_path / names["path"]
+    with np.load(file) as dumped:
+        recorded = dumped["logical_count"]
+    assert recorded.shape == (5, 2, 8)
+    for pass_id, counts in enumerate(recorded):
+        ids = np.asarray(jax.random.randint(jax.random.key(pass_id), (2, 64, 2), 0, 8))
+        for layer in range(2):
+            assert counts[layer].tolist() == np.bincount(ids[layer].ravel(), minlength=8).tolist()
 
-    for block in (moving, by_layer):
-        names = {}
-        exec(moving.split("for weights, layers")[0] if block == by_layer else moving, names)
-        new, held = names["new"], names["weights"]["up"]
-        if block == by_layer:
-            names["model"] = [{"up": held[layer]} for layer in range(6)]
-            shardings = [layer["up"].sharding for layer in names["model"]]
-            exec(by_layer, names)
-            assert [layer["up"].sharding for layer in names["model"]] == shardings
-            assert all(sharding.spec[0] == "ep" for sharding in shardings)
-            held = np.stack([layer["up"] for layer in names["model"]])
-        slots = np.asarray(new.physical_to_logical_map)
+    def check_moved(held, before):
+        slots = np.asarray(names["new"].physical_to_logical_map)
         want = names["experts"][np.arange(6)[:, None], slots].astype(np.float32)
         np.testing.assert_array_equal(held, want)
         np.testing.assert_array_equal(names["location"].physical_to_logical_map, slots)
-        assert (slots != names["slots"]).any(axis=1).all()
+        assert (slots != before).any(axis=1).all()
+        return slots
+
+    exec(moving, names)
+    slots = check_moved(names["weights"]["up"], names["slots"])
+    exec(by_layer, names)
+    check_moved(np.stack([layer["up"] for layer in names["model"]]), slots)
+    assert all(layer["up"].sharding.spec[0] == "ep" for layer in names["model"])

@@ -125,8 +125,9 @@ def test_info_says_which_jax_has_run_on_a_gpu(monkeypatch):
     assert info.gpu_experience() == ""
     monkeypatch.setattr(info, "jax_version", lambda: (0, 12, 0))
     assert "in part: the library's tests on an H100, and the first 76 of" in info.gpu_experience()
-    # What it says is what docs/measured.md says: of each release that it names, and of no other one.
-    measured = (Path(__file__).parents[2] / "docs" / "measured.md").read_text()
+    # What it says is what the notebook says: of each release that it names, and of no other one.
+    pages = (Path(__file__).parents[2] / "docs" / "notebook").glob("*.md")
+    measured = "".join(page.read_text() for page in pages)
     for release in info.JAX_RUN_ON_A_GPU:
         assert f"jax {'.'.join(map(str, release))}" in measured
     assert "of the bridge's the first 76 passed" in measured

@@ -154,7 +154,7 @@ def readme_code(containing: str) -> str:
 def test_readme_jax_code_multiplies_each_row_by_its_expert(inputs):
     params, x, _, ids = inputs
     names = {}
-    exec(readme_code("import jax\n"), names)
+    exec(readme_code("def experts("), names)
     with jax.default_matmul_precision("highest"):
         out = names["experts"](x, params.gate, ids, num_experts=EXPERTS, block_size=4)
     flat, row = np.asarray(ids).ravel(), 0

@@ -64,7 +64,7 @@ def moe_align_block_size(
         of 4.
 
     Raises:
-        As `torch_bridge.moe_align_block_size`.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `torch_bridge.moe_align_block_size`.
 
     Example:
         >>> ids = torch.tensor([[1, -1], [0, 1]], dtype=torch.int32)
@@ -134,8 +134,8 @@ def ops_moe_align_block_size(
         ignore_invalid_expert: drop id -1. Otherwise its pairs stand ahead of expert 0, in blocks
             that read -1.
 
-        The buffers are contiguous int32 on the device of `topk_ids`, and overlap neither each other
-        nor an input.
+    The buffers are contiguous int32 on the device of `topk_ids`, and overlap neither each other nor an
+    input. Nothing is written when an error is raised.
 
     Returns:
         None.
@@ -143,7 +143,7 @@ def ops_moe_align_block_size(
     Raises:
         TypeError: a buffer is no int32 tensor.
         ValueError: a buffer is too small, on another device, not contiguous, or overlaps.
-        And what `torch_bridge.moe_align_block_size` raises. Nothing is written then.
+        NotImplementedError, RuntimeError: as `torch_bridge.moe_align_block_size`.
 
     Example:
         >>> ids = torch.tensor([[1, -1], [0, 1]], dtype=torch.int32)

@@ -42,6 +42,8 @@ class AllGather:
         self, rows: jax.Array, plan: Any, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         del plan
+        if rows.shape[0] == 0:
+            return rows
         if in_use is not None:
             rows = jnp.where(in_use[:, None], rows, jnp.zeros((), rows.dtype))
         return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)

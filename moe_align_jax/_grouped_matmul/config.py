@@ -1,0 +1,140 @@
+"""Tiles of the kernel: what a GPU kind takes for which size, and what the kernel cannot take. No jax here."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+
+_INT32_MAX = 2**31 - 1
+# What 16 bytes hold of a 16-bit type: rows are read in units of it.
+UNIT = 8
+MAX_GROUPS = 4096  # that the list of tiles is made of
+COMPUTING = 2  # warpgroups that multiply
+MAX_SHARED_BYTES = 232_448
+
+
+class Config(NamedTuple):
+    """Sizes of the kernel. Letters: a tile of the product has bm rows of x and bn columns of the weights.
+
+    Attributes:
+        form: how the two compute warpgroups share a tile: "m" (rows halved), "n" (columns halved), or
+            "swap" (columns halved, with the weights as wgmma's first operand and x as its second, so that a
+            tile may have as few as 8 rows).
+        bm, bn: of a tile.
+        bk: of k that a stage of the ring in shared memory holds.
+        stages: of the ring.
+        group: blocks that are done together for each n tile, so that the weights are read from L2; 0: all n
+            tiles of a block, then the next block.
+        late: a finished tile is stored between the products of the next one.
+        lag: with a gather, steps between asking for rows and saying that they are there.
+        num_ctas: of the grid.
+    """
+
+    form: str
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    group: int = 4
+    late: bool = False
+    lag: int = 2
+    num_ctas: int = 132
+
+    @property
+    def name(self) -> str:
+        """For tables: `128x256x64s4m-g4-late`."""
+        late = "-late" if self.late else ""
+        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{late}"
+
+
+def unsupported(problem: MatmulProblem) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    sizes = [d for shape, _ in problem.inputs.values() for d in shape]
+    if not all(isinstance(size, (int, np.integer)) for size in sizes):
+        return "the kernel needs static shapes; export a symbolic shape with 'xla'"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"the kernel multiplies bfloat16 and float16; x is {problem.dtype}"
+    for name, size in (("K", problem.k), ("N", problem.n)):
+        if size % UNIT or not size:
+            return f"the kernel reads 16 bytes at a time: {name} must be a positive multiple of 8; it is {size}"
+    if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > _INT32_MAX:
+        return "the kernel counts units of 16 bytes of x in int32; these are too many"
+    if problem.num_rows >= 1 << 30:
+        return f"the kernel takes fewer than 2**30 rows; these are {problem.num_rows}"
+    groups = {"masked": problem.num_experts, "ragged": problem.num_groups}.get(problem.rows, 0)
+    if groups > MAX_GROUPS:
+        return f"the kernel takes at most {MAX_GROUPS} groups of rows; these are {groups}"
+    return None
+
+
+def mean_rows(problem: MatmulProblem) -> float:
+    """Rows per expert, if all are hit alike."""
+    if problem.rows == "masked":
+        return problem.max_rows / 8  # low-latency layouts are made for the worst case
+    if problem.rows == "ragged":
+        return problem.num_rows / max(1, problem.num_groups)
+    if problem.top_k:
+        return problem.num_tokens * problem.top_k / problem.num_experts
+    # P = n + min(n, E) (block_size - 1).
+    spare = problem.block_size - 1
+    pairs = problem.num_rows - problem.num_experts * spare
+    if pairs < problem.num_experts:
+        pairs = problem.num_rows / problem.block_size
+    return max(1.0, pairs / problem.num_experts)
+
+
+def tile_rows(problem: MatmulProblem) -> int:
+    """bm: the least that a mean expert fits in, with room for one that has more."""
+    mean = mean_rows(problem)
+    choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
+    wanted = next((bm for bm in choices if bm >= 1.5 * mean), choices[-1])
+    if problem.rows != "blocks":
+        return wanted
+    block = problem.block_size
+    # A block is one expert's: a tile is a part of it, or all of it.
+    parts = [bm for bm in choices if block % bm == 0 and bm >= min(wanted, block)]
+    if parts:
+        return parts[0]
+    if not _no_swap(problem) and block % 8 == 0 and block <= 64:
+        return block
+    return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
+
+
+def _no_swap(problem: MatmulProblem) -> bool:
+    """Swapped tiles cannot part interleaved columns, nor store float32."""
+    weights = problem.weights
+    untransposed = weights.interleaved and weights.gated and not weights.transposed
+    return untransposed or problem.out_dtype == "float32"
+
+
+def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
+    """Tiles for a problem that the kernel takes."""
+    del gpu_kind
+    bm = tile_rows(problem)
+    if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
+        return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
+    if bm < 64:
+        return Config("swap", bm, 128, 128, 5, group=0)
+    if bm == 64 or not _may_be_tall(problem):
+        return Config("n", 64, 256, 64, 4, group=0 if problem.w_columns <= 512 else 4)
+    group = 0 if problem.w_columns <= 512 else 16 if problem.num_experts <= 16 else 4
+    return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def _may_be_tall(problem: MatmulProblem) -> bool:
+    """Whether a warpgroup can have 64 x 256 sums: copies and stores of 16 bytes take registers, and so does erf
+    (spills; wgmma is serialised)."""
+    whole = problem.n % 64 == 0 and problem.k % 64 == 0
+    return whole and problem.weights.activation != "gelu"
+
+
+def may_be_late(problem: MatmulProblem) -> bool:
+    """Whether a finished tile can stay in registers during the next one's products.
+
+    The bias of columns that are parted in registers takes too many beside it.
+    """
+    weights = problem.weights
+    parted = weights.gated and weights.interleaved and not weights.transposed
+    spills = parted and weights.bias
+    return _may_be_tall(problem) and problem.out_dtype != "float32" and not spills

@@ -1,0 +1,473 @@
+"""What the kernel does that Pallas has no word for: rows by cp.async, stores of single rows, parted columns.
+
+Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain Pallas for the interpreter, which
+takes no inline code. Checked with jax 0.11.2 and 0.12.
+
+Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r at
+place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a tile,
+counted row after row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
+
+_I32 = jnp.int32
+THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
+_TILE_BYTES = 1024  # 8 rows of 128 bytes
+
+# wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes have
+# 4 neighbouring columns of a row.
+_PARTED = (((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2), -1)
+PARTED = plgpu.Layout.TILED(
+    plgpu.Tiling(_PARTED[0]), warp_dims=_PARTED[1], lane_dims=_PARTED[2], vector_dim=_PARTED[3]
+)
+
+
+# -- MLIR ----------------------------------------------------------------------------------------------
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def _int(value: int) -> Any:
+    return arith.constant(_i32(), value)
+
+
+def _long(value: int) -> Any:
+    return arith.constant(_i64(), value)
+
+
+def _scalar(array: Any) -> Any:
+    return array.registers.item()
+
+
+def _thread() -> Any:
+    """Index of the thread in its warpgroup."""
+    return arith.remui(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)), _int(THREADS))
+
+
+def _less(a: Any, b: Any) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _shared_address(ref: Any) -> Any:
+    return llvm.ptrtoint(_i32(), mgpu_utils.memref_ptr(ref))
+
+
+def _global_address(ref: Any, units: Any, unit_bytes: int) -> Any:
+    base = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref))
+    return arith.addi(base, arith.muli(arith.extsi(_i64(), units), _long(unit_bytes)))
+
+
+def _place(row: Any, column: Any, per_row: int) -> Any:
+    """Bytes from a tile's start to chunk `column` of a row of `per_row` chunks."""
+    in_eight = arith.remui(row, _int(8))
+    tile = arith.divui(row, _int(8))
+    if per_row > CHUNKS_PER_ROW:
+        tiles = arith.muli(tile, _int(per_row // CHUNKS_PER_ROW))
+        tile = arith.addi(tiles, arith.divui(column, _int(8)))
+    chunk = arith.xori(arith.remui(column, _int(8)), in_eight)
+    within = arith.addi(arith.muli(in_eight, _int(128)), arith.muli(chunk, _int(CHUNK_BYTES)))
+    return arith.addi(arith.muli(tile, _int(_TILE_BYTES)), within)
+
+
+# Of a tile with 8 chunks in a row: a thread's chunks are this far from each other.
+_ROWS_TO_NEXT, _BYTES_TO_NEXT = THREADS // CHUNKS_PER_ROW, THREADS * CHUNK_BYTES
+
+
+def _first_chunk() -> tuple[Any, Any, Any]:
+    """(row, chunk of the row, bytes from the tile's start) of this thread's first chunk of such a tile."""
+    thread = _thread()
+    row, column = arith.divui(thread, _int(8)), arith.remui(thread, _int(8))
+    return row, column, _place(row, column, CHUNKS_PER_ROW)
+
+
+def _copy_async(target: Any, source: Any, there: Any) -> None:
+    """16 bytes from global to shared memory; zeros where there are none."""
+    mgpu_utils.inline_ptx(
+        "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+        *(target, source, arith.select(there, _int(CHUNK_BYTES), _int(0))),
+        has_side_effects=True,
+    )
+
+
+# -- rows by their indices ---------------------------------------------------------------------------------
+
+
+def find_rows(
+    ids_ref: Any,
+    start: jax.Array,
+    end: jax.Array,
+    *,
+    rows: int,
+    row_chunks: int,
+    top_k: int,
+    num_pairs: int,
+    interpret: bool,
+) -> jax.Array:
+    """Where the rows of a tile lie: for each row of which this thread moves chunks, its place in x.
+
+    In chunks, from x's start to this thread's chunk of the row; -1 where there is no row: the id is no pair, or
+    the row is not below `end`. In the interpreter: a token per row.
+
+    Args:
+        ids_ref: `[.]` int32 in global memory, at least `start + rows` of them.
+        start, end: rows of the tile.
+        rows: of the tile.
+        row_chunks: chunks of a row of x.
+        top_k: pairs per token.
+        num_pairs: ids at or past it are none.
+        interpret: whether Pallas' interpreter runs it.
+    """
+    if interpret:
+
+        def one(r, found):
+            pair = ids_ref[start + r]
+            there = (pair >= 0) & (pair < num_pairs) & (start + r < end)
+            token = jnp.where(there, lax.div(pair, _I32(top_k)), -1)
+            return jnp.where(jnp.arange(rows) == r, token, found)
+
+        return lax.fori_loop(0, rows, one, jnp.full(rows, -1, _I32))
+    count = -(-rows * CHUNKS_PER_ROW // THREADS)
+    layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), scalar, scalar),
+        return_type=plgpu.ShapeDtypeStruct((count * THREADS,), _I32, layout=layout),
+    )
+    def emit(_, ids, first, stop):
+        row, column, _offset = _first_chunk()
+        registers = []
+        for i in range(count):
+            here = arith.addi(row, _int(i * _ROWS_TO_NEXT))
+            inside = _less(here, _int(rows))
+            # Threads without a row read the id of the first.
+            at = arith.addi(_scalar(first), arith.select(inside, here, _int(0)))
+            pair = memref.load(ids, [arith.index_cast(ir.IndexType.get(), at)])
+            there = arith.cmpi(arith.CmpIPredicate.ult, pair, _int(num_pairs))
+            there = arith.andi(there, arith.andi(inside, _less(at, _scalar(stop))))
+            token = arith.divui(pair, _int(top_k))
+            chunk = arith.addi(arith.muli(token, _int(row_chunks)), column)
+            chosen = arith.select(there, chunk, _int(-1))
+            registers.append(vector.broadcast(ir.VectorType.get((1,), _i32()), chosen))
+        return mgpu.FragmentedArray(
+            _registers=np.array(registers, dtype=object),
+            _layout=layout.to_mgpu(),
+            _is_signed=True,
+        )
+
+    return emit(ids_ref, start, end)
+
+
+def copy_rows(
+    x_ref: Any,
+    tile_ref: Any,
+    transforms: tuple[Any, ...],
+    found: jax.Array,
+    step: jax.Array,
+    *,
+    rows: int,
+    row_chunks: int,
+    interpret: bool,
+) -> None:
+    """Asks for columns `[64 step, 64 step + 64)` of the rows that `find_rows` found: a tile `[rows, 64]`.
+
+    They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as do
+    columns that x does not have.
+    """
+    if interpret:  # x has whole tiles of columns there
+        width = tile_ref.shape[-1]
+
+        def one(r, _):
+            token = found[r]
+            row = x_ref[jnp.maximum(token, 0), pl.ds(step * width, width)]
+            tile_ref[r, :] = jnp.where(token >= 0, row, jnp.zeros_like(row))
+            return ()
+
+        lax.fori_loop(0, rows, one, ())
+        return
+    count = -(-rows * CHUNKS_PER_ROW // THREADS)
+    layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
+    def emit(_, x, tile, places, at):
+        row, column, offset = _first_chunk()
+        base = arith.addi(_shared_address(tile), offset)
+        first = arith.muli(_scalar(at), _int(CHUNKS_PER_ROW))
+        inside = _less(arith.addi(first, column), _int(row_chunks))
+        for i, register in enumerate(places.registers.flat):
+            place = vector.extract(register, [], [0])
+            there = arith.cmpi(arith.CmpIPredicate.sge, place, _int(0))
+            if row_chunks % CHUNKS_PER_ROW:
+                there = arith.andi(there, inside)
+            chunk = arith.select(there, arith.addi(place, first), _int(0))
+            target = arith.addi(base, _int(i * _BYTES_TO_NEXT))
+            source = _global_address(x, chunk, CHUNK_BYTES)
+            if (i + 1) * _ROWS_TO_NEXT <= rows:
+                _copy_async(target, source, there)
+            else:
+                here = arith.addi(row, _int(i * _ROWS_TO_NEXT))
+                with mgpu_utils.when(_less(here, _int(rows))):
+                    _copy_async(target, source, there)
+
+    emit(x_ref, tile_ref, found, step)
+
+
+class Matrix(NamedTuple):
+    """A matrix in global memory, of rows whose 16-byte chunks TMA cannot count in whole tiles.
+
+    Attributes:
+        rows: that there are.
+        chunks: of a row, that there are.
+        stride: chunks from a row to the next.
+        first: chunks before the first row's.
+    """
+
+    rows: int
+    chunks: int
+    stride: int
+    first: int = 0
+
+
+def copy_matrix(
+    ref: Any,
+    tile_ref: Any,
+    transforms: tuple[Any, ...],
+    matrix: Matrix,
+    base: jax.Array,
+    row: jax.Array,
+    chunk: jax.Array,
+    *,
+    shape: tuple[int, int],
+) -> None:
+    """Asks for a tile of `shape` (rows, chunks) of a matrix, from (row, chunk) on; zeros where it ends.
+
+    `base`: rows of the array before the matrix. Not for the interpreter, whose copies know no
+    such limit.
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+    rows, per_row = shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(transforms), scalar, scalar, scalar),
+    )
+    def emit(_, memory, tile, before, first_row, first_chunk):
+        thread, shared = _thread(), _shared_address(tile)
+        pointer = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(memory))
+        for i in range(-(-rows * per_row // THREADS)):
+            index = arith.addi(thread, _int(i * THREADS))
+            r, c = arith.divui(index, _int(per_row)), arith.remui(index, _int(per_row))
+            at_row = arith.addi(_scalar(first_row), r)
+            at_chunk = arith.addi(_scalar(first_chunk), c)
+            there = arith.andi(
+                _less(at_row, _int(matrix.rows)), _less(at_chunk, _int(matrix.chunks))
+            )
+            far = arith.addi(_scalar(before), arith.select(there, at_row, _int(0)))
+            wide = arith.muli(arith.extsi(_i64(), far), _long(matrix.stride))
+            near = arith.addi(arith.select(there, at_chunk, _int(0)), _int(matrix.first))
+            wide = arith.addi(wide, arith.extsi(_i64(), near))
+            source = arith.addi(pointer, arith.muli(wide, _long(CHUNK_BYTES)))
+            target = arith.addi(shared, _place(r, c, per_row))
+            if (i + 1) * THREADS <= rows * per_row:
+                _copy_async(target, source, there)
+            else:
+                with mgpu_utils.when(_less(index, _int(rows * per_row))):
+                    _copy_async(target, source, there)
+
+    emit(ref, tile_ref, base, row, chunk)
+
+
+def commit_copies(*, interpret: bool) -> None:
+    """What this thread asked for since the last time belongs together."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        mgpu_utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+
+    emit()
+
+
+def wait_for_copies(lag: int, *, interpret: bool) -> None:
+    """Until all but the last `lag` of what was committed is there, for wgmma to read."""
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        mgpu_utils.inline_ptx(f"cp.async.wait_group {lag};", has_side_effects=True)
+        mgpu_utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
+
+    emit()
+
+
+# -- single rows of a tile ------------------------------------------------------------------------------------
+
+
+def store_rows(
+    tile_ref: Any,
+    transforms: tuple[Any, ...],
+    out_ref: Any,
+    row: jax.Array,
+    end: jax.Array,
+    column: jax.Array,
+    *,
+    rows: int,
+    max_rows: int,
+    interpret: bool,
+) -> None:
+    """A tile's rows `row + i` below `end`, to `out_ref` `[., N]` in global memory, from `column` on.
+
+    `out_ref` may be `[e, max_rows, N]`: rows are counted over all of e. Columns that the result does not have
+    are left out: N and `column` are multiples of 8.
+    """
+    columns = out_ref.shape[-1]
+    values = CHUNK_BYTES // jnp.dtype(out_ref.dtype).itemsize  # of a chunk
+    if interpret:
+
+        def one(r, _):
+            for chunk in range(CHUNKS_PER_ROW):
+                at = column + chunk * values
+
+                @pl.when((row + r < end) & (at < columns))
+                def _(chunk=chunk, at=at):
+                    part = tile_ref[r, pl.ds(chunk * values, values)]
+                    where = (row + r,)
+                    if max_rows:
+                        where = lax.div(row + r, _I32(max_rows)), lax.rem(row + r, _I32(max_rows))
+                    out_ref[*where, pl.ds(at, values)] = part
+
+            return ()
+
+        lax.fori_loop(0, rows, one, ())
+        return
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(transforms), plgpu.RefType(), scalar, scalar, scalar),
+    )
+    def emit(_, tile, out, first, stop, start):
+        in_tile, chunk, offset = _first_chunk()
+        base = arith.addi(_shared_address(tile), offset)
+        at = arith.addi(_scalar(start), arith.muli(chunk, _int(values)))
+        inside = _less(at, _int(columns))
+        for i in range(-(-rows * CHUNKS_PER_ROW // THREADS)):
+            here = arith.addi(in_tile, _int(i * _ROWS_TO_NEXT))
+            target_row = arith.addi(_scalar(first), here)
+            mine = arith.andi(inside, _less(target_row, _scalar(stop)))
+            if (i + 1) * THREADS > rows * CHUNKS_PER_ROW:
+                mine = arith.andi(mine, _less(here, _int(rows)))
+            with mgpu_utils.when(mine):
+                words = mgpu_utils.inline_ptx(
+                    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+                    arith.addi(base, _int(i * _BYTES_TO_NEXT)),
+                    result_types=[_i32()] * 4,
+                    has_side_effects=True,
+                )
+                # Rows times columns may be more than int32 holds.
+                wide = arith.muli(arith.extsi(_i64(), target_row), _long(columns))
+                wide = arith.addi(wide, arith.extsi(_i64(), at))
+                pointer = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(out))
+                size = _long(CHUNK_BYTES // values)
+                pointer = arith.addi(pointer, arith.muli(wide, size))
+                mgpu_utils.inline_ptx(
+                    "st.global.v4.b32 [$0], {$1, $2, $3, $4};",
+                    *(pointer, *words),
+                    has_side_effects=True,
+                )
+
+    emit(tile_ref, out_ref, row, end, column)
+
+
+# -- columns that are gate and up in turn -------------------------------------------------------------------------
+
+
+def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Columns 0, 2, 4, ... and 1, 3, 5, ... of float32 `[64, 2 c]`, in the layout PARTED.
+
+    A thread has both of each pair: no value moves.
+    """
+    if interpret:
+        return product[:, 0::2], product[:, 1::2]
+    rows, columns = product.shape
+    half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.float32, layout=PARTED)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
+    def emit(_, given):
+        layout = PARTED.to_mgpu()
+        shape = layout.registers_shape((rows, columns // 2))
+        kind = ir.VectorType.get((1,), ir.F32Type.get())
+        parts = []
+        for k in range(2):
+            registers = [
+                vector.broadcast(kind, vector.extract(register, [], [k]))
+                for register in given.registers.flat
+            ]
+            parts.append(
+                mgpu.FragmentedArray(
+                    _registers=np.array(registers, dtype=object).reshape(shape),
+                    _layout=layout,
+                    _is_signed=None,
+                )
+            )
+        return parts
+
+    gate, up = emit(product)
+    return gate, up
+
+
+def store_parted(
+    tile_ref: Any, transforms: tuple[Any, ...], value: jax.Array, *, interpret: bool
+) -> None:
+    """`tile_ref[...] = value`, `[64, 128 bytes]` in the layout PARTED, in which Pallas stores nothing."""
+    if interpret:
+        tile_ref[...] = value
+        return
+    size = jnp.dtype(value.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), PARTED))
+    def emit(_, tile, given):
+        thread = _thread()
+        warp, lane = arith.divui(thread, _int(32)), arith.remui(thread, _int(32))
+        in_eight, column = arith.divui(lane, _int(4)), arith.remui(lane, _int(4))
+        # Rows 16 warp + 8 half + in_eight: tile 2 warp + half of 8 rows.
+        base = arith.addi(
+            arith.addi(_shared_address(tile), arith.muli(warp, _int(2 * _TILE_BYTES))),
+            arith.muli(in_eight, _int(128)),
+        )
+        word = ir.IntegerType.get_signless(8 * size)
+        columns = given.shape[1] // 4
+        registers = given.registers.reshape(columns, 2)
+        for four in range(columns):
+            first = 4 * four * size  # bytes of the four columns' beginning
+            place = arith.xori(_int(first // CHUNK_BYTES), in_eight)
+            within = arith.addi(_int(first % CHUNK_BYTES), arith.muli(column, _int(size)))
+            at = arith.addi(base, arith.addi(arith.muli(place, _int(CHUNK_BYTES)), within))
+            for half in range(2):
+                bits = llvm.bitcast(word, vector.extract(registers[four, half], [], [0]))
+                mgpu_utils.inline_ptx(
+                    f"st.shared.b{8 * size} [$0], $1;",
+                    *(arith.addi(at, _int(half * _TILE_BYTES)), bits),
+                    has_side_effects=True,
+                )
+
+    emit(tile_ref, value)

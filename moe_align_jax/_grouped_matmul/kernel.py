@@ -1,0 +1,460 @@
+"""The kernel of the grouped matrix multiplication, in Pallas Mosaic GPU.
+
+A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
+memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile is
+loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the device.
+
+    form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
+    form "n":     all rows, half of the columns;
+    form "swap":  the weights are wgmma's first operand, so that rows of x, its second, may be as few as 8.
+
+A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
+
+Reads each tile of x once per n tile, and weights once per tile of rows (from L2 where neighbours share them);
+writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_align_jax._grouped_matmul import epilogue, inline, loads
+from moe_align_jax._grouped_matmul.config import COMPUTING, Config
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.shape import Shape, shape_of
+
+_I32, _F32 = jnp.int32, jnp.float32
+# Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
+_REGISTERS = {False: (40, 232), True: (56, 224)}
+_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
+
+
+class Tile(NamedTuple):
+    """A tile of the result: rows [row, min(row + bm, end)) by the n-th columns.
+
+    Attributes:
+        valid: whether it has anything but zeros.
+        expert: whose weights it uses, where valid.
+        row, end, n: see above.
+    """
+
+    valid: jax.Array
+    expert: jax.Array
+    row: jax.Array
+    end: jax.Array
+    n: jax.Array
+
+
+class _Refs:
+    """The kernel's refs by name."""
+
+    def __init__(self, problem: MatmulProblem, shape: Shape, refs: list[Any], interpret: bool):
+        self.count, self.experts = refs.pop(0), refs.pop(0)
+        self.starts, self.ends = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
+        self.ids = refs.pop(0) if shape.reads_ids else None
+        row_weights = refs.pop(0) if problem.row_weights else None
+        bias = refs.pop(0) if problem.weights.bias else None
+        self.x = refs.pop(0)
+        self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
+        self.out, x_tiles, self.w_tiles, o_tiles, self.full, self.empty = refs
+        # The same memory, for wgmma and for TMA: see `views`.
+        self.x_tiles, self.x_rows = (x_tiles, x_tiles) if interpret else x_tiles
+        self.o_tiles, self.o_rows = (o_tiles, o_tiles) if interpret else o_tiles
+        self.vectors = epilogue.Vectors(self.ids, row_weights, bias)
+
+
+def transforms(columns: int, dtype: Any, rows: int = 8) -> tuple[Any, ...]:
+    """Of a tile in shared memory with so many columns, as wgmma and TMA want it."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * size * 8)
+    return plgpu.TilingTransform((rows, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
+    """Tiles with rows of 128 bytes, in tiles of 8 rows as wgmma and registers want them, and by single rows.
+
+    The bytes are the same. TMA copies from any row on by the second, only from every eighth by the first, and
+    from arrays whose rows are a multiple of 8. The interpreter has no use for two views, and no memory for
+    them in common.
+    """
+    tiles = plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+    if interpret:
+        return tiles
+    return plgpu.RefUnion(
+        tiles, plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, 1))
+    )
+
+
+def build(
+    problem: MatmulProblem, config: Config, *, interpret: bool = False
+) -> Callable[..., jax.Array]:
+    """The kernel as a function of the operands that `launch` gives it, in this order:
+
+    num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
+    sorted_token_ids, row_weights, bias, those that there are; x; the weights, one array or two.
+    """
+    shape, weights = shape_of(problem, config), problem.weights
+    stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
+    dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
+    swap = config.form == "swap"
+    piece_rows, slots = (bm, 1) if swap else (64, _SLOTS)
+    w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
+    w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
+    by_copies = shape.x_by_rows or shape.w_by_rows
+    memory_registers, compute_registers = _REGISTERS[by_copies]
+    loader = loads.Loader(problem, config, shape, transforms(64, dtype), w_like, interpret)
+
+    def body(*given):
+        refs = _Refs(problem, shape, list(given), interpret)
+        full, empty = refs.full, refs.empty
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        row_tiles = _row_tiles(problem, shape, refs)
+        total = row_tiles * shape.n_tiles
+        mine = jnp.maximum(lax.div(total - cta + (config.num_ctas - 1), _I32(config.num_ctas)), 0)
+
+        def tile_at(i):
+            at, n = _order(config, cta + i * config.num_ctas, row_tiles, shape.n_tiles)
+            tile = _tile(problem, config, shape, refs, at, n)
+            return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+
+        def slot_of(step):
+            return lax.rem(step, _I32(stages))
+
+        def compute():
+            plgpu.set_max_registers(compute_registers, action="increase")
+            for stage in range(stages):
+                plgpu.barrier_arrive(empty.at[stage])
+            store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
+
+            def multiply(tile, ring, between):
+                """The warpgroup's sums, in one accumulator or two."""
+
+                def scope(*accumulators):
+                    def step(k, _):
+                        slot = slot_of(ring + k)
+                        plgpu.barrier_wait(full.at[slot])
+                        for part in range(shape.k_parts):
+                            for a, acc in enumerate(accumulators):
+                                operands = _operands(
+                                    problem, config, shape, refs, warpgroup, slot, part, a
+                                )
+                                plgpu.wgmma(acc, *operands)
+                        between(k)
+                        # All but this step's are done, so that their stage can be loaded again.
+                        plgpu.wgmma_wait(shape.k_parts * len(accumulators))
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot_of(ring + k + stages - 1)])
+
+                        return ()
+
+                    # The wait belongs to the branch: where the paths with and without wgmma met ahead of
+                    # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
+                    # results that changed from run to run).
+                    @pl.when(tile.valid)
+                    def _():
+                        lax.fori_loop(0, shape.k_steps, step, ())
+                        plgpu.wgmma_wait(0)
+                        last = ring + (shape.k_steps + stages - 1)
+                        plgpu.barrier_arrive(empty.at[slot_of(last)])
+
+                    return [acc[...] for acc in accumulators]
+
+                like = plgpu.ACC((shape.wm, shape.wn), _F32)
+                return pl.run_scoped(scope, *[like] * shape.accumulators)
+
+            def place(tile):
+                """(First row, first column, end) of what this warpgroup has."""
+                row, column = tile.row, tile.n * shape.columns
+                if config.form == "m":
+                    row = row + warpgroup * shape.wm
+                else:
+                    column = column + warpgroup * (shape.columns // COMPUTING)
+                return row, column, tile.end
+
+            def finish(sums, tile, at):
+                here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap)
+                return epilogue.pieces(problem, shape, here, sums, refs.vectors, interpret)
+
+            def now(i, ring):
+                tile, steps = tile_at(i)
+                sums, at = multiply(tile, ring, lambda k: None), place(tile)
+                for q, value in enumerate(finish(sums, tile, at)):
+                    store(q, value, at)
+                return ring + steps
+
+            def later(i, carry):
+                ring, waits, at, pieces = carry
+                tile, steps = tile_at(i)
+
+                def put(q):
+                    store(q, pieces[q], at, whole=True)
+
+                def between(k):
+                    for q in range(len(pieces)):
+                        pl.when((k == q) & (waits > 0))(lambda q=q: put(q))
+
+                sums = multiply(tile, ring, between)
+                for q in range(len(pieces)):
+                    pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
+                here = place(tile)
+                value = finish(sums, tile, here)
+                if not shape.partial:
+                    return ring + steps, _I32(1), here, value
+                # Stored at once: single rows take registers that the next tile's products need.
+                whole = here[0] + shape.wm <= here[2]
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, here)
+
+                return ring + steps, whole.astype(_I32), here, value
+
+            if not config.late:
+                lax.fori_loop(0, mine, now, _I32(0))
+            else:
+                none = epilogue.nothing(problem, shape, interpret)
+                zero = _I32(0)
+                first = (zero, zero, (zero, zero, zero), none)
+                _, waits, at, pieces = lax.fori_loop(0, mine, later, first)
+
+                @pl.when(waits > 0)
+                def _():
+                    for q, value in enumerate(pieces):
+                        store(q, value, at, whole=True)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        def load():
+            plgpu.set_max_registers(memory_registers, action="decrease")
+
+            def arrived(step, lag):
+                """What was asked for `lag` steps before `step` is there."""
+                plgpu.barrier_arrive(full.at[slot_of(step - lag + stages)])
+
+            def one(i, ring):
+                tile, steps = tile_at(i)
+                rows = loader.find(refs, tile)
+
+                def step(k, _):
+                    at = ring + k
+                    slot = slot_of(at)
+                    plgpu.barrier_wait(empty.at[slot])
+                    loader.load(refs, tile, rows, slot, k, full.at[slot])
+                    if not by_copies:
+                        return ()
+                    inline.commit_copies(interpret=interpret)
+
+                    @pl.when(at >= config.lag)
+                    def _():
+                        inline.wait_for_copies(config.lag, interpret=interpret)
+                        arrived(at, config.lag)
+
+                    return ()
+
+                lax.fori_loop(0, steps, step, ())
+                return ring + steps
+
+            end = lax.fori_loop(0, mine, one, _I32(0))
+            if by_copies:
+                inline.wait_for_copies(0, interpret=interpret)
+                for lag in range(config.lag, 0, -1):
+                    pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
+            # No barrier is left in the midst of a phase.
+            for stage in range(stages):
+                plgpu.barrier_wait(empty.at[slot_of(end + stage)])
+
+        lax.cond(warpgroup < COMPUTING, compute, load)
+
+    out_shape = problem.out_shape
+    if problem.rows == "masked":
+        out_shape = (problem.num_experts, problem.max_rows, problem.n)
+    options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    x_tiles = (stages, shape.k_parts, bm, 64)
+    w_tiles = (stages, shape.w_parts, *w_tile)
+    o_tiles = (COMPUTING, slots, piece_rows, shape.piece)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        scratch_types=[
+            _views(x_tiles, dtype, interpret),
+            plgpu.SMEM(w_tiles, dtype, transforms=w_like),
+            _views(o_tiles, out_dtype, interpret),
+            plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+        ],
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        kernel_name=f"grouped_matmul_{config.form}",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        **options,
+    )
+
+
+# -- which tile ----------------------------------------------------------------------------------------
+
+
+def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
+    """Tiles that the rows in use make."""
+    if not shape.parts:
+        return refs.count[0]
+    block = problem.block_size
+    blocks = lax.div(refs.count[0] + (block - 1), _I32(block))
+    return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
+
+
+def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
+    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
+    if not config.group:
+        return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
+    each = _I32(config.group * n_tiles)
+    first = lax.div(t, each)
+    rest = t - first * each
+    size = jnp.minimum(row_tiles - first * config.group, config.group)
+    n = lax.div(rest, size)
+    return first * config.group + (rest - n * size), n
+
+
+def _tile(
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array, n: jax.Array
+) -> Tile:
+    if not shape.parts:
+        expert, row, end = refs.experts[at], refs.starts[at], refs.ends[at]
+        return Tile(expert >= 0, expert, row, end, n)
+    block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
+    part = at - block * shape.parts
+    row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
+    expert = refs.experts[block]
+    valid = (expert >= 0) & (expert < problem.num_experts)
+    if shape.parts > 1:  # a block's pairs come first: there may be none in a later part
+        limit = epilogue.num_pairs(problem, refs.ids)
+        pair = refs.ids[row]
+        valid = valid & (pair >= 0) & (pair < limit)
+    return Tile(valid, expert, row, end, n)
+
+
+# -- products, and what becomes of them -------------------------------------------------------------------
+
+
+def _operands(
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    warpgroup: jax.Array,
+    slot: jax.Array,
+    part: int,
+    accumulator: int,
+) -> tuple[Any, Any]:
+    """wgmma's two, for 64 columns of x."""
+    x = refs.x_tiles.at[slot, part]
+    if config.form == "m":
+        x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
+    ks = pl.ds(64 * part, 64)
+    width = config.bn // COMPUTING
+    if problem.weights.transposed:  # [columns, k]
+        rows = slice(None) if config.form == "m" else pl.ds(warpgroup * width, width)
+        w = refs.w_tiles.at[slot, 0, rows, ks]
+        if config.form == "swap":
+            return w, x.transpose((1, 0))
+        return x, w.transpose((1, 0))
+    if shape.w_parts > 1:
+        own = accumulator if config.form == "m" else warpgroup * shape.accumulators + accumulator
+        w = refs.w_tiles.at[slot, own, ks]
+    else:
+        columns = slice(None) if config.form == "m" else pl.ds(warpgroup * width, width)
+        w = refs.w_tiles.at[slot, 0, ks, columns]
+    if config.form == "swap":
+        return w.transpose((1, 0)), x.transpose((1, 0))
+    return x, w
+
+
+class _Store:
+    """Stores pieces of a tile, through a slot of shared memory each."""
+
+    def __init__(
+        self,
+        problem: MatmulProblem,
+        config: Config,
+        shape: Shape,
+        refs: _Refs,
+        like: tuple[Any, ...],
+        warpgroup: jax.Array,
+        interpret: bool,
+    ):
+        self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
+        self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
+        self.slots = 1 if self.swap else _SLOTS
+        self.rows = config.bm if self.swap else 64
+        columns = shape.columns // (1 if config.form == "m" else COMPUTING)
+        self.across = columns // shape.piece
+
+    def __call__(
+        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+    ) -> None:
+        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone.
+
+        `whole`: all of the tile's rows are known to be stored.
+        """
+        row, column, end = at
+        slot, down, across = q % self.slots, q // self.across, q % self.across
+        if self.swap:
+            down, across = 0, q
+        row, column = row + 64 * down, pl.multiple_of(column + self.shape.piece * across, 8)
+        tile = self.refs.o_tiles.at[self.warpgroup, slot]
+        plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
+        if self.shape.parted:
+            inline.store_parted(tile, self.like, value, interpret=self.interpret)
+        elif self.swap:
+            target = tile.transpose((1, 0))
+            value = value if self.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+            target[...] = value
+        else:
+            tile[...] = value
+        plgpu.commit_smem()
+        if self.shape.out_by_rows:
+            self._some(slot, row, column, end)
+        elif whole or not self.shape.partial:
+            self._whole(slot, row, column)
+        else:
+            lax.cond(
+                row + self.rows <= end,
+                lambda: self._whole(slot, row, column),
+                lambda: self._some(slot, row, column, end),
+            )
+
+    def _whole(self, slot: int, row: jax.Array, column: jax.Array) -> None:
+        rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
+        if self.problem.rows == "masked":
+            most = _I32(self.problem.max_rows)
+            expert = lax.div(row, most)
+            target = self.refs.out.at[expert, pl.ds(row - expert * most, rows), columns]
+        else:
+            target = self.refs.out.at[pl.ds(row, rows), columns]
+        plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+
+    def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
+        if not self.shape.partial:
+            end = row + self.rows
+        inline.store_rows(
+            self.refs.o_tiles.at[self.warpgroup, slot],
+            self.like,
+            self.refs.out,
+            row,
+            end,
+            column,
+            rows=self.rows,
+            max_rows=self.problem.max_rows,
+            interpret=self.interpret,
+        )
+        # Other threads than read the slot write to it next.
+        plgpu.commit_smem()

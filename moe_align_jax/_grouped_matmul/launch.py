@@ -1,0 +1,119 @@
+"""From a problem's operands to the kernels' launches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_align_jax._grouped_matmul import kernel, tile_list
+from moe_align_jax._grouped_matmul.config import Config, config_for
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.shape import Shape, shape_of
+
+
+def run(
+    problem: MatmulProblem,
+    *operands: jax.Array,
+    gpu_kind: str | None = None,
+    interpret: bool = False,
+    config: Config | None = None,
+) -> jax.Array:
+    """`[num_rows, n]` of `problem.inputs`, by the kernel.
+
+    Args:
+        problem: one that `config.unsupported` has nothing against.
+        operands: as `problem.inputs` names them.
+        gpu_kind: whose tuning to use.
+        interpret: run it in Pallas' interpreter, on a CPU.
+        config: tiles; None for the usual ones.
+    """
+    config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
+    named = dict(zip(problem.inputs, operands, strict=True))
+    launch = kernel.build(problem, config, interpret=interpret)
+    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+        where = None if problem.rows == "blocks" else _list(problem, config, named, interpret)
+        out = launch(*arguments(problem, config, named, where, interpret=interpret))
+    return out.reshape(problem.out_shape)
+
+
+def _small_grid(problem: MatmulProblem) -> Config:
+    """The interpreter runs a thread for each warpgroup of each CTA."""
+    return config_for(problem)._replace(num_ctas=2)
+
+
+def arguments(
+    problem: MatmulProblem,
+    config: Config,
+    named: dict[str, jax.Array],
+    where: list[jax.Array] | None,
+    *,
+    interpret: bool,
+) -> list[jax.Array]:
+    """The kernel's operands, of the problem's; `where`: the list of tiles, if there is one."""
+    shape, weights = shape_of(problem, config), problem.weights
+    found = where or [named["num_tokens_post_padded"], named["expert_ids"]]
+    found = list(found)
+    # A tile may reach past the last row: what it reads there is not used.
+    spare = config.bm if shape.partial else 0
+    if shape.reads_ids:
+        found.append(_pad(named["sorted_token_ids"], spare, -1))
+    if problem.row_weights:
+        found.append(_pad(named["row_weights"], spare, 0))
+    if weights.bias:
+        found.append(_bias(problem, shape, named["bias"]))
+    found.append(_x(problem, config, named["x"], interpret))
+    arrays = [named[name] for name in (("gate", "up") if weights.pair else ("w",))]
+    if weights.interleaved and weights.transposed:  # gate and up in turn, by an axis of their own
+        [w] = arrays
+        arrays = [w.reshape(problem.num_experts, problem.n, 2, problem.k)]
+    return [*found, *arrays]
+
+
+def _pad(x: jax.Array, count: int, value: Any) -> jax.Array:
+    return jnp.pad(x, (0, count), constant_values=value) if count else x
+
+
+def _bias(problem: MatmulProblem, shape: Shape, bias: jax.Array) -> jax.Array:
+    """Whole tiles of columns; gate, then up, but where the kernel itself parts them."""
+    weights, experts = problem.weights, problem.num_experts
+    columns = shape.n_tiles * shape.columns
+    if not weights.gated:
+        return jnp.pad(bias, ((0, 0), (0, columns - problem.n)))
+    if weights.interleaved and not weights.transposed:
+        return jnp.pad(bias, ((0, 0), (0, 2 * (columns - problem.n))))
+    if weights.interleaved:
+        bias = bias.reshape(experts, problem.n, 2).swapaxes(1, 2)
+    bias = bias.reshape(experts, 2, problem.n)
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, columns - problem.n)))
+    return bias.reshape(experts, 2 * columns)
+
+
+def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) -> jax.Array:
+    if problem.rows == "masked":
+        return x.reshape(problem.num_experts, problem.max_rows, problem.k)
+    if interpret and problem.top_k and problem.k % config.bk:
+        # The interpreter's loads by index know no bounds.
+        return jnp.pad(x, ((0, 0), (0, -problem.k % config.bk)))
+    return x
+
+
+def _list(
+    problem: MatmulProblem, config: Config, named: dict[str, jax.Array], interpret: bool
+) -> list[jax.Array]:
+    tiles = tile_list.of(problem, config.bm)
+    program = tile_list.build(tiles)
+    names = ("group_sizes", "group_offset") if tiles.ragged else ("masked_m",)
+    operands = [named[name] for name in names]
+    if not interpret:
+        from moe_align_jax._simt import mosaic
+
+        return list(mosaic.run(program, operands))
+    from moe_align_jax._simt import emulator
+
+    def on_host(*arrays):
+        return tuple(emulator.run(program, [np.asarray(a) for a in arrays]))
+
+    shapes = [(1,), *[(tiles.capacity,)] * 3]
+    results = [jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes]
+    return list(jax.pure_callback(on_host, results, *operands))

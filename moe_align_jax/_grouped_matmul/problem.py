@@ -1,0 +1,126 @@
+"""The static description of one grouped matrix multiplication. Imports no jax and nothing of ours."""
+
+from typing import Any, Literal, NamedTuple
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "relu2")
+
+Rows = Literal["blocks", "masked", "ragged"]
+
+
+class Weights(NamedTuple):
+    """How the weights lie in memory, and what the epilogue does with their products.
+
+    Attributes:
+        transposed: `[E, N, K]` instead of `[E, K, N]`.
+        pair: gate and up are two arrays.
+        activation: of the products; None for none.
+        gated: the products are gate and up: the result is `activation(gate) * up`. False without activation.
+        interleaved: column 2 j is gate, 2 j + 1 is up, in place of all of gate, then all of up.
+        swiglu_limit, swiglu_alpha: as `silu_and_mul_masked_quant` has them.
+        bias: whether there is one.
+    """
+
+    transposed: bool = False
+    pair: bool = False
+    activation: str | None = None
+    gated: bool = False
+    interleaved: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
+    bias: bool = False
+
+
+class MatmulProblem(NamedTuple):
+    """Everything static about one grouped matrix multiplication: the key of every cache.
+
+    A row of the result is that of `x`, times the weights of the row's expert. Rows of an expert lie together,
+    and `rows` says how an array on the device tells where:
+
+        "blocks": row r is in block `r // block_size`; `expert_ids` `[B]` gives the block's expert (-1: the
+            rows are zero), `num_tokens_post_padded` `[1]` the rows in use, and `sorted_token_ids` `[P]` the
+            pair of each row (not below `num_pairs`: the row holds none, and is zero).
+        "masked": expert e has rows `e * max_rows` on, of which `masked_m[e]` are in use.
+        "ragged": groups follow each other; `group_sizes` `[G]` tells their rows. Group `g` uses the weights
+            `g - group_offset[0]`; groups for which there are none, and rows behind the last group, are zero.
+
+    Attributes:
+        function: the public function, for messages.
+        rows: see above.
+        num_rows: of the result. P, e * max_rows or m.
+        k: columns of x.
+        n: columns of the result.
+        num_experts: E, of the weights.
+        dtype: of x and the weights.
+        out_dtype: of the result.
+        weights: how they lie, and the epilogue.
+        block_size: of "blocks".
+        max_rows: of "masked".
+        num_groups: of "ragged".
+        num_tokens, top_k: with top_k >= 1, x is `[num_tokens, k]`, and row r of the product is that of
+            token `sorted_token_ids[r] // top_k`.
+        row_weights: whether each row of the result is multiplied by a float32 weight.
+        zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
+            (a combine by `row_of_pair`) saves the test of each row.
+        precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
+    """
+
+    function: str
+    rows: str
+    num_rows: int
+    k: int
+    n: int
+    num_experts: int
+    dtype: str
+    out_dtype: str
+    weights: Weights = Weights()
+    block_size: int = 0
+    max_rows: int = 0
+    num_groups: int = 0
+    num_tokens: int = 0
+    top_k: int = 0
+    row_weights: bool = False
+    zero_padding: bool = True
+    precision: Any = None
+
+    @property
+    def w_columns(self) -> int:
+        """Columns of the products: 2 n where gated."""
+        return 2 * self.n if self.weights.gated else self.n
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_rows // self.block_size)
+
+    @property
+    def num_floats(self) -> int:
+        """How many of the operands are not integers; they come first."""
+        return 2 + self.weights.pair + self.weights.bias + self.row_weights
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each operand by name, in order."""
+        weights, dtype = self.weights, self.dtype
+        found = {"x": ((self.num_tokens if self.top_k else self.num_rows, self.k), dtype)}
+        columns = self.n if weights.pair else self.w_columns
+        shape = (columns, self.k) if weights.transposed else (self.k, columns)
+        for name in ("gate", "up") if weights.pair else ("w",):
+            found[name] = ((self.num_experts, *shape), dtype)
+        if weights.bias:
+            found["bias"] = ((self.num_experts, self.w_columns), "float32")
+        if self.row_weights:
+            found["row_weights"] = ((self.num_rows,), "float32")
+        if self.rows == "blocks":
+            found["sorted_token_ids"] = ((self.num_rows,), "int32")
+            found["expert_ids"] = ((self.num_blocks,), "int32")
+            found["num_tokens_post_padded"] = ((1,), "int32")
+        elif self.rows == "masked":
+            found["masked_m"] = ((self.num_experts,), "int32")
+        else:
+            found["group_sizes"] = ((self.num_groups,), "int32")
+            found["group_offset"] = ((1,), "int32")
+        return found
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        return (self.num_rows, self.n)

@@ -1,0 +1,321 @@
+"""Grouped matrix multiplication in plain jax.numpy: the specification, and implementation="xla".
+
+A loop over the blocks in use, each one product with its expert's weights: the work follows the rows in use,
+not rows times experts. The backward pass is the same loop over the derivative of one block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+
+_I32, _F32 = jnp.int32, jnp.float32
+# Rows of a tile where no block size is given.
+_TILE = 128
+
+
+class Tiles(NamedTuple):
+    """Which rows use which weights: tile i is rows `[start[i], min(start[i] + size, end[i]))`.
+
+    Attributes:
+        size: most rows of a tile. Static.
+        count: tiles in use.
+        expert: of each tile. Outside `[0, E)`: its rows are zero.
+        start, end: rows.
+    """
+
+    size: int
+    count: jax.Array
+    expert: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+
+def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
+    """float32 in and out."""
+    limit, alpha = weights.swiglu_limit, weights.swiglu_alpha
+    if limit is not None:
+        gate = jnp.minimum(gate, _F32(limit))
+        up = jnp.clip(up, -_F32(limit), _F32(limit))
+    if alpha is not None:
+        return gate * jax.nn.sigmoid(gate * _F32(alpha)) * (up + 1.0)
+    match weights.activation:
+        case None:
+            value = gate
+        case "silu":
+            value = jax.nn.silu(gate)
+        case "gelu":
+            value = jax.nn.gelu(gate, approximate=False)
+        case "gelu_tanh":
+            value = jax.nn.gelu(gate, approximate=True)
+        case _:
+            value = jnp.square(jnp.maximum(gate, 0.0))
+    return value if up is None else value * up
+
+
+def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
+    """From the arrays that say where each expert's rows are."""
+    if problem.rows == "blocks":
+        _, expert_ids, used = where
+        block = problem.block_size
+        start = jnp.arange(problem.num_blocks, dtype=_I32) * block
+        count = jnp.clip(lax.div(used[0] + (block - 1), _I32(block)), 0, problem.num_blocks)
+        return Tiles(block, count, expert_ids, start, start + block)
+    if problem.rows == "masked":
+        size = max(1, min(_TILE, problem.max_rows))
+        sizes = jnp.clip(where[0], 0, problem.max_rows)
+        begin = jnp.arange(problem.num_experts, dtype=_I32) * problem.max_rows
+        most = problem.num_experts * -(-problem.max_rows // size)
+        expert = jnp.arange(problem.num_experts, dtype=_I32)
+    else:
+        size = max(1, min(_TILE, problem.num_rows))
+        ends = _group_ends(where[0], problem.num_rows)
+        begin = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+        sizes = ends - begin
+        most = -(-problem.num_rows // size) + problem.num_groups
+        # A difference that wraps is outside [0, E) all the same.
+        expert = jnp.arange(problem.num_groups, dtype=_I32) - where[1][0]
+    each = lax.div(sizes + (size - 1), _I32(size))
+    last = jnp.cumsum(each, dtype=_I32)
+    index = jnp.arange(most, dtype=_I32)
+    group = jnp.searchsorted(last, index, side="right").astype(_I32)
+    group = jnp.minimum(group, max(sizes.shape[0] - 1, 0))
+    start = begin[group] + (index - (last - each)[group]) * size
+    return Tiles(size, last[-1], expert[group], start, (begin + sizes)[group])
+
+
+def _group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
+    """The row behind each group's last; rows that the array does not have are cut off."""
+    return jnp.minimum(_saturating_cumsum(jnp.maximum(sizes, 0)), num_rows)
+
+
+def rows_with_matrix(
+    sizes: jax.Array, offset: jax.Array, num_experts: int, num_rows: int
+) -> jax.Array:
+    """`[num_rows]` bool: which rows of "ragged" are products, not zeros."""
+    group = jnp.arange(sizes.shape[0], dtype=_I32) - offset
+    known = jnp.append((group >= 0) & (group < num_experts), False)
+    row = jnp.arange(num_rows, dtype=_I32)
+    return known[jnp.searchsorted(_group_ends(sizes, num_rows), row, side="right")]
+
+
+def _saturating_cumsum(sizes: jax.Array) -> jax.Array:
+    """Running sums of values >= 0; 2**31 - 1 where they exceed it."""
+    most = jnp.iinfo(_I32).max
+
+    def add(a, b):
+        return jnp.where(a > most - b, _I32(most), a + b)
+
+    return lax.associative_scan(add, sizes)
+
+
+def one_tile(
+    problem: MatmulProblem,
+    used: jax.Array,
+    x: jax.Array,
+    w: tuple[jax.Array, ...],
+    bias: jax.Array | None,
+    row_weights: jax.Array | None,
+) -> jax.Array:
+    """float32 `[size, n]`: rows x `[size, k]` times one expert's weights, and the epilogue.
+
+    `used` `[size]`: rows that are not zero. Nothing of the others gets into a result or a derivative.
+    """
+    weights = problem.weights
+    x = jnp.where(used[:, None], x, jnp.zeros_like(x))
+    contracted = 1 if weights.transposed else 0
+    products = [
+        lax.dot_general(
+            x,
+            each,
+            (((1,), (contracted,)), ((), ())),
+            precision=problem.precision,
+            preferred_element_type=_F32,
+        )
+        for each in w
+    ]
+    product = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    if bias is not None:
+        product = product + bias[None, :]
+    gate, up = product, None
+    if weights.gated:
+        if weights.interleaved:
+            gate, up = product[:, 0::2], product[:, 1::2]
+        else:
+            gate, up = product[:, : problem.n], product[:, problem.n :]
+    result = activate(weights, gate, up)
+    if row_weights is not None:
+        result = result * jnp.where(used, row_weights, 0.0)[:, None]
+    return jnp.where(used[:, None], result, 0.0)
+
+
+class _Operands(NamedTuple):
+    x: jax.Array
+    w: tuple[jax.Array, ...]
+    bias: jax.Array | None
+    row_weights: jax.Array | None
+    where: tuple[jax.Array, ...]
+
+
+def _named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
+    rest = list(operands)
+    x = rest.pop(0)
+    w = tuple(rest.pop(0) for _ in range(1 + problem.weights.pair))
+    bias = rest.pop(0) if problem.weights.bias else None
+    row_weights = rest.pop(0) if problem.row_weights else None
+    return _Operands(x, w, bias, row_weights, tuple(rest))
+
+
+class _Rows(NamedTuple):
+    """The rows of one tile.
+
+    Attributes:
+        used: `[size]`, rows that hold something.
+        start: the first row.
+        token: `[size]`, rows of x, or None where they are the tile's own.
+    """
+
+    used: jax.Array
+    start: jax.Array
+    token: jax.Array | None
+
+
+def _rows(problem: MatmulProblem, tiles: Tiles, i: jax.Array, ids: jax.Array | None) -> _Rows:
+    start = tiles.start[i]
+    row = start + jnp.arange(tiles.size, dtype=_I32)
+    expert = tiles.expert[i]
+    used = (row < tiles.end[i]) & (expert >= 0) & (expert < problem.num_experts)
+    if ids is None:
+        return _Rows(used, start, None)
+    pair = lax.dynamic_slice_in_dim(ids, start, tiles.size)
+    used &= (pair >= 0) & (pair < (problem.num_tokens * problem.top_k or ids_bound(problem, ids)))
+    if not problem.top_k:
+        return _Rows(used, start, None)
+    return _Rows(used, start, jnp.where(used, lax.div(pair, _I32(problem.top_k)), 0))
+
+
+def ids_bound(problem: MatmulProblem, ids: jax.Array) -> jax.Array | int:
+    """Ids below it are pairs.
+
+    The last slot holds the number of pairs: a block of more than one row is never full where all of the
+    capacity is used, since that takes experts whose last block holds one pair.
+    """
+    return problem.num_rows if problem.block_size == 1 else ids[problem.num_rows - 1]
+
+
+def _padded(x: jax.Array, rows: int) -> jax.Array:
+    """With `rows` more rows, so that a tile's slice never starts elsewhere than it says."""
+    return jnp.pad(x, ((0, rows), *[(0, 0)] * (x.ndim - 1))) if rows else x
+
+
+def _spare(problem: MatmulProblem) -> int:
+    """Rows behind the last one that a tile may reach to."""
+    if problem.rows == "blocks":
+        return problem.num_blocks * problem.block_size - problem.num_rows
+    limit = problem.max_rows if problem.rows == "masked" else problem.num_rows
+    return max(1, min(_TILE, limit)) - 1
+
+
+def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: jax.Array) -> jax.Array:
+    expert = jnp.clip(tiles.expert[i], 0, problem.num_experts - 1)
+    return lax.dynamic_index_in_dim(array, expert, keepdims=False)
+
+
+def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
+    """`[num_rows, n]`, zero in rows that are not in use."""
+    given, spare = _named(problem, operands), _spare(problem)
+    every = tiles(problem, *given.where)
+    ids = given.where[0] if problem.rows == "blocks" else None
+    x = given.x if problem.top_k else _padded(given.x, spare)
+    scales = None if given.row_weights is None else _padded(given.row_weights, spare)
+    padded_ids = None if ids is None else jnp.pad(ids, (0, spare), constant_values=-1)
+
+    def step(i, out):
+        rows = _rows(problem, every, i, padded_ids)
+        if rows.token is None:
+            xs = lax.dynamic_slice_in_dim(x, rows.start, every.size)
+        else:
+            xs = x[rows.token]
+        w = tuple(_of_expert(problem, every, i, each) for each in given.w)
+        bias = None if given.bias is None else _of_expert(problem, every, i, given.bias)
+        scale = scales
+        if scale is not None:
+            scale = lax.dynamic_slice_in_dim(scale, rows.start, every.size)
+        result = one_tile(problem, rows.used, xs, w, bias, scale).astype(problem.out_dtype)
+        if problem.rows != "blocks":  # the tile may reach into the next group's rows
+            old = lax.dynamic_slice_in_dim(out, rows.start, every.size)
+            result = jnp.where(rows.used[:, None], result, old)
+        return lax.dynamic_update_slice_in_dim(out, result, rows.start, 0)
+
+    shape = (problem.num_rows + spare, problem.n)
+    out = lax.fori_loop(0, every.count, step, _zeros(shape, problem.out_dtype, operands))
+    return out[: problem.num_rows]
+
+
+def _zeros(shape: tuple[int, ...], dtype: str, operands: tuple[jax.Array, ...]) -> jax.Array:
+    """Zeros that vary over a shard_map's axes as the operands do."""
+    zeros = jnp.zeros(shape, dtype)
+    axes = frozenset()
+    for x in operands:
+        mat = getattr(jax.typeof(x), "mat", None)
+        axes |= frozenset(mat.varying) if mat is not None else frozenset()
+    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+
+
+def grouped_matmul_backward(
+    problem: MatmulProblem, ct: jax.Array, *operands: jax.Array
+) -> list[jax.Array]:
+    """The derivative of each operand that is not an integer, in its dtype, for the result's `ct`."""
+    given, spare = _named(problem, operands), _spare(problem)
+    every = tiles(problem, *given.where)
+    ids = given.where[0] if problem.rows == "blocks" else None
+    x = given.x if problem.top_k else _padded(given.x, spare)
+    scales = None if given.row_weights is None else _padded(given.row_weights, spare)
+    padded_ids = None if ids is None else jnp.pad(ids, (0, spare), constant_values=-1)
+    ct = _padded(ct, spare)
+
+    def step(i, sums):
+        rows = _rows(problem, every, i, padded_ids)
+        if rows.token is None:
+            xs = lax.dynamic_slice_in_dim(x, rows.start, every.size)
+        else:
+            xs = x[rows.token]
+        w = tuple(_of_expert(problem, every, i, each) for each in given.w)
+        bias = None if given.bias is None else _of_expert(problem, every, i, given.bias)
+        scale = scales
+        if scale is not None:
+            scale = lax.dynamic_slice_in_dim(scale, rows.start, every.size)
+        _, pull = jax.vjp(lambda *floats: one_tile(problem, rows.used, *floats), xs, w, bias, scale)
+        here = lax.dynamic_slice_in_dim(ct, rows.start, every.size).astype(_F32)
+        here = jnp.where(rows.used[:, None], here, 0.0)
+        dx, dw, dbias, dscale = pull(here)
+        expert = jnp.clip(every.expert[i], 0, problem.num_experts - 1)
+        sum_x, sum_w, sum_bias, sum_scale = sums
+        if rows.token is None:
+            sum_x = _add_rows(sum_x, dx, rows.start)
+        else:
+            sum_x = sum_x.at[rows.token].add(dx.astype(_F32))
+        sum_w = tuple(s.at[expert].add(d.astype(_F32)) for s, d in zip(sum_w, dw, strict=True))
+        if sum_bias is not None:
+            sum_bias = sum_bias.at[expert].add(dbias)
+        if sum_scale is not None:
+            sum_scale = _add_rows(sum_scale, dscale, rows.start)
+        return sum_x, sum_w, sum_bias, sum_scale
+
+    floats = operands[: problem.num_floats]
+
+    def zeros(array):
+        return None if array is None else _zeros(array.shape, "float32", (ct, *operands))
+
+    sums = (zeros(x), tuple(map(zeros, given.w)), zeros(given.bias), zeros(scales))
+    dx, dw, dbias, dscale = lax.fori_loop(0, every.count, step, sums)
+    found = [dx, *dw, *(d for d in (dbias, dscale) if d is not None)]
+    return [d[: like.shape[0]].astype(like.dtype) for d, like in zip(found, floats, strict=True)]
+
+
+def _add_rows(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
+    old = lax.dynamic_slice_in_dim(total, start, more.shape[0])
+    return lax.dynamic_update_slice_in_dim(total, old + more.astype(total.dtype), start, 0)

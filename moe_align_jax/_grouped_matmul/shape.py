@@ -1,0 +1,94 @@
+"""What follows from a problem and its tiles: how memory is cut, and who has what. No jax here."""
+
+from typing import NamedTuple
+
+from moe_align_jax._grouped_matmul.config import COMPUTING, Config
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+
+ROW_BYTES = 128  # of a row of a tile in shared memory
+CHUNK_BYTES = 16
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Shape(NamedTuple):
+    """What follows from a problem and its tiles.
+
+    Attributes:
+        columns: of the result that a tile has.
+        n_tiles: tiles that the columns make.
+        k_steps: stages of the ring that a tile takes.
+        k_parts: tiles of 64 columns of x that a stage has.
+        w_parts: tiles of the weights that a stage has; more than one where gate and up lie apart.
+        parts: tiles of a block's rows; 0 where tiles come from a list.
+        partial: whether a tile may end before its last row.
+        wm, wn: a warpgroup's accumulator: rows and columns, of the tile or, swapped, of its transpose.
+        accumulators: of a warpgroup: 2 where gate and up lie apart.
+        piece: columns of the result that are stored at a time.
+        parted: whether the kernel itself parts interleaved columns.
+        tests_rows: whether sorted_token_ids say which rows of the result are zero.
+        reads_ids: whether they are read at all.
+        x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
+        out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes.
+    """
+
+    columns: int
+    n_tiles: int
+    k_steps: int
+    k_parts: int
+    w_parts: int
+    parts: int
+    partial: bool
+    wm: int
+    wn: int
+    accumulators: int
+    piece: int
+    parted: bool
+    tests_rows: bool
+    reads_ids: bool
+    x_by_rows: bool
+    w_by_rows: bool
+    out_by_rows: bool
+
+
+def shape_of(problem: MatmulProblem, config: Config) -> Shape:
+    bm, bn, weights = config.bm, config.bn, problem.weights
+    columns = bn // 2 if weights.gated else bn
+    parted = weights.gated and weights.interleaved and not weights.transposed
+    # Of weights [E, K, N], a tile's gate and up are two tiles in shared memory, for each warpgroup its own.
+    apart = weights.gated and not weights.interleaved and not weights.transposed
+    accumulators = 2 if apart else 1
+    wm, wn = {
+        "m": (bm // COMPUTING, bn // accumulators),
+        "n": (bm, bn // COMPUTING // accumulators),
+        "swap": (bn // COMPUTING // accumulators, bm),
+    }[config.form]
+    owners = 1 if config.form == "m" else COMPUTING
+    row = ROW_BYTES // _BYTES[problem.dtype]
+    out_row = ROW_BYTES // _BYTES[problem.out_dtype]
+    parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
+    tests = problem.rows == "blocks" and (
+        problem.row_weights or (problem.zero_padding and (not problem.top_k or weights.bias))
+    )
+    return Shape(
+        columns,
+        -(-problem.n // columns),
+        -(-problem.k // config.bk),
+        config.bk // row,
+        accumulators * owners if apart else 1,
+        parts,
+        {
+            "blocks": parts * bm != problem.block_size,
+            "masked": problem.max_rows % bm != 0,
+            "ragged": True,
+        }[problem.rows],
+        wm,
+        wn,
+        accumulators,
+        out_row,
+        parted,
+        tests,
+        bool(tests or problem.top_k or parts > 1),
+        problem.top_k > 0 or problem.k % row != 0,
+        (problem.k if weights.transposed else problem.n) % row != 0,
+        problem.n % out_row != 0,
+    )
