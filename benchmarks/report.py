@@ -8,6 +8,7 @@ import argparse
 import collections
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,11 @@ def gpus(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _filled(text: str) -> str:
+    """A paragraph of lines that fit a page."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def headline(rows: Rows) -> str:
     """The README's table, one per GPU: a few sizes and columns, with date, GPU, clock and launch."""
     parts = []
@@ -175,15 +181,17 @@ def markdown(rows: Rows) -> str:
             )
             versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
             parts.append(
-                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
-                f"run's p50, in µs per call.\nIn parentheses: that time divided by ours, by the same clock "
-                f"and launch ({base_of(here)} under jit,\n{OURS_IN_GRAPHS} in CUDA graphs); below 1 ours is "
-                f"slower.\n"
+                _filled(
+                    f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
+                    f"run's p50, in µs per call. In parentheses: that time divided by ours, by the same "
+                    f"clock and launch ({base_of(here)} under jit, {OURS_IN_GRAPHS} in CUDA graphs); below "
+                    f"1 ours is slower."
+                )
             )
             parts.append("| " + " | ".join(header) + " |")
             parts.append("|" + "---|" * len(header))
             parts += ["| " + " | ".join(line) + " |" for line in lines]
-            parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
+            parts.append("\n" + _filled(f"{losses(here)} Providers: {'; '.join(versions)}."))
         if grid:
             parts.append(union.markdown(gpu, grid))
         if compiled:
@@ -227,7 +235,7 @@ def pictures(drawn: Sequence[Path], page: str | Path) -> str:
     """Links to the pictures, relative to the page."""
     folder = Path(page).resolve().parent
     links = [f"![{p.stem}]({os.path.relpath(p.resolve(), folder)})" for p in drawn]
-    return "".join(f"\n{link}\n" for link in links)
+    return "\n" + "\n".join(links) + "\n" if links else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
