@@ -286,7 +286,7 @@ def _map_pairs(
 @functools.partial(jax.jit, static_argnames="experts")
 def _count(expert_of_pair: jax.Array, *, experts: int) -> jax.Array:
     every = lax.iota(_I32, experts)
-    return jnp.sum(expert_of_pair[:, None] == every, axis=0, dtype=_I32)
+    return jnp.sum(expert_of_pair[:, None] == every[None, :], axis=0, dtype=_I32)
 
 
 def _check_aligned(function: str, aligned: Any, block_size: int, pairs: Any) -> tuple[Any, Any]:
