@@ -112,12 +112,27 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     """Tiles for a problem that the kernel takes."""
     del gpu_kind
     bm = tile_rows(problem)
+    if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
+        return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
         return Config("swap", bm, 128, 128, 5, group=0)
-    if bm == 64:
+    if bm == 64 or problem.n % 64 or problem.k % 64:  # where "m" would be serialised
         return Config("n", 64, 256, 64, 4, group=0 if problem.w_columns <= 512 else 4)
     group = 0 if problem.w_columns <= 512 else 16 if problem.num_experts <= 16 else 4
-    return Config("m", 128, 256, 64, 4, group=group, late=problem.out_dtype != "float32")
+    return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def may_be_late(problem: MatmulProblem) -> bool:
+    """Whether a finished tile can stay in registers during the next one's products.
+
+    Nothing else may need many of them: what a tile needs for cp.async or for stores of 16 bytes is spilled, and
+    so is erf, and the bias of columns that are parted in registers.
+    """
+    weights = problem.weights
+    parted = weights.gated and weights.interleaved and not weights.transposed
+    whole = problem.n % 64 == 0 and problem.k % 64 == 0
+    spills = weights.activation == "gelu" or (parted and weights.bias)
+    return whole and problem.out_dtype != "float32" and not spills
 
 
 def table_entry(config: Config) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import gather
+from moe_align_jax._grouped_matmul import inline
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -92,7 +92,7 @@ def nothing(problem: MatmulProblem, shape: Shape, interpret: bool) -> list[jax.A
     columns = shape.wn * shape.accumulators // (2 if problem.weights.gated else 1)
     zeros = jnp.zeros((64, shape.piece), problem.out_dtype)
     if not interpret:
-        zeros = plgpu.layout_cast(zeros, gather.PARTED if shape.parted else plgpu.Layout.WGMMA)
+        zeros = plgpu.layout_cast(zeros, inline.PARTED if shape.parted else plgpu.Layout.WGMMA)
     return [zeros] * (shape.wm // 64 * (columns // shape.piece))
 
 
@@ -208,9 +208,9 @@ class _Finish:
 
     def parted(self, product: jax.Array, row: jax.Array, c: int) -> jax.Array:
         product = self.with_bias(product, 2 * self.place.column + c, 1)
-        gate, up = gather.part_columns(product, interpret=self.interpret)
+        gate, up = inline.part_columns(product, interpret=self.interpret)
         value = activate(self.problem.weights, gate, up)
-        return self.scaled(value, row, gather.PARTED, 0).astype(self.dtype)
+        return self.scaled(value, row, inline.PARTED, 0).astype(self.dtype)
 
     def swapped(self, gate: jax.Array, up: jax.Array | None, c: int) -> jax.Array:
         column = self.place.column + c

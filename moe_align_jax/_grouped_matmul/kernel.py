@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, gather, loads
+from moe_align_jax._grouped_matmul import epilogue, inline, loads
 from moe_align_jax._grouped_matmul.config import COMPUTING, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
@@ -129,7 +129,7 @@ def build(
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
-            def multiply(steps, ring, between):
+            def multiply(tile, ring, between):
                 """The warpgroup's sums, in one accumulator or two."""
 
                 def scope(*accumulators):
@@ -152,12 +152,15 @@ def build(
 
                         return ()
 
-                    lax.fori_loop(0, steps, step, ())
-                    plgpu.wgmma_wait(0)
-
-                    @pl.when(steps > 0)
+                    # The wait belongs to the branch: where the paths with and without wgmma met ahead of
+                    # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
+                    # results that changed from run to run).
+                    @pl.when(tile.valid)
                     def _():
-                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+                        lax.fori_loop(0, shape.k_steps, step, ())
+                        plgpu.wgmma_wait(0)
+                        last = ring + (shape.k_steps + stages - 1)
+                        plgpu.barrier_arrive(empty.at[slot_of(last)])
 
                     return [acc[...] for acc in accumulators]
 
@@ -179,7 +182,7 @@ def build(
 
             def now(i, ring):
                 tile, steps = tile_at(i)
-                sums, at = multiply(steps, ring, lambda k: None), place(tile)
+                sums, at = multiply(tile, ring, lambda k: None), place(tile)
                 for q, value in enumerate(finish(sums, tile, at)):
                     store(q, value, at)
                 return ring + steps
@@ -189,17 +192,28 @@ def build(
                 tile, steps = tile_at(i)
 
                 def put(q):
-                    store(q, pieces[q], at)
+                    store(q, pieces[q], at, whole=True)
 
                 def between(k):
                     for q in range(len(pieces)):
                         pl.when((k == q) & (waits > 0))(lambda q=q: put(q))
 
-                sums = multiply(steps, ring, between)
+                sums = multiply(tile, ring, between)
                 for q in range(len(pieces)):
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
-                return ring + steps, _I32(1), here, finish(sums, tile, here)
+                value = finish(sums, tile, here)
+                if not shape.partial:
+                    return ring + steps, _I32(1), here, value
+                # Stored at once: single rows take registers that the next tile's products need.
+                whole = here[0] + shape.wm <= here[2]
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, here)
+
+                return ring + steps, whole.astype(_I32), here, value
 
             if not config.late:
                 lax.fori_loop(0, mine, now, _I32(0))
@@ -212,7 +226,7 @@ def build(
                 @pl.when(waits > 0)
                 def _():
                     for q, value in enumerate(pieces):
-                        store(q, value, at)
+                        store(q, value, at, whole=True)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -234,11 +248,11 @@ def build(
                     loader.load(refs, tile, rows, slot, k, full.at[slot])
                     if not by_copies:
                         return ()
-                    gather.commit_copies(interpret=interpret)
+                    inline.commit_copies(interpret=interpret)
 
                     @pl.when(at >= config.lag)
                     def _():
-                        gather.wait_for_copies(config.lag, interpret=interpret)
+                        inline.wait_for_copies(config.lag, interpret=interpret)
                         arrived(at, config.lag)
 
                     return ()
@@ -248,7 +262,7 @@ def build(
 
             end = lax.fori_loop(0, mine, one, _I32(0))
             if by_copies:
-                gather.wait_for_copies(0, interpret=interpret)
+                inline.wait_for_copies(0, interpret=interpret)
                 for lag in range(config.lag, 0, -1):
                     pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
             # No barrier is left in the midst of a phase.
@@ -382,8 +396,13 @@ class _Store:
         columns = shape.columns // (1 if config.form == "m" else COMPUTING)
         self.across = columns // shape.piece
 
-    def __call__(self, q: int, value: jax.Array, at: tuple[jax.Array, ...]) -> None:
-        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone."""
+    def __call__(
+        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+    ) -> None:
+        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone.
+
+        `whole`: all of the tile's rows are known to be stored.
+        """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
         if self.swap:
@@ -392,7 +411,7 @@ class _Store:
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
-            gather.store_parted(tile, self.like, value, interpret=self.interpret)
+            inline.store_parted(tile, self.like, value, interpret=self.interpret)
         elif self.swap:
             target = tile.transpose((1, 0))
             value = value if self.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
@@ -402,7 +421,7 @@ class _Store:
         plgpu.commit_smem()
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
-        elif not self.shape.partial:
+        elif whole or not self.shape.partial:
             self._whole(slot, row, column)
         else:
             lax.cond(
@@ -424,7 +443,7 @@ class _Store:
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         if not self.shape.partial:
             end = row + self.rows
-        gather.store_rows(
+        inline.store_rows(
             self.refs.o_tiles.at[self.warpgroup, slot],
             self.like,
             self.refs.out,

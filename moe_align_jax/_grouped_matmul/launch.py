@@ -32,7 +32,8 @@ def run(
     named = dict(zip(problem.inputs, operands, strict=True))
     launch = kernel.build(problem, config, interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-        out = launch(*_arguments(problem, config, named, interpret))
+        where = None if problem.rows == "blocks" else _list(problem, config, named, interpret)
+        out = launch(*arguments(problem, config, named, where, interpret=interpret))
     return out.reshape(problem.out_shape)
 
 
@@ -41,14 +42,18 @@ def _small_grid(problem: MatmulProblem) -> Config:
     return config_for(problem)._replace(num_ctas=2)
 
 
-def _arguments(
-    problem: MatmulProblem, config: Config, named: dict[str, jax.Array], interpret: bool
+def arguments(
+    problem: MatmulProblem,
+    config: Config,
+    named: dict[str, jax.Array],
+    where: list[jax.Array] | None,
+    *,
+    interpret: bool,
 ) -> list[jax.Array]:
+    """The kernel's operands, of the problem's; `where`: the list of tiles, if there is one."""
     shape, weights = shape_of(problem, config), problem.weights
-    if problem.rows == "blocks":
-        found = [named["num_tokens_post_padded"], named["expert_ids"]]
-    else:
-        found = _list(problem, config, named, interpret)
+    found = where or [named["num_tokens_post_padded"], named["expert_ids"]]
+    found = list(found)
     # A tile may reach past the last row: what it reads there is not used.
     spare = config.bm if shape.partial else 0
     if shape.reads_ids:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import gather
+from moe_align_jax._grouped_matmul import inline
 from moe_align_jax._grouped_matmul.config import COMPUTING, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
@@ -35,7 +35,7 @@ class Loader:
         self.problem, self.config, self.shape = problem, config, shape
         self.x_like, self.w_like, self.interpret = x_like, w_like, interpret
         self.item = jnp.dtype(problem.dtype).itemsize
-        self.chunks = problem.k * self.item // gather.CHUNK_BYTES  # of a row of x
+        self.chunks = problem.k * self.item // inline.CHUNK_BYTES  # of a row of x
         # The interpreter's copies know no limits of TMA's.
         self.x_by_matrix = shape.x_by_rows and not problem.top_k and not interpret
         self.w_by_matrix = shape.w_by_rows and not interpret
@@ -47,7 +47,7 @@ class Loader:
         """Where the rows of a tile lie, if they are gathered."""
         if not self.problem.top_k:
             return None
-        return gather.find_rows(
+        return inline.find_rows(
             *(refs.ids, tile.row, tile.end),
             rows=self.config.bm,
             row_chunks=self.chunks,
@@ -68,7 +68,7 @@ class Loader:
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
             if rows is not None:
-                gather.copy_rows(
+                inline.copy_rows(
                     *(refs.x, refs.x_tiles.at[slot, part], self.x_like, rows, step),
                     rows=self.config.bm,
                     row_chunks=self.chunks,
@@ -97,11 +97,11 @@ class Loader:
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int
     ) -> None:
         # Rows behind a group's are some other's, or zeros: they are not stored.
-        matrix = gather.Matrix(self.problem.num_rows, self.chunks, self.chunks)
-        gather.copy_matrix(
+        matrix = inline.Matrix(self.problem.num_rows, self.chunks, self.chunks)
+        inline.copy_matrix(
             *(refs.x, refs.x_tiles.at[slot, part], self.x_like, matrix),
-            *(_I32(0), tile.row, step * gather.CHUNKS_PER_ROW),
-            shape=(self.config.bm, gather.CHUNKS_PER_ROW),
+            *(_I32(0), tile.row, step * inline.CHUNKS_PER_ROW),
+            shape=(self.config.bm, inline.CHUNKS_PER_ROW),
         )
 
     # -- the weights
@@ -172,11 +172,11 @@ class Loader:
     ) -> None:
         problem, weights, bk = self.problem, self.problem.weights, self.config.bk
         first = self._first(tile, column, which)
-        values = gather.CHUNK_BYTES // self.item
+        values = inline.CHUNK_BYTES // self.item
         columns = problem.n if weights.pair else problem.w_columns
         ref = refs.weights[array]
         if not weights.transposed:
-            matrix = gather.Matrix(problem.k, columns // values, columns // values)
+            matrix = inline.Matrix(problem.k, columns // values, columns // values)
             target, shape = refs.w_tiles.at[slot, part], (bk, size // values)
             before, row, chunk = tile.expert * problem.k, k * bk, lax.div(first, _I32(values))
         else:
@@ -184,10 +184,10 @@ class Loader:
             shape, row, chunk = (size, bk // values), first, k * (bk // values)
             chunks = self.chunks
             if weights.interleaved and which is not None:
-                matrix = gather.Matrix(problem.n, chunks, 2 * chunks, which * chunks)
+                matrix = inline.Matrix(problem.n, chunks, 2 * chunks, which * chunks)
                 before = tile.expert * problem.n
             else:
-                matrix, before = gather.Matrix(columns, chunks, chunks), tile.expert * columns
-        gather.copy_matrix(
+                matrix, before = inline.Matrix(columns, chunks, chunks), tile.expert * columns
+        inline.copy_matrix(
             *(ref, target, self.w_like, matrix, before, row, chunk), shape=shape
         )

@@ -1,0 +1,459 @@
+"""grouped_matmul, ragged_dot and masked_grouped_matmul beside the grouped GEMMs of other libraries.
+
+python -m benchmarks.grouped_matmul --out results/grouped_matmul.jsonl
+
+Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
+time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one jit
+(device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in use,
+not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate over
+the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
+
+A child process takes each case: one that reads where it must not would spoil the others.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Both frameworks share one GPU here; by default jax would take most of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from benchmarks import machine, timing  # noqa: E402
+
+_READ_BYTES = 1 << 30
+_SAMPLED_ROWS = 24
+_BOUND = 1e-2
+# (block_m, block_n, max_concurrent_steps, grid_block_n) of jax's example, block_k = 64.
+_JAX_CONFIGS = [(64, 128, 4, 2), (128, 128, 4, 4), (64, 192, 5, 2), (128, 192, 4, 2)]
+
+
+class Size(NamedTuple):
+    """`rows` rows of k values, uniform over the experts, times `[experts, k, n]`.
+
+    Attributes:
+        zipf: expert i is chosen in proportion to 1 / (i + 1), in place of uniformly.
+        max_rows: of an expert, in the masked layout; 0 elsewhere.
+    """
+
+    rows: int
+    k: int
+    n: int
+    experts: int
+    zipf: bool = False
+    max_rows: int = 0
+
+    @property
+    def name(self) -> str:
+        more = ", zipf" if self.zipf else f", masked {self.max_rows}" if self.max_rows else ""
+        return f"{self.rows}x{self.k}x{self.n}, {self.experts} experts{more}"
+
+    def expert_of_row(self, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        if not self.zipf:
+            return rng.integers(0, self.experts, self.rows).astype(np.int32)
+        share = 1 / np.arange(1, self.experts + 1)
+        return rng.choice(self.experts, self.rows, p=share / share.sum()).astype(np.int32)
+
+
+SIZES = (
+    Size(32768, 2048, 1536, 128),
+    Size(32768, 4096, 14336, 8),
+    Size(8192, 7168, 512, 256),
+    Size(512, 2048, 1536, 128),
+    Size(64, 7168, 4096, 32),
+    Size(32768, 2048, 1536, 128, zipf=True),
+    Size(276, 7168, 4096, 32, max_rows=128),
+    Size(1986, 7168, 4096, 32, max_rows=1024),
+    Size(15876, 7168, 4096, 32, max_rows=1024),
+)
+
+
+class Inputs:
+    """The arrays of a case, on jax's device."""
+
+    def __init__(self, size: Size, calls: int):
+        import jax
+        import jax.numpy as jnp
+
+        self.size = size
+        self.expert = np.sort(size.expert_of_row())
+        self.counts = np.bincount(self.expert, minlength=size.experts).astype(np.int32)
+        if size.max_rows:
+            self.counts = np.minimum(self.counts, size.max_rows)
+        self.hit = int((self.counts > 0).sum())
+        self.x = [
+            jax.random.normal(jax.random.key(i), (size.rows, size.k), jnp.bfloat16)
+            for i in range(calls)
+        ]
+        scale = jnp.bfloat16(size.k**-0.5)
+        shape = (size.experts, size.k, size.n)
+        self.w = jax.random.normal(jax.random.key(99), shape, jnp.bfloat16) * scale
+        # Sampled rows of the first input, in the order of experts.
+        starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+        within = np.concatenate([np.arange(c) for c in self.counts])
+        expert = np.repeat(np.arange(size.experts), self.counts)
+        rng = np.random.default_rng(1)
+        chosen = rng.choice(len(expert), min(_SAMPLED_ROWS, len(expert)), False)
+        chosen[0] = len(expert) - 1
+        self.sample = [(int(expert[c]), int(within[c]), int(starts[expert[c]] + within[c])) for c in chosen]
+        rows = np.asarray(self.x[0][np.array([r for _, _, r in self.sample])]).astype(np.float32)
+        self.answers = np.empty((len(rows), size.n), np.float32)
+        for expert in {e for e, _, _ in self.sample}:
+            mine = [i for i, (e, _, _) in enumerate(self.sample) if e == expert]
+            self.answers[mine] = rows[mine] @ np.asarray(self.w[expert]).astype(np.float32)
+
+    @property
+    def flops(self) -> int:
+        return 2 * int(self.counts.sum()) * self.size.k * self.size.n
+
+    @property
+    def bytes(self) -> int:
+        size = self.size
+        return 2 * (self.hit * size.k * size.n + int(self.counts.sum()) * (size.k + size.n))
+
+    def wrong(self, rows: np.ndarray) -> str:
+        """Of the sampled rows, in order; "" where they are right."""
+        found = np.asarray(rows).astype(np.float32)
+        error = np.linalg.norm(found - self.answers) / np.linalg.norm(self.answers)
+        return "" if error < _BOUND else f"relative error {error:.2e}"
+
+
+# -- providers ---------------------------------------------------------------------------------------------
+
+
+def _aligned(inputs: Inputs, block: int) -> tuple[Any, np.ndarray]:
+    """The alignment, and the aligned row of each row in the order of experts."""
+    import moe_align_jax as maj
+
+    ids = inputs.expert[:, None]
+    aligned = maj.moe_align_block_size(
+        ids, block_size=block, num_experts=inputs.size.experts, return_inverse=True
+    )
+    return aligned, np.asarray(aligned.row_of_pair)
+
+
+def ours_aligned(inputs: Inputs, block: int, config: Any = None) -> Iterator[Any]:
+    """x permuted into aligned order beforehand."""
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    aligned, row_of = _aligned(inputs, block)
+    take = jnp.minimum(aligned.sorted_token_ids, inputs.size.rows - 1)
+    xs = [x[take] for x in inputs.x]
+
+    def call(x):
+        if config is None:
+            return maj.grouped_matmul(x, inputs.w, aligned, block_size=block)
+        return _with_config("blocks", inputs, config, block, x, inputs.w, aligned)
+
+    yield call, xs, lambda out: out[np.array([row_of[r] for _, _, r in inputs.sample])]
+
+
+def _with_config(
+    rows: str, inputs: Inputs, config: Any, block: int, x: Any, w: Any, where: Any
+) -> Any:
+    from moe_align_jax._grouped_matmul import launch
+    from moe_align_jax._grouped_matmul.problem import MatmulProblem
+
+    size = inputs.size
+    given: dict[str, Any] = {"k": size.k, "n": size.n, "num_experts": size.experts}
+    given |= {"dtype": "bfloat16", "out_dtype": "bfloat16", "function": "benchmark", "rows": rows}
+    if rows == "blocks":
+        operands = (where.sorted_token_ids, where.expert_ids, where.num_tokens_post_padded)
+        given |= {"num_rows": x.shape[0], "block_size": block, "zero_padding": False}
+    elif rows == "masked":
+        operands = (where,)
+        given |= {"num_rows": size.experts * size.max_rows, "max_rows": size.max_rows}
+        x = x.reshape(-1, size.k)
+    else:
+        operands = where
+        given |= {"num_rows": x.shape[0], "num_groups": size.experts}
+    return launch.run(MatmulProblem(**given), x, w, *operands, config=config)
+
+
+def ours_ragged(inputs: Inputs, config: Any = None) -> Iterator[Any]:
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    sizes = jnp.asarray(inputs.counts)
+
+    def call(x):
+        if config is None:
+            return maj.ragged_dot(x, inputs.w, sizes)
+        where = (sizes, jnp.zeros(1, jnp.int32))
+        return _with_config("ragged", inputs, config, 0, x, inputs.w, where)
+
+    yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
+
+
+def ours_masked(inputs: Inputs, config: Any = None) -> Iterator[Any]:
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    size, counts = inputs.size, jnp.asarray(inputs.counts)
+    starts = np.concatenate([[0], np.cumsum(inputs.counts)[:-1]])
+    rows = np.minimum(starts[:, None] + np.arange(size.max_rows)[None], size.rows - 1)
+    xs = [x[rows] for x in inputs.x]
+
+    def call(x):
+        if config is None:
+            return maj.masked_grouped_matmul(x, inputs.w, counts)
+        out = _with_config("masked", inputs, config, 0, x, inputs.w, counts)
+        return out.reshape(size.experts, size.max_rows, size.n)
+
+    experts, within = (np.array([s[i] for s in inputs.sample]) for i in (0, 1))
+    yield call, xs, lambda out: out[experts, within]
+
+
+def lax_ragged(inputs: Inputs) -> Iterator[Any]:
+    import jax
+    import jax.numpy as jnp
+
+    sizes = jnp.asarray(inputs.counts)
+    call = lambda x: jax.lax.ragged_dot(x, inputs.w, sizes)  # noqa: E731
+    yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
+
+
+def jax_example(inputs: Inputs, config: tuple[int, int, int, int]) -> Iterator[Any]:
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    sizes = jnp.asarray(inputs.counts)
+    block_m, block_n, steps, grid_block_n = config
+
+    def call(x):
+        return ragged_dot_mgpu.ragged_dot(
+            x,
+            inputs.w,
+            group_sizes=sizes,
+            block_m=block_m,
+            block_n=block_n,
+            block_k=64,
+            max_concurrent_steps=steps,
+            grid_block_n=grid_block_n,
+        )
+
+    yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
+
+
+def measure_jax(inputs: Inputs, provider: Callable, executions: int) -> tuple[str, Any]:
+    import jax
+
+    [(call, xs, sampled)] = provider(inputs)
+
+    def program(many):
+        return [call(x) for x in many]
+
+    compiled = jax.jit(program).lower(xs).compile()
+    if wrong := inputs.wrong(sampled(compiled(xs)[0])):
+        return wrong, None
+    return "", timing.time_jit_span(compiled, xs, executions=executions)
+
+
+def measure_torch(inputs: Inputs, kind: str, replays: int) -> tuple[str, Any]:
+    import torch
+
+    from torch_bridge import to_torch
+
+    xs, w = [to_torch(x) for x in inputs.x], to_torch(inputs.w)
+    if kind == "dense":  # the same m, k and n, one matrix
+        outs = [torch.empty(x.shape[0], w.shape[2], dtype=x.dtype, device=x.device) for x in xs]
+        calls = [
+            functools.partial(torch.mm, x, w[0], out=o) for x, o in zip(xs, outs, strict=True)
+        ]
+        return "", timing.time_torch_graph(calls, replays=replays)
+    ends = torch.cumsum(to_torch_counts(inputs), 0, dtype=torch.int32)
+    first = torch._grouped_mm(xs[0], w, offs=ends)
+    rows = torch.tensor([r for _, _, r in inputs.sample], device=first.device)
+    if wrong := inputs.wrong(first[rows].float().cpu().numpy()):
+        return wrong, None
+    calls = [functools.partial(torch._grouped_mm, x, w, offs=ends) for x in xs]
+    return "", timing.time_torch_graph(calls, replays=replays)
+
+
+def to_torch_counts(inputs: Inputs) -> Any:
+    import torch
+
+    return torch.from_numpy(inputs.counts).cuda()
+
+
+def read_rate() -> float:
+    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
+    import torch
+
+    shape = (4096, _READ_BYTES // 4 // 4096)
+    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
+    outs = [torch.empty(shape[0], device="cuda") for _ in many]
+    calls = [functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)]
+    return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
+
+
+# -- a case ----------------------------------------------------------------------------------------------
+
+
+def variants(size: Size) -> list[tuple[str, int, Any]]:
+    """(kind, block, tiles): what a tuning table chooses from."""
+    from moe_align_jax._grouped_matmul.config import Config
+
+    mean, found = size.rows / size.experts, []
+    kind = "masked" if size.max_rows else "blocks"
+    if mean > 48:
+        for group in (0, 4, 8, 16) if size.n <= 512 else (4, 8, 16):
+            for late in (False, True):
+                tiles = Config("m", 128, 256, 64, 4, group=group, late=late)
+                found.append((kind, 128, tiles))
+    if mean > 1000:
+        for group in (8, 16):
+            for late in (False, True):
+                found.append((kind, 256, Config("m", 256, 128, 64, 4, group=group, late=late)))
+    if 4 < mean < 400:
+        found += [(kind, 64, Config("n", 64, 256, 64, 4, group=group)) for group in (0, 4)]
+    if mean < 64:
+        for bm in [b for b in (8, 16, 32, 40, 64) if mean / 2 < b < max(17, 4 * mean)]:
+            stages = 5 if bm < 64 else 4
+            found.append((kind, bm, Config("swap", bm, 128, 128, stages, group=0)))
+    return found
+
+
+def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
+    """By name: inputs to (what is wrong, timing)."""
+
+    def by_jax(provider: Callable, *given: Any) -> Callable:
+        bound = lambda inputs: provider(inputs, *given)  # noqa: E731
+        return lambda inputs: measure_jax(inputs, bound, options.executions)
+
+    found: dict[str, Callable] = {
+        "torch.mm, dense": lambda i: measure_torch(i, "dense", options.replays)
+    }
+    if size.max_rows:
+        found["ours, masked"] = by_jax(ours_masked)
+    else:
+        found["torch._grouped_mm"] = lambda i: measure_torch(i, "grouped", options.replays)
+        block = _block(size)
+        found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
+        found["ours, ragged_dot"] = by_jax(ours_ragged)
+        if options.jax_example:
+            for config in _JAX_CONFIGS:
+                if size.n % (config[1] * config[3]) == 0:
+                    found[f"jax ragged_dot_mgpu {config}"] = by_jax(jax_example, config)
+        if options.lax:
+            found["lax.ragged_dot"] = by_jax(lax_ragged)
+    if options.variants:
+        for kind, block, tiles in variants(size):
+            make = {"blocks": lambda i, b, c: ours_aligned(i, b, c)}.get(kind)
+            if make is not None:
+                found[f"ours, {tiles.name}"] = by_jax(make, block, tiles)
+            else:
+                found[f"ours, {tiles.name}"] = by_jax(ours_masked, tiles)
+    return {k: v for k, v in found.items() if not options.only or options.only in k}
+
+
+def _block(size: Size) -> int:
+    """What the table of the layer would take: an expert's mean rows, and half again."""
+    mean = 1.5 * size.rows / size.experts
+    return next((b for b in (8, 16, 32, 64) if mean <= b), 128)
+
+
+def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rate = read_rate()
+    inputs = Inputs(size, options.calls)
+    rows = []
+    for provider, measure in providers(size, options).items():
+        row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
+        row |= {"rows_in_use": int(inputs.counts.sum()), "read_gbps": round(rate, 1)}
+        try:
+            wrong, taken = measure(inputs)
+        except Exception as error:  # one provider's failure leaves the others their time
+            wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+        if taken is None:
+            row |= {"status": "failed", "reason": wrong}
+        else:
+            us = taken.percentile(50)
+            row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
+            row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
+            row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
+            row |= {"gbps": round(inputs.bytes / us / 1e3, 1), "note": taken.note}
+            row["of_read"] = round(row["gbps"] / rate, 3)
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    name = f"{row['case']:34} {row['provider']:36}"
+    if "us" not in row:
+        return f"{name} {row['status']}: {row['reason']}"
+    return (
+        f"{name} {row['us']:9.2f} us {row['tflops']:7.1f} TFLOP/s {row['gbps']:7.1f} GB/s "
+        f"{row['of_read']:6.1%} of a read"
+    )
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Our time over the best grouped peer's, and over dense, per case."""
+    for case in dict.fromkeys(row["case"] for row in rows):
+        timed = {r["provider"]: r["us"] for r in rows if r["case"] == case and "us" in r}
+        ours = {name: us for name, us in timed.items() if name.startswith("ours")}
+        peers = {n: us for n, us in timed.items() if n not in ours and "dense" not in n}
+        if not ours:
+            continue
+        name, us = min(ours.items(), key=lambda item: item[1])
+        text = f"{case}: {name} {us:.1f} us"
+        if peers:
+            peer, theirs = min(peers.items(), key=lambda item: item[1])
+            text += f", {us / theirs:.3f} of {peer} ({theirs:.1f})"
+        if dense := timed.get("torch.mm, dense"):
+            text += f", {us / dense:.3f} of dense ({dense:.1f})"
+        yield text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
+    parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
+    parser.add_argument("--jax-example", action="store_true", help="also jax's ragged_dot_mgpu")
+    parser.add_argument("--lax", action="store_true", help="also jax.lax.ragged_dot: slow")
+    parser.add_argument("--only", default="", help="providers whose name holds this")
+    parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
+    parser.add_argument("--executions", type=int, default=12)
+    parser.add_argument("--replays", type=int, default=12)
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="JSONL file to append to")
+    options = parser.parse_args(argv)
+    if options.child is not None:
+        rows = run_case(SIZES[options.child], options)
+        if options.out:
+            facts = machine.facts()
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            with open(options.out, "a") as file:
+                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        print("\n".join(ratios(rows)), flush=True)
+        return 1 if any(row["status"] == "failed" for row in rows) else 0
+    failed = 0
+    for k in [int(k) for k in options.sizes.split(",") if k] or range(len(SIZES)):
+        given = list(argv if argv is not None else sys.argv[1:])
+        command = [sys.executable, "-m", "benchmarks.grouped_matmul", *given, "--child", str(k)]
+        try:
+            failed += subprocess.run(command, timeout=options.timeout).returncode != 0
+        except subprocess.TimeoutExpired:
+            failed += 1
+            print(f"{SIZES[k].name}: not done after {options.timeout} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

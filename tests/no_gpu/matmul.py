@@ -1,0 +1,204 @@
+"""Compiles the kernels of the grouped matrix multiplication without a GPU, and checks the result.
+
+    python -m tests.no_gpu.matmul [PART_OF_A_NAME]
+
+Of every form with every way to load, compute and store: nothing spills, wgmma is never serialised, the ring
+fits into shared memory, and a kernel compiles in less than two seconds. Exit code 1 otherwise.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.no_gpu import ptx, script, toolchain, worker
+
+MAX_SECONDS = 2.0
+
+
+def problems() -> Iterator[tuple[str, Any, Any]]:
+    """(What it is, the problem, tiles) of each kernel; names begin with the form."""
+    from moe_align_jax._grouped_matmul.config import Config
+    from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+
+    m = Config("m", 128, 256, 64, 4, late=True)
+    n = Config("n", 64, 256, 64, 4)
+    s = Config("swap", 16, 128, 128, 5, group=0)
+    wide = Config("swap", 16, 256, 64, 6, group=0)
+    silu: dict[str, Any] = {"activation": "silu", "gated": True}
+    gather: dict[str, Any] = {"num_tokens": 2048, "top_k": 2}
+
+    def problem(rows="blocks", block=128, weights=None, out="bfloat16", **sizes):
+        given = {"num_rows": 4096, "k": 2048, "n": 1536, "num_experts": 8, "dtype": "bfloat16"}
+        given |= {"out_dtype": out, "weights": Weights(**(weights or {}))} | sizes
+        block_size = block if rows == "blocks" else 0
+        return MatmulProblem(function="test", rows=rows, block_size=block_size, **given)
+
+    ragged: dict[str, Any] = {"rows": "ragged", "num_groups": 8}
+    masked: dict[str, Any] = {"rows": "masked", "max_rows": 512}
+    uneven: dict[str, Any] = {"rows": "masked", "max_rows": 500, "num_rows": 4000}
+    odd: dict[str, Any] = {"k": 200, "n": 136, "num_rows": 4093}
+    for tiles, block in ((m, 128), (n, 64), (s, 16)):
+        gated = wide if tiles is s else tiles
+        swapped = tiles is s
+        yield "plain", problem(block=block), tiles
+        yield "float16", problem(block=block, dtype="float16", out="float16"), tiles
+        yield "transposed", problem(block=block, weights={"transposed": True}), tiles
+        yield "ragged", problem(**ragged), tiles
+        yield "masked", problem(**masked), tiles
+        yield "masked, uneven", problem(**uneven), tiles
+        yield "partial", problem(block=block * 3 // 4), tiles
+        yield "odd", problem(block=block, **odd), tiles
+        yield "odd, transposed", problem(block=block, weights={"transposed": True}, **odd), tiles
+        yield "odd, gathered", problem(block=block, **gather, **odd), tiles
+        yield "odd, ragged", problem(**ragged, **odd), tiles
+        yield "tiny", problem(block=block, k=8, n=8, num_rows=37), tiles
+        yield "gathered", problem(block=block, **gather), tiles
+        for transposed in (False, True):
+            for more in ({}, {"pair": True}, {"interleaved": True}):
+                if swapped and more.get("interleaved") and not transposed:
+                    continue
+                weights = silu | more | {"transposed": transposed}
+                yield f"gathered, {weights}", problem(block=block, weights=weights, **gather), gated
+                weights = weights | {"bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+                yield (
+                    f"row weights, {weights}",
+                    problem(block=block, weights=weights, row_weights=True),
+                    gated,
+                )
+        for activation in ("gelu", "gelu_tanh", "relu2"):
+            weights = {"activation": activation, "gated": True}
+            yield f"{activation}", problem(block=block, weights=weights), gated
+        yield "odd, gated", problem(block=block, weights=silu, **odd), gated
+        if not swapped:
+            plain = tiles._replace(late=False)
+            yield "float32", problem(block=block, out="float32"), plain
+            yield "float32, ragged", problem(**ragged, out="float32"), plain
+    yield "not late", problem(), m._replace(late=False)
+    yield "not late, gathered", problem(**gather), m._replace(late=False)
+    yield "tall", problem(block=256), Config("m", 256, 128, 64, 4, late=True)
+    yield "tall, not late", problem(block=256), Config("m", 256, 128, 64, 4)
+    for bm, stages in ((8, 5), (24, 5), (32, 5), (40, 5), (64, 4)):
+        yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages)
+        more = wide._replace(bm=bm, stages=6 if bm < 32 else 5)
+        yield f"{bm}, gated", problem(block=bm, weights=silu, **gather), more
+    yield "pairs", problem(block=1, weights=silu, **gather), wide._replace(bm=8)
+
+
+def lower(problem: Any, config: Any) -> Any:
+    """The kernel as `launch` calls it, lowered for a GPU."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._grouped_matmul import kernel, launch, tile_list
+
+    def arguments(*operands):
+        named = dict(zip(problem.inputs, operands, strict=True))
+        where = None
+        if problem.rows != "blocks":
+            capacity = tile_list.of(problem, config.bm).capacity
+            where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
+        return launch.arguments(problem, config, named, where, interpret=False)
+
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
+    given = jax.eval_shape(arguments, *structs)
+    return jax.jit(kernel.build(problem, config)).trace(*given).lower(lowering_platforms=("cuda",))
+
+
+_HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\S* R(\d+),")
+_ROW = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
+
+
+def early_reads(sass: str) -> Iterator[str]:
+    """Instructions that stand between a wgmma and the wait for all of them, and read or write its sums.
+
+    ptxas put conversions there, of a wait in which paths with and without wgmma met.
+    """
+    first = last = -1
+    for row in _ROW.findall(sass):
+        if found := _HGMMA.search(row):
+            first = int(found.group(2))
+            last = first + int(found.group(1)) // 2
+        elif "DEPBAR.LE gsb0, 0x0" in row:
+            first = last = -1
+        elif any(first <= int(r) < last for r in re.findall(r"\bR(\d+)\b", row)):
+            yield row
+
+
+def _disassembled(cubin: Path) -> str:
+    ptxas = Path("cuda_sdk_lib/bin/ptxas").resolve()
+    beside = ptxas.with_name("cuobjdump")
+    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise toolchain.Missing(f"there is no cuobjdump beside {ptxas}, nor on PATH")
+    done = subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True)
+    return done.stdout
+
+
+def _ptxas(text: str) -> tuple[str, str]:
+    """ptxas' account of one kernel, and its machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(text)
+        command = ["cuda_sdk_lib/bin/ptxas", "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+        return done.stderr + done.stdout, _disassembled(cubin)
+
+
+def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
+    from moe_align_jax._grouped_matmul.config import may_be_late
+
+    checker = worker.Checker(plugin, runtime)
+    launch = checker.launch
+    for what, problem, config in problems():
+        config = config._replace(late=config.late and may_be_late(problem))
+        name = f"{config.name}: {what}"
+        if part not in name:
+            continue
+        module = lower(problem, config).compiler_ir()
+        with module.context:
+            [found] = launch._custom_call_modules(module.operation)
+        begun = time.monotonic()
+        try:
+            text = checker.compiler.dump([found], [name])
+        except launch.CompileError as error:
+            yield name, [str(error)]
+            continue
+        seconds = time.monotonic() - begun
+        [(kernel, _)] = launch.read_dump(text).values()
+        log, sass = _ptxas(kernel)
+        used = ptx.usage(log)
+        wrong = []
+        if (spilled := used.spill_stores + used.spill_loads) or used.stack:
+            wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
+        if "serialized" in log:
+            wrong.append(next(line for line in log.splitlines() if "serialized" in line))
+        if early := list(early_reads(sass)):
+            wrong.append(f"{len(early)} times sums are used before the wait for them: {early[0]}")
+        if not _HGMMA.search(sass):
+            wrong.append("no wgmma")
+        # Other processes share this machine's cores: this much at the most.
+        if seconds > MAX_SECONDS * float(os.environ.get("COMPILE_PATIENCE", "1")):
+            wrong.append(f"compiled in {seconds:.1f} s")
+        yield f"{used.registers:3} registers, {seconds:4.1f} s  {name}", wrong
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        tools = toolchain.set_up()
+        command = [sys.executable, "-m", "tests.no_gpu.matmul", str(tools.plugin), str(tools.runtime)]
+        command.append(sys.argv[1])
+        sys.exit(subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode)
+    if len(sys.argv) == 4:
+        wrong = script._print(check(*sys.argv[1:]))
+        sys.stdout.flush()
+        os._exit(1 if wrong else 0)  # without the destructors of a driver that is none
+    sys.exit(script.main("tests.no_gpu.matmul", check))
