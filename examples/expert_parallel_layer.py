@@ -21,7 +21,9 @@ from moe_layer import MoEParams, dense_moe_layer, init, route
 from moe_align_jax import (
     combine,
     dispatch,
+    masked_grouped_matmul,
     permute_to_contiguous,
+    ragged_dot,
     select_transport,
     unpermute_from_contiguous,
 )
@@ -31,18 +33,18 @@ AXIS = "ep"
 PARAM_SPECS = MoEParams(router=P(), gate=P(AXIS), up=P(AXIS), down=P(AXIS))
 
 
-def masked_experts(params: MoEParams, rows: jax.Array) -> jax.Array:
-    """`[e, M, H]` to `[e, M, H]`: every expert on its box of rows, in use or not."""
-    gate = jnp.einsum("emh,ehf->emf", rows, params.gate)
-    up = jnp.einsum("emh,ehf->emf", rows, params.up)
-    return jnp.einsum("emf,efh->emh", jax.nn.silu(gate) * up, params.down)
+def masked_experts(params: MoEParams, rows: jax.Array, masked_m: jax.Array) -> jax.Array:
+    """`[e, M, H]` to `[e, M, H]`: every expert on the rows in use of its box. The cost follows those."""
+    weights = (params.gate, params.up)
+    hidden = masked_grouped_matmul(rows, weights, masked_m, activation="silu")
+    return masked_grouped_matmul(hidden, params.down, masked_m)
 
 
 def grouped_experts(params: MoEParams, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """`[P, H]` to `[P, H]`: each segment through its expert."""
-    gate = jax.lax.ragged_dot(rows, params.gate, group_sizes)
-    up = jax.lax.ragged_dot(rows, params.up, group_sizes)
-    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, params.down, group_sizes)
+    gate = ragged_dot(rows, params.gate, group_sizes)
+    up = ragged_dot(rows, params.up, group_sizes)
+    return ragged_dot(jax.nn.silu(gate) * up, params.down, group_sizes)
 
 
 def layer_of_one_device(
@@ -57,9 +59,6 @@ def layer_of_one_device(
         alignment: rows per block of the contiguous layout. Static.
         options: of `dispatch`: mode, transport, payload...
     """
-    # The einsums below read every row of a box, and their gradients multiply the rows past masked_m by zero:
-    # those must be written. An fp8 payload leaves them unwritten otherwise, and 0 * NaN is NaN.
-    options = {"initialize": True} | options
     local = params.gate.shape[0]
     weights, topk_ids = route(params.router, x, top_k=top_k)
     num_experts = local * jax.lax.axis_size(AXIS)
@@ -70,7 +69,7 @@ def layer_of_one_device(
         tokens = (tokens.astype(jnp.float32) * scales).astype(x.dtype)
     with jax.named_scope("experts"):
         if got.masked_m is not None:
-            return combine(masked_experts(params, tokens), got.handle)
+            return combine(masked_experts(params, tokens, got.masked_m), got.handle)
         rows, layout = permute_to_contiguous(
             tokens, got.topk_ids, num_experts=local, expert_alignment=alignment
         )

@@ -55,22 +55,22 @@ def fused_moe(
     block_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T H"] | tuple[Float[Array, "T H"], Int[Array, " E"]]:
-    """The experts of a Mixture-of-Experts layer: each token through its top_k experts, and their weighted sum.
+    """The experts of a Mixture-of-Experts layer: each token through its top_k ones, and their weighted sum.
 
     For each token t, with e = topk_ids[t, k], over the k whose e is an expert:
 
         hidden = act(x[t] @ gate[e] + bias) * (x[t] @ up[e] + bias)
         y[t]   = sum over k of topk_weights[t, k] * (hidden @ down[e] + bias_down[e])
 
-    On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens and applies
-    the activation, one back to H columns, and the sum. Products are accumulated in float32; `hidden` and the
-    experts' results are rounded to x's dtype; the sum over k is made in float32, in order, without atomics,
-    and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own.
+    On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens and
+    applies the activation, one back to H columns, and the sum. Products are accumulated in float32; `hidden`
+    and the experts' results are rounded to x's dtype; the sum over k is made in float32, in order, without
+    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own.
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32.
-        w_gate_up: `[E, H, 2 N]` of x's dtype, gate in the first N columns, up in the rest; or a pair (gate, up)
-            of `[E, H, N]`. Without `gated`, `[E, H, N]`.
+        w_gate_up: `[E, H, 2 N]` of x's dtype, gate in the first N columns, up in the rest; or a pair (gate,
+            up) of `[E, H, N]`. Without `gated`, `[E, H, N]`.
         w_down: `[E, N, H]` of x's dtype.
         topk_weights: `[T, K]`, any float dtype. Those of dropped pairs are not used, and may be NaN.
         topk_ids: `[T, K]`, any integer dtype. Ids outside `[0, E)` are dropped.
@@ -79,8 +79,8 @@ def fused_moe(
         bias_gate_up: `[E, 2 N]` in the order of w_gate_up's columns (gate, then up, for a pair); `[E, N]` if
             not gated. Any float dtype.
         bias_down: `[E, H]`, any float dtype.
-        transpose_rhs: weights are `[E, 2 N, H]` (`[E, N, H]`, each of a pair) and `[E, H, N]`, as Hugging Face
-            and vLLM keep them. Static.
+        transpose_rhs: weights are `[E, 2 N, H]` (`[E, N, H]`, each of a pair) and `[E, H, N]`, as Hugging
+            Face and vLLM keep them. Static.
         weights_on_input: the weights multiply the tokens (x[t] * topk_weights[t, k], rounded to x's dtype)
             instead of the experts' results. With K > 1 that makes a copy of x for each k. Static.
         aligned: an alignment of topk_ids made before, with its row_of_pair: of `route_and_align`, or of
@@ -95,8 +95,8 @@ def fused_moe(
         return_tokens_per_expert: also return the pairs that each expert got. Static.
         preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's. Static.
         block_size: rows per block of the alignment; None for what suits the sizes (`moe_block_size`). Static.
-        implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its kernels
-            take: see `select_moe_implementation`), or a name, which runs or raises. Static.
+        implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its
+            kernels take: see `select_moe_implementation`), or a name, which runs or raises. Static.
 
     Returns:
         `[T, H]`; with `return_tokens_per_expert` also int32 `[E]` (with `aligned`: what that holds). A token
@@ -110,9 +110,9 @@ def fused_moe(
         NotImplementedError: the named implementation cannot run here (eagerly at the call, under jit at
             lowering); the message says why.
 
-    Under plain jit with weights that are sharded over the Auto axes of a mesh, XLA gathers them whole to every
-    device: use `jax.shard_map` with `expert_map`, or `dispatch` and `combine`. The derivative, for x, weights,
-    biases and topk_weights, is that of "xla" on every platform.
+    Under plain jit with weights that are sharded over the Auto axes of a mesh, XLA gathers them whole to each
+    device: use `jax.shard_map` with `expert_map`, or `dispatch` and `combine`. The derivative, for x, the
+    weights, biases and topk_weights, is that of "xla" on every platform.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
@@ -148,9 +148,7 @@ def fused_moe(
     bias_down = arguments.check_bias(function, "bias_down", bias_down, (experts, hidden))
     topk_weights, topk_ids = arguments.check_routing(function, x, topk_weights, topk_ids)
     weights_on_input = arguments.check_flag(function, "weights_on_input", weights_on_input)
-    counted = arguments.check_flag(
-        function, "return_tokens_per_expert", return_tokens_per_expert
-    )
+    counted = arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
     out_dtype = matmul_arguments.result_dtype(function, x, preferred_element_type)
     if block_size is not None:
         block_size = _checks.check_block_size(function, block_size)

@@ -87,6 +87,17 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel.row_primitives": {
         *(f"moe_align_jax.{m}" for m in ("_dispatch", "_expert_parallel", "_kernels.rows")),
     },
+    "moe_align_jax.moe_layer": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_grouped_matmul", "_moe_layer")),
+        *("moe_align_jax.block_align", "moe_align_jax.types"),
+        "lazily moe_align_jax.expert_dispatch",
+    },
+    "moe_align_jax._moe_layer": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_grouped_matmul", "_moe_layer")),
+    },
+    "moe_align_jax._moe_layer.plan": {"moe_align_jax._grouped_matmul.problem"},
+    "moe_align_jax._moe_layer.combine": set(),
+    "moe_align_jax._moe_layer.checkpoints": {"moe_align_jax._checks"},
     "moe_align_jax.cli": {"lazily moe_align_jax._cli"},
     "moe_align_jax._cli": {"moe_align_jax", "lazily torch_bridge"},
     "torch_bridge": {

@@ -31,8 +31,8 @@ def _library(array: Any) -> Any:
 class ExpertWeights:
     """Weights of the experts of one layer, and how they lie: `fused_moe(x, *weights, ..., **options)`.
 
-    Arrays are NumPy's or jax's, and stay what they are. E experts, H hidden, N within an expert; gated, as the
-    experts of all these checkpoints are.
+    Arrays are NumPy's or jax's, and stay what they are. E experts, H hidden, N within an expert; gated, as
+    the experts of all these checkpoints are.
 
     Attributes:
         w_gate_up: `[E, H, 2 N]`, transposed `[E, 2 N, H]`; or a pair (gate, up) of `[E, H, N]` or
@@ -139,9 +139,7 @@ class ExpertWeights:
         w_down = self.w_down
         if transpose_rhs != self.transpose_rhs:
             w_down = _transposed(w_down)
-            w_gate_up = (
-                tuple(map(_transposed, w_gate_up)) if pair else _transposed(w_gate_up)
-            )
+            w_gate_up = tuple(map(_transposed, w_gate_up)) if pair else _transposed(w_gate_up)
         return ExpertWeights(w_gate_up, w_down, bias, self.bias_down, transpose_rhs, interleaved)
 
     @classmethod
@@ -150,9 +148,9 @@ class ExpertWeights:
     ) -> "ExpertWeights":
         """Of one layer of a Hugging Face checkpoint. Arrays that experts share are not copied.
 
-        Two kinds of checkpoint: with an array for all experts, `gate_up_proj` and `down_proj` (transformers 5,
-        GPT-OSS, Llama 4, with their biases), in either orientation, which the shapes tell; and with matrices
-        `[N, H]` and `[H, N]` per expert, `{i}.gate_proj.weight`, `{i}.up_proj.weight`,
+        Two kinds of checkpoint: with an array for all experts, `gate_up_proj` and `down_proj` (transformers
+        5, GPT-OSS, Llama 4, with their biases), in either orientation, which the shapes tell; and with
+        matrices `[N, H]` and `[H, N]` per expert, `{i}.gate_proj.weight`, `{i}.up_proj.weight`,
         `{i}.down_proj.weight` (Qwen3, DeepSeek-V3) or `{i}.w1.weight`, `{i}.w3.weight`, `{i}.w2.weight`
         (Mixtral), which are stacked.
 
@@ -219,7 +217,7 @@ class ExpertWeights:
         *,
         interleaved: bool = False,
     ) -> "ExpertWeights":
-        """Of one of vLLM's `FusedMoE` layers: `[E, 2 N, H]` and `[E, H, N]`, as its Triton kernels take them."""
+        """Of one of vLLM's `FusedMoE` layers: `[E, 2 N, H]` and `[E, H, N]`, as its Triton kernels take."""
         return cls(w13_weight, w2_weight, w13_bias, w2_bias, True, interleaved)
 
     @classmethod

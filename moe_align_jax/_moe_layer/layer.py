@@ -49,9 +49,7 @@ def blocks_of_pairs(expert_of_pair: jax.Array) -> tuple[tuple[jax.Array, ...], j
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
-def run(
-    operands: Operands, *, problem: LayerProblem, implementation: str | None
-) -> jax.Array:
+def run(operands: Operands, *, problem: LayerProblem, implementation: str | None) -> jax.Array:
     """`[T, H]`. One cached trace per problem: repeated layers reuse it, and lower it once."""
     with jax.named_scope(problem.function):
         leaves, tree = jax.tree.flatten(operands)

@@ -97,4 +97,3 @@ def block_size_for(num_pairs: Any, num_experts: int) -> int:
         return UNKNOWN_ROWS
     mean = num_pairs / max(1, num_experts)
     return next((rows for most, rows in BLOCK_SIZES if mean <= most), MOST_ROWS)
-
