@@ -87,11 +87,13 @@ compile-kernels:
 	@$(OLD_JAX_THERE)
 	$(PY) -m tests.no_gpu.compile --jobs $(JOBS)
 	$(PY) -m tests.no_gpu.masked_quant
+	$(PY) -m tests.no_gpu.matmul
 	$(PY) -m tests.no_gpu.rows
 	$(PY) -m tests.no_gpu.peer_rows
 	$(PY) -m tests.no_gpu.recording
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.masked_quant
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.matmul
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.rows
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.peer_rows
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.recording

@@ -150,10 +150,10 @@ def ours_aligned(inputs: Inputs, block: int, config: Any = None) -> Iterator[Any
     take = jnp.minimum(aligned.sorted_token_ids, inputs.size.rows - 1)
     xs = [x[take] for x in inputs.x]
 
-    def call(x):
+    def call(x, w):
         if config is None:
-            return maj.grouped_matmul(x, inputs.w, aligned, block_size=block)
-        return _with_config("blocks", inputs, config, block, x, inputs.w, aligned)
+            return maj.grouped_matmul(x, w, aligned, block_size=block)
+        return _with_config("blocks", inputs, config, block, x, w, aligned)
 
     yield call, xs, lambda out: out[np.array([row_of[r] for _, _, r in inputs.sample])]
 
@@ -187,11 +187,11 @@ def ours_ragged(inputs: Inputs, config: Any = None) -> Iterator[Any]:
 
     sizes = jnp.asarray(inputs.counts)
 
-    def call(x):
+    def call(x, w):
         if config is None:
-            return maj.ragged_dot(x, inputs.w, sizes)
+            return maj.ragged_dot(x, w, sizes)
         where = (sizes, jnp.zeros(1, jnp.int32))
-        return _with_config("ragged", inputs, config, 0, x, inputs.w, where)
+        return _with_config("ragged", inputs, config, 0, x, w, where)
 
     yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
 
@@ -206,10 +206,10 @@ def ours_masked(inputs: Inputs, config: Any = None) -> Iterator[Any]:
     rows = np.minimum(starts[:, None] + np.arange(size.max_rows)[None], size.rows - 1)
     xs = [x[rows] for x in inputs.x]
 
-    def call(x):
+    def call(x, w):
         if config is None:
-            return maj.masked_grouped_matmul(x, inputs.w, counts)
-        out = _with_config("masked", inputs, config, 0, x, inputs.w, counts)
+            return maj.masked_grouped_matmul(x, w, counts)
+        out = _with_config("masked", inputs, config, 0, x, w, counts)
         return out.reshape(size.experts, size.max_rows, size.n)
 
     experts, within = (np.array([s[i] for s in inputs.sample]) for i in (0, 1))
@@ -221,7 +221,7 @@ def lax_ragged(inputs: Inputs) -> Iterator[Any]:
     import jax.numpy as jnp
 
     sizes = jnp.asarray(inputs.counts)
-    call = lambda x: jax.lax.ragged_dot(x, inputs.w, sizes)  # noqa: E731
+    call = lambda x, w: jax.lax.ragged_dot(x, w, sizes)  # noqa: E731
     yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
 
 
@@ -232,10 +232,10 @@ def jax_example(inputs: Inputs, config: tuple[int, int, int, int]) -> Iterator[A
     sizes = jnp.asarray(inputs.counts)
     block_m, block_n, steps, grid_block_n = config
 
-    def call(x):
+    def call(x, w):
         return ragged_dot_mgpu.ragged_dot(
             x,
-            inputs.w,
+            w,
             group_sizes=sizes,
             block_m=block_m,
             block_n=block_n,
@@ -252,13 +252,14 @@ def measure_jax(inputs: Inputs, provider: Callable, executions: int) -> tuple[st
 
     [(call, xs, sampled)] = provider(inputs)
 
-    def program(many):
-        return [call(x) for x in many]
+    def program(many):  # the weights are an argument: a closure would make them a constant
+        return [call(x, w) for x, w in many]
 
-    compiled = jax.jit(program).lower(xs).compile()
-    if wrong := inputs.wrong(sampled(compiled(xs)[0])):
+    given = [(x, inputs.w) for x in xs]
+    compiled = jax.jit(program).lower(given).compile()
+    if wrong := inputs.wrong(sampled(compiled(given)[0])):
         return wrong, None
-    return "", timing.time_jit_span(compiled, xs, executions=executions)
+    return "", timing.time_jit_span(compiled, given, executions=executions)
 
 
 def measure_torch(inputs: Inputs, kind: str, replays: int) -> tuple[str, Any]:

@@ -34,9 +34,9 @@ PARAM_SPECS = MoEParams(router=P(), gate=P(AXIS), up=P(AXIS), down=P(AXIS))
 
 
 def masked_experts(params: MoEParams, rows: jax.Array, masked_m: jax.Array) -> jax.Array:
-    """`[e, M, H]` to `[e, M, H]`: every expert on the rows in use of its box. The cost follows those."""
-    weights = (params.gate, params.up)
-    hidden = masked_grouped_matmul(rows, weights, masked_m, activation="silu")
+    """`[e, M, H]` to `[e, M, H]`: every expert on the rows of its box that are in use."""
+    pair = (params.gate, params.up)
+    hidden = masked_grouped_matmul(rows, pair, masked_m, activation="silu")
     return masked_grouped_matmul(hidden, params.down, masked_m)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_align_jax import _checks, _dispatch
-from moe_align_jax._grouped_matmul import arguments, config, primitive
+from moe_align_jax._grouped_matmul import arguments, config, primitive, reference
 from moe_align_jax._grouped_matmul.problem import Activation, MatmulProblem
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
 
@@ -380,13 +380,7 @@ def gmm(
         raise ValueError(_checks.message(function, "existing_out", rule, got, remedy))
     sizes = arguments.check_counts(function, "group_sizes", group_sizes, 0, out.shape[0])
     offset = arguments.check_offset(function, group_offset)
-    group = jnp.arange(sizes.shape[0], dtype=jnp.int32) - offset[0]
-    ours = (group >= 0) & (group < rhs.shape[0])
-    # Sizes are at most m each; a sum that could wrap is cut off at m first.
-    ends = arguments.group_ends(sizes, out.shape[0])
-    row = jnp.arange(out.shape[0], dtype=jnp.int32)
-    of_row = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
-    known = jnp.append(ours, False)[of_row]
+    known = reference.rows_with_matrix(sizes, offset[0], rhs.shape[0], out.shape[0])
     return jnp.where(known[:, None], out, existing_out)
 
 

@@ -87,6 +87,26 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel.row_primitives": {
         *(f"moe_align_jax.{m}" for m in ("_dispatch", "_expert_parallel", "_kernels.rows")),
     },
+    "moe_align_jax.matmul": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_grouped_matmul", "types")),
+    },
+    "moe_align_jax._grouped_matmul": {
+        *(f"moe_align_jax.{m}" for m in ("_checks", "_grouped_matmul")),
+    },
+    "moe_align_jax._grouped_matmul.problem": set(),
+    "moe_align_jax._grouped_matmul.primitive": {
+        *(f"moe_align_jax.{m}" for m in ("_dispatch", "_grouped_matmul.config")),
+        *(f"moe_align_jax._grouped_matmul.{m}" for m in ("problem", "reference")),
+        "lazily moe_align_jax._grouped_matmul.launch",
+    },
+    "moe_align_jax._grouped_matmul.launch": {
+        "moe_align_jax._grouped_matmul",
+        *("lazily moe_align_jax._simt.mosaic", "lazily moe_align_jax._simt.emulator"),
+    },
+    "moe_align_jax._grouped_matmul.tile_list": {
+        *("moe_align_jax._grouped_matmul.problem", "moe_align_jax._simt.collectives"),
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax.moe_layer": {
         *(f"moe_align_jax.{m}" for m in ("_checks", "_dispatch", "_grouped_matmul", "_moe_layer")),
         *("moe_align_jax.block_align", "moe_align_jax.types"),
@@ -121,14 +141,24 @@ ALLOWED: dict[str, set[str]] = {
 # Which of our modules may import these, and at which depth.
 FOREIGN: dict[str, set[str]] = {
     "torch": {"torch_bridge", "lazily benchmarks", "lazily moe_align_jax._cli"},
-    "jaxlib.mlir": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
-    "jax.experimental.mosaic": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
+    "jaxlib.mlir": {
+        *("moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"),
+        "moe_align_jax._grouped_matmul.inline",
+    },
+    "jax.experimental.mosaic": {
+        *("moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"),
+        "moe_align_jax._grouped_matmul.inline",
+    },
     "jax.experimental.pallas": {
         *("moe_align_jax._simt.mosaic", "moe_align_jax._kernels.masked_quant.kernel"),
-        "moe_align_jax._kernels.rows.weighted_sum",
+        *("moe_align_jax._kernels.rows.weighted_sum", "lazily benchmarks.grouped_matmul"),
+        *(f"moe_align_jax._grouped_matmul.{m}" for m in ("kernel", "epilogue", "inline", "loads")),
     },
     "jaxlib.version": {"lazily moe_align_jax._cli", "lazily torch_bridge.launch"},
-    "jaxlib": {"moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"},
+    "jaxlib": {
+        *("moe_align_jax._simt.mlir", "moe_align_jax._simt.mosaic"),
+        "moe_align_jax._grouped_matmul.inline",
+    },
     "jax._src": set(),
     "typer": {"moe_align_jax._cli", "lazily moe_align_jax.cli"},
     "rich": {"moe_align_jax._cli", "lazily moe_align_jax.cli", "lazily benchmarks"},
@@ -145,6 +175,9 @@ JAX_FREE = (
     "moe_align_jax._fits",
     "moe_align_jax._tuning",
     "moe_align_jax._quant",
+    "moe_align_jax._grouped_matmul.problem",
+    "moe_align_jax._grouped_matmul.config",
+    "moe_align_jax._grouped_matmul.shape",
     "moe_align_jax._files",
     "moe_align_jax.eplb",
 )

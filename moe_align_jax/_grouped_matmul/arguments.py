@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax import _checks
-from moe_align_jax._grouped_matmul import reference
 from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, MatmulProblem, Weights
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -261,11 +260,6 @@ def check_offset(function: str, value: Any) -> Any:
     if value.shape not in ((), (1,)):
         raise _wrong(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
     return value.reshape(1).astype(np.int32)
-
-
-def group_ends(sizes: Any, num_rows: int) -> jax.Array:
-    """`[G]`: the row behind each group's last, at most num_rows."""
-    return jnp.minimum(reference.saturating_cumsum(jnp.maximum(sizes, 0)), num_rows)
 
 
 def check_extras(

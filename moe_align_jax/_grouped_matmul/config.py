@@ -116,24 +116,25 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
         return Config("swap", bm, 128, 128, 5, group=0)
-    if bm == 64 or problem.n % 64 or problem.k % 64:  # where "m" would be serialised
+    if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=0 if problem.w_columns <= 512 else 4)
     group = 0 if problem.w_columns <= 512 else 16 if problem.num_experts <= 16 else 4
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
 
 
+def _may_be_tall(problem: MatmulProblem) -> bool:
+    """Whether a warpgroup can have 64 x 256 sums: copies and stores of 16 bytes take registers, and so does erf
+    (spills; wgmma is serialised)."""
+    whole = problem.n % 64 == 0 and problem.k % 64 == 0
+    return whole and problem.weights.activation != "gelu"
+
+
 def may_be_late(problem: MatmulProblem) -> bool:
     """Whether a finished tile can stay in registers during the next one's products.
 
-    Nothing else may need many of them: what a tile needs for cp.async or for stores of 16 bytes is spilled, and
-    so is erf, and the bias of columns that are parted in registers.
+    The bias of columns that are parted in registers takes too many beside it.
     """
     weights = problem.weights
     parted = weights.gated and weights.interleaved and not weights.transposed
-    whole = problem.n % 64 == 0 and problem.k % 64 == 0
-    spills = weights.activation == "gelu" or (parted and weights.bias)
-    return whole and problem.out_dtype != "float32" and not spills
-
-
-def table_entry(config: Config) -> dict[str, Any]:
-    return config._asdict()
+    spills = parted and weights.bias
+    return _may_be_tall(problem) and problem.out_dtype != "float32" and not spills

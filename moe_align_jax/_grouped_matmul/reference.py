@@ -72,8 +72,7 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
         expert = jnp.arange(problem.num_experts, dtype=_I32)
     else:
         size = max(1, min(_TILE, problem.num_rows))
-        # Rows that the array does not have are cut off.
-        ends = jnp.minimum(saturating_cumsum(jnp.maximum(where[0], 0)), problem.num_rows)
+        ends = _group_ends(where[0], problem.num_rows)
         begin = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         sizes = ends - begin
         most = -(-problem.num_rows // size) + problem.num_groups
@@ -88,7 +87,22 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     return Tiles(size, last[-1], expert[group], start, (begin + sizes)[group])
 
 
-def saturating_cumsum(sizes: jax.Array) -> jax.Array:
+def _group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
+    """The row behind each group's last; rows that the array does not have are cut off."""
+    return jnp.minimum(_saturating_cumsum(jnp.maximum(sizes, 0)), num_rows)
+
+
+def rows_with_matrix(
+    sizes: jax.Array, offset: jax.Array, num_experts: int, num_rows: int
+) -> jax.Array:
+    """`[num_rows]` bool: which rows of "ragged" are products, not zeros."""
+    group = jnp.arange(sizes.shape[0], dtype=_I32) - offset
+    known = jnp.append((group >= 0) & (group < num_experts), False)
+    row = jnp.arange(num_rows, dtype=_I32)
+    return known[jnp.searchsorted(_group_ends(sizes, num_rows), row, side="right")]
+
+
+def _saturating_cumsum(sizes: jax.Array) -> jax.Array:
     """Running sums of values >= 0; 2**31 - 1 where they exceed it."""
     most = jnp.iinfo(_I32).max
 
