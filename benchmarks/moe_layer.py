@@ -397,11 +397,13 @@ def children(
         lines: queue.Queue = queue.Queue()
 
         def read(process=process, lines=lines):
-            for text in process.stdout:
-                lines.put(text)
+            with process.stdout:
+                for text in process.stdout:
+                    lines.put(text)
             lines.put(None)
 
-        threading.Thread(target=read, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         seen: list[int] = []
         reason, patience = "", options.patience + 30  # its imports and weights
         while True:
@@ -422,6 +424,7 @@ def children(
             else:
                 print(text, end="", flush=True)
         code = process.wait()
+        reader.join(timeout=5)
         if not code and not reason:
             return
         # The case behind the last row, or the one that was under way.
