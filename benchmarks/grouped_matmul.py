@@ -3,8 +3,8 @@
 python -m benchmarks.grouped_matmul --out results/grouped_matmul.jsonl
 
 Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
-time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one jit
-(device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in use,
+time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one
+jit (device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in use,
 not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate over
 the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
 
@@ -103,7 +103,9 @@ class Inputs:
         rng = np.random.default_rng(1)
         chosen = rng.choice(len(expert), min(_SAMPLED_ROWS, len(expert)), False)
         chosen[0] = len(expert) - 1
-        self.sample = [(int(expert[c]), int(within[c]), int(starts[expert[c]] + within[c])) for c in chosen]
+        self.sample = [
+            (int(expert[c]), int(within[c]), int(starts[expert[c]] + within[c])) for c in chosen
+        ]
         rows = np.asarray(self.x[0][np.array([r for _, _, r in self.sample])]).astype(np.float32)
         self.answers = np.empty((len(rows), size.n), np.float32)
         for expert in {e for e, _, _ in self.sample}:
@@ -126,7 +128,7 @@ class Inputs:
         return "" if error < _BOUND else f"relative error {error:.2e}"
 
 
-# -- providers ---------------------------------------------------------------------------------------------
+# -- providers -------------------------------------------------------------------------------------
 
 
 def _aligned(inputs: Inputs, block: int) -> tuple[Any, np.ndarray]:
@@ -270,9 +272,7 @@ def measure_torch(inputs: Inputs, kind: str, replays: int) -> tuple[str, Any]:
     xs, w = [to_torch(x) for x in inputs.x], to_torch(inputs.w)
     if kind == "dense":  # the same m, k and n, one matrix
         outs = [torch.empty(x.shape[0], w.shape[2], dtype=x.dtype, device=x.device) for x in xs]
-        calls = [
-            functools.partial(torch.mm, x, w[0], out=o) for x, o in zip(xs, outs, strict=True)
-        ]
+        calls = [functools.partial(torch.mm, x, w[0], out=o) for x, o in zip(xs, outs, strict=True)]
         return "", timing.time_torch_graph(calls, replays=replays)
     ends = torch.cumsum(to_torch_counts(inputs), 0, dtype=torch.int32)
     first = torch._grouped_mm(xs[0], w, offs=ends)
@@ -300,7 +300,7 @@ def read_rate() -> float:
     return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
 
 
-# -- a case ----------------------------------------------------------------------------------------------
+# -- a case ----------------------------------------------------------------------------------------
 
 
 def variants(size: Size) -> list[tuple[str, int, Any]]:

@@ -1,4 +1,4 @@
-"""grouped_matmul, masked_grouped_matmul, ragged_dot and gmm: "xla", and the kernel on a GPU, against NumPy."""
+"""grouped_matmul, masked_grouped_matmul, ragged_dot, gmm: "xla", and the kernel on a GPU, against NumPy."""
 
 import functools
 
@@ -228,7 +228,7 @@ def test_no_rows_no_columns_no_tokens():
     assert full.shape == (4, 8) and not full.any()
 
 
-# -- groups -----------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------
 
 GROUPS = [
     ([3, 0, 7, 5], 15),
@@ -277,9 +277,7 @@ def test_group_offset(offset, implementation):
     rng = np.random.default_rng(4)
     lhs, rhs = normal(rng, (60, 32), "bfloat16"), normal(rng, (3, 32, 16), "bfloat16")
     sizes = np.array([11, 7, 0, 25, 9])
-    out = maj.ragged_dot(
-        lhs, rhs, sizes, None, None, offset, implementation=implementation
-    )
+    out = maj.ragged_dot(lhs, rhs, sizes, None, None, offset, implementation=implementation)
     start = int(np.asarray(offset).reshape(()))
     want = oracle.ragged(np.asarray(lhs), np.asarray(rhs), sizes, group_offset=start)
     assert oracle.error(out, want) < 5e-3
@@ -305,7 +303,7 @@ def test_gmm_is_megablox_call():
     assert oracle.error(plain, want) < 1e-5
 
 
-# -- the masked layout ---------------------------------------------------------------------------------
+# -- the masked layout -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +344,7 @@ def test_masked_of_many_rows(implementation):
             assert oracle.error(y[expert, : len(rows)], rows) < 5e-3
 
 
-# -- derivatives -----------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 
 def dense_blocks(x, w, bias, scale, aligned, block, top_k, options):
@@ -424,7 +422,7 @@ def test_derivatives_of_groups_and_of_the_masked_layout():
         np.testing.assert_allclose(g, t, rtol=1e-4, atol=1e-5)
 
 
-# -- transformations --------------------------------------------------------------------------------------
+# -- transformations -------------------------------------------------------------------------------
 
 
 def small():
@@ -555,7 +553,7 @@ def test_out_sharding():
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
-# -- asking, and errors -----------------------------------------------------------------------------------
+# -- asking, and errors ----------------------------------------------------------------------------
 
 
 def test_select_says_what_runs_and_why():
@@ -609,7 +607,11 @@ BAD_BLOCKS = [
     (TypeError, "gated must be a static bool", {"gated": 1}),
     (ValueError, "interleaved must be False", {"interleaved": True}),
     (ValueError, "swiglu_limit must be None but", {"swiglu_limit": 7.0}),
-    (ValueError, "swiglu_alpha must be None or positive", {"activation": "silu", "swiglu_alpha": 0}),
+    (
+        ValueError,
+        "swiglu_alpha must be None or positive",
+        {"activation": "silu", "swiglu_alpha": 0},
+    ),
     (ValueError, r"bias must have shape \[2, 24\]", {"bias": np.zeros((2, 12))}),
     (TypeError, "bias must be a float array", {"bias": np.zeros((2, 24), np.int32)}),
     (ValueError, r"row_weights must have shape \[10\]", {"row_weights": np.zeros(8)}),

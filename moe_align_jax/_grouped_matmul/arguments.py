@@ -196,7 +196,9 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
     ids, experts, used = found
     if ids.ndim != 1:
         remedy = "Call jax.vmap for several alignments."
-        raise _wrong(ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy)
+        raise _wrong(
+            ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
+        )
     blocks = _checks.cdiv(ids.shape[0], block_size)
     if experts.shape != (blocks,):
         rule = f"be the alignment's, with cdiv(P, block_size) = {experts.shape[0]} blocks"
@@ -277,7 +279,9 @@ def check_extras(
         shape, _ = problem.inputs[argument]
         if value.shape != shape:
             rule = f"have shape {list(shape)}"
-            remedy = "One value for each column of w." if argument == "bias" else "One for each row."
+            remedy = (
+                "One value for each column of w." if argument == "bias" else "One for each row."
+            )
             raise _wrong(ValueError, function, argument, rule, value, remedy)
         found.append(value.astype(np.float32))
     return found

@@ -188,6 +188,4 @@ class Loader:
                 before = tile.expert * problem.n
             else:
                 matrix, before = inline.Matrix(columns, chunks, chunks), tile.expert * columns
-        inline.copy_matrix(
-            *(ref, target, self.w_like, matrix, before, row, chunk), shape=shape
-        )
+        inline.copy_matrix(*(ref, target, self.w_like, matrix, before, row, chunk), shape=shape)

@@ -137,7 +137,9 @@ def run(
             choose(problem, "cpu", implementation)
         given = _dispatch._vary_together(list(operands))
         floats = problem.num_floats
-        return _differentiable(problem, implementation, tuple(given[:floats]), tuple(given[floats:]))
+        return _differentiable(
+            problem, implementation, tuple(given[:floats]), tuple(given[floats:])
+        )
 
 
 def _nothing(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> jax.Array:

@@ -288,9 +288,7 @@ def grouped_matmul_backward(
         scale = scales
         if scale is not None:
             scale = lax.dynamic_slice_in_dim(scale, rows.start, every.size)
-        _, pull = jax.vjp(
-            lambda *floats: one_tile(problem, rows.used, *floats), xs, w, bias, scale
-        )
+        _, pull = jax.vjp(lambda *floats: one_tile(problem, rows.used, *floats), xs, w, bias, scale)
         here = lax.dynamic_slice_in_dim(ct, rows.start, every.size).astype(_F32)
         here = jnp.where(rows.used[:, None], here, 0.0)
         dx, dw, dbias, dscale = pull(here)
@@ -315,9 +313,7 @@ def grouped_matmul_backward(
     sums = (zeros(x), tuple(map(zeros, given.w)), zeros(given.bias), zeros(scales))
     dx, dw, dbias, dscale = lax.fori_loop(0, every.count, step, sums)
     found = [dx, *dw, *(d for d in (dbias, dscale) if d is not None)]
-    return [
-        d[: like.shape[0]].astype(like.dtype) for d, like in zip(found, floats, strict=True)
-    ]
+    return [d[: like.shape[0]].astype(like.dtype) for d, like in zip(found, floats, strict=True)]
 
 
 def _add_rows(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:

@@ -47,9 +47,7 @@ class TileList(NamedTuple):
 def of(problem: MatmulProblem, bm: int) -> TileList:
     ragged = problem.rows == "ragged"
     groups = problem.num_groups if ragged else problem.num_experts
-    return TileList(
-        ragged, groups, problem.num_experts, problem.num_rows, problem.max_rows, bm
-    )
+    return TileList(ragged, groups, problem.num_experts, problem.num_rows, problem.max_rows, bm)
 
 
 def build(tiles: TileList) -> Program:
@@ -113,7 +111,7 @@ class _Body:
 
     def begins(self, sizes: list[Int]) -> list[Int]:
         """The first row of each, and the row behind the last."""
-        t, tiles = self.t, self.tiles
+        tiles = self.tiles
         if not tiles.ragged:
             return [(self.tid * self.each + k) * tiles.max_rows for k in range(self.each)]
         total = sizes[0]

@@ -56,7 +56,11 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield "partial", problem(block=block * 3 // 4), tiles
         if not tall:  # too many registers
             yield "odd", problem(block=block, **odd), tiles
-            yield "odd, transposed", problem(block=block, weights={"transposed": True}, **odd), tiles
+            yield (
+                "odd, transposed",
+                problem(block=block, weights={"transposed": True}, **odd),
+                tiles,
+            )
             yield "odd, gathered", problem(block=block, **gather, **odd), tiles
             yield "odd, ragged", problem(**ragged, **odd), tiles
             yield "tiny", problem(block=block, k=8, n=8, num_rows=37), tiles
@@ -196,7 +200,13 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         tools = toolchain.set_up()
-        command = [sys.executable, "-m", "tests.no_gpu.matmul", str(tools.plugin), str(tools.runtime)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.no_gpu.matmul",
+            str(tools.plugin),
+            str(tools.runtime),
+        ]
         command.append(sys.argv[1])
         sys.exit(subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode)
     if len(sys.argv) == 4:
