@@ -180,7 +180,8 @@ def fused_moe(
             num_valid_pairs=_num_valid_pairs(function, num_valid_tokens, tokens, top_k),
             return_inverse=True,
             expert_location=expert_location,
-            implementation=implementation,
+            # Where the kernels cannot run, the products say so, in this function's name.
+            implementation=None if implementation == "mosaic_gpu" else implementation,
         )
         check_blocks = expert_map is not None
         counts = aligned.tokens_per_expert[:experts] if counted else None
