@@ -4,8 +4,8 @@ Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain P
 which takes no inline code. Checked with jax 0.11.2 and 0.12.
 
 Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r
-at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a tile,
-counted row after row.
+at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a
+tile, counted row after row.
 """
 
 from typing import Any, NamedTuple

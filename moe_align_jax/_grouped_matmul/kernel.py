@@ -2,7 +2,8 @@
 
 A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
 memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile
-is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the device.
+is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the
+device.
 
     form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
     form "n":     all rows, half of the columns;
