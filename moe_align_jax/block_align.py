@@ -43,13 +43,15 @@ def moe_align_block_size(
     Args:
         topk_ids: any shape (usually `[num_tokens, top_k]`, flattened in row-major order), any integer
             dtype: the chosen experts. Ids outside `[0, num_experts)` are dropped. Ids are compared in
-            their own dtype; under a caller's own jit without x64, jax has narrowed a NumPy int64 first.
+            their own dtype. Without x64, jax narrows a 64-bit NumPy array that is an argument of a
+            transformed function (`jax.jit`; `jax.vmap`, also eagerly) to its low 32 bits before this
+            function sees it; one that the function closes over is compared whole.
             Sharded over devices under plain jit, the result is the global one (ids are gathered);
             per-shard results are shard_map's.
         block_size: rows per GEMM block (its BLOCK_M), >= 1. Static.
         num_experts: E, number of global (physical) experts, >= 1. Static.
         expert_map: `[E]` any integer dtype, global to local id, -1 if on another rank; entries outside
-            `[-1, E)` count as -1.
+            `[-1, E)` count as -1. A 64-bit NumPy array as for topk_ids.
         ignore_invalid_experts: False aligns all experts and then maps `expert_ids`, so that remote
             blocks read -1; True drops remote pairs before counting and groups by local id.
         pad_sorted_ids: round P up to a multiple of block_size. Static.

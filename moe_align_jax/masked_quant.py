@@ -49,7 +49,7 @@ def silu_and_mul_masked_quant(
 
         silu  = u(gate / (1 + exp(-gate)))                       in float32, rounded once
         value = silu * up                                        in u
-        scale = max(max(|value|), amax_floor) / 448              in float32, over a group
+        scale = max(max(|value|), amax_floor) / 448              over a group, rounded once to float32
         q     = e4m3(clip(value * (1 / scale), -448, 448))       to nearest even
 
     Args:
@@ -73,8 +73,10 @@ def silu_and_mul_masked_quant(
     Returns:
         `(q, scales)`: `[e, M, N]` float8_e4m3fn; float32 scales, or int32 if packed. What stands in rows at
         or past `masked_m` is unspecified ("xla" puts zeros). A group with an infinity or a NaN has codes
-        and a scale that are unspecified. Implementations differ where `exp` does, in the last bit of a
-        value now and then: then by one step of a code, or of a scale's value in x's dtype.
+        and a scale that are unspecified. A scale is the correctly rounded quotient of its group's greatest
+        value on every implementation. Values differ where `exp` does, in the last bit now and then: then by
+        one step of a code, or of a scale's value in x's dtype. The kernel's `1 / scale` and `value / scale`
+        are the GPU's, good to two units in the last place: a code may differ by one step.
 
     Raises:
         TypeError: x or masked_m has another dtype, or an option is not static.

@@ -38,8 +38,8 @@ def grouped_matmul(
 ) -> Float[Array, "P N"]:
     """Multiplies each aligned row with the weights of its block's expert.
 
-    One product per block of `aligned`, accumulated in float32. Bias, activation and row weights are applied to
-    the float32 sums, which are rounded once, to the result's dtype. Per row, with e the block's expert:
+    One product per block of `aligned`, accumulated in float32. Bias, activation and row weights are applied
+    to the float32 sums, which are rounded once, to the result's dtype. Per row, with e the block's expert:
 
         product = x_row @ w[e] + bias[e]
         result  = act(gate) * up * row_weight        gate and up are the two halves of the product's columns

@@ -162,9 +162,9 @@ def route_and_align(
     return_inverse: bool = True,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"], AlignedBlocks]:
-    """`route_topk`, and `moe_align_block_size` of what it chose: one launch for up to 128 tokens.
+    """`route_topk`, and `moe_align_block_size` of what it chose: one launch for up to 64 tokens.
 
-    The results are those of the two apart, bit for bit; beyond 128 tokens or 2048 pairs they are two calls.
+    The results are those of the two apart, bit for bit; beyond 64 tokens or 2048 pairs they are two calls.
 
     Args:
         logits, top_k, scoring, softmax_after_topk, renormalize, correction_bias, num_groups, topk_groups,

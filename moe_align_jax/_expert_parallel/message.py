@@ -82,7 +82,8 @@ def columns_per_scale(scales_dtype: Any) -> int:
 def quantize(x: jax.Array, scale_format: str = "float32") -> tuple[jax.Array, jax.Array]:
     """(e4m3 `[T, H]`, scales), per token and 128 columns: `x ~ q * scale`.
 
-    "float32": `scale = max(amax, 1e-4) / 448`, `q = e4m3(x * (448 / max(amax, 1e-4)))`, scales `[T, G]`.
+    "float32": `scale = max(amax, 1e-4) * (1 / 448)`, with the reciprocal rounded to float32, and
+    `q = e4m3(x * (448 / max(amax, 1e-4)))`, scales `[T, G]`.
     "ue8m0": the power of two at or above that scale, and `q = e4m3(x / scale)`.
     "ue8m0_packed": its biased exponent, four to an int32, the first in the lowest byte: `[T, G / 4]`.
     """

@@ -1,11 +1,11 @@
 """What the kernel does that Pallas has no word for: rows by cp.async, stores of single rows, parted columns.
 
-Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain Pallas for the interpreter, which
-takes no inline code. Checked with jax 0.11.2 and 0.12.
+Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain Pallas for the interpreter,
+which takes no inline code. Checked with jax 0.11.2 and 0.12.
 
-Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r at
-place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a tile,
-counted row after row.
+Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r
+at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a
+tile, counted row after row.
 """
 
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
-# wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes have
-# 4 neighbouring columns of a row.
+# wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes
+# have 4 neighbouring columns of a row.
 _PARTED = (((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2), -1)
 PARTED = plgpu.Layout.TILED(
     plgpu.Tiling(_PARTED[0]), warp_dims=_PARTED[1], lane_dims=_PARTED[2], vector_dim=_PARTED[3]
 )
 
 
-# -- MLIR ----------------------------------------------------------------------------------------------
+# -- MLIR ------------------------------------------------------------------------------------------
 
 
 def _i32() -> ir.Type:
@@ -106,7 +106,7 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
     )
 
 
-# -- rows by their indices ---------------------------------------------------------------------------------
+# -- rows by their indices -------------------------------------------------------------------------
 
 
 def find_rows(
@@ -122,8 +122,8 @@ def find_rows(
 ) -> jax.Array:
     """Where the rows of a tile lie: for each row of which this thread moves chunks, its place in x.
 
-    In chunks, from x's start to this thread's chunk of the row; -1 where there is no row: the id is no pair, or
-    the row is not below `end`. In the interpreter: a token per row.
+    In chunks, from x's start to this thread's chunk of the row; -1 where there is no row: the id is no pair,
+    or the row is not below `end`. In the interpreter: a token per row.
 
     Args:
         ids_ref: `[.]` int32 in global memory, at least `start + rows` of them.
@@ -188,8 +188,8 @@ def copy_rows(
 ) -> None:
     """Asks for columns `[64 step, 64 step + 64)` of the rows that `find_rows` found: a tile `[rows, 64]`.
 
-    They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as do
-    columns that x does not have.
+    They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as
+    do columns that x does not have.
     """
     if interpret:  # x has whole tiles of columns there
         width = tile_ref.shape[-1]
@@ -320,7 +320,7 @@ def wait_for_copies(lag: int, *, interpret: bool) -> None:
     emit()
 
 
-# -- single rows of a tile ------------------------------------------------------------------------------------
+# -- single rows of a tile -------------------------------------------------------------------------
 
 
 def store_rows(
@@ -398,7 +398,7 @@ def store_rows(
     emit(tile_ref, out_ref, row, end, column)
 
 
-# -- columns that are gate and up in turn -------------------------------------------------------------------------
+# -- columns that are gate and up in turn ----------------------------------------------------------
 
 
 def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,9 @@
 """The kernel of the grouped matrix multiplication, in Pallas Mosaic GPU.
 
 A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
-memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile is
-loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the device.
+memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile
+is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the
+device.
 
     form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
     form "n":     all rows, half of the columns;
@@ -300,7 +301,7 @@ def build(
     )
 
 
-# -- which tile ----------------------------------------------------------------------------------------
+# -- which tile ------------------------------------------------------------------------------------
 
 
 def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
@@ -342,7 +343,7 @@ def _tile(
     return Tile(valid, expert, row, end, n)
 
 
-# -- products, and what becomes of them -------------------------------------------------------------------
+# -- products, and what becomes of them ------------------------------------------------------------
 
 
 def _operands(

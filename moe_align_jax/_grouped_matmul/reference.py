@@ -203,7 +203,10 @@ def ids_bound(problem: MatmulProblem, ids: jax.Array) -> jax.Array | int:
     The last slot holds the number of pairs: a block of more than one row is never full where all of the
     capacity is used, since that takes experts whose last block holds one pair.
     """
-    return problem.num_rows if problem.block_size == 1 else ids[problem.num_rows - 1]
+    if problem.block_size == 1:
+        return problem.num_rows
+    # An array, since num_rows may be a symbol of an exported program.
+    return lax.dynamic_index_in_dim(ids, jnp.asarray(problem.num_rows - 1, _I32), keepdims=False)
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:

@@ -211,14 +211,14 @@ CASES = [
         {},
         TypeError,
         "num_pairs",
-        "be a Python int; got float 8.0.",
+        "be a static Python int; got float 8.0.",
     ),
     (
         functools.partial(maj.max_num_tokens_padded, True, block_size=4, num_experts=8),
         {},
         TypeError,
         "num_pairs",
-        "be a Python int; got bool True.",
+        "be a static Python int; got bool True.",
     ),
     (
         functools.partial(maj.max_num_tokens_padded, 2**31 - 8, block_size=2, num_experts=8),

@@ -65,9 +65,9 @@ def aligned_problems() -> Iterator[tuple[Any, Any]]:
         (Problem(32, 256, 8, **deepseek), 64, 288, {"return_inverse": True, **dynamic}),
         (Problem(64, 256, 8, has_token_mask=True), 64, 256, {"expert_map": "filter"}),
         (Problem(64, 256, 8, "bfloat16"), 128, 256, {"return_inverse": True}),
-        (Problem(100, 60, 4, "float16", has_num_valid_tokens=True), 16, 80, static),
-        (Problem(128, 512, 16), 16, 512, {"return_inverse": True}),
-        (Problem(128, 1024, 8, bias_rows=1), 128, 1024, {"return_inverse": True}),
+        (Problem(50, 60, 4, "float16", has_num_valid_tokens=True), 16, 80, static),
+        (Problem(64, 512, 16), 16, 512, {"return_inverse": True}),
+        (Problem(64, 1024, 8, bias_rows=1), 128, 1024, {"return_inverse": True}),
     ):
         pairs = problem.num_tokens * problem.top_k
         capacity = checks.max_num_tokens_padded(pairs, block_size=block_size, num_experts=slots)

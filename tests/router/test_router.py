@@ -565,8 +565,8 @@ def test_select_says_what_runs_and_why_nothing_else():
     assert "not on 'cpu'" in select((64, 256), top_k=8, platform="cpu").reasons["mosaic_gpu"]
     large = select((64, 2048), top_k=8, platform="cuda")
     assert large[:2] == ("xla", "sort") and "1024 experts" in large.reasons["mosaic_gpu"]
-    assert select((129, 256), top_k=8, block_size=16, platform="cuda").form.startswith("warp, ")
-    assert select((128, 256), top_k=8, block_size=16, platform="cuda").form == "one launch"
+    assert select((65, 256), top_k=8, block_size=16, platform="cuda").form.startswith("warp, ")
+    assert select((64, 256), top_k=8, block_size=16, platform="cuda").form == "one launch"
     assert select((0, 256), top_k=8, platform="cpu").form == "empty"
     named = select((64, 256), top_k=8, platform="cpu", implementation="emulator")
     assert named.reasons["xla"] == "implementation='emulator' was asked for"

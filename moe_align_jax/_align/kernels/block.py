@@ -17,6 +17,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     num_experts, block_size = problem.num_experts, problem.block_size
     threads = config.num_warpgroups * WARPGROUP
     num_warps = threads // WARP

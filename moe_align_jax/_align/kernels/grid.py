@@ -16,6 +16,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The count kernel and the place kernel. Their stores do not depend on `vector`."""
     del vector  # its stores are 4 bytes wide
     layout = placing.layout_of(problem, config)
     local_sort, one_tile = config.local_sort, layout.tiles == 1

@@ -15,6 +15,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     block_size = problem.block_size
     threads = config.num_warpgroups * WARPGROUP
     most = max(WARP, 1 << (problem.num_pairs - 1).bit_length())

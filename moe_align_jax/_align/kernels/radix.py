@@ -324,6 +324,7 @@ def digits(num_experts: int) -> list[tuple[int, int]]:
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """Two kernels per digit, then `first`, `scan` and `rows`. Their stores do not depend on `vector`."""
     del vector
     kernels: list[Kernel] = []
     passes = digits(problem.num_experts)

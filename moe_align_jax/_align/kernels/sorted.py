@@ -327,6 +327,7 @@ class _Sorter:
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     threads = config.num_warpgroups * WARPGROUP
     rounds = -(-problem.num_pairs // threads)
     digits = sorted_digits(sorted_range(problem.num_experts, config.num_ctas, config.cluster))

@@ -40,6 +40,7 @@ def _sort(t: Simt, r: SimpleNamespace, key: Int, num_pairs: int) -> tuple[Int, I
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     block_size, num_ctas = problem.block_size, config.num_ctas
 
     def body(t: Simt, r: SimpleNamespace) -> None:

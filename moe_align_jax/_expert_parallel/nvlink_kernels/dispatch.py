@@ -75,6 +75,8 @@ def _num_ctas(problem: Dispatch) -> int:
 
 
 def build(problem: Dispatch) -> Kernel:
+    """The kernel that every device launches: rows to their experts' ranks and into the boxes there."""
+
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Dispatcher(t, r, problem).run()
 

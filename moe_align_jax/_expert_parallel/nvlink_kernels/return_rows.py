@@ -9,6 +9,7 @@ from moe_align_jax._simt.language import WARPGROUP, Int, Kernel, Simt
 
 
 def build(problem: ReturnRows) -> Kernel:
+    """The kernel that every device launches: rows back to the ranks of their tokens."""
     field, count = problem.field, problem.devices.count
 
     def body(t: Simt, r: SimpleNamespace) -> None:

@@ -1,0 +1,311 @@
+"""The router, and the router with the alignment, beside SGLang's Triton router and vLLM's compiled ops.
+
+python -m benchmarks.fetch vllm sglang_router
+python -m benchmarks.router --sglang-router .peers/sgl_router.py --vllm .peers/vllm_moe.so --out router.jsonl
+
+Every provider runs over the same logits: ours as calls inside one jit (device span; XLA puts them into a CUDA
+graph), the peers' in one CUDA graph. Before a time is taken, ids are compared with NumPy's, which must be the
+same wherever the scores differ by more than rounding, and weights to 1e-5.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Both frameworks share one GPU here; by default jax would take most of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from benchmarks import machine, timing  # noqa: E402
+
+_ROUNDING = 3e-6
+
+
+class Size(NamedTuple):
+    """T tokens, E experts, K of them chosen; the options of `route_topk`.
+
+    Attributes:
+        kind: "softmax", renormalised; "sigmoid", with a bias; or "grouped", as DeepSeek-V3 routes.
+        block_size: with the alignment behind the router; 0 for the router alone.
+    """
+
+    tokens: int
+    experts: int
+    top_k: int = 8
+    kind: str = "softmax"
+    dtype: str = "float32"
+    block_size: int = 0
+
+    @property
+    def name(self) -> str:
+        aligned = f", aligned to {self.block_size}" if self.block_size else ""
+        return f"{self.tokens}x{self.experts}, top-{self.top_k}, {self.kind}, {self.dtype}{aligned}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.kind == "softmax":
+            return {"renormalize": True}
+        groups = {"num_groups": 8, "topk_groups": 4} if self.kind == "grouped" else {}
+        return {"scoring": "sigmoid", "renormalize": True, "scaling_factor": 2.5, **groups}
+
+    @property
+    def biased(self) -> bool:
+        return self.kind != "softmax"
+
+
+SIZES = (
+    *(Size(t, e, min(8, e)) for e in (8, 64, 128, 256, 512) for t in (1, 8, 64, 512, 8192, 16384)),
+    *(Size(t, 256, dtype="bfloat16") for t in (1, 64, 8192)),
+    *(Size(t, 256, kind=kind) for kind in ("sigmoid", "grouped") for t in (1, 64, 8192)),
+    *(Size(t, 256, block_size=16) for t in (1, 4, 8, 16, 32, 64)),
+)
+
+
+# -- right -------------------------------------------------------------------------------------------
+
+
+def choices(size: Size, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(what each expert is chosen by, -inf where it cannot be; its score), in float64."""
+    x = logits.astype(np.float64)
+    if size.kind == "softmax":
+        powers = np.exp(x - x.max(axis=1, keepdims=True))
+        scores = powers / powers.sum(axis=1, keepdims=True)
+        return scores, scores
+    scores = 1 / (1 + np.exp(-x))
+    choice = scores + bias
+    if size.kind == "grouped":
+        groups = choice.reshape(len(x), 8, -1)
+        best = np.sort(groups, axis=2)[:, :, -2:].sum(axis=2)
+        kept = np.argsort(-best, axis=1, kind="stable")[:, :4]
+        stays = (kept[:, :, None] == np.arange(8)).any(axis=1)
+        choice = np.where(stays[:, :, None], groups, -np.inf).reshape(x.shape)
+    return choice, scores
+
+
+def mismatch(size: Size, logits: Any, bias: Any, weights: np.ndarray, ids: np.ndarray) -> str:
+    """What is wrong with the results, "" when nothing is."""
+    choice, scores = choices(size, logits, bias)
+    want = np.argsort(-choice, axis=1, kind="stable")[:, : size.top_k]
+    if ids.min() < 0 or ids.max() >= size.experts:
+        return f"an id of {ids.min()} or {ids.max()}"
+    if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        return "an id comes twice"
+    taken, best = (np.take_along_axis(choice, at, axis=1) for at in (ids, want))
+    with np.errstate(invalid="ignore"):
+        off = np.abs(taken - best) > _ROUNDING * (1 + np.abs(best))
+    if off.any():
+        token = int(off.any(axis=1).argmax())
+        return f"token {token}: ids {ids[token]}, not {want[token]}"
+    expected = np.take_along_axis(scores, ids, axis=1)
+    expected = expected / expected.sum(axis=1, keepdims=True)
+    expected *= size.options.get("scaling_factor", 1.0)
+    error = np.abs(weights - expected) / expected
+    return f"a weight is off by {error.max():.1e}" if not error.max() <= 1e-5 else ""
+
+
+class Inputs:
+    """Several logits of one size, on jax's device, and the bias."""
+
+    def __init__(self, size: Size, copies: int):
+        import jax
+        import jax.numpy as jnp
+
+        self.size = size
+        shape = (size.tokens, size.experts)
+        self.logits = [
+            jax.random.normal(jax.random.key(k), shape, jnp.dtype(size.dtype))
+            for k in range(copies)
+        ]
+        self.bias = jax.random.normal(jax.random.key(99), shape[1:])
+
+    def wrong(self, results: Sequence[tuple[Any, Any]]) -> str:
+        """Of the first and the last of the results."""
+        for k in sorted({0, len(self.logits) - 1}):
+            given = np.asarray(self.logits[k].astype("float32")), np.asarray(self.bias)
+            weights, ids = map(np.asarray, results[k])
+            if text := mismatch(self.size, *given, weights, ids):
+                return f"input {k}: {text}"
+        return ""
+
+
+# -- providers ---------------------------------------------------------------------------------------
+
+
+def measure_ours(inputs: Inputs, implementation: str | None, executions: int) -> tuple[str, Any]:
+    import jax
+
+    import moe_align_jax as maj
+
+    size = inputs.size
+    options: dict[str, Any] = {"top_k": size.top_k, "implementation": implementation}
+    options |= size.options
+    if size.biased:
+        options["correction_bias"] = inputs.bias
+    route: Callable = maj.route_topk
+    if size.block_size:
+        route = functools.partial(maj.route_and_align, block_size=size.block_size)
+
+    def program(many):
+        return [tuple(route(x, **options)) for x in many]
+
+    compiled = jax.jit(program).lower(inputs.logits).compile()
+    if wrong := inputs.wrong([found[:2] for found in compiled(inputs.logits)]):
+        return wrong, None
+    if jax.default_backend() == "cpu":
+        run = lambda: jax.block_until_ready(compiled(inputs.logits))  # noqa: E731
+        return "", timing.time_wall(run, calls=len(inputs.logits), repeats=3)
+    return "", timing.time_jit_span(compiled, inputs.logits, executions=executions)
+
+
+@functools.cache
+def _sglang(path: str) -> Any:
+    # The file asks for one switch of the rest of its package: of a way for another GPU.
+    off = types.SimpleNamespace(get=lambda: False)
+    stand_in: Any = types.ModuleType("sglang.srt.environ")
+    stand_in.envs = types.SimpleNamespace(SGLANG_OPT_SM120_MTP_ROUTER_TOP22=off)
+    for name in ("sglang", "sglang.srt"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules.setdefault(stand_in.__name__, stand_in)
+    spec = importlib.util.spec_from_file_location("sgl_router", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def _sglang_call(path: str, size: Size, x: Any, bias: Any) -> Callable[[], tuple[Any, Any]]:
+    scale = size.options.get("scaling_factor", 1.0)
+    groups = {"num_expert_group": 8, "topk_group": 4} if size.kind == "grouped" else {}
+    return functools.partial(
+        _sglang(path).moe_fused_gate,
+        x,
+        bias if size.biased else None,
+        size.top_k,
+        scoring_func=size.options.get("scoring", "softmax"),
+        routed_scaling_factor=scale,
+        apply_routed_scaling_factor_on_output=scale != 1,
+        **groups,
+    )
+
+
+def _vllm_call(path: str, size: Size, x: Any, bias: Any) -> Callable[[], tuple[Any, Any]]:
+    import torch
+
+    torch.ops.load_library(path)
+    ops = torch.ops._moe_C
+    if size.kind == "grouped":
+        return lambda: ops.grouped_topk(x, 8, 4, size.top_k, True, 2.5, bias, 1)
+    shape = (size.tokens, size.top_k)
+    weights = torch.empty(shape, device=x.device)
+    ids, indices = (torch.empty(shape, dtype=torch.int32, device=x.device) for _ in range(2))
+
+    def call():
+        if size.biased:
+            ops.topk_sigmoid(weights, ids, indices, x, True, bias, 2.5, None)
+        else:
+            ops.topk_softmax(weights, ids, indices, x, True, None, None)
+        return weights, ids
+
+    return call
+
+
+def measure_torch(inputs: Inputs, make: Callable, path: str, replays: int) -> tuple[str, Any]:
+    from torch_bridge import to_torch
+
+    bias = to_torch(inputs.bias)
+    made = [make(path, inputs.size, to_torch(x), bias) for x in inputs.logits]
+    results: list[Any] = [None] * len(made)
+
+    def call(k):
+        results[k] = made[k]()
+
+    calls = [functools.partial(call, k) for k in range(len(made))]
+    taken = timing.time_torch_graph(calls, replays=replays)
+    found = [tuple(x.cpu().numpy() for x in pair) for pair in results]
+    return (wrong, None) if (wrong := inputs.wrong(found)) else ("", taken)
+
+
+# -- a run -------------------------------------------------------------------------------------------
+
+
+def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+    inputs = Inputs(size, options.copies)
+    ours = functools.partial(measure_ours, inputs, None, options.executions)
+    tasks: dict[str, Callable[[], tuple[str, Any]]] = {"ours": ours}
+    for name, path, make in (
+        ("sglang", options.sglang_router, _sglang_call),
+        ("vllm", options.vllm, _vllm_call),
+    ):
+        if path and not size.block_size:
+            tasks[name] = functools.partial(measure_torch, inputs, make, path, options.replays)
+    rows = []
+    for provider, measure in tasks.items():
+        row = {"case": size.name, **size._asdict(), "provider": provider}
+        try:
+            wrong, taken = measure()
+        except Exception as error:  # one provider's failure leaves the others their time
+            wrong, taken = f"{type(error).__name__}: {error}"[:500], None
+        if taken is None:
+            row |= {"status": "failed", "reason": wrong}
+        else:
+            row |= {"status": "ok", "metric": taken.metric, "us": round(taken.percentile(50), 3)}
+            row |= {f"p{p}_us": round(taken.percentile(p), 3) for p in (20, 80)}
+            row |= {"calls": taken.calls, "note": taken.note}
+        rows.append(row)
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per provider and case."""
+    return [
+        f"{row['case']:58} {row['provider']:8} "
+        + (f"{row['us']:9.2f} us, {row['metric']}" if "us" in row else f"failed: {row['reason']}")
+        for row in rows
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sglang-router", help="SGLang's file, as benchmarks.fetch leaves it")
+    parser.add_argument("--vllm", help="vLLM's library, as benchmarks.fetch leaves it")
+    parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
+    parser.add_argument(
+        "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"
+    )
+    parser.add_argument("--copies", type=int, default=20, help="inputs per program")
+    parser.add_argument("--executions", type=int, default=12)
+    parser.add_argument("--replays", type=int, default=30)
+    parser.add_argument("--out", help="JSONL file to append to")
+    options = parser.parse_args(argv)
+    sizes = [SIZES[int(k)] for k in options.sizes.split(",") if k] or list(SIZES)
+    if options.size:
+        words = options.size.split(",")
+        numbers = {k: int(words[k]) for k in (0, 1, 2, 5) if k < len(words)}
+        sizes = [Size(*(numbers.get(k, word) for k, word in enumerate(words)))]  # type: ignore[arg-type]
+    for name in ("sglang_router", "vllm"):
+        path = getattr(options, name)
+        if path and not Path(path).is_file():
+            parser.error(f"--{name.replace('_', '-')} names no file: {path}")
+    failed, facts = 0, machine.facts()
+    for size in sizes:
+        rows = run_size(size, options)
+        print("\n".join(summary(rows)), flush=True)
+        failed += sum(row["status"] == "failed" for row in rows)
+        if options.out:
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            with open(options.out, "a") as file:
+                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
