@@ -32,7 +32,7 @@ def part_words(columns: int) -> int:
 
 
 def build(problem: Combine) -> Kernel:
-    """The kernel that every device launches: weighted sums of the experts' rows, back at their tokens' ranks."""
+    """The kernel that every device launches: weighted sums of rows, back at their tokens' ranks."""
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Combiner(t, r, problem).run()
