@@ -14,21 +14,21 @@ products of torch's.
     wall   the host's time of many steps after each other, of which it waits for the last one; ours with the
            results of the step before donated, and without
 
-A model is a child process, and one that hangs or dies in a case is started again behind it.
+A model is a child process. All of them compile at the same time; then they measure one after the other. One
+that hangs or dies in a case is started again behind it.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
 import os
-import queue
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,116 +36,12 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
+from benchmarks.children import Child  # noqa: E402
+from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
 
-LAYERS = 4  # of a step, each with weights of its own
-_SAMPLED_TOKENS = 8
-_BOUND = 1e-2
+MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
 _READ_BYTES = 1 << 30
-
-
-class Model(NamedTuple):
-    """E experts of which a token takes K; H hidden, N within an expert."""
-
-    name: str
-    experts: int
-    top_k: int
-    hidden: int
-    ffn: int
-
-
-MODELS = (
-    Model("Qwen3-30B-A3B", 128, 8, 2048, 768),
-    Model("DeepSeek-V3 TP8", 256, 8, 7168, 256),
-    Model("Mixtral 8x7B", 8, 2, 4096, 14336),
-)
-
-
-def routing(model: Model, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(weights float32, ids int32) `[T, K]`: distinct experts, uniform; weights that sum to 1."""
-    rng = np.random.default_rng(seed)
-    order = np.argsort(rng.random((tokens, model.experts)), axis=1)
-    ids = order[:, : model.top_k].astype(np.int32)
-    weights = rng.uniform(0.2, 1.0, ids.shape).astype(np.float32)
-    return weights / weights.sum(1, keepdims=True), ids
-
-
-def layer_bytes(model: Model, tokens: int, hit: int) -> int:
-    """The weights of the experts hit, once, and x and the result."""
-    return 2 * (3 * hit * model.hidden * model.ffn + 2 * tokens * model.hidden)
-
-
-def make_sets(model: Model) -> list[tuple[Any, Any]]:
-    """`LAYERS` times (w13 `[E, 2 N, H]`, w2 `[E, H, N]`), bfloat16, on jax's device."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def make(key, shape, scale):
-        # Uniform bits are many times cheaper than normal values; the spread is that of 1 / sqrt(fan in).
-        values = jax.random.uniform(key, shape, jnp.bfloat16, -1.0, 1.0)
-        return values * jnp.bfloat16(scale * 3**0.5)
-
-    first = (model.experts, 2 * model.ffn, model.hidden)
-    second = (model.experts, model.hidden, model.ffn)
-    return [
-        (
-            make(jax.random.key(2 * i), first, model.hidden**-0.5),
-            make(jax.random.key(2 * i + 1), second, model.ffn**-0.5),
-        )
-        for i in range(LAYERS)
-    ]
-
-
-class Case:
-    """The operands of one batch size, in both frameworks, and what sampled tokens should give."""
-
-    def __init__(self, model: Model, tokens: int, sets: Sequence[tuple[Any, Any]]):
-        import jax
-        import jax.numpy as jnp
-
-        from torch_bridge import to_torch
-
-        self.model, self.tokens, self.sets = model, tokens, sets
-        weights, ids = routing(model, tokens)
-        self.hit = len(np.unique(ids))
-        shape = (tokens, model.hidden)
-        self.x = jax.random.normal(jax.random.key(77), shape, jnp.bfloat16)
-        self.weights, self.ids = jnp.asarray(weights), jnp.asarray(ids)
-        self.torch_sets = [tuple(map(to_torch, pair)) for pair in sets]
-        self.torch_x, self.torch_weights, self.torch_ids = map(
-            to_torch, (self.x, self.weights, self.ids)
-        )
-        rng = np.random.default_rng(1)
-        self.sample = np.sort(rng.choice(tokens, min(_SAMPLED_TOKENS, tokens), False))
-        self.answers = {i: self._answer(i, weights, ids) for i in (0, LAYERS - 1)}
-
-    def _answer(self, layer: int, weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """float32 `[sampled, H]`, an expert of a token at a time."""
-        import torch
-
-        w13, w2 = self.torch_sets[layer]
-        rows = []
-        for t in self.sample:
-            x, total = self.torch_x[int(t)].float(), 0.0
-            for k, expert in enumerate(ids[t]):
-                product = w13[int(expert)].float() @ x
-                gate, up = product[: self.model.ffn], product[self.model.ffn :]
-                hidden = torch.nn.functional.silu(gate) * up
-                total = total + float(weights[t, k]) * (w2[int(expert)].float() @ hidden)
-            rows.append(total.cpu().numpy())
-        return np.stack(rows)
-
-    def wrong(self, rows_of: Callable[[int], np.ndarray]) -> str:
-        """`rows_of(layer)`: the sampled rows of a layer's result. "" where they are right."""
-        for layer, want in self.answers.items():
-            found = np.asarray(rows_of(layer)).astype(np.float32)
-            error = np.linalg.norm(found - want) / np.linalg.norm(want)
-            if not error < _BOUND:
-                return f"layer {layer}: relative error {error:.2e}"
-        return ""
 
 
 # -- clocks --------------------------------------------------------------------------------------------
@@ -227,42 +123,60 @@ def make_step(case: Case, block_size: int | None) -> tuple[Callable, tuple]:
     return step, (case.x, case.weights, case.ids, list(case.sets))
 
 
+def compile_ours(
+    cases: Sequence[Case], block_sizes: Sequence[int | None], both: bool
+) -> dict[tuple[int, int | None, str], Any]:
+    """Programs by (tokens, block size, way), or the error that one ended with; compiled side by side."""
+    import jax
+
+    found, compiling = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for case in cases:
+            for block_size in block_sizes:
+                step, rest = make_step(case, block_size)
+                outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
+                for way in ("donated", "not donated") if both else ("donated",):
+                    key = case.tokens, block_size, way
+                    given = {"donate_argnums": 0} if way == "donated" else {}
+                    try:
+                        lowered = jax.jit(step, keep_unused=True, **given).lower(outs, *rest)
+                        compiling[key] = pool.submit(lowered.compile)
+                    except Exception as error:  # one that cannot be built leaves the others
+                        found[key] = error
+        for key, future in compiling.items():
+            found[key] = future.exception() or future.result()
+    return found
+
+
 def measure_ours(
-    case: Case, block_size: int | None, executions: int, clocks: bool
+    case: Case, programs: dict[str, Any], executions: int, clocks: bool
 ) -> Iterator[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    step, rest = make_step(case, block_size)
-    programs = {
-        "donated": jax.jit(step, donate_argnums=0, keep_unused=True),
-        "not donated": jax.jit(step, keep_unused=True),
-    }
-    if not clocks:
-        programs.pop("not donated")
+    _, rest = make_step(case, None)
     span_us = 100.0
     for way, program in programs.items():
+        if isinstance(program, BaseException):
+            raise program
         held = [[jnp.full_like(case.x, jnp.nan) for _ in range(LAYERS)]]
 
-        def run(program=program, held=held, way=way):
-            outs = program(held[0], *rest)
-            held[0] = outs
-            return outs
+        def run(program=program, held=held):
+            held[0] = program(held[0], *rest)
+            return held[0]
 
-        begun = time.perf_counter()
         first = jax.block_until_ready(run())
-        compiled_s = round(time.perf_counter() - begun, 2)
         if wrong := case.wrong(lambda layer, outs=first: np.asarray(outs[layer][case.sample])):
             yield {"clock": "span", "way": way, "status": "failed", "reason": wrong}
             return
         if way == "donated":
             samples, facts = spans(run, executions)
-            if not samples:
-                yield {"clock": "span", "way": way, "status": "failed", "reason": facts["note"]}
-            else:
+            if samples:
                 row = statistics_of(samples)
                 span_us = row["us"]
-                yield {"clock": "span", "way": way, "compiled_s": compiled_s} | row | facts
+                yield {"clock": "span", "way": way} | row | facts
+            else:
+                yield {"clock": "span", "way": way, "status": "failed", "reason": facts["note"]}
         if clocks:
             samples = wall(run, lambda held=held: jax.block_until_ready(held[0]), span_us)
             yield {"clock": "wall", "way": way} | statistics_of(samples)
@@ -271,46 +185,80 @@ def measure_ours(
             yield {"clock": "wall", "way": way, "status": "failed", "reason": f"later: {wrong}"}
 
 
-def measure_vllm(case: Case, folder: str, replays: int) -> Iterator[dict[str, Any]]:
-    import torch
+class Vllm:
+    """vLLM's layer of a case, its kernels compiled."""
 
-    from benchmarks import vllm_moe
+    def __init__(self, case: Case, folder: str):
+        import torch
 
-    model = case.model
-    layer = vllm_moe.Layer(folder, case.tokens, model.top_k, model.experts, model.hidden, model.ffn)
-    outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
-    calls = vllm_moe.calls(
-        layer, case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, outs
-    )
-    graph = timing.capture_torch(calls)
-    for out in outs:
-        out.fill_(float("nan"))
-    graph.replay()
-    rows = torch.from_numpy(case.sample).cuda()
-    if wrong := case.wrong(lambda i: outs[i][rows].float().cpu().numpy()):
-        yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
-        return
-    [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=replays)
-    row = statistics_of(taken.samples_us)
-    facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
-    yield {"clock": "span", "way": "graph"} | row | facts
-    samples = wall(graph.replay, torch.cuda.synchronize, row["us"])
-    yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
+        from benchmarks import vllm_moe
+
+        model = case.model
+        self.case = case
+        self.layer = vllm_moe.Layer(
+            folder, case.tokens, model.top_k, model.experts, model.hidden, model.ffn
+        )
+        self.outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
+        self.calls = vllm_moe.calls(
+            self.layer,
+            *(case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, self.outs),
+        )
+        self.calls[0]()
+
+    def measure(self, replays: int) -> Iterator[dict[str, Any]]:
+        import torch
+
+        case, layer = self.case, self.layer
+        graph = timing.capture_torch(self.calls)
+        for out in self.outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        rows = torch.from_numpy(case.sample).cuda()
+        if wrong := case.wrong(lambda i: self.outs[i][rows].float().cpu().numpy()):
+            yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
+            return
+        [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=replays)
+        row = statistics_of(taken.samples_us)
+        facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
+        yield {"clock": "span", "way": "graph"} | row | facts
+        samples = wall(graph.replay, torch.cuda.synchronize, row["us"])
+        yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
 
 
 # -- a child per model ---------------------------------------------------------------------------------
 
 
-def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of every batch size, as they come."""
-    import torch
+def block_sizes_of(case: Case) -> list[int]:
+    """Those that may suit a case, for `--variants`."""
+    pairs, experts = case.tokens * case.model.top_k, case.model.experts
+    if 4 * pairs <= experts:
+        return []
+    return [b for b in (8, 16, 32, 64, 128) if pairs / 4 < b * experts < 40 * pairs]
 
+
+def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compiles everything, waits for a line on its input, and gives the rows of every batch size."""
     import moe_align_jax as maj
 
-    rate = read_rate()
     sets = make_sets(model)
-    for tokens in options.tokens:
-        case = Case(model, tokens, sets)
+    cases = [Case(model, tokens, sets) for tokens in options.tokens]
+    programs: dict[Any, Any] = {}
+    if options.variants != "only":
+        programs = compile_ours(cases, [None], both=True)
+    if options.variants:
+        for case in cases:
+            programs |= compile_ours([case], block_sizes_of(case), both=False)
+    peers: dict[int, Any] = {}
+    for case in cases if options.variants != "only" else ():
+        try:
+            peers[case.tokens] = Vllm(case, options.peers)
+        except Exception as error:
+            peers[case.tokens] = error
+    print("READY", flush=True)
+    sys.stdin.readline()
+    rate = read_rate()
+    for case in cases:
+        tokens = case.tokens
         floor_us = layer_bytes(model, tokens, case.hit) / rate / 1e3
         head = {"model": model.name, **model._asdict(), "tokens": tokens, "experts_hit": case.hit}
         del head["name"]
@@ -319,20 +267,16 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         form = maj.select_moe_implementation(
             (tokens, model.hidden), shape, top_k=model.top_k, transpose_rhs=True
         )
-        providers: dict[str, Callable] = {
-            "vllm": lambda case=case: measure_vllm(case, options.peers, options.replays),
-            "fused_moe": lambda case=case: measure_ours(case, None, options.executions, True),
-        }
-        if options.variants:
-            pairs = tokens * model.top_k
-            providers = {} if options.variants == "only" else providers
-            for block in (8, 16, 32, 64, 128):
-                if 4 * pairs > model.experts and pairs / 4 < block * model.experts < 40 * pairs:
-                    name = f"fused_moe, blocks of {block}"
-                    providers[name] = lambda case=case, block=block: measure_ours(
-                        case, block, options.executions, False
-                    )
-        for provider, measure in providers.items():
+        work: list[tuple[str, Callable]] = []
+        if tokens in peers:
+            work.append(("vllm", lambda c=case: _vllm_rows(peers[c.tokens], options.replays)))
+        for block_size in (None, 8, 16, 32, 64, 128):
+            mine = {k[2]: p for k, p in programs.items() if k[:2] == (tokens, block_size)}
+            if mine:
+                more = f", blocks of {block_size}" if block_size else ""
+                rows = lambda c=case, m=mine: measure_ours(c, m, options.executions, len(m) > 1)  # noqa: E731
+                work.append((f"fused_moe{more}", rows))
+        for provider, measure in work:
             row = head | {"provider": provider, "status": "ok"}
             row |= {"form": form.form} if provider == "fused_moe" else {}
             try:
@@ -341,8 +285,12 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
             except Exception as error:  # one provider's failure leaves the others their time
                 text = f"{type(error).__name__}: {error}"[:600]
                 yield row | {"status": "failed", "reason": text}
-        del case
-        torch.cuda.empty_cache()
+
+
+def _vllm_rows(peer: Any, replays: int) -> Iterator[dict[str, Any]]:
+    if isinstance(peer, BaseException):
+        raise peer
+    yield from peer.measure(replays)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -384,55 +332,37 @@ def child(options: argparse.Namespace) -> int:
     return 0
 
 
-def children(
-    model: Model, argv: Sequence[str], options: argparse.Namespace, until: float
+def measured(
+    model: Model, child: Child, argv: Sequence[str], options: argparse.Namespace, until: float
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a model. A child that is silent for too long is ended, and another goes on behind its case."""
-    tokens, start = list(options.tokens), time.monotonic()
-    while tokens and time.monotonic() < until:
-        chosen = ",".join(map(str, tokens))
-        command = [sys.executable, "-m", "benchmarks.moe_layer", *argv]
-        command += ["--child", model.name, "--tokens", chosen]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=machine.ROOT)
-        lines: queue.Queue = queue.Queue()
-
-        def read(process=process, lines=lines):
-            with process.stdout:
-                for text in process.stdout:
-                    lines.put(text)
-            lines.put(None)
-
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        seen: list[int] = []
-        reason, patience = "", options.patience + 30  # its imports and weights
-        while True:
-            left = min(patience, until - time.monotonic())
-            try:
-                text = lines.get(timeout=max(left, 0.1))
-            except queue.Empty:
-                reason = f"silent for {left:.0f} s" if left >= patience else "no time was left"
-                process.kill()
-                break
-            if text is None:
-                break
-            patience = options.patience
-            if text.startswith("ROW "):
-                row = json.loads(text[4:])
+    """Rows of a model. Behind a case in which a child hangs or dies, another one goes on."""
+    tokens = list(options.tokens)
+    while True:
+        seen, reason = [], ""
+        try:
+            child.ready(options.patience + options.compiling, until)
+            child.go()
+            for row in child.rows(options.patience, until):
                 seen.append(row["tokens"])
                 yield row
-            else:
-                print(text, end="", flush=True)
-        code = process.wait()
-        reader.join(timeout=5)
+        except TimeoutError as error:
+            reason = str(error)
+        code = child.end()
         if not code and not reason:
             return
-        # The case behind the last row, or the one that was under way.
         at = tokens.index(seen[-1]) if seen else 0
         reason = reason or f"its process ended with {code}"
-        row = {"model": model.name, "tokens": tokens[at], "provider": "child", "status": "failed"}
-        yield row | {"reason": f"{reason}, after {time.monotonic() - start:.0f} s, in or behind it"}
+        row = {"model": model.name, "tokens": tokens[at], "provider": "child"}
+        yield row | {"status": "failed", "reason": f"{reason}, in this case or behind it"}
         tokens = tokens[at + 1 :]
+        if not tokens or time.monotonic() > until:
+            return
+        child = Child(MODULE, arguments(model, argv, tokens))
+
+
+def arguments(model: Model, argv: Sequence[str], tokens: Sequence[int]) -> list[str]:
+    """A child's."""
+    return [*argv, "--child", model.name, "--tokens", ",".join(map(str, tokens))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -447,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--executions", type=int, default=10, help="traced steps")
     parser.add_argument("--replays", type=int, default=20, help="timed replays of a graph")
     parser.add_argument("--patience", type=float, default=25.0, help="seconds without a row")
+    parser.add_argument("--compiling", type=float, default=100.0, help="seconds for compiling")
     parser.add_argument("--budget", type=float, default=230.0, help="seconds in all")
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     parser.add_argument(
@@ -461,11 +392,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = [m for m in MODELS if not wanted or any(part in m.name for part in wanted)]
     if not models:
         parser.error(f"no model of {', '.join(m.name for m in MODELS)} is named so")
-    until, rows = time.monotonic() + options.budget, []
-    for i, model in enumerate(models):
+    begun, rows = time.monotonic(), []
+    until = begun + options.budget
+    # They compile side by side; then one after the other has the GPU for itself.
+    started = [Child(MODULE, arguments(model, argv, options.tokens)) for model in models]
+    for each in started:
+        with contextlib.suppress(TimeoutError):  # `measured` will find out, and say so
+            each.ready(options.compiling, begun + options.compiling)
+    print(f"compiled within {time.monotonic() - begun:.0f} s", flush=True)
+    for i, (model, each) in enumerate(zip(models, started, strict=True)):
         # What one model leaves of its share is the next one's.
         share = (until - time.monotonic()) / (len(models) - i)
-        for row in children(model, argv, options, time.monotonic() + share):
+        for row in measured(model, each, argv, options, time.monotonic() + share):
             rows.append(row)
             print(line(row), flush=True)
             if options.out:

@@ -374,15 +374,15 @@ def gmm(
     )
     if existing_out is None:
         return out
-    existing_out = arguments.check_array(function, "existing_out", existing_out)
-    if existing_out.shape != out.shape or existing_out.dtype != out.dtype:
-        rule, got = f"be {checks.describe(out)}", checks.describe(existing_out)
+    old = arguments.check_array(function, "existing_out", existing_out)
+    if old.shape != out.shape or old.dtype != out.dtype:
+        rule, got = f"be {checks.describe(out)}", checks.describe(old)
         remedy = "Pass an array like the result."
         raise ValueError(checks.message(function, "existing_out", rule, got, remedy))
     sizes = arguments.check_counts(function, "group_sizes", group_sizes, 0, out.shape[0])
     offset = arguments.check_offset(function, group_offset)
     known = reference.rows_with_matrix(sizes, offset[0], rhs.shape[0], out.shape[0])
-    return jnp.where(known[:, None], out, existing_out)
+    return jnp.where(known[:, None], out, old)
 
 
 def select_matmul_implementation(

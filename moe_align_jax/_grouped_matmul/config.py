@@ -146,7 +146,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
-        return Config("swap", bm, 128, 128, 5, group=0)
+        return Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0)
     if problem.w_columns <= rules.narrow:
         group = 0
     elif problem.rows == "masked":

@@ -36,6 +36,11 @@ PARTED = plgpu.Layout.TILED(
 # -- MLIR ------------------------------------------------------------------------------------------
 
 
+def _inline(**types: Any) -> Any:
+    """A decorator: the function is called with Pallas values, and emits MLIR for them."""
+    return plgpu.inline_mgpu(**types)
+
+
 def _i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
@@ -147,9 +152,9 @@ def find_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(), scalar, scalar),
-        return_type=plgpu.ShapeDtypeStruct((count * THREADS,), _I32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((count * THREADS,), jnp.dtype(_I32), layout=layout),
     )
     def emit(_, ids, first, stop):
         row, column, _offset = _first_chunk()
@@ -206,7 +211,7 @@ def copy_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
+    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
     def emit(_, x, tile, places, at):
         row, column, offset = _first_chunk()
         base = arith.addi(_shared_address(tile), offset)
@@ -265,7 +270,7 @@ def copy_matrix(
     scalar = plgpu.Layout.WG_SPLAT(())
     rows, per_row = shape
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(), plgpu.RefType(transforms), scalar, scalar, scalar),
     )
     def emit(_, memory, tile, before, first_row, first_chunk):
@@ -299,7 +304,7 @@ def commit_copies(*, interpret: bool) -> None:
     if interpret:
         return
 
-    @plgpu.inline_mgpu()
+    @_inline()
     def emit(_):
         mgpu_utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
 
@@ -312,7 +317,7 @@ def wait_for_copies(lag: int, *, interpret: bool) -> None:
         plgpu.commit_smem()
         return
 
-    @plgpu.inline_mgpu()
+    @_inline()
     def emit(_):
         mgpu_utils.inline_ptx(f"cp.async.wait_group {lag};", has_side_effects=True)
         mgpu_utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
@@ -362,7 +367,7 @@ def store_rows(
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(transforms), plgpu.RefType(), scalar, scalar, scalar),
     )
     def emit(_, tile, out, first, stop, start):
@@ -409,9 +414,9 @@ def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax
     if interpret:
         return product[:, 0::2], product[:, 1::2]
     rows, columns = product.shape
-    half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.float32, layout=PARTED)
+    half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.dtype(jnp.float32), layout=PARTED)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
+    @_inline(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
     def emit(_, given):
         layout = PARTED.to_mgpu()
         shape = layout.registers_shape((rows, columns // 2))
@@ -444,7 +449,7 @@ def store_parted(
         return
     size = jnp.dtype(value.dtype).itemsize
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), PARTED))
+    @_inline(arg_types=(plgpu.RefType(transforms), PARTED))
     def emit(_, tile, given):
         thread = _thread()
         warp, lane = arith.divui(thread, _int(32)), arith.remui(thread, _int(32))

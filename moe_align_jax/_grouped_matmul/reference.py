@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
     """float32 in and out."""
     limit, alpha = weights.swiglu_limit, weights.swiglu_alpha
-    if limit is not None:
+    if limit is not None and up is not None:
         gate = jnp.minimum(gate, _F32(limit))
         up = jnp.clip(up, -_F32(limit), _F32(limit))
-    if alpha is not None:
+    if alpha is not None and up is not None:
         return gate * jax.nn.sigmoid(gate * _F32(alpha)) * (up + 1.0)
     match weights.activation:
         case None:

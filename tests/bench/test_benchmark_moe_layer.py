@@ -1,6 +1,8 @@
 """benchmarks.moe_layer: what it holds results to, how it tells them, and vLLM's files as it reads them."""
 
+import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the benchmark compares with PyTorch")
 
-from benchmarks import fetch, moe_layer, vllm_moe  # noqa: E402
+from benchmarks import children, fetch, moe_cases, moe_layer, vllm_moe  # noqa: E402
 
-MODEL = moe_layer.Model("small", 16, 2, 64, 32)
+MODEL = moe_cases.Model("small", 16, 2, 64, 32)
 SOURCE = """
 import triton
 
@@ -39,13 +41,15 @@ def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
 
 @pytest.fixture(scope="module")
 def sets():
-    return moe_layer.make_sets(MODEL)
+    return moe_cases.make_sets(MODEL)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_ours_is_held_to_products_in_float32(sets, tokens):
-    case = moe_layer.Case(MODEL, tokens, sets)
-    rows = list(moe_layer.measure_ours(case, None, 2, True))
+    case = moe_cases.Case(MODEL, tokens, sets)
+    programs = moe_layer.compile_ours([case], [None], both=True)
+    mine = {key[2]: program for key, program in programs.items()}
+    rows = list(moe_layer.measure_ours(case, mine, 2, True))
     timed = [row for row in rows if "us" in row]
     assert {(row["clock"], row["way"]) for row in timed} == {
         ("wall", "donated"),
@@ -57,13 +61,13 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
     ]
     wrong = case.wrong(lambda layer: np.ones((len(case.sample), MODEL.hidden)))
     assert wrong.startswith("layer 0: relative error")
-    swapped = case.wrong(lambda layer: case.answers[moe_layer.LAYERS - 1 - layer])
+    swapped = case.wrong(lambda layer: case.answers[moe_cases.LAYERS - 1 - layer])
     assert swapped.startswith("layer 0")
     assert "nan" in case.wrong(lambda layer: case.answers[layer] * np.nan)
 
 
 def test_routing_draws_distinct_experts_and_shares():
-    weights, ids = moe_layer.routing(MODEL, 100)
+    weights, ids = moe_cases.routing(MODEL, 100)
     assert all(len(set(row)) == MODEL.top_k for row in ids)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
     assert len(np.unique(ids)) == MODEL.experts
@@ -86,28 +90,34 @@ def test_ratios_are_theirs_over_ours():
     assert all(moe_layer.line(row) for row in rows)
 
 
-def test_a_child_that_is_silent_is_ended_and_the_next_case_goes_on(tmp_path, monkeypatch):
-    """Of three cases the first child does one and hangs, the second does the last."""
-    program = tmp_path / "child.py"
-    program.write_text(
-        "import json, sys, time\n"
-        "tokens = sys.argv[-1].split(',')\n"
-        "row = {'model': 'small', 'tokens': int(tokens[0]), 'provider': 'p', 'status': 'ok'}\n"
-        "print('ROW ' + json.dumps(row), flush=True)\n"
-        "time.sleep(60 if len(tokens) > 1 else 0)\n"
-    )
-    real = moe_layer.subprocess.Popen
+CHILD = """
+import json, os, sys, time
+tokens = [int(t) for t in sys.argv[-1].split(",")]
+print("READY", flush=True)
+assert sys.stdin.readline() == "go\\n"
+for t in tokens:
+    row = {"model": "small", "tokens": t, "provider": "p", "status": "ok"}
+    print("ROW " + json.dumps(row), flush=True)
+    if t == 1:
+        time.sleep(60)
+    if t == 2:
+        os._exit(7)
+"""
 
-    def start(command, **options):
-        return real([command[0], str(program), command[-1]], **options)
 
-    monkeypatch.setattr(moe_layer.subprocess, "Popen", start)
-    options = type("Options", (), {"tokens": [1, 2, 3], "patience": 1.0})
-    found = list(moe_layer.children(MODEL, [], options, moe_layer.time.monotonic() + 60))
+def test_behind_a_case_that_hangs_or_dies_another_child_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "fake_child.py").write_text(CHILD)
+    monkeypatch.setattr(moe_layer, "MODULE", "fake_child")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = argparse.Namespace(tokens=[1, 2, 3, 4], patience=1.0, compiling=60.0)
+    child = children.Child("fake_child", moe_layer.arguments(MODEL, [], options.tokens))
+    child.ready(60, time.monotonic() + 60)
+    found = list(moe_layer.measured(MODEL, child, [], options, time.monotonic() + 120))
     assert [(row["tokens"], row["status"]) for row in found] == [
-        *((1, "ok"), (1, "failed"), (2, "ok"), (2, "failed"), (3, "ok")),
+        *((1, "ok"), (1, "failed"), (2, "ok"), (2, "failed"), (3, "ok"), (4, "ok")),
     ]
     assert found[1]["reason"].startswith("silent for 1 s")
+    assert found[3]["reason"].startswith("its process ended with 7")
 
 
 def test_the_kernel_is_cut_out_as_it_stands():
