@@ -70,6 +70,7 @@ lint:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) tools/check_user_types.py
 
 format:
 	$(VENV_FOR) dev
