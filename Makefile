@@ -22,7 +22,7 @@ endif
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format clean
+.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format package clean
 
 demo:
 	$(VENV_FOR) cli
@@ -77,8 +77,15 @@ format:
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# A wheel and an sdist in dist/, as they would be uploaded; tests/meta/test_package.py looks into them.
+package:
+	$(VENV_FOR) dev
+	rm -rf dist
+	$(PY) -m hatchling build -d dist
+	$(PY) -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
+	rm -rf dist $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
 
 # Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
