@@ -251,7 +251,7 @@ def dispatch(
                 ids,
                 num_experts=experts,
                 max_tokens_per_expert=room,
-                initialize=initialize,
+                initialize=bool(initialize),
             )
         else:
             layout = MaskedLayout(*boxed)

@@ -1,4 +1,4 @@
-"""What is uploaded: the sdist, the wheel that is built from it, and their metadata; what the packages import."""
+"""What is uploaded: an sdist, the wheel that is built from it, their metadata; what the packages import."""
 
 import ast
 import email
