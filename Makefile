@@ -22,7 +22,7 @@ endif
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format docs clean
+.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format docs package clean
 
 demo:
 	$(VENV_FOR) cli
@@ -70,6 +70,7 @@ lint:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) tools/check_user_types.py
 
 format:
 	$(VENV_FOR) dev
@@ -81,8 +82,15 @@ docs:
 	$(VENV_FOR) docs
 	$(PY) tools/build_docs.py
 
+# A wheel and an sdist in dist/, as they would be uploaded; tests/meta/test_package.py looks into them.
+package:
+	$(VENV_FOR) dev
+	rm -rf dist
+	$(PY) -m hatchling build -d dist
+	$(PY) -m twine check --strict dist/*
+
 clean:
-	rm -rf site .cache $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
+	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
 
 # Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.

@@ -188,7 +188,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="new programs per case")
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
     parser.add_argument(

@@ -123,7 +123,7 @@ def calls_of(topk_ids: Any, num_experts: int, block_size: int) -> dict[str, Call
     from torch_bridge import sglang, vllm
 
     sizes = (topk_ids, num_experts, block_size)
-    named = {"num_experts": num_experts, "block_size": block_size}
+    named: dict[str, Any] = {"num_experts": num_experts, "block_size": block_size}
     turned = (topk_ids, block_size, num_experts)
     out = torch_bridge.moe_align_block_size(*sizes)
     buffers = sglang_buffers(topk_ids.numel(), num_experts, block_size, topk_ids.device)
@@ -283,7 +283,7 @@ def host_rows(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vllm-op", metavar="PATH", help="vLLM's compiled MoE library")
     parser.add_argument("--sglang-op", metavar="PATH", help="SGLang's compiled library")
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to")

@@ -151,7 +151,7 @@ def prepare(index: int, every: Sequence[Place], tuning: str) -> dict[Place, Call
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--most", type=int, default=MOST_PAIRS, help="pairs of the last bucket")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; a sample then")
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to")

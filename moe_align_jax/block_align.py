@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
 
 from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import export, select
@@ -21,17 +20,17 @@ export.register_namedtuple(AlignedBlocks)
 
 
 def moe_align_block_size(
-    topk_ids: Int[Array, "*pairs"] | Int[np.ndarray, "*pairs"],
+    topk_ids: jax.Array | np.ndarray,
     *,
     block_size: int,
     num_experts: int,
-    expert_map: Int[Array, " num_experts"] | Int[np.ndarray, " num_experts"] | None = None,
+    expert_map: jax.Array | np.ndarray | None = None,
     ignore_invalid_experts: bool = False,
     pad_sorted_ids: bool = False,
-    num_valid_pairs: int | Int[Array, ""] | None = None,
+    num_valid_pairs: int | jax.Array | None = None,
     return_inverse: bool = False,
     expert_location: ExpertLocation | None = None,
-    layer: int | Int[Array, ""] | None = None,
+    layer: int | jax.Array | None = None,
     num_fused_shared_experts: int = 0,
     implementation: Implementation | None = None,
 ) -> AlignedBlocks:
@@ -247,7 +246,7 @@ def _dispatch_tables(
 
 
 def batched_moe_align_block_size(
-    expert_num_tokens: Int[Array, " num_experts"] | Int[np.ndarray, " num_experts"],
+    expert_num_tokens: jax.Array | np.ndarray,
     *,
     max_tokens_per_batch: int,
     block_size: int,
@@ -318,7 +317,7 @@ def _batched_align(
         return AlignedBlocks(*select.align(problem, implementation, counts))
 
 
-def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> Int[Array, " num_experts"]:
+def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> jax.Array:
     """Rows per expert with padding, as `jax.lax.ragged_dot` wants its group sizes.
 
     Args:

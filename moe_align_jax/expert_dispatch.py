@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
 
 from moe_align_jax import block_align
 from moe_align_jax._align import replicas
@@ -24,14 +23,14 @@ _I32 = jnp.int32
 
 
 def to_physical_ids(
-    topk_ids: Int[Array, "*tokens top_k"],
+    topk_ids: jax.Array,
     location: ExpertLocation,
     *,
     layer: Any = None,
     dispatch: Dispatch | None = None,
     rank: Any = None,
     num_fused_shared_experts: int = 0,
-) -> Int[Array, "*tokens top_k"]:
+) -> jax.Array:
     """Logical expert ids to physical slots: chooses a replica for every (token, k) pair.
 
     "static": `static_dispatch_map[rank, id]`, the same replica for every token of a GPU.

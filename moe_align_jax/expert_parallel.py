@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from moe_align_jax._core import checks, fork
 from moe_align_jax._expert_parallel import message
@@ -108,16 +107,16 @@ class Dispatched(NamedTuple):
 
 
 def dispatch(
-    x: Float[Array, "num_tokens hidden"] | tuple[Array, Array],
-    topk_ids: Int[Array, "num_tokens top_k"],
-    topk_weights: Float[Array, "num_tokens top_k"],
+    x: jax.Array | tuple[jax.Array, jax.Array],
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
     *,
     axis_name: str | tuple[str, ...],
     num_experts: int,
     mode: Mode = "auto",
     max_low_latency_tokens: int = 128,
     payload: str | None = None,
-    num_valid_tokens: int | Int[Array, ""] | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
     max_tokens_per_expert: int | None = None,
     initialize: bool | None = None,
     transport: TransportName | None = None,
@@ -263,9 +262,7 @@ def dispatch(
         return Dispatched(x, scales, used, counts, None, None, handle, choice)
 
 
-def combine(
-    y: Float[Array, "*rows hidden"], handle: DispatchHandle, *, out_dtype: Any = None
-) -> Float[Array, "num_tokens hidden"]:
+def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> jax.Array:
     """Brings the experts' results back to the tokens' ranks and adds them up.
 
     "low_latency": `out[t] = sum_k topk_weights[t, k] * y(expert of (t, k))`; a rank adds its own experts in

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
 
 from moe_align_jax import block_align
 from moe_align_jax._core import checks, fork
@@ -77,13 +76,13 @@ class ContiguousLayout(NamedTuple):
 
 
 def permute_to_masked(
-    x: PyTree,
-    topk_ids: Int[Array, "num_tokens top_k"],
+    x: Any,
+    topk_ids: jax.Array,
     *,
     num_experts: int,
     max_tokens_per_expert: int | None = None,
     initialize: bool = True,
-) -> tuple[PyTree, MaskedLayout]:
+) -> tuple[Any, MaskedLayout]:
     """Copies each token to the box of every expert it chose: `[T, ...]` to `[e, M, ...]`.
 
     Args:
@@ -181,12 +180,12 @@ def _to_masked(
 
 
 def unpermute_from_masked(
-    y: Float[Array, "num_experts max_tokens ..."],
+    y: jax.Array,
     layout: MaskedLayout,
-    topk_weights: Float[Array, "num_tokens top_k"] | None = None,
+    topk_weights: jax.Array | None = None,
     *,
     out_dtype: Any = None,
-) -> Float[Array, "num_tokens ..."]:
+) -> jax.Array:
     """The weighted sum of each token's rows: `[e, M, ...]` to `[T, ...]`.
 
     `out[t] = sum_k topk_weights[t, k] * y[row_of_pair[t, k]]`, in float32, k ascending; a dropped pair adds
@@ -222,14 +221,14 @@ def unpermute_from_masked(
 
 
 def permute_to_contiguous(
-    x: PyTree,
-    topk_ids: Int[Array, "num_tokens top_k"],
+    x: Any,
+    topk_ids: jax.Array,
     *,
     num_experts: int,
     expert_alignment: int = 128,
     max_num_rows: int | None = None,
     mark_padding: bool = False,
-) -> tuple[PyTree, ContiguousLayout]:
+) -> tuple[Any, ContiguousLayout]:
     """Copies each token to the segment of every expert it chose: `[T, ...]` to `[P, ...]`.
 
     Args:
@@ -326,12 +325,12 @@ def _to_contiguous(
 
 
 def unpermute_from_contiguous(
-    y: Float[Array, "num_rows ..."],
+    y: jax.Array,
     layout: ContiguousLayout,
-    topk_weights: Float[Array, "num_tokens top_k"] | None = None,
+    topk_weights: jax.Array | None = None,
     *,
     out_dtype: Any = None,
-) -> Float[Array, "num_tokens ..."]:
+) -> jax.Array:
     """The weighted sum of each token's rows: `[P, ...]` to `[T, ...]`, as `unpermute_from_masked`.
 
     Args:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import arguments, config, primitive, reference
@@ -15,11 +14,11 @@ from moe_align_jax._grouped_matmul.problem import Activation, MatmulProblem
 from moe_align_jax._lowering import select
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
 
-type _Weights = Float[Array, "E K N"] | tuple[Float[Array, "E K N"], Float[Array, "E K N"]]
+type _Weights = jax.Array | tuple[jax.Array, jax.Array]
 
 
 def grouped_matmul(
-    x: Float[Array, "rows K"],
+    x: jax.Array,
     w: _Weights,
     aligned: AlignedBlocks,
     *,
@@ -31,11 +30,11 @@ def grouped_matmul(
     interleaved: bool = False,
     swiglu_limit: float | None = None,
     swiglu_alpha: float | None = None,
-    bias: Float[Array, "E columns"] | None = None,
-    row_weights: Float[Array, " P"] | None = None,
+    bias: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
     preferred_element_type: Any = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "P N"]:
+) -> jax.Array:
     """Multiplies each aligned row with the weights of its block's expert.
 
     One product per block of `aligned`, accumulated in float32. Bias, activation and row weights are applied
@@ -145,9 +144,9 @@ def grouped_matmul(
 
 
 def masked_grouped_matmul(
-    x: Float[Array, "e M K"],
+    x: jax.Array,
     w: _Weights,
-    masked_m: Int[Array, " e"],
+    masked_m: jax.Array,
     *,
     transpose_rhs: bool = False,
     activation: Activation | None = None,
@@ -155,10 +154,10 @@ def masked_grouped_matmul(
     interleaved: bool = False,
     swiglu_limit: float | None = None,
     swiglu_alpha: float | None = None,
-    bias: Float[Array, "e columns"] | None = None,
+    bias: jax.Array | None = None,
     preferred_element_type: Any = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "e M N"]:
+) -> jax.Array:
     """Multiplies the first `masked_m[i]` rows of expert i with its weights.
 
     For the layout of low-latency expert parallelism, which `dispatch` and `permute_to_masked` make. The cost
@@ -227,16 +226,16 @@ def masked_grouped_matmul(
 
 
 def ragged_dot(
-    lhs: Float[Array, "m k"],
-    rhs: Float[Array, "g k n"],
-    group_sizes: Int[Array, " G"],
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
     precision: Any = None,
     preferred_element_type: Any = None,
-    group_offset: Int[Array, ""] | Int[Array, " 1"] | int | None = None,
+    group_offset: jax.Array | int | None = None,
     out_sharding: Any = None,
     *,
     implementation: Implementation | None = None,
-) -> Float[Array, "m n"]:
+) -> jax.Array:
     """Multiplies consecutive groups of rows, each with its own matrix: `jax.lax.ragged_dot`'s contract.
 
     Args:
@@ -325,16 +324,16 @@ def _ragged_dot(
 
 
 def gmm(
-    lhs: Float[Array, "m k"],
-    rhs: Float[Array, "g k n"],
-    group_sizes: Int[Array, " G"],
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
     preferred_element_type: Any = jnp.float32,
     tiling: Any = (128, 128, 128),
-    group_offset: Int[Array, ""] | Int[Array, " 1"] | int | None = None,
-    existing_out: Float[Array, "m n"] | None = None,
+    group_offset: jax.Array | int | None = None,
+    existing_out: jax.Array | None = None,
     transpose_rhs: bool = False,
     interpret: bool = False,
-) -> Float[Array, "m n"]:
+) -> jax.Array:
     """`ragged_dot` with the arguments of megablox' `gmm`, in their order.
 
     Args:

@@ -364,7 +364,7 @@ class ExpertDistributionRecorder:
         counts, topk_ids = passes.concrete(hook, counts), passes.concrete(hook, topk_ids)
         current.pending = self._with_layer(current.pending, current.layer, counts, topk_ids)
 
-    def _with_layer(self, pending: Any, layer: int, counts: Any, topk_ids: Any) -> dict[int, Any]:
+    def _with_layer(self, pending: Any, layer: int, counts: Any, topk_ids: Any) -> dict[str, Any]:
         """The pending layers with one more; of the state, only its layout is read."""
         empty = expert_load.ExpertLoad(None, None, pending, self._state.layout)
         empty = expert_load.record_expert_load(empty, layer, counts, topk_ids=topk_ids)

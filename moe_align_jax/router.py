@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
 from moe_align_jax import block_align
 from moe_align_jax._align import tables as tuning_tables
@@ -22,20 +21,20 @@ _I32 = jnp.int32
 
 
 def route_topk(
-    logits: Float[Array, "tokens num_experts"] | Float[np.ndarray, "tokens num_experts"],
+    logits: jax.Array | np.ndarray,
     *,
     top_k: int,
     scoring: Scoring = "softmax",
     softmax_after_topk: bool = False,
     renormalize: bool = False,
-    correction_bias: Float[Array, " num_experts"] | None = None,
+    correction_bias: jax.Array | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
     scaling_factor: float = 1.0,
-    token_mask: Bool[Array, " tokens"] | None = None,
-    num_valid_tokens: int | Int[Array, ""] | None = None,
+    token_mask: jax.Array | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"]]:
+) -> tuple[jax.Array, jax.Array]:
     """The router of a Mixture-of-Experts layer: each token's top_k experts, and their weights.
 
     All of it in float32. With l a token's logits:
@@ -143,25 +142,25 @@ def _prepare(problem: RouteProblem, operands: dict[str, jax.Array]) -> list[jax.
 
 
 def route_and_align(
-    logits: Float[Array, "tokens num_experts"] | Float[np.ndarray, "tokens num_experts"],
+    logits: jax.Array | np.ndarray,
     *,
     top_k: int,
     block_size: int,
     scoring: Scoring = "softmax",
     softmax_after_topk: bool = False,
     renormalize: bool = False,
-    correction_bias: Float[Array, " num_experts"] | None = None,
+    correction_bias: jax.Array | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
     scaling_factor: float = 1.0,
-    token_mask: Bool[Array, " tokens"] | None = None,
-    num_valid_tokens: int | Int[Array, ""] | None = None,
-    expert_map: Int[Array, " num_slots"] | Int[np.ndarray, " num_slots"] | None = None,
+    token_mask: jax.Array | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
+    expert_map: jax.Array | np.ndarray | None = None,
     ignore_invalid_experts: bool = False,
     expert_location: ExpertLocation | None = None,
     return_inverse: bool = True,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"], AlignedBlocks]:
+) -> tuple[jax.Array, jax.Array, AlignedBlocks]:
     """`route_topk`, and `moe_align_block_size` of what it chose: one launch for up to 64 tokens.
 
     The results are those of the two apart, bit for bit; beyond 64 tokens or 2048 pairs they are two calls.

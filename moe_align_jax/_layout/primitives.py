@@ -80,8 +80,8 @@ def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) 
                 operands[k] = x
             return [r for r in reference(problem, *operands) if _is_float(r)]
 
-        floats, along = ([a[k] for k in places] for a in (primals, given))
-        derivatives = iter(jax.jvp(of_floats, floats, along)[1])
+        floats, directions = ([a[k] for k in places] for a in (primals, given))
+        derivatives = iter(jax.jvp(of_floats, floats, directions)[1])
         return results, [
             next(derivatives) if _is_float(r) else select.no_tangent(r) for r in results
         ]

@@ -64,7 +64,7 @@ def fill(
     if not isinstance(whole, int) or whole:
         for i in strided(t, first, whole, threads * 4):
             t.store4(ref, i, value)
-    if not isinstance(count, int) or count > whole:
+    if not isinstance(count, int) or count % 4:
         with t.if_(thread < count - whole):
             t.store(ref, thread + whole, value)
 

@@ -228,7 +228,7 @@ class Core(abc.ABC):
 
     @abc.abstractmethod
     def values_if(
-        self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int]
+        self, condition: Int, compute: Callable[[], Sequence[Int]], others: Sequence[Int | int]
     ) -> list[Int]:
         """For each value `condition ? computed : other`; compute() runs only where the condition holds."""
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -423,7 +424,7 @@ BAD = [
 @pytest.mark.parametrize("name", BAD)
 def test_gpu_bad_input_raises_and_the_context_works_on(name, path):
     """After a good call like it, so that the short way is open to the bad one."""
-    cases = {case: rest for case, *rest in _bad_calls()}
+    cases: dict[str, Any] = {case: rest for case, *rest in _bad_calls()}
     assert list(cases) == BAD
     arguments, options, kind = cases[name]
     array, good = ids_of(torch.int32, num_tokens=4, num_experts=4)

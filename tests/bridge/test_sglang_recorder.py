@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,8 @@ def test_per_token_takes_any_top_k_and_keeps_each_pass_its_own_objects():
 
 def test_low_latency_counts_of_all_ranks_sum_to_those_of_select_experts():
     ids = np.abs(random_ids(0, tokens=40)) % PHYSICAL
-    counts, total = bincount(ids), 0
+    counts = bincount(ids)
+    total: Any = 0
     for rank in range(RANKS):
         recorder = make(
             rank=rank, moe_a2a_backend="deepep", deepep_mode="low_latency", buffer_size=1

@@ -1,5 +1,7 @@
 """The shortcut of calls seen before, on a fake driver: which calls take it, and which do not."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -237,7 +239,8 @@ def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
     fake.launched.clear()
     assert fast_path.attempt(*arguments, **options) is None
     assert not fake.launched
-    for tensor in options.get("out", ()):
+    out: Any = options.get("out", ())
+    for tensor in out:
         tensor = tensor.to_dense()
         assert tensor.tolist() in ([-7] * tensor.numel(), [[-7]], [3] * tensor.numel())
 

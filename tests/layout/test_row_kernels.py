@@ -24,7 +24,7 @@ OUR_CALL = f"custom_call {MOSAIC}"
 BY_BYTES = {1: "uint8", 2: "bfloat16", 4: "float32"}
 
 
-def leaves(*sizes) -> tuple[Leaf, ...]:
+def leaves(*sizes) -> tuple[kernels.Leaf, ...]:
     """Rows of so many bytes, of several dtypes."""
     return tuple(
         Leaf(BY_BYTES[(1, 2, 4)[k % 3] if size % 4 == 0 else 1], size)

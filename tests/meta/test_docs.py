@@ -235,8 +235,8 @@ def declared(source: str) -> set[str]:
     found = {"-h", "--help"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            values = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            found |= {v for v in values if str(v).startswith("-")}
+            values = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+            found |= {v for v in values if v.startswith("-")}
     return found
 
 

@@ -31,7 +31,7 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:32]
 
 
-def _aligned(checker: Any) -> Iterator[tuple[str, list[str]]]:
+def _aligned(checker: Any) -> Iterator[tuple[str, list]]:
     from moe_align_jax._align import kernels as block_align
     from moe_align_jax._align import tables
     from tests.no_gpu import cases
