@@ -184,7 +184,7 @@ def fused_moe(
             implementation=None if implementation == "mosaic_gpu" else implementation,
         )
         check_blocks = expert_map is not None
-        counts = aligned.tokens_per_expert[:experts] if counted else None
+        counts: Any = aligned.tokens_per_expert[:experts] if counted else None
         where: Any = aligned[:3]
         row_of_pair = aligned.row_of_pair
     elif aligned is not None:

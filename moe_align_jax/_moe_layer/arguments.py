@@ -1,6 +1,6 @@
 """Checks of fused_moe's arguments."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moe_align_jax._grouped_matmul import arguments
 from moe_align_jax._grouped_matmul.problem import Weights
 
 
-def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> None:
+def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
     if not isinstance(got, (str, int)):
         got = _checks.describe(got)
     raise kind(_checks.message(function, argument, rule, got, remedy))
@@ -112,8 +112,9 @@ def check_tokens(function: str, value: Any) -> Any:
     remedy = "Pass the number of tokens in use, as an int or a scalar integer array."
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return np.int32(min(max(int(value), 0), _checks.INT32_MAX))
-    is_array = isinstance(value, (jax.Array, np.ndarray))
-    if not is_array or not jnp.issubdtype(value.dtype, jnp.integer):
+    if not isinstance(value, (jax.Array, np.ndarray)) or not jnp.issubdtype(
+        value.dtype, jnp.integer
+    ):
         fail(TypeError, function, "num_valid_tokens", "be an integer", value, remedy)
     if value.size != 1:
         fail(ValueError, function, "num_valid_tokens", "be a scalar", value, remedy)
