@@ -5,8 +5,8 @@ python -m benchmarks.grouped_matmul --out results/grouped_matmul.jsonl
 Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
 time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one
 jit (device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in
-use, not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate over
-the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
+use, not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate
+over the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
 
 A child process takes each case: one that reads where it must not would spoil the others.
 """
