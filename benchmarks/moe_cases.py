@@ -95,7 +95,7 @@ class Case:
         w13, w2 = self.torch_sets[layer]
         rows = []
         for t in self.sample:
-            x, total = self.torch_x[int(t)].float(), 0.0
+            x, total = self.torch_x[int(t)].float(), torch.zeros((), device=self.torch_x.device)
             for k, expert in enumerate(ids[t]):
                 product = w13[int(expert)].float() @ x
                 gate, up = product[: self.model.ffn], product[self.model.ffn :]

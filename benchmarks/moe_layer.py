@@ -21,6 +21,7 @@ that hangs or dies in a case is started again behind it.
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -91,7 +92,9 @@ def read_rate() -> float:
     shape = (4096, _READ_BYTES // 4 // 4096)
     many = [torch.zeros(shape, device="cuda") for _ in range(2)]
     outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls = [lambda x=x, o=o: torch.sum(x, 1, out=o) for x, o in zip(many, outs, strict=True)]
+    calls: Any = [
+        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
+    ]
     return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
 
 
@@ -137,7 +140,7 @@ def compile_ours(
                 outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
                 for way in ("donated", "not donated") if both else ("donated",):
                     key = case.tokens, block_size, way
-                    given = {"donate_argnums": 0} if way == "donated" else {}
+                    given: dict[str, Any] = {"donate_argnums": 0} if way == "donated" else {}
                     try:
                         lowered = jax.jit(step, keep_unused=True, **given).lower(outs, *rest)
                         compiling[key] = pool.submit(lowered.compile)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from moe_align_jax import block_align
 from moe_align_jax._core import checks
@@ -27,36 +26,36 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertWeights", "fused_moe", "moe_block_size", "select_moe_implementation"]
 
-type _Weights = Float[Array, "E H N2"] | tuple[Float[Array, "E H N"], Float[Array, "E H N"]]
+type _Weights = jax.Array | tuple[jax.Array, jax.Array]
 
 _I32 = jnp.int32
 
 
 def fused_moe(
-    x: Float[Array, "T H"],
+    x: jax.Array,
     w_gate_up: _Weights,
-    w_down: Float[Array, "E N H"],
-    topk_weights: Float[Array, "T K"],
-    topk_ids: Int[Array, "T K"] | Int[np.ndarray, "T K"],
+    w_down: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array | np.ndarray,
     *,
     activation: Activation | None = "silu",
     gated: bool = True,
     interleaved: bool = False,
     swiglu_limit: float | None = None,
     swiglu_alpha: float | None = None,
-    bias_gate_up: Float[Array, "E columns"] | None = None,
-    bias_down: Float[Array, "E H"] | None = None,
+    bias_gate_up: jax.Array | None = None,
+    bias_down: jax.Array | None = None,
     transpose_rhs: bool = False,
     weights_on_input: bool = False,
     aligned: AlignedBlocks | None = None,
-    expert_map: Int[Array, " G"] | Int[np.ndarray, " G"] | None = None,
+    expert_map: jax.Array | np.ndarray | None = None,
     expert_location: "ExpertLocation | None" = None,
-    num_valid_tokens: int | Int[Array, ""] | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
     return_tokens_per_expert: bool = False,
     preferred_element_type: Any = None,
     block_size: int | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "T H"] | tuple[Float[Array, "T H"], Int[Array, " E"]]:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The experts of a Mixture-of-Experts layer: each token through its top_k ones, and their weighted sum.
 
     For each token t, with e = topk_ids[t, k], over the k whose e is an expert:
@@ -186,7 +185,7 @@ def fused_moe(
             implementation=None if implementation == "mosaic_gpu" else implementation,
         )
         check_blocks = expert_map is not None
-        counts = aligned.tokens_per_expert[:experts] if counted else None
+        counts: Any = aligned.tokens_per_expert[:experts] if counted else None
         where: Any = aligned[:3]
         row_of_pair = aligned.row_of_pair
     elif aligned is not None:

@@ -1,6 +1,6 @@
 """Checks of fused_moe's arguments."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moe_align_jax._grouped_matmul import arguments
 from moe_align_jax._grouped_matmul.problem import Weights
 
 
-def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> None:
+def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
     if not isinstance(got, (str, int)):
         got = checks.describe(got)
     raise kind(checks.message(function, argument, rule, got, remedy))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from moe_align_jax._core import checks
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
-def _fail(function: str, argument: str, rule: str, got: Any, remedy: str) -> Any:
+def _fail(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
     if not isinstance(got, str):
         got = checks.describe(got)
     raise ValueError(checks.message(function, argument, rule, got, remedy))
