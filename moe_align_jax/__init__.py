@@ -118,6 +118,10 @@ if TYPE_CHECKING:
     from moe_align_jax.matmul import masked_grouped_matmul as masked_grouped_matmul
     from moe_align_jax.matmul import ragged_dot as ragged_dot
     from moe_align_jax.matmul import select_matmul_implementation as select_matmul_implementation
+    from moe_align_jax.moe_layer import ExpertWeights as ExpertWeights
+    from moe_align_jax.moe_layer import fused_moe as fused_moe
+    from moe_align_jax.moe_layer import moe_block_size as moe_block_size
+    from moe_align_jax.moe_layer import select_moe_implementation as select_moe_implementation
     from moe_align_jax.recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
     from moe_align_jax.router import route_and_align as route_and_align
     from moe_align_jax.router import route_topk as route_topk

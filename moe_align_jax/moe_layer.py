@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from moe_align_jax._lowering import select
 from moe_align_jax._moe_layer import arguments, layer, plan
 from moe_align_jax._moe_layer.checkpoints import ExpertWeights
 from moe_align_jax._moe_layer.plan import LayerProblem
+from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
-
-if TYPE_CHECKING:
-    from moe_align_jax.expert_location import ExpertLocation
 
 __all__ = ["ExpertWeights", "fused_moe", "moe_block_size", "select_moe_implementation"]
 
@@ -49,7 +47,7 @@ def fused_moe(
     weights_on_input: bool = False,
     aligned: AlignedBlocks | None = None,
     expert_map: jax.Array | np.ndarray | None = None,
-    expert_location: "ExpertLocation | None" = None,
+    expert_location: ExpertLocation | None = None,
     num_valid_tokens: int | jax.Array | None = None,
     return_tokens_per_expert: bool = False,
     preferred_element_type: Any = None,

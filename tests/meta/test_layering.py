@@ -106,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.select",
         "moe_align_jax._moe_layer",
         "moe_align_jax.block_align",
+        "moe_align_jax.expert_location",
         "moe_align_jax.types",
     },
     "moe_align_jax._moe_layer": {
