@@ -133,10 +133,18 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
-    """Swapped tiles cannot part interleaved columns, nor store float32."""
+    """Swapped tiles cannot part interleaved columns, nor store float32; ids and weights of their rows are
+    loaded in pairs, which must not begin at an odd row."""
     weights = problem.weights
     untransposed = weights.interleaved and weights.gated and not weights.transposed
-    return untransposed or problem.out_dtype == "float32"
+    odd = problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem)
+    return untransposed or problem.out_dtype == "float32" or bool(odd)
+
+
+def tests_rows(problem: MatmulProblem) -> bool:
+    """Whether sorted_token_ids say which rows of the result are zero."""
+    zeros = problem.zero_padding and (not problem.top_k or problem.weights.bias)
+    return problem.rows == "blocks" and bool(problem.row_weights or zeros)
 
 
 def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:

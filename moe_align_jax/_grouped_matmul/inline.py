@@ -189,12 +189,13 @@ def copy_rows(
     *,
     rows: int,
     row_chunks: int,
+    whole: bool,
     interpret: bool,
 ) -> None:
     """Asks for columns `[64 step, 64 step + 64)` of the rows that `find_rows` found: a tile `[rows, 64]`.
 
     They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as
-    do columns that x does not have.
+    do columns that x does not have; `whole`: x has all columns that are ever asked for.
     """
     if interpret:  # x has whole tiles of columns there
         width = tile_ref.shape[-1]
@@ -220,7 +221,7 @@ def copy_rows(
         for i, register in enumerate(places.registers.flat):
             place = vector.extract(register, [], [0])
             there = arith.cmpi(arith.CmpIPredicate.sge, place, _int(0))
-            if row_chunks % CHUNKS_PER_ROW:
+            if not whole:
                 there = arith.andi(there, inside)
             chunk = arith.select(there, arith.addi(place, first), _int(0))
             target = arith.addi(base, _int(i * _BYTES_TO_NEXT))

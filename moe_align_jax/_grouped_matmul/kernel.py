@@ -425,6 +425,19 @@ class _Store:
         else:
             tile[...] = value
         plgpu.commit_smem()
+        if self.problem.n > self.shape.piece:
+            self._to_memory(slot, row, column, end, whole)
+            return
+
+        # Columns that the result does not have: where it has a single piece, Mosaic leaves that dimension
+        # of TMA's out, and with it the column, so that the piece would be stored over the first one.
+        @pl.when(column < self.problem.n)
+        def _():
+            self._to_memory(slot, row, column, end, whole)
+
+    def _to_memory(
+        self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array, whole: bool
+    ) -> None:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:

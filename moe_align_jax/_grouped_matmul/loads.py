@@ -72,6 +72,7 @@ class Loader:
                     *(refs.x, refs.x_tiles.at[slot, part], self.x_like, rows, step),
                     rows=self.config.bm,
                     row_chunks=self.chunks,
+                    whole=self.problem.k % self.config.bk == 0,
                     interpret=self.interpret,
                 )
             elif self.x_by_matrix:

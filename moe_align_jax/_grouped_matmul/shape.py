@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import COMPUTING, Config
+from moe_align_jax._grouped_matmul.config import COMPUTING, Config, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -66,9 +66,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     row = ROW_BYTES // _BYTES[problem.dtype]
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
-    tests = problem.rows == "blocks" and (
-        problem.row_weights or (problem.zero_padding and (not problem.top_k or weights.bias))
-    )
+    tests = tests_rows(problem)
     return Shape(
         columns,
         -(-problem.n // columns),

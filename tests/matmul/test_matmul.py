@@ -161,6 +161,33 @@ def test_epilogues(epilogue, transpose_rhs, implementation):
             check_blocks(*case, implementation)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [64, 128, 192])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("n", [64, 128])
+def test_tiles_wider_than_x_or_the_result(k, block, n):
+    """A tile of 128 or 256 columns, of a result with 64, is not stored over its first columns; nor are
+    columns read that x does not have, of which the last row's lie behind the array."""
+    for gather in (True, False):
+        for epilogue in ({}, {"activation": "silu"}, {"activation": "silu", "pair": True}):
+            for tokens in (40, 300):
+                case = make_case(tokens, 2, 5, k, n, block, gather=gather, **epilogue)
+                check_blocks(*case, "mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_rows_of_odd_blocks_begin_anywhere(block):
+    """Ids and weights of two rows are not loaded at once where a block may begin at an odd row."""
+    for gather in (True, False):
+        for row_weights in (True, False):
+            for bias in (True, False):
+                case = make_case(
+                    *(9, 2, 6, 72, 64, block), gather=gather, row_weights=row_weights, bias=bias
+                )
+                check_blocks(*case, "mosaic_gpu")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("out", ["bfloat16", "float16", "float32"])
 def test_dtypes_by_xla(dtype, out):
