@@ -1,5 +1,5 @@
-# make demo            runs the main job on this machine      make test   passes the tests
-# make lint, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
+# make demo            runs the main job on this machine      make test   runs the tests
+# make lint, docs, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
 # each target makes its own virtual environment. PYTHON=/path/to/python takes an interpreter whose packages
 # are already there instead (a machine without network).
 
@@ -22,7 +22,7 @@ endif
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format package clean
+.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format docs package clean
 
 demo:
 	$(VENV_FOR) cli
@@ -77,6 +77,11 @@ format:
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The site of docs/, into site/: every warning is an error.
+docs:
+	$(VENV_FOR) docs
+	$(PY) tools/build_docs.py
+
 # A wheel and an sdist in dist/, as they would be uploaded; tests/meta/test_package.py looks into them.
 package:
 	$(VENV_FOR) dev
@@ -85,7 +90,7 @@ package:
 	$(PY) -m twine check --strict dist/*
 
 clean:
-	rm -rf dist $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
+	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
 
 # Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.

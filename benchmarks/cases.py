@@ -148,38 +148,6 @@ def union_grid() -> list[Case]:
     return sorted(sizes.values(), key=lambda c: (c.num_pairs, c.num_experts, c.block_size))
 
 
-# -- goals ------------------------------------------------------------------------------------------
-
-# Device time per call from PyTorch (CUDA graph) on an H200 that the project set itself, in µs. The first
-# is an empty kernel of the same run and 0.40.
-EMPTY_PLUS = {"8x256x16": 0.40}
-TARGET_US = {
-    "8x256x16": 1.25,
-    "64x256x16": 1.5,
-    "512x256x16": 2.0,
-    "512x64x16": 1.7,
-    "1024x256x64": 2.4,
-    "2048x128x64": 2.5,
-    "8192x64x128": 2.5,
-    "8192x8x128": 2.4,
-    "8192x1000x16": 3.5,
-    "32768x256x64": 3.5,
-    "131072x256x128": 4.5,
-    "524288x256x128": 7.0,
-    "2097152x256x128": 15.0,
-}
-VLLM_GEOMEAN, VLLM_LEAST = (
-    4.8,
-    2.0,
-)  # times faster than vLLM's op: the geometric mean, and every row
-UNION_GEOMEAN, UNION_LEAST = 3.0, 1.0  # the same over the union grid
-
-
-def jit_target_us(target_us: float) -> float:
-    """What a call under jit may take, where one from PyTorch may take `target_us`."""
-    return max(1.25 * target_us, target_us + 0.8)
-
-
 @dataclass(frozen=True)
 class Expected:
     """The contract's answer for one input, by NumPy: stable order within an expert."""

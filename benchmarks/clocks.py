@@ -10,7 +10,6 @@ python -m benchmarks.clocks FILE.jsonl ...   # the rows of a run as tables in Ma
 
 import argparse
 import concurrent.futures
-import json
 import os
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import Writer, parse, read
 from moe_align_jax._cli import traces
 
 # What XLA puts into CUDA graphs, by the flags of the process.
@@ -399,7 +399,7 @@ def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) 
                 print(f"-- launch {name} ended with {done.returncode}", flush=True)
             worst = max(worst, abs(done.returncode))
         lines = output.read_text().splitlines()[before:] if output.exists() else []
-    print(markdown(map(json.loads, lines)))
+    print(markdown(parse(lines)))
     return worst or (0 if lines else 1)
 
 
@@ -410,10 +410,10 @@ def keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
     facts: dict[str, Any] = dict(machine.facts(options.commit))
     facts |= {"launch": options.launch, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
+    out = Writer(options.output, facts)
+
     def keep(row: dict[str, Any]) -> None:
-        if options.output:
-            with Path(options.output).open("a") as file:
-                file.write(json.dumps(facts | row) + "\n")
+        out.write([row])
         print(text_of(row), flush=True)
 
     return keep
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rows of clocks as tables in Markdown.")
     parser.add_argument("files", nargs="+")
     files = parser.parse_args(argv).files
-    print(markdown(json.loads(line) for f in files for line in Path(f).read_text().splitlines()))
+    print(markdown(read(files)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Compile time of each form, step by step, each program new to the process.
 
-python -m benchmarks.compile_time --out benchmarks/results/compile/NAME.jsonl
+python -m benchmarks.compile_time --out ROWS.jsonl
 
 jax's compilation cache is off. "mosaic_gpu" is a jit with one call: tracing and lowering, compiling (Mosaic
 and ptxas), the first run. "torch_bridge" is a program that is sized at launch, in the process that compiles
@@ -17,11 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import machine
 from benchmarks.cases import Case
+from benchmarks.rows import Writer
 from moe_align_jax._align import tables
 from moe_align_jax._core import checks
 from moe_align_jax._lowering import select
@@ -208,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = [f"{name} {row[name]:.3f}" for name in (*STEPS, "total_s") if name in row]
         print(f"{row['case']:24} {row['form']:8} {row['provider']:22} {', '.join(parts)}")
     print(verdict(rows))
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(options.out).open("a") as file:
-            file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+    Writer(options.out, facts).write(rows)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What recording expert load costs a forward pass: paired runs of a jitted program with and without it.
 
-python -m benchmarks.expert_load --sglang-eplb .peers/sgl_eplb.py --out benchmarks/results/load/h200.jsonl
+python -m benchmarks.expert_load --sglang-eplb .peers/sgl_eplb.py --out ROWS.jsonl
 
 One program aligns L layers, unrolled or scanned. Recording is compiled out ("off"), or writes the row
 of the pass ("on"); baselines beside it add to a histogram in every layer, in jax, and from PyTorch as
@@ -11,14 +11,12 @@ and counts, and ours. Every count is compared with NumPy's before anything is ti
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
+from benchmarks.rows import Row, Writer  # noqa: E402
 from moe_align_jax._cli import traces  # noqa: E402
 
 BLOCK = 16
@@ -337,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     options = parser.parse_args(argv)
     wanted = [name for name in options.cases.split(",") if name]
-    rows, facts = [], machine.facts(options.commit)
+    rows: list[Row] = []
+    out = Writer(options.out, machine.facts(options.commit))
     for size in SIZES:
         if wanted and size.name not in wanted:
             continue
@@ -360,11 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
             rows += found
-            if options.out:
-                path = Path(options.out)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.writelines(json.dumps({**facts, **row}) + "\n" for row in found)
+            out.write(found)
     return 0 if rows else 1
 
 

@@ -1,6 +1,6 @@
 """dispatch + combine over the GPUs of one host, per transport, beside plain collectives, by both clocks.
 
-python -m benchmarks.expert_parallel --output benchmarks/results/expert_parallel/h200-x2-clocks.jsonl
+python -m benchmarks.expert_parallel --output ROWS.jsonl
 
 Everything that does the job is first held against the dense sum in NumPy. Then jitted steps are timed
 (`benchmarks.clocks`): a chain of pairs, each result the next pair's input. "low_latency" sends fp8 and its

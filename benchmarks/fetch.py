@@ -1,7 +1,8 @@
 """Fetches the peers' compiled ops, out of their own wheels, into a git-ignored folder.
 
 With vLLM's come the Python file that calls it, which the tests of `torch_bridge.vllm.patch` run, and the
-one that `patch` replaces functions of, which they read.
+one that `patch` replaces functions of, which they read; and its Triton kernels of the expert layer with the
+sizes that they were tuned to, for benchmarks.moe_layer.
 
 python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [sglang_recorder]
     [sglang_router]
@@ -12,6 +13,7 @@ Only these files are kept (about 45 and 20 MB); the wheels are several times lar
 """
 
 import argparse
+import fnmatch
 import json
 import re
 import subprocess
@@ -27,7 +29,8 @@ class Wheel(NamedTuple):
     """A release, the member of its wheel that holds the op, and the file to keep it as.
 
     `python` are more members, sources around the op, each with its file. `replace` is a pattern in a
-    Python member and what stands in its place: what the file asks of the rest of its package.
+    Python member and what stands in its place: what the file asks of the rest of its package. `tables` is a
+    pattern of names of JSON members, which are kept in one file by their names without the folder.
     """
 
     requirement: str
@@ -35,6 +38,7 @@ class Wheel(NamedTuple):
     file: str
     python: tuple[tuple[str, str], ...] = ()
     replace: tuple[str, str] | None = None
+    tables: tuple[str, str] | None = None
 
 
 WHEELS = {
@@ -48,6 +52,11 @@ WHEELS = {
                 "vllm_moe_align_block_size.py",
             ),
             ("vllm/_custom_ops.py", "vllm_custom_ops.py"),
+            ("vllm/model_executor/layers/fused_moe/fused_moe.py", "vllm_fused_moe.py"),
+        ),
+        tables=(
+            "vllm/model_executor/layers/fused_moe/configs/E=*,N=*,device_name=NVIDIA_H?00*.json",
+            "vllm_moe_configs.json",
         ),
     ),
     "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
@@ -141,6 +150,12 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
                     raise ValueError(f"{member} is not as it was: {count} times {wheel.replace[0]}")
                 content = text.encode()
             target.with_name(file).write_bytes(content)
+        if wheel.tables:
+            pattern, file = wheel.tables
+            names = sorted(fnmatch.filter(archive.namelist(), pattern))
+            tables = {name.rsplit("/", 1)[-1]: json.loads(archive.read(name)) for name in names}
+            target.with_name(file).write_text(json.dumps(tables, indent=1) + "\n")
+            members.append((pattern, file))
     notes = target.with_name("versions.json")
     versions = json.loads(notes.read_text()) if notes.is_file() else {}
     for _, file in members:

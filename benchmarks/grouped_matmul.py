@@ -1,12 +1,12 @@
 """grouped_matmul, ragged_dot and masked_grouped_matmul beside the grouped GEMMs of other libraries.
 
-python -m benchmarks.grouped_matmul --out results/grouped_matmul.jsonl
+python -m benchmarks.grouped_matmul --out ROWS.jsonl
 
 Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
-time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one jit
-(device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in use,
-not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate over
-the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
+time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one
+jit (device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in
+use, not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate
+over the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
 
 A child process takes each case: one that reads where it must not would spoil the others.
 """
@@ -128,7 +128,7 @@ class Inputs:
         return "" if error < _BOUND else f"relative error {error:.2e}"
 
 
-# -- providers ---------------------------------------------------------------------------------------------
+# -- providers -------------------------------------------------------------------------------------
 
 
 def _aligned(inputs: Inputs, block: int) -> tuple[Any, np.ndarray]:
@@ -300,7 +300,7 @@ def read_rate() -> float:
     return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
 
 
-# -- a case ----------------------------------------------------------------------------------------------
+# -- a case ----------------------------------------------------------------------------------------
 
 
 def variants(size: Size) -> list[tuple[str, int, Any]]:

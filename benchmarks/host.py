@@ -1,7 +1,7 @@
 """Host time per call from PyTorch, and the first call of a fresh process, beside the peers' compiled ops.
 
 python -m benchmarks.host --vllm-op .peers/vllm_moe.so --sglang-op .peers/sgl_ops.so \\
-    --out benchmarks/results/host/NAME.jsonl
+    --out ROWS.jsonl
 
 vLLM's own Python function is timed too, on its op and patched to ours, if its file lies beside the op.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, vllm_file
+from benchmarks.rows import Writer
 
 # One kernel, two kernels: pairs, experts, block.
 SIZES = ((512, 256, 16), (8192, 256, 16))
@@ -308,9 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = [f"{key} {row[key]}" for key in row if key.endswith("_ms")]
         print(f"{row['case']:24} {row['provider']:26} {row['ms']:9.2f} ms; {', '.join(parts)}")
     if options.out:
-        facts = machine.facts(options.commit)
-        with Path(options.out).open("a") as file:
-            file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+        Writer(options.out, machine.facts(options.commit)).write(rows)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Alignment, recorder and masked activation in a jitted step, beside XLA composites, by both clocks. One GPU.
 
-python -m benchmarks.jit_clocks --output benchmarks/results/clocks/h200.jsonl
+python -m benchmarks.jit_clocks --output ROWS.jsonl
 
 Steps of many calls (`benchmarks.clocks`): of alignments, each one's ids follow from all results of the one
 before, as layers depend on each other; so a call's time has the small kernel in it that makes the next ids,

@@ -1,6 +1,6 @@
 """silu_and_mul_masked_quant beside SGLang's Triton kernel and a device-to-device copy.
 
-python -m benchmarks.masked_quant --sglang-masked .peers/sgl_masked.py --out results/masked.jsonl
+python -m benchmarks.masked_quant --sglang-masked .peers/sgl_masked.py --out ROWS.jsonl
 
 Every provider runs over the same inputs, as many as the L2 cache cannot hold: ours as calls inside one jit
 (device span), SGLang's in one CUDA graph. Before a time is taken, the codes and scales of sampled rows are
@@ -12,7 +12,6 @@ is the copy of as many bytes as the case moves.
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
+from benchmarks.rows import Writer  # noqa: E402
 
 GROUP, E4M3_MAX, FLOOR = 128, 448.0, 1e-10
 _L2_BYTES = 50 << 20
@@ -350,15 +350,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         peak = rates["kernel"]
         facts |= {f"copy_{kind}_gbps": round(rate, 1) for kind, rate in rates.items()}
         print(f"copy of {_COPY_BYTES >> 20} MiB, read and written, GB/s: {rates}", flush=True)
-    failed = 0
+    failed, out = 0, Writer(options.out, facts)
     for size in sizes:
         rows = run_size(size, options, peak)
         print("\n".join(summary(rows)), flush=True)
         failed += sum(row["status"] == "failed" for row in rows)
-        if options.out:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(options.out, "a") as file:
-                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        out.write(rows)
     return 1 if failed else 0
 
 

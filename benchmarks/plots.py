@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import union
 from benchmarks.cases import CASES, SKEWS
+from benchmarks.rows import base_for, median_rows
 from moe_align_jax._align import tables
 
 OURS = ("torch_bridge", "mosaic_gpu")
@@ -44,9 +45,7 @@ def _size_of(name: str) -> tuple[int, int, int] | None:
 
 
 def _median(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    from benchmarks import report
-
-    return {key: row["p50_us"] for key, row in report.median_rows(rows).items()}
+    return {key: row["p50_us"] for key, row in median_rows(rows).items()}
 
 
 def time_against_pairs(rows: Sequence[dict[str, Any]], provider: str) -> Points:
@@ -63,12 +62,10 @@ def time_against_pairs(rows: Sequence[dict[str, Any]], provider: str) -> Points:
 
 def ratio_to_peers(rows: Sequence[dict[str, Any]]) -> Points:
     """Peer -> (pairs, its time over ours, timed in the same way as in the tables), a point per size."""
-    from benchmarks import report
-
     median = _median(rows)
     found: Points = {}
     for (name, who), us in median.items():
-        size, ours = _size_of(name), median.get((name, report.base_for(who, rows) or ""))
+        size, ours = _size_of(name), median.get((name, base_for(who, rows) or ""))
         if size is not None and ours is not None and who not in OURS:
             found.setdefault(who, []).append((size[0], us / ours))
     return {who: sorted(points) for who, points in sorted(found.items())}

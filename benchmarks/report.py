@@ -1,32 +1,28 @@
-"""Tables, goals and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
+"""Tables and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
 
-python -m benchmarks.report benchmarks/results/*.jsonl benchmarks/results/{union,compile}/*.jsonl \\
+python -m benchmarks.report benchmarks/results/*/{align,union,compile}-*.jsonl \\
     --readme README.md --update docs/performance.md --plots docs/figures
 """
 
 import argparse
 import collections
-import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_time, goals
-from benchmarks.cases import CASES, EMPTY_PLUS, TARGET_US, jit_target_us
+from benchmarks import compile_time, union
+from benchmarks.cases import CASES
+from benchmarks.rows import NO_COLUMN, OURS_IN_GRAPHS, base_for, base_of, median_rows, read
 
-OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
-OURS_IN_GRAPHS = (
-    "torch_bridge"  # and for PyTorch's ops in CUDA graphs this one, where it was measured
-)
 MARKS = "<!-- measured:begin -->", "<!-- measured:end -->"
 _LABEL = {
     "span_us": "device span under jit",
     "graph_us": "CUDA graph",
     "wall_us": "host wall time",
 }
-_NO_COLUMN = ("empty",)
 # What the README shows: five sizes from a decode step to a large prefill, and these columns.
 README_CASES = ("8x256x16", "512x256x16", "8192x64x128", "32768x256x64", "524288x256x128")
 README_COLUMNS = {
@@ -44,69 +40,13 @@ _COMPOSITES = ("torch_sort", "xla", "xla_argsort")
 type Rows = Sequence[dict[str, Any]]
 
 
-def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Every row of the files, in order."""
-    return [json.loads(line) for p in paths for line in Path(p).read_text().splitlines() if line]
-
-
-def median_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(case, provider) -> the row of its median run by p50 (of two, the slower one)."""
-    runs = collections.defaultdict(list)
-    for row in rows:
-        if row["verified"]:
-            runs[row["case"], row["provider"]].append(row)
-    by_time = {key: sorted(group, key=lambda r: r["p50_us"]) for key, group in runs.items()}
-    return {key: group[len(group) // 2] for key, group in by_time.items()}
-
-
-def base_of(rows: Iterable[dict[str, Any]]) -> str:
-    """Our implementation that the others are compared with."""
-    present = {r["provider"] for r in rows}
-    return next((name for name in OURS if name in present), OURS[0])
-
-
-def base_for(provider: str, rows: Rows) -> str | None:
-    """Whom a provider is compared with: ours, timed in the same way where that was done; None for
-    those of ours that the others are compared with."""
-    base = base_of(rows)
-    graphs = {r["provider"] for r in rows if r.get("metric") == "graph_us"}
-    if provider in (base, OURS_IN_GRAPHS, *_NO_COLUMN):
-        return None
-    return OURS_IN_GRAPHS if graphs >= {provider, OURS_IN_GRAPHS} else base
-
-
-def target_of(name: str, median: dict[tuple[str, str], dict[str, Any]]) -> float | None:
-    """The goal for a call from PyTorch; against the empty kernel of the same runs where it is set so."""
-    empty = median.get((name, "empty"))
-    if name in EMPTY_PLUS and empty is not None:
-        return round(empty["p50_us"] + EMPTY_PLUS[name], 3)
-    return TARGET_US.get(name)
-
-
-def verdicts(
-    name: str, median: dict[tuple[str, str], dict[str, Any]]
-) -> list[tuple[str, float, bool]]:
-    """(what, goal, whether it is met) of a case, for each of ours that was measured."""
-    target = target_of(name, median)
-    if target is None:
-        return []
-    found = []
-    for provider, what, goal in (
-        (OURS_IN_GRAPHS, "graph", target),
-        (OURS[0], "jit", jit_target_us(target)),
-    ):
-        if row := median.get((name, provider)):
-            found.append((what, goal, row["p50_us"] <= goal))
-    return found
-
-
-def cells(rows: Rows, *, with_goals: bool = True) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a case per line, a provider per column, its ratio to ours behind its time.
 
     A ratio above 1 is a win of ours, below 1 a loss.
     """
     median = median_rows(rows)
-    present = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in _NO_COLUMN))
+    present = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in NO_COLUMN))
     base = base_of(rows)
     first = [p for p in (base, OURS_IN_GRAPHS) if p in present]
     peers = [p for p in present if p not in (*first, *_COMPOSITES)]
@@ -115,11 +55,9 @@ def cells(rows: Rows, *, with_goals: bool = True) -> tuple[list[str], list[list[
     order = {case.name: i for i, case in enumerate(CASES)}
     names = sorted(dict.fromkeys(r["case"] for r in rows), key=lambda n: order.get(n, len(order)))
     failed = {(r["case"], r["provider"]) for r in rows if not r["verified"]}
-    with_goal = with_goals and any(verdicts(name, median) for name in names)
     metric = {p: next((m["metric"] for k, m in median.items() if k[1] == p), "") for p in providers}
     header = ["pairs x experts x block"]
     header += [f"{p} ({_LABEL.get(metric[p], 'not timed')})" for p in providers]
-    header += ["goal"] * with_goal
     lines = []
     for name in names:
         line = [name]
@@ -135,12 +73,6 @@ def cells(rows: Rows, *, with_goals: bool = True) -> tuple[list[str], list[list[
                 if against is not None:
                     text += f" ({row['p50_us'] / against['p50_us']:.2f}x)"
             line.append(text)
-        if with_goal:
-            said = [
-                f"{what} {goal:.2f} {'met' if met else 'missed'}"
-                for what, goal, met in verdicts(name, median)
-            ]
-            line.append(", ".join(said) or "-")
         lines.append(line)
     return header, lines
 
@@ -176,6 +108,11 @@ def gpus(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     for row in rows:
         found.setdefault(row["gpu"] or "no GPU (CPU wall time)", []).append(row)
     return found
+
+
+def _filled(text: str) -> str:
+    """A paragraph of lines that fit a page."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def headline(rows: Rows) -> str:
@@ -231,10 +168,10 @@ def markdown(rows: Rows) -> str:
         kinds = collections.defaultdict(list)
         for row in everything:
             kinds[row.get("grid") or row.get("metric") or ""].append(row)
-        union, compiled = kinds.pop("union", []), kinds.pop("compile_s", [])
+        grid, compiled = kinds.pop("union", []), kinds.pop("compile_s", [])
         here = [row for group in kinds.values() for row in group]
         if here:
-            header, lines = cells(here, with_goals=False)
+            header, lines = cells(here)
             runs = len({r["date"] for r in here})
             first = here[-1]
             facts = ", ".join(
@@ -244,17 +181,19 @@ def markdown(rows: Rows) -> str:
             )
             versions = dict.fromkeys(f"{r['provider']}: {r['version']}" for r in here)
             parts.append(
-                f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
-                f"run's p50, in µs per call.\nIn parentheses: that time divided by ours, by the same clock "
-                f"and launch ({base_of(here)} under jit,\n{OURS_IN_GRAPHS} in CUDA graphs); below 1 ours is "
-                f"slower.\n"
+                _filled(
+                    f"**{gpu}**, {first['date'][:10]}, {facts}. {runs} run(s). Each cell is the median "
+                    f"run's p50, in µs per call. In parentheses: that time divided by ours, by the same "
+                    f"clock and launch ({base_of(here)} under jit, {OURS_IN_GRAPHS} in CUDA graphs); below "
+                    f"1 ours is slower."
+                )
             )
             parts.append("| " + " | ".join(header) + " |")
             parts.append("|" + "---|" * len(header))
             parts += ["| " + " | ".join(line) + " |" for line in lines]
-            parts.append("\n" + losses(here) + " Providers: " + "; ".join(versions) + ".\n")
-        if union:
-            parts.append(goals.union_markdown(gpu, union))
+            parts.append("\n" + _filled(f"{losses(here)} Providers: {'; '.join(versions)}."))
+        if grid:
+            parts.append(union.markdown(gpu, grid))
         if compiled:
             parts.append(f"Compile time, **{gpu}**: {compile_time.verdict(compiled)}.\n")
     return "\n".join(parts).rstrip() + "\n"
@@ -296,7 +235,7 @@ def pictures(drawn: Sequence[Path], page: str | Path) -> str:
     """Links to the pictures, relative to the page."""
     folder = Path(page).resolve().parent
     links = [f"![{p.stem}]({os.path.relpath(p.resolve(), folder)})" for p in drawn]
-    return "".join(f"\n{link}\n" for link in links)
+    return "\n" + "\n".join(links) + "\n" if links else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -310,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plots", metavar="FOLDER", help="where to draw (needs the extra plot)")
     options = parser.parse_args(argv)
-    rows = load(options.results)
+    rows = read(options.results)
     text = markdown(rows)
     drawn: list[Path] = []
     if options.plots:

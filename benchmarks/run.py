@@ -1,16 +1,14 @@
 """Verifies every provider on the same random inputs, then times it, in one run.
 
-python -m benchmarks.run --vllm-op .peers/vllm_moe.so --out benchmarks/results/h100.jsonl
-python -m benchmarks.run --grid union --vllm-op .peers/vllm_moe.so --out benchmarks/results/union/h100.jsonl
+python -m benchmarks.run --vllm-op .peers/vllm_moe.so --out ROWS.jsonl
+python -m benchmarks.run --grid union --vllm-op .peers/vllm_moe.so --out ROWS.jsonl
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +16,9 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import goals, machine, peers, report, timing  # noqa: E402
+from benchmarks import machine, peers, report, timing  # noqa: E402
 from benchmarks.cases import CASES, GRIDS, Case, Expected, expected, mismatch  # noqa: E402
+from benchmarks.rows import Writer  # noqa: E402
 
 # A CPU needs seconds for the largest sizes, times five calls, times the repeats.
 CPU_MAX_PAIRS = 32_768
@@ -245,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         cases = [c for c in cases if c.num_pairs <= CPU_MAX_PAIRS]
     rows, started = [], time.monotonic()
+    out = Writer(options.out, facts)
     if any(p.name == "torch_bridge" for p in present):
         if reason := peers.prepare_direct(cases):
             say(f"  torch_bridge: {reason}", file=sys.stderr)
@@ -255,16 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for row in run_case(case, present, options):
             rows.append({**facts, **row})
-            if options.out:
-                with Path(options.out).open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            out.write([row])
             if not row["verified"]:
                 say(f"  {case.name} {row['provider']}: {row['error']}", file=sys.stderr)
         seconds = time.monotonic() - begun
         say(f"  {case.name}: {seconds:.0f} s", file=sys.stderr)
     say(report.text_table(rows))
-    for line in goals.lines_of(report.median_rows(rows), report.verdicts):
-        say(line)
     for note in sorted({f"{r['provider']}: {r['note']}" for r in rows if r.get("note")}):
         say(f"note: {note}")
     failed = [r for r in rows if not r["verified"]]

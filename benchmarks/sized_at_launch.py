@@ -1,6 +1,6 @@
 """A program that serves a range of sizes against one compiled for the size: at most 8% slower.
 
-python -m benchmarks.sized_at_launch --out benchmarks/results/sized_at_launch/NAME.jsonl
+python -m benchmarks.sized_at_launch --out ROWS.jsonl
 
 After `warmup(max_tokens=...)` the sizes of a bucket share a program that is sized at launch. Each bucket is
 measured just past the end of the one before, in its middle and at its end, from PyTorch: in CUDA graphs of
@@ -10,7 +10,6 @@ outputs, against torch's stable sort, itself held to NumPy where that is quick.
 
 import argparse
 import functools
-import json
 import math
 import os
 import random
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
@@ -27,6 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, peers, timing, union  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
+from benchmarks.rows import Writer  # noqa: E402
 from moe_align_jax._align import tables  # noqa: E402
 from moe_align_jax.types import AlignProblem  # noqa: E402
 
@@ -198,10 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(every) - len(rows)} of {len(every)} sizes were left out: the time was up")
     print(verdict(rows, compiled))
     print(f"{time.monotonic() - started:.0f} s")
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(options.out).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    Writer(options.out, facts).write(rows)
     return int(not rows or not all(row["verified"] for row in rows))
 
 

@@ -1,7 +1,7 @@
 """The committed cover of the union grid: sizes that peers test, ours against theirs, the worst ratio first.
 
 python -m benchmarks.run --grid union --vllm-op .peers/vllm_moe.so --sglang-small .peers/sgl_small.py \\
-    --budget 240 --out benchmarks/results/union/NAME.jsonl
+    --budget 240 --out ROWS.jsonl
 
 Uniform ids. Everything is made, checked and timed on the GPU in groups, with few replays: the whole cover
 takes minutes. Checked: torch's stable sort on the same ids, itself held to NumPy where that is quick, and
@@ -9,20 +9,19 @@ every provider, over poisoned outputs, to that.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import machine, peers, timing
-from benchmarks.cases import UNION_GEOMEAN, UNION_LEAST, Case, expected, mismatch, union_grid
+from benchmarks.cases import Case, expected, mismatch, union_grid
+from benchmarks.rows import Writer
 
 OURS, OURS_JIT = "torch_bridge", "mosaic_gpu"
 _GRAPH_WORDS = 1 << 25  # of output in one graph: 128 MB
@@ -227,13 +226,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for (ours, provider), group in ratios(rows).items():
         values = [ratio for ratio, _ in group]
-        lost = sum(value < UNION_LEAST for value in values)
+        lost = sum(value < 1 for value in values)
         mean = geomean(values)
         lines.append(
             f"{provider} against {ours}: {len(group)} sizes, geometric mean {mean:.2f}x, worst "
             f"{values[0]:.2f}x ({group[0][1]}), slower than it at {lost}"
         )
     return lines
+
+
+def markdown(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The union grid in a few lines: a summary per peer and the three worst sizes."""
+    sizes = len({r["case"] for r in rows})
+    head = f"Union grid, **{gpu}**, {rows[-1]['date'][:10]}, {sizes} sizes:"
+    lines = [f"- {line}" for line in summary(rows)]
+    worst = [f"- `{line}`" for line in listing(rows)[:3]]
+    return "\n".join([head, "", *lines, "", "The three worst sizes:", "", *worst, ""])
 
 
 def listing(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -276,15 +284,14 @@ def run(options: argparse.Namespace) -> int:
     cases = union_grid()
     random.Random(2026).shuffle(cases)
     rows: list[dict[str, Any]] = []
+    out = Writer(options.out, facts)
 
     def keep(new: list[dict[str, Any]]) -> None:
         for row in new:
             rows.append({**facts, **row})
+            out.write([row])
             if not row["verified"]:
                 print(f"  {row['case']} {row['provider']}: {row['error']}", file=sys.stderr)
-            if options.out:
-                with Path(options.out).open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
 
     if any(p.name == OURS for p in graph):
         if reason := peers.prepare_direct(cases):

@@ -1,10 +1,9 @@
-"""A small Mixture-of-Experts layer in JAX around moe_align_block_size.
+"""A small Mixture-of-Experts layer in JAX: a router, and fused_moe.
 
-The shortest complete use of the op, meant for reading (`jax.lax.ragged_dot` is not the fastest
-grouped GEMM on a GPU). Every stage stands under `jax.named_scope`, so that a profile shows it.
-Run it: `python examples/moe_layer.py`.
+The shortest complete use, meant for reading. Every stage stands under `jax.named_scope`, so that a profile
+shows it. Run it: `python examples/moe_layer.py`.
 
-T tokens, K top_k, n = T*K pairs, E experts, P padded rows, H hidden size, F size within an expert.
+T tokens, K top_k, E experts, H hidden size, F size within an expert.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_align_jax import moe_align_block_size, padded_group_sizes, select_implementation
+from moe_align_jax import fused_moe, select_moe_implementation
 
 
 class MoEParams(NamedTuple):
@@ -64,7 +63,7 @@ def apply_experts(
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     *,
-    block_size: int,
+    block_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of each token's experts; an id outside `[0, E)` adds zero.
@@ -74,41 +73,24 @@ def apply_experts(
         x: `[T, H]` floating point.
         topk_weights: `[T, K]` floating point.
         topk_ids: `[T, K]` integers.
-        block_size: rows per block: each expert's rows are padded to a multiple of it. Static.
-        implementation: of the alignment; None for the best available.
+        block_size: rows per block: each expert's rows are padded to a multiple of it. None for what suits
+            the sizes. Static.
+        implementation: None for the best available.
 
     Returns:
         `[T, H]`, dtype of x.
     """
-    num_experts = params.gate.shape[0]
-    top_k = topk_ids.shape[1]
-    with jax.named_scope("align"):
-        aligned = moe_align_block_size(
+    with jax.named_scope("experts"):
+        # Gate and up are two arrays here; fused_moe also takes them side by side in one.
+        return fused_moe(
+            x,
+            (params.gate, params.up),
+            params.down,
+            topk_weights,
             topk_ids,
             block_size=block_size,
-            num_experts=num_experts,
-            return_inverse=True,
             implementation=implementation,
         )
-        group_sizes = padded_group_sizes(aligned, block_size=block_size)
-    with jax.named_scope("gather"):
-        # Pair i belongs to token i // K; the sentinel n gives token T, past the end: a zero row.
-        token = aligned.sorted_token_ids // top_k
-        rows = x.at[token].get(mode="fill", fill_value=0)
-    with jax.named_scope("experts"):
-        # The group sizes sum to num_tokens_post_padded <= P. Rows past it belong to no expert, and
-        # ragged_dot promises nothing about them; nothing below reads them, forward or backward.
-        hidden = jax.nn.silu(jax.lax.ragged_dot(rows, params.gate, group_sizes))
-        hidden *= jax.lax.ragged_dot(rows, params.up, group_sizes)
-        out = jax.lax.ragged_dot(hidden, params.down, group_sizes)
-    with jax.named_scope("combine"):
-        # A dropped pair has row -1, which would index from the end: send it past the end instead.
-        dropped = aligned.row_of_pair < 0
-        row = jnp.where(dropped, out.shape[0], aligned.row_of_pair)
-        per_pair = out.at[row].get(mode="fill", fill_value=0).reshape(*topk_ids.shape, -1)
-        # Its weight may be anything: 0 * NaN would be NaN, in the sum and in the gradient.
-        weights = jnp.where(dropped.reshape(topk_ids.shape), 0, topk_weights).astype(out.dtype)
-        return jnp.einsum("tk,tkh->th", weights, per_pair).astype(x.dtype)
 
 
 def moe_layer(
@@ -116,10 +98,10 @@ def moe_layer(
     x: jax.Array,
     *,
     top_k: int,
-    block_size: int,
+    block_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`[T, H]` -> `[T, H]`: route, align, grouped GEMMs with SwiGLU, combine."""
+    """`[T, H]` -> `[T, H]`: route, then the experts, with SwiGLU."""
     weights, topk_ids = route(params.router, x, top_k=top_k)
     return apply_experts(
         params, x, weights, topk_ids, block_size=block_size, implementation=implementation
@@ -144,7 +126,6 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--block-size", type=int, default=16)
     options = parser.parse_args()
     if not 1 <= options.top_k <= options.experts:
         parser.error(
@@ -156,7 +137,7 @@ def main() -> None:
         key_params, hidden=options.hidden, ffn=2 * options.hidden, num_experts=options.experts
     )
     x = jax.random.normal(key_x, (options.tokens, options.hidden), jnp.float32)
-    sizes = {"top_k": options.top_k, "block_size": options.block_size}
+    sizes = {"top_k": options.top_k}
 
     def loss(params, x):
         return jnp.mean(moe_layer(params, x, **sizes) ** 2)
@@ -174,16 +155,15 @@ def main() -> None:
     def relative_error(a, b):
         return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
 
-    shape = (options.tokens, options.top_k)
-    selection = select_implementation(
-        shape, block_size=options.block_size, num_experts=options.experts
+    selection = select_moe_implementation(
+        x.shape, params.down.shape, top_k=options.top_k, dtype=x.dtype, pair=True
     )
     device = jax.devices()[0]
     print(
         f"MoE layer on {device.device_kind}: {options.tokens} tokens, top-{options.top_k} of "
-        f"{options.experts} experts, hidden {options.hidden}, blocks of {options.block_size}"
+        f"{options.experts} experts, hidden {options.hidden}"
     )
-    print(f"alignment by {selection.implementation} (form {selection.form!r})")
+    print(f"experts by {selection.implementation} ({selection.form})")
     print(
         f"against the dense layer, largest error relative to the largest value: y "
         f"{relative_error(y, dense):.1e}"

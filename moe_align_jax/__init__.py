@@ -13,7 +13,7 @@ if "jax.core" in sys.modules:
     # step's first trace, where a name of ours may be resolved, it would have that step traced again.
     importlib.import_module("jax.extend.core")
 
-# Notes from now on whether a fork leaves jax behind in the parent.
+# From now on records whether this process is forked while jax runs.
 importlib.import_module("moe_align_jax._core.fork")
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ _MODULE_OF = {
     "ExpertLocation": "expert_location",
     "ExpertMoves": "eplb",
     "ExpertPlacement": "eplb",
+    "ExpertWeights": "moe_layer",
     "Implementation": "types",
     "LoadRecord": "_expert_load.ring",
     "MaskedLayout": "masked_layout",
@@ -41,12 +42,14 @@ _MODULE_OF = {
     "commit_expert_load": "expert_load",
     "dispatch": "expert_parallel",
     "expected_physical_count": "eplb",
+    "fused_moe": "moe_layer",
     "gmm": "matmul",
     "grouped_matmul": "matmul",
     "init_expert_load": "expert_load",
     "masked_grouped_matmul": "matmul",
     "max_num_tokens_padded": "_core.checks",
     "moe_align_block_size": "block_align",
+    "moe_block_size": "moe_layer",
     "padded_group_sizes": "block_align",
     "permute_to_contiguous": "masked_layout",
     "permute_to_masked": "masked_layout",
@@ -58,6 +61,7 @@ _MODULE_OF = {
     "route_topk": "router",
     "select_implementation": "_lowering.select",
     "select_matmul_implementation": "matmul",
+    "select_moe_implementation": "moe_layer",
     "select_router_implementation": "router",
     "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
@@ -114,6 +118,10 @@ if TYPE_CHECKING:
     from moe_align_jax.matmul import masked_grouped_matmul as masked_grouped_matmul
     from moe_align_jax.matmul import ragged_dot as ragged_dot
     from moe_align_jax.matmul import select_matmul_implementation as select_matmul_implementation
+    from moe_align_jax.moe_layer import ExpertWeights as ExpertWeights
+    from moe_align_jax.moe_layer import fused_moe as fused_moe
+    from moe_align_jax.moe_layer import moe_block_size as moe_block_size
+    from moe_align_jax.moe_layer import select_moe_implementation as select_moe_implementation
     from moe_align_jax.recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
     from moe_align_jax.router import route_and_align as route_and_align
     from moe_align_jax.router import route_topk as route_topk

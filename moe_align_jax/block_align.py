@@ -119,7 +119,7 @@ def moe_align_block_size(
         dispatch, tables = expert_dispatch.alignment_tables(
             function, expert_location, layer, num_experts, shared
         )
-        if dispatch == "round_robin":  # a pair's turn is known once all pairs before it are
+        if dispatch == "round_robin":  # a pair's replica depends on all pairs before it
             rows: Any = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
             topk_ids = expert_dispatch.to_physical_ids(
                 rows, expert_location, layer=layer, num_fused_shared_experts=shared

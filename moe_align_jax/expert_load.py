@@ -49,10 +49,10 @@ class ExpertLoad:
         ring: `[S * (B + 1), row]` int32. Row `pass % B` of a shard is written by each recorded pass;
             row B takes what is written while recording is off. Row: header (pass id, epoch,
             tokens, 0), `L * width` counts or ids, `L * Ep` of the map.
-        control: `[S, 2]` int32: the epoch, whose rows count; and twice the next pass id (where the caller
-            gives none), plus 1 while recording. So packed, the next value is made of the same word
-            alone, in place. And jax gives a donated buffer to the first result of its shape: a `[1]`
-            would go to some `num_tokens_post_padded`, and be copied.
+        control: `[S, 2]` int32: the epoch (rows of earlier epochs do not count), and twice the next pass
+            id (where the caller gives none), plus 1 while recording. One word holds both, so the update
+            reads only itself and stays in place. `[S, 2]`, not `[1]`: XLA would reuse that donation for
+            another result of the same shape, and copy the state.
         pending: counts (or ids) of single layers, not yet committed. The layer's number is written as
             text, because jax.export takes no other keys.
         layout: static sizes, None when recording is compiled out.
@@ -361,7 +361,7 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
 
 
 def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
-    """What metrics need of the ring: its headers, and the counts of the last passes. No map, no older row.
+    """The part of the ring that metrics need: headers and the counts of the last passes, without maps.
 
     The rows are gathered on their devices, as many as the next power of two, so that a ring that fills
     compiles few programs; each process does this for its own shards alone.
@@ -377,7 +377,9 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     slots = used_rows(headers, _on_host(load.control))
     last = slots[-most:]
     room = min(1 << max(len(last) - 1, 0).bit_length(), layout.num_passes)
-    padded = np.full(room, layout.num_passes, np.int32)  # the row of what was not recorded
+    padded = np.full(
+        room, layout.num_passes, np.int32
+    )  # the spare row, for passes that were not recorded
     padded[: len(last)] = last
     bodies = [_bodies(part, padded, layout) for part in parts]
     body = np.concatenate([np.asarray(x) for x in bodies])[:, : len(last)]

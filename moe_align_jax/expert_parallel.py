@@ -44,8 +44,8 @@ from moe_align_jax._expert_parallel.choice import (
 from moe_align_jax._expert_parallel.exchange import (
     DispatchInfo,
     fills_boxes,
-    give_back,
     give_back_sums,
+    return_rows,
     send,
     send_to_boxes,
 )
@@ -317,9 +317,9 @@ def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> j
             pairs = handle.topk_weights, handle.topk_ids
             out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
         else:
-            with jax.named_scope("give_back"):
+            with jax.named_scope("return_rows"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))
-                out = give_back(info, rows, in_use, plan)
+                out = return_rows(info, rows, in_use, plan)
         return out.astype(out_dtype)
 
 

@@ -27,7 +27,7 @@ def update_expert_weights(
     The weights passed in are donated. A chunk of layers is made beside them and then written over the old
     ones: at any time the extra memory per device is one chunk of one array, and one expert. Experts
     that change GPU travel one by one, on rings: for each distance d, every GPU sends to the one d further
-    on, as often as the busiest of them must. No placement compiles anything that another has not.
+    on, as often as the busiest of them must. All placements share one compiled program.
 
     Args:
         weights: a pytree of jax arrays `[L, Ep, ...]` of any dtype, with `NamedSharding`s over one mesh whose

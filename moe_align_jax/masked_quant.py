@@ -108,7 +108,7 @@ def silu_and_mul_masked_quant(
         amax_floor=amax_floor,
         divide=divide,
     )
-    _check_divided_by_hand(function, x, masked_m)
+    _check_explicitly_sharded(function, x, masked_m)
     return _run(x, masked_m, problem=problem, implementation=implementation)
 
 
@@ -204,18 +204,18 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 
 
 def _narrow(masked_m: Any, rows: int) -> jax.Array:
-    """int32 in [0, rows]; clamped in its own dtype, where it could be too wide."""
+    """`masked_m` as int32 in [0, rows], clamped before it is narrowed."""
     if isinstance(masked_m, np.ndarray):
         rows = min(rows, np.iinfo(masked_m.dtype).max)
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))
     if masked_m.dtype == jnp.int32:
-        return masked_m  # the kernel clamps: no operation before it
+        return masked_m  # the kernel clamps: no additional operation here
     info = jnp.iinfo(masked_m.dtype)
     low, high = (jnp.asarray(v, masked_m.dtype) for v in (0, min(rows, info.max)))
     return jnp.clip(masked_m, low, high).astype(jnp.int32)
 
 
-def _check_divided_by_hand(function: str, *arrays: jax.Array) -> None:
+def _check_explicitly_sharded(function: str, *arrays: jax.Array) -> None:
     """With Explicit mesh axes a custom kernel has no rule of its own for a sharded operand."""
     for argument, array in zip(("x", "masked_m"), arrays, strict=True):
         sharding = getattr(jax.typeof(array), "sharding", None)
@@ -379,7 +379,7 @@ mlir.register_lowering(masked_quant_p, functools.partial(_lower, "another platfo
 
 
 def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementation):
-    """A batch is so many more experts."""
+    """A batch of problems is one problem with the experts of all."""
     call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
     results = select.on_each_shard(call, operands, dims)
     return results, [0] * len(results)

@@ -37,8 +37,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiplies each aligned row with the weights of its block's expert.
 
-    One product per block of `aligned`, accumulated in float32. Bias, activation and row weights are applied to
-    the float32 sums, which are rounded once, to the result's dtype. Per row, with e the block's expert:
+    One product per block of `aligned`, accumulated in float32. Bias, activation and row weights are applied
+    to the float32 sums, which are rounded once, to the result's dtype. Per row, with e the block's expert:
 
         product = x_row @ w[e] + bias[e]
         result  = act(gate) * up * row_weight        gate and up are the two halves of the product's columns
@@ -373,15 +373,15 @@ def gmm(
     )
     if existing_out is None:
         return out
-    existing_out = arguments.check_array(function, "existing_out", existing_out)
-    if existing_out.shape != out.shape or existing_out.dtype != out.dtype:
-        rule, got = f"be {checks.describe(out)}", checks.describe(existing_out)
+    old = arguments.check_array(function, "existing_out", existing_out)
+    if old.shape != out.shape or old.dtype != out.dtype:
+        rule, got = f"be {checks.describe(out)}", checks.describe(old)
         remedy = "Pass an array like the result."
         raise ValueError(checks.message(function, "existing_out", rule, got, remedy))
     sizes = arguments.check_counts(function, "group_sizes", group_sizes, 0, out.shape[0])
     offset = arguments.check_offset(function, group_offset)
     known = reference.rows_with_matrix(sizes, offset[0], rhs.shape[0], out.shape[0])
-    return jnp.where(known[:, None], out, existing_out)
+    return jnp.where(known[:, None], out, old)
 
 
 def select_matmul_implementation(

@@ -1,7 +1,7 @@
 """Builds the site of docs/ into site/, as zensical.toml says; every warning is an error.
 
-`zensical build --strict` fails for a page or a heading that does not exist. What griffe says of a docstring that
-it cannot read (a line of a section that has no name, say, which would be missing on the page) it only prints.
+`zensical build --strict` fails for a link to a page or a heading that does not exist. It only prints what
+griffe says of a docstring that it cannot read, parts of which are then missing on the page.
 """
 
 import subprocess

@@ -27,7 +27,7 @@ def sizes_are_known() -> bool:
 
 
 def check_path(function: str, path: object) -> str:
-    """One of PATHS."""
+    """Checks that `path` is one of PATHS."""
     if path not in PATHS:
         names = ", ".join(map(repr, PATHS))
         raise ValueError(
@@ -54,7 +54,7 @@ def check_bool(function: str, argument: str, value: object) -> None:
 def check_integer_tensor(
     function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
 ) -> torch.Tensor:
-    """A dense integer tensor, on `device` when one is given."""
+    """Checks for a dense integer tensor, on `device` if one is given."""
     if not isinstance(value, torch.Tensor):
         what = checks.describe(value)
         raise TypeError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
 
     class _Jax:
-        """jax, for who reads an annotation (typing.get_type_hints): it is imported then, not before."""
+        """jax, imported when an annotation is resolved (typing.get_type_hints), not before."""
 
         def __getattr__(self, name: str) -> Any:
             import jax
@@ -104,8 +104,8 @@ def on_device(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def current_device_kept() -> Iterator[None]:
-    """Around what may start jax's GPU client: it leaves the last GPU current in this thread (jax 0.11.2, two
-    GPUs), and torch would allocate there from then on."""
+    """Keeps torch's current device around code that may start jax's GPU client, which leaves the last GPU
+    current in this thread (jax 0.11.2, two GPUs): torch would allocate there from then on."""
     if not torch.cuda.is_initialized():
         yield
         return
@@ -209,7 +209,7 @@ def not_dense(tensor: torch.Tensor) -> str | None:
 
 
 def check_tensor(function: str, argument: str, tensor: object) -> None:
-    """A dense tensor that has data: DLPack would take a FakeTensor for garbage."""
+    """Checks that a tensor is dense and has data. (DLPack would read garbage from a FakeTensor.)"""
     if not isinstance(tensor, torch.Tensor):
         what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
         raise TypeError(checks.message(function, argument, "be a torch.Tensor", what, remedy))

@@ -1,7 +1,7 @@
 """Makes an installed vLLM call ours: at `vllm._custom_ops`, through which its Python layer calls.
 
-Its users import the Python function by name, so that one cannot be replaced for them; the op that
-it calls can, because it is looked up in the module at each call.
+vLLM's layers import the Python function by name, so that function cannot be replaced for them. The op that it
+calls can be, because it is looked up in the module at each call.
 """
 
 import contextlib

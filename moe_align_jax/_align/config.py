@@ -1,6 +1,6 @@
 """The forms of the alignment's kernels: their sizes, their limits, and sizes that fit a problem.
 
-Which form and sizes a problem takes says `_align.tables`. A leaf, no jax.
+`_align.tables` chooses the form and sizes of a problem. Imports no jax.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ MAX_COMPARED_PAIRS = 256  # of "pairs", which compares each with all
 MAX_SORTED_PAIRS = 16_384  # of "sorted": under skew one CTA's shared memory holds all, three times
 MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
-MAX_CLUSTER = 8  # CTAs that every GPU with clusters puts into one
+MAX_CLUSTER = 8  # the largest cluster that every GPU with clusters supports
 MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
 _MOST_ROUNDS_OF_1024 = 6  # of "grid" with the inverse: a thread of 1024 has 64 registers
 _MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
 _MAX_DIGIT_BITS = 8  # of "sorted"
-_MOST_CELLS = 2**31 - 2**24  # of "sorted": beyond, its loops over rows could wrap
+_MOST_CELLS = 2**31 - 2**24  # of "sorted": with more, its loop counters over rows could wrap
 _SHARED_WORDS = 232_448 // 4
 
 
@@ -30,8 +30,8 @@ class BlockAlignMosaicConfig:
     """One way to run the alignment on a GPU. In a table sizes are upper bounds, which `fit` lowers.
 
     Attributes:
-        form: "warp", "pairs", "block", "cluster", "grid", "sorted", "radix" or "batched": a file of
-            `_kernels/block_align`.
+        form: "warp", "pairs", "block", "cluster", "grid", "sorted", "radix" or "batched": a file in
+            `_align/kernels`.
         num_warpgroups: warpgroups (of 128 threads) per CTA.
         num_ctas: CTAs of each kernel.
         rounds: pairs per thread and tile ("cluster", "grid", "radix").

@@ -36,7 +36,7 @@ def _local_experts(
     pair = jnp.arange(problem.num_pairs, dtype=_I32)
     if problem.num_shared:
         shared = lax.rem(pair, _I32(problem.top_k)) >= problem.top_k - problem.num_shared
-        kept |= shared  # they are slots: compared below
+        kept |= shared  # shared columns hold slots, compared below
     if limit is not None:
         kept &= pair < limit
     if problem.dispatch:

@@ -24,7 +24,7 @@ def dynamic(
     """The slot for each token of its expert (>= 0); `slots` `[El * width]`, `num_replicas` `[El]`."""
     shift = jnp.full_like(expert, 16)
     replica = lax.shift_right_logical(token_hash(token) * take(num_replicas, expert), shift)
-    # A count that is none must not lead to another expert.
+    # Clamp: a corrupt replica count must not lead to another expert.
     replica = jnp.where((replica >= 0) & (replica < width), replica, 0)
     return take(slots, expert * _I32(width) + replica)
 

@@ -33,7 +33,7 @@ from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 DEFAULT_TABLE = "nvidia_h200"
 HEURISTIC = "heuristic"  # in place of a table's name
-# GPUs of one chip with other memory: a table serves them until there is one of their own.
+# GPUs with the same chip and other memory: they use this table until they have their own.
 SAME_CHIP = {
     "nvidia_h100": "nvidia_h200",
     "nvidia_h800": "nvidia_h200",
@@ -187,7 +187,7 @@ def folders() -> list[Path]:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    # Not by glob: the first one of a process compiles its pattern, and a first call waits for it.
+    # Not by glob: its first use in a process compiles a pattern, which a first call would wait for.
     return [x for x in folder.iterdir() if x.suffix == ".json"] if folder.is_dir() else []
 
 
@@ -197,7 +197,7 @@ def _paths() -> dict[str, Path]:
 
 
 def preload() -> None:
-    """Parses the package's own tables, so that a later `table` need not: of text that it meets again."""
+    """Parses the package's own tables, so that a later call of `table` finds them parsed."""
     for path in _tables_in(folders()[-1]):
         parse_table(path.read_text(), path.name)
 
@@ -233,7 +233,7 @@ def table_name(device_kind: str | None) -> str:
 
 
 def describe(name: str) -> str:
-    """One line about what `AlignProblem.tuning` names."""
+    """One line that describes the table named by `AlignProblem.tuning`."""
     found = table(name)
     if found is None:
         return "a rule by size: this kind of GPU has no table (`moe-align tune` makes one)"

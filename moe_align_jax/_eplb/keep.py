@@ -12,10 +12,10 @@ def keep_in_place(
     blocks: int,
     old_num_gpus: int,
 ) -> np.ndarray:
-    """The slot of the machine that each slot of a placement shall be.
+    """The slot of the machine to which each slot of a placement is renamed.
 
-    What a GPU holds stays together; which GPU it is, is free: within its block, and blocks among each
-    other. Of all such renamings the result has, in this order: the fewest experts that reach a GPU that did
+    What a GPU holds stays together. GPUs may be renamed within a block, and blocks may be swapped. Of all
+    such renamings the result has, in this order: the fewest experts that reach a GPU that did
     not hold them, the fewest of them that come from another node, the most slots that do not change.
 
     Args:

@@ -87,8 +87,9 @@ def plan_expert_moves(
     shares; what no GPU of the node holds is divided over all its holders likewise.
 
     The placements may differ in slots and in GPUs (elastic scaling). GPU g of the one is then GPU g of the
-    other, and slot j of GPU g is the same slot of both; nodes are of `num_gpus / num_nodes` GPUs in both. A
-    GPU that is dead has -1 in all its slots: nothing is read from it, and nothing is sent to it.
+    other, and slot j of GPU g is the same slot of both; nodes are of `num_gpus / num_nodes` GPUs in both, or
+    all GPUs are of one node where num_nodes is 1. A GPU that is dead has -1 in all its slots: nothing is
+    read from it, and nothing is sent to it.
 
     Args:
         old: `[L, slots]` integers, the physical_to_logical_map in force; -1 where a slot holds nothing.
@@ -145,7 +146,7 @@ def plan_expert_moves(
             before[layer].tolist(),
             after[layer].tolist(),
             (old_slots // old_gpus, num_slots // num_gpus),
-            num_gpus // num_nodes,
+            num_gpus // num_nodes if num_nodes > 1 else max(num_gpus, old_gpus),
             kind[layer],
             source[layer],
         )

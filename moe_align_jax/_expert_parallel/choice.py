@@ -1,9 +1,9 @@
 """Which transport runs: a rule that can be read, asked and overridden.
 
-No table of sizes and GPUs stands behind it, because one transport had the shortest device span at every size
-measured: 8, 128 and 4096 tokens per GPU on two and four H200 (docs/measured.md; by the host's clock the
-transports have not been compared yet). So the rule asks where that one, "nvlink", can run; of the others
-"all_to_all" is the fastest or close to it.
+The rule has no table of sizes and GPUs, because "nvlink" had the shortest device span at every size
+measured: 8, 128 and 4096 tokens per GPU on two and four H200 (docs/notebook/2026-11.md; by the host's clock
+the transports have not been compared with each other). So the rule asks whether "nvlink" can run here; of
+the others "all_to_all" is the fastest or close to it.
 """
 
 from dataclasses import dataclass, field

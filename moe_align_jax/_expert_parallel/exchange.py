@@ -73,11 +73,11 @@ def _send_backward(info, saved, cotangents):
     plan, mine = saved
     d_x, d_scales, d_weights, _ = cotangents
     transport, group = TRANSPORTS[info.transport], info.group
-    d_weights = transport.give_back(jnp.where(mine, d_weights, 0.0), plan, group)
+    d_weights = transport.return_rows(jnp.where(mine, d_weights, 0.0), plan, group)
     if d_scales is not None:
         # An fp8 payload: without_gradient stands before it and lets no cotangent through.
         return None, None, d_weights, None, None
-    d_x = transport.give_back(d_x, plan, group, jnp.any(mine, axis=1))
+    d_x = transport.return_rows(d_x, plan, group, jnp.any(mine, axis=1))
     return d_x, None, d_weights, None, None
 
 
@@ -120,19 +120,19 @@ send_to_boxes.defvjp(_boxes_forward, _boxes_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def give_back(info: DispatchInfo, rows, in_use, plan):
+def return_rows(info: DispatchInfo, rows, in_use, plan):
     """`[T, H]` of `[R, H]`, of which rows not in use count as zero.
 
     `in_use` None: they are zero, and their cotangents are of no interest to the caller.
     """
-    return TRANSPORTS[info.transport].give_back(rows, plan, info.group, in_use)
+    return TRANSPORTS[info.transport].return_rows(rows, plan, info.group, in_use)
 
 
-def _give_back_forward(info, rows, in_use, plan):
-    return give_back(info, rows, in_use, plan), (in_use, plan)
+def _return_rows_forward(info, rows, in_use, plan):
+    return return_rows(info, rows, in_use, plan), (in_use, plan)
 
 
-def _give_back_backward(info, saved, d_out):
+def _return_rows_backward(info, saved, d_out):
     in_use, plan = saved
     d_rows = TRANSPORTS[info.transport].send(d_out, plan, info.group)
     if in_use is not None:
@@ -140,7 +140,7 @@ def _give_back_backward(info, saved, d_out):
     return d_rows, None, None
 
 
-give_back.defvjp(_give_back_forward, _give_back_backward)
+return_rows.defvjp(_return_rows_forward, _return_rows_backward)
 
 
 def give_back_sums(info: DispatchInfo, y, weights, ids, layout, plan):
@@ -157,8 +157,8 @@ def give_back_sums(info: DispatchInfo, y, weights, ids, layout, plan):
 
 def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
     rows = sum_rows(y, weights, row_of_pair, pair_of_row, y.dtype)
-    with jax.named_scope("give_back"):
-        return give_back(info, rows, None, plan)
+    with jax.named_scope("return_rows"):
+        return return_rows(info, rows, None, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

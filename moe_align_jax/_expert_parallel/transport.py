@@ -52,7 +52,7 @@ def sum_over_ranks(parts: jax.Array, mask: jax.Array | None) -> jax.Array:
 class Transport(Protocol):
     """One way to move rows. Stateless: what it must remember between the two directions is its plan.
 
-    `send` and `give_back` are linear and each other's transpose up to rows without an expert, which
+    `send` and `return_rows` are linear and each other's transpose up to rows without an expert, which
     the caller keeps out: the gradient of either is the other.
     """
 
@@ -66,7 +66,7 @@ class Transport(Protocol):
         ...
 
     def plan(self, topk_ids: jax.Array, group: Group) -> Any:
-        """Integers and bools. `topk_ids` `[T, K]` int32, global; outside `[0, D * e)` an id is nobody's."""
+        """Integers and bools. `topk_ids` `[T, K]` int32, global; an id outside `[0, D * e)` has no rank."""
         ...
 
     def send_fields(self, fields: list[jax.Array], plan: Any, group: Group) -> list[jax.Array]:
@@ -81,7 +81,7 @@ class Transport(Protocol):
         """How many rows came; None where every row of the R is somebody's token."""
         ...
 
-    def give_back(
+    def return_rows(
         self, rows: jax.Array, plan: Any, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         """`[R, c]` floating point to `[T, c]`, summed over the ranks that a token went to.

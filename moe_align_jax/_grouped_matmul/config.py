@@ -48,6 +48,35 @@ class Config(NamedTuple):
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{late}"
 
 
+class Rules(NamedTuple):
+    """What was found best on a GPU kind, where more than one choice is right.
+
+    Attributes:
+        room: a tile has this many times the rows of a mean expert, so that most experts take one.
+        narrow: columns of the weights up to which all n tiles of a block follow each other.
+        few_experts: up to so many, `few_group` blocks are done together, else `many_group`.
+        few_group, many_group, masked_group: see `Config.group`; the last of the masked layout.
+    """
+
+    room: float = 1.5
+    narrow: int = 512
+    few_experts: int = 16
+    few_group: int = 8
+    many_group: int = 4
+    masked_group: int = 8
+
+
+DEFAULT_RULES = Rules()
+# By the device kind that jax tells; others take the defaults. Device span under jit, 2026-11-28, in us:
+#   32768 rows, 2048 -> 1536, 128 experts: group 4 355, 6 357, 8 360, 16 367
+#   32768 rows, 4096 -> 14336, 8 experts: group 8 5026, 16 5042; 256x128 tiles 5248, late 5271
+#   8192 rows, 7168 -> 512, 256 experts: 64x256 n 475, 40 rows swapped 482, 64 rows swapped 486
+#   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
+#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
+#   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
+RULES = {"NVIDIA H200": DEFAULT_RULES}
+
+
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why the kernel does not take this problem, or None."""
     sizes = [d for shape, _ in problem.inputs.values() for d in shape]
@@ -57,7 +86,8 @@ def unsupported(problem: MatmulProblem) -> str | None:
         return f"the kernel multiplies bfloat16 and float16; x is {problem.dtype}"
     for name, size in (("K", problem.k), ("N", problem.n)):
         if size % UNIT or not size:
-            return f"the kernel reads 16 bytes at a time: {name} must be a positive multiple of 8; it is {size}"
+            rule = f"{name} must be a positive multiple of 8; it is {size}"
+            return f"the kernel reads 16 bytes at a time: {rule}"
     if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > _INT32_MAX:
         return "the kernel counts units of 16 bytes of x in int32; these are too many"
     if problem.num_rows >= 1 << 30:
@@ -84,11 +114,12 @@ def mean_rows(problem: MatmulProblem) -> float:
     return max(1.0, pairs / problem.num_experts)
 
 
-def tile_rows(problem: MatmulProblem) -> int:
+def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     """bm: the least that a mean expert fits in, with room for one that has more."""
-    mean = mean_rows(problem)
+    # The mean of a masked layout is a guess from above already.
+    least = mean_rows(problem) * (1 if problem.rows == "masked" else rules.room)
     choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
-    wanted = next((bm for bm in choices if bm >= 1.5 * mean), choices[-1])
+    wanted = next((bm for bm in choices if bm >= least), choices[-1])
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
@@ -109,22 +140,28 @@ def _no_swap(problem: MatmulProblem) -> bool:
 
 
 def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
-    """Tiles for a problem that the kernel takes."""
-    del gpu_kind
-    bm = tile_rows(problem)
+    """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults)."""
+    rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
+    bm = tile_rows(problem, rules)
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
-        return Config("swap", bm, 128, 128, 5, group=0)
+        return Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0)
+    if problem.w_columns <= rules.narrow:
+        group = 0
+    elif problem.rows == "masked":
+        group = rules.masked_group
+    else:
+        few = problem.num_experts <= rules.few_experts
+        group = rules.few_group if few else rules.many_group
     if bm == 64 or not _may_be_tall(problem):
-        return Config("n", 64, 256, 64, 4, group=0 if problem.w_columns <= 512 else 4)
-    group = 0 if problem.w_columns <= 512 else 16 if problem.num_experts <= 16 else 4
+        return Config("n", 64, 256, 64, 4, group=group)
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
 
 
 def _may_be_tall(problem: MatmulProblem) -> bool:
-    """Whether a warpgroup can have 64 x 256 sums: copies and stores of 16 bytes take registers, and so does erf
-    (spills; wgmma is serialised)."""
+    """Whether a warpgroup can have 64 x 256 sums: copies and stores of 16 bytes take registers, and so does
+    erf (spills; wgmma is serialised)."""
     whole = problem.n % 64 == 0 and problem.k % 64 == 0
     return whole and problem.weights.activation != "gelu"
 

@@ -1,11 +1,11 @@
 """What the kernel does that Pallas has no word for: rows by cp.async, stores of single rows, parted columns.
 
-Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain Pallas for the interpreter, which
-takes no inline code. Checked with jax 0.11.2 and 0.12.
+Each is a function with two bodies: MLIR inside `plgpu.inline_mgpu`, and plain Pallas for the interpreter,
+which takes no inline code. Checked with jax 0.11.2 and 0.12.
 
-Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r at
-place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a tile,
-counted row after row.
+Tiles in shared memory are made of rows of 128 bytes, 8 rows after each other, with 16-byte chunk c of row r
+at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the chunks t, t + 128, ... of a
+tile, counted row after row.
 """
 
 from typing import Any, NamedTuple
@@ -25,15 +25,20 @@ _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
-# wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes have
-# 4 neighbouring columns of a row.
+# wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes
+# have 4 neighbouring columns of a row.
 _PARTED = (((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2), -1)
 PARTED = plgpu.Layout.TILED(
     plgpu.Tiling(_PARTED[0]), warp_dims=_PARTED[1], lane_dims=_PARTED[2], vector_dim=_PARTED[3]
 )
 
 
-# -- MLIR ----------------------------------------------------------------------------------------------
+# -- MLIR ------------------------------------------------------------------------------------------
+
+
+def _inline(**types: Any) -> Any:
+    """A decorator: the function is called with Pallas values, and emits MLIR for them."""
+    return plgpu.inline_mgpu(**types)
 
 
 def _i32() -> ir.Type:
@@ -106,7 +111,7 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
     )
 
 
-# -- rows by their indices ---------------------------------------------------------------------------------
+# -- rows by their indices -------------------------------------------------------------------------
 
 
 def find_rows(
@@ -122,8 +127,8 @@ def find_rows(
 ) -> jax.Array:
     """Where the rows of a tile lie: for each row of which this thread moves chunks, its place in x.
 
-    In chunks, from x's start to this thread's chunk of the row; -1 where there is no row: the id is no pair, or
-    the row is not below `end`. In the interpreter: a token per row.
+    In chunks, from x's start to this thread's chunk of the row; -1 where there is no row: the id is no pair,
+    or the row is not below `end`. In the interpreter: a token per row.
 
     Args:
         ids_ref: `[.]` int32 in global memory, at least `start + rows` of them.
@@ -147,9 +152,9 @@ def find_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(), scalar, scalar),
-        return_type=plgpu.ShapeDtypeStruct((count * THREADS,), _I32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((count * THREADS,), jnp.dtype(_I32), layout=layout),
     )
     def emit(_, ids, first, stop):
         row, column, _offset = _first_chunk()
@@ -188,8 +193,8 @@ def copy_rows(
 ) -> None:
     """Asks for columns `[64 step, 64 step + 64)` of the rows that `find_rows` found: a tile `[rows, 64]`.
 
-    They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as do
-    columns that x does not have.
+    They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as
+    do columns that x does not have.
     """
     if interpret:  # x has whole tiles of columns there
         width = tile_ref.shape[-1]
@@ -206,7 +211,7 @@ def copy_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
+    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
     def emit(_, x, tile, places, at):
         row, column, offset = _first_chunk()
         base = arith.addi(_shared_address(tile), offset)
@@ -265,7 +270,7 @@ def copy_matrix(
     scalar = plgpu.Layout.WG_SPLAT(())
     rows, per_row = shape
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(), plgpu.RefType(transforms), scalar, scalar, scalar),
     )
     def emit(_, memory, tile, before, first_row, first_chunk):
@@ -299,7 +304,7 @@ def commit_copies(*, interpret: bool) -> None:
     if interpret:
         return
 
-    @plgpu.inline_mgpu()
+    @_inline()
     def emit(_):
         mgpu_utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
 
@@ -312,7 +317,7 @@ def wait_for_copies(lag: int, *, interpret: bool) -> None:
         plgpu.commit_smem()
         return
 
-    @plgpu.inline_mgpu()
+    @_inline()
     def emit(_):
         mgpu_utils.inline_ptx(f"cp.async.wait_group {lag};", has_side_effects=True)
         mgpu_utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
@@ -320,7 +325,7 @@ def wait_for_copies(lag: int, *, interpret: bool) -> None:
     emit()
 
 
-# -- single rows of a tile ------------------------------------------------------------------------------------
+# -- single rows of a tile -------------------------------------------------------------------------
 
 
 def store_rows(
@@ -362,7 +367,7 @@ def store_rows(
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(transforms), plgpu.RefType(), scalar, scalar, scalar),
     )
     def emit(_, tile, out, first, stop, start):
@@ -398,7 +403,7 @@ def store_rows(
     emit(tile_ref, out_ref, row, end, column)
 
 
-# -- columns that are gate and up in turn -------------------------------------------------------------------------
+# -- columns that are gate and up in turn ----------------------------------------------------------
 
 
 def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -409,9 +414,9 @@ def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax
     if interpret:
         return product[:, 0::2], product[:, 1::2]
     rows, columns = product.shape
-    half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.float32, layout=PARTED)
+    half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.dtype(jnp.float32), layout=PARTED)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
+    @_inline(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
     def emit(_, given):
         layout = PARTED.to_mgpu()
         shape = layout.registers_shape((rows, columns // 2))
@@ -444,7 +449,7 @@ def store_parted(
         return
     size = jnp.dtype(value.dtype).itemsize
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), PARTED))
+    @_inline(arg_types=(plgpu.RefType(transforms), PARTED))
     def emit(_, tile, given):
         thread = _thread()
         warp, lane = arith.divui(thread, _int(32)), arith.remui(thread, _int(32))

@@ -1,8 +1,9 @@
 """The kernel of the grouped matrix multiplication, in Pallas Mosaic GPU.
 
 A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
-memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile is
-loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the device.
+memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile
+is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the
+device.
 
     form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
     form "n":     all rows, half of the columns;
@@ -29,6 +30,7 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
 
 _I32, _F32 = jnp.int32, jnp.float32
+accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
 _REGISTERS = {False: (40, 232), True: (56, 224)}
 _SLOTS = 2  # pieces of the result in shared memory, per warpgroup
@@ -55,8 +57,9 @@ class _Refs:
 
     def __init__(self, problem: MatmulProblem, shape: Shape, refs: list[Any], interpret: bool):
         self.count, self.experts = refs.pop(0), refs.pop(0)
-        self.starts, self.ends = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
-        self.ids = refs.pop(0) if shape.reads_ids else None
+        listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
+        self.starts, self.ends = listed
+        self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
         self.x = refs.pop(0)
@@ -72,7 +75,8 @@ def transforms(columns: int, dtype: Any, rows: int = 8) -> tuple[Any, ...]:
     """Of a tile in shared memory with so many columns, as wgmma and TMA want it."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * size * 8)
-    return plgpu.TilingTransform((rows, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    kinds: Any = plgpu
+    return kinds.TilingTransform((rows, swizzle // size)), kinds.SwizzleTransform(swizzle)
 
 
 def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
@@ -166,7 +170,7 @@ def build(
 
                     return [acc[...] for acc in accumulators]
 
-                like = plgpu.ACC((shape.wm, shape.wn), _F32)
+                like = accumulator((shape.wm, shape.wn), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
 
             def place(tile):
@@ -300,7 +304,7 @@ def build(
     )
 
 
-# -- which tile ----------------------------------------------------------------------------------------
+# -- which tile ------------------------------------------------------------------------------------
 
 
 def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
@@ -342,7 +346,7 @@ def _tile(
     return Tile(valid, expert, row, end, n)
 
 
-# -- products, and what becomes of them -------------------------------------------------------------------
+# -- products, and what becomes of them ------------------------------------------------------------
 
 
 def _operands(

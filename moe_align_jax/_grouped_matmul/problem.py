@@ -101,7 +101,8 @@ class MatmulProblem(NamedTuple):
     def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each operand by name, in order."""
         weights, dtype = self.weights, self.dtype
-        found = {"x": ((self.num_tokens if self.top_k else self.num_rows, self.k), dtype)}
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        found["x"] = ((self.num_tokens if self.top_k else self.num_rows, self.k), dtype)
         columns = self.n if weights.pair else self.w_columns
         shape = (columns, self.k) if weights.transposed else (self.k, columns)
         for name in ("gate", "up") if weights.pair else ("w",):

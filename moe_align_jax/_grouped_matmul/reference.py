@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
     """float32 in and out."""
     limit, alpha = weights.swiglu_limit, weights.swiglu_alpha
-    if limit is not None:
+    if limit is not None and up is not None:
         gate = jnp.minimum(gate, _F32(limit))
         up = jnp.clip(up, -_F32(limit), _F32(limit))
-    if alpha is not None:
+    if alpha is not None and up is not None:
         return gate * jax.nn.sigmoid(gate * _F32(alpha)) * (up + 1.0)
     match weights.activation:
         case None:
@@ -203,7 +203,10 @@ def ids_bound(problem: MatmulProblem, ids: jax.Array) -> jax.Array | int:
     The last slot holds the number of pairs: a block of more than one row is never full where all of the
     capacity is used, since that takes experts whose last block holds one pair.
     """
-    return problem.num_rows if problem.block_size == 1 else ids[problem.num_rows - 1]
+    if problem.block_size == 1:
+        return problem.num_rows
+    # An array, since num_rows may be a symbol of an exported program.
+    return lax.dynamic_index_in_dim(ids, jnp.asarray(problem.num_rows - 1, _I32), keepdims=False)
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:

@@ -111,7 +111,7 @@ class _Body:
 
     def begins(self, sizes: list[Int]) -> list[Int]:
         """The first row of each, and the row behind the last."""
-        t, tiles = self.t, self.tiles
+        tiles = self.tiles
         if not tiles.ragged:
             return [(self.tid * self.each + k) * tiles.max_rows for k in range(self.each)]
         total = sizes[0]

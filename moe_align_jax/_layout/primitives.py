@@ -29,7 +29,7 @@ def _divided_by_xla(ctx: Any) -> bool:
     return any(size > 1 for name, size in mesh.shape.items() if name not in context.manual_axes)
 
 
-def _divided_by_hand(*arrays: jax.Array) -> bool:
+def _explicitly_sharded(*arrays: jax.Array) -> bool:
     """Whether one is sharded over a mesh's Explicit axes, for which the primitives have no rule."""
     specs = [getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) for x in arrays]
     return any(axes is not None for spec in specs for axes in spec)
@@ -128,7 +128,7 @@ def movable(leaves: list[jax.Array]) -> list[int]:
     """Which arrays' rows the kernel takes."""
     found = []
     for k, leaf in enumerate(leaves):
-        if all(isinstance(size, int) for size in leaf.shape) and not _divided_by_hand(leaf):
+        if all(isinstance(size, int) for size in leaf.shape) and not _explicitly_sharded(leaf):
             if kernels.movable(leaf.dtype.name, _row_bytes(leaf)):
                 found.append(k)
     return found[: kernels.MAX_LEAVES]
@@ -156,7 +156,7 @@ def copy(
         tuple(kernels.Leaf(x.dtype.name, _row_bytes(x)) for x in leaves),
     )
     given = (order, place_of_pair, counts, *leaves)
-    if kernels.copy_unsupported(problem) or _divided_by_hand(topk_ids):
+    if kernels.copy_unsupported(problem) or _explicitly_sharded(topk_ids):
         return _copy_reference(problem, topk_ids, *given)
     return _copy_p.bind(topk_ids.astype(jnp.int32), *given, problem=problem)
 
@@ -196,7 +196,7 @@ def weighted_sum(
         jnp.dtype(out_dtype).name,
         weights is not None,
     )
-    if kernels.sum_unsupported(problem) or _divided_by_hand(*given):
+    if kernels.sum_unsupported(problem) or _explicitly_sharded(*given):
         return _sum_reference(problem, *given)[0]
     if weights is not None:
         given = (y, row_of_pair, weights.astype(jnp.float32))

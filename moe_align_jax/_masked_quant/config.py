@@ -10,8 +10,8 @@ GROUP = 128
 MAX_EXPERTS = 1024
 _INT32_MAX = 2**31 - 1
 _NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
-# CTAs that an SM holds, by their registers (43 a thread with tiles of 8 groups), by groups of a tile. More
-# would start when others end, with no one to share the memory's bandwidth with.
+# CTAs per SM that their registers allow (43 a thread with tiles of 8 groups), by groups of a tile. More CTAs
+# would run in a second round, which leaves part of the memory's bandwidth unused.
 _CTAS_PER_SM = {8: 10, 4: 16, 1: 16}
 
 

@@ -31,7 +31,7 @@ _BIAS = 127
 
 
 def _layout(tile: int) -> Any:
-    """Where the values `[tile, 128]` lie among 4 warps: all of a group in one of them, where that can be."""
+    """The layout of values `[tile, 128]` over 4 warps: a group within one warp if the tile allows it."""
     if tile % 8 == 0:  # 2 groups to a warp, 16 lanes of 8 values: 16-byte loads
         tiling = plgpu.Tiling(((8, GROUP), (2, GROUP), (8,)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -81,7 +81,7 @@ def build(
                 memory.store(s_ref.at[expert, pl.ds(first, tile), row], scale)
 
         def settle(expert, at, end):
-            """The same tile, by the expert that has it; there is one."""
+            """Skips experts whose tiles are used up; callers ensure that a tile remains."""
 
             def next_expert(state):
                 expert = state[0] + 1
@@ -180,7 +180,7 @@ def _find(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list[jax.Arr
 
 
 def _find_plainly(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list[jax.Array]:
-    """The same by a loop, for the interpreter, which takes Pallas alone."""
+    """The same share by a loop, for Pallas' interpreter, which cannot run `_simt` code."""
     del problem
     cta = lax.axis_index("cta")
 
@@ -223,7 +223,7 @@ def _activation(
         bound = _F32(float(jnp.dtype(dtype).type(limit)))
         gate, up = jnp.minimum(gate, bound), _clip(up.astype(_F32), bound).astype(dtype)
     silu = gate * (1.0 / (1.0 + jnp.exp(-gate)))
-    # The interpreter's XLA would leave out roundings between two operations.
+    # XLA, which runs the interpreter, may drop a rounding between two operations.
     keep = lax.optimization_barrier if interpret else lambda x: x
     return keep(keep(silu.astype(dtype)) * up).astype(_F32)
 

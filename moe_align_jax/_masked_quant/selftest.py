@@ -1,4 +1,4 @@
-"""A compiled kernel against NumPy before anybody uses it: few rows of the first two experts."""
+"""Self-test of a compiled kernel against NumPy before its first use: rows of the first two experts."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def mismatch(
     given: dict[str, np.ndarray],
     read: Callable[[str, np.ndarray], np.ndarray],
 ) -> str:
-    """What is wrong with the results, "" when nothing is. `read(name, into)` fetches one's beginning."""
+    """What is wrong with the results, or "". `read(name, into)` fetches the beginning of an output."""
     x, masked_m = given["x"], given["masked_m"]
     q = read("q", np.empty((x.shape[0], problem.width), np.uint8))
     _, one, two = problem.scales_shape

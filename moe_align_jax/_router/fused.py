@@ -17,8 +17,8 @@ from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
 
-# One for each warp of the largest cluster. With two of them, 128 tokens take 4.1 us, and the two launches apart
-# 3.6 (H200, CUDA graphs, 2026-11-28).
+# One for each warp of the largest cluster. With two of them 128 tokens take 4.1 us, and the two launches
+# apart 3.6 (H200, CUDA graphs, 2026-11-28).
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster

@@ -76,7 +76,7 @@ class RouteProblem(NamedTuple):
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each operand, in order."""
-        shapes = {"logits": (self.num_tokens, self.num_experts)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (self.num_tokens, self.num_experts)}
         if self.bias_rows:
             shapes["correction_bias"] = (self.bias_rows, self.num_experts)
         if self.has_token_mask:

@@ -329,7 +329,8 @@ class ClusterMail(abc.ABC):
     @abc.abstractmethod
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
         """Puts a word, or 4 from a multiple of 4 on, into the mailbox of a CTA of my cluster, by its index in
-        the grid; mine is one of them. Each word of each mailbox once: it tells of nothing else."""
+        the grid; mine is one of them. Post each word at most once per launch; a post orders no other
+        memory."""
 
     @abc.abstractmethod
     def mail(self) -> Any:
@@ -355,17 +356,17 @@ class PeerDevices(abc.ABC):
     @abc.abstractmethod
     def device_wait(self) -> None:
         """By whole warps: waits until all my peers have come to their `device_arrive`. What they wrote here
-        the warp may read from then on, after a `block_sync` its CTA, and after the kernel everybody."""
+        the warp may read from then on, its CTA after a `block_sync`, and later kernels after this one."""
 
     @abc.abstractmethod
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
-        """Puts a word into the inbox of the device of that rank: not 0, and each word once. It is its own
-        message: nobody tells of it, and it tells of nothing else."""
+        """Puts a word, not 0, into the inbox of the device of that rank; each word of an inbox at most once.
+        The word is visible to `take` without a fence, and orders no other store."""
 
     @abc.abstractmethod
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
-        """For each (index, width) so many words of my inbox, 1, or 4 from a multiple of 4 on, once somebody
-        has put them. Waits for all together. All CTAs must be resident; what is put must be taken."""
+        """Waits until the words of my inbox at each (index, width) have been put, and returns them. A width
+        is 1, or 4 at a multiple of 4. All CTAs must be resident; every word that is put must be taken."""
 
 
 class Simt(Core, FloatBits, ClusterMail, PeerDevices):
@@ -403,10 +404,10 @@ class Kernel:
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
         mailbox: words that each CTA gets from the CTAs of its cluster.
-        arrays: (shape, dtype) of a buffer that is no int32 array outside; the body sees its words.
+        arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
-        devices: those whose outputs the body may write to, as they do to mine.
-        inbox: words that they may put, and I take.
+        devices: the devices that run the kernel together; each may write to the outputs of the others.
+        inbox: words that the devices may `put` here, and the body takes.
     """
 
     name: str

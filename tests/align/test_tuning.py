@@ -177,7 +177,7 @@ def test_the_gpu_of_the_process_chooses_and_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("size", "config"),
     [
-        # By hand from the sweeps in docs/measured.md.
+        # By hand from the sweeps in docs/notebook/2026-11.md.
         ((8, 256, 16), ("warp", 1, 1, 1, False)),
         ((32, 65_535, 4), ("warp", 1, 7, 1, False)),
         ((512, 64, 16), ("block", 2, 2, 1, False)),

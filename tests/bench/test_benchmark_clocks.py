@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant
+from benchmarks import rows as rows_of
 from benchmarks.cases import Case
 from moe_align_jax._cli.demo import plain_loop
 
@@ -330,7 +331,7 @@ def test_rows_of_expert_parallelism(tmp_path, capsys):
     given = [*SMALL, "--cases", "low_latency:3", "--check-tokens", "3", "--launch", "default"]
     given += ["--providers", "ours, all_to_all;bare"]
     assert expert_parallel.main([*given, "--output", str(out), "--commit", "x"]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of.read([out])
     assert all(
         r["launch"] == "default" and r["date"] and "gpu" in r and "xla_flags" in r for r in rows
     )
@@ -349,7 +350,7 @@ def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
     given += ["--providers", "ours, all_to_all;plain job, all_to_all, sorted;bare all_to_all"]
     out = tmp_path / "rows.jsonl"
     assert expert_parallel.main([*given, "--output", str(out)]) == 1
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of.read([out])
     # Another launch than the first holds no layer to NumPy, but what its steps give.
     assert not [r for r in rows if r["case"].startswith("check")]
     failed = [r for r in rows if "AssertionError" in r["note"]]
@@ -411,7 +412,7 @@ def test_a_run_of_one_gpu_through_its_children(tmp_path):
     out = tmp_path / "rows.jsonl"
     given = ["--quick", "--calls", "1", "--parts", "alignment", "--output", str(out)]
     assert jit_clocks.main(given) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of.read([out])
     assert {r["launch"] for r in rows} == {"default", "no-graphs"}
     flags = {r["launch"]: r["xla_flags"] for r in rows}
     assert flags["no-graphs"].endswith("--xla_gpu_enable_command_buffer=")

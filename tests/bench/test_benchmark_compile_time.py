@@ -6,6 +6,7 @@ import subprocess
 import jax
 
 from benchmarks import compile_time
+from benchmarks import rows as rows_of
 from moe_align_jax._align import tables
 
 
@@ -29,7 +30,7 @@ def test_lowering_is_measured_without_a_gpu(tmp_path, monkeypatch, capsys):
         assert compile_time.main(arguments) == 0
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of.read([out])
     assert [r["provider"] for r in rows] == ["mosaic_gpu, first", "mosaic_gpu", "mosaic_gpu"]
     assert [r["form"] for r in rows] == ["warp", "warp", "batched"]
     assert [r["samples"] for r in rows] == [1, 2, 2] and rows[0]["commit"] == "abc"

@@ -1,11 +1,10 @@
 """benchmarks/expert_load.py on this machine: sizes, rows, and that a wrong count stops it."""
 
-import json
-
 import numpy as np
 import pytest
 
 from benchmarks import expert_load, fetch
+from benchmarks import rows as rows_of
 
 SMALL = ["--layers", "2", "--experts", "8", "--top-k", "2", "--tokens", "32", "--executions", "2"]
 
@@ -26,7 +25,7 @@ def test_rows_of_a_small_run(tmp_path, capsys):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     out = tmp_path / "rows" / "small.jsonl"
     assert expert_load.main([*SMALL, "--cases", "decode", "--out", str(out), "--commit", "x"]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of.read([out])
     names = ["off", "on", "on, with a map", "on, counting passes", "scatter-add per layer"]
     for program in ("unrolled", "scanned"):
         mine = [row for row in rows if row["program"] == program]

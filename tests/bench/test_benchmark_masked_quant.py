@@ -1,11 +1,10 @@
 """The benchmark of the masked activation: what it holds results to, and a run on a CPU."""
 
-import json
-
 import numpy as np
 import pytest
 
 from benchmarks import fetch, masked_quant
+from benchmarks import rows as rows_of
 from benchmarks.masked_quant import Size
 from tests.layout import masked_quant_oracle as oracle
 
@@ -72,7 +71,7 @@ def test_a_copy_moves_as_many_bytes_as_it_says(monkeypatch, kind):
 def test_a_run_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     assert masked_quant.main(["--size", "3,8,256,5", "--copies", "2", "--out", str(out)]) == 0
-    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    [row] = rows_of.read([out])
     assert (row["provider"], row["status"], row["metric"]) == ("ours", "ok", "wall_us")
     assert row["valid_rows"] * (5 * 256 + 8) == row["bytes"] and row["us"] > 0
     assert "3x8x256, 5 rows" in capsys.readouterr().out

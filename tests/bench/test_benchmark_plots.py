@@ -86,7 +86,9 @@ def test_every_bar_under_skew_shows_and_every_provider_is_named(tmp_path, monkey
     assert named["SGLang, one launch"] == bars[1.9] and len({*named.values()}) == 3
 
 
-def test_pictures_are_drawn_small_and_the_readme_takes_a_few_sizes_and_one_picture(tmp_path, capsys):
+def test_pictures_are_drawn_small_and_the_readme_takes_a_few_sizes_and_one_picture(
+    tmp_path, capsys
+):
     pytest.importorskip("matplotlib")
     results, readme, page = (tmp_path / name for name in ("rows.jsonl", "README.md", "page.md"))
     results.write_text("".join(json.dumps(r) + "\n" for r in ROWS))

@@ -1,12 +1,12 @@
 """The benchmark of the router: what it holds results to, and a run on a CPU."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 
 from benchmarks import fetch, router
+from benchmarks import rows as rows_of
 from benchmarks.router import Size
 from tests.router import router_oracle
 
@@ -41,7 +41,7 @@ def test_a_fault_is_found(kind):
 def test_a_run_on_a_cpu(tmp_path, capsys, size):
     out = tmp_path / "rows.jsonl"
     assert router.main(["--size", size, "--copies", "2", "--out", str(out)]) == 0
-    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    [row] = rows_of.read([out])
     assert (row["provider"], row["status"], row["metric"]) == ("ours", "ok", "wall_us")
     assert row["us"] > 0 and row["tokens"] == 5
     assert "5x" in capsys.readouterr().out

@@ -18,7 +18,7 @@ HIDDEN, LOCAL, TOKENS, TOP_K = 512, 3, 4, 3
 def launched_by_xla(problem, *operands):
     """The outputs of a kernel, in order, over the axis "ep"."""
     gather = lambda x: lax.all_gather(x, "ep", tiled=True)  # noqa: E731
-    if isinstance(problem, nvlink_kernels.GiveBack):
+    if isinstance(problem, nvlink_kernels.ReturnRows):
         [rows] = operands
         return [lax.all_to_all(rows.reshape(-1, problem.num_tokens, rows.shape[1]), "ep", 0, 0)]
     if isinstance(problem, nvlink_kernels.Send) and not problem.routing:
@@ -91,7 +91,7 @@ def test_it_gives_what_all_to_all_gives(launches, payload, room):
     ours, theirs = (
         run(lambda *operands, t=t: body(t, *operands)) for t in ("nvlink", "all_to_all")
     )
-    assert launches == [nvlink_kernels.Dispatch, nvlink_kernels.GiveBack]
+    assert launches == [nvlink_kernels.Dispatch, nvlink_kernels.ReturnRows]
     as_bytes = lambda x: np.asarray(x).view(np.uint8)  # noqa: E731
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
 
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_all_to_all(launches, payload):
     ours, theirs = (
         run(lambda *operands, t=t: body(t, *operands)) for t in ("nvlink", "all_to_all")
     )
-    assert nvlink_kernels.Dispatch in launches and nvlink_kernels.GiveBack in launches
+    assert nvlink_kernels.Dispatch in launches and nvlink_kernels.ReturnRows in launches
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 

@@ -16,7 +16,7 @@ from moe_align_jax._expert_parallel.nvlink_kernels import (
     Combine,
     Dispatch,
     Field,
-    GiveBack,
+    ReturnRows,
     Send,
     combine,
     copying,
@@ -212,9 +212,9 @@ def test_what_dispatch_in_one_kernel_takes(tokens, top_k, experts, room, reason)
     columns=st.sampled_from([2, 8, 514, 2056]),
     seed=st.integers(0, 99),
 )
-def test_give_back_returns_every_row_to_its_token(devices, tokens, columns, seed):
+def test_return_rows_brings_every_row_to_its_token(devices, tokens, columns, seed):
     rng = np.random.default_rng(seed)
-    problem = GiveBack(tokens, Field(columns, np.dtype("uint16")), Devices(devices))
+    problem = ReturnRows(tokens, Field(columns, np.dtype("uint16")), Devices(devices))
     rows = rng.integers(0, 1 << 16, (devices, devices, tokens, columns)).astype(np.uint16)
     got = sent(problem, rows.reshape(devices, devices * tokens, columns))
     for home in range(devices):

@@ -14,6 +14,7 @@ from moe_align_jax._align import tables
 from moe_align_jax._align.config import BlockAlignMosaicConfig, fit
 from tests import forms, oracle
 from tests.layout import helpers, masked_quant_oracle
+from tests.router import router_oracle
 
 # racecheck takes minutes over a sort of more in shared memory.
 MOST_RACECHECK_PAIRS = 20_000
@@ -195,6 +196,36 @@ def weighted_sum() -> None:
         helpers.assert_row_sums(problem, got, *given)
 
 
+def router(implementation: str = "mosaic_gpu") -> None:
+    """The router alone, and in one launch with the alignment: each layout of the experts, each option."""
+    import moe_align_jax as maj
+
+    for tokens, experts, dtype, options in (
+        (5, 37, "bfloat16", {"top_k": 5}),
+        (9, 256, "float32", {"top_k": 8, "renormalize": True}),
+        (64, 160, "float16", {"top_k": 6, "num_groups": 8, "topk_groups": 3}),
+        (33, 256, "float32", {"top_k": 8, "scoring": "sigmoid", "num_groups": 8, "topk_groups": 4}),
+        (16, 384, "float32", {"top_k": 6, "scoring": "sqrtsoftplus", "renormalize": True}),
+        (1, 1024, "float32", {"top_k": 32, "softmax_after_topk": True}),
+    ):
+        logits = router_oracle.make_logits(tokens, experts, dtype, seed=tokens)
+        rng = np.random.default_rng(0)
+        if options.get("scoring"):
+            options["correction_bias"] = rng.normal(size=experts).astype(np.float32)
+        options["implementation"] = implementation
+        options |= {"token_mask": rng.random(tokens) < 0.8, "num_valid_tokens": max(1, tokens - 1)}
+        call = functools.partial(maj.route_and_align, block_size=8)
+        *found, aligned = call(logits, **options)
+        alone = maj.route_topk(logits, **options)
+        del options["implementation"]
+        router_oracle.assert_routed(alone, logits, **options)
+        router_oracle.assert_routed(found, logits, **options)
+        want = oracle.expected(
+            np.asarray(alone[1]), block_size=8, num_experts=experts, return_inverse=True
+        )
+        oracle.assert_same(aligned, want)
+
+
 # -- dispatch and combine over NVLink --------------------------------------------------------------------
 
 PEERS = (("normal", None), ("normal", "fp8"), ("low_latency", None), ("low_latency", "fp8"))
@@ -234,6 +265,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "masked_quant", masked_quant
     yield "permute", permute
     yield "weighted_sum", weighted_sum
+    yield "router", router
 
 
 def names(path: str) -> list[str]:

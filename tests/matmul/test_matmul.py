@@ -1,4 +1,4 @@
-"""grouped_matmul, masked_grouped_matmul, ragged_dot and gmm: "xla", and the kernel on a GPU, against NumPy."""
+"""grouped_matmul, masked_grouped_matmul, ragged_dot, gmm: "xla", and the kernel on a GPU, against NumPy."""
 
 import functools
 
@@ -228,7 +228,7 @@ def test_no_rows_no_columns_no_tokens():
     assert full.shape == (4, 8) and not full.any()
 
 
-# -- groups -----------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------
 
 GROUPS = [
     ([3, 0, 7, 5], 15),
@@ -303,7 +303,7 @@ def test_gmm_is_megablox_call():
     assert oracle.error(plain, want) < 1e-5
 
 
-# -- the masked layout ---------------------------------------------------------------------------------
+# -- the masked layout -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_masked_of_many_rows(implementation):
             assert oracle.error(y[expert, : len(rows)], rows) < 5e-3
 
 
-# -- derivatives -----------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 
 def dense_blocks(x, w, bias, scale, aligned, block, top_k, options):
@@ -422,7 +422,7 @@ def test_derivatives_of_groups_and_of_the_masked_layout():
         np.testing.assert_allclose(g, t, rtol=1e-4, atol=1e-5)
 
 
-# -- transformations --------------------------------------------------------------------------------------
+# -- transformations -------------------------------------------------------------------------------
 
 
 def small():
@@ -553,7 +553,7 @@ def test_out_sharding():
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
-# -- asking, and errors -----------------------------------------------------------------------------------
+# -- asking, and errors ----------------------------------------------------------------------------
 
 
 def test_select_says_what_runs_and_why():

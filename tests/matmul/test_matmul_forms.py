@@ -1,7 +1,7 @@
 """The kernel of the grouped matrix multiplication: each form with each way to load and store.
 
-Small sizes in Pallas' interpreter, which runs the same body on a CPU; all of them on a GPU. Both are compared with
-the "xla" reference, which test_matmul.py holds to NumPy.
+Small sizes in Pallas' interpreter, which runs the same body on a CPU; all of them on a GPU. Both are compared
+with the "xla" reference, which test_matmul.py holds to NumPy.
 """
 
 import functools
@@ -93,7 +93,7 @@ def check(problem, operands, config, *, interpret: bool) -> None:
     assert np.linalg.norm(found - want) <= 5e-3 * size
 
 
-# -- in the interpreter -----------------------------------------------------------------------------------
+# -- in the interpreter ----------------------------------------------------------------------------
 
 SILU: dict[str, Any] = {"activation": "silu"}
 FEW = [
@@ -141,7 +141,7 @@ def test_the_emulator_by_its_name():
     np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=5e-2, atol=5e-2)
 
 
-# -- on a GPU ----------------------------------------------------------------------------------------------
+# -- on a GPU --------------------------------------------------------------------------------------
 
 
 def many() -> list[tuple[str, Any, Any]]:
@@ -222,7 +222,7 @@ def test_forms_on_a_gpu(make, config, monkeypatch):
     check(*make(monkeypatch), config, interpret=False)
 
 
-# -- the list of tiles -----------------------------------------------------------------------------------------
+# -- the list of tiles -----------------------------------------------------------------------------
 
 
 def listed(tiles_, sizes, offset=0):
@@ -286,7 +286,7 @@ def test_list_of_the_masked_layout(counts, bm):
     assert listed(tiles_, counts) == expected(tiles_, counts)
 
 
-# -- tiles by size -----------------------------------------------------------------------------------------------
+# -- tiles by size ---------------------------------------------------------------------------------
 
 
 def test_every_size_gets_tiles_that_fit():

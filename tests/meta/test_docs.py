@@ -6,6 +6,7 @@ the installed packages, and no checkout. A comment behind a `print(...)` is what
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -144,6 +145,60 @@ def test_the_extra_all_holds_every_extra_for_users():
     assert set(listed.split(",")) == extras.keys() - for_developers
     contents = [tuple(extras[extra]) for extra in extras]
     assert len(set(contents)) == len(contents), "two extras are the same"
+
+
+# -- the site ----------------------------------------------------------------------------------------
+
+
+def pages_of(nav) -> list[str]:
+    """The pages that a list of entries of zensical.toml names."""
+    found = []
+    for entry in nav:
+        for value in entry.values():
+            found += [value] if isinstance(value, str) else pages_of(value)
+    return found
+
+
+def test_the_site_shows_every_page_once():
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages_of(nav)) == sorted(there)
+
+
+def test_api_pages_show_every_public_name():
+    shown = re.findall(r"^::: ([\w.]+)$", "".join(PAGES.values()), re.M)
+    assert len(shown) == len(set(shown))
+    for package in ("moe_align_jax", "torch_bridge"):
+        if package == "torch_bridge":
+            pytest.importorskip("torch", reason="PyTorch is not installed")
+        module = importlib.import_module(package)
+        # Submodules are pages of their own; the results of both packages are of one type.
+        public = {n for n in module.__all__ if not inspect.ismodule(getattr(module, n))}
+        public -= {"__version__", *(["AlignedBlocks"] if package == "torch_bridge" else [])}
+        on_pages = {name.rpartition(".")[2] for name in shown if name.startswith(package)}
+        assert public <= on_pages, f"not on a page in docs/api: {sorted(public - on_pages)}"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/kernels.md"])
+def test_files_on_the_map_exist(page):
+    """A path in backticks exists from the root, or within one of our folders."""
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("moe_align_jax", "torch_bridge", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if "__pycache__" not in path.parts
+    ]
+    prose = FENCE.sub("", PAGES[page])
+    named = {s.rstrip("/") for s in re.findall(r"`([\w./]+(?:/|\.py|\.toml|\.json))`", prose)}
+    missing = [
+        name
+        for name in sorted(named)
+        if name.upper() != name  # PEER.py, NAME.py: the reader's own
+        and not re.search(r"\b(?:NAME|PEER)\b|_NAME", name)
+        and not (ROOT / name).exists()
+        and not any(file.endswith("/" + name) for file in files)
+    ]
+    assert named and missing == []
 
 
 # -- commands ----------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_moe_layer_stages_are_named_in_the_program(example, inputs):
     params, x, _, _ = inputs
     layer = jax.jit(lambda p, x: example.moe_layer(p, x, top_k=TOP_K, block_size=4))
     text = layer.lower(params, x).compile().as_text()
-    for stage in ("route", "align", "moe_align_block_size", "gather", "experts", "combine"):
+    for stage in ("route", "experts", "moe_align_block_size", "gate_up", "down", "combine"):
         assert f"/{stage}/" in text, f"no operation under the scope {stage!r}"
 
 
@@ -132,7 +132,7 @@ def test_moe_layer_runs_as_a_script():
     assert done.returncode == 0, done.stderr
     errors = [float(line.split()[-1]) for line in done.stdout.splitlines() if "gradient of" in line]
     assert len(errors) == 4 and max(errors) < 1e-4
-    assert "alignment by" in done.stdout
+    assert "experts by" in done.stdout
 
 
 # -- README -----------------------------------------------------------------------------------

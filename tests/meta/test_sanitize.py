@@ -140,8 +140,9 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
         sanitizer_cases.masked_quant("xla")
         sanitizer_cases.permute()
         sanitizer_cases.weighted_sum()
+        sanitizer_cases.router("emulator")
     assert refused and not any(refused)
-    assert NAMES[-3:] == ["masked_quant", "permute", "weighted_sum"]
+    assert NAMES[-4:] == ["masked_quant", "permute", "weighted_sum", "router"]
 
 
 def test_peers_need_two_gpus(monkeypatch):

@@ -71,7 +71,7 @@ def test_packages_say_that_they_have_types(package):
 
 
 def names_for_type_checkers(source: str) -> dict[str, str]:
-    """Name -> module of the `from moe_align_jax.MODULE import NAME as NAME` under TYPE_CHECKING."""
+    """Name -> module of the `from moe_align_jax.MODULE import NAME` under TYPE_CHECKING."""
     [block] = [
         node
         for node in ast.parse(source).body

@@ -23,7 +23,7 @@ def problems() -> Iterator:
         Combine,
         Dispatch,
         Field,
-        GiveBack,
+        ReturnRows,
         Send,
     )
     from moe_align_jax._simt.language import Devices
@@ -40,10 +40,10 @@ def problems() -> Iterator:
         yield Dispatch(Send(512 // count * 4, 4, quantised, devices, local, True), 128)
         yield Combine(128, 8, local * count * 128, 7168, bf16, devices, local)
         yield Send(4096, 8, (plain,), devices, local, True)
-        yield GiveBack(4096, plain, devices)
+        yield ReturnRows(4096, plain, devices)
         odd = (Field(6, bf16), Field(3, f32))
         yield Send(5, 3, odd, devices, 3, False)
-        yield GiveBack(5, Field(6, bf16), devices)
+        yield ReturnRows(5, Field(6, bf16), devices)
         yield Dispatch(Send(5, 3, odd, devices, 3, True), 4)
         yield Combine(5, 3, 15, 24, bf16, devices, 3)
     for count in (3, 4, 6):  # by how many warpgroups a CTA has

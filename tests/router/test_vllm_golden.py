@@ -21,7 +21,8 @@ USUAL = np.isfinite(X).all(axis=1)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(
-    ("op", "scoring"), [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("softplus", "sqrtsoftplus")]
+    ("op", "scoring"),
+    [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("softplus", "sqrtsoftplus")],
 )
 def test_topk_equals_vllm(implementation, op, scoring, renormalize, biased):
     weights, ids = maj.route_topk(

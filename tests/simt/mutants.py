@@ -314,7 +314,7 @@ MUTANTS = (
     _form(
         "radix: a lane changes the carry while others read it",
         "radix",
-        "t.block_sync()  # everyone has read the carry",
+        "t.block_sync()  # all threads have read the carry",
         "pass",
     ),
     _form(

@@ -39,7 +39,7 @@ _MAX_KEPT_BYTES = 256 << 20
 
 @functools.cache
 def _configure_jax_memory() -> None:
-    """Before jax starts its GPU client: it shall not take 75% of the memory at once.
+    """Keeps jax's GPU client from reserving 75% of the memory; call it before the client starts.
 
     Too late when the program has used jax on the GPU before; `_warn_of_preallocation` then says so.
     """
@@ -112,7 +112,7 @@ def execute(
     max_valid_pairs: int | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Does what the plan says: the int32 tensors of `problem.outputs`, in order, or `out`."""
+    """Runs the plan. Returns the int32 tensors of `problem.outputs`, in order, or `out`."""
     device = next(iter(operands.values())).device
     if plan.implementation == "none":
         return _empty_results(problem, device, out)
@@ -128,7 +128,7 @@ def execute(
         arrays = {name: dlpack.share(_flat(name, x)) for name, x in inputs.items()}
         results = jax_calls.run(problem, plan.implementation, arrays, max_valid_pairs)
         handed = hand_over(results, copy="outputs" in plan.copies, out=out)
-    # Only now may the inputs go: torch's stream waits for the program (rule 2).
+    # Only now may the inputs be released: torch's stream waits for the program (rule 2).
     del arrays, inputs
     return handed
 
@@ -139,7 +139,7 @@ def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_results(problem, device, out) -> list[torch.Tensor]:
-    """No pairs: no rows in use. Nothing goes to jax."""
+    """The results for no pairs, without jax: no rows are in use."""
     if out is None:
         fills = {"num_tokens_post_padded": 0, "tokens_per_expert": 0}
         return [

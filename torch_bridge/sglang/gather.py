@@ -197,7 +197,7 @@ class Tokens(Gatherer):
     def __init__(self, sizes: Sizes, max_tokens: int, top_k: int):
         super().__init__(sizes)
         self._max_tokens = max_tokens
-        # A row more, for what finds no room in a replay.
+        # One additional row, for tokens that find no room in a replay.
         shape = (sizes.layers, max_tokens + 1, top_k)
         self._ids = torch.full(shape, -1, dtype=torch.int32, device=sizes.device)
         self._rows = torch.zeros(sizes.layers, dtype=torch.int64, device=sizes.device)
@@ -243,7 +243,7 @@ class Tokens(Gatherer):
             got = f"{got} after {sum(before)} rows" if before else got
             remedy = "Make the recorder with larger max_tokens and top_k."
             raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
-        if not capturing():  # a capture is no pass: its rows are written when it is replayed
+        if not capturing():  # a capture is not a pass: its rows are written when it is replayed
             self._calls[layer] = [*before, tokens]
         rows = (self._order[:tokens] + self._rows[layer]).clamp_(max=self._max_tokens)
         # 64-bit ids are saturated, so that they stay out of range.

@@ -87,7 +87,7 @@ def silu_and_mul_masked_post_quant_fwd(
 
 
 def _run(path, tensors, group, ue8m0, alpha, limit) -> None:
-    """Does a call whose tensors have passed `_check`."""
+    """Runs a call whose tensors have passed `_check`."""
     _check_data(tensors)
     if not tensors["output"].numel():
         return
@@ -189,7 +189,7 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -
 
 
 def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) -> int:
-    """All that tracing can check too; the group size as an int."""
+    """The checks that also work while tracing; returns the group size as an int."""
     for argument, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
@@ -250,7 +250,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
 
 
 def _check_data(tensors: dict[str, torch.Tensor]) -> None:
-    """What needs tensors with memory."""
+    """The checks that need tensors with memory."""
     for argument, tensor in tensors.items():
         dlpack.check_tensor(_FUNCTION, argument, tensor)
     operands = {name: tensors[name] for name in ("input", "masked_m")}

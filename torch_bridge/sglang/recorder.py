@@ -134,7 +134,7 @@ class ExpertDistributionRecorder:
 
     @contextlib.contextmanager
     def with_debug_name(self, debug_name: str) -> Iterator[None]:
-        """Accepted for SGLang's call sites (a micro-batch's name): all names are recorded together.
+        """Accepted because SGLang calls it (with a micro-batch's name): all names are recorded together.
 
         Counts of a layer are summed. In mode per_token the micro-batches' ids stand one after another, as
         the tokens of the pass do: only the last one may be padded, and only in a CUDA graph's replay.

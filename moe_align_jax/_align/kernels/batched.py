@@ -14,6 +14,7 @@ from moe_align_jax.types import BatchedAlignProblem
 
 
 def build(problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of the `[E, max_tokens]` layout. Its stores do not depend on `vector`."""
     del vector
     num_experts, max_tokens = problem.num_experts, problem.max_tokens_per_batch
     block_size, sentinel = problem.block_size, problem.num_pairs

@@ -2,7 +2,7 @@
 
 Each warp owns a contiguous run of pairs and a histogram of its own in shared memory, so the order is stable
 and nothing is atomic. One SM is slow at writing (scattered 4-byte stores take 1.4 to 2.8 cycles each), so
-several CTAs may do all the same work and write a slice of the rows each: they need not talk.
+several CTAs may do the same counting and write a slice of the rows each, without communication.
 Sentinels are written before the first barrier, 16 bytes at a time, and the pairs scattered over them.
 Bytes: ids read once per CTA, outputs written once (the rows in use twice). Deterministic.
 """
@@ -17,10 +17,11 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     num_experts, block_size = problem.num_experts, problem.block_size
     threads = config.num_warpgroups * WARPGROUP
     num_warps = threads // WARP
-    stride = -(-num_experts // 4) * 4  # of a warp's histogram
+    stride = -(-num_experts // 4) * 4  # words of a warp's histogram
     per_thread = -(-num_experts // threads)  # experts
     rounds = -(-problem.num_pairs // threads)  # of 32 pairs per warp
     bits = common.bin_bits(num_experts)

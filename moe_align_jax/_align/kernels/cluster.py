@@ -13,6 +13,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form, of one cluster. Its stores do not depend on `vector`."""
     del vector  # its stores are 4 bytes wide
     layout = placing.layout_of(problem, config)
     local_sort, num_experts = config.local_sort, problem.num_experts

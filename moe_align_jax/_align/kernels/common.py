@@ -43,8 +43,8 @@ def launch_sizes(problem: AlignProblem) -> dict[str, tuple[int, ...]]:
 
 
 class Slice:
-    """The part of an output that one of several CTAs writes: they all find the same result, and need not
-    talk. A multiple of 4 cells, so that its fill can take 16 bytes at a time."""
+    """The part of an output that one of several CTAs writes. All CTAs compute the whole result, so they do
+    not communicate. The part is a multiple of 4 cells, so that its fill can store 16 bytes at a time."""
 
     def __init__(self, t: Simt, size: Int | int):
         self.t, self.size = t, size
@@ -72,18 +72,18 @@ class Slice:
 
 
 def bin_bits(num_bins: int) -> tuple[int, bool]:
-    """(bits that tell the bins 0 .. num_bins - 1 apart, whether all their values are bins)."""
+    """(bits of a bin number below `num_bins`, whether every value of that many bits is a bin)."""
     bits = (num_bins - 1).bit_length()
     return bits, num_bins == 1 << bits
 
 
 def pair_limit(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> Int | None:
-    """The run-time bound on the pairs in use, where there is one."""
+    """`num_valid_pairs`, or None if the problem has none."""
     return t.load(r.num_valid_pairs, 0) if problem.has_num_valid_pairs else None
 
 
 def _replica(t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expert: Int) -> Int:
-    """The slot that a pair takes of its logical expert, in [0, El), as `to_physical_ids` says."""
+    """The physical slot of a pair whose logical expert is in [0, El), as `to_physical_ids` chooses it."""
     layer: Any = 0
     if problem.num_layers:
         layer = t.load(r.layer, 0)
@@ -94,7 +94,7 @@ def _replica(t: Simt, r: SimpleNamespace, problem: AlignProblem, pair: Int, expe
         return t.load(r.static_dispatch_map, expert)
     token = t.load(r.first_token, layer) + pair // problem.top_k
     turn = ((token * HASH_MULTIPLIER) >> 16) * t.load(r.num_replicas, expert) >> 16
-    # A count that is none must not lead out of the table.
+    # Clamp: a corrupt replica count must not index out of bounds.
     turn = t.select(turn.below(problem.replica_width), turn, 0)
     return t.load(r.logical_to_physical_map, expert * problem.replica_width + turn)
 
@@ -103,8 +103,8 @@ type ReadMap = Callable[[Int], Int]  # expert_map of an expert within [0, E)
 
 
 def map_from_lanes(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> ReadMap | None:
-    """A small expert map, held by the lanes of each warp: its loads do not wait for the ids, which saves a
-    trip to L2 where little else is done. None without a map, or for a larger one."""
+    """A reader of a small expert map that the lanes of each warp hold. Its loads do not wait for the ids,
+    which saves a trip to L2 in short kernels. None without a map, or if the map is larger."""
     num_experts = problem.num_experts
     if not problem.expert_map or num_experts > _MOST_HELD * WARP:
         return None
@@ -124,7 +124,7 @@ def map_from_lanes(t: Simt, r: SimpleNamespace, problem: AlignProblem) -> ReadMa
 
 
 class LoadedId(NamedTuple):
-    """A pair's id, on its way from memory."""
+    """A pair's id, loaded but not yet interpreted."""
 
     pair: Int
     inside: Int
@@ -132,15 +132,15 @@ class LoadedId(NamedTuple):
 
 
 def at_most(t: Simt, index: Int, last: Int | int) -> Int:
-    """The smaller one, unsigned."""
+    """min(a, b), compared unsigned."""
     return t.select(index.below(last), index, last)
 
 
 def load_id(
     t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, pair: Int
 ) -> LoadedId:
-    """Unconditional (past the end: of the last pair), so that the loads of several rounds overlap. Their
-    addresses hang on no predicate: where several had to be kept for later, ptxas put the loads off, too."""
+    """Loads a pair's id without a branch (past the end: the last pair's), so that the loads of several rounds
+    overlap. The addresses must not depend on a predicate, or ptxas delays the loads."""
     inside = pair.below(sizes.num_pairs)
     at = at_most(t, pair, sizes.num_pairs - 1) + sizes.first_id
     if problem.id_words == 2:
@@ -158,7 +158,7 @@ def read_expert(
     pair: Int,
     limit: Int | None,
 ) -> Int:
-    """The group that a pair is counted in, -1 where it is dropped or past the end."""
+    """The group in which a pair is counted; -1 if the pair is dropped or past the end."""
     return expert_of(t, r, problem, load_id(t, r, problem, sizes, pair), limit)
 
 
@@ -170,7 +170,7 @@ def expert_of(
     limit: Int | None,
     read_map: ReadMap | None = None,
 ) -> Int:
-    """As `read_expert`. `read_map`: from `map_from_lanes`; whole warps call then."""
+    """As `read_expert`. With `read_map` (from `map_from_lanes`) whole warps must call it."""
     num_experts = problem.num_experts
     pair, inside, (expert, *high) = loaded
     if high:
@@ -206,7 +206,7 @@ def block_label(
     expert: Int,
     read_map: ReadMap | None = None,
 ) -> Int:
-    """What `expert_ids` says of a block of `expert` (>= 0)."""
+    """The entry of `expert_ids` for a block of `expert` (>= 0)."""
     if problem.minus_one:
         return expert - 1
     if problem.expert_map != "label":
@@ -220,7 +220,8 @@ def padded(count: Int, block_size: int) -> Int:
 
 
 def name_block(t: Simt, r: SimpleNamespace, problem: AlignProblem, row: Int, expert: Int) -> None:
-    """The pair on a block's first row names the block (experts start at multiples of block_size)."""
+    """Writes `expert_ids` for the block if `row` is the block's first row. (Experts start at multiples of
+    block_size, so each used block has a pair on its first row.)"""
     with t.if_((row % problem.block_size).eq(0)):
         t.store(r.expert_ids, row // problem.block_size, block_label(t, r, problem, expert))
 

@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def packed(self) -> bool:
-        """Two counts of 16 bits per word of a row."""
+        """Whether a row packs two 16-bit counts into each word."""
         return self.cluster * self.tiles * self.tile < 1 << 16
 
     @property
@@ -93,7 +93,7 @@ def count_kernel(
         first = cta * (tiles * layout.tile)
 
         def count(bins: list[Int]) -> None:
-            for bin_ in bins:  # one bin more for those that have none: a branch would take longer
+            for bin_ in bins:  # dropped pairs have an additional bin: cheaper than a branch
                 t.atomic_add(r.histogram, t.select(bin_ >= 0, bin_, layout.stride), 1)
 
         def read(start: Int | int) -> list[Int]:
@@ -139,7 +139,7 @@ def histogram_outputs(layout: Layout, histograms: str) -> dict[str, tuple[int, .
 
 
 def mailbox_words(layout: Layout) -> int:
-    """Of a kernel that ends with `write_histogram`."""
+    """Words of the mailbox of a kernel that ends with `write_histogram`."""
     return layout.cluster * _share(layout) if layout.cluster > 1 else 0
 
 
@@ -202,12 +202,12 @@ class HistogramSums:
     hides their latency.
     """
 
-    _MOST_WORDS = 24  # held in registers between the two
+    _MOST_WORDS = 24  # held in registers between `read` and `add`
 
     def __init__(self, t: Simt, r: SimpleNamespace, layout: Layout, histograms: str):
         self._t, self._r, self._layout, self._histograms = t, r, layout, histograms
         columns = 1 << (layout.words - 1).bit_length()
-        # No more groups than rows: the others would only add zeros.
+        # No more groups than rows: additional groups would only add zeros.
         most = 1 << (layout.num_rows - 1).bit_length()
         self._groups = max(1, min(layout.threads // columns, most))
         self._columns, self._rounds = columns, -(-layout.words // layout.threads)
@@ -243,7 +243,7 @@ class HistogramSums:
         return there if isinstance(group, int) else there & (group < self._groups)
 
     def read(self) -> None:
-        """After the `grid_dependency_wait`."""
+        """Starts the loads of the rows; call it after the `grid_dependency_wait`."""
         if self._rounds * self._rows <= self._MOST_WORDS:
             self._held = [self._load(k) for k in range(self._rounds)]
 

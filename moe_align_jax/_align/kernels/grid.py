@@ -16,6 +16,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The count kernel and the place kernel. Their stores do not depend on `vector`."""
     del vector  # its stores are 4 bytes wide
     layout = placing.layout_of(problem, config)
     local_sort, one_tile = config.local_sort, layout.tiles == 1
@@ -57,7 +58,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                     t.store(r.start, e, start)
             for index in t.for_range(0, p.tiles):
                 first = p.first_of(index)
-                # Before a barrier, so that all loads are on their way: beyond it ptxas would spread them.
+                # Before a barrier, so that all loads start together: behind it ptxas would spread them.
                 experts = p.read_tile(first)
                 p.clear_histogram()
                 t.block_sync()

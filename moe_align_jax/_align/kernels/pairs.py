@@ -2,8 +2,8 @@
 
 No histogram, so the time does not depend on E but for the counts that are written. A pair's row is the
 padded sizes of the lower experts, each taken once at its first pair, plus the equal pairs before it.
-Grid: num_ctas CTAs, each of which writes its own slice of every output (all compute the same rows, so they
-need not talk). Bytes: the ids read per CTA, every output written once. Deterministic.
+Grid: num_ctas CTAs, each of which writes its own slice of every output (all compute the same rows, without
+communication). Bytes: the ids read per CTA, every output written once. Deterministic.
 """
 
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from moe_align_jax.types import AlignProblem
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     block_size = problem.block_size
     threads = config.num_warpgroups * WARPGROUP
     most = max(WARP, 1 << (problem.num_pairs - 1).bit_length())

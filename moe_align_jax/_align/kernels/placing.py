@@ -1,5 +1,7 @@
-"""Ranks the pairs of a CTA within each expert, sorts them, and writes every pair to its row: what the forms
-"grid" and "cluster" do alike. They differ in how a CTA learns what the others have counted.
+"""Ranks the pairs of a CTA within each expert, sorts them, and writes every pair to its row.
+
+The forms "grid" and "cluster" share this. They differ in how a CTA learns the counts of the other CTAs.
+docs/kernels.md draws how a tile is sorted.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from moe_align_jax.types import AlignProblem
 
 _HALF = 16  # a column and a rank (or a place in the tile) share a word
 _LOW = (1 << _HALF) - 1
-_MOST_WORDS = 40  # that a thread keeps in registers: its pairs, the warps' counts of its experts
+_MOST_WORDS = 40  # in a thread's registers: its pairs, the warps' counts of its experts
 _LOADS_AT_ONCE = 16  # of the warps' counts, where they are read again
 _WRITE_ROUNDS = 4  # loads of a tile in flight at a time when it is written
 
@@ -35,7 +37,7 @@ class Columns:
         self._shift = self.per_thread.bit_length() - 1
 
     def of(self, t: Simt, expert: Int) -> Int:
-        """-1 of -1."""
+        """The expert's column; -1 for a dropped pair (expert -1)."""
         if self.per_thread == 1:
             return expert
         column = (expert & (self.per_thread - 1)) * self.run + (expert >> self._shift)
@@ -69,7 +71,10 @@ class Tile:
 
 
 class Placer:
-    """The place kernel's body on one machine."""
+    """The body of the place kernel, one phase per method.
+
+    Within a method "my" experts are those that this thread scans, and "my" pairs those of this CTA.
+    """
 
     def __init__(
         self,
@@ -170,7 +175,10 @@ class Placer:
         return dataclasses.replace(tile, local_starts=starts, kept=kept)
 
     def _spread(self, tile: Tile, k: int, start: Int) -> Int:
-        """Turns the counts of my k-th expert into the place of each warp's first pair; returns their sum."""
+        """Replaces each warp's count of my k-th expert by the place of its first pair, from `start` on.
+
+        Returns the sum of the counts.
+        """
         t, r = self.t, self.r
 
         def scan() -> Int:
@@ -190,7 +198,7 @@ class Placer:
         return collectives.value_if(t, self.valid[k], scan, 0)
 
     def _at(self, word: Int) -> Int:
-        """Where the spread histogram puts a pair."""
+        """The place of a pair: its warp's first place for the expert (`_spread`), plus its rank there."""
         return self.t.load(self.r.histogram, self.row_of_warp + (word >> _HALF)) + (word & _LOW)
 
     # -- all pairs
@@ -269,7 +277,7 @@ class Placer:
         common.write_inverse(self.t, self.r, self.problem, self.sizes, pair, word, row)
 
     def fill(self, in_use: Int) -> None:
-        """Blocks and rows that no pair takes."""
+        """Writes -1 and the sentinel to the blocks and rows without a pair; `in_use` rows are taken."""
         t, r, sizes = self.t, self.r, self.sizes
         everyone = self.layout.num_ctas * self.layout.threads
         me = self.cta * self.layout.threads + self.tid
@@ -281,7 +289,7 @@ class Placer:
             t.store(r.sorted_token_ids, i, sizes.num_pairs)
 
     def _fill_padding(self, me: Int, everyone: int) -> None:
-        """A group of lanes per expert, no wider than a block."""
+        """Writes the sentinel behind each expert's last pair; a group of lanes per expert, within a block."""
         t, r, problem = self.t, self.r, self.problem
         width = min(WARP, 1 << (problem.block_size - 1).bit_length())
         group, lane = me >> (width.bit_length() - 1), me & (width - 1)
@@ -313,7 +321,7 @@ def layout_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting
 
 
 def shared_of(layout: counting.Layout, *, local_sort: bool) -> dict[str, int]:
-    """What a `Placer` needs of shared memory."""
+    """Words of each shared-memory array that a `Placer` needs, by name."""
     stride = Columns(layout.num_bins, layout.threads).stride
     shared = {
         "histogram": layout.num_warps * stride,

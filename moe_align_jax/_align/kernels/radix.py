@@ -89,7 +89,7 @@ def _pass_kernels(
             start = start + total
 
         for tile in t.for_range(0, tiles):
-            # Before a barrier, so that all loads are on their way: beyond it ptxas would spread them.
+            # Before a barrier, so that all loads start together: behind it ptxas would spread them.
             read_pairs = once or read_tile(tile)
             clear_histogram()
             t.block_sync()
@@ -237,7 +237,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
                 t.store(r.start, expert, start)
                 if problem.return_counts:
                     t.store(r.tokens_per_expert, expert, count)
-            # A warp names the blocks of its 32 experts together: one of them may have them all.
+            # A warp names the blocks of its 32 experts together, because one expert may have all of them.
             for j in range(WARP):
                 first_block = t.shfl(start, j) // block_size
                 past = first_block + t.shfl(size, j) // block_size
@@ -245,7 +245,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
                 for b in t.for_range(first_block + lane, past, WARP):
                     t.store(r.block_expert, b, owner)
                     t.store(r.expert_ids, b, name)
-            t.block_sync()  # everyone has read the carry
+            t.block_sync()  # all threads have read the carry
             with t.if_(tid.eq(0)):
                 t.store(r.carry, 0, t.load(r.carry, 0) + added)
             t.block_sync()
@@ -324,6 +324,7 @@ def digits(num_experts: int) -> list[tuple[int, int]]:
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """Two kernels per digit, then `first`, `scan` and `rows`. Their stores do not depend on `vector`."""
     del vector
     kernels: list[Kernel] = []
     passes = digits(problem.num_experts)

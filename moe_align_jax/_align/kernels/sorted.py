@@ -27,7 +27,7 @@ _MOST_MASKS = 8  # that a thread keeps in registers beside its keys
 
 
 def _last_of(t: Simt, mask: Int, first: Int, otherwise: Int) -> Int:
-    """The last place of a mask whose bit 0 is the place `first`; `otherwise` of an empty one."""
+    """The place of a mask's highest bit, bit 0 being the place `first`; `otherwise` for an empty mask."""
     return t.select(mask.eq(0), otherwise, first + t.highest_bit(mask))
 
 
@@ -44,8 +44,8 @@ def _over_warps(t: Simt, count: Int, scratch: object) -> tuple[Int, Int]:
 
 
 def compared_pairs(num_pairs: int, threads: int, cluster: int) -> int:
-    """The most pairs of a range that are compared rather than sorted by digits: an even share and three
-    standard deviations; 0 where that is too many."""
+    """Up to how many pairs of a range are compared with each other instead of sorted by digits: an even share
+    plus three standard deviations; 0 if that is more than `_MOST_COMPARED`."""
     share = -(-num_pairs // cluster)
     most = -(-min(num_pairs, share + 3 * math.isqrt(share)) // WARP) * WARP
     return most if most <= min(_MOST_COMPARED, threads) else 0
@@ -71,7 +71,7 @@ class _Sorter:
         self.counts = common.Slice(t, problem.num_experts)
         self.counts.base = (self.rank * self.copies + self.copy) * self.counts.length
         self.length = sorted_range(problem.num_experts, t.num_ctas, t.cluster)
-        # For an even share of the pairs and an eighth.
+        # Enough looks for an even share of the pairs plus an eighth.
         self.looks = min(4, -(-problem.num_pairs * 9 // (8 * t.cluster * self.threads)))
         self.looks = min(self.looks, rounds)
         self.first_expert = self.rank * self.length
@@ -153,7 +153,7 @@ class _Sorter:
         for k in t.for_range(0, rounds):
             at = first + k * WARP
             with t.if_(at - self.lane < number):  # for whole warps
-                # Past the end all ones: after every pair in the order, so before none of its bin.
+                # Past the end a word of all ones: it sorts behind every pair, so it changes no pair's rank.
                 word = t.select(at < number, load_at(at), -1)
                 rank = collectives.tally(t, histogram, self.warp, bin_of(word), self.lane, bits)
                 t.store(r.ranks, at, rank)
@@ -311,7 +311,7 @@ class _Sorter:
                     t.store(r.tokens_per_expert, expert, count)
 
     def fill(self, in_use: Int) -> None:
-        """What no block takes; `in_use` blocks."""
+        """Writes -1 and the sentinel behind the `in_use` blocks."""
         t, r, sizes = self.t, self.r, self.sizes
         me, everyone = self.cta * self.threads + self.tid, t.num_ctas * self.threads
         for block in collectives.strided(t, in_use + me, sizes.num_blocks, everyone):
@@ -327,6 +327,7 @@ class _Sorter:
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     threads = config.num_warpgroups * WARPGROUP
     rounds = -(-problem.num_pairs // threads)
     digits = sorted_digits(sorted_range(problem.num_experts, config.num_ctas, config.cluster))

@@ -16,12 +16,12 @@ from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, 
 from moe_align_jax.types import AlignProblem
 
 _LANE_BITS = WARP.bit_length() - 1  # a key says expert, then pair
-_DROPPED = MAX_WARP_EXPERTS << _LANE_BITS  # as of an expert behind all
+_DROPPED = MAX_WARP_EXPERTS << _LANE_BITS  # sorts behind every expert
 
 
 def _sort(t: Simt, r: SimpleNamespace, key: Int, num_pairs: int) -> tuple[Int, Int, Int]:
-    """The warp's keys in order: (mine, the one before, the one after); at the ends mine again. All differ,
-    and those of the lanes from num_pairs on are the last, in order."""
+    """The warp's keys in ascending order, to each lane: (its own, the one before, the one after); at the ends
+    its own again. All keys differ; the keys of lanes from num_pairs on come last, in order."""
     _, lane, warp = common.thread_ids(t)
     first, count = warp * WARP, -(-num_pairs // 4) * 4
     t.store(r.keys, first + lane, key)
@@ -40,6 +40,7 @@ def _sort(t: Simt, r: SimpleNamespace, key: Int, num_pairs: int) -> tuple[Int, I
 
 
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
+    """The one kernel of this form. `vector`: every output starts at a multiple of 16 bytes."""
     block_size, num_ctas = problem.block_size, config.num_ctas
 
     def body(t: Simt, r: SimpleNamespace) -> None:
@@ -52,7 +53,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         limit, read_map = common.pair_limit(t, r, problem), common.map_from_lanes(t, r, problem)
         loaded = common.load_id(t, r, problem, sizes, lane)
 
-        # While the ids are on their way.
+        # Runs while the ids are loaded.
         rows = common.Slice(t, sizes.capacity)
         blocks = common.Slice(t, sizes.num_blocks)
         counts = common.Slice(t, problem.num_experts if problem.return_counts else 0)

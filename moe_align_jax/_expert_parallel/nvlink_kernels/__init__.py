@@ -9,7 +9,7 @@ others wrote to this device is there. No row has two writers, and its place is k
 
 import functools
 
-from moe_align_jax._expert_parallel.nvlink_kernels import combine, dispatch, give_back, send
+from moe_align_jax._expert_parallel.nvlink_kernels import combine, dispatch, return_rows, send
 from moe_align_jax._expert_parallel.nvlink_kernels.dispatch import (
     unsupported as dispatch_unsupported,
 )
@@ -17,8 +17,8 @@ from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
     Combine,
     Dispatch,
     Field,
-    GiveBack,
     Problem,
+    ReturnRows,
     Send,
 )
 from moe_align_jax._simt.language import Kernel
@@ -27,7 +27,7 @@ __all__ = [
     "Combine",
     "Dispatch",
     "Field",
-    "GiveBack",
+    "ReturnRows",
     "Problem",
     "Send",
     "build",
@@ -37,7 +37,7 @@ __all__ = [
 _BUILDERS = {
     Send: send.build,
     Dispatch: dispatch.build,
-    GiveBack: give_back.build,
+    ReturnRows: return_rows.build,
     Combine: combine.build,
 }
 

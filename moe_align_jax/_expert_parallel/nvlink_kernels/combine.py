@@ -32,6 +32,8 @@ def part_words(columns: int) -> int:
 
 
 def build(problem: Combine) -> Kernel:
+    """The kernel that every device launches: weighted sums of rows, back at their tokens' ranks."""
+
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Combiner(t, r, problem).run()
 

@@ -38,13 +38,13 @@ _ENOUGH_CTAS = 132
 # words of 16 bytes (7168 columns of e4m3) leave none idle.
 _ROWS_AT_A_TIME = 4
 _TARGETS_AHEAD = 8
-# What goes through the inbox is not 0: for local id i it is i + 2, and 1 for other ranks' experts.
+# A word in the inbox is not 0: local id i is sent as i + 2, an expert of another rank as 1.
 _FIRST_ID, _NO_ID = 2, 1
 _INT32_MAX = 2**31 - 1
 
 
 def unsupported(problem: Dispatch) -> str | None:
-    """Why there is another way to be taken, or None."""
+    """Why this kernel cannot run the problem, or None."""
     if problem.send.top_k > MAX_TOP_K:
         return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
     if problem.num_pairs > MAX_PAIRS:
@@ -57,7 +57,8 @@ def unsupported(problem: Dispatch) -> str | None:
 
 
 def parts(problem: Dispatch) -> int:
-    """Into how many a row is cut: as long as every sending thread has 16 bytes of the first field."""
+    """Into how many parts a row is cut: at most so many that every sending thread has 16 bytes of the first
+    field."""
     send = problem.send
     first = send.fields[0]
     units = [field.words for field in send.fields]
@@ -74,6 +75,8 @@ def _num_ctas(problem: Dispatch) -> int:
 
 
 def build(problem: Dispatch) -> Kernel:
+    """The kernel that every device launches: rows to their experts' ranks and into the boxes there."""
+
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Dispatcher(t, r, problem).run()
 
@@ -174,7 +177,7 @@ class _Dispatcher:
             goes = goes & unit.eq(token * self.parts)
         with t.if_(goes):
             at = t.rank() * (self.problem.num_tokens * top_k) + pair
-            # In a loop: all ranks' addresses at once would take the registers of two CTAs on an SM.
+            # A loop at run time: all addresses at once would not leave registers for two CTAs on an SM.
             for k in t.for_range(0, self.sources):
                 rank = (t.rank() + k) % self.sources
                 local = expert - rank * count
@@ -322,7 +325,7 @@ class _Dispatcher:
         part = unit - self._token(unit) * self.parts
         used = [t.ballot(one.row >= 0).ne(0) for one in found]
         units = [one.source * self.units + unit for one in found]
-        # In place of a row that nobody asked for, another one is read: no branch stands between two loads.
+        # In place of a row without a target another one is loaded, so that no branch separates two loads.
         other, any_used = units[0], used[0]
         for here, there in zip(units[1:], used[1:], strict=True):
             other, any_used = t.select(there, here, other), any_used | there

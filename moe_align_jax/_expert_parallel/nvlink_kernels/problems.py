@@ -34,7 +34,7 @@ class Field(NamedTuple):
 class Send(NamedTuple):
     """Tokens to the ranks of their experts: row `s * T + t` of a rank is token t of rank s.
 
-    Takes `topk_ids [T, K]` int32 (global; out of range is nobody's), with `routing` also
+    Takes `topk_ids [T, K]` int32 (global; an id out of range has no rank), with `routing` also
     `weights [T, K]` float32, and a `[T, c]` array per field. Gives a `[R, c]` array per field, written
     only where the token has an expert of the receiver; with `routing` also `ids [R, K]` (local, -1 for
     others' experts) and `weights [R, K]` (0 for those), written everywhere.
@@ -129,7 +129,7 @@ class Dispatch(NamedTuple):
         return boxes | layout | self.send.outputs
 
 
-class GiveBack(NamedTuple):
+class ReturnRows(NamedTuple):
     """`rows [R, c]` to `parts [D, T, c]`: row `s * T + t` of rank d is `parts[d, t]` of rank s."""
 
     num_tokens: int
@@ -186,7 +186,7 @@ class Combine(NamedTuple):
         }
 
 
-type Problem = Send | Dispatch | GiveBack | Combine
+type Problem = Send | Dispatch | ReturnRows | Combine
 
 
 def words(array: Array) -> int:

@@ -18,6 +18,8 @@ _VALUES = 8  # bfloat16 of a 16-byte word
 
 
 def build(problem: Send) -> Kernel:
+    """The kernel that every device launches: rows to the ranks of their experts, without boxes."""
+
     def body(t: Simt, r: SimpleNamespace) -> None:
         Sender(t, r, problem, t.thread_id()).run()
 

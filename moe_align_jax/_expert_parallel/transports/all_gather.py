@@ -38,7 +38,7 @@ class AllGather:
     def num_received(self, plan: Any) -> None:
         del plan
 
-    def give_back(
+    def return_rows(
         self, rows: jax.Array, plan: Any, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         del plan

@@ -46,7 +46,7 @@ class AllToAll:
     def num_received(self, plan: Any) -> None:
         del plan
 
-    def give_back(
+    def return_rows(
         self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)

@@ -148,7 +148,7 @@ class NvLink:
     def num_received(self, plan: Any) -> None:
         del plan
 
-    def give_back(
+    def return_rows(
         self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         num_tokens = rows.shape[0] // group.size
@@ -156,7 +156,7 @@ class NvLink:
             return jnp.zeros((num_tokens, *rows.shape[1:]), rows.dtype)
         given = _in_words(rows)
         field = nvlink_kernels.Field(given.shape[1], np.dtype(given.dtype))
-        [parts] = _launch(nvlink_kernels.GiveBack(num_tokens, field, _devices(group)), given)
+        [parts] = _launch(nvlink_kernels.ReturnRows(num_tokens, field, _devices(group)), given)
         mask = None if in_use is None else ranks_of_tokens(plan, group)
         return _out_of_words(sum_over_ranks(parts, mask), rows)
 

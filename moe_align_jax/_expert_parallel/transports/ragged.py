@@ -94,7 +94,7 @@ class RaggedAllToAll:
         mine = lax.dynamic_index_in_dim(plan.counts, plan.rank, 1, keepdims=False)
         return jnp.sum(mine, dtype=_I32)
 
-    def give_back(
+    def return_rows(
         self, rows: jax.Array, plan: RaggedPlan, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
         del in_use  # the rows that travel are the ones in use

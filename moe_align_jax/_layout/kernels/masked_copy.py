@@ -130,7 +130,7 @@ class _Body:
     # -- rows
 
     def load(self, number: Int) -> _Unit:
-        """Everything that a part of a row needs from memory, before anything waits for it."""
+        """Starts every load that a part of a row needs, before the first use of any."""
         t, r, top_k = self.t, self.r, self.problem.top_k
         token, part = number // self.parts, number % self.parts
         held = []
@@ -138,7 +138,7 @@ class _Body:
             source = getattr(r, x)
             for start in range(0, leaf.units, self.parts * THREADS):
                 at = part * THREADS + self.tid + start
-                # Past the end the first is read again: no branch stands between two loads.
+                # Past the end the first one is loaded again, so that no branch separates two loads.
                 index = token * leaf.units + t.select(at < leaf.units, at, 0)
                 if leaf.unit_bytes == VECTOR_BYTES:
                     value = t.load4(source, index * (VECTOR_BYTES // WORD_BYTES))

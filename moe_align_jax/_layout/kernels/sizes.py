@@ -125,7 +125,7 @@ def copy_config(problem: MaskedCopy) -> CopyConfig:
 # -- the weighted sum --------------------------------------------------------------------------------
 
 SUMMED = ("bfloat16", "float16", "float32")
-MAX_SUMMED_PAIRS = 64  # of a token: they are unrolled
+MAX_SUMMED_PAIRS = 64  # of a token: the loop over them is unrolled
 _TILES = (1024, 512, 256, 128)
 _MOST_WASTE = 1.15  # values that tiles take, per value of a row
 _MAX_SUM_CTAS = 4096  # of a tile: more take turns

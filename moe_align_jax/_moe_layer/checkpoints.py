@@ -1,0 +1,277 @@
+"""Weights of experts as checkpoints keep them, and as `fused_moe` takes them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from moe_align_jax._core import checks
+
+# What Hugging Face calls an expert's three matrices: (gate, up, down).
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+def _fail(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
+    if not isinstance(got, str):
+        got = checks.describe(got)
+    raise ValueError(checks.message(function, argument, rule, got, remedy))
+
+
+def _library(array: Any) -> Any:
+    """NumPy for its arrays, so that a checkpoint on the host stays there; jax.numpy for the rest."""
+    if isinstance(array, np.ndarray):
+        return np
+    import jax.numpy as jnp
+
+    return jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of the experts of one layer, and how they lie: `fused_moe(x, *weights, ..., **options)`.
+
+    Arrays are NumPy's or jax's, and stay what they are. E experts, H hidden, N within an expert; gated, as
+    the experts of all these checkpoints are.
+
+    Attributes:
+        w_gate_up: `[E, H, 2 N]`, transposed `[E, 2 N, H]`; or a pair (gate, up) of `[E, H, N]` or
+            `[E, N, H]`.
+        w_down: `[E, N, H]`, transposed `[E, H, N]`.
+        bias_gate_up: `[E, 2 N]`, in the order of w_gate_up's columns, or None.
+        bias_down: `[E, H]`, or None.
+        transpose_rhs: whether they are transposed.
+        interleaved: whether columns of gate and up take turns, in place of all of gate, then all of up.
+
+    Example:
+        >>> import numpy as np
+        >>> vllm = ExpertWeights.from_vllm(np.zeros((4, 96, 64)), np.zeros((4, 64, 48)))
+        >>> vllm.options
+        {'transpose_rhs': True, 'interleaved': False}
+        >>> gate, up = vllm.laid_out(transpose_rhs=False, pair=True).w_gate_up
+        >>> gate.shape, up.shape
+        ((4, 64, 48), (4, 64, 48))
+    """
+
+    w_gate_up: Any
+    w_down: Any
+    bias_gate_up: Any = None
+    bias_down: Any = None
+    transpose_rhs: bool = False
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        function = "ExpertWeights"
+        if self.pair and (len(self.w_gate_up) != 2 or self.interleaved):
+            got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
+            rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
+            _fail(function, "w_gate_up", rule, got, remedy)
+        first = self.w_gate_up if self.pair else (self.w_gate_up,)
+        down = self.w_down
+        if down.ndim != 3:
+            _fail(function, "w_down", "have shape [E, N, H]", down, "One matrix for each expert.")
+        experts, a, b = down.shape
+        hidden, ffn = (a, b) if self.transpose_rhs else (b, a)
+        width = ffn if self.pair else 2 * ffn
+        want = (experts, width, hidden) if self.transpose_rhs else (experts, hidden, width)
+        for each in first:
+            if each.shape != want:
+                rule = f"have shape {list(want)} beside w_down {list(down.shape)}"
+                remedy = f"Is transpose_rhs={self.transpose_rhs} right?"
+                _fail(function, "w_gate_up", rule, each, remedy)
+        for name, bias, shape in (
+            ("bias_gate_up", self.bias_gate_up, (experts, 2 * ffn)),
+            ("bias_down", self.bias_down, (experts, hidden)),
+        ):
+            if bias is not None and bias.shape != shape:
+                rule = f"have shape {list(shape)}"
+                _fail(function, name, rule, bias, "One value for each column of the weights.")
+
+    def __iter__(self) -> Any:
+        """(w_gate_up, w_down): the two that `fused_moe` takes by position."""
+        return iter((self.w_gate_up, self.w_down))
+
+    @property
+    def pair(self) -> bool:
+        return isinstance(self.w_gate_up, (tuple, list))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `fused_moe` that say how the weights lie, and the biases that there are."""
+        options = {"transpose_rhs": self.transpose_rhs, "interleaved": self.interleaved}
+        biases = {"bias_gate_up": self.bias_gate_up, "bias_down": self.bias_down}
+        return options | {name: bias for name, bias in biases.items() if bias is not None}
+
+    def laid_out(
+        self,
+        *,
+        transpose_rhs: bool | None = None,
+        interleaved: bool | None = None,
+        pair: bool | None = None,
+    ) -> "ExpertWeights":
+        """The same weights in another layout; None leaves that part as it is.
+
+        vLLM's is `laid_out(transpose_rhs=True, interleaved=False, pair=False)`, MaxText's
+        `laid_out(transpose_rhs=False, pair=True)`. An array whose layout changes is copied.
+
+        Args:
+            transpose_rhs: as for `fused_moe`.
+            interleaved: as for `fused_moe`. A pair is not.
+            pair: gate and up as two arrays.
+
+        Raises:
+            ValueError: a pair is to be interleaved.
+        """
+        transpose_rhs = self.transpose_rhs if transpose_rhs is None else transpose_rhs
+        pair = self.pair if pair is None else pair
+        if interleaved is None:
+            interleaved = self.interleaved and not pair
+        if pair and interleaved:
+            remedy = "Pass interleaved=False."
+            _fail("laid_out", "interleaved", "be False for a pair", "True", remedy)
+        w_gate_up, bias = self.w_gate_up, self.bias_gate_up
+        if pair != self.pair or interleaved != self.interleaved:
+            axis = 1 if self.transpose_rhs else 2
+            parts = w_gate_up if self.pair else _parted(w_gate_up, axis, self.interleaved)
+            w_gate_up = tuple(parts) if pair else _joined(parts, axis, interleaved)
+        if bias is not None and interleaved != self.interleaved:
+            bias = _joined(_parted(bias, 1, self.interleaved), 1, interleaved)
+        w_down = self.w_down
+        if transpose_rhs != self.transpose_rhs:
+            w_down = _transposed(w_down)
+            w_gate_up = tuple(map(_transposed, w_gate_up)) if pair else _transposed(w_gate_up)
+        return ExpertWeights(w_gate_up, w_down, bias, self.bias_down, transpose_rhs, interleaved)
+
+    @classmethod
+    def from_hugging_face(
+        cls, tensors: Mapping[str, Any], prefix: str = "", *, interleaved: bool = False
+    ) -> "ExpertWeights":
+        """Of one layer of a Hugging Face checkpoint. Arrays that experts share are not copied.
+
+        Two kinds of checkpoint: with an array for all experts, `gate_up_proj` and `down_proj` (transformers
+        5, GPT-OSS, Llama 4, with their biases), in either orientation, which the shapes tell; and with
+        matrices `[N, H]` and `[H, N]` per expert, `{i}.gate_proj.weight`, `{i}.up_proj.weight`,
+        `{i}.down_proj.weight` (Qwen3, DeepSeek-V3) or `{i}.w1.weight`, `{i}.w3.weight`, `{i}.w2.weight`
+        (Mixtral), which are stacked.
+
+        Args:
+            tensors: by name, NumPy's or jax's.
+            prefix: of the names, such as "model.layers.0.mlp.experts.".
+            interleaved: columns of gate and up take turns: GPT-OSS. Nothing in a checkpoint tells.
+
+        Raises:
+            ValueError: the names or the shapes are not those of experts.
+
+        Example:
+            >>> import numpy as np
+            >>> shapes = {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)}
+            >>> tensors = {
+            ...     f"experts.{i}.{name}.weight": np.zeros(shape)
+            ...     for i in range(4)
+            ...     for name, shape in shapes.items()
+            ... }
+            >>> weights = ExpertWeights.from_hugging_face(tensors, "experts.")
+            >>> weights.w_gate_up.shape, weights.w_down.shape, weights.transpose_rhs
+            ((4, 96, 64), (4, 64, 48), True)
+        """
+        function = "from_hugging_face"
+        mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        if "gate_up_proj" not in mine:
+            return cls._from_matrices(mine, prefix, interleaved)
+        first, down = mine["gate_up_proj"], mine.get("down_proj")
+        if down is None:
+            _fail(function, "tensors", f"hold {prefix}down_proj", "none", "See the prefix.")
+        # [E, 2 N, H] beside [E, H, N], or [E, H, 2 N] beside [E, N, H]: no sizes fit both.
+        transposed = first.shape[1:] == (2 * down.shape[2], down.shape[1])
+        biases = mine.get("gate_up_proj_bias"), mine.get("down_proj_bias")
+        return cls(first, down, *biases, transposed, interleaved)
+
+    @classmethod
+    def _from_matrices(cls, mine: dict[str, Any], prefix: str, interleaved: bool) -> Any:
+        function = "from_hugging_face"
+        names = next((n for n in _NAMES if f"0.{n[0]}.weight" in mine), None)
+        if names is None or interleaved:
+            rule = f"hold {prefix}gate_up_proj, or {prefix}0.gate_proj.weight"
+            got = "matrices per expert, interleaved" if names else f"{sorted(mine)[:3]}"
+            remedy = "Pass the prefix of one layer's experts; matrices of an expert stand apart."
+            _fail(function, "tensors", rule, got, remedy)
+        count = sum(name.endswith(f".{names[0]}.weight") for name in mine)
+        rows = []
+        for i in range(count):
+            wanted = [f"{i}.{name}.weight" for name in names]
+            if missing := [name for name in wanted if name not in mine]:
+                rule, remedy = f"hold {prefix}{missing[0]}", "Every expert has three matrices."
+                _fail(function, "tensors", rule, "none", remedy)
+            rows.append([mine[name] for name in wanted])
+        xp = _library(rows[0][0])
+        first = xp.stack([xp.concatenate([gate, up]) for gate, up, _ in rows])
+        return cls(first, xp.stack([down for *_, down in rows]), transpose_rhs=True)
+
+    @classmethod
+    def from_vllm(
+        cls,
+        w13_weight: Any,
+        w2_weight: Any,
+        w13_bias: Any = None,
+        w2_bias: Any = None,
+        *,
+        interleaved: bool = False,
+    ) -> "ExpertWeights":
+        """Of one of vLLM's `FusedMoE` layers: `[E, 2 N, H]` and `[E, H, N]`, as its Triton kernels take."""
+        return cls(w13_weight, w2_weight, w13_bias, w2_bias, True, interleaved)
+
+    @classmethod
+    def from_maxtext(
+        cls,
+        wi_0: Any,
+        wi_1: Any,
+        wo: Any,
+        *,
+        layer: int | None = None,
+        layer_axis: int = 1,
+        bias_gate: Any = None,
+        bias_up: Any = None,
+        bias_down: Any = None,
+    ) -> "ExpertWeights":
+        """Of a MaxText MoE block: gate and up `[E, H, N]` apart, `wo` `[E, N, H]`.
+
+        Args:
+            wi_0, wi_1, wo: gate, up and down. With scanned layers they have one more axis.
+            layer: which of the scanned layers; None where they are of one layer.
+            layer_axis: where the scanned layers are, MaxText's `param_scan_axis`.
+            bias_gate, bias_up, bias_down: `[E, N]`, `[E, N]` and `[E, H]`, or None.
+        """
+        arrays = [wi_0, wi_1, wo]
+        biases = [bias_gate, bias_up, bias_down]
+        if layer is not None:
+            arrays, biases = (
+                [None if a is None else a.take(layer, axis=layer_axis) for a in some]
+                for some in (arrays, biases)
+            )
+        gate, up, down = biases
+        if (gate is None) != (up is None):
+            remedy = "Pass both, or none."
+            _fail("from_maxtext", "bias_up", "be there with bias_gate", "one of them", remedy)
+        both = None if gate is None else _library(gate).concatenate([gate, up], axis=1)
+        return cls((arrays[0], arrays[1]), arrays[2], both, down)
+
+
+def _transposed(array: Any) -> Any:
+    return array.swapaxes(1, 2)
+
+
+def _parted(array: Any, axis: int, interleaved: bool) -> list[Any]:
+    """Gate and up along an axis."""
+    if not interleaved:
+        return _library(array).split(array, 2, axis=axis)
+    index = (slice(None),) * axis
+    return [array[(*index, slice(start, None, 2))] for start in (0, 1)]
+
+
+def _joined(parts: Any, axis: int, interleaved: bool) -> Any:
+    xp = _library(parts[0])
+    if not interleaved:
+        return xp.concatenate(list(parts), axis=axis)
+    shape = list(parts[0].shape)
+    shape[axis] *= 2
+    return xp.stack(list(parts), axis=axis + 1).reshape(shape)

@@ -1,0 +1,99 @@
+"""The static description of one expert layer, and what follows from it. Imports no jax."""
+
+from typing import Any, NamedTuple
+
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+
+# With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
+# than it saves. vLLM's factor.
+PAIRS_PER_EXPERT = 4
+# (Most pairs per expert, rows per block). An expert should rarely have more than one block, since each
+# reads the weights, and tiles of 8 to 32 rows are the ones whose weights are wgmma's first operand.
+BLOCK_SIZES = ((16 / 3, 8), (32 / 3, 16), (64 / 3, 32), (80, 64))
+MOST_ROWS = 128
+# Of a batch whose size is known only when an exported program runs.
+UNKNOWN_ROWS = 64
+
+
+class LayerProblem(NamedTuple):
+    """Everything static about one `fused_moe`: the key of its cache.
+
+    Attributes:
+        num_tokens, top_k: T and K.
+        hidden: H, columns of x and of the result.
+        ffn: N, columns between the two products.
+        num_experts: E, of the weights.
+        dtype: of x, of the weights and of what lies between the products.
+        out_dtype: of the result.
+        gate_up: how its weights lie, and the activation.
+        bias_down: whether the second product has a bias.
+        weights_on_input: the routing weights multiply x, and not the experts' results.
+        block_size: rows per block of the alignment; 1 where `pairs`.
+        num_rows: P, rows of the alignment; T * K where `pairs`.
+        pairs: there is no alignment: block i is pair i.
+        check_blocks: blocks may be of experts that there are no weights for.
+    """
+
+    num_tokens: Any
+    top_k: int
+    hidden: int
+    ffn: int
+    num_experts: int
+    dtype: str
+    out_dtype: str
+    gate_up: Weights
+    bias_down: bool
+    weights_on_input: bool
+    block_size: int
+    num_rows: Any
+    pairs: bool
+    check_blocks: bool
+
+    function = "fused_moe"
+
+    @property
+    def first(self) -> MatmulProblem:
+        """x to what lies between the products, `[P, N]`."""
+        tokens, top_k = self.num_tokens, self.top_k
+        if self.weights_on_input and top_k > 1:  # x has a row per pair
+            tokens, top_k = tokens * top_k, 1
+        sizes = {"k": self.hidden, "n": self.ffn, "num_tokens": tokens, "top_k": top_k}
+        return self._matmul(self.gate_up, **sizes)
+
+    @property
+    def second(self) -> MatmulProblem:
+        """From there to the experts' results, `[P, H]`."""
+        weights = Weights(transposed=self.gate_up.transposed, bias=self.bias_down)
+        return self._matmul(weights, k=self.ffn, n=self.hidden)
+
+    def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
+        return MatmulProblem(
+            function=self.function,
+            rows="blocks",
+            num_rows=self.num_rows,
+            num_experts=self.num_experts,
+            dtype=self.dtype,
+            out_dtype=self.dtype,
+            weights=weights,
+            block_size=self.block_size,
+            zero_padding=False,  # the weighted sum reads rows of pairs alone
+            **sizes,
+        )
+
+
+def is_static(size: Any) -> bool:
+    """Whether it is a number, and not the name of one (of a shape-polymorphic export)."""
+    return isinstance(size, int)
+
+
+def without_alignment(num_pairs: Any, num_experts: int) -> bool:
+    """Whether block i is pair i."""
+    return is_static(num_pairs) and PAIRS_PER_EXPERT * num_pairs <= num_experts
+
+
+def block_size_for(num_pairs: Any, num_experts: int) -> int:
+    """Rows per block: six sizes at most, however many batch sizes a model is called with."""
+    if not is_static(num_pairs):
+        return UNKNOWN_ROWS
+    mean = num_pairs / max(1, num_experts)
+    return next((rows for most, rows in BLOCK_SIZES if mean <= most), MOST_ROWS)

@@ -1,0 +1,1 @@
+"""The MoE layer: fused_moe, converters of checkpoints."""

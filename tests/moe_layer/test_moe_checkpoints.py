@@ -1,0 +1,219 @@
+"""ExpertWeights: a checkpoint in each layout gives the layer that its own matrices give."""
+
+import numpy as np
+import pytest
+
+import moe_align_jax as maj
+from moe_align_jax import ExpertWeights
+from tests.matmul.oracle import error
+from tests.moe_layer import oracle
+
+E, H, N, T, K = 4, 24, 16, 9, 2
+
+
+def matrices(seed=0):
+    """Gate, up `[E, H, N]` and down `[E, N, H]`, and the biases of each."""
+    rng = np.random.default_rng(seed)
+    shapes = [(E, H, N), (E, H, N), (E, N, H), (E, N), (E, N), (E, H)]
+    return [rng.standard_normal(s).astype(np.float32) / 4 for s in shapes]
+
+
+def interleave(a, b):
+    out = np.empty((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+    out[..., 0::2], out[..., 1::2] = a, b
+    return out
+
+
+def t(x):
+    return np.ascontiguousarray(np.swapaxes(x, 1, 2))
+
+
+def per_expert(names, gate, up, down):
+    found = {}
+    for i in range(E):
+        for name, matrix in zip(names, (gate, up, down), strict=True):
+            found[f"layers.3.{i}.{name}.weight"] = matrix[i].T
+    found["layers.30.0.other.weight"] = np.zeros(1)
+    return found
+
+
+def checkpoints():
+    gate, up, down, bias_gate, bias_up, bias_down = matrices()
+    both = np.concatenate([gate, up], axis=2)
+    biases = np.concatenate([bias_gate, bias_up], axis=1)
+    take = ExpertWeights.from_hugging_face
+    mixtral = per_expert(("w1", "w3", "w2"), gate, up, down)
+    qwen = per_expert(("gate_proj", "up_proj", "down_proj"), gate, up, down)
+    scanned = [np.stack([np.zeros_like(a), a], axis=1) for a in (gate, up, down)]
+    return {
+        "Mixtral": (take(mixtral, "layers.3."), False),
+        "Qwen3": (take(qwen, "layers.3."), False),
+        "transformers 5": (take({"m.gate_up_proj": t(both), "m.down_proj": t(down)}, "m."), False),
+        "Llama 4": (take({"gate_up_proj": both, "down_proj": down}), False),
+        "GPT-OSS": (
+            take(
+                {
+                    "gate_up_proj": interleave(gate, up),
+                    "gate_up_proj_bias": interleave(bias_gate, bias_up),
+                    "down_proj": down,
+                    "down_proj_bias": bias_down,
+                },
+                interleaved=True,
+            ),
+            True,
+        ),
+        "vLLM": (ExpertWeights.from_vllm(t(both), t(down), biases, bias_down), True),
+        "vLLM, GPT-OSS": (
+            ExpertWeights.from_vllm(
+                t(interleave(gate, up)),
+                t(down),
+                interleave(bias_gate, bias_up),
+                bias_down,
+                interleaved=True,
+            ),
+            True,
+        ),
+        "MaxText": (ExpertWeights.from_maxtext(gate, up, down), False),
+        "MaxText, scanned, biases": (
+            ExpertWeights.from_maxtext(
+                *scanned,
+                layer=1,
+                bias_gate=np.stack([0 * bias_gate, bias_gate], axis=1),
+                bias_up=np.stack([0 * bias_up, bias_up], axis=1),
+                bias_down=np.stack([0 * bias_down, bias_down], axis=1),
+            ),
+            True,
+        ),
+    }
+
+
+CHECKPOINTS = checkpoints()
+
+
+def layer(weights):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((T, H)).astype(np.float32)
+    ids = rng.integers(0, E, (T, K)).astype(np.int32)
+    shares = rng.uniform(0.2, 1.0, (T, K)).astype(np.float32)
+    return maj.fused_moe(x, *weights, shares, ids, **weights.options), (x, shares, ids)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_gives_the_layer_of_its_matrices(name):
+    weights, biased = CHECKPOINTS[name]
+    gate, up, down, bias_gate, bias_up, bias_down = matrices()
+    y, (x, shares, ids) = layer(weights)
+    more = {}
+    if biased:
+        more["bias_gate_up"] = np.concatenate([bias_gate, bias_up], axis=1)
+        more["bias_down"] = bias_down
+    want, _ = oracle.layer(x, (gate, up), down, shares, ids, **more)
+    assert error(y, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"transpose_rhs": True, "interleaved": False, "pair": False},
+        {"transpose_rhs": False, "pair": True},
+        {"transpose_rhs": True, "pair": True},
+        {"transpose_rhs": False, "interleaved": True, "pair": False},
+        {"transpose_rhs": True, "interleaved": True, "pair": False},
+        {},
+    ],
+    ids=str,
+)
+def test_another_layout_holds_the_same_values(name, layout):
+    weights, biased = CHECKPOINTS[name]
+    other = weights.laid_out(**layout)
+    if "transpose_rhs" in layout:
+        assert other.transpose_rhs == layout["transpose_rhs"] and other.pair == layout["pair"]
+    assert other.interleaved == layout.get("interleaved", weights.interleaved and not other.pair)
+    gate, up, down, bias_gate, bias_up, bias_down = matrices()
+    pair = (t(gate), t(up)) if other.transpose_rhs else (gate, up)
+    if not other.pair:
+        axis = 1 if other.transpose_rhs else 2
+        pair = interleave(gate, up) if other.interleaved else np.concatenate([gate, up], 2)
+        pair = t(pair) if axis == 1 else pair
+    for found, want in zip(
+        other.w_gate_up if other.pair else [other.w_gate_up],
+        pair if other.pair else [pair],
+        strict=True,
+    ):
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, want)
+    np.testing.assert_array_equal(other.w_down, t(down) if other.transpose_rhs else down)
+    if biased:
+        both = (
+            interleave(bias_gate, bias_up)
+            if other.interleaved
+            else np.concatenate([bias_gate, bias_up], 1)
+        )
+        np.testing.assert_array_equal(other.bias_gate_up, both)
+        np.testing.assert_array_equal(other.bias_down, bias_down)
+
+
+def test_jax_arrays_stay_jax_arrays():
+    import jax.numpy as jnp
+
+    gate, up, down, *_ = matrices()
+    weights = ExpertWeights.from_maxtext(*map(jnp.asarray, (gate, up, down)))
+    other = weights.laid_out(transpose_rhs=True, interleaved=True, pair=False)
+    assert isinstance(other.w_gate_up, jnp.ndarray)
+    np.testing.assert_array_equal(other.w_gate_up, t(interleave(gate, up)))
+
+
+def test_what_is_right_already_is_not_copied():
+    weights, _ = CHECKPOINTS["Llama 4"]
+    same = weights.laid_out(transpose_rhs=False, interleaved=False, pair=False)
+    assert same.w_gate_up is weights.w_gate_up and same.w_down is weights.w_down
+
+
+ERRORS = {
+    "prefix": (
+        lambda: ExpertWeights.from_hugging_face({"a.gate_up_proj": np.zeros((1, 2, 2))}, "b."),
+        "from_hugging_face: tensors must hold b.gate_up_proj",
+    ),
+    "down": (
+        lambda: ExpertWeights.from_hugging_face({"gate_up_proj": np.zeros((E, H, 2 * N))}),
+        "from_hugging_face: tensors must hold down_proj",
+    ),
+    "hole": (
+        lambda: ExpertWeights.from_hugging_face(
+            {
+                f"{i}.{name}.weight": np.zeros((N, H))
+                for i in (0, 2)
+                for name in ("gate_proj", "up_proj", "down_proj")
+            }
+        ),
+        "from_hugging_face: tensors must hold 1.gate_proj.weight",
+    ),
+    "shapes": (
+        lambda: ExpertWeights.from_vllm(np.zeros((E, H, 2 * N)), np.zeros((E, H, N))),
+        "ExpertWeights: w_gate_up must have shape",
+    ),
+    "bias": (
+        lambda: ExpertWeights.from_vllm(
+            np.zeros((E, 2 * N, H)), np.zeros((E, H, N)), np.zeros((E, N))
+        ),
+        r"ExpertWeights: bias_gate_up must have shape \[4, 32\]",
+    ),
+    "one bias": (
+        lambda: ExpertWeights.from_maxtext(
+            *(np.zeros(s) for s in ((E, H, N), (E, H, N), (E, N, H))), bias_up=np.zeros((E, N))
+        ),
+        "from_maxtext: bias_up must be there with bias_gate",
+    ),
+    "pair": (
+        lambda: CHECKPOINTS["MaxText"][0].laid_out(interleaved=True),
+        "laid_out: interleaved must be False for a pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_is_missing(name):
+    make, text = ERRORS[name]
+    with pytest.raises(ValueError, match=rf"^{text}.*; got .*\. .+"):
+        make()

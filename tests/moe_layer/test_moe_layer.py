@@ -1,0 +1,753 @@
+"""fused_moe: "xla", the kernels' bodies in the interpreter, and the kernels on a GPU, against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+import moe_align_jax as maj
+from moe_align_jax._moe_layer import plan
+from tests.matmul.oracle import error
+from tests.moe_layer import oracle
+
+gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
+# Two products, each rounded, and the sum.
+BOUND = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5}
+
+
+def bound(dtype):
+    # A GPU multiplies float32 in parts by default.
+    return BOUND[dtype] if dtype != "float32" or jax.default_backend() == "cpu" else 2e-3
+
+
+def normal(rng, shape, dtype, scale=1.0):
+    return jnp.asarray(rng.standard_normal(shape, np.float32) * np.float32(scale), dtype)
+
+
+def make_layer(
+    tokens=13,
+    top_k=2,
+    experts=4,
+    hidden=24,
+    ffn=16,
+    *,
+    dtype="float32",
+    routing="uniform",
+    pair=False,
+    bias=False,
+    experts_of_ids=None,
+    seed=0,
+    **options,
+):
+    """(Operands, options) of `fused_moe`; NaN in the weights of dropped pairs."""
+    rng = np.random.default_rng(seed)
+    slots = experts_of_ids or experts
+    ids = {
+        "uniform": rng.integers(0, slots, (tokens, top_k)),
+        "hot": np.full((tokens, top_k), slots - 1),
+        "dropped": rng.integers(-3, slots + 3, (tokens, top_k)),
+        "none": np.full((tokens, top_k), -1),
+    }[routing].astype(np.int32)
+    gated = options.get("gated", True) and options.get("activation", "silu") is not None
+    columns = 2 * ffn if gated and not pair else ffn
+    transposed = options.get("transpose_rhs", False)
+    shape = (experts, columns, hidden) if transposed else (experts, hidden, columns)
+    first = tuple(normal(rng, shape, dtype, hidden**-0.5) for _ in range(1 + pair))
+    shape = (experts, hidden, ffn) if transposed else (experts, ffn, hidden)
+    w_down = normal(rng, shape, dtype, ffn**-0.5)
+    x = normal(rng, (tokens, hidden), dtype)
+    pairs = oracle.experts_of_pairs(
+        ids,
+        experts,
+        expert_map=options.get("expert_map"),
+        num_valid_tokens=options.get("num_valid_tokens"),
+    )
+    weights = rng.uniform(0.2, 1.5, ids.shape).astype(np.float32)
+    weights = np.where(pairs >= 0, weights, np.nan)
+    if bias:
+        both = 2 * ffn if gated else ffn
+        options["bias_gate_up"] = normal(rng, (experts, both), "float32", 0.5)
+        options["bias_down"] = normal(rng, (experts, hidden), "float32", 0.5)
+    operands = (x, first if pair else first[0], w_down, jnp.asarray(weights), jnp.asarray(ids))
+    return operands, options
+
+
+def wanted(operands, options):
+    x, first, *rest = (
+        tuple(map(np.asarray, a)) if isinstance(a, tuple) else np.asarray(a) for a in operands
+    )
+    names = ("block_size", "preferred_element_type", "aligned", "return_tokens_per_expert")
+    options = {name: value for name, value in options.items() if name not in names}
+    return oracle.layer(x, first, *rest, **options)
+
+
+def check(operands, options, implementation="xla", dtype="float32"):
+    y, counts = maj.fused_moe(
+        *operands, implementation=implementation, return_tokens_per_expert=True, **options
+    )
+    want, pairs = wanted(operands, options)
+    assert error(y, want) < bound(dtype)
+    np.testing.assert_array_equal(counts, pairs)
+    assert counts.dtype == jnp.int32
+    preferred = options.get("preferred_element_type")
+    assert y.dtype == jnp.dtype(preferred or dtype)
+    return y
+
+
+OPTIONS = {
+    "plain": {},
+    "transposed": {"transpose_rhs": True},
+    "pair": {"pair": True},
+    "transposed pair": {"pair": True, "transpose_rhs": True},
+    "interleaved": {"interleaved": True},
+    "interleaved, transposed": {"interleaved": True, "transpose_rhs": True},
+    "bias": {"bias": True},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh, not gated, bias": {"activation": "gelu_tanh", "gated": False, "bias": True},
+    "relu2, not gated": {"activation": "relu2", "gated": False},
+    "linear": {"activation": None},
+    "limit": {"swiglu_limit": 0.7},
+    "gpt-oss": {
+        **{"interleaved": True, "swiglu_limit": 0.7, "swiglu_alpha": 1.702, "bias": True},
+    },
+    "weights on input": {"weights_on_input": True},
+    "weights on input, bias": {"weights_on_input": True, "bias": True, "routing": "dropped"},
+    "one expert a token": {"top_k": 1, "weights_on_input": True},
+    "K = 1": {"top_k": 1},
+    "one hot expert": {"routing": "hot"},
+    "ids out of range": {"routing": "dropped"},
+    "no expert at all": {"routing": "none"},
+    "one expert": {"experts": 1, "top_k": 1},
+    "many experts": {"experts": 100, "tokens": 30, "routing": "dropped"},
+    "valid tokens": {"num_valid_tokens": 7},
+    "no valid token": {"num_valid_tokens": 0},
+    "more valid tokens than there are": {"num_valid_tokens": 2**40},
+    "block size": {"block_size": 12, "routing": "dropped"},
+    "blocks of one row": {"block_size": 1},
+    "float32 result": {"preferred_element_type": "float32"},
+    "bfloat16 result": {"preferred_element_type": "bfloat16", "dtype": "float32"},
+    "expert map": {"experts_of_ids": 8, "expert_map": np.array([-1, 2, 0, -1, 3, 1, 9, -5])},
+    "expert map, bias, dropped": {
+        **{"experts_of_ids": 8, "expert_map": np.array([3, 2, 0, -1, -1, 1, -1, -1])},
+        **{"bias": True, "routing": "dropped", "num_valid_tokens": 9, "transpose_rhs": True},
+    },
+    # So few pairs that there is no alignment.
+    "pairs": {"tokens": 2, "experts": 16, "routing": "dropped"},
+    "pairs, bias, transposed": {
+        **{"tokens": 3, "experts": 24, "bias": True, "transpose_rhs": True},
+    },
+    "pairs, weights on input": {"tokens": 3, "experts": 24, "weights_on_input": True},
+    "pairs, expert map": {
+        **{"tokens": 2, "experts": 4, "experts_of_ids": 16, "routing": "dropped"},
+        **{"expert_map": np.array([-1, 2, 0, -1, 3, 1, 9, -5] * 2), "num_valid_tokens": 1},
+    },
+    "one pair": {"tokens": 1, "experts": 8, "top_k": 1},
+    "one token": {"tokens": 1, "experts": 8},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_alone_and_in_pairs(name):
+    options = dict(OPTIONS[name])
+    dtype = options.get("dtype", "float32")
+    operands, options = make_layer(**options)
+    wide = options.get("preferred_element_type", dtype)
+    check(operands, options, dtype="bfloat16" if wide == "bfloat16" else dtype)
+
+
+SIZES = [
+    # tokens, top_k, experts, H, N
+    (33, 2, 4, 64, 48),
+    (1, 2, 8, 128, 64),
+    (4, 2, 64, 64, 72),
+    (7, 3, 5, 24, 40),
+    (50, 1, 1, 72, 8),
+    (40, 2, 512, 16, 24),
+    (130, 2, 4, 136, 264),
+    (300, 2, 2, 128, 64),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", ["xla", gpu])
+def test_sizes_and_dtypes(size, dtype, implementation):
+    operands, options = make_layer(*size, dtype=dtype, routing="dropped")
+    check(operands, options, implementation, dtype)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.gpu
+def test_every_option_on_a_gpu(name):
+    options = {**OPTIONS[name], "dtype": "bfloat16"}
+    operands, options = make_layer(**options)
+    y = check(operands, options, "mosaic_gpu", "bfloat16")
+    again = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
+    assert np.asarray(y).tobytes() == np.asarray(again).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 128, 700])
+@pytest.mark.parametrize("routing", ["uniform", "hot", "dropped"])
+def test_models_sizes_on_a_gpu(tokens, routing):
+    """Against "xla", whose values the tests above hold to NumPy's."""
+    operands, options = make_layer(
+        tokens, 8, 128, 2048, 768, dtype="bfloat16", routing=routing, transpose_rhs=True
+    )
+    want = maj.fused_moe(*operands, implementation="xla", **options)
+    y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
+    assert error(y, np.asarray(want, np.float64)) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["pairs", "blocks"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_kernels_bodies_in_the_interpreter(tokens, transposed):
+    operands, options = make_layer(
+        tokens, 2, 8, 72, 64, dtype="bfloat16", routing="dropped", transpose_rhs=transposed
+    )
+    check(operands, options, "emulator", "bfloat16")
+
+
+# -- alignments made before ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["plain", "label", "filter", "valid"])
+def test_an_alignment_made_before(use):
+    expert_map = np.array([-1, 2, 0, -1, 3, 1, -1, -1]) if use in ("label", "filter") else None
+    more = {} if expert_map is None else {"expert_map": expert_map, "experts_of_ids": 8}
+    if use == "valid":
+        more["num_valid_tokens"] = 5
+    operands, options = make_layer(routing="dropped", bias=True, **more)
+    given = dict(options)
+    for name in ("expert_map", "num_valid_tokens"):
+        given.pop(name, None)
+    aligned = maj.moe_align_block_size(
+        operands[4],
+        block_size=8,
+        num_experts=8 if expert_map is not None else 4,
+        expert_map=expert_map,
+        ignore_invalid_experts=use == "filter",
+        num_valid_pairs=10 if use == "valid" else None,
+        return_inverse=True,
+    )
+    y, counts = maj.fused_moe(
+        *operands, aligned=aligned, block_size=8, return_tokens_per_expert=True, **given
+    )
+    want, _ = wanted(operands, options)
+    assert error(y, want) < 1e-5
+    np.testing.assert_array_equal(counts, aligned.tokens_per_expert)
+
+
+@pytest.mark.parametrize("tokens", [2, 13], ids=["pairs", "blocks"])
+@pytest.mark.parametrize("dispatch", ["dynamic", "round_robin"])
+def test_an_expert_location(tokens, dispatch):
+    """Slots are replicas: of equal weights, so that the replica that a pair takes changes nothing."""
+    logical = np.arange(20) % 16
+    location = maj.ExpertLocation.from_map([logical], dispatch=dispatch).layer(0)
+    operands, options = make_layer(tokens, experts=16, routing="dropped")
+    x, w_gate_up, w_down, weights, ids = operands
+    y, counts = maj.fused_moe(
+        x,
+        w_gate_up[logical],
+        w_down[logical],
+        weights,
+        ids,
+        expert_location=location,
+        return_tokens_per_expert=True,
+    )
+    want, pairs = wanted(operands, options)
+    assert error(y, want) < 1e-5
+    np.testing.assert_array_equal(np.bincount(logical, weights=counts), pairs)
+
+
+def test_int64_and_unsigned_ids():
+    operands, options = make_layer(routing="dropped")
+    ids = np.asarray(operands[4], np.int64)
+    want, _ = wanted(operands, options)
+    for some in (np.where(ids < 0, 2**33 + 1, ids), ids.astype(np.int8), ids.astype(np.uint16)):
+        y = maj.fused_moe(*operands[:4], some)
+        assert error(y, want) < 1e-5
+    few, options = make_layer(2, experts=16, routing="dropped")
+    ids = np.asarray(few[4], np.int64)
+    wide = np.where(ids < 0, 2**33 + 1, ids)
+    assert error(maj.fused_moe(*few[:4], wide), wanted(few, options)[0]) < 1e-5
+
+
+def test_num_valid_tokens_is_a_value_of_the_device():
+    operands, options = make_layer()
+    layer = jax.jit(lambda count: maj.fused_moe(*operands, num_valid_tokens=count))
+    for count in (0, 5, 13, 10**6):
+        want, _ = wanted(operands, {**options, "num_valid_tokens": count})
+        assert error(layer(jnp.int32(count)), want) < 1e-5
+    assert layer._cache_size() == 1
+    few, options = make_layer(3, experts=24)
+    want, _ = wanted(few, {**options, "num_valid_tokens": 2})
+    y = maj.fused_moe(*few, num_valid_tokens=np.int64(2))
+    assert error(y, want) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (5, 0)])
+def test_no_tokens_or_no_experts_of_a_token(shape):
+    operands, _ = make_layer(*shape)
+    y, counts = maj.fused_moe(*operands, return_tokens_per_expert=True)
+    assert y.shape == (shape[0], 24) and not np.any(y)
+    assert counts.tolist() == [0] * 4
+    gradients = jax.grad(lambda x: maj.fused_moe(x, *operands[1:]).sum())(operands[0])
+    assert gradients.shape == operands[0].shape and not np.any(gradients)
+
+
+def test_the_same_bits_in_every_run():
+    operands, options = make_layer(60, 4, dtype="bfloat16")
+    found = {np.asarray(maj.fused_moe(*operands, **options)).tobytes() for _ in range(3)}
+    assert len(found) == 1
+
+
+# -- derivatives ----------------------------------------------------------------------------------------
+
+
+def dense(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, on_input=False):
+    """Every expert on every token, in plain jax.numpy; NaN weights of dropped pairs are selected away."""
+    out = 0.0
+    for e in range(w_down.shape[0]):
+        for k in range(ids.shape[1]):
+            hit = ids[:, k] == e
+            share = jnp.where(hit, weights[:, k], 0.0)[:, None]
+            rows = x * share if on_input else x
+            product = rows @ w_gate_up[e] + bias_gate_up[e][None]
+            gate, up = jnp.split(product, 2, axis=1)
+            y = (gate * jax.nn.sigmoid(gate) * up) @ w_down[e] + bias_down[e][None]
+            out += jnp.where(hit[:, None], y if on_input else y * share, 0.0)
+    return out
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("tokens", [2, 13], ids=["pairs", "blocks"])
+@pytest.mark.parametrize("routing", ["uniform", "dropped", "hot", "none"])
+def test_derivatives_are_those_of_dense_experts(routing, tokens, on_input):
+    operands, options = make_layer(tokens, experts=16, routing=routing, bias=True)
+    x, w_gate_up, w_down, weights, ids = operands
+    direction = normal(np.random.default_rng(9), x.shape, "float32")
+    floats = (x, w_gate_up, w_down, weights, options["bias_gate_up"], options["bias_down"])
+
+    def ours(x, first, second, weights, bias_first, bias_second):
+        y = maj.fused_moe(
+            x,
+            first,
+            second,
+            weights,
+            ids,
+            bias_gate_up=bias_first,
+            bias_down=bias_second,
+            weights_on_input=on_input,
+        )
+        return jnp.sum(y * direction)
+
+    def theirs(x, first, second, weights, *biases):
+        y = dense(x, first, second, weights, ids, *biases, on_input=on_input)
+        return jnp.sum(y * direction)
+
+    every = tuple(range(6))
+    got = jax.jit(jax.grad(ours, every))(*floats)
+    want = jax.grad(theirs, every)(*floats)
+    for name, a, b in zip(("x", "first", "second", "weights", "b1", "b2"), got, want, strict=True):
+        assert np.all(np.isfinite(a)), name
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+# -- transformations -----------------------------------------------------------------------------------
+
+
+def test_scan_and_remat_over_layers():
+    layers = 3
+    made = [make_layer(seed=s)[0] for s in range(layers)]
+    x, ids = made[0][0], made[0][4]
+    weights = made[0][3]
+    stacked = [jnp.stack([m[i] for m in made]) for i in (1, 2)]
+
+    @jax.remat
+    def one(x, w):
+        return x + maj.fused_moe(x, *w, weights, ids), None
+
+    def loss(x, stacked):
+        y, _ = jax.lax.scan(one, x, tuple(stacked))
+        return jnp.sum(y**2), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(x, stacked)
+    want = np.asarray(x, np.float64)
+    for m in made:
+        want = want + oracle.layer(want, *map(np.asarray, m[1:3]), np.asarray(weights), ids)[0]
+    assert error(y, want) < 1e-5
+
+    def unrolled(x):
+        for m in made:
+            x = x + maj.fused_moe(x, m[1], m[2], weights, ids)
+        return jnp.sum(x**2)
+
+    np.testing.assert_allclose(gradient, jax.grad(unrolled)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [2, 13], ids=["pairs", "blocks"])
+def test_vmap(tokens):
+    made = [make_layer(tokens, experts=16, routing="dropped", seed=s)[0] for s in range(3)]
+    first, second = made[0][1:3]
+    x, weights, ids = (jnp.stack([m[i] for m in made]) for i in (0, 3, 4))
+    y = jax.vmap(lambda x, w, i: maj.fused_moe(x, first, second, w, i))(x, weights, ids)
+    for i, m in enumerate(made):
+        want, _ = wanted((m[0], first, second, *m[3:]), {})
+        assert error(y[i], want) < 1e-5
+    slope = jax.vmap(
+        jax.grad(lambda x, w, i: maj.fused_moe(x, first, second, w, i).sum()), (0, 0, 0)
+    )(x, weights, ids)
+    one = jax.grad(lambda x: maj.fused_moe(x, first, second, weights[1], ids[1]).sum())(x[1])
+    np.testing.assert_allclose(slope[1], one, rtol=1e-5, atol=1e-6)
+
+
+def mesh_of(count, axis_type):
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+    return jax.make_mesh((count,), ("ep",), axis_types=(axis_type,))
+
+
+@pytest.mark.parametrize("tokens", [1, 13], ids=["pairs", "blocks"])
+def test_shard_map_splits_the_experts(tokens):
+    """Expert parallelism by a map: each device its experts, and one sum over the devices."""
+    mesh = mesh_of(2, AxisType.Auto)
+    operands, options = make_layer(tokens, experts=16, routing="dropped")
+    x, first, second, weights, ids = operands
+
+    def body(x, first, second, weights, ids):
+        local = jnp.arange(16, dtype=jnp.int32) - 8 * jax.lax.axis_index("ep")
+        expert_map = jnp.where((local >= 0) & (local < 8), local, -1)
+        y = maj.fused_moe(x, first, second, weights, ids, expert_map=expert_map)
+        return jax.lax.psum(y, "ep")
+
+    specs = (Spec(), Spec("ep"), Spec("ep"), Spec(), Spec())
+    layer = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=Spec()))
+    want, _ = wanted(operands, options)
+    assert error(layer(*operands), want) < 1e-5
+
+    def loss(layer):
+        return lambda x, first, second: jnp.sum(layer(x, first, second, weights, ids) ** 2)
+
+    got = jax.grad(loss(layer), (0, 1, 2))(x, first, second)
+    alone = jax.grad(loss(maj.fused_moe), (0, 1, 2))(x, first, second)
+    for a, b in zip(got, alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_sharded_over_explicit_axes_are_refused():
+    mesh = mesh_of(2, AxisType.Explicit)
+    operands, _ = make_layer()
+    sharded = jax.device_put(operands[1], NamedSharding(mesh, Spec("ep")))
+    message = r"^fused_moe: w_gate_up must not be sharded over Explicit mesh axes; got .*shard_map"
+    with pytest.raises(ValueError, match=message):
+        maj.fused_moe(operands[0], sharded, *operands[2:])
+    down = jax.device_put(operands[2], NamedSharding(mesh, Spec(None, "ep")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^fused_moe: w_down must not be"):
+        jax.jit(lambda d: maj.fused_moe(*operands[:2], d, *operands[3:]))(down)
+
+
+def test_weights_sharded_over_auto_axes_are_gathered():
+    mesh = mesh_of(2, AxisType.Auto)
+    operands, options = make_layer()
+    place = NamedSharding(mesh, Spec("ep"))
+    x, first, second, *routing = operands
+    layer = jax.jit(maj.fused_moe)
+    y = layer(x, jax.device_put(first, place), jax.device_put(second, place), *routing)
+    assert error(y, wanted(operands, options)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_export(symbolic):
+    operands, options = make_layer(routing="dropped")
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands]
+    if symbolic:
+        [tokens] = jax.export.symbolic_shape("tokens")
+        for i in (0, 3, 4):
+            shape = (tokens, *structs[i].shape[1:])
+            structs[i] = jax.ShapeDtypeStruct(shape, structs[i].dtype)
+    layer = jax.jit(functools.partial(maj.fused_moe, implementation="xla"))
+    exported = jax.export.export(layer, platforms=("cpu", "cuda"))(*structs)
+    y = jax.export.deserialize(exported.serialize()).call(*operands)
+    assert error(y, wanted(operands, options)[0]) < 1e-5
+
+
+# -- programs ---------------------------------------------------------------------------------------------
+
+
+def lowered(layers, platform, tokens=256, implementation=None):
+    """The module of so many equal layers, for bf16 weights that nobody has made."""
+    like = jax.ShapeDtypeStruct
+    x, ids = like((tokens, 256), "bfloat16"), like((tokens, 2), "int32")
+    weights = like((tokens, 2), "float32")
+    first, second = like((8, 256, 256), "bfloat16"), like((8, 128, 256), "bfloat16")
+
+    def model(x, ids, weights, experts):
+        for first, second in experts:
+            x = x + maj.fused_moe(x, first, second, weights, ids, implementation=implementation)
+        return x
+
+    traced = jax.jit(model).trace(x, ids, weights, [(first, second)] * layers)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [1, 256], ids=["pairs", "blocks"])
+def test_sixty_equal_layers_lower_to_little_more_than_one(tokens):
+    """The inner jits are lowered once: a further layer is a call of theirs."""
+    one, sixty = (lowered(layers, "cuda", tokens) for layers in (1, 60))
+    assert "mosaic_gpu" in one
+    assert one.count("@mosaic_gpu") == sixty.count("@mosaic_gpu")
+    assert len(sixty) < 1.5 * len(one)
+
+
+def test_a_gpu_program_has_no_loop_and_no_scatter():
+    text = lowered(1, "cuda")
+    assert "mosaic_gpu" in text
+    for operation in ("stablehlo.while", "stablehlo.scatter", "stablehlo.sort"):
+        assert operation not in text, operation
+    assert "stablehlo.while" in lowered(1, "cuda", implementation="xla")
+    assert "stablehlo.while" in lowered(1, "cpu")
+
+
+@pytest.mark.parametrize(
+    "model", [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)]
+)
+def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
+    """Over every batch size up to 16384: blocks and tiles of both products."""
+    experts, top_k, hidden, ffn = model
+    found = set()
+    for tokens in [*range(1, 1100), *range(1100, 16385, 16)]:
+        selection = maj.select_moe_implementation(
+            (tokens, hidden), (experts, ffn, hidden), top_k=top_k, platform="cuda"
+        )
+        blocks, first, second = selection.form.split(", ")
+        found |= {("first", blocks, first), ("second", blocks, second)}
+    assert 2 <= len(found) <= 12, sorted(found)
+
+
+def test_block_size_is_what_fused_moe_takes():
+    for tokens in (3, 40, 300):
+        operands, _ = make_layer(tokens, dtype="bfloat16")
+        rows = maj.moe_block_size(tokens, top_k=2, num_experts=4)
+        aligned = maj.moe_align_block_size(
+            operands[4], block_size=rows, num_experts=4, return_inverse=True
+        )
+        y = maj.fused_moe(*operands, aligned=aligned, block_size=rows)
+        own = maj.fused_moe(*operands)
+        assert np.asarray(y).tobytes() == np.asarray(own).tobytes()
+
+
+def test_without_alignment_where_vllm_leaves_it_out():
+    assert plan.without_alignment(32, 128) and not plan.without_alignment(33, 128)
+    text = lowered(1, "cpu", tokens=1)
+    assert "stablehlo.sort" not in text and "stablehlo.sort" in lowered(1, "cpu", tokens=2)
+
+
+def test_select_moe_implementation():
+    shapes = {"x_shape": (128, 2048), "w_down_shape": (128, 768, 2048), "top_k": 8}
+    on_gpu = maj.select_moe_implementation(**shapes, platform="cuda")
+    assert on_gpu.implementation == "mosaic_gpu" and on_gpu.form.startswith("blocks of 16, ")
+    assert set(on_gpu.reasons) == {"xla", "emulator"}
+    on_cpu = maj.select_moe_implementation(**shapes, platform="cpu")
+    assert on_cpu[:2] == ("xla", "blocks of 16, loop")
+    assert "run on NVIDIA GPUs only" in on_cpu.reasons["mosaic_gpu"]
+    wide = maj.select_moe_implementation(**shapes, platform="cuda", dtype="float32")
+    assert wide.implementation == "xla" and "float32" in wide.reasons["mosaic_gpu"]
+    odd = maj.select_moe_implementation((128, 2044), (128, 768, 2044), top_k=8, platform="cuda")
+    assert odd.implementation == "xla" and "multiple of 8" in odd.reasons["mosaic_gpu"]
+    given = maj.select_moe_implementation(
+        (1, 64), (64, 32, 64), top_k=1, has_aligned=True, block_size=16, platform="cuda"
+    )
+    assert given.form.startswith("blocks of 16")
+    message = "^select_moe_implementation: implementation must be one that can run here"
+    with pytest.raises(NotImplementedError, match=message):
+        maj.select_moe_implementation(**shapes, platform="cpu", implementation="mosaic_gpu")
+
+
+# -- errors -------------------------------------------------------------------------------------------------
+
+
+def replaced(**changes):
+    """A call of a right layer with other arguments."""
+    operands, _ = make_layer()
+    names = ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")
+    return dict(zip(names, operands, strict=True)) | changes
+
+
+ERRORS = {
+    "x": (lambda: {"x": jnp.zeros((13, 24), jnp.int32)}, TypeError, "x must be one of"),
+    "x_axes": (lambda: {"x": jnp.zeros((2, 13, 24))}, ValueError, r"x must have shape"),
+    "w_dtype": (
+        lambda: {"w_down": jnp.zeros((4, 16, 24), jnp.bfloat16)},
+        TypeError,
+        "w_down must have the dtype of x, float32",
+    ),
+    "w_transposed": (
+        lambda: {"transpose_rhs": True},
+        ValueError,
+        r"w_gate_up must have shape \[E, 2 N, H\] with H = 24",
+    ),
+    "w_down": (
+        lambda: {"w_down": jnp.zeros((4, 24, 16))},
+        ValueError,
+        r"w_down must have shape \[E, N, H\] = \[4, 16, 24\], as w_gate_up has",
+    ),
+    "no_experts": (
+        lambda: {"w_gate_up": jnp.zeros((0, 24, 32)), "w_down": jnp.zeros((0, 16, 24))},
+        ValueError,
+        "w_gate_up must hold at least one expert",
+    ),
+    "odd": (
+        lambda: {"w_gate_up": jnp.zeros((4, 24, 33))},
+        ValueError,
+        "w_gate_up must have shape",
+    ),
+    "pair": (
+        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)),)},
+        ValueError,
+        r"w_gate_up must be an array or a pair \(gate, up\)",
+    ),
+    "pair_shapes": (
+        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)), jnp.zeros((4, 24, 8)))},
+        ValueError,
+        r"w_gate_up\[1\] must have the shape of gate",
+    ),
+    "pair_not_gated": (
+        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)),) * 2, "gated": False},
+        ValueError,
+        "w_gate_up must be one array",
+    ),
+    "activation": (lambda: {"activation": "swish"}, ValueError, "activation must be None or one"),
+    "interleaved": (
+        lambda: {"activation": "relu2", "gated": False, "interleaved": True},
+        ValueError,
+        "interleaved must be False",
+    ),
+    "limit": (
+        lambda: {"activation": "gelu", "swiglu_limit": 7.0},
+        ValueError,
+        "swiglu_limit must be None",
+    ),
+    "bias": (
+        lambda: {"bias_gate_up": jnp.zeros((4, 16))},
+        ValueError,
+        r"bias_gate_up must have shape \[4, 32\]",
+    ),
+    "bias_down": (
+        lambda: {"bias_down": jnp.zeros((4, 24), jnp.int32)},
+        TypeError,
+        "bias_down must be a float array",
+    ),
+    "ids": (lambda: {"topk_ids": jnp.zeros((13, 2))}, TypeError, "topk_ids must be an integer"),
+    "ids_list": (lambda: {"topk_ids": [[0, 1]] * 13}, TypeError, "topk_ids must be an integer"),
+    "ids_shape": (
+        lambda: {"topk_ids": jnp.zeros((12, 2), jnp.int32)},
+        ValueError,
+        r"topk_ids must have shape \[T, K\] with T = 13",
+    ),
+    "weights": (
+        lambda: {"topk_weights": jnp.zeros((13, 2), jnp.int32)},
+        TypeError,
+        "topk_weights must be a float array",
+    ),
+    "weights_shape": (
+        lambda: {"topk_weights": jnp.zeros((13, 3))},
+        ValueError,
+        r"topk_weights must have the shape of topk_ids, \[13, 2\]",
+    ),
+    "flag": (lambda: {"weights_on_input": 1}, TypeError, "weights_on_input must be a static bool"),
+    "counts": (
+        lambda: {"return_tokens_per_expert": None},
+        TypeError,
+        "return_tokens_per_expert must be a static bool",
+    ),
+    "map": (
+        lambda: {"expert_map": np.zeros(3, np.int32)},
+        ValueError,
+        r"expert_map must have shape \[G\] with G at least 4",
+    ),
+    "valid": (lambda: {"num_valid_tokens": 1.5}, TypeError, "num_valid_tokens must be an integer"),
+    "valid_shape": (
+        lambda: {"num_valid_tokens": jnp.zeros(2, jnp.int32)},
+        ValueError,
+        "num_valid_tokens must be a scalar",
+    ),
+    "block": (lambda: {"block_size": 0}, ValueError, "block_size must be at least 1"),
+    "dtype": (
+        lambda: {"preferred_element_type": "int8"},
+        TypeError,
+        "preferred_element_type must be None or one of",
+    ),
+    "implementation": (
+        lambda: {"implementation": "triton"},
+        ValueError,
+        "implementation must be None or one of",
+    ),
+    "aligned_block": (
+        lambda: {"aligned": align()},
+        ValueError,
+        "block_size must be given with aligned",
+    ),
+    "aligned_other_block": (
+        lambda: {"aligned": align(), "block_size": 16},
+        ValueError,
+        "block_size must be the alignment's",
+    ),
+    "aligned_inverse": (
+        lambda: {"aligned": align()._replace(row_of_pair=None), "block_size": 8},
+        ValueError,
+        "aligned.row_of_pair must be there",
+    ),
+    "aligned_pairs": (
+        lambda: {"aligned": align(12), "block_size": 8},
+        ValueError,
+        "aligned.row_of_pair must be int32 and of 26 pairs",
+    ),
+    "aligned_map": (
+        lambda: {"aligned": align(), "block_size": 8, "expert_map": np.arange(4)},
+        ValueError,
+        "expert_map must be left out with aligned",
+    ),
+    "aligned_valid": (
+        lambda: {"aligned": align(), "block_size": 8, "num_valid_tokens": 3},
+        ValueError,
+        "num_valid_tokens must be left out with aligned",
+    ),
+}
+
+
+def align(tokens=13):
+    ids = np.zeros((tokens, 2), np.int32)
+    return maj.moe_align_block_size(ids, block_size=8, num_experts=4, return_inverse=True)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument_and_a_remedy(name):
+    changes, kind, text = ERRORS[name]
+    with pytest.raises(kind, match=rf"^fused_moe: {text}.*; got .*\. .+\.?$"):
+        maj.fused_moe(**replaced(**changes()))
+
+
+def test_a_named_implementation_that_cannot_run():
+    message = r"^fused_moe: implementation must be one that can run here; got 'mosaic_gpu'"
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match=message):
+            maj.fused_moe(**replaced(implementation="mosaic_gpu"))
+    with pytest.raises(NotImplementedError, match="float32"):
+        lowered_float32 = jax.jit(functools.partial(maj.fused_moe, implementation="mosaic_gpu"))
+        operands, _ = make_layer(70)
+        lowered_float32.trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def test_more_than_memory_holds():
+    like = jax.ShapeDtypeStruct
+    tokens = 1 << 27
+    shapes = [(tokens, 1 << 22), (1, 1 << 22, 8), (1, 4, 1 << 22)]
+    floats = [like(s, "bfloat16") for s in shapes]
+    routing = [like((tokens, 1), "float32"), like((tokens, 1), "int32")]
+    with pytest.raises(ValueError, match="^fused_moe: the result must fit the .* of a device"):
+        jax.eval_shape(maj.fused_moe, *floats, *routing)
