@@ -82,7 +82,7 @@ def apply_experts(
     """
     with jax.named_scope("experts"):
         # Gate and up are two arrays here; fused_moe also takes them side by side in one.
-        return fused_moe(
+        return fused_moe(  # pyright: ignore[reportReturnType] (a pair only with the counts)
             x,
             (params.gate, params.up),
             params.down,

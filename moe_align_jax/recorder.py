@@ -374,7 +374,7 @@ class ExpertDistributionRecorder:
         """Writes the row of this thread's layers, and of those that the caller recorded in `state`."""
         current, pending = self._current, dict(self._state.pending)
         for layer, part in current.pending.items():
-            pending = self._with_layer(pending, layer, part, part)
+            pending = self._with_layer(pending, int(layer), part, part)
         current.wrote = True
         self._state = _commit(self._state, pending, forward_pass_id, physical_to_logical_map)
 

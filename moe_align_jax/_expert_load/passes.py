@@ -34,7 +34,7 @@ class Current(threading.local):
     def __init__(self) -> None:
         self.layer: int | None = None
         self.in_pass = False
-        self.pending: dict[int, Any] = {}
+        self.pending: dict[str, Any] = {}
         self.wrote = False  # `state` was assigned: a step ran
         self.first: Any = 0  # the pass id that the state gives next
 

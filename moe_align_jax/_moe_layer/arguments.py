@@ -115,7 +115,7 @@ def check_tokens(function: str, value: Any) -> Any:
     is_array = isinstance(value, (jax.Array, np.ndarray))
     if not is_array or not jnp.issubdtype(value.dtype, jnp.integer):
         fail(TypeError, function, "num_valid_tokens", "be an integer", value, remedy)
-    if value.size != 1:
+    if np.size(value) != 1:
         fail(ValueError, function, "num_valid_tokens", "be a scalar", value, remedy)
     if isinstance(value, np.ndarray):
         return np.int32(min(max(int(value.item()), 0), checks.INT32_MAX))

@@ -91,9 +91,9 @@ def test_metadata_of_the_wheel(wheel):
     assert metadata["Requires-Python"] == ">=3.12"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "The moe_align_jax authors"
-    assert set(metadata.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys()
+    assert set(metadata.get_all("Provides-Extra", [])) == PROJECT["optional-dependencies"].keys()
     # An index refuses a project that states its license twice, and classifiers that it does not know.
-    classifiers = metadata.get_all("Classifier")
+    classifiers = metadata.get_all("Classifier", [])
     assert not [text for text in classifiers if text.startswith("License ::")]
     known = pytest.importorskip("trove_classifiers", reason="hatchling is not installed")
     assert set(classifiers) <= known.classifiers
