@@ -170,7 +170,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
 def _may_be_tall(problem: MatmulProblem) -> bool:
     """Whether a warpgroup can have 64 x 256 sums: copies and stores of 16 bytes take registers, and so does
     erf (spills; wgmma is serialised)."""
-    whole = problem.n % 64 == 0 and problem.k % 64 == 0
+    whole = problem.n % 64 == 0 and problem.n > 64 and problem.k % 64 == 0
     return whole and problem.weights.activation != "gelu"
 
 

@@ -414,30 +414,8 @@ class _Store:
         if self.swap:
             down, across = 0, q
         row, column = row + 64 * down, pl.multiple_of(column + self.shape.piece * across, 8)
-
-        def put():
-            self._put(slot, value, row, column, end, whole)
-
-        if self.problem.n > self.shape.piece:
-            put()
-        else:
-            # Columns that the result does not have: where it has a single piece, Mosaic leaves that
-            # dimension of TMA's out, and with it the column: the piece would be stored over the first one.
-            pl.when(column < self.problem.n)(put)
-
-    def _put(
-        self,
-        slot: int,
-        value: jax.Array,
-        row: jax.Array,
-        column: jax.Array,
-        end: jax.Array,
-        whole: bool,
-    ) -> None:
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
-        # Until the slot's last piece has been read. Where pieces are left out, that may be the last of all.
-        pending = self.slots - 1 if self.problem.n > self.shape.piece else 0
-        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
             inline.store_parted(tile, self.like, value, interpret=self.interpret)
         elif self.swap:

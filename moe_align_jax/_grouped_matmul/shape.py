@@ -28,7 +28,7 @@ class Shape(NamedTuple):
         tests_rows: whether sorted_token_ids say which rows of the result are zero.
         reads_ids: whether they are read at all.
         x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
-        out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes.
+        out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes, and needs two of them.
     """
 
     columns: int
@@ -88,5 +88,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         bool(tests or problem.top_k or parts > 1),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
-        problem.n % out_row != 0,
+        # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
+        # the result does not have would be stored over the one that it has.
+        problem.n % out_row != 0 or problem.n == out_row,
     )

@@ -166,7 +166,7 @@ def test_epilogues(epilogue, transpose_rhs, implementation):
 @pytest.mark.parametrize("block", [16, 64, 128])
 @pytest.mark.parametrize("n", [64, 128])
 def test_tiles_wider_than_x_or_the_result(k, block, n):
-    """A tile of 128 or 256 columns, of a result with 64, is not stored over its first columns; nor are
+    """A tile of 128 or 256 columns, of a result with 64, is not stored over its first ones; nor are
     columns read that x does not have, of which the last row's lie behind the array."""
     for gather in (True, False):
         for epilogue in ({}, {"activation": "silu"}, {"activation": "silu", "pair": True}):
