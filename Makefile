@@ -33,12 +33,13 @@ test:
 	$(PYTEST)
 
 # `make test` runs everything once. What depends on the jax release or on x64 runs again: every test function
-# of the files that trace programs, each with a third of its cases (another third each time). Left out are
+# of the files that trace programs, each with a quarter of its cases (another quarter each time). Left out are
 # the files about NumPy, shell, command line, benchmarks and text. XLA compiles with fewer passes, hypothesis
 # tries fewer cases.
-NOT_AGAIN := benchmark cli emulator eplb files layering make_venv oracle sanitize soak tun
+NOT_AGAIN := benchmark cli docs emulator eplb files gpu_test language_traps layering make_venv oracle package \
+  project_files sanitize soak tun type_hints
 AGAIN := $(addprefix --ignore-glob='tests/*/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
-  --sample 3 --hypothesis-profile=brief
+  --sample 4 --hypothesis-profile=brief
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
 # The library's tests with 64-bit jax: every output must still be int32.

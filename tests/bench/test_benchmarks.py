@@ -382,13 +382,6 @@ def test_run_reports_a_wrong_provider_and_fails(monkeypatch, capsys, tmp_path):
     assert "0 results verified" in capsys.readouterr().out
 
 
-def test_large_cases_make_fewer_calls():
-    sizes = {8: 50, 131_072: 50, 524_288: 16, 2_097_152: 10}
-    for n, calls in sizes.items():
-        assert run.calls_for(Case(num_pairs=n, num_experts=8, block_size=16), 50) == calls
-    assert run.calls_for(SMALL[0], 2) == 2
-
-
 def test_run_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
         run.main(["--cases", "7x7x7"])
