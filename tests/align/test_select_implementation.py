@@ -120,7 +120,12 @@ def test_emulator_runs_only_when_named():
 
 @pytest.mark.parametrize("size", forms.SIZES, ids=str)
 def test_form_is_that_of_the_size(no_gpu, size):
-    for shape in (size.num_pairs, (size.num_pairs,), [1, size.num_pairs], np.zeros(size.num_pairs)):
+    for shape in (
+        size.num_pairs,
+        (size.num_pairs,),
+        [1, size.num_pairs],
+        np.zeros(size.num_pairs, np.int8),
+    ):
         selection = maj.select_implementation(
             shape, block_size=size.block_size, num_experts=size.num_experts, platform="cuda"
         )
