@@ -95,6 +95,8 @@ clean:
 
 # Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
+# Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
+export COMPILE_PATIENCE ?= 5
 .PHONY: compile-kernels resolve
 compile-kernels:
 	$(VENV_FOR) cli test torch
