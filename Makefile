@@ -110,7 +110,6 @@ compile-kernels:
 	$(PY) -m tests.no_gpu.recording
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.masked_quant
-	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.matmul
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.rows
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.router
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.peer_rows
