@@ -35,17 +35,18 @@ test:
 # `make test` runs everything once. What depends on the jax release or on x64 runs again: every test function
 # of the files that trace programs, each with a quarter of its cases (another quarter each time). Left out are
 # the files about NumPy, shell, command line, benchmarks and text. XLA compiles with fewer passes, hypothesis
-# tries fewer cases.
+# tries fewer cases. The tests of the layer and the router are not written for x64 yet: they run once.
 NOT_AGAIN := benchmark cli docs emulator eplb files gpu_test language_traps layering make_venv oracle package \
   project_files sanitize soak tun type_hints
 AGAIN := $(addprefix --ignore-glob='tests/*/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
-  --sample 4 --hypothesis-profile=brief
+  --sample 4 --hypothesis-profile=brief \
+  --ignore tests/matmul --ignore tests/moe_layer --ignore tests/router
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch
-	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/bridge
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/bridge --ignore tests/meta
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
 # bridge's tests the alignment alone: the rest does not depend on the jax release.
