@@ -48,7 +48,8 @@ def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
         import yaml
     except ImportError:
         raise ImportError(
-            f"{function}: reading {name!r} needs pyyaml: pip install 'moe-align-jax[yaml]'"
+            f"{function}: reading {name!r} needs pyyaml: pip install 'moe-align-jax[yaml]' "
+            "(in a checkout: pip install -e '.[yaml]')"
         ) from None
     with open(name, "rb") as file:
         data = file.read(_MOST_YAML_BYTES + 1)

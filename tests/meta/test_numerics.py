@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from moe_align_jax import masked_quant
 from tests.expert_parallel.exchanges import MODES, emulate_ragged, mesh_of, over, split
 from tests.layout.helpers import tokens, weighted_sum
 
@@ -122,7 +123,7 @@ def test_dropped_pairs_through_dispatch_and_combine(monkeypatch, transport, mode
 
 
 def test_dropped_pairs_in_the_example():
-    path = Path(__file__).parents[1] / "examples/moe_layer.py"
+    path = Path(__file__).parents[2] / "examples/moe_layer.py"
     spec = importlib.util.spec_from_file_location("moe_layer", path)
     assert spec and spec.loader
     example = importlib.util.module_from_spec(spec)
@@ -245,7 +246,7 @@ INTS = {
     ("max_low_latency_tokens", "select"): lambda v: maj.select_transport(
         2, top_k=2, num_ranks=2, max_low_latency_tokens=v
     ),
-    ("shape",): lambda v: maj.select_quant_implementation((2, v, 256)),
+    ("shape",): lambda v: masked_quant.select_quant_implementation((2, v, 256)),
 }  # fmt: skip
 
 
