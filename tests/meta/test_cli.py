@@ -227,7 +227,7 @@ def test_messages_that_name_a_package_of_ours_name_the_checkout_too():
         for extra in re.findall(r"pip install 'moe-align-jax\[(\w+)\]'", source):
             assert f"pip install -e '.[{extra}]'" in source, path
             named.add(extra)
-    assert named == {"torch", "cli", "plot", "arrow", "metrics"}
+    assert named == {"torch", "cli", "plot", "arrow", "metrics", "yaml"}
 
 
 def test_entry_point_prints_the_version():
