@@ -1,0 +1,44 @@
+"""Loads an example that needs other packages than the library's."""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def need(*modules):
+    """Skips where a package is missing, but for CI, whose `make test` installs all of them: there it fails."""
+    for module in modules:
+        if os.environ.get("CI"):
+            importlib.import_module(module)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+@contextlib.contextmanager
+def settings():
+    """jax as its users have it: other packages do without our tests' strict promotion, and warn."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+
+def load(name, *needs):
+    """The module examples/{name}.py, with `settings` in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        need(*needs)
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    module.settings = settings
+    return module
