@@ -287,7 +287,11 @@ def _update_rule(rate: float) -> optax.GradientTransformation:
 def make(config: Config, *, seed: int, rate: float) -> tuple[Model, nnx.Optimizer]:
     """A model with random weights, and its optimiser."""
     model = Model(config, nnx.Rngs(seed))
-    return model, nnx.Optimizer(model, _update_rule(rate), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, _update_rule(rate), wrt=nnx.Param)
+    # Tied to its device, as restored arrays are: one compiled step serves both.
+    state = jax.device_put(nnx.state((model, optimizer)), jax.devices()[0])
+    nnx.update((model, optimizer), state)
+    return model, optimizer
 
 
 def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -465,7 +469,7 @@ def train(options: argparse.Namespace, console: Console) -> Result:
     if losses:
         checkpoints.save(step, model, optimizer)
     checkpoints.close()
-    tokens = batch_of(held_out, 0, batch=4 * batch, length=length, seed=options.seed)
+    tokens = batch_of(held_out, 0, batch=batch, length=length, seed=options.seed)
     result = Result(
         [float(nats) for nats in losses],
         np.array([np.asarray(load) for load in loads]).reshape(-1, config.layers, config.experts),
