@@ -77,7 +77,9 @@ def _norm(x: jax.Array, scale: nnx.Param) -> jax.Array:
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary position embedding of `[B, S, heads, D]` at positions `[B, S]`."""
     half = x.shape[-1] // 2
-    rate = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-np.log(10000.0) / half).astype(np.float32))
+    rate = jnp.exp(
+        jnp.arange(half, dtype=jnp.float32) * (-np.log(10000.0) / half).astype(np.float32)
+    )
     angle = positions.astype(jnp.float32)[:, :, None, None] * rate[None, None, None, :]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -300,7 +302,9 @@ def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
     Without a path the files are this repository's documentation and its licence, both under Apache-2.0.
     """
     files = [path] if path else [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "LICENSE"]
-    parts = [(data[: (cut := len(data) * 19 // 20)], data[cut:]) for data in map(Path.read_bytes, files)]
+    parts = [
+        (data[: (cut := len(data) * 19 // 20)], data[cut:]) for data in map(Path.read_bytes, files)
+    ]
     training, held_out = (b"".join(part) for part in zip(*parts, strict=True))
     return np.frombuffer(training, np.uint8), np.frombuffer(held_out, np.uint8)
 
@@ -345,9 +349,7 @@ class Checkpoints:
 
 
 @functools.partial(nnx.jit, static_argnames="num_tokens")
-def generate(
-    model: Model, prompts: jax.Array, lengths: jax.Array, *, num_tokens: int
-) -> jax.Array:
+def generate(model: Model, prompts: jax.Array, lengths: jax.Array, *, num_tokens: int) -> jax.Array:
     """The most probable continuation of each prompt, in a batch whose shape is static.
 
     Prompts of other lengths, and fewer prompts, run in the same program: padding goes to no expert, so that
@@ -391,7 +393,9 @@ def complete(model: Model, prompts: Sequence[str], *, rows: int, width: int, num
         data = np.frombuffer(prompt.encode()[-width:], np.uint8)
         tokens[row, : len(data)], lengths[row] = data, len(data)
     out = np.asarray(generate(model, tokens, lengths, num_tokens=num_tokens))
-    return [bytes(out[row].astype(np.uint8)).decode(errors="replace") for row in range(len(prompts))]
+    return [
+        bytes(out[row].astype(np.uint8)).decode(errors="replace") for row in range(len(prompts))
+    ]
 
 
 # -- the program ------------------------------------------------------------------------------------------
@@ -458,7 +462,9 @@ def train(options: argparse.Namespace, console: Console) -> Result:
             nats, load = train_step(model, optimizer, tokens)
             losses.append(nats)
             loads.append(load)
-            if number % 10 == 0 or number + 1 == options.steps:  # else the device would wait for the host
+            if (
+                number % 10 == 0 or number + 1 == options.steps
+            ):  # else the device would wait for the host
                 progress.update(task, description=f"{float(nats):.3f} nats per byte")
             progress.update(task, completed=number + 1)
             if (number + 1) % options.save_every == 0 and number + 1 < options.steps:
@@ -498,7 +504,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a file to learn, in place of the documentation")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--prompt", action="append", help="to continue at the end; up to four")
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="checkpoints and pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("trained"), help="checkpoints and pictures"
+    )
     options = parser.parse_args(arguments)
     if min(options.steps, options.save_every) < 1:
         parser.error("--steps and --save-every must be at least 1")

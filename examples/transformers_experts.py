@@ -99,7 +99,9 @@ def experts_forward(
             "another experts implementation"
         )
     if self.has_bias or not self.is_concatenated or self.config.hidden_act != "silu":
-        raise NotImplementedError(f"{type(self).__name__} is not a SwiGLU of gate, then up, without biases")
+        raise NotImplementedError(
+            f"{type(self).__name__} is not a SwiGLU of gate, then up, without biases"
+        )
     # On a CPU a tensor at an address that XLA cannot use (not on 64 bytes) is copied.
     arrays = [
         torch_bridge.to_jax(tensor.detach().contiguous(), allow_copy=True)

@@ -141,7 +141,7 @@ def test_the_extra_all_holds_every_extra_for_users():
     [everything] = extras["all"]
     name, listed = re.fullmatch(r"([\w-]+)\[([\w,]+)\]", everything).groups()
     assert name == project["name"]
-    for_developers = {"test", "dev", "docs", "all", "cuda12", "cuda13"}
+    for_developers = {"test", "dev", "docs", "examples", "all", "cuda12", "cuda13"}
     assert set(listed.split(",")) == extras.keys() - for_developers
     contents = [tuple(extras[extra]) for extra in extras]
     assert len(set(contents)) == len(contents), "two extras are the same"
