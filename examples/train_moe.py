@@ -6,7 +6,8 @@ JAX, Flax and optax. On a CPU the small model learns in a minute; on a GPU the l
 Run it: `python examples/train_moe.py --out trained`, or `make train-example`. A second run with the same
 folder goes on from the newest checkpoint.
 
-B sequences, S positions, T = B * S tokens, H hidden, E experts, K top_k, N within an expert, L layers, V = 256.
+B sequences, S positions, T = B * S tokens, H hidden, E experts, K top_k, N within an expert, L layers,
+V = 256 bytes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""MoE models of Hugging Face's transformers on moe_align_jax: the whole block in JAX, and their experts by ours.
+"""MoE models of transformers on moe_align_jax: the whole block in JAX, or their experts alone by ours.
 
 Two ways, for Qwen3-MoE, Mixtral and DeepSeek-V3:
 
@@ -50,7 +50,7 @@ def moe_block(config: Any, tensors: Mapping[str, Any], layer: int, x: jax.Array)
 
     Args:
         config: the model's configuration.
-        tensors: what the checkpoint's files hold, by name, NumPy's or jax's. The names in the files are these:
+        tensors: what the checkpoint's files hold, by name, NumPy's or jax's: such names as
             `model.layers.{layer}.mlp.experts.{j}.gate_proj.weight`, and for Mixtral
             `model.layers.{layer}.block_sparse_moe.experts.{j}.w1.weight`.
         layer: which.

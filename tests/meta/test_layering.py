@@ -109,6 +109,13 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax.expert_location",
         "moe_align_jax.types",
     },
+    "moe_align_jax.adapters": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax.matmul",
+        "moe_align_jax.moe_layer",
+        "moe_align_jax.router",
+        "moe_align_jax.types",
+    },
     "moe_align_jax._moe_layer": {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
@@ -374,6 +381,7 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks",
         "lazily moe_align_jax.cli",
         "moe_align_jax._cli",
+        "examples.train_moe",
     },
     "vllm": {
         "lazily benchmarks.peers",

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def need(*modules):
-    """Skips where a package is missing, but for CI, whose `make test` installs all of them: there it fails."""
+    """Skips where a package is missing, but fails in CI, whose `make test` installs all of them."""
     for module in modules:
         if os.environ.get("CI"):
             importlib.import_module(module)

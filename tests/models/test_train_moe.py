@@ -1,4 +1,4 @@
-"""examples/train_moe.py: it learns, goes on where it stopped, and decodes a padded batch as one text by one."""
+"""examples/train_moe.py: it learns, goes on where it stopped, and decodes a padded batch as single texts."""
 
 import shutil
 

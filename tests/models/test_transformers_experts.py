@@ -1,4 +1,4 @@
-"""examples/transformers_experts.py: the MoE blocks of three of transformers' models, and their tokens, by ours.
+"""examples/transformers_experts.py: the MoE blocks of three of transformers' models, and their tokens.
 
 Run again with the oldest transformers that is supported laid over the environment: make test-transformers.
 """
