@@ -334,6 +334,10 @@ ALLOWED: dict[str, set[str]] = {
     "examples": {
         "moe_align_jax",
     },
+    "examples.transformers_experts": {
+        "moe_align_jax",
+        "torch_bridge",
+    },
 }
 
 # Which of our modules may import these, and at which depth.
@@ -341,6 +345,7 @@ FOREIGN: dict[str, set[str]] = {
     "torch": {
         "lazily benchmarks",
         "lazily moe_align_jax._cli",
+        "examples.transformers_experts",
         "torch_bridge",
     },
     "jaxlib.mlir": {

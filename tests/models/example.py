@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def load(name, *needs):
         need(*needs)
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.path.insert(0, str(EXAMPLES))  # as for a script: examples import each other
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(EXAMPLES))
     module.settings = settings
     return module
