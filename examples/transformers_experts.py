@@ -67,7 +67,8 @@ def moe_block(config: Any, tensors: Mapping[str, Any], layer: int, x: jax.Array)
     logits = x.astype(jnp.float32) @ jnp.asarray(tensors[f"{prefix}gate.weight"]).T
     topk_weights, topk_ids = route_topk(logits, **options)
     experts = ExpertWeights.from_hugging_face(tensors, f"{prefix}experts.")
-    y = fused_moe(x, *experts, topk_weights, topk_ids, **experts.options)
+    w_gate_up, w_down = experts
+    y: Any = fused_moe(x, w_gate_up, w_down, topk_weights, topk_ids, **experts.options)
     shared = f"{prefix}shared_experts."
     if f"{shared}gate_proj.weight" in tensors:
         gate, up, down = (
@@ -83,7 +84,7 @@ def _experts(x, gate_up, down, weights, ids, *, transpose_rhs):
 
 
 def experts_forward(
-    self: torch.nn.Module,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -186,7 +187,7 @@ def tiny_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def generate(model: transformers.PreTrainedModel, *, num_tokens: int) -> torch.Tensor:
+def generate(model: Any, *, num_tokens: int) -> torch.Tensor:
     """Greedy continuations of two fixed prompts, `[2, 5 + num_tokens]`."""
     prompts = torch.tensor([[1, 2, 3, 4, 5], [50, 40, 30, 20, 10]])
     with torch.no_grad():

@@ -12,6 +12,7 @@ from moe_align_jax._cli import checkout, demo, eplb, info, profile, profile_laye
 from moe_align_jax._eplb.placement_files import Format
 from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
+from moe_align_jax.types import Implementation
 
 app = typer.Typer(
     add_completion=False,
@@ -126,7 +127,7 @@ def profile_command(
                 scale=scale,
                 num_tokens=num_tokens,
                 repeats=repeats,
-                implementation=implementation,
+                implementation=cast(Implementation | None, implementation),
                 folder=out,
             ),
         )

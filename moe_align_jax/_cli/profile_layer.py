@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moe_align_jax import fused_moe, route_topk, select_moe_implementation
 from moe_align_jax._cli import folders, profile, traces
+from moe_align_jax.types import Implementation
 
 _SHOWN = 12  # operations in the table; the rest is summed
 
@@ -54,7 +55,7 @@ MODELS = {
 # -- the program ------------------------------------------------------------------------------------------
 
 
-def _make(layer: Layer, tokens: int, dtype: str, implementation: str | None):
+def _make(layer: Layer, tokens: int, dtype: str, implementation: Implementation | None):
     """(the jitted step, its arguments): the output, and the derivatives in the weights and the tokens."""
 
     def block(weights, x):
@@ -313,7 +314,7 @@ def run(
     scale: int,
     num_tokens: int,
     repeats: int,
-    implementation: str | None,
+    implementation: Implementation | None,
     folder: Path,
 ) -> int:
     """Prints the tables and names the trace; 1 when the trace shows no work, else 0.
@@ -331,7 +332,7 @@ def run(
         shape,
         top_k=layer.top_k,
         dtype=dtype,
-        implementation=implementation,  # pyright: ignore[reportArgumentType] (checked by the command)
+        implementation=implementation,
     )
     rates = measure_rates(dtype, on_gpu)
     step, arguments = _make(layer, num_tokens, dtype, implementation)

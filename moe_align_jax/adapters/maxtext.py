@@ -209,7 +209,10 @@ def sparse_matmul(
     top_k = checks.check_positive_int(
         function, "num_experts_per_tok", num_experts_per_tok, "Pass K, experts per token."
     )
-    if (w0_bias is None) != (w1_bias is None):
+    bias_gate_up = None
+    if w0_bias is not None and w1_bias is not None:
+        bias_gate_up = jnp.concatenate([w0_bias, w1_bias], axis=1)
+    elif w0_bias is not None or w1_bias is not None:
         rule, got = "be there with w0_bias", "one of them"
         raise ValueError(checks.message(function, "w1_bias", rule, got, "Pass both, or none."))
     with jax.named_scope("route"):
@@ -236,7 +239,7 @@ def sparse_matmul(
         activation=activation,
         swiglu_limit=swiglu_limit,
         swiglu_alpha=swiglu_alpha,
-        bias_gate_up=None if w0_bias is None else jnp.concatenate([w0_bias, w1_bias], axis=1),
+        bias_gate_up=bias_gate_up,
         bias_down=wo_bias,
         return_tokens_per_expert=True,
         implementation=implementation,
