@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from moe_align_jax._cli import profile_layer, traces
 from moe_align_jax._cli.app import app
 from moe_align_jax._cli.profile_layer import Operation
-from tests.models.example import need
 
 
 @pytest.fixture
@@ -72,33 +71,6 @@ def test_a_layers_table_is_what_its_trace_holds(moe_align, tmp_path):
 def test_options_that_do_not_fit(moe_align, options, said):
     done = moe_align("profile", *options)
     assert done.exit_code == 2 and said in done.output
-
-
-def test_the_sizes_are_those_of_the_models():
-    need("torch", "transformers")
-    import transformers
-
-    qwen, mixtral, deepseek = (
-        profile_layer.MODELS[name] for name in ("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3")
-    )
-    # The defaults of transformers' configurations are these models.
-    theirs = transformers.Qwen3MoeConfig()
-    sizes = (theirs.num_experts, theirs.num_experts_per_tok, theirs.hidden_size)
-    assert (qwen.experts, qwen.top_k, qwen.hidden, qwen.ffn) == (
-        *sizes,
-        theirs.moe_intermediate_size,
-    )
-    theirs = transformers.MixtralConfig()
-    sizes = (theirs.num_local_experts, theirs.num_experts_per_tok, theirs.hidden_size)
-    got = (mixtral.experts, mixtral.top_k, mixtral.hidden, mixtral.ffn)
-    assert got == (*sizes, theirs.intermediate_size)
-    theirs = transformers.DeepseekV3Config()
-    sizes = (theirs.n_routed_experts, theirs.num_experts_per_tok, theirs.hidden_size)
-    got = (deepseek.experts, deepseek.top_k, deepseek.hidden, deepseek.ffn)
-    assert got == (*sizes, theirs.moe_intermediate_size)
-    routing = dict(deepseek.routing)
-    assert (routing["num_groups"], routing["topk_groups"]) == (theirs.n_group, theirs.topk_group)
-    assert routing["scaling_factor"] == theirs.routed_scaling_factor
 
 
 def test_a_scaled_layer_keeps_its_experts():

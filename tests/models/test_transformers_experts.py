@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_align_jax._cli import profile_layer
 from tests.models.example import load
 
 MODELS = {"Qwen3-MoE": "mlp", "Mixtral": "block_sparse_moe", "DeepSeek-V3": "mlp"}
@@ -124,3 +125,28 @@ def test_what_it_does_not_compute_is_refused(example):
         experts.config.hidden_act = "gelu"
         with torch.no_grad(), pytest.raises(NotImplementedError, match="not a SwiGLU"):
             example.experts_forward(experts, *arguments)
+
+
+def test_the_sizes_that_moe_align_profile_knows_are_theirs(example):
+    transformers = example.transformers
+    qwen, mixtral, deepseek = (
+        profile_layer.MODELS[name] for name in ("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3")
+    )
+    # The defaults of transformers' configurations are these models.
+    theirs = transformers.Qwen3MoeConfig()
+    sizes = (theirs.num_experts, theirs.num_experts_per_tok, theirs.hidden_size)
+    assert (qwen.experts, qwen.top_k, qwen.hidden, qwen.ffn) == (
+        *sizes,
+        theirs.moe_intermediate_size,
+    )
+    theirs = transformers.MixtralConfig()
+    sizes = (theirs.num_local_experts, theirs.num_experts_per_tok, theirs.hidden_size)
+    got = (mixtral.experts, mixtral.top_k, mixtral.hidden, mixtral.ffn)
+    assert got == (*sizes, theirs.intermediate_size)
+    theirs = transformers.DeepseekV3Config()
+    sizes = (theirs.n_routed_experts, theirs.num_experts_per_tok, theirs.hidden_size)
+    got = (deepseek.experts, deepseek.top_k, deepseek.hidden, deepseek.ffn)
+    assert got == (*sizes, theirs.moe_intermediate_size)
+    routing = dict(deepseek.routing)
+    assert (routing["num_groups"], routing["topk_groups"]) == (theirs.n_group, theirs.topk_group)
+    assert routing["scaling_factor"] == theirs.routed_scaling_factor
