@@ -23,6 +23,7 @@ from benchmarks import machine
 from benchmarks.cases import Case
 from benchmarks.rows import Writer
 from moe_align_jax._align import tables
+from moe_align_jax._align.primitive import align
 from moe_align_jax._core import checks
 from moe_align_jax._lowering import select
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
@@ -99,7 +100,7 @@ def steps_of(problem: Problem, *, compile_too: bool) -> Steps:
 
     jax.clear_caches()
     operands = [np.zeros(shape, np.int32) for shape in problem.inputs.values()]
-    program = jax.jit(lambda *x: select.align(problem, "mosaic_gpu", *x))
+    program = jax.jit(lambda *x: align(problem, "mosaic_gpu", *x))
     times = [time.perf_counter()]
     lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
     times.append(time.perf_counter())

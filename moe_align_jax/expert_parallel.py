@@ -31,7 +31,6 @@ from moe_align_jax._expert_parallel.axes import (
     manual,
     mesh_platform,
     nothing_like,
-    vary_together,
 )
 from moe_align_jax._expert_parallel.choice import (
     TRANSPORTS,
@@ -53,6 +52,7 @@ from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mo
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._expert_parallel.transports.nvlink import NVLINK, check_order
 from moe_align_jax._lowering import export, select
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 

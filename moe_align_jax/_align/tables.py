@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_align_jax._align.config import (
-    MAX_CLUSTER,
     MAX_COMPARED_PAIRS,
     MAX_GRID_ROUNDS,
     MAX_HISTOGRAM_EXPERTS,
     MAX_SORTED_PAIRS,
     MAX_WARP_PAIRS,
+    PORTABLE_CLUSTER,
     RADIX,
     BlockAlignMosaicConfig,
-    cdiv,
     fit,
     pairs_per_round,
     power_of_two,
     refusal,
 )
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 DEFAULT_TABLE = "nvidia_h200"
@@ -277,7 +277,7 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             form="sorted",
             num_warpgroups=groups,
             num_ctas=64,
-            cluster=MAX_CLUSTER,
+            cluster=PORTABLE_CLUSTER,
             cells_per_cta=1024,
         )
     elif num_experts > MAX_HISTOGRAM_EXPERTS:
@@ -297,7 +297,7 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             num_ctas=ctas,
             rounds=MAX_GRID_ROUNDS,
             local_sort=True,
-            cluster=MAX_CLUSTER if ctas == 64 else 1,
+            cluster=PORTABLE_CLUSTER if ctas == 64 else 1,
         )
     return Row(1, None, end, config)
 

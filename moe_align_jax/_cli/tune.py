@@ -101,10 +101,10 @@ def other_forms(cell: Cell) -> list[Config]:
     if 1024 <= num_experts <= tables.MAX_HISTOGRAM_EXPERTS:
         found.append(tables.heuristic(n, tables.MAX_HISTOGRAM_EXPERTS + 1).config)
     if n > tables.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
-        groups = min(4, max(1, n // (tables.MAX_CLUSTER * 256)))
-        rounds = -(-n // (tables.MAX_CLUSTER * 128 * groups))
+        groups = min(4, max(1, n // (tables.PORTABLE_CLUSTER * 256)))
+        rounds = -(-n // (tables.PORTABLE_CLUSTER * 128 * groups))
         if rounds <= _LIMITS["rounds"]:
-            ctas = tables.MAX_CLUSTER
+            ctas = tables.PORTABLE_CLUSTER
             found.append(
                 Config(form="cluster", num_warpgroups=groups, num_ctas=ctas, rounds=rounds)
             )

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._expert_parallel.transports.nvlink import NVLINK
 from moe_align_jax._layout.rows import sum_copies, sum_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_align_jax import block_align
+from moe_align_jax._align.arguments import check_count
+from moe_align_jax._align.location import alignment_tables
 from moe_align_jax._core import checks
 from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
 
@@ -45,7 +46,12 @@ def check_route(
         _check_shape(function, "token_mask", token_mask, (num_tokens,), remedy)
         operands["token_mask"] = token_mask
     if num_valid_tokens is not None:
-        operands["num_valid_tokens"] = _check_count(function, num_valid_tokens)
+        operands["num_valid_tokens"] = check_count(
+            function,
+            "num_valid_tokens",
+            num_valid_tokens,
+            "Pass the number of real tokens, as an int or a scalar integer array.",
+        )
     problem = problem._replace(
         bias_rows=int(correction_bias is not None),
         has_token_mask=token_mask is not None,
@@ -147,38 +153,18 @@ def make_problem(
     )
 
 
-def _check_count(function: str, value: Any) -> Any:
-    """num_valid_tokens, saturated to int32 where it is known."""
-    argument = "num_valid_tokens"
-    remedy = "Pass the number of real tokens, as an int or a scalar integer array."
-    if isinstance(value, (bool, np.bool_)):
-        got = checks.describe(value)
-        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
-    if not isinstance(value, int):
-        value = block_align._check_integer_array(function, argument, value, remedy)
-        if value.size != 1:
-            got = checks.describe(value)
-            raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
-        if not isinstance(value, np.ndarray):
-            return value
-        value = int(value.item())
-    return np.int32(min(max(value, -1), checks.INT32_MAX))
-
-
 def check_location(
     function: str, location: Any, num_experts: int
 ) -> tuple[str, dict[str, Any], int]:
     """Its dispatch and tables for the alignment, and the number of its slots."""
     if location is None:
         return "", {}, num_experts
-    from moe_align_jax import expert_dispatch
-
     slots = getattr(location, "num_physical_experts", 1)
     if getattr(location, "num_layers", None) is not None:
         rule, got = "be of one layer", f"one of {location.num_layers} layers"
         remedy = "Pass expert_location.layer(i)."
         raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
-    dispatch, tables = expert_dispatch.alignment_tables(function, location, None, slots, 0)
+    dispatch, tables = alignment_tables(function, location, None, slots, 0)
     if location.num_logical_experts != num_experts:
         rule = f"have {num_experts} logical experts, as the logits have"
         remedy = "The router chooses logical experts."

@@ -5,9 +5,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._simt.language import WARP, Int, Simt
-
-_INT32_MAX = 2**31 - 1
 
 
 def lanes_below(t: Simt, lane: Int) -> Int:
@@ -31,7 +30,7 @@ def device_sync(t: Simt) -> None:
 
 def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
     """`start, start + step, ...` below stop. Near the int32 limit it counts rounds, which cannot wrap."""
-    if not isinstance(stop, int) or stop <= _INT32_MAX - 2 * step:
+    if not isinstance(stop, int) or stop <= INT32_MAX - 2 * step:
         yield from t.for_range(start, stop, step)
         return
     rest = t.select(start.below(stop), stop - start, 0)

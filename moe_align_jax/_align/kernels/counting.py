@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._align.kernels import common
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Shapes, Simt
 from moe_align_jax.types import AlignProblem
@@ -51,7 +52,7 @@ class Layout:
 
     def tiles_of(self, num_pairs: Int | int) -> Int | int:
         """Tiles of a CTA for that many pairs, at most `num_pairs` of the layout."""
-        return 1 if self.tiles == 1 else common.cdiv(num_pairs, self.tile * self.num_ctas)
+        return 1 if self.tiles == 1 else cdiv(num_pairs, self.tile * self.num_ctas)
 
     @property
     def packed(self) -> bool:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from moe_align_jax._align.config import BlockAlignMosaicConfig, sorted_digits, sorted_range
 from moe_align_jax._align.kernels import common
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
@@ -141,7 +142,7 @@ class _Sorter:
         histogram = getattr(r, f"histogram{index}")
         # Odd: a warp's bins lie in different banks, and differ in their low bits still.
         stride = self.num_warps + 1
-        rounds = common.cdiv(number, self.threads)
+        rounds = cdiv(number, self.threads)
         first = self.warp * (rounds * WARP) + self.lane
 
         def bin_of(word: Int) -> Int:
@@ -196,7 +197,7 @@ class _Sorter:
         t, r, tid, lane, warp = self.t, self.r, self.tid, self.lane, self.warp
         block_size, threads, looks = self.problem.block_size, self.threads, self.looks
         below = collectives.lanes_below(t, lane)
-        chunks = common.cdiv(number, threads * looks)
+        chunks = cdiv(number, threads * looks)
         for chunk in t.for_range(0, chunks):
             firsts = [
                 (chunk * self.num_warps + warp) * (looks * WARP) + k * WARP for k in range(looks)

@@ -15,9 +15,10 @@ import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
-    GROUP,
     INT32,
     Dispatch,
     Field,
@@ -40,7 +41,6 @@ _ROWS_AT_A_TIME = 4
 _TARGETS_AHEAD = 8
 # A word in the inbox is not 0: local id i is sent as i + 2, an expert of another rank as 1.
 _FIRST_ID, _NO_ID = 2, 1
-_INT32_MAX = 2**31 - 1
 
 
 def unsupported(problem: Dispatch) -> str | None:
@@ -51,7 +51,7 @@ def unsupported(problem: Dispatch) -> str | None:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
     if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
         return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
-    if most_words(problem) > _INT32_MAX:
+    if most_words(problem) > INT32_MAX:
         return "it counts words in int32"
     return None
 

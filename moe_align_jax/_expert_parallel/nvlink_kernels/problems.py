@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._simt.language import Devices
 
 type Array = tuple[tuple[int, ...], Any]  # shape, dtype
 
-# Columns of a group that shares a scale.
-GROUP = 128
 INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
 
 

@@ -6,21 +6,23 @@ of a low-latency exchange are done on the way: the fp8 quantisation, the boxes o
 weighted sum of a token's rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel import message, nvlink_kernels
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import most_words
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
 from moe_align_jax._expert_parallel.transports import peer_access
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import make_primitive, result_like
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._simt.language import Devices
 
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
@@ -83,7 +85,7 @@ class NvLink:
     ) -> list[jax.Array]:
         """As `send_fields` of e4m3 codes and float32 scales of x, `[T, H]` bfloat16."""
         if ids.size == 0:
-            scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
+            scales = jnp.zeros((0, x.shape[1] // GROUP), jnp.float32)
             fields = (x.astype(message.FP8), scales, weights, ids)
             return [_nothing(field, group) for field in fields]
         problem = self._problem([x], ids, group, routing=True, quantise=True)
@@ -217,21 +219,17 @@ def _out_of_words(x: jax.Array, like: jax.Array) -> jax.Array:
 
 # -- the primitive ---------------------------------------------------------------------------------
 
-peer_rows_p = Primitive("moe_peer_rows")
-peer_rows_p.multiple_results = True
-
 
 def _launch(problem: nvlink_kernels.Problem, *operands: jax.Array) -> list[jax.Array]:
-    if (largest := most_words(problem)) > checks.INT32_MAX:
-        rule = f"move at most {checks.INT32_MAX} 4-byte words by transport 'nvlink'"
+    if (largest := most_words(problem)) > INT32_MAX:
+        rule = f"move at most {INT32_MAX} 4-byte words by transport 'nvlink'"
         remedy = "Pass transport='all_to_all'."
         raise NotImplementedError(checks.message("dispatch", "x", rule, largest, remedy))
     return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
 
 
-@peer_rows_p.def_abstract_eval
-def _abstract_eval(*avals, problem: nvlink_kernels.Problem):
-    return [select.result_like(avals[0], *array) for array in problem.outputs.values()]
+def _abstract(*avals: Any, problem: nvlink_kernels.Problem):
+    return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
 def check_order(mesh: Any) -> None:
@@ -245,12 +243,14 @@ def check_order(mesh: Any) -> None:
         raise NotImplementedError(checks.message("dispatch", "axis_name", rule, ids, remedy))
 
 
-def _lower(ctx, *operands, problem: nvlink_kernels.Problem):
+def _implement(platform: str, ctx: Any, *, problem: nvlink_kernels.Problem) -> Callable:
+    del platform
     from moe_align_jax._simt import mosaic
 
     check_order(getattr(ctx.module_context.axis_context, "mesh", None))
-    launcher = mosaic.launcher(nvlink_kernels.build(problem))
-    return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
+    return mosaic.launcher(nvlink_kernels.build(problem))
 
 
-mlir.register_lowering(peer_rows_p, _lower, platform="cuda")
+peer_rows_p = make_primitive(
+    "moe_peer_rows", abstract=_abstract, implement=_implement, platforms=("cuda",)
+)

@@ -18,10 +18,10 @@ from jax import lax
 
 from moe_align_jax import block_align
 from moe_align_jax._expert_parallel import message
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
 from moe_align_jax._layout.rows import accumulator, take_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 
