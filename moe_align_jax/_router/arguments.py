@@ -98,9 +98,6 @@ def make_problem(
     """Of the static options, checked."""
     num_tokens, num_experts = logits.shape
 
-    def fail(argument: str, rule: str, got: Any, remedy: str) -> None:
-        raise ValueError(checks.message(function, argument, rule, got, remedy))
-
     remedy = "Pass the number of experts of each token."
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     remedy = "Pass the number of groups that the experts are divided into."
@@ -110,7 +107,7 @@ def make_problem(
     if scoring not in SCORINGS:
         got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
-        fail("scoring", rule, got, "It is a static string.")
+        checks.fail(function, "scoring", rule, got, "It is a static string.")
     for argument, flag in (
         ("softmax_after_topk", softmax_after_topk),
         ("renormalize", renormalize),
@@ -118,18 +115,30 @@ def make_problem(
         checks.check_bool(function, argument, flag)
     if softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
-        fail("softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy)
+        checks.fail(
+            function, "softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy
+        )
     if num_experts % groups:
         got = f"{groups} for {num_experts} experts"
-        fail("num_groups", "divide the number of experts", got, "Groups are of one size.")
+        checks.fail(
+            function, "num_groups", "divide the number of experts", got, "Groups are of one size."
+        )
     if stay > groups:
         got = f"{stay} of {groups}"
-        fail("topk_groups", "be at most num_groups", got, "Pass num_groups to choose from all.")
+        checks.fail(
+            function,
+            "topk_groups",
+            "be at most num_groups",
+            got,
+            "Pass num_groups to choose from all.",
+        )
     candidates = num_experts // groups * stay
     if top_k > candidates:
         got = f"{top_k} of {candidates}"
         remedy = "No expert is chosen twice."
-        fail("top_k", "be at most the number of experts that can be chosen", got, remedy)
+        checks.fail(
+            function, "top_k", "be at most the number of experts that can be chosen", got, remedy
+        )
     if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
         scaling_factor, (int, float, np.integer, np.floating)
     ):
@@ -138,7 +147,9 @@ def make_problem(
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
     factor = float(np.float32(scaling_factor))
     if not math.isfinite(factor):
-        fail("scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none.")
+        checks.fail(
+            function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."
+        )
     return RouteProblem(
         num_tokens=num_tokens,
         num_experts=num_experts,

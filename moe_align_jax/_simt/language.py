@@ -5,9 +5,9 @@ It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 A value is an `Int` (`ints.py`). The primitives stand in four classes: `Core` (threads, control flow,
-memory, warps, barriers), `FloatBits` (float32 arithmetic on the bits of an int32: `floats.py`), `ClusterMail`
-(the CTAs of one cluster) and `PeerDevices` (several devices that run one kernel together). What is composed of
-them stands in `collectives.py`.
+memory, warps, barriers), `FloatBits` (float32 arithmetic on the bits of an int32: `floats.py`),
+`ClusterMail` (the CTAs of one cluster) and `PeerDevices` (several devices that run one kernel together).
+What is composed of them stands in `collectives.py`.
 
 Control flow of Python happens once, while the body is traced: `for k in range(4)` unrolls, `if problem.x`
 chooses what is compiled. What depends on a thread's values is written with `t.if_`, `t.for_range` and
