@@ -29,17 +29,20 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         t.block_sync()
         tile = p.count(tile)
         assert tile.counts is not None  # for the type checker
+        # mutant: mail is posted before all CTAs run
         t.cluster_ready()
         for e, ok, count in zip(p.mine, p.valid, tile.counts, strict=True):
             with t.if_(ok):
                 for to in range(layout.num_ctas):
                     t.post(to, p.cta * num_experts + e, count)
+        # mutant: it ends before its mail has come
         box = t.mail()
         safe = [t.select(ok, e, 0) for ok, e in zip(p.valid, p.mine, strict=True)]
         peers = [[t.load(box, e + c * num_experts) for c in range(layout.num_ctas)] for e in safe]
         zero, totals, before = t.const(0), [], []
         for ok, counts in zip(p.valid, peers, strict=True):
             totals.append(t.select(ok, sum(counts, zero), 0))
+            # mutant: a CTA's own pairs are before it
             mine = [t.select(p.cta > c, count, 0) for c, count in enumerate(counts)]
             before.append(sum(mine, zero))
         starts, in_use = p.scan(totals, before)

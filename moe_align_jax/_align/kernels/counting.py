@@ -95,6 +95,7 @@ def count_kernel(
 
         def count(bins: list[Int]) -> None:
             for bin_ in bins:  # dropped pairs have an additional bin: cheaper than a branch
+                # mutant: dropped pairs are counted
                 t.atomic_add(r.histogram, t.select(bin_ >= 0, bin_, layout.stride), 1)
 
         def read(start: Int | int) -> list[Int]:
@@ -104,12 +105,14 @@ def count_kernel(
 
         once = read(0) if layout.tiles == 1 else []
         collectives.fill(t, r.histogram, 0, layout.stride + 1, tid, threads, vector=True)
+        # mutant: no barrier between the zeros and the atomics
         t.block_sync()
         if layout.tiles == 1:
             count(once)
         else:
             for tile in t.for_range(0, tiles):
                 count(read(tile * layout.tile))
+        # mutant: no barrier between the atomics and the loads
         t.block_sync()
         write_histogram(t, r, layout, histograms, r.histogram)
 
@@ -164,6 +167,7 @@ def write_histogram(
             else:
                 t.store(rows, cta * words + i, t.load(histogram, i))
         return
+    # mutant: mail is posted before all CTAs run
     t.cluster_ready()
     share = _share(layout)
     rank = cta & (cluster - 1)
@@ -172,6 +176,7 @@ def write_histogram(
         to = i // share
         there = i < layout.stride
         counts = t.values_if(there, lambda i=i: t.load4(histogram, i), [t.const(0)] * 4)
+        # mutant: a cluster's shares overlap
         t.post(first + to, rank * share + (i - to * share), *counts)
     box = t.mail()
     within = getattr(r, _within(histograms))
@@ -185,6 +190,7 @@ def write_histogram(
         for k, count in enumerate(counts):
             with t.if_(there):
                 t.store(within, (first + k) * layout.num_bins + bin_, running)
+            # mutant: the prefix within a cluster is twice as large
             running = running + count
         if layout.packed:
             running = t.select(there, running, 0)
@@ -273,6 +279,7 @@ class HistogramSums:
         sums = [[t.const(0), t.const(0)] for _ in range(halves)]
         for j, word in enumerate(words):
             row, inside = self._row(j, group)
+            # mutant: a CTA's pairs count twice
             mine = my_row > row
             for half, count in zip(
                 sums, [word & 0xFFFF, word >> 16] if layout.packed else [word], strict=True
@@ -285,6 +292,7 @@ class HistogramSums:
             for k, (total, earlier) in enumerate(sums):
                 bin_ = column * halves + k
                 for name, count in ((totals, total), (before, earlier)):
+                    # mutant: sums are stored, not added
                     (t.atomic_add if self._groups > 1 else t.store)(
                         getattr(self._r, name), bin_, count
                     )

@@ -37,8 +37,11 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         if one_tile:  # what needs nothing of the count kernel runs beside it
             tile = p.rank(p.first_of(0), experts)
             if local_sort:
+                # mutant: pairs take their places before all of a tile are counted
                 t.block_sync()
                 tile = p.sort(tile)
+        # mutant: no wait for the count kernel
+        # mutant: two warps wait, not all
         t.grid_dependency_wait()
         t.launch_dependents()
         sums = counting.HistogramSums(t, r, layout, "histograms")
@@ -74,6 +77,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 for e, ok, start, count in zip(p.mine, p.valid, starts, counts, strict=True):
                     with t.if_(ok):
                         t.store(r.start, e, start + count)
+                # mutant: the next tile begins without a barrier
                 t.block_sync()
         p.fill(in_use)
 

@@ -216,6 +216,7 @@ class Placer:
             starts.append(start + before[k])
             with t.if_(self.valid[k]):
                 t.store(r.filled, e, start + total)
+                # mutant: an expert's padding ends one row early
                 t.store(r.end, e, start + size)
                 if problem.return_counts:
                     with t.if_(self.cta.eq(0)):
@@ -236,6 +237,7 @@ class Placer:
     def _scatter_unsorted(self, tile: Tile, starts: list[Int]) -> list[Int]:
         t = self.t
         counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]
+        # mutant: places are read before they are written
         t.block_sync()
         for place, word in zip(self.places, tile.held, strict=True):
             row = collectives.value_if(t, word >= 0, lambda w=word: self._at(w), 0)
@@ -250,6 +252,7 @@ class Placer:
         for k, (start, local) in enumerate(zip(starts, tile.local_starts, strict=True)):
             with t.if_(self.valid[k]):
                 t.store(r.delta, self.my_columns[k], start - local)
+        # mutant: the sorted tile is read without a barrier
         t.block_sync()
         rounds, threads = self.layout.rounds, self.layout.threads
         with t.if_(tile.kept > 0):

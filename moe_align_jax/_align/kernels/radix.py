@@ -152,6 +152,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
         step = 1 << (n.bit_length() - 1)
         while step:
             probe = at + step
+            # mutant: the search leaves out the last key
             inside = probe <= num_keys
             smaller = t.load(getattr(r, keys), t.select(inside, probe - 1, 0)) < key
             at = t.select(inside & smaller, probe, at)
@@ -164,6 +165,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
         t.launch_dependents()
         with t.if_(tid.eq(0)):
             t.store(r.rows, 0, 0)
+        # mutant: rows are added before they are zero
         t.block_sync()
         begin = cta * chunk
         for i in t.for_range(tid, chunk, threads):
@@ -245,6 +247,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
                 for b in t.for_range(first_block + lane, past, WARP):
                     t.store(r.block_expert, b, owner)
                     t.store(r.expert_ids, b, name)
+            # mutant: a lane changes the carry while others read it
             t.block_sync()  # all threads have read the carry
             with t.if_(tid.eq(0)):
                 t.store(r.carry, 0, t.load(r.carry, 0) + added)
@@ -280,6 +283,7 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         me, everyone = t.cta_id() * threads + t.thread_id(), num_ctas * threads
         sizes = common.Sizes(t, r, problem)
+        # mutant: the last kernel does not wait
         t.grid_dependency_wait()
         t.launch_dependents()
         for row in collectives.strided(t, me, sizes.capacity, everyone):
