@@ -1,8 +1,8 @@
 """Which form and sizes a problem takes: a table per kind of GPU, a rule where there is none. A leaf, no jax.
 
-The tables are `data/tuning/*.json`, written by `moe-align tune`. `AlignProblem.tuning` names the one that
-counts: that of the process's (or torch's) CUDA device, found by `table_name`; "" is the default table, for
-lowering where no GPU is at hand.
+The tables are `data/tuning/*.json`, written by `python -m benchmarks.tune`. `AlignProblem.tuning` names the
+one that counts: that of the process's (or torch's) CUDA device, found by `table_name`; "" is the default
+table, for lowering where no GPU is at hand.
 """
 
 import dataclasses
@@ -236,7 +236,9 @@ def describe(name: str) -> str:
     """One line that describes the table named by `AlignProblem.tuning`."""
     found = table(name)
     if found is None:
-        return "a rule by size: this kind of GPU has no table (`moe-align tune` makes one)"
+        return (
+            "a rule by size: this kind of GPU has no table (`python -m benchmarks.tune` makes one)"
+        )
     why = "" if name else "no GPU here, so the default: "
     return f"{why}the table of {found.gpu}, {found.date}, jax {found.jax}"
 
