@@ -28,7 +28,7 @@ from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices, Kernel
 
 
-def sent(problem: nvlink_kernels.Problem, *arrays) -> list[dict[str, np.ndarray]]:
+def sent(problem: nvlink_kernels.PeerProblem, *arrays) -> list[dict[str, np.ndarray]]:
     """The outputs of every device, by name, in their own dtypes."""
     kernel = nvlink_kernels.build(problem)
     given = zip(*arrays, strict=True)

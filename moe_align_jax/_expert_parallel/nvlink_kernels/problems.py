@@ -185,7 +185,7 @@ class Combine(NamedTuple):
         }
 
 
-type Problem = Send | Dispatch | ReturnRows | Combine
+type PeerProblem = Send | Dispatch | ReturnRows | Combine
 
 
 def words(array: Array) -> int:
@@ -193,6 +193,6 @@ def words(array: Array) -> int:
     return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4
 
 
-def most_words(problem: Problem) -> int:
+def most_words(problem: PeerProblem) -> int:
     """Of the largest array: kernels count words in int32."""
     return max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))

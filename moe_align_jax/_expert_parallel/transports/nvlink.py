@@ -218,7 +218,7 @@ def _out_of_words(x: jax.Array, like: jax.Array) -> jax.Array:
 # -- the primitive ---------------------------------------------------------------------------------
 
 
-def _launch(problem: nvlink_kernels.Problem, *operands: jax.Array) -> list[jax.Array]:
+def _launch(problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
     if (largest := most_words(problem)) > INT32_MAX:
         rule = f"move at most {INT32_MAX} 4-byte words by transport 'nvlink'"
         remedy = "Pass transport='all_to_all'."
@@ -226,11 +226,11 @@ def _launch(problem: nvlink_kernels.Problem, *operands: jax.Array) -> list[jax.A
     return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
 
 
-def _abstract(*avals: Any, problem: nvlink_kernels.Problem):
+def _abstract(*avals: Any, problem: nvlink_kernels.PeerProblem):
     return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
-def _implement(platform: str, ctx: Any, *, problem: nvlink_kernels.Problem) -> Callable:
+def _implement(platform: str, ctx: Any, *, problem: nvlink_kernels.PeerProblem) -> Callable:
     del platform
     from moe_align_jax._simt import mosaic
 
