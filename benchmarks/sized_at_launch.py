@@ -70,7 +70,7 @@ def measure(case: Case, exact: Callable[[Any, dict[str, Any]], None]) -> dict[st
     shape, count = (case.num_pairs, 1), union.calls_for(case, _CALLS)
     ids: list[Any] = [torch.randint(0, case.num_experts, shape, **options) for _ in range(count)]
     wrong, want = union.reference_of(case, ids)
-    sized = peers._direct(case, ids)
+    sized = peers.direct_calls(case, ids)
     calls = {
         "exact": [functools.partial(exact, *x) for x in zip(ids, sized.outputs, strict=True)],
         "sized": sized.calls,

@@ -1,23 +1,29 @@
-"""Sizes, argument checks and the one template of error messages. A leaf: imports nothing of ours, no jax."""
+"""Sizes, argument checks and the one template of error messages. No jax here."""
 
 import operator
+from typing import NoReturn
 
 import numpy as np
 
-INT32_MAX = 2**31 - 1
-
-
-def cdiv(a, b):
-    return -(-a // b)
-
-
-def round_up(a, b):
-    return cdiv(a, b) * b
+from moe_align_jax._core.int32 import INT32_MAX, round_up
+from moe_align_jax._core.int32 import cdiv as cdiv
 
 
 def message(function: str, argument: str, rule: str, got: object, remedy: str) -> str:
     """The text of every error: `{function}: {argument} must {rule}; got {what}. {remedy}`."""
     return f"{function}: {argument} must {rule}; got {got}. {remedy}"
+
+
+def fail(
+    function: str,
+    argument: str,
+    rule: str,
+    got: object,
+    remedy: str,
+    kind: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raises our error, of that kind."""
+    raise kind(message(function, argument, rule, got, remedy).rstrip())
 
 
 def describe(value: object) -> str:
