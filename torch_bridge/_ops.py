@@ -326,7 +326,7 @@ def check_no_overlap(
     for i, target in enumerate(out):
         others = [(f"out[{j}]", x) for j, x in enumerate(out) if j < i] + list(operands.items())
         for name, other in others:
-            if _overlap(target, other):
+            if overlaps(target, other):
                 raise ValueError(
                     _checks.message(
                         function,
@@ -338,7 +338,7 @@ def check_no_overlap(
                 )
 
 
-def _overlap(target: torch.Tensor, other: torch.Tensor) -> bool:
+def overlaps(target: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a contiguous tensor shares a byte with another one of any strides."""
     if not target.numel() or not other.numel():
         return False

@@ -10,7 +10,6 @@ import torch
 from moe_align_jax._core import checks
 from torch_bridge import dlpack
 from torch_bridge._direct import call as direct_call
-from torch_bridge._dlpack_path import run
 from torch_bridge._specs import AlignProblem, Problem
 
 
@@ -94,7 +93,7 @@ def make_plan(
         return Plan(taken, "mosaic_gpu", copies, reasons)
     device = next(iter(operands.values())).device
     dlpack.check_not_capturing(function, device)
-    platform = run.jax_platform(problem.name, device)
+    platform = dlpack.jax_platform(problem.name, device)
     if isinstance(problem, AlignProblem):
         sizes = (problem.num_pairs, problem.block_size, problem.num_experts)
     else:

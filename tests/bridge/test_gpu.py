@@ -382,7 +382,7 @@ def test_gpu_calls_do_not_accumulate_memory(path):
         torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
-    assert run._kept._bytes <= run._MAX_KEPT_BYTES
+    assert run.kept_memory._bytes <= run._MAX_KEPT_BYTES
 
 
 def test_gpu_eight_threads_on_streams_of_their_own(path):

@@ -162,7 +162,7 @@ def check_no_overlap(
     for name, buffer in buffers.items():
         argument = _ARGUMENTS.get(name, name)
         for other_name, other in earlier:
-            if _ops._overlap(buffer, other):
+            if _ops.overlaps(buffer, other):
                 rule, what = f"not overlap {other_name}", "tensors that share memory"
                 raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
         earlier.append((argument, buffer))

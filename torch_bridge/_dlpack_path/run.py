@@ -11,16 +11,12 @@ On a CPU the export returns when the program is done, so both sides may do as th
 """
 
 import collections
-import functools
-import os
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_align_jax._core import checks, fork
 from torch_bridge import dlpack
 from torch_bridge._direct import call
 from torch_bridge._specs import Problem
@@ -32,76 +28,6 @@ if TYPE_CHECKING:
 
 # XLA memory that may wait for torch's copies before a call waits for the oldest of them.
 _MAX_KEPT_BYTES = 256 << 20
-
-
-# -- jax's devices ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def _configure_jax_memory() -> None:
-    """Keeps jax's GPU client from reserving 75% of the memory; call it before the client starts.
-
-    Too late when the program has used jax on the GPU before; `_warn_of_preallocation` then says so.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
-@functools.cache
-def _warn_of_preallocation(device: Any) -> None:
-    stats = device.memory_stats() or {}
-    pool, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
-    if limit and pool > 0.9 * limit:
-        warnings.warn(
-            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device} for itself. "
-            "Set XLA_PYTHON_CLIENT_PREALLOCATE=false before jax first uses the GPU.",
-            stacklevel=2,
-        )
-
-
-@functools.cache
-def _platform(device_type: str, index: int | None) -> str | None:
-    """The platform to lower for, or None when jax has no such device here."""
-    if device_type == "cuda":
-        _configure_jax_memory()
-    import jax
-
-    try:
-        with dlpack.current_device_kept():
-            devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
-    except RuntimeError:
-        return None
-    if device_type == "cpu":
-        return "cpu" if devices else None
-    for device in devices:
-        if device.local_hardware_id == index:
-            _warn_of_preallocation(device)
-            return "rocm" if torch.version.hip else "cuda"
-    return None
-
-
-def jax_platform(function: str, device: torch.device) -> str:
-    """The platform that jax lowers for on this device.
-
-    Raises:
-        NotImplementedError: it has none.
-        RuntimeError: this process was forked while jax was running, so that jax would hang.
-    """
-    fork.check(function)
-    platform = _platform(device.type, device.index) if device.type in ("cpu", "cuda") else None
-    if platform is None:
-        remedy = {
-            "cpu": "JAX_PLATFORMS leaves the CPU out: add cpu to it.",
-            "cuda": "Install jax[cuda13] or jax[cuda12], and leave the GPU visible to jax.",
-        }.get(device.type, "Move the tensor to a CPU or a CUDA device.")
-        raise NotImplementedError(
-            checks.message(
-                function, "the tensors' device", "be one that jax has too", device, remedy
-            )
-        )
-    return platform
-
-
-# -- one call --------------------------------------------------------------------------------------
 
 
 def execute(
@@ -161,7 +87,7 @@ def hand_over(
     targets = list(out) if out is not None else [torch.empty_like(x) for x in views]
     _copy_all(targets, views)
     if views[0].is_cuda:
-        _kept.keep_until_read(views)
+        kept_memory.keep_until_read(views)
     return targets
 
 
@@ -201,4 +127,4 @@ class _KeptMemory:
         return entry
 
 
-_kept = _KeptMemory()
+kept_memory = _KeptMemory()

@@ -163,7 +163,7 @@ def _compiled(problem: MaskedQuantProblem):
 def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> None:
     from torch_bridge._dlpack_path import run
 
-    run.jax_platform(_FUNCTION, x.device)
+    dlpack.jax_platform(_FUNCTION, x.device)
     dlpack.check_not_capturing(_FUNCTION, x.device)
     with dlpack.on_device(x.device):
         boundary = dlpack.alignment(x.device.type, "mosaic_gpu")
@@ -178,7 +178,7 @@ def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> N
             scales = scales[..., : problem.max_rows].transpose(1, 2)
         _copy_rows(output_scale, scales, rows[:, None] if problem.packed else rows[..., None])
         if x.is_cuda:
-            run._kept.keep_until_read(views)
+            run.kept_memory.keep_until_read(views)
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
