@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moe_align_jax._core import checks
-from torch_bridge import dlpack
+from torch_bridge._specs import AlignSpec
 
 INTEGER_DTYPES = (
     torch.int8,
@@ -18,6 +18,7 @@ INTEGER_DTYPES = (
 )
 PATHS = ("auto", "direct", "dlpack")
 _DEVICES = ("cpu", "cuda", "meta")
+IDS_REMEDY = "Pass the expert ids that torch.topk returned, not their weights."
 
 
 def sizes_are_known() -> bool:
@@ -51,6 +52,15 @@ def check_bool(function: str, argument: str, value: object) -> None:
         )
 
 
+def not_dense(tensor: torch.Tensor) -> str | None:
+    """What kind of tensor has no plain strided memory, or None."""
+    if tensor.is_nested:  # it has no shape to describe
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"{checks.describe(tensor)} of layout {tensor.layout}"
+    return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
+
+
 def check_integer_tensor(
     function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
 ) -> torch.Tensor:
@@ -60,7 +70,7 @@ def check_integer_tensor(
         raise TypeError(
             checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
         )
-    if what := dlpack.not_dense(value):
+    if what := not_dense(value):
         remedy = "Call to_dense() or dequantize() first."
         raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
     if value.dtype not in INTEGER_DTYPES:
@@ -89,15 +99,6 @@ def check_integer_tensor(
             )
         )
     return value
-
-
-def check_topk_ids(function: str, value: object) -> torch.Tensor:
-    return check_integer_tensor(
-        function,
-        "topk_ids",
-        value,
-        "Pass the expert ids that torch.topk returned, not their weights.",
-    )
 
 
 def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
@@ -147,5 +148,39 @@ def check_num_valid_pairs(
     return tensor, None
 
 
-def check_capacity(function: str, argument: str, capacity: int) -> None:
-    checks.check_fits_int32(function, argument, capacity, "a padded length P")
+def check_alignment(
+    function: str,
+    topk_ids: object,
+    num_experts: object,
+    block_size: object,
+    topk: object = None,
+    expert_map: object = None,
+    ignore_invalid_experts: object = False,
+    pad_sorted_ids: object = False,
+    num_valid_pairs: object = None,
+) -> tuple[AlignSpec, dict[str, torch.Tensor], int | None]:
+    """Checks an alignment's arguments, but for what needs data.
+
+    Returns:
+        What is asked, its tensors by name, and num_valid_pairs where it is an int.
+    """
+    is_sized = sizes_are_known()
+    ids = check_integer_tensor(function, "topk_ids", topk_ids, IDS_REMEDY)
+    check_bool(function, "ignore_invalid_experts", ignore_invalid_experts)
+    check_bool(function, "pad_sorted_ids", pad_sorted_ids)
+    experts = checks.check_num_experts(function, num_experts)
+    rows = checks.check_block_size(function, block_size)
+    operands, limit = {"topk_ids": ids}, None
+    if topk is not None:
+        check_topk(function, topk, ids)
+    if expert_map is not None:
+        operands["expert_map"] = check_expert_map(function, expert_map, experts, ids.device)
+    if num_valid_pairs is not None:
+        count, limit = check_num_valid_pairs(function, num_valid_pairs, ids.device)
+        if count is not None:
+            operands["num_valid_pairs"] = count
+    sizes = (ids.numel(), experts, rows)
+    spec = AlignSpec(*sizes, bool(ignore_invalid_experts), bool(pad_sorted_ids))
+    if is_sized:
+        spec.check_capacity(function, "topk_ids")
+    return spec, operands, limit

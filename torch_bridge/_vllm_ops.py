@@ -8,9 +8,9 @@ import torch
 
 from moe_align_jax._core import checks as _checks
 from torch_bridge import _checks as checks
-from torch_bridge import _ops, align
+from torch_bridge import _ops
 from torch_bridge._direct import fast_path, inplace
-from torch_bridge._specs import BatchedProblem
+from torch_bridge._specs import BatchedSpec
 
 
 def check_batched(
@@ -26,8 +26,8 @@ def check_batched(
         what, rule = _checks.describe(counts), "have shape [num_experts] with at least one expert"
         raise ValueError(_checks.message(function, "expert_num_tokens", rule, what, remedy))
     if checks.sizes_are_known():
-        problem = BatchedProblem(counts.shape[0], rows, block_size)
-        checks.check_capacity(function, "max_tokens_per_batch", problem.capacity)
+        spec = BatchedSpec(counts.shape[0], rows, block_size)
+        spec.check_capacity(function, "max_tokens_per_batch")
     return counts, rows, block_size
 
 
@@ -80,24 +80,14 @@ def ops_moe_align_block_size(
     code taken.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if fast_path.open_to_all():
-        done = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            False,
-            expert_map,
-            expert_map is not None,
-            None,
-            buffers if scatter_idx is None else (*buffers, scatter_idx),
-            None,
-            0 if scatter_idx is None else fast_path.SCATTER,
-            True,
-        )
-        if done is not None:
-            return
+    out, form = buffers, fast_path.IN_PLACE
+    if scatter_idx is not None:
+        out, form = (*buffers, scatter_idx), fast_path.IN_PLACE | fast_path.SCATTER
+    key = (num_experts, block_size, False, expert_map is not None, None, form)
+    if fast_path.attempt(key, topk_ids, expert_map, None, out) is not None:
+        return
     function = "ops_moe_align_block_size"
-    problem, operands, _ = align.check(
+    spec, operands, _ = checks.check_alignment(
         function, topk_ids, num_experts, block_size, None, expert_map, False, False, None
     )
     device = topk_ids.device
@@ -109,8 +99,8 @@ def ops_moe_align_block_size(
     _ops.chosen("block_align_into", device)(
         topk_ids,
         operands.get("expert_map"),
-        problem.num_experts,
-        problem.block_size,
+        spec.num_experts,
+        spec.block_size,
         *buffers,
         scatter_idx,
     )
@@ -149,17 +139,10 @@ def ops_batched_moe_align_block_size(
     Source: as `ops_moe_align_block_size`.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if fast_path.open_to_all():
-        done = fast_path.attempt(
-            expert_num_tokens,
-            max_tokens_per_batch,
-            block_size,
-            out=buffers,
-            form=fast_path.BATCHED,
-            in_place=True,
-        )
-        if done is not None:
-            return
+    form = fast_path.BATCHED | fast_path.IN_PLACE
+    key = (max_tokens_per_batch, block_size, False, False, None, form)
+    if fast_path.attempt(key, expert_num_tokens, None, None, buffers) is not None:
+        return
     function = "ops_batched_moe_align_block_size"
     counts, max_tokens_per_batch, block_size = check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size

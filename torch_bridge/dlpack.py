@@ -19,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[impo
 from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
 from moe_align_jax._core import checks, fork
+from torch_bridge import _checks
 
 if TYPE_CHECKING:
     import jax
@@ -264,15 +265,6 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     return share(tensor)
 
 
-def not_dense(tensor: torch.Tensor) -> str | None:
-    """What kind of tensor has no plain strided memory, or None."""
-    if tensor.is_nested:  # it has no shape to describe
-        return "a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"{checks.describe(tensor)} of layout {tensor.layout}"
-    return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
-
-
 def check_tensor(function: str, argument: str, tensor: object) -> None:
     """Checks that a tensor is dense and has data. (DLPack would read garbage from a FakeTensor.)"""
     if not isinstance(tensor, torch.Tensor):
@@ -282,7 +274,7 @@ def check_tensor(function: str, argument: str, tensor: object) -> None:
         what = f"a fake, meta or transformed tensor, {checks.describe(tensor)}"
         remedy = "Call it on real tensors; under torch.compile, call torch_bridge's operations."
         raise TypeError(checks.message(function, argument, "have data", what, remedy))
-    if what := not_dense(tensor):
+    if what := _checks.not_dense(tensor):
         remedy = "Call to_dense() or dequantize() first."
         raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
 

@@ -17,7 +17,7 @@ import torch
 
 from moe_align_jax._core import checks as _checks
 from torch_bridge import _checks as checks
-from torch_bridge import _ops, align
+from torch_bridge import _ops
 from torch_bridge._direct import fast_path
 from torch_bridge._vllm_ops import check_batched
 from torch_bridge._vllm_ops import (
@@ -69,21 +69,15 @@ def moe_align_block_size(
     scattered = return_scatter_idx is True and (
         expert_map is None or ignore_invalid_experts is True
     )
-    if (return_scatter_idx is False or scattered) and fast_path.open_to_all():
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            pad_sorted_ids,
-            expert_map,
-            ignore_invalid_experts,
-            form=fast_path.SCATTER if scattered else 0,
-        )
+    if return_scatter_idx is False or scattered:
+        form = fast_path.SCATTER if scattered else 0
+        key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, None, form)
+        results = fast_path.attempt(key, topk_ids, expert_map)
         if results is not None:
             return results
     function = "moe_align_block_size"
     checks.check_bool(function, "return_scatter_idx", return_scatter_idx)
-    problem, operands, limit = align.check(
+    spec, operands, limit = checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -104,8 +98,8 @@ def moe_align_block_size(
                 "Pass ignore_invalid_experts=True, or leave scatter_idx out.",
             )
         )
-    problem = dataclasses.replace(problem, with_scatter_idx=return_scatter_idx)
-    return tuple(align.aligned(problem, operands, limit, "auto"))
+    spec = dataclasses.replace(spec, with_scatter_idx=return_scatter_idx)
+    return tuple(_ops.aligned(spec, operands, limit, "auto"))
 
 
 def batched_moe_align_block_size(
@@ -137,12 +131,10 @@ def batched_moe_align_block_size(
 
     Source: as `moe_align_block_size`.
     """
-    if fast_path.open_to_all():
-        results = fast_path.attempt(
-            expert_num_tokens, max_tokens_per_batch, block_size, form=fast_path.BATCHED
-        )
-        if results is not None:
-            return results
+    key = (max_tokens_per_batch, block_size, False, False, None, fast_path.BATCHED)
+    results = fast_path.attempt(key, expert_num_tokens)
+    if results is not None:
+        return results
     function = "batched_moe_align_block_size"
     counts, max_tokens_per_batch, block_size = check_batched(
         function, expert_num_tokens, max_tokens_per_batch, block_size

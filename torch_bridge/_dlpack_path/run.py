@@ -18,32 +18,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_bridge import dlpack
-from torch_bridge._direct import call
-from torch_bridge._specs import Problem
+from torch_bridge._specs import Spec
 
 if TYPE_CHECKING:
     import jax
 
-    from torch_bridge._plan import Plan
+    from torch_bridge._plan import Resolved
 
 # XLA memory that may wait for torch's copies before a call waits for the oldest of them.
 _MAX_KEPT_BYTES = 256 << 20
 
 
 def execute(
-    plan: "Plan",
-    problem: Problem,
+    decided: "Resolved",
     operands: Mapping[str, torch.Tensor],
-    *,
     max_valid_pairs: int | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Runs the plan. Returns the int32 tensors of `problem.outputs`, in order, or `out`."""
+    """Does what was decided for this path, or gives the results of no pairs.
+
+    Args:
+        decided: what is asked, by which implementation, and what is copied.
+        operands: its tensors by name, with data.
+        max_valid_pairs: num_valid_pairs as an int.
+        out: tensors of the results to write; None for new ones.
+
+    Returns:
+        The int32 tensors of the results, in order, or `out`.
+    """
+    spec, plan = decided.spec, decided.plan
     device = next(iter(operands.values())).device
     if plan.implementation == "none":
-        return _empty_results(problem, device, out)
-    if plan.path == "direct":
-        return call.execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+        return _empty_results(spec, device, out)
     from torch_bridge._dlpack_path import jax_calls
 
     with dlpack.on_device(device):
@@ -52,7 +58,7 @@ def execute(
             for name, x in operands.items()
         }
         arrays = {name: dlpack.share(_flat(name, x)) for name, x in inputs.items()}
-        results = jax_calls.run(problem, plan.implementation, arrays, max_valid_pairs)
+        results = jax_calls.run(spec, plan.implementation, arrays, max_valid_pairs)
         handed = hand_over(results, copy="outputs" in plan.copies, out=out)
     # Only now may the inputs be released: torch's stream waits for the program (rule 2).
     del arrays, inputs
@@ -64,13 +70,15 @@ def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1) if name == "topk_ids" else tensor
 
 
-def _empty_results(problem, device, out) -> list[torch.Tensor]:
+def _empty_results(
+    spec: Spec, device: torch.device, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
     """The results for no pairs, without jax: no rows are in use."""
     if out is None:
         fills = {"num_tokens_post_padded": 0, "tokens_per_expert": 0}
         return [
             torch.full(shape, fills.get(name, -1), dtype=torch.int32, device=device)
-            for name, shape in problem.outputs.items()
+            for name, shape in spec.outputs.items()
         ]
     for tensor in out:
         tensor.zero_()  # only the count has elements

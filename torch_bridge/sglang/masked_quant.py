@@ -13,9 +13,9 @@ from moe_align_jax._core import checks as _checks
 from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD, MaskedQuantProblem
 from torch_bridge import _checks as checks
 from torch_bridge import _ops, dlpack
-from torch_bridge._direct import inplace
-from torch_bridge._direct import program as direct
-from torch_bridge.align import launches_at_once
+from torch_bridge._direct import inplace, store
+from torch_bridge._direct.program import LoadedProgram
+from torch_bridge._dlpack_path import run as dlpack_call
 
 _FUNCTION = "silu_and_mul_masked_post_quant_fwd"
 _MOSAIC_ALIGNMENT = 256
@@ -79,7 +79,7 @@ def silu_and_mul_masked_post_quant_fwd(
     alpha, limit = gemm1_alpha or 0.0, gemm1_clamp_limit or 0.0
     tensors = {"input": input, "masked_m": masked_m, "output": output, "output_scale": output_scale}
     group = _check(tensors, quant_group_size, scale_ue8m0, alpha, limit)
-    if launches_at_once(tensors):
+    if _ops.launches_at_once(tensors):
         _run("auto", tensors, group, scale_ue8m0, alpha, limit)
         return
     op = _ops.chosen(_OPERATOR, input.device)
@@ -112,37 +112,24 @@ def _operator(path, x, masked_m, output, output_scale, group, ue8m0, alpha, limi
 # -- the direct launch ---------------------------------------------------------------------------
 
 
-def _program(problem: MaskedQuantProblem, tensors) -> direct.Program | None:
-    """The kernel, ready to launch on these tensors; None where it cannot."""
+def _program(problem: MaskedQuantProblem, tensors) -> LoadedProgram | None:
+    """The kernel, ready to launch on these tensors; None where that is not possible, and jax computes."""
     x, masked_m, output, scales = tensors
-    if direct.unavailable(x.device) is not None:
+    if store.unavailable(x.device) is not None:
         return None
     if any(t.data_ptr() % _MOSAIC_ALIGNMENT for t in (x, output, scales)):
         return None
     if x.is_neg() or masked_m.is_neg():  # jax gets a copy that has the signs
         return None
-    index = x.device.index
-    program = direct.loaded(index, problem)  # type: ignore[arg-type]
-    if program is not None:
-        return program
-    if direct.failure(index, problem):  # type: ignore[arg-type]
+    index, programs = x.get_device(), store.here
+    if programs.failure(index, problem):
         return None
-    if torch.cuda.is_current_stream_capturing():
-        raise direct.Miss(
-            _checks.message(
-                _FUNCTION,
-                "a call in a CUDA-graph capture",
-                "find its kernel loaded",
-                f"none for input {list(x.shape)}",
-                "Call it once with these shapes and options before the capture.",
-            )
-        )
+    remedy = "Call it once with these shapes and options before the capture."
     try:
-        direct.prepare(index, [problem])  # type: ignore[list-item]
-    except direct.Unavailable as reason:
-        direct.warn_once(str(reason))
+        return programs.program_for(_FUNCTION, index, problem, remedy)
+    except store.Unavailable as reason:
+        programs.warn_once(str(reason))
         return None
-    return direct.loaded(index, problem)  # type: ignore[arg-type]
 
 
 # -- over DLPack ---------------------------------------------------------------------------------
@@ -161,8 +148,6 @@ def _compiled(problem: MaskedQuantProblem):
 
 
 def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> None:
-    from torch_bridge._dlpack_path import run
-
     dlpack.jax_platform(_FUNCTION, x.device)
     dlpack.check_not_capturing(_FUNCTION, x.device)
     with dlpack.on_device(x.device):
@@ -178,7 +163,7 @@ def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> N
             scales = scales[..., : problem.max_rows].transpose(1, 2)
         _copy_rows(output_scale, scales, rows[:, None] if problem.packed else rows[..., None])
         if x.is_cuda:
-            run.kept_memory.keep_until_read(views)
+            dlpack_call.kept_memory.keep_until_read(views)
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
