@@ -169,7 +169,8 @@ class FakeCuda:
             if name in values:
                 assert values[name] % 256 == 0
                 self._sizes[name] = values[name] >> 8
-        exact = exact_shapes(problem, **self._sizes) if self._sizes else {}
+        is_sized = getattr(problem, "sized_at_launch", False)
+        exact = exact_shapes(problem, **self._sizes) if is_sized else {}
         shapes = {**kernel.inputs, **kernel.outputs}
         shapes |= {name: exact[name] for name in shapes if name in exact}
         held = {}
@@ -250,8 +251,11 @@ def problem_of(spec, operands, has_limit=False):
     return problems.problem_for(spec, operands, tuning, has_limit)
 
 
-def remember(spec, operands, topk=None, rows=0):
-    """Makes a call for the first time, so that the fast path knows it; `rows`: in place, into so many."""
+def remember(fake, spec, operands, topk=None, rows=0):
+    """Makes a call for the first time, so that the fast path knows it; `rows`: in place, into so many.
+
+    Its launches are forgotten.
+    """
     out = larger = None
     if rows:
         sized = spec if isinstance(spec, BatchedSpec) else dataclasses.replace(spec, rows=rows)
@@ -262,6 +266,7 @@ def remember(spec, operands, topk=None, rows=0):
         larger = Buffers(sized, buffers)
     key = fast_path.key_of(spec, topk, in_place=rows > 0)
     _ops.run(spec, operands, out=out, key=key, larger=larger)
+    fake.launched.clear()
 
 
 def exact_shapes(problem: Any, *, num_pairs: int, capacity: int, first_id: int) -> dict:

@@ -283,7 +283,7 @@ def compare_with_numpy(
     import numpy as np
 
     names, selftest = list(shapes), _beside("selftest")
-    specs = machine_driver.load(kernels, cubins, names)
+    specs = machine_driver.load_kernels(kernels, cubins, names)
     launches = driver.Launches(machine_driver, specs, len(names))
     if problem.name == _MASKED_QUANT:
         return _compare_masked_quant(driver, machine_driver, problem, launches, names)

@@ -216,7 +216,7 @@ class Driver:
         finally:
             cuda.cuLinkDestroy(state)
 
-    def load(
+    def load_kernels(
         self, kernels: Sequence[Mapping[str, Any]], cubins: Sequence[bytes], names: Sequence[str]
     ) -> list[LaunchSpec]:
         """Loads kernels into the current context, ready to launch.

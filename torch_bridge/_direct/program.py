@@ -29,6 +29,7 @@ class LoadedProgram:
 
     Attributes:
         outputs: names of its results, in order.
+        specs: its kernels, and how each is launched.
         max_capacity: the most rows that a launch may ask for.
         launch: `launch(*values)` enqueues the kernels on torch's current stream of the current device, which
             must be the program's. `values` are 64-bit words in the order of the problem's inputs and outputs:
@@ -43,7 +44,7 @@ class LoadedProgram:
         given = (*problem.inputs, *self.outputs)
         names = (*given, *entry.between)
         machine.driver.enter(index)
-        specs = machine.driver.load(entry.kernels, entry.cubins, names)
+        self.specs = machine.driver.load_kernels(entry.kernels, entry.cubins, names)
         # Buffers between the kernels lie one behind the other in one piece of memory.
         words, starts, bounded = 0, [], False
         for name, shape in entry.between.items():
@@ -62,7 +63,7 @@ class LoadedProgram:
         self.launch = driver.launcher(
             machine.driver,
             index,
-            specs,
+            self.specs,
             len(given),
             len(names),
             machine.current_stream,
