@@ -22,8 +22,11 @@ IDS_REMEDY = "Pass the expert ids that torch.topk returned, not their weights."
 
 
 def sizes_are_known() -> bool:
-    """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
-    tensors. The operator checks them then."""
+    """Whether sizes are numbers that can be compared now.
+
+    Under torch.compile they may be symbols, and under torch.jit.trace they are tensors; then the operator
+    checks them when it runs.
+    """
     return not (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
@@ -40,6 +43,7 @@ def check_path(function: str, path: object) -> str:
 
 
 def check_bool(function: str, argument: str, value: object) -> None:
+    """Raises TypeError unless it is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(
             checks.message(
@@ -64,7 +68,7 @@ def not_dense(tensor: torch.Tensor) -> str | None:
 def check_integer_tensor(
     function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Checks for a dense integer tensor, on `device` if one is given."""
+    """The value, which must be a dense integer tensor, on `device` if one is given."""
     if not isinstance(value, torch.Tensor):
         what = checks.describe(value)
         raise TypeError(
@@ -102,7 +106,7 @@ def check_integer_tensor(
 
 
 def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
-    """`topk` equals the last dimension, or divides the length of a 1-D `topk_ids`."""
+    """Raises unless `topk` equals the last dimension of `topk_ids`, or divides the length of a 1-D one."""
     remedy = "Pass the experts per token of these topk_ids, or leave topk out."
     number = checks.check_positive_int(function, "topk", topk, remedy)
     if topk_ids.dim() == 1:
@@ -118,6 +122,7 @@ def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
 def check_expert_map(
     function: str, value: object, num_experts: int, device: torch.device
 ) -> torch.Tensor:
+    """The value, which must be an integer tensor of one entry per expert, on `device`."""
     remedy = "Pass one local id (or -1) per global expert."
     expert_map = check_integer_tensor(function, "expert_map", value, remedy, device)
     if expert_map.dim() != 1 or expert_map.shape[0] != num_experts:
@@ -131,7 +136,7 @@ def check_expert_map(
 def check_num_valid_pairs(
     function: str, value: object, device: torch.device
 ) -> tuple[torch.Tensor | None, int | None]:
-    """num_valid_pairs as a device scalar or as a Python int within int32."""
+    """num_valid_pairs as (scalar tensor, None) or (None, int within int32); (None, None) where it is None."""
     remedy = "Pass the number of pairs in use, as an int or a scalar integer tensor."
     if value is None:
         return None, None

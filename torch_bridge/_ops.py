@@ -4,8 +4,9 @@ Each has a twin: `NAME` launches directly where that is possible, and can be cap
 `NAME_dlpack` goes through jax and is tagged unsafe for CUDA graphs, so that inductor splits its graphs there.
 Which of the two a graph holds is decided before tracing, by the device (`chosen`).
 
-`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. A list of results costs more
-than a tuple, and so does each option that could be passed: the plain call has an overload of its own.
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. A list of results
+costs more than a tuple, and so does each option that could be passed: the plain call has an overload of its
+own.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 _UNSAFE = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
-# Trailing defaults cost nothing: the dispatcher hands a Python body only what differs from them.
+# Trailing defaults cost no time: the dispatcher gives a Python body only the arguments that differ from them.
 _ALIGN_SIZES = "Tensor topk_ids, int num_experts, int block_size"
 _ALIGN_OPTIONS = (
     "Tensor? expert_map=None, Tensor? num_valid_pairs=None, SymInt? max_valid_pairs=None, "
@@ -238,6 +239,7 @@ def _batched_block_align(path, expert_num_tokens, max_tokens_per_batch, block_si
 
 
 def _fake_results(spec: Spec, like: torch.Tensor) -> list[torch.Tensor]:
+    """Results of the right shapes, on the device of `like`."""
     return [like.new_empty(shape, dtype=torch.int32) for shape in spec.outputs.values()]
 
 
@@ -274,12 +276,12 @@ def _batched_block_align_fake(expert_num_tokens, max_tokens_per_batch, block_siz
 
 
 def on_path(body: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """The body with its first argument. (Torch takes functions only.)"""
+    """The body of an operator with its first argument, the path. (Torch takes functions, no partials.)"""
     return lambda *arguments, **named: body(path, *arguments, **named)
 
 
 def both(body: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A body for each of the two paths."""
+    """A body for an operator and one for its twin."""
     return on_path(body, "auto"), on_path(body, "dlpack")
 
 
@@ -294,7 +296,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {}
 
 
 def dlpack_name(base: str) -> str:
-    """The name of an operator's twin."""
+    """The name of an operator's twin, which goes through jax."""
     name, dot, overload = base.partition(".")
     return f"{name}_dlpack{dot}{overload}"
 
@@ -306,13 +308,22 @@ def register(
     bodies: tuple[Callable[..., Any], Callable[..., Any]],
     fake: Callable[..., Any],
 ) -> None:
-    """Defines the operator `base` and its twin through DLPack."""
+    """Defines the operator `base` and its twin.
+
+    Args:
+        library: holds their definitions, and must outlive their use.
+        base: the operator's name, with `.overload` if it has one.
+        schema: arguments and results, as torch writes them.
+        bodies: what runs on real tensors: the operator's and its twin's.
+        fake: what runs on tensors without data.
+    """
     names, tags = (base, dlpack_name(base)), (_COMPLIANT, _COMPLIANT + _UNSAFE)
     for name, body, tag in zip(names, bodies, tags, strict=True):
         library.define(name + schema, tags=tag)
         for key in ("CPU", "CUDA"):
             library.impl(name, body, key)
-        # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
+        # Without this the dispatcher copies a lazily negated tensor before the body sees it, and the plan
+        # would not say so.
         library.impl(name, torch.library.fallthrough_kernel, "Negative")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
         packet, _, overload = name.partition(".")
@@ -339,7 +350,8 @@ def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[...,
 
 
 def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
-    """Whether a call may go past torch's dispatcher, which costs the host 3 us: plain tensors on a GPU that can
+    """Whether a call may go past torch's dispatcher, which costs the host 3 us: plain tensors on a GPU that
+    can
     launch directly, and nobody who records or transforms operators."""
     if not fast_path.open_to_all():
         return False
@@ -396,7 +408,7 @@ def op_options(
 def check_no_overlap(
     function: str, out: Sequence[torch.Tensor], operands: dict[str, torch.Tensor]
 ) -> None:
-    """No tensor of `out` shares a byte with another of them or with an input."""
+    """Raises ValueError where a tensor of `out` shares a byte with another of them or with an input."""
     for i, target in enumerate(out):
         others = [(f"out[{j}]", x) for j, x in enumerate(out) if j < i] + list(operands.items())
         for name, other in others:
@@ -413,7 +425,7 @@ def check_no_overlap(
 
 
 def overlaps(target: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a contiguous tensor shares a byte with another one of any strides."""
+    """Whether `target`, which is contiguous, shares a byte with `other`, which may have any strides."""
     if not target.numel() or not other.numel():
         return False
     start, end = target.data_ptr(), target.data_ptr() + target.nbytes

@@ -1,6 +1,7 @@
 """Decides a call before it runs: what is asked, on which path, by which program, and why.
 
-`resolve` decides once, and its answer is handed down: `_ops.run` obeys it, and `torch_bridge.explain` shows its plan.
+`resolve` decides once, and its answer is handed down: `_ops.run` obeys it, and `torch_bridge.explain` shows
+its plan.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""moe_align_block_size and align_blocks on torch tensors, and explain."""
+"""The alignment on torch tensors: moe_align_block_size, align_blocks, and explain, which shows their plan."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -222,7 +222,7 @@ def explain(
 def check_out(
     function: str, out: Sequence[torch.Tensor], spec: AlignSpec, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three contiguous int32 tensors of the exact shapes. The operator checks overlap."""
+    """`out`, which must be three contiguous int32 tensors of the exact shapes. (Overlap is checked later.)"""
     remedy = "Pass (sorted_token_ids, expert_ids, num_tokens_post_pad) from torch.empty."
     if not isinstance(out, (tuple, list)) or len(out) != 3:
         what = f"{len(out)} items" if isinstance(out, (tuple, list)) else _checks.describe(out)

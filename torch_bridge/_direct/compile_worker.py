@@ -7,8 +7,8 @@ as in the releases that we checked is refused. Before a program is handed over i
 is compared with NumPy (the self-test): a defect ends this process, never the user's.
 
 Protocol: a JSON request on standard input, files in the folder that it names, a JSON answer on standard
-output's last line. An "error" of the whole answer is "for_every_program" where any other program would meet it
-too, as when the compiler is missing; without that word it may pass, as a lack of memory does.
+output's last line. An "error" of the whole answer is "for_every_program" where any other program would meet
+it too, as when the compiler is missing; without that word it may pass, as a lack of memory does.
 """
 
 import ctypes

@@ -5,10 +5,10 @@ by everything that could change the machine code or its meaning, written under a
 place, and checked before use; what does not check is removed and made again. The folder belongs to the user
 alone, and its size is bounded. Imports neither jax nor torch.
 
-Only programs are kept. Why something could not be compiled is remembered by the process alone. Every reason
-that holds for a whole machine (no compiler, an unknown jaxlib, a GPU for one process) is found before jax is
-imported, in some tenths of a second; and such a call then takes DLPack, of which the first call imports jax and
-starts its client on the GPU, so that nobody would notice the difference.
+Only programs are kept, not the reasons why something could not be compiled: those are remembered by each
+process for itself. A reason that holds for a whole machine (no compiler, an unknown jaxlib, a GPU that one
+process owns) is found before jax is imported, in some tenths of a second. The call then takes DLPack, and
+importing jax and starting its client on the GPU takes far longer than that.
 """
 
 import contextlib

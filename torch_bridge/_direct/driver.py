@@ -3,10 +3,10 @@
 Two kinds of processes use it: the user's, which loads and launches, and the one that compiles
 (compile_worker.py), which also assembles and tests. Everything here is the driver's public API (cuda.h).
 
-Why not `cuda.bindings`: torch's wheels on PyPI require it (2.11 to 2.14, Linux, from 2.13 on Python < 3.15), but
-a torch from elsewhere (conda, a container, a build from source, the CPU's wheels) need not bring it.
-The launch itself would stay in ctypes, where arguments are prepared once and a call converts nothing. Two
-bindings to one library would be more to trust than these functions are.
+Why not `cuda.bindings`: torch's wheels on PyPI require it (2.11 to 2.14, Linux, from 2.13 on for Python
+below 3.15), but a torch from elsewhere (conda, a container, a build from source) need not bring
+it. The launch itself would stay in ctypes, where arguments are prepared once and a call converts nothing.
+Two bindings to one library would be more to trust than these functions are.
 """
 
 import ctypes
@@ -177,7 +177,7 @@ class Driver:
     # -- contexts, code, memory -----------------------------------------------------------------
 
     def enter(self, device: int) -> None:
-        """Makes the device's primary context current in this thread: that of the CUDA runtime, so of torch."""
+        """Makes the device's primary context, which torch uses too, current in this thread."""
         context = self._contexts.get(device) or self._retain_context(device)
         if result := self.library.cuCtxSetCurrent(context):
             self.check(result, "cuCtxSetCurrent")
@@ -352,14 +352,13 @@ def launcher(
     kernels. A repeated call spends 5 us in all, so everything that it needs is bound here once.
 
     Args:
-        driver: loaded the kernels.
-        device: the program's device, which is current in every launch.
-        specs: the kernels.
-        num_given: values that the caller gives, the first ones: pointers, and sizes.
-        num_values: with the pointers to buffers between the kernels.
-        current_stream: the stream to launch on, of a device.
-        take_between: `take_between(launches, stream)` points the next launch on a stream at memory between its
-            kernels and returns what holds that memory; None where there is none.
+        driver: loaded the kernels. device: the program's device, which is current in every launch. specs:
+        the kernels. num_given: how many values the caller gives: pointers, and sizes. num_values: how many
+        with the pointers to buffers between the kernels, which come last. current_stream: the stream to
+        launch on, of a device. take_between: `take_between(launches, stream)` points the next launch on a
+        stream at memory between its
+            kernels and returns what holds that memory. Not called where `launches` keeps it for the default
+            stream. None for a program that has no such memory.
     """
     threads, pack = threading.local(), struct.Struct(f"{num_given}Q").pack_into
 

@@ -1,9 +1,9 @@
-"""The fast path: the way of a call that is like an earlier one. Every entry point takes it first.
+"""The fast path: how a call that is like an earlier one is launched. Every entry point tries it first.
 
-An argument check, a plan and the size arithmetic depend on a call's shape, dtype, device and options alone. Once
-they have passed, a later call with the same needs only the launch. It is found by its key and by its ids (`find`,
-`attempt`), and asks again only what can differ then: the tensors' layout and memory, and the current device.
-`_direct/call.py` puts a call here when it has succeeded for the first time.
+The checks, the plan and the size arithmetic of a call depend on its shape, dtype, device and options alone.
+Once a call has succeeded, `_direct/call.py` keeps it here as a `KnownCall`. A later call with the same
+shape, dtype, device and options is looked up (`attempt`) and launched. Only what can still differ is asked
+again: the layout and memory of the tensors, and the current device.
 """
 
 import math
@@ -21,19 +21,20 @@ from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 _MAX_KNOWN, _MAX_APART = 1 << 14, 16
 _INT32, _ONE = torch.int32, (1,)
 
-# A call's form: whose convention it follows, what it returns besides the three results, and whether it fills the
-# caller's buffers to their end.
+# A call's form: whose convention it follows, what it returns besides the three results, and whether it
+# fills the caller's buffers to their end.
 _COUNTS, _INVERSE, SCATTER, SGLANG, _INACTIVE, BATCHED, IN_PLACE = (1 << bit for bit in range(7))
 
-# A call's key: (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, topk, form). For the batched
-# layout, max_tokens_per_batch stands in place of num_experts. Entry points write it as a plain tuple, for speed;
-# `key_of` makes the same from a spec.
+# A call's key: (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, topk, form). For the
+# batched layout, max_tokens_per_batch stands in place of num_experts. Entry points write it as a plain
+# tuple, for speed; `key_of` makes the same from a spec.
 type Key = tuple[Any, ...]
 
-# By shape, dtype and device of the ids, and by the key; where there is a map, a bound or a buffer to fill, these
-# are added to the key (`_with_tensors`).
+# By shape, dtype and device of the ids, and by the key. Behind a key stand, where the call has a map or a
+# bound, whether it has each of them; and in place, the rows of the buffer.
 _known: dict[tuple[Any, Any, int, Key], "KnownCall"] = {}
-# By key alone, the one that served the last such call: a layer of a model mostly calls as the layer before it.
+# By key alone, the one that served the last such call: a layer of a model mostly calls as the layer before
+# it.
 recent: dict[Key, "KnownCall"] = {}
 
 # Dynamo takes it for True. Other tracers have a dispatch mode, which is asked for below, but for torch.jit's.
@@ -72,8 +73,9 @@ def _matches_nothing(*tensors: torch.Tensor) -> bool:
 def _matcher(*tensors: torch.Tensor) -> Callable[..., bool]:
     """A test whether other tensors are like these.
 
-    It compares type, dtype, device, sizes, strides, and the dispatch keys, which tell a lazy negation. Torch's
-    compiler asks this of a graph's inputs; it takes a third of the time that asking one by one takes.
+    It compares type, dtype, device, sizes, strides, and the dispatch keys, which tell a lazy negation.
+    Torch's compiler asks this of a graph's inputs; it takes a third of the time that asking one by one
+    takes.
     """
     try:
         guards = torch._C._dynamo.guards.TensorGuards  # type: ignore[reportAttributeAccessIssue]
@@ -280,28 +282,30 @@ def attempt(
     if ids.is_nested:
         return None
     options = ()
-    if expert_map is not None or num_valid_pairs is not None or out is not None:
-        rows = 0
-        if out is not None:
-            if not (type(out) is tuple or type(out) is list):
+    if expert_map is not None:
+        is_limited = num_valid_pairs is not None
+        options = (expert_map, num_valid_pairs) if is_limited else (expert_map,)
+        key += (True, is_limited)
+    elif num_valid_pairs is not None:
+        options = (num_valid_pairs,)
+        key += (False, True)
+    if out is not None:
+        if not (type(out) is tuple or type(out) is list):
+            return None
+        if form & IN_PLACE:
+            if not isinstance(out[0], torch.Tensor):
                 return None
-            if form & IN_PLACE:
-                if not isinstance(out[0], torch.Tensor):
-                    return None
-                rows = out[0].numel()
-        is_mapped, is_limited = expert_map is not None, num_valid_pairs is not None
-        if is_mapped:
-            options = (expert_map, num_valid_pairs) if is_limited else (expert_map,)
-        elif is_limited:
-            options = (num_valid_pairs,)
-        if options or rows:
-            key = (*key, is_mapped, is_limited, rows)
-        try:
-            for tensor in (*options, *out) if out else options:
+            key += (out[0].numel(),)
+    try:
+        for tensor in options:
+            if tensor.is_nested:
+                return None
+        if out is not None:
+            for tensor in out:
                 if tensor.is_nested:
                     return None
-        except AttributeError:  # no tensor
-            return None
+    except AttributeError:  # no tensor
+        return None
     last = recent.get(key)
     if last is not None:
         if out is None:
@@ -371,8 +375,10 @@ def keep(key: Key, call: KnownCall, operands: dict[str, torch.Tensor], rows: int
             return
     if len(_known) >= _MAX_KNOWN:
         forget_all()
-    if options or rows:
-        key = (*key, "expert_map" in operands, "num_valid_pairs" in operands, rows)
+    if options:
+        key += ("expert_map" in operands, "num_valid_pairs" in operands)
+    if rows:
+        key += (rows,)
     _known[ids.shape, ids.dtype, call.device, key] = call
 
 

@@ -1,8 +1,8 @@
-"""The in-place form: aligns into buffers that the caller brings, as the peers' compiled ops do.
+"""The in-place form: aligns into buffers that the caller brings, as vLLM's and SGLang's compiled ops do.
 
-A buffer may be larger than the result: it is filled to its end, by the launch itself where the lengths of
-`sorted_token_ids` and `expert_ids` fit together, else by torch. `align_into` is the one place that
-runs such a call; the operators around it mutate their arguments and return nothing.
+A buffer may be larger than the result; it is then filled to its end. The launch does that itself where the
+lengths of `sorted_token_ids` and `expert_ids` fit together; otherwise torch does it afterwards. `align_into`
+runs every such call; the operators around it mutate their arguments and return nothing.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def align_into(
 
     Args:
         function: the name for errors.
-        spec: what to compute. Its capacity is the least that it needs, not the buffers'.
+        spec: what to compute. Its capacity is the least that is enough; the buffers may have more rows.
         operands: its tensors by name, with data, as `_ops.check_data` takes them.
         buffers: one per name of `spec.outputs`, in that order: contiguous int32 on the
             operands' device. Past the result `sorted_token_ids` gets `spec.num_pairs` and
@@ -82,8 +82,9 @@ def align_into(
 def _sized_by_buffers(spec: Spec, buffers: Mapping[str, torch.Tensor]) -> Buffers | None:
     """The buffers as the outputs of one launch that fills them to their end.
 
-    None where no launch can: `expert_ids` is not as long as the rows say, a batched program has its rows compiled
-    in, and with no pairs nothing is launched. (Whether the program takes so many rows, the call finds out.)
+    None where no launch can: `expert_ids` is not as long as the rows say, a batched program has its rows
+    compiled in, and with no pairs nothing is launched. (Whether the program takes so many rows, the call
+    finds out.)
     """
     rows, blocks = buffers["sorted_token_ids"].numel(), buffers["expert_ids"].numel()
     if blocks != checks.cdiv(rows, spec.block_size) or rows > MAX_CAPACITY:
@@ -100,9 +101,10 @@ def _sized_by_buffers(spec: Spec, buffers: Mapping[str, torch.Tensor]) -> Buffer
 
 
 def _first(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The first elements of a buffer, in this shape; a tensor of its own where they do not fit.
+    """The first elements of a buffer, in this shape; a new tensor where the buffer is too short.
 
-    They may lack what no pair can reach: the last, partial block and SGLang's rounded rows.
+    A buffer may be shorter than the result by what no pair can reach: the last, partial block, and the rows
+    by which SGLang's capacity is rounded up.
     """
     size = math.prod(shape)
     if buffer.numel() < size:
@@ -139,7 +141,7 @@ def check_buffer(function: str, argument: str, value: object, device: torch.devi
 
 
 def check_sizes(function: str, spec: Spec, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Each buffer holds its result; the count and scatter_idx exactly."""
+    """Raises ValueError where a buffer is too small; the count and scatter_idx must have the exact size."""
     for name, least in least_sizes(spec).items():
         got, argument = buffers[name], _ARGUMENTS.get(name, name)
         if got.is_neg():
@@ -156,7 +158,7 @@ def check_sizes(function: str, spec: Spec, buffers: Mapping[str, torch.Tensor]) 
 def check_no_overlap(
     function: str, buffers: Mapping[str, torch.Tensor], operands: Mapping[str, torch.Tensor]
 ) -> None:
-    """No buffer shares a byte with another one or with an input."""
+    """Raises ValueError where a buffer shares a byte with another one or with an input."""
     earlier = list(operands.items())
     for name, buffer in buffers.items():
         argument = _ARGUMENTS.get(name, name)

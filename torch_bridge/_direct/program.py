@@ -1,9 +1,10 @@
 """A compiled program on one device: loaded, and launched on torch's current stream.
 
-The stream is asked for at each launch, so that a launch is captured into a CUDA graph like any of torch's own.
+The stream is asked for at each launch, so that a CUDA graph captures a launch like any of torch's own.
 """
 
 import struct
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,6 @@ class LoadedProgram:
     def __init__(
         self, machine: "Machine", index: int, problem: KernelProblem, entry: disk_cache.Entry
     ):
-        self._machine = machine
         self.outputs = tuple(problem.outputs)
         given = (*problem.inputs, *self.outputs)
         names = (*given, *entry.between)
@@ -57,9 +57,6 @@ class LoadedProgram:
         # The kernels loop over any number of rows. Buffers between them, except for histograms, have the
         # length that they were compiled for.
         self.max_capacity = getattr(problem, "capacity", 0) if bounded else MAX_CAPACITY
-        self._between_words, self._between_starts = words, starts
-        self._between_at = 8 * len(given)
-        self._pack_between = struct.Struct(f"{len(starts)}Q").pack_into
         self.launch = driver.launcher(
             machine.driver,
             index,
@@ -67,22 +64,35 @@ class LoadedProgram:
             len(given),
             len(names),
             machine.current_stream,
-            self._take_between if words else None,
+            _between_taker(machine.empty, words, starts, len(given)) if words else None,
         )
 
-    def _take_between(self, launches: driver.Launches, stream: int) -> torch.Tensor:
-        """Points the next launch on `stream` at memory between its kernels, which the caller holds until then.
 
-        It comes from torch's allocator, which hands it out again in this stream's order only. The default
-        stream outlives every thread and is never captured, so a thread keeps its buffer for that one.
-        """
+def _between_taker(
+    empty: Callable[..., torch.Tensor], words: int, starts: Sequence[int], at: int
+) -> Callable[[driver.Launches, int], torch.Tensor]:
+    """Gives a launch its memory between the kernels: the `take_between` of `driver.launcher`.
+
+    Args:
+        empty: `Machine.empty`.
+        words: the int32 words of that memory.
+        starts: where each buffer starts in it, in bytes.
+        at: position of the first buffer's pointer among the program's values.
+    """
+    size, stride, offset = (words,), (1,), 8 * at
+    pack = struct.Struct(f"{len(starts)}Q").pack_into
+
+    def take_between(launches: driver.Launches, stream: int) -> torch.Tensor:
+        """The allocator hands the memory out again in this stream's order only. The default stream outlives
+        every thread and is never captured, so a thread keeps its memory for that one."""
         buffer = None if stream else launches.kept
         if buffer is None:
-            buffer = self._machine.empty((self._between_words,), (1,), torch.int32)
+            buffer = empty(size, stride, torch.int32)
             if not stream:
                 launches.kept = buffer
         start = buffer.data_ptr()
-        addresses = [start + offset for offset in self._between_starts]
-        self._pack_between(launches.values, self._between_at, *addresses)
+        pack(launches.values, offset, *[start + behind for behind in starts])
         launches.kept_is_next = not stream
         return buffer
+
+    return take_between

@@ -1,4 +1,4 @@
-"""Runs a plan on the DLPack path: import, one jax program, hand over. Streams and lifetimes.
+"""Runs a call on the DLPack path: imports its tensors into jax, runs one program, hands the results over.
 
 On CUDA the host never waits for the GPU. Three rules make that safe:
 1. XLA's stream waits for torch's current stream at the import (DLPack's stream argument).
@@ -88,7 +88,13 @@ def _empty_results(
 def hand_over(
     results: "Sequence[jax.Array]", *, copy: bool, out: Sequence[torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    """Results as torch tensors, ordered on torch's current stream; on a CPU, ready."""
+    """jax's results as torch tensors: on CUDA torch's current stream waits for them, on a CPU they are ready.
+
+    Args:
+        results: of the jax program.
+        copy: copy them into torch's memory.
+        out: tensors to copy them into; None for new ones.
+    """
     views = [dlpack.to_torch(x) for x in results]
     if not copy:
         return views
@@ -112,6 +118,7 @@ class _KeptMemory:
         self._lock = threading.Lock()
 
     def keep_until_read(self, views: list[torch.Tensor]) -> None:
+        """Keeps views of XLA's memory until torch's current stream has done what it holds now."""
         event = torch.cuda.Event()
         event.record()
         size = sum(x.nbytes for x in views)
