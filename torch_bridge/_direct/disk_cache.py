@@ -5,10 +5,10 @@ by everything that could change the machine code or its meaning, written under a
 place, and checked before use; what does not check is removed and made again. The folder belongs to the user
 alone, and its size is bounded. Imports neither jax nor torch.
 
-Only programs are kept, not the reasons why something could not be compiled: those are remembered by each
-process for itself. A reason that holds for a whole machine (no compiler, an unknown jaxlib, a GPU that one
-process owns) is found before jax is imported, in some tenths of a second. The call then takes DLPack, and
-importing jax and starting its client on the GPU takes far longer than that.
+Only programs are kept, not the reasons why something could not be compiled: each process remembers those
+for itself. A reason that holds for a whole machine (no compiler, an unknown jaxlib, a GPU that one process
+owns) is found before jax is imported, in the time that a process and its CUDA context take to start. The
+call then takes DLPack, which imports jax and starts jax's client on the GPU: that takes longer.
 """
 
 import contextlib
