@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from torch_bridge import _plan, dlpack
 from torch_bridge._direct import call as direct_call
 from torch_bridge._direct import fast_path, store
@@ -414,7 +414,7 @@ def check_no_overlap(
         for name, other in others:
             if overlaps(target, other):
                 raise ValueError(
-                    _checks.message(
+                    checks.message(
                         function,
                         f"out[{i}]",
                         f"not overlap {name}",

@@ -6,9 +6,8 @@ installed vLLM and `torch_bridge/vllm.py` imports that patch.
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops
+from moe_align_jax._core import checks
+from torch_bridge import _checks, _ops
 from torch_bridge._direct import fast_path, inplace
 from torch_bridge._specs import BatchedSpec
 
@@ -17,15 +16,15 @@ def check_batched(
     function: str, expert_num_tokens: object, max_tokens_per_batch: object, block_size: object
 ) -> tuple[torch.Tensor, int, int]:
     remedy = "Pass the row count of each expert."
-    counts = checks.check_integer_tensor(function, "expert_num_tokens", expert_num_tokens, remedy)
-    rows = _checks.check_positive_int(
+    counts = _checks.check_integer_tensor(function, "expert_num_tokens", expert_num_tokens, remedy)
+    rows = checks.check_positive_int(
         function, "max_tokens_per_batch", max_tokens_per_batch, "Pass the rows per expert."
     )
-    block_size = _checks.check_block_size(function, block_size)
+    block_size = checks.check_block_size(function, block_size)
     if counts.dim() != 1 or counts.shape[0] < 1:
-        what, rule = _checks.describe(counts), "have shape [num_experts] with at least one expert"
-        raise ValueError(_checks.message(function, "expert_num_tokens", rule, what, remedy))
-    if checks.sizes_are_known():
+        what, rule = checks.describe(counts), "have shape [num_experts] with at least one expert"
+        raise ValueError(checks.message(function, "expert_num_tokens", rule, what, remedy))
+    if _checks.sizes_are_known():
         spec = BatchedSpec(counts.shape[0], rows, block_size)
         spec.check_capacity(function, "max_tokens_per_batch")
     return counts, rows, block_size
@@ -87,7 +86,7 @@ def ops_moe_align_block_size(
     if fast_path.attempt(key, topk_ids, expert_map, None, out) is not None:
         return
     function = "ops_moe_align_block_size"
-    spec, operands, _ = checks.check_alignment(
+    spec, operands, _ = _checks.check_alignment(
         function, topk_ids, num_experts, block_size, None, expert_map, False, False, None
     )
     device = topk_ids.device

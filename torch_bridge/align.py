@@ -6,10 +6,9 @@ from typing import Literal
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax.types import AlignedBlocks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops, _plan
+from torch_bridge import _checks, _ops, _plan
 from torch_bridge._direct import fast_path
 from torch_bridge._plan import Plan
 from torch_bridge._specs import AlignSpec
@@ -86,8 +85,8 @@ def moe_align_block_size(
         if results is not None:
             return results
     function = "moe_align_block_size"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    spec, operands, limit = checks.check_alignment(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -152,9 +151,9 @@ def align_blocks(
         if results is not None:
             return AlignedBlocks(*results)
     function = "align_blocks"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    checks.check_bool(function, "return_inverse", return_inverse)
-    spec, operands, limit = checks.check_alignment(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    _checks.check_bool(function, "return_inverse", return_inverse)
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -200,8 +199,8 @@ def explain(
         {'topk_ids': 'it is not contiguous (shape [6, 2], strides [4, 2])'}
     """
     function = "explain"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    spec, operands, limit = checks.check_alignment(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -225,21 +224,21 @@ def check_out(
     """`out`, which must be three contiguous int32 tensors of the exact shapes. (Overlap is checked later.)"""
     remedy = "Pass (sorted_token_ids, expert_ids, num_tokens_post_pad) from torch.empty."
     if not isinstance(out, (tuple, list)) or len(out) != 3:
-        what = f"{len(out)} items" if isinstance(out, (tuple, list)) else _checks.describe(out)
-        raise TypeError(_checks.message(function, "out", "be three tensors", what, remedy))
+        what = f"{len(out)} items" if isinstance(out, (tuple, list)) else checks.describe(out)
+        raise TypeError(checks.message(function, "out", "be three tensors", what, remedy))
     for i, (target, shape) in enumerate(zip(out, spec.shapes().values(), strict=True)):
         if not isinstance(target, torch.Tensor) or target.dtype != torch.int32:
-            what = _checks.describe(target)
+            what = checks.describe(target)
             raise TypeError(
-                _checks.message(function, f"out[{i}]", "be an int32 tensor", what, remedy)
+                checks.message(function, f"out[{i}]", "be an int32 tensor", what, remedy)
             )
         if tuple(target.shape) != shape:
-            what, rule = _checks.describe(target), f"have shape {list(shape)}"
-            raise ValueError(_checks.message(function, f"out[{i}]", rule, what, remedy))
+            what, rule = checks.describe(target), f"have shape {list(shape)}"
+            raise ValueError(checks.message(function, f"out[{i}]", rule, what, remedy))
         if target.device != device:
             rule = f"be on the device of topk_ids, {device}"
-            raise ValueError(_checks.message(function, f"out[{i}]", rule, target.device, remedy))
+            raise ValueError(checks.message(function, f"out[{i}]", rule, target.device, remedy))
         if target.layout != torch.strided or not target.is_contiguous():
             what = f"strides {list(target.stride())}"
-            raise ValueError(_checks.message(function, f"out[{i}]", "be contiguous", what, remedy))
+            raise ValueError(checks.message(function, f"out[{i}]", "be contiguous", what, remedy))
     return out[0], out[1], out[2]

@@ -15,9 +15,8 @@ import dataclasses
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops
+from moe_align_jax._core import checks
+from torch_bridge import _checks, _ops
 from torch_bridge._direct import fast_path
 from torch_bridge._vllm_ops import check_batched
 from torch_bridge._vllm_ops import (
@@ -76,8 +75,8 @@ def moe_align_block_size(
         if results is not None:
             return results
     function = "moe_align_block_size"
-    checks.check_bool(function, "return_scatter_idx", return_scatter_idx)
-    spec, operands, limit = checks.check_alignment(
+    _checks.check_bool(function, "return_scatter_idx", return_scatter_idx)
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -90,7 +89,7 @@ def moe_align_block_size(
     )
     if return_scatter_idx and expert_map is not None and not ignore_invalid_experts:
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "return_scatter_idx",
                 "come with ignore_invalid_experts=True when there is an expert_map",

@@ -354,18 +354,17 @@ def _compare_masked_quant(
 def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[str], dict]:
     """(launches as dicts, PTX of each kernel, shape of every buffer between the kernels)."""
     if problem.name == _MASKED_QUANT:
-        from moe_align_jax._masked_quant import launch as masked_quant
+        from moe_align_jax._masked_quant.launch import direct_kernel
 
         try:
-            kernel = masked_quant.direct_kernel(problem)
+            kernel = direct_kernel(problem)
         except NotImplementedError as reason:
             raise CompileError(str(reason)) from None
         [(ptx, launch)] = compiler([kernel])
         return [launch._asdict()], [ptx], {**kernel.inputs, **kernel.outputs}
-    from moe_align_jax._align import kernels as block_align
-    from moe_align_jax._align import tables
+    from moe_align_jax._align import kernels, tables
 
-    program = block_align.build(problem, tables.config_for(problem))
+    program = kernels.build(problem, tables.config_for(problem))
     shapes: dict[str, tuple[int, ...]] = dict(program.inputs)
     launches, texts = [], []
     for kernel, (ptx, launch) in zip(program.kernels, compiler(program.kernels), strict=True):
@@ -410,7 +409,7 @@ def _serve(request: dict) -> list[dict]:
             "start a new process"
         )
     from moe_align_jax import types
-    from moe_align_jax._masked_quant import problem as _quant
+    from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()
@@ -418,8 +417,8 @@ def _serve(request: dict) -> list[dict]:
     with ThreadPoolExecutor(_THREADS, initializer=enter) as pool:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
-            module = _quant if hasattr(_quant, kind) else types
-            problem = getattr(module, kind)(**fields)
+            is_quant = kind == MaskedQuantProblem.__name__
+            problem = (MaskedQuantProblem if is_quant else getattr(types, kind))(**fields)
             try:
                 answer, cubins = _program(driver, machine_driver, compiler, pool, problem)
             except CompileError as error:

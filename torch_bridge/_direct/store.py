@@ -172,7 +172,8 @@ def unavailable(device: torch.device) -> str | None:
 
 def launches_on(device_type: str, index: int | None) -> bool:
     """Whether operators on that device are launched directly. (Dynamo takes the answer for a constant.)"""
-    return here.machine.launches_on(torch.device(device_type, index))
+    place = device_type if index is None else f"{device_type}:{index}"
+    return here.machine.launches_on(torch.device(place))
 
 
 # torch.compiler.assume_constant_result sets this too, but imports the compiler: 2 s that eager users need not

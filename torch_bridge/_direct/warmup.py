@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax.types import BatchedAlignProblem
 from torch_bridge._direct import problems, store
 from torch_bridge._specs import BatchedSpec
@@ -61,11 +61,11 @@ def warmup(
         18
     """
     function = "warmup"
-    num_experts = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    block_size = checks.check_block_size(function, block_size)
     remedy = "Pass the most tokens of a call, and the experts per token."
-    max_tokens = _checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
-    topk = _checks.check_positive_int(function, "topk", topk, remedy)
+    max_tokens = checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
+    topk = checks.check_positive_int(function, "topk", topk, remedy)
     most = max_tokens * topk
     device = torch.device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -84,7 +84,7 @@ def warmup(
     }
     if batched and (given := [name for name, on in options.items() if on]):
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "batched",
                 "come without options of the other ops",
@@ -96,7 +96,7 @@ def warmup(
         spec = BatchedSpec(num_experts, max_tokens, block_size)
         spec.check_capacity(function, "max_tokens")
     else:
-        _checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
+        checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
     programs = store.here
     try:
         if reason := programs.machine.unavailable(device):
@@ -126,7 +126,7 @@ def warmup(
     except store.Unavailable as reason:
         what = str(reason).rstrip(".")
         raise NotImplementedError(
-            _checks.message(
+            checks.message(
                 function,
                 "device",
                 "be one that the kernels can be launched on",

@@ -19,9 +19,8 @@ here, and every slot is written: tails of `sorted_token_ids` read n and of `expe
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops
+from moe_align_jax._core import checks
+from torch_bridge import _checks, _ops
 from torch_bridge._direct import fast_path, inplace
 from torch_bridge._specs import SglangSpec
 from torch_bridge.sglang.masked_quant import (
@@ -83,13 +82,13 @@ def moe_align_block_size(
         if results is not None:
             return results
     function = "moe_align_block_size"
-    topk_ids = checks.check_integer_tensor(function, "topk_ids", topk_ids, checks.IDS_REMEDY)
-    block_size = _checks.check_block_size(function, block_size)
-    num_experts = _checks.check_num_experts(function, num_experts)
-    checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
-    checks.check_bool(function, "return_inactive_prefix_count", return_inactive_prefix_count)
-    checks.check_bool(function, "pad_expert_ids", pad_expert_ids)
-    if checks.sizes_are_known():
+    topk_ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY)
+    block_size = checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    _checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
+    _checks.check_bool(function, "return_inactive_prefix_count", return_inactive_prefix_count)
+    _checks.check_bool(function, "pad_expert_ids", pad_expert_ids)
+    if _checks.sizes_are_known():
         spec = SglangSpec(topk_ids.numel(), num_experts, block_size)
         spec.check_capacity(function, "topk_ids")
     op = _ops.chosen("sglang_block_align", topk_ids.device)
@@ -160,24 +159,24 @@ def ops_moe_align_block_size(
         if fast_path.attempt(key, topk_ids, None, None, buffers) is not None:
             return
     function = "ops_moe_align_block_size"
-    topk_ids = checks.check_integer_tensor(function, "topk_ids", topk_ids, checks.IDS_REMEDY)
-    buckets = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
-    checks.check_bool(function, "pad_sorted_token_ids", pad_sorted_token_ids)
-    checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
+    topk_ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY)
+    buckets = checks.check_num_experts(function, num_experts)
+    block_size = checks.check_block_size(function, block_size)
+    _checks.check_bool(function, "pad_sorted_token_ids", pad_sorted_token_ids)
+    _checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
     if buckets < 2:
         rule, remedy = "be at least 2", "Pass the number of experts plus one."
-        raise ValueError(_checks.message(function, "num_experts", rule, buckets, remedy))
+        raise ValueError(checks.message(function, "num_experts", rule, buckets, remedy))
     device = topk_ids.device
     inplace.check_buffer(function, "sorted_token_ids", sorted_token_ids, device)
     inplace.check_buffer(function, "experts_ids", experts_ids, device)
     inplace.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
     inplace.check_buffer(function, "cumsum_buffer", cumsum_buffer, device)
     if cumsum_buffer.numel() < buckets + 1:
-        rule, what = f"have at least {buckets + 1} elements", _checks.describe(cumsum_buffer)
+        rule, what = f"have at least {buckets + 1} elements", checks.describe(cumsum_buffer)
         remedy = "Pass num_experts + 1 of them."
-        raise ValueError(_checks.message(function, "cumsum_buffer", rule, what, remedy))
-    if checks.sizes_are_known():
+        raise ValueError(checks.message(function, "cumsum_buffer", rule, what, remedy))
+    if _checks.sizes_are_known():
         spec = SglangSpec(topk_ids.numel(), buckets - 1, block_size)
         spec.check_capacity(function, "topk_ids")
     _ops.chosen("sglang_block_align_into", device)(

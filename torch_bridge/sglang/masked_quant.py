@@ -9,10 +9,9 @@ import functools
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD, MaskedQuantProblem
-from torch_bridge import _checks as checks
-from torch_bridge import _ops, dlpack
+from torch_bridge import _checks, _ops, dlpack
 from torch_bridge._direct import inplace, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
@@ -177,22 +176,20 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     """The checks that also work while tracing; returns the group size as an int."""
     for argument, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+            what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
             rule = "be a torch.Tensor"
-            raise TypeError(_checks.message(_FUNCTION, argument, rule, what, remedy))
+            raise TypeError(checks.message(_FUNCTION, argument, rule, what, remedy))
     x, masked_m, output, output_scale = tensors.values()
-    checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
+    _checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
     remedy = "Pass how many values share a scale, for example 128."
-    group = _checks.check_positive_int(_FUNCTION, "quant_group_size", group_size, remedy)
+    group = checks.check_positive_int(_FUNCTION, "quant_group_size", group_size, remedy)
     for argument, number in (("gemm1_alpha", alpha), ("gemm1_clamp_limit", limit)):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            what, remedy = _checks.describe(number), "It is compiled into the kernel."
-            raise TypeError(
-                _checks.message(_FUNCTION, argument, "be a Python number", what, remedy)
-            )
+            what, remedy = checks.describe(number), "It is compiled into the kernel."
+            raise TypeError(checks.message(_FUNCTION, argument, "be a Python number", what, remedy))
         if not 0 <= number < float("inf"):
             remedy = "Pass 0 for none."
-            raise ValueError(_checks.message(_FUNCTION, argument, "be at least 0", number, remedy))
+            raise ValueError(checks.message(_FUNCTION, argument, "be at least 0", number, remedy))
     if x.dtype not in _DTYPES:
         _fail(TypeError, "input", "be bfloat16 or float16", x)
     if output.dtype != torch.float8_e4m3fn:
@@ -202,7 +199,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     if x.dim() != 3 or x.shape[2] % 2 or not x.shape[2] or x.shape[2] // 2 % group:
         _fail(ValueError, "input", f"have shape [e, M, 2 N], N a multiple of {group}", x)
     experts, rows, width = x.shape[0], x.shape[1], x.shape[2] // 2
-    checks.check_integer_tensor(
+    _checks.check_integer_tensor(
         _FUNCTION, "masked_m", masked_m, "Pass the valid rows of each expert."
     )
     packed, groups = output_scale.dtype == torch.int32, width // group
@@ -223,14 +220,14 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
         if tensor.device != x.device:
             rule = f"be on the input's device, {x.device}"
             raise ValueError(
-                _checks.message(_FUNCTION, argument, rule, tensor.device, "Move it there.")
+                checks.message(_FUNCTION, argument, rule, tensor.device, "Move it there.")
             )
     _scale_layout(output_scale)
     for argument in ("input", "output", "masked_m"):
         if not tensors[argument].is_contiguous():
             strides = f"strides {list(tensors[argument].stride())}"
             remedy = f"Pass {argument}.contiguous()."
-            raise ValueError(_checks.message(_FUNCTION, argument, "be contiguous", strides, remedy))
+            raise ValueError(checks.message(_FUNCTION, argument, "be contiguous", strides, remedy))
     return group
 
 
@@ -264,17 +261,17 @@ def _scale_layout(scales: torch.Tensor) -> str:
     if scales.is_contiguous():
         return "column_major" if packed else "row_major"
     experts, rows, groups = scales.shape
-    pitch = _checks.round_up(rows, 4)
+    pitch = checks.round_up(rows, 4)
     if not packed and scales.stride() == (groups * pitch, 1, pitch):
         return "column_major"
     rule, what = "be contiguous, or column-major for TMA", f"strides {list(scales.stride())}"
     remedy = "Pass torch.empty([e, M, G])."
-    raise ValueError(_checks.message(_FUNCTION, "output_scale", rule, what, remedy))
+    raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
 
 
 def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> None:
     remedy = "See torch_bridge.sglang for what each tensor holds."
-    raise kind(_checks.message(_FUNCTION, argument, rule, _checks.describe(tensor), remedy))
+    raise kind(checks.message(_FUNCTION, argument, rule, checks.describe(tensor), remedy))
 
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
