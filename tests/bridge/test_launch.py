@@ -393,8 +393,8 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     """Their programs would be kept under the key of what the asking process had imported."""
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
-    assert set(answer) == {"error", "until"} and "were changed" in answer["error"]
-    assert answer["until"] == "restart"
+    assert set(answer) == {"error", "for_every_program"} and "were changed" in answer["error"]
+    assert answer["for_every_program"] is True
 
 
 def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
