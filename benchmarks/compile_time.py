@@ -152,7 +152,7 @@ def direct_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         }
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, str(machine.ROOT / "torch_bridge" / "launch.py")],
+            [sys.executable, str(machine.ROOT / "torch_bridge" / "_direct" / "compile_worker.py")],
             input=json.dumps(request),
             capture_output=True,
             text=True,

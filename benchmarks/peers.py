@@ -375,27 +375,25 @@ def prepare_direct(cases: Sequence[Case]) -> str:
     """
     import torch
 
-    from torch_bridge._direct import call
-    from torch_bridge._direct import program as direct
+    from torch_bridge._direct import problems, store
 
     device = torch.device("cuda", torch.cuda.current_device())
     wanted = {
-        call.sized(
+        problems.bucket_problem(
             case.num_pairs,
             case.num_experts,
             case.block_size,
-            torch.int32,
             expert_map="filter" * case.with_options,
-            num_valid_pairs=case.with_options,
-            tokens_per_expert=case.with_options,
+            has_num_valid_pairs=case.with_options,
+            return_counts=case.with_options,
             return_inverse=case.with_options,
-            tuning=direct.tuning(device),
+            tuning=store.here.machine.tuning(device),
         )
         for case in cases
     }
     try:
-        direct.prepare(device.index, sorted(wanted), again=True)
-    except direct.Unavailable as reason:
+        store.here.prepare(device.index, sorted(wanted), again=True)
+    except store.Unavailable as reason:
         return str(reason)
     return ""
 

@@ -90,15 +90,13 @@ def check_bool(
 
 
 def check_block_size(function: str, value: object) -> int:
-    return check_positive_int(
-        function, "block_size", value, "Pass the rows per GEMM block (its BLOCK_M), for example 64."
-    )
+    remedy = "Pass the rows per GEMM block (its BLOCK_M), for example 64."
+    return check_int(function, "block_size", value, 1, remedy)
 
 
 def check_num_experts(function: str, value: object) -> int:
-    return check_positive_int(
-        function, "num_experts", value, "Pass the number of global (physical) experts."
-    )
+    remedy = "Pass the number of global (physical) experts."
+    return check_int(function, "num_experts", value, 1, remedy)
 
 
 def capacity(num_pairs, *, block_size: int, num_experts: int, pad_sorted_ids: bool, minimum=min):
