@@ -179,6 +179,11 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._masked_quant.reference": {
         "moe_align_jax._masked_quant.problem",
     },
+    "moe_align_jax.quantization": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._masked_quant.reference",
+    },
     "moe_align_jax._align.reference": {
         "moe_align_jax._align.replicas",
         "moe_align_jax.types",
