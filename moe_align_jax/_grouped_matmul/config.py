@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.problem import E4M3, SCALE_GROUP, MatmulProblem
 
 _INT32_MAX = 2**31 - 1
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
@@ -12,6 +12,7 @@ UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
 COMPUTING = 2  # warpgroups that multiply
 MAX_SHARED_BYTES = 232_448
+E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
 class Config(NamedTuple):
@@ -77,13 +78,26 @@ DEFAULT_RULES = Rules()
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
+def named_only(problem: MatmulProblem) -> str | None:
+    """Why the kernel does not run this problem by default, though it may be able to; or None."""
+    if problem.scales:
+        return "its e4m3 products have not run on a GPU yet: it runs when named"
+    return None
+
+
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why the kernel does not take this problem, or None."""
     sizes = [d for shape, _ in problem.inputs.values() for d in shape]
     if not all(isinstance(size, (int, np.integer)) for size in sizes):
         return "the kernel needs static shapes; export a symbolic shape with 'xla'"
-    if problem.dtype not in ("bfloat16", "float16"):
-        return f"the kernel multiplies bfloat16 and float16; x is {problem.dtype}"
+    if problem.scales:
+        if problem.k % SCALE_GROUP or problem.n % E4M3_COLUMNS or not problem.k or not problem.n:
+            rule = f"K a multiple of {SCALE_GROUP} and N one of {E4M3_COLUMNS}"
+            return f"the kernel multiplies e4m3 with {rule}; they are {problem.k} and {problem.n}"
+        if max(problem.num_rows, problem.num_tokens) * problem.scale_groups > _INT32_MAX:
+            return "the kernel counts scales of x in int32; these are too many"
+    elif problem.dtype not in ("bfloat16", "float16"):
+        return f"the kernel multiplies bfloat16, float16 and {E4M3}; x is {problem.dtype}"
     for name, size in (("K", problem.k), ("N", problem.n)):
         if size % UNIT or not size:
             rule = f"{name} must be a positive multiple of 8; it is {size}"

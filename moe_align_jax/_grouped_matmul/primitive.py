@@ -10,6 +10,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
@@ -25,7 +26,8 @@ def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> s
 def choose(problem: MatmulProblem, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
     if implementation is None:
-        return "xla" if unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
+        refused = config.named_only(problem) or unavailable(problem, "mosaic_gpu", platform)
+        return "xla" if refused else "mosaic_gpu"
     if reason := unavailable(problem, implementation, platform):
         raise select._not_implemented(problem.function, implementation, reason)
     return implementation
@@ -111,6 +113,10 @@ def _differentiable(problem: MatmulProblem, implementation: str | None, floats, 
 
 
 def _forward(problem, implementation, floats, where):
+    if problem.scales:
+        rule, remedy = "not be differentiated", "Train in bfloat16, or pass jax.lax.stop_gradient."
+        rule = checks.message(problem.function, "e4m3 x", rule, "a tangent", remedy)
+        raise NotImplementedError(rule)
     return _differentiable(problem, implementation, floats, where), (floats, where)
 
 
