@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,13 +51,10 @@ def find(
     """
     if interpret:
 
-        def one(r, found):
-            row = start + r if ids_ref is None else ids_ref[start + r]
-            there = (row >= 0) & (row < limit) & (start + r < end)
-            row = row if ids_ref is None else lax.div(row, _I32(top_k))
-            return jnp.where(jnp.arange(rows) == r, jnp.where(there, row, -1), found)
-
-        return lax.fori_loop(0, rows, one, jnp.full(rows, -1, _I32))
+        place = start + jnp.arange(rows, dtype=_I32)
+        row = place if ids_ref is None else ids_ref[pl.ds(start, rows)]
+        there = (row >= 0) & (row < limit) & (place < end)
+        return jnp.where(there, row if ids_ref is None else lax.div(row, _I32(top_k)), -1)
     layout, scalar = _layout(rows), plgpu.Layout.WG_SPLAT(())
     [size] = (-(-rows // inline.THREADS) * inline.THREADS,)
     refs = () if ids_ref is None else (plgpu.RefType(),)
@@ -117,14 +115,8 @@ def copy(
     """
     if interpret:
         every = scales_ref[...].reshape(-1)
-
-        def one(r, _):
-            row = found[r]
-            scale = every[jnp.where(row >= 0, first + row * stride, 0)]
-            tile_ref[r] = jnp.where(row >= 0, scale, jnp.zeros_like(scale))
-            return ()
-
-        lax.fori_loop(0, rows, one, ())
+        scales = every[jnp.where(found >= 0, first + found * stride, 0)]
+        tile_ref[pl.ds(0, rows)] = jnp.where(found >= 0, scales, jnp.zeros_like(scales))
         return
 
     @inline._inline(

@@ -11,8 +11,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import config as tiles
+from moe_align_jax._grouped_matmul import launch
 from tests.matmul import oracle
 from tests.matmul.test_matmul import ids_of
+from tests.matmul.test_matmul_forms import made
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -378,3 +381,72 @@ def test_errors(kind, text, change):
     given |= {"block_size": 4, "top_k": 1, "transpose_rhs": True} | change
     with pytest.raises(kind, match=rf"^grouped_matmul: {text}"):
         maj.grouped_matmul(given.pop("x"), given.pop("w"), aligned, **given)
+
+
+# -- the kernel's body -----------------------------------------------------------------------------
+
+SWAP = tiles.Config("swap", 16, 128, 128, 6, group=0)
+WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
+N = tiles.Config("n", 64, 256, 128, 4)
+M = tiles.Config("m", 128, 128, 128, 5, late=True)
+TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
+COLUMNS, PACKED, PACKED_ROWS = LAYOUTS[1:4]
+SILU = {"activation": "silu"}
+# (Sizes and options of make_case, tiles): tokens, top_k, experts, K, N, block_size.
+FORMS = {
+    "swap, silu, interleaved, gathered": (
+        *((9, 2, 3, 256, 64, 16), SILU | {"interleaved": True, "bias": True, "row_weights": True}),
+        WIDE,
+    ),
+    "swap, gathered, packed": ((9, 2, 3, 256, 192, 8), {"layout": PACKED}, SWAP._replace(bm=8)),
+    "n, pair, single scales": (
+        *((9, 1, 2, 256, 64, 64), SILU | {"pair": True, "weights": OF_EXPERTS, "gather": False}),
+        N,
+    ),
+    "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
+    "m, partial, silu, float32, one scale": (
+        (9, 2, 2, 128, 64, 100),
+        SILU
+        | {"gather": False, "preferred_element_type": "float32", "layout": {"single": True}},
+        M._replace(late=False),
+    ),
+    "tall, packed": ((9, 1, 1, 256, 64, 192), {"gather": False, "layout": PACKED_ROWS}, TALL),
+}
+
+
+def in_the_interpreter(monkeypatch, function, config, *args, **options):
+    """What a public function would run, by the kernel's body with these tiles."""
+    problem, operands = made(monkeypatch, function, *args, **options)
+    assert not tiles.unsupported(problem)
+    run = functools.partial(launch.run, problem, config=config._replace(num_ctas=2), interpret=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return np.asarray(jax.jit(run)(*operands))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_in_the_interpreter(name, monkeypatch):
+    size, options, config = FORMS[name]
+    operands, given, want = make_case(*size, **options)
+    out = in_the_interpreter(monkeypatch, maj.grouped_matmul, config, *operands, **given)
+    found = out[: len(want)].astype(np.float64)
+    assert oracle.error(found, want) < BOUND[given.get("preferred_element_type", "bfloat16")]
+
+
+@pytest.mark.parametrize("layout", [COLUMNS, PACKED], ids=str)
+def test_masked_in_the_interpreter(layout, monkeypatch):
+    """Tiles of 16 of 20 rows: the second reaches into the next expert's."""
+    case = make_masked(layout, n=64)
+    x, w, options, want = case
+    given = x, w, COUNTS
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, SWAP, *given, **options)
+    for rows, count, expected in zip(out.reshape(4, 20, 64), COUNTS, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
+def test_the_emulator_by_its_name():
+    x, w, options, want = make_masked({}, k=128, n=64, counts=np.array([3, 2], np.int32), most=8)
+    run = functools.partial(maj.masked_grouped_matmul, implementation="emulator", **options)
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = jax.jit(run)(x, w, np.array([3, 2], np.int32))
+    assert oracle.error(out[0, :3], want[0]) < BOUND["bfloat16"]
+    assert oracle.error(out[1, :2], want[1]) < BOUND["bfloat16"]
