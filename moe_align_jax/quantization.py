@@ -1,23 +1,16 @@
 """quantize_rowwise, quantize_blockwise: e4m3 codes and scales, as the fp8 grouped products take them."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from moe_align_jax._core import checks
-from moe_align_jax._masked_quant.problem import (
-    COLUMN_MULTIPLE,
-    GROUPS_PER_WORD,
-    ScaleFormat,
-    ScaleLayout,
-)
-from moe_align_jax._masked_quant.reference import codes, scale_of
+from moe_align_jax._masked_quant import casts
+from moe_align_jax._masked_quant.problem import ScaleFormat, ScaleLayout
 
-_GROUP = 128
+_GROUP = casts.GROUP
 _DTYPES = ("bfloat16", "float16", "float32")
 _FORMATS = ("float32", "ue8m0", "ue8m0_packed")
 _LAYOUTS = ("row_major", "column_major")
@@ -85,7 +78,7 @@ def quantize_rowwise(
         rule = f"have a last dimension that is a multiple of {_GROUP}"
         remedy = "Pad K with zeros: a scale belongs to 128 columns."
         raise ValueError(checks.message(function, "x", rule, checks.describe(x), remedy))
-    return _rowwise(
+    return casts.rowwise(
         x,
         scale_format=scale_format,
         scale_layout=scale_layout,
@@ -132,59 +125,12 @@ def quantize_blockwise(
     function = "quantize_blockwise"
     w = _check_values(function, "w", w, "[..., N, K]")
     _check_choice(function, "scale_format", scale_format, _FORMATS[:2])
-    return _blockwise(
+    return casts.blockwise(
         w,
         scale_format=scale_format,
         floor=_check_floor(function, amax_floor),
         divide=checks.check_bool(function, "divide", divide),
     )
-
-
-# -- arithmetic ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("scale_format", "scale_layout", "floor", "divide"))
-def _rowwise(
-    x: jax.Array, *, scale_format: str, scale_layout: str, floor: float, divide: bool
-) -> tuple[jax.Array, jax.Array]:
-    with jax.named_scope("quantize_rowwise"):
-        shape = x.shape
-        x = lax.stop_gradient(x)
-        groups = x.astype(jnp.float32).reshape(*shape[:-1], shape[-1] // _GROUP, _GROUP)
-        scale = scale_of(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), floor, scale_format)
-        q = codes(groups, scale[..., None], divide=divide).reshape(shape)
-        columns = scale_layout == "column_major"
-        if scale_format != "ue8m0_packed":
-            if columns:
-                scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
-            return q, scale
-        exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
-        exponents = _pad_last(exponents, GROUPS_PER_WORD)
-        words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
-        words = lax.bitcast_convert_type(words, jnp.int32)
-        return q, words.swapaxes(-1, -2) if columns else words
-
-
-def _pad_last(array: jax.Array, multiple: int) -> jax.Array:
-    spare = -array.shape[-1] % multiple
-    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, spare))) if spare else array
-
-
-@functools.partial(jax.jit, static_argnames=("scale_format", "floor", "divide"))
-def _blockwise(
-    w: jax.Array, *, scale_format: str, floor: float, divide: bool
-) -> tuple[jax.Array, jax.Array]:
-    with jax.named_scope("quantize_blockwise"):
-        *lead, n, k = w.shape
-        spare = (*[(0, 0)] * len(lead), (0, -n % _GROUP), (0, -k % _GROUP))
-        values = jnp.pad(lax.stop_gradient(w).astype(jnp.float32), spare)
-        blocks = (checks.cdiv(n, _GROUP), checks.cdiv(k, _GROUP))
-        values = values.reshape(*lead, blocks[0], _GROUP, blocks[1], _GROUP)
-        amax = jnp.max(jnp.abs(values), axis=(-3, -1), initial=0.0)
-        scale = scale_of(amax, floor, scale_format)
-        q = codes(values, scale[..., :, None, :, None], divide=divide)
-        q = q.reshape(*lead, blocks[0] * _GROUP, blocks[1] * _GROUP)
-        return q[..., :n, :k], scale
 
 
 # -- checks ----------------------------------------------------------------------------------------

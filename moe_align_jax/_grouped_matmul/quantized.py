@@ -96,7 +96,7 @@ def check_products(
     """Of `grouped_matmul` and `masked_grouped_matmul`; `options` are those of the weights."""
     x, x_scales = check_rows(function, "x", x, ndim)
     w, w_scales = split_weights(function, "w", w)
-    check_both(function, x_scales, "w", w_scales, w, options.get("transposed"))
+    check_both(function, x_scales, "w", w_scales, options.get("transposed"))
     weights, arrays = arguments.check_weights(function, w, x, **options)
     if x_scales is None or w_scales is None:
         check_unused_layout(function, scale_layout)
@@ -111,7 +111,7 @@ def check_products(
 
 
 def check_both(
-    function: str, x_scales: Any, argument: str, w_scales: Any, w: Any, transposed: Any
+    function: str, x_scales: Any, argument: str, w_scales: Any, transposed: Any
 ) -> None:
     """That rows and weights are both quantised or neither; and `[E, N, K]`."""
     if (x_scales is None) != (w_scales is None):

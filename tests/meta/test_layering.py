@@ -97,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax.types",
     },
     "moe_align_jax.moe_layer": {
@@ -104,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax._moe_layer",
         "moe_align_jax.block_align",
         "moe_align_jax.expert_location",
@@ -113,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.casts",
         "moe_align_jax._moe_layer",
     },
     "moe_align_jax._moe_layer.plan": {"moe_align_jax._grouped_matmul.problem"},
@@ -125,9 +128,16 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._grouped_matmul.problem": set(),
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
+        "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._grouped_matmul.reference",
+        "moe_align_jax._lowering.select",
+    },
+    "moe_align_jax._grouped_matmul.choice": {
+        "moe_align_jax._grouped_matmul.config",
+        "moe_align_jax._grouped_matmul.primitive",
+        "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._lowering.select",
     },
     "moe_align_jax._grouped_matmul.launch": {
@@ -179,10 +189,14 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._masked_quant.reference": {
         "moe_align_jax._masked_quant.problem",
     },
-    "moe_align_jax.quantization": {
-        "moe_align_jax._core.checks",
+    "moe_align_jax._masked_quant.casts": {
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._masked_quant.reference",
+    },
+    "moe_align_jax.quantization": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._masked_quant.casts",
+        "moe_align_jax._masked_quant.problem",
     },
     "moe_align_jax._align.reference": {
         "moe_align_jax._align.replicas",
@@ -343,11 +357,13 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib.mlir": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
@@ -355,8 +371,10 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks.grouped_matmul",
         "moe_align_jax._grouped_matmul.epilogue",
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._grouped_matmul.kernel",
         "moe_align_jax._grouped_matmul.loads",
+        "moe_align_jax._grouped_matmul.scaled_products",
         "moe_align_jax._layout.kernels.weighted_sum",
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._simt.mosaic",
@@ -367,6 +385,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
