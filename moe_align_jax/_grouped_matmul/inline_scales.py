@@ -50,7 +50,6 @@ def find(
         interpret: whether Pallas' interpreter runs it.
     """
     if interpret:
-
         place = start + jnp.arange(rows, dtype=_I32)
         row = place if ids_ref is None else ids_ref[pl.ds(start, rows)]
         there = (row >= 0) & (row < limit) & (place < end)
@@ -145,5 +144,3 @@ def copy(
                 )
 
     emit(scales_ref, tile_ref, found, first)
-
-

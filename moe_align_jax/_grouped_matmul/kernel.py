@@ -67,7 +67,9 @@ class _Refs:
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
         self.x_scales: Any = refs.pop(0) if problem.scales else None
-        self.w_scales = [refs.pop(0) for _ in range(1 + problem.weights.pair)] if problem.scales else []
+        self.w_scales = (
+            [refs.pop(0) for _ in range(1 + problem.weights.pair)] if problem.scales else []
+        )
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.empty, self.full = refs.pop(), refs.pop()

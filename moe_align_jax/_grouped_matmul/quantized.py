@@ -110,9 +110,7 @@ def check_products(
     return Checked(x, weights, arrays, scales, (scales_of_x, *scales_of_w))
 
 
-def check_both(
-    function: str, x_scales: Any, argument: str, w_scales: Any, transposed: Any
-) -> None:
+def check_both(function: str, x_scales: Any, argument: str, w_scales: Any, transposed: Any) -> None:
     """That rows and weights are both quantised or neither; and `[E, N, K]`."""
     if (x_scales is None) != (w_scales is None):
         which, other = ("x", argument) if x_scales is None else (argument, "x")
@@ -202,7 +200,7 @@ def check_x_scales(
 def check_w_scales(
     function: str, names: list[str], w: Any, scales: list[Any]
 ) -> tuple[str, list[Any]]:
-    """"tensor" or "blocks", and the arrays that `MatmulProblem.inputs` names."""
+    """ "tensor" or "blocks", and the arrays that `MatmulProblem.inputs` names."""
     found, kinds = [], []
     for name, values, each in zip(names, w, scales, strict=True):
         argument = f"scales of {name}"

@@ -162,7 +162,9 @@ class Products:
         exponents = lax.shift_right_logical(scales, lax.broadcast(shift, scales.shape)) & 255
         return lax.bitcast_convert_type(exponents << 23, _F32)
 
-    def _of_blocks(self, tile: Any, warpgroup: jax.Array, k: jax.Array | int) -> tuple[jax.Array, ...]:
+    def _of_blocks(
+        self, tile: Any, warpgroup: jax.Array, k: jax.Array | int
+    ) -> tuple[jax.Array, ...]:
         """float32 scalars, of each sum's weights."""
         problem, weights, refs = self.problem, self.problem.weights, self.refs
         # A tile without an expert reads some expert's, and does not use it.

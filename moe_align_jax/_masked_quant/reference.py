@@ -83,9 +83,7 @@ def masked_quant(
     gate, up = x[..., : problem.width], x[..., problem.width :]
     shape = (experts, rows, groups, problem.group_size)
     values = activation(problem, gate, up).reshape(shape)
-    scale = scale_of(
-        jnp.max(jnp.abs(values), axis=-1), problem.amax_floor, problem.scale_format
-    )
+    scale = scale_of(jnp.max(jnp.abs(values), axis=-1), problem.amax_floor, problem.scale_format)
     q = codes(values, scale[..., None], divide=problem.divide)
     valid = jnp.arange(rows, dtype=jnp.int32)[None] < masked_m.astype(jnp.int32)[:, None]
     q = jnp.where(valid[..., None, None], q, jnp.zeros((), q.dtype))

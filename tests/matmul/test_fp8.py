@@ -64,7 +64,9 @@ def laid_out(scales, scale_format="float32", scale_layout=None):
         return scales
     spare = 0 if packed else -scales.shape[-2] % 4
     columns = np.swapaxes(scales, -1, -2)
-    return np.pad(columns, [*[(0, 0)] * (scales.ndim - 1), (0, spare)], constant_values=np.nan if spare else 0)
+    return np.pad(
+        columns, [*[(0, 0)] * (scales.ndim - 1), (0, spare)], constant_values=np.nan if spare else 0
+    )
 
 
 def of_columns(values, scales):
@@ -81,7 +83,9 @@ def make_w(rng, experts, n, k, kind):
         scales = scales_of(rng, blocks)
         each = np.repeat(np.repeat(scales, 128, 1)[:, :n], 128, 2)[..., :k]
     else:
-        scales = np.exp2(rng.uniform(-9, -5, experts if kind == OF_EXPERTS else ())).astype(np.float32)
+        scales = np.exp2(rng.uniform(-9, -5, experts if kind == OF_EXPERTS else ())).astype(
+            np.float32
+        )
         each = np.broadcast_to(np.reshape(scales, (-1, 1, 1)), values.shape)
     return (values, scales), values.astype(np.float64) * each.astype(np.float64)
 
@@ -186,7 +190,11 @@ CASES = {
     "gpt-oss": {"activation": "silu", "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "bias": True},
     "relu2": {"activation": "relu2", "gated": False},
     "float32": {"preferred_element_type": "float32"},
-    "float16": {"preferred_element_type": "float16", "activation": "silu", "layout": {"single": True}},
+    "float16": {
+        "preferred_element_type": "float16",
+        "activation": "silu",
+        "layout": {"single": True},
+    },
     "one hot expert": {"routing": "hot", "gather": False},
     "ids out of range": {"routing": "dropped", "row_weights": True},
 }
@@ -309,7 +317,9 @@ def test_there_is_no_derivative_and_the_error_says_so():
     def loss(scales):
         return maj.masked_grouped_matmul((x[0], scales), w, COUNTS, **options).sum()
 
-    with pytest.raises(NotImplementedError, match="^masked_grouped_matmul: e4m3 x must not be diff"):
+    with pytest.raises(
+        NotImplementedError, match="^masked_grouped_matmul: e4m3 x must not be diff"
+    ):
         jax.grad(loss)(jnp.asarray(x[1]))
 
 
@@ -344,7 +354,11 @@ def bad_cases():
         (ValueError, r"w must have shape \[E, N, K\].*laid_out", {"w": (w.swapaxes(1, 2), t)}),
         (ValueError, r"x must have values of shape \[rows, K\]", {"x": (x[None], s)}),
         (ValueError, r"scales of x must have shape \[20, 2\] row", {"x": (x, s[:, :1])}),
-        (ValueError, r"scales of x must have shape \[2, 20\] col", {"scale_layout": "column_major"}),
+        (
+            ValueError,
+            r"scales of x must have shape \[2, 20\] col",
+            {"scale_layout": "column_major"},
+        ),
         (TypeError, "scales of x must be float32, or int32", {"x": (x, s.astype(np.float16))}),
         (ValueError, r"scales of w must have shape \[2, 2, 2\]", {"w": (w, t[:, :1])}),
         (TypeError, "scales of w must be float32", {"w": (w, t.astype(np.int32))}),
@@ -406,8 +420,7 @@ FORMS = {
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
     "m, partial, silu, float32, one scale": (
         (9, 2, 2, 128, 64, 100),
-        SILU
-        | {"gather": False, "preferred_element_type": "float32", "layout": {"single": True}},
+        SILU | {"gather": False, "preferred_element_type": "float32", "layout": {"single": True}},
         M._replace(late=False),
     ),
     "tall, packed": ((9, 1, 1, 256, 64, 192), {"gather": False, "layout": PACKED_ROWS}, TALL),
