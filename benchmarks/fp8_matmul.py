@@ -2,13 +2,15 @@
 
 python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variants]
 
-x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results are
-bfloat16. The bfloat16 products get the same values, dequantised and rounded. Before a time is taken, sampled
-rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule. Clocks, counts and child
-processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM in one CUDA graph.
+x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
+are bfloat16. The bfloat16 products get the same values, dequantised and rounded. Before a time is taken,
+sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule. Clocks,
+counts and child processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
+in one CUDA graph.
 
-FOLDER holds the package `deep_gemm`, as `vllm/third_party` of vLLM 0.33's wheel does; it builds its kernels with
-nvcc when it is called. torch's `_scaled_grouped_mm` has no block scales on Hopper, and is not run.
+FOLDER holds the package `deep_gemm`, as `vllm/third_party` of vLLM 0.33's wheel does; it builds its kernels
+with nvcc when it is called. It has not been loaded by us yet: without the option it is left out. torch's
+`_scaled_grouped_mm` has no block scales on Hopper, and is not run.
 """
 
 import argparse
@@ -232,7 +234,10 @@ def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, A
     size = inputs.size
     if size.max_rows:
         _, xs, w, sampled = of_masked(inputs, e4m3=True)
-        shape, counts = (size.experts, size.max_rows, size.n), torch.from_numpy(inputs.counts).cuda()
+        shape, counts = (
+            (size.experts, size.max_rows, size.n),
+            torch.from_numpy(inputs.counts).cuda(),
+        )
         multiply, mean = deep_gemm.m_grouped_fp8_gemm_nt_masked, size.rows // size.experts
         more: tuple[Any, ...] = (counts, mean)
     else:

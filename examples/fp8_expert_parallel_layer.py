@@ -1,4 +1,4 @@
-"""Decode in e4m3, experts split over devices, as one jitted step: SGLang's low-latency layer on DeepEP and DeepGEMM.
+"""Decode in e4m3, experts split over devices, as one jitted step: what SGLang does by DeepEP and DeepGEMM.
 
     dispatch (rows as e4m3, a scale for each row and 128 columns)
     masked_grouped_matmul          [e, M, H]   -> [e, M, 2 F]  bfloat16
@@ -6,11 +6,11 @@
     masked_grouped_matmul          [e, M, F]   -> [e, M, H]    bfloat16
     combine (the weighted sum)
 
-Each stage takes what the one before it gives, as it lies in memory. The load of the experts is recorded in the
-same step. On a CPU `--devices` makes as many: `python examples/fp8_expert_parallel_layer.py --devices 8`.
+Each stage takes what the one before it gives, as it lies in memory. The load of the experts is recorded in
+the same step. On a CPU `--devices` makes as many: `python examples/fp8_expert_parallel_layer.py --devices 8`.
 
-D devices, T tokens on each, K top_k, E experts, e = E / D on each, M rows per expert at most, H hidden, F size
-within an expert; H and F multiples of 128.
+D devices, T tokens on each, K top_k, E experts, e = E / D on each, M rows per expert at most, H hidden, F
+size within an expert; H and F multiples of 128.
 """
 
 import argparse

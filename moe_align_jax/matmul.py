@@ -76,7 +76,7 @@ def grouped_matmul(
         row_weights: `[P]`, any float dtype. Those of rows without a pair are not used, and may be NaN.
         preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's, and
             bfloat16 for e4m3. Static.
-        scale_layout: how scales of x lie, "row_major" or "column_major"; None where their shape tells. Static.
+        scale_layout: how scales of x lie, "row_major" or "column_major"; None where the shape tells. Static.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its kernel
             takes: see `select_matmul_implementation`), or a name, which runs or raises. "emulator" runs the
             kernel's body in Pallas' interpreter on a CPU. Static.
@@ -111,10 +111,7 @@ def grouped_matmul(
     select.check_implementation(function, implementation)
     block_size = checks.check_block_size(function, block_size)
     x, weights, arrays, scales, of_scales = quantized.check_products(
-        function,
-        x,
-        w,
-        2,
+        *(function, x, w, 2),
         scale_layout=scale_layout,
         transposed=transpose_rhs,
         activation=activation,
@@ -178,8 +175,8 @@ def masked_grouped_matmul(
     Args:
         x: `[e, M, K]` bfloat16, float16 or float32; or (e4m3 values, scales), in any layout that `dispatch`,
             `silu_and_mul_masked_quant` and `quantize_rowwise` give them.
-        w: `[e, K, N]` of x's dtype, `[e, K, 2 N]` where an activation is gated, or a pair (gate, up). For e4m3
-            x as for `grouped_matmul`.
+        w: `[e, K, N]` of x's dtype, `[e, K, 2 N]` where an activation is gated, or a pair (gate, up). For
+            e4m3 x as for `grouped_matmul`.
         masked_m: `[e]` any integer dtype, rows in use of each expert; clamped to [0, M].
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha, preferred_element_type,
             scale_layout, implementation: as for `grouped_matmul`.
@@ -203,10 +200,7 @@ def masked_grouped_matmul(
     function = "masked_grouped_matmul"
     select.check_implementation(function, implementation)
     x, weights, arrays, scales, of_scales = quantized.check_products(
-        function,
-        x,
-        w,
-        3,
+        *(function, x, w, 3),
         scale_layout=scale_layout,
         transposed=transpose_rhs,
         activation=activation,

@@ -72,8 +72,8 @@ def fused_moe(
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32. Or (e4m3 values, scales), as for `grouped_matmul`; then the
-            weights are such pairs too, `hidden` is quantised by rows and 128 columns (N is a multiple of 128),
-            and there is no derivative. See docs/fp8.md.
+            weights are such pairs too, `hidden` is quantised by rows and 128 columns (N is a multiple of
+            128), and there is no derivative. See docs/fp8.md.
         w_gate_up: `[E, H, 2 N]` of x's dtype, gate in the first N columns, up in the rest; or a pair (gate,
             up) of `[E, H, N]`. Without `gated`, `[E, H, N]`.
         w_down: `[E, N, H]` of x's dtype.
@@ -98,8 +98,8 @@ def fused_moe(
         num_valid_tokens: None, a Python int or a scalar integer array (a device value, not static): tokens
             from this one on are not real; their results are zero.
         return_tokens_per_expert: also return the pairs that each expert got. Static.
-        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's, and bfloat16 for
-            e4m3. Static.
+        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's, and bfloat16
+            for e4m3. Static.
         scale_layout: how scales of x lie, as for `grouped_matmul`. Static.
         block_size: rows per block of the alignment; None for what suits the sizes (`moe_block_size`). Static.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its

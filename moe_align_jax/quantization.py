@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
@@ -60,6 +59,7 @@ def quantize_rowwise(
         ValueError: K is no multiple of 128, or an option is out of range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> q, scales = quantize_rowwise(jnp.full((2, 256), 3.5))
         >>> q.shape, str(q.dtype), float(q[0, 0]), scales.shape, float(scales[0, 0])
         ((2, 256), 'float8_e4m3fn', 448.0, (2, 2), 0.0078125)
@@ -116,6 +116,7 @@ def quantize_blockwise(
         ValueError: w has fewer than two axes, or an option is out of range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> q, scales = quantize_blockwise(jnp.full((4, 200, 256), -7.0))
         >>> q.shape, float(q[0, 0, 0]), scales.shape, float(scales[0, 1, 1])
         ((4, 200, 256), -448.0, (4, 2, 2), 0.015625)

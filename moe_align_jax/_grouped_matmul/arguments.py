@@ -13,7 +13,9 @@ from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, E4M3, MatmulProbl
 
 DTYPES = ("bfloat16", "float16", "float32")
 # wgmma reads e4m3 along K alone.
-TO_E4M3_LAYOUT = "e4m3 weights are [E, N, K]: ExpertWeights.laid_out(transpose_rhs=True) turns them, and their scales."
+TO_E4M3_LAYOUT = (
+    "They are [E, N, K]: ExpertWeights.laid_out(transpose_rhs=True) turns a layer's, with scales."
+)
 
 
 def _wrong(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> Exception:

@@ -1,8 +1,8 @@
 """Arrays of safetensors files by their names, e4m3 and bfloat16 among them, without a copy.
 
-safetensors' own loaders for NumPy and JAX (0.8) know no float8: they raise AttributeError. The format: 8 bytes
-with the header's length, the header in JSON (`{name: {dtype, shape, data_offsets}}`), and the data, row-major
-and little-endian.
+safetensors' own loaders for NumPy and JAX (0.8) know no float8: they raise AttributeError. The format: 8
+bytes with the header's length, the header in JSON (`{name: {dtype, shape, data_offsets}}`), and the data,
+row-major and little-endian.
 """
 
 import json

@@ -1,11 +1,10 @@
 """quantize_rowwise and quantize_blockwise against NumPy, code by code; nothing is off by one."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-
-import jax
-import jax.numpy as jnp
 
 import moe_align_jax as maj
 

@@ -1,4 +1,4 @@
-"""Products of e4m3 with scales, by "xla" (and by the kernel on a GPU), against NumPy on dequantised operands."""
+"""Products of e4m3 with scales, by "xla" and by the kernel on a GPU, against NumPy's of the same values."""
 
 import functools
 

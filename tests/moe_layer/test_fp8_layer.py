@@ -31,7 +31,9 @@ def wide_blocks(q, scales):
 def block_weights(rng, *shape):
     """((e4m3, scales), float64): by NumPy."""
     w = rng.standard_normal(shape).astype(np.float32) * np.float32(shape[-1] ** -0.5)
-    q, scales = map(np.stack, zip(*(oracle_blockwise(each, 1e-4, False, False) for each in w)))
+    q, scales = map(
+        np.stack, zip(*(oracle_blockwise(each, 1e-4, False, False) for each in w), strict=True)
+    )
     return (q, scales), wide_blocks(q, scales)
 
 
@@ -200,7 +202,9 @@ def test_other_layouts_of_quantized_weights():
         equal(np.ascontiguousarray(values), want[1])
         equal(np.ascontiguousarray(scales), want[2])
     turned = pair.laid_out(transpose_rhs=False)
-    for (values, scales), want in zip((*turned.w_gate_up, turned.w_down), (gate, up, down)):
+    for (values, scales), want in zip(
+        (*turned.w_gate_up, turned.w_down), (gate, up, down), strict=True
+    ):
         assert values.shape == want[1].swapaxes(1, 2).shape
         wide = wide_blocks(np.asarray(values), np.asarray(scales))
         np.testing.assert_array_equal(wide, want[0].swapaxes(1, 2))
