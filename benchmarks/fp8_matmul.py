@@ -5,7 +5,7 @@ python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variant
 x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
 are bfloat16. The bfloat16 products get the same values, dequantised and rounded. Before a time is taken,
 sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule. Clocks,
-counts and child processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
+counts and processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
 in one CUDA graph.
 
 FOLDER holds the package `deep_gemm`, as `vllm/third_party` of vLLM 0.33's wheel does; it builds its kernels

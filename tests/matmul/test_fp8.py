@@ -15,6 +15,7 @@ from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch
 from tests.matmul import oracle
 from tests.matmul.test_matmul import ids_of
+from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
@@ -123,6 +124,7 @@ def make_case(
     routing="uniform",
     bias=False,
     row_weights=False,
+    answers=True,
     seed=0,
     **options,
 ):
@@ -151,6 +153,8 @@ def make_case(
         given["row_weights"] = np.where(real, rng.uniform(0.2, 1.5, len(real)), np.nan).astype(
             np.float32
         )
+    if not answers:
+        return (x, w, aligned), given, None
     wanted = {k: v for k, v in given.items() if k != "preferred_element_type"}
     return (x, w, aligned), given, oracle.blocks(wide_x, wide_w, aligned, **wanted)
 
@@ -215,7 +219,7 @@ def test_blocks(name, implementation):
 COUNTS = np.array([3, 0, 17, 20], np.int32)
 
 
-def make_masked(layout, k=256, n=192, counts=COUNTS, most=20, seed=3, **options):
+def make_masked(layout, k=256, n=192, counts=COUNTS, most=20, seed=3, answers=True, **options):
     """(x, w, options, a list of float64 rows in use for each expert); NaN behind the rows in use."""
     rng = np.random.default_rng(seed)
     gated = options.get("activation") is not None
@@ -223,7 +227,8 @@ def make_masked(layout, k=256, n=192, counts=COUNTS, most=20, seed=3, **options)
     x, wide_x = make_x(rng, (len(counts), most), k, layout, padding)
     w, wide_w = make_w(rng, len(counts), 2 * n if gated else n, k, BLOCKS)
     options["transpose_rhs"] = True
-    return x, w, options, oracle.masked(wide_x, wide_w, counts, **options)
+    want = oracle.masked(wide_x, wide_w, counts, **options) if answers else None
+    return x, w, options, want
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -409,7 +414,7 @@ SILU = {"activation": "silu"}
 # (Sizes and options of make_case, tiles): tokens, top_k, experts, K, N, block_size.
 FORMS = {
     "swap, silu, interleaved, gathered": (
-        *((9, 2, 3, 256, 64, 16), SILU | {"interleaved": True, "bias": True, "row_weights": True}),
+        *((9, 2, 3, 256, 128, 16), SILU | {"interleaved": True, "bias": True, "row_weights": True}),
         WIDE,
     ),
     "swap, gathered, packed": ((9, 2, 3, 256, 192, 8), {"layout": PACKED}, SWAP._replace(bm=8)),
@@ -419,7 +424,7 @@ FORMS = {
     ),
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
     "m, partial, silu, float32, one scale": (
-        (9, 2, 2, 128, 64, 100),
+        (9, 2, 2, 128, 128, 100),
         SILU | {"gather": False, "preferred_element_type": "float32", "layout": {"single": True}},
         M._replace(late=False),
     ),
@@ -463,3 +468,68 @@ def test_the_emulator_by_its_name():
         out = jax.jit(run)(x, w, np.array([3, 2], np.int32))
     assert oracle.error(out[0, :3], want[0]) < BOUND["bfloat16"]
     assert oracle.error(out[1, :2], want[1]) < BOUND["bfloat16"]
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+def on_a_gpu():
+    """(What it is, a function that makes (problem, operands), tiles)."""
+    found = []
+    layouts = {"rows": {}, "columns": COLUMNS, "packed": PACKED, "packed rows": PACKED_ROWS}
+    of_block = {
+        8: SWAP._replace(bm=8),
+        16: SWAP,
+        40: SWAP._replace(bm=40),
+        64: N,
+        128: M,
+        192: TALL,
+    }
+
+    def add(name, config, *size, **options):
+        def make(patch):
+            operands, given, _ = make_case(*size, answers=False, **options)
+            return made(patch, maj.grouped_matmul, *operands, **given)
+
+        found.append((f"{name}, {config.name}", make, config))
+
+    silus = [{}, {"interleaved": True}, {"pair": True, "weights": OF_EXPERTS}] * 2
+    every = [*layouts.items(), ("one scale", {"single": True})]
+    for (name, layout), silu in zip(every, silus[:5], strict=True):
+        for gather in (False, True):
+            for block, config in of_block.items():
+                size = (90, 2, 7, 384, 320, block)
+                text = f"{name}{', gathered' if gather else ''}"
+                add(text, config, *size, gather=gather, layout=layout)
+                wide = config if block >= 64 else WIDE._replace(bm=block, stages=4)
+                both = {"bias": True, "row_weights": True, "routing": "dropped"}
+                more = SILU | both | silu | {"gather": gather, "layout": layout}
+                add(f"{text}, silu", wide, *size, **more)
+    for config in (N, M._replace(late=False), TALL):
+        float32 = {"preferred_element_type": "float32", "gather": False}
+        add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
+        add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
+    add("one piece", M, 90, 2, 7, 256, 64, 128)
+    add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
+    for name, layout in layouts.items():
+        for most, config in ((20, SWAP), (200, N), (512, M), (500, TALL)):
+            counts = np.array([most, 0, 3, most // 2], np.int32)
+
+            def make(patch, layout=layout, most=most, counts=counts):
+                x, w, options, _ = make_masked(layout, counts=counts, most=most, answers=False)
+                return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
+
+            found.append((f"masked {most}, {name}, {config.name}", make, config))
+    return found
+
+
+ON_A_GPU = on_a_gpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("make", "config"), [c[1:] for c in ON_A_GPU], ids=[c[0] for c in ON_A_GPU]
+)
+def test_forms_on_a_gpu(make, config, monkeypatch):
+    """Against "xla", into poisoned memory, twice with the same bits."""
+    check_form(*make(monkeypatch), config, interpret=False)
