@@ -15,8 +15,7 @@ MASKED = Size(24, 256, 128, 4, max_rows=16)
 OPTIONS = argparse.Namespace(only="", variants=True, deep_gemm="x", executions=1, replays=1)
 
 
-@pytest.mark.parametrize("size", [SMALL, MASKED], ids=str)
-@pytest.mark.parametrize("layout", ["column_major", "row_major"])
+@pytest.mark.parametrize(("size", "layout"), [(SMALL, "row_major"), (MASKED, "column_major")])
 def test_ours_is_right_and_a_wrong_row_is_seen(size, layout, monkeypatch):
     inputs = bench.Inputs(size, 2)
     assert inputs.hit == (inputs.counts > 0).sum() and inputs.rows == inputs.counts.sum()
