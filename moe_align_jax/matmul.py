@@ -110,7 +110,7 @@ def grouped_matmul(
     function = "grouped_matmul"
     select.check_implementation(function, implementation)
     block_size = checks.check_block_size(function, block_size)
-    x, weights, arrays, scales, of_scales = quantized.check_products(
+    values, weights, arrays, scales, of_scales = quantized.check_products(
         *(function, x, w, 2),
         scale_layout=scale_layout,
         transposed=transpose_rhs,
@@ -126,29 +126,29 @@ def grouped_matmul(
     if top_k is not None:
         remedy = "Pass the experts per token, topk_ids.shape[1]."
         top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
-        arguments.check_pairs(function, x.shape[0] * top_k, aligned, num_rows)
-    elif x.shape[0] != num_rows:
+        arguments.check_pairs(function, values.shape[0] * top_k, aligned, num_rows)
+    elif values.shape[0] != num_rows:
         rule = f"have {num_rows} rows, as aligned has"
         remedy = "Pass the rows in aligned order, or the tokens and top_k."
-        raise ValueError(checks.message(function, "x", rule, checks.describe(x), remedy))
+        raise ValueError(checks.message(function, "x", rule, checks.describe(values), remedy))
     problem = MatmulProblem(
         function,
         "blocks",
         num_rows,
-        x.shape[1],
+        values.shape[1],
         arguments.result_columns(weights, arrays[0]),
         arrays[0].shape[0],
-        str(x.dtype),
-        arguments.result_dtype(function, x, preferred_element_type),
+        str(values.dtype),
+        arguments.result_dtype(function, values, preferred_element_type),
         weights,
         block_size=block_size,
-        num_tokens=x.shape[0] if top_k else 0,
+        num_tokens=values.shape[0] if top_k else 0,
         top_k=top_k or 0,
         row_weights=row_weights is not None,
         scales=scales,
     )
     extras = arguments.check_extras(function, problem, bias, row_weights)
-    return _run(problem, implementation, x, *arrays, *extras, *of_scales, *where)
+    return _run(problem, implementation, values, *arrays, *extras, *of_scales, *where)
 
 
 def masked_grouped_matmul(
@@ -199,7 +199,7 @@ def masked_grouped_matmul(
     """
     function = "masked_grouped_matmul"
     select.check_implementation(function, implementation)
-    x, weights, arrays, scales, of_scales = quantized.check_products(
+    values, weights, arrays, scales, of_scales = quantized.check_products(
         *(function, x, w, 3),
         scale_layout=scale_layout,
         transposed=transpose_rhs,
@@ -210,7 +210,7 @@ def masked_grouped_matmul(
         swiglu_alpha=swiglu_alpha,
         bias=bias is not None,
     )
-    experts, rows, k = x.shape
+    experts, rows, k = values.shape
     counts = arguments.check_counts(function, "masked_m", masked_m, 0, rows)
     for argument, array in (("w", arrays[0]), ("masked_m", counts)):
         if array.shape[0] != experts:
@@ -224,14 +224,14 @@ def masked_grouped_matmul(
         k,
         arguments.result_columns(weights, arrays[0]),
         experts,
-        str(x.dtype),
-        arguments.result_dtype(function, x, preferred_element_type),
+        str(values.dtype),
+        arguments.result_dtype(function, values, preferred_element_type),
         weights,
         max_rows=rows,
         scales=scales,
     )
     operands = (*arrays, *arguments.check_extras(function, problem, bias, None), *of_scales, counts)
-    y = _run(problem, implementation, x.reshape(experts * rows, k), *operands)
+    y = _run(problem, implementation, values.reshape(experts * rows, k), *operands)
     return y.reshape(experts, rows, problem.n)
 
 

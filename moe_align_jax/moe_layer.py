@@ -133,18 +133,18 @@ def fused_moe(
     """
     function = "fused_moe"
     select.check_implementation(function, implementation)
-    x, x_scales = quantized.check_rows(function, "x", x, 2)
+    values, x_scales = quantized.check_rows(function, "x", x, 2)
     w_gate_up, first_scales = quantized.split_weights(function, "w_gate_up", w_gate_up)
-    w_down, down_scales = quantized.split_weights(function, "w_down", w_down)
+    down, down_scales = quantized.split_weights(function, "w_down", w_down)
     for name, of_w in (("w_gate_up", first_scales), ("w_down", down_scales)):
         quantized.check_both(function, x_scales, name, of_w, transpose_rhs)
-    tokens, hidden = x.shape
-    weights, first, w_down, ffn = arguments.check_experts(
+    tokens, hidden = values.shape
+    weights, first, down, ffn = arguments.check_experts(
         function,
         hidden,
-        x.dtype,
+        values.dtype,
         w_gate_up,
-        w_down,
+        down,
         transposed=transpose_rhs,
         activation=activation,
         gated=gated,
@@ -154,15 +154,15 @@ def fused_moe(
         bias=bias_gate_up is not None,
     )
     given_scales = x_scales, first_scales, down_scales
-    scaled = arguments.check_scales(function, x, first, w_down, ffn, given_scales, scale_layout)
-    experts = w_down.shape[0]
+    scaled = arguments.check_scales(function, values, first, down, ffn, given_scales, scale_layout)
+    experts = down.shape[0]
     columns = 2 * ffn if weights.gated else ffn
     bias_gate_up = arguments.check_bias(function, "bias_gate_up", bias_gate_up, (experts, columns))
     bias_down = arguments.check_bias(function, "bias_down", bias_down, (experts, hidden))
-    topk_weights, topk_ids = arguments.check_routing(function, x, topk_weights, topk_ids)
+    topk_weights, topk_ids = arguments.check_routing(function, values, topk_weights, topk_ids)
     weights_on_input = arguments.check_flag(function, "weights_on_input", weights_on_input)
     counted = arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
-    out_dtype = matmul_arguments.result_dtype(function, x, preferred_element_type)
+    out_dtype = matmul_arguments.result_dtype(function, values, preferred_element_type)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
     elif aligned is not None:
@@ -216,7 +216,7 @@ def fused_moe(
         hidden,
         ffn,
         experts,
-        str(x.dtype),
+        str(values.dtype),
         out_dtype,
         weights,
         bias_down is not None,
@@ -229,7 +229,7 @@ def fused_moe(
         scaled.down,
     )
     operands = layer.Operands(
-        *(x, first, w_down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair),
+        *(values, first, down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair),
         *(scaled.arrays, scaled.down_arrays),
     )
     operands = _check_operands(function, problem, operands)

@@ -48,25 +48,26 @@ def product(x: tuple[jax.Array, jax.Array], w: tuple[jax.Array, jax.Array]) -> j
         w: e4m3 `[N, K]`, and float32 `[ceil(N / 128), ceil(K / 128)]`, or `[1, 1]`.
     """
     (values, scales), (weights, w_scales) = x, w
-    columns, k = weights.shape
+    num_columns, k = weights.shape
     groups = scales.shape[1]
     if spare := groups * SCALE_GROUP - k:
         values, weights = (jnp.pad(a, ((0, 0), (0, spare))) for a in (values, weights))
     if w_scales.shape == (1, 1):
-        w_scales = jnp.broadcast_to(w_scales, (columns, groups))
+        w_scales = jnp.broadcast_to(w_scales, (num_columns, groups))
     else:
-        w_scales = jnp.repeat(w_scales, SCALE_GROUP, axis=0)[:columns]
+        w_scales = jnp.repeat(w_scales, SCALE_GROUP, axis=0)[:num_columns]
 
     def step(group, sums):
-        mine = [
+        rows, columns = (
             lax.dynamic_slice_in_dim(a, group * SCALE_GROUP, SCALE_GROUP, 1).astype(_F32)
             for a in (values, weights)
-        ]
-        partial = lax.dot_general(*mine, (((1,), (1,)), ((), ())), preferred_element_type=_F32)
+        )
+        contracted = (((1,), (1,)), ((), ()))
+        partial = lax.dot_general(rows, columns, contracted, preferred_element_type=_F32)
         of_x, of_w = (
             lax.dynamic_index_in_dim(a, group, 1, keepdims=False) for a in (scales, w_scales)
         )
         return sums + partial * (of_x[:, None] * of_w[None, :])
 
-    sums = jnp.zeros((values.shape[0], columns), _F32)
+    sums = jnp.zeros((values.shape[0], num_columns), _F32)
     return lax.fori_loop(1, groups, step, step(0, sums)) if groups else sums

@@ -36,7 +36,9 @@ class Products:
     def __init__(
         self, problem: MatmulProblem, config: Config, shape: Shape, refs: Any, interpret: bool
     ):
+        assert problem.scales
         self.problem, self.config, self.shape = problem, config, shape
+        self.scales = problem.scales
         self.refs, self.interpret = refs, interpret
         self.swap = config.form == "swap"
         self.gated = problem.weights.gated
@@ -62,7 +64,7 @@ class Products:
         count = self.shape.wm // 64 if self.swap else 1  # accumulators, one after the other
         like = plgpu.ACC((64, self.shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
         of_all = None
-        if self.problem.scales.x == "tensor":
+        if self.scales.x == "tensor":
             of_all = refs.x_scales[0]
 
         def step(k, carry):
@@ -156,7 +158,7 @@ class Products:
         else:
             layout = plgpu.Layout.WGMMA.reduce(0 if self.swap else 1)
             scales = plgpu.load(ref, layout=layout, optimized=False)
-        if not self.problem.scales.packed:
+        if not self.scales.packed:
             return scales
         shift = lax.rem(k, _I32(WORD_GROUPS)) * 8
         exponents = lax.shift_right_logical(scales, lax.broadcast(shift, scales.shape)) & 255
@@ -180,7 +182,7 @@ class Products:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n
-            if problem.scales.w == "tensor":
+            if self.scales.w == "tensor":
                 found.append(ref[expert, 0, 0])
                 continue
             # A tile may have columns that there are none of.

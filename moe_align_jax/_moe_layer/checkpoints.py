@@ -205,8 +205,8 @@ class ExpertWeights:
         # [E, 2 N, H] beside [E, H, N], or [E, H, 2 N] beside [E, N, H]: no sizes fit both.
         transposed = first.shape[1:] == (2 * down.shape[2], down.shape[1])
         biases = mine.get("gate_up_proj_bias"), mine.get("down_proj_bias")
-        both = [_with_scales(mine, prefix, name) for name in ("gate_up_proj", "down_proj")]
-        return cls(*both, *biases, transposed, interleaved)
+        first, down = (_with_scales(mine, prefix, name) for name in ("gate_up_proj", "down_proj"))
+        return cls(first, down, *biases, transposed, interleaved)
 
     @classmethod
     def from_safetensors(

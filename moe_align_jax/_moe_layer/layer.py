@@ -73,8 +73,8 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
                 x, scales = _weighted_input(problem, x, scales, jnp.where(kept, weights, 0.0))
             weights = jnp.ones_like(weights)
         with jax.named_scope("gate_up"):
-            operands = (x, given.w_gate_up, given.bias_gate_up, scales)
-            hidden = _multiply(problem.first, implementation, given, *operands)
+            first = (x, given.w_gate_up, given.bias_gate_up, scales)
+            hidden = _multiply(problem.first, implementation, given, *first)
         scales = given.down_scales
         if problem.scales:
             hidden, of_hidden = casts.rowwise(
@@ -86,8 +86,8 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
             )
             scales = (of_hidden, *scales)
         with jax.named_scope("down"):
-            operands = (hidden, (given.w_down,), given.bias_down, scales)
-            y = _multiply(problem.second, implementation, given, *operands)
+            second = (hidden, (given.w_down,), given.bias_down, scales)
+            y = _multiply(problem.second, implementation, given, *second)
         with jax.named_scope("combine"):
             pair_of_row, _, num_rows = given.where
             dtype = jnp.dtype(problem.out_dtype)
