@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._masked_quant.problem import ScaleFormat, ScaleLayout
 
-_GROUP = casts.GROUP
 _DTYPES = ("bfloat16", "float16", "float32")
 _FORMATS = ("float32", "ue8m0", "ue8m0_packed")
 _LAYOUTS = ("row_major", "column_major")
@@ -74,8 +74,8 @@ def quantize_rowwise(
     if scale_layout is None:
         scale_layout = "column_major" if packed else "row_major"
     _check_choice(function, "scale_layout", scale_layout, _LAYOUTS)
-    if x.shape[-1] % _GROUP:
-        rule = f"have a last dimension that is a multiple of {_GROUP}"
+    if x.shape[-1] % GROUP:
+        rule = f"have a last dimension that is a multiple of {GROUP}"
         remedy = "Pad K with zeros: a scale belongs to 128 columns."
         raise ValueError(checks.message(function, "x", rule, checks.describe(x), remedy))
     return casts.rowwise(

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_align_jax._grouped_matmul.problem import E4M3, SCALE_GROUP, MatmulProblem
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 
-_INT32_MAX = 2**31 - 1
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
@@ -93,10 +94,10 @@ def unsupported(problem: MatmulProblem) -> str | None:
     if not all(isinstance(size, (int, np.integer)) for size in sizes):
         return "the kernel needs static shapes; export a symbolic shape with 'xla'"
     if problem.scales:
-        if problem.k % SCALE_GROUP or problem.n % E4M3_COLUMNS or not problem.k or not problem.n:
-            rule = f"K a multiple of {SCALE_GROUP} and N one of {E4M3_COLUMNS}"
+        if problem.k % GROUP or problem.n % E4M3_COLUMNS or not problem.k or not problem.n:
+            rule = f"K a multiple of {GROUP} and N one of {E4M3_COLUMNS}"
             return f"the kernel multiplies e4m3 with {rule}; they are {problem.k} and {problem.n}"
-        if max(problem.num_rows, problem.num_tokens) * problem.scale_groups > _INT32_MAX:
+        if max(problem.num_rows, problem.num_tokens) * problem.scale_groups > INT32_MAX:
             return "the kernel counts scales of x in int32; these are too many"
     elif problem.dtype not in ("bfloat16", "float16"):
         return f"the kernel multiplies bfloat16, float16 and {E4M3}; x is {problem.dtype}"
@@ -104,7 +105,7 @@ def unsupported(problem: MatmulProblem) -> str | None:
         if size % UNIT or not size:
             rule = f"{name} must be a positive multiple of 8; it is {size}"
             return f"the kernel reads 16 bytes at a time: {rule}"
-    if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > _INT32_MAX:
+    if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > INT32_MAX:
         return "the kernel counts units of 16 bytes of x in int32; these are too many"
     if problem.num_rows >= 1 << 30:
         return f"the kernel takes fewer than 2**30 rows; these are {problem.num_rows}"

@@ -58,27 +58,27 @@ def find(
     [size] = (-(-rows // inline.THREADS) * inline.THREADS,)
     refs = () if ids_ref is None else (plgpu.RefType(),)
 
-    @inline._inline(
+    @inline.emits(
         arg_types=(*refs, scalar, scalar),
         return_type=plgpu.ShapeDtypeStruct((size,), jnp.dtype(_I32), layout=layout),
     )
     def emit(_, *given):
-        first, stop = map(inline._scalar, given[-2:])
+        first, stop = map(inline.scalar_of, given[-2:])
         registers = []
         for i in range(size // inline.THREADS):
-            here = arith.addi(inline._thread(), inline._int(i * inline.THREADS))
-            inside = inline._less(here, inline._int(rows))
+            here = arith.addi(inline.thread_index(), inline.int32(i * inline.THREADS))
+            inside = inline.less(here, inline.int32(rows))
             # Threads without a row take the first.
-            at = arith.addi(first, arith.select(inside, here, inline._int(0)))
+            at = arith.addi(first, arith.select(inside, here, inline.int32(0)))
             row = at
             if ids_ref is not None:
                 row = memref.load(given[0], [arith.index_cast(ir.IndexType.get(), at)])
-            there = arith.cmpi(arith.CmpIPredicate.ult, row, inline._int(limit))
-            there = arith.andi(there, arith.andi(inside, inline._less(at, stop)))
+            there = arith.cmpi(arith.CmpIPredicate.ult, row, inline.int32(limit))
+            there = arith.andi(there, arith.andi(inside, inline.less(at, stop)))
             if ids_ref is not None:
-                row = arith.divui(row, inline._int(top_k))
-            chosen = arith.select(there, row, inline._int(-1))
-            kind = ir.VectorType.get((1,), inline._i32())
+                row = arith.divui(row, inline.int32(top_k))
+            chosen = arith.select(there, row, inline.int32(-1))
+            kind = ir.VectorType.get((1,), inline.i32())
             registers.append(vector.broadcast(kind, chosen))
         return mgpu.FragmentedArray(
             _registers=np.array(registers, dtype=object),
@@ -118,25 +118,25 @@ def copy(
         tile_ref[pl.ds(0, rows)] = jnp.where(found >= 0, scales, jnp.zeros_like(scales))
         return
 
-    @inline._inline(
+    @inline.emits(
         arg_types=(
             *(plgpu.RefType(), plgpu.RefType()),
             *(_layout(rows), plgpu.Layout.WG_SPLAT(())),
         ),
     )
     def emit(_, scales, tile, places, begin):
-        thread = inline._thread()
-        base = arith.addi(inline._shared_address(tile), arith.muli(thread, inline._int(_BYTES)))
+        thread = inline.thread_index()
+        base = arith.addi(inline.shared_address(tile), arith.muli(thread, inline.int32(_BYTES)))
         for i, register in enumerate(places.registers.flat):
             row = vector.extract(register, [], [0])
-            there = arith.cmpi(arith.CmpIPredicate.sge, row, inline._int(0))
-            element = arith.addi(inline._scalar(begin), arith.muli(row, inline._int(stride)))
-            element = arith.select(there, element, inline._int(0))
-            source = inline._global_address(scales, element, _BYTES)
-            target = arith.addi(base, inline._int(i * inline.THREADS * _BYTES))
-            size = arith.select(there, inline._int(_BYTES), inline._int(0))
-            here = arith.addi(thread, inline._int(i * inline.THREADS))
-            with mgpu_utils.when(inline._less(here, inline._int(rows))):
+            there = arith.cmpi(arith.CmpIPredicate.sge, row, inline.int32(0))
+            element = arith.addi(inline.scalar_of(begin), arith.muli(row, inline.int32(stride)))
+            element = arith.select(there, element, inline.int32(0))
+            source = inline.global_address(scales, element, _BYTES)
+            target = arith.addi(base, inline.int32(i * inline.THREADS * _BYTES))
+            size = arith.select(there, inline.int32(_BYTES), inline.int32(0))
+            here = arith.addi(thread, inline.int32(i * inline.THREADS))
+            with mgpu_utils.when(inline.less(here, inline.int32(rows))):
                 mgpu_utils.inline_ptx(
                     "cp.async.ca.shared.global [$0], [$1], 4, $2;",
                     *(target, source, size),

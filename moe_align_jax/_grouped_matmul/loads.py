@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_align_jax._core.fp8 import GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import inline, inline_scales
 from moe_align_jax._grouped_matmul.config import Config
-from moe_align_jax._grouped_matmul.problem import WORD_GROUPS, MatmulProblem
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows
 
 _I32 = jnp.int32
@@ -137,7 +138,7 @@ class Loader:
     def _word(self, k: jax.Array) -> jax.Array:
         """Where the scales of step k are, counted in scales or in words of them."""
         assert self.problem.scales
-        return lax.div(k, _I32(WORD_GROUPS)) if self.problem.scales.packed else k
+        return lax.div(k, _I32(GROUPS_PER_WORD)) if self.problem.scales.packed else k
 
     def _scales(self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any) -> None:
         rows, word = self.config.bm, self._word(k)

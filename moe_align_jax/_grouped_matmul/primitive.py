@@ -8,74 +8,64 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import make_primitive, result_like
+from moe_align_jax._lowering.sharding import vary_together
 
 
 def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> str | None:
     """Why a named implementation cannot run this for `platform`, or None."""
-    if reason := select._unavailable(implementation, platform):
-        return reason
-    return None if implementation == "xla" else config.unsupported(problem)
+    unsupported = functools.partial(config.unsupported, problem)
+    return select.unavailable(implementation, platform, unsupported)
 
 
 def choose(problem: MatmulProblem, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
-    if implementation is None:
-        refused = config.named_only(problem) or unavailable(problem, "mosaic_gpu", platform)
-        return "xla" if refused else "mosaic_gpu"
-    if reason := unavailable(problem, implementation, platform):
-        raise select._not_implemented(problem.function, implementation, reason)
-    return implementation
+    if implementation is None and config.named_only(problem):
+        return "xla"
+    unsupported = functools.partial(config.unsupported, problem)
+    return select.choose(problem.function, platform, implementation, unsupported)
 
 
 def _make(
     name: str, abstract: Callable, lower_as: Callable[..., Callable], results: bool
 ) -> Primitive:
     """A primitive whose parameters are a problem and an implementation's name."""
-    primitive = Primitive(name)
-    primitive.multiple_results = results
-    primitive.def_abstract_eval(abstract)
-    primitive.def_impl(functools.partial(select.run_eagerly, primitive))
 
-    def lower(platform: str, ctx, *operands, problem: MatmulProblem, implementation: str | None):
-        call = functools.partial(lower_as(problem, platform, implementation), problem)
-        return mlir.lower_fun(call, multiple_results=results)(ctx, *operands)
+    def implement(
+        platform: str, ctx: Any, *, problem: MatmulProblem, implementation: str | None
+    ) -> Callable:
+        del ctx
+        return functools.partial(lower_as(problem, platform, implementation), problem)
 
-    for platform in ("cpu", "tpu", "rocm", "cuda"):
-        rule = functools.partial(lower, platform)
-        mlir.register_lowering(primitive, rule, platform=platform)
-    mlir.register_lowering(primitive, functools.partial(lower, "another platform"))
+    return make_primitive(
+        name, abstract=abstract, implement=implement, batch=_one_by_one, multiple_results=results
+    )
 
-    def batch(operands, dims, **params):
-        """One after the other: a kernel fills the GPU by itself."""
-        batched = [
-            jnp.moveaxis(x, dim, 0) if dim else x
-            for x, dim in zip(operands, dims, strict=True)
-            if dim is not None
-        ]
 
-        def one(slices):
-            rest = iter(slices)
-            given = [
-                x if dim is None else next(rest) for x, dim in zip(operands, dims, strict=True)
-            ]
-            return primitive.bind(*select._vary_together(given), **params)
+def _one_by_one(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> Any:
+    """A batch, one after the other: a kernel fills the GPU by itself."""
+    batched = [
+        jnp.moveaxis(x, dim, 0) if dim else x
+        for x, dim in zip(operands, dims, strict=True)
+        if dim is not None
+    ]
 
-        out: Any = lax.map(one, batched)
-        return (out, [0] * len(out)) if results else (out, 0)
+    def one(slices):
+        rest = iter(slices)
+        given = [x if dim is None else next(rest) for x, dim in zip(operands, dims, strict=True)]
+        return primitive.bind(*vary_together(given), **parameters)
 
-    batching.primitive_batchers[primitive] = batch
-    return primitive
+    return lax.map(one, batched)
 
 
 def _forward_abstract(x, *rest, problem: MatmulProblem, implementation: str | None):
     del rest, implementation
-    return select.result_like(x, problem.out_shape, problem.out_dtype)
+    return result_like(x, problem.out_shape, problem.out_dtype)
 
 
 def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
@@ -89,7 +79,7 @@ def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str
 def _backward_abstract(ct, *operands, problem: MatmulProblem, implementation: str | None):
     del ct, implementation
     floats = operands[: problem.num_floats]
-    return [select.result_like(x, x.shape, x.dtype) for x in floats]
+    return [result_like(x, x.shape, x.dtype) for x in floats]
 
 
 def _backward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
@@ -123,7 +113,7 @@ def _forward(problem, implementation, floats, where):
 def _backward(problem, implementation, kept, ct):
     """The "xla" reference's, on every platform."""
     floats, where = kept
-    operands = select._vary_together([ct, *floats, *where])
+    operands = vary_together([ct, *floats, *where])
     found = _backward_p.bind(*operands, problem=problem, implementation=implementation)
     return tuple(found), tuple(None for _ in where)
 
@@ -141,7 +131,7 @@ def run(
             return _nothing(problem, operands)
         if implementation == "emulator":
             choose(problem, "cpu", implementation)
-        given = select._vary_together(list(operands))
+        given = vary_together(list(operands))
         floats = problem.num_floats
         return _differentiable(
             problem, implementation, tuple(given[:floats]), tuple(given[floats:])
@@ -150,6 +140,6 @@ def run(
 
 def _nothing(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> jax.Array:
     """No rows, columns or experts: there is nothing to multiply."""
-    x, *_ = select._vary_together(list(operands))
+    x, *_ = vary_together(list(operands))
     some = x.reshape(-1)[:0].astype(problem.out_dtype)
     return jnp.zeros(problem.out_shape, problem.out_dtype) + jnp.sum(some).astype(problem.out_dtype)

@@ -1,6 +1,8 @@
-"""The static description of one grouped matrix multiplication. Imports no jax and nothing of ours."""
+"""The static description of one grouped matrix multiplication. Imports no jax."""
 
 from typing import Any, Literal, NamedTuple
+
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -8,8 +10,6 @@ ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "relu2")
 Rows = Literal["blocks", "masked", "ragged"]
 
 E4M3 = "float8_e4m3fn"
-SCALE_GROUP = 128  # columns, and rows of weights, that share a scale
-WORD_GROUPS = 4  # scales in an int32, packed as exponents
 
 
 class Weights(NamedTuple):
@@ -137,7 +137,7 @@ class MatmulProblem(NamedTuple):
             found["x_scales"] = (self._x_scales, "int32" if self.scales.packed else "float32")
             blocks = (1, 1)
             if self.scales.w == "blocks":
-                blocks = (-(-columns // SCALE_GROUP), self.scale_groups)
+                blocks = (-(-columns // GROUP), self.scale_groups)
             for name in ("gate_scales", "up_scales") if weights.pair else ("w_scales",):
                 found[name] = ((self.num_experts, *blocks), "float32")
         if self.rows == "blocks":
@@ -154,7 +154,7 @@ class MatmulProblem(NamedTuple):
     @property
     def scale_groups(self) -> int:
         """Scales of a row of x."""
-        return -(-self.k // SCALE_GROUP)
+        return -(-self.k // GROUP)
 
     @property
     def _x_scales(self) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class MatmulProblem(NamedTuple):
             return (1,)
         words = self.scale_groups
         if self.scales.packed:
-            words = -(-words // WORD_GROUPS)
+            words = -(-words // GROUPS_PER_WORD)
         if self.scales.x == "row_major":
             return (self.num_tokens if self.top_k else self.num_rows, words)
         columns = (words, self.scales.pitch)

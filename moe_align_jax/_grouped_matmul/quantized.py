@@ -6,14 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import arguments
-from moe_align_jax._grouped_matmul.problem import (
-    E4M3,
-    SCALE_GROUP,
-    WORD_GROUPS,
-    Scales,
-    Weights,
-)
+from moe_align_jax._grouped_matmul.problem import E4M3, Scales, Weights
 
 _LAYOUTS = ("row_major", "column_major")
 # What a column of scales is padded to a multiple of.
@@ -132,8 +127,8 @@ def check_unused_layout(function: str, scale_layout: Any) -> None:
 
 def check_groups(function: str, argument: str, scales: Scales, k: int) -> None:
     """That scales of 128 columns fit K."""
-    if (scales.x, scales.w) != ("tensor", "tensor") and k % SCALE_GROUP:
-        rule = f"have a K that is a multiple of {SCALE_GROUP}, as many columns as share a scale"
+    if (scales.x, scales.w) != ("tensor", "tensor") and k % GROUP:
+        rule = f"have a K that is a multiple of {GROUP}, as many columns as share a scale"
         remedy = "Pad K with zeros in the values, or quantise with one scale for the whole tensor."
         _fail(ValueError, function, argument, rule, f"K = {k}", remedy)
 
@@ -172,8 +167,8 @@ def check_x_scales(
             _fail(ValueError, function, "scale_layout", rule, layout, remedy)
         return Scales("tensor", ""), scales.reshape(1)
     *lead, most = rows
-    groups = checks.cdiv(k, SCALE_GROUP)
-    words = checks.cdiv(groups, WORD_GROUPS) if packed else groups
+    groups = checks.cdiv(k, GROUP)
+    words = checks.cdiv(groups, GROUPS_PER_WORD) if packed else groups
     as_rows = (*lead, most, words)
     pitches = sorted({most, checks.round_up(most, _COLUMN_MULTIPLE)})
     as_columns = [(*lead, words, pitch) for pitch in pitches]
@@ -209,7 +204,7 @@ def check_w_scales(
             remedy = "Those of weights are not packed: cast them."
             _fail(TypeError, function, argument, "be float32", each, remedy)
         experts, n, k = values.shape
-        blocks = (experts, checks.cdiv(n, SCALE_GROUP), checks.cdiv(k, SCALE_GROUP))
+        blocks = (experts, checks.cdiv(n, GROUP), checks.cdiv(k, GROUP))
         if each.shape == blocks:
             kinds.append("blocks")
             found.append(each)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._grouped_matmul.problem import SCALE_GROUP, WORD_GROUPS, MatmulProblem
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 _I32, _F32 = jnp.int32, jnp.float32
 
@@ -31,10 +32,10 @@ def of_rows(problem: MatmulProblem, scales: jax.Array) -> jax.Array:
 
 def unpack(words: jax.Array) -> jax.Array:
     """float32 `[rows, 4 w]` of int32 `[rows, w]`: each byte is an exponent, 0 that of 0."""
-    shift = lax.iota(_I32, WORD_GROUPS) * 8
+    shift = lax.iota(_I32, GROUPS_PER_WORD) * 8
     exponents = lax.shift_right_logical(
-        jnp.broadcast_to(words[..., None], (*words.shape, WORD_GROUPS)),
-        jnp.broadcast_to(shift, (*words.shape, WORD_GROUPS)),
+        jnp.broadcast_to(words[..., None], (*words.shape, GROUPS_PER_WORD)),
+        jnp.broadcast_to(shift, (*words.shape, GROUPS_PER_WORD)),
     )
     bits = (exponents & 255) << 23
     return lax.bitcast_convert_type(bits, _F32).reshape(words.shape[0], -1)
@@ -50,16 +51,16 @@ def product(x: tuple[jax.Array, jax.Array], w: tuple[jax.Array, jax.Array]) -> j
     (values, scales), (weights, w_scales) = x, w
     num_columns, k = weights.shape
     groups = scales.shape[1]
-    if spare := groups * SCALE_GROUP - k:
+    if spare := groups * GROUP - k:
         values, weights = (jnp.pad(a, ((0, 0), (0, spare))) for a in (values, weights))
     if w_scales.shape == (1, 1):
         w_scales = jnp.broadcast_to(w_scales, (num_columns, groups))
     else:
-        w_scales = jnp.repeat(w_scales, SCALE_GROUP, axis=0)[:num_columns]
+        w_scales = jnp.repeat(w_scales, GROUP, axis=0)[:num_columns]
 
     def step(group, sums):
         rows, columns = (
-            lax.dynamic_slice_in_dim(a, group * SCALE_GROUP, SCALE_GROUP, 1).astype(_F32)
+            lax.dynamic_slice_in_dim(a, group * GROUP, GROUP, 1).astype(_F32)
             for a in (values, weights)
         )
         contracted = (((1,), (1,)), ((), ()))

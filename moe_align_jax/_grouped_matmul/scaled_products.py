@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul.config import Config
-from moe_align_jax._grouped_matmul.problem import SCALE_GROUP, WORD_GROUPS, MatmulProblem
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -160,7 +161,7 @@ class Products:
             scales = plgpu.load(ref, layout=layout, optimized=False)
         if not self.scales.packed:
             return scales
-        shift = lax.rem(k, _I32(WORD_GROUPS)) * 8
+        shift = lax.rem(k, _I32(GROUPS_PER_WORD)) * 8
         exponents = lax.shift_right_logical(scales, lax.broadcast(shift, scales.shape)) & 255
         return lax.bitcast_convert_type(exponents << 23, _F32)
 
@@ -186,6 +187,6 @@ class Products:
                 found.append(ref[expert, 0, 0])
                 continue
             # A tile may have columns that there are none of.
-            block = jnp.minimum(lax.div(first, _I32(SCALE_GROUP)), ref.shape[1] - 1)
+            block = jnp.minimum(lax.div(first, _I32(GROUP)), ref.shape[1] - 1)
             found.append(ref[expert, block, k])
         return tuple(found)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._masked_quant.problem import COLUMN_MULTIPLE, GROUPS_PER_WORD
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._masked_quant.problem import COLUMN_MULTIPLE
 from moe_align_jax._masked_quant.reference import codes, scale_of
-
-GROUP = 128  # columns, and rows of weights, that share a scale
 
 
 @functools.partial(jax.jit, static_argnames=("scale_format", "scale_layout", "floor", "divide"))

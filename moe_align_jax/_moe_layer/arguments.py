@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._grouped_matmul import arguments, quantized
-from moe_align_jax._grouped_matmul.problem import E4M3, SCALE_GROUP, Scales, Weights
+from moe_align_jax._grouped_matmul.problem import E4M3, Scales, Weights
 
 
 def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
@@ -95,8 +96,8 @@ def check_scales(
     down, of_down = quantized.check_w_scales(function, ["w_down"], (w_down,), given[2])
     scales = scales._replace(w=kind)
     quantized.check_groups(function, "x", scales, x.shape[1])
-    if width % SCALE_GROUP:
-        rule = f"have an N that is a multiple of {SCALE_GROUP}: a scale belongs to as many columns"
+    if width % GROUP:
+        rule = f"have an N that is a multiple of {GROUP}: a scale belongs to as many columns"
         remedy = "Pad N with zeros in both weights: what lies between the products is quantised."
         fail(ValueError, function, "w_down", rule, f"N = {width}", remedy)
     return Scaled(scales, down, (of_x, *of_first), tuple(of_down))

@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_align_jax._grouped_matmul import primitive, scaled
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._lowering import select
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem
@@ -59,7 +59,7 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
     """`[T, H]`. One cached trace per problem: repeated layers reuse it, and lower it once."""
     with jax.named_scope(problem.function):
         leaves, tree = jax.tree.flatten(operands)
-        given = jax.tree.unflatten(tree, select._vary_together(leaves))
+        given = jax.tree.unflatten(tree, vary_together(leaves))
         if 0 in (problem.num_tokens, problem.top_k, problem.hidden):
             return _nothing(problem, given.x)
         row_of_pair = given.row_of_pair
