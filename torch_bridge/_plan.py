@@ -7,7 +7,6 @@ its plan.
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -15,42 +14,8 @@ from moe_align_jax._core import checks
 from torch_bridge import dlpack
 from torch_bridge._direct import call, fast_path, store
 from torch_bridge._direct.problems import MAX_CAPACITY, KernelProblem, problem_for
+from torch_bridge._resolved import Plan, Resolved
 from torch_bridge._specs import AlignSpec, SglangSpec, Spec
-
-
-class Plan(NamedTuple):
-    """How one call runs.
-
-    Attributes:
-        path: "direct", launched on torch's current stream, or "dlpack", through jax.
-        implementation: the one of moe_align_jax: "mosaic_gpu" or "xla"; "none" for zero pairs.
-        copies: for each argument that is copied (and "outputs" where a result is), why.
-        reasons: for each path and implementation not taken, why.
-    """
-
-    path: str
-    implementation: str
-    copies: Mapping[str, str]
-    reasons: Mapping[str, str]
-
-
-class Resolved(NamedTuple):
-    """One call, decided.
-
-    Attributes:
-        function: the name that its errors begin with.
-        spec: what is asked.
-        key: how the fast path knows calls that ask for it.
-        plan: the path, and why not another.
-        problem: on the direct path, which program serves it; None elsewhere.
-    """
-
-    function: str
-    spec: Spec
-    key: fast_path.Key
-    plan: Plan
-    problem: KernelProblem | None
-
 
 # Tests run the emulator through the bridge; users name no implementation here.
 _forced_implementation: str | None = None

@@ -570,12 +570,6 @@ def test_the_walk_sees_a_forbidden_import(module, source):
 
 # -- circles ---------------------------------------------------------------------------------------
 
-# Circles that are known, as the set of their modules.
-KNOWN_CIRCLES: set[frozenset[str]] = {
-    frozenset({"torch_bridge._dlpack_path.run", "torch_bridge._plan", "torch_bridge.dlpack"}),
-    frozenset({"torch_bridge.vllm", "torch_bridge.vllm_patch"}),
-}
-
 
 def imported_modules(module: str, source: str, known: Iterable[str]) -> set[str]:
     """Those of `known` that the source imports anywhere: at its top, in a function, for type checkers."""
@@ -614,7 +608,7 @@ def sources() -> dict[str, str]:
 
 
 def test_no_modules_import_each_other():
-    assert circles(sources()) <= KNOWN_CIRCLES
+    assert circles(sources()) == set()
 
 
 A_TREE = {
@@ -637,13 +631,6 @@ def test_circles_are_found_through_functions_and_type_checking():
 
 
 # -- private names ---------------------------------------------------------------------------------
-
-# Uses of another module's private names that are known: (module, name).
-KNOWN_PRIVATE_USES = {
-    ("benchmarks.sized_at_launch", "torch_bridge._direct.program._programs"),
-    ("torch_bridge._direct.inplace", "torch_bridge._ops._overlap"),
-    ("torch_bridge.sglang.masked_quant", "torch_bridge._dlpack_path.run._kept"),
-}
 
 
 def _is_private(name: str) -> bool:
@@ -680,7 +667,7 @@ def private_uses(module: str, source: str, known: Iterable[str]) -> set[str]:
 def test_no_module_uses_private_names_of_another():
     every = sources()
     found = {(m, name) for m, text in every.items() for name in private_uses(m, text, every)}
-    assert found <= KNOWN_PRIVATE_USES
+    assert found == set()
 
 
 @pytest.mark.parametrize(

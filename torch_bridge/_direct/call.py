@@ -12,7 +12,7 @@ from torch_bridge._direct.store import Store
 from torch_bridge._specs import BatchedSpec, Spec
 
 if TYPE_CHECKING:
-    from torch_bridge._plan import Resolved
+    from torch_bridge._resolved import Resolved
 
 # The kernels store 16 bytes at a time.
 _STORE_BYTES = 16

@@ -23,7 +23,7 @@ from torch_bridge._specs import Spec
 if TYPE_CHECKING:
     import jax
 
-    from torch_bridge._plan import Resolved
+    from torch_bridge._resolved import Resolved
 
 # XLA memory that may wait for torch's copies before a call waits for the oldest of them.
 _MAX_KEPT_BYTES = 256 << 20
