@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 
+from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
@@ -24,6 +25,8 @@ def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> s
 
 def choose(problem: MatmulProblem, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
+    if implementation is None and config.named_only(problem):
+        return "xla"
     unsupported = functools.partial(config.unsupported, problem)
     return select.choose(problem.function, platform, implementation, unsupported)
 
@@ -100,6 +103,10 @@ def _differentiable(problem: MatmulProblem, implementation: str | None, floats, 
 
 
 def _forward(problem, implementation, floats, where):
+    if problem.scales:
+        rule, remedy = "not be differentiated", "Train in bfloat16, or pass jax.lax.stop_gradient."
+        rule = checks.message(problem.function, "e4m3 x", rule, "a tangent", remedy)
+        raise NotImplementedError(rule)
     return _differentiable(problem, implementation, floats, where), (floats, where)
 
 

@@ -101,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax.types",
     },
     "moe_align_jax.moe_layer": {
@@ -111,6 +112,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax._moe_layer",
         "moe_align_jax.block_align",
         "moe_align_jax.expert_location",
@@ -125,8 +127,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._moe_layer": {
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
+        "moe_align_jax._masked_quant.casts",
         "moe_align_jax._moe_layer",
     },
     "moe_align_jax._moe_layer.plan": {
@@ -134,21 +138,31 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._moe_layer.combine": set(),
     "moe_align_jax._moe_layer.checkpoints": {
+        "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
     },
+    "moe_align_jax._moe_layer.safetensors": {"moe_align_jax._core.checks"},
     "moe_align_jax._grouped_matmul": {
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
         "moe_align_jax._grouped_matmul",
     },
-    "moe_align_jax._grouped_matmul.problem": set(),
+    "moe_align_jax._grouped_matmul.problem": {"moe_align_jax._core.fp8"},
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
+        "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._grouped_matmul.reference",
         "moe_align_jax._lowering.primitive",
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
+    },
+    "moe_align_jax._grouped_matmul.choice": {
+        "moe_align_jax._grouped_matmul.config",
+        "moe_align_jax._grouped_matmul.primitive",
+        "moe_align_jax._grouped_matmul.problem",
+        "moe_align_jax._lowering.select",
     },
     "moe_align_jax._grouped_matmul.launch": {
         "lazily moe_align_jax._simt.emulator",
@@ -202,6 +216,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._masked_quant.reference": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.problem",
+    },
+    "moe_align_jax._masked_quant.casts": {
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._masked_quant.reference",
+    },
+    "moe_align_jax.quantization": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.casts",
         "moe_align_jax._masked_quant.problem",
     },
     "moe_align_jax._align.reference": {
@@ -376,6 +401,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax.types",
     },
     "moe_align_jax._grouped_matmul.config": {
+        "moe_align_jax._core.fp8",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul.problem",
     },
@@ -391,11 +417,13 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib.mlir": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
@@ -403,8 +431,10 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks.grouped_matmul",
         "moe_align_jax._grouped_matmul.epilogue",
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._grouped_matmul.kernel",
         "moe_align_jax._grouped_matmul.loads",
+        "moe_align_jax._grouped_matmul.scaled_products",
         "moe_align_jax._layout.kernels.weighted_sum",
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._simt.mosaic",
@@ -415,6 +445,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
