@@ -143,6 +143,8 @@ def _part(config, items, part):
     """Leaves the cases of one of the PARTS."""
     chosen = []
     for cases in _by_function(items):
+        if part == "x64" and "test_doctests" in cases[0].nodeid:
+            continue  # jnp.ones() of an example is float64 there, which grouped products refuse
         if not ONCE.search(cases[0].nodeid):
             mine = [x for i, x in enumerate(cases) if i % 4 in PARTS[part]]
             chosen += mine or cases[:1]

@@ -374,7 +374,8 @@ def test_what_is_seen_of_a_numpy_int64():
 
     assert counts(ids).tolist() == [1, 0]
     assert jax.jit(lambda: counts(ids))().tolist() == [1, 0]
-    assert jax.jit(counts)(ids).tolist() == [1, 1]
+    seen = [1, 0] if jax.config.jax_enable_x64 else [1, 1]  # with x64 jax narrows nothing
+    assert jax.jit(counts)(ids).tolist() == seen
     assert jax.vmap(counts)(ids).tolist() == [[1, 1]]
     with jax.enable_x64(True):
         assert jax.jit(counts)(ids).tolist() == jax.vmap(counts)(ids)[0].tolist() == [1, 0]
