@@ -84,24 +84,18 @@ def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str
     return functools.partial(launch.run, gpu_kind=select.gpu_kind())
 
 
-def _backward_abstract(ct, *operands, problem: MatmulProblem, implementation: str | None):
-    del ct, implementation
-    floats = operands[: problem.num_floats]
-    return [select.result_like(x, x.shape, x.dtype) for x in floats]
-
-
-def _backward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
-    del problem, platform, implementation
-    return reference.grouped_matmul_backward
-
-
 _forward_p = _make("grouped_matmul", _forward_abstract, _forward_lowering, results=False)
-_backward_p = _make("grouped_matmul_backward", _backward_abstract, _backward_lowering, results=True)
+
+
+def cast(problem: MatmulProblem, floats: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The operands as they are multiplied: float32 weights in x's dtype."""
+    wanted = [dtype for _, dtype in problem.inputs.values()][: problem.num_floats]
+    return tuple(x.astype(dtype) for x, dtype in zip(floats, wanted, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(problem: MatmulProblem, implementation: str | None, floats, where):
-    operands = (*floats, *where)
+    operands = (*cast(problem, floats), *where)
     if implementation == "emulator":
         # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
         from moe_align_jax._grouped_matmul import launch
@@ -115,11 +109,9 @@ def _forward(problem, implementation, floats, where):
 
 
 def _backward(problem, implementation, kept, ct):
-    """The "xla" reference's, on every platform."""
-    floats, where = kept
-    operands = select._vary_together([ct, *floats, *where])
-    found = _backward_p.bind(*operands, problem=problem, implementation=implementation)
-    return tuple(found), tuple(None for _ in where)
+    from moe_align_jax._grouped_matmul import derivative
+
+    return derivative.backward(problem, implementation, *kept, ct)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -1,4 +1,7 @@
-"""The layer itself: two grouped matrix multiplications and a weighted sum, of operands that were checked."""
+"""The layer itself: two grouped matrix multiplications and a weighted sum, of operands that were checked.
+
+Its derivative keeps the first products alone, `[P, 2 N]`, and the operands.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,14 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import primitive
-from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul import derivative, primitive, reference
 from moe_align_jax._lowering import select
 from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem
 
 _I32, _F32 = jnp.int32, jnp.float32
+# Names for the policies of `jax.checkpoint`.
+PRODUCTS, RESULT = "fused_moe_gate_up", "fused_moe_out"
 
 
 class Operands(NamedTuple):
@@ -60,37 +65,157 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
         if problem.check_blocks:
             row_of_pair = _with_weights(problem, row_of_pair, given.where[1])
         rows = row_of_pair.reshape(problem.num_tokens, problem.top_k)
-        kept = rows >= 0
-        weights, x = given.topk_weights, given.x
         if problem.weights_on_input:
             with jax.named_scope("weights"):
-                x = _weighted_input(problem, x, jnp.where(kept, weights, 0.0))
-            weights = jnp.ones_like(weights)
-        with jax.named_scope("gate_up"):
-            hidden = _multiply(
-                problem.first, implementation, given, x, given.w_gate_up, given.bias_gate_up
-            )
-        with jax.named_scope("down"):
-            y = _multiply(
-                problem.second, implementation, given, hidden, (given.w_down,), given.bias_down
-            )
-        with jax.named_scope("combine"):
-            pair_of_row, _, num_rows = given.where
-            dtype = jnp.dtype(problem.out_dtype)
-            return weighted_sum(dtype, y, weights, rows, pair_of_row, num_rows)
+                kept = jnp.where(rows >= 0, given.topk_weights, 0.0)
+                x = _weighted_input(problem, given.x, kept)
+            given = given._replace(x=x, topk_weights=jnp.ones_like(given.topk_weights))
+        floats = Floats(*given[: len(Floats._fields)])
+        return _differentiable(problem, implementation, floats, Where(*given.where, rows))
 
 
-def _multiply(
-    problem: MatmulProblem,
-    implementation: str | None,
-    given: Operands,
-    x: jax.Array,
-    w: tuple[jax.Array, ...],
-    bias: jax.Array | None,
+class Floats(NamedTuple):
+    """The operands that have a derivative; x has a row per pair where the weights are on the input."""
+
+    x: jax.Array
+    w_gate_up: tuple[jax.Array, ...]
+    w_down: jax.Array
+    bias_gate_up: jax.Array | None
+    bias_down: jax.Array | None
+    topk_weights: jax.Array
+
+    def cast(self, dtype: str) -> "Floats":
+        """As they are multiplied: float32 weights in x's dtype."""
+        first = tuple(w.astype(dtype) for w in self.w_gate_up)
+        return self._replace(w_gate_up=first, w_down=self.w_down.astype(dtype))
+
+
+class Where(NamedTuple):
+    """Which rows are whose: `Operands.where`, and int32 `[T, K]`, the row of each pair or -1."""
+
+    pair_of_row: jax.Array
+    expert_ids: jax.Array
+    num_rows: jax.Array
+    row_of_pair: jax.Array
+
+    @property
+    def of_matmul(self) -> tuple[jax.Array, ...]:
+        return self[:3]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(
+    problem: LayerProblem, implementation: str | None, floats: Floats, where: Where
 ) -> jax.Array:
-    extras = () if bias is None else (bias,)
-    operands = (x, *w, *extras, *given.where)
-    return primitive.run(operands, problem=problem, implementation=implementation)
+    given = floats.cast(problem.dtype)
+    with jax.named_scope("gate_up"):
+        extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
+        operands = (given.x, *given.w_gate_up, *extras, *where.of_matmul)
+        hidden = primitive.run(operands, problem=problem.first, implementation=implementation)
+    return _second_half(problem, implementation, given, where, hidden)
+
+
+def _second_half(
+    problem: LayerProblem,
+    implementation: str | None,
+    given: Floats,
+    where: Where,
+    hidden: jax.Array,
+) -> jax.Array:
+    """From what lies between the products, `[P, N]`, to the result."""
+    with jax.named_scope("down"):
+        extras = () if given.bias_down is None else (given.bias_down,)
+        operands = (hidden, given.w_down, *extras, *where.of_matmul)
+        y = primitive.run(operands, problem=problem.second, implementation=implementation)
+    with jax.named_scope("combine"):
+        dtype = jnp.dtype(problem.out_dtype)
+        return weighted_sum(dtype, y, given.topk_weights, where.row_of_pair)
+
+
+def _forward(problem, implementation, floats: Floats, where: Where):
+    """As without a derivative, but the first products are kept, rounded to x's dtype: the derivative needs
+    neither what the activation made of them nor what the experts gave back."""
+    given = floats.cast(problem.dtype)
+    with jax.named_scope("gate_up"):
+        operands = (given.x, given.w_gate_up, given.bias_gate_up, where.of_matmul)
+        products = derivative.products(problem.first, implementation, *operands)
+        products = checkpoint_name(products, PRODUCTS)
+        hidden = _activated(problem, products).astype(problem.dtype)
+    out = _second_half(problem, implementation, given, where, hidden)
+    return checkpoint_name(out, RESULT), (floats, where, products)
+
+
+def _activated(problem: LayerProblem, products: jax.Array) -> jax.Array:
+    """float32 `[P, N]` of the first products."""
+    every = jnp.ones(products.shape[0], bool)
+    return reference.epilogue(problem.first, products.astype(_F32), every, None)
+
+
+def _backward(problem, implementation, kept, ct):
+    """The cotangents, each in its primal's dtype.
+
+    With a = act(products), s the weight of a row's pair, and the result's cotangent d of its token:
+
+        g = d @ w_down^T                the cotangent of s a
+        w_down: (s a)^T d               ds = sum over N of g a
+        dh = act'(products) of s g      w_gate_up: x^T dh        x: dh @ w_gate_up^T, summed over a token's rows
+    """
+    floats, where, products = kept
+    leaves, tree = jax.tree.flatten((ct, floats, where, products))
+    ct, floats, where, products = jax.tree.unflatten(tree, select._vary_together(leaves))
+    given = floats.cast(problem.dtype)
+    first, second = problem.first, problem.second
+    wide = ct.astype(_F32)
+    with jax.named_scope("derivative"):
+        pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
+        toward = ct.astype(problem.dtype)
+        flipped = second.input_gradient._replace(
+            num_tokens=problem.num_tokens, top_k=problem.top_k
+        )
+        args = (toward, given.w_down, None, where.of_matmul)
+        g = derivative.product(flipped, implementation, *args)
+        g = jnp.where(used[:, None], g, jnp.zeros_like(g)).astype(_F32)
+        # NaN weights of dropped pairs are selected away.
+        share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
+        scale = share.reshape(-1)[jnp.where(used, pair, 0)]
+        scale = jnp.where(used, scale, 0.0)[:, None]
+        safe = jnp.where(used[:, None], products, jnp.zeros_like(products))
+        active, pull = jax.vjp(functools.partial(_activated, problem), safe.astype(_F32))
+        [rows] = pull(scale * g)
+        rows = rows.astype(problem.dtype)
+        scaled = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
+        of_row = jnp.sum(g * active, axis=1)
+        kept_pair = where.row_of_pair >= 0
+        of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]
+        d_bias_down = None
+        if given.bias_down is not None:
+            at = lax.div(jnp.maximum(where.row_of_pair, 0), _I32(problem.block_size))
+            expert = jnp.where(kept_pair, where.expert_ids[at], -1)
+            every = lax.iota(_I32, problem.num_experts)[None, None]
+            mine = (expert[..., None] == every).astype(_F32)
+            # `[T, E]` of each token: its bias' share of the weights' derivative, and its weight.
+            toward_bias = jnp.dot(wide, given.bias_down.T, precision=lax.Precision.HIGHEST)
+            of_pair += jnp.sum(mine * toward_bias[:, None, :], axis=-1)
+            weight_of = jnp.sum(mine * share[..., None], axis=1)
+            d_bias_down = jnp.dot(weight_of.T, wide, precision=lax.Precision.HIGHEST)
+        d_weights = jnp.where(kept_pair, of_pair, 0.0)
+        args = (implementation, rows, given.w_gate_up, where.of_matmul)
+        dx = derivative.input_rows(first, *args)
+        row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
+        dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
+        args = (implementation, given.x, rows, floats.w_gate_up, where.of_matmul)
+        d_gate_up = derivative.weights(first, *args)
+        gathers = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+        args = (implementation, scaled, toward, floats.w_down, where.of_matmul)
+        d_down = derivative.weights_by_tokens(gathers, *args)
+        d_bias = None
+        if given.bias_gate_up is not None:
+            d_bias = derivative.bias(first, rows, where.of_matmul)
+    found = Floats(dx, tuple(d_gate_up), d_down, d_bias, d_bias_down, d_weights)
+    return found, Where(None, None, None, None)
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 def _with_weights(problem: LayerProblem, row: jax.Array, expert_ids: jax.Array) -> jax.Array:
