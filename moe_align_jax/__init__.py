@@ -55,6 +55,7 @@ _MODULE_OF = {
     "permute_to_masked": "masked_layout",
     "plan_expert_moves": "eplb",
     "ragged_dot": "matmul",
+    "ragged_dot_general": "matmul_gradient",
     "rebalance_experts": "eplb",
     "record_expert_load": "expert_load",
     "route_and_align": "router",
@@ -65,6 +66,7 @@ _MODULE_OF = {
     "select_router_implementation": "router",
     "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
+    "tgmm": "matmul_gradient",
     "to_physical_ids": "expert_dispatch",
     "unpermute_from_contiguous": "masked_layout",
     "unpermute_from_masked": "masked_layout",
@@ -118,6 +120,8 @@ if TYPE_CHECKING:
     from moe_align_jax.matmul import masked_grouped_matmul as masked_grouped_matmul
     from moe_align_jax.matmul import ragged_dot as ragged_dot
     from moe_align_jax.matmul import select_matmul_implementation as select_matmul_implementation
+    from moe_align_jax.matmul_gradient import ragged_dot_general as ragged_dot_general
+    from moe_align_jax.matmul_gradient import tgmm as tgmm
     from moe_align_jax.moe_layer import ExpertWeights as ExpertWeights
     from moe_align_jax.moe_layer import fused_moe as fused_moe
     from moe_align_jax.moe_layer import moe_block_size as moe_block_size

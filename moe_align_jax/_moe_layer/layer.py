@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_align_jax._grouped_matmul import derivative, primitive, reference
 from moe_align_jax._lowering import select
 from moe_align_jax._moe_layer.combine import weighted_sum
-from moe_align_jax._moe_layer.plan import LayerProblem
+from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Names for the policies of `jax.checkpoint`.
@@ -136,6 +136,7 @@ def _forward(problem, implementation, floats: Floats, where: Where):
     """As without a derivative, but the first products are kept, rounded to x's dtype: the derivative needs
     neither what the activation made of them nor what the experts gave back."""
     given = floats.cast(problem.dtype)
+    problem, where = _whole_blocks(problem, where)
     with jax.named_scope("gate_up"):
         operands = (given.x, given.w_gate_up, given.bias_gate_up, where.of_matmul)
         products = derivative.products(problem.first, implementation, *operands)
@@ -143,6 +144,16 @@ def _forward(problem, implementation, floats: Floats, where: Where):
         hidden = _activated(problem, products).astype(problem.dtype)
     out = _second_half(problem, implementation, given, where, hidden)
     return checkpoint_name(out, RESULT), (floats, where, products)
+
+
+def _whole_blocks(problem: LayerProblem, where: Where) -> tuple[LayerProblem, Where]:
+    """With rows for the whole of the last block, so that no array of rows is copied to get them."""
+    spare = -problem.num_rows % problem.block_size
+    if not is_static(problem.num_rows) or not spare:
+        return problem, where
+    pairs = problem.num_tokens * problem.top_k
+    ids = jnp.pad(where.pair_of_row, (0, spare), constant_values=pairs)
+    return problem._replace(num_rows=problem.num_rows + spare), where._replace(pair_of_row=ids)
 
 
 def _activated(problem: LayerProblem, products: jax.Array) -> jax.Array:
@@ -161,6 +172,7 @@ def _backward(problem, implementation, kept, ct):
         dh = act'(products) of s g      w_gate_up: x^T dh        x: dh @ w_gate_up^T, summed over a token's rows
     """
     floats, where, products = kept
+    problem = problem._replace(num_rows=where.pair_of_row.shape[0])
     leaves, tree = jax.tree.flatten((ct, floats, where, products))
     ct, floats, where, products = jax.tree.unflatten(tree, select._vary_together(leaves))
     given = floats.cast(problem.dtype)
@@ -173,16 +185,15 @@ def _backward(problem, implementation, kept, ct):
             num_tokens=problem.num_tokens, top_k=problem.top_k
         )
         args = (toward, given.w_down, None, where.of_matmul)
-        g = derivative.product(flipped, implementation, *args)
-        g = jnp.where(used[:, None], g, jnp.zeros_like(g)).astype(_F32)
+        g = derivative.product(flipped, implementation, *args).astype(_F32)
         # NaN weights of dropped pairs are selected away.
         share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
         scale = share.reshape(-1)[jnp.where(used, pair, 0)]
         scale = jnp.where(used, scale, 0.0)[:, None]
-        safe = jnp.where(used[:, None], products, jnp.zeros_like(products))
-        active, pull = jax.vjp(functools.partial(_activated, problem), safe.astype(_F32))
+        active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
         [rows] = pull(scale * g)
-        rows = rows.astype(problem.dtype)
+        # Rows that are not in use may hold anything: they are left out behind their last operation.
+        rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
         scaled = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
         of_row = jnp.sum(g * active, axis=1)
         kept_pair = where.row_of_pair >= 0

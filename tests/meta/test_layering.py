@@ -99,6 +99,13 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.select",
         "moe_align_jax.types",
     },
+    "moe_align_jax.matmul_gradient": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax.matmul",
+        "moe_align_jax.types",
+    },
     "moe_align_jax.moe_layer": {
         "lazily moe_align_jax.expert_dispatch",
         "moe_align_jax._core.checks",
@@ -124,10 +131,20 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._grouped_matmul.problem": set(),
     "moe_align_jax._grouped_matmul.primitive": {
+        "lazily moe_align_jax._grouped_matmul.derivative",
         "lazily moe_align_jax._grouped_matmul.launch",
         "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._grouped_matmul.reference",
+        "moe_align_jax._lowering.select",
+    },
+    "moe_align_jax._grouped_matmul.derivative": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.select",
+    },
+    "moe_align_jax._grouped_matmul.weight_gradient": {
+        "lazily moe_align_jax._grouped_matmul.derivative",
+        "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
     },
     "moe_align_jax._grouped_matmul.launch": {
