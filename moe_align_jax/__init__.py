@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AlignedBlocks": "types",
+    "CappedPairs": "capacity",
     "ContiguousLayout": "masked_layout",
     "DispatchHandle": "expert_parallel",
     "Dispatched": "expert_parallel",
@@ -41,11 +42,14 @@ _MODULE_OF = {
     "combine": "expert_parallel",
     "commit_expert_load": "expert_load",
     "dispatch": "expert_parallel",
+    "drop_over_capacity": "capacity",
     "expected_physical_count": "eplb",
+    "expert_capacity": "capacity",
     "fused_moe": "moe_layer",
     "gmm": "matmul",
     "grouped_matmul": "matmul",
     "init_expert_load": "expert_load",
+    "load_balancing_loss": "losses",
     "masked_grouped_matmul": "matmul",
     "max_num_tokens_padded": "_core.checks",
     "moe_align_block_size": "block_align",
@@ -60,6 +64,7 @@ _MODULE_OF = {
     "record_expert_load": "expert_load",
     "route_and_align": "router",
     "route_topk": "router",
+    "router_z_loss": "losses",
     "select_implementation": "_lowering.select",
     "select_matmul_implementation": "matmul",
     "select_moe_implementation": "moe_layer",
@@ -72,6 +77,7 @@ _MODULE_OF = {
     "unpermute_from_masked": "masked_layout",
     "update_expert_weights": "expert_weights",
     "update_expert_weights_by_chunks": "expert_weights",
+    "update_router_bias": "losses",
 }
 
 if TYPE_CHECKING:
@@ -85,6 +91,9 @@ if TYPE_CHECKING:
     )
     from moe_align_jax.block_align import moe_align_block_size as moe_align_block_size
     from moe_align_jax.block_align import padded_group_sizes as padded_group_sizes
+    from moe_align_jax.capacity import CappedPairs as CappedPairs
+    from moe_align_jax.capacity import drop_over_capacity as drop_over_capacity
+    from moe_align_jax.capacity import expert_capacity as expert_capacity
     from moe_align_jax.eplb import ExpertMoves as ExpertMoves
     from moe_align_jax.eplb import ExpertPlacement as ExpertPlacement
     from moe_align_jax.eplb import MoveKind as MoveKind
@@ -108,6 +117,9 @@ if TYPE_CHECKING:
     from moe_align_jax.expert_weights import (
         update_expert_weights_by_chunks as update_expert_weights_by_chunks,
     )
+    from moe_align_jax.losses import load_balancing_loss as load_balancing_loss
+    from moe_align_jax.losses import router_z_loss as router_z_loss
+    from moe_align_jax.losses import update_router_bias as update_router_bias
     from moe_align_jax.masked_layout import ContiguousLayout as ContiguousLayout
     from moe_align_jax.masked_layout import MaskedLayout as MaskedLayout
     from moe_align_jax.masked_layout import permute_to_contiguous as permute_to_contiguous

@@ -99,6 +99,21 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.select",
         "moe_align_jax.types",
     },
+    "moe_align_jax.losses": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_parallel.axes",
+        "moe_align_jax._grouped_matmul.arguments",
+        "moe_align_jax._moe_layer.arguments",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax.capacity": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._grouped_matmul.arguments",
+        "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._moe_layer.arguments",
+        "moe_align_jax.block_align",
+    },
     "moe_align_jax.matmul_gradient": {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
