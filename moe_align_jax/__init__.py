@@ -69,6 +69,7 @@ _MODULE_OF = {
     "select_matmul_implementation": "matmul",
     "select_moe_implementation": "moe_layer",
     "select_router_implementation": "router",
+    "sharded_fused_moe": "sharded_layer",
     "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
     "tgmm": "matmul_gradient",
@@ -142,6 +143,7 @@ if TYPE_CHECKING:
     from moe_align_jax.router import route_and_align as route_and_align
     from moe_align_jax.router import route_topk as route_topk
     from moe_align_jax.router import select_router_implementation as select_router_implementation
+    from moe_align_jax.sharded_layer import sharded_fused_moe as sharded_fused_moe
     from moe_align_jax.types import AlignedBlocks as AlignedBlocks
     from moe_align_jax.types import Implementation as Implementation
     from moe_align_jax.types import Selection as Selection

@@ -1,8 +1,8 @@
 """Capacity: the most pairs that an expert takes, and which are dropped beyond it.
 
-Dropping stands in front of the layer, as a function of the router's ids and weights: a dropped pair has id -1,
-which everything behind it leaves out. So one function serves `fused_moe`, `dispatch`, `grouped_matmul` and a
-layer of one's own, and the kernels stay dropless.
+Dropping stands in front of the layer, as a function of the router's ids and weights: a dropped pair has id
+-1, which everything behind it leaves out. So one function serves `fused_moe`, `dispatch`, `grouped_matmul`
+and a layer of one's own, and the kernels stay dropless.
 """
 
 import functools
@@ -32,8 +32,8 @@ class CappedPairs(NamedTuple):
     Attributes:
         topk_ids: int32 `[T, K]`: those given, -1 where a pair was dropped, or was none.
         tokens_per_expert: int32 `[E]`: pairs that each expert keeps, at most the capacity.
-        dropped_per_expert: int32 `[E]`: pairs that each expert lost. The sum of both is what the router chose,
-            for `load_balancing_loss` and `update_router_bias`.
+        dropped_per_expert: int32 `[E]`: pairs that each expert lost. The sum of both is what the router
+            chose, for `load_balancing_loss` and `update_router_bias`.
     """
 
     topk_ids: jax.Array
@@ -199,7 +199,9 @@ def _drop(
         if not pairs:
             none = jnp.zeros(num_experts, _I32)
             return CappedPairs(jnp.zeros(shape, _I32), none, none)
-        ids = block_align._narrow_map(lax.reshape(select.replicate(topk_ids), (pairs,)), num_experts)
+        ids = block_align._narrow_map(
+            lax.reshape(select.replicate(topk_ids), (pairs,)), num_experts
+        )
         ids = jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
         if limit is not None:
             tokens = block_align._narrow_count(limit)[0]

@@ -155,7 +155,8 @@ def update_router_bias(
         >>> update_router_bias(jnp.zeros(3), jnp.array([5, 3, 1]), rate=0.5).tolist()
         [-0.5, 0.0, 0.5]
 
-    Source: "Auxiliary-Loss-Free Load Balancing" (arXiv 2408.15664), section 2.1.2 of DeepSeek-V3 (2412.19437).
+    Source: "Auxiliary-Loss-Free Load Balancing" (arXiv 2408.15664); section 2.1.2 of DeepSeek-V3 (arXiv
+    2412.19437).
     """
     function = "update_router_bias"
     bias = arguments.check_array(function, "bias", bias)

@@ -52,7 +52,7 @@ def grouped_matmul(
             tokens, and row r is token `sorted_token_ids[r] // top_k`. The kernel gathers them itself: no
             permuted copy is made.
         w: `[E, K, N]` of x's dtype; `[E, K, 2 N]` where an activation is gated. Or a pair (gate, up) of
-            `[E, K, N]`.
+            `[E, K, N]`. Or float32, as master weights: cast to x's dtype here, with a float32 gradient.
         aligned: from `moe_align_block_size`, P rows. P may be any length that holds the rows in use.
         block_size: the one that `aligned` was made with. Static.
         top_k: pairs per token, where x holds the tokens; None where x holds the aligned rows. Static.
@@ -93,7 +93,8 @@ def grouped_matmul(
         >>> grouped_matmul(x, w, blocks, block_size=2, top_k=1)[:4].tolist()
         [[3.0, 4.0], [0.0, 0.0], [10.0, 20.0], [50.0, 60.0]]
 
-    The derivative, for x, w, bias and row_weights, is that of "xla" on every platform.
+    The derivative, for x, w, bias and row_weights: products by the same implementation, each cotangent in
+    its primal's dtype; the weights' gradient is by "xla" unless another implementation is named.
 
     Source: the contract of vLLM 0.33's `fused_moe_kernel` (Apache-2.0) on the same aligned blocks; no code
     taken.
@@ -165,7 +166,7 @@ def masked_grouped_matmul(
 
     Args:
         x: `[e, M, K]` bfloat16, float16 or float32.
-        w: `[e, K, N]` of x's dtype, `[e, K, 2 N]` where an activation is gated, or a pair (gate, up).
+        w: `[e, K, N]` of x's dtype or float32, `[e, K, 2 N]` where an activation is gated, or a pair.
         masked_m: `[e]` any integer dtype, rows in use of each expert; clamped to [0, M].
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha, preferred_element_type,
             implementation: as for `grouped_matmul`.
@@ -240,7 +241,7 @@ def ragged_dot(
 
     Args:
         lhs: `[m, k]` bfloat16, float16 or float32: the rows, group after group.
-        rhs: `[g, k, n]` of lhs' dtype.
+        rhs: `[g, k, n]` of lhs' dtype or float32, as for `grouped_matmul`.
         group_sizes: `[G]` any integer dtype: rows of each group. Groups may be empty. Sizes below 0 count
             as 0, and rows that lhs does not have are left out.
         precision: of the products of "xla", as for `jax.lax.dot_general`. The kernel's products are exact,

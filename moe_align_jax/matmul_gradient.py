@@ -1,4 +1,4 @@
-"""Sums over the rows of each group: the weights' gradient of a grouped product, by the names that jax users know.
+"""Sums over the rows of each group: the weights' gradient of a grouped product, by its usual names.
 
 `ragged_dot`, `grouped_matmul` and `fused_moe` have their derivatives: nobody needs these functions to train.
 They are for code that has a `custom_vjp` of its own.

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 _F32 = jnp.float32
 
 
-def weighted_sum(
-    dtype: Any, y: jax.Array, weights: jax.Array, row_of_pair: jax.Array
-) -> jax.Array:
+def weighted_sum(dtype: Any, y: jax.Array, weights: jax.Array, row_of_pair: jax.Array) -> jax.Array:
     """`[T, H]`: for each token, the sum over k, in order, of its rows of y times their weights, in float32.
 
     Args:

@@ -169,7 +169,8 @@ def _backward(problem, implementation, kept, ct):
 
         g = d @ w_down^T                the cotangent of s a
         w_down: (s a)^T d               ds = sum over N of g a
-        dh = act'(products) of s g      w_gate_up: x^T dh        x: dh @ w_gate_up^T, summed over a token's rows
+        dh = act'(products) of s g      w_gate_up: x^T dh
+                                        x: dh @ w_gate_up^T, summed over a token's rows
     """
     floats, where, products = kept
     problem = problem._replace(num_rows=where.pair_of_row.shape[0])
@@ -181,9 +182,7 @@ def _backward(problem, implementation, kept, ct):
     with jax.named_scope("derivative"):
         pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
         toward = ct.astype(problem.dtype)
-        flipped = second.input_gradient._replace(
-            num_tokens=problem.num_tokens, top_k=problem.top_k
-        )
+        flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
         args = (toward, given.w_down, None, where.of_matmul)
         g = derivative.product(flipped, implementation, *args).astype(_F32)
         # NaN weights of dropped pairs are selected away.

@@ -99,6 +99,17 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.select",
         "moe_align_jax.types",
     },
+    "moe_align_jax.sharded_layer": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax._moe_layer",
+        "moe_align_jax.block_align",
+        "moe_align_jax.expert_parallel",
+        "moe_align_jax.matmul",
+        "moe_align_jax.moe_layer",
+        "moe_align_jax.types",
+    },
     "moe_align_jax.losses": {
         "moe_align_jax._core.checks",
         "moe_align_jax._expert_parallel.axes",
