@@ -10,10 +10,33 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient,
 from moe_align_jax._lowering import select
 
 
+def unavailable(problem: WeightGradient, implementation: str, platform: str) -> str | None:
+    """Why a named implementation cannot run this for `platform`, or None."""
+    if implementation == "xla":
+        return None
+    if reason := select._unavailable(implementation, platform):
+        return reason
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return weight_gradient_kernel.cannot(problem)
+
+
+def choose(problem: WeightGradient, platform: str, implementation: str | None) -> str:
+    """The implementation that runs: "xla", unless a kernel is named. No GPU has run it yet."""
+    if implementation is None:
+        return "xla"
+    if reason := unavailable(problem, implementation, platform):
+        raise select._not_implemented(problem.function, implementation, reason)
+    return implementation
+
+
 def implementation_for(problem: WeightGradient, implementation: str | None) -> str:
-    """Within a derivative. "xla" unless a kernel is asked for by its name."""
-    del problem, implementation
-    return "xla"
+    """Within a derivative: the kernel that is named, if it takes the sizes."""
+    if implementation in (None, "xla"):
+        return "xla"
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return "xla" if weight_gradient_kernel.cannot(problem) else str(implementation)
 
 
 def _abstract(lhs, *rest, problem: WeightGradient, implementation: str | None):
@@ -22,8 +45,11 @@ def _abstract(lhs, *rest, problem: WeightGradient, implementation: str | None):
 
 
 def _lowering(problem: WeightGradient, platform: str, implementation: str | None):
-    del problem, platform, implementation
-    return reference.weight_gradient
+    if choose(problem, platform, implementation) == "xla":
+        return reference.weight_gradient
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return weight_gradient_kernel.run
 
 
 _p = primitive._make("grouped_weight_gradient", _abstract, _lowering, results=False)
@@ -31,6 +57,11 @@ _p = primitive._make("grouped_weight_gradient", _abstract, _lowering, results=Fa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(problem: WeightGradient, implementation: str | None, floats, where):
+    if implementation == "emulator":
+        # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
+        from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+        return weight_gradient_kernel.run(problem, *floats, *where, interpret=True)
     return _p.bind(*floats, *where, problem=problem, implementation=implementation)
 
 
@@ -78,4 +109,6 @@ def run(
         if 0 in (*problem.out_shape, lhs.shape[0], rhs.shape[0], problem.layout.num_rows):
             zero = jnp.sum(lhs.reshape(-1)[:0]).astype(problem.layout.out_dtype)
             return jnp.zeros(problem.out_shape, problem.layout.out_dtype) + zero
+        if implementation == "emulator":
+            choose(problem, "cpu", implementation)
         return _differentiable(problem, implementation, (lhs, rhs), tuple(where))
