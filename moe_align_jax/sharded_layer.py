@@ -99,7 +99,7 @@ def sharded_fused_moe(
             does not have, or a size that is no multiple of its axis.
 
     Example:
-        >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(AxisType.Auto,))
+        >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> x, w_up = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
         >>> w_down = jnp.stack([jnp.eye(2), 10 * jnp.eye(2)])
         >>> weights, ids = jnp.array([[1.0, 0.5], [1.0, 0.5]]), jnp.array([[0, 1], [1, -1]])

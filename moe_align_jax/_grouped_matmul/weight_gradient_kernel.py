@@ -6,7 +6,7 @@ operand with the columns as rows, so that nothing is transposed in memory. Exper
 those with the most come first, so that the last tiles are short ones. An expert without rows gets zeros.
 
     rows by TMA       where every expert's first row is a multiple of 8: what stands behind an expert's last
-                      row is overwritten with zeros in shared memory, since it may be NaN
+                      row is overwritten with zeros in shared memory, since it may be NaN (0 * NaN)
     rows by cp.async  of a gathered operand, and of groups that begin anywhere: zeros behind the last row
 
 A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
@@ -83,7 +83,7 @@ class Experts(NamedTuple):
 
 
 def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
-    """From the arrays that say whose rows are where."""
+    """From the arrays that say whose rows are where. An expert's blocks follow each other."""
     layout = problem.layout
     every = jnp.arange(layout.num_experts, dtype=_I32)
     if layout.rows == "masked":
@@ -128,11 +128,14 @@ class _Operand(NamedTuple):
     by_tma: bool
 
 
-def _operand(problem: WeightGradient, name: str, columns: int, wide: int) -> _Operand:
+def _operand(problem: WeightGradient, tiles: Tiles, name: str) -> _Operand:
     layout, gathered = problem.layout, problem.gathered == name
+    columns, wide = (layout.k, tiles.bm) if name == "lhs" else (layout.n, tiles.bn)
     step = {"blocks": layout.block_size, "masked": layout.max_rows, "ragged": 1}[layout.rows]
-    aligned = step % 8 == 0 and layout.num_rows % 8 == 0
-    return _Operand(columns, wide, gathered, aligned and columns % 64 == 0 and not gathered)
+    aligned = step % 8 == 0 and layout.num_rows % 8 == 0 and columns % 64 == 0
+    # TMA's box is not larger than the array.
+    holds = layout.num_rows >= tiles.bk and columns >= wide
+    return _Operand(columns, wide, gathered, aligned and holds and not gathered)
 
 
 def run(
@@ -178,8 +181,7 @@ def build(
     k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
     piece = 128 // out_dtype.itemsize
-    left = _operand(problem, "lhs", k, tiles.bm)
-    right = _operand(problem, "rhs", n, tiles.bn)
+    left, right = (_operand(problem, tiles, name) for name in ("lhs", "rhs"))
     likes = [kernel.transforms(each.wide, dtype) for each in (left, right)]
     o_like = kernel.transforms(piece, out_dtype)
     m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
@@ -261,7 +263,9 @@ def build(
                     return sums[...]
 
                 found = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
-                return [found[:, c : c + piece].astype(out_dtype) for c in range(0, tiles.bn, piece)]
+                return [
+                    found[:, c : c + piece].astype(out_dtype) for c in range(0, tiles.bn, piece)
+                ]
 
             def put(q, value, at):
                 """Piece q of a tile at (expert, first row, first column), if the result has it."""

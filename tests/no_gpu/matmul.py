@@ -114,7 +114,11 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     odd: dict[str, Any] = {"k": 200, "n": 136, "num_rows": 4093}
     for out, tiles in (("bfloat16", late), ("bfloat16", early), ("float32", early)):
         for gathered in (None, "lhs", "rhs"):
-            yield f"gradient, {gathered} gathered, {out}", problem(gathered=gathered, out=out), tiles
+            yield (
+                f"gradient, {gathered} gathered, {out}",
+                problem(gathered=gathered, out=out),
+                tiles,
+            )
         yield f"gradient, ragged, {out}", problem(out=out, **ragged), tiles
         yield f"gradient, odd, {out}", problem(out=out, gathered="rhs", **odd), tiles
     yield "gradient, masked", problem("masked", max_rows=512), late
