@@ -48,7 +48,7 @@ def find(
     num_pairs: int,
     interpret: bool,
 ) -> jax.Array:
-    """Where the rows `[first, first + rows)` begin, in chunks: for each row of which this thread moves a chunk.
+    """Where the rows `[first, first + rows)` begin, in chunks: for each of which this thread moves a chunk.
 
     -1 where there is none: it is not below `end`, or its id is no pair. In the interpreter: a row of the
     array for each.

@@ -1,11 +1,12 @@
 """Compiles the kernels of the grouped matrix multiplication, and of its weights' gradient, without a GPU.
 
-    python -m tests.no_gpu.matmul [PART_OF_A_NAME]
+    python -m tests.no_gpu.matmul [PART_OF_A_NAME] [--sample N]
 
 Of every form with every way to load, compute and store: nothing spills, wgmma is never serialised, the ring
 fits into shared memory, and a kernel compiles in less than two seconds. Exit code 1 otherwise.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -198,17 +199,21 @@ def _ptxas(text: str) -> tuple[str, str]:
         return done.stderr + done.stdout, _disassembled(cubin)
 
 
-def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
+def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
     from moe_align_jax._grouped_matmul.config import may_be_late
     from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
+    parser = argparse.ArgumentParser(prog="tests.no_gpu.matmul")
+    parser.add_argument("part", nargs="?", default="", help="compile what has this in its name")
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
+    chosen = parser.parse_args(given)
     checker = worker.Checker(plugin, runtime)
     launch = checker.launch
-    for what, problem, config in (*problems(), *weight_gradients()):
+    for position, (what, problem, config) in enumerate((*problems(), *weight_gradients())):
         if isinstance(problem, MatmulProblem):
             config = config._replace(late=config.late and may_be_late(problem))
         name = f"{config.name}: {what}"
-        if part not in name:
+        if chosen.part not in name or position % chosen.sample:
             continue
         module = lower(problem, config).compiler_ir()
         with module.context:
@@ -239,19 +244,4 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        tools = toolchain.set_up()
-        command = [
-            sys.executable,
-            "-m",
-            "tests.no_gpu.matmul",
-            str(tools.plugin),
-            str(tools.runtime),
-        ]
-        command.append(sys.argv[1])
-        sys.exit(subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode)
-    if len(sys.argv) == 4:
-        wrong = script._print(check(*sys.argv[1:]))
-        sys.stdout.flush()
-        os._exit(1 if wrong else 0)  # without the destructors of a driver that is none
     sys.exit(script.main("tests.no_gpu.matmul", check))

@@ -1,7 +1,8 @@
 """The command that compiles some kernels without a GPU: what its modules have in common.
 
 A module gives `main` its own name and a check: `(plugin, runtime) -> (a line, what is wrong)` per kernel. The
-command starts itself again in the folder that the toolchain has made, with these two as arguments.
+command starts itself again in the folder that the toolchain has made, with these two as arguments and its own
+behind them.
 """
 
 import os
@@ -13,6 +14,8 @@ from typing import Any
 from tests.no_gpu import ptx, toolchain, worker
 
 type Report = tuple[str, list[str]]
+
+_INSIDE = "--inside"  # the first argument of the process that runs in the toolchain's folder
 
 
 def direct(
@@ -39,10 +42,14 @@ def _print(reports: Iterable[Report]) -> int:
     return wrong
 
 
-def main(name: str, check: Callable[[str, str], Iterable[Report]]) -> int:
-    """The exit code: 1 when anything is wrong or missing."""
-    if len(sys.argv) == 3:
-        status = 1 if _print(check(*sys.argv[1:])) else 0
+def main(name: str, check: Callable[..., Iterable[Report]]) -> int:
+    """Runs `check(plugin, runtime, *arguments of the command line)`.
+
+    Returns:
+        The exit code: 1 when anything is wrong or missing.
+    """
+    if sys.argv[1:2] == [_INSIDE]:
+        status = 1 if _print(check(*sys.argv[2:])) else 0
         sys.stdout.flush()
         os._exit(status)  # without the destructors of a driver that is none
     try:
@@ -50,5 +57,6 @@ def main(name: str, check: Callable[[str, str], Iterable[Report]]) -> int:
     except toolchain.Missing as missing:
         print(f"{name}: {missing}", file=sys.stderr)
         return 1
-    command = [sys.executable, "-m", name, str(tools.plugin), str(tools.runtime)]
+    paths = [str(tools.plugin), str(tools.runtime)]
+    command = [sys.executable, "-m", name, _INSIDE, *paths, *sys.argv[1:]]
     return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
