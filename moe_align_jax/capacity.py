@@ -7,7 +7,7 @@ and a layer of one's own, and the kernels stay dropless.
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,16 +161,16 @@ def drop_over_capacity(
         if topk_weights is None:
             rule, remedy = 'be given for drop="weight"', "Pass the router's weights."
             raise ValueError(checks.message(function, "topk_weights", rule, "None", remedy))
-        topk_weights = arguments.check_array(function, "topk_weights", topk_weights)
-        if not jnp.issubdtype(topk_weights.dtype, jnp.floating):
+        given = arguments.check_array(function, "topk_weights", topk_weights)
+        if not jnp.issubdtype(given.dtype, jnp.floating):
             rule, remedy = "be a float array", "Pass the router's weights."
-            got = checks.describe(topk_weights)
+            got = checks.describe(given)
             raise TypeError(checks.message(function, "topk_weights", rule, got, remedy))
-        if topk_weights.shape != topk_ids.shape:
+        if given.shape != topk_ids.shape:
             rule, remedy = f"have the shape of topk_ids, {list(topk_ids.shape)}", "One for each."
-            got = checks.describe(topk_weights)
+            got = checks.describe(given)
             raise ValueError(checks.message(function, "topk_weights", rule, got, remedy))
-        topk_weights = lax.stop_gradient(jnp.asarray(topk_weights).astype(jnp.float32))
+        topk_weights = lax.stop_gradient(jnp.asarray(given).astype(jnp.float32))
     limit = None
     if num_valid_tokens is not None:
         limit = check_tokens(function, num_valid_tokens)
@@ -187,7 +187,7 @@ def drop_over_capacity(
 @functools.partial(jax.jit, static_argnames=("num_experts", "capacity", "drop"))
 def _drop(
     topk_ids: jax.Array,
-    topk_weights: jax.Array | None,
+    topk_weights: Any,
     limit: jax.Array | None,
     *,
     num_experts: int,

@@ -234,8 +234,8 @@ def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, f
     if len(set(once)) < len(once) or fsdp in (expert, tensor) and fsdp is not None:
         rule, got = "be different axes; fsdp_axis may be one of data_axes", str(named)
         arguments.fail(ValueError, function, "the axes", rule, got, "Use each axis once.")
-    split = dict.fromkeys((*data, *([fsdp] if fsdp else []), expert))
-    return _Axes(expert, tuple(split), tensor, fsdp)
+    split: tuple[str, ...] = (*data, *([fsdp] if fsdp and fsdp not in data else []), expert)
+    return _Axes(expert, split, tensor, fsdp)
 
 
 @functools.partial(jax.jit, static_argnames="layer")
@@ -368,6 +368,7 @@ def _dispatched(
         mode=mode,
         max_low_latency_tokens=layer.most,
     )
+    y: Any
     if got.masked_m is None:
         y = fused_moe(
             *(got.x, first, w_down, got.topk_weights, got.topk_ids),

@@ -188,7 +188,7 @@ def backward(
     with jax.named_scope("derivative"):
         used = reference.row_mask(problem, *where)
         toward = jnp.where(used[:, None], ct, jnp.zeros_like(ct))
-        scales = None
+        scales: Any = None
         if problem.weights.activation is None and given.row_weights is None:
             rows = toward.astype(problem.dtype)
         else:

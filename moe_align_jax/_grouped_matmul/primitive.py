@@ -111,7 +111,8 @@ def _forward(problem, implementation, floats, where):
 def _backward(problem, implementation, kept, ct):
     from moe_align_jax._grouped_matmul import derivative
 
-    return derivative.backward(problem, implementation, *kept, ct)
+    floats, where = kept
+    return derivative.backward(problem, implementation, floats, where, ct)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -71,7 +71,9 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
                 x = _weighted_input(problem, given.x, kept)
             given = given._replace(x=x, topk_weights=jnp.ones_like(given.topk_weights))
         floats = Floats(*given[: len(Floats._fields)])
-        return _differentiable(problem, implementation, floats, Where(*given.where, rows))
+        ids, experts, used = given.where
+        where = Where(ids, experts, used, rows)
+        return _differentiable(problem, implementation, floats, where)
 
 
 class Floats(NamedTuple):
@@ -222,7 +224,7 @@ def _backward(problem, implementation, kept, ct):
         if given.bias_gate_up is not None:
             d_bias = derivative.bias(first, rows, where.of_matmul)
     found = Floats(dx, tuple(d_gate_up), d_down, d_bias, d_bias_down, d_weights)
-    return found, Where(None, None, None, None)
+    return found, jax.tree.map(lambda _: None, where)
 
 
 _differentiable.defvjp(_forward, _backward)
