@@ -22,7 +22,7 @@ endif
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
+.PHONY: demo test test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
@@ -32,29 +32,25 @@ demo:
 	$(VENV_FOR) cli
 	$(PY) -m moe_align_jax.cli demo
 
+# Every test function, once: see PARTS in tests/conftest.py for which of its cases.
 test:
 	$(VENV_FOR) cli test torch
-	$(PYTEST)
+	$(QUICK_XLA) $(PYTEST) --part newest-jax
 
-# `make test` runs everything once. What depends on the jax release or on x64 runs again: every test function
-# of the files that trace programs, each with a quarter of its cases (another quarter each time). Left out are
-# the files about NumPy, shell, command line, benchmarks and text. XLA compiles with fewer passes, hypothesis
-# tries fewer cases. The tests of the layer and the router are not written for x64 yet: they run once.
-NOT_AGAIN := benchmark cli docs emulator eplb files gpu_test language_traps layering make_venv oracle package \
-  project_files sanitize soak tun type_hints
-AGAIN := $(addprefix --ignore-glob='tests/*/test_,$(addsuffix *.py',$(NOT_AGAIN))) \
-  --sample 4 --hypothesis-profile=brief \
-  --ignore tests/matmul --ignore tests/moe_layer --ignore tests/router
+# Results on a CPU do not depend on how far LLVM optimises, and compiling is what takes the time.
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
+
+# Every test of the suite in one run, where `make test`, `test-jax-0.11` and `test-x64` share the cases out.
+test-whole:
+	$(VENV_FOR) cli test torch
+	$(QUICK_XLA) $(PYTEST)
 
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch
-	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(AGAIN) --ignore tests/bridge --ignore tests/meta
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) --part x64 --hypothesis-profile=brief
 
-# The oldest jax we support, laid over the same environment: PyTorch is not installed twice. Of the
-# bridge's tests the alignment alone: the rest does not depend on the jax release.
-TORCH_SMOKE := --ignore-glob='tests/bridge/test_[b-z]*'
+# The oldest jax we support, laid over the same environment: PyTorch is not installed twice.
 OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
   $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
     --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
@@ -63,7 +59,7 @@ WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:
 test-jax-0.11:
 	$(VENV_FOR) cli test torch
 	@$(OLD_JAX_THERE)
-	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) $(AGAIN) $(TORCH_SMOKE)
+	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) --part oldest-jax --hypothesis-profile=brief
 
 # On a machine with a Hopper GPU, or several. SHARDS processes at once.
 SHARDS ?= 4

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import re
 import zlib
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
@@ -19,6 +20,17 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# CI runs the suite three times: with the newest jax, with the oldest that we support, and with 64-bit jax.
+# What may depend on either is shared out by `--part`: of each test function the first run takes two cases in
+# four, the others one each, and every run at least one. So each case runs once. What depends on neither runs
+# in the first alone, and whole: files about NumPy, shell, command line, benchmarks and text, and PyTorch's.
+PARTS = {"newest-jax": (0, 1), "oldest-jax": (2,), "x64": (3,)}
+ONCE = re.compile(
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|gpu_test|language_traps|layering|"
+    r"make_venv|oracle|package|project_files|sanitize|soak|tun|type_hints)[^/]*\.py"
+)
 
 
 def why_no_hopper() -> str | None:
@@ -84,6 +96,11 @@ def pytest_addoption(parser):
         type=int,
         help="of each test function, run one case in N, at least one",
     )
+    parser.addoption(
+        "--part",
+        choices=PARTS,
+        help="one of the three runs of CI, which share out the cases (see PARTS in tests/conftest.py)",
+    )
 
 
 def pytest_configure(config):
@@ -98,18 +115,40 @@ def pytest_report_header(config):
     )
 
 
-def _sample(config, items, each):
-    """Leaves one case in `each` of every test function: the same ones every time, others with x64."""
-    salt = f"x64 {jax.config.jax_enable_x64}"
+def _by_function(items):
+    """The cases of each test function in an order that does not follow the order of their parameters."""
     functions = {}
     for item in items:
         functions.setdefault(item.nodeid.split("[")[0], []).append(item)
-    chosen = set()
     for cases in functions.values():
-        cases = sorted(cases, key=lambda item: zlib.crc32(f"{salt} {item.nodeid}".encode()))
-        chosen.update(cases[: -(-len(cases) // each)])
+        yield sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+
+
+def _keep(config, items, chosen):
+    chosen = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+def _sample(config, items, each):
+    """Leaves one case in `each` of every test function, the same ones every time."""
+    _keep(
+        config, items, [x for cases in _by_function(items) for x in cases[: -(-len(cases) // each)]]
+    )
+
+
+def _part(config, items, part):
+    """Leaves the cases of one of the PARTS."""
+    chosen = []
+    for cases in _by_function(items):
+        if not ONCE.search(cases[0].nodeid):
+            mine = [x for i, x in enumerate(cases) if i % 4 in PARTS[part]]
+            chosen += mine or cases[:1]
+        elif part == "newest-jax":
+            chosen += cases
+        elif part == "oldest-jax" and "tests/bridge/test_align.py" in cases[0].nodeid:
+            chosen += cases[: -(-len(cases) // 4)]  # PyTorch through the oldest jax
+    _keep(config, items, chosen)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -124,15 +163,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
     if config.option.sample:
         _sample(config, items, config.option.sample)
+    if config.option.part:
+        _part(config, items, config.option.part)
     if config.option.shard:
         index, count = map(int, config.option.shard.split("/"))
         if not 1 <= index <= count:
             raise pytest.UsageError(
                 f"--shard must be I/N with 1 <= I <= N; got {config.option.shard}"
             )
-        chosen = items[index - 1 :: count]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-        items[:] = chosen
+        _keep(config, items, items[index - 1 :: count])
 
 
 def pytest_collection_finish(session):

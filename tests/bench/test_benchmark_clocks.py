@@ -62,7 +62,8 @@ def test_wall_time_is_per_call(monkeypatch):
     real = program.jitted[True]
     program.jitted[True] = lambda *a: time.sleep(0.004) or real(*a)
     samples = clocks.wall(program, "donated", executions=2, rounds=2)
-    assert all(2000 <= s < 20_000 for s in samples)  # 4 ms over two calls
+    # 4 ms a call; a sleep may take longer on a busy machine, but not the factor of a wrong divisor.
+    assert all(2000 <= s for s in samples) and min(samples) < 20_000
 
 
 def test_statistics():

@@ -131,7 +131,7 @@ def test_operators_through_dlpack_are_kept_out_of_cuda_graphs():
 COMPILED = [
     (entry, backend, bool((i + j) % 2))
     for i, entry in enumerate(ENTRIES)
-    for j, backend in enumerate(BACKENDS)
+    for j, backend in enumerate(BACKENDS[1:])  # "aot_eager" does all that "eager" does
 ]
 
 
@@ -144,8 +144,9 @@ def test_compile_fullgraph(entry, backend, dynamic):
             assert got.dtype == torch.int32 and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend, dynamic", [(BACKENDS[1], True), *((BACKENDS[2], x) for x in (False, True))]
+)
 def test_compile_against_the_oracle_in_a_larger_graph(backend, dynamic):
     """Work of torch's own before and after, sizes passed as arguments, a tuple unpacked."""
 

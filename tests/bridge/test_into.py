@@ -320,7 +320,7 @@ LAYERS = (vllm_layer, sglang_layer, batched_layer)
 COMPILED = [
     pytest.param(layer, backend, bool((i + j) % 2), id=f"{layer.__name__}-{backend}")
     for i, layer in enumerate(LAYERS)
-    for j, backend in enumerate(["eager", "aot_eager", "inductor"])
+    for j, backend in enumerate(["aot_eager", "inductor"])
 ]
 
 

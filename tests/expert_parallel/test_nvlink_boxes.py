@@ -73,8 +73,10 @@ def dispatch(transport, x, ids, weights, **options):
     )
 
 
-@pytest.mark.parametrize("payload", [None, "fp8", "fp8_ue8m0", "fp8_ue8m0_packed"])
-@pytest.mark.parametrize("room", [None, 2])
+@pytest.mark.parametrize(
+    "payload, room",
+    [(None, None), (None, 2), ("fp8", 2), ("fp8_ue8m0", None), ("fp8_ue8m0_packed", 2)],
+)
 def test_it_gives_what_all_to_all_gives(launches, payload, room):
     options = {"payload": payload, "max_tokens_per_expert": room, "initialize": False}
 

@@ -747,7 +747,7 @@ def test_measures_refuse_maps_that_do_not_fit():
 @pytest.mark.parametrize("groups", [(1, 1), (8, 4)])
 def test_deepseek_v3_takes_a_fraction_of_a_second(groups, kept):
     """58 layers of 256 experts on 288 slots. Usual: 2 to 10 ms, and 20 to 30 with `previous`; a slow machine
-    of CI took 54. The limit leaves room for slower ones; a loop in Python over layers and experts takes longer.
+    of CI took 54. The limit leaves room for slower ones; a loop in Python over the layers takes longer.
     What counts is the process's own time, the least of five: other processes do not."""
     rng = np.random.default_rng(0)
     load = zipf(rng, 58, 256, tokens=1_000_000)

@@ -150,7 +150,7 @@ EPILOGUES = [
 @pytest.mark.parametrize("implementation", ["xla", gpu])
 def test_epilogues(epilogue, transpose_rhs, implementation):
     for bias, row_weights in ((False, False), (True, True)):
-        for block in (16, 64, 128):
+        for block in (16,) if implementation == "xla" else (16, 64, 128):  # xla has one form
             case = make_case(
                 *(40, 2, 5, 64, 72, block),
                 transpose_rhs=transpose_rhs,
@@ -244,14 +244,16 @@ def test_what_is_behind_the_rows_in_use_is_not_read():
 
 def test_no_rows_no_columns_no_tokens():
     aligned = maj.moe_align_block_size(jnp.zeros((0, 2), jnp.int32), block_size=8, num_experts=3)
-    x, w = jnp.zeros((0, 16)), jnp.zeros((3, 16, 8))
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    ones = functools.partial(jnp.ones, dtype=jnp.float32)
+    x, w = zeros((0, 16)), zeros((3, 16, 8))
     for options in ({}, {"top_k": 2}):
         assert maj.grouped_matmul(x, w, aligned, block_size=8, **options).shape == (0, 8)
-    y = maj.masked_grouped_matmul(jnp.zeros((3, 0, 16)), w, jnp.zeros(3, jnp.int32))
+    y = maj.masked_grouped_matmul(zeros((3, 0, 16)), w, jnp.zeros(3, jnp.int32))
     assert y.shape == (3, 0, 8)
     assert maj.ragged_dot(x, w, jnp.zeros(3, jnp.int32)).shape == (0, 8)
-    assert maj.ragged_dot(jnp.ones((4, 16)), w[:, :, :0], jnp.ones(3, jnp.int32)).shape == (4, 0)
-    full = maj.ragged_dot(jnp.ones((4, 0)), w[:, :0], jnp.ones(3, jnp.int32))
+    assert maj.ragged_dot(ones((4, 16)), w[:, :, :0], jnp.ones(3, jnp.int32)).shape == (4, 0)
+    full = maj.ragged_dot(ones((4, 0)), w[:, :0], jnp.ones(3, jnp.int32))
     assert full.shape == (4, 8) and not full.any()
 
 
@@ -497,7 +499,7 @@ def test_scan_remat_and_jit():
 
 def test_repeated_layers_are_lowered_once():
     lhs, rhs, sizes, _ = small()
-    square = jnp.ones((3, 16, 16))
+    square = jnp.ones((3, 16, 16), jnp.float32)
 
     def program(count):
         def run(x):
