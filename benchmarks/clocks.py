@@ -89,7 +89,7 @@ def zero_reading(tree: Any) -> Any:
     return found.astype(jnp.int32)
 
 
-class Program:
+class CompiledStep:
     """A step, compiled twice: with its carry donated, and without."""
 
     def __init__(self, step: Step):
@@ -142,12 +142,12 @@ def compile_together(
     return failed
 
 
-def compile_all(steps: Sequence[Step]) -> list[Program]:
+def compile_all(steps: Sequence[Step]) -> list[CompiledStep]:
     """Every step, with and without donation. A step that fails has its `error`.
 
     This comes before all timing: with every program that XLA loads it drops the CUDA graphs of the others.
     """
-    programs = [Program(step) for step in steps]
+    programs = [CompiledStep(step) for step in steps]
     pairs = [(p, jitted) for p in programs for jitted in p.jitted.values()]
     failed = compile_together([(jitted, (p.step.carry, *p.step.rest)) for p, jitted in pairs])
     for (program, _), error in zip(pairs, failed, strict=True):
@@ -158,7 +158,7 @@ def compile_all(steps: Sequence[Step]) -> list[Program]:
 # -- the host's clock ------------------------------------------------------------------------------------
 
 
-def wall(program: Program, way: str, *, executions: int, rounds: int) -> list[float]:
+def wall(program: CompiledStep, way: str, *, executions: int, rounds: int) -> list[float]:
     """µs per call by the host's clock, a value per round of `executions` steps, after one that is not timed.
 
     No profiler runs. The carry that came out is checked.
@@ -194,7 +194,7 @@ class Traced:
     graphs: list[dict[str, int]]
 
 
-def traced(programs: Sequence[Program], *, executions: int) -> list[Traced | None]:
+def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced | None]:
     """Runs the donated programs under the profiler, one after the other, the host waiting after each step.
 
     None for every program without a GPU, or where the trace could not be cut into steps.

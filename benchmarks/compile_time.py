@@ -23,6 +23,7 @@ from benchmarks import machine
 from benchmarks.cases import Case
 from benchmarks.rows import Writer
 from moe_align_jax._align import tables
+from moe_align_jax._align.primitive import AnyAlignProblem, align
 from moe_align_jax._core import checks
 from moe_align_jax._lowering import select
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
@@ -42,7 +43,6 @@ CASES = tuple(
 )
 BATCHED = ((256, 512, 64),)  # E, the most tokens of an expert, block
 
-type Problem = AlignProblem | BatchedAlignProblem
 type Steps = dict[str, float]
 
 
@@ -50,8 +50,8 @@ class Measured(NamedTuple):
     """A row's program: under jit, and as PyTorch has it."""
 
     name: str
-    jit: Problem
-    direct: Problem
+    jit: AnyAlignProblem
+    direct: AnyAlignProblem
 
 
 def programs(tuning: str) -> list[Measured]:
@@ -85,21 +85,21 @@ def problem_of(case: Case, tuning: str, *, sized_at_launch: bool = False) -> Ali
     )
 
 
-def another(problem: Problem, k: int) -> Problem:
+def another(problem: AnyAlignProblem, k: int) -> AnyAlignProblem:
     """The same with k pairs, or tokens of an expert, fewer: neither jax nor Mosaic has seen its program."""
     if isinstance(problem, BatchedAlignProblem):
         return problem._replace(max_tokens_per_batch=problem.max_tokens_per_batch - k)
     return problem._replace(num_pairs=problem.num_pairs - k)
 
 
-def steps_of(problem: Problem, *, compile_too: bool) -> Steps:
+def steps_of(problem: AnyAlignProblem, *, compile_too: bool) -> Steps:
     """Seconds of each step of one new program under jit."""
     import jax
     import numpy as np
 
     jax.clear_caches()
     operands = [np.zeros(shape, np.int32) for shape in problem.inputs.values()]
-    program = jax.jit(lambda *x: select.align(problem, "mosaic_gpu", *x))
+    program = jax.jit(lambda *x: align(problem, "mosaic_gpu", *x))
     times = [time.perf_counter()]
     lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
     times.append(time.perf_counter())
@@ -152,7 +152,7 @@ def direct_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         }
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, str(machine.ROOT / "torch_bridge" / "launch.py")],
+            [sys.executable, str(machine.ROOT / "torch_bridge" / "_direct" / "compile_worker.py")],
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -15,12 +15,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
 from moe_align_jax._expert_parallel import message
 
 AXIS = "ep"
 TRANSPORTS = ("nvlink", "all_to_all", "all_gather")
 GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
-GROUP, E4M3_MAX, FLOOR = 128, 448.0, 1e-4  # of the fp8 payload, as DeepEP quantises
+FLOOR = 1e-4  # of the fp8 payload, as DeepEP quantises
 # A message of which a rank receives more is not packed: x travels by itself.
 MOST_PACKED_BYTES = 16 << 20
 

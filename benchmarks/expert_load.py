@@ -60,7 +60,7 @@ SIZES = (Size("decode", 128), Size("prefill", 4096))
 # -- jax ------------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
+class StatefulStep(NamedTuple):
     """A jitted `(state, ids, maps, pass_id) -> (outputs, state)`, its fresh state, its counts.
 
     `counts(state)` is the last pass's `[L, E]`, or None where nothing was recorded.
@@ -72,7 +72,7 @@ class Program(NamedTuple):
     counts: Callable[[Any], np.ndarray | None]
 
 
-def programs(size: Size, scanned: bool) -> list[Program]:
+def programs(size: Size, scanned: bool) -> list[StatefulStep]:
     import jax
     import jax.numpy as jnp
 
@@ -134,18 +134,20 @@ def programs(size: Size, scanned: bool) -> list[Program]:
     jit = functools.partial(jax.jit, donate_argnums=0)
     rows = jnp.zeros((size.layers, size.experts), jnp.int32)
     found = [
-        Program("off", jit(record), make(None), lambda load: None),
-        Program("on", jit(record), make("stat"), last),
-        Program(
+        StatefulStep("off", jit(record), make(None), lambda load: None),
+        StatefulStep("on", jit(record), make("stat"), last),
+        StatefulStep(
             "on, with a map", jit(record), make("stat", num_logical_experts=size.experts), last
         ),
-        Program(
+        StatefulStep(
             "on, counting passes", jit(functools.partial(record, own=True)), make("stat"), last
         ),
     ]
     state = rows if scanned else list(rows)
     found.append(
-        Program("scatter-add per layer", jit(scatter), state, lambda d: np.stack(jax.device_get(d)))
+        StatefulStep(
+            "scatter-add per layer", jit(scatter), state, lambda d: np.stack(jax.device_get(d))
+        )
     )
     return found
 

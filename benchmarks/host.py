@@ -32,7 +32,7 @@ import torch
 programs, run = [], subprocess.run
 def listen(command, **options):
     done = run(command, **options)
-    if "launch.py" in str(command):
+    if "compile_worker.py" in str(command):
         answer = json.loads(done.stdout.splitlines()[-1])
         programs.extend(one for one in answer.get("programs", ()) if "seconds" in one)
     return done

@@ -110,7 +110,7 @@ def _ours(case: Case, *, implementation: str) -> Callable:
     )
 
 
-def _xla_argsort(case: Case) -> Callable:
+def xla_argsort(case: Case) -> Callable:
     """What a JAX model writes by hand: argsort, bincount, searchsorted."""
     import jax.numpy as jnp
 
@@ -158,7 +158,7 @@ def jax_providers() -> list[Provider]:
         ours = f"{__version__}, {version}"
         found.append(Provider(name, "jax", what, ours, absent, make, calls=calls, options=True))
     composite = "argsort, bincount, searchsorted under jit"
-    found.append(Provider("xla_argsort", "jax", composite, version, "", _xla_argsort, calls=5))
+    found.append(Provider("xla_argsort", "jax", composite, version, "", xla_argsort, calls=5))
     return found
 
 
@@ -170,11 +170,11 @@ def torch_providers(
 ) -> list[Provider]:
     """torch's own sort and the compiled peers; each absent with a reason where it cannot run."""
     what = "ours: the same kernels, launched by PyTorch"
-    direct = Provider("torch_bridge", "torch", what, make=_direct, options=True)
+    direct = Provider("torch_bridge", "torch", what, make=direct_calls, options=True)
     empty = Provider(
         "empty", "torch", "a kernel that does nothing", make=_empty, only=("8x256x16",)
     )
-    sort = Provider("torch_sort", "torch", "torch.sort and a scatter", make=_torch_sort)
+    sort = Provider("torch_sort", "torch", "torch.sort and a scatter", make=torch_sort)
     vllm = Provider("vllm", "torch", "vLLM's CUDA op", make=_vllm, max_experts=992, stable=False)
     sglang = Provider(
         "sglang",
@@ -324,7 +324,7 @@ def _on_gpu(ids: list[np.ndarray]) -> list[Any]:
     return [torch.from_numpy(i).cuda() if isinstance(i, np.ndarray) else i for i in ids]
 
 
-def _direct(case: Case, ids: list[np.ndarray]) -> TorchCalls:
+def direct_calls(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     import torch_bridge
 
     if case.with_options:
@@ -375,27 +375,25 @@ def prepare_direct(cases: Sequence[Case]) -> str:
     """
     import torch
 
-    from torch_bridge._direct import call
-    from torch_bridge._direct import program as direct
+    from torch_bridge._direct import problems, store
 
     device = torch.device("cuda", torch.cuda.current_device())
     wanted = {
-        call.sized(
+        problems.bucket_problem(
             case.num_pairs,
             case.num_experts,
             case.block_size,
-            torch.int32,
             expert_map="filter" * case.with_options,
-            num_valid_pairs=case.with_options,
-            tokens_per_expert=case.with_options,
+            has_num_valid_pairs=case.with_options,
+            return_counts=case.with_options,
             return_inverse=case.with_options,
-            tuning=direct.tuning(device),
+            tuning=store.here.machine.tuning(device),
         )
         for case in cases
     }
     try:
-        direct.prepare(device.index, sorted(wanted), again=True)
-    except direct.Unavailable as reason:
+        store.here.prepare(device.index, sorted(wanted), again=True)
+    except store.Unavailable as reason:
         return str(reason)
     return ""
 
@@ -456,7 +454,7 @@ def _sglang_small(case: Case, ids: list[np.ndarray], *, path: str, pdl: bool) ->
     return TorchCalls(calls, outputs)
 
 
-def _torch_sort(case: Case, ids: list[np.ndarray]) -> TorchCalls:
+def torch_sort(case: Case, ids: list[np.ndarray]) -> TorchCalls:
     """One stable sort, counts by binary search, one scatter. Nothing synchronises."""
     import torch
 

@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def places(ends: Sequence[int], num_experts: int, block_size: int) -> list[Place]:
-    """Where each bucket is worst, or may be; `ends` as `direct.bucket_ends` gives them."""
+    """Where each bucket is worst, or may be; `ends` as `problems.bucket_ends` gives them."""
     found, before = [], 0
     for end in ends:
         for n in sorted({before + 1, (before + 1 + end) // 2, end}):
@@ -70,7 +70,7 @@ def measure(case: Case, exact: Callable[[Any, dict[str, Any]], None]) -> dict[st
     shape, count = (case.num_pairs, 1), union.calls_for(case, _CALLS)
     ids: list[Any] = [torch.randint(0, case.num_experts, shape, **options) for _ in range(count)]
     wrong, want = union.reference_of(case, ids)
-    sized = peers._direct(case, ids)
+    sized = peers.direct_calls(case, ids)
     calls = {
         "exact": [functools.partial(exact, *x) for x in zip(ids, sized.outputs, strict=True)],
         "sized": sized.calls,
@@ -124,17 +124,16 @@ def prepare(index: int, every: Sequence[Place], tuning: str) -> dict[Place, Call
     import torch
 
     import torch_bridge
-    from torch_bridge._direct import call
-    from torch_bridge._direct import program as direct
+    from torch_bridge._direct import problems, store
 
     exact = {place: exact_problem(place.case, tuning) for place in every}
     shared = {
-        call.sized(
-            place.end, place.case.num_experts, place.case.block_size, torch.int32, tuning=tuning
+        problems.bucket_problem(
+            place.end, place.case.num_experts, place.case.block_size, tuning=tuning
         )
         for place in every
     }
-    direct.prepare(index, [*exact.values(), *shared])  # at once: many processes compile
+    store.here.prepare(index, [*exact.values(), *shared])  # at once: many processes compile
     for num_experts, block_size in {(p.case.num_experts, p.case.block_size) for p in every}:
         torch_bridge.warmup(
             num_experts=num_experts,
@@ -146,7 +145,7 @@ def prepare(index: int, every: Sequence[Place], tuning: str) -> dict[Place, Call
     def align(program: Any, ids: Any, outputs: dict[str, Any]) -> None:
         program.launch(ids.data_ptr(), *[tensor.data_ptr() for tensor in outputs.values()])
 
-    programs = {place: direct.loaded(index, problem) for place, problem in exact.items()}
+    programs = {place: store.here.programs[index, problem] for place, problem in exact.items()}
     return {place: functools.partial(align, program) for place, program in programs.items()}
 
 
@@ -163,15 +162,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     import torch
 
-    from torch_bridge._direct import program as direct
+    from torch_bridge._direct import problems, store
 
     index = torch.cuda.current_device()
-    tuning = direct.tuning(torch.device("cuda", index))
+    tuning = store.here.machine.tuning(torch.device("cuda", index))
     every = [
         place
         for num_experts, block_size in MODELS
         for place in places(
-            direct.bucket_ends(options.most, num_experts, block_size, tuning),
+            problems.bucket_ends(options.most, num_experts, block_size, tuning),
             num_experts,
             block_size,
         )
@@ -181,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TORCH_BRIDGE_CACHE_DIR"] = folder
         exact = prepare(index, every, tuning)
         print(f"{len(every)} exact programs and the buckets': {time.monotonic() - started:.0f} s")
-        loaded = len(direct._programs)
+        loaded = len(store.here.programs)
         random.Random(2026).shuffle(every)  # a budget that ends early leaves a fair sample
         for place in every:
             if time.monotonic() - started > options.budget:
@@ -189,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = measure(place.case, exact[place])
             form = tables.config_for(exact_problem(place.case, tuning)).form
             rows.append({**facts, **row, "form": form, "bucket": [place.before, place.end]})
-        compiled = len(direct._programs) - loaded
+        compiled = len(store.here.programs) - loaded
     print(f"{'size':18} {'form':8} {'bucket':>16} {'exact':>9} {'at launch':>9} {'ratio':>7}")
     for row in sorted(rows, key=lambda row: row.get("ratio", math.inf), reverse=True):
         print(line(row))

@@ -92,7 +92,7 @@ def differs(
 
 def reference_of(case: Case, ids: list[Any]) -> tuple[str, list[dict[str, Any]]]:
     """(what is wrong with it, torch's stable sort of each input)."""
-    prepared = peers._torch_sort(case, ids)
+    prepared = peers.torch_sort(case, ids)
     for call in prepared.calls:
         call()
     if case.num_pairs <= _NUMPY_PAIRS:

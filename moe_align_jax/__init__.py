@@ -65,7 +65,7 @@ _MODULE_OF = {
     "route_and_align": "router",
     "route_topk": "router",
     "router_z_loss": "losses",
-    "select_implementation": "_lowering.select",
+    "select_implementation": "block_align",
     "select_matmul_implementation": "matmul",
     "select_moe_implementation": "moe_layer",
     "select_router_implementation": "router",
@@ -86,12 +86,12 @@ if TYPE_CHECKING:
     from moe_align_jax._core.checks import max_num_tokens_padded as max_num_tokens_padded
     from moe_align_jax._expert_load.ring import LoadRecord as LoadRecord
     from moe_align_jax._expert_parallel.choice import TransportChoice as TransportChoice
-    from moe_align_jax._lowering.select import select_implementation as select_implementation
     from moe_align_jax.block_align import (
         batched_moe_align_block_size as batched_moe_align_block_size,
     )
     from moe_align_jax.block_align import moe_align_block_size as moe_align_block_size
     from moe_align_jax.block_align import padded_group_sizes as padded_group_sizes
+    from moe_align_jax.block_align import select_implementation as select_implementation
     from moe_align_jax.capacity import CappedPairs as CappedPairs
     from moe_align_jax.capacity import drop_over_capacity as drop_over_capacity
     from moe_align_jax.capacity import expert_capacity as expert_capacity

@@ -9,10 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_align_jax._align import location
+from moe_align_jax._align import tables as tuning_tables
+from moe_align_jax._align.arguments import (
+    as_int32_words,
+    capacity_of,
+    check_count,
+    check_expert_map,
+    check_integer_array,
+    narrow_count,
+    narrow_map,
+)
+from moe_align_jax._align.primitive import align
 from moe_align_jax._core import checks, fork
+from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._lowering import export, select
+from moe_align_jax._lowering.sharding import replicate
 from moe_align_jax.expert_location import ExpertLocation
-from moe_align_jax.types import AlignedBlocks, AlignProblem, BatchedAlignProblem, Implementation
+from moe_align_jax.types import (
+    AlignedBlocks,
+    AlignProblem,
+    BatchedAlignProblem,
+    Implementation,
+    Selection,
+)
 
 _I32 = jnp.int32
 
@@ -98,7 +118,7 @@ def moe_align_block_size(
     block_size = checks.check_block_size(function, block_size)
     num_experts = checks.check_num_experts(function, num_experts)
     select.check_implementation(function, implementation)
-    topk_ids = _check_integer_array(
+    topk_ids = check_integer_array(
         function,
         "topk_ids",
         topk_ids,
@@ -113,21 +133,18 @@ def moe_align_block_size(
 
     dispatch, tables, shared = "", {}, 0
     if expert_location is not None:
-        from moe_align_jax import expert_dispatch
-
-        shared = expert_dispatch.check_shared(function, num_fused_shared_experts, topk_ids.shape)
-        dispatch, tables = expert_dispatch.alignment_tables(
+        shared = location.check_shared(function, num_fused_shared_experts, topk_ids.shape)
+        dispatch, tables = location.alignment_tables(
             function, expert_location, layer, num_experts, shared
         )
+        num_logical = expert_location.num_logical_experts
+        topk_ids = location.narrow_on_host(topk_ids, num_logical, shared)
         if dispatch == "round_robin":  # a pair's replica depends on all pairs before it
             rows: Any = topk_ids if topk_ids.ndim else topk_ids.reshape(1)
-            topk_ids = expert_dispatch.to_physical_ids(
-                rows, expert_location, layer=layer, num_fused_shared_experts=shared
-            )
+            if expert_location.num_layers is not None:
+                expert_location = expert_location.layer(layer)
+            topk_ids = location.slots_of(rows, expert_location, dispatch=dispatch, shared=shared)
             dispatch, tables, shared = "", {}, 0
-        elif isinstance(topk_ids, np.ndarray):
-            num_logical = expert_location.num_logical_experts
-            topk_ids = expert_dispatch.narrow_on_host(topk_ids, num_logical, shared)
     else:
         for argument, value, remedy in (
             ("layer", layer, "It is the layer of an expert_location."),
@@ -142,12 +159,17 @@ def moe_align_block_size(
                 raise ValueError(checks.message(function, argument, "be left out", got, remedy))
 
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
-    capacity = _capacity(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
-    operands: dict[str, Any] = {"topk_ids": _narrow_on_host(topk_ids, num_experts), **tables}
+    capacity = capacity_of(function, num_pairs, block_size, num_experts, bool(pad_sorted_ids))
+    operands: dict[str, Any] = {"topk_ids": narrow_on_host(topk_ids, num_experts), **tables}
     if expert_map is not None:
-        operands["expert_map"] = _check_expert_map(function, expert_map, num_experts)
+        operands["expert_map"] = check_expert_map(function, expert_map, num_experts)
     if num_valid_pairs is not None:
-        operands["num_valid_pairs"] = _check_num_valid_pairs(function, num_valid_pairs)
+        operands["num_valid_pairs"] = check_count(
+            function,
+            "num_valid_pairs",
+            num_valid_pairs,
+            "Pass the number of pairs in use, as an int or a scalar integer array.",
+        )
     return _align(
         operands,
         block_size=block_size,
@@ -187,7 +209,7 @@ def _align(
     implementation: str | None,
 ) -> AlignedBlocks:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
-    operands = {name: select.replicate(x) for name, x in operands.items()}
+    operands = {name: replicate(x) for name, x in operands.items()}
     topk_ids = operands["topk_ids"]
     num_pairs = functools.reduce(operator.mul, topk_ids.shape, 1)
     with jax.named_scope("moe_align_block_size"):
@@ -195,15 +217,15 @@ def _align(
             empty, none = jnp.zeros(0, _I32), jnp.zeros(num_experts, _I32)
             inverse = empty if return_inverse else None
             return AlignedBlocks(empty, empty, jnp.zeros(1, _I32), none, inverse)
-        ids = _as_int32_words(lax.reshape(topk_ids, (num_pairs,)))
-        sizes, tables = _dispatch_tables(operands, dispatch, shared)
+        ids = as_int32_words(lax.reshape(topk_ids, (num_pairs,)))
+        sizes, tables = location.arrays_of(operands, dispatch, shared)
         arrays = [ids, *tables]
         expert_map = operands.get("expert_map")
         if expert_map is not None:
-            arrays.append(_narrow_map(expert_map, num_experts))
+            arrays.append(narrow_map(expert_map, num_experts))
         num_valid_pairs = operands.get("num_valid_pairs")
         if num_valid_pairs is not None:
-            arrays.append(_narrow_count(num_valid_pairs))
+            arrays.append(narrow_count(num_valid_pairs))
         problem = AlignProblem(
             num_pairs=num_pairs,
             num_experts=num_experts,
@@ -217,32 +239,7 @@ def _align(
             return_inverse=return_inverse,
             **sizes,
         )
-        return AlignedBlocks(*select.align(problem, implementation, *arrays))
-
-
-def _dispatch_tables(
-    operands: dict[str, jax.Array], dispatch: str, shared: int
-) -> tuple[dict[str, Any], list[jax.Array]]:
-    """The sizes of an expert location for AlignProblem, and its arrays in the order of its inputs."""
-    if not dispatch:
-        return {}, []
-    ids, layered = operands["topk_ids"], "layer" in operands
-    sizes: dict[str, Any] = {"dispatch": dispatch}
-    if dispatch == "static":
-        names = ("static_dispatch_map",)
-        sizes["num_logical"] = operands[names[0]].shape[-1]
-    else:
-        names = ("logical_to_physical_map", "num_replicas", "first_token")
-        sizes["num_logical"], sizes["replica_width"] = operands[names[0]].shape[-2:]
-        sizes["top_k"] = ids.shape[-1] if ids.ndim > 1 else 1
-    if shared:
-        sizes |= {"top_k": ids.shape[-1], "num_shared": shared}
-    if layered:
-        sizes["num_layers"] = operands[names[0]].shape[0]
-        names += ("layer",)
-    # Every value of a location fits int32, whatever the type that a caller's program gave it.
-    arrays = [lax.convert_element_type(operands[name], _I32) for name in names]
-    return sizes, [lax.reshape(x, (x.size,)) for x in arrays]
+        return AlignedBlocks(*align(problem, implementation, *arrays))
 
 
 def batched_moe_align_block_size(
@@ -287,7 +284,7 @@ def batched_moe_align_block_size(
         "Pass the static rows per expert of the [E, max_tokens, H] layout.",
     )
     select.check_implementation(function, implementation)
-    counts = _check_integer_array(
+    counts = check_integer_array(
         function, "expert_num_tokens", expert_num_tokens, "Pass the row count of each expert."
     )
     if counts.ndim != 1 or counts.shape[0] < 1:
@@ -313,8 +310,8 @@ def _batched_align(
     counts: jax.Array, *, problem: BatchedAlignProblem, implementation: str | None
 ) -> AlignedBlocks:
     with jax.named_scope("batched_moe_align_block_size"):
-        counts = _narrow_count(select.replicate(counts))
-        return AlignedBlocks(*select.align(problem, implementation, counts))
+        counts = narrow_count(replicate(counts))
+        return AlignedBlocks(*align(problem, implementation, counts))
 
 
 def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> jax.Array:
@@ -342,116 +339,66 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> jax.Array:
     return (counts + (block_size - 1)) // block_size * block_size
 
 
-# -- checks on static facts -----------------------------------------------------------------------
+def select_implementation(
+    topk_ids_or_shape: Any,
+    *,
+    block_size: int,
+    num_experts: int,
+    platform: str | None = None,
+    implementation: str | None = None,
+) -> Selection:
+    """Says what `moe_align_block_size` would run, and why the others would not.
 
+    Args:
+        topk_ids_or_shape: the ids, or their shape as an int or a tuple of ints.
+        block_size: rows per block.
+        num_experts: E.
+        platform: "cuda" (or "gpu"), "cpu", "tpu" or "rocm", for which to lower; None for this process's
+            default backend.
+        implementation: as for `moe_align_block_size`.
 
-def _check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        if type(value).__module__.partition(".")[0] == "torch":
-            remedy = "Call torch_bridge for PyTorch tensors."
-        got = checks.describe(value)
-        raise TypeError(checks.message(function, argument, "be an integer array", got, remedy))
-    if isinstance(value, np.generic):
-        value = np.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        got = checks.describe(value)
-        raise TypeError(checks.message(function, argument, "be an integer array", got, remedy))
-    return value
+    Returns:
+        `Selection(implementation, form, reasons)`.
 
+    Raises:
+        NotImplementedError: the named implementation cannot run for that platform.
+        TypeError, ValueError: as `moe_align_block_size`.
 
-def _capacity(function: str, num_pairs: Any, block_size: int, num_experts: int, pad: bool) -> Any:
-    """P. Symbolic sizes (shape-polymorphic export) stay symbolic and are not bounded here."""
-    if isinstance(num_pairs, int):
-        capacity = checks.capacity(
-            num_pairs, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad
-        )
-        return checks.check_fits_int32(function, "topk_ids", capacity, "a padded length P")
-    return checks.capacity(
-        num_pairs,
-        block_size=block_size,
-        num_experts=num_experts,
-        pad_sorted_ids=pad,
-        minimum=jax.core.min_dim,  # pyright: ignore[reportAttributeAccessIssue]
+    Example:
+        >>> select_implementation((4096, 2), block_size=128, num_experts=64, platform="cuda")[:2]
+        ('mosaic_gpu', 'cluster')
+    """
+    function = "select_implementation"
+    block_size = checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    select.check_implementation(function, implementation)
+    shape = getattr(topk_ids_or_shape, "shape", topk_ids_or_shape)
+    given = shape if isinstance(shape, (tuple, list)) else (shape,)
+    remedy = "Pass topk_ids, or its shape as a tuple of ints."
+    try:
+        if isinstance(topk_ids_or_shape, (jax.Array, np.ndarray, np.generic)):
+            if not np.issubdtype(topk_ids_or_shape.dtype, np.integer):
+                raise TypeError
+        shape = tuple(checks.check_int(function, "topk_ids_or_shape", d, 0, remedy) for d in given)
+    except TypeError:
+        rule, got = "be an array or a shape", checks.describe(topk_ids_or_shape)
+        raise TypeError(checks.message(function, "topk_ids_or_shape", rule, got, remedy)) from None
+    padded = checks.max_num_tokens_padded(
+        int(np.prod(shape, dtype=object)), block_size=block_size, num_experts=num_experts
     )
-
-
-def _check_expert_map(function: str, value: Any, num_experts: int) -> Any:
-    remedy = "Pass one local id (or -1) per global expert."
-    value = _check_integer_array(function, "expert_map", value, remedy)
-    if value.shape != (num_experts,):
-        raise ValueError(
-            checks.message(
-                function,
-                "expert_map",
-                f"have shape [{num_experts}]",
-                checks.describe(value),
-                remedy,
-            )
-        )
-    return _narrow_on_host(value, num_experts)
-
-
-def _check_num_valid_pairs(function: str, value: Any) -> Any:
-    remedy = "Pass the number of pairs in use, as an int or a scalar integer array."
-    return check_count(function, "num_valid_pairs", value, remedy)
-
-
-def check_count(function: str, argument: str, value: Any, remedy: str) -> Any:
-    """An int or an array of one integer; what the host knows as int32, saturated at -1 and 2**31 - 1."""
-    if isinstance(value, bool):
-        got = checks.describe(value)
-        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
-    if isinstance(value, int):
-        return np.int32(min(max(value, -1), checks.INT32_MAX))
-    value = _check_integer_array(function, argument, value, remedy)
-    if value.size != 1:
-        got = checks.describe(value)
-        raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
-    if isinstance(value, np.ndarray):
-        return np.int32(min(max(int(value.item()), -1), checks.INT32_MAX))
-    return value
-
-
-# -- narrowing to int32 without changing what is in range --------------------------------------------
-
-
-def _narrow_on_host(value: Any, num_experts: int) -> Any:
-    """A NumPy array of ids as int32, out-of-range ids as -1: jax would narrow int64 by wrapping."""
-    if not isinstance(value, np.ndarray) or value.dtype == np.int32:
-        return value
-    in_range = (value >= 0) & (value < num_experts)
-    # Unsigned types cannot hold -1: narrow first (what wraps is out of range and replaced).
-    return np.where(in_range, value.astype(np.int32), np.int32(-1))
-
-
-def _as_int32_words(ids: jax.Array) -> jax.Array:
-    """`[n]` int32, or for 64-bit ids `[n, 2]` int32 words, low first. Out-of-range stays out of range."""
-    if ids.dtype == _I32:
-        return ids
-    if ids.dtype.itemsize >= 4:
-        # uint32 above int32 reads as negative; 64-bit ids need no arithmetic (which jax would narrow).
-        return lax.bitcast_convert_type(ids, _I32)
-    return lax.convert_element_type(ids, _I32)
-
-
-def _narrow_map(expert_map: jax.Array, num_experts: int) -> jax.Array:
-    words = _as_int32_words(expert_map)
-    if words.ndim == 1:
-        return words
-    low, high = words[:, 0], words[:, 1]
-    return jnp.where((high == 0) & (low < num_experts), low, -1)
-
-
-def _narrow_count(count: jax.Array) -> jax.Array:
-    """`[k]` int32 with values beyond int32 saturated: 2**31 - 1 above, -1 below."""
-    count = lax.reshape(count, (max(count.size, 1),))
-    unsigned = jnp.issubdtype(count.dtype, jnp.unsignedinteger)
-    words = _as_int32_words(count)
-    if words.ndim == 1:
-        if unsigned and count.dtype.itemsize == 4:
-            return jnp.where(words < 0, _I32(checks.INT32_MAX), words)
-        return words
-    low, high = words[:, 0], words[:, 1]
-    small = (high == 0) & (low >= 0)
-    negative = jnp.bool_(False) if unsigned else high < 0
-    return jnp.where(small, low, jnp.where(negative, _I32(-1), _I32(checks.INT32_MAX)))
+    # The emulator takes the default table everywhere: its results do not depend on the machine.
+    tuning = "" if implementation == "emulator" else tuning_tables.table_name(select.gpu_kind())
+    problem = AlignProblem(
+        int(np.prod(shape, dtype=object)), num_experts, block_size, padded, tuning=tuning
+    )
+    platform = select.check_platform(function, platform)
+    choice = select.choose(function, platform, implementation)
+    better = (
+        f"the Mosaic GPU kernels run here and are faster (sizes: {tuning_tables.describe(tuning)})"
+    )
+    reasons = select.reasons_against_others(choice, platform, implementation, better=better)
+    if problem.num_pairs == 0:
+        form = "empty"
+    else:
+        form = "sort" if choice == "xla" else tuning_tables.config_for(problem).form
+    return Selection(choice, form, reasons)

@@ -15,9 +15,12 @@ import numpy as np
 from jax import lax
 
 from moe_align_jax import block_align
+from moe_align_jax._align.arguments import narrow_count, narrow_map
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import INT32_MAX, narrow_on_host
 from moe_align_jax._grouped_matmul import arguments
-from moe_align_jax._lowering import export, select
+from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import replicate
 from moe_align_jax._moe_layer.arguments import check_tokens
 
 _I32 = jnp.int32
@@ -81,7 +84,7 @@ def _capacity(function: str, pairs: int, num_experts: int, factor: float) -> int
     wanted = pairs * float(factor) / num_experts
     nearest = round(wanted)
     most = nearest if abs(wanted - nearest) <= 1e-9 * max(1.0, wanted) else math.ceil(wanted)
-    return min(max(1, most), checks.INT32_MAX)
+    return min(max(1, most), INT32_MAX)
 
 
 def drop_over_capacity(
@@ -175,7 +178,7 @@ def drop_over_capacity(
     if num_valid_tokens is not None:
         limit = check_tokens(function, num_valid_tokens)
     return _drop(
-        jnp.asarray(block_align._narrow_on_host(topk_ids, num_experts)),
+        jnp.asarray(narrow_on_host(topk_ids, num_experts)),
         topk_weights if drop == "weight" else None,
         None if limit is None else jnp.asarray(limit),
         num_experts=num_experts,
@@ -199,18 +202,16 @@ def _drop(
         if not pairs:
             none = jnp.zeros(num_experts, _I32)
             return CappedPairs(jnp.zeros(shape, _I32), none, none)
-        ids = block_align._narrow_map(
-            lax.reshape(select.replicate(topk_ids), (pairs,)), num_experts
-        )
+        ids = narrow_map(lax.reshape(replicate(topk_ids), (pairs,)), num_experts)
         ids = jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
         if limit is not None:
-            tokens = block_align._narrow_count(limit)[0]
+            tokens = narrow_count(limit)[0]
             ids = jnp.where(lax.div(lax.iota(_I32, pairs), _I32(shape[1])) < tokens, ids, -1)
         order = None  # the pairs by who comes first
         if drop == "choice":
             order = lax.iota(_I32, pairs).reshape(shape).T.reshape(-1)
         elif drop == "weight":
-            keys = -select.replicate(topk_weights).reshape(-1)
+            keys = -replicate(topk_weights).reshape(-1)
             order = jnp.argsort(keys, stable=True).astype(_I32)
         in_order = ids if order is None else ids[order]
         aligned = block_align.moe_align_block_size(

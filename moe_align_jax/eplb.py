@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.checks import fail
 from moe_align_jax._eplb import greedy, maps, spread
 from moe_align_jax._eplb.keep import keep_in_place
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind, plan_expert_moves
@@ -122,7 +123,13 @@ def rebalance_experts(
         for name, size in zip(names, sizes, strict=True)
     )
     if algorithm not in get_args(Algorithm):
-        _fail("algorithm", f"be one of {', '.join(get_args(Algorithm))}", repr(algorithm), "")
+        fail(
+            _FUNCTION,
+            "algorithm",
+            f"be one of {', '.join(get_args(Algorithm))}",
+            repr(algorithm),
+            "",
+        )
     hierarchical = algorithm.endswith("hierarchical") or (
         algorithm == "auto" and num_groups % num_nodes == 0
     )
@@ -324,10 +331,6 @@ def balancedness(physical_count: Any, num_gpus: int) -> np.ndarray:
 # -- checks -----------------------------------------------------------------------------------------------
 
 
-def _fail(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(checks.message(_FUNCTION, argument, rule, got, remedy).rstrip())
-
-
 def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
     """An array of real numbers, of its own dtype.
 
@@ -352,14 +355,14 @@ def _check_weight(weight: Any) -> np.ndarray:
     array = _real(_FUNCTION, "weight", weight, remedy)
     if array.ndim not in (2, 3) or 0 in array.shape:
         rule = "have shape [L, El] or [S, L, El], of at least one each"
-        _fail("weight", rule, list(array.shape), remedy)
+        fail(_FUNCTION, "weight", rule, list(array.shape), remedy)
     if not array.min() >= 0:
-        _fail("weight", "be at least 0 everywhere", array.min(), remedy)
+        fail(_FUNCTION, "weight", "be at least 0 everywhere", array.min(), remedy)
     history = array if array.ndim == 3 else array[None]
     with np.errstate(over="ignore"):
         total = history.sum(axis=(0, 2), dtype=np.float64).astype(np.float32)
     if not np.isfinite(total).all():
-        _fail("weight", "have finite float32 sums", total.max(), "Scale the loads down.")
+        fail(_FUNCTION, "weight", "have finite float32 sums", total.max(), "Scale the loads down.")
     return history
 
 
@@ -373,13 +376,15 @@ def _check_previous(previous: Any, sizes: tuple[int, ...], num_gpus: int) -> np.
         raise TypeError(checks.message(_FUNCTION, "previous", "be integers", got, remedy))
     if old.ndim != 2 or len(old) != num_layers or old.shape[1] == 0:
         rule = f"be an integer array [{num_layers}, slots]"
-        _fail("previous", rule, checks.describe(old), remedy)
+        fail(_FUNCTION, "previous", rule, checks.describe(old), remedy)
     if old.shape[1] % num_gpus:
         got, rule = f"{old.shape[1]} slots", f"have a multiple of its GPUs ({num_gpus}) as slots"
-        _fail("previous", rule, got, "Pass previous_num_gpus where it was for other GPUs.")
+        fail(
+            _FUNCTION, "previous", rule, got, "Pass previous_num_gpus where it was for other GPUs."
+        )
     if not -1 <= int(old.min()) <= int(old.max()) < num_logical:
         rule = f"hold experts in [0, {num_logical}), or -1"
-        _fail("previous", rule, f"[{old.min()}, {old.max()}]", remedy)
+        fail(_FUNCTION, "previous", rule, f"[{old.min()}, {old.max()}]", remedy)
     return old.astype(np.int64)
 
 
@@ -389,16 +394,28 @@ def _check_sizes(
     """Sizes that divide; `nodes` is 1 for the global policy."""
     if num_replicas < num_logical:
         rule = f"be at least the number of experts, {num_logical}"
-        _fail("num_replicas", rule, num_replicas, "Every expert needs a slot.")
+        fail(_FUNCTION, "num_replicas", rule, num_replicas, "Every expert needs a slot.")
     if num_replicas % num_gpus:
         rule = f"be a multiple of num_gpus ({num_gpus})"
-        _fail("num_replicas", rule, num_replicas, "Each GPU holds the same number of slots.")
+        fail(
+            _FUNCTION,
+            "num_replicas",
+            rule,
+            num_replicas,
+            "Each GPU holds the same number of slots.",
+        )
     if num_logical % num_groups:
         rule = f"divide the number of experts, {num_logical}"
-        _fail("num_groups", rule, num_groups, "Pass 1 where the model has no groups.")
+        fail(_FUNCTION, "num_groups", rule, num_groups, "Pass 1 where the model has no groups.")
     if num_groups % nodes:
         rule = f"be a multiple of num_nodes ({nodes})"
-        _fail("num_groups", rule, num_groups, 'Pass algorithm="deepseek" to ignore the nodes.')
+        fail(
+            _FUNCTION,
+            "num_groups",
+            rule,
+            num_groups,
+            'Pass algorithm="deepseek" to ignore the nodes.',
+        )
     if num_gpus % nodes:
         rule = f"be a multiple of num_nodes ({nodes})"
-        _fail("num_gpus", rule, num_gpus, "Each node has the same number of GPUs.")
+        fail(_FUNCTION, "num_gpus", rule, num_gpus, "Each node has the same number of GPUs.")

@@ -13,8 +13,8 @@ from jax import lax
 
 from moe_align_jax import eplb
 from moe_align_jax._core import checks, files, fork
+from moe_align_jax._core.checks import fail
 from moe_align_jax._eplb import loads, maps, placement_files
-from moe_align_jax._eplb.maps import fail
 from moe_align_jax._lowering import export
 
 Dispatch = Literal["static", "dynamic", "round_robin"]

@@ -31,7 +31,6 @@ from moe_align_jax._expert_parallel.axes import (
     manual,
     mesh_platform,
     nothing_like,
-    vary_together,
 )
 from moe_align_jax._expert_parallel.choice import (
     TRANSPORTS,
@@ -51,8 +50,8 @@ from moe_align_jax._expert_parallel.exchange import (
 )
 from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._expert_parallel.transport import Group
-from moe_align_jax._expert_parallel.transports.nvlink import NVLINK, check_order
 from moe_align_jax._lowering import export, select
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
@@ -183,83 +182,128 @@ def dispatch(
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
     ids = check_ids(function, topk_ids)
-    num_tokens = x.shape[0]
-    weights = check_pairs(function, ids, topk_weights, num_tokens)
+    weights = check_pairs(function, ids, topk_weights, x.shape[0])
     num_valid_tokens = check_num_valid_tokens(num_valid_tokens)
+    limits = max_low_latency_tokens, max_tokens_per_expert
+    chosen = _check_mode(function, mode, x.shape[0], *limits)
+    if initialize is not None:
+        remedy = "True makes unused rows zero, False leaves them unwritten, None chooses."
+        initialize = checks.check_bool(function, "initialize", initialize, remedy)
+    elif chosen == "low_latency":
+        initialize = payload is None and scales is None
+    platform, sizes = mesh_platform(), {"mode": chosen, "num_ranks": size}
+    choice = choose(function, transport, **sizes, platform=platform, axis_name=axis_name)
+    room = None
+    if chosen == "low_latency":
+        rows = size * x.shape[0]
+        experts = group.num_local_experts
+        room = check_room(function, max_tokens_per_expert, experts, rows, ids.shape[1])
+
+    info = DispatchInfo(chosen, choice.transport, group, x.shape[0])
+    with jax.named_scope(function), in_our_words(function):
+        info, sent = _prepare(info, x, scales, weights, ids, payload, num_valid_tokens)
+        with jax.named_scope("plan"):
+            plan = TRANSPORTS[info.transport].plan(sent.ids, group)
+        with jax.named_scope("send"):
+            received, layout = _send(info, sent, plan, room, bool(initialize))
+        return _lay_out(info, received, layout, plan, room, bool(initialize), choice)
+
+
+class _Message(NamedTuple):
+    """What is sent or has come of each token: x, perhaps its scales, weights and ids."""
+
+    x: Any
+    scales: Any
+    weights: Any
+    ids: Any
+
+
+def _check_mode(
+    function: str,
+    mode: Any,
+    num_tokens: int,
+    max_low_latency_tokens: Any,
+    max_tokens_per_expert: Any,
+) -> str:
+    """The mode that runs: "normal" or "low_latency"."""
+    remedy = "Pass a number of tokens."
     most = checks.check_positive_int(
-        function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
+        function, "max_low_latency_tokens", max_low_latency_tokens, remedy
     )
     chosen = resolve_mode(function, mode, num_tokens, most)
     if max_tokens_per_expert is not None and mode == "normal":
         rule, remedy = 'be left out in mode "normal"', "Rows are not laid out by expert there."
-        got = max_tokens_per_expert
-        raise ValueError(checks.message(function, "max_tokens_per_expert", rule, got, remedy))
-    if initialize is not None:
-        remedy = "True makes unused rows zero, False leaves them unwritten, None chooses."
-        initialize = checks.check_bool(function, "initialize", initialize, remedy)
-    choice = choose(
-        function,
-        transport,
-        mode=chosen,
-        num_ranks=size,
-        platform=mesh_platform(),
-        axis_name=axis_name,
-    )
-    info = DispatchInfo(chosen, choice.transport, group, num_tokens)
+        checks.fail(function, "max_tokens_per_expert", rule, max_tokens_per_expert, remedy)
+    return chosen
 
-    with jax.named_scope(function), in_our_words(function):
-        ours = info.transport == NVLINK.name
-        checks_ids = ours and num_valid_tokens is None and ids.dtype == jnp.int32
-        if not checks_ids:
-            ids = global_ids(ids, num_experts, num_valid_tokens, num_tokens)
-        if payload == "fp8" and ours and x.dtype == jnp.bfloat16:
-            x, info = message.without_gradient(x), dataclasses.replace(info, quantise=True)
-        elif payload is not None:
-            x, scales = message.quantize(message.without_gradient(x), message.PAYLOADS[payload])
-        elif scales is not None:
-            x, scales = message.without_gradient((x, scales))
-        names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        if num_tokens == 0:
-            x, scales, weights, ids = nothing_like((x, scales, weights, ids), *names)
-        if scales is None:  # others have no derivative at all
-            x = reverse_mode_only(function, x)
-        weights = reverse_mode_only(function, weights)
-        x, scales, weights, ids = vary_together((x, scales, weights, ids), *names)
-        with jax.named_scope("plan"):
-            plan = TRANSPORTS[info.transport].plan(ids, group)
-        payload_and_pairs = x, scales, weights, ids
-        experts, room = group.num_local_experts, None
-        if chosen == "low_latency":
-            room = check_room(
-                function, max_tokens_per_expert, experts, size * num_tokens, ids.shape[1]
-            )
-            if initialize is None:
-                initialize = not (info.quantise or scales is not None)
-        with jax.named_scope("send"):
-            if room and not initialize and fills_boxes(info, *payload_and_pairs, room):
-                *received, boxed = send_to_boxes(info, room, *payload_and_pairs, plan)
-            else:
-                received, boxed = send(info, *payload_and_pairs, plan), None
-        x, scales, weights, ids = received
-        in_use = jnp.any(ids >= 0, axis=1)
-        if room is None:
-            handle = DispatchHandle(info, plan, in_use, None, None, None)
-            return Dispatched(x, scales, None, None, ids, weights, handle, choice)
-        if boxed is None:
-            (x, scales), layout = permute_to_masked(
-                (x, scales),
-                ids,
-                num_experts=experts,
-                max_tokens_per_expert=room,
-                initialize=bool(initialize),
-            )
-        else:
-            layout = MaskedLayout(*boxed)
-        if scales is not None and scales.dtype == jnp.int32:
-            scales = jnp.swapaxes(scales, 1, 2)
-        handle = DispatchHandle(info, plan, in_use, layout, weights, ids)
-        used, counts = layout.masked_m, layout.tokens_per_expert
-        return Dispatched(x, scales, used, counts, None, None, handle, choice)
+
+def _prepare(
+    info: DispatchInfo,
+    x: jax.Array,
+    scales: jax.Array | None,
+    weights: jax.Array,
+    ids: jax.Array,
+    payload: str | None,
+    num_valid_tokens: Any,
+) -> tuple[DispatchInfo, _Message]:
+    """What is sent: x quantised, unless the transport does so on the way; ids of -1 where nothing is."""
+    transport, group = TRANSPORTS[info.transport], info.group
+    names = group.axis_name if isinstance(group.axis_name, tuple) else (group.axis_name,)
+    if not (transport.checks_ids and num_valid_tokens is None and ids.dtype == jnp.int32):
+        num_experts = group.size * group.num_local_experts
+        ids = global_ids(ids, num_experts, num_valid_tokens, info.num_tokens)
+    if transport.quantises(x, payload):
+        x, info = message.without_gradient(x), dataclasses.replace(info, quantise=True)
+    elif payload is not None:
+        x, scales = message.quantize(message.without_gradient(x), message.PAYLOADS[payload])
+    elif scales is not None:
+        x, scales = message.without_gradient((x, scales))
+    if info.num_tokens == 0:
+        x, scales, weights, ids = nothing_like((x, scales, weights, ids), *names)
+    if scales is None:  # others have no derivative at all
+        x = reverse_mode_only("dispatch", x)
+    weights = reverse_mode_only("dispatch", weights)
+    return info, _Message(*vary_together((x, scales, weights, ids), *names))
+
+
+def _send(
+    info: DispatchInfo, given: _Message, plan: Any, room: int | None, initialize: bool
+) -> tuple[_Message, MaskedLayout | None]:
+    """What came, and its layout where the transport has put the rows into the experts' boxes already."""
+    if room and not initialize and fills_boxes(info, *given, room):
+        *received, layout = send_to_boxes(info, room, *given, plan)
+        return _Message(*received), MaskedLayout(*layout)
+    return _Message(*send(info, *given, plan)), None
+
+
+def _lay_out(
+    info: DispatchInfo,
+    received: _Message,
+    layout: MaskedLayout | None,
+    plan: Any,
+    room: int | None,
+    initialize: bool,
+    choice: TransportChoice,
+) -> Dispatched:
+    """The result: rows as they came, or with `room` by expert, so many rows each."""
+    x, scales, weights, ids = received
+    in_use = jnp.any(ids >= 0, axis=1)
+    if room is None:
+        handle = DispatchHandle(info, plan, in_use, None, None, None)
+        return Dispatched(x, scales, None, None, ids, weights, handle, choice)
+    if layout is None:
+        (x, scales), layout = permute_to_masked(
+            (x, scales),
+            ids,
+            num_experts=info.group.num_local_experts,
+            max_tokens_per_expert=room,
+            initialize=initialize,
+        )
+    if scales is not None and scales.dtype == jnp.int32:
+        scales = jnp.swapaxes(scales, 1, 2)
+    handle = DispatchHandle(info, plan, in_use, layout, weights, ids)
+    used, counts = layout.masked_m, layout.tokens_per_expert
+    return Dispatched(x, scales, used, counts, None, None, handle, choice)
 
 
 def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> jax.Array:
@@ -375,6 +419,5 @@ def select_transport(
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(manual(mesh)):
         platform = platform or mesh_platform()
         choice = choose(function, transport, mode=chosen, num_ranks=num_ranks, platform=platform)
-    if choice.transport == NVLINK.name:
-        check_order(mesh)
+    TRANSPORTS[choice.transport].check_mesh(mesh)
     return choice

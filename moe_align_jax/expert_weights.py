@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_align_jax._core import checks, fork
-from moe_align_jax._eplb.maps import fail
+from moe_align_jax._core.checks import fail
 from moe_align_jax._eplb.moves import ExpertMoves, MoveKind
 
 _FUNCTION = "update_expert_weights"

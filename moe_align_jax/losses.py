@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax import block_align
+from moe_align_jax._align.arguments import narrow_count
 from moe_align_jax._core import checks
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._grouped_matmul import arguments
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._moe_layer.arguments import check_tokens
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -215,6 +215,6 @@ def _tokens(function: str, logits: Any, limit: Any) -> tuple[jax.Array, jax.Arra
     tokens = logits.shape[0]
     if limit is None:
         return jnp.ones(tokens, bool), jnp.asarray(tokens, _F32)
-    count = block_align._narrow_count(jnp.asarray(check_tokens(function, limit)))[0]
+    count = narrow_count(jnp.asarray(check_tokens(function, limit)))[0]
     real = lax.iota(_I32, tokens) < count
     return real, jnp.sum(real.astype(_F32))

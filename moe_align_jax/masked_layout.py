@@ -17,16 +17,17 @@ import jax.numpy as jnp
 
 from moe_align_jax import block_align
 from moe_align_jax._core import checks, fork
+from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._expert_parallel.arguments import (
     check_ids,
     check_layout,
     check_out_dtype,
     check_rows,
 )
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._layout.rows import copy_to_masked, sum_rows, take_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 
@@ -120,7 +121,7 @@ def permute_to_masked(
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
     room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
-    ids = block_align._narrow_on_host(ids, num_experts)
+    ids = narrow_on_host(ids, num_experts)
     if num_tokens == 0:
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x
@@ -273,7 +274,7 @@ def permute_to_contiguous(
             rule = f"be a multiple of expert_alignment ({alignment})"
             raise ValueError(checks.message(function, "max_num_rows", rule, rows, remedy))
 
-    ids = block_align._narrow_on_host(ids, num_experts)
+    ids = narrow_on_host(ids, num_experts)
     if ids.shape[0] == 0:
         layout = ContiguousLayout(*_zeros((0,), (num_experts,), (num_experts,), ids.shape, (0,)))
         return vary_together((jax.tree.map(jnp.zeros_like, x), layout, (x, ids)))[:2]

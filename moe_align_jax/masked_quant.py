@@ -2,17 +2,24 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import (
+    batch_first,
+    batch_size,
+    make_primitive,
+    result_like,
+)
+from moe_align_jax._lowering.sharding import on_each_shard, vary_together
 from moe_align_jax._masked_quant.problem import (
     GROUPS_PER_WORD,
     MaskedQuantProblem,
@@ -153,19 +160,12 @@ def select_quant_implementation(
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
     problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
     platform = select.check_platform(function, platform)
-    choice = _choose(function, problem, platform, implementation)
-    reasons = {}
-    for other in select.IMPLEMENTATIONS:
-        if other == choice:
-            continue
-        if reason := _unavailable(problem, other, platform):
-            reasons[other] = reason
-        elif implementation is not None:
-            reasons[other] = f"implementation={implementation!r} was asked for"
-        elif other == "emulator":
-            reasons[other] = "it runs only when named: it is for tests and debugging"
-        else:
-            reasons[other] = "the Mosaic GPU kernel runs here, and reads valid rows only"
+    unsupported = functools.partial(_unsupported, problem)
+    choice = select.choose(function, platform, implementation, unsupported)
+    better = "the Mosaic GPU kernel runs here, and reads valid rows only"
+    reasons = select.reasons_against_others(
+        choice, platform, implementation, unsupported, better=better
+    )
     if choice == "xla":
         return Selection(choice, "whole", reasons)
     from moe_align_jax._masked_quant import launch as kernels
@@ -308,9 +308,6 @@ def _check_number(function: str, argument: str, value: Any, rule: str, holds: An
 
 # -- the primitive -------------------------------------------------------------------------------
 
-masked_quant_p = Primitive("silu_and_mul_masked_quant")
-masked_quant_p.multiple_results = True
-
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
 def _run(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
@@ -318,7 +315,7 @@ def _run(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None
         if implementation == "emulator" and x.size:
             # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
             return _emulate(problem, x, masked_m)
-        operands = select._vary_together([x, masked_m])
+        operands = vary_together([x, masked_m])
         return tuple(masked_quant_p.bind(*operands, problem=problem, implementation=implementation))
 
 
@@ -326,89 +323,65 @@ def _emulate(problem: MaskedQuantProblem, x, masked_m):
     from moe_align_jax._masked_quant import launch as kernels
 
     if reason := kernels.unsupported(problem):
-        raise select._not_implemented(problem.name, "emulator", reason)
+        raise select.not_implemented(problem.name, "emulator", reason)
     return tuple(kernels.run(problem, x, masked_m, interpret=True))
 
 
-@masked_quant_p.def_abstract_eval
-def _abstract_eval(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
-    del masked_m, implementation
-    return [select.result_like(x, *result) for result in problem.outputs.values()]
-
-
-masked_quant_p.def_impl(functools.partial(select.run_eagerly, masked_quant_p))
-
-
-def _unavailable(problem: MaskedQuantProblem, implementation: str, platform: str) -> str | None:
-    """Why a named implementation cannot run this for `platform`, or None."""
-    if reason := select._unavailable(implementation, platform):
-        return reason
-    if implementation == "xla":
-        return None
+def _unsupported(problem: MaskedQuantProblem) -> str | None:
     from moe_align_jax._masked_quant import launch as kernels
 
     return kernels.unsupported(problem)
 
 
-def _choose(
-    function: str, problem: MaskedQuantProblem, platform: str, implementation: str | None
-) -> str:
-    if implementation is None:
-        return "xla" if _unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
-    if reason := _unavailable(problem, implementation, platform):
-        raise select._not_implemented(function, implementation, reason)
-    return implementation
+def _abstract(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
+    del masked_m, implementation
+    return [result_like(x, *result) for result in problem.outputs.values()]
 
 
-def _lower(platform: str, ctx, x, masked_m, *, problem: MaskedQuantProblem, implementation):
-    choice = _choose(problem.name, problem, platform, implementation)
+def _implement(
+    platform: str, ctx: Any, *, problem: MaskedQuantProblem, implementation: str | None
+) -> Callable:
+    del ctx
+    unsupported = functools.partial(_unsupported, problem)
+    choice = select.choose(problem.name, platform, implementation, unsupported)
     if choice != "mosaic_gpu" or not math.prod(problem.outputs["q"][0]):  # nothing to launch for
         from moe_align_jax._masked_quant import reference
 
-        call = functools.partial(reference.masked_quant, problem)
-    else:
-        from moe_align_jax._masked_quant import launch as kernels
+        return functools.partial(reference.masked_quant, problem)
+    from moe_align_jax._masked_quant import launch as kernels
 
-        call = functools.partial(kernels.run, problem)
-    return mlir.lower_fun(call, multiple_results=True)(ctx, x, masked_m)
+    return functools.partial(kernels.run, problem)
 
 
-for _platform in ("cpu", "tpu", "rocm", "cuda"):
-    mlir.register_lowering(masked_quant_p, functools.partial(_lower, _platform), platform=_platform)
-mlir.register_lowering(masked_quant_p, functools.partial(_lower, "another platform"))
-
-
-def _batching_rule(operands, dims, *, problem: MaskedQuantProblem, implementation):
+def _batch(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> list[jax.Array]:
     """A batch of problems is one problem with the experts of all."""
-    call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
-    results = select.on_each_shard(call, operands, dims)
-    return results, [0] * len(results)
+    call = functools.partial(_flat_batch, primitive, dims=dims, **parameters)
+    return on_each_shard(call, operands, dims)
 
 
-def _flat_batch(*operands, dims, problem: MaskedQuantProblem, implementation):
-    [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
+def _flat_batch(primitive: Primitive, *operands, dims, problem: MaskedQuantProblem, implementation):
+    size = batch_size(operands, dims)
     flat = []
     for operand, dim in zip(operands, dims, strict=True):
-        if dim is None:
-            operand = lax.broadcast(operand, (size,))
-        elif dim:
-            operand = jnp.moveaxis(operand, dim, 0)
+        operand = batch_first(operand, dim, size)
         flat.append(lax.reshape(operand, (size * operand.shape[1], *operand.shape[2:])))
     experts = problem.num_experts
     problem = problem._replace(num_experts=size * experts)
-    results = masked_quant_p.bind(*flat, problem=problem, implementation=implementation)
+    results = primitive.bind(*flat, problem=problem, implementation=implementation)
     return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results]
 
 
-batching.primitive_batchers[masked_quant_p] = _batching_rule
-
-
-def _jvp_rule(primals, tangents, **params):
-    del primals, tangents, params
+def _refuse_derivative(primitive: Any, primals: Any, tangents: Any, **parameters: Any) -> NoReturn:
+    del primitive, primals, tangents, parameters
     remedy = "Quantise what needs no gradient, or pass jax.lax.stop_gradient(x)."
     name = MaskedQuantProblem.name
-    message = checks.message(name, "x", "not be differentiated", "a tangent", remedy)
-    raise NotImplementedError(message)
+    checks.fail(name, "x", "not be differentiated", "a tangent", remedy, NotImplementedError)
 
 
-ad.primitive_jvps[masked_quant_p] = _jvp_rule
+masked_quant_p = make_primitive(
+    MaskedQuantProblem.name,
+    abstract=_abstract,
+    implement=_implement,
+    batch=_batch,
+    jvp=_refuse_derivative,
+)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments, config, primitive, reference
+from moe_align_jax._grouped_matmul import arguments, config, derivative, primitive, reference
 from moe_align_jax._grouped_matmul.problem import Activation, MatmulProblem
 from moe_align_jax._lowering import select
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
@@ -268,7 +268,7 @@ def ragged_dot(
 
     Source: the contract of jax 0.12 `jax.lax.ragged_dot` (Apache-2.0); no code taken.
     """
-    return _ragged_dot(
+    return ragged_product(
         "ragged_dot",
         lhs,
         rhs,
@@ -281,7 +281,7 @@ def ragged_dot(
     )
 
 
-def _ragged_dot(
+def ragged_product(
     function: str,
     lhs: Any,
     rhs: Any,
@@ -294,6 +294,7 @@ def _ragged_dot(
     transpose_rhs: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
+    """`ragged_dot` with the options of all functions that are it: `function` names the one for messages."""
     select.check_implementation(function, implementation)
     lhs = arguments.check_rows(function, "lhs", lhs, 2)
     weights, arrays = arguments.check_weights(
@@ -363,7 +364,7 @@ def gmm(
     """
     del tiling, interpret
     function = "gmm"
-    out = _ragged_dot(
+    out = ragged_product(
         function,
         lhs,
         rhs,
@@ -494,4 +495,4 @@ def _run(problem: MatmulProblem, implementation: Any, *operands: jax.Array) -> j
     as_given = tuple(
         x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)) for x in operands
     )
-    return primitive.run(as_given, problem=problem, implementation=implementation)
+    return derivative.run(as_given, problem=problem, implementation=implementation)

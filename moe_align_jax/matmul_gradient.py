@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_align_jax import matmul
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments, weight_gradient
+from moe_align_jax._grouped_matmul import arguments, derivative
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
 from moe_align_jax._lowering import select
 from moe_align_jax.types import Implementation
@@ -137,7 +137,7 @@ def _tgmm(
     lhs, rhs, sizes, offset = (
         x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)) for x in operands
     )
-    found = weight_gradient.run(
+    found = derivative.run_weight_gradient(
         (lhs.T, rhs, sizes, offset), problem=problem, implementation=implementation
     )
     if existing_out is None:
@@ -210,7 +210,7 @@ def ragged_dot_general(
         rows = lhs if tuple(left) == (1,) else lhs.T
         transposed = free < right[0]
         matrices = jnp.moveaxis(jnp.asarray(rhs), groups[0], 0)
-        return matmul._ragged_dot(
+        return matmul.ragged_product(
             *(function, rows, matrices, group_sizes),
             out_sharding=out_sharding,
             transpose_rhs=transposed,

@@ -11,11 +11,14 @@ import numpy as np
 from jax import lax
 
 from moe_align_jax import block_align
+from moe_align_jax._align.arguments import check_expert_map, narrow_count, narrow_map
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import config, primitive
 from moe_align_jax._grouped_matmul.problem import Activation
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._moe_layer import arguments, layer, plan
 from moe_align_jax._moe_layer.checkpoints import ExpertWeights
 from moe_align_jax._moe_layer.plan import LayerProblem
@@ -243,7 +246,7 @@ def _num_valid_pairs(function: str, tokens: Any, num_tokens: Any, top_k: int) ->
     tokens = arguments.check_tokens(function, tokens)
     if plan.is_static(num_tokens) and isinstance(tokens, np.integer):
         return min(int(tokens), num_tokens) * top_k
-    return jnp.clip(block_align._narrow_count(jnp.asarray(tokens)), 0, num_tokens) * top_k
+    return jnp.clip(narrow_count(jnp.asarray(tokens)), 0, num_tokens) * top_k
 
 
 def _blocks_of_pairs(
@@ -262,9 +265,9 @@ def _blocks_of_pairs(
 
         ids: Any = expert_dispatch.to_physical_ids(topk_ids, expert_location)
     else:
-        ids = block_align._narrow_on_host(topk_ids, slots)
+        ids = narrow_on_host(topk_ids, slots)
     if expert_map is not None:
-        expert_map = block_align._check_expert_map(function, expert_map, slots)
+        expert_map = check_expert_map(function, expert_map, slots)
     return _map_pairs(ids, expert_map, limit, experts=experts, slots=slots)
 
 
@@ -272,13 +275,13 @@ def _blocks_of_pairs(
 def _map_pairs(
     ids: jax.Array, expert_map: Any, limit: Any, *, experts: int, slots: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    ids = select.replicate(ids)
+    ids = replicate(ids)
     flat = lax.reshape(ids, (math.prod(ids.shape),))
-    flat = block_align._narrow_map(flat, slots)
+    flat = narrow_map(flat, slots)
     flat = jnp.where((flat >= 0) & (flat < slots), flat, -1)
     if expert_map is not None:
-        expert_map = block_align._narrow_map(select.replicate(expert_map), slots)
-        flat, expert_map = select._vary_together([flat, expert_map])
+        expert_map = narrow_map(replicate(expert_map), slots)
+        flat, expert_map = vary_together([flat, expert_map])
         flat = jnp.where(flat >= 0, expert_map[jnp.maximum(flat, 0)], -1)
         flat = jnp.where((flat >= 0) & (flat < experts), flat, -1)
     if limit is not None:
@@ -322,7 +325,7 @@ def _check_operands(
     as_jax = jax.tree.map(
         lambda a: a if isinstance(a, jax.Array) else jnp.asarray(np.asarray(a)), operands
     )
-    return as_jax._replace(topk_weights=select.replicate(as_jax.topk_weights))
+    return as_jax._replace(topk_weights=replicate(as_jax.topk_weights))
 
 
 def moe_block_size(num_tokens: int, *, top_k: int, num_experts: int) -> int:
@@ -462,7 +465,7 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
 
     choice = implementation or ("xla" if unavailable("mosaic_gpu") else "mosaic_gpu")
     if reason := unavailable(choice):
-        raise select._not_implemented("select_moe_implementation", choice, reason)
+        raise select.not_implemented("select_moe_implementation", choice, reason)
     reasons = {}
     for other in select.IMPLEMENTATIONS:
         if other == choice:

@@ -12,13 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from moe_align_jax import expert_load
 from moe_align_jax._core import checks
+from moe_align_jax._core.checks import fail
 from moe_align_jax._expert_load import arguments, files, passes
 from moe_align_jax._expert_load.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
 from moe_align_jax._expert_load.ring import LoadRecord
@@ -91,13 +92,15 @@ class ExpertDistributionRecorder:
         name: str | None = None,
     ):
         if file_format not in files.FORMATS:
-            _fail("file_format", f"be one of {', '.join(files.FORMATS)}", repr(file_format), "")
+            fail(
+                _NAME, "file_format", f"be one of {', '.join(files.FORMATS)}", repr(file_format), ""
+            )
         files.check_format(file_format)
         if name is not None and not isinstance(name, str):
-            _fail("name", "be a str or None", checks.describe(name), "", kind=TypeError)
+            fail(_NAME, "name", "be a str or None", checks.describe(name), "", TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
             got, remedy = checks.describe(directory), "Pass a folder."
-            _fail("directory", "be a path or None", got, remedy, kind=TypeError)
+            fail(_NAME, "directory", "be a path or None", got, remedy, TypeError)
         room = checks.check_positive_int(_NAME, "buffer_size", buffer_size, "Pass the passes.")
         self._lock = threading.RLock()
         self._current = passes.Current()
@@ -118,7 +121,9 @@ class ExpertDistributionRecorder:
             gpus = checks.check_positive_int(_NAME, "num_gpus", num_gpus, "Pass the GPUs.")
             if self.mode is not None and num_physical_experts % gpus:
                 got = f"{gpus} GPUs for {num_physical_experts} experts"
-                _fail("num_gpus", "divide num_physical_experts", got, "GPUs hold equal shares.")
+                fail(
+                    _NAME, "num_gpus", "divide num_physical_experts", got, "GPUs hold equal shares."
+                )
         self.num_gpus = num_gpus
         self.file_format = file_format
         default = os.environ.get("MOE_ALIGN_RECORDER_DIR") or tempfile.gettempdir()
@@ -198,7 +203,7 @@ class ExpertDistributionRecorder:
         """
         self._need_mode("dump_record")
         if output_mode not in ("file", "object"):
-            _fail("output_mode", 'be "file" or "object"', repr(output_mode), "", "dump_record")
+            fail("dump_record", "output_mode", 'be "file" or "object"', repr(output_mode), "")
         with self._lock:
             self._need_no_layer()
             dump = self._dump(expert_load.collect_expert_load(self._state))
@@ -231,14 +236,14 @@ class ExpertDistributionRecorder:
         """
         self._need_mode("metrics")
         if self.num_gpus is None:
-            _fail("num_gpus", "be given for metrics", None, "Pass it to the constructor.")
+            fail(_NAME, "num_gpus", "be given for metrics", None, "Pass it to the constructor.")
         try:
             sizes = [checks.index(window) for window in windows]
         except TypeError:
             got, remedy = checks.describe(windows), "Pass for example (10, 100, 1000)."
-            _fail("windows", "be ints", got, remedy, "metrics", TypeError)
+            fail("metrics", "windows", "be ints", got, remedy, TypeError)
         if not sizes or min(sizes) < 1:
-            _fail("windows", "be passes >= 1", repr(windows), "", "metrics")
+            fail("metrics", "windows", "be passes >= 1", repr(windows), "")
         with self._lock:
             number, counts = expert_load.last_physical_counts(self._state, max(sizes))
             found = load_metrics(counts, self.num_gpus or 1, sizes, passes=number)
@@ -279,7 +284,7 @@ class ExpertDistributionRecorder:
             except TypeError:
                 got, remedy = checks.describe(forward_pass_id), "None counts the passes."
                 rule = "be an int or None"
-                _fail("forward_pass_id", rule, got, remedy, function, TypeError)
+                fail(function, "forward_pass_id", rule, got, remedy, TypeError)
         if metadata is not None:
             passes.check_metadata(function, metadata)
         layout = self._state.layout
@@ -469,14 +474,3 @@ def _commit(
         number = np.asarray(np.uint32(forward_pass_id & 0xFFFFFFFF))
     maps = getattr(physical_to_logical_map, "physical_to_logical_map", physical_to_logical_map)
     return _write_row(dataclasses.replace(state, pending={}), pending, number, maps)
-
-
-def _fail(
-    argument: str,
-    rule: str,
-    got: object,
-    remedy: str,
-    function: str = _NAME,
-    kind: type[Exception] = ValueError,
-) -> NoReturn:
-    raise kind(checks.message(function, argument, rule, got, remedy).rstrip())

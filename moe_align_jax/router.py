@@ -9,9 +9,17 @@ import numpy as np
 from jax import lax
 
 from moe_align_jax import block_align
+from moe_align_jax._align import location
 from moe_align_jax._align import tables as tuning_tables
+from moe_align_jax._align.arguments import (
+    capacity_of,
+    check_expert_map,
+    narrow_count,
+    narrow_map,
+)
 from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._router import arguments, primitives
 from moe_align_jax._router.problem import RouteProblem, Scoring
 from moe_align_jax.expert_location import ExpertLocation
@@ -121,7 +129,7 @@ def _route(
 ) -> tuple[jax.Array, jax.Array]:
     """One cached trace per static size: eager calls and repeated layers reuse it."""
     with jax.named_scope("route_topk"):
-        arrays = select._vary_together(_prepare(problem, operands))
+        arrays = vary_together(_prepare(problem, operands))
         weights, ids = primitives.route_p.bind(
             *arrays, problem=problem, implementation=implementation
         )
@@ -130,14 +138,14 @@ def _route(
 
 def _prepare(problem: RouteProblem, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """The operands of `problem.inputs`, in order."""
-    given = {name: select.replicate(operands[name]) for name in problem.inputs}
+    given = {name: replicate(operands[name]) for name in problem.inputs}
     if problem.bias_rows:
         bias = given["correction_bias"].astype(jnp.float32)
         given["correction_bias"] = lax.reshape(bias, (1, problem.num_experts))
     if problem.has_token_mask:
         given["token_mask"] = given["token_mask"].astype(_I32)
     if problem.has_num_valid_tokens:
-        given["num_valid_tokens"] = block_align._narrow_count(given["num_valid_tokens"])
+        given["num_valid_tokens"] = narrow_count(given["num_valid_tokens"])
     return list(given.values())
 
 
@@ -218,9 +226,9 @@ def route_and_align(
         function, expert_location, problem.num_experts
     )
     if expert_map is not None:
-        expert_map = block_align._check_expert_map(function, expert_map, slots)
+        expert_map = check_expert_map(function, expert_map, slots)
     pairs = problem.num_tokens * problem.top_k
-    capacity = block_align._capacity(function, pairs, block_size, slots, False)
+    capacity = capacity_of(function, pairs, block_size, slots, False)
     if dispatch == "round_robin" or (isinstance(pairs, int) and not pairs):
         # A pair's turn is known once all pairs before it are; or there is nothing to align.
         weights, ids = _route(operands, problem=problem, implementation=implementation)
@@ -278,14 +286,14 @@ def _route_and_align(
     implementation: str | None,
 ) -> tuple[jax.Array, jax.Array, AlignedBlocks]:
     with jax.named_scope("route_and_align"):
-        tables = {name: select.replicate(x) for name, x in tables.items()}
+        tables = {name: replicate(x) for name, x in tables.items()}
         shape = (problem.num_tokens, problem.top_k)
         ids = {"topk_ids": jax.ShapeDtypeStruct(shape, _I32)}
-        sizes, arrays = block_align._dispatch_tables({**ids, **tables}, dispatch, 0)  # type: ignore[arg-type]
+        sizes, arrays = location.arrays_of({**ids, **tables}, dispatch, 0)  # type: ignore[arg-type]
         use = ""
         if "expert_map" in tables:
             use = "filter" if ignore_invalid_experts else "label"
-            arrays.append(block_align._narrow_map(tables["expert_map"], num_slots))
+            arrays.append(narrow_map(tables["expert_map"], num_slots))
         align = AlignProblem(
             num_pairs=problem.num_tokens * problem.top_k,
             num_experts=num_slots,
@@ -296,7 +304,7 @@ def _route_and_align(
             **sizes,
         )
         weights, chosen, *aligned = primitives.route_and_align_p.bind(
-            *select._vary_together([*_prepare(problem, operands), *arrays]),
+            *vary_together([*_prepare(problem, operands), *arrays]),
             problem=problem,
             align=align,
             implementation=implementation,
@@ -364,23 +372,18 @@ def select_router_implementation(
     problem = problem._replace(bias_rows=int(has_bias))
     platform = select.check_platform(function, platform)
     choice = primitives.choose(function, problem, platform, implementation)
-    reasons = {}
-    for other in select.IMPLEMENTATIONS:
-        if other == choice:
-            continue
-        if reason := primitives.unavailable(problem, other, platform):
-            reasons[other] = reason
-        elif implementation is not None:
-            reasons[other] = f"implementation={implementation!r} was asked for"
-        elif other == "emulator":
-            reasons[other] = "it runs only when named: it is for tests and debugging"
-        else:
-            reasons[other] = "the Mosaic GPU kernel runs here, and is one launch"
+    reasons = select.reasons_against_others(
+        choice,
+        platform,
+        implementation,
+        functools.partial(primitives.unsupported, problem),
+        better="the Mosaic GPU kernel runs here, and is one launch",
+    )
     form = "sort" if choice == "xla" else "warp"
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
         pairs = problem.num_tokens * problem.top_k
-        capacity = block_align._capacity(function, pairs, block_size, problem.num_experts, False)
+        capacity = capacity_of(function, pairs, block_size, problem.num_experts, False)
         tuning = "" if choice == "emulator" else tuning_tables.table_name(select.gpu_kind())
         align = AlignProblem(pairs, problem.num_experts, block_size, capacity, tuning=tuning)
         if pairs and primitives.fused_config(problem, align, choice):

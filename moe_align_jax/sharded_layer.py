@@ -10,11 +10,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_align_jax import block_align
+from moe_align_jax._align.arguments import narrow_count, narrow_map
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul.problem import Activation, Weights
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.sharding import replicate
 from moe_align_jax._moe_layer import arguments
 from moe_align_jax.expert_parallel import combine, dispatch
 from moe_align_jax.matmul import masked_grouped_matmul
@@ -164,7 +166,7 @@ def sharded_fused_moe(
     limit = None
     if num_valid_tokens is not None:
         limit = jnp.asarray(arguments.check_tokens(function, num_valid_tokens))
-    topk_ids = block_align._narrow_on_host(topk_ids, experts)
+    topk_ids = narrow_on_host(topk_ids, experts)
     floats = (x, first, w_down, bias_gate_up, bias_down, topk_weights)
     if not tokens or not topk_ids.shape[1]:
         pairs = jnp.zeros(experts, _I32)
@@ -244,12 +246,12 @@ def _run(floats: Any, topk_ids: jax.Array, limit: Any, *, layer: _Layer) -> Any:
         x, first, w_down, bias_gate_up, bias_down, topk_weights = floats
         axes, mesh, weights = layer.axes, layer.mesh, layer.weights
         tokens, top_k = topk_ids.shape
-        ids = select.replicate(topk_ids).reshape(-1)
-        ids = block_align._narrow_map(ids, layer.num_experts).reshape(tokens, top_k)
+        ids = replicate(topk_ids).reshape(-1)
+        ids = narrow_map(ids, layer.num_experts).reshape(tokens, top_k)
         ids = jnp.where((ids >= 0) & (ids < layer.num_experts), ids, -1)
         if limit is not None:
             row = lax.broadcasted_iota(_I32, ids.shape, 0)
-            ids = jnp.where(row < block_align._narrow_count(limit)[0], ids, -1)
+            ids = jnp.where(row < narrow_count(limit)[0], ids, -1)
         devices = math.prod(mesh.shape[name] for name in axes.tokens)
         spare = -tokens % devices
         rows = PartitionSpec(axes.tokens)
@@ -299,7 +301,7 @@ def _run(floats: Any, topk_ids: jax.Array, limit: Any, *, layer: _Layer) -> Any:
 
 def _free(x: jax.Array, mesh: Mesh) -> jax.Array:
     """Gathered, where an Explicit axis would forbid to change its shape."""
-    return select.replicate(x) if AxisType.Explicit in mesh.axis_types else x
+    return replicate(x) if AxisType.Explicit in mesh.axis_types else x
 
 
 def _on_a_device(*given: jax.Array, layer: _Layer, biases: tuple[bool, bool]) -> Any:

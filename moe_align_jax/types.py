@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, NamedTuple
 
+from moe_align_jax._core.int32 import cdiv
+
 Implementation = Literal["mosaic_gpu", "xla", "emulator"]
 
 
@@ -108,7 +110,7 @@ class AlignProblem(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        return -(-self.capacity // self.block_size)
+        return cdiv(self.capacity, self.block_size)
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -165,12 +167,12 @@ class BatchedAlignProblem(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        blocks_per_expert = -(-self.max_tokens_per_batch // self.block_size)
+        blocks_per_expert = cdiv(self.max_tokens_per_batch, self.block_size)
         return self.num_experts * blocks_per_expert * self.block_size
 
     @property
     def num_blocks(self) -> int:
-        return -(-self.capacity // self.block_size)
+        return cdiv(self.capacity, self.block_size)
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._align import kernels, tables
-from moe_align_jax._align.config import BlockAlignMosaicConfig, cdiv, pairs_per_round
+from moe_align_jax._align.config import BlockAlignMosaicConfig, pairs_per_round
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 

@@ -1,6 +1,9 @@
 """Calls that tests share."""
 
 import contextlib
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,3 +56,14 @@ def collect_primitives(jaxpr: Any) -> set[str]:
                 if hasattr(inner, "eqns"):
                     names |= collect_primitives(inner)
     return names
+
+
+def unwritable(tmp_path):
+    """Folders that cannot be written to: below a file, on the kernel's file system, without the right."""
+    (tmp_path / "file").write_text("")
+    yield tmp_path / "file" / "profile"
+    if sys.platform == "linux":
+        yield Path("/proc/profile")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if not os.access(tmp_path / "locked", os.W_OK):  # root may write everywhere
+        yield tmp_path / "locked"

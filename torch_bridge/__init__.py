@@ -15,7 +15,7 @@ except ImportError as error:
 from moe_align_jax.types import AlignedBlocks as AlignedBlocks
 from torch_bridge import sglang as sglang
 from torch_bridge import vllm as vllm
-from torch_bridge._direct.program import Miss as Miss
+from torch_bridge._direct.store import Miss as Miss
 from torch_bridge._direct.warmup import warmup as warmup
 from torch_bridge._plan import Plan as Plan
 from torch_bridge.align import align_blocks as align_blocks

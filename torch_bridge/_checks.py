@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moe_align_jax._core import checks
-from torch_bridge import dlpack
+from torch_bridge._specs import AlignSpec
 
 INTEGER_DTYPES = (
     torch.int8,
@@ -18,11 +18,15 @@ INTEGER_DTYPES = (
 )
 PATHS = ("auto", "direct", "dlpack")
 _DEVICES = ("cpu", "cuda", "meta")
+IDS_REMEDY = "Pass the expert ids that torch.topk returned, not their weights."
 
 
 def sizes_are_known() -> bool:
-    """Whether sizes are numbers: under torch.compile they may be symbols, and under torch.jit.trace they are
-    tensors. The operator checks them then."""
+    """Whether sizes are numbers that can be compared now.
+
+    Under torch.compile they may be symbols, and under torch.jit.trace they are tensors; then the operator
+    checks them when it runs.
+    """
     return not (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
@@ -39,6 +43,7 @@ def check_path(function: str, path: object) -> str:
 
 
 def check_bool(function: str, argument: str, value: object) -> None:
+    """Raises TypeError unless it is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(
             checks.message(
@@ -51,16 +56,25 @@ def check_bool(function: str, argument: str, value: object) -> None:
         )
 
 
+def not_dense(tensor: torch.Tensor) -> str | None:
+    """What kind of tensor has no plain strided memory, or None."""
+    if tensor.is_nested:  # it has no shape to describe
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"{checks.describe(tensor)} of layout {tensor.layout}"
+    return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
+
+
 def check_integer_tensor(
     function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Checks for a dense integer tensor, on `device` if one is given."""
+    """The value, which must be a dense integer tensor, on `device` if one is given."""
     if not isinstance(value, torch.Tensor):
         what = checks.describe(value)
         raise TypeError(
             checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
         )
-    if what := dlpack.not_dense(value):
+    if what := not_dense(value):
         remedy = "Call to_dense() or dequantize() first."
         raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
     if value.dtype not in INTEGER_DTYPES:
@@ -91,17 +105,8 @@ def check_integer_tensor(
     return value
 
 
-def check_topk_ids(function: str, value: object) -> torch.Tensor:
-    return check_integer_tensor(
-        function,
-        "topk_ids",
-        value,
-        "Pass the expert ids that torch.topk returned, not their weights.",
-    )
-
-
 def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
-    """`topk` equals the last dimension, or divides the length of a 1-D `topk_ids`."""
+    """Raises unless `topk` equals the last dimension of `topk_ids`, or divides the length of a 1-D one."""
     remedy = "Pass the experts per token of these topk_ids, or leave topk out."
     number = checks.check_positive_int(function, "topk", topk, remedy)
     if topk_ids.dim() == 1:
@@ -117,6 +122,7 @@ def check_topk(function: str, topk: object, topk_ids: torch.Tensor) -> None:
 def check_expert_map(
     function: str, value: object, num_experts: int, device: torch.device
 ) -> torch.Tensor:
+    """The value, which must be an integer tensor of one entry per expert, on `device`."""
     remedy = "Pass one local id (or -1) per global expert."
     expert_map = check_integer_tensor(function, "expert_map", value, remedy, device)
     if expert_map.dim() != 1 or expert_map.shape[0] != num_experts:
@@ -130,7 +136,7 @@ def check_expert_map(
 def check_num_valid_pairs(
     function: str, value: object, device: torch.device
 ) -> tuple[torch.Tensor | None, int | None]:
-    """num_valid_pairs as a device scalar or as a Python int within int32."""
+    """num_valid_pairs as (scalar tensor, None) or (None, int within int32); (None, None) where it is None."""
     remedy = "Pass the number of pairs in use, as an int or a scalar integer tensor."
     if value is None:
         return None, None
@@ -147,5 +153,39 @@ def check_num_valid_pairs(
     return tensor, None
 
 
-def check_capacity(function: str, argument: str, capacity: int) -> None:
-    checks.check_fits_int32(function, argument, capacity, "a padded length P")
+def check_alignment(
+    function: str,
+    topk_ids: object,
+    num_experts: object,
+    block_size: object,
+    topk: object = None,
+    expert_map: object = None,
+    ignore_invalid_experts: object = False,
+    pad_sorted_ids: object = False,
+    num_valid_pairs: object = None,
+) -> tuple[AlignSpec, dict[str, torch.Tensor], int | None]:
+    """Checks an alignment's arguments, but for what needs data.
+
+    Returns:
+        What is asked, its tensors by name, and num_valid_pairs where it is an int.
+    """
+    is_sized = sizes_are_known()
+    ids = check_integer_tensor(function, "topk_ids", topk_ids, IDS_REMEDY)
+    check_bool(function, "ignore_invalid_experts", ignore_invalid_experts)
+    check_bool(function, "pad_sorted_ids", pad_sorted_ids)
+    experts = checks.check_num_experts(function, num_experts)
+    rows = checks.check_block_size(function, block_size)
+    operands, limit = {"topk_ids": ids}, None
+    if topk is not None:
+        check_topk(function, topk, ids)
+    if expert_map is not None:
+        operands["expert_map"] = check_expert_map(function, expert_map, experts, ids.device)
+    if num_valid_pairs is not None:
+        count, limit = check_num_valid_pairs(function, num_valid_pairs, ids.device)
+        if count is not None:
+            operands["num_valid_pairs"] = count
+    sizes = (ids.numel(), experts, rows)
+    spec = AlignSpec(*sizes, bool(ignore_invalid_experts), bool(pad_sorted_ids))
+    if is_sized:
+        spec.check_capacity(function, "topk_ids")
+    return spec, operands, limit

@@ -1,32 +1,32 @@
-"""The torch operators, with fakes of pure size arithmetic (they need no jax).
+"""The torch operators, with fakes that compute sizes only (they need no jax).
 
-Each has two: `NAME` launches directly where that is possible, and can be captured into CUDA graphs;
-`NAME_dlpack` goes through jax and is tagged unsafe for them, so that inductor splits its graphs
-there. Which one is called is decided before tracing, by the device (`chosen`).
-`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. A list of
-results costs more than a tuple, and so does each option that could be passed: the plain call has an
-overload of its own.
+Each has a twin: `NAME` launches directly where that is possible, and can be captured into CUDA graphs;
+`NAME_dlpack` goes through jax and is tagged unsafe for CUDA graphs, so that inductor splits its graphs there.
+Which of the two a graph holds is decided before tracing, by the device (`chosen`).
+
+`Library.define` and `impl` cost a call about 1 us; `torch.library.custom_op` costs 7. A list of results
+costs more than a tuple, and so does each option that could be passed: the plain call has an overload of its
+own.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
+from moe_align_jax._core import checks
 from torch_bridge import _plan, dlpack
-from torch_bridge._direct import fast_path, program
-from torch_bridge._dlpack_path import run as call
-from torch_bridge._specs import AlignProblem, BatchedProblem, Problem, SglangProblem
+from torch_bridge._direct import call as direct_call
+from torch_bridge._direct import fast_path, store
+from torch_bridge._dlpack_path import run as dlpack_call
+from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 
 _NAMESPACE = "moe_align_jax"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 _UNSAFE = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
-# Trailing defaults cost nothing: the dispatcher hands a Python body only what differs from them.
+# Trailing defaults cost no time: the dispatcher gives a Python body only the arguments that differ from them.
 _ALIGN_SIZES = "Tensor topk_ids, int num_experts, int block_size"
 _ALIGN_OPTIONS = (
     "Tensor? expert_map=None, Tensor? num_valid_pairs=None, SymInt? max_valid_pairs=None, "
@@ -56,75 +56,107 @@ _SCHEMAS = {
 # -- bodies on real tensors ----------------------------------------------------------------------
 
 
-def plan_call(
+def check_data(
     function: str,
-    problem: Problem,
+    spec: Spec,
     operands: dict[str, torch.Tensor],
-    out: Sequence[torch.Tensor] | None,
-    path: str = "auto",
-) -> _plan.Plan:
-    """The guards that need data, then the plan: all that comes before a call writes anything."""
+    out: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """The checks that need tensors with data; they come before a call writes anything.
+
+    Raises:
+        TypeError: a tensor has no data, or is not dense.
+        ValueError: the padded length exceeds int32, or a tensor of `out` overlaps another one.
+    """
     for name, tensor in operands.items():
         dlpack.check_tensor(function, name, tensor)
-    first = next(iter(operands))
-    checks.check_capacity(function, first, problem.capacity)
+    spec.check_capacity(function, next(iter(operands)))
     if out is not None:
         check_no_overlap(function, out, operands)
-    return _plan.make_plan(problem, operands, path=path, out=out, function=function)
 
 
 def run(
-    problem: Problem,
+    spec: Spec,
     operands: dict[str, torch.Tensor],
     max_valid_pairs: int | None = None,
     out: Sequence[torch.Tensor] | None = None,
     path: str = "auto",
     function: str | None = None,
-    whole: tuple[Problem, Sequence[torch.Tensor]] | None = None,
-) -> list[torch.Tensor]:
-    """Plans a call and does it. With "auto", a program that cannot be made costs one warning.
+    key: fast_path.Key | None = None,
+    larger: direct_call.Buffers | None = None,
+) -> Sequence[torch.Tensor]:
+    """Decides a call and does it. Its tensors have passed `check_data`.
 
-    `whole`: a problem and `out` of more rows, which a launch may fill as well; what is returned says whether.
+    Args:
+        spec: what is asked.
+        operands: its tensors by name.
+        max_valid_pairs: num_valid_pairs as an int.
+        out: tensors of `spec.outputs` to write; None for new ones.
+        path: as for `moe_align_block_size`. With "auto", a program that cannot be had costs one warning, and
+            the call takes DLPack.
+        function: the name that errors begin with; None for that of the spec.
+        key: how the fast path knows the call; None for that of the spec.
+        larger: buffers around `out`, which a launch may fill as well. What is returned says whether it did.
+
+    Returns:
+        The int32 tensors of `spec.outputs`, in order; those of `larger`, or `out`, where they were written.
     """
-    the_plan = plan_call(function or problem.name, problem, operands, out, path)
-    if the_plan.path == "direct" and max_valid_pairs is None:
-        fast_path.keep(problem, operands)
-    try:
-        if whole and the_plan.path == "direct":
-            with contextlib.suppress(program.TooManyRows):
-                return call.execute(the_plan, whole[0], operands, out=whole[1])
-        return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
-    except program.Unavailable as reason:
-        if path == "direct":
-            remedy = f"{reason} Pass path='auto' or 'dlpack'."
-            text = _checks.message(
-                problem.name, "path", "be one that can run here", "'direct'", remedy
-            )
-            raise NotImplementedError(text) from None
-        program.warn_once(str(reason))
-    the_plan = plan_call(function or problem.name, problem, operands, out, "dlpack")
-    return call.execute(the_plan, problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+    function = function or spec.name
+    options = {"key": key, "out": out, "has_limit": max_valid_pairs is not None}
+    decided = _plan.resolve(function, spec, operands, path=path, **options)
+    if decided.plan.path == "direct" and decided.problem and decided.plan.implementation != "none":
+        try:
+            return direct_call.execute(store.here, decided, operands, max_valid_pairs, out, larger)
+        except store.Unavailable as reason:
+            if path == "direct":
+                raise NotImplementedError(_plan.direct_refused(function, str(reason))) from None
+            store.here.warn_once(str(reason))
+        decided = _plan.resolve(function, spec, operands, path="dlpack", **options)
+    return dlpack_call.execute(decided, operands, max_valid_pairs, out)
 
 
-def align_operands(topk_ids, expert_map, num_valid_pairs) -> dict[str, torch.Tensor]:
+def run_op(
+    path: str,
+    spec: Spec,
+    operands: dict[str, torch.Tensor],
+    max_valid_pairs: int | None = None,
+    out: Sequence[torch.Tensor] | None = None,
+) -> Sequence[torch.Tensor]:
+    """`run` for the body of an operator, which anybody may call: with `check_data`."""
+    check_data(spec.name, spec, operands, out)
+    return run(spec, operands, max_valid_pairs, out, path)
+
+
+def align_operands(
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_valid_pairs: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The tensors that are given, by name."""
     named = {"topk_ids": topk_ids, "expert_map": expert_map, "num_valid_pairs": num_valid_pairs}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def _block_align(topk_ids, num_experts, block_size):
-    sizes = (num_experts, block_size)
-    last = fast_path.recent.get(sizes)
-    if last is not None and last.fits(topk_ids):
+    key = (num_experts, block_size, False, False, None, 0)
+    last = fast_path.recent.get(key)
+    if last is not None and last.matches(topk_ids):
         results = last.run(topk_ids)
     else:
-        results = fast_path.look_up(topk_ids, sizes)
+        results = fast_path.find(key, topk_ids)
     if results is not None:
         return results
-    return tuple(_block_align_options("auto", topk_ids, num_experts, block_size))
+    return _block_align_cold("auto", topk_ids, num_experts, block_size)
+
+
+def _block_align_cold(path, topk_ids, num_experts, block_size):
+    """The plain operator, where the fast path does not know the call."""
+    spec = AlignSpec(topk_ids.numel(), num_experts, block_size)
+    return tuple(run_op(path, spec, {"topk_ids": topk_ids}))
 
 
 def _block_align_dlpack(topk_ids, num_experts, block_size):
-    return tuple(_block_align_options("dlpack", topk_ids, num_experts, block_size))
+    return _block_align_cold("dlpack", topk_ids, num_experts, block_size)
 
 
 def _block_align_options(
@@ -142,19 +174,12 @@ def _block_align_options(
     with_scatter_idx=False,
 ):
     if path == "auto" and max_valid_pairs is None:
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            pad_sorted_ids,
-            expert_map,
-            ignore_invalid_experts,
-            num_valid_pairs=num_valid_pairs,
-            form=fast_path.align_form(with_counts, with_inverse, with_scatter_idx),
-        )
+        form = fast_path.align_form(with_counts, with_inverse, with_scatter_idx)
+        key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, None, form)
+        results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs)
         if results is not None:
             return list(results)
-    problem = AlignProblem(
+    spec = AlignSpec(
         topk_ids.numel(),
         num_experts,
         block_size,
@@ -165,7 +190,7 @@ def _block_align_options(
         with_scatter_idx,
     )
     operands = align_operands(topk_ids, expert_map, num_valid_pairs)
-    return run(problem, operands, max_valid_pairs, path=path)
+    return list(run_op(path, spec, operands, max_valid_pairs))
 
 
 def _block_align_out(
@@ -182,12 +207,12 @@ def _block_align_out(
     ignore_invalid_experts=False,
     pad_sorted_ids=False,
 ):
-    problem = AlignProblem(
+    spec = AlignSpec(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
     )
     operands = align_operands(topk_ids, expert_map, num_valid_pairs)
     out = (sorted_token_ids, expert_ids, num_tokens_post_pad)
-    run(problem, operands, max_valid_pairs, out, path)
+    run_op(path, spec, operands, max_valid_pairs, out)
 
 
 def _sglang_block_align(
@@ -195,36 +220,32 @@ def _sglang_block_align(
 ):
     if path == "auto":
         form = fast_path.sglang_form(with_inactive_blocks)
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            ignore_invalid_experts=ignore_invalid_expert,
-            form=form,
-        )
+        key = (num_experts, block_size, False, ignore_invalid_expert, None, form)
+        results = fast_path.attempt(key, topk_ids)
         if results is not None:
             return results
-    problem = SglangProblem(
+    spec = SglangSpec(
         topk_ids.numel(), num_experts, block_size, ignore_invalid_expert, with_inactive_blocks
     )
-    return tuple(run(problem, {"topk_ids": topk_ids}, path=path))
+    return tuple(run_op(path, spec, {"topk_ids": topk_ids}))
 
 
 def _batched_block_align(path, expert_num_tokens, max_tokens_per_batch, block_size):
-    problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
-    return tuple(run(problem, {"expert_num_tokens": expert_num_tokens}, path=path))
+    spec = BatchedSpec(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
+    return tuple(run_op(path, spec, {"expert_num_tokens": expert_num_tokens}))
 
 
 # -- fakes ---------------------------------------------------------------------------------------
 
 
-def _fake_results(problem: Problem, like: torch.Tensor) -> list[torch.Tensor]:
-    return [like.new_empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
+def _fake_results(spec: Spec, like: torch.Tensor) -> list[torch.Tensor]:
+    """Results of the right shapes, on the device of `like`."""
+    return [like.new_empty(shape, dtype=torch.int32) for shape in spec.outputs.values()]
 
 
 def _block_align_fake(topk_ids, num_experts, block_size):
-    problem = AlignProblem(topk_ids.numel(), num_experts, block_size)
-    return tuple(_fake_results(problem, topk_ids))
+    spec = AlignSpec(topk_ids.numel(), num_experts, block_size)
+    return tuple(_fake_results(spec, topk_ids))
 
 
 def _block_align_options_fake(
@@ -237,8 +258,8 @@ def _block_align_options_fake(
     *options,
     **named,
 ):
-    problem = AlignProblem(topk_ids.numel(), num_experts, block_size, *options, **named)
-    return _fake_results(problem, topk_ids)
+    spec = AlignSpec(topk_ids.numel(), num_experts, block_size, *options, **named)
+    return _fake_results(spec, topk_ids)
 
 
 def _block_align_out_fake(*arguments, **named):
@@ -246,21 +267,21 @@ def _block_align_out_fake(*arguments, **named):
 
 
 def _sglang_block_align_fake(topk_ids, *options):
-    return tuple(_fake_results(SglangProblem(topk_ids.numel(), *options), topk_ids))
+    return tuple(_fake_results(SglangSpec(topk_ids.numel(), *options), topk_ids))
 
 
 def _batched_block_align_fake(expert_num_tokens, max_tokens_per_batch, block_size):
-    problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
-    return tuple(_fake_results(problem, expert_num_tokens))
+    spec = BatchedSpec(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
+    return tuple(_fake_results(spec, expert_num_tokens))
 
 
 def on_path(body: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """The body with its first argument. (Torch takes functions only.)"""
+    """The body of an operator with its first argument, the path. (Torch takes functions, no partials.)"""
     return lambda *arguments, **named: body(path, *arguments, **named)
 
 
 def both(body: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A body for each of the two paths."""
+    """A body for an operator and one for its twin."""
     return on_path(body, "auto"), on_path(body, "dlpack")
 
 
@@ -275,7 +296,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {}
 
 
 def dlpack_name(base: str) -> str:
-    """The name of an operator's twin."""
+    """The name of an operator's twin, which goes through jax."""
     name, dot, overload = base.partition(".")
     return f"{name}_dlpack{dot}{overload}"
 
@@ -287,13 +308,22 @@ def register(
     bodies: tuple[Callable[..., Any], Callable[..., Any]],
     fake: Callable[..., Any],
 ) -> None:
-    """Defines the operator `base` and its twin through DLPack."""
+    """Defines the operator `base` and its twin.
+
+    Args:
+        library: holds their definitions, and must outlive their use.
+        base: the operator's name, with `.overload` if it has one.
+        schema: arguments and results, as torch writes them.
+        bodies: what runs on real tensors: the operator's and its twin's.
+        fake: what runs on tensors without data.
+    """
     names, tags = (base, dlpack_name(base)), (_COMPLIANT, _COMPLIANT + _UNSAFE)
     for name, body, tag in zip(names, bodies, tags, strict=True):
         library.define(name + schema, tags=tag)
         for key in ("CPU", "CUDA"):
             library.impl(name, body, key)
-        # Otherwise the dispatcher resolves a neg-bit view by a copy that no plan knows of.
+        # Without this the dispatcher copies a lazily negated tensor before the body sees it, and the plan
+        # would not say so.
         library.impl(name, torch.library.fallthrough_kernel, "Negative")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
         packet, _, overload = name.partition(".")
@@ -306,7 +336,7 @@ for _base, (_bodies, _fake) in _BODIES.items():
 
 def name_for(base: str, device: torch.device, path: str = "auto") -> str:
     """The operator for this device: direct where a launch is possible, else DLPack's."""
-    if path != "dlpack" and device.type == "cuda" and program.launches_on(device.index):
+    if path != "dlpack" and store.launches_on(device.type, device.index):
         return base
     return dlpack_name(base)
 
@@ -316,19 +346,75 @@ def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[...,
     return _OPERATORS[name_for(base, device, path)]
 
 
+# -- calls ----------------------------------------------------------------------------------------
+
+
+def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether a call may go past torch's dispatcher, which costs the host 3 us: plain tensors on a GPU that
+    can
+    launch directly, and nobody who records or transforms operators."""
+    if not fast_path.open_to_all():
+        return False
+    for tensor in (*operands.values(), *out):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return False
+    return store.here.machine.launches_on(tensor.device)
+
+
+def aligned(
+    spec: AlignSpec,
+    operands: dict[str, torch.Tensor],
+    limit: int | None,
+    path: str,
+    key: fast_path.Key | None = None,
+) -> Sequence[torch.Tensor]:
+    """The results of a call that `check` has passed: at once, or by the torch operator.
+
+    Args:
+        spec, operands, limit: from `check`.
+        path: as for `moe_align_block_size`.
+        key: how the fast path knows the call; None for that of the spec.
+    """
+    if launches_at_once(operands):
+        return run(spec, operands, limit, path=path, key=key)
+    device = operands["topk_ids"].device
+    if path == "direct" and not store.launches_on(device.type, device.index):
+        reason = store.unavailable(device) or "it cannot"
+        raise NotImplementedError(_plan.direct_refused(spec.name, reason))
+    wanted = (spec.with_counts, spec.with_inverse, spec.with_scatter_idx)
+    sizes = (operands["topk_ids"], spec.num_experts, spec.block_size)
+    options = (*op_options(spec, operands, limit), *wanted)
+    if all(option is None or option is False for option in options):
+        return chosen("block_align", device, path)(*sizes)
+    return chosen("block_align.options", device, path)(*sizes, *options)
+
+
+def op_options(
+    spec: AlignSpec, operands: dict[str, torch.Tensor], limit: int | None
+) -> tuple[Any, ...]:
+    """The options that the alignment's operators share, in their order."""
+    return (
+        operands.get("expert_map"),
+        operands.get("num_valid_pairs"),
+        limit,
+        spec.ignore_invalid_experts,
+        spec.pad_sorted_ids,
+    )
+
+
 # -- out= ----------------------------------------------------------------------------------------
 
 
 def check_no_overlap(
     function: str, out: Sequence[torch.Tensor], operands: dict[str, torch.Tensor]
 ) -> None:
-    """No tensor of `out` shares a byte with another of them or with an input."""
+    """Raises ValueError where a tensor of `out` shares a byte with another of them or with an input."""
     for i, target in enumerate(out):
         others = [(f"out[{j}]", x) for j, x in enumerate(out) if j < i] + list(operands.items())
         for name, other in others:
-            if _overlap(target, other):
+            if overlaps(target, other):
                 raise ValueError(
-                    _checks.message(
+                    checks.message(
                         function,
                         f"out[{i}]",
                         f"not overlap {name}",
@@ -338,8 +424,8 @@ def check_no_overlap(
                 )
 
 
-def _overlap(target: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a contiguous tensor shares a byte with another one of any strides."""
+def overlaps(target: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `target`, which is contiguous, shares a byte with `other`, which may have any strides."""
     if not target.numel() or not other.numel():
         return False
     start, end = target.data_ptr(), target.data_ptr() + target.nbytes

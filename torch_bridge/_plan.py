@@ -1,34 +1,21 @@
-"""Plan: what a call does, decided before it runs. `call.execute` obeys it; `explain` shows it."""
+"""Decides a call before it runs: what is asked, on which path, by which program, and why.
+
+`resolve` decides once, and its answer is handed down: `_ops.run` obeys it, and `torch_bridge.explain` shows
+its plan.
+"""
 
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
 from moe_align_jax._core import checks
 from torch_bridge import dlpack
-from torch_bridge._direct import call as direct_call
-from torch_bridge._dlpack_path import run
-from torch_bridge._specs import AlignProblem, Problem
-
-
-class Plan(NamedTuple):
-    """How one call runs.
-
-    Attributes:
-        path: "direct", launched on torch's current stream, or "dlpack", through jax.
-        implementation: the one of moe_align_jax: "mosaic_gpu" or "xla"; "none" for zero pairs.
-        copies: for each argument that is copied (and "outputs" where a result is), why.
-        reasons: for each path and implementation not taken, why.
-    """
-
-    path: str
-    implementation: str
-    copies: Mapping[str, str]
-    reasons: Mapping[str, str]
-
+from torch_bridge._direct import call, fast_path, store
+from torch_bridge._direct.problems import MAX_CAPACITY, KernelProblem, problem_for
+from torch_bridge._resolved import Plan, Resolved
+from torch_bridge._specs import AlignSpec, SglangSpec, Spec
 
 # Tests run the emulator through the bridge; users name no implementation here.
 _forced_implementation: str | None = None
@@ -45,61 +32,94 @@ def force_implementation(name: str) -> Iterator[None]:
         _forced_implementation = previous
 
 
-@functools.lru_cache(maxsize=4096)
-def _select(
-    num_pairs: int, block_size: int, num_experts: int, platform: str, forced: str | None
-) -> tuple[str, Mapping[str, str]]:
-    from moe_align_jax import select_implementation
-
-    selection = select_implementation(
-        (num_pairs,),
-        block_size=block_size,
-        num_experts=num_experts,
-        platform=platform,
-        implementation=forced,
-    )
-    return selection.implementation, selection.reasons
-
-
-def make_plan(
-    problem: Problem,
+def resolve(
+    function: str,
+    spec: Spec,
     operands: Mapping[str, torch.Tensor],
     *,
+    key: fast_path.Key | None = None,
     path: str = "auto",
     out: Sequence[torch.Tensor] | None = None,
-    function: str | None = None,
-) -> Plan:
-    """The plan of one call on these tensors, which have data. Copies nothing, runs nothing.
+    has_limit: bool = False,
+) -> Resolved:
+    """Decides one call. Copies nothing, compiles nothing, runs nothing.
+
+    Args:
+        function: the name that errors begin with.
+        spec: what is asked.
+        operands: its tensors by name, with data.
+        key: how the fast path knows the call; None for that of the spec.
+        path: as for `moe_align_block_size`.
+        out: tensors to write, if the caller brings them.
+        has_limit: num_valid_pairs is given as a Python int.
 
     Raises:
         NotImplementedError: path is "direct" and that cannot run here.
         RuntimeError: the path is "dlpack" and torch's current stream is captured; jax is not touched then.
     """
-    function = function or problem.name
-    refusal = direct_call.refuses(problem, operands)
-    if _forced_implementation:
-        refusal = f"{_forced_implementation!r} was asked for"
-    if path == "direct" and refusal:
-        remedy = f"{refusal[0].upper()}{refusal[1:]}. Pass path='auto' or 'dlpack'."
-        raise NotImplementedError(
-            checks.message(function, "path", "be one that can run here", "'direct'", remedy)
-        )
-    taken = "direct" if path != "dlpack" and not refusal else "dlpack"
-    reasons = {"direct": refusal or "path='dlpack' was asked for"} if taken == "dlpack" else {}
-    if problem.num_pairs == 0:
-        return Plan(taken, "none", {}, reasons | {"xla": "there are no pairs: nothing to compute"})
-    if taken == "direct":
+    key = fast_path.key_of(spec) if key is None else key
+    problem, refusal = _direct_problem(spec, operands, has_limit)
+    if path == "dlpack":
+        refusal = refusal or "path='dlpack' was asked for"
+    if refusal is None:
+        assert problem is not None
+        if spec.num_pairs == 0:
+            return Resolved(function, spec, key, _nothing_to_do("direct", {}), problem)
         reasons = {"dlpack": "the direct path runs here, and costs the host less"}
-        copies = direct_call.copies(operands, out)
-        return Plan(taken, "mosaic_gpu", copies, reasons)
+        plan = Plan("direct", "mosaic_gpu", call.copies(operands, out), reasons)
+        return Resolved(function, spec, key, plan, problem)
+    if path == "direct":
+        raise NotImplementedError(direct_refused(function, refusal))
+    plan = _dlpack_plan(function, spec, operands, out, {"direct": refusal})
+    return Resolved(function, spec, key, plan, None)
+
+
+def _direct_problem(
+    spec: Spec, operands: Mapping[str, torch.Tensor], has_limit: bool
+) -> tuple[KernelProblem | None, str | None]:
+    """The problem whose program serves the call on the direct path, or why none can: (problem, None) or
+    (None, reason)."""
+    if _forced_implementation:
+        return None, f"{_forced_implementation!r} was asked for"
+    first, programs = next(iter(operands.values())), store.here
+    if reason := programs.machine.unavailable(first.device):
+        return None, reason
+    if spec.capacity > MAX_CAPACITY:
+        return None, f"{spec.capacity} rows are too many for the kernels' 32-bit loops"
+    if isinstance(spec, SglangSpec) and first.dtype in (torch.uint32, torch.uint64):
+        return None, f"id -1 has no bit pattern of its own in {first.dtype}"
+    problem = problem_for(spec, operands, programs.machine.tuning(first.device), has_limit)
+    reason = programs.failure(first.get_device(), problem)
+    return (None, reason) if reason else (problem, None)
+
+
+def direct_refused(function: str, reason: str) -> str:
+    """The text of the error where path="direct" cannot run."""
+    remedy = f"{reason[0].upper()}{reason[1:].rstrip('.')}. Pass path='auto' or 'dlpack'."
+    return checks.message(function, "path", "be one that can run here", "'direct'", remedy)
+
+
+def _nothing_to_do(path: str, reasons: Mapping[str, str]) -> Plan:
+    """The plan of a call with no pairs."""
+    return Plan(path, "none", {}, {**reasons, "xla": "there are no pairs: nothing to compute"})
+
+
+def _dlpack_plan(
+    function: str,
+    spec: Spec,
+    operands: Mapping[str, torch.Tensor],
+    out: Sequence[torch.Tensor] | None,
+    reasons: Mapping[str, str],
+) -> Plan:
+    """The plan of a call on the DLPack path; `reasons` says why not on the direct one."""
+    if spec.num_pairs == 0:
+        return _nothing_to_do("dlpack", reasons)
     device = next(iter(operands.values())).device
     dlpack.check_not_capturing(function, device)
-    platform = run.jax_platform(problem.name, device)
-    if isinstance(problem, AlignProblem):
-        sizes = (problem.num_pairs, problem.block_size, problem.num_experts)
-    else:
-        # Chosen by platform alone.
-        sizes = (1, 1, 1)
+    platform = dlpack.jax_platform(spec.name, device)
+    # Only an alignment's implementation depends on sizes; that of the others depends on the platform alone.
+    is_align = isinstance(spec, AlignSpec)
+    sizes = (spec.num_pairs, spec.block_size, spec.num_experts) if is_align else (1, 1, 1)
     implementation, others = _select(*sizes, platform, _forced_implementation)
     boundary = dlpack.alignment(device.type, implementation)
     copies = {}
@@ -112,4 +132,21 @@ def make_plan(
         copies["outputs"] = (
             "they are copied into torch's memory: XLA may reuse its own before torch has read it"
         )
-    return Plan(taken, implementation, copies, reasons | dict(others))
+    return Plan("dlpack", implementation, copies, {**reasons, **others})
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(
+    num_pairs: int, block_size: int, num_experts: int, platform: str, forced: str | None
+) -> tuple[str, Mapping[str, str]]:
+    """`select_implementation` of these sizes: the implementation, and why not each other one."""
+    from moe_align_jax import select_implementation
+
+    selection = select_implementation(
+        (num_pairs,),
+        block_size=block_size,
+        num_experts=num_experts,
+        platform=platform,
+        implementation=forced,
+    )
+    return selection.implementation, selection.reasons

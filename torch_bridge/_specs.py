@@ -1,9 +1,11 @@
-"""What one call computes, statically: its options, and the names and shapes of its results.
+"""Specs: what a call asks for, as static facts: its sizes and options, names and shapes of its results.
 
-Pure size arithmetic that also holds for symbolic sizes (SymInt): fakes, plans and calls share it.
-No jax.
+This is pure size arithmetic, which also holds for symbolic sizes (torch.SymInt): the fakes of the operators,
+the plan and the call share it. It imports no jax. (What a program is compiled for is a kernel problem, of
+`_direct/problems.py`: one program serves many specs.)
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +18,12 @@ _SGLANG_MULTIPLE = 4
 
 
 def _minimum(a: Any, b: Any) -> Any:
-    """For ints as for torch.SymInt, whose comparison would fix its value. (Dynamo traces its own symbols,
-    which call themselves int, through `min`, and torch 2.11's not through `sym_min` of plain ints.) Under
-    torch.jit.trace a size is a tensor."""
+    """The smaller of two sizes.
+
+    A size may be an int, a torch.SymInt (of which Python's `min` would fix the value by comparing) or, under
+    torch.jit.trace, a tensor. Dynamo's own symbols say that they are ints; it traces them through `min`, but
+    torch 2.11 does not trace plain ints through `sym_min`.
+    """
     if type(a) is int and type(b) is int:
         return min(a, b)
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
@@ -26,8 +31,33 @@ def _minimum(a: Any, b: Any) -> Any:
     return torch.sym_min(a, b)
 
 
+class _Spec:
+    """What the specs have in common.
+
+    Attributes:
+        outputs: name and shape of each int32 result, in order: `shapes()`, derived once.
+        capacity: P, the length of `sorted_token_ids`.
+    """
+
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """`outputs`, derived anew: for code that Dynamo traces, to which a cached property may be unknown."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def outputs(self) -> dict[str, tuple[Any, ...]]:
+        return self.shapes()
+
+    @functools.cached_property
+    def capacity(self) -> Any:
+        return self.outputs["sorted_token_ids"][0]
+
+    def check_capacity(self, function: str, argument: str) -> None:
+        """Raises ValueError, about `argument`, where P exceeds int32."""
+        checks.check_fits_int32(function, argument, self.capacity, "a padded length P")
+
+
 @dataclass(frozen=True)
-class AlignProblem:
+class AlignSpec(_Spec):
     """One alignment.
 
     Attributes:
@@ -50,22 +80,17 @@ class AlignProblem:
 
     name: ClassVar[str] = "moe_align_block_size"
 
-    @property
-    def capacity(self) -> Any:
-        return self.rows or checks.capacity(
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        rows = self.rows or checks.capacity(
             self.num_pairs,
             block_size=self.block_size,
             num_experts=self.num_experts,
             pad_sorted_ids=self.pad_sorted_ids,
-            minimum=_minimum,
+            minimum=min if type(self.num_pairs) is int else _minimum,
         )
-
-    @property
-    def outputs(self) -> dict[str, tuple[Any, ...]]:
-        """Name and shape of each int32 result, in order."""
         shapes: dict[str, tuple[Any, ...]] = {
-            "sorted_token_ids": (self.capacity,),
-            "expert_ids": (checks.cdiv(self.capacity, self.block_size),),
+            "sorted_token_ids": (rows,),
+            "expert_ids": (-(-rows // self.block_size),),
             "num_tokens_post_padded": (1,),
         }
         if self.with_counts:
@@ -78,13 +103,13 @@ class AlignProblem:
 
 
 @dataclass(frozen=True)
-class SglangProblem:
+class SglangSpec(_Spec):
     """One alignment after SGLang: id -1 is a bucket of its own, ahead of expert 0.
 
     Attributes:
         ignore_invalid_expert: drop id -1 instead.
         with_inactive_blocks: the count has a second word, the blocks of the bucket of id -1.
-        rows: as for `AlignProblem`.
+        rows: as for `AlignSpec`.
     """
 
     num_pairs: Any
@@ -107,21 +132,17 @@ class SglangProblem:
             minimum=_minimum,
         )
 
-    @property
-    def capacity(self) -> Any:
-        return self.rows or checks.round_up(self.aligned_capacity, _SGLANG_MULTIPLE)
-
-    @property
-    def outputs(self) -> dict[str, tuple[Any, ...]]:
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        rows = self.rows or checks.round_up(self.aligned_capacity, _SGLANG_MULTIPLE)
         return {
-            "sorted_token_ids": (self.capacity,),
-            "expert_ids": (checks.cdiv(self.capacity, self.block_size),),
+            "sorted_token_ids": (rows,),
+            "expert_ids": (-(-rows // self.block_size),),
             "num_tokens_post_padded": (2 if self.with_inactive_blocks else 1,),
         }
 
 
 @dataclass(frozen=True)
-class BatchedProblem:
+class BatchedSpec(_Spec):
     """One alignment of the `[E, max_tokens_per_batch, H]` layout."""
 
     num_experts: Any
@@ -134,17 +155,13 @@ class BatchedProblem:
     def num_pairs(self) -> Any:
         return self.num_experts * self.max_tokens_per_batch
 
-    @property
-    def capacity(self) -> Any:
-        return self.num_experts * checks.round_up(self.max_tokens_per_batch, self.block_size)
-
-    @property
-    def outputs(self) -> dict[str, tuple[Any, ...]]:
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        rows = self.num_experts * checks.round_up(self.max_tokens_per_batch, self.block_size)
         return {
-            "sorted_token_ids": (self.capacity,),
-            "expert_ids": (checks.cdiv(self.capacity, self.block_size),),
+            "sorted_token_ids": (rows,),
+            "expert_ids": (-(-rows // self.block_size),),
             "num_tokens_post_padded": (1,),
         }
 
 
-type Problem = AlignProblem | SglangProblem | BatchedProblem
+type Spec = AlignSpec | SglangSpec | BatchedSpec

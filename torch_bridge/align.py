@@ -1,4 +1,4 @@
-"""moe_align_block_size and align_blocks on torch tensors, and explain."""
+"""The alignment on torch tensors: moe_align_block_size, align_blocks, and explain, which shows their plan."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,13 +6,12 @@ from typing import Literal
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax.types import AlignedBlocks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops
-from torch_bridge._direct import fast_path, program
+from torch_bridge import _checks, _ops, _plan
+from torch_bridge._direct import fast_path
 from torch_bridge._plan import Plan
-from torch_bridge._specs import AlignProblem
+from torch_bridge._specs import AlignSpec
 
 type Path = Literal["auto", "direct", "dlpack"]
 
@@ -80,23 +79,14 @@ def moe_align_block_size(
 
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
-    if path == "auto" and fast_path.open_to_all():
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            pad_sorted_ids,
-            expert_map,
-            ignore_invalid_experts,
-            topk,
-            out,
-            num_valid_pairs=num_valid_pairs,
-        )
+    key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, topk, 0)
+    if path == "auto":
+        results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs, out)
         if results is not None:
             return results
     function = "moe_align_block_size"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    problem, operands, limit = check(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -108,17 +98,16 @@ def moe_align_block_size(
         num_valid_pairs,
     )
     if out is None:
-        results = aligned(problem, operands, limit, path)
-        if topk is not None and limit is None and checks.sizes_are_known():
-            fast_path.keep(problem, operands, topk)
+        results = _ops.aligned(spec, operands, limit, path, key)
         return results[0], results[1], results[2]
-    out = check_out(function, out, problem, operands["topk_ids"].device)
-    if launches_at_once(operands, out):
-        _ops.run(problem, operands, limit, out, path)
+    out = check_out(function, out, spec, operands["topk_ids"].device)
+    if _ops.launches_at_once(operands, out):
+        _ops.check_no_overlap(function, out, operands)
+        _ops.run(spec, operands, limit, out, path, key=key)
     else:
         op = _ops.chosen("block_align_out", operands["topk_ids"].device, path)
-        sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
-        op(*sizes, *out, *op_options(problem, operands, limit))
+        sizes = (operands["topk_ids"], spec.num_experts, spec.block_size)
+        op(*sizes, *out, *_ops.op_options(spec, operands, limit))
     return out
 
 
@@ -155,23 +144,16 @@ def align_blocks(
         >>> aligned.tokens_per_expert.tolist(), aligned.row_of_pair.tolist()
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
-    if path == "auto" and type(return_inverse) is bool and fast_path.open_to_all():
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            pad_sorted_ids,
-            expert_map,
-            ignore_invalid_experts,
-            num_valid_pairs=num_valid_pairs,
-            form=fast_path.align_form(True, return_inverse),
-        )
+    if path == "auto" and type(return_inverse) is bool:
+        form = fast_path.align_form(True, return_inverse)
+        key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, None, form)
+        results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs)
         if results is not None:
             return AlignedBlocks(*results)
     function = "align_blocks"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    checks.check_bool(function, "return_inverse", return_inverse)
-    problem, operands, limit = check(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    _checks.check_bool(function, "return_inverse", return_inverse)
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -182,40 +164,8 @@ def align_blocks(
         pad_sorted_ids,
         num_valid_pairs,
     )
-    problem = dataclasses.replace(problem, with_counts=True, with_inverse=return_inverse)
-    return AlignedBlocks(*aligned(problem, operands, limit, path))
-
-
-def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
-    """Whether a call may pass by torch's dispatcher (3 us of the host): plain tensors on a GPU that can
-    launch directly, and nobody who records or transforms operators."""
-    if not fast_path.open_to_all():
-        return False
-    tensors = (*operands.values(), *out)
-    plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    device = tensors[0].device
-    return plain and device.type == "cuda" and program.unavailable(device) is None
-
-
-def aligned(
-    problem: AlignProblem, operands: dict[str, torch.Tensor], limit: int | None, path: str
-) -> Sequence[torch.Tensor]:
-    """The results of `problem.outputs`."""
-    if launches_at_once(operands):
-        return _ops.run(problem, operands, limit, path=path)
-    device = operands["topk_ids"].device
-    if path == "direct" and not (device.type == "cuda" and program.launches_on(device.index)):
-        reason = program.unavailable(device) or "it cannot"
-        remedy = f"{reason[0].upper()}{reason[1:]}. Pass path='auto' or 'dlpack'."
-        raise NotImplementedError(
-            _checks.message(problem.name, "path", "be one that can run here", "'direct'", remedy)
-        )
-    wanted = (problem.with_counts, problem.with_inverse, problem.with_scatter_idx)
-    sizes = (operands["topk_ids"], problem.num_experts, problem.block_size)
-    options = (*op_options(problem, operands, limit), *wanted)
-    if all(option is None or option is False for option in options):
-        return _ops.chosen("block_align", device, path)(*sizes)
-    return _ops.chosen("block_align.options", device, path)(*sizes, *options)
+    spec = dataclasses.replace(spec, with_counts=True, with_inverse=return_inverse)
+    return AlignedBlocks(*_ops.aligned(spec, operands, limit, path))
 
 
 def explain(
@@ -237,9 +187,9 @@ def explain(
         As for `moe_align_block_size`.
 
     Returns:
-        `Plan(path, implementation, copies, reasons)`: the very object that drives the call.
-        `copies` maps each argument that would be copied, and "outputs" where the results would be,
-        to the reason.
+        `Plan(path, implementation, copies, reasons)`: the object that a first call with these arguments is
+        given and obeys. (A later call like it repeats the launch that the plan led to.) `copies` maps each
+        argument that would be copied, and "outputs" where the results would be, to the reason.
 
     Raises:
         As `moe_align_block_size`; TypeError for a tensor without data (fake, meta).
@@ -249,8 +199,8 @@ def explain(
         {'topk_ids': 'it is not contiguous (shape [6, 2], strides [4, 2])'}
     """
     function = "explain"
-    path = checks.check_path(function, path)  # type: ignore[assignment]
-    problem, operands, _ = check(
+    path = _checks.check_path(function, path)  # type: ignore[assignment]
+    spec, operands, limit = _checks.check_alignment(
         function,
         topk_ids,
         num_experts,
@@ -262,79 +212,33 @@ def explain(
         num_valid_pairs,
     )
     if out is not None:
-        out = check_out(function, out, problem, topk_ids.device)
-    return _ops.plan_call(function, problem, operands, out, path)
-
-
-# -- shared by the entry points ------------------------------------------------------------------
-
-
-def check(
-    function,
-    topk_ids,
-    num_experts,
-    block_size,
-    topk,
-    expert_map,
-    ignore_invalid_experts,
-    pad_sorted_ids,
-    num_valid_pairs,
-) -> tuple[AlignProblem, dict[str, torch.Tensor], int | None]:
-    """Checks all but data: the problem, its tensors by name, num_valid_pairs if it is an int."""
-    topk_ids = checks.check_topk_ids(function, topk_ids)
-    num_experts = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
-    if topk is not None:
-        checks.check_topk(function, topk, topk_ids)
-    checks.check_bool(function, "ignore_invalid_experts", ignore_invalid_experts)
-    checks.check_bool(function, "pad_sorted_ids", pad_sorted_ids)
-    if expert_map is not None:
-        checks.check_expert_map(function, expert_map, num_experts, topk_ids.device)
-    count, limit = checks.check_num_valid_pairs(function, num_valid_pairs, topk_ids.device)
-    problem = AlignProblem(
-        topk_ids.numel(), num_experts, block_size, ignore_invalid_experts, pad_sorted_ids
-    )
-    if checks.sizes_are_known():
-        checks.check_capacity(function, "topk_ids", problem.capacity)
-    operands = {"topk_ids": topk_ids}
-    if expert_map is not None:
-        operands["expert_map"] = expert_map
-    if count is not None:
-        operands["num_valid_pairs"] = count
-    return problem, operands, limit
-
-
-def op_options(problem: AlignProblem, operands: dict[str, torch.Tensor], limit: int | None):
-    return (
-        operands.get("expert_map"),
-        operands.get("num_valid_pairs"),
-        limit,
-        problem.ignore_invalid_experts,
-        problem.pad_sorted_ids,
-    )
+        out = check_out(function, out, spec, topk_ids.device)
+    _ops.check_data(function, spec, operands, out)
+    has_limit = limit is not None
+    return _plan.resolve(function, spec, operands, path=path, out=out, has_limit=has_limit).plan
 
 
 def check_out(
-    function: str, out: Sequence[torch.Tensor], problem: AlignProblem, device: torch.device
+    function: str, out: Sequence[torch.Tensor], spec: AlignSpec, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three contiguous int32 tensors of the exact shapes. The operator checks overlap."""
+    """`out`, which must be three contiguous int32 tensors of the exact shapes. (Overlap is checked later.)"""
     remedy = "Pass (sorted_token_ids, expert_ids, num_tokens_post_pad) from torch.empty."
     if not isinstance(out, (tuple, list)) or len(out) != 3:
-        what = f"{len(out)} items" if isinstance(out, (tuple, list)) else _checks.describe(out)
-        raise TypeError(_checks.message(function, "out", "be three tensors", what, remedy))
-    for i, (target, shape) in enumerate(zip(out, problem.outputs.values(), strict=True)):
+        what = f"{len(out)} items" if isinstance(out, (tuple, list)) else checks.describe(out)
+        raise TypeError(checks.message(function, "out", "be three tensors", what, remedy))
+    for i, (target, shape) in enumerate(zip(out, spec.shapes().values(), strict=True)):
         if not isinstance(target, torch.Tensor) or target.dtype != torch.int32:
-            what = _checks.describe(target)
+            what = checks.describe(target)
             raise TypeError(
-                _checks.message(function, f"out[{i}]", "be an int32 tensor", what, remedy)
+                checks.message(function, f"out[{i}]", "be an int32 tensor", what, remedy)
             )
         if tuple(target.shape) != shape:
-            what, rule = _checks.describe(target), f"have shape {list(shape)}"
-            raise ValueError(_checks.message(function, f"out[{i}]", rule, what, remedy))
+            what, rule = checks.describe(target), f"have shape {list(shape)}"
+            raise ValueError(checks.message(function, f"out[{i}]", rule, what, remedy))
         if target.device != device:
             rule = f"be on the device of topk_ids, {device}"
-            raise ValueError(_checks.message(function, f"out[{i}]", rule, target.device, remedy))
+            raise ValueError(checks.message(function, f"out[{i}]", rule, target.device, remedy))
         if target.layout != torch.strided or not target.is_contiguous():
             what = f"strides {list(target.stride())}"
-            raise ValueError(_checks.message(function, f"out[{i}]", "be contiguous", what, remedy))
+            raise ValueError(checks.message(function, f"out[{i}]", "be contiguous", what, remedy))
     return out[0], out[1], out[2]

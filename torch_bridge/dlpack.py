@@ -8,6 +8,9 @@ What DLPack and its two ends get wrong, and the guard here (each has a test in t
 """
 
 import contextlib
+import functools
+import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[impo
 from torch._subclasses.fake_tensor import is_fake as torch_is_fake
 
 from moe_align_jax._core import checks, fork
+from torch_bridge import _checks
 
 if TYPE_CHECKING:
     import jax
@@ -144,6 +148,70 @@ def check_not_capturing(function: str, device: torch.device) -> None:
         )
 
 
+@functools.cache
+def _configure_jax_memory() -> None:
+    """Keeps jax's GPU client from reserving 75% of the memory; call it before the client starts.
+
+    Too late when the program has used jax on the GPU before; `_warn_of_preallocation` then says so.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@functools.cache
+def _warn_of_preallocation(device: Any) -> None:
+    stats = device.memory_stats() or {}
+    pool, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
+    if limit and pool > 0.9 * limit:
+        warnings.warn(
+            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device} for itself. "
+            "Set XLA_PYTHON_CLIENT_PREALLOCATE=false before jax first uses the GPU.",
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _platform(device_type: str, index: int | None) -> str | None:
+    """The platform to lower for, or None when jax has no such device here."""
+    if device_type == "cuda":
+        _configure_jax_memory()
+    import jax
+
+    try:
+        with current_device_kept():
+            devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
+    except RuntimeError:
+        return None
+    if device_type == "cpu":
+        return "cpu" if devices else None
+    for device in devices:
+        if device.local_hardware_id == index:
+            _warn_of_preallocation(device)
+            return "rocm" if torch.version.hip else "cuda"
+    return None
+
+
+def jax_platform(function: str, device: torch.device) -> str:
+    """The platform that jax lowers for on this device.
+
+    Raises:
+        NotImplementedError: it has none.
+        RuntimeError: this process was forked while jax was running, so that jax would hang.
+    """
+    fork.check(function)
+    platform = _platform(device.type, device.index) if device.type in ("cpu", "cuda") else None
+    if platform is None:
+        remedy = {
+            "cpu": "JAX_PLATFORMS leaves the CPU out: add cpu to it.",
+            "cuda": "Install jax[cuda13] or jax[cuda12], and leave the GPU visible to jax.",
+        }.get(device.type, "Move the tensor to a CPU or a CUDA device.")
+        raise NotImplementedError(
+            checks.message(
+                function, "the tensors' device", "be one that jax has too", device, remedy
+            )
+        )
+    return platform
+
+
 def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     """The same memory as a jax array, on the same device, 64-bit dtypes included (x64 stays off).
 
@@ -184,9 +252,7 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
         rule, remedy = "not require grad", "No gradient crosses: pass tensor.detach()."
         raise ValueError(checks.message(function, "tensor", rule, checks.describe(tensor), remedy))
     check_not_capturing(function, tensor.device)
-    from torch_bridge._dlpack_path import run
-
-    run.jax_platform(function, tensor.device)
+    jax_platform(function, tensor.device)
     if reason := copy_reason(tensor, alignment(tensor.device.type)):
         if not allow_copy:
             what = f"{checks.describe(tensor)}: {reason}"
@@ -199,15 +265,6 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     return share(tensor)
 
 
-def not_dense(tensor: torch.Tensor) -> str | None:
-    """What kind of tensor has no plain strided memory, or None."""
-    if tensor.is_nested:  # it has no shape to describe
-        return "a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"{checks.describe(tensor)} of layout {tensor.layout}"
-    return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
-
-
 def check_tensor(function: str, argument: str, tensor: object) -> None:
     """Checks that a tensor is dense and has data. (DLPack would read garbage from a FakeTensor.)"""
     if not isinstance(tensor, torch.Tensor):
@@ -217,7 +274,7 @@ def check_tensor(function: str, argument: str, tensor: object) -> None:
         what = f"a fake, meta or transformed tensor, {checks.describe(tensor)}"
         remedy = "Call it on real tensors; under torch.compile, call torch_bridge's operations."
         raise TypeError(checks.message(function, argument, "have data", what, remedy))
-    if what := not_dense(tensor):
+    if what := _checks.not_dense(tensor):
         remedy = "Call to_dense() or dequantize() first."
         raise TypeError(checks.message(function, argument, "be a dense tensor", what, remedy))
 

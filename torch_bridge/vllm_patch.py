@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from moe_align_jax._core import checks
+from torch_bridge import _vllm_ops
 
 # Releases whose ops have the signatures below, by their first two numbers.
 KNOWN_VERSIONS = ("0.33",)
@@ -115,9 +116,7 @@ def _batched_moe_align_block_size(
     num_tokens_post_pad: torch.Tensor,
 ) -> None:
     """`ops_batched_moe_align_block_size` with the names of vLLM's Python wrapper."""
-    from torch_bridge import vllm
-
-    vllm.ops_batched_moe_align_block_size(
+    _vllm_ops.ops_batched_moe_align_block_size(
         max_tokens_per_batch,
         block_size,
         expert_num_tokens,
@@ -128,10 +127,8 @@ def _batched_moe_align_block_size(
 
 
 def _replacements() -> dict[str, Callable[..., None]]:
-    from torch_bridge import vllm
-
     return {
-        "moe_align_block_size": vllm.ops_moe_align_block_size,
+        "moe_align_block_size": _vllm_ops.ops_moe_align_block_size,
         "batched_moe_align_block_size": _batched_moe_align_block_size,
     }
 

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 # Limits of the kernels, whatever a table says.
@@ -16,7 +17,7 @@ MAX_COMPARED_PAIRS = 256  # of "pairs", which compares each with all
 MAX_SORTED_PAIRS = 16_384  # of "sorted": under skew one CTA's shared memory holds all, three times
 MAX_HISTOGRAM_EXPERTS = 4096  # of WITH_HISTOGRAMS: one per warp has to fit
 WITH_HISTOGRAMS = ("block", "cluster", "grid")
-MAX_CLUSTER = 8  # the largest cluster that every GPU with clusters supports
+PORTABLE_CLUSTER = 8  # the largest cluster that every GPU with clusters supports
 MAX_GRID_ROUNDS = 8  # of "grid", which keeps a tile in registers and shared memory
 _MOST_ROUNDS_OF_1024 = 6  # of "grid" with the inverse: a thread of 1024 has 64 registers
 _MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
@@ -71,18 +72,14 @@ def refusal(
         return f"{form!r} must end at {MAX_HISTOGRAM_EXPERTS} experts; got {last_expert}"
     if form == "cluster":
         most = config.num_ctas * config.num_warpgroups * 128 * config.rounds
-        if config.num_ctas not in (2, 4, MAX_CLUSTER) or num_pairs is None or num_pairs > most:
+        if config.num_ctas not in (2, 4, PORTABLE_CLUSTER) or num_pairs is None or num_pairs > most:
             return (
-                f"'cluster' must have 2, 4 or {MAX_CLUSTER} CTAs and one tile; "
+                f"'cluster' must have 2, 4 or {PORTABLE_CLUSTER} CTAs and one tile; "
                 f"got {config.num_ctas} CTAs, which hold {most} pairs, for {num_pairs}"
             )
-    if config.cluster > MAX_CLUSTER:
-        return f"a cluster must have at most {MAX_CLUSTER} CTAs; got {config.cluster}"
+    if config.cluster > PORTABLE_CLUSTER:
+        return f"a cluster must have at most {PORTABLE_CLUSTER} CTAs; got {config.cluster}"
     return None
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
@@ -176,7 +173,7 @@ def _fit_sorted(config: BlockAlignMosaicConfig, problem: Any) -> BlockAlignMosai
     while True:
         copies = max(1, ctas // cluster)
         experts = sorted_range(num_experts, copies * cluster, cluster)
-        if experts <= 1 << 16 or cluster == MAX_CLUSTER:
+        if experts <= 1 << 16 or cluster == PORTABLE_CLUSTER:
             break
         cluster *= 2
     bins = sum(1 << bits for _, bits in sorted_digits(experts))

@@ -1,8 +1,8 @@
 """Which form and sizes a problem takes: a table per kind of GPU, a rule where there is none. A leaf, no jax.
 
-The tables are `data/tuning/*.json`, written by `moe-align tune`. `AlignProblem.tuning` names the one that
-counts: that of the process's (or torch's) CUDA device, found by `table_name`; "" is the default table, for
-lowering where no GPU is at hand.
+The tables are `data/tuning/*.json`, written by `python -m benchmarks.tune`. `AlignProblem.tuning` names the
+one that counts: that of the process's (or torch's) CUDA device, found by `table_name`; "" is the default
+table, for lowering where no GPU is at hand.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_align_jax._align.config import (
-    MAX_CLUSTER,
     MAX_COMPARED_PAIRS,
     MAX_GRID_ROUNDS,
     MAX_HISTOGRAM_EXPERTS,
     MAX_SORTED_PAIRS,
     MAX_WARP_PAIRS,
+    PORTABLE_CLUSTER,
     RADIX,
     BlockAlignMosaicConfig,
-    cdiv,
     fit,
     pairs_per_round,
     power_of_two,
     refusal,
 )
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 DEFAULT_TABLE = "nvidia_h200"
@@ -236,7 +236,9 @@ def describe(name: str) -> str:
     """One line that describes the table named by `AlignProblem.tuning`."""
     found = table(name)
     if found is None:
-        return "a rule by size: this kind of GPU has no table (`moe-align tune` makes one)"
+        return (
+            "a rule by size: this kind of GPU has no table (`python -m benchmarks.tune` makes one)"
+        )
     why = "" if name else "no GPU here, so the default: "
     return f"{why}the table of {found.gpu}, {found.date}, jax {found.jax}"
 
@@ -277,7 +279,7 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             form="sorted",
             num_warpgroups=groups,
             num_ctas=64,
-            cluster=MAX_CLUSTER,
+            cluster=PORTABLE_CLUSTER,
             cells_per_cta=1024,
         )
     elif num_experts > MAX_HISTOGRAM_EXPERTS:
@@ -297,7 +299,7 @@ def heuristic(num_pairs: int, num_experts: int) -> Row:
             num_ctas=ctas,
             rounds=MAX_GRID_ROUNDS,
             local_sort=True,
-            cluster=MAX_CLUSTER if ctas == 64 else 1,
+            cluster=PORTABLE_CLUSTER if ctas == 64 else 1,
         )
     return Row(1, None, end, config)
 

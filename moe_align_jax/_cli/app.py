@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import moe_align_jax
-from moe_align_jax._cli import checkout, demo, eplb, info, profile, tune
+from moe_align_jax._cli import checkout, demo, eplb, info, profile
 from moe_align_jax._eplb.placement_files import Format
 from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
@@ -113,49 +113,6 @@ def profile_command(
             repeats=repeats,
             implementation=implementation,
             folder=out,
-        ),
-    )
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of integers") from None
-    if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(f"{text!r} must name sizes of at least 1")
-    return list(dict.fromkeys(sizes))
-
-
-@app.command("tune")
-def tune_command(
-    experts: Annotated[
-        str, typer.Option(help="E to measure, comma-separated, the important ones first.")
-    ] = ",".join(map(str, tune.EXPERTS)),
-    max_pairs: Annotated[int, typer.Option(min=8, help="No size beyond is measured.")] = 2**21,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per block; by size without it.")
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(min=0, help="Seconds after which no size is begun; the rest stays as it is."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The table's file; named after the GPU without it.")
-    ] = None,
-) -> None:
-    """Measure which form and sizes are fastest on this GPU, and write its table."""
-    sizes = _sizes(experts)
-    console = Console()
-    _guarded(
-        console,
-        lambda: tune.run(
-            console,
-            experts=sizes,
-            max_pairs=max_pairs,
-            block_size=block_size,
-            seconds=budget,
-            out=out,
         ),
     )
 

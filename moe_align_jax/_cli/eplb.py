@@ -18,6 +18,7 @@ from moe_align_jax import (
     rebalance_experts,
 )
 from moe_align_jax._cli import heatmap
+from moe_align_jax._core.checks import fail
 from moe_align_jax._core.files import read_file
 from moe_align_jax._eplb import loads, maps, placement_files
 from moe_align_jax._expert_load.files import read_table, write_atomically
@@ -68,7 +69,7 @@ def run(console: Console, files: Sequence[Path], options: Options) -> int:
     try:
         named = {str(file): _read(file) for file in files}
         if len(named) < len(files):
-            maps.fail(_FUNCTION, "FILE", "be given once", "one twice", "Pass one of each process.")
+            fail(_FUNCTION, "FILE", "be given once", "one twice", "Pass one of each process.")
         history = loads.sum_of_files(named, function=_FUNCTION, remedy=_LOADS)
         _check_sizes(history, options)
         in_force = _in_force(named, history, options)
@@ -174,29 +175,29 @@ def _in_force(
     if found is None:
         rule, got = "hold a physical_to_logical_map", ", ".join(map(str, contents)) or "nothing"
         remedy = "Pass a placement, such as this command writes, and loads as FILE."
-        maps.fail(_FUNCTION, option, rule, got, remedy)
+        fail(_FUNCTION, option, rule, got, remedy)
     slots = found.slots
     if slots.ndim != 2 or slots.dtype.kind not in "iu":
         rule = "hold a physical_to_logical_map of integers, [layers, slots]"
         got = f"{slots.dtype.name} {list(slots.shape)}"
-        maps.fail(_FUNCTION, option, rule, got, "Pass what is in force.")
+        fail(_FUNCTION, option, rule, got, "Pass what is in force.")
     if options.previous_num_gpus is not None and found.num_gpus not in (
         None,
         options.previous_num_gpus,
     ):
         rule = f"be for --previous-num-gpus {options.previous_num_gpus}"
         got = f"{found.num_gpus} devices"
-        maps.fail(_FUNCTION, option, rule, got, "Leave the option out.")
+        fail(_FUNCTION, option, rule, got, "Leave the option out.")
     num_gpus = options.previous_num_gpus or found.num_gpus or options.num_gpus
     if len(slots) != layers or slots.shape[1] % num_gpus:
         rule = f"place {layers} layers on {num_gpus} GPUs"
         remedy = "Pass what is in force, and --previous-num-gpus where it is for other GPUs."
         got = f"{slots.shape[1]} slots in {len(slots)} layers"
-        maps.fail(_FUNCTION, option, rule, got, remedy)
+        fail(_FUNCTION, option, rule, got, remedy)
     low, high = int(slots.min()), int(slots.max())
     if low < -1 or high >= num_logical:
         rule = f"hold experts in [0, {num_logical}), or -1 where a slot holds nothing"
-        maps.fail(_FUNCTION, option, rule, f"[{low}, {high}]", "Pass what is in force.")
+        fail(_FUNCTION, option, rule, f"[{low}, {high}]", "Pass what is in force.")
     if low >= 0:  # without dead GPUs, every expert is somewhere
         slots, _ = maps.check_map(function, slots, num_logical)
     return _InForce(slots, num_gpus)
@@ -237,18 +238,18 @@ def _check_sizes(history: np.ndarray, options: Options) -> None:
         rule = f"fill {gpus} GPUs (--num-gpus) evenly"
         got = f"{options.num_redundant} for {num_logical} experts: {slots} slots"
         remedy = f"The next number that does is {options.num_redundant + -slots % gpus}."
-        maps.fail(_FUNCTION, "--num-redundant", rule, got, remedy)
+        fail(_FUNCTION, "--num-redundant", rule, got, remedy)
     if hierarchical:
         if num_logical % groups:
             rule = f"divide the {num_logical} experts"
-            maps.fail(_FUNCTION, "--num-groups", rule, groups, "Pass 1 for a model without groups.")
+            fail(_FUNCTION, "--num-groups", rule, groups, "Pass 1 for a model without groups.")
         if groups % nodes:
             rule = f"be a multiple of --num-nodes ({nodes})"
             remedy = "Pass --algorithm deepseek to ignore the nodes."
-            maps.fail(_FUNCTION, "--num-groups", rule, groups, remedy)
+            fail(_FUNCTION, "--num-groups", rule, groups, remedy)
         if gpus % nodes:
             rule = f"be a multiple of --num-nodes ({nodes})"
-            maps.fail(_FUNCTION, "--num-gpus", rule, gpus, "Each node has the same number of GPUs.")
+            fail(_FUNCTION, "--num-gpus", rule, gpus, "Each node has the same number of GPUs.")
 
 
 def _check_outputs(files: Sequence[Path], options: Options) -> None:
@@ -262,15 +263,15 @@ def _check_outputs(files: Sequence[Path], options: Options) -> None:
         where = path.resolve()
         if where in taken:
             rule = f"be another file than {taken[where]}"
-            maps.fail(_FUNCTION, option, rule, str(path), "Name two files.")
+            fail(_FUNCTION, option, rule, str(path), "Name two files.")
         taken[where] = option
         if where in inputs:
             rule = "be another file than FILE"
-            maps.fail(_FUNCTION, option, rule, str(path), "Name a new file.")
+            fail(_FUNCTION, option, rule, str(path), "Name a new file.")
         if path.exists() and not options.overwrite:
             rule = "be a file that is not there yet"
             remedy = f"Name another with {option}, or pass --overwrite."
-            maps.fail(_FUNCTION, option, rule, str(path), remedy)
+            fail(_FUNCTION, option, rule, str(path), remedy)
 
 
 # -- what a placement is worth ----------------------------------------------------------------------------

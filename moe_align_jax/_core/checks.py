@@ -1,23 +1,29 @@
-"""Sizes, argument checks and the one template of error messages. A leaf: imports nothing of ours, no jax."""
+"""Sizes, argument checks and the one template of error messages. No jax here."""
 
 import operator
+from typing import NoReturn
 
 import numpy as np
 
-INT32_MAX = 2**31 - 1
-
-
-def cdiv(a, b):
-    return -(-a // b)
-
-
-def round_up(a, b):
-    return cdiv(a, b) * b
+from moe_align_jax._core.int32 import INT32_MAX, round_up
+from moe_align_jax._core.int32 import cdiv as cdiv
 
 
 def message(function: str, argument: str, rule: str, got: object, remedy: str) -> str:
     """The text of every error: `{function}: {argument} must {rule}; got {what}. {remedy}`."""
     return f"{function}: {argument} must {rule}; got {got}. {remedy}"
+
+
+def fail(
+    function: str,
+    argument: str,
+    rule: str,
+    got: object,
+    remedy: str,
+    kind: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raises our error, of that kind."""
+    raise kind(message(function, argument, rule, got, remedy).rstrip())
 
 
 def describe(value: object) -> str:
@@ -84,15 +90,13 @@ def check_bool(
 
 
 def check_block_size(function: str, value: object) -> int:
-    return check_positive_int(
-        function, "block_size", value, "Pass the rows per GEMM block (its BLOCK_M), for example 64."
-    )
+    remedy = "Pass the rows per GEMM block (its BLOCK_M), for example 64."
+    return check_int(function, "block_size", value, 1, remedy)
 
 
 def check_num_experts(function: str, value: object) -> int:
-    return check_positive_int(
-        function, "num_experts", value, "Pass the number of global (physical) experts."
-    )
+    remedy = "Pass the number of global (physical) experts."
+    return check_int(function, "num_experts", value, 1, remedy)
 
 
 def capacity(num_pairs, *, block_size: int, num_experts: int, pad_sorted_ids: bool, minimum=min):

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_align_jax._core import checks
 from moe_align_jax._core import files as _files
-from moe_align_jax._eplb.maps import fail
+from moe_align_jax._core.checks import fail
 
 _REMEDY = (
     "Pass a recorder's dump (logical_count), or a placement (physical_to_logical_map), such as "

@@ -1,14 +1,11 @@
 """The maps between logical experts and physical slots, checked and turned round. NumPy on the host."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from moe_align_jax._core import checks
-
-
-def fail(function: str, argument: str, rule: str, got: object, remedy: str) -> NoReturn:
-    raise ValueError(checks.message(function, argument, rule, got, remedy))
+from moe_align_jax._core.checks import fail
 
 
 def as_array(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:

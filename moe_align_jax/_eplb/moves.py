@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.checks import fail
 from moe_align_jax._eplb import maps
 
 _FUNCTION = "plan_expert_moves"
@@ -70,7 +71,7 @@ class ExpertMoves(NamedTuple):
         if not self.same_size:
             got = f"{self.old_num_slots} slots before and {self.source.shape[1]} after"
             rule = "be between placements of the same slots and GPUs"
-            maps.fail(function, "the plan", rule, got, "Move all layers.")
+            fail(function, "the plan", rule, got, "Move all layers.")
         stay = np.arange(self.source.shape[1], dtype=np.int32)
         return self._replace(
             kind=np.where(chosen[:, None], self.kind, np.int8(MoveKind.UNCHANGED)),
@@ -127,21 +128,39 @@ def plan_expert_moves(
     before, after = _check_map("old", old), _check_map("new", new)
     if len(before) != len(after):
         rule, got = f"have the {len(before)} layers of old", list(after.shape)
-        _fail("new", rule, got, "Pass [L, Ep].")
+        fail(_FUNCTION, "new", rule, got, "Pass [L, Ep].")
     num_slots, old_slots = after.shape[1], before.shape[1]
     if num_slots % num_gpus:
-        _fail("num_gpus", f"divide the {num_slots} slots", num_gpus, "Pass the GPUs of the map.")
+        fail(
+            _FUNCTION,
+            "num_gpus",
+            f"divide the {num_slots} slots",
+            num_gpus,
+            "Pass the GPUs of the map.",
+        )
     if old_slots % old_gpus:
         rule, remedy = f"divide the {old_slots} slots of old", "Pass the GPUs of old."
-        _fail("old_num_gpus", rule, old_gpus, remedy)
+        fail(_FUNCTION, "old_num_gpus", rule, old_gpus, remedy)
     if num_gpus % num_nodes:
-        _fail("num_nodes", f"divide num_gpus ({num_gpus})", num_nodes, "Nodes are of one size.")
+        fail(
+            _FUNCTION,
+            "num_nodes",
+            f"divide num_gpus ({num_gpus})",
+            num_nodes,
+            "Nodes are of one size.",
+        )
     kind = np.zeros(after.shape, np.int8)
     source = np.zeros(after.shape, np.int32)
     for layer in range(len(before)):
         if missing := set(after[layer].tolist()) - {-1} - set(before[layer].tolist()):
             got = f"expert {min(missing)} in layer {layer}"
-            _fail("new", "hold only experts that old holds", got, "Its weights are nowhere.")
+            fail(
+                _FUNCTION,
+                "new",
+                "hold only experts that old holds",
+                got,
+                "Its weights are nowhere.",
+            )
         _plan_layer(
             before[layer].tolist(),
             after[layer].tolist(),
@@ -201,10 +220,6 @@ def _plan_layer(
                 kind[slots[0]] = way
 
 
-def _fail(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(checks.message(_FUNCTION, argument, rule, got, remedy))
-
-
 def _check_map(argument: str, value: Any) -> np.ndarray:
     remedy = "Pass a physical_to_logical_map, [layers, slots]."
     array = maps.as_array(_FUNCTION, argument, value, remedy)
@@ -212,7 +227,7 @@ def _check_map(argument: str, value: Any) -> np.ndarray:
         got = checks.describe(array)
         raise TypeError(checks.message(_FUNCTION, argument, "be integers", got, remedy))
     if array.ndim != 2 or 0 in array.shape:
-        _fail(argument, "have shape [L, Ep]", list(array.shape), remedy)
+        fail(_FUNCTION, argument, "have shape [L, Ep]", list(array.shape), remedy)
     if array.min() < -1:
-        _fail(argument, "hold experts, or -1", int(array.min()), remedy)
+        fail(_FUNCTION, argument, "hold experts, or -1", int(array.min()), remedy)
     return array

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_align_jax._core import checks, files
+from moe_align_jax._core.checks import fail
 from moe_align_jax._eplb import loads
-from moe_align_jax._eplb.maps import as_array, fail
+from moe_align_jax._eplb.maps import as_array
 
 Format = Literal["sglang", "vllm-ascend", "tensorrt-llm"]
 # The name that each format is known by, in the same order.

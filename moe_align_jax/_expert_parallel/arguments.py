@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_align_jax import block_align
+from moe_align_jax._align.arguments import check_count, check_integer_array, narrow_count
 from moe_align_jax._core import checks
 from moe_align_jax._expert_parallel import message
 
@@ -17,7 +17,7 @@ _PAYLOADS = ("bfloat16", "float16", "float32", "float64")
 def check_ids(function: str, topk_ids: Any) -> Any:
     """`[T, K]` integers."""
     remedy = "Pass the expert ids that top_k returned, [num_tokens, top_k]."
-    ids = block_align._check_integer_array(function, "topk_ids", topk_ids, remedy)
+    ids = check_integer_array(function, "topk_ids", topk_ids, remedy)
     if ids.ndim != 2:
         rule, got = "have two dimensions", checks.describe(ids)
         raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
@@ -141,7 +141,7 @@ def check_num_valid_tokens(value: Any) -> Any:
         raise ValueError(checks.message("dispatch", "num_valid_tokens", rule, got, remedy))
     if value is None:
         return None
-    return block_align.check_count("dispatch", "num_valid_tokens", value, remedy)
+    return check_count("dispatch", "num_valid_tokens", value, remedy)
 
 
 def global_ids(ids: Any, num_experts: int, num_valid_tokens: Any, num_tokens: int) -> jax.Array:
@@ -150,6 +150,6 @@ def global_ids(ids: Any, num_experts: int, num_valid_tokens: Any, num_tokens: in
     valid = (ids >= 0) & (ids < num_experts)
     if num_valid_tokens is not None:
         # Saturated, whatever its dtype: a count beyond int32 keeps every token.
-        count = block_align._narrow_count(jnp.asarray(num_valid_tokens))[0]
+        count = narrow_count(jnp.asarray(num_valid_tokens))[0]
         valid &= (jnp.arange(num_tokens, dtype=_I32) < count)[:, None]
     return jnp.where(valid, jnp.asarray(ids).astype(_I32), -1)

@@ -1,4 +1,4 @@
-"""What a shard_map body can ask about its mesh: axis sizes, the platform, which axes a value varies over."""
+"""What a shard_map body can ask about its mesh: axis sizes, the platform, arrays without elements."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._core import checks
+from moe_align_jax._lowering.sharding import vary_together
 
 AxisName = str | tuple[str, ...]
 
@@ -42,11 +43,6 @@ def manual(mesh: jax.sharding.Mesh) -> jax.sharding.AbstractMesh:
     return mesh.abstract_mesh.update_axis_types(kinds)
 
 
-def _varying(x: Any) -> frozenset[str]:
-    kind = getattr(jax.typeof(x), "mat", None)
-    return frozenset() if kind is None else frozenset(kind.varying)
-
-
 def nothing_like(tree: Any, *also: str) -> Any:
     """Arrays as those of `tree`, which have no elements; they vary as with `vary_together`.
 
@@ -55,23 +51,3 @@ def nothing_like(tree: Any, *also: str) -> Any:
     """
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     return vary_together((empty, tree), *also)[0]
-
-
-def vary_together(tree: Any, *also: str) -> Any:
-    """Under shard_map with check_vma, every leaf varies over the union of all their axes and `also`.
-
-    A function with a gradient rule of its own needs this: its cotangents vary as its arguments do, and
-    the transpose of the cast then sums those of an argument that was the same on all devices.
-    """
-    leaves, tree_kind = jax.tree.flatten(tree)
-    if not leaves or not any(hasattr(jax.typeof(x), "mat") for x in leaves):
-        return tree
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-    axes = [_varying(x) for x in leaves]
-    union = frozenset(also).union(*axes)
-    cast = [
-        lax.pcast(x, tuple(sorted(union - have)), to="varying") if union - have else x
-        for x, have in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(tree_kind, cast)

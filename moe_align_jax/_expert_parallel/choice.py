@@ -77,8 +77,8 @@ def choose(
 ) -> TransportChoice:
     """The named transport if it can run, or the rule's; `axis_name` where a mesh encloses the call."""
     cannot = {name: t.unavailable(platform) for name, t in TRANSPORTS.items()}
-    if axis_name is not None and not cannot[NVLINK.name]:
-        cannot[NVLINK.name] = NVLINK.refuses(axis_name)
+    if axis_name is not None:
+        cannot = {name: why or TRANSPORTS[name].refuses(axis_name) for name, why in cannot.items()}
     if transport is not None:
         if transport not in TRANSPORTS:
             rule = f"be one of {', '.join(TRANSPORTS)}, or None"

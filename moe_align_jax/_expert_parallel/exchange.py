@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.choice import TRANSPORTS
 from moe_align_jax._expert_parallel.transport import Group
-from moe_align_jax._expert_parallel.transports.nvlink import NVLINK
 from moe_align_jax._layout.rows import sum_copies, sum_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 
@@ -48,7 +47,7 @@ def send(info: DispatchInfo, x, scales, weights, ids, plan):
     fields = _fields(x, scales, weights, ids)
     transport, group = TRANSPORTS[info.transport], info.group
     if info.quantise:
-        received = NVLINK.send_quantised(x, weights, ids, group)
+        received = transport.send_quantised(x, weights, ids, group)
     else:
         received = transport.send_fields(fields, plan, group)
     x, scales, (weights, ids) = received[0], None, received[-2:]
@@ -86,10 +85,9 @@ send.defvjp(_send_forward, _send_backward)
 
 def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
     """Whether `send_to_boxes` takes these."""
-    if info.transport != NVLINK.name:
-        return False
     fields = _fields(x, scales, weights, ids)
-    return NVLINK.fills_boxes(fields, info.group, room, info.quantise)
+    transport = TRANSPORTS[info.transport]
+    return transport.fills_boxes(fields, info.group, room, info.quantise)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -97,7 +95,8 @@ def send_to_boxes(info: DispatchInfo, room: int, x, scales, weights, ids, plan):
     """`send`, then `permute_to_masked` of what came, not initialised: (x, scales, weights, ids, layout)."""
     del plan
     fields = _fields(x, scales, weights, ids)
-    boxes, layout, received = NVLINK.send_to_boxes(fields, info.group, room, info.quantise)
+    transport = TRANSPORTS[info.transport]
+    boxes, layout, received = transport.send_to_boxes(fields, info.group, room, info.quantise)
     return boxes[0], boxes[1] if len(boxes) > 1 else None, *received, layout
 
 
@@ -150,8 +149,8 @@ def give_back_sums(info: DispatchInfo, y, weights, ids, layout, plan):
     """
     flat = y.reshape(-1, *y.shape[2:])
     operands = flat, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1), plan
-    if info.transport == NVLINK.name and NVLINK.sums_pairs(flat, layout.row_of_pair):
-        return _in_one_kernel(info, *vary_together((*operands, ids)))
+    if TRANSPORTS[info.transport].sums_pairs(flat, layout.row_of_pair):
+        return _in_one_step(info, *vary_together((*operands, ids)))
     return _in_two_steps(info, *vary_together(operands))
 
 
@@ -162,19 +161,20 @@ def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_one_kernel(info, y, weights, row_of_pair, pair_of_row, plan, ids):
+def _in_one_step(info, y, weights, row_of_pair, pair_of_row, plan, ids):
     del pair_of_row
-    return NVLINK.sum_pairs(y, weights, row_of_pair, ids, plan, info.group)
+    transport = TRANSPORTS[info.transport]
+    return transport.sum_pairs(y, weights, row_of_pair, ids, plan, info.group)
 
 
-def _in_one_kernel_forward(info, *operands):
-    return _in_one_kernel(info, *operands), operands
+def _in_one_step_forward(info, *operands):
+    return _in_one_step(info, *operands), operands
 
 
-def _in_one_kernel_backward(info, operands, d_out):
+def _in_one_step_backward(info, operands, d_out):
     y, weights, *places, _ = operands
     _, pull = jax.vjp(lambda y, weights: _in_two_steps(info, y, weights, *places), y, weights)
     return *pull(d_out), None, None, None, None
 
 
-_in_one_kernel.defvjp(_in_one_kernel_forward, _in_one_kernel_backward)
+_in_one_step.defvjp(_in_one_step_forward, _in_one_step_backward)

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._core import checks
-from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUP, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.reference import power_of_two_above
 
 FP8 = jnp.float8_e4m3fn
-FP8_MAX = 448.0
 # Below it a group's scale no longer follows its greatest value: DeepEP's and DeepGEMM's floor.
 AMAX_FLOOR = 1e-4
-GROUP = 128
 # What a caller may ask for, and the format of its scales: the names of silu_and_mul_masked_quant.
 PAYLOADS = {"fp8": "float32", "fp8_ue8m0": "ue8m0", "fp8_ue8m0_packed": "ue8m0_packed"}
 # A field of which a rank receives more travels by itself. Packing and unpacking read and write a message some
@@ -90,8 +88,8 @@ def quantize(x: jax.Array, scale_format: str = "float32") -> tuple[jax.Array, ja
     num_tokens, hidden = x.shape
     groups = x.astype(jnp.float32).reshape(num_tokens, hidden // GROUP, GROUP)
     amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(AMAX_FLOOR))
-    scales = amax * jnp.float32(1 / FP8_MAX)
-    factor = jnp.float32(FP8_MAX) / amax
+    scales = amax * jnp.float32(1 / E4M3_MAX)
+    factor = jnp.float32(E4M3_MAX) / amax
     if scale_format != "float32":
         scales = power_of_two_above(scales)
         factor = 1 / scales

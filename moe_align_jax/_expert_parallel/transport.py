@@ -1,12 +1,15 @@
 """What a transport is: how rows go from the rank that has a token to those of its experts, and back.
 
+Some steps of a dispatch, a transport may do on the way: `quantises`, `fills_boxes` and `sums_pairs` say where
+it does. Where they say no, as by default, the steps are done before or after.
+
 D ranks, T tokens per rank, K top_k, e experts per rank. Rank r gets R = D * T rows at most, in the order
 of their source rank and then of the token; a row without an expert of r is unspecified, its ids are -1.
 """
 
 import functools
 import operator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,10 @@ def sum_over_ranks(parts: jax.Array, mask: jax.Array | None) -> jax.Array:
     return functools.reduce(operator.add, each).astype(parts.dtype)
 
 
+def _refuse(transport: str, step: str) -> NoReturn:
+    raise NotImplementedError(f"transport {transport!r} has no {step}: it was not asked first")
+
+
 class Transport(Protocol):
     """One way to move rows. Stateless: what it must remember between the two directions is its plan.
 
@@ -59,11 +66,22 @@ class Transport(Protocol):
     name: str
     # Whether the last two fields, weights and ids, arrive as the receiver's own: ids local, and -1 and 0 for
     # pairs of other ranks.
-    localises: bool
+    localises: bool = False
+    # Whether it drops int32 ids outside `[0, D * e)` by itself, so that nobody need make them -1 before.
+    checks_ids: bool = False
 
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run on this platform, or None."""
         ...
+
+    def refuses(self, axis_name: Any) -> str | None:
+        """Why not over these axes of the enclosing mesh, or None."""
+        del axis_name
+        return None
+
+    def check_mesh(self, mesh: Any) -> None:
+        """Raises where a concrete mesh has its devices in an order that it cannot take."""
+        del mesh
 
     def plan(self, topk_ids: jax.Array, group: Group) -> Any:
         """Integers and bools. `topk_ids` `[T, K]` int32, global; an id outside `[0, D * e)` has no rank."""
@@ -90,3 +108,61 @@ class Transport(Protocol):
         which have one; None if the others hold zeros already.
         """
         ...
+
+    # -- steps that it may do on the way
+
+    def quantises(self, x: jax.Array, payload: str | None) -> bool:
+        """Whether `send_quantised` takes this x `[T, H]`, for this payload of `dispatch`."""
+        del x, payload
+        return False
+
+    def send_quantised(
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        """As `send_fields` of e4m3 codes and float32 scales of x, weights and ids."""
+        _refuse(self.name, "send_quantised")
+
+    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+        """Whether `send_to_boxes` takes these."""
+        del fields, group, room, quantise
+        return False
+
+    def send_to_boxes(
+        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
+        `send_fields`). Rows from `masked_m` on are not written.
+
+        Args:
+            fields: the payload, weights and ids.
+            group: the ranks.
+            room: rows per expert.
+            quantise: whether the payload, one array, becomes e4m3 codes and float32 scales.
+        """
+        _refuse(self.name, "send_to_boxes")
+
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+        """Whether `sum_pairs` takes these."""
+        del y, row_of_pair
+        return False
+
+    def sum_pairs(
+        self,
+        y: jax.Array,
+        weights: jax.Array,
+        row_of_pair: jax.Array,
+        local_ids: jax.Array,
+        plan: Any,
+        group: Group,
+    ) -> jax.Array:
+        """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
+
+        Args:
+            y: `[num_rows, H]`.
+            weights: `[R, K]` float32.
+            row_of_pair: `[R, K]` int32, -1 for none.
+            local_ids: `[R, K]` int32, as received: -1 for other ranks' experts.
+            plan: of the tokens.
+            group: the ranks.
+        """
+        _refuse(self.name, "sum_pairs")

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
-_INT32_MAX = 2**31 - 1
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
@@ -88,7 +88,7 @@ def unsupported(problem: MatmulProblem) -> str | None:
         if size % UNIT or not size:
             rule = f"{name} must be a positive multiple of 8; it is {size}"
             return f"the kernel reads 16 bytes at a time: {rule}"
-    if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > _INT32_MAX:
+    if max(problem.num_rows, problem.num_tokens) * (problem.k // UNIT) > INT32_MAX:
         return "the kernel counts units of 16 bytes of x in int32; these are too many"
     if problem.num_rows >= 1 << 30:
         return f"the kernel takes fewer than 2**30 rows; these are {problem.num_rows}"

@@ -1,4 +1,4 @@
-"""The derivative of a grouped matrix multiplication: products and weight gradients on the same rows.
+"""Grouped matrix multiplication with its derivative: products and weight gradients on the same rows.
 
     products' derivative    of the epilogue, row by row, from the products, which are computed again
     of x                    those times the weights, read the other way; a token's rows are summed in order
@@ -9,6 +9,7 @@ Nothing is atomic, and nothing has an axis of experts beside one of rows. Rows t
 out by selection, whatever they hold.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._grouped_matmul import config, primitive, reference, weight_gradient
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
-from moe_align_jax._lowering import select
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient, Weights
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32, _F32 = jnp.int32, jnp.float32
 
@@ -40,7 +41,7 @@ def product(
     """`[num_rows, n]` of a problem without activation and row weights."""
     operands = (x, w, *(() if bias is None else (bias,)), *where)
     name = implementation_for(problem, implementation)
-    return primitive.run(operands, problem=problem, implementation=name)
+    return run(operands, problem=problem, implementation=name)
 
 
 def biases(problem: MatmulProblem, bias: jax.Array | None) -> list[jax.Array | None]:
@@ -136,7 +137,7 @@ def _weights(
     gradient = gradient._replace(layout=layout)
     operands = (rows, x) if problem.weights.transposed else (x, rows)
     name = weight_gradient.implementation_for(gradient, implementation)
-    return weight_gradient.run((*operands, *where), problem=gradient, implementation=name)
+    return run_weight_gradient((*operands, *where), problem=gradient, implementation=name)
 
 
 def bias(problem: MatmulProblem, rows: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
@@ -176,14 +177,14 @@ def backward(
     where: tuple[jax.Array, ...],
     ct: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], tuple[None, ...]]:
-    """Cotangents of `primitive`'s floats, each in its primal's dtype, for the result's."""
-    together = select._vary_together([ct, *floats, *where])
+    """Cotangents of a product's floats, each in its primal's dtype, for the result's."""
+    together = vary_together([ct, *floats, *where])
     ct, floats, where = (
         together[0],
         tuple(together[1 : 1 + len(floats)]),
         tuple(together[1 + len(floats) :]),
     )
-    given = reference._named(problem, (*primitive.cast(problem, floats), *where))
+    given = reference.named(problem, (*cast(problem, floats), *where))
     primal = floats[1 : 1 + len(given.w)]
     with jax.named_scope("derivative"):
         used = reference.row_mask(problem, *where)
@@ -212,3 +213,108 @@ def backward(
         if given.row_weights is not None:
             gradients.append(scales)
     return tuple(gradients), tuple(None for _ in where)
+
+
+# -- the product ------------------------------------------------------------------------------------
+
+
+def cast(problem: MatmulProblem, floats: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The operands as they are multiplied: float32 weights in x's dtype."""
+    wanted = [dtype for _, dtype in problem.inputs.values()][: problem.num_floats]
+    return tuple(x.astype(dtype) for x, dtype in zip(floats, wanted, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(problem: MatmulProblem, implementation: str | None, floats, where):
+    return primitive.bind(problem, implementation, *cast(problem, floats), *where)
+
+
+def _forward(problem, implementation, floats, where):
+    return _differentiable(problem, implementation, floats, where), (floats, where)
+
+
+def _backward(problem, implementation, kept, ct):
+    floats, where = kept
+    return backward(problem, implementation, floats, where, ct)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "implementation"))
+def run(
+    operands: tuple[jax.Array, ...], *, problem: MatmulProblem, implementation: str | None
+) -> jax.Array:
+    """`[num_rows, n]` of `problem.inputs`. One cached trace per problem: repeated layers reuse it."""
+    with jax.named_scope(problem.function):
+        if 0 in problem.out_shape or not problem.num_experts:
+            return _nothing(problem, operands)
+        if implementation == "emulator":
+            primitive.choose(problem, "cpu", implementation)
+        given = vary_together(list(operands))
+        floats = problem.num_floats
+        return _differentiable(
+            problem, implementation, tuple(given[:floats]), tuple(given[floats:])
+        )
+
+
+def _nothing(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> jax.Array:
+    """No rows, columns or experts: there is nothing to multiply."""
+    x, *_ = vary_together(list(operands))
+    some = x.reshape(-1)[:0].astype(problem.out_dtype)
+    return jnp.zeros(problem.out_shape, problem.out_dtype) + jnp.sum(some).astype(problem.out_dtype)
+
+
+# -- the weights' gradient, which has a derivative too ---------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable_gradient(problem: WeightGradient, implementation: str | None, floats, where):
+    return weight_gradient.bind(problem, implementation, *floats, *where)
+
+
+def _gradient_forward(problem, implementation, floats, where):
+    return _differentiable_gradient(problem, implementation, floats, where), (floats, where)
+
+
+def _gradient_backward(problem, implementation, kept, ct):
+    """Products of one operand's rows with the result's derivative, for the other's."""
+    (lhs, rhs), where = kept
+    layout = problem.layout
+    ct, lhs, rhs, *where = vary_together([ct, lhs, rhs, *where])
+    ct = ct.astype(layout.dtype)
+    used = reference.row_mask(layout, *where)
+    found = []
+    for name, other in (("lhs", rhs), ("rhs", lhs)):
+        transposed = name == "lhs"
+        gathers_other = problem.gathered not in (None, name)
+        k, n = (layout.n, layout.k) if transposed else (layout.k, layout.n)
+        tokens = {} if gathers_other else {"num_tokens": 0, "top_k": 0}
+        toward: MatmulProblem = layout._replace(
+            k=k, n=n, out_dtype=layout.dtype, weights=Weights(transposed=transposed), **tokens
+        )
+        rows = product(toward, implementation, other, ct, None, tuple(where))
+        if problem.gathered == name:
+            of_pair = row_of_pair(layout, used, where[0])
+            found.append(sum_of_rows(rows, of_pair, layout.dtype))
+        else:
+            found.append(jnp.where(used[:, None], rows, jnp.zeros_like(rows)))
+    return tuple(found), tuple(None for _ in where)
+
+
+_differentiable_gradient.defvjp(_gradient_forward, _gradient_backward)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "implementation"))
+def run_weight_gradient(
+    operands: tuple[jax.Array, ...], *, problem: WeightGradient, implementation: str | None
+) -> jax.Array:
+    """`[E, k, n]` of `problem.inputs`; zeros for an expert without rows."""
+    with jax.named_scope("weight_gradient"):
+        lhs, rhs, *where = vary_together(list(operands))
+        if 0 in (*problem.out_shape, lhs.shape[0], rhs.shape[0], problem.layout.num_rows):
+            zero = jnp.sum(lhs.reshape(-1)[:0]).astype(problem.layout.out_dtype)
+            return jnp.zeros(problem.out_shape, problem.layout.out_dtype) + zero
+        if implementation == "emulator":
+            weight_gradient.choose(problem, "cpu", implementation)
+        return _differentiable_gradient(problem, implementation, (lhs, rhs), tuple(where))

@@ -72,7 +72,7 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
         expert = jnp.arange(problem.num_experts, dtype=_I32)
     else:
         size = max(1, min(_TILE, problem.num_rows))
-        ends = _group_ends(where[0], problem.num_rows)
+        ends = group_ends(where[0], problem.num_rows)
         begin = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         sizes = ends - begin
         most = -(-problem.num_rows // size) + problem.num_groups
@@ -87,7 +87,7 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     return Tiles(size, last[-1], expert[group], start, (begin + sizes)[group])
 
 
-def _group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
+def group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
     """The row behind each group's last; rows that the array does not have are cut off."""
     return jnp.minimum(_saturating_cumsum(jnp.maximum(sizes, 0)), num_rows)
 
@@ -99,7 +99,7 @@ def rows_with_matrix(
     group = jnp.arange(sizes.shape[0], dtype=_I32) - offset
     known = jnp.append((group >= 0) & (group < num_experts), False)
     row = jnp.arange(num_rows, dtype=_I32)
-    return known[jnp.searchsorted(_group_ends(sizes, num_rows), row, side="right")]
+    return known[jnp.searchsorted(group_ends(sizes, num_rows), row, side="right")]
 
 
 def _saturating_cumsum(sizes: jax.Array) -> jax.Array:
@@ -168,7 +168,7 @@ class _Operands(NamedTuple):
     where: tuple[jax.Array, ...]
 
 
-def _named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
+def named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
     rest = list(operands)
     x = rest.pop(0)
     w = tuple(rest.pop(0) for _ in range(1 + problem.weights.pair))
@@ -237,7 +237,7 @@ def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: jax.Ar
 
 def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
     """`[num_rows, n]`, zero in rows that are not in use."""
-    given, spare = _named(problem, operands), _spare(problem)
+    given, spare = named(problem, operands), _spare(problem)
     every = tiles(problem, *given.where)
     ids = given.where[0] if problem.rows == "blocks" else None
     x = given.x if problem.top_k else _padded(given.x, spare)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline, kernel, reference, row_copies
+from moe_align_jax._grouped_matmul import inline, kernel, reference
 from moe_align_jax._grouped_matmul.config import COMPUTING, UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 
@@ -89,7 +89,7 @@ def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
     if layout.rows == "masked":
         start, count = every * layout.max_rows, jnp.clip(where[0], 0, layout.max_rows)
     elif layout.rows == "ragged":
-        ends = reference._group_ends(where[0], layout.num_rows)
+        ends = reference.group_ends(where[0], layout.num_rows)
         begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         # Far offsets would wrap.
         group = every + jnp.clip(where[1][0], -layout.num_experts, layout.num_groups)
@@ -234,7 +234,7 @@ def build(
                             # Both warpgroups write the same zeros: each waits for its own.
                             for (side, _, stage), like in zip(sides, likes, strict=True):
                                 if side.by_tma:
-                                    row_copies.clear(
+                                    inline.clear_rows(
                                         *(stage.at[slot], like, rows),
                                         shape=(bk, side.wide),
                                         interpret=interpret,
@@ -347,7 +347,7 @@ def build(
                 def find(step):
                     """Where the rows of a step lie: of each operand that comes by cp.async."""
                     return tuple(
-                        row_copies.find(
+                        inline.find_wide_rows(
                             *(ids_ref if side.gathered else None, first + step * bk, end),
                             rows=bk,
                             per_row=side.wide // UNIT,
@@ -373,7 +373,7 @@ def build(
                             source = ref.at[rows, pl.ds(column, side.wide)]
                             plgpu.copy_gmem_to_smem(source, stage.at[slot], full.at[slot])
                         else:
-                            row_copies.copy(
+                            inline.copy_wide_rows(
                                 *(ref, stage.at[slot], like, rest.pop(0)),
                                 lax.div(column, _I32(UNIT)),
                                 rows=bk,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel.axes import vary_together
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 

@@ -12,27 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._layout import gathers, kernels
 from moe_align_jax._lowering import select
-
-
-def _divided_by_xla(ctx: Any) -> bool:
-    context = ctx.module_context.axis_context
-    if (count := getattr(context, "num_devices", None)) is not None:
-        return count > 1
-    mesh = getattr(context, "mesh", None)
-    if mesh is None:
-        return False
-    return any(size > 1 for name, size in mesh.shape.items() if name not in context.manual_axes)
-
-
-def _explicitly_sharded(*arrays: jax.Array) -> bool:
-    """Whether one is sharded over a mesh's Explicit axes, for which the primitives have no rule."""
-    specs = [getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) for x in arrays]
-    return any(axes is not None for spec in specs for axes in spec)
+from moe_align_jax._lowering.primitive import make_primitive, no_tangent, result_like
+from moe_align_jax._lowering.sharding import divided_by_xla, explicitly_sharded, vary_together
 
 
 def _is_float(x: jax.Array) -> bool:
@@ -41,53 +26,43 @@ def _is_float(x: jax.Array) -> bool:
 
 def _make(name: str, abstract: Callable, reference: Callable, launch: Callable) -> Primitive:
     """A primitive with one parameter, `problem`: `reference(problem, *operands)` by XLA, or `launch`."""
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(abstract)
 
-    primitive.def_impl(functools.partial(select.run_eagerly, primitive))
-
-    def lower(platform: str, ctx, *operands, problem):
-        by_xla = select.kernels_unavailable(platform) or _divided_by_xla(ctx)
+    def implement(platform: str, ctx: Any, *, problem: Any) -> Callable:
+        by_xla = select.kernels_unavailable(platform) or divided_by_xla(ctx)
         call = functools.partial(reference if by_xla else launch, problem)
-        return mlir.lower_fun(lambda *given: call(*vary_together(given)), multiple_results=True)(
-            ctx, *operands
-        )
+        return lambda *operands: call(*vary_together(operands))
 
-    for platform in ("cpu", "tpu", "rocm", "cuda"):
-        rule = functools.partial(lower, platform)
-        mlir.register_lowering(primitive, rule, platform=platform)
-    mlir.register_lowering(primitive, functools.partial(lower, "another platform"))
+    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Any) -> Any:
+        del primitive
+        return jax.vmap(functools.partial(reference, problem), in_axes=tuple(dims))(*operands)
 
-    def batch(operands, dims, *, problem):
-        results = jax.vmap(functools.partial(reference, problem), in_axes=tuple(dims))(*operands)
-        return results, [0] * len(results)
+    return make_primitive(
+        name,
+        abstract=abstract,
+        implement=implement,
+        batch=batch,
+        jvp=functools.partial(_differentiate, reference),
+    )
 
-    batching.primitive_batchers[primitive] = batch
 
-    def differentiate(primals, tangents, *, problem):
-        """By XLA's gathers: a gradient of a gradient comes here, the rules of `rows` make the first."""
-        results = primitive.bind(*primals, problem=problem)
-        given = [
-            jnp.zeros_like(x) if isinstance(t, ad.Zero) and _is_float(x) else t
-            for x, t in zip(primals, tangents, strict=True)
-        ]
-        places = [k for k, x in enumerate(primals) if _is_float(x)]
+def _differentiate(reference: Callable, primitive: Primitive, primals, tangents, *, problem):
+    """By XLA's gathers: a gradient of a gradient comes here, the rules of `rows` make the first."""
+    results = primitive.bind(*primals, problem=problem)
+    given = [
+        jnp.zeros_like(x) if isinstance(t, ad.Zero) and _is_float(x) else t
+        for x, t in zip(primals, tangents, strict=True)
+    ]
+    places = [k for k, x in enumerate(primals) if _is_float(x)]
 
-        def of_floats(*floats):
-            operands = list(primals)
-            for k, x in zip(places, floats, strict=True):
-                operands[k] = x
-            return [r for r in reference(problem, *operands) if _is_float(r)]
+    def of_floats(*floats):
+        operands = list(primals)
+        for k, x in zip(places, floats, strict=True):
+            operands[k] = x
+        return [r for r in reference(problem, *operands) if _is_float(r)]
 
-        floats, directions = ([a[k] for k in places] for a in (primals, given))
-        derivatives = iter(jax.jvp(of_floats, floats, directions)[1])
-        return results, [
-            next(derivatives) if _is_float(r) else select.no_tangent(r) for r in results
-        ]
-
-    ad.primitive_jvps[primitive] = differentiate
-    return primitive
+    floats, directions = ([a[k] for k in places] for a in (primals, given))
+    derivatives = iter(jax.jvp(of_floats, floats, directions)[1])
+    return results, [next(derivatives) if _is_float(r) else no_tangent(r) for r in results]
 
 
 # -- into the masked layout ------------------------------------------------------------------------
@@ -98,8 +73,8 @@ def _copy_abstract(topk_ids, order, place_of_pair, counts, *leaves, problem: ker
     boxes = (problem.num_experts, problem.room)
     layout = ((problem.num_experts,), topk_ids.shape, boxes)
     return [
-        *(select.result_like(topk_ids, shape, jnp.int32) for shape in layout),
-        *(select.result_like(leaf, (*boxes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves),
+        *(result_like(topk_ids, shape, jnp.int32) for shape in layout),
+        *(result_like(leaf, (*boxes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves),
     ]
 
 
@@ -128,7 +103,7 @@ def movable(leaves: list[jax.Array]) -> list[int]:
     """Which arrays' rows the kernel takes."""
     found = []
     for k, leaf in enumerate(leaves):
-        if all(isinstance(size, int) for size in leaf.shape) and not _explicitly_sharded(leaf):
+        if all(isinstance(size, int) for size in leaf.shape) and not explicitly_sharded(leaf):
             if kernels.movable(leaf.dtype.name, _row_bytes(leaf)):
                 found.append(k)
     return found[: kernels.MAX_LEAVES]
@@ -156,7 +131,7 @@ def copy(
         tuple(kernels.Leaf(x.dtype.name, _row_bytes(x)) for x in leaves),
     )
     given = (order, place_of_pair, counts, *leaves)
-    if kernels.copy_unsupported(problem) or _explicitly_sharded(topk_ids):
+    if kernels.copy_unsupported(problem) or explicitly_sharded(topk_ids):
         return _copy_reference(problem, topk_ids, *given)
     return _copy_p.bind(topk_ids.astype(jnp.int32), *given, problem=problem)
 
@@ -166,7 +141,7 @@ def copy(
 
 def _sum_abstract(y, row_of_pair, *weights, problem: kernels.RowSum):
     del weights
-    return [select.result_like(y, (row_of_pair.shape[0], *y.shape[1:]), problem.out_dtype)]
+    return [result_like(y, (row_of_pair.shape[0], *y.shape[1:]), problem.out_dtype)]
 
 
 def _sum_reference(problem: kernels.RowSum, y, row_of_pair, *weights):
@@ -196,7 +171,7 @@ def weighted_sum(
         jnp.dtype(out_dtype).name,
         weights is not None,
     )
-    if kernels.sum_unsupported(problem) or _explicitly_sharded(*given):
+    if kernels.sum_unsupported(problem) or explicitly_sharded(*given):
         return _sum_reference(problem, *given)[0]
     if weights is not None:
         given = (y, row_of_pair, weights.astype(jnp.float32))

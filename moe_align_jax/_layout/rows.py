@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._layout import gathers, primitives
 from moe_align_jax._layout.gathers import accumulator as accumulator
+from moe_align_jax._lowering.sharding import vary_together
 
 
 def copy_to_masked(

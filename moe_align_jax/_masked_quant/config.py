@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 
-GROUP = 128
 MAX_EXPERTS = 1024
-_INT32_MAX = 2**31 - 1
 _NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
 # CTAs per SM that their registers allow (43 a thread with tiles of 8 groups), by groups of a tile. More CTAs
 # would run in a second round, which leaves part of the memory's bandwidth unused.
@@ -45,7 +45,7 @@ def unsupported(problem: MaskedQuantProblem) -> str | None:
     if problem.num_experts > MAX_EXPERTS:
         return f"the kernel takes at most {MAX_EXPERTS} experts; these are {problem.num_experts}"
     tiles = problem.num_experts * problem.max_rows * problem.num_groups
-    if tiles > _INT32_MAX:
+    if tiles > INT32_MAX:
         return f"the kernel counts groups in int32; x has {tiles}"
     return None
 

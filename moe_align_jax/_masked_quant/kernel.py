@@ -19,8 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._masked_quant.config import GROUP, Config
-from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD, MaskedQuantProblem, bits_over_448
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._masked_quant.config import Config
+from moe_align_jax._masked_quant.problem import MaskedQuantProblem, bits_over_448
 from moe_align_jax._masked_quant.share import Work
 
 _I32, _F32 = jnp.int32, jnp.float32

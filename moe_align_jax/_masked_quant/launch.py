@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 
-from moe_align_jax._masked_quant.config import GROUP, Config
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.config import config_for as config_for
 from moe_align_jax._masked_quant.config import unsupported as unsupported
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem

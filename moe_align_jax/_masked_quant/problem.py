@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from moe_align_jax._core.fp8 import GROUPS_PER_WORD
+
 ScaleFormat = Literal["float32", "ue8m0", "ue8m0_packed"]
 ScaleLayout = Literal["row_major", "column_major"]
 
-E4M3_MAX = 448.0
 # TMA takes rows whose pitch is a multiple of 16 bytes: 4 scales.
 COLUMN_MULTIPLE = 4
-GROUPS_PER_WORD = 4
 
 
 def bits_over_448(bits: Any, divide: Callable[[Any, int], Any]) -> Any:

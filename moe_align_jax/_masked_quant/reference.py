@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.problem import (
     COLUMN_MULTIPLE,
-    E4M3_MAX,
-    GROUPS_PER_WORD,
     MaskedQuantProblem,
     bits_over_448,
 )

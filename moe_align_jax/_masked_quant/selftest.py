@@ -5,7 +5,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from moe_align_jax._masked_quant.problem import E4M3_MAX, MaskedQuantProblem
+from moe_align_jax._core.fp8 import E4M3_MAX
+from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 
 _ROWS = 5
 _CODES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import derivative, primitive, reference
-from moe_align_jax._lowering import select
+from moe_align_jax._grouped_matmul import derivative, reference
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
@@ -58,7 +58,7 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
     """`[T, H]`. One cached trace per problem: repeated layers reuse it, and lower it once."""
     with jax.named_scope(problem.function):
         leaves, tree = jax.tree.flatten(operands)
-        given = jax.tree.unflatten(tree, select._vary_together(leaves))
+        given = jax.tree.unflatten(tree, vary_together(leaves))
         if 0 in (problem.num_tokens, problem.top_k, problem.hidden):
             return _nothing(problem, given.x)
         row_of_pair = given.row_of_pair
@@ -113,7 +113,7 @@ def _differentiable(
     with jax.named_scope("gate_up"):
         extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
         operands = (given.x, *given.w_gate_up, *extras, *where.of_matmul)
-        hidden = primitive.run(operands, problem=problem.first, implementation=implementation)
+        hidden = derivative.run(operands, problem=problem.first, implementation=implementation)
     return _second_half(problem, implementation, given, where, hidden)
 
 
@@ -128,7 +128,7 @@ def _second_half(
     with jax.named_scope("down"):
         extras = () if given.bias_down is None else (given.bias_down,)
         operands = (hidden, given.w_down, *extras, *where.of_matmul)
-        y = primitive.run(operands, problem=problem.second, implementation=implementation)
+        y = derivative.run(operands, problem=problem.second, implementation=implementation)
     with jax.named_scope("combine"):
         dtype = jnp.dtype(problem.out_dtype)
         return weighted_sum(dtype, y, given.topk_weights, where.row_of_pair)
@@ -177,7 +177,7 @@ def _backward(problem, implementation, kept, ct):
     floats, where, products = kept
     problem = problem._replace(num_rows=where.pair_of_row.shape[0])
     leaves, tree = jax.tree.flatten((ct, floats, where, products))
-    ct, floats, where, products = jax.tree.unflatten(tree, select._vary_together(leaves))
+    ct, floats, where, products = jax.tree.unflatten(tree, vary_together(leaves))
     given = floats.cast(problem.dtype)
     first, second = problem.first, problem.second
     wide = ct.astype(_F32)

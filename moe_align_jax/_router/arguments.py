@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_align_jax import block_align
+from moe_align_jax._align.arguments import check_count
+from moe_align_jax._align.location import alignment_tables
 from moe_align_jax._core import checks
 from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
 
@@ -45,7 +46,12 @@ def check_route(
         _check_shape(function, "token_mask", token_mask, (num_tokens,), remedy)
         operands["token_mask"] = token_mask
     if num_valid_tokens is not None:
-        operands["num_valid_tokens"] = _check_count(function, num_valid_tokens)
+        operands["num_valid_tokens"] = check_count(
+            function,
+            "num_valid_tokens",
+            num_valid_tokens,
+            "Pass the number of real tokens, as an int or a scalar integer array.",
+        )
     problem = problem._replace(
         bias_rows=int(correction_bias is not None),
         has_token_mask=token_mask is not None,
@@ -92,9 +98,6 @@ def make_problem(
     """Of the static options, checked."""
     num_tokens, num_experts = logits.shape
 
-    def fail(argument: str, rule: str, got: Any, remedy: str) -> None:
-        raise ValueError(checks.message(function, argument, rule, got, remedy))
-
     remedy = "Pass the number of experts of each token."
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     remedy = "Pass the number of groups that the experts are divided into."
@@ -104,7 +107,7 @@ def make_problem(
     if scoring not in SCORINGS:
         got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
-        fail("scoring", rule, got, "It is a static string.")
+        checks.fail(function, "scoring", rule, got, "It is a static string.")
     for argument, flag in (
         ("softmax_after_topk", softmax_after_topk),
         ("renormalize", renormalize),
@@ -112,18 +115,30 @@ def make_problem(
         checks.check_bool(function, argument, flag)
     if softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
-        fail("softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy)
+        checks.fail(
+            function, "softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy
+        )
     if num_experts % groups:
         got = f"{groups} for {num_experts} experts"
-        fail("num_groups", "divide the number of experts", got, "Groups are of one size.")
+        checks.fail(
+            function, "num_groups", "divide the number of experts", got, "Groups are of one size."
+        )
     if stay > groups:
         got = f"{stay} of {groups}"
-        fail("topk_groups", "be at most num_groups", got, "Pass num_groups to choose from all.")
+        checks.fail(
+            function,
+            "topk_groups",
+            "be at most num_groups",
+            got,
+            "Pass num_groups to choose from all.",
+        )
     candidates = num_experts // groups * stay
     if top_k > candidates:
         got = f"{top_k} of {candidates}"
         remedy = "No expert is chosen twice."
-        fail("top_k", "be at most the number of experts that can be chosen", got, remedy)
+        checks.fail(
+            function, "top_k", "be at most the number of experts that can be chosen", got, remedy
+        )
     if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
         scaling_factor, (int, float, np.integer, np.floating)
     ):
@@ -132,7 +147,9 @@ def make_problem(
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
     factor = float(np.float32(scaling_factor))
     if not math.isfinite(factor):
-        fail("scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none.")
+        checks.fail(
+            function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."
+        )
     return RouteProblem(
         num_tokens=num_tokens,
         num_experts=num_experts,
@@ -147,38 +164,18 @@ def make_problem(
     )
 
 
-def _check_count(function: str, value: Any) -> Any:
-    """num_valid_tokens, saturated to int32 where it is known."""
-    argument = "num_valid_tokens"
-    remedy = "Pass the number of real tokens, as an int or a scalar integer array."
-    if isinstance(value, (bool, np.bool_)):
-        got = checks.describe(value)
-        raise TypeError(checks.message(function, argument, "be an integer", got, remedy))
-    if not isinstance(value, int):
-        value = block_align._check_integer_array(function, argument, value, remedy)
-        if value.size != 1:
-            got = checks.describe(value)
-            raise ValueError(checks.message(function, argument, "be a scalar", got, remedy))
-        if not isinstance(value, np.ndarray):
-            return value
-        value = int(value.item())
-    return np.int32(min(max(value, -1), checks.INT32_MAX))
-
-
 def check_location(
     function: str, location: Any, num_experts: int
 ) -> tuple[str, dict[str, Any], int]:
     """Its dispatch and tables for the alignment, and the number of its slots."""
     if location is None:
         return "", {}, num_experts
-    from moe_align_jax import expert_dispatch
-
     slots = getattr(location, "num_physical_experts", 1)
     if getattr(location, "num_layers", None) is not None:
         rule, got = "be of one layer", f"one of {location.num_layers} layers"
         remedy = "Pass expert_location.layer(i)."
         raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
-    dispatch, tables = expert_dispatch.alignment_tables(function, location, None, slots, 0)
+    dispatch, tables = alignment_tables(function, location, None, slots, 0)
     if location.num_logical_experts != num_experts:
         rule = f"have {num_experts} logical experts, as the logits have"
         remedy = "The router chooses logical experts."

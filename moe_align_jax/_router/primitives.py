@@ -9,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
+from moe_align_jax._align import primitive as align_primitive
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import (
+    batch_first,
+    batch_size,
+    make_primitive,
+    no_tangent,
+    result_like,
+)
+from moe_align_jax._lowering.sharding import on_each_shard, vary_together
 from moe_align_jax._router import reference
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax.types import AlignProblem
@@ -19,12 +28,8 @@ from moe_align_jax.types import AlignProblem
 _I32 = jnp.int32
 
 
-def unavailable(problem: RouteProblem, implementation: str, platform: str) -> str | None:
-    """Why a named implementation cannot run this for `platform`, or None."""
-    if reason := select._unavailable(implementation, platform):
-        return reason
-    if implementation == "xla":
-        return None
+def unsupported(problem: RouteProblem) -> str | None:
+    """Why the kernel does not take this, or None."""
     sizes = (problem.num_tokens, problem.num_experts)
     if not all(isinstance(size, (int, np.integer)) for size in sizes):
         return "the kernels need static shapes; export a symbolic shape with 'xla'"
@@ -39,11 +44,9 @@ def choose(function: str, problem: RouteProblem, platform: str, implementation: 
     Raises:
         NotImplementedError: the named one cannot run.
     """
-    if implementation is None:
-        return "xla" if unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
-    if reason := unavailable(problem, implementation, platform):
-        raise select._not_implemented(function, implementation, reason)
-    return implementation
+    return select.choose(
+        function, platform, implementation, functools.partial(unsupported, problem)
+    )
 
 
 # -- running a program of the kernel language -------------------------------------------------------
@@ -86,14 +89,6 @@ def _route(problem: RouteProblem, choice: str, *operands: jax.Array) -> Any:
     return [lax.reshape(x, shape) for x in results]
 
 
-def _align(problem: AlignProblem, choice: str, *operands: jax.Array) -> Any:
-    if choice == "xla":
-        return select._reference_call(problem, *operands)
-    if choice == "mosaic_gpu":
-        return select._kernel_call(problem, False, *operands)
-    return select._emulator_call(problem, (False,) * len(operands), *operands)
-
-
 # -- the derivative ----------------------------------------------------------------------------------
 
 
@@ -109,7 +104,7 @@ def _weights_tangent(
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProblem, **params: Any):
     """Weights follow the logits; ids, and all that is aligned by them, do not move."""
     results = primitive.bind(*primals, problem=problem, **params)
-    moved: list[Any] = [select.no_tangent(r) for r in results]
+    moved: list[Any] = [no_tangent(r) for r in results]
     if not isinstance(tangents[0], ad.Zero):
         moved[0] = _weights_tangent(problem, primals[0], tangents[0], results[1])
     return results, moved
@@ -117,63 +112,54 @@ def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProble
 
 # -- route_topk --------------------------------------------------------------------------------------
 
-route_p = Primitive("route_topk")
-route_p.multiple_results = True
 
-
-@route_p.def_abstract_eval
-def _route_abstract(logits, *rest, problem: RouteProblem, implementation: str | None):
+def _abstract(logits, *rest, problem: RouteProblem, implementation: str | None):
     del rest, implementation
-    return [select.result_like(logits, *result) for result in problem.outputs.values()]
+    return [result_like(logits, *result) for result in problem.outputs.values()]
 
 
-route_p.def_impl(functools.partial(select.run_eagerly, route_p))
-
-
-def _lower_route(platform: str, ctx, *operands, problem: RouteProblem, implementation):
+def _implement(
+    platform: str, ctx: Any, *, problem: RouteProblem, implementation: str | None
+) -> Callable:
+    del ctx
     choice = choose(problem.name, problem, platform, implementation)
-    call = functools.partial(_route, problem, choice)
-    return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+    return functools.partial(_route, problem, choice)
 
 
-def _leading(operand: jax.Array, dim: int | None, size: int) -> jax.Array:
-    """With the batch as its first axis."""
-    return lax.broadcast(operand, (size,)) if dim is None else jnp.moveaxis(operand, dim, 0)
+def _batch(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> list[jax.Array]:
+    call = functools.partial(_flat_batch, primitive, dims=dims, **parameters)
+    return on_each_shard(call, operands, dims)
 
 
-def _batch_route(operands, dims, *, problem: RouteProblem, implementation):
-    call = functools.partial(_flat_batch, dims=dims, problem=problem, implementation=implementation)
-    results = select.on_each_shard(call, operands, dims)
-    return results, [0] * len(results)
-
-
-def _flat_batch(*operands, dims, problem: RouteProblem, implementation):
+def _flat_batch(
+    primitive: Primitive, *operands, dims, problem: RouteProblem, implementation: str | None
+):
     """A batch is so many more tokens; a bound on the tokens of each becomes a mask of all."""
-    [size] = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
+    size = batch_size(operands, dims)
     given = dict(zip(problem.inputs, zip(operands, dims, strict=True), strict=True))
     tokens = problem.num_tokens
     changed: dict[str, Any] = {"num_tokens": size * tokens}
-    flat = [lax.reshape(_leading(*given["logits"], size), (size * tokens, problem.num_experts))]
+    flat = [lax.reshape(batch_first(*given["logits"], size), (size * tokens, problem.num_experts))]
     if problem.bias_rows:
         bias, dim = given["correction_bias"]
         if dim is None and problem.bias_rows == 1:
             flat.append(bias)
         else:
             rows = size * problem.bias_rows
-            flat.append(lax.reshape(_leading(bias, dim, size), (rows, problem.num_experts)))
+            flat.append(lax.reshape(batch_first(bias, dim, size), (rows, problem.num_experts)))
             changed["bias_rows"] = rows
     mask = None
     if problem.has_token_mask:
-        mask = lax.reshape(_leading(*given["token_mask"], size), (size, tokens)) != 0
+        mask = lax.reshape(batch_first(*given["token_mask"], size), (size, tokens)) != 0
     if problem.has_num_valid_tokens:
-        bound = _leading(*given["num_valid_tokens"], size)
+        bound = batch_first(*given["num_valid_tokens"], size)
         within = lax.broadcasted_iota(_I32, (size, tokens), 1) < bound
         mask = within if mask is None else mask & within
         changed |= {"has_num_valid_tokens": False, "has_token_mask": True}
     if mask is not None:
         flat.append(lax.reshape(mask.astype(_I32), (size * tokens,)))
-    results = route_p.bind(
-        *select._vary_together(flat),
+    results = primitive.bind(
+        *vary_together(flat),
         problem=problem._replace(**changed),
         implementation=implementation,
     )
@@ -181,22 +167,20 @@ def _flat_batch(*operands, dims, problem: RouteProblem, implementation):
     return [lax.reshape(r, shape) for r in results]
 
 
+route_p = make_primitive(
+    "route_topk", abstract=_abstract, implement=_implement, batch=_batch, jvp=_jvp
+)
+
+
 # -- route_and_align -----------------------------------------------------------------------------------
 
-route_and_align_p = Primitive("route_and_align")
-route_and_align_p.multiple_results = True
 
-
-@route_and_align_p.def_abstract_eval
 def _fused_abstract(
     logits, *rest, problem: RouteProblem, align: AlignProblem, implementation: str | None
 ):
     del rest, implementation
     kinds = [*problem.outputs.values(), *((s, "int32") for s in align.outputs.values())]
-    return [select.result_like(logits, *kind) for kind in kinds]
-
-
-route_and_align_p.def_impl(functools.partial(select.run_eagerly, route_and_align_p))
+    return [result_like(logits, *kind) for kind in kinds]
 
 
 def _apart(
@@ -234,41 +218,47 @@ def fused_config(problem: RouteProblem, align: AlignProblem, choice: str) -> Any
     return fused.config_for(problem, align)
 
 
-def _lower_fused(
-    platform: str, ctx, *operands, problem: RouteProblem, align: AlignProblem, implementation
-):
+def _implement_fused(
+    platform: str,
+    ctx: Any,
+    *,
+    problem: RouteProblem,
+    align: AlignProblem,
+    implementation: str | None,
+) -> Callable:
+    del ctx
     choice = choose("route_and_align", problem, platform, implementation)
     if config := fused_config(problem, align, choice):
-        call = functools.partial(_fused, problem, align, choice, config)
-    else:
-        # The alignment's kernels take more than the router's.
-        aligning = select._choose(platform, implementation)
-        call = functools.partial(
-            _apart,
-            problem,
-            align,
-            functools.partial(_route, problem, choice),
-            functools.partial(_align, align, aligning),
-        )
-    return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+        return functools.partial(_fused, problem, align, choice, config)
+    # The alignment's kernels take more than the router's.
+    aligning = select.choose("route_and_align", platform, implementation)
+    route_call = functools.partial(_route, problem, choice)
+    return functools.partial(
+        _apart, problem, align, route_call, align_primitive.call_of(aligning, align)
+    )
 
 
-def _batch_fused(operands, dims, *, problem: RouteProblem, align: AlignProblem, implementation):
+def _batch_fused(
+    primitive: Primitive,
+    operands: Any,
+    dims: Any,
+    *,
+    problem: RouteProblem,
+    align: AlignProblem,
+    implementation: str | None,
+) -> list[jax.Array]:
     """Each row of a batch has an alignment of its own: the two apart."""
+    del primitive
     route_call = functools.partial(route_p.bind, problem=problem, implementation=implementation)
-    align_call = functools.partial(select.align, align, implementation)
+    align_call = functools.partial(align_primitive.align, align, implementation)
     call = functools.partial(_apart, problem, align, route_call, align_call)
-    batched = jax.vmap(call, in_axes=tuple(dims))
-    results = select.on_each_shard(batched, operands, dims)
-    return results, [0] * len(results)
+    return on_each_shard(jax.vmap(call, in_axes=tuple(dims)), operands, dims)
 
 
-for _primitive, _lower, _batch in (
-    (route_p, _lower_route, _batch_route),
-    (route_and_align_p, _lower_fused, _batch_fused),
-):
-    for _platform in select.PLATFORMS:
-        mlir.register_lowering(_primitive, functools.partial(_lower, _platform), platform=_platform)
-    mlir.register_lowering(_primitive, functools.partial(_lower, "another platform"))
-    batching.primitive_batchers[_primitive] = _batch
-    ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
+route_and_align_p = make_primitive(
+    "route_and_align",
+    abstract=_fused_abstract,
+    implement=_implement_fused,
+    batch=_batch_fused,
+    jvp=_jvp,
+)

@@ -5,9 +5,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._simt.language import WARP, Int, Simt
-
-_INT32_MAX = 2**31 - 1
 
 
 def lanes_below(t: Simt, lane: Int) -> Int:
@@ -31,7 +30,7 @@ def device_sync(t: Simt) -> None:
 
 def strided(t: Simt, start: Int, stop: Int | int, step: int) -> Iterator[Int]:
     """`start, start + step, ...` below stop. Near the int32 limit it counts rounds, which cannot wrap."""
-    if not isinstance(stop, int) or stop <= _INT32_MAX - 2 * step:
+    if not isinstance(stop, int) or stop <= INT32_MAX - 2 * step:
         yield from t.for_range(start, stop, step)
         return
     rest = t.select(start.below(stop), stop - start, 0)
@@ -66,6 +65,7 @@ def fill(
             t.store4(ref, i, value)
     if not isinstance(count, int) or count % 4:
         with t.if_(thread < count - whole):
+            # mutant: a fill begins one cell late
             t.store(ref, thread + whole, value)
 
 
@@ -74,6 +74,7 @@ def warp_inclusive_scan(t: Simt, x: Int, lane: Int, width: int = WARP) -> Int:
     distance = 1
     while distance < width:
         y = t.shfl_up(x, distance)
+        # mutant: the scan adds one lane too few
         x = x + t.select(lane >= distance, y, 0)
         distance *= 2
     return x
@@ -95,6 +96,7 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
     with t.if_(lane.eq(WARP - 1)):
         for k, value in enumerate(inclusive):
             t.store(scratch, warp + k * WARP, value)
+    # mutant: the scan's block barrier is a warp barrier
     t.block_sync()
     results = []
     for k, (x, value) in enumerate(zip(xs, inclusive, strict=True)):
@@ -102,6 +104,7 @@ def block_exclusive_scans(t: Simt, xs: list[Int], scratch: Any) -> list[tuple[In
         running = warp_inclusive_scan(
             t, sums, lane, num_warps
         )  # every warp does it again: saves a barrier
+        # mutant: the sum of the warps before includes one's own
         before = t.shfl(running - sums, warp)
         results.append((value - x + before, t.shfl(running, num_warps - 1)))
     return results
@@ -126,9 +129,12 @@ def tally(
         same = same & t.ballot(counted)
     rank = t.popc(same & lanes_below(t, lane))
     before = value_if(t, counted, lambda: t.load(histogram, row + bin_), 0)
+    # mutant: no barrier before a warp's histogram is written
+    # mutant: not all lanes are at the barrier
     t.warp_sync()
     with t.if_(counted & rank.eq(0)):
         t.store(histogram, row + bin_, before + t.popc(same))
+    # mutant: no barrier after a warp's histogram is written
     t.warp_sync()
     return before + rank
 

@@ -4,10 +4,10 @@ A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds
 It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
 `emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
-The primitives stand in four classes: `Core` (threads, control flow, memory, warps, barriers), `FloatBits`
-(float32 arithmetic on the bits of an int32: `floats.py`), `ClusterMail` (the CTAs of one cluster) and
-`PeerDevices` (several devices that run one kernel together). What is composed of them stands in
-`collectives.py`.
+A value is an `Int` (`ints.py`). The primitives stand in four classes: `Core` (threads, control flow,
+memory, warps, barriers), `FloatBits` (float32 arithmetic on the bits of an int32: `floats.py`),
+`ClusterMail` (the CTAs of one cluster) and `PeerDevices` (several devices that run one kernel together).
+What is composed of them stands in `collectives.py`.
 
 Control flow of Python happens once, while the body is traced: `for k in range(4)` unrolls, `if problem.x`
 chooses what is compiled. What depends on a thread's values is written with `t.if_`, `t.for_range` and
@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from moe_align_jax._simt.floats import FloatBits
+from moe_align_jax._simt.ints import Int as Int
 from moe_align_jax._simt.jumps import LEFT_LOOP, BodyError, refuse_jumps
 
 WARP = 32
@@ -40,114 +41,6 @@ MAX_SHARED_BYTES = 232_448
 MAX_CLUSTER = 16
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 MAIL_BARRIER_WORDS = 2  # in shared memory, that count what has come into a mailbox
-
-
-def _refuse(what: str, remedy: str) -> NoReturn:
-    raise BodyError(f"kernel body: {what} must not be used on a value of the threads. {remedy}")
-
-
-class Int(abc.ABC):
-    """An int32 (or, from a comparison, a boolean) value, one per thread. Arithmetic wraps.
-
-    ===========  ===============================================  ==================================
-    sign         operators                                        as in C
-    ===========  ===============================================  ==================================
-    either       `+` `-` `*` `&` `|` `^` `<<` `.eq(y)` `.ne(y)`   the same bits for both
-    signed       `<` `<=` `>` `>=`                                `(int32_t)x < (int32_t)y`
-    unsigned     `//` `%` `>>` `.below(y)`                        `(uint32_t)x / (uint32_t)y`, ...
-    ===========  ===============================================  ==================================
-
-    `&`, `|` and `^` also combine booleans. `==`, `!=`, `bool()` and `hash()` raise `BodyError`.
-    """
-
-    @abc.abstractmethod
-    def _binary(self, name: str, other: "Int | int", reverse: bool = False) -> "Int": ...
-
-    # -- the same for signed and unsigned
-
-    def __add__(self, other):
-        return self._binary("add", other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other):
-        return self._binary("sub", other)
-
-    def __rsub__(self, other):
-        return self._binary("sub", other, reverse=True)
-
-    def __mul__(self, other):
-        return self._binary("mul", other)
-
-    __rmul__ = __mul__
-
-    def __and__(self, other):
-        return self._binary("and", other)
-
-    def __or__(self, other):
-        return self._binary("or", other)
-
-    def __xor__(self, other):
-        return self._binary("xor", other)
-
-    def __lshift__(self, other):
-        return self._binary("shl", other)
-
-    def eq(self, other):
-        return self._binary("eq", other)
-
-    def ne(self, other):
-        return self._binary("ne", other)
-
-    # -- signed
-
-    def __lt__(self, other):
-        return self._binary("slt", other)
-
-    def __le__(self, other):
-        return self._binary("sle", other)
-
-    def __gt__(self, other):
-        return self._binary("sgt", other)
-
-    def __ge__(self, other):
-        return self._binary("sge", other)
-
-    # -- unsigned
-
-    def __floordiv__(self, other):
-        return self._binary("udiv", other)
-
-    def __mod__(self, other):
-        return self._binary("urem", other)
-
-    def __rshift__(self, other):
-        return self._binary("shr", other)
-
-    def below(self, other):
-        """Unsigned `<`: `x.below(n)` is `0 <= x < n` in one comparison."""
-        return self._binary("ult", other)
-
-    # -- what Python would answer for all threads at once
-
-    def __bool__(self) -> NoReturn:
-        _refuse(
-            "a truth value (`if`, `and`, `or`, `not`, `while`, `a < b < c`, `min`)",
-            "Each thread has its own: write `with t.if_(c):` or `t.select(c, a, b)`, and combine conditions "
-            "with `&` and `|`.",
-        )
-
-    def __eq__(self, other: object) -> NoReturn:
-        _refuse("`==`", "Write `x.eq(y)`.")
-
-    def __ne__(self, other: object) -> NoReturn:
-        _refuse("`!=`", "Write `x.ne(y)`.")
-
-    def __hash__(self) -> NoReturn:
-        _refuse(
-            "a hash (a key of a dict, a member of a set)",
-            "Each thread has its own: compare with `x.eq(y)`, and keep values in a list.",
-        )
 
 
 class Core(abc.ABC):

@@ -62,7 +62,7 @@ def test_rows_hold_the_median_of_each_step():
 
 
 def test_rows_of_pytorchs_programs_separate_the_proof(monkeypatch):
-    """From an answer as launch.py gives it; its own test says that it does."""
+    """From an answer as compile_worker.py gives it; its own test says that it does."""
     measured = compile_time.programs("")[-2:]
     seconds = {"lower": 0.1, "compile": 0.2, "assemble": 0.03, "prove": 0.004}
     asked = []

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from benchmarks import peers, union  # noqa: E402
 from tests.helpers import torch_on_cpu  # noqa: E402
-from torch_bridge._direct import program  # noqa: E402
+from torch_bridge._direct import problems, store  # noqa: E402
 
 
 def test_places_are_both_ends_and_the_middle_of_each_bucket():
@@ -26,7 +26,7 @@ def test_places_are_both_ends_and_the_middle_of_each_bucket():
 def test_every_bucket_of_the_table_is_measured(num_experts, block_size):
     """Each size lies in its bucket, and the one before it in another."""
     most = sized_at_launch.MOST_PAIRS
-    ends = program.bucket_ends(most, num_experts, block_size)
+    ends = problems.bucket_ends(most, num_experts, block_size)
     found = sized_at_launch.places(ends, num_experts, block_size)
     bucket = lambda n: tables.size_bucket(n, num_experts, block_size)  # noqa: E731
     assert {p.end for p in found} == {bucket(n) for n in range(1, most + 1, 7)} | {8}
@@ -42,10 +42,10 @@ def test_models_reach_every_form():
     """The exact program is that of the size alone, with the results of a plain call."""
     forms = set()
     for sizes in sized_at_launch.MODELS:
-        for place in sized_at_launch.places(program.bucket_ends(131_072, *sizes), *sizes):
+        for place in sized_at_launch.places(problems.bucket_ends(131_072, *sizes), *sizes):
             problem = sized_at_launch.exact_problem(place.case, "")
             assert not problem.sized_at_launch and problem.num_pairs == place.case.num_pairs
-            shared = program.program_problem(place.case.num_pairs, *sizes, 1, "", *[False] * 4)
+            shared = problems.bucket_problem(place.case.num_pairs, *sizes)
             assert list(shared.outputs) == list(problem.outputs)
             assert shared.num_pairs == place.end
             forms.add(tables.config_for(problem).form)
@@ -68,7 +68,7 @@ def on_cpu(monkeypatch):
 
 def by_torch(ids, outputs):
     """What the exact program does."""
-    prepared = peers._torch_sort(CASE, [ids])
+    prepared = peers.torch_sort(CASE, [ids])
     prepared.calls[0]()
     for name, tensor in outputs.items():
         tensor.copy_(prepared.outputs[0][name])
@@ -103,8 +103,12 @@ def test_exact_programs_are_compiled_and_the_buckets_warmed_up(monkeypatch):
         def launch(self, *pointers):
             launched.append((self.problem, pointers))
 
-    monkeypatch.setattr(program, "prepare", lambda index, problems: prepared.extend(problems))
-    monkeypatch.setattr(program, "loaded", lambda index, problem: Program(problem))
+    def prepare(index, wanted):
+        prepared.extend(wanted)
+        store.here.programs.update({(index, problem): Program(problem) for problem in wanted})
+
+    monkeypatch.setattr(store, "here", store.Store(store.here.machine))
+    monkeypatch.setattr(store.here, "prepare", prepare)
     monkeypatch.setattr("torch_bridge.warmup", lambda **given: warmed.append(given))
     every = sized_at_launch.places([8, 16], 60, 16) + sized_at_launch.places([8, 32], 9000, 4)
     align = sized_at_launch.prepare(0, every, "")

@@ -173,7 +173,7 @@ def check_torch_peer(make, **promises):
 
 
 def test_torch_sort_is_right_on_a_cpu(torch_on_cpu):
-    check_torch_peer(peers._torch_sort)
+    check_torch_peer(peers.torch_sort)
 
 
 # The schemas of vllm 0.33.0's and sglang-kernel 0.4.4's libraries, around a stand-in.
@@ -360,7 +360,7 @@ def test_run_verifies_times_and_appends(tmp_path, capsys):
 
 def test_run_reports_a_wrong_provider_and_fails(monkeypatch, capsys, tmp_path):
     def wrong(case):
-        right = peers._xla_argsort(case)
+        right = peers.xla_argsort(case)
 
         def align(ids):
             out = right(ids)

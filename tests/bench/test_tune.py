@@ -1,17 +1,16 @@
-"""`moe-align tune` without a GPU: the search on made-up times, its table, and its answer by NumPy."""
+"""benchmarks.tune without a GPU: the search on made-up times, its table, and its answer by NumPy."""
 
-import io
 import json
 import re
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from benchmarks import tune
 from moe_align_jax._align import kernels, tables
-from moe_align_jax._cli import tune
 from moe_align_jax._cli.demo import plain_loop
 from moe_align_jax._simt import emulator
+from tests.helpers import unwritable
 
 Config = tables.BlockAlignMosaicConfig
 GPU = "NVIDIA Z9 80GB"  # of no table
@@ -176,15 +175,15 @@ def test_equal_ranges_of_experts_are_one():
 
 def test_run_writes_a_table_that_is_then_used(tmp_path, monkeypatch):
     out = tmp_path / "nvidia_z9.json"
-    console = Console(file=io.StringIO(), width=200)
+    lines = []
     sizes = {"experts": (64,), "max_pairs": 512, "block_size": None, "seconds": None, "out": out}
     wanted = {"num_warpgroups": 1, "form": "block"}
 
     def time_of(config):
         return 1.0 if all(getattr(config, k) == v for k, v in wanted.items()) else 2.0
 
-    assert tune.run(console, **sizes, measure=measured(time_of), gpu=GPU) == 0
-    said = console.file.getvalue()
+    assert tune.run(lines.append, **sizes, measure=measured(time_of), gpu=GPU) == 0
+    said = "\n".join(lines)
     assert "has no table" in said and "6 of 6 sizes measured" in said and str(out) in said
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     monkeypatch.setenv(tables.FOLDER_VARIABLE, str(tmp_path))
@@ -200,8 +199,19 @@ def test_run_writes_a_table_that_is_then_used(tmp_path, monkeypatch):
         for cache in caches:
             cache.cache_clear()
     before = out.read_text()
-    assert tune.run(console, **sizes, measure=measured(lambda c: "broken"), gpu=GPU) == 1
-    assert out.read_text() == before and "nothing is written" in console.file.getvalue()
+    assert tune.run(lines.append, **sizes, measure=measured(lambda c: "broken"), gpu=GPU) == 1
+    assert out.read_text() == before and "nothing is written" in lines[-1]
+
+
+def test_tune_says_before_it_measures_that_its_folder_cannot_be_written(tmp_path):
+    def measure(cell, configs):
+        pytest.fail("it measured")
+
+    sizes = {"experts": [8], "max_pairs": 8, "block_size": None, "seconds": None}
+    for folder in unwritable(tmp_path):
+        with pytest.raises(OSError):
+            out = folder / "table.json"
+            tune.run(**sizes, out=out, measure=measure, gpu="NVIDIA H200")
 
 
 def test_a_failing_write_leaves_the_old_table(tmp_path, monkeypatch):
@@ -245,31 +255,37 @@ def test_what_is_tried_gives_the_answer():
     assert "block" in forms
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     import jax
-    from typer.testing import CliRunner
-
-    from moe_align_jax._cli import app
 
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has one")
-    done = CliRunner().invoke(app.app, ["tune", "--budget", "1"])
-    assert done.exit_code == 1
-    text = " ".join(done.output.split())
-    assert "Cannot run here" in text and "Tables are made on the GPU that they are for" in text
-    for bad in ("x", "0", ""):
-        assert CliRunner().invoke(app.app, ["tune", "--experts", bad]).exit_code == 2
+    monkeypatch.chdir(tmp_path)
+    assert tune.main(["--budget", "1"]) == 1
+    assert "Tables are made on the GPU that they are for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [["--experts", "x"], ["--experts", "0"], ["--experts", ""], ["--max-pairs", "7"]]
+    + [["--block-size", "0"]],
+)
+def test_sizes_that_are_none_are_refused(bad, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(bad)
+    assert stopped.value.code == 2 and bad[0] in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 def test_gpu_tunes_one_small_size(tmp_path):
     """On the GPU itself: candidates are verified and timed, and the table can be read."""
-    out, text = tmp_path / "x.json", io.StringIO()
+    out, lines = tmp_path / "x.json", []
     sizes = {"experts": (64,), "max_pairs": 32, "block_size": 16, "seconds": 60}
-    assert tune.run(Console(file=text, width=200), **sizes, out=out) == 0
+    assert tune.run(lines.append, **sizes, out=out) == 0
     made = tables.parse_table(out.read_text())
     # Of what it says: a row of the table has no time where the next size's took the same choice.
-    best = re.search(r"32x64x16 +([\d.]+) µs, (\w+)", text.getvalue())
+    best = re.search(r"32x64x16 +([\d.]+) µs, (\w+)", "\n".join(lines))
     assert best and 0.5 < float(best[1]) < 50
     serves = (row for row in made.rows if row.first_expert <= 64 and row.num_pairs >= 32)
     assert next(serves).config.form == best[2]

@@ -1,9 +1,10 @@
-"""A CUDA driver on a CPU: modules hold kernels of ours, and a launch runs the emulator on host memory.
+"""A machine whose CUDA driver runs on a CPU: modules hold kernels of ours, and a launch runs the emulator.
 
 It reads the launch as the driver does, from the addresses that it is given, so that the packing of
 arguments is tested too; a launch that a GPU would not take is an AssertionError.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import math
@@ -17,9 +18,14 @@ from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 from moe_align_jax.types import LAUNCH_SIZES
 from tests import oracle
-from torch_bridge._direct import compile_worker, disk_cache, driver
+from torch_bridge import _ops
+from torch_bridge._direct import compile_worker, disk_cache, driver, fast_path, problems, store
+from torch_bridge._direct.call import Buffers
+from torch_bridge._direct.machine import Machine
+from torch_bridge._specs import BatchedSpec
 
 GARBAGE = 0x5EED5EED
+UNWRITTEN = -77_777
 # What C makes of an argument that was converted before.
 _as_pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda pointer: pointer)
 
@@ -51,7 +57,7 @@ class FakeCuda:
     # -- the other side: what a compiler hands over
 
     def compiled(self, problem: Any) -> tuple[list[dict], list[bytes], dict]:
-        """(launches, cubins, shapes), as launch.py makes them."""
+        """(launches, cubins, shapes), as compile_worker.py makes them."""
         self._problem = problem
         launches, texts, shapes = compile_worker.compile_program(self._compile, problem)  # type: ignore[arg-type]
         return launches, [text.encode() for text in texts], shapes
@@ -88,6 +94,13 @@ class FakeCuda:
     def cuDeviceGetAttribute(self, value, attribute, handle) -> int:
         assert attribute == 20  # the one that the user's process asks for
         value._obj.value = self.compute_mode
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, handle) -> int:
+        context._obj.value = 1
+        return 0
+
+    def cuCtxSetCurrent(self, context) -> int:
         return 0
 
     def cuModuleLoadData(self, module, image) -> int:
@@ -136,7 +149,7 @@ class FakeCuda:
         if self.result:
             return self.result
         kernel, problem, how = self.kernels[value_of(function) - 1]
-        given = driver._LaunchConfig.from_address(value_of(config))
+        given = driver.LaunchConfig.from_address(value_of(config))
         assert (given.grid_x, given.grid_y, given.grid_z) == how.grid
         assert (given.block_x, given.block_y, given.block_z) == how.block
         assert given.shared_bytes == how.shared_bytes and value_of(extra) == 0
@@ -156,7 +169,8 @@ class FakeCuda:
             if name in values:
                 assert values[name] % 256 == 0
                 self._sizes[name] = values[name] >> 8
-        exact = exact_shapes(problem, **self._sizes) if self._sizes else {}
+        is_sized = getattr(problem, "sized_at_launch", False)
+        exact = exact_shapes(problem, **self._sizes) if is_sized else {}
         shapes = {**kernel.inputs, **kernel.outputs}
         shapes |= {name: exact[name] for name in shapes if name in exact}
         held = {}
@@ -172,6 +186,87 @@ class FakeCuda:
         results = emulator.run(program, [held[name].copy() for name in kernel.inputs])
         for name, result in zip(kernel.outputs, results, strict=True):
             held[name][...] = result
+
+
+class FakeMachine(FakeCuda, Machine):
+    """A machine of CPU tensors: their device, -1, is the current one, and its driver is the fake.
+
+    Attributes:
+        stream: torch's current stream. device: torch's current device. capturing: whether it is captured.
+        launches_directly: whether CPU tensors count as tensors on a GPU that can launch directly. Otherwise
+            operators go to their twins through DLPack, and only what asks for it is launched.
+        name: of the card. compiles: the problems of each compile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = driver.Driver(self)
+        self.stream, self.device, self.capturing, self.launches_directly = 7, -1, False, False
+        self.name, self.compiles = "fake sm_90", []
+
+    def current_device(self) -> int:  # type: ignore[override]
+        return self.device
+
+    def current_stream(self, index) -> int:  # type: ignore[override]
+        return self.stream
+
+    def empty(self, size, stride, dtype) -> torch.Tensor:  # type: ignore[override]
+        return torch.full(size, UNWRITTEN, dtype=torch.int32)
+
+    def unavailable(self, device) -> None:
+        return None
+
+    def launches_on(self, device) -> bool:
+        return self.launches_directly
+
+    def gpu(self, index) -> str:
+        return self.name
+
+    def tuning(self, device) -> str:
+        return ""
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    @contextlib.contextmanager
+    def on_device(self, index):
+        before, self.device = self.device, index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def start(self, index) -> None:
+        pass
+
+    def compile(self, index, problems):
+        self.compiles.append(list(problems))
+        return [self.entry(problem) for problem in problems]
+
+
+def problem_of(spec, operands, has_limit=False):
+    """The kernel problem that serves a call."""
+    device = next(iter(operands.values())).device
+    tuning = store.here.machine.tuning(device)
+    return problems.problem_for(spec, operands, tuning, has_limit)
+
+
+def remember(fake, spec, operands, topk=None, rows=0):
+    """Makes a call for the first time, so that the fast path knows it; `rows`: in place, into so many.
+
+    Its launches are forgotten.
+    """
+    out = larger = None
+    if rows:
+        sized = spec if isinstance(spec, BatchedSpec) else dataclasses.replace(spec, rows=rows)
+        out, buffers = (
+            [torch.empty(shape, dtype=torch.int32) for shape in one.outputs.values()]
+            for one in (spec, sized)
+        )
+        larger = Buffers(sized, buffers)
+    key = fast_path.key_of(spec, topk, in_place=rows > 0)
+    _ops.run(spec, operands, out=out, key=key, larger=larger)
+    fake.launched.clear()
 
 
 def exact_shapes(problem: Any, *, num_pairs: int, capacity: int, first_id: int) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tests import oracle
-from torch_bridge._direct import call, program
+from torch_bridge._direct import problems, store
 
 DTYPES = [getattr(torch, name) for name in oracle.ID_DTYPES]
 # Whether the run has x64 on (JAX_ENABLE_X64=1): the bridge leaves it as it is.
@@ -52,21 +52,29 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def sized(num_pairs, num_experts, block_size, dtype=torch.int32, *, minus_one=False, **options):
+    """`problems.bucket_problem` of ids of a dtype; num_experts does not count the bucket of id -1."""
+    id_words = problems.ID_WORDS.get(dtype, 1)
+    experts = num_experts + minus_one
+    return problems.bucket_problem(
+        num_pairs, experts, block_size, id_words, minus_one=minus_one, **options
+    )
+
+
 def load_programs(sizes, options, dtypes=(torch.int64,), **more) -> None:
     """Compiles what calls will need, many at once: one by one, each costs a process.
 
-    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, `more` as for
-    `call.sized`.
+    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, `more` as for `sized`.
     """
     wanted = set()
     device = torch.device("cuda", torch.cuda.current_device())
-    more = {"tuning": program.tuning(device), **more}
+    more = {"tuning": store.here.machine.tuning(device), **more}
     for (n, num_experts, block_size), given in itertools.product(sizes, options):
         use = ""
         if given.get("expert_map") is not None:
-            use = "filter" if given.get("ignore_invalid_experts") else "label"
+            use = problems.map_use(given.get("ignore_invalid_experts", False))
         limit = given.get("num_valid_pairs") is not None
         for dtype in dtypes:
-            sized = {"expert_map": use, "num_valid_pairs": limit, **more}
-            wanted.add(call.sized(n, num_experts, block_size, dtype, **sized))
-    program.prepare(torch.cuda.current_device(), sorted(wanted))
+            one = {"expert_map": use, "has_num_valid_pairs": limit, **more}
+            wanted.add(sized(n, num_experts, block_size, dtype, **one))
+    store.here.prepare(torch.cuda.current_device(), sorted(wanted))

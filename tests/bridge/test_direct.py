@@ -13,11 +13,11 @@ from moe_align_jax._simt import emulator
 from moe_align_jax._simt.emulator.faults import EmulatorError
 from moe_align_jax.types import AlignProblem
 from tests import oracle
-from tests.bridge.fake_cuda import assert_results, exact_shapes, resized, want_of
-from tests.bridge.helpers import assert_format, ids_of
-from torch_bridge import _ops, _specs
-from torch_bridge._direct import call, compile_pool, disk_cache, driver, selftest
-from torch_bridge._direct import program as direct
+from tests.bridge.fake_cuda import assert_results, exact_shapes, problem_of, resized, want_of
+from tests.bridge.helpers import assert_format, ids_of, sized
+from torch_bridge import _ops, _plan, _specs
+from torch_bridge._direct import call, compile_pool, disk_cache, driver, problems, selftest, store
+from torch_bridge._direct.program import LoadedProgram
 
 GARBAGE = -77_777
 
@@ -51,17 +51,17 @@ def sized_problem(n, num_experts, block_size, options):
 
 def emulate(problem, trial, *, garbage=GARBAGE):
     """A launch on a smaller size: buffers hold no word more than they must, and garbage ahead of the ids."""
-    exact = exact_shapes(problem, **trial.words)
+    exact = exact_shapes(problem, **trial.sizes)
     program = resized(kernels.build(problem, tables.config_for(problem)), exact)
     arrays = []
     for name in problem.inputs:
-        if name in trial.words:
-            arrays.append(np.array([trial.words[name]], np.int32))
+        if name in trial.sizes:
+            arrays.append(np.array([trial.sizes[name]], np.int32))
             continue
-        array = trial.arrays[name]
+        array = trial.inputs[name]
         if name == "topk_ids":
             array = array.copy()
-            array[: trial.words["first_id"]] = garbage
+            array[: trial.sizes["first_id"]] = garbage
             array = array.view(np.int32).reshape(exact[name])
         arrays.append(array)
     return emulator.run(program, arrays)
@@ -72,10 +72,10 @@ def emulate(problem, trial, *, garbage=GARBAGE):
 def test_sized_program_gives_the_exact_result(n, num_experts, block_size, options):
     """Against the trial, which test_launch.py holds to the oracle."""
     problem = sized_problem(n, num_experts, block_size, options)
-    trial = selftest.align_trial(problem, n, seed=n)
+    trial = selftest.align_example(problem, n, seed=n)
     results = emulate(problem, trial, garbage=n % num_experts)  # ids that would count
     for name, got in zip(problem.outputs, results, strict=True):
-        np.testing.assert_array_equal(got, trial.want[name], err_msg=name)
+        np.testing.assert_array_equal(got, trial.expected[name], err_msg=name)
 
 
 def test_every_form_is_among_the_sizes():
@@ -87,14 +87,14 @@ def test_every_form_is_among_the_sizes():
 def test_emulator_sees_a_read_past_the_ids(n):
     """What the exact sizes above rest on: one id less than the launch says."""
     problem = sized_problem(n, 16, 8, {})
-    trial = selftest.align_trial(problem, n, seed=0)
-    exact = exact_shapes(problem, **trial.words)
+    trial = selftest.align_example(problem, n, seed=0)
+    exact = exact_shapes(problem, **trial.sizes)
     exact["topk_ids"] = (exact["topk_ids"][0] - 1,)
     program = resized(kernels.build(problem, tables.config_for(problem)), exact)
     arrays = [
-        np.array([trial.words[name]], np.int32)
-        if name in trial.words
-        else trial.arrays[name][: exact["topk_ids"][0]]
+        np.array([trial.sizes[name]], np.int32)
+        if name in trial.sizes
+        else trial.inputs[name][: exact["topk_ids"][0]]
         for name in problem.inputs
     ]
     with pytest.raises(EmulatorError):
@@ -108,7 +108,7 @@ def test_emulator_sees_a_read_past_the_ids(n):
     ("num_experts", "block_size"), [(1, 1), (8, 64), (256, 128), (4096, 16), (9000, 4)]
 )
 def test_buckets_hold_their_sizes_and_are_few(num_experts, block_size):
-    ends = direct.bucket_ends(2**22, num_experts, block_size)
+    ends = problems.bucket_ends(2**22, num_experts, block_size)
     assert ends == sorted(set(ends)) and ends[-1] >= 2**22 and len(ends) <= 33
     edges = {n for end in ends for n in (end - 1, end, end + 1) if 1 <= n <= 2**22}
     sizes = sorted(edges | set(range(1, 9000)) | set(range(9000, 2**22, 9973)))
@@ -123,20 +123,20 @@ def test_buckets_hold_their_sizes_and_are_few(num_experts, block_size):
 
 @pytest.mark.parametrize("most", [1, 8, 9, 33, 5000])
 def test_bucket_ends_reach_the_most_and_no_further(most):
-    ends = direct.bucket_ends(most, 64, 16)
+    ends = problems.bucket_ends(most, 64, 16)
     assert ends[-1] == tables.size_bucket(most, 64, 16)
     assert {tables.size_bucket(n, 64, 16) for n in range(1, most + 1)} == set(ends)
 
 
 def test_sizes_of_one_bucket_share_a_program():
     def problem(n, dtype):
-        return call.sized(n, 64, 16, dtype, tokens_per_expert=True)
+        return sized(n, 64, 16, dtype, return_counts=True)
 
     assert problem(513, torch.int32) == problem(1024, torch.uint8)
     assert problem(512, torch.int32) != problem(513, torch.int32)
     assert problem(513, torch.int32) != problem(513, torch.int64)
     assert problem(513, torch.int64) == problem(1000, torch.uint64)
-    assert call.sized(5, 8, 4, torch.int32, minus_one=True).num_experts == 9
+    assert sized(5, 8, 4, torch.int32, minus_one=True).num_experts == 9
 
 
 # -- the way to the launch ------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def test_sizes_of_one_bucket_share_a_program():
 @pytest.mark.parametrize("n", [3, 30, 111, 8200])
 def test_every_size_and_dtype(n, dtype, fake):
     array, ids = ids_of(dtype, num_tokens=n, top_k=1)
-    problem = _specs.AlignProblem(n, 16, 8, with_counts=True)
-    results = call.execute(problem, {"topk_ids": ids})
+    problem = _specs.AlignSpec(n, 16, 8, with_counts=True)
+    results = _ops.run(problem, {"topk_ids": ids})
     assert_results(problem, results, want_of(problem, array, {}))
     assert len(fake.launched) == (2 if n > 8192 else 1)
     assert {stream for _, stream in fake.launched} == {7}
@@ -156,15 +156,20 @@ def test_every_size_and_dtype(n, dtype, fake):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_view_at_any_element_is_read_where_it_lies(dtype, fake, monkeypatch):
     array, ids = ids_of(dtype, num_tokens=11)
-    problem, held = _specs.AlignProblem(33, 16, 8), torch.full((256,), 3, dtype=dtype)
+    problem, held = _specs.AlignSpec(33, 16, 8), torch.full((256,), 3, dtype=dtype)
     want = want_of(problem, array, {})
-    seen, align = [], direct.align
-    monkeypatch.setattr(direct, "align", lambda *a: seen.append(a[1].data_ptr()) or align(*a))
+    seen, launched = [], fake._run
+
+    def look(kernel, given, values):
+        seen.append(values["topk_ids"] + (values["first_id"] >> 8) * dtype.itemsize)
+        launched(kernel, given, values)
+
+    monkeypatch.setattr(fake, "_run", look)
     for offset in range(71):
         view = held[offset : offset + 33].view(11, 3)
         view.copy_(ids)
         assert call.copies({"topk_ids": view}) == {}
-        results = call.execute(problem, {"topk_ids": view})
+        results = _ops.run(problem, {"topk_ids": view})
         assert seen.pop() == view.data_ptr() == held.data_ptr() + offset * dtype.itemsize
         assert_results(problem, results, want)
         view.fill_(3)
@@ -198,43 +203,43 @@ FLAGS = {
 @pytest.mark.parametrize("name", OPERANDS)
 def test_options(name, flags, fake):
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8, **flags)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8, **flags)
     given = {"topk_ids": ids, **OPERANDS[name]}
-    results = call.execute(problem, given)
+    results = _ops.run(problem, given)
     assert_results(problem, results, want_of(problem, array, OPERANDS[name]))
 
 
 @pytest.mark.parametrize("limit", [-1, 0, 50, 2**31 - 1])
 def test_limit_as_an_int(limit, fake):
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8, with_counts=True)
-    results = call.execute(problem, {"topk_ids": ids}, max_valid_pairs=limit)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8, with_counts=True)
+    results = _ops.run(problem, {"topk_ids": ids}, max_valid_pairs=limit)
     assert_results(problem, results, want_of(problem, array, {}, limit))
 
 
 def test_layouts_that_are_copied(fake):
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     want = want_of(problem, array, {})
     for view in (ids.t().contiguous().t(), torch.stack([ids, ids], 2)[:, :, 0]):
         assert set(call.copies({"topk_ids": view})) == {"topk_ids"}
-        assert_results(problem, call.execute(problem, {"topk_ids": view}), want)
+        assert_results(problem, _ops.run(problem, {"topk_ids": view}), want)
     negated = torch._neg_view(-ids)
     assert "negation" in call.copies({"topk_ids": negated})["topk_ids"]
-    assert_results(problem, call.execute(problem, {"topk_ids": negated}), want)
+    assert_results(problem, _ops.run(problem, {"topk_ids": negated}), want)
 
 
 @pytest.mark.parametrize("offset", range(5))
 @pytest.mark.parametrize("n", [1, 33, 8200])
 def test_out_is_written_and_nothing_beside_it(n, offset, fake):
     array, ids = ids_of(torch.int64, num_tokens=n, top_k=1)
-    problem = _specs.AlignProblem(n, 16, 8)
+    problem = _specs.AlignSpec(n, 16, 8)
     held = [
         torch.full((offset + shape[0] + 9,), -5, dtype=torch.int32)
         for shape in problem.outputs.values()
     ]
     out = [x[offset : x.numel() - 9] for x in held]
-    results = call.execute(problem, {"topk_ids": ids}, out=out)
+    results = _ops.run(problem, {"topk_ids": ids}, out=out)
     assert all(a is b for a, b in zip(results, out, strict=True))
     assert_results(problem, results, want_of(problem, array, {}))
     for tensor in held:
@@ -246,8 +251,8 @@ def test_out_is_written_and_nothing_beside_it(n, offset, fake):
 def test_sglang(ignore, inactive, fake):
     """Its function on a CPU runs through jax: another way to the same numbers."""
     _, ids = ids_of(torch.int64, "minus_30", num_tokens=40)
-    problem = _specs.SglangProblem(ids.numel(), 16, 8, ignore, inactive)
-    got = call.execute(problem, {"topk_ids": ids})
+    problem = _specs.SglangSpec(ids.numel(), 16, 8, ignore, inactive)
+    got = _ops.run(problem, {"topk_ids": ids})
     want = _ops.run(problem, {"topk_ids": ids}, path="dlpack")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -255,8 +260,8 @@ def test_sglang(ignore, inactive, fake):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32, torch.uint8], ids=str)
 def test_batched(dtype, fake):
     counts = torch.tensor([3, 0, 15, 200, 7, 16, 1, 2]).to(dtype)
-    problem = _specs.BatchedProblem(8, 15, 8)
-    results = call.execute(problem, {"expert_num_tokens": counts})
+    problem = _specs.BatchedSpec(8, 15, 8)
+    results = _ops.run(problem, {"expert_num_tokens": counts})
     want = oracle.align_batched(counts.tolist(), max_tokens_per_batch=15, block_size=8)
     assert_results(problem, results, want)
 
@@ -264,10 +269,10 @@ def test_batched(dtype, fake):
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_batched_into_out(offset, fake):
     counts = torch.tensor([3, 0, 15, 200, 7, 16, 1, 2], dtype=torch.int32)
-    problem = _specs.BatchedProblem(8, 15, 8)
+    problem = _specs.BatchedSpec(8, 15, 8)
     held = [torch.full((offset + k[0] + 5,), -5).int() for k in problem.outputs.values()]
     out = [x[offset:-5] for x in held]
-    results = call.execute(problem, {"expert_num_tokens": counts}, out=out)
+    results = _ops.run(problem, {"expert_num_tokens": counts}, out=out)
     assert all(a is b for a, b in zip(results, out, strict=True))
     want = oracle.align_batched(counts.tolist(), max_tokens_per_batch=15, block_size=8)
     assert_results(problem, results, want)
@@ -277,9 +282,11 @@ def test_batched_into_out(offset, fake):
 
 def test_sglang_refuses_unsigned_ids(fake):
     _, ids = ids_of(torch.uint64)
-    reason = call.refuses(_specs.SglangProblem(ids.numel(), 16, 8), {"topk_ids": ids})
-    assert reason and "-1" in reason
-    assert call.refuses(_specs.AlignProblem(ids.numel(), 16, 8), {"topk_ids": ids}) is None
+    operands = {"topk_ids": ids}
+    plan = _plan.resolve("f", _specs.SglangSpec(ids.numel(), 16, 8), operands).plan
+    assert plan.path == "dlpack" and "-1" in plan.reasons["direct"]
+    plan = _plan.resolve("f", _specs.AlignSpec(ids.numel(), 16, 8), operands).plan
+    assert plan.path == "direct"
 
 
 # -- streams, threads, buffers between ---------------------------------------------------------------
@@ -287,17 +294,17 @@ def test_sglang_refuses_unsigned_ids(fake):
 
 def test_stream_is_asked_for_at_every_call(fake):
     _, ids = ids_of(torch.int32, num_tokens=3000)
-    problem = _specs.AlignProblem(9000, 16, 8)
+    problem = _specs.AlignSpec(9000, 16, 8)
     for stream in (7, 0, 9, 0, 7):
         fake.stream = stream
-        call.execute(problem, {"topk_ids": ids})
+        _ops.run(problem, {"topk_ids": ids})
     assert [stream for _, stream in fake.launched] == [7, 7, 0, 0, 9, 9, 0, 0, 7, 7]
 
 
 def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
     """Another thread on the same stream must not get them from the allocator before."""
     _, ids = ids_of(torch.int32, num_tokens=3000)
-    problem, memory, dead = _specs.AlignProblem(9000, 16, 8), [], []
+    problem, memory, dead = _specs.AlignSpec(9000, 16, 8), [], []
 
     class Tracked:
         def __init__(self, size, *_):
@@ -310,12 +317,15 @@ def test_buffers_between_are_held_until_the_last_launch(fake, monkeypatch):
         def __del__(self):
             dead.append(len(fake.launched))
 
-    monkeypatch.setattr(direct, "empty_strided", Tracked)
-    program = direct.program_for("f", None, call.kernel_problem(problem, {"topk_ids": ids}))
+    fake.empty = Tracked
+    needed = problem_of(problem, {"topk_ids": ids})
+    program = LoadedProgram(fake, -1, needed, fake.entry(needed))
     run, counted = fake._run, []
     monkeypatch.setattr(fake, "_run", lambda *a: (counted.append(len(dead)), run(*a)))
     results = [torch.empty(shape, dtype=torch.int32) for shape in problem.outputs.values()]
-    direct.align(program, ids, 3000, problem.capacity, (), results)
+    pointer, targets = ids.data_ptr(), [x.data_ptr() for x in results]
+    sizes = 9000 << 8, problem.capacity << 8, (pointer & 255) // 4 << 8
+    program.launch(pointer - (pointer & 255), *sizes, *targets)
     assert counted == [0, 0] and len(dead) == 1
 
 
@@ -323,9 +333,9 @@ def test_threads_have_argument_memory_of_their_own(fake):
     cases = []
     for seed in range(4):
         array, ids = ids_of(torch.int32, num_tokens=20 + seed, seed=seed)
-        problem = _specs.AlignProblem(ids.numel(), 16, 8)
+        problem = _specs.AlignSpec(ids.numel(), 16, 8)
         cases.append((problem, ids, want_of(problem, array, {})))
-    direct.prepare(None, [call.kernel_problem(p, {"topk_ids": i}) for p, i, _ in cases])
+    store.here.prepare(-1, [problem_of(p, {"topk_ids": i}) for p, i, _ in cases])
     packed, launches = [], driver.Launches
     start, errors = threading.Barrier(4), []
 
@@ -339,7 +349,7 @@ def test_threads_have_argument_memory_of_their_own(fake):
         start.wait()
         try:
             for _ in range(5):
-                assert_results(problem, call.execute(problem, {"topk_ids": ids}), want)
+                assert_results(problem, _ops.run(problem, {"topk_ids": ids}), want)
         except BaseException as error:  # noqa: B036 - shown below
             errors.append(error)
 
@@ -362,37 +372,37 @@ def locked(lock, function, arguments):
 
 # -- prepare ---------------------------------------------------------------------------------------
 
-SMALL, LARGE = (call.sized(n, 16, 8, torch.int32) for n in (5, 100))
+SMALL, LARGE = (sized(n, 16, 8, torch.int32) for n in (5, 100))
 
 
 def test_prepare_compiles_what_is_missing_once_and_keeps_it_on_disk(fake):
-    direct.prepare(None, [SMALL])
-    direct.prepare(None, [SMALL, LARGE])
-    direct.prepare(None, [LARGE])
+    store.here.prepare(-1, [SMALL])
+    store.here.prepare(-1, [SMALL, LARGE])
+    store.here.prepare(-1, [LARGE])
     assert fake.compiles == [[SMALL], [LARGE]]
     assert len(list(disk_cache.folder().glob("*.mod"))) == 2
-    first = direct.loaded(None, SMALL)
-    assert first is not None and direct.loaded(None, LARGE) is not first
+    first = store.here.programs.get((-1, SMALL))
+    assert first is not None and store.here.programs.get((-1, LARGE)) is not first
 
 
 def test_next_process_loads_and_compiles_nothing(fake):
-    direct.prepare(None, [SMALL, LARGE])
-    direct._programs.clear()
+    store.here.prepare(-1, [SMALL, LARGE])
+    store.here.programs.clear()
     loads = fake.loads
-    direct.prepare(None, [SMALL, LARGE])
+    store.here.prepare(-1, [SMALL, LARGE])
     assert len(fake.compiles) == 1 and fake.loads == loads + 2
     array, ids = ids_of(torch.int32, num_tokens=100, top_k=1)
-    problem = _specs.AlignProblem(100, 16, 8)
-    assert_results(problem, call.execute(problem, {"topk_ids": ids}), want_of(problem, array, {}))
+    problem = _specs.AlignSpec(100, 16, 8)
+    assert_results(problem, _ops.run(problem, {"topk_ids": ids}), want_of(problem, array, {}))
 
 
 def test_devices_have_programs_of_their_own(fake):
-    direct.prepare(0, [SMALL])
+    store.here.prepare(0, [SMALL])
     loads = fake.loads
-    assert direct.loaded(1, SMALL) is None
-    direct.prepare(1, [SMALL])
+    assert store.here.programs.get((1, SMALL)) is None
+    store.here.prepare(1, [SMALL])
     assert len(fake.compiles) == 1 and fake.loads == loads + 1  # the same GPU: from disk
-    assert direct.loaded(0, SMALL) is not direct.loaded(1, SMALL)
+    assert store.here.programs.get((0, SMALL)) is not store.here.programs.get((1, SMALL))
 
 
 def test_prepare_by_many_threads_compiles_once(fake):
@@ -400,7 +410,7 @@ def test_prepare_by_many_threads_compiles_once(fake):
 
     def work():
         start.wait()
-        direct.prepare(None, [SMALL])
+        store.here.prepare(-1, [SMALL])
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     [t.start() for t in threads]
@@ -409,41 +419,41 @@ def test_prepare_by_many_threads_compiles_once(fake):
 
 
 def test_damaged_entry_is_compiled_again(fake):
-    direct.prepare(None, [SMALL])
+    store.here.prepare(-1, [SMALL])
     [file] = disk_cache.folder().glob("*.mod")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    direct._programs.clear()
-    direct.prepare(None, [SMALL])
+    store.here.programs.clear()
+    store.here.prepare(-1, [SMALL])
     assert fake.compiles == [[SMALL], [SMALL]]
 
 
 def test_failure_is_remembered_and_the_others_are_loaded(fake, monkeypatch):
-    compile_ = direct._compile
+    compile_ = fake.compile
 
     def failing(index, wanted):
         entries = compile_(index, wanted)
         return ["no luck" if p == LARGE else e for p, e in zip(wanted, entries, strict=True)]
 
-    monkeypatch.setattr(direct, "_compile", failing)
+    fake.compile = failing
     for _ in range(2):
-        with pytest.raises(direct.Unavailable, match="no luck"):
-            direct.prepare(None, [SMALL, LARGE])
+        with pytest.raises(store.Unavailable, match="no luck"):
+            store.here.prepare(-1, [SMALL, LARGE])
     assert fake.compiles == [[SMALL, LARGE]]
-    assert direct.loaded(None, SMALL) and direct.failure(None, LARGE) == "no luck"
+    assert store.here.programs.get((-1, SMALL)) and store.here.failure(-1, LARGE) == "no luck"
 
 
 def test_miss_during_capture_names_warmup(fake, monkeypatch):
     _, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
+    fake.capturing = True
     with pytest.raises(RuntimeError, match=r"torch_bridge\.warmup") as caught:
-        call.execute(problem, {"topk_ids": ids})
+        _ops.run(problem, {"topk_ids": ids})
     assert_format(caught.value)
     assert not fake.compiles and not fake.launched
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    call.execute(problem, {"topk_ids": ids})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    call.execute(problem, {"topk_ids": ids})  # it is loaded now
+    fake.capturing = False
+    _ops.run(problem, {"topk_ids": ids})
+    fake.capturing = True
+    _ops.run(problem, {"topk_ids": ids})  # it is loaded now
 
 
 # -- falling back ------------------------------------------------------------------------------------
@@ -451,15 +461,13 @@ def test_miss_during_capture_names_warmup(fake, monkeypatch):
 
 @pytest.fixture
 def failing(fake, monkeypatch):
-    monkeypatch.setattr(
-        direct, "_compile", lambda index, wanted: ["no compiler here"] * len(wanted)
-    )
+    fake.compile = lambda index, wanted: ["no compiler here"] * len(wanted)
     return fake
 
 
 def test_auto_falls_back_with_one_warning_and_says_why(failing):
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     want = want_of(problem, array, {})
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -475,7 +483,7 @@ def test_auto_falls_back_with_one_warning_and_says_why(failing):
 
 def test_direct_by_name_raises_instead(failing):
     _, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     for _ in range(2):  # the first time from the attempt, then from the plan
         with pytest.raises(NotImplementedError, match="(?i)no compiler here") as caught:
             _ops.run(problem, {"topk_ids": ids}, path="direct")
@@ -485,7 +493,7 @@ def test_direct_by_name_raises_instead(failing):
 def test_worker_that_cannot_start_or_dies_is_a_reason(monkeypatch, tmp_path):
     def first(executable):
         monkeypatch.setattr(compile_pool.sys, "executable", str(executable))
-        [answer] = direct._compile(0, [SMALL])
+        [answer] = compile_pool.compile_all(0, [SMALL])
         return getattr(answer, "reason", answer)
 
     assert "no process to compile in" in first(tmp_path / "missing")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.gpu import direct_forms, sanitizer_cases
-from torch_bridge._direct import program
+from torch_bridge._direct import store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,5 +23,5 @@ def loaded():
 )
 def test_gpu_every_entry_of_every_variant(k, loaded, monkeypatch):
     """Also buffers larger than the result and a side stream; nothing but what `load` names is compiled."""
-    monkeypatch.setattr(program, "_compile", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(store.here.machine, "compile", lambda *a: pytest.fail("compiled"))
     direct_forms.run("cuda", CASES[k])

@@ -18,7 +18,8 @@ from tests import oracle
 from tests.bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from tests.gpu import soak
 from tests.gpu.graphs import capture
-from torch_bridge._direct import fast_path, program
+from torch_bridge._direct import fast_path, store
+from torch_bridge._direct.machine import Machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,8 +163,8 @@ def test_gpu_both_paths_give_the_same_bits(n, num_experts, block_size):
 def test_gpu_no_size_compiles_after_warmup(num_experts, most, monkeypatch):
     """Every number of pairs from 1 to the most, both dtypes, all right."""
     torch_bridge.warmup(num_experts=num_experts, block_size=16, max_tokens=most)
-    monkeypatch.setattr(program, "_compile", lambda *a: pytest.fail("compiled"))
-    programs = set(program._programs)
+    monkeypatch.setattr(store.here.machine, "compile", lambda *a: pytest.fail("compiled"))
+    programs = set(store.here.programs)
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     for dtype in (torch.int32, torch.int64):
         ids = soak.random_ids(most, num_experts, dtype, "cuda", 0)
@@ -171,7 +172,7 @@ def test_gpu_no_size_compiles_after_warmup(num_experts, most, monkeypatch):
             got = torch_bridge.moe_align_block_size(ids[:n], num_experts, 16, path="direct")
             soak.count_wrong(got, soak.align_torch(ids[:n], num_experts, 16), wrong)
     assert wrong.item() == 0
-    assert set(program._programs) == programs
+    assert set(store.here.programs) == programs
 
 
 def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
@@ -204,7 +205,7 @@ def test_gpu_warmup_with_every_option_is_enough(monkeypatch):
             sglang=True,
         )
     torch_bridge.warmup(num_experts=12, block_size=8, max_tokens=30, batched=True)
-    monkeypatch.setattr(program, "_compile", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(store.here.machine, "compile", lambda *a: pytest.fail("compiled"))
     counts = torch.arange(12).cuda() * 3
     graph = torch.cuda.CUDAGraph()
     with capture(graph):
@@ -467,15 +468,12 @@ def test_gpu_transforms_are_refused_or_right(transform):
 def no_worker(monkeypatch, tmp_path):
     """Nothing is loaded or kept, and compiling fails."""
     monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(program, "_programs", {})
-    monkeypatch.setattr(program, "_failures", {})
-    monkeypatch.setattr(program, "_verdicts", {})
-    monkeypatch.setattr(fast_path, "_kept", {})
-    monkeypatch.setattr(fast_path, "recent", {})
-    monkeypatch.setattr(program, "_compile", lambda index, wanted: ["no worker here"] * len(wanted))
-    program.warn_once.cache_clear()
+    machine = Machine()
+    machine.compile = lambda index, problems: ["no worker here"] * len(problems)
+    monkeypatch.setattr(store, "here", store.Store(machine))
+    fast_path.forget_all()
     yield
-    program.warn_once.cache_clear()
+    fast_path.forget_all()
 
 
 def test_gpu_auto_falls_back_with_one_warning(no_worker):

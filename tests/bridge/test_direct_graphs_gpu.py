@@ -9,7 +9,7 @@ from tests import oracle
 from tests.bridge.helpers import assert_format, assert_triple, ids_of, load_programs
 from tests.gpu.graphs import capture
 from torch_bridge import dlpack
-from torch_bridge._direct import program
+from torch_bridge._direct import store
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -72,7 +72,7 @@ def test_gpu_graph_replays_with_changed_inputs(n, num_experts, block_size, optio
 
 def test_gpu_warmup_is_enough_for_captures_of_every_size(monkeypatch):
     torch_bridge.warmup(num_experts=24, block_size=8, max_tokens=700, topk=4)
-    monkeypatch.setattr(program, "_compile", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(store.here.machine, "compile", lambda *a: pytest.fail("compiled"))
     graphs = []
     for n in (1, 8, 9, 32, 33, 64, 65, 512, 513, 2047, 2048, 2049, 2800):
         static = torch.zeros(n, dtype=torch.int32, device="cuda")

@@ -7,10 +7,9 @@ import torch_bridge
 from moe_align_jax._align import tables
 from tests import oracle
 from tests.bridge.fake_cuda import assert_results, want_of
-from tests.bridge.helpers import ids_of
+from tests.bridge.helpers import ids_of, sized
 from torch_bridge import _ops, _specs, sglang, vllm
-from torch_bridge._direct import call as direct_call
-from torch_bridge._direct import program as direct
+from torch_bridge._direct import problems, store
 
 # -- out= off a boundary, explained -------------------------------------------------------------------
 
@@ -19,7 +18,7 @@ from torch_bridge._direct import program as direct
 def test_explain_says_which_outputs_are_copied(offsets, fake, monkeypatch):
     """And what it says is what happens: each named target is written by torch, the others are not."""
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     out = tuple(
         torch.empty(at + shape[0], dtype=torch.int32)[at:]
         for at, shape in zip(offsets, problem.outputs.values(), strict=True)
@@ -29,10 +28,8 @@ def test_explain_says_which_outputs_are_copied(offsets, fake, monkeypatch):
     assert set(copies) == ({"outputs"} if named else set())
     assert [x for x in ("out[0]", "out[1]", "out[2]") if x in str(copies)] == named
     assert not named or "16-byte boundary" in copies["outputs"]
-    align, launched = direct.align, []
-    monkeypatch.setattr(
-        direct, "align", lambda *a: (launched.extend(x.data_ptr() for x in a[-1]), align(*a))
-    )
+    run, launched = fake._run, []
+    monkeypatch.setattr(fake, "_run", lambda *a: (launched.extend(a[-1].values()), run(*a)))
     results = _ops.run(problem, {"topk_ids": ids}, out=out)
     assert_results(problem, results, want_of(problem, array, {}))
     assert all(a is b for a, b in zip(results, out, strict=True))
@@ -49,14 +46,14 @@ def into_case(name):
     array, ids = ids_of(torch.int32, "minus_30" if name == "sglang" else "outside", num_tokens=40)
     n = ids.numel()
     if name == "sglang":
-        problem = _specs.SglangProblem(n, 16, 8)
+        problem = _specs.SglangSpec(n, 16, 8)
         rows = problem.aligned_capacity
         scratch = torch.empty(18, dtype=torch.int32)
 
         def call(*buffers):
             sglang.ops_moe_align_block_size(ids, 17, 8, *buffers, scratch, False)
     else:
-        problem = _specs.AlignProblem(n, 16, 8, ignore_invalid_experts=name != "vllm")
+        problem = _specs.AlignSpec(n, 16, 8, ignore_invalid_experts=name != "vllm")
         rows = problem.capacity
         local = None if name == "vllm" else torch.from_numpy(oracle.local_map("second", 16, 0))
         scatter = torch.empty(n, dtype=torch.int32) if name == "scatter" else None
@@ -68,9 +65,9 @@ def into_case(name):
 
 
 @pytest.fixture
-def launches_here(fake, monkeypatch):
-    """The in-place operators of CPU tensors go to the direct body."""
-    monkeypatch.setattr(_ops, "name_for", lambda base, *_: base)
+def launches_here(fake):
+    """CPU tensors are launched directly."""
+    fake.launches_directly = True
     return fake
 
 
@@ -79,9 +76,9 @@ def launches_here(fake, monkeypatch):
 def test_one_launch_fills_larger_buffers(name, more, launches_here, monkeypatch):
     call, least, n = into_case(name)
     want = [torch.full((k,), POISON, dtype=torch.int32) for k in (least, -(-least // 8), 1)]
-    with monkeypatch.context() as patch:  # the way through jax and a second fill
-        patch.setattr(_ops, "name_for", lambda base, *_: _ops.dlpack_name(base))
-        call(*want)
+    launches_here.launches_directly = False  # the way through jax and a second fill
+    call(*want)
+    launches_here.launches_directly = True
     fills, fill = [], torch.Tensor.fill_
     monkeypatch.setattr(torch.Tensor, "fill_", lambda x, value: fills.append(x) or fill(x, value))
     rows = least + more
@@ -121,7 +118,7 @@ FORMS += [(17_000, 5000, 4)]
 
 
 def test_those_forms_are_all_there_are():
-    configs = [tables.config_for(direct_call.sized(n, e, b, torch.int32)).form for n, e, b in FORMS]
+    configs = [tables.config_for(sized(n, e, b, torch.int32)).form for n, e, b in FORMS]
     assert configs == ["warp", "pairs", "block", "cluster", "grid", "sorted", "radix"]
 
 
@@ -129,16 +126,16 @@ def test_those_forms_are_all_there_are():
 def test_every_form_fills_far_more_rows_than_its_bucket_has(n, num_experts, block_size, fake):
     """Or says that it cannot: "radix" has a buffer between its kernels with a word per block."""
     array, ids = ids_of(torch.int32, num_tokens=n, top_k=1, num_experts=num_experts)
-    least = _specs.AlignProblem(n, num_experts, block_size)
+    least = _specs.AlignSpec(n, num_experts, block_size)
     want, rows = want_of(least, array, {}), 3 * least.capacity + 5
-    problem = _specs.AlignProblem(n, num_experts, block_size, rows=rows)
+    problem = _specs.AlignSpec(n, num_experts, block_size, rows=rows)
     assert problem.capacity == rows
     if num_experts == 5000:
-        with pytest.raises(direct.TooManyRows):
-            direct_call.execute(problem, {"topk_ids": ids})
-        assert not fake.launched
+        needed = sized(n, num_experts, block_size)
+        store.here.prepare(-1, [needed])
+        assert rows > store.here.programs[-1, needed].max_capacity
         return
-    results = direct_call.execute(problem, {"topk_ids": ids})
+    results = _ops.run(problem, {"topk_ids": ids})
     blocks = -(-rows // block_size) - len(want.expert_ids)
     assert results[0].tolist() == [*want.sorted_token_ids, *[n] * (rows - least.capacity)]
     assert results[1].tolist() == [*want.expert_ids, *[-1] * blocks]
@@ -149,7 +146,7 @@ def test_every_form_fills_far_more_rows_than_its_bucket_has(n, num_experts, bloc
 def test_a_program_of_bounded_rows_is_helped_by_a_second_fill(more, launches_here):
     array, ids = ids_of(torch.int32, num_tokens=100, top_k=170, num_experts=5000)
     n = ids.numel()
-    problem = _specs.AlignProblem(n, 5000, 4)
+    problem = _specs.AlignSpec(n, 5000, 4)
     want, rows = want_of(problem, array, {}), problem.capacity + more
     for _ in range(2):  # the second call may not take the shortcut beyond the bound
         buffers = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, -(-rows // 4), 1)]
@@ -164,13 +161,13 @@ def test_a_program_of_bounded_rows_is_helped_by_a_second_fill(more, launches_her
 @pytest.mark.parametrize(("num_experts", "block_size"), [(16, 8), (60, 7), (5000, 3), (9000, 1)])
 def test_a_program_has_room_for_every_entry_point(num_experts, block_size, minus_one):
     """At the end of each bucket, where its own P is the largest."""
-    for end in direct.bucket_ends(40_000, num_experts + minus_one, block_size):
+    for end in problems.bucket_ends(40_000, num_experts + minus_one, block_size):
         sizes = (end, num_experts, block_size)
-        program = direct_call.sized(*sizes, torch.int32, minus_one=minus_one)
+        program = sized(*sizes, minus_one=minus_one)
         assert program.num_pairs == end
         for entry in (
-            _specs.AlignProblem(*sizes),
-            _specs.AlignProblem(*sizes, pad_sorted_ids=True),
-            _specs.SglangProblem(*sizes),
+            _specs.AlignSpec(*sizes),
+            _specs.AlignSpec(*sizes, pad_sorted_ids=True),
+            _specs.SglangSpec(*sizes),
         ):
             assert entry.capacity <= program.capacity

@@ -172,13 +172,13 @@ def test_to_jax_refuses_a_device_that_jax_lacks(monkeypatch):
     def no_backend(backend=None):
         raise RuntimeError("no such backend")
 
-    run._platform.cache_clear()
+    dlpack._platform.cache_clear()
     monkeypatch.setattr(jax, "local_devices", no_backend)
     try:
         with pytest.raises(NotImplementedError) as caught:
             to_jax(torch.zeros(3))
     finally:
-        run._platform.cache_clear()
+        dlpack._platform.cache_clear()
     assert_format(caught.value)
 
 
@@ -270,8 +270,6 @@ def test_jax_may_not_change_torchs_current_device(monkeypatch):
     """As its GPU client does when it starts, on a machine with several GPUs."""
     import jax
 
-    from torch_bridge._dlpack_path import run
-
     current = [0]
 
     def start(backend):
@@ -282,5 +280,5 @@ def test_jax_may_not_change_torchs_current_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
-    assert run._platform.__wrapped__("cuda", 0) is None
+    assert dlpack._platform.__wrapped__("cuda", 0) is None
     assert current == [0]

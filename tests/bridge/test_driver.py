@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 
-from torch_bridge._direct import disk_cache, driver, program
-from torch_bridge._direct.call import sized
+from tests.bridge.helpers import sized
+from torch_bridge._direct import disk_cache, driver
+from torch_bridge._direct.machine import Machine
 
 # What the kernel modules print, the closed and the open one.
 CLOSED = (
@@ -25,14 +26,17 @@ OPEN = (
 def machine(monkeypatch, tmp_path):
     """Any driver: `said` is what its kernel module prints, `loaded` the file that was loaded."""
     machine = types.SimpleNamespace(said=tmp_path / "version", loaded="/lib/libcuda.so.1")
-    monkeypatch.setattr(driver, "_KERNEL_MODULE", machine.said)
+    monkeypatch.setattr(driver, "KERNEL_MODULE_VERSION", machine.said)
     monkeypatch.setattr(driver, "file_of", lambda function: machine.loaded)
-    monkeypatch.setattr(
-        driver, "library", lambda: types.SimpleNamespace(cuDriverGetVersion=lambda *_: 0)
-    )
-    driver.release.cache_clear()
-    yield machine
-    driver.release.cache_clear()
+    return machine
+
+
+def driver_of_the_machine():
+    def get_version(version):
+        version._obj.value = 13000
+        return 0
+
+    return driver.Driver(types.SimpleNamespace(cuDriverGetVersion=get_version))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ def test_release(loaded, said, release, machine):
     machine.loaded = loaded
     if said is not None:
         machine.said.write_text(said)
-    assert driver.release() == release
+    assert driver_of_the_machine().release == release
 
 
 def test_file_of_a_foreign_function(monkeypatch):
@@ -63,12 +67,12 @@ def test_file_of_a_foreign_function(monkeypatch):
 def test_releases_of_one_cuda_version_share_no_program(machine, monkeypatch):
     facts = types.SimpleNamespace(name="H200", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(driver, "driver_version", lambda: 13000)
-    problem, keys = sized(5, 16, 8, torch.int32), set()
+    problem, keys = sized(5, 16, 8), set()
     for release in ("580.65.06", "580.159.04"):
         machine.loaded = f"/lib/libcuda.so.{release}"
-        driver.release.cache_clear()
-        gpu = program._gpu.__wrapped__(0)
+        here = Machine()
+        here.driver = driver_of_the_machine()
+        gpu = here.gpu(0)
         assert gpu == f"H200 sm_90 driver 13000 {release}"
-        keys |= {disk_cache.key_of(problem, gpu), disk_cache.verdict_key(gpu)}
-    assert len(keys) == 4
+        keys.add(disk_cache.key_of(problem, gpu))
+    assert len(keys) == 2

@@ -7,7 +7,7 @@ import torch
 import torch_bridge
 from tests import oracle
 from tests.bridge.helpers import assert_format, assert_triple, ids_of
-from torch_bridge import _ops, sglang, vllm
+from torch_bridge import _ops, dlpack, sglang, vllm
 
 
 def outputs_for(n=12, num_experts=4, block_size=4, fill=-7):
@@ -209,8 +209,6 @@ def test_nothing_is_written_on_error(case):
 def test_capture_is_refused_before_jax_is_touched(monkeypatch):
     """Where no GPU is: the guard itself, and that it comes ahead of planning and running."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    from torch_bridge import dlpack
-
     with pytest.raises(RuntimeError, match="capture") as caught:
         dlpack.check_not_capturing("moe_align_block_size", torch.device("cuda", 0))
     assert_format(caught.value)
@@ -220,8 +218,8 @@ def test_capture_is_refused_before_jax_is_touched(monkeypatch):
         raise RuntimeError("capturing")
 
     monkeypatch.setattr(dlpack, "check_not_capturing", refuse)
-    monkeypatch.setattr(_ops.call, "jax_platform", lambda *a: pytest.fail("asked jax"))
-    monkeypatch.setattr(_ops.call, "execute", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(dlpack, "jax_platform", lambda *a: pytest.fail("asked jax"))
+    monkeypatch.setattr(_ops.dlpack_call, "execute", lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(RuntimeError, match="capturing"):
         torch_bridge.moe_align_block_size(IDS, 4, 4)
 

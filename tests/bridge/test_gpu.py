@@ -281,15 +281,15 @@ def test_gpu_without_the_hand_over_the_overwrite_is_seen(monkeypatch):
     """The export makes torch's stream wait for the program; XLA is held up so that it must matter."""
     monkeypatch.setattr(run, "hand_over", lambda results, **options: results)
     base, want = _large(3)
-    problem = _specs.AlignProblem(base.numel(), 64, 32)
-    made = _plan.make_plan(problem, {"topk_ids": base}, path="dlpack")
-    jax.block_until_ready(run.execute(made, problem, {"topk_ids": base}))
+    problem = _specs.AlignSpec(base.numel(), 64, 32)
+    made = _plan.resolve("f", problem, {"topk_ids": base}, path="dlpack")
+    jax.block_until_ready(run.execute(made, {"topk_ids": base}))
     wrong = 0
     for _ in range(10):
         ids = base.clone()
         torch.cuda.synchronize()
         _busy_jax()
-        got = run.execute(made, problem, {"topk_ids": ids})
+        got = run.execute(made, {"topk_ids": ids})
         ids.fill_(1)
         wrong += not np.array_equal(np.asarray(got[0]), want.sorted_token_ids)
     assert wrong > 0
@@ -382,7 +382,7 @@ def test_gpu_calls_do_not_accumulate_memory(path):
         torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
-    assert run._kept._bytes <= run._MAX_KEPT_BYTES
+    assert run.kept_memory._bytes <= run._MAX_KNOWN_BYTES
 
 
 def test_gpu_eight_threads_on_streams_of_their_own(path):

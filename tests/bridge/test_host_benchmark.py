@@ -90,7 +90,7 @@ def test_first_call_separates_the_proof():
     answer = json.dumps(
         {"programs": [{"seconds": {"compile": 1.5, "prove": 0.5}}, {"error": "no"}]}
     )
-    command = [sys.executable, "-c", f"print({answer!r})", "launch.py"]
+    command = [sys.executable, "-c", f"print({answer!r})", "compile_worker.py"]
     call = f"subprocess.run({command!r}, capture_output=True, text=True)"
     script = host._FIRST_CALL.format(imports="", call=call)
     script = script.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")

@@ -290,7 +290,7 @@ def test_opcheck(case):
 
 def test_fake_buffers_reach_no_jax(monkeypatch):
     monkeypatch.setattr(dlpack, "share", lambda *_: pytest.fail("a fake tensor reached DLPack"))
-    monkeypatch.setattr(_ops._plan, "make_plan", lambda *_: pytest.fail("a plan for a fake tensor"))
+    monkeypatch.setattr(_ops._plan, "resolve", lambda *_: pytest.fail("a plan for a fake tensor"))
     with FakeTensorMode() as mode:
         buffers = [mode.from_tensor(x) for x in poisoned(18, 5, 1)]
         assert vllm.ops_moe_align_block_size(mode.from_tensor(IDS), 4, 4, *buffers) is None

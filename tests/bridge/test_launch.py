@@ -1,4 +1,4 @@
-"""launch.py without a GPU: reading Mosaic's host code, the trials, proving by a fake driver, the process."""
+"""compile_worker.py without a GPU: Mosaic's host code, the self-test on a fake driver, the process."""
 
 import dataclasses
 import io
@@ -17,7 +17,8 @@ import pytest
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from tests import oracle
 from tests.bridge.fake_cuda import FakeCuda
-from torch_bridge._direct import compile_worker, disk_cache, driver, program, selftest
+from torch_bridge._direct import compile_worker, disk_cache, driver, selftest
+from torch_bridge._direct.problems import bucket_problem
 
 SCRIPT = pathlib.Path(compile_worker.__file__)
 POOL = ThreadPoolExecutor(4)
@@ -228,26 +229,26 @@ TRIALS = {
 def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options):
     options = {**options, "return_inverse": True, "sized_at_launch": True}
     problem = AlignProblem(n, num_experts, block_size, 0, **options)
-    trial = selftest.align_trial(problem, n, seed=n)
-    first = trial.words["first_id"]
-    held = trial.arrays["topk_ids"]
+    trial = selftest.align_example(problem, n, seed=n)
+    first = trial.sizes["first_id"]
+    held = trial.inputs["topk_ids"]
     assert (
         held.dtype == (np.int64 if problem.id_words == 2 else np.int32) and held.size == first + n
     )
     ids = held[first:] + (1 if problem.minus_one else 0)
     given = {"block_size": block_size, "num_experts": num_experts, "return_inverse": True}
     if problem.expert_map:
-        given["expert_map"] = trial.arrays["expert_map"]
+        given["expert_map"] = trial.inputs["expert_map"]
         given["ignore_invalid_experts"] = problem.expert_map == "filter"
     if problem.has_num_valid_pairs:
-        given["num_valid_pairs"] = int(trial.arrays["num_valid_pairs"][0])
+        given["num_valid_pairs"] = int(trial.inputs["num_valid_pairs"][0])
     want = oracle.align(ids.tolist(), **given)
     if problem.minus_one:
         want = want._replace(expert_ids=[max(x - 1, -1) for x in want.expert_ids])
-    assert trial.words["num_pairs"] == n
-    assert trial.words["capacity"] == oracle.capacity(n, block_size, num_experts, False)
+    assert trial.sizes["num_pairs"] == n
+    assert trial.sizes["capacity"] == oracle.capacity(n, block_size, num_experts, False)
     for name, expect in want._asdict().items():
-        np.testing.assert_array_equal(trial.want[name], expect, err_msg=name)
+        np.testing.assert_array_equal(trial.expected[name], expect, err_msg=name)
     if n > 1000:  # it tries what it is there for
         assert 0 < sum(want.tokens_per_expert) < n
 
@@ -256,11 +257,11 @@ def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options
     ("num_experts", "most", "block_size"), [(1, 1, 1), (8, 16, 8), (300, 13, 16)]
 )
 def test_batched_trial_is_what_the_oracle_says(num_experts, most, block_size):
-    trial = selftest.batched_trial(BatchedAlignProblem(num_experts, most, block_size), seed=3)
-    given = trial.arrays["expert_num_tokens"]
+    trial = selftest.batched_example(BatchedAlignProblem(num_experts, most, block_size), seed=3)
+    given = trial.inputs["expert_num_tokens"]
     want = oracle.align_batched(given.tolist(), max_tokens_per_batch=most, block_size=block_size)
     for name in oracle.Expected._fields[:4]:
-        np.testing.assert_array_equal(trial.want[name], getattr(want, name), err_msg=name)
+        np.testing.assert_array_equal(trial.expected[name], getattr(want, name), err_msg=name)
     if num_experts > 100:
         assert given.min() < 0 and given.max() > most
 
@@ -269,17 +270,26 @@ def test_batched_trial_is_what_the_oracle_says(num_experts, most, block_size):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setattr(driver, "library", lambda: fake)
-    return fake
+def fake():
+    return FakeCuda()
+
+
+def compare(fake, problem, launches, cubins, shapes):
+    machine_driver = driver.Driver(fake)
+    compile_worker.compare_with_numpy(driver, machine_driver, problem, launches, cubins, shapes)
 
 
 PROVED = [
-    program.program_problem(8, 8, 4, 1, "", False, False, False, False),
-    program.program_problem(60, 8, 4, 2, "label", True, True, True, False),
-    program.program_problem(100, 9, 4, 1, "", False, True, False, True),
-    program.program_problem(2500, 8, 16, 1, "filter", False, False, True, False),
+    bucket_problem(8, 8, 4),
+    bucket_problem(
+        *(60, 8, 4, 2),
+        expert_map="label",
+        has_num_valid_pairs=True,
+        return_counts=True,
+        return_inverse=True,
+    ),
+    bucket_problem(100, 9, 4, return_counts=True, minus_one=True),
+    bucket_problem(2500, 8, 16, expert_map="filter", return_inverse=True),
     BatchedAlignProblem(8, 16, 8),
 ]
 
@@ -287,7 +297,7 @@ PROVED = [
 @pytest.mark.parametrize("problem", PROVED, ids=[f"{p.name[:5]} {p.num_pairs}" for p in PROVED])
 def test_prove_passes_a_right_program(problem, fake):
     launches, cubins, shapes = fake.compiled(problem)
-    compile_worker.prove(driver, problem, launches, cubins, shapes)
+    compare(fake, problem, launches, cubins, shapes)
     assert len(fake.launched) == 2 * len(launches)
     assert not fake._memory  # all of it was freed
 
@@ -299,14 +309,14 @@ def test_prove_passes_a_program_of_one_size(size, fake):
         launches, cubins, shapes = fake.compiled(problem)
         assert not set(shapes) & {"num_pairs", "capacity", "first_id"}
         before = len(fake.launched)
-        compile_worker.prove(driver, problem, launches, cubins, shapes)
+        compare(fake, problem, launches, cubins, shapes)
         assert len(fake.launched) == before + len(launches) and not fake._memory
     launches, cubins, shapes = fake.compiled(problem)
     kernel, _, how = fake.kernels[-1]
     broken = dataclasses.replace(kernel, body=_off_by_one("sorted_token_ids")(kernel.body))
     fake.kernels[-1] = (broken, problem, how)
     with pytest.raises(compile_worker.CompileError, match=r"sorted_token_ids\[0\]"):
-        compile_worker.prove(driver, problem, launches, cubins, shapes)
+        compare(fake, problem, launches, cubins, shapes)
 
 
 def _off_by_one(name):
@@ -331,7 +341,7 @@ def test_prove_finds_a_wrong_cell(name, fake):
     broken = dataclasses.replace(kernel, body=_off_by_one(name)(kernel.body))
     fake.kernels[-1] = (broken, problem, how)
     with pytest.raises(compile_worker.CompileError, match=rf"{name}\[0\]"):
-        compile_worker.prove(driver, PROVED[0], launches, cubins, shapes)
+        compare(fake, PROVED[0], launches, cubins, shapes)
     assert not fake._memory
 
 
@@ -339,10 +349,10 @@ def test_prove_reports_a_launch_that_the_driver_refuses(fake):
     launches, cubins, shapes = fake.compiled(PROVED[0])
     fake.result = 1
     with pytest.raises(driver.DriverError, match=r"launching a kernel failed: .*error 1\)\.$"):
-        compile_worker.prove(driver, PROVED[0], launches, cubins, shapes)
+        compare(fake, PROVED[0], launches, cubins, shapes)
     fake.result = 901  # a capture that another thread has ended
     with pytest.raises(driver.DriverError, match=r"error 901\)\. Another call .*thread_local"):
-        compile_worker.prove(driver, PROVED[0], launches, cubins, shapes)
+        compare(fake, PROVED[0], launches, cubins, shapes)
 
 
 # -- the process ----------------------------------------------------------------------------------
@@ -383,8 +393,8 @@ def test_sources_that_changed_since_the_request_are_not_compiled():
     """Their programs would be kept under the key of what the asking process had imported."""
     other = "0" * len(REQUEST["sources"])
     answer = _serve(json.dumps({**REQUEST, "sources": other}))
-    assert set(answer) == {"error", "until"} and "were changed" in answer["error"]
-    assert answer["until"] == "restart"
+    assert set(answer) == {"error", "for_every_program"} and "were changed" in answer["error"]
+    assert answer["for_every_program"] is True
 
 
 def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
@@ -404,7 +414,8 @@ def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
     slow = SimpleNamespace(
         enter=lambda device: None, assemble=lambda ptx: time.sleep(0.03) or ptx.encode()
     )
-    monkeypatch.setattr(compile_worker, "_beside", lambda name: slow)
+    module = SimpleNamespace(Driver=lambda: slow, DriverError=driver.DriverError)
+    monkeypatch.setattr(compile_worker, "_beside", lambda name: module)
     monkeypatch.setattr(compile_worker, "Compiler", Compiler)
     assert [set(one) for one in compile_worker._serve(request)] == [{"error"}] * 2
 
@@ -419,7 +430,7 @@ def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
         return [("ptx", how)] * len(kernels)
 
     monkeypatch.setattr(Compiler, "__call__", compiled)
-    monkeypatch.setattr(compile_worker, "prove", lambda *a: time.sleep(0.04))
+    monkeypatch.setattr(compile_worker, "compare_with_numpy", lambda *a: time.sleep(0.04))
     begun = time.monotonic()
     first, second = (one["seconds"] for one in compile_worker._serve(request))
     whole = time.monotonic() - begun
@@ -478,17 +489,16 @@ def test_this_jaxlib_is_not_refused():
 
 
 REASONS = {
-    "machine": (compile_worker.MachineError("no plugin"), "changed"),
-    "process": (compile_worker.CompileError("other sources"), "restart"),
-    "import": (ImportError("half installed"), "restart"),
+    "machine": (compile_worker.MachineError("no plugin"), True),
+    "import": (ImportError("half installed"), True),
     "memory": (driver.DriverError("out of memory", 2), None),
     "disk": (OSError(28, "No space left on device"), None),
 }
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_an_error_says_how_long_it_holds(name, monkeypatch, capsys):
-    error, until = REASONS[name]
+def test_an_error_says_whether_every_program_meets_it(name, monkeypatch, capsys):
+    error, for_every_program = REASONS[name]
 
     def fails(request):
         raise error
@@ -499,7 +509,7 @@ def test_an_error_says_how_long_it_holds(name, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert compile_worker.main() == 0
     answer = json.loads(capsys.readouterr().out)
-    assert str(error) in answer["error"] and answer.get("until") == until
+    assert str(error) in answer["error"] and answer.get("for_every_program") == for_every_program
 
 
 @pytest.mark.parametrize(("code", "mode", "kept"), [(46, 3, True), (46, 0, False), (2, 3, False)])
@@ -508,8 +518,9 @@ def test_exclusive_compute_mode_is_told_from_what_may_pass(code, mode, kept, fak
         raise driver.DriverError("cuDevicePrimaryCtxRetain failed", code)
 
     fake.compute_mode = mode
-    monkeypatch.setattr(driver, "enter", refuse)
+    machine_driver = driver.Driver(fake)
+    monkeypatch.setattr(machine_driver, "enter", refuse)
     with pytest.raises(RuntimeError, match="PrimaryCtxRetain") as caught:
-        compile_worker._enter(driver, 0)
+        compile_worker._enter(driver, machine_driver, 0)
     assert isinstance(caught.value, compile_worker.MachineError) == kept
     assert ("nvidia-smi -c DEFAULT" in str(caught.value)) == kept

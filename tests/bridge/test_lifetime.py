@@ -39,12 +39,12 @@ def test_without_the_hand_over_an_overwritten_input_is_seen(monkeypatch):
     """The export waits for the program. Without it the program reads what the caller wrote later."""
     monkeypatch.setattr(run, "hand_over", lambda results, **options: results)
     base, want = _large(0)
-    problem = _specs.AlignProblem(base.numel(), 64, 32)
+    problem = _specs.AlignSpec(base.numel(), 64, 32)
     wrong = 0
     for _ in range(TRIES):
         ids = base.clone()
         operands = {"topk_ids": ids}
-        got = run.execute(_plan.make_plan(problem, operands), problem, operands)
+        got = run.execute(_plan.resolve("f", problem, operands), operands)
         ids.fill_(1)
         wrong += not np.array_equal(np.asarray(got[0]), want.sorted_token_ids)
     assert wrong > 0

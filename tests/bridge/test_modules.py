@@ -238,49 +238,7 @@ def test_user_without_a_home_keeps_nothing(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="no compiled kernels are kept: Could not determine home"):
         assert disk_cache.load(KEY) is None
     disk_cache.store(KEY, ENTRY)
-    disk_cache.store_verdict(KEY, "reason")
-    disk_cache.forget_verdict(KEY)
-    assert disk_cache.load_verdict(KEY) is None and not disk_cache.holds(KEY)
-
-
-# -- verdicts --------------------------------------------------------------------------------------
-
-
-def test_verdict_is_kept_and_forgotten(folder):
-    assert disk_cache.load_verdict(KEY) is None
-    disk_cache.store_verdict(KEY, "no plugin")
-    [file] = folder.iterdir()
-    kept = disk_cache.load_verdict(KEY)
-    assert kept is not None and kept.startswith("no plugin (") and str(file) in kept
-    assert disk_cache.load(KEY) is None and not disk_cache.holds(KEY)  # it is no program
-    assert disk_cache.load_verdict(OTHER) is None
-    disk_cache.forget_verdict(KEY)
-    disk_cache.forget_verdict(KEY)
-    assert disk_cache.load_verdict(KEY) is None and not list(folder.iterdir())
-
-
-def test_verdict_lasts_a_day(folder, monkeypatch):
-    now = time.time()
-    for later, there in [(24 * 3600 - 60, True), (24 * 3600 + 1, False), (-60, False)]:
-        monkeypatch.setattr(disk_cache.time, "time", lambda: now)
-        disk_cache.store_verdict(KEY, "no plugin")
-        monkeypatch.setattr(disk_cache.time, "time", lambda at=now + later: at)
-        assert (disk_cache.load_verdict(KEY) is not None) == there, later
-        assert bool(list(folder.iterdir())) == there
-
-
-def test_damaged_or_strange_verdicts_are_removed(folder):
-    disk_cache.store_verdict(KEY, "no plugin")
-    [file] = folder.iterdir()
-    whole = file.read_bytes()
-    for at in range(len(whole)):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert disk_cache.load_verdict(KEY) is None and not file.exists(), at
-    for kernels in ([], [{}], [{"reason": "x", "until": "tomorrow"}], [3]):
-        file.write_bytes(disk_cache._encode(KEY, disk_cache.Entry(kernels, {}, [])))
-        assert disk_cache.load_verdict(KEY) is None and not file.exists(), kernels
-    file.write_bytes(disk_cache._encode(OTHER, disk_cache.Entry([], {}, [])))
-    assert disk_cache.load_verdict(KEY) is None and not file.exists()
+    assert not disk_cache.holds(KEY)
 
 
 # -- keys -----------------------------------------------------------------------------------------

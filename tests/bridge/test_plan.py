@@ -8,7 +8,7 @@ import torch_bridge
 from tests import oracle
 from tests.bridge.helpers import assert_triple, ids_of, misaligned
 from torch_bridge import _plan, dlpack
-from torch_bridge._dlpack_path import run as call
+from torch_bridge._dlpack_path import run as dlpack_call
 
 
 class Spy:
@@ -17,19 +17,20 @@ class Spy:
     def __init__(self, monkeypatch):
         self.plans, self.executed, self.copied, self.imported = [], [], [], []
         self.implementations, self.out_copies = [], 0
-        make_plan, execute, import_ = _plan.make_plan, call.execute, jax.dlpack.from_dlpack
-        compact_copy, copy_all = dlpack.compact_copy, call._copy_all
+        resolve, execute, import_ = _plan.resolve, dlpack_call.execute, jax.dlpack.from_dlpack
+        compact_copy, copy_all = dlpack.compact_copy, dlpack_call._copy_all
         from torch_bridge._dlpack_path import jax_calls
 
         run = jax_calls.run
 
         def spy_plan(*arguments, **options):
-            self.plans.append(make_plan(*arguments, **options))
-            return self.plans[-1]
+            decided = resolve(*arguments, **options)
+            self.plans.append(decided.plan)
+            return decided
 
-        def spy_execute(the_plan, *arguments, **options):
-            self.executed.append(the_plan)
-            return execute(the_plan, *arguments, **options)
+        def spy_execute(decided, *arguments):
+            self.executed.append(decided.plan)
+            return execute(decided, *arguments)
 
         def spy_copy(tensor):
             self.copied.append(tensor.data_ptr())
@@ -48,12 +49,12 @@ class Spy:
             self.out_copies += 1
             copy_all(targets, sources)
 
-        monkeypatch.setattr(_plan, "make_plan", spy_plan)
-        monkeypatch.setattr(call, "execute", spy_execute)
+        monkeypatch.setattr(_plan, "resolve", spy_plan)
+        monkeypatch.setattr(dlpack_call, "execute", spy_execute)
         monkeypatch.setattr(dlpack, "compact_copy", spy_copy)
         monkeypatch.setattr(jax.dlpack, "from_dlpack", spy_import)
         monkeypatch.setattr(jax_calls, "run", spy_run)
-        monkeypatch.setattr(call, "_copy_all", spy_copy_all)
+        monkeypatch.setattr(dlpack_call, "_copy_all", spy_copy_all)
 
 
 def _cases():
@@ -116,15 +117,17 @@ def test_plan_drives_the_call(monkeypatch):
     """A plan that asks for more copies gets them: it is obeyed, not only reported."""
     _, ids = ids_of(torch.int32, "uniform")
     want = oracle.align(ids.flatten().tolist(), block_size=8, num_experts=16)
-    make_plan = _plan.make_plan
+    resolve = _plan.resolve
 
     def other_plan(*arguments, **options):
-        made = make_plan(*arguments, **options)
+        decided = resolve(*arguments, **options)
         copies = {"topk_ids": "a test", "outputs": "a test"}
-        return made._replace(copies=copies, implementation="emulator")
+        return decided._replace(
+            plan=decided.plan._replace(copies=copies, implementation="emulator")
+        )
 
     spy = Spy(monkeypatch)
-    monkeypatch.setattr(_plan, "make_plan", other_plan)
+    monkeypatch.setattr(_plan, "resolve", other_plan)
     assert_triple(torch_bridge.moe_align_block_size(ids, 16, 8), want)
     assert spy.copied == [ids.data_ptr()] and spy.out_copies == 1
     assert spy.implementations == ["emulator"]

@@ -5,26 +5,39 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bridge.fake_cuda import assert_results, want_of
+from tests.bridge.fake_cuda import assert_results, remember, want_of
 from tests.bridge.helpers import ids_of
 from torch_bridge import _ops, _specs
-from torch_bridge._direct import call as direct_call
-from torch_bridge._direct import fast_path, program
+from torch_bridge._direct import fast_path
 
 
 def outputs_of(problem):
     return tuple(torch.full(shape, -7, dtype=torch.int32) for shape in problem.outputs.values())
 
 
+def attempt(
+    ids,
+    num_experts,
+    block_size,
+    pad=False,
+    expert_map=None,
+    ignore=False,
+    topk=None,
+    out=None,
+    in_place=False,
+):
+    form = fast_path.IN_PLACE if in_place else 0
+    key = (num_experts, block_size, pad, ignore, topk, form)
+    return fast_path.attempt(key, ids, expert_map, None, out)
+
+
 @pytest.fixture
-def seen_before(fake, monkeypatch):
+def seen_before(fake):
     """A kept call of 37 x 3 int32 ids, 16 experts, blocks of 8."""
-    monkeypatch.setattr(program, "current_device", lambda: -1)
     array, ids = ids_of(torch.int32)
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
-    program.prepare(-1, [direct_call.kernel_problem(problem, {"topk_ids": ids})])
-    fast_path.keep(problem, {"topk_ids": ids})
-    assert len(fast_path._kept) == 1
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
+    remember(fake, problem, {"topk_ids": ids})
+    assert len(fast_path._known) == 1
     return ids, want_of(problem, array, {})
 
 
@@ -33,7 +46,7 @@ def test_operator_takes_it_too(calls, seen_before, fake, monkeypatch):
     """With a look-up of its own; from the third call on, torch's guards answer. What is unlike the kept call
     goes the ordinary way, whoever answers."""
     ids, want = seen_before
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     operator = torch.ops.moe_align_jax.block_align
     ordinary = []
 
@@ -41,13 +54,13 @@ def test_operator_takes_it_too(calls, seen_before, fake, monkeypatch):
         ordinary.append(given[1])
         return outputs_of(problem)
 
-    monkeypatch.setattr(_ops, "_block_align_options", look)
+    monkeypatch.setattr(_ops, "_block_align_cold", look)
     for _ in range(calls):
         operator(ids, 16, 8)
-    [kept] = fast_path._kept.values()
-    assert (kept.fits is not fast_path._never) == (calls == 2)
+    [kept] = fast_path._known.values()
+    assert (kept.matches is not fast_path._matches_nothing) == (calls == 2)
     if calls == 2:
-        monkeypatch.setattr(fast_path, "_guard", lambda x: pytest.fail("asked again"))
+        monkeypatch.setattr(fast_path, "_matcher", lambda x: pytest.fail("asked again"))
     elsewhere = torch.nn.functional.pad(ids.flatten(), (1, 0))[1:].view(37, 3)
     others = [ids.flatten(), ids[1:], ids.long(), ids.t().contiguous().t(), torch._neg_view(ids)]
     others += [torch.nn.Parameter(ids, requires_grad=False), ids.to(torch.uint32)]
@@ -59,51 +72,51 @@ def test_operator_takes_it_too(calls, seen_before, fake, monkeypatch):
     for given in (ids.clone(), elsewhere):
         assert_results(problem, operator(given, 16, 8), want)
     assert not ordinary
-    monkeypatch.setattr(program, "current_device", lambda: 1)
+    fake.device = 1
     fake.launched.clear()
     operator(ids, 16, 8)
     assert len(ordinary) == 1 and not fake.launched
 
 
-def test_operator_in_other_modes_and_shapes(seen_before):
+def test_operator_in_other_modes_and_shapes(seen_before, fake):
     """A tensor of inference mode is none outside; the recent call is often another than this one."""
     ids, want = seen_before
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     operator = torch.ops.moe_align_jax.block_align
-    fast_path.keep(problem, {"topk_ids": ids.flatten()})
-    kept = fast_path._kept[ids.shape, ids.dtype, -1, (16, 8)]
+    remember(fake, problem, {"topk_ids": ids.flatten()})
+    kept = fast_path._known[ids.shape, ids.dtype, -1, (16, 8, False, False, None, 0)]
     for _ in range(2):
         with torch.inference_mode():
             given = ids.clone()
             for _ in range(3):
                 assert_results(problem, operator(given, 16, 8), want)
-            assert kept.fits(given) and not kept.fits(ids)
+            assert kept.matches(given) and not kept.matches(ids)
         for x in (ids, ids, ids, given, ids, ids.flatten(), ids, ids.flatten(), given):
             assert_results(problem, operator(x, 16, 8), want)
 
 
 def test_operator_without_torchs_guards(seen_before, monkeypatch):
     ids, want = seen_before
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
-    [kept] = fast_path._kept.values()
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
+    [kept] = fast_path._known.values()
     for missing in (None, lambda *given, **named: 1 / 0):
         monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", missing)
         for _ in range(3):
             results = torch.ops.moe_align_jax.block_align(ids, 16, 8)
             assert_results(problem, results, want)
-        assert kept.fits is fast_path._never
+        assert kept.matches is fast_path._matches_nothing
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
 @pytest.mark.parametrize("kind", ["nested", "coo", "csr"])
 def test_only_dense_tensors_reach_the_operator(kind, seen_before):
-    """What `Shortcut.fits` rests on: it may not be asked about a nested tensor."""
+    """What `KnownCall.matches` rests on: it may not be asked about a nested tensor."""
     ids, _ = seen_before
     for _ in range(3):
         torch.ops.moe_align_jax.block_align(ids, 16, 8)
-    [kept] = fast_path._kept.values()
-    assert kept.fits is not fast_path._never
+    [kept] = fast_path._known.values()
+    assert kept.matches is not fast_path._matches_nothing
     make = {
         "nested": lambda: torch.nested.nested_tensor([ids, ids]),
         "coo": ids.to_sparse,
@@ -113,72 +126,69 @@ def test_only_dense_tensors_reach_the_operator(kind, seen_before):
         torch.ops.moe_align_jax.block_align(make[kind](), 16, 8)
 
 
-def test_shapes_in_turn(seen_before):
+def test_shapes_in_turn(seen_before, fake):
     ids, _ = seen_before
     flat = ids.flatten()
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
-    fast_path.keep(problem, {"topk_ids": flat})
-    half = _specs.AlignProblem(50, 16, 8)
-    program.prepare(-1, [direct_call.kernel_problem(half, {"topk_ids": flat[:50]})])
-    fast_path.keep(half, {"topk_ids": flat[:50]})
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
+    remember(fake, problem, {"topk_ids": flat})
+    half = _specs.AlignSpec(50, 16, 8)
+    remember(fake, half, {"topk_ids": flat[:50]})
     for given, one in ((ids, problem), (flat, problem), (flat[:50], half)) * 4:
         want = want_of(one, given.numpy(), {})
-        assert_results(one, fast_path.attempt(given, 16, 8, False), want)
+        assert_results(one, attempt(given, 16, 8, False), want)
         out = outputs_of(one)
-        assert fast_path.attempt(given, 16, 8, False, out=out) is out
+        assert attempt(given, 16, 8, False, out=out) is out
         assert_results(one, out, want)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
-def test_map_and_out(fake, monkeypatch, filtered):
+def test_map_and_out(fake, filtered):
     """Each combination again and again, and maps that are unlike it."""
-    monkeypatch.setattr(program, "current_device", lambda: -1)
     array, ids = ids_of(torch.int32)
     local = torch.arange(16, dtype=torch.int32) - 3
     operands = {"topk_ids": ids, "expert_map": local}
-    problem = _specs.AlignProblem(ids.numel(), 16, 8, ignore_invalid_experts=filtered)
-    program.prepare(-1, [direct_call.kernel_problem(problem, operands)])
-    fast_path.keep(problem, operands)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8, ignore_invalid_experts=filtered)
+    remember(fake, problem, operands)
     want = want_of(problem, array, {"expert_map": local})
     call = (ids, 16, 8, False)
     for _ in range(4):
-        assert_results(problem, fast_path.attempt(*call, local, filtered), want)
+        assert_results(problem, attempt(*call, local, filtered), want)
         out = outputs_of(problem)
-        assert fast_path.attempt(*call, local, filtered, out=out) is out
+        assert attempt(*call, local, filtered, out=out) is out
         assert_results(problem, out, want)
         fake.launched.clear()
         shared = torch.zeros(32, dtype=torch.int32)
         others = [local.long(), local[1:], local[None], torch._neg_view(local), local.tolist()]
         others += [shared[::2], local.to_sparse(), torch.nn.Parameter(local, requires_grad=False)]
         for other in others:
-            assert fast_path.attempt(*call, other, filtered) is None
-            assert fast_path.attempt(*call, other, filtered, out=out) is None
-        assert fast_path.attempt(*call, local, not filtered) is None
+            assert attempt(*call, other, filtered) is None
+            assert attempt(*call, other, filtered, out=out) is None
+        assert attempt(*call, local, not filtered) is None
         over_map = (*out[:2], local[:1])
-        assert fast_path.attempt(*call, local, filtered, out=over_map) is None
+        assert attempt(*call, local, filtered, out=over_map) is None
         assert not fake.launched
 
 
 def test_shortcut_gives_the_results(seen_before):
     ids, want = seen_before
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     for given in (ids, ids.clone(), torch.nn.functional.pad(ids.flatten(), (1, 0))[1:].view(37, 3)):
-        results = fast_path.attempt(given, 16, 8, False)
+        results = attempt(given, 16, 8, False)
         assert type(results) is tuple
         assert_results(problem, results, want)
 
 
 def test_shortcut_into_out(seen_before):
     ids, want = seen_before
-    problem = _specs.AlignProblem(ids.numel(), 16, 8)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
     out = tuple(torch.empty(shape, dtype=torch.int32) for shape in problem.outputs.values())
-    assert fast_path.attempt(ids, 16, 8, False, out=out) is out
+    assert attempt(ids, 16, 8, False, out=out) is out
     assert_results(problem, out, want)
 
 
 def _others(ids):
     """Calls unlike the one that was kept: each goes the ordinary way."""
-    sizes = (_specs.AlignProblem(ids.numel(), 16, 8)).outputs.values()
+    sizes = (_specs.AlignSpec(ids.numel(), 16, 8)).outputs.values()
     fresh = [torch.full(shape, -7, dtype=torch.int32) for shape in sizes]
     wide = torch.full((fresh[0].numel() + 1,), -7, dtype=torch.int32)
     span = torch.full((fresh[0].numel() + ids.numel(),), 3, dtype=torch.int32)
@@ -237,7 +247,7 @@ def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
     assert list(others) == CASES
     arguments, options = others[case]
     fake.launched.clear()
-    assert fast_path.attempt(*arguments, **options) is None
+    assert attempt(*arguments, **options) is None
     assert not fake.launched
     out: Any = options.get("out", ())
     for tensor in out:
@@ -267,67 +277,67 @@ def test_shortcut_is_closed_to_modes_that_watch_operators():
         assert not fast_path.open_to_all()
 
 
-def test_shortcut_only_on_the_current_device(seen_before, monkeypatch):
+def test_shortcut_only_on_the_current_device(seen_before, fake):
     ids, _ = seen_before
-    monkeypatch.setattr(program, "current_device", lambda: 1)
-    assert fast_path.attempt(ids, 16, 8, False) is None
+    fake.device = 1
+    assert attempt(ids, 16, 8, False) is None
 
 
 def test_shortcut_is_kept_for_calls_with_a_loaded_program(fake):
     """And with ids, map and bound that the kernels read where they lie."""
     _, ids = ids_of(torch.int32)
     n = ids.numel()
-    plain, sglang = _specs.AlignProblem(n, 16, 8), _specs.SglangProblem(n, 16, 8)
+    plain, sglang = _specs.AlignSpec(n, 16, 8), _specs.SglangSpec(n, 16, 8)
     others = [
-        (plain, {"topk_ids": ids}),  # no program yet
-        (_specs.AlignProblem(0, 16, 8), {"topk_ids": ids[:0]}),
+        (_specs.AlignSpec(0, 16, 8), {"topk_ids": ids[:0]}),
         (plain, {"topk_ids": ids.to(torch.uint8)}),
         (plain, {"topk_ids": ids, "num_valid_pairs": torch.tensor(3)}),
         (plain, {"topk_ids": ids, "expert_map": torch.arange(16)}),
         (plain, {"topk_ids": torch.nn.Parameter(ids, requires_grad=False)}),
         (sglang, {"topk_ids": ids.to(torch.uint32)}),
-        (_specs.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0].long()}),
+        (_specs.BatchedSpec(3, 16, 8), {"expert_num_tokens": ids[0].long()}),
     ]
     for index, (problem, operands) in enumerate(others):
-        if index and problem.num_pairs:
-            program.prepare(-1, [direct_call.kernel_problem(problem, operands)])
-        fast_path.keep(problem, operands)
-        assert not fast_path._kept, index
+        remember(fake, problem, operands)
+        assert not fast_path._known, index
+    _ops.run(plain, {"topk_ids": ids}, max_valid_pairs=3)
+    assert not fast_path._known
+    fake.compile = lambda index, wanted: ["no compiler here"] * len(wanted)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        remember(fake, _specs.AlignSpec(n, 17, 8), {"topk_ids": ids})
+    assert not fast_path._known
+    del fake.compile
     kept = [
         (plain, {"topk_ids": ids}),
         (plain, {"topk_ids": ids.to(torch.uint32)}),
         (sglang, {"topk_ids": ids}),
-        (_specs.BatchedProblem(3, 16, 8), {"expert_num_tokens": ids[0]}),
+        (_specs.BatchedSpec(3, 16, 8), {"expert_num_tokens": ids[0]}),
     ]
     for index, (problem, operands) in enumerate(kept, 1):
-        program.prepare(-1, [direct_call.kernel_problem(problem, operands)])
-        fast_path.keep(problem, operands)
-        assert len(fast_path._kept) == index
+        remember(fake, problem, operands)
+        assert len(fast_path._known) == index
 
 
 def test_shortcut_is_bounded(fake, monkeypatch):
-    monkeypatch.setattr(fast_path, "_MAX_KEPT", 8)
-    program.prepare(-1, [direct_call.sized(20, 16, 8, torch.int32)])
+    monkeypatch.setattr(fast_path, "_MAX_KNOWN", 8)
     for n in range(17, 33):
         ids = torch.zeros(n, dtype=torch.int32)
-        fast_path.keep(_specs.AlignProblem(n, 16, 8), {"topk_ids": ids})
-        assert 1 <= len(fast_path._kept) <= 8
+        remember(fake, _specs.AlignSpec(n, 16, 8), {"topk_ids": ids})
+        assert 1 <= len(fast_path._known) <= 8
 
 
-def test_shortcut_fills_the_buffers_of_the_in_place_form(fake, monkeypatch):
+def test_shortcut_fills_the_buffers_of_the_in_place_form(fake):
     """Their rows are the capacity; buffers whose lengths do not fit together go the ordinary way."""
     array, ids = ids_of(torch.int32)
-    n, problem = ids.numel(), _specs.AlignProblem(ids.numel(), 16, 8)
+    n, problem = ids.numel(), _specs.AlignSpec(ids.numel(), 16, 8)
     want, rows = want_of(problem, array, {}), problem.capacity + 100
-    program.prepare(-1, [direct_call.kernel_problem(problem, {"topk_ids": ids})])
-    fast_path.keep(problem, {"topk_ids": ids}, capacity=rows)
-    monkeypatch.setattr(program, "current_device", lambda: -1)
+    remember(fake, problem, {"topk_ids": ids}, rows=rows)
     out = tuple(torch.full((k,), -7, dtype=torch.int32) for k in (rows, -(-rows // 8), 1))
     longer = (out[0], torch.full((len(out[1]) + 1,), -7, dtype=torch.int32), out[2])
-    assert fast_path.attempt(ids, 16, 8, False, out=out) is None  # another capacity
-    assert fast_path.attempt(ids, 16, 8, False, out=longer, in_place=True) is None
+    assert attempt(ids, 16, 8, False, out=out) is None  # another capacity
+    assert attempt(ids, 16, 8, False, out=longer, in_place=True) is None
     assert (torch.cat(longer) == -7).all() and not fake.launched
-    assert fast_path.attempt(ids, 16, 8, False, out=out, in_place=True) is out
+    assert attempt(ids, 16, 8, False, out=out, in_place=True) is out
     assert out[0].tolist() == list(want.sorted_token_ids) + [n] * 100
     blocks = list(want.expert_ids)
     assert out[1].tolist() == blocks + [-1] * (len(out[1]) - len(blocks))

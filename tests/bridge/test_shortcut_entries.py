@@ -11,14 +11,15 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.bridge.fake_cuda import remember as remember_call
 from tests.bridge.helpers import assert_format, ids_of
 from tests.bridge.test_sglang import sglang_expected
 from tests.bridge.test_vllm import vllm_expected
 from tests.gpu.graphs import capture
 from torch_bridge import sglang, vllm
 from torch_bridge._direct import call as direct_call
-from torch_bridge._direct import fast_path, program
-from torch_bridge._specs import AlignProblem, BatchedProblem, SglangProblem
+from torch_bridge._direct import fast_path
+from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec
 
 E, BLOCK = 16, 8
 ARRAY, IDS = ids_of(torch.int32, "minus_30")
@@ -40,7 +41,7 @@ def blocks_entry(limited=False, **options):
     inverse = options.pop("return_inverse", False)
     ignore = options.get("ignore_invalid_experts", False)
     pad = options.get("pad_sorted_ids", False)
-    problem = AlignProblem(N, E, BLOCK, ignore, pad, with_counts=True, with_inverse=inverse)
+    problem = AlignSpec(N, E, BLOCK, ignore, pad, with_counts=True, with_inverse=inverse)
     plain = {k: x.tolist() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
     want = oracle.align(FLAT, block_size=BLOCK, num_experts=E, return_inverse=inverse, **plain)
 
@@ -56,7 +57,7 @@ def limited_entry():
     """The three results with a bound on the device."""
     want = oracle.align(FLAT, block_size=BLOCK, num_experts=E, num_valid_pairs=70)
     return Entry(
-        AlignProblem(N, E, BLOCK),
+        AlignSpec(N, E, BLOCK),
         {"topk_ids": IDS, "num_valid_pairs": LIMIT},
         lambda ids, limit: torch_bridge.moe_align_block_size(ids, E, BLOCK, num_valid_pairs=limit),
         [list(x) for x in want[:3]],
@@ -70,7 +71,7 @@ def scatter_entry(mapped):
     def call(ids, local=None):
         return vllm.moe_align_block_size(ids, BLOCK, E, local, False, mapped, True)
 
-    problem = AlignProblem(N, E, BLOCK, mapped, with_scatter_idx=True)
+    problem = AlignSpec(N, E, BLOCK, mapped, with_scatter_idx=True)
     return Entry(problem, operands, call, [*three, scatter])
 
 
@@ -82,13 +83,13 @@ def sglang_entry(ignore, inactive):
             ids, BLOCK, E, ignore, return_inactive_prefix_count=inactive
         )
 
-    problem = SglangProblem(N, E, BLOCK, ignore, inactive)
+    problem = SglangSpec(N, E, BLOCK, ignore, inactive)
     return Entry(problem, {"topk_ids": IDS}, call, [rows, experts, count[: 1 + inactive]])
 
 
 def batched_entry():
     want = oracle.align_batched(COUNTS.tolist(), max_tokens_per_batch=13, block_size=BLOCK)
-    problem = BatchedProblem(6, 13, BLOCK)
+    problem = BatchedSpec(6, 13, BLOCK)
     return Entry(
         problem,
         {"expert_num_tokens": COUNTS},
@@ -149,7 +150,7 @@ def sglang_into(ids, *buffers):
 
 IN_PLACE = {
     "vllm": Entry(
-        AlignProblem(N, E, BLOCK),
+        AlignSpec(N, E, BLOCK),
         {"topk_ids": IDS},
         filled(lambda ids, *buffers: vllm.ops_moe_align_block_size(ids, E, BLOCK, *buffers)),
         list(vllm_expected(FLAT, BLOCK, E)[:3]),
@@ -172,12 +173,10 @@ IN_PLACE = {
 }
 
 
-def remember(entry, monkeypatch, capacity=0):
-    """The entry's call as one that was seen before."""
-    monkeypatch.setattr(program, "current_device", lambda: -1)
-    program.prepare(-1, [direct_call.kernel_problem(entry.problem, entry.operands)])
-    fast_path.keep(entry.problem, entry.operands, capacity=capacity)
-    assert len(fast_path._kept) == 1
+def remember(fake, entry, rows=0):
+    """The entry's call as one that was seen before; in place, into so many rows."""
+    remember_call(fake, entry.problem, entry.operands, rows=rows)
+    assert len(fast_path._known) == 1
 
 
 def flattened(want):
@@ -199,11 +198,11 @@ def others(tensor):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_results_and_other_tensors(name, fake, monkeypatch):
+def test_results_and_other_tensors(name, fake):
     """Kept, then recent, then guarded; between them what is unlike it."""
     entry = ENTRIES[name]
     flat = flattened(entry.want)
-    remember(entry, monkeypatch)
+    remember(fake, entry)
     tensors = list(entry.operands.values())
     for _ in range(3):
         fake.launched.clear()
@@ -220,7 +219,7 @@ def test_results_and_other_tensors(name, fake, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_only_on_the_current_device_and_unwatched(name, fake, monkeypatch):
+def test_only_on_the_current_device_and_unwatched(name, fake):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -229,36 +228,35 @@ def test_only_on_the_current_device_and_unwatched(name, fake, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     entry, seen = ENTRIES[name], []
-    remember(entry, monkeypatch)
+    remember(fake, entry)
     for _ in range(3):
         entry.call(*entry.operands.values())
     fake.launched.clear()
     with Watch():
         entry.call(*entry.operands.values())
     assert any(func.namespace == "moe_align_jax" for func in seen)
-    monkeypatch.setattr(program, "current_device", lambda: 1)
+    fake.device = 1
     entry.call(*entry.operands.values())
     assert not fake.launched
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_tensors_reach_no_guard(fake, monkeypatch):
+def test_nested_tensors_reach_no_guard(fake):
     """Torch's guards end the process at one, so all tensors are asked before."""
-    problem, operands = AlignProblem(N, E, BLOCK), {"topk_ids": IDS, "expert_map": MAP}
+    problem, operands = AlignSpec(N, E, BLOCK), {"topk_ids": IDS, "expert_map": MAP}
     operands["num_valid_pairs"] = LIMIT
-    remember(Entry(problem, operands, None, None), monkeypatch)
+    remember(fake, Entry(problem, operands, None, None))
     out = tuple(torch.zeros(shape, dtype=torch.int32) for shape in problem.outputs.values())
 
     def attempt(ids, local, limit, out):
-        return fast_path.attempt(
-            ids, E, BLOCK, expert_map=local, num_valid_pairs=limit, out=out, in_place=False
-        )
+        key = (E, BLOCK, False, False, None, 0)
+        return fast_path.attempt(key, ids, local, limit, out)
 
     for _ in range(3):
         for given in (None, out):
             assert attempt(IDS, MAP, LIMIT, given) is not None
-    [kept] = fast_path._kept.values()
-    assert fast_path._never not in (kept.fits, kept.fits_out)
+    [kept] = fast_path._known.values()
+    assert fast_path._matches_nothing not in (kept.matches, kept.matches_out)
     fake.launched.clear()
     nested = torch.nested.nested_tensor([MAP, MAP])
     for given in (None, out):
@@ -274,9 +272,9 @@ def test_nested_tensors_reach_no_guard(fake, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sglang", "blocks, inverse", "scatter"])
-def test_inference_mode(name, fake, monkeypatch):
+def test_inference_mode(name, fake):
     entry = ENTRIES[name]
-    remember(entry, monkeypatch)
+    remember(fake, entry)
     outside = entry.call(*entry.operands.values())
     for _ in range(3):
         with torch.inference_mode():
@@ -299,10 +297,10 @@ def test_inference_mode(name, fake, monkeypatch):
         lambda ids: vllm.moe_align_block_size(ids, BLOCK, E, return_scatter_idx=1),
     ],
 )
-def test_ints_for_flags_are_refused_as_ever(call, fake, monkeypatch):
+def test_ints_for_flags_are_refused_as_ever(call, fake):
     for name in ("blocks, inverse", "sglang", "sglang, inactive", "scatter"):
-        fast_path._kept.clear()
-        remember(ENTRIES[name], monkeypatch)
+        fast_path._known.clear()
+        remember(fake, ENTRIES[name])
         with pytest.raises(TypeError, match="bool") as caught:
             call(IDS)
         assert_format(caught.value)
@@ -310,9 +308,9 @@ def test_ints_for_flags_are_refused_as_ever(call, fake, monkeypatch):
 
 
 @pytest.mark.parametrize("calls", [0, 3], ids=["kept", "guarded"])
-def test_two_bounds_are_refused_as_ever(calls, fake, monkeypatch):
+def test_two_bounds_are_refused_as_ever(calls, fake):
     entry = ENTRIES["limit"]
-    remember(entry, monkeypatch)
+    remember(fake, entry)
     for _ in range(calls):
         entry.call(IDS, LIMIT)
     fake.launched.clear()
@@ -321,11 +319,11 @@ def test_two_bounds_are_refused_as_ever(calls, fake, monkeypatch):
     assert not fake.launched
 
 
-def test_scatter_idx_with_a_map_that_labels_is_refused_as_ever(fake, monkeypatch):
+def test_scatter_idx_with_a_map_that_labels_is_refused_as_ever(fake):
     """Though the operator gives both."""
-    problem = AlignProblem(N, E, BLOCK, with_scatter_idx=True)
+    problem = AlignSpec(N, E, BLOCK, with_scatter_idx=True)
     operands = {"topk_ids": IDS, "expert_map": MAP}
-    remember(Entry(problem, operands, None, None), monkeypatch)
+    remember(fake, Entry(problem, operands, None, None))
     with pytest.raises(ValueError, match="return_scatter_idx"):
         vllm.moe_align_block_size(IDS, BLOCK, E, MAP, False, False, True)
     assert not fake.launched
@@ -337,7 +335,7 @@ def test_scatter_idx_with_a_map_that_labels_is_refused_as_ever(fake, monkeypatch
 @pytest.mark.parametrize(
     ("name", "more"), [(x, k) for x in IN_PLACE for k in (0, 40) if (x, k) != ("batched", 40)]
 )
-def test_in_place(name, more, fake, monkeypatch):
+def test_in_place(name, more, fake):
     """The buffers' rows are the capacity; those of the batched form are compiled in."""
     entry = IN_PLACE[name]
     rows, blocks, *rest = entry.want
@@ -346,7 +344,7 @@ def test_in_place(name, more, fake, monkeypatch):
     blocks = [*blocks, *[-1] * (-(-len(rows) // BLOCK) - len(blocks))]
     want = [rows, blocks, *rest]
     flat = flattened(want)
-    remember(entry, monkeypatch, capacity=len(rows))
+    remember(fake, entry, rows=len(rows))
     tensors = list(entry.operands.values())
     for _ in range(4):
         fake.launched.clear()
@@ -356,10 +354,10 @@ def test_in_place(name, more, fake, monkeypatch):
 
 @pytest.mark.parametrize("calls", [0, 1, 3], ids=["kept", "recent", "guarded"])
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_in_place_other_buffers(name, calls, fake, monkeypatch):
+def test_in_place_other_buffers(name, calls, fake):
     """They get the errors and the results of the ordinary way."""
     entry = IN_PLACE[name]
-    remember(entry, monkeypatch, capacity=len(entry.want[0]))
+    remember(fake, entry, rows=len(entry.want[0]))
     tensors, want = list(entry.operands.values()), entry.want
     flat = flattened(want)
     for _ in range(calls):
@@ -398,9 +396,9 @@ def test_in_place_other_buffers(name, calls, fake, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["short", "int64", "strided", "no tensor"])
-def test_sglangs_scratch_is_looked_at_each_time(bad, fake, monkeypatch):
+def test_sglangs_scratch_is_looked_at_each_time(bad, fake):
     entry = IN_PLACE["sglang"]
-    remember(entry, monkeypatch, capacity=len(entry.want[0]))
+    remember(fake, entry, rows=len(entry.want[0]))
     entry.call(IDS, buffers=buffers_of(entry.want))
     fake.launched.clear()
     scratch = torch.zeros(E + 2, dtype=torch.int32)

@@ -7,10 +7,11 @@ import torch
 
 import torch_bridge
 from tests import oracle
+from tests.bridge.fake_cuda import problem_of
 from tests.bridge.helpers import assert_format, assert_triple, ids_of
 from tests.gpu.graphs import capture
-from torch_bridge._direct import call
-from torch_bridge._direct import program as direct
+from torch_bridge._direct import fast_path, store
+from torch_bridge._direct.machine import Machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,11 +73,11 @@ def test_gpu_each_device_has_its_own_module():
     programs = []
     for device in DEVICES:
         ids = case(SIZES[1])[0].to(device)
-        problem = torch_bridge._specs.AlignProblem(ids.numel(), 16, 8)
-        program = direct.loaded(device.index, call.kernel_problem(problem, {"topk_ids": ids}))
+        problem = torch_bridge._specs.AlignSpec(ids.numel(), 16, 8)
+        program = store.here.programs.get((device.index, problem_of(problem, {"topk_ids": ids})))
         assert program is not None
         programs.append(program)
-    handles = [{spec.function.handle.value for spec in program._specs} for program in programs]
+    handles = [{spec.function for spec in program.specs} for program in programs]
     assert handles[0] and handles[1] and not handles[0] & handles[1]
 
 
@@ -85,10 +86,11 @@ def test_gpu_second_device_of_a_kind_compiles_nothing(monkeypatch, tmp_path):
     if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
         pytest.skip("the two GPUs are of different kinds")
     monkeypatch.setenv("TORCH_BRIDGE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(direct, "_programs", {})
+    monkeypatch.setattr(store, "here", store.Store(Machine()))
+    fast_path.forget_all()
     sizes = {"num_experts": 16, "block_size": 8, "max_tokens": 1, "dtypes": [torch.int32]}
     assert torch_bridge.warmup(**sizes, device="cuda:1") == 1
-    monkeypatch.setattr(direct, "_compile", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(store.here.machine, "compile", lambda *a: pytest.fail("compiled"))
     assert torch_bridge.warmup(**sizes, device="cuda:0") == 1
     ids = torch.tensor([3], dtype=torch.int32)
     for device in DEVICES:

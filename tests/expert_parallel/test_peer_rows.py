@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
 from moe_align_jax import expert_parallel
-from moe_align_jax._core import checks
 from moe_align_jax._expert_parallel import nvlink_kernels
 from moe_align_jax._expert_parallel.nvlink_kernels import (
     Combine,
@@ -22,13 +21,14 @@ from moe_align_jax._expert_parallel.nvlink_kernels import (
     copying,
     dispatch,
 )
+from moe_align_jax._expert_parallel.transports import nvlink
 from moe_align_jax._expert_parallel.transports.nvlink import MAX_DEVICES, NvLink
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices, Kernel
 
 
-def sent(problem: nvlink_kernels.Problem, *arrays) -> list[dict[str, np.ndarray]]:
+def sent(problem: nvlink_kernels.PeerProblem, *arrays) -> list[dict[str, np.ndarray]]:
     """The outputs of every device, by name, in their own dtypes."""
     kernel = nvlink_kernels.build(problem)
     given = zip(*arrays, strict=True)
@@ -434,8 +434,7 @@ def test_axes_that_are_not_neighbours_in_the_mesh_are_refused():
 
 def test_more_words_than_int32_counts_are_refused(monkeypatch):
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
-    monkeypatch.setattr(
-        checks, "INT32_MAX", 2 * 8 * 32 - 1
-    )  # of the x that a rank receives: R = 16
+    # Of the x that a rank receives: R = 16.
+    monkeypatch.setattr(nvlink, "INT32_MAX", 2 * 8 * 32 - 1)
     with pytest.raises(NotImplementedError, match="4-byte words by transport 'nvlink'"):
         lowered_over(jax.devices())

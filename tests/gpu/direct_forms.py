@@ -15,9 +15,10 @@ import torch
 import torch_bridge
 from moe_align_jax.types import BatchedAlignProblem
 from tests import forms, oracle
+from tests.bridge.helpers import sized
 from tests.gpu.sanitizer_cases import Case
 from torch_bridge import sglang, vllm
-from torch_bridge._direct import call, program
+from torch_bridge._direct import store
 
 # dtype of the ids, and elements that their view lies behind the start of its memory.
 INPUTS = (("int32", 0), ("int32", 3), ("int64", 1))
@@ -27,7 +28,7 @@ MORE_ROWS = 77  # of the buffers that are larger than the result
 def load(cases: Iterable[Case]) -> None:
     """Compiles what `run` needs of these cases on the current GPU, many at once."""
     index = torch.cuda.current_device()
-    tuning = program.tuning(torch.device("cuda", index))
+    tuning = store.here.machine.tuning(torch.device("cuda", index))
     wanted: set[Any] = set()
     for case in cases:
         size, options = case.size, case.options
@@ -36,19 +37,19 @@ def load(cases: Iterable[Case]) -> None:
             continue
         for dtype in (torch.int32, torch.int64):
             sizes = (*size, dtype)
-            wanted.add(call.sized(*sizes, tuning=tuning))
-            wanted.add(call.sized(*sizes, minus_one=True, tuning=tuning))
+            wanted.add(sized(*sizes, tuning=tuning))
+            wanted.add(sized(*sizes, minus_one=True, tuning=tuning))
             wanted.add(
-                call.sized(
+                sized(
                     *sizes,
                     expert_map=options["map"],
-                    num_valid_pairs=options["num_valid_pairs"],
-                    tokens_per_expert=True,
+                    has_num_valid_pairs=options["num_valid_pairs"],
+                    return_counts=True,
                     return_inverse=options["return_inverse"],
                     tuning=tuning,
                 )
             )
-    program.prepare(index, list(wanted))
+    store.here.prepare(index, list(wanted))
 
 
 def on(device: str, array: np.ndarray, skip: int = 0) -> torch.Tensor:

@@ -43,15 +43,16 @@ def run_jit(path: str, tool: str) -> None:
 def run_direct(tool: str) -> None:
     """The child: each case once or more, launched by torch_bridge; then the names of its kernels."""
     from tests.gpu import direct_forms, sanitizer_cases
-    from torch_bridge._direct import program
+    from torch_bridge._direct import store
 
-    load, names = program._load, set()
+    driver, names = store.here.machine.driver, set()
+    load = driver.load_kernels
 
-    def named(index, problem, entry):
-        names.update(kernel["entry"] for kernel in entry.kernels)
-        load(index, problem, entry)
+    def named(kernels, *others):
+        names.update(kernel["entry"] for kernel in kernels)
+        return load(kernels, *others)
 
-    program._load = named
+    driver.load_kernels = named
     cases = sanitizer_cases.cases(tool)
     direct_forms.load(cases)
     for case in cases:

@@ -16,7 +16,7 @@ from moe_align_jax._layout import kernels
 from moe_align_jax._simt import emulator
 from tests.align.test_lowering import MOSAIC, lower, operations
 from tests.layout.helpers import assert_row_sums, masked_oracle, routing, row_sum_inputs, tokens
-from tests.simt.mutants import BLOCK_SYNC, LAYOUT, Mutant, mutated
+from tests.simt.mutants import LAYOUT, Mutant, markers, mutated
 
 Leaf, MaskedCopy, CopyConfig = kernels.Leaf, kernels.MaskedCopy, kernels.CopyConfig
 RowSum, SumConfig = kernels.RowSum, kernels.SumConfig
@@ -114,40 +114,21 @@ def test_copy_takes_every_size_that_it_says():
     assert not kernels.movable("complex64", 16)
 
 
-def _mutant(name: str, old: str, new: str, **more: str) -> Mutant:
-    return Mutant(name=name, module=f"{LAYOUT}.masked_copy", old=old, new=new, **more)
+def _mutant(name: str, new: str, kills: str = "RaceError") -> Mutant:
+    return Mutant(f"{LAYOUT}.masked_copy", name, new, kills)
 
 
 MUTANTS = (
-    _mutant(
-        "an expert's first place is read before it is there",
-        f"{BLOCK_SYNC}  # all of `first` is there",
-        "pass",
-    ),
-    _mutant(
-        "rows past an expert's room are copied",
-        "kept = kept & place.below(room)",
-        "kept = kept & (place >= 0)",
-        kills="wrong",
-    ),
-    _mutant(
-        "a row in use is cleared",
-        "with t.if_(row - expert * room >= self.used(expert)):",
-        "with t.if_(row - expert * room >= self.used(expert) - 1):",
-        after="units = leaf.units",
-    ),
-    _mutant(
-        "a row ends one unit late",
-        "with t.if_(at < leaf.units):",
-        "with t.if_(at <= leaf.units):",
-        kills="wrong",
-    ),
-    _mutant(
-        "every part of a row writes its place",
-        "with t.if_(mine & self.warp.eq(0) & unit.part.eq(0)):",
-        "with t.if_(mine & self.warp.eq(0)):",
-    ),
+    _mutant("an expert's first place is read before it is there", "pass"),
+    _mutant("rows past an expert's room are copied", "kept = kept & (place >= 0)", kills="wrong"),
+    _mutant("a row in use is cleared", "with t.if_(row - expert * room >= self.used(expert) - 1):"),
+    _mutant("a row ends one unit late", "with t.if_(at <= leaf.units):", kills="wrong"),
+    _mutant("every part of a row writes its place", "with t.if_(mine & self.warp.eq(0)):"),
 )
+
+
+def test_every_marker_has_its_mutant():
+    assert {(m.module, m.name) for m in MUTANTS} == markers(LAYOUT)
 
 
 def mutant_suite():
@@ -157,7 +138,7 @@ def mutant_suite():
         emulate_copy(problem, config, ids)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_killed(mutant):
     with mutated(mutant), pytest.raises(mutant.errors):
         mutant_suite()

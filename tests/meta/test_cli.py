@@ -1,6 +1,5 @@
 """The `moe-align` command, run as its users run it, and the reader of profiler traces behind it."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 import moe_align_jax
-from moe_align_jax._cli import checkout, demo, info, traces, tune
+from moe_align_jax._cli import checkout, demo, info, traces
 from moe_align_jax._cli.app import app
 from moe_align_jax.types import AlignedBlocks
+from tests.helpers import unwritable
 
 
 @pytest.fixture
@@ -151,17 +150,6 @@ def test_profile_reads_its_own_trace_back(moe_align, tmp_path):
         assert sort.count % 3 == 0 and sort.total_us > 0
 
 
-def unwritable(tmp_path):
-    """Folders that cannot be written to: below a file, on the kernel's file system, without the right."""
-    (tmp_path / "file").write_text("")
-    yield tmp_path / "file" / "profile"
-    if sys.platform == "linux":
-        yield Path("/proc/profile")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if not os.access(tmp_path / "locked", os.W_OK):  # root may write everywhere
-        yield tmp_path / "locked"
-
-
 def test_profile_says_before_the_run_that_its_folder_cannot_be_written(
     moe_align, tmp_path, monkeypatch
 ):
@@ -170,17 +158,6 @@ def test_profile_says_before_the_run_that_its_folder_cannot_be_written(
         done = moe_align("profile", "--num-tokens", "8", "--out", str(folder))
         assert done.exit_code == 1
         assert done.output.startswith("Cannot write: ") and str(folder.parent) in done.output
-
-
-def test_tune_says_before_it_measures_that_its_folder_cannot_be_written(tmp_path):
-    def measure(cell, configs):
-        pytest.fail("it measured")
-
-    sizes = {"experts": [8], "max_pairs": 8, "block_size": None, "seconds": None}
-    for folder in unwritable(tmp_path):
-        with pytest.raises(OSError):
-            out = folder / "table.json"
-            tune.run(Console(), **sizes, out=out, measure=measure, gpu="NVIDIA H200")
 
 
 def test_profile_refuses_more_choices_than_experts(moe_align):

@@ -10,7 +10,7 @@ from moe_align_jax._align.tables import BlockAlignMosaicConfig
 from moe_align_jax._simt import emulator
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from tests import oracle
-from tests.simt.mutants import MUTANTS, mutated
+from tests.simt.mutants import COLLECTIVES, KERNELS, MUTANTS, Mutant, markers, mutated
 
 
 def pairs(form, num_pairs, num_experts, block_size, *, routing="minus_30", **config):
@@ -68,11 +68,24 @@ def test_bodies_as_they_are_pass():
         run_suite(kernels)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_killed(mutant):
     """By what it does wrong: a missing barrier never shows in a lock-step result."""
     with mutated(mutant) as kernels, pytest.raises(mutant.errors):
         run_suite(kernels)
+
+
+def test_every_marker_in_the_kernels_has_its_mutant():
+    assert {(m.module, m.name) for m in MUTANTS} == markers(KERNELS) | markers(COLLECTIVES)
+
+
+def test_a_mutant_changes_the_line_under_its_marker():
+    source = "if x:\n    # mutant: one\n    # mutant: two\n    f(x)  # why\n    f(x)\n"
+    changed = "if x:\n    # mutant: one\n    # mutant: two\n    pass\n    f(x)\n"
+    assert Mutant("m", "one", "pass").apply(source) == changed
+    assert Mutant("m", "two", "pass").apply(source) == changed
+    with pytest.raises(AssertionError, match="m: three: m has not one line '# mutant: three'"):
+        Mutant("m", "three", "pass").apply(source)
 
 
 def test_mutants_leave_the_kernels_as_they_were():

@@ -1,4 +1,7 @@
-"""Asks processes of their own (launch.py) for compiled programs; whatever goes wrong there is an answer."""
+"""Has programs compiled by other processes, which run compile_worker.py.
+
+Whatever goes wrong there is an answer, not an error.
+"""
 
 import functools
 import json
@@ -11,26 +14,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from torch_bridge._direct import disk_cache
+from torch_bridge._direct.problems import KernelProblem
 
 _COMPILE_SECONDS = 300
 
-type Problem = AlignProblem | BatchedAlignProblem
 
-
-class Verdict(NamedTuple):
-    """Why no program at all can be compiled; `lasting`: by the next process neither."""
+class DeviceFailure(NamedTuple):
+    """Why nothing at all can be compiled for this device by this process."""
 
     reason: str
-    lasting: bool
 
 
-type Answer = disk_cache.Entry | str | Verdict
+# A program; or why this one could not be had; or why none can.
+type Answer = disk_cache.Entry | str | DeviceFailure
 
 
-def compile_all(index: int, problems: Sequence[Problem]) -> list[Answer]:
-    """Compiles and proves programs: entries, or reasons why not. Many go to several processes."""
+def compile_all(index: int, problems: Sequence[KernelProblem]) -> list[Answer]:
+    """Compiles and self-tests programs for a device, many of them in several processes at once.
+
+    Returns:
+        An answer per problem, in order.
+    """
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2, len(problems) // 4))
     shares = [problems[k::workers] for k in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
@@ -41,19 +46,20 @@ def compile_all(index: int, problems: Sequence[Problem]) -> list[Answer]:
     return answers
 
 
-def _compile_share(index: int, problems: Sequence[Problem]) -> list[Answer]:
-    """In one process of its own."""
+def _compile_share(index: int, problems: Sequence[KernelProblem]) -> list[Answer]:
+    """As `compile_all`, in one process."""
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return _ask(index, problems, folder)
     except subprocess.TimeoutExpired:
-        verdict = Verdict(f"compiling took over {_COMPILE_SECONDS} s", lasting=False)
+        failure = DeviceFailure(f"compiling took over {_COMPILE_SECONDS} s")
     except OSError as error:
-        verdict = Verdict(f"there is no process to compile in: {error}", lasting=False)
-    return [verdict] * len(problems)
+        failure = DeviceFailure(f"there is no process to compile in: {error}")
+    return [failure] * len(problems)
 
 
-def _ask(index: int, problems: Sequence[Problem], folder: str) -> list[Answer]:
+def _ask(index: int, problems: Sequence[KernelProblem], folder: str) -> list[Answer]:
+    """As `compile_all`, in one process that leaves its machine code in `folder`."""
     request = {
         "device": index,
         "folder": folder,
@@ -75,8 +81,9 @@ def _ask(index: int, problems: Sequence[Problem], folder: str) -> list[Answer]:
         reason = f"the compiling process ended with status {done.returncode}: {tail}"
         return [reason] * len(problems)
     if "error" in answer:
-        reason, until = answer["error"], answer.get("until")
-        return [Verdict(reason, until == "changed") if until else reason] * len(problems)
+        reason = answer["error"]
+        failure = DeviceFailure(reason) if answer.get("for_every_program") else reason
+        return [failure] * len(problems)
     entries: list[Answer] = []
     for one in answer["programs"]:
         if "error" in one:

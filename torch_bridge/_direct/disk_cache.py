@@ -5,8 +5,10 @@ by everything that could change the machine code or its meaning, written under a
 place, and checked before use; what does not check is removed and made again. The folder belongs to the user
 alone, and its size is bounded. Imports neither jax nor torch.
 
-Beside them, in the same form and for a day, lies why a machine cannot compile at all (a verdict), so that not
-every process tries.
+Only programs are kept, not the reasons why something could not be compiled: each process remembers those
+for itself. A reason that holds for a whole machine (no compiler, an unknown jaxlib, a GPU that one process
+owns) is found before jax is imported, in the time that a process and its CUDA context take to start. The
+call then takes DLPack, which imports jax and starts jax's client on the GPU: that takes longer.
 """
 
 import contextlib
@@ -17,14 +19,12 @@ import json
 import os
 import stat
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
-_VERDICT_SECONDS = 24 * 3600
 # Of moe_align_jax: the folders that a program comes from, beside `types.py`.
 _SOURCES = ("_align", "_align/kernels", "_core", "_lowering", "_masked_quant", "_simt")
 
@@ -54,11 +54,11 @@ def folder() -> Path:
 @functools.cache
 def source_digest() -> str:
     """Of all code and tables that the kernels and their launch come from, and the versions below them."""
-    from moe_align_jax._align import tables as _tuning
+    from moe_align_jax._align import tables
 
-    folders = [folder for folder in _tuning.folders() if folder.is_dir()]
-    tables = [path for folder in folders for path in _files_in(folder, ".json")]
-    return _digest_of(code_digest().encode(), tables)
+    folders = [folder for folder in tables.folders() if folder.is_dir()]
+    files = [path for folder in folders for path in _files_in(folder, ".json")]
+    return _digest_of(code_digest().encode(), files)
 
 
 @functools.cache
@@ -154,17 +154,9 @@ def _decode(key: str, data: bytes) -> Entry | None:
 
 def load(key: str) -> Entry | None:
     """The entry, or None: there is none, or it is damaged or another's (it is then removed)."""
-    path = _private_folder()
-    return _read(key, path / f"{key}.mod") if path else None
-
-
-def holds(key: str) -> bool:
-    """Whether there is a file for it; whether that is sound, `load` says."""
-    path = _private_folder()
-    return path is not None and (path / f"{key}.mod").is_file()
-
-
-def _read(key: str, file: Path) -> Entry | None:
+    if (path := _private_folder()) is None:
+        return None
+    file = path / f"{key}.mod"
     try:
         data = file.read_bytes()
     except OSError:
@@ -179,12 +171,14 @@ def _read(key: str, file: Path) -> Entry | None:
     return entry
 
 
+def holds(key: str) -> bool:
+    """Whether there is a file for it; whether that is sound, `load` says."""
+    path = _private_folder()
+    return path is not None and (path / f"{key}.mod").is_file()
+
+
 def store(key: str, entry: Entry) -> None:
     """Keeps an entry; where the disk is full or not writable, warns and goes on without."""
-    _write(key, entry, "mod")
-
-
-def _write(key: str, entry: Entry, ending: str) -> None:
     if (path := _private_folder()) is None:
         return
     data = _encode(key, entry)
@@ -193,7 +187,7 @@ def _write(key: str, entry: Entry, ending: str) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            os.replace(name, path / f"{key}.{ending}")
+            os.replace(name, path / f"{key}.mod")
         except BaseException:
             os.unlink(name)
             raise
@@ -202,48 +196,14 @@ def _write(key: str, entry: Entry, ending: str) -> None:
         _warn(f"compiled kernels could not be kept: {error}")
 
 
-def verdict_key(machine: str) -> str:
-    """Key of a verdict: `machine` names what it hangs on, beside the sources and versions."""
-    return hashlib.sha256(f"{machine}\0{source_digest()}".encode()).hexdigest()
-
-
-def load_verdict(key: str) -> str | None:
-    """Why no program can be compiled, as an earlier process found, and where that is kept; or None."""
-    if (path := _private_folder()) is None:
-        return None
-    file = path / f"{key}.why"
-    if (entry := _read(key, file)) is None:
-        return None
-    try:
-        [kept] = entry.kernels
-        reason, left = str(kept["reason"]), kept["until"] - time.time()
-    except (ValueError, KeyError, TypeError):
-        reason, left = "", -1
-    if not 0 < left <= _VERDICT_SECONDS:  # beyond: a clock was set back
-        forget_verdict(key)
-        return None
-    return f"{reason} (found by an earlier process and kept in {file}: warmup(...) tries again)"
-
-
-def store_verdict(key: str, reason: str) -> None:
-    until = time.time() + _VERDICT_SECONDS
-    _write(key, Entry([{"reason": reason, "until": until}], {}, []), "why")
-
-
-def forget_verdict(key: str) -> None:
-    if (path := _private_folder()) is not None:
-        with contextlib.suppress(OSError):
-            (path / f"{key}.why").unlink(missing_ok=True)
-
-
 def _bound(path: Path) -> None:
     """Removes the oldest entries beyond the bound."""
-    files = []
-    for file in (*path.glob("*.mod"), *path.glob("*.why")):
+    files, total = [], 0
+    for file in path.glob("*.mod"):
         with contextlib.suppress(OSError):
             facts = file.stat()
             files.append((facts.st_mtime, facts.st_size, file))
-    total = sum(size for _, size, _ in files)
+            total += facts.st_size
     for _, size, file in sorted(files):
         if total <= _MAX_BYTES:
             break

@@ -1,13 +1,21 @@
-"""The few calls of the CUDA driver that a launch takes, through ctypes. Imports neither torch nor jax.
+"""The few functions of the CUDA driver that a launch takes, called through ctypes. No torch, no jax.
 
-Everything here is the driver's public API (cuda.h).
+Two kinds of processes use it: the user's, which loads and launches, and the one that compiles
+(compile_worker.py), which also assembles and tests. Everything here is the driver's public API (cuda.h).
+
+Why not `cuda.bindings`: torch's wheels on PyPI require it (2.11 to 2.14, Linux, from 2.13 on for Python
+below 3.15), but a torch from elsewhere (conda, a container, a build from source) need not bring
+it. The launch itself would stay in ctypes, where arguments are prepared once and a call converts nothing.
+Two bindings to one library would be more to trust than these functions are.
 """
 
 import ctypes
 import functools
 import os
 import re
-from collections.abc import Sequence
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +29,7 @@ _CAPTURE_HINT = (
     'capture with torch.cuda.graph(..., capture_error_mode="thread_local").'
 )
 _COMPUTE_MODE, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 20, 75, 76  # CU_DEVICE_ATTRIBUTE_*
-_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+KERNEL_MODULE_VERSION = Path("/proc/driver/nvidia/version")
 
 
 class DriverError(RuntimeError):
@@ -32,52 +40,33 @@ class DriverError(RuntimeError):
         self.code = code
 
 
-class _Attribute(ctypes.Structure):
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h."""
+
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
 
 
-class _LaunchConfig(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
     _fields_ = [
         *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
         *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z")),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
         ("num_attributes", ctypes.c_uint),
     ]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """libcuda; OSError where there is none."""
-    cuda = ctypes.CDLL("libcuda.so.1")
-    for name in ("cuModuleLoadData", "cuModuleUnload", "cuCtxSetCurrent"):
-        getattr(cuda, name).argtypes = [ctypes.c_void_p] * (2 if "Load" in name else 1)
-    return cuda
-
-
-def check(result: int, what: str) -> None:
-    if result == _SUCCESS:
-        return
-    text = ctypes.c_char_p()
-    library().cuGetErrorString(result, ctypes.byref(text))
-    reason = text.value.decode() if text.value else "unknown error"
-    hint = _CAPTURE_HINT if result == _CAPTURE_INVALIDATED else ""
-    raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).{hint}", result)
-
-
-def driver_version() -> int:
-    version = ctypes.c_int()
-    check(library().cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
-    return version.value
-
-
 class _LibraryOf(ctypes.Structure):
+    """Dl_info of dlfcn.h."""
+
     _fields_ = [("file", ctypes.c_char_p), *((x, ctypes.c_void_p) for x in ("at", "name", "value"))]
 
 
 def file_of(function: Any) -> str:
-    """The file that a foreign function was loaded from; "" where that is not to be had."""
+    """The file that a ctypes function was loaded from; "" where the C library does not say."""
     found, address = _LibraryOf(), ctypes.cast(function, ctypes.c_void_p)
     try:
         known = ctypes.CDLL(None).dladdr(address, ctypes.byref(found))
@@ -86,86 +75,185 @@ def file_of(function: Any) -> str:
     return os.path.realpath(os.fsdecode(found.file)) if known and found.file else ""
 
 
-@functools.cache
-def release() -> str:
-    """The driver's release, such as 580.159.04; "" where nobody says it.
+class LaunchSpec(NamedTuple):
+    """A loaded kernel and how it is launched.
 
-    Many releases share one `driver_version`, that of CUDA, and each may bring another assembler. What is
-    loaded counts (its file is named so), then what the kernel runs.
+    Attributes:
+        function: the kernel's CUfunction.
+        grid, cluster, block: CTAs of the grid and of a cluster, and threads, in x, y, z.
+        shared_bytes: dynamic shared memory.
+        parameters: for each 64-bit parameter, its position among the program's values.
     """
-    if named := re.search(
-        r"libcuda\.so\.(\d{3,}\.\d[\d.]*)$", file_of(library().cuDriverGetVersion)
-    ):
-        return named[1]
-    try:
-        said = re.search(r"\s(\d{3,}\.\d[\d.]*)\s", _KERNEL_MODULE.read_text())
-    except (OSError, ValueError):
-        return ""
-    return said[1] if said else ""
+
+    function: int
+    grid: Sequence[int]
+    cluster: Sequence[int]
+    block: Sequence[int]
+    shared_bytes: int
+    parameters: tuple[int, ...]
 
 
-@functools.cache
-def primary_context(device: int) -> ctypes.c_void_p:
-    """The context that the CUDA runtime (so torch) uses; kept for the life of the process."""
-    cuda, context, handle = library(), ctypes.c_void_p(), ctypes.c_int()
-    check(cuda.cuInit(0), "cuInit")
-    check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
-    check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
-    return context
+class Driver:
+    """The CUDA driver of this process.
 
+    Args:
+        library: libcuda, or in tests an object with the same functions. None loads libcuda at its first use.
 
-def enter(device: int) -> None:
-    """Makes the device's context current in this thread."""
-    check(library().cuCtxSetCurrent(primary_context(device)), "cuCtxSetCurrent")
+    A method that calls the driver raises DriverError where that call fails.
+    """
 
+    def __init__(self, library: Any = None):
+        if library is not None:
+            self.library = library
+        self._contexts: dict[int, ctypes.c_void_p] = {}
 
-def _attribute(device: int, attribute: int) -> int:
-    cuda, handle, value = library(), ctypes.c_int(), ctypes.c_int()
-    check(cuda.cuInit(0), "cuInit")
-    check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
-    check(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle), "cuDeviceGetAttribute")
-    return value.value
+    @functools.cached_property
+    def library(self) -> Any:
+        """libcuda.
 
+        Raises:
+            OSError: there is none.
+        """
+        cuda = ctypes.CDLL("libcuda.so.1")
+        for name in ("cuModuleLoadData", "cuModuleUnload", "cuCtxSetCurrent"):
+            getattr(cuda, name).argtypes = [ctypes.c_void_p] * (2 if "Load" in name else 1)
+        return cuda
 
-def capability(device: int) -> tuple[int, int]:
-    return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)
+    def check(self, result: int, what: str) -> None:
+        """Raises DriverError unless `result` is CUDA_SUCCESS; `what` names what was tried."""
+        if result == _SUCCESS:
+            return
+        text = ctypes.c_char_p()
+        self.library.cuGetErrorString(result, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown error"
+        hint = _CAPTURE_HINT if result == _CAPTURE_INVALIDATED else ""
+        raise DriverError(f"{what} failed: {reason} (CUDA driver error {result}).{hint}", result)
 
+    # -- what is installed ----------------------------------------------------------------------
 
-def compute_mode(device: int) -> int:
-    """0: any number of processes. Others let in one, or none."""
-    return _attribute(device, _COMPUTE_MODE)
+    def cuda_version(self) -> int:
+        """The newest CUDA that the driver supports, such as 13000."""
+        version = ctypes.c_int()
+        self.check(self.library.cuDriverGetVersion(ctypes.byref(version)), "asking for the version")
+        return version.value
 
+    @functools.cached_property
+    def release(self) -> str:
+        """The driver's release, such as 580.159.04; "" where nothing tells it.
 
-def assemble(ptx: str) -> bytes:
-    """PTX to a cubin for the current context's device, by the driver's own assembler."""
-    cuda = library()
-    state, image, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
-    check(cuda.cuLinkCreate_v2(0, None, None, ctypes.byref(state)), "cuLinkCreate")
-    try:
-        text = ptx.encode() + b"\0"
-        check(
-            cuda.cuLinkAddData_v2(
-                state, _JIT_INPUT_PTX, text, ctypes.c_size_t(len(text)), b"kernel", 0, None, None
-            ),
-            "assembling the kernel (cuLinkAddData)",
+        Many releases share one `cuda_version`, and each may bring another assembler. The file that is loaded
+        tells it by its name; if not, the version file of the kernel module does.
+        """
+        if named := re.search(
+            r"libcuda\.so\.(\d{3,}\.\d[\d.]*)$", file_of(self.library.cuDriverGetVersion)
+        ):
+            return named[1]
+        try:
+            said = re.search(r"\s(\d{3,}\.\d[\d.]*)\s", KERNEL_MODULE_VERSION.read_text())
+        except (OSError, ValueError):
+            return ""
+        return said[1] if said else ""
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """Compute capability, such as (9, 0)."""
+        return self._attribute(device, _CAPABILITY_MAJOR), self._attribute(
+            device, _CAPABILITY_MINOR
         )
-        check(cuda.cuLinkComplete(state, ctypes.byref(image), ctypes.byref(size)), "cuLinkComplete")
-        return ctypes.string_at(image, size.value)
-    finally:
-        cuda.cuLinkDestroy(state)
 
+    def compute_mode(self, device: int) -> int:
+        """0 lets any number of processes use the device; other modes let in one, or none."""
+        return self._attribute(device, _COMPUTE_MODE)
 
-def synchronize() -> None:
-    check(library().cuCtxSynchronize(), "running a kernel")
+    def _attribute(self, device: int, attribute: int) -> int:
+        cuda, handle, value = self.library, ctypes.c_int(), ctypes.c_int()
+        self.check(cuda.cuInit(0), "cuInit")
+        self.check(cuda.cuDeviceGet(ctypes.byref(handle), device), f"cuDeviceGet({device})")
+        self.check(
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle),
+            "cuDeviceGetAttribute",
+        )
+        return value.value
+
+    # -- contexts, code, memory -----------------------------------------------------------------
+
+    def enter(self, device: int) -> None:
+        """Makes the device's primary context, which torch uses too, current in this thread."""
+        context = self._contexts.get(device) or self._retain_context(device)
+        if result := self.library.cuCtxSetCurrent(context):
+            self.check(result, "cuCtxSetCurrent")
+
+    def _retain_context(self, device: int) -> ctypes.c_void_p:
+        """The device's primary context, kept for the life of the process."""
+        cuda, context, handle = self.library, ctypes.c_void_p(), ctypes.c_int()
+        if result := cuda.cuInit(0):
+            self.check(result, "cuInit")
+        if result := cuda.cuDeviceGet(ctypes.byref(handle), device):
+            self.check(result, f"cuDeviceGet({device})")
+        if result := cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle):
+            self.check(result, "cuDevicePrimaryCtxRetain")
+        self._contexts[device] = context
+        return context
+
+    def assemble(self, ptx: str) -> bytes:
+        """PTX to a cubin for the current context's device, by the driver's own assembler."""
+        cuda = self.library
+        state, image, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
+        self.check(cuda.cuLinkCreate_v2(0, None, None, ctypes.byref(state)), "cuLinkCreate")
+        try:
+            text = ptx.encode() + b"\0"
+            self.check(
+                cuda.cuLinkAddData_v2(
+                    *(state, _JIT_INPUT_PTX, text, ctypes.c_size_t(len(text)), b"kernel"),
+                    *(0, None, None),
+                ),
+                "assembling the kernel (cuLinkAddData)",
+            )
+            self.check(
+                cuda.cuLinkComplete(state, ctypes.byref(image), ctypes.byref(size)),
+                "cuLinkComplete",
+            )
+            return ctypes.string_at(image, size.value)
+        finally:
+            cuda.cuLinkDestroy(state)
+
+    def load_kernels(
+        self, kernels: Sequence[Mapping[str, Any]], cubins: Sequence[bytes], names: Sequence[str]
+    ) -> list[LaunchSpec]:
+        """Loads kernels into the current context, ready to launch.
+
+        Args:
+            kernels: for each, the fields of `compile_worker.KernelLaunch`.
+            cubins: their machine code.
+            names: of the program's values, in order; a kernel's parameters are among them.
+        """
+        cuda, specs = self.library, []
+        for kernel, cubin in zip(kernels, cubins, strict=True):
+            entry, shared = kernel["entry"], kernel["shared_bytes"]
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            if result := cuda.cuModuleLoadData(ctypes.byref(module), cubin):
+                self.check(result, f"loading {entry}")
+            if result := cuda.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()):
+                self.check(result, f"finding {entry}")
+            if result := cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared):
+                self.check(result, f"asking for {shared} bytes of shared memory")
+            assert function.value is not None
+            shape = kernel["grid"], kernel["cluster"], kernel["block"]
+            positions = tuple([names.index(name) for name in kernel["parameters"]])
+            specs.append(LaunchSpec(function.value, *shape, shared, positions))
+        return specs
+
+    def synchronize(self) -> None:
+        """Waits for all work of the current context."""
+        self.check(self.library.cuCtxSynchronize(), "running a kernel")
 
 
 class Memory:
-    """Device memory of our own, for proving a program."""
+    """Device memory of our own, for the self-test of a program; at least 4 bytes."""
 
-    def __init__(self, size: int):
-        self._address, self._size = ctypes.c_uint64(), max(size, 4)
-        check(
-            library().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(self._size)),
+    def __init__(self, driver: Driver, size: int):
+        self._driver, self._address, self._size = driver, ctypes.c_uint64(), max(size, 4)
+        driver.check(
+            driver.library.cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(self._size)),
             f"allocating {size} bytes",
         )
 
@@ -174,63 +262,33 @@ class Memory:
         return self._address.value
 
     def fill(self, word: int) -> None:
-        count = ctypes.c_size_t(self._size // 4)
-        check(library().cuMemsetD32_v2(self._address, ctypes.c_uint(word), count), "cuMemset")
+        """Sets every 32-bit word."""
+        cuda, count = self._driver.library, ctypes.c_size_t(self._size // 4)
+        self._driver.check(
+            cuda.cuMemsetD32_v2(self._address, ctypes.c_uint(word), count), "cuMemset"
+        )
 
     def write(self, array) -> None:
         """From a contiguous NumPy array."""
         source, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-        check(library().cuMemcpyHtoD_v2(self._address, source, size), "cuMemcpyHtoD")
+        self._driver.check(
+            self._driver.library.cuMemcpyHtoD_v2(self._address, source, size), "cuMemcpyHtoD"
+        )
 
     def read(self, array):
         """Into a contiguous NumPy array, which is returned."""
         target, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-        check(library().cuMemcpyDtoH_v2(target, self._address, size), "cuMemcpyDtoH")
+        self._driver.check(
+            self._driver.library.cuMemcpyDtoH_v2(target, self._address, size), "cuMemcpyDtoH"
+        )
         return array
 
     def free(self) -> None:
-        library().cuMemFree_v2(self._address)
-
-
-class Function:
-    """One kernel, loaded into the current context and ready to launch."""
-
-    def __init__(self, cubin: bytes, entry: str):
-        cuda = library()
-        self._module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
-        check(cuda.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {entry}")
-        check(
-            cuda.cuModuleGetFunction(ctypes.byref(self.handle), self._module, entry.encode()),
-            f"finding {entry}",
-        )
-
-    def allow_shared(self, size: int) -> None:
-        check(
-            library().cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, size),
-            f"asking for {size} bytes of shared memory",
-        )
-
-
-class LaunchSpec(NamedTuple):
-    """A kernel and how it is launched.
-
-    Attributes:
-        function: the loaded kernel.
-        grid, cluster, block: CTAs of the grid and of a cluster, and threads, in x, y, z.
-        shared_bytes: dynamic shared memory.
-        parameters: for each 64-bit parameter, its position among a program's values.
-    """
-
-    function: Function
-    grid: Sequence[int]
-    cluster: Sequence[int]
-    block: Sequence[int]
-    shared_bytes: int
-    parameters: tuple[int, ...]
+        self._driver.library.cuMemFree_v2(self._address)
 
 
 class Launches:
-    """Kernels launched one after the other, with the memory that their arguments are read from.
+    """The kernels of a program, launched one after the other, with the memory that holds their arguments.
 
     Not for two threads at once: a thread makes its own. Each kernel may start before the one ahead of it
     has ended (programmatic dependent launch), and waits for it where it must.
@@ -243,9 +301,9 @@ class Launches:
     kept: Any = None
     kept_is_next = False
 
-    def __init__(self, specs: Sequence[LaunchSpec], num_values: int):
+    def __init__(self, driver: Driver, specs: Sequence[LaunchSpec], num_values: int):
         self.values = (ctypes.c_uint64 * num_values)()
-        self._stream: int | None = None
+        self._driver, self._stream = driver, None
         self._configs, self._pointers, self._arguments, self._attributes = [], [], [], []
         start = ctypes.addressof(self.values)
         # Without argtypes, and with arguments made once, ctypes converts nothing at a call: half the time.
@@ -253,23 +311,22 @@ class Launches:
         for spec in specs:
             places = [start + 8 * position for position in spec.parameters]
             pointers = (ctypes.c_void_p * len(places))(*places)
-            attributes = (_Attribute * 2)()
+            attributes = (LaunchAttribute * 2)()
             attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
             attributes[1].id, attributes[1].value[:3] = _CLUSTER_DIMENSION, list(spec.cluster)
-            in_clusters = any(size > 1 for size in spec.cluster)
-            config = _LaunchConfig(
+            in_clusters = max(spec.cluster) > 1
+            config = LaunchConfig(
                 *spec.grid, *spec.block, spec.shared_bytes, None, attributes, 1 + in_clusters
             )
             self._attributes.append(attributes)
             self._configs.append(config)
             self._pointers.append(pointers)
-            addresses = (ctypes.addressof(config), spec.function.handle.value)
-            addresses += (ctypes.addressof(pointers), 0)
+            addresses = ctypes.addressof(config), spec.function, ctypes.addressof(pointers), 0
             self._arguments.append(tuple([pointer(address) for address in addresses]))
-        self._launch = library().cuLaunchKernelEx
+        self._launch = driver.library.cuLaunchKernelEx
 
     def enqueue(self, stream: int) -> None:
-        """Enqueues the kernels, with what `values` holds now."""
+        """Enqueues the kernels on a stream, with what `values` holds now."""
         if stream != self._stream:
             for config in self._configs:
                 config.stream = stream
@@ -277,4 +334,46 @@ class Launches:
         launch = self._launch
         for config, function, arguments, extra in self._arguments:
             if result := launch(config, function, arguments, extra):
-                check(result, "launching a kernel")
+                self._driver.check(result, "launching a kernel")
+
+
+def launcher(
+    driver: Driver,
+    device: int,
+    specs: Sequence[LaunchSpec],
+    num_given: int,
+    num_values: int,
+    current_stream: Callable[[int], int],
+    take_between: Callable[[Launches, int], Any] | None,
+) -> Callable[..., None]:
+    """How a program is launched, whoever asks for it: `launch(*values)`.
+
+    Its steps: the thread's argument memory, the current stream, memory between the kernels, the values, the
+    kernels. A repeated call spends 5 us in all, so everything that it needs is bound here once.
+
+    Args:
+        driver: loaded the kernels. device: the program's device, which is current in every launch. specs:
+        the kernels. num_given: how many values the caller gives: pointers, and sizes. num_values: how many
+        with the pointers to buffers between the kernels, which come last. current_stream: the stream to
+        launch on, of a device. take_between: `take_between(launches, stream)` points the next launch on a
+        stream at memory between its
+            kernels and returns what holds that memory. Not called where `launches` keeps it for the default
+            stream. None for a program that has no such memory.
+    """
+    threads, pack = threading.local(), struct.Struct(f"{num_given}Q").pack_into
+
+    def launch(*values: int) -> None:
+        try:
+            launches = threads.launches
+        except AttributeError:  # a new thread, to which the context may be new too
+            driver.enter(device)
+            launches = threads.launches = Launches(driver, specs, num_values)
+        stream = current_stream(device)
+        held = None  # until all kernels are enqueued: another thread on this stream may not get it before
+        if take_between is not None and (stream or not launches.kept_is_next):
+            held = take_between(launches, stream)
+        pack(launches.values, 0, *values)
+        launches.enqueue(stream)
+        del held
+
+    return launch

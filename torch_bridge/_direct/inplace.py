@@ -1,8 +1,8 @@
-"""The in-place form: aligns into buffers that the caller brings, as the peers' compiled ops do.
+"""The in-place form: aligns into buffers that the caller brings, as vLLM's and SGLang's compiled ops do.
 
-A buffer may be larger than the result: it is filled to its end, by the launch itself where the lengths of
-`sorted_token_ids` and `expert_ids` fit together, else by torch. `align_into` is the one place that
-runs such a call; the operators around it mutate their arguments and return nothing.
+A buffer may be larger than the result; it is then filled to its end. The launch does that itself where the
+lengths of `sorted_token_ids` and `expert_ids` fit together; otherwise torch does it afterwards. `align_into`
+runs every such call; the operators around it mutate their arguments and return nothing.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ import torch
 
 from moe_align_jax._core import checks
 from torch_bridge import _ops
-from torch_bridge._direct import fast_path, program
-from torch_bridge._specs import AlignProblem, BatchedProblem, Problem, SglangProblem
+from torch_bridge._direct import fast_path
+from torch_bridge._direct.call import Buffers
+from torch_bridge._direct.problems import MAX_CAPACITY
+from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")
 _REMEDY = "Pass the int32 buffers that the op shall fill, from torch.empty."
@@ -41,69 +43,68 @@ _SCHEMAS = {
 
 def align_into(
     function: str,
-    problem: Problem,
-    operands: Mapping[str, torch.Tensor],
+    spec: Spec,
+    operands: dict[str, torch.Tensor],
     buffers: Mapping[str, torch.Tensor],
     path: str = "auto",
 ) -> None:
-    """Writes the results of `problem` into `buffers`, and fills what is left of each.
+    """Writes the results of `spec` into `buffers`, and fills what is left of each.
 
     Args:
         function: the name for errors.
-        problem: what to compute. Its capacity is the least that it needs, not the buffers'.
-        operands: its tensors by name, with data, as `ops.plan_call` takes them.
-        buffers: one per name of `problem.outputs`, in that order: contiguous int32 on the
-            operands' device. Past the result `sorted_token_ids` gets `problem.num_pairs` and
+        spec: what to compute. Its capacity is the least that is enough; the buffers may have more rows.
+        operands: its tensors by name, with data, as `_ops.check_data` takes them.
+        buffers: one per name of `spec.outputs`, in that order: contiguous int32 on the
+            operands' device. Past the result `sorted_token_ids` gets `spec.num_pairs` and
             `expert_ids` -1.
 
     Raises:
         ValueError: a buffer is too small, or shares memory with another or with an operand.
-        As `ops.plan_call`. Nothing is written then.
+        As `_ops.check_data`. Nothing is written then.
     """
-    check_sizes(function, problem, buffers)
+    check_sizes(function, spec, buffers)
+    _ops.check_data(function, spec, operands)
     check_no_overlap(function, buffers, operands)
-    parts = [_first(buffers[name], shape) for name, shape in problem.outputs.items()]
-    whole = _sized_by_buffers(problem, buffers)
-    filled = _ops.run(problem, dict(operands), None, parts, path, function, whole)
-    if whole is not None:
-        if path == "auto":
-            fast_path.keep(problem, dict(operands), capacity=whole[0].capacity)
-        if filled[0] is whole[1][0]:
-            return
-    for (name, shape), part in zip(problem.outputs.items(), parts, strict=True):
+    parts = [_first(buffers[name], shape) for name, shape in spec.outputs.items()]
+    larger = _sized_by_buffers(spec, buffers)
+    key = fast_path.key_of(spec, in_place=larger is not None)
+    filled = _ops.run(spec, operands, None, parts, path, function, key, larger)
+    if larger is not None and filled[0] is larger.out[0]:
+        return
+    for (name, shape), part in zip(spec.outputs.items(), parts, strict=True):
         flat, size = buffers[name].view(-1), math.prod(shape)
         if flat.numel() < size:  # `part` is not in the buffer
             flat.copy_(part.view(-1)[: flat.numel()])
         elif flat.numel() > size:
-            flat[size:].fill_(-1 if name == "expert_ids" else problem.num_pairs)
+            flat[size:].fill_(-1 if name == "expert_ids" else spec.num_pairs)
 
 
-def _sized_by_buffers(
-    problem: Problem, buffers: Mapping[str, torch.Tensor]
-) -> tuple[Problem, list[torch.Tensor]] | None:
-    """The same with P from the buffers, for one launch that fills them to their end, and its outputs.
+def _sized_by_buffers(spec: Spec, buffers: Mapping[str, torch.Tensor]) -> Buffers | None:
+    """The buffers as the outputs of one launch that fills them to their end.
 
-    None where a launch takes no such P: `expert_ids` is not as long as it says, a batched program has
-    its P compiled in, and with no pairs nothing is launched. (`direct.TooManyRows` comes later.)
+    None where no launch can: `expert_ids` is not as long as the rows say, a batched program has its rows
+    compiled in, and with no pairs nothing is launched. (Whether the program takes so many rows, the call
+    finds out.)
     """
     rows, blocks = buffers["sorted_token_ids"].numel(), buffers["expert_ids"].numel()
-    if blocks != checks.cdiv(rows, problem.block_size) or rows > program.MAX_CAPACITY:
+    if blocks != checks.cdiv(rows, spec.block_size) or rows > MAX_CAPACITY:
         return None
-    if isinstance(problem, BatchedProblem):
-        if rows != problem.capacity:
+    if isinstance(spec, BatchedSpec):
+        if rows != spec.capacity:
             return None
-        sized = problem
-    elif problem.num_pairs == 0:
+        sized = spec
+    elif spec.num_pairs == 0:
         return None
     else:
-        sized = dataclasses.replace(problem, rows=rows)
-    return sized, [buffers[name].view(shape) for name, shape in sized.outputs.items()]
+        sized = dataclasses.replace(spec, rows=rows)
+    return Buffers(sized, [buffers[name].view(shape) for name, shape in sized.outputs.items()])
 
 
 def _first(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The first elements of a buffer, in this shape; a tensor of its own where they do not fit.
+    """The first elements of a buffer, in this shape; a new tensor where the buffer is too short.
 
-    They may lack what no pair can reach: the last, partial block and SGLang's rounded rows.
+    A buffer may be shorter than the result by what no pair can reach: the last, partial block, and the rows
+    by which SGLang's capacity is rounded up.
     """
     size = math.prod(shape)
     if buffer.numel() < size:
@@ -114,16 +115,16 @@ def _first(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 # -- checks --------------------------------------------------------------------------------------
 
 
-def least_sizes(problem: Problem) -> dict[str, int]:
-    """Elements that each buffer must have, by the names of `problem.outputs`.
+def least_sizes(spec: Spec) -> dict[str, int]:
+    """Elements that each buffer must have, by the names of `spec.outputs`.
 
     Used blocks are whole and lie within the P rows, so that P // block_size of them are enough.
     """
-    rows = problem.capacity
-    if isinstance(problem, SglangProblem):
-        rows = problem.aligned_capacity
-    sizes = {name: math.prod(shape) for name, shape in problem.outputs.items()}
-    return sizes | {"sorted_token_ids": rows, "expert_ids": rows // problem.block_size}
+    rows = spec.capacity
+    if isinstance(spec, SglangSpec):
+        rows = spec.aligned_capacity
+    sizes = {name: math.prod(shape) for name, shape in spec.outputs.items()}
+    return sizes | {"sorted_token_ids": rows, "expert_ids": rows // spec.block_size}
 
 
 def check_buffer(function: str, argument: str, value: object, device: torch.device) -> None:
@@ -139,9 +140,9 @@ def check_buffer(function: str, argument: str, value: object, device: torch.devi
         raise ValueError(checks.message(function, argument, "be contiguous", what, _REMEDY))
 
 
-def check_sizes(function: str, problem: Problem, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Each buffer holds its result; the count and scatter_idx exactly."""
-    for name, least in least_sizes(problem).items():
+def check_sizes(function: str, spec: Spec, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where a buffer is too small; the count and scatter_idx must have the exact size."""
+    for name, least in least_sizes(spec).items():
         got, argument = buffers[name], _ARGUMENTS.get(name, name)
         if got.is_neg():
             what, rule = "a tensor whose negative bit is set", "hold plain values"
@@ -157,12 +158,12 @@ def check_sizes(function: str, problem: Problem, buffers: Mapping[str, torch.Ten
 def check_no_overlap(
     function: str, buffers: Mapping[str, torch.Tensor], operands: Mapping[str, torch.Tensor]
 ) -> None:
-    """No buffer shares a byte with another one or with an input."""
+    """Raises ValueError where a buffer shares a byte with another one or with an input."""
     earlier = list(operands.items())
     for name, buffer in buffers.items():
         argument = _ARGUMENTS.get(name, name)
         for other_name, other in earlier:
-            if _ops._overlap(buffer, other):
+            if _ops.overlaps(buffer, other):
                 rule, what = f"not overlap {other_name}", "tensors that share memory"
                 raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
         earlier.append((argument, buffer))
@@ -171,15 +172,15 @@ def check_no_overlap(
 # -- operators -----------------------------------------------------------------------------------
 
 
-def _run(path: str, problem: Problem, operands: dict[str, torch.Tensor], buffers) -> None:
-    named = dict(zip(problem.outputs, buffers, strict=True))
-    align_into(f"ops_{problem.name}", problem, operands, named, path)
+def _run(path: str, spec: Spec, operands: dict[str, torch.Tensor], buffers) -> None:
+    named = dict(zip(spec.outputs, buffers, strict=True))
+    align_into(f"ops_{spec.name}", spec, operands, named, path)
 
 
 def _block_align_into(path, topk_ids, expert_map, num_experts, block_size, *buffers):
     *three, scatter_idx = buffers
     with_scatter = scatter_idx is not None
-    problem = AlignProblem(
+    spec = AlignSpec(
         topk_ids.numel(),
         num_experts,
         block_size,
@@ -187,19 +188,19 @@ def _block_align_into(path, topk_ids, expert_map, num_experts, block_size, *buff
         with_scatter_idx=with_scatter,
     )
     operands = _ops.align_operands(topk_ids, expert_map, None)
-    _run(path, problem, operands, buffers if with_scatter else three)
+    _run(path, spec, operands, buffers if with_scatter else three)
 
 
 def _sglang_block_align_into(
     path, topk_ids, num_experts, block_size, ignore_invalid_expert, *buffers
 ):
-    problem = SglangProblem(topk_ids.numel(), num_experts, block_size, ignore_invalid_expert)
-    _run(path, problem, {"topk_ids": topk_ids}, buffers)
+    spec = SglangSpec(topk_ids.numel(), num_experts, block_size, ignore_invalid_expert)
+    _run(path, spec, {"topk_ids": topk_ids}, buffers)
 
 
 def _batched_block_align_into(path, expert_num_tokens, max_tokens_per_batch, block_size, *buffers):
-    problem = BatchedProblem(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
-    _run(path, problem, {"expert_num_tokens": expert_num_tokens}, buffers)
+    spec = BatchedSpec(expert_num_tokens.shape[0], max_tokens_per_batch, block_size)
+    _run(path, spec, {"expert_num_tokens": expert_num_tokens}, buffers)
 
 
 def _nothing(*arguments) -> None:

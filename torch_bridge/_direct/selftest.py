@@ -1,6 +1,6 @@
-"""What a compiled program is proved with: random inputs and NumPy's answers.
+"""What a compiled program is tested with before its first use: random inputs, and NumPy's results.
 
-`launch` loads it by path in a process that imports no torch.
+`compile_worker.py` loads this file by path, in a process that imports no torch.
 """
 
 from typing import Any, NamedTuple
@@ -8,19 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Trial(NamedTuple):
-    """One input of a program: arrays for pointers, words for values, and NumPy's answer."""
+class Example(NamedTuple):
+    """One input of a program, and what it must give.
 
-    arrays: dict[str, Any]
-    words: dict[str, int]
-    want: dict[str, Any]
+    Attributes:
+        inputs: an array for each operand.
+        sizes: a number for each size that the launch gives.
+        expected: an array for each result, by NumPy.
+    """
+
+    inputs: dict[str, Any]
+    sizes: dict[str, int]
+    expected: dict[str, Any]
 
 
-def align_trial(problem: Any, n: int, seed: int) -> Trial:
-    """Random ids (some out of range), a random map and a bound, as the problem has them.
+def align_example(problem: Any, n: int, seed: int) -> Example:
+    """An alignment of random ids, some of them out of range, with a random map and a bound if it has them.
 
     Args:
+        problem: the `AlignProblem` of the program.
         n: pairs; those of a problem that is not sized at launch are its own.
+        seed: of the random numbers.
     """
     from moe_align_jax._core import checks
 
@@ -66,16 +74,17 @@ def align_trial(problem: Any, n: int, seed: int) -> Trial:
     first_id = 3 if problem.sized_at_launch else 0
     held = np.zeros(n + first_id, np.int64 if problem.id_words == 2 else np.int32)
     held[first_id:] = ids
-    arrays = {
+    inputs = {
         "topk_ids": held,
         "expert_map": expert_map.astype(np.int32),
         "num_valid_pairs": np.array([limit], np.int32),
     }
-    words = {"num_pairs": n, "capacity": capacity, "first_id": first_id}
-    return Trial(arrays, words, want)
+    sizes = {"num_pairs": n, "capacity": capacity, "first_id": first_id}
+    return Example(inputs, sizes, want)
 
 
-def batched_trial(problem: Any, seed: int) -> Trial:
+def batched_example(problem: Any, seed: int) -> Example:
+    """A batched alignment of random counts, some of them out of range; arguments as for `align_example`."""
     most, block_size = problem.max_tokens_per_batch, problem.block_size
     given = np.random.default_rng(seed).integers(-2, most + 3, problem.num_experts)
     counts = np.clip(given, 0, most)
@@ -92,4 +101,4 @@ def batched_trial(problem: Any, seed: int) -> Trial:
     want["sorted_token_ids"][start[expert] + within] = expert * most + within
     blocks = np.repeat(np.arange(problem.num_experts), padded // block_size)
     want["expert_ids"][: blocks.size] = blocks
-    return Trial({"expert_num_tokens": given.astype(np.int32)}, {}, want)
+    return Example({"expert_num_tokens": given.astype(np.int32)}, {}, want)

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax.types import BatchedAlignProblem
-from torch_bridge import _checks as checks
-from torch_bridge._direct import call, program
-from torch_bridge._specs import BatchedProblem
+from torch_bridge._direct import problems, store
+from torch_bridge._specs import BatchedSpec
 
 
 def warmup(
@@ -62,11 +61,11 @@ def warmup(
         18
     """
     function = "warmup"
-    num_experts = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    block_size = checks.check_block_size(function, block_size)
     remedy = "Pass the most tokens of a call, and the experts per token."
-    max_tokens = _checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
-    topk = _checks.check_positive_int(function, "topk", topk, remedy)
+    max_tokens = checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
+    topk = checks.check_positive_int(function, "topk", topk, remedy)
     most = max_tokens * topk
     device = torch.device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -85,7 +84,7 @@ def warmup(
     }
     if batched and (given := [name for name, on in options.items() if on]):
         raise ValueError(
-            _checks.message(
+            checks.message(
                 function,
                 "batched",
                 "come without options of the other ops",
@@ -94,42 +93,40 @@ def warmup(
             )
         )
     if batched:
-        problem = BatchedProblem(num_experts, max_tokens, block_size)
-        checks.check_capacity(function, "max_tokens", problem.capacity)
+        spec = BatchedSpec(num_experts, max_tokens, block_size)
+        spec.check_capacity(function, "max_tokens")
     else:
-        _checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
+        checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
+    programs = store.here
     try:
-        if reason := program.unavailable(device):
-            raise program.Unavailable(reason)
-        tuning = program.tuning(device)
+        if reason := programs.machine.unavailable(device):
+            raise store.Unavailable(reason)
+        tuning = programs.machine.tuning(device)
         if batched:
             sizes = (num_experts, max_tokens, block_size)
             wanted = {BatchedAlignProblem(*sizes, tuning=tuning)}
         else:
-            mode = "" if not with_map else "filter" if ignore_invalid_experts else "label"
             minus_one = sglang and not ignore_invalid_experts
-            ends = program.bucket_ends(most, num_experts + minus_one, block_size, tuning)
-            wanted = {
-                call.sized(
-                    n,
-                    num_experts,
-                    block_size,
-                    dtype,
-                    expert_map=mode,
-                    num_valid_pairs=with_limit,
-                    tokens_per_expert=tokens_per_expert,
-                    return_inverse=return_inverse,
-                    minus_one=minus_one,
-                    tuning=tuning,
-                )
-                for n in ends
-                for dtype in dtypes
+            counted = num_experts + minus_one
+            options = {
+                "expert_map": problems.map_use(ignore_invalid_experts) if with_map else "",
+                "has_num_valid_pairs": with_limit,
+                "return_counts": tokens_per_expert,
+                "return_inverse": return_inverse,
+                "minus_one": minus_one,
+                "tuning": tuning,
             }
-        program.prepare(device.index or 0, sorted(wanted), again=True)
-    except program.Unavailable as reason:
+            words = {problems.ID_WORDS.get(dtype, 1) for dtype in dtypes}
+            wanted = {
+                problems.bucket_problem(n, counted, block_size, id_words, **options)
+                for n in problems.bucket_ends(most, counted, block_size, tuning)
+                for id_words in words
+            }
+        programs.prepare(device.index or 0, sorted(wanted), again=True)
+    except store.Unavailable as reason:
         what = str(reason).rstrip(".")
         raise NotImplementedError(
-            _checks.message(
+            checks.message(
                 function,
                 "device",
                 "be one that the kernels can be launched on",

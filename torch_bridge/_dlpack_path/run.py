@@ -1,4 +1,4 @@
-"""Runs a plan on the DLPack path: import, one jax program, hand over. Streams and lifetimes.
+"""Runs a call on the DLPack path: imports its tensors into jax, runs one program, hands the results over.
 
 On CUDA the host never waits for the GPU. Three rules make that safe:
 1. XLA's stream waits for torch's current stream at the import (DLPack's stream argument).
@@ -11,113 +11,45 @@ On a CPU the export returns when the program is done, so both sides may do as th
 """
 
 import collections
-import functools
-import os
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_align_jax._core import checks, fork
 from torch_bridge import dlpack
-from torch_bridge._direct import call
-from torch_bridge._specs import Problem
+from torch_bridge._specs import Spec
 
 if TYPE_CHECKING:
     import jax
 
-    from torch_bridge._plan import Plan
+    from torch_bridge._resolved import Resolved
 
 # XLA memory that may wait for torch's copies before a call waits for the oldest of them.
 _MAX_KEPT_BYTES = 256 << 20
 
 
-# -- jax's devices ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def _configure_jax_memory() -> None:
-    """Keeps jax's GPU client from reserving 75% of the memory; call it before the client starts.
-
-    Too late when the program has used jax on the GPU before; `_warn_of_preallocation` then says so.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
-@functools.cache
-def _warn_of_preallocation(device: Any) -> None:
-    stats = device.memory_stats() or {}
-    pool, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
-    if limit and pool > 0.9 * limit:
-        warnings.warn(
-            f"torch_bridge: jax has reserved {pool / 2**30:.0f} GiB on {device} for itself. "
-            "Set XLA_PYTHON_CLIENT_PREALLOCATE=false before jax first uses the GPU.",
-            stacklevel=2,
-        )
-
-
-@functools.cache
-def _platform(device_type: str, index: int | None) -> str | None:
-    """The platform to lower for, or None when jax has no such device here."""
-    if device_type == "cuda":
-        _configure_jax_memory()
-    import jax
-
-    try:
-        with dlpack.current_device_kept():
-            devices = jax.local_devices(backend="cpu" if device_type == "cpu" else "gpu")
-    except RuntimeError:
-        return None
-    if device_type == "cpu":
-        return "cpu" if devices else None
-    for device in devices:
-        if device.local_hardware_id == index:
-            _warn_of_preallocation(device)
-            return "rocm" if torch.version.hip else "cuda"
-    return None
-
-
-def jax_platform(function: str, device: torch.device) -> str:
-    """The platform that jax lowers for on this device.
-
-    Raises:
-        NotImplementedError: it has none.
-        RuntimeError: this process was forked while jax was running, so that jax would hang.
-    """
-    fork.check(function)
-    platform = _platform(device.type, device.index) if device.type in ("cpu", "cuda") else None
-    if platform is None:
-        remedy = {
-            "cpu": "JAX_PLATFORMS leaves the CPU out: add cpu to it.",
-            "cuda": "Install jax[cuda13] or jax[cuda12], and leave the GPU visible to jax.",
-        }.get(device.type, "Move the tensor to a CPU or a CUDA device.")
-        raise NotImplementedError(
-            checks.message(
-                function, "the tensors' device", "be one that jax has too", device, remedy
-            )
-        )
-    return platform
-
-
-# -- one call --------------------------------------------------------------------------------------
-
-
 def execute(
-    plan: "Plan",
-    problem: Problem,
+    decided: "Resolved",
     operands: Mapping[str, torch.Tensor],
-    *,
     max_valid_pairs: int | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Runs the plan. Returns the int32 tensors of `problem.outputs`, in order, or `out`."""
+    """Does what was decided for this path, or gives the results of no pairs.
+
+    Args:
+        decided: what is asked, by which implementation, and what is copied.
+        operands: its tensors by name, with data.
+        max_valid_pairs: num_valid_pairs as an int.
+        out: tensors of the results to write; None for new ones.
+
+    Returns:
+        The int32 tensors of the results, in order, or `out`.
+    """
+    spec, plan = decided.spec, decided.plan
     device = next(iter(operands.values())).device
     if plan.implementation == "none":
-        return _empty_results(problem, device, out)
-    if plan.path == "direct":
-        return call.execute(problem, operands, max_valid_pairs=max_valid_pairs, out=out)
+        return _empty_results(spec, device, out)
     from torch_bridge._dlpack_path import jax_calls
 
     with dlpack.on_device(device):
@@ -126,7 +58,7 @@ def execute(
             for name, x in operands.items()
         }
         arrays = {name: dlpack.share(_flat(name, x)) for name, x in inputs.items()}
-        results = jax_calls.run(problem, plan.implementation, arrays, max_valid_pairs)
+        results = jax_calls.run(spec, plan.implementation, arrays, max_valid_pairs)
         handed = hand_over(results, copy="outputs" in plan.copies, out=out)
     # Only now may the inputs be released: torch's stream waits for the program (rule 2).
     del arrays, inputs
@@ -138,13 +70,15 @@ def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1) if name == "topk_ids" else tensor
 
 
-def _empty_results(problem, device, out) -> list[torch.Tensor]:
+def _empty_results(
+    spec: Spec, device: torch.device, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
     """The results for no pairs, without jax: no rows are in use."""
     if out is None:
         fills = {"num_tokens_post_padded": 0, "tokens_per_expert": 0}
         return [
             torch.full(shape, fills.get(name, -1), dtype=torch.int32, device=device)
-            for name, shape in problem.outputs.items()
+            for name, shape in spec.outputs.items()
         ]
     for tensor in out:
         tensor.zero_()  # only the count has elements
@@ -154,14 +88,20 @@ def _empty_results(problem, device, out) -> list[torch.Tensor]:
 def hand_over(
     results: "Sequence[jax.Array]", *, copy: bool, out: Sequence[torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    """Results as torch tensors, ordered on torch's current stream; on a CPU, ready."""
+    """jax's results as torch tensors: on CUDA torch's current stream waits for them, on a CPU they are ready.
+
+    Args:
+        results: of the jax program.
+        copy: copy them into torch's memory.
+        out: tensors to copy them into; None for new ones.
+    """
     views = [dlpack.to_torch(x) for x in results]
     if not copy:
         return views
     targets = list(out) if out is not None else [torch.empty_like(x) for x in views]
     _copy_all(targets, views)
     if views[0].is_cuda:
-        _kept.keep_until_read(views)
+        kept_memory.keep_until_read(views)
     return targets
 
 
@@ -178,6 +118,7 @@ class _KeptMemory:
         self._lock = threading.Lock()
 
     def keep_until_read(self, views: list[torch.Tensor]) -> None:
+        """Keeps views of XLA's memory until torch's current stream has done what it holds now."""
         event = torch.cuda.Event()
         event.record()
         size = sum(x.nbytes for x in views)
@@ -201,4 +142,4 @@ class _KeptMemory:
         return entry
 
 
-_kept = _KeptMemory()
+kept_memory = _KeptMemory()

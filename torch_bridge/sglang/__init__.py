@@ -19,11 +19,10 @@ here, and every slot is written: tails of `sorted_token_ids` read n and of `expe
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
-from torch_bridge import _ops
+from moe_align_jax._core import checks
+from torch_bridge import _checks, _ops
 from torch_bridge._direct import fast_path, inplace
-from torch_bridge._specs import SglangProblem
+from torch_bridge._specs import SglangSpec
 from torch_bridge.sglang.masked_quant import (
     silu_and_mul_masked_post_quant_fwd as silu_and_mul_masked_post_quant_fwd,
 )
@@ -76,30 +75,22 @@ def moe_align_block_size(
     Source: sglang 0.5.23 `srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py`
     (Apache-2.0), its signature and contract; no code taken.
     """
-    if (
-        type(return_inactive_prefix_count) is bool
-        and type(pad_expert_ids) is bool
-        and fast_path.open_to_all()
-    ):
-        results = fast_path.attempt(
-            topk_ids,
-            num_experts,
-            block_size,
-            ignore_invalid_experts=ignore_invalid_expert,
-            form=fast_path.sglang_form(return_inactive_prefix_count),
-        )
+    if type(return_inactive_prefix_count) is bool and type(pad_expert_ids) is bool:
+        form = fast_path.sglang_form(return_inactive_prefix_count)
+        key = (num_experts, block_size, False, ignore_invalid_expert, None, form)
+        results = fast_path.attempt(key, topk_ids)
         if results is not None:
             return results
     function = "moe_align_block_size"
-    topk_ids = checks.check_topk_ids(function, topk_ids)
-    block_size = _checks.check_block_size(function, block_size)
-    num_experts = _checks.check_num_experts(function, num_experts)
-    checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
-    checks.check_bool(function, "return_inactive_prefix_count", return_inactive_prefix_count)
-    checks.check_bool(function, "pad_expert_ids", pad_expert_ids)
-    if checks.sizes_are_known():
-        problem = SglangProblem(topk_ids.numel(), num_experts, block_size)
-        checks.check_capacity(function, "topk_ids", problem.capacity)
+    topk_ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY)
+    block_size = checks.check_block_size(function, block_size)
+    num_experts = checks.check_num_experts(function, num_experts)
+    _checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
+    _checks.check_bool(function, "return_inactive_prefix_count", return_inactive_prefix_count)
+    _checks.check_bool(function, "pad_expert_ids", pad_expert_ids)
+    if _checks.sizes_are_known():
+        spec = SglangSpec(topk_ids.numel(), num_experts, block_size)
+        spec.check_capacity(function, "topk_ids")
     op = _ops.chosen("sglang_block_align", topk_ids.device)
     return op(
         topk_ids, num_experts, block_size, ignore_invalid_expert, return_inactive_prefix_count
@@ -163,38 +154,31 @@ def ops_moe_align_block_size(
         and fast_path.open_to_all()
         and fast_path.is_scratch(cumsum_buffer, topk_ids, num_experts + 1)
     ):
-        done = fast_path.attempt(
-            topk_ids,
-            num_experts - 1,
-            block_size,
-            ignore_invalid_experts=ignore_invalid_expert,
-            out=buffers,
-            form=fast_path.SGLANG,
-            in_place=True,
-        )
-        if done is not None:
+        form = fast_path.SGLANG | fast_path.IN_PLACE
+        key = (num_experts - 1, block_size, False, ignore_invalid_expert, None, form)
+        if fast_path.attempt(key, topk_ids, None, None, buffers) is not None:
             return
     function = "ops_moe_align_block_size"
-    topk_ids = checks.check_topk_ids(function, topk_ids)
-    buckets = _checks.check_num_experts(function, num_experts)
-    block_size = _checks.check_block_size(function, block_size)
-    checks.check_bool(function, "pad_sorted_token_ids", pad_sorted_token_ids)
-    checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
+    topk_ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY)
+    buckets = checks.check_num_experts(function, num_experts)
+    block_size = checks.check_block_size(function, block_size)
+    _checks.check_bool(function, "pad_sorted_token_ids", pad_sorted_token_ids)
+    _checks.check_bool(function, "ignore_invalid_expert", ignore_invalid_expert)
     if buckets < 2:
         rule, remedy = "be at least 2", "Pass the number of experts plus one."
-        raise ValueError(_checks.message(function, "num_experts", rule, buckets, remedy))
+        raise ValueError(checks.message(function, "num_experts", rule, buckets, remedy))
     device = topk_ids.device
     inplace.check_buffer(function, "sorted_token_ids", sorted_token_ids, device)
     inplace.check_buffer(function, "experts_ids", experts_ids, device)
     inplace.check_buffer(function, "num_tokens_post_pad", num_tokens_post_pad, device)
     inplace.check_buffer(function, "cumsum_buffer", cumsum_buffer, device)
     if cumsum_buffer.numel() < buckets + 1:
-        rule, what = f"have at least {buckets + 1} elements", _checks.describe(cumsum_buffer)
+        rule, what = f"have at least {buckets + 1} elements", checks.describe(cumsum_buffer)
         remedy = "Pass num_experts + 1 of them."
-        raise ValueError(_checks.message(function, "cumsum_buffer", rule, what, remedy))
-    if checks.sizes_are_known():
-        problem = SglangProblem(topk_ids.numel(), buckets - 1, block_size)
-        checks.check_capacity(function, "topk_ids", problem.capacity)
+        raise ValueError(checks.message(function, "cumsum_buffer", rule, what, remedy))
+    if _checks.sizes_are_known():
+        spec = SglangSpec(topk_ids.numel(), buckets - 1, block_size)
+        spec.check_capacity(function, "topk_ids")
     _ops.chosen("sglang_block_align_into", device)(
         topk_ids,
         buckets - 1,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
+from moe_align_jax._core import checks
+from torch_bridge import _checks
 
 logger = logging.getLogger("torch_bridge.sglang")
 
@@ -40,10 +40,10 @@ def scatter_slots(ids: torch.Tensor, size: int) -> torch.Tensor:
 def _counts(function: str, argument: str, value: Any, size: int, device: torch.device) -> Any:
     """`[size]` integers on the buffers' device; another length would be broadcast, or fail in torch."""
     remedy = "One count per expert."
-    value = checks.check_integer_tensor(function, argument, value, remedy, device)
+    value = _checks.check_integer_tensor(function, argument, value, remedy, device)
     if value.shape != (size,):
-        rule, got = f"have shape [{size}]", _checks.describe(value)
-        raise ValueError(_checks.message(function, argument, rule, got, remedy))
+        rule, got = f"have shape [{size}]", checks.describe(value)
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
     return value
 
 
@@ -107,7 +107,7 @@ class SelectExperts(Gatherer):
 
     def on_select_experts(self, layer: int, topk_ids: torch.Tensor) -> None:
         function, remedy = "on_select_experts", "Pass the physical expert ids."
-        checks.check_integer_tensor(function, "topk_ids", topk_ids, remedy, self.sizes.device)
+        _checks.check_integer_tensor(function, "topk_ids", topk_ids, remedy, self.sizes.device)
         slots = scatter_slots(topk_ids.reshape(-1), self.sizes.physical)
         self._data[layer].scatter_add_(0, slots, self._one.expand(slots.numel()))
 
@@ -169,13 +169,13 @@ class DispatchLists(Gatherer):
         function, name = "on_deepep_dispatch_normal", "local_physical_count_of_layer"
         remedy = "One per expert of this rank."
         try:
-            counts = [_checks.index(count) for count in local_physical_count_of_layer]
+            counts = [checks.index(count) for count in local_physical_count_of_layer]
         except TypeError:
-            got = _checks.describe(local_physical_count_of_layer)
-            raise TypeError(_checks.message(function, name, "be ints", got, remedy)) from None
+            got = checks.describe(local_physical_count_of_layer)
+            raise TypeError(checks.message(function, name, "be ints", got, remedy)) from None
         if len(counts) != self.sizes.local:
             rule = f"have {self.sizes.local} counts"
-            raise ValueError(_checks.message(function, name, rule, len(counts), remedy))
+            raise ValueError(checks.message(function, name, rule, len(counts), remedy))
         before = self._of_layer.get(layer, [0] * len(counts))
         self._of_layer[layer] = [a + b for a, b in zip(before, counts, strict=True)]
 
@@ -221,7 +221,7 @@ class Tokens(Gatherer):
         if tokens > self._max_tokens:
             rule = f"have at most max_tokens = {self._max_tokens} input_ids"
             remedy = "Make the recorder with a larger max_tokens."
-            raise ValueError(_checks.message(function, "forward_batch", rule, tokens, remedy))
+            raise ValueError(checks.message(function, "forward_batch", rule, tokens, remedy))
         lengths = forward_batch.extend_seq_lens_cpu
         self._metadata = {
             "input_ids": to_host(forward_batch.input_ids),
@@ -233,7 +233,7 @@ class Tokens(Gatherer):
 
     def on_select_experts(self, layer: int, topk_ids: torch.Tensor) -> None:
         function, remedy = "on_select_experts", "Pass the physical expert ids."
-        checks.check_integer_tensor(function, "topk_ids", topk_ids, remedy, self.sizes.device)
+        _checks.check_integer_tensor(function, "topk_ids", topk_ids, remedy, self.sizes.device)
         room, got = self._ids[layer], list(topk_ids.shape)
         before = self._calls.get(layer, [])
         tokens = topk_ids.shape[0] if topk_ids.dim() else 0
@@ -242,7 +242,7 @@ class Tokens(Gatherer):
             rule = f"fit into {[self._max_tokens, room.shape[1]]}"
             got = f"{got} after {sum(before)} rows" if before else got
             remedy = "Make the recorder with larger max_tokens and top_k."
-            raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+            raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
         if not capturing():  # a capture is not a pass: its rows are written when it is replayed
             self._calls[layer] = [*before, tokens]
         rows = (self._order[:tokens] + self._rows[layer]).clamp_(max=self._max_tokens)
@@ -260,7 +260,7 @@ class Tokens(Gatherer):
                     "Which of their rows are padding is not known: pass the tokens' rows alone."
                 )
                 function = "on_select_experts"
-                raise ValueError(_checks.message(function, "topk_ids", rule, got, remedy))
+                raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
 
     def on_deepep_dispatch_normal(
         self,
@@ -341,25 +341,25 @@ def sizes_of(function: str, metadata: Any, rank: Any) -> Sizes:
     if (
         not isinstance(maps, torch.Tensor)
         or maps.ndim != 2
-        or maps.dtype not in checks.INTEGER_DTYPES
+        or maps.dtype not in _checks.INTEGER_DTYPES
     ):
-        rule, got = "have physical_to_logical_map [L, Ep] of integers", _checks.describe(maps)
+        rule, got = "have physical_to_logical_map [L, Ep] of integers", checks.describe(maps)
         remedy = "Pass the placement in force."
-        raise TypeError(_checks.message(function, "expert_location_metadata", rule, got, remedy))
+        raise TypeError(checks.message(function, "expert_location_metadata", rule, got, remedy))
     logical, ranks = (
-        _checks.check_positive_int(function, name, getattr(metadata, name), "Of the placement.")
+        checks.check_positive_int(function, name, getattr(metadata, name), "Of the placement.")
         for name in ("num_logical_experts", "ep_size")
     )
     try:
-        rank = _checks.index(rank)
+        rank = checks.index(rank)
     except TypeError:
-        got, remedy = _checks.describe(rank), "Of this process."
-        raise TypeError(_checks.message(function, "rank", "be an int", got, remedy)) from None
+        got, remedy = checks.describe(rank), "Of this process."
+        raise TypeError(checks.message(function, "rank", "be an int", got, remedy)) from None
     layers, physical = maps.shape
     if physical % ranks or not 0 <= rank < ranks:
         rule = "be below ep_size, which divides the physical experts"
         got = f"{rank} of {ranks} for {physical} experts"
-        raise ValueError(_checks.message(function, "rank", rule, got, "Ranks hold equal shares."))
+        raise ValueError(checks.message(function, "rank", rule, got, "Ranks hold equal shares."))
     return Sizes(layers, physical, logical, ranks, rank, maps.device)
 
 
@@ -367,13 +367,13 @@ def check_layer(function: str, layer: Any, num_layers: int | None = None) -> int
     """An int, in [0, num_layers) where that is given."""
     remedy = "Layers count from 0, one for each row of physical_to_logical_map."
     try:
-        number = _checks.index(layer)
+        number = checks.index(layer)
     except TypeError:
-        got = _checks.describe(layer)
-        raise TypeError(_checks.message(function, "layer_idx", "be an int", got, remedy)) from None
+        got = checks.describe(layer)
+        raise TypeError(checks.message(function, "layer_idx", "be an int", got, remedy)) from None
     if num_layers is not None and not 0 <= number < num_layers:
         rule = f"be in [0, {num_layers})"
-        raise ValueError(_checks.message(function, "layer_idx", rule, number, remedy))
+        raise ValueError(checks.message(function, "layer_idx", rule, number, remedy))
     return number
 
 
@@ -390,7 +390,7 @@ def choose(function: str, mode: str, backend: str, deepep_mode: str) -> type[Gat
             rule = 'be "stat" unless DeepEP dispatches in mode "normal"'
             got = f"{mode!r} with {backend!r}, {deepep_mode!r}"
             remedy = "Only that dispatch reports aligned counts on the host."
-            raise NotImplementedError(_checks.message(function, "mode", rule, got, remedy))
+            raise NotImplementedError(checks.message(function, "mode", rule, got, remedy))
         return DispatchLists
     if backend != "deepep" or deepep_mode == "normal":
         return SelectExperts
@@ -398,5 +398,5 @@ def choose(function: str, mode: str, backend: str, deepep_mode: str) -> type[Gat
         return LowLatency
     rule, remedy = 'be "normal" or "low_latency"', "The hook that counts must be known beforehand."
     raise NotImplementedError(
-        _checks.message(function, "deepep_mode", rule, repr(deepep_mode), remedy)
+        checks.message(function, "deepep_mode", rule, repr(deepep_mode), remedy)
     )

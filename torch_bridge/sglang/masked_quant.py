@@ -9,13 +9,12 @@ import functools
 
 import torch
 
-from moe_align_jax._core import checks as _checks
+from moe_align_jax._core import checks
 from moe_align_jax._masked_quant.problem import GROUPS_PER_WORD, MaskedQuantProblem
-from torch_bridge import _checks as checks
-from torch_bridge import _ops, dlpack
-from torch_bridge._direct import inplace
-from torch_bridge._direct import program as direct
-from torch_bridge.align import launches_at_once
+from torch_bridge import _checks, _ops, dlpack
+from torch_bridge._direct import inplace, store
+from torch_bridge._direct.program import LoadedProgram
+from torch_bridge._dlpack_path import run as dlpack_call
 
 _FUNCTION = "silu_and_mul_masked_post_quant_fwd"
 _MOSAIC_ALIGNMENT = 256
@@ -79,7 +78,7 @@ def silu_and_mul_masked_post_quant_fwd(
     alpha, limit = gemm1_alpha or 0.0, gemm1_clamp_limit or 0.0
     tensors = {"input": input, "masked_m": masked_m, "output": output, "output_scale": output_scale}
     group = _check(tensors, quant_group_size, scale_ue8m0, alpha, limit)
-    if launches_at_once(tensors):
+    if _ops.launches_at_once(tensors):
         _run("auto", tensors, group, scale_ue8m0, alpha, limit)
         return
     op = _ops.chosen(_OPERATOR, input.device)
@@ -112,37 +111,24 @@ def _operator(path, x, masked_m, output, output_scale, group, ue8m0, alpha, limi
 # -- the direct launch ---------------------------------------------------------------------------
 
 
-def _program(problem: MaskedQuantProblem, tensors) -> direct.Program | None:
-    """The kernel, ready to launch on these tensors; None where it cannot."""
+def _program(problem: MaskedQuantProblem, tensors) -> LoadedProgram | None:
+    """The kernel, ready to launch on these tensors; None where that is not possible, and jax computes."""
     x, masked_m, output, scales = tensors
-    if direct.unavailable(x.device) is not None:
+    if store.unavailable(x.device) is not None:
         return None
     if any(t.data_ptr() % _MOSAIC_ALIGNMENT for t in (x, output, scales)):
         return None
     if x.is_neg() or masked_m.is_neg():  # jax gets a copy that has the signs
         return None
-    index = x.device.index
-    program = direct.loaded(index, problem)  # type: ignore[arg-type]
-    if program is not None:
-        return program
-    if direct.failure(index, problem):  # type: ignore[arg-type]
+    index, programs = x.get_device(), store.here
+    if programs.failure(index, problem):
         return None
-    if torch.cuda.is_current_stream_capturing():
-        raise direct.Miss(
-            _checks.message(
-                _FUNCTION,
-                "a call in a CUDA-graph capture",
-                "find its kernel loaded",
-                f"none for input {list(x.shape)}",
-                "Call it once with these shapes and options before the capture.",
-            )
-        )
+    remedy = "Call it once with these shapes and options before the capture."
     try:
-        direct.prepare(index, [problem])  # type: ignore[list-item]
-    except direct.Unavailable as reason:
-        direct.warn_once(str(reason))
+        return programs.program_for(_FUNCTION, index, problem, remedy)
+    except store.Unavailable as reason:
+        programs.warn_once(str(reason))
         return None
-    return direct.loaded(index, problem)  # type: ignore[arg-type]
 
 
 # -- over DLPack ---------------------------------------------------------------------------------
@@ -161,9 +147,7 @@ def _compiled(problem: MaskedQuantProblem):
 
 
 def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> None:
-    from torch_bridge._dlpack_path import run
-
-    run.jax_platform(_FUNCTION, x.device)
+    dlpack.jax_platform(_FUNCTION, x.device)
     dlpack.check_not_capturing(_FUNCTION, x.device)
     with dlpack.on_device(x.device):
         boundary = dlpack.alignment(x.device.type, "mosaic_gpu")
@@ -178,7 +162,7 @@ def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> N
             scales = scales[..., : problem.max_rows].transpose(1, 2)
         _copy_rows(output_scale, scales, rows[:, None] if problem.packed else rows[..., None])
         if x.is_cuda:
-            run._kept.keep_until_read(views)
+            dlpack_call.kept_memory.keep_until_read(views)
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
@@ -192,22 +176,20 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     """The checks that also work while tracing; returns the group size as an int."""
     for argument, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+            what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
             rule = "be a torch.Tensor"
-            raise TypeError(_checks.message(_FUNCTION, argument, rule, what, remedy))
+            raise TypeError(checks.message(_FUNCTION, argument, rule, what, remedy))
     x, masked_m, output, output_scale = tensors.values()
-    checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
+    _checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
     remedy = "Pass how many values share a scale, for example 128."
-    group = _checks.check_positive_int(_FUNCTION, "quant_group_size", group_size, remedy)
+    group = checks.check_positive_int(_FUNCTION, "quant_group_size", group_size, remedy)
     for argument, number in (("gemm1_alpha", alpha), ("gemm1_clamp_limit", limit)):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            what, remedy = _checks.describe(number), "It is compiled into the kernel."
-            raise TypeError(
-                _checks.message(_FUNCTION, argument, "be a Python number", what, remedy)
-            )
+            what, remedy = checks.describe(number), "It is compiled into the kernel."
+            raise TypeError(checks.message(_FUNCTION, argument, "be a Python number", what, remedy))
         if not 0 <= number < float("inf"):
             remedy = "Pass 0 for none."
-            raise ValueError(_checks.message(_FUNCTION, argument, "be at least 0", number, remedy))
+            raise ValueError(checks.message(_FUNCTION, argument, "be at least 0", number, remedy))
     if x.dtype not in _DTYPES:
         _fail(TypeError, "input", "be bfloat16 or float16", x)
     if output.dtype != torch.float8_e4m3fn:
@@ -217,7 +199,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     if x.dim() != 3 or x.shape[2] % 2 or not x.shape[2] or x.shape[2] // 2 % group:
         _fail(ValueError, "input", f"have shape [e, M, 2 N], N a multiple of {group}", x)
     experts, rows, width = x.shape[0], x.shape[1], x.shape[2] // 2
-    checks.check_integer_tensor(
+    _checks.check_integer_tensor(
         _FUNCTION, "masked_m", masked_m, "Pass the valid rows of each expert."
     )
     packed, groups = output_scale.dtype == torch.int32, width // group
@@ -238,14 +220,14 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
         if tensor.device != x.device:
             rule = f"be on the input's device, {x.device}"
             raise ValueError(
-                _checks.message(_FUNCTION, argument, rule, tensor.device, "Move it there.")
+                checks.message(_FUNCTION, argument, rule, tensor.device, "Move it there.")
             )
     _scale_layout(output_scale)
     for argument in ("input", "output", "masked_m"):
         if not tensors[argument].is_contiguous():
             strides = f"strides {list(tensors[argument].stride())}"
             remedy = f"Pass {argument}.contiguous()."
-            raise ValueError(_checks.message(_FUNCTION, argument, "be contiguous", strides, remedy))
+            raise ValueError(checks.message(_FUNCTION, argument, "be contiguous", strides, remedy))
     return group
 
 
@@ -279,17 +261,17 @@ def _scale_layout(scales: torch.Tensor) -> str:
     if scales.is_contiguous():
         return "column_major" if packed else "row_major"
     experts, rows, groups = scales.shape
-    pitch = _checks.round_up(rows, 4)
+    pitch = checks.round_up(rows, 4)
     if not packed and scales.stride() == (groups * pitch, 1, pitch):
         return "column_major"
     rule, what = "be contiguous, or column-major for TMA", f"strides {list(scales.stride())}"
     remedy = "Pass torch.empty([e, M, G])."
-    raise ValueError(_checks.message(_FUNCTION, "output_scale", rule, what, remedy))
+    raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
 
 
 def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> None:
     remedy = "See torch_bridge.sglang for what each tensor holds."
-    raise kind(_checks.message(_FUNCTION, argument, rule, _checks.describe(tensor), remedy))
+    raise kind(checks.message(_FUNCTION, argument, rule, checks.describe(tensor), remedy))
 
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long

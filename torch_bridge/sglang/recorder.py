@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from moe_align_jax._core import checks as _checks
-from torch_bridge import _checks as checks
+from moe_align_jax._core import checks
+from torch_bridge import _checks
 from torch_bridge.sglang import accumulate, gather
 from torch_bridge.sglang.metrics import WINDOWS, History
 
@@ -96,21 +96,21 @@ class ExpertDistributionRecorder:
             _fail(function, "mode", f"be one of {', '.join(MODES)} or None", repr(mode))
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
         try:
-            buffer_size = _checks.index(buffer_size)
+            buffer_size = checks.index(buffer_size)
         except TypeError:
-            _fail(function, "buffer_size", "be an int", _checks.describe(buffer_size), TypeError)
+            _fail(function, "buffer_size", "be an int", checks.describe(buffer_size), TypeError)
         if buffer_size == 0:
             _fail(function, "buffer_size", "not be 0", 0)
-        checks.check_bool(function, "enable_metrics", enable_metrics)
-        checks.check_bool(function, "replicated_tokens", replicated_tokens)
+        _checks.check_bool(function, "enable_metrics", enable_metrics)
+        _checks.check_bool(function, "replicated_tokens", replicated_tokens)
         for name, value in (("moe_a2a_backend", moe_a2a_backend), ("deepep_mode", deepep_mode)):
             if not isinstance(value, str):
-                _fail(function, name, "be a str", _checks.describe(value), TypeError)
+                _fail(function, name, "be a str", checks.describe(value), TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
-            _fail(function, "directory", "be a path", _checks.describe(directory), TypeError)
+            _fail(function, "directory", "be a path", checks.describe(directory), TypeError)
         if mode == "per_token":
             tokens, k = (
-                _checks.check_positive_int(function, name, value, "Mode per_token needs it.")
+                checks.check_positive_int(function, name, value, "Mode per_token needs it.")
                 for name, value in (("max_tokens", max_tokens), ("top_k", top_k))
             )
             gatherer: gather.Gatherer = gather.Tokens(sizes, tokens, k)
@@ -288,9 +288,9 @@ class _Recorder(ExpertDistributionRecorder):
     ) -> Iterator[dict[str, Any]]:
         function, outputs = "with_forward_pass", {}
         try:
-            forward_pass_id = _checks.index(forward_pass_id)
+            forward_pass_id = checks.index(forward_pass_id)
         except TypeError:
-            got = _checks.describe(forward_pass_id)
+            got = checks.describe(forward_pass_id)
             _fail(function, "forward_pass_id", "be an int", got, TypeError)
         with self._lock:
             self._own(function)
@@ -492,4 +492,4 @@ def _fail(
     function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
 ) -> NoReturn:
     remedy = "See ExpertDistributionRecorder.init_new."
-    raise kind(_checks.message(function, argument, rule, got, remedy))
+    raise kind(checks.message(function, argument, rule, got, remedy))

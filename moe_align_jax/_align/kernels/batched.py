@@ -41,6 +41,7 @@ def build(problem: BatchedAlignProblem, config: BlockAlignMosaicConfig, *, vecto
             t.store(r.count, tid, count)
             with t.if_(cta.eq(0) & (e < num_experts)):
                 t.store(r.tokens_per_expert, e, count)
+            # mutant: rows are written before the starts are there
             t.block_sync()
             # A warp per expert, the warps of all CTAs in turn.
             for i in t.for_range(cta * (threads // WARP) + warp, threads, warps):

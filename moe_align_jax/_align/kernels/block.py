@@ -39,10 +39,12 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
         rows = common.Slice(t, sizes.capacity)
         rows.fill(r.sorted_token_ids, sizes.num_pairs, vector=vector)
+        # mutant: no barrier after the fills
         t.block_sync()
 
         # 1. Each warp counts its pairs, and ranks them among themselves.
         ranks = [collectives.tally(t, r.histogram, row_of_warp, e, lane, *bits) for e in experts]
+        # mutant: the barrier before the column scan is a warp barrier
         t.block_sync()
 
         # 2. Where each expert starts, and each warp within it.
@@ -67,6 +69,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             start = start + size
         with t.if_(cta.eq(0) & tid.eq(0)):
             t.store(r.num_tokens_post_padded, 0, total)
+        # mutant: no barrier before the starts are read
         t.block_sync()
 
         # 3. Every pair to its row; blocks that no pair names read -1.

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Simt
 from moe_align_jax.types import HASH_MULTIPLIER, LAUNCH_SIZES, AlignProblem
@@ -16,11 +17,6 @@ def thread_ids(t: Simt) -> tuple[Int, Int, Int]:
     """(thread, lane, warp) within the CTA."""
     tid = t.thread_id()
     return tid, tid & (WARP - 1), tid >> 5
-
-
-def cdiv(a: Any, b: int) -> Any:
-    """ceil(a / b) of a value or an int."""
-    return (a + (b - 1)) // b
 
 
 class Sizes:

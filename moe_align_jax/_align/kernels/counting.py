@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._align.kernels import common
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Shapes, Simt
 from moe_align_jax.types import AlignProblem
@@ -22,7 +23,7 @@ type ReadBin = Callable[[Simt, SimpleNamespace, Int], Int]  # pair -> bin, -1 fo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Partition:
     """How the pairs are cut up: CTA g owns `tiles` tiles, a warp `rounds` runs of 32 in each."""
 
     num_pairs: int
@@ -50,8 +51,8 @@ class Layout:
         return -(-self.num_pairs // (self.tile * self.num_ctas))
 
     def tiles_of(self, num_pairs: Int | int) -> Int | int:
-        """Tiles of a CTA for that many pairs, at most `num_pairs` of the layout."""
-        return 1 if self.tiles == 1 else common.cdiv(num_pairs, self.tile * self.num_ctas)
+        """Tiles of a CTA for that many pairs, at most `num_pairs` of the partition."""
+        return 1 if self.tiles == 1 else cdiv(num_pairs, self.tile * self.num_ctas)
 
     @property
     def packed(self) -> bool:
@@ -77,51 +78,55 @@ class Layout:
 def count_kernel(
     name: str,
     problem: AlignProblem,
-    layout: Layout,
+    partition: Partition,
     read_bin: ReadBin,
     inputs: Shapes,
     histograms: str,
 ) -> Kernel:
     """Writes `histograms` `[num_ctas * words]`: the bins of each CTA's pairs."""
-    threads = layout.threads
+    threads = partition.threads
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid, cta = t.thread_id(), t.cta_id()
         t.grid_dependency_wait()
         t.launch_dependents()
-        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
-        first = cta * (tiles * layout.tile)
+        tiles = partition.tiles_of(common.Sizes(t, r, problem).num_pairs)
+        first = cta * (tiles * partition.tile)
 
         def count(bins: list[Int]) -> None:
             for bin_ in bins:  # dropped pairs have an additional bin: cheaper than a branch
-                t.atomic_add(r.histogram, t.select(bin_ >= 0, bin_, layout.stride), 1)
+                # mutant: dropped pairs are counted
+                t.atomic_add(r.histogram, t.select(bin_ >= 0, bin_, partition.stride), 1)
 
         def read(start: Int | int) -> list[Int]:
             return [
-                read_bin(t, r, first + (start + (k * threads + tid))) for k in range(layout.rounds)
+                read_bin(t, r, first + (start + (k * threads + tid)))
+                for k in range(partition.rounds)
             ]
 
-        once = read(0) if layout.tiles == 1 else []
-        collectives.fill(t, r.histogram, 0, layout.stride + 1, tid, threads, vector=True)
+        once = read(0) if partition.tiles == 1 else []
+        collectives.fill(t, r.histogram, 0, partition.stride + 1, tid, threads, vector=True)
+        # mutant: no barrier between the zeros and the atomics
         t.block_sync()
-        if layout.tiles == 1:
+        if partition.tiles == 1:
             count(once)
         else:
             for tile in t.for_range(0, tiles):
-                count(read(tile * layout.tile))
+                count(read(tile * partition.tile))
+        # mutant: no barrier between the atomics and the loads
         t.block_sync()
-        write_histogram(t, r, layout, histograms, r.histogram)
+        write_histogram(t, r, partition, histograms, r.histogram)
 
     return Kernel(
         name=name,
         body=body,
         inputs=inputs,
-        outputs=histogram_outputs(layout, histograms),
-        shared={"histogram": layout.stride + 1},
-        num_warpgroups=layout.num_warpgroups,
-        num_ctas=layout.num_ctas,
-        cluster=layout.cluster,
-        mailbox=mailbox_words(layout),
+        outputs=histogram_outputs(partition, histograms),
+        shared={"histogram": partition.stride + 1},
+        num_warpgroups=partition.num_warpgroups,
+        num_ctas=partition.num_ctas,
+        cluster=partition.cluster,
+        mailbox=mailbox_words(partition),
     )
 
 
@@ -130,62 +135,65 @@ def _within(histograms: str) -> str:
     return f"{histograms}_within"
 
 
-def histogram_outputs(layout: Layout, histograms: str) -> dict[str, tuple[int, ...]]:
+def histogram_outputs(partition: Partition, histograms: str) -> dict[str, tuple[int, ...]]:
     """What `write_histogram` writes and `HistogramSums` reads."""
-    outputs: dict[str, tuple[int, ...]] = {histograms: (layout.num_rows * layout.words,)}
-    if layout.cluster > 1:
-        outputs[_within(histograms)] = (layout.num_ctas * layout.num_bins,)
+    outputs: dict[str, tuple[int, ...]] = {histograms: (partition.num_rows * partition.words,)}
+    if partition.cluster > 1:
+        outputs[_within(histograms)] = (partition.num_ctas * partition.num_bins,)
     return outputs
 
 
-def mailbox_words(layout: Layout) -> int:
+def mailbox_words(partition: Partition) -> int:
     """Words of the mailbox of a kernel that ends with `write_histogram`."""
-    return layout.cluster * _share(layout) if layout.cluster > 1 else 0
+    return partition.cluster * _share(partition) if partition.cluster > 1 else 0
 
 
-def _share(layout: Layout) -> int:
+def _share(partition: Partition) -> int:
     """Bins that a CTA adds up over its cluster: whole vectors, and whole words of a row."""
-    return -(-layout.stride // (4 * layout.cluster)) * 4
+    return -(-partition.stride // (4 * partition.cluster)) * 4
 
 
 def write_histogram(
-    t: Simt, r: SimpleNamespace, layout: Layout, histograms: str, histogram: Any
+    t: Simt, r: SimpleNamespace, partition: Partition, histograms: str, histogram: Any
 ) -> None:
     """At the end of a kernel, after a `block_sync`: what each CTA has in shared `histogram`, added up over
     its cluster. Each CTA gets its share of the bins from all of them."""
-    tid, cta, cluster, threads = t.thread_id(), t.cta_id(), layout.cluster, layout.threads
-    rows, words = getattr(r, histograms), layout.words
+    tid, cta, cluster, threads = t.thread_id(), t.cta_id(), partition.cluster, partition.threads
+    rows, words = getattr(r, histograms), partition.words
     if cluster == 1:
         for i in t.for_range(tid, words, threads):
-            if layout.packed:
+            if partition.packed:
                 low, high = (t.load(histogram, i * 2 + k) for k in range(2))
                 t.store(rows, cta * words + i, low | (high << 16))
             else:
                 t.store(rows, cta * words + i, t.load(histogram, i))
         return
+    # mutant: mail is posted before all CTAs run
     t.cluster_ready()
-    share = _share(layout)
+    share = _share(partition)
     rank = cta & (cluster - 1)
     first = cta - rank
     for i in t.for_range(tid * 4, share * cluster, threads * 4):
         to = i // share
-        there = i < layout.stride
+        there = i < partition.stride
         counts = t.values_if(there, lambda i=i: t.load4(histogram, i), [t.const(0)] * 4)
+        # mutant: a cluster's shares overlap
         t.post(first + to, rank * share + (i - to * share), *counts)
     box = t.mail()
     within = getattr(r, _within(histograms))
     row = (cta >> (cluster.bit_length() - 1)) * words
     for offset in t.for_range(tid, -(-share // WARP) * WARP, threads):  # whole warps
         bin_ = rank * share + offset
-        there = (offset < share) & (bin_ < layout.num_bins)
+        there = (offset < share) & (bin_ < partition.num_bins)
         safe = t.select(there, offset, 0)
         counts = [t.load(box, safe + k * share) for k in range(cluster)]
         running = t.const(0)
         for k, count in enumerate(counts):
             with t.if_(there):
-                t.store(within, (first + k) * layout.num_bins + bin_, running)
+                t.store(within, (first + k) * partition.num_bins + bin_, running)
+            # mutant: the prefix within a cluster is twice as large
             running = running + count
-        if layout.packed:
+        if partition.packed:
             running = t.select(there, running, 0)
             following = t.shfl(running, (tid + 1) & (WARP - 1))  # that of the next bin
             with t.if_(there & (bin_ & 1).eq(0)):
@@ -204,14 +212,14 @@ class HistogramSums:
 
     _MOST_WORDS = 24  # held in registers between `read` and `add`
 
-    def __init__(self, t: Simt, r: SimpleNamespace, layout: Layout, histograms: str):
-        self._t, self._r, self._layout, self._histograms = t, r, layout, histograms
-        columns = 1 << (layout.words - 1).bit_length()
+    def __init__(self, t: Simt, r: SimpleNamespace, partition: Partition, histograms: str):
+        self._t, self._r, self._layout, self._histograms = t, r, partition, histograms
+        columns = 1 << (partition.words - 1).bit_length()
         # No more groups than rows: additional groups would only add zeros.
-        most = 1 << (layout.num_rows - 1).bit_length()
-        self._groups = max(1, min(layout.threads // columns, most))
-        self._columns, self._rounds = columns, -(-layout.words // layout.threads)
-        self._rows = -(-layout.num_rows // self._groups)
+        most = 1 << (partition.num_rows - 1).bit_length()
+        self._groups = max(1, min(partition.threads // columns, most))
+        self._columns, self._rounds = columns, -(-partition.words // partition.threads)
+        self._rows = -(-partition.num_rows // self._groups)
         self._held: list[list[Int]] | None = None
 
     def _place(self, round_: Int | int) -> tuple[Int, Int | int]:
@@ -223,13 +231,13 @@ class HistogramSums:
 
     def _load(self, round_: Int | int) -> list[Int]:
         """This thread's words of a column, of the first one where it has none."""
-        t, layout = self._t, self._layout
+        t, partition = self._t, self._layout
         column, group = self._place(round_)
         there = self._there(column, group)
         words = []
         for j in range(self._rows):
             row, inside = self._row(j, group)
-            at = t.select(there & inside, row * layout.words + column, 0)
+            at = t.select(there & inside, row * partition.words + column, 0)
             words.append(t.load(getattr(self._r, self._histograms), at))
         return words
 
@@ -265,18 +273,19 @@ class HistogramSums:
             self._add(k, self._load(k), before, totals)
 
     def _add(self, round_: Int | int, words: list[Int], before: str, totals: str) -> None:
-        t, layout = self._t, self._layout
+        t, partition = self._t, self._layout
         column, group = self._place(round_)
-        my_row = t.cta_id() >> (layout.cluster.bit_length() - 1)
-        halves = 2 if layout.packed else 1
+        my_row = t.cta_id() >> (partition.cluster.bit_length() - 1)
+        halves = 2 if partition.packed else 1
         sums = [[t.const(0), t.const(0)] for _ in range(halves)]
         for j, word in enumerate(words):
             row, inside = self._row(j, group)
+            # mutant: a CTA's pairs count twice
             mine = my_row > row
             for half, count in zip(
-                sums, [word & 0xFFFF, word >> 16] if layout.packed else [word], strict=True
+                sums, [word & 0xFFFF, word >> 16] if partition.packed else [word], strict=True
             ):
-                if layout.num_rows % self._groups:
+                if partition.num_rows % self._groups:
                     count = t.select(inside, count, 0)
                 half[0] = half[0] + count
                 half[1] = half[1] + t.select(mine, count, 0)
@@ -284,6 +293,7 @@ class HistogramSums:
             for k, (total, earlier) in enumerate(sums):
                 bin_ = column * halves + k
                 for name, count in ((totals, total), (before, earlier)):
+                    # mutant: sums are stored, not added
                     (t.atomic_add if self._groups > 1 else t.store)(
                         getattr(self._r, name), bin_, count
                     )

@@ -18,30 +18,33 @@ from moe_align_jax.types import AlignProblem
 def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool) -> Program:
     """The count kernel and the place kernel. Their stores do not depend on `vector`."""
     del vector  # its stores are 4 bytes wide
-    layout = placing.layout_of(problem, config)
-    local_sort, one_tile = config.local_sort, layout.tiles == 1
+    partition = placing.partition_of(problem, config)
+    local_sort, one_tile = config.local_sort, partition.tiles == 1
 
     def read_bin(t: Simt, r: SimpleNamespace, pair: Int) -> Int:
         sizes, limit = common.Sizes(t, r, problem), common.pair_limit(t, r, problem)
         return common.read_expert(t, r, problem, sizes, pair, limit)
 
     def place(t: Simt, r: SimpleNamespace) -> None:
-        p = placing.Placer(t, r, problem, layout, local_sort=local_sort)
+        p = placing.Placer(t, r, problem, partition, local_sort=local_sort)
         tile: placing.Tile | None = None
         experts = p.read_tile(p.first_of(0)) if one_tile else []
         if one_tile:
             p.clear_histogram()
         for zeroed in (r.start, r.filled):
-            collectives.fill(t, zeroed, 0, p.columns.stride, p.tid, layout.threads, vector=True)
+            collectives.fill(t, zeroed, 0, p.columns.stride, p.tid, partition.threads, vector=True)
         t.block_sync()
         if one_tile:  # what needs nothing of the count kernel runs beside it
             tile = p.rank(p.first_of(0), experts)
             if local_sort:
+                # mutant: pairs take their places before all of a tile are counted
                 t.block_sync()
                 tile = p.sort(tile)
+        # mutant: no wait for the count kernel
+        # mutant: two warps wait, not all
         t.grid_dependency_wait()
         t.launch_dependents()
-        sums = counting.HistogramSums(t, r, layout, "histograms")
+        sums = counting.HistogramSums(t, r, partition, "histograms")
         sums.read()
         safe = [t.select(ok, e, 0) for ok, e in zip(p.valid, p.mine, strict=True)]
         within = [sums.before_me(e) for e in safe]
@@ -74,20 +77,21 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
                 for e, ok, start, count in zip(p.mine, p.valid, starts, counts, strict=True):
                     with t.if_(ok):
                         t.store(r.start, e, start + count)
+                # mutant: the next tile begins without a barrier
                 t.block_sync()
         p.fill(in_use)
 
     count = counting.count_kernel(
-        "moe_align_grid_count", problem, layout, read_bin, problem.inputs, "histograms"
+        "moe_align_grid_count", problem, partition, read_bin, problem.inputs, "histograms"
     )
     # Pairs of the clusters before mine, then the row of the next tile's first pair.
-    start = {"start": placing.Columns(problem.num_experts, layout.threads).stride}
+    start = {"start": placing.Columns(problem.num_experts, partition.threads).stride}
     kernel = Kernel(
         name="moe_align_grid_place",
         body=place,
         inputs={**problem.inputs, **count.outputs},
         outputs=problem.outputs,
-        shared=placing.shared_of(layout, local_sort=local_sort) | start,
+        shared=placing.shared_of(partition, local_sort=local_sort) | start,
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
     )

@@ -57,6 +57,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         blocks.fill(r.expert_ids, -1, vector=vector)
         if problem.return_counts:
             counts.fill(r.tokens_per_expert, 0, vector=vector)
+        # mutant: the others are read before all are there
         t.block_sync()
 
         # Sums as they go: lists of 64 values would not fit into registers.
@@ -65,11 +66,13 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         for j in others:
             equal = t.load(r.experts, j).eq(expert)
             same = same + t.select(equal, 1, 0)
+            # mutant: equal pairs after one's own are before it
             rank = rank + t.select(equal & (j < pair), 1, 0)
         same, rank = over_parts(same), over_parts(rank)
         first = kept & rank.eq(0)
         with t.if_(mine):
             t.store(r.padded, pair, t.select(first, common.padded(same, block_size), 0))
+        # mutant: sizes are read before all are there
         t.block_sync()
         start, total = zero, zero
         for j in others:

@@ -81,34 +81,34 @@ class Placer:
         t: Simt,
         r: SimpleNamespace,
         problem: AlignProblem,
-        layout: counting.Layout,
+        partition: counting.Partition,
         *,
         local_sort: bool,
     ):
-        self.t, self.r, self.problem, self.layout, self.local_sort = (
+        self.t, self.r, self.problem, self.partition, self.local_sort = (
             t,
             r,
             problem,
-            layout,
+            partition,
             local_sort,
         )
         self.tid, self.lane, self.warp = common.thread_ids(t)
         self.cta = t.cta_id()
-        self.columns = columns = Columns(problem.num_experts, layout.threads)
+        self.columns = columns = Columns(problem.num_experts, partition.threads)
         self.row_of_warp = self.warp * columns.stride
         self.sizes, self.limit = common.Sizes(t, r, problem), None
-        self.tiles = layout.tiles_of(self.sizes.num_pairs)
+        self.tiles = partition.tiles_of(self.sizes.num_pairs)
         numbers = range(columns.per_thread)
         self.mine = [self.tid * columns.per_thread + k for k in numbers]  # experts
         self.my_columns = [self.tid + k * columns.run for k in numbers]
         self.valid = [e < problem.num_experts for e in self.mine]
-        run = self.warp * (layout.rounds * WARP)
-        self.places = [run + (k * WARP + self.lane) for k in range(layout.rounds)]  # in a tile
+        run = self.warp * (partition.rounds * WARP)
+        self.places = [run + (k * WARP + self.lane) for k in range(partition.rounds)]  # in a tile
 
     # -- the pairs of this CTA alone
 
     def first_of(self, tile: Int | int) -> Int:
-        return self.cta * (self.tiles * self.layout.tile) + tile * self.layout.tile
+        return self.cta * (self.tiles * self.partition.tile) + tile * self.partition.tile
 
     def read_tile(self, first: Int) -> list[Int]:
         t, r, problem = self.t, self.r, self.problem
@@ -119,9 +119,9 @@ class Placer:
         ]
 
     def clear_histogram(self) -> None:
-        words = self.layout.num_warps * self.columns.stride
+        words = self.partition.num_warps * self.columns.stride
         collectives.fill(
-            self.t, self.r.histogram, 0, words, self.tid, self.layout.threads, vector=True
+            self.t, self.r.histogram, 0, words, self.tid, self.partition.threads, vector=True
         )
 
     def rank(self, first: Int, experts: list[Int]) -> Tile:
@@ -138,18 +138,21 @@ class Placer:
     def _cells(self, k: int) -> list[Int]:
         """My k-th expert's counts of all warps."""
         stride = self.columns.stride
-        return [self.my_columns[k] + w * stride for w in range(self.layout.num_warps)]
+        return [self.my_columns[k] + w * stride for w in range(self.partition.num_warps)]
 
     def count(self, tile: Tile) -> Tile:
         t = self.t
-        zero, words = t.const(0), self.layout.num_warps * len(self.mine) + 2 * self.layout.rounds
+        zero, words = (
+            t.const(0),
+            self.partition.num_warps * len(self.mine) + 2 * self.partition.rounds,
+        )
         keep = words <= _MOST_WORDS
         counts, by_warp = [], []
         for k, ok in enumerate(self.valid):
             if keep:
                 safe = t.select(ok, self.my_columns[k], 0)
                 stride = self.columns.stride
-                cells = [safe + w * stride for w in range(self.layout.num_warps)]
+                cells = [safe + w * stride for w in range(self.partition.num_warps)]
                 by_warp.append([t.load(self.r.histogram, cell) for cell in cells])
                 counts.append(t.select(ok, sum(by_warp[k], zero), 0))
             else:
@@ -216,6 +219,7 @@ class Placer:
             starts.append(start + before[k])
             with t.if_(self.valid[k]):
                 t.store(r.filled, e, start + total)
+                # mutant: an expert's padding ends one row early
                 t.store(r.end, e, start + size)
                 if problem.return_counts:
                     with t.if_(self.cta.eq(0)):
@@ -236,6 +240,7 @@ class Placer:
     def _scatter_unsorted(self, tile: Tile, starts: list[Int]) -> list[Int]:
         t = self.t
         counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]
+        # mutant: places are read before they are written
         t.block_sync()
         for place, word in zip(self.places, tile.held, strict=True):
             row = collectives.value_if(t, word >= 0, lambda w=word: self._at(w), 0)
@@ -250,8 +255,9 @@ class Placer:
         for k, (start, local) in enumerate(zip(starts, tile.local_starts, strict=True)):
             with t.if_(self.valid[k]):
                 t.store(r.delta, self.my_columns[k], start - local)
+        # mutant: the sorted tile is read without a barrier
         t.block_sync()
-        rounds, threads = self.layout.rounds, self.layout.threads
+        rounds, threads = self.partition.rounds, self.partition.threads
         with t.if_(tile.kept > 0):
             for begin in range(0, rounds, _WRITE_ROUNDS):
                 cells = [
@@ -279,8 +285,8 @@ class Placer:
     def fill(self, in_use: Int) -> None:
         """Writes -1 and the sentinel to the blocks and rows without a pair; `in_use` rows are taken."""
         t, r, sizes = self.t, self.r, self.sizes
-        everyone = self.layout.num_ctas * self.layout.threads
-        me = self.cta * self.layout.threads + self.tid
+        everyone = self.partition.num_ctas * self.partition.threads
+        me = self.cta * self.partition.threads + self.tid
         first_block = in_use // self.problem.block_size
         for b in collectives.strided(t, first_block + me, sizes.num_blocks, everyone):
             t.store(r.expert_ids, b, -1)
@@ -309,8 +315,8 @@ class Placer:
                     t.store(r.sorted_token_ids, i, self.sizes.num_pairs)
 
 
-def layout_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting.Layout:
-    return counting.Layout(
+def partition_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting.Partition:
+    return counting.Partition(
         num_pairs=problem.num_pairs,
         num_bins=problem.num_experts,
         num_ctas=config.num_ctas,
@@ -320,16 +326,19 @@ def layout_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting
     )
 
 
-def shared_of(layout: counting.Layout, *, local_sort: bool) -> dict[str, int]:
+def shared_of(partition: counting.Partition, *, local_sort: bool) -> dict[str, int]:
     """Words of each shared-memory array that a `Placer` needs, by name."""
-    stride = Columns(layout.num_bins, layout.threads).stride
+    stride = Columns(partition.num_bins, partition.threads).stride
     shared = {
-        "histogram": layout.num_warps * stride,
+        "histogram": partition.num_warps * stride,
         "filled": stride,  # all pairs, then the row past the last pair
         "end": stride,
         "scratch": WARP,
         "scratch2": WARP,
     }
     if local_sort:
-        shared |= {"delta": stride, "sorted": layout.tile}  # row of a pair - its place in the tile
+        shared |= {
+            "delta": stride,
+            "sorted": partition.tile,
+        }  # row of a pair - its place in the tile
     return shared

@@ -24,12 +24,12 @@ _MAX_CHUNKS = 128  # of experts; at most a thread each in the scan
 
 
 def _pass_kernels(
-    problem: AlignProblem, layout: counting.Layout, index: int, shift: int, bits: int
+    problem: AlignProblem, partition: counting.Partition, index: int, shift: int, bits: int
 ) -> list[Kernel]:
     """One stable pass by the digit `key >> shift`, from keys and pairs `index` to `index + 1`."""
     n = problem.num_pairs
-    threads, num_warps, stride = layout.threads, layout.num_warps, layout.stride
-    num_bins = layout.num_bins
+    threads, num_warps, stride = partition.threads, partition.num_warps, partition.stride
+    num_bins = partition.num_bins
     per_thread = -(-num_bins // threads)
     histograms = f"histograms{index}"
     keys, pairs = f"keys{index}", f"pairs{index}"
@@ -68,14 +68,18 @@ def _pass_kernels(
         t.block_sync()
         t.grid_dependency_wait()
         t.launch_dependents()
-        tiles = layout.tiles_of(common.Sizes(t, r, problem).num_pairs)
+        tiles = partition.tiles_of(common.Sizes(t, r, problem).num_pairs)
 
         def read_tile(tile: Int | int) -> list[tuple[Int, Int, Int]]:
-            first = cta * (tiles * layout.tile) + tile * layout.tile + warp * (layout.rounds * WARP)
-            return [read(t, r, first + (k * WARP + lane)) for k in range(layout.rounds)]
+            first = (
+                cta * (tiles * partition.tile)
+                + tile * partition.tile
+                + warp * (partition.rounds * WARP)
+            )
+            return [read(t, r, first + (k * WARP + lane)) for k in range(partition.rounds)]
 
-        once = read_tile(0) if layout.tiles == 1 else None
-        sums = counting.HistogramSums(t, r, layout, histograms)
+        once = read_tile(0) if partition.tiles == 1 else None
+        sums = counting.HistogramSums(t, r, partition, histograms)
         sums.read()
         sums.add(before="start", totals="totals")
         t.block_sync()
@@ -120,7 +124,7 @@ def _pass_kernels(
                     t.store(r.start, d, t.load(r.start, d) + count)
 
     count = counting.count_kernel(
-        f"moe_align_radix_count{index}", problem, layout, read_digit, inputs, histograms
+        f"moe_align_radix_count{index}", problem, partition, read_digit, inputs, histograms
     )
     placed = Kernel(
         name=f"moe_align_radix_place{index}",
@@ -133,8 +137,8 @@ def _pass_kernels(
             "totals": stride,
             "scratch": WARP,
         },
-        num_warpgroups=layout.num_warpgroups,
-        num_ctas=layout.num_ctas,
+        num_warpgroups=partition.num_warpgroups,
+        num_ctas=partition.num_ctas,
     )
     return [count, placed]
 
@@ -152,6 +156,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
         step = 1 << (n.bit_length() - 1)
         while step:
             probe = at + step
+            # mutant: the search leaves out the last key
             inside = probe <= num_keys
             smaller = t.load(getattr(r, keys), t.select(inside, probe - 1, 0)) < key
             at = t.select(inside & smaller, probe, at)
@@ -164,6 +169,7 @@ def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
         t.launch_dependents()
         with t.if_(tid.eq(0)):
             t.store(r.rows, 0, 0)
+        # mutant: rows are added before they are zero
         t.block_sync()
         begin = cta * chunk
         for i in t.for_range(tid, chunk, threads):
@@ -245,6 +251,7 @@ def _scan_kernel(problem: AlignProblem, num_chunks: int) -> Kernel:
                 for b in t.for_range(first_block + lane, past, WARP):
                     t.store(r.block_expert, b, owner)
                     t.store(r.expert_ids, b, name)
+            # mutant: a lane changes the carry while others read it
             t.block_sync()  # all threads have read the carry
             with t.if_(tid.eq(0)):
                 t.store(r.carry, 0, t.load(r.carry, 0) + added)
@@ -280,6 +287,7 @@ def _rows_kernel(problem: AlignProblem, pairs: str, num_ctas: int) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         me, everyone = t.cta_id() * threads + t.thread_id(), num_ctas * threads
         sizes = common.Sizes(t, r, problem)
+        # mutant: the last kernel does not wait
         t.grid_dependency_wait()
         t.launch_dependents()
         for row in collectives.strided(t, me, sizes.capacity, everyone):
@@ -329,7 +337,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
     kernels: list[Kernel] = []
     passes = digits(problem.num_experts)
     for index, (shift, bits) in enumerate(passes):
-        layout = counting.Layout(
+        partition = counting.Partition(
             num_pairs=problem.num_pairs,
             num_bins=1 << bits,
             num_ctas=config.num_ctas,
@@ -337,7 +345,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             rounds=config.rounds,
             cluster=config.cluster,
         )
-        kernels += _pass_kernels(problem, layout, index, shift, bits)
+        kernels += _pass_kernels(problem, partition, index, shift, bits)
     last = len(passes)
     chunk_threads = _FINISH_WARPGROUPS * WARPGROUP
     num_chunks = min(_MAX_CHUNKS, -(-problem.num_experts // chunk_threads))

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from moe_align_jax._align.config import BlockAlignMosaicConfig, sorted_digits, sorted_range
 from moe_align_jax._align.kernels import common
+from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
@@ -120,6 +121,7 @@ class _Sorter:
         def rank() -> Int:
             below = t.const(0)
             for k in range(0, compared, parts):
+                # mutant: a pair is below itself
                 below = below + t.select(t.load(words, part + k).below(word), 1, 0)
             for k in range(shift):
                 below = below + t.shfl(below, self.lane ^ (1 << k))
@@ -128,6 +130,7 @@ class _Sorter:
         found = collectives.value_if(
             t, (self.tid - self.lane) >> shift < number, rank, 0
         )  # for whole warps
+        # mutant: pairs take their places while others are compared with them
         t.block_sync()  # all have read, and the target may be the source
         with t.if_(part.eq(0) & (place < number)):
             t.store(target, found, word)
@@ -141,7 +144,7 @@ class _Sorter:
         histogram = getattr(r, f"histogram{index}")
         # Odd: a warp's bins lie in different banks, and differ in their low bits still.
         stride = self.num_warps + 1
-        rounds = common.cdiv(number, self.threads)
+        rounds = cdiv(number, self.threads)
         first = self.warp * (rounds * WARP) + self.lane
 
         def bin_of(word: Int) -> Int:
@@ -154,9 +157,11 @@ class _Sorter:
             at = first + k * WARP
             with t.if_(at - self.lane < number):  # for whole warps
                 # Past the end a word of all ones: it sorts behind every pair, so it changes no pair's rank.
+                # mutant: what is past the end comes first
                 word = t.select(at < number, load_at(at), -1)
                 rank = collectives.tally(t, histogram, self.warp, bin_of(word), self.lane, bits)
                 t.store(r.ranks, at, rank)
+        # mutant: counts are added up before all have counted
         t.block_sync()
         # The warps' counts of a bin are neighbours: one scan over all of them.
         cells = self.num_warps << bits
@@ -176,6 +181,7 @@ class _Sorter:
             with t.if_(inside) if cells < self.threads else contextlib.nullcontext():
                 t.store(histogram, place, running)
             running = running + count
+        # mutant: places are read before they are written
         t.block_sync()
         for k in t.for_range(0, rounds):
             at = first + k * WARP
@@ -183,6 +189,7 @@ class _Sorter:
                 word = t.load(source, at)
                 place = t.load(histogram, bin_of(word) + self.warp) + t.load(r.ranks, at)
                 t.store(target, place, word)
+        # mutant: the next pass begins without a barrier
         t.block_sync()
 
     def find_blocks(self, words: object, spare: object, number: Int) -> None:
@@ -196,7 +203,7 @@ class _Sorter:
         t, r, tid, lane, warp = self.t, self.r, self.tid, self.lane, self.warp
         block_size, threads, looks = self.problem.block_size, self.threads, self.looks
         below = collectives.lanes_below(t, lane)
-        chunks = common.cdiv(number, threads * looks)
+        chunks = cdiv(number, threads * looks)
         for chunk in t.for_range(0, chunks):
             firsts = [
                 (chunk * self.num_warps + warp) * (looks * WARP) + k * WARP for k in range(looks)
@@ -217,6 +224,7 @@ class _Sorter:
                 last = _last_of(t, mask, first, last)
             with t.if_(lane.eq(0)):
                 t.store(r.heads, warp, last)
+            # mutant: the warps' last heads are read before they are written
             t.block_sync()
             lasts = t.load(r.heads, t.select(lane < self.num_warps, lane, 0))
             earlier = t.ballot((lasts >= 0) & (lane < warp))
@@ -249,6 +257,7 @@ class _Sorter:
                         t.store(spare, at, t.select(last_pair, at - first + 1, 0))
             with t.if_(tid.eq(threads - 1)):
                 t.store(r.before, chunk * 2 + 2, known + all_added)
+                # mutant: a later chunk forgets where its first expert begins
                 t.store(r.before, chunk * 2 + 3, start)
         with t.if_(tid.eq(threads - 1)):
             blocks = t.load(r.before, chunks * 2)
@@ -261,12 +270,15 @@ class _Sorter:
         t.block_sync()
         if t.cluster == 1:
             return t.const(0), t.load(r.blocks, 0)
+        # mutant: mail is posted before all CTAs run
         t.cluster_ready()
+        # mutant: a CTA of the cluster is told nothing
         with t.if_(self.tid < t.cluster):
             t.post(self.cta - self.rank + self.tid, self.rank, t.load(r.blocks, 0))
         box = t.mail()
         theirs = collectives.value_if(t, self.lane < t.cluster, lambda: t.load(box, self.lane), 0)
         running = collectives.warp_inclusive_scan(t, theirs, self.lane, t.cluster)
+        # mutant: a range's own blocks are before it
         return t.shfl(running - theirs, self.rank), t.shfl(running, t.cluster - 1)
 
     def write(self, words: object, spare: object, number: Int, first_block: Int) -> None:
@@ -344,6 +356,8 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         t.grid_dependency_wait()
         t.launch_dependents()
         number = s.collect()
+        # mutant: pairs are sorted before all are collected
+        # mutant: openers are read before all are there
         t.block_sync()
         words, spare = (getattr(r, f"words{(len(digits) + k) % 2}") for k in range(2))
         if compared:

@@ -25,6 +25,7 @@ def _sort(t: Simt, r: SimpleNamespace, key: Int, num_pairs: int) -> tuple[Int, I
     _, lane, warp = common.thread_ids(t)
     first, count = warp * WARP, -(-num_pairs // 4) * 4
     t.store(r.keys, first + lane, key)
+    # mutant: keys are compared before all are there
     t.warp_sync()
     place = t.const(0)
     for start in range(0, count, 4):
@@ -33,6 +34,7 @@ def _sort(t: Simt, r: SimpleNamespace, key: Int, num_pairs: int) -> tuple[Int, I
     if count < WARP:
         place = t.select(lane < count, place, lane)
     t.store(r.sorted, first + place, key)
+    # mutant: keys are read before they have their places
     t.warp_sync()
     around = lane, t.select(lane > 0, lane - 1, 0), t.select(lane < WARP - 1, lane + 1, lane)
     mine, before, after = (t.load(r.sorted, first + at) for at in around)
@@ -70,14 +72,17 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         pair, expert, kept = mine & (WARP - 1), mine >> _LANE_BITS, mine < _DROPPED
         upto = collectives.lanes_below(t, lane) | (t.const(1) << lane)
         heads = t.ballot(lane.eq(0) | expert.ne(before >> _LANE_BITS))
+        # mutant: an expert's first pair follows the expert before
         rank = lane - t.highest_bit(heads & upto)
         within = rank % block_size
         opens = kept & within.eq(0)
         openers = t.ballot(opens)
+        # mutant: a block's first pair does not count as its opener
         block = t.popc(openers & upto) - 1
         row = block * block_size + within
         label = t.shfl(label, pair)
 
+        # mutant: no barrier between the sentinels and the pairs
         t.block_sync()  # the sentinels of this CTA's slice are in place
         with t.if_(tid < WARP):
             with rows.holding(row, kept):

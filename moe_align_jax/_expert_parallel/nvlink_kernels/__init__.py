@@ -17,7 +17,7 @@ from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
     Combine,
     Dispatch,
     Field,
-    Problem,
+    PeerProblem,
     ReturnRows,
     Send,
 )
@@ -28,7 +28,7 @@ __all__ = [
     "Dispatch",
     "Field",
     "ReturnRows",
-    "Problem",
+    "PeerProblem",
     "Send",
     "build",
     "dispatch_unsupported",
@@ -43,6 +43,6 @@ _BUILDERS = {
 
 
 @functools.lru_cache(256)
-def build(problem: Problem) -> Kernel:
+def build(problem: PeerProblem) -> Kernel:
     """The kernel of a problem."""
     return _BUILDERS[type(problem)](problem)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moe_align_jax._expert_parallel.nvlink_kernels.problems import Field, Problem, words
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import Field, PeerProblem, words
 from moe_align_jax._simt.language import Int, Kernel, Simt
 
 # CTAs wait for each other's peers: all of them are to be resident, on any GPU that has NVLink.
@@ -62,7 +62,7 @@ def everyone(t: Simt, count: int) -> list[Int]:
 
 def kernel(
     name: str,
-    problem: Problem,
+    problem: PeerProblem,
     body: Any,
     *,
     num_warpgroups: int = 1,

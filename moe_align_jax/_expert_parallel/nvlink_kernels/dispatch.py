@@ -15,9 +15,10 @@ import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
-    GROUP,
     INT32,
     Dispatch,
     Field,
@@ -40,7 +41,6 @@ _ROWS_AT_A_TIME = 4
 _TARGETS_AHEAD = 8
 # A word in the inbox is not 0: local id i is sent as i + 2, an expert of another rank as 1.
 _FIRST_ID, _NO_ID = 2, 1
-_INT32_MAX = 2**31 - 1
 
 
 def unsupported(problem: Dispatch) -> str | None:
@@ -51,7 +51,7 @@ def unsupported(problem: Dispatch) -> str | None:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
     if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
         return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
-    if most_words(problem) > _INT32_MAX:
+    if most_words(problem) > INT32_MAX:
         return "it counts words in int32"
     return None
 
@@ -134,9 +134,11 @@ class _Dispatcher:
             copying.for_tokens(t, self.units, sender.send_row)
         with t.if_(self.warp.eq(_WARPS)):
             copying.for_tokens(t, self.units, self._send_routes)
+        # mutant: peers are not told of the rows
         t.device_arrive()  # one fence: it waits for the rows
         with t.if_(self.thread >= WARPGROUP):
             self._count()
+        # mutant: places are read before all warps have counted
         t.block_sync()  # the counts of all warps
         self._lay_out_experts()
         if self.rounds == 1:
@@ -153,7 +155,9 @@ class _Dispatcher:
 
     def _wait_for_rows(self) -> None:
         with self.t.if_(self.warp.eq(0)):
+            # mutant: rows are copied before they are there
             self.t.device_wait()
+        # mutant: what one warp has waited for the others read
         self.t.block_sync()
 
     def _token(self, unit: Int) -> Int:
@@ -176,13 +180,16 @@ class _Dispatcher:
         if self.parts > 1:
             goes = goes & unit.eq(token * self.parts)
         with t.if_(goes):
+            # mutant: every rank puts its ids where rank 0's are
             at = t.rank() * (self.problem.num_tokens * top_k) + pair
             # A loop at run time: all addresses at once would not leave registers for two CTAs on an SM.
             for k in t.for_range(0, self.sources):
                 rank = (t.rank() + k) % self.sources
                 local = expert - rank * count
                 here = local.below(count)
+                # mutant: ids that are nobody's here are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
+                # mutant: weights of others' experts are kept
                 t.store(t.remote(r.local_weights, rank), at, t.select(here, weight, 0))
 
     # -- the counting warpgroup
@@ -201,6 +208,7 @@ class _Dispatcher:
             expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
             total = self._counted(held, expert + _FIRST_ID, self.problem.num_pairs)
             with t.if_(self.lane.eq(0)):
+                # mutant: a warp's counts are those of the first warp
                 t.store(self.r.totals, warp * self.experts + number, total)
 
     def _take_ids(self, thread: Int, also: Places) -> tuple[Held, list[tuple[Int, ...]]]:
@@ -258,6 +266,7 @@ class _Dispatcher:
         for first, ids in held:
             before = end - first
             for k, one in enumerate(ids):
+                # mutant: a pair is counted before itself
                 total = total + t.select(one.eq(expert) & (before > k), 1, 0)
         return t.warp_sum(total)
 
@@ -279,6 +288,7 @@ class _Dispatcher:
                     t.store(r.tokens_per_expert, expert, total)
                     t.store(r.masked_m, expert, t.select(total < room, total, room))
                 for place in t.for_range(total + self.thread, room, t.num_threads):
+                    # mutant: an unused row says that it is pair 0's
                     t.store(r.pair_of_row, expert * room + place, self.problem.num_pairs)
 
     def _find(self, unit: Int) -> list[_Found]:
@@ -292,6 +302,7 @@ class _Dispatcher:
             mine = (self.lane < top_k) & (source < self.sources)
             slot = places + source * top_k + self.lane
             wanted = t.load(self.r.wanted, t.select(mine, slot, 0))
+            # mutant: what goes through the inbox is taken one too high
             expert = wanted - _FIRST_ID
             kept = mine & (expert >= 0)
             stride = self.rounds * self.slots
@@ -300,6 +311,7 @@ class _Dispatcher:
                 return self._sum(self.r.places, slot, stride)
 
             at = collectives.value_if(t, kept, place, room)
+            # mutant: a row past the box's room is written
             row = t.select(at < room, expert * room + at, -1)
             found.append(_Found(source, first, mine, expert, row))
         return found

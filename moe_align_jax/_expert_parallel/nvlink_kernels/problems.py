@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._simt.language import Devices
 
 type Array = tuple[tuple[int, ...], Any]  # shape, dtype
 
-# Columns of a group that shares a scale.
-GROUP = 128
 INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
 
 
@@ -186,7 +185,7 @@ class Combine(NamedTuple):
         }
 
 
-type Problem = Send | Dispatch | ReturnRows | Combine
+type PeerProblem = Send | Dispatch | ReturnRows | Combine
 
 
 def words(array: Array) -> int:
@@ -194,6 +193,6 @@ def words(array: Array) -> int:
     return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4
 
 
-def most_words(problem: Problem) -> int:
+def most_words(problem: PeerProblem) -> int:
     """Of the largest array: kernels count words in int32."""
     return max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))

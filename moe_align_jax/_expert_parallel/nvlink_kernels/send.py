@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
-from moe_align_jax._expert_parallel.nvlink_kernels.problems import GROUP, Send
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import Send
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
 # DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: the bits of
 # float32.
-_FLOOR, _MOST, _INVERSE = np.array([1e-4, 448, 1 / 448], np.float32).view(np.int32).tolist()
+_FLOOR, _MOST, _INVERSE = (
+    np.array([1e-4, E4M3_MAX, 1 / E4M3_MAX], np.float32).view(np.int32).tolist()
+)
 _LOW, _MAGNITUDE = 0xFFFF, 0x7FFF
 _VALUES = 8  # bfloat16 of a 16-byte word
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._expert_parallel import message
-from moe_align_jax._expert_parallel.transport import Group
+from moe_align_jax._expert_parallel.transport import Group, Transport
 
 
-class AllGather:
+class AllGather(Transport):
     name = "all_gather"
-    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         del platform

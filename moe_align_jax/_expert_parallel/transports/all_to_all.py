@@ -15,12 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._expert_parallel import message
-from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
+from moe_align_jax._expert_parallel.transport import (
+    Group,
+    Transport,
+    ranks_of_tokens,
+    sum_over_ranks,
+)
 
 
-class AllToAll:
+class AllToAll(Transport):
     name = "all_to_all"
-    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         del platform

@@ -6,21 +6,28 @@ of a low-latency exchange are done on the way: the fp8 quantisation, the boxes o
 weighted sum of a token's rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel import message, nvlink_kernels
-from moe_align_jax._expert_parallel.axes import vary_together
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import most_words
-from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens, sum_over_ranks
+from moe_align_jax._expert_parallel.transport import (
+    Group,
+    Transport,
+    ranks_of_tokens,
+    sum_over_ranks,
+)
 from moe_align_jax._expert_parallel.transports import peer_access
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import make_primitive, result_like
+from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._simt.language import Devices
 
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
@@ -28,9 +35,10 @@ MAX_DEVICES = 8
 _WORD = 4
 
 
-class NvLink:
+class NvLink(Transport):
     name = "nvlink"
     localises = True
+    checks_ids = True
 
     def unavailable(self, platform: str) -> str | None:
         if reason := select.kernels_unavailable("cuda" if platform == "gpu" else platform):
@@ -54,13 +62,24 @@ class NvLink:
         return None
 
     def refuses(self, axis_name: Any) -> str | None:
-        """Why not over these axes of the enclosing mesh, or None."""
         names = jax.sharding.get_abstract_mesh().axis_names
         axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
         places = [names.index(axis) for axis in axes]
         if places != list(range(places[0], places[0] + len(axes))):
             return f"it takes axes that are neighbours in the mesh, in its order {names}"
         return None
+
+    def check_mesh(self, mesh: Any) -> None:
+        """A kernel finds peers by their place in the mesh, XLA their addresses by the order of devices."""
+        if not isinstance(mesh, jax.sharding.Mesh):
+            return
+        ids = [device.id for device in mesh.devices.flat]
+        if ids != sorted(ids):
+            rule = (
+                "be over a mesh with the devices in the order of their ids for transport 'nvlink'"
+            )
+            remedy = "Make the mesh of jax.devices() in order, or pass transport='all_to_all'."
+            raise NotImplementedError(checks.message("dispatch", "axis_name", rule, ids, remedy))
 
     def plan(self, topk_ids: jax.Array, group: Group) -> jax.Array:
         """The ids, by which a token's rank itself can tell which results count."""
@@ -78,19 +97,20 @@ class NvLink:
         *received, weights, ids = _launch(problem, ids, weights, *given)
         return [*map(_out_of_words, received, payload), weights, ids]
 
+    def quantises(self, x: jax.Array, payload: str | None) -> bool:
+        return payload == "fp8" and x.dtype == jnp.bfloat16
+
     def send_quantised(
         self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
     ) -> list[jax.Array]:
-        """As `send_fields` of e4m3 codes and float32 scales of x, `[T, H]` bfloat16."""
         if ids.size == 0:
-            scales = jnp.zeros((0, x.shape[1] // message.GROUP), jnp.float32)
+            scales = jnp.zeros((0, x.shape[1] // GROUP), jnp.float32)
             fields = (x.astype(message.FP8), scales, weights, ids)
             return [_nothing(field, group) for field in fields]
         problem = self._problem([x], ids, group, routing=True, quantise=True)
         return _launch(problem, ids, weights, x)
 
     def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
-        """Whether `send_to_boxes` takes these."""
         *payload, _, ids = fields
         if ids.size == 0 or any(x.shape[1] * x.dtype.itemsize % _WORD for x in payload):
             return False
@@ -100,15 +120,6 @@ class NvLink:
     def send_to_boxes(
         self, fields: list[jax.Array], group: Group, room: int, quantise: bool
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
-        `send_fields`). Rows from `masked_m` on are not written.
-
-        Args:
-            fields: the payload, weights and ids.
-            group: the ranks.
-            room: rows per expert.
-            quantise: whether the payload, one bfloat16 array, becomes e4m3 codes and float32 scales.
-        """
         *payload, weights, ids = fields
         problem = self._dispatch_problem(payload, ids, group, room, quantise)
         given = zip(problem.outputs, _launch(problem, ids, weights, *payload), strict=True)
@@ -161,7 +172,6 @@ class NvLink:
         return _out_of_words(sum_over_ranks(parts, mask), rows)
 
     def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
-        """Whether `sum_pairs` takes these."""
         return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
 
     def sum_pairs(
@@ -173,16 +183,6 @@ class NvLink:
         plan: jax.Array,
         group: Group,
     ) -> jax.Array:
-        """The weighted sum of each received token's rows of y, given back and summed over ranks: `[T, H]`.
-
-        Args:
-            y: `[num_rows, H]` bfloat16.
-            weights: `[R, K]` float32.
-            row_of_pair: `[R, K]` int32, -1 for none.
-            local_ids: `[R, K]` int32, as received: -1 for other ranks' experts.
-            plan: of the tokens.
-            group: the ranks.
-        """
         num_rows, columns = y.shape
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
@@ -217,40 +217,27 @@ def _out_of_words(x: jax.Array, like: jax.Array) -> jax.Array:
 
 # -- the primitive ---------------------------------------------------------------------------------
 
-peer_rows_p = Primitive("moe_peer_rows")
-peer_rows_p.multiple_results = True
 
-
-def _launch(problem: nvlink_kernels.Problem, *operands: jax.Array) -> list[jax.Array]:
-    if (largest := most_words(problem)) > checks.INT32_MAX:
-        rule = f"move at most {checks.INT32_MAX} 4-byte words by transport 'nvlink'"
+def _launch(problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
+    if (largest := most_words(problem)) > INT32_MAX:
+        rule = f"move at most {INT32_MAX} 4-byte words by transport 'nvlink'"
         remedy = "Pass transport='all_to_all'."
         raise NotImplementedError(checks.message("dispatch", "x", rule, largest, remedy))
     return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
 
 
-@peer_rows_p.def_abstract_eval
-def _abstract_eval(*avals, problem: nvlink_kernels.Problem):
-    return [select.result_like(avals[0], *array) for array in problem.outputs.values()]
+def _abstract(*avals: Any, problem: nvlink_kernels.PeerProblem):
+    return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
-def check_order(mesh: Any) -> None:
-    """A kernel finds its peers by their place in the mesh, XLA their addresses by the order of devices."""
-    if not isinstance(mesh, jax.sharding.Mesh):
-        return
-    ids = [device.id for device in mesh.devices.flat]
-    if ids != sorted(ids):
-        rule = "be over a mesh with the devices in the order of their ids for transport 'nvlink'"
-        remedy = "Make the mesh of jax.devices() in order, or pass transport='all_to_all'."
-        raise NotImplementedError(checks.message("dispatch", "axis_name", rule, ids, remedy))
-
-
-def _lower(ctx, *operands, problem: nvlink_kernels.Problem):
+def _implement(platform: str, ctx: Any, *, problem: nvlink_kernels.PeerProblem) -> Callable:
+    del platform
     from moe_align_jax._simt import mosaic
 
-    check_order(getattr(ctx.module_context.axis_context, "mesh", None))
-    launcher = mosaic.launcher(nvlink_kernels.build(problem))
-    return mlir.lower_fun(launcher, multiple_results=True)(ctx, *operands)
+    NVLINK.check_mesh(getattr(ctx.module_context.axis_context, "mesh", None))
+    return mosaic.launcher(nvlink_kernels.build(problem))
 
 
-mlir.register_lowering(peer_rows_p, _lower, platform="cuda")
+peer_rows_p = make_primitive(
+    "moe_peer_rows", abstract=_abstract, implement=_implement, platforms=("cuda",)
+)

@@ -18,10 +18,10 @@ from jax import lax
 
 from moe_align_jax import block_align
 from moe_align_jax._expert_parallel import message
-from moe_align_jax._expert_parallel.axes import vary_together
-from moe_align_jax._expert_parallel.transport import Group, ranks_of_tokens
+from moe_align_jax._expert_parallel.transport import Group, Transport, ranks_of_tokens
 from moe_align_jax._layout.rows import accumulator, take_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32
 
@@ -58,9 +58,8 @@ def offsets(counts: Any, rank: Any, *, back: bool) -> tuple[Any, Any, Any, Any]:
     return line(within, 0), line(counts, 0), line(before, 0), line(counts, 1)
 
 
-class RaggedAllToAll:
+class RaggedAllToAll(Transport):
     name = "ragged_all_to_all"
-    localises = False
 
     def unavailable(self, platform: str) -> str | None:
         if platform == "cpu":

@@ -121,6 +121,7 @@ class _Body:
             running = running + count
         with t.if_(self.tid.eq(0)):
             t.store(r.first, experts, everything)
+        # mutant: an expert's first place is read before it is there
         t.block_sync()  # all of `first` is there
 
     def used(self, expert: Int) -> Int:
@@ -156,8 +157,10 @@ class _Body:
         # A dropped pair's id may be anything.
         expert = t.select(kept, unit.expert, 0)
         place = unit.place - t.load(r.first, expert)
+        # mutant: rows past an expert's room are copied
         kept = kept & place.below(room)
         row = t.select(kept, expert * room + place, -1)
+        # mutant: every part of a row writes its place
         with t.if_(mine & self.warp.eq(0) & unit.part.eq(0)):
             t.store(r.row_of_pair, unit.pair, row)
             with t.if_(kept):
@@ -166,6 +169,7 @@ class _Body:
             target_row = t.shfl(row, k)
             with t.if_(target_row >= 0):
                 for leaf, target, at, value in unit.held:
+                    # mutant: a row ends one unit late
                     with t.if_(at < leaf.units):
                         self.put(target, leaf, target_row * leaf.units + at, value)
 
@@ -197,5 +201,6 @@ class _Body:
             for at in collectives.strided(t, me, problem.num_rows * units, everyone):
                 row = at // units
                 expert = row // room
+                # mutant: a row in use is cleared
                 with t.if_(row - expert * room >= self.used(expert)):
                     self.put(target, leaf, at, 0)

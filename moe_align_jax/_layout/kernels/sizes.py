@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+from moe_align_jax._core.int32 import INT32_MAX
+
 THREADS = 128  # of a CTA: one warpgroup
 VECTOR_BYTES, WORD_BYTES = 16, 4
-_INT32_MAX = 2**31 - 1
 _NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
 
 # What the kernel of the masked layout can take.
@@ -96,7 +97,7 @@ def copy_unsupported(problem: MaskedCopy) -> str | None:
     if len(problem.leaves) > MAX_LEAVES:
         return f"the kernel takes at most {MAX_LEAVES} arrays; these are {len(problem.leaves)}"
     rows = max(problem.num_tokens, problem.num_rows)
-    if rows * max([1, *(leaf.words for leaf in problem.leaves)]) > _INT32_MAX:
+    if rows * max([1, *(leaf.words for leaf in problem.leaves)]) > INT32_MAX:
         return "the kernel counts words in int32"
     return None
 
@@ -193,7 +194,7 @@ def sum_unsupported(problem: RowSum) -> str | None:
         return f"the kernel takes tokens of 1 to {MAX_SUMMED_PAIRS} pairs, and at least one row"
     if problem.width < _TILES[-1] or problem.width * problem.item_bytes % VECTOR_BYTES:
         return f"the kernel takes rows of at least {_TILES[-1]} values, a multiple of 16 bytes"
-    if max(problem.num_tokens, problem.num_rows) * problem.width > _INT32_MAX:
+    if max(problem.num_tokens, problem.num_rows) * problem.width > INT32_MAX:
         return "the kernel counts values in int32"
     return None
 

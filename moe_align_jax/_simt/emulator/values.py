@@ -3,16 +3,13 @@
 import functools
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from moe_align_jax._simt.emulator.faults import EscapedValue, Undefined
 from moe_align_jax._simt.emulator.races import Clock, Threads
 from moe_align_jax._simt.language import Int
-
-if TYPE_CHECKING:
-    from moe_align_jax._simt.emulator.lockstep import EmulatedSimt
 
 # What a lane holds where it was not active: a value that stands out.
 NOTHING = 0x5EED5EED
@@ -78,10 +75,22 @@ class Scope:
         return self._threads
 
 
+class Machine(Protocol):
+    """What a value asks of the machine that it was computed on.
+
+    Attributes:
+        name: of the kernel, for messages.
+        scope: the lanes that are active now.
+    """
+
+    name: str
+    scope: Scope
+
+
 class Value(Int):
     """One int32 or bool per thread."""
 
-    def __init__(self, array: np.ndarray, machine: "EmulatedSimt"):
+    def __init__(self, array: np.ndarray, machine: Machine):
         self.array, self.machine, self.scope = array, machine, machine.scope
 
     def _binary(self, name: str, other: Int | int, reverse: bool = False) -> "Value":

@@ -1,14 +1,20 @@
-"""`moe-align tune`: which form and sizes are fastest on this GPU, measured; writes the table of its kind.
+"""Which form and sizes of the alignment are fastest on this GPU, measured; writes the table of its kind.
+
+    python -m benchmarks.tune --experts 256,64 --budget 600
 
 For each (pairs, experts) it starts from what is chosen today and from its neighbours' winners, and climbs:
 every field of the config halved, doubled or flipped, for as long as that pays. A config counts after its
 results equalled NumPy's; a winner is written where it beats its neighbours' and today's choice by over 2%.
+
+Times are device spans under jit. What serves calls from PyTorch's graphs best may be another choice.
 """
 
+import argparse
 import dataclasses
 import datetime
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moe_align_jax
 from moe_align_jax._align import tables
@@ -101,10 +105,10 @@ def other_forms(cell: Cell) -> list[Config]:
     if 1024 <= num_experts <= tables.MAX_HISTOGRAM_EXPERTS:
         found.append(tables.heuristic(n, tables.MAX_HISTOGRAM_EXPERTS + 1).config)
     if n > tables.MAX_WARP_PAIRS:  # one cluster, with a round or two for all its threads
-        groups = min(4, max(1, n // (tables.MAX_CLUSTER * 256)))
-        rounds = -(-n // (tables.MAX_CLUSTER * 128 * groups))
+        groups = min(4, max(1, n // (tables.PORTABLE_CLUSTER * 256)))
+        rounds = -(-n // (tables.PORTABLE_CLUSTER * 128 * groups))
         if rounds <= _LIMITS["rounds"]:
-            ctas = tables.MAX_CLUSTER
+            ctas = tables.PORTABLE_CLUSTER
             found.append(
                 Config(form="cluster", num_warpgroups=groups, num_ctas=ctas, rounds=rounds)
             )
@@ -344,7 +348,7 @@ def _median(spans) -> float | str:
 
 
 def run(
-    console: Console,
+    say: Callable[[str], None] = print,
     *,
     experts: Sequence[int],
     max_pairs: int,
@@ -370,7 +374,7 @@ def run(
         if gpu is None or reason:
             raise NotImplementedError(
                 checks.message(
-                    "moe-align tune",
+                    "benchmarks.tune",
                     "this process",
                     "have a GPU that runs the kernels",
                     reason or "no CUDA device",
@@ -380,14 +384,8 @@ def run(
     tuning = tables.table_name(gpu)
     path = out or Path(f"{tables.stem_of(gpu)}.json")
     folders.check(path.parent)
-    console.print(f"{gpu}: today {tables.describe(tuning)}", highlight=False, soft_wrap=True)
+    say(f"{gpu}: today {tables.describe(tuning)}")
     cells = cells_of(experts, max_pairs, block_size)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     reached: dict[Cell, Winner] = {}
 
     def keep() -> Table:
@@ -398,29 +396,22 @@ def run(
         write(path, text)
         return made
 
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tuning", total=len(cells))
+    def report(cell: Cell, winner: Winner | None) -> None:
+        found = "nothing could be measured"
+        if winner is not None:
+            found = f"{winner.us:.2f} µs, {describe(winner.config)}"
+            reached[cell] = winner
+            keep()  # a launch that fails ends the process: what was found stays
+        say(f"{'x'.join(map(str, cell)):>18}  {found}")
 
-        def report(cell: Cell, winner: Winner | None) -> None:
-            said = "nothing could be measured"
-            if winner is not None:
-                said = f"{winner.us:.2f} µs, {describe(winner.config)}"
-                reached[cell] = winner
-                keep()  # a launch that fails ends the process: what was found stays
-            size = "x".join(map(str, cell))
-            progress.console.print(f"{size:>18}  {said}", highlight=False, soft_wrap=True)
-            progress.update(task, advance=1, description=f"E = {cell.num_experts}")
-
-        tune(cells, measure, tuning=tuning, seconds=seconds, report=report)
+    tune(cells, measure, tuning=tuning, seconds=seconds, report=report)
     if not reached:
-        console.print("[bold red]nothing was measured; nothing is written[/]")
+        say("nothing was measured; nothing is written")
         return 1
     rows = len(keep().rows)
-    console.print(
+    say(
         f"{len(reached)} of {len(cells)} sizes measured, {rows} rows written to {path}. It is "
-        f"used from moe_align_jax/data/tuning/, or with {tables.FOLDER_VARIABLE} set to its folder.",
-        highlight=False,
-        soft_wrap=True,
+        f"used from moe_align_jax/data/tuning/, or with {tables.FOLDER_VARIABLE} set to its folder."
     )
     return 0
 
@@ -431,3 +422,52 @@ def describe(config: Config) -> str:
     values = [(f.name, getattr(config, f.name)) for f in fields if f.name != "form"]
     changed = [f"{name} {value}" for name, value in values if value not in (False, 1)]
     return f"{config.form}: {', '.join(changed)}"
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return list(dict.fromkeys(sizes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--experts",
+        type=_sizes,
+        default=list(EXPERTS),
+        help="E to measure, comma-separated, the important ones first",
+    )
+    parser.add_argument(
+        "--max-pairs", type=int, default=SIZES[-1], help="no size beyond is measured"
+    )
+    parser.add_argument("--block-size", type=int, help="rows per block; by size without it")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds after which no size is begun; the rest stays as it is",
+    )
+    parser.add_argument("--out", type=Path, help="the table's file; named after the GPU without it")
+    options = parser.parse_args(argv)
+    if options.max_pairs < SIZES[0]:
+        parser.error(f"--max-pairs must be at least {SIZES[0]}")
+    if options.block_size is not None and options.block_size < 1:
+        parser.error("--block-size must be at least 1")
+    try:
+        return run(
+            experts=options.experts,
+            max_pairs=options.max_pairs,
+            block_size=options.block_size,
+            seconds=options.budget,
+            out=options.out,
+        )
+    except NotImplementedError as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"benchmarks.tune cannot write: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
