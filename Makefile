@@ -1,4 +1,5 @@
 # make demo            runs the main job on this machine      make test   runs the tests
+# make train-example   trains a small MoE model (examples/train_moe.py)
 # make lint, docs, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
 # each target makes its own virtual environment. PYTHON=/path/to/python takes an interpreter whose packages
 # are already there instead (a machine without network).
@@ -22,19 +23,24 @@ endif
 XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
+.PHONY: demo test train-example test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
-	$(VENV_FOR) cli test torch dev docs
+	$(VENV_FOR) cli test torch examples dev docs
 
 demo:
 	$(VENV_FOR) cli
 	$(PY) -m moe_align_jax.cli demo
 
+# Checkpoints and pictures go into trained/; a second run goes on from there. TRAIN_ARGS="--steps 1000".
+train-example:
+	$(VENV_FOR) examples
+	$(PY) examples/train_moe.py --out trained $(TRAIN_ARGS)
+
 # Every test function, once: see PARTS in tests/conftest.py for which of its cases.
 test:
-	$(VENV_FOR) cli test torch
+	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST) --part newest-jax
 
 # Results on a CPU do not depend on how far LLVM optimises, and compiling is what takes the time.
@@ -42,12 +48,12 @@ QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
 # Every test of the suite in one run, where `make test`, `test-jax-0.11` and `test-x64` share the cases out.
 test-whole:
-	$(VENV_FOR) cli test torch
+	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST)
 
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
-	$(VENV_FOR) cli test torch
+	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) --part x64 --hypothesis-profile=brief
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice.
@@ -57,18 +63,32 @@ OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
   touch $(OLD_JAX_DIR)/.complete; }
 WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-jax-0.11:
-	$(VENV_FOR) cli test torch
+	$(VENV_FOR) cli test torch examples
 	@$(OLD_JAX_THERE)
 	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) --part oldest-jax --hypothesis-profile=brief
+
+# The oldest transformers whose experts run by ours, with what it asks for otherwise than the newest one.
+OLD_TRANSFORMERS := 5.17.0
+OLD_TRANSFORMERS_DIR := .transformers-$(OLD_TRANSFORMERS)
+.PHONY: test-transformers
+test-transformers:
+	$(VENV_FOR) cli test torch examples
+	@test -e $(OLD_TRANSFORMERS_DIR)/.complete || { rm -rf $(OLD_TRANSFORMERS_DIR) && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $(OLD_TRANSFORMERS_DIR) transformers==$(OLD_TRANSFORMERS) huggingface-hub==1.33.0 \
+	    httpx==0.28.1 httpcore==1.0.9 certifi idna && touch $(OLD_TRANSFORMERS_DIR)/.complete; }
+	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	  EXPECT_TRANSFORMERS=$(OLD_TRANSFORMERS) \
+	  $(PY) -m pytest -q -rfEs $(PYTEST_ARGS) tests/models/test_transformers_experts.py
 
 # On a machine with a Hopper GPU, or several. SHARDS processes at once.
 SHARDS ?= 4
 gpu-test:
-	$(VENV_FOR) cli test torch
+	$(VENV_FOR) cli test torch examples
 	sh tools/gpu_test.sh $(PY) $(SHARDS) $(PYTEST_ARGS)
 
 lint:
-	$(VENV_FOR) cli test torch dev
+	$(VENV_FOR) cli test torch examples dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
@@ -92,7 +112,7 @@ package:
 	$(PY) -m twine check --strict dist/*
 
 clean:
-	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) .cuda-plugin-* .no-gpu
+	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
 # Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.

@@ -58,6 +58,8 @@ _MODULE_OF = {
     "permute_to_contiguous": "masked_layout",
     "permute_to_masked": "masked_layout",
     "plan_expert_moves": "eplb",
+    "quantize_blockwise": "quantization",
+    "quantize_rowwise": "quantization",
     "ragged_dot": "matmul",
     "ragged_dot_general": "matmul_gradient",
     "rebalance_experts": "eplb",
@@ -139,6 +141,8 @@ if TYPE_CHECKING:
     from moe_align_jax.moe_layer import fused_moe as fused_moe
     from moe_align_jax.moe_layer import moe_block_size as moe_block_size
     from moe_align_jax.moe_layer import select_moe_implementation as select_moe_implementation
+    from moe_align_jax.quantization import quantize_blockwise as quantize_blockwise
+    from moe_align_jax.quantization import quantize_rowwise as quantize_rowwise
     from moe_align_jax.recorder import ExpertDistributionRecorder as ExpertDistributionRecorder
     from moe_align_jax.router import route_and_align as route_and_align
     from moe_align_jax.router import route_topk as route_topk

@@ -9,16 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments, config, derivative, primitive, reference
-from moe_align_jax._grouped_matmul.problem import Activation, MatmulProblem
+from moe_align_jax._grouped_matmul import (
+    arguments,
+    config,
+    derivative,
+    primitive,
+    quantized,
+    reference,
+)
+from moe_align_jax._grouped_matmul import choice as why
+from moe_align_jax._grouped_matmul.problem import E4M3, Activation, MatmulProblem, Scales
 from moe_align_jax._lowering import select
+from moe_align_jax._masked_quant.problem import ScaleLayout
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
 
-type _Weights = jax.Array | tuple[jax.Array, jax.Array]
+type _Quantized = tuple[jax.Array, jax.Array]
+type _Rows = jax.Array | _Quantized
+type _Weights = jax.Array | tuple[jax.Array, jax.Array] | tuple[_Quantized, _Quantized]
 
 
 def grouped_matmul(
-    x: jax.Array,
+    x: _Rows,
     w: _Weights,
     aligned: AlignedBlocks,
     *,
@@ -33,6 +44,7 @@ def grouped_matmul(
     bias: jax.Array | None = None,
     row_weights: jax.Array | None = None,
     preferred_element_type: Any = None,
+    scale_layout: ScaleLayout | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies each aligned row with the weights of its block's expert.
@@ -50,9 +62,12 @@ def grouped_matmul(
     Args:
         x: `[P, K]` bfloat16, float16 or float32: the rows in aligned order. With `top_k`, `[T, K]`: the
             tokens, and row r is token `sorted_token_ids[r] // top_k`. The kernel gathers them itself: no
-            permuted copy is made.
+            permuted copy is made. Or (e4m3 values, scales), of `quantize_rowwise`: a scale for each row and
+            128 columns in any of its layouts, or one for all. See docs/fp8.md.
         w: `[E, K, N]` of x's dtype; `[E, K, 2 N]` where an activation is gated. Or a pair (gate, up) of
             `[E, K, N]`. Or float32, as master weights: cast to x's dtype here, with a float32 gradient.
+            For e4m3 x, (e4m3 values, float32 scales), of `quantize_blockwise`, or a pair of such
+            pairs: `[E, N, K]` (`transpose_rhs=True`), a scale for each 128 x 128, or `[E]` or `[]`.
         aligned: from `moe_align_block_size`, P rows. P may be any length that holds the rows in use.
         block_size: the one that `aligned` was made with. Static.
         top_k: pairs per token, where x holds the tokens; None where x holds the aligned rows. Static.
@@ -67,7 +82,9 @@ def grouped_matmul(
         bias: `[E, N]`, gated `[E, 2 N]`, in the order of w's columns (gate, then up, for a pair). Any float
             dtype.
         row_weights: `[P]`, any float dtype. Those of rows without a pair are not used, and may be NaN.
-        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's. Static.
+        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's, and
+            bfloat16 for e4m3. Static.
+        scale_layout: how scales of x lie, "row_major" or "column_major"; None where the shape tells. Static.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its kernel
             takes: see `select_matmul_implementation`), or a name, which runs or raises. "emulator" runs the
             kernel's body in Pallas' interpreter on a CPU. Static.
@@ -95,6 +112,7 @@ def grouped_matmul(
 
     The derivative, for x, w, bias and row_weights: products by the same implementation, each cotangent in
     its primal's dtype; the weights' gradient is by "xla" unless another implementation is named.
+    e4m3 has none.
 
     Source: the contract of vLLM 0.33's `fused_moe_kernel` (Apache-2.0) on the same aligned blocks; no code
     taken.
@@ -102,11 +120,9 @@ def grouped_matmul(
     function = "grouped_matmul"
     select.check_implementation(function, implementation)
     block_size = checks.check_block_size(function, block_size)
-    x = arguments.check_rows(function, "x", x, 2)
-    weights, arrays = arguments.check_weights(
-        function,
-        w,
-        x,
+    values, weights, arrays, scales, of_scales = quantized.check_products(
+        *(function, x, w, 2),
+        scale_layout=scale_layout,
         transposed=transpose_rhs,
         activation=activation,
         gated=gated,
@@ -120,32 +136,33 @@ def grouped_matmul(
     if top_k is not None:
         remedy = "Pass the experts per token, topk_ids.shape[1]."
         top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
-        arguments.check_pairs(function, x.shape[0] * top_k, aligned, num_rows)
-    elif x.shape[0] != num_rows:
+        arguments.check_pairs(function, values.shape[0] * top_k, aligned, num_rows)
+    elif values.shape[0] != num_rows:
         rule = f"have {num_rows} rows, as aligned has"
         remedy = "Pass the rows in aligned order, or the tokens and top_k."
-        raise ValueError(checks.message(function, "x", rule, checks.describe(x), remedy))
+        raise ValueError(checks.message(function, "x", rule, checks.describe(values), remedy))
     problem = MatmulProblem(
         function,
         "blocks",
         num_rows,
-        x.shape[1],
+        values.shape[1],
         arguments.result_columns(weights, arrays[0]),
         arrays[0].shape[0],
-        str(x.dtype),
-        arguments.result_dtype(function, x, preferred_element_type),
+        str(values.dtype),
+        arguments.result_dtype(function, values, preferred_element_type),
         weights,
         block_size=block_size,
-        num_tokens=x.shape[0] if top_k else 0,
+        num_tokens=values.shape[0] if top_k else 0,
         top_k=top_k or 0,
         row_weights=row_weights is not None,
+        scales=scales,
     )
     extras = arguments.check_extras(function, problem, bias, row_weights)
-    return _run(problem, implementation, x, *arrays, *extras, *where)
+    return _run(problem, implementation, values, *arrays, *extras, *of_scales, *where)
 
 
 def masked_grouped_matmul(
-    x: jax.Array,
+    x: _Rows,
     w: _Weights,
     masked_m: jax.Array,
     *,
@@ -157,6 +174,7 @@ def masked_grouped_matmul(
     swiglu_alpha: float | None = None,
     bias: jax.Array | None = None,
     preferred_element_type: Any = None,
+    scale_layout: ScaleLayout | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies the first `masked_m[i]` rows of expert i with its weights.
@@ -165,11 +183,13 @@ def masked_grouped_matmul(
     follows `sum(masked_m)`, not e * M.
 
     Args:
-        x: `[e, M, K]` bfloat16, float16 or float32.
-        w: `[e, K, N]` of x's dtype or float32, `[e, K, 2 N]` where an activation is gated, or a pair.
+        x: `[e, M, K]` bfloat16, float16 or float32; or (e4m3 values, scales), in any layout that `dispatch`,
+            `silu_and_mul_masked_quant` and `quantize_rowwise` give them.
+        w: `[e, K, N]` of x's dtype or float32, `[e, K, 2 N]` where an activation is gated, or a pair
+            (gate, up). For e4m3 x as for `grouped_matmul`.
         masked_m: `[e]` any integer dtype, rows in use of each expert; clamped to [0, M].
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha, preferred_element_type,
-            implementation: as for `grouped_matmul`.
+            scale_layout, implementation: as for `grouped_matmul`.
         bias: `[e, N]`, gated `[e, 2 N]`.
 
     Returns:
@@ -189,11 +209,9 @@ def masked_grouped_matmul(
     """
     function = "masked_grouped_matmul"
     select.check_implementation(function, implementation)
-    x = arguments.check_rows(function, "x", x, 3)
-    weights, arrays = arguments.check_weights(
-        function,
-        w,
-        x,
+    values, weights, arrays, scales, of_scales = quantized.check_products(
+        *(function, x, w, 3),
+        scale_layout=scale_layout,
         transposed=transpose_rhs,
         activation=activation,
         gated=gated,
@@ -202,7 +220,7 @@ def masked_grouped_matmul(
         swiglu_alpha=swiglu_alpha,
         bias=bias is not None,
     )
-    experts, rows, k = x.shape
+    experts, rows, k = values.shape
     counts = arguments.check_counts(function, "masked_m", masked_m, 0, rows)
     for argument, array in (("w", arrays[0]), ("masked_m", counts)):
         if array.shape[0] != experts:
@@ -216,13 +234,14 @@ def masked_grouped_matmul(
         k,
         arguments.result_columns(weights, arrays[0]),
         experts,
-        str(x.dtype),
-        arguments.result_dtype(function, x, preferred_element_type),
+        str(values.dtype),
+        arguments.result_dtype(function, values, preferred_element_type),
         weights,
         max_rows=rows,
+        scales=scales,
     )
-    extras = arguments.check_extras(function, problem, bias, None)
-    y = _run(problem, implementation, x.reshape(experts * rows, k), *arrays, *extras, counts)
+    operands = (*arrays, *arguments.check_extras(function, problem, bias, None), *of_scales, counts)
+    y = _run(problem, implementation, values.reshape(experts * rows, k), *operands)
     return y.reshape(experts, rows, problem.n)
 
 
@@ -412,7 +431,7 @@ def select_matmul_implementation(
         block_size, top_k, preferred_element_type, transpose_rhs, activation, gated, interleaved,
             implementation: as for `grouped_matmul`.
         num_rows: P, where x holds tokens; None for the capacity of `moe_align_block_size`.
-        dtype: of x and w.
+        dtype: of x and w. For float8_e4m3fn, scales are those of rows and blocks.
         bias, row_weights: whether there are any.
         platform: "cuda", "cpu", ... for which to lower; None for this process's default backend.
 
@@ -466,22 +485,12 @@ def select_matmul_implementation(
         num_tokens=x_shape[0] if top_k else 0,
         top_k=top_k or 0,
         row_weights=bool(row_weights),
+        scales=Scales("row_major", "blocks") if x.dtype == E4M3 else None,
     )
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
     choice = primitive.choose(problem, platform, implementation)
-    reasons = {}
-    for other in select.IMPLEMENTATIONS:
-        if other == choice:
-            continue
-        if reason := primitive.unavailable(problem, other, platform):
-            reasons[other] = reason
-        elif implementation is not None:
-            reasons[other] = f"implementation={implementation!r} was asked for"
-        elif other == "emulator":
-            reasons[other] = "it runs only when named: it is for tests and debugging"
-        else:
-            reasons[other] = "the Mosaic GPU kernel runs here: one launch, no loop over blocks"
+    reasons = why.reasons([problem], choice, implementation, platform)
     if choice == "xla":
         return Selection(choice, "loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()

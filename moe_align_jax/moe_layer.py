@@ -15,10 +15,12 @@ from moe_align_jax._align.arguments import check_expert_map, narrow_count, narro
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
-from moe_align_jax._grouped_matmul import config, primitive
-from moe_align_jax._grouped_matmul.problem import Activation
+from moe_align_jax._grouped_matmul import choice as why
+from moe_align_jax._grouped_matmul import config, primitive, quantized
+from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
+from moe_align_jax._masked_quant.problem import ScaleLayout
 from moe_align_jax._moe_layer import arguments, layer, plan
 from moe_align_jax._moe_layer.checkpoints import ExpertWeights
 from moe_align_jax._moe_layer.plan import LayerProblem
@@ -27,15 +29,16 @@ from moe_align_jax.types import AlignedBlocks, Implementation, Selection
 
 __all__ = ["ExpertWeights", "fused_moe", "moe_block_size", "select_moe_implementation"]
 
-type _Weights = jax.Array | tuple[jax.Array, jax.Array]
+type _Quantized = tuple[jax.Array, jax.Array]
+type _Weights = jax.Array | tuple[jax.Array, jax.Array] | tuple[_Quantized, _Quantized]
 
 _I32 = jnp.int32
 
 
 def fused_moe(
-    x: jax.Array,
+    x: jax.Array | _Quantized,
     w_gate_up: _Weights,
-    w_down: jax.Array,
+    w_down: jax.Array | _Quantized,
     topk_weights: jax.Array,
     topk_ids: jax.Array | np.ndarray,
     *,
@@ -54,6 +57,7 @@ def fused_moe(
     num_valid_tokens: int | jax.Array | None = None,
     return_tokens_per_expert: bool = False,
     preferred_element_type: Any = None,
+    scale_layout: ScaleLayout | None = None,
     block_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -70,7 +74,9 @@ def fused_moe(
     atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own.
 
     Args:
-        x: `[T, H]` bfloat16, float16 or float32.
+        x: `[T, H]` bfloat16, float16 or float32. Or (e4m3 values, scales), as for `grouped_matmul`; then the
+            weights are such pairs too, `hidden` is quantised by rows and 128 columns (N is a multiple of
+            128), and there is no derivative. See docs/fp8.md.
         w_gate_up: `[E, H, 2 N]` of x's dtype, gate in the first N columns, up in the rest; or a pair (gate,
             up) of `[E, H, N]`. Without `gated`, `[E, H, N]`. Or float32, as master weights: cast to x's
             dtype here, with a float32 gradient.
@@ -96,7 +102,9 @@ def fused_moe(
         num_valid_tokens: None, a Python int or a scalar integer array (a device value, not static): tokens
             from this one on are not real; their results are zero.
         return_tokens_per_expert: also return the pairs that each expert got. Static.
-        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's. Static.
+        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for x's, and bfloat16
+            for e4m3. Static.
+        scale_layout: how scales of x lie, as for `grouped_matmul`. Static.
         block_size: rows per block of the alignment; None for what suits the sizes (`moe_block_size`). Static.
         implementation: None for the best available ("mosaic_gpu" on a Hopper or newer GPU for what its
             kernels take: see `select_moe_implementation`), or a name, which runs or raises. Static.
@@ -133,14 +141,18 @@ def fused_moe(
     """
     function = "fused_moe"
     select.check_implementation(function, implementation)
-    x = matmul_arguments.check_rows(function, "x", x, 2)
-    tokens, hidden = x.shape
-    weights, first, w_down, ffn = arguments.check_experts(
+    values, x_scales = quantized.check_rows(function, "x", x, 2)
+    w_gate_up, first_scales = quantized.split_weights(function, "w_gate_up", w_gate_up)
+    down, down_scales = quantized.split_weights(function, "w_down", w_down)
+    for name, of_w in (("w_gate_up", first_scales), ("w_down", down_scales)):
+        quantized.check_both(function, x_scales, name, of_w, transpose_rhs)
+    tokens, hidden = values.shape
+    weights, first, down, ffn = arguments.check_experts(
         function,
         hidden,
-        x.dtype,
+        values.dtype,
         w_gate_up,
-        w_down,
+        down,
         transposed=transpose_rhs,
         activation=activation,
         gated=gated,
@@ -149,14 +161,16 @@ def fused_moe(
         swiglu_alpha=swiglu_alpha,
         bias=bias_gate_up is not None,
     )
-    experts = w_down.shape[0]
+    given_scales = x_scales, first_scales, down_scales
+    scaled = arguments.check_scales(function, values, first, down, ffn, given_scales, scale_layout)
+    experts = down.shape[0]
     columns = 2 * ffn if weights.gated else ffn
     bias_gate_up = arguments.check_bias(function, "bias_gate_up", bias_gate_up, (experts, columns))
     bias_down = arguments.check_bias(function, "bias_down", bias_down, (experts, hidden))
-    topk_weights, topk_ids = arguments.check_routing(function, x, topk_weights, topk_ids)
+    topk_weights, topk_ids = arguments.check_routing(function, values, topk_weights, topk_ids)
     weights_on_input = arguments.check_flag(function, "weights_on_input", weights_on_input)
     counted = arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
-    out_dtype = matmul_arguments.result_dtype(function, x, preferred_element_type)
+    out_dtype = matmul_arguments.result_dtype(function, values, preferred_element_type)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
     elif aligned is not None:
@@ -210,7 +224,7 @@ def fused_moe(
         hidden,
         ffn,
         experts,
-        str(x.dtype),
+        str(values.dtype),
         out_dtype,
         weights,
         bias_down is not None,
@@ -219,9 +233,12 @@ def fused_moe(
         where[0].shape[0],
         as_pairs,
         check_blocks,
+        scaled.scales,
+        scaled.down,
     )
     operands = layer.Operands(
-        x, first, w_down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair
+        *(values, first, down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair),
+        *(scaled.arrays, scaled.down_arrays),
     )
     operands = _check_operands(function, problem, operands)
     y = layer.run(operands, problem=problem, implementation=implementation)
@@ -319,7 +336,9 @@ def _check_operands(
         if (bias := getattr(operands, name)) is not None:
             names.append(name)
             arrays.append(bias)
-    matmul_arguments.check_unsharded(function, names, tuple(arrays))
+    more = (*operands.scales, *operands.down_scales)
+    names += ["scales"] * len(more)
+    matmul_arguments.check_unsharded(function, names, (*arrays, *more))
     widest = max(problem.ffn, problem.hidden)
     matmul_arguments.check_memory(function, problem.num_rows * widest, problem.dtype)
     as_jax = jax.tree.map(
@@ -381,7 +400,7 @@ def select_moe_implementation(
         x_shape: `[T, H]`.
         w_down_shape: of w_down: `[E, N, H]`, with `transpose_rhs` `[E, H, N]`.
         top_k: K.
-        dtype: of x and the weights.
+        dtype: of x and the weights. For float8_e4m3fn, scales are those of rows and blocks.
         preferred_element_type, activation, gated, interleaved, transpose_rhs, weights_on_input, block_size,
             implementation: as for `fused_moe`.
         pair: whether gate and up are two arrays.
@@ -426,7 +445,8 @@ def select_moe_implementation(
         rule = f"be {shape} with H = {hidden} and an expert"
         arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
     x = jax.ShapeDtypeStruct((tokens, hidden), jnp.dtype(dtype))
-    matmul_arguments.result_dtype(function, x, dtype)
+    if x.dtype != E4M3:
+        matmul_arguments.result_dtype(function, x, dtype)
     slots = experts
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
@@ -451,6 +471,8 @@ def select_moe_implementation(
         pairs if as_pairs else num_rows,
         as_pairs,
         False,
+        Scales("row_major", "blocks") if x.dtype == E4M3 else None,
+        "blocks" if x.dtype == E4M3 else "",
     )
     platform = platform or jax.default_backend()
     return _selection(problem, "cuda" if platform == "gpu" else platform, implementation)
@@ -463,21 +485,11 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
         reasons = [primitive.unavailable(each, name, platform) for each in both]
         return next(filter(None, reasons), None)
 
-    choice = implementation or ("xla" if unavailable("mosaic_gpu") else "mosaic_gpu")
+    refused = any(map(config.named_only, both)) or unavailable("mosaic_gpu")
+    choice = implementation or ("xla" if refused else "mosaic_gpu")
     if reason := unavailable(choice):
         raise select.not_implemented("select_moe_implementation", choice, reason)
-    reasons = {}
-    for other in select.IMPLEMENTATIONS:
-        if other == choice:
-            continue
-        if reason := unavailable(other):
-            reasons[other] = reason
-        elif implementation is not None:
-            reasons[other] = f"implementation={implementation!r} was asked for"
-        elif other == "emulator":
-            reasons[other] = "it runs only when named: it is for tests and debugging"
-        else:
-            reasons[other] = "the Mosaic GPU kernels run here: no loop over blocks"
+    reasons = why.reasons(both, choice, implementation, platform)
     blocks = "pairs" if problem.pairs else f"blocks of {problem.block_size}"
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)

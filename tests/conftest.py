@@ -25,11 +25,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # CI runs the suite three times: with the newest jax, with the oldest that we support, and with 64-bit jax.
 # What may depend on either is shared out by `--part`: of each test function the first run takes two cases in
 # four, the others one each, and every run at least one. So each case runs once. What depends on neither runs
-# in the first alone, and whole: files about NumPy, shell, command line, benchmarks and text, and PyTorch's.
+# in the first alone, and whole: files about NumPy, shell, command line, benchmarks and text, PyTorch's, and
+# the examples that train and generate, since they take long to compile.
 PARTS = {"newest-jax": (0, 1), "oldest-jax": (2,), "x64": (3,)}
 ONCE = re.compile(
     r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|gpu_test|language_traps|layering|"
-    r"make_venv|oracle|package|project_files|sanitize|soak|tun|type_hints)[^/]*\.py"
+    r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
+    r"type_hints)[^/]*\.py"
 )
 
 

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import moe_align_jax
-from moe_align_jax._cli import checkout, demo, eplb, info, profile
+from moe_align_jax._cli import checkout, demo, eplb, info, profile, profile_layer
 from moe_align_jax._eplb.placement_files import Format
 from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
+from moe_align_jax.types import Implementation
 
 app = typer.Typer(
     add_completion=False,
@@ -91,17 +92,51 @@ def info_command() -> None:
 @app.command("profile")
 def profile_command(
     num_tokens: Annotated[int, typer.Option(min=1)] = 4096,
-    num_experts: Annotated[int, typer.Option(min=1)] = 256,
-    top_k: Annotated[int, typer.Option(min=1)] = 8,
-    block_size: Annotated[int, typer.Option(min=1)] = 64,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="256 by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="8 by default.")] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="64 by default.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A whole expert layer, forward and backward, in place of the alignment: one of "
+            f"{', '.join(profile_layer.MODELS)}."
+        ),
+    ] = None,
+    scale: Annotated[
+        int,
+        typer.Option(min=1, help="With --model: its hidden size and width divided by this."),
+    ] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Calls in the trace.")] = 20,
     implementation: _Implementation = None,
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("profile"),
 ) -> None:
-    """Run the op under jax.profiler, print time per kernel, and leave the trace."""
+    """Run the op, or a model's layer, under jax.profiler, print time per kernel, and leave the trace."""
+    console = Console()
+    if model is not None:
+        if model not in profile_layer.MODELS:
+            raise typer.BadParameter(f"{model!r} is none of {', '.join(profile_layer.MODELS)}")
+        if any(size is not None for size in (num_experts, top_k, block_size)):
+            raise typer.BadParameter(
+                "--num-experts, --top-k and --block-size are the model's: leave them out with --model"
+            )
+        _guarded(
+            console,
+            lambda: profile_layer.run(
+                console,
+                model=model,
+                scale=scale,
+                num_tokens=num_tokens,
+                repeats=repeats,
+                implementation=cast(Implementation | None, implementation),
+                folder=out,
+            ),
+        )
+        return
+    if scale != 1:
+        raise typer.BadParameter("--scale is of a layer: name it with --model")
+    num_experts, top_k, block_size = num_experts or 256, top_k or 8, block_size or 64
     if top_k > num_experts:
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
-    console = Console()
     _guarded(
         console,
         lambda: profile.run(

@@ -1,7 +1,9 @@
 """`moe-align profile`: the op under jax.profiler, and time per kernel read back from the trace."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -15,15 +17,26 @@ from moe_align_jax._cli.demo import Routing, route
 _SHOWN = 12  # names in the table; the rest is summed
 
 
-def _trace(folder: Path, program, topk_ids: jax.Array, repeats: int) -> Path:
-    """Runs the warm program `repeats` times under the profiler; the file it wrote."""
+def trace(folder: Path, call: Callable[[], Any], repeats: int, name: str) -> Path:
+    """Warms a call up and runs it `repeats` times under the profiler, as steps of that name; the file."""
     for _ in range(3):
-        jax.block_until_ready(program(topk_ids))
+        jax.block_until_ready(call())
     with jax.profiler.trace(str(folder)):
         for step in range(repeats):
-            with jax.profiler.StepTraceAnnotation("align", step_num=step):
-                jax.block_until_ready(program(topk_ids))
+            with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                jax.block_until_ready(call())
     return traces.newest_xplane(folder)
+
+
+def print_trace(console: Console, file: Path, folder: Path) -> None:
+    """Says where the trace is and what opens it."""
+    console.print(
+        f"trace left in {escape(str(file.parent))}\n"
+        f"  Perfetto: open its *.trace.json.gz at ui.perfetto.dev\n"
+        f"  XProf:    xprof --logdir {escape(str(folder))}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def run(
@@ -51,7 +64,7 @@ def run(
     def moe_align(ids):
         return moe_align_block_size(ids, **sizes)
 
-    file = _trace(folder, moe_align, topk_ids, repeats)
+    file = trace(folder, lambda: moe_align(topk_ids), repeats, "align")
     profile = traces.load(file)
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu:
@@ -94,11 +107,5 @@ def run(
         note = f" ({spans.note})" if spans.note else ""
         median = statistics.median(spans.us_per_call)
         console.print(f"device span: {median:.2f} µs per call, median{note}", highlight=False)
-    console.print(
-        f"trace left in {escape(str(file.parent))}\n"
-        f"  Perfetto: open its *.trace.json.gz at ui.perfetto.dev\n"
-        f"  XProf:    xprof --logdir {escape(str(folder))}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    print_trace(console, file, folder)
     return 0

@@ -39,12 +39,16 @@ GRAPH_EVENTS = {
 
 
 class Event(NamedTuple):
-    """One kernel, copy or CPU operation; times in nanoseconds on the trace's own clock."""
+    """One kernel, copy or CPU operation; times in nanoseconds on the trace's own clock.
+
+    `operation` is the HLO instruction that a kernel was launched for, where it was asked for and is known.
+    """
 
     name: str
     start_ns: float
     end_ns: float
     module: str = ""
+    operation: str = ""
 
     @property
     def duration_ns(self) -> float:
@@ -92,11 +96,12 @@ def load(path: str | Path) -> Any:
     return ProfileData.from_file(str(path))
 
 
-def gpu_events(profile: Any, device: int = 0) -> list[Event]:
+def gpu_events(profile: Any, device: int = 0, *, operations: bool = False) -> list[Event]:
     """Kernels, copies and fills of one GPU in order of start; empty without such a plane.
 
     Copies between host and device are among them: a program that waits for one (the metadata of a collective
-    kernel, say) waits on the device.
+    kernel, say) waits on the device. With `operations` also the HLO module and instruction of each, which
+    the trace does not know of kernels within a CUDA graph.
     """
     lines = [
         line
@@ -106,9 +111,12 @@ def gpu_events(profile: Any, device: int = 0) -> list[Event]:
     ]
     streams = [line for line in lines if line.name.lower().startswith("stream")]
     streams = streams or [line for line in lines if line.name not in _DERIVED_LINES]
-    events = [
-        Event(event.name, event.start_ns, event.end_ns) for line in streams for event in line.events
-    ]
+    events = []
+    for line in streams:
+        for event in line.events:
+            stats = _stats(event) if operations else {}
+            known = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", ""))
+            events.append(Event(event.name, event.start_ns, event.end_ns, *known))
     return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
 
 

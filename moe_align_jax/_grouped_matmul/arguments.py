@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, E4M3, MatmulProblem, Weights
 
 DTYPES = ("bfloat16", "float16", "float32")
+# wgmma reads e4m3 along K alone.
+TO_E4M3_LAYOUT = (
+    "They are [E, N, K]: ExpertWeights.laid_out(transpose_rhs=True) turns a layer's, with scales."
+)
 
 
 def _wrong(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> Exception:
@@ -33,8 +37,10 @@ def check_rows(function: str, argument: str, value: Any, ndim: int) -> Any:
     """x: `[rows, K]`, or `[e, M, K]`."""
     value = check_array(function, argument, value)
     if str(value.dtype) not in DTYPES:
-        rule = f"be one of {', '.join(DTYPES)}"
-        raise _wrong(TypeError, function, argument, rule, value, "Cast it, and the weights.")
+        rule, remedy = f"be one of {', '.join(DTYPES)}", "Cast it, and the weights."
+        if value.dtype == E4M3:
+            remedy = "Pass (values, scales), as quantize_rowwise makes them."
+        raise _wrong(TypeError, function, argument, rule, value, remedy)
     if value.ndim != ndim:
         shape = "[rows, K]" if ndim == 2 else "[e, M, K]"
         remedy = "Flatten the axes in front of the rows." if ndim == 2 else "One axis per expert."
@@ -136,6 +142,8 @@ def check_weights(
             rule = f"have shape {shape} with K = {k}"
             other = "transpose_rhs=False" if weights.transposed else "transpose_rhs=True"
             remedy = f"Pass {other} where K is the other axis."
+            if each.dtype == E4M3:
+                remedy = TO_E4M3_LAYOUT
             raise _wrong(ValueError, function, name, rule, each, remedy)
         if each.shape != arrays[0].shape:
             rule = f"have the shape of gate, {list(arrays[0].shape)}"
@@ -154,7 +162,7 @@ def result_columns(weights: Weights, w: Any) -> int:
 
 def result_dtype(function: str, x: Any, preferred: Any) -> str:
     if preferred is None:
-        return str(x.dtype)
+        return "bfloat16" if x.dtype == E4M3 else str(x.dtype)
     try:
         name = jnp.dtype(preferred).name
     except TypeError:

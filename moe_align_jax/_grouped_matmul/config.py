@@ -4,14 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.int32 import INT32_MAX
-from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
-COMPUTING = 2  # warpgroups that multiply
 MAX_SHARED_BYTES = 232_448
+E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
 class Config(NamedTuple):
@@ -29,6 +30,7 @@ class Config(NamedTuple):
         late: a finished tile is stored between the products of the next one.
         lag: with a gather, steps between asking for rows and saying that they are there.
         num_ctas: of the grid.
+        computing: warpgroups that multiply. Three share 192 rows, of e4m3.
     """
 
     form: str
@@ -40,12 +42,14 @@ class Config(NamedTuple):
     late: bool = False
     lag: int = 2
     num_ctas: int = 132
+    computing: int = 2
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4m-g4-late`."""
-        late = "-late" if self.late else ""
-        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{late}"
+        more = "-late" if self.late else ""
+        more += f"-w{self.computing}" if self.computing != 2 else ""
+        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
 class Rules(NamedTuple):
@@ -77,13 +81,26 @@ DEFAULT_RULES = Rules()
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
+def named_only(problem: MatmulProblem) -> str | None:
+    """Why the kernel does not run this problem by default, though it may be able to; or None."""
+    if problem.scales:
+        return "its e4m3 products have not run on a GPU yet: it runs when named"
+    return None
+
+
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why the kernel does not take this problem, or None."""
     sizes = [d for shape, _ in problem.inputs.values() for d in shape]
     if not all(isinstance(size, (int, np.integer)) for size in sizes):
         return "the kernel needs static shapes; export a symbolic shape with 'xla'"
-    if problem.dtype not in ("bfloat16", "float16"):
-        return f"the kernel multiplies bfloat16 and float16; x is {problem.dtype}"
+    if problem.scales:
+        if problem.k % GROUP or problem.n % E4M3_COLUMNS or not problem.k or not problem.n:
+            rule = f"K a multiple of {GROUP} and N one of {E4M3_COLUMNS}"
+            return f"the kernel multiplies e4m3 with {rule}; they are {problem.k} and {problem.n}"
+        if max(problem.num_rows, problem.num_tokens) * problem.scale_groups > INT32_MAX:
+            return "the kernel counts scales of x in int32; these are too many"
+    elif problem.dtype not in ("bfloat16", "float16"):
+        return f"the kernel multiplies bfloat16, float16 and {E4M3}; x is {problem.dtype}"
     for name, size in (("K", problem.k), ("N", problem.n)):
         if size % UNIT or not size:
             rule = f"{name} must be a positive multiple of 8; it is {size}"
@@ -151,20 +168,38 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults)."""
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
+    if problem.scales:
+        return _e4m3_config(problem, rules, bm)
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
     if bm < 64:
         return Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0)
-    if problem.w_columns <= rules.narrow:
-        group = 0
-    elif problem.rows == "masked":
-        group = rules.masked_group
-    else:
-        few = problem.num_experts <= rules.few_experts
-        group = rules.few_group if few else rules.many_group
+    group = _group(problem, rules)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def _group(problem: MatmulProblem, rules: Rules) -> int:
+    if problem.w_columns <= rules.narrow:
+        return 0
+    if problem.rows == "masked":
+        return rules.masked_group
+    return rules.few_group if problem.num_experts <= rules.few_experts else rules.many_group
+
+
+def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
+    """A warpgroup has sums of 64 x 128 at most: each has a second accumulator, of 128 columns of x."""
+    if bm < 64 and problem.weights.gated:
+        return Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0)
+    if bm < 64:
+        return Config("swap", bm, 128, 128, 6, group=0)
+    group = _group(problem, rules)
+    if problem.rows == "blocks" and problem.block_size % 192 == 0:
+        return Config("m", 192, 128, 128, 4, group=group, computing=3)
+    if bm == 64:
+        return Config("n", 64, 256, 128, 4, group=group)
+    return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
 
 
 def _may_be_tall(problem: MatmulProblem) -> bool:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import config, primitive, reference, weight_gradient
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient, Weights
 from moe_align_jax._lowering.sharding import vary_together
@@ -230,6 +231,10 @@ def _differentiable(problem: MatmulProblem, implementation: str | None, floats, 
 
 
 def _forward(problem, implementation, floats, where):
+    if problem.scales:
+        rule, remedy = "not be differentiated", "Train in bfloat16, or pass jax.lax.stop_gradient."
+        rule = checks.message(problem.function, "e4m3 x", rule, "a tangent", remedy)
+        raise NotImplementedError(rule)
     return _differentiable(problem, implementation, floats, where), (floats, where)
 
 

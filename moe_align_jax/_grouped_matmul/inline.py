@@ -36,12 +36,12 @@ PARTED = plgpu.Layout.TILED(
 # -- MLIR ------------------------------------------------------------------------------------------
 
 
-def _inline(**types: Any) -> Any:
+def emits(**types: Any) -> Any:
     """A decorator: the function is called with Pallas values, and emits MLIR for them."""
     return plgpu.inline_mgpu(**types)
 
 
-def _i32() -> ir.Type:
+def i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
@@ -49,46 +49,46 @@ def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
 
 
-def _int(value: int) -> Any:
-    return arith.constant(_i32(), value)
+def int32(value: int) -> Any:
+    return arith.constant(i32(), value)
 
 
 def _long(value: int) -> Any:
     return arith.constant(_i64(), value)
 
 
-def _scalar(array: Any) -> Any:
+def scalar_of(array: Any) -> Any:
     return array.registers.item()
 
 
-def _thread() -> Any:
+def thread_index() -> Any:
     """Index of the thread in its warpgroup."""
-    return arith.remui(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)), _int(THREADS))
+    return arith.remui(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)), int32(THREADS))
 
 
-def _less(a: Any, b: Any) -> Any:
+def less(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
-def _shared_address(ref: Any) -> Any:
-    return llvm.ptrtoint(_i32(), mgpu_utils.memref_ptr(ref))
+def shared_address(ref: Any) -> Any:
+    return llvm.ptrtoint(i32(), mgpu_utils.memref_ptr(ref))
 
 
-def _global_address(ref: Any, units: Any, unit_bytes: int) -> Any:
+def global_address(ref: Any, units: Any, unit_bytes: int) -> Any:
     base = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref))
     return arith.addi(base, arith.muli(arith.extsi(_i64(), units), _long(unit_bytes)))
 
 
 def _place(row: Any, column: Any, per_row: int) -> Any:
     """Bytes from a tile's start to chunk `column` of a row of `per_row` chunks."""
-    in_eight = arith.remui(row, _int(8))
-    tile = arith.divui(row, _int(8))
+    in_eight = arith.remui(row, int32(8))
+    tile = arith.divui(row, int32(8))
     if per_row > CHUNKS_PER_ROW:
-        tiles = arith.muli(tile, _int(per_row // CHUNKS_PER_ROW))
-        tile = arith.addi(tiles, arith.divui(column, _int(8)))
-    chunk = arith.xori(arith.remui(column, _int(8)), in_eight)
-    within = arith.addi(arith.muli(in_eight, _int(128)), arith.muli(chunk, _int(CHUNK_BYTES)))
-    return arith.addi(arith.muli(tile, _int(_TILE_BYTES)), within)
+        tiles = arith.muli(tile, int32(per_row // CHUNKS_PER_ROW))
+        tile = arith.addi(tiles, arith.divui(column, int32(8)))
+    chunk = arith.xori(arith.remui(column, int32(8)), in_eight)
+    within = arith.addi(arith.muli(in_eight, int32(128)), arith.muli(chunk, int32(CHUNK_BYTES)))
+    return arith.addi(arith.muli(tile, int32(_TILE_BYTES)), within)
 
 
 # Of a tile with 8 chunks in a row: a thread's chunks are this far from each other.
@@ -97,8 +97,8 @@ _ROWS_TO_NEXT, _BYTES_TO_NEXT = THREADS // CHUNKS_PER_ROW, THREADS * CHUNK_BYTES
 
 def _first_chunk() -> tuple[Any, Any, Any]:
     """(row, chunk of the row, bytes from the tile's start) of this thread's first chunk of such a tile."""
-    thread = _thread()
-    row, column = arith.divui(thread, _int(8)), arith.remui(thread, _int(8))
+    thread = thread_index()
+    row, column = arith.divui(thread, int32(8)), arith.remui(thread, int32(8))
     return row, column, _place(row, column, CHUNKS_PER_ROW)
 
 
@@ -106,7 +106,7 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
     """16 bytes from global to shared memory; zeros where there are none."""
     mgpu_utils.inline_ptx(
         "cp.async.cg.shared.global [$0], [$1], 16, $2;",
-        *(target, source, arith.select(there, _int(CHUNK_BYTES), _int(0))),
+        *(target, source, arith.select(there, int32(CHUNK_BYTES), int32(0))),
         has_side_effects=True,
     )
 
@@ -152,7 +152,7 @@ def find_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @_inline(
+    @emits(
         arg_types=(plgpu.RefType(), scalar, scalar),
         return_type=plgpu.ShapeDtypeStruct((count * THREADS,), jnp.dtype(_I32), layout=layout),
     )
@@ -160,17 +160,17 @@ def find_rows(
         row, column, _offset = _first_chunk()
         registers = []
         for i in range(count):
-            here = arith.addi(row, _int(i * _ROWS_TO_NEXT))
-            inside = _less(here, _int(rows))
+            here = arith.addi(row, int32(i * _ROWS_TO_NEXT))
+            inside = less(here, int32(rows))
             # Threads without a row read the id of the first.
-            at = arith.addi(_scalar(first), arith.select(inside, here, _int(0)))
+            at = arith.addi(scalar_of(first), arith.select(inside, here, int32(0)))
             pair = memref.load(ids, [arith.index_cast(ir.IndexType.get(), at)])
-            there = arith.cmpi(arith.CmpIPredicate.ult, pair, _int(num_pairs))
-            there = arith.andi(there, arith.andi(inside, _less(at, _scalar(stop))))
-            token = arith.divui(pair, _int(top_k))
-            chunk = arith.addi(arith.muli(token, _int(row_chunks)), column)
-            chosen = arith.select(there, chunk, _int(-1))
-            registers.append(vector.broadcast(ir.VectorType.get((1,), _i32()), chosen))
+            there = arith.cmpi(arith.CmpIPredicate.ult, pair, int32(num_pairs))
+            there = arith.andi(there, arith.andi(inside, less(at, scalar_of(stop))))
+            token = arith.divui(pair, int32(top_k))
+            chunk = arith.addi(arith.muli(token, int32(row_chunks)), column)
+            chosen = arith.select(there, chunk, int32(-1))
+            registers.append(vector.broadcast(ir.VectorType.get((1,), i32()), chosen))
         return mgpu.FragmentedArray(
             _registers=np.array(registers, dtype=object),
             _layout=layout.to_mgpu(),
@@ -212,25 +212,25 @@ def copy_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
+    @emits(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
     def emit(_, x, tile, places, at):
         row, column, offset = _first_chunk()
-        base = arith.addi(_shared_address(tile), offset)
-        first = arith.muli(_scalar(at), _int(CHUNKS_PER_ROW))
-        inside = _less(arith.addi(first, column), _int(row_chunks))
+        base = arith.addi(shared_address(tile), offset)
+        first = arith.muli(scalar_of(at), int32(CHUNKS_PER_ROW))
+        inside = less(arith.addi(first, column), int32(row_chunks))
         for i, register in enumerate(places.registers.flat):
             place = vector.extract(register, [], [0])
-            there = arith.cmpi(arith.CmpIPredicate.sge, place, _int(0))
+            there = arith.cmpi(arith.CmpIPredicate.sge, place, int32(0))
             if not whole:
                 there = arith.andi(there, inside)
-            chunk = arith.select(there, arith.addi(place, first), _int(0))
-            target = arith.addi(base, _int(i * _BYTES_TO_NEXT))
-            source = _global_address(x, chunk, CHUNK_BYTES)
+            chunk = arith.select(there, arith.addi(place, first), int32(0))
+            target = arith.addi(base, int32(i * _BYTES_TO_NEXT))
+            source = global_address(x, chunk, CHUNK_BYTES)
             if (i + 1) * _ROWS_TO_NEXT <= rows:
                 _copy_async(target, source, there)
             else:
-                here = arith.addi(row, _int(i * _ROWS_TO_NEXT))
-                with mgpu_utils.when(_less(here, _int(rows))):
+                here = arith.addi(row, int32(i * _ROWS_TO_NEXT))
+                with mgpu_utils.when(less(here, int32(rows))):
                     _copy_async(target, source, there)
 
     emit(x_ref, tile_ref, found, step)
@@ -271,30 +271,30 @@ def copy_matrix(
     scalar = plgpu.Layout.WG_SPLAT(())
     rows, per_row = shape
 
-    @_inline(
+    @emits(
         arg_types=(plgpu.RefType(), plgpu.RefType(transforms), scalar, scalar, scalar),
     )
     def emit(_, memory, tile, before, first_row, first_chunk):
-        thread, shared = _thread(), _shared_address(tile)
+        thread, shared = thread_index(), shared_address(tile)
         pointer = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(memory))
         for i in range(-(-rows * per_row // THREADS)):
-            index = arith.addi(thread, _int(i * THREADS))
-            r, c = arith.divui(index, _int(per_row)), arith.remui(index, _int(per_row))
-            at_row = arith.addi(_scalar(first_row), r)
-            at_chunk = arith.addi(_scalar(first_chunk), c)
+            index = arith.addi(thread, int32(i * THREADS))
+            r, c = arith.divui(index, int32(per_row)), arith.remui(index, int32(per_row))
+            at_row = arith.addi(scalar_of(first_row), r)
+            at_chunk = arith.addi(scalar_of(first_chunk), c)
             there = arith.andi(
-                _less(at_row, _int(matrix.rows)), _less(at_chunk, _int(matrix.chunks))
+                less(at_row, int32(matrix.rows)), less(at_chunk, int32(matrix.chunks))
             )
-            far = arith.addi(_scalar(before), arith.select(there, at_row, _int(0)))
+            far = arith.addi(scalar_of(before), arith.select(there, at_row, int32(0)))
             wide = arith.muli(arith.extsi(_i64(), far), _long(matrix.stride))
-            near = arith.addi(arith.select(there, at_chunk, _int(0)), _int(matrix.first))
+            near = arith.addi(arith.select(there, at_chunk, int32(0)), int32(matrix.first))
             wide = arith.addi(wide, arith.extsi(_i64(), near))
             source = arith.addi(pointer, arith.muli(wide, _long(CHUNK_BYTES)))
             target = arith.addi(shared, _place(r, c, per_row))
             if (i + 1) * THREADS <= rows * per_row:
                 _copy_async(target, source, there)
             else:
-                with mgpu_utils.when(_less(index, _int(rows * per_row))):
+                with mgpu_utils.when(less(index, int32(rows * per_row))):
                     _copy_async(target, source, there)
 
     emit(ref, tile_ref, base, row, chunk)
@@ -305,7 +305,7 @@ def commit_copies(*, interpret: bool) -> None:
     if interpret:
         return
 
-    @_inline()
+    @emits()
     def emit(_):
         mgpu_utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
 
@@ -318,7 +318,7 @@ def wait_for_copies(lag: int, *, interpret: bool) -> None:
         plgpu.commit_smem()
         return
 
-    @_inline()
+    @emits()
     def emit(_):
         mgpu_utils.inline_ptx(f"cp.async.wait_group {lag};", has_side_effects=True)
         mgpu_utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
@@ -368,25 +368,25 @@ def store_rows(
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @_inline(
+    @emits(
         arg_types=(plgpu.RefType(transforms), plgpu.RefType(), scalar, scalar, scalar),
     )
     def emit(_, tile, out, first, stop, start):
         in_tile, chunk, offset = _first_chunk()
-        base = arith.addi(_shared_address(tile), offset)
-        at = arith.addi(_scalar(start), arith.muli(chunk, _int(values)))
-        inside = _less(at, _int(columns))
+        base = arith.addi(shared_address(tile), offset)
+        at = arith.addi(scalar_of(start), arith.muli(chunk, int32(values)))
+        inside = less(at, int32(columns))
         for i in range(-(-rows * CHUNKS_PER_ROW // THREADS)):
-            here = arith.addi(in_tile, _int(i * _ROWS_TO_NEXT))
-            target_row = arith.addi(_scalar(first), here)
-            mine = arith.andi(inside, _less(target_row, _scalar(stop)))
+            here = arith.addi(in_tile, int32(i * _ROWS_TO_NEXT))
+            target_row = arith.addi(scalar_of(first), here)
+            mine = arith.andi(inside, less(target_row, scalar_of(stop)))
             if (i + 1) * THREADS > rows * CHUNKS_PER_ROW:
-                mine = arith.andi(mine, _less(here, _int(rows)))
+                mine = arith.andi(mine, less(here, int32(rows)))
             with mgpu_utils.when(mine):
                 words = mgpu_utils.inline_ptx(
                     "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                    arith.addi(base, _int(i * _BYTES_TO_NEXT)),
-                    result_types=[_i32()] * 4,
+                    arith.addi(base, int32(i * _BYTES_TO_NEXT)),
+                    result_types=[i32()] * 4,
                     has_side_effects=True,
                 )
                 # Rows times columns may be more than int32 holds.
@@ -417,7 +417,7 @@ def part_columns(product: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax
     rows, columns = product.shape
     half = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.dtype(jnp.float32), layout=PARTED)
 
-    @_inline(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
+    @emits(arg_types=(plgpu.Layout.WGMMA,), return_type=[half, half])
     def emit(_, given):
         layout = PARTED.to_mgpu()
         shape = layout.registers_shape((rows, columns // 2))
@@ -450,29 +450,29 @@ def store_parted(
         return
     size = jnp.dtype(value.dtype).itemsize
 
-    @_inline(arg_types=(plgpu.RefType(transforms), PARTED))
+    @emits(arg_types=(plgpu.RefType(transforms), PARTED))
     def emit(_, tile, given):
-        thread = _thread()
-        warp, lane = arith.divui(thread, _int(32)), arith.remui(thread, _int(32))
-        in_eight, column = arith.divui(lane, _int(4)), arith.remui(lane, _int(4))
+        thread = thread_index()
+        warp, lane = arith.divui(thread, int32(32)), arith.remui(thread, int32(32))
+        in_eight, column = arith.divui(lane, int32(4)), arith.remui(lane, int32(4))
         # Rows 16 warp + 8 half + in_eight: tile 2 warp + half of 8 rows.
         base = arith.addi(
-            arith.addi(_shared_address(tile), arith.muli(warp, _int(2 * _TILE_BYTES))),
-            arith.muli(in_eight, _int(128)),
+            arith.addi(shared_address(tile), arith.muli(warp, int32(2 * _TILE_BYTES))),
+            arith.muli(in_eight, int32(128)),
         )
         word = ir.IntegerType.get_signless(8 * size)
         columns = given.shape[1] // 4
         registers = given.registers.reshape(columns, 2)
         for four in range(columns):
             first = 4 * four * size  # bytes of the four columns' beginning
-            place = arith.xori(_int(first // CHUNK_BYTES), in_eight)
-            within = arith.addi(_int(first % CHUNK_BYTES), arith.muli(column, _int(size)))
-            at = arith.addi(base, arith.addi(arith.muli(place, _int(CHUNK_BYTES)), within))
+            place = arith.xori(int32(first // CHUNK_BYTES), in_eight)
+            within = arith.addi(int32(first % CHUNK_BYTES), arith.muli(column, int32(size)))
+            at = arith.addi(base, arith.addi(arith.muli(place, int32(CHUNK_BYTES)), within))
             for half in range(2):
                 bits = llvm.bitcast(word, vector.extract(registers[four, half], [], [0]))
                 mgpu_utils.inline_ptx(
                     f"st.shared.b{8 * size} [$0], $1;",
-                    *(arith.addi(at, _int(half * _TILE_BYTES)), bits),
+                    *(arith.addi(at, int32(half * _TILE_BYTES)), bits),
                     has_side_effects=True,
                 )
 
@@ -529,25 +529,25 @@ def find_wide_rows(
     scalar = plgpu.Layout.WG_SPLAT(())
     given = () if ids_ref is None else (plgpu.RefType(),)
 
-    @_inline(
+    @emits(
         arg_types=(*given, scalar, scalar),
         return_type=plgpu.ShapeDtypeStruct((count * THREADS,), jnp.dtype(_I32), layout=layout),
     )
     def emit(_, *operands):
         *ids, begin, stop = operands
-        row = arith.addi(_scalar(begin), arith.divui(_thread(), _int(per_row)))
+        row = arith.addi(scalar_of(begin), arith.divui(thread_index(), int32(per_row)))
         registers = []
         for i in range(count):
-            at = arith.addi(row, _int(i * (THREADS // per_row)))
-            there = _less(at, _scalar(stop))
+            at = arith.addi(row, int32(i * (THREADS // per_row)))
+            there = less(at, scalar_of(stop))
             if ids:
                 pair = memref.load(ids[0], [arith.index_cast(ir.IndexType.get(), at)])
-                valid = arith.cmpi(arith.CmpIPredicate.ult, pair, _int(num_pairs))
+                valid = arith.cmpi(arith.CmpIPredicate.ult, pair, int32(num_pairs))
                 there = arith.andi(there, valid)
-                at = arith.divui(pair, _int(top_k))
-            place = arith.muli(at, _int(row_chunks))
-            chosen = arith.select(there, place, _int(-1))
-            registers.append(vector.broadcast(ir.VectorType.get((1,), _i32()), chosen))
+                at = arith.divui(pair, int32(top_k))
+            place = arith.muli(at, int32(row_chunks))
+            chosen = arith.select(there, place, int32(-1))
+            registers.append(vector.broadcast(ir.VectorType.get((1,), i32()), chosen))
         return mgpu.FragmentedArray(
             _registers=np.array(registers, dtype=object),
             _layout=layout.to_mgpu(),
@@ -590,21 +590,21 @@ def copy_wide_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
+    @emits(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), layout, scalar))
     def emit(_, memory, tile, places, start):
-        row = arith.divui(_thread(), _int(per_row))
-        column = arith.remui(_thread(), _int(per_row))
-        base = _shared_address(tile)
-        at = arith.addi(_scalar(start), column)
-        inside = _less(at, _int(row_chunks))
+        row = arith.divui(thread_index(), int32(per_row))
+        column = arith.remui(thread_index(), int32(per_row))
+        base = shared_address(tile)
+        at = arith.addi(scalar_of(start), column)
+        inside = less(at, int32(row_chunks))
         for i, register in enumerate(places.registers.flat):
             place = vector.extract(register, [], [0])
-            there = arith.cmpi(arith.CmpIPredicate.sge, place, _int(0))
+            there = arith.cmpi(arith.CmpIPredicate.sge, place, int32(0))
             there = arith.andi(there, inside)
-            source = arith.select(there, arith.addi(place, at), _int(0))
-            here = arith.addi(row, _int(i * (THREADS // per_row)))
+            source = arith.select(there, arith.addi(place, at), int32(0))
+            here = arith.addi(row, int32(i * (THREADS // per_row)))
             target = arith.addi(base, _place(here, column, per_row))
-            _copy_async(target, _global_address(memory, source, CHUNK_BYTES), there)
+            _copy_async(target, global_address(memory, source, CHUNK_BYTES), there)
 
     emit(ref, tile_ref, found, chunk)
 
@@ -632,19 +632,19 @@ def clear_rows(
         return
     per_row = columns * 2 // CHUNK_BYTES
 
-    @_inline(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())))
+    @emits(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())))
     def emit(_, tile, start):
         # The swizzle stays within a row: chunks are taken as they lie, 8 rows of 128 bytes after each other.
-        base = arith.addi(_shared_address(tile), arith.muli(_thread(), _int(CHUNK_BYTES)))
-        zero = _int(0)
+        base = arith.addi(shared_address(tile), arith.muli(thread_index(), int32(CHUNK_BYTES)))
+        zero = int32(0)
         for i in range(rows * per_row // THREADS):
-            index = arith.addi(_thread(), _int(i * THREADS))
-            group = arith.muli(arith.divui(index, _int(8 * per_row)), _int(8))
-            row = arith.addi(group, arith.remui(arith.divui(index, _int(8)), _int(8)))
-            with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, _scalar(start))):
+            index = arith.addi(thread_index(), int32(i * THREADS))
+            group = arith.muli(arith.divui(index, int32(8 * per_row)), int32(8))
+            row = arith.addi(group, arith.remui(arith.divui(index, int32(8)), int32(8)))
+            with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, scalar_of(start))):
                 mgpu_utils.inline_ptx(
                     "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
-                    *(arith.addi(base, _int(i * THREADS * CHUNK_BYTES)), zero),
+                    *(arith.addi(base, int32(i * THREADS * CHUNK_BYTES)), zero),
                     has_side_effects=True,
                 )
 

@@ -24,15 +24,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, inline, loads
-from moe_align_jax._grouped_matmul.config import COMPUTING, Config
+from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_products
+from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._grouped_matmul.shape import Shape, shape_of
+from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
 
 _I32, _F32 = jnp.int32, jnp.float32
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-# Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
-_REGISTERS = {False: (40, 232), True: (56, 224)}
+# Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
+# warpgroups multiply.
+_REGISTERS = {
+    2: {False: (40, 232), True: (56, 224)},
+    3: {False: (32, 160), True: (56, 152)},
+}
 _SLOTS = 2  # pieces of the result in shared memory, per warpgroup
 
 
@@ -62,9 +66,15 @@ class _Refs:
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
+        self.x_scales: Any = refs.pop(0) if problem.scales else None
+        self.w_scales = (
+            [refs.pop(0) for _ in range(1 + problem.weights.pair)] if problem.scales else []
+        )
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
-        self.out, x_tiles, self.w_tiles, o_tiles, self.full, self.empty = refs
+        self.empty, self.full = refs.pop(), refs.pop()
+        self.scale_rows = refs.pop() if has_scale_rows(problem) else None
+        self.out, x_tiles, self.w_tiles, o_tiles = refs
         # The same memory, for wgmma and for TMA: see `views`.
         self.x_tiles, self.x_rows = (x_tiles, x_tiles) if interpret else x_tiles
         self.o_tiles, self.o_rows = (o_tiles, o_tiles) if interpret else o_tiles
@@ -100,7 +110,8 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
-    sorted_token_ids, row_weights, bias, those that there are; x; the weights, one array or two.
+    sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
+    the weights, one array or two.
     """
     shape, weights = shape_of(problem, config), problem.weights
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
@@ -109,9 +120,10 @@ def build(
     piece_rows, slots = (bm, 1) if swap else (64, _SLOTS)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
-    by_copies = shape.x_by_rows or shape.w_by_rows
-    memory_registers, compute_registers = _REGISTERS[by_copies]
-    loader = loads.Loader(problem, config, shape, transforms(64, dtype), w_like, interpret)
+    by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
+    computing, x_width = config.computing, bk // shape.k_parts
+    memory_registers, compute_registers = _REGISTERS[computing][by_copies]
+    loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
 
     def body(*given):
         refs = _Refs(problem, shape, list(given), interpret)
@@ -137,6 +149,9 @@ def build(
 
             def multiply(tile, ring, between):
                 """The warpgroup's sums, in one accumulator or two."""
+                if problem.scales:
+                    scaled = scaled_products.Products(problem, config, shape, refs, interpret)
+                    return scaled(tile, warpgroup, ring, slot_of, between)
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -179,7 +194,7 @@ def build(
                 if config.form == "m":
                     row = row + warpgroup * shape.wm
                 else:
-                    column = column + warpgroup * (shape.columns // COMPUTING)
+                    column = column + warpgroup * (shape.columns // computing)
                 return row, column, tile.end
 
             def finish(sums, tile, at):
@@ -275,15 +290,16 @@ def build(
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
 
-        lax.cond(warpgroup < COMPUTING, compute, load)
+        lax.cond(warpgroup < computing, compute, load)
 
     out_shape = problem.out_shape
     if problem.rows == "masked":
         out_shape = (problem.num_experts, problem.max_rows, problem.n)
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
-    x_tiles = (stages, shape.k_parts, bm, 64)
+    x_tiles = (stages, shape.k_parts, bm, x_width)
     w_tiles = (stages, shape.w_parts, *w_tile)
-    o_tiles = (COMPUTING, slots, piece_rows, shape.piece)
+    o_tiles = (computing, slots, piece_rows, shape.piece)
+    scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
@@ -291,14 +307,15 @@ def build(
             _views(x_tiles, dtype, interpret),
             plgpu.SMEM(w_tiles, dtype, transforms=w_like),
             _views(o_tiles, out_dtype, interpret),
+            *scale_rows,
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
-        num_threads=COMPUTING + 1,
+        num_threads=computing + 1,
         thread_name="warpgroup",
-        kernel_name=f"grouped_matmul_{config.form}",
+        kernel_name=f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
@@ -364,7 +381,7 @@ def _operands(
     if config.form == "m":
         x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
     ks = pl.ds(64 * part, 64)
-    width = config.bn // COMPUTING
+    width = config.bn // config.computing
     if problem.weights.transposed:  # [columns, k]
         rows = slice(None) if config.form == "m" else pl.ds(warpgroup * width, width)
         w = refs.w_tiles.at[slot, 0, rows, ks]
@@ -399,7 +416,7 @@ class _Store:
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
         self.slots = 1 if self.swap else _SLOTS
         self.rows = config.bm if self.swap else 64
-        columns = shape.columns // (1 if config.form == "m" else COMPUTING)
+        columns = shape.columns // (1 if config.form == "m" else config.computing)
         self.across = columns // shape.piece
 
     def __call__(

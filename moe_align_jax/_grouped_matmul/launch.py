@@ -62,6 +62,7 @@ def arguments(
         found.append(_pad(named["row_weights"], spare, 0))
     if weights.bias:
         found.append(_bias(problem, shape, named["bias"]))
+    found += [array for name, array in named.items() if name.endswith("_scales")]
     found.append(_x(problem, config, named["x"], interpret))
     arrays = [named[name] for name in (("gate", "up") if weights.pair else ("w",))]
     if weights.interleaved and weights.transposed:  # gate and up in turn, by an axis of their own

@@ -1,6 +1,6 @@
 """What the loading warpgroup does for a stage of the ring: TMA, or cp.async where TMA cannot count."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline
-from moe_align_jax._grouped_matmul.config import COMPUTING, Config
+from moe_align_jax._core.fp8 import GROUPS_PER_WORD
+from moe_align_jax._grouped_matmul import inline, inline_scales
+from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._grouped_matmul.shape import Shape
+from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows
 
 _I32 = jnp.int32
+
+
+class Found(NamedTuple):
+    """Where a tile's rows are that are copied one by one; None for those that TMA reads.
+
+    Attributes:
+        rows: of x.
+        scales: the row of x of each scale.
+    """
+
+    rows: jax.Array | None
+    scales: jax.Array | None
 
 
 class Loader:
@@ -41,23 +54,36 @@ class Loader:
         self.w_by_matrix = shape.w_by_rows and not interpret
         self.pieces = self._pieces()
         x_copies = 0 if problem.top_k or self.x_by_matrix else shape.k_parts
-        self.copies = x_copies + (0 if self.w_by_matrix else len(self.pieces))
+        self.scales_by_tma = has_scale_rows(problem) and not shape.scales_by_rows
+        w_copies = 0 if self.w_by_matrix else len(self.pieces)
+        self.copies = x_copies + w_copies + self.scales_by_tma
+        self.width = inline.CHUNKS_PER_ROW * inline.CHUNK_BYTES // self.item  # columns of a part
 
-    def find(self, refs: Any, tile: Any) -> jax.Array | None:
-        """Where the rows of a tile lie, if they are gathered."""
-        if not self.problem.top_k:
-            return None
-        return inline.find_rows(
-            *(refs.ids, tile.row, tile.end),
-            rows=self.config.bm,
-            row_chunks=self.chunks,
-            top_k=self.problem.top_k,
-            num_pairs=self.problem.num_tokens * self.problem.top_k,
-            interpret=self.interpret,
-        )
+    def find(self, refs: Any, tile: Any) -> Found:
+        """Where the rows of a tile lie."""
+        problem, rows, scales = self.problem, None, None
+        pairs = problem.num_tokens * problem.top_k
+        if problem.top_k:
+            rows = inline.find_rows(
+                *(refs.ids, tile.row, tile.end),
+                rows=self.config.bm,
+                row_chunks=self.chunks,
+                top_k=problem.top_k,
+                num_pairs=pairs,
+                interpret=self.interpret,
+            )
+        if self.shape.scales_by_rows:
+            scales = inline_scales.find(
+                *(refs.ids if problem.top_k else None, tile.row, tile.end),
+                rows=self.config.bm,
+                top_k=problem.top_k,
+                limit=pairs if problem.top_k else problem.num_rows,
+                interpret=self.interpret,
+            )
+        return Found(rows, scales)
 
     def load(
-        self, refs: Any, tile: Any, rows: Any, slot: jax.Array, k: jax.Array, barrier: Any
+        self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array, barrier: Any
     ) -> None:
         """Step k of a tile into a stage."""
         for piece in self.pieces:
@@ -67,9 +93,9 @@ class Loader:
                 self._weights(refs, tile, slot, k, barrier, *piece)
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
-            if rows is not None:
+            if found.rows is not None:
                 inline.copy_rows(
-                    *(refs.x, refs.x_tiles.at[slot, part], self.x_like, rows, step),
+                    *(refs.x, refs.x_tiles.at[slot, part], self.x_like, found.rows, step),
                     rows=self.config.bm,
                     row_chunks=self.chunks,
                     whole=self.problem.k % self.config.bk == 0,
@@ -79,13 +105,17 @@ class Loader:
                 self._rows_by_matrix(refs, tile, slot, step, part)
             else:
                 self._rows(refs, tile, slot, step, part, barrier)
+        if self.scales_by_tma:
+            self._scales(refs, tile, slot, k, barrier)
+        elif self.shape.scales_by_rows:
+            self._scales_by_rows(refs, tile, found, slot, k)
 
     # -- x
 
     def _rows(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int, barrier: Any
     ) -> None:
-        rows, ks = self.config.bm, pl.ds(step * 64, 64)
+        rows, ks = self.config.bm, pl.ds(step * self.width, self.width)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(tile.row, most)
@@ -105,6 +135,40 @@ class Loader:
             shape=(self.config.bm, inline.CHUNKS_PER_ROW),
         )
 
+    def _word(self, k: jax.Array) -> jax.Array:
+        """Where the scales of step k are, counted in scales or in words of them."""
+        assert self.problem.scales
+        return lax.div(k, _I32(GROUPS_PER_WORD)) if self.problem.scales.packed else k
+
+    def _scales(self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any) -> None:
+        rows, word = self.config.bm, self._word(k)
+        if self.problem.rows == "masked":
+            most = _I32(self.problem.max_rows)
+            expert = lax.div(tile.row, most)
+            source = refs.x_scales.at[expert, word, pl.ds(tile.row - expert * most, rows)]
+        else:
+            source = refs.x_scales.at[word, pl.ds(tile.row, rows)]
+        plgpu.copy_gmem_to_smem(source, refs.scale_rows.at[slot, pl.ds(0, rows)], barrier)
+
+    def _scales_by_rows(
+        self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array
+    ) -> None:
+        problem, scales, word = self.problem, self.problem.scales, self._word(k)
+        assert scales and found.scales is not None
+        shape = problem.inputs["x_scales"][0]
+        first, stride = word, shape[-1]
+        if scales.x == "column_major":
+            first, stride = word * scales.pitch, 1
+            if problem.rows == "masked":
+                expert = lax.div(tile.row, _I32(problem.max_rows))
+                first = first + expert * (shape[1] * scales.pitch - problem.max_rows)
+        inline_scales.copy(
+            *(refs.x_scales, refs.scale_rows.at[slot], found.scales, first),
+            stride=stride,
+            rows=self.config.bm,
+            interpret=self.interpret,
+        )
+
     # -- the weights
 
     def _pieces(self) -> list[tuple[int, int, int, int, int, int | None]]:
@@ -113,7 +177,7 @@ class Loader:
         if not weights.gated or shape.parted:
             return [(0, 0, 0, 0, bn, None)]
         # Each warpgroup's accumulators get their own gate and up.
-        owners = 1 if self.config.form == "m" else COMPUTING
+        owners = 1 if self.config.form == "m" else self.config.computing
         size, found = shape.columns // owners, []
         for owner in range(owners):
             for k in range(2):

@@ -1,11 +1,15 @@
-"""The static description of one grouped matrix multiplication. Imports no jax and nothing of ours."""
+"""The static description of one grouped matrix multiplication. Imports no jax."""
 
 from typing import Any, Literal, NamedTuple
+
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "relu2")
 
 Rows = Literal["blocks", "masked", "ragged"]
+
+E4M3 = "float8_e4m3fn"
 
 
 class Weights(NamedTuple):
@@ -29,6 +33,22 @@ class Weights(NamedTuple):
     swiglu_limit: float | None = None
     swiglu_alpha: float | None = None
     bias: bool = False
+
+
+class Scales(NamedTuple):
+    """How the scales of e4m3 operands lie. All of them are float32 but packed ones.
+
+    Attributes:
+        x: "tensor": one for all of x; "row_major" or "column_major": one for each row and 128 columns.
+        w: "tensor": one for each expert; "blocks": one for each 128 x 128 of its matrix.
+        packed: those of x are exponents, four to an int32, the first in the lowest byte.
+        pitch: of "column_major": from the scales of 128 columns to those of the next, in elements.
+    """
+
+    x: str
+    w: str
+    packed: bool = False
+    pitch: int = 0
 
 
 class MatmulProblem(NamedTuple):
@@ -63,6 +83,7 @@ class MatmulProblem(NamedTuple):
         zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
             (a combine by `row_of_pair`) saves the test of each row.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
+        scales: of e4m3 operands; None for others.
     """
 
     function: str
@@ -82,6 +103,7 @@ class MatmulProblem(NamedTuple):
     row_weights: bool = False
     zero_padding: bool = True
     precision: Any = None
+    scales: Scales | None = None
 
     @property
     def w_columns(self) -> int:
@@ -94,7 +116,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def num_floats(self) -> int:
-        """How many of the operands are not integers; they come first."""
+        """How many of the operands can have a derivative; they come first."""
         return 2 + self.weights.pair + self.weights.bias + self.row_weights
 
     @property
@@ -111,6 +133,13 @@ class MatmulProblem(NamedTuple):
             found["bias"] = ((self.num_experts, self.w_columns), "float32")
         if self.row_weights:
             found["row_weights"] = ((self.num_rows,), "float32")
+        if self.scales:
+            found["x_scales"] = (self._x_scales, "int32" if self.scales.packed else "float32")
+            blocks = (1, 1)
+            if self.scales.w == "blocks":
+                blocks = (-(-columns // GROUP), self.scale_groups)
+            for name in ("gate_scales", "up_scales") if weights.pair else ("w_scales",):
+                found[name] = ((self.num_experts, *blocks), "float32")
         if self.rows == "blocks":
             found["sorted_token_ids"] = ((self.num_rows,), "int32")
             found["expert_ids"] = ((self.num_blocks,), "int32")
@@ -121,6 +150,24 @@ class MatmulProblem(NamedTuple):
             found["group_sizes"] = ((self.num_groups,), "int32")
             found["group_offset"] = ((1,), "int32")
         return found
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales of a row of x."""
+        return -(-self.k // GROUP)
+
+    @property
+    def _x_scales(self) -> tuple[int, ...]:
+        assert self.scales
+        if self.scales.x == "tensor":
+            return (1,)
+        words = self.scale_groups
+        if self.scales.packed:
+            words = -(-words // GROUPS_PER_WORD)
+        if self.scales.x == "row_major":
+            return (self.num_tokens if self.top_k else self.num_rows, words)
+        columns = (words, self.scales.pitch)
+        return (self.num_experts, *columns) if self.rows == "masked" else columns
 
     @property
     def out_shape(self) -> tuple[int, int]:

@@ -4,12 +4,14 @@ A loop over the blocks in use, each one product with its expert's weights: the w
 not rows times experts. The weights' gradient is a loop over the same blocks, in the order of their experts.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_align_jax._grouped_matmul import scaled
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient, Weights
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -115,28 +117,34 @@ def _saturating_cumsum(sizes: jax.Array) -> jax.Array:
 def one_tile(
     problem: MatmulProblem,
     used: jax.Array,
-    x: jax.Array,
-    w: tuple[jax.Array, ...],
+    x: Any,
+    w: tuple[Any, ...],
     bias: jax.Array | None,
     row_weights: jax.Array | None,
 ) -> jax.Array:
     """float32 `[size, n]`: rows x `[size, k]` times one expert's weights, and the epilogue.
 
+    x and each of w are arrays, or (values, scales) as `scaled.product` takes them.
+
     `used` `[size]`: rows that are not zero. Nothing of the others gets into a result or a derivative.
     """
     weights = problem.weights
-    x = jnp.where(used[:, None], x, jnp.zeros_like(x))
+    x = jax.tree.map(lambda a: jnp.where(used[:, None], a, jnp.zeros_like(a)), x)
     contracted = 1 if weights.transposed else 0
-    products = [
-        lax.dot_general(
-            x,
-            each,
-            (((1,), (contracted,)), ((), ())),
-            precision=problem.precision,
-            preferred_element_type=_F32,
+    products = []
+    for each in w:
+        if problem.scales:
+            products.append(scaled.product(x, each))
+            continue
+        products.append(
+            lax.dot_general(
+                x,
+                each,
+                (((1,), (contracted,)), ((), ())),
+                precision=problem.precision,
+                preferred_element_type=_F32,
+            )
         )
-        for each in w
-    ]
     product = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     if bias is not None:
         product = product + bias[None, :]
@@ -161,8 +169,8 @@ def epilogue(
 
 
 class _Operands(NamedTuple):
-    x: jax.Array
-    w: tuple[jax.Array, ...]
+    x: Any
+    w: tuple[Any, ...]
     bias: jax.Array | None
     row_weights: jax.Array | None
     where: tuple[jax.Array, ...]
@@ -174,6 +182,9 @@ def named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
     w = tuple(rest.pop(0) for _ in range(1 + problem.weights.pair))
     bias = rest.pop(0) if problem.weights.bias else None
     row_weights = rest.pop(0) if problem.row_weights else None
+    if problem.scales:
+        x = (x, scaled.of_rows(problem, rest.pop(0)))
+        w = tuple((each, rest.pop(0)) for each in w)
     return _Operands(x, w, bias, row_weights, tuple(rest))
 
 
@@ -230,9 +241,10 @@ def _spare(problem: MatmulProblem) -> int:
     return max(1, min(_TILE, limit)) - 1
 
 
-def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: jax.Array) -> jax.Array:
+def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: Any) -> Any:
     expert = jnp.clip(tiles.expert[i], 0, problem.num_experts - 1)
-    return lax.dynamic_index_in_dim(array, expert, keepdims=False)
+    one = functools.partial(lax.dynamic_index_in_dim, index=expert, keepdims=False)
+    return jax.tree.map(one, array)
 
 
 def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
@@ -240,16 +252,19 @@ def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
     given, spare = named(problem, operands), _spare(problem)
     every = tiles(problem, *given.where)
     ids = given.where[0] if problem.rows == "blocks" else None
-    x = given.x if problem.top_k else _padded(given.x, spare)
+    x = given.x if problem.top_k else jax.tree.map(lambda a: _padded(a, spare), given.x)
     scales = None if given.row_weights is None else _padded(given.row_weights, spare)
     padded_ids = None if ids is None else jnp.pad(ids, (0, spare), constant_values=-1)
 
     def step(i, out):
         rows = _rows(problem, every, i, padded_ids)
-        if rows.token is None:
-            xs = lax.dynamic_slice_in_dim(x, rows.start, every.size)
-        else:
-            xs = x[rows.token]
+
+        def of_tile(array):
+            if rows.token is None:
+                return lax.dynamic_slice_in_dim(array, rows.start, every.size)
+            return array[rows.token]
+
+        xs = jax.tree.map(of_tile, x)
         w = tuple(_of_expert(problem, every, i, each) for each in given.w)
         bias = None if given.bias is None else _of_expert(problem, every, i, given.bias)
         scale = scales

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import COMPUTING, Config, tests_rows
+from moe_align_jax._grouped_matmul.config import Config, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
 CHUNK_BYTES = 16
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class Shape(NamedTuple):
@@ -17,7 +17,7 @@ class Shape(NamedTuple):
         columns: of the result that a tile has.
         n_tiles: tiles that the columns make.
         k_steps: stages of the ring that a tile takes.
-        k_parts: tiles of 64 columns of x that a stage has.
+        k_parts: tiles of 128 bytes of columns of x that a stage has.
         w_parts: tiles of the weights that a stage has; more than one where gate and up lie apart.
         parts: tiles of a block's rows; 0 where tiles come from a list.
         partial: whether a tile may end before its last row.
@@ -28,6 +28,7 @@ class Shape(NamedTuple):
         tests_rows: whether sorted_token_ids say which rows of the result are zero.
         reads_ids: whether they are read at all.
         x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
+        scales_by_rows: of x, loaded by cp.async, one at a time.
         out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes, and needs two of them.
     """
 
@@ -47,6 +48,7 @@ class Shape(NamedTuple):
     reads_ids: bool
     x_by_rows: bool
     w_by_rows: bool
+    scales_by_rows: bool
     out_by_rows: bool
 
 
@@ -58,11 +60,11 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     apart = weights.gated and not weights.interleaved and not weights.transposed
     accumulators = 2 if apart else 1
     wm, wn = {
-        "m": (bm // COMPUTING, bn // accumulators),
-        "n": (bm, bn // COMPUTING // accumulators),
-        "swap": (bn // COMPUTING // accumulators, bm),
+        "m": (bm // config.computing, bn // accumulators),
+        "n": (bm, bn // config.computing // accumulators),
+        "swap": (bn // config.computing // accumulators, bm),
     }[config.form]
-    owners = 1 if config.form == "m" else COMPUTING
+    owners = 1 if config.form == "m" else config.computing
     row = ROW_BYTES // _BYTES[problem.dtype]
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
@@ -88,7 +90,21 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         bool(tests or problem.top_k or parts > 1),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
+        _scales_by_rows(problem),
         # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
         # the result does not have would be stored over the one that it has.
         problem.n % out_row != 0 or problem.n == out_row,
     )
+
+
+def has_scale_rows(problem: MatmulProblem) -> bool:
+    """Whether each row of x has scales of its own."""
+    return problem.scales is not None and problem.scales.x != "tensor"
+
+
+def _scales_by_rows(problem: MatmulProblem) -> bool:
+    """TMA reads scales that lie next to each other, at a pitch of 16 bytes."""
+    scales = problem.scales
+    if not scales or not has_scale_rows(problem):
+        return False
+    return scales.x == "row_major" or problem.top_k > 0 or scales.pitch * 4 % CHUNK_BYTES != 0

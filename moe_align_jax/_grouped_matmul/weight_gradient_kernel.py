@@ -23,13 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import inline, kernel, reference
-from moe_align_jax._grouped_matmul.config import COMPUTING, UNIT, unsupported
+from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
 _REGISTERS = {False: (40, 232), True: (56, 224)}
 _SLOTS = 2  # pieces of the result in shared memory, per warpgroup
+_COMPUTING = 2  # warpgroups that multiply
 _WM = 64  # columns of lhs that a warpgroup has
 
 
@@ -408,7 +409,7 @@ def build(
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
 
-        lax.cond(warpgroup < COMPUTING, compute, load)
+        lax.cond(warpgroup < _COMPUTING, compute, load)
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     arrivals = left.by_tma + right.by_tma + by_copies
@@ -418,13 +419,13 @@ def build(
         scratch_types=[
             plgpu.SMEM((stages, bk, tiles.bm), dtype, transforms=likes[0]),
             plgpu.SMEM((stages, bk, tiles.bn), dtype, transforms=likes[1]),
-            plgpu.SMEM((COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
+            plgpu.SMEM((_COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
         ],
         grid=(tiles.num_ctas,),
         grid_names=("cta",),
-        num_threads=COMPUTING + 1,
+        num_threads=_COMPUTING + 1,
         thread_name="warpgroup",
         kernel_name="grouped_weight_gradient",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

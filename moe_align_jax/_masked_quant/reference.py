@@ -56,12 +56,23 @@ def power_of_two_above(scale: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(exponent << _EXPONENT_BITS, jnp.float32)
 
 
-def group_scale(problem: MaskedQuantProblem, amax: jax.Array) -> jax.Array:
-    """float32 scale of a group with that absolute maximum."""
-    bits = lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(problem.amax_floor)), jnp.int32)
+def scale_of(amax: jax.Array, floor: float, scale_format: str) -> jax.Array:
+    """float32 scale of values with that absolute maximum, as float32 also where it will be packed."""
+    bits = lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(floor)), jnp.int32)
     bits = bits_over_448(bits, lambda a, b: lax.div(a, jnp.full_like(a, b)))
     scale = lax.bitcast_convert_type(bits, jnp.float32)
-    return scale if problem.scale_format == "float32" else power_of_two_above(scale)
+    return scale if scale_format == "float32" else power_of_two_above(scale)
+
+
+def codes(values: jax.Array, scale: jax.Array, *, divide: bool) -> jax.Array:
+    """e4m3 of float32 values, for scales that broadcast against them."""
+    if divide:
+        # XLA turns a division by a broadcast array into a product with its reciprocal, which is off by one
+        # in the last place at times; not a division by a selection. A NaN's code is unspecified.
+        scaled = values / jnp.where(values == values, scale, 1.0)
+    else:
+        scaled = values * (1.0 / scale)
+    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 
 def masked_quant(
@@ -71,9 +82,8 @@ def masked_quant(
     gate, up = x[..., : problem.width], x[..., problem.width :]
     shape = (experts, rows, groups, problem.group_size)
     values = activation(problem, gate, up).reshape(shape)
-    scale = group_scale(problem, jnp.max(jnp.abs(values), axis=-1))
-    scaled = values / scale[..., None] if problem.divide else values * (1.0 / scale)[..., None]
-    q = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    scale = scale_of(jnp.max(jnp.abs(values), axis=-1), problem.amax_floor, problem.scale_format)
+    q = codes(values, scale[..., None], divide=problem.divide)
     valid = jnp.arange(rows, dtype=jnp.int32)[None] < masked_m.astype(jnp.int32)[:, None]
     q = jnp.where(valid[..., None, None], q, jnp.zeros((), q.dtype))
     return q.reshape(experts, rows, problem.width), _stored(problem, scale, valid)

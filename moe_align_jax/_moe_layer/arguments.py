@@ -1,14 +1,15 @@
 """Checks of fused_moe's arguments."""
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments
-from moe_align_jax._grouped_matmul.problem import Weights
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._grouped_matmul import arguments, quantized
+from moe_align_jax._grouped_matmul.problem import E4M3, Scales, Weights
 
 
 def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
@@ -42,6 +43,8 @@ def check_experts(
     columns = "2 N" if weights.gated and not pair else "N"
     shape = f"[E, {columns}, H]" if weights.transposed else f"[E, H, {columns}]"
     other = f"Pass transpose_rhs={not weights.transposed} where the other axis is H."
+    if dtype == E4M3:
+        other = arguments.TO_E4M3_LAYOUT
     for name, each in named:
         if each.ndim != 3 or each.shape[axes[0]] != hidden:
             fail(ValueError, function, name, f"have shape {shape} with H = {hidden}", each, other)
@@ -63,6 +66,42 @@ def check_experts(
         rule = f"have shape {shape} = {list(want)}, as w_gate_up has"
         fail(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
     return weights, first, w_down, width
+
+
+class Scaled(NamedTuple):
+    """The scales of a layer's operands.
+
+    Attributes:
+        scales: how those of x, and of gate and up, lie; None where nothing is quantised.
+        down: "tensor" or "blocks".
+        arrays: of x, then of gate and up.
+        down_arrays: of w_down.
+    """
+
+    scales: Scales | None
+    down: str
+    arrays: tuple[Any, ...]
+    down_arrays: tuple[Any, ...]
+
+
+def check_scales(
+    function: str, x: Any, first: Any, w_down: Any, width: int, given: Any, layout: Any
+) -> Scaled:
+    """`given`: the scales of x, of gate and up, and of w_down, or None for each of them."""
+    if given[0] is None:
+        quantized.check_unused_layout(function, layout)
+        return Scaled(None, "", (), ())
+    scales, of_x = quantized.check_x_scales(function, given[0], x.shape[:1], x.shape[1], layout)
+    names = [f"w_gate_up[{i}]" for i in range(2)] if len(first) == 2 else ["w_gate_up"]
+    kind, of_first = quantized.check_w_scales(function, names, first, given[1])
+    down, of_down = quantized.check_w_scales(function, ["w_down"], (w_down,), given[2])
+    scales = scales._replace(w=kind)
+    quantized.check_groups(function, "x", scales, x.shape[1])
+    if width % GROUP:
+        rule = f"have an N that is a multiple of {GROUP}: a scale belongs to as many columns"
+        remedy = "Pad N with zeros in both weights: what lies between the products is quantised."
+        fail(ValueError, function, "w_down", rule, f"N = {width}", remedy)
+    return Scaled(scales, down, (of_x, *of_first), tuple(of_down))
 
 
 def check_bias(function: str, argument: str, value: Any, shape: tuple[int, ...]) -> Any:

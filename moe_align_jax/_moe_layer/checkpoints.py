@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_align_jax._core import checks
 
+_E4M3, _GROUP = "float8_e4m3fn", 128
+_SCALES = "_scale_inv"  # behind the name of an e4m3 array: its scales, which multiply (DeepSeek-V3)
 # What Hugging Face calls an expert's three matrices: (gate, up, down).
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -27,12 +29,26 @@ def _library(array: Any) -> Any:
     return jnp
 
 
+def _is_quantized(weights: Any) -> bool:
+    """Whether they are (values, scales)."""
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        return False
+    first, second = (getattr(each, "dtype", None) for each in weights)
+    return str(first) == _E4M3 and second is not None and str(second) != _E4M3
+
+
+def _values(weights: Any) -> Any:
+    return weights[0] if _is_quantized(weights) else weights
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
     """Weights of the experts of one layer, and how they lie: `fused_moe(x, *weights, ..., **options)`.
 
     Arrays are NumPy's or jax's, and stay what they are. E experts, H hidden, N within an expert; gated, as
-    the experts of all these checkpoints are.
+    the experts of all these checkpoints are. Each of the arrays may be (e4m3 values, float32 scales), as
+    `quantize_blockwise` makes them: a scale for each 128 x 128, whose axes follow those of the values, or one
+    for each expert.
 
     Attributes:
         w_gate_up: `[E, H, 2 N]`, transposed `[E, 2 N, H]`; or a pair (gate, up) of `[E, H, N]` or
@@ -66,8 +82,8 @@ class ExpertWeights:
             got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
             rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
             _fail(function, "w_gate_up", rule, got, remedy)
-        first = self.w_gate_up if self.pair else (self.w_gate_up,)
-        down = self.w_down
+        first = [_values(each) for each in (self.w_gate_up if self.pair else (self.w_gate_up,))]
+        down = _values(self.w_down)
         if down.ndim != 3:
             _fail(function, "w_down", "have shape [E, N, H]", down, "One matrix for each expert.")
         experts, a, b = down.shape
@@ -79,6 +95,9 @@ class ExpertWeights:
                 rule = f"have shape {list(want)} beside w_down {list(down.shape)}"
                 remedy = f"Is transpose_rhs={self.transpose_rhs} right?"
                 _fail(function, "w_gate_up", rule, each, remedy)
+        _check_scales("w_down", self.w_down)
+        for each in self.w_gate_up if self.pair else (self.w_gate_up,):
+            _check_scales("w_gate_up", each)
         for name, bias, shape in (
             ("bias_gate_up", self.bias_gate_up, (experts, 2 * ffn)),
             ("bias_down", self.bias_down, (experts, hidden)),
@@ -93,7 +112,7 @@ class ExpertWeights:
 
     @property
     def pair(self) -> bool:
-        return isinstance(self.w_gate_up, (tuple, list))
+        return isinstance(self.w_gate_up, (tuple, list)) and not _is_quantized(self.w_gate_up)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -120,7 +139,8 @@ class ExpertWeights:
             pair: gate and up as two arrays.
 
         Raises:
-            ValueError: a pair is to be interleaved.
+            ValueError: a pair is to be interleaved; or scales of blocks would not be of blocks any more: gate
+                and up of an N that is no multiple of 128 are to be joined, parted or interleaved.
         """
         transpose_rhs = self.transpose_rhs if transpose_rhs is None else transpose_rhs
         pair = self.pair if pair is None else pair
@@ -152,7 +172,8 @@ class ExpertWeights:
         5, GPT-OSS, Llama 4, with their biases), in either orientation, which the shapes tell; and with
         matrices `[N, H]` and `[H, N]` per expert, `{i}.gate_proj.weight`, `{i}.up_proj.weight`,
         `{i}.down_proj.weight` (Qwen3, DeepSeek-V3) or `{i}.w1.weight`, `{i}.w3.weight`, `{i}.w2.weight`
-        (Mixtral), which are stacked.
+        (Mixtral), which are stacked. e4m3 arrays become (values, scales), with what stands under their name
+        and `_scale_inv`: `{i}.gate_proj.weight_scale_inv`.
 
         Args:
             tensors: by name, NumPy's or jax's.
@@ -184,7 +205,31 @@ class ExpertWeights:
         # [E, 2 N, H] beside [E, H, N], or [E, H, 2 N] beside [E, N, H]: no sizes fit both.
         transposed = first.shape[1:] == (2 * down.shape[2], down.shape[1])
         biases = mine.get("gate_up_proj_bias"), mine.get("down_proj_bias")
+        first, down = (_with_scales(mine, prefix, name) for name in ("gate_up_proj", "down_proj"))
         return cls(first, down, *biases, transposed, interleaved)
+
+    @classmethod
+    def from_safetensors(
+        cls, path: Any, prefix: str = "", *, interleaved: bool = False
+    ) -> "ExpertWeights":
+        """`from_hugging_face` of a checkpoint's files, which are read where they are needed.
+
+        Args:
+            path: a safetensors file, or the folder of a checkpoint, with or without its index.
+            prefix: of the names, such as "model.layers.3.mlp.experts." of DeepSeek-V3.
+            interleaved: as for `from_hugging_face`.
+
+        Returns:
+            The weights as NumPy arrays, e4m3 and bfloat16 in ml_dtypes' dtypes.
+
+        Raises:
+            ValueError: there is no such file, it is none of safetensors, or as `from_hugging_face`.
+        """
+        from moe_align_jax._moe_layer import safetensors
+
+        return cls.from_hugging_face(
+            safetensors.read(path, prefix), prefix, interleaved=interleaved
+        )
 
     @classmethod
     def _from_matrices(cls, mine: dict[str, Any], prefix: str, interleaved: bool) -> Any:
@@ -202,10 +247,13 @@ class ExpertWeights:
             if missing := [name for name in wanted if name not in mine]:
                 rule, remedy = f"hold {prefix}{missing[0]}", "Every expert has three matrices."
                 _fail(function, "tensors", rule, "none", remedy)
-            rows.append([mine[name] for name in wanted])
-        xp = _library(rows[0][0])
-        first = xp.stack([xp.concatenate([gate, up]) for gate, up, _ in rows])
-        return cls(first, xp.stack([down for *_, down in rows]), transpose_rhs=True)
+            rows.append([_with_scales(mine, prefix, name) for name in wanted])
+        gate, up, down = (_stacked(list(column)) for column in zip(*rows, strict=True))
+        first: Any = (gate, up)
+        # Scales of blocks that begin at 128 rows stay what they are where up follows gate.
+        if not _is_quantized(gate) or (gate[1].ndim == 3 and gate[0].shape[1] % _GROUP == 0):
+            first = _joined(first, 1, False)
+        return cls(first, down, transpose_rhs=True)
 
     @classmethod
     def from_vllm(
@@ -256,12 +304,68 @@ class ExpertWeights:
         return cls((arrays[0], arrays[1]), arrays[2], both, down)
 
 
+def _check_scales(name: str, weights: Any) -> None:
+    if not _is_quantized(weights):
+        return
+    values, scales = weights
+    experts, *sizes = values.shape
+    blocks = (experts, *(checks.cdiv(size, _GROUP) for size in sizes))
+    if scales.shape not in (blocks, (experts,), ()):
+        rule = f"have scales of shape {list(blocks)} or [{experts}] beside {list(values.shape)}"
+        remedy = "A scale belongs to 128 x 128 values, or to an expert."
+        _fail("ExpertWeights", name, rule, scales, remedy)
+
+
+def _with_scales(mine: Mapping[str, Any], prefix: str, name: str) -> Any:
+    """An array; of e4m3, (values, float32 scales)."""
+    values = mine[name]
+    if str(values.dtype) != _E4M3:
+        return values
+    scales = mine.get(name + _SCALES)
+    if scales is None:
+        rule = f"hold {prefix}{name}{_SCALES} beside {_E4M3} {prefix}{name}"
+        remedy = (
+            "Scales of another name or kind are not known: pass ExpertWeights (values, scales)."
+        )
+        _fail("from_hugging_face", "tensors", rule, "none", remedy)
+    return values, scales.astype(np.float32)
+
+
+def _stacked(matrices: list[Any]) -> Any:
+    """Of each expert, one after the other."""
+    if any(map(_is_quantized, matrices)):
+        if not all(map(_is_quantized, matrices)):
+            rule, remedy = "hold e4m3 matrices of all experts, or of none", "Convert some of them."
+            _fail("from_hugging_face", "tensors", rule, "both", remedy)
+        return tuple(_stacked([matrix[i] for matrix in matrices]) for i in range(2))
+    return _library(matrices[0]).stack(matrices)
+
+
 def _transposed(array: Any) -> Any:
+    if _is_quantized(array):
+        values, scales = array
+        return _transposed(values), scales if scales.ndim < 3 else _transposed(scales)
     return array.swapaxes(1, 2)
+
+
+def _check_blocks(interleaved: bool, size: int) -> None:
+    """That gate and up of so many rows have blocks of their own."""
+    if interleaved or size % _GROUP:
+        rule = "keep gate and up in blocks of 128 of their own, where scales are of blocks"
+        got = "interleaved" if interleaved else f"N = {size}"
+        remedy = "Leave gate and up as they are, or quantise them anew: quantize_blockwise."
+        _fail("laid_out", "the layout", rule, got, remedy)
 
 
 def _parted(array: Any, axis: int, interleaved: bool) -> list[Any]:
     """Gate and up along an axis."""
+    if _is_quantized(array):
+        values, scales = array
+        parts = _parted(values, axis, interleaved)
+        if scales.ndim < 3:
+            return [(part, scales) for part in parts]
+        _check_blocks(interleaved, parts[0].shape[axis])
+        return list(zip(parts, _parted(scales, axis, False), strict=True))
     if not interleaved:
         return _library(array).split(array, 2, axis=axis)
     index = (slice(None),) * axis
@@ -269,6 +373,15 @@ def _parted(array: Any, axis: int, interleaved: bool) -> list[Any]:
 
 
 def _joined(parts: Any, axis: int, interleaved: bool) -> Any:
+    if _is_quantized(parts[0]):
+        values, scales = zip(*parts, strict=True)
+        if any(each.ndim < 3 for each in scales):
+            if not all(np.array_equal(each, scales[0]) for each in scales):
+                rule, remedy = "stay a pair, where each has a scale of its own", "Pass pair=True."
+                _fail("laid_out", "gate and up", rule, "to be joined", remedy)
+            return _joined(values, axis, interleaved), scales[0]
+        _check_blocks(interleaved, values[0].shape[axis])
+        return _joined(values, axis, interleaved), _joined(scales, axis, False)
     xp = _library(parts[0])
     if not interleaved:
         return xp.concatenate(list(parts), axis=axis)

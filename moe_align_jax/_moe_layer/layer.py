@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import derivative, reference
+from moe_align_jax._grouped_matmul import derivative, reference, scaled
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._masked_quant import casts
 from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Names for the policies of `jax.checkpoint`.
 PRODUCTS, RESULT = "fused_moe_gate_up", "fused_moe_out"
+_AMAX_FLOOR = 1e-10  # of what lies between the products, as silu_and_mul_masked_quant has it
 
 
 class Operands(NamedTuple):
@@ -33,6 +36,8 @@ class Operands(NamedTuple):
         topk_weights: float32 `[T, K]`.
         where: `[sorted_token_ids [P], expert_ids [B], num_tokens_post_padded [1]]`, int32.
         row_of_pair: int32 `[T K]`, -1 for dropped pairs.
+        scales: of x, then of gate and up; none but for e4m3.
+        down_scales: of w_down, or none.
     """
 
     x: jax.Array
@@ -43,6 +48,8 @@ class Operands(NamedTuple):
     topk_weights: jax.Array
     where: tuple[jax.Array, jax.Array, jax.Array]
     row_of_pair: jax.Array
+    scales: tuple[jax.Array, ...] = ()
+    down_scales: tuple[jax.Array, ...] = ()
 
 
 def blocks_of_pairs(expert_of_pair: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -65,15 +72,62 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
         if problem.check_blocks:
             row_of_pair = _with_weights(problem, row_of_pair, given.where[1])
         rows = row_of_pair.reshape(problem.num_tokens, problem.top_k)
+        x, scales = given.x, given.scales
         if problem.weights_on_input:
             with jax.named_scope("weights"):
                 kept = jnp.where(rows >= 0, given.topk_weights, 0.0)
-                x = _weighted_input(problem, given.x, kept)
-            given = given._replace(x=x, topk_weights=jnp.ones_like(given.topk_weights))
-        floats = Floats(*given[: len(Floats._fields)])
+                x, scales = _weighted_input(problem, x, scales, kept)
+            given = given._replace(topk_weights=jnp.ones_like(given.topk_weights))
+        given = given._replace(x=x, scales=scales)
+        if problem.scales:
+            return _quantised(problem, implementation, given, rows)
+        floats = Floats(
+            given.x,
+            given.w_gate_up,
+            given.w_down,
+            given.bias_gate_up,
+            given.bias_down,
+            given.topk_weights,
+        )
         ids, experts, used = given.where
         where = Where(ids, experts, used, rows)
         return _differentiable(problem, implementation, floats, where)
+
+
+def _quantised(
+    problem: LayerProblem, implementation: str | None, given: Operands, rows: jax.Array
+) -> jax.Array:
+    """Of e4m3 operands, which have no derivative: what lies between the products is quantised again."""
+    with jax.named_scope("gate_up"):
+        first = (given.x, given.w_gate_up, given.bias_gate_up, given.scales)
+        hidden = _multiply(problem.first, implementation, given, *first)
+    hidden, of_hidden = casts.rowwise(
+        hidden,
+        scale_format="float32",
+        scale_layout=problem.between_layout,
+        floor=_AMAX_FLOOR,
+        divide=False,
+    )
+    with jax.named_scope("down"):
+        second = (hidden, (given.w_down,), given.bias_down, (of_hidden, *given.down_scales))
+        y = _multiply(problem.second, implementation, given, *second)
+    with jax.named_scope("combine"):
+        dtype = jnp.dtype(problem.out_dtype)
+        return weighted_sum(dtype, y, given.topk_weights, rows)
+
+
+def _multiply(
+    problem: MatmulProblem,
+    implementation: str | None,
+    given: Operands,
+    x: jax.Array,
+    w: tuple[jax.Array, ...],
+    bias: jax.Array | None,
+    scales: tuple[jax.Array, ...],
+) -> jax.Array:
+    extras = () if bias is None else (bias,)
+    operands = (x, *w, *extras, *scales, *given.where)
+    return derivative.run(operands, problem=problem, implementation=implementation)
 
 
 class Floats(NamedTuple):
@@ -237,11 +291,22 @@ def _with_weights(problem: LayerProblem, row: jax.Array, expert_ids: jax.Array) 
     return jnp.where((expert >= 0) & (expert < problem.num_experts), row, -1)
 
 
-def _weighted_input(problem: LayerProblem, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """x times the weights, rounded: `[T, H]`, or for several pairs of a token a row for each of them."""
-    scaled = x.astype(_F32)[:, None, :] * weights[..., None]
+def _weighted_input(
+    problem: LayerProblem, x: jax.Array, scales: tuple[jax.Array, ...], weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """x times the weights, rounded: `[T, H]`, or for several pairs of a token a row for each of them.
+
+    Of e4m3, the weights multiply the scales: nothing is rounded again.
+    """
     rows = problem.num_tokens * problem.top_k
-    return scaled.astype(x.dtype).reshape(rows, problem.hidden)
+    if not problem.scales:
+        product = x.astype(_F32)[:, None, :] * weights[..., None]
+        return product.astype(x.dtype).reshape(rows, problem.hidden), scales
+    as_given = problem.first._replace(num_tokens=problem.num_tokens, scales=problem.scales)
+    of_tokens = scaled.of_rows(as_given, scales[0])
+    of_pairs = of_tokens[:, None, :] * weights[..., None]
+    of_pairs = of_pairs.reshape(rows, of_tokens.shape[1])
+    return jnp.repeat(x, problem.top_k, axis=0), (of_pairs, *scales[1:])
 
 
 def _nothing(problem: LayerProblem, x: jax.Array) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 
 # With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
 # than it saves. vLLM's factor.
@@ -23,7 +23,8 @@ class LayerProblem(NamedTuple):
         hidden: H, columns of x and of the result.
         ffn: N, columns between the two products.
         num_experts: E, of the weights.
-        dtype: of x, of the weights and of what lies between the products.
+        dtype: of x and of the weights, and of what lies between the products: of e4m3, of what is quantised
+            between them, the products' results being bfloat16.
         out_dtype: of the result.
         gate_up: how its weights lie, and the activation.
         bias_down: whether the second product has a bias.
@@ -32,6 +33,8 @@ class LayerProblem(NamedTuple):
         num_rows: P, rows of the alignment; T * K where `pairs`.
         pairs: there is no alignment: block i is pair i.
         check_blocks: blocks may be of experts that there are no weights for.
+        scales: of x and of gate and up, where they are e4m3.
+        down_scales: "tensor" or "blocks": how those of w_down lie.
     """
 
     num_tokens: Any
@@ -48,6 +51,8 @@ class LayerProblem(NamedTuple):
     num_rows: Any
     pairs: bool
     check_blocks: bool
+    scales: Scales | None = None
+    down_scales: str = ""
 
     function = "fused_moe"
 
@@ -57,14 +62,33 @@ class LayerProblem(NamedTuple):
         tokens, top_k = self.num_tokens, self.top_k
         if self.weights_on_input and top_k > 1:  # x has a row per pair
             tokens, top_k = tokens * top_k, 1
+        scales = self.scales
+        if scales and self.weights_on_input:  # scales of each pair: with its weight
+            scales = Scales("row_major", scales.w)
         sizes = {"k": self.hidden, "n": self.ffn, "num_tokens": tokens, "top_k": top_k}
-        return self._matmul(self.gate_up, **sizes)
+        return self._matmul(self.gate_up, **sizes, scales=scales)
 
     @property
     def second(self) -> MatmulProblem:
         """From there to the experts' results, `[P, H]`."""
         weights = Weights(transposed=self.gate_up.transposed, bias=self.bias_down)
-        return self._matmul(weights, k=self.ffn, n=self.hidden)
+        scales = None
+        if self.scales:
+            layout, pitch = self.between_layout, 0
+            if layout == "column_major":
+                pitch = -(-self.num_rows // 4) * 4
+            scales = Scales(layout, self.down_scales, pitch=pitch)
+        return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
+
+    @property
+    def between_layout(self) -> str:
+        """Of the scales between the products: columns, which TMA reads, of rows that have a number."""
+        return "column_major" if is_static(self.num_rows) else "row_major"
+
+    @property
+    def between(self) -> str:
+        """The dtype of the products' results."""
+        return "bfloat16" if self.scales else self.dtype
 
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
         return MatmulProblem(
@@ -73,7 +97,7 @@ class LayerProblem(NamedTuple):
             num_rows=self.num_rows,
             num_experts=self.num_experts,
             dtype=self.dtype,
-            out_dtype=self.dtype,
+            out_dtype=self.between,
             weights=weights,
             block_size=self.block_size,
             zero_padding=False,  # the weighted sum reads rows of pairs alone

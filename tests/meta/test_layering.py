@@ -101,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax.types",
     },
     "moe_align_jax.sharded_layer": {
@@ -144,15 +145,25 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
+        "moe_align_jax._masked_quant.problem",
         "moe_align_jax._moe_layer",
         "moe_align_jax.block_align",
         "moe_align_jax.expert_location",
         "moe_align_jax.types",
     },
+    "moe_align_jax.adapters": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax.matmul",
+        "moe_align_jax.moe_layer",
+        "moe_align_jax.router",
+        "moe_align_jax.types",
+    },
     "moe_align_jax._moe_layer": {
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
+        "moe_align_jax._masked_quant.casts",
         "moe_align_jax._moe_layer",
     },
     "moe_align_jax._moe_layer.plan": {
@@ -160,15 +171,19 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._moe_layer.combine": set(),
     "moe_align_jax._moe_layer.checkpoints": {
+        "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
     },
+    "moe_align_jax._moe_layer.safetensors": {"moe_align_jax._core.checks"},
     "moe_align_jax._grouped_matmul": {
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
         "moe_align_jax._grouped_matmul",
     },
-    "moe_align_jax._grouped_matmul.problem": set(),
+    "moe_align_jax._grouped_matmul.problem": {"moe_align_jax._core.fp8"},
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
+        "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._grouped_matmul.reference",
@@ -177,12 +192,19 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.sharding",
     },
     "moe_align_jax._grouped_matmul.derivative": {
+        "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.weight_gradient": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
+    },
+    "moe_align_jax._grouped_matmul.choice": {
+        "moe_align_jax._grouped_matmul.config",
+        "moe_align_jax._grouped_matmul.primitive",
+        "moe_align_jax._grouped_matmul.problem",
+        "moe_align_jax._lowering.select",
     },
     "moe_align_jax._grouped_matmul.launch": {
         "lazily moe_align_jax._simt.emulator",
@@ -236,6 +258,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._masked_quant.reference": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.problem",
+    },
+    "moe_align_jax._masked_quant.casts": {
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.problem",
+        "moe_align_jax._masked_quant.reference",
+    },
+    "moe_align_jax.quantization": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._masked_quant.casts",
         "moe_align_jax._masked_quant.problem",
     },
     "moe_align_jax._align.reference": {
@@ -380,6 +413,10 @@ ALLOWED: dict[str, set[str]] = {
     "examples": {
         "moe_align_jax",
     },
+    "examples.transformers_experts": {
+        "moe_align_jax",
+        "torch_bridge",
+    },
     "moe_align_jax._lowering.primitive": set(),
     "moe_align_jax._lowering.sharding": set(),
     "moe_align_jax._core.int32": set(),
@@ -406,6 +443,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax.types",
     },
     "moe_align_jax._grouped_matmul.config": {
+        "moe_align_jax._core.fp8",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul.problem",
     },
@@ -416,15 +454,18 @@ FOREIGN: dict[str, set[str]] = {
     "torch": {
         "lazily benchmarks",
         "lazily moe_align_jax._cli",
+        "examples.transformers_experts",
         "torch_bridge",
     },
     "jaxlib.mlir": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
@@ -433,8 +474,10 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks.grouped_matmul",
         "moe_align_jax._grouped_matmul.epilogue",
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._grouped_matmul.kernel",
         "moe_align_jax._grouped_matmul.loads",
+        "moe_align_jax._grouped_matmul.scaled_products",
         "moe_align_jax._layout.kernels.weighted_sum",
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._simt.mosaic",
@@ -445,6 +488,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib": {
         "moe_align_jax._grouped_matmul.inline",
+        "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
@@ -457,6 +501,7 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks",
         "lazily moe_align_jax.cli",
         "moe_align_jax._cli",
+        "examples.train_moe",
     },
     "vllm": {
         "lazily benchmarks.peers",

@@ -135,7 +135,9 @@ def imported_by(package: str) -> dict[str, str]:
 def declared() -> set[str]:
     """Projects that a user's install brings: dependencies, and the extras for users."""
     extras = PROJECT["optional-dependencies"]
-    for_users = [extras[name] for name in extras.keys() - {"test", "dev", "docs", "all"}]
+    for_users = [
+        extras[name] for name in extras.keys() - {"test", "dev", "docs", "examples", "all"}
+    ]
     asked = [*PROJECT["dependencies"], *(text for extra in for_users for text in extra)]
     return {re.match(r"[\w-]+", text)[0].lower() for text in asked}
 

@@ -96,6 +96,46 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         more = wide._replace(bm=bm, stages=6 if bm < 32 else 5)
         yield f"{bm}, gated", problem(block=bm, weights=silu, **gather), more
     yield "pairs", problem(block=1, weights=silu, **gather), wide._replace(bm=8)
+    yield from e4m3_problems()
+
+
+def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
+    """Every way to load scales, and the tiles that sizes of e4m3 operands get."""
+    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
+
+    columns, rows = Scales("column_major", "blocks", pitch=4096), Scales("row_major", "blocks")
+    silu: dict[str, Any] = {"activation": "silu", "gated": True}
+    gather: dict[str, Any] = {"num_tokens": 2048, "top_k": 2}
+
+    def case(what, block=128, rows="blocks", weights=None, scales=columns, out="bfloat16", **sizes):
+        given = {"num_rows": 4096, "k": 2048, "n": 1536, "num_experts": 8} | sizes
+        lie = Weights(**({"transposed": True} | (weights or {})))
+        given |= {"dtype": E4M3, "out_dtype": out, "weights": lie, "scales": scales}
+        size = block if rows == "blocks" else 0
+        problem = MatmulProblem(function="test", rows=rows, block_size=size, **given)
+        return f"e4m3 {what}", problem, config_for(problem)
+
+    for block in (16, 64, 128, 192):
+        yield case(f"{block}", block)
+        yield case(f"{block}, silu, gathered", block, weights=silu, scales=rows, **gather)
+        more = silu | {"bias": True, "interleaved": True, "swiglu_limit": 7.0}
+        yield case(f"{block}, swiglu", block, weights=more, row_weights=True, scales=rows)
+    yield case("pair", weights=silu | {"pair": True})
+    yield case("packed", scales=columns._replace(packed=True))
+    yield case("packed, gathered", 16, scales=rows._replace(packed=True), **gather)
+    yield case("float32", out="float32")
+    yield case("single scales", scales=Scales("tensor", "tensor"))
+    yield case("partial", 100, scales=rows)
+    for most in (512, 500):
+        sizes = {"rows": "masked", "max_rows": most, "num_rows": 8 * most}
+        yield case(f"masked {most}", scales=columns._replace(pitch=most), **sizes)
+        yield case(f"masked {most}, rows", scales=rows, weights=silu, **sizes)
+    sizes = {"rows": "masked", "max_rows": 64, "num_rows": 512}
+    yield case("masked 64", scales=columns._replace(pitch=64), **sizes)
+    yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
+    for block in (8, 32, 40):
+        yield case(f"{block}, silu", block, weights=silu)
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
@@ -157,7 +197,7 @@ def lower(problem: Any, config: Any) -> Any:
     return jax.jit(kernel.build(problem, config)).trace(*given).lower(lowering_platforms=("cuda",))
 
 
-_HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\S* R(\d+),")
+_HGMMA = re.compile(r"[HQ]GMMA\.64x(\d+)x(?:16|32)\S* R(\d+),")
 _ROW = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
 
 

@@ -1,0 +1,391 @@
+"""grouped_matmul and masked_grouped_matmul of e4m3 with block scales, beside bfloat16 and DeepGEMM.
+
+python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variants]
+
+x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
+are bfloat16. The bfloat16 products get the same values, dequantised and rounded. Before a time is taken,
+sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule. Clocks,
+counts and processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
+in one CUDA graph.
+
+FOLDER holds the package `deep_gemm`, as `vllm/third_party` of vLLM 0.33's wheel does; it builds its kernels
+with nvcc when it is called. It has not been loaded by us yet: without the option it is left out. torch's
+`_scaled_grouped_mm` has no block scales on Hopper, and is not run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from benchmarks import grouped_matmul, machine, timing  # noqa: E402
+from benchmarks.grouped_matmul import Size, line  # noqa: E402
+
+_SAMPLED_ROWS = 24
+_BOUND = 1e-3  # of DeepGEMM's rule
+_MASKED_ROWS = 4096
+# DeepGEMM's own cases: (groups, mean rows), (N, K).
+_GROUPS = ((32, 192), (6, 1024), (32, 20), (6, 20))
+_WEIGHTS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
+
+SIZES = (
+    Size(32768, 7168, 4096, 8),
+    Size(32768, 2048, 7168, 8),
+    Size(32768, 2048, 1536, 128),
+    *(
+        Size(groups * mean, k, n, groups, max_rows=_MASKED_ROWS)
+        for groups, mean in _GROUPS
+        for n, k in _WEIGHTS
+    ),
+)
+
+
+def calc_diff(found: np.ndarray, want: np.ndarray) -> float:
+    """DeepGEMM's measure: 1 - 2 xy / (xx + yy)."""
+    found, want = found.astype(np.float64), want.astype(np.float64)
+    return float(1 - 2 * (found * want).sum() / ((found**2).sum() + (want**2).sum()))
+
+
+class Inputs:
+    """The arrays of a case, on jax's device: quantised, and dequantised to bfloat16 when asked for."""
+
+    def __init__(self, size: Size, calls: int):
+        import jax
+        import jax.numpy as jnp
+
+        import moe_align_jax as maj
+
+        self.size = size
+        rng = np.random.default_rng(0)
+        if size.max_rows:  # as DeepGEMM draws them
+            mean = size.rows // size.experts
+            self.counts = (mean * rng.uniform(0.7, 1.3, size.experts)).astype(np.int32)
+        else:
+            self.counts = np.bincount(size.expert_of_row(), minlength=size.experts).astype(np.int32)
+        self.hit = int((self.counts > 0).sum())
+        self.rows = int(self.counts.sum())
+        self.expert = np.repeat(np.arange(size.experts), self.counts)
+        self.within = np.concatenate([np.arange(c) for c in self.counts])
+        keys = jax.random.split(jax.random.key(0), calls + 1)
+        shape = (self.rows, size.k)
+        self.x = [
+            maj.quantize_rowwise(jax.random.normal(key, shape, jnp.bfloat16)) for key in keys[1:]
+        ]
+        shape = (size.experts, size.n, size.k)
+        w = jax.random.normal(keys[0], shape, jnp.bfloat16) * jnp.bfloat16(size.k**-0.5)
+        self.w = maj.quantize_blockwise(w)
+        chosen = np.random.default_rng(1).choice(self.rows, min(_SAMPLED_ROWS, self.rows), False)
+        chosen[0] = self.rows - 1
+        self.sample = chosen
+        rows = self._wide(*(np.asarray(a[chosen]) for a in self.x[0]))
+        self.answers = np.empty((len(chosen), size.n), np.float32)
+        for e in set(self.expert[chosen].tolist()):
+            mine = self.expert[chosen] == e
+            values, scales = (np.asarray(a[e]) for a in self.w)
+            scales = np.repeat(scales, 128, axis=0)[: size.n]
+            self.answers[mine] = rows[mine] @ self._wide(values, scales).T
+
+    @staticmethod
+    def _wide(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        return values.astype(np.float32) * np.repeat(scales, 128, axis=-1)
+
+    def bfloat16(self) -> tuple[list[Any], Any]:
+        """x and w without scales."""
+        import jax.numpy as jnp
+
+        def rows(values, scales):
+            wide = values.astype(jnp.float32) * jnp.repeat(scales, 128, axis=-1)
+            return wide.astype(jnp.bfloat16)
+
+        values, scales = self.w
+        w = [  # an expert at a time: float32 of all would not fit
+            rows(v, jnp.repeat(s, 128, axis=0)[: self.size.n])
+            for v, s in zip(values, scales, strict=True)
+        ]
+        return [rows(*x) for x in self.x], jnp.stack(w)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.size.k * self.size.n
+
+    def bytes(self, item: int) -> int:
+        """Of rows, weights of the experts hit, and the result."""
+        size = self.size
+        return item * (self.hit * size.k * size.n + self.rows * size.k) + 2 * self.rows * size.n
+
+    def wrong(self, rows: Any) -> str:
+        """Of the sampled rows, in order; "" where they are right."""
+        difference = calc_diff(np.asarray(rows).astype(np.float32), self.answers)
+        return "" if difference < _BOUND else f"difference {difference:.2e}"
+
+
+# -- providers: (call of x and w, all x, w, the sampled rows of a result) --------------------------
+
+
+def _take(inputs: Inputs, x: Any, rows: np.ndarray) -> Any:
+    import jax
+
+    return jax.tree.map(lambda a: a[rows], x)
+
+
+def of_blocks(inputs: Inputs, block: int, *, e4m3: bool, layout: str = "column_major") -> Any:
+    """Rows in aligned order, permuted beforehand."""
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    aligned = maj.moe_align_block_size(
+        inputs.expert[:, None].astype(np.int32),
+        block_size=block,
+        num_experts=inputs.size.experts,
+        return_inverse=True,
+    )
+    take = np.minimum(np.asarray(aligned.sorted_token_ids), inputs.rows - 1)
+    xs, w = (inputs.x, inputs.w) if e4m3 else inputs.bfloat16()
+    xs = [_take(inputs, x, take) for x in xs]
+    options: dict[str, Any] = {"block_size": block, "transpose_rhs": True}
+    if e4m3:
+        options |= {"implementation": "mosaic_gpu", "scale_layout": layout}
+        if layout == "column_major":
+            pad = ((0, 0), (0, -len(take) % 4))
+            xs = [(values, jnp.pad(scales.T, pad)) for values, scales in xs]
+
+    def call(x, w):
+        return maj.grouped_matmul(x, w, aligned, **options)
+
+    rows = np.asarray(aligned.row_of_pair)[inputs.sample]
+    return call, xs, w, lambda out: out[rows]
+
+
+def of_masked(inputs: Inputs, *, e4m3: bool, layout: str = "column_major") -> Any:
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+
+    size, counts = inputs.size, jnp.asarray(inputs.counts)
+    starts = np.concatenate([[0], np.cumsum(inputs.counts)[:-1]])
+    rows = np.minimum(starts[:, None] + np.arange(size.max_rows)[None], inputs.rows - 1)
+    xs, w = (inputs.x, inputs.w) if e4m3 else inputs.bfloat16()
+    xs = [_take(inputs, x, rows) for x in xs]
+    options: dict[str, Any] = {"transpose_rhs": True}
+    if e4m3:
+        options |= {"implementation": "mosaic_gpu", "scale_layout": layout}
+        if layout == "column_major":
+            xs = [(values, scales.swapaxes(1, 2)) for values, scales in xs]
+
+    def call(x, w):
+        return maj.masked_grouped_matmul(x, w, counts, **options)
+
+    where = inputs.expert[inputs.sample], inputs.within[inputs.sample]
+    return call, xs, w, lambda out: out[where]
+
+
+def lower(call: Callable, given: Any, tiles: Any, **options: Any) -> Any:
+    """One program of all calls, whose kernels take these tiles; None for the usual ones."""
+    import jax
+
+    from moe_align_jax._grouped_matmul import launch
+
+    traced = jax.jit(lambda many: [call(x, w) for x, w in many]).trace(given)
+    usual = launch.config_for  # asked when the program is lowered
+    if tiles is not None:
+        launch.config_for = lambda *_: tiles
+    try:
+        return traced.lower(**options)
+    finally:
+        launch.config_for = usual
+
+
+def measure_jax(inputs: Inputs, made: Any, executions: int, tiles: Any) -> tuple[str, Any]:
+    call, xs, w, sampled = made
+    given = [(x, w) for x in xs]
+    compiled = lower(call, given, tiles).compile()
+    if wrong := inputs.wrong(sampled(compiled(given)[0])):
+        return wrong, None
+    return "", timing.time_jit_span(compiled, given, executions=executions)
+
+
+def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, Any]:
+    """DeepGEMM's contiguous kernel (blocks of 128), or its masked one, on the same memory."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    from torch_bridge import to_torch
+
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+
+    def e4m3(values):  # DLPack knows no float8 in older releases of torch
+        raw = jax.lax.bitcast_convert_type(values, jnp.uint8)
+        return to_torch(raw).view(torch.float8_e4m3fn)
+
+    size = inputs.size
+    if size.max_rows:
+        _, xs, w, sampled = of_masked(inputs, e4m3=True)
+        shape, counts = (
+            (size.experts, size.max_rows, size.n),
+            torch.from_numpy(inputs.counts).cuda(),
+        )
+        multiply, mean = deep_gemm.m_grouped_fp8_gemm_nt_masked, size.rows // size.experts
+        more: tuple[Any, ...] = (counts, mean)
+    else:
+        _, xs, w, sampled = of_blocks(inputs, 128, e4m3=True)
+        rows = xs[0][0].shape[0]
+        expert = np.full(rows, -1, np.int32)
+        padded = -(-inputs.counts // 128) * 128
+        expert[: padded.sum()] = np.repeat(np.arange(size.experts), padded)
+        shape, more = (rows, size.n), (torch.from_numpy(expert).cuda(),)
+        multiply = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+    weights = e4m3(w[0]), to_torch(w[1])
+    calls, outs = [], []
+    for values, scales in xs:
+        # Columns of scales, seen as rows: what DeepGEMM calls MN-major.
+        turned = to_torch(scales).transpose(-1, -2)[..., : values.shape[-2], :]
+        out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        outs.append(out)
+        given = ((e4m3(values), turned), weights, out, *more)
+        calls.append(functools.partial(multiply, *given, disable_ue8m0_cast=True))
+    calls[0]()
+    torch.cuda.synchronize()
+    if wrong := inputs.wrong(sampled(outs[0].float().cpu().numpy())):
+        return wrong, None
+    return "", timing.time_torch_graph(calls, replays=replays)
+
+
+# -- a case ----------------------------------------------------------------------------------------
+
+
+def variants(size: Size) -> list[tuple[int, Any]]:
+    """(Block, tiles): what a tuning table chooses from."""
+    from moe_align_jax._grouped_matmul.config import Config
+
+    mean, found = size.rows / size.experts, []
+    if mean > 128:
+        for group in (0, 4, 8, 16):
+            found.append((192, Config("m", 192, 128, 128, 4, group=group, computing=3)))
+            for late in (False, True):
+                found.append((128, Config("m", 128, 128, 128, 5, group=group, late=late)))
+    if 16 < mean < 400:
+        found += [(64, Config("n", 64, 256, 128, 4, group=group)) for group in (0, 8)]
+    if mean < 64:
+        for bm in (8, 16, 32, 40):
+            if mean / 2 < bm < max(17, 4 * mean):
+                found += [(bm, Config("swap", bm, 128, 128, s, group=0)) for s in (5, 6)]
+    return found
+
+
+def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
+    """By name: inputs to (what is wrong, timing). Names that begin with e4m3 are ours."""
+
+    def by_jax(make: Callable, *given: Any, tiles: Any = None, **more: Any) -> Callable:
+        return lambda i: measure_jax(i, make(i, *given, **more), options.executions, tiles)
+
+    found: dict[str, Callable] = {}
+    given: tuple[Any, ...] = ()
+    make: Callable = of_masked
+    if not size.max_rows:
+        # Of two alignments the one that its tiles fill: see config._e4m3_config.
+        given, make = (192 if size.rows / size.experts >= 1000 else 128,), of_blocks
+    name = f"blocks of {given[0]}" if given else "masked"
+    found[f"e4m3, {name}"] = by_jax(make, *given, e4m3=True)
+    found[f"e4m3, {name}, scales by rows"] = by_jax(make, *given, e4m3=True, layout="row_major")
+    if given and given != (128,):
+        found["e4m3, blocks of 128"] = by_jax(make, 128, e4m3=True)
+    found["ours, bfloat16"] = by_jax(make, *(128,) * len(given), e4m3=False)
+    if options.deep_gemm:
+        found["DeepGEMM"] = lambda i: measure_deep_gemm(i, options.deep_gemm, options.replays)
+    if options.variants:
+        for block, tiles in variants(size):
+            more = (block,) if given else ()
+            found[f"e4m3, {tiles.name}"] = by_jax(make, *more, e4m3=True, tiles=tiles)
+    return {k: v for k, v in found.items() if not options.only or options.only in k}
+
+
+def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rate = grouped_matmul.read_rate()
+    inputs = Inputs(size, options.calls)
+    rows = []
+    for provider, measure in providers(size, options).items():
+        row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
+        row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}
+        try:
+            wrong, taken = measure(inputs)
+        except Exception as error:  # one provider's failure leaves the others their time
+            wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+        if taken is None:
+            row |= {"status": "failed", "reason": wrong}
+        else:
+            us = taken.percentile(50)
+            moved = inputs.bytes(2 if "bfloat16" in provider else 1)
+            row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
+            row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
+            row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
+            row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
+            row["of_read"] = round(row["gbps"] / rate, 3)
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How many times as fast as each other provider our fastest is, per case."""
+    for case in dict.fromkeys(row["case"] for row in rows):
+        timed = {r["provider"]: r["us"] for r in rows if r["case"] == case and "us" in r}
+        ours = {name: us for name, us in timed.items() if name.startswith("e4m3")}
+        if not ours:
+            continue
+        name, us = min(ours.items(), key=lambda item: item[1])
+        others = [f"{timed[n] / us:.3f}x {n} ({timed[n]:.1f})" for n in timed if n not in ours]
+        yield ", ".join([f"{case}: {name} {us:.1f} us", *others])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
+    parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
+    parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
+    parser.add_argument("--only", default="", help="providers whose name holds this")
+    parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
+    parser.add_argument("--executions", type=int, default=12)
+    parser.add_argument("--replays", type=int, default=12)
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="JSONL file to append to")
+    options = parser.parse_args(argv)
+    if options.child is not None:
+        rows = run_case(SIZES[options.child], options)
+        if options.out:
+            facts = machine.facts()
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            with open(options.out, "a") as file:
+                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        print("\n".join(ratios(rows)), flush=True)
+        return 1 if any(row["status"] == "failed" for row in rows) else 0
+    failed = 0
+    for k in [int(k) for k in options.sizes.split(",") if k] or range(len(SIZES)):
+        given = list(argv if argv is not None else sys.argv[1:])
+        command = [sys.executable, "-m", "benchmarks.fp8_matmul", *given, "--child", str(k)]
+        try:
+            failed += subprocess.run(command, timeout=options.timeout).returncode != 0
+        except subprocess.TimeoutExpired:
+            failed += 1
+            print(f"{SIZES[k].name}: not done after {options.timeout} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What a warpgroup multiplies where operands are e4m3 with scales: sums of two levels.
+
+wgmma's own sums of e4m3 keep about 14 bits. So each step of the ring, 128 columns of x, gets an accumulator
+of its own, which is scaled into float32 registers: `sum + partial * (scale of the row * scale of the block)`.
+
+Where gate and up are multiplied, a warpgroup has 64 columns of each, with scales of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.shape import Shape
+
+_I32, _F32 = jnp.int32, jnp.float32
+_LEAST_ROWS = 32  # of a stage's scales: TMA writes to multiples of 128 bytes
+
+
+def memory(problem: MatmulProblem, config: Config) -> Any:
+    """Scales of a tile's rows for each stage, in shared memory."""
+    assert problem.scales
+    rows = -(-config.bm // _LEAST_ROWS) * _LEAST_ROWS
+    return plgpu.SMEM((config.stages, rows), _I32 if problem.scales.packed else _F32)
+
+
+class Products:
+    """Multiplies a tile: called with what is the same for every tile."""
+
+    def __init__(
+        self, problem: MatmulProblem, config: Config, shape: Shape, refs: Any, interpret: bool
+    ):
+        assert problem.scales
+        self.problem, self.config, self.shape = problem, config, shape
+        self.scales = problem.scales
+        self.refs, self.interpret = refs, interpret
+        self.swap = config.form == "swap"
+        self.gated = problem.weights.gated
+
+    def __call__(
+        self,
+        tile: Any,
+        warpgroup: jax.Array,
+        ring: jax.Array,
+        slot_of: Callable[[jax.Array], jax.Array],
+        between: Callable[[jax.Array], None],
+    ) -> list[jax.Array]:
+        """The warpgroup's sums: gate and up, or one.
+
+        Args:
+            tile: rows and columns.
+            warpgroup: which one this is.
+            ring: steps of the ring before this tile's.
+            slot_of: the stage of a step.
+            between: called while a product of step k runs.
+        """
+        refs, last = self.refs, self.shape.k_steps - 1
+        count = self.shape.wm // 64 if self.swap else 1  # accumulators, one after the other
+        like = plgpu.ACC((64, self.shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
+        of_all = None
+        if self.scales.x == "tensor":
+            of_all = refs.x_scales[0]
+
+        def step(k, carry):
+            sums, of_w = carry
+            slot = slot_of(ring + k)
+            plgpu.barrier_wait(refs.full.at[slot])
+            found, of_x, coming = list(sums), None, of_w
+            for part in range(count):
+
+                def scope(partial, part=part):
+                    plgpu.wgmma(partial, *self._operands(warpgroup, slot, part))
+                    scales = ()
+                    if part == 0:  # behind the product that runs
+                        between(k)
+                        of_x = None if of_all is not None else self._of_rows(warpgroup, slot, k)
+                        more = self._of_blocks(tile, warpgroup, jnp.minimum(k + 1, last))
+                        scales = (of_x, more)
+                    return partial[...], scales
+
+                product, scales = pl.run_scoped(scope, like)
+                if part == 0:
+                    of_x, coming = scales
+                if part == count - 1:
+                    plgpu.barrier_arrive(refs.empty.at[slot])
+                for i, piece in self._pieces(product, part):
+                    scale = of_w[i] if of_all is None else of_w[i] * of_all
+                    found[i] = self._add(found[i], piece, of_x, scale)
+            return tuple(found), coming
+
+        zeros = [self._zeros(shape) for shape in self._shapes()]
+        steps = jnp.where(tile.valid, _I32(self.shape.k_steps), 0)
+        first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
+        sums, _ = lax.fori_loop(0, steps, step, first)
+        return list(sums)
+
+    # -- products
+
+    def _operands(self, warpgroup: jax.Array, slot: jax.Array, part: int) -> tuple[Any, Any]:
+        """wgmma's two, for a step."""
+        x, shape = self.refs.x_tiles.at[slot, 0], self.shape
+        if self.config.form == "m":
+            x = self.refs.x_tiles.at[slot, 0, pl.ds(warpgroup * shape.wm, shape.wm)]
+        width = self.config.bn // self.config.computing
+        rows: Any = slice(None)
+        if self.swap:
+            rows = pl.ds(warpgroup * width + 64 * part, 64)
+        elif self.config.form == "n":
+            rows = pl.ds(warpgroup * width, width)
+        w = self.refs.w_tiles.at[slot, 0, rows]
+        return (w, x.transpose((1, 0))) if self.swap else (x, w.transpose((1, 0)))
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        """Of the sums."""
+        if self.swap:
+            return [(64, self.shape.wn)] * (self.shape.wm // 64)
+        if self.gated:
+            return [(64, self.shape.wn // 2)] * 2
+        return [(64, self.shape.wn)]
+
+    def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
+        """(Which sum, what is added to it) of accumulator `part`."""
+        if self.swap or not self.gated:
+            return [(part, product)]
+        half = self.shape.wn // 2
+        return [(0, product[:, :half]), (1, product[:, half:])]
+
+    def _zeros(self, shape: tuple[int, int]) -> jax.Array:
+        zeros = jnp.zeros(shape, _F32)
+        return zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+    def _add(
+        self, total: jax.Array, piece: jax.Array, of_x: jax.Array | None, of_w: jax.Array
+    ) -> jax.Array:
+        """One multiplication and addition for each value: ptxas makes an FFMA of them."""
+        if of_x is None:
+            return total + piece * of_w
+        axis = 1 if self.swap else 0
+        return total + piece * lax.broadcast_in_dim(of_x * of_w, piece.shape, (axis,))
+
+    # -- scales
+
+    def _of_rows(self, warpgroup: jax.Array, slot: jax.Array, k: jax.Array) -> jax.Array:
+        """float32 of this warpgroup's rows of x."""
+        first: Any = 0
+        count = self.config.bm
+        if self.config.form == "m":
+            first, count = warpgroup * self.shape.wm, self.shape.wm
+        ref = self.refs.scale_rows.at[slot, pl.ds(first, count)]
+        if self.interpret:
+            scales = ref[...]
+        else:
+            layout = plgpu.Layout.WGMMA.reduce(0 if self.swap else 1)
+            scales = plgpu.load(ref, layout=layout, optimized=False)
+        if not self.scales.packed:
+            return scales
+        shift = lax.rem(k, _I32(GROUPS_PER_WORD)) * 8
+        exponents = lax.shift_right_logical(scales, lax.broadcast(shift, scales.shape)) & 255
+        return lax.bitcast_convert_type(exponents << 23, _F32)
+
+    def _of_blocks(
+        self, tile: Any, warpgroup: jax.Array, k: jax.Array | int
+    ) -> tuple[jax.Array, ...]:
+        """float32 scalars, of each sum's weights."""
+        problem, weights, refs = self.problem, self.problem.weights, self.refs
+        # A tile without an expert reads some expert's, and does not use it.
+        expert = jnp.clip(tile.expert, 0, problem.num_experts - 1)
+        column = tile.n * self.shape.columns
+        if self.config.form != "m":
+            column = column + warpgroup * (self.shape.columns // self.config.computing)
+        found = []
+        for i in range(2 if self.gated else 1):
+            ref = refs.w_scales[i if weights.pair else 0]
+            first = column
+            if self.gated and weights.interleaved:
+                first = 2 * column
+            elif i and not weights.pair:
+                first = column + problem.n
+            if self.scales.w == "tensor":
+                found.append(ref[expert, 0, 0])
+                continue
+            # A tile may have columns that there are none of.
+            block = jnp.minimum(lax.div(first, _I32(GROUP)), ref.shape[1] - 1)
+            found.append(ref[expert, block, k])
+        return tuple(found)

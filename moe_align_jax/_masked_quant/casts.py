@@ -1,0 +1,57 @@
+"""Casts of rows and of blocks of weights to e4m3 with scales, in plain jax.numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._masked_quant.problem import COLUMN_MULTIPLE
+from moe_align_jax._masked_quant.reference import codes, scale_of
+
+
+@functools.partial(jax.jit, static_argnames=("scale_format", "scale_layout", "floor", "divide"))
+def rowwise(
+    x: jax.Array, *, scale_format: str, scale_layout: str, floor: float, divide: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize_rowwise`, of arguments that were checked."""
+    with jax.named_scope("quantize_rowwise"):
+        shape = x.shape
+        x = lax.stop_gradient(x)
+        groups = x.astype(jnp.float32).reshape(*shape[:-1], shape[-1] // GROUP, GROUP)
+        scale = scale_of(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), floor, scale_format)
+        q = codes(groups, scale[..., None], divide=divide).reshape(shape)
+        columns = scale_layout == "column_major"
+        if scale_format != "ue8m0_packed":
+            if columns:
+                scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
+            return q, scale
+        exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
+        exponents = _pad_last(exponents, GROUPS_PER_WORD)
+        words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
+        words = lax.bitcast_convert_type(words, jnp.int32)
+        return q, words.swapaxes(-1, -2) if columns else words
+
+
+def _pad_last(array: jax.Array, multiple: int) -> jax.Array:
+    spare = -array.shape[-1] % multiple
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, spare))) if spare else array
+
+
+@functools.partial(jax.jit, static_argnames=("scale_format", "floor", "divide"))
+def blockwise(
+    w: jax.Array, *, scale_format: str, floor: float, divide: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize_blockwise`, of arguments that were checked."""
+    with jax.named_scope("quantize_blockwise"):
+        *lead, n, k = w.shape
+        spare = (*[(0, 0)] * len(lead), (0, -n % GROUP), (0, -k % GROUP))
+        values = jnp.pad(lax.stop_gradient(w).astype(jnp.float32), spare)
+        blocks = (-(-n // GROUP), -(-k // GROUP))
+        values = values.reshape(*lead, blocks[0], GROUP, blocks[1], GROUP)
+        amax = jnp.max(jnp.abs(values), axis=(-3, -1), initial=0.0)
+        scale = scale_of(amax, floor, scale_format)
+        q = codes(values, scale[..., :, None, :, None], divide=divide)
+        q = q.reshape(*lead, blocks[0] * GROUP, blocks[1] * GROUP)
+        return q[..., :n, :k], scale

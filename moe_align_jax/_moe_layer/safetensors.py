@@ -1,0 +1,105 @@
+"""Arrays of safetensors files by their names, e4m3 and bfloat16 among them, without a copy.
+
+safetensors' own loaders for NumPy and JAX (0.8) know no float8: they raise AttributeError. The format: 8
+bytes with the header's length, the header in JSON (`{name: {dtype, shape, data_offsets}}`), and the data,
+row-major and little-endian.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moe_align_jax._core import checks
+
+_FUNCTION = "from_safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    **{
+        f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}")
+        for kind in "IU"
+        for size in (1, 2, 4, 8)
+    },
+    "BOOL": np.bool_,
+}
+
+
+def read(path: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays whose names begin with `prefix`, read from the file when they are used.
+
+    Args:
+        path: a file, or the folder of a checkpoint: its index says which file has which name; without one,
+            all of its files are looked into.
+        prefix: of the names.
+
+    Raises:
+        ValueError: there is no such file, or it is no safetensors file.
+    """
+    found: dict[str, np.ndarray] = {}
+    for file in _files(Path(path), prefix):
+        found |= _read_file(file, prefix)
+    return found
+
+
+def _fail(rule: str, got: object, remedy: str) -> Exception:
+    return ValueError(checks.message(_FUNCTION, "path", rule, got, remedy))
+
+
+def _files(path: Path, prefix: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / _INDEX
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        files = sorted({path / file for name, file in names.items() if name.startswith(prefix)})
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            rule, remedy = (
+                "be a safetensors file, or a folder with some",
+                "Download the checkpoint.",
+            )
+            raise _fail(rule, path, remedy)
+    if missing := [file for file in files if not file.is_file()]:
+        rule, remedy = (
+            f"hold {missing[0].name}, which its index names",
+            "Download the whole checkpoint.",
+        )
+        raise _fail(rule, path, remedy)
+    return files
+
+
+def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
+    size, remedy = path.stat().st_size, "Download the file again."
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _fail("be a safetensors file", f"{path} of {size} bytes", remedy)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise _fail("be a safetensors file", f"{path}: {error}", remedy) from None
+    found, data = (
+        {},
+        np.memmap(path, np.uint8, "r") if size > 8 + length else np.zeros(8 + length, np.uint8),
+    )
+    for name, entry in header.items():
+        if name == "__metadata__" or not name.startswith(prefix):
+            continue
+        if entry["dtype"] not in _DTYPES:
+            rule = f"hold {name} in one of {', '.join(_DTYPES)}"
+            raise _fail(rule, entry["dtype"], "Convert the checkpoint.")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise _fail(f"hold all of {name}", f"{path} of {size} bytes", remedy)
+        found[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return found

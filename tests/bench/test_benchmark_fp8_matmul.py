@@ -1,0 +1,73 @@
+"""benchmarks/fp8_matmul.py: its cases, its check of a result, its ratios. Nothing is timed."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from benchmarks import fp8_matmul as bench
+from benchmarks.grouped_matmul import Size
+from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul.config import Config
+
+SMALL = Size(40, 256, 128, 4)
+MASKED = Size(24, 256, 128, 4, max_rows=16)
+OPTIONS = argparse.Namespace(only="", variants=True, deep_gemm="x", executions=1, replays=1)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(SMALL, "row_major"), (MASKED, "column_major")])
+def test_ours_is_right_and_a_wrong_row_is_seen(size, layout, monkeypatch):
+    inputs = bench.Inputs(size, 2)
+    assert inputs.hit == (inputs.counts > 0).sum() and inputs.rows == inputs.counts.sum()
+    given = () if size.max_rows else (16,)
+    make = bench.of_masked if size.max_rows else bench.of_blocks
+    # The kernel's body is in its own tests; here runs the loop over blocks.
+    from moe_align_jax._grouped_matmul import primitive
+
+    monkeypatch.setattr(primitive, "choose", lambda *_: "xla")
+    for e4m3 in (True, False):
+        call, xs, w, sampled = make(inputs, *given, e4m3=e4m3, layout=layout)
+        rows = np.asarray(sampled(call(xs[0], w))).astype(np.float32)
+        assert inputs.wrong(rows) == ""
+        assert "difference" in inputs.wrong(np.roll(rows, 1, axis=0))
+        assert "difference nan" in inputs.wrong(np.full_like(rows, np.nan))
+
+
+def test_counts_of_bytes_and_operations():
+    inputs = bench.Inputs(SMALL, 1)
+    assert inputs.flops == 2 * 40 * 256 * 128
+    assert inputs.bytes(1) == inputs.hit * 256 * 128 + 40 * 256 + 2 * 40 * 128
+    assert inputs.bytes(2) == 2 * inputs.bytes(1) - 2 * 40 * 128
+
+
+def test_every_variant_has_a_provider_and_fits_its_block():
+    assert len(bench.SIZES) == 3 + 16
+    for size in bench.SIZES:
+        names = bench.providers(size, OPTIONS)
+        assert {"ours, bfloat16", "DeepGEMM"} <= set(names)
+        for block, tiles in bench.variants(size):
+            assert f"e4m3, {tiles.name}" in names and block % tiles.bm == 0
+
+
+def test_the_tiles_of_a_variant_are_those_of_its_program():
+    usual = launch.config_for
+    call, xs, w, _ = bench.of_blocks(bench.Inputs(SMALL, 1), 192, e4m3=True)
+    texts = []
+    for tiles in (None, Config("m", 128, 128, 128, 5)):
+        lowered = bench.lower(call, [(xs[0], w)], tiles, lowering_platforms=("cuda",))
+        texts.append(lowered.as_text())
+        assert launch.config_for is usual
+    assert texts[0] != texts[1]
+    assert all(text.count("custom_call @mosaic_gpu") == 1 for text in texts)
+
+
+def test_ratios_name_every_other_provider():
+    rows = [
+        {"case": "c", "provider": "e4m3, masked", "us": 50.0},
+        {"case": "c", "provider": "e4m3, other", "us": 40.0},
+        {"case": "c", "provider": "ours, bfloat16", "us": 60.0},
+        {"case": "c", "provider": "DeepGEMM", "us": 38.0},
+        {"case": "c", "provider": "broken", "reason": "wrong"},
+    ]
+    [text] = bench.ratios(rows)
+    assert text == "c: e4m3, other 40.0 us, 1.500x ours, bfloat16 (60.0), 0.950x DeepGEMM (38.0)"

@@ -1,0 +1,522 @@
+"""Products of e4m3 with scales, by "xla" and by the kernel on a GPU, against NumPy's of the same values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
+
+import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import config as tiles
+from moe_align_jax._grouped_matmul import launch
+from tests.matmul import oracle
+from tests.matmul.test_matmul import ids_of
+from tests.matmul.test_matmul_forms import check as check_form
+from tests.matmul.test_matmul_forms import made
+
+gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
+E4M3 = ml_dtypes.float8_e4m3fn
+BOUND = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 2e-5}
+LAYOUTS = (
+    {},
+    {"scale_layout": "column_major"},
+    {"scale_format": "ue8m0_packed"},
+    {"scale_format": "ue8m0_packed", "scale_layout": "row_major"},
+    {"scale_format": "ue8m0"},
+)
+# Forms of the weights' scales.
+BLOCKS, OF_EXPERTS, OF_ALL = "blocks", "experts", "all"
+
+
+def codes(rng, shape):
+    """Every finite e4m3 code, subnormals included."""
+    found = rng.integers(0, 256, shape).astype(np.uint8)
+    return np.where(found & 0x7F == 0x7F, np.uint8(0x08), found).view(E4M3)
+
+
+def scales_of(rng, shape):
+    """Of many sizes, some of them 0 or subnormal."""
+    scales = np.exp2(rng.uniform(-11, -6, shape)).astype(np.float32)
+    odd = rng.integers(0, 40, shape)
+    return np.where(odd == 0, 0, np.where(odd == 1, np.float32(1e-40), scales)).astype(np.float32)
+
+
+def rounded_up(scales):
+    """To powers of two, as the exponents of packed scales can tell: 0 stays 0."""
+    mantissa, exponent = np.frexp(scales)
+    powers = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
+    return np.where(scales < np.float32(2**-126), 0, powers).astype(np.float32)
+
+
+def laid_out(scales, scale_format="float32", scale_layout=None):
+    """`[..., M, G]` scales as `quantize_rowwise` lays them out, by NumPy alone."""
+    packed = scale_format == "ue8m0_packed"
+    layout = scale_layout or ("column_major" if packed else "row_major")
+    if packed:
+        exponents = (scales.view(np.int32) >> 23).astype(np.uint8)
+        spare = -scales.shape[-1] % 4
+        exponents = np.pad(exponents, [*[(0, 0)] * (scales.ndim - 1), (0, spare)])
+        scales = np.ascontiguousarray(exponents).view(np.int32)
+    if layout == "row_major":
+        return scales
+    spare = 0 if packed else -scales.shape[-2] % 4
+    columns = np.swapaxes(scales, -1, -2)
+    return np.pad(
+        columns, [*[(0, 0)] * (scales.ndim - 1), (0, spare)], constant_values=np.nan if spare else 0
+    )
+
+
+def of_columns(values, scales):
+    """float64 `[..., K]`: rows with a scale for every 128 columns."""
+    each = np.repeat(scales.astype(np.float64), 128, axis=-1)[..., : values.shape[-1]]
+    return values.astype(np.float64) * each
+
+
+def make_w(rng, experts, n, k, kind):
+    """((values, scales), float64 weights `[E, N, K]`)."""
+    values = codes(rng, (experts, n, k))
+    blocks = experts, -(-n // 128), -(-k // 128)
+    if kind == BLOCKS:
+        scales = scales_of(rng, blocks)
+        each = np.repeat(np.repeat(scales, 128, 1)[:, :n], 128, 2)[..., :k]
+    else:
+        scales = np.exp2(rng.uniform(-9, -5, experts if kind == OF_EXPERTS else ())).astype(
+            np.float32
+        )
+        each = np.broadcast_to(np.reshape(scales, (-1, 1, 1)), values.shape)
+    return (values, scales), values.astype(np.float64) * each.astype(np.float64)
+
+
+def make_x(rng, rows, k, layout, padding=None):
+    """((values, scales), float64 rows); `padding`: rows that hold NaN and infinity."""
+    values, layout = codes(rng, (*rows, k)), dict(layout)
+    if layout.pop("single", False):
+        scale = np.float32(0.031)
+        return (values, np.array([scale])), values.astype(np.float64) * np.float64(scale)
+    scales = scales_of(rng, (*rows, -(-k // 128)))
+    if layout.get("scale_format"):
+        scales = rounded_up(scales)
+    wide = of_columns(values, scales)
+    if padding is not None:
+        values = values.copy()
+        values.view(np.uint8)[padding] = 0x7F
+        if not layout.get("scale_format"):
+            scales[padding] = np.inf
+    return (values, laid_out(scales, **layout)), wide
+
+
+def make_case(
+    tokens,
+    top_k,
+    experts,
+    k,
+    n,
+    block,
+    *,
+    layout=None,
+    weights=BLOCKS,
+    gather=True,
+    pair=False,
+    routing="uniform",
+    bias=False,
+    row_weights=False,
+    answers=True,
+    seed=0,
+    **options,
+):
+    """(Operands and options of `grouped_matmul`, float64 result of the rows in use)."""
+    rng = np.random.default_rng(seed)
+    ids = ids_of(routing, tokens, top_k, experts, seed)
+    aligned = maj.moe_align_block_size(
+        ids, block_size=block, num_experts=experts, implementation="xla"
+    )
+    sorted_ids = np.asarray(aligned.sorted_token_ids)
+    used = int(aligned.num_tokens_post_padded[0])
+    gated = options.get("gated", True) and options.get("activation") is not None
+    columns = 2 * n if gated and not pair else n
+    made = [make_w(rng, experts, columns, k, weights) for _ in range(1 + pair)]
+    w, wide_w = (tuple(each) if pair else each[0] for each in zip(*made, strict=True))
+    real = sorted_ids < tokens * top_k
+    real[used:] = False
+    rows = tokens if gather else len(sorted_ids)
+    x, wide_x = make_x(rng, (rows,), k, layout or {}, None if gather else ~real)
+    given = dict(options, block_size=block, transpose_rhs=True)
+    if gather:
+        given["top_k"] = top_k
+    if bias:
+        given["bias"] = rng.standard_normal((experts, 2 * n if gated else n)).astype(np.float32)
+    if row_weights:
+        given["row_weights"] = np.where(real, rng.uniform(0.2, 1.5, len(real)), np.nan).astype(
+            np.float32
+        )
+    if not answers:
+        return (x, w, aligned), given, None
+    wanted = {k: v for k, v in given.items() if k != "preferred_element_type"}
+    return (x, w, aligned), given, oracle.blocks(wide_x, wide_w, aligned, **wanted)
+
+
+def calc_diff(found, want):
+    """DeepGEMM's measure of a difference."""
+    found, want = np.asarray(found).astype(np.float64), np.asarray(want, np.float64)
+    return 1 - 2 * (found * want).sum() / ((found**2).sum() + (want**2).sum())
+
+
+def check(operands, options, want, implementation="xla"):
+    out = maj.grouped_matmul(*operands, implementation=implementation, **options)
+    dtype = options.get("preferred_element_type", "bfloat16")
+    assert out.dtype == jnp.dtype(dtype)
+    found = np.asarray(out)[: len(want)].astype(np.float64)
+    assert calc_diff(found, want) < 1e-3
+    assert oracle.error(found, want) < BOUND[dtype]
+
+
+SIZE = 23, 2, 4, 256, 192, 16
+CASES = {
+    "scales by rows": {"row_weights": True, "routing": "dropped"},
+    "by columns": {"gather": False, "layout": LAYOUTS[1]},
+    "packed": {"layout": LAYOUTS[2], "preferred_element_type": "float32"},
+    "packed, 5 groups": {"size": (9, 2, 3, 640, 64, 8), "layout": LAYOUTS[3], "gather": False},
+    "a scale for each expert": {"weights": OF_EXPERTS, "layout": LAYOUTS[4]},
+    "single scales, K of 72": {
+        **{"layout": {"single": True}, "weights": OF_ALL, "size": (9, 2, 3, 72, 40, 8)},
+    },
+    "silu, one scale of x": {
+        **{"activation": "silu", "bias": True, "row_weights": True, "layout": {"single": True}},
+        **{"size": (9, 2, 3, 128, 128, 8)},
+    },
+    "silu, N of 96": {"activation": "silu", "size": (9, 2, 3, 128, 96, 8)},
+    "silu, pair": {"activation": "silu", "pair": True, "gather": False},
+    "silu, interleaved": {"activation": "silu", "interleaved": True, "routing": "hot"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", ["xla", gpu])
+def test_blocks(name, implementation):
+    case = dict(CASES[name])
+    size = case.pop("size", SIZE)
+    if implementation == "mosaic_gpu" and (size[3] % 128 or size[4] % 64):
+        pytest.skip("the kernel does not take this size")
+    check(*make_case(*size, **case), implementation)
+
+
+COUNTS = np.array([3, 0, 17, 20], np.int32)
+
+
+def make_masked(layout, k=256, n=192, counts=COUNTS, most=20, seed=3, answers=True, **options):
+    """(x, w, options, a list of float64 rows in use for each expert); NaN behind the rows in use."""
+    rng = np.random.default_rng(seed)
+    gated = options.get("activation") is not None
+    padding = np.arange(most)[None] >= counts[:, None]
+    x, wide_x = make_x(rng, (len(counts), most), k, layout, padding)
+    w, wide_w = make_w(rng, len(counts), 2 * n if gated else n, k, BLOCKS)
+    options["transpose_rhs"] = True
+    want = oracle.masked(wide_x, wide_w, counts, **options) if answers else None
+    return x, w, options, want
+
+
+MASKED = [("xla", LAYOUTS[1], "silu"), ("xla", LAYOUTS[2], None)]
+MASKED += [
+    pytest.param("mosaic_gpu", layout, activation, marks=pytest.mark.gpu)
+    for layout in LAYOUTS
+    for activation in (None, "silu")
+]
+
+
+@pytest.mark.parametrize(("implementation", "layout", "activation"), MASKED, ids=str)
+def test_masked(implementation, layout, activation):
+    x, w, options, want = make_masked(layout, activation=activation)
+    out = maj.masked_grouped_matmul(x, w, COUNTS, implementation=implementation, **options)
+    assert out.shape == (4, 20, 192) and out.dtype == jnp.bfloat16
+    for rows, count, expected in zip(np.asarray(out), COUNTS, want, strict=True):
+        if count:
+            assert calc_diff(rows[:count], expected) < 1e-3
+            assert oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [(32, 192), (6, 1024), (32, 20), (6, 20)], ids=str)
+@pytest.mark.parametrize("size", [(6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048)], ids=str)
+def test_masked_cases_of_deepgemm(groups, size):
+    """Its own cases, M = 4096, by its own rule, and the same bits in a second run."""
+    (experts, mean), (n, k) = groups, size
+    rng = np.random.default_rng(experts + n)
+    counts = (mean * rng.uniform(0.7, 1.3, experts)).astype(np.int32)
+    x = jax.random.normal(jax.random.key(0), (experts, 4096, k), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (experts, n, k), jnp.bfloat16)
+    qx, qw = maj.quantize_rowwise(x), maj.quantize_blockwise(w)
+    run = functools.partial(maj.masked_grouped_matmul, transpose_rhs=True)
+    run = jax.jit(functools.partial(run, implementation="mosaic_gpu"))
+    out = run(qx, qw, counts)
+    assert bool((out == run(qx, qw, counts))[:, : int(counts.min())].all())
+    for expert, count in enumerate(counts):
+        rows = np.asarray(qx[0][expert, :count]), np.asarray(qx[1][expert, :count])
+        each = np.repeat(np.repeat(np.asarray(qw[1][expert]), 128, 0), 128, 1)
+        wide = np.asarray(qw[0][expert]).astype(np.float32) * each
+        want = of_columns(*rows).astype(np.float32) @ wide.T
+        assert calc_diff(out[expert, :count], want) < 1e-3
+
+
+def test_nothing_in_use_and_no_rows():
+    x, w, options, _ = make_masked({}, counts=np.zeros(4, np.int32))
+    out = maj.masked_grouped_matmul(x, w, np.zeros(4, np.int32), **options)
+    assert out.shape == (4, 20, 192)
+    empty = (x[0][:, :0], x[1][:, :0])
+    assert maj.masked_grouped_matmul(empty, w, COUNTS, **options).shape == (4, 0, 192)
+
+
+def test_scales_that_fit_two_layouts_are_asked_for():
+    """4 rows of 512 columns: 4 scales either way."""
+    rng = np.random.default_rng(0)
+    (values, scales), _ = make_x(rng, (4,), 512, {})
+    w, _ = make_w(rng, 1, 8, 512, BLOCKS)
+    aligned = maj.moe_align_block_size(
+        np.zeros((4, 1), np.int32), block_size=4, num_experts=1, implementation="xla"
+    )
+    given = {"block_size": 4, "top_k": 1, "transpose_rhs": True}
+    with pytest.raises(ValueError, match="^grouped_matmul: scale_layout must be given where"):
+        maj.grouped_matmul((values, scales), w, aligned, **given)
+    rows = maj.grouped_matmul((values, scales), w, aligned, scale_layout="row_major", **given)
+    turned = np.ascontiguousarray(scales.T)
+    columns = maj.grouped_matmul((values, turned), w, aligned, scale_layout="column_major", **given)
+    np.testing.assert_array_equal(rows, columns)
+    assert (np.asarray(rows) != 0).any()
+
+
+def test_transformations():
+    """jit, vmap, scan, shard_map with check_vma, and export for two platforms."""
+    x, w, options, want = make_masked({"scale_layout": "column_major"}, k=128, n=8)
+    run = functools.partial(maj.masked_grouped_matmul, **options)
+    arrays = jax.tree.map(jnp.asarray, (x, w, COUNTS))
+    out = jax.jit(run)(*arrays)
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), arrays[0])
+    batched = jax.jit(jax.vmap(run, (0, None, None)))(twice, *arrays[1:])
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    specs = jax.tree.map(lambda _: Spec("x"), arrays)
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec("x"))
+    sharded = jax.jit(split)(*arrays)
+    for expert, count in enumerate(COUNTS):
+        assert not count or oracle.error(out[expert, :count], want[expert]) < BOUND["bfloat16"]
+        for other in (batched[0], batched[1], sharded):
+            np.testing.assert_array_equal(other[expert, :count], out[expert, :count])
+    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    exported = jax.export.export(jax.jit(run), platforms=["cpu", "cuda"])(*structs)
+    np.testing.assert_array_equal(exported.call(*arrays)[0, :3], out[0, :3])
+
+
+def test_there_is_no_derivative_and_the_error_says_so():
+    x, w, options, _ = make_masked({})
+
+    def loss(scales):
+        return maj.masked_grouped_matmul((x[0], scales), w, COUNTS, **options).sum()
+
+    with pytest.raises(
+        NotImplementedError, match="^masked_grouped_matmul: e4m3 x must not be diff"
+    ):
+        jax.grad(loss)(jnp.asarray(x[1]))
+
+
+def test_select_says_why_the_kernel_is_not_the_default():
+    shapes = (4096, 2048), (128, 1536, 2048)
+    options = {"block_size": 128, "top_k": 8, "transpose_rhs": True, "dtype": "float8_e4m3fn"}
+    chosen = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
+    assert chosen.implementation == "xla" and "not run on a GPU" in chosen.reasons["mosaic_gpu"]
+    options["implementation"] = "mosaic_gpu"
+    named = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
+    assert named.implementation == "mosaic_gpu" and named.form.startswith("128x128x128")
+    with pytest.raises(NotImplementedError, match="N one of 64"):
+        shapes = (4096, 2048), (128, 1500, 2048)
+        maj.select_matmul_implementation(*shapes, platform="cuda", **options)
+
+
+def bad_cases():
+    """(Kind, text, what is changed)."""
+    rng = np.random.default_rng(0)
+    (x, s), (w, t) = make_x(rng, (20,), 256, {})[0], make_w(rng, 2, 192, 256, BLOCKS)[0]
+    f32 = np.float32
+    return [
+        (TypeError, "x must be one of bfloat16.*; got float8.*quantize_rowwise", {"x": x}),
+        (TypeError, "x must be an array, or", {"x": (x.astype(f32), s)}),
+        (TypeError, "x must be an array, or", {"x": (x, s, s)}),
+        (TypeError, r"x must be \(values, scales\), as w is", {"x": x.astype(f32)}),
+        (TypeError, r"w must be \(values, scales\), as x is", {"w": w.astype(f32)}),
+        (TypeError, r"w must be \(values, scales\) where", {"w": w}),
+        (TypeError, r"w must be \(values, scales\) where", {"w": (w, w), "activation": "silu"}),
+        (TypeError, r"w\[1\] must be \(values, scales\), as", {"w": ((w, t), w)}),
+        (ValueError, "transpose_rhs must be True.*laid_out", {"transpose_rhs": False}),
+        (ValueError, r"w must have shape \[E, N, K\].*laid_out", {"w": (w.swapaxes(1, 2), t)}),
+        (ValueError, r"x must have values of shape \[rows, K\]", {"x": (x[None], s)}),
+        (ValueError, r"scales of x must have shape \[20, 2\] row", {"x": (x, s[:, :1])}),
+        (
+            ValueError,
+            r"scales of x must have shape \[2, 20\] col",
+            {"scale_layout": "column_major"},
+        ),
+        (TypeError, "scales of x must be float32, or int32", {"x": (x, s.astype(np.float16))}),
+        (ValueError, r"scales of w must have shape \[2, 2, 2\]", {"w": (w, t[:, :1])}),
+        (TypeError, "scales of w must be float32", {"w": (w, t.astype(np.int32))}),
+        (ValueError, "scale_layout must be None or one of", {"scale_layout": "rows"}),
+        (
+            ValueError,
+            r"scales of w\[1\] must be both of blocks",
+            {"w": ((w, t), (w, t[:, 0, 0])), "activation": "silu"},
+        ),
+        (
+            ValueError,
+            "x must have a K that is a multiple of 128",
+            {"x": (x[:, :200], s), "w": (w[:, :, :200], t)},
+        ),
+        (TypeError, "preferred_element_type must be", {"preferred_element_type": "float8_e4m3fn"}),
+        (
+            ValueError,
+            "scale_layout must be None but for",
+            {"x": x.astype(f32), "w": w.astype(f32), "scale_layout": "row_major"},
+        ),
+    ]
+
+
+BAD = bad_cases()
+
+
+@pytest.mark.parametrize(("kind", "text", "change"), BAD, ids=[b[1][:40] for b in BAD])
+def test_errors(kind, text, change):
+    rng = np.random.default_rng(0)
+    aligned = maj.moe_align_block_size(
+        np.zeros((20, 1), np.int32), block_size=4, num_experts=2, implementation="xla"
+    )
+    given = {"x": make_x(rng, (20,), 256, {})[0], "w": make_w(rng, 2, 192, 256, BLOCKS)[0]}
+    given |= {"block_size": 4, "top_k": 1, "transpose_rhs": True} | change
+    with pytest.raises(kind, match=rf"^grouped_matmul: {text}"):
+        maj.grouped_matmul(given.pop("x"), given.pop("w"), aligned, **given)
+
+
+# -- the kernel's body -----------------------------------------------------------------------------
+
+SWAP = tiles.Config("swap", 16, 128, 128, 6, group=0)
+WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
+N = tiles.Config("n", 64, 256, 128, 4)
+M = tiles.Config("m", 128, 128, 128, 5, late=True)
+TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
+COLUMNS, PACKED, PACKED_ROWS = LAYOUTS[1:4]
+SILU = {"activation": "silu"}
+# (Sizes and options of make_case, tiles): tokens, top_k, experts, K, N, block_size.
+FORMS = {
+    "swap, silu, gathered": (
+        *((9, 2, 3, 256, 128, 8), SILU | {"bias": True, "row_weights": True}),
+        WIDE._replace(bm=8),
+    ),
+    "swap, gathered, packed": ((5, 2, 3, 256, 192, 8), {"layout": PACKED}, SWAP._replace(bm=8)),
+    "n, interleaved, scales of experts": (
+        (9, 1, 1, 256, 128, 64),
+        SILU | {"interleaved": True, "layout": {"single": True}, "gather": False},
+        N,
+    ),
+    "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
+    "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
+}
+
+
+def in_the_interpreter(monkeypatch, function, config, *args, **options):
+    """What a public function would run, by the kernel's body with these tiles."""
+    problem, operands = made(monkeypatch, function, *args, **options)
+    assert not tiles.unsupported(problem)
+    run = functools.partial(launch.run, problem, config=config._replace(num_ctas=2), interpret=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return np.asarray(jax.jit(run)(*operands))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_in_the_interpreter(name, monkeypatch):
+    size, options, config = FORMS[name]
+    operands, given, want = make_case(*size, **options)
+    out = in_the_interpreter(monkeypatch, maj.grouped_matmul, config, *operands, **given)
+    found = out[: len(want)].astype(np.float64)
+    assert oracle.error(found, want) < BOUND[given.get("preferred_element_type", "bfloat16")]
+
+
+def test_masked_in_the_interpreter(monkeypatch):
+    """Tiles of 16 of 20 rows: the second reaches into the next expert's."""
+    x, w, options, want = make_masked(COLUMNS, n=64)
+    given = x, w, COUNTS
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, SWAP, *given, **options)
+    for rows, count, expected in zip(out.reshape(4, 20, 64), COUNTS, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
+def test_the_emulator_by_its_name():
+    counts = np.array([3, 2], np.int32)
+    x, w, options, want = make_masked(PACKED, k=128, n=64, counts=counts, most=8)
+    run = functools.partial(maj.masked_grouped_matmul, implementation="emulator", **options)
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = jax.jit(run)(x, w, counts)
+    for expert, count in enumerate(counts):
+        assert oracle.error(out[expert, :count], want[expert]) < BOUND["bfloat16"]
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+def on_a_gpu():
+    """(What it is, a function that makes (problem, operands), tiles)."""
+    found = []
+    layouts = {"rows": {}, "columns": COLUMNS, "packed": PACKED, "packed rows": PACKED_ROWS}
+    of_block = {
+        8: SWAP._replace(bm=8),
+        16: SWAP,
+        40: SWAP._replace(bm=40),
+        64: N,
+        128: M,
+        192: TALL,
+    }
+
+    def add(name, config, *size, **options):
+        def make(patch):
+            operands, given, _ = make_case(*size, answers=False, **options)
+            return made(patch, maj.grouped_matmul, *operands, **given)
+
+        found.append((f"{name}, {config.name}", make, config))
+
+    silus = [{}, {"interleaved": True}, {"pair": True, "weights": OF_EXPERTS}] * 2
+    every = [*layouts.items(), ("one scale", {"single": True})]
+    for (name, layout), silu in zip(every, silus[:5], strict=True):
+        for gather in (False, True):
+            for block, config in of_block.items():
+                size = (90, 2, 7, 384, 320, block)
+                text = f"{name}{', gathered' if gather else ''}"
+                add(text, config, *size, gather=gather, layout=layout)
+                wide = config if block >= 64 else WIDE._replace(bm=block, stages=4)
+                both = {"bias": True, "row_weights": True, "routing": "dropped"}
+                more = SILU | both | silu | {"gather": gather, "layout": layout}
+                add(f"{text}, silu", wide, *size, **more)
+    for config in (N, M._replace(late=False), TALL):
+        float32 = {"preferred_element_type": "float32", "gather": False}
+        add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
+        add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
+    add("one piece", M, 90, 2, 7, 256, 64, 128)
+    add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
+    for name, layout in layouts.items():
+        for most, config in ((20, SWAP), (200, N), (512, M), (500, TALL)):
+            counts = np.array([most, 0, 3, most // 2], np.int32)
+
+            def make(patch, layout=layout, most=most, counts=counts):
+                x, w, options, _ = make_masked(layout, counts=counts, most=most, answers=False)
+                return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
+
+            found.append((f"masked {most}, {name}, {config.name}", make, config))
+    return found
+
+
+ON_A_GPU = on_a_gpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("make", "config"), [c[1:] for c in ON_A_GPU], ids=[c[0] for c in ON_A_GPU]
+)
+def test_forms_on_a_gpu(make, config, monkeypatch):
+    """Against "xla", into poisoned memory, twice with the same bits."""
+    check_form(*make(monkeypatch), config, interpret=False)
