@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AlignedBlocks": "types",
+    "CappedPairs": "capacity",
     "ContiguousLayout": "masked_layout",
     "DispatchHandle": "expert_parallel",
     "Dispatched": "expert_parallel",
@@ -41,11 +42,14 @@ _MODULE_OF = {
     "combine": "expert_parallel",
     "commit_expert_load": "expert_load",
     "dispatch": "expert_parallel",
+    "drop_over_capacity": "capacity",
     "expected_physical_count": "eplb",
+    "expert_capacity": "capacity",
     "fused_moe": "moe_layer",
     "gmm": "matmul",
     "grouped_matmul": "matmul",
     "init_expert_load": "expert_load",
+    "load_balancing_loss": "losses",
     "masked_grouped_matmul": "matmul",
     "max_num_tokens_padded": "_core.checks",
     "moe_align_block_size": "block_align",
@@ -57,21 +61,26 @@ _MODULE_OF = {
     "quantize_blockwise": "quantization",
     "quantize_rowwise": "quantization",
     "ragged_dot": "matmul",
+    "ragged_dot_general": "matmul_gradient",
     "rebalance_experts": "eplb",
     "record_expert_load": "expert_load",
     "route_and_align": "router",
     "route_topk": "router",
+    "router_z_loss": "losses",
     "select_implementation": "block_align",
     "select_matmul_implementation": "matmul",
     "select_moe_implementation": "moe_layer",
     "select_router_implementation": "router",
+    "sharded_fused_moe": "sharded_layer",
     "silu_and_mul_masked_quant": "masked_quant",
     "select_transport": "expert_parallel",
+    "tgmm": "matmul_gradient",
     "to_physical_ids": "expert_dispatch",
     "unpermute_from_contiguous": "masked_layout",
     "unpermute_from_masked": "masked_layout",
     "update_expert_weights": "expert_weights",
     "update_expert_weights_by_chunks": "expert_weights",
+    "update_router_bias": "losses",
 }
 
 if TYPE_CHECKING:
@@ -85,6 +94,9 @@ if TYPE_CHECKING:
     from moe_align_jax.block_align import moe_align_block_size as moe_align_block_size
     from moe_align_jax.block_align import padded_group_sizes as padded_group_sizes
     from moe_align_jax.block_align import select_implementation as select_implementation
+    from moe_align_jax.capacity import CappedPairs as CappedPairs
+    from moe_align_jax.capacity import drop_over_capacity as drop_over_capacity
+    from moe_align_jax.capacity import expert_capacity as expert_capacity
     from moe_align_jax.eplb import ExpertMoves as ExpertMoves
     from moe_align_jax.eplb import ExpertPlacement as ExpertPlacement
     from moe_align_jax.eplb import MoveKind as MoveKind
@@ -108,6 +120,9 @@ if TYPE_CHECKING:
     from moe_align_jax.expert_weights import (
         update_expert_weights_by_chunks as update_expert_weights_by_chunks,
     )
+    from moe_align_jax.losses import load_balancing_loss as load_balancing_loss
+    from moe_align_jax.losses import router_z_loss as router_z_loss
+    from moe_align_jax.losses import update_router_bias as update_router_bias
     from moe_align_jax.masked_layout import ContiguousLayout as ContiguousLayout
     from moe_align_jax.masked_layout import MaskedLayout as MaskedLayout
     from moe_align_jax.masked_layout import permute_to_contiguous as permute_to_contiguous
@@ -120,6 +135,8 @@ if TYPE_CHECKING:
     from moe_align_jax.matmul import masked_grouped_matmul as masked_grouped_matmul
     from moe_align_jax.matmul import ragged_dot as ragged_dot
     from moe_align_jax.matmul import select_matmul_implementation as select_matmul_implementation
+    from moe_align_jax.matmul_gradient import ragged_dot_general as ragged_dot_general
+    from moe_align_jax.matmul_gradient import tgmm as tgmm
     from moe_align_jax.moe_layer import ExpertWeights as ExpertWeights
     from moe_align_jax.moe_layer import fused_moe as fused_moe
     from moe_align_jax.moe_layer import moe_block_size as moe_block_size
@@ -130,6 +147,7 @@ if TYPE_CHECKING:
     from moe_align_jax.router import route_and_align as route_and_align
     from moe_align_jax.router import route_topk as route_topk
     from moe_align_jax.router import select_router_implementation as select_router_implementation
+    from moe_align_jax.sharded_layer import sharded_fused_moe as sharded_fused_moe
     from moe_align_jax.types import AlignedBlocks as AlignedBlocks
     from moe_align_jax.types import Implementation as Implementation
     from moe_align_jax.types import Selection as Selection

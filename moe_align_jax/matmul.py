@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments, config, primitive, quantized, reference
+from moe_align_jax._grouped_matmul import (
+    arguments,
+    config,
+    derivative,
+    primitive,
+    quantized,
+    reference,
+)
 from moe_align_jax._grouped_matmul import choice as why
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, MatmulProblem, Scales
 from moe_align_jax._lowering import select
@@ -58,7 +65,8 @@ def grouped_matmul(
             permuted copy is made. Or (e4m3 values, scales), of `quantize_rowwise`: a scale for each row and
             128 columns in any of its layouts, or one for all. See docs/fp8.md.
         w: `[E, K, N]` of x's dtype; `[E, K, 2 N]` where an activation is gated. Or a pair (gate, up) of
-            `[E, K, N]`. For e4m3 x, (e4m3 values, float32 scales), of `quantize_blockwise`, or a pair of such
+            `[E, K, N]`. Or float32, as master weights: cast to x's dtype here, with a float32 gradient.
+            For e4m3 x, (e4m3 values, float32 scales), of `quantize_blockwise`, or a pair of such
             pairs: `[E, N, K]` (`transpose_rhs=True`), a scale for each 128 x 128, or `[E]` or `[]`.
         aligned: from `moe_align_block_size`, P rows. P may be any length that holds the rows in use.
         block_size: the one that `aligned` was made with. Static.
@@ -102,7 +110,9 @@ def grouped_matmul(
         >>> grouped_matmul(x, w, blocks, block_size=2, top_k=1)[:4].tolist()
         [[3.0, 4.0], [0.0, 0.0], [10.0, 20.0], [50.0, 60.0]]
 
-    The derivative, for x, w, bias and row_weights, is that of "xla" on every platform; e4m3 has none.
+    The derivative, for x, w, bias and row_weights: products by the same implementation, each cotangent in
+    its primal's dtype; the weights' gradient is by "xla" unless another implementation is named.
+    e4m3 has none.
 
     Source: the contract of vLLM 0.33's `fused_moe_kernel` (Apache-2.0) on the same aligned blocks; no code
     taken.
@@ -175,8 +185,8 @@ def masked_grouped_matmul(
     Args:
         x: `[e, M, K]` bfloat16, float16 or float32; or (e4m3 values, scales), in any layout that `dispatch`,
             `silu_and_mul_masked_quant` and `quantize_rowwise` give them.
-        w: `[e, K, N]` of x's dtype, `[e, K, 2 N]` where an activation is gated, or a pair (gate, up). For
-            e4m3 x as for `grouped_matmul`.
+        w: `[e, K, N]` of x's dtype or float32, `[e, K, 2 N]` where an activation is gated, or a pair
+            (gate, up). For e4m3 x as for `grouped_matmul`.
         masked_m: `[e]` any integer dtype, rows in use of each expert; clamped to [0, M].
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha, preferred_element_type,
             scale_layout, implementation: as for `grouped_matmul`.
@@ -250,7 +260,7 @@ def ragged_dot(
 
     Args:
         lhs: `[m, k]` bfloat16, float16 or float32: the rows, group after group.
-        rhs: `[g, k, n]` of lhs' dtype.
+        rhs: `[g, k, n]` of lhs' dtype or float32, as for `grouped_matmul`.
         group_sizes: `[G]` any integer dtype: rows of each group. Groups may be empty. Sizes below 0 count
             as 0, and rows that lhs does not have are left out.
         precision: of the products of "xla", as for `jax.lax.dot_general`. The kernel's products are exact,
@@ -277,7 +287,7 @@ def ragged_dot(
 
     Source: the contract of jax 0.12 `jax.lax.ragged_dot` (Apache-2.0); no code taken.
     """
-    return _ragged_dot(
+    return ragged_product(
         "ragged_dot",
         lhs,
         rhs,
@@ -290,7 +300,7 @@ def ragged_dot(
     )
 
 
-def _ragged_dot(
+def ragged_product(
     function: str,
     lhs: Any,
     rhs: Any,
@@ -303,6 +313,7 @@ def _ragged_dot(
     transpose_rhs: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
+    """`ragged_dot` with the options of all functions that are it: `function` names the one for messages."""
     select.check_implementation(function, implementation)
     lhs = arguments.check_rows(function, "lhs", lhs, 2)
     weights, arrays = arguments.check_weights(
@@ -372,7 +383,7 @@ def gmm(
     """
     del tiling, interpret
     function = "gmm"
-    out = _ragged_dot(
+    out = ragged_product(
         function,
         lhs,
         rhs,
@@ -493,4 +504,4 @@ def _run(problem: MatmulProblem, implementation: Any, *operands: jax.Array) -> j
     as_given = tuple(
         x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)) for x in operands
     )
-    return primitive.run(as_given, problem=problem, implementation=implementation)
+    return derivative.run(as_given, problem=problem, implementation=implementation)

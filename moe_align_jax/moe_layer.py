@@ -78,8 +78,9 @@ def fused_moe(
             weights are such pairs too, `hidden` is quantised by rows and 128 columns (N is a multiple of
             128), and there is no derivative. See docs/fp8.md.
         w_gate_up: `[E, H, 2 N]` of x's dtype, gate in the first N columns, up in the rest; or a pair (gate,
-            up) of `[E, H, N]`. Without `gated`, `[E, H, N]`.
-        w_down: `[E, N, H]` of x's dtype.
+            up) of `[E, H, N]`. Without `gated`, `[E, H, N]`. Or float32, as master weights: cast to x's
+            dtype here, with a float32 gradient.
+        w_down: `[E, N, H]` of x's dtype, or float32.
         topk_weights: `[T, K]`, any float dtype. Those of dropped pairs are not used, and may be NaN.
         topk_ids: `[T, K]`, any integer dtype. Ids outside `[0, E)` are dropped.
         activation, gated, interleaved, swiglu_limit, swiglu_alpha: of the first product, as for
@@ -121,8 +122,12 @@ def fused_moe(
             lowering); the message says why.
 
     Under plain jit with weights that are sharded over the Auto axes of a mesh, XLA gathers them whole to each
-    device: use `jax.shard_map` with `expert_map`, or `dispatch` and `combine`. The derivative, for x, the
-    weights, biases and topk_weights, is that of "xla" on every platform.
+    device: use `sharded_fused_moe`, or `jax.shard_map` with `expert_map`, or `dispatch` and `combine`.
+
+    The derivative, for x, the weights, biases and topk_weights, keeps the products of w_gate_up, under the
+    name "fused_moe_gate_up" for policies of `jax.checkpoint`; each cotangent has its primal's dtype. Its
+    products are by the same implementation; the weights' gradients are by "xla" unless another is named.
+    With a derivative those products are rounded to x's dtype before the activation.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])

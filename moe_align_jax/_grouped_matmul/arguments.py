@@ -135,8 +135,8 @@ def check_weights(
     k = x.shape[-1]
     for i, each in enumerate(arrays):
         name = f"{argument}[{i}]" if pair else argument
-        if each.dtype != x.dtype:
-            rule = f"have the dtype of the rows, {x.dtype}"
+        if each.dtype not in (x.dtype, np.float32):
+            rule = f"have the dtype of the rows, {x.dtype}, or float32"
             raise _wrong(TypeError, function, name, rule, each, "Cast one of them.")
         if each.ndim != 3 or each.shape[2 if weights.transposed else 1] != k:
             rule = f"have shape {shape} with K = {k}"

@@ -1,4 +1,4 @@
-"""Which implementation runs: primitives with a lowering rule per platform, a derivative, a loop for vmap."""
+"""Which implementation runs: primitives with a lowering rule per platform, and a loop for vmap."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 
-from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
@@ -31,7 +30,7 @@ def choose(problem: MatmulProblem, platform: str, implementation: str | None) ->
     return select.choose(problem.function, platform, implementation, unsupported)
 
 
-def _make(
+def make_matmul_primitive(
     name: str, abstract: Callable, lower_as: Callable[..., Callable], results: bool
 ) -> Primitive:
     """A primitive whose parameters are a problem and an implementation's name."""
@@ -76,70 +75,16 @@ def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str
     return functools.partial(launch.run, gpu_kind=select.gpu_kind())
 
 
-def _backward_abstract(ct, *operands, problem: MatmulProblem, implementation: str | None):
-    del ct, implementation
-    floats = operands[: problem.num_floats]
-    return [result_like(x, x.shape, x.dtype) for x in floats]
+_forward_p = make_matmul_primitive(
+    "grouped_matmul", _forward_abstract, _forward_lowering, results=False
+)
 
 
-def _backward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
-    del problem, platform, implementation
-    return reference.grouped_matmul_backward
-
-
-_forward_p = _make("grouped_matmul", _forward_abstract, _forward_lowering, results=False)
-_backward_p = _make("grouped_matmul_backward", _backward_abstract, _backward_lowering, results=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(problem: MatmulProblem, implementation: str | None, floats, where):
-    operands = (*floats, *where)
+def bind(problem: MatmulProblem, implementation: str | None, *operands: jax.Array) -> jax.Array:
+    """`[num_rows, n]` of `problem.inputs`. Without a derivative."""
     if implementation == "emulator":
         # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
         from moe_align_jax._grouped_matmul import launch
 
         return launch.run(problem, *operands, interpret=True)
     return _forward_p.bind(*operands, problem=problem, implementation=implementation)
-
-
-def _forward(problem, implementation, floats, where):
-    if problem.scales:
-        rule, remedy = "not be differentiated", "Train in bfloat16, or pass jax.lax.stop_gradient."
-        rule = checks.message(problem.function, "e4m3 x", rule, "a tangent", remedy)
-        raise NotImplementedError(rule)
-    return _differentiable(problem, implementation, floats, where), (floats, where)
-
-
-def _backward(problem, implementation, kept, ct):
-    """The "xla" reference's, on every platform."""
-    floats, where = kept
-    operands = vary_together([ct, *floats, *where])
-    found = _backward_p.bind(*operands, problem=problem, implementation=implementation)
-    return tuple(found), tuple(None for _ in where)
-
-
-_differentiable.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.jit, static_argnames=("problem", "implementation"))
-def run(
-    operands: tuple[jax.Array, ...], *, problem: MatmulProblem, implementation: str | None
-) -> jax.Array:
-    """`[num_rows, n]` of `problem.inputs`. One cached trace per problem: repeated layers reuse it."""
-    with jax.named_scope(problem.function):
-        if 0 in problem.out_shape or not problem.num_experts:
-            return _nothing(problem, operands)
-        if implementation == "emulator":
-            choose(problem, "cpu", implementation)
-        given = vary_together(list(operands))
-        floats = problem.num_floats
-        return _differentiable(
-            problem, implementation, tuple(given[:floats]), tuple(given[floats:])
-        )
-
-
-def _nothing(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> jax.Array:
-    """No rows, columns or experts: there is nothing to multiply."""
-    x, *_ = vary_together(list(operands))
-    some = x.reshape(-1)[:0].astype(problem.out_dtype)
-    return jnp.zeros(problem.out_shape, problem.out_dtype) + jnp.sum(some).astype(problem.out_dtype)

@@ -172,3 +172,59 @@ class MatmulProblem(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, int]:
         return (self.num_rows, self.n)
+
+    @property
+    def plain(self) -> "MatmulProblem":
+        """The products that the epilogue gets, of one array of weights; bias included."""
+        columns = self.n if self.weights.pair else self.w_columns
+        weights = Weights(self.weights.transposed, bias=self.weights.bias)
+        return self._replace(
+            n=columns, weights=weights, out_dtype=self.dtype, row_weights=False, zero_padding=False
+        )
+
+    @property
+    def input_gradient(self) -> "MatmulProblem":
+        """Those products' derivatives to those of the rows: the weights are read the other way."""
+        plain = self.plain
+        weights = Weights(transposed=not self.weights.transposed)
+        rows = {"num_tokens": 0, "top_k": 0}
+        return plain._replace(k=plain.n, n=plain.k, weights=weights, **rows)
+
+    @property
+    def weight_gradient(self) -> "WeightGradient":
+        """Of one array of weights, in the layout that it has. A gathered x is gathered."""
+        plain, transposed = self.plain, self.weights.transposed
+        k, n = (plain.n, plain.k) if transposed else (plain.k, plain.n)
+        gathered = ("rhs" if transposed else "lhs") if self.top_k else None
+        return WeightGradient(plain._replace(k=k, n=n, weights=Weights()), gathered)
+
+
+class WeightGradient(NamedTuple):
+    """Everything static about one weight gradient: for each expert, lhs^T rhs over its rows.
+
+    Attributes:
+        layout: whose rows are whose, as for the product; k are lhs' columns, n those of rhs.
+        gathered: "lhs" or "rhs" is `[num_tokens, .]`, and row r is that of token
+            `sorted_token_ids[r] // top_k`; None: both have their rows in order.
+    """
+
+    layout: MatmulProblem
+    gathered: str | None = None
+
+    @property
+    def function(self) -> str:
+        return self.layout.function
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each operand by name, in order."""
+        layout, found = self.layout, {}
+        for name, columns in (("lhs", layout.k), ("rhs", layout.n)):
+            rows = layout.num_tokens if self.gathered == name else layout.num_rows
+            found[name] = ((rows, columns), layout.dtype)
+        where = list(layout.inputs.items())[layout.num_floats :]
+        return found | dict(where)
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        return (self.layout.num_experts, self.layout.k, self.layout.n)

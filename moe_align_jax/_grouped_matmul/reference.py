@@ -1,7 +1,7 @@
 """Grouped matrix multiplication in plain jax.numpy: the specification, and implementation="xla".
 
 A loop over the blocks in use, each one product with its expert's weights: the work follows the rows in use,
-not rows times experts. The backward pass is the same loop over the derivative of one block.
+not rows times experts. The weights' gradient is a loop over the same blocks, in the order of their experts.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._grouped_matmul import scaled
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient, Weights
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Rows of a tile where no block size is given.
@@ -74,7 +74,7 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
         expert = jnp.arange(problem.num_experts, dtype=_I32)
     else:
         size = max(1, min(_TILE, problem.num_rows))
-        ends = _group_ends(where[0], problem.num_rows)
+        ends = group_ends(where[0], problem.num_rows)
         begin = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         sizes = ends - begin
         most = -(-problem.num_rows // size) + problem.num_groups
@@ -89,7 +89,7 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     return Tiles(size, last[-1], expert[group], start, (begin + sizes)[group])
 
 
-def _group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
+def group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
     """The row behind each group's last; rows that the array does not have are cut off."""
     return jnp.minimum(_saturating_cumsum(jnp.maximum(sizes, 0)), num_rows)
 
@@ -101,7 +101,7 @@ def rows_with_matrix(
     group = jnp.arange(sizes.shape[0], dtype=_I32) - offset
     known = jnp.append((group >= 0) & (group < num_experts), False)
     row = jnp.arange(num_rows, dtype=_I32)
-    return known[jnp.searchsorted(_group_ends(sizes, num_rows), row, side="right")]
+    return known[jnp.searchsorted(group_ends(sizes, num_rows), row, side="right")]
 
 
 def _saturating_cumsum(sizes: jax.Array) -> jax.Array:
@@ -148,6 +148,14 @@ def one_tile(
     product = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     if bias is not None:
         product = product + bias[None, :]
+    return epilogue(problem, product, used, row_weights)
+
+
+def epilogue(
+    problem: MatmulProblem, product: jax.Array, used: jax.Array, row_weights: jax.Array | None
+) -> jax.Array:
+    """float32 `[rows, n]` of float32 products `[rows, w_columns]`, bias included; zero where not `used`."""
+    weights = problem.weights
     gate, up = product, None
     if weights.gated:
         if weights.interleaved:
@@ -168,7 +176,7 @@ class _Operands(NamedTuple):
     where: tuple[jax.Array, ...]
 
 
-def _named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
+def named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
     rest = list(operands)
     x = rest.pop(0)
     w = tuple(rest.pop(0) for _ in range(1 + problem.weights.pair))
@@ -241,7 +249,7 @@ def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: Any) -
 
 def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
     """`[num_rows, n]`, zero in rows that are not in use."""
-    given, spare = _named(problem, operands), _spare(problem)
+    given, spare = named(problem, operands), _spare(problem)
     every = tiles(problem, *given.where)
     ids = given.where[0] if problem.rows == "blocks" else None
     x = given.x if problem.top_k else jax.tree.map(lambda a: _padded(a, spare), given.x)
@@ -273,7 +281,7 @@ def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
     return out[: problem.num_rows]
 
 
-def _zeros(shape: tuple[int, ...], dtype: str, operands: tuple[jax.Array, ...]) -> jax.Array:
+def _zeros(shape: tuple[Any, ...], dtype: str, operands: tuple[jax.Array, ...]) -> jax.Array:
     """Zeros that vary over a shard_map's axes as the operands do."""
     zeros = jnp.zeros(shape, dtype)
     axes = frozenset()
@@ -283,57 +291,68 @@ def _zeros(shape: tuple[int, ...], dtype: str, operands: tuple[jax.Array, ...]) 
     return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
 
 
-def grouped_matmul_backward(
-    problem: MatmulProblem, ct: jax.Array, *operands: jax.Array
-) -> list[jax.Array]:
-    """The derivative of each operand that is not an integer, in its dtype, for the result's `ct`."""
-    given, spare = _named(problem, operands), _spare(problem)
-    every = tiles(problem, *given.where)
-    ids = given.where[0] if problem.rows == "blocks" else None
-    x = given.x if problem.top_k else _padded(given.x, spare)
-    scales = None if given.row_weights is None else _padded(given.row_weights, spare)
-    padded_ids = None if ids is None else jnp.pad(ids, (0, spare), constant_values=-1)
-    ct = _padded(ct, spare)
+def weight_gradient(problem: WeightGradient, *operands: jax.Array) -> jax.Array:
+    """`[E, k, n]`: for each expert, the transpose of its rows of lhs times its rows of rhs.
 
-    def step(i, sums):
-        rows = _rows(problem, every, i, padded_ids)
-        if rows.token is None:
-            xs = lax.dynamic_slice_in_dim(x, rows.start, every.size)
+    Beside the result there is one float32 sum `[k, n]`: tiles are taken in the order of their experts, so
+    that an expert's sum is complete before the next one's begins, and is rounded once.
+    """
+    layout, gathered = problem.layout, problem.gathered
+    lhs, rhs, *where = operands
+    spare = _spare(layout)
+    every = tiles(layout, *where)
+    ids = None
+    order = jnp.arange(every.expert.shape[0], dtype=_I32)
+    if layout.rows == "blocks":
+        ids = jnp.pad(where[0], (0, spare), constant_values=-1)
+        # Blocks behind those in use, and blocks of other devices' experts, come last.
+        valid = (order < every.count) & (every.expert >= 0) & (every.expert < layout.num_experts)
+        order = jnp.argsort(jnp.where(valid, every.expert, layout.num_experts), stable=True)
+    lhs = lhs if gathered == "lhs" else _padded(lhs, spare)
+    rhs = rhs if gathered == "rhs" else _padded(rhs, spare)
+
+    def rows_of(array, rows, is_gathered):
+        if is_gathered:
+            found = array[rows.token]
         else:
-            xs = x[rows.token]
-        w = tuple(_of_expert(problem, every, i, each) for each in given.w)
-        bias = None if given.bias is None else _of_expert(problem, every, i, given.bias)
-        scale = scales
-        if scale is not None:
-            scale = lax.dynamic_slice_in_dim(scale, rows.start, every.size)
-        _, pull = jax.vjp(lambda *floats: one_tile(problem, rows.used, *floats), xs, w, bias, scale)
-        here = lax.dynamic_slice_in_dim(ct, rows.start, every.size).astype(_F32)
-        here = jnp.where(rows.used[:, None], here, 0.0)
-        dx, dw, dbias, dscale = pull(here)
-        expert = jnp.clip(every.expert[i], 0, problem.num_experts - 1)
-        sum_x, sum_w, sum_bias, sum_scale = sums
-        if rows.token is None:
-            sum_x = _add_rows(sum_x, dx, rows.start)
-        else:
-            sum_x = sum_x.at[rows.token].add(dx.astype(_F32))
-        sum_w = tuple(s.at[expert].add(d.astype(_F32)) for s, d in zip(sum_w, dw, strict=True))
-        if sum_bias is not None:
-            sum_bias = sum_bias.at[expert].add(dbias)
-        if sum_scale is not None:
-            sum_scale = _add_rows(sum_scale, dscale, rows.start)
-        return sum_x, sum_w, sum_bias, sum_scale
+            found = lax.dynamic_slice_in_dim(array, rows.start, every.size)
+        return jnp.where(rows.used[:, None], found, jnp.zeros_like(found))
 
-    floats = operands[: problem.num_floats]
+    def step(i, carry):
+        out, total, last = carry
+        tile = order[i]
+        rows = _rows(layout, every, tile, ids)
+        product = lax.dot_general(
+            rows_of(lhs, rows, gathered == "lhs"),
+            rows_of(rhs, rows, gathered == "rhs"),
+            (((0,), (0,)), ((), ())),
+            precision=layout.precision,
+            preferred_element_type=_F32,
+        )
+        expert = every.expert[tile]
+        there = (expert >= 0) & (expert < layout.num_experts)
+        expert = jnp.where(there, expert, last)  # its product is zero: no row of it is used
+        total = jnp.where(expert == last, total, 0.0) + product
+        out = lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), expert, 0)
+        return out, total, expert
 
-    def zeros(array):
-        return None if array is None else _zeros(array.shape, "float32", (ct, *operands))
-
-    sums = (zeros(x), tuple(map(zeros, given.w)), zeros(given.bias), zeros(scales))
-    dx, dw, dbias, dscale = lax.fori_loop(0, every.count, step, sums)
-    found = [dx, *dw, *(d for d in (dbias, dscale) if d is not None)]
-    return [d[: like.shape[0]].astype(like.dtype) for d, like in zip(found, floats, strict=True)]
+    first = (
+        _zeros(problem.out_shape, layout.out_dtype, operands),
+        _zeros(problem.out_shape[1:], "float32", operands),
+        _zeros((), "int32", operands),
+    )
+    return lax.fori_loop(0, every.count, step, first)[0]
 
 
-def _add_rows(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
-    old = lax.dynamic_slice_in_dim(total, start, more.shape[0])
-    return lax.dynamic_update_slice_in_dim(total, old + more.astype(total.dtype), start, 0)
+def row_mask(problem: MatmulProblem, *where: jax.Array) -> jax.Array:
+    """`[num_rows]` bool: which rows of the result are products. The others are zero or unspecified."""
+    row = jnp.arange(problem.num_rows, dtype=_I32)
+    if problem.rows == "ragged":
+        return rows_with_matrix(where[0], where[1][0], problem.num_experts, problem.num_rows)
+    if problem.rows == "masked":
+        return lax.rem(row, _I32(problem.max_rows)) < jnp.repeat(where[0], problem.max_rows)
+    ids, expert_ids, used = where
+    expert = expert_ids[lax.div(row, _I32(problem.block_size))]
+    there = (row < used[0]) & (expert >= 0) & (expert < problem.num_experts)
+    limit = problem.num_tokens * problem.top_k or ids_bound(problem, ids)
+    return there & (ids >= 0) & (ids < limit)

@@ -36,8 +36,9 @@ def check_experts(
     w_down = arguments.check_array(function, "w_down", w_down)
     named = [(f"w_gate_up[{i}]" if pair else "w_gate_up", each) for i, each in enumerate(first)]
     for name, each in [*named, ("w_down", w_down)]:
-        if each.dtype != dtype:
-            fail(TypeError, function, name, f"have the dtype of x, {dtype}", each, "Cast one.")
+        if each.dtype not in (dtype, np.float32):
+            rule = f"have the dtype of x, {dtype}, or float32"
+            fail(TypeError, function, name, rule, each, "Cast one.")
     axes = (2, 1) if weights.transposed else (1, 2)
     columns = "2 N" if weights.gated and not pair else "N"
     shape = f"[E, {columns}, H]" if weights.transposed else f"[E, H, {columns}]"

@@ -1,4 +1,7 @@
-"""The layer itself: two grouped matrix multiplications and a weighted sum, of operands that were checked."""
+"""The layer itself: two grouped matrix multiplications and a weighted sum, of operands that were checked.
+
+Its derivative keeps the first products alone, `[P, 2 N]`, and the operands.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,15 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import primitive, scaled
+from moe_align_jax._grouped_matmul import derivative, reference, scaled
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._moe_layer.combine import weighted_sum
-from moe_align_jax._moe_layer.plan import LayerProblem
+from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
 _I32, _F32 = jnp.int32, jnp.float32
+# Names for the policies of `jax.checkpoint`.
+PRODUCTS, RESULT = "fused_moe_gate_up", "fused_moe_out"
 _AMAX_FLOOR = 1e-10  # of what lies between the products, as silu_and_mul_masked_quant has it
 
 
@@ -66,32 +72,48 @@ def run(operands: Operands, *, problem: LayerProblem, implementation: str | None
         if problem.check_blocks:
             row_of_pair = _with_weights(problem, row_of_pair, given.where[1])
         rows = row_of_pair.reshape(problem.num_tokens, problem.top_k)
-        kept = rows >= 0
-        weights, x, scales = given.topk_weights, given.x, given.scales
+        x, scales = given.x, given.scales
         if problem.weights_on_input:
             with jax.named_scope("weights"):
-                x, scales = _weighted_input(problem, x, scales, jnp.where(kept, weights, 0.0))
-            weights = jnp.ones_like(weights)
-        with jax.named_scope("gate_up"):
-            first = (x, given.w_gate_up, given.bias_gate_up, scales)
-            hidden = _multiply(problem.first, implementation, given, *first)
-        scales = given.down_scales
+                kept = jnp.where(rows >= 0, given.topk_weights, 0.0)
+                x, scales = _weighted_input(problem, x, scales, kept)
+            given = given._replace(topk_weights=jnp.ones_like(given.topk_weights))
+        given = given._replace(x=x, scales=scales)
         if problem.scales:
-            hidden, of_hidden = casts.rowwise(
-                hidden,
-                scale_format="float32",
-                scale_layout=problem.between_layout,
-                floor=_AMAX_FLOOR,
-                divide=False,
-            )
-            scales = (of_hidden, *scales)
-        with jax.named_scope("down"):
-            second = (hidden, (given.w_down,), given.bias_down, scales)
-            y = _multiply(problem.second, implementation, given, *second)
-        with jax.named_scope("combine"):
-            pair_of_row, _, num_rows = given.where
-            dtype = jnp.dtype(problem.out_dtype)
-            return weighted_sum(dtype, y, weights, rows, pair_of_row, num_rows)
+            return _quantised(problem, implementation, given, rows)
+        floats = Floats(
+            given.x,
+            given.w_gate_up,
+            given.w_down,
+            given.bias_gate_up,
+            given.bias_down,
+            given.topk_weights,
+        )
+        ids, experts, used = given.where
+        where = Where(ids, experts, used, rows)
+        return _differentiable(problem, implementation, floats, where)
+
+
+def _quantised(
+    problem: LayerProblem, implementation: str | None, given: Operands, rows: jax.Array
+) -> jax.Array:
+    """Of e4m3 operands, which have no derivative: what lies between the products is quantised again."""
+    with jax.named_scope("gate_up"):
+        first = (given.x, given.w_gate_up, given.bias_gate_up, given.scales)
+        hidden = _multiply(problem.first, implementation, given, *first)
+    hidden, of_hidden = casts.rowwise(
+        hidden,
+        scale_format="float32",
+        scale_layout=problem.between_layout,
+        floor=_AMAX_FLOOR,
+        divide=False,
+    )
+    with jax.named_scope("down"):
+        second = (hidden, (given.w_down,), given.bias_down, (of_hidden, *given.down_scales))
+        y = _multiply(problem.second, implementation, given, *second)
+    with jax.named_scope("combine"):
+        dtype = jnp.dtype(problem.out_dtype)
+        return weighted_sum(dtype, y, given.topk_weights, rows)
 
 
 def _multiply(
@@ -105,7 +127,161 @@ def _multiply(
 ) -> jax.Array:
     extras = () if bias is None else (bias,)
     operands = (x, *w, *extras, *scales, *given.where)
-    return primitive.run(operands, problem=problem, implementation=implementation)
+    return derivative.run(operands, problem=problem, implementation=implementation)
+
+
+class Floats(NamedTuple):
+    """The operands that have a derivative; x has a row per pair where the weights are on the input."""
+
+    x: jax.Array
+    w_gate_up: tuple[jax.Array, ...]
+    w_down: jax.Array
+    bias_gate_up: jax.Array | None
+    bias_down: jax.Array | None
+    topk_weights: jax.Array
+
+    def cast(self, dtype: str) -> "Floats":
+        """As they are multiplied: float32 weights in x's dtype."""
+        first = tuple(w.astype(dtype) for w in self.w_gate_up)
+        return self._replace(w_gate_up=first, w_down=self.w_down.astype(dtype))
+
+
+class Where(NamedTuple):
+    """Which rows are whose: `Operands.where`, and int32 `[T, K]`, the row of each pair or -1."""
+
+    pair_of_row: jax.Array
+    expert_ids: jax.Array
+    num_rows: jax.Array
+    row_of_pair: jax.Array
+
+    @property
+    def of_matmul(self) -> tuple[jax.Array, ...]:
+        return self[:3]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(
+    problem: LayerProblem, implementation: str | None, floats: Floats, where: Where
+) -> jax.Array:
+    given = floats.cast(problem.dtype)
+    with jax.named_scope("gate_up"):
+        extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
+        operands = (given.x, *given.w_gate_up, *extras, *where.of_matmul)
+        hidden = derivative.run(operands, problem=problem.first, implementation=implementation)
+    return _second_half(problem, implementation, given, where, hidden)
+
+
+def _second_half(
+    problem: LayerProblem,
+    implementation: str | None,
+    given: Floats,
+    where: Where,
+    hidden: jax.Array,
+) -> jax.Array:
+    """From what lies between the products, `[P, N]`, to the result."""
+    with jax.named_scope("down"):
+        extras = () if given.bias_down is None else (given.bias_down,)
+        operands = (hidden, given.w_down, *extras, *where.of_matmul)
+        y = derivative.run(operands, problem=problem.second, implementation=implementation)
+    with jax.named_scope("combine"):
+        dtype = jnp.dtype(problem.out_dtype)
+        return weighted_sum(dtype, y, given.topk_weights, where.row_of_pair)
+
+
+def _forward(problem, implementation, floats: Floats, where: Where):
+    """As without a derivative, but the first products are kept, rounded to x's dtype: the derivative needs
+    neither what the activation made of them nor what the experts gave back."""
+    given = floats.cast(problem.dtype)
+    problem, where = _whole_blocks(problem, where)
+    with jax.named_scope("gate_up"):
+        operands = (given.x, given.w_gate_up, given.bias_gate_up, where.of_matmul)
+        products = derivative.products(problem.first, implementation, *operands)
+        products = checkpoint_name(products, PRODUCTS)
+        hidden = _activated(problem, products).astype(problem.dtype)
+    out = _second_half(problem, implementation, given, where, hidden)
+    return checkpoint_name(out, RESULT), (floats, where, products)
+
+
+def _whole_blocks(problem: LayerProblem, where: Where) -> tuple[LayerProblem, Where]:
+    """With rows for the whole of the last block, so that no array of rows is copied to get them."""
+    spare = -problem.num_rows % problem.block_size
+    if not is_static(problem.num_rows) or not spare:
+        return problem, where
+    pairs = problem.num_tokens * problem.top_k
+    ids = jnp.pad(where.pair_of_row, (0, spare), constant_values=pairs)
+    return problem._replace(num_rows=problem.num_rows + spare), where._replace(pair_of_row=ids)
+
+
+def _activated(problem: LayerProblem, products: jax.Array) -> jax.Array:
+    """float32 `[P, N]` of the first products."""
+    every = jnp.ones(products.shape[0], bool)
+    return reference.epilogue(problem.first, products.astype(_F32), every, None)
+
+
+def _backward(problem, implementation, kept, ct):
+    """The cotangents, each in its primal's dtype.
+
+    With a = act(products), s the weight of a row's pair, and the result's cotangent d of its token:
+
+        g = d @ w_down^T                the cotangent of s a
+        w_down: (s a)^T d               ds = sum over N of g a
+        dh = act'(products) of s g      w_gate_up: x^T dh
+                                        x: dh @ w_gate_up^T, summed over a token's rows
+    """
+    floats, where, products = kept
+    problem = problem._replace(num_rows=where.pair_of_row.shape[0])
+    leaves, tree = jax.tree.flatten((ct, floats, where, products))
+    ct, floats, where, products = jax.tree.unflatten(tree, vary_together(leaves))
+    given = floats.cast(problem.dtype)
+    first, second = problem.first, problem.second
+    wide = ct.astype(_F32)
+    with jax.named_scope("derivative"):
+        pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
+        toward = ct.astype(problem.dtype)
+        flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+        args = (toward, given.w_down, None, where.of_matmul)
+        g = derivative.product(flipped, implementation, *args).astype(_F32)
+        # NaN weights of dropped pairs are selected away.
+        share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
+        scale = share.reshape(-1)[jnp.where(used, pair, 0)]
+        scale = jnp.where(used, scale, 0.0)[:, None]
+        active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
+        [rows] = pull(scale * g)
+        # Rows that are not in use may hold anything: they are left out behind their last operation.
+        rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
+        scaled = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
+        of_row = jnp.sum(g * active, axis=1)
+        kept_pair = where.row_of_pair >= 0
+        of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]
+        d_bias_down = None
+        if given.bias_down is not None:
+            at = lax.div(jnp.maximum(where.row_of_pair, 0), _I32(problem.block_size))
+            expert = jnp.where(kept_pair, where.expert_ids[at], -1)
+            every = lax.iota(_I32, problem.num_experts)[None, None]
+            mine = (expert[..., None] == every).astype(_F32)
+            # `[T, E]` of each token: its bias' share of the weights' derivative, and its weight.
+            toward_bias = jnp.dot(wide, given.bias_down.T, precision=lax.Precision.HIGHEST)
+            of_pair += jnp.sum(mine * toward_bias[:, None, :], axis=-1)
+            weight_of = jnp.sum(mine * share[..., None], axis=1)
+            d_bias_down = jnp.dot(weight_of.T, wide, precision=lax.Precision.HIGHEST)
+        d_weights = jnp.where(kept_pair, of_pair, 0.0)
+        args = (implementation, rows, given.w_gate_up, where.of_matmul)
+        dx = derivative.input_rows(first, *args)
+        row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
+        dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
+        args = (implementation, given.x, rows, floats.w_gate_up, where.of_matmul)
+        d_gate_up = derivative.weights(first, *args)
+        gathers = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+        args = (implementation, scaled, toward, floats.w_down, where.of_matmul)
+        d_down = derivative.weights_by_tokens(gathers, *args)
+        d_bias = None
+        if given.bias_gate_up is not None:
+            d_bias = derivative.bias(first, rows, where.of_matmul)
+    found = Floats(dx, tuple(d_gate_up), d_down, d_bias, d_bias_down, d_weights)
+    return found, jax.tree.map(lambda _: None, where)
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 def _with_weights(problem: LayerProblem, row: jax.Array, expert_ids: jax.Array) -> jax.Array:

@@ -104,6 +104,39 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax.types",
     },
+    "moe_align_jax.sharded_layer": {
+        "moe_align_jax._align.arguments",
+        "moe_align_jax._core",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering",
+        "moe_align_jax._moe_layer",
+        "moe_align_jax.expert_parallel",
+        "moe_align_jax.matmul",
+        "moe_align_jax.moe_layer",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax.losses": {
+        "moe_align_jax._align.arguments",
+        "moe_align_jax._core",
+        "moe_align_jax._grouped_matmul.arguments",
+        "moe_align_jax._lowering.sharding",
+        "moe_align_jax._moe_layer.arguments",
+    },
+    "moe_align_jax.capacity": {
+        "moe_align_jax._align.arguments",
+        "moe_align_jax._core",
+        "moe_align_jax._grouped_matmul.arguments",
+        "moe_align_jax._lowering",
+        "moe_align_jax._moe_layer.arguments",
+        "moe_align_jax.block_align",
+    },
+    "moe_align_jax.matmul_gradient": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.select",
+        "moe_align_jax.matmul",
+        "moe_align_jax.types",
+    },
     "moe_align_jax.moe_layer": {
         "lazily moe_align_jax.expert_dispatch",
         "moe_align_jax._align.arguments",
@@ -157,6 +190,15 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.primitive",
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
+    },
+    "moe_align_jax._grouped_matmul.derivative": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering",
+    },
+    "moe_align_jax._grouped_matmul.weight_gradient": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.choice": {
         "moe_align_jax._grouped_matmul.config",
@@ -428,6 +470,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.pallas": {
+        "moe_align_jax._grouped_matmul.weight_gradient_kernel",
         "lazily benchmarks.grouped_matmul",
         "moe_align_jax._grouped_matmul.epilogue",
         "moe_align_jax._grouped_matmul.inline",

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the grouped matrix multiplication without a GPU, and checks the result.
+"""Compiles the kernels of the grouped matrix multiplication, and of its weights' gradient, without a GPU.
 
     python -m tests.no_gpu.matmul [PART_OF_A_NAME] [--sample N]
 
@@ -138,12 +138,51 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
         yield case(f"{block}, silu", block, weights=silu)
 
 
+def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
+    """As `problems`, of weight gradients: each way to load either operand, late and not."""
+    from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
+    from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
+
+    def problem(rows="blocks", gathered=None, out="bfloat16", **sizes):
+        given = {"num_rows": 4096, "k": 2048, "n": 1536, "num_experts": 8, "dtype": "bfloat16"}
+        given |= {"block_size": 128} if rows == "blocks" else {}
+        given |= {"num_tokens": 1024, "top_k": 2} if gathered else {}
+        layout = MatmulProblem("test", rows, **given | {"out_dtype": out} | sizes)
+        return WeightGradient(layout, gathered)
+
+    late, early = Tiles(), Tiles(late=False)
+    ragged: dict[str, Any] = {"rows": "ragged", "num_groups": 8}
+    odd: dict[str, Any] = {"k": 200, "n": 136, "num_rows": 4093}
+    for out, tiles in (("bfloat16", late), ("bfloat16", early), ("float32", early)):
+        for gathered in (None, "lhs", "rhs"):
+            yield (
+                f"gradient, {gathered} gathered, {out}",
+                problem(gathered=gathered, out=out),
+                tiles,
+            )
+        yield f"gradient, ragged, {out}", problem(out=out, **ragged), tiles
+        yield f"gradient, odd, {out}", problem(out=out, gathered="rhs", **odd), tiles
+    yield "gradient, masked", problem("masked", max_rows=512), late
+    yield "gradient, masked, uneven", problem("masked", max_rows=500, num_rows=4000), late
+    yield "gradient, float16", problem(dtype="float16", out="float16"), late
+    yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
+    yield "gradient, one piece", problem(k=64, n=64), late
+
+
 def lower(problem: Any, config: Any) -> Any:
     """The kernel as `launch` calls it, lowered for a GPU."""
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._grouped_matmul import kernel, launch, tile_list
+    from moe_align_jax._grouped_matmul import kernel, launch, tile_list, weight_gradient_kernel
+    from moe_align_jax._grouped_matmul.problem import WeightGradient
+
+    if isinstance(problem, WeightGradient):
+        structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
+        made = weight_gradient_kernel.arguments
+        given = jax.eval_shape(lambda *a: made(problem, config, *a, interpret=False), *structs)
+        call = jax.jit(weight_gradient_kernel.build(problem, config))
+        return call.trace(*given).lower(lowering_platforms=("cuda",))
 
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
@@ -202,6 +241,7 @@ def _ptxas(text: str) -> tuple[str, str]:
 
 def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
     from moe_align_jax._grouped_matmul.config import may_be_late
+    from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
     parser = argparse.ArgumentParser(prog="tests.no_gpu.matmul")
     parser.add_argument("part", nargs="?", default="", help="compile what has this in its name")
@@ -209,8 +249,9 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
     chosen = parser.parse_args(given)
     checker = worker.Checker(plugin, runtime)
     launch = checker.launch
-    for position, (what, problem, config) in enumerate(problems()):
-        config = config._replace(late=config.late and may_be_late(problem))
+    for position, (what, problem, config) in enumerate((*problems(), *weight_gradients())):
+        if isinstance(problem, MatmulProblem):
+            config = config._replace(late=config.late and may_be_late(problem))
         name = f"{config.name}: {what}"
         if chosen.part not in name or position % chosen.sample:
             continue

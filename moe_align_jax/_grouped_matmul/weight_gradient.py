@@ -1,0 +1,63 @@
+"""Weight gradients: for each expert lhs^T rhs over its rows. A primitive, and which implementation runs."""
+
+import jax
+
+from moe_align_jax._grouped_matmul import primitive, reference
+from moe_align_jax._grouped_matmul.problem import WeightGradient
+from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import result_like
+
+
+def unavailable(problem: WeightGradient, implementation: str, platform: str) -> str | None:
+    """Why a named implementation cannot run this for `platform`, or None."""
+    if implementation == "xla":
+        return None
+    if reason := select.unavailable(implementation, platform):
+        return reason
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return weight_gradient_kernel.cannot(problem)
+
+
+def choose(problem: WeightGradient, platform: str, implementation: str | None) -> str:
+    """The implementation that runs: "xla", unless a kernel is named. No GPU has run it yet."""
+    if implementation is None:
+        return "xla"
+    if reason := unavailable(problem, implementation, platform):
+        raise select.not_implemented(problem.function, implementation, reason)
+    return implementation
+
+
+def implementation_for(problem: WeightGradient, implementation: str | None) -> str:
+    """Within a derivative: the kernel that is named, if it takes the sizes."""
+    if implementation in (None, "xla"):
+        return "xla"
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return "xla" if weight_gradient_kernel.cannot(problem) else str(implementation)
+
+
+def _abstract(lhs, *rest, problem: WeightGradient, implementation: str | None):
+    del rest, implementation
+    return result_like(lhs, problem.out_shape, problem.layout.out_dtype)
+
+
+def _lowering(problem: WeightGradient, platform: str, implementation: str | None):
+    if choose(problem, platform, implementation) == "xla":
+        return reference.weight_gradient
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+    return weight_gradient_kernel.run
+
+
+_p = primitive.make_matmul_primitive("grouped_weight_gradient", _abstract, _lowering, results=False)
+
+
+def bind(problem: WeightGradient, implementation: str | None, *operands: jax.Array) -> jax.Array:
+    """`[E, k, n]` of `problem.inputs`. Without a derivative."""
+    if implementation == "emulator":
+        # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
+        from moe_align_jax._grouped_matmul import weight_gradient_kernel
+
+        return weight_gradient_kernel.run(problem, *operands, interpret=True)
+    return _p.bind(*operands, problem=problem, implementation=implementation)

@@ -1,0 +1,433 @@
+"""The kernel of the weights' gradient, in Pallas Mosaic GPU: for each expert lhs^T rhs over its rows.
+
+A persistent CTA has two warpgroups that multiply and one that loads, as the kernel of the product has. A tile
+is bm columns of lhs by bn of rhs, and a stage of the ring has bk rows of both: wgmma reads lhs as its first
+operand with the columns as rows, so that nothing is transposed in memory. Experts have any number of rows;
+those with the most come first, so that the last tiles are short ones. An expert without rows gets zeros.
+
+    rows by TMA       where every expert's first row is a multiple of 8: what stands behind an expert's last
+                      row is overwritten with zeros in shared memory, since it may be NaN (0 * NaN)
+    rows by cp.async  of a gathered operand, and of groups that begin anywhere: zeros behind the last row
+
+A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
+Nothing is atomic: each sum is made by one warpgroup, in the order of the rows. Needs sm_90a: wgmma, TMA.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_align_jax._grouped_matmul import inline, kernel, reference
+from moe_align_jax._grouped_matmul.config import UNIT, unsupported
+from moe_align_jax._grouped_matmul.problem import WeightGradient
+
+_I32, _F32 = jnp.int32, jnp.float32
+# Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
+_REGISTERS = {False: (40, 232), True: (56, 224)}
+_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
+_COMPUTING = 2  # warpgroups that multiply
+_WM = 64  # columns of lhs that a warpgroup has
+
+
+class Tiles(NamedTuple):
+    """Sizes of the kernel.
+
+    Attributes:
+        bm, bn: columns of lhs and of rhs that a tile has.
+        bk: rows of a stage.
+        stages: of the ring.
+        late: a finished tile is stored between the products of the next one. Not of float32 results.
+        lag: with cp.async, steps between asking for rows and saying that they are there.
+        num_ctas: of the grid.
+    """
+
+    bm: int = 128
+    bn: int = 256
+    bk: int = 64
+    stages: int = 4
+    late: bool = True
+    lag: int = 2
+    num_ctas: int = 132
+
+    @property
+    def name(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{'-late' if self.late else ''}"
+
+
+def cannot(problem: WeightGradient) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    layout = problem.layout
+    if reason := unsupported(layout):
+        return reason
+    if layout.rows == "blocks" and layout.block_size == 1:
+        return "the kernel needs an expert's rows beside each other; blocks of one row may lie anywhere"
+    if max(layout.num_rows, layout.num_tokens) * (layout.n // UNIT) > 2**31 - 1:
+        return "the kernel counts units of 16 bytes of rhs in int32; these are too many"
+    return None
+
+
+def tiles_for(problem: WeightGradient) -> Tiles:
+    return Tiles(late=problem.layout.out_dtype != "float32")
+
+
+class Experts(NamedTuple):
+    """Each expert's rows, int32 `[E]`: the first, how many, and the experts by how many, most first."""
+
+    start: jax.Array
+    count: jax.Array
+    order: jax.Array
+
+
+def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
+    """From the arrays that say whose rows are where. An expert's blocks follow each other."""
+    layout = problem.layout
+    every = jnp.arange(layout.num_experts, dtype=_I32)
+    if layout.rows == "masked":
+        start, count = every * layout.max_rows, jnp.clip(where[0], 0, layout.max_rows)
+    elif layout.rows == "ragged":
+        ends = reference.group_ends(where[0], layout.num_rows)
+        begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+        # Far offsets would wrap.
+        group = every + jnp.clip(where[1][0], -layout.num_experts, layout.num_groups)
+        there = (group >= 0) & (group < layout.num_groups)
+        group = jnp.where(there, group, 0)
+        start = jnp.where(there, begins[group], 0)
+        count = jnp.where(there, (ends - begins)[group], 0)
+    else:
+        block, blocks = layout.block_size, layout.num_blocks
+        used = reference.row_mask(layout, *where).astype(_I32)
+        used = jnp.pad(used, (0, blocks * block - layout.num_rows))
+        pairs = jnp.sum(used.reshape(blocks, block), axis=1, dtype=_I32)
+        # A block has its pairs first: those of an expert's blocks follow each other, but for the last's end.
+        mine = (where[1][None, :] == every[:, None]) & (pairs > 0)[None, :]
+        count = jnp.sum(jnp.where(mine, pairs[None, :], 0), axis=1, dtype=_I32)
+        first = jnp.min(
+            jnp.where(mine, jnp.arange(blocks, dtype=_I32)[None, :], blocks), axis=1, initial=blocks
+        )
+        start = jnp.where(count > 0, first * block, 0)
+    return Experts(start, count, jnp.argsort(-count, stable=True).astype(_I32))
+
+
+class _Operand(NamedTuple):
+    """How the rows of lhs or of rhs come into shared memory.
+
+    Attributes:
+        columns: of the array.
+        wide: of a tile.
+        gathered: row r is that of a token.
+        by_tma: whole tiles by TMA.
+    """
+
+    columns: int
+    wide: int
+    gathered: bool
+    by_tma: bool
+
+
+def _operand(problem: WeightGradient, tiles: Tiles, name: str) -> _Operand:
+    layout, gathered = problem.layout, problem.gathered == name
+    columns, wide = (layout.k, tiles.bm) if name == "lhs" else (layout.n, tiles.bn)
+    step = {"blocks": layout.block_size, "masked": layout.max_rows, "ragged": 1}[layout.rows]
+    aligned = step % 8 == 0 and layout.num_rows % 8 == 0 and columns % 64 == 0
+    # TMA's box is not larger than the array.
+    holds = layout.num_rows >= tiles.bk and columns >= wide
+    return _Operand(columns, wide, gathered, aligned and holds and not gathered)
+
+
+def run(
+    problem: WeightGradient,
+    *operands: jax.Array,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """`[E, k, n]` of `problem.inputs`, by the kernel.
+
+    problem: one that `cannot` has nothing against.
+    """
+    tiles = tiles or tiles_for(problem)
+    if interpret:  # it runs a thread for each warpgroup of each CTA
+        tiles = tiles._replace(num_ctas=2)
+    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+        given = arguments(problem, tiles, *operands, interpret=interpret)
+        return build(problem, tiles, interpret=interpret)(*given)
+
+
+def arguments(
+    problem: WeightGradient, tiles: Tiles, *operands: jax.Array, interpret: bool
+) -> list[jax.Array]:
+    """The kernel's operands, of the problem's."""
+    lhs, rhs, *where = operands
+    found = list(experts_of(problem, *where))
+    if problem.gathered:
+        # A stage may reach past the last row: the ids that it reads there are not used.
+        found.append(jnp.pad(where[0], (0, tiles.bk), constant_values=-1))
+    if interpret:  # its loads by index know no bounds
+        lhs, rhs = (
+            jnp.pad(x, ((0, tiles.bk), (0, -x.shape[1] % wide)))
+            for x, wide in ((lhs, tiles.bm), (rhs, tiles.bn))
+        )
+    return [*found, lhs, rhs]
+
+
+def build(
+    problem: WeightGradient, tiles: Tiles, *, interpret: bool = False
+) -> Callable[..., jax.Array]:
+    """The kernel as a function of what `arguments` gives."""
+    layout = problem.layout
+    k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
+    dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
+    piece = 128 // out_dtype.itemsize
+    left, right = (_operand(problem, tiles, name) for name in ("lhs", "rhs"))
+    likes = [kernel.transforms(each.wide, dtype) for each in (left, right)]
+    o_like = kernel.transforms(piece, out_dtype)
+    m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
+    per_expert = m_tiles * n_tiles
+    total = layout.num_experts * per_expert
+    by_copies = not (left.by_tma and right.by_tma)
+    # TMA stores of a single piece lose the dimension of pieces, and with it their index.
+    by_rows = k % _WM != 0 or n % piece != 0 or n == piece
+    memory_registers, compute_registers = _REGISTERS[by_copies]
+
+    def body(*given):
+        refs = list(given)
+        start_ref, count_ref, order_ref = refs.pop(0), refs.pop(0), refs.pop(0)
+        ids_ref = refs.pop(0) if problem.gathered else None
+        left_ref, right_ref, out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        mine = lax.div(total - cta + (tiles.num_ctas - 1), _I32(tiles.num_ctas))
+        sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
+
+        def tile_at(i):
+            """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
+            t = cta + i * tiles.num_ctas
+            rank = lax.div(t, _I32(per_expert))
+            rest = t - rank * per_expert
+            m = lax.div(rest, _I32(n_tiles))
+            expert = order_ref[rank]
+            first, count = start_ref[expert], count_ref[expert]
+            steps = lax.div(count + (bk - 1), _I32(bk))
+            return expert, m, rest - m * n_tiles, first, first + count, steps
+
+        def slot_of(step):
+            return lax.rem(step, _I32(stages))
+
+        def compute():
+            plgpu.set_max_registers(compute_registers, action="increase")
+            for stage in range(stages):
+                plgpu.barrier_arrive(empty.at[stage])
+
+            def multiply(tile, ring, between):
+                *_, first, end, steps = tile
+
+                def scope(sums):
+                    def step(k, _):
+                        slot = slot_of(ring + k)
+                        plgpu.barrier_wait(full.at[slot])
+                        rows = end - first - k * bk
+
+                        @pl.when(rows < bk)
+                        def _():
+                            # Both warpgroups write the same zeros: each waits for its own.
+                            for (side, _, stage), like in zip(sides, likes, strict=True):
+                                if side.by_tma:
+                                    inline.clear_rows(
+                                        *(stage.at[slot], like, rows),
+                                        shape=(bk, side.wide),
+                                        interpret=interpret,
+                                    )
+                            plgpu.commit_smem()
+
+                        a = left_tiles.at[slot, :, pl.ds(warpgroup * _WM, _WM)]
+                        plgpu.wgmma(sums, a.transpose((1, 0)), right_tiles.at[slot])
+                        between(k)
+                        # All but this step's are done, so that their stage can be loaded again.
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot_of(ring + k + stages - 1)])
+
+                        return ()
+
+                    # The wait belongs to the branch: see the kernel of the product.
+                    @pl.when(steps > 0)
+                    def _():
+                        lax.fori_loop(0, steps, step, ())
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+
+                    return sums[...]
+
+                found = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                return [
+                    found[:, c : c + piece].astype(out_dtype) for c in range(0, tiles.bn, piece)
+                ]
+
+            def put(q, value, at):
+                """Piece q of a tile at (expert, first row, first column), if the result has it."""
+                expert, row, column = at
+                column = column + piece * q
+
+                @pl.when((row < k) & (column < n))
+                def _():
+                    tile = o_tiles.at[warpgroup, q % _SLOTS]
+                    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+                    tile[...] = value
+                    plgpu.commit_smem()
+                    if by_rows:
+                        inline.store_rows(
+                            *(tile, o_like, out_ref, expert * k + row, (expert + 1) * k, column),
+                            rows=_WM,
+                            max_rows=k,
+                            interpret=interpret,
+                        )
+                        plgpu.commit_smem()  # other threads than read the slot write to it next
+                    else:
+                        rows = pl.ds(pl.multiple_of(row, _WM), _WM)
+                        columns = pl.ds(pl.multiple_of(column, piece), piece)
+                        plgpu.copy_smem_to_gmem(tile, out_ref.at[expert, rows, columns])
+
+            def place(tile):
+                expert, m, n_tile, *_ = tile
+                return expert, m * tiles.bm + warpgroup * _WM, n_tile * tiles.bn
+
+            def now(i, ring):
+                tile = tile_at(i)
+                at = place(tile)
+                for q, value in enumerate(multiply(tile, ring, lambda k: None)):
+                    put(q, value, at)
+                return ring + tile[-1]
+
+            def later(i, carry):
+                ring, waits, at, pieces = carry
+                tile = tile_at(i)
+
+                def between(k):
+                    for q in range(len(pieces)):
+                        pl.when((k == q) & (waits > 0))(lambda q=q: put(q, pieces[q], at))
+
+                found = multiply(tile, ring, between)
+                for q in range(len(pieces)):
+                    late = (tile[-1] <= q) & (waits > 0)
+                    pl.when(late)(lambda q=q: put(q, pieces[q], at))
+                return ring + tile[-1], _I32(1), place(tile), found
+
+            if not tiles.late:
+                lax.fori_loop(0, mine, now, _I32(0))
+            else:
+                zeros = jnp.zeros((_WM, piece), out_dtype)
+                if not interpret:
+                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                zero = _I32(0)
+                none = [zeros] * (tiles.bn // piece)
+                carry = (zero, zero, (zero, zero, zero), none)
+                _, waits, at, pieces = lax.fori_loop(0, mine, later, carry)
+
+                @pl.when(waits > 0)
+                def _():
+                    for q, value in enumerate(pieces):
+                        put(q, value, at)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        def load():
+            plgpu.set_max_registers(memory_registers, action="decrease")
+
+            def arrived(step, lag):
+                """What was asked for `lag` steps before `step` is there."""
+                plgpu.barrier_arrive(full.at[slot_of(step - lag + stages)])
+
+            def one(i, ring):
+                _, m, n_tile, first, end, steps = tile_at(i)
+
+                def find(step):
+                    """Where the rows of a step lie: of each operand that comes by cp.async."""
+                    return tuple(
+                        inline.find_wide_rows(
+                            *(ids_ref if side.gathered else None, first + step * bk, end),
+                            rows=bk,
+                            per_row=side.wide // UNIT,
+                            row_chunks=side.columns // UNIT,
+                            top_k=layout.top_k,
+                            num_pairs=layout.num_tokens * layout.top_k,
+                            interpret=interpret,
+                        )
+                        for side, *_ in sides
+                        if not side.by_tma
+                    )
+
+                def step(k, found):
+                    at = ring + k
+                    slot, rest = slot_of(at), list(found)
+                    plgpu.barrier_wait(empty.at[slot])
+                    for (side, ref, stage), like, tile in zip(
+                        sides, likes, (m, n_tile), strict=True
+                    ):
+                        column = tile * side.wide
+                        if side.by_tma:
+                            rows = pl.ds(pl.multiple_of(first + k * bk, 8), bk)
+                            source = ref.at[rows, pl.ds(column, side.wide)]
+                            plgpu.copy_gmem_to_smem(source, stage.at[slot], full.at[slot])
+                        else:
+                            inline.copy_wide_rows(
+                                *(ref, stage.at[slot], like, rest.pop(0)),
+                                lax.div(column, _I32(UNIT)),
+                                rows=bk,
+                                per_row=side.wide // UNIT,
+                                row_chunks=side.columns // UNIT,
+                                interpret=interpret,
+                            )
+                    if not by_copies:
+                        return ()
+                    inline.commit_copies(interpret=interpret)
+
+                    @pl.when(at >= tiles.lag)
+                    def _():
+                        inline.wait_for_copies(tiles.lag, interpret=interpret)
+                        arrived(at, tiles.lag)
+
+                    # Ids of the next step are read while this one's rows are under way.
+                    return find(jnp.minimum(k + 1, steps - 1))
+
+                @pl.when(steps > 0)
+                def _():
+                    lax.fori_loop(0, steps, step, find(_I32(0)) if by_copies else ())
+
+                return ring + steps
+
+            end = lax.fori_loop(0, mine, one, _I32(0))
+            if by_copies:
+                inline.wait_for_copies(0, interpret=interpret)
+                for lag in range(tiles.lag, 0, -1):
+                    pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
+            # No barrier is left in the midst of a phase.
+            for stage in range(stages):
+                plgpu.barrier_wait(empty.at[slot_of(end + stage)])
+
+        lax.cond(warpgroup < _COMPUTING, compute, load)
+
+    options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    arrivals = left.by_tma + right.by_tma + by_copies
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(problem.out_shape, out_dtype),
+        scratch_types=[
+            plgpu.SMEM((stages, bk, tiles.bm), dtype, transforms=likes[0]),
+            plgpu.SMEM((stages, bk, tiles.bn), dtype, transforms=likes[1]),
+            plgpu.SMEM((_COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
+        ],
+        grid=(tiles.num_ctas,),
+        grid_names=("cta",),
+        num_threads=_COMPUTING + 1,
+        thread_name="warpgroup",
+        kernel_name="grouped_weight_gradient",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        **options,
+    )

@@ -1,0 +1,258 @@
+"""The kernel of the weights' gradient: its body in Pallas' interpreter, and on a GPU, against "xla".
+
+test_gradients.py holds "xla" to NumPy.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import reference, weight_gradient
+from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
+from tests.matmul.test_matmul import ids_of, normal
+
+
+def ragged(sizes, rows, k, n, *, out="bfloat16", experts=None, offset=0, dtype="bfloat16"):
+    """(problem, operands), with NaN in rows behind the groups."""
+    experts = len(sizes) if experts is None else experts
+    layout = MatmulProblem(
+        *("test", "ragged", rows, k, n, experts, dtype, out), num_groups=len(sizes)
+    )
+    rng, total = np.random.default_rng(0), int(np.maximum(sizes, 0).sum())
+    lhs, rhs = (normal(rng, (rows, c), dtype).at[total:].set(jnp.nan) for c in (k, n))
+    where = jnp.array(sizes, jnp.int32), jnp.array([offset], jnp.int32)
+    return WeightGradient(layout), (lhs, rhs, *where)
+
+
+def masked(counts, rows, k, n, *, out="bfloat16"):
+    experts = len(counts)
+    layout = MatmulProblem(
+        *("test", "masked", experts * rows, k, n, experts, "bfloat16", out), max_rows=rows
+    )
+    rng = np.random.default_rng(0)
+    there = (np.arange(rows)[None] < np.array(counts)[:, None]).reshape(-1, 1)
+    lhs, rhs = (
+        jnp.where(there, normal(rng, (experts * rows, c), "bfloat16"), jnp.nan) for c in (k, n)
+    )
+    return WeightGradient(layout), (lhs, rhs, jnp.array(counts, jnp.int32))
+
+
+def blocks(tokens, top_k, experts, k, n, block, *, gathered, routing="uniform", out="bfloat16"):
+    """The operand that is not gathered has NaN in rows without a pair."""
+    aligned = maj.moe_align_block_size(
+        ids_of(routing, tokens, top_k, experts),
+        block_size=block,
+        num_experts=experts,
+        pad_sorted_ids=True,
+        implementation="xla",
+    )
+    where = aligned[:3]
+    rows = where[0].shape[0]
+    more = {"num_tokens": tokens, "top_k": top_k} if gathered else {}
+    layout = MatmulProblem(
+        *("test", "blocks", rows, k, n, experts, "bfloat16", out), block_size=block, **more
+    )
+    rng, real = np.random.default_rng(0), np.asarray(reference.row_mask(layout, *where))
+    given = [
+        normal(rng, (tokens, c), "bfloat16")
+        if gathered == name
+        else jnp.where(real[:, None], normal(rng, (rows, c), "bfloat16"), jnp.nan)
+        for name, c in (("lhs", k), ("rhs", n))
+    ]
+    return WeightGradient(layout, gathered), (*given, *where)
+
+
+def check(problem, operands, tiles=None, *, interpret):
+    """Into poisoned memory, against the reference; twice on a GPU."""
+    run = jax.jit(functools.partial(kernel.run, problem, interpret=interpret, tiles=tiles))
+    want = jax.jit(functools.partial(reference.weight_gradient, problem))(*operands)
+    poison = jnp.full(problem.out_shape, jnp.nan, problem.layout.out_dtype)
+    jax.block_until_ready(poison).delete()  # the allocator gives this memory to the result
+    found = np.asarray(run(*operands))
+    assert found.dtype == jnp.dtype(problem.layout.out_dtype)
+    if not interpret:
+        assert np.asarray(run(*operands)).tobytes() == found.tobytes()
+    want = np.asarray(want).astype(np.float64)
+    bound = 1e-5 if problem.layout.out_dtype == "float32" else 5e-3
+    assert np.linalg.norm(found.astype(np.float64) - want) <= bound * np.linalg.norm(want)
+
+
+# An empty expert, and rows of both operands by cp.async, into float32. Then lhs gathered and rhs by TMA,
+# late, with two tiles of columns.
+SHORT = kernel.Tiles(bk=16, late=False)  # rows are copied one by one there
+FEW = [
+    ("ragged, odd, float32", lambda: ragged([0, 20], 30, 24, 24, out="float32"), SHORT),
+    (
+        "gathered, late",
+        lambda: blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "tiles"), [f[1:] for f in FEW], ids=[f[0] for f in FEW])
+def test_in_the_interpreter(make, tiles):
+    with jax.default_device(jax.devices("cpu")[0]):
+        check(*make(), tiles, interpret=True)
+
+
+def many() -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    early = kernel.Tiles(late=False)
+
+    def add(name, make, *tiles):
+        found.extend((f"{name}, {t.name if t else 'usual'}", make, t) for t in tiles)
+
+    sizes_and_results = [(256, 640, "bfloat16"), (256, 640, "float32"), (200, 136, "float32")]
+    sizes_and_results += [(c, d, "bfloat16") for c, d in ((192, 320), (64, 64), (200, 136), (8, 8))]
+    for k, n, out in sizes_and_results:
+        every = (None, early) if out == "bfloat16" else (None,)
+        for sizes, rows in (
+            ([300, 1, 0, 129], 431),
+            ([0, 0], 6),
+            ([130, 500, 3, 64, 1000], 1697),
+        ):
+            make = functools.partial(ragged, sizes, rows, k, n, out=out)
+            add(f"ragged {sizes} {k} {n} {out}", make, *every)
+        for counts, rows in (([3, 0, 17, 20], 20), ([64, 512, 129, 0], 512)):
+            make = functools.partial(masked, counts, rows, k, n, out=out)
+            add(f"masked {counts} {k} {n} {out}", make, *every)
+        for block, routing in ((8, "uniform"), (12, "uniform"), (64, "hot"), (128, "dropped")):
+            for gathered in (None, "lhs", "rhs"):
+                size = (300, 2, 8, k, n, block)
+                more = {"gathered": gathered, "routing": routing, "out": out}
+                make = functools.partial(blocks, *size, **more)
+                add(f"blocks {block} {routing} {gathered} {k} {n} {out}", make, None)
+    add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)
+    add("offset", lambda: ragged([30, 0, 70, 5], 120, 128, 256, experts=2, offset=1), None, early)
+    add("float16", lambda: ragged([30, 70], 100, 128, 256, dtype="float16", out="float16"), None)
+    return found
+
+
+MANY = many()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("make", "tiles"), [m[1:] for m in MANY], ids=[m[0] for m in MANY])
+def test_on_a_gpu(make, tiles):
+    check(*make(), tiles, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_the_layer_on_a_gpu(transposed, dtype):
+    """By the kernels, against "xla"; weights of x's dtype, and float32 master weights."""
+    from tests.moe_layer.test_moe_layer import make_layer
+
+    operands, options = make_layer(
+        *(500, 4, 8, 256, 192),
+        dtype="bfloat16",
+        routing="dropped",
+        bias=True,
+        transpose_rhs=transposed,
+    )
+    x, first, second, weights, ids = operands
+    first, second = first.astype(dtype), second.astype(dtype)
+    direction = normal(np.random.default_rng(1), x.shape, "float32")
+
+    def gradients(implementation):
+        def loss(x, first, second, weights):
+            y = maj.fused_moe(
+                *(x, first, second, weights, ids), implementation=implementation, **options
+            )
+            return jnp.sum(y.astype(jnp.float32) * direction)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(x, first, second, weights)
+
+    for found, want in zip(gradients("mosaic_gpu"), gradients("xla"), strict=True):
+        found, want = (np.asarray(g, np.float64) for g in (found, want))
+        assert np.linalg.norm(found - want) <= 1e-2 * np.linalg.norm(want)
+
+
+def python_experts(problem, where):
+    """{expert: its rows} with rows, by a loop."""
+    layout = problem.layout
+    rows = np.flatnonzero(np.asarray(reference.row_mask(layout, *where)))
+    found: dict[int, list[int]] = {}
+    if layout.rows == "blocks":
+        of = {int(r): int(where[1][r // layout.block_size]) for r in rows}
+    elif layout.rows == "masked":
+        of = {int(r): int(r) // layout.max_rows for r in rows}
+    else:
+        groups = np.repeat(np.arange(layout.num_groups), np.maximum(where[0], 0))
+        of = {int(r): int(groups[r]) - int(where[1][0]) for r in rows}
+    for row, expert in of.items():
+        found.setdefault(expert, []).append(row)
+    return found
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ragged([3, 0, 7, 5], 12, 8, 8),
+        lambda: ragged([3, -1, 7, 5], 40, 8, 8, experts=3, offset=2),
+        lambda: ragged([3, 2], 40, 8, 8, experts=3, offset=-(2**31)),
+        lambda: masked([3, 0, 9, -2], 9, 8, 8),
+        lambda: blocks(20, 2, 6, 8, 8, 4, gathered="lhs", routing="dropped"),
+        lambda: blocks(20, 2, 6, 8, 8, 4, gathered=None, routing="half"),
+    ],
+)
+def test_where_experts_are(make):
+    problem, (_, _, *where) = make()
+    start, count, order = kernel.experts_of(problem, *where)
+    want = python_experts(problem, [np.asarray(w) for w in where])
+    assert {
+        e: list(range(s, s + c)) for e, (s, c) in enumerate(zip(start, count, strict=True)) if c
+    } == want
+    sizes = [int(count[e]) for e in order]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sorted(order.tolist()) == list(range(problem.layout.num_experts))
+
+
+def test_a_kernel_is_never_the_default():
+    problem, operands = ragged([3, 5], 8, 64, 64)
+    for platform in ("cpu", "cuda"):
+        assert weight_gradient.choose(problem, platform, None) == "xla"
+    assert weight_gradient.choose(problem, "cuda", "mosaic_gpu") == "mosaic_gpu"
+    assert weight_gradient.implementation_for(problem, None) == "xla"
+    assert weight_gradient.implementation_for(problem, "mosaic_gpu") == "mosaic_gpu"
+    narrow, _ = ragged([3, 5], 8, 60, 64)
+    assert weight_gradient.implementation_for(narrow, "mosaic_gpu") == "xla"
+    lhs, rhs, sizes, _ = operands
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="^tgmm: implementation must be one that"):
+            maj.tgmm(lhs.T, rhs, sizes, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="^tgmm: implementation must.* multiple of 8"):
+        maj.tgmm(lhs[:, :60].T, rhs, sizes, implementation="emulator")
+    lowered = jax.jit(functools.partial(maj.tgmm, implementation="mosaic_gpu"))
+    traced = lowered.trace(lhs.T, rhs, sizes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in traced.as_text()
+
+
+def test_a_training_step_on_a_gpu_runs_kernels_where_they_are_named():
+    """Lowered without one: by default every product is a kernel, and the weights' gradient a loop."""
+    like = jax.ShapeDtypeStruct
+    x, ids = like((256, 256), "bfloat16"), like((256, 2), "int32")
+    weights = like((256, 2), "float32")
+    first, second = like((8, 256, 256), "bfloat16"), like((8, 128, 256), "bfloat16")
+
+    def text(implementation):
+        def loss(x, first, second, weights, ids):
+            y = maj.fused_moe(x, first, second, weights, ids, implementation=implementation)
+            return jnp.sum(y.astype(jnp.float32))
+
+        step = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+        traced = step.trace(x, first, second, weights, ids)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    default, named = text(None), text("mosaic_gpu")
+    assert "stablehlo.while" in default and "stablehlo.while" not in named
+    assert named.count("@mosaic_gpu") == default.count("@mosaic_gpu") + 2
+    assert "stablehlo.scatter" not in named

@@ -1,0 +1,122 @@
+"""fused_moe in training: scanned and rematerialised layers, master weights, donation, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_align_jax as maj
+from tests.matmul.oracle import error
+from tests.moe_layer.test_moe_layer import normal
+
+TOKENS, TOP_K, EXPERTS, HIDDEN, FFN, LAYERS = 24, 2, 4, 16, 8, 2
+
+
+def model(seed=0):
+    """(bfloat16 x, float32 (gate_up, down) of every layer, weights, ids); an expert has no token."""
+    rng = np.random.default_rng(seed)
+    x = normal(rng, (TOKENS, HIDDEN), "bfloat16")
+    first = normal(rng, (LAYERS, EXPERTS, HIDDEN, 2 * FFN), "float32", HIDDEN**-0.5)
+    second = normal(rng, (LAYERS, EXPERTS, FFN, HIDDEN), "float32", FFN**-0.5)
+    ids = rng.integers(-1, EXPERTS - 1, (TOKENS, TOP_K)).astype(np.int32)
+    weights = rng.uniform(0.2, 1.0, ids.shape).astype(np.float32)
+    weights[ids < 0] = np.nan
+    return x, (first, second), jnp.asarray(weights), jnp.asarray(ids)
+
+
+def forward(x, experts, weights, ids, policy):
+    @functools.partial(jax.checkpoint, policy=policy)
+    def one(x, layer):
+        return x + maj.fused_moe(x, *layer, weights, ids), None
+
+    return jax.lax.scan(one, x, experts)[0]
+
+
+def dense_gradient(x, experts, weights, ids):
+    """float64, of the mean square: every expert on every token."""
+    with jax.enable_x64(True):
+        share = np.zeros((EXPERTS, TOKENS))
+        for t, k in np.ndindex(TOKENS, TOP_K):
+            if ids[t, k] >= 0:
+                share[int(ids[t, k]), t] += float(weights[t, k])
+        # bfloat16 is what is multiplied.
+        rounded = [np.asarray(w.astype(jnp.bfloat16), np.float64) for w in experts]
+        share = jnp.asarray(share)
+
+        def loss(x, experts):
+            for first, second in zip(*experts, strict=True):
+                gate, up = jnp.split(jnp.einsum("th,ehn->etn", x, first), 2, axis=-1)
+                y = jnp.einsum("etn,enh->eth", gate * jax.nn.sigmoid(gate) * up, second)
+                x = x + jnp.sum(y * share[..., None], axis=0)
+            return jnp.mean(x**2)
+
+        return jax.grad(loss, (0, 1))(jnp.asarray(np.asarray(x, np.float64)), tuple(rounded))
+
+
+def test_a_training_step():
+    """Of float32 master weights that are donated, over scanned layers of which the products are kept."""
+    x, experts, weights, ids = model()
+    policy = jax.checkpoint_policies.save_only_these_names("fused_moe_gate_up")
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(x, experts):
+        def loss(x, experts):
+            y = forward(x, experts, weights, ids, policy).astype(jnp.float32)
+            return jnp.mean(y**2)
+
+        gradients = jax.grad(loss, (0, 1))(x, experts)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, experts, gradients[1]), gradients
+
+    want_x, want = dense_gradient(x, experts, weights, ids)
+    before = [np.array(w) for w in experts]  # copies: a view would keep them
+    after, (d_x, gradients) = step(x, experts)
+    assert all(w.is_deleted() for w in experts)
+    assert d_x.dtype == jnp.bfloat16 and error(d_x, np.asarray(want_x)) < 2e-2
+    for old, new, found, wanted in zip(before, after, gradients, want, strict=True):
+        assert found.dtype == jnp.float32
+        assert error(found, np.asarray(wanted)) < 2e-2
+        assert not np.asarray(found)[:, EXPERTS - 1].any()  # it has no token
+        np.testing.assert_allclose(new, old - 0.1 * np.asarray(found), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (jax.checkpoint_policies.save_only_these_names("fused_moe_gate_up"), True),
+        (jax.checkpoint_policies.save_only_these_names("fused_moe_out"), False),
+        (jax.checkpoint_policies.nothing_saveable, False),
+        (jax.checkpoint_policies.everything_saveable, True),
+    ],
+)
+def test_policies_by_name(policy, kept, capsys):
+    """What a layer keeps for its derivative: the first products `[P, 2 N]`, or its operands alone."""
+    x, (first, second), weights, ids = model()
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(x, first):
+        return maj.fused_moe(x, first, second[0], weights, ids, block_size=8)
+
+    jax.ad_checkpoint.print_saved_residuals(layer, x, first[0])
+    rows = maj.max_num_tokens_padded(TOKENS * TOP_K, block_size=8, num_experts=EXPERTS)
+    rows += -rows % 8
+    assert (f"bf16[{rows},{2 * FFN}]" in capsys.readouterr().out) == kept
+
+
+def test_memory_of_a_derivative_does_not_grow_with_the_experts():
+    """By XLA's own account: at most 1.2 times x, the first products and their derivative, what the
+    activation made of them, and one array of H columns."""
+    tokens, top_k, experts, hidden, ffn, block = 2048, 4, 16, 256, 128, 128
+    like = jax.ShapeDtypeStruct
+    x, routing = like((tokens, hidden), "float32"), (tokens, top_k)
+    first, second = (experts, hidden, 2 * ffn), (experts, ffn, hidden)
+    given = [x, *(like(s, "float32") for s in (first, second, routing))]
+
+    def gradients(ct, ids, *floats):
+        return jax.vjp(lambda *f: maj.fused_moe(*f, ids, block_size=block), *floats)[1](ct)
+
+    compiled = jax.jit(gradients).lower(x, like(routing, "int32"), *given).compile()
+    rows = tokens * top_k + experts * (block - 1)
+    most = 4 * (tokens * hidden + rows * (2 * ffn + 2 * ffn + ffn + hidden))
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * most
