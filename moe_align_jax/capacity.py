@@ -55,6 +55,9 @@ def expert_capacity(
         num_experts: E.
         capacity_factor: above 0: 1.0 is what an even load needs, 1.25 and 2.0 are usual.
 
+    Returns:
+        A Python int, at most 2**31 - 1.
+
     Raises:
         TypeError, ValueError: an argument is not a number, or is out of range.
 
