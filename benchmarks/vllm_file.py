@@ -6,6 +6,7 @@ wheel, beside the ops.
 
 import contextlib
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -106,4 +107,55 @@ def custom_ops(align: Callable[..., None], batched: Callable[..., None]) -> dict
     return {
         "moe_align_block_size": moe_align_block_size,
         "batched_moe_align_block_size": batched_moe_align_block_size,
+        **{name: _uncalled(name, parameters) for name, parameters in _OTHERS.items()},
     }
+
+
+# Parameters, and the defaults of the last ones, of the ops that the file does not call, and the patch knows.
+_OTHERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "fused_globalize_align_block_size": (
+        "topk_idx psum rank_expert_offset global_num_experts local_num_experts block_size sorted_ids "
+        "expert_ids num_tokens_post_pad scatter_idx",
+        (None,),
+    ),
+    "moe_lora_align_block_size": (
+        "topk_ids token_lora_mapping num_experts block_size max_loras max_num_tokens_padded "
+        "max_num_m_blocks sorted_token_ids experts_ids num_tokens_post_pad adapter_enabled lora_ids "
+        "expert_map",
+        (None,),
+    ),
+    "topk_softmax": (
+        "topk_weights topk_ids token_expert_indices gating_output renormalize "
+        "e_score_correction_bias is_padding",
+        (False, None, None),
+    ),
+    "topk_sigmoid": (
+        "topk_weights topk_ids token_expert_indices gating_output renormalize "
+        "e_score_correction_bias routed_scaling_factor is_padding",
+        (False, None, 1.0, None),
+    ),
+    "topk_hash_softplus_sqrt": (
+        "topk_weights topk_indices token_expert_indices gating_output renormalize "
+        "routed_scaling_factor e_score_correction_bias input_tokens hash_indices_table is_padding "
+        "bias_vl image_sentinel_lo",
+        (False, 1.0, None, None, None, None, None, 0),
+    ),
+    "grouped_topk": (
+        "scores num_expert_group topk_group topk renormalize routed_scaling_factor bias scoring_func",
+        (0,),
+    ),
+}
+
+
+def _uncalled(name: str, parameters: tuple[str, tuple[Any, ...]]) -> Callable:
+    names, defaults = parameters[0].split(), parameters[1]
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    padded = [empty] * (len(names) - len(defaults)) + list(defaults)
+
+    def op(*arguments, **named):
+        raise AssertionError(f"vLLM's own {name} was called")
+
+    op.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, kind, default=d) for n, d in zip(names, padded, strict=True)]
+    )
+    return op

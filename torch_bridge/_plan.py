@@ -32,6 +32,11 @@ def force_implementation(name: str) -> Iterator[None]:
         _forced_implementation = previous
 
 
+def forced_implementation() -> str | None:
+    """The one of `force_implementation`, or None outside of it."""
+    return _forced_implementation
+
+
 def resolve(
     function: str,
     spec: Spec,

@@ -3,8 +3,10 @@
 
     from torch_bridge.vllm import moe_align_block_size
 
-`ops_moe_align_block_size` and `ops_batched_moe_align_block_size` are its compiled ops, which fill
-the caller's buffers; `patch` and `patch_for_good` make an installed vLLM call them.
+Compiled ops of vLLM, which fill the caller's buffers, are `ops_moe_align_block_size`,
+`ops_batched_moe_align_block_size`, `fused_globalize_align_block_size` and `moe_lora_align_block_size`; and of
+its router `topk_softmax`, `topk_sigmoid`, `topk_hash_softplus_sqrt` and `grouped_topk`. `patch` and
+`patch_for_good` make an installed vLLM call them.
 
 vLLM itself is imported by these two alone. One quirk is not copied: with a map and
 ignore_invalid_experts=False, vLLM's unused blocks read expert_map[-1]; ours read -1. What vLLM
@@ -18,11 +20,19 @@ import torch
 from moe_align_jax._core import checks
 from torch_bridge import _checks, _ops
 from torch_bridge._direct import fast_path
+from torch_bridge._vllm_aligned import (
+    fused_globalize_align_block_size as fused_globalize_align_block_size,
+)
+from torch_bridge._vllm_aligned import moe_lora_align_block_size as moe_lora_align_block_size
 from torch_bridge._vllm_ops import check_batched
 from torch_bridge._vllm_ops import (
     ops_batched_moe_align_block_size as ops_batched_moe_align_block_size,
 )
 from torch_bridge._vllm_ops import ops_moe_align_block_size as ops_moe_align_block_size
+from torch_bridge._vllm_router import grouped_topk as grouped_topk
+from torch_bridge._vllm_router import topk_hash_softplus_sqrt as topk_hash_softplus_sqrt
+from torch_bridge._vllm_router import topk_sigmoid as topk_sigmoid
+from torch_bridge._vllm_router import topk_softmax as topk_softmax
 from torch_bridge.vllm_patch import patch as patch
 from torch_bridge.vllm_patch import patch_for_good as patch_for_good
 

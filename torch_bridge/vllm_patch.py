@@ -1,4 +1,5 @@
-"""Makes an installed vLLM call ours: at `vllm._custom_ops`, through which its Python layer calls.
+"""Makes an installed vLLM call ours: at `vllm._custom_ops`, through which its Python layer calls its aligned
+ops and its router's.
 
 vLLM's layers import the Python function by name, so that function cannot be replaced for them. The op that it
 calls can be, because it is looked up in the module at each call.
@@ -10,11 +11,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from moe_align_jax._core import checks
-from torch_bridge import _vllm_ops
+from torch_bridge import _vllm_aligned, _vllm_ops, _vllm_router
 
 # Releases whose ops have the signatures below, by their first two numbers.
 KNOWN_VERSIONS = ("0.33",)
@@ -26,6 +28,32 @@ _PARAMETERS = {
     "batched_moe_align_block_size": (
         *("max_tokens_per_batch", "block_size", "expert_num_tokens", "sorted_ids", "expert_ids"),
         "num_tokens_post_pad",
+    ),
+    "fused_globalize_align_block_size": (
+        *("topk_idx", "psum", "rank_expert_offset", "global_num_experts", "local_num_experts"),
+        *("block_size", "sorted_ids", "expert_ids", "num_tokens_post_pad", "scatter_idx"),
+    ),
+    "moe_lora_align_block_size": (
+        *("topk_ids", "token_lora_mapping", "num_experts", "block_size", "max_loras"),
+        *("max_num_tokens_padded", "max_num_m_blocks", "sorted_token_ids", "experts_ids"),
+        *("num_tokens_post_pad", "adapter_enabled", "lora_ids", "expert_map"),
+    ),
+    "topk_softmax": (
+        *("topk_weights", "topk_ids", "token_expert_indices", "gating_output", "renormalize"),
+        *("e_score_correction_bias", "is_padding"),
+    ),
+    "topk_sigmoid": (
+        *("topk_weights", "topk_ids", "token_expert_indices", "gating_output", "renormalize"),
+        *("e_score_correction_bias", "routed_scaling_factor", "is_padding"),
+    ),
+    "topk_hash_softplus_sqrt": (
+        *("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "renormalize"),
+        *("routed_scaling_factor", "e_score_correction_bias", "input_tokens"),
+        *("hash_indices_table", "is_padding", "bias_vl", "image_sentinel_lo"),
+    ),
+    "grouped_topk": (
+        *("scores", "num_expert_group", "topk_group", "topk", "renormalize"),
+        *("routed_scaling_factor", "bias", "scoring_func"),
     ),
 }
 
@@ -45,11 +73,12 @@ def patch() -> Iterator[None]:
 
 
 def patch_for_good() -> Callable[[], None]:
-    """Makes this process's vLLM align with ours, until the function that it returns is called.
+    """Makes this process's vLLM route and align with ours, until the function that it returns is called.
 
-    Replaces `moe_align_block_size` and `batched_moe_align_block_size` of `vllm._custom_ops`, which
-    vLLM's Python functions of these names call. The LoRA variant (`moe_lora_align_block_size`) and the fused
-    globalize variant (`fused_globalize_align_block_size`) stay vLLM's own.
+    Replaces, in `vllm._custom_ops`, through which vLLM's layers call, every aligned op
+    (`moe_align_block_size`, `batched_moe_align_block_size`, `fused_globalize_align_block_size`,
+    `moe_lora_align_block_size`) and every op of its router (`topk_softmax`, `topk_sigmoid`,
+    `topk_hash_softplus_sqrt`, `grouped_topk`).
 
     Call it in each process that runs layers, before vLLM captures CUDA graphs: a graph that has
     been captured keeps what it holds. Patches may nest or overlap: vLLM's own functions, the very
@@ -126,10 +155,16 @@ def _batched_moe_align_block_size(
     )
 
 
-def _replacements() -> dict[str, Callable[..., None]]:
+def _replacements() -> dict[str, Callable[..., Any]]:
     return {
         "moe_align_block_size": _vllm_ops.ops_moe_align_block_size,
         "batched_moe_align_block_size": _batched_moe_align_block_size,
+        "fused_globalize_align_block_size": _vllm_aligned.fused_globalize_align_block_size,
+        "moe_lora_align_block_size": _vllm_aligned.moe_lora_align_block_size,
+        "topk_softmax": _vllm_router.topk_softmax,
+        "topk_sigmoid": _vllm_router.topk_sigmoid,
+        "topk_hash_softplus_sqrt": _vllm_router.topk_hash_softplus_sqrt,
+        "grouped_topk": _vllm_router.grouped_topk,
     }
 
 

@@ -68,7 +68,9 @@ def softplus(t: Simt, x: Int) -> Int:
 
 
 def score(t: Simt, scoring: str, x: Int) -> Int:
-    """ "sigmoid" or "sqrtsoftplus" of a logit."""
+    """ "sigmoid" or "sqrtsoftplus" of a logit; "none": the logit."""
+    if scoring == "none":
+        return x
     return sigmoid(t, x) if scoring == "sigmoid" else t.fsqrt(softplus(t, x))
 
 

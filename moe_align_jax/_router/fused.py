@@ -84,7 +84,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         for token, row in zip(tokens, rows, strict=True):
             with t.if_(token < problem.num_tokens):
                 weight, expert = router.choose(row)
-                routing.store(t, r, problem, lane, token, weight, expert)
+                routing.store(router, token, weight, expert)
                 with t.if_(lane < problem.top_k):
                     at = token * problem.top_k + lane
                     if by_mail:

@@ -97,6 +97,9 @@ class Router:
         self.layout = _layout(problem, lane)
         self.packed = problem.dtype == "bfloat16" and not problem.bias_rows
         self.halves = problem.dtype != "float32"
+        self.num_tokens: Any = problem.num_tokens
+        if problem.sized_at_launch:
+            self.num_tokens = t.launch_value(r.num_tokens)
 
     # -- memory
 
@@ -113,6 +116,9 @@ class Router:
             real.append(t.load(r.token_mask, token).ne(0))
         if problem.has_num_valid_tokens:
             real.append(token < t.load(r.num_valid_tokens, 0))
+        if problem.has_padding:
+            byte = t.load(r.is_padding, token >> 2) >> ((token & 3) << 3)
+            real.append((byte & 0xFF).eq(0))
         return Loaded(token, words, bias, real)
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
@@ -200,7 +206,9 @@ class Router:
                 logit, expert = logit & ~_HALF, _HALF - (value & _HALF)
         weight = self._weigh(logits, logit, greatest, total)
         for real in loaded.real:
-            weight, expert = t.select(real, weight, 0), t.select(real, expert, -1)
+            expert = t.select(real, expert, -1)
+            if not problem.keeps_weights:
+                weight = t.select(real, weight, 0)
         return weight, expert
 
     def _greatest(self, keys: list[Int]) -> Int:
@@ -370,18 +378,25 @@ def kernel_inputs(problem: RouteProblem) -> dict[str, tuple[int, ...]]:
 
 def outputs(problem: RouteProblem) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """Words of each result, flat; and what is no int32 outside."""
-    shape = (problem.num_tokens * problem.top_k,)
+    size = problem.num_tokens * problem.top_k
+    shape = (size,)
     names = dict.fromkeys(problem.outputs, shape)
+    names["topk_ids"] = (size * problem.id_words,)
     return names, {"topk_weights": (shape, "float32")}
 
 
-def store(t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int, token: Int, *found: Int):
+def store(router: Router, token: Int, weight: Int, expert: Int) -> None:
     """Lane k's weight and expert."""
-    weight, expert = found
+    t, r, problem, lane = router.t, router.r, router.problem, router.lane
     with t.if_(lane < problem.top_k):
         at = token * problem.top_k + lane
         t.store(r.topk_weights, at, weight)
-        t.store(r.topk_ids, at, expert)
+        if problem.id_words == 1:
+            t.store(r.topk_ids, at, expert)
+        else:
+            t.store2(r.topk_ids, at * 2, (expert, 0 - (expert >> 31)))
+        if problem.with_order:
+            t.store(r.token_expert_indices, at, lane * router.num_tokens + token)
 
 
 def build(problem: RouteProblem) -> Program:
@@ -396,11 +411,11 @@ def build(problem: RouteProblem) -> Program:
         t.grid_dependency_wait()
         t.launch_dependents()
         router = Router(t, r, problem, lane)
-        exact = problem.num_tokens % warps == 0
-        asked = token if exact else t.select(token < problem.num_tokens, token, 0)
+        exact = problem.num_tokens % warps == 0 and not problem.sized_at_launch
+        asked = token if exact else t.select(token < router.num_tokens, token, 0)
         loaded = router.load(asked)
-        with t.if_(token < problem.num_tokens):
-            store(t, r, problem, lane, token, *router.choose(loaded))
+        with t.if_(token < router.num_tokens):
+            store(router, token, *router.choose(loaded))
 
     names, arrays = outputs(problem)
     kernel = Kernel(

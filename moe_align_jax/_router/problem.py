@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "sqrtsoftplus")
+# A fourth one, which only torch_bridge asks for: the scores are given, and nothing is computed of them.
+GIVEN_SCORES = "none"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # What is added to the sum by which weights are divided: sigmoid and sqrtsoftplus scores may all be 0.
@@ -24,7 +26,7 @@ class RouteProblem(NamedTuple):
         num_experts: E.
         top_k: K.
         dtype: of the logits.
-        scoring: "softmax", "sigmoid" or "sqrtsoftplus".
+        scoring: "softmax", "sigmoid", "sqrtsoftplus" or GIVEN_SCORES.
         softmax_after_topk: softmax over the K chosen logits, instead of over all E.
         renormalize: weights are divided by their sum.
         num_groups: G, groups of E / G neighbouring experts.
@@ -34,6 +36,16 @@ class RouteProblem(NamedTuple):
             batch has several); 0 without a bias.
         has_token_mask: whether an int32 `[T]` says which tokens are real (not 0).
         has_num_valid_tokens: whether a device scalar bounds the tokens in use.
+
+    What follows is of launches outside jax, by torch_bridge, which write what vLLM's ops write:
+
+    Attributes:
+        sized_at_launch: num_tokens is only an upper bound; the launch gives the real one. With a bias it has
+            one row.
+        has_padding: whether bytes `[T]` say which tokens are padding (not 0), whose ids are -1.
+        keeps_weights: padding keeps the weights that it would have if it were none; otherwise they are 0.
+        id_words: int32 words of an id, 1 or 2.
+        with_order: a third result, `token_expert_indices`: k * T + t of token t's k-th expert.
     """
 
     num_tokens: int
@@ -49,6 +61,11 @@ class RouteProblem(NamedTuple):
     bias_rows: int = 0
     has_token_mask: bool = False
     has_num_valid_tokens: bool = False
+    sized_at_launch: bool = False
+    has_padding: bool = False
+    keeps_weights: bool = False
+    id_words: int = 1
+    with_order: bool = False
 
     name = "route_topk"
 
@@ -83,10 +100,16 @@ class RouteProblem(NamedTuple):
             shapes["token_mask"] = (self.num_tokens,)
         if self.has_num_valid_tokens:
             shapes["num_valid_tokens"] = (1,)
+        if self.has_padding:
+            shapes["is_padding"] = (-(-self.num_tokens // 4),)  # words
+        if self.sized_at_launch:
+            shapes["num_tokens"] = (1,)
         return shapes
 
     @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name, shape and dtype of each result, in order."""
         shape = (self.num_tokens, self.top_k)
-        return {"topk_weights": (shape, "float32"), "topk_ids": (shape, "int32")}
+        ids = "int32" if self.id_words == 1 else "int64"
+        found = {"topk_weights": (shape, "float32"), "topk_ids": (shape, ids)}
+        return found | ({"token_expert_indices": (shape, "int32")} if self.with_order else {})

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._router.problem import GREATEST, SUM_FLOOR, RouteProblem
+from moe_align_jax._router.problem import GIVEN_SCORES, GREATEST, SUM_FLOOR, RouteProblem
 
 _F32, _I32 = jnp.float32, jnp.int32
 # Below the key of every number: of an expert that is out of the choice.
@@ -28,6 +28,8 @@ def _scores(problem: RouteProblem, x: jax.Array) -> jax.Array:
 def _elementwise(problem: RouteProblem, x: jax.Array) -> jax.Array:
     if problem.scoring == "sigmoid":
         return jax.nn.sigmoid(x)
+    if problem.scoring == GIVEN_SCORES:
+        return x
     # Its derivative at 0, where softplus underflows, is 0 and no NaN.
     y = jax.nn.softplus(x)
     above = y > 0

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_align_jax._router import kernel as router_kernel
+from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 from moe_align_jax.types import LAUNCH_SIZES
@@ -165,20 +167,26 @@ class FakeCuda:
 
     def _run(self, kernel: Kernel, problem: Any, values: dict[str, int]) -> None:
         """The emulator on the very memory. Sizes are exact, so that it sees each access beside them."""
-        for name in LAUNCH_SIZES:
+        is_route = isinstance(problem, RouteProblem)
+        by_value = ("num_tokens",) if is_route else LAUNCH_SIZES
+        for name in by_value:
             if name in values:
                 assert values[name] % 256 == 0
                 self._sizes[name] = values[name] >> 8
         is_sized = getattr(problem, "sized_at_launch", False)
-        exact = exact_shapes(problem, **self._sizes) if is_sized else {}
+        if is_route:
+            exact = exact_route_shapes(problem, self._sizes["num_tokens"])
+        else:
+            exact = exact_shapes(problem, **self._sizes) if is_sized else {}
         shapes = {**kernel.inputs, **kernel.outputs}
         shapes |= {name: exact[name] for name in shapes if name in exact}
         held = {}
         for name, shape in shapes.items():
-            if name in LAUNCH_SIZES:
+            if name in by_value:
                 held[name] = np.array([self._sizes[name]], np.int32)
             else:
-                assert values[name] % (256 if name == "topk_ids" else 4) == 0, name
+                on_boundary = name == "topk_ids" or is_route and name in ("logits", "topk_weights")
+                assert values[name] % (256 if on_boundary else 4) == 0, name
                 assert values[name] % 16 == 0 or name in problem.inputs, name
                 held[name] = words_at(values[name], math.prod(shape)).reshape(shape)
         program = resized(Program(inputs=kernel.inputs, kernels=(kernel,), results=()), shapes)
@@ -211,7 +219,12 @@ class FakeMachine(FakeCuda, Machine):
         return self.stream
 
     def empty(self, size, stride, dtype) -> torch.Tensor:  # type: ignore[override]
-        return torch.full(size, UNWRITTEN, dtype=torch.int32)
+        """On 256 bytes, as torch's allocator of a GPU."""
+        words = math.prod(size) * dtype.itemsize // 4 + 1
+        room = torch.full((words + 64,), UNWRITTEN, dtype=torch.int32)
+        start = -room.data_ptr() % 256 // 4
+        bytes_of = room[start : start + words].view(torch.uint8)
+        return bytes_of[: math.prod(size) * dtype.itemsize].view(dtype).view(size)
 
     def unavailable(self, device) -> None:
         return None
@@ -282,6 +295,12 @@ def exact_shapes(problem: Any, *, num_pairs: int, capacity: int, first_id: int) 
         **{f"{kind}{i}": (num_pairs,) for kind in ("keys", "pairs") for i in range(8)},
         **{kind: (num_pairs,) for kind in ("keys", "pairs")},
     }
+
+
+def exact_route_shapes(problem: RouteProblem, num_tokens: int) -> dict:
+    """As `exact_shapes`, of a router's program: words, flat."""
+    sized = problem._replace(num_tokens=num_tokens)
+    return {**router_kernel.kernel_inputs(sized), **router_kernel.outputs(sized)[0]}
 
 
 def resized(program: Program, shapes: dict) -> Program:

@@ -20,8 +20,7 @@ def unreplaced(*arguments, **options):
 def make(monkeypatch, version=vllm_file.RELEASE) -> types.ModuleType:
     """Puts the stubs into sys.modules for one test; returns `vllm._custom_ops`."""
     ops = vllm_file.custom_ops(unreplaced, unreplaced)
-    ops["moe_lora_align_block_size"] = lambda: "its own"
-    ops["fused_globalize_align_block_size"] = lambda: "its own"
+    ops["moe_sum"] = lambda: "its own"
     modules = vllm_file.stand_ins(ops, version)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -19,8 +19,12 @@ from tests.bridge.helpers import assert_format, assert_triple, ids_of
 from tests.bridge.test_vllm import vllm_expected
 from torch_bridge import vllm, vllm_patch, vllm_plugin
 
-NAMES = ("moe_align_block_size", "batched_moe_align_block_size")
-UNTOUCHED = ("moe_lora_align_block_size", "fused_globalize_align_block_size")
+NAMES = (
+    *("moe_align_block_size", "batched_moe_align_block_size"),
+    *("fused_globalize_align_block_size", "moe_lora_align_block_size"),
+    *("topk_softmax", "topk_sigmoid", "topk_hash_softplus_sqrt", "grouped_topk"),
+)
+UNTOUCHED = ("moe_sum",)
 
 
 @pytest.fixture
@@ -88,6 +92,17 @@ def test_vllms_own_signatures_are_those_that_patch_and_the_stubs_know(custom_ops
     theirs = {x.name: defaults_of(x) for x in functions if x.name in vars(custom_ops)}
     assert set(theirs) == {*NAMES, *UNTOUCHED}
     assert len([x for x in functions if x.name in theirs]) == len(theirs)  # defined once
+    # Every aligned op, and every op of the router, is ours.
+    others = {
+        "biased_topk_cpu",
+        "hash_topk_cpu",
+        "moe_align_block_size_cpu",
+        "topk_transform_512_cpu",
+    }
+    routing = {
+        x.name for x in functions if re.search(r"(^|_)topk_|_topk($|_)|align_block_size", x.name)
+    }
+    assert routing - others == set(NAMES)
     for name in NAMES:
         stub = inspect.signature(getattr(custom_ops, name)).parameters.values()
         assert [(p.name, p.default) for p in stub] == theirs[name]
@@ -224,7 +239,7 @@ def test_what_someone_else_replaced_since_is_left_alone(custom_ops):
     other = custom_ops.moe_align_block_size = lambda *_: None
     with pytest.warns(UserWarning, match=r"vllm\._custom_ops\.moe_align_block_size was replaced"):
         undo()
-    assert held(custom_ops) == [other, before[1]]
+    assert held(custom_ops) == [other, *before[1:]]
 
 
 # -- refused -------------------------------------------------------------------------------------

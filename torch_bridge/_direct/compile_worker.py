@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 OLDEST_JAXLIB, UNKNOWN_JAXLIB = (0, 11, 2), (0, 13, 0)
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _THREADS = 8  # a program has up to nine kernels, most one or two
-_MASKED_QUANT = "silu_and_mul_masked_quant"
+_MASKED_QUANT, _ROUTE = "silu_and_mul_masked_quant", "route_topk"
 
 
 class CompileError(RuntimeError):
@@ -287,6 +287,8 @@ def compare_with_numpy(
     launches = driver.Launches(machine_driver, specs, len(names))
     if problem.name == _MASKED_QUANT:
         return _compare_masked_quant(driver, machine_driver, problem, launches, names)
+    if problem.name == _ROUTE:
+        return _compare_route(driver, machine_driver, problem, launches, names)
     if problem.name == "moe_align_block_size":
         n = problem.num_pairs
         sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
@@ -348,7 +350,47 @@ def _compare_masked_quant(
         raise CompileError(f"{problem}: {wrong}")
 
 
+def _compare_route(
+    driver: Any, machine_driver: Any, problem: Any, launches: Any, names: list[str]
+) -> None:
+    """`compare_with_numpy` of the router, whose self-test stands beside its kernel."""
+    from moe_align_jax._router import selftest
+
+    tokens = selftest.num_tokens(problem)
+    given, got = selftest.arrays(problem, tokens), selftest.empty(problem, tokens)
+    values, buffers = {"num_tokens": tokens << 8}, {}
+    try:
+        for name, array in {**given, **got}.items():
+            buffers[name] = driver.Memory(machine_driver, -(-array.nbytes // 4) * 4)
+            buffers[name].fill(_UNWRITTEN)
+            if name in given:
+                buffers[name].write(array)
+            values[name] = buffers[name].address
+        launches.values[:] = [values[name] for name in names]
+        launches.enqueue(0)
+        machine_driver.synchronize()
+        wrong = selftest.mismatch(problem, given, {n: buffers[n].read(x) for n, x in got.items()})
+    finally:
+        for memory in buffers.values():
+            memory.free()
+    if wrong:
+        raise CompileError(f"{problem}: {wrong}")
+
+
 # -- the process ---------------------------------------------------------------------------------
+
+
+def _program_of(problem: Any) -> Any:
+    """The kernels of a problem whose body is in the kernel language."""
+    if problem.name == _ROUTE:
+        from moe_align_jax._router import kernel
+
+        if reason := kernel.unsupported(problem):
+            raise CompileError(reason)
+        return kernel.build(problem)
+    from moe_align_jax._align import kernels, tables
+
+    return kernels.build(problem, tables.config_for(problem))
 
 
 def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[str], dict]:
@@ -362,9 +404,7 @@ def compile_program(compiler: Compiler, problem: Any) -> tuple[list[dict], list[
             raise CompileError(str(reason)) from None
         [(ptx, launch)] = compiler([kernel])
         return [launch._asdict()], [ptx], {**kernel.inputs, **kernel.outputs}
-    from moe_align_jax._align import kernels, tables
-
-    program = kernels.build(problem, tables.config_for(problem))
+    program = _program_of(problem)
     shapes: dict[str, tuple[int, ...]] = dict(program.inputs)
     launches, texts = [], []
     for kernel, (ptx, launch) in zip(program.kernels, compiler(program.kernels), strict=True):
@@ -410,15 +450,16 @@ def _serve(request: dict) -> list[dict]:
         )
     from moe_align_jax import types
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+    from moe_align_jax._router.problem import RouteProblem
 
+    elsewhere = {kind.__name__: kind for kind in (MaskedQuantProblem, RouteProblem)}
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()
     answers = []
     with ThreadPoolExecutor(_THREADS, initializer=enter) as pool:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
-            is_quant = kind == MaskedQuantProblem.__name__
-            problem = (MaskedQuantProblem if is_quant else getattr(types, kind))(**fields)
+            problem = (elsewhere.get(kind) or getattr(types, kind))(**fields)
             try:
                 answer, cubins = _program(driver, machine_driver, compiler, pool, problem)
             except CompileError as error:

@@ -144,15 +144,21 @@ def check_sizes(function: str, spec: Spec, buffers: Mapping[str, torch.Tensor]) 
     """Raises ValueError where a buffer is too small; the count and scatter_idx must have the exact size."""
     for name, least in least_sizes(spec).items():
         got, argument = buffers[name], _ARGUMENTS.get(name, name)
-        if got.is_neg():
-            what, rule = "a tensor whose negative bit is set", "hold plain values"
-            raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
+        check_plain(function, {argument: got})
         at_least = name in ("sorted_token_ids", "expert_ids")
         if got.numel() == least or at_least and got.numel() > least:
             continue
         rule = f"have {'at least ' if at_least else ''}{least} elements"
         what = checks.describe(got)
         raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
+
+
+def check_plain(function: str, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where a buffer is a lazy negation: what is written there would be negated."""
+    for argument, buffer in buffers.items():
+        if buffer.is_neg():
+            what, rule = "a tensor whose negative bit is set", "hold plain values"
+            raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
 
 
 def check_no_overlap(

@@ -8,12 +8,16 @@ import torch
 from moe_align_jax._align import tables
 from moe_align_jax._core import checks
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from torch_bridge._specs import BatchedSpec, SglangSpec, Spec
 
 # What a program is compiled for. (A spec, of _specs.py, is what a call asks for.)
-type KernelProblem = AlignProblem | BatchedAlignProblem | MaskedQuantProblem
+type KernelProblem = AlignProblem | BatchedAlignProblem | MaskedQuantProblem | RouteProblem
 
+# Tokens of the least bucket of the router. The CTAs of tokens that are not there end at once.
+_LEAST_TOKENS = 64
+_MOST_LOGITS = 2**31 - 1
 # Rows beyond which offsets could wrap inside a kernel's loops.
 MAX_CAPACITY = 2**31 - 2**24
 # The dtypes of ids that the kernels read where they lie, and the int32 words of one id. Others are converted.
@@ -114,3 +118,11 @@ def bucket_ends(most: int, num_experts: int, block_size: int, tuning: str = "") 
     while ends[-1] < most:
         ends.append(tables.size_bucket(ends[-1] + 1, num_experts, block_size, tuning))
     return ends
+
+
+def route_bucket(problem: RouteProblem) -> RouteProblem:
+    """The problem whose program serves a router's call: that of the next power of two of tokens, sized at
+    launch."""
+    tokens = max(_LEAST_TOKENS, 1 << (problem.num_tokens - 1).bit_length())
+    most = max(_MOST_LOGITS // problem.num_experts, problem.num_tokens)
+    return problem._replace(num_tokens=min(tokens, most), sized_at_launch=True)

@@ -1,0 +1,416 @@
+"""torch_bridge.vllm's router ops: what vLLM 0.33's compiled ops gave on an H200, a plain oracle, and errors.
+
+The golden file is that of tests/router/test_vllm_golden.py.
+"""
+
+import inspect
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from moe_align_jax._router import selftest
+from moe_align_jax._router.problem import RouteProblem
+from tests.bridge.helpers import assert_format
+from tests.router import router_oracle as oracle
+from torch_bridge import _plan, vllm
+from torch_bridge._direct import problems
+
+GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "router" / "vllm_golden.npz"))
+X, BIAS, PAD = (GOLDEN[f"in.{name}"] for name in ("x", "bias", "pad"))
+TOKENS, TABLE, BIAS_VL = (GOLDEN[f"in.{name}"] for name in ("tok", "table", "bvl"))
+# vLLM gives rows with an infinity or a NaN the ids 0, 1, ... and weights of 0, or NaN weights.
+USUAL = np.isfinite(X).all(axis=1)
+TOP_K = 4
+OPS = {
+    "softmax": vllm.topk_softmax,
+    "sigmoid": vllm.topk_sigmoid,
+    "softplus": vllm.topk_hash_softplus_sqrt,
+}
+SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "softplus": "sqrtsoftplus"}
+
+
+def tensor(array):
+    return None if array is None else torch.from_numpy(np.array(array))
+
+
+def buffers(num_tokens=13, top_k=TOP_K, dtype=torch.int32):
+    shape = (num_tokens, top_k)
+    weights, order = torch.full(shape, -7.0), torch.full(shape, -7, dtype=torch.int32)
+    ids = torch.full(shape, 7, dtype=dtype)
+    return weights, ids, order
+
+
+def numbers(ids):
+    """int64, of any of the three dtypes; -1 is -1."""
+    ids = ids.view(torch.int32) if ids.dtype == torch.uint32 else ids
+    return ids.numpy().astype(np.int64)
+
+
+def check_golden(key, got, usual, *, order=True, rtol=2e-6):
+    weights, ids, turn = got
+    theirs = np.where(GOLDEN[f"{key}.i"] == 2**32 - 1, -1, GOLDEN[f"{key}.i"])
+    np.testing.assert_array_equal(numbers(ids)[usual], theirs[usual])
+    want = GOLDEN[f"{key}.w"][usual]
+    np.testing.assert_allclose(weights.numpy()[usual], want, rtol=rtol)
+    if order:
+        np.testing.assert_array_equal(turn.numpy(), GOLDEN[f"{key}.t"])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32"])
+@pytest.mark.parametrize("op", OPS)
+def test_topk_ops_give_what_vllms_gave(op, dtype):
+    for renormalize in (False, True):
+        for biased in (False, True):
+            for padded in (False, True):
+                got = buffers(dtype=getattr(torch, dtype))
+                options = {} if op == "softmax" else {"routed_scaling_factor": 2.5}
+                OPS[op](
+                    *got,
+                    tensor(X),
+                    renormalize,
+                    e_score_correction_bias=tensor(BIAS) if biased else None,
+                    is_padding=tensor(PAD) if padded else None,
+                    **options,
+                )
+                key = f"{op}-{dtype}-{renormalize}-{biased}-{padded}"
+                # The kept weights of padding are vLLM's, too.
+                check_golden(key, got, USUAL)
+
+
+@pytest.mark.parametrize("sizes", [(64, 8, 3, 6), (256, 8, 4, 8), (160, 8, 3, 6), (64, 1, 1, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_topk_gives_what_vllms_gave(sizes, dtype):
+    num_experts, groups, stay, top_k = sizes
+    x, bias = (tensor(GOLDEN[f"gin-{num_experts}-{groups}.{name}"]) for name in "xb")
+    usual = x.isfinite().all(dim=1).numpy()
+    for scoring in (0, 1):
+        for renormalize in (False, True):
+            given = [a.to(getattr(torch, dtype)) for a in (x, bias)]
+            weights, ids = vllm.grouped_topk(
+                given[0], groups, stay, top_k, renormalize, 2.5, given[1], scoring
+            )
+            assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+            key = f"grouped-{num_experts}-{groups}-{stay}-{top_k}-torch.{dtype}"
+            key += f"-{renormalize}-{scoring}"
+            check_golden(key, (weights, ids, None), usual, order=False, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids_dtype", ["int32", "int64"])
+def test_the_table_gives_what_vllms_gave(ids_dtype):
+    for tokens_dtype in ("int32", "int64"):
+        got = buffers(dtype=getattr(torch, ids_dtype))
+        tokens = tensor(TOKENS.astype(tokens_dtype))
+        table = tensor(TABLE.astype(ids_dtype))
+        vllm.topk_hash_softplus_sqrt(*got, tensor(X), True, 2.5, None, tokens, table)
+        for key in [key for key in GOLDEN if key.startswith("hash-torch") and key.endswith(".i")]:
+            # Its log(1 + exp(x)) rounds 1 + exp(x); its token_expert_indices are as they were, too.
+            check_golden(key[:-2], got, USUAL, rtol=3e-4)
+    options = {"scoring": "sqrtsoftplus", "renormalize": True, "scaling_factor": 2.5}
+    for token in np.flatnonzero(USUAL):
+        want = oracle.weights_of(X[token].tolist(), TABLE[TOKENS[token]].tolist(), options)
+        np.testing.assert_allclose(got[0][token], want, rtol=2e-6)
+    got = buffers()
+    vllm.topk_hash_softplus_sqrt(
+        *got, tensor(X), True, 2.5, None, tensor(TOKENS), tensor(TABLE), tensor(PAD)
+    )
+    check_golden("hash-pad", got, USUAL | PAD, rtol=3e-4)
+
+
+@pytest.mark.parametrize("first", [0, 10, -5])
+def test_image_tokens_take_the_other_bias(first):
+    got = buffers()
+    vllm.topk_hash_softplus_sqrt(
+        *got,
+        tensor(X),
+        True,
+        1.5,
+        tensor(BIAS),
+        tensor(TOKENS),
+        bias_vl=tensor(BIAS_VL),
+        image_sentinel_lo=first,
+    )
+    check_golden(f"vl-{first}-torch.int32", got, USUAL, rtol=1e-5)
+
+
+def test_image_tokens_are_not_looked_up_and_strange_ones_drop():
+    table = TABLE.copy()
+    table[6, 1] = 64  # no such expert
+    tokens = TOKENS.copy()
+    tokens[1:3] = 10, 20  # the first of an image; beyond the table
+    got = buffers()
+    vllm.topk_hash_softplus_sqrt(
+        *got,
+        tensor(X),
+        True,
+        2.5,
+        None,
+        tensor(tokens),
+        tensor(table),
+        bias_vl=tensor(BIAS_VL),
+        image_sentinel_lo=10,
+    )
+    ids, weights = got[1].tolist(), got[0].numpy()
+    want = oracle.route(
+        X, top_k=TOP_K, scoring="sqrtsoftplus", renormalize=True, correction_bias=BIAS_VL,
+        scaling_factor=2.5,
+    )  # fmt: skip
+    for token, number in enumerate(tokens):
+        if 10 <= number < 15:
+            assert ids[token] == want.ids[token]
+            np.testing.assert_allclose(weights[token], want.weights[token], rtol=1e-5)
+        elif number < 20 and number != 6:
+            assert ids[token] == table[number].tolist()
+    assert ids[2] == [-1] * TOP_K and not weights[2].any()
+    assert ids[0] == [48, -1, 38, 41] and weights[0, 1] == 0
+    np.testing.assert_allclose(weights[0].sum(), 2.5, rtol=1e-6)
+    assert (got[2] == -7).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("op", OPS)
+def test_topk_ops_equal_the_oracle(op, dtype):
+    """Other sizes, every kind of unusual logits, and each option."""
+    np_dtype = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    x = oracle.make_logits(33, 37, np_dtype, seed=5)
+    bias = np.random.default_rng(2).normal(size=37).astype(np.float32)
+    padding = (np.arange(33) % 5 == 3).astype(np.uint8)
+    for k, (renormalize, biased) in enumerate([(True, False), (False, True)]):
+        logits = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, dtype))
+        got = buffers(33, 5, torch.int64)
+        scale = {} if op == "softmax" else {"routed_scaling_factor": 2.5 - k}
+        given = tensor(bias) if biased else None
+        mask = tensor(padding) if op == "softplus" else None
+        OPS[op](*got, logits, renormalize, e_score_correction_bias=given, is_padding=mask, **scale)
+        oracle.assert_routed(
+            (got[0].numpy(), got[1].numpy().astype(np.int32)),
+            x,
+            top_k=5,
+            scoring=SCORINGS[op],
+            renormalize=renormalize,
+            correction_bias=bias if biased else None,
+            scaling_factor=scale.get("routed_scaling_factor", 1.0),
+            token_mask=None if mask is None else padding == 0,
+        )
+        order = np.arange(5) * 33 + np.arange(33)[:, None]
+        np.testing.assert_array_equal(got[2].numpy(), order)
+
+
+def test_layouts_and_no_tokens():
+    want, got = buffers(), buffers()
+    vllm.topk_softmax(*want, tensor(X))
+    strided = tensor(X.T.copy()).t()
+    bias = tensor(-BIAS)
+    vllm.topk_softmax(*got, strided)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    vllm.topk_softmax(*want, tensor(X), False, tensor(BIAS))
+    vllm.topk_softmax(*got, tensor(X).requires_grad_(), False, torch._neg_view(bias))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    vllm.topk_softmax(*buffers(0), torch.empty(0, 64))
+    none = vllm.grouped_topk(torch.empty(0, 64), 8, 3, 6, True, 2.5, tensor(BIAS), 1)
+    assert [tuple(x.shape) for x in none] == [(0, 6), (0, 6)]
+
+
+# -- the direct path, on a fake machine ------------------------------------------------------------
+
+
+def on_boundary(array):
+    """The same values in memory that starts on 256 bytes, as torch's allocator gives it on a GPU."""
+    given = tensor(array) if isinstance(array, np.ndarray) else array
+    room = torch.zeros(given.nbytes + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    at = room[start : start + given.nbytes].view(given.dtype).view(given.shape)
+    at.copy_(given)
+    return at
+
+
+@pytest.fixture
+def launching(fake):
+    fake.launches_directly = True
+    return fake
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("op", OPS)
+def test_direct_launch_gives_the_same(launching, op, dtype, aligned):
+    place = on_boundary if aligned else tensor
+    got = buffers(dtype=dtype)
+    if aligned:
+        got = tuple(on_boundary(x) for x in got)
+    options = {} if op == "softmax" else {"routed_scaling_factor": 2.5}
+    options |= {"e_score_correction_bias": place(BIAS)}
+    OPS[op](*got, place(X), True, is_padding=place(PAD), **options)
+    assert [name for name, _ in launching.launched] == ["route_topk"]
+    name = str(dtype).removeprefix("torch.")
+    check_golden(f"{op}-{name}-True-True-True", got, USUAL, rtol=1e-5)
+    # Other numbers of tokens take the same program.
+    few = tuple(on_boundary(x) for x in buffers(3, dtype=dtype))
+    OPS[op](*few, place(X[6:9]), True, is_padding=place(PAD[6:9]), **options)
+    assert len(launching.launched) == 2 and len(launching.compiles) == 1
+    np.testing.assert_array_equal(numbers(few[1]), numbers(got[1])[6:9])
+    np.testing.assert_array_equal(few[0].numpy(), got[0].numpy()[6:9])
+    np.testing.assert_array_equal(few[2].numpy(), np.arange(TOP_K) * 3 + np.arange(3)[:, None])
+
+
+def test_direct_launch_of_groups(launching):
+    x, bias = (on_boundary(GOLDEN[f"gin-64-8.{name}"]) for name in "xb")
+    usual = x.isfinite().all(dim=1).numpy()
+    for scoring in (0, 1):
+        weights, ids = vllm.grouped_topk(x, 8, 3, 6, True, 2.5, bias, scoring)
+        key = f"grouped-64-8-3-6-torch.float32-True-{scoring}"
+        check_golden(key, (weights, ids, None), usual, order=False, rtol=1e-5)
+    assert [name for name, _ in launching.launched] == ["route_topk"] * 2
+
+
+def test_a_capture_needs_the_program_loaded(launching):
+    launching.capturing = True
+    got = buffers()
+    with pytest.raises(RuntimeError, match="Call it once with as many tokens") as caught:
+        vllm.topk_softmax(*got, tensor(X))
+    assert_format(caught.value)
+    assert (got[0] == -7).all()
+
+
+def test_what_the_kernel_does_not_take_goes_by_jax(launching):
+    x = np.random.default_rng(0).normal(size=(3, 1200)).astype(np.float32)
+    got = buffers(3, 2)
+    with pytest.warns(UserWarning, match="takes up to 1024 experts; got 1200"):
+        vllm.topk_softmax(*got, tensor(x))
+    assert not launching.launched
+    np.testing.assert_array_equal(got[1].numpy(), np.argsort(-x, axis=1)[:, :2])
+
+
+def test_buckets():
+    plain = RouteProblem(1, 256, 8)
+    ends = [
+        problems.route_bucket(plain._replace(num_tokens=n)).num_tokens for n in (1, 64, 65, 513)
+    ]
+    assert ends == [64, 64, 128, 1024]
+    large = problems.route_bucket(plain._replace(num_tokens=5_000_000))
+    assert large.num_tokens == (2**31 - 1) // 256 and large.sized_at_launch
+
+
+# -- the self-test ---------------------------------------------------------------------------------
+
+SELFTESTED = [
+    RouteProblem(64, 64, 6, with_order=True, renormalize=True),
+    RouteProblem(64, 40, 3, "bfloat16", "sigmoid", bias_rows=1, has_padding=True, id_words=2),
+    RouteProblem(
+        64, 64, 4, "float16", "sqrtsoftplus", renormalize=True, num_groups=8, topk_groups=3,
+        bias_rows=1, has_padding=True, keeps_weights=True, scaling_factor=2.5,
+    ),
+    RouteProblem(64, 16, 2, "bfloat16", "none", bias_rows=1, renormalize=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", SELFTESTED)
+def test_selftest_takes_the_kernels_results_and_no_others(fake, problem):
+    from torch_bridge._direct import compile_worker, driver
+
+    problem = problem._replace(sized_at_launch=True)
+    launches, cubins, shapes = fake.compiled(problem)
+    compile_worker.compare_with_numpy(driver, fake.driver, problem, launches, cubins, shapes)
+    tokens = selftest.num_tokens(problem)
+    given, got = selftest.arrays(problem, tokens), selftest.empty(problem, tokens)
+    for array in got.values():
+        array[...] = 0
+    assert selftest.mismatch(problem, given, got)
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "changed"),
+    [
+        (TypeError, "gating_output", {"gating_output": torch.zeros(13, 64, dtype=torch.int32)}),
+        (ValueError, "gating_output", {"gating_output": torch.zeros(64)}),
+        (TypeError, "topk_weights", {"topk_weights": torch.zeros(13, 4, dtype=torch.bfloat16)}),
+        (ValueError, "topk_weights", {"topk_weights": torch.zeros(12, 4)}),
+        (TypeError, "topk_ids", {"topk_ids": torch.zeros(13, 4, dtype=torch.int16)}),
+        (ValueError, "topk_ids", {"topk_ids": torch.zeros(13, 5, dtype=torch.int32)}),
+        (ValueError, "topk_ids", {"topk_ids": torch.zeros(4, 13, dtype=torch.int32).t()}),
+        (TypeError, "token_expert_indices", {"token_expert_indices": torch.zeros(13, 4)}),
+        (TypeError, "renormalize", {"renormalize": 1}),
+        (TypeError, "e_score_correction_bias", {"e_score_correction_bias": [0.0] * 64}),
+        (ValueError, "e_score_correction_bias", {"e_score_correction_bias": torch.zeros(63)}),
+        (TypeError, "is_padding", {"is_padding": torch.zeros(13)}),
+        (ValueError, "is_padding", {"is_padding": torch.zeros(12, dtype=torch.bool)}),
+        (TypeError, "routed_scaling_factor", {"routed_scaling_factor": "2"}),
+        (ValueError, "routed_scaling_factor", {"routed_scaling_factor": float("inf")}),
+    ],
+)
+def test_bad_arguments_are_refused_and_nothing_is_written(kind, argument, changed):
+    weights, ids, order = buffers()
+    named = {"topk_weights": weights, "topk_ids": ids, "token_expert_indices": order}
+    with pytest.raises(kind, match=f"^topk_sigmoid: {argument} must") as caught:
+        vllm.topk_sigmoid(**{**named, "gating_output": tensor(X), **changed})
+    assert_format(caught.value)
+    assert (weights == -7).all() and (ids == 7).all() and (order == -7).all()
+
+
+def test_overlap_and_missing_tokens_are_refused():
+    weights, ids, order = buffers()
+    with pytest.raises(ValueError, match="token_expert_indices must not overlap topk_ids"):
+        vllm.topk_softmax(weights, ids, ids, tensor(X))
+    x = torch.zeros(13, 4)
+    with pytest.raises(ValueError, match="topk_weights must not overlap gating_output"):
+        vllm.topk_softmax(x, ids, order, x)
+    for given in ({"hash_indices_table": tensor(TABLE)}, {"bias_vl": tensor(BIAS_VL)}):
+        with pytest.raises(ValueError, match=f"input_tokens must come with {next(iter(given))}"):
+            vllm.topk_hash_softplus_sqrt(
+                weights, ids, order, tensor(X), image_sentinel_lo=1, **given
+            )
+    with pytest.raises(ValueError, match=r"hash_indices_table must have shape \[vocabulary, 4\]"):
+        table = tensor(TABLE[:, :3])
+        vllm.topk_hash_softplus_sqrt(
+            weights, ids, order, tensor(X), input_tokens=tensor(TOKENS), hash_indices_table=table
+        )
+    assert (weights == -7).all()
+
+
+@pytest.mark.parametrize(
+    ("argument", "changed"),
+    [
+        ("num_expert_group", {"num_expert_group": 7}),
+        ("topk_group", {"topk_group": 9}),
+        ("topk", {"topk": 25}),
+        ("scoring_func", {"scoring_func": 2}),
+        ("bias", {"bias": torch.zeros(8)}),
+    ],
+)
+def test_grouped_topk_refuses(argument, changed):
+    named = {"num_expert_group": 8, "topk_group": 3, "topk": 6, "bias": tensor(BIAS)}
+    named |= {"renormalize": True, "routed_scaling_factor": 1.0, **changed}
+    with pytest.raises(ValueError, match=f"^grouped_topk: {argument} must") as caught:
+        vllm.grouped_topk(tensor(X), **named)
+    assert_format(caught.value)
+
+
+def test_signatures_are_vllms():
+    """As vllm 0.33's `_custom_ops.py` has them; test_vllm_patch.py reads the file where it is there."""
+    assert str(inspect.signature(vllm.topk_sigmoid)).count("routed_scaling_factor: float = 1.0")
+    names = list(inspect.signature(vllm.topk_softmax).parameters)
+    assert names[3:] == ["gating_output", "renormalize", "e_score_correction_bias", "is_padding"]
+
+
+def test_under_torch_compile(fresh_dynamo):
+    def layer(x, weights, ids, order):
+        vllm.topk_softmax(weights, ids, order, x * 1.0, True)
+        return weights * 2
+
+    want, got = buffers(), buffers()
+    vllm.topk_softmax(*want, tensor(X), True)
+    twice = torch.compile(layer, backend="aot_eager", fullgraph=True)(tensor(X), *got)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(twice, want[0] * 2)
+
+
+def test_the_emulator_through_the_bridge():
+    with _plan.force_implementation("emulator"):
+        got = buffers(dtype=torch.int64)
+        vllm.topk_softmax(*got, tensor(X), False, tensor(BIAS), tensor(PAD))
+    check_golden("softmax-int64-False-True-True", got, USUAL, rtol=1e-5)

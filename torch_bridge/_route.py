@@ -1,0 +1,252 @@
+"""Runs a router's call on torch tensors: one launch on a GPU, jax over DLPack elsewhere.
+
+`route` is what vLLM's ops (`_vllm_router.py`) share. Torch's tracers see an operator that mutates the
+results, and its twin over DLPack, as in `_ops.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moe_align_jax._router.problem import RouteProblem
+from torch_bridge import _ops, _plan, dlpack
+from torch_bridge._direct import inplace, problems, store
+from torch_bridge._direct.program import LoadedProgram
+from torch_bridge._dlpack_path import run as dlpack_call
+
+# Kernels take their pointers for 256-byte aligned.
+_ALIGNMENT = 256
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# What vLLM's ops call the operands, where it is not our name.
+_ARGUMENTS = {"logits": "gating_output", "correction_bias": "e_score_correction_bias"}
+_OPERATOR = "route_into"
+_SCHEMA = (
+    "(Tensor logits, Tensor? correction_bias, Tensor? is_padding, Tensor(a!) topk_weights, "
+    "Tensor(b!) topk_ids, Tensor(c!)? token_expert_indices, str scoring, bool renormalize, "
+    "float scaling_factor, int num_groups, int topk_groups, bool keeps_weights) -> ()"
+)
+
+
+def route(
+    function: str,
+    operands: Mapping[str, torch.Tensor],
+    results: Mapping[str, torch.Tensor],
+    *,
+    scoring: str,
+    renormalize: bool,
+    scaling_factor: float = 1.0,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    keeps_weights: bool = False,
+) -> None:
+    """Writes the results of a router. All arguments have passed their op's checks, but for what needs data.
+
+    Args:
+        function: the name that errors begin with.
+        operands: `logits` `[T, E]` of a dtype of DTYPES and, as given, `correction_bias` `[E]` of one of them
+            and `is_padding` `[T]` of one byte each.
+        results: `topk_weights` `[T, K]` float32, `topk_ids` `[T, K]` of 4 or 8 bytes each and, if wanted,
+            `token_expert_indices` `[T, K]` int32. Contiguous.
+        scoring, renormalize, scaling_factor, num_groups, topk_groups, keeps_weights: as in `RouteProblem`.
+    """
+    options = (scoring, renormalize, scaling_factor, num_groups, topk_groups, keeps_weights)
+    given, out = dict(operands), dict(results)
+    if _ops.launches_at_once(given, tuple(out.values())):
+        _run(function, "auto", given, out, *options)
+        return
+    bias, is_padding = (given.get(name) for name in ("correction_bias", "is_padding"))
+    op = _ops.chosen(_OPERATOR, given["logits"].device)
+    three = (out["topk_weights"], out["topk_ids"], out.get("token_expert_indices"))
+    op(given["logits"], bias, is_padding, *three, *options)
+
+
+def _run(
+    function: str,
+    path: str,
+    operands: dict[str, torch.Tensor],
+    results: dict[str, torch.Tensor],
+    *options: Any,
+) -> None:
+    named = {_ARGUMENTS.get(name, name): tensor for name, tensor in operands.items()}
+    for name, tensor in {**named, **results}.items():
+        dlpack.check_tensor(function, name, tensor)
+    inplace.check_plain(function, results)
+    inplace.check_no_overlap(function, results, named)
+    problem = _problem(operands, results, *options)
+    if not problem.num_tokens:
+        return
+    operands = {name: x.detach().resolve_neg() for name, x in operands.items()}
+    program = _program(function, problem, operands["logits"]) if path == "auto" else None
+    if program is None:
+        _by_jax(function, problem, operands, results)
+    else:
+        _launch(program, problem, operands, results)
+
+
+def _operator(
+    path,
+    logits,
+    correction_bias,
+    is_padding,
+    topk_weights,
+    topk_ids,
+    token_expert_indices,
+    *options,
+) -> None:
+    operands = {"logits": logits, "correction_bias": correction_bias, "is_padding": is_padding}
+    results = {
+        "topk_weights": topk_weights,
+        "topk_ids": topk_ids,
+        "token_expert_indices": token_expert_indices,
+    }
+    given = {name: x for name, x in operands.items() if x is not None}
+    _run(_OPERATOR, path, given, {n: x for n, x in results.items() if x is not None}, *options)
+
+
+def _problem(
+    operands: Mapping[str, torch.Tensor],
+    results: Mapping[str, torch.Tensor],
+    scoring: str,
+    renormalize: bool,
+    scaling_factor: float,
+    num_groups: int,
+    topk_groups: int,
+    keeps_weights: bool,
+) -> RouteProblem:
+    logits, ids = operands["logits"], results["topk_ids"]
+    has_padding = "is_padding" in operands
+    return RouteProblem(
+        *logits.shape,
+        ids.shape[1],
+        DTYPES[logits.dtype],
+        scoring,
+        renormalize=renormalize,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        scaling_factor=float(scaling_factor),
+        bias_rows=int("correction_bias" in operands),
+        has_padding=has_padding,
+        keeps_weights=has_padding and keeps_weights,
+        id_words=ids.element_size() // 4,
+        with_order="token_expert_indices" in results,
+    )
+
+
+# -- the direct launch -----------------------------------------------------------------------------
+
+
+def _program(function: str, problem: RouteProblem, logits: torch.Tensor) -> LoadedProgram | None:
+    """The kernel, ready to launch on these tensors; None where that is not possible, and jax computes."""
+    from moe_align_jax._router import kernel
+
+    programs, index = store.here, logits.get_device()
+    if _plan.forced_implementation() or programs.machine.unavailable(logits.device):
+        return None
+    bucket = problems.route_bucket(problem)
+    if programs.failure(index, bucket):
+        return None
+    if reason := kernel.unsupported(bucket):
+        programs.warn_once(reason)
+        return None
+    remedy = "Call it once with as many tokens and these options before the capture."
+    try:
+        return programs.program_for(function, index, bucket, remedy)
+    except store.Unavailable as reason:
+        programs.warn_once(str(reason))
+        return None
+
+
+def _launch(
+    program: LoadedProgram,
+    problem: RouteProblem,
+    operands: dict[str, torch.Tensor],
+    results: dict[str, torch.Tensor],
+) -> None:
+    """One launch on torch's current stream. What does not lie as the kernel reads it is copied."""
+    machine = store.here.machine
+    with machine.on_device(operands["logits"].get_device()):
+        given = {name: x.contiguous() for name, x in operands.items()}
+        if "correction_bias" in given:
+            given["correction_bias"] = given["correction_bias"].to(torch.float32)
+        given = {
+            name: _beside(x).copy_(x) if x.data_ptr() % _ALIGNMENT else x
+            for name, x in given.items()
+        }
+        targets = {
+            name: _beside(x) if x.data_ptr() % _ALIGNMENT else x for name, x in results.items()
+        }
+        pointers = {name: x.data_ptr() for name, x in {**given, **targets}.items()}
+        pointers["num_tokens"] = problem.num_tokens << 8
+        bucket = problems.route_bucket(problem)
+        program.launch(*[pointers[name] for name in (*bucket.inputs, *bucket.outputs)])
+        for name, target in targets.items():
+            if target is not results[name]:
+                results[name].copy_(target)
+
+
+def _beside(tensor: torch.Tensor) -> torch.Tensor:
+    """Another one of its shape and dtype, which torch's allocator puts on the boundary."""
+    return store.here.machine.empty(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+# -- over DLPack -----------------------------------------------------------------------------------
+
+
+def _by_jax(
+    function: str,
+    problem: RouteProblem,
+    operands: dict[str, torch.Tensor],
+    results: dict[str, torch.Tensor],
+) -> None:
+    """jax chooses and weighs; torch writes what vLLM's ops write besides."""
+    device = operands["logits"].device
+    dlpack.check_not_capturing(function, device)
+    platform = dlpack.jax_platform(function, device)
+    from torch_bridge._dlpack_path import route as jax_route
+
+    plain = problem._replace(has_padding=False, keeps_weights=False, id_words=1, with_order=False)
+    forced = _plan.forced_implementation()
+    implementation = jax_route.implementation_for(function, plain, platform, forced)
+    boundary = dlpack.alignment(device.type, implementation)
+    with dlpack.on_device(device):
+        shared = {
+            name: dlpack.share(dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x)
+            for name, x in operands.items()
+            if name != "is_padding"
+        }
+        arrays = jax_route.run(
+            shared["logits"],
+            shared.get("correction_bias"),
+            problem=plain,
+            implementation=implementation,
+        )
+        views = [dlpack.to_torch(x) for x in arrays]
+        weights, ids = views
+        if problem.has_padding:
+            is_padding = operands["is_padding"].bool()[:, None]
+            ids = ids.masked_fill(is_padding, -1)
+            if not problem.keeps_weights:
+                weights = weights.masked_fill(is_padding, 0)
+        results["topk_weights"].copy_(weights)
+        signed(results["topk_ids"]).copy_(ids)
+        if problem.with_order:
+            write_order(results["token_expert_indices"])
+        if device.type == "cuda":
+            dlpack_call.kept_memory.keep_until_read(views)
+
+
+def signed(ids: torch.Tensor) -> torch.Tensor:
+    """The same memory as signed integers: torch has few operations on unsigned ones."""
+    return ids.view(torch.int32 if ids.element_size() == 4 else torch.int64)
+
+
+def write_order(order: torch.Tensor) -> None:
+    """`[T, K]`: k * T + t."""
+    num_tokens, top_k = order.shape
+    turn = torch.arange(num_tokens * top_k, dtype=torch.int32, device=order.device)
+    order.copy_(turn.view(top_k, num_tokens).t())
+
+
+_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
+_ops.register(_library, _OPERATOR, _SCHEMA, _ops.both(_operator), lambda *arguments: None)
