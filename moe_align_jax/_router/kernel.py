@@ -206,9 +206,9 @@ class Router:
                 logit, expert = logit & ~_HALF, _HALF - (value & _HALF)
         weight = self._weigh(logits, logit, greatest, total)
         for real in loaded.real:
-            expert = t.select(real, expert, -1)
             if not problem.keeps_weights:
                 weight = t.select(real, weight, 0)
+            expert = t.select(real, expert, -1)
         return weight, expert
 
     def _greatest(self, keys: list[Int]) -> Int:

@@ -54,19 +54,22 @@ def assert_aligned(ids, rows, blocks, count, block_size, num_experts):
 
 @pytest.fixture
 def path(request):
-    """Which of the two ways the alignment in the middle takes; by jax a few cases, each of which compiles."""
-    if request.param == "direct":
+    """The device: on a CPU the alignment in the middle is launched on a fake GPU, or runs by jax."""
+    if request.param == "gpu":
+        yield "cuda"
+    elif request.param == "direct":
         fake = request.getfixturevalue("fake")
         fake.launches_directly = True
-        yield fake
+        yield "cpu"
         assert fake.launched
     else:
-        yield None
+        yield "cpu"
 
 
 def on_paths(keys):
-    """(key, path) of every golden case on a fake GPU, and of two by jax."""
+    """(key, path) of every golden case on a GPU, real and fake, and of two by jax, each of which compiles."""
     cases = [(key, "direct") for key in keys] + [(key, "jax") for key in keys[1::6][:2]]
+    cases += [pytest.param(key, "gpu", marks=pytest.mark.gpu) for key in keys]
     return pytest.mark.parametrize(("key", "path"), cases, indirect=["path"])
 
 
@@ -74,17 +77,20 @@ def on_paths(keys):
 def test_globalize_gives_what_vllms_gave(key, path):
     numbers = re.fullmatch(r"glob-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)-(True|False)", key)
     tokens, top_k, local, first, everyone, block_size, received = map(int, numbers.groups()[:7])
-    idx = tensor(GOLDEN[f"{key}.inp"])
-    rows, blocks, count = (unwritten(*GOLDEN[f"{key}.{name}"].shape) for name in ("so", "ex", "nu"))
-    scatter = unwritten(tokens * top_k, 1) if f"{key}.s" in GOLDEN else None
-    psum = torch.tensor([0, received // 2, received], dtype=torch.int32)
+    shapes = [GOLDEN[f"{key}.{name}"].shape for name in ("so", "ex", "nu")]
+    if f"{key}.s" in GOLDEN:
+        shapes.append((tokens * top_k, 1))
+    out = [unwritten(*shape).to(path) for shape in shapes]
+    idx = tensor(GOLDEN[f"{key}.inp"]).to(path)
+    psum = torch.tensor([0, received // 2, received], dtype=torch.int32, device=path)
     sizes = (first, everyone, local, block_size)
-    vllm.fused_globalize_align_block_size(idx, psum, *sizes, rows, blocks, count, scatter)
+    vllm.fused_globalize_align_block_size(idx, psum, *sizes, *out)
+    idx, (rows, blocks, count, *scatter) = idx.cpu(), [x.cpu() for x in out]
     np.testing.assert_array_equal(idx.numpy(), GOLDEN[f"{key}.i"])
     theirs = [GOLDEN[f"{key}.{name}"] for name in ("so", "ex", "nu")]
     assert_same_rows(rows.numpy(), blocks.numpy(), count.numpy(), theirs, block_size)
-    if scatter is not None:
-        np.testing.assert_array_equal(scatter.numpy(), GOLDEN[f"{key}.s"])
+    for got in scatter:
+        np.testing.assert_array_equal(got.numpy(), GOLDEN[f"{key}.s"])
     ids = [
         int(i) if 0 <= i < local and i + first < everyone and pair // top_k < received else -1
         for pair, i in enumerate(GOLDEN[f"{key}.inp"].ravel())
@@ -115,23 +121,22 @@ def test_lora_gives_what_vllms_gave(key, path):
     )
     _, top_k, experts, block_size, loras = map(int, numbers.groups()[:5])
     given = {name: GOLDEN[f"{key}.{name}"] for name in ("ids", "m", "so", "ex", "nu", "en", "lid")}
-    rows, blocks, count = (unwritten(*given[name].shape) for name in ("so", "ex", "nu"))
+    out = [unwritten(*given[name].shape).to(path) for name in ("so", "ex", "nu")]
     local = GOLDEN.get(f"{key}.em")
     vllm.moe_lora_align_block_size(
-        tensor(given["ids"]),
-        tensor(given["m"]),
+        tensor(given["ids"]).to(path),
+        tensor(given["m"]).to(path),
         experts,
         block_size,
         loras,
         given["so"].shape[1],
         given["ex"].shape[1],
-        rows,
-        blocks,
-        count,
-        tensor(given["en"]),
-        tensor(given["lid"]),
-        None if local is None else tensor(local),
+        *out,
+        tensor(given["en"]).to(path),
+        tensor(given["lid"]).to(path),
+        None if local is None else tensor(local).to(path),
     )
+    rows, blocks, count = (x.cpu() for x in out)
     for adapter in range(loras):
         mine = rows[adapter].numpy(), blocks[adapter].numpy(), count[adapter : adapter + 1].numpy()
         theirs = [given[name][adapter] for name in ("so", "ex")] + [given["nu"][adapter][None]]

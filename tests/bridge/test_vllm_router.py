@@ -4,6 +4,7 @@ The golden file is that of tests/router/test_vllm_golden.py.
 """
 
 import inspect
+import itertools
 import pathlib
 
 import ml_dtypes
@@ -49,8 +50,18 @@ def numbers(ids):
     return ids.numpy().astype(np.int64)
 
 
+def on(device, *tensors):
+    """They, on a device."""
+    return [x if x is None else x.to(device) for x in tensors]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
 def check_golden(key, got, usual, *, order=True, rtol=2e-6):
-    weights, ids, turn = got
+    weights, ids, turn = on("cpu", *got)
     theirs = np.where(GOLDEN[f"{key}.i"] == 2**32 - 1, -1, GOLDEN[f"{key}.i"])
     np.testing.assert_array_equal(numbers(ids)[usual], theirs[usual])
     want = GOLDEN[f"{key}.w"][usual]
@@ -61,76 +72,68 @@ def check_golden(key, got, usual, *, order=True, rtol=2e-6):
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32"])
 @pytest.mark.parametrize("op", OPS)
-def test_topk_ops_give_what_vllms_gave(op, dtype):
-    for renormalize in (False, True):
-        for biased in (False, True):
-            for padded in (False, True):
-                got = buffers(dtype=getattr(torch, dtype))
-                options = {} if op == "softmax" else {"routed_scaling_factor": 2.5}
-                OPS[op](
-                    *got,
-                    tensor(X),
-                    renormalize,
-                    e_score_correction_bias=tensor(BIAS) if biased else None,
-                    is_padding=tensor(PAD) if padded else None,
-                    **options,
-                )
-                key = f"{op}-{dtype}-{renormalize}-{biased}-{padded}"
-                # The kept weights of padding are vLLM's, too.
-                check_golden(key, got, USUAL)
+def test_topk_ops_give_what_vllms_gave(op, dtype, device):
+    every = list(itertools.product((False, True), repeat=3))
+    # Each costs a compile on a GPU.
+    for renormalize, biased, padded in every if device == "cpu" else every[1:6:2]:
+        got = on(device, *buffers(dtype=getattr(torch, dtype)))
+        options = {} if op == "softmax" else {"routed_scaling_factor": 2.5}
+        OPS[op](
+            *got,
+            tensor(X).to(device),
+            renormalize,
+            e_score_correction_bias=tensor(BIAS).to(device) if biased else None,
+            is_padding=tensor(PAD).to(device) if padded else None,
+            **options,
+        )
+        key = f"{op}-{dtype}-{renormalize}-{biased}-{padded}"
+        # The kept weights of padding are vLLM's, too.
+        check_golden(key, got, USUAL, rtol=2e-6 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(64, 8, 3, 6), (256, 8, 4, 8), (160, 8, 3, 6), (64, 1, 1, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_grouped_topk_gives_what_vllms_gave(sizes, dtype):
+def test_grouped_topk_gives_what_vllms_gave(sizes, dtype, device):
     num_experts, groups, stay, top_k = sizes
     x, bias = (tensor(GOLDEN[f"gin-{num_experts}-{groups}.{name}"]) for name in "xb")
     usual = x.isfinite().all(dim=1).numpy()
-    for scoring in (0, 1):
-        for renormalize in (False, True):
-            given = [a.to(getattr(torch, dtype)) for a in (x, bias)]
-            weights, ids = vllm.grouped_topk(
-                given[0], groups, stay, top_k, renormalize, 2.5, given[1], scoring
-            )
-            assert weights.dtype == torch.float32 and ids.dtype == torch.int32
-            key = f"grouped-{num_experts}-{groups}-{stay}-{top_k}-torch.{dtype}"
-            key += f"-{renormalize}-{scoring}"
-            check_golden(key, (weights, ids, None), usual, order=False, rtol=1e-5)
+    every = [(0, False), (1, True), (0, True), (1, False)]
+    for scoring, renormalize in every if device == "cpu" else every[:2]:
+        given = [a.to(device, getattr(torch, dtype)) for a in (x, bias)]
+        weights, ids = vllm.grouped_topk(
+            given[0], groups, stay, top_k, renormalize, 2.5, given[1], scoring
+        )
+        assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+        key = f"grouped-{num_experts}-{groups}-{stay}-{top_k}-torch.{dtype}"
+        got, key = (weights, ids, None), f"{key}-{renormalize}-{scoring}"
+        check_golden(key, got, usual, order=False, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ids_dtype", ["int32", "int64"])
-def test_the_table_gives_what_vllms_gave(ids_dtype):
+def test_the_table_gives_what_vllms_gave(ids_dtype, device):
     for tokens_dtype in ("int32", "int64"):
-        got = buffers(dtype=getattr(torch, ids_dtype))
+        got = on(device, *buffers(dtype=getattr(torch, ids_dtype)))
         tokens = tensor(TOKENS.astype(tokens_dtype))
-        table = tensor(TABLE.astype(ids_dtype))
-        vllm.topk_hash_softplus_sqrt(*got, tensor(X), True, 2.5, None, tokens, table)
+        x, tokens, table = on(device, tensor(X), tokens, tensor(TABLE.astype(ids_dtype)))
+        vllm.topk_hash_softplus_sqrt(*got, x, True, 2.5, None, tokens, table)
         for key in [key for key in GOLDEN if key.startswith("hash-torch") and key.endswith(".i")]:
             # Its log(1 + exp(x)) rounds 1 + exp(x); its token_expert_indices are as they were, too.
             check_golden(key[:-2], got, USUAL, rtol=3e-4)
     options = {"scoring": "sqrtsoftplus", "renormalize": True, "scaling_factor": 2.5}
     for token in np.flatnonzero(USUAL):
         want = oracle.weights_of(X[token].tolist(), TABLE[TOKENS[token]].tolist(), options)
-        np.testing.assert_allclose(got[0][token], want, rtol=2e-6)
-    got = buffers()
-    vllm.topk_hash_softplus_sqrt(
-        *got, tensor(X), True, 2.5, None, tensor(TOKENS), tensor(TABLE), tensor(PAD)
-    )
+        np.testing.assert_allclose(got[0][token].cpu(), want, rtol=2e-6)
+    got, padding = on(device, *buffers()), tensor(PAD).to(device)
+    vllm.topk_hash_softplus_sqrt(*got, x, True, 2.5, None, tokens, table, padding)
     check_golden("hash-pad", got, USUAL | PAD, rtol=3e-4)
 
 
 @pytest.mark.parametrize("first", [0, 10, -5])
-def test_image_tokens_take_the_other_bias(first):
-    got = buffers()
+def test_image_tokens_take_the_other_bias(first, device):
+    got = on(device, *buffers())
+    x, bias, tokens, bias_vl = on(device, *map(tensor, (X, BIAS, TOKENS, BIAS_VL)))
     vllm.topk_hash_softplus_sqrt(
-        *got,
-        tensor(X),
-        True,
-        1.5,
-        tensor(BIAS),
-        tensor(TOKENS),
-        bias_vl=tensor(BIAS_VL),
-        image_sentinel_lo=first,
+        *got, x, True, 1.5, bias, tokens, bias_vl=bias_vl, image_sentinel_lo=first
     )
     check_golden(f"vl-{first}-torch.int32", got, USUAL, rtol=1e-5)
 

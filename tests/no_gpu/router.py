@@ -48,6 +48,23 @@ def problems() -> list:
     ]
 
 
+def sized_problems() -> list:
+    """Programs of torch_bridge: the launch gives the tokens, and all that vLLM's ops write is written."""
+    from moe_align_jax._router.problem import RouteProblem as Problem
+
+    sized = {"sized_at_launch": True, "has_padding": True, "with_order": True}
+    deepseek = {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "bias_rows": 1}
+    return [
+        Problem(64, 256, 8, renormalize=True, keeps_weights=True, **sized),
+        Problem(8192, 256, 8, "bfloat16", id_words=2, **sized),
+        Problem(512, 60, 4, "float16", "sigmoid", bias_rows=1, id_words=2, **sized),
+        Problem(64, 384, 6, scoring="sqrtsoftplus", bias_rows=1, renormalize=True, **sized),
+        Problem(64, 256, 8, renormalize=True, scaling_factor=2.5, sized_at_launch=True, **deepseek),
+        Problem(128, 160, 6, "bfloat16", "none", num_groups=8, topk_groups=3, bias_rows=1,
+                sized_at_launch=True),
+    ]  # fmt: skip
+
+
 def aligned_problems() -> Iterator[tuple[Any, Any]]:
     """Routers with the alignment in the same launch: each form and cluster, every option."""
     from moe_align_jax._core import checks
@@ -103,6 +120,12 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
         per_load = 4 if problem.dtype == "float32" else 8
         whole = problem.num_experts % (32 * per_load) == 0
         yield what, _Direct(one.name, one.mailbox, *shapes, call, structs), pdl, 16 if whole else 4
+    for problem in sized_problems():  # as compile_worker.py compiles them: operands are int32 words
+        [one] = kernel.build(problem).kernels
+        per_load = 4 if problem.dtype == "float32" else 8
+        grouped = problem.num_groups if problem.limits_groups else 1
+        whole = problem.num_experts % (32 * per_load) == 0 and 32 % grouped == 0
+        yield f"{problem}", one, True, 16 if whole else 4
 
 
 def faults(kernel, pdl: bool, width: int, text: str, launch, used: ptx.Usage) -> Iterator[str]:
