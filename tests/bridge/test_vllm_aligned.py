@@ -246,3 +246,25 @@ def test_globalize_refuses_overlap():
             idx, torch.tensor([2]), 0, 2, 2, 2, shared[6:], unwritten(3), unwritten(1)
         )
     assert not shared.any()
+
+
+def test_under_torch_compile(fresh_dynamo):
+    def globalize(idx, psum, *out):
+        vllm.fused_globalize_align_block_size(idx, psum, 4, 8, 4, 2, *out)
+        return idx + 1
+
+    def align(named):
+        vllm.moe_lora_align_block_size(**named)
+        return named["experts_ids"] + 1
+
+    start = torch.tensor([[3, 0], [-1, 2], [1, 4]])
+    results = []
+    for one in (globalize, torch.compile(globalize, backend="aot_eager", fullgraph=True)):
+        idx, out = start.clone(), [unwritten(n) for n in (10, 5, 1)]
+        results.append([one(idx, torch.tensor([2]), *out), idx, *out])
+    for one in (align, torch.compile(align, backend="aot_eager", fullgraph=True)):
+        named = lora_arguments()
+        results.append([one(named), *named.values()])
+    for want, got in (results[:2], results[2:]):
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))

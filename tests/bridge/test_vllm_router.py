@@ -401,15 +401,24 @@ def test_signatures_are_vllms():
 
 
 def test_under_torch_compile(fresh_dynamo):
-    def layer(x, weights, ids, order):
-        vllm.topk_softmax(weights, ids, order, x * 1.0, True)
-        return weights * 2
+    """With sizes that change: vLLM compiles its grouped router so."""
 
-    want, got = buffers(), buffers()
-    vllm.topk_softmax(*want, tensor(X), True)
-    twice = torch.compile(layer, backend="aot_eager", fullgraph=True)(tensor(X), *got)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert torch.equal(twice, want[0] * 2)
+    def layer(x, weights, ids, order, tokens, table):
+        vllm.topk_softmax(weights, ids, order, x * 1.0, True)
+        grouped = vllm.grouped_topk(x.sigmoid(), 8, 3, 6, True, 2.5, bias, 0)
+        by_table = [torch.empty_like(y) for y in (weights, ids, order)]
+        vllm.topk_hash_softplus_sqrt(*by_table, x, True, 1.5, None, tokens, table)
+        return weights * 2, *grouped, *by_table[:2]
+
+    bias = tensor(BIAS)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (13, 7):
+        x, tokens = tensor(X[:size]), tensor(TOKENS[:size])
+        want, got = buffers(size), buffers(size)
+        results = layer(x, *want, tokens, tensor(TABLE))
+        compiled_results = compiled(x, *got, tokens, tensor(TABLE))
+        for mine, theirs in zip((*got, *compiled_results), (*want, *results), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_the_emulator_through_the_bridge():
