@@ -1,10 +1,10 @@
 """The router, and the router with the alignment, beside SGLang's Triton router and vLLM's compiled ops.
 
 python -m benchmarks.fetch vllm sglang_router
-python -m benchmarks.router --sglang-router .peers/sgl_router.py --vllm .peers/vllm_moe.so --out router.jsonl
+python -m benchmarks.router --torch --sglang-router .peers/sgl_router.py --vllm .peers/vllm_moe.so --out router.jsonl
 
 Every provider runs over the same logits: ours as calls inside one jit (device span; XLA puts them into a CUDA
-graph), the peers' in one CUDA graph. Before a time is taken, ids are compared with NumPy's, which must be the
+graph), with --torch also by torch_bridge, and the peers', in one CUDA graph. Before a time is taken, ids are compared with NumPy's, which must be the
 same wherever the scores differ by more than rounding, and weights to 1e-5.
 """
 
@@ -216,6 +216,29 @@ def _vllm_call(path: str, size: Size, x: Any, bias: Any) -> Callable[[], tuple[A
     return call
 
 
+def _bridge_call(path: str, size: Size, x: Any, bias: Any) -> Callable[[], tuple[Any, Any]]:
+    """torch_bridge's drop-in for the op of `_vllm_call`."""
+    import torch
+
+    from torch_bridge import vllm
+
+    del path
+    if size.kind == "grouped":
+        return lambda: vllm.grouped_topk(x, 8, 4, size.top_k, True, 2.5, bias, 1)
+    shape = (size.tokens, size.top_k)
+    weights = torch.empty(shape, device=x.device)
+    ids, indices = (torch.empty(shape, dtype=torch.int32, device=x.device) for _ in range(2))
+
+    def call():
+        if size.biased:
+            vllm.topk_sigmoid(weights, ids, indices, x, True, bias, 2.5)
+        else:
+            vllm.topk_softmax(weights, ids, indices, x, True)
+        return weights, ids
+
+    return call
+
+
 def measure_torch(inputs: Inputs, make: Callable, path: str, replays: int) -> tuple[str, Any]:
     from torch_bridge import to_torch
 
@@ -242,6 +265,7 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     for name, path, make in (
         ("sglang", options.sglang_router, _sglang_call),
         ("vllm", options.vllm, _vllm_call),
+        ("torch_bridge", options.torch, _bridge_call),
     ):
         if path and not size.block_size:
             tasks[name] = functools.partial(measure_torch, inputs, make, path, options.replays)
@@ -277,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sglang-router", help="SGLang's file, as benchmarks.fetch leaves it")
     parser.add_argument("--vllm", help="vLLM's library, as benchmarks.fetch leaves it")
+    parser.add_argument("--torch", action="store_true", help="ours by torch_bridge.vllm, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument(
         "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"

@@ -149,7 +149,7 @@ def _program(function: str, problem: RouteProblem, logits: torch.Tensor) -> Load
     if reason := kernel.unsupported(bucket):
         programs.warn_once(reason)
         return None
-    remedy = "Call it once with as many tokens and these options before the capture."
+    remedy = "Call torch_bridge.vllm.warmup_router with these sizes and options before the capture."
     try:
         return programs.program_for(function, index, bucket, remedy)
     except store.Unavailable as reason:

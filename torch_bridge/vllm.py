@@ -33,6 +33,7 @@ from torch_bridge._vllm_router import grouped_topk as grouped_topk
 from torch_bridge._vllm_router import topk_hash_softplus_sqrt as topk_hash_softplus_sqrt
 from torch_bridge._vllm_router import topk_sigmoid as topk_sigmoid
 from torch_bridge._vllm_router import topk_softmax as topk_softmax
+from torch_bridge._vllm_warmup import warmup_router as warmup_router
 from torch_bridge.vllm_patch import patch as patch
 from torch_bridge.vllm_patch import patch_for_good as patch_for_good
 

@@ -17,7 +17,7 @@ from moe_align_jax._router.problem import RouteProblem
 from tests.bridge.helpers import assert_format
 from tests.router import router_oracle as oracle
 from torch_bridge import _plan, vllm
-from torch_bridge._direct import problems
+from torch_bridge._direct import problems, store
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "router" / "vllm_golden.npz"))
 X, BIAS, PAD = (GOLDEN[f"in.{name}"] for name in ("x", "bias", "pad"))
@@ -271,10 +271,60 @@ def test_direct_launch_of_groups(launching):
 def test_a_capture_needs_the_program_loaded(launching):
     launching.capturing = True
     got = buffers()
-    with pytest.raises(RuntimeError, match="Call it once with as many tokens") as caught:
+    with pytest.raises(RuntimeError, match=r"Call torch_bridge\.vllm\.warmup_router") as caught:
         vllm.topk_softmax(*got, tensor(X))
     assert_format(caught.value)
     assert (got[0] == -7).all()
+
+
+WARMED = {
+    "topk_softmax": {"is_padding": True, "correction_bias": True, "ids_dtype": torch.int64},
+    "topk_sigmoid": {"routed_scaling_factor": 2.5, "dtype": torch.bfloat16},
+    "topk_hash_softplus_sqrt": {"is_padding": True, "renormalize": True},
+    "grouped_topk": {"num_expert_group": 8, "topk_group": 3, "renormalize": True},
+}
+
+
+@pytest.mark.parametrize("op", WARMED)
+def test_warmup_loads_what_a_capture_needs(launching, op):
+    options = WARMED[op]
+    sizes = {"num_experts": 64, "topk": 4, "max_tokens": 200, "device": "cpu"}
+    assert vllm.warmup_router(op, **sizes, **options) == 3
+    # Loaded for device 0; a CPU tensor's is -1.
+    programs = store.here.programs
+    programs.update({(-1, problem): program for (_, problem), program in programs.items()})
+    launching.capturing = True
+    bias, renormalize = tensor(BIAS), options.get("renormalize", False)
+    scale = {"routed_scaling_factor": options.get("routed_scaling_factor", 1.0)}
+    for num_tokens in (1, 64, 65, 200):
+        x = torch.randn(num_tokens, 64).to(options.get("dtype", torch.float32))
+        if op == "grouped_topk":
+            vllm.grouped_topk(x, 8, 3, 4, renormalize, 1.0, bias)
+            continue
+        got = buffers(num_tokens, 4, options.get("ids_dtype", torch.int32))
+        given = dict(scale) if op != "topk_softmax" else {}
+        if "correction_bias" in options:
+            given["e_score_correction_bias"] = bias
+        if "is_padding" in options:
+            given["is_padding"] = torch.zeros(num_tokens, dtype=torch.bool)
+        getattr(vllm, op)(*got, x, renormalize, **given)
+        np.testing.assert_array_equal(np.sort(numbers(got[1])[0]), np.unique(numbers(got[1])[0]))
+    assert len(launching.launched) == 4 and len(launching.compiles) == 1
+
+
+def test_warmup_refuses():
+    sizes = {"num_experts": 64, "topk": 4, "max_tokens": 200}
+    for kind, argument, changed in (
+        (ValueError, "op", {"op": "topk"}),
+        (ValueError, "topk", {"topk": 0}),
+        (TypeError, "renormalize", {"renormalize": 1}),
+        (TypeError, "ids_dtype", {"ids_dtype": torch.int16}),
+        (TypeError, "dtype", {"dtype": torch.float64}),
+        (NotImplementedError, "device", {"device": "cpu"}),
+    ):
+        with pytest.raises(kind, match=f"^warmup_router: {argument} must") as caught:
+            vllm.warmup_router(**{"op": "topk_softmax", **sizes, **changed})
+        assert_format(caught.value)
 
 
 def test_what_the_kernel_does_not_take_goes_by_jax(launching):
@@ -305,7 +355,7 @@ SELFTESTED = [
         64, 64, 4, "float16", "sqrtsoftplus", renormalize=True, num_groups=8, topk_groups=3,
         bias_rows=1, has_padding=True, keeps_weights=True, scaling_factor=2.5,
     ),
-    RouteProblem(64, 16, 2, "bfloat16", "none", bias_rows=1, renormalize=False),
+    RouteProblem(64, 37, 2, "bfloat16", "none", bias_rows=1, renormalize=False),
 ]  # fmt: skip
 
 

@@ -117,11 +117,25 @@ def test_gpu_graph_replays_with_changed_logits():
 
 def test_gpu_capture_of_a_program_that_is_not_loaded_is_refused():
     x, got = logits_of(10, 250), on_gpu(10, 3)
-    with pytest.raises(torch_bridge.Miss, match="Call it once with as many tokens"):
+    with pytest.raises(torch_bridge.Miss, match=r"Call torch_bridge\.vllm\.warmup_router"):
         with capture(torch.cuda.CUDAGraph()):
             vllm.topk_sigmoid(*got, x)
     torch.cuda.synchronize()
     assert (got[0] == -7).all()
+
+
+def test_gpu_warmup_is_enough_for_a_capture():
+    sizes = {"num_experts": 120, "topk": 6, "max_tokens": 300}
+    options = {"renormalize": True, "is_padding": True, "ids_dtype": torch.int64}
+    assert vllm.warmup_router("topk_sigmoid", **sizes, **options) == 4
+    is_padding = torch.zeros(300, dtype=torch.bool, device="cuda")
+    for num_tokens in (1, 100, 300):
+        x, got = logits_of(num_tokens, 120), on_gpu(num_tokens, 6, torch.int64)
+        graph = torch.cuda.CUDAGraph()
+        with capture(graph):
+            vllm.topk_sigmoid(*got, x, True, is_padding=is_padding[:num_tokens])
+        graph.replay()
+        assert torch.equal(got[1], x.topk(6).indices)
 
 
 def test_gpu_aligned_ops_are_captured():
