@@ -427,8 +427,9 @@ VMAPPED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VMAPPED)
-@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize(
+    ("name", "context"), [(name, bool(i % 2)) for i, name in enumerate(VMAPPED)]
+)
 def test_vmap_keeps_the_sharding_of_an_explicit_batch(name, context):
     mesh = mesh_of(kind=AxisType.Explicit)
     rng = np.random.default_rng(0)
@@ -447,9 +448,14 @@ def test_vmap_keeps_the_sharding_of_an_explicit_batch(name, context):
 
 
 @pytest.mark.parametrize(
-    ("transport", "jit"), [(None, False), ("all_gather", True), ("all_to_all", True)]
+    ("transport", "mode", "jit"),
+    [
+        (None, "normal", False),
+        ("all_gather", "low_latency", True),
+        ("all_to_all", "normal", True),
+        ("all_to_all", "low_latency", True),
+    ],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_no_tokens_on_five_devices(transport, mode, jit):
     def body(x, ids, weights):
         got = maj.dispatch(
