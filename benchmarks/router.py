@@ -4,9 +4,9 @@ python -m benchmarks.fetch vllm sglang_router
 python -m benchmarks.router --sglang-router .peers/sgl_router.py --vllm .peers/vllm_moe.so --out router.jsonl
 
 Every provider runs over the same logits: ours as calls inside one jit (device span; XLA puts them into a CUDA
-graph), the peers' in one CUDA graph, and so with `--torch` ours by torch_bridge. Before a time is taken, ids are
-compared with NumPy's, which must be the same wherever the scores differ by more than rounding, and weights to
-1e-5.
+graph), the peers' in one CUDA graph, and so with `--torch` ours by torch_bridge. Before a time is taken, ids
+are compared with NumPy's, which must be the same where scores differ by more than rounding, and weights
+to 1e-5.
 """
 
 import argparse

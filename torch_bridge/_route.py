@@ -116,8 +116,10 @@ def _problem(
 ) -> RouteProblem:
     logits, ids = operands["logits"], results["topk_ids"]
     has_padding = "is_padding" in operands
+    num_tokens, num_experts = logits.shape
     return RouteProblem(
-        *logits.shape,
+        num_tokens,
+        num_experts,
         ids.shape[1],
         DTYPES[logits.dtype],
         scoring,

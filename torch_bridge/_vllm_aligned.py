@@ -95,7 +95,8 @@ def fused_globalize_align_block_size(
     counts = token < received[-1].to(torch.int64)
     counts = counts & (ids >= 0) & (ids < min(experts, everyone - first))
     local = torch.where(counts, ids, -1).to(torch.int32)
-    ops_moe_align_block_size(local, experts, rows, *buffers[:3], None, scatter_idx)
+    three = (sorted_ids, expert_ids, num_tokens_post_pad)
+    ops_moe_align_block_size(local, experts, rows, *three, None, scatter_idx)
     ids.copy_(torch.where(counts, ids + first, -1))
 
 
@@ -203,7 +204,13 @@ def moe_lora_align_block_size(
         mine = torch.where((mapping == adapter)[:, None], ids, -1)
         parts = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
         ops_moe_align_block_size(
-            mine, spec.num_experts, spec.block_size, *parts, operands.get("expert_map")
+            mine,
+            spec.num_experts,
+            spec.block_size,
+            parts[0],
+            parts[1],
+            parts[2],
+            operands.get("expert_map"),
         )
         for results, part in zip(aligned, parts, strict=True):
             results.append(part)

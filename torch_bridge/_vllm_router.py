@@ -413,13 +413,12 @@ def _check_bias(
 
 def _check_scale(function: str, renormalize: object, scaling_factor: object) -> None:
     _checks.check_bool(function, "renormalize", renormalize)
-    is_number = isinstance(scaling_factor, (int, float)) and not isinstance(scaling_factor, bool)
-    if not is_number or not math.isfinite(scaling_factor):
-        kind = ValueError if is_number else TypeError
-        remedy = "It is compiled into the kernel."
-        got = checks.describe(scaling_factor)
-        rule = "be a finite Python number"
-        checks.fail(function, "routed_scaling_factor", rule, got, remedy, kind)
+    remedy, got = "It is compiled into the kernel.", checks.describe(scaling_factor)
+    argument, rule = "routed_scaling_factor", "be a finite Python number"
+    if not isinstance(scaling_factor, (int, float)) or isinstance(scaling_factor, bool):
+        checks.fail(function, argument, rule, got, remedy, TypeError)
+    if not math.isfinite(scaling_factor):
+        checks.fail(function, argument, rule, got, remedy)
 
 
 def _check_op(
