@@ -186,7 +186,9 @@ def test_align_through_the_emulated_kernels():
         assert_triple(torch_bridge.moe_align_block_size(ids, 16, 4), want)
 
 
-@pytest.mark.parametrize("module", ["align", "dlpack", "sglang", "vllm"])
+@pytest.mark.parametrize(
+    "module", ["align", "dlpack", "sglang", "vllm", "_vllm_router", "_vllm_aligned"]
+)
 def test_examples(module):
     result = doctest.testmod(importlib.import_module(f"torch_bridge.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -206,6 +206,7 @@ def test_undo_restores_the_very_objects_and_others_are_never_touched(custom_ops)
     before, others = held(custom_ops), [getattr(custom_ops, name) for name in UNTOUCHED]
     with vllm.patch():
         assert held(custom_ops)[0] is vllm.ops_moe_align_block_size
+        assert held(custom_ops)[2:] == [getattr(vllm, name) for name in NAMES[2:]]
         assert all(a is not b for a, b in zip(held(custom_ops), before, strict=True))
         assert others == [getattr(custom_ops, name) for name in UNTOUCHED]
     assert all(a is b for a, b in zip(held(custom_ops), before, strict=True))
