@@ -373,6 +373,45 @@ def test_selftest_takes_the_kernels_results_and_no_others(fake, problem):
     assert selftest.mismatch(problem, given, got)
 
 
+FAULTS = {
+    "a group that is out": lambda ids, weights, order: ids.__setitem__(
+        (3, 0), (ids[3, 0] + 32) % 64
+    ),
+    "two change places": lambda ids, weights, order: ids.__setitem__((5, slice(2)), ids[5, 1::-1]),
+    "one comes twice": lambda ids, weights, order: ids.__setitem__((5, 1), ids[5, 0]),
+    "padding has an id": lambda ids, weights, order: ids.__setitem__(ids == -1, 0),
+    "a weight": lambda ids, weights, order: weights.__setitem__((7, 2), weights[7, 2] * 1.01),
+    "the order": lambda ids, weights, order: order.__setitem__((0, 1), 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_selftest_finds_each_fault(fault):
+    """In the oracle's results, which it takes."""
+    problem = SELFTESTED[2]._replace(dtype="float32", with_order=True)
+    given = selftest.arrays(problem, 40)
+    logits, padding = given["logits"], given["is_padding"][:40] != 0
+    want = oracle.route(
+        logits,
+        top_k=4,
+        scoring="sqrtsoftplus",
+        renormalize=True,
+        num_groups=8,
+        topk_groups=3,
+        correction_bias=given["correction_bias"],
+        scaling_factor=2.5,
+    )
+    ids = np.where(padding[:, None], -1, np.array(want.ids))
+    weights = np.array(want.weights)
+    order = np.arange(4) * 40 + np.arange(40)[:, None]
+    names = ("topk_ids", "topk_weights", "token_expert_indices")
+    got = dict(zip(names, (ids, weights, order), strict=True))
+    assert selftest.mismatch(problem, given, got) == ""
+    assert not padding[[3, 5]].any() and padding.any()
+    FAULTS[fault](ids, weights, order)
+    assert selftest.mismatch(problem, given, got)
+
+
 # -- refused ---------------------------------------------------------------------------------------
 
 
