@@ -4,19 +4,22 @@
 results, and its twin over DLPack, as in `_ops.py`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from moe_align_jax._router.problem import RouteProblem
 from torch_bridge import _ops, _plan, dlpack
-from torch_bridge._direct import inplace, problems, store
+from torch_bridge._direct import fast_path, inplace, problems, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
 
 # Kernels take their pointers for 256-byte aligned.
 _ALIGNMENT = 256
+_MAX_KNOWN, _MAX_APART = 1 << 12, 16
+# What a call is known by: the op's name and the caller's options.
+type Key = tuple[Any, ...]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What vLLM's ops call the operands, where it is not our name.
 _ARGUMENTS = {"logits": "gating_output", "correction_bias": "e_score_correction_bias"}
@@ -39,6 +42,7 @@ def route(
     num_groups: int = 1,
     topk_groups: int = 1,
     keeps_weights: bool = False,
+    key: Key | None = None,
 ) -> None:
     """Writes the results of a router. All arguments have passed their op's checks, but for what needs data.
 
@@ -49,11 +53,14 @@ def route(
         results: `topk_weights` `[T, K]` float32, `topk_ids` `[T, K]` of 4 or 8 bytes each and, if wanted,
             `token_expert_indices` `[T, K]` int32. Contiguous.
         scoring, renormalize, scaling_factor, num_groups, topk_groups, keeps_weights: as in `RouteProblem`.
+        key: by which `repeat` shall know later calls like this one; None for not at all.
     """
     options = (scoring, renormalize, scaling_factor, num_groups, topk_groups, keeps_weights)
     given, out = dict(operands), dict(results)
     if _ops.launches_at_once(given, tuple(out.values())):
-        _run(function, "auto", given, out, *options)
+        program = _run(function, "auto", given, out, *options)
+        if program is not None and key is not None:
+            _remember(key, program, given, out)
         return
     bias, is_padding = (given.get(name) for name in ("correction_bias", "is_padding"))
     op = _ops.chosen(_OPERATOR, given["logits"].device)
@@ -67,7 +74,8 @@ def _run(
     operands: dict[str, torch.Tensor],
     results: dict[str, torch.Tensor],
     *options: Any,
-) -> None:
+) -> LoadedProgram | None:
+    """Does a call; returns the program that was launched, if one was."""
     named = {_ARGUMENTS.get(name, name): tensor for name, tensor in operands.items()}
     for name, tensor in {**named, **results}.items():
         dlpack.check_tensor(function, name, tensor)
@@ -75,13 +83,14 @@ def _run(
     inplace.check_no_overlap(function, results, named)
     problem = _problem(operands, results, *options)
     if not problem.num_tokens:
-        return
+        return None
     operands = {name: x.detach().resolve_neg() for name, x in operands.items()}
     program = _program(function, problem, operands["logits"]) if path == "auto" else None
     if program is None:
         _by_jax(function, problem, operands, results)
     else:
         _launch(program, problem, operands, results)
+    return program
 
 
 def _operator(
@@ -132,6 +141,113 @@ def _problem(
         keeps_weights=has_padding and keeps_weights,
         id_words=ids.element_size() // 4,
         with_order="token_expert_indices" in results,
+    )
+
+
+# -- calls like earlier ones ---------------------------------------------------------------------------
+
+
+class _KnownCall(NamedTuple):
+    """A call that was launched on its tensors as they lay.
+
+    Attributes:
+        programs: the store of its program.
+        launch: of the program.
+        device: its index.
+        matches: whether other tensors are like those of the call, but for where they lie.
+        num_operands: how many of them are operands; results follow.
+        num_tokens: what the launch gives for it.
+        sizes: bytes of each tensor.
+        apart: pointers that were seen to overlap nowhere.
+    """
+
+    programs: store.Store
+    launch: Callable[..., None]
+    device: int
+    matches: Callable[..., bool]
+    num_operands: int
+    num_tokens: int
+    sizes: list[int]
+    apart: set[tuple[int, ...]]
+
+
+_known: dict[Key, _KnownCall] = {}
+
+
+def _full_key(key: Key, logits: torch.Tensor, given: Sequence[torch.Tensor | None]) -> Key:
+    """With what else tells a call: 1, 1.0 and True are equal, so the types count."""
+    return (*key, *map(type, key), logits.shape, *[x is None for x in given])
+
+
+def repeat(
+    key: Key, operands: Sequence[torch.Tensor | None], results: Sequence[torch.Tensor]
+) -> bool:
+    """Does a call if an earlier one was like it. A call that is not valid is like none.
+
+    Args:
+        key: the op, and the options as the caller gave them, unchecked.
+        operands, results: what the caller gave, unchecked: logits, bias and padding, in the order of
+            `RouteProblem.inputs`, None where there is none; and the results in that of its outputs.
+    """
+    logits = operands[0]
+    if not _known or not isinstance(logits, torch.Tensor) or not fast_path.open_to_all():
+        return False
+    tensors = [x for x in (*operands, *results) if x is not None]
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
+            return False
+    try:
+        known = _known.get(_full_key(key, logits, operands))
+    except TypeError:  # an option that is no key
+        return False
+    if (
+        known is None
+        or known.programs is not store.here
+        or known.programs.machine.current_device() != known.device
+        or not known.matches(*tensors)
+    ):
+        return False
+    pointers = tuple([tensor.data_ptr() for tensor in tensors])
+    if pointers not in known.apart:
+        end = 0
+        for start, size in sorted(zip(pointers, known.sizes, strict=True)):
+            if start < end or start % _ALIGNMENT:
+                return False
+            end = start + size
+        if len(known.apart) >= _MAX_APART:
+            known.apart.clear()
+        known.apart.add(pointers)
+    count = known.num_operands
+    known.launch(*pointers[:count], known.num_tokens, *pointers[count:])
+    return True
+
+
+def _remember(
+    key: Key,
+    program: LoadedProgram,
+    operands: Mapping[str, torch.Tensor],
+    results: Mapping[str, torch.Tensor],
+) -> None:
+    """Lets `repeat` do calls like this one, which has just been launched. Not where a tensor was copied."""
+    tensors = [*operands.values(), *results.values()]
+    bias = operands.get("correction_bias")
+    if bias is not None and bias.dtype != torch.float32:
+        return
+    if any(x.data_ptr() % _ALIGNMENT or not x.is_contiguous() or x.is_neg() for x in tensors):
+        return
+    logits = operands["logits"]
+    given = [operands.get(name) for name in ("logits", "correction_bias", "is_padding")]
+    if len(_known) >= _MAX_KNOWN:
+        _known.clear()
+    _known[_full_key(key, logits, given)] = _KnownCall(
+        store.here,
+        program.launch,
+        logits.get_device(),
+        fast_path.matcher(*tensors),
+        len(operands),
+        logits.shape[0] << 8,
+        [x.nbytes for x in tensors],
+        set(),
     )
 
 

@@ -71,6 +71,10 @@ def topk_softmax(
     taken.
     """
     function = "topk_softmax"
+    key = (function, renormalize)
+    given = (gating_output, e_score_correction_bias, is_padding)
+    if _route.repeat(key, given, (topk_weights, topk_ids, token_expert_indices)):
+        return
     results = {
         "topk_weights": topk_weights,
         "topk_ids": topk_ids,
@@ -86,6 +90,7 @@ def topk_softmax(
         scoring="softmax",
         renormalize=renormalize,
         keeps_weights=True,
+        key=key,
     )
 
 
@@ -122,6 +127,10 @@ def topk_sigmoid(
     Source: as `topk_softmax`.
     """
     function = "topk_sigmoid"
+    key = (function, renormalize, routed_scaling_factor)
+    given = (gating_output, e_score_correction_bias, is_padding)
+    if _route.repeat(key, given, (topk_weights, topk_ids, token_expert_indices)):
+        return
     results = {
         "topk_weights": topk_weights,
         "topk_ids": topk_ids,
@@ -144,6 +153,7 @@ def topk_sigmoid(
         renormalize=renormalize,
         scaling_factor=routed_scaling_factor,
         keeps_weights=True,
+        key=key,
     )
 
 
@@ -197,6 +207,11 @@ def topk_hash_softplus_sqrt(
     Source: as `topk_softmax`.
     """
     function = "topk_hash_softplus_sqrt"
+    key = (function, renormalize, routed_scaling_factor)
+    if hash_indices_table is None and bias_vl is None:
+        given = (gating_output, e_score_correction_bias, is_padding)
+        if _route.repeat(key, given, (topk_weights, topk_indices, token_expert_indices)):
+            return
     results = {
         "topk_weights": topk_weights,
         "topk_indices": topk_indices,
@@ -226,7 +241,12 @@ def topk_hash_softplus_sqrt(
     elif of_images is not None:
         weights, ids = _routed(function, operands, shape, **options)
     else:
-        _route.route(function, operands, results, scoring="sqrtsoftplus", **options)
+        out = {
+            "topk_weights": topk_weights,
+            "topk_ids": topk_indices,
+            "token_expert_indices": token_expert_indices,
+        }
+        _route.route(function, operands, out, scoring="sqrtsoftplus", key=key, **options)
         return
     if of_images is not None:
         assert tokens is not None
@@ -307,10 +327,15 @@ def grouped_topk(
         "topk_weights": scores.new_empty(shape, dtype=torch.float32),
         "topk_ids": scores.new_empty(shape, dtype=torch.int32),
     }
+    key = (function, groups, stay, renormalize, routed_scaling_factor, scoring_func)
+    given = (scores, operands["correction_bias"], None)
+    if _route.repeat(key, given, tuple(results.values())):
+        return results["topk_weights"], results["topk_ids"]
     _route.route(
         function,
         operands,
         results,
+        key=key,
         scoring=_SCORINGS[scoring_func],
         renormalize=renormalize,
         scaling_factor=routed_scaling_factor,

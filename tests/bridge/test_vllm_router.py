@@ -16,7 +16,7 @@ from moe_align_jax._router import selftest
 from moe_align_jax._router.problem import RouteProblem
 from tests.bridge.helpers import assert_format
 from tests.router import router_oracle as oracle
-from torch_bridge import _plan, vllm
+from torch_bridge import _plan, _route, vllm
 from torch_bridge._direct import problems, store
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "router" / "vllm_golden.npz"))
@@ -266,6 +266,42 @@ def test_direct_launch_of_groups(launching):
         key = f"grouped-64-8-3-6-torch.float32-True-{scoring}"
         check_golden(key, (weights, ids, None), usual, order=False, rtol=1e-5)
     assert [name for name, _ in launching.launched] == ["route_topk"] * 2
+
+
+def test_a_call_like_an_earlier_one_is_launched_at_once(launching, monkeypatch):
+    """What differs from it is checked as ever, and never launched as if it were the same."""
+    got, x, bias = [on_boundary(y) for y in buffers()], on_boundary(X), on_boundary(BIAS)
+    vllm.topk_sigmoid(*got, x, True, bias)
+    slow = []
+    monkeypatch.setattr(_route, "_run", lambda *a, run=_route._run: slow.append(a) or run(*a))
+    want = [y.clone() for y in got]
+    for y in got:
+        y.fill_(3)
+    other = on_boundary(np.ascontiguousarray(X[::-1]))
+    vllm.topk_sigmoid(*got, x, True, bias)
+    assert not slow and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    vllm.topk_sigmoid(*got, other, True, bias)
+    assert not slow and len(launching.launched) == 3
+    np.testing.assert_array_equal(got[1].numpy(), want[1].numpy()[::-1])
+    # Another option, no bias, fewer tokens, another store, memory off the boundary: the ordinary way.
+    vllm.topk_sigmoid(*got, x, False, bias)
+    vllm.topk_sigmoid(*got, x, True)
+    few = [on_boundary(y) for y in buffers(5)]
+    vllm.topk_sigmoid(*few, x[:5], True, bias)
+    vllm.topk_sigmoid(*buffers(), x, True, bias)
+    assert len(slow) == 4
+    for changed in ({"renormalize": 1}, {"routed_scaling_factor": True}, {"is_padding": [0] * 13}):
+        named = {"renormalize": True, "e_score_correction_bias": bias, **changed}
+        with pytest.raises(TypeError, match="must be"):
+            vllm.topk_sigmoid(*got, x, **named)
+    with pytest.raises(ValueError, match="must not overlap"):
+        vllm.topk_sigmoid(got[0], got[1], got[1], x, True, bias)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        vllm.topk_sigmoid(got[0], got[1].t().contiguous().t(), got[2], x, True, bias)
+    monkeypatch.setattr(store, "here", store.Store(launching))
+    slow.clear()
+    vllm.topk_sigmoid(*got, x, True, bias)
+    assert len(slow) == 1 and len(launching.compiles) >= 2
 
 
 def test_a_capture_needs_the_program_loaded(launching):

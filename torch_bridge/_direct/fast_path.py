@@ -70,7 +70,7 @@ def _matches_nothing(*tensors: torch.Tensor) -> bool:
     return False
 
 
-def _matcher(*tensors: torch.Tensor) -> Callable[..., bool]:
+def matcher(*tensors: torch.Tensor) -> Callable[..., bool]:
     """A test whether other tensors are like these.
 
     It compares type, dtype, device, sizes, strides, and the dispatch keys, which tell a lazy negation.
@@ -349,9 +349,9 @@ def find(
         recent[key] = found
     # The same again, or in another mode: tensors of inference mode have other keys.
     elif out is None:
-        found.matches = _matcher(ids, *options)
+        found.matches = matcher(ids, *options)
     else:
-        found.matches_out = _matcher(ids, *options, *out)
+        found.matches_out = matcher(ids, *options, *out)
     return found.run(ids, options, out)
 
 
