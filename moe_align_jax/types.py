@@ -110,7 +110,7 @@ class AlignProblem(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        return cdiv(self.capacity, self.block_size)
+        return -(-self.capacity // self.block_size)
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -24,9 +24,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # CI runs the suite three times: with the newest jax, with the oldest that we support, and with 64-bit jax.
 # What may depend on either is shared out by `--part`: of each test function the first run takes two cases in
-# four, the others one each, and every run at least one. So each case runs once. What depends on neither runs
-# in the first alone, and whole: files about NumPy, shell, command line, benchmarks and text, PyTorch's, and
-# the examples that train and generate, since they take long to compile.
+# four, the others one each. So each case runs once; of a function with fewer cases the first one runs again
+# in one of the other two. What depends on neither runs in the first alone, and whole: files about NumPy,
+# shell, command line, benchmarks and text, PyTorch's, and the examples that train and generate.
 PARTS = {"newest-jax": (0, 1), "oldest-jax": (2,), "x64": (3,)}
 ONCE = re.compile(
     r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|gpu_test|language_traps|layering|"
@@ -147,7 +147,9 @@ def _part(config, items, part):
             continue  # jnp.ones() of an example is float64 there, which grouped products refuse
         if not ONCE.search(cases[0].nodeid):
             mine = [x for i, x in enumerate(cases) if i % 4 in PARTS[part]]
-            chosen += mine or cases[:1]
+            function = cases[0].nodeid.split("[")[0]
+            again = ("oldest-jax", "x64")[zlib.crc32(function.encode()) % 2]
+            chosen += mine or (cases[:1] if part == again else [])
         elif part == "newest-jax":
             chosen += cases
         elif part == "oldest-jax" and "tests/bridge/test_align.py" in cases[0].nodeid:

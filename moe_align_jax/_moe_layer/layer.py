@@ -235,21 +235,25 @@ def _backward(problem, implementation, kept, ct):
     given = floats.cast(problem.dtype)
     first, second = problem.first, problem.second
     wide = ct.astype(_F32)
-    with jax.named_scope("derivative"):
-        pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
-        toward = ct.astype(problem.dtype)
+    pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
+    toward = ct.astype(problem.dtype)
+    # The scopes are those of the forward pass, so that a profile adds both up by stage.
+    with jax.named_scope("down"):
         flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
         args = (toward, given.w_down, None, where.of_matmul)
         g = derivative.product(flipped, implementation, *args).astype(_F32)
+    with jax.named_scope("combine"):
         # NaN weights of dropped pairs are selected away.
         share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
         scale = share.reshape(-1)[jnp.where(used, pair, 0)]
         scale = jnp.where(used, scale, 0.0)[:, None]
+    with jax.named_scope("gate_up"):
         active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
         [rows] = pull(scale * g)
         # Rows that are not in use may hold anything: they are left out behind their last operation.
         rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
-        scaled = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
+        scaled_rows = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
+    with jax.named_scope("combine"):
         of_row = jnp.sum(g * active, axis=1)
         kept_pair = where.row_of_pair >= 0
         of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]
@@ -265,18 +269,20 @@ def _backward(problem, implementation, kept, ct):
             weight_of = jnp.sum(mine * share[..., None], axis=1)
             d_bias_down = jnp.dot(weight_of.T, wide, precision=lax.Precision.HIGHEST)
         d_weights = jnp.where(kept_pair, of_pair, 0.0)
+    with jax.named_scope("gate_up"):
         args = (implementation, rows, given.w_gate_up, where.of_matmul)
         dx = derivative.input_rows(first, *args)
         row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
         dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
         args = (implementation, given.x, rows, floats.w_gate_up, where.of_matmul)
         d_gate_up = derivative.weights(first, *args)
-        gathers = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
-        args = (implementation, scaled, toward, floats.w_down, where.of_matmul)
-        d_down = derivative.weights_by_tokens(gathers, *args)
         d_bias = None
         if given.bias_gate_up is not None:
             d_bias = derivative.bias(first, rows, where.of_matmul)
+    with jax.named_scope("down"):
+        gathers = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+        args = (implementation, scaled_rows, toward, floats.w_down, where.of_matmul)
+        d_down = derivative.weights_by_tokens(gathers, *args)
     found = Floats(dx, tuple(d_gate_up), d_down, d_bias, d_bias_down, d_weights)
     return found, jax.tree.map(lambda _: None, where)
 

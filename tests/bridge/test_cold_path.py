@@ -80,14 +80,14 @@ def test_a_first_call_is_short(gpu):
 def test_a_first_call_of_an_unknown_bucket_is_hardly_longer(gpu):
     """Its arithmetic (tuning table, sizes of the form) is counted too."""
     trace = Trace(lambda: torch_bridge.moe_align_block_size(IDS.repeat(7, 1), 13, 8))
-    assert len(trace.calls) <= 75 and trace.changes <= 26, trace
+    assert len(trace.calls) <= 75 and trace.changes <= 30, trace
 
 
 def test_a_first_call_of_a_loaded_program_is_shorter(gpu):
     torch_bridge.moe_align_block_size(IDS, 16, 8)
     trace = Trace(lambda: torch_bridge.moe_align_block_size(IDS[:30], 16, 8))
     assert len(gpu.compiles) == 1
-    assert len(trace.calls) <= 50 and trace.changes <= 20, trace
+    assert len(trace.calls) <= 50 and trace.changes <= 22, trace
     assert not {"prepare", "load", "store"} & set(trace.counts)
 
 

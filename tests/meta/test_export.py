@@ -73,6 +73,7 @@ VALUES = {
     "AlignedBlocks with inverse": lambda: maj.moe_align_block_size(
         IDS, block_size=2, num_experts=3, return_inverse=True
     ),
+    "CappedPairs": lambda: maj.drop_over_capacity(IDS, num_experts=3, capacity_factor=1.0),
     "ContiguousLayout": lambda: maj.permute_to_contiguous(X, IDS, num_experts=3)[1],
     "MaskedLayout": lambda: maj.permute_to_masked(X, IDS, num_experts=3)[1],
     "ExpertLoad": load,
