@@ -94,7 +94,8 @@ def experts_forward(
     For modules with `gate_up_proj` `[E, 2 N, H]` and `down_proj` `[E, H, N]` and SiLU. Ids of `E` and beyond
     are those of masked pairs: they are left out. It is for inference: no gradient flows through it.
     """
-    if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+    given = (hidden_states, top_k_weights, *self.parameters())
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         raise NotImplementedError(
             f"{NAME} experts are for inference: call the model under torch.no_grad(), or train with "
             "another experts implementation"

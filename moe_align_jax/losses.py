@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from moe_align_jax._align.arguments import narrow_count
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul import arguments
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._moe_layer.arguments import check_tokens
@@ -76,7 +78,7 @@ def load_balancing_loss(
             scores = jax.nn.softmax(wide, axis=-1)
         else:
             scores = jax.nn.sigmoid(wide)
-            scores = scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), _F32(1e-20))
+            scores = scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), _F32(1e-15))
         total = jnp.sum(jnp.where(real[:, None], scores, 0.0), axis=0)
         counts = lax.stop_gradient(counts.astype(_F32))
         if axis_name is not None:
@@ -172,8 +174,10 @@ def update_router_bias(
         if axis_name is not None:
             counts = _sum_over(counts, axis_name)
         experts = _I32(max(1, bias.shape[0]))
-        total = jnp.sum(counts, dtype=_I32)
-        whole, rest = lax.div(total, experts), lax.rem(total, experts)
+        # The mean as a whole part and a rest: the sum of the counts may not fit int32.
+        rest = jnp.sum(lax.rem(counts, jnp.full_like(counts, experts)), dtype=_I32)
+        whole = jnp.sum(lax.div(counts, jnp.full_like(counts, experts)), dtype=_I32)
+        whole, rest = whole + lax.div(rest, experts), lax.rem(rest, experts)
         less = (counts < whole) | ((counts == whole) & (rest > 0))
         direction = jnp.where(counts > whole, -1.0, jnp.where(less, 1.0, 0.0)).astype(bias.dtype)
         return jnp.asarray(bias) + jnp.asarray(rate, bias.dtype) * direction
@@ -207,7 +211,14 @@ def _check_counts(function: str, value: Any, experts: int, *, floats: bool = Fal
     if value.shape != (experts,):
         rule, remedy = f"have shape [{experts}]", "Pass one count for each expert of the router."
         raise ValueError(checks.message(function, argument, rule, checks.describe(value), remedy))
-    return jnp.asarray(value)
+    kind = np.dtype(value.dtype) if jnp.issubdtype(value.dtype, jnp.integer) else None
+    if kind is None or np.iinfo(kind).max <= INT32_MAX:
+        return jnp.asarray(value)
+    # Before jax narrows or wraps it.
+    most = kind.type(INT32_MAX)
+    if isinstance(value, np.ndarray):
+        return jnp.asarray(np.clip(value, 0, most).astype(np.int32))
+    return jnp.minimum(value, most).astype(_I32)
 
 
 def _tokens(function: str, logits: Any, limit: Any) -> tuple[jax.Array, jax.Array]:

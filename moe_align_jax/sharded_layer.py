@@ -358,11 +358,28 @@ def _replicated(
         return lax.psum_scatter(y, axis, tiled=True)
 
 
+def _named_once(ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An expert that a token names twice is named once, with the sum of its weights.
+
+    The low-latency mode of `dispatch` has room for each token once in an expert's box.
+    """
+    top_k = ids.shape[1]
+    place = lax.broadcasted_iota(_I32, (1, top_k, top_k), 2)
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :]
+    first = jnp.min(jnp.where(same, place, top_k), axis=2)  # top_k of a dropped pair
+    weights = jnp.where(ids >= 0, weights, 0.0)
+    mine = first[:, None, :] == place[:, 0, :, None]
+    total = jnp.sum(jnp.where(mine, weights[:, None, :], 0.0), axis=2)
+    return jnp.where(first == place[:, 0], ids, -1), total
+
+
 def _dispatched(
     layer: _Layer, x, first, w_down, bias_gate_up, bias_down, topk_weights, ids
 ) -> jax.Array:
     # Weights on the input belong to single pairs, which boxes do not know.
     mode: Any = "normal" if layer.weights_on_input else "auto"
+    if not layer.weights_on_input:
+        ids, topk_weights = _named_once(ids, topk_weights)
     got = dispatch(
         *(x, ids, topk_weights),
         axis_name=layer.axes.expert,

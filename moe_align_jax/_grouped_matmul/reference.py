@@ -251,7 +251,10 @@ def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
     """`[num_rows, n]`, zero in rows that are not in use."""
     given, spare = named(problem, operands), _spare(problem)
     every = tiles(problem, *given.where)
-    ids = given.where[0] if problem.rows == "blocks" else None
+    ids = None
+    # Rows that need not be zero are not asked for their pair: the last slot may hold one (`ids_bound`).
+    if problem.rows == "blocks" and (problem.top_k or problem.zero_padding):
+        ids = given.where[0]
     x = given.x if problem.top_k else jax.tree.map(lambda a: _padded(a, spare), given.x)
     scales = None if given.row_weights is None else _padded(given.row_weights, spare)
     padded_ids = None if ids is None else jnp.pad(ids, (0, spare), constant_values=-1)

@@ -6,6 +6,7 @@ row-major and little-endian.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,17 @@ def _files(path: Path, prefix: str) -> list[Path]:
         return [path]
     index = path / _INDEX
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        files = sorted({path / file for name, file in names.items() if name.startswith(prefix)})
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            wanted = {file for name, file in names.items() if name.startswith(prefix)}
+            outside = [file for file in wanted if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rule, remedy = f"have an index {_INDEX} with a weight_map", "Download the index again."
+            raise _fail(rule, f"{index}: {error!r}", remedy) from None
+        if outside:
+            rule = "have an index that names files of its own folder"
+            raise _fail(rule, repr(outside[0]), "Do not read a checkpoint that you do not trust.")
+        files = sorted(path / file for file in wanted)
     else:
         files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -86,8 +96,10 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
             raise _fail("be a safetensors file", f"{path} of {size} bytes", remedy)
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _fail("be a safetensors file", f"{path}: {error}", remedy) from None
+    if not isinstance(header, dict):
+        raise _fail("be a safetensors file", f"{path} with a header of {type(header)}", remedy)
     found, data = (
         {},
         np.memmap(path, np.uint8, "r") if size > 8 + length else np.zeros(8 + length, np.uint8),
@@ -95,11 +107,19 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if name == "__metadata__" or not name.startswith(prefix):
             continue
-        if entry["dtype"] not in _DTYPES:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            sizes = [*shape, begin, end]
+        except (TypeError, KeyError, ValueError):
+            raise _fail(f"describe {name}", f"{path}: {entry!r}", remedy) from None
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             rule = f"hold {name} in one of {', '.join(_DTYPES)}"
-            raise _fail(rule, entry["dtype"], "Convert the checkpoint.")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
+            raise _fail(rule, f"{dtype!r}", "Convert the checkpoint.")
+        fits = all(type(value) is int and value >= 0 for value in sizes)
+        if not fits or end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+            raise _fail(f"describe {name}", f"{path}: {entry!r}", remedy)
+        if 8 + length + end > size:
             raise _fail(f"hold all of {name}", f"{path} of {size} bytes", remedy)
-        found[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        part = data[8 + length + begin : 8 + length + end]
+        found[name] = part.view(_DTYPES[dtype]).reshape(shape)
     return found

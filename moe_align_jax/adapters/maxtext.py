@@ -206,6 +206,16 @@ def sparse_matmul(
             got = checks.describe(value)
             raise ValueError(checks.message(function, argument, rule, got, remedy))
     experts = gate_logits.shape[2]
+    for argument, value in (
+        ("w0_kernel", w0_kernel),
+        ("w1_kernel", w1_kernel),
+        ("wo_kernel", wo_kernel),
+    ):
+        if getattr(value, "ndim", None) != 3 or value.shape[0] != experts:
+            rule = f"have 3 dimensions, of {experts} experts as gate_logits"
+            remedy = "Pass the kernels of all experts of the router."
+            got = checks.describe(value)
+            raise ValueError(checks.message(function, argument, rule, got, remedy))
     top_k = checks.check_positive_int(
         function, "num_experts_per_tok", num_experts_per_tok, "Pass K, experts per token."
     )

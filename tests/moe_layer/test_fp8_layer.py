@@ -251,10 +251,31 @@ def test_faulty_files_and_tensors(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     whole = path.read_bytes()
-    for content in (b"", b"PK\x03\x04" * 9, whole[:100], whole[:-7]):
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    entries = [
+        *(good | {"data_offsets": [a, b]} for a, b in ((-8, 0), (8, 0), (0, 7), (0.0, 8))),
+        *(good | {"shape": shape} for shape in ([-1], [3], "ab", None)),
+        *(good | {"dtype": dtype} for dtype in (["F32"], "F3", None)),
+        *({k: v for k, v in good.items() if k != name} for name in good),
+        *(None, [], good | {"data_offsets": [0, 4, 8]}),
+    ]
+    headers = [json.dumps({f"{PREFIX}x": entry}).encode() for entry in entries]
+    headers += [b"[]", b"[" * 100_000, b"7"]
+    faulty = [len(h).to_bytes(8, "little") + h + bytes(16) for h in headers]
+    for content in (b"", b"PK\x03\x04" * 9, whole[:100], whole[:-7], *faulty):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="^from_safetensors: path must .*; got "):
             ExpertWeights.from_safetensors(path, PREFIX)
+    for index in (
+        "{",
+        "{}",
+        "[]",
+        '{"weight_map": 3}',
+        f'{{"weight_map": {{"{PREFIX}x": "../p"}}}}',
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match="^from_safetensors: path must have an index.*; got "):
+            ExpertWeights.from_safetensors(tmp_path, PREFIX)
     with pytest.raises(
         ValueError, match="^from_safetensors: path must be a safetensors file, or a"
     ):

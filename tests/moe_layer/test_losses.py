@@ -104,6 +104,25 @@ def test_bias_update():
     assert half.dtype == jnp.bfloat16 and not np.asarray(half).any()
 
 
+def test_counts_whose_sum_or_value_does_not_fit_int32():
+    for counts in ([2**30] * 3 + [5], [2**31 - 1] * 4, [2**31 - 1, 2**31 - 2, 2**31 - 3, 0]):
+        mean = sum(counts) / len(counts)
+        want = [-1.0 if c > mean else 1.0 if c < mean else 0.0 for c in counts]
+        counts = np.array(counts, np.int32)
+        assert maj.update_router_bias(np.zeros(4, np.float32), counts, rate=1.0).tolist() == want
+    wide = np.array([2**33, 1, 1, 1])  # its low 32 bits are 0
+    bias = maj.update_router_bias(np.zeros(4, np.float32), wide, rate=1.0)
+    assert bias.tolist() == [-1.0, 1.0, 1.0, 1.0]
+    logits = np.zeros((4, 2), np.float32)
+    assert float(maj.load_balancing_loss(logits, np.array([2**40, 2**40]))) == 1.0
+
+
+def test_sigmoid_scores_that_are_nearly_zero_have_a_gradient():
+    logits = np.full((2, 3), -60, np.float32)
+    got = jax.grad(maj.load_balancing_loss)(logits, np.ones(3, np.int32), scoring="sigmoid")
+    assert np.isfinite(got).all()
+
+
 def test_losses_of_tokens_on_several_devices():
     """Those of all tokens, the same on each device; the gradient too."""
     logits, _, counts = routed()

@@ -91,6 +91,20 @@ def test_layouts(name):
     check(mesh_of(ep=4, tp=2), axes, layer, gradients=False)
 
 
+def test_an_expert_named_twice_by_padding_pushes_nobody_out():
+    """Tokens of padding with ids [0, 0]: the boxes of the low-latency mode hold a token once."""
+    rng = np.random.default_rng(3)
+    x, first, second = (
+        normal(rng, shape, "float32") for shape in ((8, 16), (2, 16, 16), (2, 8, 16))
+    )
+    ids = np.array([[0, 0]] * 6 + [[0, 1]] * 2, np.int32)
+    weights = np.array([[0, 0]] * 5 + [[0.25, 0.5]] + [[0.5, 0.5]] * 2, np.float32)
+    mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Auto,))
+    operands = (x, first, second, weights, ids)
+    got = jax.jit(functools.partial(maj.sharded_fused_moe, mesh=mesh, expert_axis="ep"))(*operands)
+    np.testing.assert_allclose(got, maj.fused_moe(*operands), rtol=1e-5, atol=1e-5)
+
+
 def test_explicit_axes():
     """Of the mesh that jax makes by default, with arrays that lie split over it."""
     mesh = mesh_of(AxisType.Explicit, ep=4, tp=2)

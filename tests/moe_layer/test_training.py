@@ -120,3 +120,26 @@ def test_memory_of_a_derivative_does_not_grow_with_the_experts():
     rows = tokens * top_k + experts * (block - 1)
     most = 4 * (tokens * hidden + rows * (2 * ffn + 2 * ffn + ffn + hidden))
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * most
+
+
+def test_a_full_last_block_loses_no_row():
+    """`aligned` with exactly the rows in use, which all hold a pair: its last slot is no count of pairs."""
+    rng = np.random.default_rng(5)
+    sizes = ((16, HIDDEN), (1, HIDDEN, 2 * FFN), (1, FFN, HIDDEN))
+    x, first, second = (jnp.asarray(normal(rng, size, "float32")) for size in sizes)
+    ids = np.zeros((16, 1), np.int32)
+    aligned = maj.moe_align_block_size(ids, block_size=8, num_experts=1, return_inverse=True)
+    aligned = aligned._replace(
+        sorted_token_ids=aligned.sorted_token_ids[:16], expert_ids=aligned.expert_ids[:2]
+    )
+    weights = np.ones((16, 1), np.float32)
+
+    def layer(x, **given):
+        return maj.fused_moe(x, first, second, weights, ids, block_size=8, **given)
+
+    np.testing.assert_allclose(layer(x, aligned=aligned), layer(x), rtol=1e-5, atol=1e-5)
+    got, want = (
+        jax.grad(lambda x, given=given: jnp.sum(layer(x, **given) ** 2))(x)
+        for given in ({"aligned": aligned}, {})
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
