@@ -509,7 +509,9 @@ def test_repeated_layers_are_lowered_once():
 
         return jax.jit(run).lower(lhs).as_text()
 
-    assert len(program(60)) < 1.5 * len(program(1)) + 60 * 200
+    # A call of the shared function takes 200 characters, and with x64 its operands' constants 500.
+    call = 600 if jax.config.jax_enable_x64 else 200
+    assert len(program(60)) < 1.5 * len(program(1)) + 60 * call
 
 
 def test_shard_map_with_check_vma():
