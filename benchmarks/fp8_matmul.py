@@ -14,19 +14,16 @@ with nvcc when it is called. It has not been loaded by us yet: without the optio
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import grouped_matmul, machine, timing  # noqa: E402
+from benchmarks import case_processes, grouped_matmul, timing  # noqa: E402
 from benchmarks.grouped_matmul import Size, line  # noqa: E402
 
 _SAMPLED_ROWS = 24
@@ -366,25 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSONL file to append to")
     options = parser.parse_args(argv)
-    if options.child is not None:
-        rows = run_case(SIZES[options.child], options)
-        if options.out:
-            facts = machine.facts()
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(options.out, "a") as file:
-                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
-        print("\n".join(ratios(rows)), flush=True)
-        return 1 if any(row["status"] == "failed" for row in rows) else 0
-    failed = 0
-    for k in [int(k) for k in options.sizes.split(",") if k] or range(len(SIZES)):
-        given = list(argv if argv is not None else sys.argv[1:])
-        command = [sys.executable, "-m", "benchmarks.fp8_matmul", *given, "--child", str(k)]
-        try:
-            failed += subprocess.run(command, timeout=options.timeout).returncode != 0
-        except subprocess.TimeoutExpired:
-            failed += 1
-            print(f"{SIZES[k].name}: not done after {options.timeout} s", flush=True)
-    return 1 if failed else 0
+    return case_processes.run("benchmarks.fp8_matmul", argv, options, SIZES, run_case, ratios)
 
 
 if __name__ == "__main__":
