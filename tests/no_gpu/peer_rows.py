@@ -1,6 +1,6 @@
 """Compiles the kernels that write into other GPUs without a GPU, and checks the result.
 
-    python -m tests.no_gpu.peer_rows
+    python -m tests.no_gpu.peer_rows [--sample N]
 
 Lowered for meshes of 2 to 8 devices: nothing spills, all CTAs are resident on the smallest GPU with NVLink,
 rows move 16 bytes at a time where their length allows, and each CTA has a fence for all devices before it
@@ -98,13 +98,13 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
         yield f"rows of {first} are not stored by {width}"
 
 
-def check(plugin: str, runtime: str) -> Iterator[script.Report]:
+def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
     checker = worker.Checker(plugin, runtime)
-    for problem in problems():
+    for problem in script.one_in(problems(), given):
         dump = checker.compiler.dump([lowered(problem)], [str(problem)])
         [(text, _)] = checker.launch.read_dump(dump).values()
         used = ptx.usage(worker._ptxas(text))

@@ -2,9 +2,11 @@
 
 A module gives `main` its own name and a check: `(plugin, runtime) -> (a line, what is wrong)` per kernel. The
 command starts itself again in the folder that the toolchain has made, with these two as arguments and its own
-behind them.
+behind them. Each takes `--sample N`, and compiles then one kernel in N.
 """
 
+import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +18,13 @@ from tests.no_gpu import ptx, toolchain, worker
 type Report = tuple[str, list[str]]
 
 _INSIDE = "--inside"  # the first argument of the process that runs in the toolchain's folder
+
+
+def one_in[T](kernels: Iterable[T], given: tuple[str, ...]) -> Iterator[T]:
+    """The kernels that the command's arguments ask for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
+    return itertools.islice(kernels, 0, None, parser.parse_args(given).sample)
 
 
 def direct(
