@@ -1,5 +1,6 @@
 """How CI's three runs share out the cases of a test function."""
 
+import itertools
 import pathlib
 import re
 from types import SimpleNamespace
@@ -14,47 +15,55 @@ LIBRARY = "tests/align/test_example.py::test_function"
 ONCE = "tests/bridge/test_example.py::test_function"
 
 
-def shares(function, count, costly):
-    got = parts.share(function, count, costly=costly)
-    assert tuple(sorted(got)) == tuple(sorted(parts.NAMES))
+def shares(function, count, cost):
+    got = parts.share(function, count, cost)
+    assert set(got) == set(parts.NAMES)
     assert all(0 <= i < count for taken in got.values() for i in taken)
     return got
 
 
-@pytest.mark.parametrize("costly", [False, True])
+@pytest.mark.parametrize("cost", [0.0, 0.2, 2.0, 20.0])
 @pytest.mark.parametrize("function", [LIBRARY, LIBRARY + "s", ONCE])
-def test_the_first_run_has_a_case_of_every_function(function, costly):
+def test_the_first_run_has_a_case_of_every_function(function, cost):
     for count in range(1, 100):
-        assert shares(function, count, costly)["newest-jax"]
+        assert shares(function, count, cost)["newest-jax"]
 
 
 @pytest.mark.parametrize("function", [LIBRARY, ONCE])
 def test_every_case_of_a_cheap_function_runs_and_only_the_first_twice(function):
     for count in range(1, 100):
-        taken = [i for part in shares(function, count, False).values() for i in part]
+        taken = [i for part in shares(function, count, 0.0).values() for i in part]
         assert set(taken) == set(range(count))
         assert set(i for i in taken if taken.count(i) > 1) <= {0}
 
 
 def test_library_functions_run_on_the_oldest_jax_or_with_x64():
     seen = set()
-    for number in range(20):
-        for count in range(1, 50):
-            got = shares(f"{LIBRARY}{number}", count, True)
-            others = [name for name in parts.NAMES[1:] if got[name]]
-            assert others, (number, count)
-            seen |= set(others)
-            if count > 1:  # cases that the first run has not
-                assert not got["newest-jax"] & (got["oldest-jax"] | got["x64"])
+    for number, count, cost in itertools.product(range(20), range(1, 50), (0.0, 0.2, 2.0)):
+        got = shares(f"{LIBRARY}{number}", count, cost)
+        others = [name for name in parts.NAMES[1:] if got[name]]
+        assert others, (number, count)
+        seen |= set(others)
+        if count > 2:  # cases that the first run has not
+            assert not got["newest-jax"] & (got["oldest-jax"] | got["x64"])
     assert seen == {"oldest-jax", "x64"}
 
 
+def test_only_a_long_case_is_not_repeated():
+    assert sum(map(len, shares(LIBRARY, 1, parts.LONG).values())) == 1
+    assert sum(map(len, shares(LIBRARY, 1, parts.LONG - 0.1).values())) == 2
+
+
 @pytest.mark.parametrize(
-    ("function", "count", "taken"),
-    [(LIBRARY, 4, 2), (LIBRARY, 8, 4), (LIBRARY, 456, 4 + 28 + 28), (ONCE, 8, 4), (ONCE, 88, 14)],
+    ("function", "count", "cost", "taken"),
+    [
+        *((LIBRARY, 4, 0.2, 2), (LIBRARY, 8, 0.2, 4), (LIBRARY, 8, 2.0, 2), (LIBRARY, 8, 20.0, 2)),
+        *((LIBRARY, 456, 0.2, 4 + 28 + 28), (ONCE, 8, 0.2, 4), (ONCE, 8, 2.0, 2)),
+        (ONCE, 88, 0.2, 4 + 10),
+    ],
 )
-def test_of_a_costly_function_a_part_runs(function, count, taken):
-    got = shares(function, count, True)
+def test_of_a_costly_function_a_part_runs(function, count, cost, taken):
+    got = shares(function, count, cost)
     assert len(set().union(*got.values())) == sum(map(len, got.values())) == taken
 
 
@@ -63,7 +72,7 @@ def item(nodeid, *marks):
 
 
 def test_what_no_run_takes_is_counted(monkeypatch):
-    monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 1.5})
+    monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 0.5})
     items = [item(f"{LIBRARY}[{i}]") for i in range(8)] + [item(f"{ONCE}[{i}]") for i in range(8)]
     chosen = {name: parts.choose(items, name) for name in parts.NAMES}
     assert {left for _, left in chosen.values()} == {4}
