@@ -127,8 +127,8 @@ def build(
     the weights, one array or two.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that a
-    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first operand's
-    pointer, times 256, and descriptors are made of its rows.
+    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
+    operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
