@@ -19,8 +19,8 @@ from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
 from moe_align_jax._expert_parallel import message
 
 AXIS = "ep"
-TRANSPORTS = ("nvlink", "all_to_all", "all_gather")
-GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
+TRANSPORTS = ("nvlink_window", "nvlink", "all_to_all", "all_gather")
+GPU_TRANSPORTS = ("nvlink_window", "nvlink", "ragged_all_to_all")
 FLOOR = 1e-4  # of the fp8 payload, as DeepEP quantises
 # A message of which a rank receives more is not packed: x travels by itself.
 MOST_PACKED_BYTES = 16 << 20
