@@ -121,7 +121,7 @@ def packing_up_to(exchange: Exchange, name: str, num_bytes: int) -> Exchange:
 
 
 def message_kernels(exchange: Exchange, *, ours: bool) -> Exchange:
-    """The same with our kernels beside the exchanges of "all_to_all", or with what XLA makes of those steps."""
+    """The same with our kernels beside the exchanges of "all_to_all", or with what XLA makes of it."""
     name = f"{exchange.name}, {'message kernels' if ours else 'by XLA'}"
     return _traced_with(exchange, name, all_to_all, "MESSAGE_KERNELS", ours)
 
