@@ -324,9 +324,9 @@ def every(
         yield plain_job(size, ranks, kind, layouts[0])
     for transport in transports[1:]:
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
-        if transport == "all_to_all" and size.mode == "low_latency":
-            same = ours(size, ranks, f"ours, {transport}", transport=transport)
-            yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
+    if "all_to_all" in transports and size.mode == "low_latency":
+        same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
+        yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:
             yield plain_job(size, ranks, kind, layout)
