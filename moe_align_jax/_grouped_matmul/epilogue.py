@@ -49,6 +49,8 @@ def num_pairs(problem: MatmulProblem, ids: Any) -> jax.Array | int:
     """Ids below it are pairs (see reference.ids_bound)."""
     if problem.top_k:
         return problem.num_tokens * problem.top_k
+    if problem.num_pairs:
+        return problem.num_pairs
     return problem.num_rows if problem.block_size == 1 else ids[problem.num_rows - 1]
 
 
