@@ -9,7 +9,7 @@ from tests import oracle
 from torch_bridge import vllm
 
 
-@pytest.mark.parametrize("size", [Size("globalize", 16, 4, 8, 4), Size("lora", 9, 2, 6, 4, 3)])
+@pytest.mark.parametrize("size", [Size("globalize", 16, 4, 64, 4), Size("lora", 9, 2, 6, 4, 3)])
 def test_a_fault_is_found(size):
     call = vllm_aligned.Call(size, 1, 8, "cpu")
     call.run(getattr(vllm, vllm_aligned.OPS[size.op]))
