@@ -8,7 +8,8 @@ function runs in the first of them. Its cases are shared out by what they cost:
 - A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes a
   second), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest; the
   only case of a function repeats there unless it takes `LONG`. `make test-whole` runs what is left, and each
-  run says how many cases that is. The mark `every_case` takes a function out of this: its cases are no sample.
+  run says how many cases that is. The mark `every_case` takes a function out of this: its cases are no
+  sample.
 
 What depends neither on the release of jax nor on its width runs in the first run alone: files about NumPy,
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and

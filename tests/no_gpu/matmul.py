@@ -245,15 +245,14 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
 
     parser = argparse.ArgumentParser(prog="tests.no_gpu.matmul")
     parser.add_argument("part", nargs="?", default="", help="compile what has this in its name")
-    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
     chosen = parser.parse_args(given)
     checker = worker.Checker(plugin, runtime)
     launch = checker.launch
-    for position, (what, problem, config) in enumerate((*problems(), *weight_gradients())):
+    for what, problem, config in script.one_in_sample((*problems(), *weight_gradients())):
         if isinstance(problem, MatmulProblem):
             config = config._replace(late=config.late and may_be_late(problem))
         name = f"{config.name}: {what}"
-        if chosen.part not in name or position % chosen.sample:
+        if chosen.part not in name:
             continue
         module = lower(problem, config).compiler_ir()
         with module.context:

@@ -1,6 +1,6 @@
 """Compiles the recording of expert load for an H200 with XLA itself, without a GPU, and counts its kernels.
 
-    python -m tests.no_gpu.recording [--sample N]
+    python -m tests.no_gpu.recording
 
 Of 58 layers and 256 experts, from counts that are there: one kernel where the step passes its number, two
 where the state counts passes, and no copy of the ring.
@@ -77,7 +77,7 @@ def cases() -> Iterator[tuple[str, int, Any, tuple]]:
     yield "the state counts, with a map", 2, record, (mapped, layers, stacked)
 
 
-def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
+def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     del runtime
     sys.path.append(str(Path(plugin).parents[2]))  # where jax finds its plugins
     import jax
@@ -88,7 +88,7 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
         "", platform="cuda", target_config=_H200, topology="1x1x1"
     )
     where = SingleDeviceSharding(topology.devices[0])
-    for what, wanted, function, shapes in script.one_in(cases(), given):
+    for what, wanted, function, shapes in script.one_in_sample(cases()):
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes
         )
