@@ -179,8 +179,13 @@ def lower(problem: Any, config: Any) -> Any:
 
     if isinstance(problem, WeightGradient):
         structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
-        made = weight_gradient_kernel.arguments
-        given = jax.eval_shape(lambda *a: made(problem, config, *a, interpret=False), *structs)
+
+        def made(*operands):
+            experts = weight_gradient_kernel.experts_of(problem, *operands[2:])
+            options = {"interpret": False}
+            return weight_gradient_kernel.arguments(problem, config, experts, *operands, **options)
+
+        given = jax.eval_shape(made, *structs)
         call = jax.jit(weight_gradient_kernel.build(problem, config))
         return call.trace(*given).lower(lowering_platforms=("cuda",))
 
