@@ -31,24 +31,22 @@ def problems() -> Iterator[tuple[str, Any]]:
         )
 
     gather: dict[str, Any] = {"num_tokens": 1024, "top_k": 8}
-    for block in (8, 32, 64, 128):
+    for block in (8, 64, 128):
         yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather)
         yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048)
-    yield "not transposed", blocks(64, silu, **gather)
     yield "a pair with bias", blocks(64, silu | {"pair": True, "bias": True}, **gather)
     swiglu = {"transposed": True, "interleaved": True, "bias": True, "swiglu_alpha": 1.702}
     yield "gpt-oss", blocks(16, silu | swiglu | {"swiglu_limit": 7.0}, k=2880, n=2880, **gather)
     yield "row weights", blocks(24, {"bias": True}, row_weights=True)
     yield "odd", blocks(16, {}, k=200, n=136)
     yield "one piece", blocks(64, {}, k=64, n=64)
-    yield "float16", blocks(64, {}, dtype="float16", out_dtype="float16")
-    yield "float32", blocks(64, {}, out_dtype="float32")
+    yield "float16, float32", blocks(64, {}, dtype="float16", out_dtype="float32")
     for most in (256, 250):
         sizes = (8 * most, 2048, 1536, 8, "bfloat16", "bfloat16")
         weights = Weights(transposed=True)
         masked = MatmulProblem("test", "masked", *sizes, weights=weights, max_rows=most)
         yield f"masked {most}", DirectMatmul(masked)
-    for tokens, out in ((1, "bfloat16"), (100, "float32"), (5000, "bfloat16")):
+    for tokens, out in ((1, "bfloat16"), (5000, "float32")):
         yield f"sum, {tokens}", sum_bucket(tokens, 8, 2880, "bfloat16", out)
 
 
