@@ -204,7 +204,8 @@ class BoundLayer:
         ]
         self._constants, self._starts = tuple(constants.values()), tuple(starts.values())
         self._given, self._ids_at = given, len(self._first_names) + 3
-        self._id_shift = 8 - (ids.element_size().bit_length() - 1)
+        id_bytes = ids.element_size() if ids.dtype in ID_WORDS else 4  # the others are converted
+        self._id_shift = 8 - (id_bytes.bit_length() - 1)
         self.needed = self._boundaries(first, second)
         biased = "bias" in operands or "bias_down" in operands
         self.is_plain = (
