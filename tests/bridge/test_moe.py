@@ -1,4 +1,4 @@
-"""torch_bridge.grouped_matmul and fused_moe: on the machine without a GPU, and through jax, against float64."""
+"""torch_bridge.grouped_matmul and fused_moe against float64: on a machine without a GPU, and through jax."""
 
 import re
 
