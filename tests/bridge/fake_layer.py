@@ -1,7 +1,7 @@
 """The expert layer's kernels on a machine without a GPU: what they do, in NumPy, on the very memory.
 
-Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers; a launch
-that a GPU would not take is an AssertionError.
+Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers. A
+launch that a GPU would not take is an AssertionError.
 """
 
 import ctypes
@@ -87,9 +87,30 @@ def _array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
 
 
+def _multiply_tiles(direct: DirectMatmul, places: dict[str, int]) -> None:
+    """Row by row of the tiles that are listed, of the masked layout."""
+    problem, bm = direct.problem, direct.tiles.bm
+    dtype, most = _DTYPES[problem.dtype], problem.max_rows
+    [count] = _array(places["count"], (1,), np.int32)
+    listed = [_array(places[name], (count,), np.int32) for name in ("expert", "start", "end")]
+    for expert, start, end in zip(*map(np.ndarray.tolist, listed), strict=True):
+        rows = min(start + bm, end) - start
+        assert start // most == expert == (start + rows - 1) // most
+        x = _array(places["x"] + start * problem.k * 2, (rows, problem.k), dtype)
+        size = problem.k * problem.w_columns
+        shape = problem.inputs["w"][0][1:]
+        w = _array(places["w"] + int(expert) * size * 2, shape, dtype).astype(np.float32)
+        product = x.astype(np.float32) @ (w.T if problem.weights.transposed else w)
+        out = _array(places["out"] + start * problem.n * 2, (rows, problem.n), dtype)
+        for row in range(rows):
+            out[row] = _finish(problem, product[row], None)
+
+
 def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int]) -> None:
     """Row by row of the blocks in use."""
     problem, weights = direct.problem, direct.problem.weights
+    if problem.rows == "masked":
+        return _multiply_tiles(direct, places)
     rows, dtype = sizes[NUM_ROWS], _DTYPES[problem.dtype]
     assert rows <= problem.num_rows
     blocks = -(-rows // problem.block_size)
@@ -100,11 +121,9 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
         ids = _array(places["sorted_token_ids"], (rows,), np.int32)
     tokens = sizes[NUM_PAIRS] // problem.top_k if problem.top_k else rows
     x = _array(places["x"], (tokens, problem.k), dtype).astype(np.float32)
-    arrays = {
-        name: _array(places[name], problem.inputs[name][0], dtype)
-        for name in ("w", "gate", "up")
-        if name in places
-    }
+    names = [name for name in ("w", "gate", "up") if name in places]
+    _, *matrix_shape = problem.inputs[names[0]][0]
+    matrix_bytes = math.prod(matrix_shape) * np.dtype(dtype).itemsize
     out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
     bias = None
     if weights.bias:
@@ -127,8 +146,9 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
             continue
         source = x[pair // problem.top_k] if problem.top_k else x[row]
         parts = []
-        for w in arrays.values():
-            matrix = w[expert].astype(np.float32)
+        for name in names:
+            place = places[name] + int(expert) * matrix_bytes
+            matrix = _array(place, tuple(matrix_shape), dtype).astype(np.float32)
             parts.append(source @ (matrix.T if weights.transposed else matrix))
         product = np.concatenate(parts)
         out[row] = _finish(problem, product, None if bias is None else bias[expert]) * scale[row]
