@@ -11,12 +11,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
+from moe_align_jax._grouped_matmul import tile_list
+from moe_align_jax._grouped_matmul.direct_problem import (
+    LAUNCH_VALUES,
+    NUM_PAIRS,
+    NUM_ROWS,
+    SCALE_PITCH,
+    DirectMatmul,
+)
+from moe_align_jax._grouped_matmul.shape import shape_of
 from torch_bridge._direct import compile_worker, host_code
 
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-_CODES = {"bfloat16": 9, "float16": 6, "float32": 7}
-_BY_VALUE = (NUM_ROWS, NUM_PAIRS, "num_tokens")
+_DTYPES = {
+    **{"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32},
+    **{"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "int32": np.int32},
+}
+_CODES = {"bfloat16": 9, "float16": 6, "float32": 7, "float8_e4m3fn": 0, "int32": 3}
+_BY_VALUE = (*LAUNCH_VALUES, "num_tokens")
 
 
 def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
@@ -24,9 +35,13 @@ def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
     shapes, maps = {**kernel.inputs, **kernel.outputs}, []
     if isinstance(problem, DirectMatmul):
         by_tma = ["w", "gate", "up", "out"] + ["x"] * (not problem.problem.top_k)
+        scales = problem.problem.scales
+        if scales and scales.x == "column_major":
+            if not shape_of(problem.problem, problem.tiles).scales_by_rows:
+                by_tma.append("x_scales")
         for name in by_tma:
             if name in shapes:
-                maps.append(_map_of(name, shapes[name], problem, kernel.rows))
+                maps.append(_map_of(name, shapes[name], problem, kernel))
     passed = [name for name in shapes if name not in [one["buffer"] for one in maps]]
     if maps:
         passed.insert(len(passed) // 2, host_code.TENSOR_MAPS)
@@ -36,13 +51,19 @@ def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
     )
 
 
-def _map_of(name: str, shape: tuple, problem: DirectMatmul, rows: dict[str, str]) -> dict:
-    dtype = problem.problem.out_dtype if name == "out" else problem.problem.dtype
-    item = 4 if dtype == "float32" else 2
+def _map_of(name: str, shape: tuple, problem: DirectMatmul, kernel: Any) -> dict:
+    dtype = problem.problem.out_dtype
+    if name != "out":
+        dtype = problem.problem.inputs[name][1]
+    item = np.dtype(_DTYPES[dtype]).itemsize
     sizes = tuple(reversed(shape))
     strides = tuple(item * math.prod(sizes[:k]) for k in range(1, len(sizes)))
     found = host_code.TensorMap(name, _CODES[dtype], sizes, strides, (8,) * len(sizes), 3)
-    return (found.with_rows(rows[name], shape) if name in rows else found)._asdict()
+    if name in kernel.rows:
+        found = found.with_rows(kernel.rows[name], shape)
+    elif name in kernel.pitches:
+        found = found.with_pitch(kernel.pitches[name], shape)
+    return found._asdict()
 
 
 def run(fake: Any, kernel: Any, problem: Any, how: Any, pointers: Any) -> None:
@@ -77,7 +98,11 @@ def _described(found: tuple, one: dict, sizes: dict) -> int:
         *(one["dtype"], wanted, tuple(one["box"])),
         one["swizzle"],
     )
-    assert strides[: len(strides) - 1] == tuple(one["strides"]) and address % 16 == 0 and address
+    steps = tuple(one["strides"])
+    if one["pitched"]:
+        steps = tuple(step // one["sizes"][0] * lengths[0] for step in steps)
+    assert strides[: len(strides) - 1] == steps and all(step % 16 == 0 for step in steps)
+    assert address % 16 == 0 and address
     return address
 
 
@@ -88,9 +113,13 @@ def _array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int]) -> None:
-    """Row by row of the blocks in use."""
+    """Row by row of the blocks in use, or of the masked layout."""
     problem, weights = direct.problem, direct.problem.weights
-    rows, dtype = sizes[NUM_ROWS], _DTYPES[problem.dtype]
+    dtype = _DTYPES[problem.dtype]
+    if problem.rows == "masked":
+        _multiply_masked(direct, places)
+        return
+    rows = sizes[NUM_ROWS]
     assert rows <= problem.num_rows
     blocks = -(-rows // problem.block_size)
     count = int(_array(places["num_tokens_post_padded"], (1,), np.int32)[0])
@@ -105,6 +134,9 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
         for name in ("w", "gate", "up")
         if name in places
     }
+    if problem.scales:
+        x = x * _row_scales(problem, places["x_scales"], tokens, sizes.get(SCALE_PITCH, 0))
+        arrays = {name: _scaled(problem, name, w, places) for name, w in arrays.items()}
     out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
     bias = None
     if weights.bias:
@@ -132,6 +164,59 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
             parts.append(source @ (matrix.T if weights.transposed else matrix))
         product = np.concatenate(parts)
         out[row] = _finish(problem, product, None if bias is None else bias[expert]) * scale[row]
+
+
+def _row_scales(problem: Any, address: int, rows: int, pitch: int) -> np.ndarray:
+    """float32 `[rows, k]` of "blocks"; `pitch` of this launch."""
+    assert problem.scales and pitch % 4 == 0
+    dtype = np.int32 if problem.scales.packed else np.float32
+    words = problem.inputs["x_scales"][0][0 if pitch else 1]
+    found = _array(address, (words, pitch) if pitch else (rows, words), dtype)
+    return _wide_scales(problem, found[:, :rows].T if pitch else found)
+
+
+def _scaled(problem: Any, name: str, w: np.ndarray, places: dict[str, int]) -> np.ndarray:
+    name = f"{name}_scales"
+    scales = _array(places[name], problem.inputs[name][0], np.float32)
+    each = np.repeat(np.repeat(scales, 128, 1)[:, : w.shape[1]], 128, 2)[..., : problem.k]
+    return w.astype(np.float32) * each
+
+
+def _multiply_masked(direct: DirectMatmul, places: dict[str, int]) -> None:
+    """The tiles of the list, each row by itself; all sizes are compiled in."""
+    problem = direct.problem
+    tiles = tile_list.of(problem, direct.tiles.bm)
+    listed = [
+        _array(places[name], (tiles.capacity,), np.int32) for name in ("expert", "start", "end")
+    ]
+    count = int(_array(places["count"], (1,), np.int32)[0])
+    shape, rows = problem.inputs["x"][0], problem.num_rows
+    x = _array(places["x"], shape, _DTYPES[problem.dtype]).astype(np.float32)
+    w = _array(places["w"], problem.inputs["w"][0], _DTYPES[problem.dtype])
+    if problem.scales:
+        x = x * _masked_scales(problem, places["x_scales"])
+        w = _scaled(problem, "w", w, places)
+    out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
+    for expert, start, end in zip(*(each[:count] for each in listed), strict=True):
+        matrix = w[expert].astype(np.float32)
+        end = min(start + direct.tiles.bm, end)
+        out[start:end] = x[start:end] @ (matrix.T if problem.weights.transposed else matrix)
+
+
+def _masked_scales(problem: Any, address: int) -> np.ndarray:
+    """float32 `[e * M, k]`."""
+    shape, dtype = problem.inputs["x_scales"]
+    found = _array(address, shape, _DTYPES[dtype])
+    if problem.scales.x == "column_major":
+        found = found[..., : problem.max_rows].swapaxes(1, 2).reshape(problem.num_rows, -1)
+    return _wide_scales(problem, found)
+
+
+def _wide_scales(problem: Any, found: np.ndarray) -> np.ndarray:
+    if problem.scales.packed:
+        exponents = np.ascontiguousarray(found).view(np.uint8)
+        found = (exponents.astype(np.int32) << 23).view(np.float32)
+    return np.repeat(found, 128, axis=1)[:, : problem.k]
 
 
 def _finish(problem: Any, product: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

@@ -14,7 +14,18 @@ from torch_bridge.deep_gemm import scales as layouts
 GROUPS, K, N = 4, 256, 192
 COUNTS = (130, 0, 1, 128)  # rows of each group
 NAN = 0x7F
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=["cpu", "launched", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test runs; "launched": on the CPU, by the launches that a GPU would get."""
+    if request.param != "launched":
+        yield request.param
+        return
+    fake = request.getfixturevalue("fake")
+    fake.launches_directly = True
+    yield "cpu"
+    assert fake.launched and not fake.capturing
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +140,6 @@ def check(found, want):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("device", DEVICES)
 def test_contiguous(layout, device):
     rng = np.random.default_rng(0)
     group = labels(COUNTS, 128)
@@ -144,7 +154,6 @@ def test_contiguous(layout, device):
 
 
 @pytest.mark.parametrize("alignment", [128, 64])
-@pytest.mark.parametrize("device", DEVICES)
 def test_ends_of_groups(alignment, device):
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     rng = np.random.default_rng(1)
@@ -163,7 +172,6 @@ def test_ends_of_groups(alignment, device):
 
 @pytest.mark.parametrize("turned", [False, True], ids=["[G, N, K]", "[G, K, N]"])
 @pytest.mark.parametrize("use_psum_layout", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_contiguous(turned, use_psum_layout, device):
     rng = np.random.default_rng(2)
     group = labels(COUNTS, 128)
@@ -199,7 +207,6 @@ def test_rows_of_padding_are_zero_where_those_of_a_are():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("device", DEVICES)
 def test_masked(layout, device):
     most, counts = 22, np.array([22, 0, 1, 17], np.int32)
     rng = np.random.default_rng(4)
@@ -216,7 +223,6 @@ def test_masked(layout, device):
     check(d[used.to(device)], np.einsum("gmk,gnk->gmn", wide_a, wide_b)[~padding])
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_masked(device):
     rng = np.random.default_rng(5)
     counts = np.array([9, 0, 3], np.int32)

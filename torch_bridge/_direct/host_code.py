@@ -41,6 +41,7 @@ class TensorMap(NamedTuple):
         swizzle: CUtensorMapSwizzle.
         rows: name of the launch's value that tells the size of dimension `axis`; "" for none.
         axis: see `rows`.
+        pitched: whether steps of the dimensions further out are multiples of that size.
     """
 
     buffer: str
@@ -51,6 +52,7 @@ class TensorMap(NamedTuple):
     swizzle: int
     rows: str = ""
     axis: int = 0
+    pitched: bool = False
 
     def with_rows(self, name: str, shape: tuple[int, ...]) -> "TensorMap":
         """The same with as many rows as the launch's value `name` says. The buffer's shape is `shape`.
@@ -71,6 +73,17 @@ class TensorMap(NamedTuple):
         if len(found) != 1:
             raise ValueError(f"{len(found)} dimensions of {self} count the rows of {list(shape)}")
         return self._replace(rows=name, axis=found[0])
+
+    def with_pitch(self, name: str, shape: tuple[int, ...]) -> "TensorMap":
+        """The same with rows as long as the launch's value `name` says, one behind the other.
+
+        Raises:
+            ValueError: the descriptor is of another array than this shape's.
+        """
+        pitch = shape[-1] * dict(_ELEMENTS.values())[self.dtype]
+        if self.sizes[0] != shape[-1] or any(step % pitch for step in self.strides):
+            raise ValueError(f"{self} does not have the rows of {list(shape)}")
+        return self._replace(rows=name, axis=0, pitched=True)
 
 
 class Launch(NamedTuple):
