@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_align_jax._grouped_matmul import tile_list
 from moe_align_jax._grouped_matmul.direct_problem import (
     LAUNCH_VALUES,
     NUM_PAIRS,
@@ -99,7 +98,7 @@ def _described(found: tuple, one: dict, sizes: dict) -> int:
         one["swizzle"],
     )
     steps = tuple(one["strides"])
-    if one["pitched"]:
+    if one["rows"] and one["axis"] == 0:
         steps = tuple(step // one["sizes"][0] * lengths[0] for step in steps)
     assert strides[: len(strides) - 1] == steps and all(step % 16 == 0 for step in steps)
     assert address % 16 == 0 and address
@@ -112,14 +111,68 @@ def _array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
 
 
+def _matrix(problem: Any, places: dict[str, int], name: str, expert: int) -> np.ndarray:
+    """float32: an array of weights of one expert, scaled. Others may not be in memory."""
+    _, *shape = problem.inputs[name][0]
+    dtype = np.dtype(_DTYPES[problem.dtype])
+    place = places[name] + expert * math.prod(shape) * dtype.itemsize
+    matrix = _array(place, tuple(shape), dtype).astype(np.float32)
+    if problem.scales:
+        name = f"{name}_scales"
+        _, *blocks = problem.inputs[name][0]
+        place = places[name] + expert * math.prod(blocks) * 4
+        scales = np.repeat(_array(place, tuple(blocks), np.float32), 128, 0)[: shape[0]]
+        matrix *= np.repeat(scales, 128, 1)[:, : shape[1]] if blocks != [1, 1] else scales
+    return matrix.T if problem.weights.transposed else matrix
+
+
+def _row_scales(problem: Any, address: int, first: int, rows: int, pitch: int) -> np.ndarray:
+    """float32 `[rows, k]`, of rows from `first` on; `pitch` of scales by columns."""
+    if problem.scales.x == "tensor":
+        return _array(address, (1,), np.float32)
+    shape, dtype = problem.inputs["x_scales"]
+    words = shape[-1 if problem.scales.x == "row_major" else -2]
+    if problem.scales.x == "row_major":
+        found = _array(address + first * words * 4, (rows, words), _DTYPES[dtype])
+    else:
+        found = _array(address, (words, pitch), _DTYPES[dtype])[:, first : first + rows].T
+    if problem.scales.packed:
+        exponents = np.ascontiguousarray(found).view(np.uint8)
+        found = (exponents.astype(np.int32) << 23).view(np.float32)
+    return np.repeat(found, 128, axis=1)[:, : problem.k]
+
+
+def _multiply_tiles(direct: DirectMatmul, places: dict[str, int]) -> None:
+    """Row by row of the tiles that are listed, of the masked layout."""
+    problem, bm = direct.problem, direct.tiles.bm
+    dtype, most = np.dtype(_DTYPES[problem.dtype]), problem.max_rows
+    [count] = _array(places["count"], (1,), np.int32)
+    listed = [_array(places[name], (count,), np.int32) for name in ("expert", "start", "end")]
+    for expert, start, end in zip(*map(np.ndarray.tolist, listed), strict=True):
+        rows = min(start + bm, end) - start
+        assert start // most == expert == (start + rows - 1) // most
+        place = places["x"] + start * problem.k * dtype.itemsize
+        x = _array(place, (rows, problem.k), dtype).astype(np.float32)
+        if problem.scales:
+            address, first, pitch = places["x_scales"], start, problem.scales.pitch
+            if pitch:
+                first, words = start - expert * most, problem.inputs["x_scales"][0][1]
+                address += expert * words * pitch * 4
+            x = x * _row_scales(problem, address, first, rows, pitch)
+        product = x @ _matrix(problem, places, "w", expert)
+        out_dtype = np.dtype(_DTYPES[problem.out_dtype])
+        place = places["out"] + start * problem.n * out_dtype.itemsize
+        out = _array(place, (rows, problem.n), out_dtype)
+        for row in range(rows):
+            out[row] = _finish(problem, product[row], None)
+
+
 def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int]) -> None:
-    """Row by row of the blocks in use, or of the masked layout."""
+    """Row by row of the blocks in use."""
     problem, weights = direct.problem, direct.problem.weights
-    dtype = _DTYPES[problem.dtype]
     if problem.rows == "masked":
-        _multiply_masked(direct, places)
-        return
-    rows = sizes[NUM_ROWS]
+        return _multiply_tiles(direct, places)
+    rows, dtype = sizes[NUM_ROWS], _DTYPES[problem.dtype]
     assert rows <= problem.num_rows
     blocks = -(-rows // problem.block_size)
     count = int(_array(places["num_tokens_post_padded"], (1,), np.int32)[0])
@@ -129,14 +182,12 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
         ids = _array(places["sorted_token_ids"], (rows,), np.int32)
     tokens = sizes[NUM_PAIRS] // problem.top_k if problem.top_k else rows
     x = _array(places["x"], (tokens, problem.k), dtype).astype(np.float32)
-    arrays = {
-        name: _array(places[name], problem.inputs[name][0], dtype)
-        for name in ("w", "gate", "up")
-        if name in places
-    }
+    names = [name for name in ("w", "gate", "up") if name in places]
     if problem.scales:
-        x = x * _row_scales(problem, places["x_scales"], tokens, sizes.get(SCALE_PITCH, 0))
-        arrays = {name: _scaled(problem, name, w, places) for name, w in arrays.items()}
+        pitch = sizes.get(SCALE_PITCH, 0)
+        assert pitch % 4 == 0
+        x = x * _row_scales(problem, places["x_scales"], 0, tokens, pitch)
+    matrices: dict[tuple[str, int], np.ndarray] = {}
     out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
     bias = None
     if weights.bias:
@@ -159,64 +210,13 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
             continue
         source = x[pair // problem.top_k] if problem.top_k else x[row]
         parts = []
-        for w in arrays.values():
-            matrix = w[expert].astype(np.float32)
-            parts.append(source @ (matrix.T if weights.transposed else matrix))
+        for name in names:
+            at = name, int(expert)
+            if at not in matrices:
+                matrices[at] = _matrix(problem, places, *at)
+            parts.append(source @ matrices[at])
         product = np.concatenate(parts)
         out[row] = _finish(problem, product, None if bias is None else bias[expert]) * scale[row]
-
-
-def _row_scales(problem: Any, address: int, rows: int, pitch: int) -> np.ndarray:
-    """float32 `[rows, k]` of "blocks"; `pitch` of this launch."""
-    assert problem.scales and pitch % 4 == 0
-    dtype = np.int32 if problem.scales.packed else np.float32
-    words = problem.inputs["x_scales"][0][0 if pitch else 1]
-    found = _array(address, (words, pitch) if pitch else (rows, words), dtype)
-    return _wide_scales(problem, found[:, :rows].T if pitch else found)
-
-
-def _scaled(problem: Any, name: str, w: np.ndarray, places: dict[str, int]) -> np.ndarray:
-    name = f"{name}_scales"
-    scales = _array(places[name], problem.inputs[name][0], np.float32)
-    each = np.repeat(np.repeat(scales, 128, 1)[:, : w.shape[1]], 128, 2)[..., : problem.k]
-    return w.astype(np.float32) * each
-
-
-def _multiply_masked(direct: DirectMatmul, places: dict[str, int]) -> None:
-    """The tiles of the list, each row by itself; all sizes are compiled in."""
-    problem = direct.problem
-    tiles = tile_list.of(problem, direct.tiles.bm)
-    listed = [
-        _array(places[name], (tiles.capacity,), np.int32) for name in ("expert", "start", "end")
-    ]
-    count = int(_array(places["count"], (1,), np.int32)[0])
-    shape, rows = problem.inputs["x"][0], problem.num_rows
-    x = _array(places["x"], shape, _DTYPES[problem.dtype]).astype(np.float32)
-    w = _array(places["w"], problem.inputs["w"][0], _DTYPES[problem.dtype])
-    if problem.scales:
-        x = x * _masked_scales(problem, places["x_scales"])
-        w = _scaled(problem, "w", w, places)
-    out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
-    for expert, start, end in zip(*(each[:count] for each in listed), strict=True):
-        matrix = w[expert].astype(np.float32)
-        end = min(start + direct.tiles.bm, end)
-        out[start:end] = x[start:end] @ (matrix.T if problem.weights.transposed else matrix)
-
-
-def _masked_scales(problem: Any, address: int) -> np.ndarray:
-    """float32 `[e * M, k]`."""
-    shape, dtype = problem.inputs["x_scales"]
-    found = _array(address, shape, _DTYPES[dtype])
-    if problem.scales.x == "column_major":
-        found = found[..., : problem.max_rows].swapaxes(1, 2).reshape(problem.num_rows, -1)
-    return _wide_scales(problem, found)
-
-
-def _wide_scales(problem: Any, found: np.ndarray) -> np.ndarray:
-    if problem.scales.packed:
-        exponents = np.ascontiguousarray(found).view(np.uint8)
-        found = (exponents.astype(np.int32) << 23).view(np.float32)
-    return np.repeat(found, 128, axis=1)[:, : problem.k]
 
 
 def _finish(problem: Any, product: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

@@ -89,13 +89,12 @@ class TensorMap(NamedTuple):
         address: position of the array's pointer among the program's values.
         rows: position of the value that tells the size of dimension `axis`, times 256; -1 for none.
         axis: see `rows`.
-        pitched, dtype, sizes, strides, box, swizzle: as in `host_code.TensorMap`.
+        dtype, sizes, strides, box, swizzle: as in `host_code.TensorMap`.
     """
 
     address: int
     rows: int
     axis: int
-    pitched: bool
     dtype: int
     sizes: Sequence[int]
     strides: Sequence[int]
@@ -363,8 +362,8 @@ class TensorMaps:
             rank, sizes, strides = len(one.sizes), list(one.sizes), list(one.strides)
             if one.rows >= 0:
                 size = sizes[one.axis] = values[one.rows] >> _SIZE_SHIFT
-                if one.pitched:
-                    strides = [step // one.sizes[one.axis] * size for step in strides]
+                if one.axis == 0:
+                    strides = [step // one.sizes[0] * size for step in strides]
             result = self._driver.library.cuTensorMapEncodeTiled(
                 *(ctypes.c_void_p(start + _MAP_BYTES * k), one.dtype, rank),
                 ctypes.c_void_p(values[one.address]),

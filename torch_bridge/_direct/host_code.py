@@ -40,8 +40,7 @@ class TensorMap(NamedTuple):
         box: elements of a copy.
         swizzle: CUtensorMapSwizzle.
         rows: name of the launch's value that tells the size of dimension `axis`; "" for none.
-        axis: see `rows`.
-        pitched: whether steps of the dimensions further out are multiples of that size.
+        axis: see `rows`. 0, the innermost one: steps of the others are multiples of that size.
     """
 
     buffer: str
@@ -52,7 +51,6 @@ class TensorMap(NamedTuple):
     swizzle: int
     rows: str = ""
     axis: int = 0
-    pitched: bool = False
 
     def with_rows(self, name: str, shape: tuple[int, ...]) -> "TensorMap":
         """The same with as many rows as the launch's value `name` says. The buffer's shape is `shape`.
@@ -83,7 +81,7 @@ class TensorMap(NamedTuple):
         pitch = shape[-1] * dict(_ELEMENTS.values())[self.dtype]
         if self.sizes[0] != shape[-1] or any(step % pitch for step in self.strides):
             raise ValueError(f"{self} does not have the rows of {list(shape)}")
-        return self._replace(rows=name, axis=0, pitched=True)
+        return self._replace(rows=name, axis=0)
 
 
 class Launch(NamedTuple):

@@ -47,16 +47,17 @@ def in_place(machine: Machine, tensor: torch.Tensor, boundary: int) -> torch.Ten
     """The tensor, or a copy that the kernels can read."""
     if copy_reason(tensor, boundary) is None:
         return tensor
-    shape, stride = tensor.shape, _row_major(tensor.shape)
+    shape, stride = tuple(tensor.shape), _row_major(tensor.shape)
     return machine.empty(shape, stride, tensor.dtype).copy_(tensor.resolve_neg())
 
 
-def _row_major(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
     for length in reversed(shape):
         strides.append(step)
         step *= max(length, 1)
-    return strides[::-1]
+    return tuple(reversed(strides))
 
 
 def laid_out_bias(direct: DirectMatmul, bias: torch.Tensor) -> torch.Tensor:
