@@ -121,8 +121,10 @@ def _matrix(problem: Any, places: dict[str, int], name: str, expert: int) -> np.
         name = f"{name}_scales"
         _, *blocks = problem.inputs[name][0]
         place = places[name] + expert * math.prod(blocks) * 4
-        scales = np.repeat(_array(place, tuple(blocks), np.float32), 128, 0)[: shape[0]]
-        matrix *= np.repeat(scales, 128, 1)[:, : shape[1]] if blocks != [1, 1] else scales
+        scales = _array(place, tuple(blocks), np.float32)
+        if problem.scales.w == "blocks":
+            scales = scales.repeat(128, 0)[: shape[0]].repeat(128, 1)[:, : shape[1]]
+        matrix *= scales
     return matrix.T if problem.weights.transposed else matrix
 
 
