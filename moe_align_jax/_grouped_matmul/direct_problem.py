@@ -66,7 +66,7 @@ class DirectMatmul(NamedTuple):
 
     @property
     def pitched(self) -> bool:
-        """Whether a launch says how far columns of x's scales lie apart: at least a tile's rows, in steps of 4."""
+        """Whether a launch says how far columns of x's scales lie apart: a tile's rows at least, 4 n."""
         scales = self.problem.scales
         return self.sized_at_launch and scales is not None and scales.x == "column_major"
 

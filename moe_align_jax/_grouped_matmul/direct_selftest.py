@@ -44,8 +44,8 @@ class Example(NamedTuple):
 def examples(direct: DirectMatmul) -> Iterator[Example]:
     """Of some blocks of the first two experts; of a masked layout, of their first rows.
 
-    Values are small multiples of an eighth, so that sums of products are exact in float32. Scales are powers of
-    two.
+    Values are small multiples of an eighth, so that sums of products are exact in float32. Scales are
+    powers of two.
     """
     rng = np.random.default_rng(0)
     problem = direct.problem
@@ -230,7 +230,9 @@ def mismatch(direct: DirectMatmul, example: Example, read: Callable) -> str:
     """What is wrong with the results, or "". `read(name, into)` fetches the beginning of an output."""
     problem, want = direct.problem, example.expected
     item = jnp.dtype(problem.out_dtype)
-    got = read("out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item))
+    got = read(
+        "out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item)
+    )
     got = got[example.rows][:, example.columns].astype(np.float32)
     off, scale = np.abs(got - want), max(1.0, float(np.abs(want).max(initial=0)))
     if not off.size or (off <= np.abs(want) * 2**-6 + scale * 2**-9).all():

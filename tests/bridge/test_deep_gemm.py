@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import torch_bridge
 import torch_bridge.deep_gemm as deep_gemm
 from torch_bridge.deep_gemm import scales as layouts
 
@@ -288,6 +289,78 @@ def test_compiled():
         real = group >= 0
         want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
         check(out[torch.from_numpy(real).cuda()] / 2, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_psum_layout", [False, True])
+def test_captured_into_a_graph(use_psum_layout):
+    """Rows and labels change between replays, and nothing is copied to the host."""
+    rng = np.random.default_rng(10)
+    b, wide_b = make_b(rng)
+    counts = [(128, 0, 5, 0), (1, 100, 0, 70)]
+    made = [
+        (group, *make_a(rng, "mn-major", len(group)))
+        for group in (labels(each, 128)[:384] for each in counts)
+    ]
+    where = [
+        torch.from_numpy(ends(c, 128) if use_psum_layout else m[0])
+        for c, m in zip(counts, made, strict=True)
+    ]
+    a, b, layout = *to("cuda", (made[0][1], b)), where[0].cuda()
+    d = torch.empty(384, N, dtype=torch.bfloat16, device="cuda")
+
+    def call():
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout, use_psum_layout=use_psum_layout)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for (group, given, wide_a), new in reversed(list(zip(made, where, strict=True))):
+        for target, source in zip((*a, layout), (*given, new), strict=True):
+            target.copy_(source)
+        graph.replay()
+        real = group >= 0
+        want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
+        check(d[torch.from_numpy(real).cuda()], want)
+
+
+@pytest.mark.gpu
+def test_captured_before_its_first_call():
+    """New sizes in a capture: an error that says what to do."""
+    rng = np.random.default_rng(11)
+    a, b = to("cuda", (make_a(rng, "mn-major", 2, 12, k=384)[0], make_b(rng, 2, 320, 384)[0]))
+    d = torch.zeros(2, 12, 320, dtype=torch.bfloat16, device="cuda")
+    masked_m = torch.ones(2, dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(torch_bridge.Miss, match="Call it once with these shapes"),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["row-major", "mn-major"])
+def test_deep_gemm_itself(layout):
+    """The package, where benchmarks.fetch left it and it loads: the same call on the same tensors."""
+    from benchmarks import deep_gemm_peer
+
+    if not deep_gemm_peer.found(".peers"):
+        pytest.skip("python -m benchmarks.fetch deep_gemm gets it")
+    theirs = deep_gemm_peer.load(".peers")
+    rng = np.random.default_rng(12)
+    group = labels(COUNTS, 128)
+    (values, _), _ = make_a(rng, layout, len(group))
+    scales = LAYOUTS[layout](powers(rng, len(group), K // 128))
+    a, b = to("cuda", ((values, scales), make_b(rng)[0]))
+    grouped_layout = torch.from_numpy(group).cuda()
+    results = []
+    for library in (deep_gemm, theirs):
+        d = torch.empty(len(group), N, dtype=torch.bfloat16, device="cuda")
+        library.m_grouped_fp8_gemm_nt_contiguous(a, b, d, grouped_layout, disable_ue8m0_cast=True)
+        results.append(d[grouped_layout >= 0])
+    check(results[0], results[1].float().cpu().numpy().astype(np.float64))
 
 
 # -- helpers ---------------------------------------------------------------------------------------
