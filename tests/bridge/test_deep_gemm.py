@@ -346,7 +346,7 @@ def test_deep_gemm_itself(layout):
     """The package, where benchmarks.fetch left it and it loads: the same call on the same tensors."""
     from benchmarks import deep_gemm_peer
 
-    if not deep_gemm_peer.found(".peers"):
+    if not deep_gemm_peer.is_in(".peers"):
         pytest.skip("python -m benchmarks.fetch deep_gemm gets it")
     theirs = deep_gemm_peer.load(".peers")
     rng = np.random.default_rng(12)
