@@ -320,17 +320,18 @@ def test_there_is_no_derivative_and_the_error_says_so():
         jax.grad(loss)(jnp.asarray(x[1]))
 
 
-def test_select_says_why_the_kernel_is_not_the_default():
+def test_select_names_the_kernel_and_why_not():
     shapes = (4096, 2048), (128, 1536, 2048)
     options = {"block_size": 128, "top_k": 8, "transpose_rhs": True, "dtype": "float8_e4m3fn"}
     chosen = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
-    assert chosen.implementation == "xla" and "not run on a GPU" in chosen.reasons["mosaic_gpu"]
-    options["implementation"] = "mosaic_gpu"
-    named = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
-    assert named.implementation == "mosaic_gpu" and named.form.startswith("128x128x128")
+    assert chosen.implementation == "mosaic_gpu" and chosen.form.startswith("128x128x128")
+    odd = (4096, 2048), (128, 1500, 2048)
+    other = maj.select_matmul_implementation(*odd, platform="cuda", **options)
+    assert other.implementation == "xla" and "N one of 64" in other.reasons["mosaic_gpu"]
     with pytest.raises(NotImplementedError, match="N one of 64"):
-        shapes = (4096, 2048), (128, 1500, 2048)
-        maj.select_matmul_implementation(*shapes, platform="cuda", **options)
+        maj.select_matmul_implementation(
+            *odd, platform="cuda", implementation="mosaic_gpu", **options
+        )
 
 
 def bad_cases():
