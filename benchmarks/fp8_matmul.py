@@ -3,10 +3,10 @@
 python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variants]
 
 x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
-are bfloat16. In the masked layout the mean rows are told, as DeepGEMM is told them. The bfloat16 products get the same values, dequantised and rounded. Before a time is taken,
-sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule. Clocks,
-counts and processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
-in one CUDA graph.
+are bfloat16. In the masked layout the mean rows are told, as DeepGEMM is told them. The bfloat16 products get
+the same values, dequantised and rounded. Before a time is taken, sampled rows are compared with NumPy's
+product of the dequantised operands by DeepGEMM's own rule. Clocks, counts and processes are those of
+`benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM in one CUDA graph.
 
 FOLDER holds the package `deep_gemm`, as `python -m benchmarks.fetch deep_gemm` leaves it in .peers (see
 benchmarks/deep_gemm_peer.py for what it needs); without the option it is left out. torch's
