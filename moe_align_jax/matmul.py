@@ -132,7 +132,7 @@ def grouped_matmul(
         bias=bias is not None,
     )
     where = arguments.check_aligned(function, aligned, block_size)
-    num_rows = where[0].shape[0]
+    num_rows, num_pairs = where[0].shape[0], 0
     if top_k is not None:
         remedy = "Pass the experts per token, topk_ids.shape[1]."
         top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
@@ -141,6 +141,8 @@ def grouped_matmul(
         rule = f"have {num_rows} rows, as aligned has"
         remedy = "Pass the rows in aligned order, or the tokens and top_k."
         raise ValueError(checks.message(function, "x", rule, checks.describe(values), remedy))
+    else:
+        where[0], num_pairs = arguments.pairs_of(aligned, where[0])
     problem = MatmulProblem(
         function,
         "blocks",
@@ -156,6 +158,7 @@ def grouped_matmul(
         top_k=top_k or 0,
         row_weights=row_weights is not None,
         scales=scales,
+        num_pairs=num_pairs,
     )
     extras = arguments.check_extras(function, problem, bias, row_weights)
     return _run(problem, implementation, values, *arrays, *extras, *of_scales, *where)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul.options import make_weights, wrong
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Weights
+from moe_align_jax._lowering.sharding import replicate, vary_together
 
 DTYPES = ("bfloat16", "float16", "float32")
 # wgmma reads e4m3 along K alone.
@@ -164,6 +166,31 @@ def check_pairs(function: str, pairs: int, aligned: Any, num_rows: int) -> None:
         got = f"{pairs}"
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
         raise wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)
+
+
+def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
+    """(sorted_token_ids, the bound below which they are pairs) of an alignment, of which x has the rows.
+
+    The alignment may be cut to the rows in use, so that its last slot holds a pair. The inverse tells how
+    many pairs there are. Without it, the counts tell whether any slot is padding: if so, it holds the
+    greatest id. Padding becomes -1 then. Without counts, and for a number of pairs that only a run knows,
+    the bound is 0: the last slot tells.
+    """
+    inverse = getattr(aligned, "row_of_pair", None)
+    if inverse is not None:
+        return ids, inverse.size if isinstance(inverse.size, int) else 0
+    counts = getattr(aligned, "tokens_per_expert", None)
+    if counts is None:
+        return ids, 0
+    return _without_padding(ids, counts), INT32_MAX
+
+
+@jax.jit
+def _without_padding(ids: jax.Array, counts: jax.Array) -> jax.Array:
+    ids, counts = vary_together([jnp.asarray(ids), replicate(jnp.asarray(counts))])
+    bound = jnp.max(ids, initial=-1)
+    full = jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0]
+    return jnp.where(full | (ids < bound), ids, -1)
 
 
 def check_counts(function: str, argument: str, value: Any, least: int, most: int) -> Any:

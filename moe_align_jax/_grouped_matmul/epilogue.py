@@ -55,6 +55,8 @@ def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
     bound, ids = vectors.bound, vectors.ids
     if problem.top_k:
         return problem.num_tokens * problem.top_k if bound is None else bound
+    if problem.num_pairs and bound is None:
+        return problem.num_pairs
     rows = problem.num_rows if bound is None else bound
     return rows if problem.block_size == 1 else ids[rows - 1]
 
