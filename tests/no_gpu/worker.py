@@ -185,7 +185,6 @@ class Checker:
         if recorded.shared_bytes > 48 << 10 and recorded.most_shared_bytes < recorded.shared_bytes:
             yield f"launched with more shared memory than allowed: {recorded.most_shared_bytes}"
 
-
     def _map_faults(self, launch: Any, sentinels: dict[str, int]) -> Iterator[str]:
         """Encodes the descriptors as a launch of ours does, and compares with what jaxlib's host code gave."""
         recorded = self.recorded

@@ -129,7 +129,9 @@ def _read_kernel(
 ) -> tuple[str, KernelLaunch]:
     """(PTX, launch) of one `kernel`, from its PTX `text` and its `host` code, which must agree."""
     launch = read_launch(host, entry, buffers)
-    taken = re.findall(r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0])
+    taken = re.findall(
+        r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0]
+    )
     maps = ("b8", str(128 * len(launch.tensor_maps)))
     by_value = _beside("host_code").TENSOR_MAPS
     if taken != [maps if name == by_value else ("u64", "") for name in launch.parameters]:
@@ -424,9 +426,7 @@ def _compare_layer(
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
-            wrong = selftest.mismatch(
-                problem, example, lambda name, into: buffers[name].read(into)
-            )
+            wrong = selftest.mismatch(problem, example, lambda name, into: buffers[name].read(into))
         finally:
             for memory in buffers.values():
                 memory.free()
@@ -536,7 +536,9 @@ def _serve(request: dict) -> list[dict]:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
             known = elsewhere.get(kind) or getattr(types, kind)
-            problem = known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            problem = (
+                known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            )
             try:
                 answer, cubins = _program(driver, machine_driver, compiler, pool, problem)
             except CompileError as error:
