@@ -81,13 +81,6 @@ DEFAULT_RULES = Rules()
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
-def named_only(problem: MatmulProblem) -> str | None:
-    """Why the kernel does not run this problem by default, though it may be able to; or None."""
-    if problem.scales:
-        return "its e4m3 products have not run on a GPU yet: it runs when named"
-    return None
-
-
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why the kernel does not take this problem, or None."""
     sizes = [d for shape, _ in problem.inputs.values() for d in shape]

@@ -24,8 +24,6 @@ def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> s
 
 def choose(problem: MatmulProblem, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
-    if implementation is None and config.named_only(problem):
-        return "xla"
     unsupported = functools.partial(config.unsupported, problem)
     return select.choose(problem.function, platform, implementation, unsupported)
 

@@ -103,10 +103,13 @@ def has_scale_rows(problem: MatmulProblem) -> bool:
 
 
 def _scales_by_rows(problem: MatmulProblem, config: Config) -> bool:
-    """TMA reads scales that lie next to each other, at a pitch of 16 bytes, of at least a tile's rows."""
+    """TMA reads scales that lie next to each other, at a pitch of 16 bytes, of at least a tile's rows.
+
+    Where a tile began between multiples of 4 rows (blocks of one), the H200 said "illegal instruction".
+    """
     scales = problem.scales
     if not scales or not has_scale_rows(problem):
         return False
     if scales.x == "row_major" or problem.top_k or scales.pitch * 4 % CHUNK_BYTES:
         return True
-    return scales.pitch < config.bm
+    return scales.pitch < config.bm or problem.block_size % 4 != 0

@@ -101,9 +101,10 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     """Every way to load scales, and the tiles that sizes of e4m3 operands get."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.config import Config, config_for
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 
+    masked: dict[str, Any] = {"rows": "masked", "max_rows": 512, "num_rows": 4096}
     columns, rows = Scales("column_major", "blocks", pitch=4096), Scales("row_major", "blocks")
     silu: dict[str, Any] = {"activation": "silu", "gated": True}
     gather: dict[str, Any] = {"num_tokens": 2048, "top_k": 2}
@@ -136,6 +137,10 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    wide = Config("m", 128, 192, 128, 4)
+    for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
+        yield *case(what, **options)[:2], wide
+    yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], wide
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
