@@ -125,7 +125,7 @@ def gpus(monkeypatch):
     def make(driver, ordinals=(2, 3, 5)):
         devices = [types.SimpleNamespace(platform="gpu", local_hardware_id=k) for k in ordinals]
         monkeypatch.setattr(jax, "local_devices", lambda: devices)
-        monkeypatch.setattr(peer_access, "_library", lambda: driver)
+        monkeypatch.setattr(peer_access, "library", lambda: driver)
         peer_access.missing.cache_clear()
 
     yield make
@@ -159,7 +159,7 @@ def test_without_a_driver_the_reason_says_so(on_gpus, gpus, monkeypatch):
     def nothing():
         raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(peer_access, "_library", nothing)
+    monkeypatch.setattr(peer_access, "library", nothing)
     asked = maj.select_transport(8, top_k=2, num_ranks=3)
     assert asked.transport == "all_to_all" and "libcuda.so.1" in asked.reasons["nvlink"]
 

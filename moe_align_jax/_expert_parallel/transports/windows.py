@@ -10,6 +10,7 @@ arrays and clients.
 """
 
 import ctypes
+import functools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -57,11 +58,12 @@ class _Access(ctypes.Structure):
 def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
     """A window that the kernel can use on the GPUs of a mesh; None where there can be none: the kernel needs
     more, or the program is not for GPUs of this process."""
-    if not isinstance(mesh, jax.sharding.Mesh) or window.unsupported(kernel):
-        return None
-    devices, here = [*mesh.devices.flat], set(jax.local_devices())
     needed = window.bytes_needed(kernel)
-    if needed > SIZES[-1] or any(d.platform != "gpu" or d not in here for d in devices):
+    if window.unsupported(kernel) or needed > SIZES[-1]:
+        return None
+    devices = [*mesh.devices.flat] if isinstance(mesh, jax.sharding.Mesh) else []
+    here = set(jax.local_devices())
+    if not devices or any(d.platform != "gpu" or d not in here for d in devices):
         return None
     assert kernel.devices is not None
     try:
@@ -94,6 +96,7 @@ def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Windo
         return _windows[key]
 
 
+@functools.cache
 def missing() -> str | None:
     """Why this process cannot make windows, or None; a process without two GPUs asks nothing."""
     gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
@@ -117,7 +120,10 @@ class _Driver:
         self("cuInit", 0)
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        if error := getattr(self._cuda, name)(*arguments):
+        function = getattr(self._cuda, name, None)
+        if function is None:
+            raise OSError(f"it has no {name}")
+        if error := function(*arguments):
             raise OSError(f"{name} failed (CUDA driver error {error})")
 
     def int(self, name: str, *arguments: Any) -> int:
