@@ -1,4 +1,4 @@
-"""The transport "nvlink_window" on GPUs of one host: against "nvlink", in graphs and not, late and abandoned."""
+"""The transport "nvlink_window" on GPUs of one host: against "nvlink", in graphs, late and abandoned."""
 
 import functools
 import subprocess

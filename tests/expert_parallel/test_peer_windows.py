@@ -1,4 +1,4 @@
-"""Kernels that meet in windows: many launches over one window on the emulator, with one line changed, and lowered."""
+"""Kernels that meet in windows: many launches over one window on the emulator, mutants, what is lowered."""
 
 import ctypes
 import functools
@@ -52,7 +52,7 @@ def launch(problem, *operands):
 
 @functools.cache
 def launches(devices, seed=0):
-    """Of several sizes, so that one finds in the window what others left; and what each of them alone gives."""
+    """Of several sizes: one finds in the window what others left. And what each of them gives alone."""
     rng = np.random.default_rng(seed)
     each = [
         dispatch(rng, devices, 3, 2, 2, 4, 8),

@@ -1,12 +1,13 @@
 """Windows on the GPUs of this process: memory of CUDA's driver (cuda.h), beside what XLA has.
 
-One range of addresses holds the windows of a mesh, in its order; behind each is memory of its GPU, which all of
-the mesh may read and write. XLA could move or free an array of its own, an allocator of its could give it no access,
-and an address that changes from process to process would spoil jax's compilation cache: a program holds the
-address. So the range is asked for where no other allocation is, and most often is the same in each process.
+One range of addresses holds the windows of a mesh, in its order; behind each is memory of its GPU, which all
+of the mesh may read and write. XLA could move or free an array of its own, an allocator of its could give it
+no access, and an address that changes from process to process would spoil jax's compilation cache: a program
+holds the address. So the range is asked for where no other allocation is, and most often is the same in each
+process.
 
-A window lives as long as the process. Programs that were compiled for it stay right, whatever happens to jax's caches,
-arrays and clients.
+A window lives as long as the process. Programs that were compiled for it stay right, whatever happens to
+jax's caches, arrays and clients.
 """
 
 import ctypes
@@ -79,7 +80,8 @@ def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
 def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Window:
     """The window of a mesh's devices, for the groups of ranks in it. It is made if there is none yet.
 
-    Groups that differ have windows that differ: a window's epochs count the kernels that its groups run together.
+    Groups that differ have windows that differ: a window's epochs count the kernels that its groups run
+    together.
 
     Raises:
         OSError: the driver cannot make it.

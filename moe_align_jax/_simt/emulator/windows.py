@@ -1,9 +1,9 @@
-"""Launches that follow each other over one window, in NumPy: each CTA of each device has a thread of the host.
+"""Many launches over one window, in NumPy: each CTA of each device has a thread of the host.
 
-One CTA runs at a time, up to its next access to a window; then a schedule says who goes on. So a device may be a
-whole kernel ahead of another one, and a CTA anywhere ahead of its neighbours. A store to a window waits in its
-CTA until the schedule lets it through, in any order, or the CTA tells of it (`_tell`). What is not looked for here is
-what `run_on_devices` finds: races within a launch.
+One CTA runs at a time, up to its next access to a window; then a schedule says who goes on. So a device may
+be a whole kernel ahead of another one, and a CTA anywhere ahead of its neighbours. A store to a window waits
+in its CTA until the schedule lets it through, in any order, or the CTA tells of it (`_tell`). What is not
+looked for here is what `run_on_devices` finds: races within a launch.
 """
 
 import dataclasses
