@@ -338,3 +338,13 @@ def test_windows_missing(driver, monkeypatch):
     assert "it has no cuInit" in missing()
     monkeypatch.setattr(jax, "local_devices", lambda: [Gpu(0)])
     assert missing() is None
+
+
+def test_kernels_side_by_side_are_refused(monkeypatch):
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    choice = maj.select_transport(8, top_k=2, num_ranks=2, platform="gpu")
+    assert "must not run together" in choice.reasons["nvlink_window"]
+    with pytest.raises(NotImplementedError, match="must not run together"):
+        options = {"platform": "gpu", "transport": "nvlink_window"}
+        maj.select_transport(8, top_k=2, num_ranks=2, **options)

@@ -77,7 +77,7 @@ def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
         return None
 
 
-def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Window:
+def find(devices: Sequence[Any], group: Devices, num_bytes: int) -> Window:
     """The window of a mesh's devices, for the groups of ranks in it. It is made if there is none yet.
 
     Groups that differ have windows that differ: a window's epochs count the kernels that its groups run
@@ -107,7 +107,7 @@ def missing() -> str | None:
     try:
         driver = _Driver(peer_access.library())
         for device in gpus:
-            if not driver.int(
+            if not driver.number(
                 "cuDeviceGetAttribute", _VMM_SUPPORTED, driver.device(device.local_hardware_id)
             ):
                 return f"GPU {device.local_hardware_id} cannot map memory at an address"
@@ -128,7 +128,7 @@ class _Driver:
         if error := function(*arguments):
             raise OSError(f"{name} failed (CUDA driver error {error})")
 
-    def int(self, name: str, *arguments: Any) -> int:
+    def number(self, name: str, *arguments: Any) -> int:
         """What the driver writes to the first argument."""
         value = ctypes.c_int()
         self(name, ctypes.byref(value), *arguments)
@@ -141,7 +141,7 @@ class _Driver:
         return value.value
 
     def device(self, ordinal: int) -> int:
-        return self.int("cuDeviceGet", ordinal)
+        return self.number("cuDeviceGet", ordinal)
 
 
 def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:
