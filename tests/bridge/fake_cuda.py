@@ -219,7 +219,9 @@ class FakeMachine(FakeCuda, Machine):
         return self.stream
 
     def empty(self, size, stride, dtype) -> torch.Tensor:  # type: ignore[override]
-        """On 256 bytes, as torch's allocator of a GPU."""
+        """On 256 bytes, as torch's allocator of a GPU; a `torch.Size` is refused, as by torch's function."""
+        if type(size) is not tuple or type(stride) is not tuple:
+            raise RuntimeError("Expected Py_IS_TYPE(((PyObject*)(((obj)))), (&PyTuple_Type))")
         words = math.prod(size) * dtype.itemsize // 4 + 1
         room = torch.full((words + 64,), UNWRITTEN, dtype=torch.int32)
         start = -room.data_ptr() % 256 // 4
