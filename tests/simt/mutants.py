@@ -17,6 +17,7 @@ LAYOUT = "moe_align_jax._layout.kernels"
 NVLINK = "moe_align_jax._expert_parallel.nvlink_kernels"
 WINDOW = "moe_align_jax._simt.window"
 EMULATED_WINDOWS = "moe_align_jax._simt.emulator.windows"
+MESSAGES = "moe_align_jax._expert_parallel.message_kernels"
 
 
 MARKER = "# mutant: "
@@ -225,7 +226,7 @@ def mutated(mutant: Mutant | None) -> Iterator[types.ModuleType]:
     """A fresh import of the kernels with one line changed (None: none); yields the package of the op."""
 
     def ours(name: str) -> bool:
-        every = COLLECTIVES, KERNELS, LAYOUT, NVLINK, WINDOW, EMULATED_WINDOWS
+        every = COLLECTIVES, KERNELS, LAYOUT, NVLINK, MESSAGES, WINDOW, EMULATED_WINDOWS
         return any(name == x or name.startswith(x + ".") for x in every)
 
     import moe_align_jax._align.kernels
