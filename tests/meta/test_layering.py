@@ -385,6 +385,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._masked_quant.reference",
         "moe_align_jax._simt.language",
+        "moe_align_jax._simt.window",
         "moe_align_jax.block_align",
     },
     "moe_align_jax._layout": {
