@@ -212,7 +212,11 @@ def every(
 ) -> Iterator[Layer]:
     """The most telling ones first. Our kernels between GPUs are left out where there is no GPU."""
     given = (size, ranks, form, implementation)
-    transports = ("nvlink", "all_to_all") if platform == "gpu" else ("all_to_all",)
+    transports = [
+        t
+        for t in exchanges.TRANSPORTS
+        if t != "all_gather" and (platform == "gpu" or t not in exchanges.GPU_TRANSPORTS)
+    ]
     yield ours(*given, transports[0])
     yield no_communication(form, implementation)
     yield plain_boxes(*given, "all_to_all")

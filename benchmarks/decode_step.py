@@ -4,8 +4,8 @@ python -m benchmarks.decode_step --output ROWS.jsonl
 
 A layer is `x = x0 + experts(norm(x))`: a router, an exchange, and two masked grouped products with SwiGLU
 between them. Layers take turns over as many sets of weights as fit. Every step that computes is first held to
-the same layers in float32. Then steps are timed by both clocks (`benchmarks.clocks`), in time per layer. Beside
-ours stand
+the same layers in float32. Then steps are timed by both clocks (`benchmarks.clocks`), in time per layer.
+Beside ours stand
 
 - "plain": the same job on plain collectives and jax.numpy, with the same products on boxes ("boxes"), or on
   rows sorted by expert (`ragged_dot`, "sorted");
@@ -44,7 +44,7 @@ MODELS = {
     # DeepSeek-V3's experts, 16 of its 256; all experts of a layer of Qwen3-30B-A3B.
     "deepseek-v3": Model(7168, 2048, 16, 8),
     "qwen3-30b-a3b": Model(2048, 768, 128, 8),
-    "tiny": Model(256, 128, 8, 2),
+    "tiny": Model(128, 128, 4, 2),
 }
 # 1 - 2xy / (xx + yy) of what the last layer's experts added to the tokens, at most.
 LIMITS = {"bf16": 2e-3, "fp8-wire": 4e-3, "fp8": 8e-3}
