@@ -147,7 +147,7 @@ class _Finish:
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
         self.tests_rows, self.interpret = tests_rows, interpret
-        self.dtype = problem.out_dtype
+        self.dtype = "float32" if problem.summed else problem.out_dtype
         # For gated weights that are not interleaved, bias has gate, then up, each in whole tiles.
         bias = vectors.bias
         self.up = bias.shape[1] // 2 if bias is not None and problem.weights.gated else 0

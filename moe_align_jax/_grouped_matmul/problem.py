@@ -82,6 +82,8 @@ class MatmulProblem(NamedTuple):
         row_weights: whether each row of the result is multiplied by a float32 weight.
         zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
             (a combine by `row_of_pair`) saves the test of each row.
+        summed: 0, or how many rows, of block_size 1, are added to one of the result, in order, times their
+            row_weights: the result is `[num_rows // summed, n]`, and nothing is rounded before the sum.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """
@@ -102,6 +104,7 @@ class MatmulProblem(NamedTuple):
     top_k: int = 0
     row_weights: bool = False
     zero_padding: bool = True
+    summed: int = 0
     precision: Any = None
     scales: Scales | None = None
 
@@ -171,7 +174,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int]:
-        return (self.num_rows, self.n)
+        return (self.num_rows // max(1, self.summed), self.n)
 
     @property
     def plain(self) -> "MatmulProblem":
@@ -179,7 +182,12 @@ class MatmulProblem(NamedTuple):
         columns = self.n if self.weights.pair else self.w_columns
         weights = Weights(self.weights.transposed, bias=self.weights.bias)
         return self._replace(
-            n=columns, weights=weights, out_dtype=self.dtype, row_weights=False, zero_padding=False
+            n=columns,
+            weights=weights,
+            out_dtype=self.dtype,
+            row_weights=False,
+            zero_padding=False,
+            summed=0,
         )
 
     @property
