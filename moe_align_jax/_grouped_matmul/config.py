@@ -173,6 +173,8 @@ def _no_swap(problem: MatmulProblem) -> bool:
 def tests_rows(problem: MatmulProblem) -> bool:
     """Whether sorted_token_ids say which rows of the result are zero."""
     zeros = problem.zero_padding and (not problem.top_k or problem.weights.bias)
+    if problem.summed:  # each block is a pair
+        return False
     return problem.rows == "blocks" and bool(problem.row_weights or zeros)
 
 

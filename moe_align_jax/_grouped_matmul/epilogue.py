@@ -175,7 +175,9 @@ class _Finish:
     def scaled(self, x: jax.Array, first: jax.Array, layout: Any, axis: int) -> jax.Array:
         """Times the row weights; zero where a row holds no pair, or the tile has no expert."""
         count, wanted = x.shape[axis], None
-        if self.vectors.row_weights is not None:
+        if self.problem.summed:  # a tile has one row, that may be odd: vectors are loaded by twos
+            x = x * self.vectors.row_weights[first]
+        elif self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
         if self.tests_rows:
