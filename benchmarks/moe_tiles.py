@@ -180,7 +180,6 @@ def _measure(case: Case, rest: Any, program: Any, executions: int) -> dict[str, 
     bits = [np.asarray(out[case.sample]).tobytes() for out in first]
     if wrong := case.wrong(lambda layer: np.asarray(first[layer][case.sample])):
         return {"status": "failed", "reason": wrong}
-    del first
     samples, facts = moe_layer.spans(run, executions)
     if [np.asarray(out[case.sample]).tobytes() for out in held[0]] != bits:
         return {"status": "failed", "reason": "other bits in a later run"}

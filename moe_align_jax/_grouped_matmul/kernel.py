@@ -11,9 +11,9 @@ device.
 
 A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
 
-Where tiles are fewer than SMs, a cluster of CTAs shares each of them: every CTA has a part of k (`split`), and
-the first one adds the parts up, in order (cluster_sum.py). `summed` products share clusters in the same way:
-every CTA has a row of its own, and the first adds the rows up.
+Where tiles are fewer than SMs, a cluster of CTAs shares each of them: every CTA has a part of k (`split`),
+and the first one adds the parts up, in order (cluster_sum.py). `summed` products share clusters in the same
+way: every CTA has a row of its own, and the first adds the rows up.
 
 Reads each tile of x once per n tile, and weights once per tile of rows (from L2 where neighbours share them);
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
