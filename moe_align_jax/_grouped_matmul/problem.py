@@ -59,7 +59,7 @@ class MatmulProblem(NamedTuple):
 
         "blocks": row r is in block `r // block_size`; `expert_ids` `[B]` gives the block's expert (-1: the
             rows are zero), `num_tokens_post_padded` `[1]` the rows in use, and `sorted_token_ids` `[P]` the
-            pair of each row (not below `num_pairs`: the row holds none, and is zero).
+            pair of each row (negative or not below `num_pairs`: the row holds none, and is zero).
         "masked": expert e has rows `e * max_rows` on, of which `masked_m[e]` are in use.
         "ragged": groups follow each other; `group_sizes` `[G]` tells their rows. Group `g` uses the weights
             `g - group_offset[0]`; groups for which there are none, and rows behind the last group, are zero.
@@ -82,6 +82,11 @@ class MatmulProblem(NamedTuple):
         row_weights: whether each row of the result is multiplied by a float32 weight.
         zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
             (a combine by `row_of_pair`) saves the test of each row.
+        whole_blocks: every row of a block with an expert is multiplied: `sorted_token_ids` is no operand.
+        expected_rows: of an expert, which tiles are chosen for; 0: as the sizes say.
+        num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
+        consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
+            unless an expert map gives two experts one local id, or a caller made the alignment.
         summed: 0, or how many rows, of block_size 1, are added to one of the result, in order, times their
             row_weights: the result is `[num_rows // summed, n]`, and nothing is rounded before the sum.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
@@ -104,9 +109,13 @@ class MatmulProblem(NamedTuple):
     top_k: int = 0
     row_weights: bool = False
     zero_padding: bool = True
-    summed: int = 0
     precision: Any = None
     scales: Scales | None = None
+    whole_blocks: bool = False
+    expected_rows: int = 0
+    num_pairs: int = 0
+    consecutive: bool = False
+    summed: int = 0
 
     @property
     def w_columns(self) -> int:
@@ -144,7 +153,8 @@ class MatmulProblem(NamedTuple):
             for name in ("gate_scales", "up_scales") if weights.pair else ("w_scales",):
                 found[name] = ((self.num_experts, *blocks), "float32")
         if self.rows == "blocks":
-            found["sorted_token_ids"] = ((self.num_rows,), "int32")
+            if not self.whole_blocks:
+                found["sorted_token_ids"] = ((self.num_rows,), "int32")
             found["expert_ids"] = ((self.num_blocks,), "int32")
             found["num_tokens_post_padded"] = ((1,), "int32")
         elif self.rows == "masked":
