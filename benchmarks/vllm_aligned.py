@@ -3,6 +3,7 @@
 python -m benchmarks.fetch vllm
 python -m benchmarks.vllm_aligned --vllm .peers/vllm_moe.so --out vllm_aligned.jsonl
 
+With --composed also what torch_bridge does where its kernels cannot run: torch's operations around an alignment.
 Every provider's calls, each with inputs and buffers of its own, stand in one CUDA graph. What the last replay
 left is then compared with NumPy's: blocks, counts and ids exactly, and each expert's rows in ascending order,
 of vLLM's in any order.
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -189,12 +191,24 @@ def measure(size: Size, op: Callable, stable: bool, copies: int, replays: int) -
     return "", taken
 
 
+def _composed(op: Callable, *arguments: Any) -> None:
+    """The op without its own kernels."""
+    from torch_bridge import _vllm_launch
+
+    nothing = {"globalize": lambda *a, **named: False, "align_adapters": lambda *a, **named: False}
+    with mock.patch.multiple(_vllm_launch, **nothing):
+        op(*arguments)
+
+
 def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from torch_bridge import vllm
 
-    ops = {"torch_bridge": getattr(vllm, OPS[size.op])}
+    ours = getattr(vllm, OPS[size.op])
+    ops = {"torch_bridge": ours}
+    if options.composed:
+        ops["composed"] = functools.partial(_composed, ours)
     if options.vllm:
         torch.ops.load_library(options.vllm)
         ops["vllm"] = getattr(torch.ops._moe_C, OPS[size.op])
@@ -220,8 +234,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         f"{row['provider']} {row['us']:8.2f}" if "us" in row else f"failed: {row['reason']}"
         for row in rows
     ]
-    times = [row.get("us") for row in rows]
-    ratio = f"   {times[1] / times[0]:.2f}x" if len(times) > 1 and all(times) else ""  # type: ignore[operator]
+    times = {row["provider"]: row.get("us") for row in rows}
+    ours, theirs = times["torch_bridge"], times.get("vllm")
+    ratio = f"   {theirs / ours:.2f}x" if ours and theirs else ""
     return f"{rows[0]['case']:58} {'  '.join(cells)}{ratio}"
 
 
@@ -230,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--vllm", help="vLLM's library, as benchmarks.fetch leaves it")
+    parser.add_argument("--composed", action="store_true", help="ours without its kernels, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument("--copies", type=int, default=20, help="calls in a graph")
     parser.add_argument("--replays", type=int, default=30)

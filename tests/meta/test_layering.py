@@ -381,9 +381,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._router.problem",
     },
     "torch_bridge": {
+        "lazily moe_align_jax._align.vllm.kernel",
         "lazily moe_align_jax._router.kernel",
         "lazily moe_align_jax.silu_and_mul_masked_quant",
         "moe_align_jax._align.tables",
+        "moe_align_jax._align.vllm.problem",
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fork",
         "moe_align_jax._expert_load.files",
@@ -398,6 +400,8 @@ ALLOWED: dict[str, set[str]] = {
     "torch_bridge._direct.compile_worker": {
         "lazily moe_align_jax._align.kernels",
         "lazily moe_align_jax._align.tables",
+        "lazily moe_align_jax._align.vllm",
+        "lazily moe_align_jax._align.vllm.problem",
         "lazily moe_align_jax._core.checks",
         "lazily moe_align_jax._masked_quant",
         "lazily moe_align_jax._masked_quant.problem",
@@ -431,6 +435,17 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._core.fp8": set(),
     "moe_align_jax._align.arguments": {
         "moe_align_jax._core",
+    },
+    "moe_align_jax._align.vllm.problem": {
+        "moe_align_jax._core.int32",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._align.vllm": {
+        "moe_align_jax._align.kernels",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._align.vllm",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._simt.language",
     },
     "moe_align_jax._align.primitive": {
         "lazily moe_align_jax._align.kernels",

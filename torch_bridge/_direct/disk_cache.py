@@ -26,7 +26,10 @@ from typing import Any, NamedTuple
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
 # Of moe_align_jax: the folders that a program comes from, beside `types.py`.
-_SOURCES = ("_align", "_align/kernels", "_core", "_lowering", "_masked_quant", "_router", "_simt")
+_SOURCES = (
+    *("_align", "_align/kernels", "_align/vllm", "_core", "_lowering", "_masked_quant", "_router"),
+    "_simt",
+)
 
 
 class Entry(NamedTuple):

@@ -196,6 +196,8 @@ def _in_use(t: Simt, r: SimpleNamespace, problem: AdaptersProblem, adapter: Int)
     for start in range(0, count, WARP):
         at = lane + start
         # The last one again, where a lane has none.
-        found = t.load(r.lora_ids, at if start + WARP <= count else t.select(at < count, at, count - 1))
+        found = t.load(
+            r.lora_ids, at if start + WARP <= count else t.select(at < count, at, count - 1)
+        )
         named = named | t.ballot(found.eq(adapter))
     return named.ne(0) & enabled.ne(0)
