@@ -140,7 +140,10 @@ class Inputs:
 # -- providers ---------------------------------------------------------------------------------------
 
 
-def measure_ours(inputs: Inputs, implementation: str | None, executions: int) -> tuple[str, Any]:
+def measure_ours(
+    inputs: Inputs, implementation: str | None, executions: int, what: str = "ours"
+) -> tuple[str, Any]:
+    """`what`: "ours", of a size with blocks in one call; "router alone"; or "the two apart"."""
     import jax
 
     import moe_align_jax as maj
@@ -151,11 +154,24 @@ def measure_ours(inputs: Inputs, implementation: str | None, executions: int) ->
     if size.biased:
         options["correction_bias"] = inputs.bias
     route: Callable = maj.route_topk
-    if size.block_size:
+    if size.block_size and what == "ours":
         route = functools.partial(maj.route_and_align, block_size=size.block_size)
 
+    def call(x):
+        found = route(x, **options)
+        if what != "the two apart":
+            return tuple(found)
+        aligned = maj.moe_align_block_size(
+            found[1],
+            block_size=size.block_size,
+            num_experts=size.experts,
+            return_inverse=True,
+            implementation=implementation,
+        )
+        return (*found, aligned)
+
     def program(many):
-        return [tuple(route(x, **options)) for x in many]
+        return [call(x) for x in many]
 
     compiled = jax.jit(program).lower(inputs.logits).compile()
     if wrong := inputs.wrong([found[:2] for found in compiled(inputs.logits)]):
@@ -263,6 +279,9 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(size, options.copies)
     ours = functools.partial(measure_ours, inputs, None, options.executions)
     tasks: dict[str, Callable[[], tuple[str, Any]]] = {"ours": ours}
+    if size.block_size:  # what one launch is to be held against, by the same clock
+        for what in ("router alone", "the two apart"):
+            tasks[what] = functools.partial(ours, what=what)
     for name, path, make in (
         ("sglang", options.sglang_router, _sglang_call),
         ("vllm", options.vllm, _vllm_call),
@@ -290,7 +309,7 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line per provider and case."""
     return [
-        f"{row['case']:58} {row['provider']:8} "
+        f"{row['case']:58} {row['provider']:13} "
         + (f"{row['us']:9.2f} us, {row['metric']}" if "us" in row else f"failed: {row['reason']}")
         for row in rows
     ]
