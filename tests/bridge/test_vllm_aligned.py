@@ -17,6 +17,7 @@ from moe_align_jax._align.vllm.views import Computed, Further
 from moe_align_jax._simt.emulator import EmulatorError
 from tests import oracle
 from tests.bridge.helpers import assert_format
+from tests.gpu import direct_vllm
 from torch_bridge import vllm
 from torch_bridge._direct import compile_worker
 
@@ -397,3 +398,14 @@ def test_lora_directly_is_what_torch_composes(fake, changed):
         vllm.moe_lora_align_block_size(**named)
         results.append([shifted.tolist(), named["num_tokens_post_pad"].tolist()])
     assert results[0] == results[1]
+
+
+def test_the_sanitizers_calls_are_right_and_launch_every_form(fake):
+    fake.launches_directly = True
+    for step in direct_vllm.STEPS.values():
+        step("cpu")
+    kernels = {name.split("align_")[1] for name, _ in fake.launched if "align_" in name}
+    assert kernels == {"warp", "block", "cluster", "grid_count", "grid_place"}
+    assert [name for name, _ in fake.launched].count("route_topk") == len(direct_vllm._ROUTERS)
+    kinds = {type(problem).__name__ for [problem] in fake.compiles}
+    assert kinds == {"RouteProblem", "ReceivedProblem", "AdaptersProblem"}
