@@ -3,7 +3,8 @@
 python -m benchmarks.fetch vllm
 python -m benchmarks.vllm_aligned --vllm .peers/vllm_moe.so --out vllm_aligned.jsonl
 
-With --composed also what torch_bridge does where its kernels cannot run: torch's operations around an alignment.
+With --composed also what torch_bridge does where its kernels cannot run: torch's operations around an
+alignment.
 Every provider's calls, each with inputs and buffers of its own, stand in one CUDA graph. What the last replay
 left is then compared with NumPy's: blocks, counts and ids exactly, and each expert's rows in ascending order,
 of vLLM's in any order.
