@@ -20,7 +20,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import clocks, masked_quant, peers, router  # noqa: E402
-from benchmarks.cases import Case, expected, mismatch  # noqa: E402
+from benchmarks.cases import Case, expected  # noqa: E402
 
 CALLS = 58  # layers of DeepSeek-V3
 COMPOSITE_CALLS = (
@@ -191,13 +191,7 @@ def wrongly_routed(size: router.Size, logits: np.ndarray, found: Sequence[Any]) 
     wrong = router.mismatch(size, logits, None, weights, ids)
     if wrong or not aligned:
         return wrong
-    shape = {"num_experts": size.experts, "block_size": size.block_size, "top_k": size.top_k}
-    case = Case(num_pairs=ids.size, **shape)
-    got = {name: np.asarray(x) for name, x in aligned[0]._asdict().items() if x is not None}
-    want = expected(case, ids)
-    if not np.array_equal(got["row_of_pair"], want.row_of_pair):
-        return "row_of_pair differs"
-    return mismatch(case, want, got)
+    return router.misaligned(size, ids, aligned[0])
 
 
 def router_steps(
