@@ -155,8 +155,8 @@ class Inputs:
 def measure_ours(
     inputs: Inputs, implementation: str | None, executions: int, what: str = "ours"
 ) -> tuple[str, Any]:
-    """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or "by masks" and "not
-    by masks", in one call of that form, whichever is the default."""
+    """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or "by masks" and
+    "not by masks", in one call of that form, whichever is the default."""
     import jax
 
     import moe_align_jax as maj

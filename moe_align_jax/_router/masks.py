@@ -1,4 +1,4 @@
-"""The alignment of ids that a router has just chosen, up to 64 tokens: each expert's tokens as bits of a mask.
+"""The alignment of ids that a router has just chosen, up to 64 tokens: each expert's tokens as a mask's bits.
 
 A token names an expert at most once, so the pairs of an expert are told by its tokens alone: the bits of a
 word, or of two. A bit is set by an atomic addition in shared memory, which no order changes. An expert's
@@ -57,7 +57,8 @@ class Masks:
         common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True)
 
     def end(self, t: Simt, r: SimpleNamespace, meanwhile: Callable[[], None]) -> None:
-        """The alignment of `r.topk_ids`. `meanwhile` runs while bits are set: work that nothing here needs."""
+        """The alignment of `r.topk_ids`. `meanwhile` is work that nothing here needs: it runs while bits are
+        set."""
         align, threads = self.align, t.num_threads
         tid, lane, warp = common.thread_ids(t)
         sizes = common.Sizes(t, r, align)

@@ -61,7 +61,7 @@ def assert_aligned(ids, rows, blocks, count, block_size, num_experts):
 
 @pytest.fixture
 def path(request):
-    """The device: on a CPU the op's kernels are launched on a fake GPU, or jax aligns for torch's operations."""
+    """The device: on a CPU the op's kernels are launched on a fake GPU, or jax aligns, for torch's ops."""
     if request.param == "gpu":
         yield "cuda"
     elif request.param == "direct":

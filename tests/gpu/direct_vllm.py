@@ -1,6 +1,7 @@
 """Calls of vLLM's router and of its two other aligned ops, for the sanitizers (sanitize.py).
 
-Each result is compared with NumPy, as the programs' own self-tests do. On a CPU the same calls run by torch and jax.
+Each result is compared with NumPy, as the programs' own self-tests do. On a CPU the same calls run by torch
+and jax.
 """
 
 from collections.abc import Callable

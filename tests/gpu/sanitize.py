@@ -7,7 +7,8 @@ One child process per tool makes the calls of sanitizer_cases.py, checks each re
 names the kernels on a line of its own, so that a report is counted for what it stands under. Exit code 1
 when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
-off a boundary, the peers' forms, a side stream and vLLM's router and aligned ops. Only our kernels are looked at there, by name,
+off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
+looked at, by their names,
 and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
 combine by the transport "nvlink", over two GPUs or more.
 """
