@@ -11,7 +11,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax._router import fused, masks
 from moe_align_jax._router.problem import RouteProblem
-from moe_align_jax._simt import emulator
+from moe_align_jax._simt import emulator, mosaic
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.align.test_lowering import MOSAIC, lower, operations
@@ -131,8 +131,9 @@ MASKED = [
 ]
 
 
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("sizes", "block_size", "routing", "aligning"), MASKED)
-def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, aligning):
+def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, aligning, on_gpu):
     """As the program that has the alignment's own kernel in it, which is held to the oracle."""
     problem = RouteProblem(*sizes, **routing)
     tokens, experts, top_k = sizes
@@ -145,7 +146,7 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
         "logits": rng.standard_normal((tokens, experts)),
         "correction_bias": rng.standard_normal(experts),
     }
-    words = {name: x.astype(np.float32).view(np.int32).ravel() for name, x in floats.items()}
+    words = {name: x.astype(np.float32).ravel() for name, x in floats.items()}
     words["token_mask"] = (rng.random(tokens) < 0.7).astype(np.int32)
     words["expert_map"] = rng.integers(-2, experts, experts).astype(np.int32)
     words["num_valid_pairs"] = np.array([pairs // 2], np.int32)
@@ -154,9 +155,16 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
         fused.build(problem, align, dataclasses.replace(config, form=form))
         for form in ("masks", plain)
     ]
-    got, want = (emulator.run(p, [words[name] for name in p.inputs]) for p in programs)
+
+    def run(program):
+        given = [words[name] for name in program.inputs]
+        if not on_gpu:
+            return emulator.run(program, [x.view(np.int32) for x in given])
+        return jax.jit(functools.partial(mosaic.run, program))(*given)
+
+    got, want = map(run, programs)
     for name, mine, theirs in zip(programs[0].results, got, want, strict=True):
-        np.testing.assert_array_equal(mine, theirs, name)
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), name)
 
 
 @pytest.mark.parametrize(
