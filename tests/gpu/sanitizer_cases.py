@@ -270,5 +270,10 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
 
 def names(path: str) -> list[str]:
     """Of the path's steps, each once."""
-    found = [case.name for case in cases()] if path == "direct" else [n for n, _ in runs(path)]
+    if path == "direct":
+        from tests.gpu import direct_vllm  # imports torch
+
+        found = [*(case.name for case in cases()), *direct_vllm.STEPS]
+    else:
+        found = [name for name, _ in runs(path)]
     return list(dict.fromkeys(found))

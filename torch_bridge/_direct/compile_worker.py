@@ -32,6 +32,7 @@ _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _THREADS = 8  # a program has up to nine kernels, most one or two
 _MASKED_QUANT, _ROUTE = "silu_and_mul_masked_quant", "route_topk"
 _MATMUL, _SUM = "grouped_matmul", "sum_rows"
+_VLLM_ALIGNED = ("fused_globalize_align_block_size", "moe_lora_align_block_size")
 
 
 class CompileError(RuntimeError):
@@ -309,6 +310,8 @@ def compare_with_numpy(
         return _compare_route(driver, machine_driver, problem, launches, names)
     if problem.name in (_MATMUL, _SUM):
         return _compare_layer(driver, machine_driver, problem, launches, shapes)
+    if problem.name in _VLLM_ALIGNED:
+        return _compare_vllm_aligned(driver, machine_driver, problem, launches, shapes)
     if problem.name == "moe_align_block_size":
         n = problem.num_pairs
         sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
@@ -434,6 +437,42 @@ def _compare_layer(
             raise CompileError(f"{problem}: {wrong}")
 
 
+def _compare_vllm_aligned(
+    driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
+) -> None:
+    """`compare_with_numpy` of vLLM's two other aligned ops, whose self-test stands beside their kernels."""
+    import numpy as np
+
+    from moe_align_jax._align.vllm import selftest
+
+    top_k, most = problem.top_k, problem.num_pairs // problem.top_k
+    for seed, tokens in enumerate(sorted({most, max(1, most * 3 // 4 - 1)})):
+        example, buffers = selftest.example(problem, tokens * top_k, seed), {}
+        try:
+            for name, array in {**example.inputs, **example.buffers}.items():
+                buffers[name] = driver.Memory(machine_driver, array.nbytes)
+                buffers[name].write(array)
+            values = {name: size << 8 for name, size in example.sizes.items()}
+            for name, shape in shapes.items():
+                if name == "topk_idx":  # written where it is read
+                    buffers[name] = buffers["local_ids"]
+                elif name not in values and name not in buffers:
+                    buffers[name] = driver.Memory(machine_driver, 4 * int(np.prod(shape)))
+                    buffers[name].fill(_UNWRITTEN)
+            values |= {name: memory.address for name, memory in buffers.items()}
+            launches.values[:] = [values[name] for name in shapes]
+            launches.enqueue(0)
+            machine_driver.synchronize()
+            for name, want in example.expected.items():
+                got = buffers[name].read(np.empty_like(want))
+                if (wrong := np.flatnonzero(got != want)).size:
+                    at = int(wrong[0])
+                    raise CompileError(f"{problem} gives {name}[{at}] = {got[at]}, not {want[at]}")
+        finally:
+            for memory in {id(memory): memory for memory in buffers.values()}.values():
+                memory.free()
+
+
 # -- the process ---------------------------------------------------------------------------------
 
 
@@ -441,6 +480,12 @@ def _program_of(problem: Any) -> Any:
     """The kernels of a problem whose body is in the kernel language."""
     if problem.name == _ROUTE:
         from moe_align_jax._router import kernel
+
+        if reason := kernel.unsupported(problem):
+            raise CompileError(reason)
+        return kernel.build(problem)
+    if problem.name in _VLLM_ALIGNED:
+        from moe_align_jax._align.vllm import kernel
 
         if reason := kernel.unsupported(problem):
             raise CompileError(reason)
@@ -522,12 +567,16 @@ def _serve(request: dict) -> list[dict]:
             "start a new process"
         )
     from moe_align_jax import types
+    from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._router.problem import RouteProblem
 
-    kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
+    kinds = (
+        *(MaskedQuantProblem, RouteProblem, ReceivedProblem, AdaptersProblem),
+        *(DirectMatmul, DirectSum),
+    )
     elsewhere = {kind.__name__: kind for kind in kinds}
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()
