@@ -31,6 +31,7 @@ class Config(NamedTuple):
         lag: with a gather, steps between asking for rows and saying that they are there.
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3, masked.
     """
 
     form: str
@@ -43,12 +44,14 @@ class Config(NamedTuple):
     lag: int = 2
     num_ctas: int = 132
     computing: int = 2
+    skips: bool = False
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4m-g4-late`."""
         more = "-late" if self.late else ""
         more += f"-w{self.computing}" if self.computing != 2 else ""
+        more += "-skips" if self.skips else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
