@@ -274,6 +274,8 @@ def variants(size: Size) -> list[tuple[int, Any]]:
             found.append((128, Config("m", 128, 192, 128, 4, group=group)))
             for late in (False, True):
                 found.append((128, Config("m", 128, 128, 128, 5, group=group, late=late)))
+        if size.max_rows:
+            found += [(block, tiles._replace(skips=True)) for block, tiles in found]
     if 16 < mean < 400:
         found += [(64, Config("n", 64, 256, 128, 4, group=group)) for group in (0, 8)]
     if mean < 64:

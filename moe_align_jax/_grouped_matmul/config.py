@@ -34,6 +34,7 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3, masked.
     """
 
     form: str
@@ -47,6 +48,7 @@ class Config(NamedTuple):
     num_ctas: int = 132
     computing: int = 2
     split: int = 1
+    skips: bool = False
 
     @property
     def name(self) -> str:
@@ -54,6 +56,7 @@ class Config(NamedTuple):
         more = "-late" if self.late else ""
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
+        more += "-skips" if self.skips else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 

@@ -53,6 +53,7 @@ class Tile(NamedTuple):
         valid: whether it has anything but zeros.
         expert: whose weights it uses, where valid.
         row, end, n: see above.
+        used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
     """
 
     valid: jax.Array
@@ -60,6 +61,7 @@ class Tile(NamedTuple):
     row: jax.Array
     end: jax.Array
     n: jax.Array
+    used: jax.Array
 
 
 class _Refs:
@@ -431,8 +433,10 @@ def _tile(
     problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array, n: jax.Array
 ) -> Tile:
     if not shape.parts:
-        expert, row, end = refs.experts[at], refs.starts[at], refs.ends[at]
-        return Tile(expert >= 0, expert, row, end, n)
+        expert, row, used = refs.experts[at], refs.starts[at], refs.ends[at]
+        # In the masked layout a tile may write to all of its expert's rows.
+        end = (expert + 1) * problem.max_rows if problem.rows == "masked" else used
+        return Tile(expert >= 0, expert, row, end, n, used)
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
@@ -442,7 +446,7 @@ def _tile(
         limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
-    return Tile(valid, expert, row, end, n)
+    return Tile(valid, expert, row, end, n, end)
 
 
 # -- products, and what becomes of them ------------------------------------------------------------

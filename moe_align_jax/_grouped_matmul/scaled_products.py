@@ -99,10 +99,22 @@ class Products:
                     found[i] = self._add(found[i], piece, of_x, scale)
             return tuple(found), coming
 
+        def pass_on(k, _):
+            slot = slot_of(ring + k)
+            plgpu.barrier_wait(refs.full.at[slot])
+            between(k)
+            plgpu.barrier_arrive(refs.empty.at[slot])
+            return ()
+
         zeros = [self._zeros(shape) for shape in self._shapes()]
-        steps = jnp.where(tile.valid, _I32(self.shape.k_steps), 0)
+        all_steps, mine = _I32(self.shape.k_steps), tile.valid
+        if self.config.skips:
+            mine = mine & (tile.row + warpgroup * self.shape.wm < tile.used)
         first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
-        sums, _ = lax.fori_loop(0, steps, step, first)
+        sums, _ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
+        if self.config.skips:
+            others = tile.valid & jnp.logical_not(mine)
+            lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
 
     # -- products

@@ -453,6 +453,17 @@ def test_masked_in_the_interpreter(monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
+def test_a_warpgroup_without_rows_in_use_passes_stages_on(monkeypatch):
+    """128 rows of which 10 and 70 are in use: the second warpgroup has none of the first expert's."""
+    counts = np.array([10, 0, 70], np.int32)
+    x, w, options, want = make_masked(COLUMNS, n=64, counts=counts, most=128)
+    config = M._replace(skips=True, late=True)
+    given = x, w, counts
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
+    for rows, count, expected in zip(out.reshape(3, 128, 64), counts, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
 def test_the_emulator_by_its_name():
     counts = np.array([3, 2], np.int32)
     x, w, options, want = make_masked(PACKED, k=128, n=64, counts=counts, most=8)
@@ -512,7 +523,9 @@ def on_a_gpu():
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
-        for most, config in ((20, SWAP), (200, N), (512, M), (500, TALL), (250, BROAD)):
+        tall, wide = TALL._replace(skips=True), BROAD._replace(skips=True)
+        of_most = (20, SWAP), (200, N), (512, M), (500, TALL), (250, BROAD)
+        for most, config in (*of_most, (512, M._replace(skips=True)), (500, tall), (250, wide)):
             counts = np.array([most, 0, 3, most // 2], np.int32)
 
             def make(patch, layout=layout, most=most, counts=counts):

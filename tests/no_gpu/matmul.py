@@ -159,7 +159,12 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     wide = Config("m", 128, 192, 128, 4)
     for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
         yield *case(what, **options)[:2], wide
-    yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], wide
+    for tiles in (
+        wide,
+        wide._replace(skips=True),
+        Config("m", 128, 128, 128, 5, skips=True, late=True),
+    ):
+        yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:

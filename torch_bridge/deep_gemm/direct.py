@@ -1,7 +1,8 @@
 """Launches DeepGEMM's products on torch's current stream."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,34 @@ _MOST_ROWS = (1 << 30) - 1
 _REMEDY = "Call it once with these shapes and options before the capture."
 
 
+class Bound(NamedTuple):
+    """A program, ready to launch.
+
+    Attributes:
+        direct: what it was compiled for.
+        program: loaded.
+        names: of its values, in order.
+        needed: bytes that each of its arrays must start on a multiple of.
+    """
+
+    direct: DirectMatmul
+    program: LoadedProgram
+    names: tuple[str, ...]
+    needed: Mapping[str, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(direct: DirectMatmul, program: LoadedProgram) -> Bound:
+    names = (*direct.inputs, "out")
+    return Bound(direct, program, names, boundaries(program, names))
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem_and_refusal(problem: MatmulProblem, gpu_kind: str) -> tuple[DirectMatmul, str | None]:
+    direct = program_problem(problem, gpu_kind)
+    return direct, direct.refusal
+
+
 def program_problem(problem: MatmulProblem, gpu_kind: str) -> DirectMatmul:
     """The problem whose program serves a call: one for every number of rows up to a power of two.
 
@@ -44,9 +73,7 @@ def program_problem(problem: MatmulProblem, gpu_kind: str) -> DirectMatmul:
     return DirectMatmul(general, gpu_kind, tiles)
 
 
-def program_for(
-    problem: MatmulProblem, out: torch.Tensor
-) -> tuple[DirectMatmul, LoadedProgram] | None:
+def program_for(problem: MatmulProblem, out: torch.Tensor) -> Bound | None:
     """The program, ready to launch on the result's device; None where that cannot be, and jax computes.
 
     Raises:
@@ -56,22 +83,21 @@ def program_for(
     if _plan.forced_implementation() or here.machine.unavailable(out.device):
         return None
     index = out.get_device()
-    direct = program_problem(problem, gpu_kind(index))
-    if reason := direct.refusal:
+    direct, reason = _problem_and_refusal(problem, gpu_kind(index))
+    if reason:
         here.warn_once(reason)
         return None
     if here.failure(index, direct):
         return None
     try:
-        return direct, here.program_for(problem.function, index, direct, _REMEDY)
-    except store.Unavailable as reason:
-        here.warn_once(str(reason))
+        return _bound(direct, here.program_for(problem.function, index, direct, _REMEDY))
+    except store.Unavailable as unavailable:
+        here.warn_once(str(unavailable))
         return None
 
 
 def launch(
-    direct: DirectMatmul,
-    program: LoadedProgram,
+    bound: Bound,
     problem: MatmulProblem,
     tensors: Mapping[str, torch.Tensor],
     out: torch.Tensor,
@@ -79,15 +105,13 @@ def launch(
     """One launch. What does not lie as the kernel reads it is copied; out's memory is written.
 
     Args:
-        direct, program: of `program_for`.
+        bound: of `program_for`.
         problem: of the call.
         tensors: by the names of `problem.inputs`; scales of x by columns are `[..., words, pitch]` views.
         out: contiguous.
     """
-    machine = store.here.machine
+    machine, (direct, program, names, needed) = store.here.machine, bound
     with machine.on_device(out.get_device()):
-        names = (*direct.inputs, "out")
-        needed = boundaries(program, names)
         given: dict[str, Any] = dict(tensors)
         values = {NUM_ROWS: problem.num_rows << 8, NUM_PAIRS: 0}
         if "x_scales" in given and problem.scales and problem.scales.x == "column_major":

@@ -530,7 +530,7 @@ def _run(path: str, call: _Call) -> None:
         return
     with dlpack.on_device(call.d.device):
         tensors = dict(zip(call.problem.inputs, _tensors(call), strict=True))
-        direct.launch(*found, call.problem, tensors, call.d.detach())
+        direct.launch(found, call.problem, tensors, call.d.detach())
 
 
 def _where(call: _Call) -> list[torch.Tensor]:
