@@ -87,13 +87,13 @@ def masked_experts(
     options: dict[str, Any] = {"implementation": implementation}
     if form == "fp8":
         options["transpose_rhs"] = True
+        # Columns are what the second product's kernel reads by TMA, in whole tiles.
+        layout: Any = "column_major" if rows.shape[1] % 128 == 0 else "row_major"
         h = maj.masked_grouped_matmul(
             (rows, scales), w.gate_up, masked_m, scale_layout="row_major", **options
         )
-        h = maj.silu_and_mul_masked_quant(h, masked_m, scale_layout="column_major")
-        return maj.masked_grouped_matmul(
-            h, w.down, masked_m, scale_layout="column_major", **options
-        )
+        h = maj.silu_and_mul_masked_quant(h, masked_m, scale_layout=layout)
+        return maj.masked_grouped_matmul(h, w.down, masked_m, scale_layout=layout, **options)
     if scales is not None:
         rows = exchanges.dequantised(rows, scales).astype(jnp.bfloat16)
     h = maj.masked_grouped_matmul(rows, w.gate_up, masked_m, activation="silu", **options)
