@@ -65,10 +65,11 @@ def _permuted(
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some
     token's: the kernel's epilogue, or whoever reads the result, leaves them out."""
-    pair = jnp.clip(named["sorted_token_ids"], 0, problem.num_tokens * problem.top_k - 1)
+    pairs = problem.num_tokens * problem.top_k
+    pair = jnp.clip(named["sorted_token_ids"], 0, pairs - 1)
     rows = lax.div(pair, jnp.int32(problem.top_k))
     x = named["x"].at[rows].get(mode="promise_in_bounds")
-    return problem._replace(num_tokens=0, top_k=0), named | {"x": x}
+    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
 
 
 def _small_grid(problem: MatmulProblem) -> Config:
