@@ -137,9 +137,7 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
     ids, experts, used = found
     if ids.ndim != 1:
         remedy = "Call jax.vmap for several alignments."
-        raise wrong(
-            ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
-        )
+        raise wrong(ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy)
     blocks = checks.cdiv(ids.shape[0], block_size)
     if experts.shape != (blocks,):
         rule = f"be the alignment's, with cdiv(P, block_size) = {experts.shape[0]} blocks"

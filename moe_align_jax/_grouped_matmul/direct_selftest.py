@@ -157,7 +157,9 @@ def mismatch(direct: DirectMatmul, example: Example, read: Callable) -> str:
     """What is wrong with the results, or "". `read(name, into)` fetches the beginning of an output."""
     problem, want = direct.problem, example.expected
     item = jnp.dtype(problem.out_dtype)
-    got = read("out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item))
+    got = read(
+        "out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item)
+    )
     got = got[example.rows][:, example.columns].astype(np.float32)
     off, scale = np.abs(got - want), max(1.0, float(np.abs(want).max(initial=0)))
     if not off.size or (off <= np.abs(want) * 2**-6 + scale * 2**-9).all():

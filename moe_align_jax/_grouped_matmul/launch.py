@@ -10,12 +10,10 @@ from jax import lax
 
 from moe_align_jax._grouped_matmul import kernel, tile_list
 from moe_align_jax._grouped_matmul.config import (
-    DEFAULT_RULES,
-    RULES,
     Config,
-    can_sum_pairs,
     config_for,
     permutes_first,
+    sums_pairs,
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
@@ -38,7 +36,7 @@ def run(
         interpret: run it in Pallas' interpreter, on a CPU.
         config: tiles; None for the usual ones.
     """
-    if problem.summed and not _sums_pairs(problem, gpu_kind, config):
+    if problem.summed and config is None and (interpret or not sums_pairs(problem, gpu_kind)):
         return sum_behind(functools.partial(run, gpu_kind=gpu_kind, interpret=interpret))(
             problem, *operands
         )
@@ -51,13 +49,6 @@ def run(
         where = None if problem.rows == "blocks" else _list(problem, config, named, interpret)
         out = launch(*arguments(problem, config, named, where, interpret=interpret))
     return out.reshape(problem.out_shape)
-
-
-def _sums_pairs(problem: MatmulProblem, gpu_kind: str | None, config: Config | None) -> bool:
-    """Whether the product's launch adds up the rows of each token, too."""
-    if config is not None:
-        return True
-    return RULES.get(gpu_kind or "", DEFAULT_RULES).sum_pairs and can_sum_pairs(problem)
 
 
 def _permuted(
@@ -73,8 +64,8 @@ def _permuted(
 
 
 def _small_grid(problem: MatmulProblem) -> Config:
-    """The interpreter runs a thread for each warpgroup of each CTA."""
-    return config_for(problem)._replace(num_ctas=2)
+    """The interpreter runs a thread for each warpgroup of each CTA of a cluster: few machines have as many."""
+    return config_for(problem)._replace(num_ctas=2, split=1)
 
 
 def arguments(
