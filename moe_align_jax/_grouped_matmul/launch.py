@@ -64,7 +64,7 @@ def _permuted(
 
 
 def _small_grid(problem: MatmulProblem) -> Config:
-    """The interpreter runs a thread for each warpgroup of each CTA of a cluster: few machines have as many."""
+    """The interpreter runs a thread for each warpgroup of a cluster: few machines have as many."""
     return config_for(problem)._replace(num_ctas=2, split=1)
 
 
