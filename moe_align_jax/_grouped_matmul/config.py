@@ -226,6 +226,11 @@ def can_sum_pairs(problem: MatmulProblem) -> bool:
     return 2 <= problem.summed <= MAX_CLUSTER and not problem.scales and not _no_swap(problem)
 
 
+def sums_pairs(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
+    """Whether it does by default."""
+    return RULES.get(gpu_kind or "", DEFAULT_RULES).sum_pairs and can_sum_pairs(problem)
+
+
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     """Whether rows are gathered by a launch before the product."""
     least = RULES.get(gpu_kind or "", DEFAULT_RULES).permute_columns

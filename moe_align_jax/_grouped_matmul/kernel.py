@@ -442,7 +442,9 @@ def _tile(
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
     expert = refs.experts[block]
     valid = (expert >= 0) & (expert < problem.num_experts)
-    if shape.parts > 1 and shape.reads_ids:  # a block's pairs come first: a later part may have none
+    if (
+        shape.parts > 1 and shape.reads_ids
+    ):  # a block's pairs come first: a later part may have none
         limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)

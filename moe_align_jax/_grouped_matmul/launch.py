@@ -10,12 +10,10 @@ from jax import lax
 
 from moe_align_jax._grouped_matmul import kernel, tile_list
 from moe_align_jax._grouped_matmul.config import (
-    DEFAULT_RULES,
-    RULES,
     Config,
-    can_sum_pairs,
     config_for,
     permutes_first,
+    sums_pairs,
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
@@ -38,7 +36,7 @@ def run(
         interpret: run it in Pallas' interpreter, on a CPU.
         config: tiles; None for the usual ones.
     """
-    if problem.summed and not _sums_pairs(problem, gpu_kind, config):
+    if problem.summed and config is None and (interpret or not sums_pairs(problem, gpu_kind)):
         return sum_behind(functools.partial(run, gpu_kind=gpu_kind, interpret=interpret))(
             problem, *operands
         )
@@ -53,27 +51,21 @@ def run(
     return out.reshape(problem.out_shape)
 
 
-def _sums_pairs(problem: MatmulProblem, gpu_kind: str | None, config: Config | None) -> bool:
-    """Whether the product's launch adds up the rows of each token, too."""
-    if config is not None:
-        return True
-    return RULES.get(gpu_kind or "", DEFAULT_RULES).sum_pairs and can_sum_pairs(problem)
-
-
 def _permuted(
     problem: MatmulProblem, named: dict[str, jax.Array]
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some
     token's: the kernel's epilogue, or whoever reads the result, leaves them out."""
-    pair = jnp.clip(named["sorted_token_ids"], 0, problem.num_tokens * problem.top_k - 1)
+    pairs = problem.num_tokens * problem.top_k
+    pair = jnp.clip(named["sorted_token_ids"], 0, pairs - 1)
     rows = lax.div(pair, jnp.int32(problem.top_k))
     x = named["x"].at[rows].get(mode="promise_in_bounds")
-    return problem._replace(num_tokens=0, top_k=0), named | {"x": x}
+    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
 
 
 def _small_grid(problem: MatmulProblem) -> Config:
-    """The interpreter runs a thread for each warpgroup of each CTA."""
-    return config_for(problem)._replace(num_ctas=2)
+    """The interpreter runs a thread for each warpgroup of a cluster: few machines have as many."""
+    return config_for(problem)._replace(num_ctas=2, split=1)
 
 
 def arguments(
