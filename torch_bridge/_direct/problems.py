@@ -8,7 +8,9 @@ import torch
 from moe_align_jax._align import tables
 from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
 from moe_align_jax._core import checks
+from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+from moe_align_jax._moe_layer.direct_problem import DirectSum
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from torch_bridge._specs import BatchedSpec, SglangSpec, Spec
@@ -21,6 +23,8 @@ type KernelProblem = (
     | RouteProblem
     | ReceivedProblem
     | AdaptersProblem
+    | DirectMatmul
+    | DirectSum
 )
 
 # Tokens of the least bucket of the router. The CTAs of tokens that are not there end at once.
