@@ -31,11 +31,8 @@ OLDEST_JAXLIB, UNKNOWN_JAXLIB = (0, 11, 2), (0, 13, 0)
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _THREADS = 8  # a program has up to nine kernels, most one or two
 _MASKED_QUANT, _ROUTE = "silu_and_mul_masked_quant", "route_topk"
-<<<<<<< HEAD
-_VLLM_ALIGNED = ("fused_globalize_align_block_size", "moe_lora_align_block_size")
-=======
 _MATMUL, _SUM = "grouped_matmul", "sum_rows"
->>>>>>> main
+_VLLM_ALIGNED = ("fused_globalize_align_block_size", "moe_lora_align_block_size")
 
 
 class CompileError(RuntimeError):
@@ -133,7 +130,9 @@ def _read_kernel(
 ) -> tuple[str, KernelLaunch]:
     """(PTX, launch) of one `kernel`, from its PTX `text` and its `host` code, which must agree."""
     launch = read_launch(host, entry, buffers)
-    taken = re.findall(r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0])
+    taken = re.findall(
+        r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0]
+    )
     maps = ("b8", str(128 * len(launch.tensor_maps)))
     by_value = _beside("host_code").TENSOR_MAPS
     if taken != [maps if name == by_value else ("u64", "") for name in launch.parameters]:
@@ -308,13 +307,8 @@ def compare_with_numpy(
         return _compare_masked_quant(driver, machine_driver, problem, launches, names)
     if problem.name == _ROUTE:
         return _compare_route(driver, machine_driver, problem, launches, names)
-<<<<<<< HEAD
-    if problem.name in _VLLM_ALIGNED:
-        return _compare_vllm_aligned(driver, machine_driver, problem, launches, shapes)
-=======
-    if problem.name in (_MATMUL, _SUM):
-        return _compare_layer(driver, machine_driver, problem, launches, shapes)
->>>>>>> main
+    if problem.name in (_MATMUL, _SUM, *_VLLM_ALIGNED):
+        return _compare_beside(driver, machine_driver, problem, launches, shapes)
     if problem.name == "moe_align_block_size":
         n = problem.num_pairs
         sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
@@ -403,53 +397,20 @@ def _compare_route(
         raise CompileError(f"{problem}: {wrong}")
 
 
-<<<<<<< HEAD
-def _compare_vllm_aligned(
+def _compare_beside(
     driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
 ) -> None:
-    """`compare_with_numpy` of vLLM's two other aligned ops, whose self-test stands beside their kernels."""
-    import numpy as np
+    """`compare_with_numpy` of programs whose self-test, several examples, stands beside their kernels.
 
-    from moe_align_jax._align.vllm import selftest
-
-    top_k, most = problem.top_k, problem.num_pairs // problem.top_k
-    for seed, tokens in enumerate(sorted({most, max(1, most * 3 // 4 - 1)})):
-        example, buffers = selftest.example(problem, tokens * top_k, seed), {}
-        try:
-            for name, array in {**example.inputs, **example.buffers}.items():
-                buffers[name] = driver.Memory(machine_driver, array.nbytes)
-                buffers[name].write(array)
-            values = {name: size << 8 for name, size in example.sizes.items()}
-            for name, shape in shapes.items():
-                if name == "topk_idx":  # written where it is read
-                    buffers[name] = buffers["local_ids"]
-                elif name not in values and name not in buffers:
-                    buffers[name] = driver.Memory(machine_driver, 4 * int(np.prod(shape)))
-                    buffers[name].fill(_UNWRITTEN)
-            values |= {name: memory.address for name, memory in buffers.items()}
-            launches.values[:] = [values[name] for name in shapes]
-            launches.enqueue(0)
-            machine_driver.synchronize()
-            for name, want in example.expected.items():
-                got = buffers[name].read(np.empty_like(want))
-                if (wrong := np.flatnonzero(got != want)).size:
-                    at = int(wrong[0])
-                    raise CompileError(f"{problem} gives {name}[{at}] = {got[at]}, not {want[at]}")
-        finally:
-            for memory in {id(memory): memory for memory in buffers.values()}.values():
-                memory.free()
-=======
-def _compare_layer(
-    driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
-) -> None:
-    """`compare_with_numpy` of the products and sums of the expert layer; the self-test is beside the kernel.
-
-    Inputs that the trial does not read whole, such as the weights of many experts, are given in part.
+    Inputs that the trial does not read whole, such as the weights of many experts, are given in part. An output
+    that is one piece of memory with an input is among the example's `aliases`.
     """
     import numpy as np
 
     if problem.name == _SUM:
         from moe_align_jax._moe_layer import direct as selftest
+    elif problem.name in _VLLM_ALIGNED:
+        from moe_align_jax._align.vllm import selftest
     else:
         from moe_align_jax._grouped_matmul import direct_selftest as selftest
     for example in selftest.examples(problem):
@@ -458,25 +419,28 @@ def _compare_layer(
             for name, array in example.inputs.items():
                 buffers[name] = driver.Memory(machine_driver, array.nbytes)
                 buffers[name].write(array)
+            aliases = getattr(example, "aliases", {})
             for name, shape in shapes.items():
-                if name not in buffers and name not in example.sizes:
+                if name not in {**buffers, **example.sizes, **aliases}:
                     size = example.outputs.get(name, 4 * int(np.prod(shape)))
                     buffers[name] = driver.Memory(machine_driver, size)
                     buffers[name].fill(_UNWRITTEN)
             values = {name: memory.address for name, memory in buffers.items()}
             values |= {name: size << 8 for name, size in example.sizes.items()}
+            values |= {name: values[other] for name, other in aliases.items()}
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
             wrong = selftest.mismatch(
-                problem, example, lambda name, into: buffers[name].read(into)
+                problem,
+                example,
+                lambda name, into: buffers[aliases.get(name, name)].read(into),
             )
         finally:
             for memory in buffers.values():
                 memory.free()
         if wrong:
             raise CompileError(f"{problem}: {wrong}")
->>>>>>> main
 
 
 # -- the process ---------------------------------------------------------------------------------
@@ -573,20 +537,14 @@ def _serve(request: dict) -> list[dict]:
             "start a new process"
         )
     from moe_align_jax import types
-<<<<<<< HEAD
     from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
-    from moe_align_jax._masked_quant.problem import MaskedQuantProblem
-    from moe_align_jax._router.problem import RouteProblem
-
-    kinds = (MaskedQuantProblem, RouteProblem, ReceivedProblem, AdaptersProblem)
-=======
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
     from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
     from moe_align_jax._router.problem import RouteProblem
 
     kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
->>>>>>> main
+    kinds = (*kinds, ReceivedProblem, AdaptersProblem)
     elsewhere = {kind.__name__: kind for kind in kinds}
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()
@@ -595,7 +553,9 @@ def _serve(request: dict) -> list[dict]:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
             known = elsewhere.get(kind) or getattr(types, kind)
-            problem = known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            problem = (
+                known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            )
             try:
                 answer, cubins = _program(driver, machine_driver, compiler, pool, problem)
             except CompileError as error:
