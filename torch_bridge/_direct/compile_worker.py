@@ -402,8 +402,8 @@ def _compare_beside(
 ) -> None:
     """`compare_with_numpy` of programs whose self-test, several examples, stands beside their kernels.
 
-    Inputs that the trial does not read whole, such as the weights of many experts, are given in part. An output
-    that is one piece of memory with an input is among the example's `aliases`.
+    Inputs that the trial does not read whole, such as the weights of many experts, are given in part. An
+    output that is one piece of memory with an input is among the example's `aliases`.
     """
     import numpy as np
 
@@ -431,10 +431,9 @@ def _compare_beside(
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
+            held = buffers | {name: buffers[other] for name, other in aliases.items()}
             wrong = selftest.mismatch(
-                problem,
-                example,
-                lambda name, into: buffers[aliases.get(name, name)].read(into),
+                problem, example, lambda name, into, held=held: held[name].read(into)
             )
         finally:
             for memory in buffers.values():
@@ -539,8 +538,8 @@ def _serve(request: dict) -> list[dict]:
     from moe_align_jax import types
     from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._router.problem import RouteProblem
 
     kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
