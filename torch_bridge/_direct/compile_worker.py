@@ -308,10 +308,8 @@ def compare_with_numpy(
         return _compare_masked_quant(driver, machine_driver, problem, launches, names)
     if problem.name == _ROUTE:
         return _compare_route(driver, machine_driver, problem, launches, names)
-    if problem.name in (_MATMUL, _SUM):
-        return _compare_layer(driver, machine_driver, problem, launches, shapes)
-    if problem.name in _VLLM_ALIGNED:
-        return _compare_vllm_aligned(driver, machine_driver, problem, launches, shapes)
+    if problem.name in (_MATMUL, _SUM, *_VLLM_ALIGNED):
+        return _compare_beside(driver, machine_driver, problem, launches, shapes)
     if problem.name == "moe_align_block_size":
         n = problem.num_pairs
         sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
@@ -400,83 +398,50 @@ def _compare_route(
         raise CompileError(f"{problem}: {wrong}")
 
 
-def _read(buffers: dict[str, Any], name: str, into: Any) -> Any:
-    """The beginning of a buffer, as an array like `into`."""
-    return buffers[name].read(into)
-
-
-def _compare_layer(
+def _compare_beside(
     driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
 ) -> None:
-    """`compare_with_numpy` of the products and sums of the expert layer; the self-test is beside the kernel.
+    """`compare_with_numpy` of programs whose self-test, several examples, stands beside their kernels.
 
-    Inputs that the trial does not read whole, such as the weights of many experts, are given in part.
+    Inputs that the trial does not read whole, such as the weights of many experts, are given in part. An
+    output that is one piece of memory with an input is among the example's `aliases`.
     """
     import numpy as np
 
-    from moe_align_jax._grouped_matmul import direct_selftest
-    from moe_align_jax._moe_layer import direct
-
-    selftest: Any = direct if problem.name == _SUM else direct_selftest
+    selftest: Any
+    if problem.name == _SUM:
+        from moe_align_jax._moe_layer import direct as selftest
+    elif problem.name in _VLLM_ALIGNED:
+        from moe_align_jax._align.vllm import selftest
+    else:
+        from moe_align_jax._grouped_matmul import direct_selftest as selftest
     for example in selftest.examples(problem):
         buffers: dict[str, Any] = {}
         try:
             for name, array in example.inputs.items():
                 buffers[name] = driver.Memory(machine_driver, array.nbytes)
                 buffers[name].write(array)
+            aliases = getattr(example, "aliases", {})
             for name, shape in shapes.items():
-                if name not in buffers and name not in example.sizes:
+                if name not in {**buffers, **example.sizes, **aliases}:
                     size = example.outputs.get(name, 4 * int(np.prod(shape)))
                     buffers[name] = driver.Memory(machine_driver, size)
                     buffers[name].fill(_UNWRITTEN)
             values = {name: memory.address for name, memory in buffers.items()}
             values |= {name: size << 8 for name, size in example.sizes.items()}
+            values |= {name: values[other] for name, other in aliases.items()}
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
-            got = {name: buffers[name] for name in example.outputs}
-            wrong = selftest.mismatch(problem, example, functools.partial(_read, got))
+            held = buffers | {name: buffers[other] for name, other in aliases.items()}
+            wrong = selftest.mismatch(
+                problem, example, lambda name, into, held=held: held[name].read(into)
+            )
         finally:
             for memory in buffers.values():
                 memory.free()
         if wrong:
             raise CompileError(f"{problem}: {wrong}")
-
-
-def _compare_vllm_aligned(
-    driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
-) -> None:
-    """`compare_with_numpy` of vLLM's two other aligned ops, whose self-test stands beside their kernels."""
-    import numpy as np
-
-    from moe_align_jax._align.vllm import selftest
-
-    top_k, most = problem.top_k, problem.num_pairs // problem.top_k
-    for seed, tokens in enumerate(sorted({most, max(1, most * 3 // 4 - 1)})):
-        example, buffers = selftest.example(problem, tokens * top_k, seed), {}
-        try:
-            for name, array in {**example.inputs, **example.buffers}.items():
-                buffers[name] = driver.Memory(machine_driver, array.nbytes)
-                buffers[name].write(array)
-            values = {name: size << 8 for name, size in example.sizes.items()}
-            for name, shape in shapes.items():
-                if name == "topk_idx":  # written where it is read
-                    buffers[name] = buffers["local_ids"]
-                elif name not in values and name not in buffers:
-                    buffers[name] = driver.Memory(machine_driver, 4 * int(np.prod(shape)))
-                    buffers[name].fill(_UNWRITTEN)
-            values |= {name: memory.address for name, memory in buffers.items()}
-            launches.values[:] = [values[name] for name in shapes]
-            launches.enqueue(0)
-            machine_driver.synchronize()
-            for name, want in example.expected.items():
-                got = buffers[name].read(np.empty_like(want))
-                if (wrong := np.flatnonzero(got != want)).size:
-                    at = int(wrong[0])
-                    raise CompileError(f"{problem} gives {name}[{at}] = {got[at]}, not {want[at]}")
-        finally:
-            for memory in {id(memory): memory for memory in buffers.values()}.values():
-                memory.free()
 
 
 # -- the process ---------------------------------------------------------------------------------
