@@ -99,14 +99,31 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         more = wide._replace(bm=bm, stages=6 if bm < 32 else 5)
         yield f"{bm}, gated", problem(block=bm, weights=silu, **gather), more
     yield "pairs", problem(block=1, weights=silu, **gather), wide._replace(bm=8)
+    for transposed in (False, True):
+        weights = {"transposed": transposed, "bias": True}
+        given = problem(block=1, weights=silu | weights, **gather)
+        yield "k in 8, gated, pairs", given, wide._replace(bm=8, split=8, num_ctas=128)
+        yield "k in 2", problem(block=16, weights=weights), s._replace(split=2)
+        added = problem(block=1, weights=weights, row_weights=True)._replace(summed=8)
+        yield "sum of 8", added, s._replace(bm=8, num_ctas=128)
+        added = added._replace(weights=added.weights._replace(bias=False))
+        yield "sum of 8, wide", added, wide._replace(bm=8, num_ctas=128)
+        yield "sum of 2, k in 4", added._replace(summed=2), s._replace(bm=8, split=4, num_ctas=128)
+    odd_sum = problem(block=1, row_weights=True, **odd)._replace(summed=3, num_rows=4095)
+    yield "sum of 3, odd", odd_sum, s._replace(bm=8, num_ctas=120)
+    for bm, stages in ((48, 5), (80, 4), (96, 4)):
+        given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
+        yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
+        yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
     yield from e4m3_problems()
 
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     """Every way to load scales, and the tiles that sizes of e4m3 operands get."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.config import Config, config_for
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 
+    masked: dict[str, Any] = {"rows": "masked", "max_rows": 512, "num_rows": 4096}
     columns, rows = Scales("column_major", "blocks", pitch=4096), Scales("row_major", "blocks")
     silu: dict[str, Any] = {"activation": "silu", "gated": True}
     gather: dict[str, Any] = {"num_tokens": 2048, "top_k": 2}
@@ -139,6 +156,15 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    wide = Config("m", 128, 192, 128, 4)
+    for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
+        yield *case(what, **options)[:2], wide
+    for tiles in (
+        wide,
+        wide._replace(skips=True),
+        Config("m", 128, 128, 128, 5, skips=True, late=True),
+    ):
+        yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
@@ -182,8 +208,13 @@ def lower(problem: Any, config: Any) -> Any:
 
     if isinstance(problem, WeightGradient):
         structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
-        made = weight_gradient_kernel.arguments
-        given = jax.eval_shape(lambda *a: made(problem, config, *a, interpret=False), *structs)
+
+        def made(*operands):
+            experts = weight_gradient_kernel.experts_of(problem, *operands[2:])
+            options = {"interpret": False}
+            return weight_gradient_kernel.arguments(problem, config, experts, *operands, **options)
+
+        given = jax.eval_shape(made, *structs)
         call = jax.jit(weight_gradient_kernel.build(problem, config))
         return call.trace(*given).lower(lowering_platforms=("cuda",))
 
