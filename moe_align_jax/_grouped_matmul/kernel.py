@@ -59,7 +59,15 @@ class Tile(NamedTuple):
 class _Refs:
     """The kernel's refs by name."""
 
-    def __init__(self, problem: MatmulProblem, shape: Shape, refs: list[Any], interpret: bool):
+    def __init__(
+        self,
+        problem: MatmulProblem,
+        shape: Shape,
+        refs: list[Any],
+        interpret: bool,
+        ending: "Ending | None" = None,
+    ):
+        self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         self.count, self.experts = refs.pop(0), refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
         self.starts, self.ends = listed
@@ -73,6 +81,8 @@ class _Refs:
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.empty, self.full = refs.pop(), refs.pop()
+        if ending:
+            self.more += [refs.pop(0) for _ in ending.outputs]
         self.scale_rows = refs.pop() if has_scale_rows(problem) else None
         self.out, x_tiles, self.w_tiles, o_tiles = refs
         # The same memory, for wgmma and for TMA: see `views`.
@@ -104,20 +114,48 @@ def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
     )
 
 
+class Ending(NamedTuple):
+    """What becomes of a tile's sums, in place of the epilogue.
+
+    Attributes:
+        name: of the kernel.
+        inputs: operands that stand in front of the problem's.
+        outputs: results that stand in front of the problem's.
+        piece: columns that are stored at a time.
+        slots: such pieces in shared memory, per warpgroup.
+        finish: called with (refs, sums, tile, place of the warpgroup's part, warpgroup). `refs.more` holds
+            inputs and outputs. It stores through `refs.o_tiles`.
+    """
+
+    name: str
+    inputs: int
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    piece: int
+    slots: int
+    finish: Callable[..., None]
+
+
 def build(
-    problem: MatmulProblem, config: Config, *, interpret: bool = False
-) -> Callable[..., jax.Array]:
+    problem: MatmulProblem,
+    config: Config,
+    *,
+    interpret: bool = False,
+    ending: Ending | None = None,
+) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
-    the weights, one array or two.
+    the weights, one array or two. With an `ending`, which is for tiles that are not late, its operands come
+    first, and its results are returned before the problem's.
     """
     shape, weights = shape_of(problem, config), problem.weights
+    if ending:
+        shape = shape._replace(piece=ending.piece)
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    piece_rows, slots = (bm, 1) if swap else (64, _SLOTS)
+    piece_rows, slots = (bm, 1) if swap else (64, ending.slots if ending else _SLOTS)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -126,7 +164,7 @@ def build(
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret)
+        refs = _Refs(problem, shape, list(given), interpret, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         row_tiles = _row_tiles(problem, shape, refs)
@@ -204,6 +242,9 @@ def build(
             def now(i, ring):
                 tile, steps = tile_at(i)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
+                if ending:
+                    ending.finish(refs, sums, tile, at, warpgroup)
+                    return ring + steps
                 for q, value in enumerate(finish(sums, tile, at)):
                     store(q, value, at)
                 return ring + steps
@@ -300,9 +341,10 @@ def build(
     w_tiles = (stages, shape.w_parts, *w_tile)
     o_tiles = (computing, slots, piece_rows, shape.piece)
     scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
+    out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_type=(*ending.outputs, out_type) if ending else out_type,
         scratch_types=[
             _views(x_tiles, dtype, interpret),
             plgpu.SMEM(w_tiles, dtype, transforms=w_like),
@@ -315,7 +357,9 @@ def build(
         grid_names=("cta",),
         num_threads=computing + 1,
         thread_name="warpgroup",
-        kernel_name=f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
+        kernel_name=ending.name
+        if ending
+        else f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
