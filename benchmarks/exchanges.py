@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
 from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel.transports import all_to_all
 
 AXIS = "ep"
-TRANSPORTS = ("nvlink", "all_to_all", "all_gather")
-GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
+TRANSPORTS = ("nvlink_window", "nvlink", "all_to_all", "all_gather")
+GPU_TRANSPORTS = ("nvlink_window", "nvlink", "ragged_all_to_all")
 FLOOR = 1e-4  # of the fp8 payload, as DeepEP quantises
 # A message of which a rank receives more is not packed: x travels by itself.
 MOST_PACKED_BYTES = 16 << 20
@@ -116,20 +117,28 @@ def ours(size: Size, ranks: int, name: str, **options) -> Exchange:
 
 def packing_up_to(exchange: Exchange, name: str, num_bytes: int) -> Exchange:
     """The same, traced with another bound of what is packed into a message."""
+    return _traced_with(exchange, name, message, "MAX_PACKED_BYTES", num_bytes)
 
+
+def message_kernels(exchange: Exchange, *, ours: bool) -> Exchange:
+    """The same with our kernels beside the exchanges of "all_to_all", or with what XLA makes of it."""
+    name = f"{exchange.name}, {'message kernels' if ours else 'by XLA'}"
+    return _traced_with(exchange, name, all_to_all, "MESSAGE_KERNELS", ours)
+
+
+def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
     def changed(function):
         def run(*arguments):
-            bound = message.MAX_PACKED_BYTES
-            message.MAX_PACKED_BYTES = num_bytes
+            usual = getattr(module, setting)
+            setattr(module, setting, value)
             try:
                 return function(*arguments)
             finally:
-                message.MAX_PACKED_BYTES = bound
+                setattr(module, setting, usual)
 
         return run
 
-    out, back = changed(exchange.out), changed(exchange.back)
-    return exchange._replace(name=name, out=out, back=back)
+    return exchange._replace(name=name, out=changed(exchange.out), back=changed(exchange.back))
 
 
 def _ones(size: Size, ranks: int, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -315,6 +324,9 @@ def every(
         yield plain_job(size, ranks, kind, layouts[0])
     for transport in transports[1:]:
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
+    if "all_to_all" in transports and size.mode == "low_latency":
+        same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
+        yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:
             yield plain_job(size, ranks, kind, layout)

@@ -28,6 +28,7 @@ from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_produc
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
+from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -65,8 +66,10 @@ class _Refs:
         shape: Shape,
         refs: list[Any],
         interpret: bool,
+        sized_at_launch: bool,
         ending: "Ending | None" = None,
     ):
+        bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         self.count, self.experts = refs.pop(0), refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
@@ -88,7 +91,7 @@ class _Refs:
         # The same memory, for wgmma and for TMA: see `views`.
         self.x_tiles, self.x_rows = (x_tiles, x_tiles) if interpret else x_tiles
         self.o_tiles, self.o_rows = (o_tiles, o_tiles) if interpret else o_tiles
-        self.vectors = epilogue.Vectors(self.ids, row_weights, bias)
+        self.vectors = epilogue.Vectors(self.ids, row_weights, bias, bound)
 
 
 def transforms(columns: int, dtype: Any, rows: int = 8) -> tuple[Any, ...]:
@@ -140,6 +143,7 @@ def build(
     config: Config,
     *,
     interpret: bool = False,
+    sized_at_launch: bool = False,
     ending: Ending | None = None,
 ) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
@@ -148,6 +152,10 @@ def build(
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two. With an `ending`, which is for tiles that are not late, its operands come
     first, and its results are returned before the problem's.
+
+    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that a
+    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
+    operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights
     if ending:
@@ -164,7 +172,7 @@ def build(
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret, ending)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         row_tiles = _row_tiles(problem, shape, refs)
@@ -400,8 +408,8 @@ def _tile(
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
     expert = refs.experts[block]
     valid = (expert >= 0) & (expert < problem.num_experts)
-    if shape.parts > 1:  # a block's pairs come first: there may be none in a later part
-        limit = epilogue.num_pairs(problem, refs.ids)
+    if shape.parts > 1 and shape.reads_ids:  # a block's pairs come first: a later part may have none
+        limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
     return Tile(valid, expert, row, end, n)

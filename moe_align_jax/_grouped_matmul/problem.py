@@ -82,6 +82,8 @@ class MatmulProblem(NamedTuple):
         row_weights: whether each row of the result is multiplied by a float32 weight.
         zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
             (a combine by `row_of_pair`) saves the test of each row.
+        whole_blocks: every row of a block with an expert is multiplied: `sorted_token_ids` is no operand.
+        expected_rows: of an expert, which tiles are chosen for; 0: as the sizes say.
         num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
         consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
             unless an expert map gives two experts one local id, or a caller made the alignment.
@@ -107,6 +109,8 @@ class MatmulProblem(NamedTuple):
     zero_padding: bool = True
     precision: Any = None
     scales: Scales | None = None
+    whole_blocks: bool = False
+    expected_rows: int = 0
     num_pairs: int = 0
     consecutive: bool = False
 
@@ -146,7 +150,8 @@ class MatmulProblem(NamedTuple):
             for name in ("gate_scales", "up_scales") if weights.pair else ("w_scales",):
                 found[name] = ((self.num_experts, *blocks), "float32")
         if self.rows == "blocks":
-            found["sorted_token_ids"] = ((self.num_rows,), "int32")
+            if not self.whole_blocks:
+                found["sorted_token_ids"] = ((self.num_rows,), "int32")
             found["expert_ids"] = ((self.num_blocks,), "int32")
             found["num_tokens_post_padded"] = ((1,), "int32")
         elif self.rows == "masked":

@@ -61,7 +61,7 @@ def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Arr
 def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     """From the arrays that say where each expert's rows are."""
     if problem.rows == "blocks":
-        _, expert_ids, used = where
+        *_, expert_ids, used = where
         block = problem.block_size
         start = jnp.arange(problem.num_blocks, dtype=_I32) * block
         count = jnp.clip(lax.div(used[0] + (block - 1), _I32(block)), 0, problem.num_blocks)

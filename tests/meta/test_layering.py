@@ -307,7 +307,20 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel.nvlink_kernels": {
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.nvlink_kernels",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._expert_parallel.e4m3": {
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._expert_parallel.message_kernels": {
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.e4m3",
+        "moe_align_jax._expert_parallel.message_kernels",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },

@@ -71,6 +71,43 @@ def copies() -> Iterator[Compiled]:
         yield Compiled(f"{problem}, {config}", direct, widths, _loads_first)
 
 
+def messages() -> Iterator[Compiled]:
+    """What stands around the exchanges of the transport "all_to_all", and what is unusual."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._expert_parallel import message_kernels as kernels
+    from moe_align_jax._expert_parallel.message_kernels import problems
+    from moe_align_jax._simt import mosaic
+
+    def fields(**dtypes: int) -> tuple:
+        return tuple(kernels.Field(columns, jnp.dtype(name)) for name, columns in dtypes.items())
+
+    fp8, plain = kernels.quantised(7168), fields(bfloat16=7168)
+    odd = fields(bfloat16=6, float32=3, int8=20)
+    given = [
+        *((kernels.Message(2, tokens, 8, 128, fp8), True, 2 * tokens) for tokens in (8, 128)),
+        (kernels.Message(2, 128, 8, 8, fp8), True, 256),
+        (kernels.Message(8, 128, 8, 32, plain), False, 1024),
+        (kernels.Message(8, 64, 16, 4, fp8), False, 50),
+        (kernels.Message(3, 5, 3, 5, odd), False, 4),
+        (kernels.Message(2, 2048, 2, 3000, fields(float32=64)), False, 100),
+        (kernels.Message(2, 1, 32, 2, fields(bfloat16=1 << 16)), False, 2),
+    ]
+    for form, quantise, room in given:
+        for problem in (kernels.Pack(form, quantise), kernels.Unpack(form, room)):
+            kernel = kernels.build(problem)
+            structs = [jax.ShapeDtypeStruct(*array) for array in problem.inputs.values()]
+            shapes = [{n: s for n, (s, _) in a.items()} for a in (problem.inputs, problem.outputs)]
+            direct = _Direct(kernel.name, *shapes, mosaic.launcher(kernel), structs)
+            moved = problem.given if isinstance(problem, kernels.Pack) else form.payload
+            name = "field" if isinstance(problem, kernels.Pack) else "boxes"
+            widths = {f"{name}{k}": 4 * field.width for k, field in enumerate(moved)}
+            prefixes = (name, "message") if name == "field" else ("message", name)
+            assert problems.THREADS == 128
+            yield Compiled(str(problem), direct, widths, _loads_before(*prefixes))
+
+
 def sums() -> Iterator[Compiled]:
     """The sums of combine, and what is unusual."""
     import jax
@@ -121,21 +158,28 @@ def _together(ahead: int) -> Callable:
     return found
 
 
-def _loads_first(text: str, parameters: tuple[str, ...]) -> Iterator[str]:
-    """All loads of rows stand before the first store to one."""
-    accesses = ptx.global_accesses(text)
+def _loads_before(source: str, target: str) -> Callable:
+    """The loads of rows stand before the first store to one: of buffers whose names begin so."""
 
-    def places(prefix: str, instruction: str) -> list[int]:
-        at = {k for k, name in enumerate(parameters) if name.startswith(prefix)}
-        return [
-            a.position
-            for a in accesses
-            if a.parameters & at and a.instruction.startswith(instruction)
-        ]
+    def found(text: str, parameters: tuple[str, ...]) -> Iterator[str]:
+        accesses = ptx.global_accesses(text)
 
-    loads, stores = places("x", "ld"), places("rows", "st")
-    if loads and stores and max(loads) > min(stores):
-        yield "a row is stored before all of it was asked for"
+        def places(prefix: str, instruction: str) -> list[int]:
+            at = {k for k, name in enumerate(parameters) if name.startswith(prefix)}
+            return [
+                a.position
+                for a in accesses
+                if a.parameters & at and a.instruction.startswith(instruction)
+            ]
+
+        loads, stores = places(source, "ld"), places(target, "st")
+        if loads and stores and max(loads) > min(stores):
+            yield "a row is stored before all of it was asked for"
+
+    return found
+
+
+_loads_first = _loads_before("x", "rows")
 
 
 def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[str]:
@@ -155,7 +199,7 @@ def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[s
 
 
 def check(plugin: str, runtime: str) -> Iterator[script.Report]:
-    every = (*sums(), *copies())
+    every = (*messages(), *sums(), *copies())
     given = ((one.what, one.kernel, functools.partial(faults, one)) for one in every)
     yield from script.direct(plugin, runtime, given)
 

@@ -15,6 +15,7 @@ COLLECTIVES = "moe_align_jax._simt.collectives"
 KERNELS = "moe_align_jax._align.kernels"
 LAYOUT = "moe_align_jax._layout.kernels"
 NVLINK = "moe_align_jax._expert_parallel.nvlink_kernels"
+MESSAGES = "moe_align_jax._expert_parallel.message_kernels"
 
 
 MARKER = "# mutant: "
@@ -223,9 +224,8 @@ def mutated(mutant: Mutant | None) -> Iterator[types.ModuleType]:
     """A fresh import of the kernels with one line changed (None: none); yields the package of the op."""
 
     def ours(name: str) -> bool:
-        return any(
-            name == x or name.startswith(x + ".") for x in (COLLECTIVES, KERNELS, LAYOUT, NVLINK)
-        )
+        packages = (COLLECTIVES, KERNELS, LAYOUT, NVLINK, MESSAGES)
+        return any(name == x or name.startswith(x + ".") for x in packages)
 
     import moe_align_jax._align.kernels
     import moe_align_jax._simt.collectives  # noqa: F401

@@ -3,21 +3,12 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._expert_parallel import e4m3
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import Send
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
-
-# DeepEP's and DeepGEMM's floor of a group's greatest value, the greatest e4m3, and its inverse: the bits of
-# float32.
-_FLOOR, _MOST, _INVERSE = (
-    np.array([1e-4, E4M3_MAX, 1 / E4M3_MAX], np.float32).view(np.int32).tolist()
-)
-_LOW, _MAGNITUDE = 0xFFFF, 0x7FFF
-_VALUES = 8  # bfloat16 of a 16-byte word
 
 
 def build(problem: Send) -> Kernel:
@@ -31,34 +22,36 @@ def build(problem: Send) -> Kernel:
 
 
 class Sender:
-    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`."""
+    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`.
+
+    Without `routing` rows alone are sent.
+    """
 
     def __init__(self, t: Simt, r: SimpleNamespace, problem: Send, thread: Int, parts: int = 1):
         self.t, self.r, self.problem, self.thread, self.parts = t, r, problem, thread, parts
         self.fields = [field.part(parts) for field in problem.fields]
         self.ranks = copying.everyone(t, problem.devices.count)
+        names = [f"received{number}" for number in range(len(problem.received))]
+        if problem.routing:
+            names += ["local_ids", "local_weights"]
         self.there = [
-            {name: t.remote(getattr(r, name), rank) for name in problem.outputs}
-            for rank in self.ranks
+            {name: t.remote(getattr(r, name), rank) for name in names} for rank in self.ranks
         ]
 
     def run(self) -> None:
         t, problem = self.t, self.problem
         t.grid_dependency_wait()
 
-        def one(token: Int) -> None:
-            self.send_row(token, with_pairs=problem.routing)
-
-        copying.for_tokens(t, problem.num_tokens, one)
+        copying.for_tokens(t, problem.num_tokens, self.send_row)
         collectives.device_sync(t)
 
-    def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
+    def send_row(self, unit: Int) -> None:
         t, problem = self.t, self.problem
         token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
         batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
         held = [self._load(batches[0], unit)]
-        routes = self._load_routes(token) if with_pairs else []
+        routes = self._load_routes(token) if problem.routing else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
         wanted = [self._wanted(ids, rank) for rank in self.ranks]
         row = t.rank() * (problem.num_tokens * self.parts) + unit
@@ -118,9 +111,9 @@ class Sender:
         """16 lanes hold a group of 128 columns, 8 each."""
         t, [field] = self.t, self.fields
         lane = self.thread & (WARP - 1)
-        opens = (lane & (GROUP // _VALUES - 1)).eq(0)
+        opens = (lane & (GROUP // e4m3.VALUES - 1)).eq(0)
         for piece, words in zip(batch, held, strict=True):
-            codes, scale = self._codes(words, lane)
+            codes, scale = e4m3.codes(t, words, lane)
             group = piece.first // (GROUP // 2)
             for refs, goes in zip(self.there, wanted, strict=True):
                 with t.if_(piece.inside & goes):
@@ -128,28 +121,3 @@ class Sender:
                     t.store2(refs["received0"], at, codes)
                     with t.if_(opens):
                         t.store(refs["received1"], row * (field.columns // GROUP) + group, scale)
-
-    def _codes(self, words: tuple[Int, ...], lane: Int) -> tuple[tuple[Int, ...], Int]:
-        """e4m3 codes of 8 bfloat16, in two words, and the scale of their group.
-
-        Magnitudes of bfloat16 order as their bits do. NaN is above all, so its group becomes NaN.
-        """
-        t = self.t
-        halves = [half for word in words for half in (word & _LOW, word >> 16)]
-        most = halves[0] & _MAGNITUDE
-        for half in halves[1:]:
-            most = self._max(most, half & _MAGNITUDE)
-        for distance in (8, 4, 2, 1):
-            most = self._max(most, t.shfl(most, lane ^ distance))
-        most = self._max(most << 16, t.const(_FLOOR))
-        factor = t.fdiv(t.const(_MOST), most)
-        values = [t.fmul(half << 16, factor) for half in halves]
-        codes = [
-            t.e4m3_pair(values[i], values[i + 1])
-            | (t.e4m3_pair(values[i + 2], values[i + 3]) << 16)
-            for i in (0, 4)
-        ]
-        return tuple(codes), t.fmul(most, t.const(_INVERSE))
-
-    def _max(self, a: Int, b: Int) -> Int:
-        return self.t.select(a < b, b, a)

@@ -6,6 +6,10 @@ every time.
 
 The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks get the same rows, it is an
 all_gather as well, which needs no D copies of them: so large fields go.
+
+A low-latency exchange takes few launches where `MESSAGE_KERNELS` says so: one kernel before the way out,
+which quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). What XLA
+makes of those steps are some nine small kernels, and launching them takes longer than the exchanges.
 """
 
 from typing import Any
@@ -14,17 +18,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel import message, message_kernels, packed
 from moe_align_jax._expert_parallel.transport import (
     Group,
     Transport,
     ranks_of_tokens,
     sum_over_ranks,
 )
+from moe_align_jax._layout.kernels import movable
+
+# Whether low-latency exchanges use our kernels. They are not the default before they have run on GPUs.
+MESSAGE_KERNELS = False
 
 
 class AllToAll(Transport):
     name = "all_to_all"
+    checks_ids = True  # the receiver, or `pack`, keeps its own ids and no others
 
     def unavailable(self, platform: str) -> str | None:
         del platform
@@ -55,6 +64,42 @@ class AllToAll(Transport):
     ) -> jax.Array:
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
         return sum_over_ranks(parts, None if in_use is None else plan)
+
+    def quantises(self, x: jax.Array, payload: str | None) -> bool:
+        return MESSAGE_KERNELS and payload == "fp8" and x.dtype == jnp.bfloat16
+
+    def send_quantised(
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        return self.send_fields([*message.quantize(x), weights, ids], None, group)
+
+    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+        if not MESSAGE_KERNELS:
+            return False
+        *payload, _, ids = fields
+        pack, unpack = self._problems(payload, ids, group, room, quantise)
+        form = pack.message
+        if not all(movable(f.dtype.name, f.columns * f.dtype.itemsize) for f in form.payload):
+            return False
+        if 4 * form.words * form.num_rows > message.MAX_PACKED_BYTES:
+            return False
+        return message_kernels.unsupported(pack, unpack) is None
+
+    def send_to_boxes(
+        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        *payload, weights, ids = fields
+        pack, unpack = self._problems(payload, ids, group, room, quantise)
+        received = self._exchange(packed.pack(pack, ids, weights, payload), group)
+        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = packed.unpack(
+            unpack, received
+        ).values()
+        return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
+
+    def _problems(
+        self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
+    ) -> tuple[message_kernels.Pack, message_kernels.Unpack]:
+        return packed.problems(payload, ids, group.size, group.num_local_experts, room, quantise)
 
     def _exchange(self, parts: jax.Array, group: Group) -> jax.Array:
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)

@@ -1,0 +1,216 @@
+"""The message of a low-latency exchange, and what its two kernels have to do.
+
+A message is rows of W int32 words, `[D, T, W]`: for each rank and token the payload, its scales, the weights
+and the ids, each from a multiple of 16 bytes on. The ids are those of the rank that the copy goes to: local
+ones, -1 (and a weight of 0) for the experts of other ranks. So the receiver need not know its rank.
+
+D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.int32 import INT32_MAX
+
+INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
+WARP, THREADS = 32, 128
+MAX_TOP_K = WARP  # a lane holds a pair
+# A thread holds n / 128 ids and compares each with every pair of a token.
+MAX_PAIRS = 64 * THREADS
+_ENOUGH_CTAS = 132  # rows are cut until there are so many: an H100 or H200 has as many SMs
+_MAX_CTAS = 8 * _ENOUGH_CTAS
+_VECTOR = 4  # words
+
+type Array = tuple[tuple[int, ...], Any]  # shape, dtype
+
+
+class Field(NamedTuple):
+    """What a row has of one array: so many columns, whose bytes are a multiple of 4."""
+
+    columns: int
+    dtype: Any
+
+    @property
+    def words(self) -> int:
+        return self.columns * self.dtype.itemsize // 4
+
+    @property
+    def width(self) -> int:
+        """Words that a thread moves at once."""
+        return 1 if self.words % _VECTOR else _VECTOR
+
+    @property
+    def units(self) -> int:
+        """Moves of a row."""
+        return self.words // self.width
+
+
+class Message(NamedTuple):
+    """The rows of one exchange.
+
+    Attributes:
+        num_ranks, num_tokens, top_k, num_local_experts: D, T, K, e.
+        payload: what is sent of a token beside weights and ids.
+    """
+
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+    num_local_experts: int
+    payload: tuple[Field, ...]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (*self.payload, Field(self.top_k, FLOAT32), Field(self.top_k, INT32))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first word of each field, and W."""
+        lengths = (-(-field.words // _VECTOR) * _VECTOR for field in self.fields)
+        return tuple(itertools.accumulate(lengths, initial=0))
+
+    @property
+    def words(self) -> int:
+        """W."""
+        return self.starts[-1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of the W words are nobody's."""
+        return self.words > sum(field.words for field in self.fields)
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.num_ranks * self.num_tokens
+
+    @property
+    def num_pairs(self) -> int:
+        """n."""
+        return self.num_rows * self.top_k
+
+    @property
+    def array(self) -> Array:
+        return (self.num_ranks, self.num_tokens, self.words), INT32
+
+
+class Pack(NamedTuple):
+    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` is nobody's), `weights [T, K]`
+    float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+
+    Attributes:
+        message: its rows.
+        quantise: whether the one array given, bfloat16, becomes the payload's e4m3 codes and float32 scales.
+    """
+
+    message: Message
+    quantise: bool
+
+    @property
+    def given(self) -> tuple[Field, ...]:
+        if not self.quantise:
+            return self.message.payload
+        import ml_dtypes
+
+        return (Field(self.message.payload[0].columns, np.dtype(ml_dtypes.bfloat16)),)
+
+    @property
+    def parts(self) -> int:
+        """CTAs that a token's row is cut for."""
+        return _parts(self.message.num_tokens, self.given)
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.message.num_tokens * self.parts, _MAX_CTAS)
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        tokens, pairs = self.message.num_tokens, (self.message.num_tokens, self.message.top_k)
+        named = {"topk_ids": (pairs, INT32), "weights": (pairs, FLOAT32)}
+        for number, field in enumerate(self.given):
+            named[f"field{number}"] = ((tokens, field.columns), field.dtype)
+        return named
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        return {"message": self.message.array}
+
+
+class Unpack(NamedTuple):
+    """Messages that came to the experts' boxes: `message [D, T, W]`, row `s * T + t` from token t of rank s.
+
+    Gives `boxes [e, room, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`; and `weights` and `ids`, each
+    `[R, K]`. Rows of a box from `masked_m` on are not written.
+    """
+
+    message: Message
+    room: int
+
+    @property
+    def parts(self) -> int:
+        return _parts(self.message.num_rows, self.message.payload)
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.message.num_rows * self.parts, _MAX_CTAS)
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        return {"message": self.message.array}
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        message = self.message
+        experts, pairs = message.num_local_experts, (message.num_rows, message.top_k)
+        boxes: dict[str, Array] = {
+            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            for number, field in enumerate(message.payload)
+        }
+        return boxes | {
+            "masked_m": ((experts,), INT32),
+            "tokens_per_expert": ((experts,), INT32),
+            "row_of_pair": (pairs, INT32),
+            "pair_of_row": ((experts, self.room), INT32),
+            "weights": (pairs, FLOAT32),
+            "ids": (pairs, INT32),
+        }
+
+
+def quantised(columns: int) -> tuple[Field, Field]:
+    """The payload of rows of so many bfloat16 that are quantised on the way."""
+    import ml_dtypes
+
+    return (
+        Field(columns, np.dtype(ml_dtypes.float8_e4m3fn)),
+        Field(columns // GROUP, FLOAT32),
+    )
+
+
+def _parts(rows: int, fields: tuple[Field, ...]) -> int:
+    """As many as give every CTA's threads a move of the longest field, until there are CTAs enough."""
+    most = max(-(-field.units // THREADS) for field in fields)
+    return max(1, min(most, _ENOUGH_CTAS // rows))
+
+
+def unsupported(pack: Pack, unpack: Unpack) -> str | None:
+    """Why the kernels do not take an exchange, or None."""
+    message = pack.message
+    if any(f.columns * f.dtype.itemsize % 4 or not f.columns for f in message.payload):
+        return "rows are moved by words of 4 bytes"
+    if not 1 <= message.top_k <= MAX_TOP_K or not message.num_rows:
+        return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
+    if message.num_pairs > MAX_PAIRS:
+        return f"every CTA compares all pairs, at most {MAX_PAIRS}"
+    arrays = (*pack.inputs.values(), *unpack.inputs.values(), *unpack.outputs.values())
+    if max(int(np.prod(s)) * np.dtype(d).itemsize // 4 for s, d in arrays) > INT32_MAX:
+        return "the kernels count words in int32"
+    return None
+
+
+def words(array: Array) -> int:
+    shape, dtype = array
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4

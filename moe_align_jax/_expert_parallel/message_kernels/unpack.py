@@ -1,0 +1,197 @@
+"""The kernel that puts the rows of messages into the experts' boxes, and makes the layout.
+
+A CTA of one warpgroup takes a row that came, or a part of it. Its loads come first; while they are on their
+way it reads the ids of all rows and counts: the place of a pair in its expert's box is the number of pairs of
+the same expert before it. Every CTA reads all ids: this is for small batches. The experts' counts are shared
+out among the CTAs. Nothing is atomic, every word is written by one thread.
+"""
+
+import functools
+import operator
+from types import SimpleNamespace
+from typing import Any
+
+from moe_align_jax._expert_parallel.message_kernels import rows
+from moe_align_jax._expert_parallel.message_kernels.problems import THREADS, Unpack, words
+from moe_align_jax._simt import collectives
+from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
+
+_WARPS = THREADS // WARP
+_TARGETS_AHEAD = 8
+
+
+def build(problem: Unpack) -> Kernel:
+    message = problem.message
+    boxes = (f"boxes{number}" for number in range(len(message.payload)))
+    experts = -(-message.num_local_experts // problem.num_ctas)
+    return Kernel(
+        name="moe_unpack",
+        body=lambda t, r: _Body(t, r, problem, experts).run(),
+        inputs={name: (words(array),) for name, array in problem.inputs.items()},
+        outputs={name: (words(array),) for name, array in problem.outputs.items()},
+        arrays={**problem.inputs, **problem.outputs},
+        shared={"places": _WARPS * message.top_k, "totals": _WARPS * experts},
+        num_warpgroups=1,
+        num_ctas=problem.num_ctas,
+        partial=frozenset(boxes),
+    )
+
+
+# Ids that a thread holds, and which pair the first of them is.
+type Held = list[tuple[Int, tuple[Int, ...]]]
+
+
+class _Body:
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Unpack, experts: int):
+        self.t, self.r, self.problem, self.message = t, r, problem, problem.message
+        self.experts = experts  # of a CTA
+        self.thread, self.cta = t.thread_id(), t.cta_id()
+        self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
+        self.weights, self.ids = self.message.starts[-3:-1]
+
+    def run(self) -> None:
+        t, units = self.t, self.message.num_rows * self.problem.parts
+        t.grid_dependency_wait()
+        if units == t.num_ctas:
+            self.unpack(self.cta)
+        else:
+            ids = self.load_ids()
+            self.lay_out_experts(ids)
+            for unit in t.for_range(self.cta, units, t.num_ctas):
+                self.unpack(unit, ids)
+                # mutant: places are overwritten before all have read them
+                t.block_sync()
+
+    def unpack(self, unit: Int, ids: Held | None = None) -> None:
+        """With the experts' counts, unless all `ids` are at hand and those are done."""
+        t, message, parts = self.t, self.message, self.problem.parts
+        row = unit // parts if parts > 1 else unit
+        part = unit - row * parts
+        start = row * message.words
+        batches = rows.batches(rows.pieces(t, message.payload, part, parts))
+        # All loads first: none waits for another.
+        held = self.load(batches[0], start)
+        mine = self.lane < message.top_k
+        asked = start + t.select(mine, self.lane, 0)
+        expert = t.load(self.r.message, asked + self.ids)
+        weight = t.load(self.r.message, asked + self.weights)
+        kept = mine & (expert >= 0)
+        every = self.load_ids() if ids is None else ids
+        self.count(every, t.select(kept, expert, -1), row)
+        if ids is None:
+            self.lay_out_experts(every)
+        else:
+            # mutant: places are read before all warps have counted them
+            t.block_sync()
+        target = self.find(expert, kept)
+        self.lay_out(row, part, mine, expert, weight, target)
+        self.put(batches[0], held, target)
+        for batch in batches[1:]:
+            self.put(batch, self.load(batch, start), target)
+
+    # -- places
+
+    def load_ids(self) -> Held:
+        """The thread's share of the ids of all rows; -1 past the last."""
+        t, message = self.t, self.message
+        width = 1 if message.top_k % 4 else 4
+        held = []
+        for start in range(0, message.num_pairs, THREADS * width):
+            pair = self.thread * width + start
+            inside = pair < message.num_pairs
+            at = t.select(inside, pair, 0)
+            row = at // message.top_k
+            at = row * message.words + self.ids + (at - row * message.top_k)
+            ref = self.r.message
+            ids = t.load4(ref, at) if width == 4 else (t.load(ref, at),)
+            held.append((pair, tuple(t.select(inside, one, -1) for one in ids)))
+        return held
+
+    def counted(self, held: Held, expert: Int, end: Int | int) -> Int:
+        """How many of the ids that the warp holds are the expert's and stand before the end."""
+        t, total = self.t, self.t.const(0)
+        for first, ids in held:
+            before = end - first
+            for k, one in enumerate(ids):
+                # mutant: a pair is counted before itself
+                total = total + t.select(one.eq(expert) & (before > k), 1, 0)
+        return t.warp_sum(total)
+
+    def count(self, held: Held, expert: Int, row: Int) -> None:
+        """What this warp holds of the pairs before each of the row's pairs."""
+        t, top_k = self.t, self.message.top_k
+        kept = t.ballot(expert >= 0)
+        for k in t.for_range(0, top_k):
+            with t.if_(((kept >> k) & 1).ne(0)):
+                count = self.counted(held, t.shfl(expert, k), row * top_k + k)
+                with t.if_(self.lane.eq(0)):
+                    # mutant: a warp's counts are those of the first warp
+                    t.store(self.r.places, self.warp * top_k + k, count)
+
+    def find(self, expert: Int, kept: Int) -> Int:
+        """The row in the boxes of lane k's pair, -1 for none."""
+        t, room, top_k = self.t, self.problem.room, self.message.top_k
+        lane = t.select(kept, self.lane, 0)
+        place = collectives.value_if(t, kept, lambda: self.sum(self.r.places, lane, top_k), room)
+        # mutant: a row past the box's room is written
+        return t.select(place < room, expert * room + place, -1)
+
+    def sum(self, ref: Any, at: Int, stride: int) -> Int:
+        """Of what the warps have counted."""
+        found = [self.t.load(ref, at + k * stride) for k in range(_WARPS)]
+        return functools.reduce(operator.add, found)
+
+    # -- the layout
+
+    def lay_out_experts(self, held: Held) -> None:
+        """How many pairs each of my experts has, and the rows of its box that are not in use. All threads
+        meet here: what the warps counted before can be read afterwards."""
+        t, r, room, count = self.t, self.r, self.problem.room, self.message.num_local_experts
+        for number in t.for_range(0, self.experts):
+            expert = self.cta + number * t.num_ctas
+            with t.if_(expert < count):
+                total = self.counted(held, expert, self.message.num_pairs)
+                with t.if_(self.lane.eq(0)):
+                    t.store(r.totals, self.warp * self.experts + number, total)
+        # mutant: totals are read before all warps have counted
+        t.block_sync()
+        for number in t.for_range(0, self.experts):
+            expert = self.cta + number * t.num_ctas
+            with t.if_(expert < count):
+                total = self.sum(r.totals, number, self.experts)
+                with t.if_(self.thread.eq(0)):
+                    t.store(r.tokens_per_expert, expert, total)
+                    t.store(r.masked_m, expert, t.select(total < room, total, room))
+                for place in t.for_range(total + self.thread, room, THREADS):
+                    # mutant: an unused row says that it is pair 0's
+                    t.store(r.pair_of_row, expert * room + place, self.message.num_pairs)
+
+    def lay_out(
+        self, row: Int, part: Int, mine: Int, expert: Int, weight: Int, target: Int
+    ) -> None:
+        t, r = self.t, self.r
+        pair = row * self.message.top_k + self.lane
+        with t.if_(mine & self.warp.eq(0) & part.eq(0)):
+            t.store(r.ids, pair, expert)
+            t.store(r.weights, pair, weight)
+            t.store(r.row_of_pair, pair, target)
+            with t.if_(target >= 0):
+                t.store(r.pair_of_row, target, pair)
+
+    # -- the rows
+
+    def load(self, batch: list[rows.Piece], start: Int) -> list[Any]:
+        starts = self.message.starts
+        return [rows.load(self.t, self.r.message, p, start + starts[p.field]) for p in batch]
+
+    def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
+        """Writes the row's moves once per pair."""
+        t, top_k, payload = self.t, self.message.top_k, self.message.payload
+        for start in t.for_range(0, top_k, _TARGETS_AHEAD):
+            ahead = range(min(top_k, _TARGETS_AHEAD))
+            for box in [t.shfl(target, start + k) for k in ahead]:  # -1 of lanes without a pair
+                with t.if_(box >= 0):
+                    for piece, value in zip(batch, held, strict=True):
+                        ref = getattr(self.r, f"boxes{piece.field}")
+                        with t.if_(piece.inside):
+                            rows.store(t, ref, piece, box * payload[piece.field].words, value)

@@ -1,0 +1,133 @@
+"""`pack` and `unpack` of messages as primitives: by our kernels where they run, by XLA elsewhere."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+
+from moe_align_jax import block_align
+from moe_align_jax._expert_parallel import message, message_kernels
+from moe_align_jax._expert_parallel.message_kernels import Field, Message, Pack, Unpack
+from moe_align_jax._layout.rows import copy_to_masked
+from moe_align_jax._lowering import select
+from moe_align_jax._lowering.primitive import make_primitive, result_like
+from moe_align_jax._lowering.sharding import divided_by_xla, vary_together
+
+_I32 = jnp.int32
+
+
+def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Array]) -> jax.Array:
+    """The message `[D, T, W]` of tokens: see `Pack`."""
+    return _pack_p.bind(*vary_together([ids, weights, *payload]), problem=problem)[0]
+
+
+def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
+    """By name, the outputs of `Unpack` of a message that came."""
+    return dict(zip(problem.outputs, _unpack_p.bind(received, problem=problem), strict=True))
+
+
+# -- by XLA ----------------------------------------------------------------------------------------------
+
+
+def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: jax.Array):
+    form = problem.message
+    if problem.quantise:
+        payload = message.quantize(*payload)
+    ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
+    local = ids[None] - ranks * form.num_local_experts
+    here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
+    columns = []
+    for field, x in zip(
+        form.fields,
+        (*payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)),
+        strict=True,
+    ):
+        words = _words(x)
+        words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, -field.words % 4)])
+        columns.append(jnp.broadcast_to(words, (*here.shape[:2], words.shape[-1])))
+    return [jnp.concatenate(columns, axis=2)]
+
+
+def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
+    form = problem.message
+    rows = received.reshape(form.num_rows, form.words)
+    *payload, weights, ids = (
+        _from_words(rows[:, start : start + field.words], field)
+        for field, start in zip(form.fields, form.starts[:-1], strict=True)
+    )
+    aligned = block_align.moe_align_block_size(
+        ids, block_size=1, num_experts=form.num_local_experts, return_inverse=True
+    )
+    counts = aligned.tokens_per_expert
+    (masked_m, row_of_pair, pair_of_row), boxes = copy_to_masked(
+        *(payload, ids, aligned.sorted_token_ids, aligned.row_of_pair, counts),
+        room=problem.room,
+        initialize=False,
+    )
+    return [*boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids]
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """`[..., c]` as int32 `[..., c * itemsize / 4]`."""
+    ratio = 4 // x.dtype.itemsize
+    if ratio > 1:
+        x = x.reshape(*x.shape[:-1], x.shape[-1] // ratio, ratio)
+    return lax.bitcast_convert_type(x, _I32)
+
+
+def _from_words(words: jax.Array, field: Field) -> jax.Array:
+    return lax.bitcast_convert_type(words, field.dtype).reshape(words.shape[0], field.columns)
+
+
+# -- the primitives --------------------------------------------------------------------------------------
+
+
+def _make(name: str, by_xla: Callable) -> Primitive:
+    def abstract(*avals: Any, problem: Pack | Unpack):
+        return [result_like(avals[0], *array) for array in problem.outputs.values()]
+
+    def implement(platform: str, ctx: Any, *, problem: Pack | Unpack) -> Callable:
+        # XLA cannot split a custom call where it divides a program by itself: there its own way stays.
+        if select.kernels_unavailable(platform) or divided_by_xla(ctx):
+            return lambda *operands: by_xla(problem, *vary_together(operands))
+        from moe_align_jax._simt import mosaic
+
+        return mosaic.launcher(message_kernels.build(problem))
+
+    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack):
+        del primitive
+        return jax.vmap(functools.partial(by_xla, problem), in_axes=tuple(dims))(*operands)
+
+    return make_primitive(name, abstract=abstract, implement=implement, batch=batch)
+
+
+_pack_p = _make("moe_pack", _pack_by_xla)
+_unpack_p = _make("moe_unpack", _unpack_by_xla)
+
+
+def problems(
+    payload: list[jax.Array],
+    ids: jax.Array,
+    num_ranks: int,
+    num_local_experts: int,
+    room: int,
+    quantise: bool,
+) -> tuple[Pack, Unpack]:
+    """What the two kernels of an exchange have to do.
+
+    Args:
+        payload: `[T, c]` arrays; with `quantise` one, bfloat16.
+        ids: `[T, K]`.
+        num_ranks, num_local_experts: D, e.
+        room: rows of a box.
+        quantise: whether the payload is quantised on the way.
+    """
+    fields = tuple(Field(x.shape[1], jnp.dtype(x.dtype)) for x in payload)
+    if quantise:
+        fields = message_kernels.quantised(fields[0].columns)
+    form = Message(num_ranks, *ids.shape, num_local_experts, fields)
+    return Pack(form, quantise), Unpack(form, room)

@@ -1,0 +1,302 @@
+"""The kernels beside the exchanges of "all_to_all": in the emulator against loops, on devices against XLA."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import moe_align_jax as maj
+from moe_align_jax import expert_parallel
+from moe_align_jax._expert_parallel.transports import all_to_all
+from moe_align_jax._simt import emulator
+from moe_align_jax._simt.language import Program
+from tests.expert_parallel.exchanges import Batch, mesh_of, over, split
+from tests.simt.mutants import MESSAGES, Mutant, markers, mutated
+
+E4M3, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
+
+
+def run(problem, *arrays):
+    """The outputs by name; 0 where nothing is written."""
+    kernel = importlib.import_module(MESSAGES).build(problem)
+    program = Program(inputs=kernel.inputs, kernels=(kernel,), results=tuple(kernel.outputs))
+    words = [np.ascontiguousarray(a).reshape(-1).view(np.int32) for a in arrays]
+    named = zip(problem.outputs.items(), emulator.run(program, words), strict=True)
+    return {n: got.reshape(-1).view(dtype).reshape(shape) for (n, (shape, dtype)), got in named}
+
+
+def fields_of(message, columns):
+    """The fields of rows of a message, by NumPy."""
+    rows = columns.reshape(-1, message.words)
+    for start, field in zip(message.starts[:-1], message.fields, strict=True):
+        words = np.ascontiguousarray(rows[:, start : start + field.words])
+        yield words.view(field.dtype).reshape(len(rows), field.columns)
+
+
+def quantised(x):
+    """DeepEP's, by NumPy: e4m3 and scales of 128 columns."""
+    groups = x.astype(np.float32).reshape(len(x), -1, 128)
+    amax = np.maximum(np.abs(groups).max(-1), np.float32(1e-4))
+    codes = np.clip(groups * (np.float32(448) / amax)[..., None], -448, 448)
+    return codes.astype(E4M3).reshape(x.shape), amax * np.float32(1 / 448)
+
+
+def message_of(ranks, tokens, top_k, local, payload):
+    kernels = importlib.import_module(MESSAGES)
+    fields = tuple(kernels.Field(columns, np.dtype(dtype)) for columns, dtype in payload)
+    return kernels.Message(ranks, tokens, top_k, local, fields)
+
+
+def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=False):
+    """Packs the tokens of all ranks, and unpacks what would come to each; every array against loops."""
+    kernels = importlib.import_module(MESSAGES)
+    monkeypatch.setattr(importlib.import_module(f"{MESSAGES}.problems"), "_MAX_CTAS", most_ctas)
+    ranks, tokens, top_k, local = sizes
+    rng = np.random.default_rng(0)
+    ids = rng.integers(-1, ranks * local + 2, (ranks, tokens, top_k)).astype(np.int32)
+    ids[0, 0, 0] = np.iinfo(np.int32).min
+    weights = rng.random(ids.shape, np.float32) + 1
+    if quantise:
+        columns = payload[0][0]
+        given = [rng.standard_normal((ranks, tokens, columns), np.float32).astype(BF16)]
+        given[0][0, 0, :128] = 0
+        sent = [quantised(x) for x in given[0]]
+    else:
+        given = [
+            rng.integers(1, 256, (ranks, tokens, c * np.dtype(d).itemsize), np.uint8).view(d)
+            for c, d in payload
+        ]
+        sent = [[x[rank] for x in given] for rank in range(ranks)]
+    message = message_of(*sizes, payload)
+    pack = kernels.Pack(message, quantise)
+    packed = [
+        run(pack, ids[r], weights[r], *(x[r] for x in given))["message"] for r in range(ranks)
+    ]
+    for receiver in range(ranks):
+        came = np.stack([packed[sender][receiver] for sender in range(ranks)])
+        mine = ids.reshape(-1, top_k) - receiver * np.int64(local)
+        here = (ids.reshape(-1, top_k) >= 0) & (mine >= 0) & (mine < local)
+        want_ids = np.where(here, mine, -1).astype(np.int32)
+        want_weights = np.where(here, weights.reshape(-1, top_k), 0)
+        rows = [np.concatenate(parts) for parts in zip(*sent, strict=True)]
+        for got, want in zip(
+            fields_of(message, came), (*rows, want_weights, want_ids), strict=True
+        ):
+            np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+        check_boxes(run(kernels.Unpack(message, room), came), want_ids, want_weights, rows, local)
+
+
+def check_boxes(got, ids, weights, rows, local):
+    room = got["pair_of_row"].shape[1]
+    counts = np.zeros(local, np.int32)
+    row_of_pair = np.full(ids.shape, -1, np.int32)
+    pair_of_row = np.full((local, room), ids.size, np.int32)
+    boxes = [np.zeros((local, room, x.shape[1]), x.dtype) for x in rows]
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if expert < 0:
+            continue
+        if (place := counts[expert]) < room:
+            row_of_pair.reshape(-1)[pair] = expert * room + place
+            pair_of_row[expert, place] = pair
+            for box, x in zip(boxes, rows, strict=True):
+                box[expert, place] = x[pair // ids.shape[1]]
+        counts[expert] += 1
+    want = {"masked_m": np.minimum(counts, room), "tokens_per_expert": counts, "ids": ids}
+    want |= {"row_of_pair": row_of_pair, "pair_of_row": pair_of_row, "weights": weights}
+    want |= {f"boxes{k}": box for k, box in enumerate(boxes)}
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name].view(np.uint8), array.view(np.uint8), name)
+
+
+FP8 = ((256, E4M3), (2, np.float32))
+CASES = {  # ranks, tokens, top_k, local experts; payload; room
+    "quantised": dict(sizes=(2, 5, 4, 3), payload=FP8, room=4, quantise=True),
+    "quantised, in parts": dict(
+        sizes=(3, 1, 2, 2), payload=((4096, E4M3), (32, np.float32)), room=3, quantise=True
+    ),
+    "odd lengths": dict(
+        sizes=(2, 3, 3, 2), payload=((6, BF16), (20, np.int8), (3, np.float32)), room=9
+    ),
+    "rows in turns": dict(sizes=(2, 7, 5, 4), payload=((520, BF16),), room=6, most_ctas=3),
+    "a row that no thread holds at once": dict(
+        sizes=(1, 140, 1, 1), payload=((17 * 128 * 8, BF16),), room=1, most_ctas=2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exchange_in_the_emulator_equals_loops(monkeypatch, case):
+    check_exchange(monkeypatch, **CASES[case])
+
+
+def _mutant(module: str, name: str, new: str, kills: str = "RaceError") -> Mutant:
+    return Mutant(f"{MESSAGES}.{module}", name, new, kills)
+
+
+MUTANTS = (
+    _mutant("pack", "every part of a row writes its ids", "with t.if_(mine):"),
+    _mutant(
+        "pack",
+        "ids are those of rank 0",
+        "t.store(r.message, row + ids + self.thread, expert)",
+        "wrong",
+    ),
+    _mutant(
+        "pack",
+        "weights of others' experts are kept",
+        "t.store(r.message, row + weights + self.thread, weight)",
+        "wrong",
+    ),
+    _mutant("pack", "a row ends one move late", "with t.if_(piece.inside | piece.inside.eq(0)):", "wrong"),
+    _mutant("pack", "a scale is that of another group", "with t.if_(lane.eq(0)):", "wrong"),
+    _mutant("unpack", "places are overwritten before all have read them", "pass"),
+    _mutant("unpack", "places are read before all warps have counted them", "pass"),
+    _mutant("unpack", "totals are read before all warps have counted", "pass"),
+    _mutant(
+        "unpack",
+        "a pair is counted before itself",
+        "total = total + t.select(one.eq(expert) & (before >= k), 1, 0)",
+        "wrong",
+    ),
+    _mutant(
+        "unpack", "a warp's counts are those of the first warp", "t.store(self.r.places, k, count)"
+    ),
+    _mutant(
+        "unpack",
+        "a row past the box's room is written",
+        "return t.select(place <= room, expert * room + place, -1)",
+        "wrong",
+    ),
+    _mutant(
+        "unpack",
+        "an unused row says that it is pair 0's",
+        "t.store(r.pair_of_row, expert * room + place, 0)",
+        "wrong",
+    ),
+)  # fmt: skip
+
+
+def test_every_marker_has_its_mutant():
+    assert {(m.module, m.name) for m in MUTANTS} == markers(MESSAGES)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_killed(monkeypatch, mutant):
+    with mutated(mutant), pytest.raises(mutant.errors):
+        for case in ("quantised", "quantised, in parts", "odd lengths", "rows in turns"):
+            check_exchange(monkeypatch, **CASES[case])
+
+
+# -- in dispatch -----------------------------------------------------------------------------------------
+
+
+def exchanged(batch, mesh, **options):
+    """All that a dispatch gives, and an expert-weighted combine, over the mesh: rows not in use as zero."""
+
+    def body(x, ids, weights):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=batch.num_experts, mode="low_latency",
+            transport="all_to_all", initialize=False, **options,
+        )  # fmt: skip
+        used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
+        scales = got.scales
+        if scales is not None and scales.dtype == jnp.int32:
+            scales = jnp.swapaxes(scales, 1, 2)
+        rows = [
+            jnp.where(used[..., None], r, jnp.zeros((), r.dtype))
+            for r in (got.x, scales)
+            if r is not None
+        ]
+        out = maj.combine(rows[0].astype(jnp.bfloat16), got.handle)
+        return rows, got.masked_m, got.tokens_per_expert, got.handle.layout, got.handle.in_use, out
+
+    return over(mesh, body)(*batch.args)
+
+
+def assert_same_bits(ours, theirs):
+    as_bytes = lambda x: np.asarray(x).view(np.uint8)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
+
+
+@pytest.mark.parametrize(("payload", "room"), [("fp8", 5), ("fp8_ue8m0_packed", None)])
+def test_dispatch_gives_the_bits_of_the_longer_way(monkeypatch, payload, room):
+    batch = Batch(4, 5, 512, 3, 8, "bfloat16", seed=2)
+    options = {"payload": payload, "max_tokens_per_expert": room}
+    results = []
+    for kernels in (True, False):
+        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
+        results.append(exchanged(batch, mesh_of(4), **options))
+    assert_same_bits(*results)
+
+
+def test_gradients_are_those_of_the_longer_way(monkeypatch):
+    batch = Batch(2, 4, 8, 2, 4, seed=3)
+
+    def body(x, weights, ids):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=4, mode="low_latency",
+            transport="all_to_all", initialize=False, num_valid_tokens=3,
+        )  # fmt: skip
+        used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
+        return maj.combine(jnp.sin(jnp.where(used[..., None], got.x, 0)), got.handle)
+
+    results = []
+    for kernels in (True, False):
+        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
+        run = split(mesh_of(2), lambda *given: body(*given))
+        loss = jax.grad(
+            lambda x, w, run=run: jnp.sum(jnp.cos(run(x, w, batch.ids))), argnums=(0, 1)
+        )
+        results.append(jax.jit(loss)(batch.x, batch.weights))
+    assert_same_bits(*results)
+
+
+def test_a_pair_of_dispatch_and_combine_has_three_kernels_of_ours_and_two_collectives(monkeypatch):
+    """Lowered for GPUs: what else there is adds up over the ranks, in one fusion."""
+    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", True)
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+    batch = Batch(2, 64, 256, 2, 8, "bfloat16")
+
+    def body(x, ids, weights):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=8, mode="low_latency", payload="fp8",
+            transport="all_to_all",
+        )  # fmt: skip
+        return maj.combine(got.x.astype(jnp.bfloat16), got.handle)
+
+    step = jax.jit(split(mesh_of(2), body)).trace(*batch.args)
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 3
+    assert len(re.findall(r"stablehlo\.all_to_all", text)) == 2
+    found = set(re.findall(r"stablehlo\.(\w+)", text))
+    # One reduction is there, of `handle.in_use`, which nobody reads here: XLA drops it.
+    assert text.count("stablehlo.reduce") <= 1
+    kernels_of_xla = {"sort", "scatter", "gather", "concatenate", "while", "partition_id"}
+    assert not found & kernels_of_xla, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+@pytest.mark.parametrize("payload", ["fp8", None])
+def test_on_gpus_the_kernels_give_the_bits_of_xla(monkeypatch, tokens, payload):
+    """Twice, over all GPUs; sizes of DeepSeek-V3's layer."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = jax.device_count()
+    mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
+    batch = Batch(ranks, tokens, 7168, 8, 16 * ranks, "bfloat16", seed=tokens)
+    sharding = NamedSharding(mesh, P("ep"))
+    batch.x, batch.ids, batch.weights = (jax.device_put(a, sharding) for a in batch.args)
+    results = []
+    for kernels in (True, True, False):
+        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
+        results.append(exchanged(batch, mesh, payload=payload))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
