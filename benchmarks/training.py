@@ -94,6 +94,8 @@ SIZES: tuple[Product | Layer, ...] = (
     Layer("Qwen3-30B-A3B", 8192, 8, 128, 2048, 768),
     Layer("Mixtral 8x7B", 8192, 2, 8, 4096, 14336),
     Layer("SonicMoE", 32768, 8, 128, 4096, 512),
+    Product("weight gradient", 65536, 2048, 1536, 128),
+    Product("weight gradient", 65536, 768, 2048, 128),
 )
 
 
@@ -206,7 +208,7 @@ def variants(size: Product) -> list[Any]:
     from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
 
     if size.kind == "weight gradient":
-        return [None, Tiles(late=False), Tiles(bn=128, stages=6), Tiles(lag=1)]
+        return [None, Tiles(late=False), Tiles(bk=32, stages=8), Tiles(lag=1)]
     found: list[Any] = [None]
     found += [Config("m", 128, 256, 64, 4, group=g, late=True) for g in (4, 8, 16)]
     return [*found, Config("m", 128, 256, 64, 4, group=8)]
