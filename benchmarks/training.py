@@ -208,7 +208,7 @@ def variants(size: Product) -> list[Any]:
     from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
 
     if size.kind == "weight gradient":
-        return [None, Tiles(late=False), Tiles(bk=32, stages=8), Tiles(lag=1)]
+        return [None, Tiles(late=False), Tiles(lag=1)]
     found: list[Any] = [None]
     found += [Config("m", 128, 256, 64, 4, group=g, late=True) for g in (4, 8, 16)]
     return [*found, Config("m", 128, 256, 64, 4, group=8)]

@@ -77,7 +77,8 @@ def cannot(problem: WeightGradient) -> str | None:
 
 
 def tiles_for(problem: WeightGradient) -> Tiles:
-    return Tiles(late=problem.layout.out_dtype != "float32")
+    # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
+    return Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
 
 
 class Experts(NamedTuple):
