@@ -178,7 +178,7 @@ class Inputs:
         return np.asarray(out[rows])
 
     def wrong(self, found: np.ndarray) -> str:
-        """"" where sampled values are right."""
+        """ "" where sampled values are right."""
         found = np.asarray(found).astype(np.float32)
         error = np.linalg.norm(found - self.answers) / np.linalg.norm(self.answers)
         return "" if error < _BOUND else f"relative error {error:.2e}"
@@ -413,6 +413,18 @@ def layer_arrays(size: Layer) -> tuple[Any, ...]:
     return x, gate_up, down, weights, jnp.asarray(ids), toward
 
 
+def across_the_activation() -> Callable[..., Any]:
+    """Our layer with `activation_gradient`, which layers do not take otherwise."""
+    import jax
+
+    import moe_align_jax as maj
+    from moe_align_jax._grouped_matmul import activation_gradient
+
+    activation_gradient.enabled = True
+    jax.clear_caches()  # they may hold the layer as it was traced without
+    return functools.partial(maj.fused_moe, implementation="mosaic_gpu")
+
+
 def layer_providers(size: Layer) -> Iterator[tuple[str, Callable[[], Callable[..., Any]]]]:
     import moe_align_jax as maj
 
@@ -421,6 +433,7 @@ def layer_providers(size: Layer) -> Iterator[tuple[str, Callable[[], Callable[..
 
     yield "ours, mosaic_gpu named", lambda: named("mosaic_gpu")
     yield "ours, default", lambda: named(None)
+    yield "ours, activation gradient", across_the_activation
     yield from training_peers.layers(size.tokens, size.hidden, size.ffn, size.experts, size.top_k)
 
 

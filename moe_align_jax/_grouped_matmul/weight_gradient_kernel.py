@@ -47,7 +47,8 @@ class Tiles(NamedTuple):
         bk: rows of a stage.
         stages: of the ring.
         late: a finished tile is stored between the products of the next one. Not of float32 results.
-        lag: with cp.async, steps between asking for rows and saying that they are there.
+        lag: with cp.async, steps between asking for rows and saying that they are there. At most stages - 2:
+            a stage is free again when the next one has been multiplied.
         num_ctas: of the grid.
     """
 
@@ -210,6 +211,8 @@ def build(
     problem: WeightGradient, tiles: Tiles, *, interpret: bool = False
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of what `arguments` gives."""
+    if tiles.lag > tiles.stages - 2:
+        raise ValueError(f"the loads would wait for products that wait for them: {tiles}")
     layout = problem.layout
     k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)

@@ -98,8 +98,11 @@ def test_on_a_gpu(size, transposed):
     check(*make_case(*size, transposed=transposed), interpret=False)
 
 
-def test_what_it_takes():
+def test_what_it_takes(monkeypatch):
     problem, _ = make_case(12, 2, 2, 64, 256)
+    assert activation_gradient.runs(problem, "emulator")
+    assert not activation_gradient.runs(problem, "mosaic_gpu")  # it has not run on a GPU
+    monkeypatch.setattr(activation_gradient, "enabled", True)
     assert activation_gradient.runs(problem, "mosaic_gpu")
     assert not activation_gradient.runs(problem, None)
     assert not activation_gradient.runs(problem, "xla")
@@ -117,10 +120,11 @@ def test_what_it_takes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("pair", [False, True])
-def test_gradients_of_a_layer_on_a_gpu(bias, pair):
-    """The layer's gradients with the kernel named, against "xla"."""
+def test_gradients_of_a_layer_on_a_gpu(bias, pair, monkeypatch):
+    """The layer's gradients with the kernel, against "xla"."""
     from tests.moe_layer.test_moe_layer import make_layer
 
+    monkeypatch.setattr(activation_gradient, "enabled", True)
     operands, options = make_layer(
         *(600, 2, 4, 256, 256), dtype="bfloat16", routing="dropped", bias=bias, pair=pair
     )
