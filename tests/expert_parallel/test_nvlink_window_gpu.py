@@ -54,8 +54,13 @@ def pair(given, transport, payload=None, room=None, initialize=False):
         (250, 3, "fp8_ue8m0", False),
     ],
 )
-def test_all_results_are_those_of_nvlink(  # noqa: F811
-    mesh, monkeypatch, tokens, room, payload, initialize
+def test_all_results_are_those_of_nvlink(
+    monkeypatch,
+    mesh,
+    tokens,
+    room,
+    payload,
+    initialize,  # noqa: F811
 ):
     monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
     given = Tokens(mesh, tokens, 4, seed=tokens, hidden=7168)
