@@ -56,11 +56,11 @@ def pair(given, transport, payload=None, room=None, initialize=False):
 )
 def test_all_results_are_those_of_nvlink(
     monkeypatch,
-    mesh,
+    mesh,  # noqa: F811
     tokens,
     room,
     payload,
-    initialize,  # noqa: F811
+    initialize,
 ):
     monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
     given = Tokens(mesh, tokens, 4, seed=tokens, hidden=7168)
