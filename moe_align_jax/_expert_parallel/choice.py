@@ -26,8 +26,8 @@ TRANSPORTS: dict[str, Transport] = {
     t.name: t for t in (AllGather(), AllToAll(), NVLINK, NVLINK_WINDOW, ragged.RaggedAllToAll())
 }
 
-# The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
-NVLINK_RUN_WITH = (0, 11)
+# The jax releases (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
+NVLINK_RUN_WITH = ((0, 11),)
 
 
 @export.register_static
@@ -122,7 +122,7 @@ def _nvlink_unwanted(num_ranks: int) -> str | None:
         return "one rank has no peers"
     if num_ranks > MAX_DEVICES:
         return f"it takes at most {MAX_DEVICES} devices"
-    if select.jax_version()[:2] != NVLINK_RUN_WITH:
-        seen = ".".join(map(str, NVLINK_RUN_WITH))
+    if select.jax_version()[:2] not in NVLINK_RUN_WITH:
+        seen = " and ".join(".".join(map(str, release)) for release in NVLINK_RUN_WITH)
         return f"seen running with jax {seen} only; this is {jax.__version__}: name it to take it"
     return None
