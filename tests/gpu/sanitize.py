@@ -8,7 +8,7 @@ when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
 off a boundary, the peers' forms and a side stream. There only our kernels are looked at, by their names,
 and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
-combine by the transport "nvlink", over two GPUs or more.
+combine by the transports "nvlink" and "nvlink_window", over two GPUs or more.
 """
 
 import argparse
