@@ -28,6 +28,7 @@ TRANSPORTS: dict[str, Transport] = {
 
 # The jax releases (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
 NVLINK_RUN_WITH = ((0, 11),)
+_DENSE = "the dense exchange of the shortest device span measured"
 
 
 @export.register_static
@@ -93,7 +94,9 @@ def choose(
 
     reasons = {
         "all_gather": "as many bytes as all_to_all, and its reduce-scatter adds in the payload's dtype",
-        "all_to_all": "the dense exchange of the shortest device span measured",
+        "all_to_all": _DENSE
+        if jax.process_count() == 1
+        else f"{_DENSE}, by collectives that run across processes (NCCL's on GPUs)",
         "ragged_all_to_all": cannot["ragged_all_to_all"]
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }

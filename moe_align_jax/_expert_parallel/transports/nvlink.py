@@ -47,8 +47,11 @@ class NvLink(Transport):
     def unavailable(self, platform: str) -> str | None:
         if reason := select.kernels_unavailable("cuda" if platform == "gpu" else platform):
             return reason
-        if jax.process_count() > 1:
-            return "it writes to the GPUs of its own process, and there is more than one process"
+        if (processes := jax.process_count()) > 1:
+            # XLA gives a kernel the addresses of another process's buffers only where they are registered
+            # with NCCL as symmetric memory, operands and results alike, which jax's buffers are not
+            # ("Peer memory is not supported in multi-process mode").
+            return f"it writes to the GPUs of its own process, and the program has {processes} processes"
         if reason := peer_access.missing():
             return reason
         mesh = jax.sharding.get_abstract_mesh()
