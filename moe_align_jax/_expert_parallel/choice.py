@@ -1,9 +1,9 @@
 """Which transport runs: a rule that can be read, asked and overridden.
 
-The rule has no table of sizes and GPUs. In low-latency mode "nvlink_window" took the least time of all by
-wall clock and by device span, at 8 and 128 tokens per GPU on two H200 (docs/notebook/2026-11.md); in mode
-"normal" "nvlink" had the shortest device span at 4096, on two and four. So the rule asks whether they can run
-here; of the others "all_to_all" is the fastest or close to it.
+The rule has no table of sizes and GPUs. On two H200 "nvlink_window" took the least time of all in low-latency
+mode, at 8 and 128 tokens per GPU, and "nvlink" in mode "normal" at 4096, both by wall clock and by device
+span (docs/notebook/2026-11.md). So the rule asks whether they can run here; of the others "all_to_all" is
+the fastest or close to it.
 """
 
 from dataclasses import dataclass, field
@@ -111,11 +111,11 @@ def choose(
     reasons["all_to_all"] = "longer, by wall clock and by device span, than our own kernels"
     if taken == NVLINK_WINDOW.name:
         ours[taken] = (
-            "our kernels write to the peers: the fewest us measured, on the host and on GPUs"
+            "our kernels write to the peers: the least wall clock and device span measured"
         )
         ours[NVLINK.name] = ours[NVLINK.name] or "XLA prepares each of its kernels on the host"
     else:
-        ours[taken] = "our kernels write to the peers: the shortest device span measured"
+        ours[taken] = "our kernels write to the peers: less wall clock and device span than others"
     return TransportChoice(taken, mode, reasons | ours)
 
 
