@@ -101,22 +101,19 @@ def choose(
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }
     unwanted = _nvlink_unwanted(num_ranks)
-    ours = {name: cannot[name] or unwanted for name in (NVLINK_WINDOW.name, NVLINK.name)}
+    against = {name: cannot[name] or unwanted for name in (NVLINK_WINDOW.name, NVLINK.name)}
     if mode == "normal":
         many = 'mode "normal" moves more rows than a window holds'
-        ours[NVLINK_WINDOW.name] = ours[NVLINK_WINDOW.name] or many
-    taken = next((name for name, reason in ours.items() if reason is None), None)
+        against[NVLINK_WINDOW.name] = against[NVLINK_WINDOW.name] or many
+    reasons |= {name: reason for name, reason in against.items() if reason}
+    taken = next((name for name, reason in against.items() if reason is None), None)
     if taken is None:
-        return TransportChoice("all_to_all", mode, reasons | ours)
+        return TransportChoice("all_to_all", mode, reasons)
     reasons["all_to_all"] = "longer, by wall clock and by device span, than our own kernels"
-    if taken == NVLINK_WINDOW.name:
-        ours[taken] = (
-            "our kernels write to the peers: the least wall clock and device span measured"
-        )
-        ours[NVLINK.name] = ours[NVLINK.name] or "XLA prepares each of its kernels on the host"
-    else:
-        ours[taken] = "our kernels write to the peers: less wall clock and device span than others"
-    return TransportChoice(taken, mode, reasons | ours)
+    reasons[taken] = "our kernels write to the peers: the least wall clock and device span measured"
+    if taken != NVLINK.name:
+        reasons.setdefault(NVLINK.name, "XLA prepares each of its kernels on the host")
+    return TransportChoice(taken, mode, reasons)
 
 
 def _nvlink_unwanted(num_ranks: int) -> str | None:
