@@ -3,9 +3,9 @@
     python -m benchmarks.torch_layer --peers .peers --tokens 1 16 128 1024 --out ROWS.jsonl
 
 Two figures for each: the host's time per eager call, and the time per call in a CUDA graph. Four sets of
-weights are taken in turn. vLLM's is what its layer launches, without the Python around it (the look-up of sizes,
-its workspace, the checks): less than its layer costs the host. Results are verified first. Without vLLM's
-files (`python -m benchmarks.fetch vllm`) its rows say so.
+weights are taken in turn. vLLM's is what its layer launches, without the Python around it (the look-up of
+sizes, its workspace, the checks): less than its layer costs the host. Results are verified first. Without
+vLLM's files (`python -m benchmarks.fetch vllm`) its rows say so.
 """
 
 import argparse

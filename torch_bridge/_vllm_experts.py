@@ -1,7 +1,7 @@
 """vLLM's expert layer on ours: `fused_experts`, and what stands in for `TritonExperts.apply`.
 
-`torch_bridge.vllm` re-exports the former; `vllm_patch` puts the latter in place. What ours cannot do is done by
-vLLM's own, with one warning that names the reason.
+`torch_bridge.vllm` re-exports the former; `vllm_patch` puts the latter in place. What ours cannot do is done
+by vLLM's own, with one warning that names the reason.
 """
 
 import warnings
@@ -50,7 +50,7 @@ def _options_of(activation: Any, limit: Any = None, alpha: Any = None, beta: Any
     Raises:
         _Refused: ours has no such activation.
     """
-    name = getattr(activation, "value", activation)
+    name = str(getattr(activation, "value", activation))
     name = _ALIASES.get(name, name)
     if name == "swigluoai_uninterleave" and limit is not None and beta == 1.0 and alpha:
         return {"activation": "silu", "swiglu_limit": float(limit), "swiglu_alpha": float(alpha)}

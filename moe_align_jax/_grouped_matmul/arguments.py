@@ -157,10 +157,10 @@ def check_pairs(function: str, pairs: int, aligned: Any, num_rows: int) -> None:
     """That x's tokens, each with top_k pairs, are those that were aligned."""
     inverse = getattr(aligned, "row_of_pair", None)
     if inverse is None:
-        wrong, rule = pairs > num_rows, f"give at most {num_rows} pairs, P of aligned,"
+        is_off, rule = pairs > num_rows, f"give at most {num_rows} pairs, P of aligned,"
     else:
-        wrong, rule = pairs != inverse.size, f"give {inverse.size} pairs, as aligned has,"
-    if wrong:
+        is_off, rule = pairs != inverse.size, f"give {inverse.size} pairs, as aligned has,"
+    if is_off:
         got = f"{pairs}"
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
         raise wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)

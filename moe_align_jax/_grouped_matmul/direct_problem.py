@@ -1,4 +1,4 @@
-"""What a program of the grouped matrix multiplication is compiled for, for a launch outside XLA. No jax here."""
+"""What a grouped matrix multiplication is compiled for, for a launch outside XLA. No jax here."""
 
 from typing import Any, NamedTuple
 

@@ -128,8 +128,8 @@ def build(
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two.
 
-    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that a
-    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
+    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
+    a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
     operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights

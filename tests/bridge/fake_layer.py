@@ -1,7 +1,7 @@
 """The expert layer's kernels on a machine without a GPU: what they do, in NumPy, on the very memory.
 
-Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers; a launch
-that a GPU would not take is an AssertionError.
+Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers. A
+launch that a GPU would not take is an AssertionError.
 """
 
 import ctypes

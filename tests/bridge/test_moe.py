@@ -1,4 +1,4 @@
-"""torch_bridge.grouped_matmul and fused_moe: on the machine without a GPU, and through jax, against float64."""
+"""torch_bridge.grouped_matmul and fused_moe against float64: on a machine without a GPU, and through jax."""
 
 import re
 
@@ -105,7 +105,8 @@ def test_layer_is_the_oracles(name, path, gpu):
         *given, **options, path=path, return_tokens_per_expert=True
     )
     of_oracle = dict(options)
-    of_oracle.pop("preferred_element_type", None), of_oracle.pop("block_size", None)
+    for of_types_and_tiles in ("preferred_element_type", "block_size"):
+        of_oracle.pop(of_types_and_tiles, None)
     if "num_valid_tokens" in of_oracle:
         of_oracle["num_valid_tokens"] = 5
     want, tokens_per_expert = oracle.layer(*plain(*given), **of_oracle)

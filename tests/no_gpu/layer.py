@@ -2,9 +2,9 @@
 
     python -m tests.no_gpu.layer [PART_OF_A_NAME]
 
-As `compile` does for the alignment: nothing spills, and the launch that was read is the one that jaxlib makes.
-The TMA descriptors that we encode are argument for argument those that jaxlib's host code encodes. Exit code 1
-otherwise.
+As `compile` does for the alignment: nothing spills, and the launch that was read is the one that jaxlib
+makes. The TMA descriptors that we encode are argument for argument those that jaxlib's host code encodes.
+Exit code 1 otherwise.
 """
 
 import sys

@@ -186,7 +186,7 @@ class Checker:
             yield f"launched with more shared memory than allowed: {recorded.most_shared_bytes}"
 
     def _map_faults(self, launch: Any, sentinels: dict[str, int]) -> Iterator[str]:
-        """Encodes the descriptors as a launch of ours does, and compares with what jaxlib's host code gave."""
+        """Encodes the descriptors as a launch of ours does, and compares with jaxlib's host code."""
         recorded = self.recorded
         theirs = [one.arguments for one in recorded.maps[: recorded.num_maps]]
         values = [*sentinels.values()]

@@ -397,6 +397,11 @@ def _compare_route(
         raise CompileError(f"{problem}: {wrong}")
 
 
+def _read(buffers: dict[str, Any], name: str, into: Any) -> Any:
+    """The beginning of a buffer, as an array like `into`."""
+    return buffers[name].read(into)
+
+
 def _compare_layer(
     driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
 ) -> None:
@@ -406,10 +411,10 @@ def _compare_layer(
     """
     import numpy as np
 
-    if problem.name == _SUM:
-        from moe_align_jax._moe_layer import direct as selftest
-    else:
-        from moe_align_jax._grouped_matmul import direct_selftest as selftest
+    from moe_align_jax._grouped_matmul import direct_selftest
+    from moe_align_jax._moe_layer import direct
+
+    selftest: Any = direct if problem.name == _SUM else direct_selftest
     for example in selftest.examples(problem):
         buffers: dict[str, Any] = {}
         try:
@@ -426,7 +431,8 @@ def _compare_layer(
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
-            wrong = selftest.mismatch(problem, example, lambda name, into: buffers[name].read(into))
+            got = {name: buffers[name] for name in example.outputs}
+            wrong = selftest.mismatch(problem, example, functools.partial(_read, got))
         finally:
             for memory in buffers.values():
                 memory.free()
@@ -523,8 +529,8 @@ def _serve(request: dict) -> list[dict]:
         )
     from moe_align_jax import types
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._router.problem import RouteProblem
 
     kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
@@ -535,7 +541,7 @@ def _serve(request: dict) -> list[dict]:
     with ThreadPoolExecutor(_THREADS, initializer=enter) as pool:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
-            known = elsewhere.get(kind) or getattr(types, kind)
+            known: Any = elsewhere.get(kind) or getattr(types, kind)
             problem = (
                 known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
             )

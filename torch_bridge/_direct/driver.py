@@ -341,7 +341,7 @@ class TensorMaps:
         # By the values that they were encoded from: where they lie, and the memory.
         self._blocks: dict[tuple[int, ...], tuple[int, Any]] = {}
 
-    def address(self, values: Sequence[int]) -> int:
+    def address(self, values: Any) -> int:
         """Where the descriptors for these values of the program lie, one behind the other.
 
         Raises:
@@ -355,7 +355,7 @@ class TensorMaps:
             found = self._blocks[key] = self._encode(values)
         return found[0]
 
-    def _encode(self, values: Sequence[int]) -> tuple[int, Any]:
+    def _encode(self, values: Any) -> tuple[int, Any]:
         memory = ctypes.create_string_buffer(_MAP_BYTES * len(self._maps) + _MAP_ALIGNMENT)
         start = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         for k, one in enumerate(self._maps):

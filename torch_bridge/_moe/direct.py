@@ -265,7 +265,7 @@ class BoundLayer:
         """The results. Whatever cannot be read as it lies is converted first."""
         call, machine, programs = self.call, self._machine, self.programs
         given = {name: x.detach().resolve_neg() for name, x in operands.items()}
-        x, ids, shares = given["x"], given["topk_ids"], given["topk_weights"]
+        x, shares = given["x"], given["topk_weights"]
         tokens, hidden = call.shape
         shares = shares.to(torch.float32)
         if call.weights_on_input:
