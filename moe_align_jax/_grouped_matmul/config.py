@@ -31,7 +31,7 @@ class Config(NamedTuple):
         lag: with a gather, steps between asking for rows and saying that they are there.
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3, masked.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
     """
 
     form: str

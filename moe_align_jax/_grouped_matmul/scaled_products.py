@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._grouped_matmul import epilogue
 from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
@@ -109,13 +110,23 @@ class Products:
         zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
-            mine = mine & (tile.row + warpgroup * self.shape.wm < tile.used)
+            mine = mine & self._holds_rows(tile, warpgroup)
         first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
         sums, _ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
         if self.config.skips:
             others = tile.valid & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
+
+    def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
+        """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
+        row = tile.row + warpgroup * self.shape.wm
+        inside = row < tile.used
+        if self.problem.rows != "blocks" or not self.shape.reads_ids:
+            return inside
+        # The row of another warpgroup is read where this one has none in the block.
+        pair = self.refs.ids[jnp.where(inside, row, tile.row)]
+        return inside & (pair >= 0) & (pair < epilogue.num_pairs(self.problem, self.refs.vectors))
 
     # -- products
 

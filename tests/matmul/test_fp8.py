@@ -420,6 +420,11 @@ FORMS = {
         N,
     ),
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
+    "skips, late, columns": (
+        (20, 1, 2, 256, 192, 128),
+        {"gather": False, "layout": COLUMNS, "row_weights": True},
+        M._replace(skips=True),
+    ),
     # Tiles of one and a half blocks of the weights' scales; the last has 64 columns that there are.
     "wide, columns": ((9, 1, 1, 256, 448, 128), {"gather": False, "layout": COLUMNS}, BROAD),
     "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
@@ -517,6 +522,11 @@ def on_a_gpu():
         for block in (128, 100, 256):
             size = (300, 2, 3, 384, 448, block)
             add(f"wide, {block}, {name}", BROAD, *size, gather=block == 100, layout=layout)
+    for config in (M, TALL, BROAD):
+        for gather in (False, True):
+            more = {"gather": gather, "routing": "dropped", "layout": {} if gather else COLUMNS}
+            size = (300, 2, 3, 384, 448, config.bm)
+            add(f"skips, gathered {gather}", config._replace(skips=True), *size, **more)
     add("wide, float32", BROAD, 90, 2, 7, 256, 320, 128, preferred_element_type="float32")
     weights = {"bias": True, "row_weights": True, "routing": "dropped", "weights": OF_EXPERTS}
     add("wide, bias", BROAD, 90, 2, 7, 256, 320, 128, **weights)
