@@ -140,12 +140,14 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     wide = Config("m", 128, 192, 128, 4)
     for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
         yield *case(what, **options)[:2], wide
-    for tiles in (
-        wide,
-        wide._replace(skips=True),
-        Config("m", 128, 128, 128, 5, skips=True, late=True),
-    ):
+    square = Config("m", 128, 128, 128, 5, late=True)
+    for tiles in (wide, wide._replace(skips=True), square._replace(skips=True)):
         yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
+        if tiles.skips:
+            yield *case("wide, of ids")[:2], tiles
+            yield *case("wide, gathered", scales=rows, **gather)[:2], tiles
+    tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
+    yield *case("wide, tall, of ids", 192)[:2], tall
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
