@@ -271,7 +271,6 @@ def variants(size: Size) -> list[tuple[int, Any]]:
     if mean > 128:
         for group in (0, 4, 8, 16):
             found.append((192, Config("m", 192, 128, 128, 4, group=group, computing=3)))
-            found.append((128, Config("m", 128, 192, 128, 4, group=group)))
             for late in (False, True):
                 found.append((128, Config("m", 128, 128, 128, 5, group=group, late=late)))
         found += [(block, tiles._replace(skips=True)) for block, tiles in found]

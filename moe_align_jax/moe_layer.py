@@ -493,5 +493,10 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    tiles = [config.config_for(each, kind).name for each in both]
+    summed = problem.second_summed
+    if summed is not None and config.sums_pairs(summed, kind):
+        tiles = [config.config_for(each, kind).name for each in (problem.first, summed)]
+        tiles.append("pairs summed in clusters")
+    else:
+        tiles = [config.config_for(each, kind).name for each in both]
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

@@ -53,7 +53,11 @@ class DirectMatmul(NamedTuple):
 
     @property
     def tiles(self) -> Config:
-        return self.config or config_for(self.problem, self.gpu_kind)
+        usual = self.config or config_for(self.problem, self.gpu_kind)
+        if usual.split == 1 or self.config:
+            return usual
+        # Shared tiles have run under jit alone.
+        return usual._replace(split=1, num_ctas=Config._field_defaults["num_ctas"])
 
     @property
     def refusal(self) -> str | None:

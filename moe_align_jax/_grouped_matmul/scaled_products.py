@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import epilogue
-from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
+from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -44,10 +44,6 @@ class Products:
         self.refs, self.interpret = refs, interpret
         self.swap = config.form == "swap"
         self.gated = problem.weights.gated
-        # Sums side by side, each of columns that share a scale: a tile of 192 columns has parts of 3 blocks.
-        self.beside = 1
-        if not self.swap and not self.gated and shape.wn % GROUP and shape.wn > E4M3_COLUMNS:
-            self.beside = shape.wn // E4M3_COLUMNS
 
     def __call__(
         self,
@@ -150,15 +146,14 @@ class Products:
             return [(64, self.shape.wn)] * (self.shape.wm // 64)
         if self.gated:
             return [(64, self.shape.wn // 2)] * 2
-        return [(64, self.shape.wn // self.beside)] * self.beside
+        return [(64, self.shape.wn)]
 
     def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
         """(Which sum, what is added to it) of accumulator `part`."""
-        if self.swap or (not self.gated and self.beside == 1):
+        if self.swap or not self.gated:
             return [(part, product)]
-        count = 2 if self.gated else self.beside
-        width = self.shape.wn // count
-        return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
+        half = self.shape.wn // 2
+        return [(0, product[:, :half]), (1, product[:, half:])]
 
     def _zeros(self, shape: tuple[int, int]) -> jax.Array:
         zeros = jnp.zeros(shape, _F32)
@@ -204,12 +199,10 @@ class Products:
         if self.config.form != "m":
             column = column + warpgroup * (self.shape.columns // self.config.computing)
         found = []
-        for i in range(2 if self.gated else self.beside):
+        for i in range(2 if self.gated else 1):
             ref = refs.w_scales[i if weights.pair else 0]
             first = column
-            if not self.gated:
-                first = column + i * E4M3_COLUMNS
-            elif weights.interleaved:
+            if self.gated and weights.interleaved:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n

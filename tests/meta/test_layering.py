@@ -385,6 +385,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._masked_quant.reference",
         "moe_align_jax._simt.language",
+        "moe_align_jax._simt.window",
         "moe_align_jax.block_align",
     },
     "moe_align_jax._layout": {
@@ -420,9 +421,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.shape",
         "moe_align_jax._moe_layer.direct_problem",
         "moe_align_jax._moe_layer.plan",
+        "lazily moe_align_jax._align.vllm.kernel",
         "lazily moe_align_jax._router.kernel",
         "lazily moe_align_jax.silu_and_mul_masked_quant",
         "moe_align_jax._align.tables",
+        "moe_align_jax._align.vllm.problem",
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fork",
         "moe_align_jax._core.fp8",
@@ -444,6 +447,8 @@ ALLOWED: dict[str, set[str]] = {
         "lazily moe_align_jax._moe_layer.direct_problem",
         "lazily moe_align_jax._align.kernels",
         "lazily moe_align_jax._align.tables",
+        "lazily moe_align_jax._align.vllm",
+        "lazily moe_align_jax._align.vllm.problem",
         "lazily moe_align_jax._core.checks",
         "lazily moe_align_jax._masked_quant",
         "lazily moe_align_jax._masked_quant.problem",
@@ -478,6 +483,17 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._core.fp8": set(),
     "moe_align_jax._align.arguments": {
         "moe_align_jax._core",
+    },
+    "moe_align_jax._align.vllm.problem": {
+        "moe_align_jax._core.int32",
+        "moe_align_jax.types",
+    },
+    "moe_align_jax._align.vllm": {
+        "moe_align_jax._align.kernels",
+        "moe_align_jax._align.tables",
+        "moe_align_jax._align.vllm",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._simt.language",
     },
     "moe_align_jax._align.primitive": {
         "lazily moe_align_jax._align.kernels",

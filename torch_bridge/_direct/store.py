@@ -143,12 +143,12 @@ class Store:
             if at[0] == index and (why == reason or at[1] in problems):
                 del self.failures[at]
 
-    def warn_once(self, reason: str) -> None:
-        """Warns, once per reason, that a call takes DLPack instead."""
+    def warn_once(self, reason: str, instead: str = "DLPack is used") -> None:
+        """Warns, once per reason, of what a call takes instead."""
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
-                f"torch_bridge: the direct path cannot run, DLPack is used: {reason}", stacklevel=4
+                f"torch_bridge: the direct path cannot run, {instead}: {reason}", stacklevel=4
             )
 
 
