@@ -398,6 +398,23 @@ def test_a_wrong_argument_is_named(name):
     assert_format(caught.value)
 
 
+def test_tokens_that_were_not_aligned_are_refused(gpu):
+    x, up, _, _, ids = tensors()
+    for inverse in (True, False):
+        aligned = torch_bridge.align_blocks(
+            ids, block_size=1, num_experts=E, return_inverse=inverse
+        )
+        for wrong, top_k in ((x, 3), (torch.cat([x, x]), K)):
+            with pytest.raises(ValueError, match=r"x must give .* pairs") as caught:
+                torch_bridge.grouped_matmul(
+                    wrong, up, aligned, block_size=1, top_k=top_k, transpose_rhs=True
+                )
+            assert_format(caught.value)
+    with pytest.raises(ValueError, match="x must have a row for each") as caught:
+        torch_bridge.grouped_matmul(x[:2], up, aligned, block_size=1, transpose_rhs=True)
+    assert_format(caught.value)
+
+
 def test_nothing_to_compute_is_zeros(gpu):
     x, up, down, shares, ids = tensors()
     for given in ((x[:0], up, down, shares[:0], ids[:0]), (x, up, down, shares[:, :0], ids[:, :0])):
