@@ -330,6 +330,55 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
     assert len(found) <= 2 * 6 + 4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transpose_rhs": True},
+        {"num_global_experts": 40, "pair": True, "num_valid_tokens": True, "bias_down": True},
+        {"block_size": 16, "return_tokens_per_expert": True, "gated": False, "bias_gate_up": True},
+    ],
+    ids=["plain", "map", "block size"],
+)
+def test_warmup_loads_what_calls_of_every_size_need(options, gpu, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(store.here, "prepare", lambda index, wanted, again: loaded.extend(wanted))
+    sizes = {"num_experts": 20, "topk": 3, "hidden": 256, "ffn": 128, "max_tokens": 700}
+    assert torch_bridge.warmup_fused_moe(**sizes, device="cpu", **options) == len(loaded)
+    transposed, gated = "transpose_rhs" in options, options.get("gated", True)
+    up = torch.empty((20, 256, 256) if gated else (20, 256, 128), dtype=BF16, device="meta")
+    if "pair" in options:
+        up = (up[..., :128],) * 2
+    down = torch.empty((20, 256, 128) if transposed else (20, 128, 256), dtype=BF16, device="meta")
+    given = {name: options[name] for name in options if name in ("transpose_rhs", "gated")}
+    for tokens in [*range(1, 60), *range(61, 701, 7), 700]:
+        for dtype in (torch.int32, torch.int64):
+            meta = {"device": "meta"}
+            call, operands = moe.checked_layer(
+                *(torch.empty((tokens, 256), dtype=BF16, **meta), up, down),
+                torch.empty((tokens, 3), **meta),
+                torch.empty((tokens, 3), dtype=dtype, **meta),
+                **given,
+                block_size=options.get("block_size"),
+                return_tokens_per_expert=options.get("return_tokens_per_expert", False),
+                num_valid_tokens=5 if "num_valid_tokens" in options else None,
+                expert_map=torch.empty(40, dtype=dtype, **meta) if "pair" in options else None,
+                bias_down=torch.empty((20, 256), **meta) if "bias_down" in options else None,
+                bias_gate_up=torch.empty((20, 128), **meta) if not gated else None,
+            )
+            one = programs.layer_programs(call, operands, run.gpu_kind(0), "")
+            assert set(one.each) <= set(loaded), tokens
+
+
+def test_a_warmup_that_is_not_possible_says_why(gpu):
+    sizes = {"num_experts": 20, "topk": 3, "hidden": 250, "ffn": 128, "max_tokens": 7}
+    with pytest.raises(NotImplementedError, match="K must be a positive multiple of 8") as caught:
+        torch_bridge.warmup_fused_moe(**sizes, device="cpu")
+    assert_format(caught.value)
+    with pytest.raises(ValueError, match="topk must") as caught:
+        torch_bridge.warmup_fused_moe(**sizes | {"topk": 0})
+    assert_format(caught.value)
+
+
 def test_a_capture_needs_the_programs_loaded(gpu):
     given = tensors()
     gpu.capturing = True
@@ -340,6 +389,8 @@ def test_a_capture_needs_the_programs_loaded(gpu):
     want = torch_bridge.fused_moe(*given, transpose_rhs=True)
     gpu.capturing = True
     assert torch.equal(torch_bridge.fused_moe(*given, transpose_rhs=True), want)
+    total = programs.sum_bucket(17, K, H, "bfloat16", "bfloat16")
+    assert "got none for sums of up to 128 tokens." in store._miss_text("fused_moe", total, None)
 
 
 def test_a_program_that_cannot_be_had_costs_one_warning_and_jax_computes(gpu, monkeypatch):

@@ -14,7 +14,7 @@ from torch_bridge._moe.programs import LayerPrograms, layer_programs, matmul_pro
 from torch_bridge._resolved import Plan
 
 type Call = Matmul | Layer
-_REMEDY = "Call it once with these shapes and options before the capture."
+_REMEDY = "Call it once with these shapes and options before the capture (or warmup_fused_moe)."
 
 
 class Decided(NamedTuple):
