@@ -8,7 +8,7 @@ import pytest
 
 from moe_align_jax._grouped_matmul import direct, direct_selftest, reference
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._moe_layer.direct_problem import DirectSum, sum_bucket
 from tests.bridge.fake_cuda import FakeCuda
 from torch_bridge._direct import compile_worker, driver, host_code
@@ -20,6 +20,15 @@ def blocks(block=16, weights=None, **sizes):
     given = {"num_rows": 4096, "k": 128, "n": 192, "num_experts": 5, "dtype": "bfloat16"}
     given |= {"out_dtype": "bfloat16", "weights": Weights(**(weights or {}))} | sizes
     return DirectMatmul(MatmulProblem("test", "blocks", block_size=block, **given))
+
+
+def e4m3(scales, rows="blocks", **sizes):
+    given = {"num_rows": 4096, "k": 384, "n": 192, "num_experts": 5}
+    given |= {"block_size": 128, "whole_blocks": True, "zero_padding": False}
+    if rows == "masked":
+        given |= {"num_rows": 320, "max_rows": 64, "block_size": 0, "whole_blocks": False}
+    lie = {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16", "weights": Weights(transposed=True)}
+    return DirectMatmul(MatmulProblem("test", rows, scales=scales, **given | lie | sizes))
 
 
 GATHER = {"num_tokens": 1024, "top_k": 2}
@@ -40,6 +49,11 @@ PROGRAMS = {
         )
     ),
     "sum": sum_bucket(100, 3, 256, "bfloat16", "float32"),
+    "e4m3, columns": e4m3(Scales("column_major", "blocks", pitch=4096)),
+    "e4m3, packed rows": e4m3(Scales("row_major", "blocks", packed=True), k=640),
+    "e4m3, single scales": e4m3(Scales("tensor", "tensor")),
+    "e4m3, masked": e4m3(Scales("column_major", "blocks", True, 64), rows="masked"),
+    "e4m3, masked rows": e4m3(Scales("row_major", "blocks"), rows="masked"),
 }
 
 
@@ -117,6 +131,19 @@ def test_which_dimension_counts_the_rows():
     eights = host_code.TensorMap("x", 9, (64, 8, 2, 512), (256, 128, 2048), (64, 8, 1, 2), 3)
     with pytest.raises(ValueError, match="0 dimensions"):
         eights.with_rows("num_rows", (4096, 128))
+
+
+def test_steps_of_a_descriptor_follow_the_pitch_of_the_launch():
+    columns = host_code.TensorMap("x_scales", 7, (4096, 3), (16384,), (128, 1), 0)
+    sized = columns.with_pitch("scale_pitch", (3, 4096))
+    assert sized[-2:] == ("scale_pitch", 0)
+    with pytest.raises(ValueError, match="does not have the rows"):
+        columns.with_pitch("scale_pitch", (3, 4100))
+    fake = FakeCuda()
+    one = driver.TensorMap(0, 1, 0, *sized[1:6])
+    driver.TensorMaps(driver.Driver(fake), (one,)).address([4096, 260 << 8])
+    [(_, _, sizes, strides, box, _)] = fake.described
+    assert (sizes, strides[:1], box) == ((260, 3), (1040,), (128, 1))
 
 
 def test_descriptors_are_encoded_once_for_each_address_and_size():

@@ -1,6 +1,6 @@
 """Compiles the expert layer's programs for PyTorch without a GPU, and checks the result.
 
-    python -m tests.no_gpu.layer
+    python -m tests.no_gpu.layer [PART_OF_A_NAME]
 
 As `compile` does for the alignment: nothing spills, and the launch that was read is the one that jaxlib
 makes. The TMA descriptors that we encode are argument for argument those that jaxlib's host code encodes.
@@ -46,14 +46,40 @@ def problems() -> Iterator[tuple[str, Any]]:
         weights = Weights(transposed=True)
         masked = MatmulProblem("test", "masked", *sizes, weights=weights, max_rows=most)
         yield f"masked {most}", DirectMatmul(masked)
+    yield from e4m3_problems()
     for tokens, out in ((1, "bfloat16"), (5000, "float32")):
         yield f"sum, {tokens}", sum_bucket(tokens, 8, 2880, "bfloat16", out)
 
 
-def check(plugin: str, runtime: str) -> Iterator[script.Report]:
+def e4m3_problems() -> Iterator[tuple[str, Any]]:
+    """As DeepGEMM's contiguous and masked layouts have them: each way to load scales."""
+    from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
+    from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
+
+    columns, rows = Scales("column_major", "blocks", pitch=8192), Scales("row_major", "blocks")
+    given: dict[str, Any] = {"k": 2048, "n": 768, "num_experts": 32, "dtype": E4M3}
+    given |= {"out_dtype": "bfloat16", "weights": Weights(transposed=True), "zero_padding": False}
+    for block in (64, 128, 192):
+        for what, scales in (("columns", columns), ("packed rows", rows._replace(packed=True))):
+            sizes = {"num_rows": 8192 // block * block, "block_size": block, "whole_blocks": True}
+            problem = MatmulProblem("test", "blocks", scales=scales, **sizes, **given)
+            yield f"e4m3, {block}, {what}", DirectMatmul(problem)
+    one_step = given | {"k": 128}
+    sizes = {"num_rows": 8192, "block_size": 128, "whole_blocks": True}
+    problem = MatmulProblem("test", "blocks", scales=columns, **sizes, **one_step)
+    yield "e4m3, one step", DirectMatmul(problem)
+    for most, expected, scales in ((256, 0, columns._replace(pitch=256)), (250, 12, rows)):
+        sizes = {"num_rows": 32 * most, "max_rows": most, "expected_rows": expected}
+        problem = MatmulProblem("test", "masked", scales=scales, **sizes, **given)
+        yield f"e4m3, masked {most}", DirectMatmul(problem)
+
+
+def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
     checker = worker.Checker(plugin, runtime)
     checker._mode = "direct"
     for what, problem in problems():
+        if part not in what:
+            continue
         for kernel in checker.launch._pallas_kernels_of(problem):
             [(text, launch)] = checker.compiler([kernel])
             used = ptx.usage(worker._ptxas(text))

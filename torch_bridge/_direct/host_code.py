@@ -40,7 +40,7 @@ class TensorMap(NamedTuple):
         box: elements of a copy.
         swizzle: CUtensorMapSwizzle.
         rows: name of the launch's value that tells the size of dimension `axis`; "" for none.
-        axis: see `rows`.
+        axis: see `rows`. 0, the innermost one: steps of the others are multiples of that size.
     """
 
     buffer: str
@@ -71,6 +71,17 @@ class TensorMap(NamedTuple):
         if len(found) != 1:
             raise ValueError(f"{len(found)} dimensions of {self} count the rows of {list(shape)}")
         return self._replace(rows=name, axis=found[0])
+
+    def with_pitch(self, name: str, shape: tuple[int, ...]) -> "TensorMap":
+        """The same with rows as long as the launch's value `name` says, one behind the other.
+
+        Raises:
+            ValueError: the descriptor is of another array than this shape's.
+        """
+        pitch = shape[-1] * dict(_ELEMENTS.values())[self.dtype]
+        if self.sizes[0] != shape[-1] or any(step % pitch for step in self.strides):
+            raise ValueError(f"{self} does not have the rows of {list(shape)}")
+        return self._replace(rows=name, axis=0)
 
 
 class Launch(NamedTuple):
