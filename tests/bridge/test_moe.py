@@ -13,6 +13,7 @@ from tests.moe_layer import oracle
 from torch_bridge import moe
 from torch_bridge._direct import store
 from torch_bridge._moe import programs, run
+from torch_bridge._moe.calls import ALIGNED
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E, K, H, N = 6, 2, 128, 64
@@ -251,6 +252,44 @@ def test_a_repeated_call_is_launched_without_checks_and_finds_its_tensors(gpu, m
     ):
         with pytest.raises(AssertionError, match="checked again"):
             other()
+
+
+def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
+    def given(seed):
+        x, up, _, _, ids = tensors(seed=seed)
+        aligned = torch_bridge.align_blocks(ids, block_size=8, num_experts=E)
+        lying = {n: lain(t) for n, t in zip(ALIGNED[:3], aligned[:3], strict=True)}
+        return x, up, aligned._replace(**lying)
+
+    options = {"block_size": 8, "top_k": K, "transpose_rhs": True}
+    for out in (
+        None,
+        lain(torch.empty((given(0)[2].sorted_token_ids.shape[0], 2 * N), dtype=BF16)),
+    ):
+        every = [given(seed) for seed in range(3)]
+        want = [torch_bridge.grouped_matmul(*one, **options, path="direct") for one in every]
+        torch_bridge.grouped_matmul(*every[0], **options, out=out)
+        with monkeypatch.context() as patched:
+            patched.setattr(moe.checks, "check_matmul", None)
+            gpu.launched.clear()
+            for one, expect in zip(every, want, strict=True):
+                got = torch_bridge.grouped_matmul(*one, **options, out=out)
+                used = int(one[2].num_tokens_post_padded)
+                assert torch.equal(got[:used], expect[:used]) and (out is None or got is out)
+            assert len(gpu.launched) == 3
+            x, up, aligned = every[0]
+            for other in (
+                (misaligned(x), up, aligned),
+                (x.half(), up, aligned),
+                (x, up, aligned._replace(expert_ids=misaligned(aligned.expert_ids))),
+                (x, up, aligned._replace(expert_ids=aligned.expert_ids.long())),
+            ):
+                with pytest.raises(TypeError, match="not callable"):  # it would be checked
+                    torch_bridge.grouped_matmul(*other, **options, out=out)
+    with pytest.raises(ValueError, match="out must not overlap"):
+        torch_bridge.grouped_matmul(
+            x, up, aligned, **options, out=up.view(-1, 2 * N)[: out.shape[0]]
+        )
 
 
 def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
