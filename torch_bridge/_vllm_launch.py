@@ -72,7 +72,7 @@ def globalize(
         "num_tokens_post_padded": count,
         **dict(zip(("scatter_idx",), scatter, strict=False)),
     }
-    given = {"topk_idx": ids, "psum": psum, **written}
+    given: dict[str, Any] = {"topk_idx": ids, "psum": psum, **written}
     given.setdefault("scatter_idx", None)
     return _launch(function, problem, {"psum": psum}, written, sizes, key, given)
 

@@ -413,7 +413,8 @@ def _compare_beside(
         from moe_align_jax._align.vllm import selftest
     else:
         from moe_align_jax._grouped_matmul import direct_selftest as selftest
-    for example in selftest.examples(problem):
+    module: Any = selftest  # each has examples of a class of its own
+    for example in module.examples(problem):
         buffers: dict[str, Any] = {}
         try:
             for name, array in example.inputs.items():
@@ -432,7 +433,7 @@ def _compare_beside(
             launches.enqueue(0)
             machine_driver.synchronize()
             held = buffers | {name: buffers[other] for name, other in aliases.items()}
-            wrong = selftest.mismatch(
+            wrong = module.mismatch(
                 problem, example, lambda name, into, held=held: held[name].read(into)
             )
         finally:
@@ -551,7 +552,7 @@ def _serve(request: dict) -> list[dict]:
     with ThreadPoolExecutor(_THREADS, initializer=enter) as pool:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
-            known = elsewhere.get(kind) or getattr(types, kind)
+            known: Any = elsewhere.get(kind) or getattr(types, kind)
             problem = (
                 known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
             )
