@@ -33,6 +33,8 @@ LAUNCHES = {
     "no-graphs": "--xla_gpu_enable_command_buffer=",
     # Not among those that run unasked: XLA maps a graph's temporary buffers to addresses that stay.
     "stable-addresses": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
+    # Not among those that run unasked: fewer than five commands next to each other make a graph, too.
+    "small-graphs": "--xla_gpu_graph_min_graph_size=1",
     # The plain ragged collective is slow; with this it becomes an all_to_all of larger slices.
     "ragged-decomposed": "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true",
 }

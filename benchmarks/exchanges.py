@@ -28,17 +28,18 @@ MOST_PACKED_BYTES = 16 << 20
 
 
 class Size(NamedTuple):
-    """One exchange: T tokens per rank."""
+    """One exchange: T tokens per rank. In mode "low_latency" they travel as fp8, unless `plain`."""
 
     mode: str
     tokens: int
     hidden: int = 7168
     top_k: int = 8
     experts: int = 256
+    plain: bool = False
 
     @property
     def payload(self) -> str | None:
-        return "fp8" if self.mode == "low_latency" else None
+        return None if self.plain or self.mode != "low_latency" else "fp8"
 
     @property
     def name(self) -> str:
@@ -228,7 +229,8 @@ def plain_job(size: Size, ranks: int, kind: str, layout: str) -> Exchange:
             first = jnp.cumsum(counts, dtype=jnp.int32) - counts
         row = jnp.where(flat < 0, capacity, first[jnp.maximum(flat, 0)] + place)
         token = jnp.full(capacity, rows, jnp.int32).at[row].set(pair // size.top_k, mode="drop")
-        q, scales = (p.at[token].get(mode="fill", fill_value=0) for p in payload)
+        rows_of = [p.at[token].get(mode="fill", fill_value=0) for p in payload]
+        q, scales = (*rows_of, None)[:2]
         return (q, scales, row, flat, counts), (row, weights)
 
     def back(y, handle):

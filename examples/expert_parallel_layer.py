@@ -94,13 +94,26 @@ def place(mesh: jax.sharding.Mesh, tree, specs):
     return jax.tree.map(one, specs, tree, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
-def main() -> None:
-    """Runs the layer and its gradient over all devices, and compares both with the dense layer."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options by which a program becomes one of several processes."""
     parser.add_argument("--devices", type=int, help="CPU devices of this process")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0, help="the number of this one")
+
+
+def join_processes(options: argparse.Namespace) -> None:
+    """Before anything else asks jax for a device."""
+    if options.devices:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.coordinator:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+
+
+def main() -> None:
+    """Runs the layer and its gradient over all devices, and compares both with the dense layer."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add_process_arguments(parser)
     parser.add_argument("--tokens", type=int, default=32, help="per device")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
@@ -112,10 +125,7 @@ def main() -> None:
         parser.error(
             f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
         )
-    if options.devices:
-        jax.config.update("jax_num_cpu_devices", options.devices)
-    if options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    join_processes(options)
 
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)

@@ -8,6 +8,8 @@
 
 Each stage takes what the one before it gives, as it lies in memory. The load of the experts is recorded in
 the same step. On a CPU `--devices` makes as many: `python examples/fp8_expert_parallel_layer.py --devices 8`.
+As several processes, one per GPU for example, the same program, started once per process:
+`python examples/fp8_expert_parallel_layer.py --coordinator HOST:PORT --processes 2 --process 0` (and 1).
 
 D devices, T tokens on each, K top_k, E experts, e = E / D on each, M rows per expert at most, H hidden, F
 size within an expert; H and F multiples of 128.
@@ -20,9 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from expert_parallel_layer import add_process_arguments, join_processes, place
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_layer import MoEParams, init, route
+from moe_layer import MoEParams, dense_moe_layer, init, route
 
 from moe_align_jax import (
     collect_expert_load,
@@ -123,7 +127,7 @@ def init_load(mesh: jax.sharding.Mesh, *, num_experts: int, num_passes: int = 8)
 def main() -> None:
     """Runs the layer over all devices, and compares it with the same layer in float32."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--devices", type=int, help="CPU devices of this process")
+    add_process_arguments(parser)
     parser.add_argument("--tokens", type=int, default=16, help="per device")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
@@ -134,8 +138,7 @@ def main() -> None:
         parser.error(
             f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
         )
-    if options.devices:
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    join_processes(options)
 
     mesh = jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
     key_params, key_x = jax.random.split(jax.random.key(0))
@@ -147,23 +150,18 @@ def main() -> None:
         donate_argnums=2,
     )
     load = init_load(mesh, num_experts=options.experts)
-    placed = jax.tree.map(
-        lambda spec, leaf: jax.device_put(leaf, NamedSharding(mesh, spec)),
-        SPECS,
-        quantize(params),
-        is_leaf=lambda leaf: isinstance(leaf, P),
-    )
-    y, load = step(placed, jax.device_put(x, NamedSharding(mesh, P(AXIS))), load)
-
-    from moe_layer import dense_moe_layer
+    y, load = step(place(mesh, quantize(params), SPECS), place(mesh, x, P(AXIS)), load)
+    # What lies on the devices of other processes too, as a NumPy array.
+    y = multihost_utils.process_allgather(y, tiled=True)
 
     with jax.default_matmul_precision("highest"):
         want = dense_moe_layer(params, x.astype(jnp.float32), top_k=options.top_k)
     a, b = np.asarray(y, np.float64), np.asarray(want, np.float64)
     difference = 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum())
-    counts = collect_expert_load(load).logical_count.sum(axis=(0, 1))
+    counts = collect_expert_load(load, all_processes=True).logical_count.sum(axis=(0, 1))
     print(
-        f"e4m3 layer on {mesh.size} x {jax.devices()[0].device_kind}: difference from float32 "
+        f"e4m3 layer on {mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} "
+        f"process(es): difference from float32 "
         f"{difference:.1e} (1 - 2xy / (xx + yy)); {counts.sum()} pairs, at most {counts.max()} on an expert"
     )
 

@@ -332,16 +332,20 @@ def commit_expert_load(
     return _commit(function, load, pending, physical_to_logical_map, forward_pass_id)
 
 
-def collect_expert_load(load: ExpertLoad) -> LoadRecord:
+def collect_expert_load(load: ExpertLoad, *, all_processes: bool = False) -> LoadRecord:
     """Brings the recorded passes to the host: the one call that waits for the device.
 
     Args:
-        load: the state, with all its shards (those that this process can address).
+        load: the state, with all its shards.
+        all_processes: in a program of several processes, whether the shards of all of them are summed: every
+            process must make the call, and gets the same. Otherwise each gets those that it can address, and
+            with `local_experts` zeros for the experts of the others.
 
     Returns:
         `LoadRecord` of NumPy arrays, int64 sums over the shards; the state stays as it is.
 
     Raises:
+        TypeError: all_processes is no bool.
         ValueError: recording is compiled out, or the shards recorded different passes.
 
     Example:
@@ -357,7 +361,12 @@ def collect_expert_load(load: ExpertLoad) -> LoadRecord:
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
         raise ValueError(checks.message("collect_expert_load", "load", rule, None, remedy))
-    return read_rows(_on_host(load.ring), _on_host(load.control), load.layout)
+    remedy = "Pass True in every process, or in none."
+    if checks.check_bool("collect_expert_load", "all_processes", all_processes, remedy):
+        ring, control = _of_all_processes((load.ring, load.control))
+        return read_rows(ring, control, load.layout)
+    numbers = _numbers(load.control)
+    return read_rows(_on_host(load.ring), _on_host(load.control), load.layout, numbers)
 
 
 def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
@@ -372,7 +381,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     fork.check("metrics")
     layout = load.layout
     assert layout is not None
-    parts = _parts(load.ring)
+    parts, numbers = _parts(load.ring).values(), _numbers(load.control)
     headers = np.concatenate([np.asarray(_headers(part, layout)) for part in parts])
     slots = used_rows(headers, _on_host(load.control))
     last = slots[-most:]
@@ -383,7 +392,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
     padded[: len(last)] = last
     bodies = [_bodies(part, padded, layout) for part in parts]
     body = np.concatenate([np.asarray(x) for x in bodies])[:, : len(last)]
-    return len(slots), physical_counts(np.moveaxis(body, 0, 1), layout)
+    return len(slots), physical_counts(np.moveaxis(body, 0, 1), layout, numbers)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -402,13 +411,27 @@ def _bodies(ring: jax.Array, slots: jax.Array, layout: Layout) -> jax.Array:
 def _on_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))
-    return np.concatenate([np.asarray(part) for part in _parts(array)])
+    return np.concatenate([np.asarray(part) for part in _parts(array).values()])
 
 
-def _parts(array: jax.Array) -> list[jax.Array]:
-    """The shards that this process holds, each on its device, in order."""
+def _of_all_processes(arrays: Any) -> Any:
+    """Whole, on the host: the shards of one array over all processes, or each process's own, in order."""
+    if jax.process_count() == 1:
+        return jax.tree.map(_on_host, arrays)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(arrays, tiled=True)
+
+
+def _parts(array: jax.Array) -> dict[int, jax.Array]:
+    """The shards that this process holds, each on its device, by their first row, in order."""
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return [parts[start] for start in sorted(parts)]
+    return {start: parts[start] for start in sorted(parts)}
+
+
+def _numbers(control: jax.Array) -> list[int]:
+    """Which of all shards this process holds: of each its row of `control`."""
+    return [start + k for start, part in _parts(control).items() for k in range(len(part))]
 
 
 def _commit(

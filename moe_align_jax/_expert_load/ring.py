@@ -1,5 +1,6 @@
 """The rows of the ring: their layout, and what the host makes of them. NumPy alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,19 +112,30 @@ def used_rows(headers: np.ndarray, control: np.ndarray) -> np.ndarray:
     return slots
 
 
-def physical_counts(body: np.ndarray, layout: Layout) -> np.ndarray:
-    """`[N, L, Ep]` int64, summed over the shards, from counts (or ids) `[N, S, L, width]`."""
+def physical_counts(
+    body: np.ndarray, layout: Layout, numbers: Sequence[int] | None = None
+) -> np.ndarray:
+    """`[N, L, Ep]` int64, summed over the shards, from counts (or ids) `[N, S, L, width]`.
+
+    `numbers`: which shards these are; None for all.
+    """
     if layout.mode == "per_token":
         ids = body.reshape(*body.shape[:3], layout.max_tokens, layout.top_k)
         return count_ids(ids, layout.num_physical_experts)
     if layout.local_experts:
         sizes = (len(body), layout.num_layers, layout.num_physical_experts)
-        return np.moveaxis(body, 1, 2).reshape(sizes).astype(np.int64)
+        every = np.zeros((*sizes[:2], sizes[2] // layout.width, layout.width), np.int64)
+        every[:, :, slice(None) if numbers is None else numbers] = np.moveaxis(body, 1, 2)
+        return every.reshape(sizes)
     return body.sum(axis=1, dtype=np.int64)
 
 
-def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadRecord:
+def read_rows(
+    ring: np.ndarray, control: np.ndarray, layout: Layout, numbers: Sequence[int] | None = None
+) -> LoadRecord:
     """The rows of the present epoch in order of time, from `[S * (B + 1), row]` and `[S, 2]`.
+
+    `numbers`: which shards these are; None for all.
 
     Raises:
         ValueError: the shards did not record the same passes.
@@ -135,7 +147,7 @@ def read_rows(ring: np.ndarray, control: np.ndarray, layout: Layout) -> LoadReco
     count = len(slots)
     body = rows[:, :, HEADER : HEADER + layout.num_layers * layout.width]
     body = body.reshape(count, shards, layout.num_layers, layout.width)
-    physical = physical_counts(body, layout)
+    physical = physical_counts(body, layout, numbers)
     maps = None
     if layout.has_map:
         maps = rows[:, 0, HEADER + layout.num_layers * layout.width :].reshape(count, *sizes)

@@ -285,18 +285,21 @@ def test_a_pair_of_dispatch_and_combine_has_three_kernels_of_ours_and_two_collec
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 8, 128])
 @pytest.mark.parametrize("payload", ["fp8", None])
-def test_on_gpus_the_kernels_give_the_bits_of_xla(monkeypatch, tokens, payload):
-    """Twice, over all GPUs; sizes of DeepSeek-V3's layer."""
+def test_on_gpus_the_kernels_give_the_bits_of_the_longer_way(monkeypatch, tokens, payload):
+    """Twice, over all GPUs; sizes of DeepSeek-V3's layer. The longer way is given what NumPy has quantised:
+    XLA divides with an error there, and one code in 10,000 differs."""
     if jax.device_count() < 2:
         pytest.skip("needs two GPUs")
     ranks = jax.device_count()
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
     batch = Batch(ranks, tokens, 7168, 8, 16 * ranks, "bfloat16", seed=tokens)
     sharding = NamedSharding(mesh, P("ep"))
+    given = quantised(batch.x) if payload else batch.x
     batch.x, batch.ids, batch.weights = (jax.device_put(a, sharding) for a in batch.args)
-    results = []
-    for kernels in (True, True, False):
-        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
-        results.append(exchanged(batch, mesh, payload=payload))
+    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", True)
+    results = [exchanged(batch, mesh, payload=payload) for _ in range(2)]
+    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", False)
+    batch.x = jax.device_put(given, sharding)
+    results.append(exchanged(batch, mesh))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])

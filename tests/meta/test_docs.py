@@ -99,6 +99,7 @@ def packages() -> list[str]:
     return [str(e) for e in there if e.exists() and not (e / "moe_align_jax").exists()]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_blocks_run_from_the_wheel(page, wheel, tmp_path):
     code = blocks(page, "python", "py", "pycon")

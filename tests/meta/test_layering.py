@@ -170,6 +170,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.problem",
     },
     "moe_align_jax._moe_layer.combine": set(),
+    "moe_align_jax._moe_layer.direct": {
+        "moe_align_jax._layout.kernels",
+        "moe_align_jax._moe_layer.direct_problem",
+    },
+    "moe_align_jax._moe_layer.direct_problem": set(),
     "moe_align_jax._moe_layer.checkpoints": {
         "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
@@ -181,6 +186,14 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
     },
     "moe_align_jax._grouped_matmul.problem": {"moe_align_jax._core.fp8"},
+    "moe_align_jax._grouped_matmul.direct": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._grouped_matmul.kernel": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.launch_value",
+    },
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
         "moe_align_jax._core.checks",
@@ -298,6 +311,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._layout.kernels": {
+        "moe_align_jax._lowering.launch_value",
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._core.int32",
         "moe_align_jax._layout.kernels",
@@ -371,6 +385,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._masked_quant.reference",
         "moe_align_jax._simt.language",
+        "moe_align_jax._simt.window",
         "moe_align_jax.block_align",
     },
     "moe_align_jax._layout": {
@@ -389,11 +404,23 @@ ALLOWED: dict[str, set[str]] = {
         "lazily torch_bridge",
         "moe_align_jax",
     },
+    "torch_bridge._dlpack_path.moe": {
+        "moe_align_jax",
+        "torch_bridge",
+    },
+    "torch_bridge._direct.host_code": set(),
     "torch_bridge._dlpack_path.route": {
         "moe_align_jax._router.primitives",
         "moe_align_jax._router.problem",
     },
     "torch_bridge": {
+        "moe_align_jax._grouped_matmul.config",
+        "moe_align_jax._grouped_matmul.direct_problem",
+        "moe_align_jax._grouped_matmul.options",
+        "moe_align_jax._grouped_matmul.problem",
+        "moe_align_jax._grouped_matmul.shape",
+        "moe_align_jax._moe_layer.direct_problem",
+        "moe_align_jax._moe_layer.plan",
         "lazily moe_align_jax._align.vllm.kernel",
         "lazily moe_align_jax._router.kernel",
         "lazily moe_align_jax.silu_and_mul_masked_quant",
@@ -401,6 +428,9 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._align.vllm.problem",
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fork",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._core.int32",
+        "lazily moe_align_jax._grouped_matmul.primitive",
         "moe_align_jax._expert_load.files",
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._router.problem",
@@ -411,6 +441,10 @@ ALLOWED: dict[str, set[str]] = {
         "torch_bridge",
     },
     "torch_bridge._direct.compile_worker": {
+        "lazily moe_align_jax._grouped_matmul",
+        "lazily moe_align_jax._grouped_matmul.direct_problem",
+        "lazily moe_align_jax._moe_layer",
+        "lazily moe_align_jax._moe_layer.direct_problem",
         "lazily moe_align_jax._align.kernels",
         "lazily moe_align_jax._align.tables",
         "lazily moe_align_jax._align.vllm",
@@ -442,6 +476,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax",
         "torch_bridge",
     },
+    "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
     "moe_align_jax._lowering.sharding": set(),
     "moe_align_jax._core.int32": set(),
@@ -494,18 +529,21 @@ FOREIGN: dict[str, set[str]] = {
         "torch_bridge",
     },
     "jaxlib.mlir": {
+        "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.mosaic": {
+        "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
     },
     "jax.experimental.pallas": {
+        "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
         "lazily benchmarks.grouped_matmul",
         "moe_align_jax._grouped_matmul.epilogue",
@@ -523,6 +561,7 @@ FOREIGN: dict[str, set[str]] = {
         "lazily torch_bridge._direct.compile_worker",
     },
     "jaxlib": {
+        "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
@@ -541,6 +580,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "vllm": {
         "lazily benchmarks.peers",
+        "lazily torch_bridge._vllm_experts",
         "lazily torch_bridge.vllm_patch",
     },
     "sglang": {
@@ -562,8 +602,11 @@ JAX_FREE = (
     "moe_align_jax._align.config",
     "moe_align_jax._align.tables",
     "moe_align_jax._grouped_matmul.config",
+    "moe_align_jax._grouped_matmul.direct_problem",
+    "moe_align_jax._grouped_matmul.options",
     "moe_align_jax._grouped_matmul.problem",
     "moe_align_jax._grouped_matmul.shape",
+    "moe_align_jax._moe_layer.direct_problem",
     "moe_align_jax._masked_quant.problem",
     "moe_align_jax._router.kernel",
     "moe_align_jax._router.problem",

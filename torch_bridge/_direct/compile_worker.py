@@ -137,25 +137,26 @@ def _read_kernel(
     by_value = _beside("host_code").TENSOR_MAPS
     if taken != [maps if name == by_value else ("u64", "") for name in launch.parameters]:
         raise CompileError(f"{entry} takes other parameters than its launch passes")
-    if rows := getattr(kernel, "rows", {}):
-        launch = launch._replace(tensor_maps=_with_rows(launch.tensor_maps, rows, kernel))
+    if hasattr(kernel, "rows"):
+        launch = launch._replace(tensor_maps=_sized_at_launch(launch.tensor_maps, kernel))
     return text, launch._replace(waits="griddepcontrol.wait" in text)
 
 
-def _with_rows(
-    maps: Sequence[dict[str, Any]], rows: dict[str, str], kernel: Any
-) -> tuple[dict[str, Any], ...]:
-    """The descriptors, of as many rows as the launch says; `rows` names that value for each such buffer."""
+def _sized_at_launch(maps: Sequence[dict[str, Any]], kernel: Any) -> tuple[dict[str, Any], ...]:
+    """The descriptors, of as many rows, or as long ones, as the launch says."""
     code, shapes = _beside("host_code"), {**kernel.inputs, **kernel.outputs}
-    try:
-        return tuple(
-            code.TensorMap(**one).with_rows(rows[one["buffer"]], shapes[one["buffer"]])._asdict()
-            if one["buffer"] in rows
-            else one
-            for one in maps
-        )
-    except ValueError as error:
-        raise CompileError(f"{kernel.name}: {error}") from None
+    found = []
+    for one in maps:
+        buffer, described = one["buffer"], code.TensorMap(**one)
+        try:
+            if name := kernel.rows.get(buffer):
+                described = described.with_rows(name, shapes[buffer])
+            elif name := kernel.pitches.get(buffer):
+                described = described.with_pitch(name, shapes[buffer])
+        except ValueError as error:
+            raise CompileError(f"{kernel.name}: {error}") from None
+        found.append(described._asdict())
+    return tuple(found)
 
 
 # -- compiling -----------------------------------------------------------------------------------
@@ -407,6 +408,7 @@ def _compare_beside(
     """
     import numpy as np
 
+    selftest: Any
     if problem.name == _SUM:
         from moe_align_jax._moe_layer import direct as selftest
     elif problem.name in _VLLM_ALIGNED:
@@ -543,8 +545,10 @@ def _serve(request: dict) -> list[dict]:
     from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._router.problem import RouteProblem
 
-    kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
-    kinds = (*kinds, ReceivedProblem, AdaptersProblem)
+    kinds = (
+        *(MaskedQuantProblem, RouteProblem, ReceivedProblem, AdaptersProblem),
+        *(DirectMatmul, DirectSum),
+    )
     elsewhere = {kind.__name__: kind for kind in kinds}
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()

@@ -21,10 +21,10 @@ type KernelProblem = (
     | BatchedAlignProblem
     | MaskedQuantProblem
     | RouteProblem
-    | ReceivedProblem
-    | AdaptersProblem
     | DirectMatmul
     | DirectSum
+    | ReceivedProblem
+    | AdaptersProblem
 )
 
 # Tokens of the least bucket of the router. The CTAs of tokens that are not there end at once.

@@ -7,9 +7,9 @@ every time.
 The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks get the same rows, it is an
 all_gather as well, which needs no D copies of them: so large fields go.
 
-A low-latency exchange takes few launches where `MESSAGE_KERNELS` says so: one kernel before the way out,
-which quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). What XLA
-makes of those steps are some nine small kernels, and launching them takes longer than the exchanges.
+A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
+quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). What XLA makes of
+those steps are some nine small kernels, and launching them takes longer than the exchanges.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ from moe_align_jax._expert_parallel.transport import (
 )
 from moe_align_jax._layout.kernels import movable
 
-# Whether low-latency exchanges use our kernels. They are not the default before they have run on GPUs.
-MESSAGE_KERNELS = False
+# Whether low-latency exchanges use our kernels beside the collectives, where they run.
+MESSAGE_KERNELS = True
 
 
 class AllToAll(Transport):

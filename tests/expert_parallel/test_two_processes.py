@@ -1,0 +1,98 @@
+"""Expert parallelism over several processes, a device each: on CPUs over gloo, on two GPUs over NCCL."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port():
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"no sockets here: {error}")
+
+
+def run_together(command, environments, timeout):
+    """What the processes print; `command(number)` of each."""
+    address = f"127.0.0.1:{free_port()}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command(address, number)],
+            env=os.environ | changes,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, changes in enumerate(environments)
+    ]
+    texts = []
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=timeout)
+            assert process.returncode == 0, err[-4000:]
+            texts.append(out)
+    finally:
+        for process in running:
+            process.kill()
+    return texts
+
+
+def checks(address, number):
+    return ["-m", "tests.expert_parallel.process", address, "2", str(number)]
+
+
+def test_two_cpu_processes_over_gloo():
+    """Values, gradients, a placement's exchange, the recorder's sums and the choice of a transport."""
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    texts = run_together(checks, [quick, quick], timeout=240)
+    assert all(f"process {number} of 2: right" in text for number, text in enumerate(texts))
+
+
+def test_fp8_example_as_two_processes():
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+    def example(address, number):
+        script = str(ROOT / "examples" / "fp8_expert_parallel_layer.py")
+        sizes = ["--tokens", "4", "--experts", "4", "--hidden", "128", "--devices", "1"]
+        return [
+            script,
+            "--coordinator",
+            address,
+            "--processes",
+            "2",
+            "--process",
+            str(number),
+            *sizes,
+        ]
+
+    texts = run_together(example, [quick, quick], timeout=240)
+    for text in texts:
+        assert float(re.search(r"float32 (\S+) ", text)[1]) < 3e-3
+        # Of every process's tokens: the recorder's sums are those of all.
+        assert "in 2 process(es)" in text and "; 16 pairs" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_two_gpu_processes_over_nccl():
+    """Each sees one GPU. "nvlink" by name is refused, in our words."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    environments = [shared | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in seen.split(",")[:2]]
+    texts = run_together(checks, environments, timeout=300)
+    assert all(
+        f"process {number} of 2: right, on NVIDIA" in text for number, text in enumerate(texts)
+    )
