@@ -118,7 +118,7 @@ clean:
 # CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
-COMPILED_ROWS := masked_quant rows router peer_rows recording
+COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 

@@ -20,8 +20,8 @@ from moe_align_jax._expert_parallel import message
 from moe_align_jax._expert_parallel.transports import all_to_all
 
 AXIS = "ep"
-TRANSPORTS = ("nvlink", "all_to_all", "all_gather")
-GPU_TRANSPORTS = ("nvlink", "ragged_all_to_all")
+TRANSPORTS = ("nvlink_window", "nvlink", "all_to_all", "all_gather")
+GPU_TRANSPORTS = ("nvlink_window", "nvlink", "ragged_all_to_all")
 FLOOR = 1e-4  # of the fp8 payload, as DeepEP quantises
 # A message of which a rank receives more is not packed: x travels by itself.
 MOST_PACKED_BYTES = 16 << 20

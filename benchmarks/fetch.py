@@ -4,12 +4,12 @@ With vLLM's come the Python file that calls it, which the tests of `torch_bridge
 one that `patch` replaces functions of, which they read; and its Triton kernels of the expert layer with the
 sizes that they were tuned to, for benchmarks.moe_layer.
 
-python -m benchmarks.fetch [vllm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked] [sglang_recorder]
-    [sglang_router]
+python -m benchmarks.fetch [vllm] [deep_gemm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked]
+    [sglang_recorder] [sglang_router]
     [--folder .peers]
 
-vLLM's op uses torch's stable ABI; sglang-kernel 0.4.4 was built for torch 2.11 only.
-Only these files are kept (about 45 and 20 MB); the wheels are several times larger.
+vLLM's op and DeepGEMM's, out of vLLM's wheel too, use torch's stable ABI; sglang-kernel 0.4.4 was built for
+torch 2.11 only. Only these files are kept (about 45, 55 and 20 MB); the wheels are several times larger.
 """
 
 import argparse
@@ -30,7 +30,8 @@ class Wheel(NamedTuple):
 
     `python` are more members, sources around the op, each with its file. `replace` is a pattern in a
     Python member and what stands in its place: what the file asks of the rest of its package. `tables` is a
-    pattern of names of JSON members, which are kept in one file by their names without the folder.
+    pattern of names of JSON members, which are kept in one file by their names without the folder. `package` is
+    a folder of the wheel, and the folder to keep all of it as, which then holds `file`.
     """
 
     requirement: str
@@ -39,6 +40,7 @@ class Wheel(NamedTuple):
     python: tuple[tuple[str, str], ...] = ()
     replace: tuple[str, str] | None = None
     tables: tuple[str, str] | None = None
+    package: tuple[str, str] | None = None
 
 
 WHEELS = {
@@ -58,6 +60,14 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/configs/E=*,N=*,device_name=NVIDIA_H?00*.json",
             "vllm_moe_configs.json",
         ),
+    ),
+    # DeepGEMM, for benchmarks.fp8_matmul and grouped_matmul: Python, the headers of its kernels, and a library
+    # that builds and launches them.
+    "deep_gemm": Wheel(
+        "vllm==0.33.0",
+        "vllm/third_party/deep_gemm/_C_extension.abi3.so",
+        "deep_gemm/_C_extension.abi3.so",
+        package=("vllm/third_party/deep_gemm/", "deep_gemm"),
     ),
     "sglang": Wheel("sglang-kernel==0.4.4", "sgl_kernel/sm90/common_ops.abi3.so", "sgl_ops.so"),
     # Its single-launch Triton kernel: plain Python, that runs without sglang.
@@ -134,7 +144,7 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{wheel.requirement}: pip left no wheel in {wheel_folder}")
     target = Path(folder) / wheel.file
-    target.parent.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(found[0]) as archive:
         members = [(wheel.member, wheel.file), *wheel.python]
         for member, _ in members:
@@ -142,6 +152,10 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
                 suffix = Path(member).suffix
                 alike = [n for n in archive.namelist() if n.endswith(suffix)]
                 raise FileNotFoundError(f"{found[0].name} lacks {member}; it has {alike[:99]}")
+        if wheel.package:
+            inside, kept = wheel.package
+            names = [n for n in archive.namelist() if n.startswith(inside) and n[-1] != "/"]
+            members = [(name, f"{kept}/{name.removeprefix(inside)}") for name in names]
         for member, file in members:
             content = archive.read(member)
             if wheel.replace:
@@ -149,16 +163,18 @@ def extract(wheel_folder: str | Path, wheel: Wheel, folder: str | Path) -> Path:
                 if count != 1:
                     raise ValueError(f"{member} is not as it was: {count} times {wheel.replace[0]}")
                 content = text.encode()
-            target.with_name(file).write_bytes(content)
+            place = Path(folder, file)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
         if wheel.tables:
             pattern, file = wheel.tables
             names = sorted(fnmatch.filter(archive.namelist(), pattern))
             tables = {name.rsplit("/", 1)[-1]: json.loads(archive.read(name)) for name in names}
-            target.with_name(file).write_text(json.dumps(tables, indent=1) + "\n")
+            Path(folder, file).write_text(json.dumps(tables, indent=1) + "\n")
             members.append((pattern, file))
-    notes = target.with_name("versions.json")
+    notes = Path(folder, "versions.json")
     versions = json.loads(notes.read_text()) if notes.is_file() else {}
-    for _, file in members:
+    for file in [wheel.package[1]] if wheel.package else [file for _, file in members]:
         versions[file] = wheel.requirement.replace("==", " ")
     notes.write_text(json.dumps(versions, indent=1) + "\n")
     return target
@@ -173,19 +189,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if unknown := set(options.peers) - set(WHEELS):
         parser.error(f"unknown peer {', '.join(sorted(unknown))}")
+    wanted: dict[str, list[str]] = {}  # several may come out of one wheel
     for peer in options.peers or WHEELS:
-        wheel = WHEELS[peer]
+        wanted.setdefault(WHEELS[peer].requirement, []).append(peer)
+    for requirement, names in wanted.items():
         with tempfile.TemporaryDirectory() as folder:
-            print(f"{peer}: pip download {wheel.requirement} ...", flush=True)
-            done = subprocess.run(pip_command(wheel.requirement, folder))
+            print(f"{', '.join(names)}: pip download {requirement} ...", flush=True)
+            done = subprocess.run(pip_command(requirement, folder))
             if done.returncode:
                 print(
-                    f"{peer}: pip could not fetch {wheel.requirement} (is pip in this "
+                    f"{', '.join(names)}: pip could not fetch {requirement} (is pip in this "
                     f"environment, and a network?)",
                     file=sys.stderr,
                 )
                 return 1
-            print(f"{peer}: {extract(folder, wheel, options.folder)}")
+            for peer in names:
+                print(f"{peer}: {extract(folder, WHEELS[peer], options.folder)}")
     return 0
 
 

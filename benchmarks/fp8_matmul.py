@@ -8,8 +8,8 @@ sampled rows are compared with NumPy's product of the dequantised operands by De
 counts and processes are those of `benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM
 in one CUDA graph.
 
-FOLDER holds the package `deep_gemm`, as `vllm/third_party` of vLLM 0.33's wheel does; it builds its kernels
-with nvcc when it is called. It has not been loaded by us yet: without the option it is left out. torch's
+FOLDER holds the package `deep_gemm`, as `python -m benchmarks.fetch deep_gemm` leaves it in .peers (see
+benchmarks/deep_gemm_peer.py for what it needs); without the option it is left out. torch's
 `_scaled_grouped_mm` has no block scales on Hopper, and is not run.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, grouped_matmul, timing  # noqa: E402
+from benchmarks import case_processes, deep_gemm_peer, grouped_matmul, timing  # noqa: E402
 from benchmarks.grouped_matmul import Size, line  # noqa: E402
 
 _SAMPLED_ROWS = 24
@@ -211,7 +211,7 @@ def measure_jax(inputs: Inputs, made: Any, executions: int, tiles: Any) -> tuple
 
 
 def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, Any]:
-    """DeepGEMM's contiguous kernel (blocks of 128), or its masked one, on the same memory."""
+    """DeepGEMM's masked kernel, or its contiguous one, whose blocks are of 128 rows."""
     import functools
 
     import jax
@@ -220,9 +220,7 @@ def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, A
 
     from torch_bridge import to_torch
 
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    import deep_gemm  # pyright: ignore[reportMissingImports]
+    deep_gemm = deep_gemm_peer.load(folder)
 
     def e4m3(values):  # DLPack knows no float8 in older releases of torch
         raw = jax.lax.bitcast_convert_type(values, jnp.uint8)
@@ -231,25 +229,26 @@ def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, A
     size = inputs.size
     if size.max_rows:
         _, xs, w, sampled = of_masked(inputs, e4m3=True)
-        shape, counts = (
-            (size.experts, size.max_rows, size.n),
-            torch.from_numpy(inputs.counts).cuda(),
-        )
+        shape = (size.experts, size.max_rows, size.n)
+        counts = torch.from_numpy(inputs.counts).cuda()
         multiply, mean = deep_gemm.m_grouped_fp8_gemm_nt_masked, size.rows // size.experts
         more: tuple[Any, ...] = (counts, mean)
     else:
-        _, xs, w, sampled = of_blocks(inputs, 128, e4m3=True)
-        rows = xs[0][0].shape[0]
-        expert = np.full(rows, -1, np.int32)
-        padded = -(-inputs.counts // 128) * 128
-        expert[: padded.sum()] = np.repeat(np.arange(size.experts), padded)
-        shape, more = (rows, size.n), (torch.from_numpy(expert).cuda(),)
+        source, expert = deep_gemm_peer.contiguous_layout(inputs.counts)
+        xs = [(values[source], scales[source].T) for values, scales in inputs.x]
+        w, shape = inputs.w, (len(source), size.n)
+        more = (torch.from_numpy(expert).cuda(),)
         multiply = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+        where = np.flatnonzero(expert >= 0)[inputs.sample]
+
+        def sampled(out):
+            return out[where]
+
     weights = e4m3(w[0]), to_torch(w[1])
     calls, outs = [], []
     for values, scales in xs:
-        # Columns of scales, seen as rows: what DeepGEMM calls MN-major.
-        turned = to_torch(scales).transpose(-1, -2)[..., : values.shape[-2], :]
+        # Columns of scales, seen as rows: what DeepGEMM calls MN-major, and reads where they lie.
+        turned = to_torch(scales).transpose(-1, -2)
         out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         outs.append(out)
         given = ((e4m3(values), turned), weights, out, *more)

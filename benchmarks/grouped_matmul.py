@@ -2,6 +2,7 @@
 
 python -m benchmarks.grouped_matmul --out ROWS.jsonl
 
+With --deep-gemm DeepGEMM is among them, as `python -m benchmarks.fetch deep_gemm` leaves it in .peers.
 Every provider multiplies the same rows, uniform over the experts, with the same weights, bfloat16. Before a
 time is taken, sampled rows of the result are compared with NumPy's in float32. Ours and jax's run inside one
 jit (device span), torch's in one CUDA graph; several calls each, over as many inputs. TFLOP/s count rows in
@@ -23,7 +24,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, timing  # noqa: E402
+from benchmarks import case_processes, deep_gemm_peer, timing  # noqa: E402
 
 _READ_BYTES = 1 << 30
 _SAMPLED_ROWS = 24
@@ -280,6 +281,38 @@ def measure_torch(inputs: Inputs, kind: str, replays: int) -> tuple[str, Any]:
     return "", timing.time_torch_graph(calls, replays=replays)
 
 
+def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, Any]:
+    """DeepGEMM's masked kernel, or its contiguous one, whose blocks are of 128 rows; weights `[E, N, K]`."""
+    import torch
+
+    from torch_bridge import to_torch
+
+    deep_gemm = deep_gemm_peer.load(folder)
+    size, counts = inputs.size, inputs.counts
+    weights = to_torch(inputs.w).transpose(1, 2).contiguous()
+    if size.max_rows:
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        source = np.minimum(starts[:, None] + np.arange(size.max_rows)[None], size.rows - 1)
+        shape = (size.experts, size.max_rows, size.n)
+        more: tuple[Any, ...] = (to_torch_counts(inputs), max(1, size.rows // size.experts))
+        multiply = deep_gemm.m_grouped_bf16_gemm_nt_masked
+        where: Any = tuple(np.array([s[i] for s in inputs.sample]) for i in (0, 1))
+    else:
+        source, expert = deep_gemm_peer.contiguous_layout(counts)
+        shape, more = (len(source), size.n), (torch.from_numpy(expert).cuda(),)
+        multiply = deep_gemm.m_grouped_bf16_gemm_nt_contiguous
+        where = np.flatnonzero(expert >= 0)[[r for _, _, r in inputs.sample]]
+    xs = [to_torch(x[source]) for x in inputs.x]
+    outs = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in xs]
+    calls = [
+        functools.partial(multiply, x, weights, o, *more) for x, o in zip(xs, outs, strict=True)
+    ]
+    calls[0]()
+    if wrong := inputs.wrong(outs[0].float().cpu().numpy()[where]):
+        return wrong, None
+    return "", timing.time_torch_graph(calls, replays=replays)
+
+
 def to_torch_counts(inputs: Inputs) -> Any:
     import torch
 
@@ -347,6 +380,8 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
                     found[f"jax ragged_dot_mgpu {config}"] = by_jax(jax_example, config)
         if options.lax:
             found["lax.ragged_dot"] = by_jax(lax_ragged)
+    if options.deep_gemm:
+        found["DeepGEMM"] = lambda i: measure_deep_gemm(i, options.deep_gemm, options.replays)
     if options.variants:
         for kind, block, tiles in variants(size):
             make = {"blocks": lambda i, b, c: ours_aligned(i, b, c)}.get(kind)
@@ -423,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--jax-example", action="store_true", help="also jax's ragged_dot_mgpu")
+    parser.add_argument("--deep-gemm", help="also DeepGEMM, out of this folder")
     parser.add_argument("--lax", action="store_true", help="also jax.lax.ragged_dot: slow")
     parser.add_argument("--only", default="", help="providers whose name holds this")
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")

@@ -132,7 +132,7 @@ def grouped_matmul(
         bias=bias is not None,
     )
     where = arguments.check_aligned(function, aligned, block_size)
-    num_rows = where[0].shape[0]
+    num_rows, num_pairs = where[0].shape[0], 0
     if top_k is not None:
         remedy = "Pass the experts per token, topk_ids.shape[1]."
         top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
@@ -141,6 +141,8 @@ def grouped_matmul(
         rule = f"have {num_rows} rows, as aligned has"
         remedy = "Pass the rows in aligned order, or the tokens and top_k."
         raise ValueError(checks.message(function, "x", rule, checks.describe(values), remedy))
+    else:
+        where[0], num_pairs = arguments.pairs_of(aligned, where[0])
     problem = MatmulProblem(
         function,
         "blocks",
@@ -156,6 +158,7 @@ def grouped_matmul(
         top_k=top_k or 0,
         row_weights=row_weights is not None,
         scales=scales,
+        num_pairs=num_pairs,
     )
     extras = arguments.check_extras(function, problem, bias, row_weights)
     return _run(problem, implementation, values, *arrays, *extras, *of_scales, *where)
@@ -175,6 +178,7 @@ def masked_grouped_matmul(
     bias: jax.Array | None = None,
     preferred_element_type: Any = None,
     scale_layout: ScaleLayout | None = None,
+    expected_m: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies the first `masked_m[i]` rows of expert i with its weights.
@@ -191,6 +195,8 @@ def masked_grouped_matmul(
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha, preferred_element_type,
             scale_layout, implementation: as for `grouped_matmul`.
         bias: `[e, N]`, gated `[e, 2 N]`.
+        expected_m: rows of a mean expert, as far as the caller knows: the kernel's tiles are chosen for it.
+            None: an eighth of M. Static.
 
     Returns:
         `[e, M, N]`. Rows from `masked_m[i]` on are unspecified, and may be NaN, in x and in the result.
@@ -221,6 +227,9 @@ def masked_grouped_matmul(
         bias=bias is not None,
     )
     experts, rows, k = values.shape
+    if expected_m is not None:
+        remedy = "Pass the rows that a mean expert has, or None."
+        expected_m = checks.check_positive_int(function, "expected_m", expected_m, remedy)
     counts = arguments.check_counts(function, "masked_m", masked_m, 0, rows)
     for argument, array in (("w", arrays[0]), ("masked_m", counts)):
         if array.shape[0] != experts:
@@ -239,6 +248,7 @@ def masked_grouped_matmul(
         weights,
         max_rows=rows,
         scales=scales,
+        expected_rows=min(expected_m or 0, rows),
     )
     operands = (*arrays, *arguments.check_extras(function, problem, bias, None), *of_scales, counts)
     y = _run(problem, implementation, values.reshape(experts * rows, k), *operands)

@@ -23,6 +23,10 @@ from torch_bridge.align import explain as explain
 from torch_bridge.align import moe_align_block_size as moe_align_block_size
 from torch_bridge.dlpack import to_jax as to_jax
 from torch_bridge.dlpack import to_torch as to_torch
+from torch_bridge.moe import explain_fused_moe as explain_fused_moe
+from torch_bridge.moe import explain_grouped_matmul as explain_grouped_matmul
+from torch_bridge.moe import fused_moe as fused_moe
+from torch_bridge.moe import grouped_matmul as grouped_matmul
 
 __all__ = [
     "AlignedBlocks",
@@ -30,6 +34,10 @@ __all__ = [
     "Plan",
     "align_blocks",
     "explain",
+    "explain_fused_moe",
+    "explain_grouped_matmul",
+    "fused_moe",
+    "grouped_matmul",
     "moe_align_block_size",
     "sglang",
     "to_jax",

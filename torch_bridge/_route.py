@@ -305,7 +305,7 @@ def _launch(
 
 def _beside(tensor: torch.Tensor) -> torch.Tensor:
     """Another one of its shape and dtype, which torch's allocator puts on the boundary."""
-    return store.here.machine.empty(tensor.shape, tensor.stride(), tensor.dtype)
+    return store.here.machine.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 # -- over DLPack -----------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from moe_align_jax._expert_parallel.transport import Transport
 from moe_align_jax._expert_parallel.transports import ragged
 from moe_align_jax._expert_parallel.transports.all_gather import AllGather
 from moe_align_jax._expert_parallel.transports.all_to_all import AllToAll
-from moe_align_jax._expert_parallel.transports.nvlink import MAX_DEVICES, NVLINK
+from moe_align_jax._expert_parallel.transports.nvlink import MAX_DEVICES, NVLINK, NVLINK_WINDOW
 from moe_align_jax._lowering import export, select
 
-TransportName = Literal["all_gather", "all_to_all", "nvlink", "ragged_all_to_all"]
+TransportName = Literal["all_gather", "all_to_all", "nvlink", "nvlink_window", "ragged_all_to_all"]
 Mode = Literal["normal", "low_latency", "auto"]
 
 TRANSPORTS: dict[str, Transport] = {
-    t.name: t for t in (AllGather(), AllToAll(), NVLINK, ragged.RaggedAllToAll())
+    t.name: t for t in (AllGather(), AllToAll(), NVLINK, NVLINK_WINDOW, ragged.RaggedAllToAll())
 }
 
 # The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
@@ -97,6 +97,8 @@ def choose(
         "all_to_all": _DENSE
         if jax.process_count() == 1
         else f"{_DENSE}, by collectives that run across processes (NCCL's on GPUs)",
+        NVLINK_WINDOW.name: cannot[NVLINK_WINDOW.name]
+        or "it has not been measured: name it to take it",
         "ragged_all_to_all": cannot["ragged_all_to_all"]
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }

@@ -1,6 +1,5 @@
 """Checks of the arguments that the grouped matrix multiplications share."""
 
-import math
 import operator
 from typing import Any
 
@@ -9,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, E4M3, MatmulProblem, Weights
+from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._grouped_matmul.options import make_weights, wrong
+from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Weights
+from moe_align_jax._lowering.sharding import replicate, vary_together
 
 DTYPES = ("bfloat16", "float16", "float32")
 # wgmma reads e4m3 along K alone.
@@ -18,18 +20,12 @@ TO_E4M3_LAYOUT = (
 )
 
 
-def _wrong(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> Exception:
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    return kind(checks.message(function, argument, rule, got, remedy))
-
-
 def check_array(function: str, argument: str, value: Any) -> Any:
     if not isinstance(value, (jax.Array, np.ndarray)):
         remedy = "Pass a jax or NumPy array."
         if type(value).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
-        raise _wrong(TypeError, function, argument, "be an array", value, remedy)
+        raise wrong(TypeError, function, argument, "be an array", value, remedy)
     return value
 
 
@@ -40,75 +36,12 @@ def check_rows(function: str, argument: str, value: Any, ndim: int) -> Any:
         rule, remedy = f"be one of {', '.join(DTYPES)}", "Cast it, and the weights."
         if value.dtype == E4M3:
             remedy = "Pass (values, scales), as quantize_rowwise makes them."
-        raise _wrong(TypeError, function, argument, rule, value, remedy)
+        raise wrong(TypeError, function, argument, rule, value, remedy)
     if value.ndim != ndim:
         shape = "[rows, K]" if ndim == 2 else "[e, M, K]"
         remedy = "Flatten the axes in front of the rows." if ndim == 2 else "One axis per expert."
-        raise _wrong(ValueError, function, argument, f"have shape {shape}", value, remedy)
+        raise wrong(ValueError, function, argument, f"have shape {shape}", value, remedy)
     return value
-
-
-def _check_flag(function: str, argument: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        remedy = "It changes the compiled program: pass True or False."
-        raise _wrong(TypeError, function, argument, "be a static bool", value, remedy)
-    return bool(value)
-
-
-def _check_number(function: str, argument: str, value: Any, least: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        remedy = "It is compiled into the program: pass a Python float."
-        raise _wrong(TypeError, function, argument, "be a static number", value, remedy)
-    if not math.isfinite(value) or value < 0 or (least == "positive" and not value):
-        remedy = "See its documentation for common values."
-        raise _wrong(ValueError, function, argument, f"be None or {least}", str(value), remedy)
-    return float(value)
-
-
-def make_weights(
-    function: str,
-    *,
-    transposed: bool = False,
-    pair: bool = False,
-    activation: str | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    swiglu_limit: float | None = None,
-    swiglu_alpha: float | None = None,
-    bias: bool = False,
-) -> Weights:
-    """The checked options of the weights."""
-    transposed = _check_flag(function, "transpose_rhs", transposed)
-    gated = _check_flag(function, "gated", gated)
-    interleaved = _check_flag(function, "interleaved", interleaved)
-    if activation is not None and activation not in ACTIVATIONS:
-        rule = f"be None or one of {', '.join(map(repr, ACTIVATIONS))}"
-        got = repr(activation) if isinstance(activation, str) else activation
-        raise _wrong(ValueError, function, "activation", rule, got, "It is a static string.")
-    gated = gated and activation is not None
-    for argument, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):
-        if value is not None and not (gated and activation == "silu"):
-            rule = 'be None but for a gated activation "silu"'
-            remedy = 'Pass activation="silu", gated=True.'
-            raise _wrong(ValueError, function, argument, rule, value, remedy)
-    if swiglu_limit is not None:
-        swiglu_limit = _check_number(function, "swiglu_limit", swiglu_limit, "at least 0")
-    if swiglu_alpha is not None:
-        swiglu_alpha = _check_number(function, "swiglu_alpha", swiglu_alpha, "positive")
-    if interleaved and (pair or not gated):
-        rule = "be False where w does not hold gate and up together"
-        remedy = "Leave it out, or pass one array and an activation."
-        raise _wrong(ValueError, function, "interleaved", rule, "True", remedy)
-    return Weights(
-        transposed,
-        pair,
-        activation,
-        gated,
-        interleaved,
-        swiglu_limit,
-        swiglu_alpha,
-        bias,
-    )
 
 
 def check_weights(
@@ -121,10 +54,10 @@ def check_weights(
         rule = "be one array but for a gated activation"
         got = f"{type(w).__name__} of {len(w)}"
         remedy = "Pass one array, or activation= with gated=True."
-        raise _wrong(ValueError, function, argument, rule, got, remedy)
+        raise wrong(ValueError, function, argument, rule, got, remedy)
     if pair and len(w) != 2:
         rule, got = "be an array or a pair (gate, up)", f"{type(w).__name__} of {len(w)}"
-        raise _wrong(ValueError, function, argument, rule, got, "Pass gate and up.")
+        raise wrong(ValueError, function, argument, rule, got, "Pass gate and up.")
     arrays = tuple(
         check_array(function, f"{argument}[{i}]" if pair else argument, each)
         for i, each in enumerate(w if pair else (w,))
@@ -137,20 +70,20 @@ def check_weights(
         name = f"{argument}[{i}]" if pair else argument
         if each.dtype not in (x.dtype, np.float32):
             rule = f"have the dtype of the rows, {x.dtype}, or float32"
-            raise _wrong(TypeError, function, name, rule, each, "Cast one of them.")
+            raise wrong(TypeError, function, name, rule, each, "Cast one of them.")
         if each.ndim != 3 or each.shape[2 if weights.transposed else 1] != k:
             rule = f"have shape {shape} with K = {k}"
             other = "transpose_rhs=False" if weights.transposed else "transpose_rhs=True"
             remedy = f"Pass {other} where K is the other axis."
             if each.dtype == E4M3:
                 remedy = TO_E4M3_LAYOUT
-            raise _wrong(ValueError, function, name, rule, each, remedy)
+            raise wrong(ValueError, function, name, rule, each, remedy)
         if each.shape != arrays[0].shape:
             rule = f"have the shape of gate, {list(arrays[0].shape)}"
-            raise _wrong(ValueError, function, name, rule, each, "Pass gate and up.")
+            raise wrong(ValueError, function, name, rule, each, "Pass gate and up.")
         if weights.gated and not pair and each.shape[1 if weights.transposed else 2] % 2:
             rule = f"have shape {shape}"
-            raise _wrong(ValueError, function, name, rule, each, "It holds gate and up.")
+            raise wrong(ValueError, function, name, rule, each, "It holds gate and up.")
     return weights, arrays
 
 
@@ -170,7 +103,7 @@ def result_dtype(function: str, x: Any, preferred: Any) -> str:
     if name not in DTYPES:
         rule = f"be None or one of {', '.join(DTYPES)}"
         remedy = "Cast the result instead."
-        raise _wrong(TypeError, function, "preferred_element_type", rule, name, remedy)
+        raise wrong(TypeError, function, "preferred_element_type", rule, name, remedy)
     return name
 
 
@@ -182,7 +115,7 @@ def check_precision(function: str, precision: Any) -> Any:
         if not isinstance(precision, tuple):
             remedy = "Pass None, a jax.lax.Precision or its name."
             rule = "be static"
-            raise _wrong(TypeError, function, "precision", rule, precision, remedy) from None
+            raise wrong(TypeError, function, "precision", rule, precision, remedy) from None
     return precision
 
 
@@ -195,16 +128,16 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
         if value is None:
             remedy = "Pass what moe_align_block_size returned."
             rule = "be an AlignedBlocks"
-            raise _wrong(TypeError, function, "aligned", rule, aligned, remedy)
+            raise wrong(TypeError, function, "aligned", rule, aligned, remedy)
         value = check_array(function, argument, value)
         if value.dtype != np.int32:
             remedy = "Pass what moe_align_block_size returned."
-            raise _wrong(TypeError, function, argument, "be an int32 array", value, remedy)
+            raise wrong(TypeError, function, argument, "be an int32 array", value, remedy)
         found.append(value)
     ids, experts, used = found
     if ids.ndim != 1:
         remedy = "Call jax.vmap for several alignments."
-        raise _wrong(
+        raise wrong(
             ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
         )
     blocks = checks.cdiv(ids.shape[0], block_size)
@@ -214,11 +147,11 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
             rule = "be the alignment's"
         got = f"{block_size}: {blocks} blocks for P = {ids.shape[0]}"
         remedy = "Pass the block_size that aligned was made with."
-        raise _wrong(ValueError, function, "block_size", rule, got, remedy)
+        raise wrong(ValueError, function, "block_size", rule, got, remedy)
     if used.size != 1:
         argument, rule = "aligned.num_tokens_post_padded", "have shape [1]"
         remedy = "Pass what moe_align_block_size returned."
-        raise _wrong(ValueError, function, argument, rule, used, remedy)
+        raise wrong(ValueError, function, argument, rule, used, remedy)
     return [ids, experts, used.reshape(1)]
 
 
@@ -232,7 +165,32 @@ def check_pairs(function: str, pairs: int, aligned: Any, num_rows: int) -> None:
     if wrong:
         got = f"{pairs}"
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
-        raise _wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)
+        raise wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)
+
+
+def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
+    """(sorted_token_ids, the bound below which they are pairs) of an alignment, of which x has the rows.
+
+    The alignment may be cut to the rows in use, so that its last slot holds a pair. The inverse tells how
+    many pairs there are. Without it, the counts tell whether any slot is padding: if so, it holds the
+    greatest id. Padding becomes -1 then. Without counts, and for a number of pairs that only a run knows,
+    the bound is 0: the last slot tells.
+    """
+    inverse = getattr(aligned, "row_of_pair", None)
+    if inverse is not None:
+        return ids, inverse.size if isinstance(inverse.size, int) else 0
+    counts = getattr(aligned, "tokens_per_expert", None)
+    if counts is None:
+        return ids, 0
+    return _without_padding(ids, counts), INT32_MAX
+
+
+@jax.jit
+def _without_padding(ids: jax.Array, counts: jax.Array) -> jax.Array:
+    ids, counts = vary_together([jnp.asarray(ids), replicate(jnp.asarray(counts))])
+    bound = jnp.max(ids, initial=-1)
+    full = jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0]
+    return jnp.where(full | (ids < bound), ids, -1)
 
 
 def check_counts(function: str, argument: str, value: Any, least: int, most: int) -> Any:
@@ -240,9 +198,9 @@ def check_counts(function: str, argument: str, value: Any, least: int, most: int
     value = check_array(function, argument, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         remedy = "Pass the number of rows of each."
-        raise _wrong(TypeError, function, argument, "be an integer array", value, remedy)
+        raise wrong(TypeError, function, argument, "be an integer array", value, remedy)
     if value.ndim != 1:
-        raise _wrong(ValueError, function, argument, "have one axis", value, "One count for each.")
+        raise wrong(ValueError, function, argument, "have one axis", value, "One count for each.")
     if isinstance(value, np.ndarray):
         return np.clip(value, least, min(most, np.iinfo(value.dtype).max)).astype(np.int32)
     if value.dtype == jnp.int32:
@@ -263,12 +221,12 @@ def check_offset(function: str, value: Any) -> Any:
             value = np.asarray(operator.index(value), np.int64)
         except TypeError:
             rule = "be an integer"
-            raise _wrong(TypeError, function, "group_offset", rule, value, remedy) from None
+            raise wrong(TypeError, function, "group_offset", rule, value, remedy) from None
         value = np.clip(value, -checks.INT32_MAX, checks.INT32_MAX).astype(np.int32)
     if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise _wrong(TypeError, function, "group_offset", "be an integer", value, remedy)
+        raise wrong(TypeError, function, "group_offset", "be an integer", value, remedy)
     if value.shape not in ((), (1,)):
-        raise _wrong(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
+        raise wrong(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
     return value.reshape(1).astype(np.int32)
 
 
@@ -283,14 +241,14 @@ def check_extras(
         value = check_array(function, argument, value)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             rule, remedy = "be a float array", "It is used as float32."
-            raise _wrong(TypeError, function, argument, rule, value, remedy)
+            raise wrong(TypeError, function, argument, rule, value, remedy)
         shape, _ = problem.inputs[argument]
         if value.shape != shape:
             rule = f"have shape {list(shape)}"
             remedy = (
                 "One value for each column of w." if argument == "bias" else "One for each row."
             )
-            raise _wrong(ValueError, function, argument, rule, value, remedy)
+            raise wrong(ValueError, function, argument, rule, value, remedy)
         found.append(value.astype(np.float32))
     return found
 
@@ -302,10 +260,10 @@ def check_shape(function: str, argument: str, value: Any, length: int) -> tuple[
     except TypeError:
         remedy = "Pass an array, or its shape."
         rule = "be a shape"
-        raise _wrong(TypeError, function, argument, rule, value, remedy) from None
+        raise wrong(TypeError, function, argument, rule, value, remedy) from None
     if len(shape) != length or min(shape) < 0:
         rule = f"have {length} sizes of at least 0"
-        raise _wrong(ValueError, function, argument, rule, str(list(shape)), "Pass all of them.")
+        raise wrong(ValueError, function, argument, rule, str(list(shape)), "Pass all of them.")
     return shape
 
 
@@ -317,7 +275,7 @@ def check_unsharded(function: str, names: Any, operands: tuple[Any, ...]) -> Non
         spec = getattr(getattr(jax.typeof(array), "sharding", None), "spec", ())
         if any(axes is not None for axes in spec):
             rule, remedy = "not be sharded over Explicit mesh axes", "Call it inside jax.shard_map."
-            raise _wrong(ValueError, function, argument, rule, str(spec), remedy)
+            raise wrong(ValueError, function, argument, rule, str(spec), remedy)
 
 
 def check_memory(function: str, values: Any, dtype: str) -> None:
@@ -334,4 +292,4 @@ def check_memory(function: str, values: Any, dtype: str) -> None:
         rule = f"fit the {limit / 1e9:.1f} GB of a device"
         got = f"{needed / 1e9:.1f} GB"
         remedy = "Use fewer rows at a time, or a smaller dtype."
-        raise _wrong(ValueError, function, "the result", rule, got, remedy)
+        raise wrong(ValueError, function, "the result", rule, got, remedy)

@@ -116,7 +116,9 @@ def unsupported(problem: MatmulProblem) -> str | None:
 
 
 def mean_rows(problem: MatmulProblem) -> float:
-    """Rows per expert, if all are hit alike."""
+    """Rows per expert: what the caller expects, or as many as if all are hit alike."""
+    if problem.expected_rows:
+        return problem.expected_rows
     if problem.rows == "masked":
         return problem.max_rows / 8  # low-latency layouts are made for the worst case
     if problem.rows == "ragged":
@@ -133,13 +135,16 @@ def mean_rows(problem: MatmulProblem) -> float:
 
 def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     """bm: the least that a mean expert fits in, with room for one that has more."""
-    # The mean of a masked layout is a guess from above already.
-    least = mean_rows(problem) * (1 if problem.rows == "masked" else rules.room)
+    # The mean of a masked layout is a guess from above already, unless the caller gave it.
+    guessed = problem.rows == "masked" and not problem.expected_rows
+    least = mean_rows(problem) * (1 if guessed else rules.room)
     choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
     wanted = next((bm for bm in choices if bm >= least), choices[-1])
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
+    if problem.whole_blocks:
+        wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
     parts = [bm for bm in choices if block % bm == 0 and bm >= min(wanted, block)]
     if parts:

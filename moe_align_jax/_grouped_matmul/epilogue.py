@@ -22,11 +22,13 @@ class Vectors(NamedTuple):
         ids: `[.]` int32, sorted_token_ids.
         row_weights: `[.]` float32.
         bias: `[E, .]` float32, with whole tiles of columns; gate, then up, but where they are parted.
+        bound: what the launch gives instead of the problem's sizes, see `num_pairs`; None for nothing.
     """
 
     ids: Any
     row_weights: Any
     bias: Any
+    bound: Any = None
 
 
 class Place(NamedTuple):
@@ -45,11 +47,18 @@ class Place(NamedTuple):
     swap: bool
 
 
-def num_pairs(problem: MatmulProblem, ids: Any) -> jax.Array | int:
-    """Ids below it are pairs (see reference.ids_bound)."""
+def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
+    """Ids below it are pairs (see reference.ids_bound).
+
+    A launch of any size gives the pairs where x is gathered, else the rows.
+    """
+    bound, ids = vectors.bound, vectors.ids
     if problem.top_k:
-        return problem.num_tokens * problem.top_k
-    return problem.num_rows if problem.block_size == 1 else ids[problem.num_rows - 1]
+        return problem.num_tokens * problem.top_k if bound is None else bound
+    if problem.num_pairs and bound is None:
+        return problem.num_pairs
+    rows = problem.num_rows if bound is None else bound
+    return rows if problem.block_size == 1 else ids[rows - 1]
 
 
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
@@ -181,7 +190,7 @@ class _Finish:
         if self.tests_rows:
             ref = self.vectors.ids.at[pl.ds(first, count)]
             ids = self.load(ref, layout, axis, x.shape)
-            limit = jnp.where(self.place.valid, num_pairs(self.problem, self.vectors.ids), 0)
+            limit = jnp.where(self.place.valid, num_pairs(self.problem, self.vectors), 0)
             wanted = (ids >= 0) & (ids < limit)
         elif self.vectors.bias is not None or self.problem.row_weights:
             limit = jnp.where(self.place.valid, _I32(1), 0)

@@ -111,6 +111,21 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
     )
 
 
+# -- bounds that a launch gives -------------------------------------------------------------------
+
+
+def bound(limit: Any) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
+    """(Operands, their types) of an inline function that compares with a bound: none if it is a number."""
+    if isinstance(limit, int):
+        return (), ()
+    return (limit,), (plgpu.Layout.WG_SPLAT(()),)
+
+
+def bound_of(limit: Any, operands: tuple[Any, ...]) -> Any:
+    """The bound in MLIR; `operands` are those that `bound` gave."""
+    return scalar_of(operands[0]) if operands else int32(limit)
+
+
 # -- rows by their indices -------------------------------------------------------------------------
 
 
@@ -122,7 +137,7 @@ def find_rows(
     rows: int,
     row_chunks: int,
     top_k: int,
-    num_pairs: int,
+    num_pairs: Any,
     interpret: bool,
 ) -> jax.Array:
     """Where the rows of a tile lie: for each row of which this thread moves chunks, its place in x.
@@ -136,7 +151,7 @@ def find_rows(
         rows: of the tile.
         row_chunks: chunks of a row of x.
         top_k: pairs per token.
-        num_pairs: ids at or past it are none.
+        num_pairs: ids at or past it are none. An int, or an int32 that the launch gives.
         interpret: whether Pallas' interpreter runs it.
     """
     if interpret:
@@ -152,11 +167,14 @@ def find_rows(
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
 
+    more, types = bound(num_pairs)
+
     @emits(
-        arg_types=(plgpu.RefType(), scalar, scalar),
+        arg_types=(plgpu.RefType(), scalar, scalar, *types),
         return_type=plgpu.ShapeDtypeStruct((count * THREADS,), jnp.dtype(_I32), layout=layout),
     )
-    def emit(_, ids, first, stop):
+    def emit(_, ids, first, stop, *limit):
+        most = bound_of(num_pairs, limit)
         row, column, _offset = _first_chunk()
         registers = []
         for i in range(count):
@@ -165,7 +183,7 @@ def find_rows(
             # Threads without a row read the id of the first.
             at = arith.addi(scalar_of(first), arith.select(inside, here, int32(0)))
             pair = memref.load(ids, [arith.index_cast(ir.IndexType.get(), at)])
-            there = arith.cmpi(arith.CmpIPredicate.ult, pair, int32(num_pairs))
+            there = arith.cmpi(arith.CmpIPredicate.ult, pair, most)
             there = arith.andi(there, arith.andi(inside, less(at, scalar_of(stop))))
             token = arith.divui(pair, int32(top_k))
             chunk = arith.addi(arith.muli(token, int32(row_chunks)), column)
@@ -177,7 +195,7 @@ def find_rows(
             _is_signed=True,
         )
 
-    return emit(ids_ref, start, end)
+    return emit(ids_ref, start, end, *more)
 
 
 def copy_rows(

@@ -35,7 +35,7 @@ def find(
     *,
     rows: int,
     top_k: int,
-    limit: int,
+    limit: Any,
     interpret: bool,
 ) -> jax.Array:
     """The row of x of each row of a tile that this thread copies the scales of; -1 where there is none.
@@ -46,7 +46,7 @@ def find(
         start, end: rows of the tile.
         rows: of the tile.
         top_k: pairs per token.
-        limit: ids, or rows, at or past it are none.
+        limit: ids, or rows, at or past it are none. An int, or an int32 that the launch gives.
         interpret: whether Pallas' interpreter runs it.
     """
     if interpret:
@@ -58,12 +58,15 @@ def find(
     [size] = (-(-rows // inline.THREADS) * inline.THREADS,)
     refs = () if ids_ref is None else (plgpu.RefType(),)
 
+    more, types = inline.bound(limit)
+
     @inline.emits(
-        arg_types=(*refs, scalar, scalar),
+        arg_types=(*refs, scalar, scalar, *types),
         return_type=plgpu.ShapeDtypeStruct((size,), jnp.dtype(_I32), layout=layout),
     )
     def emit(_, *given):
-        first, stop = map(inline.scalar_of, given[-2:])
+        first, stop = map(inline.scalar_of, given[len(refs) : len(refs) + 2])
+        most = inline.bound_of(limit, given[len(refs) + 2 :])
         registers = []
         for i in range(size // inline.THREADS):
             here = arith.addi(inline.thread_index(), inline.int32(i * inline.THREADS))
@@ -73,7 +76,7 @@ def find(
             row = at
             if ids_ref is not None:
                 row = memref.load(given[0], [arith.index_cast(ir.IndexType.get(), at)])
-            there = arith.cmpi(arith.CmpIPredicate.ult, row, inline.int32(limit))
+            there = arith.cmpi(arith.CmpIPredicate.ult, row, most)
             there = arith.andi(there, arith.andi(inside, inline.less(at, stop)))
             if ids_ref is not None:
                 row = arith.divui(row, inline.int32(top_k))
@@ -86,7 +89,7 @@ def find(
             _is_signed=True,
         )
 
-    return emit(*(() if ids_ref is None else (ids_ref,)), start, end)
+    return emit(*(() if ids_ref is None else (ids_ref,)), start, end, *more)
 
 
 def copy(

@@ -28,6 +28,7 @@ from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_produc
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
+from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -59,7 +60,15 @@ class Tile(NamedTuple):
 class _Refs:
     """The kernel's refs by name."""
 
-    def __init__(self, problem: MatmulProblem, shape: Shape, refs: list[Any], interpret: bool):
+    def __init__(
+        self,
+        problem: MatmulProblem,
+        shape: Shape,
+        refs: list[Any],
+        interpret: bool,
+        sized_at_launch: bool,
+    ):
+        bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.count, self.experts = refs.pop(0), refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
         self.starts, self.ends = listed
@@ -78,7 +87,7 @@ class _Refs:
         # The same memory, for wgmma and for TMA: see `views`.
         self.x_tiles, self.x_rows = (x_tiles, x_tiles) if interpret else x_tiles
         self.o_tiles, self.o_rows = (o_tiles, o_tiles) if interpret else o_tiles
-        self.vectors = epilogue.Vectors(self.ids, row_weights, bias)
+        self.vectors = epilogue.Vectors(self.ids, row_weights, bias, bound)
 
 
 def transforms(columns: int, dtype: Any, rows: int = 8) -> tuple[Any, ...]:
@@ -105,13 +114,21 @@ def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
 
 
 def build(
-    problem: MatmulProblem, config: Config, *, interpret: bool = False
+    problem: MatmulProblem,
+    config: Config,
+    *,
+    interpret: bool = False,
+    sized_at_launch: bool = False,
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two.
+
+    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that a
+    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
+    operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
@@ -126,7 +143,7 @@ def build(
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         row_tiles = _row_tiles(problem, shape, refs)
@@ -356,8 +373,8 @@ def _tile(
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
     expert = refs.experts[block]
     valid = (expert >= 0) & (expert < problem.num_experts)
-    if shape.parts > 1:  # a block's pairs come first: there may be none in a later part
-        limit = epilogue.num_pairs(problem, refs.ids)
+    if shape.parts > 1 and shape.reads_ids:  # a block's pairs come first: a later part may have none
+        limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
     return Tile(valid, expert, row, end, n)

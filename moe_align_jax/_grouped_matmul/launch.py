@@ -61,7 +61,7 @@ def arguments(
     if problem.row_weights:
         found.append(_pad(named["row_weights"], spare, 0))
     if weights.bias:
-        found.append(_bias(problem, shape, named["bias"]))
+        found.append(bias(problem, shape, named["bias"]))
     found += [array for name, array in named.items() if name.endswith("_scales")]
     found.append(_x(problem, config, named["x"], interpret))
     arrays = [named[name] for name in (("gate", "up") if weights.pair else ("w",))]
@@ -75,19 +75,19 @@ def _pad(x: jax.Array, count: int, value: Any) -> jax.Array:
     return jnp.pad(x, (0, count), constant_values=value) if count else x
 
 
-def _bias(problem: MatmulProblem, shape: Shape, bias: jax.Array) -> jax.Array:
+def bias(problem: MatmulProblem, shape: Shape, given: jax.Array) -> jax.Array:
     """Whole tiles of columns; gate, then up, but where the kernel itself parts them."""
     weights, experts = problem.weights, problem.num_experts
     columns = shape.n_tiles * shape.columns
     if not weights.gated:
-        return jnp.pad(bias, ((0, 0), (0, columns - problem.n)))
+        return jnp.pad(given, ((0, 0), (0, columns - problem.n)))
     if weights.interleaved and not weights.transposed:
-        return jnp.pad(bias, ((0, 0), (0, 2 * (columns - problem.n))))
+        return jnp.pad(given, ((0, 0), (0, 2 * (columns - problem.n))))
     if weights.interleaved:
-        bias = bias.reshape(experts, problem.n, 2).swapaxes(1, 2)
-    bias = bias.reshape(experts, 2, problem.n)
-    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, columns - problem.n)))
-    return bias.reshape(experts, 2 * columns)
+        given = given.reshape(experts, problem.n, 2).swapaxes(1, 2)
+    given = given.reshape(experts, 2, problem.n)
+    given = jnp.pad(given, ((0, 0), (0, 0), (0, columns - problem.n)))
+    return given.reshape(experts, 2 * columns)
 
 
 def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) -> jax.Array:

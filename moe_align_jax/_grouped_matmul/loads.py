@@ -62,14 +62,16 @@ class Loader:
     def find(self, refs: Any, tile: Any) -> Found:
         """Where the rows of a tile lie."""
         problem, rows, scales = self.problem, None, None
-        pairs = problem.num_tokens * problem.top_k
+        bound = refs.vectors.bound
+        if bound is None:
+            bound = problem.num_tokens * problem.top_k if problem.top_k else problem.num_rows
         if problem.top_k:
             rows = inline.find_rows(
                 *(refs.ids, tile.row, tile.end),
                 rows=self.config.bm,
                 row_chunks=self.chunks,
                 top_k=problem.top_k,
-                num_pairs=pairs,
+                num_pairs=bound,
                 interpret=self.interpret,
             )
         if self.shape.scales_by_rows:
@@ -77,7 +79,7 @@ class Loader:
                 *(refs.ids if problem.top_k else None, tile.row, tile.end),
                 rows=self.config.bm,
                 top_k=problem.top_k,
-                limit=pairs if problem.top_k else problem.num_rows,
+                limit=bound,
                 interpret=self.interpret,
             )
         return Found(rows, scales)

@@ -59,7 +59,7 @@ class MatmulProblem(NamedTuple):
 
         "blocks": row r is in block `r // block_size`; `expert_ids` `[B]` gives the block's expert (-1: the
             rows are zero), `num_tokens_post_padded` `[1]` the rows in use, and `sorted_token_ids` `[P]` the
-            pair of each row (not below `num_pairs`: the row holds none, and is zero).
+            pair of each row (negative or not below `num_pairs`: the row holds none, and is zero).
         "masked": expert e has rows `e * max_rows` on, of which `masked_m[e]` are in use.
         "ragged": groups follow each other; `group_sizes` `[G]` tells their rows. Group `g` uses the weights
             `g - group_offset[0]`; groups for which there are none, and rows behind the last group, are zero.
@@ -82,6 +82,11 @@ class MatmulProblem(NamedTuple):
         row_weights: whether each row of the result is multiplied by a float32 weight.
         zero_padding: whether rows in use that hold no pair must be zero. A caller that never reads them
             (a combine by `row_of_pair`) saves the test of each row.
+        whole_blocks: every row of a block with an expert is multiplied: `sorted_token_ids` is no operand.
+        expected_rows: of an expert, which tiles are chosen for; 0: as the sizes say.
+        num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
+        consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
+            unless an expert map gives two experts one local id, or a caller made the alignment.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """
@@ -104,6 +109,10 @@ class MatmulProblem(NamedTuple):
     zero_padding: bool = True
     precision: Any = None
     scales: Scales | None = None
+    whole_blocks: bool = False
+    expected_rows: int = 0
+    num_pairs: int = 0
+    consecutive: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -141,7 +150,8 @@ class MatmulProblem(NamedTuple):
             for name in ("gate_scales", "up_scales") if weights.pair else ("w_scales",):
                 found[name] = ((self.num_experts, *blocks), "float32")
         if self.rows == "blocks":
-            found["sorted_token_ids"] = ((self.num_rows,), "int32")
+            if not self.whole_blocks:
+                found["sorted_token_ids"] = ((self.num_rows,), "int32")
             found["expert_ids"] = ((self.num_blocks,), "int32")
             found["num_tokens_post_padded"] = ((1,), "int32")
         elif self.rows == "masked":

@@ -61,7 +61,7 @@ def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Arr
 def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     """From the arrays that say where each expert's rows are."""
     if problem.rows == "blocks":
-        _, expert_ids, used = where
+        *_, expert_ids, used = where
         block = problem.block_size
         start = jnp.arange(problem.num_blocks, dtype=_I32) * block
         count = jnp.clip(lax.div(used[0] + (block - 1), _I32(block)), 0, problem.num_blocks)
@@ -210,7 +210,7 @@ def _rows(problem: MatmulProblem, tiles: Tiles, i: jax.Array, ids: jax.Array | N
     if ids is None:
         return _Rows(used, start, None)
     pair = lax.dynamic_slice_in_dim(ids, start, tiles.size)
-    used &= (pair >= 0) & (pair < (problem.num_tokens * problem.top_k or ids_bound(problem, ids)))
+    used &= (pair >= 0) & (pair < ids_bound(problem, ids))
     if not problem.top_k:
         return _Rows(used, start, None)
     return _Rows(used, start, jnp.where(used, lax.div(pair, _I32(problem.top_k)), 0))
@@ -219,9 +219,14 @@ def _rows(problem: MatmulProblem, tiles: Tiles, i: jax.Array, ids: jax.Array | N
 def ids_bound(problem: MatmulProblem, ids: jax.Array) -> jax.Array | int:
     """Ids below it are pairs.
 
-    The last slot holds the number of pairs: a block of more than one row is never full where all of the
-    capacity is used, since that takes experts whose last block holds one pair.
+    Where their number is not known the last slot holds it: a block of more than one row is never full where
+    all of the capacity is used, since that takes experts whose last block holds one pair. An alignment that
+    was cut to its rows may end with a pair: see `arguments.pairs_of`.
     """
+    if problem.top_k:
+        return problem.num_tokens * problem.top_k
+    if problem.num_pairs:
+        return problem.num_pairs
     if problem.block_size == 1:
         return problem.num_rows
     # An array, since num_rows may be a symbol of an exported program.
@@ -357,5 +362,4 @@ def row_mask(problem: MatmulProblem, *where: jax.Array) -> jax.Array:
     ids, expert_ids, used = where
     expert = expert_ids[lax.div(row, _I32(problem.block_size))]
     there = (row < used[0]) & (expert >= 0) & (expert < problem.num_experts)
-    limit = problem.num_tokens * problem.top_k or ids_bound(problem, ids)
-    return there & (ids >= 0) & (ids < limit)
+    return there & (ids >= 0) & (ids < ids_bound(problem, ids))

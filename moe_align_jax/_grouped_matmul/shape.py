@@ -87,10 +87,10 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         out_row,
         parted,
         tests,
-        bool(tests or problem.top_k or parts > 1),
+        bool(tests or problem.top_k or (parts > 1 and not problem.whole_blocks)),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
-        _scales_by_rows(problem),
+        _scales_by_rows(problem, config),
         # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
         # the result does not have would be stored over the one that it has.
         problem.n % out_row != 0 or problem.n == out_row,
@@ -102,9 +102,11 @@ def has_scale_rows(problem: MatmulProblem) -> bool:
     return problem.scales is not None and problem.scales.x != "tensor"
 
 
-def _scales_by_rows(problem: MatmulProblem) -> bool:
-    """TMA reads scales that lie next to each other, at a pitch of 16 bytes."""
+def _scales_by_rows(problem: MatmulProblem, config: Config) -> bool:
+    """TMA reads scales that lie next to each other, at a pitch of 16 bytes, of at least a tile's rows."""
     scales = problem.scales
     if not scales or not has_scale_rows(problem):
         return False
-    return scales.x == "row_major" or problem.top_k > 0 or scales.pitch * 4 % CHUNK_BYTES != 0
+    if scales.x == "row_major" or problem.top_k or scales.pitch * 4 % CHUNK_BYTES:
+        return True
+    return scales.pitch < config.bm

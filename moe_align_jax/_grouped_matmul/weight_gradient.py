@@ -20,18 +20,18 @@ def unavailable(problem: WeightGradient, implementation: str, platform: str) -> 
 
 
 def choose(problem: WeightGradient, platform: str, implementation: str | None) -> str:
-    """The implementation that runs: "xla", unless a kernel is named. No GPU has run it yet."""
+    """The implementation that runs; NotImplementedError where the named one cannot."""
     if implementation is None:
-        return "xla"
+        return "xla" if unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
     if reason := unavailable(problem, implementation, platform):
         raise select.not_implemented(problem.function, implementation, reason)
     return implementation
 
 
-def implementation_for(problem: WeightGradient, implementation: str | None) -> str:
-    """Within a derivative: the kernel that is named, if it takes the sizes."""
+def implementation_for(problem: WeightGradient, implementation: str | None) -> str | None:
+    """Within a derivative: the named one, if it takes the sizes, which may be others."""
     if implementation in (None, "xla"):
-        return "xla"
+        return implementation
     from moe_align_jax._grouped_matmul import weight_gradient_kernel
 
     return "xla" if weight_gradient_kernel.cannot(problem) else str(implementation)

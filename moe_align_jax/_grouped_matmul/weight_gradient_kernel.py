@@ -3,7 +3,12 @@
 A persistent CTA has two warpgroups that multiply and one that loads, as the kernel of the product has. A tile
 is bm columns of lhs by bn of rhs, and a stage of the ring has bk rows of both: wgmma reads lhs as its first
 operand with the columns as rows, so that nothing is transposed in memory. Experts have any number of rows;
-those with the most come first, so that the last tiles are short ones. An expert without rows gets zeros.
+those with the most come first, and the CTAs take tiles in turn, forth and back, so that all have about as
+many rows. An expert without rows gets zeros.
+
+The kernel reads an expert's rows from the first to the last. Where they may not follow each other (a caller's
+alignment, an expert map that gives two experts one local id) that is tested on the device, and the loop of
+`reference` runs instead.
 
     rows by TMA       where every expert's first row is a multiple of 8: what stands behind an expert's last
                       row is overwritten with zeros in shared memory, since it may be NaN (0 * NaN)
@@ -84,8 +89,13 @@ class Experts(NamedTuple):
 
 
 def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
-    """From the arrays that say whose rows are where. An expert's blocks follow each other."""
-    layout = problem.layout
+    """From the arrays that say whose rows are where. An expert's rows follow each other."""
+    return _experts_of(problem, *where)[0]
+
+
+def _experts_of(problem: WeightGradient, *where: jax.Array) -> tuple[Experts, jax.Array | None]:
+    """`experts_of`, and whether it is true of "blocks" that an expert's rows follow each other."""
+    layout, consecutive = problem.layout, None
     every = jnp.arange(layout.num_experts, dtype=_I32)
     if layout.rows == "masked":
         start, count = every * layout.max_rows, jnp.clip(where[0], 0, layout.max_rows)
@@ -110,7 +120,13 @@ def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
             jnp.where(mine, jnp.arange(blocks, dtype=_I32)[None, :], blocks), axis=1, initial=blocks
         )
         start = jnp.where(count > 0, first * block, 0)
-    return Experts(start, count, jnp.argsort(-count, stable=True).astype(_I32))
+        block_of_row = jnp.arange(blocks * block, dtype=_I32) // block
+        expert = jnp.clip(where[1], 0, layout.num_experts - 1)[block_of_row]
+        rank = jnp.arange(blocks * block, dtype=_I32) - start[expert]
+        # An expert has as many rows as it counts: they are its first ones, or some lie elsewhere.
+        consecutive = jnp.all((used == 0) | (rank < count[expert]))
+    experts = Experts(start, count, jnp.argsort(-count, stable=True).astype(_I32))
+    return experts, consecutive
 
 
 class _Operand(NamedTuple):
@@ -152,17 +168,32 @@ def run(
     tiles = tiles or tiles_for(problem)
     if interpret:  # it runs a thread for each warpgroup of each CTA
         tiles = tiles._replace(num_ctas=2)
-    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-        given = arguments(problem, tiles, *operands, interpret=interpret)
-        return build(problem, tiles, interpret=interpret)(*given)
+    kernel_of = build(problem, tiles, interpret=interpret)
+
+    def by_kernel(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
+        with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+            return kernel_of(*arguments(problem, tiles, experts, *operands, interpret=interpret))
+
+    def by_loop(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
+        del experts
+        return reference.weight_gradient(problem, *operands)
+
+    experts, consecutive = _experts_of(problem, *operands[2:])
+    if consecutive is None or problem.layout.consecutive:
+        return by_kernel(experts, operands)
+    return lax.cond(consecutive, by_kernel, by_loop, experts, operands)
 
 
 def arguments(
-    problem: WeightGradient, tiles: Tiles, *operands: jax.Array, interpret: bool
+    problem: WeightGradient,
+    tiles: Tiles,
+    experts: Experts,
+    *operands: jax.Array,
+    interpret: bool,
 ) -> list[jax.Array]:
     """The kernel's operands, of the problem's."""
     lhs, rhs, *where = operands
-    found = list(experts_of(problem, *where))
+    found = list(experts)
     if problem.gathered:
         # A stage may reach past the last row: the ids that it reads there are not used.
         found.append(jnp.pad(where[0], (0, tiles.bk), constant_values=-1))
@@ -199,12 +230,12 @@ def build(
         ids_ref = refs.pop(0) if problem.gathered else None
         left_ref, right_ref, out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        mine = lax.div(total - cta + (tiles.num_ctas - 1), _I32(tiles.num_ctas))
+        rounds, rest_of_round = divmod(total, tiles.num_ctas)
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            t = cta + i * tiles.num_ctas
+            t = i * tiles.num_ctas + place_in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
             m = lax.div(rest, _I32(n_tiles))
@@ -212,6 +243,13 @@ def build(
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
             return expert, m, rest - m * n_tiles, first, first + count, steps
+
+        def place_in_round(i):
+            """Every other round is taken backwards: who had the longest tile gets the shortest next."""
+            return jnp.where(lax.rem(i, _I32(2)) == 0, cta, tiles.num_ctas - 1 - cta)
+
+        last_round = _I32(rounds)
+        mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))

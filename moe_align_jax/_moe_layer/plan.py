@@ -91,6 +91,7 @@ class LayerProblem(NamedTuple):
         return "bfloat16" if self.scales else self.dtype
 
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
+        pairs = self.num_tokens * self.top_k
         return MatmulProblem(
             function=self.function,
             rows="blocks",
@@ -101,6 +102,8 @@ class LayerProblem(NamedTuple):
             weights=weights,
             block_size=self.block_size,
             zero_padding=False,  # the weighted sum reads rows of pairs alone
+            num_pairs=pairs if is_static(pairs) else 0,
+            consecutive=not self.check_blocks,
             **sizes,
         )
 

@@ -239,7 +239,7 @@ class PeerDevices(abc.ABC):
 
     @abc.abstractmethod
     def remote(self, ref: Any, rank: Int | int) -> Any:
-        """The same output of the launch on another device, of its rank; to be stored to."""
+        """The same staged array (or output) of the launch on another device, of its rank; to be stored to."""
 
     @abc.abstractmethod
     def device_arrive(self) -> None:
@@ -299,8 +299,11 @@ class Kernel:
         mailbox: words that each CTA gets from the CTAs of its cluster.
         arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
-        devices: the devices that run the kernel together; each may write to the outputs of the others.
+        devices: the devices that run the kernel together; each may write to the staged arrays of the others,
+            and, where XLA tells their addresses, to the outputs.
         inbox: words that the devices may `put` here, and the body takes.
+        staged: name and shape of each buffer that the devices write here and only this launch reads. They lie
+            in a window (`window.py`); or they are outputs that the caller does not see.
     """
 
     name: str
@@ -316,6 +319,7 @@ class Kernel:
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None
     inbox: int = 0
+    staged: Shapes = field(default_factory=dict)
 
     @property
     def num_threads(self) -> int:

@@ -12,6 +12,9 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from moe_align_jax._simt.language import Int
 
 FULL_MASK = -1
+# Nanoseconds that a kernel waits for another device, which may still be busy with kernels before this one. Then
+# the kernel traps: CUDA reports a launch failure, on every device that waits, and nothing hangs.
+PATIENCE = 60 * 10**9
 _BINARY = {
     "add": arith.addi,
     "sub": arith.subi,
@@ -63,6 +66,7 @@ class Ref:
     memref: ir.Value
     offset: int = 0
     argument: ir.Value | None = None  # of the kernel, of any dtype
+    staged: str = ""  # the name of an array in a window
 
     def indices(self, index: Any) -> list[ir.Value]:
         if isinstance(index, tuple):
@@ -101,3 +105,31 @@ def order_asm(instructions: str, operands: Sequence[ir.Value] = (), constraints:
     llvm.inline_asm(
         void, operands, instructions, f"{constraints}~{{memory}}", has_side_effects=True
     )
+
+
+def patient(look: str, registers: str = "") -> str:
+    """A loop until `look`, instructions that set the predicate `more`, finds what it waits for."""
+    return (
+        f"{{ .reg .pred more, first, late; .reg .u64 since, now; {registers} mov.u64 since, 0; "
+        f"again: {look} @!more bra there; mov.u64 now, %globaltimer; setp.eq.u64 first, since, 0; "
+        "selp.u64 since, now, since, first; sub.u64 now, now, since; "
+        f"setp.gt.u64 late, now, {PATIENCE}; @late trap; bra again; there: }}"
+    )
+
+
+def address_of(base: int, *terms: tuple["Int | int", int]) -> ir.Value:
+    """`base + sum(value * factor)` in 64 bits, as an integer; values are not negative."""
+    i64 = ir.IntegerType.get_signless(64)
+    address = arith.constant(i64, base)
+    for value, factor in terms:
+        wide = arith.extui(i64, value_of(value))
+        address = arith.addi(address, arith.muli(wide, arith.constant(i64, factor)))
+    return address
+
+
+def global_array(address: ir.Value, words: int) -> ir.Value:
+    """A memref of int32 over global memory at an address."""
+    pointer = llvm.inttoptr(llvm.PointerType.get(1), address)
+    # Through the address space of global memory, or loads and stores would be generic ones.
+    pointer = llvm.addrspacecast(llvm.PointerType.get(), pointer)
+    return mgpu_utils.ptr_as_memref(pointer, ir.MemRefType.get((words,), i32()))

@@ -24,12 +24,16 @@ from moe_align_jax._simt.mlir import (
     FULL_MASK,
     MlirInt,
     Ref,
+    address_of,
+    global_array,
     global_ref,
     i32,
     order_asm,
+    patient,
     shuffle,
     value_of,
 )
+from moe_align_jax._simt.window import Window, Windowed
 
 
 class MosaicSimt(Simt):
@@ -317,12 +321,9 @@ class MosaicSimt(Simt):
         """The first lane looks until the counter has come to the number of devices."""
         assert self._devices is not None
         with self._if((self.thread_id() & (WARP - 1)).eq(0)):
-            wait = (
-                "{ .reg .u32 seen; .reg .pred more; again: ld.acquire.sys.global.u32 seen, [$0]; "
-                "setp.lt.u32 more, seen, $1; @more bra again; }"
-            )
+            look = "ld.acquire.sys.global.u32 seen, [$0]; setp.lt.u32 more, seen, $1;"
             operands = [self._word(self._arrived()), value_of(self._devices.count)]
-            order_asm(wait, operands, "l,r,")
+            order_asm(patient(look, ".reg .u32 seen;"), operands, "l,r,")
         self.warp_sync()
 
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
@@ -339,13 +340,9 @@ class MosaicSimt(Simt):
             loads.append(f"ld.relaxed.sys.global{vector}.u32 {target}, [${count + number}];")
         looks = ["setp.eq.u32 more, $0, 0;"]
         looks += [f"setp.eq.or.u32 more, ${k}, 0, more;" for k in range(1, count)]
-        body = " ".join(["again:", *loads, *looks, "@more bra again;"])
-        kind = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
-        constraints = ",".join(["=&r"] * count + ["l"] * len(places) + ["~{memory}"])
+        constraints = ["=&r"] * count + ["l"] * len(places)
         pointers = [self._word(index) for index, _ in places]
-        asm = "{ .reg .pred more; " + body + " }"
-        found = llvm.inline_asm(kind, pointers, asm, constraints, has_side_effects=True)
-        words = [MlirInt(llvm.extractvalue(i32(), found, [k])) for k in range(count)]
+        words = _found(patient(" ".join([*loads, *looks])), count, pointers, constraints)
         return [
             tuple(words[end - width : end]) for end, (_, width) in zip(ends, places, strict=True)
         ]
@@ -362,6 +359,92 @@ class MosaicSimt(Simt):
         self._grid_control("griddepcontrol.launch_dependents;")
 
 
+def _found(
+    asm: str, count: int, operands: Sequence[ir.Value], constraints: Sequence[str]
+) -> list[MlirInt]:
+    """The words that instructions find in memory that others write."""
+    text = f"!llvm.struct<({', '.join(['i32'] * count)})>"
+    kind = i32() if count == 1 else ir.Type.parse(text)  # LLVM has no structs of one result
+    constraints = ",".join([*constraints, "~{memory}"])
+    found = llvm.inline_asm(kind, operands, asm, constraints, has_side_effects=True)
+    if count == 1:
+        return [MlirInt(found)]
+    return [MlirInt(llvm.extractvalue(i32(), found, [k])) for k in range(count)]
+
+
+class WindowedMosaic(Windowed, MosaicSimt):
+    """A kernel of several devices that meet in windows: for XLA an ordinary kernel of one device."""
+
+    def __init__(self, kernel: Kernel, window: Window, place: Ref):
+        super().__init__(kernel)
+        self._window, self._words_of = window, kernel.staged
+        self.open_window(kernel, self.load(place, 0), window.half_words)
+
+    def remote(self, ref: Ref, rank: Int | int) -> Ref:
+        return self.staged(ref.staged, rank)
+
+    def _address(self, offset: Int | int, place: Int | None = None) -> ir.Value:
+        where = self._place if place is None else place
+        return address_of(self._window.address, (where, self._window.num_bytes), (offset, 4))
+
+    def _array(self, name: str, place: Int, offset: Int) -> Ref:
+        [words] = self._words_of[name]
+        return Ref(global_array(self._address(offset, place), words), staged=name)
+
+    def _now(self, offset: int) -> Int:
+        load = "ld.relaxed.gpu.global.u32 $0, [$1];"
+        return _found(load, 1, [self._address(offset)], ["=r", "l"])[0]
+
+    def _set(self, offset: int, value: Int) -> None:
+        operands = [self._address(offset), value_of(value)]
+        order_asm("st.relaxed.gpu.global.u32 [$0], $1;", operands, "l,r,")
+
+    def _add(self, offset: int, value: int) -> Int:
+        add = "atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;"
+        return _found(add, 1, [self._address(offset), value_of(value)], ["=r", "l", "r"])[0]
+
+    def _tell(self, place: Int, offset: Int, value: Int) -> None:
+        operands = [self._address(offset, place), value_of(value)]
+        signal = "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$0], $1;"
+        order_asm(signal, operands, "l,r,")
+
+    def _watch(self, offset: Int, value: Int) -> None:
+        look = "ld.acquire.sys.global.u32 seen, [$0]; setp.ne.u32 more, seen, $1;"
+        operands = [self._address(offset), value_of(value)]
+        order_asm(patient(look, ".reg .u32 seen;"), operands, "l,r,")
+
+    def _put(self, place: Int, offset: Int, value: Int, epoch: Int) -> None:
+        # One access of 8 bytes: the two words of a vector could come one after the other.
+        store = "{ .reg .b64 both; mov.b64 both, {$1, $2}; st.relaxed.sys.global.u64 [$0], both; }"
+        operands = [self._address(offset, place), value_of(value), value_of(epoch)]
+        order_asm(store, operands, "l,r,r,")
+
+    def _take(self, offsets: Sequence[tuple[Int, int]], epoch: Int) -> list[tuple[Int, ...]]:
+        # All loads before any is looked at: one latency. Two pairs of 8 bytes to a load where there are four.
+        ends = list(itertools.accumulate(width for _, width in offsets))
+        count, loads = ends[-1], []
+        for number, (end, (_, width)) in enumerate(zip(ends, offsets, strict=True)):
+            step = 2 if width == 4 else 1
+            for k in range(0, width, step):
+                pairs = ", ".join(f"pair{end - width + k + i}" for i in range(step))
+                vector, target = (".v2", "{" + pairs + "}") if step == 2 else ("", pairs)
+                at = f"[${count + number} + {8 * k}]"
+                loads.append(f"ld.relaxed.sys.global{vector}.u64 {target}, {at};")
+        tag = f"${count + len(offsets)}"
+        looks = []
+        for k in range(count):
+            test, more = ("setp.ne.or.u32", ", more") if k else ("setp.ne.u32", "")
+            looks.append(f"mov.b64 {{${k}, tag}}, pair{k}; {test} more, tag, {tag}{more};")
+        registers = f".reg .b64 pair<{count}>; .reg .b32 tag;"
+        asm = patient(" ".join([*loads, *looks]), registers)
+        constraints = ["=&r"] * count + ["l"] * len(offsets) + ["r"]
+        operands = [*(self._address(offset) for offset, _ in offsets), value_of(epoch)]
+        words = _found(asm, count, operands, constraints)
+        return [
+            tuple(words[end - width : end]) for end, (_, width) in zip(ends, offsets, strict=True)
+        ]
+
+
 def _name_module(kernel: Kernel) -> None:
     """Names the module that is being made, for dumps, after the kernel and its sizes.
 
@@ -376,19 +459,25 @@ def _name_module(kernel: Kernel) -> None:
     operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
 
 
-def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax.Array]]:
+def launcher(
+    kernel: Kernel, *, pdl: bool = False, window: Window | None = None
+) -> Callable[..., Sequence[jax.Array]]:
     """The kernel as a function of its inputs, in order.
 
     `pdl`: for a launch with programmatic dependent launch, which the launcher must then ask for.
+    `window`: in which the devices meet; an int32 `[1]`, the place of the device among its windows, then stands
+    ahead of the inputs. None: XLA tells the kernel its peers' addresses, and places are those in the mesh.
     """
     check_launch(kernel)
     words = kernel.shared_words
     # One array for all of shared memory: Pallas rounds each of its arrays up to 1,024 bytes.
     scratch: list[Any] = [plgpu.SMEM((words,), jnp.int32)] if words else []
-    buffers = {**kernel.inputs, **kernel.outputs}
+    by_xla = kernel.devices is not None and window is None
+    outputs = {**kernel.outputs, **(kernel.staged if by_xla else {})}
+    buffers = {**({"": (1,)} if window else {}), **kernel.inputs, **outputs}
 
     def body(*refs):
-        if kernel.devices:
+        if by_xla:
             counters = plgpu.SemaphoreType.REGULAR((kernel.inbox + kernel.num_ctas,))
             refs = (*refs, pl.get_global(counters))
 
@@ -402,14 +491,18 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
             for name, size in kernel.shared_arrays.items():
                 refs[name] = Ref(own[0], offset)
                 offset += -(-size // 4) * 4
-            machine = MosaicSimt(
-                kernel,
-                pdl=pdl,
-                context=context,
-                zeroed=own[-1] if kernel.devices else None,
-                mailbox=refs.pop("mailbox", None),
-                mail_barrier=refs.pop("mail_barrier", None),
-            )
+            if window:
+                machine = WindowedMosaic(kernel, window, refs.pop(""))
+                refs |= {name: machine.staged(name) for name in kernel.staged}
+            else:
+                machine = MosaicSimt(
+                    kernel,
+                    pdl=pdl,
+                    context=context,
+                    zeroed=own[-1] if by_xla else None,
+                    mailbox=refs.pop("mailbox", None),
+                    mail_barrier=refs.pop("mail_barrier", None),
+                )
             if kernel.mailbox:
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
@@ -422,13 +515,13 @@ def launcher(kernel: Kernel, *, pdl: bool = False) -> Callable[..., Sequence[jax
     grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)} if with_grid else {}
     if kernel.cluster > 1:
         grid |= {"cluster": (kernel.cluster,), "cluster_names": ("peer",)}
-    if kernel.devices:  # whose addresses Mosaic finds by following a value to the kernel's argument
+    if by_xla:  # whose addresses Mosaic finds by following a value to the kernel's argument
         lane = plgpu.LoweringSemantics.Lane
         grid["compiler_params"] = plgpu.CompilerParams(lowering_semantics=lane)
-    outputs = [kernel.arrays.get(name, (w, jnp.int32)) for name, w in kernel.outputs.items()]
+    arrays = [kernel.arrays.get(name, (w, jnp.int32)) for name, w in outputs.items()]
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays],
         scratch_types=scratch,
         num_threads=kernel.num_warpgroups,
         thread_name="warpgroup",

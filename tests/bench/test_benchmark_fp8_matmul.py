@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
+from benchmarks import deep_gemm_peer
 from benchmarks import fp8_matmul as bench
 from benchmarks.grouped_matmul import Size
 from moe_align_jax._grouped_matmul import launch
@@ -59,6 +60,20 @@ def test_the_tiles_of_a_variant_are_those_of_its_program():
         assert launch.config_for is usual
     assert texts[0] != texts[1]
     assert all(text.count("custom_call @mosaic_gpu") == 1 for text in texts)
+
+
+def test_deep_gemms_layout_is_its_own():
+    """As its tests make it: blocks of 128 rows, each of one expert, -1 in rows of padding."""
+    counts = np.array([1, 0, 130], np.int32)
+    source, expert = deep_gemm_peer.contiguous_layout(counts)
+    assert expert.tolist() == [0] + [-1] * 127 + [2] * 130 + [-1] * 126
+    assert source[expert >= 0].tolist() == list(range(131))
+
+
+def test_deep_gemm_is_named_where_it_is_not(tmp_path):
+    assert deep_gemm_peer.found(str(tmp_path)) == ""
+    with pytest.raises(ImportError, match="python -m benchmarks.fetch deep_gemm"):
+        deep_gemm_peer.load(str(tmp_path))
 
 
 def test_ratios_name_every_other_provider():

@@ -496,6 +496,38 @@ def test_fetch_extracts_the_op_and_notes_its_release(tmp_path):
         fetch.extract(wheels, fetch.WHEELS["sglang"], folder)
 
 
+def test_fetch_keeps_a_whole_package_in_a_folder(tmp_path):
+    wheel = fetch.WHEELS["deep_gemm"]
+    inside, _ = wheel.package
+    with zipfile.ZipFile(tmp_path / "vllm-0.33.0-cp38-abi3-linux.whl", "w") as archive:
+        for member in ("vllm/outside.py", wheel.member, f"{inside}__init__.py"):
+            archive.writestr(member, f"text of {member}")
+        archive.writestr(f"{inside}include/deep_gemm/a.cuh", "a header")
+    target = fetch.extract(tmp_path, wheel, tmp_path / "peers")
+    kept = tmp_path / "peers" / "deep_gemm"
+    assert target == kept / "_C_extension.abi3.so"
+    assert target.read_text() == f"text of {wheel.member}"
+    assert (kept / "include" / "deep_gemm" / "a.cuh").read_text() == "a header"
+    files = sorted(str(f.relative_to(kept)) for f in kept.rglob("*") if f.is_file())
+    assert files == ["_C_extension.abi3.so", "__init__.py", "include/deep_gemm/a.cuh"]
+    assert peers._version_of(kept) == "vllm 0.33.0"
+
+
+def test_fetch_downloads_a_wheel_once_for_all_that_is_in_it(monkeypatch, tmp_path):
+    asked, kept = [], []
+
+    def run(command):
+        asked.append(command[5])
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(fetch, "extract", lambda folder, wheel, target: kept.append(wheel))
+    peers_of = ["vllm", "sglang", "deep_gemm"]
+    assert fetch.main([*peers_of, "--folder", str(tmp_path)]) == 0
+    assert asked == ["vllm==0.33.0", "sglang-kernel==0.4.4"]
+    assert sorted(map(str, kept)) == sorted(str(fetch.WHEELS[name]) for name in peers_of)
+
+
 def test_fetch_leaves_the_index_to_pip():
     command = fetch.pip_command("vllm==0.33.0", "folder")
     assert command[:4] == [sys.executable, "-m", "pip", "download"]

@@ -20,6 +20,7 @@ from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 from moe_align_jax.types import LAUNCH_SIZES
 from tests import oracle
+from tests.bridge import fake_layer
 from torch_bridge import _ops
 from torch_bridge._direct import compile_worker, disk_cache, driver, fast_path, problems, store
 from torch_bridge._direct.call import Buffers
@@ -49,6 +50,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.kernels: list[tuple[Kernel, Any, compile_worker.KernelLaunch]] = []
         self.launched: list[tuple[str, int]] = []  # kernel and stream
+        self.described: list[tuple] = []  # the arguments of each descriptor
         self.loads = 0
         self.result = 0
         self.compute_mode = 0
@@ -73,7 +75,11 @@ class FakeCuda:
     def _compile(self, kernels: Sequence[Kernel]) -> list[tuple[str, compile_worker.KernelLaunch]]:
         return [self._compile_one(kernel) for kernel in kernels]
 
-    def _compile_one(self, kernel: Kernel) -> tuple[str, compile_worker.KernelLaunch]:
+    def _compile_one(self, kernel: Any) -> tuple[str, compile_worker.KernelLaunch]:
+        if hasattr(kernel, "structs"):
+            how = fake_layer.launch_of(kernel, self._problem)
+            self.kernels.append((kernel, self._problem, how))
+            return f"kernel {len(self.kernels) - 1}", how
         how = compile_worker.KernelLaunch(
             kernel.name,
             (kernel.num_ctas, 1, 1),
@@ -147,6 +153,17 @@ class FakeCuda:
     def cuCtxSynchronize(self) -> int:
         return 0
 
+    def cuTensorMapEncodeTiled(self, target, *described) -> int:
+        """Leaves the number of the description where the descriptor would be."""
+        dtype, rank, address, sizes, strides, box, steps, interleave, swizzle, *rest = described
+        assert value_of(target) % 64 == 0 and interleave == 0 and rest == [0, 0]
+        assert list(steps) == [1] * rank
+        found = (dtype, value_of(address), tuple(sizes), tuple(strides), tuple(box), swizzle)
+        self.described.append(found)
+        ctypes.memset(value_of(target), 0, 128)
+        ctypes.c_uint64.from_address(value_of(target)).value = len(self.described) - 1
+        return self.result
+
     def cuLaunchKernelEx(self, config, function, arguments, extra) -> int:
         if self.result:
             return self.result
@@ -155,11 +172,17 @@ class FakeCuda:
         assert (given.grid_x, given.grid_y, given.grid_z) == how.grid
         assert (given.block_x, given.block_y, given.block_z) == how.block
         assert given.shared_bytes == how.shared_bytes and value_of(extra) == 0
+        pointers = (ctypes.c_void_p * len(how.parameters)).from_address(value_of(arguments))
+        if hasattr(kernel, "structs"):
+            assert given.num_attributes == 0 and not how.waits
+            self.launched.append((kernel.name, given.stream or 0))
+            fake_layer.run(self, kernel, problem, how, pointers)
+            return 0
         pdl, cluster = given.attributes[0], given.attributes[1]
         assert (pdl.id, pdl.value[0]) == (6, 1)
         assert given.num_attributes == (2 if kernel.cluster > 1 else 1)
-        assert (cluster.id, tuple(cluster.value[:3])) == (4, how.cluster)
-        pointers = (ctypes.c_void_p * len(how.parameters)).from_address(value_of(arguments))
+        if kernel.cluster > 1:
+            assert (cluster.id, tuple(cluster.value[:3])) == (4, how.cluster)
         values = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
         self.launched.append((kernel.name, given.stream or 0))
         self._run(kernel, problem, dict(zip(how.parameters, values, strict=True)))
@@ -219,7 +242,9 @@ class FakeMachine(FakeCuda, Machine):
         return self.stream
 
     def empty(self, size, stride, dtype) -> torch.Tensor:  # type: ignore[override]
-        """On 256 bytes, as torch's allocator of a GPU."""
+        """On 256 bytes, as torch's allocator of a GPU; a `torch.Size` is refused, as by torch's function."""
+        if type(size) is not tuple or type(stride) is not tuple:
+            raise RuntimeError("Expected Py_IS_TYPE(((PyObject*)(((obj)))), (&PyTuple_Type))")
         words = math.prod(size) * dtype.itemsize // 4 + 1
         room = torch.full((words + 64,), UNWRITTEN, dtype=torch.int32)
         start = -room.data_ptr() % 256 // 4

@@ -61,20 +61,33 @@ def sized(num_pairs, num_experts, block_size, dtype=torch.int32, *, minus_one=Fa
     )
 
 
-def load_programs(sizes, options, dtypes=(torch.int64,), **more) -> None:
+def load_programs(
+    sizes, options, dtypes=(torch.int64,), *, return_counts=False, return_inverse=False
+) -> None:
     """Compiles what calls will need, many at once: one by one, each costs a process.
 
-    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, `more` as for `sized`.
+    `sizes` are (n, num_experts, block_size), `options` those of `align_blocks`, the rest as for
+    `problems.bucket_problem`.
     """
     wanted = set()
     device = torch.device("cuda", torch.cuda.current_device())
-    more = {"tuning": store.here.machine.tuning(device), **more}
+    tuning = store.here.machine.tuning(device)
     for (n, num_experts, block_size), given in itertools.product(sizes, options):
         use = ""
         if given.get("expert_map") is not None:
             use = problems.map_use(given.get("ignore_invalid_experts", False))
         limit = given.get("num_valid_pairs") is not None
         for dtype in dtypes:
-            one = {"expert_map": use, "has_num_valid_pairs": limit, **more}
-            wanted.add(sized(n, num_experts, block_size, dtype, **one))
+            one = sized(
+                n,
+                num_experts,
+                block_size,
+                dtype,
+                expert_map=use,
+                has_num_valid_pairs=limit,
+                return_counts=return_counts,
+                return_inverse=return_inverse,
+                tuning=tuning,
+            )
+            wanted.add(one)
     store.here.prepare(torch.cuda.current_device(), sorted(wanted))

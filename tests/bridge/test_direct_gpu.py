@@ -134,8 +134,13 @@ def test_gpu_both_paths_give_the_same_bits(n, num_experts, block_size):
         for use, limit, _, _ in CHOICES
     ]
     for inverse in (False, True):
-        both = {"tokens_per_expert": True, "return_inverse": inverse}
-        load_programs([(n, num_experts, block_size)], given, (torch.int32, torch.int64), **both)
+        load_programs(
+            [(n, num_experts, block_size)],
+            given,
+            (torch.int32, torch.int64),
+            return_counts=True,
+            return_inverse=inverse,
+        )
     for index, (use, limit, pad, inverse) in enumerate(CHOICES):
         dtype = (torch.int64, torch.int32)[index % 2]
         array, ids = ids_of(dtype, "outside", n, 1, num_experts, seed=index)

@@ -47,7 +47,7 @@ def _on_gpu(options, num_experts):
 
 @pytest.fixture(scope="module")
 def options_loaded():
-    load_programs(SIZES, OPTIONS.values(), tokens_per_expert=True, return_inverse=True)
+    load_programs(SIZES, OPTIONS.values(), return_counts=True, return_inverse=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

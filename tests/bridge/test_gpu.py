@@ -201,7 +201,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def options_loaded():
     sizes = [(3 * num_tokens, 16, 8) for num_tokens in (9, 37, 900)]
-    load_programs(sizes, OPTIONS.values(), tokens_per_expert=True, return_inverse=True)
+    load_programs(sizes, OPTIONS.values(), return_counts=True, return_inverse=True)
     load_programs(sizes, OPTIONS.values())
 
 
@@ -382,7 +382,7 @@ def test_gpu_calls_do_not_accumulate_memory(path):
         torch_bridge.moe_align_block_size(base, 64, 32, path=path)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
-    assert run.kept_memory._bytes <= run._MAX_KNOWN_BYTES
+    assert run.kept_memory._bytes <= run._MAX_KEPT_BYTES
 
 
 def test_gpu_eight_threads_on_streams_of_their_own(path):

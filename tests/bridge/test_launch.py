@@ -45,15 +45,25 @@ def host_code(
         if index:
             lines.append(f"  %a{index} = getelementptr ptr, ptr {table}, i32 {index}")
         lines.append(f"  %b{index} = load ptr, ptr {f'%a{index}' if index else table}, align 8")
-    lines.append("  %k = load ptr, ptr %handle, align 8")
+    lines.append("  %k = ptrtoint ptr %handle to i64")
     struct = "{ " + ", ".join(["ptr"] * len(order)) + " }"
     lines.append(f"  %s = alloca {struct}, align 8")
+    lines.append(f"  %q = alloca [{len(order)} x i64], align 8")
     for slot, index in enumerate(order):
         lines.append(f"  %p{slot} = getelementptr {struct}, ptr %s, i32 0, i32 {slot}")
         value = "%k" if slot in foreign else f"%b{index}"
         lines.append(f"  store ptr {value}, ptr %p{slot}, align 8")
+        lines.append(f"  %q{slot} = getelementptr i64, ptr %q, i32 {slot}")
+        lines.append(f"  store ptr %p{slot}, ptr %q{slot}, align 8")
     text = ", ".join(f"i32 {x}" for x in numbers)
-    lines += [f"  call void @{function}(ptr %k, {text}, ptr %s, ptr %q)"] * calls
+    behind = "ptr %1, ptr %q"  # the stream, the parameters
+    if function == "mosaic_gpu_build_kernel_spec":
+        lines.append(f"  %n = alloca [{len(order)} x i32], align 4")
+        for slot in range(len(order)):
+            lines.append(f"  %n{slot} = getelementptr i32, ptr %n, i32 {slot}")
+            lines.append(f"  store i32 0, ptr %n{slot}, align 4")
+        behind = "ptr %q, ptr %n"  # the parameters, their sizes
+    lines += [f"  call void @{function}(ptr %0, {text}, {behind})"] * calls
     return "\n".join(
         [*lines, "  ret void", "}", "", "define void @unused() {", "  ret void", "}", ""]
     )
@@ -63,7 +73,7 @@ V11 = {"table": "%2"}
 V12 = {
     "table": "%1",
     "function": "mosaic_gpu_build_kernel_spec",
-    "numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096, 4, 0),
+    "numbers": (16, 1, 1, 0, 0, 0, 256, 1, 1, 4096, 0, 4),
 }
 
 
@@ -105,7 +115,7 @@ def test_launch_of_an_unknown_form_is_refused(case, layout):
 
 
 def test_launch_with_more_buffers_than_the_call_is_refused():
-    with pytest.raises(compile_worker.CompileError, match="is no buffer of the call"):
+    with pytest.raises(compile_worker.CompileError, match="no buffer of the call"):
         compile_worker.read_launch(host_code(), "align", BUFFERS[:3])
 
 

@@ -28,15 +28,16 @@ from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices, Kernel
 
 
-def sent(problem: nvlink_kernels.PeerProblem, *arrays) -> list[dict[str, np.ndarray]]:
-    """The outputs of every device, by name, in their own dtypes."""
+def sent(problem: nvlink_kernels.PeerProblem, *operands) -> list[dict[str, np.ndarray]]:
+    """The outputs of every device and what was staged there, by name, in their own dtypes."""
     kernel = nvlink_kernels.build(problem)
-    given = zip(*arrays, strict=True)
+    given = zip(*operands, strict=True)
+    arrays = problem.outputs | problem.staged
     got = emulator.run_on_devices(kernel, [[a.view(np.int32) for a in mine] for mine in given])
     return [
         {
             name: words.reshape(-1).view(dtype).reshape(shape)
-            for (name, (shape, dtype)), words in zip(problem.outputs.items(), mine, strict=True)
+            for (name, (shape, dtype)), words in zip(arrays.items(), mine, strict=True)
         }
         for mine in got
     ]

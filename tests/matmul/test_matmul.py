@@ -39,6 +39,31 @@ def ids_of(name, tokens, top_k, experts, seed=0):
     return ids.astype(np.int32)
 
 
+@pytest.mark.parametrize("implementation", ["xla", gpu])
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_an_alignment_cut_to_its_rows(inverse, block, implementation):
+    """The last block is full, so that the last slot holds a pair; another expert's slots hold padding or not."""
+    rng = np.random.default_rng(0)
+    for ids in ([[1, 0], [1, 1], [1, 0]], [[0, 0], [1, 1], [1, 0], [1, 0]], [[-1, 1], [1, 1], [1, -1]]):
+        ids = np.array(ids, np.int32)
+        aligned = maj.moe_align_block_size(
+            *(ids,), block_size=block, num_experts=2, return_inverse=inverse, implementation="xla"
+        )
+        used = int(aligned.num_tokens_post_padded[0])
+        cut = aligned._replace(
+            sorted_token_ids=aligned.sorted_token_ids[:used],
+            expert_ids=aligned.expert_ids[: used // block],
+        )
+        x, w = normal(rng, (used, 8), "bfloat16"), normal(rng, (2, 8, 8), "bfloat16")
+        found = maj.grouped_matmul(x, w, cut, block_size=block, implementation=implementation)
+        real = np.asarray(cut.sorted_token_ids) < ids.size
+        want = np.zeros((used, 8))
+        for row in np.flatnonzero(real):
+            want[row] = oracle.row(x[row], w[int(cut.expert_ids[row // block])])
+        assert oracle.error(found, want) < bound(implementation, "bfloat16")
+
+
 def make_case(
     tokens,
     top_k,

@@ -27,6 +27,21 @@ def cells(text: str, title: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.gpu
+def test_kernels_of_a_gpu_belong_to_stages(moe_align, tmp_path):
+    """In a CUDA graph a kernel has no operation: the profiled program has none."""
+    options = ["--model", "qwen3-30b-a3b", "--scale", "8", "--num-tokens", "512", "--repeats", "2"]
+    done = moe_align("profile", *options, "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    found = {(stage, direction) for stage, direction, *_ in cells(done.output, "time per stage")}
+    for stage in ("gate and up", "down", "combine"):
+        assert {(stage, "forward"), (stage, "backward")} <= found
+    [attributed] = re.findall(r"([\d.]+)% of it attributed", done.output)
+    assert float(attributed) > 90
+    [span] = re.findall(r"device span: ([\d.]+) µs", done.output)
+    assert 0 < float(span) < 1e6
+
+
 def test_a_layers_table_is_what_its_trace_holds(moe_align, tmp_path):
     options = ["--model", "qwen3-30b-a3b", "--scale", "64", "--num-tokens", "16", "--repeats", "2"]
     # 128 pairs of 128 experts: enough for an alignment, and few enough to be quick.

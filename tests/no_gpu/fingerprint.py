@@ -70,7 +70,9 @@ def _work(plugin: str, runtime: str, share: int, of: int) -> Iterator[tuple[str,
                 yield what, [fingerprint(text) for text in texts]
     for number, problem in enumerate(peer_rows.problems()):
         if number % of == share:
-            dump = checker.compiler.dump([peer_rows.lowered(problem)], [str(problem)])
+            dump = checker.compiler.dump(
+                [peer_rows.lowered(problem, windowed=False)], [str(problem)]
+            )
             [(text, _)] = checker.launch.read_dump(dump).values()
             yield f"peer_rows {number}, {problem}", [fingerprint(text)]
 

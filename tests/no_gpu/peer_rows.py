@@ -38,6 +38,7 @@ def problems() -> Iterator:
             yield Dispatch(Send(tokens, 8, (plain,), devices, local, True, e4m3), count * tokens)
         yield Dispatch(Send(128, 8, (plain,), devices, local, True), count * 128)
         yield Dispatch(Send(512 // count * 4, 4, quantised, devices, local, True), 128)
+        yield Dispatch(Send(512 // count * 2, 4, quantised, devices, local, True), 128)
         yield Combine(128, 8, local * count * 128, 7168, bf16, devices, local)
         yield Send(4096, 8, (plain,), devices, local, True)
         yield ReturnRows(4096, plain, devices)
@@ -50,13 +51,15 @@ def problems() -> Iterator:
         yield Combine(128, 8, 85 * count * 128, 7168, bf16, Devices(count), 85)
 
 
-def lowered(problem) -> bytes:
-    """The Mosaic module of a problem in a mesh of its devices."""
+def lowered(problem, windowed: bool) -> bytes:
+    """The Mosaic module of a problem in a mesh of its devices, with a window at an address of nobody."""
     import jax
     from jax.sharding import PartitionSpec as P
 
-    from moe_align_jax._expert_parallel.transports import nvlink
+    from moe_align_jax._expert_parallel.transports import nvlink, windows
+    from moe_align_jax._simt.window import Window
 
+    windows.for_kernel = lambda *_: Window(windows.FIRST_ADDRESS, windows.SIZES[-1])
     count = problem.devices.count
     mesh = jax.make_mesh(
         (count,), ("ep",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
@@ -64,14 +67,20 @@ def lowered(problem) -> bytes:
     given = problem.inputs.values()
     structs = [jax.ShapeDtypeStruct((s[0] * count, *s[1:]), dtype) for s, dtype in given]
     call = jax.shard_map(
-        lambda *x: nvlink._launch(problem, *x), mesh=mesh, in_specs=P("ep"), out_specs=P("ep")
+        lambda *x: nvlink._launch(problem, *x, windowed=windowed),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
     )
     program = jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",))
-    [module] = worker._load_launch()._custom_call_modules(program.compiler_ir().operation)
+    ir = program.compiler_ir()
+    by_xla = "uses_xla_collective_metadata = true" in str(ir)
+    assert by_xla != windowed, f"XLA is asked for addresses: {by_xla}"
+    [module] = worker._load_launch()._custom_call_modules(ir.operation)
     return module
 
 
-def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
+def faults(problem, windowed: bool, text: str, used: ptx.Usage) -> Iterator[str]:
     from moe_align_jax._expert_parallel import nvlink_kernels
     from moe_align_jax._expert_parallel.nvlink_kernels.copying import MIN_SMS
 
@@ -82,11 +91,19 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
     if kernel.num_ctas > resident * MIN_SMS:
         yield f"{kernel.num_ctas} CTAs, of which {resident} are resident on an SM"
     fences = re.findall(r"fence\.acq_rel\.sys", text)
-    signals, waits = re.findall(r"red\.relaxed\.sys", text), re.findall(r"ld\.acquire\.sys", text)
+    signal = r"acq_rel\.sys; st\.relaxed\.sys" if windowed else r"red\.relaxed\.sys"
+    signals, waits = re.findall(signal, text), re.findall(r"ld\.acquire\.sys", text)
     if (len(fences), len(signals), len(waits)) != (1, 1, 1):
         yield f"{len(fences)} fences, {len(signals)} signals, {len(waits)} waits; one of each"
+    tickets = re.findall(r"atom\.add\.acq_rel\.gpu", text)
+    if len(tickets) != windowed:
+        yield f"{len(tickets)} tickets of CTAs"
+    if "trap;" not in text:
+        yield "it waits for ever"
     if isinstance(problem, nvlink_kernels.Dispatch):
-        puts, takes = (re.findall(rf"{word}\.relaxed\.sys", text) for word in ("st", "ld"))
+        width = "u64" if windowed else "u32"
+        puts = re.findall(rf"st\.relaxed\.sys\.global\.{width}", text)
+        takes = re.findall(rf"ld\.relaxed\.sys\.global\S*\.{width}", text)
         if not puts or not takes:
             yield f"{len(puts)} puts, {len(takes)} takes"
         if early := re.findall(r"ld\.global\.nc\S*", text):
@@ -101,14 +118,22 @@ def faults(problem, text: str, used: ptx.Usage) -> Iterator[str]:
 def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     import jax
 
+    from moe_align_jax._expert_parallel import nvlink_kernels
+    from moe_align_jax._simt import window
+
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
     checker = worker.Checker(plugin, runtime)
-    for problem in problems():
-        dump = checker.compiler.dump([lowered(problem)], [str(problem)])
+    for problem, windowed in ((p, w) for p in problems() for w in (False, True)):
+        kernel = nvlink_kernels.build(problem)
+        if windowed and (not kernel.staged or window.unsupported(kernel)):
+            continue
+        dump = checker.compiler.dump([lowered(problem, windowed)], [str(problem)])
         [(text, _)] = checker.launch.read_dump(dump).values()
         used = ptx.usage(worker._ptxas(text))
-        yield f"{used.registers:3} registers  {problem}"[:150], [*faults(problem, text, used)]
+        where = "windows" if windowed else "outputs"
+        wrong = [*faults(problem, windowed, text, used)]
+        yield f"{used.registers:3} registers  {where}  {problem}"[:150], wrong
 
 
 if __name__ == "__main__":

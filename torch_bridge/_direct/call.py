@@ -129,7 +129,7 @@ def _as_the_kernels_read_them(
     if "expert_map" in operands:
         expert_map = operands["expert_map"]
         if expert_map.dtype != torch.int32:
-            expert_map = _narrow(expert_map, -1, spec.num_experts - 1)
+            expert_map = narrow(expert_map, -1, spec.num_experts - 1)
         given["expert_map"] = expert_map.contiguous()
     if max_valid_pairs is not None:
         given["num_valid_pairs"] = torch.full(
@@ -140,7 +140,7 @@ def _as_the_kernels_read_them(
     return given
 
 
-def _narrow(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
+def narrow(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """As int32; values outside [low, high], compared in their own dtype, become `low`."""
     if tensor.dtype in _UNSIGNED:  # torch has few operations on these
         tensor = tensor.view(torch.int32 if tensor.dtype == torch.uint32 else torch.int64)

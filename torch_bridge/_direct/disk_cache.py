@@ -26,7 +26,10 @@ from typing import Any, NamedTuple
 _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
 # Of moe_align_jax: the folders that a program comes from, beside `types.py`.
-_SOURCES = ("_align", "_align/kernels", "_core", "_lowering", "_masked_quant", "_router", "_simt")
+_SOURCES = (
+    *("_align", "_align/kernels", "_core", "_grouped_matmul", "_layout/kernels", "_lowering"),
+    *("_masked_quant", "_moe_layer", "_router", "_simt"),
+)
 
 
 class Entry(NamedTuple):
@@ -75,7 +78,7 @@ def code_digest() -> str:
     for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             start += f"\0{package} {importlib.metadata.version(package)}"
-    own = [here / f"{name}.py" for name in ("compile_worker", "driver", "selftest")]
+    own = [here / f"{name}.py" for name in ("compile_worker", "driver", "host_code", "selftest")]
     return _digest_of(start.encode(), [*files, *own])
 
 

@@ -29,6 +29,7 @@ _CAPTURE_HINT = (
     'capture with torch.cuda.graph(..., capture_error_mode="thread_local").'
 )
 _COMPUTE_MODE, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 20, 75, 76  # CU_DEVICE_ATTRIBUTE_*
+_MAX_BLOCKS = 1024  # of descriptors of a kernel that a thread keeps
 KERNEL_MODULE_VERSION = Path("/proc/driver/nvidia/version")
 
 
@@ -75,6 +76,32 @@ def file_of(function: Any) -> str:
     return os.path.realpath(os.fsdecode(found.file)) if known and found.file else ""
 
 
+# The parameter of a kernel that holds its TMA descriptors (host_code.py), and its place in a `LaunchSpec`.
+_TENSOR_MAPS, _BY_VALUE = "*tensor maps", -1
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
+_SIZE_SHIFT = 8  # a size is given times 256, like the pointers beside it
+
+
+class TensorMap(NamedTuple):
+    """How an array is copied by TMA: the arguments of `cuTensorMapEncodeTiled`, but for its address.
+
+    Attributes:
+        address: position of the array's pointer among the program's values.
+        rows: position of the value that tells the size of dimension `axis`, times 256; -1 for none.
+        axis: see `rows`.
+        dtype, sizes, strides, box, swizzle: as in `host_code.TensorMap`.
+    """
+
+    address: int
+    rows: int
+    axis: int
+    dtype: int
+    sizes: Sequence[int]
+    strides: Sequence[int]
+    box: Sequence[int]
+    swizzle: int
+
+
 class LaunchSpec(NamedTuple):
     """A loaded kernel and how it is launched.
 
@@ -82,7 +109,10 @@ class LaunchSpec(NamedTuple):
         function: the kernel's CUfunction.
         grid, cluster, block: CTAs of the grid and of a cluster, and threads, in x, y, z.
         shared_bytes: dynamic shared memory.
-        parameters: for each 64-bit parameter, its position among the program's values.
+        parameters: for each 64-bit parameter, its position among the program's values; -1 for the
+            parameter that holds the descriptors.
+        tensor_maps: these, in order.
+        waits: whether the kernel itself waits for the one ahead of it (programmatic dependent launch).
     """
 
     function: int
@@ -91,6 +121,8 @@ class LaunchSpec(NamedTuple):
     block: Sequence[int]
     shared_bytes: int
     parameters: tuple[int, ...]
+    tensor_maps: tuple[TensorMap, ...] = ()
+    waits: bool = True
 
 
 class Driver:
@@ -238,8 +270,18 @@ class Driver:
                 self.check(result, f"asking for {shared} bytes of shared memory")
             assert function.value is not None
             shape = kernel["grid"], kernel["cluster"], kernel["block"]
-            positions = tuple([names.index(name) for name in kernel["parameters"]])
-            specs.append(LaunchSpec(function.value, *shape, shared, positions))
+            at = {name: position for position, name in enumerate(names)} | {_TENSOR_MAPS: _BY_VALUE}
+            positions = tuple([at[name] for name in kernel["parameters"]])
+            maps = [
+                TensorMap(
+                    at[one["buffer"]],
+                    at[one["rows"]] if one["rows"] else -1,
+                    *[one[field] for field in TensorMap._fields[2:]],
+                )
+                for one in kernel.get("tensor_maps", ())
+            ]
+            waits = kernel.get("waits", True)
+            specs.append(LaunchSpec(function.value, *shape, shared, positions, tuple(maps), waits))
         return specs
 
     def synchronize(self) -> None:
@@ -287,11 +329,59 @@ class Memory:
         self._driver.library.cuMemFree_v2(self._address)
 
 
+class TensorMaps:
+    """The TMA descriptors of one kernel, encoded anew only for addresses and sizes that were not seen before.
+
+    Not for two threads at once.
+    """
+
+    def __init__(self, driver: Driver, maps: Sequence[TensorMap]):
+        self._driver, self._maps = driver, maps
+        self._positions = [x for one in maps for x in (one.address, one.rows) if x >= 0]
+        # By the values that they were encoded from: where they lie, and the memory.
+        self._blocks: dict[tuple[int, ...], tuple[int, Any]] = {}
+
+    def address(self, values: Sequence[int]) -> int:
+        """Where the descriptors for these values of the program lie, one behind the other.
+
+        Raises:
+            DriverError: the driver takes no such descriptor.
+        """
+        key = tuple([values[position] for position in self._positions])
+        found = self._blocks.get(key)
+        if found is None:
+            if len(self._blocks) >= _MAX_BLOCKS:
+                self._blocks.clear()
+            found = self._blocks[key] = self._encode(values)
+        return found[0]
+
+    def _encode(self, values: Sequence[int]) -> tuple[int, Any]:
+        memory = ctypes.create_string_buffer(_MAP_BYTES * len(self._maps) + _MAP_ALIGNMENT)
+        start = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        for k, one in enumerate(self._maps):
+            rank, sizes = len(one.sizes), list(one.sizes)
+            if one.rows >= 0:
+                sizes[one.axis] = values[one.rows] >> _SIZE_SHIFT
+            result = self._driver.library.cuTensorMapEncodeTiled(
+                *(ctypes.c_void_p(start + _MAP_BYTES * k), one.dtype, rank),
+                ctypes.c_void_p(values[one.address]),
+                (ctypes.c_uint64 * rank)(*sizes),
+                (ctypes.c_uint64 * rank)(*one.strides),
+                (ctypes.c_uint32 * rank)(*one.box),
+                (ctypes.c_uint32 * rank)(*[1] * rank),
+                # No interleaving, no promotion in L2; what lies outside is zero. As Mosaic's runtime has it.
+                *(0, one.swizzle, 0, 0),
+            )
+            if result:
+                self._driver.check(result, f"describing an array of sizes {sizes} for TMA")
+        return start, memory
+
+
 class Launches:
     """The kernels of a program, launched one after the other, with the memory that holds their arguments.
 
-    Not for two threads at once: a thread makes its own. Each kernel may start before the one ahead of it
-    has ended (programmatic dependent launch), and waits for it where it must.
+    Not for two threads at once: a thread makes its own. A kernel that waits for the one ahead of it may start
+    before that one has ended (programmatic dependent launch); every other one starts behind it.
 
     Attributes:
         values: a 64-bit word per value of the program. The driver copies them at each launch.
@@ -305,18 +395,27 @@ class Launches:
         self.values = (ctypes.c_uint64 * num_values)()
         self._driver, self._stream = driver, None
         self._configs, self._pointers, self._arguments, self._attributes = [], [], [], []
+        # For each kernel with descriptors: its parameters, which of them they are, and what encodes them.
+        self._maps: list[tuple[Any, int, TensorMaps]] = []
         start = ctypes.addressof(self.values)
         # Without argtypes, and with arguments made once, ctypes converts nothing at a call: half the time.
         pointer = ctypes.c_void_p.from_param
         for spec in specs:
             places = [start + 8 * position for position in spec.parameters]
             pointers = (ctypes.c_void_p * len(places))(*places)
-            attributes = (LaunchAttribute * 2)()
-            attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
-            attributes[1].id, attributes[1].value[:3] = _CLUSTER_DIMENSION, list(spec.cluster)
-            in_clusters = max(spec.cluster) > 1
+            if spec.tensor_maps:
+                slot = spec.parameters.index(_BY_VALUE)
+                self._maps.append((pointers, slot, TensorMaps(driver, spec.tensor_maps)))
+            attributes, count = (LaunchAttribute * 2)(), 0
+            if spec.waits:
+                attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+                count = 1
+            if max(spec.cluster) > 1:
+                attributes[count].id = _CLUSTER_DIMENSION
+                attributes[count].value[:3] = list(spec.cluster)
+                count += 1
             config = LaunchConfig(
-                *spec.grid, *spec.block, spec.shared_bytes, None, attributes, 1 + in_clusters
+                *spec.grid, *spec.block, spec.shared_bytes, None, attributes, count
             )
             self._attributes.append(attributes)
             self._configs.append(config)
@@ -327,6 +426,8 @@ class Launches:
 
     def enqueue(self, stream: int) -> None:
         """Enqueues the kernels on a stream, with what `values` holds now."""
+        for pointers, slot, maps in self._maps:
+            pointers[slot] = maps.address(self.values)
         if stream != self._stream:
             for config in self._configs:
                 config.stream = stream

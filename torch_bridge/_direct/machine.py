@@ -32,7 +32,8 @@ class Machine:
     Attributes:
         current_device: the index of torch's current device.
         current_stream: the CUstream of torch's current stream on a device.
-        empty: a tensor on the current device, from torch's allocator: `empty(size, stride, dtype)`.
+        empty: a tensor on the current device, from torch's allocator: `empty(size, stride, dtype)`. Size and
+            stride must be plain tuples: torch's fast function refuses a `torch.Size`.
         driver: loads and launches.
     """
 

@@ -7,13 +7,22 @@ import torch
 
 from moe_align_jax._align import tables
 from moe_align_jax._core import checks
+from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+from moe_align_jax._moe_layer.direct_problem import DirectSum
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 from torch_bridge._specs import BatchedSpec, SglangSpec, Spec
 
 # What a program is compiled for. (A spec, of _specs.py, is what a call asks for.)
-type KernelProblem = AlignProblem | BatchedAlignProblem | MaskedQuantProblem | RouteProblem
+type KernelProblem = (
+    AlignProblem
+    | BatchedAlignProblem
+    | MaskedQuantProblem
+    | RouteProblem
+    | DirectMatmul
+    | DirectSum
+)
 
 # Tokens of the least bucket of the router. The CTAs of tokens that are not there end at once.
 _LEAST_TOKENS = 64

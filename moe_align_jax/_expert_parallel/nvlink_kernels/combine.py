@@ -46,7 +46,6 @@ def build(problem: Combine) -> Kernel:
         body,
         num_warpgroups=groups,
         num_ctas=min(problem.num_tokens * parts, most),
-        partial=frozenset(["parts"]),
     )
 
 

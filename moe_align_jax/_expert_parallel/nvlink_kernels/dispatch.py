@@ -80,8 +80,7 @@ def build(problem: Dispatch) -> Kernel:
     def body(t: Simt, r: SimpleNamespace) -> None:
         _Dispatcher(t, r, problem).run()
 
-    received = range(len(problem.send.received))
-    sparse = {f"{name}{number}" for number in received for name in ("received", "boxes")}
+    sparse = {f"boxes{number}" for number in range(len(problem.send.received))}
     num_ctas = _num_ctas(problem)
     rounds = -(-problem.num_tokens * parts(problem) // num_ctas)
     slots = rounds * problem.devices.count * problem.send.top_k
@@ -130,7 +129,8 @@ class _Dispatcher:
         t = self.t
         t.grid_dependency_wait()
         with t.if_(self.thread < WARPGROUP):
-            sender = Sender(t, self.r, self.send, self.thread, self.parts)
+            rows = self.send._replace(routing=False)
+            sender = Sender(t, self.r, rows, self.thread, self.parts)
             copying.for_tokens(t, self.units, sender.send_row)
         with t.if_(self.warp.eq(_WARPS)):
             copying.for_tokens(t, self.units, self._send_routes)
@@ -171,7 +171,10 @@ class _Dispatcher:
     # -- ids and weights
 
     def _send_routes(self, unit: Int) -> None:
-        """A token's ids and weights to everyone, marks in place of those of the others' experts."""
+        """A token's ids and weights to everyone, marks in place of those of the others' experts.
+
+        The weights are read when the rows are: nobody needs them before.
+        """
         t, r, top_k, count = self.t, self.r, self.send.top_k, self.send.num_local_experts
         token = self._token(unit)
         goes = self.lane < top_k
@@ -190,7 +193,7 @@ class _Dispatcher:
                 # mutant: ids that are nobody's here are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
                 # mutant: weights of others' experts are kept
-                t.store(t.remote(r.local_weights, rank), at, t.select(here, weight, 0))
+                t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
 
     # -- the counting warpgroup
 
@@ -316,11 +319,16 @@ class _Dispatcher:
             found.append(_Found(source, first, mine, expert, row))
         return found
 
-    def _lay_out(self, unit: Int, found: list[_Found]) -> None:
-        t, r = self.t, self.r
+    def _opens(self, unit: Int) -> Int:
+        """Whether I write what a token has once: in the first part, a warp of each source rank's."""
         opens = (self.thread & (self.copying - 1)) < WARP
         if self.parts > 1:
             opens = opens & unit.eq(self._token(unit) * self.parts)
+        return opens
+
+    def _lay_out(self, unit: Int, found: list[_Found]) -> None:
+        t, r = self.t, self.r
+        opens = self._opens(unit)
         for one in found:
             with t.if_(opens & one.mine):
                 t.store(r.local_ids, one.first_pair + self.lane, one.expert)
@@ -333,6 +341,11 @@ class _Dispatcher:
     def _copy(self, unit: Int, found: list[_Found]) -> None:
         """Reads a row that came once, and writes it once per pair."""
         t = self.t
+        opens = self._opens(unit)
+        for one in found:
+            with t.if_(opens & one.mine):
+                pair = one.first_pair + self.lane
+                t.store(self.r.local_weights, pair, t.load(self.r.sent_weights, pair))
         fields = [field.part(self.parts) for field in self.send.received]
         part = unit - self._token(unit) * self.parts
         used = [t.ballot(one.row >= 0).ne(0) for one in found]

@@ -82,13 +82,17 @@ class Send(NamedTuple):
             }
         return named
 
+    @property
+    def staged(self) -> dict[str, Array]:
+        return {}
+
 
 class Dispatch(NamedTuple):
     """`Send` with routing, and what a rank receives into boxes of `room` rows for each of its e experts.
 
-    Gives, beside what `Send` does, `boxes [e, room, c]` per field received, and the `MaskedLayout` of the
-    received ids: `masked_m [e]`, `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`.
-    Rows of a box from `masked_m` on are not written.
+    Gives `boxes [e, room, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send` does.
+    Rows of a box from `masked_m` on are not written. Staged are the rows and weights that came.
     """
 
     send: Send
@@ -125,7 +129,14 @@ class Dispatch(NamedTuple):
             "row_of_pair": ((rows, self.send.top_k), INT32),
             "pair_of_row": ((experts, self.room), INT32),
         }
-        return boxes | layout | self.send.outputs
+        pairs = {name: self.send.outputs[name] for name in ("local_weights", "local_ids")}
+        return boxes | layout | pairs
+
+    @property
+    def staged(self) -> dict[str, Array]:
+        outputs = self.send.outputs
+        rows = {name: array for name, array in outputs.items() if name.startswith("received")}
+        return rows | {"sent_weights": outputs["local_weights"]}
 
 
 class ReturnRows(NamedTuple):
@@ -146,14 +157,18 @@ class ReturnRows(NamedTuple):
         shape = (self.devices.count, self.num_tokens, self.field.columns)
         return {"parts": (shape, self.field.dtype)}
 
+    @property
+    def staged(self) -> dict[str, Array]:
+        return {}
+
 
 class Combine(NamedTuple):
     """The weighted sum of each token's rows of y on every rank, given back, and summed over the ranks.
 
     Takes `y [num_rows, H]` bfloat16, `row_of_pair [R, K]` int32 (-1 for none), `weights [R, K]` float32, and
     who has an expert of whom: `local_ids [R, K]` as `Send` gave them (-1 for others' experts; one of mine may
-    have no row), and my tokens' `topk_ids [T, K]`. Gives `out [T, H]` bfloat16, and the parts that the ranks
-    sent, written only where the rank has an expert of the token. Float32 sums, over K by fused multiply-adds
+    have no row), and my tokens' `topk_ids [T, K]`. Gives `out [T, H]` bfloat16. Staged are the parts that the ranks
+    sent, `[D, T, H]`, written only where the rank has an expert of the token. Float32 sums, over K by fused multiply-adds
     in order, rounded to bfloat16 for the way, then over the ranks in order; zeros without any.
     """
 
@@ -178,11 +193,11 @@ class Combine(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
-        shape = (self.num_tokens, self.columns)
-        return {
-            "out": (shape, self.dtype),
-            "parts": ((self.devices.count, *shape), self.dtype),
-        }
+        return {"out": ((self.num_tokens, self.columns), self.dtype)}
+
+    @property
+    def staged(self) -> dict[str, Array]:
+        return {"parts": ((self.devices.count, self.num_tokens, self.columns), self.dtype)}
 
 
 type PeerProblem = Send | Dispatch | ReturnRows | Combine
@@ -195,4 +210,5 @@ def words(array: Array) -> int:
 
 def most_words(problem: PeerProblem) -> int:
     """Of the largest array: kernels count words in int32."""
-    return max(words(array) for array in (*problem.inputs.values(), *problem.outputs.values()))
+    every = problem.inputs | problem.outputs | problem.staged
+    return max(words(array) for array in every.values())

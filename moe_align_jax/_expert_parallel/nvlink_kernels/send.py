@@ -22,34 +22,36 @@ def build(problem: Send) -> Kernel:
 
 
 class Sender:
-    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`."""
+    """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`.
+
+    Without `routing` rows alone are sent.
+    """
 
     def __init__(self, t: Simt, r: SimpleNamespace, problem: Send, thread: Int, parts: int = 1):
         self.t, self.r, self.problem, self.thread, self.parts = t, r, problem, thread, parts
         self.fields = [field.part(parts) for field in problem.fields]
         self.ranks = copying.everyone(t, problem.devices.count)
+        names = [f"received{number}" for number in range(len(problem.received))]
+        if problem.routing:
+            names += ["local_ids", "local_weights"]
         self.there = [
-            {name: t.remote(getattr(r, name), rank) for name in problem.outputs}
-            for rank in self.ranks
+            {name: t.remote(getattr(r, name), rank) for name in names} for rank in self.ranks
         ]
 
     def run(self) -> None:
         t, problem = self.t, self.problem
         t.grid_dependency_wait()
 
-        def one(token: Int) -> None:
-            self.send_row(token, with_pairs=problem.routing)
-
-        copying.for_tokens(t, problem.num_tokens, one)
+        copying.for_tokens(t, problem.num_tokens, self.send_row)
         collectives.device_sync(t)
 
-    def send_row(self, unit: Int, *, with_pairs: bool = False) -> None:
+    def send_row(self, unit: Int) -> None:
         t, problem = self.t, self.problem
         token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
         batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
         held = [self._load(batches[0], unit)]
-        routes = self._load_routes(token) if with_pairs else []
+        routes = self._load_routes(token) if problem.routing else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
         wanted = [self._wanted(ids, rank) for rank in self.ranks]
         row = t.rank() * (problem.num_tokens * self.parts) + unit

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moe_align_jax._core import checks
 from moe_align_jax._core.fp8 import GROUP
@@ -24,7 +25,7 @@ from moe_align_jax._expert_parallel.transport import (
     ranks_of_tokens,
     sum_over_ranks,
 )
-from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._expert_parallel.transports import peer_access, windows
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import make_primitive, result_like
 from moe_align_jax._lowering.sharding import vary_together
@@ -84,6 +85,9 @@ class NvLink(Transport):
             remedy = "Make the mesh of jax.devices() in order, or pass transport='all_to_all'."
             raise NotImplementedError(checks.message("dispatch", "axis_name", rule, ids, remedy))
 
+    def _launch(self, problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
+        return _launch(problem, *operands)
+
     def plan(self, topk_ids: jax.Array, group: Group) -> jax.Array:
         """The ids, by which a token's rank itself can tell which results count."""
         del group
@@ -97,7 +101,7 @@ class NvLink(Transport):
             return [_nothing(field, group) for field in fields]
         given = [_in_words(field) for field in payload]
         problem = self._problem(given, ids, group, routing=True)
-        *received, weights, ids = _launch(problem, ids, weights, *given)
+        *received, weights, ids = self._launch(problem, ids, weights, *given)
         return [*map(_out_of_words, received, payload), weights, ids]
 
     def quantises(self, x: jax.Array, payload: str | None) -> bool:
@@ -111,7 +115,7 @@ class NvLink(Transport):
             fields = (x.astype(message.FP8), scales, weights, ids)
             return [_nothing(field, group) for field in fields]
         problem = self._problem([x], ids, group, routing=True, quantise=True)
-        return _launch(problem, ids, weights, x)
+        return self._launch(problem, ids, weights, x)
 
     def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
         *payload, _, ids = fields
@@ -125,9 +129,9 @@ class NvLink(Transport):
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
         problem = self._dispatch_problem(payload, ids, group, room, quantise)
-        given = zip(problem.outputs, _launch(problem, ids, weights, *payload), strict=True)
-        named = {name: x for name, x in given if not name.startswith("received")}
-        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = named.values()
+        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = self._launch(
+            problem, ids, weights, *payload
+        )
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
     def _dispatch_problem(
@@ -140,7 +144,7 @@ class NvLink(Transport):
         if plan.size == 0:
             return _nothing(rows, group)
         given = _in_words(rows)
-        [received] = _launch(self._problem([given], plan, group, routing=False), plan, given)
+        [received] = self._launch(self._problem([given], plan, group, routing=False), plan, given)
         return _out_of_words(received, rows)
 
     def _problem(
@@ -170,7 +174,7 @@ class NvLink(Transport):
             return jnp.zeros((num_tokens, *rows.shape[1:]), rows.dtype)
         given = _in_words(rows)
         field = nvlink_kernels.Field(given.shape[1], np.dtype(given.dtype))
-        [parts] = _launch(nvlink_kernels.ReturnRows(num_tokens, field, _devices(group)), given)
+        [parts] = self._launch(nvlink_kernels.ReturnRows(num_tokens, field, _devices(group)), given)
         mask = None if in_use is None else ranks_of_tokens(plan, group)
         return _out_of_words(sum_over_ranks(parts, mask), rows)
 
@@ -190,10 +194,23 @@ class NvLink(Transport):
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
         problem = nvlink_kernels.Combine(*sizes, _devices(group), group.num_local_experts)
-        return _launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
+        return self._launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
 
 
-NVLINK = NvLink()
+class NvLinkWindow(NvLink):
+    """In low-latency mode the devices meet in windows, memory of ours (`_simt/window.py`): XLA then launches
+    ordinary kernels. What does not fit into a window, and a program to be exported, goes as with "nvlink"."""
+
+    name = "nvlink_window"
+
+    def unavailable(self, platform: str) -> str | None:
+        return super().unavailable(platform) or windows.missing()
+
+    def _launch(self, problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
+        return _launch(problem, *operands, windowed=bool(problem.staged))
+
+
+NVLINK, NVLINK_WINDOW = NvLink(), NvLinkWindow()
 
 
 def _nothing(like: jax.Array, group: Group) -> jax.Array:
@@ -221,24 +238,43 @@ def _out_of_words(x: jax.Array, like: jax.Array) -> jax.Array:
 # -- the primitive ---------------------------------------------------------------------------------
 
 
-def _launch(problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
+def _launch(
+    problem: nvlink_kernels.PeerProblem, *operands: jax.Array, windowed: bool = False
+) -> list[jax.Array]:
     if (largest := most_words(problem)) > INT32_MAX:
         rule = f"move at most {INT32_MAX} 4-byte words by transport 'nvlink'"
         remedy = "Pass transport='all_to_all'."
         raise NotImplementedError(checks.message("dispatch", "x", rule, largest, remedy))
-    return peer_rows_p.bind(*vary_together(list(operands)), problem=problem)
+    operands = vary_together(list(operands))
+    return peer_rows_p.bind(*operands, problem=problem, windowed=windowed)
 
 
-def _abstract(*avals: Any, problem: nvlink_kernels.PeerProblem):
+def _abstract(*avals: Any, problem: nvlink_kernels.PeerProblem, windowed: bool):
+    del windowed
     return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
 
-def _implement(platform: str, ctx: Any, *, problem: nvlink_kernels.PeerProblem) -> Callable:
+def _implement(
+    platform: str, ctx: Any, *, problem: nvlink_kernels.PeerProblem, windowed: bool
+) -> Callable:
     del platform
     from moe_align_jax._simt import mosaic
 
-    NVLINK.check_mesh(getattr(ctx.module_context.axis_context, "mesh", None))
-    return mosaic.launcher(nvlink_kernels.build(problem))
+    kernel = nvlink_kernels.build(problem)
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    for_export = ctx.module_context.lowering_parameters.for_export
+    if windowed and not for_export and (found := windows.for_kernel(kernel, mesh)):
+        launch = mosaic.launcher(kernel, window=found)
+
+        def in_window(*operands: jax.Array) -> list[jax.Array]:
+            place = lax.axis_index(mesh.axis_names).astype(jnp.int32)
+            return list(launch(*vary_together([place[None], *operands])))
+
+        return in_window
+    NVLINK.check_mesh(mesh)
+    launch = mosaic.launcher(kernel)
+    # Beside its outputs: the staged arrays.
+    return lambda *operands: list(launch(*operands))[: len(problem.outputs)]
 
 
 peer_rows_p = make_primitive(

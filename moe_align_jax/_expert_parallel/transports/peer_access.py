@@ -21,12 +21,13 @@ def missing() -> str | None:
     if len(gpus) < 2:
         return None
     try:
-        return _ask(_library(), [device.local_hardware_id for device in gpus])
+        return _ask(library(), [device.local_hardware_id for device in gpus])
     except OSError as error:
         return f"the CUDA driver cannot be asked whether GPUs reach each other: {error}"
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The CUDA driver. OSError: there is none."""
     return ctypes.CDLL("libcuda.so.1")
 
 

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._layout.kernels.sizes import THREADS, RowSum, SumConfig
+from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
 
@@ -29,16 +30,31 @@ type Store = Callable[[jax.Array, jax.Array, jax.Array], None]
 
 
 def build(
-    problem: RowSum, config: SumConfig, *, interpret: bool = False
+    problem: RowSum,
+    config: SumConfig,
+    *,
+    interpret: bool = False,
+    sized_at_launch: bool = False,
 ) -> Callable[..., jax.Array]:
-    """`(y [P, H / g, g], row_of_pair [T, K] int32, weights [T, K] float32 if weighted) -> [T, H / g, g]`."""
+    """`(y [P, H / g, g], row_of_pair [T, K] int32, weights [T, K] float32 if weighted) -> [T, H / g, g]`.
 
-    def body(y_ref, rows_ref, *refs):
+    `sized_at_launch`: for a launch outside XLA. The problem's tokens are the most that a launch has; how many
+    it has rides in the place of a first operand's pointer, times 256.
+    """
+
+    def body(*given):
+        tokens: Any = problem.num_tokens
+        if sized_at_launch:
+            size_ref, *given = given
+            tokens = launch_value(size_ref)
+        y_ref, rows_ref, *refs = given
+
         def store(token, first, value):
             put(out_ref.at[token, pl.ds(first, value.shape[0])], value, interpret=interpret)
 
         *weights_ref, out_ref = refs
-        add_up(problem, config, (y_ref, rows_ref, *weights_ref), store, interpret=interpret)
+        every = (y_ref, rows_ref, *weights_ref)
+        add_up(problem, config, every, store, interpret=interpret, tokens=tokens)
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     return plgpu.kernel(
@@ -56,7 +72,13 @@ def build(
 
 
 def add_up(
-    problem: RowSum, config: SumConfig, refs: tuple[Any, ...], store: Store, *, interpret: bool
+    problem: RowSum,
+    config: SumConfig,
+    refs: tuple[Any, ...],
+    store: Store,
+    *,
+    interpret: bool,
+    tokens: Any = None,
 ) -> None:
     """This CTA's share of all rows: a tile of every num_ctas-th, by `lax.axis_index` of "cta" and "part".
 
@@ -65,7 +87,9 @@ def add_up(
         refs: y, row_of_pair and, if weighted, weights, in global memory.
         store: where a tile goes.
         interpret: whether Pallas' interpreter runs it, which knows no layouts.
+        tokens: how many there are; None for those of the problem.
     """
+    tokens = problem.num_tokens if tokens is None else tokens
     grain, ctas = problem.grain, config.num_ctas
     # The last tile overlaps the one before where tiles do not divide a row.
     tile, last = config.tile // grain, (problem.width - config.tile) // grain
@@ -77,10 +101,10 @@ def add_up(
         store(token, first, _tile(problem, config, refs, token, first, interpret))
         return ()
 
-    if problem.num_tokens == ctas:
+    if isinstance(tokens, int) and tokens == ctas:
         row(0, ())
     else:
-        lax.fori_loop(0, lax.div(problem.num_tokens - cta + ctas - 1, ctas), row, ())
+        lax.fori_loop(0, lax.div(tokens - cta + ctas - 1, _I32(ctas)), row, ())
 
 
 def put(ref: Any, value: jax.Array, *, interpret: bool) -> None:

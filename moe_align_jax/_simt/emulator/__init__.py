@@ -61,7 +61,7 @@ def _outputs(kernel: Kernel, check_races: bool) -> dict[str, Buffer]:
             reach="grid" if kernel.num_ctas > 1 or kernel.devices else "cta",
             **_common(kernel, check_races),
         )
-        for name, shape in kernel.outputs.items()
+        for name, shape in (*kernel.outputs.items(), *kernel.staged.items())
     }
 
 
@@ -100,7 +100,7 @@ def _run_kernel(
 
 def _finish(kernel: Kernel, outputs: dict[str, Buffer]) -> dict[str, np.ndarray]:
     for name, buffer in outputs.items():
-        if name not in kernel.partial:
+        if name not in kernel.partial and name not in kernel.staged:
             buffer.check_written()
     return {name: buffer.data for name, buffer in outputs.items()}
 
@@ -116,7 +116,7 @@ def run_on_devices(
         check_races: as for `run`. A read of what another device wrote is a race until it was told of.
 
     Returns:
-        For each device the outputs, in order; 0 where nothing was written.
+        For each device the outputs, then the staged arrays, in order; 0 where nothing was written.
 
     Raises:
         EmulatorError: as for `run`.
@@ -147,7 +147,8 @@ def run_on_devices(
     for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error
     done = [_finish(kernel, mine) for mine in outputs]
-    return [[mine[n].reshape(shape) for n, shape in kernel.outputs.items()] for mine in done]
+    shapes = {**kernel.outputs, **kernel.staged}
+    return [[mine[n].reshape(shape) for n, shape in shapes.items()] for mine in done]
 
 
 def run(

@@ -1,0 +1,180 @@
+"""Windows on the GPUs of this process: memory of CUDA's driver (cuda.h), beside what XLA has.
+
+One range of addresses holds the windows of a mesh, in its order; behind each is memory of its GPU, which all of
+the mesh may read and write. XLA could move or free an array of its own, an allocator of its could give it no access,
+and an address that changes from process to process would spoil jax's compilation cache: a program holds the
+address. So the range is asked for where no other allocation is, and most often is the same in each process.
+
+A window lives as long as the process. Programs that were compiled for it stay right, whatever happens to jax's caches,
+arrays and clients.
+"""
+
+import ctypes
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._simt import window
+from moe_align_jax._simt.language import Devices, Kernel
+from moe_align_jax._simt.window import Window
+
+# A window has the first of these sizes that is enough: few windows, for the sizes that a program has.
+SIZES = tuple(megabytes << 20 for megabytes in (16, 64, 256))
+FIRST_ADDRESS = 0x2000_0000_0000  # below what Linux gives to mmap, above what CUDA asks for
+_DEVICE_MEMORY, _PINNED, _READ_WRITE, _VMM_SUPPORTED = 1, 1, 3, 102
+
+_windows: dict[Any, Window] = {}
+_lock = threading.Lock()
+_next_address = FIRST_ADDRESS
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class _Properties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", _Location),
+        ("win32_metadata", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    ]
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", _Location), ("flags", ctypes.c_int)]
+
+
+def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
+    """A window that the kernel can use on the GPUs of a mesh; None where there can be none: the kernel needs
+    more, or the program is not for GPUs of this process."""
+    if not isinstance(mesh, jax.sharding.Mesh) or window.unsupported(kernel):
+        return None
+    devices, here = [*mesh.devices.flat], set(jax.local_devices())
+    needed = window.bytes_needed(kernel)
+    if needed > SIZES[-1] or any(d.platform != "gpu" or d not in here for d in devices):
+        return None
+    assert kernel.devices is not None
+    try:
+        return find(devices, kernel.devices, needed)
+    except OSError as error:
+        what = (
+            f"transport 'nvlink_window' has no memory of its own and goes as 'nvlink' does: {error}"
+        )
+        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        return None
+
+
+def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Window:
+    """The window of a mesh's devices, for the groups of ranks in it. It is made if there is none yet.
+
+    Groups that differ have windows that differ: a window's epochs count the kernels that its groups run together.
+
+    Raises:
+        OSError: the driver cannot make it.
+        ValueError: more bytes than windows have.
+    """
+    size = next((size for size in SIZES if size >= num_bytes), None)
+    if size is None:
+        raise ValueError(f"a window has at most {SIZES[-1]} bytes; {num_bytes} are needed")
+    ordinals = tuple(device.local_hardware_id for device in devices)
+    key = ordinals, group, size
+    with _lock:
+        if key not in _windows:
+            _windows[key] = Window(_make(_Driver(peer_access.library()), ordinals, size), size)
+        return _windows[key]
+
+
+def missing() -> str | None:
+    """Why this process cannot make windows, or None; a process without two GPUs asks nothing."""
+    gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+    if len(gpus) < 2:
+        return None
+    try:
+        driver = _Driver(peer_access.library())
+        for device in gpus:
+            if not driver.int(
+                "cuDeviceGetAttribute", _VMM_SUPPORTED, driver.device(device.local_hardware_id)
+            ):
+                return f"GPU {device.local_hardware_id} cannot map memory at an address"
+    except OSError as error:
+        return f"the CUDA driver cannot be asked for memory: {error}"
+    return None
+
+
+class _Driver:
+    def __init__(self, cuda: Any):
+        self._cuda = cuda
+        self("cuInit", 0)
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        if error := getattr(self._cuda, name)(*arguments):
+            raise OSError(f"{name} failed (CUDA driver error {error})")
+
+    def int(self, name: str, *arguments: Any) -> int:
+        """What the driver writes to the first argument."""
+        value = ctypes.c_int()
+        self(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    def word(self, name: str, *arguments: Any) -> int:
+        """The same of 64 bits."""
+        value = ctypes.c_uint64()
+        self(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    def device(self, ordinal: int) -> int:
+        return self.int("cuDeviceGet", ordinal)
+
+
+def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:
+    """The address of zeroed windows, one after the other, on these GPUs."""
+    global _next_address
+    u64, total = ctypes.c_uint64, size * len(ordinals)
+    properties = [
+        _Properties(type=_PINNED, location=_Location(_DEVICE_MEMORY, driver.device(ordinal)))
+        for ordinal in ordinals
+    ]
+    address = driver.word("cuMemAddressReserve", u64(total), u64(0), u64(_next_address), u64(0))
+    mapped = 0
+    try:
+        for one in properties:
+            handle = driver.word("cuMemCreate", u64(size), ctypes.byref(one), u64(0))
+            try:
+                driver("cuMemMap", u64(address + mapped), u64(size), u64(0), u64(handle), u64(0))
+            finally:
+                driver("cuMemRelease", u64(handle))  # the mapping keeps the memory
+            mapped += size
+        access = (_Access * len(properties))(
+            *[_Access(p.location, _READ_WRITE) for p in properties]
+        )
+        driver("cuMemSetAccess", u64(address), u64(total), access, u64(len(properties)))
+        for number, ordinal in enumerate(ordinals):
+            _clear(driver, ordinal, address + number * size, size)
+    except OSError:
+        if mapped:
+            driver("cuMemUnmap", u64(address), u64(mapped))
+        driver("cuMemAddressFree", u64(address), u64(total))
+        raise
+    _next_address = max(_next_address, address + total)
+    return address
+
+
+def _clear(driver: _Driver, ordinal: int, address: int, size: int) -> None:
+    # The context that XLA has, too; it is never given back, as the window is not.
+    context = driver.word("cuDevicePrimaryCtxRetain", driver.device(ordinal))
+    driver("cuCtxPushCurrent_v2", ctypes.c_uint64(context))
+    try:
+        driver("cuMemsetD32_v2", ctypes.c_uint64(address), 0, ctypes.c_uint64(size // 4))
+        driver("cuStreamSynchronize", None)
+    finally:
+        driver.word("cuCtxPopCurrent_v2")

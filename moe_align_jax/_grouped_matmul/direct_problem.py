@@ -1,0 +1,94 @@
+"""What a program of the grouped matrix multiplication is compiled for, for a launch outside XLA. No jax here."""
+
+from typing import Any, NamedTuple
+
+from moe_align_jax._grouped_matmul.config import Config, config_for, unsupported
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
+
+# The values of a launch that are no pointers. They are given times 256.
+NUM_ROWS, NUM_PAIRS = "num_rows", "num_pairs"
+
+
+class DirectMatmul(NamedTuple):
+    """A grouped matrix multiplication, as a program of `torch_bridge`.
+
+    Attributes:
+        problem: it; of "blocks" its rows and tokens are the most that a launch has.
+        gpu_kind: whose tiles it takes: the card's name.
+        config: its tiles; None for the usual ones.
+    """
+
+    problem: MatmulProblem
+    gpu_kind: str = ""
+    config: Config | None = None
+
+    name = "grouped_matmul"
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "DirectMatmul":
+        """From `_asdict()` that went through JSON, where tuples become lists."""
+        problem = MatmulProblem(*fields["problem"])
+        scales = problem.scales
+        problem = problem._replace(
+            weights=Weights(*problem.weights), scales=Scales(*scales) if scales else None
+        )
+        config = fields["config"]
+        return cls(problem, fields["gpu_kind"], Config(*config) if config else None)
+
+    @property
+    def sized_at_launch(self) -> bool:
+        """Whether a launch says how many rows and pairs it has."""
+        return self.problem.rows == "blocks"
+
+    @property
+    def num_experts(self) -> int:
+        return self.problem.num_experts
+
+    @property
+    def block_size(self) -> int:
+        return self.problem.block_size
+
+    @property
+    def tiles(self) -> Config:
+        return self.config or config_for(self.problem, self.gpu_kind)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no such program, or None."""
+        if self.problem.rows == "ragged":
+            return "groups of rows that follow each other are not launched directly"
+        if self.problem.scales:
+            return "products of e4m3 are not launched directly"
+        return unsupported(self.problem)
+
+    @property
+    def spare_rows(self) -> int:
+        """How many elements behind its last one sorted_token_ids and row_weights must have."""
+        return self.tiles.bm if shape_of(self.problem, self.tiles).partial else 0
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each value that a launch gives ahead of the result, in order.
+
+        First the sizes; then the arrays as the kernel reads them, those that there are of
+        num_tokens_post_padded, expert_ids and sorted_token_ids (or masked_m), row_weights, bias (float32,
+        with whole tiles of columns), x, and the weights (w, or gate and up).
+        """
+        given, shape = self.problem.inputs, shape_of(self.problem, self.tiles)
+        found: dict[str, tuple[int, ...]] = {}
+        if self.sized_at_launch:
+            found |= {NUM_ROWS: (1,), NUM_PAIRS: (1,)}
+        names = ["num_tokens_post_padded", "expert_ids"]
+        if shape.reads_ids:
+            names.append("sorted_token_ids")
+        names += ["masked_m", "row_weights", "bias", "x", "w", "gate", "up"]
+        found |= {name: given[name][0] for name in names if name in given}
+        if "bias" in found:
+            experts, width = self.problem.num_experts, shape.n_tiles * shape.columns
+            found["bias"] = (experts, width * (2 if self.problem.weights.gated else 1))
+        return found
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        return {"out": self.problem.out_shape}

@@ -1,0 +1,167 @@
+"""Self-test of a compiled program of the grouped matrix multiplication against NumPy before its first use."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_align_jax._grouped_matmul import launch, reference
+from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul.shape import shape_of
+
+_EXPERTS = 2  # whose weights a trial has
+_COLUMNS = 96  # that a trial compares
+
+
+class Example(NamedTuple):
+    """One input of a program, and what it must give, of some columns.
+
+    Attributes:
+        inputs: an array for each operand, as far as the trial reads it.
+        sizes: a number for each size that the launch gives.
+        outputs: bytes of each result.
+        rows: of the result, those that are compared.
+        columns: likewise.
+        expected: float32 `[rows, columns]`.
+    """
+
+    inputs: dict[str, np.ndarray]
+    sizes: dict[str, int]
+    outputs: dict[str, int]
+    rows: np.ndarray
+    columns: np.ndarray
+    expected: np.ndarray
+
+
+def examples(direct: DirectMatmul) -> Iterator[Example]:
+    """Of some blocks of the first two experts; of a masked layout, of their first rows.
+
+    Values are small multiples of an eighth, so that sums of products are exact in float32.
+    """
+    rng = np.random.default_rng(0)
+    problem = direct.problem
+    given, experts = problem.inputs, min(_EXPERTS, problem.num_experts)
+    arrays = {}
+    for name, (shape, dtype) in given.items():
+        if name in ("w", "gate", "up"):
+            arrays[name] = _integers(rng, (experts, *shape[1:]), dtype)
+    if problem.weights.bias:
+        arrays["bias"] = _integers(rng, (problem.num_experts, problem.w_columns), "float32")
+    expert_of_row, used, sizes = _rows(rng, direct, experts, arrays)
+    if direct.sized_at_launch:
+        x_rows = sizes[NUM_ROWS]
+        if problem.top_k:
+            x_rows = sizes[NUM_PAIRS] // problem.top_k
+    else:  # whole tiles of the last rows are read
+        tiles = -(-13 // direct.tiles.bm) * direct.tiles.bm
+        x_rows = problem.max_rows * (experts - 1) + min(problem.max_rows, tiles)
+    # Eighths, so that what is gated fits into float16.
+    x = _integers(rng, (x_rows, problem.k), "float32") / 8
+    arrays["x"] = x.astype(jnp.dtype(problem.dtype))
+    count = len(expert_of_row)
+    source = used
+    if problem.top_k:
+        source = arrays["sorted_token_ids"][used] // problem.top_k
+    columns = np.unique(np.linspace(0, problem.n - 1, _COLUMNS).astype(int))
+    expected = _products(problem, arrays, source, expert_of_row[used], columns)
+    if problem.row_weights:
+        row_weights = rng.integers(1, 5, count).astype(np.float32) / 4
+        arrays["row_weights"] = np.pad(row_weights, (0, direct.spare_rows))
+        expected *= row_weights[used, None]
+    if "bias" in arrays:
+        config = direct.tiles
+        bias = launch.bias(problem, shape_of(problem, config), jnp.asarray(arrays["bias"]))
+        arrays["bias"] = np.asarray(bias)
+    item = jnp.dtype(problem.out_dtype).itemsize
+    outputs = {"out": count * problem.n * item}
+    inputs = {name: arrays[name] for name in direct.inputs if name in arrays}
+    yield Example(inputs, sizes, outputs, used, columns, expected)
+
+
+def _integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Small ones, of a pattern that is much shorter than the array and fits no row of it."""
+    pattern = rng.integers(-2, 3, 65_537).astype(jnp.dtype(dtype))
+    return np.resize(pattern, shape)
+
+
+def _rows(
+    rng: np.random.Generator, direct: DirectMatmul, experts: int, arrays: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(Expert of each row, the rows in use, sizes of the launch); adds the operands that tell them."""
+    problem, sizes = direct.problem, {}
+    if problem.rows == "masked":
+        masked_m = np.zeros(problem.num_experts, np.int32)
+        masked_m[:experts] = [min(problem.max_rows, n) for n in (13, 5)][:experts]
+        arrays["masked_m"] = masked_m
+        count = problem.max_rows * experts
+        used = [e * problem.max_rows + np.arange(masked_m[e]) for e in range(experts)]
+        return np.arange(count) // problem.max_rows, np.concatenate(used), sizes
+    block, blocks = problem.block_size, min(4, problem.num_blocks)
+    rows, in_use = min(blocks * block, problem.num_rows), min(3, blocks)
+    expert_ids = np.full(blocks, -1, np.int32)
+    expert_ids[:in_use] = np.arange(in_use) % experts
+    pairs = rows - (block > 1)
+    if problem.top_k:
+        tokens = max(1, min(problem.num_tokens, pairs // problem.top_k))
+        pairs = tokens * problem.top_k
+    ids = np.full(rows, pairs, np.int32)
+    # The last row of a block holds no pair.
+    holds = np.arange(rows) % block < max(1, block - 1)
+    holds &= np.arange(rows) < in_use * block
+    if problem.top_k:
+        ids[holds] = rng.integers(0, pairs, holds.sum())
+    else:
+        ids[holds] = np.arange(holds.sum())
+    arrays["sorted_token_ids"] = np.pad(ids, (0, direct.spare_rows), constant_values=-1)
+    arrays["expert_ids"] = expert_ids
+    arrays["num_tokens_post_padded"] = np.array([min(in_use * block, rows)], np.int32)
+    sizes = {NUM_ROWS: rows, NUM_PAIRS: pairs}
+    return np.repeat(expert_ids, block)[:rows], np.flatnonzero(holds), sizes
+
+
+def _products(
+    problem: MatmulProblem,
+    arrays: dict[str, np.ndarray],
+    source: np.ndarray,
+    expert: np.ndarray,
+    columns: np.ndarray,
+) -> np.ndarray:
+    """float32 `[rows, columns]`, by the definition of `grouped_matmul`."""
+    weights, n = problem.weights, problem.n
+
+    def product(name: str, at: np.ndarray, bias_at: np.ndarray) -> np.ndarray:
+        out = np.empty((len(source), len(at)), np.float32)
+        for e in np.unique(expert):
+            w = arrays[name][e][at].T if weights.transposed else arrays[name][e][:, at]
+            rows = expert == e
+            out[rows] = arrays["x"][source[rows]].astype(np.float32) @ w.astype(np.float32)
+            if weights.bias:
+                out[rows] += arrays["bias"][e][bias_at]
+        return out
+
+    if not weights.gated:
+        gate, up = product("w", columns, columns), None
+    elif weights.pair:
+        gate, up = product("gate", columns, columns), product("up", columns, columns + n)
+    elif weights.interleaved:
+        gate, up = (product("w", 2 * columns + k, 2 * columns + k) for k in range(2))
+    else:
+        gate, up = (product("w", columns + k * n, columns + k * n) for k in range(2))
+    rounded = jnp.asarray(gate), None if up is None else jnp.asarray(up)
+    return np.array(reference.activate(weights, *rounded))
+
+
+def mismatch(direct: DirectMatmul, example: Example, read: Callable) -> str:
+    """What is wrong with the results, or "". `read(name, into)` fetches the beginning of an output."""
+    problem, want = direct.problem, example.expected
+    item = jnp.dtype(problem.out_dtype)
+    got = read("out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item))
+    got = got[example.rows][:, example.columns].astype(np.float32)
+    off, scale = np.abs(got - want), max(1.0, float(np.abs(want).max(initial=0)))
+    if not off.size or (off <= np.abs(want) * 2**-6 + scale * 2**-9).all():
+        return ""
+    at = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
+    place = [int(example.rows[at[0]]), int(example.columns[at[1]])]
+    return f"out{place} is {got[at]}, not {want[at]}"

@@ -1,0 +1,464 @@
+"""torch_bridge.deep_gemm against NumPy's products of the dequantised operands, by DeepGEMM's own rule."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import torch_bridge.deep_gemm as deep_gemm
+from torch_bridge.deep_gemm import scales as layouts
+
+GROUPS, K, N = 4, 256, 192
+COUNTS = (130, 0, 1, 128)  # rows of each group
+NAN = 0x7F
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _alignment_kept():
+    yield
+    deep_gemm.set_mk_alignment_for_contiguous_layout(128)
+
+
+# -- operands, and their products in float64 -------------------------------------------------------
+
+
+def codes(rng, *shape):
+    """e4m3 codes of every finite value, subnormals included, and their values in float64."""
+    raw = rng.integers(0, 256, shape).astype(np.uint8)
+    raw = torch.from_numpy(np.where(raw & 0x7F == NAN, np.uint8(8), raw)).view(torch.float8_e4m3fn)
+    return raw, raw.to(torch.float32).numpy().astype(np.float64)
+
+
+def powers(rng, *shape):
+    """Scales that exponents can tell, some of them 0."""
+    found = np.exp2(rng.integers(-9, -4, shape)).astype(np.float32)
+    return np.where(rng.integers(0, 20, shape) == 0, np.float32(0), found)
+
+
+def pack(scales):
+    """int32 `[..., ceil(G / 4)]`: exponent i of a word in its byte i."""
+    exponents = (scales.view(np.int32) >> 23).astype(np.uint8)
+    spare = [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % 4)]
+    return np.ascontiguousarray(np.pad(exponents, spare)).view(np.int32)
+
+
+def mn_major(scales, spare):
+    """Rows innermost, `spare` elements between the last row and the next column: NaN, never to be used."""
+    *lead, rows, words = scales.shape
+    memory = np.full((*lead, words, rows + spare), -1 if scales.dtype == np.int32 else np.nan)
+    memory = memory.astype(scales.dtype)
+    memory[..., :rows] = scales.swapaxes(-1, -2)
+    return torch.from_numpy(memory)[..., :rows].transpose(-1, -2)
+
+
+def cut_off(scales):
+    """DeepGEMM's own: the memory ends with the last row of the last column."""
+    lain = layouts.mn_major(torch.from_numpy(scales))
+    end = 1 + sum((n - 1) * s for n, s in zip(lain.shape, lain.stride(), strict=True))
+    return torch.empty(end).as_strided(lain.shape, lain.stride()).copy_(lain)
+
+
+LAYOUTS = {
+    "row-major": torch.from_numpy,
+    "mn-major": lambda s: mn_major(s, -s.shape[-2] % 4),
+    "mn-major, cut off": cut_off,
+    "packed": lambda s: mn_major(pack(s), 0),
+    "packed, row-major": lambda s: torch.from_numpy(pack(s)),
+    "every other column": lambda s: torch.from_numpy(np.repeat(s, 2, axis=-1))[..., ::2],
+}
+
+
+def make_b(rng, groups=GROUPS, n=N, k=K):
+    values, wide = codes(rng, groups, n, k)
+    scales = powers(rng, groups, -(-n // 128), k // 128)
+    return (values, torch.from_numpy(scales)), wide * scales.repeat(128, 1)[:, :n].repeat(128, 2)
+
+
+def make_a(rng, layout, *rows, k=K, padding=None):
+    """((values, scales), float64); rows of `padding` hold NaN, and infinite scales."""
+    values, wide = codes(rng, *rows, k)
+    scales = powers(rng, *rows, k // 128)
+    wide = wide * scales.repeat(128, -1)
+    if padding is not None:
+        values.view(torch.uint8)[torch.from_numpy(padding)] = NAN
+        if "packed" not in layout:
+            scales[padding] = np.inf
+    return (values, LAYOUTS[layout](scales)), wide
+
+
+def to(device, value):
+    """Each tensor there, with its strides."""
+    if isinstance(value, tuple):
+        return tuple(to(device, each) for each in value)
+    if device == "cpu" or value.is_contiguous():
+        return value.to(device)
+    raw = value.untyped_storage()
+    flat = torch.empty(0, dtype=value.dtype).set_(raw).to(device)
+    return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def labels(counts, alignment):
+    """`[M]` int32: a row's group, -1 for padding; a block of padding at the end."""
+    found = []
+    for group, count in enumerate(counts):
+        found += [group] * count + [-1] * (-count % alignment)
+    return np.array(found + [-1] * alignment, np.int32)
+
+
+def ends(counts, alignment):
+    found, start = [], 0
+    for count in counts:
+        found.append(start + count)
+        start = -(-found[-1] // alignment) * alignment
+    return np.array(found, np.int32)
+
+
+def check(found, want):
+    """DeepGEMM's rule, and a relative error within bfloat16's rounding."""
+    found = found.float().cpu().numpy().astype(np.float64)
+    assert found.shape == want.shape
+    assert 1 - 2 * (found * want).sum() / ((found**2).sum() + (want**2).sum()) < 1e-3
+    assert np.linalg.norm(found - want) < 5e-3 * np.linalg.norm(want)
+
+
+# -- the contiguous layout -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_contiguous(layout, device):
+    rng = np.random.default_rng(0)
+    group = labels(COUNTS, 128)
+    a, wide_a = make_a(rng, layout, len(group), padding=group < 0)
+    b, wide_b = make_b(rng)
+    d = torch.full((len(group), N), 7.0, dtype=torch.bfloat16, device=device)
+    given = to(device, (a, b)), d, to(device, torch.from_numpy(group))
+    assert deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*given[0], *given[1:]) is None
+    real = group >= 0
+    want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
+    check(d[torch.from_numpy(real).to(device)], want)
+
+
+@pytest.mark.parametrize("alignment", [128, 64])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ends_of_groups(alignment, device):
+    deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
+    rng = np.random.default_rng(1)
+    group = labels(COUNTS, alignment)
+    a, wide_a = make_a(rng, "mn-major", len(group))
+    b, wide_b = make_b(rng)
+    d = torch.full((len(group), N), 7.0, dtype=torch.bfloat16, device=device)
+    layout = to(device, torch.from_numpy(ends(COUNTS, alignment)))
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+        *to(device, (a, b)), d, layout, use_psum_layout=True, expected_m_for_psum_layout=65
+    )
+    real = group >= 0
+    want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
+    check(d[torch.from_numpy(real).to(device)], want)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["[G, N, K]", "[G, K, N]"])
+@pytest.mark.parametrize("use_psum_layout", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_contiguous(turned, use_psum_layout, device):
+    rng = np.random.default_rng(2)
+    group = labels(COUNTS, 128)
+    a = torch.from_numpy(rng.standard_normal((len(group), 72))).bfloat16()
+    b = torch.from_numpy(rng.standard_normal((GROUPS, 40, 72))).bfloat16()
+    a[torch.from_numpy(group < 0)] = float("nan")
+    d = torch.full((len(group), 40), 7.0, dtype=torch.bfloat16, device=device)
+    layout = torch.from_numpy(ends(COUNTS, 128) if use_psum_layout else group)
+    given = b.transpose(1, 2).contiguous().to(device).transpose(1, 2) if turned else b.to(device)
+    deep_gemm.m_grouped_bf16_gemm_nt_contiguous(
+        a.to(device), given, d, layout.to(device), use_psum_layout=use_psum_layout
+    )
+    real = torch.from_numpy(group >= 0)
+    rows, weights = (x.float().numpy().astype(np.float64) for x in (a[real], b))
+    check(d[real.to(device)], np.einsum("mk,mnk->mn", rows, weights[group[group >= 0]]))
+
+
+def test_rows_of_padding_are_zero_where_those_of_a_are():
+    """What DeepGEMM promises as ensure_zero_padding."""
+    rng = np.random.default_rng(3)
+    group = labels(COUNTS, 128)
+    a, _ = make_a(rng, "row-major", len(group))
+    a[0].view(torch.uint8)[torch.from_numpy(group < 0)] = 0
+    d = torch.full((len(group), N), 7.0, dtype=torch.bfloat16)
+    layout = torch.from_numpy(ends(COUNTS, 128))
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, make_b(rng)[0], d, layout, use_psum_layout=True)
+    used = -(-int(layout[-1]) // 128) * 128
+    assert (d[:used][torch.from_numpy(group[:used] < 0)] == 0).all()
+    assert (d[torch.from_numpy(group >= 0)] != 0).any()
+
+
+# -- the masked layout -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked(layout, device):
+    most, counts = 22, np.array([22, 0, 1, 17], np.int32)
+    rng = np.random.default_rng(4)
+    padding = np.arange(most)[None] >= counts[:, None]
+    a, wide_a = make_a(rng, layout, GROUPS, most, padding=padding)
+    b, wide_b = make_b(rng)
+    d = torch.full((GROUPS, most, N), 7.0, dtype=torch.bfloat16, device=device)
+    masked_m = torch.from_numpy(counts).to(device)
+    multiply = deep_gemm.m_grouped_fp8_gemm_nt_masked
+    if layout == "mn-major":
+        multiply = deep_gemm.fp8_m_grouped_gemm_nt_masked
+    assert multiply(*to(device, (a, b)), d, masked_m, 10) is None
+    used = torch.from_numpy(~padding)
+    check(d[used.to(device)], np.einsum("gmk,gnk->gmn", wide_a, wide_b)[~padding])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_masked(device):
+    rng = np.random.default_rng(5)
+    counts = np.array([9, 0, 3], np.int32)
+    a = torch.from_numpy(rng.standard_normal((3, 9, 72))).bfloat16()
+    b = torch.from_numpy(rng.standard_normal((3, 40, 72))).bfloat16()
+    used = torch.arange(9)[None] < torch.from_numpy(counts)[:, None]
+    a[~used] = float("nan")
+    d = torch.empty(3, 9, 40, dtype=torch.bfloat16, device=device)
+    masked_m = torch.from_numpy(counts).to(device)
+    deep_gemm.m_grouped_bf16_gemm_nt_masked(a.to(device), b.to(device), d, masked_m, 4)
+    want = np.einsum("gmk,gnk->gmn", a.float().numpy(), b.float().numpy())
+    check(d[used.to(device)], want[used.numpy()].astype(np.float64))
+
+
+def test_nothing_to_multiply():
+    rng = np.random.default_rng(6)
+    (values, scales), _ = make_a(rng, "row-major", 128)
+    d = torch.empty(0, N, dtype=torch.bfloat16)
+    empty = (values[:0], scales[:0]), make_b(rng)[0], d, torch.empty(0, dtype=torch.int32)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*empty)
+
+
+def test_tracers_see_an_operator_that_mutates_d_alone():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode() as mode:
+        fake = {
+            name: tuple(map(mode.from_tensor, x)) if isinstance(x, tuple) else mode.from_tensor(x)
+            for name, x in arguments().items()
+        }
+        with Record():
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**fake)
+    op = torch.ops.moe_align_jax.deep_gemm_into_dlpack.default
+    assert seen == [op]
+    written = [x.name for x in op._schema.arguments if x.alias_info and x.alias_info.is_write]
+    assert written == ["d"]
+
+
+@pytest.mark.gpu
+def test_compiled():
+    """One operator in the graph, for two numbers of rows."""
+    rng = np.random.default_rng(7)
+    b, wide_b = make_b(rng)
+
+    def step(a, b, layout):
+        d = a[0].new_empty((a[0].shape[0], N), dtype=torch.bfloat16)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout)
+        return d * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    for counts in ((128, 0, 5, 0), (1, 1, 1, 1)):
+        group = labels(counts, 128)
+        a, wide_a = make_a(rng, "mn-major", len(group))
+        out = compiled(*to("cuda", (a, b)), to("cuda", torch.from_numpy(group)))
+        real = group >= 0
+        want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
+        check(out[torch.from_numpy(real).cuda()] / 2, want)
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def test_alignment_is_set_and_told():
+    assert deep_gemm.get_mk_alignment_for_contiguous_layout() == 128
+    for value in (64, 192):
+        deep_gemm.set_mk_alignment_for_contiguous_layout(value)
+        assert deep_gemm.get_mk_alignment_for_contiguous_layout() == value
+    assert deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout() == 128
+    assert deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout(20) == 128
+    with pytest.raises(NotImplementedError, match="^set_mk_alignment_.* must be one of 64, 128"):
+        deep_gemm.set_mk_alignment_for_contiguous_layout(32)
+    assert deep_gemm.get_mk_alignment_for_contiguous_layout() == 192
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (8, 3), (2, 5, 3), (1, 1, 1)], ids=str)
+def test_scales_are_turned_once(shape):
+    sf = torch.randn(shape)
+    turned = deep_gemm.get_mn_major_tma_aligned_tensor(sf)
+    pitch = -(-shape[-2] // 4) * 4
+    assert turned.stride() == (shape[-1] * pitch, 1, pitch)[-len(shape) :]
+    assert torch.equal(turned, sf)
+    assert deep_gemm.get_mn_major_tma_aligned_tensor(turned) is turned
+    options = {"num_groups": shape[0] if len(shape) == 3 else None, "is_sfa": True}
+    again = deep_gemm.transform_sf_into_required_layout(
+        sf, shape[-2], 128 * shape[-1], (1, 128, 128), **options
+    )
+    assert torch.equal(again, sf) and again.stride() == turned.stride()
+
+
+def test_scales_of_weights_stay():
+    sf = torch.randn(3, 2, 5)
+    transform = deep_gemm.transform_sf_into_required_layout
+    assert transform(sf, 200, 600, (1, 128, 128), 3, False) is sf
+    turned = sf.transpose(1, 2).contiguous().transpose(1, 2)
+    assert transform(turned, 200, 600, (128, 128), 3) is turned
+    for kind, text, change in (
+        (ValueError, r"sf must have shape \[3, 2, 4\]", {"k": 500}),
+        (ValueError, "sf must be contiguous, or so with", {"sf": torch.randn(3, 2, 10)[..., ::2]}),
+        (NotImplementedError, "recipe must be", {"recipe": (1, 32)}),
+        (NotImplementedError, "sf must be float32", {"sf": sf.to(torch.int32)}),
+        (TypeError, "recipe must be", {"recipe": (1, 128, 128)}),
+    ):
+        given = {"sf": sf, "mn": 200, "k": 600, "recipe": (128, 128), "num_groups": 3} | change
+        with pytest.raises(kind, match=f"^transform_sf_into_required_layout: {text}.*; got "):
+            transform(**given)
+
+
+# -- signatures and errors -------------------------------------------------------------------------
+
+_FP8 = "recipe=None, recipe_a=None, recipe_b=None, compiled_dims='nk', disable_ue8m0_cast=False"
+_PSUM = "use_psum_layout=False, ensure_zero_padding=True, expected_m_for_psum_layout=None"
+SIGNATURES = {
+    "m_grouped_fp8_gemm_nt_contiguous": f"a, b, d, grouped_layout, {_FP8}, {_PSUM}, epilogue=None",
+    "m_grouped_fp8_gemm_nt_masked": f"a, b, d, masked_m, expected_m, {_FP8}, epilogue=None",
+    "m_grouped_bf16_gemm_nt_contiguous": (
+        f"a, b, d, grouped_layout, compiled_dims='nk', {_PSUM}, epilogue=None"
+    ),
+    "m_grouped_bf16_gemm_nt_masked": (
+        "a, b, d, masked_m, expected_m, compiled_dims='nk', epilogue=None"
+    ),
+}
+
+
+def bare(parameters):
+    return [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def parsed(arguments):
+    made = {}
+    exec(f"def function({arguments}): pass", made)
+    return list(inspect.signature(made["function"]).parameters.values())
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_deep_gemms(name):
+    ours = inspect.signature(getattr(deep_gemm, name)).parameters.values()
+    assert bare(ours) == bare(parsed(SIGNATURES[name]))
+    if name == "m_grouped_fp8_gemm_nt_masked":
+        alias = inspect.signature(deep_gemm.fp8_m_grouped_gemm_nt_masked).parameters
+        assert bare(alias.values()) == bare(ours)
+        more = ["enable_overlap", "max_block_n", "signal"]
+        assert [n for n, p in alias.items() if p.kind is p.KEYWORD_ONLY] == more
+
+
+def test_signatures_against_the_package_itself():
+    """As benchmarks.fetch took it out of vLLM's wheel; read, not imported."""
+    file = Path(__file__).parents[2] / ".peers" / "deep_gemm" / "_C.py"
+    if not file.is_file():
+        pytest.skip("python -m benchmarks.fetch deep_gemm gets it")
+    found = {}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            found[node.name.replace("fp8_fp4", "fp8")] = parsed(ast.unparse(node.args))
+    for name in SIGNATURES:
+        assert bare(found[name]) == bare(parsed(SIGNATURES[name]))
+
+
+def arguments():
+    rng = np.random.default_rng(8)
+    (a, sa), _ = make_a(rng, "row-major", 128)
+    (b, sb), _ = make_b(rng)
+    d = torch.full((128, N), 7.0, dtype=torch.bfloat16)
+    layout = torch.zeros(128, dtype=torch.int32)
+    return {"a": (a, sa), "b": (b, sb), "d": d, "grouped_layout": layout}
+
+
+def errors():
+    given = arguments()
+    (a, sa), (b, sb), d, layout = given.values()
+    wide = torch.empty(128, 2 * N, dtype=torch.bfloat16)
+    shared = torch.empty(128 * N * 2 + 128 * K, dtype=torch.uint8)
+    shared = shared[: 128 * N * 2].view(torch.bfloat16).view(128, N)
+    over = shared.view(torch.uint8).view(-1)[: 128 * K].view(torch.float8_e4m3fn).view(128, K)
+    mixed, fp4 = NotImplementedError, torch.zeros(GROUPS, N, K // 2, dtype=torch.int8)
+    return [
+        (TypeError, r"a must be \(values, scales\)", {"a": a}),
+        (TypeError, "a must be a tensor", {"a": (a.float().numpy(), sa)}),
+        (TypeError, "a must be float8_e4m3fn", {"a": (a.float(), sa)}),
+        (mixed, "b must be float8_e4m3fn", {"b": (fp4, sb)}),
+        (TypeError, "d must be bfloat16", {"d": d.float()}),
+        (TypeError, "grouped_layout must be int32", {"grouped_layout": layout.long()}),
+        (ValueError, r"a must have shape \[M, K\]", {"a": (a[None], sa[None])}),
+        (ValueError, r"a must have shape \[M, 256\], as b", {"a": (a[:, :128].clone(), sa)}),
+        (ValueError, r"d must have shape \[128, 192\]", {"d": d[:64]}),
+        (ValueError, "d must be contiguous", {"d": wide[:, ::2]}),
+        (ValueError, "b must be contiguous", {"b": (b.transpose(1, 2), sb)}),
+        (ValueError, r"grouped_layout must be contiguous, of shape \[128\]", {"use_psum": 0}),
+        (ValueError, r"grouped_layout must be contiguous, of shape \[4\]", {"use_psum": 1}),
+        (ValueError, r"scales of a must have shape \[128, 2\]", {"a": (a, sa[:, :1])}),
+        (TypeError, "scales of a must be float32", {"a": (a, sa.double())}),
+        (ValueError, r"scales of b must have shape \[4, 2, 2\]", {"b": (b, sb[:, :1])}),
+        (mixed, "scales of b must be float32", {"b": (b, sb.to(torch.int32))}),
+        (mixed, "recipe must be", {"recipe": (1, 1, 128)}),
+        (mixed, "recipe_a must be", {"recipe_a": (1, 32), "recipe_b": (128, 128)}),
+        (ValueError, "recipe must be None, or", {"recipe_a": (1, 128)}),
+        (mixed, "epilogue must be None", {"epilogue": object()}),
+        (ValueError, "compiled_dims must hold", {"compiled_dims": "xy"}),
+        (TypeError, "use_psum_layout must be a Python bool", {"use_psum_layout": 1}),
+        (ValueError, "expected_m_for_psum_layout must be None", {"expected_m_for_psum_layout": 3}),
+        (ValueError, "d must not overlap a", {"a": (over, sa), "d": shared}),
+        (TypeError, "d must have data", {"d": d.to("meta"), "meta": True}),
+    ]
+
+
+ERRORS = errors()
+
+
+@pytest.mark.parametrize(("kind", "text", "change"), ERRORS, ids=[e[1][:40] for e in ERRORS])
+def test_errors(kind, text, change):
+    given, change = arguments(), dict(change)
+    use_psum = change.pop("use_psum", None)
+    if use_psum is not None:
+        given["grouped_layout"] = given["grouped_layout"][: 64 if not use_psum else 3].clone()
+        change["use_psum_layout"] = bool(use_psum)
+    if change.pop("meta", False):
+        given = {k: v.to("meta") if k == "grouped_layout" else v for k, v in given.items()}
+        given |= {k: tuple(x.to("meta") for x in given[k]) for k in "ab"}
+    given |= change
+    before = given["d"].clone()
+    with pytest.raises(kind, match=f"^m_grouped_fp8_gemm_nt_contiguous: {text}.*; got ") as caught:
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given)
+    assert str(caught.value)[-1] == "."
+    if given["d"].device.type == "cpu":
+        assert torch.equal(given["d"].view(torch.uint8), before.view(torch.uint8))
+
+
+def test_sglangs_overlap_is_refused():
+    rng = np.random.default_rng(9)
+    a, b = make_a(rng, "row-major", GROUPS, 8)[0], make_b(rng)[0]
+    d = torch.empty(GROUPS, 8, N, dtype=torch.bfloat16)
+    given = a, b, d, torch.zeros(GROUPS, dtype=torch.int32), 4
+    for change in ({"enable_overlap": True}, {"signal": torch.zeros(4)}):
+        with pytest.raises(NotImplementedError, match="^fp8_m_grouped_gemm_nt_masked: .* left out"):
+            deep_gemm.fp8_m_grouped_gemm_nt_masked(*given, max_block_n=128, **change)
+    deep_gemm.fp8_m_grouped_gemm_nt_masked(*given, enable_overlap=False, max_block_n=256)
+    with pytest.raises(ValueError, match="^m_grouped_fp8_gemm_nt_masked: expected_m must be"):
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(*given[:-1], 0)

@@ -1,0 +1,1 @@
+"""The expert layer on torch tensors: what is asked, how it runs directly, and over DLPack."""
