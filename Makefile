@@ -9,6 +9,9 @@ OLD_JAX := 0.11.2
 OLD_JAX_DIR := .jax-$(OLD_JAX)
 JOBS ?= 2
 PYTEST_ARGS ?=
+# Python keeps what it has compiled, also where the environment forbids that: without it each of the hundreds of
+# processes that the tests start compiles our modules anew, and pytest rewrites the asserts of every test file.
+export PYTHONDONTWRITEBYTECODE :=
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -19,8 +22,8 @@ PY := $(VENV)/bin/python
 VENV_FOR = @sh tools/make_venv.sh $(VENV)
 endif
 
-# Two worker processes where pytest-xdist is there; without it one process does the same tests.
-XDIST = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
+# Two worker processes where pytest-xdist is there; without it, or with JOBS=1, one process does the same tests.
+XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
 .PHONY: demo test train-example test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
@@ -38,34 +41,44 @@ train-example:
 	$(VENV_FOR) examples
 	$(PY) examples/train_moe.py --out trained $(TRAIN_ARGS)
 
-# Every test function, once: see PARTS in tests/conftest.py for which of its cases.
+# Every test function: see tests/parts.py for which of its cases.
 test:
 	$(VENV_FOR) cli test torch examples
-	$(QUICK_XLA) $(PYTEST) --part newest-jax
+	$(QUICK_XLA) $(PYTEST) --part newest-jax $(BRIEF)
 
 # Results on a CPU do not depend on how far LLVM optimises, and compiling is what takes the time.
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
 
-# Every test of the suite in one run, where `make test`, `test-jax-0.11` and `test-x64` share the cases out.
+# A quarter of the examples that `make test-whole` draws for each property.
+BRIEF := --hypothesis-profile=brief
+
+# Every case of the suite, where `make test`, `test-jax-0.11` and `test-x64` share out a part of them.
 test-whole:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST)
 
+# Which test functions cost much, into tests/costs.txt, from the CPU time of one case in four: an hour.
+.PHONY: test-costs
+test-costs:
+	$(VENV_FOR) cli test torch examples
+	$(QUICK_XLA) $(PY) -m pytest -q -rfEs --sample 4 --write-costs $(PYTEST_ARGS)
+
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch examples
-	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) --part x64 --hypothesis-profile=brief
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) --part x64 $(BRIEF)
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice.
-OLD_JAX_THERE = test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
-  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
-    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && \
-  touch $(OLD_JAX_DIR)/.complete; }
 WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-test-jax-0.11:
+.PHONY: old-jax
+old-jax:
 	$(VENV_FOR) cli test torch examples
-	@$(OLD_JAX_THERE)
-	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) --part oldest-jax --hypothesis-profile=brief
+	@test -e $(OLD_JAX_DIR)/.complete || { rm -rf $(OLD_JAX_DIR) && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && touch $(OLD_JAX_DIR)/.complete; }
+
+test-jax-0.11: old-jax
+	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) --part oldest-jax $(BRIEF)
 
 # The oldest transformers whose experts run by ours, with what it asks for otherwise than the newest one.
 OLD_TRANSFORMERS := 5.17.0
@@ -74,7 +87,7 @@ OLD_TRANSFORMERS_DIR := .transformers-$(OLD_TRANSFORMERS)
 test-transformers:
 	$(VENV_FOR) cli test torch examples
 	@test -e $(OLD_TRANSFORMERS_DIR)/.complete || { rm -rf $(OLD_TRANSFORMERS_DIR) && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 	    --target $(OLD_TRANSFORMERS_DIR) transformers==$(OLD_TRANSFORMERS) huggingface-hub==1.33.0 \
 	    httpx==0.28.1 httpcore==1.0.9 certifi idna && touch $(OLD_TRANSFORMERS_DIR)/.complete; }
 	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
@@ -114,11 +127,11 @@ package:
 clean:
 	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
-# Every kernel form to machine code, by both jax releases' compilers; needs a C compiler and no GPU. Their
-# CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
+# Every kernel form to machine code by the newest jax's compiler, one in five by the oldest one's, too. Needs a C
+# compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
-COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording
+COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording layer
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
@@ -128,13 +141,11 @@ compile-kernels-newest:
 	for rows in $(COMPILED_ROWS); do $(PY) -m tests.no_gpu.$$rows || exit 1; done
 	$(PY) -m tests.no_gpu.matmul
 
-# Of the grouped matrix multiplication one kernel in four: a compiler that differs at all differs in those.
-compile-kernels-$(OLD_JAX):
-	$(VENV_FOR) cli test torch
-	@$(OLD_JAX_THERE)
-	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS)
-	for rows in $(COMPILED_ROWS); do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows || exit 1; done
-	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.matmul --sample 4
+# One kernel in five: a compiler that differs at all differs in those. Kernels come in pairs and threes, which a
+# step of five cuts across.
+compile-kernels-$(OLD_JAX): old-jax
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
+	for rows in $(COMPILED_ROWS) matmul; do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows --sample 5 || exit 1; done
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 
 ALIGNMENT = 128  # rows of a block of the contiguous layout, on Hopper
-FOLDERS = (".peers",)  # where it is looked for
 
 
-def found(folder: str | None = None) -> str:
-    """The folder that holds the package: the one given, else the one that benchmarks.fetch makes; "" if none."""
-    places = (folder,) if folder else FOLDERS
-    return next((str(p) for p in places if Path(p, "deep_gemm", "__init__.py").is_file()), "")
+def is_in(folder: str) -> bool:
+    """Whether a folder holds the package."""
+    return Path(folder, "deep_gemm", "__init__.py").is_file()
 
 
 @functools.cache
@@ -31,7 +29,7 @@ def load(folder: str) -> Any:
     Raises:
         ImportError: there is no such package, or it cannot be loaded.
     """
-    if not found(folder):
+    if not is_in(folder):
         raise ImportError(f"{folder} holds no deep_gemm: python -m benchmarks.fetch deep_gemm")
     toolkit = Path("/usr/local/cuda")
     if "CUDA_HOME" not in os.environ and (toolkit / "bin" / "nvcc").exists():

@@ -30,8 +30,8 @@ class Wheel(NamedTuple):
 
     `python` are more members, sources around the op, each with its file. `replace` is a pattern in a
     Python member and what stands in its place: what the file asks of the rest of its package. `tables` is a
-    pattern of names of JSON members, which are kept in one file by their names without the folder. `package` is
-    a folder of the wheel, and the folder to keep all of it as, which then holds `file`.
+    pattern of names of JSON members, which are kept in one file by their names without the folder.
+    `package` is a folder of the wheel, and the folder to keep all of it as, which then holds `file`.
     """
 
     requirement: str
@@ -61,8 +61,8 @@ WHEELS = {
             "vllm_moe_configs.json",
         ),
     ),
-    # DeepGEMM, for benchmarks.fp8_matmul and grouped_matmul: Python, the headers of its kernels, and a library
-    # that builds and launches them.
+    # DeepGEMM, for benchmarks.fp8_matmul and grouped_matmul: Python, the headers of its kernels, and a
+    # library that builds and launches them.
     "deep_gemm": Wheel(
         "vllm==0.33.0",
         "vllm/third_party/deep_gemm/_C_extension.abi3.so",

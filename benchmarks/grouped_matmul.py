@@ -24,7 +24,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, deep_gemm_peer, timing  # noqa: E402
+from benchmarks import case_processes, deep_gemm_peer, timing, training_peers  # noqa: E402
 
 _READ_BYTES = 1 << 30
 _SAMPLED_ROWS = 24
@@ -71,6 +71,14 @@ SIZES = (
     Size(276, 7168, 4096, 32, max_rows=128),
     Size(1986, 7168, 4096, 32, max_rows=1024),
     Size(15876, 7168, 4096, 32, max_rows=1024),
+    Size(8192, 7168, 512, 256, zipf=True),
+    # The sizes that tokamax 0.0.17 brings its own timings of, on an H100.
+    Size(131072, 7168, 1024, 256),
+    Size(131072, 7168, 2048, 128),
+    Size(131072, 1024, 7168, 256),
+    Size(262144, 7168, 512, 256),
+    Size(131072, 4096, 1536, 128),
+    Size(8192, 4096, 14336, 8),
 )
 
 
@@ -247,6 +255,14 @@ def jax_example(inputs: Inputs, config: tuple[int, int, int, int]) -> Iterator[A
     yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
 
 
+def other_library(inputs: Inputs, product: Callable) -> Iterator[Any]:
+    import jax.numpy as jnp
+
+    sizes = jnp.asarray(inputs.counts)
+    call = lambda x, w: product(x, w, sizes)  # noqa: E731
+    yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
+
+
 def measure_jax(inputs: Inputs, provider: Callable, executions: int) -> tuple[str, Any]:
     import jax
 
@@ -378,6 +394,11 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
             for config in _JAX_CONFIGS:
                 if size.n % (config[1] * config[3]) == 0:
                     found[f"jax ragged_dot_mgpu {config}"] = by_jax(jax_example, config)
+        if options.libraries:
+            wanted = training_peers.products("forward", size.rows, size.k, size.n, size.experts)
+            for name, product in wanted:
+                if not name.startswith("jax example"):
+                    found[name] = by_jax(other_library, product)
         if options.lax:
             found["lax.ragged_dot"] = by_jax(lax_ragged)
     if options.deep_gemm:
@@ -459,6 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--jax-example", action="store_true", help="also jax's ragged_dot_mgpu")
     parser.add_argument("--deep-gemm", help="also DeepGEMM, out of this folder")
+    parser.add_argument("--libraries", action="store_true", help="also tokamax and haliax")
     parser.add_argument("--lax", action="store_true", help="also jax.lax.ragged_dot: slow")
     parser.add_argument("--only", default="", help="providers whose name holds this")
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")

@@ -1,4 +1,4 @@
-"""Alignment, recorder and masked activation in a jitted step, beside XLA composites, by both clocks. One GPU.
+"""Alignment, router, recorder and masked activation in a jitted step, by both clocks, beside XLA. One GPU.
 
 python -m benchmarks.jit_clocks --output ROWS.jsonl
 
@@ -19,7 +19,7 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import clocks, masked_quant, peers  # noqa: E402
+from benchmarks import clocks, masked_quant, peers, router  # noqa: E402
 from benchmarks.cases import Case, expected  # noqa: E402
 
 CALLS = 58  # layers of DeepSeek-V3
@@ -32,8 +32,14 @@ CASES = (
     Case(num_pairs=8192, num_experts=64, block_size=128, top_k=2),
     Case(num_pairs=32768, num_experts=256, block_size=64),
 )
+ROUTED = (
+    router.Size(1, 256, block_size=16),
+    router.Size(64, 256, block_size=16),
+    router.Size(64, 256, block_size=64),
+    router.Size(8192, 256, block_size=64),
+)
 MASKED = (masked_quant.SIZES[0], masked_quant.SIZES[1])
-QUICK_CASES, QUICK_MASKED = CASES[:1], ()
+QUICK_CASES, QUICK_ROUTED, QUICK_MASKED = CASES[:1], ROUTED[:1], ()
 
 
 # -- the alignment -----------------------------------------------------------------------------------------
@@ -130,6 +136,100 @@ def alignment_steps(case: Case, calls: int, composite_calls: int) -> list[clocks
         steps.append(clocks.Step(name, function, jnp.asarray(ids), (), count, check_first=check))
     chain = align_chain(case, None, calls)
     steps.append(clocks.Step("nothing", lambda x: chain(x)[0], jnp.asarray(ids), (), calls))
+    return steps
+
+
+# -- the router ---------------------------------------------------------------------------------------------
+
+
+def top_k_by_hand(size: router.Size) -> Callable:
+    """What a JAX model writes by hand for renormalised softmax weights."""
+    import jax
+
+    def route(logits):
+        chosen, ids = jax.lax.top_k(logits, size.top_k)
+        return jax.nn.softmax(chosen, axis=-1), ids
+
+    return route
+
+
+def routers(size: router.Size, implementations: Sequence[str]) -> dict[str, Callable]:
+    """What is timed by name: each gives the weights, the ids and, of those that align, `AlignedBlocks`."""
+    import moe_align_jax as maj
+
+    sizes: dict[str, Any] = {"top_k": size.top_k, **size.options}
+    found: dict[str, Callable] = {"top_k and softmax": top_k_by_hand(size)}
+    for name in implementations:
+
+        def alone(logits, name=name):
+            return maj.route_topk(logits, **sizes, implementation=name)
+
+        def together(logits, name=name):
+            block = {"block_size": size.block_size, "implementation": name}
+            return maj.route_and_align(logits, **sizes, **block)
+
+        def apart(logits, name=name):
+            weights, ids = maj.route_topk(logits, **sizes, implementation=name)
+            aligned = maj.moe_align_block_size(
+                ids,
+                block_size=size.block_size,
+                num_experts=size.experts,
+                return_inverse=True,
+                implementation=name,
+            )
+            return weights, ids, aligned
+
+        found |= {f"router, {name}": alone, f"router and alignment, {name}": together}
+        found[f"the two apart, {name}"] = apart
+    return found
+
+
+def wrongly_routed(size: router.Size, logits: np.ndarray, found: Sequence[Any]) -> str:
+    """What is wrong with a result, or ""."""
+    weights, ids, *aligned = found
+    weights, ids = np.asarray(weights), np.asarray(ids)
+    wrong = router.mismatch(size, logits, None, weights, ids)
+    if wrong or not aligned:
+        return wrong
+    return router.misaligned(size, ids, aligned[0])
+
+
+def router_steps(
+    size: router.Size, implementations: Sequence[str], calls: int, composite_calls: int
+) -> list[clocks.Step]:
+    """Calls whose logits, all but one as they were, wait for all results of the call before."""
+    import jax
+
+    logits = jax.random.normal(jax.random.key(0), (size.tokens, size.experts))
+    given = np.asarray(logits)
+    provided = {**routers(size, implementations), "nothing": None}
+    steps = []
+    for name, route in provided.items():
+
+        @jax.jit
+        def one(x, route=route):
+            found = (x[0, 0],)
+            if route is not None:
+                found = route(x)
+                x, found = jax.lax.optimization_barrier((x, found))
+            return x.at[0, 0].add(clocks.zero_reading(found).astype(x.dtype))
+
+        count = calls if name == "nothing" or name.endswith("mosaic_gpu") else composite_calls
+
+        def function(x, one=one, count=count):
+            for _ in range(count):
+                x = one(x)
+            return x
+
+        def check(x):
+            np.testing.assert_array_equal(np.asarray(x), given, size.name)
+
+        def check_first(x, route=route, name=name):
+            check(x)
+            if route is not None and (wrong := wrongly_routed(size, given, jax.jit(route)(logits))):
+                raise AssertionError(f"{size.name}, {name}: {wrong}")
+
+        steps.append(clocks.Step(name, function, logits, (), count, check, check_first))
     return steps
 
 
@@ -255,6 +355,10 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list
     parts = options.parts.split(",")
     for case in cases if "alignment" in parts else ():
         yield case.name, lambda c=case: alignment_steps(c, calls, min(calls, COMPOSITE_CALLS))
+    for size in (QUICK_ROUTED if options.quick else ROUTED) * ("router" in parts):
+        names = ("mosaic_gpu", "xla") if options.gpu else ("xla",)
+        make = lambda s=size, n=names: router_steps(s, n, calls, min(calls, COMPOSITE_CALLS))  # noqa: E731
+        yield f"router {size.name}", make
     first = cases[min(1, len(cases) - 1)]
     for implementation in (("mosaic_gpu", "xla")[not options.gpu],) * ("recorder" in parts):
         name = f"pass of {calls} alignments {first.name}, {implementation}"
@@ -269,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     clocks.add_arguments(parser, budget=95, launches="default,no-graphs")
     parser.add_argument("--calls", type=int, help="alignments in a step")
-    parser.add_argument("--parts", default="alignment,recorder,masked")
+    parser.add_argument("--parts", default="alignment,router,recorder,masked")
     options = parser.parse_args(argv)
     if options.launch is None:
         given = sys.argv[1:] if argv is None else argv

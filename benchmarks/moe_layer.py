@@ -38,7 +38,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
 from benchmarks.children import Child  # noqa: E402
-from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
+from benchmarks.moe_cases import (  # noqa: E402
+    LAYERS,
+    MODELS,
+    OTHERS,
+    Case,
+    Model,
+    layer_bytes,
+    make_sets,
+)
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
@@ -328,7 +336,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def child(options: argparse.Namespace) -> int:
-    [model] = [m for m in MODELS if m.name == options.child]
+    [model] = [m for m in MODELS + OTHERS if m.name == options.child]
     facts = machine.facts(options.commit)
     for row in run_model(model, options):
         print("ROW " + json.dumps(facts | row), flush=True)
@@ -392,9 +400,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.child:
         return child(options)
     wanted = [part for part in options.models.split(",") if part]
-    models = [m for m in MODELS if not wanted or any(part in m.name for part in wanted)]
+    models = [m for m in MODELS + OTHERS if any(part in m.name for part in wanted)]
+    models = models if wanted else list(MODELS)
     if not models:
-        parser.error(f"no model of {', '.join(m.name for m in MODELS)} is named so")
+        parser.error(f"no model of {', '.join(m.name for m in MODELS + OTHERS)} is named so")
     begun, rows = time.monotonic(), []
     until = begun + options.budget
     # They compile side by side; then one after the other has the GPU for itself.

@@ -19,13 +19,14 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import machine, timing  # noqa: E402
+from benchmarks import cases, machine, timing  # noqa: E402
 
 _ROUNDING = 3e-6
 
@@ -112,6 +113,17 @@ def mismatch(size: Size, logits: Any, bias: Any, weights: np.ndarray, ids: np.nd
     return f"a weight is off by {error.max():.1e}" if not error.max() <= 1e-5 else ""
 
 
+def misaligned(size: Size, ids: np.ndarray, aligned: Any) -> str:
+    """What is wrong with the `AlignedBlocks` of these ids, "" when nothing is."""
+    shape = {"num_experts": size.experts, "block_size": size.block_size, "top_k": size.top_k}
+    case = cases.Case(num_pairs=ids.size, **shape)
+    got = {name: np.asarray(x) for name, x in aligned._asdict().items() if x is not None}
+    want = cases.expected(case, ids)
+    if not np.array_equal(got["row_of_pair"], want.row_of_pair):
+        return "row_of_pair differs"
+    return cases.mismatch(case, want, got)
+
+
 class Inputs:
     """Several logits of one size, on jax's device, and the bias."""
 
@@ -140,10 +152,15 @@ class Inputs:
 # -- providers ---------------------------------------------------------------------------------------
 
 
-def measure_ours(inputs: Inputs, implementation: str | None, executions: int) -> tuple[str, Any]:
+def measure_ours(
+    inputs: Inputs, implementation: str | None, executions: int, what: str = "ours"
+) -> tuple[str, Any]:
+    """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or "by masks" and
+    "not by masks", in one call of that form, whichever is the default."""
     import jax
 
     import moe_align_jax as maj
+    from moe_align_jax._router import fused
 
     size = inputs.size
     options: dict[str, Any] = {"top_k": size.top_k, "implementation": implementation}
@@ -151,14 +168,35 @@ def measure_ours(inputs: Inputs, implementation: str | None, executions: int) ->
     if size.biased:
         options["correction_bias"] = inputs.bias
     route: Callable = maj.route_topk
-    if size.block_size:
+    if size.block_size and what not in ("router alone", "the two apart"):
         route = functools.partial(maj.route_and_align, block_size=size.block_size)
 
-    def program(many):
-        return [tuple(route(x, **options)) for x in many]
+    def call(x):
+        found = route(x, **options)
+        if what != "the two apart":
+            return tuple(found)
+        aligned = maj.moe_align_block_size(
+            found[1],
+            block_size=size.block_size,
+            num_experts=size.experts,
+            return_inverse=True,
+            implementation=implementation,
+        )
+        return (*found, aligned)
 
-    compiled = jax.jit(program).lower(inputs.logits).compile()
-    if wrong := inputs.wrong([found[:2] for found in compiled(inputs.logits)]):
+    def program(many):
+        return [call(x) for x in many]
+
+    by_masks = {"by masks": True, "not by masks": False}.get(what, fused.BY_MASKS)
+    with mock.patch.object(fused, "BY_MASKS", by_masks):
+        jax.clear_caches()  # no key of them holds the form
+        compiled = jax.jit(program).lower(inputs.logits).compile()
+    results = compiled(inputs.logits)
+    wrong = inputs.wrong([found[:2] for found in results])
+    for _, ids, *aligned in (results[0], results[-1]):
+        if aligned and not wrong:
+            wrong = misaligned(size, np.asarray(ids), aligned[0])
+    if wrong:
         return wrong, None
     if jax.default_backend() == "cpu":
         run = lambda: jax.block_until_ready(compiled(inputs.logits))  # noqa: E731
@@ -263,6 +301,13 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(size, options.copies)
     ours = functools.partial(measure_ours, inputs, None, options.executions)
     tasks: dict[str, Callable[[], tuple[str, Any]]] = {"ours": ours}
+    if size.block_size:  # what one launch is to be held against, by the same clock
+        for what in (
+            "router alone",
+            "the two apart",
+            *options.forms * ("by masks", "not by masks"),
+        ):
+            tasks[what] = functools.partial(ours, what=what)
     for name, path, make in (
         ("sglang", options.sglang_router, _sglang_call),
         ("vllm", options.vllm, _vllm_call),
@@ -290,7 +335,7 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line per provider and case."""
     return [
-        f"{row['case']:58} {row['provider']:8} "
+        f"{row['case']:58} {row['provider']:13} "
         + (f"{row['us']:9.2f} us, {row['metric']}" if "us" in row else f"failed: {row['reason']}")
         for row in rows
     ]
@@ -303,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sglang-router", help="SGLang's file, as benchmarks.fetch leaves it")
     parser.add_argument("--vllm", help="vLLM's library, as benchmarks.fetch leaves it")
     parser.add_argument("--torch", action="store_true", help="ours by torch_bridge.vllm, too")
+    parser.add_argument("--forms", action="store_true", help="one launch by each of its forms, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument(
         "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"

@@ -193,6 +193,7 @@ def _problem(size: Product, rows: str, num_rows: int, gathered: bool) -> Any:
     more: dict[str, Any] = {"num_groups": size.experts}
     if rows == "blocks":
         more = {"block_size": _BLOCK, "zero_padding": False}
+        more |= {"num_pairs": size.rows, "consecutive": True}
     if gathered:
         more |= {"num_tokens": size.rows // _TOP_K, "top_k": _TOP_K}
     given = ("benchmark", rows, num_rows, k, n, size.experts, "bfloat16", "bfloat16")

@@ -42,6 +42,8 @@ def stand_ins(ops: Mapping[str, object], release: str | None = RELEASE) -> dict[
         "vllm": {} if release is None else {"__version__": release},
         "vllm._custom_ops": ops,
         "vllm.triton_utils": {"triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))},
+        **{name: {} for name in _PACKAGES},
+        f"{_PACKAGES[-1]}.triton_moe": {"TritonExperts": _experts()},
         "vllm.utils": {},
         "vllm.utils.math_utils": {"round_up": lambda a, b: -(-a // b) * b},
     }
@@ -52,6 +54,40 @@ def stand_ins(ops: Mapping[str, object], release: str | None = RELEASE) -> dict[
         if parent:
             setattr(modules[parent], last, module)
     return modules
+
+
+# The packages around vLLM's expert layer.
+_PACKAGES = (
+    *("vllm.model_executor", "vllm.model_executor.layers"),
+    *("vllm.model_executor.layers.fused_moe", "vllm.model_executor.layers.fused_moe.experts"),
+)
+
+
+def _experts() -> type:
+    """vLLM's expert layer, which the file does not call, and the patch knows."""
+
+    class TritonExperts:
+        def apply(
+            self,
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            a1q_scale,
+            a2_scale,
+            workspace13,
+            workspace2,
+            expert_tokens_meta,
+            apply_router_weight_on_input,
+        ):
+            raise AssertionError("vLLM's own expert layer was called")
+
+    return TritonExperts
 
 
 def load(path: Path) -> types.ModuleType:

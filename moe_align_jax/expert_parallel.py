@@ -389,8 +389,8 @@ def select_transport(
         mode: as for `dispatch`.
         max_low_latency_tokens: as for `dispatch`.
         platform: "cpu" or "gpu"; None for the mesh's, or jax's default.
-        mesh: of the shard_map that dispatch would be called in, manual over all axes. "nvlink" does not take
-            every mesh: with None the answer is for one of all GPUs of the process.
+        mesh: of the shard_map that dispatch would be called in, manual over all axes. Our own kernels do not
+            take every mesh: with None the answer is for one of all GPUs of the process.
         transport: as for `dispatch`.
 
     Returns:

@@ -4,6 +4,7 @@ Functions of the router's logits and of the pairs that each expert got, which `f
 no coefficient: multiply them by the model's own, and add them to its loss.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -67,6 +68,7 @@ def load_balancing_loss(
     function = "load_balancing_loss"
     logits = _check_logits(function, logits)
     counts = _check_counts(function, tokens_per_expert, logits.shape[1], floats=True)
+    _check_axis(function, axis_name)
     if scoring not in ("softmax", "sigmoid"):
         rule, remedy = "be 'softmax' or 'sigmoid'", "Pass the router's own."
         raise ValueError(checks.message(function, "scoring", rule, repr(scoring), remedy))
@@ -116,6 +118,7 @@ def router_z_loss(
     """
     function = "router_z_loss"
     logits = _check_logits(function, logits)
+    _check_axis(function, axis_name)
     real, number = _tokens(function, logits, num_valid_tokens)
     with jax.named_scope(function):
         wide = jnp.where(real[:, None], logits.astype(_F32), 0.0)
@@ -151,7 +154,8 @@ def update_router_bias(
         `[E]` of bias' dtype. An expert with exactly the mean keeps its bias. The comparison is exact.
 
     Raises:
-        TypeError: a wrong dtype.   ValueError: shapes that do not fit.
+        TypeError: a wrong dtype, or no number.   ValueError: shapes that do not fit, or a rate that is not
+            finite.
 
     Example:
         >>> update_router_bias(jnp.zeros(3), jnp.array([5, 3, 1]), rate=0.5).tolist()
@@ -169,6 +173,8 @@ def update_router_bias(
         rule, remedy = "have shape [E]", "Call it for each layer, or with jax.vmap."
         raise ValueError(checks.message(function, "bias", rule, checks.describe(bias), remedy))
     counts = _check_counts(function, tokens_per_expert, bias.shape[0])
+    rate = _check_rate(function, rate)
+    _check_axis(function, axis_name)
     with jax.named_scope(function):
         counts = counts.astype(_I32)
         if axis_name is not None:
@@ -187,6 +193,33 @@ def _sum_over(x: jax.Array, axis_name: _AxisName) -> jax.Array:
     """Over the devices; a value that is the same on all of them counts once for each."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     return lax.psum(vary_together(x, *names), names)
+
+
+def _check_axis(function: str, axis_name: Any) -> None:
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        rule = "be the name of an axis, or a tuple of names"
+        got, remedy = checks.describe(axis_name), "Name the axes of jax.shard_map."
+        raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
+
+
+def _check_rate(function: str, rate: Any) -> Any:
+    """A finite real number, or an array of one."""
+    remedy = "Pass the step, e.g. 0.001."
+    array = isinstance(rate, (jax.Array, np.ndarray, np.generic))
+    real = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if array:
+        kinds = (jnp.floating, jnp.integer)
+        real = any(jnp.issubdtype(rate.dtype, kind) for kind in kinds)
+    if not real:
+        got = checks.describe(rate)
+        raise TypeError(checks.message(function, "rate", "be a real number", got, remedy))
+    if array and rate.shape != ():
+        got = checks.describe(rate)
+        raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
+    if not isinstance(rate, jax.Array) and not math.isfinite(rate):
+        raise ValueError(checks.message(function, "rate", "be finite", str(rate), remedy))
+    return rate
 
 
 def _check_logits(function: str, logits: Any) -> Any:

@@ -485,8 +485,7 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
         reasons = [primitive.unavailable(each, name, platform) for each in both]
         return next(filter(None, reasons), None)
 
-    refused = any(map(config.named_only, both)) or unavailable("mosaic_gpu")
-    choice = implementation or ("xla" if refused else "mosaic_gpu")
+    choice = implementation or ("xla" if unavailable("mosaic_gpu") else "mosaic_gpu")
     if reason := unavailable(choice):
         raise select.not_implemented("select_moe_implementation", choice, reason)
     reasons = why.reasons(both, choice, implementation, platform)
@@ -494,5 +493,10 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    tiles = [config.config_for(each, kind).name for each in both]
+    summed = problem.second_summed
+    if summed is not None and config.sums_pairs(summed, kind):
+        tiles = [config.config_for(each, kind).name for each in (problem.first, summed)]
+        tiles.append("pairs summed in clusters")
+    else:
+        tiles = [config.config_for(each, kind).name for each in both]
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

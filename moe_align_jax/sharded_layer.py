@@ -225,6 +225,9 @@ def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, f
     if not isinstance(mesh, Mesh):
         remedy = "Make one with jax.make_mesh."
         arguments.fail(TypeError, function, "mesh", "be a jax.sharding.Mesh", mesh, remedy)
+    if not isinstance(data, (str, tuple, list)):
+        rule = "be the name of an axis, or a tuple of names"
+        arguments.fail(TypeError, function, "data_axes", rule, data, "Pass () for none.")
     data = (data,) if isinstance(data, str) else tuple(data)
     named = [("expert_axis", expert), *(("data_axes", name) for name in data)]
     named += [(a, n) for a, n in (("tensor_axis", tensor), ("fsdp_axis", fsdp)) if n is not None]

@@ -3,8 +3,7 @@
 import gc
 import importlib.util
 import os
-import re
-import zlib
+from collections import defaultdict
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -18,21 +17,10 @@ gc.disable()  # until everything is imported and collected, which leaves little 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import parts  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-# CI runs the suite three times: with the newest jax, with the oldest that we support, and with 64-bit jax.
-# What may depend on either is shared out by `--part`: of each test function the first run takes two cases in
-# four, the others one each. So each case runs once; of a function with fewer cases the first one runs again
-# in one of the other two. What depends on neither runs in the first alone, and whole: files about NumPy,
-# shell, command line, benchmarks and text, PyTorch's, and the examples that train and generate.
-PARTS = {"newest-jax": (0, 1), "oldest-jax": (2,), "x64": (3,)}
-ONCE = re.compile(
-    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|gpu_test|language_traps|layering|"
-    r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
-    r"type_hints)[^/]*\.py"
-)
 
 
 def why_no_hopper() -> str | None:
@@ -58,6 +46,9 @@ if importlib.util.find_spec("hypothesis"):
             suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
         )
     settings.load_profile("default")
+
+_LEFT = pytest.StashKey[int]()  # cases that run in no part of CI
+_SECONDS = pytest.StashKey[defaultdict[str, list[float]]]()
 
 KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
 IMPLEMENTATIONS = ("xla", *KERNELS)
@@ -100,8 +91,13 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--part",
-        choices=PARTS,
-        help="one of the three runs of CI, which share out the cases (see PARTS in tests/conftest.py)",
+        choices=parts.NAMES,
+        help="one of the three runs of CI, which share out the cases (see tests/parts.py)",
+    )
+    parser.addoption(
+        "--write-costs",
+        action="store_true",
+        help="after a run of the suite in one process: write tests/costs.txt anew",
     )
 
 
@@ -111,19 +107,14 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--expect-jax {wanted}, but jax {jax.__version__} was imported")
 
 
+def pytest_sessionstart(session):
+    session.config.stash[_SECONDS] = defaultdict(list)
+
+
 def pytest_report_header(config):
     return (
         f"jax {jax.__version__}, x64 {jax.config.jax_enable_x64}, GPU: {why_no_hopper() or 'yes'}"
     )
-
-
-def _by_function(items):
-    """The cases of each test function in an order that does not follow the order of their parameters."""
-    functions = {}
-    for item in items:
-        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
-    for cases in functions.values():
-        yield sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
 
 
 def _keep(config, items, chosen):
@@ -134,26 +125,13 @@ def _keep(config, items, chosen):
 
 def _sample(config, items, each):
     """Leaves one case in `each` of every test function, the same ones every time."""
-    _keep(
-        config, items, [x for cases in _by_function(items) for x in cases[: -(-len(cases) // each)]]
-    )
+    functions = parts.by_function(items)
+    _keep(config, items, [x for _, cases in functions for x in cases[: -(-len(cases) // each)]])
 
 
 def _part(config, items, part):
-    """Leaves the cases of one of the PARTS."""
-    chosen = []
-    for cases in _by_function(items):
-        if part == "x64" and "test_doctests" in cases[0].nodeid:
-            continue  # jnp.ones() of an example is float64 there, which grouped products refuse
-        if not ONCE.search(cases[0].nodeid):
-            mine = [x for i, x in enumerate(cases) if i % 4 in PARTS[part]]
-            function = cases[0].nodeid.split("[")[0]
-            again = ("oldest-jax", "x64")[zlib.crc32(function.encode()) % 2]
-            chosen += mine or (cases[:1] if part == again else [])
-        elif part == "newest-jax":
-            chosen += cases
-        elif part == "oldest-jax" and "tests/bridge/test_align.py" in cases[0].nodeid:
-            chosen += cases[: -(-len(cases) // 4)]  # PyTorch through the oldest jax
+    """Leaves the cases of one of CI's three runs."""
+    chosen, config.stash[_LEFT] = parts.choose(items, part)
     _keep(config, items, chosen)
 
 
@@ -186,6 +164,28 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Keeps the CPU time of each case, its processes' included, for --write-costs."""
+    begun = os.times()
+    try:
+        return (yield)
+    finally:
+        seconds = sum(os.times()[:4]) - sum(begun[:4])
+        item.config.stash[_SECONDS][parts.function_of(item.nodeid)].append(seconds)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """From a worker process: each has collected all, and all say the same."""
+    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := config.stash.get(_LEFT, 0):
+        terminalreporter.write_line(f"{left} cases run in no part of CI, only in `make test-whole`")
+
+
 def pytest_unconfigure(config):
     gc.unfreeze()
 
@@ -196,6 +196,10 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     on_worker = hasattr(config, "workerinput")
+    if on_worker:
+        config.workeroutput["left"] = config.stash.get(_LEFT, 0)
+    elif config.option.write_costs:
+        parts.write_costs(config.stash[_SECONDS])
     if exitstatus == 0 and not on_worker and not config.option.collectonly and reporter:
         if not reporter.stats.get("passed"):
             reporter.write_line("no test passed: this run proves nothing", red=True)

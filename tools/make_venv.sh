@@ -68,7 +68,7 @@ done
 missing=${missing#,}
 echo "installing [$missing] into $venv"
 : >"$venv/.unfinished"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$missing]" ||
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$missing]" ||
     fail "pip could not install the extras [$missing] of this package: its message is above. Without network,
 name an interpreter that already has the packages: make test PYTHON=/path/to/python"
 for extra in $(echo "$missing" | tr , ' '); do

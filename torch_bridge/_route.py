@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_align_jax._router.problem import RouteProblem
-from torch_bridge import _ops, _plan, dlpack
+from torch_bridge import _beside, _ops, _plan, dlpack
 from torch_bridge._direct import fast_path, inplace, problems, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
 
-# Kernels take their pointers for 256-byte aligned.
-_ALIGNMENT = 256
 _MAX_KNOWN, _MAX_APART = 1 << 12, 16
 # What a call is known by: the op's name and the caller's options.
 type Key = tuple[Any, ...]
@@ -211,7 +209,7 @@ def repeat(
     if pointers not in known.apart:
         end = 0
         for start, size in sorted(zip(pointers, known.sizes, strict=True)):
-            if start < end or start % _ALIGNMENT:
+            if start < end or start % _beside.ALIGNMENT:
                 return False
             end = start + size
         if len(known.apart) >= _MAX_APART:
@@ -233,7 +231,9 @@ def _remember(
     bias = operands.get("correction_bias")
     if bias is not None and bias.dtype != torch.float32:
         return
-    if any(x.data_ptr() % _ALIGNMENT or not x.is_contiguous() or x.is_neg() for x in tensors):
+    if any(
+        x.data_ptr() % _beside.ALIGNMENT or not x.is_contiguous() or x.is_neg() for x in tensors
+    ):
         return
     logits = operands["logits"]
     given = [operands.get(name) for name in ("logits", "correction_bias", "is_padding")]
@@ -258,21 +258,9 @@ def _program(function: str, problem: RouteProblem, logits: torch.Tensor) -> Load
     """The kernel, ready to launch on these tensors; None where that is not possible, and jax computes."""
     from moe_align_jax._router import kernel
 
-    programs, index = store.here, logits.get_device()
-    if _plan.forced_implementation() or programs.machine.unavailable(logits.device):
-        return None
-    bucket = problems.route_bucket(problem)
-    if programs.failure(index, bucket):
-        return None
-    if reason := kernel.unsupported(bucket):
-        programs.warn_once(reason)
-        return None
     remedy = "Call torch_bridge.vllm.warmup_router with these sizes and options before the capture."
-    try:
-        return programs.program_for(function, index, bucket, remedy)
-    except store.Unavailable as reason:
-        programs.warn_once(str(reason))
-        return None
+    bucket = problems.route_bucket(problem)
+    return _beside.program_for(function, bucket, logits, kernel.unsupported, remedy)
 
 
 def _launch(
@@ -287,12 +275,10 @@ def _launch(
         given = {name: x.contiguous() for name, x in operands.items()}
         if "correction_bias" in given:
             given["correction_bias"] = given["correction_bias"].to(torch.float32)
-        given = {
-            name: _beside(x).copy_(x) if x.data_ptr() % _ALIGNMENT else x
-            for name, x in given.items()
-        }
+        given = {name: _beside.on_boundary(x) for name, x in given.items()}
         targets = {
-            name: _beside(x) if x.data_ptr() % _ALIGNMENT else x for name, x in results.items()
+            name: _beside.memory_beside(x) if x.data_ptr() % _beside.ALIGNMENT else x
+            for name, x in results.items()
         }
         pointers = {name: x.data_ptr() for name, x in {**given, **targets}.items()}
         pointers["num_tokens"] = problem.num_tokens << 8
@@ -301,11 +287,6 @@ def _launch(
         for name, target in targets.items():
             if target is not results[name]:
                 results[name].copy_(target)
-
-
-def _beside(tensor: torch.Tensor) -> torch.Tensor:
-    """Another one of its shape and dtype, which torch's allocator puts on the boundary."""
-    return store.here.machine.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 # -- over DLPack -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """vLLM's two other aligned ops on our alignment: for DeepEP's received tokens, and for LoRA adapters.
 
-Public as names of `torch_bridge.vllm`. Each is torch's own elementwise operations around
-`ops_moe_align_block_size`, so that they run wherever that op runs, and can be captured where it can.
+Public as names of `torch_bridge.vllm`. On a GPU each is a launch of kernels of its own (`_vllm_launch.py`).
+Elsewhere, and for what those kernels do not take, it is torch's own elementwise operations around
+`ops_moe_align_block_size`, which run wherever that op runs, and can be captured where it can.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,25 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from moe_align_jax._core import checks
-from torch_bridge import _checks, dlpack
-from torch_bridge._direct import inplace
+from torch_bridge import _checks, _ops, _vllm_launch, dlpack
+from torch_bridge._direct import inplace, store
 from torch_bridge._specs import AlignSpec
 from torch_bridge._vllm_ops import ops_moe_align_block_size
 
 _REMEDY = "See torch_bridge.vllm for what each tensor holds."
+_SCHEMAS = {
+    "globalize_align_into": (
+        "(Tensor(a!) topk_idx, Tensor psum, int first, int everyone, int experts, int block_size, "
+        "Tensor(b!) sorted_ids, Tensor(c!) expert_ids, Tensor(d!) num_tokens_post_pad, "
+        "Tensor(e!)? scatter_idx) -> ()"
+    ),
+    "lora_align_into": (
+        "(Tensor topk_ids, Tensor token_lora_mapping, Tensor adapter_enabled, Tensor lora_ids, "
+        "Tensor? expert_map, int experts, int block_size, int adapters, SymInt capacity, "
+        "SymInt blocks, Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, "
+        "Tensor(c!) num_tokens_post_pad) -> ()"
+    ),
+}
 
 
 def fused_globalize_align_block_size(
@@ -71,6 +85,8 @@ def fused_globalize_align_block_size(
         _fail(function, "topk_idx", "be int64", ids, TypeError)
     if ids.dim() != 2 or ids.shape[1] < 1:
         _fail(function, "topk_idx", "have shape [num_tokens, topk]", ids)
+    if any(size > 1 and step == 0 for size, step in zip(ids.shape, ids.stride(), strict=True)):
+        _fail(function, "topk_idx", "hold each id in memory of its own", ids)
     remedy = "Pass the tokens received up to each rank."
     received = _checks.check_integer_tensor(function, "psum", psum, remedy, ids.device)
     if received.dim() != 1 or received.shape[0] < 1:
@@ -89,14 +105,38 @@ def fused_globalize_align_block_size(
     least = inplace.least_sizes(spec)
     _check_buffers(function, written, ids.device, [least[name] for name in spec.outputs])
     _check_data(function, {**written, "topk_idx": ids}, {"psum": received})
+    sizes = (first, everyone, experts, rows)
+    if _ops.launches_at_once({"topk_idx": ids, "psum": received}, buffers):
+        _globalize("auto", ids, received, *sizes, *buffers)
+    elif store.launches_on(ids.device.type, ids.device.index):
+        three = (sorted_ids, expert_ids, num_tokens_post_pad)
+        op = _ops.chosen("globalize_align_into", ids.device)
+        op(ids, received, *sizes, *three, scatter_idx)
+    else:
+        _globalize("dlpack", ids, received, *sizes, *buffers)
 
-    num_tokens = ids.shape[0]
-    token = torch.arange(num_tokens, device=ids.device)[:, None]
-    counts = token < received[-1].to(torch.int64)
+
+def _globalize(path, ids, psum, first, everyone, experts, block_size, *buffers) -> None:
+    """Does a call of `fused_globalize_align_block_size` that its checks have passed."""
+    names = ("sorted_ids", "expert_ids", "num_tokens_post_pad", "scatter_idx")
+    given = {k: x for k, x in zip(names, buffers, strict=False) if x is not None}
+    if path == "auto" and _vllm_launch.globalize(
+        "fused_globalize_align_block_size",
+        ids,
+        psum,
+        given,
+        first=first,
+        everyone=everyone,
+        experts=experts,
+        block_size=block_size,
+    ):
+        return
+    token = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    counts = token < psum[-1].to(torch.int64)
     counts = counts & (ids >= 0) & (ids < min(experts, everyone - first))
     local = torch.where(counts, ids, -1).to(torch.int32)
-    three = (sorted_ids, expert_ids, num_tokens_post_pad)
-    ops_moe_align_block_size(local, experts, rows, *three, None, scatter_idx)
+    three = (given["sorted_ids"], given["expert_ids"], given["num_tokens_post_pad"])
+    ops_moe_align_block_size(local, experts, block_size, *three, None, given.get("scatter_idx"))
     ids.copy_(torch.where(counts, ids + first, -1))
 
 
@@ -135,8 +175,7 @@ def moe_lora_align_block_size(
         lora_ids: one dimension, integers: the adapters in use; numbers outside [0, L) name none.
         expert_map: `[num_experts]`: as for `ops_moe_align_block_size`.
 
-    The buffers are as those of `ops_moe_align_block_size`. Nothing is written when an error is raised. Costs
-    L alignments and a few of torch's own operations for each.
+    The buffers are as those of `ops_moe_align_block_size`. Nothing is written when an error is raised.
 
     Returns:
         None.
@@ -194,28 +233,69 @@ def moe_lora_align_block_size(
     given = {"token_lora_mapping": mapping, "adapter_enabled": enabled, "lora_ids": in_use}
     _check_data(function, written, {**operands, **given})
 
-    ids = topk_ids
+    three = (mapping, enabled, in_use)
+    local = operands.get("expert_map")
+    numbers = (spec.num_experts, spec.block_size, loras, *sizes[:2])
+    if _ops.launches_at_once({**operands, **given}, tuple(written.values())):
+        _align_adapters("auto", topk_ids, *three, local, *numbers, *written.values())
+    elif store.launches_on(device.type, device.index):
+        op = _ops.chosen("lora_align_into", device)
+        op(topk_ids, *three, local, *numbers, *written.values())
+    else:
+        _align_adapters("dlpack", topk_ids, *three, local, *numbers, *written.values())
+
+
+def _align_adapters(
+    path,
+    ids,
+    mapping,
+    enabled,
+    in_use,
+    expert_map,
+    experts,
+    block_size,
+    adapters,
+    capacity,
+    blocks,
+    *buffers,
+) -> None:
+    """Does a call of `moe_lora_align_block_size` that its checks have passed."""
     if ids.dtype not in (torch.int32, torch.int64):
-        ids = _narrowed(ids, spec.num_experts)
-    adapters = torch.arange(loras, device=device)
-    active = (in_use[:, None] == adapters).any(dim=0) & (enabled[:loras] != 0)
+        ids = _narrowed(ids, experts)
+    if path == "auto":
+        operands = {
+            "topk_ids": ids,
+            "token_lora_mapping": mapping,
+            "adapter_enabled": enabled,
+            "lora_ids": in_use,
+            **({} if expert_map is None else {"expert_map": expert_map}),
+        }
+        names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+        if _vllm_launch.align_adapters(
+            "moe_lora_align_block_size",
+            operands,
+            dict(zip(names, buffers, strict=True)),
+            experts=experts,
+            block_size=block_size,
+            adapters=adapters,
+            capacity=capacity,
+            blocks=blocks,
+        ):
+            return
+    mapping, enabled, in_use = (x.to(torch.int64) for x in (mapping, enabled, in_use))
+    sizes = (capacity, blocks, 1)
+    numbers = torch.arange(adapters, device=ids.device)
+    active = (in_use[:, None] == numbers).any(dim=0) & (enabled[:adapters] != 0)
     aligned: list[list[torch.Tensor]] = [[], [], []]
-    for adapter in range(loras):
+    for adapter in range(adapters):
         mine = torch.where((mapping == adapter)[:, None], ids, -1)
-        parts = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
-        ops_moe_align_block_size(
-            mine,
-            spec.num_experts,
-            spec.block_size,
-            parts[0],
-            parts[1],
-            parts[2],
-            operands.get("expert_map"),
-        )
+        parts = [torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes]
+        rows, named, count = parts
+        ops_moe_align_block_size(mine, experts, block_size, rows, named, count, expert_map)
         for results, part in zip(aligned, parts, strict=True):
             results.append(part)
-    for buffer, results, size in zip(written.values(), aligned, sizes, strict=True):
-        rows = buffer.view(loras, size)
+    for buffer, results, size in zip(buffers, aligned, sizes, strict=True):
+        rows = buffer.view(adapters, size)
         rows.copy_(torch.where(active[:, None], torch.stack(results), rows))
 
 
@@ -238,13 +318,13 @@ def _fail(
 def _integers(
     function: str, argument: str, value: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """A vector of integers, bool among them, as a dtype of which torch has all operations."""
+    """A vector of integers, bool among them, which become uint8."""
     if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
         value = value.to(torch.uint8)
     value = _checks.check_integer_tensor(function, argument, value, _REMEDY, device)
     if value.dim() != 1:
         _fail(function, argument, "have one dimension", value)
-    return value.to(torch.int64)
+    return value
 
 
 def _check_buffers(
@@ -277,3 +357,19 @@ def _check_data(
         dlpack.check_tensor(function, name, tensor)
     inplace.check_plain(function, written)
     inplace.check_no_overlap(function, written, read)
+
+
+# -- operators -----------------------------------------------------------------------------------
+
+
+def _nothing(*arguments) -> None:
+    """The fake of each: it returns nothing."""
+    del arguments
+
+
+_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
+for _base, _body in (
+    ("globalize_align_into", _globalize),
+    ("lora_align_into", _align_adapters),
+):
+    _ops.register(_library, _base, _SCHEMAS[_base], _ops.both(_body), _nothing)

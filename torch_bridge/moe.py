@@ -171,14 +171,27 @@ def fused_moe(
     Source: contract of vLLM 0.33 `fused_experts` (Apache-2.0); no code taken.
     """
     key = None
-    if path == "auto" and aligned is None and num_valid_tokens is None and out is None:
+    if path == "auto" and aligned is None and num_valid_tokens is None:
         pair = type(w_gate_up) is tuple
         first = w_gate_up if pair else (w_gate_up,)
         tensors = (x, *first, w_down, topk_weights, topk_ids)
         if expert_map is not None:
             tensors = (*tensors, expert_map)
+        if out is not None:
+            tensors = (*tensors, out)
         key = _key(
-            *(tensors, len(first), activation, gated, interleaved, swiglu_limit, swiglu_alpha),
+            *(
+                x,
+                topk_ids,
+                len(first),
+                expert_map is None,
+                out is None,
+                activation,
+                gated,
+                interleaved,
+                swiglu_limit,
+                swiglu_alpha,
+            ),
             *(transpose_rhs, weights_on_input, preferred_element_type, block_size),
             *(bias_gate_up is None and bias_down is None, return_tokens_per_expert),
         )
@@ -214,10 +227,10 @@ def fused_moe(
     return (results[0], results[1]) if call.counted else results[0]
 
 
-def _key(tensors: Any, *options: Any) -> run.Key | None:
+def _key(x: Any, topk_ids: Any, *options: Any) -> run.Key | None:
     """How a call is known: by x's and the ids' shapes and the options, with their types."""
     try:
-        return (tensors[0].shape, tensors[-1].shape, len(tensors), options, *map(type, options))
+        return (x.shape, topk_ids.shape, *options, *map(type, options))
     except AttributeError:
         return None
 
@@ -270,6 +283,12 @@ def explain_fused_moe(
         ('dlpack', 'xla')
     """
     path = _checks.check_path("explain_fused_moe", options.pop("path", "auto"))
+    call, operands = checked_layer(x, w_gate_up, w_down, topk_weights, topk_ids, **options)
+    return run.resolve(call, operands, path).plan
+
+
+def checked_layer(*arguments: Any, **options: Any) -> Any:
+    """What `fused_moe` with these arguments asks for, and its tensors by name."""
     options.pop("out", None)
     defaults = {
         "activation": "silu",
@@ -284,6 +303,4 @@ def explain_fused_moe(
         "preferred_element_type": None,
         "block_size": None,
     }
-    given = (x, w_gate_up, w_down, topk_weights, topk_ids)
-    call, operands = checks.check_layer(*given, **{**defaults, **options})
-    return run.resolve(call, operands, path).plan
+    return checks.check_layer(*arguments, **{**defaults, **options})

@@ -5,12 +5,12 @@
 
 Compiled ops of vLLM, which fill the caller's buffers, are `ops_moe_align_block_size`,
 `ops_batched_moe_align_block_size`, `fused_globalize_align_block_size` and `moe_lora_align_block_size`; and of
-its router `topk_softmax`, `topk_sigmoid`, `topk_hash_softplus_sqrt` and `grouped_topk`. `patch` and
-`patch_for_good` make an installed vLLM call them.
+its router `topk_softmax`, `topk_sigmoid`, `topk_hash_softplus_sqrt` and `grouped_topk`. `fused_experts` is
+its expert layer. `patch` and `patch_for_good` make an installed vLLM call them.
 
-vLLM itself is imported by these two alone. One quirk is not copied: with a map and
-ignore_invalid_experts=False, vLLM's unused blocks read expert_map[-1]; ours read -1. What vLLM
-refuses works here: 1-D ids, no pairs, any number of experts, every integer dtype.
+vLLM itself is imported by these two, and by `fused_experts` for what ours cannot do. One quirk is not
+copied: with a map and ignore_invalid_experts=False, vLLM's unused blocks read expert_map[-1]; ours read -1.
+What vLLM refuses works here: 1-D ids, no pairs, any number of experts, every integer dtype.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from torch_bridge._vllm_aligned import (
     fused_globalize_align_block_size as fused_globalize_align_block_size,
 )
 from torch_bridge._vllm_aligned import moe_lora_align_block_size as moe_lora_align_block_size
+from torch_bridge._vllm_experts import fused_experts as fused_experts
 from torch_bridge._vllm_ops import check_batched
 from torch_bridge._vllm_ops import (
     ops_batched_moe_align_block_size as ops_batched_moe_align_block_size,

@@ -1,22 +1,22 @@
 """Makes an installed vLLM call ours: at `vllm._custom_ops`, through which its Python layer calls its aligned
-ops and its router's.
+ops and its router's, and at `TritonExperts.apply`, the expert layer itself.
 
 vLLM's layers import the Python function by name, so that function cannot be replaced for them. The op that it
 calls can be, because it is looked up in the module at each call.
 """
 
 import contextlib
+import importlib
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from moe_align_jax._core import checks
-from torch_bridge import _vllm_aligned, _vllm_ops, _vllm_router
+from torch_bridge import _vllm_aligned, _vllm_experts, _vllm_ops, _vllm_router
 
 # Releases whose ops have the signatures below, by their first two numbers.
 KNOWN_VERSIONS = ("0.33",)
@@ -78,7 +78,9 @@ def patch_for_good() -> Callable[[], None]:
     Replaces, in `vllm._custom_ops`, through which vLLM's layers call, every aligned op
     (`moe_align_block_size`, `batched_moe_align_block_size`, `fused_globalize_align_block_size`,
     `moe_lora_align_block_size`) and every op of its router (`topk_softmax`, `topk_sigmoid`,
-    `topk_hash_softplus_sqrt`, `grouped_topk`).
+    `topk_hash_softplus_sqrt`, `grouped_topk`). And the method `apply` of its `TritonExperts`, the layer
+    of experts that are not quantised: ours runs where it can be launched directly, and vLLM's own elsewhere,
+    with one warning for each reason.
 
     Call it in each process that runs layers, before vLLM captures CUDA graphs: a graph that has
     been captured keeps what it holds. Patches may nest or overlap: vLLM's own functions, the very
@@ -93,7 +95,7 @@ def patch_for_good() -> Callable[[], None]:
 
     Source: names and signatures of vllm 0.33 `_custom_ops.py` (Apache-2.0); no code taken.
     """
-    _active.enter(_known_module())
+    _active.enter(_known_places())
     undone = False
 
     def undo() -> None:
@@ -106,8 +108,13 @@ def patch_for_good() -> Callable[[], None]:
     return undo
 
 
-def _known_module() -> ModuleType:
-    """`vllm._custom_ops` of a release that we know."""
+# A function of vLLM's: what holds it, its name there, and what we call it.
+type _Place = tuple[Any, str, str]
+_EXPERTS_MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
+
+
+def _known_places() -> list[_Place]:
+    """What is replaced, of a release that we know."""
     remedy = "Install vllm 0.33, or call torch_bridge.vllm's functions yourself."
     try:
         import vllm  # type: ignore[import-not-found]
@@ -125,15 +132,27 @@ def _known_module() -> ModuleType:
         )
     from vllm import _custom_ops  # type: ignore[import-not-found]
 
-    for name, expected in _PARAMETERS.items():
-        function = getattr(_custom_ops, name, None)
+    places: list[_Place] = [(_custom_ops, name, f"vllm._custom_ops.{name}") for name in _PARAMETERS]
+    try:
+        experts = importlib.import_module(_EXPERTS_MODULE).TritonExperts
+        places.append((experts, "apply", "vllm's TritonExperts.apply"))
+    except (ModuleNotFoundError, AttributeError) as error:
+        if not str(getattr(error, "name", "vllm")).startswith(("vllm", "TritonExperts")):
+            raise
+        rule = f"hold TritonExperts, as in {known}"
+        what = str(error)
+        raise NotImplementedError(
+            checks.message("patch", _EXPERTS_MODULE, rule, what, remedy)
+        ) from None
+    for owner, name, argument in places:
+        expected = _PARAMETERS.get(name, _vllm_experts.APPLY_PARAMETERS)
+        function = getattr(owner, name, None)
         found = tuple(inspect.signature(function).parameters) if callable(function) else None
         if found != expected:
             rule = f"take ({', '.join(expected)}), as in {known}"
             what = "no such function" if found is None else f"({', '.join(found)})"
-            argument = f"vllm._custom_ops.{name}"
             raise NotImplementedError(checks.message("patch", argument, rule, what, remedy))
-    return _custom_ops
+    return places
 
 
 def _batched_moe_align_block_size(
@@ -174,19 +193,28 @@ class _Active:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._count = 0
-        self._module: ModuleType | None = None
-        self._originals: dict[str, object] = {}
+        # For each place, vLLM's own function and ours.
+        self._replaced: list[tuple[_Place, object, object]] = []
 
-    def enter(self, module: ModuleType) -> None:
+    def enter(self, places: list[_Place]) -> None:
         with self.lock:
             if self._count == 0:
-                originals = {name: getattr(module, name) for name in _PARAMETERS}
+                ours = _replacements()
+                replaced = []
+                for place in places:
+                    owner, name, _ = place
+                    original = (
+                        vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+                    )
+                    new = ours.get(name) or _vllm_experts.apply_instead(original, owner)
+                    replaced.append((place, original, new))
                 try:
-                    _set_all(module, _replacements())
+                    for (owner, name, _), _, new in replaced:
+                        setattr(owner, name, new)
                 except BaseException:
-                    _set_all(module, originals)
+                    _restore(replaced)
                     raise
-                self._module, self._originals = module, originals
+                self._replaced = replaced
             self._count += 1
 
     def leave(self) -> None:
@@ -194,13 +222,11 @@ class _Active:
             self._count -= 1
             if self._count:
                 return
-            module, originals = self._module, self._originals
-            self._module, self._originals = None, {}
-            ours = _replacements()
-            foreign = [name for name in originals if getattr(module, name, None) is not ours[name]]
-            _set_all(module, {k: x for k, x in originals.items() if k not in foreign})
+            replaced, self._replaced = self._replaced, []
+            foreign = [one for one in replaced if getattr(one[0][0], one[0][1], None) is not one[2]]
+            _restore([one for one in replaced if one not in foreign])
         if foreign:
-            names = ", ".join(f"vllm._custom_ops.{name}" for name in foreign)
+            names = ", ".join(place[2] for place, _, _ in foreign)
             warnings.warn(
                 f"torch_bridge: {names} was replaced by someone else since the patch; "
                 "it is left as it is.",
@@ -208,9 +234,9 @@ class _Active:
             )
 
 
-def _set_all(module: ModuleType | None, functions: Mapping[str, object]) -> None:
-    for name, function in functions.items():
-        setattr(module, name, function)
+def _restore(replaced: list[tuple[_Place, object, object]]) -> None:
+    for (owner, name, _), original, _ in replaced:
+        setattr(owner, name, original)
 
 
 _active = _Active()

@@ -1,9 +1,9 @@
 """Which transport runs: a rule that can be read, asked and overridden.
 
-The rule has no table of sizes and GPUs, because "nvlink" had the shortest device span at every size
-measured: 8, 128 and 4096 tokens per GPU on two and four H200 (docs/notebook/2026-11.md; by the host's clock
-the transports have not been compared with each other). So the rule asks whether "nvlink" can run here; of
-the others "all_to_all" is the fastest or close to it.
+The rule has no table of sizes and GPUs. In low-latency mode "nvlink_window" took the least time of all by
+wall clock and by device span, at 8 and 128 tokens per GPU on two H200 (docs/notebook/2026-11.md); in mode
+"normal" "nvlink" had the shortest device span at 4096, on two and four. So the rule asks whether they can run
+here; of the others "all_to_all" is the fastest or close to it.
 """
 
 from dataclasses import dataclass, field
@@ -97,18 +97,26 @@ def choose(
         "all_to_all": _DENSE
         if jax.process_count() == 1
         else f"{_DENSE}, by collectives that run across processes (NCCL's on GPUs)",
-        NVLINK_WINDOW.name: cannot[NVLINK_WINDOW.name]
-        or "it has not been measured: name it to take it",
         "ragged_all_to_all": cannot["ragged_all_to_all"]
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }
-    if reason := cannot[NVLINK.name] or _nvlink_unwanted(num_ranks):
-        return TransportChoice("all_to_all", mode, reasons | {NVLINK.name: reason})
-    reasons[NVLINK.name] = (
-        "our kernels write to the peers: the shortest device span measured, at 8 to 4096 tokens"
-    )
-    reasons["all_to_all"] = "a longer device span than our own kernels'"
-    return TransportChoice(NVLINK.name, mode, reasons)
+    unwanted = _nvlink_unwanted(num_ranks)
+    ours = {name: cannot[name] or unwanted for name in (NVLINK_WINDOW.name, NVLINK.name)}
+    if mode == "normal":
+        many = 'mode "normal" moves more rows than a window holds'
+        ours[NVLINK_WINDOW.name] = ours[NVLINK_WINDOW.name] or many
+    taken = next((name for name, reason in ours.items() if reason is None), None)
+    if taken is None:
+        return TransportChoice("all_to_all", mode, reasons | ours)
+    reasons["all_to_all"] = "longer, by wall clock and by device span, than our own kernels"
+    if taken == NVLINK_WINDOW.name:
+        ours[taken] = (
+            "our kernels write to the peers: the fewest us measured, on the host and on GPUs"
+        )
+        ours[NVLINK.name] = ours[NVLINK.name] or "XLA prepares each of its kernels on the host"
+    else:
+        ours[taken] = "our kernels write to the peers: the shortest device span measured"
+    return TransportChoice(taken, mode, reasons | ours)
 
 
 def _nvlink_unwanted(num_ranks: int) -> str | None:

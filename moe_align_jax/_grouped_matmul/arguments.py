@@ -137,9 +137,7 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
     ids, experts, used = found
     if ids.ndim != 1:
         remedy = "Call jax.vmap for several alignments."
-        raise wrong(
-            ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
-        )
+        raise wrong(ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy)
     blocks = checks.cdiv(ids.shape[0], block_size)
     if experts.shape != (blocks,):
         rule = f"be the alignment's, with cdiv(P, block_size) = {experts.shape[0]} blocks"
@@ -159,10 +157,10 @@ def check_pairs(function: str, pairs: int, aligned: Any, num_rows: int) -> None:
     """That x's tokens, each with top_k pairs, are those that were aligned."""
     inverse = getattr(aligned, "row_of_pair", None)
     if inverse is None:
-        wrong, rule = pairs > num_rows, f"give at most {num_rows} pairs, P of aligned,"
+        is_off, rule = pairs > num_rows, f"give at most {num_rows} pairs, P of aligned,"
     else:
-        wrong, rule = pairs != inverse.size, f"give {inverse.size} pairs, as aligned has,"
-    if wrong:
+        is_off, rule = pairs != inverse.size, f"give {inverse.size} pairs, as aligned has,"
+    if is_off:
         got = f"{pairs}"
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
         raise wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moe_align_jax._grouped_matmul import config, primitive
+from moe_align_jax._grouped_matmul import primitive
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
 
@@ -16,15 +16,12 @@ def reasons(
         if other == choice:
             continue
         unavailable = [primitive.unavailable(each, other, platform) for each in problems]
-        named_only = [config.named_only(each) for each in problems]
         if reason := next(filter(None, unavailable), None):
             found[other] = reason
         elif implementation is not None:
             found[other] = f"implementation={implementation!r} was asked for"
         elif other == "emulator":
             found[other] = "it runs only when named: it is for tests and debugging"
-        elif other == "mosaic_gpu" and (reason := next(filter(None, named_only), None)):
-            found[other] = reason
         else:
             found[other] = "the Mosaic GPU kernel runs here: one launch, no loop over blocks"
     return found

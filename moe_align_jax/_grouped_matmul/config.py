@@ -12,6 +12,8 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
 MAX_SHARED_BYTES = 232_448
+MAX_CLUSTER = 8  # CTAs, of any kernel on any GPU
+_LEAST_STEPS = 4  # of k that a CTA takes, where several share a tile
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -31,6 +33,8 @@ class Config(NamedTuple):
         lag: with a gather, steps between asking for rows and saying that they are there.
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
+        split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3, masked.
     """
 
     form: str
@@ -43,12 +47,16 @@ class Config(NamedTuple):
     lag: int = 2
     num_ctas: int = 132
     computing: int = 2
+    split: int = 1
+    skips: bool = False
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4m-g4-late`."""
         more = "-late" if self.late else ""
         more += f"-w{self.computing}" if self.computing != 2 else ""
+        more += f"-k{self.split}" if self.split > 1 else ""
+        more += "-skips" if self.skips else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -60,6 +68,10 @@ class Rules(NamedTuple):
         narrow: columns of the weights up to which all n tiles of a block follow each other.
         few_experts: up to so many, `few_group` blocks are done together, else `many_group`.
         few_group, many_group, masked_group: see `Config.group`; the last of the masked layout.
+        split: whether clusters share the k of a tile where tiles are few.
+        sum_pairs: whether clusters add up the rows of a token, where blocks are of one pair.
+        permute_columns: columns of the weights from which rows are gathered before the product, and not once
+            per n tile within it; 0: never.
     """
 
     room: float = 1.5
@@ -68,6 +80,9 @@ class Rules(NamedTuple):
     few_group: int = 8
     many_group: int = 4
     masked_group: int = 8
+    split: bool = False
+    sum_pairs: bool = False
+    permute_columns: int = 0
 
 
 DEFAULT_RULES = Rules()
@@ -79,13 +94,6 @@ DEFAULT_RULES = Rules()
 #   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
 RULES = {"NVIDIA H200": DEFAULT_RULES}
-
-
-def named_only(problem: MatmulProblem) -> str | None:
-    """Why the kernel does not run this problem by default, though it may be able to; or None."""
-    if problem.scales:
-        return "its e4m3 products have not run on a GPU yet: it runs when named"
-    return None
 
 
 def unsupported(problem: MatmulProblem) -> str | None:
@@ -166,6 +174,8 @@ def _no_swap(problem: MatmulProblem) -> bool:
 def tests_rows(problem: MatmulProblem) -> bool:
     """Whether sorted_token_ids say which rows of the result are zero."""
     zeros = problem.zero_padding and (not problem.top_k or problem.weights.bias)
+    if problem.summed:  # each block is a pair
+        return False
     return problem.rows == "blocks" and bool(problem.row_weights or zeros)
 
 
@@ -176,13 +186,56 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     if problem.scales:
         return _e4m3_config(problem, rules, bm)
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
-        return Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0)
+        return _shared(problem, rules, Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0))
     if bm < 64:
-        return Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0)
+        return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
+    """Swapped tiles, each shared by a cluster where that gives more SMs something to do."""
+    pairs = max(1, problem.summed)
+    split = 1
+    if rules.split and problem.rows == "blocks" and not (problem.summed and problem.weights.bias):
+        columns = tiles.bn // (2 if problem.weights.gated else 1)
+        count = problem.num_blocks // pairs * -(-problem.n // columns)
+        steps = -(-problem.k // tiles.bk)
+        splits = [
+            s
+            for s in (8, 4, 2)
+            if pairs * s <= MAX_CLUSTER
+            and steps % s == 0
+            and steps >= _LEAST_STEPS * s
+            and count * pairs * s <= _ctas(pairs * s)
+        ]
+        split = next(iter(splits), 1)
+    ranks = pairs * split
+    return tiles._replace(split=split, num_ctas=_ctas(ranks)) if ranks > 1 else tiles
+
+
+def _ctas(ranks: int) -> int:
+    """Of clusters that run at the same time. A cluster is within one of 7 or 8 groups of 16 or 18 SMs."""
+    return 132 // ranks * ranks if ranks <= 2 else 8 * (16 // ranks) * ranks
+
+
+def can_sum_pairs(problem: MatmulProblem) -> bool:
+    """Whether one launch can add up the rows of each token: a problem with `summed`."""
+    return 2 <= problem.summed <= MAX_CLUSTER and not problem.scales and not _no_swap(problem)
+
+
+def sums_pairs(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
+    """Whether it does by default."""
+    return RULES.get(gpu_kind or "", DEFAULT_RULES).sum_pairs and can_sum_pairs(problem)
+
+
+def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
+    """Whether rows are gathered by a launch before the product."""
+    least = RULES.get(gpu_kind or "", DEFAULT_RULES).permute_columns
+    many = not problem.scales and tile_rows(problem) >= 128 and mean_rows(problem) >= 1000
+    return bool(least and problem.top_k and many and problem.w_columns >= least)
 
 
 def _group(problem: MatmulProblem, rules: Rules) -> int:

@@ -317,7 +317,9 @@ def run_weight_gradient(
     """`[E, k, n]` of `problem.inputs`; zeros for an expert without rows."""
     with jax.named_scope("weight_gradient"):
         lhs, rhs, *where = vary_together(list(operands))
-        if 0 in (*problem.out_shape, lhs.shape[0], rhs.shape[0], problem.layout.num_rows):
+        layout = problem.layout
+        groups = layout.num_groups if layout.rows == "ragged" else 1
+        if 0 in (*problem.out_shape, lhs.shape[0], rhs.shape[0], layout.num_rows, groups):
             zero = jnp.sum(lhs.reshape(-1)[:0]).astype(problem.layout.out_dtype)
             return jnp.zeros(problem.out_shape, problem.layout.out_dtype) + zero
         if implementation == "emulator":

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_align_jax._grouped_matmul import kernel, launch, tile_list
-from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
+from moe_align_jax._grouped_matmul.direct_problem import (
+    LAUNCH_VALUES,
+    NUM_PAIRS,
+    NUM_ROWS,
+    SCALE_PITCH,
+    DirectMatmul,
+)
 from moe_align_jax._simt.language import Kernel
 
 
@@ -21,6 +27,7 @@ class DirectKernel(NamedTuple):
         call: the kernel as a function of its inputs.
         structs: shapes and dtypes of these.
         rows: for each buffer of which a launch gives the number of rows, the name of that value.
+        pitches: for each whose last axis a launch gives the length of, likewise.
     """
 
     name: str
@@ -29,6 +36,7 @@ class DirectKernel(NamedTuple):
     call: Callable
     structs: list[jax.ShapeDtypeStruct]
     rows: dict[str, str]
+    pitches: dict[str, str]
 
 
 def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
@@ -60,7 +68,7 @@ def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
         return launch.arguments(problem, config, given, listed, interpret=False)
 
     structs = jax.eval_shape(arguments, *named.values())
-    names = [name for name in direct.inputs if name not in (NUM_ROWS, NUM_PAIRS)]
+    names = [name for name in direct.inputs if name not in LAUNCH_VALUES]
     if where:
         names = [*where, *[name for name in names if name != "masked_m"]]
     if direct.sized_at_launch:
@@ -71,8 +79,9 @@ def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
         rows = {"out": NUM_ROWS} if problem.top_k else {"x": NUM_ROWS, "out": NUM_ROWS}
     call = kernel.build(problem, config, sized_at_launch=direct.sized_at_launch)
     shapes = {name: tuple(s.shape) for name, s in zip(names, structs, strict=True)}
-    name = f"grouped_matmul_{config.form}"
-    return (*first, DirectKernel(name, shapes, direct.outputs, call, list(structs), rows))
+    name = f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}"
+    pitches = {"x_scales": SCALE_PITCH} if direct.pitched else {}
+    return (*first, DirectKernel(name, shapes, direct.outputs, call, list(structs), rows, pitches))
 
 
 def _of_masked(listing: Kernel) -> Kernel:

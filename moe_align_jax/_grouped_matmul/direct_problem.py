@@ -1,4 +1,4 @@
-"""What a program of the grouped matrix multiplication is compiled for, for a launch outside XLA. No jax here."""
+"""What a grouped matrix multiplication is compiled for, for a launch outside XLA. No jax here."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,16 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 
 # The values of a launch that are no pointers. They are given times 256.
-NUM_ROWS, NUM_PAIRS = "num_rows", "num_pairs"
+NUM_ROWS, NUM_PAIRS, SCALE_PITCH = "num_rows", "num_pairs", "scale_pitch"
+LAUNCH_VALUES = (NUM_ROWS, NUM_PAIRS, SCALE_PITCH)
 
 
 class DirectMatmul(NamedTuple):
     """A grouped matrix multiplication, as a program of `torch_bridge`.
 
     Attributes:
-        problem: it; of "blocks" its rows and tokens are the most that a launch has.
+        problem: it; of "blocks" its rows and tokens, and the pitch of x's scales, are the most that a launch
+            has.
         gpu_kind: whose tiles it takes: the card's name.
         config: its tiles; None for the usual ones.
     """
@@ -51,16 +53,26 @@ class DirectMatmul(NamedTuple):
 
     @property
     def tiles(self) -> Config:
-        return self.config or config_for(self.problem, self.gpu_kind)
+        usual = self.config or config_for(self.problem, self.gpu_kind)
+        if usual.split == 1 or self.config:
+            return usual
+        # Shared tiles have run under jit alone.
+        return usual._replace(split=1, num_ctas=Config._field_defaults["num_ctas"])
 
     @property
     def refusal(self) -> str | None:
         """Why there is no such program, or None."""
         if self.problem.rows == "ragged":
             return "groups of rows that follow each other are not launched directly"
-        if self.problem.scales:
-            return "products of e4m3 are not launched directly"
+        if self.pitched and self.problem.top_k:
+            return "the pitch of scales by columns would be compiled in where rows are gathered"
         return unsupported(self.problem)
+
+    @property
+    def pitched(self) -> bool:
+        """Whether a launch says how far columns of x's scales lie apart: a tile's rows at least, 4 n."""
+        scales = self.problem.scales
+        return self.sized_at_launch and scales is not None and scales.x == "column_major"
 
     @property
     def spare_rows(self) -> int:
@@ -73,16 +85,19 @@ class DirectMatmul(NamedTuple):
 
         First the sizes; then the arrays as the kernel reads them, those that there are of
         num_tokens_post_padded, expert_ids and sorted_token_ids (or masked_m), row_weights, bias (float32,
-        with whole tiles of columns), x, and the weights (w, or gate and up).
+        with whole tiles of columns), the scales, x, and the weights (w, or gate and up).
         """
         given, shape = self.problem.inputs, shape_of(self.problem, self.tiles)
         found: dict[str, tuple[int, ...]] = {}
         if self.sized_at_launch:
             found |= {NUM_ROWS: (1,), NUM_PAIRS: (1,)}
+        if self.pitched:
+            found[SCALE_PITCH] = (1,)
         names = ["num_tokens_post_padded", "expert_ids"]
         if shape.reads_ids:
             names.append("sorted_token_ids")
-        names += ["masked_m", "row_weights", "bias", "x", "w", "gate", "up"]
+        names += ["masked_m", "row_weights", "bias"]
+        names += ["x_scales", "w_scales", "gate_scales", "up_scales", "x", "w", "gate", "up"]
         found |= {name: given[name][0] for name in names if name in given}
         if "bias" in found:
             experts, width = self.problem.num_experts, shape.n_tiles * shape.columns

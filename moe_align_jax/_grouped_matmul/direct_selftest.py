@@ -6,8 +6,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import launch, reference
-from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
+from moe_align_jax._grouped_matmul.direct_problem import (
+    NUM_PAIRS,
+    NUM_ROWS,
+    SCALE_PITCH,
+    DirectMatmul,
+)
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import shape_of
 
@@ -38,7 +44,8 @@ class Example(NamedTuple):
 def examples(direct: DirectMatmul) -> Iterator[Example]:
     """Of some blocks of the first two experts; of a masked layout, of their first rows.
 
-    Values are small multiples of an eighth, so that sums of products are exact in float32.
+    Values are small multiples of an eighth, so that sums of products are exact in float32. Scales are
+    powers of two.
     """
     rng = np.random.default_rng(0)
     problem = direct.problem
@@ -65,7 +72,8 @@ def examples(direct: DirectMatmul) -> Iterator[Example]:
     if problem.top_k:
         source = arrays["sorted_token_ids"][used] // problem.top_k
     columns = np.unique(np.linspace(0, problem.n - 1, _COLUMNS).astype(int))
-    expected = _products(problem, arrays, source, expert_of_row[used], columns)
+    wide = _add_scales(rng, direct, experts, arrays, sizes)
+    expected = _products(problem, arrays, wide, source, expert_of_row[used], columns)
     if problem.row_weights:
         row_weights = rng.integers(1, 5, count).astype(np.float32) / 4
         arrays["row_weights"] = np.pad(row_weights, (0, direct.spare_rows))
@@ -121,9 +129,64 @@ def _rows(
     return np.repeat(expert_ids, block)[:rows], np.flatnonzero(holds), sizes
 
 
+def _add_scales(
+    rng: np.random.Generator,
+    direct: DirectMatmul,
+    experts: int,
+    arrays: dict[str, np.ndarray],
+    sizes: dict[str, int],
+) -> dict[str, np.ndarray]:
+    """Adds the scales of x and of the weights; returns them as float32 `[rows, G]` and `[experts, ., G]`."""
+    problem, scales = direct.problem, direct.problem.scales
+    if scales is None:
+        return {}
+    rows, groups, found = len(arrays["x"]), problem.scale_groups, {}
+    for name, (shape, _) in problem.inputs.items():
+        if name.endswith("_scales") and name != "x_scales":
+            arrays[name] = found[name] = _powers(rng, (experts, *shape[1:]))
+    if scales.x == "tensor":
+        arrays["x_scales"] = np.full(1, 0.5, np.float32)
+        return found | {"x_scales": np.full((rows, groups), 0.5, np.float32)}
+    of_rows = found["x_scales"] = _powers(rng, (rows, groups))
+    if scales.packed:
+        exponents = (of_rows.view(np.int32) >> 23).astype(np.uint8)
+        of_rows = np.pad(exponents, ((0, 0), (0, -groups % GROUPS_PER_WORD))).view(np.int32)
+    if scales.x == "row_major":
+        arrays["x_scales"] = of_rows
+        return found
+    # The last expert's rows may be a part of them.
+    parts, pitch = (1, max(-(-rows // 4) * 4, direct.tiles.bm)), 0
+    if problem.rows == "masked":
+        parts = experts, scales.pitch
+        pitch = problem.max_rows
+    else:
+        sizes[SCALE_PITCH] = parts[1]
+    laid = np.zeros((parts[0], of_rows.shape[1], parts[1]), of_rows.dtype)
+    for part in range(parts[0]):
+        mine = of_rows[part * pitch : (part + 1) * pitch] if pitch else of_rows
+        laid[part, :, : len(mine)] = mine.T
+    arrays["x_scales"] = laid if pitch else laid[0]
+    return found
+
+
+def _powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.exp2(rng.integers(-1, 2, shape)).astype(np.float32)
+
+
+def _wide(values: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """float32 of values `[., K]` with a scale for each 128 columns, or one for all."""
+    values = values.astype(np.float32)
+    if scales is None:
+        return values
+    if scales.shape[1] > 1:
+        scales = np.repeat(scales, GROUP, axis=1)[:, : values.shape[1]]
+    return values * scales
+
+
 def _products(
     problem: MatmulProblem,
     arrays: dict[str, np.ndarray],
+    scales: dict[str, np.ndarray],
     source: np.ndarray,
     expert: np.ndarray,
     columns: np.ndarray,
@@ -131,12 +194,22 @@ def _products(
     """float32 `[rows, columns]`, by the definition of `grouped_matmul`."""
     weights, n = problem.weights, problem.n
 
+    def of_rows(at: np.ndarray) -> np.ndarray:
+        return _wide(arrays["x"][at], scales["x_scales"][at] if scales else None)
+
+    def of_columns(name: str, e: int, at: np.ndarray) -> np.ndarray:
+        if not weights.transposed:
+            return arrays[name][e][:, at].astype(np.float32)
+        if not scales:
+            return _wide(arrays[name][e][at], None).T
+        of_w = scales[f"{name}_scales"][e]
+        return _wide(arrays[name][e][at], of_w[at // GROUP] if len(of_w) > 1 else of_w).T
+
     def product(name: str, at: np.ndarray, bias_at: np.ndarray) -> np.ndarray:
         out = np.empty((len(source), len(at)), np.float32)
         for e in np.unique(expert):
-            w = arrays[name][e][at].T if weights.transposed else arrays[name][e][:, at]
             rows = expert == e
-            out[rows] = arrays["x"][source[rows]].astype(np.float32) @ w.astype(np.float32)
+            out[rows] = of_rows(source[rows]) @ of_columns(name, e, at)
             if weights.bias:
                 out[rows] += arrays["bias"][e][bias_at]
         return out
@@ -157,7 +230,9 @@ def mismatch(direct: DirectMatmul, example: Example, read: Callable) -> str:
     """What is wrong with the results, or "". `read(name, into)` fetches the beginning of an output."""
     problem, want = direct.problem, example.expected
     item = jnp.dtype(problem.out_dtype)
-    got = read("out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item))
+    got = read(
+        "out", np.empty((example.outputs["out"] // item.itemsize // problem.n, problem.n), item)
+    )
     got = got[example.rows][:, example.columns].astype(np.float32)
     off, scale = np.abs(got - want), max(1.0, float(np.abs(want).max(initial=0)))
     if not off.size or (off <= np.abs(want) * 2**-6 + scale * 2**-9).all():

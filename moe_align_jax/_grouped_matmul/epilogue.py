@@ -139,8 +139,14 @@ def pieces(
             for c in range(0, first.shape[1], 2 * piece):
                 found.append(finish.parted(first[r : r + 64, c : c + 2 * piece], row, c))
             continue
+        if not gated:
+            for i, some in enumerate(sums):  # side by side
+                for c in range(0, some.shape[1], piece):
+                    value, column = some[r : r + 64, c : c + piece], i * some.shape[1] + c
+                    found.append(finish.plain(value, None, row, column))
+            continue
         for c in range(0, second_at or first.shape[1], piece):
-            up = second[r : r + 64, second_at + c : second_at + c + piece] if gated else None
+            up = second[r : r + 64, second_at + c : second_at + c + piece]
             found.append(finish.plain(first[r : r + 64, c : c + piece], up, row, c))
     return found
 
@@ -156,7 +162,7 @@ class _Finish:
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
         self.tests_rows, self.interpret = tests_rows, interpret
-        self.dtype = problem.out_dtype
+        self.dtype = "float32" if problem.summed else problem.out_dtype
         # For gated weights that are not interleaved, bias has gate, then up, each in whole tiles.
         bias = vectors.bias
         self.up = bias.shape[1] // 2 if bias is not None and problem.weights.gated else 0
@@ -184,7 +190,9 @@ class _Finish:
     def scaled(self, x: jax.Array, first: jax.Array, layout: Any, axis: int) -> jax.Array:
         """Times the row weights; zero where a row holds no pair, or the tile has no expert."""
         count, wanted = x.shape[axis], None
-        if self.vectors.row_weights is not None:
+        if self.problem.summed:  # a tile has one row, that may be odd: vectors are loaded by twos
+            x = x * self.vectors.row_weights[first]
+        elif self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
         if self.tests_rows:

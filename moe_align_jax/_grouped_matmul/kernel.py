@@ -11,6 +11,10 @@ device.
 
 A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
 
+Where tiles are fewer than SMs, a cluster of CTAs shares each of them: every CTA has a part of k (`split`),
+and the first one adds the parts up, in order (cluster_sum.py). `summed` products share clusters in the same
+way: every CTA has a row of its own, and the first adds the rows up.
+
 Reads each tile of x once per n tile, and weights once per tile of rows (from L2 where neighbours share them);
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
 """
@@ -25,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_products
+from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
@@ -48,6 +53,7 @@ class Tile(NamedTuple):
         valid: whether it has anything but zeros.
         expert: whose weights it uses, where valid.
         row, end, n: see above.
+        used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
     """
 
     valid: jax.Array
@@ -55,6 +61,7 @@ class Tile(NamedTuple):
     row: jax.Array
     end: jax.Array
     n: jax.Array
+    used: jax.Array
 
 
 class _Refs:
@@ -81,7 +88,11 @@ class _Refs:
         )
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
+        self.shared: Any = refs.pop() if shape.ranks > 1 else None  # barriers of the cluster
         self.empty, self.full = refs.pop(), refs.pop()
+        self.parts: Any = None
+        if shape.ranks > 1:  # the interpreter's CTAs have no memory in common but global memory
+            self.parts = refs.pop(1 if interpret else -1)
         self.scale_rows = refs.pop() if has_scale_rows(problem) else None
         self.out, x_tiles, self.w_tiles, o_tiles = refs
         # The same memory, for wgmma and for TMA: see `views`.
@@ -126,8 +137,8 @@ def build(
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two.
 
-    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that a
-    launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
+    `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
+    a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
     operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights
@@ -141,17 +152,21 @@ def build(
     computing, x_width = config.computing, bk // shape.k_parts
     memory_registers, compute_registers = _REGISTERS[computing][by_copies]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
+    ranks, clusters = shape.ranks, config.num_ctas // shape.ranks
 
     def body(*given):
         refs = _Refs(problem, shape, list(given), interpret, sized_at_launch)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        rank = lax.axis_index(AXIS) if ranks > 1 else _I32(0)
         row_tiles = _row_tiles(problem, shape, refs)
         total = row_tiles * shape.n_tiles
-        mine = jnp.maximum(lax.div(total - cta + (config.num_ctas - 1), _I32(config.num_ctas)), 0)
+        mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def tile_at(i):
-            at, n = _order(config, cta + i * config.num_ctas, row_tiles, shape.n_tiles)
+            at, n = _order(config, cta + i * clusters, row_tiles, shape.n_tiles)
+            if problem.summed:
+                at = at * problem.summed + lax.div(rank, _I32(config.split))
             tile = _tile(problem, config, shape, refs, at, n)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
@@ -225,6 +240,36 @@ def build(
                     store(q, value, at)
                 return ring + steps
 
+            def together(i, ring):
+                """A tile of the cluster's: its first CTA stores it."""
+                tile, steps = tile_at(i)
+                sums, at = multiply(tile, ring, lambda k: None), place(tile)
+                parts = finish(sums, tile, at) if problem.summed else sums
+                added = cluster_sum()
+                added.put(parts)
+
+                @pl.when(rank == 0)
+                def _():
+                    totals = added.take([part.shape for part in parts])
+                    added.taken()
+                    if problem.summed:
+                        pieces = [total.astype(out_dtype) for total in totals]
+                        row = lax.div(at[0], _I32(problem.summed))
+                        to = row, at[1], row + 1
+                    else:
+                        pieces, to = finish(totals, tile, at), at
+                    for q, value in enumerate(pieces):
+                        store(q, value, to)
+
+                pl.when(rank != 0)(added.taken)
+                added.wait()
+                return ring + steps
+
+            def cluster_sum():
+                mine = (cta, slice(None), warpgroup) if interpret else (warpgroup,)
+                ready, free = (refs.shared.at[k * computing + warpgroup] for k in range(2))
+                return ClusterSum(ranks, refs.parts.at[mine], ready, free, interpret)
+
             def later(i, carry):
                 ring, waits, at, pieces = carry
                 tile, steps = tile_at(i)
@@ -254,7 +299,7 @@ def build(
                 return ring + steps, whole.astype(_I32), here, value
 
             if not config.late:
-                lax.fori_loop(0, mine, now, _I32(0))
+                lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
                 none = epilogue.nothing(problem, shape, interpret)
                 zero = _I32(0)
@@ -278,12 +323,15 @@ def build(
             def one(i, ring):
                 tile, steps = tile_at(i)
                 rows = loader.find(refs, tile)
+                part = lax.rem(rank, _I32(config.split))
+                first = part * shape.k_steps if config.split > 1 else None
 
                 def step(k, _):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
-                    loader.load(refs, tile, rows, slot, k, full.at[slot])
+                    of_row = k if first is None else first + k
+                    loader.load(refs, tile, rows, slot, of_row, full.at[slot])
                     if not by_copies:
                         return ()
                     inline.commit_copies(interpret=interpret)
@@ -317,25 +365,43 @@ def build(
     w_tiles = (stages, shape.w_parts, *w_tile)
     o_tiles = (computing, slots, piece_rows, shape.piece)
     scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
-    return plgpu.kernel(
+    out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
+    parts, shared, grid = [], [], {}
+    if ranks > 1:
+        words = shape.columns if problem.summed else bn
+        words = words // computing * bm
+        if interpret:
+            in_memory = (clusters, ranks, computing, words)
+            out_type = [out_type, jax.ShapeDtypeStruct(in_memory, _F32)]
+        else:
+            parts = [plgpu.SMEM((computing, words), _F32)]
+        shared = [plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=2 * computing)]
+        grid = {"cluster": (ranks,), "cluster_names": (AXIS,)}
+    launch = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_type=out_type,
         scratch_types=[
             _views(x_tiles, dtype, interpret),
             plgpu.SMEM(w_tiles, dtype, transforms=w_like),
             _views(o_tiles, out_dtype, interpret),
             *scale_rows,
+            *parts,
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+            *shared,
         ],
-        grid=(config.num_ctas,),
+        grid=(clusters,),
         grid_names=("cta",),
+        **grid,
         num_threads=computing + 1,
         thread_name="warpgroup",
         kernel_name=f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
+    if not (interpret and ranks > 1):
+        return launch
+    return lambda *operands: launch(*operands)[0]
 
 
 # -- which tile ------------------------------------------------------------------------------------
@@ -347,7 +413,8 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
         return refs.count[0]
     block = problem.block_size
     blocks = lax.div(refs.count[0] + (block - 1), _I32(block))
-    return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
+    blocks = jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
+    return lax.div(blocks, _I32(problem.summed)) if problem.summed else blocks
 
 
 def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
@@ -366,18 +433,22 @@ def _tile(
     problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array, n: jax.Array
 ) -> Tile:
     if not shape.parts:
-        expert, row, end = refs.experts[at], refs.starts[at], refs.ends[at]
-        return Tile(expert >= 0, expert, row, end, n)
+        expert, row, used = refs.experts[at], refs.starts[at], refs.ends[at]
+        # In the masked layout a tile may write to all of its expert's rows.
+        end = (expert + 1) * problem.max_rows if problem.rows == "masked" else used
+        return Tile(expert >= 0, expert, row, end, n, used)
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
     expert = refs.experts[block]
     valid = (expert >= 0) & (expert < problem.num_experts)
-    if shape.parts > 1 and shape.reads_ids:  # a block's pairs come first: a later part may have none
+    if (
+        shape.parts > 1 and shape.reads_ids
+    ):  # a block's pairs come first: a later part may have none
         limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
-    return Tile(valid, expert, row, end, n)
+    return Tile(valid, expert, row, end, n, end)
 
 
 # -- products, and what becomes of them ------------------------------------------------------------

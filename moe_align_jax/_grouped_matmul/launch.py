@@ -1,15 +1,23 @@
 """From a problem's operands to the kernels' launches."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moe_align_jax._grouped_matmul import kernel, tile_list
-from moe_align_jax._grouped_matmul.config import Config, config_for
+from moe_align_jax._grouped_matmul.config import (
+    Config,
+    config_for,
+    permutes_first,
+    sums_pairs,
+)
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
+from moe_align_jax._grouped_matmul.weighted_sum import sum_behind
 
 
 def run(
@@ -28,8 +36,14 @@ def run(
         interpret: run it in Pallas' interpreter, on a CPU.
         config: tiles; None for the usual ones.
     """
-    config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
+    if problem.summed and config is None and (interpret or not sums_pairs(problem, gpu_kind)):
+        return sum_behind(functools.partial(run, gpu_kind=gpu_kind, interpret=interpret))(
+            problem, *operands
+        )
     named = dict(zip(problem.inputs, operands, strict=True))
+    if config is None and not interpret and permutes_first(problem, gpu_kind):
+        problem, named = _permuted(problem, named)
+    config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
     launch = kernel.build(problem, config, interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
         where = None if problem.rows == "blocks" else _list(problem, config, named, interpret)
@@ -37,9 +51,21 @@ def run(
     return out.reshape(problem.out_shape)
 
 
+def _permuted(
+    problem: MatmulProblem, named: dict[str, jax.Array]
+) -> tuple[MatmulProblem, dict[str, jax.Array]]:
+    """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some
+    token's: the kernel's epilogue, or whoever reads the result, leaves them out."""
+    pairs = problem.num_tokens * problem.top_k
+    pair = jnp.clip(named["sorted_token_ids"], 0, pairs - 1)
+    rows = lax.div(pair, jnp.int32(problem.top_k))
+    x = named["x"].at[rows].get(mode="promise_in_bounds")
+    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
+
+
 def _small_grid(problem: MatmulProblem) -> Config:
-    """The interpreter runs a thread for each warpgroup of each CTA."""
-    return config_for(problem)._replace(num_ctas=2)
+    """The interpreter runs a thread for each warpgroup of a cluster: few machines have as many."""
+    return config_for(problem)._replace(num_ctas=2, split=1)
 
 
 def arguments(

@@ -16,7 +16,8 @@ class Shape(NamedTuple):
     Attributes:
         columns: of the result that a tile has.
         n_tiles: tiles that the columns make.
-        k_steps: stages of the ring that a tile takes.
+        k_steps: stages of the ring that a tile takes; of a CTA, where several share its k.
+        ranks: CTAs that share a tile of the result.
         k_parts: tiles of 128 bytes of columns of x that a stage has.
         w_parts: tiles of the weights that a stage has; more than one where gate and up lie apart.
         parts: tiles of a block's rows; 0 where tiles come from a list.
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     columns: int
     n_tiles: int
     k_steps: int
+    ranks: int
     k_parts: int
     w_parts: int
     parts: int
@@ -72,7 +74,8 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     return Shape(
         columns,
         -(-problem.n // columns),
-        -(-problem.k // config.bk),
+        -(-problem.k // config.bk) // config.split,
+        config.split * max(1, problem.summed),
         config.bk // row,
         accumulators * owners if apart else 1,
         parts,
@@ -103,10 +106,13 @@ def has_scale_rows(problem: MatmulProblem) -> bool:
 
 
 def _scales_by_rows(problem: MatmulProblem, config: Config) -> bool:
-    """TMA reads scales that lie next to each other, at a pitch of 16 bytes, of at least a tile's rows."""
+    """TMA reads scales that lie next to each other, at a pitch of 16 bytes, of at least a tile's rows.
+
+    Where a tile began between multiples of 4 rows (blocks of one), the H200 said "illegal instruction".
+    """
     scales = problem.scales
     if not scales or not has_scale_rows(problem):
         return False
     if scales.x == "row_major" or problem.top_k or scales.pitch * 4 % CHUNK_BYTES:
         return True
-    return scales.pitch < config.bm
+    return scales.pitch < config.bm or problem.block_size % 4 != 0

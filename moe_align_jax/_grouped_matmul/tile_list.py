@@ -53,7 +53,8 @@ def of(problem: MatmulProblem, bm: int) -> TileList:
 def build(tiles: TileList) -> Program:
     """`(sizes [G], offset [1] if ragged) -> (count [1], expert, start and end of each tile [capacity])`.
 
-    Rows of a tile are `[start, min(start + bm, end))`. An expert of -1: they are zero.
+    Rows of a tile are `[start, min(start + bm, end))`, of the masked layout those in use. An expert of -1: they
+    are zero.
     """
     inputs: dict[str, tuple[int, ...]] = {"sizes": (tiles.num_groups,)}
     if tiles.ragged:
@@ -151,7 +152,10 @@ class _Body:
         return self.add(before, t.select(self.lane > 0, mine, 0))
 
     def count(self, sizes: list[Int], begins: list[Int]) -> None:
-        """`first[g]`: tiles before group g; `begin[g]`: its first row. One more of each: the end."""
+        """`first[g]`: tiles before group g; `begin[g]`: its first row. One more of each: the end.
+
+        Of the masked layout, where the first row is known, `begin[g]` is the row behind the last in use.
+        """
         t, r, tiles = self.t, self.r, self.tiles
         counts = []
         for k, size in enumerate(sizes):
@@ -170,7 +174,7 @@ class _Body:
             group = self.tid * self.each + k
             with t.if_(group < self.groups):
                 t.store(r.first, group, running)
-                t.store(r.begin, group, begins[k])
+                t.store(r.begin, group, begins[k] if tiles.ragged else begins[k] + sizes[k])
             running = running + count
         with t.if_(self.tid.eq(0)):
             t.store(r.first, self.groups, everything)
@@ -182,9 +186,9 @@ class _Body:
         num_warps = _THREADS // WARP
         for group in t.for_range(self.warp, self.groups, num_warps):
             first, last = t.load(r.first, group), t.load(r.first, group + 1)
-            begin, expert = t.load(r.begin, group), group
-            end = t.load(r.begin, group + 1) if tiles.ragged else begin + tiles.max_rows
+            begin, end, expert = group * tiles.max_rows, t.load(r.begin, group), group
             if tiles.ragged:
+                begin, end = end, t.load(r.begin, group + 1)
                 mine = group - offset
                 expert = t.select(mine.below(tiles.num_experts), mine, -1)
                 expert = t.select(group < tiles.num_groups, expert, -1)

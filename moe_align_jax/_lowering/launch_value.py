@@ -16,12 +16,10 @@ def launch_value(ref: Any) -> jax.Array:
     LLVM takes the low 8 bits of a pointer parameter for zero: it is declared 256-byte aligned.
     """
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(
-            (), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())
-        ),
-    )
+    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
+    emits: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
+
+    @emits
     def emit(_, memory):
         pointer = memref.extract_aligned_pointer_as_index(memory)
         word = arith.shrui(pointer, arith.constant(ir.IndexType.get(), 8))

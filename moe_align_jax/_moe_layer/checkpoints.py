@@ -20,6 +20,23 @@ def _fail(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoR
     raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
+def _fail_type(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
+    raise TypeError(checks.message(function, argument, rule, checks.describe(got), remedy))
+
+
+def _is_float_array(array: Any) -> bool:
+    """Of NumPy or jax, or the shape and dtype of one; bfloat16 and e4m3 are no floats of NumPy's."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not hasattr(array, "shape") or not hasattr(array, "ndim"):
+        return False
+    import jax.numpy as jnp
+
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.floating))
+    except TypeError:  # a dtype of another library
+        return False
+
+
 def _library(array: Any) -> Any:
     """NumPy for its arrays, so that a checkpoint on the host stays there; jax.numpy for the rest."""
     if isinstance(array, np.ndarray):
@@ -78,12 +95,21 @@ class ExpertWeights:
 
     def __post_init__(self) -> None:
         function = "ExpertWeights"
+        for name in ("transpose_rhs", "interleaved"):
+            if not isinstance(flag := getattr(self, name), (bool, np.bool_)):
+                _fail_type(function, name, "be True or False", flag, "It says how the weights lie.")
         if self.pair and (len(self.w_gate_up) != 2 or self.interleaved):
             got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
             rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
             _fail(function, "w_gate_up", rule, got, remedy)
         first = [_values(each) for each in (self.w_gate_up if self.pair else (self.w_gate_up,))]
         down = _values(self.w_down)
+        named = [*(("w_gate_up", each) for each in first), ("w_down", down)]
+        named += [(n, b) for n in ("bias_gate_up", "bias_down") if (b := getattr(self, n)) is not None]
+        for name, array in named:
+            if not _is_float_array(array):
+                rule, remedy = "be a float array of NumPy or jax", "Convert it, e.g. by jnp.asarray."
+                _fail_type(function, name, rule, array, remedy)
         if down.ndim != 3:
             _fail(function, "w_down", "have shape [E, N, H]", down, "One matrix for each expert.")
         experts, a, b = down.shape

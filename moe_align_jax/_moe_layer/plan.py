@@ -81,6 +81,14 @@ class LayerProblem(NamedTuple):
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
 
     @property
+    def second_summed(self) -> MatmulProblem | None:
+        """The second product and the sum over each token's pairs, `[T, H]`, where rows are pairs."""
+        if not self.pairs or self.scales:
+            return None
+        rows = self.second
+        return rows._replace(summed=self.top_k, row_weights=True, out_dtype=self.out_dtype)
+
+    @property
     def between_layout(self) -> str:
         """Of the scales between the products: columns, which TMA reads, of rows that have a number."""
         return "column_major" if is_static(self.num_rows) else "row_major"

@@ -9,10 +9,12 @@ Bytes: as the two kernels, without the ids' way through memory. Grid: one cluste
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 from moe_align_jax._align import config as forms
 from moe_align_jax._align import kernels, tables
 from moe_align_jax._router import kernel as routing
+from moe_align_jax._router import masks
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
@@ -22,6 +24,7 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
+BY_MASKS = False  # whether the form "masks" is taken where it can be
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class FusedConfig:
     """How one launch is made.
 
     Attributes:
-        form: of the alignment, "warp" or "block".
+        form: of the alignment, "warp" or "block" as the alignment alone has them, or "masks" (`masks.py`).
         num_warpgroups: of a CTA.
         num_ctas: CTAs of the cluster.
     """
@@ -50,23 +53,17 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
         form = "block"
     else:
         return None
+    if BY_MASKS and masks.takes(align, problem.num_tokens):
+        form = "masks"
     groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
     warps = groups * WARPGROUP // WARP
     wanted = max(-(-problem.num_tokens // warps), align.capacity // _CELLS_PER_CTA, 1)
     return FusedConfig(form, groups, min(_MAX_CTAS, forms.power_of_two(wanted)))
 
 
-def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
-    """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
-    [inner] = kernels.build(
-        align,
-        forms.BlockAlignMosaicConfig(
-            form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
-        ),
-    ).kernels
-    warps, pairs = config.num_warpgroups * WARPGROUP // WARP, align.num_pairs
-    everyone = warps * config.num_ctas
-    by_mail = config.num_ctas > 1
+def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int) -> Any:
+    """The router ahead of a kernel of the alignment, as that is."""
+    warps, by_mail = everyone // num_ctas, num_ctas > 1
 
     def body(t: Simt, r: SimpleNamespace) -> None:
         tid = t.thread_id()
@@ -88,7 +85,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
                 with t.if_(lane < problem.top_k):
                     at = token * problem.top_k + lane
                     if by_mail:
-                        for cta in range(config.num_ctas):
+                        for cta in range(num_ctas):
                             t.post(cta, at, expert)
                     else:
                         t.store(r.chosen, at, expert)
@@ -99,16 +96,84 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             ids = r.chosen
         inner.body(t, SimpleNamespace(**{**vars(r), "topk_ids": ids}))
 
+    return body
+
+
+def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> Any:
+    """The router with the alignment of `masks.py`, a token for each warp: ids go out before weights are
+    computed, and sentinels are written while logits are on their way."""
+    top_k = problem.top_k
+    width = (
+        1 << (top_k - 1).bit_length()
+    )  # lanes that send to one CTA; the others send to further ones
+
+    def body(t: Simt, r: SimpleNamespace) -> None:
+        tid = t.thread_id()
+        lane, warp = tid & (WARP - 1), tid >> 5
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        router = routing.Router(t, r, problem, lane)
+        token = t.cta_id() * by_masks.num_warps + warp
+        is_token = token < problem.num_tokens
+        row = router.load(t.select(is_token, token, 0))
+        by_masks.begin(t, r)
+        if num_ctas > 1:
+            t.cluster_ready()
+        # A warp without a token computes one of another's, and sends and stores nothing.
+        found = router.find(row)
+        if num_ctas > 1:
+            k, part = lane & (width - 1), lane >> (width.bit_length() - 1)
+            expert = t.shfl(found.expert, k)
+            for cta in range(0, num_ctas, WARP // width):
+                to = part + cta
+                with t.if_(is_token & (k < top_k) & (to < num_ctas)):
+                    t.post(to, token * top_k + k, expert)
+        else:
+            with t.if_(is_token & (lane < top_k)):
+                t.store(r.chosen, token * top_k + lane, found.expert)
+        t.block_sync()
+
+        def weigh() -> None:
+            weight = router.weigh(found)
+            with t.if_(is_token):
+                routing.store(router, token, weight, found.expert)
+
+        if num_ctas > 1:
+            weigh()
+        ids = t.mail() if num_ctas > 1 else r.chosen
+        refs = SimpleNamespace(**{**vars(r), "topk_ids": ids})
+        by_masks.end(t, refs, weigh if num_ctas == 1 else lambda: None)
+
+    return body
+
+
+def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
+    """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
+    warps, pairs = config.num_warpgroups * WARPGROUP // WARP, align.num_pairs
+    everyone = warps * config.num_ctas
+    by_mail = config.num_ctas > 1
+    if config.form == "masks":
+        by_masks = masks.Masks(align, problem.num_tokens, warps)
+        body, shared = _by_masks(problem, by_masks, config.num_ctas), by_masks.shared
+    else:
+        [inner] = kernels.build(
+            align,
+            forms.BlockAlignMosaicConfig(
+                form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
+            ),
+        ).kernels
+        body, shared = _by_form(problem, inner, config.num_ctas, everyone), inner.shared
+
     names, arrays = routing.outputs(problem)
-    inputs = {**routing.kernel_inputs(problem), **inner.inputs}
+    inputs = {**routing.kernel_inputs(problem), **align.inputs}
     del inputs["topk_ids"]
-    outputs = {**names, **inner.outputs}
+    outputs = {**names, **align.outputs}
     kernel = Kernel(
         name="route_and_align",
         body=body,
         inputs=inputs,
         outputs=outputs,
-        shared={**inner.shared, **({} if by_mail else {"chosen": pairs})},
+        shared={**shared, **({} if by_mail else {"chosen": pairs})},
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,

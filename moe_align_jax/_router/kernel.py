@@ -89,8 +89,27 @@ class Loaded(NamedTuple):
     real: list[Int]
 
 
+class Found(NamedTuple):
+    """What a token chose, its weights still to be computed.
+
+    Attributes:
+        expert: lane k's, -1 of a token that is not real.
+        logit: that of lane k's expert. Of a bias `None`: it is loaded again.
+        logits: of my experts.
+        greatest, total: of the softmax over all, where it is known already.
+    """
+
+    loaded: Loaded
+    chosen: Int
+    expert: Int
+    logit: Int | None
+    logits: list[Int]
+    greatest: Int | None
+    total: Int | None
+
+
 class Router:
-    """The code of one warp: `load`, then `choose`."""
+    """The code of one warp: `load`, then `choose`, which is `find` and `weigh`."""
 
     def __init__(self, t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int):
         self.t, self.r, self.problem, self.lane = t, r, problem, lane
@@ -166,6 +185,11 @@ class Router:
 
     def choose(self, loaded: Loaded) -> tuple[Int, Int]:
         """(weight, expert) of lane k: the token's k-th. Those of the lanes from K on mean nothing."""
+        found = self.find(loaded)
+        return self.weigh(found), found.expert
+
+    def find(self, loaded: Loaded) -> Found:
+        """The experts of `choose`."""
         t, problem, layout = self.t, self.problem, self.layout
         logits = [self._finite(x) for x in loaded.words]
         total = greatest = None
@@ -198,18 +222,26 @@ class Router:
             keys = [t.select(stays, key, _OUT) for key in keys]
         value, expert = self._take(keys)
 
-        if problem.bias_rows:
-            logit = self._reload(loaded.token, expert)
-        else:
+        logit = None
+        if not problem.bias_rows:
             logit = f32.order(value)
             if self.packed:
                 logit, expert = logit & ~_HALF, _HALF - (value & _HALF)
-        weight = self._weigh(logits, logit, greatest, total)
+        chosen = expert
         for real in loaded.real:
-            if not problem.keeps_weights:
-                weight = t.select(real, weight, 0)
             expert = t.select(real, expert, -1)
-        return weight, expert
+        return Found(loaded, chosen, expert, logit, logits, greatest, total)
+
+    def weigh(self, found: Found) -> Int:
+        """The weight of `choose`."""
+        loaded, logit = found.loaded, found.logit
+        if logit is None:
+            logit = self._reload(loaded.token, found.chosen)
+        weight = self._weigh(found.logits, logit, found.greatest, found.total)
+        for real in loaded.real:
+            if not self.problem.keeps_weights:
+                weight = self.t.select(real, weight, 0)
+        return weight
 
     def _greatest(self, keys: list[Int]) -> Int:
         best = keys[0]

@@ -12,8 +12,8 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from moe_align_jax._simt.language import Int
 
 FULL_MASK = -1
-# Nanoseconds that a kernel waits for another device, which may still be busy with kernels before this one. Then
-# the kernel traps: CUDA reports a launch failure, on every device that waits, and nothing hangs.
+# Nanoseconds that a kernel waits for another device, which may still be busy with kernels before this one.
+# Then the kernel traps: CUDA reports a launch failure, on every device that waits, and nothing hangs.
 PATIENCE = 60 * 10**9
 _BINARY = {
     "add": arith.addi,

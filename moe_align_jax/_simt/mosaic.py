@@ -465,7 +465,7 @@ def launcher(
     """The kernel as a function of its inputs, in order.
 
     `pdl`: for a launch with programmatic dependent launch, which the launcher must then ask for.
-    `window`: in which the devices meet; an int32 `[1]`, the place of the device among its windows, then stands
+    `window`: in which the devices meet; an int32 `[1]`, the place of the device among windows, then stands
     ahead of the inputs. None: XLA tells the kernel its peers' addresses, and places are those in the mesh.
     """
     check_launch(kernel)

@@ -13,20 +13,20 @@ A window holds, in words of 4 bytes:
     DATA     2 halves: the staged arrays of a kernel.
 
 The first index of each is the half, `epoch % 2`. A kernel's epoch is one more than the one that it finds. All
-devices of a group launch the same kernels over a window in the same order, each device one after the other, so
-a kernel has the same epoch on all of them. Words are told from older ones by being *equal* to the epoch, never
-by being at least as great: after 2**31 launches "greater" would be wrong. Equal could be wrong for a word that
-was last written exactly 2**32 - 2 launches before, and not once since.
+devices of a group launch the same kernels over a window in the same order, each device one after the other,
+so a kernel has the same epoch on all of them. Words are told from older ones by being *equal* to the epoch,
+never by being at least as great: after 2**31 launches "greater" would be wrong. Equal could be wrong for a
+word that was last written exactly 2**32 - 2 launches before, and not once since.
 
 Why a half can be used again. Let p and q be devices of a group, and E an epoch.
 1. Kernel E + 1 ends on p only after each of its CTAs has seen the flag of q's CTA of that index, in E + 1.
 2. So kernel E + 1 has begun on q, and kernel E has ended there, with all its reads of its half.
 3. p stores to q's half of E again in E + 2, which on p begins after E + 1 has ended. That is after (2).
-With one half in place of two, p would store in E + 1, while q may still read in E: step (2) needs a whole kernel
-in between. A flag of E + 1, though, may come while q is in E: it is in the other half.
+With one half in place of two, p would store in E + 1, while q may still read in E: step (2) needs a whole
+kernel in between. A flag of E + 1, though, may come while q is in E: it is in the other half.
 
-Why nothing comes late. A CTA raises its flags after all its stores and puts (`device_arrive`), and a kernel ends
-only when each CTA has seen those of its peers. All CTAs have peers of their index, so when a kernel has
+Why nothing comes late. A CTA raises its flags after all its stores and puts (`device_arrive`), and a kernel
+ends only when each CTA has seen those of its peers. All CTAs have peers of their index, so when a kernel has
 ended all that was stored to this device in its epoch is there.
 
 Why the epoch can be advanced in the middle of a kernel. The CTA that takes the last ticket does it, and a CTA
@@ -41,7 +41,8 @@ from typing import Any
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 MAX_RANKS, MAX_CTAS = 8, 1024
-# With more, what a thread takes would stand beside its epochs in so many registers that a CTA less is resident.
+# With more, what a thread takes would stand beside its epochs in so many registers that a CTA less is
+# resident.
 MAX_INBOX = 4096
 EPOCH, TICKET = 0, 32  # in cache lines of their own
 FLAGS = 1024
@@ -185,8 +186,8 @@ class Windowed(Simt):
 
     @abc.abstractmethod
     def _watch(self, offset: Int, value: Int) -> None:
-        """Waits until a word of my window is the value, and for what was stored before it was told. After some
-        seconds it is an error (`PATIENCE` in `mlir.py`)."""
+        """Waits until a word of my window is the value, and for what was stored before it was told. A wait
+        longer than `PATIENCE` in `mlir.py` is an error."""
 
     @abc.abstractmethod
     def _put(self, place: Int, offset: Int, value: Int, epoch: Int) -> None:

@@ -36,6 +36,7 @@ def gmm(
     qwix_rule: Any = None,
     use_manual_quantization: bool = False,
     use_gmm_v2: bool = False,
+    use_gmm_v2_heuristic_tiling: bool = False,
     partial_sum: jax.Array | None = None,
 ) -> jax.Array:
     """`moe_align_jax.gmm` with the arguments of MaxText's own `gmm`, in their order.
@@ -50,8 +51,9 @@ def gmm(
         existing_out: `[m, n]` of the result's dtype, as for `moe_align_jax.gmm`.
         transpose_rhs: see rhs. Static.
         partial_sum: `[m, n]` any float dtype, added to the product in float32. Not beside `existing_out`.
-        tiling, interpret, use_tokamax_backend, use_gmm_v2, lhs_vma_axes, rhs_vma_axes: accepted and ignored.
-            Tiles follow from the sizes, and jax knows which arrays vary over the axes of a mesh.
+        tiling, interpret, use_tokamax_backend, use_gmm_v2, use_gmm_v2_heuristic_tiling, lhs_vma_axes,
+            rhs_vma_axes: accepted and ignored. Tiles follow from the sizes, and jax knows which arrays vary
+            over the axes of a mesh.
         lhs_quantize_dtype, rhs_quantize_dtype, use_qwix_quantization, qwix_rule, use_manual_quantization,
             weight_gather_axes: of quantised training, which is not done here: None, False or empty.
 
@@ -68,9 +70,15 @@ def gmm(
         >>> maxtext.gmm(lhs, rhs, jnp.array([1, 1]), partial_sum=jnp.ones((3, 2))).tolist()
         [[2.0, 2.0], [6.0, 6.0], [1.0, 1.0]]
 
-    Source: the contract of `maxtext.kernels.megablox.ops.gmm` (Apache-2.0, August 2026); no code taken.
+    Source: the contract of `maxtext.kernels.megablox.ops.gmm` (Apache-2.0, commit 01873f9); no code
+    taken..
     """
     function = "adapters.maxtext.gmm"
+    if not isinstance(use_gmm_v2_heuristic_tiling, bool):
+        # Earlier commits of MaxText have partial_sum in this place.
+        rule, argument = "be True or False", "use_gmm_v2_heuristic_tiling"
+        got, remedy = checks.describe(use_gmm_v2_heuristic_tiling), "Pass partial_sum by its name."
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
     del tiling, interpret, use_tokamax_backend, use_gmm_v2, lhs_vma_axes, rhs_vma_axes
     for argument, value in (
         ("lhs_quantize_dtype", lhs_quantize_dtype),

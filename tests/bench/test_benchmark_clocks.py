@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant
+from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant, router
 from benchmarks import rows as rows_of
 from benchmarks.cases import Case
 from moe_align_jax._cli.demo import plain_loop
@@ -356,7 +356,8 @@ def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
     # Another launch than the first holds no layer to NumPy, but what its steps give.
     assert not [r for r in rows if r["case"].startswith("check")]
     failed = [r for r in rows if "AssertionError" in r["note"]]
-    assert {r["provider"] for r in failed} == {"ours, all_to_all", "plain job, all_to_all, sorted"}
+    job = {"ours, all_to_all", "ours, all_to_all, by XLA", "plain job, all_to_all, sorted"}
+    assert {r["provider"] for r in failed} == job
     assert all("us" not in r for r in failed)
 
 
@@ -392,6 +393,30 @@ def test_alignments_and_recorder_of_one_gpu_are_right():
         again = program.run("donated", carry, 1)
         with pytest.raises(AssertionError):  # a second step gives other ids and counts
             program.step.check_first(again)
+
+
+def test_the_router_of_one_gpu_is_right():
+    size = router.Size(5, 16, 2, block_size=4)
+    steps = jit_clocks.router_steps(size, ("xla",), 2, 1)
+    assert [(s.name, s.calls) for s in steps] == [
+        ("top_k and softmax", 1),
+        ("router, xla", 1),
+        ("router and alignment, xla", 1),
+        ("the two apart, xla", 1),
+        ("nothing", 2),
+    ]
+    [program] = clocks.compile_all(steps[:1])
+    carry = program.run("donated", program.fresh(), 2)
+    program.step.check_first(carry)
+    with pytest.raises(AssertionError):
+        program.step.check(carry + 1)
+    logits = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    apart = jax.jit(jit_clocks.routers(size, ["xla"])["the two apart, xla"])
+    weights, ids, aligned = apart(logits)
+    assert jit_clocks.wrongly_routed(size, logits, (weights, ids, aligned)) == ""
+    assert "weight" in jit_clocks.wrongly_routed(size, logits, (weights * 1.01, ids))
+    turned = aligned._replace(row_of_pair=aligned.row_of_pair[::-1])
+    assert "row_of_pair" in jit_clocks.wrongly_routed(size, logits, (weights, ids, turned))
 
 
 def test_the_masked_activation_of_one_gpu_is_right(monkeypatch):

@@ -71,7 +71,7 @@ def test_deep_gemms_layout_is_its_own():
 
 
 def test_deep_gemm_is_named_where_it_is_not(tmp_path):
-    assert deep_gemm_peer.found(str(tmp_path)) == ""
+    assert not deep_gemm_peer.is_in(str(tmp_path))
     with pytest.raises(ImportError, match="python -m benchmarks.fetch deep_gemm"):
         deep_gemm_peer.load(str(tmp_path))
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
 from moe_align_jax._router import kernel as router_kernel
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import emulator
@@ -191,7 +192,10 @@ class FakeCuda:
     def _run(self, kernel: Kernel, problem: Any, values: dict[str, int]) -> None:
         """The emulator on the very memory. Sizes are exact, so that it sees each access beside them."""
         is_route = isinstance(problem, RouteProblem)
+        is_vllms = isinstance(problem, ReceivedProblem | AdaptersProblem)
         by_value = ("num_tokens",) if is_route else LAUNCH_SIZES
+        if is_vllms:
+            by_value = problem.launch_sizes
         for name in by_value:
             if name in values:
                 assert values[name] % 256 == 0
@@ -199,8 +203,12 @@ class FakeCuda:
         is_sized = getattr(problem, "sized_at_launch", False)
         if is_route:
             exact = exact_route_shapes(problem, self._sizes["num_tokens"])
+        elif is_vllms:
+            sized = problem.sized(self._sizes)
+            exact = {**sized.inputs, **sized.outputs}
         else:
-            exact = exact_shapes(problem, **self._sizes) if is_sized else {}
+            sizes = {name: self._sizes[name] for name in by_value if is_sized}
+            exact = exact_shapes(problem, **sizes) if is_sized else {}
         shapes = {**kernel.inputs, **kernel.outputs}
         shapes |= {name: exact[name] for name in shapes if name in exact}
         held = {}
@@ -208,13 +216,17 @@ class FakeCuda:
             if name in by_value:
                 held[name] = np.array([self._sizes[name]], np.int32)
             else:
-                on_boundary = name == "topk_ids" or is_route and name in ("logits", "topk_weights")
+                on_boundary = is_vllms and name not in kernel.partial or name == "topk_ids"
+                on_boundary |= is_route and name in ("logits", "topk_weights")
                 assert values[name] % (256 if on_boundary else 4) == 0, name
                 assert values[name] % 16 == 0 or name in problem.inputs, name
                 held[name] = words_at(values[name], math.prod(shape)).reshape(shape)
         program = resized(Program(inputs=kernel.inputs, kernels=(kernel,), results=()), shapes)
         program = dataclasses.replace(program, results=tuple(kernel.outputs))
-        results = emulator.run(program, [held[name].copy() for name in kernel.inputs])
+        before = {name: held[name] for name in kernel.partial}
+        results = emulator.run(
+            program, [held[name].copy() for name in kernel.inputs], before=before
+        )
         for name, result in zip(kernel.outputs, results, strict=True):
             held[name][...] = result
 

@@ -1,7 +1,7 @@
 """The expert layer's kernels on a machine without a GPU: what they do, in NumPy, on the very memory.
 
-Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers; a launch
-that a GPU would not take is an AssertionError.
+Arrays that a kernel copies by TMA are found by their descriptors alone, the others by their pointers. A
+launch that a GPU would not take is an AssertionError.
 """
 
 import ctypes
@@ -11,12 +11,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
+from moe_align_jax._grouped_matmul.direct_problem import (
+    LAUNCH_VALUES,
+    NUM_PAIRS,
+    NUM_ROWS,
+    SCALE_PITCH,
+    DirectMatmul,
+)
+from moe_align_jax._grouped_matmul.shape import shape_of
 from torch_bridge._direct import compile_worker, host_code
 
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-_CODES = {"bfloat16": 9, "float16": 6, "float32": 7}
-_BY_VALUE = (NUM_ROWS, NUM_PAIRS, "num_tokens")
+_DTYPES = {
+    **{"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32},
+    **{"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "int32": np.int32},
+}
+_CODES = {"bfloat16": 9, "float16": 6, "float32": 7, "float8_e4m3fn": 0, "int32": 3}
+_BY_VALUE = (*LAUNCH_VALUES, "num_tokens")
 
 
 def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
@@ -24,9 +34,13 @@ def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
     shapes, maps = {**kernel.inputs, **kernel.outputs}, []
     if isinstance(problem, DirectMatmul):
         by_tma = ["w", "gate", "up", "out"] + ["x"] * (not problem.problem.top_k)
+        scales = problem.problem.scales
+        if scales and scales.x == "column_major":
+            if not shape_of(problem.problem, problem.tiles).scales_by_rows:
+                by_tma.append("x_scales")
         for name in by_tma:
             if name in shapes:
-                maps.append(_map_of(name, shapes[name], problem, kernel.rows))
+                maps.append(_map_of(name, shapes[name], problem, kernel))
     passed = [name for name in shapes if name not in [one["buffer"] for one in maps]]
     if maps:
         passed.insert(len(passed) // 2, host_code.TENSOR_MAPS)
@@ -36,13 +50,19 @@ def launch_of(kernel: Any, problem: Any) -> compile_worker.KernelLaunch:
     )
 
 
-def _map_of(name: str, shape: tuple, problem: DirectMatmul, rows: dict[str, str]) -> dict:
-    dtype = problem.problem.out_dtype if name == "out" else problem.problem.dtype
-    item = 4 if dtype == "float32" else 2
+def _map_of(name: str, shape: tuple, problem: DirectMatmul, kernel: Any) -> dict:
+    dtype = problem.problem.out_dtype
+    if name != "out":
+        dtype = problem.problem.inputs[name][1]
+    item = np.dtype(_DTYPES[dtype]).itemsize
     sizes = tuple(reversed(shape))
     strides = tuple(item * math.prod(sizes[:k]) for k in range(1, len(sizes)))
     found = host_code.TensorMap(name, _CODES[dtype], sizes, strides, (8,) * len(sizes), 3)
-    return (found.with_rows(rows[name], shape) if name in rows else found)._asdict()
+    if name in kernel.rows:
+        found = found.with_rows(kernel.rows[name], shape)
+    elif name in kernel.pitches:
+        found = found.with_pitch(kernel.pitches[name], shape)
+    return found._asdict()
 
 
 def run(fake: Any, kernel: Any, problem: Any, how: Any, pointers: Any) -> None:
@@ -77,7 +97,11 @@ def _described(found: tuple, one: dict, sizes: dict) -> int:
         *(one["dtype"], wanted, tuple(one["box"])),
         one["swizzle"],
     )
-    assert strides[: len(strides) - 1] == tuple(one["strides"]) and address % 16 == 0 and address
+    steps = tuple(one["strides"])
+    if one["rows"] and one["axis"] == 0:
+        steps = tuple(step // one["sizes"][0] * lengths[0] for step in steps)
+    assert strides[: len(strides) - 1] == steps and all(step % 16 == 0 for step in steps)
+    assert address % 16 == 0 and address
     return address
 
 
@@ -87,9 +111,69 @@ def _array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
 
 
+def _matrix(problem: Any, places: dict[str, int], name: str, expert: int) -> np.ndarray:
+    """float32: an array of weights of one expert, scaled. Others may not be in memory."""
+    _, *shape = problem.inputs[name][0]
+    dtype = np.dtype(_DTYPES[problem.dtype])
+    place = places[name] + expert * math.prod(shape) * dtype.itemsize
+    matrix = _array(place, tuple(shape), dtype).astype(np.float32)
+    if problem.scales:
+        name = f"{name}_scales"
+        _, *blocks = problem.inputs[name][0]
+        place = places[name] + expert * math.prod(blocks) * 4
+        scales = _array(place, tuple(blocks), np.float32)
+        if problem.scales.w == "blocks":
+            scales = scales.repeat(128, 0)[: shape[0]].repeat(128, 1)[:, : shape[1]]
+        matrix *= scales
+    return matrix.T if problem.weights.transposed else matrix
+
+
+def _row_scales(problem: Any, address: int, first: int, rows: int, pitch: int) -> np.ndarray:
+    """float32 `[rows, k]`, of rows from `first` on; `pitch` of scales by columns."""
+    if problem.scales.x == "tensor":
+        return _array(address, (1,), np.float32)
+    shape, dtype = problem.inputs["x_scales"]
+    words = shape[-1 if problem.scales.x == "row_major" else -2]
+    if problem.scales.x == "row_major":
+        found = _array(address + first * words * 4, (rows, words), _DTYPES[dtype])
+    else:
+        found = _array(address, (words, pitch), _DTYPES[dtype])[:, first : first + rows].T
+    if problem.scales.packed:
+        exponents = np.ascontiguousarray(found).view(np.uint8)
+        found = (exponents.astype(np.int32) << 23).view(np.float32)
+    return np.repeat(found, 128, axis=1)[:, : problem.k]
+
+
+def _multiply_tiles(direct: DirectMatmul, places: dict[str, int]) -> None:
+    """Row by row of the tiles that are listed, of the masked layout."""
+    problem, bm = direct.problem, direct.tiles.bm
+    dtype, most = np.dtype(_DTYPES[problem.dtype]), problem.max_rows
+    [count] = _array(places["count"], (1,), np.int32)
+    listed = [_array(places[name], (count,), np.int32) for name in ("expert", "start", "end")]
+    for expert, start, end in zip(*map(np.ndarray.tolist, listed), strict=True):
+        rows = min(start + bm, end) - start
+        assert start // most == expert == (start + rows - 1) // most
+        place = places["x"] + start * problem.k * dtype.itemsize
+        x = _array(place, (rows, problem.k), dtype).astype(np.float32)
+        if problem.scales:
+            address, first, pitch = places["x_scales"], start, problem.scales.pitch
+            if pitch:
+                first, words = start - expert * most, problem.inputs["x_scales"][0][1]
+                address += expert * words * pitch * 4
+            x = x * _row_scales(problem, address, first, rows, pitch)
+        product = x @ _matrix(problem, places, "w", expert)
+        out_dtype = np.dtype(_DTYPES[problem.out_dtype])
+        place = places["out"] + start * problem.n * out_dtype.itemsize
+        out = _array(place, (rows, problem.n), out_dtype)
+        for row in range(rows):
+            out[row] = _finish(problem, product[row], None)
+
+
 def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int]) -> None:
     """Row by row of the blocks in use."""
     problem, weights = direct.problem, direct.problem.weights
+    if problem.rows == "masked":
+        return _multiply_tiles(direct, places)
     rows, dtype = sizes[NUM_ROWS], _DTYPES[problem.dtype]
     assert rows <= problem.num_rows
     blocks = -(-rows // problem.block_size)
@@ -100,11 +184,12 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
         ids = _array(places["sorted_token_ids"], (rows,), np.int32)
     tokens = sizes[NUM_PAIRS] // problem.top_k if problem.top_k else rows
     x = _array(places["x"], (tokens, problem.k), dtype).astype(np.float32)
-    arrays = {
-        name: _array(places[name], problem.inputs[name][0], dtype)
-        for name in ("w", "gate", "up")
-        if name in places
-    }
+    names = [name for name in ("w", "gate", "up") if name in places]
+    if problem.scales:
+        pitch = sizes.get(SCALE_PITCH, 0)
+        assert pitch % 4 == 0
+        x = x * _row_scales(problem, places["x_scales"], 0, tokens, pitch)
+    matrices: dict[tuple[str, int], np.ndarray] = {}
     out = _array(places["out"], (rows, problem.n), _DTYPES[problem.out_dtype])
     bias = None
     if weights.bias:
@@ -127,9 +212,11 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
             continue
         source = x[pair // problem.top_k] if problem.top_k else x[row]
         parts = []
-        for w in arrays.values():
-            matrix = w[expert].astype(np.float32)
-            parts.append(source @ (matrix.T if weights.transposed else matrix))
+        for name in names:
+            at = name, int(expert)
+            if at not in matrices:
+                matrices[at] = _matrix(problem, places, *at)
+            parts.append(source @ matrices[at])
         product = np.concatenate(parts)
         out[row] = _finish(problem, product, None if bias is None else bias[expert]) * scale[row]
 

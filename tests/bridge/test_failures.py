@@ -90,6 +90,25 @@ def test_programs_on_disk_are_loaded_all_the_same(worker, fake):
     assert worker.spawns == 1
 
 
+def test_code_that_the_driver_does_not_load_is_a_reason(fake, monkeypatch):
+    """Compiled, but no memory for it on the GPU: the call takes DLPack, with one warning."""
+    array, ids = ids_of(torch.int32)
+    problem = _specs.AlignSpec(ids.numel(), 16, 8)
+    monkeypatch.setattr(fake, "cuModuleLoadData", lambda *arguments: 2)
+    for expected in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results = _ops.run(problem, {"topk_ids": ids})
+        assert_results(problem, results, want_of(problem, array, {}))
+        assert len(caught) == expected
+        assert all(
+            "loading" in str(one.message) and "error 2" in str(one.message) for one in caught
+        )
+    assert not fake.launched and "error 2" in torch_bridge.explain(ids, 16, 8).reasons["direct"]
+    with pytest.raises(NotImplementedError, match="error 2"):
+        _ops.run(problem, {"topk_ids": ids}, path="direct")
+
+
 @pytest.mark.parametrize("passing", ["memory", "crash"])
 def test_what_may_pass_holds_for_its_programs_alone(passing, worker):
     if passing == "memory":

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from moe_align_jax._align.vllm import kernel as vllm_kernel
+from moe_align_jax._align.vllm import problem as vllm_problem
+from moe_align_jax._align.vllm.views import Computed, Further
+from moe_align_jax._simt.emulator import EmulatorError
 from tests import oracle
 from tests.bridge.helpers import assert_format
+from tests.gpu import direct_vllm
 from torch_bridge import vllm
+from torch_bridge._direct import compile_worker
 
+Received, Adapters = vllm_problem.ReceivedProblem, vllm_problem.AdaptersProblem
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "router" / "vllm_golden.npz"))
 GLOBALIZED = sorted({key.rpartition(".")[0] for key in GOLDEN if key.startswith("glob-")})
 LORA = sorted({key.rpartition(".")[0] for key in GOLDEN if key.startswith("lora-")})
@@ -54,14 +61,18 @@ def assert_aligned(ids, rows, blocks, count, block_size, num_experts):
 
 @pytest.fixture
 def path(request):
-    """The device: on a CPU the alignment in the middle is launched on a fake GPU, or runs by jax."""
+    """The device: on a CPU the op's kernels are launched on a fake GPU, or jax aligns, for torch's ops."""
     if request.param == "gpu":
         yield "cuda"
     elif request.param == "direct":
         fake = request.getfixturevalue("fake")
         fake.launches_directly = True
         yield "cpu"
-        assert fake.launched
+        # Kernels of the op itself, one call of them and nothing else.
+        [[program]] = fake.compiles
+        kernels = [kernel.name for kernel, _, _ in fake.kernels]
+        assert [name for name, _ in fake.launched] == kernels
+        assert type(program).__name__ in ("ReceivedProblem", "AdaptersProblem")
     else:
         yield "cpu"
 
@@ -153,6 +164,56 @@ def test_lora_gives_what_vllms_gave(key, path):
         )
 
 
+def self_test(fake, problem):
+    """The compiling process's self-test: the kernels, twice, on NumPy's results. Their names are returned."""
+    launches, cubins, shapes = fake.compiled(problem)
+    kind = compile_worker._beside("driver")
+    compile_worker.compare_with_numpy(kind, fake.driver, problem, launches, cubins, shapes)
+    return [kernel.name.split("align_")[1] for kernel, _, _ in fake.kernels]
+
+
+PROGRAMS = [
+    (["warp"], Received(32, 32, 16, 512, 4, 2, 3, True)),
+    (["block"], Received(512, 32, 16, 1024, 8)),
+    (["pairs"], Received(64, 600, 2, 132, 8, 2)),
+    (["cluster"], Received(1000, 32, 16, 1512, 8, with_scatter=True)),
+    (["grid_count", "grid_place"], Received(8200, 32, 4, 8300, 8, with_scatter=True)),
+    (["warp"], Adapters(32, 16, 4, 96, 4, 3, 4, whole_rows=True)),
+    (["pairs"], Adapters(64, 600, 2, 132, 8, 2, 3)),
+    (["block"], Adapters(512, 64, 16, 1488, 8, 3, 40, 2, has_expert_map=True, whole_rows=True)),
+    (["cluster"], Adapters(1024, 64, 16, 2000, 8, 2, 3)),
+    (["grid_count", "grid_place"], Adapters(4100, 128, 8, 5000, 4, 2, 3, whole_rows=True)),
+]
+
+
+@pytest.mark.parametrize(("forms", "problem"), PROGRAMS)
+def test_every_form_gives_what_numpy_gives(fake, forms, problem):
+    assert self_test(fake, problem) == forms
+
+
+FAULTS = {
+    "an adapter that is not in use": (7, "_in_use", lambda t, *rest: t.const(0).eq(0)),
+    "rows of another adapter": (7, "Further", lambda ref, start, *rest: Further(ref, 0, *rest)),
+    "a local id stays": (
+        0,
+        "Computed",
+        lambda word=None, put=None: Computed(word, put and _nothing),
+    ),
+}
+
+
+def _nothing(*arguments):
+    del arguments
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_self_test_finds_a_fault(fake, monkeypatch, fault):
+    number, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(vllm_kernel, name, wrong)
+    with pytest.raises((compile_worker.CompileError, EmulatorError)):
+        self_test(fake, PROGRAMS[number][1])
+
+
 def lora_arguments(**changed):
     named = {
         "topk_ids": torch.tensor([[1], [0], [3]], dtype=torch.int32),
@@ -216,6 +277,7 @@ def test_lora_refuses(kind, argument, changed):
     [
         (TypeError, "topk_idx", {"topk_idx": torch.zeros(2, 2, dtype=torch.int32)}),
         (ValueError, "topk_idx", {"topk_idx": torch.zeros(4, dtype=torch.int64)}),
+        (ValueError, "topk_idx", {"topk_idx": torch.zeros(1, 2, dtype=torch.int64).expand(2, 2)}),
         (TypeError, "psum", {"psum": torch.zeros(2)}),
         (ValueError, "psum", {"psum": torch.tensor(3)}),
         (ValueError, "rank_expert_offset", {"rank_expert_offset": -1}),
@@ -248,7 +310,10 @@ def test_globalize_refuses_overlap():
     assert not shared.any()
 
 
-def test_under_torch_compile(fresh_dynamo):
+@pytest.mark.parametrize("direct", [False, True])
+def test_under_torch_compile(fresh_dynamo, fake, direct):
+    fake.launches_directly = direct
+
     def globalize(idx, psum, *out):
         vllm.fused_globalize_align_block_size(idx, psum, 4, 8, 4, 2, *out)
         return idx + 1
@@ -268,3 +333,79 @@ def test_under_torch_compile(fresh_dynamo):
     for want, got in (results[:2], results[2:]):
         for mine, theirs in zip(got, want, strict=True):
             assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+    assert [type(p).__name__ for [p] in fake.compiles] == (
+        ["ReceivedProblem", "AdaptersProblem"] if direct else []
+    )
+
+
+def globalized(fake, idx, psum, blocks_more=0, scatter=False):
+    """The ids and buffers of a call with rank 4 of 8 x 4 experts."""
+    n = idx.numel()
+    out = [unwritten(n + 6), unwritten(-(-(n + 6) // 2) + blocks_more), unwritten(1)]
+    out += [unwritten(n)] * scatter
+    vllm.fused_globalize_align_block_size(idx, psum, 4, 8, 4, 2, *out)
+    return [idx.tolist(), *(x.tolist() for x in out)]
+
+
+@pytest.mark.parametrize(
+    "psum",
+    [
+        torch.tensor([2], dtype=torch.uint8),
+        torch.tensor([-3, 2**40]),
+        torch.tensor([5, -(2**40)]),
+        torch.tensor([9, 9, 9, -1], dtype=torch.int32),
+    ],
+)
+def test_globalize_directly_is_what_torch_composes(fake, psum):
+    """Ids that lie apart and off the boundary, counts of any width, and a buffer that no launch fills."""
+    start = torch.tensor([[3, 0], [-1, 2], [1, 4], [2**32, 1], [0, -(2**32)]])
+    want = globalized(fake, start.clone(), psum, scatter=True)
+    fake.launches_directly = True
+    wide = torch.full((5, 7), -9)
+    wide[:, 1:3] = start
+    assert globalized(fake, wide[:, 1:3], psum, scatter=True) == want
+    assert wide[:, 0].tolist() == [-9] * 5 and (wide[:, 3:] == -9).all()
+    assert type(fake.compiles[0][0]).__name__ == "ReceivedProblem"
+    more = globalized(fake, start.clone(), psum, blocks_more=1)
+    assert type(fake.compiles[1][0]).__name__ == "AlignProblem"
+    assert more[:2] == want[:2] and more[2] == want[2] + [-1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"token_lora_mapping": torch.tensor([2**32 + 1, 0, 1])},
+        {"adapter_enabled": torch.tensor([-(2**32), 0, 1])},
+        {"lora_ids": torch.tensor([2**32, 1], dtype=torch.uint64)},
+        {"expert_map": torch.tensor([1, -1, 0, 2**33])},
+        {"max_num_m_blocks": 4, "experts_ids": unwritten(2, 4)},
+        {"lora_ids": torch.empty(0, dtype=torch.int32)},
+        {"num_experts": 5000, "max_num_tokens_padded": 7, "max_num_m_blocks": 4}
+        | {"sorted_token_ids": unwritten(2, 7), "experts_ids": unwritten(2, 4)},
+    ],
+)
+def test_lora_directly_is_what_torch_composes(fake, changed):
+    results = []
+    for direct in (False, True):
+        fake.launches_directly = direct
+        named = {k: x.clone() if torch.is_tensor(x) else x for k, x in lora_arguments().items()}
+        named |= {k: x.clone() if torch.is_tensor(x) else x for k, x in changed.items()}
+        # Off a boundary, so that rows are copied there and back.
+        shifted = torch.full((40,), -7, dtype=torch.int32)
+        for name, start in (("sorted_token_ids", 1), ("experts_ids", 20)):
+            size = named[name].numel()
+            named[name] = shifted[start : start + size].view(named[name].shape)
+        vllm.moe_lora_align_block_size(**named)
+        results.append([shifted.tolist(), named["num_tokens_post_pad"].tolist()])
+    assert results[0] == results[1]
+
+
+def test_the_sanitizers_calls_are_right_and_launch_every_form(fake):
+    fake.launches_directly = True
+    for step in direct_vllm.STEPS.values():
+        step("cpu")
+    kernels = {name.split("align_")[1] for name, _ in fake.launched if "align_" in name}
+    assert kernels == {"warp", "block", "cluster", "grid_count", "grid_place"}
+    assert [name for name, _ in fake.launched].count("route_topk") == len(direct_vllm._ROUTERS)
+    kinds = {type(problem).__name__ for [problem] in fake.compiles}
+    assert kinds == {"RouteProblem", "ReceivedProblem", "AdaptersProblem"}

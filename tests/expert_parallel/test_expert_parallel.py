@@ -631,7 +631,7 @@ def test_example_layer_trains_its_experts_behind_an_fp8_payload(monkeypatch):
 
 def test_code_of_the_docs_gives_what_they_say():
     text = (ROOT / "docs" / "expert_parallel.md").read_text()
-    first, _layer, last, _processes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, _layer, last = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(first, names)
     x, ids, w = (np.asarray(names[n], np.float64) for n in ("x", "topk_ids", "w"))

@@ -105,7 +105,7 @@ def test_it_is_the_choice_where_it_has_run(mesh):
     given.run(body)
     assert found[0] == maj.select_transport(4, top_k=2, num_ranks=mesh.shape["ep"], mesh=mesh)
     if mesh.shape["ep"] > 1 and select.jax_version()[:2] == choice.NVLINK_RUN_WITH:
-        assert found[0].transport == OURS, found[0].reasons
+        assert found[0].transport == "nvlink_window", found[0].reasons
 
 
 @pytest.mark.parametrize("payload", [None, "fp8"])
@@ -411,7 +411,7 @@ def test_normal_as_its_authors_test_it(mesh):
 # -- the layer of the examples ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", [None, OURS, "all_to_all"])
+@pytest.mark.parametrize("transport", ["nvlink_window", OURS, "all_to_all"])
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])
 def test_the_layer_over_all_gpus_is_that_of_one(monkeypatch, mode, transport):
     """Values and the gradient of every parameter, against the dense layer on the first GPU."""

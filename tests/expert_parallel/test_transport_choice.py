@@ -1,6 +1,7 @@
 """Which transport runs: what select_transport says, what dispatch took, and what the driver is asked."""
 
 import ctypes
+import functools
 import types
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel import choice
-from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._expert_parallel.transports import peer_access, windows
 from moe_align_jax._lowering import select
 from tests.expert_parallel.exchanges import jit, mesh_of, over, split
 
@@ -25,7 +26,7 @@ def on_gpus(monkeypatch):
     monkeypatch.setattr(choice, "NVLINK_RUN_WITH", select.jax_version()[:2])
 
 
-def taken(mesh, names="ep", **options):
+def taken(mesh, names="ep", rows=2, **options):
     """The choice of a dispatch that is traced over the mesh."""
     found = []
 
@@ -34,7 +35,7 @@ def taken(mesh, names="ep", **options):
         found.append(got.choice)
         return maj.combine(got.x, got.handle)
 
-    rows = 2 * mesh.size
+    rows *= mesh.size
     given = [((rows, 8), "float32"), ((rows, 2), "int32"), ((rows, 2), "float32")]
     spec = P(mesh.axis_names)
     run = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
@@ -45,9 +46,9 @@ def taken(mesh, names="ep", **options):
 @pytest.mark.parametrize(
     ("shape", "names", "transport"),
     [
-        ((8,), ("ep",), "nvlink"),
+        ((8,), ("ep",), "nvlink_window"),
         ((4,), ("ep",), "all_to_all"),
-        ((2, 4), ("dp", "ep"), "nvlink"),
+        ((2, 4), ("dp", "ep"), "nvlink_window"),
         ((1,), ("ep",), "all_to_all"),
     ],
 )
@@ -57,7 +58,27 @@ def test_select_transport_agrees_with_dispatch(on_gpus, shape, names, transport)
     asked = maj.select_transport(2, top_k=2, num_ranks=mesh.shape["ep"], mesh=mesh)
     assert asked == taken(mesh) and asked.transport == transport
     if shape == (4,):
-        assert "all 8 devices of the process; this one has 4" in asked.reasons["nvlink"]
+        for ours in ("nvlink", "nvlink_window"):
+            assert "all 8 devices of the process; this one has 4" in asked.reasons[ours]
+
+
+def test_what_a_window_cannot_do_nvlink_does(on_gpus, monkeypatch):
+    """Mode "normal", and a driver that has no memory for windows."""
+    many = functools.partial(maj.select_transport, 129, top_k=2, num_ranks=8, mesh=mesh_of(8))
+    asked = many()
+    assert asked == taken(mesh_of(8), rows=129) and asked.transport == "nvlink"
+    assert "more rows than a window holds" in asked.reasons["nvlink_window"]
+    assert many(max_low_latency_tokens=129).transport == "nvlink_window"
+    monkeypatch.setattr(windows, "missing", lambda: "no memory at an address")
+    asked = many(max_low_latency_tokens=129)
+    assert asked.transport == "nvlink"
+    assert asked.reasons["nvlink_window"] == "no memory at an address"
+    monkeypatch.setattr(windows, "missing", lambda: None)
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (0, 1))
+    asked = many()
+    assert asked.transport == "all_to_all"
+    for ours in ("nvlink", "nvlink_window"):
+        assert "seen running with jax 0.1 only" in asked.reasons[ours]
 
 
 def test_the_platform_of_a_mesh_is_its_own(monkeypatch):
@@ -112,6 +133,10 @@ class Driver:
         assert attribute == 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
         return self._write(out, (a - 100, b - 100) not in self.no_atomics)
 
+    def cuDeviceGetAttribute(self, out, attribute, device):
+        assert attribute == 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        return self._write(out, 1)
+
     def _write(self, out, value):
         self.calls += 1
         ctypes.cast(out, ctypes.POINTER(ctypes.c_int))[0] = value
@@ -125,12 +150,14 @@ def gpus(monkeypatch):
     def make(driver, ordinals=(2, 3, 5)):
         devices = [types.SimpleNamespace(platform="gpu", local_hardware_id=k) for k in ordinals]
         monkeypatch.setattr(jax, "local_devices", lambda: devices)
-        monkeypatch.setattr(peer_access, "_library", lambda: driver)
+        monkeypatch.setattr(peer_access, "library", lambda: driver)
         peer_access.missing.cache_clear()
+        windows.missing.cache_clear()
 
     yield make
     monkeypatch.undo()
     peer_access.missing.cache_clear()
+    windows.missing.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +172,7 @@ def gpus(monkeypatch):
 def test_without_peer_access_the_choice_is_all_to_all(on_gpus, gpus, driver, reason):
     gpus(driver)
     asked = maj.select_transport(8, top_k=2, num_ranks=3)
-    assert asked.transport == ("all_to_all" if reason else "nvlink")
+    assert asked.transport == ("all_to_all" if reason else "nvlink_window")
     if reason:
         with pytest.raises(NotImplementedError, match=reason):
             maj.select_transport(8, top_k=2, num_ranks=3, transport="nvlink")
@@ -159,7 +186,7 @@ def test_without_a_driver_the_reason_says_so(on_gpus, gpus, monkeypatch):
     def nothing():
         raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(peer_access, "_library", nothing)
+    monkeypatch.setattr(peer_access, "library", nothing)
     asked = maj.select_transport(8, top_k=2, num_ranks=3)
     assert asked.transport == "all_to_all" and "libcuda.so.1" in asked.reasons["nvlink"]
 

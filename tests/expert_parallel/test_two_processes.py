@@ -77,7 +77,7 @@ def test_code_of_the_docs_as_two_processes(tmp_path):
     """What each prints is in the docs' sense, and y is what NumPy computes a pair at a time."""
     text = (ROOT / "docs" / "expert_parallel.md").read_text()
     section = text.partition("## One process per GPU")[2]
-    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    [code] = re.findall(r"```python3\n(.*?)```", section, re.DOTALL)
     script = tmp_path / "layer.py"
     script.write_text(code + CHECK)
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}

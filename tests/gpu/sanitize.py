@@ -1,12 +1,14 @@
 """Runs every kernel under NVIDIA's compute-sanitizer and prints a table of what it found.
 
     python -m tests.gpu.sanitize [--path jit|direct|peers] [--tools memcheck,racecheck,...] [--sanitizer PATH]
+        [--only PART_OF_A_NAME]
 
 One child process per tool makes the calls of sanitizer_cases.py, checks each result with the oracle, and
 names the kernels on a line of its own, so that a report is counted for what it stands under. Exit code 1
 when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
-off a boundary, the peers' forms and a side stream. There only our kernels are looked at, by their names,
+off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
+looked at, by their names,
 and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
 combine by the transport "nvlink", over two GPUs or more.
 """
@@ -30,19 +32,21 @@ KERNEL = "### kernel "
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
-def run_jit(path: str, tool: str) -> None:
-    """The child: everything once."""
+def run_jit(path: str, tool: str, only: str) -> None:
+    """The child: everything once, whose name holds `only`."""
     from tests.gpu import sanitizer_cases
 
     for name, run in sanitizer_cases.runs(path, tool):
+        if only not in name:
+            continue
         print(f"{MARK}{name}", flush=True)
         run()
     print(f"{MARK}end", flush=True)
 
 
-def run_direct(tool: str) -> None:
+def run_direct(tool: str, only: str) -> None:
     """The child: each case once or more, launched by torch_bridge; then the names of its kernels."""
-    from tests.gpu import direct_forms, sanitizer_cases
+    from tests.gpu import direct_forms, direct_vllm, sanitizer_cases
     from torch_bridge._direct import store
 
     driver, names = store.here.machine.driver, set()
@@ -53,11 +57,15 @@ def run_direct(tool: str) -> None:
         return load(kernels, *others)
 
     driver.load_kernels = named
-    cases = sanitizer_cases.cases(tool)
+    cases = [case for case in sanitizer_cases.cases(tool) if only in case.name]
     direct_forms.load(cases)
     for case in cases:
         print(f"{MARK}{case.name}", flush=True)
         direct_forms.run("cuda", case)
+    for name, step in direct_vllm.STEPS.items():
+        if only in name:
+            print(f"{MARK}{name}", flush=True)
+            step("cuda")
     for name in sorted(names):
         print(f"{KERNEL}{name}")
     print(f"{MARK}end", flush=True)
@@ -90,19 +98,20 @@ def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], 
     return environment, ["--target-processes", "all", *quiet]
 
 
-def child(path: str, tool: str = "") -> list[str]:
+def child(path: str, tool: str = "", only: str = "") -> list[str]:
     """The command that makes a path's calls, but for those that `tool` takes too long over."""
     command = [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--path", path]
-    return [*command, "--tools", tool]
+    return [*command, "--tools", tool, "--only", only]
 
 
-def kernel_names(path: str) -> list[str]:
+def kernel_names(path: str, only: str = "") -> list[str]:
     """Runs the child once without the sanitizer, so that everything is compiled: the kernels it launched.
 
     Raises:
         RuntimeError: it fails; there is nothing to sanitize then.
     """
-    done = subprocess.run(child(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = child(path, "", only)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     names = [x.removeprefix(KERNEL) for x in done.stdout.splitlines() if x.startswith(KERNEL)]
     if done.returncode or not names:
         raise RuntimeError(f"the run without the sanitizer failed:\n{done.stdout[-6000:]}")
@@ -110,13 +119,13 @@ def kernel_names(path: str) -> list[str]:
 
 
 def run_tool(
-    sanitizer: str, tool: str, path: str, kernels: list[str]
+    sanitizer: str, tool: str, path: str, kernels: list[str], only: str = ""
 ) -> tuple[dict[str, int], str | None, str]:
     """(reports by form, what went wrong or None, output)."""
     environment, options = settings(path, tool, kernels)
     command = [sanitizer, "--tool", tool, "--print-limit", "1000", *options]
     done = subprocess.run(
-        [*command, *child(path, tool)],
+        [*command, *child(path, tool, only)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -149,13 +158,14 @@ def main() -> int:
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--path", choices=("jit", "direct", "peers"), default="jit")
     parser.add_argument("--sanitizer", default=None, help="path of compute-sanitizer")
+    parser.add_argument("--only", default="", help="what a step's name must hold")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         if arguments.path == "direct":
-            run_direct(arguments.tools)
+            run_direct(arguments.tools, arguments.only)
         else:
-            run_jit(arguments.path, arguments.tools)
+            run_jit(arguments.path, arguments.tools, arguments.only)
         return 0
     sanitizer = arguments.sanitizer or shutil.which("compute-sanitizer")
     sanitizer = sanitizer or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -166,21 +176,24 @@ def main() -> int:
         return 1
     kernels = []
     if arguments.path == "direct":
-        kernels = kernel_names(arguments.path)
+        kernels = kernel_names(arguments.path, arguments.only)
         print(f"{len(kernels)} kernels: {' '.join(kernels)}", flush=True)
     from tests.gpu import sanitizer_cases
 
     found, failed = {}, False
     for tool in arguments.tools.split(","):
         start = time.monotonic()
-        found[tool], problem, output = run_tool(sanitizer, tool, arguments.path, kernels)
+        found[tool], problem, output = run_tool(
+            sanitizer, tool, arguments.path, kernels, arguments.only
+        )
         failed |= problem is not None
         seconds = time.monotonic() - start
         print(f"{tool:<12}{seconds:>6.0f} s  {problem or 'clean'}", flush=True)
         if problem:
             print(output[-6000:])
     print("\nReports:")
-    print("\n".join(table(sanitizer_cases.names(arguments.path), found)))
+    names = [name for name in sanitizer_cases.names(arguments.path) if arguments.only in name]
+    print("\n".join(table(names, found)))
     return int(failed)
 
 

@@ -226,6 +226,61 @@ def router(implementation: str = "mosaic_gpu") -> None:
         oracle.assert_same(aligned, want)
 
 
+def matmul(implementation: str = "mosaic_gpu") -> None:
+    """A tile of each form, with rows by TMA and by cp.async, whole and cut short; the lists of tiles."""
+    import jax
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+    from tests.matmul.oracle import error
+    from tests.matmul.test_matmul import make_case, normal
+
+    def compare(call: Callable[..., Any], *operands: Any, used: Any) -> None:
+        got = call(*operands, implementation=implementation)
+        with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
+            want = call(*jax.tree.map(np.asarray, operands), implementation="xla")
+        found = error(np.asarray(got)[used], np.asarray(want, np.float64)[used])
+        assert found < 5e-3, found
+
+    for sizes, options in (
+        ((150, 2, 2, 128, 192, 128), {"activation": "silu", "bias": True}),
+        ((150, 2, 2, 128, 192, 100), {"gather": False}),
+        ((90, 1, 2, 128, 192, 64), {"activation": "silu", "transpose_rhs": True}),
+        ((30, 2, 3, 200, 136, 16), {"row_weights": True, "bias": True}),
+        ((9, 3, 40, 128, 192, 1), {"activation": "silu"}),
+    ):
+        operands, given = make_case(*sizes, **options)
+        used = np.arange(operands[2].sorted_token_ids.shape[0])
+        used = used < int(operands[2].num_tokens_post_padded[0])
+        compare(functools.partial(maj.grouped_matmul, **given), *operands, used=used)
+    rng = np.random.default_rng(0)
+    for rows, k, n in ((150, 128, 192), (40, 200, 136)):
+        lhs, rhs = normal(rng, (rows, k), "bfloat16"), normal(rng, (3, k, n), "bfloat16", k**-0.5)
+        counts = np.array([rows // 2, 0, 7], np.int32)
+        compare(maj.ragged_dot, lhs, rhs, counts, used=slice(None))
+        rows_of = jnp.stack([lhs, lhs, lhs])
+        used = np.arange(rows) < counts[:, None]
+        compare(maj.masked_grouped_matmul, rows_of, rhs, counts, used=used)
+
+
+def matmul_clusters() -> None:
+    """Tiles that a cluster shares: parts of k, and the pairs of a token."""
+    from tests.matmul import test_clusters
+
+    for name in ("k in 8, transposed True, gated", "k in 2, transposed False, many", "sum of 3"):
+        sizes, config = test_clusters.SHARED[name]
+        test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
+
+
+def expert_layer(implementation: str = "mosaic_gpu") -> None:
+    """Pairs without an alignment, and blocks."""
+    from tests.moe_layer.test_moe_layer import check, make_layer
+
+    for tokens, experts, top_k in ((1, 40, 3), (50, 4, 2)):
+        given = make_layer(tokens, top_k, experts, 128, 192, dtype="bfloat16", routing="dropped")
+        check(*given, implementation, "bfloat16")
+
+
 # -- dispatch and combine over NVLink --------------------------------------------------------------------
 
 PEERS = (("normal", None), ("normal", "fp8"), ("low_latency", None), ("low_latency", "fp8"))
@@ -266,9 +321,17 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "permute", permute
     yield "weighted_sum", weighted_sum
     yield "router", router
+    yield "matmul", matmul
+    yield "matmul, clusters", matmul_clusters
+    yield "expert layer", expert_layer
 
 
 def names(path: str) -> list[str]:
     """Of the path's steps, each once."""
-    found = [case.name for case in cases()] if path == "direct" else [n for n, _ in runs(path)]
+    if path == "direct":
+        from tests.gpu import direct_vllm  # imports torch
+
+        found = [*(case.name for case in cases()), *direct_vllm.STEPS]
+    else:
+        found = [name for name, _ in runs(path)]
     return list(dict.fromkeys(found))

@@ -171,7 +171,9 @@ def check(operands, options, want, implementation="xla"):
     assert out.dtype == jnp.dtype(dtype)
     found = np.asarray(out)[: len(want)].astype(np.float64)
     assert calc_diff(found, want) < 1e-3
-    assert oracle.error(found, want) < BOUND[dtype]
+    # wgmma's sums of e4m3 keep 14 bits: 2.1e-4 was seen on an H200.
+    of_wgmma = 5e-4 if implementation == "mosaic_gpu" else 0
+    assert oracle.error(found, want) < max(BOUND[dtype], of_wgmma)
 
 
 SIZE = 23, 2, 4, 256, 192, 16
@@ -320,17 +322,18 @@ def test_there_is_no_derivative_and_the_error_says_so():
         jax.grad(loss)(jnp.asarray(x[1]))
 
 
-def test_select_says_why_the_kernel_is_not_the_default():
+def test_select_names_the_kernel_and_why_not():
     shapes = (4096, 2048), (128, 1536, 2048)
     options = {"block_size": 128, "top_k": 8, "transpose_rhs": True, "dtype": "float8_e4m3fn"}
     chosen = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
-    assert chosen.implementation == "xla" and "not run on a GPU" in chosen.reasons["mosaic_gpu"]
-    options["implementation"] = "mosaic_gpu"
-    named = maj.select_matmul_implementation(*shapes, platform="cuda", **options)
-    assert named.implementation == "mosaic_gpu" and named.form.startswith("128x128x128")
+    assert chosen.implementation == "mosaic_gpu" and chosen.form.startswith("128x128x128")
+    odd = (4096, 2048), (128, 1500, 2048)
+    other = maj.select_matmul_implementation(*odd, platform="cuda", **options)
+    assert other.implementation == "xla" and "N one of 64" in other.reasons["mosaic_gpu"]
     with pytest.raises(NotImplementedError, match="N one of 64"):
-        shapes = (4096, 2048), (128, 1500, 2048)
-        maj.select_matmul_implementation(*shapes, platform="cuda", **options)
+        maj.select_matmul_implementation(
+            *odd, platform="cuda", implementation="mosaic_gpu", **options
+        )
 
 
 def bad_cases():
@@ -401,6 +404,7 @@ WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
 N = tiles.Config("n", 64, 256, 128, 4)
 M = tiles.Config("m", 128, 128, 128, 5, late=True)
 TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
+BROAD = tiles.Config("m", 128, 192, 128, 4)
 COLUMNS, PACKED, PACKED_ROWS = LAYOUTS[1:4]
 SILU = {"activation": "silu"}
 # (Sizes and options of make_case, tiles): tokens, top_k, experts, K, N, block_size.
@@ -416,6 +420,8 @@ FORMS = {
         N,
     ),
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
+    # Tiles of one and a half blocks of the weights' scales; the last has 64 columns that there are.
+    "wide, columns": ((9, 1, 1, 256, 448, 128), {"gather": False, "layout": COLUMNS}, BROAD),
     "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
 }
 
@@ -444,6 +450,17 @@ def test_masked_in_the_interpreter(monkeypatch):
     given = x, w, COUNTS
     out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, SWAP, *given, **options)
     for rows, count, expected in zip(out.reshape(4, 20, 64), COUNTS, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
+def test_a_warpgroup_without_rows_in_use_passes_stages_on(monkeypatch):
+    """128 rows of which 10 and 70 are in use: the second warpgroup has none of the first expert's."""
+    counts = np.array([10, 0, 70], np.int32)
+    x, w, options, want = make_masked(COLUMNS, n=64, counts=counts, most=128)
+    config = M._replace(skips=True, late=True)
+    given = x, w, counts
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
+    for rows, count, expected in zip(out.reshape(3, 128, 64), counts, want, strict=True):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
@@ -496,10 +513,19 @@ def on_a_gpu():
         float32 = {"preferred_element_type": "float32", "gather": False}
         add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
         add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
+    for name, layout in every[:3]:
+        for block in (128, 100, 256):
+            size = (300, 2, 3, 384, 448, block)
+            add(f"wide, {block}, {name}", BROAD, *size, gather=block == 100, layout=layout)
+    add("wide, float32", BROAD, 90, 2, 7, 256, 320, 128, preferred_element_type="float32")
+    weights = {"bias": True, "row_weights": True, "routing": "dropped", "weights": OF_EXPERTS}
+    add("wide, bias", BROAD, 90, 2, 7, 256, 320, 128, **weights)
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
-        for most, config in ((20, SWAP), (200, N), (512, M), (500, TALL)):
+        tall, wide = TALL._replace(skips=True), BROAD._replace(skips=True)
+        of_most = (20, SWAP), (200, N), (512, M), (500, TALL), (250, BROAD)
+        for most, config in (*of_most, (512, M._replace(skips=True)), (500, tall), (250, wide)):
             counts = np.array([most, 0, 3, most // 2], np.int32)
 
             def make(patch, layout=layout, most=most, counts=counts):

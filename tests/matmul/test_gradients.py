@@ -103,6 +103,18 @@ def test_ragged_dot_general_is_jax(contracted, flipped):
     close(ours, sums(lhs, rows, np.asarray(sizes)))
 
 
+def test_no_groups():
+    """There is no row of any group: the result's matrices are zero, and so are the derivatives."""
+    x, toward, none = np.ones((6, 4), np.float32), np.ones((6, 5), np.float32), np.zeros(0, np.int32)
+
+    def total(x):
+        return jnp.sum(maj.tgmm(x.T, toward, none, num_actual_groups=2))
+
+    assert maj.tgmm(x.T, toward, none).shape == (0, 4, 5)
+    assert not np.asarray(maj.tgmm(x.T, toward, none, num_actual_groups=2)).any()
+    assert total(x) == 0 and not np.asarray(jax.grad(total)(x)).any()
+
+
 def test_errors_of_tgmm_and_ragged_dot_general():
     x, toward, sizes = np.zeros((16, 8), np.float32), np.zeros((8, 4), np.float32), np.array([3, 2])
     for kind, text, change in (

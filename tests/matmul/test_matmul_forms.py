@@ -247,9 +247,7 @@ def expected(tiles_, sizes, offset=0):
         expert = group - offset if tiles_.ragged else group
         expert = expert if 0 <= expert < tiles_.num_experts else -1
         for start in range(begin, end, tiles_.bm):
-            # In the masked layout a tile may write to all of its expert's rows.
-            last = end if tiles_.ragged else most
-            found.append((expert, start, min(start + tiles_.bm, last)))
+            found.append((expert, start, min(start + tiles_.bm, end)))
         row = end
     if tiles_.ragged:
         for start in range(row, tiles_.num_rows, tiles_.bm):

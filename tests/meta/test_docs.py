@@ -1,7 +1,8 @@
 """What README.md and docs/*.md show: every Python block runs from the built wheel, every command exists.
 
 A page's blocks run one after the other in one process, as a reader tries them. The process sees the wheel and
-the installed packages, and no checkout. A comment behind a `print(...)` is what it prints.
+the installed packages, and no checkout. A comment behind a `print(...)` is what it prints. A block "python3" is
+a script of several processes, which tests/expert_parallel/test_two_processes.py runs.
 """
 
 import ast
@@ -99,6 +100,7 @@ def packages() -> list[str]:
     return [str(e) for e in there if e.exists() and not (e / "moe_align_jax").exists()]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_blocks_run_from_the_wheel(page, wheel, tmp_path):
     code = blocks(page, "python", "py", "pycon")

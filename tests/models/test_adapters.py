@@ -60,6 +60,7 @@ MAXTEXT_GMM = {
     "qwix_rule": None,
     "use_manual_quantization": False,
     "use_gmm_v2": False,
+    "use_gmm_v2_heuristic_tiling": False,
     "partial_sum": None,
 }
 MAXTEXT_SPARSE_MATMUL = """inputs gate_logits pre_bias_logits w0_kernel w1_kernel wo_kernel w0_bias w1_bias
@@ -91,6 +92,7 @@ def test_maxtext_gmm_as_maxtext_calls_it():
         "lhs_vma_axes": (),
         "rhs_vma_axes": (),
         "use_gmm_v2": True,
+        "use_gmm_v2_heuristic_tiling": True,
         "interpret": True,
     }
 
@@ -191,6 +193,8 @@ def test_maxtext_gmm_names_wrong_arguments():
         ValueError, match=r"partial_sum must have shape \[12, 16\]; got float32 \[12, 15\]"
     ):
         maxtext.gmm(lhs, rhs, SIZES, partial_sum=np.zeros((M, N - 1), F32))
+    with pytest.raises(TypeError, match="use_gmm_v2_heuristic_tiling must be True or False; got"):
+        maxtext.gmm(lhs, rhs, SIZES, *list(MAXTEXT_GMM.values())[3:19], np.zeros((M, N), F32))
     with pytest.raises(TypeError, match="partial_sum must be a float array; got int32"):
         maxtext.gmm(lhs, rhs, SIZES, partial_sum=np.zeros((M, N), np.int32))
     both = {"partial_sum": np.zeros((M, N), F32), "existing_out": np.zeros((M, N), F32)}

@@ -229,6 +229,29 @@ def test_capacity_of_a_factor():
     assert none.topk_ids.shape == (0, 1) and not none.tokens_per_expert.any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "change"),
+    [
+        (TypeError, "rate must be a real number", {"rate": "x"}),
+        (TypeError, "rate must be a real number", {"rate": None}),
+        (TypeError, "rate must be a real number", {"rate": 1j}),
+        (TypeError, "rate must be a real number", {"rate": True}),
+        (ValueError, "rate must be a scalar", {"rate": np.zeros(3)}),
+        (ValueError, "rate must be finite", {"rate": float("nan")}),
+        (TypeError, "axis_name must be the name", {"axis_name": ["data"]}),
+        (TypeError, "axis_name must be the name", {"axis_name": ("data", 5)}),
+    ],
+)
+def test_errors_of_the_bias(kind, text, change):
+    with pytest.raises(kind, match=f"^update_router_bias: {text}.*; got .*\\. "):
+        maj.update_router_bias(jnp.zeros(3), jnp.array([1, 2, 3]), **change)
+    if "axis_name" in change:
+        with pytest.raises(kind, match=f"^router_z_loss: {text}.*; got .*\\. "):
+            maj.router_z_loss(jnp.zeros((4, 3)), **change)
+        with pytest.raises(kind, match=f"^load_balancing_loss: {text}.*; got .*\\. "):
+            maj.load_balancing_loss(jnp.zeros((4, 3)), jnp.array([1, 2, 3]), **change)
+
+
 def test_a_layer_with_dropped_pairs():
     """Its values, and gradients of the kept pairs alone, under jit."""
     (x, first, second, weights, ids), _ = make_layer(routing="uniform")

@@ -217,3 +217,19 @@ def test_errors_say_what_is_missing(name):
     make, text = ERRORS[name]
     with pytest.raises(ValueError, match=rf"^{text}.*; got .*\. .+"):
         make()
+
+
+def test_weights_that_are_no_arrays():
+    first, down = np.zeros((2, 8, 8), np.float32), np.zeros((2, 4, 8), np.float32)
+    for change, text in (
+        ({"w_gate_up": None}, "w_gate_up must be a float array"),
+        ({"w_gate_up": (first[..., :4], None)}, "w_gate_up must be a float array"),
+        ({"w_down": down.tolist()}, "w_down must be a float array"),
+        ({"w_down": down.astype(int)}, "w_down must be a float array"),
+        ({"bias_down": [1.0] * 8}, "bias_down must be a float array"),
+        ({"transpose_rhs": "no"}, "transpose_rhs must be True or False"),
+        ({"interleaved": 2}, "interleaved must be True or False"),
+    ):
+        given = {"w_gate_up": first, "w_down": down} | change
+        with pytest.raises(TypeError, match=rf"^ExpertWeights: {text}.*; got .*\. .+"):
+            ExpertWeights(**given)

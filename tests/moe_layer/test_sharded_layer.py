@@ -147,6 +147,8 @@ def test_fsdp_gathers_weights_and_scatters_their_gradient():
         (TypeError, "mesh must be a jax.sharding.Mesh", {"mesh": None}),
         (ValueError, "expert_axis must name an axis", {"expert_axis": "experts"}),
         (ValueError, "data_axes must name an axis", {"data_axes": ("data", "dp")}),
+        (TypeError, "data_axes must be the name of an axis", {"data_axes": 5}),
+        (TypeError, "data_axes must be the name of an axis", {"data_axes": None}),
         (ValueError, "the axes must be different", {"tensor_axis": "ep"}),
         (ValueError, "the axes must be different", {"fsdp_axis": "ep"}),
         (ValueError, "method must be", {"method": "all_to_all"}),

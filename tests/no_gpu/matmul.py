@@ -7,6 +7,7 @@ fits into shared memory, and a kernel compiles in less than two seconds. Exit co
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -14,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.no_gpu import ptx, script, toolchain, worker
 
 MAX_SECONDS = 2.0
+# Kernels that ptxas and the disassembler are given together.
+_AT_ONCE = 12
 
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
@@ -96,14 +99,31 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         more = wide._replace(bm=bm, stages=6 if bm < 32 else 5)
         yield f"{bm}, gated", problem(block=bm, weights=silu, **gather), more
     yield "pairs", problem(block=1, weights=silu, **gather), wide._replace(bm=8)
+    for transposed in (False, True):
+        weights = {"transposed": transposed, "bias": True}
+        given = problem(block=1, weights=silu | weights, **gather)
+        yield "k in 8, gated, pairs", given, wide._replace(bm=8, split=8, num_ctas=128)
+        yield "k in 2", problem(block=16, weights=weights), s._replace(split=2)
+        added = problem(block=1, weights=weights, row_weights=True)._replace(summed=8)
+        yield "sum of 8", added, s._replace(bm=8, num_ctas=128)
+        added = added._replace(weights=added.weights._replace(bias=False))
+        yield "sum of 8, wide", added, wide._replace(bm=8, num_ctas=128)
+        yield "sum of 2, k in 4", added._replace(summed=2), s._replace(bm=8, split=4, num_ctas=128)
+    odd_sum = problem(block=1, row_weights=True, **odd)._replace(summed=3, num_rows=4095)
+    yield "sum of 3, odd", odd_sum, s._replace(bm=8, num_ctas=120)
+    for bm, stages in ((48, 5), (80, 4), (96, 4)):
+        given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
+        yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
+        yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
     yield from e4m3_problems()
 
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     """Every way to load scales, and the tiles that sizes of e4m3 operands get."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.config import Config, config_for
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 
+    masked: dict[str, Any] = {"rows": "masked", "max_rows": 512, "num_rows": 4096}
     columns, rows = Scales("column_major", "blocks", pitch=4096), Scales("row_major", "blocks")
     silu: dict[str, Any] = {"activation": "silu", "gated": True}
     gather: dict[str, Any] = {"num_tokens": 2048, "top_k": 2}
@@ -136,6 +156,15 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    wide = Config("m", 128, 192, 128, 4)
+    for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
+        yield *case(what, **options)[:2], wide
+    for tiles in (
+        wide,
+        wide._replace(skips=True),
+        Config("m", 128, 128, 128, 5, skips=True, late=True),
+    ):
+        yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
@@ -179,8 +208,13 @@ def lower(problem: Any, config: Any) -> Any:
 
     if isinstance(problem, WeightGradient):
         structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
-        made = weight_gradient_kernel.arguments
-        given = jax.eval_shape(lambda *a: made(problem, config, *a, interpret=False), *structs)
+
+        def made(*operands):
+            experts = weight_gradient_kernel.experts_of(problem, *operands[2:])
+            options = {"interpret": False}
+            return weight_gradient_kernel.arguments(problem, config, experts, *operands, **options)
+
+        given = jax.eval_shape(made, *structs)
         call = jax.jit(weight_gradient_kernel.build(problem, config))
         return call.trace(*given).lower(lowering_platforms=("cuda",))
 
@@ -227,16 +261,64 @@ def _disassembled(cubin: Path) -> str:
     return done.stdout
 
 
-def _ptxas(text: str) -> tuple[str, str]:
-    """ptxas' account of one kernel, and its machine code."""
+_NAME = re.compile(r"\.visible \.entry (\w+)\(")
+_ABOUT = re.compile(r"\bkernel(\d+)_of_this_file_")
+
+
+def in_one_file(texts: Sequence[str]) -> str:
+    """PTX of several kernels as one file: names say which kernel it is, lines of the source are left out."""
+    whole = []
+    for place, text in enumerate(texts):
+        text = text.split("\t.section", 1)[0]
+        text = re.sub(r"^\s*\.(?:loc|file)\s.*\n", "", text, flags=re.MULTILINE)
+        if place:
+            text = re.sub(r"^\.(?:version|target|address_size)\s.*\n", "", text, flags=re.MULTILINE)
+        [name] = _NAME.findall(text)
+        whole.append(re.sub(rf"\b{name}", f"kernel{place}_of_this_file_{name}", text))
+    return "\n".join(whole)
+
+
+def of_each(log: str, count: int) -> list[str]:
+    """The lines about each kernel: those that name it, and those that follow."""
+    found, place = [""] * count, None
+    for line in log.splitlines(keepends=True):
+        if named := _ABOUT.search(line):
+            place = int(named[1])
+        if place is not None:
+            found[place] += line
+    return found
+
+
+def _ptxas(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """ptxas' account of each kernel, and its machine code.
+
+    All in one file: the disassembler takes longer to start than to read a dozen kernels.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(text)
+        source, cubin = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
+        source.write_text(in_one_file(texts))
         command = ["cuda_sdk_lib/bin/ptxas", "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
-        return done.stderr + done.stdout, _disassembled(cubin)
+        logs = of_each(done.stderr + done.stdout, len(texts))
+        return list(zip(logs, of_each(_disassembled(cubin), len(texts)), strict=True))
+
+
+def faults(log: str, sass: str, seconds: float) -> Iterator[str]:
+    """What is wrong with a kernel that took so long to compile."""
+    used = ptx.usage(log)
+    if (spilled := used.spill_stores + used.spill_loads) or used.stack:
+        yield f"{spilled} bytes spilled, {used.stack} bytes of stack"
+    if "serialized" in log:
+        yield next(line for line in log.splitlines() if "serialized" in line)
+    if early := list(early_reads(sass)):
+        yield f"{len(early)} times sums are used before the wait for them: {early[0]}"
+    if not _HGMMA.search(sass):
+        yield "no wgmma"
+    # Other processes share this machine's cores: this much at the most.
+    if seconds > MAX_SECONDS * float(os.environ.get("COMPILE_PATIENCE", "1")):
+        yield f"compiled in {seconds:.1f} s"
 
 
 def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
@@ -245,42 +327,41 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
 
     parser = argparse.ArgumentParser(prog="tests.no_gpu.matmul")
     parser.add_argument("part", nargs="?", default="", help="compile what has this in its name")
-    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
     chosen = parser.parse_args(given)
     checker = worker.Checker(plugin, runtime)
     launch = checker.launch
-    for position, (what, problem, config) in enumerate((*problems(), *weight_gradients())):
-        if isinstance(problem, MatmulProblem):
-            config = config._replace(late=config.late and may_be_late(problem))
-        name = f"{config.name}: {what}"
-        if chosen.part not in name or position % chosen.sample:
-            continue
-        module = lower(problem, config).compiler_ir()
-        with module.context:
-            [found] = launch._custom_call_modules(module.operation)
-        begun = time.monotonic()
-        try:
-            text = checker.compiler.dump([found], [name])
-        except launch.CompileError as error:
-            yield name, [str(error)]
-            continue
-        seconds = time.monotonic() - begun
-        [(kernel, _)] = launch.read_dump(text).values()
-        log, sass = _ptxas(kernel)
-        used = ptx.usage(log)
-        wrong = []
-        if (spilled := used.spill_stores + used.spill_loads) or used.stack:
-            wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
-        if "serialized" in log:
-            wrong.append(next(line for line in log.splitlines() if "serialized" in line))
-        if early := list(early_reads(sass)):
-            wrong.append(f"{len(early)} times sums are used before the wait for them: {early[0]}")
-        if not _HGMMA.search(sass):
-            wrong.append("no wgmma")
-        # Other processes share this machine's cores: this much at the most.
-        if seconds > MAX_SECONDS * float(os.environ.get("COMPILE_PATIENCE", "1")):
-            wrong.append(f"compiled in {seconds:.1f} s")
-        yield f"{used.registers:3} registers, {seconds:4.1f} s  {name}", wrong
+
+    def compiled() -> Iterator[tuple[str, float, str]]:
+        """(what it is, seconds, PTX, or what the compiler says) of each kernel."""
+        for what, problem, config in script.one_in_sample((*problems(), *weight_gradients())):
+            if isinstance(problem, MatmulProblem):
+                config = config._replace(late=config.late and may_be_late(problem))
+            name = f"{config.name}: {what}"
+            if chosen.part not in name:
+                continue
+            module = lower(problem, config).compiler_ir()
+            with module.context:
+                [found] = launch._custom_call_modules(module.operation)
+            begun = time.monotonic()
+            try:
+                dump = checker.compiler.dump([found], [name])
+            except launch.CompileError as error:
+                yield name, 0.0, str(error)
+                continue
+            seconds = time.monotonic() - begun
+            [(text, _)] = launch.read_dump(dump).values()
+            yield name, seconds, text
+
+    for some in itertools.batched(compiled(), _AT_ONCE):
+        fine = [one for one in some if _NAME.search(one[2])]
+        for name, _, error in some:
+            if not _NAME.search(error):
+                yield name, [error]
+        for (name, seconds, _), (log, sass) in zip(
+            fine, _ptxas([x for *_, x in fine]), strict=True
+        ):
+            line = f"{ptx.usage(log).registers:3} registers, {seconds:4.1f} s  {name}"
+            yield line, [*faults(log, sass, seconds)]
 
 
 if __name__ == "__main__":

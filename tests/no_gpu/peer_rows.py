@@ -7,6 +7,7 @@ rows move 16 bytes at a time where their length allows, and each CTA has a fence
 counts its arrival. Exit code 1 otherwise.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
     checker = worker.Checker(plugin, runtime)
-    for problem, windowed in ((p, w) for p in problems() for w in (False, True)):
+    for problem, windowed in script.one_in_sample(itertools.product(problems(), (False, True))):
         kernel = nvlink_kernels.build(problem)
         if windowed and (not kernel.staged or window.unsupported(kernel)):
             continue

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define MAX_PARAMETERS 64
+#define MAX_MAPS 16
 enum { SUCCESS = 0, INVALID_IMAGE = 200, INVALID_VALUE = 1 };
 enum { MAJOR = 75, MINOR = 76, MAX_DYNAMIC_SHARED = 8 };
 
@@ -26,6 +27,12 @@ struct {
     unsigned grid[3], block[3], cluster[3], shared_bytes, programmatic;
     uint64_t stream, parameters[MAX_PARAMETERS];
     char entry[256];
+    int num_maps; /* TMA descriptors that were encoded */
+    struct {
+        int dtype, rank, interleave, swizzle, promotion, fill;
+        uint64_t address, sizes[5], strides[5];
+        unsigned box[5], steps[5];
+    } maps[MAX_MAPS];
 } recorded;
 
 int cuInit(unsigned flags) { return SUCCESS; }
@@ -61,6 +68,32 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
 int cuFuncSetAttribute(void *function, int attribute, int value) {
     if (attribute == MAX_DYNAMIC_SHARED)
         recorded.most_shared_bytes = value;
+    return SUCCESS;
+}
+
+/* Leaves the description's number, plus MAP, where the descriptor would be. */
+enum { MAP = 0x7A0000 };
+int cuTensorMapEncodeTiled(uint64_t *map, int dtype, unsigned rank, void *address, const uint64_t *sizes,
+                           const uint64_t *strides, const unsigned *box, const unsigned *steps,
+                           int interleave, int swizzle, int promotion, int fill) {
+    int k = recorded.num_maps++;
+    if (k >= MAX_MAPS || rank < 1 || rank > 5 || (uintptr_t)map % 64)
+        return INVALID_VALUE;
+    recorded.maps[k].dtype = dtype;
+    recorded.maps[k].rank = (int)rank;
+    recorded.maps[k].interleave = interleave;
+    recorded.maps[k].swizzle = swizzle;
+    recorded.maps[k].promotion = promotion;
+    recorded.maps[k].fill = fill;
+    recorded.maps[k].address = (uint64_t)address;
+    for (unsigned i = 0; i < rank; i++) {
+        recorded.maps[k].sizes[i] = sizes[i];
+        recorded.maps[k].strides[i] = i + 1 < rank ? strides[i] : 0;
+        recorded.maps[k].box[i] = box[i];
+        recorded.maps[k].steps[i] = steps[i];
+    }
+    memset(map, 0, 128);
+    map[0] = MAP + (uint64_t)k;
     return SUCCESS;
 }
 

@@ -7,6 +7,7 @@ the kernel waits where PDL needs it, and logits are loaded 16 bytes at a time wh
 Exit code 1 otherwise.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -96,17 +97,22 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._router import fused, kernel
+    from moe_align_jax._router import fused, kernel, masks
     from moe_align_jax._simt import mosaic
+    from moe_align_jax._simt.language import WARP
 
-    every = [(problem, None) for problem in problems()]
-    every += list(aligned_problems())
-    for position, (problem, align) in enumerate(every):
+    every = [(problem, None, None) for problem in problems()]
+    for problem, align in aligned_problems():
+        config = fused.config_for(problem, align)
+        every.append((problem, align, config))
+        if masks.takes(align, problem.num_tokens):
+            forms = {"masks", "warp" if align.num_pairs <= WARP else "block"} - {config.form}
+            every += [(problem, align, dataclasses.replace(config, form=form)) for form in forms]
+    for position, (problem, align, config) in enumerate(every):
         what = f"{problem}"
         if align is None:
             [one] = kernel.build(problem).kernels
         else:
-            config = fused.config_for(problem, align)
             [one] = fused.build(problem, align, config).kernels
             what = f"{config}, {problem}, {align}"
         pdl = position % 2 == 1

@@ -2,9 +2,11 @@
 
 A module gives `main` its own name and a check: `(plugin, runtime) -> (a line, what is wrong)` per kernel. The
 command starts itself again in the folder that the toolchain has made, with these two as arguments and its own
-behind them.
+behind them. Each takes `--sample N`, and compiles then one kernel in N.
 """
 
+import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -18,13 +20,21 @@ type Report = tuple[str, list[str]]
 _INSIDE = "--inside"  # the first argument of the process that runs in the toolchain's folder
 
 
+_step = 1  # of the kernels that are compiled
+
+
+def one_in_sample[T](kernels: Iterable[T]) -> Iterator[T]:
+    """The kernels that the command was asked for: all, or one in N."""
+    return itertools.islice(kernels, 0, None, _step)
+
+
 def direct(
     plugin: str, runtime: str, kernels: Iterable[tuple[str, Any, Callable[..., Iterator[str]]]]
 ) -> Iterator[Report]:
     """Compiles (what it is, kernel, `faults(text, launch, used)`) as they are, as for a direct launch."""
     checker = worker.Checker(plugin, runtime)
     checker._mode = "direct"
-    for what, kernel, faults in kernels:
+    for what, kernel, faults in one_in_sample(kernels):
         [(text, launch)] = checker.compiler([kernel])
         used = ptx.usage(worker._ptxas(text))
         found = [*faults(text, launch, used), *checker._recording_faults(kernel, launch)]
@@ -48,8 +58,13 @@ def main(name: str, check: Callable[..., Iterable[Report]]) -> int:
     Returns:
         The exit code: 1 when anything is wrong or missing.
     """
+    global _step
+    parser = argparse.ArgumentParser(prog=name)
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
     if sys.argv[1:2] == [_INSIDE]:
-        status = 1 if _print(check(*sys.argv[2:])) else 0
+        options, rest = parser.parse_known_args(sys.argv[2:])
+        _step = options.sample
+        status = 1 if _print(check(*rest)) else 0
         sys.stdout.flush()
         os._exit(status)  # without the destructors of a driver that is none
     try:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import forms
-from tests.no_gpu import cases, ptx, toolchain, worker
+from tests.no_gpu import cases, matmul, ptx, script, toolchain, worker
 
 KERNEL = """
 .visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1)
@@ -216,3 +216,55 @@ def test_the_recorder_has_the_layout_that_is_read(tmp_path):
     assert library.cuModuleLoadData(ctypes.byref(ctypes.c_void_p()), b"\x7fELF") == 0
     assert library.cuModuleGetFunction(ctypes.byref(ctypes.c_void_p()), None, b"last_field") == 0
     assert (recorded.modules, recorded.entry) == (1, b"last_field")
+
+
+def test_kernels_of_one_file_keep_their_names_apart():
+    head = ".version 8.8\n.target sm_90a\n.address_size 64\n"
+    text = f'{head}{KERNEL}\t.loc\t1 481 0\n.file\t1 "k.py"\n\t.section\t.debug_macinfo\t{{\t}}\n'
+    whole = matmul.in_one_file([text, text])
+    assert whole.count(".version") == whole.count(".address_size") == 1
+    assert not any(word in whole for word in (".loc", ".file", ".section"))
+    for place in (0, 1):
+        name = f"kernel{place}_of_this_file_k"
+        assert (
+            whole.count(f".entry {name}(.param .u64 {name}_param_0, .param .u64 {name}_param_1)")
+            == 1
+        )
+        assert whole.count(f"[{name}_param_0]") == 1
+    assert "[k_param_0]" not in whole
+
+
+def test_what_ptxas_says_is_that_of_its_kernel():
+    said = "ptxas info : (C7510) wgmma.mma_async instructions are serialized in the function 'k'\n"
+    about = [
+        LOG.format(stack=0, stores=0, registers=168),
+        LOG.format(stack=8, stores=12, registers=40) + said,
+    ]
+    named = [x.replace("'k'", f"'kernel{i}_of_this_file_k'") for i, x in enumerate(about)]
+    # ptxas begins with the last kernel.
+    log = (
+        "ptxas info    : 0 bytes gmem\n"
+        + named[1].replace("for k\n", "for kernel1_of_this_file_k\n")
+        + named[0]
+    )
+    found = matmul.of_each(log, 2)
+    assert [ptx.usage(x).registers for x in found] == [168, 40]
+    sass = "        /*0000*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR36], R24 ;\n"
+    assert (
+        list(
+            matmul.faults(found[0].replace("4 bytes spill loads", "0 bytes spill loads"), sass, 1.0)
+        )
+        == []
+    )
+    spilled, serialized = matmul.faults(found[1], sass, 1.0)
+    assert spilled == "16 bytes spilled, 8 bytes of stack" and "serialized" in serialized
+    [nothing] = matmul.faults(
+        found[0].replace("4 bytes spill loads", "0 bytes spill loads"), "", 1.0
+    )
+    assert nothing == "no wgmma"
+
+
+def test_a_sample_is_one_in_n(monkeypatch):
+    assert list(script.one_in_sample("abcdefg")) == list("abcdefg")
+    monkeypatch.setattr(script, "_step", 3)
+    assert list(script.one_in_sample("abcdefg")) == ["a", "d", "g"]

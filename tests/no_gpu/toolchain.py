@@ -104,7 +104,7 @@ def _plugin_folder(version: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     wanted = [f"{name}=={version}" for name in _PLUGIN_PACKAGES]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, "--no-deps", "--target", str(folder), *wanted])
+    done = subprocess.run([*pip, "--no-compile", "--no-deps", "--target", str(folder), *wanted])
     if done.returncode:
         raise Missing(f"pip could not install {' and '.join(wanted)}: its message is above")
     (folder / ".complete").touch()

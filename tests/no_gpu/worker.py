@@ -1,6 +1,6 @@
 """Compiles some of the cases and checks what comes out. Started by `compile`, in the toolchain's folder.
 
-    python -m tests.no_gpu.worker PLUGIN RUNTIME SHARE OF
+    python -m tests.no_gpu.worker PLUGIN RUNTIME FIRST STEP
 
 Prints a JSON line per case: its name, kernels (name, registers, shared bytes), and what is wrong.
 """
@@ -22,11 +22,32 @@ from typing import Any
 from tests.no_gpu import cases, ptx
 from tests.no_gpu.cases import BATCH, Case
 
-_MAX_PARAMETERS = 64
+_MAX_PARAMETERS, _MAX_MAPS = 64, 16
+_MAP = 0x7A0000  # what stands, plus its number, where a descriptor would be
 REGISTERS_PER_SM = 65_536
+_DESCRIBED = ("dtype", "sizes", "strides", "box", "swizzle")
 # Shared memory is asked for in whole kilobytes.
 _SHARED_STEP = 1024
 _STREAM = 0x77
+
+
+class _Map(ctypes.Structure):
+    """As in recorder.c: the arguments of a `cuTensorMapEncodeTiled`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("dtype", "rank", "interleave", "swizzle")),
+        *((name, ctypes.c_int) for name in ("promotion", "fill")),
+        ("address", ctypes.c_uint64),
+        *((name, ctypes.c_uint64 * 5) for name in ("sizes", "strides")),
+        *((name, ctypes.c_uint * 5) for name in ("box", "steps")),
+    ]
+
+    @property
+    def arguments(self) -> tuple:
+        rank = self.rank
+        vectors = (self.sizes[:rank], self.strides[: rank - 1], self.box[:rank], self.steps[:rank])
+        more = (self.interleave, self.swizzle, self.promotion, self.fill)
+        return self.dtype, self.address, *map(tuple, vectors), *more
 
 
 class _Recorded(ctypes.Structure):
@@ -40,6 +61,8 @@ class _Recorded(ctypes.Structure):
         ("stream", ctypes.c_uint64),
         ("parameters", ctypes.c_uint64 * _MAX_PARAMETERS),
         ("entry", ctypes.c_char * 256),
+        ("num_maps", ctypes.c_int),
+        ("maps", _Map * _MAX_MAPS),
     ]
 
 
@@ -64,7 +87,8 @@ class Checker:
         os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = runtime
         library = ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
         self.recorded = _Recorded.in_dll(library, "recorded")  # a real libcuda has no such thing
-        self.launch = _load_launch()
+        self.launch, self._library = _load_launch(), library
+        self.driver = self.launch._beside("driver")
         self.compiler = self.launch.Compiler(ThreadPoolExecutor(1), plugin)
         self._mode = ""
         self._compiled = 0
@@ -132,6 +156,7 @@ class Checker:
         buffers = (*kernel.inputs, *kernel.outputs)
         sentinels = {name: 0x7F0000000000 + 0x1000 * i for i, name in enumerate(buffers)}
         recorded.num_parameters, recorded.launches = len(launch.parameters), 0
+        recorded.num_maps = 0
         pointers = (ctypes.c_void_p * len(buffers))(*sentinels.values())
         function, host, spec = (ctypes.c_void_p * 3).from_address(self._compiled)
         arguments: list[Any] = [function, _STREAM, ctypes.cast(pointers, ctypes.c_void_p)]
@@ -143,6 +168,7 @@ class Checker:
             yield f"{recorded.launches} launches on stream {recorded.stream:#x}"
             return
         names = {value: name for name, value in sentinels.items()}
+        names[_MAP] = self.launch._beside("host_code").TENSOR_MAPS
         passed = recorded.parameters[: len(launch.parameters)]
         pairs = {
             "entry": (launch.entry, recorded.entry.decode()),
@@ -155,8 +181,26 @@ class Checker:
         for what, (read, happened) in pairs.items():
             if read != happened:
                 yield f"{what} read as {read}; jaxlib launched with {happened}"
+        yield from self._map_faults(launch, sentinels)
         if recorded.shared_bytes > 48 << 10 and recorded.most_shared_bytes < recorded.shared_bytes:
             yield f"launched with more shared memory than allowed: {recorded.most_shared_bytes}"
+
+    def _map_faults(self, launch: Any, sentinels: dict[str, int]) -> Iterator[str]:
+        """Encodes the descriptors as a launch of ours does, and compares with jaxlib's host code."""
+        recorded = self.recorded
+        theirs = [one.arguments for one in recorded.maps[: recorded.num_maps]]
+        values = [*sentinels.values()]
+        names = [*sentinels]
+        maps = [
+            self.driver.TensorMap(names.index(one["buffer"]), -1, 0, *(one[x] for x in _DESCRIBED))
+            for one in launch.tensor_maps
+        ]
+        recorded.num_maps = 0
+        if maps:
+            self.driver.TensorMaps(self.driver.Driver(self._library), maps).address(values)
+        ours = [one.arguments for one in recorded.maps[: recorded.num_maps]]
+        if ours != theirs:
+            yield f"descriptors {ours}; jaxlib's are {theirs}"
 
 
 def _ptxas(text: str) -> str:
@@ -252,9 +296,9 @@ def mail_faults(text: str, mailbox: int) -> Iterator[str]:
         yield f"{slow[0]} in an alignment kernel"
 
 
-def main(plugin: str, runtime: str, share: str, of: str) -> None:
+def main(plugin: str, runtime: str, first: str, step: str) -> None:
     checker = Checker(plugin, runtime)
-    for case in cases.all_cases()[int(share) :: int(of)]:
+    for case in cases.all_cases()[int(first) :: int(step)]:
         print(json.dumps(checker.check(case)), flush=True)
 
 

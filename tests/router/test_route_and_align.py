@@ -1,5 +1,6 @@
 """route_and_align: bit for bit the router and the alignment apart, in one launch where it says so."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
+from moe_align_jax._router import fused, masks
+from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._simt import emulator, mosaic
+from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.align.test_lowering import MOSAIC, lower, operations
 from tests.router import router_oracle
@@ -113,6 +118,63 @@ def test_with_every_option(implementation, num_tokens, which):
             routing={"top_k": 3, **routing},
             aligning=aligning,
         )
+
+
+MASKED = [
+    ((1, 256, 8), 16, {}, {}),
+    ((4, 64, 8), 128, {}, {"expert_map": "label"}),
+    ((5, 64, 6), 4, {"has_token_mask": True}, {"return_inverse": True}),
+    ((33, 160, 8), 16, {}, {"return_inverse": True}),
+    ((64, 256, 8), 64, {"has_token_mask": True, "bias_rows": 1}, {"return_inverse": True}),
+    ((64, 60, 32), 16, {"renormalize": True}, {"has_num_valid_pairs": True}),
+    ((17, 8, 1), 3, {}, {"return_counts": False}),
+]
+
+
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("sizes", "block_size", "routing", "aligning"), MASKED)
+def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, aligning, on_gpu):
+    """As the program that has the alignment's own kernel in it, which is held to the oracle."""
+    problem = RouteProblem(*sizes, **routing)
+    tokens, experts, top_k = sizes
+    pairs = tokens * top_k
+    capacity = maj.max_num_tokens_padded(pairs, block_size=block_size, num_experts=experts)
+    align = AlignProblem(pairs, experts, block_size, capacity, **aligning)
+    assert masks.takes(align, tokens)
+    config, rng = fused.config_for(problem, align), np.random.default_rng(tokens)
+    floats = {
+        "logits": rng.standard_normal((tokens, experts)),
+        "correction_bias": rng.standard_normal(experts),
+    }
+    words = {name: x.astype(np.float32).ravel() for name, x in floats.items()}
+    words["token_mask"] = (rng.random(tokens) < 0.7).astype(np.int32)
+    words["expert_map"] = rng.integers(-2, experts, experts).astype(np.int32)
+    words["num_valid_pairs"] = np.array([pairs // 2], np.int32)
+    plain = "warp" if pairs <= 32 else "block"
+    programs = [
+        fused.build(problem, align, dataclasses.replace(config, form=form))
+        for form in ("masks", plain)
+    ]
+
+    def run(program):
+        given = [words[name] for name in program.inputs]
+        if not on_gpu:
+            return emulator.run(program, [x.view(np.int32) for x in given])
+        return jax.jit(functools.partial(mosaic.run, program))(*given)
+
+    got, want = map(run, programs)
+    for name, mine, theirs in zip(programs[0].results, got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), name)
+
+
+@pytest.mark.parametrize(
+    "aligning",
+    [{"expert_map": "filter"}, {"dispatch": "static", "num_logical": 4}],
+)
+def test_ids_that_are_mapped_before_they_are_counted_have_no_masks(aligning):
+    """Two experts of a token may become one."""
+    assert not masks.takes(AlignProblem(8, 8, 4, 40, **aligning), 4)
+    assert not masks.takes(AlignProblem(65, 8, 4, 89), 65)
 
 
 @pytest.mark.parametrize("dispatch", ["static", "dynamic", "round_robin"])

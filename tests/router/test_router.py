@@ -70,7 +70,7 @@ def covering():
     plain = {name: levels[0] for name, levels in FACTORS.items()} | {"num_experts": 64, "top_k": 2}
     cases = [plain | {name: level} for name, levels in FACTORS.items() for level in levels]
     rng = random.Random(18)
-    draws = ({n: rng.choice(levels) for n, levels in FACTORS.items()} for _ in range(20_000))
+    draws = ({n: rng.choice(levels) for n, levels in FACTORS.items()} for _ in range(4_000))
     pool = [case for case in draws if possible(case)]
     left = set().union(*map(pairs_of, pool)) - set().union(*map(pairs_of, cases))
     while left:

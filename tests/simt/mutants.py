@@ -15,6 +15,8 @@ COLLECTIVES = "moe_align_jax._simt.collectives"
 KERNELS = "moe_align_jax._align.kernels"
 LAYOUT = "moe_align_jax._layout.kernels"
 NVLINK = "moe_align_jax._expert_parallel.nvlink_kernels"
+WINDOW = "moe_align_jax._simt.window"
+EMULATED_WINDOWS = "moe_align_jax._simt.emulator.windows"
 MESSAGES = "moe_align_jax._expert_parallel.message_kernels"
 
 
@@ -224,8 +226,8 @@ def mutated(mutant: Mutant | None) -> Iterator[types.ModuleType]:
     """A fresh import of the kernels with one line changed (None: none); yields the package of the op."""
 
     def ours(name: str) -> bool:
-        packages = (COLLECTIVES, KERNELS, LAYOUT, NVLINK, MESSAGES)
-        return any(name == x or name.startswith(x + ".") for x in packages)
+        every = COLLECTIVES, KERNELS, LAYOUT, NVLINK, MESSAGES, WINDOW, EMULATED_WINDOWS
+        return any(name == x or name.startswith(x + ".") for x in every)
 
     import moe_align_jax._align.kernels
     import moe_align_jax._simt.collectives  # noqa: F401

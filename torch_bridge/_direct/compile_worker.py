@@ -32,6 +32,7 @@ _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _THREADS = 8  # a program has up to nine kernels, most one or two
 _MASKED_QUANT, _ROUTE = "silu_and_mul_masked_quant", "route_topk"
 _MATMUL, _SUM = "grouped_matmul", "sum_rows"
+_VLLM_ALIGNED = ("fused_globalize_align_block_size", "moe_lora_align_block_size")
 
 
 class CompileError(RuntimeError):
@@ -129,30 +130,33 @@ def _read_kernel(
 ) -> tuple[str, KernelLaunch]:
     """(PTX, launch) of one `kernel`, from its PTX `text` and its `host` code, which must agree."""
     launch = read_launch(host, entry, buffers)
-    taken = re.findall(r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0])
+    taken = re.findall(
+        r"\.param (?:\.\w+ \d* ?)*\.(u64|b8)[^,\[]*(?:\[(\d+)\])?", text.split(")")[0]
+    )
     maps = ("b8", str(128 * len(launch.tensor_maps)))
     by_value = _beside("host_code").TENSOR_MAPS
     if taken != [maps if name == by_value else ("u64", "") for name in launch.parameters]:
         raise CompileError(f"{entry} takes other parameters than its launch passes")
-    if rows := getattr(kernel, "rows", {}):
-        launch = launch._replace(tensor_maps=_with_rows(launch.tensor_maps, rows, kernel))
+    if hasattr(kernel, "rows"):
+        launch = launch._replace(tensor_maps=_sized_at_launch(launch.tensor_maps, kernel))
     return text, launch._replace(waits="griddepcontrol.wait" in text)
 
 
-def _with_rows(
-    maps: Sequence[dict[str, Any]], rows: dict[str, str], kernel: Any
-) -> tuple[dict[str, Any], ...]:
-    """The descriptors, of as many rows as the launch says; `rows` names that value for each such buffer."""
+def _sized_at_launch(maps: Sequence[dict[str, Any]], kernel: Any) -> tuple[dict[str, Any], ...]:
+    """The descriptors, of as many rows, or as long ones, as the launch says."""
     code, shapes = _beside("host_code"), {**kernel.inputs, **kernel.outputs}
-    try:
-        return tuple(
-            code.TensorMap(**one).with_rows(rows[one["buffer"]], shapes[one["buffer"]])._asdict()
-            if one["buffer"] in rows
-            else one
-            for one in maps
-        )
-    except ValueError as error:
-        raise CompileError(f"{kernel.name}: {error}") from None
+    found = []
+    for one in maps:
+        buffer, described = one["buffer"], code.TensorMap(**one)
+        try:
+            if name := kernel.rows.get(buffer):
+                described = described.with_rows(name, shapes[buffer])
+            elif name := kernel.pitches.get(buffer):
+                described = described.with_pitch(name, shapes[buffer])
+        except ValueError as error:
+            raise CompileError(f"{kernel.name}: {error}") from None
+        found.append(described._asdict())
+    return tuple(found)
 
 
 # -- compiling -----------------------------------------------------------------------------------
@@ -304,8 +308,8 @@ def compare_with_numpy(
         return _compare_masked_quant(driver, machine_driver, problem, launches, names)
     if problem.name == _ROUTE:
         return _compare_route(driver, machine_driver, problem, launches, names)
-    if problem.name in (_MATMUL, _SUM):
-        return _compare_layer(driver, machine_driver, problem, launches, shapes)
+    if problem.name in (_MATMUL, _SUM, *_VLLM_ALIGNED):
+        return _compare_beside(driver, machine_driver, problem, launches, shapes)
     if problem.name == "moe_align_block_size":
         n = problem.num_pairs
         sizes = sorted({n, max(1, n * 3 // 4 - 5)}) if problem.sized_at_launch else [n]
@@ -394,17 +398,21 @@ def _compare_route(
         raise CompileError(f"{problem}: {wrong}")
 
 
-def _compare_layer(
+def _compare_beside(
     driver: Any, machine_driver: Any, problem: Any, launches: Any, shapes: dict
 ) -> None:
-    """`compare_with_numpy` of the products and sums of the expert layer; the self-test is beside the kernel.
+    """`compare_with_numpy` of programs whose self-test, several examples, stands beside their kernels.
 
-    Inputs that the trial does not read whole, such as the weights of many experts, are given in part.
+    Inputs that the trial does not read whole, such as the weights of many experts, are given in part. An
+    output that is one piece of memory with an input is among the example's `aliases`.
     """
     import numpy as np
 
+    selftest: Any
     if problem.name == _SUM:
         from moe_align_jax._moe_layer import direct as selftest
+    elif problem.name in _VLLM_ALIGNED:
+        from moe_align_jax._align.vllm import selftest
     else:
         from moe_align_jax._grouped_matmul import direct_selftest as selftest
     for example in selftest.examples(problem):
@@ -413,18 +421,21 @@ def _compare_layer(
             for name, array in example.inputs.items():
                 buffers[name] = driver.Memory(machine_driver, array.nbytes)
                 buffers[name].write(array)
+            aliases = getattr(example, "aliases", {})
             for name, shape in shapes.items():
-                if name not in buffers and name not in example.sizes:
+                if name not in {**buffers, **example.sizes, **aliases}:
                     size = example.outputs.get(name, 4 * int(np.prod(shape)))
                     buffers[name] = driver.Memory(machine_driver, size)
                     buffers[name].fill(_UNWRITTEN)
             values = {name: memory.address for name, memory in buffers.items()}
             values |= {name: size << 8 for name, size in example.sizes.items()}
+            values |= {name: values[other] for name, other in aliases.items()}
             launches.values[:] = [values[name] for name in shapes]
             launches.enqueue(0)
             machine_driver.synchronize()
+            held = buffers | {name: buffers[other] for name, other in aliases.items()}
             wrong = selftest.mismatch(
-                problem, example, lambda name, into: buffers[name].read(into)
+                problem, example, lambda name, into, held=held: held[name].read(into)
             )
         finally:
             for memory in buffers.values():
@@ -440,6 +451,12 @@ def _program_of(problem: Any) -> Any:
     """The kernels of a problem whose body is in the kernel language."""
     if problem.name == _ROUTE:
         from moe_align_jax._router import kernel
+
+        if reason := kernel.unsupported(problem):
+            raise CompileError(reason)
+        return kernel.build(problem)
+    if problem.name in _VLLM_ALIGNED:
+        from moe_align_jax._align.vllm import kernel
 
         if reason := kernel.unsupported(problem):
             raise CompileError(reason)
@@ -521,12 +538,16 @@ def _serve(request: dict) -> list[dict]:
             "start a new process"
         )
     from moe_align_jax import types
+    from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._masked_quant.problem import MaskedQuantProblem
+    from moe_align_jax._moe_layer.direct_problem import DirectSum
     from moe_align_jax._router.problem import RouteProblem
 
-    kinds = (DirectMatmul, DirectSum, MaskedQuantProblem, RouteProblem)
+    kinds = (
+        *(MaskedQuantProblem, RouteProblem, ReceivedProblem, AdaptersProblem),
+        *(DirectMatmul, DirectSum),
+    )
     elsewhere = {kind.__name__: kind for kind in kinds}
     enter = functools.partial(_enter, driver, machine_driver, request["device"])
     enter()
@@ -534,8 +555,10 @@ def _serve(request: dict) -> list[dict]:
     with ThreadPoolExecutor(_THREADS, initializer=enter) as pool:
         compiler = Compiler(pool)
         for index, (kind, fields) in enumerate(request["problems"]):
-            known = elsewhere.get(kind) or getattr(types, kind)
-            problem = known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            known: Any = elsewhere.get(kind) or getattr(types, kind)
+            problem = (
+                known.from_fields(fields) if hasattr(known, "from_fields") else known(**fields)
+            )
             try:
                 answer, cubins = _program(driver, machine_driver, compiler, pool, problem)
             except CompileError as error:

@@ -27,8 +27,8 @@ _MAGIC = b"moe-align module 1\n"
 _MAX_BYTES = 256 << 20
 # Of moe_align_jax: the folders that a program comes from, beside `types.py`.
 _SOURCES = (
-    *("_align", "_align/kernels", "_core", "_grouped_matmul", "_layout/kernels", "_lowering"),
-    *("_masked_quant", "_moe_layer", "_router", "_simt"),
+    *("_align", "_align/kernels", "_align/vllm", "_core", "_grouped_matmul", "_layout/kernels"),
+    *("_lowering", "_masked_quant", "_moe_layer", "_router", "_simt"),
 )
 
 

@@ -341,7 +341,7 @@ class TensorMaps:
         # By the values that they were encoded from: where they lie, and the memory.
         self._blocks: dict[tuple[int, ...], tuple[int, Any]] = {}
 
-    def address(self, values: Sequence[int]) -> int:
+    def address(self, values: Any) -> int:
         """Where the descriptors for these values of the program lie, one behind the other.
 
         Raises:
@@ -355,18 +355,20 @@ class TensorMaps:
             found = self._blocks[key] = self._encode(values)
         return found[0]
 
-    def _encode(self, values: Sequence[int]) -> tuple[int, Any]:
+    def _encode(self, values: Any) -> tuple[int, Any]:
         memory = ctypes.create_string_buffer(_MAP_BYTES * len(self._maps) + _MAP_ALIGNMENT)
         start = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         for k, one in enumerate(self._maps):
-            rank, sizes = len(one.sizes), list(one.sizes)
+            rank, sizes, strides = len(one.sizes), list(one.sizes), list(one.strides)
             if one.rows >= 0:
-                sizes[one.axis] = values[one.rows] >> _SIZE_SHIFT
+                size = sizes[one.axis] = values[one.rows] >> _SIZE_SHIFT
+                if one.axis == 0:
+                    strides = [step // one.sizes[0] * size for step in strides]
             result = self._driver.library.cuTensorMapEncodeTiled(
                 *(ctypes.c_void_p(start + _MAP_BYTES * k), one.dtype, rank),
                 ctypes.c_void_p(values[one.address]),
                 (ctypes.c_uint64 * rank)(*sizes),
-                (ctypes.c_uint64 * rank)(*one.strides),
+                (ctypes.c_uint64 * rank)(*strides),
                 (ctypes.c_uint32 * rank)(*one.box),
                 (ctypes.c_uint32 * rank)(*[1] * rank),
                 # No interleaving, no promotion in L2; what lies outside is zero. As Mosaic's runtime has it.

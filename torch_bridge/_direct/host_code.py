@@ -2,8 +2,8 @@
 
 The function is straight-line LLVM: it loads the pointers of the custom call's buffers, encodes a TMA
 descriptor for each array that the kernel copies by TMA (`mosaic_gpu_init_tma_desc`), and passes grid, block,
-cluster, shared memory and parameters to Mosaic's runtime. It is followed here instruction by instruction, with
-addresses as symbols. Whatever is not known is refused.
+cluster, shared memory and parameters to Mosaic's runtime. It is followed here instruction by instruction,
+with addresses as symbols. Whatever is not known is refused.
 
 Imports nothing of ours: `compile_worker.py` loads this file by path, in a process that imports no torch.
 """
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 TENSOR_MAPS = "*tensor maps"
 TENSOR_MAP_BYTES = 128
 
-# Mosaic's code of an element type: (CUtensorMapDataType, bytes). `mosaic/gpu/launch_context.py` makes the code,
-# jaxlib's runtime translates it. Types below a byte are not among them.
+# Mosaic's code of an element type: (CUtensorMapDataType, bytes). `mosaic/gpu/launch_context.py` makes the
+# code, jaxlib's runtime translates it. Types below a byte are not among them.
 _ELEMENTS = {
     **{1: (0, 1), 2: (1, 2), 3: (2, 4), 4: (4, 8), 5: (6, 2), 6: (7, 4), 7: (9, 2)},
     **{9: (3, 4), 10: (5, 8)},
@@ -40,7 +40,7 @@ class TensorMap(NamedTuple):
         box: elements of a copy.
         swizzle: CUtensorMapSwizzle.
         rows: name of the launch's value that tells the size of dimension `axis`; "" for none.
-        axis: see `rows`.
+        axis: see `rows`. 0, the innermost one: steps of the others are multiples of that size.
     """
 
     buffer: str
@@ -71,6 +71,17 @@ class TensorMap(NamedTuple):
         if len(found) != 1:
             raise ValueError(f"{len(found)} dimensions of {self} count the rows of {list(shape)}")
         return self._replace(rows=name, axis=found[0])
+
+    def with_pitch(self, name: str, shape: tuple[int, ...]) -> "TensorMap":
+        """The same with rows as long as the launch's value `name` says, one behind the other.
+
+        Raises:
+            ValueError: the descriptor is of another array than this shape's.
+        """
+        pitch = shape[-1] * dict(_ELEMENTS.values())[self.dtype]
+        if self.sizes[0] != shape[-1] or any(step % pitch for step in self.strides):
+            raise ValueError(f"{self} does not have the rows of {list(shape)}")
+        return self._replace(rows=name, axis=0)
 
 
 class Launch(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from moe_align_jax._align import tables
+from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
 from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
@@ -22,11 +23,14 @@ type KernelProblem = (
     | RouteProblem
     | DirectMatmul
     | DirectSum
+    | ReceivedProblem
+    | AdaptersProblem
 )
 
 # Tokens of the least bucket of the router. The CTAs of tokens that are not there end at once.
 _LEAST_TOKENS = 64
 _MOST_LOGITS = 2**31 - 1
+_LEAST_RANKS = 64  # of psum
 # Rows beyond which offsets could wrap inside a kernel's loops.
 MAX_CAPACITY = 2**31 - 2**24
 # The dtypes of ids that the kernels read where they lie, and the int32 words of one id. Others are converted.
@@ -135,3 +139,45 @@ def route_bucket(problem: RouteProblem) -> RouteProblem:
     tokens = max(_LEAST_TOKENS, 1 << (problem.num_tokens - 1).bit_length())
     most = max(_MOST_LOGITS // problem.num_experts, problem.num_tokens)
     return problem._replace(num_tokens=min(tokens, most), sized_at_launch=True)
+
+
+def received_bucket(
+    num_pairs: int,
+    num_experts: int,
+    block_size: int,
+    tuning: str,
+    *,
+    top_k: int,
+    psum_words: int,
+    num_ranks: int,
+    with_scatter: bool,
+) -> ReceivedProblem:
+    """The problem whose program serves a call of vLLM's op for what DeepEP received."""
+    one = bucket_problem(num_pairs, num_experts, block_size, tuning=tuning)
+    return ReceivedProblem(
+        *(one.num_pairs, one.num_experts, one.block_size, one.capacity, top_k, psum_words),
+        max(_LEAST_RANKS, 1 << (num_ranks - 1).bit_length()),
+        with_scatter,
+        tuning,
+    )
+
+
+def adapters_bucket(
+    num_pairs: int,
+    num_experts: int,
+    block_size: int,
+    tuning: str,
+    *,
+    top_k: int,
+    num_adapters: int,
+    num_lora_ids: int,
+    id_words: int,
+    has_expert_map: bool,
+    whole_rows: bool,
+) -> AdaptersProblem:
+    """The problem whose program serves a call of vLLM's op for LoRA adapters."""
+    one = bucket_problem(num_pairs, num_experts, block_size, tuning=tuning)
+    return AdaptersProblem(
+        *(one.num_pairs, one.num_experts, one.block_size, one.capacity, top_k),
+        *(num_adapters, num_lora_ids, id_words, has_expert_map, whole_rows, tuning),
+    )

@@ -15,7 +15,7 @@ import torch
 from moe_align_jax._align import tables
 from moe_align_jax._core import checks
 from moe_align_jax.types import AlignProblem
-from torch_bridge._direct import compile_pool, disk_cache
+from torch_bridge._direct import compile_pool, disk_cache, driver
 from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import KernelProblem
 from torch_bridge._direct.program import LoadedProgram
@@ -94,7 +94,7 @@ class Store:
                 process.) Otherwise what has failed is refused at once: a call must not compile each time.
 
         Raises:
-            Unavailable: one of them could not be compiled, or gave a wrong result.
+            Unavailable: one of them could not be compiled or loaded, or gave a wrong result.
         """
         with self._lock, self.machine.on_device(index):
             missing = [p for p in problems if (index, p) not in self.programs]
@@ -124,10 +124,15 @@ class Store:
                 else:
                     self.failures[index, problem] = answer or "the compiler gave no reason"
             for problem, entry in entries.items():
-                if entry is not None:
+                if entry is None:
+                    continue
+                try:
                     program = LoadedProgram(self.machine, index, problem, entry)
+                except driver.DriverError as error:  # no memory for its code, say
+                    self.failures[index, problem] = str(error)
+                else:
                     self.programs[index, problem] = program
-            for problem in absent:
+            for problem in missing:
                 if reason := self.failures.get((index, problem)):
                     raise Unavailable(reason)
 
@@ -138,12 +143,12 @@ class Store:
             if at[0] == index and (why == reason or at[1] in problems):
                 del self.failures[at]
 
-    def warn_once(self, reason: str) -> None:
-        """Warns, once per reason, that a call takes DLPack instead."""
+    def warn_once(self, reason: str, instead: str = "DLPack is used") -> None:
+        """Warns, once per reason, of what a call takes instead."""
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
-                f"torch_bridge: the direct path cannot run, DLPack is used: {reason}", stacklevel=4
+                f"torch_bridge: the direct path cannot run, {instead}: {reason}", stacklevel=4
             )
 
 

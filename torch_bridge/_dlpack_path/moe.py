@@ -91,7 +91,8 @@ def select(
 
 @functools.partial(jax.jit, static_argnames=("call", "implementation"))
 def _run(arrays: dict[str, jax.Array], *, call: Call, implementation: str) -> list[jax.Array]:
-    options = _options(call) | {"implementation": implementation}
+    options: dict[str, Any] = _options(call)
+    options["implementation"] = implementation
     w: Any = arrays["w"] if "w" in arrays else (arrays["gate"], arrays["up"])
     aligned = None
     if "sorted_token_ids" in arrays:

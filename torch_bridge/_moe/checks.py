@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from moe_align_jax._core import checks
@@ -288,12 +289,7 @@ def check_layer(
             fail(ValueError, function, "expert_map", rule, expert_map, remedy)
         operands["expert_map"] = expert_map
     if num_valid_tokens is not None:
-        given, number = _checks.check_num_valid_pairs(function, num_valid_tokens, x.device)
-        if given is not None:
-            operands["num_valid_tokens"] = given
-        else:
-            assert number is not None
-            limit = max(number, 0)
+        limit = _valid_tokens(function, num_valid_tokens, x, operands)
     call = Layer(
         *(ffn, experts, weights),
         check_flag(function, "weights_on_input", weights_on_input),
@@ -302,6 +298,23 @@ def check_layer(
         (tokens, hidden),
     )
     return call, operands
+
+
+def _valid_tokens(
+    function: str, value: Any, x: torch.Tensor, operands: dict[str, torch.Tensor]
+) -> int:
+    """As an int; -1 for a tensor, which joins the operands."""
+    remedy = "Pass the number of tokens in use, as an int or a scalar integer tensor."
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return min(max(int(value), 0), checks.INT32_MAX)
+    argument = "num_valid_tokens"
+    if not isinstance(value, torch.Tensor):
+        fail(TypeError, function, argument, "be an integer", value, remedy)
+    tensor = _checks.check_integer_tensor(function, argument, value, remedy, x.device)
+    if tensor.numel() != 1:
+        fail(ValueError, function, argument, "be a scalar", tensor, remedy)
+    operands[argument] = tensor
+    return -1
 
 
 def _layer_alignment(

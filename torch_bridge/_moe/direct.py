@@ -47,16 +47,17 @@ def in_place(machine: Machine, tensor: torch.Tensor, boundary: int) -> torch.Ten
     """The tensor, or a copy that the kernels can read."""
     if copy_reason(tensor, boundary) is None:
         return tensor
-    shape, stride = tensor.shape, _row_major(tensor.shape)
+    shape, stride = tuple(tensor.shape), _row_major(tensor.shape)
     return machine.empty(shape, stride, tensor.dtype).copy_(tensor.resolve_neg())
 
 
-def _row_major(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
     for length in reversed(shape):
         strides.append(step)
         step *= max(length, 1)
-    return strides[::-1]
+    return tuple(reversed(strides))
 
 
 def laid_out_bias(direct: DirectMatmul, bias: torch.Tensor) -> torch.Tensor:
@@ -203,7 +204,8 @@ class BoundLayer:
         ]
         self._constants, self._starts = tuple(constants.values()), tuple(starts.values())
         self._given, self._ids_at = given, len(self._first_names) + 3
-        self._id_shift = 8 - (ids.element_size().bit_length() - 1)
+        id_bytes = ids.element_size() if ids.dtype in ID_WORDS else 4  # the others are converted
+        self._id_shift = 8 - (id_bytes.bit_length() - 1)
         self.needed = self._boundaries(first, second)
         biased = "bias" in operands or "bias_down" in operands
         self.is_plain = (
@@ -233,24 +235,25 @@ class BoundLayer:
         for enqueue, pick in self._steps:
             enqueue(*pick(values))
 
-    def run_plain(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> torch.Tensor:
+    def run_plain(self, pointers: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
         """The result of a call that `is_plain`, whose tensors lie well.
 
         Args:
-            tensors: x, the weights of the first product and of the second, topk_weights, topk_ids and, if
-                there is one, expert_map.
-            pointers: where these are.
+            pointers: where x, the weights of the first product and of the second, topk_weights, topk_ids
+                and, if there is one, expert_map are.
+            out: the result; None for a new one.
         """
-        shape = self.call.shape
-        out = self._machine.empty(shape, (shape[1], 1), self.call.out_dtype)
-        ids = pointers[self._ids_at]
+        if out is None:
+            shape = self.call.shape
+            out = self._machine.empty(shape, (shape[1], 1), self.call.out_dtype)
+        at = self._ids_at
+        ids = pointers[at]
         behind = ids & 255
-        expert_map = pointers[self._ids_at + 1 :]
         self.launch(
             (
-                *pointers[: self._ids_at],
+                *pointers[:at],
                 *(out.data_ptr(), ids - behind, behind << self._id_shift),
-                *(expert_map or _NO_MAP),
+                *(pointers[at + 1 :] or _NO_MAP),
                 *_NO_MORE,
             )
         )
@@ -262,7 +265,7 @@ class BoundLayer:
         """The results. Whatever cannot be read as it lies is converted first."""
         call, machine, programs = self.call, self._machine, self.programs
         given = {name: x.detach().resolve_neg() for name, x in operands.items()}
-        x, ids, shares = given["x"], given["topk_ids"], given["topk_weights"]
+        x, shares = given["x"], given["topk_weights"]
         tokens, hidden = call.shape
         shares = shares.to(torch.float32)
         if call.weights_on_input:
@@ -325,9 +328,7 @@ class BoundLayer:
         tokens, top_k = ids.shape
         if call.max_valid_tokens >= 0:
             pairs = min(call.max_valid_tokens, tokens) * top_k
-            found["num_valid_pairs"] = torch.full(
-                (1,), pairs, dtype=torch.int32, device=ids.device
-            )
+            found["num_valid_pairs"] = torch.full((1,), pairs, dtype=torch.int32, device=ids.device)
         elif "num_valid_tokens" in given:
             limit = given["num_valid_tokens"].to(torch.int64).clamp(0, tokens) * top_k
             found["num_valid_pairs"] = limit.to(torch.int32).view(1)

@@ -1,4 +1,4 @@
-"""The layer's torch operators, with fakes, and who calls them: torch's tracers and whoever watches operators."""
+"""The layer's torch operators, with fakes, for torch's tracers and whoever watches operators."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -95,7 +95,10 @@ def _layer(path, *arguments):
     call, operands = _layer_call(*arguments)
     results = run.run(call, operands, path)
     # An operator's result may not be a part of an input.
-    return [results[0], *[x.clone() if call.counted and "row_of_pair" in operands else x for x in results[1:]]]
+    return [
+        results[0],
+        *[x.clone() if call.counted and "row_of_pair" in operands else x for x in results[1:]],
+    ]
 
 
 def _layer_out(path, out, *arguments):

@@ -1,4 +1,4 @@
-"""Decides a call of the expert layer and runs it: launched directly on a Hopper GPU, by jax over DLPack elsewhere."""
+"""Decides a call of the expert layer and runs it: launched directly on a Hopper GPU, by jax elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from torch_bridge import _plan, dlpack
 from torch_bridge._direct import fast_path, store
 from torch_bridge._moe import direct
-from torch_bridge._moe.calls import DTYPES, Layer, Matmul
+from torch_bridge._moe.calls import Layer, Matmul
 from torch_bridge._moe.programs import LayerPrograms, layer_programs, matmul_program
 from torch_bridge._resolved import Plan
 
@@ -36,7 +36,7 @@ def resolve(call: Call, operands: Mapping[str, torch.Tensor], path: str = "auto"
         NotImplementedError: path is "direct" and that cannot run here.
         RuntimeError: the path is "dlpack" and torch's current stream is captured.
     """
-    programs, refusal = _programs(call, operands)
+    programs, refusal = programs_for(call, operands)
     if path == "dlpack":
         refusal = refusal or "path='dlpack' was asked for"
     if _is_nothing(call, operands):
@@ -60,10 +60,10 @@ def _is_nothing(call: Call, operands: Mapping[str, torch.Tensor]) -> bool:
     return 0 in call.shape
 
 
-def _programs(
+def programs_for(
     call: Call, operands: Mapping[str, torch.Tensor]
 ) -> tuple[DirectMatmul | LayerPrograms | None, str | None]:
-    """(The problems whose programs serve the call on the direct path, None), or (None, why there are none)."""
+    """(The problems whose programs serve the call on the direct path, None), or (None, why not)."""
     if forced := _plan.forced_implementation():
         return None, f"{forced!r} was asked for"
     x, here = operands["x"], store.here
@@ -83,7 +83,9 @@ def _programs(
         tuning = here.machine.tuning(x.device)
         programs = layer_programs(call, dict(operands), kind, tuning)
         problems = programs.each
-    reason = programs.refusal or next(filter(None, (here.failure(index, p) for p in problems)), None)
+    reason = programs.refusal or next(
+        filter(None, (here.failure(index, p) for p in problems)), None
+    )
     return (None, reason) if reason else (programs, None)
 
 
@@ -192,8 +194,8 @@ def _launch(
         loaded = [here.program_for(call.function, index, p, _REMEDY) for p in programs.each]
         bound = direct.BoundLayer(here.machine, call, programs, loaded, operands)
         results = bound.run(operands, out)
-    if key is not None and bound.is_plain and out is None:
-        _remember(key, bound, operands)
+    if key is not None and bound.is_plain:
+        _remember(key, bound, operands, out)
     return results
 
 
@@ -201,7 +203,7 @@ def _launch(
 
 # What a call is known by: shapes and the caller's options.
 type Key = tuple[Any, ...]
-_MAX_KNOWN = 1 << 12
+_MAX_KNOWN, _MAX_APART = 1 << 12, 64
 # Names of the tensors of a call that can be known, in the order of `BoundLayer.run_plain`.
 _ORDER = ("x", "w", "gate", "up", "w_down", "topk_weights", "topk_ids", "expert_map")
 
@@ -214,12 +216,18 @@ class _Known(NamedTuple):
         bound: its launches.
         matches: whether other tensors are like those of the call, but for where they lie.
         masks: of each tensor's pointer, the bits that must be zero.
+        sizes: bytes of each tensor.
+        has_out: whether the last tensor is the result.
+        apart: pointers of these that were seen to overlap nowhere.
     """
 
     programs: store.Store
     bound: direct.BoundLayer
     matches: Any
     masks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    has_out: bool
+    apart: set[tuple[int, ...]]
 
 
 _known: dict[Key, _Known] = {}
@@ -230,7 +238,7 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
 
     Args:
         key: shapes, and the options as the caller gave them, unchecked.
-        tensors: what the caller gave, unchecked, in the order of `_ORDER`.
+        tensors: what the caller gave, unchecked, in the order of `_ORDER`; `out` is the last one, if given.
     """
     if not _known or not fast_path.open_to_all():
         return None
@@ -250,32 +258,60 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
     for pointer, mask in zip(pointers, known.masks, strict=True):
         if pointer & mask:
             return None
-    return bound.run_plain(tensors, pointers)
+    if not known.has_out:
+        return bound.run_plain(pointers)
+    if not _out_is_apart(known, tuple(pointers)):
+        return None
+    return bound.run_plain(pointers[:-1], tensors[-1])
+
+
+def _out_is_apart(known: _Known, pointers: tuple[int, ...]) -> bool:
+    """Whether the last one, the result, shares no byte with another."""
+    if pointers in known.apart:
+        return True
+    first = pointers[-1]
+    end = first + known.sizes[-1]
+    for pointer, size in zip(pointers[:-1], known.sizes, strict=False):
+        if first < pointer + size and pointer < end:
+            return False
+    if len(known.apart) >= _MAX_APART:
+        known.apart.clear()
+    known.apart.add(pointers)
+    return True
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _remember(key: Key, bound: direct.BoundLayer, operands: Mapping[str, torch.Tensor]) -> None:
+def _remember(
+    key: Key,
+    bound: direct.BoundLayer,
+    operands: Mapping[str, torch.Tensor],
+    out: torch.Tensor | None,
+) -> None:
     """Lets `repeat` do calls like this one, which has just been launched. Not where a tensor was copied."""
-    tensors = [operands[name] for name in _ORDER if name in operands]
-    masks = []
+    tensors, masks = [], []
     for name in _ORDER:
         if name in operands:
             boundary = bound.needed.get(name, 256)
             if name == "topk_ids":  # they may begin at any element
                 boundary = operands[name].element_size()
+            tensors.append(operands[name])
             masks.append(boundary - 1)
+    if out is not None:
+        tensors.append(out)
+        masks.append(255)
     for tensor, mask in zip(tensors, masks, strict=True):
         if type(tensor) not in _PLAIN or direct.copy_reason(tensor, mask + 1):
             return
     if len(_known) >= _MAX_KNOWN:
         _known.clear()
-    _known[key] = _Known(store.here, bound, fast_path.matcher(*tensors), tuple(masks))
+    sizes = tuple([tensor.nbytes for tensor in tensors])
+    matches = fast_path.matcher(*tensors)
+    given = (store.here, bound, matches, tuple(masks), sizes, out is not None, set())
+    _known[key] = _Known(*given)
 
 
 def forget_all() -> None:
     """Every call takes the ordinary way again."""
     _known.clear()
-
-

@@ -19,13 +19,13 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, W
 from torch_bridge import _checks, _ops, _plan, dlpack
 from torch_bridge._direct import inplace
 from torch_bridge._dlpack_path import run as dlpack_call
+from torch_bridge.deep_gemm import direct
 from torch_bridge.deep_gemm import scales as layouts
 from torch_bridge.deep_gemm.scales import fail
 
 type _Pair = tuple[torch.Tensor, torch.Tensor]
 
 _CONTIGUOUS, _ENDS, _MASKED = "contiguous", "ends", "masked"
-_MANY_ROWS = 1 << 30  # a number of rows in use that no array reaches
 _OPERATOR = "deep_gemm_into"
 _SCHEMA = (
     "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(a!) d, Tensor layout, str function, "
@@ -522,31 +522,38 @@ def _run(path: str, call: _Call) -> None:
         dlpack.check_tensor(function, argument, tensor)
     inplace.check_plain(function, {"d": call.d})
     inplace.check_no_overlap(function, {"d": call.d}, call.inputs)
-    if call.d.numel():
+    if not call.d.numel():
+        return
+    found = direct.program_for(call.problem, call.d) if path == "auto" else None
+    if found is None:
         _by_jax(call)
+        return
+    with dlpack.on_device(call.d.device):
+        tensors = dict(zip(call.problem.inputs, _tensors(call), strict=True))
+        direct.launch(found, call.problem, tensors, call.d.detach())
 
 
 def _where(call: _Call) -> list[torch.Tensor]:
     """The problem's operands that tell where the groups' rows are, made on the device."""
-    layout, block = call.layout, call.problem.block_size
+    layout, block, rows = call.layout, call.problem.block_size, call.problem.num_rows
     if call.rows == _MASKED:
         return [layout]
     if call.rows == _CONTIGUOUS:
-        every = torch.full((1,), _MANY_ROWS, dtype=torch.int32, device=layout.device)
+        every = torch.full((1,), rows, dtype=torch.int32, device=layout.device)
         return [layout[::block].contiguous(), every]
-    first = torch.arange(0, call.problem.num_rows, block, dtype=torch.int32, device=layout.device)
+    first = torch.arange(0, rows, block, dtype=torch.int32, device=layout.device)
     group = torch.searchsorted(layout, first, right=True, out_int32=True)
-    return [group, layout[-1:].clone()]
+    return [group, layout[-1:].clamp(0, rows)]
 
 
-def _values_first(call: _Call) -> list[torch.Tensor]:
-    """The problem's other operands."""
+def _tensors(call: _Call) -> list[torch.Tensor]:
+    """The problem's operands, in order."""
     problem = call.problem
     b = call.b if problem.weights.transposed else call.b.transpose(1, 2)
     found = [call.a.view(problem.num_rows, problem.k), b]
     if call.a_scales is not None and call.b_scales is not None:
         found += [_scale_memory(problem, call.a_scales), call.b_scales]
-    return [tensor.detach() for tensor in found]
+    return [*[tensor.detach() for tensor in found], *_where(call)]
 
 
 def _scale_memory(problem: MatmulProblem, scales: torch.Tensor) -> torch.Tensor:
@@ -590,7 +597,7 @@ def _by_jax(call: _Call) -> None:
     with dlpack.on_device(device):
         operands = [
             dlpack.share(dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x)
-            for x in (*_values_first(call), *_where(call))
+            for x in _tensors(call)
         ]
         view = dlpack.to_torch(_compiled(problem, implementation)(*operands))
         call.d.detach().copy_(view.view(call.d.shape))

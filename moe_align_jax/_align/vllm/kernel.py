@@ -1,12 +1,12 @@
 """The programs of vLLM's two other aligned ops: the alignment's own kernels, on refs that stand for others.
 
-`fused_globalize_align_block_size`: an id is read as a pair of words, and counts or does not. Where the alignment
-would write a pair's row (`row_of_pair`), its global id is written instead, over the local one. So the id of
-a pair must have been read by all who read it: by one CTA, or, of the forms that cut the pairs up, by the CTA
-that has the pair ("grid" reads it once more after its count kernel).
+`fused_globalize_align_block_size`: an id is read as a pair of words, and counts or does not. Where the
+alignment would write a pair's row (`row_of_pair`), its global id is written instead, over the local one. By
+then all who read that id must have read it. So either one CTA reads all ids, or each reads its own part of
+them ("cluster"; and "grid", whose second kernel writes, and waits for the first).
 
-`moe_lora_align_block_size`: L times the CTAs. Those of adapter l take its tokens' pairs alone, and write its row
-of each buffer; an adapter that is not in use has neither pairs nor rows.
+`moe_lora_align_block_size`: L times the CTAs. Those of adapter l take its tokens' pairs alone, and write its
+row of each buffer; an adapter that is not in use has neither pairs nor rows.
 """
 
 import dataclasses
@@ -196,6 +196,8 @@ def _in_use(t: Simt, r: SimpleNamespace, problem: AdaptersProblem, adapter: Int)
     for start in range(0, count, WARP):
         at = lane + start
         # The last one again, where a lane has none.
-        found = t.load(r.lora_ids, at if start + WARP <= count else t.select(at < count, at, count - 1))
+        found = t.load(
+            r.lora_ids, at if start + WARP <= count else t.select(at < count, at, count - 1)
+        )
         named = named | t.ballot(found.eq(adapter))
     return named.ne(0) & enabled.ne(0)

@@ -1,5 +1,6 @@
 """Self-test of the programs of vLLM's two other aligned ops, against NumPy, before their first use."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
 from moe_align_jax._core.int32 import cdiv
 
-_UNWRITTEN = 0x5EED5EED
+_UNWRITTEN = 0x5EED5EED  # what the outputs hold before, as the compiling process fills them
 
 
 class Example(NamedTuple):
@@ -18,12 +19,39 @@ class Example(NamedTuple):
         inputs: an array for each other operand.
         buffers: what each result holds before; `topk_idx` is not among them: it lies where `local_ids` does.
         expected: what each result holds behind.
+        aliases: outputs that are one piece of memory with an input.
     """
 
     sizes: dict[str, int]
     inputs: dict[str, Any]
     buffers: dict[str, Any]
     expected: dict[str, Any]
+    aliases: dict[str, str] = {}  # noqa: RUF012
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Bytes of each result that has memory of its own."""
+        return {name: array.nbytes for name, array in self.buffers.items()}
+
+
+def examples(problem: ReceivedProblem | AdaptersProblem) -> list[Example]:
+    """A call of the most pairs, and a smaller one."""
+    most = problem.num_pairs // problem.top_k
+    tokens = sorted({most, max(1, most * 3 // 4 - 1)})
+    return [example(problem, count * problem.top_k, seed) for seed, count in enumerate(tokens)]
+
+
+def mismatch(
+    problem: ReceivedProblem | AdaptersProblem, example: Example, read: Callable[[str, Any], Any]
+) -> str:
+    """What is wrong with the results, or "". `read(name, into)` reads one into an array."""
+    del problem
+    for name, want in example.expected.items():
+        got = read(name, np.empty_like(want))
+        if (wrong := np.flatnonzero(got != want)).size:
+            at = int(wrong[0])
+            return f"{name}[{at}] is {got[at]}, not {want[at]}"
+    return ""
 
 
 def aligned(
@@ -89,7 +117,8 @@ def _received(problem: ReceivedProblem, n: int, capacity: int, rng: Any) -> Exam
         for name, want in expected.items()
         if name != "topk_idx"
     }
-    return Example(sizes, {"local_ids": ids, "psum": psum}, buffers, expected)
+    inputs = {"local_ids": ids, "psum": psum}
+    return Example(sizes, inputs, buffers, expected, {"topk_idx": "local_ids"})
 
 
 def _adapters(problem: AdaptersProblem, n: int, capacity: int, rng: Any) -> Example:

@@ -91,8 +91,8 @@ class Dispatch(NamedTuple):
     """`Send` with routing, and what a rank receives into boxes of `room` rows for each of its e experts.
 
     Gives `boxes [e, room, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
-    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send` does.
-    Rows of a box from `masked_m` on are not written. Staged are the rows and weights that came.
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send`
+    does. Rows of a box from `masked_m` on are not written. Staged are the rows and weights that came.
     """
 
     send: Send
@@ -167,9 +167,10 @@ class Combine(NamedTuple):
 
     Takes `y [num_rows, H]` bfloat16, `row_of_pair [R, K]` int32 (-1 for none), `weights [R, K]` float32, and
     who has an expert of whom: `local_ids [R, K]` as `Send` gave them (-1 for others' experts; one of mine may
-    have no row), and my tokens' `topk_ids [T, K]`. Gives `out [T, H]` bfloat16. Staged are the parts that the ranks
-    sent, `[D, T, H]`, written only where the rank has an expert of the token. Float32 sums, over K by fused multiply-adds
-    in order, rounded to bfloat16 for the way, then over the ranks in order; zeros without any.
+    have no row), and my tokens' `topk_ids [T, K]`. Gives `out [T, H]` bfloat16. Staged are the parts that the
+    ranks sent, `[D, T, H]`, written only where the rank has an expert of the token. Float32 sums, over K by
+    fused multiply-adds in order, rounded to bfloat16 for the way, then over the ranks in order; zeros without
+    any.
     """
 
     num_tokens: int

@@ -6,6 +6,7 @@ of a low-latency exchange are done on the way: the fp8 quantisation, the boxes o
 weighted sum of a token's rows.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ from moe_align_jax._simt.language import Devices
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
 MAX_DEVICES = 8
 _WORD = 4
+# By default XLA's graphs run kernels one after the other.
+_CONCURRENT = "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
 
 
 class NvLink(Transport):
@@ -204,6 +207,8 @@ class NvLinkWindow(NvLink):
     name = "nvlink_window"
 
     def unavailable(self, platform: str) -> str | None:
+        if _CONCURRENT in os.environ.get("XLA_FLAGS", ""):
+            return f"two kernels over one window must not run together, and XLA_FLAGS has {_CONCURRENT}"
         return super().unavailable(platform) or windows.missing()
 
     def _launch(self, problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
@@ -261,7 +266,7 @@ def _implement(
     from moe_align_jax._simt import mosaic
 
     kernel = nvlink_kernels.build(problem)
-    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    mesh: Any = getattr(ctx.module_context.axis_context, "mesh", None)
     for_export = ctx.module_context.lowering_parameters.for_export
     if windowed and not for_export and (found := windows.for_kernel(kernel, mesh)):
         launch = mosaic.launcher(kernel, window=found)

@@ -1,15 +1,17 @@
 """Windows on the GPUs of this process: memory of CUDA's driver (cuda.h), beside what XLA has.
 
-One range of addresses holds the windows of a mesh, in its order; behind each is memory of its GPU, which all of
-the mesh may read and write. XLA could move or free an array of its own, an allocator of its could give it no access,
-and an address that changes from process to process would spoil jax's compilation cache: a program holds the
-address. So the range is asked for where no other allocation is, and most often is the same in each process.
+One range of addresses holds the windows of a mesh, in its order; behind each is memory of its GPU, which all
+of the mesh may read and write. XLA could move or free an array of its own, an allocator of its could give it
+no access, and an address that changes from process to process would spoil jax's compilation cache: a program
+holds the address. So the range is asked for where no other allocation is, and most often is the same in each
+process.
 
-A window lives as long as the process. Programs that were compiled for it stay right, whatever happens to jax's caches,
-arrays and clients.
+A window lives as long as the process. Programs that were compiled for it stay right, whatever happens to
+jax's caches, arrays and clients.
 """
 
 import ctypes
+import functools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -57,11 +59,12 @@ class _Access(ctypes.Structure):
 def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
     """A window that the kernel can use on the GPUs of a mesh; None where there can be none: the kernel needs
     more, or the program is not for GPUs of this process."""
-    if not isinstance(mesh, jax.sharding.Mesh) or window.unsupported(kernel):
-        return None
-    devices, here = [*mesh.devices.flat], set(jax.local_devices())
     needed = window.bytes_needed(kernel)
-    if needed > SIZES[-1] or any(d.platform != "gpu" or d not in here for d in devices):
+    if window.unsupported(kernel) or needed > SIZES[-1]:
+        return None
+    devices = [*mesh.devices.flat] if isinstance(mesh, jax.sharding.Mesh) else []
+    here = set(jax.local_devices())
+    if not devices or any(d.platform != "gpu" or d not in here for d in devices):
         return None
     assert kernel.devices is not None
     try:
@@ -74,10 +77,11 @@ def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
         return None
 
 
-def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Window:
+def find(devices: Sequence[Any], group: Devices, num_bytes: int) -> Window:
     """The window of a mesh's devices, for the groups of ranks in it. It is made if there is none yet.
 
-    Groups that differ have windows that differ: a window's epochs count the kernels that its groups run together.
+    Groups that differ have windows that differ: a window's epochs count the kernels that its groups run
+    together.
 
     Raises:
         OSError: the driver cannot make it.
@@ -94,6 +98,7 @@ def find(devices: Sequence[jax.Device], group: Devices, num_bytes: int) -> Windo
         return _windows[key]
 
 
+@functools.cache
 def missing() -> str | None:
     """Why this process cannot make windows, or None; a process without two GPUs asks nothing."""
     gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
@@ -102,7 +107,7 @@ def missing() -> str | None:
     try:
         driver = _Driver(peer_access.library())
         for device in gpus:
-            if not driver.int(
+            if not driver.number(
                 "cuDeviceGetAttribute", _VMM_SUPPORTED, driver.device(device.local_hardware_id)
             ):
                 return f"GPU {device.local_hardware_id} cannot map memory at an address"
@@ -117,10 +122,13 @@ class _Driver:
         self("cuInit", 0)
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        if error := getattr(self._cuda, name)(*arguments):
+        function = getattr(self._cuda, name, None)
+        if function is None:
+            raise OSError(f"it has no {name}")
+        if error := function(*arguments):
             raise OSError(f"{name} failed (CUDA driver error {error})")
 
-    def int(self, name: str, *arguments: Any) -> int:
+    def number(self, name: str, *arguments: Any) -> int:
         """What the driver writes to the first argument."""
         value = ctypes.c_int()
         self(name, ctypes.byref(value), *arguments)
@@ -133,7 +141,7 @@ class _Driver:
         return value.value
 
     def device(self, ordinal: int) -> int:
-        return self.int("cuDeviceGet", ordinal)
+        return self.number("cuDeviceGet", ordinal)
 
 
 def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:

@@ -5,7 +5,7 @@ the primitives, `memory.py` checks each access, `races.py` knows who touched a c
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -50,12 +50,17 @@ def _common(kernel: Kernel, check_races: bool) -> dict[str, Any]:
     }
 
 
-def _outputs(kernel: Kernel, check_races: bool) -> dict[str, Buffer]:
+def _outputs(
+    kernel: Kernel, check_races: bool, before: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Buffer]:
+    held = before or {}
     return {
         name: Buffer(
             name,
             shape,
-            np.zeros(int(np.prod(shape)), np.int32),
+            held[name].reshape(-1).copy()
+            if name in held
+            else np.zeros(int(np.prod(shape)), np.int32),
             writable=True,
             per_cta=False,
             reach="grid" if kernel.num_ctas > 1 or kernel.devices else "cta",
@@ -152,7 +157,12 @@ def run_on_devices(
 
 
 def run(
-    program: Program, arrays: Sequence[np.ndarray], *, batch: int = 1, check_races: bool = True
+    program: Program,
+    arrays: Sequence[np.ndarray],
+    *,
+    batch: int = 1,
+    check_races: bool = True,
+    before: Mapping[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Runs a program by NumPy.
 
@@ -164,6 +174,7 @@ def run(
         arrays: the operands, int32, in the order and shapes of `program.inputs`. Not written.
         batch: rows of the vmapped batch that these arrays are one of (only checked: grid.y).
         check_races: False leaves out races between threads (not bounds or uninitialised reads).
+        before: what outputs that need not be written in full hold before, by name; otherwise 0.
 
     Returns:
         The results, in the order of `program.results`, int32.
@@ -180,7 +191,7 @@ def run(
     behind: frozenset[int] = frozenset()
     for position, kernel in enumerate(program.kernels):
         machine = EmulatedSimt(kernel, behind)
-        outputs = _outputs(kernel, check_races)
+        outputs = _outputs(kernel, check_races, before)
         _run_kernel(kernel, machine, data, outputs, producers, check_races)
         data.update(_finish(kernel, outputs))
         # A wait covers the kernel before, and through it those that this one waited for in turn.

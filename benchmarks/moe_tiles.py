@@ -1,0 +1,251 @@
+"""Tiles of fused_moe's two products beside each other, for the table of a GPU kind.
+
+python -m benchmarks.moe_tiles --out ROWS.jsonl
+
+Each variant is one jitted step of four layers, as in benchmarks.moe_layer, with other tiles, another block
+size or another rule (`_grouped_matmul/config.py`). Before a time is taken, sampled tokens are compared with
+float32 products of torch's. The time is the device's span per layer; a variant's kernels are listed beside
+it. A model is a child process.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+# Both frameworks share one GPU here; by default jax would take most of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from benchmarks import machine, moe_layer  # noqa: E402
+from benchmarks.children import Child  # noqa: E402
+from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
+from moe_align_jax._grouped_matmul.config import Config  # noqa: E402
+
+QWEN, DEEPSEEK, MIXTRAL = MODELS
+_PLAIN = Config("swap", 8, 128, 128, 5, group=0)
+_GATED = Config("swap", 8, 256, 64, 6, group=0)
+_WIDE = Config("m", 128, 256, 64, 4, late=True)
+_TALL = Config("m", 256, 128, 64, 4)
+
+
+class Variant(NamedTuple):
+    """What differs from the usual choice.
+
+    Attributes:
+        rules: fields of `config.Rules`, in place of the GPU kind's.
+        first, second: tiles of gate and up, and of down.
+        block_size: of the alignment.
+    """
+
+    rules: dict[str, Any] = {}
+    first: Config | None = None
+    second: Config | None = None
+    block_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [f"{k}={v}" for k, v in self.rules.items()]
+        for what, tiles in (("gate_up", self.first), ("down", self.second)):
+            if tiles:
+                parts.append(f"{what} {tiles.name}/{tiles.num_ctas}")
+        if self.block_size:
+            parts.append(f"blocks of {self.block_size}")
+        return ", ".join(parts) or "usual"
+
+    @contextlib.contextmanager
+    def chosen(self) -> Iterator[None]:
+        """What is lowered meanwhile gets it."""
+        from moe_align_jax._grouped_matmul import config, launch
+        from moe_align_jax._lowering import select
+
+        kind, usual = select.gpu_kind() or "", config.config_for
+        rules = config.RULES.get(kind, config.DEFAULT_RULES)._replace(**self.rules)
+
+        def config_for(problem, gpu_kind=None):
+            mine = self.first if problem.weights.gated else self.second
+            return mine or usual(problem, gpu_kind)
+
+        with mock.patch.dict(config.RULES, {kind: rules}):
+            with mock.patch.object(launch, "config_for", config_for):
+                yield
+
+
+def _in_clusters(tiles: Config, ranks: int, split: int = 1) -> Config:
+    return tiles._replace(split=split, num_ctas=128 if ranks > 2 else 132)
+
+
+def variants(model: Model, tokens: int) -> list[Variant]:
+    """The usual choice first."""
+    split, added = {"split": True}, {"sum_pairs": True}
+    found = [Variant()]
+    pairs = tokens * model.top_k
+    if 4 * pairs <= model.experts:
+        found += [Variant(split), Variant(added), Variant(split | added)]
+        for parts in (2, 4, 8):
+            found.append(Variant(first=_in_clusters(_GATED, parts, parts)))
+        both = split | added
+        found.append(Variant(both, second=_in_clusters(_GATED, model.top_k)))
+        if model.top_k == 2:
+            for parts in (2, 4):
+                second = _in_clusters(_PLAIN, 2 * parts, parts)
+                found.append(Variant(added, second=second))
+                found.append(Variant(second=_in_clusters(_PLAIN, parts, parts)))
+        return found
+    mean = pairs / model.experts
+    if mean <= 16:
+        deep = _GATED._replace(bk=128, stages=3)
+        for block in (8, 16) if mean > 2 else (8,):
+            found.append(Variant(first=deep._replace(bm=block), block_size=block))
+            more = _PLAIN._replace(bn=256, bk=64, stages=6, bm=block)
+            found.append(Variant(second=more, block_size=block))
+    elif mean <= 100:
+        for block in (32, 40, 48, 64, 80, 96):
+            if not 1.2 * mean <= block <= 2 * mean:
+                continue
+            first = _GATED._replace(bm=block, stages=5 if block <= 64 else 4)
+            second = _PLAIN._replace(bm=block, stages=4 if block <= 64 else 3)
+            found.append(Variant({}, first, second, block))
+            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4), block))
+        if mean >= 50:
+            found.append(Variant({}, _WIDE._replace(group=0), _WIDE, 128))
+    else:
+        groups = (4, 8, 16)
+        first = {"permute_columns": 1} if mean >= 1000 else {}
+        for rules in ({}, first) if first else ({},):
+            for group in groups:
+                for late in (False, True):
+                    tiles = _WIDE._replace(group=group, late=late)
+                    found.append(Variant(rules, tiles, tiles, 128))
+            for group in (8, 16):
+                tiles = _TALL._replace(group=group)
+                found.append(Variant(rules, tiles, tiles, 256))
+                found.append(Variant(rules, tiles._replace(late=True), tiles, 256))
+    return found
+
+
+def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    import jax
+
+    sets = make_sets(model)
+    work = []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for tokens in options.tokens:
+            case = Case(model, tokens, sets)
+            step, rest = moe_layer.make_step(case, None)
+            outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
+            for variant in variants(model, tokens):
+                step, rest = moe_layer.make_step(case, variant.block_size)
+                try:
+                    with variant.chosen():
+                        given = jax.jit(step, keep_unused=True, donate_argnums=0)
+                        lowered = given.lower(outs, *rest)
+                    made: Any = pool.submit(lowered.compile)
+                except Exception as error:  # one that cannot be built leaves the others
+                    made = error
+                work.append((case, variant, rest, made))
+    print("READY", flush=True)
+    sys.stdin.readline()
+    rate = moe_layer.read_rate()
+    for case, variant, rest, made in work:
+        row: dict[str, Any] = {"model": model.name, "tokens": case.tokens, "variant": variant.name}
+        row["floor_us"] = round(layer_bytes(model, case.tokens, case.hit) / rate / 1e3, 2)
+        try:
+            if isinstance(made, Exception):
+                raise made
+            yield row | _measure(case, rest, made.result(), options.executions)
+        except Exception as error:
+            yield row | {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _measure(case: Case, rest: Any, program: Any, executions: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    held = [[jnp.full_like(case.x, jnp.nan) for _ in range(LAYERS)]]
+
+    def run():
+        held[0] = program(held[0], *rest)
+        return held[0]
+
+    first = jax.block_until_ready(run())
+    bits = [np.asarray(out[case.sample]).tobytes() for out in first]
+    if wrong := case.wrong(lambda layer: np.asarray(first[layer][case.sample])):
+        return {"status": "failed", "reason": wrong}
+    samples, facts = moe_layer.spans(run, executions)
+    if [np.asarray(out[case.sample]).tobytes() for out in held[0]] != bits:
+        return {"status": "failed", "reason": "other bits in a later run"}
+    if not samples:
+        return {"status": "failed", "reason": facts["note"]}
+    return {"status": "ok"} | moe_layer.statistics_of(samples) | facts
+
+
+def line(row: dict[str, Any]) -> str:
+    name = f"{row['model']:16} T {row['tokens']:5} {row['variant']:70}"
+    if "us" not in row:
+        return f"{name} {row['status']}: {row['reason']}"
+    parts = ", ".join(f"{n[:24]} {us}" for n, us in row["parts"].items())
+    return f"{name} {row['us']:9.2f} us {row['us'] / row['floor_us']:.2f} of the read  {parts}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    numbers = lambda text: [int(t) for t in text.split(",")]  # noqa: E731
+    parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
+    parser.add_argument("--models", default="", help="parts of names, comma-separated; all")
+    parser.add_argument("--tokens", type=numbers, default=[1, 16, 128, 1024, 8192])
+    parser.add_argument("--executions", type=int, default=6, help="traced steps")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds without a row")
+    parser.add_argument("--compiling", type=float, default=100.0, help="seconds for compiling")
+    parser.add_argument("--budget", type=float, default=220.0, help="seconds in all")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(given)
+    if options.child is not None:
+        [model] = [m for m in MODELS if m.name == options.child]
+        facts = machine.facts()
+        for row in run_model(model, options):
+            print("ROW " + json.dumps(facts | row), flush=True)
+        return 0
+    wanted = [part for part in options.models.split(",") if part]
+    models = [m for m in MODELS if not wanted or any(part in m.name for part in wanted)]
+    begun = time.monotonic()
+    until = begun + options.budget
+    started = [Child("benchmarks.moe_tiles", [*given, "--child", m.name]) for m in models]
+    for each in started:
+        with contextlib.suppress(TimeoutError):  # its rows will not come: said below
+            each.ready(options.compiling, begun + options.compiling)
+    print(f"compiled within {time.monotonic() - begun:.0f} s", flush=True)
+    failed = False
+    for model, each in zip(models, started, strict=True):
+        reason = ""
+        try:
+            each.ready(options.patience, until)
+            each.go()
+            for row in each.rows(options.patience, until):
+                failed |= row["status"] == "failed"
+                print(line(row), flush=True)
+                if options.out:
+                    with Path(options.out).open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+        except TimeoutError as error:
+            reason = str(error)
+        code = each.end()
+        if code or reason:
+            failed = True
+            print(f"{model.name}: {reason or f'its process ended with {code}'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""benchmarks/training.py: its inputs, its checks, the layers of other libraries, its ratios."""
+
+import argparse
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from benchmarks import training as bench
+from benchmarks import training_peers as peers
+
+OPTIONS = argparse.Namespace(
+    only="ours, xla", variants=True, peers=True, executions=1, replays=1, threads=1
+)
+
+
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_sampled_answers_are_those_of_a_dense_product(kind):
+    inputs = bench.Inputs(bench.Product(kind, 64, 16, 8, 4))
+    left, right = (np.asarray(a).astype(np.float64) for a in inputs.operands)
+    expert = np.repeat(np.arange(4), inputs.counts)
+    if kind == "weight gradient":
+        out = np.zeros((4, 16, 8))
+        for row, e in enumerate(expert):
+            out[e] += np.outer(left[row], right[row])
+    else:
+        turned = right.transpose(0, 2, 1) if kind == "input gradient" else right
+        out = np.stack([left[row] @ turned[e] for row, e in enumerate(expert)])
+    found = inputs.sampled(out)
+    assert inputs.wrong(found) == ""
+    assert "relative error" in inputs.wrong(np.roll(found, 1, axis=0))
+    assert "relative error" in inputs.wrong(np.full_like(found, np.nan))
+
+
+def test_the_loop_is_right_and_what_fails_is_a_row(capsys):
+    size = bench.Product("weight gradient", 64, 16, 8, 4)
+    [row] = [r for r in bench.run_product(size, OPTIONS) if r["provider"] == "ours, xla"]
+    assert row["status"] == "ok" and row["us"] > 0
+    failing = argparse.Namespace(**vars(OPTIONS) | {"only": "haliax triton_tile_map"})
+    failed = bench.run_product(size, failing)
+    assert [r["status"] for r in failed if "haliax" in r["provider"]] == ["failed"]
+    assert "haliax" in capsys.readouterr().out
+
+
+def test_a_layer_on_ragged_dot_has_our_gradients():
+    """Against the first provider's, which is ours; without the libraries each of theirs is a failed row."""
+    options = argparse.Namespace(**vars(OPTIONS) | {"only": ""})
+    rows = bench.run_layer(bench.Layer("tiny", 32, 2, 4, 16, 8), options)
+    by = {(r["provider"], r["passes"]): r for r in rows}
+    both = "forward and backward"
+    assert by["ours, default", both]["errors"] == [0.0] * 5
+    assert max(by["lax.ragged_dot", both]["errors"]) < 1e-2
+    assert by["lax.ragged_dot", both]["temp_mib"] >= 0
+    assert by["tokamax mosaic", both]["status"] == "failed"
+
+
+def test_tuned_tiles_are_those_of_the_nearest_sizes(monkeypatch):
+    def entry(m, k, n, experts, tiles):
+        numbers = {"dot_dimension_numbers": [[[0], [0]], [[], []]]}
+        given = {"lhs": f"bf16[{m},{k}]", "rhs": f"bf16[{m},{n}]", "return_residuals": False}
+        given |= {"group_sizes": {"num_groups": experts}, "ragged_dot_dimension_numbers": numbers}
+        return {json.dumps(given): tiles}
+
+    slow, fast = {"evaluation_times_ms": [9.0, 8.0]}, {"evaluation_times_ms": [7.0, 30.0]}
+    file = entry(1024, 64, 32, 8, {'"near, slow"': slow, '"near"': fast})
+    file |= entry(1024, 64, 320, 8, {'"far"': fast})
+    monkeypatch.setattr(peers, "_tuned", lambda implementation: file)
+    op_type = type("Op", (), {"config_cls": str})
+    api = types.SimpleNamespace(IMPLEMENTATIONS={"triton": op_type()})
+    monkeypatch.setattr(peers, "_tokamax", lambda: api)
+    pytest.importorskip("pydantic")
+    assert peers.tokamax_config("triton", "weight gradient", 1024, 64, 48, 8) == "near"
+    assert "tokamax" not in sys.modules
+
+
+def test_ratios_are_to_the_best_peers_and_to_dense():
+    head = {"case": "c"}
+    times = {"torch.mm, dense": 50.0, "ours, a": 60.0, "ours, b": 55.0, "x": 110.0, "y": 99.0}
+    rows = [head | {"provider": name, "us": us} for name, us in times.items()]
+    rows.append(head | {"provider": "z", "status": "failed", "reason": "no memory"})
+    [text] = bench.ratios(rows)
+    assert text == "c: ours, b 55.0 us; 1.80x of y (99.0); 2.00x of x (110.0); 0.91 of dense (50.0)"
+    assert "no memory" in bench.line(rows[-1])
+
+
+def test_sizes():
+    names = [size.name for size in bench.SIZES]
+    assert len(set(names)) == len(names)
+    for size in bench.SIZES:
+        if isinstance(size, bench.Product):
+            assert size.rows % 8 == 0 and size.kind in peers.KINDS
+    qwen = next(size for size in bench.SIZES if isinstance(size, bench.Layer))
+    # Two products forward and twice as many backward, of 2 m k n each.
+    rows = qwen.tokens * qwen.top_k
+    forward = 2 * rows * qwen.hidden * (2 * qwen.ffn) + 2 * rows * qwen.ffn * qwen.hidden
+    assert qwen.flops == 3 * forward

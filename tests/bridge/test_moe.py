@@ -1,0 +1,441 @@
+"""torch_bridge.grouped_matmul and fused_moe against float64: on a machine without a GPU, and through jax."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import torch_bridge
+from moe_align_jax._moe_layer.plan import BLOCK_SIZES
+from tests.bridge.helpers import assert_format, misaligned
+from tests.moe_layer import oracle
+from torch_bridge import moe
+from torch_bridge._direct import store
+from torch_bridge._moe import programs, run
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+E, K, H, N = 6, 2, 128, 64
+
+
+@pytest.fixture
+def gpu(fake):
+    """A machine on which calls on CPU tensors are launched directly."""
+    fake.launches_directly = True
+    run.forget_all()
+    yield fake
+    run.forget_all()
+
+
+def tensors(T=9, dtype=BF16, *, ids=torch.int64, transposed=True, gated=True, experts=E, seed=0):
+    """(x, w_gate_up, w_down, topk_weights, topk_ids), some ids outside of the experts."""
+    rng = torch.Generator().manual_seed(seed)
+    width = 2 * N if gated else N
+    x = torch.randn(T, H, generator=rng).to(dtype)
+    up = (torch.randn(experts, width, H, generator=rng) / 8).to(dtype)
+    down = (torch.randn(experts, H, N, generator=rng) / 8).to(dtype)
+    if not transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    shares = torch.rand(T, K, generator=rng)
+    topk_ids = torch.randint(-1, experts + 1, (T, K), generator=rng).to(ids)
+    shares[(topk_ids < 0) | (topk_ids >= experts)] = torch.nan  # not used
+    return [lain(t) for t in (x, up, down, shares, topk_ids)]
+
+
+def lain(tensor):
+    """The same on a boundary of 256 bytes, as torch's allocator of a GPU gives it."""
+    return store.here.machine.empty(tuple(tensor.shape), (1,), tensor.dtype).copy_(tensor)
+
+
+def plain(*values):
+    """As NumPy reads them; tensors may stand in pairs."""
+    found = []
+    for value in values:
+        if isinstance(value, tuple):
+            found.append(tuple(plain(*value)))
+        else:
+            found.append(value.double().numpy() if value.is_floating_point() else value.numpy())
+    return found
+
+
+def assert_near(got, want, most=5e-3):
+    off = np.linalg.norm(got.double().numpy() - want) / max(np.linalg.norm(want), 1e-30)
+    assert off < most, off
+
+
+LAUNCHES = ["grouped_matmul", "grouped_matmul", "sum_rows"]
+
+
+def assert_launched(gpu, align=True):
+    """An alignment, unless it was brought along, then two products and a sum, all on torch's stream."""
+    names = [re.sub("_(m|n|swap)$", "", name) for name, _ in gpu.launched]
+    assert names[-3:] == LAUNCHES and bool(names[:-3]) == align
+    assert {stream for _, stream in gpu.launched} == {gpu.stream}
+    assert all(name.startswith("moe_align") for name in names[:-3])
+
+
+LAYERS = {
+    "transposed": ({}, {"transpose_rhs": True}),
+    "not transposed, int32 ids": ({"transposed": False, "ids": torch.int32}, {}),
+    "float16, int16 ids": ({"dtype": F16, "ids": torch.int16}, {"transpose_rhs": True}),
+    "relu2 without gate": ({"gated": False}, {"activation": "relu2", "gated": False}),
+    "gpt-oss": ({}, {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "interleaved": True}),
+    "float32 result": ({}, {"preferred_element_type": F32}),
+    "weights on input": ({}, {"weights_on_input": True}),
+    "five valid tokens": ({}, {"num_valid_tokens": 5}),
+    "valid tokens on the device": ({}, {"num_valid_tokens": torch.tensor(5)}),
+    "blocks of 24": ({"T": 40}, {"block_size": 24}),
+    "blocks of 128 by 64": ({"T": 80}, {"block_size": 128}),
+}
+
+
+# A jax program takes seconds to compile: the arguments of two calls go through it.
+BY_JAX = ("gpt-oss", "valid tokens on the device")
+
+
+@pytest.mark.parametrize(
+    "name, path", [*((name, "direct") for name in LAYERS), *((name, "dlpack") for name in BY_JAX)]
+)
+def test_layer_is_the_oracles(name, path, gpu):
+    sizes, options = LAYERS[name]
+    if sizes.get("transposed", True):
+        options = {"transpose_rhs": True} | options
+    given = tensors(**sizes)
+    got, counts = torch_bridge.fused_moe(
+        *given, **options, path=path, return_tokens_per_expert=True
+    )
+    of_oracle = dict(options)
+    for of_types_and_tiles in ("preferred_element_type", "block_size"):
+        of_oracle.pop(of_types_and_tiles, None)
+    if "num_valid_tokens" in of_oracle:
+        of_oracle["num_valid_tokens"] = 5
+    want, tokens_per_expert = oracle.layer(*plain(*given), **of_oracle)
+    assert got.dtype == options.get("preferred_element_type", given[0].dtype)
+    assert_near(got, want)
+    assert counts.dtype == torch.int32 and counts.tolist() == tokens_per_expert.tolist()
+    if path == "direct":
+        assert_launched(gpu)
+    else:
+        assert not gpu.launched
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_biases_and_a_pair_of_weights(interleaved, gpu):
+    x, up, down, shares, ids = tensors()
+    biases = torch.randn(E, 2 * N), torch.randn(E, H).to(BF16)
+    options = {"interleaved": interleaved, "transpose_rhs": True}
+    given = up if interleaved else tuple(lain(t) for t in up.chunk(2, 1))
+    got = torch_bridge.fused_moe(
+        *(x, given, down, shares, ids),
+        **options,
+        bias_gate_up=biases[0],
+        bias_down=biases[1],
+        path="direct",
+    )
+    first, second = plain(*biases)
+    more = {"bias_gate_up": first, "bias_down": second}
+    want, _ = oracle.layer(*plain(x, up, down, shares, ids), **options, **more)
+    assert_near(got, want)
+    assert_launched(gpu)
+
+
+def test_expert_map_says_which_experts_are_here(gpu):
+    x, up, down, shares, _ = tensors()
+    ids = lain(torch.randint(-1, 17, (9, K)))
+    expert_map = torch.full((16,), -1, dtype=torch.int32)
+    expert_map[[1, 3, 4, 9, 10, 15]] = torch.randperm(E, dtype=torch.int32)
+    shares = lain(torch.rand(9, K))
+    given = (x, up, down, shares, ids)
+    options = {"transpose_rhs": True, "expert_map": lain(expert_map)}
+    got = torch_bridge.fused_moe(*given, **options)
+    want, _ = oracle.layer(*plain(*given), transpose_rhs=True, expert_map=expert_map.tolist())
+    assert_near(got, want)
+
+
+def test_an_alignment_that_was_made_before_is_taken(gpu):
+    given = tensors()
+    aligned = torch_bridge.align_blocks(
+        given[-1], block_size=16, num_experts=E, return_inverse=True
+    )
+    gpu.launched.clear()
+    options = {"transpose_rhs": True, "aligned": aligned, "block_size": 16}
+    got, counts = torch_bridge.fused_moe(*given, **options, return_tokens_per_expert=True)
+    want, tokens_per_expert = oracle.layer(*plain(*given), transpose_rhs=True)
+    assert_near(got, want)
+    assert counts.tolist() == tokens_per_expert.tolist()
+    assert_launched(gpu, align=False)
+
+
+MATMULS = {
+    "gathered": {"top_k": K},
+    "rows": {},
+    "gated, row weights": {"top_k": K, "activation": "silu", "row_weights": True},
+    "no gate": {"activation": "relu2", "gated": False, "bias": True},
+    "gate and up in turn": {"activation": "silu", "interleaved": True, "bias": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name, block_size, path",
+    [
+        *((name, size, "direct") for name in MATMULS for size in (8, 24, 64)),
+        ("gated, row weights", 24, "dlpack"),
+    ],
+)
+def test_matmul_is_row_by_row(name, block_size, path, gpu):
+    options = dict(MATMULS[name])
+    x, up, _, _, ids = tensors(T=30)
+    aligned = torch_bridge.align_blocks(ids, block_size=block_size, num_experts=E)
+    rows = aligned.sorted_token_ids.shape[0]
+    if "top_k" not in options:
+        x = lain(torch.randn(rows, H).to(BF16))
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(E, 2 * N)
+    if options.pop("row_weights", False):
+        options["row_weights"] = torch.rand(rows)
+    gpu.launched.clear()
+    got = torch_bridge.grouped_matmul(
+        x, up, aligned, block_size=block_size, transpose_rhs=True, path=path, **options
+    )
+    assert [name for name, _ in gpu.launched] == [] or path == "direct"
+    used, width = int(aligned.num_tokens_post_padded), got.shape[1]
+    want = np.zeros((used, width))
+    for row in range(used):
+        expert, pair = (
+            int(aligned.expert_ids[row // block_size]),
+            int(aligned.sorted_token_ids[row]),
+        )
+        if pair >= ids.numel():
+            continue
+        source = x[pair // K] if "top_k" in options else x[row]
+        product = up[expert].double() @ source.double()
+        if "bias" in options:
+            product = product + options["bias"][expert].double()
+        if options.get("gated", True) and "activation" in options:
+            interleaved = options.get("interleaved", False)
+            gate, other = (product[0::2], product[1::2]) if interleaved else product.chunk(2)
+            product = torch.nn.functional.silu(gate) * other
+        elif "activation" in options:
+            product = product.clamp(min=0) ** 2
+        if "row_weights" in options:
+            product = product * options["row_weights"][row].double()
+        want[row] = product.numpy()
+    assert got.shape == (rows, width) and got.dtype == BF16
+    assert_near(got[:used], want)
+
+
+# -- calls like earlier ones -------------------------------------------------------------------------
+
+
+def test_a_repeated_call_is_launched_without_checks_and_finds_its_tensors(gpu, monkeypatch):
+    """Other tensors of the same shapes, other weights, and ids off the boundary."""
+    torch_bridge.fused_moe(*tensors(), transpose_rhs=True)
+
+    def refuse(*_, **__):
+        raise AssertionError("the call was checked again")
+
+    monkeypatch.setattr(moe.checks, "check_layer", refuse)
+    for seed in range(1, 4):
+        given = tensors(seed=seed)
+        given[4] = misaligned(given[4])
+        gpu.launched.clear()
+        got = torch_bridge.fused_moe(*given, transpose_rhs=True)
+        assert_near(got, oracle.layer(*plain(*given), transpose_rhs=True)[0])
+        assert_launched(gpu)
+    for other in (
+        lambda: torch_bridge.fused_moe(*given, transpose_rhs=1),
+        lambda: torch_bridge.fused_moe(*given, transpose_rhs=True, activation="gelu"),
+        lambda: torch_bridge.fused_moe(*given[:3], given[3].double(), given[4], transpose_rhs=True),
+        lambda: torch_bridge.fused_moe(given[0].float(), *given[1:], transpose_rhs=True),
+        lambda: torch_bridge.fused_moe(given[0][:8], *given[1:], transpose_rhs=True),
+    ):
+        with pytest.raises(AssertionError, match="checked again"):
+            other()
+
+
+def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
+    given = tensors()
+    out = lain(torch.empty(given[0].shape, dtype=BF16))
+    memory = gpu.empty((1 << 20,), (1,), torch.int32)
+    held = gpu.empty
+    gpu.empty = lambda size, stride, dtype: (
+        memory if dtype is torch.int32 else held(size, stride, dtype)
+    )
+    for _ in range(3):
+        torch_bridge.fused_moe(*given, transpose_rhs=True, out=out)
+        first = len(gpu.described)
+    torch_bridge.fused_moe(*given, transpose_rhs=True, out=out)
+    assert len(gpu.described) == first == 5  # w and hidden; hidden, w_down and y
+
+
+def test_out_is_written_where_it_lies_and_nowhere_else(gpu):
+    given = tensors()
+    want = torch_bridge.fused_moe(*given, transpose_rhs=True)
+    for _ in range(3):
+        held = lain(torch.full((11, H), 7.0, dtype=BF16))
+        out = held[1:10]
+        assert torch_bridge.fused_moe(*given, transpose_rhs=True, out=out) is out
+        assert torch.equal(out, want) and (held[[0, 10]] == 7).all()
+    off = misaligned(out)
+    assert torch_bridge.fused_moe(*given, transpose_rhs=True, out=off) is off
+    assert torch.equal(off, want)
+    for taken in (given[0], given[1].view(-1)[: 9 * H].view(9, H)):
+        with pytest.raises(ValueError, match="out must not overlap") as caught:
+            torch_bridge.fused_moe(*given, transpose_rhs=True, out=taken)
+        assert_format(caught.value)
+
+
+def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
+    given = tensors()
+    want = torch_bridge.fused_moe(*given, transpose_rhs=True)
+    x = misaligned(given[0])
+    strided = torch.stack([given[2], given[2]], 1)[:, 0]
+    other = [x, given[1], strided, torch._neg_view(-given[3]), given[4].t().contiguous().t()]
+    copies = torch_bridge.explain_fused_moe(*other, transpose_rhs=True).copies
+    assert set(copies) == {"x", "w_down", "topk_weights", "topk_ids"}
+    assert "256-byte boundary" in copies["x"] and "negation" in copies["topk_weights"]
+    for _ in range(2):
+        assert torch.equal(torch_bridge.fused_moe(*other, transpose_rhs=True), want)
+
+
+# -- programs -----------------------------------------------------------------------------------------
+
+
+def test_few_programs_serve_all_numbers_of_tokens(gpu):
+    """With the tiles that the layer has for each number under jit: see `config_for`."""
+    from moe_align_jax._grouped_matmul.config import config_for
+
+    E_, K_ = 128, 8
+    up = torch.empty((E_, 2 * 768, 2048), dtype=BF16, device="meta")
+    found, tiles = set(), {}
+    for tokens in [*range(1, 200, 3), *range(200, 3000, 97), 8192, 40_000]:
+        x = torch.empty((tokens, 2048), dtype=BF16, device="meta")
+        ids = torch.empty((tokens, K_), dtype=torch.int32, device="meta")
+        operands = {"x": x, "w": up, "topk_ids": ids}
+        call = moe.checked_layer(
+            *(x, up, torch.empty((E_, 2048, 768), dtype=BF16, device="meta")),
+            *(torch.empty((tokens, K_), device="meta"), ids),
+            transpose_rhs=True,
+        )[0]
+        one = programs.layer_programs(call, operands, "NVIDIA H200", "")
+        assert one.refusal is None
+        found |= {one.first, one.second, one.total}
+        exact = one.first.problem._replace(num_tokens=tokens, num_rows=one.num_rows)
+        assert one.first.tiles == config_for(exact, "NVIDIA H200"), tokens
+        assert one.block_size == one.first.tiles.bm
+        tiles.setdefault(one.block_size, []).append(tokens)
+        assert one.num_rows % one.block_size == 0
+        assert one.num_rows <= one.first.problem.num_rows
+    assert sorted(tiles) == [rows for _, rows in BLOCK_SIZES] + [128]
+    assert len(found) <= 2 * 6 + 4
+
+
+def test_a_capture_needs_the_programs_loaded(gpu):
+    given = tensors()
+    gpu.capturing = True
+    with pytest.raises(torch_bridge.Miss, match="fused_moe: .* Call it once") as caught:
+        torch_bridge.fused_moe(*given, transpose_rhs=True)
+    assert_format(caught.value)
+    gpu.capturing = False
+    want = torch_bridge.fused_moe(*given, transpose_rhs=True)
+    gpu.capturing = True
+    assert torch.equal(torch_bridge.fused_moe(*given, transpose_rhs=True), want)
+
+
+def test_a_program_that_cannot_be_had_costs_one_warning_and_jax_computes(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "compile", lambda index, problems: ["no compiler"] * len(problems))
+    given = tensors()
+    want, _ = oracle.layer(*plain(*given), transpose_rhs=True)
+    with pytest.warns(UserWarning, match="DLPack is used: no compiler"):
+        got = torch_bridge.fused_moe(*given, transpose_rhs=True)
+    assert_near(got, want)
+    assert_near(torch_bridge.fused_moe(*given, transpose_rhs=True), want)
+    plan = torch_bridge.explain_fused_moe(*given, transpose_rhs=True)
+    assert plan.path == "dlpack" and plan.reasons["direct"] == "no compiler"
+    with pytest.raises(NotImplementedError, match="No compiler. Pass path='auto'"):
+        torch_bridge.fused_moe(*given, transpose_rhs=True, path="direct")
+
+
+# -- arguments ----------------------------------------------------------------------------------------
+
+X, UP, DOWN = torch.zeros(3, 8), torch.zeros(2, 8, 16), torch.zeros(2, 8, 8)
+SHARES, IDS = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
+WRONG = {
+    "x": (TypeError, (X.double(), UP, DOWN, SHARES, IDS), {}),
+    "x must have shape": (ValueError, (X[0], UP, DOWN, SHARES, IDS), {}),
+    "w_gate_up must have the dtype": (TypeError, (X, UP.half(), DOWN, SHARES, IDS), {}),
+    "w_gate_up must have shape": (ValueError, (X, UP[:, :7], DOWN, SHARES, IDS), {}),
+    "w_down must have shape": (ValueError, (X, UP, DOWN[:, :7], SHARES, IDS), {}),
+    "w_gate_up must be a tensor or a pair": (ValueError, (X, (UP,), DOWN, SHARES, IDS), {}),
+    "topk_ids must be an integer": (TypeError, (X, UP, DOWN, SHARES, SHARES), {}),
+    "topk_ids must have shape": (ValueError, (X, UP, DOWN, SHARES, IDS[:2]), {}),
+    "topk_weights must have the shape": (ValueError, (X, UP, DOWN, SHARES[:, :1], IDS), {}),
+    "activation": (ValueError, (X, UP, DOWN, SHARES, IDS), {"activation": "tanh"}),
+    "swiglu_limit": (ValueError, (X, UP, DOWN, SHARES, IDS), {"swiglu_limit": -1.0}),
+    "weights_on_input": (TypeError, (X, UP, DOWN, SHARES, IDS), {"weights_on_input": 1}),
+    "bias_down": (ValueError, (X, UP, DOWN, SHARES, IDS), {"bias_down": torch.zeros(8)}),
+    "expert_map": (ValueError, (X, UP, DOWN, SHARES, IDS), {"expert_map": IDS[0, :1]}),
+    "num_valid_tokens": (TypeError, (X, UP, DOWN, SHARES, IDS), {"num_valid_tokens": 1.0}),
+    "block_size": (ValueError, (X, UP, DOWN, SHARES, IDS), {"block_size": 0}),
+    "preferred": (TypeError, (X, UP, DOWN, SHARES, IDS), {"preferred_element_type": torch.int8}),
+    "out must be contiguous": (ValueError, (X, UP, DOWN, SHARES, IDS), {"out": torch.zeros(2, 8)}),
+    "out must be torch.float32": (TypeError, (X, UP, DOWN, SHARES, IDS), {"out": X.half()}),
+    "path": (ValueError, (X, UP, DOWN, SHARES, IDS), {"path": "fast"}),
+    "need no gradient": (
+        NotImplementedError,
+        (X.clone().requires_grad_(), UP, DOWN, SHARES, IDS),
+        {},
+    ),
+    "aligned must be an": (TypeError, (X, UP, DOWN, SHARES, IDS), {"aligned": 3, "block_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(name):
+    kind, arguments, options = WRONG[name]
+    with pytest.raises(kind, match=name) as caught:
+        torch_bridge.fused_moe(*arguments, **options)
+    assert_format(caught.value)
+
+
+def test_nothing_to_compute_is_zeros(gpu):
+    x, up, down, shares, ids = tensors()
+    for given in ((x[:0], up, down, shares[:0], ids[:0]), (x, up, down, shares[:, :0], ids[:, :0])):
+        got, counts = torch_bridge.fused_moe(
+            *given, transpose_rhs=True, return_tokens_per_expert=True
+        )
+        assert got.shape == given[0].shape and not got.float().abs().sum()
+        assert counts.tolist() == [0] * E
+    assert not gpu.launched
+
+
+# -- torch's compiler ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_whole_graphs_are_compiled(direct, gpu, fresh_dynamo):
+    gpu.launches_directly = direct
+    given = tensors()
+    bias = torch.randn(E, 2 * N)
+    aligned = torch_bridge.align_blocks(given[-1], block_size=8, num_experts=E)
+
+    def both(x, up, down, shares, ids):
+        y, counts = torch_bridge.fused_moe(
+            *(x, up, down, shares, ids),
+            transpose_rhs=True,
+            bias_gate_up=bias,
+            swiglu_limit=2.0,
+            return_tokens_per_expert=True,
+        )
+        z = torch_bridge.grouped_matmul(
+            x, up, aligned, block_size=8, top_k=K, transpose_rhs=True, activation="silu"
+        )
+        return y + 1, counts, z
+
+    want = both(*given)
+    gpu.launched.clear()
+    got = torch.compile(both, fullgraph=True, backend="aot_eager")(*given)
+    used = int(aligned.num_tokens_post_padded)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(got[2][:used], want[2][:used])
+    assert bool(gpu.launched) == direct

@@ -1,0 +1,210 @@
+"""The kernel where a cluster of CTAs shares a tile: parts of k, rows of a token, or both.
+
+On a GPU; and two cases in Pallas' interpreter, whose threads wait for each other: more than a machine with
+two cores gives to XLA, so that these run in a process that says that it has more.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import config as tiles
+from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from tests.matmul.oracle import error
+from tests.matmul.test_matmul import normal
+
+ROOT = Path(__file__).parents[2]
+PLAIN = tiles.Config("swap", 8, 128, 128, 5, group=0)
+GATED = tiles.Config("swap", 8, 256, 64, 6, group=0)
+
+
+def make(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    k: int,
+    n: int,
+    *,
+    summed: bool = False,
+    gated: bool = False,
+    transposed: bool = True,
+    bias: bool = False,
+    dropped: bool = False,
+    dtype: str = "bfloat16",
+) -> tuple[MatmulProblem, list[Any], np.ndarray]:
+    """(Problem of one pair per block, its operands, the float64 result)."""
+    rng = np.random.default_rng(0)
+    pairs = tokens * top_k
+    columns = 2 * n if gated else n
+    x = normal(rng, (tokens if not summed else pairs, k), dtype)
+    shape = (experts, columns, k) if transposed else (experts, k, columns)
+    w = normal(rng, shape, dtype, k**-0.5)
+    expert = rng.integers(-2 if dropped else 0, experts, pairs).astype(np.int32)
+    weights = rng.uniform(0.2, 1.5, pairs).astype(np.float32)
+    weights = np.where(expert >= 0, weights, np.nan).astype(np.float32)
+    biases = rng.standard_normal((experts, columns)).astype(np.float32)
+    lie = Weights(transposed, activation="silu" if gated else None, gated=gated, bias=bias)
+    problem = MatmulProblem(
+        *("test", "blocks", pairs, k, n, experts, dtype, dtype, lie),
+        block_size=1,
+        num_tokens=0 if summed else tokens,
+        top_k=0 if summed else top_k,
+        row_weights=summed,
+        summed=top_k if summed else 0,
+        zero_padding=False,
+    )
+    named = {"x": x, "w": w, "bias": biases, "row_weights": weights, "expert_ids": expert}
+    named |= {"sorted_token_ids": np.arange(pairs, dtype=np.int32)}
+    named |= {"num_tokens_post_padded": np.full(1, pairs, np.int32)}
+    wide, matrices = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    rows = np.zeros((pairs, n))
+    for pair in np.flatnonzero(expert >= 0):
+        matrix = matrices[expert[pair]]
+        product = wide[pair if summed else pair // top_k] @ (matrix.T if transposed else matrix)
+        product = product + biases[expert[pair]] * bias
+        if gated:
+            product = product[:n] / (1 + np.exp(-product[:n])) * product[n:]
+        rows[pair] = product * (weights[pair] if summed else 1)
+    if summed:
+        rows = rows.reshape(tokens, top_k, n).sum(1)
+    else:
+        rows[expert < 0] = np.nan  # such blocks are not read
+    return problem, [jnp.asarray(named[name]) for name in problem.inputs], rows
+
+
+def check(given, config: tiles.Config, *, interpret: bool) -> None:
+    problem, operands, want = given
+    run = jax.jit(functools.partial(launch.run, problem, config=config, interpret=interpret))
+    poison = jnp.full(problem.out_shape, jnp.nan, problem.out_dtype)
+    jax.block_until_ready(poison).delete()  # the allocator gives this memory to the result
+    used = ~np.isnan(want[:, 0])
+    first = np.asarray(run(*operands))[used]
+    if not interpret:
+        for _ in range(3):
+            assert np.asarray(run(*operands))[used].tobytes() == first.tobytes()
+    assert error(first, want[used]) < 5e-3
+
+
+def shared(config: tiles.Config, split: int, summed: int = 1, clusters: int = 0) -> tiles.Config:
+    ranks = split * summed
+    return config._replace(split=split, num_ctas=ranks * (clusters or 128 // ranks))
+
+
+SHARED: dict[str, tuple[dict[str, Any], tiles.Config]] = {}
+for split in (2, 4, 8):
+    for transposed in (True, False):
+        name = f"k in {split}, transposed {transposed}"
+        options: dict[str, Any] = {"transposed": transposed, "dropped": True}
+        few = {"tokens": 3, "top_k": 3, "experts": 40, "k": 2048, "n": 320} | options
+        SHARED[name] = (few, shared(PLAIN, split))
+        SHARED[f"{name}, gated"] = (few | {"gated": True, "bias": True}, shared(GATED, split))
+        # A cluster has several tiles one after the other.
+        SHARED[f"{name}, many"] = (
+            few | {"gated": True, "tokens": 40},
+            shared(GATED, split, clusters=5),
+        )
+SHARED["k in 4, ends within a stage"] = (
+    {"tokens": 3, "top_k": 2, "experts": 9, "k": 1000, "n": 136, "gated": True},
+    shared(GATED, 4),
+)
+SHARED["k in 2, float16"] = (
+    {"tokens": 3, "top_k": 2, "experts": 9, "k": 512, "n": 128, "dtype": "float16"},
+    shared(PLAIN, 2),
+)
+for top_k in (2, 3, 5, 6, 8):
+    sizes = {"tokens": 7, "top_k": top_k, "experts": 60, "k": 768, "n": 1152, "summed": True}
+    SHARED[f"sum of {top_k}"] = (sizes, shared(PLAIN, 1, top_k))
+    SHARED[f"sum of {top_k}, dropped, bias"] = (
+        sizes | {"dropped": True, "bias": True, "transposed": False},
+        shared(PLAIN, 1, top_k, clusters=4),
+    )
+SHARED["sum of 2, k in 2"] = (
+    {"tokens": 3, "top_k": 2, "experts": 9, "k": 1024, "n": 640, "summed": True, "dropped": True},
+    shared(PLAIN, 2, 2),
+)
+SHARED["sum of 8, wide tiles"] = (
+    {"tokens": 3, "top_k": 8, "experts": 90, "k": 256, "n": 7168, "summed": True},
+    shared(GATED, 1, 8),
+)
+SHARED["sum of 4, odd"] = (
+    {"tokens": 3, "top_k": 4, "experts": 9, "k": 200, "n": 136, "summed": True, "bias": True},
+    shared(PLAIN, 1, 4),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_tiles_on_a_gpu(name):
+    sizes, config = SHARED[name]
+    check(make(**sizes), config, interpret=False)
+
+
+_IN_ANOTHER_PROCESS = """
+import jax
+from tests.matmul import test_clusters as here
+with jax.default_device(jax.devices("cpu")[0]):
+    here.in_the_interpreter()
+print("right")
+"""
+
+
+def in_the_interpreter() -> None:
+    gated = make(2, 2, 3, 256, 64, gated=True, bias=True, dropped=True)
+    check(gated, shared(GATED, 2, clusters=2), interpret=True)
+    summed = make(3, 2, 3, 64, 64, summed=True, bias=True, dropped=True)
+    check(summed, shared(PLAIN, 1, 2, clusters=1), interpret=True)
+
+
+def test_shared_tiles_in_the_interpreter():
+    environment = os.environ | {"NPROC": "24", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS],
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split()[-1:] == ["right"], done.stderr[-3000:]
+
+
+# -- which sizes get it ----------------------------------------------------------------------------
+
+ALL = tiles.DEFAULT_RULES._replace(split=True, sum_pairs=True)
+
+
+def layer_tiles(monkeypatch, tokens, experts, top_k, hidden, ffn) -> list[str]:
+    monkeypatch.setattr(tiles, "DEFAULT_RULES", ALL)
+    monkeypatch.setitem(tiles.RULES, "NVIDIA H200", ALL)
+    form = maj.select_moe_implementation(
+        (tokens, hidden), (experts, hidden, ffn), top_k=top_k, transpose_rhs=True, platform="cuda"
+    ).form
+    return form.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [
+        ((1, 256, 8, 7168, 256), 8),
+        ((2, 256, 8, 7168, 256), 4),
+        ((4, 256, 8, 7168, 256), 2),
+        ((1, 128, 8, 2048, 768), 2),
+        ((16, 128, 8, 2048, 768), 1),
+        ((1, 8, 2, 4096, 14336), 1),
+    ],
+    ids=str,
+)
+def test_few_tiles_are_shared(sizes, split, monkeypatch):
+    """A split gives each CTA a tile at the most, and follows from the shapes alone."""
+    first = layer_tiles(monkeypatch, *sizes)[1]
+    assert first.endswith(f"-k{split}") if split > 1 else "-k" not in first

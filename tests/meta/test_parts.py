@@ -1,0 +1,104 @@
+"""How CI's three runs share out the cases of a test function."""
+
+import itertools
+import pathlib
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from tests import parts
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+LIBRARY = "tests/align/test_example.py::test_function"
+ONCE = "tests/bridge/test_example.py::test_function"
+
+
+def shares(function, count, cost):
+    got = parts.share(function, count, cost)
+    assert set(got) == set(parts.NAMES)
+    assert all(0 <= i < count for taken in got.values() for i in taken)
+    return got
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.2, 2.0, 20.0])
+@pytest.mark.parametrize("function", [LIBRARY, LIBRARY + "s", ONCE])
+def test_the_first_run_has_a_case_of_every_function(function, cost):
+    for count in range(1, 100):
+        assert shares(function, count, cost)["newest-jax"]
+
+
+@pytest.mark.parametrize("function", [LIBRARY, ONCE])
+def test_every_case_of_a_cheap_function_runs_and_only_the_first_twice(function):
+    for count in range(1, 100):
+        taken = [i for part in shares(function, count, 0.0).values() for i in part]
+        assert set(taken) == set(range(count))
+        assert set(i for i in taken if taken.count(i) > 1) <= {0}
+
+
+def test_library_functions_run_on_the_oldest_jax_or_with_x64():
+    seen = set()
+    for number, count, cost in itertools.product(range(20), range(1, 50), (0.0, 0.2, 2.0)):
+        got = shares(f"{LIBRARY}{number}", count, cost)
+        others = [name for name in parts.NAMES[1:] if got[name]]
+        assert others, (number, count)
+        seen |= set(others)
+        if count > 2:  # cases that the first run has not
+            assert not got["newest-jax"] & (got["oldest-jax"] | got["x64"])
+    assert seen == {"oldest-jax", "x64"}
+
+
+def test_only_a_long_case_is_not_repeated():
+    assert sum(map(len, shares(LIBRARY, 1, parts.LONG).values())) == 1
+    assert sum(map(len, shares(LIBRARY, 1, parts.LONG - 0.1).values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "count", "cost", "taken"),
+    [
+        *((LIBRARY, 4, 0.2, 2), (LIBRARY, 8, 0.2, 4), (LIBRARY, 8, 2.0, 2), (LIBRARY, 8, 20.0, 2)),
+        *((LIBRARY, 456, 0.2, 4 + 28 + 28), (ONCE, 8, 0.2, 4), (ONCE, 8, 2.0, 2)),
+        (ONCE, 88, 0.2, 4 + 10),
+    ],
+)
+def test_of_a_costly_function_a_part_runs(function, count, cost, taken):
+    got = shares(function, count, cost)
+    assert len(set().union(*got.values())) == sum(map(len, got.values())) == taken
+
+
+def item(nodeid, *marks):
+    return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: name in marks)
+
+
+def test_what_no_run_takes_is_counted(monkeypatch):
+    monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 0.5})
+    items = [item(f"{LIBRARY}[{i}]") for i in range(8)] + [item(f"{ONCE}[{i}]") for i in range(8)]
+    chosen = {name: parts.choose(items, name) for name in parts.NAMES}
+    assert {left for _, left in chosen.values()} == {4}
+    run = [x.nodeid for cases, _ in chosen.values() for x in cases]
+    assert len(run) == len(set(run)) == 12
+    marked = [item(x.nodeid, "every_case") for x in items]
+    assert all(parts.choose(marked, name)[1] == 0 for name in parts.NAMES)
+
+
+def test_costs_are_read_as_they_were_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "COSTS", tmp_path / "costs.txt")
+    parts.write_costs({"b": [1.0, 2.0], "cheap": [0.01, 0.02], "a": [0.5]})
+    assert parts.read_costs() == {"a": 0.5, "b": 1.5}
+    parts.write_costs({"b": [0.01]})
+    assert parts.read_costs() == {}
+
+
+def test_the_costs_are_those_of_this_suite():
+    """Most of the rows: a function may be renamed, or go, before the next measurement."""
+    costs = parts.read_costs()
+    texts = {name.split("::")[0]: "" for name in costs}
+    for file in texts:
+        if (ROOT / file).exists():
+            texts[file] = (ROOT / file).read_text()
+    found = [
+        n for n in costs if re.search(rf"^def {n.split('::')[1]}\(", texts[n.split("::")[0]], re.M)
+    ]
+    assert len(found) > 0.8 * len(costs) > 100
+    assert min(costs.values()) >= parts.COSTLY

@@ -1,0 +1,116 @@
+"""Which cases each of CI's three runs of the suite takes: `--part` of tests/conftest.py.
+
+CI runs the suite with the newest jax, with the oldest that we support, and with 64-bit jax. Every test
+function runs in the first of them. Its cases are shared out by what they cost:
+
+- A function whose cases cost little runs them all: of every four the first run takes two, the others one
+  each. Where there are fewer, one of the others repeats the first case.
+- A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes a
+  second), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest; the
+  only case of a function repeats there unless it takes `LONG`. `make test-whole` runs what is left, and each
+  run says how many cases that is. The mark `every_case` takes a function out of this: its cases are no
+  sample.
+
+What depends neither on the release of jax nor on its width runs in the first run alone: files about NumPy,
+shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
+generate. There it takes one case in two of a function that costs more, and of those beyond the eighth one in
+eight.
+
+`costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAMES = ("newest-jax", "oldest-jax", "x64")
+COSTS = Path(__file__).with_name("costs.txt")
+# Seconds of CPU per case from which a function costs more.
+COSTLY = 0.05
+# Seconds of CPU of a case that one run of CI is enough for.
+LONG = 3.0
+
+_ONCE = re.compile(
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
+    r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
+    r"type_hints)[^/]*\.py"
+)
+# The cases that a costly function surely shares out; of those that follow one in sixteen runs.
+_FEW = 8
+
+
+def function_of(nodeid: str) -> str:
+    return nodeid.split("[")[0]
+
+
+def by_function(items: list) -> Iterator[tuple[str, list]]:
+    """The cases of each test function in an order that does not follow the order of their parameters."""
+    functions: dict[str, list] = {}
+    for item in items:
+        functions.setdefault(function_of(item.nodeid), []).append(item)
+    for name, cases in functions.items():
+        yield name, sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+
+
+def read_costs() -> dict[str, float]:
+    """Seconds of CPU per case of the functions that cost more."""
+    rows = (line.split() for line in COSTS.read_text().splitlines() if line[:1] != "#")
+    return {name: float(seconds) for seconds, name in rows}
+
+
+def write_costs(measured: dict[str, list[float]]) -> None:
+    """Writes `costs.txt` anew, from the seconds of CPU of cases of every function."""
+    rows = {name: sum(seconds) / len(seconds) for name, seconds in measured.items()}
+    costly = sorted((name, seconds) for name, seconds in rows.items() if seconds >= COSTLY)
+    head = "# Seconds of CPU per case of the test functions that cost more than others: `make test-costs`."
+    COSTS.write_text("\n".join([head, *(f"{s:6.2f} {name}" for name, s in costly)]) + "\n")
+
+
+def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
+    """Which of a function's `count` cases each run takes, by their position in `by_function`.
+
+    Args:
+        function: its name behind its file's.
+        count: how many cases it has.
+        cost: seconds of CPU of a case; 0 where all are to run.
+    """
+    few = range(min(count, _FEW) if cost else count)
+    more = range(len(few), count)
+    step = 8 if cost >= 1 else 4
+    if _ONCE.search(function):
+        first = {*few[:: step // 2 if cost else 1], *more[::8]}
+        return {"newest-jax": first, "oldest-jax": set(), "x64": set()}
+    again, other = "oldest-jax", "x64"
+    if zlib.crc32(function.encode()) % 2:
+        again, other = other, again
+    only = {0} if cost < LONG else set()
+    if cost:
+        return {
+            "newest-jax": {*few[::step], *more[::16]},
+            again: {*few[1::step], *more[8::32]} or only,
+            other: {*more[24::32]},
+        }
+    return {
+        "newest-jax": {i for i in few if i % 4 < 2},
+        again: {*few[2::4]} or only,
+        other: {*few[3::4]},
+    }
+
+
+def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
+    """The cases of one of the three runs, and how many run in none of them."""
+    costs = read_costs()
+    chosen, left = [], 0
+    for function, cases in by_function(items):
+        if part == "x64" and "test_doctests" in function:
+            continue  # jnp.ones() of an example is float64 there, which grouped products refuse
+        whole = cases[0].get_closest_marker("every_case")
+        cost = 0.0 if whole else costs.get(function, 0.0)
+        shares = share(function, len(cases), cost)
+        if "tests/bridge/test_align.py" in function:  # PyTorch through the oldest jax
+            shares["oldest-jax"] = set(range(0, len(cases), 16 if cost else 4))
+        chosen += [cases[i] for i in sorted(shares[part])]
+        left += len(cases) - len(set().union(*shares.values()))
+    return chosen, left
