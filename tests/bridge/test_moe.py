@@ -263,6 +263,18 @@ def test_a_repeated_call_is_launched_without_checks_and_finds_its_tensors(gpu, m
             other()
 
 
+def test_a_known_call_still_refuses_a_gradient(gpu):
+    """What torch.no_grad() let through is asked again outside of it."""
+    x, up, down, shares, ids = tensors()
+    up.requires_grad_()
+    with torch.no_grad():
+        for _ in range(3):
+            torch_bridge.fused_moe(x, up, down, shares, ids, transpose_rhs=True)
+    with pytest.raises(NotImplementedError, match="w_gate_up must need no gradient") as caught:
+        torch_bridge.fused_moe(x, up, down, shares, ids, transpose_rhs=True)
+    assert_format(caught.value)
+
+
 def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
     def given(seed):
         x, up, _, _, ids = tensors(seed=seed)
