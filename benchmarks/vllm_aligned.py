@@ -196,8 +196,15 @@ def _composed(op: Callable, *arguments: Any) -> None:
     """The op without its own kernels."""
     from torch_bridge import _vllm_launch
 
-    nothing = {"globalize": lambda *a, **named: False, "align_adapters": lambda *a, **named: False}
-    with mock.patch.multiple(_vllm_launch, **nothing):
+    def refuse(*given: Any, **named: Any) -> bool:
+        del given, named
+        return False
+
+    with (
+        mock.patch.object(_vllm_launch, "globalize", refuse),
+        mock.patch.object(_vllm_launch, "align_adapters", refuse),
+        mock.patch.object(_vllm_launch.calls, "repeat", refuse),
+    ):
         op(*arguments)
 
 

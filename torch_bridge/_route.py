@@ -4,20 +4,18 @@
 results, and its twin over DLPack, as in `_ops.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from moe_align_jax._router.problem import RouteProblem
 from torch_bridge import _beside, _ops, _plan, dlpack
-from torch_bridge._direct import fast_path, inplace, problems, store
+from torch_bridge._direct import inplace, problems, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
 
-_MAX_KNOWN, _MAX_APART = 1 << 12, 16
-# What a call is known by: the op's name and the caller's options.
-type Key = tuple[Any, ...]
+Key = _beside.Key
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What vLLM's ops call the operands, where it is not our name.
 _ARGUMENTS = {"logits": "gating_output", "correction_bias": "e_score_correction_bias"}
@@ -145,36 +143,7 @@ def _problem(
 # -- calls like earlier ones ---------------------------------------------------------------------------
 
 
-class _KnownCall(NamedTuple):
-    """A call that was launched on its tensors as they lay.
-
-    Attributes:
-        programs: the store of its program.
-        launch: of the program.
-        device: its index.
-        matches: whether other tensors are like those of the call, but for where they lie.
-        num_operands: how many of them are operands; results follow.
-        num_tokens: what the launch gives for it.
-        sizes: bytes of each tensor.
-        apart: pointers that were seen to overlap nowhere.
-    """
-
-    programs: store.Store
-    launch: Callable[..., None]
-    device: int
-    matches: Callable[..., bool]
-    num_operands: int
-    num_tokens: int
-    sizes: list[int]
-    apart: set[tuple[int, ...]]
-
-
-_known: dict[Key, _KnownCall] = {}
-
-
-def _full_key(key: Key, logits: torch.Tensor, given: Sequence[torch.Tensor | None]) -> Key:
-    """With what else tells a call: 1, 1.0 and True are equal, so the types count."""
-    return (*key, *map(type, key), logits.shape, *[x is None for x in given])
+calls = _beside.KnownCalls()
 
 
 def repeat(
@@ -187,37 +156,7 @@ def repeat(
         operands, results: what the caller gave, unchecked: logits, bias and padding, in the order of
             `RouteProblem.inputs`, None where there is none; and the results in that of its outputs.
     """
-    logits = operands[0]
-    if not _known or not isinstance(logits, torch.Tensor) or not fast_path.open_to_all():
-        return False
-    tensors = [x for x in (*operands, *results) if x is not None]
-    for tensor in tensors:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
-            return False
-    try:
-        known = _known.get(_full_key(key, logits, operands))
-    except TypeError:  # an option that is no key
-        return False
-    if (
-        known is None
-        or known.programs is not store.here
-        or known.programs.machine.current_device() != known.device
-        or not known.matches(*tensors)
-    ):
-        return False
-    pointers = tuple([tensor.data_ptr() for tensor in tensors])
-    if pointers not in known.apart:
-        end = 0
-        for start, size in sorted(zip(pointers, known.sizes, strict=True)):
-            if start < end or start % _beside.ALIGNMENT:
-                return False
-            end = start + size
-        if len(known.apart) >= _MAX_APART:
-            known.apart.clear()
-        known.apart.add(pointers)
-    count = known.num_operands
-    known.launch(*pointers[:count], known.num_tokens, *pointers[count:])
-    return True
+    return calls.repeat(key, (*operands, *results))
 
 
 def _remember(
@@ -227,28 +166,13 @@ def _remember(
     results: Mapping[str, torch.Tensor],
 ) -> None:
     """Lets `repeat` do calls like this one, which has just been launched. Not where a tensor was copied."""
-    tensors = [*operands.values(), *results.values()]
     bias = operands.get("correction_bias")
     if bias is not None and bias.dtype != torch.float32:
         return
-    if any(
-        x.data_ptr() % _beside.ALIGNMENT or not x.is_contiguous() or x.is_neg() for x in tensors
-    ):
-        return
-    logits = operands["logits"]
-    given = [operands.get(name) for name in ("logits", "correction_bias", "is_padding")]
-    if len(_known) >= _MAX_KNOWN:
-        _known.clear()
-    _known[_full_key(key, logits, given)] = _KnownCall(
-        store.here,
-        program.launch,
-        logits.get_device(),
-        fast_path.matcher(*tensors),
-        len(operands),
-        logits.shape[0] << 8,
-        [x.nbytes for x in tensors],
-        set(),
-    )
+    given = {name: operands.get(name) for name in ("logits", "correction_bias", "is_padding")}
+    names = (*operands, "num_tokens", *results)
+    sizes = {"num_tokens": operands["logits"].shape[0]}
+    calls.remember(key, program, {**given, **results}, names, sizes)
 
 
 # -- the direct launch -----------------------------------------------------------------------------

@@ -79,6 +79,10 @@ def fused_globalize_align_block_size(
     taken.
     """
     function = "fused_globalize_align_block_size"
+    key = (function, rank_expert_offset, global_num_experts, local_num_experts, block_size)
+    buffers = (sorted_ids, expert_ids, num_tokens_post_pad, scatter_idx)
+    if _vllm_launch.calls.repeat(key, (topk_idx, psum, *buffers)):
+        return
     remedy = "Pass the expert ids that DeepEP received."
     ids = _checks.check_integer_tensor(function, "topk_idx", topk_idx, remedy)
     if ids.dtype != torch.int64:
@@ -107,7 +111,7 @@ def fused_globalize_align_block_size(
     _check_data(function, {**written, "topk_idx": ids}, {"psum": received})
     sizes = (first, everyone, experts, rows)
     if _ops.launches_at_once({"topk_idx": ids, "psum": received}, buffers):
-        _globalize("auto", ids, received, *sizes, *buffers)
+        _globalize("auto", ids, received, *sizes, *buffers, key=key)
     elif store.launches_on(ids.device.type, ids.device.index):
         three = (sorted_ids, expert_ids, num_tokens_post_pad)
         op = _ops.chosen("globalize_align_into", ids.device)
@@ -116,7 +120,7 @@ def fused_globalize_align_block_size(
         _globalize("dlpack", ids, received, *sizes, *buffers)
 
 
-def _globalize(path, ids, psum, first, everyone, experts, block_size, *buffers) -> None:
+def _globalize(path, ids, psum, first, everyone, experts, block_size, *buffers, key=None) -> None:
     """Does a call of `fused_globalize_align_block_size` that its checks have passed."""
     names = ("sorted_ids", "expert_ids", "num_tokens_post_pad", "scatter_idx")
     given = {k: x for k, x in zip(names, buffers, strict=False) if x is not None}
@@ -129,6 +133,7 @@ def _globalize(path, ids, psum, first, everyone, experts, block_size, *buffers) 
         everyone=everyone,
         experts=experts,
         block_size=block_size,
+        key=key,
     ):
         return
     token = torch.arange(ids.shape[0], device=ids.device)[:, None]
@@ -194,6 +199,12 @@ def moe_lora_align_block_size(
     Source: as `fused_globalize_align_block_size`.
     """
     function = "moe_lora_align_block_size"
+    sizes = (num_experts, block_size, max_loras, max_num_tokens_padded, max_num_m_blocks)
+    key = (function, *sizes)
+    given = (topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map)
+    buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
+    if _vllm_launch.calls.repeat(key, (*given, *buffers)):
+        return
     spec, operands, _ = _checks.check_alignment(
         function, topk_ids, num_experts, block_size, None, expert_map, False, False, None
     )
@@ -237,7 +248,7 @@ def moe_lora_align_block_size(
     local = operands.get("expert_map")
     numbers = (spec.num_experts, spec.block_size, loras, *sizes[:2])
     if _ops.launches_at_once({**operands, **given}, tuple(written.values())):
-        _align_adapters("auto", topk_ids, *three, local, *numbers, *written.values())
+        _align_adapters("auto", topk_ids, *three, local, *numbers, *written.values(), key=key)
     elif store.launches_on(device.type, device.index):
         op = _ops.chosen("lora_align_into", device)
         op(topk_ids, *three, local, *numbers, *written.values())
@@ -258,10 +269,11 @@ def _align_adapters(
     capacity,
     blocks,
     *buffers,
+    key=None,
 ) -> None:
     """Does a call of `moe_lora_align_block_size` that its checks have passed."""
     if ids.dtype not in (torch.int32, torch.int64):
-        ids = _narrowed(ids, experts)
+        ids, key = _narrowed(ids, experts), None
     if path == "auto":
         operands = {
             "topk_ids": ids,
@@ -280,6 +292,7 @@ def _align_adapters(
             adapters=adapters,
             capacity=capacity,
             blocks=blocks,
+            key=key,
         ):
             return
     mapping, enabled, in_use = (x.to(torch.int64) for x in (mapping, enabled, in_use))

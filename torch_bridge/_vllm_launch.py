@@ -15,8 +15,10 @@ from torch_bridge import _beside
 from torch_bridge._direct import call as direct_call
 from torch_bridge._direct import problems, store
 
+calls = _beside.KnownCalls()
 _REMEDY = "Make a call of this size before the capture."
 _INSTEAD = "torch's operations stand around the alignment"
+_SAME = {"local_ids": "topk_idx"}  # an input and an output that are one piece of memory
 _MOST_PAIRS = 2**29  # whose words an int32 still counts
 
 
@@ -30,6 +32,7 @@ def globalize(
     everyone: int,
     experts: int,
     block_size: int,
+    key: _beside.Key | None,
 ) -> bool:
     """`fused_globalize_align_block_size`.
 
@@ -37,13 +40,14 @@ def globalize(
         ids: `topk_idx`.
         buffers: `sorted_ids`, `expert_ids`, `num_tokens_post_pad` and, if wanted, `scatter_idx`.
         first, everyone, experts: `rank_expert_offset`, `global_num_experts` and `local_num_experts`.
+        key: by which `calls` shall know later calls like this one; None for not at all.
     """
     rows, blocks, count, *scatter = buffers.values()
     n, capacity = ids.numel(), rows.numel()
     if not _takes(n, capacity, capacity, blocks.numel(), block_size):
         return False
     if psum.dtype not in (torch.int32, torch.int64):
-        psum = psum.to(torch.int64)
+        psum, key = psum.to(torch.int64), None
     problem = problems.received_bucket(
         n,
         experts,
@@ -68,7 +72,9 @@ def globalize(
         "num_tokens_post_padded": count,
         **dict(zip(("scatter_idx",), scatter, strict=False)),
     }
-    return _launch(function, problem, {"psum": psum}, written, sizes)
+    given: dict[str, Any] = {"topk_idx": ids, "psum": psum, **written}
+    given.setdefault("scatter_idx", None)
+    return _launch(function, problem, {"psum": psum}, written, sizes, key, given)
 
 
 def align_adapters(
@@ -81,6 +87,7 @@ def align_adapters(
     adapters: int,
     capacity: int,
     blocks: int,
+    key: _beside.Key | None,
 ) -> bool:
     """`moe_lora_align_block_size`.
 
@@ -89,6 +96,7 @@ def align_adapters(
         buffers: `sorted_token_ids`, `expert_ids` and `num_tokens_post_padded`.
         experts, block_size, adapters: numbers of experts and of adapters, and rows per block.
         capacity, blocks: `max_num_tokens_padded` and `max_num_m_blocks`.
+        key: as for `globalize`.
     """
     ids = operands["topk_ids"]
     n = ids.numel()
@@ -116,7 +124,11 @@ def align_adapters(
         has_expert_map="expert_map" in given,
         whole_rows=capacity % 4 == 0,
     )
-    return _launch(function, problem, given, buffers, {"num_pairs": n, "capacity": capacity})
+    if any(given[name] is not x for name, x in operands.items()):
+        key = None
+    sizes = {"num_pairs": n, "capacity": capacity}
+    tensors = {**given, "expert_map": given.get("expert_map"), **buffers}
+    return _launch(function, problem, given, buffers, sizes, key, tensors)
 
 
 def _takes(n: int, capacity: int, cells: int, blocks: int, block_size: int) -> bool:
@@ -134,11 +146,13 @@ def _launch(
     operands: Mapping[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
     sizes: Mapping[str, int],
+    key: _beside.Key | None,
+    tensors: Mapping[str, torch.Tensor | None],
 ) -> bool:
     """Launches on torch's current stream, if the program can be had.
 
     `written`: the program's outputs by name. What does not lie as the kernels take it is copied; an output
-    there and back, for it is not written in full.
+    there and back, for it is not written in full. `tensors`: what the caller gave, as `calls` gets it.
     """
     from moe_align_jax._align.vllm import kernel
 
@@ -156,10 +170,11 @@ def _launch(
         targets = {name: _beside.on_boundary(x.contiguous()) for name, x in written.items()}
         values: dict[str, Any] = {name: x.data_ptr() for name, x in {**given, **targets}.items()}
         values |= {name: size << 8 for name, size in sizes.items()}
-        if "topk_idx" in targets:
-            values["local_ids"] = values["topk_idx"]
-        program.launch(*[values[name] for name in (*problem.inputs, *problem.outputs)])
+        names = [_SAME.get(name, name) for name in (*problem.inputs, *problem.outputs)]
+        program.launch(*[values[name] for name in names])
         for name, target in targets.items():
             if target.data_ptr() != written[name].data_ptr():
                 written[name].copy_(target)
+    if key is not None:
+        calls.remember(key, program, tensors, names, sizes)
     return True

@@ -18,7 +18,7 @@ from moe_align_jax._simt.emulator import EmulatorError
 from tests import oracle
 from tests.bridge.helpers import assert_format
 from tests.gpu import direct_vllm
-from torch_bridge import vllm
+from torch_bridge import _vllm_launch, vllm
 from torch_bridge._direct import compile_worker
 
 Received, Adapters = vllm_problem.ReceivedProblem, vllm_problem.AdaptersProblem
@@ -409,3 +409,56 @@ def test_the_sanitizers_calls_are_right_and_launch_every_form(fake):
     assert [name for name, _ in fake.launched].count("route_topk") == len(direct_vllm._ROUTERS)
     kinds = {type(problem).__name__ for [problem] in fake.compiles}
     assert kinds == {"RouteProblem", "ReceivedProblem", "AdaptersProblem"}
+
+
+def on_boundary(fake, tensor):
+    return fake.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype).copy_(tensor)
+
+
+def test_a_globalize_like_an_earlier_one_is_launched_at_once(fake, monkeypatch):
+    fake.launches_directly = True
+    start = torch.tensor([[3, 0], [-1, 2], [1, 4]])
+
+    def call(idx=start, psum=2, first=4, more=0, out=None):
+        idx, psum = on_boundary(fake, idx), on_boundary(fake, torch.tensor([1, psum]))
+        lengths = (10 + 2 * more, 5 + more, 1)
+        out = out or [on_boundary(fake, unwritten(n)) for n in lengths]
+        vllm.fused_globalize_align_block_size(idx, psum, first, 8, 4, 2, *out)
+        return [x.tolist() for x in (idx, *out)]
+
+    want = call(), call(psum=3), call(first=1)
+    monkeypatch.setattr(_vllm_launch, "_launch", None)  # what is not known fails
+    launched = len(fake.launched)
+    assert (call(), call(psum=3), call(first=1)) == want and want[0] != want[1] != want[2]
+    assert len(fake.launched) == launched + 3
+    for changed in ({"first": 2}, {"more": 1}, {"idx": start[:2]}):
+        with pytest.raises(TypeError, match="not callable"):
+            call(**changed)
+    with pytest.raises(TypeError, match="must be a static Python int"):
+        call(first=True)
+    shared = on_boundary(fake, unwritten(11))
+    with pytest.raises(ValueError, match="overlap"):
+        call(out=[shared[:10], on_boundary(fake, unwritten(5)), shared[:1]])
+
+
+def test_a_lora_call_like_an_earlier_one_is_launched_at_once(fake, monkeypatch):
+    fake.launches_directly = True
+
+    def call(**changed):
+        named = lora_arguments(**changed)
+        for name in ("token_lora_mapping", "adapter_enabled", "lora_ids"):
+            named[name] = named[name].to(torch.int32)
+        named = {k: on_boundary(fake, x) if torch.is_tensor(x) else x for k, x in named.items()}
+        vllm.moe_lora_align_block_size(**named)
+        return [
+            named[x].tolist() for x in ("sorted_token_ids", "experts_ids", "num_tokens_post_pad")
+        ]
+
+    other = {"token_lora_mapping": torch.tensor([0, 0, -1]), "lora_ids": torch.tensor([0, 0, 0])}
+    mapped = {"expert_map": torch.tensor([3, -1, 0, 1], dtype=torch.int32)}
+    want = call(), call(**other), call(**mapped)
+    monkeypatch.setattr(_vllm_launch, "_launch", None)
+    assert (call(), call(**other), call(**mapped)) == want and want[0] != want[1] != want[2]
+    for changed in ({"num_experts": 5}, {"lora_ids": torch.tensor([1])}):
+        with pytest.raises(TypeError, match="not callable"):
+            call(**changed)

@@ -157,15 +157,11 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
-    wide = Config("m", 128, 192, 128, 4)
-    for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
-        yield *case(what, **options)[:2], wide
-    for tiles in (
-        wide,
-        wide._replace(skips=True),
-        Config("m", 128, 128, 128, 5, skips=True, late=True),
-    ):
-        yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
+    tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
+    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall):
+        yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
+        yield *case("skips, of ids", tiles.bm)[:2], tiles
+        yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:

@@ -415,7 +415,8 @@ def _compare_beside(
         from moe_align_jax._align.vllm import selftest
     else:
         from moe_align_jax._grouped_matmul import direct_selftest as selftest
-    for example in selftest.examples(problem):
+    module: Any = selftest  # each has examples of a class of its own
+    for example in module.examples(problem):
         buffers: dict[str, Any] = {}
         try:
             for name, array in example.inputs.items():
@@ -434,7 +435,7 @@ def _compare_beside(
             launches.enqueue(0)
             machine_driver.synchronize()
             held = buffers | {name: buffers[other] for name, other in aliases.items()}
-            wrong = selftest.mismatch(
+            wrong = module.mismatch(
                 problem, example, lambda name, into, held=held: held[name].read(into)
             )
         finally:

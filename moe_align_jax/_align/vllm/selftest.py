@@ -152,5 +152,7 @@ def _adapters(problem: AdaptersProblem, n: int, capacity: int, rng: Any) -> Exam
             active = enabled[adapter] and adapter in in_use
             expected.setdefault(name, []).append(row if active else before)
     sizes = {"num_pairs": n, "capacity": capacity}
-    joined = [{k: np.concatenate(v) for k, v in x.items()} for x in (buffers, expected)]
-    return Example(sizes, inputs, *joined)
+    buffers, expected = (
+        {name: np.concatenate(rows) for name, rows in each.items()} for each in (buffers, expected)
+    )
+    return Example(sizes, inputs, buffers, expected)
