@@ -102,7 +102,7 @@ def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int)
 def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> Any:
     """The router with the alignment of `masks.py`, a token for each warp: ids go out before weights are
     computed, and sentinels are written while logits are on their way."""
-    top_k, align, num_pairs = problem.top_k, by_masks.align, by_masks.align.num_pairs
+    top_k = problem.top_k
     width = (
         1 << (top_k - 1).bit_length()
     )  # lanes that send to one CTA; the others send to further ones
@@ -119,8 +119,6 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
         by_masks.begin(t, r)
         if num_ctas > 1:
             t.cluster_ready()
-        else:
-            t.block_sync()  # no mask has a bit; it costs little while the logits are on their way
         # A warp without a token computes one of another's, and sends and stores nothing.
         found = router.find(row)
         if num_ctas > 1:
@@ -130,6 +128,10 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
                 to = part + cta
                 with t.if_(is_token & (k < top_k) & (to < num_ctas)):
                     t.post(to, token * top_k + k, expert)
+        else:
+            with t.if_(is_token & (lane < top_k)):
+                t.store(r.chosen, token * top_k + lane, found.expert)
+        t.block_sync()
 
         def weigh() -> None:
             weight = router.weigh(found)
@@ -137,17 +139,10 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
                 routing.store(router, token, weight, found.expert)
 
         if num_ctas > 1:
-            t.block_sync()
             weigh()
-            refs = SimpleNamespace(**{**vars(r), "topk_ids": t.mail()})
-            by_masks.end(t, r, *by_masks.read(t, refs), lambda: None)
-            return
-        # Every lane has its pair's expert at hand.
-        mine = is_token & (lane < top_k)
-        pair = t.select(mine, token * top_k + lane, num_pairs)
-        if align.has_num_valid_pairs:
-            mine = mine & (pair < t.load(r.num_valid_pairs, 0))
-        by_masks.end(t, r, [pair], [t.select(mine, found.expert, -1)], weigh)
+        ids = t.mail() if num_ctas > 1 else r.chosen
+        refs = SimpleNamespace(**{**vars(r), "topk_ids": ids})
+        by_masks.end(t, refs, weigh if num_ctas == 1 else lambda: None)
 
     return body
 
@@ -167,9 +162,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
                 form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
             ),
         ).kernels
-        body, shared = _by_form(problem, inner, config.num_ctas, everyone), dict(inner.shared)
-        if not by_mail:
-            shared["chosen"] = pairs
+        body, shared = _by_form(problem, inner, config.num_ctas, everyone), inner.shared
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -180,7 +173,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         body=body,
         inputs=inputs,
         outputs=outputs,
-        shared=shared,
+        shared={**shared, **({} if by_mail else {"chosen": pairs})},
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
