@@ -24,7 +24,7 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
-BY_MASKS = False  # whether the form "masks" is taken where it can be
+BY_MASKS = True  # whether "masks" is taken where "block" would be, if it can be
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
         form = "block"
     else:
         return None
-    if BY_MASKS and masks.takes(align, problem.num_tokens):
+    if BY_MASKS and form == "block" and masks.takes(align, problem.num_tokens):
         form = "masks"
     groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
     warps = groups * WARPGROUP // WARP
