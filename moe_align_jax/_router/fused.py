@@ -1,8 +1,9 @@
 """The router and the alignment behind it in one launch, for as many tokens as a cluster holds warps.
 
 Each CTA of a cluster routes its share of the tokens, a warp each, and tells their ids to every CTA: by mail,
-or, where it is alone, by shared memory. Then all hold all ids, and each does what a CTA of the alignment's
-own kernel does with the ids in memory: `_align/kernels` is used as it is, so the results are the same.
+or, where it is alone, by shared memory. Then all hold all ids. Beyond 32 pairs `masks.py` aligns them;
+otherwise, and for ids that are mapped before they are counted, each CTA does what one of the alignment's own
+kernel does with ids in memory: `_align/kernels` is used as it is. The results are the same.
 
 Bytes: as the two kernels, without the ids' way through memory. Grid: one cluster. Deterministic.
 """
