@@ -57,7 +57,7 @@ test-whole:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST)
 
-# Which test functions cost much, into tests/costs.txt, from the CPU time of one case in four: an hour.
+# Which test functions cost much, into tests/costs.txt, from the CPU time of one case in four.
 .PHONY: test-costs
 test-costs:
 	$(VENV_FOR) cli test torch examples

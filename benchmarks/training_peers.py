@@ -5,6 +5,7 @@ of groups, `[m, k]` and `[m, n]`, weights `[E, k, n]`, and the rows of each grou
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import math
@@ -57,9 +58,7 @@ def _tokamax() -> Any:
 
         if not hasattr(driver, "TMA_TF32"):
             driver.TMA_TF32 = 11  # type: ignore[attr-defined]
-    from tokamax._src.ops.ragged_dot import api
-
-    return api
+    return importlib.import_module("tokamax._src.ops.ragged_dot.api")
 
 
 def _tuned(implementation: str) -> dict[str, Any]:
@@ -119,8 +118,7 @@ def tokamax_op(implementation: str, kind: str, m: int, k: int, n: int, experts: 
 
 
 def _tokamax_numbers(kind: str) -> Any:
-    from tokamax._src.ops.ragged_dot import base
-
+    base = importlib.import_module("tokamax._src.ops.ragged_dot.base")
     return {
         "forward": base.DEFAULT_RAGGED_DOT_DIM_NUMS,
         "input gradient": base.TRANS_RHS_RAGGED_DOT_DIM_NUMS,
@@ -132,16 +130,12 @@ def tokamax_dot(
     implementations: dict[str, str], m: int, k: int, n: int, experts: int
 ) -> Callable[..., Any]:
     """`ragged_dot(x, w, sizes)` with a derivative, each kind of product by the named implementation."""
-    api = _tokamax()
-    from tokamax._src.ops.ragged_dot import base
-
-    ops = {
-        kind: tokamax_op(name, kind, m, k, n, experts) for kind, name in implementations.items()
-    }
+    _tokamax()
+    base = importlib.import_module("tokamax._src.ops.ragged_dot.base")
+    ops = {kind: tokamax_op(name, kind, m, k, n, experts) for kind, name in implementations.items()}
     vjp = functools.partial(
         base.vjp, dlhs_ragged_dot=ops["input gradient"], drhs_ragged_dot=ops["weight gradient"]
     )
-    del api
     forward = ops["forward"].replace(vjp=vjp)
     return lambda x, w, sizes: forward(x, w, group_sizes=sizes)
 
@@ -188,8 +182,8 @@ def _haliax_dot(implementation: str) -> Callable[..., Any]:
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    pallas.dot = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
-    from haliax.nn.ragged_dot import ragged_dot
+    vars(pallas)["dot"] = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
+    ragged_dot: Any = importlib.import_module("haliax.nn.ragged_dot").ragged_dot
 
     return functools.partial(ragged_dot, implementation=implementation)
 

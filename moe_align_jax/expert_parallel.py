@@ -270,7 +270,9 @@ def _send(
     info: DispatchInfo, given: _Message, plan: Any, room: int | None, initialize: bool
 ) -> tuple[_Message, MaskedLayout | None]:
     """What came, and its layout where the transport has put the rows into the experts' boxes already."""
-    if room and not initialize and fills_boxes(info, *given, room):
+    clears = TRANSPORTS[info.transport].clears_boxes
+    if room and (clears or not initialize) and fills_boxes(info, *given, room):
+        info = dataclasses.replace(info, initialize=initialize)
         *received, layout = send_to_boxes(info, room, *given, plan)
         return _Message(*received), MaskedLayout(*layout)
     return _Message(*send(info, *given, plan)), None

@@ -111,8 +111,7 @@ def grouped_matmul(
         [[3.0, 4.0], [0.0, 0.0], [10.0, 20.0], [50.0, 60.0]]
 
     The derivative, for x, w, bias and row_weights: products by the same implementation, each cotangent in
-    its primal's dtype; the weights' gradient is by "xla" unless another implementation is named.
-    e4m3 has none.
+    its primal's dtype. e4m3 has none.
 
     Source: the contract of vLLM 0.33's `fused_moe_kernel` (Apache-2.0) on the same aligned blocks; no code
     taken.

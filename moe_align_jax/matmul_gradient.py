@@ -50,8 +50,7 @@ def tgmm(
         existing_out: `[num_actual_groups, k, n]` of the result's dtype, to which the sums are added, in
             float32. None for zeros. Donate it to have it updated in place.
         interpret: accepted and ignored: `implementation="emulator"` runs the kernel in Pallas' interpreter.
-        implementation: None and "xla": a loop over tiles of 128 rows. A name of a kernel runs it or raises:
-            "mosaic_gpu" has not run on a GPU yet, which is why None does not choose it. Static.
+        implementation: as for `ragged_dot`. "xla" is a loop over tiles of 128 rows. Static.
 
     Returns:
         `[num_actual_groups, k, n]`; zeros (or existing_out) for an empty group. Rows past the groups' sum,

@@ -126,8 +126,8 @@ def fused_moe(
 
     The derivative, for x, the weights, biases and topk_weights, keeps the products of w_gate_up, under the
     name "fused_moe_gate_up" for policies of `jax.checkpoint`; each cotangent has its primal's dtype. Its
-    products are by the same implementation; the weights' gradients are by "xla" unless another is named.
-    With a derivative those products are rounded to x's dtype before the activation.
+    products are by the same implementation. With a derivative those of w_gate_up are rounded to x's dtype
+    before the activation.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])

@@ -82,20 +82,26 @@ def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     if _ONCE.search(function):
         first = {*few[:: step // 2 if cost else 1], *more[::8]}
         return {"newest-jax": first, "oldest-jax": set(), "x64": set()}
-    again, other = "oldest-jax", "x64"
+    again, other, place = "oldest-jax", "x64", 2
     if zlib.crc32(function.encode()) % 2:
-        again, other = other, again
-    only = {0} if cost < LONG else set()
+        again, other, place = "x64", "oldest-jax", 3
+    if cost and count <= place:  # the others have the first case
+        first = {0} if count == 1 else {1}
+        return {
+            "newest-jax": first,
+            again: {0} if cost < LONG or count > 1 else set(),
+            other: set(),
+        }
     if cost:
         return {
             "newest-jax": {*few[::step], *more[::16]},
-            again: {*few[1::step], *more[8::32]} or only,
-            other: {*more[24::32]},
+            again: {*few[place::step], *more[8 + place :: 32]},
+            other: {*more[29 - place :: 32]},
         }
     return {
         "newest-jax": {i for i in few if i % 4 < 2},
-        again: {*few[2::4]} or only,
-        other: {*few[3::4]},
+        again: {*few[place::4]} or {0},
+        other: {*few[5 - place :: 4]},
     }
 
 
@@ -110,7 +116,7 @@ def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
         cost = 0.0 if whole else costs.get(function, 0.0)
         shares = share(function, len(cases), cost)
         if "tests/bridge/test_align.py" in function:  # PyTorch through the oldest jax
-            shares["oldest-jax"] = set(range(0, len(cases), 16 if cost else 4))
+            shares["oldest-jax"] = set(range(-(-len(cases) // (16 if cost else 4))))
         chosen += [cases[i] for i in sorted(shares[part])]
         left += len(cases) - len(set().union(*shares.values()))
     return chosen, left

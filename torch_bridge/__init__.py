@@ -17,6 +17,7 @@ from torch_bridge import sglang as sglang
 from torch_bridge import vllm as vllm
 from torch_bridge._direct.store import Miss as Miss
 from torch_bridge._direct.warmup import warmup as warmup
+from torch_bridge._moe.warmup import warmup_fused_moe as warmup_fused_moe
 from torch_bridge._plan import Plan as Plan
 from torch_bridge.align import align_blocks as align_blocks
 from torch_bridge.align import explain as explain
@@ -44,4 +45,5 @@ __all__ = [
     "to_torch",
     "vllm",
     "warmup",
+    "warmup_fused_moe",
 ]

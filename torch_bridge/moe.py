@@ -75,6 +75,18 @@ def grouped_matmul(
         >>> grouped_matmul(x, w, aligned, block_size=2, top_k=1)[:4].tolist()
         [[3.0, 4.0], [0.0, 0.0], [10.0, 20.0], [50.0, 60.0]]
     """
+    key = None
+    if path == "auto" and bias is None and row_weights is None:
+        first = w if type(w) is tuple else (w,)
+        where = tuple(aligned[:3]) if isinstance(aligned, tuple) else ()
+        tensors = (x, *first, *where) if out is None else (x, *first, *where, out)
+        key = _key(
+            *(x, where[0] if where else None, len(first), out is None, block_size, top_k),
+            *(transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha),
+            preferred_element_type,
+        )
+        if key is not None and (result := run.repeat(key, tensors)) is not None:
+            return result
     path = _checks.check_path("grouped_matmul", path)  # type: ignore[assignment]
     call, operands = checks.check_matmul(
         x,
@@ -94,7 +106,7 @@ def grouped_matmul(
     )
     if out is not None:
         out = checks.check_out("grouped_matmul", out, call, x)
-    return ops.results_of(call, operands, out, path)[0]
+    return ops.results_of(call, operands, out, path, key)[0]
 
 
 def fused_moe(
@@ -227,10 +239,10 @@ def fused_moe(
     return (results[0], results[1]) if call.counted else results[0]
 
 
-def _key(x: Any, topk_ids: Any, *options: Any) -> run.Key | None:
+def _key(x: Any, ids: Any, *options: Any) -> run.Key | None:
     """How a call is known: by x's and the ids' shapes and the options, with their types."""
     try:
-        return (x.shape, topk_ids.shape, *options, *map(type, options))
+        return (x.shape, ids.shape, *options, *map(type, options))
     except AttributeError:
         return None
 

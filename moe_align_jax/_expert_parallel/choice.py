@@ -1,9 +1,9 @@
 """Which transport runs: a rule that can be read, asked and overridden.
 
-The rule has no table of sizes and GPUs. In low-latency mode "nvlink_window" took the least time of all by
-wall clock and by device span, at 8 and 128 tokens per GPU on two H200 (docs/notebook/2026-11.md); in mode
-"normal" "nvlink" had the shortest device span at 4096, on two and four. So the rule asks whether they can run
-here; of the others "all_to_all" is the fastest or close to it.
+The rule has no table of sizes and GPUs. On two H200 "nvlink_window" took the least time of all in low-latency
+mode, at 8 and 128 tokens per GPU, and "nvlink" in mode "normal" at 4096, both by wall clock and by device
+span (docs/notebook/2026-11.md). So the rule asks whether they can run here; of the others "all_to_all" is
+the fastest or close to it.
 """
 
 from dataclasses import dataclass, field
@@ -26,8 +26,8 @@ TRANSPORTS: dict[str, Transport] = {
     t.name: t for t in (AllGather(), AllToAll(), NVLINK, NVLINK_WINDOW, ragged.RaggedAllToAll())
 }
 
-# The jax release (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
-NVLINK_RUN_WITH = (0, 11)
+# The jax releases (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
+NVLINK_RUN_WITH = ((0, 11),)
 _DENSE = "the dense exchange of the shortest device span measured"
 
 
@@ -101,22 +101,19 @@ def choose(
         or "XLA has no fast form of it yet: no shape where it won was measured",
     }
     unwanted = _nvlink_unwanted(num_ranks)
-    ours = {name: cannot[name] or unwanted for name in (NVLINK_WINDOW.name, NVLINK.name)}
+    against = {name: cannot[name] or unwanted for name in (NVLINK_WINDOW.name, NVLINK.name)}
     if mode == "normal":
         many = 'mode "normal" moves more rows than a window holds'
-        ours[NVLINK_WINDOW.name] = ours[NVLINK_WINDOW.name] or many
-    taken = next((name for name, reason in ours.items() if reason is None), None)
+        against[NVLINK_WINDOW.name] = against[NVLINK_WINDOW.name] or many
+    reasons |= {name: reason for name, reason in against.items() if reason}
+    taken = next((name for name, reason in against.items() if reason is None), None)
     if taken is None:
-        return TransportChoice("all_to_all", mode, reasons | ours)
+        return TransportChoice("all_to_all", mode, reasons)
     reasons["all_to_all"] = "longer, by wall clock and by device span, than our own kernels"
-    if taken == NVLINK_WINDOW.name:
-        ours[taken] = (
-            "our kernels write to the peers: the fewest us measured, on the host and on GPUs"
-        )
-        ours[NVLINK.name] = ours[NVLINK.name] or "XLA prepares each of its kernels on the host"
-    else:
-        ours[taken] = "our kernels write to the peers: the shortest device span measured"
-    return TransportChoice(taken, mode, reasons | ours)
+    reasons[taken] = "our kernels write to the peers: the least wall clock and device span measured"
+    if taken != NVLINK.name:
+        reasons.setdefault(NVLINK.name, "XLA prepares each of its kernels on the host")
+    return TransportChoice(taken, mode, reasons)
 
 
 def _nvlink_unwanted(num_ranks: int) -> str | None:
@@ -125,7 +122,7 @@ def _nvlink_unwanted(num_ranks: int) -> str | None:
         return "one rank has no peers"
     if num_ranks > MAX_DEVICES:
         return f"it takes at most {MAX_DEVICES} devices"
-    if select.jax_version()[:2] != NVLINK_RUN_WITH:
-        seen = ".".join(map(str, NVLINK_RUN_WITH))
+    if select.jax_version()[:2] not in NVLINK_RUN_WITH:
+        seen = " and ".join(".".join(map(str, release)) for release in NVLINK_RUN_WITH)
         return f"seen running with jax {seen} only; this is {jax.__version__}: name it to take it"
     return None

@@ -27,6 +27,7 @@ class DispatchInfo:
         group: the ranks.
         num_tokens: T.
         quantise: whether the transport turns a bfloat16 x into e4m3 and scales.
+        initialize: whether a transport that fills boxes clears the rows that are not in use.
     """
 
     mode: str
@@ -34,6 +35,7 @@ class DispatchInfo:
     group: Group
     num_tokens: int
     quantise: bool = False
+    initialize: bool = False
 
 
 def _fields(*given: jax.Array | None) -> list[jax.Array]:
@@ -92,11 +94,14 @@ def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def send_to_boxes(info: DispatchInfo, room: int, x, scales, weights, ids, plan):
-    """`send`, then `permute_to_masked` of what came, not initialised: (x, scales, weights, ids, layout)."""
+    """`send`, then `permute_to_masked` of what came: (x, scales, weights, ids, layout)."""
     del plan
     fields = _fields(x, scales, weights, ids)
     transport = TRANSPORTS[info.transport]
-    boxes, layout, received = transport.send_to_boxes(fields, info.group, room, info.quantise)
+    options = {"initialize": True} if info.initialize else {}
+    boxes, layout, received = transport.send_to_boxes(
+        fields, info.group, room, info.quantise, **options
+    )
     return boxes[0], boxes[1] if len(boxes) > 1 else None, *received, layout
 
 

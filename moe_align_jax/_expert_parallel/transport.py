@@ -70,6 +70,9 @@ class Transport(Protocol):
     # Whether it drops int32 ids outside `[0, D * e)` by itself, so that nobody need make them -1 before.
     checks_ids: bool = False
 
+    # Whether `send_to_boxes` takes `initialize=True`, and writes zeros to the rows that are not in use.
+    clears_boxes: bool = False
+
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run on this platform, or None."""
         ...
@@ -131,7 +134,7 @@ class Transport(Protocol):
         self, fields: list[jax.Array], group: Group, room: int, quantise: bool
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
-        `send_fields`). Rows from `masked_m` on are not written.
+        `send_fields`). Rows from `masked_m` on are not written, or zeros: `clears_boxes`.
 
         Args:
             fields: the payload, weights and ids.

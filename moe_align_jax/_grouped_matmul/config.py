@@ -34,7 +34,7 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3, masked.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
     """
 
     form: str

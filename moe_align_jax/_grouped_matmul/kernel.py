@@ -74,8 +74,10 @@ class _Refs:
         refs: list[Any],
         interpret: bool,
         sized_at_launch: bool,
+        ending: "Ending | None" = None,
     ):
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
+        self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         self.count, self.experts = refs.pop(0), refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
         self.starts, self.ends = listed
@@ -90,6 +92,8 @@ class _Refs:
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if shape.ranks > 1 else None  # barriers of the cluster
         self.empty, self.full = refs.pop(), refs.pop()
+        if ending:
+            self.more += [refs.pop(0) for _ in ending.outputs]
         self.parts: Any = None
         if shape.ranks > 1:  # the interpreter's CTAs have no memory in common but global memory
             self.parts = refs.pop(1 if interpret else -1)
@@ -124,28 +128,53 @@ def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
     )
 
 
+class Ending(NamedTuple):
+    """What becomes of a tile's sums, in place of the epilogue.
+
+    Attributes:
+        name: of the kernel.
+        inputs: operands that stand in front of the problem's.
+        outputs: results that stand in front of the problem's.
+        piece: columns that are stored at a time.
+        slots: such pieces in shared memory, per warpgroup.
+        finish: called with (refs, sums, tile, place of the warpgroup's part, warpgroup). `refs.more` holds
+            inputs and outputs. It stores through `refs.o_tiles`.
+    """
+
+    name: str
+    inputs: int
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    piece: int
+    slots: int
+    finish: Callable[..., None]
+
+
 def build(
     problem: MatmulProblem,
     config: Config,
     *,
     interpret: bool = False,
     sized_at_launch: bool = False,
-) -> Callable[..., jax.Array]:
+    ending: Ending | None = None,
+) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
-    the weights, one array or two.
+    the weights, one array or two. With an `ending`, which is for tiles that are not late, its operands come
+    first, and its results are returned before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
     operand's pointer, times 256, and descriptors are made of its rows.
     """
     shape, weights = shape_of(problem, config), problem.weights
+    if ending:
+        shape = shape._replace(piece=ending.piece)
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    piece_rows, slots = (bm, 1) if swap else (64, _SLOTS)
+    piece_rows, slots = (bm, 1) if swap else (64, ending.slots if ending else _SLOTS)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -155,7 +184,7 @@ def build(
     ranks, clusters = shape.ranks, config.num_ctas // shape.ranks
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 else _I32(0)
@@ -236,6 +265,9 @@ def build(
             def now(i, ring):
                 tile, steps = tile_at(i)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
+                if ending:
+                    ending.finish(refs, sums, tile, at, warpgroup)
+                    return ring + steps
                 for q, value in enumerate(finish(sums, tile, at)):
                     store(q, value, at)
                 return ring + steps
@@ -377,6 +409,8 @@ def build(
             parts = [plgpu.SMEM((computing, words), _F32)]
         shared = [plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=2 * computing)]
         grid = {"cluster": (ranks,), "cluster_names": (AXIS,)}
+    if ending:
+        out_type = (*ending.outputs, out_type)
     launch = plgpu.kernel(
         body,
         out_type=out_type,
@@ -395,7 +429,9 @@ def build(
         **grid,
         num_threads=computing + 1,
         thread_name="warpgroup",
-        kernel_name=f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
+        kernel_name=ending.name
+        if ending
+        else f"grouped_matmul_{config.form}{'_e4m3' if problem.scales else ''}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )

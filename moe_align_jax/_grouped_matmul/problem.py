@@ -217,6 +217,27 @@ class MatmulProblem(NamedTuple):
         return WeightGradient(plain._replace(k=k, n=n, weights=Weights()), gathered)
 
 
+class ActivationGradient(NamedTuple):
+    """Everything static about a layer's backward step across its activation.
+
+    Attributes:
+        product: of the cotangents of tokens' results and w_down, read the other way: `[P, N]`, gathered.
+        weights: those of the first products: how gate and up lie in them, and the activation.
+    """
+
+    product: MatmulProblem
+    weights: Weights
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each operand by name, in order."""
+        product = self.product
+        rows, n = product.out_shape
+        found: dict[str, tuple[tuple[int, ...], str]] = {"products": ((rows, 2 * n), product.dtype)}
+        found["scale"] = ((rows,), "float32")
+        return found | product.inputs
+
+
 class WeightGradient(NamedTuple):
     """Everything static about one weight gradient: for each expert, lhs^T rhs over its rows.
 

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
+from moe_align_jax._grouped_matmul import epilogue
+from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -43,10 +44,6 @@ class Products:
         self.refs, self.interpret = refs, interpret
         self.swap = config.form == "swap"
         self.gated = problem.weights.gated
-        # Sums side by side, each of columns that share a scale: a tile of 192 columns has parts of 3 blocks.
-        self.beside = 1
-        if not self.swap and not self.gated and shape.wn % GROUP and shape.wn > E4M3_COLUMNS:
-            self.beside = shape.wn // E4M3_COLUMNS
 
     def __call__(
         self,
@@ -109,13 +106,23 @@ class Products:
         zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
-            mine = mine & (tile.row + warpgroup * self.shape.wm < tile.used)
+            mine = mine & self._holds_rows(tile, warpgroup)
         first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
         sums, _ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
         if self.config.skips:
             others = tile.valid & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
+
+    def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
+        """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
+        row = tile.row + warpgroup * self.shape.wm
+        inside = row < tile.used
+        if self.problem.rows != "blocks" or not self.shape.reads_ids:
+            return inside
+        # The row of another warpgroup is read where this one has none in the block.
+        pair = self.refs.ids[jnp.where(inside, row, tile.row)]
+        return inside & (pair >= 0) & (pair < epilogue.num_pairs(self.problem, self.refs.vectors))
 
     # -- products
 
@@ -139,15 +146,14 @@ class Products:
             return [(64, self.shape.wn)] * (self.shape.wm // 64)
         if self.gated:
             return [(64, self.shape.wn // 2)] * 2
-        return [(64, self.shape.wn // self.beside)] * self.beside
+        return [(64, self.shape.wn)]
 
     def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
         """(Which sum, what is added to it) of accumulator `part`."""
-        if self.swap or (not self.gated and self.beside == 1):
+        if self.swap or not self.gated:
             return [(part, product)]
-        count = 2 if self.gated else self.beside
-        width = self.shape.wn // count
-        return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
+        half = self.shape.wn // 2
+        return [(0, product[:, :half]), (1, product[:, half:])]
 
     def _zeros(self, shape: tuple[int, int]) -> jax.Array:
         zeros = jnp.zeros(shape, _F32)
@@ -193,12 +199,10 @@ class Products:
         if self.config.form != "m":
             column = column + warpgroup * (self.shape.columns // self.config.computing)
         found = []
-        for i in range(2 if self.gated else self.beside):
+        for i in range(2 if self.gated else 1):
             ref = refs.w_scales[i if weights.pair else 0]
             first = column
-            if not self.gated:
-                first = column + i * E4M3_COLUMNS
-            elif weights.interleaved:
+            if self.gated and weights.interleaved:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n

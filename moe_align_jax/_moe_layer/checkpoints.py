@@ -105,10 +105,15 @@ class ExpertWeights:
         first = [_values(each) for each in (self.w_gate_up if self.pair else (self.w_gate_up,))]
         down = _values(self.w_down)
         named = [*(("w_gate_up", each) for each in first), ("w_down", down)]
-        named += [(n, b) for n in ("bias_gate_up", "bias_down") if (b := getattr(self, n)) is not None]
+        named += [
+            (n, b) for n in ("bias_gate_up", "bias_down") if (b := getattr(self, n)) is not None
+        ]
         for name, array in named:
             if not _is_float_array(array):
-                rule, remedy = "be a float array of NumPy or jax", "Convert it, e.g. by jnp.asarray."
+                rule, remedy = (
+                    "be a float array of NumPy or jax",
+                    "Convert it, e.g. by jnp.asarray.",
+                )
                 _fail_type(function, name, rule, array, remedy)
         if down.ndim != 3:
             _fail(function, "w_down", "have shape [E, N, H]", down, "One matrix for each expert.")

@@ -11,8 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import config, derivative, primitive, reference, scaled
-from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._grouped_matmul import (
+    activation_gradient,
+    config,
+    derivative,
+    primitive,
+    reference,
+    scaled,
+)
+from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem
 from moe_align_jax._grouped_matmul.weighted_sum import weighted_sum
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
@@ -244,23 +251,35 @@ def _backward(problem, implementation, kept, ct):
     pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
     toward = ct.astype(problem.dtype)
     # The scopes are those of the forward pass, so that a profile adds both up by stage.
-    with jax.named_scope("down"):
-        flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
-        args = (toward, given.w_down, None, where.of_matmul)
-        g = derivative.product(flipped, implementation, *args).astype(_F32)
     with jax.named_scope("combine"):
         # NaN weights of dropped pairs are selected away.
         share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
         scale = share.reshape(-1)[jnp.where(used, pair, 0)]
-        scale = jnp.where(used, scale, 0.0)[:, None]
-    with jax.named_scope("gate_up"):
-        active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
-        [rows] = pull(scale * g)
-        # Rows that are not in use may hold anything: they are left out behind their last operation.
-        rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
-        scaled_rows = jnp.where(used[:, None], scale * active, 0.0).astype(problem.dtype)
+        scale = jnp.where(used, scale, 0.0)
+    flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+    across = ActivationGradient(flipped, first.weights)
+    if activation_gradient.runs(across, implementation):
+        with jax.named_scope("down"):
+            operands = (products, scale, used, toward, given.w_down, *where.of_matmul)
+            rows, scaled_rows, of_row = activation_gradient.run(
+                operands, problem=across, implementation=str(implementation)
+            )
+            if given.bias_gate_up is not None:  # its gradient adds up all rows
+                rows = jnp.where(used[:, None], rows, jnp.zeros_like(rows))
+    else:
+        with jax.named_scope("down"):
+            args = (toward, given.w_down, None, where.of_matmul)
+            g = derivative.product(flipped, implementation, *args).astype(_F32)
+        with jax.named_scope("gate_up"):
+            active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
+            [rows] = pull(scale[:, None] * g)
+            # Rows that are not in use may hold anything: they are left out behind their last operation.
+            rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
+            scaled_rows = jnp.where(used[:, None], scale[:, None] * active, 0.0)
+            scaled_rows = scaled_rows.astype(problem.dtype)
+        with jax.named_scope("combine"):
+            of_row = jnp.sum(g * active, axis=1)
     with jax.named_scope("combine"):
-        of_row = jnp.sum(g * active, axis=1)
         kept_pair = where.row_of_pair >= 0
         of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]
         d_bias_down = None

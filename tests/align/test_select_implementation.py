@@ -190,7 +190,7 @@ def test_an_unknown_platform_is_an_error_that_names_those_that_there_are(name, p
 def test_every_platform_that_jax_names_gets_an_answer(name, platform):
     answer = QUESTIONS[name](platform)
     chosen = answer.transport if name == "select_transport" else answer.implementation
-    assert chosen in ("mosaic_gpu", "xla", "nvlink", "all_to_all")
+    assert chosen in ("mosaic_gpu", "xla", "nvlink", "nvlink_window", "all_to_all")
 
 
 def test_a_platform_of_a_plugin_is_known_where_it_has_devices(monkeypatch):

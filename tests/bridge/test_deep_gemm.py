@@ -17,7 +17,7 @@ COUNTS = (130, 0, 1, 128)  # rows of each group
 NAN = 0x7F
 
 
-@pytest.fixture(params=["cpu", "launched", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture
 def device(request):
     """Where a test runs; "launched": on the CPU, by the launches that a GPU would get."""
     if request.param != "launched":
@@ -33,6 +33,13 @@ def device(request):
 def _alignment_kept():
     yield
     deep_gemm.set_mk_alignment_for_contiguous_layout(128)
+
+
+def everywhere(names, cases, by_jax):
+    """Parametrises `device` and `names`: every case launched and on a GPU, some on a CPU, by jax."""
+    gpu = [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in cases]
+    given = [("cpu", *case) for case in by_jax] + [("launched", *case) for case in cases] + gpu
+    return pytest.mark.parametrize(("device", *names), given, indirect=["device"])
 
 
 # -- operands, and their products in float64 -------------------------------------------------------
@@ -140,7 +147,7 @@ def check(found, want):
 # -- the contiguous layout -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@everywhere(["layout"], [[name] for name in LAYOUTS], [["mn-major, cut off"], ["packed"]])
 def test_contiguous(layout, device):
     rng = np.random.default_rng(0)
     group = labels(COUNTS, 128)
@@ -154,7 +161,7 @@ def test_contiguous(layout, device):
     check(d[torch.from_numpy(real).to(device)], want)
 
 
-@pytest.mark.parametrize("alignment", [128, 64])
+@everywhere(["alignment"], [[128], [64], [192]], [[128]])
 def test_ends_of_groups(alignment, device):
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     rng = np.random.default_rng(1)
@@ -171,8 +178,11 @@ def test_ends_of_groups(alignment, device):
     check(d[torch.from_numpy(real).to(device)], want)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["[G, N, K]", "[G, K, N]"])
-@pytest.mark.parametrize("use_psum_layout", [False, True])
+@everywhere(
+    ["turned", "use_psum_layout"],
+    [(turned, psum) for turned in (False, True) for psum in (False, True)],
+    [(True, False)],
+)
 def test_bfloat16_contiguous(turned, use_psum_layout, device):
     rng = np.random.default_rng(2)
     group = labels(COUNTS, 128)
@@ -207,7 +217,7 @@ def test_rows_of_padding_are_zero_where_those_of_a_are():
 # -- the masked layout -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@everywhere(["layout"], [[name] for name in LAYOUTS], [["row-major"], ["mn-major"]])
 def test_masked(layout, device):
     most, counts = 22, np.array([22, 0, 1, 17], np.int32)
     rng = np.random.default_rng(4)
@@ -224,6 +234,7 @@ def test_masked(layout, device):
     check(d[used.to(device)], np.einsum("gmk,gnk->gmn", wide_a, wide_b)[~padding])
 
 
+@everywhere([], [[]], [])
 def test_bfloat16_masked(device):
     rng = np.random.default_rng(5)
     counts = np.array([9, 0, 3], np.int32)
@@ -250,7 +261,7 @@ def test_tracers_see_an_operator_that_mutates_d_alone():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen = []
+    seen, given = [], arguments()
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -260,7 +271,7 @@ def test_tracers_see_an_operator_that_mutates_d_alone():
     with FakeTensorMode() as mode:
         fake = {
             name: tuple(map(mode.from_tensor, x)) if isinstance(x, tuple) else mode.from_tensor(x)
-            for name, x in arguments().items()
+            for name, x in given.items()
         }
         with Record():
             deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**fake)

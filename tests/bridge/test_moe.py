@@ -13,6 +13,7 @@ from tests.moe_layer import oracle
 from torch_bridge import moe
 from torch_bridge._direct import store
 from torch_bridge._moe import programs, run
+from torch_bridge._moe.calls import ALIGNED
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E, K, H, N = 6, 2, 128, 64
@@ -253,6 +254,44 @@ def test_a_repeated_call_is_launched_without_checks_and_finds_its_tensors(gpu, m
             other()
 
 
+def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
+    def given(seed):
+        x, up, _, _, ids = tensors(seed=seed)
+        aligned = torch_bridge.align_blocks(ids, block_size=8, num_experts=E)
+        lying = {n: lain(t) for n, t in zip(ALIGNED[:3], aligned[:3], strict=True)}
+        return x, up, aligned._replace(**lying)
+
+    options = {"block_size": 8, "top_k": K, "transpose_rhs": True}
+    for out in (
+        None,
+        lain(torch.empty((given(0)[2].sorted_token_ids.shape[0], 2 * N), dtype=BF16)),
+    ):
+        every = [given(seed) for seed in range(3)]
+        want = [torch_bridge.grouped_matmul(*one, **options, path="direct") for one in every]
+        torch_bridge.grouped_matmul(*every[0], **options, out=out)
+        with monkeypatch.context() as patched:
+            patched.setattr(moe.checks, "check_matmul", None)
+            gpu.launched.clear()
+            for one, expect in zip(every, want, strict=True):
+                got = torch_bridge.grouped_matmul(*one, **options, out=out)
+                used = int(one[2].num_tokens_post_padded)
+                assert torch.equal(got[:used], expect[:used]) and (out is None or got is out)
+            assert len(gpu.launched) == 3
+            x, up, aligned = every[0]
+            for other in (
+                (misaligned(x), up, aligned),
+                (x.half(), up, aligned),
+                (x, up, aligned._replace(expert_ids=misaligned(aligned.expert_ids))),
+                (x, up, aligned._replace(expert_ids=aligned.expert_ids.long())),
+            ):
+                with pytest.raises(TypeError, match="not callable"):  # it would be checked
+                    torch_bridge.grouped_matmul(*other, **options, out=out)
+    with pytest.raises(ValueError, match="out must not overlap"):
+        torch_bridge.grouped_matmul(
+            x, up, aligned, **options, out=up.view(-1, 2 * N)[: out.shape[0]]
+        )
+
+
 def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
     given = tensors()
     out = lain(torch.empty(given[0].shape, dtype=BF16))
@@ -330,6 +369,55 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
     assert len(found) <= 2 * 6 + 4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transpose_rhs": True},
+        {"num_global_experts": 40, "pair": True, "num_valid_tokens": True, "bias_down": True},
+        {"block_size": 16, "return_tokens_per_expert": True, "gated": False, "bias_gate_up": True},
+    ],
+    ids=["plain", "map", "block size"],
+)
+def test_warmup_loads_what_calls_of_every_size_need(options, gpu, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(store.here, "prepare", lambda index, wanted, again: loaded.extend(wanted))
+    sizes = {"num_experts": 20, "topk": 3, "hidden": 256, "ffn": 128, "max_tokens": 700}
+    assert torch_bridge.warmup_fused_moe(**sizes, device="cpu", **options) == len(loaded)
+    transposed, gated = "transpose_rhs" in options, options.get("gated", True)
+    up = torch.empty((20, 256, 256) if gated else (20, 256, 128), dtype=BF16, device="meta")
+    if "pair" in options:
+        up = (up[..., :128],) * 2
+    down = torch.empty((20, 256, 128) if transposed else (20, 128, 256), dtype=BF16, device="meta")
+    given = {name: options[name] for name in options if name in ("transpose_rhs", "gated")}
+    for tokens in [*range(1, 60), *range(61, 701, 7), 700]:
+        for dtype in (torch.int32, torch.int64):
+            meta = {"device": "meta"}
+            call, operands = moe.checked_layer(
+                *(torch.empty((tokens, 256), dtype=BF16, **meta), up, down),
+                torch.empty((tokens, 3), **meta),
+                torch.empty((tokens, 3), dtype=dtype, **meta),
+                **given,
+                block_size=options.get("block_size"),
+                return_tokens_per_expert=options.get("return_tokens_per_expert", False),
+                num_valid_tokens=5 if "num_valid_tokens" in options else None,
+                expert_map=torch.empty(40, dtype=dtype, **meta) if "pair" in options else None,
+                bias_down=torch.empty((20, 256), **meta) if "bias_down" in options else None,
+                bias_gate_up=torch.empty((20, 128), **meta) if not gated else None,
+            )
+            one = programs.layer_programs(call, operands, run.gpu_kind(0), "")
+            assert set(one.each) <= set(loaded), tokens
+
+
+def test_a_warmup_that_is_not_possible_says_why(gpu):
+    sizes = {"num_experts": 20, "topk": 3, "hidden": 250, "ffn": 128, "max_tokens": 7}
+    with pytest.raises(NotImplementedError, match="K must be a positive multiple of 8") as caught:
+        torch_bridge.warmup_fused_moe(**sizes, device="cpu")
+    assert_format(caught.value)
+    with pytest.raises(ValueError, match="topk must") as caught:
+        torch_bridge.warmup_fused_moe(**sizes | {"topk": 0})
+    assert_format(caught.value)
+
+
 def test_a_capture_needs_the_programs_loaded(gpu):
     given = tensors()
     gpu.capturing = True
@@ -340,6 +428,8 @@ def test_a_capture_needs_the_programs_loaded(gpu):
     want = torch_bridge.fused_moe(*given, transpose_rhs=True)
     gpu.capturing = True
     assert torch.equal(torch_bridge.fused_moe(*given, transpose_rhs=True), want)
+    total = programs.sum_bucket(17, K, H, "bfloat16", "bfloat16")
+    assert "got none for sums of up to 128 tokens." in store._miss_text("fused_moe", total, None)
 
 
 def test_a_program_that_cannot_be_had_costs_one_warning_and_jax_computes(gpu, monkeypatch):
@@ -395,6 +485,23 @@ def test_a_wrong_argument_is_named(name):
     kind, arguments, options = WRONG[name]
     with pytest.raises(kind, match=name) as caught:
         torch_bridge.fused_moe(*arguments, **options)
+    assert_format(caught.value)
+
+
+def test_tokens_that_were_not_aligned_are_refused(gpu):
+    x, up, _, _, ids = tensors()
+    for inverse in (True, False):
+        aligned = torch_bridge.align_blocks(
+            ids, block_size=1, num_experts=E, return_inverse=inverse
+        )
+        for wrong, top_k in ((x, 3), (torch.cat([x, x]), K)):
+            with pytest.raises(ValueError, match=r"x must give .* pairs") as caught:
+                torch_bridge.grouped_matmul(
+                    wrong, up, aligned, block_size=1, top_k=top_k, transpose_rhs=True
+                )
+            assert_format(caught.value)
+    with pytest.raises(ValueError, match="x must have a row for each") as caught:
+        torch_bridge.grouped_matmul(x[:2], up, aligned, block_size=1, transpose_rhs=True)
     assert_format(caught.value)
 
 

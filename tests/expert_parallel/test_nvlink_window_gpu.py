@@ -12,6 +12,7 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax._expert_parallel.transports import windows
+from moe_align_jax._expert_parallel.transports.nvlink import NvLinkWindow
 from tests.expert_parallel.test_nvlink_gpu import Tokens, mesh  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -19,15 +20,16 @@ WINDOW = "nvlink_window"
 COLLECTIVE = "uses_xla_collective_metadata = true"
 
 
-def pair(given, transport, payload=None, room=None):
+def pair(given, transport, payload=None, room=None, initialize=False):
     """dispatch and combine in low-latency mode, an expert e multiplying by 1 + e / 64."""
 
     def body(x, ids, weights):
         got = given.dispatch(
             x, ids, weights, mode="low_latency", payload=payload, transport=transport,
-            max_low_latency_tokens=512, max_tokens_per_expert=room, initialize=False,
+            max_low_latency_tokens=512, max_tokens_per_expert=room, initialize=initialize,
         )  # fmt: skip
         used = jnp.arange(got.x.shape[1], dtype=jnp.int32)[None] < got.masked_m[:, None]
+        used |= initialize  # then all rows are told of, zeros too
         rows = got.x.astype(jnp.float32)
         if got.scales is not None:
             rows *= jnp.repeat(got.scales, 128, axis=-1)
@@ -42,22 +44,31 @@ def pair(given, transport, payload=None, room=None):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "room", "payload"),
+    ("tokens", "room", "payload", "initialize"),
     [
-        (1, None, None),
-        (8, None, "fp8"),
-        (128, None, "fp8"),
-        (128, None, None),
-        (250, 3, "fp8_ue8m0"),
+        (1, None, None, True),
+        (8, None, "fp8", False),
+        (8, None, "fp8", True),
+        (128, None, "fp8", False),
+        (128, None, None, True),
+        (250, 3, "fp8_ue8m0", False),
     ],
 )
-def test_all_results_are_those_of_nvlink(mesh, tokens, room, payload):  # noqa: F811
+def test_all_results_are_those_of_nvlink(
+    monkeypatch,
+    mesh,  # noqa: F811
+    tokens,
+    room,
+    payload,
+    initialize,
+):
+    monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
     given = Tokens(mesh, tokens, 4, seed=tokens, hidden=7168)
     spec = jax.sharding.PartitionSpec(("dp", "ep"))
     arguments = [given.placed(a) for a in (given.x, given.ids, given.weights)]
     results = []
     for transport, times in ((WINDOW, 5), ("nvlink", 1)):
-        body = pair(given, transport, payload, room)
+        body = pair(given, transport, payload, room, initialize)
         step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
         results += [step(*arguments) for _ in range(times)]
     for other in results[1:]:

@@ -159,14 +159,16 @@ def check_dispatch(problem: Dispatch, ids, weights, *fields) -> None:
     local=st.integers(1, 5),
     room=st.integers(1, 30),
     columns=st.sampled_from([4, 6, 8, 514, 1028]),
+    initialize=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_dispatch_fills_the_boxes(devices, tokens, top_k, local, room, columns, seed):
-    """Ids may be out of range or occur twice in a token, and boxes be too small."""
+def test_dispatch_fills_the_boxes(devices, tokens, top_k, local, room, columns, initialize, seed):
+    """Ids may be out of range or occur twice in a token, and boxes be too small. Rows not in use are written
+    where they are to be zero, which the emulator looks for, and nowhere else."""
     fields, *given = random_tokens(seed, devices, tokens, top_k, local, columns)
     ids, weights, x, y = given
     send = Send(tokens, top_k, fields, Devices(devices), local, True)
-    check_dispatch(Dispatch(send, room), ids, weights, x, y)
+    check_dispatch(Dispatch(send, room, initialize), ids, weights, x, y)
 
 
 @given(

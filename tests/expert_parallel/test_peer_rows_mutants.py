@@ -46,6 +46,11 @@ MUTANTS = (
         kills="wrong",
     ),
     _mutant(
+        "the first row that is not in use is not cleared",
+        "first, end = (expert * room + used + 1) * field.words, (expert + 1) * room * field.words",
+        kills="UnwrittenOutput",
+    ),
+    _mutant(
         "what goes through the inbox is taken one too high",
         "expert = wanted - _NO_ID",
         kills="wrong",
@@ -75,7 +80,7 @@ def check(monkeypatch) -> None:
         x = (rng.standard_normal((devices, tokens, columns)) + 9).astype(jnp.bfloat16)
         fields = (package.Field(columns, np.dtype(jnp.bfloat16)),)
         send = package.Send(tokens, top_k, fields, Devices(devices), local, True)
-        suite.check_dispatch(package.Dispatch(send, room), ids, weights, x)
+        suite.check_dispatch(package.Dispatch(send, room, devices == 2), ids, weights, x)
 
 
 def test_kernel_that_is_not_changed_passes(monkeypatch):

@@ -15,6 +15,7 @@ from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel import nvlink_kernels
 from moe_align_jax._expert_parallel.nvlink_kernels import Combine, Dispatch, Field, Send
 from moe_align_jax._expert_parallel.transports import peer_access, windows
+from moe_align_jax._expert_parallel.transports.nvlink import NvLinkWindow
 from moe_align_jax._simt import emulator, window
 from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices
@@ -145,13 +146,13 @@ def test_a_kernel_that_does_not_fit_is_refused():
 BY_XLA = "uses_xla_collective_metadata = true"
 
 
-def step_over(mesh, **options):
+def step_over(mesh, initialize=False, **options):
     experts = 4 * mesh.shape["ep"]
 
     def step(x, ids, weights):
         got = maj.dispatch(
             x, ids, weights, axis_name="ep", num_experts=experts, transport="nvlink_window",
-            initialize=False, **options,
+            initialize=initialize, **options,
         )  # fmt: skip
         return maj.combine(got.x.astype(jnp.bfloat16), got.handle)
 
@@ -180,10 +181,13 @@ def given_windows(monkeypatch):
     return wanted
 
 
-@pytest.mark.parametrize(("shape", "names"), [((8,), ("ep",)), ((2, 4), ("dp", "ep"))])
-def test_a_step_lowers_to_ordinary_kernels(given_windows, shape, names):
+@pytest.mark.parametrize(
+    ("shape", "names", "initialize"), [((8,), ("ep",), True), ((2, 4), ("dp", "ep"), False)]
+)
+def test_a_step_lowers_to_ordinary_kernels(monkeypatch, given_windows, shape, names, initialize):
+    monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
     mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
-    text = lowered(*step_over(mesh))
+    text = lowered(*step_over(mesh, initialize))
     assert text.count("@mosaic_gpu_v2") == 2 and BY_XLA not in text
     for what in ("all_to_all", "all_gather", "permute_to_masked", "zeros"):
         assert what not in text

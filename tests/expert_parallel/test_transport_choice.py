@@ -23,7 +23,7 @@ def on_gpus(monkeypatch):
     """As where the eight devices are GPUs and our kernels have run with this jax."""
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", select.jax_version()[:2])
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
 
 
 def taken(mesh, names="ep", rows=2, **options):
@@ -74,15 +74,15 @@ def test_what_a_window_cannot_do_nvlink_does(on_gpus, monkeypatch):
     assert asked.transport == "nvlink"
     assert asked.reasons["nvlink_window"] == "no memory at an address"
     monkeypatch.setattr(windows, "missing", lambda: None)
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (0, 1))
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", ((0, 1), (1, 2)))
     asked = many()
     assert asked.transport == "all_to_all"
     for ours in ("nvlink", "nvlink_window"):
-        assert "seen running with jax 0.1 only" in asked.reasons[ours]
+        assert "seen running with jax 0.1 and 1.2 only" in asked.reasons[ours]
 
 
 def test_the_platform_of_a_mesh_is_its_own(monkeypatch):
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", select.jax_version()[:2])
+    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
     asked = maj.select_transport(2, top_k=2, num_ranks=8, mesh=mesh_of())
     assert asked == taken(mesh_of()) and asked.transport == "all_to_all"
     assert "not on 'cpu'" in asked.reasons["nvlink"]

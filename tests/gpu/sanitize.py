@@ -10,7 +10,7 @@ when anything was found. A "-" in the table was not run.
 off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
 looked at, by their names,
 and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
-combine by the transport "nvlink", over two GPUs or more.
+combine by the transports "nvlink" and "nvlink_window", over two GPUs or more.
 """
 
 import argparse

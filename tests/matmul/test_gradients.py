@@ -105,7 +105,11 @@ def test_ragged_dot_general_is_jax(contracted, flipped):
 
 def test_no_groups():
     """There is no row of any group: the result's matrices are zero, and so are the derivatives."""
-    x, toward, none = np.ones((6, 4), np.float32), np.ones((6, 5), np.float32), np.zeros(0, np.int32)
+    x, toward, none = (
+        np.ones((6, 4), np.float32),
+        np.ones((6, 5), np.float32),
+        np.zeros(0, np.int32),
+    )
 
     def total(x):
         return jnp.sum(maj.tgmm(x.T, toward, none, num_actual_groups=2))

@@ -43,9 +43,13 @@ def ids_of(name, tokens, top_k, experts, seed=0):
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_an_alignment_cut_to_its_rows(inverse, block, implementation):
-    """The last block is full, so that the last slot holds a pair; another expert's slots hold padding or not."""
+    """The last block is full, so that the last slot holds a pair; other blocks have padding or not."""
     rng = np.random.default_rng(0)
-    for ids in ([[1, 0], [1, 1], [1, 0]], [[0, 0], [1, 1], [1, 0], [1, 0]], [[-1, 1], [1, 1], [1, -1]]):
+    for ids in (
+        [[1, 0], [1, 1], [1, 0]],
+        [[0, 0], [1, 1], [1, 0], [1, 0]],
+        [[-1, 1], [1, 1], [1, -1]],
+    ):
         ids = np.array(ids, np.int32)
         aligned = maj.moe_align_block_size(
             *(ids,), block_size=block, num_experts=2, return_inverse=inverse, implementation="xla"

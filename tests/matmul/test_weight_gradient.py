@@ -222,7 +222,11 @@ def shared(experts_of_ids, k, n, block, *, gathered=None):
     expert_map = np.asarray(experts_of_ids, np.int32)
     ids = np.repeat(np.arange(len(expert_map), dtype=np.int32), 11).reshape(-1, 1)
     aligned = maj.moe_align_block_size(
-        ids, block_size=block, num_experts=len(expert_map), expert_map=expert_map, pad_sorted_ids=True
+        ids,
+        block_size=block,
+        num_experts=len(expert_map),
+        expert_map=expert_map,
+        pad_sorted_ids=True,
     )
     where, tokens, experts = aligned[:3], ids.size, int(expert_map.max()) + 1
     rows = where[0].shape[0]

@@ -7,6 +7,7 @@ fits into shared memory, and a kernel compiles in less than two seconds. Exit co
 """
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -156,15 +157,11 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
-    wide = Config("m", 128, 192, 128, 4)
-    for what, options in (("wide", {}), ("wide, rows", {"scales": rows})):
-        yield *case(what, **options)[:2], wide
-    for tiles in (
-        wide,
-        wide._replace(skips=True),
-        Config("m", 128, 128, 128, 5, skips=True, late=True),
-    ):
-        yield *case("wide, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
+    tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
+    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall):
+        yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
+        yield *case("skips, of ids", tiles.bm)[:2], tiles
+        yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
@@ -198,13 +195,36 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, one piece", problem(k=64, n=64), late
 
 
+def activation_gradients() -> Iterator[tuple[str, Any, Any]]:
+    """As `problems`, of products that end in the derivative of the activation."""
+    from moe_align_jax._grouped_matmul.activation_gradient_kernel import TILE
+    from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem, Weights
+
+    for transposed in (True, False):
+        given = {"num_rows": 4096, "k": 2048, "n": 768, "num_experts": 8, "block_size": 128}
+        given |= {"num_tokens": 1024, "top_k": 2, "zero_padding": False}
+        weights = Weights(transposed=transposed)
+        product = MatmulProblem(
+            *("test", "blocks"), **given, dtype="bfloat16", out_dtype="bfloat16", weights=weights
+        )
+        first = Weights(not transposed, activation="silu", gated=True)
+        yield f"activation, transposed {transposed}", ActivationGradient(product, first), TILE
+
+
 def lower(problem: Any, config: Any) -> Any:
     """The kernel as `launch` calls it, lowered for a GPU."""
     import jax
     import jax.numpy as jnp
 
+    from moe_align_jax._grouped_matmul import activation_gradient_kernel as ending
     from moe_align_jax._grouped_matmul import kernel, launch, tile_list, weight_gradient_kernel
-    from moe_align_jax._grouped_matmul.problem import WeightGradient
+    from moe_align_jax._grouped_matmul.problem import ActivationGradient, WeightGradient
+
+    if isinstance(problem, ActivationGradient):
+        structs = [jax.ShapeDtypeStruct(*each) for each in problem.inputs.values()]
+        given = jax.eval_shape(functools.partial(ending.arguments, problem), *structs)
+        call = jax.jit(ending.build(problem, config))
+        return call.trace(*given).lower(lowering_platforms=("cuda",))
 
     if isinstance(problem, WeightGradient):
         structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
@@ -333,7 +353,8 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
 
     def compiled() -> Iterator[tuple[str, float, str]]:
         """(what it is, seconds, PTX, or what the compiler says) of each kernel."""
-        for what, problem, config in script.one_in_sample((*problems(), *weight_gradients())):
+        every = (*problems(), *weight_gradients(), *activation_gradients())
+        for what, problem, config in script.one_in_sample(every):
             if isinstance(problem, MatmulProblem):
                 config = config._replace(late=config.late and may_be_late(problem))
             name = f"{config.name}: {what}"

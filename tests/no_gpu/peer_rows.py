@@ -38,6 +38,7 @@ def problems() -> Iterator:
         for tokens in (8, 128):
             yield Dispatch(Send(tokens, 8, (plain,), devices, local, True, e4m3), count * tokens)
         yield Dispatch(Send(128, 8, (plain,), devices, local, True), count * 128)
+        yield Dispatch(Send(64, 8, (plain,), devices, local, True), count * 64, True)
         yield Dispatch(Send(512 // count * 4, 4, quantised, devices, local, True), 128)
         yield Dispatch(Send(512 // count * 2, 4, quantised, devices, local, True), 128)
         yield Combine(128, 8, local * count * 128, 7168, bf16, devices, local)

@@ -14,6 +14,7 @@ import torch
 
 from moe_align_jax._align import tables
 from moe_align_jax._core import checks
+from moe_align_jax._moe_layer.direct_problem import DirectSum
 from moe_align_jax.types import AlignProblem
 from torch_bridge._direct import compile_pool, disk_cache, driver
 from torch_bridge._direct.machine import Machine
@@ -153,7 +154,11 @@ class Store:
 
 
 def _miss_text(function: str, problem: KernelProblem, remedy: str | None) -> str:
-    sizes = [f"num_experts={problem.num_experts}"]
+    sizes = []
+    if problem.num_experts:
+        sizes.append(f"num_experts={problem.num_experts}")
+    if isinstance(problem, DirectSum):
+        sizes.append(f"sums of up to {problem.num_tokens} tokens")
     if block_size := getattr(problem, "block_size", None):
         sizes.append(f"block_size={block_size}")
     if isinstance(problem, AlignProblem):

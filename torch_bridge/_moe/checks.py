@@ -146,6 +146,20 @@ def _aligned(
     return found
 
 
+def _check_pairs(
+    function: str, x: torch.Tensor, top_k: int, rows: int, inverse: torch.Tensor | None
+) -> None:
+    """That x's tokens, each with top_k pairs, are those that were aligned."""
+    pairs = x.shape[0] * top_k
+    if inverse is None:
+        is_off, rule = pairs > rows, f"give at most {rows} pairs, P of aligned,"
+    else:
+        is_off, rule = pairs != inverse.numel(), f"give {inverse.numel()} pairs, as aligned has,"
+    if is_off:
+        remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
+        fail(ValueError, function, "x", f"{rule} with top_k", f"{pairs}", remedy)
+
+
 def check_out(function: str, out: Any, call: Matmul | Layer, x: torch.Tensor) -> torch.Tensor:
     """`out`, which the result can be written to. (Overlap is checked where there is memory.)"""
     out = _tensor(function, "out", out, x)
@@ -192,11 +206,12 @@ def check_matmul(
     experts, columns = _check_arrays(function, "w", arrays, x, weights)
     block_size = checks.check_block_size(function, block_size)
     where = _aligned(function, aligned, x, block_size)
-    where.pop("row_of_pair", None)
+    inverse = where.pop("row_of_pair", None)
     rows = where["sorted_token_ids"].shape[0]
     if top_k is not None:
         remedy = "Pass the experts per token."
         top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
+        _check_pairs(function, x, top_k, rows, inverse)
     elif x.shape[0] != rows:
         rule = f"have a row for each of aligned, [{rows}, K]"
         fail(ValueError, function, "x", rule, x, "Pass top_k where x has a row per token.")

@@ -16,7 +16,7 @@ from moe_align_jax.types import LAUNCH_SIZES
 from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import ID_WORDS
 from torch_bridge._direct.program import LoadedProgram
-from torch_bridge._moe.calls import Layer, Matmul, weights_of
+from torch_bridge._moe.calls import ALIGNED, Layer, Matmul, weights_of
 from torch_bridge._moe.programs import LayerPrograms
 
 # Kernels take their pointers for aligned so; what TMA alone reads or writes needs less.
@@ -78,39 +78,86 @@ def laid_out_bias(direct: DirectMatmul, bias: torch.Tensor) -> torch.Tensor:
     return pad(bias.reshape(parts), (0, spare)).reshape(problem.num_experts, -1)
 
 
-def run_matmul(
-    machine: Machine,
-    program: LoadedProgram,
-    direct: DirectMatmul,
-    call: Matmul,
-    operands: Mapping[str, torch.Tensor],
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """One launch. The tensors' device is the current one."""
-    names = (*direct.inputs, "out")
-    needed = boundaries(program, names)
-    given = {name: x.detach() for name, x in operands.items()}
-    if "bias" in given:
-        given["bias"] = laid_out_bias(direct, given["bias"])
-    if "row_weights" in given:
-        given["row_weights"] = given["row_weights"].to(torch.float32)
-    if spare := direct.spare_rows:
-        for name, value in (("sorted_token_ids", -1), ("row_weights", 0)):
-            if name in given:
-                given[name] = torch.nn.functional.pad(given[name], (0, spare), value=value)
-    given = {
-        name: in_place(machine, x, needed[name]) for name, x in given.items() if name in needed
-    }
-    target = out
-    if target is None or copy_reason(target, needed["out"]):
-        target = machine.empty(call.shape, (call.shape[1], 1), call.out_dtype)
-    values = {name: x.data_ptr() for name, x in given.items()}
-    rows, pairs = operands["sorted_token_ids"].shape[0], operands["x"].shape[0] * call.top_k
-    values |= {NUM_ROWS: rows << 8, NUM_PAIRS: pairs << 8, "out": target.data_ptr()}
-    program.launch(*[values[name] for name in names])
-    return target if out is None or target is out else out.copy_(target)
+class BoundMatmul:
+    """A product's launch, bound to its program and sizes: only tensors are missing.
+
+    Args:
+        machine: where the program is loaded.
+        call, direct: what is asked, and which problem serves it.
+        program: its program.
+        operands: the call's tensors by name; their shapes and dtypes count.
+
+    Attributes:
+        device: the program's device.
+        order: names of the caller's tensors, as `run_plain` takes them.
+        needed: bytes that each of them must start on a multiple of.
+        is_plain: whether `run_plain` takes the caller's tensors as they are, if they lie well.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        call: Matmul,
+        direct: DirectMatmul,
+        program: LoadedProgram,
+        operands: Mapping[str, torch.Tensor],
+    ):
+        self._machine, self._call, self._direct, self._launch = (
+            machine,
+            call,
+            direct,
+            program.launch,
+        )
+        self.device = operands["x"].get_device()
+        names = (*direct.inputs, "out")
+        arrays = ("x", *weights_of(dict(operands)), *_ALIGNED)
+        self.order = arrays
+        self.needed = dict.fromkeys(arrays, 1) | boundaries(program, names)
+        rows, pairs = call.shape[0], operands["x"].shape[0] * call.top_k
+        self._sizes = (rows << 8, pairs << 8)
+        at = {name: k for k, name in enumerate((NUM_ROWS, NUM_PAIRS, *arrays, "out", *_OF_ROWS))}
+        self._pick = operator.itemgetter(*[at[name] for name in names])
+        self.is_plain = not direct.spare_rows and not set(_OF_ROWS) & set(operands)
+
+    def run_plain(self, pointers: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """The result of a call that `is_plain`, whose tensors lie well.
+
+        Args:
+            pointers: where the tensors of `order` are; `row_weights` and `bias` may follow.
+            out: the result; None for a new one.
+        """
+        count = len(self.order)
+        if out is None:
+            shape = self._call.shape
+            out = self._machine.empty(shape, (shape[1], 1), self._call.out_dtype)
+        values = (*self._sizes, *pointers[:count], out.data_ptr(), *(pointers[count:] or (0, 0)))
+        self._launch(*self._pick(values))
+        return out
+
+    def run(
+        self, operands: Mapping[str, torch.Tensor], out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The result. Whatever cannot be read as it lies is converted first."""
+        direct, machine = self._direct, self._machine
+        given = {name: x.detach() for name, x in operands.items()}
+        if "bias" in given:
+            given["bias"] = laid_out_bias(direct, given["bias"])
+        if "row_weights" in given:
+            given["row_weights"] = given["row_weights"].to(torch.float32)
+        if spare := direct.spare_rows:
+            for name, value in (("sorted_token_ids", -1), ("row_weights", 0)):
+                if name in given:
+                    given[name] = torch.nn.functional.pad(given[name], (0, spare), value=value)
+        kept = {name: in_place(machine, x, self.needed[name]) for name, x in given.items()}
+        pointers = [
+            kept[name].data_ptr() if name in kept else 0 for name in (*self.order, *_OF_ROWS)
+        ]
+        if out is None or copy_reason(out, self.needed["out"]) is None:
+            return (self.run_plain(pointers, out),)
+        return (out.copy_(self.run_plain(pointers)),)
 
 
+_ALIGNED, _OF_ROWS = ALIGNED[:3], ("row_weights", "bias")
 # Values of a layer's launches, in this order ahead of the tensors' pointers.
 _BETWEEN = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "row_of_pair")
 _MORE = ("num_valid_pairs", "tokens_per_expert", "bias", "bias_down")
@@ -128,7 +175,8 @@ class BoundLayer:
 
     Attributes:
         device: the programs' device.
-        needed: bytes that each of the caller's tensors must start on a multiple of.
+        order: names of the caller's tensors, as `run_plain` takes them.
+        needed: bytes that each of them must start on a multiple of.
         is_plain: whether `launch` takes the caller's tensors as they are, if they lie well.
     """
 
@@ -205,7 +253,9 @@ class BoundLayer:
         self._constants, self._starts = tuple(constants.values()), tuple(starts.values())
         self._given, self._ids_at = given, len(self._first_names) + 3
         id_bytes = ids.element_size() if ids.dtype in ID_WORDS else 4  # the others are converted
-        self._id_shift = 8 - (id_bytes.bit_length() - 1)
+        self._id_bytes, self._id_shift = id_bytes, 8 - (id_bytes.bit_length() - 1)
+        self.order = ("x", *self._first_names, "w_down", "topk_weights", "topk_ids")
+        self.order += ("expert_map",) if "expert_map" in operands else ()
         self.needed = self._boundaries(first, second)
         biased = "bias" in operands or "bias_down" in operands
         self.is_plain = (
@@ -225,7 +275,8 @@ class BoundLayer:
         of_second = boundaries(second, (*self.programs.second.inputs, "out"))
         needed = {"x": of_first["x"], "w_down": of_second["w"]}
         needed |= {name: of_first[name] for name in self._first_names}
-        return needed
+        needed |= {"topk_ids": self._id_bytes, "topk_weights": _ALIGNMENT}  # ids: any element
+        return needed | {"expert_map": _ALIGNMENT, "out": _ALIGNMENT}
 
     def launch(self, pointers: Sequence[int]) -> None:
         """Enqueues the kernels; `pointers` are the values of `names`, in order."""

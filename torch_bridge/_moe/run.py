@@ -14,7 +14,7 @@ from torch_bridge._moe.programs import LayerPrograms, layer_programs, matmul_pro
 from torch_bridge._resolved import Plan
 
 type Call = Matmul | Layer
-_REMEDY = "Call it once with these shapes and options before the capture."
+_REMEDY = "Call it once with these shapes and options before the capture (or warmup_fused_moe)."
 
 
 class Decided(NamedTuple):
@@ -186,13 +186,14 @@ def _launch(
         if isinstance(programs, DirectMatmul):
             assert isinstance(call, Matmul)
             program = here.program_for(call.function, index, programs, _REMEDY)
-            return (direct.run_matmul(here.machine, program, programs, call, operands, out),)
-        assert isinstance(call, Layer)
-        missing = [p for p in programs.each if (index, p) not in here.programs]
-        if len(missing) > 1 and not here.machine.is_capturing():
-            here.prepare(index, missing)  # at once: one by one, each costs a process
-        loaded = [here.program_for(call.function, index, p, _REMEDY) for p in programs.each]
-        bound = direct.BoundLayer(here.machine, call, programs, loaded, operands)
+            bound: Bound = direct.BoundMatmul(here.machine, call, programs, program, operands)
+        else:
+            assert isinstance(call, Layer)
+            missing = [p for p in programs.each if (index, p) not in here.programs]
+            if len(missing) > 1 and not here.machine.is_capturing():
+                here.prepare(index, missing)  # at once: one by one, each costs a process
+            loaded = [here.program_for(call.function, index, p, _REMEDY) for p in programs.each]
+            bound = direct.BoundLayer(here.machine, call, programs, loaded, operands)
         results = bound.run(operands, out)
     if key is not None and bound.is_plain:
         _remember(key, bound, operands, out)
@@ -204,12 +205,11 @@ def _launch(
 # What a call is known by: shapes and the caller's options.
 type Key = tuple[Any, ...]
 _MAX_KNOWN, _MAX_APART = 1 << 12, 64
-# Names of the tensors of a call that can be known, in the order of `BoundLayer.run_plain`.
-_ORDER = ("x", "w", "gate", "up", "w_down", "topk_weights", "topk_ids", "expert_map")
+type Bound = direct.BoundLayer | direct.BoundMatmul
 
 
 class _Known(NamedTuple):
-    """A layer's call that was launched on its tensors as they lay.
+    """A call that was launched on its tensors as they lay.
 
     Attributes:
         programs: the store of its programs.
@@ -222,7 +222,7 @@ class _Known(NamedTuple):
     """
 
     programs: store.Store
-    bound: direct.BoundLayer
+    bound: Bound
     matches: Any
     masks: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -238,7 +238,7 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
 
     Args:
         key: shapes, and the options as the caller gave them, unchecked.
-        tensors: what the caller gave, unchecked, in the order of `_ORDER`; `out` is the last one, if given.
+        tensors: what the caller gave, unchecked, in the order of the bound call; then `out`, if given.
     """
     if not _known or not fast_path.open_to_all():
         return None
@@ -285,22 +285,16 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _remember(
     key: Key,
-    bound: direct.BoundLayer,
+    bound: Bound,
     operands: Mapping[str, torch.Tensor],
     out: torch.Tensor | None,
 ) -> None:
     """Lets `repeat` do calls like this one, which has just been launched. Not where a tensor was copied."""
-    tensors, masks = [], []
-    for name in _ORDER:
-        if name in operands:
-            boundary = bound.needed.get(name, 256)
-            if name == "topk_ids":  # they may begin at any element
-                boundary = operands[name].element_size()
-            tensors.append(operands[name])
-            masks.append(boundary - 1)
+    tensors = [operands[name] for name in bound.order]
+    masks = [bound.needed[name] - 1 for name in bound.order]
     if out is not None:
         tensors.append(out)
-        masks.append(255)
+        masks.append(bound.needed["out"] - 1)
     for tensor, mask in zip(tensors, masks, strict=True):
         if type(tensor) not in _PLAIN or direct.copy_reason(tensor, mask + 1):
             return

@@ -191,7 +191,7 @@ def transform_sf_into_required_layout(
     """
     del disable_ue8m0_cast, psum_layout
     function = "transform_sf_into_required_layout"
-    numbers = tuple(recipe) if isinstance(recipe, (tuple, list)) else ()
+    numbers: tuple[int, ...] = tuple(recipe) if isinstance(recipe, (tuple, list)) else ()
     if len(numbers) not in (2, 3) or (len(numbers) == 3) != isinstance(is_sfa, bool):
         rule = "be (gran_m, gran_n, gran_k) with is_sfa, or (gran_mn, gran_k) without"
         got = f"{recipe!r} with is_sfa={is_sfa!r}"

@@ -51,7 +51,8 @@ def unsupported(problem: Dispatch) -> str | None:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
     if -(-problem.send.num_local_experts // _num_ctas(problem)) > _MAX_EXPERTS:
         return f"a CTA counts the pairs of at most {_MAX_EXPERTS} experts"
-    if most_words(problem) > INT32_MAX:
+    # The loop that clears boxes counts on by what all threads of a CTA store at once.
+    if most_words(problem) > INT32_MAX - 2 * WARPGROUP * 4:
         return "it counts words in int32"
     return None
 
@@ -81,6 +82,8 @@ def build(problem: Dispatch) -> Kernel:
         _Dispatcher(t, r, problem).run()
 
     sparse = {f"boxes{number}" for number in range(len(problem.send.received))}
+    if problem.initialize:
+        sparse = set()
     num_ctas = _num_ctas(problem)
     rounds = -(-problem.num_tokens * parts(problem) // num_ctas)
     slots = rounds * problem.devices.count * problem.send.top_k
@@ -293,6 +296,19 @@ class _Dispatcher:
                 for place in t.for_range(total + self.thread, room, t.num_threads):
                     # mutant: an unused row says that it is pair 0's
                     t.store(r.pair_of_row, expert * room + place, self.problem.num_pairs)
+                if self.problem.initialize:
+                    self._clear(expert, t.select(total < room, total, room))
+
+    def _clear(self, expert: Int, used: Int) -> None:
+        """Zeros to the rows of an expert's box from `used` on, while the rows that come are on their way."""
+        t, room = self.t, self.problem.room
+        for number, field in enumerate(self.send.received):
+            width, ref = 4 if field.words % 4 == 0 else 1, getattr(self.r, f"boxes{number}")
+            store = t.store4 if width == 4 else t.store
+            # mutant: the first row that is not in use is not cleared
+            first, end = (expert * room + used) * field.words, (expert + 1) * room * field.words
+            for at in t.for_range(first + self.thread * width, end, t.num_threads * width):
+                store(ref, at, 0)
 
     def _find(self, unit: Int) -> list[_Found]:
         """The rows of the source ranks that my group of threads copies."""

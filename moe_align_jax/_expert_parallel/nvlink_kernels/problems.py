@@ -92,11 +92,13 @@ class Dispatch(NamedTuple):
 
     Gives `boxes [e, room, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
     `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send`
-    does. Rows of a box from `masked_m` on are not written. Staged are the rows and weights that came.
+    does. Rows of a box from `masked_m` on are zeros with `initialize`, else not written. Staged are the rows
+    and weights that came.
     """
 
     send: Send
     room: int
+    initialize: bool = False
 
     @property
     def num_tokens(self) -> int:

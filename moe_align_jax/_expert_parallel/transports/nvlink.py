@@ -128,10 +128,16 @@ class NvLink(Transport):
         return nvlink_kernels.dispatch_unsupported(problem) is None
 
     def send_to_boxes(
-        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+        self,
+        fields: list[jax.Array],
+        group: Group,
+        room: int,
+        quantise: bool,
+        initialize: bool = False,
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
         problem = self._dispatch_problem(payload, ids, group, room, quantise)
+        problem = problem._replace(initialize=initialize)
         *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = self._launch(
             problem, ids, weights, *payload
         )
@@ -205,6 +211,7 @@ class NvLinkWindow(NvLink):
     ordinary kernels. What does not fit into a window, and a program to be exported, goes as with "nvlink"."""
 
     name = "nvlink_window"
+    clears_boxes = False  # the kernel can, but has not done it on a GPU
 
     def unavailable(self, platform: str) -> str | None:
         if _CONCURRENT in os.environ.get("XLA_FLAGS", ""):
