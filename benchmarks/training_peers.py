@@ -182,7 +182,8 @@ def _haliax_dot(implementation: str) -> Callable[..., Any]:
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    vars(pallas)["dot"] = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
+    where: Any = pallas
+    where.dot = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
     ragged_dot: Any = importlib.import_module("haliax.nn.ragged_dot").ragged_dot
 
     return functools.partial(ragged_dot, implementation=implementation)
