@@ -106,9 +106,10 @@ def variants(model: Model, tokens: int) -> list[Variant]:
             if not 1.2 * mean <= block <= 2 * mean:
                 continue
             first = _GATED._replace(bm=block, stages=5 if block <= 64 else 4)
-            second = _PLAIN._replace(bm=block, stages=4 if block <= 64 else 3)
+            few = {"stages": 4} if block <= 64 else {"stages": 3, "lag": 1}
+            second = _PLAIN._replace(bm=block, **few)
             found.append(Variant({}, first, second, block))
-            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4), block))
+            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4, lag=2), block))
         if mean >= 50:
             found.append(Variant({}, _WIDE._replace(group=0), _WIDE, 128))
     else:

@@ -362,8 +362,8 @@ def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
 
 
 def test_few_programs_serve_all_numbers_of_tokens(gpu):
-    """With the tiles that the layer has for each number under jit: see `config_for`."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    """With the tiles that the layer has for each number under jit, but that no cluster shares them."""
+    from moe_align_jax._grouped_matmul.config import config_for, unshared
 
     E_, K_ = 128, 8
     up = torch.empty((E_, 2 * 768, 2048), dtype=BF16, device="meta")
@@ -381,7 +381,7 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
         assert one.refusal is None
         found |= {one.first, one.second, one.total}
         exact = one.first.problem._replace(num_tokens=tokens, num_rows=one.num_rows)
-        assert one.first.tiles == config_for(exact, "NVIDIA H200"), tokens
+        assert one.first.tiles == unshared(config_for(exact, "NVIDIA H200")), tokens
         assert one.block_size == one.first.tiles.bm
         tiles.setdefault(one.block_size, []).append(tokens)
         assert one.num_rows % one.block_size == 0
