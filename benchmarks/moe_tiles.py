@@ -79,30 +79,24 @@ class Variant(NamedTuple):
                 yield
 
 
-def _in_clusters(tiles: Config, ranks: int, split: int = 1) -> Config:
-    return tiles._replace(split=split, num_ctas=128 if ranks > 2 else 132)
+def _in_clusters(tiles: Config, split: int) -> Config:
+    return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
 
 
 def variants(model: Model, tokens: int) -> list[Variant]:
     """The usual choice first."""
-    split, added = {"split": True}, {"sum_pairs": True}
     found = [Variant()]
     pairs = tokens * model.top_k
     if 4 * pairs <= model.experts:
-        found += [Variant(split), Variant(added), Variant(split | added)]
+        found.append(Variant({"split": False}))
         for parts in (2, 4, 8):
-            found.append(Variant(first=_in_clusters(_GATED, parts, parts)))
-        both = split | added
-        found.append(Variant(both, second=_in_clusters(_GATED, model.top_k)))
-        if model.top_k == 2:
-            for parts in (2, 4):
-                second = _in_clusters(_PLAIN, 2 * parts, parts)
-                found.append(Variant(added, second=second))
-                found.append(Variant(second=_in_clusters(_PLAIN, parts, parts)))
+            found.append(Variant(first=_in_clusters(_GATED, parts)))
+            if model.top_k == 2:
+                found.append(Variant(second=_in_clusters(_PLAIN, parts)))
         return found
     mean = pairs / model.experts
     if mean <= 16:
-        deep = _GATED._replace(bk=128, stages=3)
+        deep = _GATED._replace(bk=128, stages=3, lag=1)
         for block in (8, 16) if mean > 2 else (8,):
             found.append(Variant(first=deep._replace(bm=block), block_size=block))
             more = _PLAIN._replace(bn=256, bk=64, stages=6, bm=block)
@@ -112,9 +106,10 @@ def variants(model: Model, tokens: int) -> list[Variant]:
             if not 1.2 * mean <= block <= 2 * mean:
                 continue
             first = _GATED._replace(bm=block, stages=5 if block <= 64 else 4)
-            second = _PLAIN._replace(bm=block, stages=4 if block <= 64 else 3)
+            few = {"stages": 4} if block <= 64 else {"stages": 3, "lag": 1}
+            second = _PLAIN._replace(bm=block, **few)
             found.append(Variant({}, first, second, block))
-            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4), block))
+            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4, lag=2), block))
         if mean >= 50:
             found.append(Variant({}, _WIDE._replace(group=0), _WIDE, 128))
     else:

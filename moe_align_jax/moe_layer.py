@@ -356,7 +356,7 @@ def moe_block_size(num_tokens: int, *, top_k: int, num_experts: int) -> int:
         num_experts: E of the weights; G, where there is an expert map.
 
     Returns:
-        8, 16, 32, 64 or 128: by the pairs that an expert has on average.
+        8, 16, 64 or 128: by the pairs that an expert has on average.
 
     Raises:
         TypeError, ValueError: a size is not an int, or is out of range.
@@ -493,10 +493,5 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    summed = problem.second_summed
-    if summed is not None and config.sums_pairs(summed, kind):
-        tiles = [config.config_for(each, kind).name for each in (problem.first, summed)]
-        tiles.append("pairs summed in clusters")
-    else:
-        tiles = [config.config_for(each, kind).name for each in both]
+    tiles = [config.config_for(each, kind).name for each in both]
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

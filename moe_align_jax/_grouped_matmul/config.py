@@ -12,8 +12,11 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
 MAX_SHARED_BYTES = 232_448
-MAX_CLUSTER = 8  # CTAs, of any kernel on any GPU
-_LEAST_STEPS = 4  # of k that a CTA takes, where several share a tile
+NUM_CTAS = 132  # SMs of an H100 and of an H200
+# CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
+# of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
+_SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
+_LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -45,7 +48,7 @@ class Config(NamedTuple):
     group: int = 4
     late: bool = False
     lag: int = 2
-    num_ctas: int = 132
+    num_ctas: int = NUM_CTAS
     computing: int = 2
     split: int = 1
     skips: bool = False
@@ -69,9 +72,8 @@ class Rules(NamedTuple):
         few_experts: up to so many, `few_group` blocks are done together, else `many_group`.
         few_group, many_group, masked_group: see `Config.group`; the last of the masked layout.
         split: whether clusters share the k of a tile where tiles are few.
-        sum_pairs: whether clusters add up the rows of a token, where blocks are of one pair.
         permute_columns: columns of the weights from which rows are gathered before the product, and not once
-            per n tile within it; 0: never.
+            per n tile within it; 0: never. Not measured yet.
     """
 
     room: float = 1.5
@@ -80,8 +82,7 @@ class Rules(NamedTuple):
     few_group: int = 8
     many_group: int = 4
     masked_group: int = 8
-    split: bool = False
-    sum_pairs: bool = False
+    split: bool = True
     permute_columns: int = 0
 
 
@@ -93,6 +94,12 @@ DEFAULT_RULES = Rules()
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
 #   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
+# The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
+#   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
+#   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
+#   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
+# Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
+# for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -174,8 +181,6 @@ def _no_swap(problem: MatmulProblem) -> bool:
 def tests_rows(problem: MatmulProblem) -> bool:
     """Whether sorted_token_ids say which rows of the result are zero."""
     zeros = problem.zero_padding and (not problem.top_k or problem.weights.bias)
-    if problem.summed:  # each block is a pair
-        return False
     return problem.rows == "blocks" and bool(problem.row_weights or zeros)
 
 
@@ -196,45 +201,29 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
 
 
 def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
-    """Swapped tiles, each shared by a cluster where that gives more SMs something to do."""
-    pairs = max(1, problem.summed)
-    split = 1
-    if rules.split and problem.rows == "blocks" and not (problem.summed and problem.weights.bias):
-        columns = tiles.bn // (2 if problem.weights.gated else 1)
-        count = problem.num_blocks // pairs * -(-problem.n // columns)
-        steps = -(-problem.k // tiles.bk)
-        splits = [
-            s
-            for s in (8, 4, 2)
-            if pairs * s <= MAX_CLUSTER
-            and steps % s == 0
-            and steps >= _LEAST_STEPS * s
-            and count * pairs * s <= _ctas(pairs * s)
-        ]
-        split = next(iter(splits), 1)
-    ranks = pairs * split
-    return tiles._replace(split=split, num_ctas=_ctas(ranks)) if ranks > 1 else tiles
+    """Swapped tiles, each shared by a cluster where few tiles would leave most SMs without one."""
+    if not rules.split or problem.rows != "blocks":
+        return tiles
+    columns = tiles.bn // (2 if problem.weights.gated else 1)
+    tiles_of_block = -(-problem.block_size // tiles.bm)
+    count = problem.num_blocks * tiles_of_block * -(-problem.n // columns)
+    steps = -(-problem.k // tiles.bk)
+    for split, (most, num_ctas) in _SPLITS.items():
+        if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
+            return tiles._replace(split=split, num_ctas=num_ctas)
+    return tiles
 
 
-def _ctas(ranks: int) -> int:
-    """Of clusters that run at the same time. A cluster is within one of 7 or 8 groups of 16 or 18 SMs."""
-    return 132 // ranks * ranks if ranks <= 2 else 8 * (16 // ranks) * ranks
-
-
-def can_sum_pairs(problem: MatmulProblem) -> bool:
-    """Whether one launch can add up the rows of each token: a problem with `summed`."""
-    return 2 <= problem.summed <= MAX_CLUSTER and not problem.scales and not _no_swap(problem)
-
-
-def sums_pairs(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
-    """Whether it does by default."""
-    return RULES.get(gpu_kind or "", DEFAULT_RULES).sum_pairs and can_sum_pairs(problem)
+def unshared(tiles: Config) -> Config:
+    """The same tiles, each of one CTA."""
+    return tiles._replace(split=1, num_ctas=NUM_CTAS) if tiles.split > 1 else tiles
 
 
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     """Whether rows are gathered by a launch before the product."""
     least = RULES.get(gpu_kind or "", DEFAULT_RULES).permute_columns
-    many = not problem.scales and tile_rows(problem) >= 128 and mean_rows(problem) >= 1000
+    pairs = problem.num_tokens * problem.top_k
+    many = not problem.scales and tile_rows(problem) >= 128 and pairs >= 1000 * problem.num_experts
     return bool(least and problem.top_k and many and problem.w_columns >= least)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, config_for, unsupported
+from moe_align_jax._grouped_matmul.config import Config, config_for, unshared, unsupported
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 
@@ -53,11 +53,8 @@ class DirectMatmul(NamedTuple):
 
     @property
     def tiles(self) -> Config:
-        usual = self.config or config_for(self.problem, self.gpu_kind)
-        if usual.split == 1 or self.config:
-            return usual
-        # Shared tiles have run under jit alone.
-        return usual._replace(split=1, num_ctas=Config._field_defaults["num_ctas"])
+        # Tiles that a cluster shares have run under jit alone.
+        return unshared(self.config or config_for(self.problem, self.gpu_kind))
 
     @property
     def refusal(self) -> str | None:

@@ -156,7 +156,7 @@ class _Finish:
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
         self.tests_rows, self.interpret = tests_rows, interpret
-        self.dtype = "float32" if problem.summed else problem.out_dtype
+        self.dtype = problem.out_dtype
         # For gated weights that are not interleaved, bias has gate, then up, each in whole tiles.
         bias = vectors.bias
         self.up = bias.shape[1] // 2 if bias is not None and problem.weights.gated else 0
@@ -184,9 +184,7 @@ class _Finish:
     def scaled(self, x: jax.Array, first: jax.Array, layout: Any, axis: int) -> jax.Array:
         """Times the row weights; zero where a row holds no pair, or the tile has no expert."""
         count, wanted = x.shape[axis], None
-        if self.problem.summed:  # a tile has one row, that may be odd: vectors are loaded by twos
-            x = x * self.vectors.row_weights[first]
-        elif self.vectors.row_weights is not None:
+        if self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
         if self.tests_rows:

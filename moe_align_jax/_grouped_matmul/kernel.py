@@ -12,8 +12,7 @@ device.
 A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
 
 Where tiles are fewer than SMs, a cluster of CTAs shares each of them: every CTA has a part of k (`split`),
-and the first one adds the parts up, in order (cluster_sum.py). `summed` products share clusters in the same
-way: every CTA has a row of its own, and the first adds the rows up.
+and the first one adds the parts up, in order (cluster_sum.py).
 
 Reads each tile of x once per n tile, and weights once per tile of rows (from L2 where neighbours share them);
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
@@ -74,6 +73,7 @@ class _Refs:
         refs: list[Any],
         interpret: bool,
         sized_at_launch: bool,
+        split: int,
         ending: "Ending | None" = None,
     ):
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
@@ -90,12 +90,12 @@ class _Refs:
         )
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
-        self.shared: Any = refs.pop() if shape.ranks > 1 else None  # barriers of the cluster
+        self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
         self.empty, self.full = refs.pop(), refs.pop()
         if ending:
             self.more += [refs.pop(0) for _ in ending.outputs]
         self.parts: Any = None
-        if shape.ranks > 1:  # the interpreter's CTAs have no memory in common but global memory
+        if split > 1:  # the interpreter's CTAs have no memory in common but global memory
             self.parts = refs.pop(1 if interpret else -1)
         self.scale_rows = refs.pop() if has_scale_rows(problem) else None
         self.out, x_tiles, self.w_tiles, o_tiles = refs
@@ -161,7 +161,7 @@ def build(
 
     num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
-    the weights, one array or two. With an `ending`, which is for tiles that are not late, its operands come
+    the weights, one array or two. With an `ending`, for tiles neither late nor shared, its operands come
     first, and its results are returned before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
@@ -179,12 +179,16 @@ def build(
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
     computing, x_width = config.computing, bk // shape.k_parts
+    if by_copies and config.lag > stages - 2:
+        raise ValueError(
+            f"a ring of {stages} stages would wait for itself, {config.lag} steps behind"
+        )
     memory_registers, compute_registers = _REGISTERS[computing][by_copies]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
-    ranks, clusters = shape.ranks, config.num_ctas // shape.ranks
+    ranks, clusters = config.split, config.num_ctas // config.split
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ending)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ranks, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 else _I32(0)
@@ -194,8 +198,6 @@ def build(
 
         def tile_at(i):
             at, n = _order(config, cta + i * clusters, row_tiles, shape.n_tiles)
-            if problem.summed:
-                at = at * problem.summed + lax.div(rank, _I32(config.split))
             tile = _tile(problem, config, shape, refs, at, n)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
@@ -276,22 +278,15 @@ def build(
                 """A tile of the cluster's: its first CTA stores it."""
                 tile, steps = tile_at(i)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
-                parts = finish(sums, tile, at) if problem.summed else sums
                 added = cluster_sum()
-                added.put(parts)
+                added.put(sums)
 
                 @pl.when(rank == 0)
                 def _():
-                    totals = added.take([part.shape for part in parts])
+                    totals = added.take([part.shape for part in sums])
                     added.taken()
-                    if problem.summed:
-                        pieces = [total.astype(out_dtype) for total in totals]
-                        row = lax.div(at[0], _I32(problem.summed))
-                        to = row, at[1], row + 1
-                    else:
-                        pieces, to = finish(totals, tile, at), at
-                    for q, value in enumerate(pieces):
-                        store(q, value, to)
+                    for q, value in enumerate(finish(totals, tile, at)):
+                        store(q, value, at)
 
                 pl.when(rank != 0)(added.taken)
                 added.wait()
@@ -355,8 +350,7 @@ def build(
             def one(i, ring):
                 tile, steps = tile_at(i)
                 rows = loader.find(refs, tile)
-                part = lax.rem(rank, _I32(config.split))
-                first = part * shape.k_steps if config.split > 1 else None
+                first = rank * shape.k_steps if ranks > 1 else None
 
                 def step(k, _):
                     at = ring + k
@@ -400,8 +394,7 @@ def build(
     out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
     parts, shared, grid = [], [], {}
     if ranks > 1:
-        words = shape.columns if problem.summed else bn
-        words = words // computing * bm
+        words = bn // computing * bm
         if interpret:
             in_memory = (clusters, ranks, computing, words)
             out_type = [out_type, jax.ShapeDtypeStruct(in_memory, _F32)]
@@ -449,8 +442,7 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
         return refs.count[0]
     block = problem.block_size
     blocks = lax.div(refs.count[0] + (block - 1), _I32(block))
-    blocks = jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
-    return lax.div(blocks, _I32(problem.summed)) if problem.summed else blocks
+    return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
 def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:

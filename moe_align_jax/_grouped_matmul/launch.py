@@ -1,6 +1,5 @@
 """From a problem's operands to the kernels' launches."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,11 +12,9 @@ from moe_align_jax._grouped_matmul.config import (
     Config,
     config_for,
     permutes_first,
-    sums_pairs,
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
-from moe_align_jax._grouped_matmul.weighted_sum import sum_behind
 
 
 def run(
@@ -36,13 +33,9 @@ def run(
         interpret: run it in Pallas' interpreter, on a CPU.
         config: tiles; None for the usual ones.
     """
-    if problem.summed and config is None and (interpret or not sums_pairs(problem, gpu_kind)):
-        return sum_behind(functools.partial(run, gpu_kind=gpu_kind, interpret=interpret))(
-            problem, *operands
-        )
     named = dict(zip(problem.inputs, operands, strict=True))
     if config is None and not interpret and permutes_first(problem, gpu_kind):
-        problem, named = _permuted(problem, named)
+        problem, named = permuted(problem, named)
     config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
     launch = kernel.build(problem, config, interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
@@ -51,7 +44,7 @@ def run(
     return out.reshape(problem.out_shape)
 
 
-def _permuted(
+def permuted(
     problem: MatmulProblem, named: dict[str, jax.Array]
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some

@@ -11,7 +11,6 @@ from jax.extend.core import Primitive
 
 from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._grouped_matmul.weighted_sum import sum_behind
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import make_primitive, result_like
 from moe_align_jax._lowering.sharding import vary_together
@@ -68,7 +67,7 @@ def _forward_abstract(x, *rest, problem: MatmulProblem, implementation: str | No
 
 def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
     if choose(problem, platform, implementation) == "xla":
-        return sum_behind(reference.grouped_matmul) if problem.summed else reference.grouped_matmul
+        return reference.grouped_matmul
     from moe_align_jax._grouped_matmul import launch
 
     return functools.partial(launch.run, gpu_kind=select.gpu_kind())

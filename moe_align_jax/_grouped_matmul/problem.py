@@ -87,8 +87,6 @@ class MatmulProblem(NamedTuple):
         num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
         consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
             unless an expert map gives two experts one local id, or a caller made the alignment.
-        summed: 0, or how many rows, of block_size 1, are added to one of the result, in order, times their
-            row_weights: the result is `[num_rows // summed, n]`, and nothing is rounded before the sum.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """
@@ -115,7 +113,6 @@ class MatmulProblem(NamedTuple):
     expected_rows: int = 0
     num_pairs: int = 0
     consecutive: bool = False
-    summed: int = 0
 
     @property
     def w_columns(self) -> int:
@@ -184,7 +181,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int]:
-        return (self.num_rows // max(1, self.summed), self.n)
+        return (self.num_rows, self.n)
 
     @property
     def plain(self) -> "MatmulProblem":
@@ -192,12 +189,7 @@ class MatmulProblem(NamedTuple):
         columns = self.n if self.weights.pair else self.w_columns
         weights = Weights(self.weights.transposed, bias=self.weights.bias)
         return self._replace(
-            n=columns,
-            weights=weights,
-            out_dtype=self.dtype,
-            row_weights=False,
-            zero_padding=False,
-            summed=0,
+            n=columns, weights=weights, out_dtype=self.dtype, row_weights=False, zero_padding=False
         )
 
     @property

@@ -17,7 +17,6 @@ class Shape(NamedTuple):
         columns: of the result that a tile has.
         n_tiles: tiles that the columns make.
         k_steps: stages of the ring that a tile takes; of a CTA, where several share its k.
-        ranks: CTAs that share a tile of the result.
         k_parts: tiles of 128 bytes of columns of x that a stage has.
         w_parts: tiles of the weights that a stage has; more than one where gate and up lie apart.
         parts: tiles of a block's rows; 0 where tiles come from a list.
@@ -36,7 +35,6 @@ class Shape(NamedTuple):
     columns: int
     n_tiles: int
     k_steps: int
-    ranks: int
     k_parts: int
     w_parts: int
     parts: int
@@ -75,7 +73,6 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         columns,
         -(-problem.n // columns),
         -(-problem.k // config.bk) // config.split,
-        config.split * max(1, problem.summed),
         config.bk // row,
         accumulators * owners if apart else 1,
         parts,

@@ -11,18 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import (
-    activation_gradient,
-    config,
-    derivative,
-    primitive,
-    reference,
-    scaled,
-)
+from moe_align_jax._grouped_matmul import activation_gradient, derivative, reference, scaled
 from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem
-from moe_align_jax._grouped_matmul.weighted_sum import weighted_sum
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
+from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -186,14 +179,8 @@ def _second_half(
     hidden: jax.Array,
 ) -> jax.Array:
     """From what lies between the products, `[P, N]`, to the result."""
-    extras = () if given.bias_down is None else (given.bias_down,)
-    summed = problem.second_summed
-    if summed is not None and config.can_sum_pairs(summed):
-        with jax.named_scope("down"):
-            weights = given.topk_weights.reshape(-1)
-            operands = (hidden, given.w_down, *extras, weights, *where.of_matmul)
-            return primitive.bind(summed, implementation, *operands)
     with jax.named_scope("down"):
+        extras = () if given.bias_down is None else (given.bias_down,)
         operands = (hidden, given.w_down, *extras, *where.of_matmul)
         y = derivative.run(operands, problem=problem.second, implementation=implementation)
     with jax.named_scope("combine"):

@@ -8,8 +8,8 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 # than it saves. vLLM's factor.
 PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block, since each
-# reads the weights, and tiles of 8 to 32 rows are the ones whose weights are wgmma's first operand.
-BLOCK_SIZES = ((16 / 3, 8), (32 / 3, 16), (64 / 3, 32), (80, 64))
+# reads the weights, and tiles of 8 or 16 rows are the ones whose weights are wgmma's first operand.
+BLOCK_SIZES = ((16 / 3, 8), (32 / 3, 16), (80, 64))
 MOST_ROWS = 128
 # Of a batch whose size is known only when an exported program runs.
 UNKNOWN_ROWS = 64
@@ -81,14 +81,6 @@ class LayerProblem(NamedTuple):
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
 
     @property
-    def second_summed(self) -> MatmulProblem | None:
-        """The second product and the sum over each token's pairs, `[T, H]`, where rows are pairs."""
-        if not self.pairs or self.scales:
-            return None
-        rows = self.second
-        return rows._replace(summed=self.top_k, row_weights=True, out_dtype=self.out_dtype)
-
-    @property
     def between_layout(self) -> str:
         """Of the scales between the products: columns, which TMA reads, of rows that have a number."""
         return "column_major" if is_static(self.num_rows) else "row_major"
@@ -100,6 +92,8 @@ class LayerProblem(NamedTuple):
 
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
         pairs = self.num_tokens * self.top_k
+        # A tile is a block where the block size is the layer's own choice: fewer kernels for a model.
+        own = is_static(pairs) and self.block_size == block_size_for(pairs, self.num_experts)
         return MatmulProblem(
             function=self.function,
             rows="blocks",
@@ -111,6 +105,7 @@ class LayerProblem(NamedTuple):
             block_size=self.block_size,
             zero_padding=False,  # the weighted sum reads rows of pairs alone
             num_pairs=pairs if is_static(pairs) else 0,
+            expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
             **sizes,
         )
@@ -127,7 +122,7 @@ def without_alignment(num_pairs: Any, num_experts: int) -> bool:
 
 
 def block_size_for(num_pairs: Any, num_experts: int) -> int:
-    """Rows per block: six sizes at most, however many batch sizes a model is called with."""
+    """Rows per block: four sizes at most, however many batch sizes a model is called with."""
     if not is_static(num_pairs):
         return UNKNOWN_ROWS
     mean = num_pairs / max(1, num_experts)

@@ -1,7 +1,7 @@
-"""The kernel where a cluster of CTAs shares a tile: parts of k, rows of a token, or both.
+"""The kernel where a cluster of CTAs shares a tile, each with a part of k.
 
-On a GPU; and two cases in Pallas' interpreter, whose threads wait for each other: more than a machine with
-two cores gives to XLA, so that these run in a process that says that it has more.
+On a GPU; and in Pallas' interpreter, whose threads wait for each other: more than a machine with two cores
+gives to XLA, so that this runs in a process that says that it has more.
 """
 
 import functools
@@ -18,10 +18,10 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul import kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from tests.matmul.oracle import error
-from tests.matmul.test_matmul import normal
+from tests.matmul.test_matmul import make_case, normal
 
 ROOT = Path(__file__).parents[2]
 PLAIN = tiles.Config("swap", 8, 128, 128, 5, group=0)
@@ -35,7 +35,6 @@ def make(
     k: int,
     n: int,
     *,
-    summed: bool = False,
     gated: bool = False,
     transposed: bool = True,
     bias: bool = False,
@@ -46,39 +45,31 @@ def make(
     rng = np.random.default_rng(0)
     pairs = tokens * top_k
     columns = 2 * n if gated else n
-    x = normal(rng, (tokens if not summed else pairs, k), dtype)
+    x = normal(rng, (tokens, k), dtype)
     shape = (experts, columns, k) if transposed else (experts, k, columns)
     w = normal(rng, shape, dtype, k**-0.5)
     expert = rng.integers(-2 if dropped else 0, experts, pairs).astype(np.int32)
-    weights = rng.uniform(0.2, 1.5, pairs).astype(np.float32)
-    weights = np.where(expert >= 0, weights, np.nan).astype(np.float32)
     biases = rng.standard_normal((experts, columns)).astype(np.float32)
     lie = Weights(transposed, activation="silu" if gated else None, gated=gated, bias=bias)
     problem = MatmulProblem(
         *("test", "blocks", pairs, k, n, experts, dtype, dtype, lie),
         block_size=1,
-        num_tokens=0 if summed else tokens,
-        top_k=0 if summed else top_k,
-        row_weights=summed,
-        summed=top_k if summed else 0,
+        num_tokens=tokens,
+        top_k=top_k,
         zero_padding=False,
     )
-    named = {"x": x, "w": w, "bias": biases, "row_weights": weights, "expert_ids": expert}
+    named = {"x": x, "w": w, "bias": biases, "expert_ids": expert}
     named |= {"sorted_token_ids": np.arange(pairs, dtype=np.int32)}
     named |= {"num_tokens_post_padded": np.full(1, pairs, np.int32)}
     wide, matrices = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    rows = np.zeros((pairs, n))
+    rows = np.full((pairs, n), np.nan)  # blocks without an expert are not read
     for pair in np.flatnonzero(expert >= 0):
         matrix = matrices[expert[pair]]
-        product = wide[pair if summed else pair // top_k] @ (matrix.T if transposed else matrix)
+        product = wide[pair // top_k] @ (matrix.T if transposed else matrix)
         product = product + biases[expert[pair]] * bias
         if gated:
             product = product[:n] / (1 + np.exp(-product[:n])) * product[n:]
-        rows[pair] = product * (weights[pair] if summed else 1)
-    if summed:
-        rows = rows.reshape(tokens, top_k, n).sum(1)
-    else:
-        rows[expert < 0] = np.nan  # such blocks are not read
+        rows[pair] = product
     return problem, [jnp.asarray(named[name]) for name in problem.inputs], rows
 
 
@@ -95,9 +86,8 @@ def check(given, config: tiles.Config, *, interpret: bool) -> None:
     assert error(first, want[used]) < 5e-3
 
 
-def shared(config: tiles.Config, split: int, summed: int = 1, clusters: int = 0) -> tiles.Config:
-    ranks = split * summed
-    return config._replace(split=split, num_ctas=ranks * (clusters or 128 // ranks))
+def shared(config: tiles.Config, split: int, clusters: int = 0) -> tiles.Config:
+    return config._replace(split=split, num_ctas=split * (clusters or 128 // split))
 
 
 SHARED: dict[str, tuple[dict[str, Any], tiles.Config]] = {}
@@ -121,25 +111,6 @@ SHARED["k in 2, float16"] = (
     {"tokens": 3, "top_k": 2, "experts": 9, "k": 512, "n": 128, "dtype": "float16"},
     shared(PLAIN, 2),
 )
-for top_k in (2, 3, 5, 6, 8):
-    sizes = {"tokens": 7, "top_k": top_k, "experts": 60, "k": 768, "n": 1152, "summed": True}
-    SHARED[f"sum of {top_k}"] = (sizes, shared(PLAIN, 1, top_k))
-    SHARED[f"sum of {top_k}, dropped, bias"] = (
-        sizes | {"dropped": True, "bias": True, "transposed": False},
-        shared(PLAIN, 1, top_k, clusters=4),
-    )
-SHARED["sum of 2, k in 2"] = (
-    {"tokens": 3, "top_k": 2, "experts": 9, "k": 1024, "n": 640, "summed": True, "dropped": True},
-    shared(PLAIN, 2, 2),
-)
-SHARED["sum of 8, wide tiles"] = (
-    {"tokens": 3, "top_k": 8, "experts": 90, "k": 256, "n": 7168, "summed": True},
-    shared(GATED, 1, 8),
-)
-SHARED["sum of 4, odd"] = (
-    {"tokens": 3, "top_k": 4, "experts": 9, "k": 200, "n": 136, "summed": True, "bias": True},
-    shared(PLAIN, 1, 4),
-)
 
 
 @pytest.mark.gpu
@@ -161,8 +132,6 @@ print("right")
 def in_the_interpreter() -> None:
     gated = make(2, 2, 3, 256, 64, gated=True, bias=True, dropped=True)
     check(gated, shared(GATED, 2, clusters=2), interpret=True)
-    summed = make(3, 2, 3, 64, 64, summed=True, bias=True, dropped=True)
-    check(summed, shared(PLAIN, 1, 2, clusters=1), interpret=True)
 
 
 def test_shared_tiles_in_the_interpreter():
@@ -180,31 +149,49 @@ def test_shared_tiles_in_the_interpreter():
 
 # -- which sizes get it ----------------------------------------------------------------------------
 
-ALL = tiles.DEFAULT_RULES._replace(split=True, sum_pairs=True)
-
-
-def layer_tiles(monkeypatch, tokens, experts, top_k, hidden, ffn) -> list[str]:
-    monkeypatch.setattr(tiles, "DEFAULT_RULES", ALL)
-    monkeypatch.setitem(tiles.RULES, "NVIDIA H200", ALL)
-    form = maj.select_moe_implementation(
-        (tokens, hidden), (experts, hidden, ffn), top_k=top_k, transpose_rhs=True, platform="cuda"
-    ).form
-    return form.split(", ")
-
 
 @pytest.mark.parametrize(
-    ("sizes", "split"),
+    ("sizes", "splits"),
     [
-        ((1, 256, 8, 7168, 256), 8),
-        ((2, 256, 8, 7168, 256), 4),
-        ((4, 256, 8, 7168, 256), 2),
-        ((1, 128, 8, 2048, 768), 2),
-        ((16, 128, 8, 2048, 768), 1),
-        ((1, 8, 2, 4096, 14336), 1),
+        ((1, 256, 8, 7168, 256), (4, 1)),
+        ((2, 256, 8, 7168, 256), (2, 1)),
+        ((8, 256, 8, 7168, 256), (1, 1)),
+        ((1, 128, 8, 2048, 768), (2, 1)),
+        ((16, 128, 8, 2048, 768), (1, 1)),
+        ((1, 8, 2, 4096, 14336), (1, 2)),
     ],
     ids=str,
 )
-def test_few_tiles_are_shared(sizes, split, monkeypatch):
-    """A split gives each CTA a tile at the most, and follows from the shapes alone."""
-    first = layer_tiles(monkeypatch, *sizes)[1]
-    assert first.endswith(f"-k{split}") if split > 1 else "-k" not in first
+def test_few_tiles_are_shared(sizes, splits):
+    """As measured on an H200; the split follows from the shapes alone."""
+    tokens, experts, top_k, hidden, ffn = sizes
+    form = maj.select_moe_implementation(
+        (tokens, hidden), (experts, hidden, ffn), top_k=top_k, transpose_rhs=True, platform="cuda"
+    ).form
+    for name, split in zip(form.split(", ")[1:], splits, strict=True):
+        assert name.endswith(f"-k{split}") if split > 1 else "-k" not in name, form
+
+
+def test_a_ring_that_would_wait_for_itself_is_refused():
+    problem, *_ = make(3, 2, 3, 256, 64)
+    with pytest.raises(ValueError, match="wait for itself"):
+        kernel.build(problem, PLAIN._replace(stages=3))
+
+
+def test_rows_gathered_before_the_product():
+    """The same products as with the gather inside."""
+    (x, w, aligned), options = make_case(40, 2, 3, 64, 64, 16, activation="silu", routing="dropped")
+    used = int(aligned.num_tokens_post_padded[0])
+    lie = Weights(activation="silu", gated=True)
+    problem = MatmulProblem(
+        *("test", "blocks", aligned.sorted_token_ids.shape[0], 64, 64, 3, "bfloat16", "bfloat16"),
+        *(lie, options["block_size"]),
+        num_tokens=40,
+        top_k=2,
+    )
+    named = dict(zip(problem.inputs, (x, w, *aligned[:3]), strict=True))
+    first, changed = launch.permuted(problem, named)
+    found = reference.grouped_matmul(first, *[changed[name] for name in first.inputs])
+    want = reference.grouped_matmul(problem, *named.values())
+    assert first.inputs["x"][0] == (problem.num_rows, 64)
+    assert np.asarray(found)[:used].tobytes() == np.asarray(want)[:used].tobytes()

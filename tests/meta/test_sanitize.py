@@ -142,7 +142,7 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
         sanitizer_cases.weighted_sum()
         sanitizer_cases.router("emulator")
     assert refused and not any(refused)
-    assert NAMES[-4:] == ["masked_quant", "permute", "weighted_sum", "router"]
+    assert {"masked_quant", "permute", "weighted_sum", "router"} <= set(NAMES)
 
 
 def test_peers_need_two_gpus(monkeypatch):

@@ -103,15 +103,8 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
     for transposed in (False, True):
         weights = {"transposed": transposed, "bias": True}
         given = problem(block=1, weights=silu | weights, **gather)
-        yield "k in 8, gated, pairs", given, wide._replace(bm=8, split=8, num_ctas=128)
+        yield "k in 4, gated, pairs", given, wide._replace(bm=8, split=4, num_ctas=128)
         yield "k in 2", problem(block=16, weights=weights), s._replace(split=2)
-        added = problem(block=1, weights=weights, row_weights=True)._replace(summed=8)
-        yield "sum of 8", added, s._replace(bm=8, num_ctas=128)
-        added = added._replace(weights=added.weights._replace(bias=False))
-        yield "sum of 8, wide", added, wide._replace(bm=8, num_ctas=128)
-        yield "sum of 2, k in 4", added._replace(summed=2), s._replace(bm=8, split=4, num_ctas=128)
-    odd_sum = problem(block=1, row_weights=True, **odd)._replace(summed=3, num_rows=4095)
-    yield "sum of 3, odd", odd_sum, s._replace(bm=8, num_ctas=120)
     for bm, stages in ((48, 5), (80, 4), (96, 4)):
         given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
         yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)

@@ -5,13 +5,10 @@ of ours. Rows of no pair and weights of dropped pairs may hold NaN: they are lef
 product with zero.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 _F32 = jnp.float32
 
@@ -29,21 +26,3 @@ def weighted_sum(dtype: Any, y: jax.Array, weights: jax.Array, row_of_pair: jax.
     rows = y.at[jnp.where(kept, row_of_pair, 0)].get(mode="promise_in_bounds").astype(_F32)
     rows = jnp.where(kept[..., None], rows, 0.0)
     return jnp.sum(rows * jnp.where(kept, weights, 0.0)[..., None], axis=1).astype(dtype)
-
-
-def sum_behind(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`(problem, *operands)` of a problem with `summed`: `product` of its rows, and the sum behind it."""
-
-    def both(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
-        named = dict(zip(problem.inputs, operands, strict=True))
-        rows = problem._replace(summed=0, row_weights=False, out_dtype=problem.dtype)
-        y = product(rows, *[named[name] for name in rows.inputs])
-        with jax.named_scope("combine"):
-            expert = named["expert_ids"]
-            kept = (expert >= 0) & (expert < problem.num_experts)
-            row = jnp.where(kept, jnp.arange(problem.num_rows, dtype=jnp.int32), -1)
-            shape = (problem.num_rows // problem.summed, problem.summed)
-            weights = named["row_weights"].reshape(shape)
-            return weighted_sum(jnp.dtype(problem.out_dtype), y, weights, row.reshape(shape))
-
-    return both
