@@ -21,6 +21,7 @@ from benchmarks.rows import Writer
 
 _BOUND = 1e-2
 _SAMPLED = 4
+_DEVICE = "cuda"
 
 
 class Operands:
@@ -32,8 +33,8 @@ class Operands:
         self.model, self.tokens, self.sets = model, tokens, sets
         weights, ids = routing(model, tokens)
         torch.manual_seed(1)
-        self.x = torch.randn(tokens, model.hidden, device="cuda").bfloat16()
-        self.weights, self.ids = torch.from_numpy(weights).cuda(), torch.from_numpy(ids).cuda()
+        self.x = torch.randn(tokens, model.hidden, device=_DEVICE).bfloat16()
+        self.weights, self.ids = (torch.from_numpy(array).to(_DEVICE) for array in (weights, ids))
 
     def wrong(self, layer: int, out: Any) -> str:
         """ "" where the first rows of a layer's result are right, of float32."""
@@ -41,7 +42,7 @@ class Operands:
 
         w13, w2 = self.sets[layer]
         for t in range(min(_SAMPLED, self.tokens)):
-            want = torch.zeros(self.model.hidden, device="cuda")
+            want = torch.zeros(self.model.hidden, device=_DEVICE)
             for k in range(self.model.top_k):
                 expert = int(self.ids[t, k])
                 gate, up = (w13[expert].float() @ self.x[t].float()).chunk(2)
@@ -60,7 +61,7 @@ def make_sets(model: Model) -> list[tuple[Any, Any]]:
     experts, hidden, ffn = model.experts, model.hidden, model.ffn
 
     def make(*shape: int) -> Any:
-        w = torch.empty(shape, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
+        w = torch.empty(shape, dtype=torch.bfloat16, device=_DEVICE).uniform_(-1, 1)
         return w.mul_((3 / shape[2]) ** 0.5)
 
     return [(make(experts, 2 * ffn, hidden), make(experts, hidden, ffn)) for _ in range(LAYERS)]

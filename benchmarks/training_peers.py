@@ -93,6 +93,7 @@ def tokamax_config(implementation: str, kind: str, m: int, k: int, n: int, exper
     """
     import pydantic
 
+    api = _tokamax()  # before its files are looked for, which imports it
     best: tuple[float, str] | None = None
     for key, configs in _tuned(implementation).items():
         given = json.loads(key)
@@ -107,7 +108,7 @@ def tokamax_config(implementation: str, kind: str, m: int, k: int, n: int, exper
         if best is None or far < best[0]:
             best = far, fastest
     assert best is not None
-    cls = type(_tokamax().IMPLEMENTATIONS[implementation]).config_cls
+    cls = type(api.IMPLEMENTATIONS[implementation]).config_cls
     return pydantic.TypeAdapter(cls).validate_json(best[1])
 
 
@@ -182,7 +183,8 @@ def _haliax_dot(implementation: str) -> Callable[..., Any]:
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    vars(pallas)["dot"] = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
+    where: Any = pallas
+    where.dot = triton.dot  # jax 0.11 took it out of `pallas`, where haliax looks for it
     ragged_dot: Any = importlib.import_module("haliax.nn.ragged_dot").ragged_dot
 
     return functools.partial(ragged_dot, implementation=implementation)

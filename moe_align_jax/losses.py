@@ -206,7 +206,7 @@ def _check_axis(function: str, axis_name: Any) -> None:
 def _check_rate(function: str, rate: Any) -> Any:
     """A finite real number, or an array of one."""
     remedy = "Pass the step, e.g. 0.001."
-    dtype = getattr(rate, "dtype", None)
+    dtype: Any = getattr(rate, "dtype", None)
     array = isinstance(rate, (jax.Array, np.ndarray, np.generic))
     real = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if array:

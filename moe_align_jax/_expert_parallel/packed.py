@@ -36,7 +36,7 @@ def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
 def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: jax.Array):
     form = problem.message
     if problem.quantise:
-        payload = message.quantize(*payload)
+        payload = message.quantize(payload[0])
     ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
     local = ids[None] - ranks * form.num_local_experts
     here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
@@ -129,5 +129,6 @@ def problems(
     fields = tuple(Field(x.shape[1], jnp.dtype(x.dtype)) for x in payload)
     if quantise:
         fields = message_kernels.quantised(fields[0].columns)
-    form = Message(num_ranks, *ids.shape, num_local_experts, fields)
+    num_tokens, top_k = ids.shape
+    form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
     return Pack(form, quantise), Unpack(form, room)

@@ -104,7 +104,7 @@ def build(
 
 def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> kernel.Ending:
     product = problem.product
-    shape, piece = shape_of(product, config), PIECE
+    shape, piece = shape_of(product, config), 64 if interpret else PIECE
     rows, n = product.num_rows, product.n
     like = jax.ShapeDtypeStruct
     outputs = (like((shape.n_tiles, rows), _F32), like((rows, 2 * n), product.dtype))

@@ -51,14 +51,14 @@ class ClusterSum:
         plgpu.barrier_arrive(self.ready)
         plgpu.barrier_wait(self.ready)
 
-    def take(self, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:
+    def take(self, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
         """Rank 0: the sums of what all ranks put."""
         if not self.interpret:
             return _take(self.parts, self.ranks, shapes)
         total = self.parts[0]
         for rank in range(1, self.ranks):
             total = total + self.parts[rank]
-        ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+        ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
         pieces = jnp.split(total, [int(end) for end in ends])
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -99,7 +99,7 @@ def _put(parts: Any, values: Sequence[jax.Array]) -> None:
     emit(parts, *values)
 
 
-def _take(parts: Any, ranks: int, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:
+def _take(parts: Any, ranks: int, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     wgmma = plgpu.Layout.WGMMA
     results = [plgpu.ShapeDtypeStruct(shape, jnp.dtype(_F32), layout=wgmma) for shape in shapes]
 

@@ -53,8 +53,8 @@ def of(problem: MatmulProblem, bm: int) -> TileList:
 def build(tiles: TileList) -> Program:
     """`(sizes [G], offset [1] if ragged) -> (count [1], expert, start and end of each tile [capacity])`.
 
-    Rows of a tile are `[start, min(start + bm, end))`, of the masked layout those in use. An expert of -1: they
-    are zero.
+    Rows of a tile are `[start, min(start + bm, end))`, of the masked layout those in use. An expert of -1:
+    they are zero.
     """
     inputs: dict[str, tuple[int, ...]] = {"sizes": (tiles.num_groups,)}
     if tiles.ragged:

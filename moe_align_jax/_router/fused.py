@@ -1,8 +1,9 @@
 """The router and the alignment behind it in one launch, for as many tokens as a cluster holds warps.
 
 Each CTA of a cluster routes its share of the tokens, a warp each, and tells their ids to every CTA: by mail,
-or, where it is alone, by shared memory. Then all hold all ids, and each does what a CTA of the alignment's
-own kernel does with the ids in memory: `_align/kernels` is used as it is, so the results are the same.
+or, where it is alone, by shared memory. Then all hold all ids. Beyond 32 pairs `masks.py` aligns them;
+otherwise, and for ids that are mapped before they are counted, each CTA does what one of the alignment's own
+kernel does with ids in memory: `_align/kernels` is used as it is. The results are the same.
 
 Bytes: as the two kernels, without the ids' way through memory. Grid: one cluster. Deterministic.
 """
@@ -24,7 +25,7 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
-BY_MASKS = False  # whether the form "masks" is taken where it can be
+BY_MASKS = True  # whether "masks" is taken where "block" would be, if it can be
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
         form = "block"
     else:
         return None
-    if BY_MASKS and masks.takes(align, problem.num_tokens):
+    if BY_MASKS and form == "block" and masks.takes(align, problem.num_tokens):
         form = "masks"
     groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
     warps = groups * WARPGROUP // WARP
@@ -102,7 +103,7 @@ def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int)
 def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> Any:
     """The router with the alignment of `masks.py`, a token for each warp: ids go out before weights are
     computed, and sentinels are written while logits are on their way."""
-    top_k, align, num_pairs = problem.top_k, by_masks.align, by_masks.align.num_pairs
+    top_k = problem.top_k
     width = (
         1 << (top_k - 1).bit_length()
     )  # lanes that send to one CTA; the others send to further ones
@@ -119,8 +120,6 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
         by_masks.begin(t, r)
         if num_ctas > 1:
             t.cluster_ready()
-        else:
-            t.block_sync()  # no mask has a bit; it costs little while the logits are on their way
         # A warp without a token computes one of another's, and sends and stores nothing.
         found = router.find(row)
         if num_ctas > 1:
@@ -130,6 +129,10 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
                 to = part + cta
                 with t.if_(is_token & (k < top_k) & (to < num_ctas)):
                     t.post(to, token * top_k + k, expert)
+        else:
+            with t.if_(is_token & (lane < top_k)):
+                t.store(r.chosen, token * top_k + lane, found.expert)
+        t.block_sync()
 
         def weigh() -> None:
             weight = router.weigh(found)
@@ -137,17 +140,10 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
                 routing.store(router, token, weight, found.expert)
 
         if num_ctas > 1:
-            t.block_sync()
             weigh()
-            refs = SimpleNamespace(**{**vars(r), "topk_ids": t.mail()})
-            by_masks.end(t, r, *by_masks.read(t, refs), lambda: None)
-            return
-        # Every lane has its pair's expert at hand.
-        mine = is_token & (lane < top_k)
-        pair = t.select(mine, token * top_k + lane, num_pairs)
-        if align.has_num_valid_pairs:
-            mine = mine & (pair < t.load(r.num_valid_pairs, 0))
-        by_masks.end(t, r, [pair], [t.select(mine, found.expert, -1)], weigh)
+        ids = t.mail() if num_ctas > 1 else r.chosen
+        refs = SimpleNamespace(**{**vars(r), "topk_ids": ids})
+        by_masks.end(t, refs, weigh if num_ctas == 1 else lambda: None)
 
     return body
 
@@ -167,9 +163,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
                 form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
             ),
         ).kernels
-        body, shared = _by_form(problem, inner, config.num_ctas, everyone), dict(inner.shared)
-        if not by_mail:
-            shared["chosen"] = pairs
+        body, shared = _by_form(problem, inner, config.num_ctas, everyone), inner.shared
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -180,7 +174,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         body=body,
         inputs=inputs,
         outputs=outputs,
-        shared=shared,
+        shared={**shared, **({} if by_mail else {"chosen": pairs})},
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,

@@ -136,8 +136,7 @@ class Router:
         if problem.has_num_valid_tokens:
             real.append(token < t.load(r.num_valid_tokens, 0))
         if problem.has_padding:
-            byte = t.load(r.is_padding, token >> 2) >> ((token & 3) << 3)
-            real.append((byte & 0xFF).eq(0))
+            real.append(t.load_narrow(r.is_padding, token, 1).eq(0))
         return Loaded(token, words, bias, real)
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
@@ -166,8 +165,8 @@ class Router:
     def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
         if not halves:
             return self.t.load(ref, expert + start)
-        at = expert + start
-        return self._half(self.t.load(ref, at >> 1) >> ((at & 1) << 4), 0)
+        # No word: the last one of an odd number of halves is not the caller's.
+        return self._half(self.t.load_narrow(ref, expert + start, 2), 0)
 
     def _half(self, word: Int, high: int) -> Int:
         """One of the two numbers in a word."""

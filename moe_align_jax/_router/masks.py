@@ -56,30 +56,15 @@ class Masks:
         common.Slice(t, align.capacity).fill(r.sorted_token_ids, align.num_pairs, vector=True)
         common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True)
 
-    def read(self, t: Simt, r: SimpleNamespace) -> tuple[list[Int], list[Int]]:
-        """(pairs, their experts) of a thread, of all that are in `r.topk_ids`; -1 for no expert."""
-        align = self.align
-        sizes, limit = common.Sizes(t, r, align), common.pair_limit(t, r, align)
-        pairs = [t.thread_id() + k for k in range(0, align.num_pairs, t.num_threads)]
-        return pairs, [common.read_expert(t, r, align, sizes, pair, limit) for pair in pairs]
-
-    def end(
-        self,
-        t: Simt,
-        r: SimpleNamespace,
-        pairs: list[Int],
-        experts: list[Int],
-        meanwhile: Callable[[], None],
-    ) -> None:
-        """The alignment. `meanwhile` is work that nothing here needs: it runs while bits are set.
-
-        Args:
-            pairs, experts: a thread's; together each pair once. No pair, and none of the others, where an
-                expert of -1 stands with a pair past the last.
-        """
-        align = self.align
-        _, lane, warp = common.thread_ids(t)
+    def end(self, t: Simt, r: SimpleNamespace, meanwhile: Callable[[], None]) -> None:
+        """The alignment of `r.topk_ids`. `meanwhile` is work that nothing here needs: it runs while bits are
+        set."""
+        align, threads = self.align, t.num_threads
+        tid, lane, warp = common.thread_ids(t)
         sizes = common.Sizes(t, r, align)
+        pairs = [tid + k for k in range(0, align.num_pairs, threads)]
+        limit = common.pair_limit(t, r, align)
+        experts = [common.read_expert(t, r, align, sizes, pair, limit) for pair in pairs]
         tokens = [pair // self.top_k for pair in pairs]
         for token, expert in zip(tokens, experts, strict=True):
             with t.if_(expert >= 0):

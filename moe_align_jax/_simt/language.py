@@ -139,6 +139,11 @@ class Core(abc.ABC):
         """`ref[index:index+4]` in one 16-byte load; index is a multiple of 4."""
 
     @abc.abstractmethod
+    def load_narrow(self, ref: Any, index: Int | int, width: int) -> Int:
+        """The `index`-th number of `width` bytes, 1 or 2, in an input's memory; the bits above it are 0. It
+        reads no byte beside it, so that an input may end within a word (`Kernel.tails`)."""
+
+    @abc.abstractmethod
     def store4(self, ref: Any, index: Int | int, value: Int | int | tuple[Int, ...]) -> None:
         """`ref[index:index+4] = value` in one 16-byte store, of four words or of one four times; index is a
         multiple of 4."""
@@ -304,6 +309,8 @@ class Kernel:
         inbox: words that the devices may `put` here, and the body takes.
         staged: name and shape of each buffer that the devices write here and only this launch reads. They lie
             in a window (`window.py`); or they are outputs that the caller does not see.
+        tails: bytes of an input's last word that are there, of inputs that end within a word. The emulator
+            refuses whole loads of such a word.
     """
 
     name: str
@@ -320,6 +327,7 @@ class Kernel:
     devices: Devices | None = None
     inbox: int = 0
     staged: Shapes = field(default_factory=dict)
+    tails: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_threads(self) -> int:

@@ -105,6 +105,12 @@ class MosaicSimt(Simt):
         words = llvm.load(ir.VectorType.get((4,), i32()), ref.pointer(index), alignment=16)
         return tuple(MlirInt(llvm.extractelement(words, value_of(k))) for k in range(4))
 
+    def load_narrow(self, ref: Ref, index: Int | int, width: int) -> Int:
+        kind = ir.IntegerType.get_signless(8 * width)
+        base = mgpu_utils.memref_ptr(ref.memref)
+        at = mgpu_utils.getelementptr(base, [value_of(index)], kind)
+        return MlirInt(arith.extui(i32(), llvm.load(kind, at, alignment=width)))
+
     def store4(self, ref: Ref, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
 

@@ -356,7 +356,8 @@ def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
     # Another launch than the first holds no layer to NumPy, but what its steps give.
     assert not [r for r in rows if r["case"].startswith("check")]
     failed = [r for r in rows if "AssertionError" in r["note"]]
-    assert {r["provider"] for r in failed} == {"ours, all_to_all", "plain job, all_to_all, sorted"}
+    job = {"ours, all_to_all", "ours, all_to_all, by XLA", "plain job, all_to_all, sorted"}
+    assert {r["provider"] for r in failed} == job
     assert all("us" not in r for r in failed)
 
 

@@ -10,7 +10,8 @@ from benchmarks import grouped_matmul as bench
 SMALL = bench.Size(40, 32, 16, 4)
 MASKED = bench.Size(30, 32, 16, 4, max_rows=16)
 OPTIONS = argparse.Namespace(
-    only="", variants=True, jax_example=True, lax=True, deep_gemm="", executions=1, replays=1
+    **{"only": "", "variants": True, "jax_example": True, "lax": True, "libraries": True},
+    **{"deep_gemm": "", "executions": 1, "replays": 1},
 )
 
 

@@ -222,6 +222,10 @@ class FakeCuda:
                 assert values[name] % 16 == 0 or name in problem.inputs, name
                 held[name] = words_at(values[name], math.prod(shape)).reshape(shape)
         program = resized(Program(inputs=kernel.inputs, kernels=(kernel,), results=()), shapes)
+        if is_route:
+            tails = route_tails(problem, self._sizes["num_tokens"])
+            [one] = program.kernels
+            program = dataclasses.replace(program, kernels=(dataclasses.replace(one, tails=tails),))
         program = dataclasses.replace(program, results=tuple(kernel.outputs))
         before = {name: held[name] for name in kernel.partial}
         results = emulator.run(
@@ -338,6 +342,13 @@ def exact_route_shapes(problem: RouteProblem, num_tokens: int) -> dict:
     """As `exact_shapes`, of a router's program: words, flat."""
     sized = problem._replace(num_tokens=num_tokens)
     return {**router_kernel.kernel_inputs(sized), **router_kernel.outputs(sized)[0]}
+
+
+def route_tails(problem: RouteProblem, num_tokens: int) -> dict[str, int]:
+    """Bytes of the last word of what torch's tensors end within one."""
+    size = 4 if problem.dtype == "float32" else 2
+    sizes = {"logits": num_tokens * problem.num_experts * size, "is_padding": num_tokens}
+    return {name: bytes_ % 4 for name, bytes_ in sizes.items() if bytes_ % 4}
 
 
 def resized(program: Program, shapes: dict) -> Program:

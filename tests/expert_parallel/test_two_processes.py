@@ -59,6 +59,39 @@ def test_two_cpu_processes_over_gloo():
     assert all(f"process {number} of 2: right" in text for number, text in enumerate(texts))
 
 
+CHECK = """
+x, gate_up, down = (
+    multihost_utils.process_allgather(a, tiled=True).astype(np.float64) for a in (x, gate_up, down)
+)
+ids, weights = (multihost_utils.process_allgather(a, tiled=True) for a in (topk_ids, topk_weights))
+want = np.zeros(x.shape)
+for t, k in np.ndindex(ids.shape):
+    gate, up = np.split(x[t] @ gate_up[ids[t, k]], 2)
+    want[t] += weights[t, k] * ((gate / (1 + np.exp(-gate)) * up) @ down[ids[t, k]])
+assert np.abs(everyone.astype(np.float64) - want).max() < 0.03 * np.abs(want).max()
+np.testing.assert_array_equal(mine, everyone[process * tokens :][:tokens])
+"""
+
+
+def test_code_of_the_docs_as_two_processes(tmp_path):
+    """What each prints is in the docs' sense, and y is what NumPy computes a pair at a time."""
+    text = (ROOT / "docs" / "expert_parallel.md").read_text()
+    section = text.partition("## One process per GPU")[2]
+    [code] = re.findall(r"```python3\n(.*?)```", section, re.DOTALL)
+    script = tmp_path / "layer.py"
+    script.write_text(code + CHECK)
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    quick |= {"COORDINATOR": f"127.0.0.1:{free_port()}", "PROCESSES": "2"}
+    quick["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    texts = run_together(
+        lambda address, number: [str(script)],
+        [quick | {"PROCESS": str(number)} for number in range(2)],
+        timeout=240,
+    )
+    for number, text in enumerate(texts):
+        assert f"{number} (16, 256) (32, 256) all_to_all " in text
+
+
 def test_fp8_example_as_two_processes():
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 

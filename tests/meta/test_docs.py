@@ -1,7 +1,8 @@
 """What README.md and docs/*.md show: every Python block runs from the built wheel, every command exists.
 
 A page's blocks run one after the other in one process, as a reader tries them. The process sees the wheel and
-the installed packages, and no checkout. A comment behind a `print(...)` is what it prints.
+the installed packages, and no checkout. A comment behind a `print(...)` is what it prints. A block "python3"
+is a script of several processes, which tests/expert_parallel/test_two_processes.py runs.
 """
 
 import ast

@@ -209,6 +209,16 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
     },
+    "moe_align_jax._grouped_matmul.arguments": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.sharding",
+    },
+    "moe_align_jax._grouped_matmul.activation_gradient": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering",
+    },
     "moe_align_jax._grouped_matmul.weight_gradient": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
@@ -233,7 +243,9 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._align.config",
         "moe_align_jax._align.kernels",
         "moe_align_jax._align.tables",
+        "moe_align_jax._core.int32",
         "moe_align_jax._router",
+        "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
         "moe_align_jax.types",
     },
@@ -544,8 +556,10 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jax.experimental.pallas": {
         "moe_align_jax._lowering.launch_value",
+        "moe_align_jax._grouped_matmul.activation_gradient_kernel",
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
         "lazily benchmarks.grouped_matmul",
+        "lazily benchmarks.training_peers",
         "moe_align_jax._grouped_matmul.epilogue",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",

@@ -142,9 +142,9 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
         sanitizer_cases.weighted_sum()
         sanitizer_cases.router("emulator")
     assert refused and not any(refused)
-    assert NAMES[-7:-3] == ["masked_quant", "permute", "weighted_sum", "router"]
-    # Those run on a GPU alone: their bodies are in tests/matmul and tests/moe_layer.
-    assert NAMES[-3:] == ["matmul", "matmul, clusters", "expert layer"]
+    assert {"masked_quant", "permute", "weighted_sum", "router"} <= set(NAMES)
+    # These run on a GPU alone: their bodies are in tests/matmul and tests/moe_layer.
+    assert {"matmul", "matmul, clusters", "expert layer"} <= set(NAMES)
 
 
 def test_peers_need_two_gpus(monkeypatch):

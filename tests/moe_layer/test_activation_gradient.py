@@ -86,7 +86,7 @@ def check(problem, operands, *, interpret):
 
 def test_in_the_interpreter():
     with jax.default_device(jax.devices("cpu")[0]):
-        check(*make_case(12, 2, 2, 64, 256), interpret=True)
+        check(*make_case(12, 2, 1, 64, 256), interpret=True)
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def _others(checker: Any) -> Iterator[tuple[str, list]]:
     checker._mode = "direct"
     for number, (what, kernel, *_) in enumerate(masked_quant.kernels()):
         yield f"masked_quant {number}, {what}", [kernel]
-    for kind in (rows.sums, rows.copies):
+    for kind in (rows.sums, rows.copies, rows.messages):
         for number, one in enumerate(kind()):
             yield f"rows.{kind.__name__} {number}, {one.what}", [one.kernel]
 

@@ -144,7 +144,7 @@ def faults(kernel, pdl: bool, width: int, text: str, launch, used: ptx.Usage) ->
     loads = [a for a in ptx.global_accesses(text) if at in a.parameters]
     widths = {a.bytes for a in loads}
     # What was not chosen by the logits loads K of them again. Two words of a lane are one load to LLVM.
-    if (width == 16) != (16 in widths) or 16 in widths and widths - {16, 4}:
+    if (width == 16) != (16 in widths) or 16 in widths and widths - {16, 4, 2}:
         yield f"logits are loaded {sorted(widths)} bytes at a time, not {width}"
     divided = text[: loads[0].position].count("bra")
     ahead = [a for a in loads if text[: a.position].count("bra") == divided]

@@ -592,3 +592,37 @@ def test_program_checks_its_buffers():
 def test_operands_are_int32_of_the_declared_shape(array):
     with pytest.raises(faults.EmulatorError, match=r"a must be int32 \[4\]"):
         emulator.run(program(inputs={"a": (4,)}), [array])
+
+
+# -- inputs that end within a word -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "tail"), [(1, 1), (1, 3), (2, 2), (2, 4)])
+def test_narrow_loads_read_to_the_last_byte_and_no_further(width, tail):
+    words = np.arange(1, 33, dtype=np.int32) * -19088743
+    count = (4 * 31 + tail) // width
+    want = words.view(np.uint8 if width == 1 else np.uint16)[:count].astype(np.int32)
+
+    def body(t, r, beyond=0):
+        at = t.thread_id()
+        for first in range(0, count + beyond, 128):
+            with t.if_(at + first < count + beyond):
+                t.store(r.out, at + first, t.load_narrow(r.a, at + first, width))
+
+    options = {"outputs": {"out": (count + 1,)}, "partial": frozenset({"out"})}
+    [got] = launch(body, words, tails={"a": tail}, **options)
+    np.testing.assert_array_equal(got[:count], want)
+    with pytest.raises(faults.OutOfBounds, match=r"byte \d+ of a, which ends before"):
+        launch(lambda t, r: body(t, r, 1), words, tails={"a": tail}, **options)
+
+
+def test_a_word_of_which_a_part_is_there_is_not_loaded():
+    def body(t, r):
+        with t.if_(t.thread_id() < 8):
+            t.store4(r.out, t.thread_id() * 4, t.load4(r.a, t.thread_id() * 4))
+
+    words = np.arange(32, dtype=np.int32)
+    [got] = launch(body, words, outputs={"out": (32,)})
+    np.testing.assert_array_equal(got, words)
+    with pytest.raises(faults.OutOfBounds, match="index 28"):
+        launch(body, words, outputs={"out": (32,)}, tails={"a": 2})

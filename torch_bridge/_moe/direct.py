@@ -13,6 +13,7 @@ import torch
 from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
 from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax.types import LAUNCH_SIZES
+from torch_bridge._direct.call import narrow
 from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import ID_WORDS
 from torch_bridge._direct.program import LoadedProgram
@@ -177,7 +178,7 @@ class BoundLayer:
         device: the programs' device.
         order: names of the caller's tensors, as `run_plain` takes them.
         needed: bytes that each of them must start on a multiple of.
-        is_plain: whether `launch` takes the caller's tensors as they are, if they lie well.
+        is_plain: whether `run_plain` takes the caller's tensors as they are, if they lie well.
     """
 
     def __init__(
@@ -279,7 +280,7 @@ class BoundLayer:
         return needed | {"expert_map": _ALIGNMENT, "out": _ALIGNMENT}
 
     def launch(self, pointers: Sequence[int]) -> None:
-        """Enqueues the kernels; `pointers` are the values of `names`, in order."""
+        """Enqueues the kernels; `pointers` are the values of `_given`, in order."""
         memory = self._machine.empty((self._num_words,), (1,), torch.int32)
         base = memory.data_ptr()
         values = [*self._constants, *[base + start for start in self._starts], *pointers]
@@ -364,8 +365,6 @@ class BoundLayer:
 
     def _routing(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The alignment's operands, as its kernels read them."""
-        from torch_bridge._direct.call import narrow
-
         ids, call = given["topk_ids"], self.call
         if ids.dtype not in ID_WORDS:
             ids = ids.to(torch.int32)
@@ -374,7 +373,6 @@ class BoundLayer:
             expert_map = given["expert_map"]
             if expert_map.dtype != torch.int32:
                 expert_map = narrow(expert_map, -1, expert_map.shape[0] - 1)
-            # A local expert that there are no weights for is none.
             found["expert_map"] = expert_map
         tokens, top_k = ids.shape
         if call.max_valid_tokens >= 0:

@@ -248,8 +248,11 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         return None
     if known is None or known.programs is not store.here:
         return None
+    wants_gradients = torch.is_grad_enabled()
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.is_nested:
+            return None
+        if wants_gradients and tensor.requires_grad:
             return None
     bound = known.bound
     if known.programs.machine.current_device() != bound.device or not known.matches(*tensors):

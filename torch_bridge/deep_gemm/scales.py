@@ -191,16 +191,16 @@ def transform_sf_into_required_layout(
     """
     del disable_ue8m0_cast, psum_layout
     function = "transform_sf_into_required_layout"
-    numbers: tuple[int, ...] = tuple(recipe) if isinstance(recipe, (tuple, list)) else ()
+    numbers = list(recipe) if isinstance(recipe, (tuple, list)) else []
     if len(numbers) not in (2, 3) or (len(numbers) == 3) != isinstance(is_sfa, bool):
         rule = "be (gran_m, gran_n, gran_k) with is_sfa, or (gran_mn, gran_k) without"
         got = f"{recipe!r} with is_sfa={is_sfa!r}"
         fail(TypeError, function, "recipe", rule, got, "Rows of e4m3 have (1, 128).")
     if len(numbers) == 3:
-        numbers = (numbers[0] if is_sfa else numbers[1], numbers[2])
-    if numbers not in ((1, GROUP), (GROUP, GROUP)):
+        numbers = [numbers[0] if is_sfa else numbers[1], numbers[2]]
+    if numbers not in ([1, GROUP], [GROUP, GROUP]):
         rule, remedy = "be (1, 128) for rows or (128, 128) for weights", "Others are of Blackwell."
-        fail(NotImplementedError, function, "recipe", rule, str(numbers), remedy)
+        fail(NotImplementedError, function, "recipe", rule, str(tuple(numbers)), remedy)
     if not isinstance(sf, torch.Tensor):
         fail(TypeError, function, "sf", "be a tensor", sf, "Pass the scales.")
     if sf.dtype != torch.float32:

@@ -88,6 +88,7 @@ def _run_kernel(
             per_cta=False,
             reach="cta",
             producer=producers.get(name),
+            tail=kernel.tails.get(name, 4),
             **common,
         )
         for name, shape in kernel.inputs.items()

@@ -177,8 +177,9 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     # -- memory
 
-    def _cells(self, ref: Buffer, index: Any, width: int = 1) -> np.ndarray:
-        """Flat cells of the active lanes (the first of each, for a vector)."""
+    def _cells(self, ref: Buffer, index: Any, width: int = 1, narrow: bool = False) -> np.ndarray:
+        """Flat cells of the active lanes (the first of each, for a vector); `narrow`: a part of each is
+        read."""
         indices = index if isinstance(index, tuple) else (index,)
         if len(indices) != len(ref.shape) or (width > 1 and len(indices) > 1):
             raise Undefined(
@@ -189,7 +190,8 @@ class EmulatedSimt(AmongDevices, InCluster):
             at = self.scope.active(array_of(part))
             if at.dtype != np.int32:
                 raise Undefined(f"{self.name}: an index of {ref.name} is a boolean.")
-            bad = at.view(np.uint32) >= max(size - width + 1, 0)
+            whole = size - (ref.tail < 4 and not narrow)
+            bad = at.view(np.uint32) >= max(whole - width + 1, 0)
             if bad.any():
                 where = f"{ref.name}, axis {axis} of shape {list(ref.shape)}"
                 raise OutOfBounds(
@@ -254,6 +256,21 @@ class EmulatedSimt(AmongDevices, InCluster):
             return (Value(constant(NOTHING), self),) * 4
         words = self._read(ref, self._vectors(ref, index), self._threads().times(4))
         return tuple(self._spread(words[k::4]) for k in range(4))
+
+    def load_narrow(self, ref: Buffer, index: Int | int, width: int) -> Int:
+        if width not in (1, 2):
+            raise Undefined(f"{self.name}: load_narrow reads 1 byte or 2; got {width}.")
+        if not self.scope.count:
+            return Value(constant(NOTHING), self)
+        first = (self.const(index) if isinstance(index, int) else index) * width
+        behind = self.scope.active(array_of(first)).astype(np.int64) + width
+        if (bad := behind > 4 * ref.words - 4 + ref.tail).any():
+            raise OutOfBounds(
+                f"{self.name}: {self._culprit(ref, np.broadcast_to(bad, (self.scope.count,)))} reads "
+                f"byte {int(behind[bad.argmax()]) - 1} of {ref.name}, which ends before."
+            )
+        word = self._read(ref, self._cells(ref, first >> 2, narrow=True), self._threads())
+        return (self._spread(word) >> ((first & 3) << 3)) & ((1 << 8 * width) - 1)
 
     def store4(self, ref: Buffer | Remote, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)

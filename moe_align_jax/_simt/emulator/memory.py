@@ -33,9 +33,11 @@ class Buffer:
         check_races: bool,
         producer: int | None = None,
         num_ctas: int = 0,
+        tail: int = 4,
     ):
         self.name, self.shape, self.data, self.kernel = name, shape, data, kernel
         self.per_cta, self.producer = per_cta, producer
+        self.tail = tail  # bytes of the last word that are there
         self._num_ctas = num_ctas  # of a device, where there are several
         self.words = int(np.prod(shape))
         self._num_threads, self._check = num_threads, check_races
