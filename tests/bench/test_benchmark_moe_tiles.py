@@ -1,4 +1,4 @@
-"""benchmarks.moe_tiles: no variant that it sends to a GPU waits for itself or asks for more memory than there is."""
+"""benchmarks.moe_tiles: no variant waits for itself on the GPU, or needs more memory than there is."""
 
 import pytest
 
