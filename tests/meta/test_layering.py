@@ -542,6 +542,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib.mlir": {
         "moe_align_jax._lowering.launch_value",
+        "moe_align_jax._grouped_matmul.cluster_sum",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
@@ -549,6 +550,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._lowering.launch_value",
+        "moe_align_jax._grouped_matmul.cluster_sum",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
@@ -561,6 +563,7 @@ FOREIGN: dict[str, set[str]] = {
         "lazily benchmarks.grouped_matmul",
         "lazily benchmarks.training_peers",
         "moe_align_jax._grouped_matmul.epilogue",
+        "moe_align_jax._grouped_matmul.cluster_sum",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._grouped_matmul.kernel",
@@ -576,6 +579,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jaxlib": {
         "moe_align_jax._lowering.launch_value",
+        "moe_align_jax._grouped_matmul.cluster_sum",
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._simt.mlir",
