@@ -77,11 +77,14 @@ def grouped_matmul(
     """
     key = None
     if path == "auto" and bias is None and row_weights is None:
-        first = w if type(w) is tuple else (w,)
-        where = tuple(aligned[:3]) if isinstance(aligned, tuple) else ()
+        first = _arrays(w)
+        where = tuple(aligned[:3]) if isinstance(aligned, (tuple, list)) else ()
         tensors = (x, *first, *where) if out is None else (x, *first, *where, out)
+        # The pairs are checked against an inverse, which the launch does not read.
+        inverse = getattr(aligned, "row_of_pair", None)
         key = _key(
             *(x, where[0] if where else None, len(first), out is None, block_size, top_k),
+            None if inverse is None else getattr(inverse, "shape", ()),
             *(transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha),
             preferred_element_type,
         )
@@ -184,8 +187,7 @@ def fused_moe(
     """
     key = None
     if path == "auto" and aligned is None and num_valid_tokens is None:
-        pair = type(w_gate_up) is tuple
-        first = w_gate_up if pair else (w_gate_up,)
+        first = _arrays(w_gate_up)
         tensors = (x, *first, w_down, topk_weights, topk_ids)
         if expert_map is not None:
             tensors = (*tensors, expert_map)
@@ -237,6 +239,11 @@ def fused_moe(
         out = checks.check_out(function, out, call, x)
     results = ops.results_of(call, operands, out, path, key)
     return (results[0], results[1]) if call.counted else results[0]
+
+
+def _arrays(w: Any) -> tuple[Any, ...]:
+    """The arrays of weights: two of a pair, or what else was given, as one."""
+    return tuple(w) if isinstance(w, (tuple, list)) and len(w) == 2 else (w,)
 
 
 def _key(x: Any, ids: Any, *options: Any) -> run.Key | None:

@@ -313,6 +313,30 @@ def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
         )
 
 
+def test_calls_with_lists_are_told_from_calls_with_tensors(gpu):
+    """A list of weights, or of an alignment's parts, is valid. A tuple of one array of weights is not."""
+    x, up, down, shares, ids = tensors()
+    halves = [lain(half) for half in up.chunk(2, 1)]
+    want = oracle.layer(*plain(x, up, down, shares, ids), transpose_rhs=True)[0]
+    for w in (halves, halves, up, halves, up, tuple(halves)):
+        got = torch_bridge.fused_moe(x, w, down, shares, ids, transpose_rhs=True)
+        assert_near(got, want)
+    with pytest.raises(ValueError, match="w_gate_up must be a tensor or a pair"):
+        torch_bridge.fused_moe(x, (up,), down, shares, ids, transpose_rhs=True)
+    aligned = torch_bridge.align_blocks(ids, block_size=8, num_experts=E, return_inverse=True)
+    parts = [lain(part) for part in aligned[:3]]
+    options = {"block_size": 8, "top_k": K, "transpose_rhs": True}
+    used, want = int(aligned.num_tokens_post_padded), None
+    for where in (parts, parts, tuple(parts), parts):
+        got = torch_bridge.grouped_matmul(x, up, where, **options)[:used]
+        want = got if want is None else want
+        assert torch.equal(got, want)
+    named = dict(zip(ALIGNED, parts, strict=False))
+    other = aligned._replace(**named, row_of_pair=aligned.row_of_pair[:-1])
+    with pytest.raises(ValueError, match="x must give 17 pairs"):
+        torch_bridge.grouped_matmul(x, up, other, **options)
+
+
 def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
     given = tensors()
     out = lain(torch.empty(given[0].shape, dtype=BF16))
@@ -565,3 +589,21 @@ def test_whole_graphs_are_compiled(gpu, fresh_dynamo):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert torch.equal(got[2][:used], want[2][:used])
     assert gpu.launched
+
+
+def test_eager_calls_do_not_make_torch_compile_again(gpu, fresh_dynamo):
+    """What eager calls are known by is nothing that a compiled graph depends on."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, given = CompileCounter(), tensors()
+    options = {"transpose_rhs": True}
+    compiled = torch.compile(
+        lambda *arguments: torch_bridge.fused_moe(*arguments, **options) + 1,
+        fullgraph=True,
+        backend=counter,
+    )
+    torch_bridge.fused_moe(*given, **options)
+    compiled(*given)
+    torch_bridge.fused_moe(*tensors(5), **options)
+    compiled(*given)
+    assert counter.frame_count == 1
