@@ -494,6 +494,9 @@ def errors():
         (TypeError, r"a must be \(values, scales\)", {"a": a}),
         (TypeError, "a must be a tensor", {"a": (a.float().numpy(), sa)}),
         (TypeError, "a must be float8_e4m3fn", {"a": (a.float(), sa)}),
+        (TypeError, "scales of a must be a tensor", {"a": (a.bfloat16(), None)}),
+        (TypeError, "scales of b must be a tensor", {"b": (b, None)}),
+        (TypeError, "a must be a dense tensor", {"a": (a.float().to_sparse(), sa)}),
         (mixed, "b must be float8_e4m3fn", {"b": (fp4, sb)}),
         (TypeError, "d must be bfloat16", {"d": d.float()}),
         (TypeError, "grouped_layout must be int32", {"grouped_layout": layout.long()}),
@@ -509,6 +512,7 @@ def errors():
         (ValueError, r"scales of b must have shape \[4, 2, 2\]", {"b": (b, sb[:, :1])}),
         (mixed, "scales of b must be float32", {"b": (b, sb.to(torch.int32))}),
         (mixed, "recipe must be", {"recipe": (1, 1, 128)}),
+        (TypeError, "recipe must be None or a tuple", {"recipe": 128}),
         (mixed, "recipe_a must be", {"recipe_a": (1, 32), "recipe_b": (128, 128)}),
         (ValueError, "recipe must be None, or", {"recipe_a": (1, 128)}),
         (mixed, "epilogue must be None", {"epilogue": object()}),
@@ -535,6 +539,13 @@ def test_errors(kind, text, change):
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given)
     assert str(caught.value)[-1] == "."
     assert torch.equal(given["d"], before)
+
+
+def test_a_result_that_is_no_tensor_is_named():
+    given = arguments()
+    for d in (None, [given["d"]]):
+        with pytest.raises(TypeError, match="d must be a tensor; got"):
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given | {"d": d})
 
 
 def test_sglangs_overlap_is_refused():
