@@ -162,6 +162,12 @@ def test_expert_map_says_which_experts_are_here(gpu):
     assert_near(got, want)
 
 
+def test_a_number_of_valid_tokens_beyond_int64_is_all_of_them(gpu):
+    given, limit = tensors(), torch.tensor([2**63 + 5], dtype=torch.uint64)
+    got = torch_bridge.fused_moe(*given, transpose_rhs=True, num_valid_tokens=limit)
+    assert_near(got, oracle.layer(*plain(*given), transpose_rhs=True)[0])
+
+
 def test_an_alignment_that_was_made_before_is_taken(gpu):
     given = tensors()
     aligned = torch_bridge.align_blocks(

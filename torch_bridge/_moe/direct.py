@@ -13,7 +13,7 @@ import torch
 from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
 from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax.types import LAUNCH_SIZES
-from torch_bridge._direct.call import narrow
+from torch_bridge._direct.call import bound, narrow
 from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import ID_WORDS
 from torch_bridge._direct.program import LoadedProgram
@@ -379,6 +379,6 @@ class BoundLayer:
             pairs = min(call.max_valid_tokens, tokens) * top_k
             found["num_valid_pairs"] = torch.full((1,), pairs, dtype=torch.int32, device=ids.device)
         elif "num_valid_tokens" in given:
-            limit = given["num_valid_tokens"].to(torch.int64).clamp(0, tokens) * top_k
+            limit = bound(given["num_valid_tokens"]).to(torch.int64).clamp(0, tokens) * top_k
             found["num_valid_pairs"] = limit.to(torch.int32).view(1)
         return found
