@@ -200,6 +200,23 @@ def test_bfloat16_contiguous(turned, use_psum_layout, device):
     check(d[real.to(device)], np.einsum("mk,mnk->mn", rows, weights[group[group >= 0]]))
 
 
+def test_parts_of_larger_tensors(fake):
+    """Rows of a, and of scales by columns, that begin within them, and a d off the boundary."""
+    fake.launches_directly = True
+    rng = np.random.default_rng(10)
+    b, wide_b = make_b(rng)
+    (values, scales), wide = make_a(rng, "mn-major", 300)
+    memory = torch.full((256 * N + 8,), 7.0, dtype=torch.bfloat16)
+    layout = torch.full((256,), 2, dtype=torch.int32)
+    for first in (0, 1, 44):
+        part = slice(first, first + 256)
+        d = memory[1 + first % 2 : 1 + first % 2 + 256 * N].view(256, N)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((values[part], scales[part]), b, d, layout)
+        check(d, wide[part] @ wide_b[2].T)
+        assert memory[0] == 7 and (memory[256 * N + 2 :] == 7).all()
+    assert fake.launched
+
+
 def test_rows_of_padding_are_zero_where_those_of_a_are():
     """What DeepGEMM promises as ensure_zero_padding."""
     rng = np.random.default_rng(3)

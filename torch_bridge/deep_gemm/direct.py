@@ -120,7 +120,7 @@ def launch(
         kept = {name: in_place(machine, x, needed[name]) for name, x in given.items()}
         target = out
         if out.data_ptr() % needed["out"]:
-            target = machine.empty(out.shape, out.stride(), out.dtype)
+            target = machine.empty(tuple(out.shape), out.stride(), out.dtype)
         values |= {name: x.data_ptr() for name, x in kept.items()}
         values["out"] = target.data_ptr()
         program.launch(*[values[name] for name in names])
