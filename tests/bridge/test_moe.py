@@ -182,6 +182,23 @@ def test_an_alignment_that_was_made_before_is_taken(gpu):
     assert_launched(gpu, align=False)
 
 
+@pytest.mark.parametrize("on_input", [False, True])
+def test_weights_of_pairs_of_other_devices_may_be_nan(on_input, gpu):
+    """Where the alignment keeps them, in blocks of expert -1."""
+    given, expert_map = tensors(), torch.tensor([-1, 2, 0, -1, 1, 3], dtype=torch.int32)
+    aligned = torch_bridge.align_blocks(
+        given[4], block_size=16, num_experts=E, expert_map=expert_map, return_inverse=True
+    )
+    remote = (given[4] == 0) | (given[4] == 3)
+    assert remote.any()
+    given[3][remote] = torch.nan
+    options = {"transpose_rhs": True, "weights_on_input": on_input}
+    got = torch_bridge.fused_moe(*given, **options, aligned=aligned, block_size=16)
+    want, _ = oracle.layer(*plain(*given), **options, expert_map=expert_map.tolist())
+    assert_near(got, want)
+    assert_launched(gpu)
+
+
 MATMULS = {
     "gathered": {"top_k": K},
     "rows": {},

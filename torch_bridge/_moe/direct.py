@@ -331,7 +331,9 @@ class BoundLayer:
             tensors["bias_down"] = laid_out_bias(programs.second, given["bias_down"])
         results: list[torch.Tensor] = []
         if self._aligned:
-            tensors |= {name: given[name].view(-1) for name in _BETWEEN}
+            tensors |= {name: given[name].reshape(-1) for name in _BETWEEN}
+            if not call.weights_on_input:
+                tensors["weights"] = self._of_experts_here(tensors, shares)
             if call.counted:
                 results.append(given["tokens_per_expert"])
         else:
@@ -357,6 +359,15 @@ class BoundLayer:
         if out is not None and target is not out:
             target = out.copy_(target)
         return (target, *results)
+
+    def _of_experts_here(
+        self, tensors: Mapping[str, torch.Tensor], shares: torch.Tensor
+    ) -> torch.Tensor:
+        """The weights; 0 for pairs in blocks of no expert, whose rows are zero and whose weights may be NaN."""
+        experts = tensors["expert_ids"]
+        block = tensors["row_of_pair"].div(self.programs.block_size, rounding_mode="floor")
+        expert = experts[block.clamp(0, experts.shape[0] - 1)].view(shares.shape)
+        return shares.masked_fill((expert < 0) | (expert >= self.call.num_experts), 0)
 
     def id_values(self, pointer: int) -> dict[str, int]:
         """Where ids begin: their 256-byte boundary, and how many elements behind it."""
