@@ -392,6 +392,29 @@ def test_out_is_written_where_it_lies_and_nowhere_else(gpu):
         assert_format(caught.value)
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_out_and_counts_of_a_call_through_torchs_dispatcher(launched, gpu, fresh_dynamo):
+    """Eagerly on a CPU, and in a compiled graph."""
+    gpu.launches_directly = launched
+    given, options = tensors(), {"transpose_rhs": True, "return_tokens_per_expert": True}
+    want, counts = oracle.layer(*plain(*given), transpose_rhs=True)
+
+    def layer(out, *arguments):
+        y, found = torch_bridge.fused_moe(*arguments, **options, out=out)
+        return y, found + 1
+
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if launched else layer
+    out = torch.empty(given[0].shape, dtype=BF16)
+    got, found = call(out, *given)
+    assert_near(out, want)
+    assert torch.equal(got, out) and (found - 1).tolist() == counts.tolist()
+    if not launched:
+        x = given[0].clone()
+        with pytest.raises(ValueError, match="out must not overlap x"):
+            torch_bridge.fused_moe(x, *given[1:], **options, out=x)
+        assert torch.equal(x, given[0])
+
+
 def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
     given = tensors()
     want = torch_bridge.fused_moe(*given, transpose_rhs=True)

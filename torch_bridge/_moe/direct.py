@@ -363,7 +363,7 @@ class BoundLayer:
     def _of_experts_here(
         self, tensors: Mapping[str, torch.Tensor], shares: torch.Tensor
     ) -> torch.Tensor:
-        """The weights; 0 for pairs in blocks of no expert, whose rows are zero and whose weights may be NaN."""
+        """The weights; 0 for pairs in blocks of no expert: their rows are zero, their weights may be NaN."""
         experts = tensors["expert_ids"]
         block = tensors["row_of_pair"].div(self.programs.block_size, rounding_mode="floor")
         expert = experts[block.clamp(0, experts.shape[0] - 1)].view(shares.shape)
