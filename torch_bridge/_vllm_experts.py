@@ -82,6 +82,8 @@ def _biases_of(quant_config: Any) -> dict[str, torch.Tensor | None]:
 
 
 def _refuse_tensors(hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> None:
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (hidden_states, w1, w2)):
+        return  # the layer's checks name it
     if hidden_states.dtype not in _DTYPES or not w1.dtype == w2.dtype == hidden_states.dtype:
         kinds = f"{hidden_states.dtype}, {w1.dtype} and {w2.dtype}"
         raise _Refused(f"the kernels multiply bfloat16 or float16; these are {kinds}")

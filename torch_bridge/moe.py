@@ -251,7 +251,7 @@ def _key(x: Any, ids: Any, *options: Any) -> run.Key | None:
     """How a call is known: by x's and the ids' shapes and the options, with their types."""
     try:
         return (x.shape, ids.shape, *options, *map(type, options))
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one
         return None
 
 

@@ -421,6 +421,21 @@ def test_scales_are_turned_once(shape):
     assert torch.equal(again, sf) and again.stride() == turned.stride()
 
 
+def test_sizes_and_tensors_of_the_helpers_are_checked():
+    turn, tma = deep_gemm.transform_sf_into_required_layout, deep_gemm.get_tma_aligned_size
+    for kind, text, call in (
+        (TypeError, "mn must be a static", lambda: turn(torch.ones(5, 2), None, 256, (1, 128))),
+        (ValueError, "x must be at least 0", lambda: tma(-5, 4)),
+        (
+            TypeError,
+            "sf must be a dense",
+            lambda: deep_gemm.get_mn_major_tma_aligned_tensor(torch.ones(4, 2).to_sparse()),
+        ),
+    ):
+        with pytest.raises(kind, match=f": {text}.*; got "):
+            call()
+
+
 def test_scales_of_weights_stay():
     sf = torch.randn(3, 2, 5)
     transform = deep_gemm.transform_sf_into_required_layout

@@ -8,6 +8,7 @@ import torch
 
 import torch_bridge
 from moe_align_jax._moe_layer.plan import BLOCK_SIZES
+from moe_align_jax.types import AlignedBlocks
 from tests.bridge.helpers import assert_format, misaligned
 from tests.moe_layer import oracle
 from torch_bridge import moe
@@ -561,6 +562,20 @@ WRONG = {
     "preferred": (TypeError, (X, UP, DOWN, SHARES, IDS), {"preferred_element_type": torch.int8}),
     "out must be contiguous": (ValueError, (X, UP, DOWN, SHARES, IDS), {"out": torch.zeros(2, 8)}),
     "out must be torch.float32": (TypeError, (X, UP, DOWN, SHARES, IDS), {"out": X.half()}),
+    "preferred_element_type must": (
+        TypeError,
+        (X, UP, DOWN, SHARES, IDS),
+        {"preferred_element_type": [F32]},
+    ),
+    "aligned.tokens_per_expert must": (
+        TypeError,
+        (X, UP, DOWN, SHARES, IDS),
+        {
+            "aligned": AlignedBlocks(IDS[:, 0], IDS[:, 0], IDS[0, :1], SHARES[0], IDS.view(-1)),
+            "block_size": 1,
+            "return_tokens_per_expert": True,
+        },
+    ),
     "path": (ValueError, (X, UP, DOWN, SHARES, IDS), {"path": "fast"}),
     "need no gradient": (
         NotImplementedError,
@@ -576,6 +591,13 @@ def test_a_wrong_argument_is_named(name):
     kind, arguments, options = WRONG[name]
     with pytest.raises(kind, match=name) as caught:
         torch_bridge.fused_moe(*arguments, **options)
+    assert_format(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named():
+    with pytest.raises(TypeError, match="x must be a dense tensor; got a nested") as caught:
+        torch_bridge.fused_moe(torch.nested.nested_tensor([X]), UP, DOWN, SHARES, IDS)
     assert_format(caught.value)
 
 
@@ -613,7 +635,10 @@ def test_nothing_to_compute_is_zeros(gpu):
 def test_whole_graphs_are_compiled(gpu, fresh_dynamo):
     given = tensors()
     bias = torch.randn(E, 2 * N)
-    aligned = torch_bridge.align_blocks(given[-1], block_size=8, num_experts=E)
+    expert_map = torch.tensor([0, 1, 2, 3, 4, 5, -1, -1], dtype=torch.int32)
+    aligned = torch_bridge.align_blocks(
+        given[-1], block_size=8, num_experts=8, expert_map=expert_map, return_inverse=True
+    )
 
     def both(x, up, down, shares, ids):
         y, counts = torch_bridge.fused_moe(
@@ -626,14 +651,18 @@ def test_whole_graphs_are_compiled(gpu, fresh_dynamo):
         z = torch_bridge.grouped_matmul(
             x, up, aligned, block_size=8, top_k=K, transpose_rhs=True, activation="silu"
         )
-        return y + 1, counts, z
+        options = {"transpose_rhs": True, "aligned": aligned, "block_size": 8}
+        _, of_aligned = torch_bridge.fused_moe(
+            *(x, up, down, shares, ids), **options, return_tokens_per_expert=True
+        )
+        return y + 1, counts, z, of_aligned.shape[0] + of_aligned
 
     want = both(*given)
     gpu.launched.clear()
     got = torch.compile(both, fullgraph=True, backend="aot_eager")(*given)
     used = int(aligned.num_tokens_post_padded)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert torch.equal(got[2][:used], want[2][:used])
+    assert torch.equal(got[2][:used], want[2][:used]) and torch.equal(got[3], want[3])
     assert gpu.launched
 
 

@@ -63,6 +63,14 @@ def test_fused_experts_is_the_oracles(activation, options, gpu):
     assert_launched(gpu)
 
 
+def test_a_tensor_that_is_missing_is_named(gpu):
+    given = tensors()
+    for argument, text in ((0, "x must be"), (2, "w_down must be")):
+        with pytest.raises(TypeError, match=text) as caught:
+            vllm.fused_experts(*given[:argument], None, *given[argument + 1 :])
+        assert_format(caught.value)
+
+
 def test_fused_experts_with_a_map_and_weights_on_the_input(gpu):
     given = tensors()
     given[3] = lain(torch.rand(9, 2))

@@ -117,7 +117,10 @@ def _layer_fake(*arguments):
     x = operands["x"]
     results = [x.new_empty(call.shape, dtype=call.out_dtype)]
     if call.counted:
-        results.append(x.new_empty((call.num_experts,), dtype=torch.int32))
+        # An alignment made before counts as many experts as it was made for.
+        counts = operands.get("tokens_per_expert")
+        size = call.num_experts if counts is None else counts.shape[0]
+        results.append(x.new_empty((size,), dtype=torch.int32))
     return results
 
 
