@@ -99,7 +99,8 @@ class KnownCalls:
             tensors: what the caller gave, unchecked, None where there is none.
         """
         first = tensors[0]
-        if not self._known or not isinstance(first, torch.Tensor) or not fast_path.open_to_all():
+        # Asked first: what is known would otherwise be a part of what a compiled graph depends on.
+        if not fast_path.open_to_all() or not self._known or not isinstance(first, torch.Tensor):
             return False
         there = [x for x in tensors if x is not None]
         for tensor in there:

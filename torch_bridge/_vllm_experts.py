@@ -82,6 +82,8 @@ def _biases_of(quant_config: Any) -> dict[str, torch.Tensor | None]:
 
 
 def _refuse_tensors(hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> None:
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (hidden_states, w1, w2)):
+        return  # the layer's checks name it
     if hidden_states.dtype not in _DTYPES or not w1.dtype == w2.dtype == hidden_states.dtype:
         kinds = f"{hidden_states.dtype}, {w1.dtype} and {w2.dtype}"
         raise _Refused(f"the kernels multiply bfloat16 or float16; these are {kinds}")
@@ -200,28 +202,30 @@ APPLY_PARAMETERS = (
 
 def apply_instead(original: Callable[..., None], kind: type) -> Callable[..., None]:
     """What stands in for `TritonExperts.apply`; `original` is that, `kind` the class."""
-    # By the experts' object: what its configuration means to us.
-    known: dict[tuple[int, Any], tuple[Any, dict | str]] = {}
+    # By the experts' object: itself, its configuration, and what that means to us.
+    known: dict[tuple[int, Any], tuple[Any, Any, dict | str, tuple]] = {}
     runs: set[Any] = set()
 
-    def static(self: Any, activation: Any) -> dict | str:
-        """Our options, or the reason why there are none."""
+    def static(self: Any, activation: Any) -> tuple[dict | str, tuple]:
+        """Our options, or the reason why there are none; and what of them a launch depends on."""
         found = known.get((id(self), activation))
-        if found is not None and found[0] is self:
-            return found[1]
+        if found is not None and found[0] is self and found[1] is self.quant_config:
+            return found[2:]
+        answer: dict | str
         try:
             if type(self) is not kind:
                 raise _Refused(f"{type(self).__name__} does more than {kind.__name__}")
             config = getattr(self, "activation_config", None)
             given = [getattr(config, name, None) for name in ("clamp_limit", "alpha", "beta")]
-            answer: dict | str = _options_of(activation, *given) | _biases_of(self.quant_config)
+            answer = _options_of(activation, *given) | _biases_of(self.quant_config)
             answer |= {"transpose_rhs": True}
+            form = tuple([getattr(value, "shape", value) for value in answer.values()])
         except _Refused as reason:
-            answer = str(reason)
+            answer, form = str(reason), ()
         if len(known) > 4096:
             known.clear()
-        known[id(self), activation] = (self, answer)
-        return answer
+        known[id(self), activation] = (self, self.quant_config, answer, form)
+        return answer, form
 
     def apply(
         self: Any,
@@ -241,7 +245,7 @@ def apply_instead(original: Callable[..., None], kind: type) -> Callable[..., No
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        options = static(self, activation)
+        options, form = static(self, activation)
         try:
             if isinstance(options, str):
                 raise _Refused(options)
@@ -255,13 +259,23 @@ def apply_instead(original: Callable[..., None], kind: type) -> Callable[..., No
             _refuse_tensors(hidden_states, w1, w2)
             arguments = (hidden_states, w1, w2, topk_weights, topk_ids)
             given = {"weights_on_input": apply_router_weight_on_input, "expert_map": expert_map}
-            # Asked once for each of these: whether a launch is possible depends on no more.
-            asked = (hidden_states.shape, w1.shape, w2.shape, topk_ids.shape, hidden_states.device)
-            if asked not in runs:
+            # Tried once for each of these: whether a launch is possible depends on no more.
+            asked = (
+                *(hidden_states.shape, w1.shape, w2.shape, topk_ids.shape, hidden_states.device),
+                *(hidden_states.dtype, topk_ids.dtype, apply_router_weight_on_input, form),
+                None if expert_map is None else expert_map.shape,
+            )
+            path = "auto" if asked in runs else "direct"
+            if path == "direct":
                 _refuse_path(arguments, options | given)
-                if len(runs) > 4096:
-                    runs.clear()
-                runs.add(asked)
+            try:
+                moe.fused_moe(*arguments, **options, **given, out=output, path=path)  # type: ignore[arg-type]
+            except NotImplementedError as error:
+                _refuse_path(arguments, options | given)  # a program that could not be had
+                raise _Refused(str(error)) from None
+            if len(runs) > 4096:
+                runs.clear()
+            runs.add(asked)
         except _Refused as reason:
             _warn(str(reason))
             original(
@@ -269,8 +283,6 @@ def apply_instead(original: Callable[..., None], kind: type) -> Callable[..., No
                 *(global_num_experts, expert_map, a1q_scale, a2_scale, workspace13, workspace2),
                 *(expert_tokens_meta, apply_router_weight_on_input),
             )
-            return
-        moe.fused_moe(*arguments, **options, **given, out=output)
 
     return apply
 

@@ -77,11 +77,14 @@ def grouped_matmul(
     """
     key = None
     if path == "auto" and bias is None and row_weights is None:
-        first = w if type(w) is tuple else (w,)
-        where = tuple(aligned[:3]) if isinstance(aligned, tuple) else ()
+        first = _arrays(w)
+        where = tuple(aligned[:3]) if isinstance(aligned, (tuple, list)) else ()
         tensors = (x, *first, *where) if out is None else (x, *first, *where, out)
+        # The pairs are checked against an inverse, which the launch does not read.
+        inverse = getattr(aligned, "row_of_pair", None)
         key = _key(
             *(x, where[0] if where else None, len(first), out is None, block_size, top_k),
+            None if inverse is None else getattr(inverse, "shape", ()),
             *(transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha),
             preferred_element_type,
         )
@@ -156,7 +159,8 @@ def fused_moe(
         aligned: an alignment of topk_ids made before, of `align_blocks(..., return_inverse=True)`. It
             needs `block_size`; expert_map and num_valid_tokens are then the alignment's.
         expert_map: `[G]`, any integer dtype: the local id of each of G experts, -1 for those of other
-            devices. topk_ids are then in `[0, G)`.
+            devices. topk_ids are then in `[0, G)`. Pairs of a local id of E or more are left out, too, but
+            on a GPU their weights must be finite.
         num_valid_tokens: None, an int or a scalar integer tensor: tokens from this one on are not real,
             and their results are zero.
         return_tokens_per_expert: also return the pairs that each expert got.
@@ -184,8 +188,7 @@ def fused_moe(
     """
     key = None
     if path == "auto" and aligned is None and num_valid_tokens is None:
-        pair = type(w_gate_up) is tuple
-        first = w_gate_up if pair else (w_gate_up,)
+        first = _arrays(w_gate_up)
         tensors = (x, *first, w_down, topk_weights, topk_ids)
         if expert_map is not None:
             tensors = (*tensors, expert_map)
@@ -239,11 +242,16 @@ def fused_moe(
     return (results[0], results[1]) if call.counted else results[0]
 
 
+def _arrays(w: Any) -> tuple[Any, ...]:
+    """The arrays of weights: two of a pair, or what else was given, as one."""
+    return tuple(w) if isinstance(w, (tuple, list)) and len(w) == 2 else (w,)
+
+
 def _key(x: Any, ids: Any, *options: Any) -> run.Key | None:
     """How a call is known: by x's and the ids' shapes and the options, with their types."""
     try:
         return (x.shape, ids.shape, *options, *map(type, options))
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one
         return None
 
 

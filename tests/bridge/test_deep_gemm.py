@@ -200,6 +200,23 @@ def test_bfloat16_contiguous(turned, use_psum_layout, device):
     check(d[real.to(device)], np.einsum("mk,mnk->mn", rows, weights[group[group >= 0]]))
 
 
+def test_parts_of_larger_tensors(fake):
+    """Rows of a, and of scales by columns, that begin within them, and a d off the boundary."""
+    fake.launches_directly = True
+    rng = np.random.default_rng(10)
+    b, wide_b = make_b(rng)
+    (values, scales), wide = make_a(rng, "mn-major", 300)
+    memory = torch.full((256 * N + 8,), 7.0, dtype=torch.bfloat16)
+    layout = torch.full((256,), 2, dtype=torch.int32)
+    for first in (0, 1, 44):
+        part = slice(first, first + 256)
+        d = memory[1 + first % 2 : 1 + first % 2 + 256 * N].view(256, N)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((values[part], scales[part]), b, d, layout)
+        check(d, wide[part] @ wide_b[2].T)
+        assert memory[0] == 7 and (memory[256 * N + 2 :] == 7).all()
+    assert fake.launched
+
+
 def test_rows_of_padding_are_zero_where_those_of_a_are():
     """What DeepGEMM promises as ensure_zero_padding."""
     rng = np.random.default_rng(3)
@@ -404,6 +421,21 @@ def test_scales_are_turned_once(shape):
     assert torch.equal(again, sf) and again.stride() == turned.stride()
 
 
+def test_sizes_and_tensors_of_the_helpers_are_checked():
+    turn, tma = deep_gemm.transform_sf_into_required_layout, deep_gemm.get_tma_aligned_size
+    for kind, text, call in (
+        (TypeError, "mn must be a static", lambda: turn(torch.ones(5, 2), None, 256, (1, 128))),
+        (ValueError, "x must be at least 0", lambda: tma(-5, 4)),
+        (
+            TypeError,
+            "sf must be a dense",
+            lambda: deep_gemm.get_mn_major_tma_aligned_tensor(torch.ones(4, 2).to_sparse()),
+        ),
+    ):
+        with pytest.raises(kind, match=f": {text}.*; got "):
+            call()
+
+
 def test_scales_of_weights_stay():
     sf = torch.randn(3, 2, 5)
     transform = deep_gemm.transform_sf_into_required_layout
@@ -494,6 +526,9 @@ def errors():
         (TypeError, r"a must be \(values, scales\)", {"a": a}),
         (TypeError, "a must be a tensor", {"a": (a.float().numpy(), sa)}),
         (TypeError, "a must be float8_e4m3fn", {"a": (a.float(), sa)}),
+        (TypeError, "scales of a must be a tensor", {"a": (a.bfloat16(), None)}),
+        (TypeError, "scales of b must be a tensor", {"b": (b, None)}),
+        (TypeError, "a must be a dense tensor", {"a": (a.float().to_sparse(), sa)}),
         (mixed, "b must be float8_e4m3fn", {"b": (fp4, sb)}),
         (TypeError, "d must be bfloat16", {"d": d.float()}),
         (TypeError, "grouped_layout must be int32", {"grouped_layout": layout.long()}),
@@ -509,6 +544,7 @@ def errors():
         (ValueError, r"scales of b must have shape \[4, 2, 2\]", {"b": (b, sb[:, :1])}),
         (mixed, "scales of b must be float32", {"b": (b, sb.to(torch.int32))}),
         (mixed, "recipe must be", {"recipe": (1, 1, 128)}),
+        (TypeError, "recipe must be None or a tuple", {"recipe": 128}),
         (mixed, "recipe_a must be", {"recipe_a": (1, 32), "recipe_b": (128, 128)}),
         (ValueError, "recipe must be None, or", {"recipe_a": (1, 128)}),
         (mixed, "epilogue must be None", {"epilogue": object()}),
@@ -535,6 +571,13 @@ def test_errors(kind, text, change):
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given)
     assert str(caught.value)[-1] == "."
     assert torch.equal(given["d"], before)
+
+
+def test_a_result_that_is_no_tensor_is_named():
+    given = arguments()
+    for d in (None, [given["d"]]):
+        with pytest.raises(TypeError, match="d must be a tensor; got"):
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given | {"d": d})
 
 
 def test_sglangs_overlap_is_refused():

@@ -8,6 +8,7 @@ import torch
 
 import torch_bridge
 from moe_align_jax._moe_layer.plan import BLOCK_SIZES
+from moe_align_jax.types import AlignedBlocks
 from tests.bridge.helpers import assert_format, misaligned
 from tests.moe_layer import oracle
 from torch_bridge import moe
@@ -162,6 +163,12 @@ def test_expert_map_says_which_experts_are_here(gpu):
     assert_near(got, want)
 
 
+def test_a_number_of_valid_tokens_beyond_int64_is_all_of_them(gpu):
+    given, limit = tensors(), torch.tensor([2**63 + 5], dtype=torch.uint64)
+    got = torch_bridge.fused_moe(*given, transpose_rhs=True, num_valid_tokens=limit)
+    assert_near(got, oracle.layer(*plain(*given), transpose_rhs=True)[0])
+
+
 def test_an_alignment_that_was_made_before_is_taken(gpu):
     given = tensors()
     aligned = torch_bridge.align_blocks(
@@ -174,6 +181,23 @@ def test_an_alignment_that_was_made_before_is_taken(gpu):
     assert_near(got, want)
     assert counts.tolist() == tokens_per_expert.tolist()
     assert_launched(gpu, align=False)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_weights_of_pairs_of_other_devices_may_be_nan(on_input, gpu):
+    """Where the alignment keeps them, in blocks of expert -1."""
+    given, expert_map = tensors(), torch.tensor([-1, 2, 0, -1, 1, 3], dtype=torch.int32)
+    aligned = torch_bridge.align_blocks(
+        given[4], block_size=16, num_experts=E, expert_map=expert_map, return_inverse=True
+    )
+    remote = (given[4] == 0) | (given[4] == 3)
+    assert remote.any()
+    given[3][remote] = torch.nan
+    options = {"transpose_rhs": True, "weights_on_input": on_input}
+    got = torch_bridge.fused_moe(*given, **options, aligned=aligned, block_size=16)
+    want, _ = oracle.layer(*plain(*given), **options, expert_map=expert_map.tolist())
+    assert_near(got, want)
+    assert_launched(gpu)
 
 
 MATMULS = {
@@ -313,6 +337,30 @@ def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
         )
 
 
+def test_calls_with_lists_are_told_from_calls_with_tensors(gpu):
+    """A list of weights, or of an alignment's parts, is valid. A tuple of one array of weights is not."""
+    x, up, down, shares, ids = tensors()
+    halves = [lain(half) for half in up.chunk(2, 1)]
+    want = oracle.layer(*plain(x, up, down, shares, ids), transpose_rhs=True)[0]
+    for w in (halves, halves, up, halves, up, tuple(halves)):
+        got = torch_bridge.fused_moe(x, w, down, shares, ids, transpose_rhs=True)
+        assert_near(got, want)
+    with pytest.raises(ValueError, match="w_gate_up must be a tensor or a pair"):
+        torch_bridge.fused_moe(x, (up,), down, shares, ids, transpose_rhs=True)
+    aligned = torch_bridge.align_blocks(ids, block_size=8, num_experts=E, return_inverse=True)
+    parts = [lain(part) for part in aligned[:3]]
+    options = {"block_size": 8, "top_k": K, "transpose_rhs": True}
+    used, want = int(aligned.num_tokens_post_padded), None
+    for where in (parts, parts, tuple(parts), parts):
+        got = torch_bridge.grouped_matmul(x, up, where, **options)[:used]
+        want = got if want is None else want
+        assert torch.equal(got, want)
+    named = dict(zip(ALIGNED, parts, strict=False))
+    other = aligned._replace(**named, row_of_pair=aligned.row_of_pair[:-1])
+    with pytest.raises(ValueError, match="x must give 17 pairs"):
+        torch_bridge.grouped_matmul(x, up, other, **options)
+
+
 def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
     given = tensors()
     out = lain(torch.empty(given[0].shape, dtype=BF16))
@@ -343,6 +391,29 @@ def test_out_is_written_where_it_lies_and_nowhere_else(gpu):
         with pytest.raises(ValueError, match="out must not overlap") as caught:
             torch_bridge.fused_moe(*given, transpose_rhs=True, out=taken)
         assert_format(caught.value)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_out_and_counts_of_a_call_through_torchs_dispatcher(launched, gpu, fresh_dynamo):
+    """Eagerly on a CPU, and in a compiled graph."""
+    gpu.launches_directly = launched
+    given, options = tensors(), {"transpose_rhs": True, "return_tokens_per_expert": True}
+    want, counts = oracle.layer(*plain(*given), transpose_rhs=True)
+
+    def layer(out, *arguments):
+        y, found = torch_bridge.fused_moe(*arguments, **options, out=out)
+        return y, found + 1
+
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if launched else layer
+    out = torch.empty(given[0].shape, dtype=BF16)
+    got, found = call(out, *given)
+    assert_near(out, want)
+    assert torch.equal(got, out) and (found - 1).tolist() == counts.tolist()
+    if not launched:
+        x = given[0].clone()
+        with pytest.raises(ValueError, match="out must not overlap x"):
+            torch_bridge.fused_moe(x, *given[1:], **options, out=x)
+        assert torch.equal(x, given[0])
 
 
 def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
@@ -491,6 +562,20 @@ WRONG = {
     "preferred": (TypeError, (X, UP, DOWN, SHARES, IDS), {"preferred_element_type": torch.int8}),
     "out must be contiguous": (ValueError, (X, UP, DOWN, SHARES, IDS), {"out": torch.zeros(2, 8)}),
     "out must be torch.float32": (TypeError, (X, UP, DOWN, SHARES, IDS), {"out": X.half()}),
+    "preferred_element_type must": (
+        TypeError,
+        (X, UP, DOWN, SHARES, IDS),
+        {"preferred_element_type": [F32]},
+    ),
+    "aligned.tokens_per_expert must": (
+        TypeError,
+        (X, UP, DOWN, SHARES, IDS),
+        {
+            "aligned": AlignedBlocks(IDS[:, 0], IDS[:, 0], IDS[0, :1], SHARES[0], IDS.view(-1)),
+            "block_size": 1,
+            "return_tokens_per_expert": True,
+        },
+    ),
     "path": (ValueError, (X, UP, DOWN, SHARES, IDS), {"path": "fast"}),
     "need no gradient": (
         NotImplementedError,
@@ -506,6 +591,13 @@ def test_a_wrong_argument_is_named(name):
     kind, arguments, options = WRONG[name]
     with pytest.raises(kind, match=name) as caught:
         torch_bridge.fused_moe(*arguments, **options)
+    assert_format(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named():
+    with pytest.raises(TypeError, match="x must be a dense tensor; got a nested") as caught:
+        torch_bridge.fused_moe(torch.nested.nested_tensor([X]), UP, DOWN, SHARES, IDS)
     assert_format(caught.value)
 
 
@@ -543,7 +635,10 @@ def test_nothing_to_compute_is_zeros(gpu):
 def test_whole_graphs_are_compiled(gpu, fresh_dynamo):
     given = tensors()
     bias = torch.randn(E, 2 * N)
-    aligned = torch_bridge.align_blocks(given[-1], block_size=8, num_experts=E)
+    expert_map = torch.tensor([0, 1, 2, 3, 4, 5, -1, -1], dtype=torch.int32)
+    aligned = torch_bridge.align_blocks(
+        given[-1], block_size=8, num_experts=8, expert_map=expert_map, return_inverse=True
+    )
 
     def both(x, up, down, shares, ids):
         y, counts = torch_bridge.fused_moe(
@@ -556,12 +651,34 @@ def test_whole_graphs_are_compiled(gpu, fresh_dynamo):
         z = torch_bridge.grouped_matmul(
             x, up, aligned, block_size=8, top_k=K, transpose_rhs=True, activation="silu"
         )
-        return y + 1, counts, z
+        options = {"transpose_rhs": True, "aligned": aligned, "block_size": 8}
+        _, of_aligned = torch_bridge.fused_moe(
+            *(x, up, down, shares, ids), **options, return_tokens_per_expert=True
+        )
+        return y + 1, counts, z, of_aligned.shape[0] + of_aligned
 
     want = both(*given)
     gpu.launched.clear()
     got = torch.compile(both, fullgraph=True, backend="aot_eager")(*given)
     used = int(aligned.num_tokens_post_padded)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert torch.equal(got[2][:used], want[2][:used])
+    assert torch.equal(got[2][:used], want[2][:used]) and torch.equal(got[3], want[3])
     assert gpu.launched
+
+
+def test_eager_calls_do_not_make_torch_compile_again(gpu, fresh_dynamo):
+    """What eager calls are known by is nothing that a compiled graph depends on."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, given = CompileCounter(), tensors()
+    options = {"transpose_rhs": True}
+    compiled = torch.compile(
+        lambda *arguments: torch_bridge.fused_moe(*arguments, **options) + 1,
+        fullgraph=True,
+        backend=counter,
+    )
+    torch_bridge.fused_moe(*given, **options)
+    compiled(*given)
+    torch_bridge.fused_moe(*tensors(5), **options)
+    compiled(*given)
+    assert counter.frame_count == 1

@@ -462,3 +462,22 @@ def test_a_lora_call_like_an_earlier_one_is_launched_at_once(fake, monkeypatch):
     for changed in ({"num_experts": 5}, {"lora_ids": torch.tensor([1])}):
         with pytest.raises(TypeError, match="not callable"):
             call(**changed)
+
+
+def test_known_calls_do_not_make_torch_compile_again(fresh_dynamo, fake, monkeypatch):
+    """What eager calls are known by is nothing that a compiled graph depends on."""
+    from torch._dynamo.testing import CompileCounter
+
+    fake.launches_directly, counter = True, CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def globalize(idx, psum, *out):
+        vllm.fused_globalize_align_block_size(idx, psum, 4, 8, 4, 2, *out)
+        return idx + 1
+
+    for known in ("one", "another"):
+        monkeypatch.setitem(_vllm_launch.calls._known, (known,), None)
+        idx, out = torch.tensor([[3, 0], [-1, 2], [1, 4]]), [unwritten(n) for n in (10, 5, 1)]
+        globalize(idx, torch.tensor([2]), *out)
+        assert idx.tolist() == [[7, 4], [-1, 6], [-1, -1]] and out[2].tolist() == [6]
+    assert counter.frame_count == 1

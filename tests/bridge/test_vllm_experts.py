@@ -63,6 +63,14 @@ def test_fused_experts_is_the_oracles(activation, options, gpu):
     assert_launched(gpu)
 
 
+def test_a_tensor_that_is_missing_is_named(gpu):
+    given = tensors()
+    for argument, text in ((0, "x must be"), (2, "w_down must be")):
+        with pytest.raises(TypeError, match=text) as caught:
+            vllm.fused_experts(*given[:argument], None, *given[argument + 1 :])
+        assert_format(caught.value)
+
+
 def test_fused_experts_with_a_map_and_weights_on_the_input(gpu):
     given = tensors()
     given[3] = lain(torch.rand(9, 2))
@@ -214,6 +222,31 @@ def test_the_method_leaves_a_machine_without_a_hopper_to_vllm(experts, gpu, monk
     with pytest.warns(UserWarning, match="the kernels need Hopper"):
         one.apply(*arguments_of(given, output))
     assert len(experts.calls) == 1
+
+
+def test_the_method_leaves_a_layer_whose_program_fails_to_vllm(experts, gpu, monkeypatch):
+    """At its first call too, which tries to compile it, and though another of its shapes has run."""
+    one, given = experts(), tensors()
+    output = lain(torch.empty(given[0].shape, dtype=given[0].dtype))
+    one.apply(*arguments_of(given, output))
+    monkeypatch.setattr(gpu, "compile", lambda index, problems: ["no compiler"] * len(problems))
+    given[:4] = [lain(tensor.half()) for tensor in given[:4]]
+    gpu.launched.clear()
+    with pytest.warns(UserWarning, match="vLLM's own expert layer runs .*: no compiler") as caught:
+        for _ in range(2):
+            one.apply(*arguments_of(given, output.half()))
+    assert len(experts.calls) == 2 and len(caught) == 1 and not gpu.launched
+
+
+def test_the_method_reads_a_configuration_that_was_replaced(experts, gpu):
+    one, given = experts(), tensors()
+    output = lain(torch.empty(given[0].shape, dtype=given[0].dtype))
+    one.apply(*arguments_of(given, output))
+    bias = torch.randn(given[1].shape[:2])
+    one.quant_config = SimpleNamespace(**vars(PLAIN) | {"w1_bias": bias})
+    one.apply(*arguments_of(given, output))
+    want, _ = oracle.layer(*plain(*given), transpose_rhs=True, bias_gate_up=plain(bias)[0])
+    assert_near(output, want)
 
 
 def test_another_apply_is_refused_and_nothing_is_replaced(monkeypatch):

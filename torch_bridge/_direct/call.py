@@ -120,7 +120,7 @@ def _as_the_kernels_read_them(
     if isinstance(spec, BatchedSpec):
         counts = operands["expert_num_tokens"].contiguous()
         if counts.dtype != torch.int32:
-            counts = _bound(counts).to(torch.int64).clamp(0, spec.max_tokens_per_batch)
+            counts = bound(counts).to(torch.int64).clamp(0, spec.max_tokens_per_batch)
         return {"expert_num_tokens": counts.to(torch.int32)}
     ids = operands["topk_ids"]
     if ids.dtype not in ID_WORDS:
@@ -136,7 +136,7 @@ def _as_the_kernels_read_them(
             (1,), max_valid_pairs, dtype=torch.int32, device=ids.device
         )
     elif "num_valid_pairs" in operands:
-        given["num_valid_pairs"] = _bound(operands["num_valid_pairs"])
+        given["num_valid_pairs"] = bound(operands["num_valid_pairs"])
     return given
 
 
@@ -148,7 +148,7 @@ def narrow(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return torch.where((wide < low) | (wide > high), low, wide).to(torch.int32)
 
 
-def _bound(tensor: torch.Tensor) -> torch.Tensor:
+def bound(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers that bound something, as int32: what exceeds int32 becomes its largest value."""
     if tensor.dtype == torch.int32:
         return tensor

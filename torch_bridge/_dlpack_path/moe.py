@@ -11,7 +11,7 @@ import torch
 import moe_align_jax
 from moe_align_jax.types import AlignedBlocks
 from torch_bridge import _plan, dlpack
-from torch_bridge._direct.call import narrow
+from torch_bridge._direct.call import bound, narrow
 from torch_bridge._dlpack_path.run import hand_over
 from torch_bridge._moe.calls import ALIGNED, DTYPES, Layer, Matmul
 from torch_bridge._resolved import Plan
@@ -126,7 +126,7 @@ def _narrowed(call: Call, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
             found[name] = tensor.to(torch.float32)
         elif tensor.dtype.itemsize == 8 or tensor.dtype == torch.uint32:
             if name == "num_valid_tokens":
-                found[name] = tensor.to(torch.int64).clamp(0, call.shape[0]).to(torch.int32)
+                found[name] = bound(tensor).clamp(0, call.shape[0])
             else:
                 found[name] = narrow(tensor, -1, _MOST_EXPERTS)
     return found

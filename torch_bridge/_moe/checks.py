@@ -49,7 +49,7 @@ def _rows(function: str, argument: str, value: Any) -> torch.Tensor:
 def _out_dtype(function: str, x: torch.Tensor, given: Any) -> torch.dtype:
     if given is None:
         return x.dtype
-    if given not in DTYPES:
+    if not isinstance(given, torch.dtype) or given not in DTYPES:
         rule, remedy = "be None, torch.bfloat16, torch.float16 or torch.float32", "Leave it out."
         fail(TypeError, function, "preferred_element_type", rule, str(given), remedy)
     return given
@@ -345,5 +345,10 @@ def _layer_alignment(
         fail(ValueError, function, "aligned.row_of_pair", rule, got, remedy)
     if counted:
         counts = getattr(aligned, "tokens_per_expert", None)
-        found["tokens_per_expert"] = _tensor(function, "aligned.tokens_per_expert", counts, x)
+        counts = _tensor(function, "aligned.tokens_per_expert", counts, x)
+        if counts.dtype != torch.int32 or counts.dim() != 1:
+            remedy = "Pass the result of torch_bridge.align_blocks."
+            rule, argument = "be int32 of one dimension", "aligned.tokens_per_expert"
+            fail(TypeError, function, argument, rule, counts, remedy)
+        found["tokens_per_expert"] = counts
     return found

@@ -13,7 +13,7 @@ import torch
 from moe_align_jax._grouped_matmul.direct_problem import NUM_PAIRS, NUM_ROWS, DirectMatmul
 from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax.types import LAUNCH_SIZES
-from torch_bridge._direct.call import narrow
+from torch_bridge._direct.call import bound, narrow
 from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import ID_WORDS
 from torch_bridge._direct.program import LoadedProgram
@@ -331,7 +331,9 @@ class BoundLayer:
             tensors["bias_down"] = laid_out_bias(programs.second, given["bias_down"])
         results: list[torch.Tensor] = []
         if self._aligned:
-            tensors |= {name: given[name].view(-1) for name in _BETWEEN}
+            tensors |= {name: given[name].reshape(-1) for name in _BETWEEN}
+            if not call.weights_on_input:
+                tensors["weights"] = self._of_experts_here(tensors, shares)
             if call.counted:
                 results.append(given["tokens_per_expert"])
         else:
@@ -358,6 +360,15 @@ class BoundLayer:
             target = out.copy_(target)
         return (target, *results)
 
+    def _of_experts_here(
+        self, tensors: Mapping[str, torch.Tensor], shares: torch.Tensor
+    ) -> torch.Tensor:
+        """The weights; 0 for pairs in blocks of no expert: their rows are zero, their weights may be NaN."""
+        experts = tensors["expert_ids"]
+        block = tensors["row_of_pair"].div(self.programs.block_size, rounding_mode="floor")
+        expert = experts[block.clamp(0, experts.shape[0] - 1)].view(shares.shape)
+        return shares.masked_fill((expert < 0) | (expert >= self.call.num_experts), 0)
+
     def id_values(self, pointer: int) -> dict[str, int]:
         """Where ids begin: their 256-byte boundary, and how many elements behind it."""
         behind = pointer & 255
@@ -379,6 +390,6 @@ class BoundLayer:
             pairs = min(call.max_valid_tokens, tokens) * top_k
             found["num_valid_pairs"] = torch.full((1,), pairs, dtype=torch.int32, device=ids.device)
         elif "num_valid_tokens" in given:
-            limit = given["num_valid_tokens"].to(torch.int64).clamp(0, tokens) * top_k
+            limit = bound(given["num_valid_tokens"]).to(torch.int64).clamp(0, tokens) * top_k
             found["num_valid_pairs"] = limit.to(torch.int32).view(1)
         return found

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_align_jax._grouped_matmul.problem import Weights
-from torch_bridge import _ops, _plan
+from torch_bridge import _checks, _ops, _plan, dlpack
 from torch_bridge._direct import store
 from torch_bridge._moe import checks, run
 from torch_bridge._moe.calls import ALIGNED, Layer, Matmul, weights_of
@@ -117,7 +117,10 @@ def _layer_fake(*arguments):
     x = operands["x"]
     results = [x.new_empty(call.shape, dtype=call.out_dtype)]
     if call.counted:
-        results.append(x.new_empty((call.num_experts,), dtype=torch.int32))
+        # An alignment made before counts as many experts as it was made for.
+        counts = operands.get("tokens_per_expert")
+        size = call.num_experts if counts is None else counts.shape[0]
+        results.append(x.new_empty((size,), dtype=torch.int32))
     return results
 
 
@@ -178,6 +181,12 @@ def results_of(
         reason = store.unavailable(x.device) or "it cannot"
         raise NotImplementedError(_plan.direct_refused(call.function, reason))
     arguments = _arguments(call, operands)
+    counted = isinstance(call, Layer) and call.counted
+    if out is not None and counted:  # an operator that writes out returns nothing
+        if _checks.sizes_are_known() and not any(map(dlpack.is_fake, (out, *operands.values()))):
+            checks.check_no_overlap(call.function, out, operands)
+        y, counts = _ops.chosen(call.function, x.device, path)(*arguments)
+        return out.copy_(y), counts
     if out is not None:
         _ops.chosen(f"{call.function}_into", x.device, path)(out, *arguments)
         return (out,)

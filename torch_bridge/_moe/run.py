@@ -240,7 +240,8 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         key: shapes, and the options as the caller gave them, unchecked.
         tensors: what the caller gave, unchecked, in the order of the bound call; then `out`, if given.
     """
-    if not _known or not fast_path.open_to_all():
+    # Asked first: what is known would otherwise be a part of what a compiled graph depends on.
+    if not fast_path.open_to_all() or not _known:
         return None
     try:
         known = _known.get(key)

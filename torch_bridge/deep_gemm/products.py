@@ -276,6 +276,10 @@ def _check_options(
         fail(NotImplementedError, function, "epilogue", rule, type(epilogue).__name__, remedy)
     if not recipes:
         return
+    for argument, value in zip(("recipe", "recipe_a", "recipe_b"), recipes, strict=True):
+        if value is not None and not isinstance(value, (tuple, list)):
+            rule, remedy = "be None or a tuple of ints", "Leave it out."
+            fail(TypeError, function, argument, rule, value, remedy)
     recipe, of_a, of_b = (None if r is None else tuple(r) for r in recipes)
     if (of_a is None) != (of_b is None) or (of_a is not None and recipe is not None):
         rule = "be None, or recipe_a and recipe_b be None, or neither of these two"
@@ -313,6 +317,9 @@ def _pair(function: str, argument: str, value: Any) -> _Pair:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         rule, remedy = "be (values, scales)", "Pass a pair of tensors."
         fail(TypeError, function, argument, rule, value, remedy)
+    if value[1] is None:  # without scales it would be another product
+        rule, remedy = "be a tensor", "Call the bf16 product for values without scales."
+        fail(TypeError, function, f"scales of {argument}", rule, "None", remedy)
     return value[0], value[1]
 
 
@@ -396,6 +403,10 @@ def _checked(
     for argument, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             fail(TypeError, function, argument, "be a tensor", tensor, "Pass a PyTorch tensor.")
+        if what := _checks.not_dense(tensor):
+            remedy = "Call to_dense() or dequantize() first."
+            fail(TypeError, function, argument, "be a dense tensor", what, remedy)
+    for argument, tensor in named.items():
         if tensor.device != d.device:
             rule, got = f"be on d's device, {d.device}", str(tensor.device)
             fail(ValueError, function, argument, rule, got, "Move it there.")

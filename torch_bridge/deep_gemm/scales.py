@@ -7,6 +7,7 @@ import torch
 
 from moe_align_jax._core import checks
 from moe_align_jax._core.fp8 import GROUP
+from torch_bridge import _checks
 
 _TMA_BYTES = 16
 _DEFAULT_ALIGNMENT = 128
@@ -94,6 +95,7 @@ def get_tma_aligned_size(x: int, element_size: int) -> int:
     size = checks.check_positive_int(function, "element_size", element_size, remedy)
     if _TMA_BYTES % size:
         fail(ValueError, function, "element_size", f"divide {_TMA_BYTES}", size, remedy)
+    x = checks.check_int(function, "x", x, 0, remedy)
     return checks.round_up(x, _TMA_BYTES // size)
 
 
@@ -121,6 +123,8 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor) -> torch.Tensor:
     remedy = "Pass a scale for each row and 128 columns."
     if not isinstance(sf, torch.Tensor) or sf.dtype != torch.float32:
         fail(TypeError, function, "sf", "be a float32 tensor", sf, remedy)
+    if what := _checks.not_dense(sf):
+        fail(TypeError, function, "sf", "be a dense tensor", what, "Call to_dense() first.")
     if sf.dim() not in (2, 3):
         rule = "have shape [mn, G] or [groups, mn, G]"
         fail(ValueError, function, "sf", rule, sf, remedy)
@@ -206,6 +210,8 @@ def transform_sf_into_required_layout(
     if sf.dtype != torch.float32:
         remedy = "Packed exponents are the layout of Blackwell."
         fail(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)
+    remedy = "Pass the sizes of the tensor that sf belongs to."
+    mn, k = (checks.check_int(function, n, x, 0, remedy) for n, x in (("mn", mn), ("k", k)))
     shape = (checks.cdiv(mn, numbers[0]), checks.cdiv(k, GROUP))
     shape = shape if num_groups is None else (num_groups, *shape)
     if tuple(sf.shape) != shape:
