@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from moe_align_jax._grouped_matmul import direct, direct_selftest, reference
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
@@ -12,6 +13,9 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._moe_layer.direct_problem import DirectSum, sum_bucket
 from tests.bridge.fake_cuda import FakeCuda
 from torch_bridge._direct import compile_worker, driver, host_code
+from torch_bridge._moe.calls import Matmul
+from torch_bridge._moe.programs import matmul_program
+from torch_bridge.deep_gemm import direct as deep_gemm
 
 SILU = {"activation": "silu", "gated": True}
 
@@ -177,3 +181,19 @@ def test_kept_descriptors_are_bounded(monkeypatch):
         maps.address([4096 * k])
         assert len(maps._blocks) <= 3
     assert len(fake.described) == 19
+
+
+def test_one_program_for_each_tile():
+    """Few tiles are shared by clusters under jit; launched directly they are not, and one program does."""
+    weights = torch.empty(128, 768, 2048, device="meta")
+    programs, tiles = set(), set()
+    for rows in range(16, 1024, 16):
+        call = Matmul(16, 8, Weights(transposed=True), torch.bfloat16, (rows, 768))
+        x = torch.empty(max(1, rows // 8), 2048, dtype=torch.bfloat16, device="meta")
+        where = torch.empty(rows, dtype=torch.int32, device="meta")
+        operands = {"x": x, "w": weights, "sorted_token_ids": where}
+        programs.add(matmul_program(call, operands, "NVIDIA H200"))
+        given = blocks(128, {"transposed": True}, num_rows=rows * 8, k=7168, n=256, num_experts=64)
+        tiles.add(deep_gemm.program_problem(given.problem, "NVIDIA H200"))
+    for found in (programs, tiles):
+        assert len(found) == len({(one.problem, one.tiles) for one in found}) > 1

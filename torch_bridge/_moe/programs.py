@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul.config import config_for
+from moe_align_jax._grouped_matmul.config import config_for, unshared
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._moe_layer import plan
@@ -83,7 +83,9 @@ def matmul_program(call: Matmul, operands: dict[str, torch.Tensor], gpu_kind: st
     sizes = {"num_rows": _power_of_two(exact.num_rows, _LEAST_ROWS)}
     if call.top_k:
         sizes["num_tokens"] = _power_of_two(exact.num_tokens, _LEAST_TOKENS)
-    return DirectMatmul(exact._replace(**sizes), gpu_kind, config_for(exact, gpu_kind))
+    # As they are launched: tiles that differ in how clusters share them are one program.
+    tiles = unshared(config_for(exact, gpu_kind))
+    return DirectMatmul(exact._replace(**sizes), gpu_kind, tiles)
 
 
 def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int) -> int:
