@@ -28,7 +28,7 @@ TRANSPORTS: dict[str, Transport] = {
 
 # The jax releases (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
 NVLINK_RUN_WITH = ((0, 11),)
-# The most GPUs of a mesh over which windows have run. Over more, each kernel has more peers than any that ran.
+# The most GPUs of a mesh over which windows have run. Over more, a kernel has more peers than any that ran.
 WINDOW_GPUS = 2
 _DENSE = "the dense exchange of the shortest device span measured"
 
