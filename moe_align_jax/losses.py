@@ -218,8 +218,12 @@ def _check_rate(function: str, rate: Any) -> Any:
     if array and rate.shape != ():
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
-    if not isinstance(rate, jax.Array) and not math.isfinite(rate):
-        raise ValueError(checks.message(function, "rate", "be finite", str(rate), remedy))
+    try:
+        got = "" if isinstance(rate, jax.Array) or math.isfinite(rate) else str(rate)
+    except OverflowError:
+        got = "an int beyond float64"
+    if got:
+        raise ValueError(checks.message(function, "rate", "be finite", got, remedy))
     return rate
 
 

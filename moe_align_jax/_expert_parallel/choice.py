@@ -28,6 +28,8 @@ TRANSPORTS: dict[str, Transport] = {
 
 # The jax releases (major, minor) with which our NVLink kernels ran on GPUs; with others they compile.
 NVLINK_RUN_WITH = ((0, 11),)
+# The most GPUs of a mesh over which windows have run. Over more, a kernel has more peers than any that ran.
+WINDOW_GPUS = 2
 _DENSE = "the dense exchange of the shortest device span measured"
 
 
@@ -105,6 +107,9 @@ def choose(
     if mode == "normal":
         many = 'mode "normal" moves more rows than a window holds'
         against[NVLINK_WINDOW.name] = against[NVLINK_WINDOW.name] or many
+    if max(num_ranks, jax.sharding.get_abstract_mesh().size) > WINDOW_GPUS:
+        more = f"it has run on {WINDOW_GPUS} GPUs: name it to take it on more"
+        against[NVLINK_WINDOW.name] = against[NVLINK_WINDOW.name] or more
     reasons |= {name: reason for name, reason in against.items() if reason}
     taken = next((name for name, reason in against.items() if reason is None), None)
     if taken is None:

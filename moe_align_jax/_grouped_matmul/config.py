@@ -201,12 +201,15 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
 
 
 def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
-    """Swapped tiles, each shared by a cluster where few tiles would leave most SMs without one."""
-    if not rules.split or problem.rows != "blocks":
+    """Swapped tiles, each shared by a cluster where few tiles would leave most SMs without one.
+
+    Of blocks of one row alone, whose tiles have 8: these are what ran on a GPU, and the parts of more rows do
+    not all fit in shared memory beside the ring.
+    """
+    if not rules.split or problem.rows != "blocks" or problem.block_size != 1:
         return tiles
     columns = tiles.bn // (2 if problem.weights.gated else 1)
-    tiles_of_block = -(-problem.block_size // tiles.bm)
-    count = problem.num_blocks * tiles_of_block * -(-problem.n // columns)
+    count = problem.num_blocks * -(-problem.n // columns)
     steps = -(-problem.k // tiles.bk)
     for split, (most, num_ctas) in _SPLITS.items():
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:

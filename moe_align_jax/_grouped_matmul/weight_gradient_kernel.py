@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._grouped_matmul import inline, kernel, reference
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
+from moe_align_jax._lowering.sharding import vary_together
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
@@ -183,7 +184,12 @@ def run(
     experts, consecutive = _experts_of(problem, *operands[2:])
     if consecutive is None or problem.layout.consecutive:
         return by_kernel(experts, operands)
-    return lax.cond(consecutive, by_kernel, by_loop, experts, operands)
+
+    def typed(way: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Under shard_map with check_vma a kernel's result varies over no axis, and the loop's does."""
+        return lambda *given: vary_together([way(*given), *operands])[0]
+
+    return lax.cond(consecutive, typed(by_kernel), typed(by_loop), experts, operands)
 
 
 def arguments(

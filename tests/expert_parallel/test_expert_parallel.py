@@ -423,7 +423,8 @@ def test_the_rule_can_be_asked(monkeypatch):
 def test_our_kernels_are_the_choice_with_the_jax_they_ran_with(monkeypatch):
     ask = functools.partial(maj.select_transport, 128, top_k=8, platform="gpu")
     monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
-    assert ask(num_ranks=4).transport == "nvlink_window"
+    assert ask(num_ranks=2).transport == "nvlink_window"
+    assert ask(num_ranks=4).transport == "nvlink"
     assert ask(num_ranks=4, mode="normal").transport == "nvlink"
     assert "at most 8 devices" in ask(num_ranks=9).reasons["nvlink"]
     assert "Mosaic GPU" in ask(num_ranks=4, platform="cpu").reasons["nvlink"]

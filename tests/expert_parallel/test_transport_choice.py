@@ -24,6 +24,7 @@ def on_gpus(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
     monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
+    monkeypatch.setattr(choice, "WINDOW_GPUS", 8)
 
 
 def taken(mesh, names="ep", rows=2, **options):
@@ -60,6 +61,17 @@ def test_select_transport_agrees_with_dispatch(on_gpus, shape, names, transport)
     if shape == (4,):
         for ours in ("nvlink", "nvlink_window"):
             assert "all 8 devices of the process; this one has 4" in asked.reasons[ours]
+
+
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("ep",)), ((4, 2), ("dp", "ep"))])
+def test_windows_are_named_on_more_gpus_than_they_ran_on(on_gpus, monkeypatch, shape, names):
+    """Groups of two ranks of a larger mesh are other kernels, too."""
+    monkeypatch.setattr(choice, "WINDOW_GPUS", 2)
+    mesh = mesh_of(shape=shape, names=names)
+    ask = functools.partial(maj.select_transport, 2, top_k=2, num_ranks=shape[-1], mesh=mesh)
+    assert ask() == taken(mesh) and ask().transport == "nvlink"
+    assert "has run on 2 GPUs" in ask().reasons["nvlink_window"]
+    assert ask(transport="nvlink_window").transport == "nvlink_window"
 
 
 def test_what_a_window_cannot_do_nvlink_does(on_gpus, monkeypatch):

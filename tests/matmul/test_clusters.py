@@ -172,6 +172,26 @@ def test_few_tiles_are_shared(sizes, splits):
         assert name.endswith(f"-k{split}") if split > 1 else "-k" not in name, form
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("block_size", [1, 40])
+def test_tiles_fit_in_shared_memory(block_size, gated):
+    """Mosaic refuses a kernel that needs more. Tiles of blocks of one row have been shared on a GPU."""
+    problem = MatmulProblem(
+        *("test", "blocks", 120, 2048, 256, 2, "bfloat16", "bfloat16"),
+        Weights(True, activation="silu" if gated else None, gated=gated),
+        block_size=block_size,
+        num_tokens=24,
+        top_k=2,
+    )
+    config = tiles.config_for(problem)
+    named = {name: jnp.zeros(*array) for name, array in problem.inputs.items()}
+    operands = launch.arguments(problem, config, named, None, interpret=False)
+    with jax.enable_x64(False):
+        traced = jax.jit(kernel.build(problem, config)).trace(*operands)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert config.split == 1 or block_size == 1
+
+
 def test_a_ring_that_would_wait_for_itself_is_refused():
     problem, *_ = make(3, 2, 3, 256, 64)
     with pytest.raises(ValueError, match="wait for itself"):

@@ -324,3 +324,24 @@ def test_a_training_step_on_a_gpu_runs_kernels():
     assert text.count("@mosaic_gpu") >= 6
     # The alignment is ours, so that no expert's rows can lie apart: nothing tests it on the device.
     assert not re.search(r"stablehlo\.(while|case|scatter)", text)
+
+
+def test_a_callers_alignment_within_shard_map():
+    """Whether its rows follow each other is asked on the device: both ways have results of one type."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def loss(w, x, ids):
+        sizes = {"block_size": 16, "num_experts": 3}
+        aligned = maj.moe_align_block_size(ids, return_inverse=True, **sizes)
+        y = maj.grouped_matmul(x, w, aligned, block_size=16, top_k=2)
+        return jnp.sum(y.at[aligned.row_of_pair].get(mode="fill", fill_value=0), dtype=jnp.float32)
+
+    step = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=(spec(), spec("d"), spec("d")), out_specs=spec()
+    )
+    like = jax.ShapeDtypeStruct
+    w, x = like((3, 64, 128), jnp.bfloat16), like((64, 64), jnp.bfloat16)
+    traced = jax.jit(step).trace(w, x, like((64, 2), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.case" in text and "grouped_weight_gradient" in text

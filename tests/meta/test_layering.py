@@ -223,6 +223,10 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
     },
+    "moe_align_jax._grouped_matmul.weight_gradient_kernel": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.sharding",
+    },
     "moe_align_jax._grouped_matmul.choice": {
         "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.primitive",

@@ -238,6 +238,8 @@ def test_capacity_of_a_factor():
         (TypeError, "rate must be a real number", {"rate": True}),
         (ValueError, "rate must be a scalar", {"rate": np.zeros(3)}),
         (ValueError, "rate must be finite", {"rate": float("nan")}),
+        (ValueError, "rate must be finite", {"rate": 10**400}),
+        (ValueError, "rate must be finite", {"rate": np.float16(np.inf)}),
         (TypeError, "axis_name must be the name", {"axis_name": ["data"]}),
         (TypeError, "axis_name must be the name", {"axis_name": ("data", 5)}),
     ],
