@@ -10,6 +10,7 @@ import torch
 
 import torch_bridge
 import torch_bridge.deep_gemm as deep_gemm
+from tests.gpu.graphs import capture
 from torch_bridge.deep_gemm import scales as layouts
 
 GROUPS, K, N = 4, 256, 192
@@ -342,7 +343,7 @@ def test_captured_into_a_graph(use_psum_layout):
 
     call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         call()
     for (group, given, wide_a), new in reversed(list(zip(made, where, strict=True))):
         for target, source in zip((*a, layout), (*given, new), strict=True):
@@ -363,7 +364,7 @@ def test_captured_before_its_first_call():
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(torch_bridge.Miss, match="Call it once with these shapes"),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        capture(graph),
     ):
         deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, 4)
 

@@ -167,7 +167,7 @@ def test_gpu_capture_without_the_programs_names_a_remedy():
     x, shares, ids = tokens(9)
     with (
         pytest.raises(torch_bridge.Miss, match="Call it once with these shapes"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        capture(torch.cuda.CUDAGraph()),
     ):
         torch_bridge.fused_moe(x, up, down, shares, ids, **VLLM)
 

@@ -148,7 +148,7 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
 
 
 def test_peers_need_two_gpus(monkeypatch):
-    assert sanitizer_cases.names("peers")[:2] == ["normal", "normal fp8"]
+    assert sanitizer_cases.names("peers")[:2] == ["normal nvlink", "normal fp8 nvlink"]
     monkeypatch.setattr(jax, "devices", lambda platform: ["one"])
     with pytest.raises(RuntimeError, match="two GPUs; got 1"):
         next(run for _, run in sanitizer_cases.runs("peers"))()
