@@ -498,6 +498,7 @@ def test_fetch_extracts_the_op_and_notes_its_release(tmp_path):
 
 def test_fetch_keeps_a_whole_package_in_a_folder(tmp_path):
     wheel = fetch.WHEELS["deep_gemm"]
+    assert wheel.package
     inside, _ = wheel.package
     with zipfile.ZipFile(tmp_path / "vllm-0.33.0-cp38-abi3-linux.whl", "w") as archive:
         for member in ("vllm/outside.py", wheel.member, f"{inside}__init__.py"):
