@@ -30,7 +30,7 @@ COSTS = Path(__file__).with_name("costs.txt")
 # Seconds of CPU per case from which a function costs more.
 COSTLY = 0.05
 # Seconds of CPU of a case that one run of CI is enough for.
-LONG = 3.0
+LONG = 1.0
 
 _ONCE = re.compile(
     r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
