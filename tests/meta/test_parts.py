@@ -39,7 +39,9 @@ def test_every_case_of_a_cheap_function_runs_and_only_the_first_twice(function):
 
 def test_library_functions_run_on_the_oldest_jax_or_with_x64():
     seen = set()
-    for number, count, cost in itertools.product(range(20), range(1, 50), (0.0, 0.2, parts.LONG - 0.1)):
+    for number, count, cost in itertools.product(
+        range(20), range(1, 50), (0.0, 0.2, parts.LONG - 0.1)
+    ):
         got = shares(f"{LIBRARY}{number}", count, cost)
         others = [name for name in parts.NAMES[1:] if got[name]]
         assert others, (number, count)
