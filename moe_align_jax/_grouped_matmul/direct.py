@@ -1,8 +1,7 @@
 """The kernels of the grouped matrix multiplication for a launch outside XLA (`torch_bridge`)."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +14,8 @@ from moe_align_jax._grouped_matmul.direct_problem import (
     SCALE_PITCH,
     DirectMatmul,
 )
+from moe_align_jax._lowering.direct_kernel import DirectKernel
 from moe_align_jax._simt.language import Kernel
-
-
-class DirectKernel(NamedTuple):
-    """A kernel to compile.
-
-    Attributes:
-        name: of the kernel.
-        inputs, outputs: its buffers by name, in order.
-        call: the kernel as a function of its inputs.
-        structs: shapes and dtypes of these.
-        rows: for each buffer of which a launch gives the number of rows, the name of that value.
-        pitches: for each whose last axis a launch gives the length of, likewise.
-    """
-
-    name: str
-    inputs: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[int, ...]]
-    call: Callable
-    structs: list[jax.ShapeDtypeStruct]
-    rows: dict[str, str]
-    pitches: dict[str, str]
 
 
 def kernels(direct: DirectMatmul) -> tuple[Any, ...]:

@@ -1,11 +1,9 @@
 """silu_and_mul_masked_quant on a GPU: which sizes the kernel takes, and its launch."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._lowering.direct_kernel import DirectKernel
 from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.config import config_for as config_for
 from moe_align_jax._masked_quant.config import unsupported as unsupported
@@ -28,23 +26,6 @@ def run(
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
         q, scales = launch(x.reshape(shape), masked_m)
     return [q.reshape(*shape[:2], problem.width), scales]
-
-
-class DirectKernel(NamedTuple):
-    """The kernel for a launch outside XLA, with programmatic dependent launch.
-
-    Attributes:
-        name: of the kernel.
-        inputs, outputs: its buffers by name, in order.
-        call: the kernel as a function of its inputs.
-        structs: shapes and dtypes of these.
-    """
-
-    name: str
-    inputs: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[int, ...]]
-    call: Callable
-    structs: list[jax.ShapeDtypeStruct]
 
 
 def direct_kernel(problem: MaskedQuantProblem) -> DirectKernel:

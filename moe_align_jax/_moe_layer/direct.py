@@ -9,24 +9,8 @@ import numpy as np
 
 from moe_align_jax._layout.kernels import weighted_sum
 from moe_align_jax._layout.kernels.sizes import RowSum, sum_config, sum_unsupported
+from moe_align_jax._lowering.direct_kernel import DirectKernel
 from moe_align_jax._moe_layer.direct_problem import DirectSum
-
-
-class DirectKernel(NamedTuple):
-    """A kernel to compile.
-
-    Attributes:
-        name: of the kernel.
-        inputs, outputs: its buffers by name, in order.
-        call: the kernel as a function of its inputs.
-        structs: shapes and dtypes of these.
-    """
-
-    name: str
-    inputs: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[int, ...]]
-    call: Callable
-    structs: list[jax.ShapeDtypeStruct]
 
 
 def kernels(direct: DirectSum) -> tuple[DirectKernel, ...]:

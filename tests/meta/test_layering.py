@@ -172,6 +172,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._moe_layer.combine": set(),
     "moe_align_jax._moe_layer.direct": {
         "moe_align_jax._layout.kernels",
+        "moe_align_jax._lowering.direct_kernel",
         "moe_align_jax._moe_layer.direct_problem",
     },
     "moe_align_jax._moe_layer.direct_problem": set(),
@@ -188,6 +189,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._grouped_matmul.problem": {"moe_align_jax._core.fp8"},
     "moe_align_jax._grouped_matmul.direct": {
         "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.direct_kernel",
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._grouped_matmul.kernel": {
@@ -322,6 +324,7 @@ ALLOWED: dict[str, set[str]] = {
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.int32",
+        "moe_align_jax._lowering.direct_kernel",
         "moe_align_jax._masked_quant",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
