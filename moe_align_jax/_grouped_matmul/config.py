@@ -41,6 +41,8 @@ class Config(NamedTuple):
         sharing: CTAs of a cluster that have neighbouring n tiles of the same rows, and load x for each other;
             0: no cluster. Each warpgroup says with one arrival, not one of every thread, that it has read a
             stage: a cluster of one is for that alone.
+        ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
+            while this one is stored: into shared memory. Of e4m3 with scales of blocks.
     """
 
     form: str
@@ -56,6 +58,7 @@ class Config(NamedTuple):
     split: int = 1
     skips: bool = False
     sharing: int = 0
+    ahead: bool = False
 
     @property
     def name(self) -> str:
@@ -65,6 +68,7 @@ class Config(NamedTuple):
         more += f"-k{self.split}" if self.split > 1 else ""
         more += "-skips" if self.skips else ""
         more += f"-c{self.sharing}" if self.sharing else ""
+        more += "-ahead" if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 

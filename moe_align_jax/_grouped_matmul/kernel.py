@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_products
+from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales, loads, scaled_products
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -73,9 +73,10 @@ class _Refs:
         refs: list[Any],
         interpret: bool,
         sized_at_launch: bool,
-        split: int,
+        config: Config,
         ending: "Ending | None" = None,
     ):
+        split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         self.count, self.experts = refs.pop(0), refs.pop(0)
@@ -97,6 +98,7 @@ class _Refs:
         self.parts: Any = None
         if split > 1:  # the interpreter's CTAs have no memory in common but global memory
             self.parts = refs.pop(1 if interpret else -1)
+        self.w_scale_rows: Any = refs.pop() if config.ahead else None
         self.scale_rows = refs.pop() if has_scale_rows(problem) else None
         self.out, x_tiles, self.w_tiles, o_tiles = refs
         # The same memory, for wgmma and for TMA: see `views`.
@@ -189,7 +191,7 @@ def build(
     clusters = config.num_ctas // (ranks * sharing)
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ranks, ending)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, config, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
@@ -198,11 +200,20 @@ def build(
         total = row_tiles * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def tile_at(i):
-            at, n = _order(config, cta + i * clusters, row_tiles, n_tiles)
+        def order(i):
+            """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
+            t = cta + i * clusters
+            if not config.ahead:
+                return _order(config, t, row_tiles, n_tiles)
+            t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
+            return _order(config, t, jnp.maximum(row_tiles, 1), n_tiles)  # there may be none at all
+
+        def tile_at(i, known=None):
+            at, n = order(i)
             if sharing > 1:
                 n = n * sharing + rank
-            tile = _tile(problem, config, shape, refs, at, n)
+            known = _read(shape, refs, at) if known is None else known
+            tile = _tile(problem, config, shape, refs, at, n, known)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
         def slot_of(step):
@@ -214,11 +225,16 @@ def build(
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
-            def multiply(tile, ring, between):
+            scaled = (
+                scaled_products.Products(problem, config, shape, refs, interpret)
+                if problem.scales
+                else None
+            )
+
+            def multiply(tile, ring, between, place=None):
                 """The warpgroup's sums, in one accumulator or two."""
-                if problem.scales:
-                    scaled = scaled_products.Products(problem, config, shape, refs, interpret)
-                    return scaled(tile, warpgroup, ring, slot_of, between)
+                if scaled:
+                    return scaled(tile, warpgroup, ring, slot_of, between, place)
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -278,6 +294,17 @@ def build(
                     store(q, value, at)
                 return ring + steps
 
+            def now_and_ahead(i, carry):
+                ring, known = carry
+                following = _read(shape, refs, order(i + 1)[0])
+                tile, steps = tile_at(i, known)
+                inline_scales.await_groups(interpret=interpret)
+                sums, at = multiply(tile, ring, lambda k: None, i & 1), place(tile)
+                scaled.fetch(tile_at(i + 1, following)[0], warpgroup, (i + 1) & 1)
+                for q, value in enumerate(finish(sums, tile, at)):
+                    store(q, value, at)
+                return ring + steps, following
+
             def together(i, ring):
                 """A tile of the cluster's: its first CTA stores it."""
                 tile, steps = tile_at(i)
@@ -329,7 +356,13 @@ def build(
 
                 return ring + steps, whole.astype(_I32), here, value
 
-            if not config.late:
+            if config.ahead:
+                assert scaled and not (config.late or ending)
+                known = _read(shape, refs, order(0)[0])
+                scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
+                lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
+                inline_scales.await_groups(interpret=interpret)
+            elif not config.late:
                 lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
                 none = epilogue.nothing(problem, shape, interpret)
@@ -396,6 +429,8 @@ def build(
     o_tiles = (computing, slots, piece_rows, shape.piece)
     scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
     out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
+    if config.ahead:
+        scale_rows.append(scaled_products.weights_memory(problem, config, shape))
     parts, shared, grid = [], [], {}
     if ranks > 1:
         words = bn // computing * bm
@@ -467,18 +502,31 @@ def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> 
     return first * config.group + (rest - n * size), n
 
 
+def _read(shape: Shape, refs: _Refs, at: jax.Array) -> tuple[jax.Array, ...]:
+    """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    if not shape.parts:
+        return refs.experts[at], refs.starts[at], refs.ends[at]
+    return (refs.experts[lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at],)
+
+
 def _tile(
-    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array, n: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    at: jax.Array,
+    n: jax.Array,
+    known: tuple[jax.Array, ...],
 ) -> Tile:
     if not shape.parts:
-        expert, row, used = refs.experts[at], refs.starts[at], refs.ends[at]
+        expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.
         end = (expert + 1) * problem.max_rows if problem.rows == "masked" else used
         return Tile(expert >= 0, expert, row, end, n, used)
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
-    expert = refs.experts[block]
+    [expert] = known
     valid = (expert >= 0) & (expert < problem.num_experts)
     if (
         shape.parts > 1 and shape.reads_ids

@@ -433,7 +433,7 @@ FORMS = {
     "tall, alone in its cluster": (
         (20, 1, 2, 128, 192, 192),
         {"gather": False, "layout": COLUMNS},
-        TALL._replace(sharing=1),
+        TALL._replace(sharing=1, ahead=True),
     ),
     "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
 }
@@ -531,7 +531,7 @@ def on_a_gpu():
             more = {"gather": gather, "routing": "dropped", "layout": {} if gather else COLUMNS}
             size = (300, 2, 3, 384, 448, config.bm)
             add(f"skips, gathered {gather}", config._replace(skips=True), *size, **more)
-    for config in (BROAD, TALL._replace(sharing=1), TALL._replace(sharing=2)):
+    for config in (BROAD, TALL._replace(sharing=1), TALL._replace(sharing=2, ahead=True)):
         for name, layout in layouts.items():
             text = f"sharing, {name}"
             add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
@@ -540,7 +540,8 @@ def on_a_gpu():
     for name, layout in layouts.items():
         of_most = [(20, SWAP), (200, N), (512, M), (500, TALL)]
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[2:]]
-        of_most += [(512, BROAD._replace(skips=True)), (512, TALL._replace(skips=True, sharing=2))]
+        both = {"skips": True, "ahead": True}
+        of_most += [(512, BROAD._replace(**both)), (512, TALL._replace(**both, sharing=2))]
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)
 
