@@ -53,6 +53,9 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
+        there: whether there is such a tile: of two CTAs that share weights, the last may have none.
+        busy: whether either of the two multiplies; both pass stages on then.
+        together: whether they use the same weights.
     """
 
     valid: jax.Array
@@ -61,6 +64,9 @@ class Tile(NamedTuple):
     end: jax.Array
     n: jax.Array
     used: jax.Array
+    there: jax.Array | None = None
+    busy: jax.Array | None = None
+    together: jax.Array | None = None
 
 
 class _Refs:
@@ -196,25 +202,52 @@ def build(
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
         row_tiles = _row_tiles(problem, shape, refs)
-        n_tiles = -(-shape.n_tiles // sharing)
-        total = row_tiles * n_tiles
+        pairs = config.shares_weights
+        n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
+        units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
+        total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def order(i):
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if not config.ahead:
-                return _order(config, t, row_tiles, n_tiles)
-            t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-            return _order(config, t, jnp.maximum(row_tiles, 1), n_tiles)  # there may be none at all
+                at, n = _order(config, t, units, n_tiles)
+            else:
+                t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
+                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+            if pairs:
+                return at * sharing + rank, n
+            return at, n * sharing + rank if sharing > 1 else n
+
+        def read(at):
+            """What memory tells about a tile of rows, and about that of the other CTA."""
+            if not pairs:
+                return _read(shape, refs, at)
+            last = jnp.maximum(row_tiles - 1, 0)
+            other = _read(shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(shape, refs, jnp.minimum(at, last)), other[0]
 
         def tile_at(i, known=None):
             at, n = order(i)
-            if sharing > 1:
-                n = n * sharing + rank
-            known = _read(shape, refs, at) if known is None else known
-            tile = _tile(problem, config, shape, refs, at, n, known)
-            return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+            known = read(at) if known is None else known
+            if not pairs:
+                tile = _tile(problem, config, shape, refs, at, n, known)
+                return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+            last = jnp.maximum(row_tiles - 1, 0)
+            *known, other = known
+            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
+            there = at < row_tiles
+            valid = tile.valid & there
+            peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
+            tile = tile._replace(
+                valid=valid,
+                expert=jnp.clip(tile.expert, 0, problem.num_experts - 1),
+                there=there,
+                busy=valid | peer,
+                together=valid & peer & (tile.expert == other),
+            )
+            return tile, jnp.where(tile.busy, _I32(shape.k_steps), 0)
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))
@@ -296,13 +329,17 @@ def build(
 
             def now_and_ahead(i, carry):
                 ring, known = carry
-                following = _read(shape, refs, order(i + 1)[0])
+                following = read(order(i + 1)[0])
                 tile, steps = tile_at(i, known)
                 inline_scales.await_groups(interpret=interpret)
                 sums, at = multiply(tile, ring, lambda k: None, i & 1), place(tile)
                 scaled.fetch(tile_at(i + 1, following)[0], warpgroup, (i + 1) & 1)
-                for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at)
+
+                pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps, following
 
             def together(i, ring):
@@ -356,9 +393,10 @@ def build(
 
                 return ring + steps, whole.astype(_I32), here, value
 
-            if config.ahead:
-                assert scaled and not (config.late or ending)
-                known = _read(shape, refs, order(0)[0])
+            if config.ahead or pairs:
+                assert scaled and config.ahead and not (config.late or ending)
+                assert not (pairs and shape.parts > 1 and shape.reads_ids)
+                known = read(order(0)[0])
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
                 inline_scales.await_groups(interpret=interpret)

@@ -136,8 +136,9 @@ class Products:
         ahead = self._of_blocks(tile, warpgroup, 0) if place is None else ()
         first = tuple(zeros), ahead, slot_of(ring)
         sums, *_ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
-        if self.config.skips:
-            others = tile.valid & jnp.logical_not(mine)
+        if self.config.skips or self.config.shares_weights:
+            busy = tile.busy if self.config.shares_weights else tile.valid
+            others = busy & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
 
