@@ -330,7 +330,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     if options.deep_gemm:
         found["DeepGEMM"] = lambda i, _: prepare_deep_gemm(i, options.deep_gemm, options.replays)
     if options.variants:
-        for block, tiles in sorted(variants(size), key=lambda each: each[0]):
+        for block, tiles in sorted(variants(size), key=lambda v: (v[1].shares_weights, v[0])):
             more = (block,) if given else ()
             found[f"e4m3, {tiles.name}"] = by_jax(make, *more, e4m3=True, tiles=tiles)
     wanted = options.only.split(";")
