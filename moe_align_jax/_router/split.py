@@ -1,13 +1,13 @@
 """One launch whose warps have two tasks: some choose experts, a token each; the others align what was chosen.
 
-A token names an expert at most once, so the pairs of an expert are told by its tokens alone, up to 64 of them:
-the bits of a word, or of two. Atomic additions in shared memory set the bits, which no order changes. The
-number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
+A token names an expert at most once, so the pairs of an expert are told by its tokens alone, up to 64 of
+them: the bits of a word, or of two. Atomic additions in shared memory set the bits, which no order changes.
+The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
-without a bit. While these align, the routing warps compute and write the weights. In one CTA the routing warps
-set the bits themselves. In a cluster they post their ids to every CTA, in messages of 4, and the aligning
-warps of each set the bits of all and write a slice of each output.
+without a bit. While these align, the routing warps compute and write the weights. In one CTA the routing
+warps set the bits themselves. In a cluster they post their ids to every CTA, in messages of 4, and the
+aligning warps of each set the bits of all and write a slice of each output.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
