@@ -15,6 +15,8 @@ sum over the lanes before it comes from one ballot for each bit of a lane's sum.
 Bytes: every output written once, the rows and blocks in use twice. Grid: one cluster. Deterministic.
 """
 
+import functools
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,7 @@ from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
 from moe_align_jax.types import AlignProblem
 
 MAX_TOKENS = 2 * WARP
-_BYTE = 255
+_BYTE, _ONES = 255, 0x01010101
 _MESSAGE = 4  # ids
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
@@ -58,7 +60,7 @@ class Split:
         self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE  # words of a token's ids
         self.num_ids = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
-        self.in_lanes = self.each <= 8 and (self.each - 1) * self.most_blocks <= _BYTE
+        self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
 
     @property
     def shared(self) -> dict[str, int]:
@@ -190,13 +192,7 @@ class Split:
             self._rank(t, r, expert, pair // problem.top_k)
             for (pair, _), expert in zip(pairs, safe, strict=True)
         ]
-        blocks = [self._blocks(t, [word[j] for word in masks]) for j in range(self.each)]
-        before, running = [], t.const(0)
-        for count in blocks:
-            before.append(running)
-            running = running + count
-        base = self._sum_below(t, running, lane)
-        starts = self._starts(t, r, safe, before, base, lane, warp)
+        starts, total = self._starts(t, r, masks, safe, lane, warp)
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
@@ -221,19 +217,14 @@ class Split:
                         count = self._count(t, [word[j] for word in masks])
                         t.store(r.tokens_per_expert, first + j, count)
             with t.if_(lane.eq(WARP - 1)):
-                t.store(r.num_tokens_post_padded, 0, (base + running) * align.block_size)
+                t.store(r.num_tokens_post_padded, 0, total * align.block_size)
 
     def _count(self, t: Simt, words: list[Int]) -> Int:
         return sum((t.popc(word) for word in words), t.const(0))
 
-    def _blocks(self, t: Simt, words: list[Int]) -> Int:
-        """Of an expert with these tokens."""
-        if self.most_blocks > 1:
-            size = self.align.block_size
-            return (self._count(t, words) + (size - 1)) // size
-        either = words[0]
-        for word in words[1:]:
-            either = either | word
+    def _used(self, t: Simt, words: list[Int]) -> Int:
+        """1 where an expert has a token, else 0."""
+        either = functools.reduce(operator.or_, words)
         return t.select(either.ne(0), 1, 0)
 
     def _rank(self, t: Simt, r: SimpleNamespace, expert: Int, token: Int) -> Int:
@@ -262,33 +253,67 @@ class Split:
         self,
         t: Simt,
         r: SimpleNamespace,
+        masks: list[list[Int]],
         experts: list[Int],
-        before: list[Int],
-        base: Int,
         lane: Int,
         warp: Int,
-    ) -> list[Int]:
-        """The first block of each expert. `before`: blocks of a lane's experts before each of them."""
+    ) -> tuple[list[Int], Int]:
+        """The first block of each of these experts; and, in the last lane, the blocks of all experts.
+        `masks`: of a lane's own experts."""
+        of_expert = [[word[j] for word in masks] for j in range(self.each)]
+        if self.most_blocks == 1 and self.each <= 8:
+            # A bit says that an expert has its one block.
+            used = functools.reduce(
+                operator.or_, (self._used(t, x) << j for j, x in enumerate(of_expert))
+            )
+            mine = t.popc(used)
+            base = self._sum_below(t, mine, lane)
+            both, found = (base << 8) | used, []
+            for expert in experts:
+                word = t.shfl(both, expert >> self._shift)
+                below = (t.const(1) << (expert & (self.each - 1))) - 1
+                found.append((word >> 8) + t.popc(word & below))
+            return found, base + mine
+        size = self.align.block_size
+        if self.most_blocks == 1:
+            blocks = [self._used(t, words) for words in of_expert]
+        else:
+            blocks = [(self._count(t, words) + (size - 1)) // size for words in of_expert]
+        fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
         if not self.in_lanes:
+            mine = sum(blocks, t.const(0))
+            base = running = self._sum_below(t, mine, lane)
             own = warp * self.stride
-            for k in range(0, self.each, 4):
-                four = tuple(base + x for x in before[k : k + 4])
-                t.store4(r.starts, own + lane * self.each + k, four)
+            for k, four in enumerate(fours):
+                starts = []
+                for count in four:
+                    starts.append(running)
+                    running = running + count
+                t.store4(r.starts, own + lane * self.each + 4 * k, tuple(starts))
             t.warp_sync()
-            return [t.load(r.starts, own + expert) for expert in experts]
-        packed = []
-        for k in range(0, self.each, 4):
-            a, b, c, d = before[k : k + 4]
-            packed.append(a | (b << 8) | (c << 16) | (d << 24))
+            return [t.load(r.starts, own + expert) for expert in experts], base + mine
+        # The bytes of a word times 0x01010101 are their running sums.
+        words, before = [], t.const(0)
+        for a, b, c, d in fours:
+            counts = (a | (b << 8)) | ((c | (d << 8)) << 16)
+            sums = counts * _ONES + before * _ONES
+            words.append(sums - counts)
+            before = (sums >> 24) & _BYTE
+        base = self._sum_below(t, before, lane)
         found = []
         for expert in experts:
-            source = expert >> (self.each.bit_length() - 1)
-            word = t.shfl(packed[0], source)
-            if len(packed) > 1:
-                word = t.select((expert & 4).ne(0), t.shfl(packed[1], source), word)
+            source = expert >> self._shift
+            word = t.shfl(words[0], source)
+            if len(words) > 1:
+                word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
             inside = (word >> ((expert & 3) << 3)) & _BYTE
             found.append(t.shfl(base, source) + inside)
-        return found
+        return found, base + before
+
+    @property
+    def _shift(self) -> int:
+        """Of an expert, to the lane that has it."""
+        return self.each.bit_length() - 1
 
 
 def num_routers(config_warpgroups: int, aligner_warpgroups: int = 1) -> int:
