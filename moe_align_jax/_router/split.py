@@ -30,6 +30,7 @@ from moe_align_jax.types import AlignProblem
 
 MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
+_COUNT_SHIFT = 24
 _MESSAGE = 4  # ids
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
@@ -60,12 +61,21 @@ class Split:
         self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE  # words of a token's ids
         self.num_ids = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
+        # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
+        # where that has room, so that one addition does both, or in a word of their own.
+        self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
+        self.counted = self.most_blocks > 1 and not self.packed
         self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
+
+    @property
+    def _cells(self) -> int:
+        """Words of the masks, and of the counts behind them."""
+        return (self.words + self.counted) * self.stride
 
     @property
     def shared(self) -> dict[str, int]:
         """Words of each shared-memory array."""
-        arrays = {"masks": self.words * self.stride}
+        arrays = {"masks": self._cells}
         if self.num_ctas == 1:
             arrays["chosen"] = self.num_ids
         if not self.in_lanes:
@@ -148,14 +158,17 @@ class Split:
             cell = expert
             if self.words > 1:
                 cell = cell + (token >> 5) * self.stride
-            t.atomic_add(r.masks, cell, t.const(1) << (token & (WARP - 1)))
+            bit = t.const(1) << (token & (WARP - 1))
+            t.atomic_add(r.masks, cell, bit + (1 << _COUNT_SHIFT) if self.packed else bit)
+            if self.counted:
+                t.atomic_add(r.masks, expert + self.words * self.stride, 1)
 
     # -- the aligning warps
 
     def _begin(self, t: Simt, r: SimpleNamespace) -> None:
-        align, size = self.align, self.words * self.stride
+        align = self.align
         own = {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
-        collectives.fill(t, r.masks, 0, size, vector=True, **own)
+        collectives.fill(t, r.masks, 0, self._cells, vector=True, **own)
         common.Slice(t, align.capacity).fill(
             r.sorted_token_ids, align.num_pairs, vector=True, **own
         )
@@ -185,12 +198,12 @@ class Split:
         first = lane * self.each
         masks = [
             [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
-            for at in range(0, self.words * self.stride, self.stride)
+            for at in range(self._first_counted, self._cells, self.stride)
         ]
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
-            self._rank(t, r, expert, pair // problem.top_k)
-            for (pair, _), expert in zip(pairs, safe, strict=True)
+            self._rank(t, r, expert, pair // problem.top_k, number)
+            for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
         ]
         starts, total = self._starts(t, r, masks, safe, lane, warp)
 
@@ -219,7 +232,17 @@ class Split:
             with t.if_(lane.eq(WARP - 1)):
                 t.store(r.num_tokens_post_padded, 0, total * align.block_size)
 
+    @property
+    def _first_counted(self) -> int:
+        """Where the words begin that say how many tokens an expert has."""
+        return self.words * self.stride if self.counted else 0
+
     def _count(self, t: Simt, words: list[Int]) -> Int:
+        """The tokens of an expert."""
+        if self.counted:
+            return words[0]
+        if self.packed:
+            return (words[0] >> _COUNT_SHIFT) & _BYTE
         return sum((t.popc(word) for word in words), t.const(0))
 
     def _used(self, t: Simt, words: list[Int]) -> Int:
@@ -227,13 +250,18 @@ class Split:
         either = functools.reduce(operator.or_, words)
         return t.select(either.ne(0), 1, 0)
 
-    def _rank(self, t: Simt, r: SimpleNamespace, expert: Int, token: Int) -> Int:
-        """The tokens of the expert before that one."""
+    def _rank(self, t: Simt, r: SimpleNamespace, expert: Int, token: Int, number: int) -> Int:
+        """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
+        part what token it may be."""
         below = (t.const(1) << (token & (WARP - 1))) - 1
-        if self.words == 1:
+        first = number * self.threads // self.problem.top_k
+        last = (number * self.threads + self.threads - 1) // self.problem.top_k
+        if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
-        high = token >= WARP
-        low, more = t.select(high, -1, below), t.select(high, below, 0)
+        low, more = t.const(-1), below
+        if first < WARP:
+            high = token >= WARP
+            low, more = t.select(high, -1, below), t.select(high, below, 0)
         return t.popc(t.load(r.masks, expert) & low) + t.popc(
             t.load(r.masks, expert + self.stride) & more
         )
