@@ -15,7 +15,7 @@ from typing import Any
 from moe_align_jax._align import config as forms
 from moe_align_jax._align import kernels, tables
 from moe_align_jax._router import kernel as routing
-from moe_align_jax._router import masks
+from moe_align_jax._router import masks, split
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
@@ -151,9 +151,19 @@ def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> An
 def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
     """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
     warps, pairs = config.num_warpgroups * WARPGROUP // WARP, align.num_pairs
+    mailbox = pairs
     everyone = warps * config.num_ctas
     by_mail = config.num_ctas > 1
-    if config.form == "masks":
+    if config.form == "split":
+        by_roles = split.Split(
+            problem,
+            align,
+            routers=split.num_routers(config.num_warpgroups),
+            aligners=WARPGROUP // WARP,
+            num_ctas=config.num_ctas,
+        )
+        body, shared, mailbox = by_roles.body, by_roles.shared, by_roles.num_ids
+    elif config.form == "masks":
         by_masks = masks.Masks(align, problem.num_tokens, warps)
         body, shared = _by_masks(problem, by_masks, config.num_ctas), by_masks.shared
     else:
@@ -174,11 +184,11 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         body=body,
         inputs=inputs,
         outputs=outputs,
-        shared={**shared, **({} if by_mail else {"chosen": pairs})},
+        shared=shared if by_mail else {"chosen": pairs, **shared},
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
-        mailbox=pairs if by_mail else 0,
+        mailbox=mailbox if by_mail else 0,
         arrays=arrays,
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

@@ -242,6 +242,20 @@ class Router:
                 weight = self.t.select(real, weight, 0)
         return weight
 
+    def found_of(self, loaded: Loaded, values: list[Int]) -> Found:
+        """What `values_of` took apart."""
+        given = dict(zip(_value_names(self.problem), values, strict=True))
+        expert = given["expert"]
+        return Found(
+            loaded,
+            given.get("chosen", expert),
+            expert,
+            given.get("logit"),
+            [self._finite(x) for x in loaded.words],
+            given.get("greatest"),
+            given.get("total"),
+        )
+
     def _greatest(self, keys: list[Int]) -> Int:
         best = keys[0]
         for j, key in enumerate(keys[1:], start=1):
@@ -395,6 +409,31 @@ class Router:
         if problem.scaling_factor != 1:
             weight = t.fmul(weight, t.const(f32.bits(problem.scaling_factor)))
         return t.select(inside, weight, 0)
+
+
+def _value_names(problem: RouteProblem) -> list[str]:
+    """What `find` gives beside the logits."""
+    names = ["expert"]
+    if not problem.bias_rows:
+        return [*names, "logit"]
+    names.append("chosen")
+    if not problem.by_logits and problem.scoring == "softmax":
+        names += ["greatest", "total"]
+    return names
+
+
+def num_values(problem: RouteProblem) -> int:
+    """Of `values_of`."""
+    return len(_value_names(problem))
+
+
+def values_of(found: Found) -> list[Int]:
+    """What was found, to be carried out of a branch; `Router.found_of` puts it together again."""
+    problem_has_bias = found.logit is None
+    values = [found.expert, found.chosen if problem_has_bias else found.logit]
+    if problem_has_bias and found.total is not None:
+        values += [found.greatest, found.total]
+    return values  # type: ignore[return-value]
 
 
 def kernel_inputs(problem: RouteProblem) -> dict[str, tuple[int, ...]]:

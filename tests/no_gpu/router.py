@@ -108,6 +108,10 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
         if masks.takes(align, problem.num_tokens):
             forms = {"masks", "warp" if align.num_pairs <= WARP else "block"} - {config.form}
             every += [(problem, align, dataclasses.replace(config, form=form)) for form in forms]
+            for routers in (1, 2):  # warpgroups
+                ctas = 1 << (-(-problem.num_tokens // (4 * routers)) - 1).bit_length()
+                shape = fused.FusedConfig("split", routers + 1, ctas)
+                every += [(problem, align, shape)] * (ctas <= 8)
     for position, (problem, align, config) in enumerate(every):
         what = f"{problem}"
         if align is None:

@@ -131,6 +131,14 @@ MASKED = [
 ]
 
 
+def _split_shapes(tokens):
+    """(warpgroups, CTAs) with 4 and 8 routing warps to a CTA, and for few tokens with 16."""
+    for routers in (4, 8, 16):
+        ctas = 1 << (-(-tokens // routers) - 1).bit_length()
+        if ctas <= 8 and routers <= max(tokens, 4):
+            yield routers // 4 + 1, ctas
+
+
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("sizes", "block_size", "routing", "aligning"), MASKED)
 def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, aligning, on_gpu):
@@ -142,6 +150,7 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
     align = AlignProblem(pairs, experts, block_size, capacity, **aligning)
     assert masks.takes(align, tokens)
     config, rng = fused.config_for(problem, align), np.random.default_rng(tokens)
+    shapes = [fused.FusedConfig("split", *shape) for shape in _split_shapes(tokens)]
     floats = {
         "logits": rng.standard_normal((tokens, experts)),
         "correction_bias": rng.standard_normal(experts),
@@ -151,10 +160,8 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
     words["expert_map"] = rng.integers(-2, experts, experts).astype(np.int32)
     words["num_valid_pairs"] = np.array([pairs // 2], np.int32)
     plain = "warp" if pairs <= 32 else "block"
-    programs = [
-        fused.build(problem, align, dataclasses.replace(config, form=form))
-        for form in ("masks", plain)
-    ]
+    shapes += [dataclasses.replace(config, form=form) for form in ("masks", plain)]
+    *programs, last = [fused.build(problem, align, shape) for shape in shapes]
 
     def run(program):
         given = [words[name] for name in program.inputs]
@@ -162,9 +169,10 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
             return emulator.run(program, [x.view(np.int32) for x in given])
         return jax.jit(lambda *operands: mosaic.run(program, operands))(*given)
 
-    got, want = map(run, programs)
-    for name, mine, theirs in zip(programs[0].results, got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), name)
+    want = run(last)
+    for shape, program in zip(shapes, programs, strict=False):
+        for name, mine, theirs in zip(last.results, run(program), want, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), f"{shape}: {name}")
 
 
 @pytest.mark.parametrize(
