@@ -268,12 +268,17 @@ def variants(size: Size) -> list[tuple[int, Any]]:
     from moe_align_jax._grouped_matmul.config import Config
 
     mean, found = size.rows / size.experts, []
+    masked = size.max_rows > 0
     if mean > 128:
         for group in (0, 4, 8, 16):
-            found.append((192, Config("m", 192, 128, 128, 4, group=group, computing=3)))
+            tall = Config("m", 192, 128, 128, 4, group=group, computing=3, skips=masked)
+            wide = Config("m", 128, 192, 128, 4, group=group, skips=masked)
+            for sharing in (0, 1, 2):
+                found.append((192, tall._replace(sharing=sharing)))
+                found.append((128, wide._replace(sharing=sharing)))
             for late in (False, True):
-                found.append((128, Config("m", 128, 128, 128, 5, group=group, late=late)))
-        found += [(block, tiles._replace(skips=True)) for block, tiles in found]
+                tiles = Config("m", 128, 128, 128, 5, group=group, late=late, skips=masked)
+                found += [(128, tiles), (128, tiles._replace(sharing=2))]
     if 16 < mean < 400:
         found += [(64, Config("n", 64, 256, 128, 4, group=group)) for group in (0, 8)]
     if mean < 64:
@@ -286,8 +291,17 @@ def variants(size: Size) -> list[tuple[int, Any]]:
 def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     """By name: inputs to (what is wrong, timing). Names that begin with e4m3 are ours."""
 
+    made: dict[Any, Any] = {}  # operands, which several tiles share
+
     def by_jax(make: Callable, *given: Any, tiles: Any = None, **more: Any) -> Callable:
-        return lambda i: measure_jax(i, make(i, *given, **more), options.executions, tiles)
+        def measure(inputs: Inputs) -> Any:
+            key = (make, given, *more.items())
+            if key not in made:
+                made.clear()  # those of other layouts make room
+                made[key] = make(inputs, *given, **more)
+            return measure_jax(inputs, made[key], options.executions, tiles)
+
+        return measure
 
     found: dict[str, Callable] = {}
     given: tuple[Any, ...] = ()
@@ -304,11 +318,17 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     if options.deep_gemm:
         found["DeepGEMM"] = lambda i: measure_deep_gemm(i, options.deep_gemm, options.replays)
     if options.variants:
-        for block, tiles in variants(size):
+        for block, tiles in sorted(variants(size), key=lambda each: each[0]):
             more = (block,) if given else ()
             found[f"e4m3, {tiles.name}"] = by_jax(make, *more, e4m3=True, tiles=tiles)
     wanted = options.only.split(";")
-    return {k: v for k, v in found.items() if any(part in k for part in wanted)}
+
+    def is_wanted(name: str) -> bool:
+        return any(
+            name.endswith(part[:-1]) if part.endswith("$") else part in name for part in wanted
+        )
+
+    return {name: measure for name, measure in found.items() if is_wanted(name)}
 
 
 def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -357,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
-        "--only", default="", help="providers whose name holds this, or this;or that"
+        "--only", default="", help="providers whose name holds this, or this;or that; ends with this$"
     )
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)

@@ -38,6 +38,9 @@ class Config(NamedTuple):
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
         skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        sharing: CTAs of a cluster that have neighbouring n tiles of the same rows, and load x for each other;
+            0: no cluster. Each warpgroup says with one arrival, not one of every thread, that it has read a
+            stage: a cluster of one is for that alone.
     """
 
     form: str
@@ -52,6 +55,7 @@ class Config(NamedTuple):
     computing: int = 2
     split: int = 1
     skips: bool = False
+    sharing: int = 0
 
     @property
     def name(self) -> str:
@@ -60,6 +64,7 @@ class Config(NamedTuple):
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
         more += "-skips" if self.skips else ""
+        more += f"-c{self.sharing}" if self.sharing else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 

@@ -185,19 +185,23 @@ def build(
         )
     memory_registers, compute_registers = _REGISTERS[computing][by_copies]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
-    ranks, clusters = config.split, config.num_ctas // config.split
+    ranks, sharing = config.split, max(1, config.sharing)
+    clusters = config.num_ctas // (ranks * sharing)
 
     def body(*given):
         refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ranks, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        rank = lax.axis_index(AXIS) if ranks > 1 else _I32(0)
+        rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
         row_tiles = _row_tiles(problem, shape, refs)
-        total = row_tiles * shape.n_tiles
+        n_tiles = -(-shape.n_tiles // sharing)
+        total = row_tiles * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def tile_at(i):
-            at, n = _order(config, cta + i * clusters, row_tiles, shape.n_tiles)
+            at, n = _order(config, cta + i * clusters, row_tiles, n_tiles)
+            if sharing > 1:
+                n = n * sharing + rank
             tile = _tile(problem, config, shape, refs, at, n)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
@@ -402,6 +406,12 @@ def build(
             parts = [plgpu.SMEM((computing, words), _F32)]
         shared = [plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=2 * computing)]
         grid = {"cluster": (ranks,), "cluster_names": (AXIS,)}
+    empty_barriers: Any = plgpu.Barrier(num_arrivals=computing, num_barriers=stages)
+    if config.sharing:
+        grid = {"cluster": (sharing,), "cluster_names": (AXIS,)}
+        empty_barriers = plgpu.ClusterBarrier(
+            collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
+        )
     if ending:
         out_type = (*ending.outputs, out_type)
     launch = plgpu.kernel(
@@ -414,7 +424,7 @@ def build(
             *scale_rows,
             *parts,
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+            empty_barriers,
             *shared,
         ],
         grid=(clusters,),

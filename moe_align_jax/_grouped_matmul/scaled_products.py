@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import epilogue
-from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -44,6 +44,10 @@ class Products:
         self.refs, self.interpret = refs, interpret
         self.swap = config.form == "swap"
         self.gated = problem.weights.gated
+        # Sums side by side, each of columns that share a scale: a tile of 192 columns has parts of 3 blocks.
+        self.beside = 1
+        if not self.swap and not self.gated and shape.wn % GROUP and shape.wn > E4M3_COLUMNS:
+            self.beside = shape.wn // E4M3_COLUMNS
 
     def __call__(
         self,
@@ -70,8 +74,9 @@ class Products:
             of_all = refs.x_scales[0]
 
         def step(k, carry):
-            sums, of_w = carry
-            slot = slot_of(ring + k)
+            # The next step's stage is found while this one's product runs.
+            sums, of_w, slot = carry
+            following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
             plgpu.barrier_wait(refs.full.at[slot])
             found, of_x, coming = list(sums), None, of_w
             for part in range(count):
@@ -94,7 +99,7 @@ class Products:
                 for i, piece in self._pieces(product, part):
                     scale = of_w[i] if of_all is None else of_w[i] * of_all
                     found[i] = self._add(found[i], piece, of_x, scale)
-            return tuple(found), coming
+            return tuple(found), coming, following
 
         def pass_on(k, _):
             slot = slot_of(ring + k)
@@ -107,8 +112,8 @@ class Products:
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
             mine = mine & self._holds_rows(tile, warpgroup)
-        first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
-        sums, _ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
+        first = tuple(zeros), self._of_blocks(tile, warpgroup, 0), slot_of(ring)
+        sums, *_ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
         if self.config.skips:
             others = tile.valid & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
@@ -146,14 +151,15 @@ class Products:
             return [(64, self.shape.wn)] * (self.shape.wm // 64)
         if self.gated:
             return [(64, self.shape.wn // 2)] * 2
-        return [(64, self.shape.wn)]
+        return [(64, self.shape.wn // self.beside)] * self.beside
 
     def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
         """(Which sum, what is added to it) of accumulator `part`."""
-        if self.swap or not self.gated:
+        if self.swap or (not self.gated and self.beside == 1):
             return [(part, product)]
-        half = self.shape.wn // 2
-        return [(0, product[:, :half]), (1, product[:, half:])]
+        count = 2 if self.gated else self.beside
+        width = self.shape.wn // count
+        return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
 
     def _zeros(self, shape: tuple[int, int]) -> jax.Array:
         zeros = jnp.zeros(shape, _F32)
@@ -199,10 +205,12 @@ class Products:
         if self.config.form != "m":
             column = column + warpgroup * (self.shape.columns // self.config.computing)
         found = []
-        for i in range(2 if self.gated else 1):
+        for i in range(2 if self.gated else self.beside):
             ref = refs.w_scales[i if weights.pair else 0]
             first = column
-            if self.gated and weights.interleaved:
+            if not self.gated:
+                first = column + i * E4M3_COLUMNS
+            elif weights.interleaved:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n

@@ -404,6 +404,7 @@ WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
 N = tiles.Config("n", 64, 256, 128, 4)
 M = tiles.Config("m", 128, 128, 128, 5, late=True)
 TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
+BROAD = tiles.Config("m", 128, 192, 128, 4, sharing=2)  # three scales of w for each row
 COLUMNS, PACKED, PACKED_ROWS = LAYOUTS[1:4]
 SILU = {"activation": "silu"}
 # (Sizes and options of make_case, tiles): tokens, top_k, experts, K, N, block_size.
@@ -423,6 +424,16 @@ FORMS = {
         (20, 1, 2, 128, 192, 128),
         {"gather": False, "layout": COLUMNS, "row_weights": True},
         M._replace(skips=True),
+    ),
+    "broad, an odd number of tiles": (
+        (20, 1, 2, 256, 448, 128),
+        {"gather": False, "layout": COLUMNS},
+        BROAD,
+    ),
+    "tall, alone in its cluster": (
+        (20, 1, 2, 128, 192, 192),
+        {"gather": False, "layout": COLUMNS},
+        TALL._replace(sharing=1),
     ),
     "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
 }
@@ -520,11 +531,16 @@ def on_a_gpu():
             more = {"gather": gather, "routing": "dropped", "layout": {} if gather else COLUMNS}
             size = (300, 2, 3, 384, 448, config.bm)
             add(f"skips, gathered {gather}", config._replace(skips=True), *size, **more)
+    for config in (BROAD, TALL._replace(sharing=1), TALL._replace(sharing=2)):
+        for name, layout in layouts.items():
+            text = f"sharing, {name}"
+            add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
         of_most = [(20, SWAP), (200, N), (512, M), (500, TALL)]
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[2:]]
+        of_most += [(512, BROAD._replace(skips=True)), (512, TALL._replace(skips=True, sharing=2))]
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)
 
