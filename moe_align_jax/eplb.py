@@ -122,12 +122,12 @@ def rebalance_experts(
         checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
         for name, size in zip(names, sizes, strict=True)
     )
-    if algorithm not in get_args(Algorithm):
+    if not checks.is_one_of(algorithm, get_args(Algorithm)):
         fail(
             _FUNCTION,
             "algorithm",
             f"be one of {', '.join(get_args(Algorithm))}",
-            repr(algorithm),
+            checks.shown(algorithm),
             "",
         )
     hierarchical = algorithm.endswith("hierarchical") or (

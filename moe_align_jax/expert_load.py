@@ -158,9 +158,9 @@ def init_expert_load(
     fork.check(function)
     if mode is None:
         return ExpertLoad(None, None)
-    if mode not in MODES:
+    if not checks.is_one_of(mode, MODES):
         rule, remedy = f"be one of {', '.join(MODES)} or None", "None compiles recording out."
-        raise ValueError(checks.message(function, "mode", rule, repr(mode), remedy))
+        raise ValueError(checks.message(function, "mode", rule, checks.shown(mode), remedy))
     sizes = {
         "num_layers": num_layers,
         "num_physical_experts": num_physical_experts,

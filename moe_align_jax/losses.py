@@ -69,9 +69,9 @@ def load_balancing_loss(
     logits = _check_logits(function, logits)
     counts = _check_counts(function, tokens_per_expert, logits.shape[1], floats=True)
     _check_axis(function, axis_name)
-    if scoring not in ("softmax", "sigmoid"):
+    if not checks.is_one_of(scoring, ("softmax", "sigmoid")):
         rule, remedy = "be 'softmax' or 'sigmoid'", "Pass the router's own."
-        raise ValueError(checks.message(function, "scoring", rule, repr(scoring), remedy))
+        raise ValueError(checks.message(function, "scoring", rule, checks.shown(scoring), remedy))
     real, number = _tokens(function, logits, num_valid_tokens)
     with jax.named_scope(function):
         # Rows that are not real may hold NaN, also in a derivative.

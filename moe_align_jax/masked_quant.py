@@ -287,10 +287,9 @@ def make_problem(
 
 
 def _check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not checks.is_one_of(value, choices):
         rule = f"be one of {', '.join(map(repr, choices))}"
-        remedy = "It is a static string."
-        got = checks.describe(value) if not isinstance(value, str) else repr(value)
+        got, remedy = checks.shown(value), "It is a static string."
         raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
@@ -300,7 +299,7 @@ def _check_number(function: str, argument: str, value: Any, rule: str, holds: An
         remedy = "It is compiled into the kernel: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
-    if not math.isfinite(value) or not holds(value):
+    if not checks.is_finite(value) or not holds(value):
         remedy = "See its documentation for common values."
         raise ValueError(checks.message(function, argument, rule, value, remedy))
     return float(value)

@@ -349,6 +349,11 @@ def ragged_product(
         num_groups=groups,
         precision=arguments.check_precision(function, precision),
     )
+    kinds = (jax.sharding.NamedSharding, jax.sharding.PartitionSpec)
+    if out_sharding is not None and not isinstance(out_sharding, kinds):
+        rule, remedy = "be None, a NamedSharding or a PartitionSpec", "Leave it out."
+        got = checks.describe(out_sharding)
+        raise TypeError(checks.message(function, "out_sharding", rule, got, remedy))
     out = _run(problem, implementation, lhs, *arrays, sizes, offset)
     return out if out_sharding is None else jax.reshard(out, out_sharding)
 

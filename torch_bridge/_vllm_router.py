@@ -442,7 +442,7 @@ def _check_scale(function: str, renormalize: object, scaling_factor: object) -> 
     argument, rule = "routed_scaling_factor", "be a finite Python number"
     if not isinstance(scaling_factor, (int, float)) or isinstance(scaling_factor, bool):
         checks.fail(function, argument, rule, got, remedy, TypeError)
-    if not math.isfinite(scaling_factor):
+    if not checks.is_finite(scaling_factor):
         checks.fail(function, argument, rule, got, remedy)
 
 

@@ -56,7 +56,7 @@ def check_out_dtype(function: str, value: Any, default: Any) -> Any:
         return jnp.dtype(default)
     try:
         dtype = None if isinstance(value, (jax.Array, np.ndarray, np.generic)) else jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         rule, got = "be a floating point dtype", checks.describe(value if dtype is None else dtype)

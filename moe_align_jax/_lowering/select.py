@@ -130,14 +130,14 @@ def not_implemented(function: str, implementation: str, reason: str) -> NotImple
 
 
 def check_implementation(function: str, implementation: object) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and not checks.is_one_of(implementation, IMPLEMENTATIONS):
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(
             checks.message(
                 function,
                 "implementation",
                 f"be None or one of {names}",
-                repr(implementation),
+                checks.shown(implementation),
                 "Pass None for the best available.",
             )
         )
@@ -147,11 +147,11 @@ def check_platform(function: str, platform: str | None) -> str:
     """The platform to lower for: one that jax has a name for, or that this process has devices of."""
     if platform is None:
         platform = jax.default_backend()
-    if platform == "gpu":
+    if checks.is_one_of(platform, ("gpu",)):
         return "cuda"
-    if platform not in PLATFORMS and platform not in [d.platform for d in jax.devices()]:
+    if not checks.is_one_of(platform, (*PLATFORMS, *(d.platform for d in jax.devices()))):
         names = ", ".join(map(repr, ("gpu", *PLATFORMS)))
         remedy = "Leave it out for this process's default."
         rule = f"be None or one of {names}"
-        raise ValueError(checks.message(function, "platform", rule, repr(platform), remedy))
+        raise ValueError(checks.message(function, "platform", rule, checks.shown(platform), remedy))
     return platform
