@@ -189,6 +189,10 @@ def init_expert_load(
         raise ValueError(checks.message(function, "local_experts", rule, got, remedy))
     remedy = "Pass True or False."
     recording = checks.check_bool(function, "recording", recording, remedy)
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        rule, got = "be None or a jax.sharding.Sharding", checks.describe(sharding)
+        remedy = "Pass jax.NamedSharding(mesh, jax.P(axis))."
+        raise TypeError(checks.message(function, "sharding", rule, got, remedy))
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,

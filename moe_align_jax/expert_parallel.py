@@ -412,7 +412,7 @@ def select_transport(
     for argument, value in sizes.items():
         checks.check_positive_int(function, argument, value, remedy)
     if platform is not None:
-        select.check_platform(function, platform)
+        platform = select.check_platform(function, platform)
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
     most = checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."

@@ -1,6 +1,7 @@
 """silu_and_mul_masked_quant: the experts' activation and its fp8 quantisation, on valid rows only."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -158,7 +159,17 @@ def select_quant_implementation(
     sizes = [checks.check_int(function, "shape", size, 0, remedy) for size in shape]
     shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
-    problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
+    dtype = select.check_dtype(function, dtype).name
+    if dtype not in _DTYPES:
+        remedy = "It is that of x."
+        raise TypeError(
+            checks.message(function, "dtype", "be bfloat16 or float16", repr(dtype), remedy)
+        )
+    known = inspect.signature(make_problem).parameters
+    if unknown := [name for name in options if name not in known or name in ("function", "dtype")]:
+        rule, remedy = "be those of silu_and_mul_masked_quant", "See its documentation."
+        raise TypeError(checks.message(function, "options", rule, unknown, remedy))
+    problem = make_problem(function, shape, dtype, **(named | options))
     platform = select.check_platform(function, platform)
     unsupported = functools.partial(_unsupported, problem)
     choice = select.choose(function, platform, implementation, unsupported)

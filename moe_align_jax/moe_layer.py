@@ -444,13 +444,14 @@ def select_moe_implementation(
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"be {shape} with H = {hidden} and an expert"
         arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
-    x = jax.ShapeDtypeStruct((tokens, hidden), jnp.dtype(dtype))
+    x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype))
     if x.dtype != E4M3:
         matmul_arguments.result_dtype(function, x, dtype)
     slots = experts
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
     pairs = tokens * top_k
+    has_aligned = arguments.check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -474,8 +475,8 @@ def select_moe_implementation(
         Scales("row_major", "blocks") if x.dtype == E4M3 else None,
         "blocks" if x.dtype == E4M3 else "",
     )
-    platform = platform or jax.default_backend()
-    return _selection(problem, "cuda" if platform == "gpu" else platform, implementation)
+    platform = select.check_platform(function, platform)
+    return _selection(problem, platform, implementation)
 
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moe_align_jax._core import checks
 from moe_align_jax._lowering.primitive import PLATFORMS
@@ -141,6 +143,18 @@ def check_implementation(function: str, implementation: object) -> None:
                 "Pass None for the best available.",
             )
         )
+
+
+def check_dtype(function: str, value: object) -> np.dtype:
+    """The dtype that `dtype=` names."""
+    try:
+        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError("an array")
+        return jnp.dtype(value)
+    except (TypeError, ValueError):
+        got, remedy = checks.shown(value), 'Pass one such as "bfloat16".'
+        text = checks.message(function, "dtype", "be a dtype", got, remedy)
+        raise TypeError(text) from None
 
 
 def check_platform(function: str, platform: str | None) -> str:
