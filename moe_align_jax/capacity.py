@@ -81,7 +81,9 @@ def _capacity(function: str, pairs: int, num_experts: int, factor: float) -> int
         got = checks.describe(factor)
         raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
     if not checks.is_finite(factor) or factor <= 0:
-        raise ValueError(checks.message(function, argument, "be above 0 and finite", factor, remedy))
+        raise ValueError(
+            checks.message(function, argument, "be above 0 and finite", factor, remedy)
+        )
     # A factor such as 1.1 is a float below or above it: exact products must not be rounded up by that.
     wanted = min(pairs * float(factor) / num_experts, float(INT32_MAX))
     nearest = round(wanted)

@@ -201,6 +201,13 @@ def _check_axis(function: str, axis_name: Any) -> None:
         rule = "be the name of an axis, or a tuple of names"
         got, remedy = checks.describe(axis_name), "Name the axes of jax.shard_map."
         raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
+    try:
+        if axis_name is not None:
+            lax.axis_size(axis_name)
+    except (NameError, KeyError):
+        rule, got = "name axes of the enclosing jax.shard_map", repr(axis_name)
+        remedy = "Call it inside jax.shard_map over that axis, or leave it out."
+        raise ValueError(checks.message(function, "axis_name", rule, got, remedy)) from None
 
 
 def _check_rate(function: str, rate: Any) -> Any:

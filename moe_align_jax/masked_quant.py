@@ -159,12 +159,7 @@ def select_quant_implementation(
     sizes = [checks.check_int(function, "shape", size, 0, remedy) for size in shape]
     shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
-    dtype = select.check_dtype(function, dtype).name
-    if dtype not in _DTYPES:
-        remedy = "It is that of x."
-        raise TypeError(
-            checks.message(function, "dtype", "be bfloat16 or float16", repr(dtype), remedy)
-        )
+    dtype = select.check_dtype(function, dtype, _DTYPES).name
     known = inspect.signature(make_problem).parameters
     if unknown := [name for name in options if name not in known or name in ("function", "dtype")]:
         rule, remedy = "be those of silu_and_mul_masked_quant", "See its documentation."

@@ -470,7 +470,8 @@ def select_matmul_implementation(
     block_size = checks.check_block_size(function, block_size)
     x_shape = arguments.check_shape(function, "x_shape", x_shape, 2)
     w_shape = arguments.check_shape(function, "w_shape", w_shape, 3)
-    x = jax.ShapeDtypeStruct(x_shape, select.check_dtype(function, dtype))
+    kinds = (*arguments.DTYPES, str(E4M3))
+    x = jax.ShapeDtypeStruct(x_shape, select.check_dtype(function, dtype, kinds))
     weights = arguments.make_weights(
         function,
         transposed=transpose_rhs,

@@ -21,7 +21,7 @@ from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._router import arguments, primitives
-from moe_align_jax._router.problem import RouteProblem, Scoring
+from moe_align_jax._router.problem import DTYPES, RouteProblem, Scoring
 from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, Implementation, Selection
 
@@ -356,7 +356,7 @@ def select_router_implementation(
         rule, got = "be a pair of ints", checks.describe(shape)
         raise TypeError(checks.message(function, "shape", rule, got, "Pass (T, E)."))
     sizes = [checks.check_int(function, "shape", size, 0, "Pass (T, E).") for size in shape]
-    logits = jax.ShapeDtypeStruct(tuple(sizes), select.check_dtype(function, dtype))
+    logits = jax.ShapeDtypeStruct(tuple(sizes), select.check_dtype(function, dtype, DTYPES))
     arguments.check_logits(function, logits)
     defaults = {
         "scoring": "softmax",

@@ -36,7 +36,11 @@ def check_path(function: str, path: object) -> str:
         names = ", ".join(map(repr, PATHS))
         raise ValueError(
             checks.message(
-                function, "path", f"be one of {names}", checks.shown(path), 'Pass "auto" for the best.'
+                function,
+                "path",
+                f"be one of {names}",
+                checks.shown(path),
+                'Pass "auto" for the best.',
             )
         )
     return path  # type: ignore[return-value]

@@ -4,7 +4,6 @@ Public as names of `torch_bridge.vllm`. They stand here because `torch_bridge/vl
 installed vLLM and `torch_bridge/vllm.py` imports that patch.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NoReturn
 

@@ -10,6 +10,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import INT32_MAX, saturate
 from moe_align_jax._grouped_matmul.options import make_weights, wrong
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Weights
+from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -95,10 +96,8 @@ def result_columns(weights: Weights, w: Any) -> int:
 def result_dtype(function: str, x: Any, preferred: Any) -> str:
     if preferred is None:
         return "bfloat16" if x.dtype == E4M3 else str(x.dtype)
-    try:
-        name = jnp.dtype(preferred).name
-    except (TypeError, ValueError):
-        name = checks.shown(preferred)
+    dtype = select.dtype_of(preferred)
+    name = checks.shown(preferred) if dtype is None else dtype.name
     if name not in DTYPES:
         rule = f"be None or one of {', '.join(DTYPES)}"
         remedy = "Cast the result instead."

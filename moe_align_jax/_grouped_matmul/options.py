@@ -27,7 +27,8 @@ def _check_number(function: str, argument: str, value: Any, least: str) -> float
         raise wrong(TypeError, function, argument, "be a static number", value, remedy)
     if not checks.is_finite(value) or value < 0 or (least == "positive" and not value):
         remedy = "See its documentation for common values."
-        raise wrong(ValueError, function, argument, f"be None or {least}", str(value), remedy)
+        got = value if isinstance(value, int) else str(value)
+        raise wrong(ValueError, function, argument, f"be None or {least}", got, remedy)
     return float(value)
 
 

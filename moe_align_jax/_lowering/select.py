@@ -1,7 +1,7 @@
 """Which implementation runs: what can run for a platform, what was asked for, and why nothing else."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import jax
@@ -145,16 +145,24 @@ def check_implementation(function: str, implementation: object) -> None:
         )
 
 
-def check_dtype(function: str, value: object) -> np.dtype:
-    """The dtype that `dtype=` names."""
+def dtype_of(value: object) -> np.dtype | None:
+    """The dtype that it is or names; None where it is none, such as an array."""
     try:
-        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError("an array")
+        if value is None or isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            return None
         return jnp.dtype(value)
     except (TypeError, ValueError):
-        got, remedy = checks.shown(value), 'Pass one such as "bfloat16".'
-        text = checks.message(function, "dtype", "be a dtype", got, remedy)
-        raise TypeError(text) from None
+        return None
+
+
+def check_dtype(function: str, value: object, names: Sequence[str]) -> np.dtype:
+    """`dtype=` of a function that says what would run: one of these."""
+    found = dtype_of(value)
+    if found is None or found.name not in names:
+        got = checks.shown(value) if found is None else found.name
+        rule, remedy = f"be one of {', '.join(names)}", "It is that of the rows."
+        raise TypeError(checks.message(function, "dtype", rule, got, remedy))
+    return found
 
 
 def check_platform(function: str, platform: str | None) -> str:
