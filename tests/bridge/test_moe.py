@@ -165,10 +165,12 @@ def test_expert_map_says_which_experts_are_here(gpu):
 
 @pytest.mark.parametrize("on_input", [False, True])
 def test_pairs_of_local_ids_that_no_expert_has_are_dropped(on_input, gpu):
-    """An expert_map may name local ids of E or more; their pairs' weights may be NaN, as those of every dropped one."""
+    """An expert_map may name local ids of E or more; the weights of their pairs may be NaN."""
     x, up, down, shares, _ = tensors(24)
     ids = lain(torch.arange(24 * K).reshape(24, K) % 12)
-    expert_map = torch.tensor([0, 7, -1, 6, 3, 11, 1, 2**31 - 1, 5, -(2**31), 2, 4], dtype=torch.int32)
+    expert_map = torch.tensor(
+        [0, 7, -1, 6, 3, 11, 1, 2**31 - 1, 5, -(2**31), 2, 4], dtype=torch.int32
+    )
     here = (expert_map >= 0) & (expert_map < E)
     shares = lain(torch.rand(24, K)).masked_fill_(~here[ids], torch.nan)
     given = (x, up, down, shares, ids)

@@ -103,7 +103,7 @@ def test_gpu_poisoned_memory_and_weights_do_not_show():
 
 @pytest.mark.parametrize("T", [1, 7, 60, 700])
 def test_gpu_weights_of_local_ids_that_no_expert_has_may_be_nan(T):
-    """Of an expert_map whose local ids reach beyond the experts of the weights, in each form of the alignment."""
+    """Of an expert_map whose local ids reach beyond the experts that there are weights for."""
     up, down = weights()
     x, shares, _ = tokens(T)
     G = 3 * E
