@@ -387,7 +387,7 @@ def variants(size: Size) -> list[tuple[str, int, Any]]:
     # Swapped tiles of many rows, with as many stages as fit: a mean expert and half a dozen rows more.
     most = (96, 136, 144, 160) if 100 < mean < 1000 else (160, 192) if mean >= 1000 else ()
     for bm, group in itertools.product(most, (0, 4, 8) if mean < 1000 else (8, 16)):
-        tiles = Config("swap", bm, 256, 64, 3 if bm > 96 else 4, group=group)
+        tiles = Config("swap", bm, 256, 64, 4 if bm in (96, 144) else 3, group=group)
         found.append((kind, bm, tiles))
         if kind == "blocks" and bm in (144, 192):
             found.append(("ragged", 0, tiles))

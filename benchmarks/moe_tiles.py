@@ -85,9 +85,10 @@ def _in_clusters(tiles: Config, split: int) -> Config:
     return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
 
 
-def _swapped(bm: int, group: int, lag: int = 1) -> Config:
+def _swapped(bm: int, group: int) -> Config:
     """Tiles of up to 192 rows by 256 columns, with as many stages as fit into shared memory."""
-    return Config("swap", bm, 256, 64, 3 if bm > 96 else 4, group=group, lag=lag)
+    stages = 4 if bm <= 96 or bm == 144 else 3
+    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
 
 
 def variants(model: Model, tokens: int) -> list[Variant]:
