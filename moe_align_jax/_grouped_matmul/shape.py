@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, tests_rows
+from moe_align_jax._grouped_matmul.config import Config, piece_rows, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -87,7 +87,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         wn,
         accumulators,
         out_row,
-        _piece_rows(config),
+        piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
         bool(tests or problem.top_k or (parts > 1 and not problem.whole_blocks)),
@@ -98,12 +98,6 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         # the result does not have would be stored over the one that it has.
         problem.n % out_row != 0 or problem.n == out_row,
     )
-
-
-def _piece_rows(config: Config) -> int:
-    if config.form != "swap":
-        return 64
-    return config.bm // 2 if config.bm > 96 and config.bm % 16 == 0 else config.bm
 
 
 def has_scale_rows(problem: MatmulProblem) -> bool:

@@ -297,7 +297,7 @@ def test_list_of_the_masked_layout(counts, bm):
 
 def test_every_size_gets_tiles_that_fit():
     """Into a block's rows, into shared memory, and into what a form can do."""
-    for block in (1, 4, 8, 12, 16, 24, 48, 64, 96, 100, 128, 192, 256, 512):
+    for block in (1, 4, 8, 12, 16, 24, 48, 64, 80, 96, 100, 128, 144, 192, 256, 512):
         for experts in (1, 8, 512):
             for tokens in (1, 64, 4096):
                 for options in (
@@ -314,13 +314,13 @@ def test_every_size_gets_tiles_that_fit():
                         config = tiles.config_for(problem)
                         item = 4 if out == "float32" else 2
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
-                        rows = config.bm if config.form == "swap" else 64
+                        rows = tiles.piece_rows(config.bm) if config.form == "swap" else 64
                         pieces = 2 * (1 if config.form == "swap" else 2) * rows * 128
                         assert ring + pieces + 1024 <= tiles.MAX_SHARED_BYTES, (problem, config)
                         if config.form == "swap":
                             assert config.bm <= max(block, 8) or block % 8, (problem, config)
                             assert item == 2 and not options.get("interleaved")
-                            assert config.bn == (256 if options else 128)
+                            assert config.bn == (256 if options or config.bm > 64 else 128)
 
 
 def test_few_rows_get_small_tiles_and_many_get_large_ones():

@@ -523,7 +523,11 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
 
 
 @pytest.mark.parametrize(
-    "model", [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)]
+    "model",
+    [
+        *((128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)),
+        (16, 2, 4096, 4096),
+    ],
 )
 def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
     """Over every batch size up to 16384: blocks and tiles of both products."""
