@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RELEASE = "0.33.0"
 FOLDER = "vllm_layer"  # of the fused layer, within the peers'
@@ -148,7 +149,10 @@ def imported(peers: str | Path) -> Iterator[types.ModuleType]:
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_vllms(name)}
     sys.meta_path.insert(0, finder)
     try:
-        yield importlib.import_module(f"{_LAYER}.experts.triton_moe")
+        # Shapes for torch.compile may be told of an op once in a process, and nobody asks for them here.
+        with mock.patch("torch.library.register_fake", lambda *given: lambda function: function):
+            module = importlib.import_module(f"{_LAYER}.experts.triton_moe")
+        yield module
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if _is_vllms(name)]:
