@@ -379,15 +379,12 @@ def variants(size: Size) -> list[tuple[str, int, Any]]:
     mean, found = size.rows / size.experts, []
     kind = "masked" if size.max_rows else "blocks"
     if mean > 48:
-        for group in (0, 4, 8) if size.n <= 512 else (4, 8, 16):
+        for group in (0, 4, 8) if size.n <= 512 else (4, 8):
             found.append((kind, 128, Config("m", 128, 256, 64, 4, group=group, late=True)))
-    if mean > 1000:
-        for group, late in itertools.product((4, 8, 16), (False, True)):
-            found.append((kind, 256, Config("m", 256, 128, 64, 4, group=group, late=late)))
     # Swapped tiles of many rows, with as many stages as fit: a mean expert and half a dozen rows more.
-    most = (96, 136, 144, 160) if 100 < mean < 1000 else (160, 192) if mean >= 1000 else ()
+    most = (96, 144) if 100 < mean < 1000 else (176, 192) if mean >= 1000 else ()
     for bm, group in itertools.product(most, (0, 4, 8) if mean < 1000 else (8, 16)):
-        tiles = Config("swap", bm, 256, 64, 3 if bm > 96 else 4, group=group)
+        tiles = Config("swap", bm, 256, 64, 4 if bm in (96, 144) else 3, group=group)
         found.append((kind, bm, tiles))
         if kind == "blocks" and bm in (144, 192):
             found.append(("ragged", 0, tiles))
@@ -463,25 +460,39 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
     print("READY", flush=True)
     sys.stdin.readline()
     rate = read_rate()
-    for provider, measure in work:
-        row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
-        row |= {"rows_in_use": int(inputs.counts.sum()), "read_gbps": round(rate, 1)}
-        try:
-            if isinstance(measure, Exception):
-                raise measure
-            wrong, taken = measure()
-        except Exception as error:  # one provider's failure leaves the others their time
-            wrong, taken = f"{type(error).__name__}: {error}"[:400], None
-        if taken is None:
-            row |= {"status": "failed", "reason": wrong}
-        else:
-            us = taken.percentile(50)
-            row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
-            row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
-            row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
-            row |= {"gbps": round(inputs.bytes / us / 1e3, 1), "note": taken.note}
-            row["of_read"] = round(row["gbps"] / rate, 3)
-        yield row
+    # In turn, so that a GPU that warms up, or slows down, does so under all of them.
+    found: dict[str, list[Any]] = {provider: [] for provider, _ in work}
+    for last in [*[False] * (options.rounds - 1), True]:
+        for provider, measure in work:
+            row = {"case": size.name, **size._asdict(), "provider": provider}
+            row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
+            row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
+            try:
+                if isinstance(measure, Exception):
+                    raise measure
+                wrong, taken = measure()
+            except Exception as error:  # one provider's failure leaves the others their time
+                wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+            if taken is not None:
+                found[provider].append(taken)
+            if not last:
+                us = f"{taken.percentile(50):.1f} us" if taken else wrong
+                print(f"{size.name} {provider}: {us}", flush=True)
+            elif taken is None:
+                yield row | {"status": "failed", "reason": wrong}
+            else:
+                yield row | _figures(inputs, found[provider], rate)
+
+
+def _figures(inputs: Inputs, taken: Sequence[timing.Timing], rate: float) -> dict[str, Any]:
+    """Of the samples of all rounds."""
+    samples = [us for one in taken for us in one.samples_us]
+    low, us, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
+    row: dict[str, Any] = {"status": "ok", "metric": taken[-1].metric, "us": us}
+    row |= {"p20_us": low, "p80_us": high, "calls": taken[-1].calls, "note": taken[-1].note}
+    row |= {"tflops": round(inputs.flops / us / 1e6, 1)}
+    gbps = round(inputs.bytes / us / 1e3, 1)
+    return row | {"gbps": gbps, "of_read": round(gbps / rate, 3)}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -526,6 +537,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument("--replays", type=int, default=12)
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times that each is measured, in turn"
+    )
     parser.add_argument("--patience", type=float, default=20.0, help="seconds without a row")
     parser.add_argument("--preparing", type=float, default=120.0, help="seconds for it")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds in all")

@@ -12,7 +12,6 @@ other measures: one that hangs or dies loses the variants that it had left.
 import argparse
 import concurrent.futures
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -36,7 +35,6 @@ QWEN, DEEPSEEK, MIXTRAL = MODELS
 _PLAIN = Config("swap", 8, 128, 128, 5, group=0)
 _GATED = Config("swap", 8, 256, 64, 6, group=0)
 _WIDE = Config("m", 128, 256, 64, 4, late=True)
-_TALL = Config("m", 256, 128, 64, 4)
 
 
 class Variant(NamedTuple):
@@ -85,13 +83,14 @@ def _in_clusters(tiles: Config, split: int) -> Config:
     return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
 
 
-def _swapped(bm: int, group: int, lag: int = 1) -> Config:
+def _swapped(bm: int, group: int) -> Config:
     """Tiles of up to 192 rows by 256 columns, with as many stages as fit into shared memory."""
-    return Config("swap", bm, 256, 64, 3 if bm > 96 else 4, group=group, lag=lag)
+    stages = 4 if bm <= 96 or bm == 144 else 3
+    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
 
 
 def variants(model: Model, tokens: int) -> list[Variant]:
-    """The usual choice first; those with a ring of three stages, and a gather, last."""
+    """The usual choice first."""
     found = [Variant()]
     pairs = tokens * model.top_k
     if 4 * pairs <= model.experts:
@@ -102,41 +101,34 @@ def variants(model: Model, tokens: int) -> list[Variant]:
                 found.append(Variant(second=_in_clusters(_PLAIN, parts)))
         return found
     mean = pairs / model.experts
-    if mean <= 16:
-        deep = _GATED._replace(bk=128, stages=3, lag=1)
-        for block in (8, 16) if mean > 2 else (8,):
-            more = _PLAIN._replace(bn=256, bk=64, stages=6, bm=block)
-            found.append(Variant(second=more, block_size=block))
-        return [*found, Variant(first=deep, block_size=8)]
     if mean <= 100:
-        for block in (32, 40, 48, 64, 80, 96):
-            if not 1.2 * mean <= block <= 2 * mean:
+        for block in (8, 16, 24, 48, 64, 80, 96):
+            if not 1.2 * mean <= block <= max(16, 6 * mean):
                 continue
-            first = _GATED._replace(bm=block, stages=5 if block <= 64 else 4)
-            few = {"stages": 4} if block <= 64 else {"stages": 3, "lag": 1}
-            second = _PLAIN._replace(bm=block, **few)
+            if block > 64:
+                tiles = _swapped(block, 0)
+                found.append(Variant({}, tiles, tiles, block))
+                continue
+            first = _GATED._replace(bm=block, stages=6 if block < 32 else 5)
+            second = _PLAIN._replace(bm=block, stages=5 if block <= 40 else 4)
             found.append(Variant({}, first, second, block))
-            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4, lag=2), block))
-        if mean >= 50:
-            found.append(Variant({}, _WIDE._replace(group=0), _WIDE, 128))
         return found
-    permuted: dict[str, Any] = {"permute_columns": 1}
-    if mean < 1000:
-        for block, group in itertools.product((136, 144), (0, 4)):
-            tiles = _swapped(block, group)
-            found.append(Variant({}, tiles, tiles, block))
-        return found
-    for group in (4, 8, 16):
-        tiles = _WIDE._replace(group=group)
-        found.append(Variant(permuted, tiles, tiles, 128))
-        tiles = _TALL._replace(group=group, late=True)
-        found.append(Variant(permuted, tiles, tiles, 256))
-    for block, group in itertools.product((160, 192), (8, 16)):
-        tiles = _swapped(block, group)
-        found.append(Variant(permuted, tiles, tiles, block))
-    for group in (4, 16):
-        tiles = _WIDE._replace(group=group)
-        found.append(Variant({}, tiles, tiles, 128))
+    for block, groups in (
+        (128, (0, 4, 8)),
+        (136, (4,)),
+        (144, (0, 4, 8)),
+        (176, (8,)),
+        (192, (4, 8, 16)),
+    ):
+        rules: dict[str, Any] = {"permute_columns": 1} if mean >= 1000 else {}
+        if block in (136, 144) and mean >= 1000:
+            continue
+        for group in groups:
+            tiles = _WIDE._replace(group=group) if block == 128 else _swapped(block, group)
+            found.append(Variant(rules, tiles, tiles, block))
+    if mean >= 1000:
+        tiles = _swapped(192, 8)
+        found.append(Variant({"permute_columns": 0}, tiles, tiles, 192))
     return found
 
 

@@ -115,7 +115,7 @@ def pieces(
 ) -> list[jax.Array]:
     """The result of a warpgroup's sums, rounded: `[64, piece]` each, row after row.
 
-    Swapped, `[piece, bm]` each, column after column of the result.
+    Swapped, `[piece, piece_rows]` each, column after column of the result.
     """
     gated, piece = problem.weights.gated, shape.piece
     finish = _Finish(problem, place, vectors, shape.tests_rows, interpret)
@@ -123,15 +123,12 @@ def pieces(
     if gated and len(sums) == 1 and not shape.parted:  # up is behind gate
         second_at = first.shape[0 if place.swap else 1] // 2
     if place.swap:
-        rows = second_at or first.shape[0]
-        return [
-            finish.swapped(
-                first[c : c + piece],
-                second[second_at + c : second_at + c + piece] if gated else None,
-                c,
-            )
-            for c in range(0, rows, piece)
-        ]
+        found, most = [], shape.piece_rows
+        for c in range(0, second_at or first.shape[0], piece):
+            up = second[second_at + c : second_at + c + piece] if gated else None
+            value = finish.swapped(first[c : c + piece], up, c)
+            found += [value[:, r : r + most] for r in range(0, value.shape[1], most)]
+        return found
     found = []
     for r in range(0, first.shape[0], 64):
         row = place.row + r

@@ -246,6 +246,7 @@ def matmul(implementation: str = "mosaic_gpu") -> None:
         ((150, 2, 2, 128, 192, 128), {"activation": "silu", "bias": True}),
         ((150, 2, 2, 128, 192, 100), {"gather": False}),
         ((90, 1, 2, 128, 192, 64), {"activation": "silu", "transpose_rhs": True}),
+        ((90, 1, 2, 128, 192, 144), {"activation": "silu", "transpose_rhs": True}),
         ((30, 2, 3, 200, 136, 16), {"row_weights": True, "bias": True}),
         ((9, 3, 40, 128, 192, 1), {"activation": "silu"}),
     ):
