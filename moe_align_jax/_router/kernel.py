@@ -267,8 +267,8 @@ class Router:
         return self.id_mask - (key & self.id_mask)
 
     def _take_short(self, keys: list[Int], logits: list[Int]) -> Int:
-        """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree in
-        the logit's high bits or no logit has any low bits; else by the whole keys."""
+        """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
+        in the logit's high bits or no logit has any low bits; else by the whole keys."""
         t, problem, mask = self.t, self.problem, self.id_mask
         short = self._with_ids(keys)
         if not self.layout.whole or problem.limits_groups:

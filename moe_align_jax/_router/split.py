@@ -113,23 +113,17 @@ class Split:
         count = routing.num_values(problem)
         chosen = t.values_if(is_token, choose, [0] * count)
 
-        def weigh() -> None:
-            with t.if_(is_token):
-                found = router.found_of(loaded, chosen)
-                routing.store(router, token, router.weigh(found), found.expert)
-
-        ids = None
         if self.num_ctas > 1:
-            weigh()
             with t.if_(aligns):
                 ids = t.mail()
                 for pair, expert in self._experts(t, r, ids):
                     self._set_bit(t, r, pair // problem.top_k, expert)
-            t.block_sync()
         else:
             ids = r.chosen
-            t.block_sync()
-            weigh()
+        t.block_sync()
+        with t.if_(is_token):
+            found = router.found_of(loaded, chosen)
+            routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
             self._align(t, r, ids)
 
