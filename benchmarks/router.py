@@ -159,6 +159,13 @@ ROUTER_ALONE, APART = "router alone", "the two apart"
 WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys of float32
 
 
+def fits(name: str, size: Size) -> bool:
+    """Whether a shape has a routing warp for each token, and few without one."""
+    config = shape_of(name)
+    routers = 4 * (config.num_warpgroups - (config.form == "split")) * config.num_ctas
+    return size.tokens <= routers < max(2 * size.tokens, 5)
+
+
 def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
@@ -348,7 +355,8 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(size, options.copies)
     names = ["ours"]
     if size.block_size:  # what one launch is to be held against, by the same clock
-        names += [ROUTER_ALONE, APART, *filter(None, options.shapes.split(","))]
+        shapes = filter(None, options.shapes.split(","))
+        names += [ROUTER_ALONE, APART, *(name for name in shapes if fits(name, size))]
     if options.whole_keys:
         names += [name + WHOLE_KEYS for name in names if name != APART]
     found = measure_ours(inputs, names, options.executions)
