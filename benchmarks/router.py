@@ -156,6 +156,14 @@ class Inputs:
 type Measured = tuple[str, timing.Timing | None]  # what is wrong, "" for nothing; its time
 
 ROUTER_ALONE, APART = "router alone", "the two apart"
+WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys of float32
+
+
+def fits(name: str, size: Size) -> bool:
+    """Whether a shape has a routing warp for each token, and few without one."""
+    config = shape_of(name)
+    routers = 4 * (config.num_warpgroups - (config.form == "split")) * config.num_ctas
+    return size.tokens <= routers < max(2 * size.tokens, 5)
 
 
 def failure(error: Exception) -> str:
@@ -172,12 +180,14 @@ def shape_of(name: str) -> Any:
 
 def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:
     """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or the name of a
-    shape (`shape_of`), in one call of that shape whatever the default is."""
+    shape (`shape_of`), in one call of that shape whatever the default is. WHOLE_KEYS may follow."""
     import jax
 
     import moe_align_jax as maj
-    from moe_align_jax._router import fused
+    from moe_align_jax._router import fused, kernel
 
+    short_keys = kernel.SHORT_KEYS and not what.endswith(WHOLE_KEYS)
+    what = what.removesuffix(WHOLE_KEYS)
     size = inputs.size
     options: dict[str, Any] = {"top_k": size.top_k, "implementation": implementation}
     options |= size.options
@@ -205,8 +215,11 @@ def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:
 
     default = fused.config_for
     config_for = (lambda *_: shape_of(what)) if ":" in what else default
-    with mock.patch.object(fused, "config_for", config_for):
-        jax.clear_caches()  # no key of them holds the shape
+    with (
+        mock.patch.object(fused, "config_for", config_for),
+        mock.patch.object(kernel, "SHORT_KEYS", short_keys),
+    ):
+        jax.clear_caches()  # no key of them holds these choices
         return jax.jit(program).lower(inputs.logits)
 
 
@@ -342,7 +355,10 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(size, options.copies)
     names = ["ours"]
     if size.block_size:  # what one launch is to be held against, by the same clock
-        names += [ROUTER_ALONE, APART, *filter(None, options.shapes.split(","))]
+        shapes = filter(None, options.shapes.split(","))
+        names += [ROUTER_ALONE, APART, *(name for name in shapes if fits(name, size))]
+    if options.whole_keys:
+        names += [name + WHOLE_KEYS for name in names if name != APART]
     found = measure_ours(inputs, names, options.executions)
     for name, path, make in (
         ("sglang", options.sglang_router, _sglang_call),
@@ -388,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="",
         help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. masks:2:8,block:2:8",
     )
+    parser.add_argument("--whole-keys", action="store_true", help="ours without short keys, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument(
         "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"

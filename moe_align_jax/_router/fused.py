@@ -25,7 +25,6 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
-BY_MASKS = True  # whether "masks" is taken where "block" would be, if it can be
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,19 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
         form = "block"
     else:
         return None
-    if BY_MASKS and form == "block" and masks.takes(align, problem.num_tokens):
-        form = "masks"
-    groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
-    warps = groups * WARPGROUP // WARP
-    wanted = max(-(-problem.num_tokens // warps), align.capacity // _CELLS_PER_CTA, 1)
-    return FusedConfig(form, groups, min(_MAX_CTAS, forms.power_of_two(wanted)))
+    warps = WARPGROUP // WARP
+    if split.takes(align, problem.num_tokens):
+        # More than 4 routing warps to a CTA wait for each other; a cluster of more than 8 is not portable.
+        routers = warps if problem.num_tokens <= _MAX_CTAS * warps else 2 * warps
+        return FusedConfig("split", routers // warps + 1, _num_ctas(problem, align, routers))
+    groups = 1 if problem.num_tokens <= warps else 2
+    return FusedConfig(form, groups, _num_ctas(problem, align, groups * warps))
+
+
+def _num_ctas(problem: RouteProblem, align: AlignProblem, routers: int) -> int:
+    """For so many tokens to a CTA, and for the output."""
+    wanted = max(-(-problem.num_tokens // routers), align.capacity // _CELLS_PER_CTA, 1)
+    return min(_MAX_CTAS, forms.power_of_two(wanted))
 
 
 def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int) -> Any:

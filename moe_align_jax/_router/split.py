@@ -93,11 +93,14 @@ class Split:
         token = t.cta_id() * self.routers + warp
         is_token = routes & (token < problem.num_tokens)
         loaded = router.load(t.select(is_token, token, 0))
-        with t.if_(warp >= self.routers):
-            self._begin(t, r)
+        aligns = warp >= self.routers
+        with t.if_(aligns):
+            collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
         if self.num_ctas > 1:
             t.cluster_ready()
         t.block_sync()
+        with t.if_(aligns):
+            self._fill(t, r)
 
         def choose() -> list[Int]:
             found = router.find(loaded)
@@ -110,24 +113,18 @@ class Split:
         count = routing.num_values(problem)
         chosen = t.values_if(is_token, choose, [0] * count)
 
-        def weigh() -> None:
-            with t.if_(is_token):
-                found = router.found_of(loaded, chosen)
-                routing.store(router, token, router.weigh(found), found.expert)
-
-        ids = None
         if self.num_ctas > 1:
-            weigh()
-            with t.if_(warp >= self.routers):
+            with t.if_(aligns):
                 ids = t.mail()
                 for pair, expert in self._experts(t, r, ids):
                     self._set_bit(t, r, pair // problem.top_k, expert)
-            t.block_sync()
         else:
             ids = r.chosen
-            t.block_sync()
-            weigh()
-        with t.if_(warp >= self.routers):
+        t.block_sync()
+        with t.if_(is_token):
+            found = router.found_of(loaded, chosen)
+            routing.store(router, token, router.weigh(found), found.expert)
+        with t.if_(aligns):
             self._align(t, r, ids)
 
     # -- the routing warps
@@ -165,14 +162,17 @@ class Split:
 
     # -- the aligning warps
 
-    def _begin(self, t: Simt, r: SimpleNamespace) -> None:
-        align = self.align
-        own = {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
-        collectives.fill(t, r.masks, 0, self._cells, vector=True, **own)
+    def _mine(self, t: Simt) -> dict[str, Any]:
+        """Who I am among the aligning threads, for a fill."""
+        return {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
+
+    def _fill(self, t: Simt, r: SimpleNamespace) -> None:
+        """Sentinels, in my CTA's slices."""
+        align, mine = self.align, self._mine(t)
         common.Slice(t, align.capacity).fill(
-            r.sorted_token_ids, align.num_pairs, vector=True, **own
+            r.sorted_token_ids, align.num_pairs, vector=True, **mine
         )
-        common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **own)
+        common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **mine)
 
     def _experts(self, t: Simt, r: SimpleNamespace, ids: Any) -> list[tuple[Int, Int]]:
         """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped."""
