@@ -39,7 +39,7 @@ def silu_and_mul_kernel(x_ptr, y_ptr, N, total, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, value * up, mask=there)
 """
 _WANTED = ("write_zeros_to_output", "fused_moe_kernel", "get_default_config")
-_BLOCK = 2048
+BLOCK = 2048  # values of a program of the activation
 
 
 def cut(source: str) -> str:
@@ -59,17 +59,22 @@ def cut(source: str) -> str:
     return "from typing import Any\n" + "\n\n\n".join(parts)
 
 
+def load(name: str, path: Path) -> Any:
+    """A file as a module. Triton reads a kernel's source from its file: it stays while a process runs."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 @functools.cache
-def _module(folder: str) -> Any:
+def module(folder: str) -> Any:
+    """The kernels."""
     text = cut(Path(folder, FILE).read_text())
-    # Triton reads a kernel's source from its file: it stays while this process runs.
     path = Path(tempfile.mkdtemp(prefix="vllm_moe_"), "kernels.py")
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location("vllm_moe_kernels", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("vllm_moe_kernels", path)
 
 
 def config_name(experts: int, ffn: int, device: str) -> str:
@@ -88,7 +93,7 @@ def choose_config(
     if table := tables.get(name):
         table = {int(key): value for key, value in table.items() if key != "triton_version"}
         return dict(table[min(table, key=lambda key: abs(key - tokens))]), name
-    rule = _module(folder).get_default_config
+    rule = module(folder).get_default_config
     return dict(rule(tokens, experts, ffn, hidden, top_k, None)), "vLLM's default"
 
 
@@ -110,7 +115,7 @@ class Layer:
         import torch
 
         torch.ops.load_library(str(Path(folder, LIBRARY).resolve()))
-        self.torch, self.kernels = torch, _module(folder)
+        self.torch, self.kernels = torch, module(folder)
         device = torch.cuda.get_device_name()
         self.config, self.source = choose_config(
             folder, tokens, top_k, experts, hidden, ffn, device

@@ -125,9 +125,9 @@ class Loader:
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
         else:
             source = refs.x.at[pl.ds(tile.row, rows), ks]
-        together = AXIS if self.config.sharing > 1 and not self.interpret else None
+        shared = self.config.sharing > 1 and not self.config.shares_weights and not self.interpret
         plgpu.copy_gmem_to_smem(
-            source, refs.x_rows.at[slot, part], barrier, collective_axes=together
+            *(source, refs.x_rows.at[slot, part], barrier), collective_axes=AXIS if shared else None
         )
 
     def _rows_by_matrix(
@@ -226,7 +226,15 @@ class Loader:
                 source = ref.at[tile.expert, ns, which, ks]
             else:
                 source = ref.at[tile.expert, ns, ks]
-        plgpu.copy_gmem_to_smem(source, target, barrier)
+        if not self.config.shares_weights or self.interpret:
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+            return
+        pl.when(tile.together)(
+            lambda: plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=AXIS)
+        )
+        pl.when(jnp.logical_not(tile.together))(
+            lambda: plgpu.copy_gmem_to_smem(source, target, barrier)
+        )
 
     def _weights_by_matrix(
         self,

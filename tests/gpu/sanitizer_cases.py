@@ -273,6 +273,28 @@ def matmul_clusters() -> None:
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
 
 
+def matmul_e4m3() -> None:
+    """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
+    import pytest
+
+    from tests.matmul import test_fp8
+
+    wanted = (
+        "rows, gathered, 16x",
+        "columns, 128x",
+        "sharing, columns, 128x192x128s4m-g4-c2w",
+        "sharing, rows, 192x",
+        "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
+        "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
+    )
+    every = test_fp8.on_a_gpu()
+    for name in wanted:
+        _, make, config = next(case for case in every if case[0].startswith(name))
+        with pytest.MonkeyPatch.context() as patch:
+            problem, operands = make(patch)
+        test_fp8.check_form(problem, operands, config, interpret=False)
+
+
 def expert_layer(implementation: str = "mosaic_gpu") -> None:
     """Pairs without an alignment, and blocks."""
     from tests.moe_layer.test_moe_layer import check, make_layer
@@ -333,6 +355,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
+    yield "matmul, e4m3", matmul_e4m3
     yield "expert layer", expert_layer
 
 
