@@ -243,7 +243,7 @@ def test_where_experts_are(make):
     ],
 )
 def test_how_hot_experts_are_cut(sizes, pieces, bk=8):
-    """Against Python: the pieces of an expert are its rows in order, at most twice the bound, and not too many."""
+    """Against Python: the pieces of an expert are its rows in order, each below twice the bound."""
     problem, (_, _, *where) = ragged(sizes, max(1, sum(sizes)), 8, 8)
     whole = kernel.experts_of(problem, *where)
     left, found = kernel.cut(whole, pieces, bk)
@@ -271,7 +271,7 @@ def test_how_hot_experts_are_cut(sizes, pieces, bk=8):
 
 
 def test_which_experts_are_cut_by_default():
-    """Where an expert's matrix has fewer tiles than the GPU has multiprocessors, and there are rows enough."""
+    """Where a matrix has fewer tiles than the GPU has multiprocessors, and there are rows enough."""
 
     def pieces(k, n, rows):
         sizes = ("test", "ragged", rows, k, n, 8, "bfloat16", "bfloat16")
