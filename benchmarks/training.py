@@ -455,7 +455,7 @@ def layer_arrays(size: Layer) -> tuple[Any, ...]:
 
 
 def across_the_activation() -> Callable[..., Any]:
-    """Our layer with `activation_gradient`, which layers do not take otherwise."""
+    """Our layer with the kernel of `activation_gradient`, which layers do not take otherwise."""
     import jax
 
     import moe_align_jax as maj
