@@ -273,6 +273,11 @@ def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
     layout = _problem(size, "blocks", rows, False)
     for tiles in choices:
         yield f"ours, blocks{named(tiles)}", work(layout, None, tiles, (in_blocks, right, *where))
+    if gradient:
+        cut = weight_gradient_kernel.cutting(WeightGradient(layout))
+        if cut.pieces:
+            made = work(layout, None, cut, (in_blocks, right, *where))
+            yield "ours, blocks, hot experts cut", made
     if size.kind != "input gradient":  # there each pair has a row of its own
         for tiles in choices if gradient else [None]:
             if tiles is None or tiles.late:
@@ -450,7 +455,7 @@ def layer_arrays(size: Layer) -> tuple[Any, ...]:
 
 
 def across_the_activation() -> Callable[..., Any]:
-    """Our layer with `activation_gradient`, which layers do not take otherwise."""
+    """Our layer with the kernel of `activation_gradient`, which layers do not take otherwise."""
     import jax
 
     import moe_align_jax as maj

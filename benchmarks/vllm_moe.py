@@ -99,13 +99,13 @@ def choose_config(
 
 def silu_and_mul(folder: str, x: Any, out: Any) -> None:
     """What stands in for vLLM's op: `[., 2 N]` to `[., N]`."""
-    _activate(_module(folder), x, out)
+    _activate(module(folder), x, out)
 
 
 def _activate(kernels: Any, x: Any, out: Any) -> None:
     total = out.numel()
-    grid = (-(-total // _BLOCK),)
-    kernels.silu_and_mul_kernel[grid](x, out, out.shape[-1], total, BLOCK=_BLOCK)
+    grid = (-(-total // BLOCK),)
+    kernels.silu_and_mul_kernel[grid](x, out, out.shape[-1], total, BLOCK=BLOCK)
 
 
 class Layer:
