@@ -317,11 +317,16 @@ def nothing(size: Size) -> Exchange:
 # -- which ------------------------------------------------------------------------------------------------
 
 
+def runs(transport: str, ranks: int, platform: str) -> bool:
+    """Whether a transport can run there at all: our kernels between GPUs need two."""
+    return transport not in GPU_TRANSPORTS or (platform == "gpu" and ranks > 1)
+
+
 def every(
     size: Size, ranks: int, platform: str, transports: Sequence[str], packing: bool
 ) -> Iterator[Exchange]:
     """The most telling ones first. Our kernels are left out where there is no GPU."""
-    transports = [t for t in transports if platform == "gpu" or t not in GPU_TRANSPORTS]
+    transports = [t for t in transports if runs(t, ranks, platform)]
     for transport in transports[:1]:
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
     for kind in ("all_to_all", "all_gather"):
