@@ -36,8 +36,8 @@ from moe_align_jax._simt.language import Devices
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
 MAX_DEVICES = 8
 _WORD = 4
-# How XLA's graphs order kernels. In these modes, of which LHS is the default, it keeps those that are launched
-# on one stream one after the other.
+# How XLA's graphs order kernels. In these modes, of which LHS is the default, those that are launched on one
+# stream run one after the other.
 _ORDER, _IN_TURN = "xla_gpu_command_buffer_scheduling_mode", ("LHS", "SERIALIZE")
 
 
