@@ -86,7 +86,9 @@ def _fill_by_xla(problem: Gathered, rank: jax.Array, ids: jax.Array, weights: ja
     count = problem.message.num_local_experts
     local = ids - rank[0] * count
     here = (ids >= 0) & (local >= 0) & (local < count)
-    return _boxes_by_xla(problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1))
+    return _boxes_by_xla(
+        problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
+    )
 
 
 def _boxes_by_xla(
@@ -132,9 +134,7 @@ def _make(name: str, by_xla: Callable) -> Primitive:
 
         return mosaic.launcher(message_kernels.build(problem))
 
-    def batch(
-        primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack | Gathered
-    ):
+    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack | Gathered):
         del primitive
         return jax.vmap(functools.partial(by_xla, problem), in_axes=tuple(dims))(*operands)
 

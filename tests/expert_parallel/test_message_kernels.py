@@ -55,8 +55,8 @@ def message_of(ranks, tokens, top_k, local, payload):
 
 
 def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=False):
-    """Packs the tokens of all ranks, and unpacks what would come to each, or puts all tokens into its boxes as
-    they are; every array against loops."""
+    """Packs the tokens of all ranks and unpacks what would come to each; or puts all tokens into its boxes as
+    they are. Every array against loops."""
     kernels = importlib.import_module(MESSAGES)
     monkeypatch.setattr(importlib.import_module(f"{MESSAGES}.problems"), "_MAX_CTAS", most_ctas)
     ranks, tokens, top_k, local = sizes
@@ -278,7 +278,7 @@ def in_rank_order(self, rows, plan, group, in_use=None):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_two_ranks_sum_to_the_bits_of_the_rank_order(dtype):
-    """A sum in the rows' own dtype rounds once, ours first to float32: all but NaN and what CPUs flush to 0."""
+    """A sum in the rows' own dtype rounds once, ours first to float32. Not for what CPUs flush to 0."""
     kind, rng = np.dtype(jnp.dtype(dtype)), np.random.default_rng(0)
     bits = rng.integers(0, 1 << 16, (4 * 512, 64 * kind.itemsize // 2), np.uint16)
     rows = bits.view(kind)
@@ -351,7 +351,7 @@ def test_a_pair_of_dispatch_and_combine_has_few_kernels_and_two_exchanges(monkey
     text = step.lower(lowering_platforms=("cuda",)).as_text()
     kernels, collectives = PAIRS[ranks, way]
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == kernels
-    found = tuple(len(re.findall(rf'stablehlo\.{name}\b', text)) for name in COLLECTIVES)
+    found = tuple(len(re.findall(rf"stablehlo\.{name}\b", text)) for name in COLLECTIVES)
     assert found == collectives
     found = set(re.findall(r"stablehlo\.(\w+)", text))
     # One reduction is there, of `handle.in_use`, which nobody reads here: XLA drops it.

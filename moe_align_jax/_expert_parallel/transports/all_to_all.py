@@ -33,8 +33,8 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
-# The bytes into a rank that not quantising before a gather may cost: at 200 GB/s, they take 10 us, and a kernel
-# between two collectives has cost 11 us where the host launches it.
+# The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
+# kernel between two collectives has cost 11 us where the host launches it.
 MOST_GATHERED_MORE = 2 << 20
 
 
