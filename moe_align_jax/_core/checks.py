@@ -1,7 +1,7 @@
 """Sizes, argument checks and the one template of error messages. No jax here."""
 
-import math
 import operator
+import sys
 from collections.abc import Container
 from typing import NoReturn
 
@@ -60,11 +60,10 @@ def shown(value: object) -> str:
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number is a finite float64. An int may lie beyond."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    """Whether a number is a finite float64. (math.isfinite raises for an int beyond, and does not trace.)"""
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return -float("inf") < value < float("inf")
 
 
 def leading(shape, rest: str = "...") -> str:
