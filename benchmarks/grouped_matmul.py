@@ -386,7 +386,9 @@ def variants(size: Size) -> list[tuple[str, int, Any]]:
     for bm, group in itertools.product(most, (0, 4, 8) if mean < 1000 else (8, 16)):
         tiles = Config("swap", bm, 256, 64, 4 if bm in (96, 144) else 3, group=group)
         found.append((kind, bm, tiles))
-        if kind == "blocks" and bm in (144, 192):
+        if bm in (96, 144) and group:
+            found.append((kind, bm, tiles._replace(late=True)))
+        if kind == "blocks" and bm in (144, 192) and group in (4, 8):
             found.append(("ragged", 0, tiles))
     if 4 < mean < 100:
         found += [(kind, 64, Config("n", 64, 256, 64, 4, group=group)) for group in (0, 4)]

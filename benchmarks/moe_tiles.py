@@ -12,6 +12,7 @@ other measures: one that hangs or dies loses the variants that it had left.
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -113,18 +114,12 @@ def variants(model: Model, tokens: int) -> list[Variant]:
             second = _PLAIN._replace(bm=block, stages=5 if block <= 40 else 4)
             found.append(Variant({}, first, second, block))
         return found
-    for block, groups in (
-        (128, (0, 4, 8)),
-        (136, (4,)),
-        (144, (0, 4, 8)),
-        (176, (8,)),
-        (192, (4, 8, 16)),
-    ):
-        rules: dict[str, Any] = {"permute_columns": 1} if mean >= 1000 else {}
-        if block in (136, 144) and mean >= 1000:
-            continue
-        for group in groups:
-            tiles = _WIDE._replace(group=group) if block == 128 else _swapped(block, group)
+    rules: dict[str, Any] = {"permute_columns": 1} if mean >= 1000 else {}
+    many = ((128, (8,)), (176, (8,)), (192, (8, 16)))
+    for block, groups in many if mean >= 1000 else ((128, (4,)), (144, (0, 4)), (192, (8,))):
+        for group, late in itertools.product(groups, (False, True) if block == 144 else (False,)):
+            tiles = _WIDE if block == 128 else _swapped(block, group)
+            tiles = tiles._replace(group=group, late=late or block == 128)
             found.append(Variant(rules, tiles, tiles, block))
     if mean >= 1000:
         tiles = _swapped(192, 8)

@@ -96,13 +96,17 @@ def _erf(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, -value, value)
 
 
-def nothing(problem: MatmulProblem, shape: Shape, interpret: bool) -> list[jax.Array]:
-    """Zeros, like the pieces of a tile that is not swapped."""
-    columns = shape.wn * shape.accumulators // (2 if problem.weights.gated else 1)
-    zeros = jnp.zeros((64, shape.piece), problem.out_dtype)
+def nothing(problem: MatmulProblem, shape: Shape, swap: bool, interpret: bool) -> list[jax.Array]:
+    """Zeros, like the pieces of a tile."""
+    gated = 2 if problem.weights.gated else 1
+    columns, rows = shape.wn * shape.accumulators // gated, shape.wm
+    if swap:
+        columns, rows = shape.wm * shape.accumulators // gated, shape.wn
+    size = (shape.piece_rows, shape.piece)
+    zeros = jnp.zeros(size[::-1] if swap else size, problem.out_dtype)
     if not interpret:
         zeros = plgpu.layout_cast(zeros, inline.PARTED if shape.parted else plgpu.Layout.WGMMA)
-    return [zeros] * (shape.wm // 64 * (columns // shape.piece))
+    return [zeros] * (rows // shape.piece_rows * (columns // shape.piece))
 
 
 def pieces(

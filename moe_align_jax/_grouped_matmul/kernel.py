@@ -403,7 +403,7 @@ def build(
             elif not config.late:
                 lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
-                none = epilogue.nothing(problem, shape, interpret)
+                none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
                 first = (zero, zero, (zero, zero, zero), none)
                 _, waits, at, pieces = lax.fori_loop(0, mine, later, first)

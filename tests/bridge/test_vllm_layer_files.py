@@ -6,6 +6,7 @@
 import inspect
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_a_layer_gives_what_vllms_does(form, monkeypatch):
     )
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> "torch.Tensor":
+    def normal(*shape: int) -> Any:
         return torch.from_numpy(rng.standard_normal(shape, np.float32)).cuda().bfloat16()
 
     x, w13 = normal(tokens, hidden), normal(experts, 2 * ffn, hidden) * hidden**-0.5

@@ -111,7 +111,11 @@ FEW = [
     ("swap, pair", lambda m: blocks(m, 9, 2, 3, 72, 64, 8, pair=True, **SILU), WIDE._replace(bm=8)),
     ("swap, odd", lambda m: blocks(m, 9, 2, 3, 40, 24, 16, gather=False, bias=True), SWAP),
     ("partial", lambda m: blocks(m, 9, 2, 3, 64, 64, 12, gather=False), SWAP),
-    ("swap, many rows", lambda m: blocks(m, 9, 1, 1, 64, 128, 144), MANY_ROWS),
+    (
+        "swap, many rows, late",
+        lambda m: blocks(m, 9, 1, 1, 64, 640, 144, gather=False),
+        MANY_ROWS._replace(late=True),
+    ),
     ("remote", lambda m: blocks(m, 20, 2, 4, 64, 64, 16, routing="dropped", bias=True), SWAP),
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
@@ -187,7 +191,8 @@ def many() -> list[tuple[str, Any, Any]]:
     of_blocks("tall", (700, 2, 3, 256, 640, 256), TALL, TALL._replace(late=True), gather=False)
     of_blocks("parts", (700, 2, 3, 256, 640, 256), M, gather=False, bias=True)
     for flag in (False, True):
-        more = (MANY_ROWS, MANY_ROWS._replace(bm=192, stages=3, lag=1))
+        late = MANY_ROWS._replace(late=True)
+        more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
         for tile in more:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)

@@ -114,7 +114,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield f"{bm}, ragged", problem(**ragged), tiles
         for transposed in (False, True):
             weights = {"transposed": transposed}
-            yield f"{bm}", problem(block=bm, weights=weights), tiles
+            yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     yield from e4m3_problems()
