@@ -171,7 +171,7 @@ def failure(error: Exception) -> str:
 
 
 def shape_of(name: str) -> Any:
-    """A `FusedConfig` of "form:warpgroups:CTAs", such as "masks:2:8"."""
+    """A `FusedConfig` of "form:warpgroups:CTAs", such as "split:3:8"."""
     from moe_align_jax._router import fused
 
     form, warpgroups, ctas = name.split(":")
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes",
         default="",
-        help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. masks:2:8,block:2:8",
+        help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. split:3:8,block:2:8",
     )
     parser.add_argument("--whole-keys", action="store_true", help="ours without short keys, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")

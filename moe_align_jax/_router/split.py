@@ -41,20 +41,14 @@ def takes(align: AlignProblem, num_tokens: int) -> bool:
 
 
 class Split:
-    """The code of one CTA of `num_ctas`, which has `routers` warps for as many tokens, then `aligners`."""
+    """The code of one CTA: its last warpgroup aligns, the warps of the others have a token each."""
 
     def __init__(
-        self,
-        problem: RouteProblem,
-        align: AlignProblem,
-        *,
-        routers: int,
-        aligners: int,
-        num_ctas: int,
+        self, problem: RouteProblem, align: AlignProblem, num_warpgroups: int, num_ctas: int
     ):
-        self.problem, self.align = problem, align
-        self.routers, self.num_ctas = routers, num_ctas
-        self.first_thread, self.threads = routers * WARP, aligners * WARP
+        self.problem, self.align, self.num_ctas = problem, align, num_ctas
+        self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
@@ -342,8 +336,3 @@ class Split:
     def _shift(self) -> int:
         """Of an expert, to the lane that has it."""
         return self.each.bit_length() - 1
-
-
-def num_routers(config_warpgroups: int, aligner_warpgroups: int = 1) -> int:
-    """Routing warps of a CTA."""
-    return (config_warpgroups - aligner_warpgroups) * (WARPGROUP // WARP)
