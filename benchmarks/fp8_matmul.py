@@ -293,11 +293,13 @@ def variants(size: Size) -> list[tuple[int, Any]]:
             late = square._replace(late=True)
             found += [(128, late), (128, late._replace(sharing=2))]
     if 16 < mean < 400:
-        found += [(64, Config("n", 64, 256, 128, 4, group=group)) for group in (0, 8)]
+        for group, ahead in itertools.product((0, 8), (False, True)):
+            found.append((64, Config("n", 64, 256, 128, 4, group=group, ahead=ahead)))
     if mean < 64:
         for bm in (8, 16, 32, 40):
             if mean / 2 < bm < max(17, 4 * mean):
-                found += [(bm, Config("swap", bm, 128, 128, s, group=0)) for s in (5, 6)]
+                for stages, ahead in itertools.product((5, 6, 8), (False, True)):
+                    found.append((bm, Config("swap", bm, 128, 128, stages, group=0, ahead=ahead)))
     return found
 
 

@@ -85,7 +85,8 @@ class _Refs:
         split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.count, self.experts = refs.pop(0), refs.pop(0)
+        self.count: Any = None if problem.row_labels else refs.pop(0)
+        self.experts = refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
         self.starts, self.ends = listed
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
@@ -167,7 +168,7 @@ def build(
 ) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
-    num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
+    num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two. With an `ending`, for tiles neither late nor shared, its operands come
     first, and its results are returned before the problem's.
@@ -223,10 +224,10 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(shape, refs, at)
+                return _read(problem, shape, refs, at)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(shape, refs, jnp.minimum(at ^ 1, last))
-            return *_read(shape, refs, jnp.minimum(at, last)), other[0]
+            other = _read(problem, shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(problem, shape, refs, jnp.minimum(at, last)), other[0]
 
         def tile_at(i, known=None):
             at, n = order(i)
@@ -524,7 +525,8 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
-    blocks = lax.div(refs.count[0] + (block - 1), _I32(block))
+    count = refs.vectors.bound if problem.row_labels else refs.count[0]
+    blocks = lax.div(count + (block - 1), _I32(block))
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
@@ -540,11 +542,14 @@ def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> 
     return first * config.group + (rest - n * size), n
 
 
-def _read(shape: Shape, refs: _Refs, at: jax.Array) -> tuple[jax.Array, ...]:
+def _read(
+    problem: MatmulProblem, shape: Shape, refs: _Refs, at: jax.Array
+) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
-    return (refs.experts[lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at],)
+    block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
+    return (refs.experts[block * problem.block_size if problem.row_labels else block],)
 
 
 def _tile(

@@ -83,6 +83,8 @@ class Products:
                 scales are read from global memory.
         """
         refs, last = self.refs, self.shape.k_steps - 1
+        if self.scales.w == "tensor":  # one for all steps
+            place = None
         count = self.shape.wm // 64 if self.swap else 1  # accumulators, one after the other
         like = plgpu.ACC((64, self.shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
         of_all = None
@@ -219,6 +221,8 @@ class Products:
 
     def fetch(self, tile: Any, warpgroup: jax.Array, place: jax.Array) -> None:
         """Asks for the scales of a tile's weights."""
+        if self.scales.w == "tensor":
+            return
         for i, (ref, expert, block) in enumerate(self._blocks(tile, warpgroup)):
             inline_scales.copy_groups(
                 ref,
