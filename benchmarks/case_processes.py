@@ -1,7 +1,13 @@
-"""Sizes of a benchmark, each in a process of its own: one that hangs costs its size alone."""
+"""Sizes of a benchmark, each in a process of its own: one that hangs costs its size alone.
+
+With a file of turns (`--turns FILE`) all sizes are prepared side by side, which is mostly compiling, and take
+turns on the GPU to be timed. Whoever prepares shares the file's lock; whoever times holds it alone. Another
+program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
+"""
 
 import argparse
 import contextlib
+import fcntl
 import itertools
 import json
 import subprocess
@@ -46,15 +52,62 @@ def run(
         print("\n".join(ratios(rows)), flush=True)
         return 1 if any(row["status"] == "failed" for row in rows) else 0
     failed = 0
-    for k in [int(k) for k in options.sizes.split(",") if k] or range(len(sizes)):
-        given = list(argv if argv is not None else sys.argv[1:])
-        command = [sys.executable, "-m", module, *given, "--child", str(k)]
+    given = list(argv if argv is not None else sys.argv[1:])
+    chosen = [int(k) for k in options.sizes.split(",") if k] or range(len(sizes))
+    commands = {k: [sys.executable, "-m", module, *given, "--child", str(k)] for k in chosen}
+    if getattr(options, "turns", ""):
+        return _side_by_side(commands, options, sizes)
+    for k, command in commands.items():
         try:
             failed += subprocess.run(command, timeout=options.timeout).returncode != 0
         except subprocess.TimeoutExpired:
             failed += 1
             print(f"{sizes[k].name}: not done after {options.timeout} s", flush=True)
     return 1 if failed else 0
+
+
+def _side_by_side(
+    commands: dict[int, list[str]], options: argparse.Namespace, sizes: Sequence[Any]
+) -> int:
+    children = {}
+    for k, command in commands.items():
+        with open(options.turns, "a") as file:
+            # The child inherits the lock: no other child has a turn before this one is prepared.
+            fcntl.flock(file, fcntl.LOCK_SH)
+            number = file.fileno()
+            command = [*command, "--turn", str(number)]
+            children[k] = subprocess.Popen(command, pass_fds=[number])
+    end, failed = time.monotonic() + options.timeout, 0
+    for k, child in children.items():
+        try:
+            failed += child.wait(max(0.0, end - time.monotonic())) != 0
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            failed += 1
+            print(f"{sizes[k].name}: not done after {options.timeout} s", flush=True)
+    return 1 if failed else 0
+
+
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """The options that `run` and `turn` read."""
+    parser.add_argument(
+        "--turns",
+        default="",
+        help="file whose lock is held while a size is timed; all prepare at once",
+    )
+    parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def turn(options: argparse.Namespace) -> Iterator[None]:
+    """Within it a size of `run` is timed: all others are prepared, and none is timed meanwhile."""
+    number = getattr(options, "turn", None)
+    if number is not None:
+        fcntl.flock(number, fcntl.LOCK_EX)
+    yield
+    if number is not None:
+        fcntl.flock(number, fcntl.LOCK_UN)
 
 
 def run_side_by_side(

@@ -183,7 +183,7 @@ def build(
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    piece_rows, slots = (bm, 1) if swap else (64, ending.slots if ending else _SLOTS)
+    slots = 1 if swap else ending.slots if ending else _SLOTS
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -404,7 +404,7 @@ def build(
             elif not config.late:
                 lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
-                none = epilogue.nothing(problem, shape, interpret)
+                none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
                 first = (zero, zero, (zero, zero, zero), none)
                 _, waits, at, pieces = lax.fori_loop(0, mine, later, first)
@@ -465,7 +465,7 @@ def build(
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     x_tiles = (stages, shape.k_parts, bm, x_width)
     w_tiles = (stages, shape.w_parts, *w_tile)
-    o_tiles = (computing, slots, piece_rows, shape.piece)
+    o_tiles = (computing, slots, shape.piece_rows, shape.piece)
     scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
     out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
     if config.ahead:
@@ -632,22 +632,23 @@ class _Store:
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
         self.slots = 1 if self.swap else _SLOTS
-        self.rows = config.bm if self.swap else 64
+        self.rows = shape.piece_rows
         columns = shape.columns // (1 if config.form == "m" else config.computing)
         self.across = columns // shape.piece
+        self.down = config.bm // self.rows
 
     def __call__(
         self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
     ) -> None:
-        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone.
+        """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
         `whole`: all of the tile's rows are known to be stored.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
         if self.swap:
-            down, across = 0, q
-        row, column = row + 64 * down, pl.multiple_of(column + self.shape.piece * across, 8)
+            down, across = q % self.down, q // self.down
+        row, column = row + self.rows * down, pl.multiple_of(column + self.shape.piece * across, 8)
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,38 @@ def test_every_size_runs_although_one_hangs_and_one_fails(monkeypatch, capsys):
     assert commands == [["benchmarks.some", "--calls", "3", "--child", k] for k in "012"]
     assert "small: not done after 5 s" in capsys.readouterr().out
     assert run(sizes="1") == 0
+
+
+_SLEEPER = """
+import argparse, sys, time
+from benchmarks import case_processes
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--child", type=int)
+case_processes.add_turns(parser)
+options = parser.parse_args()
+time.sleep(0.4 * options.child)  # prepares
+with open(sys.argv[0] + ".log", "a") as log:
+    print("prepared", options.child, file=log, flush=True)
+    with case_processes.turn(options):
+        print("begins", options.child, file=log, flush=True)
+        time.sleep(0.2)
+        print("ends", options.child, file=log, flush=True)
+sys.exit(options.child == 1)
+"""
+
+
+def test_all_are_prepared_before_one_is_timed_and_no_two_are_timed_at_once(tmp_path, monkeypatch):
+    module = tmp_path / "sleeper.py"
+    module.write_text(_SLEEPER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(case_processes.__file__).parents[1]}")
+    given = {"sizes": "0,1", "turns": str(tmp_path / "turns"), "timeout": 30}
+    options = argparse.Namespace(**{"child": None, "out": None} | given)
+    assert case_processes.run("sleeper", [], options, SIZES, None, None) == 1
+    lines = [line.split() for line in Path(f"{module}.log").read_text().splitlines()]
+    assert sorted(lines[:2]) == [["prepared", "0"], ["prepared", "1"]]
+    assert [what for what, _ in lines[2:]] == ["begins", "ends"] * 2
+    assert lines[2][1] == lines[3][1] != lines[4][1] == lines[5][1]
 
 
 SIDE = """
