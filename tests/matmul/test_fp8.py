@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 from tests.matmul import oracle
 from tests.matmul.test_matmul import ids_of
 from tests.matmul.test_matmul_forms import check as check_form
@@ -334,6 +335,28 @@ def test_select_names_the_kernel_and_why_not():
         maj.select_matmul_implementation(
             *odd, platform="cuda", implementation="mosaic_gpu", **options
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "form"),
+    [
+        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-ahead"),
+        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
+        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-ahead"),
+        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
+        ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
+        ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
+        ("blocks", {"num_rows": 33408, "block_size": 192}, "192x128x128s4m-g8-w3"),
+    ],
+)
+def test_tiles_follow_the_rows_of_an_expert(rows, changes, form):
+    """Those that were the fastest on an H200; "c2w" where two tiles of an expert lie side by side."""
+    sizes = {"num_rows": 32 * 4096, "k": 7168, "n": 4096, "num_experts": 32 if rows == "masked" else 8}
+    lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
+    given = {"max_rows": 4096} if rows == "masked" else {"block_size": 128}
+    given |= sizes | lie | {"dtype": E4M3, "out_dtype": "bfloat16"} | changes
+    assert tiles.config_for(MatmulProblem("test", rows, **given)).name == form
 
 
 def bad_cases():
