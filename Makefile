@@ -127,22 +127,22 @@ package:
 clean:
 	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
-# Every kernel form to machine code by the newest jax's compiler, one in five by the oldest one's, too. Needs a C
-# compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
+# Kernel forms to machine code by the newest jax's compiler, one in KERNEL_SAMPLE, and one in five by the oldest
+# one's, too. Needs a C compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the
+# checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
+KERNEL_SAMPLE ?= 1
 COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording exchanges layer
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
 compile-kernels-newest:
 	$(VENV_FOR) cli test torch
-	$(PY) -m tests.no_gpu.compile --jobs $(JOBS)
-	for rows in $(COMPILED_ROWS); do $(PY) -m tests.no_gpu.$$rows || exit 1; done
-	$(PY) -m tests.no_gpu.matmul
+	$(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample $(KERNEL_SAMPLE)
+	for rows in $(COMPILED_ROWS) matmul; do $(PY) -m tests.no_gpu.$$rows --sample $(KERNEL_SAMPLE) || exit 1; done
 
-# One kernel in five: a compiler that differs at all differs in those. Kernels come in pairs and threes, which a
-# step of five cuts across.
+# One kernel in five: a compiler that differs at all differs in those.
 compile-kernels-$(OLD_JAX): old-jax
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
 	for rows in $(COMPILED_ROWS) matmul; do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows --sample 5 || exit 1; done
