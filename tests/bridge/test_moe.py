@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torch_bridge
-from moe_align_jax._moe_layer.plan import BLOCK_SIZES
+from moe_align_jax._moe_layer.plan import block_sizes
 from moe_align_jax.types import AlignedBlocks
 from tests.bridge.helpers import assert_format, misaligned
 from tests.moe_layer import oracle
@@ -481,7 +481,7 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
         tiles.setdefault(one.block_size, []).append(tokens)
         assert one.num_rows % one.block_size == 0
         assert one.num_rows <= one.first.problem.num_rows
-    assert sorted(tiles) == [rows for _, rows in BLOCK_SIZES] + [128]
+    assert sorted(tiles) == [rows for _, rows in block_sizes(E_)]
     assert len(found) <= 2 * 6 + 4
 
 
