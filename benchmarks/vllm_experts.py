@@ -175,12 +175,8 @@ def load_ops(peers: str) -> None:
     library = torch.library.Library("_C", "FRAGMENT")
     library.define("silu_and_mul(Tensor(a!) out, Tensor input) -> ()")
 
-    kernels = vllm_moe.module(peers)
-
     def silu_and_mul(out: Any, x: Any) -> None:
-        total, block = out.numel(), vllm_moe.BLOCK
-        grid = (-(-total // block),)
-        kernels.silu_and_mul_kernel[grid](x, out, out.shape[-1], total, BLOCK=block)
+        vllm_moe.silu_and_mul(peers, x, out)
 
     library.impl("silu_and_mul", silu_and_mul, "CUDA")
     _kept.append(library)

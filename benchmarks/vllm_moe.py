@@ -97,6 +97,17 @@ def choose_config(
     return dict(rule(tokens, experts, ffn, hidden, top_k, None)), "vLLM's default"
 
 
+def silu_and_mul(folder: str, x: Any, out: Any) -> None:
+    """What stands in for vLLM's op: `[., 2 N]` to `[., N]`."""
+    _activate(module(folder), x, out)
+
+
+def _activate(kernels: Any, x: Any, out: Any) -> None:
+    total = out.numel()
+    grid = (-(-total // BLOCK),)
+    kernels.silu_and_mul_kernel[grid](x, out, out.shape[-1], total, BLOCK=BLOCK)
+
+
 class Layer:
     """`fused_experts` of one size, with its buffers: `run(x, w13, w2, weights, ids, out)`."""
 
@@ -126,7 +137,7 @@ class Layer:
         self.count = torch.empty(1, **int32)
 
     def run(self, x: Any, w13: Any, w2: Any, weights: Any, ids: Any, out: Any) -> None:
-        torch, (_, top_k, experts, _, ffn) = self.torch, self.sizes
+        torch, (_, top_k, experts, _, _) = self.torch, self.sizes
         if self.aligns:
             op = torch.ops._moe_C.moe_align_block_size
             spare = len(op.default._schema.arguments) - 6
@@ -137,9 +148,7 @@ class Layer:
             self.count.fill_(self.pairs * self.block)
             sorted_ids, expert_ids = None, ids.view(-1)
         self._multiply(x, w13, self.first, weights, sorted_ids, expert_ids, top_k, False)
-        total = self.pairs * ffn
-        grid = (-(-total // BLOCK),)
-        self.kernels.silu_and_mul_kernel[grid](self.first, self.between, ffn, total, BLOCK=BLOCK)
+        _activate(self.kernels, self.first, self.between)
         self._multiply(self.between, w2, self.second, weights, sorted_ids, expert_ids, 1, True)
         torch.ops._moe_C.moe_sum(self.second, out)
 

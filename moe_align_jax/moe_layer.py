@@ -373,8 +373,7 @@ def moe_block_size(
     function, remedy = "moe_block_size", "Pass the shapes of x and of the weights."
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     num_experts = checks.check_num_experts(function, num_experts)
-    if not (isinstance(num_tokens, int) and num_tokens == 0):
-        num_tokens = checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
+    num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
     return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) == E4M3)
 
 
@@ -449,13 +448,13 @@ def select_moe_implementation(
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"be {shape} with H = {hidden} and an expert"
         arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
-    x = jax.ShapeDtypeStruct((tokens, hidden), jnp.dtype(dtype))
-    if x.dtype != E4M3:
-        matmul_arguments.result_dtype(function, x, dtype)
+    kinds = (*matmul_arguments.DTYPES, str(E4M3))
+    x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype, kinds))
     slots = experts
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
     pairs = tokens * top_k
+    has_aligned = arguments.check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -479,8 +478,8 @@ def select_moe_implementation(
         Scales("row_major", "blocks") if x.dtype == E4M3 else None,
         "blocks" if x.dtype == E4M3 else "",
     )
-    platform = platform or jax.default_backend()
-    return _selection(problem, "cuda" if platform == "gpu" else platform, implementation)
+    platform = select.check_platform(function, platform)
+    return _selection(problem, platform, implementation)
 
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:

@@ -38,6 +38,13 @@ class Config(NamedTuple):
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
         skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
+            says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
+            that alone.
+        shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
+            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
+        ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
+            while this one is stored: into shared memory. Of e4m3 with scales of blocks.
     """
 
     form: str
@@ -52,6 +59,13 @@ class Config(NamedTuple):
     computing: int = 2
     split: int = 1
     skips: bool = False
+    sharing: int = 0
+    ahead: bool = False
+    shared: str = "x"
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.sharing > 1 and self.shared == "w"
 
     @property
     def name(self) -> str:
@@ -60,6 +74,9 @@ class Config(NamedTuple):
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
         more += "-skips" if self.skips else ""
+        more += f"-c{self.sharing}" if self.sharing else ""
+        more += "w" if self.shares_weights else ""
+        more += "-ahead" if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 

@@ -140,8 +140,14 @@ def pieces(
             for c in range(0, first.shape[1], 2 * piece):
                 found.append(finish.parted(first[r : r + 64, c : c + 2 * piece], row, c))
             continue
+        if not gated:
+            for i, some in enumerate(sums):  # side by side
+                for c in range(0, some.shape[1], piece):
+                    value, column = some[r : r + 64, c : c + piece], i * some.shape[1] + c
+                    found.append(finish.plain(value, None, row, column))
+            continue
         for c in range(0, second_at or first.shape[1], piece):
-            up = second[r : r + 64, second_at + c : second_at + c + piece] if gated else None
+            up = second[r : r + 64, second_at + c : second_at + c + piece]
             found.append(finish.plain(first[r : r + 64, c : c + piece], up, row, c))
     return found
 

@@ -130,6 +130,8 @@ def layer_programs(
     )
     align = None
     if aligned is None:
+        # Of local ids that no expert has, the alignment knows no row: their weights may be NaN.
+        num_local = call.num_experts if call.num_experts < slots else 0
         align = problems.bucket_problem(
             *(tokens * top_k, slots, block_size),
             problems.ID_WORDS.get(ids.dtype, 1),
@@ -137,6 +139,7 @@ def layer_programs(
             has_num_valid_pairs=call.max_valid_tokens >= 0 or "num_valid_tokens" in operands,
             return_counts=call.counted,
             return_inverse=True,
+            num_local=num_local,
             tuning=tuning,
         )
     else:
