@@ -21,7 +21,7 @@ from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._router import arguments, primitives
-from moe_align_jax._router.problem import RouteProblem, Scoring
+from moe_align_jax._router.problem import DTYPES, RouteProblem, Scoring
 from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, Implementation, Selection
 
@@ -353,13 +353,14 @@ def select_router_implementation(
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         rule, got = "be a pair of ints", checks.describe(shape)
         raise TypeError(checks.message(function, "shape", rule, got, "Pass (T, E)."))
-    logits = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    sizes = [checks.check_int(function, "shape", size, 0, "Pass (T, E).") for size in shape]
+    logits = jax.ShapeDtypeStruct(tuple(sizes), select.check_dtype(function, dtype, DTYPES))
     arguments.check_logits(function, logits)
     if unknown := sorted(options.keys() - set(arguments.STATIC)):
         rule, got = f"be among {sorted(arguments.STATIC)}", unknown
         raise TypeError(checks.message(function, "options", rule, got, "They are route_topk's."))
     problem = arguments.make_problem(function, logits, arguments.Options(top_k, **options))
-    problem = problem._replace(bias_rows=int(has_bias))
+    problem = problem._replace(bias_rows=int(checks.check_bool(function, "has_bias", has_bias)))
     platform = select.check_platform(function, platform)
     choice = primitives.choose(function, problem, platform, implementation)
     reasons = select.reasons_against_others(

@@ -111,8 +111,8 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
     remedy = "Pass the number of groups that may be chosen from."
     stay = checks.check_positive_int(function, "topk_groups", options.topk_groups, remedy)
     scoring = options.scoring
-    if scoring not in SCORINGS:
-        got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
+    if not checks.is_one_of(scoring, SCORINGS):
+        got = checks.shown(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
         checks.fail(function, "scoring", rule, got, "It is a static string.")
     for argument in ("softmax_after_topk", "renormalize"):
@@ -150,7 +150,10 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         rule, got = "be a static number", checks.describe(scaling_factor)
         remedy = "It is compiled into the kernel: pass a Python float."
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
-    factor = float(np.float32(scaling_factor))
+    factor = float("inf")
+    if checks.is_finite(scaling_factor):
+        with np.errstate(over="ignore"):
+            factor = float(np.float32(scaling_factor))
     if not math.isfinite(factor):
         checks.fail(
             function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."

@@ -202,7 +202,7 @@ def expert_of(
     if problem.expert_map == "filter":
         safe = t.select(kept, expert, 0)
         expert = read_map(safe) if read_map else t.load(r.expert_map, safe)
-        kept = kept & expert.below(num_experts)
+        kept = kept & expert.below(problem.num_mapped)
     return t.select(kept, expert, -1)
 
 
