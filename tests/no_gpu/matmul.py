@@ -159,7 +159,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
-    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall):
+    broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
+    shared = tall._replace(sharing=2, ahead=True)
+    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
         yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
