@@ -8,6 +8,7 @@ program that must not run beside a timing shares it too: `flock --shared FILE CO
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.children import Child
 
 
 def run(
@@ -106,3 +108,58 @@ def turn(options: argparse.Namespace) -> Iterator[None]:
     yield
     if number is not None:
         fcntl.flock(number, fcntl.LOCK_UN)
+
+
+def run_side_by_side(
+    module: str,
+    argv: list[str] | None,
+    options: argparse.Namespace,
+    sizes: Sequence[Any],
+    prepare: Callable[[Any, argparse.Namespace], Callable[[], Iterator[dict[str, Any]]]],
+    line: Callable[[dict[str, Any]], str],
+    ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
+) -> int:
+    """As `run`, of processes that prepare side by side, and measure one after the other.
+
+    Args:
+        module, argv, sizes, ratios: as for `run`.
+        options: `sizes`, `out` and `child` as there; `timeout`: seconds without a row; `together`: how many
+            sizes prepare side by side; `preparing`: seconds that they have for it.
+        prepare: called with a size; what it returns measures, and gives rows as they come.
+        line: a row as it is printed.
+    """
+    given = list(argv if argv is not None else sys.argv[1:])
+    if options.child is not None:
+        measure, facts = prepare(sizes[options.child], options), machine.facts()
+        print("READY", flush=True)
+        sys.stdin.readline()
+        for row in measure():
+            print("ROW " + json.dumps(row | facts), flush=True)
+        return 0
+    numbers, failed = [int(k) for k in options.sizes.split(",") if k] or range(len(sizes)), False
+    for some in itertools.batched(numbers, options.together):
+        children = {k: Child(module, [*given, "--child", str(k)]) for k in some}
+        until = time.monotonic() + options.preparing
+        for child in children.values():
+            with contextlib.suppress(TimeoutError):  # its rows will not come: said below
+                child.ready(options.preparing, until)
+        for k, child in children.items():
+            rows, reason = [], ""
+            try:
+                child.ready(1.0, time.monotonic() + 1.0)
+                child.go()
+                for row in child.rows(options.timeout, time.monotonic() + 3600):
+                    rows.append(row)
+                    print(line(row), flush=True)
+                    if options.out:
+                        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+                        with Path(options.out).open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+            except TimeoutError as error:
+                reason = str(error)
+            code = child.end()
+            if code or reason:
+                print(f"{sizes[k].name}: {reason or f'its process ended with {code}'}", flush=True)
+            print("\n".join(ratios(rows)), flush=True)
+            failed |= bool(code or reason or any(row["status"] == "failed" for row in rows))
+    return 1 if failed else 0

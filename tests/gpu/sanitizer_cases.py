@@ -246,6 +246,7 @@ def matmul(implementation: str = "mosaic_gpu") -> None:
         ((150, 2, 2, 128, 192, 128), {"activation": "silu", "bias": True}),
         ((150, 2, 2, 128, 192, 100), {"gather": False}),
         ((90, 1, 2, 128, 192, 64), {"activation": "silu", "transpose_rhs": True}),
+        ((90, 1, 2, 128, 192, 144), {"activation": "silu", "transpose_rhs": True}),
         ((30, 2, 3, 200, 136, 16), {"row_weights": True, "bias": True}),
         ((9, 3, 40, 128, 192, 1), {"activation": "silu"}),
     ):
@@ -270,6 +271,28 @@ def matmul_clusters() -> None:
     for name in ("k in 8, transposed True, gated", "k in 2, transposed False, many"):
         sizes, config = test_clusters.SHARED[name]
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
+
+
+def matmul_e4m3() -> None:
+    """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
+    import pytest
+
+    from tests.matmul import test_fp8
+
+    wanted = (
+        "rows, gathered, 16x",
+        "columns, 128x",
+        "sharing, columns, 128x192x128s4m-g4-c2w",
+        "sharing, rows, 192x",
+        "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
+        "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
+    )
+    every = test_fp8.on_a_gpu()
+    for name in wanted:
+        _, make, config = next(case for case in every if case[0].startswith(name))
+        with pytest.MonkeyPatch.context() as patch:
+            problem, operands = make(patch)
+        test_fp8.check_form(problem, operands, config, interpret=False)
 
 
 def weight_gradients(interpret: bool = False) -> None:
@@ -365,6 +388,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
+    yield "matmul, e4m3", matmul_e4m3
     yield "weight gradients", weight_gradients
     yield "activation gradient", activation_gradient
     yield "expert layer", expert_layer

@@ -109,6 +109,14 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
         yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
         yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
+    for bm, stages in ((144, 4), (192, 3)):
+        tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
+        yield f"{bm}, ragged", problem(**ragged), tiles
+        for transposed in (False, True):
+            weights = {"transposed": transposed}
+            yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
+            weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
+            yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     yield from e4m3_problems()
 
 
