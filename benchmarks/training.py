@@ -30,8 +30,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, timing, training_peers  # noqa: E402
 
 _BOUND, _LAYER_BOUND = 1e-2, 3e-2
-# Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the result
-# is complete, and keep more at once. A loss' cotangent comes after the result.
+# Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the
+# result is complete, and keep more at once. A loss' cotangent comes after the result.
 _OF_A_LOSS = "value and gradient of a loss"
 _TOP_K = 8  # of the tokens whose rows these are
 _BLOCK = 128
