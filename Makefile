@@ -131,7 +131,7 @@ clean:
 # compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
-COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording layer
+COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording exchanges layer
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 

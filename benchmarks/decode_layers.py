@@ -215,7 +215,7 @@ def every(
     transports = [
         t
         for t in exchanges.TRANSPORTS
-        if t != "all_gather" and (platform == "gpu" or t not in exchanges.GPU_TRANSPORTS)
+        if t != "all_gather" and exchanges.runs(t, ranks, platform)
     ]
     yield ours(*given, transports[0])
     yield no_communication(form, implementation)
