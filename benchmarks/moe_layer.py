@@ -114,8 +114,8 @@ def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
 # -- providers -----------------------------------------------------------------------------------------
 
 
-def make_step(case: Case, block_size: int | None) -> tuple[Callable, tuple]:
-    """(`step(outs, *rest) -> outs`, rest): four layers, one after the other."""
+def step_of(block_size: int | None) -> Callable:
+    """`step(outs, x, weights, ids, sets) -> outs`: four layers, one after the other."""
     import jax
 
     import moe_align_jax as maj
@@ -131,7 +131,27 @@ def make_step(case: Case, block_size: int | None) -> tuple[Callable, tuple]:
             )
         return found
 
-    return step, (case.x, case.weights, case.ids, list(case.sets))
+    return step
+
+
+def rest_of(case: Case) -> tuple:
+    """A step's arguments behind the first."""
+    return (case.x, case.weights, case.ids, list(case.sets))
+
+
+def structs_of(model: Model, tokens: int) -> tuple:
+    """The arguments of a step without their values, the first included."""
+    import jax
+
+    def struct(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    x = struct("bfloat16", tokens, model.hidden)
+    pairs = (tokens, model.top_k)
+    first = struct("bfloat16", model.experts, 2 * model.ffn, model.hidden)
+    second = struct("bfloat16", model.experts, model.hidden, model.ffn)
+    sets = [(first, second)] * LAYERS
+    return [x] * LAYERS, x, struct("float32", *pairs), struct("int32", *pairs), sets
 
 
 def compile_ours(
@@ -144,13 +164,12 @@ def compile_ours(
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for case in cases:
             for block_size in block_sizes:
-                step, rest = make_step(case, block_size)
-                outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
+                step, structs = step_of(block_size), structs_of(case.model, case.tokens)
                 for way in ("donated", "not donated") if both else ("donated",):
                     key = case.tokens, block_size, way
                     given: dict[str, Any] = {"donate_argnums": 0} if way == "donated" else {}
                     try:
-                        lowered = jax.jit(step, keep_unused=True, **given).lower(outs, *rest)
+                        lowered = jax.jit(step, keep_unused=True, **given).lower(*structs)
                         compiling[key] = pool.submit(lowered.compile)
                     except Exception as error:  # one that cannot be built leaves the others
                         found[key] = error
@@ -165,7 +184,7 @@ def measure_ours(
     import jax
     import jax.numpy as jnp
 
-    _, rest = make_step(case, None)
+    rest = rest_of(case)
     span_us = 100.0
     for way, program in programs.items():
         if isinstance(program, BaseException):

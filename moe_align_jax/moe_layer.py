@@ -190,7 +190,7 @@ def fused_moe(
     as_pairs = aligned is None and plan.without_alignment(pairs, slots)
     if as_pairs:
         block_size = 1
-    block_size = block_size or plan.block_size_for(pairs, slots)
+    block_size = block_size or plan.block_size_for(pairs, slots, x_scales is not None)
     if aligned is None and not as_pairs:
         aligned = block_align.moe_align_block_size(
             topk_ids,
@@ -347,30 +347,34 @@ def _check_operands(
     return as_jax._replace(topk_weights=replicate(as_jax.topk_weights))
 
 
-def moe_block_size(num_tokens: int, *, top_k: int, num_experts: int) -> int:
+def moe_block_size(
+    num_tokens: int, *, top_k: int, num_experts: int, dtype: Any = "bfloat16"
+) -> int:
     """Rows per block that `fused_moe` takes for these sizes: for an alignment that is made before it.
 
     Args:
         num_tokens: T.
         top_k: K.
         num_experts: E of the weights; G, where there is an expert map.
+        dtype: of x.
 
     Returns:
-        8, 16, 64 or 128: by the pairs that an expert has on average.
+        8 to 192: by the pairs that an expert has on average.
 
     Raises:
-        TypeError, ValueError: a size is not an int, or is out of range.
+        TypeError, ValueError: a size is not an int, or is out of range; dtype is none.
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 16, 64, 128]
+        [8, 16, 80, 128]
+        >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 8192)]
+        [8, 48, 144, 192]
     """
     function, remedy = "moe_block_size", "Pass the shapes of x and of the weights."
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     num_experts = checks.check_num_experts(function, num_experts)
-    if not (isinstance(num_tokens, int) and num_tokens == 0):
-        num_tokens = checks.check_positive_int(function, "num_tokens", num_tokens, remedy)
-    return plan.block_size_for(num_tokens * top_k, num_experts)
+    num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
+    return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) == E4M3)
 
 
 def select_moe_implementation(
@@ -444,17 +448,17 @@ def select_moe_implementation(
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"be {shape} with H = {hidden} and an expert"
         arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
-    x = jax.ShapeDtypeStruct((tokens, hidden), jnp.dtype(dtype))
-    if x.dtype != E4M3:
-        matmul_arguments.result_dtype(function, x, dtype)
+    kinds = (*matmul_arguments.DTYPES, str(E4M3))
+    x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype, kinds))
     slots = experts
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
     pairs = tokens * top_k
+    has_aligned = arguments.check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
-    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots)
+    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots, x.dtype == E4M3)
     num_rows = checks.max_num_tokens_padded(pairs, block_size=rows, num_experts=slots)
     problem = LayerProblem(
         tokens,
@@ -474,8 +478,8 @@ def select_moe_implementation(
         Scales("row_major", "blocks") if x.dtype == E4M3 else None,
         "blocks" if x.dtype == E4M3 else "",
     )
-    platform = platform or jax.default_backend()
-    return _selection(problem, "cuda" if platform == "gpu" else platform, implementation)
+    platform = select.check_platform(function, platform)
+    return _selection(problem, platform, implementation)
 
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:

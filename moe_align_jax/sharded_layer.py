@@ -116,9 +116,9 @@ def sharded_fused_moe(
     function = "sharded_fused_moe"
     select.check_implementation(function, implementation)
     axes = _check_axes(function, mesh, expert_axis, data_axes, tensor_axis, fsdp_axis)
-    if method not in _METHODS:
+    if not checks.is_one_of(method, _METHODS):
         rule, remedy = "be 'dispatch' or 'replicate'", "See its documentation."
-        arguments.fail(ValueError, function, "method", rule, repr(method), remedy)
+        arguments.fail(ValueError, function, "method", rule, checks.shown(method), remedy)
     x = matmul_arguments.check_rows(function, "x", x, 2)
     tokens, hidden = x.shape
     weights, first, w_down, ffn = arguments.check_experts(

@@ -38,6 +38,13 @@ class Config(NamedTuple):
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
         skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
+            says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
+            that alone.
+        shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
+            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
+        ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
+            while this one is stored: into shared memory. Of e4m3 with scales of blocks.
     """
 
     form: str
@@ -52,6 +59,13 @@ class Config(NamedTuple):
     computing: int = 2
     split: int = 1
     skips: bool = False
+    sharing: int = 0
+    ahead: bool = False
+    shared: str = "x"
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.sharing > 1 and self.shared == "w"
 
     @property
     def name(self) -> str:
@@ -60,6 +74,9 @@ class Config(NamedTuple):
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
         more += "-skips" if self.skips else ""
+        more += f"-c{self.sharing}" if self.sharing else ""
+        more += "w" if self.shares_weights else ""
+        more += "-ahead" if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -83,7 +100,7 @@ class Rules(NamedTuple):
     many_group: int = 4
     masked_group: int = 8
     split: bool = True
-    permute_columns: int = 0
+    permute_columns: int = 10_000
 
 
 DEFAULT_RULES = Rules()
@@ -158,6 +175,8 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
+    if takes_whole(problem, block):
+        return block
     if problem.whole_blocks:
         wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
@@ -167,6 +186,17 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     if not _no_swap(problem) and block % 8 == 0 and block <= 64:
         return block
     return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
+
+
+def takes_whole(problem: MatmulProblem, block: int) -> bool:
+    """Whether a block of so many rows, which are neither few nor 128, is one swapped tile.
+
+    With 192 rows, and a vector along them or along the columns, registers do not suffice.
+    """
+    if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
+        return False
+    vectors = problem.weights.bias or tests_rows(problem)
+    return 64 < block <= (184 if vectors else 192) and block % 8 == 0 and block != 128
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -195,9 +225,31 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     if bm < 64:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
+    if bm not in (64, 128):
+        return _whole(problem, bm, group)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
+    """A swapped tile of many rows, with as many stages as fit into shared memory.
+
+    Of tiles of up to 96 rows most experts have a single one: their weights are read once in any order.
+    """
+    pieces = 2 * piece_rows(bm) * 128
+    stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
+    group = group if bm > 96 else 0
+    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
+
+
+def _ring_bytes(bm: int, stages: int) -> int:
+    return stages * 64 * (bm + 256) * 2
+
+
+def piece_rows(bm: int) -> int:
+    """Rows of a swapped tile that are stored at a time: half of many, which leaves room for a stage."""
+    return bm // 2 if bm > 96 and bm % 16 == 0 else bm
 
 
 def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:

@@ -1,5 +1,6 @@
 """Which compiled programs serve a call of the expert layer: one of each kind serves a range of sizes."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,8 +94,8 @@ def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int) -> 
     if block_size:
         return _power_of_two(tokens, _LEAST_TOKENS)
     chosen = plan.block_size_for(tokens * top_k, num_experts)
-    most = next((most for most, rows in plan.BLOCK_SIZES if rows == chosen), None)
-    if most is not None:
+    most = next(m for m, rows in plan.block_sizes(num_experts) if rows == chosen)
+    if most != math.inf:
         return max(tokens, int(most * num_experts) // top_k)
     return next((n for n in _MANY_TOKENS if n >= tokens), tokens)
 
@@ -129,6 +130,8 @@ def layer_programs(
     )
     align = None
     if aligned is None:
+        # Of local ids that no expert has, the alignment knows no row: their weights may be NaN.
+        num_local = call.num_experts if call.num_experts < slots else 0
         align = problems.bucket_problem(
             *(tokens * top_k, slots, block_size),
             problems.ID_WORDS.get(ids.dtype, 1),
@@ -136,6 +139,7 @@ def layer_programs(
             has_num_valid_pairs=call.max_valid_tokens >= 0 or "num_valid_tokens" in operands,
             return_counts=call.counted,
             return_inverse=True,
+            num_local=num_local,
             tuning=tuning,
         )
     else:

@@ -141,9 +141,10 @@ def _tokens(
     most: int, top_k: int, slots: int, block_size: int | None, tuning: str
 ) -> Iterator[int]:
     """Numbers of tokens that meet every program of 1 to `most` of them: the ends of all ranges."""
-    rows = [block_size] if block_size else [*(r for _, r in plan.BLOCK_SIZES), plan.MOST_ROWS]
+    sizes = plan.block_sizes(slots)
+    rows = [block_size] if block_size else [r for _, r in sizes]
     ends = {1, most, *BUCKETS}
-    ends |= {int(mean * slots) // top_k for mean, _ in plan.BLOCK_SIZES}
+    ends |= {int(mean * slots) // top_k for mean, _ in sizes[:-1]}
     if block_size:
         ends |= {1 << k for k in range(most.bit_length())}
     for size in rows:

@@ -1,8 +1,8 @@
 """DeepGEMM's grouped products: the functions, the checks of their arguments, and how they run.
 
-All rows of a block of the contiguous layout belong to one group, so that the kernel needs one label for each
-block: that of its first row, out of `grouped_layout`, or, where that holds the groups' ends, found among
-them. torch makes these labels on the device: the host never waits, and a CUDA graph can capture a call.
+All rows of a block of the contiguous layout belong to one group: the kernel reads the label of a block's first
+row out of `grouped_layout`. Where that holds the groups' ends, torch finds the blocks' labels among them, on the
+device: the host never waits, and a CUDA graph can capture a call.
 
 Torch's tracers see an operator that mutates d (and its twin over DLPack, as in `torch_bridge._ops`).
 """
@@ -19,7 +19,7 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, W
 from torch_bridge import _checks, _ops, _plan, dlpack
 from torch_bridge._direct import inplace
 from torch_bridge._dlpack_path import run as dlpack_call
-from torch_bridge.deep_gemm import direct
+from torch_bridge.deep_gemm import direct, repeated
 from torch_bridge.deep_gemm import scales as layouts
 from torch_bridge.deep_gemm.scales import fail
 
@@ -366,9 +366,17 @@ def _multiply(
     expected_m: int = 0,
 ) -> None:
     block_size = layouts.get_mk_alignment_for_contiguous_layout()
+    options = function, rows, block_size, expected_m
+    given = (a, b, layout, d) if a_scales is None else (a, b, a_scales, b_scales, layout, d)
+    if repeated.repeat(options, given):
+        return
     call = _checked(function, rows, a, a_scales, b, b_scales, d, layout, block_size, expected_m)
     if _ops.launches_at_once(call.inputs, (d,)):
-        _run("auto", call)
+        launched = _run("auto", call)
+        if launched is not None:
+            scales = call.problem.scales
+            columns = scales is not None and scales.x == "column_major"
+            repeated.remember(options, given, launched, 2 if columns else None)
         return
     op = _ops.chosen(_OPERATOR, a.device)
     op(a, a_scales, b, b_scales, d, layout, function, rows, block_size, expected_m)
@@ -459,6 +467,7 @@ def _checked(
         zero_padding=False,
         scales=scales,
         whole_blocks=not masked,
+        row_labels=rows == _CONTIGUOUS,
         expected_rows=min(expected_m, a.shape[1]) if masked else 0,
     )
     return _Call(problem, a, of_a, b, of_b, d, layout, rows)
@@ -526,28 +535,28 @@ def _scales_of_b(function: str, scales: torch.Tensor, n: int, k: int, groups: in
 # -- what runs -------------------------------------------------------------------------------------
 
 
-def _run(path: str, call: _Call) -> None:
-    """Runs a call whose tensors have passed `_checked`."""
+def _run(path: str, call: _Call) -> repeated.Launched | None:
+    """Runs a call whose tensors have passed `_checked`. None where jax did, or there is nothing to do."""
     function = call.problem.function
     for argument, tensor in {**call.inputs, "d": call.d}.items():
         dlpack.check_tensor(function, argument, tensor)
     inplace.check_plain(function, {"d": call.d})
     inplace.check_no_overlap(function, {"d": call.d}, call.inputs)
     if not call.d.numel():
-        return
+        return None
     found = direct.program_for(call.problem, call.d) if path == "auto" else None
     if found is None:
         _by_jax(call)
-        return
+        return None
     with dlpack.on_device(call.d.device):
         tensors = dict(zip(call.problem.inputs, _tensors(call), strict=True))
-        direct.launch(found, call.problem, tensors, call.d.detach())
+        return direct.launch(found, call.problem, tensors, call.d.detach())
 
 
 def _where(call: _Call) -> list[torch.Tensor]:
     """The problem's operands that tell where the groups' rows are, made on the device."""
     layout, block, rows = call.layout, call.problem.block_size, call.problem.num_rows
-    if call.rows == _MASKED:
+    if call.rows == _MASKED or call.problem.row_labels:
         return [layout]
     if call.rows == _CONTIGUOUS:
         every = torch.full((1,), rows, dtype=torch.int32, device=layout.device)
@@ -600,6 +609,7 @@ def _compiled(problem: MatmulProblem, implementation: str) -> Any:
 def _by_jax(call: _Call) -> None:
     from moe_align_jax._grouped_matmul import primitive
 
+    call = call._replace(problem=call.problem._replace(row_labels=False))
     problem, device = call.problem, call.d.device
     dlpack.check_not_capturing(problem.function, device)
     platform = dlpack.jax_platform(problem.function, device)
