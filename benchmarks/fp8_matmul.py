@@ -413,7 +413,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
-        "--only", default="", help="providers whose name holds this, or this;or that; ends with this$"
+        "--only",
+        default="",
+        help="providers whose name holds this, or this;or that; ends with this$",
     )
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)

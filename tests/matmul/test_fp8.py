@@ -15,7 +15,7 @@ from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 from tests.matmul import oracle
-from tests.matmul.test_matmul import ids_of
+from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
 
@@ -131,19 +131,11 @@ def make_case(
 ):
     """(Operands and options of `grouped_matmul`, float64 result of the rows in use)."""
     rng = np.random.default_rng(seed)
-    ids = ids_of(routing, tokens, top_k, experts, seed)
-    aligned = maj.moe_align_block_size(
-        ids, block_size=block, num_experts=experts, implementation="xla"
-    )
-    sorted_ids = np.asarray(aligned.sorted_token_ids)
-    used = int(aligned.num_tokens_post_padded[0])
-    gated = options.get("gated", True) and options.get("activation") is not None
-    columns = 2 * n if gated and not pair else n
+    aligned, real = routed(routing, tokens, top_k, experts, block, seed)
+    gated, columns = columns_of(n, pair, options)
     made = [make_w(rng, experts, columns, k, weights) for _ in range(1 + pair)]
     w, wide_w = (tuple(each) if pair else each[0] for each in zip(*made, strict=True))
-    real = sorted_ids < tokens * top_k
-    real[used:] = False
-    rows = tokens if gather else len(sorted_ids)
+    rows = tokens if gather else len(real)
     x, wide_x = make_x(rng, (rows,), k, layout or {}, None if gather else ~real)
     given = dict(options, block_size=block, transpose_rhs=True)
     if gather:
