@@ -566,6 +566,10 @@ def on_a_gpu():
         for name, layout in layouts.items():
             text = f"sharing, {name}"
             add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
+    for config in (BESIDE, EARLY):
+        size = (300, 2, 3, 384, 448, 128)
+        add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
+        add("sharing, one scale", config, *size, gather=False, layout={"single": True})
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
