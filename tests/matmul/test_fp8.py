@@ -344,7 +344,12 @@ def test_select_names_the_kernel_and_why_not():
 )
 def test_tiles_follow_the_rows_of_an_expert(rows, changes, form):
     """Those that were the fastest on an H200; "c2w" where two tiles of an expert lie side by side."""
-    sizes = {"num_rows": 32 * 4096, "k": 7168, "n": 4096, "num_experts": 32 if rows == "masked" else 8}
+    sizes = {
+        "num_rows": 32 * 4096,
+        "k": 7168,
+        "n": 4096,
+        "num_experts": 32 if rows == "masked" else 8,
+    }
     lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
     given = {"max_rows": 4096} if rows == "masked" else {"block_size": 128}
     given |= sizes | lie | {"dtype": E4M3, "out_dtype": "bfloat16"} | changes
@@ -573,7 +578,14 @@ def on_a_gpu():
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
-        of_most = [(20, SWAP), (20, ALONE), (200, N), (200, N._replace(ahead=True, early=True)), (512, M), (500, TALL)]
+        of_most = [
+            (20, SWAP),
+            (20, ALONE),
+            (200, N),
+            (200, N._replace(ahead=True, early=True)),
+            (512, M),
+            (500, TALL),
+        ]
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
