@@ -175,7 +175,7 @@ def fused_moe(
         block_size = checks.check_block_size(function, block_size)
     elif aligned is not None:
         remedy = "Pass the one that aligned was made with (moe_block_size tells a good one)."
-        arguments.fail(ValueError, function, "block_size", "be given with aligned", "None", remedy)
+        checks.refuse(ValueError, function, "block_size", "be given with aligned", "None", remedy)
     for name, value in (
         ("expert_map", expert_map),
         ("expert_location", expert_location),
@@ -183,7 +183,7 @@ def fused_moe(
     ):
         if aligned is not None and value is not None:
             remedy = "It is an argument of the alignment: pass it where aligned is made."
-            arguments.fail(ValueError, function, name, "be left out with aligned", value, remedy)
+            checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
     slots = _num_slots(function, experts, expert_map)
     top_k = topk_ids.shape[1]
     pairs = tokens * top_k
@@ -254,7 +254,7 @@ def _num_slots(function: str, experts: int, expert_map: Any) -> int:
     if shape is None or len(shape) != 1 or shape[0] < experts:
         rule = f"have shape [G] with G at least {experts}, the experts of the weights"
         remedy = "Pass one local id (or -1) per expert of all devices."
-        arguments.fail(ValueError, function, "expert_map", rule, expert_map, remedy)
+        checks.refuse(ValueError, function, "expert_map", rule, expert_map, remedy)
     return shape[0]
 
 
@@ -318,12 +318,12 @@ def _check_aligned(function: str, aligned: Any, block_size: int, pairs: Any) -> 
     row_of_pair = getattr(aligned, "row_of_pair", None)
     if row_of_pair is None:
         rule, remedy = "be there", "Align with return_inverse=True."
-        arguments.fail(ValueError, function, "aligned.row_of_pair", rule, "None", remedy)
+        checks.refuse(ValueError, function, "aligned.row_of_pair", rule, "None", remedy)
     if row_of_pair.dtype != np.int32 or row_of_pair.size != pairs:
         rule = f"be int32 and of {pairs} pairs, as topk_ids has"
         remedy = "Pass the topk_ids that were aligned."
         kind = ValueError if row_of_pair.dtype == np.int32 else TypeError
-        arguments.fail(kind, function, "aligned.row_of_pair", rule, row_of_pair, remedy)
+        checks.refuse(kind, function, "aligned.row_of_pair", rule, row_of_pair, remedy)
     return where, row_of_pair
 
 
@@ -451,7 +451,7 @@ def select_moe_implementation(
     if not experts or down[1 if weights.transposed else 2] != hidden:
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"be {shape} with H = {hidden} and an expert"
-        arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
+        checks.refuse(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
     kinds = (*matmul_arguments.DTYPES, str(E4M3))
     x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype, kinds))
     slots = experts

@@ -42,6 +42,8 @@ class Config(NamedTuple):
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
+        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product of
+            the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
@@ -63,6 +65,7 @@ class Config(NamedTuple):
     sharing: int = 0
     ahead: bool = False
     shared: str = "x"
+    early: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -77,7 +80,7 @@ class Config(NamedTuple):
         more += "-skips" if self.skips else ""
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
-        more += "-ahead" if self.ahead else ""
+        more += ("-early" if self.early else "-ahead") if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
