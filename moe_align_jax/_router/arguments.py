@@ -143,7 +143,7 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         checks.fail(
             function, "top_k", "be at most the number of experts that can be chosen", got, remedy
         )
-    scaling_factor = options.scaling_factor
+    scaling_factor: Any = options.scaling_factor
     if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
         scaling_factor, (int, float, np.integer, np.floating)
     ):
