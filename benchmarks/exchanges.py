@@ -128,9 +128,8 @@ def message_kernels(exchange: Exchange, *, ours: bool) -> Exchange:
 
 
 def packed_before(exchange: Exchange) -> Exchange:
-    """The same with rows quantised and packed before the way out, as where that saves many bytes."""
-    name = f"{exchange.name}, packed"
-    return _traced_with(exchange, name, all_to_all, "MOST_GATHERED_MORE", -1)
+    """The same with rows packed before the way out, as where quantising them there saves many bytes."""
+    return _traced_with(exchange, f"{exchange.name}, packed", all_to_all, "GATHERS", False)
 
 
 def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
@@ -339,8 +338,7 @@ def every(
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
     if "all_to_all" in transports and size.mode == "low_latency":
         same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
-        if size.payload:
-            yield packed_before(same)
+        yield packed_before(same)
         yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:

@@ -33,6 +33,8 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
+# Whether those gather what need not be packed, rather than pack it and unpack it.
+GATHERS = True
 # The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
 # kernel between two collectives has cost 11 us where the host launches it.
 MOST_GATHERED_MORE = 2 << 20
@@ -124,8 +126,8 @@ class AllToAll(Transport):
 def _gathers_all(problem: message_kernels.Gathered) -> bool:
     """Whether the tokens travel as they are given: no kernel packs them."""
     form = problem.message
-    if not problem.quantise:
-        return True
+    if not GATHERS or not problem.quantise:
+        return GATHERS
     given, sent = ([f.columns * f.dtype.itemsize for f in x] for x in (problem.given, form.payload))
     more = (form.num_ranks - 1) * form.num_tokens * (sum(given) - sum(sent))
     # Processes may be on several hosts, between which bytes cost more.
