@@ -137,6 +137,14 @@ def _part(config, items, part):
     _keep(config, items, chosen)
 
 
+def pytest_ignore_collect(collection_path, config):
+    part = config.option.part
+    if part and collection_path.suffix == ".py":
+        file = os.path.relpath(collection_path, config.rootpath)
+        return None if parts.reads(part, file) else True
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_hopper() if on_gpu else None
@@ -185,7 +193,9 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     if left := config.stash.get(_LEFT, 0):
-        terminalreporter.write_line(f"{left} cases run in no part of CI, only in `make test-whole`")
+        terminalreporter.write_line(
+            f"{left} cases of these files run in no part of CI, only in `make test-whole`"
+        )
 
 
 def pytest_unconfigure(config):

@@ -16,6 +16,7 @@ NUM_CTAS = 132  # SMs of an H100 and of an H200
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
+_LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
@@ -41,6 +42,8 @@ class Config(NamedTuple):
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
+        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product of
+            the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
@@ -62,6 +65,7 @@ class Config(NamedTuple):
     sharing: int = 0
     ahead: bool = False
     shared: str = "x"
+    early: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -76,7 +80,7 @@ class Config(NamedTuple):
         more += "-skips" if self.skips else ""
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
-        more += "-ahead" if self.ahead else ""
+        more += ("-early" if self.early else "-ahead") if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -111,6 +115,9 @@ DEFAULT_RULES = Rules()
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
 #   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
+# A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
+#   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
+#   96 rows swapped: group 4 352, late 354; 128x256 m, late, group 4 346; of "ragged" rows 360
 # The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
@@ -172,6 +179,8 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     least = mean_rows(problem) * (1 if guessed else rules.room)
     choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
     wanted = next((bm for bm in choices if bm >= least), choices[-1])
+    if problem.rows == "ragged" and _LEAST_MEAN < mean_rows(problem) <= _MOST_MEAN:
+        return 144 if takes_whole(problem, 144) else wanted
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
@@ -195,8 +204,12 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
     """
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
-    vectors = problem.weights.bias or tests_rows(problem)
-    return 64 < block <= (184 if vectors else 192) and block % 8 == 0 and block != 128
+    most = 184 if _has_vectors(problem) else 192
+    return 64 < block <= most and block % 8 == 0 and block != 128
+
+
+def _has_vectors(problem: MatmulProblem) -> bool:
+    return problem.weights.bias or tests_rows(problem)
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -239,8 +252,11 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
     """
     pieces = 2 * piece_rows(bm) * 128
     stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
-    group = group if bm > 96 else 0
-    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
+    group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
+    # Beside a copy of rows, only half as many results fit into registers.
+    fits = not _has_vectors(problem) and (problem.weights.gated or not problem.top_k)
+    late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)
+    return Config("swap", bm, 256, 64, stages, group=group, late=late, lag=stages - 2)
 
 
 def _ring_bytes(bm: int, stages: int) -> int:

@@ -39,6 +39,7 @@ accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
 # warpgroups multiply.
 _REGISTERS = {
+    1: {False: (0, 0), True: (0, 0)},  # there are enough for both
     2: {False: (40, 232), True: (56, 224)},
     3: {False: (32, 160), True: (56, 152)},
 }
@@ -254,7 +255,8 @@ def build(
             return lax.rem(step, _I32(stages))
 
         def compute():
-            plgpu.set_max_registers(compute_registers, action="increase")
+            if compute_registers:
+                plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
@@ -417,7 +419,8 @@ def build(
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            plgpu.set_max_registers(memory_registers, action="decrease")
+            if memory_registers:
+                plgpu.set_max_registers(memory_registers, action="decrease")
 
             def arrived(step, lag):
                 """What was asked for `lag` steps before `step` is there."""

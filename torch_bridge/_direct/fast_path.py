@@ -158,7 +158,7 @@ class KnownCall:
         problem: KernelProblem,
         id_bytes: int,
     ) -> Callable[..., Any]:
-        """`run`. All that it needs is bound here: at 5 us a call, every attribute is a part of a percent."""
+        """`run`. All that it needs is bound here, since looking an attribute up takes time in every call."""
         device, targets_of = self.device, self._targets
         rows_shape, blocks_shape, count_shape = self._shapes[:3]
         # What the launch writes besides the first three.
