@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 from collections import defaultdict
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
@@ -107,6 +108,8 @@ def pytest_configure(config):
     wanted = config.option.expect_jax
     if wanted and jax.__version__ != wanted:
         raise pytest.UsageError(f"--expect-jax {wanted}, but jax {jax.__version__} was imported")
+    if config.option.part in parts.WITHOUT_TORCH:
+        sys.modules.setdefault("torch", None)  # an import fails, as where it is not installed
 
 
 def pytest_sessionstart(session):

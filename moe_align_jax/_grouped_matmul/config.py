@@ -192,8 +192,6 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
-    if takes_whole(problem, block):
-        return block
     if problem.whole_blocks:
         wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
@@ -202,6 +200,9 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
         return parts[0]
     if not _no_swap(problem) and block % 8 == 0 and block <= 64:
         return block
+    for count in (1, 2):
+        if block % count == 0 and takes_whole(problem, block // count):
+            return block // count
     return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
 
 
