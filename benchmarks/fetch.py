@@ -4,8 +4,8 @@ With vLLM's come the Python file that calls it, which the tests of `torch_bridge
 one that `patch` replaces functions of, which they read; and its Triton kernels of the expert layer with the
 sizes that they were tuned to, for benchmarks.moe_layer.
 
-python -m benchmarks.fetch [vllm] [deep_gemm] [sglang] [sglang_small] [sglang_eplb] [sglang_masked]
-    [sglang_recorder] [sglang_router]
+python -m benchmarks.fetch [vllm] [vllm_layer] [deep_gemm] [sglang] [sglang_small] [sglang_eplb]
+    [sglang_masked] [sglang_recorder] [sglang_router]
     [--folder .peers]
 
 vLLM's op and DeepGEMM's, out of vLLM's wheel too, use torch's stable ABI; sglang-kernel 0.4.4 was built for
@@ -60,6 +60,13 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/configs/E=*,N=*,device_name=NVIDIA_H?00*.json",
             "vllm_moe_configs.json",
         ),
+    ),
+    # The folder of its fused layer, for benchmarks.vllm_experts, which runs its class `TritonExperts`.
+    "vllm_layer": Wheel(
+        "vllm==0.33.0",
+        "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
+        "vllm_layer/experts/triton_moe.py",
+        package=("vllm/model_executor/layers/fused_moe/", "vllm_layer"),
     ),
     # DeepGEMM, for benchmarks.fp8_matmul and grouped_matmul: Python, the headers of its kernels, and a
     # library that builds and launches them.

@@ -14,9 +14,11 @@ benchmarks/deep_gemm_peer.py for what it needs); without the option it is left o
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -201,16 +203,22 @@ def lower(call: Callable, given: Any, tiles: Any, **options: Any) -> Any:
         launch.config_for = usual
 
 
-def measure_jax(inputs: Inputs, made: Any, executions: int, tiles: Any) -> tuple[str, Any]:
+def prepare_jax(inputs: Inputs, made: Any, executions: int, tiles: Any, pool: Executor) -> Callable:
+    """Compiles a program, in another thread. What is returned measures: (what is wrong, timing)."""
     call, xs, w, sampled = made
     given = [(x, w) for x in xs]
-    compiled = lower(call, given, tiles).compile()
-    if wrong := inputs.wrong(sampled(compiled(given)[0])):
-        return wrong, None
-    return "", timing.time_jit_span(compiled, given, executions=executions)
+    compiling = pool.submit(lower(call, given, tiles).compile)
+
+    def measure() -> tuple[str, Any]:
+        compiled = compiling.result()
+        if wrong := inputs.wrong(sampled(compiled(given)[0])):
+            return wrong, None
+        return "", timing.time_jit_span(compiled, given, executions=executions)
+
+    return measure
 
 
-def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, Any]:
+def prepare_deep_gemm(inputs: Inputs, folder: str, replays: int) -> Callable:
     """DeepGEMM's masked kernel, or its contiguous one, whose blocks are of 128 rows."""
     import functools
 
@@ -253,11 +261,15 @@ def measure_deep_gemm(inputs: Inputs, folder: str, replays: int) -> tuple[str, A
         outs.append(out)
         given = ((e4m3(values), turned), weights, out, *more)
         calls.append(functools.partial(multiply, *given, disable_ue8m0_cast=True))
-    calls[0]()
+    calls[0]()  # it is compiled
     torch.cuda.synchronize()
-    if wrong := inputs.wrong(sampled(outs[0].float().cpu().numpy())):
-        return wrong, None
-    return "", timing.time_torch_graph(calls, replays=replays)
+
+    def measure() -> tuple[str, Any]:
+        if wrong := inputs.wrong(sampled(outs[0].float().cpu().numpy())):
+            return wrong, None
+        return "", timing.time_torch_graph(calls, replays=replays)
+
+    return measure
 
 
 # -- a case ----------------------------------------------------------------------------------------
@@ -268,26 +280,50 @@ def variants(size: Size) -> list[tuple[int, Any]]:
     from moe_align_jax._grouped_matmul.config import Config
 
     mean, found = size.rows / size.experts, []
+    masked = size.max_rows > 0
     if mean > 128:
         for group in (0, 4, 8, 16):
-            found.append((192, Config("m", 192, 128, 128, 4, group=group, computing=3)))
-            for late in (False, True):
-                found.append((128, Config("m", 128, 128, 128, 5, group=group, late=late)))
-        found += [(block, tiles._replace(skips=True)) for block, tiles in found]
+            tall = Config("m", 192, 128, 128, 4, group=group, computing=3, skips=masked)
+            wide = Config("m", 128, 192, 128, 4, group=group, skips=masked)
+            square = Config("m", 128, 128, 128, 5, group=group, skips=masked)
+            for block, tiles in ((192, tall), (128, wide), (128, square)):
+                for sharing in (0, 1, 2):
+                    found.append((block, tiles._replace(sharing=sharing)))
+                for early, sharing in itertools.product((False, True), (0, 1, 2)):
+                    ahead = tiles._replace(sharing=sharing, ahead=True, early=early)
+                    found.append((block, ahead))
+                    if sharing > 1:
+                        found.append((block, ahead._replace(shared="w")))
+            late = square._replace(late=True)
+            found += [(128, late), (128, late._replace(sharing=2))]
     if 16 < mean < 400:
-        found += [(64, Config("n", 64, 256, 128, 4, group=group)) for group in (0, 8)]
+        for group in (0, 8):
+            tiles = Config("n", 64, 256, 128, 4, group=group)
+            for each in (tiles, tiles._replace(ahead=True), tiles._replace(ahead=True, early=True)):
+                found.append((64, each))
     if mean < 64:
         for bm in (8, 16, 32, 40):
             if mean / 2 < bm < max(17, 4 * mean):
-                found += [(bm, Config("swap", bm, 128, 128, s, group=0)) for s in (5, 6)]
+                for stages, ahead in itertools.product((6, 8), (False, True)):
+                    tiles = Config("swap", bm, 128, 128, stages, group=0, ahead=ahead, early=ahead)
+                    found.append((bm, tiles))
+                    found.append((bm, tiles._replace(bn=64, computing=1, stages=2 * stages)))
     return found
 
 
 def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
-    """By name: inputs to (what is wrong, timing). Names that begin with e4m3 are ours."""
+    """By name: called with inputs and threads, what measures. Names that begin with e4m3 are ours."""
+
+    made: dict[Any, Any] = {}  # operands, which several tiles share
 
     def by_jax(make: Callable, *given: Any, tiles: Any = None, **more: Any) -> Callable:
-        return lambda i: measure_jax(i, make(i, *given, **more), options.executions, tiles)
+        def prepare(inputs: Inputs, pool: Executor) -> Callable:
+            key = (make, given, *more.items())
+            if key not in made:
+                made[key] = make(inputs, *given, **more)
+            return prepare_jax(inputs, made[key], options.executions, tiles, pool)
+
+        return prepare
 
     found: dict[str, Callable] = {}
     given: tuple[Any, ...] = ()
@@ -302,39 +338,59 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
         found["e4m3, blocks of 128"] = by_jax(make, 128, e4m3=True)
     found["ours, bfloat16"] = by_jax(make, *(128,) * len(given), e4m3=False)
     if options.deep_gemm:
-        found["DeepGEMM"] = lambda i: measure_deep_gemm(i, options.deep_gemm, options.replays)
+        found["DeepGEMM"] = lambda i, _: prepare_deep_gemm(i, options.deep_gemm, options.replays)
     if options.variants:
-        for block, tiles in variants(size):
+        for block, tiles in sorted(variants(size), key=lambda v: (v[1].shares_weights, v[0])):
             more = (block,) if given else ()
             found[f"e4m3, {tiles.name}"] = by_jax(make, *more, e4m3=True, tiles=tiles)
     wanted = options.only.split(";")
-    return {k: v for k, v in found.items() if any(part in k for part in wanted)}
+
+    def is_wanted(name: str) -> bool:
+        return any(
+            name.endswith(part[:-1]) if part.endswith("$") else part in name for part in wanted
+        )
+
+    return {name: measure for name, measure in found.items() if is_wanted(name)}
 
 
-def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
-    rate = grouped_matmul.read_rate()
+def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[dict[str, Any]]]:
+    """Compiles everything. What is returned measures, and gives a row for each provider."""
     inputs = Inputs(size, options.calls)
-    rows = []
-    for provider, measure in providers(size, options).items():
-        row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
-        row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}
-        try:
-            wrong, taken = measure(inputs)
-        except Exception as error:  # one provider's failure leaves the others their time
-            wrong, taken = f"{type(error).__name__}: {error}"[:400], None
-        if taken is None:
-            row |= {"status": "failed", "reason": wrong}
-        else:
-            us = taken.percentile(50)
-            moved = inputs.bytes(2 if "bfloat16" in provider else 1)
-            row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
-            row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
-            row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
-            row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
-            row["of_read"] = round(row["gbps"] / rate, 3)
-        rows.append(row)
-        print(line(row), flush=True)
+    work: list[tuple[str, Any]] = []
+    with ThreadPoolExecutor(4) as pool:
+        for provider, make in providers(size, options).items():
+            try:
+                work.append((provider, make(inputs, pool)))
+            except Exception as error:  # one that cannot be built leaves the others
+                work.append((provider, error))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        rate = grouped_matmul.read_rate()
+        for provider, measure in work:
+            yield _row(inputs, provider, measure, rate)
+
     return rows
+
+
+def _row(inputs: Inputs, provider: str, measure: Any, rate: float) -> dict[str, Any]:
+    size = inputs.size
+    row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
+    row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}
+    try:
+        if isinstance(measure, Exception):
+            raise measure
+        wrong, taken = measure()
+    except Exception as error:  # one provider's failure leaves the others their time
+        wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+    if taken is None:
+        return row | {"status": "failed", "reason": wrong}
+    us = taken.percentile(50)
+    moved = inputs.bytes(2 if "bfloat16" in provider else 1)
+    row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
+    row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
+    row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
+    row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
+    return row | {"of_read": round(row["gbps"] / rate, 3)}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -357,16 +413,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
-        "--only", default="", help="providers whose name holds this, or this;or that"
+        "--only",
+        default="",
+        help="providers whose name holds this, or this;or that; ends with this$",
     )
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument("--replays", type=int, default=12)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--timeout", type=int, default=30, help="seconds without a row")
+    parser.add_argument("--together", type=int, default=4, help="sizes that prepare side by side")
+    parser.add_argument("--preparing", type=int, default=120, help="seconds for it")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSONL file to append to")
     options = parser.parse_args(argv)
-    return case_processes.run("benchmarks.fp8_matmul", argv, options, SIZES, run_case, ratios)
+    module = "benchmarks.fp8_matmul"
+    return case_processes.run_side_by_side(module, argv, options, SIZES, prepare, line, ratios)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,21 @@ jit (device span), torch's in one CUDA graph; several calls each, over as many i
 use, not padding. GB/s count the weights of the experts hit, and the rows, each once. "Of a read" is that rate
 over the rate of a kernel that reads 1 GiB and writes nothing, measured in the same run.
 
-A child process takes each case: one that reads where it must not would spoil the others.
+A child process takes each case: one that reads where it must not would spoil the others. Some of them prepare
+side by side, operands and compilation, then one after the other measures.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import functools
+import itertools
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +31,8 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, deep_gemm_peer, timing, training_peers  # noqa: E402
+from benchmarks import deep_gemm_peer, machine, timing, training_peers  # noqa: E402
+from benchmarks.children import Child  # noqa: E402
 
 _READ_BYTES = 1 << 30
 _SAMPLED_ROWS = 24
@@ -90,6 +98,7 @@ class Inputs:
         import jax.numpy as jnp
 
         self.size = size
+        self._permuted: dict[int, Any] = {}
         self.expert = np.sort(size.expert_of_row())
         self.counts = np.bincount(self.expert, minlength=size.experts).astype(np.int32)
         if size.max_rows:
@@ -117,6 +126,16 @@ class Inputs:
         for expert in {e for e, _, _ in self.sample}:
             mine = [i for i, (e, _, _) in enumerate(self.sample) if e == expert]
             self.answers[mine] = rows[mine] @ np.asarray(self.w[expert]).astype(np.float32)
+
+    def permuted(self, block: int) -> tuple[Any, np.ndarray, list[Any]]:
+        """(Alignment, the aligned row of each row in the order of experts, x in aligned order)."""
+        if block not in self._permuted:
+            import jax.numpy as jnp
+
+            aligned, row_of = _aligned(self, block)
+            take = jnp.minimum(aligned.sorted_token_ids, self.size.rows - 1)
+            self._permuted[block] = aligned, row_of, [x[take] for x in self.x]
+        return self._permuted[block]
 
     @property
     def flops(self) -> int:
@@ -150,13 +169,9 @@ def _aligned(inputs: Inputs, block: int) -> tuple[Any, np.ndarray]:
 
 def ours_aligned(inputs: Inputs, block: int, config: Any = None) -> Iterator[Any]:
     """x permuted into aligned order beforehand."""
-    import jax.numpy as jnp
-
     import moe_align_jax as maj
 
-    aligned, row_of = _aligned(inputs, block)
-    take = jnp.minimum(aligned.sorted_token_ids, inputs.size.rows - 1)
-    xs = [x[take] for x in inputs.x]
+    aligned, row_of, xs = inputs.permuted(block)
 
     def call(x, w):
         if config is None:
@@ -263,7 +278,10 @@ def other_library(inputs: Inputs, product: Callable) -> Iterator[Any]:
     yield call, inputs.x, lambda out: out[np.array([r for _, _, r in inputs.sample])]
 
 
-def measure_jax(inputs: Inputs, provider: Callable, executions: int) -> tuple[str, Any]:
+def prepare_jax(
+    inputs: Inputs, provider: Callable, executions: int, pool: concurrent.futures.Executor
+) -> Callable[[], tuple[str, Any]]:
+    """Lowers a provider, has it compiled by the pool, and gives what measures it."""
     import jax
 
     [(call, xs, sampled)] = provider(inputs)
@@ -272,10 +290,15 @@ def measure_jax(inputs: Inputs, provider: Callable, executions: int) -> tuple[st
         return [call(x, w) for x, w in many]
 
     given = [(x, inputs.w) for x in xs]
-    compiled = jax.jit(program).lower(given).compile()
-    if wrong := inputs.wrong(sampled(compiled(given)[0])):
-        return wrong, None
-    return "", timing.time_jit_span(compiled, given, executions=executions)
+    made = pool.submit(jax.jit(program).lower(given).compile)
+
+    def measure() -> tuple[str, Any]:
+        compiled: Any = made.result()
+        if wrong := inputs.wrong(sampled(compiled(given)[0])):
+            return wrong, None
+        return "", timing.time_jit_span(compiled, given, executions=executions)
+
+    return measure
 
 
 def measure_torch(inputs: Inputs, kind: str, replays: int) -> tuple[str, Any]:
@@ -356,15 +379,18 @@ def variants(size: Size) -> list[tuple[str, int, Any]]:
     mean, found = size.rows / size.experts, []
     kind = "masked" if size.max_rows else "blocks"
     if mean > 48:
-        for group in (0, 4, 8, 16) if size.n <= 512 else (4, 8, 16):
-            for late in (False, True):
-                tiles = Config("m", 128, 256, 64, 4, group=group, late=late)
-                found.append((kind, 128, tiles))
-    if mean > 1000:
-        for group in (8, 16):
-            for late in (False, True):
-                found.append((kind, 256, Config("m", 256, 128, 64, 4, group=group, late=late)))
-    if 4 < mean < 400:
+        for group in (0, 4, 8) if size.n <= 512 else (4, 8):
+            found.append((kind, 128, Config("m", 128, 256, 64, 4, group=group, late=True)))
+    # Swapped tiles of many rows, with as many stages as fit: a mean expert and half a dozen rows more.
+    most = (96, 144) if 100 < mean < 1000 else (176, 192) if mean >= 1000 else ()
+    for bm, group in itertools.product(most, (0, 4, 8) if mean < 1000 else (8, 16)):
+        tiles = Config("swap", bm, 256, 64, 4 if bm in (96, 144) else 3, group=group)
+        found.append((kind, bm, tiles))
+        if bm in (96, 144) and group:
+            found.append((kind, bm, tiles._replace(late=True)))
+        if kind == "blocks" and bm in (144, 192) and group in (4, 8):
+            found.append(("ragged", 0, tiles))
+    if 4 < mean < 100:
         found += [(kind, 64, Config("n", 64, 256, 64, 4, group=group)) for group in (0, 4)]
     if mean < 64:
         for bm in [b for b in (8, 16, 32, 40, 64) if mean / 2 < b < max(17, 4 * mean)]:
@@ -373,22 +399,26 @@ def variants(size: Size) -> list[tuple[str, int, Any]]:
     return found
 
 
-def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
-    """By name: inputs to (what is wrong, timing)."""
+Prepare = Callable[["Inputs", concurrent.futures.Executor], Callable[[], tuple[str, Any]]]
 
-    def by_jax(provider: Callable, *given: Any) -> Callable:
+
+def providers(size: Size, options: argparse.Namespace) -> dict[str, Prepare]:
+    """By name: (inputs, pool) to what measures, and tells what is wrong, and the timing."""
+
+    def by_jax(provider: Callable, *given: Any) -> Prepare:
         bound = lambda inputs: provider(inputs, *given)  # noqa: E731
-        return lambda inputs: measure_jax(inputs, bound, options.executions)
+        return lambda inputs, pool: prepare_jax(inputs, bound, options.executions, pool)
 
-    found: dict[str, Callable] = {
-        "torch.mm, dense": lambda i: measure_torch(i, "dense", options.replays)
-    }
+    def by_torch(measure: Callable, *given: Any) -> Prepare:
+        return lambda inputs, pool: functools.partial(measure, inputs, *given, options.replays)
+
+    found: dict[str, Prepare] = {"torch.mm, dense": by_torch(measure_torch, "dense")}
     if size.max_rows:
         found["ours, masked"] = by_jax(ours_masked)
     else:
-        found["torch._grouped_mm"] = lambda i: measure_torch(i, "grouped", options.replays)
-        block = _block(size)
-        found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
+        found["torch._grouped_mm"] = by_torch(measure_torch, "grouped")
+        for block in _blocks(size):
+            found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
         found["ours, ragged_dot"] = by_jax(ours_ragged)
         if options.jax_example:
             for config in _JAX_CONFIGS:
@@ -402,46 +432,73 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
         if options.lax:
             found["lax.ragged_dot"] = by_jax(lax_ragged)
     if options.deep_gemm:
-        found["DeepGEMM"] = lambda i: measure_deep_gemm(i, options.deep_gemm, options.replays)
+        found["DeepGEMM"] = by_torch(measure_deep_gemm, options.deep_gemm)
     if options.variants:
         for kind, block, tiles in variants(size):
-            make = {"blocks": lambda i, b, c: ours_aligned(i, b, c)}.get(kind)
-            if make is not None:
-                found[f"ours, {tiles.name}"] = by_jax(make, block, tiles)
+            name = f"ours, {'ragged, ' if kind == 'ragged' else ''}{tiles.name}"
+            if kind == "blocks":
+                found[name] = by_jax(ours_aligned, block, tiles)
             else:
-                found[f"ours, {tiles.name}"] = by_jax(ours_masked, tiles)
+                found[name] = by_jax(ours_masked if kind == "masked" else ours_ragged, tiles)
     return {k: v for k, v in found.items() if not options.only or options.only in k}
 
 
-def _block(size: Size) -> int:
-    """What the table of the layer would take: an expert's mean rows, and half again."""
+def _blocks(size: Size) -> list[int]:
+    """What the layer takes; and a power of two, for which all libraries make alignments."""
+    import moe_align_jax as maj
+
     mean = 1.5 * size.rows / size.experts
-    return next((b for b in (8, 16, 32, 64) if mean <= b), 128)
+    power = next((b for b in (8, 16, 32, 64) if mean <= b), 128)
+    own = maj.moe_block_size(size.rows, top_k=1, num_experts=size.experts)
+    return list(dict.fromkeys((own, power)))
 
 
-def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Prepares everything, waits for a line on its input, and gives a row for each provider."""
+    inputs, work = Inputs(size, options.calls), []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for provider, prepare in providers(size, options).items():
+            try:
+                measure: Any = prepare(inputs, pool)
+            except Exception as error:  # one that cannot be built leaves the others
+                measure = error
+            work.append((provider, measure))
+    print("READY", flush=True)
+    sys.stdin.readline()
     rate = read_rate()
-    inputs = Inputs(size, options.calls)
-    rows = []
-    for provider, measure in providers(size, options).items():
-        row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
-        row |= {"rows_in_use": int(inputs.counts.sum()), "read_gbps": round(rate, 1)}
-        try:
-            wrong, taken = measure(inputs)
-        except Exception as error:  # one provider's failure leaves the others their time
-            wrong, taken = f"{type(error).__name__}: {error}"[:400], None
-        if taken is None:
-            row |= {"status": "failed", "reason": wrong}
-        else:
-            us = taken.percentile(50)
-            row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
-            row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
-            row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
-            row |= {"gbps": round(inputs.bytes / us / 1e3, 1), "note": taken.note}
-            row["of_read"] = round(row["gbps"] / rate, 3)
-        rows.append(row)
-        print(line(row), flush=True)
-    return rows
+    # In turn, so that a GPU that warms up, or slows down, does so under all of them.
+    found: dict[str, list[Any]] = {provider: [] for provider, _ in work}
+    for last in [*[False] * (options.rounds - 1), True]:
+        for provider, measure in work:
+            row = {"case": size.name, **size._asdict(), "provider": provider}
+            row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
+            row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
+            try:
+                if isinstance(measure, Exception):
+                    raise measure
+                wrong, taken = measure()
+            except Exception as error:  # one provider's failure leaves the others their time
+                wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+            if taken is not None:
+                found[provider].append(taken)
+            if not last:
+                us = f"{taken.percentile(50):.1f} us" if taken else wrong
+                print(f"{size.name} {provider}: {us}", flush=True)
+            elif taken is None:
+                yield row | {"status": "failed", "reason": wrong}
+            else:
+                yield row | _figures(inputs, found[provider], rate)
+
+
+def _figures(inputs: Inputs, taken: Sequence[timing.Timing], rate: float) -> dict[str, Any]:
+    """Of the samples of all rounds."""
+    samples = [us for one in taken for us in one.samples_us]
+    low, us, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
+    row: dict[str, Any] = {"status": "ok", "metric": taken[-1].metric, "us": us}
+    row |= {"p20_us": low, "p80_us": high, "calls": taken[-1].calls, "note": taken[-1].note}
+    row |= {"tflops": round(inputs.flops / us / 1e6, 1)}
+    gbps = round(inputs.bytes / us / 1e3, 1)
+    return row | {"gbps": gbps, "of_read": round(gbps / rate, 3)}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -486,11 +543,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument("--replays", type=int, default=12)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times that each is measured, in turn"
+    )
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds without a row")
+    parser.add_argument("--preparing", type=float, default=120.0, help="seconds for it")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all")
+    parser.add_argument("--together", type=int, default=6, help="sizes that prepare side by side")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSONL file to append to")
-    options = parser.parse_args(argv)
-    return case_processes.run("benchmarks.grouped_matmul", argv, options, SIZES, run_case, ratios)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(given)
+    if options.child is not None:
+        facts = machine.facts()
+        for row in run_case(SIZES[options.child], options):
+            print("ROW " + json.dumps(row | facts), flush=True)
+        return 0
+    numbers = [int(k) for k in options.sizes.split(",") if k] or list(range(len(SIZES)))
+    until, failed = time.monotonic() + options.budget, False
+    for some in itertools.batched(numbers, options.together):
+        names = {k: [*given, "--child", str(k)] for k in some}
+        started = {k: Child("benchmarks.grouped_matmul", argv) for k, argv in names.items()}
+        for child in started.values():
+            with contextlib.suppress(TimeoutError):  # its rows will not come: said below
+                child.ready(options.preparing, min(until, time.monotonic() + options.preparing))
+        for k, child in started.items():
+            failed |= not _measured(SIZES[k], child, options, until)
+    return 1 if failed else 0
+
+
+def _measured(size: Size, child: Child, options: argparse.Namespace, until: float) -> bool:
+    """Whether every row of a child came, and is one of a right result. They are printed and written."""
+    rows, reason = [], ""
+    try:
+        child.ready(1.0, until)
+        child.go()
+        for row in child.rows(options.patience, until):
+            rows.append(row)
+            print(line(row), flush=True)
+            if options.out:
+                Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+                with Path(options.out).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    except TimeoutError as error:
+        reason = str(error)
+    code = child.end()
+    if code or reason:
+        print(f"{size.name}: {reason or f'its process ended with {code}'}", flush=True)
+    print("\n".join(ratios(rows)), flush=True)
+    return not code and not reason and all(row["status"] == "ok" for row in rows)
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clocks.add_arguments(parser, budget=95, launches="default,no-graphs")
     parser.add_argument("--calls", type=int, help="alignments in a step")
     parser.add_argument("--parts", default="alignment,router,recorder,masked")
+    parser.add_argument("--only", default="", help="what a case's name must hold, e.g. 8192x256")
     options = parser.parse_args(argv)
     if options.launch is None:
         given = sys.argv[1:] if argv is None else argv
@@ -384,6 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     until, keep, failed = time.monotonic() + options.budget, clocks.keeper(options), False
     executions, rounds = (4, 2) if options.quick or not options.gpu else (20, 5)
     for name, make in groups(options):
+        if options.only not in name:
+            continue
         if time.monotonic() > until:
             keep({"case": name, "provider": "all", "note": "left out: no time"})
             continue

@@ -114,8 +114,8 @@ def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
 # -- providers -----------------------------------------------------------------------------------------
 
 
-def make_step(case: Case, block_size: int | None) -> tuple[Callable, tuple]:
-    """(`step(outs, *rest) -> outs`, rest): four layers, one after the other."""
+def step_of(block_size: int | None) -> Callable:
+    """`step(outs, x, weights, ids, sets) -> outs`: four layers, one after the other."""
     import jax
 
     import moe_align_jax as maj
@@ -131,7 +131,27 @@ def make_step(case: Case, block_size: int | None) -> tuple[Callable, tuple]:
             )
         return found
 
-    return step, (case.x, case.weights, case.ids, list(case.sets))
+    return step
+
+
+def rest_of(case: Case) -> tuple:
+    """A step's arguments behind the first."""
+    return (case.x, case.weights, case.ids, list(case.sets))
+
+
+def structs_of(model: Model, tokens: int) -> tuple:
+    """The arguments of a step without their values, the first included."""
+    import jax
+
+    def struct(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    x = struct("bfloat16", tokens, model.hidden)
+    pairs = (tokens, model.top_k)
+    first = struct("bfloat16", model.experts, 2 * model.ffn, model.hidden)
+    second = struct("bfloat16", model.experts, model.hidden, model.ffn)
+    sets = [(first, second)] * LAYERS
+    return [x] * LAYERS, x, struct("float32", *pairs), struct("int32", *pairs), sets
 
 
 def compile_ours(
@@ -144,13 +164,12 @@ def compile_ours(
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for case in cases:
             for block_size in block_sizes:
-                step, rest = make_step(case, block_size)
-                outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
+                step, structs = step_of(block_size), structs_of(case.model, case.tokens)
                 for way in ("donated", "not donated") if both else ("donated",):
                     key = case.tokens, block_size, way
                     given: dict[str, Any] = {"donate_argnums": 0} if way == "donated" else {}
                     try:
-                        lowered = jax.jit(step, keep_unused=True, **given).lower(outs, *rest)
+                        lowered = jax.jit(step, keep_unused=True, **given).lower(*structs)
                         compiling[key] = pool.submit(lowered.compile)
                     except Exception as error:  # one that cannot be built leaves the others
                         found[key] = error
@@ -165,7 +184,7 @@ def measure_ours(
     import jax
     import jax.numpy as jnp
 
-    _, rest = make_step(case, None)
+    rest = rest_of(case)
     span_us = 100.0
     for way, program in programs.items():
         if isinstance(program, BaseException):
@@ -240,11 +259,16 @@ class Vllm:
 
 
 def block_sizes_of(case: Case) -> list[int]:
-    """Those that may suit a case, for `--variants`."""
-    pairs, experts = case.tokens * case.model.top_k, case.model.experts
-    if 4 * pairs <= experts:
-        return []
-    return [b for b in (8, 16, 32, 64, 128) if pairs / 4 < b * experts < 40 * pairs]
+    """Those that may suit a case beside the usual one, for `--variants`."""
+    import moe_align_jax as maj
+
+    model = case.model
+    mean = case.tokens * model.top_k / model.experts
+    usual = maj.moe_block_size(case.tokens, top_k=model.top_k, num_experts=model.experts)
+    most = 6 * mean if mean <= 8 else 3 * mean if mean < 64 else 2.2 * mean
+    least = min(1.2 * mean, 128)
+    sizes = (48, 64, 80, 128, 144, 192) if mean >= 8 else ()
+    return [b for b in sizes if b != usual and least <= b <= most]
 
 
 def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -281,7 +305,7 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         work: list[tuple[str, Callable]] = []
         if tokens in peers:
             work.append(("vllm", lambda c=case: _vllm_rows(peers[c.tokens], options.replays)))
-        for block_size in (None, 8, 16, 32, 64, 128):
+        for block_size in dict.fromkeys(key[1] for key in programs if key[0] == tokens):
             mine = {k[2]: p for k, p in programs.items() if k[:2] == (tokens, block_size)}
             if mine:
                 more = f", blocks of {block_size}" if block_size else ""

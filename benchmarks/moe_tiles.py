@@ -5,12 +5,14 @@ python -m benchmarks.moe_tiles --out ROWS.jsonl
 Each variant is one jitted step of four layers, as in benchmarks.moe_layer, with other tiles, another block
 size or another rule (`_grouped_matmul/config.py`). Before a time is taken, sampled tokens are compared with
 float32 products of torch's. The time is the device's span per layer; a variant's kernels are listed beside
-it. A model is a child process.
+it. A batch size of a model is a child process. All of them compile first, side by side, then one after the
+other measures: one that hangs or dies loses the variants that it had left.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -34,7 +36,6 @@ QWEN, DEEPSEEK, MIXTRAL = MODELS
 _PLAIN = Config("swap", 8, 128, 128, 5, group=0)
 _GATED = Config("swap", 8, 256, 64, 6, group=0)
 _WIDE = Config("m", 128, 256, 64, 4, late=True)
-_TALL = Config("m", 256, 128, 64, 4)
 
 
 class Variant(NamedTuple):
@@ -83,6 +84,12 @@ def _in_clusters(tiles: Config, split: int) -> Config:
     return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
 
 
+def _swapped(bm: int, group: int) -> Config:
+    """Tiles of up to 192 rows by 256 columns, with as many stages as fit into shared memory."""
+    stages = 4 if bm <= 96 or bm == 144 else 3
+    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
+
+
 def variants(model: Model, tokens: int) -> list[Variant]:
     """The usual choice first."""
     found = [Variant()]
@@ -95,76 +102,66 @@ def variants(model: Model, tokens: int) -> list[Variant]:
                 found.append(Variant(second=_in_clusters(_PLAIN, parts)))
         return found
     mean = pairs / model.experts
-    if mean <= 16:
-        deep = _GATED._replace(bk=128, stages=3, lag=1)
-        for block in (8, 16) if mean > 2 else (8,):
-            found.append(Variant(first=deep._replace(bm=block), block_size=block))
-            more = _PLAIN._replace(bn=256, bk=64, stages=6, bm=block)
-            found.append(Variant(second=more, block_size=block))
-    elif mean <= 100:
-        for block in (32, 40, 48, 64, 80, 96):
-            if not 1.2 * mean <= block <= 2 * mean:
+    if mean <= 100:
+        for block in (8, 16, 24, 48, 64, 80, 96):
+            if not 1.2 * mean <= block <= max(16, 6 * mean):
                 continue
-            first = _GATED._replace(bm=block, stages=5 if block <= 64 else 4)
-            few = {"stages": 4} if block <= 64 else {"stages": 3, "lag": 1}
-            second = _PLAIN._replace(bm=block, **few)
+            if block > 64:
+                tiles = _swapped(block, 0)
+                found.append(Variant({}, tiles, tiles, block))
+                continue
+            first = _GATED._replace(bm=block, stages=6 if block < 32 else 5)
+            second = _PLAIN._replace(bm=block, stages=5 if block <= 40 else 4)
             found.append(Variant({}, first, second, block))
-            found.append(Variant({}, first, second._replace(bn=256, bk=64, stages=4, lag=2), block))
-        if mean >= 50:
-            found.append(Variant({}, _WIDE._replace(group=0), _WIDE, 128))
-    else:
-        groups = (4, 8, 16)
-        first = {"permute_columns": 1} if mean >= 1000 else {}
-        for rules in ({}, first) if first else ({},):
-            for group in groups:
-                for late in (False, True):
-                    tiles = _WIDE._replace(group=group, late=late)
-                    found.append(Variant(rules, tiles, tiles, 128))
-            for group in (8, 16):
-                tiles = _TALL._replace(group=group)
-                found.append(Variant(rules, tiles, tiles, 256))
-                found.append(Variant(rules, tiles._replace(late=True), tiles, 256))
+        return found
+    rules: dict[str, Any] = {"permute_columns": 1} if mean >= 1000 else {}
+    many = ((128, (8,)), (176, (8,)), (192, (8, 16)))
+    for block, groups in many if mean >= 1000 else ((128, (4,)), (144, (0, 4)), (192, (8,))):
+        for group, late in itertools.product(groups, (False, True) if block == 144 else (False,)):
+            tiles = _WIDE if block == 128 else _swapped(block, group)
+            tiles = tiles._replace(group=group, late=late or block == 128)
+            found.append(Variant(rules, tiles, tiles, block))
+    if mean >= 1000:
+        tiles = _swapped(192, 8)
+        found.append(Variant({"permute_columns": 0}, tiles, tiles, 192))
     return found
 
 
-def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run_case(model: Model, tokens: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compiles every variant, of sizes alone; makes the weights when it is told to go on."""
     import jax
 
-    sets = make_sets(model)
-    work = []
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for tokens in options.tokens:
-            case = Case(model, tokens, sets)
-            step, rest = moe_layer.make_step(case, None)
-            outs = [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)] * LAYERS
-            for variant in variants(model, tokens):
-                step, rest = moe_layer.make_step(case, variant.block_size)
-                try:
-                    with variant.chosen():
-                        given = jax.jit(step, keep_unused=True, donate_argnums=0)
-                        lowered = given.lower(outs, *rest)
-                    made: Any = pool.submit(lowered.compile)
-                except Exception as error:  # one that cannot be built leaves the others
-                    made = error
-                work.append((case, variant, rest, made))
+    structs, work = moe_layer.structs_of(model, tokens), []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for variant in variants(model, tokens):
+            try:
+                with variant.chosen():
+                    step = moe_layer.step_of(variant.block_size)
+                    given = jax.jit(step, keep_unused=True, donate_argnums=0)
+                    lowered = given.lower(*structs)
+                made: Any = pool.submit(lowered.compile)
+            except Exception as error:  # one that cannot be built leaves the others
+                made = error
+            work.append((variant, made))
     print("READY", flush=True)
     sys.stdin.readline()
-    rate = moe_layer.read_rate()
-    for case, variant, rest, made in work:
-        row: dict[str, Any] = {"model": model.name, "tokens": case.tokens, "variant": variant.name}
-        row["floor_us"] = round(layer_bytes(model, case.tokens, case.hit) / rate / 1e3, 2)
+    rate, case = moe_layer.read_rate(), Case(model, tokens, make_sets(model))
+    for variant, made in work:
+        row: dict[str, Any] = {"model": model.name, "tokens": tokens, "variant": variant.name}
+        row["floor_us"] = round(layer_bytes(model, tokens, case.hit) / rate / 1e3, 2)
         try:
             if isinstance(made, Exception):
                 raise made
-            yield row | _measure(case, rest, made.result(), options.executions)
+            yield row | _measure(case, made.result(), options.executions)
         except Exception as error:
             yield row | {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _measure(case: Case, rest: Any, program: Any, executions: int) -> dict[str, Any]:
+def _measure(case: Case, program: Any, executions: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    rest = moe_layer.rest_of(case)
     held = [[jnp.full_like(case.x, jnp.nan) for _ in range(LAYERS)]]
 
     def run():
@@ -200,31 +197,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default="", help="parts of names, comma-separated; all")
     parser.add_argument("--tokens", type=numbers, default=[1, 16, 128, 1024, 8192])
     parser.add_argument("--executions", type=int, default=6, help="traced steps")
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds without a row")
+    parser.add_argument("--patience", type=float, default=8.0, help="seconds without a row")
     parser.add_argument("--compiling", type=float, default=100.0, help="seconds for compiling")
     parser.add_argument("--budget", type=float, default=220.0, help="seconds in all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(given)
     if options.child is not None:
-        [model] = [m for m in MODELS if m.name == options.child]
+        name, _, tokens = options.child.rpartition(" ")
+        [model] = [m for m in MODELS if m.name == name]
         facts = machine.facts()
-        for row in run_model(model, options):
+        for row in run_case(model, int(tokens), options):
             print("ROW " + json.dumps(facts | row), flush=True)
         return 0
     wanted = [part for part in options.models.split(",") if part]
     models = [m for m in MODELS if not wanted or any(part in m.name for part in wanted)]
     begun = time.monotonic()
     until = begun + options.budget
-    started = [Child("benchmarks.moe_tiles", [*given, "--child", m.name]) for m in models]
-    for each in started:
-        with contextlib.suppress(TimeoutError):  # its rows will not come: said below
-            each.ready(options.compiling, begun + options.compiling)
-    print(f"compiled within {time.monotonic() - begun:.0f} s", flush=True)
+    names = [f"{m.name} {tokens}" for tokens in options.tokens for m in models]
+    started = {n: Child("benchmarks.moe_tiles", [*given, "--child", n]) for n in names}
     failed = False
-    for model, each in zip(models, started, strict=True):
+    for name, each in started.items():
         reason = ""
         try:
+            # All of them compile side by side; then one after the other has the GPU for itself.
+            for other in started.values() if each is started[names[0]] else ():
+                with contextlib.suppress(TimeoutError):  # its rows will not come: said below
+                    other.ready(options.compiling, begun + options.compiling)
+            print(f"{name}, after {time.monotonic() - begun:.0f} s", flush=True)
             each.ready(options.patience, until)
             each.go()
             for row in each.rows(options.patience, until):
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = each.end()
         if code or reason:
             failed = True
-            print(f"{model.name}: {reason or f'its process ended with {code}'}", flush=True)
+            print(f"{name}: {reason or f'its process ended with {code}'}", flush=True)
     return 1 if failed else 0
 
 

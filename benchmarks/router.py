@@ -12,11 +12,11 @@ to 1e-5.
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,6 +27,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import cases, machine, timing  # noqa: E402
+from benchmarks.rows import Writer  # noqa: E402
 
 _ROUNDING = 3e-6
 
@@ -152,28 +153,54 @@ class Inputs:
 # -- providers ---------------------------------------------------------------------------------------
 
 
-def measure_ours(
-    inputs: Inputs, implementation: str | None, executions: int, what: str = "ours"
-) -> tuple[str, Any]:
-    """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or "by masks" and
-    "not by masks", in one call of that form, whichever is the default."""
+type Measured = tuple[str, timing.Timing | None]  # what is wrong, "" for nothing; its time
+
+ROUTER_ALONE, APART = "router alone", "the two apart"
+WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys of float32
+
+
+def fits(name: str, size: Size) -> bool:
+    """Whether a shape has a routing warp for each token, and few without one."""
+    config = shape_of(name)
+    aligners = config.aligners if config.form == "split" else 0
+    routers = 4 * (config.num_warpgroups - aligners) * config.num_ctas
+    return size.tokens <= routers < max(2 * size.tokens, 5)
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def shape_of(name: str) -> Any:
+    """A `FusedConfig` of "form:warpgroups:CTAs[:aligners[:message]]", such as "split:3:8:1:8"."""
+    from moe_align_jax._router import fused
+
+    form, *numbers = name.split(":")
+    return fused.FusedConfig(form, *map(int, numbers))
+
+
+def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:
+    """`what`: "ours", of a size with blocks in one call; "router alone"; "the two apart"; or the name of a
+    shape (`shape_of`), in one call of that shape whatever the default is. WHOLE_KEYS may follow."""
     import jax
 
     import moe_align_jax as maj
-    from moe_align_jax._router import fused
+    from moe_align_jax._router import fused, kernel
 
+    short_keys = kernel.SHORT_KEYS and not what.endswith(WHOLE_KEYS)
+    what = what.removesuffix(WHOLE_KEYS)
     size = inputs.size
     options: dict[str, Any] = {"top_k": size.top_k, "implementation": implementation}
     options |= size.options
     if size.biased:
         options["correction_bias"] = inputs.bias
     route: Callable = maj.route_topk
-    if size.block_size and what not in ("router alone", "the two apart"):
+    if size.block_size and what not in (ROUTER_ALONE, APART):
         route = functools.partial(maj.route_and_align, block_size=size.block_size)
 
     def call(x):
         found = route(x, **options)
-        if what != "the two apart":
+        if what != APART:
             return tuple(found)
         aligned = maj.moe_align_block_size(
             found[1],
@@ -187,21 +214,49 @@ def measure_ours(
     def program(many):
         return [call(x) for x in many]
 
-    by_masks = {"by masks": True, "not by masks": False}.get(what, fused.BY_MASKS)
-    with mock.patch.object(fused, "BY_MASKS", by_masks):
-        jax.clear_caches()  # no key of them holds the form
-        compiled = jax.jit(program).lower(inputs.logits).compile()
-    results = compiled(inputs.logits)
-    wrong = inputs.wrong([found[:2] for found in results])
+    default = fused.config_for
+    config_for = (lambda *_: shape_of(what)) if ":" in what else default
+    with (
+        mock.patch.object(fused, "config_for", config_for),
+        mock.patch.object(kernel, "SHORT_KEYS", short_keys),
+    ):
+        jax.clear_caches()  # no key of them holds these choices
+        return jax.jit(program).lower(inputs.logits)
+
+
+def wrong_results(inputs: Inputs, results: Sequence[Any]) -> str:
+    """What is wrong with the calls of one program, "" when nothing is."""
+    if wrong := inputs.wrong([found[:2] for found in results]):
+        return wrong
     for _, ids, *aligned in (results[0], results[-1]):
-        if aligned and not wrong:
-            wrong = misaligned(size, np.asarray(ids), aligned[0])
-    if wrong:
-        return wrong, None
+        if aligned and (wrong := misaligned(inputs.size, np.asarray(ids), aligned[0])):
+            return wrong
+    return ""
+
+
+def measure_ours(inputs: Inputs, names: Sequence[str], executions: int) -> dict[str, Measured]:
+    """Each of `lower_ours`, from one trace; they are compiled side by side."""
+    import jax
+
+    lowered = [lower_ours(inputs, None, name) for name in names]
+    with futures.ThreadPoolExecutor(len(names)) as pool:
+        jobs = [pool.submit(one.compile) for one in lowered]
+    found: dict[str, Measured] = {}
+    for name, job in zip(names, jobs, strict=True):
+        try:
+            found[name] = wrong_results(inputs, job.result()(inputs.logits)), None
+        except Exception as error:  # one shape's failure leaves the others their time
+            found[name] = failure(error), None
+    right = {n: job.result() for n, job in zip(names, jobs, strict=True) if not found[n][0]}
     if jax.default_backend() == "cpu":
-        run = lambda: jax.block_until_ready(compiled(inputs.logits))  # noqa: E731
-        return "", timing.time_wall(run, calls=len(inputs.logits), repeats=3)
-    return "", timing.time_jit_span(compiled, inputs.logits, executions=executions)
+        count = len(inputs.logits)
+        for name, compiled in right.items():
+            run = lambda call=compiled: jax.block_until_ready(call(inputs.logits))  # noqa: E731
+            found[name] = "", timing.time_wall(run, calls=count, repeats=3)
+        return found
+    given = [inputs.logits] * len(right)
+    taken = timing.time_jit_spans(list(right.values()), given, executions=executions)
+    return found | {name: ("", spans) for name, spans in zip(right, taken, strict=True)}
 
 
 @functools.cache
@@ -278,7 +333,7 @@ def _bridge_call(path: str, size: Size, x: Any, bias: Any) -> Callable[[], tuple
     return call
 
 
-def measure_torch(inputs: Inputs, make: Callable, path: str, replays: int) -> tuple[str, Any]:
+def measure_torch(inputs: Inputs, make: Callable, path: str, replays: int) -> Measured:
     from torch_bridge import to_torch
 
     bias = to_torch(inputs.bias)
@@ -299,29 +354,26 @@ def measure_torch(inputs: Inputs, make: Callable, path: str, replays: int) -> tu
 
 def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(size, options.copies)
-    ours = functools.partial(measure_ours, inputs, None, options.executions)
-    tasks: dict[str, Callable[[], tuple[str, Any]]] = {"ours": ours}
+    names = ["ours"]
     if size.block_size:  # what one launch is to be held against, by the same clock
-        for what in (
-            "router alone",
-            "the two apart",
-            *options.forms * ("by masks", "not by masks"),
-        ):
-            tasks[what] = functools.partial(ours, what=what)
+        shapes = filter(None, options.shapes.split(","))
+        names += [ROUTER_ALONE, APART, *(name for name in shapes if fits(name, size))]
+    if options.whole_keys:
+        names += [name + WHOLE_KEYS for name in names if name != APART]
+    found = measure_ours(inputs, names, options.executions)
     for name, path, make in (
         ("sglang", options.sglang_router, _sglang_call),
         ("vllm", options.vllm, _vllm_call),
         ("torch_bridge", options.torch, _bridge_call),
     ):
         if path and not size.block_size:
-            tasks[name] = functools.partial(measure_torch, inputs, make, path, options.replays)
+            try:
+                found[name] = measure_torch(inputs, make, path, options.replays)
+            except Exception as error:  # one provider's failure leaves the others their time
+                found[name] = failure(error), None
     rows = []
-    for provider, measure in tasks.items():
+    for provider, (wrong, taken) in found.items():
         row = {"case": size.name, **size._asdict(), "provider": provider}
-        try:
-            wrong, taken = measure()
-        except Exception as error:  # one provider's failure leaves the others their time
-            wrong, taken = f"{type(error).__name__}: {error}"[:500], None
         if taken is None:
             row |= {"status": "failed", "reason": wrong}
         else:
@@ -348,7 +400,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sglang-router", help="SGLang's file, as benchmarks.fetch leaves it")
     parser.add_argument("--vllm", help="vLLM's library, as benchmarks.fetch leaves it")
     parser.add_argument("--torch", action="store_true", help="ours by torch_bridge.vllm, too")
-    parser.add_argument("--forms", action="store_true", help="one launch by each of its forms, too")
+    parser.add_argument(
+        "--shapes",
+        default="",
+        help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. split:3:8,block:2:8",
+    )
+    parser.add_argument("--whole-keys", action="store_true", help="ours without short keys, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument(
         "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"
@@ -367,15 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = getattr(options, name)
         if path and not Path(path).is_file():
             parser.error(f"--{name.replace('_', '-')} names no file: {path}")
-    failed, facts = 0, machine.facts()
+    failed, writer = 0, Writer(options.out, machine.facts())
     for size in sizes:
         rows = run_size(size, options)
         print("\n".join(summary(rows)), flush=True)
         failed += sum(row["status"] == "failed" for row in rows)
-        if options.out:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(options.out, "a") as file:
-                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        writer.write(rows)
     return 1 if failed else 0
 
 

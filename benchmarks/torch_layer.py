@@ -3,12 +3,15 @@
     python -m benchmarks.torch_layer --peers .peers --tokens 1 16 128 1024 --out ROWS.jsonl
 
 Two figures for each: the host's time per eager call, and the time per call in a CUDA graph. Four sets of
-weights are taken in turn. vLLM's is what its layer launches, without the Python around it (the look-up of
-sizes, its workspace, the checks): less than its layer costs the host. Results are verified first. Without
-vLLM's files (`python -m benchmarks.fetch vllm`) its rows say so.
+weights are taken in turn. "vllm" is what its layer launches, without the Python around it (the look-up of
+sizes, its workspace, the checks). "vllm, apply" is its class `TritonExperts` out of its files, and "patched"
+the same call with ours in its place, by `torch_bridge.vllm.patch`; both by the host's clock alone. Results
+are verified first. Without vLLM's files (`python -m benchmarks.fetch vllm vllm_layer`) its rows say so.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import statistics
 import sys
@@ -88,6 +91,54 @@ def theirs_of(case: Operands, outs: Sequence[Any], folder: str) -> list[Callable
     return vllm_moe.calls(layer, case.x, case.sets, case.weights, case.ids, outs)
 
 
+def of_class(case: Operands, outs: Sequence[Any], folder: str, module: Any) -> list[Callable]:
+    """A call of vLLM's class for each set of weights; `module` of `vllm_experts.imported`."""
+    from benchmarks import vllm_experts
+
+    model = case.model
+    sizes = (case.tokens, model.top_k, model.experts, model.hidden, model.ffn)
+    layer = vllm_experts.Layer(module, folder, *sizes)
+    return [
+        functools.partial(layer.run, case.x, *pair, case.weights, case.ids, out)
+        for pair, out in zip(case.sets, outs, strict=True)
+    ]
+
+
+def class_rows(case: Operands, folder: str) -> Iterator[dict[str, Any]]:
+    """vLLM's class, then ours in its place."""
+    import torch
+
+    import torch_bridge
+    from benchmarks import vllm_experts
+
+    name = f"{case.model.name}, {case.tokens} tokens"
+    found: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        for provider in ("vllm, apply", "patched"):
+            row: dict[str, Any] = {"case": name, "provider": provider, "metric": "host_us"}
+            try:
+                if provider == "vllm, apply":
+                    module = stack.enter_context(vllm_experts.imported(folder))
+                else:
+                    stack.enter_context(torch_bridge.vllm.patch())
+                outs = [torch.full_like(case.x, float("nan")) for _ in case.sets]
+                calls = of_class(case, outs, folder, module)
+                for call in calls:
+                    call()
+                if reason := next(filter(None, map(case.wrong, range(len(outs)), outs)), ""):
+                    raise ValueError(reason)
+                us = host.host_us({provider: in_turn(calls)}, calls=40, repeats=25)[provider]
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"[:300]
+                yield row | {"status": "failed", "reason": text}
+                return
+            found[provider] = us
+            row["us"] = round(us, 2)
+            if provider == "patched":
+                row |= {"peer": "vllm, apply", "ratio": round(us / found["vllm, apply"], 3)}
+            yield row
+
+
 def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """One call that does the next of these each time."""
     turn = itertools.cycle(calls)
@@ -152,12 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         sets = make_sets(model)
         for tokens in options.tokens:
-            rows = list(rows_of(Operands(model, tokens, sets), options.peers))
+            case = Operands(model, tokens, sets)
+            rows = [*rows_of(case, options.peers), *class_rows(case, options.peers)]
             for row in rows:
                 said = row.get("reason") or f"{row['us']:9.2f} µs {row['metric']}"
                 beside = f"  {row['ratio']:5.2f} of {row['peer']}'s" if "ratio" in row else ""
                 print(f"{row['case']:32} {row['provider']:14} {said}{beside}", flush=True)
-                failed |= row.get("status") == "failed" and row["provider"] == "torch_bridge"
+                failed |= row.get("status") == "failed" and "vllm" not in row["provider"]
             writer.write(rows)
         del sets
         torch.cuda.empty_cache()

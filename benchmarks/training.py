@@ -9,7 +9,7 @@ torch's: one call in a CUDA graph.
 
 Layers: `jax.vjp` of the layer by x, the weights and topk_weights, and the result: device span under jit, and
 what the compiled program allocates beside operands and results. Gradients are compared with the first
-provider's.
+provider's. Ours also as the gradient of a loss.
 
 A provider that fails, or runs out of memory, is a row that says so. A child process takes each size.
 """
@@ -30,6 +30,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, timing, training_peers  # noqa: E402
 
 _BOUND, _LAYER_BOUND = 1e-2, 3e-2
+# Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the
+# result is complete, and keep more at once. A loss' cotangent comes after the result.
+_OF_A_LOSS = "value and gradient of a loss"
 _TOP_K = 8  # of the tokens whose rows these are
 _BLOCK = 128
 _SAMPLED = 24
@@ -39,7 +42,7 @@ class Product(NamedTuple):
     """`kind` of `rows` rows of k values times `[experts, k, n]`; see `training_peers.products`.
 
     Attributes:
-        zipf: expert i is chosen in proportion to 1 / (i + 1), in place of uniformly.
+        routing: "uniform"; "zipf": expert i is chosen in proportion to 1 / (i + 1); "one": expert 0 has all.
     """
 
     kind: str
@@ -47,11 +50,11 @@ class Product(NamedTuple):
     k: int
     n: int
     experts: int
-    zipf: bool = False
+    routing: str = "uniform"
 
     @property
     def name(self) -> str:
-        more = ", zipf" if self.zipf else ""
+        more = "" if self.routing == "uniform" else f", {self.routing}"
         return f"{self.kind} {self.rows}: {self.k}x{self.n}, {self.experts} experts{more}"
 
     @property
@@ -89,13 +92,19 @@ SIZES: tuple[Product | Layer, ...] = (
     Product("forward", 131072, 1024, 7168, 256),
     Product("forward", 131072, 4096, 1536, 128),
     Product("forward", 8192, 4096, 14336, 8),
-    Product("weight gradient", 131072, 7168, 1024, 256, zipf=True),
-    Product("weight gradient", 262144, 4096, 1536, 128, zipf=True),
+    Product("weight gradient", 131072, 7168, 1024, 256, "zipf"),
+    Product("weight gradient", 262144, 4096, 1536, 128, "zipf"),
     Layer("Qwen3-30B-A3B", 8192, 8, 128, 2048, 768),
     Layer("Mixtral 8x7B", 8192, 2, 8, 4096, 14336),
     Layer("SonicMoE", 32768, 8, 128, 4096, 512),
     Product("weight gradient", 65536, 2048, 1536, 128),
     Product("weight gradient", 65536, 768, 2048, 128),
+    Product("input gradient", 131072, 1024, 7168, 256, "zipf"),
+    Product("forward", 131072, 7168, 1024, 256, "zipf"),
+    Product("weight gradient", 65536, 2048, 1536, 128, "zipf"),
+    Product("weight gradient", 65536, 768, 2048, 128, "zipf"),
+    Product("weight gradient", 65536, 2048, 1536, 128, "one"),
+    Product("weight gradient", 65536, 768, 2048, 128, "one"),
 )
 
 
@@ -111,9 +120,9 @@ class Inputs:
     """The arrays of a product: tokens of which each has `_TOP_K` pairs, and rows in the order of experts.
 
     Attributes:
-        tokens: `[rows / 8, k]`, and x: `[rows, k]` in the order of experts.
-        toward: `[rows, n]` in that order.
-        w: `[experts, k, n]`.
+        tokens: `[rows / 8, k]`, and x: `[rows, k]` in the order of experts; not of an input gradient.
+        toward: `[rows, n]` in that order; not of a forward product.
+        w: `[experts, k, n]`; not of a weight gradient.
     """
 
     def __init__(self, size: Product):
@@ -122,7 +131,12 @@ class Inputs:
 
         self.size = size
         rng = np.random.default_rng(0)
-        share = 1 / np.arange(1, size.experts + 1) if size.zipf else np.ones(size.experts)
+        first = np.arange(size.experts) == 0
+        share = {
+            "uniform": np.ones(size.experts),
+            "zipf": 1 / np.arange(1, size.experts + 1),
+            "one": first.astype(np.float64),
+        }[size.routing]
         expert = rng.choice(size.experts, size.rows, p=share / share.sum()).astype(np.int32)
         self.expert_of_pair = expert
         self.order = np.argsort(expert, kind="stable").astype(np.int32)
@@ -130,13 +144,20 @@ class Inputs:
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.sizes = jnp.asarray(self.counts)
         keys = jax.random.split(jax.random.key(0), 3)
-        bf16 = jnp.bfloat16
-        self.tokens = jax.random.normal(keys[0], (size.rows // _TOP_K, size.k), bf16)
-        self.x = self.tokens[self.order // _TOP_K]
-        self.toward = jax.random.normal(keys[1], (size.rows, size.n), bf16)
         contracted = size.n if size.kind == "input gradient" else size.k
-        scale = bf16(contracted**-0.5)
-        self.w = jax.random.normal(keys[2], (size.experts, size.k, size.n), bf16) * scale
+
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def normal(key: Any, shape: tuple[int, ...], scale: float = 1.0) -> Any:
+            return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
+
+        # Several sizes may be in the GPU's memory at once: what a kind does not read is not made.
+        if size.kind != "input gradient":
+            self.tokens = normal(keys[0], (size.rows // _TOP_K, size.k))
+            self.x = self.tokens[self.order // _TOP_K]
+        if size.kind != "forward":
+            self.toward = normal(keys[1], (size.rows, size.n))
+        if size.kind != "weight gradient":
+            self.w = normal(keys[2], (size.experts, size.k, size.n), contracted**-0.5)
         self._sample(np.random.default_rng(1))
 
     def _sample(self, rng: np.random.Generator) -> None:
@@ -164,11 +185,9 @@ class Inputs:
     @property
     def operands(self) -> tuple[Any, Any]:
         """In the order of `training_peers.products`."""
-        return {
-            "forward": (self.x, self.w),
-            "input gradient": (self.toward, self.w),
-            "weight gradient": (self.x, self.toward),
-        }[self.size.kind]
+        if self.size.kind == "weight gradient":
+            return self.x, self.toward
+        return (self.x if self.size.kind == "forward" else self.toward), self.w
 
     def sampled(self, out: Any, row_of: np.ndarray | None = None) -> np.ndarray:
         """Of a result in the order of experts, or whose row i of that order is `row_of[i]`."""
@@ -257,6 +276,11 @@ def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
     layout = _problem(size, "blocks", rows, False)
     for tiles in choices:
         yield f"ours, blocks{named(tiles)}", work(layout, None, tiles, (in_blocks, right, *where))
+    if gradient:
+        cut = weight_gradient_kernel.cutting(WeightGradient(layout))
+        if cut.pieces:
+            made = work(layout, None, cut, (in_blocks, right, *where))
+            yield "ours, blocks, hot experts cut", made
     if size.kind != "input gradient":  # there each pair has a row of its own
         for tiles in choices if gradient else [None]:
             if tiles is None or tiles.late:
@@ -354,12 +378,10 @@ def run_product(size: Product, options: argparse.Namespace) -> list[dict[str, An
     work = [(n, w) for n, w in by_jax(inputs, options) if not options.only or options.only in n]
     programs = compiled([(w.call, w.arrays) for _, w in work], options.threads)
 
-    def measure(program: Any, each: Work) -> Any:
+    def check(program: Any, each: Work) -> str:
         if isinstance(program, BaseException):
             raise program
-        if wrong := inputs.wrong(each.sampled(program([each.arrays])[0])):
-            return wrong, None
-        return "", timing.time_jit_span(program, [each.arrays], executions=options.executions)
+        return inputs.wrong(each.sampled(program([each.arrays])[0]))
 
     rows = []
 
@@ -368,12 +390,34 @@ def run_product(size: Product, options: argparse.Namespace) -> list[dict[str, An
         rows.append(_measured(row, take, size.flops))
         print(line(rows[-1]), flush=True)
 
+    right = []
     for (name, each), program in zip(work, programs, strict=True):
-        add(name, functools.partial(measure, program, each))
-    if options.peers:
-        for name, take in torch_times(inputs, options.replays):
-            add(name, take)
+        try:
+            wrong = check(program, each)
+        except Exception as error:  # one provider's failure leaves the others their time
+            add(name, functools.partial(_raise, error))
+            continue
+        if wrong:
+            add(name, lambda wrong=wrong: (wrong, None))
+        else:
+            right.append((name, program, each))
+    with case_processes.turn(options):
+        # One trace for all: it takes as long as many calls.
+        calls, arrays = [p for _, p, _ in right], [[each.arrays] for *_, each in right]
+        taken = timing.time_jit_spans(calls, arrays, executions=options.executions) if right else []
+        for (name, program, each), found in zip(right, taken, strict=True):
+            if found.note:  # it could not be told from the others in their trace
+                again = functools.partial(timing.time_jit_span, executions=options.executions)
+                found = again(program, [each.arrays])
+            add(name, lambda found=found: ("", found))
+        if options.peers:
+            for name, take in torch_times(inputs, options.replays):
+                add(name, take)
     return rows
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _measured(row: dict[str, Any], take: Callable[[], Any], flops: int) -> dict[str, Any]:
@@ -414,7 +458,7 @@ def layer_arrays(size: Layer) -> tuple[Any, ...]:
 
 
 def across_the_activation() -> Callable[..., Any]:
-    """Our layer with `activation_gradient`, which layers do not take otherwise."""
+    """Our layer with the kernel of `activation_gradient`, which layers do not take otherwise."""
     import jax
 
     import moe_align_jax as maj
@@ -439,9 +483,9 @@ def layer_providers(size: Layer) -> Iterator[tuple[str, Callable[[], Callable[..
 
 def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
+    import jax.numpy as jnp
 
     arrays = layer_arrays(size)
-    rows: list[dict[str, Any]] = []
 
     def call_of(make: Callable[[], Callable[..., Any]], passes: str) -> Callable[..., Any]:
         def call(x, gate_up, down, weights, ids, toward):
@@ -449,6 +493,12 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
             if passes == "forward":
                 return run(x, gate_up, down, weights, ids)
             given = (x, gate_up, down, weights)
+            if passes == _OF_A_LOSS:
+
+                def loss(*floats):
+                    return jnp.mean(jnp.square(run(*floats, ids).astype(jnp.float32)))
+
+                return jax.value_and_grad(loss, (0, 1, 2, 3))(*given)
             y, pull = jax.vjp(lambda *floats: run(*floats, ids), *given)
             return y, *pull(toward)
 
@@ -457,14 +507,30 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = [
         (name, call_of(make, passes), passes)
         for name, make in layer_providers(size)
-        for passes in ("forward", "forward and backward")
+        for passes in ("forward", "forward and backward", _OF_A_LOSS)
         if (options.peers or name.startswith("ours")) and options.only in name
+        if passes != _OF_A_LOSS or name == "ours, default"
     ]
     # XLA tries variants of what it compiles on the GPU: those of `lax.ragged_dot` want tens of GiB, alone.
     side_by_side = [not name.startswith("lax.") for name, _, _ in wanted]
     rest = [(call, arrays) for (_, call, _), many in zip(wanted, side_by_side, strict=True) if many]
     made = iter(compiled(rest, options.threads))
     programs = [next(made) if many else None for many in side_by_side]
+    with case_processes.turn(options):
+        return _run_layer(size, options, arrays, wanted, programs)
+
+
+def _run_layer(
+    size: Layer,
+    options: argparse.Namespace,
+    arrays: tuple[Any, ...],
+    wanted: list[tuple[str, Callable[..., Any], str]],
+    programs: list[Any],
+) -> list[dict[str, Any]]:
+    """The rows of `run_layer`; a program that is None is compiled when its turn comes."""
+    import jax
+
+    rows: list[dict[str, Any]] = []
     first: list[np.ndarray] = []
 
     def measure(program: Any, row: dict[str, Any]) -> Any:
@@ -473,7 +539,7 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
         memory = program.memory_analysis()
         row["temp_mib"] = round(memory.temp_size_in_bytes / 2**20)
         [found] = jax.block_until_ready(program([arrays]))
-        if isinstance(found, tuple):
+        if row["passes"] == "forward and backward":
             some = [np.asarray(g.reshape(-1)[:: max(1, g.size // 4096)], np.float32) for g in found]
             first.extend([] if first else some)
             errors = [
@@ -546,6 +612,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    case_processes.add_turns(parser)
     parser.add_argument("--out", help="JSONL file to append to")
     options = parser.parse_args(argv)
     return case_processes.run("benchmarks.training", argv, options, SIZES, run_case, ratios)

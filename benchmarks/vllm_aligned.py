@@ -12,7 +12,6 @@ of vLLM's in any order.
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import machine, timing
+from benchmarks.rows import Writer
 
 _POISON = -7
 OPS = {"globalize": "fused_globalize_align_block_size", "lora": "moe_lora_align_block_size"}
@@ -264,15 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.vllm and not Path(options.vllm).is_file():
         parser.error(f"--vllm names no file: {options.vllm}")
-    failed, facts = 0, machine.facts()
+    failed, writer = 0, Writer(options.out, machine.facts())
     for size in [SIZES[int(k)] for k in options.sizes.split(",") if k] or SIZES:
         rows = run_size(size, options)
         print(summary(rows), flush=True)
         failed += sum(row["status"] == "failed" for row in rows)
-        if options.out:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(options.out, "a") as file:
-                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        writer.write(rows)
     return 1 if failed else 0
 
 

@@ -39,7 +39,7 @@ def silu_and_mul_kernel(x_ptr, y_ptr, N, total, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, value * up, mask=there)
 """
 _WANTED = ("write_zeros_to_output", "fused_moe_kernel", "get_default_config")
-_BLOCK = 2048
+BLOCK = 2048  # values of a program of the activation
 
 
 def cut(source: str) -> str:
@@ -59,17 +59,22 @@ def cut(source: str) -> str:
     return "from typing import Any\n" + "\n\n\n".join(parts)
 
 
+def load(name: str, path: Path) -> Any:
+    """A file as a module. Triton reads a kernel's source from its file: it stays while a process runs."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 @functools.cache
-def _module(folder: str) -> Any:
+def module(folder: str) -> Any:
+    """The kernels."""
     text = cut(Path(folder, FILE).read_text())
-    # Triton reads a kernel's source from its file: it stays while this process runs.
     path = Path(tempfile.mkdtemp(prefix="vllm_moe_"), "kernels.py")
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location("vllm_moe_kernels", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("vllm_moe_kernels", path)
 
 
 def config_name(experts: int, ffn: int, device: str) -> str:
@@ -88,8 +93,19 @@ def choose_config(
     if table := tables.get(name):
         table = {int(key): value for key, value in table.items() if key != "triton_version"}
         return dict(table[min(table, key=lambda key: abs(key - tokens))]), name
-    rule = _module(folder).get_default_config
+    rule = module(folder).get_default_config
     return dict(rule(tokens, experts, ffn, hidden, top_k, None)), "vLLM's default"
+
+
+def silu_and_mul(folder: str, x: Any, out: Any) -> None:
+    """What stands in for vLLM's op: `[., 2 N]` to `[., N]`."""
+    _activate(module(folder), x, out)
+
+
+def _activate(kernels: Any, x: Any, out: Any) -> None:
+    total = out.numel()
+    grid = (-(-total // BLOCK),)
+    kernels.silu_and_mul_kernel[grid](x, out, out.shape[-1], total, BLOCK=BLOCK)
 
 
 class Layer:
@@ -99,7 +115,7 @@ class Layer:
         import torch
 
         torch.ops.load_library(str(Path(folder, LIBRARY).resolve()))
-        self.torch, self.kernels = torch, _module(folder)
+        self.torch, self.kernels = torch, module(folder)
         device = torch.cuda.get_device_name()
         self.config, self.source = choose_config(
             folder, tokens, top_k, experts, hidden, ffn, device
@@ -121,7 +137,7 @@ class Layer:
         self.count = torch.empty(1, **int32)
 
     def run(self, x: Any, w13: Any, w2: Any, weights: Any, ids: Any, out: Any) -> None:
-        torch, (_, top_k, experts, _, ffn) = self.torch, self.sizes
+        torch, (_, top_k, experts, _, _) = self.torch, self.sizes
         if self.aligns:
             op = torch.ops._moe_C.moe_align_block_size
             spare = len(op.default._schema.arguments) - 6
@@ -132,9 +148,7 @@ class Layer:
             self.count.fill_(self.pairs * self.block)
             sorted_ids, expert_ids = None, ids.view(-1)
         self._multiply(x, w13, self.first, weights, sorted_ids, expert_ids, top_k, False)
-        total = self.pairs * ffn
-        grid = (-(-total // _BLOCK),)
-        self.kernels.silu_and_mul_kernel[grid](self.first, self.between, ffn, total, BLOCK=_BLOCK)
+        _activate(self.kernels, self.first, self.between)
         self._multiply(self.between, w2, self.second, weights, sorted_ids, expert_ids, 1, True)
         torch.ops._moe_C.moe_sum(self.second, out)
 

@@ -146,11 +146,12 @@ def moe_align_block_size(
             topk_ids = location.slots_of(rows, expert_location, dispatch=dispatch, shared=shared)
             dispatch, tables, shared = "", {}, 0
     else:
+        given = location.check_shared(function, num_fused_shared_experts, topk_ids.shape)
         for argument, value, remedy in (
             ("layer", layer, "It is the layer of an expert_location."),
             (
                 "num_fused_shared_experts",
-                num_fused_shared_experts or None,
+                given or None,
                 "They are columns that an expert_location leaves alone.",
             ),
         ):
@@ -335,7 +336,10 @@ def padded_group_sizes(aligned: AlignedBlocks, *, block_size: int) -> jax.Array:
     function = "padded_group_sizes"
     fork.check(function)
     block_size = checks.check_block_size(function, block_size)
-    counts = aligned.tokens_per_expert
+    counts = getattr(aligned, "tokens_per_expert", None)
+    if counts is None:
+        got, remedy = checks.describe(aligned), "Pass what moe_align_block_size returned."
+        checks.fail(function, "aligned", "be an AlignedBlocks", got, remedy, TypeError)
     return (counts + (block_size - 1)) // block_size * block_size
 
 

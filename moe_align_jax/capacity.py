@@ -80,11 +80,12 @@ def _capacity(function: str, pairs: int, num_experts: int, factor: float) -> int
     if isinstance(factor, bool) or not isinstance(factor, kinds):
         got = checks.describe(factor)
         raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
-    if not math.isfinite(factor) or factor <= 0:
-        got = str(factor)
-        raise ValueError(checks.message(function, argument, "be above 0", got, remedy))
+    if not checks.is_finite(factor) or factor <= 0:
+        raise ValueError(
+            checks.message(function, argument, "be above 0 and finite", factor, remedy)
+        )
     # A factor such as 1.1 is a float below or above it: exact products must not be rounded up by that.
-    wanted = pairs * float(factor) / num_experts
+    wanted = min(pairs * float(factor) / num_experts, float(INT32_MAX))
     nearest = round(wanted)
     most = nearest if abs(wanted - nearest) <= 1e-9 * max(1.0, wanted) else math.ceil(wanted)
     return min(max(1, most), INT32_MAX)
@@ -151,9 +152,9 @@ def drop_over_capacity(
         rule, remedy = "have shape [T, K]", "Pass one row of ids per token."
         got = checks.describe(topk_ids)
         raise ValueError(checks.message(function, "topk_ids", rule, got, remedy))
-    if drop not in _RULES:
+    if not checks.is_one_of(drop, _RULES):
         rule, remedy = f"be one of {', '.join(map(repr, _RULES))}", "See its documentation."
-        raise ValueError(checks.message(function, "drop", rule, repr(drop), remedy))
+        raise ValueError(checks.message(function, "drop", rule, checks.shown(drop), remedy))
     if (capacity is None) == (capacity_factor is None):
         rule = "be given, or capacity_factor, and not both"
         got = f"{capacity} and capacity_factor={capacity_factor}"

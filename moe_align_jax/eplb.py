@@ -122,13 +122,13 @@ def rebalance_experts(
         checks.check_positive_int(_FUNCTION, name, size, "Pass a count.")
         for name, size in zip(names, sizes, strict=True)
     )
-    if algorithm not in get_args(Algorithm):
+    if not checks.is_one_of(algorithm, get_args(Algorithm)):
         fail(
             _FUNCTION,
             "algorithm",
             f"be one of {', '.join(get_args(Algorithm))}",
-            repr(algorithm),
-            "",
+            checks.shown(algorithm),
+            'Leave it out for "auto".',
         )
     hierarchical = algorithm.endswith("hierarchical") or (
         algorithm == "auto" and num_groups % num_nodes == 0
@@ -338,7 +338,7 @@ def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
         TypeError: of another dtype.   ValueError: lists of different lengths.
     """
     array = maps.as_array(function, argument, value, remedy)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "iuf":
         if array.dtype.kind == "V" or array.dtype.name == "bfloat16":  # ml_dtypes' floats
             try:
                 return array.astype(np.float32)

@@ -158,9 +158,9 @@ def init_expert_load(
     fork.check(function)
     if mode is None:
         return ExpertLoad(None, None)
-    if mode not in MODES:
+    if not checks.is_one_of(mode, MODES):
         rule, remedy = f"be one of {', '.join(MODES)} or None", "None compiles recording out."
-        raise ValueError(checks.message(function, "mode", rule, repr(mode), remedy))
+        raise ValueError(checks.message(function, "mode", rule, checks.shown(mode), remedy))
     sizes = {
         "num_layers": num_layers,
         "num_physical_experts": num_physical_experts,
@@ -189,6 +189,10 @@ def init_expert_load(
         raise ValueError(checks.message(function, "local_experts", rule, got, remedy))
     remedy = "Pass True or False."
     recording = checks.check_bool(function, "recording", recording, remedy)
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        rule, got = "be None or a jax.sharding.Sharding", checks.describe(sharding)
+        remedy = "Pass jax.NamedSharding(mesh, jax.P(axis))."
+        raise TypeError(checks.message(function, "sharding", rule, got, remedy))
     tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
     layout = Layout(
         mode=mode,

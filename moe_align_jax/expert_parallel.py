@@ -413,6 +413,9 @@ def select_transport(
         checks.check_positive_int(function, argument, value, remedy)
     if platform is not None:
         select.check_platform(function, platform)
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        rule, got = "be None or a jax.sharding.Mesh", checks.describe(mesh)
+        raise TypeError(checks.message(function, "mesh", rule, got, "Leave it out for any."))
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
     most = checks.check_positive_int(
         function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."

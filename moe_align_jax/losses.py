@@ -69,9 +69,9 @@ def load_balancing_loss(
     logits = _check_logits(function, logits)
     counts = _check_counts(function, tokens_per_expert, logits.shape[1], floats=True)
     _check_axis(function, axis_name)
-    if scoring not in ("softmax", "sigmoid"):
+    if not checks.is_one_of(scoring, ("softmax", "sigmoid")):
         rule, remedy = "be 'softmax' or 'sigmoid'", "Pass the router's own."
-        raise ValueError(checks.message(function, "scoring", rule, repr(scoring), remedy))
+        raise ValueError(checks.message(function, "scoring", rule, checks.shown(scoring), remedy))
     real, number = _tokens(function, logits, num_valid_tokens)
     with jax.named_scope(function):
         # Rows that are not real may hold NaN, also in a derivative.
@@ -201,6 +201,13 @@ def _check_axis(function: str, axis_name: Any) -> None:
         rule = "be the name of an axis, or a tuple of names"
         got, remedy = checks.describe(axis_name), "Name the axes of jax.shard_map."
         raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
+    try:
+        if axis_name is not None:
+            lax.axis_size(axis_name)
+    except (NameError, KeyError):
+        rule, got = "name axes of the enclosing jax.shard_map", repr(axis_name)
+        remedy = "Call it inside jax.shard_map over that axis, or leave it out."
+        raise ValueError(checks.message(function, "axis_name", rule, got, remedy)) from None
 
 
 def _check_rate(function: str, rate: Any) -> Any:

@@ -1,6 +1,7 @@
 """silu_and_mul_masked_quant: the experts' activation and its fp8 quantisation, on valid rows only."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -158,7 +159,12 @@ def select_quant_implementation(
     sizes = [checks.check_int(function, "shape", size, 0, remedy) for size in shape]
     shape = (sizes[0], sizes[1], sizes[2])
     named = {"scale_format": "float32", "group_size": 128, "scale_layout": None}
-    problem = make_problem(function, shape, jnp.dtype(dtype).name, **(named | options))
+    dtype = select.check_dtype(function, dtype, _DTYPES).name
+    known = inspect.signature(make_problem).parameters
+    if unknown := [name for name in options if name not in known or name in ("function", "dtype")]:
+        rule, remedy = "be those of silu_and_mul_masked_quant", "See its documentation."
+        raise TypeError(checks.message(function, "options", rule, unknown, remedy))
+    problem = make_problem(function, shape, dtype, **(named | options))
     platform = select.check_platform(function, platform)
     unsupported = functools.partial(_unsupported, problem)
     choice = select.choose(function, platform, implementation, unsupported)
@@ -287,10 +293,9 @@ def make_problem(
 
 
 def _check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not checks.is_one_of(value, choices):
         rule = f"be one of {', '.join(map(repr, choices))}"
-        remedy = "It is a static string."
-        got = checks.describe(value) if not isinstance(value, str) else repr(value)
+        got, remedy = checks.shown(value), "It is a static string."
         raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
@@ -300,7 +305,7 @@ def _check_number(function: str, argument: str, value: Any, rule: str, holds: An
         remedy = "It is compiled into the kernel: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
-    if not math.isfinite(value) or not holds(value):
+    if not checks.is_finite(value) or not holds(value):
         remedy = "See its documentation for common values."
         raise ValueError(checks.message(function, argument, rule, value, remedy))
     return float(value)

@@ -349,6 +349,11 @@ def ragged_product(
         num_groups=groups,
         precision=arguments.check_precision(function, precision),
     )
+    kinds = (jax.sharding.NamedSharding, jax.sharding.PartitionSpec)
+    if out_sharding is not None and not isinstance(out_sharding, kinds):
+        rule, remedy = "be None, a NamedSharding or a PartitionSpec", "Leave it out."
+        got = checks.describe(out_sharding)
+        raise TypeError(checks.message(function, "out_sharding", rule, got, remedy))
     out = _run(problem, implementation, lhs, *arrays, sizes, offset)
     return out if out_sharding is None else jax.reshard(out, out_sharding)
 
@@ -465,7 +470,8 @@ def select_matmul_implementation(
     block_size = checks.check_block_size(function, block_size)
     x_shape = arguments.check_shape(function, "x_shape", x_shape, 2)
     w_shape = arguments.check_shape(function, "w_shape", w_shape, 3)
-    x = jax.ShapeDtypeStruct(x_shape, jnp.dtype(dtype))
+    kinds = (*arguments.DTYPES, str(E4M3))
+    x = jax.ShapeDtypeStruct(x_shape, select.check_dtype(function, dtype, kinds))
     weights = arguments.make_weights(
         function,
         transposed=transpose_rhs,
@@ -473,8 +479,13 @@ def select_matmul_implementation(
         activation=activation,
         gated=gated,
         interleaved=interleaved,
-        bias=bool(bias),
+        bias=checks.check_bool(function, "bias", bias),
     )
+    if top_k is not None:
+        top_k = checks.check_positive_int(function, "top_k", top_k, "Pass topk_ids.shape[1].")
+    if num_rows is not None:
+        remedy = "Pass aligned.sorted_token_ids.shape[0]."
+        num_rows = checks.check_int(function, "num_rows", num_rows, 0, remedy)
     w = jax.ShapeDtypeStruct(w_shape, x.dtype)
     if num_rows is None and top_k is not None:
         num_rows = checks.max_num_tokens_padded(
@@ -493,11 +504,10 @@ def select_matmul_implementation(
         block_size=block_size,
         num_tokens=x_shape[0] if top_k else 0,
         top_k=top_k or 0,
-        row_weights=bool(row_weights),
+        row_weights=checks.check_bool(function, "row_weights", row_weights),
         scales=Scales("row_major", "blocks") if x.dtype == E4M3 else None,
     )
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = select.check_platform(function, platform)
     choice = primitive.choose(problem, platform, implementation)
     reasons = why.reasons([problem], choice, implementation, platform)
     if choice == "xla":

@@ -152,10 +152,9 @@ def _check_values(function: str, argument: str, value: Any, shape: str) -> Any:
 
 
 def _check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
+    if not checks.is_one_of(value, choices):
         rule = f"be one of {', '.join(map(repr, choices))}"
-        got = repr(value) if isinstance(value, str) else checks.describe(value)
-        remedy = "It is a static string."
+        got, remedy = checks.shown(value), "It is a static string."
         raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
@@ -164,7 +163,7 @@ def _check_floor(function: str, value: Any) -> float:
         rule, remedy = "be a static number", "It is compiled into the program: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, "amax_floor", rule, got, remedy))
-    if not _LEAST_FLOOR <= value < float("inf"):
+    if not checks.is_finite(value) or value < _LEAST_FLOOR:
         rule, remedy = f"be at least {_LEAST_FLOOR} and finite", "1e-4 and 1e-10 are usual."
         raise ValueError(checks.message(function, "amax_floor", rule, value, remedy))
     return float(value)

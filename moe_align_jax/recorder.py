@@ -202,8 +202,10 @@ class ExpertDistributionRecorder:
             OSError: the file cannot be written; nothing is cleared then.
         """
         self._need_mode("dump_record")
-        if output_mode not in ("file", "object"):
-            fail("dump_record", "output_mode", 'be "file" or "object"', repr(output_mode), "")
+        if not checks.is_one_of(output_mode, ("file", "object")):
+            fail(
+                "dump_record", "output_mode", 'be "file" or "object"', checks.shown(output_mode), ""
+            )
         with self._lock:
             self._need_no_layer()
             dump = self._dump(expert_load.collect_expert_load(self._state))

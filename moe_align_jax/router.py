@@ -21,7 +21,7 @@ from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._router import arguments, primitives
-from moe_align_jax._router.problem import RouteProblem, Scoring
+from moe_align_jax._router.problem import DTYPES, RouteProblem, Scoring
 from moe_align_jax.expert_location import ExpertLocation
 from moe_align_jax.types import AlignedBlocks, AlignProblem, Implementation, Selection
 
@@ -106,12 +106,7 @@ def route_topk(
     function = "route_topk"
     fork.check(function)
     select.check_implementation(function, implementation)
-    problem, operands = arguments.check_route(
-        function,
-        logits,
-        correction_bias=correction_bias,
-        token_mask=token_mask,
-        num_valid_tokens=num_valid_tokens,
+    options = arguments.Options(
         top_k=top_k,
         scoring=scoring,
         softmax_after_topk=softmax_after_topk,
@@ -119,7 +114,11 @@ def route_topk(
         num_groups=num_groups,
         topk_groups=topk_groups,
         scaling_factor=scaling_factor,
+        correction_bias=correction_bias,
+        token_mask=token_mask,
+        num_valid_tokens=num_valid_tokens,
     )
+    problem, operands = arguments.check_route(function, logits, options)
     return _route(operands, problem=problem, implementation=implementation)
 
 
@@ -202,12 +201,7 @@ def route_and_align(
     function = "route_and_align"
     fork.check(function)
     select.check_implementation(function, implementation)
-    problem, operands = arguments.check_route(
-        function,
-        logits,
-        correction_bias=correction_bias,
-        token_mask=token_mask,
-        num_valid_tokens=num_valid_tokens,
+    options = arguments.Options(
         top_k=top_k,
         scoring=scoring,
         softmax_after_topk=softmax_after_topk,
@@ -215,7 +209,11 @@ def route_and_align(
         num_groups=num_groups,
         topk_groups=topk_groups,
         scaling_factor=scaling_factor,
+        correction_bias=correction_bias,
+        token_mask=token_mask,
+        num_valid_tokens=num_valid_tokens,
     )
+    problem, operands = arguments.check_route(function, logits, options)
     block_size = checks.check_block_size(function, block_size)
     for argument, flag in (
         ("ignore_invalid_experts", ignore_invalid_experts),
@@ -355,21 +353,14 @@ def select_router_implementation(
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         rule, got = "be a pair of ints", checks.describe(shape)
         raise TypeError(checks.message(function, "shape", rule, got, "Pass (T, E)."))
-    logits = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    sizes = [checks.check_int(function, "shape", size, 0, "Pass (T, E).") for size in shape]
+    logits = jax.ShapeDtypeStruct(tuple(sizes), select.check_dtype(function, dtype, DTYPES))
     arguments.check_logits(function, logits)
-    defaults = {
-        "scoring": "softmax",
-        "softmax_after_topk": False,
-        "renormalize": False,
-        "num_groups": 1,
-        "topk_groups": 1,
-        "scaling_factor": 1.0,
-    }
-    if unknown := sorted(options.keys() - defaults):
-        rule, got = f"be among {sorted(defaults)}", unknown
+    if unknown := sorted(options.keys() - set(arguments.STATIC)):
+        rule, got = f"be among {sorted(arguments.STATIC)}", unknown
         raise TypeError(checks.message(function, "options", rule, got, "They are route_topk's."))
-    problem = arguments.make_problem(function, logits, top_k=top_k, **(defaults | options))
-    problem = problem._replace(bias_rows=int(has_bias))
+    problem = arguments.make_problem(function, logits, arguments.Options(top_k, **options))
+    problem = problem._replace(bias_rows=int(checks.check_bool(function, "has_bias", has_bias)))
     platform = select.check_platform(function, platform)
     choice = primitives.choose(function, problem, platform, implementation)
     reasons = select.reasons_against_others(

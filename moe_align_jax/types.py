@@ -85,6 +85,7 @@ class AlignProblem(NamedTuple):
         num_layers: with dispatch, layers that the tables hold, of which the input `layer` names one; 0
             where they are of one layer.
         num_shared: with dispatch, so many last columns of the top_k hold slots already.
+        num_local: with the map "filter", local ids from this one on are dropped, too; 0 for num_experts.
     """
 
     num_pairs: int
@@ -105,8 +106,14 @@ class AlignProblem(NamedTuple):
     top_k: int = 1
     num_layers: int = 0
     num_shared: int = 0
+    num_local: int = 0
 
     name = "moe_align_block_size"
+
+    @property
+    def num_mapped(self) -> int:
+        """With the map "filter": local ids are below it."""
+        return self.num_local or self.num_experts
 
     @property
     def num_blocks(self) -> int:

@@ -32,11 +32,15 @@ def sizes_are_known() -> bool:
 
 def check_path(function: str, path: object) -> str:
     """Checks that `path` is one of PATHS."""
-    if path not in PATHS:
+    if not checks.is_one_of(path, PATHS):
         names = ", ".join(map(repr, PATHS))
         raise ValueError(
             checks.message(
-                function, "path", f"be one of {names}", repr(path), 'Pass "auto" for the best.'
+                function,
+                "path",
+                f"be one of {names}",
+                checks.shown(path),
+                'Pass "auto" for the best.',
             )
         )
     return path  # type: ignore[return-value]

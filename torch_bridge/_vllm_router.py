@@ -4,7 +4,6 @@ Public as names of `torch_bridge.vllm`. They stand here because `torch_bridge/vl
 installed vLLM and `torch_bridge/vllm.py` imports that patch.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -442,7 +441,7 @@ def _check_scale(function: str, renormalize: object, scaling_factor: object) -> 
     argument, rule = "routed_scaling_factor", "be a finite Python number"
     if not isinstance(scaling_factor, (int, float)) or isinstance(scaling_factor, bool):
         checks.fail(function, argument, rule, got, remedy, TypeError)
-    if not math.isfinite(scaling_factor):
+    if not checks.is_finite(scaling_factor):
         checks.fail(function, argument, rule, got, remedy)
 
 

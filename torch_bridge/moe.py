@@ -159,8 +159,7 @@ def fused_moe(
         aligned: an alignment of topk_ids made before, of `align_blocks(..., return_inverse=True)`. It
             needs `block_size`; expert_map and num_valid_tokens are then the alignment's.
         expert_map: `[G]`, any integer dtype: the local id of each of G experts, -1 for those of other
-            devices. topk_ids are then in `[0, G)`. Pairs of a local id of E or more are left out, too, but
-            on a GPU their weights must be finite.
+            devices. topk_ids are then in `[0, G)`. Pairs of a local id of E or more are dropped, too.
         num_valid_tokens: None, an int or a scalar integer tensor: tokens from this one on are not real,
             and their results are zero.
         return_tokens_per_expert: also return the pairs that each expert got.

@@ -45,7 +45,7 @@ def _local_experts(
         kept &= (expert >= 0) & (expert < num_experts)
     if problem.expert_map == "filter":
         expert = expert_map[jnp.where(kept, expert, 0)]  # type: ignore[index]
-        kept &= (expert >= 0) & (expert < num_experts)
+        kept &= (expert >= 0) & (expert < problem.num_mapped)
     return jnp.where(kept, expert, num_experts)
 
 

@@ -15,7 +15,10 @@ def token_hash(token: jax.Array) -> jax.Array:
 
 
 def take(table: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.asarray(table).at[index].get(mode="clip")
+    """`table[index]`, sharded as the index is."""
+    sharding = jax.typeof(index).sharding
+    where = None if all(axes is None for axes in sharding.spec) else sharding
+    return jnp.asarray(table).at[index].get(mode="clip", out_sharding=where)
 
 
 def dynamic(

@@ -9,6 +9,8 @@ from rich.markup import escape
 
 import moe_align_jax
 from moe_align_jax._cli import checkout, demo, eplb, info, profile, profile_layer
+from moe_align_jax._core import checks
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._eplb.placement_files import Format
 from moe_align_jax._lowering.select import IMPLEMENTATIONS
 from moe_align_jax.eplb import Algorithm
@@ -91,10 +93,14 @@ def info_command() -> None:
 
 @app.command("profile")
 def profile_command(
-    num_tokens: Annotated[int, typer.Option(min=1)] = 4096,
-    num_experts: Annotated[int | None, typer.Option(min=1, help="256 by default.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="8 by default.")] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="64 by default.")] = None,
+    num_tokens: Annotated[int, typer.Option(min=1, max=INT32_MAX)] = 4096,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, max=INT32_MAX, help="256 by default.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, max=INT32_MAX, help="8 by default.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, max=INT32_MAX, help="64 by default.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -104,9 +110,11 @@ def profile_command(
     ] = None,
     scale: Annotated[
         int,
-        typer.Option(min=1, help="With --model: its hidden size and width divided by this."),
+        typer.Option(
+            min=1, max=INT32_MAX, help="With --model: its hidden size and width divided by this."
+        ),
     ] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Calls in the trace.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Calls in the trace.")] = 20,
     implementation: _Implementation = None,
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("profile"),
 ) -> None:
@@ -137,6 +145,14 @@ def profile_command(
     num_experts, top_k, block_size = num_experts or 256, top_k or 8, block_size or 64
     if top_k > num_experts:
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
+    padded = checks.capacity(
+        num_tokens * top_k, block_size=block_size, num_experts=num_experts, pad_sorted_ids=False
+    )
+    if padded > INT32_MAX:
+        raise typer.BadParameter(
+            f"--num-tokens, --top-k, --num-experts and --block-size give {padded} padded rows; "
+            "at most 2**31 - 1 are possible"
+        )
     _guarded(
         console,
         lambda: profile.run(

@@ -1,6 +1,8 @@
 """Sizes, argument checks and the one template of error messages. No jax here."""
 
 import operator
+import sys
+from collections.abc import Container
 from typing import NoReturn
 
 import numpy as np
@@ -11,6 +13,8 @@ from moe_align_jax._core.int32 import cdiv as cdiv
 
 def message(function: str, argument: str, rule: str, got: object, remedy: str) -> str:
     """The text of every error: `{function}: {argument} must {rule}; got {what}. {remedy}`."""
+    if isinstance(got, int) and got.bit_length() > _SHOWN_BITS:
+        got = _long_int(got)
     return f"{function}: {argument} must {rule}; got {got}. {remedy}"
 
 
@@ -26,13 +30,48 @@ def fail(
     raise kind(message(function, argument, rule, got, remedy).rstrip())
 
 
+def refuse(
+    kind: type[Exception], function: str, argument: str, rule: str, got: object, remedy: str
+) -> NoReturn:
+    """As `fail`, of a value as the caller gave it: what is neither text nor a number is described."""
+    shown = got if isinstance(got, (str, int)) else describe(got)
+    fail(function, argument, rule, shown, remedy, kind)
+
+
 def describe(value: object) -> str:
     """`dtype [shape]` of an array, otherwise the type and value."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
         return f"{getattr(dtype, 'name', dtype)} {list(shape)}"
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return _long_int(value)
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+# Python refuses to write an int of more than 4,300 digits, and nobody reads one of a hundred.
+_SHOWN_BITS = 128
+
+
+def _long_int(value: int) -> str:
+    return f"an int of {value.bit_length()} bits"
+
+
+def is_one_of(value: object, names: Container[str]) -> bool:
+    """Whether it is one of these strings. `in` alone would compare an array with them, value by value."""
+    return isinstance(value, str) and value in names
+
+
+def shown(value: object) -> str:
+    """A string in its quotation marks; what anything else is."""
+    return repr(value) if isinstance(value, str) else describe(value)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is a finite float64. (math.isfinite raises for an int beyond, and does not trace.)"""
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return -float("inf") < value < float("inf")
 
 
 def leading(shape, rest: str = "...") -> str:

@@ -15,6 +15,9 @@ def as_array(function: str, argument: str, value: Any, remedy: str) -> np.ndarra
     except ValueError:
         rule = "be an array, or lists of one length"
         fail(function, argument, rule, "lists of different lengths", remedy)
+    except (TypeError, RuntimeError):  # a traced value, or a tensor that NumPy cannot read
+        rule, got = "be an array that NumPy can read", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy)) from None
 
 
 def check_layers(function: str, layer_ids: Any, num_layers: int) -> np.ndarray:

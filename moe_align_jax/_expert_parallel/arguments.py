@@ -9,6 +9,7 @@ import numpy as np
 from moe_align_jax._align.arguments import check_count, check_integer_array, narrow_count
 from moe_align_jax._core import checks
 from moe_align_jax._expert_parallel import message
+from moe_align_jax._lowering import select
 
 _I32 = jnp.int32
 _PAYLOADS = ("bfloat16", "float16", "float32", "float64")
@@ -54,10 +55,7 @@ def check_out_dtype(function: str, value: Any, default: Any) -> Any:
     """A floating point dtype; `default` for None."""
     if value is None:
         return jnp.dtype(default)
-    try:
-        dtype = None if isinstance(value, (jax.Array, np.ndarray, np.generic)) else jnp.dtype(value)
-    except TypeError:
-        dtype = None
+    dtype = select.dtype_of(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         rule, got = "be a floating point dtype", checks.describe(value if dtype is None else dtype)
         remedy = "Sums of floating point rows are floating point: round or convert them afterwards."

@@ -50,10 +50,10 @@ class TransportChoice:
 
 
 def resolve_mode(function: str, mode: Any, num_tokens: int, most: int) -> str:
-    if mode not in ("normal", "low_latency", "auto"):
+    if not checks.is_one_of(mode, ("normal", "low_latency", "auto")):
         rule = 'be "normal", "low_latency" or "auto"'
         remedy = '"auto" decides by the static number of tokens.'
-        raise ValueError(checks.message(function, "mode", rule, repr(mode), remedy))
+        raise ValueError(checks.message(function, "mode", rule, checks.shown(mode), remedy))
     if mode == "auto":
         return "low_latency" if num_tokens <= most else "normal"
     if mode == "low_latency" and num_tokens > most:
@@ -83,9 +83,9 @@ def choose(
     if axis_name is not None:
         cannot = {name: why or TRANSPORTS[name].refuses(axis_name) for name, why in cannot.items()}
     if transport is not None:
-        if transport not in TRANSPORTS:
+        if not checks.is_one_of(transport, TRANSPORTS):
             rule = f"be one of {', '.join(TRANSPORTS)}, or None"
-            got, remedy = repr(transport), "None chooses by shape."
+            got, remedy = checks.shown(transport), "None chooses by shape."
             raise ValueError(checks.message(function, "transport", rule, got, remedy))
         if cannot[transport]:
             rule, got = f"be able to run on {platform}", repr(transport)

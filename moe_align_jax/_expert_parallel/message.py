@@ -97,7 +97,7 @@ def quantize(x: jax.Array, scale_format: str = "float32") -> tuple[jax.Array, ja
     q = (groups * factor[..., None]).astype(FP8).reshape(num_tokens, hidden)
     if scale_format == "ue8m0_packed":
         exponents = (lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)
-        words = exponents.reshape(num_tokens, -1, GROUPS_PER_WORD)
+        words = exponents.reshape(num_tokens, scales.shape[1] // GROUPS_PER_WORD, GROUPS_PER_WORD)
         return q, lax.bitcast_convert_type(words, jnp.int32)
     return q, scales
 

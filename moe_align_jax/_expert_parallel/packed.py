@@ -1,4 +1,5 @@
-"""`pack` and `unpack` of messages as primitives: by our kernels where they run, by XLA elsewhere."""
+"""`pack` and `unpack` of messages, and the boxes of rows that were gathered, as primitives: by our kernels
+where they run, by XLA elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +12,13 @@ from jax.extend.core import Primitive
 
 from moe_align_jax import block_align
 from moe_align_jax._expert_parallel import message, message_kernels
-from moe_align_jax._expert_parallel.message_kernels import Field, Message, Pack, Unpack
+from moe_align_jax._expert_parallel.message_kernels import (
+    Field,
+    Gathered,
+    Message,
+    Pack,
+    Unpack,
+)
 from moe_align_jax._layout.rows import copy_to_masked
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import make_primitive, result_like
@@ -28,6 +35,18 @@ def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Ar
 def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
     """By name, the outputs of `Unpack` of a message that came."""
     return dict(zip(problem.outputs, _unpack_p.bind(received, problem=problem), strict=True))
+
+
+def fill_boxes(
+    problem: Gathered,
+    rank: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    payload: list[jax.Array],
+) -> dict[str, jax.Array]:
+    """By name, the outputs of `Gathered` of every rank's tokens."""
+    operands = vary_together([rank, ids, weights, *payload])
+    return dict(zip(problem.outputs, _gathered_p.bind(*operands, problem=problem), strict=True))
 
 
 # -- by XLA ----------------------------------------------------------------------------------------------
@@ -59,8 +78,25 @@ def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
         _from_words(rows[:, start : start + field.words], field)
         for field, start in zip(form.fields, form.starts[:-1], strict=True)
     )
+    return _boxes_by_xla(problem, payload, weights, ids)
+
+
+def _fill_by_xla(problem: Gathered, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
+    payload = list(message.quantize(given[0]) if problem.quantise else given)
+    count = problem.message.num_local_experts
+    local = ids - rank[0] * count
+    here = (ids >= 0) & (local >= 0) & (local < count)
+    return _boxes_by_xla(
+        problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
+    )
+
+
+def _boxes_by_xla(
+    problem: Unpack | Gathered, payload: list[jax.Array], weights: jax.Array, ids: jax.Array
+) -> list[jax.Array]:
+    """Of the rows that came, with local ids."""
     aligned = block_align.moe_align_block_size(
-        ids, block_size=1, num_experts=form.num_local_experts, return_inverse=True
+        ids, block_size=1, num_experts=problem.message.num_local_experts, return_inverse=True
     )
     counts = aligned.tokens_per_expert
     (masked_m, row_of_pair, pair_of_row), boxes = copy_to_masked(
@@ -87,10 +123,10 @@ def _from_words(words: jax.Array, field: Field) -> jax.Array:
 
 
 def _make(name: str, by_xla: Callable) -> Primitive:
-    def abstract(*avals: Any, problem: Pack | Unpack):
+    def abstract(*avals: Any, problem: Pack | Unpack | Gathered):
         return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
-    def implement(platform: str, ctx: Any, *, problem: Pack | Unpack) -> Callable:
+    def implement(platform: str, ctx: Any, *, problem: Pack | Unpack | Gathered) -> Callable:
         # XLA cannot split a custom call where it divides a program by itself: there its own way stays.
         if select.kernels_unavailable(platform) or divided_by_xla(ctx):
             return lambda *operands: by_xla(problem, *vary_together(operands))
@@ -98,7 +134,7 @@ def _make(name: str, by_xla: Callable) -> Primitive:
 
         return mosaic.launcher(message_kernels.build(problem))
 
-    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack):
+    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack | Gathered):
         del primitive
         return jax.vmap(functools.partial(by_xla, problem), in_axes=tuple(dims))(*operands)
 
@@ -107,6 +143,7 @@ def _make(name: str, by_xla: Callable) -> Primitive:
 
 _pack_p = _make("moe_pack", _pack_by_xla)
 _unpack_p = _make("moe_unpack", _unpack_by_xla)
+_gathered_p = _make("moe_gathered", _fill_by_xla)
 
 
 def problems(
@@ -116,8 +153,8 @@ def problems(
     num_local_experts: int,
     room: int,
     quantise: bool,
-) -> tuple[Pack, Unpack]:
-    """What the two kernels of an exchange have to do.
+) -> tuple[Pack, Unpack, Gathered]:
+    """What the kernels of an exchange have to do: the first two of messages, or the third alone.
 
     Args:
         payload: `[T, c]` arrays; with `quantise` one, bfloat16.
@@ -131,4 +168,4 @@ def problems(
         fields = message_kernels.quantised(fields[0].columns)
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
-    return Pack(form, quantise), Unpack(form, room)
+    return Pack(form, quantise), Unpack(form, room), Gathered(form, room, quantise)

@@ -1,6 +1,5 @@
 """Checks of the arguments that the grouped matrix multiplications share."""
 
-import operator
 from typing import Any
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._core.int32 import INT32_MAX, saturate
 from moe_align_jax._grouped_matmul.options import make_weights, wrong
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Weights
+from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -96,10 +96,8 @@ def result_columns(weights: Weights, w: Any) -> int:
 def result_dtype(function: str, x: Any, preferred: Any) -> str:
     if preferred is None:
         return "bfloat16" if x.dtype == E4M3 else str(x.dtype)
-    try:
-        name = jnp.dtype(preferred).name
-    except TypeError:
-        name = repr(preferred)
+    dtype = select.dtype_of(preferred)
+    name = checks.shown(preferred) if dtype is None else dtype.name
     if name not in DTYPES:
         rule = f"be None or one of {', '.join(DTYPES)}"
         remedy = "Cast the result instead."
@@ -108,15 +106,22 @@ def result_dtype(function: str, x: Any, preferred: Any) -> str:
 
 
 def check_precision(function: str, precision: Any) -> Any:
-    try:
-        hash(precision)
-    except TypeError:
-        precision = tuple(precision) if isinstance(precision, list) else precision
-        if not isinstance(precision, tuple):
-            remedy = "Pass None, a jax.lax.Precision or its name."
-            rule = "be static"
-            raise wrong(TypeError, function, "precision", rule, precision, remedy) from None
+    """Anything that `jax.lax.dot` takes; a list of two as a tuple."""
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    if precision is not None and not _is_precision(precision):
+        rule, remedy = "be static, and one that jax.lax.dot takes", "Pass None or 'highest'."
+        raise wrong(TypeError, function, "precision", rule, checks.shown(precision), remedy)
     return precision
+
+
+def _is_precision(value: Any) -> bool:
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        hash(value)
+        jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=value), one)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
@@ -199,14 +204,19 @@ def check_counts(function: str, argument: str, value: Any, least: int, most: int
         raise wrong(TypeError, function, argument, "be an integer array", value, remedy)
     if value.ndim != 1:
         raise wrong(ValueError, function, argument, "have one axis", value, "One count for each.")
-    if isinstance(value, np.ndarray):
-        return np.clip(value, least, min(most, np.iinfo(value.dtype).max)).astype(np.int32)
-    if value.dtype == jnp.int32:
+    return _clamp(value, least, most)
+
+
+def _clamp(value: Any, least: int, most: int) -> Any:
+    """int32, of any integer dtype: what lies beyond the bounds becomes the bound before it is narrowed."""
+    if value.dtype == jnp.int32 and isinstance(value, jax.Array):
         return value  # the kernels clamp
     info = jnp.iinfo(value.dtype)
-    low = jnp.asarray(max(least, int(info.min)), value.dtype)
-    high = jnp.asarray(min(most, int(info.max)), value.dtype)
-    return jnp.clip(value, low, high).astype(jnp.int32)
+    low, high = max(least, int(info.min)), min(most, int(info.max))
+    if isinstance(value, np.ndarray):
+        return np.clip(value, low, high).astype(np.int32)
+    bounds = (jnp.asarray(bound, value.dtype) for bound in (low, high))
+    return jnp.clip(value, *bounds).astype(jnp.int32)
 
 
 def check_offset(function: str, value: Any) -> Any:
@@ -216,16 +226,15 @@ def check_offset(function: str, value: Any) -> Any:
     remedy = "Pass the group that rhs[0] belongs to."
     if not isinstance(value, (jax.Array, np.ndarray)):
         try:
-            value = np.asarray(operator.index(value), np.int64)
+            value = np.asarray(saturate(checks.index(value), -INT32_MAX))
         except TypeError:
             rule = "be an integer"
             raise wrong(TypeError, function, "group_offset", rule, value, remedy) from None
-        value = np.clip(value, -checks.INT32_MAX, checks.INT32_MAX).astype(np.int32)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise wrong(TypeError, function, "group_offset", "be an integer", value, remedy)
     if value.shape not in ((), (1,)):
         raise wrong(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
-    return value.reshape(1).astype(np.int32)
+    return _clamp(value, -INT32_MAX, INT32_MAX).reshape(1)
 
 
 def check_extras(
@@ -254,7 +263,7 @@ def check_extras(
 def check_shape(function: str, argument: str, value: Any, length: int) -> tuple[int, ...]:
     shape = getattr(value, "shape", value)
     try:
-        shape = tuple(map(operator.index, shape))
+        shape = tuple(map(checks.index, shape))
     except TypeError:
         remedy = "Pass an array, or its shape."
         rule = "be a shape"

@@ -16,6 +16,7 @@ NUM_CTAS = 132  # SMs of an H100 and of an H200
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
+_LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
@@ -38,6 +39,15 @@ class Config(NamedTuple):
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
         skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
+            says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
+            that alone.
+        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product of
+            the one before it runs.
+        shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
+            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
+        ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
+            while this one is stored: into shared memory. Of e4m3 with scales of blocks.
     """
 
     form: str
@@ -52,6 +62,14 @@ class Config(NamedTuple):
     computing: int = 2
     split: int = 1
     skips: bool = False
+    sharing: int = 0
+    ahead: bool = False
+    shared: str = "x"
+    early: bool = False
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.sharing > 1 and self.shared == "w"
 
     @property
     def name(self) -> str:
@@ -60,6 +78,9 @@ class Config(NamedTuple):
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
         more += "-skips" if self.skips else ""
+        more += f"-c{self.sharing}" if self.sharing else ""
+        more += "w" if self.shares_weights else ""
+        more += ("-early" if self.early else "-ahead") if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -83,7 +104,7 @@ class Rules(NamedTuple):
     many_group: int = 4
     masked_group: int = 8
     split: bool = True
-    permute_columns: int = 0
+    permute_columns: int = 10_000
 
 
 DEFAULT_RULES = Rules()
@@ -94,6 +115,9 @@ DEFAULT_RULES = Rules()
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
 #   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
+# A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
+#   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
+#   96 rows swapped: group 4 352, late 354; 128x256 m, late, group 4 346; of "ragged" rows 360
 # The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
@@ -155,9 +179,13 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     least = mean_rows(problem) * (1 if guessed else rules.room)
     choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
     wanted = next((bm for bm in choices if bm >= least), choices[-1])
+    if problem.rows == "ragged" and _LEAST_MEAN < mean_rows(problem) <= _MOST_MEAN:
+        return 144 if takes_whole(problem, 144) else wanted
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
+    if takes_whole(problem, block):
+        return block
     if problem.whole_blocks:
         wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
@@ -167,6 +195,21 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     if not _no_swap(problem) and block % 8 == 0 and block <= 64:
         return block
     return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
+
+
+def takes_whole(problem: MatmulProblem, block: int) -> bool:
+    """Whether a block of so many rows, which are neither few nor 128, is one swapped tile.
+
+    With 192 rows, and a vector along them or along the columns, registers do not suffice.
+    """
+    if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
+        return False
+    most = 184 if _has_vectors(problem) else 192
+    return 64 < block <= most and block % 8 == 0 and block != 128
+
+
+def _has_vectors(problem: MatmulProblem) -> bool:
+    return problem.weights.bias or tests_rows(problem)
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -195,9 +238,34 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     if bm < 64:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
+    if bm not in (64, 128):
+        return _whole(problem, bm, group)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+
+
+def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
+    """A swapped tile of many rows, with as many stages as fit into shared memory.
+
+    Of tiles of up to 96 rows most experts have a single one: their weights are read once in any order.
+    """
+    pieces = 2 * piece_rows(bm) * 128
+    stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
+    group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
+    # Beside a copy of rows, only half as many results fit into registers.
+    fits = not _has_vectors(problem) and (problem.weights.gated or not problem.top_k)
+    late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)
+    return Config("swap", bm, 256, 64, stages, group=group, late=late, lag=stages - 2)
+
+
+def _ring_bytes(bm: int, stages: int) -> int:
+    return stages * 64 * (bm + 256) * 2
+
+
+def piece_rows(bm: int) -> int:
+    """Rows of a swapped tile that are stored at a time: half of many, which leaves room for a stage."""
+    return bm // 2 if bm > 96 and bm % 16 == 0 else bm
 
 
 def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:

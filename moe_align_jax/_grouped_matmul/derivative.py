@@ -197,12 +197,14 @@ def backward(
             found = products(problem, implementation, given.x, given.w, given.bias, where)
             found = jnp.where(used[:, None], found, jnp.zeros_like(found))
 
-            def finish(found, scales):
-                return reference.epilogue(problem, found, used, scales)
+            def finish(parts, scales):
+                return reference.epilogue_of_parts(problem, parts, used, scales)
 
-            _, pull = jax.vjp(finish, found.astype(_F32), given.row_weights)
-            rows, scales = pull(toward.astype(_F32))
-            rows = rows.astype(problem.dtype)
+            parts = tuple(part.astype(_F32) for part in reference.parts(problem, found))
+            _, pull = jax.vjp(finish, parts, given.row_weights)
+            parts, scales = pull(toward.astype(_F32))
+            parts = tuple(part.astype(problem.dtype) for part in parts)
+            rows = reference.columns_of_parts(problem, parts)
         dx = input_rows(problem, implementation, rows, given.w, where)
         if problem.top_k:
             dx = sum_of_rows(dx, row_of_pair(problem, used, where[0]), problem.dtype)

@@ -123,7 +123,8 @@ def _rows(
     else:
         ids[holds] = np.arange(holds.sum())
     arrays["sorted_token_ids"] = np.pad(ids, (0, direct.spare_rows), constant_values=-1)
-    arrays["expert_ids"] = expert_ids
+    labels = np.repeat(expert_ids, block)[:rows] if problem.row_labels else expert_ids
+    arrays["expert_ids"] = labels
     arrays["num_tokens_post_padded"] = np.array([min(in_use * block, rows)], np.int32)
     sizes = {NUM_ROWS: rows, NUM_PAIRS: pairs}
     return np.repeat(expert_ids, block)[:rows], np.flatnonzero(holds), sizes

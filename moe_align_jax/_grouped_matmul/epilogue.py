@@ -96,13 +96,17 @@ def _erf(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, -value, value)
 
 
-def nothing(problem: MatmulProblem, shape: Shape, interpret: bool) -> list[jax.Array]:
-    """Zeros, like the pieces of a tile that is not swapped."""
-    columns = shape.wn * shape.accumulators // (2 if problem.weights.gated else 1)
-    zeros = jnp.zeros((64, shape.piece), problem.out_dtype)
+def nothing(problem: MatmulProblem, shape: Shape, swap: bool, interpret: bool) -> list[jax.Array]:
+    """Zeros, like the pieces of a tile."""
+    gated = 2 if problem.weights.gated else 1
+    columns, rows = shape.wn * shape.accumulators // gated, shape.wm
+    if swap:
+        columns, rows = shape.wm * shape.accumulators // gated, shape.wn
+    size = (shape.piece_rows, shape.piece)
+    zeros = jnp.zeros(size[::-1] if swap else size, problem.out_dtype)
     if not interpret:
         zeros = plgpu.layout_cast(zeros, inline.PARTED if shape.parted else plgpu.Layout.WGMMA)
-    return [zeros] * (shape.wm // 64 * (columns // shape.piece))
+    return [zeros] * (rows // shape.piece_rows * (columns // shape.piece))
 
 
 def pieces(
@@ -115,7 +119,7 @@ def pieces(
 ) -> list[jax.Array]:
     """The result of a warpgroup's sums, rounded: `[64, piece]` each, row after row.
 
-    Swapped, `[piece, bm]` each, column after column of the result.
+    Swapped, `[piece, piece_rows]` each, column after column of the result.
     """
     gated, piece = problem.weights.gated, shape.piece
     finish = _Finish(problem, place, vectors, shape.tests_rows, interpret)
@@ -123,15 +127,12 @@ def pieces(
     if gated and len(sums) == 1 and not shape.parted:  # up is behind gate
         second_at = first.shape[0 if place.swap else 1] // 2
     if place.swap:
-        rows = second_at or first.shape[0]
-        return [
-            finish.swapped(
-                first[c : c + piece],
-                second[second_at + c : second_at + c + piece] if gated else None,
-                c,
-            )
-            for c in range(0, rows, piece)
-        ]
+        found, most = [], shape.piece_rows
+        for c in range(0, second_at or first.shape[0], piece):
+            up = second[second_at + c : second_at + c + piece] if gated else None
+            value = finish.swapped(first[c : c + piece], up, c)
+            found += [value[:, r : r + most] for r in range(0, value.shape[1], most)]
+        return found
     found = []
     for r in range(0, first.shape[0], 64):
         row = place.row + r
@@ -139,8 +140,14 @@ def pieces(
             for c in range(0, first.shape[1], 2 * piece):
                 found.append(finish.parted(first[r : r + 64, c : c + 2 * piece], row, c))
             continue
+        if not gated:
+            for i, some in enumerate(sums):  # side by side
+                for c in range(0, some.shape[1], piece):
+                    value, column = some[r : r + 64, c : c + piece], i * some.shape[1] + c
+                    found.append(finish.plain(value, None, row, column))
+            continue
         for c in range(0, second_at or first.shape[1], piece):
-            up = second[r : r + 64, second_at + c : second_at + c + piece] if gated else None
+            up = second[r : r + 64, second_at + c : second_at + c + piece]
             found.append(finish.plain(first[r : r + 64, c : c + piece], up, row, c))
     return found
 

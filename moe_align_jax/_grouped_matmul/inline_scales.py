@@ -1,4 +1,4 @@
-"""Scales of single rows by cp.async, 4 bytes at a time: those that TMA cannot read in a row.
+"""Scales by cp.async, 4 bytes at a time: of single rows of x, which TMA cannot read, and of weights.
 
 As in `inline`, each function has two bodies: MLIR, and plain Pallas for the interpreter. Thread t of the 128
 copies the scales of rows t, t + 128, ... of a tile.
@@ -147,3 +147,53 @@ def copy(
                 )
 
     emit(scales_ref, tile_ref, found, first)
+
+
+def copy_groups(
+    scales_ref: Any, row_ref: Any, first: jax.Array, *, count: int, interpret: bool
+) -> None:
+    """Asks for elements `first` on of an array of scales, `count` of them: one thread for each.
+
+    They are there for all threads of the warpgroup after `await_groups`.
+
+    Args:
+        scales_ref: in global memory, contiguous.
+        row_ref: `[.]` in shared memory, at least `count`.
+        first: element of the array.
+        count: how many.
+        interpret: whether Pallas' interpreter runs it.
+    """
+    if interpret:
+        row_ref[pl.ds(0, count)] = scales_ref[...].reshape(-1)[first + jnp.arange(count)]
+        return
+
+    @inline.emits(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def emit(_, scales, row, begin):
+        thread = inline.thread_index()
+        base = inline.shared_address(row)
+        for i in range(-(-count // inline.THREADS)):
+            here = arith.addi(thread, inline.int32(i * inline.THREADS))
+            with mgpu_utils.when(inline.less(here, inline.int32(count))):
+                element = arith.addi(inline.scalar_of(begin), here)
+                source = inline.global_address(scales, element, _BYTES)
+                target = arith.addi(base, arith.muli(here, inline.int32(_BYTES)))
+                mgpu_utils.inline_ptx(
+                    "cp.async.ca.shared.global [$0], [$1], 4;",
+                    *(target, source),
+                    has_side_effects=True,
+                )
+
+    emit(scales_ref, row_ref, first)
+
+
+def await_groups(*, interpret: bool) -> None:
+    """Until what the warpgroup's threads asked for is there, for all of them."""
+    if interpret:
+        return
+
+    @inline.emits()
+    def emit(_):
+        mgpu_utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+        mgpu_utils.warpgroup_barrier()
+
+    emit()

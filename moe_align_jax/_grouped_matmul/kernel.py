@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, inline, loads, scaled_products
+from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales, loads, scaled_products
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -39,6 +39,7 @@ accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
 # warpgroups multiply.
 _REGISTERS = {
+    1: {False: (0, 0), True: (0, 0)},  # there are enough for both
     2: {False: (40, 232), True: (56, 224)},
     3: {False: (32, 160), True: (56, 152)},
 }
@@ -53,6 +54,9 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
+        there: whether there is such a tile: of two CTAs that share weights, the last may have none.
+        busy: whether either of the two multiplies; both pass stages on then.
+        together: whether they use the same weights.
     """
 
     valid: jax.Array
@@ -61,6 +65,9 @@ class Tile(NamedTuple):
     end: jax.Array
     n: jax.Array
     used: jax.Array
+    there: jax.Array | None = None
+    busy: jax.Array | None = None
+    together: jax.Array | None = None
 
 
 class _Refs:
@@ -73,12 +80,14 @@ class _Refs:
         refs: list[Any],
         interpret: bool,
         sized_at_launch: bool,
-        split: int,
+        config: Config,
         ending: "Ending | None" = None,
     ):
+        split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.count, self.experts = refs.pop(0), refs.pop(0)
+        self.count: Any = None if problem.row_labels else refs.pop(0)
+        self.experts = refs.pop(0)
         listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
         self.starts, self.ends = listed
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
@@ -97,6 +106,7 @@ class _Refs:
         self.parts: Any = None
         if split > 1:  # the interpreter's CTAs have no memory in common but global memory
             self.parts = refs.pop(1 if interpret else -1)
+        self.w_scale_rows: Any = refs.pop() if config.ahead else None
         self.scale_rows = refs.pop() if has_scale_rows(problem) else None
         self.out, x_tiles, self.w_tiles, o_tiles = refs
         # The same memory, for wgmma and for TMA: see `views`.
@@ -159,7 +169,7 @@ def build(
 ) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
-    num_tokens_post_padded `[1]` and expert_ids `[B]`, or count `[1]` and expert, start and end of each tile;
+    num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]` and expert, start and end of each tile;
     sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
     the weights, one array or two. With an `ending`, for tiles neither late nor shared, its operands come
     first, and its results are returned before the problem's.
@@ -174,7 +184,7 @@ def build(
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    piece_rows, slots = (bm, 1) if swap else (64, ending.slots if ending else _SLOTS)
+    slots = 1 if swap else ending.slots if ending else _SLOTS
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -185,36 +195,82 @@ def build(
         )
     memory_registers, compute_registers = _REGISTERS[computing][by_copies]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
-    ranks, clusters = config.split, config.num_ctas // config.split
+    ranks, sharing = config.split, max(1, config.sharing)
+    clusters = config.num_ctas // (ranks * sharing)
 
     def body(*given):
-        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, ranks, ending)
+        refs = _Refs(problem, shape, list(given), interpret, sized_at_launch, config, ending)
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        rank = lax.axis_index(AXIS) if ranks > 1 else _I32(0)
+        rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
         row_tiles = _row_tiles(problem, shape, refs)
-        total = row_tiles * shape.n_tiles
+        pairs = config.shares_weights
+        n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
+        units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
+        total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def tile_at(i):
-            at, n = _order(config, cta + i * clusters, row_tiles, shape.n_tiles)
-            tile = _tile(problem, config, shape, refs, at, n)
-            return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+        def order(i):
+            """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
+            t = cta + i * clusters
+            if not config.ahead:
+                at, n = _order(config, t, units, n_tiles)
+            else:
+                t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
+                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+            if pairs:
+                return at * sharing + rank, n
+            return at, n * sharing + rank if sharing > 1 else n
+
+        def read(at):
+            """What memory tells about a tile of rows, and about that of the other CTA."""
+            if not pairs:
+                return _read(problem, shape, refs, at)
+            last = jnp.maximum(row_tiles - 1, 0)
+            other = _read(problem, shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(problem, shape, refs, jnp.minimum(at, last)), other[0]
+
+        def tile_at(i, known=None):
+            at, n = order(i)
+            known = read(at) if known is None else known
+            if not pairs:
+                tile = _tile(problem, config, shape, refs, at, n, known)
+                return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+            last = jnp.maximum(row_tiles - 1, 0)
+            *known, other = known
+            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
+            there = at < row_tiles
+            valid = tile.valid & there
+            peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
+            tile = tile._replace(
+                valid=valid,
+                expert=jnp.clip(tile.expert, 0, problem.num_experts - 1),
+                there=there,
+                busy=valid | peer,
+                together=valid & peer & (tile.expert == other),
+            )
+            return tile, jnp.where(tile.busy, _I32(shape.k_steps), 0)
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))
 
         def compute():
-            plgpu.set_max_registers(compute_registers, action="increase")
+            if compute_registers:
+                plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
-            def multiply(tile, ring, between):
+            scaled = (
+                scaled_products.Products(problem, config, shape, refs, interpret)
+                if problem.scales
+                else None
+            )
+
+            def multiply(tile, ring, between, place=None):
                 """The warpgroup's sums, in one accumulator or two."""
-                if problem.scales:
-                    scaled = scaled_products.Products(problem, config, shape, refs, interpret)
-                    return scaled(tile, warpgroup, ring, slot_of, between)
+                if scaled:
+                    return scaled(tile, warpgroup, ring, slot_of, between, place)
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -274,6 +330,21 @@ def build(
                     store(q, value, at)
                 return ring + steps
 
+            def now_and_ahead(i, carry):
+                ring, known = carry
+                following = read(order(i + 1)[0])
+                tile, steps = tile_at(i, known)
+                inline_scales.await_groups(interpret=interpret)
+                sums, at = multiply(tile, ring, lambda k: None, i & 1), place(tile)
+                scaled.fetch(tile_at(i + 1, following)[0], warpgroup, (i + 1) & 1)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at)
+
+                pl.when(tile.there)(store_all) if pairs else store_all()
+                return ring + steps, following
+
             def together(i, ring):
                 """A tile of the cluster's: its first CTA stores it."""
                 tile, steps = tile_at(i)
@@ -325,10 +396,17 @@ def build(
 
                 return ring + steps, whole.astype(_I32), here, value
 
-            if not config.late:
+            if config.ahead or pairs:
+                assert scaled and config.ahead and not (config.late or ending)
+                assert not (pairs and shape.parts > 1 and shape.reads_ids)
+                known = read(order(0)[0])
+                scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
+                lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
+                inline_scales.await_groups(interpret=interpret)
+            elif not config.late:
                 lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
-                none = epilogue.nothing(problem, shape, interpret)
+                none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
                 first = (zero, zero, (zero, zero, zero), none)
                 _, waits, at, pieces = lax.fori_loop(0, mine, later, first)
@@ -341,7 +419,8 @@ def build(
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            plgpu.set_max_registers(memory_registers, action="decrease")
+            if memory_registers:
+                plgpu.set_max_registers(memory_registers, action="decrease")
 
             def arrived(step, lag):
                 """What was asked for `lag` steps before `step` is there."""
@@ -389,9 +468,11 @@ def build(
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     x_tiles = (stages, shape.k_parts, bm, x_width)
     w_tiles = (stages, shape.w_parts, *w_tile)
-    o_tiles = (computing, slots, piece_rows, shape.piece)
+    o_tiles = (computing, slots, shape.piece_rows, shape.piece)
     scale_rows = [scaled_products.memory(problem, config)] if has_scale_rows(problem) else []
     out_type: Any = jax.ShapeDtypeStruct(out_shape, out_dtype)
+    if config.ahead:
+        scale_rows.append(scaled_products.weights_memory(problem, config, shape))
     parts, shared, grid = [], [], {}
     if ranks > 1:
         words = bn // computing * bm
@@ -402,6 +483,12 @@ def build(
             parts = [plgpu.SMEM((computing, words), _F32)]
         shared = [plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=2 * computing)]
         grid = {"cluster": (ranks,), "cluster_names": (AXIS,)}
+    empty_barriers: Any = plgpu.Barrier(num_arrivals=computing, num_barriers=stages)
+    if config.sharing:
+        grid = {"cluster": (sharing,), "cluster_names": (AXIS,)}
+        empty_barriers = plgpu.ClusterBarrier(
+            collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
+        )
     if ending:
         out_type = (*ending.outputs, out_type)
     launch = plgpu.kernel(
@@ -414,7 +501,7 @@ def build(
             *scale_rows,
             *parts,
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+            empty_barriers,
             *shared,
         ],
         grid=(clusters,),
@@ -441,7 +528,8 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
-    blocks = lax.div(refs.count[0] + (block - 1), _I32(block))
+    count = refs.vectors.bound if problem.row_labels else refs.count[0]
+    blocks = lax.div(count + (block - 1), _I32(block))
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
@@ -457,18 +545,34 @@ def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> 
     return first * config.group + (rest - n * size), n
 
 
+def _read(
+    problem: MatmulProblem, shape: Shape, refs: _Refs, at: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    if not shape.parts:
+        return refs.experts[at], refs.starts[at], refs.ends[at]
+    block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
+    return (refs.experts[block * problem.block_size if problem.row_labels else block],)
+
+
 def _tile(
-    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array, n: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    at: jax.Array,
+    n: jax.Array,
+    known: tuple[jax.Array, ...],
 ) -> Tile:
     if not shape.parts:
-        expert, row, used = refs.experts[at], refs.starts[at], refs.ends[at]
+        expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.
         end = (expert + 1) * problem.max_rows if problem.rows == "masked" else used
         return Tile(expert >= 0, expert, row, end, n, used)
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
-    expert = refs.experts[block]
+    [expert] = known
     valid = (expert >= 0) & (expert < problem.num_experts)
     if (
         shape.parts > 1 and shape.reads_ids
@@ -531,22 +635,23 @@ class _Store:
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
         self.slots = 1 if self.swap else _SLOTS
-        self.rows = config.bm if self.swap else 64
+        self.rows = shape.piece_rows
         columns = shape.columns // (1 if config.form == "m" else config.computing)
         self.across = columns // shape.piece
+        self.down = config.bm // self.rows
 
     def __call__(
         self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
     ) -> None:
-        """Piece q of a tile at (first row, first column, end): row after row; swapped, columns alone.
+        """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
         `whole`: all of the tile's rows are known to be stored.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
         if self.swap:
-            down, across = 0, q
-        row, column = row + 64 * down, pl.multiple_of(column + self.shape.piece * across, 8)
+            down, across = q % self.down, q // self.down
+        row, column = row + self.rows * down, pl.multiple_of(column + self.shape.piece * across, 8)
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:

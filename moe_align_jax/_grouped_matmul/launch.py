@@ -71,8 +71,8 @@ def arguments(
 ) -> list[jax.Array]:
     """The kernel's operands, of the problem's; `where`: the list of tiles, if there is one."""
     shape, weights = shape_of(problem, config), problem.weights
-    found = where or [named["num_tokens_post_padded"], named["expert_ids"]]
-    found = list(found)
+    names = ("num_tokens_post_padded", "expert_ids")
+    found = list(where or [named[name] for name in names if name in named])
     # A tile may reach past the last row: what it reads there is not used.
     spare = config.bm if shape.partial else 0
     if shape.reads_ids:

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUPS_PER_WORD
 from moe_align_jax._grouped_matmul import inline, inline_scales
+from moe_align_jax._grouped_matmul.cluster_sum import AXIS
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows
@@ -124,7 +125,10 @@ class Loader:
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
         else:
             source = refs.x.at[pl.ds(tile.row, rows), ks]
-        plgpu.copy_gmem_to_smem(source, refs.x_rows.at[slot, part], barrier)
+        shared = self.config.sharing > 1 and not self.config.shares_weights and not self.interpret
+        plgpu.copy_gmem_to_smem(
+            *(source, refs.x_rows.at[slot, part], barrier), collective_axes=AXIS if shared else None
+        )
 
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int
@@ -222,7 +226,15 @@ class Loader:
                 source = ref.at[tile.expert, ns, which, ks]
             else:
                 source = ref.at[tile.expert, ns, ks]
-        plgpu.copy_gmem_to_smem(source, target, barrier)
+        if not self.config.shares_weights or self.interpret:
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+            return
+        pl.when(tile.together)(
+            lambda: plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=AXIS)
+        )
+        pl.when(jnp.logical_not(tile.together))(
+            lambda: plgpu.copy_gmem_to_smem(source, target, barrier)
+        )
 
     def _weights_by_matrix(
         self,

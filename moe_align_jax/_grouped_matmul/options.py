@@ -1,6 +1,5 @@
 """Checks of the options that tell how weights lie, and what becomes of their products. No jax here."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ def _check_number(function: str, argument: str, value: Any, least: str) -> float
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the program: pass a Python float."
         raise wrong(TypeError, function, argument, "be a static number", value, remedy)
-    if not math.isfinite(value) or value < 0 or (least == "positive" and not value):
+    if not checks.is_finite(value) or value < 0 or (least == "positive" and not value):
         remedy = "See its documentation for common values."
-        raise wrong(ValueError, function, argument, f"be None or {least}", str(value), remedy)
+        got = value if isinstance(value, int) else str(value)
+        raise wrong(ValueError, function, argument, f"be None or {least}", got, remedy)
     return float(value)
 
 
@@ -48,9 +48,9 @@ def make_weights(
     transposed = check_flag(function, "transpose_rhs", transposed)
     gated = check_flag(function, "gated", gated)
     interleaved = check_flag(function, "interleaved", interleaved)
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and not checks.is_one_of(activation, ACTIVATIONS):
         rule = f"be None or one of {', '.join(map(repr, ACTIVATIONS))}"
-        got = repr(activation) if isinstance(activation, str) else activation
+        got = checks.shown(activation)
         raise wrong(ValueError, function, "activation", rule, got, "It is a static string.")
     gated = gated and activation is not None
     for argument, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):

@@ -13,7 +13,7 @@ from moe_align_jax._grouped_matmul import config, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import make_primitive, result_like
-from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._lowering.sharding import on_each_shard, vary_together
 
 
 def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> str | None:
@@ -45,7 +45,12 @@ def make_matmul_primitive(
 
 
 def _one_by_one(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> Any:
-    """A batch, one after the other: a kernel fills the GPU by itself."""
+    """A batch, one after the other (a kernel fills the GPU by itself); each device has its part of it."""
+    loop = functools.partial(_loop, primitive, dims, parameters)
+    return on_each_shard(loop, operands, dims)
+
+
+def _loop(primitive: Primitive, dims: Any, parameters: dict[str, Any], *operands: Any) -> Any:
     batched = [
         jnp.moveaxis(x, dim, 0) if dim else x
         for x, dim in zip(operands, dims, strict=True)

@@ -87,6 +87,8 @@ class MatmulProblem(NamedTuple):
         num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
         consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
             unless an expert map gives two experts one local id, or a caller made the alignment.
+        row_labels: of "blocks": `expert_ids` is `[P]`, that of each row, of which the first of a block counts;
+            all rows are in use, and there is no `num_tokens_post_padded`. For a launch outside XLA.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """
@@ -113,6 +115,7 @@ class MatmulProblem(NamedTuple):
     expected_rows: int = 0
     num_pairs: int = 0
     consecutive: bool = False
+    row_labels: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -152,8 +155,10 @@ class MatmulProblem(NamedTuple):
         if self.rows == "blocks":
             if not self.whole_blocks:
                 found["sorted_token_ids"] = ((self.num_rows,), "int32")
-            found["expert_ids"] = ((self.num_blocks,), "int32")
-            found["num_tokens_post_padded"] = ((1,), "int32")
+            labels = self.num_rows if self.row_labels else self.num_blocks
+            found["expert_ids"] = ((labels,), "int32")
+            if not self.row_labels:
+                found["num_tokens_post_padded"] = ((1,), "int32")
         elif self.rows == "masked":
             found["masked_m"] = ((self.num_experts,), "int32")
         else:

@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._grouped_matmul import scaled
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient, Weights
+from moe_align_jax._grouped_matmul.problem import (
+    ActivationGradient,
+    MatmulProblem,
+    WeightGradient,
+    Weights,
+)
 
 _I32, _F32 = jnp.int32, jnp.float32
 # Rows of a tile where no block size is given.
@@ -155,14 +160,35 @@ def epilogue(
     problem: MatmulProblem, product: jax.Array, used: jax.Array, row_weights: jax.Array | None
 ) -> jax.Array:
     """float32 `[rows, n]` of float32 products `[rows, w_columns]`, bias included; zero where not `used`."""
+    return epilogue_of_parts(problem, parts(problem, product), used, row_weights)
+
+
+def parts(problem: MatmulProblem, product: jax.Array) -> tuple[jax.Array, ...]:
+    """(gate, up) of the columns of products, or all of them where nothing is gated."""
     weights = problem.weights
-    gate, up = product, None
-    if weights.gated:
-        if weights.interleaved:
-            gate, up = product[:, 0::2], product[:, 1::2]
-        else:
-            gate, up = product[:, : problem.n], product[:, problem.n :]
-    result = activate(weights, gate, up)
+    if not weights.gated:
+        return (product,)
+    if weights.interleaved:
+        return product[:, 0::2], product[:, 1::2]
+    return product[:, : problem.n], product[:, problem.n :]
+
+
+def columns_of_parts(problem: MatmulProblem, found: tuple[jax.Array, ...]) -> jax.Array:
+    """The inverse of `parts`. Its derivative would be a sum of two arrays that are padded with zeros."""
+    if problem.weights.interleaved:
+        return jnp.stack(found, axis=-1).reshape(found[0].shape[0], -1)
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+
+
+def epilogue_of_parts(
+    problem: MatmulProblem,
+    found: tuple[jax.Array, ...],
+    used: jax.Array,
+    row_weights: jax.Array | None,
+) -> jax.Array:
+    """`epilogue` of `parts`."""
+    gate, up = (*found, None)[:2]
+    result = activate(problem.weights, gate, up)
     if row_weights is not None:
         result = result * jnp.where(used, row_weights, 0.0)[:, None]
     return jnp.where(used[:, None], result, 0.0)
@@ -290,13 +316,26 @@ def grouped_matmul(problem: MatmulProblem, *operands: jax.Array) -> jax.Array:
 
 
 def _zeros(shape: tuple[Any, ...], dtype: str, operands: tuple[jax.Array, ...]) -> jax.Array:
-    """Zeros that vary over a shard_map's axes as the operands do."""
-    zeros = jnp.zeros(shape, dtype)
-    axes = frozenset()
-    for x in operands:
-        mat = getattr(jax.typeof(x), "mat", None)
-        axes |= frozenset(mat.varying) if mat is not None else frozenset()
+    """Zeros that vary over a shard_map's axes as the operands do.
+
+    They read the operands: XLA would else write the zeros of all of a program's loops when it begins, one
+    array for each loop, and keep them until the loops run.
+    """
+    zero = jnp.zeros((), dtype)
+    for x in operands[:2]:
+        if 0 not in x.shape:
+            value = x[(0,) * x.ndim].astype(_F32)
+            never = (value != value) & (value == 0)
+            zero = jnp.where(never, jnp.ones((), dtype), zero)
+    zeros = jnp.broadcast_to(zero, shape)
+    axes = frozenset().union(*map(_varying, operands)) - _varying(zeros)
     return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The axes of a shard_map that it varies over."""
+    mat = getattr(jax.typeof(x), "mat", None)
+    return frozenset() if mat is None else frozenset(mat.varying)
 
 
 def weight_gradient(problem: WeightGradient, *operands: jax.Array) -> jax.Array:
@@ -350,6 +389,63 @@ def weight_gradient(problem: WeightGradient, *operands: jax.Array) -> jax.Array:
         _zeros((), "int32", operands),
     )
     return lax.fori_loop(0, every.count, step, first)[0]
+
+
+def across_activation(
+    first: MatmulProblem, products: jax.Array, g: jax.Array, scale: jax.Array, used: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dh, s a, sums over the columns of g a): see `activation_gradient_kernel`.
+
+    first: whose epilogue is differentiated. products: `[rows, w_columns]`. g: float32 `[rows, n]`. scale,
+    used: `[rows]`; rows that are not used may hold anything, and are zero in the results.
+    """
+    every = jnp.ones(products.shape[0], bool)
+
+    def active_of(*found):
+        return epilogue_of_parts(first, found, every, None)
+
+    active, pull = jax.vjp(active_of, *(part.astype(_F32) for part in parts(first, products)))
+    dtype = products.dtype
+
+    def rows_in_use(found):  # left out behind their last operation
+        return jnp.where(used[:, None], found, 0.0).astype(dtype)
+
+    toward = tuple(rows_in_use(part) for part in pull(scale[:, None] * g))
+    sums = jnp.where(used, jnp.sum(g * active, axis=1), 0.0)
+    return columns_of_parts(first, toward), rows_in_use(scale[:, None] * active), sums
+
+
+def activation_gradient(problem: ActivationGradient, *operands: jax.Array) -> list[jax.Array]:
+    """[dh `[P, 2 N]`, s a `[P, N]`, sums `[P]`], zero in rows that are not in use.
+
+    Block after block: nothing as large as the results is kept beside them.
+    """
+    products, scale, used, toward, w, *where = operands
+    product, first = problem.product, problem.product._replace(weights=problem.weights)
+    every, spare = tiles(product, *where), _spare(product)
+    products, scale, used = (_padded(x, spare) for x in (products, scale, used))
+    ids = jnp.pad(where[0], (0, spare), constant_values=-1)
+
+    def step(i, results):
+        rows = _rows(product, every, i, ids)
+        mine = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=rows.start, slice_size=every.size
+        )
+        in_use = rows.used & mine(used)
+        matrix = _of_expert(product, every, i, w)
+        g = one_tile(product, in_use, toward[rows.token], (matrix,), None, None)
+        found = across_activation(first, mine(products), g, mine(scale), in_use)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(all_rows, some, rows.start, 0)
+            for all_rows, some in zip(results, found, strict=True)
+        )
+
+    num_rows = product.num_rows + spare
+    shapes = ((num_rows, first.w_columns), (num_rows, product.n), (num_rows,))
+    dtypes = (product.dtype, product.dtype, "float32")
+    zeros = (_zeros(s, d, operands) for s, d in zip(shapes, dtypes, strict=True))
+    results = lax.fori_loop(0, every.count, step, tuple(zeros))
+    return [found[: product.num_rows] for found in results]
 
 
 def row_mask(problem: MatmulProblem, *where: jax.Array) -> jax.Array:

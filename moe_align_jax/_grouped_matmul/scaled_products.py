@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import epilogue
-from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul import epilogue, inline_scales
+from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -32,6 +32,22 @@ def memory(problem: MatmulProblem, config: Config) -> Any:
     return plgpu.SMEM((config.stages, rows), _I32 if problem.scales.packed else _F32)
 
 
+def sums_of(problem: MatmulProblem, config: Config, shape: Shape) -> int:
+    """How many scales the weights of a warpgroup's tile have, in a step."""
+    if problem.weights.gated:
+        return 2
+    # Sums side by side, each of columns that share a scale: a tile of 192 columns has parts of 3 blocks.
+    parted = config.form != "swap" and shape.wn % GROUP and shape.wn > E4M3_COLUMNS
+    return shape.wn // E4M3_COLUMNS if parted else 1
+
+
+def weights_memory(problem: MatmulProblem, config: Config, shape: Shape) -> Any:
+    """Scales of the weights of two tiles, this one and the next, for each warpgroup, in shared memory."""
+    sums = sums_of(problem, config, shape)
+    groups = -(-problem.scale_groups // _LEAST_ROWS) * _LEAST_ROWS
+    return plgpu.SMEM((config.computing, 2, sums, groups), _F32)
+
+
 class Products:
     """Multiplies a tile: called with what is the same for every tile."""
 
@@ -44,6 +60,7 @@ class Products:
         self.refs, self.interpret = refs, interpret
         self.swap = config.form == "swap"
         self.gated = problem.weights.gated
+        self.beside = 1 if self.gated else sums_of(problem, config, shape)
 
     def __call__(
         self,
@@ -52,6 +69,7 @@ class Products:
         ring: jax.Array,
         slot_of: Callable[[jax.Array], jax.Array],
         between: Callable[[jax.Array], None],
+        place: jax.Array | None = None,
     ) -> list[jax.Array]:
         """The warpgroup's sums: gate and up, or one.
 
@@ -61,18 +79,32 @@ class Products:
             ring: steps of the ring before this tile's.
             slot_of: the stage of a step.
             between: called while a product of step k runs.
+            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where the
+                scales are read from global memory.
         """
         refs, last = self.refs, self.shape.k_steps - 1
+        if self.scales.w == "tensor":  # one for all steps
+            place = None
         count = self.shape.wm // 64 if self.swap else 1  # accumulators, one after the other
         like = plgpu.ACC((64, self.shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
         of_all = None
         if self.scales.x == "tensor":
             of_all = refs.x_scales[0]
 
+        early = self.config.early
+
+        def more_of_w(k):
+            """Of the weights in step k."""
+            if place is None:
+                return self._of_blocks(tile, warpgroup, k)
+            return self._fetched(warpgroup, place, k)
+
         def step(k, carry):
-            sums, of_w = carry
-            slot = slot_of(ring + k)
-            plgpu.barrier_wait(refs.full.at[slot])
+            # The next step's stage is found while this one's product runs.
+            sums, of_w, slot = carry
+            following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
+            if not early:
+                plgpu.barrier_wait(refs.full.at[slot])
             found, of_x, coming = list(sums), None, of_w
             for part in range(count):
 
@@ -82,19 +114,24 @@ class Products:
                     if part == 0:  # behind the product that runs
                         between(k)
                         of_x = None if of_all is not None else self._of_rows(warpgroup, slot, k)
-                        more = self._of_blocks(tile, warpgroup, jnp.minimum(k + 1, last))
-                        scales = (of_x, more)
+                        in_step = place is not None and not early
+                        of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
+                        scales = (of_x, of_next)
+                        if early:
+                            pl.when(k < last)(lambda: plgpu.barrier_wait(refs.full.at[following]))
                     return partial[...], scales
 
                 product, scales = pl.run_scoped(scope, like)
                 if part == 0:
                     of_x, coming = scales
+                    if place is not None and not early:
+                        of_w, coming = coming, ()
                 if part == count - 1:
                     plgpu.barrier_arrive(refs.empty.at[slot])
                 for i, piece in self._pieces(product, part):
                     scale = of_w[i] if of_all is None else of_w[i] * of_all
                     found[i] = self._add(found[i], piece, of_x, scale)
-            return tuple(found), coming
+            return tuple(found), coming, following
 
         def pass_on(k, _):
             slot = slot_of(ring + k)
@@ -107,10 +144,14 @@ class Products:
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
             mine = mine & self._holds_rows(tile, warpgroup)
-        first = tuple(zeros), self._of_blocks(tile, warpgroup, 0)
-        sums, _ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
-        if self.config.skips:
-            others = tile.valid & jnp.logical_not(mine)
+        none = place is not None and not early
+        first = tuple(zeros), () if none else more_of_w(0), slot_of(ring)
+        if early:  # of the first step; of the next ones each behind the product before it
+            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
+        sums, *_ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
+        if self.config.skips or self.config.shares_weights:
+            busy = tile.busy if self.config.shares_weights else tile.valid
+            others = busy & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
 
@@ -146,14 +187,15 @@ class Products:
             return [(64, self.shape.wn)] * (self.shape.wm // 64)
         if self.gated:
             return [(64, self.shape.wn // 2)] * 2
-        return [(64, self.shape.wn)]
+        return [(64, self.shape.wn // self.beside)] * self.beside
 
     def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
         """(Which sum, what is added to it) of accumulator `part`."""
-        if self.swap or not self.gated:
+        if self.swap or (not self.gated and self.beside == 1):
             return [(part, product)]
-        half = self.shape.wn // 2
-        return [(0, product[:, :half]), (1, product[:, half:])]
+        count = 2 if self.gated else self.beside
+        width = self.shape.wn // count
+        return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
 
     def _zeros(self, shape: tuple[int, int]) -> jax.Array:
         zeros = jnp.zeros(shape, _F32)
@@ -188,10 +230,35 @@ class Products:
         exponents = lax.shift_right_logical(scales, lax.broadcast(shift, scales.shape)) & 255
         return lax.bitcast_convert_type(exponents << 23, _F32)
 
+    def fetch(self, tile: Any, warpgroup: jax.Array, place: jax.Array) -> None:
+        """Asks for the scales of a tile's weights."""
+        if self.scales.w == "tensor":
+            return
+        for i, (ref, expert, block) in enumerate(self._blocks(tile, warpgroup)):
+            inline_scales.copy_groups(
+                ref,
+                self.refs.w_scale_rows.at[warpgroup, place, i],
+                (expert * ref.shape[1] + block) * ref.shape[2],
+                count=ref.shape[2],
+                interpret=self.interpret,
+            )
+
+    def _fetched(
+        self, warpgroup: jax.Array, place: jax.Array, k: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        count = sums_of(self.problem, self.config, self.shape)
+        return tuple(self.refs.w_scale_rows[warpgroup, place, i, k] for i in range(count))
+
     def _of_blocks(
         self, tile: Any, warpgroup: jax.Array, k: jax.Array | int
     ) -> tuple[jax.Array, ...]:
         """float32 scalars, of each sum's weights."""
+        if self.scales.w == "tensor":
+            return tuple(ref[expert, 0, 0] for ref, expert, _ in self._blocks(tile, warpgroup))
+        return tuple(ref[expert, block, k] for ref, expert, block in self._blocks(tile, warpgroup))
+
+    def _blocks(self, tile: Any, warpgroup: jax.Array) -> list[tuple[Any, jax.Array, jax.Array]]:
+        """(Array of scales, expert, block of its columns) of each sum."""
         problem, weights, refs = self.problem, self.problem.weights, self.refs
         # A tile without an expert reads some expert's, and does not use it.
         expert = jnp.clip(tile.expert, 0, problem.num_experts - 1)
@@ -199,17 +266,16 @@ class Products:
         if self.config.form != "m":
             column = column + warpgroup * (self.shape.columns // self.config.computing)
         found = []
-        for i in range(2 if self.gated else 1):
+        for i in range(2 if self.gated else self.beside):
             ref = refs.w_scales[i if weights.pair else 0]
             first = column
-            if self.gated and weights.interleaved:
+            if not self.gated:
+                first = column + i * E4M3_COLUMNS
+            elif weights.interleaved:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n
-            if self.scales.w == "tensor":
-                found.append(ref[expert, 0, 0])
-                continue
             # A tile may have columns that there are none of.
             block = jnp.minimum(lax.div(first, _I32(GROUP)), ref.shape[1] - 1)
-            found.append(ref[expert, block, k])
-        return tuple(found)
+            found.append((ref, expert, block))
+        return found

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, tests_rows
+from moe_align_jax._grouped_matmul.config import Config, piece_rows, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -24,6 +24,7 @@ class Shape(NamedTuple):
         wm, wn: a warpgroup's accumulator: rows and columns, of the tile or, swapped, of its transpose.
         accumulators: of a warpgroup: 2 where gate and up lie apart.
         piece: columns of the result that are stored at a time.
+        piece_rows: rows of them: 64; of swapped tiles all, or half of many, which leaves room for a stage.
         parted: whether the kernel itself parts interleaved columns.
         tests_rows: whether sorted_token_ids say which rows of the result are zero.
         reads_ids: whether they are read at all.
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     wn: int
     accumulators: int
     piece: int
+    piece_rows: int
     parted: bool
     tests_rows: bool
     reads_ids: bool
@@ -85,6 +87,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         wn,
         accumulators,
         out_row,
+        piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
         bool(tests or problem.top_k or (parts > 1 and not problem.whole_blocks)),

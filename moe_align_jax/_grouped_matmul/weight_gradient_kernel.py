@@ -14,10 +14,14 @@ alignment, an expert map that gives two experts one local id) that is tested on 
                       row is overwritten with zeros in shared memory, since it may be NaN (0 * NaN)
     rows by cp.async  of a gathered operand, and of groups that begin anywhere: zeros behind the last row
 
-A `late` tile stays in registers, rounded, and is stored in pieces between the products of the next one.
-Nothing is atomic: each sum is made by one warpgroup, in the order of the rows. Needs sm_90a: wgmma, TMA.
+A `late` tile stays in registers, rounded, and is stored in bands of columns between the products of the next
+one. Where a matrix has fewer tiles than the GPU has multiprocessors, an expert with most of the rows would
+leave some without work: its rows are cut into pieces. A first launch sums each piece, into float32, and the
+second adds an expert's pieces up in their order, in place of multiplying. Nothing is atomic: each sum is made
+by one warpgroup, in the order of the rows. Needs sm_90a: wgmma, TMA.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,9 +39,13 @@ from moe_align_jax._lowering.sharding import vary_together
 _I32, _F32 = jnp.int32, jnp.float32
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it.
 _REGISTERS = {False: (40, 232), True: (56, 224)}
-_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
+_SLOTS = 2  # bands of the result in shared memory, per warpgroup
 _COMPUTING = 2  # warpgroups that multiply
 _WM = 64  # columns of lhs that a warpgroup has
+_TILES_PER_CTA = (
+    4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
+)
+_STEPS_OF_PIECE = 8  # a piece has at least so many
 
 
 class Tiles(NamedTuple):
@@ -51,6 +59,7 @@ class Tiles(NamedTuple):
         lag: with cp.async, steps between asking for rows and saying that they are there. At most stages - 2:
             a stage is free again when the next one has been multiplied.
         num_ctas: of the grid.
+        pieces: that the rows of all hot experts are cut into, at most; 0: no expert is cut.
     """
 
     bm: int = 128
@@ -60,6 +69,7 @@ class Tiles(NamedTuple):
     late: bool = True
     lag: int = 2
     num_ctas: int = 132
+    pieces: int = 0
 
     @property
     def name(self) -> str:
@@ -81,6 +91,16 @@ def cannot(problem: WeightGradient) -> str | None:
 def tiles_for(problem: WeightGradient) -> Tiles:
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
     return Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+
+
+def cutting(problem: WeightGradient) -> Tiles:
+    """`tiles_for`, with hot experts cut, where a matrix has so few tiles that it pays."""
+    tiles, layout = tiles_for(problem), problem.layout
+    per_expert = -(-layout.k // tiles.bm) * -(-layout.n // tiles.bn)
+    pieces = tiles.num_ctas * _TILES_PER_CTA // per_expert
+    pieces = min(pieces, layout.num_rows // (_STEPS_OF_PIECE * tiles.bk))
+    # An expert is cut if it has two pieces' rows: with two pieces, only if it has all.
+    return tiles._replace(pieces=pieces if pieces > 2 else 0)
 
 
 class Experts(NamedTuple):
@@ -132,6 +152,45 @@ def _experts_of(problem: WeightGradient, *where: jax.Array) -> tuple[Experts, ja
     return experts, consecutive
 
 
+class Pieces(NamedTuple):
+    """The rows of hot experts, cut.
+
+    Attributes:
+        experts: the pieces as if they were experts, `[pieces]`, in the order of their experts and rows.
+        used: int32 `[1]`, how many there are; the others are empty.
+        begin, end: int32 `[E]`, the pieces of each expert; the same for one that is not cut.
+    """
+
+    experts: Experts
+    used: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+
+def cut(experts: Experts, pieces: int, bk: int) -> tuple[Experts, Pieces]:
+    """The experts, without the rows of those that are cut, and the pieces of these."""
+    start, count, _ = experts
+    total = jnp.sum(count, dtype=_I32)
+    bound = jnp.maximum(lax.div(total + (pieces - 1), _I32(pieces)), _I32(_STEPS_OF_PIECE * bk))
+    # Rounded down: the pieces of all experts are at most as many as bounds are in all rows.
+    parts = jnp.where(count >= 2 * bound, lax.div(count, bound), 0)
+    end = jnp.cumsum(parts, dtype=_I32)
+    begin, used = end - parts, end[-1:]
+    # A piece begins at a whole step behind its expert's first row, as TMA needs it.
+    steps = lax.div(count + (bk - 1), _I32(bk))
+    steps = lax.div(steps + (parts - 1), jnp.maximum(parts, 1))
+    piece = lax.iota(_I32, pieces)
+    expert = jnp.sum(end[None, :] <= piece[:, None], axis=1, dtype=_I32)
+    expert = jnp.minimum(expert, end.shape[0] - 1)
+    rows = steps[expert] * bk
+    skipped = (piece - begin[expert]) * rows
+    there = jnp.where(piece < used, jnp.clip(count[expert] - skipped, 0, rows), 0)
+    of_pieces = Experts(jnp.where(there > 0, start[expert] + skipped, 0), there, piece)
+    count = jnp.where(parts > 0, 0, count)
+    left = Experts(start, count, jnp.argsort(-count, stable=True).astype(_I32))
+    return left, Pieces(of_pieces, used, begin, end)
+
+
 class _Operand(NamedTuple):
     """How the rows of lhs or of rhs come into shared memory.
 
@@ -171,11 +230,19 @@ def run(
     tiles = tiles or tiles_for(problem)
     if interpret:  # it runs a thread for each warpgroup of each CTA
         tiles = tiles._replace(num_ctas=2)
-    kernel_of = build(problem, tiles, interpret=interpret)
 
     def by_kernel(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
+        given = functools.partial(arguments, problem, tiles, interpret=interpret)
         with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-            return kernel_of(*arguments(problem, tiles, experts, *operands, interpret=interpret))
+            if not tiles.pieces:
+                return build(problem, tiles, interpret=interpret)(*given(experts, *operands))
+            experts, pieces = cut(experts, tiles.pieces, tiles.bk)
+            sums = build_pieces(problem, tiles, interpret=interpret)(
+                *given(pieces.experts, *operands, more=(pieces.used,))
+            )
+            more = (pieces.begin, pieces.end)
+            given_all = given(experts, *operands, more=more, sums=sums)
+            return build(problem, tiles, interpret=interpret)(*given_all)
 
     def by_loop(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
         del experts
@@ -198,10 +265,16 @@ def arguments(
     experts: Experts,
     *operands: jax.Array,
     interpret: bool,
+    more: tuple[jax.Array, ...] = (),
+    sums: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """The kernel's operands, of the problem's."""
+    """The kernel's operands, of the problem's.
+
+    more: with pieces, how many are used for the first launch, and which are whose for the second.
+    sums: the pieces' sums, for the second.
+    """
     lhs, rhs, *where = operands
-    found = list(experts)
+    found = [*experts, *more]
     if problem.gathered:
         # A stage may reach past the last row: the ids that it reads there are not used.
         found.append(jnp.pad(where[0], (0, tiles.bk), constant_values=-1))
@@ -210,11 +283,21 @@ def arguments(
             jnp.pad(x, ((0, tiles.bk), (0, -x.shape[1] % wide)))
             for x, wide in ((lhs, tiles.bm), (rhs, tiles.bn))
         )
-    return [*found, lhs, rhs]
+    return [*found, lhs, rhs, *(() if sums is None else (sums,))]
+
+
+def build_pieces(
+    problem: WeightGradient, tiles: Tiles, *, interpret: bool = False
+) -> Callable[..., jax.Array]:
+    """The launch that sums the pieces: float32 `[pieces, k, n]`, with k and n those of whole tiles."""
+    layout = problem.layout._replace(num_experts=tiles.pieces, out_dtype="float32")
+    tiles = tiles._replace(late=False, pieces=0)
+    of_pieces = problem._replace(layout=layout)
+    return build(of_pieces, tiles, of_pieces=True, interpret=interpret)
 
 
 def build(
-    problem: WeightGradient, tiles: Tiles, *, interpret: bool = False
+    problem: WeightGradient, tiles: Tiles, *, of_pieces: bool = False, interpret: bool = False
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of what `arguments` gives."""
     if tiles.lag > tiles.stages - 2:
@@ -231,16 +314,28 @@ def build(
     total = layout.num_experts * per_expert
     by_copies = not (left.by_tma and right.by_tma)
     # TMA stores of a single piece lose the dimension of pieces, and with it their index.
-    by_rows = k % _WM != 0 or n % piece != 0 or n == piece
+    by_rows = not of_pieces and (k % _WM != 0 or n % piece != 0 or n == piece)
+    out_shape = problem.out_shape
+    if of_pieces:  # whole tiles, so that they can be read without a look at the edges
+        out_shape = layout.num_experts, m_tiles * tiles.bm, n_tiles * tiles.bn
     memory_registers, compute_registers = _REGISTERS[by_copies]
 
     def body(*given):
         refs = list(given)
         start_ref, count_ref, order_ref = refs.pop(0), refs.pop(0), refs.pop(0)
+        used_ref = refs.pop(0) if of_pieces else None
+        begin_ref, end_ref = (refs.pop(0), refs.pop(0)) if tiles.pieces else (None, None)
         ids_ref = refs.pop(0) if problem.gathered else None
-        left_ref, right_ref, out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
+        left_ref, right_ref = refs.pop(0), refs.pop(0)
+        sums_ref = refs.pop(0) if tiles.pieces else None
+        out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        rounds, rest_of_round = divmod(total, tiles.num_ctas)
+        if used_ref is None:
+            rounds, rest_of_round = divmod(total, tiles.num_ctas)
+        else:
+            in_use = used_ref[0] * per_expert
+            rounds = lax.div(in_use, _I32(tiles.num_ctas))
+            rest_of_round = in_use - rounds * tiles.num_ctas
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
@@ -311,13 +406,32 @@ def build(
 
                     return sums[...]
 
-                found = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
-                return [
-                    found[:, c : c + piece].astype(out_dtype) for c in range(0, tiles.bn, piece)
-                ]
+                return pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+
+            def bands(tile, sums):
+                """The sums in bands of columns, rounded; of an expert that is cut, those of its pieces."""
+                expert, row, column = place(tile)
+                found = []
+                for c in range(0, tiles.bn, piece):
+                    band = sums[:, c : c + piece]
+                    if tiles.pieces:
+                        rows = pl.ds(pl.multiple_of(row, _WM), _WM)
+                        columns = pl.ds(pl.multiple_of(column + c, piece), piece)
+
+                        def add(p, band, rows=rows, columns=columns):
+                            return band + load_sums(sums_ref.at[p, rows, columns])
+
+                        band = lax.fori_loop(begin_ref[expert], end_ref[expert], add, band)
+                    found.append(band.astype(out_dtype))
+                return found
+
+            def load_sums(ref):
+                if interpret:
+                    return ref[...]
+                return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
             def put(q, value, at):
-                """Piece q of a tile at (expert, first row, first column), if the result has it."""
+                """Band q of a tile at (expert, first row, first column), if the result has it."""
                 expert, row, column = at
                 column = column + piece * q
 
@@ -347,23 +461,23 @@ def build(
             def now(i, ring):
                 tile = tile_at(i)
                 at = place(tile)
-                for q, value in enumerate(multiply(tile, ring, lambda k: None)):
+                for q, value in enumerate(bands(tile, multiply(tile, ring, lambda k: None))):
                     put(q, value, at)
                 return ring + tile[-1]
 
             def later(i, carry):
-                ring, waits, at, pieces = carry
+                ring, waits, at, last = carry
                 tile = tile_at(i)
 
                 def between(k):
-                    for q in range(len(pieces)):
-                        pl.when((k == q) & (waits > 0))(lambda q=q: put(q, pieces[q], at))
+                    for q in range(len(last)):
+                        pl.when((k == q) & (waits > 0))(lambda q=q: put(q, last[q], at))
 
-                found = multiply(tile, ring, between)
-                for q in range(len(pieces)):
+                sums = multiply(tile, ring, between)
+                for q in range(len(last)):
                     late = (tile[-1] <= q) & (waits > 0)
-                    pl.when(late)(lambda q=q: put(q, pieces[q], at))
-                return ring + tile[-1], _I32(1), place(tile), found
+                    pl.when(late)(lambda q=q: put(q, last[q], at))
+                return ring + tile[-1], _I32(1), place(tile), bands(tile, sums)
 
             if not tiles.late:
                 lax.fori_loop(0, mine, now, _I32(0))
@@ -374,11 +488,11 @@ def build(
                 zero = _I32(0)
                 none = [zeros] * (tiles.bn // piece)
                 carry = (zero, zero, (zero, zero, zero), none)
-                _, waits, at, pieces = lax.fori_loop(0, mine, later, carry)
+                _, waits, at, last = lax.fori_loop(0, mine, later, carry)
 
                 @pl.when(waits > 0)
                 def _():
-                    for q, value in enumerate(pieces):
+                    for q, value in enumerate(last):
                         put(q, value, at)
 
             plgpu.wait_smem_to_gmem(0)
@@ -463,7 +577,7 @@ def build(
     arrivals = left.by_tma + right.by_tma + by_copies
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(problem.out_shape, out_dtype),
+        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=[
             plgpu.SMEM((stages, bk, tiles.bm), dtype, transforms=likes[0]),
             plgpu.SMEM((stages, bk, tiles.bn), dtype, transforms=likes[1]),
@@ -475,7 +589,7 @@ def build(
         grid_names=("cta",),
         num_threads=_COMPUTING + 1,
         thread_name="warpgroup",
-        kernel_name="grouped_weight_gradient",
+        kernel_name="grouped_weight_gradient" + ("_of_pieces" if of_pieces else ""),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **options,
     )

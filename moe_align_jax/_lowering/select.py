@@ -1,10 +1,12 @@
 """Which implementation runs: what can run for a platform, what was asked for, and why nothing else."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moe_align_jax._core import checks
 from moe_align_jax._lowering.primitive import PLATFORMS
@@ -130,28 +132,48 @@ def not_implemented(function: str, implementation: str, reason: str) -> NotImple
 
 
 def check_implementation(function: str, implementation: object) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and not checks.is_one_of(implementation, IMPLEMENTATIONS):
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(
             checks.message(
                 function,
                 "implementation",
                 f"be None or one of {names}",
-                repr(implementation),
+                checks.shown(implementation),
                 "Pass None for the best available.",
             )
         )
+
+
+def dtype_of(value: object) -> np.dtype | None:
+    """The dtype that it is or names; None where it is none, such as an array."""
+    try:
+        if value is None or isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            return None
+        return jnp.dtype(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_dtype(function: str, value: object, names: Sequence[str]) -> np.dtype:
+    """`dtype=` of a function that says what would run: one of these."""
+    found = dtype_of(value)
+    if found is None or found.name not in names:
+        got = checks.shown(value) if found is None else found.name
+        rule, remedy = f"be one of {', '.join(names)}", "It is that of the rows."
+        raise TypeError(checks.message(function, "dtype", rule, got, remedy))
+    return found
 
 
 def check_platform(function: str, platform: str | None) -> str:
     """The platform to lower for: one that jax has a name for, or that this process has devices of."""
     if platform is None:
         platform = jax.default_backend()
-    if platform == "gpu":
+    if checks.is_one_of(platform, ("gpu",)):
         return "cuda"
-    if platform not in PLATFORMS and platform not in [d.platform for d in jax.devices()]:
+    if not checks.is_one_of(platform, (*PLATFORMS, *(d.platform for d in jax.devices()))):
         names = ", ".join(map(repr, ("gpu", *PLATFORMS)))
         remedy = "Leave it out for this process's default."
         rule = f"be None or one of {names}"
-        raise ValueError(checks.message(function, "platform", rule, repr(platform), remedy))
+        raise ValueError(checks.message(function, "platform", rule, checks.shown(platform), remedy))
     return platform

@@ -94,7 +94,8 @@ def _stored(problem: MaskedQuantProblem, scale: jax.Array, valid: jax.Array) -> 
     if problem.packed:
         exponent = lax.bitcast_convert_type(scale, jnp.int32) >> _EXPONENT_BITS
         exponent = jnp.where(valid[..., None], exponent, 0)
-        word = exponent.reshape(*exponent.shape[:2], -1, GROUPS_PER_WORD)
+        words = exponent.shape[2] // GROUPS_PER_WORD
+        word = exponent.reshape(*exponent.shape[:2], words, GROUPS_PER_WORD)
         shift = jnp.arange(GROUPS_PER_WORD, dtype=jnp.int32) * 8
         return jnp.sum(word << shift[None, None, None], axis=-1, dtype=jnp.int32).transpose(0, 2, 1)
     scale = jnp.where(valid[..., None], scale, jnp.float32(0))

@@ -245,27 +245,13 @@ def _backward(problem, implementation, kept, ct):
         scale = jnp.where(used, scale, 0.0)
     flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
     across = ActivationGradient(flipped, first.weights)
-    if activation_gradient.runs(across, implementation):
-        with jax.named_scope("down"):
-            operands = (products, scale, used, toward, given.w_down, *where.of_matmul)
-            rows, scaled_rows, of_row = activation_gradient.run(
-                operands, problem=across, implementation=str(implementation)
-            )
-            if given.bias_gate_up is not None:  # its gradient adds up all rows
-                rows = jnp.where(used[:, None], rows, jnp.zeros_like(rows))
-    else:
-        with jax.named_scope("down"):
-            args = (toward, given.w_down, None, where.of_matmul)
-            g = derivative.product(flipped, implementation, *args).astype(_F32)
-        with jax.named_scope("gate_up"):
-            active, pull = jax.vjp(functools.partial(_activated, problem), products.astype(_F32))
-            [rows] = pull(scale[:, None] * g)
-            # Rows that are not in use may hold anything: they are left out behind their last operation.
-            rows = jnp.where(used[:, None], rows, 0.0).astype(problem.dtype)
-            scaled_rows = jnp.where(used[:, None], scale[:, None] * active, 0.0)
-            scaled_rows = scaled_rows.astype(problem.dtype)
-        with jax.named_scope("combine"):
-            of_row = jnp.sum(g * active, axis=1)
+    operands = (products, scale, used, toward, given.w_down, *where.of_matmul)
+    with jax.named_scope("down"):
+        rows, scaled_rows, of_row = activation_gradient.run(
+            operands, problem=across, implementation=implementation
+        )
+        if given.bias_gate_up is not None:  # its gradient adds up all rows
+            rows = jnp.where(used[:, None], rows, jnp.zeros_like(rows))
     with jax.named_scope("combine"):
         kept_pair = where.row_of_pair >= 0
         of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]

@@ -1,7 +1,7 @@
 """What the router's functions check of their arguments, and the problem that they make of them."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,14 +12,30 @@ from moe_align_jax._core import checks
 from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
 
 
+class Options(NamedTuple):
+    """What `route_topk` and `route_and_align` are given beside the logits, as their callers wrote it.
+
+    The arrays come last; what is before them is static, with the defaults that the functions have.
+    """
+
+    top_k: Any
+    scoring: Any = "softmax"
+    softmax_after_topk: Any = False
+    renormalize: Any = False
+    num_groups: Any = 1
+    topk_groups: Any = 1
+    scaling_factor: Any = 1.0
+    correction_bias: Any = None
+    token_mask: Any = None
+    num_valid_tokens: Any = None
+
+
+# Those of them that `select_router_implementation` passes on.
+STATIC = Options._fields[1:-3]
+
+
 def check_route(
-    function: str,
-    logits: Any,
-    *,
-    correction_bias: Any,
-    token_mask: Any,
-    num_valid_tokens: Any,
-    **static: Any,
+    function: str, logits: Any, options: Options
 ) -> tuple[RouteProblem, dict[str, Any]]:
     """The checked problem, and the operands by name as they were given."""
     if not isinstance(logits, (jax.Array, np.ndarray)):
@@ -29,9 +45,10 @@ def check_route(
         got = checks.describe(logits)
         raise TypeError(checks.message(function, "logits", "be an array", got, remedy))
     check_logits(function, logits)
-    problem = make_problem(function, logits, **static)
+    problem = make_problem(function, logits, options)
     operands: dict[str, Any] = {"logits": logits}
     num_tokens, num_experts = logits.shape
+    correction_bias, token_mask, num_valid_tokens = options[-3:]
     if correction_bias is not None:
         remedy = "Pass one number for each expert, or None."
         _check_floats(function, "correction_bias", correction_bias, remedy)
@@ -83,37 +100,24 @@ def check_logits(function: str, logits: Any) -> None:
         raise ValueError(checks.message(function, "logits", rule, got, remedy))
 
 
-def make_problem(
-    function: str,
-    logits: Any,
-    *,
-    top_k: Any,
-    scoring: Any,
-    softmax_after_topk: Any,
-    renormalize: Any,
-    num_groups: Any,
-    topk_groups: Any,
-    scaling_factor: Any,
-) -> RouteProblem:
+def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
     """Of the static options, checked."""
     num_tokens, num_experts = logits.shape
 
     remedy = "Pass the number of experts of each token."
-    top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
+    top_k = checks.check_positive_int(function, "top_k", options.top_k, remedy)
     remedy = "Pass the number of groups that the experts are divided into."
-    groups = checks.check_positive_int(function, "num_groups", num_groups, remedy)
+    groups = checks.check_positive_int(function, "num_groups", options.num_groups, remedy)
     remedy = "Pass the number of groups that may be chosen from."
-    stay = checks.check_positive_int(function, "topk_groups", topk_groups, remedy)
-    if scoring not in SCORINGS:
-        got = repr(scoring) if isinstance(scoring, str) else checks.describe(scoring)
+    stay = checks.check_positive_int(function, "topk_groups", options.topk_groups, remedy)
+    scoring = options.scoring
+    if not checks.is_one_of(scoring, SCORINGS):
+        got = checks.shown(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
         checks.fail(function, "scoring", rule, got, "It is a static string.")
-    for argument, flag in (
-        ("softmax_after_topk", softmax_after_topk),
-        ("renormalize", renormalize),
-    ):
-        checks.check_bool(function, argument, flag)
-    if softmax_after_topk and scoring != "softmax":
+    for argument in ("softmax_after_topk", "renormalize"):
+        checks.check_bool(function, argument, getattr(options, argument))
+    if options.softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
         checks.fail(
             function, "softmax_after_topk", "be False unless scoring is 'softmax'", got, remedy
@@ -139,13 +143,17 @@ def make_problem(
         checks.fail(
             function, "top_k", "be at most the number of experts that can be chosen", got, remedy
         )
+    scaling_factor = options.scaling_factor
     if isinstance(scaling_factor, (bool, np.bool_)) or not isinstance(
         scaling_factor, (int, float, np.integer, np.floating)
     ):
         rule, got = "be a static number", checks.describe(scaling_factor)
         remedy = "It is compiled into the kernel: pass a Python float."
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
-    factor = float(np.float32(scaling_factor))
+    factor = float("inf")
+    if checks.is_finite(scaling_factor):
+        with np.errstate(over="ignore"):
+            factor = float(np.float32(scaling_factor))
     if not math.isfinite(factor):
         checks.fail(
             function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."
@@ -156,8 +164,8 @@ def make_problem(
         top_k=top_k,
         dtype=str(logits.dtype),
         scoring=scoring,
-        softmax_after_topk=bool(softmax_after_topk),
-        renormalize=bool(renormalize),
+        softmax_after_topk=bool(options.softmax_after_topk),
+        renormalize=bool(options.renormalize),
         num_groups=groups,
         topk_groups=stay,
         scaling_factor=factor,

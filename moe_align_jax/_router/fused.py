@@ -1,9 +1,10 @@
 """The router and the alignment behind it in one launch, for as many tokens as a cluster holds warps.
 
 Each CTA of a cluster routes its share of the tokens, a warp each, and tells their ids to every CTA: by mail,
-or, where it is alone, by shared memory. Then all hold all ids. Beyond 32 pairs `masks.py` aligns them;
-otherwise, and for ids that are mapped before they are counted, each CTA does what one of the alignment's own
-kernel does with ids in memory: `_align/kernels` is used as it is. The results are the same.
+or, where it is alone, by shared memory. Then all hold all ids. `split.py` has the code for it, in which some
+warps choose and others align. Ids that are mapped before they are counted need another way, in which each
+CTA does what one of the alignment's own kernel does with ids in memory: `_align/kernels` is used as it is.
+The results are the same.
 
 Bytes: as the two kernels, without the ids' way through memory. Grid: one cluster. Deterministic.
 """
@@ -15,7 +16,7 @@ from typing import Any
 from moe_align_jax._align import config as forms
 from moe_align_jax._align import kernels, tables
 from moe_align_jax._router import kernel as routing
-from moe_align_jax._router import masks
+from moe_align_jax._router import split
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
@@ -25,7 +26,6 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 64
 _MAX_CTAS = 8
 _CELLS_PER_CTA = 8192  # rows of output that make another CTA worth its part in the cluster
-BY_MASKS = True  # whether "masks" is taken where "block" would be, if it can be
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,18 @@ class FusedConfig:
     """How one launch is made.
 
     Attributes:
-        form: of the alignment, "warp" or "block" as the alignment alone has them, or "masks" (`masks.py`).
+        form: "split" (`split.py`), or of the alignment, "warp" or "block" as that alone has them.
         num_warpgroups: of a CTA.
         num_ctas: CTAs of the cluster.
+        aligners: of "split", the warpgroups that align; the others choose.
+        message: of "split", ids in a message from CTA to CTA, 4 or 8.
     """
 
     form: str
     num_warpgroups: int
     num_ctas: int
+    aligners: int = 1
+    message: int = 4
 
 
 def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None:
@@ -54,12 +58,19 @@ def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None
         form = "block"
     else:
         return None
-    if BY_MASKS and form == "block" and masks.takes(align, problem.num_tokens):
-        form = "masks"
-    groups = 1 if problem.num_tokens <= WARPGROUP // WARP else 2
-    warps = groups * WARPGROUP // WARP
-    wanted = max(-(-problem.num_tokens // warps), align.capacity // _CELLS_PER_CTA, 1)
-    return FusedConfig(form, groups, min(_MAX_CTAS, forms.power_of_two(wanted)))
+    warps = WARPGROUP // WARP
+    if split.takes(align, problem.num_tokens):
+        # More than 4 routing warps to a CTA wait for each other; a cluster of more than 8 is not portable.
+        routers = warps if problem.num_tokens <= _MAX_CTAS * warps else 2 * warps
+        return FusedConfig("split", routers // warps + 1, _num_ctas(problem, align, routers))
+    groups = 1 if problem.num_tokens <= warps else 2
+    return FusedConfig(form, groups, _num_ctas(problem, align, groups * warps))
+
+
+def _num_ctas(problem: RouteProblem, align: AlignProblem, routers: int) -> int:
+    """For so many tokens to a CTA, and for the output."""
+    wanted = max(-(-problem.num_tokens // routers), align.capacity // _CELLS_PER_CTA, 1)
+    return min(_MAX_CTAS, forms.power_of_two(wanted))
 
 
 def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int) -> Any:
@@ -100,62 +111,19 @@ def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int)
     return body
 
 
-def _by_masks(problem: RouteProblem, by_masks: masks.Masks, num_ctas: int) -> Any:
-    """The router with the alignment of `masks.py`, a token for each warp: ids go out before weights are
-    computed, and sentinels are written while logits are on their way."""
-    top_k = problem.top_k
-    width = (
-        1 << (top_k - 1).bit_length()
-    )  # lanes that send to one CTA; the others send to further ones
-
-    def body(t: Simt, r: SimpleNamespace) -> None:
-        tid = t.thread_id()
-        lane, warp = tid & (WARP - 1), tid >> 5
-        t.grid_dependency_wait()
-        t.launch_dependents()
-        router = routing.Router(t, r, problem, lane)
-        token = t.cta_id() * by_masks.num_warps + warp
-        is_token = token < problem.num_tokens
-        row = router.load(t.select(is_token, token, 0))
-        by_masks.begin(t, r)
-        if num_ctas > 1:
-            t.cluster_ready()
-        # A warp without a token computes one of another's, and sends and stores nothing.
-        found = router.find(row)
-        if num_ctas > 1:
-            k, part = lane & (width - 1), lane >> (width.bit_length() - 1)
-            expert = t.shfl(found.expert, k)
-            for cta in range(0, num_ctas, WARP // width):
-                to = part + cta
-                with t.if_(is_token & (k < top_k) & (to < num_ctas)):
-                    t.post(to, token * top_k + k, expert)
-        else:
-            with t.if_(is_token & (lane < top_k)):
-                t.store(r.chosen, token * top_k + lane, found.expert)
-        t.block_sync()
-
-        def weigh() -> None:
-            weight = router.weigh(found)
-            with t.if_(is_token):
-                routing.store(router, token, weight, found.expert)
-
-        if num_ctas > 1:
-            weigh()
-        ids = t.mail() if num_ctas > 1 else r.chosen
-        refs = SimpleNamespace(**{**vars(r), "topk_ids": ids})
-        by_masks.end(t, refs, weigh if num_ctas == 1 else lambda: None)
-
-    return body
-
-
 def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Program:
     """`(logits, ..., [the alignment's operands but its ids]) -> (topk_weights, topk_ids, [its results])`."""
-    warps, pairs = config.num_warpgroups * WARPGROUP // WARP, align.num_pairs
-    everyone = warps * config.num_ctas
-    by_mail = config.num_ctas > 1
-    if config.form == "masks":
-        by_masks = masks.Masks(align, problem.num_tokens, warps)
-        body, shared = _by_masks(problem, by_masks, config.num_ctas), by_masks.shared
+    pairs, by_mail = align.num_pairs, config.num_ctas > 1
+    if config.form == "split":
+        code = split.Split(
+            problem,
+            align,
+            num_warpgroups=config.num_warpgroups,
+            num_ctas=config.num_ctas,
+            aligners=config.aligners,
+            message=config.message,
+        )
+        body, shared, mailbox = code.body, code.shared, code.num_ids
     else:
         [inner] = kernels.build(
             align,
@@ -163,7 +131,9 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
                 form=config.form, num_warpgroups=config.num_warpgroups, num_ctas=config.num_ctas
             ),
         ).kernels
-        body, shared = _by_form(problem, inner, config.num_ctas, everyone), inner.shared
+        everyone = config.num_warpgroups * WARPGROUP // WARP * config.num_ctas
+        body, mailbox = _by_form(problem, inner, config.num_ctas, everyone), pairs
+        shared = {**inner.shared, **({} if by_mail else {"chosen": pairs})}
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -174,11 +144,11 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         body=body,
         inputs=inputs,
         outputs=outputs,
-        shared={**shared, **({} if by_mail else {"chosen": pairs})},
+        shared=shared,
         num_warpgroups=config.num_warpgroups,
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
-        mailbox=pairs if by_mail else 0,
+        mailbox=mailbox if by_mail else 0,
         arrays=arrays,
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

@@ -6,8 +6,9 @@ order of what is chosen by, and sorts its keys in fours. Then K rounds each take
 heads of the fours are compared, `redux.sync` finds the greatest key of all lanes and a second one the lowest
 id that has it, and the four that it came from moves up. Lane k keeps what round k found.
 
-bfloat16 logits that are chosen by need 16 bits, so that a key holds the id, too: no two keys are equal, and
-one `redux.sync` finds both.
+bfloat16 and float16 logits that are chosen by leave bits for the id in a key, so that no two keys are equal,
+and one `redux.sync` finds both. So do the high bits of float32 logits: a round takes half the instructions
+then. They tell all unless two of the K + 1 greatest agree in them; for such a token the whole keys decide.
 
 Bytes: every logit read once, every result written once. Grid: a CTA for each 4 tokens, or 8 where they are
 many. Deterministic.
@@ -15,6 +16,8 @@ many. Deterministic.
 T tokens, E experts, K chosen, G groups; a lane holds `each` experts of its group.
 """
 
+import functools
+import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,6 +30,9 @@ MAX_TOP_K = WARP  # lane k keeps the k-th
 MAX_GROUPS = WARP  # a lane or more each
 # From so many tokens on two warpgroups to a CTA are 3 to 12% faster than one (H200, 2026-11-28).
 MANY_TOKENS = 4096
+
+# Whether float32 logits are chosen by short keys first (`Router._take_short`).
+SHORT_KEYS = True
 
 _OUT = -(2**31)  # below every key
 _FOUR = 4
@@ -108,14 +114,32 @@ class Found(NamedTuple):
     total: Int | None
 
 
+def shortens(problem: RouteProblem) -> bool:
+    """Whether most tokens are chosen for by keys of a logit's high bits and the id."""
+    return SHORT_KEYS and problem.dtype == "float32" and not problem.bias_rows
+
+
+def id_mask(problem: RouteProblem) -> int:
+    """The bits of a key that hold an id: of a half all that it leaves free."""
+    if problem.dtype == "bfloat16":
+        return _HALF
+    if problem.dtype == "float16":
+        return MAX_EXPERTS - 1  # of 13
+    return (1 << max(1, (problem.num_experts - 1).bit_length())) - 1
+
+
 class Router:
     """The code of one warp: `load`, then `choose`, which is `find` and `weigh`."""
 
     def __init__(self, t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int):
         self.t, self.r, self.problem, self.lane = t, r, problem, lane
         self.layout = _layout(problem, lane)
-        self.packed = problem.dtype == "bfloat16" and not problem.bias_rows
         self.halves = problem.dtype != "float32"
+        # A key holds the id and all of the logit; a short one, of float32 logits, its high bits only.
+        exact = problem.dtype == "bfloat16" or (SHORT_KEYS and problem.dtype == "float16")
+        self.packed = exact and not problem.bias_rows
+        self.short = shortens(problem)
+        self.id_mask = id_mask(problem)
         self.num_tokens: Any = problem.num_tokens
         if problem.sized_at_launch:
             self.num_tokens = t.launch_value(r.num_tokens)
@@ -189,7 +213,7 @@ class Router:
 
     def find(self, loaded: Loaded) -> Found:
         """The experts of `choose`."""
-        t, problem, layout = self.t, self.problem, self.layout
+        t, problem = self.t, self.problem
         logits = [self._finite(x) for x in loaded.words]
         total = greatest = None
         if problem.by_logits and not problem.bias_rows:
@@ -211,25 +235,64 @@ class Router:
                 t.fadd(t.fmax(t.fadd(x, b), t.const(_MINUS_INFINITY)), t.const(0))
                 for x, b in zip(scores, loaded.bias, strict=True)
             ]
-        keys = [f32.order(x) for x in choice]
-        if self.packed:
-            keys = [(key & ~_HALF) | (_HALF - (layout.first + j)) for j, key in enumerate(keys)]
-        if not layout.whole:
-            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
-        if problem.limits_groups:
-            stays = self._group_stays(keys)
-            keys = [t.select(stays, key, _OUT) for key in keys]
-        value, expert = self._take(keys)
-
         logit = None
-        if not problem.bias_rows:
-            logit = f32.order(value)
+        if self.short:
+            expert = self._take_short(loaded)
+        else:
+            value, expert = self._take(self._keys(choice, self.packed), self.packed)
+            if not problem.bias_rows:
+                logit = f32.order(value)
             if self.packed:
-                logit, expert = logit & ~_HALF, _HALF - (value & _HALF)
+                logit, expert = f32.order(value) & ~self.id_mask, self._id_in(value)
         chosen = expert
         for real in loaded.real:
             expert = t.select(real, expert, -1)
         return Found(loaded, chosen, expert, logit, logits, greatest, total)
+
+    def _keys(self, choice: list[Int], packed: bool) -> list[Int]:
+        """Of my experts, by what they are chosen by; `packed`, with ids in the low bits: of equal ones the
+        lower id's is the greater then."""
+        t, layout, mask = self.t, self.layout, self.id_mask
+        keys = [f32.order(x) for x in choice]
+        if packed:
+            keys = [(key & ~mask) | (mask - (layout.first + j)) for j, key in enumerate(keys)]
+        if not layout.whole:
+            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+        if self.problem.limits_groups:
+            stays = self._group_stays(keys)
+            keys = [t.select(stays, key, _OUT) for key in keys]
+        return keys
+
+    def _id_in(self, key: Int) -> Int:
+        return self.id_mask - (key & self.id_mask)
+
+    def _take_short(self, loaded: Loaded) -> Int:
+        """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
+        in the logit's high bits or no logit has any low bits; else by the whole keys."""
+        t, problem, mask = self.t, self.problem, self.id_mask
+        groups = problem.topk_groups if problem.limits_groups else problem.num_groups
+        others = problem.top_k < problem.group_size * groups and problem.top_k < WARP
+        # The logits as they are: where one of them is not finite, what this finds is not taken.
+        choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
+        for x in loaded.words:
+            infinite = t.fma(x, t.const(0), infinite)  # a NaN
+        value, _ = self._take(self._keys(choice, True), True, problem.top_k + others)
+        expert = self._id_in(value)
+        following = t.shfl(value, (self.lane + 1) & (WARP - 1))
+        close = ((value ^ following) & ~mask).eq(0) & (self.lane < problem.top_k - 1 + others)
+        unsure = t.ballot(close | (infinite & ~f32.SIGN).ne(0)).ne(0)
+        if problem.top_k == WARP < problem.group_size * groups:
+            unsure = t.const(0).eq(0)  # no lane holds the next one
+
+        def look() -> list[Int]:
+            logits = [self._finite(x) for x in loaded.words]
+            low = functools.reduce(operator.or_, (x & mask for x in logits))
+            several = t.ballot(low.ne(0)).ne(0)
+            return t.values_if(
+                several, lambda: [self._take(self._keys(logits, False), False)[1]], [expert]
+            )
+
+        return t.values_if(unsure, look, [expert])[0]
 
     def weigh(self, found: Found) -> Int:
         """The weight of `choose`."""
@@ -241,6 +304,20 @@ class Router:
             if not self.problem.keeps_weights:
                 weight = self.t.select(real, weight, 0)
         return weight
+
+    def found_of(self, loaded: Loaded, values: list[Int]) -> Found:
+        """What `values_of` took apart."""
+        given = dict(zip(_value_names(self.problem), values, strict=True))
+        expert = given["expert"]
+        return Found(
+            loaded,
+            given.get("chosen", expert),
+            expert,
+            given.get("logit"),
+            [self._finite(x) for x in loaded.words],
+            given.get("greatest"),
+            given.get("total"),
+        )
 
     def _greatest(self, keys: list[Int]) -> Int:
         best = keys[0]
@@ -303,53 +380,57 @@ class Router:
             better = better + t.select(ahead, 1, 0)
         return better < problem.topk_groups
 
-    def _take(self, keys: list[Int]) -> tuple[Int, Int]:
-        """(key, expert) of lane k: the k-th greatest key."""
+    def _take(self, keys: list[Int], packed: bool, rounds: int | None = None) -> tuple[Int, Int]:
+        """(key, expert) of lane k: the k-th greatest key, for so many k, by default K. `packed`: no two are
+        equal, and the expert, which stands in the key, is not given."""
         t, problem, lane = self.t, self.problem, self.lane
+        rounds = rounds or problem.top_k
         items = [(key, self.layout.first + j) for j, key in enumerate(keys)]
-        fours = [self._sorted(items[k : k + _FOUR]) for k in range(0, len(items), _FOUR)]
+        fours = [self._sorted(items[k : k + _FOUR], packed) for k in range(0, len(items), _FOUR)]
+        fours = [four[:rounds] for four in fours]
         value, expert = t.const(0), t.const(0)
-        for k in range(problem.top_k):
+        for k in range(rounds):
             head = fours[0][0]
             for four in fours[1:]:
-                head = self._better(head, four[0])
+                head = self._better(head, four[0], packed)
             best = t.warp_max(head[0])
-            if self.packed:
+            if packed:
                 found = [four[0][0].eq(best) for four in fours]
             else:
                 chosen = t.warp_min(t.select(head[0].eq(best), head[1], MAX_EXPERTS))
                 found = [four[0][1].eq(chosen) for four in fours]
                 expert = chosen if k == 0 else t.select(lane.eq(k), chosen, expert)
             value = best if k == 0 else t.select(lane.eq(k), best, value)
-            left = problem.top_k - 1 - k
+            left = rounds - 1 - k
             fours = [
-                self._moved_up(four, was, left) for four, was in zip(fours, found, strict=True)
+                self._moved_up(four, was, left, packed)
+                for four, was in zip(fours, found, strict=True)
             ]
         return value, expert
 
-    def _better(self, a: tuple[Int, Int], b: tuple[Int, Int]) -> tuple[Int, Int]:
+    def _better(self, a: tuple[Int, Int], b: tuple[Int, Int], packed: bool) -> tuple[Int, Int]:
         """The one with the greater key; a, whose expert is the lower one, of equal ones."""
-        if self.packed:
+        if packed:
             return self._greater(a[0], b[0]), a[1]
         ahead = b[0] > a[0]
         return self.t.select(ahead, b[0], a[0]), self.t.select(ahead, b[1], a[1])
 
-    def _sorted(self, four: list[tuple[Int, Int]]) -> list[tuple[Int, Int]]:
+    def _sorted(self, four: list[tuple[Int, Int]], packed: bool) -> list[tuple[Int, Int]]:
         """By key, descending, equal ones as they were: neighbours change places, which is stable."""
         t, four = self.t, list(four)
         for turn in range(len(four)):
             for i in range(turn & 1, len(four) - 1, 2):
                 (a, x), (b, y) = four[i], four[i + 1]
-                if self.packed:
+                if packed:
                     four[i], four[i + 1] = (self._greater(a, b), x), (self._lesser(a, b), y)
                     continue
                 behind = b > a
                 four[i] = t.select(behind, b, a), t.select(behind, y, x)
                 four[i + 1] = t.select(behind, a, b), t.select(behind, x, y)
-        return four[: self.problem.top_k]
+        return four
 
     def _moved_up(
-        self, four: list[tuple[Int, Int]], was_head: Int, left: int
+        self, four: list[tuple[Int, Int]], was_head: Int, left: int, packed: bool
     ) -> list[tuple[Int, Int]]:
         """Without its head where that was taken; no longer than the rounds that are left."""
         t, moved = self.t, []
@@ -359,7 +440,7 @@ class Router:
                 continue
             after, its = four[i + 1]
             moved.append((t.select(was_head, after, key), expert))
-            if not self.packed:
+            if not packed:
                 moved[-1] = moved[-1][0], t.select(was_head, its, expert)
         return moved
 
@@ -395,6 +476,29 @@ class Router:
         if problem.scaling_factor != 1:
             weight = t.fmul(weight, t.const(f32.bits(problem.scaling_factor)))
         return t.select(inside, weight, 0)
+
+
+def _value_names(problem: RouteProblem) -> list[str]:
+    """What `find` gives beside the logits."""
+    if not problem.bias_rows and not shortens(problem):
+        return ["expert", "logit"]
+    names = ["expert", "chosen"]
+    if not problem.by_logits and problem.scoring == "softmax":
+        names += ["greatest", "total"]
+    return names
+
+
+def num_values(problem: RouteProblem) -> int:
+    """Of `values_of`."""
+    return len(_value_names(problem))
+
+
+def values_of(found: Found) -> list[Int]:
+    """What was found, to be carried out of a branch; `Router.found_of` puts it together again."""
+    if found.logit is not None:
+        return [found.expert, found.logit]
+    values = [found.expert, found.chosen, found.greatest, found.total]
+    return [x for x in values if x is not None]
 
 
 def kernel_inputs(problem: RouteProblem) -> dict[str, tuple[int, ...]]:

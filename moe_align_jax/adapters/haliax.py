@@ -47,8 +47,8 @@ def ragged_dot(
     Source: the contract of marin-haliax' `haliax.nn.ragged_dot` (Apache-2.0); no code taken.
     """
     function = "adapters.haliax.ragged_dot"
-    if implementation not in _OURS:
-        rule, got = f"be one of {', '.join(map(repr, _OURS))}", repr(implementation)
+    if not checks.is_one_of(implementation, _OURS):
+        rule, got = f"be one of {', '.join(map(repr, _OURS))}", checks.shown(implementation)
         remedy = "haliax' own kernels are called through haliax."
         raise ValueError(checks.message(function, "implementation", rule, got, remedy))
     ours: Any = _OURS[implementation]

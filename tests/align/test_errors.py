@@ -140,7 +140,7 @@ CASES = [
         "be a Python bool; got str 'yes'.",
     ),
     (align, {"implementation": "triton"}, ValueError, "implementation", f"{NAMES}; got 'triton'."),
-    (align, {"implementation": 3}, ValueError, "implementation", f"{NAMES}; got 3."),
+    (align, {"implementation": 3}, ValueError, "implementation", f"{NAMES}; got int 3."),
     (align, {"implementation": ["xla"]}, ValueError, "implementation", "be None or one of"),
     (align, {"block_size": 2**28 + 1}, ValueError, "topk_ids", f"{LIMIT} 2147483656."),
     (

@@ -172,17 +172,28 @@ QUESTIONS = {
     "select_implementation": lambda p: maj.select_implementation((4, 2), platform=p, **SIZE),
     "select_transport": lambda p: maj.select_transport(4, top_k=2, num_ranks=2, platform=p),
     "select_quant_implementation": lambda p: select_quant_implementation((2, 4, 256), platform=p),
+    "select_matmul_implementation": lambda p: maj.select_matmul_implementation(
+        (8, 128), (4, 128, 128), block_size=8, platform=p
+    ),
+    "select_moe_implementation": lambda p: maj.select_moe_implementation(
+        (8, 128), (4, 128, 128), top_k=2, platform=p
+    ),
+    "select_router_implementation": lambda p: maj.select_router_implementation(
+        (8, 128), top_k=2, platform=p
+    ),
 }
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("platform", ["foo", "", "CPU", 3])
-def test_an_unknown_platform_is_an_error_that_names_those_that_there_are(name, platform):
+@pytest.mark.parametrize(
+    ("platform", "got"), [("foo", "'foo'"), ("", "''"), ("CPU", "'CPU'"), (3, "int 3")]
+)
+def test_an_unknown_platform_is_an_error_that_names_those_that_there_are(name, platform, got):
     with pytest.raises(ValueError) as raised:
         QUESTIONS[name](platform)
     text = str(raised.value)
     assert text.startswith(f"{name}: platform must be None or one of 'gpu', 'cpu', 'tpu', 'rocm', ")
-    assert f"; got {platform!r}. " in text
+    assert f"; got {got}. " in text
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

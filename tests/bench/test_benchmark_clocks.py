@@ -337,10 +337,10 @@ def test_rows_of_expert_parallelism(tmp_path, capsys):
         r["launch"] == "default" and r["date"] and "gpu" in r and "xla_flags" in r for r in rows
     )
     checks = [r for r in rows if r["case"].startswith("check")]
-    # In "low_latency" our own transport stands there in both forms.
-    assert len(checks) == 4 + 3 and all("error" in r for r in checks)
+    # In "low_latency" our own transport stands there in all three forms.
+    assert len(checks) == 5 + 3 and all("error" in r for r in checks)
     timed = [r for r in rows if "clock" in r and r["clock"] == "wall"]
-    assert {r["way"] for r in timed} == set(clocks.WAYS) and len(timed) == 3 * 5
+    assert {r["way"] for r in timed} == set(clocks.WAYS) and len(timed) == 3 * 6
     assert all(r["us"] > 0 and r["calls"] == 2 and r["devices"] == 2 for r in timed)
     assert "ours, all_to_all" in capsys.readouterr().out
 
@@ -356,7 +356,8 @@ def test_a_wrong_value_fails_the_run(monkeypatch, tmp_path):
     # Another launch than the first holds no layer to NumPy, but what its steps give.
     assert not [r for r in rows if r["case"].startswith("check")]
     failed = [r for r in rows if "AssertionError" in r["note"]]
-    job = {"ours, all_to_all", "ours, all_to_all, by XLA", "plain job, all_to_all, sorted"}
+    job = {f"ours, all_to_all{form}" for form in ("", ", packed", ", by XLA")}
+    job |= {"plain job, all_to_all, sorted"}
     assert {r["provider"] for r in failed} == job
     assert all("us" not in r for r in failed)
 

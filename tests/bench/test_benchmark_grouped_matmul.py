@@ -1,11 +1,13 @@
 """benchmarks/grouped_matmul.py: its cases, its check of a result, its ratios. Nothing is timed."""
 
 import argparse
+import io
 
 import numpy as np
 import pytest
 
 from benchmarks import grouped_matmul as bench
+from moe_align_jax._grouped_matmul.config import MAX_SHARED_BYTES
 
 SMALL = bench.Size(40, 32, 16, 4)
 MASKED = bench.Size(30, 32, 16, 4, max_rows=16)
@@ -46,8 +48,13 @@ def test_every_variant_has_a_provider_and_fits_its_block():
         names = bench.providers(size, OPTIONS)
         assert any(name.startswith("ours") for name in names)
         for kind, block, tiles in bench.variants(size):
-            assert f"ours, {tiles.name}" in names
-            assert kind == "masked" or block % tiles.bm == 0
+            more = "ragged, " if kind == "ragged" else ""
+            assert f"ours, {more}{tiles.name}" in names
+            assert kind != "blocks" or block % tiles.bm == 0
+            many = tiles.bm > 96 and tiles.bm % 16 == 0
+            rows, slots = (tiles.bm // (1 + many), 1) if tiles.form == "swap" else (64, 2)
+            used = tiles.stages * tiles.bk * (tiles.bm + tiles.bn) * 2 + 2 * slots * rows * 128
+            assert used + 1024 <= MAX_SHARED_BYTES
 
 
 def test_ratios_are_to_the_best_grouped_peer():
@@ -60,3 +67,15 @@ def test_ratios_are_to_the_best_grouped_peer():
     ]
     [text] = bench.ratios(rows)
     assert "0.500 of torch._grouped_mm" in text and "1.200 of dense" in text
+
+
+def test_a_case_prepares_waits_and_measures(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "read_rate", lambda: 1000.0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    given = vars(OPTIONS) | {"only": "ours, ragged_dot", "variants": False, "calls": 1, "rounds": 2}
+    rows = list(bench.run_case(SMALL, argparse.Namespace(**given)))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "READY" and len(printed) == 2 and " us" in printed[1]
+    [row] = rows
+    assert row["status"] == "ok" and row["us"] > 0 and row["rows_in_use"] == SMALL.rows
+    assert bench.line(row).startswith(SMALL.name)

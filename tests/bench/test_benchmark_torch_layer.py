@@ -52,6 +52,12 @@ def test_rows_of_a_case(machine, tmp_path):
     assert {row["case"] for row in rows} == {"small, 5 tokens"} and machine == [["torch_bridge"]]
 
 
+def test_without_vllms_files_its_class_is_said_to_be_missing(machine, tmp_path):
+    case = torch_layer.Operands(MODEL, 5, torch_layer.make_sets(MODEL))
+    [row] = torch_layer.class_rows(case, str(tmp_path))
+    assert row["status"] == "failed" and "benchmarks.fetch vllm vllm_layer" in row["reason"]
+
+
 def test_a_wrong_result_is_not_timed(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(
         torch_bridge, "fused_moe", lambda *a, **options: plain_layer(*a, **options, scale=1.02)

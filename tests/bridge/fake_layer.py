@@ -177,8 +177,12 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
     rows, dtype = sizes[NUM_ROWS], _DTYPES[problem.dtype]
     assert rows <= problem.num_rows
     blocks = -(-rows // problem.block_size)
-    count = int(_array(places["num_tokens_post_padded"], (1,), np.int32)[0])
-    experts = _array(places["expert_ids"], (blocks,), np.int32)
+    if problem.row_labels:
+        count = rows
+        experts = _array(places["expert_ids"], (rows,), np.int32)[:: problem.block_size]
+    else:
+        count = int(_array(places["num_tokens_post_padded"], (1,), np.int32)[0])
+        experts = _array(places["expert_ids"], (blocks,), np.int32)
     ids = None
     if "sorted_token_ids" in places:
         ids = _array(places["sorted_token_ids"], (rows,), np.int32)

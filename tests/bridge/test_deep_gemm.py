@@ -11,6 +11,7 @@ import torch
 import torch_bridge
 import torch_bridge.deep_gemm as deep_gemm
 from tests.gpu.graphs import capture
+from torch_bridge.deep_gemm import products, repeated
 from torch_bridge.deep_gemm import scales as layouts
 
 GROUPS, K, N = 4, 256, 192
@@ -32,7 +33,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _alignment_kept():
+    repeated.forget_all()
     yield
+    repeated.forget_all()
     deep_gemm.set_mk_alignment_for_contiguous_layout(128)
 
 
@@ -216,6 +219,86 @@ def test_parts_of_larger_tensors(fake):
         check(d, wide[part] @ wide_b[2].T)
         assert memory[0] == 7 and (memory[256 * N + 2 :] == 7).all()
     assert fake.launched
+
+
+# -- calls like an earlier one ---------------------------------------------------------------------
+
+
+def on_boundaries(*values):
+    """Each tensor where a GPU's allocator would put it; its storage is as long as before."""
+    found = []
+    for value in values:
+        if isinstance(value, tuple):
+            found.append(on_boundaries(*value))
+            continue
+        size = value.untyped_storage().nbytes()
+        memory = np.empty(size + 256, np.uint8)
+        first = -memory.ctypes.data % 256
+        whole = torch.from_numpy(memory[first : first + size])
+        assert whole.data_ptr() % 256 == 0 and whole.untyped_storage().nbytes() == size
+        whole.copy_(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()))
+        flat = torch.empty(0, dtype=value.dtype).set_(whole.untyped_storage())
+        found.append(flat.as_strided(value.shape, value.stride(), value.storage_offset()))
+    return tuple(found)
+
+
+REPEATED = ["row-major", "mn-major", "packed", "packed, row-major"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [*REPEATED, "mn-major, cut off", "every other column"])
+def test_a_call_like_an_earlier_one_is_launched_without_checks(layout, masked, fake, monkeypatch):
+    """But not where scales are copied for each call."""
+    fake.launches_directly = True
+    rng, rows = np.random.default_rng(12), (GROUPS, 22) if masked else (254,)
+    where = torch.full((GROUPS,), 22, dtype=torch.int32)
+    if not masked:
+        where = torch.tensor([2, 0], dtype=torch.int32).repeat_interleave(128)[:254].clone()
+    [where] = on_boundaries(where)
+    checked, checks = products._checked, []
+    monkeypatch.setattr(products, "_checked", lambda *given: checks.append(1) or checked(*given))
+    for count in range(1, 4):
+        (a, wide_a), (b, wide_b) = make_a(rng, layout, *rows), make_b(rng)
+        a, b, d = on_boundaries(a, b, torch.full((*rows, N), 7.0, dtype=torch.bfloat16))
+        before = len(fake.launched)
+        if masked:
+            deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, where, 22)
+            want = np.einsum("gmk,gnk->gmn", wide_a, wide_b)
+        else:
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, where)
+            want = np.einsum("mk,mnk->mn", wide_a, wide_b[where.numpy()])
+        check(d, want)
+        assert len(fake.launched) == before + 1 + masked
+        assert len(checks) == (1 if layout in REPEATED else count)
+
+
+def test_what_differs_from_an_earlier_call_is_checked_again(fake):
+    fake.launches_directly = True
+    rng = np.random.default_rng(13)
+    (a, wide_a), (b, wide_b) = make_a(rng, "mn-major", 384), make_b(rng)
+    memory = torch.full((384 * N + 8,), 7.0, dtype=torch.bfloat16)
+    layout = torch.zeros(384, dtype=torch.int32)
+    a, b, memory, layout = on_boundaries(a, b, memory, layout)
+    multiply = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+    d = memory[: 384 * N].view(384, N)
+    multiply(a, b, d, layout)
+    check(d, wide_a @ wide_b[0].T)
+    assert len(repeated._known) == 1
+    off = memory[4 : 4 + 384 * N].view(384, N)  # its boundary
+    multiply(a, b, off, layout)
+    check(off, wide_a @ wide_b[0].T)
+    deep_gemm.set_mk_alignment_for_contiguous_layout(192)  # whose label counts
+    other = torch.tensor([1, 2, 3], dtype=torch.int32).repeat_interleave(128)
+    multiply(a, b, d, other)
+    check(d, np.einsum("mk,mnk->mn", wide_a, wide_b[np.repeat([1, 2], 192)]))
+    within = torch.empty(0, dtype=torch.bfloat16).set_(a[0].untyped_storage())[: 128 * 192]
+    with pytest.raises(ValueError, match="d must not overlap"):
+        multiply((a[0][:128], a[1][:128]), b, within.view(128, 192), layout[:128])
+    multiply((a[0][:128], a[1][:128]), b, d[:128], layout[:128])
+    with pytest.raises(ValueError, match="d must not overlap"):  # the same, as a repeated call
+        multiply((a[0][:128], a[1][:128]), b, within.view(128, 192), layout[:128])
+    with pytest.raises(TypeError, match="grouped_layout must be int32"):
+        multiply(a, b, d, layout.long())
 
 
 def test_rows_of_padding_are_zero_where_those_of_a_are():

@@ -228,6 +228,7 @@ TRIALS = {
     "int64": {"id_words": 2},
     "label": {"expert_map": "label"},
     "filter": {"expert_map": "filter", "has_num_valid_pairs": True},
+    "few of the experts are here": {"expert_map": "filter", "num_local": 3},
     "minus one": {"minus_one": True},
 }
 
@@ -248,7 +249,8 @@ def test_align_trial_is_what_the_oracle_says(n, num_experts, block_size, options
     ids = held[first:] + (1 if problem.minus_one else 0)
     given = {"block_size": block_size, "num_experts": num_experts, "return_inverse": True}
     if problem.expert_map:
-        given["expert_map"] = trial.inputs["expert_map"]
+        here = trial.inputs["expert_map"] < (problem.num_local or num_experts)
+        given["expert_map"] = np.where(here, trial.inputs["expert_map"], -1)
         given["ignore_invalid_experts"] = problem.expert_map == "filter"
     if problem.has_num_valid_pairs:
         given["num_valid_pairs"] = int(trial.inputs["num_valid_pairs"][0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torch_bridge
-from moe_align_jax._moe_layer.plan import BLOCK_SIZES
+from moe_align_jax._moe_layer.plan import block_sizes
 from moe_align_jax.types import AlignedBlocks
 from tests.bridge.helpers import assert_format, misaligned
 from tests.moe_layer import oracle
@@ -161,6 +161,30 @@ def test_expert_map_says_which_experts_are_here(gpu):
     got = torch_bridge.fused_moe(*given, **options)
     want, _ = oracle.layer(*plain(*given), transpose_rhs=True, expert_map=expert_map.tolist())
     assert_near(got, want)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_pairs_of_local_ids_that_no_expert_has_are_dropped(on_input, gpu):
+    """An expert_map may name local ids of E or more; the weights of their pairs may be NaN."""
+    x, up, down, shares, _ = tensors(24)
+    ids = lain(torch.arange(24 * K).reshape(24, K) % 12)
+    expert_map = torch.tensor(
+        [0, 7, -1, 6, 3, 11, 1, 2**31 - 1, 5, -(2**31), 2, 4], dtype=torch.int32
+    )
+    here = (expert_map >= 0) & (expert_map < E)
+    shares = lain(torch.rand(24, K)).masked_fill_(~here[ids], torch.nan)
+    given = (x, up, down, shares, ids)
+    options = {"transpose_rhs": True, "weights_on_input": on_input}
+    for _ in range(2):  # the second call is known by the first
+        gpu.launched.clear()
+        got = torch_bridge.fused_moe(*given, **options, expert_map=lain(expert_map))
+        want, counts = oracle.layer(*plain(*given), **options, expert_map=expert_map.tolist())
+        assert_near(got, want)
+        assert_launched(gpu)
+    _, got = torch_bridge.fused_moe(
+        *given, **options, expert_map=expert_map, return_tokens_per_expert=True
+    )
+    assert got.tolist() == counts.tolist() == [4] * E
 
 
 def test_a_number_of_valid_tokens_beyond_int64_is_all_of_them(gpu):
@@ -457,7 +481,7 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
         tiles.setdefault(one.block_size, []).append(tokens)
         assert one.num_rows % one.block_size == 0
         assert one.num_rows <= one.first.problem.num_rows
-    assert sorted(tiles) == [rows for _, rows in BLOCK_SIZES] + [128]
+    assert sorted(tiles) == [rows for _, rows in block_sizes(E_)]
     assert len(found) <= 2 * 6 + 4
 
 

@@ -54,7 +54,7 @@ def want_of(x, up, down, shares, ids, sample=None, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("T", [1, 7, 30, 60, 200, 700])
 def test_gpu_layer_is_the_oracles_in_every_size_class(T, dtype):
-    """Each with tiles of its own: 8, 16, 64 and 128 rows."""
+    """Each with tiles of its own: 8 to 144 rows."""
     up, down = weights(dtype)
     x, shares, ids = tokens(T, dtype)
     plan = torch_bridge.explain_fused_moe(x, up, down, shares, ids, **VLLM)
@@ -99,6 +99,32 @@ def test_gpu_poisoned_memory_and_weights_do_not_show():
         held = torch.full((102, H), 7.0, device="cuda", dtype=torch.bfloat16)
         out = torch_bridge.fused_moe(x, up, down, shares, ids, **VLLM, out=held[1:101])
         assert torch.equal(out, want) and bool((held[[0, 101]] == 7).all())
+
+
+@pytest.mark.parametrize("T", [1, 7, 60, 700])
+def test_gpu_weights_of_local_ids_that_no_expert_has_may_be_nan(T):
+    """Of an expert_map whose local ids reach beyond the experts that there are weights for."""
+    up, down = weights()
+    x, shares, _ = tokens(T)
+    G = 3 * E
+    rng = torch.Generator("cuda").manual_seed(T)
+    ids = torch.rand(T, G, generator=rng, device="cuda").argsort(1)[:, :K].contiguous()
+    expert_map = torch.randperm(2 * E, device="cuda", dtype=torch.int32)
+    expert_map = torch.cat([expert_map, torch.full((E,), -1, device="cuda", dtype=torch.int32)])
+    here = (expert_map >= 0) & (expert_map < E)
+    shares = shares.masked_fill(~here[ids], torch.nan)
+    options = {"expert_map": expert_map, "path": "direct"}
+    got, counts = torch_bridge.fused_moe(
+        *(x, up, down, shares, ids), **VLLM, **options, return_tokens_per_expert=True
+    )
+    sample = sorted({0, T // 2, T - 1})
+    want = want_of(x, up, down, shares, ids, sample, expert_map=expert_map.tolist())
+    assert_near(got[sample].cpu(), want)
+    assert bool(got.isfinite().all())
+    local = expert_map[ids][here[ids]]
+    assert counts.tolist() == torch.bincount(local, minlength=E).tolist()
+    again = torch_bridge.fused_moe(*(x, up, down, shares, ids), **VLLM, expert_map=expert_map)
+    assert torch.equal(again, got)
 
 
 @pytest.mark.parametrize("form", ["gathered", "rows"])

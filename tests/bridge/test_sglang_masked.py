@@ -308,6 +308,9 @@ def test_it_is_ordered_on_the_current_stream():
         ({"quant_group_size": 96}, ValueError, "input must have shape .* N a multiple of 96"),
         ({"gemm1_alpha": -1.0}, ValueError, "gemm1_alpha must be at least 0"),
         ({"gemm1_alpha": "x"}, TypeError, "gemm1_alpha must be a Python number"),
+        ({"gemm1_alpha": False}, TypeError, "gemm1_alpha must be a Python number"),
+        ({"gemm1_clamp_limit": torch.zeros(2)}, TypeError, "gemm1_clamp_limit must be a Python number"),
+        ({"gemm1_clamp_limit": 10**400}, ValueError, "gemm1_clamp_limit must be at least 0"),
         ({"scale_ue8m0": 1}, TypeError, "scale_ue8m0 must be a Python bool"),
     ],
 )  # fmt: skip

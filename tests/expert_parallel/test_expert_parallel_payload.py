@@ -53,6 +53,32 @@ def power_of_two_scales(x):
     return codes.view(np.uint8), (exponent + 127).astype(np.uint8)
 
 
+@pytest.mark.parametrize("payload", message.PAYLOADS)
+def test_a_step_without_tokens_has_scales_without_rows(payload):
+    """T = 0 in both modes: as a server's step with no request, or a shape that is probed."""
+    for mode in ("normal", "low_latency"):
+
+        def body(x, ids, weights, mode=mode):
+            got = maj.dispatch(
+                x, ids, weights, axis_name="ep", num_experts=4, payload=payload, mode=mode
+            )
+            return got.x, got.scales, maj.combine(got.x.astype(jnp.float32), got.handle)
+
+        given = (
+            np.zeros((0, 512), np.float32),
+            np.zeros((0, 2), np.int32),
+            np.zeros((0, 2), np.float32),
+        )
+        x, scales, out = jax.eval_shape(over(mesh_of(2), body), *given)
+        assert out.shape == (0, 512) and x.dtype == E4M3
+        packed = payload == "fp8_ue8m0_packed"
+        rows = x.shape[:-1]
+        want = (*rows, 1 if packed else 4)
+        if packed and mode == "low_latency":
+            want = (rows[0], 1, rows[1])
+        assert scales.shape == want
+
+
 def test_scales_that_are_powers_of_two_are_exact():
     """Codes too; a group whose greatest value is 448 * 2^k, one just above, zero, and the largest."""
     rng = np.random.default_rng(20)

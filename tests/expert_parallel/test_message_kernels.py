@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
 from moe_align_jax import expert_parallel
+from moe_align_jax._expert_parallel.transport import Group, sum_over_ranks
 from moe_align_jax._expert_parallel.transports import all_to_all
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Program
@@ -54,7 +55,8 @@ def message_of(ranks, tokens, top_k, local, payload):
 
 
 def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=False):
-    """Packs the tokens of all ranks, and unpacks what would come to each; every array against loops."""
+    """Packs the tokens of all ranks and unpacks what would come to each; or puts all tokens into its boxes as
+    they are. Every array against loops."""
     kernels = importlib.import_module(MESSAGES)
     monkeypatch.setattr(importlib.import_module(f"{MESSAGES}.problems"), "_MAX_CTAS", most_ctas)
     ranks, tokens, top_k, local = sizes
@@ -89,7 +91,12 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
             fields_of(message, came), (*rows, want_weights, want_ids), strict=True
         ):
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
-        check_boxes(run(kernels.Unpack(message, room), came), want_ids, want_weights, rows, local)
+        boxes = run(kernels.Unpack(message, room), came)
+        check_boxes(boxes, want_ids, want_weights, rows, local)
+        gathered = kernels.Gathered(message, room, quantise)
+        all_tokens = [a.reshape(-1, a.shape[-1]) for a in (ids, weights, *given)]
+        boxes = run(gathered, np.array([receiver], np.int32), *all_tokens)
+        check_boxes(boxes, want_ids, want_weights, rows, local)
 
 
 def check_boxes(got, ids, weights, rows, local):
@@ -180,6 +187,13 @@ MUTANTS = (
         "t.store(r.pair_of_row, expert * room + place, 0)",
         "wrong",
     ),
+    _mutant("unpack", "an expert of another rank is kept", "here = found >= 0", "wrong"),
+    _mutant("unpack", "the weight of another rank's expert is kept", "return weight", "wrong"),
+    _mutant(
+        "unpack",
+        "every lane of a group writes its scale",
+        "with t.if_(self.lane >= 0):",
+    ),
 )  # fmt: skip
 
 
@@ -225,15 +239,67 @@ def assert_same_bits(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
 
 
-@pytest.mark.parametrize(("payload", "room"), [("fp8", 5), ("fp8_ue8m0_packed", None)])
-def test_dispatch_gives_the_bits_of_the_longer_way(monkeypatch, payload, room):
-    batch = Batch(4, 5, 512, 3, 8, "bfloat16", seed=2)
-    options = {"payload": payload, "max_tokens_per_expert": room}
+WAYS = {  # through all_to_all: (our kernels beside the exchange, whether they gather what need not be packed)
+    "gathered": (True, True),
+    "packed": (True, False),
+    "by XLA": (False, False),
+}
+
+
+def take(monkeypatch, way):
+    kernels, gathers = WAYS[way]
+    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
+    monkeypatch.setattr(all_to_all, "GATHERS", gathers)
+    monkeypatch.setattr(all_to_all, "MOST_GATHERED_MORE", 1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "payload", "room"),
+    [(4, "fp8", 5), (2, "fp8_ue8m0_packed", None), (2, "fp8", None)],
+)
+def test_dispatch_gives_the_bits_of_the_longer_way(monkeypatch, ranks, payload, room):
+    """Between two ranks, the sums too: the short ways give results back by a reduce-scatter."""
+    batch = Batch(ranks, 5, 512, 3, 8, "bfloat16", seed=2)
     results = []
-    for kernels in (True, False):
-        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
-        results.append(exchanged(batch, mesh_of(4), **options))
-    assert_same_bits(*results)
+    for way in WAYS:
+        take(monkeypatch, way)
+        options = {"payload": payload, "max_tokens_per_expert": room}
+        if way == "by XLA":
+            monkeypatch.setattr(all_to_all.AllToAll, "return_rows", in_rank_order)
+        results.append(exchanged(batch, mesh_of(ranks), **options))
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
+
+
+def in_rank_order(self, rows, plan, group, in_use=None):
+    """`return_rows` by an exchange and a sum of our own."""
+    parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
+    return sum_over_ranks(parts, None if in_use is None else plan)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_two_ranks_sum_to_the_bits_of_the_rank_order(dtype):
+    """A sum in the rows' own dtype rounds once, ours first to float32. Not for what CPUs flush to 0."""
+    kind, rng = np.dtype(jnp.dtype(dtype)), np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 16, (4 * 512, 64 * kind.itemsize // 2), np.uint16)
+    rows = bits.view(kind)
+    size = np.abs(rows.astype(np.float32))
+    kept = np.isfinite(size) & (size >= np.float32(2.0**-118 if dtype != "float16" else 0))
+    rows = np.where(kept, rows, np.zeros((), kind))
+    group, transport = Group("ep", 2, 4), all_to_all.AllToAll()
+
+    def both(rows):
+        in_order = in_rank_order(transport, rows, None, group)
+        return transport.return_rows(rows, None, group), in_order
+
+    text = jax.jit(split(mesh_of(2), both)).lower(rows).as_text()
+    assert text.count("stablehlo.reduce_scatter") == 1
+    got, want = (np.asarray(a) for a in jax.jit(split(mesh_of(2), both))(rows))
+    with np.errstate(over="ignore"):
+        first, second = rows.reshape(2, 2, 512, -1).astype(np.float64)
+        numpy = (first + second).reshape(got.shape).astype(np.float32).astype(kind)
+    assert_same_bits(got, want)
+    assert_same_bits(got, numpy)
 
 
 def test_gradients_are_those_of_the_longer_way(monkeypatch):
@@ -248,21 +314,32 @@ def test_gradients_are_those_of_the_longer_way(monkeypatch):
         return maj.combine(jnp.sin(jnp.where(used[..., None], got.x, 0)), got.handle)
 
     results = []
-    for kernels in (True, False):
-        monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
+    for way in WAYS:
+        take(monkeypatch, way)
         run = split(mesh_of(2), lambda *given: body(*given))
         loss = jax.grad(
             lambda x, w, run=run: jnp.sum(jnp.cos(run(x, w, batch.ids))), argnums=(0, 1)
         )
         results.append(jax.jit(loss)(batch.x, batch.weights))
-    assert_same_bits(*results)
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
 
 
-def test_a_pair_of_dispatch_and_combine_has_three_kernels_of_ours_and_two_collectives(monkeypatch):
-    """Lowered for GPUs: what else there is adds up over the ranks, in one fusion."""
-    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", True)
+COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
+PAIRS = {  # ranks, way: kernels of ours, collectives; three gathers are one kernel (tests.no_gpu.exchanges)
+    (2, "gathered"): (2, (0, 3, 1)),
+    (2, "packed"): (3, (1, 0, 1)),
+    (4, "gathered"): (2, (1, 3, 0)),
+    (4, "packed"): (3, (2, 0, 0)),
+}
+
+
+@pytest.mark.parametrize(("ranks", "way"), PAIRS)
+def test_a_pair_of_dispatch_and_combine_has_few_kernels_and_two_exchanges(monkeypatch, ranks, way):
+    """Lowered for GPUs: what else there is adds up over more than two ranks, in one fusion."""
+    take(monkeypatch, way)
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
-    batch = Batch(2, 64, 256, 2, 8, "bfloat16")
+    batch = Batch(ranks, 64, 256, 2, 8, "bfloat16")
 
     def body(x, ids, weights):
         got = maj.dispatch(
@@ -271,14 +348,17 @@ def test_a_pair_of_dispatch_and_combine_has_three_kernels_of_ours_and_two_collec
         )  # fmt: skip
         return maj.combine(got.x.astype(jnp.bfloat16), got.handle)
 
-    step = jax.jit(split(mesh_of(2), body)).trace(*batch.args)
+    step = jax.jit(split(mesh_of(ranks), body)).trace(*batch.args)
     text = step.lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 3
-    assert len(re.findall(r"stablehlo\.all_to_all", text)) == 2
+    kernels, collectives = PAIRS[ranks, way]
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == kernels
+    found = tuple(len(re.findall(rf"stablehlo\.{name}\b", text)) for name in COLLECTIVES)
+    assert found == collectives
     found = set(re.findall(r"stablehlo\.(\w+)", text))
     # One reduction is there, of `handle.in_use`, which nobody reads here: XLA drops it.
-    assert text.count("stablehlo.reduce") <= 1
-    kernels_of_xla = {"sort", "scatter", "gather", "concatenate", "while", "partition_id"}
+    assert len(re.findall(r"stablehlo\.reduce\b", text)) <= 1
+    kernels_of_xla = {"sort", "scatter", "gather", "concatenate", "while"}
+    kernels_of_xla |= {"partition_id"} if way == "packed" else set()
     assert not found & kernels_of_xla, found
 
 

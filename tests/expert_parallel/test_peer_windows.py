@@ -344,11 +344,22 @@ def test_windows_missing(driver, monkeypatch):
     assert missing() is None
 
 
-def test_kernels_side_by_side_are_refused(monkeypatch):
-    flags = "--xla_gpu_autotune_level=0 --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+ORDER = "--xla_gpu_command_buffer_scheduling_mode"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [f"{ORDER}=CONCURRENT", f"{ORDER}=LHS {ORDER}=CONCURRENT_REGIONS --xla_gpu_autotune_level=0"],
+)
+def test_kernels_side_by_side_are_refused(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_autotune_level=0 {flags}")
     choice = maj.select_transport(8, top_k=2, num_ranks=2, platform="gpu")
     assert "must not run together" in choice.reasons["nvlink_window"]
+    options = {"platform": "gpu", "transport": "nvlink_window"}
     with pytest.raises(NotImplementedError, match="must not run together"):
-        options = {"platform": "gpu", "transport": "nvlink_window"}
         maj.select_transport(8, top_k=2, num_ranks=2, **options)
+    # What stands last counts.
+    for order in ("LHS", "SERIALIZE"):
+        monkeypatch.setenv("XLA_FLAGS", f"{flags} {ORDER}={order}")
+        chosen = maj.select_transport(8, top_k=2, num_ranks=2, **options)
+        assert chosen.transport == "nvlink_window"

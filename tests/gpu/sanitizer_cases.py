@@ -246,6 +246,7 @@ def matmul(implementation: str = "mosaic_gpu") -> None:
         ((150, 2, 2, 128, 192, 128), {"activation": "silu", "bias": True}),
         ((150, 2, 2, 128, 192, 100), {"gather": False}),
         ((90, 1, 2, 128, 192, 64), {"activation": "silu", "transpose_rhs": True}),
+        ((90, 1, 2, 128, 192, 144), {"activation": "silu", "transpose_rhs": True}),
         ((30, 2, 3, 200, 136, 16), {"row_weights": True, "bias": True}),
         ((9, 3, 40, 128, 192, 1), {"activation": "silu"}),
     ):
@@ -270,6 +271,61 @@ def matmul_clusters() -> None:
     for name in ("k in 8, transposed True, gated", "k in 2, transposed False, many"):
         sizes, config = test_clusters.SHARED[name]
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
+
+
+def matmul_e4m3() -> None:
+    """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
+    import pytest
+
+    from tests.matmul import test_fp8
+
+    wanted = (
+        "rows, gathered, 16x",
+        "columns, 128x",
+        "sharing, columns, 128x192x128s4m-g4-c2w",
+        "sharing, rows, 192x",
+        "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
+        "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
+    )
+    every = test_fp8.on_a_gpu()
+    for name in wanted:
+        _, make, config = next(case for case in every if case[0].startswith(name))
+        with pytest.MonkeyPatch.context() as patch:
+            problem, operands = make(patch)
+        test_fp8.check_form(problem, operands, config, interpret=False)
+
+
+def weight_gradients(interpret: bool = False) -> None:
+    """Rows of both operands by TMA and by cp.async, stored late and not; experts that are cut into pieces."""
+    import jax
+
+    from moe_align_jax._grouped_matmul import reference
+    from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
+    from tests.matmul import test_weight_gradient as cases
+
+    cut = kernel.Tiles(bk=16, pieces=3)
+    for tiles, (problem, operands) in (
+        (None, cases.ragged([0, 20, 70], 95, 24, 24, out="float32")),
+        (None, cases.blocks(70, 2, 2, 128, 320, 64, gathered=None, routing="dropped")),
+        (None, cases.blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped")),
+        (cut, cases.blocks(140, 2, 2, 128, 256, 64, gathered="rhs", routing="hot")),
+    ):
+        found = np.asarray(
+            kernel.run(problem, *operands, tiles=tiles, interpret=interpret), np.float64
+        )
+        with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
+            want = reference.weight_gradient(problem, *jax.tree.map(np.asarray, operands))
+        error = np.linalg.norm(found - np.asarray(want, np.float64)) / np.linalg.norm(want)
+        assert error < 5e-3, error
+
+
+def activation_gradient(interpret: bool = False) -> None:
+    """The product that ends in the derivative of the activation."""
+    from tests.moe_layer import test_activation_gradient as cases
+
+    for transposed in (False, True):
+        made = cases.make_case(12, 2, 2, 64, 256, transposed=transposed)
+        cases.check(*made, interpret=interpret)
 
 
 def expert_layer(implementation: str = "mosaic_gpu") -> None:
@@ -332,6 +388,9 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
+    yield "matmul, e4m3", matmul_e4m3
+    yield "weight gradients", weight_gradients
+    yield "activation gradient", activation_gradient
     yield "expert layer", expert_layer
 
 

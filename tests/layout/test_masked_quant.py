@@ -52,6 +52,14 @@ def check(x, masked_m, *, implementation=None, scale_layout=None, **options):
     return q, scales, found
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0", "ue8m0_packed"])
+@pytest.mark.parametrize("shape", [(3, 0, 1024), (0, 4, 1024)])
+def test_boxes_without_rows_have_scales_without_rows(shape, scale_format):
+    x, masked_m = np.zeros(shape, jnp.bfloat16), np.zeros(shape[0], np.int32)
+    q, scales = quant(x, masked_m, scale_format=scale_format, implementation="xla")
+    assert q.shape == (*shape[:2], 512) and scales.size == 0 and scales.shape[0] == shape[0]
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 # The authors' sizes (E, T, H), from the least to those of a model, with fewer rows where NumPy would be slow.

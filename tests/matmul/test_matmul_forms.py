@@ -25,6 +25,7 @@ N = tiles.Config("n", 64, 256, 64, 4)
 SWAP = tiles.Config("swap", 16, 128, 128, 5, group=0)
 WIDE = tiles.Config("swap", 16, 256, 64, 6, group=0)
 TALL = tiles.Config("m", 256, 128, 64, 4)
+MANY_ROWS = tiles.Config("swap", 144, 256, 64, 4)
 
 
 class Made(Exception):
@@ -110,6 +111,11 @@ FEW = [
     ("swap, pair", lambda m: blocks(m, 9, 2, 3, 72, 64, 8, pair=True, **SILU), WIDE._replace(bm=8)),
     ("swap, odd", lambda m: blocks(m, 9, 2, 3, 40, 24, 16, gather=False, bias=True), SWAP),
     ("partial", lambda m: blocks(m, 9, 2, 3, 64, 64, 12, gather=False), SWAP),
+    (
+        "swap, many rows, late",
+        lambda m: blocks(m, 9, 1, 1, 64, 640, 144, gather=False),
+        MANY_ROWS._replace(late=True),
+    ),
     ("remote", lambda m: blocks(m, 20, 2, 4, 64, 64, 16, routing="dropped", bias=True), SWAP),
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
@@ -184,6 +190,13 @@ def many() -> list[tuple[str, Any, Any]]:
         of_blocks(f"twelve {flag}", (70, 2, 5, 128, 192, 12), SWAP, gather=False, **t)
     of_blocks("tall", (700, 2, 3, 256, 640, 256), TALL, TALL._replace(late=True), gather=False)
     of_blocks("parts", (700, 2, 3, 256, 640, 256), M, gather=False, bias=True)
+    for flag in (False, True):
+        late = MANY_ROWS._replace(late=True)
+        more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
+        for tile in more:
+            sizes = (700, 2, 3, 256, 640, tile.bm)
+            of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)
+            of_blocks(f"swap, gated {flag}", sizes, tile, transpose_rhs=flag, **SILU)
     of_blocks("many experts", (200, 2, 512, 64, 128, 16), None)
     for routing in ("hot", "half", "dropped"):
         for block in (16, 64, 128, 256):
@@ -200,7 +213,7 @@ def many() -> list[tuple[str, Any, Any]]:
         add(
             f"ragged {sizes[:5]}",
             lambda m, sizes=sizes, rows=rows: ragged(m, sizes, rows, 256, 640),
-            *(M, N, SWAP),
+            *(M, N, SWAP, MANY_ROWS),
         )
     add("ragged, odd", lambda m: ragged(m, [130, 7, 3], 144, 200, 136), N, SWAP)
     for counts in ([3, 0, 17, 20], [0, 0, 0], [20] * 4):
@@ -289,7 +302,7 @@ def test_list_of_the_masked_layout(counts, bm):
 
 def test_every_size_gets_tiles_that_fit():
     """Into a block's rows, into shared memory, and into what a form can do."""
-    for block in (1, 4, 8, 12, 16, 24, 48, 64, 96, 100, 128, 192, 256, 512):
+    for block in (1, 4, 8, 12, 16, 24, 48, 64, 80, 96, 100, 128, 144, 192, 256, 512):
         for experts in (1, 8, 512):
             for tokens in (1, 64, 4096):
                 for options in (
@@ -306,13 +319,13 @@ def test_every_size_gets_tiles_that_fit():
                         config = tiles.config_for(problem)
                         item = 4 if out == "float32" else 2
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
-                        rows = config.bm if config.form == "swap" else 64
+                        rows = tiles.piece_rows(config.bm) if config.form == "swap" else 64
                         pieces = 2 * (1 if config.form == "swap" else 2) * rows * 128
                         assert ring + pieces + 1024 <= tiles.MAX_SHARED_BYTES, (problem, config)
                         if config.form == "swap":
                             assert config.bm <= max(block, 8) or block % 8, (problem, config)
                             assert item == 2 and not options.get("interleaved")
-                            assert config.bn == (256 if options else 128)
+                            assert config.bn == (256 if options or config.bm > 64 else 128)
 
 
 def test_few_rows_get_small_tiles_and_many_get_large_ones():

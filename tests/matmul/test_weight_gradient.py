@@ -94,6 +94,11 @@ FEW = [
         lambda: blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped"),
         None,
     ),
+    (
+        "cut, late",
+        lambda: blocks(140, 2, 2, 128, 256, 64, gathered=None, routing="hot"),
+        kernel.Tiles(bk=16, pieces=3),
+    ),
 ]
 
 
@@ -130,6 +135,15 @@ def many() -> list[tuple[str, Any, Any]]:
                 more = {"gathered": gathered, "routing": routing, "out": out}
                 make = functools.partial(blocks, *size, **more)
                 add(f"blocks {block} {routing} {gathered} {k} {n} {out}", make, None)
+    for k, n, out in ((256, 640, "bfloat16"), (200, 136, "float32"), (64, 64, "bfloat16")):
+        tiles = kernel.Tiles(late=out == "bfloat16", pieces=5)
+        for sizes in ([3000, 1, 0, 129], [2000, 1300, 40, 1100], [600] * 9):
+            make = functools.partial(ragged, sizes, sum(sizes), k, n, out=out)
+            add(f"cut {sizes} {k} {n} {out}", make, tiles)
+        for gathered in (None, "lhs", "rhs"):
+            more = {"gathered": gathered, "routing": "hot", "out": out}
+            make = functools.partial(blocks, 1500, 2, 8, k, n, 128, **more)
+            add(f"cut hot {gathered} {k} {n} {out}", make, tiles._replace(lag=1))
     add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)
     add("offset", lambda: ragged([30, 0, 70, 5], 120, 128, 256, experts=2, offset=1), None, early)
     add("float16", lambda: ragged([30, 70], 100, 128, 256, dtype="float16", out="float16"), None)
@@ -215,6 +229,58 @@ def test_where_experts_are(make):
     sizes = [int(count[e]) for e in order]
     assert sizes == sorted(sizes, reverse=True)
     assert sorted(order.tolist()) == list(range(problem.layout.num_experts))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [
+        ([1000], 3),
+        ([700, 0, 5, 295], 7),
+        ([10, 20, 30], 4),  # too few rows for two pieces
+        ([0, 0], 3),
+        ([500, 500, 500, 500], 8),
+        ([4097, 1, 333], 11),
+    ],
+)
+def test_how_hot_experts_are_cut(sizes, pieces, bk=8):
+    """Against Python: the pieces of an expert are its rows in order, each below twice the bound."""
+    problem, (_, _, *where) = ragged(sizes, max(1, sum(sizes)), 8, 8)
+    whole = kernel.experts_of(problem, *where)
+    left, found = kernel.cut(whole, pieces, bk)
+    bound = max(-(-sum(sizes) // pieces), kernel._STEPS_OF_PIECE * bk)
+    starts, counts = (np.asarray(a) for a in found.experts[:2])
+    used = int(found.used[0])
+    assert used <= pieces and not counts[used:].any()
+    taken = 0
+    for e, size in enumerate(sizes):
+        begin, end = int(found.begin[e]), int(found.end[e])
+        if size < 2 * bound:
+            assert begin == end and int(left.count[e]) == size
+            continue
+        assert begin == taken and end > begin + 1 and int(left.count[e]) == 0
+        taken = end
+        rows = [r for p in range(begin, end) for r in range(starts[p], starts[p] + counts[p])]
+        first = int(whole.start[e])
+        assert rows == list(range(first, first + size))
+        assert max(counts[begin:end]) < 2 * bound
+        assert all((starts[p] - first) % bk == 0 for p in range(begin, end) if counts[p])
+    assert used == taken
+    assert np.asarray(left.order).tolist() == sorted(
+        range(len(sizes)), key=lambda e: (-int(left.count[e]), e)
+    )
+
+
+def test_which_experts_are_cut_by_default():
+    """Where a matrix has fewer tiles than the GPU has multiprocessors, and there are rows enough."""
+
+    def pieces(k, n, rows):
+        sizes = ("test", "ragged", rows, k, n, 8, "bfloat16", "bfloat16")
+        return kernel.cutting(WeightGradient(MatmulProblem(*sizes, num_groups=8))).pieces
+
+    assert pieces(768, 2048, 65536) == 132 * 4 // 48
+    assert pieces(7168, 1024, 65536) == pieces(2048, 768 * 4, 65536) == 0
+    assert pieces(64, 64, 4096) == 4096 // 512
+    assert pieces(64, 64, 1000) == 0
 
 
 def shared(experts_of_ids, k, n, block, *, gathered=None):

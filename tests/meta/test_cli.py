@@ -165,6 +165,22 @@ def test_profile_refuses_more_choices_than_experts(moe_align):
     assert done.exit_code == 2 and "--top-k 8" in done.output
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        ("--num-experts", 10**30),
+        ("--num-tokens", 10**30),
+        ("--block-size", 2**31),
+        ("--block-size", 2**30),
+        ("--repeats", 10**30),
+    ],
+    ids=str,
+)
+def test_profile_refuses_sizes_beyond_int32_by_its_options(moe_align, size):
+    done = moe_align("profile", *map(str, size))
+    assert done.exit_code == 2 and size[0] in done.output and "Traceback" not in done.output
+
+
 def test_bench_outside_a_checkout_says_so(moe_align, monkeypatch, tmp_path):
     package = tmp_path / "moe_align_jax" / "__init__.py"
     monkeypatch.setattr(moe_align_jax, "__file__", str(package))

@@ -216,6 +216,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
+        "moe_align_jax._lowering.select",
     },
     "moe_align_jax._grouped_matmul.activation_gradient": {
         "moe_align_jax._grouped_matmul",

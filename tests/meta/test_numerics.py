@@ -449,6 +449,35 @@ def test_vmap_keeps_the_sharding_of_an_explicit_batch(name, context):
                 np.testing.assert_array_equal(ours, theirs)
 
 
+def test_products_of_an_explicit_batch_stay_where_they_are():
+    mesh = mesh_of(5, kind=AxisType.Explicit)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 4, 8)).astype(np.float32), rng.normal(size=(2, 8, 8))
+    sizes = np.array([[1, 3], [4, 0], [0, 2], [0, 0], [2, 2]], np.int32)
+    run = jax.vmap(lambda x, sizes: maj.ragged_dot(x, w.astype(np.float32), sizes))
+    want = [x[b, r] @ w[int(r >= first)] for b, (first, _) in enumerate(sizes) for r in range(4)]
+    used = np.arange(4)[None] < sizes.sum(1)[:, None]
+    want = np.where(used[..., None], np.reshape(want, x.shape), 0)
+    with jax.set_mesh(mesh):
+        given = [jax.device_put(a, NamedSharding(mesh, P("ep"))) for a in (x, sizes)]
+        got = jax.jit(run)(*given)
+        assert jax.typeof(got).sharding.spec[0] == "ep"
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["static", "dynamic", "round_robin"])
+def test_slots_keep_the_sharding_of_explicit_ids(dispatch):
+    mesh = mesh_of(kind=AxisType.Explicit)
+    ids = np.random.default_rng(0).integers(-1, 6, (16, 2)).astype(np.int32)
+    location = maj.ExpertLocation.trivial(1, 5, 8, num_gpus=2, dispatch=dispatch).layer(0)
+    want = maj.to_physical_ids(ids, location, rank=1)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(ids, NamedSharding(mesh, P("ep")))
+        got = jax.jit(lambda ids: maj.to_physical_ids(ids, location, rank=1))(given)
+        assert jax.typeof(got).sharding.spec[0] == "ep"
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("transport", "mode", "jit"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import activation_gradient
+from moe_align_jax._grouped_matmul import activation_gradient, reference
 from moe_align_jax._grouped_matmul import activation_gradient_kernel as kernel
 from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem, Weights
 from tests.matmul.oracle import error
@@ -65,6 +65,7 @@ def by_numpy(problem, operands):
 
 
 def check(problem, operands, *, interpret):
+    """Of the kernel."""
     run = jax.jit(functools.partial(kernel.run, problem, interpret=interpret))
     found = run(*operands)
     if not interpret:
@@ -72,16 +73,38 @@ def check(problem, operands, *, interpret):
         used = int(operands[-1][0])
         for a, b in zip(found, again, strict=True):
             assert np.asarray(a[:used]).tobytes() == np.asarray(b[:used]).tobytes()
+    compare(problem, operands, found, of_sums=1e-4)
+
+
+def compare(problem, operands, found, *, of_sums):
+    toward, scaled_rows, row_sums = found
     dh, scaled, sums, real = by_numpy(problem, operands)
-    assert error(np.asarray(found.products)[real], dh[real]) < 5e-3
-    assert error(np.asarray(found.scaled)[real], scaled[real]) < 5e-3
-    assert error(np.asarray(found.sums)[real], sums[real]) < 1e-4
+    assert error(np.asarray(toward)[real], dh[real]) < 5e-3
+    assert error(np.asarray(scaled_rows)[real], scaled[real]) < 5e-3
+    assert error(np.asarray(row_sums)[real], sums[real]) < of_sums
     # Padding rows of blocks in use are zero: products with the weights' gradient read them.
     experts, used = np.asarray(operands[-2]), int(operands[-1][0])
     padding = ~real & (np.arange(len(real)) < used) & (np.repeat(experts, 128) >= 0)
     assert padding.any()
-    assert not np.asarray(found.products)[padding].any()
-    assert not np.asarray(found.scaled)[padding].any()
+    assert not np.asarray(toward)[padding].any()
+    assert not np.asarray(scaled_rows)[padding].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("way", ["loop", "fusions"])
+def test_without_the_kernel(way, transposed):
+    """The sums of rows that hold no pair are zero as well: what such rows hold is NaN."""
+    problem, operands = make_case(40, 2, 3, 64, 96, transposed=transposed)
+    products, scale, *rest = operands
+    used = scale > kernel.NO_PAIR
+    run = {
+        "loop": reference.activation_gradient,
+        "fusions": functools.partial(activation_gradient._by_fusions, "xla"),
+    }[way]
+    found = jax.jit(functools.partial(run, problem))(products, scale, used, *rest)
+    # Between two fusions g is rounded.
+    compare(problem, operands, found, of_sums=1e-4 if way == "loop" else 5e-3)
+    assert not np.asarray(found[2])[~np.asarray(used)].any()
 
 
 def test_in_the_interpreter():
@@ -100,12 +123,12 @@ def test_on_a_gpu(size, transposed):
 
 def test_what_it_takes(monkeypatch):
     problem, _ = make_case(12, 2, 2, 64, 256)
-    assert activation_gradient.runs(problem, "emulator")
-    assert not activation_gradient.runs(problem, "mosaic_gpu")  # it has not run on a GPU
+    choose = activation_gradient.choose
+    assert choose(problem, "cpu", None) == choose(problem, "cuda", "xla") == "loop"
+    assert choose(problem, "cuda", None) == choose(problem, "cuda", "mosaic_gpu") == "fusions"
     monkeypatch.setattr(activation_gradient, "enabled", True)
-    assert activation_gradient.runs(problem, "mosaic_gpu")
-    assert not activation_gradient.runs(problem, None)
-    assert not activation_gradient.runs(problem, "xla")
+    assert choose(problem, "cuda", None) == choose(problem, "cuda", "mosaic_gpu") == "kernel"
+    assert choose(problem, "cpu", None) == choose(problem, "cuda", "xla") == "loop"
     for change in (
         {"weights": problem.weights._replace(interleaved=True)},
         {"weights": problem.weights._replace(activation="gelu")},

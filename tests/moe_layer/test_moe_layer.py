@@ -203,6 +203,19 @@ def test_models_sizes_on_a_gpu(tokens, routing):
     assert error(y, np.asarray(want, np.float64)) < 5e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [60, 500, 4096])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_experts_on_a_gpu(tokens, transposed):
+    """Blocks of 48, 144 and 192 rows; the last ones' are gathered before the product."""
+    operands, options = make_layer(
+        *(tokens, 2, 8, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
+    )
+    want = maj.fused_moe(*operands, implementation="xla", **options)
+    y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
+    assert error(y, np.asarray(want, np.float64)) < 5e-3
+
+
 @pytest.mark.parametrize("tokens", [1, 9], ids=["pairs", "blocks"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_kernels_bodies_in_the_interpreter(tokens, transposed):
@@ -523,7 +536,11 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
 
 
 @pytest.mark.parametrize(
-    "model", [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)]
+    "model",
+    [
+        *((128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)),
+        (16, 2, 4096, 4096),
+    ],
 )
 def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
     """Over every batch size up to 16384: blocks and tiles of both products."""

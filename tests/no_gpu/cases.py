@@ -104,6 +104,7 @@ def align_case(size: forms.Size, options: Options) -> Case:
         minus_one=options["minus_one"],
         return_counts=options["return_counts"],
         sized_at_launch=direct,
+        num_local=size.num_experts // 2 if direct and options["map"] == "filter" else 0,
         **forms.location_sizes(
             size, options["dispatch"], options["num_layers"], options["num_shared"]
         ),

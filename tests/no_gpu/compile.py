@@ -4,8 +4,7 @@
 
 For every program of `cases`: nothing spills, registers fit the CTA, the launch that
 `torch_bridge/_direct/compile_worker.py` reads is the one that jaxlib makes, kernels wait where PDL needs
-it, and no load
-spans two ids. Exit code 1 when anything is wrong or missing.
+it, and no load spans two ids. Exit code 1 when anything is wrong or missing.
 """
 
 import argparse

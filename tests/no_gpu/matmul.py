@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.no_gpu import ptx, script, toolchain, worker
 
@@ -109,6 +109,14 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
         yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
         yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
+    for bm, stages in ((144, 4), (192, 3)):
+        tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
+        yield f"{bm}, ragged", problem(**ragged), tiles
+        for transposed in (False, True):
+            weights = {"transposed": transposed}
+            yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
+            weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
+            yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     yield from e4m3_problems()
 
 
@@ -151,7 +159,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
-    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall):
+    broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
+    shared = tall._replace(sharing=2, ahead=True)
+    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
         yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
@@ -186,6 +196,26 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
+    cut = late._replace(pieces=5)
+    for name, given in (
+        ("bfloat16", problem()),
+        ("rhs gathered", problem(gathered="rhs")),
+        ("odd", problem(**odd)),
+    ):
+        yield f"gradient, {name}, of cut experts", given, cut
+        yield f"gradient, {name}, pieces", given, PiecesOf(cut)
+    given = problem(out="float32")
+    yield "gradient, float32, of cut experts", given, cut._replace(late=False)
+
+
+class PiecesOf(NamedTuple):
+    """The launch that sums the pieces, of a weight gradient's two."""
+
+    tiles: Any
+
+    @property
+    def name(self) -> str:
+        return self.tiles.name
 
 
 def activation_gradients() -> Iterator[tuple[str, Any, Any]]:
@@ -222,13 +252,26 @@ def lower(problem: Any, config: Any) -> Any:
     if isinstance(problem, WeightGradient):
         structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
 
+        first = isinstance(config, PiecesOf)  # of two launches
+        tiles = config.tiles if isinstance(config, PiecesOf) else config
+        build = weight_gradient_kernel.build_pieces if first else weight_gradient_kernel.build
+        call = jax.jit(build(problem, tiles))
+
         def made(*operands):
             experts = weight_gradient_kernel.experts_of(problem, *operands[2:])
-            options = {"interpret": False}
-            return weight_gradient_kernel.arguments(problem, config, experts, *operands, **options)
+            given = functools.partial(
+                weight_gradient_kernel.arguments, problem, tiles, interpret=False
+            )
+            if not tiles.pieces:
+                return given(experts, *operands)
+            experts, pieces = weight_gradient_kernel.cut(experts, tiles.pieces, tiles.bk)
+            of_pieces = given(pieces.experts, *operands, more=(pieces.used,))
+            if first:
+                return of_pieces
+            sums = weight_gradient_kernel.build_pieces(problem, tiles)(*of_pieces)
+            return given(experts, *operands, more=(pieces.begin, pieces.end), sums=sums)
 
         given = jax.eval_shape(made, *structs)
-        call = jax.jit(weight_gradient_kernel.build(problem, config))
         return call.trace(*given).lower(lowering_platforms=("cuda",))
 
     def arguments(*operands):

@@ -17,7 +17,7 @@ from tests.no_gpu import script
 
 LAYERS, EXPERTS, PASSES = 58, 256, 100
 # What XLA needs to know of a GPU that is not here.
-_H200 = """
+H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
@@ -85,7 +85,7 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     from jax.sharding import SingleDeviceSharding
 
     topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=_H200, topology="1x1x1"
+        "", platform="cuda", target_config=H200, topology="1x1x1"
     )
     where = SingleDeviceSharding(topology.devices[0])
     for what, wanted, function, shapes in script.one_in_sample(cases()):

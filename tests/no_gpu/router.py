@@ -7,7 +7,6 @@ the kernel waits where PDL needs it, and logits are loaded 16 bytes at a time wh
 Exit code 1 otherwise.
 """
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -97,7 +96,7 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._router import fused, kernel, masks
+    from moe_align_jax._router import fused, kernel, split
     from moe_align_jax._simt import mosaic
     from moe_align_jax._simt.language import WARP
 
@@ -105,9 +104,16 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
     for problem, align in aligned_problems():
         config = fused.config_for(problem, align)
         every.append((problem, align, config))
-        if masks.takes(align, problem.num_tokens):
-            forms = {"masks", "warp" if align.num_pairs <= WARP else "block"} - {config.form}
-            every += [(problem, align, dataclasses.replace(config, form=form)) for form in forms]
+        if split.takes(align, problem.num_tokens):
+            form = "warp" if align.num_pairs <= WARP else "block"
+            every.append((problem, align, fused.FusedConfig(form, 2, config.num_ctas)))
+            for routers in (1, 2):  # warpgroups
+                ctas = 1 << (-(-problem.num_tokens // (4 * routers)) - 1).bit_length()
+                shape = fused.FusedConfig("split", routers + 1, ctas)
+                every += [(problem, align, shape)] * (ctas <= 8 and shape != config)
+                if 1 < ctas <= 8:
+                    wider = fused.FusedConfig("split", routers + 2, ctas, aligners=2, message=8)
+                    every.append((problem, align, wider))
     for position, (problem, align, config) in enumerate(every):
         what = f"{problem}"
         if align is None:

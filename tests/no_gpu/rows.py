@@ -95,17 +95,24 @@ def messages() -> Iterator[Compiled]:
         (kernels.Message(2, 1, 32, 2, fields(bfloat16=1 << 16)), False, 2),
     ]
     for form, quantise, room in given:
-        for problem in (kernels.Pack(form, quantise), kernels.Unpack(form, room)):
+        pack, unpack = kernels.Pack(form, quantise), kernels.Unpack(form, room)
+        for problem in (pack, unpack, kernels.Gathered(form, room, quantise)):
             kernel = kernels.build(problem)
             structs = [jax.ShapeDtypeStruct(*array) for array in problem.inputs.values()]
             shapes = [{n: s for n, (s, _) in a.items()} for a in (problem.inputs, problem.outputs)]
             direct = _Direct(kernel.name, *shapes, mosaic.launcher(kernel), structs)
-            moved = problem.given if isinstance(problem, kernels.Pack) else form.payload
-            name = "field" if isinstance(problem, kernels.Pack) else "boxes"
-            widths = {f"{name}{k}": 4 * field.width for k, field in enumerate(moved)}
-            prefixes = (name, "message") if name == "field" else ("message", name)
+            source = "message" if problem is unpack else "field"
+            target = "message" if problem is pack else "boxes"
+            widths = {}
+            if source == "field":
+                widths = {f"field{k}": 4 * field.width for k, field in enumerate(problem.given)}
+            if target == "boxes":
+                # Eight codes come of 16 bytes that are quantised here, and a scale of 16 times as many.
+                quantised = quantise and problem is not unpack
+                written = (8, 4) if quantised else [4 * f.width for f in form.payload]
+                widths |= {f"boxes{k}": width for k, width in enumerate(written)}
             assert problems.THREADS == 128
-            yield Compiled(str(problem), direct, widths, _loads_before(*prefixes))
+            yield Compiled(str(problem), direct, widths, _loads_before(source, target))
 
 
 def sums() -> Iterator[Compiled]:

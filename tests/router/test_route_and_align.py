@@ -1,6 +1,5 @@
 """route_and_align: bit for bit the router and the alignment apart, in one launch where it says so."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._router import fused, masks
+from moe_align_jax._router import fused, split
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import emulator, mosaic
 from moe_align_jax.types import AlignProblem
@@ -120,7 +119,7 @@ def test_with_every_option(implementation, num_tokens, which):
         )
 
 
-MASKED = [
+SPLIT = [
     ((1, 256, 8), 16, {}, {}),
     ((4, 64, 8), 128, {}, {"expert_map": "label"}),
     ((5, 64, 6), 4, {"has_token_mask": True}, {"return_inverse": True}),
@@ -128,20 +127,32 @@ MASKED = [
     ((64, 256, 8), 64, {"has_token_mask": True, "bias_rows": 1}, {"return_inverse": True}),
     ((64, 60, 32), 16, {"renormalize": True}, {"has_num_valid_pairs": True}),
     ((17, 8, 1), 3, {}, {"return_counts": False}),
+    ((9, 16, 4), 2, {"softmax_after_topk": True}, {"return_inverse": True}),
 ]
 
 
+def shapes_of(tokens, pairs):
+    """4 and 8 routing warps to a CTA; and the launch that has the alignment's own kernel in it."""
+    for routers in (4, 8):
+        ctas = 1 << (-(-tokens // routers) - 1).bit_length()
+        if ctas <= 8 and routers <= max(tokens, 4):
+            yield fused.FusedConfig("split", routers // 4 + 1, ctas)
+            if ctas > 1:
+                yield fused.FusedConfig("split", routers // 4 + 2, ctas, aligners=2, message=8)
+    yield fused.FusedConfig("warp" if pairs <= 32 else "block", 2, ctas)
+
+
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("sizes", "block_size", "routing", "aligning"), MASKED)
-def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, aligning, on_gpu):
+@pytest.mark.parametrize(("sizes", "block_size", "routing", "aligning"), SPLIT)
+def test_warps_with_two_tasks_give_the_same_bits(sizes, block_size, routing, aligning, on_gpu):
     """As the program that has the alignment's own kernel in it, which is held to the oracle."""
     problem = RouteProblem(*sizes, **routing)
     tokens, experts, top_k = sizes
     pairs = tokens * top_k
     capacity = maj.max_num_tokens_padded(pairs, block_size=block_size, num_experts=experts)
     align = AlignProblem(pairs, experts, block_size, capacity, **aligning)
-    assert masks.takes(align, tokens)
-    config, rng = fused.config_for(problem, align), np.random.default_rng(tokens)
+    assert split.takes(align, tokens)
+    rng = np.random.default_rng(tokens)
     floats = {
         "logits": rng.standard_normal((tokens, experts)),
         "correction_bias": rng.standard_normal(experts),
@@ -150,11 +161,8 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
     words["token_mask"] = (rng.random(tokens) < 0.7).astype(np.int32)
     words["expert_map"] = rng.integers(-2, experts, experts).astype(np.int32)
     words["num_valid_pairs"] = np.array([pairs // 2], np.int32)
-    plain = "warp" if pairs <= 32 else "block"
-    programs = [
-        fused.build(problem, align, dataclasses.replace(config, form=form))
-        for form in ("masks", plain)
-    ]
+    *shapes, plain = shapes_of(tokens, pairs)
+    last = fused.build(problem, align, plain)
 
     def run(program):
         given = [words[name] for name in program.inputs]
@@ -162,19 +170,21 @@ def test_the_form_by_masks_gives_the_same_bits(sizes, block_size, routing, align
             return emulator.run(program, [x.view(np.int32) for x in given])
         return jax.jit(lambda *operands: mosaic.run(program, operands))(*given)
 
-    got, want = map(run, programs)
-    for name, mine, theirs in zip(programs[0].results, got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), name)
+    want = run(last)
+    for shape in shapes:
+        got = run(fused.build(problem, align, shape))
+        for name, mine, theirs in zip(last.results, got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), f"{shape}: {name}")
 
 
 @pytest.mark.parametrize(
     "aligning",
     [{"expert_map": "filter"}, {"dispatch": "static", "num_logical": 4}],
 )
-def test_ids_that_are_mapped_before_they_are_counted_have_no_masks(aligning):
+def test_ids_that_are_mapped_before_they_are_counted_are_not_told_by_bits(aligning):
     """Two experts of a token may become one."""
-    assert not masks.takes(AlignProblem(8, 8, 4, 40, **aligning), 4)
-    assert not masks.takes(AlignProblem(65, 8, 4, 89), 65)
+    assert not split.takes(AlignProblem(8, 8, 4, 40, **aligning), 4)
+    assert not split.takes(AlignProblem(65, 8, 4, 89), 65)
 
 
 @pytest.mark.parametrize("dispatch", ["static", "dynamic", "round_robin"])

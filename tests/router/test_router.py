@@ -234,6 +234,34 @@ def test_close_logits_are_told_apart_where_their_scores_are_equal(implementation
         assert np.asarray(ids).tolist() == [[1, 2, 3, 0], [0, 2, 3, 1]]
 
 
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (60, 8), (8, 8), (1000, 32), (33, 1)])
+def test_logits_that_differ_in_their_last_bits_are_told_apart(implementation, num_experts, top_k):
+    """Among the chosen ones, and between the last of them and the next one."""
+    rng = np.random.default_rng(num_experts)
+    steps = np.arange(num_experts, dtype=np.float32) * np.float32(
+        2**-22
+    )  # of 1 unit in the last place
+    spread = 1 + rng.permutation(num_experts).astype(np.float32)
+    last = np.argsort(-spread)[top_k - 1]
+    edge, alone = spread.copy(), np.ones(num_experts, np.float32)
+    edge[num_experts - 1 if last != num_experts - 1 else 0] = np.nextafter(
+        edge[last], np.float32(1e9)
+    )
+    alone[-1] = np.nextafter(np.float32(1), np.float32(2))
+    rows = [2 + steps, 2 - steps, 2 + steps[rng.permutation(num_experts)], -2 - steps, edge, alone]
+    rows += [rng.standard_normal(num_experts).astype(ml_dtypes.bfloat16), np.zeros(num_experts)]
+    logits = np.stack([row.astype(np.float32) for row in rows])
+    weights, ids = maj.route_topk(
+        logits, top_k=top_k, renormalize=True, implementation=implementation
+    )
+    want = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    assert np.asarray(ids).tolist() == want.tolist()
+    chosen = np.take_along_axis(logits, want, axis=1).astype(np.float64)
+    powers = np.exp(chosen - chosen[:, :1])
+    expected = powers / powers.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(weights), expected, rtol=2e-5, atol=1e-30)
+
+
 # -- which tokens are real ---------------------------------------------------------------------------
 
 

@@ -387,14 +387,25 @@ class Launches:
 
     Attributes:
         values: a 64-bit word per value of the program. The driver copies them at each launch.
+        write: `write(*given)` puts the first `num_given` of them there; all of them where that is None.
         kept, kept_is_next: for whoever fills `values`: memory that they may point to, and whether they do.
     """
 
     kept: Any = None
     kept_is_next = False
 
-    def __init__(self, driver: Driver, specs: Sequence[LaunchSpec], num_values: int):
+    def __init__(
+        self,
+        driver: Driver,
+        specs: Sequence[LaunchSpec],
+        num_values: int,
+        num_given: int | None = None,
+    ):
         self.values = (ctypes.c_uint64 * num_values)()
+        words = num_values if num_given is None else num_given
+        # With its place bound, `write(*given)` passes the tuple on; beside other arguments, Python would make
+        # a list and another tuple of it first.
+        self.write = functools.partial(struct.Struct(f"{words}Q").pack_into, self.values, 0)
         self._driver, self._stream = driver, None
         self._configs, self._pointers, self._arguments, self._attributes = [], [], [], []
         # For each kernel with descriptors: its parameters, which of them they are, and what encodes them.
@@ -452,30 +463,32 @@ def launcher(
     """How a program is launched, whoever asks for it: `launch(*values)`.
 
     Its steps: the thread's argument memory, the current stream, memory between the kernels, the values, the
-    kernels. A repeated call spends 5 us in all, so everything that it needs is bound here once.
+    kernels. All of them are host time of every call, so what they need is bound here once.
 
     Args:
-        driver: loaded the kernels. device: the program's device, which is current in every launch. specs:
-        the kernels. num_given: how many values the caller gives: pointers, and sizes. num_values: how many
-        with the pointers to buffers between the kernels, which come last. current_stream: the stream to
-        launch on, of a device. take_between: `take_between(launches, stream)` points the next launch on a
-        stream at memory between its
-            kernels and returns what holds that memory. Not called where `launches` keeps it for the default
-            stream. None for a program that has no such memory.
+        driver: loaded the kernels.
+        device: the program's device, which is current in every launch.
+        specs: the kernels.
+        num_given: how many values the caller gives: pointers, and sizes.
+        num_values: how many with the pointers to buffers between the kernels, which come last.
+        current_stream: the stream to launch on, of a device.
+        take_between: `take_between(launches, stream)` points the next launch on a stream at memory between
+            its kernels and returns what holds that memory. Not called where `launches` keeps it for the
+            default stream. None for a program that has no such memory.
     """
-    threads, pack = threading.local(), struct.Struct(f"{num_given}Q").pack_into
+    threads = threading.local()
 
     def launch(*values: int) -> None:
         try:
             launches = threads.launches
         except AttributeError:  # a new thread, to which the context may be new too
             driver.enter(device)
-            launches = threads.launches = Launches(driver, specs, num_values)
+            launches = threads.launches = Launches(driver, specs, num_values, num_given)
         stream = current_stream(device)
         held = None  # until all kernels are enqueued: another thread on this stream may not get it before
         if take_between is not None and (stream or not launches.kept_is_next):
             held = take_between(launches, stream)
-        pack(launches.values, 0, *values)
+        launches.write(*values)
         launches.enqueue(stream)
         del held
 

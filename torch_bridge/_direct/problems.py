@@ -97,6 +97,7 @@ def bucket_problem(
     return_counts: bool = False,
     return_inverse: bool = False,
     minus_one: bool = False,
+    num_local: int = 0,
     tuning: str = "",
 ) -> AlignProblem:
     """The problem of the bucket that holds `num_pairs`: that of the bucket's largest size, sized at launch.
@@ -121,6 +122,7 @@ def bucket_problem(
         minus_one,
         return_counts,
         sized_at_launch=True,
+        num_local=num_local,
         tuning=tuning,
     )
 

@@ -49,7 +49,7 @@ def align_example(problem: Any, n: int, seed: int) -> Example:
     group = np.where(kept, group, 0)
     if problem.expert_map == "filter":
         group = expert_map[group]
-        kept &= (group >= 0) & (group < num_experts)
+        kept &= (group >= 0) & (group < problem.num_mapped)
     group = np.where(kept, group, num_experts)
     counts = np.bincount(group, minlength=num_experts + 1)[:num_experts]
     padded = -(-counts // block_size) * block_size

@@ -1,5 +1,6 @@
 """Which compiled programs serve a call of the expert layer: one of each kind serves a range of sizes."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -88,13 +89,13 @@ def matmul_program(call: Matmul, operands: dict[str, torch.Tensor], gpu_kind: st
     return DirectMatmul(exact._replace(**sizes), gpu_kind, tiles)
 
 
-def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int) -> int:
+def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int, any_rows: bool) -> int:
     """The most tokens of the program that serves so many; `block_size` 0: the layer chooses it."""
     if block_size:
         return _power_of_two(tokens, _LEAST_TOKENS)
-    chosen = plan.block_size_for(tokens * top_k, num_experts)
-    most = next((most for most, rows in plan.BLOCK_SIZES if rows == chosen), None)
-    if most is not None:
+    chosen = plan.block_size_for(tokens * top_k, num_experts, any_rows)
+    most = next(m for m, rows in plan.block_sizes(num_experts, any_rows) if rows == chosen)
+    if most != math.inf:
         return max(tokens, int(most * num_experts) // top_k)
     return next((n for n in _MANY_TOKENS if n >= tokens), tokens)
 
@@ -107,8 +108,9 @@ def layer_programs(
     tokens, top_k = ids.shape
     aligned = operands.get("sorted_token_ids")
     slots = operands["expert_map"].shape[0] if "expert_map" in operands else call.num_experts
-    block_size = call.block_size or plan.block_size_for(tokens * top_k, slots)
-    most = token_bucket(tokens, top_k, slots, call.block_size)
+    any_rows = plan.takes_any_rows(call.weights, x.shape[1], call.ffn, False)
+    block_size = call.block_size or plan.block_size_for(tokens * top_k, slots, any_rows)
+    most = token_bucket(tokens, top_k, slots, call.block_size, any_rows)
     rows = checks.capacity(
         most * top_k, block_size=block_size, num_experts=slots, pad_sorted_ids=True
     )
@@ -129,6 +131,8 @@ def layer_programs(
     )
     align = None
     if aligned is None:
+        # Of local ids that no expert has, the alignment knows no row: their weights may be NaN.
+        num_local = call.num_experts if call.num_experts < slots else 0
         align = problems.bucket_problem(
             *(tokens * top_k, slots, block_size),
             problems.ID_WORDS.get(ids.dtype, 1),
@@ -136,6 +140,7 @@ def layer_programs(
             has_num_valid_pairs=call.max_valid_tokens >= 0 or "num_valid_tokens" in operands,
             return_counts=call.counted,
             return_inverse=True,
+            num_local=num_local,
             tuning=tuning,
         )
     else:

@@ -20,6 +20,7 @@ from torch_bridge._direct import store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._moe.direct import boundaries, in_place
 from torch_bridge._moe.run import gpu_kind
+from torch_bridge.deep_gemm.repeated import Launched
 
 _LEAST_ROWS = 1024
 _MOST_ROWS = (1 << 30) - 1
@@ -101,7 +102,7 @@ def launch(
     problem: MatmulProblem,
     tensors: Mapping[str, torch.Tensor],
     out: torch.Tensor,
-) -> None:
+) -> Launched:
     """One launch. What does not lie as the kernel reads it is copied; out's memory is written.
 
     Args:
@@ -113,19 +114,23 @@ def launch(
     machine, (direct, program, names, needed) = store.here.machine, bound
     with machine.on_device(out.get_device()):
         given: dict[str, Any] = dict(tensors)
-        values = {NUM_ROWS: problem.num_rows << 8, NUM_PAIRS: 0}
+        numbers = {NUM_ROWS: problem.num_rows << 8, NUM_PAIRS: 0}
         if "x_scales" in given and problem.scales and problem.scales.x == "column_major":
             given["x_scales"], pitch = _columns(direct, problem, given["x_scales"])
-            values[SCALE_PITCH] = pitch << 8
+            numbers[SCALE_PITCH] = pitch << 8
         kept = {name: in_place(machine, x, needed[name]) for name, x in given.items()}
         target = out
         if out.data_ptr() % needed["out"]:
             target = machine.empty(tuple(out.shape), out.stride(), out.dtype)
-        values |= {name: x.data_ptr() for name, x in kept.items()}
-        values["out"] = target.data_ptr()
+        numbers = {name: value for name, value in numbers.items() if name in names}
+        pointers = {name: x.data_ptr() for name, x in kept.items() if name in names}
+        pointers["out"] = target.data_ptr()
+        values = numbers | pointers
         program.launch(*[values[name] for name in names])
         if target is not out:
             out.copy_(target)
+    scale_bytes = kept["x_scales"].nbytes if "x_scales" in kept else 0
+    return Launched(names, pointers, numbers, needed, scale_bytes, program.launch)
 
 
 def _columns(

@@ -75,7 +75,8 @@ def silu_and_mul_masked_post_quant_fwd(
     taken.
     """
     del num_real_tokens, topk
-    alpha, limit = gemm1_alpha or 0.0, gemm1_clamp_limit or 0.0
+    alpha = 0.0 if gemm1_alpha is None else gemm1_alpha
+    limit = 0.0 if gemm1_clamp_limit is None else gemm1_clamp_limit
     tensors = {"input": input, "masked_m": masked_m, "output": output, "output_scale": output_scale}
     group = _check(tensors, quant_group_size, scale_ue8m0, alpha, limit)
     if _ops.launches_at_once(tensors):
@@ -187,9 +188,9 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             what, remedy = checks.describe(number), "It is compiled into the kernel."
             raise TypeError(checks.message(_FUNCTION, argument, "be a Python number", what, remedy))
-        if not 0 <= number < float("inf"):
-            remedy = "Pass 0 for none."
-            raise ValueError(checks.message(_FUNCTION, argument, "be at least 0", number, remedy))
+        if not checks.is_finite(number) or number < 0:
+            rule, remedy = "be at least 0 and finite", "Pass 0 for none."
+            raise ValueError(checks.message(_FUNCTION, argument, rule, number, remedy))
     if x.dtype not in _DTYPES:
         _fail(TypeError, "input", "be bfloat16 or float16", x)
     if output.dtype != torch.float8_e4m3fn:

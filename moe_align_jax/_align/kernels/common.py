@@ -47,18 +47,29 @@ class Slice:
         self.length = cdiv(size, t.num_ctas * 4) * 4
         self.base = t.cta_id() * self.length
 
-    def fill(self, ref: Any, value: Int | int, *, vector: bool) -> None:
-        t, tid = self.t, self.t.thread_id()
+    def fill(
+        self,
+        ref: Any,
+        value: Int | int,
+        *,
+        vector: bool,
+        thread: Int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """By the threads of the CTA, or by `threads` of them, of which I am the `thread`-th."""
+        t = self.t
+        if thread is None or threads is None:
+            thread, threads = t.thread_id(), t.num_threads
         if t.num_ctas == 1:
-            collectives.fill(t, ref, value, self.size, tid, t.num_threads, vector=vector)
+            collectives.fill(t, ref, value, self.size, thread, threads, vector=vector)
             return
         width = 4 if vector else 1
         whole = self.size // width * width
-        for offset in t.for_range(tid * width, self.length, t.num_threads * width):
+        for offset in t.for_range(thread * width, self.length, threads * width):
             with t.if_((self.base + offset).below(whole)):
                 (t.store4 if vector else t.store)(ref, self.base + offset, value)
-        with self.holding(tid + whole, tid < self.size - whole):
-            t.store(ref, tid + whole, value)
+        with self.holding(thread + whole, thread < self.size - whole):
+            t.store(ref, thread + whole, value)
 
     def holding(self, index: Int, condition: Int) -> AbstractContextManager[None]:
         """`with slice.holding(i, c):` where c holds and the cell lies in this slice."""
@@ -191,7 +202,7 @@ def expert_of(
     if problem.expert_map == "filter":
         safe = t.select(kept, expert, 0)
         expert = read_map(safe) if read_map else t.load(r.expert_map, safe)
-        kept = kept & expert.below(num_experts)
+        kept = kept & expert.below(problem.num_mapped)
     return t.select(kept, expert, -1)
 
 

@@ -1,4 +1,4 @@
-"""The message of a low-latency exchange, and what its two kernels have to do.
+"""The rows of a low-latency exchange, and what the kernels beside its collective have to do.
 
 A message is rows of W int32 words, `[D, T, W]`: for each rank and token the payload, its scales, the weights
 and the ids, each from a multiple of 16 bytes on. The ids are those of the rank that the copy goes to: local
@@ -111,11 +111,7 @@ class Pack(NamedTuple):
 
     @property
     def given(self) -> tuple[Field, ...]:
-        if not self.quantise:
-            return self.message.payload
-        import ml_dtypes
-
-        return (Field(self.message.payload[0].columns, np.dtype(ml_dtypes.bfloat16)),)
+        return _given(self.message, self.quantise)
 
     @property
     def parts(self) -> int:
@@ -151,8 +147,12 @@ class Unpack(NamedTuple):
     room: int
 
     @property
+    def given(self) -> tuple[Field, ...]:
+        return self.message.payload
+
+    @property
     def parts(self) -> int:
-        return _parts(self.message.num_rows, self.message.payload)
+        return _parts(self.message.num_rows, self.given)
 
     @property
     def num_ctas(self) -> int:
@@ -164,20 +164,78 @@ class Unpack(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
-        message = self.message
-        experts, pairs = message.num_local_experts, (message.num_rows, message.top_k)
-        boxes: dict[str, Array] = {
-            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
-            for number, field in enumerate(message.payload)
+        return _boxes_and_layout(self.message, self.room)
+
+
+class Gathered(NamedTuple):
+    """Every rank's tokens to the boxes of this rank's experts: `rank [1]` int32, this one; `topk_ids [R, K]`
+    int32, global (an id of another rank's expert, or of none, is left out); `weights [R, K]` float32; and a
+    `[R, c]` array for each field of the payload. Row `s * T + t` is token t of rank s.
+
+    Gives what `Unpack` does.
+
+    Attributes:
+        message: the rows, as they would be in a message.
+        room: rows of a box.
+        quantise: whether the one array given, bfloat16, becomes the payload's e4m3 codes and float32 scales.
+    """
+
+    message: Message
+    room: int
+    quantise: bool
+
+    @property
+    def given(self) -> tuple[Field, ...]:
+        return _given(self.message, self.quantise)
+
+    @property
+    def parts(self) -> int:
+        return _parts(self.message.num_rows, self.given)
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.message.num_rows * self.parts, _MAX_CTAS)
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)
+        named: dict[str, Array] = {
+            "rank": ((1,), INT32),
+            "topk_ids": (pairs, INT32),
+            "pair_weights": (pairs, FLOAT32),
         }
-        return boxes | {
-            "masked_m": ((experts,), INT32),
-            "tokens_per_expert": ((experts,), INT32),
-            "row_of_pair": (pairs, INT32),
-            "pair_of_row": ((experts, self.room), INT32),
-            "weights": (pairs, FLOAT32),
-            "ids": (pairs, INT32),
-        }
+        for number, field in enumerate(self.given):
+            named[f"field{number}"] = ((rows, field.columns), field.dtype)
+        return named
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        return _boxes_and_layout(self.message, self.room)
+
+
+def _given(message: Message, quantise: bool) -> tuple[Field, ...]:
+    """The arrays of which a payload is made."""
+    if not quantise:
+        return message.payload
+    import ml_dtypes
+
+    return (Field(message.payload[0].columns, np.dtype(ml_dtypes.bfloat16)),)
+
+
+def _boxes_and_layout(message: Message, room: int) -> dict[str, Array]:
+    experts, pairs = message.num_local_experts, (message.num_rows, message.top_k)
+    boxes: dict[str, Array] = {
+        f"boxes{number}": ((experts, room, field.columns), field.dtype)
+        for number, field in enumerate(message.payload)
+    }
+    return boxes | {
+        "masked_m": ((experts,), INT32),
+        "tokens_per_expert": ((experts,), INT32),
+        "row_of_pair": (pairs, INT32),
+        "pair_of_row": ((experts, room), INT32),
+        "weights": (pairs, FLOAT32),
+        "ids": (pairs, INT32),
+    }
 
 
 def quantised(columns: int) -> tuple[Field, Field]:
@@ -196,16 +254,16 @@ def _parts(rows: int, fields: tuple[Field, ...]) -> int:
     return max(1, min(most, _ENOUGH_CTAS // rows))
 
 
-def unsupported(pack: Pack, unpack: Unpack) -> str | None:
+def unsupported(*problems: Pack | Unpack | Gathered) -> str | None:
     """Why the kernels do not take an exchange, or None."""
-    message = pack.message
+    message = problems[0].message
     if any(f.columns * f.dtype.itemsize % 4 or not f.columns for f in message.payload):
         return "rows are moved by words of 4 bytes"
     if not 1 <= message.top_k <= MAX_TOP_K or not message.num_rows:
         return f"a lane holds a pair of a token, of at most {MAX_TOP_K}"
     if message.num_pairs > MAX_PAIRS:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
-    arrays = (*pack.inputs.values(), *unpack.inputs.values(), *unpack.outputs.values())
+    arrays = [a for p in problems for a in (*p.inputs.values(), *p.outputs.values())]
     if max(int(np.prod(s)) * np.dtype(d).itemsize // 4 for s, d in arrays) > INT32_MAX:
         return "the kernels count words in int32"
     return None

@@ -1,6 +1,8 @@
-"""The kernel that puts the rows of messages into the experts' boxes, and makes the layout.
+"""The kernel that puts the rows that came into the experts' boxes, and makes the layout.
 
-A CTA of one warpgroup takes a row that came, or a part of it. Its loads come first; while they are on their
+They came as messages, or every rank's tokens as separate arrays, which are quantised here if asked.
+
+A CTA of one warpgroup takes a row, or a part of it. Its loads come first; while they are on their
 way it reads the ids of all rows and counts: the place of a pair in its expert's box is the number of pairs of
 the same expert before it. Every CTA reads all ids: this is for small batches. The experts' counts are shared
 out among the CTAs. Nothing is atomic, every word is written by one thread.
@@ -8,11 +10,19 @@ out among the CTAs. Nothing is atomic, every word is written by one thread.
 
 import functools
 import operator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._expert_parallel import e4m3
 from moe_align_jax._expert_parallel.message_kernels import rows
-from moe_align_jax._expert_parallel.message_kernels.problems import THREADS, Unpack, words
+from moe_align_jax._expert_parallel.message_kernels.problems import (
+    THREADS,
+    Gathered,
+    Unpack,
+    words,
+)
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
@@ -20,13 +30,14 @@ _WARPS = THREADS // WARP
 _TARGETS_AHEAD = 8
 
 
-def build(problem: Unpack) -> Kernel:
-    message = problem.message
+def build(problem: Unpack | Gathered) -> Kernel:
+    message, gathered = problem.message, isinstance(problem, Gathered)
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
+    body = _GatheredBody if gathered else _Body
     return Kernel(
-        name="moe_unpack",
-        body=lambda t, r: _Body(t, r, problem, experts).run(),
+        name="moe_gathered" if gathered else "moe_unpack",
+        body=lambda t, r: body(t, r, problem, experts).run(),
         inputs={name: (words(array),) for name, array in problem.inputs.items()},
         outputs={name: (words(array),) for name, array in problem.outputs.items()},
         arrays={**problem.inputs, **problem.outputs},
@@ -42,16 +53,43 @@ type Held = list[tuple[Int, tuple[Int, ...]]]
 
 
 class _Body:
-    def __init__(self, t: Simt, r: SimpleNamespace, problem: Unpack, experts: int):
+    """Of rows that came in messages."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Any, experts: int):
         self.t, self.r, self.problem, self.message = t, r, problem, problem.message
         self.experts = experts  # of a CTA
         self.thread, self.cta = t.thread_id(), t.cta_id()
         self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
-        self.weights, self.ids = self.message.starts[-3:-1]
+
+    # -- what came
+
+    def begin(self) -> None:
+        """What every thread needs to know, behind the wait for the kernel before."""
+
+    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
+        """(array, word) of an id of a row."""
+        return self.r.message, row * self.message.words + self.message.starts[-2] + k
+
+    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.message, row * self.message.words + self.message.starts[-3] + k
+
+    def field(self, number: int, row: Int) -> tuple[Any, Int]:
+        """(array, word) where a row of the payload begins."""
+        return self.r.message, row * self.message.words + self.message.starts[number]
+
+    def local(self, expert: Int) -> Int:
+        """An id that came as one of this rank, -1 for others."""
+        return expert
+
+    def weighed(self, expert: Int, weight: Int) -> Int:
+        """The weight that came with an id."""
+        del expert
+        return weight
 
     def run(self) -> None:
         t, units = self.t, self.message.num_rows * self.problem.parts
         t.grid_dependency_wait()
+        self.begin()
         if units == t.num_ctas:
             self.unpack(self.cta)
         else:
@@ -67,14 +105,14 @@ class _Body:
         t, message, parts = self.t, self.message, self.problem.parts
         row = unit // parts if parts > 1 else unit
         part = unit - row * parts
-        start = row * message.words
-        batches = rows.batches(rows.pieces(t, message.payload, part, parts))
+        batches = rows.batches(rows.pieces(t, self.problem.given, part, parts))
         # All loads first: none waits for another.
-        held = self.load(batches[0], start)
+        held = self.load(batches[0], row)
         mine = self.lane < message.top_k
-        asked = start + t.select(mine, self.lane, 0)
-        expert = t.load(self.r.message, asked + self.ids)
-        weight = t.load(self.r.message, asked + self.weights)
+        asked = t.select(mine, self.lane, 0)
+        came, weight = t.load(*self.ids(row, asked)), t.load(*self.weights(row, asked))
+        expert = self.local(came)
+        weight = self.weighed(expert, weight)
         kept = mine & (expert >= 0)
         every = self.load_ids() if ids is None else ids
         self.count(every, t.select(kept, expert, -1), row)
@@ -87,7 +125,7 @@ class _Body:
         self.lay_out(row, part, mine, expert, weight, target)
         self.put(batches[0], held, target)
         for batch in batches[1:]:
-            self.put(batch, self.load(batch, start), target)
+            self.put(batch, self.load(batch, row), target)
 
     # -- places
 
@@ -101,10 +139,9 @@ class _Body:
             inside = pair < message.num_pairs
             at = t.select(inside, pair, 0)
             row = at // message.top_k
-            at = row * message.words + self.ids + (at - row * message.top_k)
-            ref = self.r.message
-            ids = t.load4(ref, at) if width == 4 else (t.load(ref, at),)
-            held.append((pair, tuple(t.select(inside, one, -1) for one in ids)))
+            where = self.ids(row, at - row * message.top_k)
+            ids = t.load4(*where) if width == 4 else (t.load(*where),)
+            held.append((pair, tuple(t.select(inside, self.local(one), -1) for one in ids)))
         return held
 
     def counted(self, held: Held, expert: Int, end: Int | int) -> Int:
@@ -180,18 +217,67 @@ class _Body:
 
     # -- the rows
 
-    def load(self, batch: list[rows.Piece], start: Int) -> list[Any]:
-        starts = self.message.starts
-        return [rows.load(self.t, self.r.message, p, start + starts[p.field]) for p in batch]
+    def load(self, batch: list[rows.Piece], row: Int) -> list[Any]:
+        starts = {piece.field: self.field(piece.field, row) for piece in batch}
+        return [rows.load(self.t, starts[p.field][0], p, starts[p.field][1]) for p in batch]
 
     def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
         """Writes the row's moves once per pair."""
-        t, top_k, payload = self.t, self.message.top_k, self.message.payload
+        t, payload = self.t, self.message.payload
+        for box in self.boxes(target):
+            for piece, value in zip(batch, held, strict=True):
+                ref = getattr(self.r, f"boxes{piece.field}")
+                with t.if_(piece.inside):
+                    rows.store(t, ref, piece, box * payload[piece.field].words, value)
+
+    def boxes(self, target: Int) -> Iterator[Int]:
+        """The rows in the boxes that the lanes of my warp know."""
+        t, top_k = self.t, self.message.top_k
         for start in t.for_range(0, top_k, _TARGETS_AHEAD):
             ahead = range(min(top_k, _TARGETS_AHEAD))
             for box in [t.shfl(target, start + k) for k in ahead]:  # -1 of lanes without a pair
                 with t.if_(box >= 0):
-                    for piece, value in zip(batch, held, strict=True):
-                        ref = getattr(self.r, f"boxes{piece.field}")
-                        with t.if_(piece.inside):
-                            rows.store(t, ref, piece, box * payload[piece.field].words, value)
+                    yield box
+
+
+class _GatheredBody(_Body):
+    """Of every rank's tokens, in separate arrays."""
+
+    def begin(self) -> None:
+        self.first = self.t.load(self.r.rank, 0) * self.message.num_local_experts
+
+    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.topk_ids, row * self.message.top_k + k
+
+    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.pair_weights, row * self.message.top_k + k
+
+    def field(self, number: int, row: Int) -> tuple[Any, Int]:
+        return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
+
+    def local(self, expert: Int) -> Int:
+        found = expert - self.first
+        # mutant: an expert of another rank is kept
+        here = found.below(self.message.num_local_experts)
+        return self.t.select(here, found, -1)
+
+    def weighed(self, expert: Int, weight: Int) -> Int:
+        # mutant: the weight of another rank's expert is kept
+        return self.t.select(expert >= 0, weight, 0)
+
+    def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
+        if not self.problem.quantise:
+            super().put(batch, held, target)
+            return
+        # 16 lanes hold a group of 128 columns, 8 each.
+        t, (codes_of, scales_of) = self.t, self.message.payload
+        opens = (self.lane & (GROUP // e4m3.VALUES - 1)).eq(0)
+        done = [e4m3.codes(t, value, self.lane) for value in held]
+        for box in self.boxes(target):
+            for piece, (codes, scale) in zip(batch, done, strict=True):
+                with t.if_(piece.inside):
+                    t.store2(self.r.boxes0, box * codes_of.words + piece.first // 2, codes)
+                    # mutant: every lane of a group writes its scale
+                    with t.if_(opens):
+                        group = piece.first // (GROUP // 2)
+                        t.store(self.r.boxes1, box * scales_of.words + group, scale)

@@ -7,9 +7,13 @@ every time.
 The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks get the same rows, it is an
 all_gather as well, which needs no D copies of them: so large fields go.
 
-A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
-quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). What XLA makes of
-those steps are some nine small kernels, and launching them takes longer than the exchanges.
+A low-latency exchange whose boxes are not cleared takes few launches: all of a token's fields are gathered as
+they are, which XLA makes one collective of, and one kernel quantises what came and fills the experts' boxes
+(`message_kernels`). Where rows that are not yet quantised would be many bytes more, another kernel quantises
+and packs them before. What XLA makes of those steps are some nine small kernels, and launching them takes
+longer than the exchanges. Between two ranks the way back is a reduce-scatter where it can be: the sum of two
+numbers has one order, and rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two
+more, are enough for float32 to round a sum a second time without harm).
 """
 
 from typing import Any
@@ -29,6 +33,11 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
+# Whether those gather what need not be packed, rather than pack it and unpack it.
+GATHERS = True
+# The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
+# kernel between two collectives has cost 11 us where the host launches it.
+MOST_GATHERED_MORE = 2 << 20
 
 
 class AllToAll(Transport):
@@ -62,6 +71,8 @@ class AllToAll(Transport):
     def return_rows(
         self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
     ) -> jax.Array:
+        if group.size == 2 and in_use is None and rows.size:
+            return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
         return sum_over_ranks(parts, None if in_use is None else plan)
 
@@ -77,29 +88,47 @@ class AllToAll(Transport):
         if not MESSAGE_KERNELS:
             return False
         *payload, _, ids = fields
-        pack, unpack = self._problems(payload, ids, group, room, quantise)
-        form = pack.message
+        problems = self._problems(payload, ids, group, room, quantise)
+        form = problems[0].message
         if not all(movable(f.dtype.name, f.columns * f.dtype.itemsize) for f in form.payload):
             return False
         if 4 * form.words * form.num_rows > message.MAX_PACKED_BYTES:
             return False
-        return message_kernels.unsupported(pack, unpack) is None
+        return message_kernels.unsupported(*problems) is None
 
     def send_to_boxes(
         self, fields: list[jax.Array], group: Group, room: int, quantise: bool
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
-        pack, unpack = self._problems(payload, ids, group, room, quantise)
-        received = self._exchange(packed.pack(pack, ids, weights, payload), group)
-        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = packed.unpack(
-            unpack, received
-        ).values()
+        pack, unpack, gathered = self._problems(payload, ids, group, room, quantise)
+        if _gathers_all(gathered):
+            *payload, weights, ids = self._gather([*payload, weights, ids], group)
+            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
+            found = packed.fill_boxes(gathered, rank, ids, weights, payload)
+        else:
+            received = self._exchange(packed.pack(pack, ids, weights, payload), group)
+            found = packed.unpack(unpack, received)
+        *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = found.values()
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
     def _problems(
         self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
-    ) -> tuple[message_kernels.Pack, message_kernels.Unpack]:
+    ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Gathered]:
         return packed.problems(payload, ids, group.size, group.num_local_experts, room, quantise)
+
+    def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
+        return [lax.all_gather(field, group.axis_name, axis=0, tiled=True) for field in fields]
 
     def _exchange(self, parts: jax.Array, group: Group) -> jax.Array:
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)
+
+
+def _gathers_all(problem: message_kernels.Gathered) -> bool:
+    """Whether the tokens travel as they are given: no kernel packs them."""
+    form = problem.message
+    if not GATHERS or not problem.quantise:
+        return GATHERS
+    given, sent = ([f.columns * f.dtype.itemsize for f in x] for x in (problem.given, form.payload))
+    more = (form.num_ranks - 1) * form.num_tokens * (sum(given) - sum(sent))
+    # Processes may be on several hosts, between which bytes cost more.
+    return jax.process_count() == 1 and more <= MOST_GATHERED_MORE

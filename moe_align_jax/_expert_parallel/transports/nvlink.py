@@ -7,6 +7,7 @@ weighted sum of a token's rows.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,9 @@ from moe_align_jax._simt.language import Devices
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
 MAX_DEVICES = 8
 _WORD = 4
-# By default XLA's graphs run kernels one after the other.
-_CONCURRENT = "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+# How XLA's graphs order kernels. In these modes, of which LHS is the default, those that are launched on one
+# stream run one after the other.
+_ORDER, _IN_TURN = "xla_gpu_command_buffer_scheduling_mode", ("LHS", "SERIALIZE")
 
 
 class NvLink(Transport):
@@ -214,8 +216,11 @@ class NvLinkWindow(NvLink):
     clears_boxes = False  # the kernel can, but has not done it on a GPU
 
     def unavailable(self, platform: str) -> str | None:
-        if _CONCURRENT in os.environ.get("XLA_FLAGS", ""):
-            return f"two kernels over one window must not run together, and XLA_FLAGS has {_CONCURRENT}"
+        # The options of one compilation (`jit(compiler_options=...)`) are nowhere to be seen from here.
+        given = re.findall(rf"--{_ORDER}[=\s]\s*(\w+)", os.environ.get("XLA_FLAGS", ""))
+        if given and given[-1] not in _IN_TURN:
+            asked = f"{_ORDER}={given[-1]}"
+            return f"two kernels over one window must not run together, and XLA_FLAGS has {asked}"
         return super().unavailable(platform) or windows.missing()
 
     def _launch(self, problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:

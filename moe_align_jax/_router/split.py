@@ -1,0 +1,367 @@
+"""One launch whose warps have two tasks: some choose experts, a token each; the others align what was chosen.
+
+A token names an expert at most once, so the pairs of an expert are told by its tokens alone, up to 64 of
+them: the bits of a word, or of two. Atomic additions in shared memory set the bits, which no order changes.
+The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
+
+While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
+without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
+align. In a cluster they post their ids to every CTA, as a few messages, and compute the weights while those
+are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output.
+
+Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
+sum over the lanes before it comes from one ballot for each bit of a lane's sum.
+
+Bytes: every output written once, the rows and blocks in use twice. Grid: one cluster. Deterministic.
+"""
+
+import functools
+import operator
+from types import SimpleNamespace
+from typing import Any
+
+from moe_align_jax._align.kernels import common
+from moe_align_jax._core.int32 import cdiv
+from moe_align_jax._router import kernel as routing
+from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._simt import collectives
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
+from moe_align_jax.types import AlignProblem
+
+MAX_TOKENS = 2 * WARP
+_BYTE, _ONES = 255, 0x01010101
+_COUNT_SHIFT = 24
+_HALF = 0xFFFF
+_MESSAGE = 4  # words
+_MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
+
+
+def takes(align: AlignProblem, num_tokens: int) -> bool:
+    """Whether no token can have two pairs in one group: ids that are mapped before they are counted may."""
+    return num_tokens <= MAX_TOKENS and not align.dispatch and align.expert_map != "filter"
+
+
+class Split:
+    """The code of one CTA: its last warpgroup aligns, the warps of the others have a token each."""
+
+    def __init__(
+        self,
+        problem: RouteProblem,
+        align: AlignProblem,
+        *,
+        num_warpgroups: int,
+        num_ctas: int,
+        aligners: int,
+        message: int,
+    ):
+        self.problem, self.align, self.num_ctas = problem, align, num_ctas
+        self.routers = (num_warpgroups - aligners) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, aligners * WARPGROUP
+        self.message = message
+        self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
+        self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
+        self.stride = self.each * WARP
+        # Words of a token's ids. A message of 8 ids has two in a word.
+        self.row = problem.top_k
+        if num_ctas > 1:
+            self.row = cdiv(problem.top_k, message) * _MESSAGE
+        self.num_ids = problem.num_tokens * self.row
+        self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
+        # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
+        # where that has room, so that one addition does both, or in a word of their own.
+        self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
+        self.counted = self.most_blocks > 1 and not self.packed
+        self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
+
+    @property
+    def _cells(self) -> int:
+        """Words of the masks, and of the counts behind them."""
+        return (self.words + self.counted) * self.stride
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """Words of each shared-memory array."""
+        arrays = {"masks": self._cells}
+        if self.num_ctas == 1:
+            arrays["chosen"] = self.num_ids
+        if not self.in_lanes:
+            arrays["starts"] = self.threads // WARP * self.stride
+        return arrays
+
+    def body(self, t: Simt, r: SimpleNamespace) -> None:
+        problem = self.problem
+        tid = t.thread_id()
+        lane, warp = tid & (WARP - 1), tid >> 5
+        t.grid_dependency_wait()
+        t.launch_dependents()
+        router = routing.Router(t, r, problem, lane)
+        routes = warp < self.routers
+        token = t.cta_id() * self.routers + warp
+        is_token = routes & (token < problem.num_tokens)
+        loaded = router.load(t.select(is_token, token, 0))
+        aligns = warp >= self.routers
+        with t.if_(aligns):
+            collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
+        if self.num_ctas > 1:
+            t.cluster_ready()
+        t.block_sync()
+        with t.if_(aligns):
+            self._fill(t, r)
+
+        def choose() -> list[Int]:
+            found = router.find(loaded)
+            if self.num_ctas > 1:
+                self._post(t, token, found.expert, lane)
+            else:
+                self._keep(t, r, token, found.expert, lane)
+            return routing.values_of(found)
+
+        count = routing.num_values(problem)
+        chosen = t.values_if(is_token, choose, [0] * count)
+
+        def weigh() -> None:
+            with t.if_(is_token):
+                found = router.found_of(loaded, chosen)
+                routing.store(router, token, router.weigh(found), found.expert)
+
+        if self.num_ctas > 1:
+            weigh()  # while messages are on their way
+            with t.if_(aligns):
+                ids = t.mail()
+                for pair, expert in self._experts(t, r, ids):
+                    self._set_bit(t, r, pair // problem.top_k, expert)
+            t.block_sync()
+        else:
+            ids = r.chosen
+            t.block_sync()
+            weigh()  # while pairs are aligned
+        with t.if_(aligns):
+            self._align(t, r, ids)
+
+    # -- the routing warps
+
+    def _post(self, t: Simt, token: Int, expert: Int, lane: Int) -> None:
+        """The ids of a token to every CTA: a lane sends a message of them to one."""
+        parts = self.row // _MESSAGE
+        width = 1 << (parts - 1).bit_length()
+        part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
+        source = t.select(part < parts, part * self.message, 0)
+        words = [t.shfl(expert, source + k) for k in range(self.message)]
+        if self.message > _MESSAGE:
+            pairs = zip(words[::2], words[1::2], strict=True)
+            words = [(low & _HALF) | (high << 16) for low, high in pairs]
+        for cta in range(0, self.num_ctas, WARP // width):
+            to = first + cta
+            with t.if_((part < parts) & (to < self.num_ctas)):
+                t.post(to, token * self.row + part * _MESSAGE, *words)
+
+    def _keep(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int, lane: Int) -> None:
+        """The ids of a token in the one CTA's shared memory, and their bits."""
+        with t.if_(lane < self.problem.top_k):
+            t.store(r.chosen, token * self.row + lane, expert)
+            pair = token * self.problem.top_k + lane
+            limit = common.pair_limit(t, r, self.align)
+            loaded = common.LoadedId(pair, lane < self.problem.top_k, (expert,))
+            self._set_bit(t, r, token, common.expert_of(t, r, self.align, loaded, limit))
+
+    def _set_bit(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int) -> None:
+        with t.if_(expert >= 0):
+            cell = expert
+            if self.words > 1:
+                cell = cell + (token >> 5) * self.stride
+            bit = t.const(1) << (token & (WARP - 1))
+            t.atomic_add(r.masks, cell, bit + (1 << _COUNT_SHIFT) if self.packed else bit)
+            if self.counted:
+                t.atomic_add(r.masks, expert + self.words * self.stride, 1)
+
+    # -- the aligning warps
+
+    def _mine(self, t: Simt) -> dict[str, Any]:
+        """Who I am among the aligning threads, for a fill."""
+        return {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
+
+    def _fill(self, t: Simt, r: SimpleNamespace) -> None:
+        """Sentinels, in my CTA's slices."""
+        align, mine = self.align, self._mine(t)
+        common.Slice(t, align.capacity).fill(
+            r.sorted_token_ids, align.num_pairs, vector=True, **mine
+        )
+        common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **mine)
+
+    def _experts(self, t: Simt, r: SimpleNamespace, ids: Any) -> list[tuple[Int, Int]]:
+        """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped."""
+        align = self.align
+        first = t.thread_id() - self.first_thread
+        limit = common.pair_limit(t, r, align)
+        found = []
+        for start in range(0, align.num_pairs, self.threads):
+            pair = first + start
+            inside = pair < align.num_pairs
+            at = t.select(inside, pair, 0)
+            loaded = common.LoadedId(pair, inside, (self._id(t, ids, at),))
+            found.append((pair, common.expert_of(t, r, align, loaded, limit)))
+        return found
+
+    def _id(self, t: Simt, ids: Any, pair: Int) -> Int:
+        """Of a pair."""
+        two_in_a_word = self.num_ctas > 1 and self.message > _MESSAGE
+        if self.row == self.problem.top_k and not two_in_a_word:
+            return t.load(ids, pair)
+        token, k = pair // self.problem.top_k, pair % self.problem.top_k
+        if not two_in_a_word:
+            return t.load(ids, token * self.row + k)
+        word = t.load(ids, token * self.row + (k >> 1))
+        return (word << (16 - ((k & 1) << 4))) >> 16
+
+    def _align(self, t: Simt, r: SimpleNamespace, ids: Any) -> None:
+        align, problem = self.align, self.problem
+        tid = t.thread_id() - self.first_thread
+        lane, warp = tid & (WARP - 1), tid >> 5
+        pairs = self._experts(t, r, ids)
+        first = lane * self.each
+        masks = [
+            [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
+            for at in range(self._first_counted, self._cells, self.stride)
+        ]
+        safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
+        ranks = [
+            self._rank(t, r, expert, pair // problem.top_k, number)
+            for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
+        ]
+        starts, total = self._starts(t, r, masks, safe, lane, warp)
+
+        rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
+        sizes = common.Sizes(t, r, align)
+        for (pair, expert), own, rank, start in zip(pairs, safe, ranks, starts, strict=True):
+            kept = expert >= 0
+            row = start * align.block_size + rank
+            with rows.holding(row, kept):
+                t.store(r.sorted_token_ids, row, pair)
+            block, opens = start, rank.eq(0)
+            if self.most_blocks > 1:
+                block = start + rank // align.block_size
+                opens = (rank % align.block_size).eq(0)
+            with names.holding(block, kept & opens):
+                t.store(r.expert_ids, block, common.block_label(t, r, align, own))
+            # Each CTA writes the rows of the tokens that it routed.
+            with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
+                common.write_inverse(t, r, align, sizes, pair, expert, row)
+        with t.if_(t.cta_id().eq(0) & warp.eq(0)):
+            if align.return_counts:
+                for j in range(self.each):
+                    with t.if_(first + j < align.num_experts):
+                        count = self._count(t, [word[j] for word in masks])
+                        t.store(r.tokens_per_expert, first + j, count)
+            with t.if_(lane.eq(WARP - 1)):
+                t.store(r.num_tokens_post_padded, 0, total * align.block_size)
+
+    @property
+    def _first_counted(self) -> int:
+        """Where the words begin that say how many tokens an expert has."""
+        return self.words * self.stride if self.counted else 0
+
+    def _count(self, t: Simt, words: list[Int]) -> Int:
+        """The tokens of an expert."""
+        if self.counted:
+            return words[0]
+        if self.packed:
+            return (words[0] >> _COUNT_SHIFT) & _BYTE
+        return sum((t.popc(word) for word in words), t.const(0))
+
+    def _used(self, t: Simt, words: list[Int]) -> Int:
+        """1 where an expert has a token, else 0."""
+        either = functools.reduce(operator.or_, words)
+        return t.select(either.ne(0), 1, 0)
+
+    def _rank(self, t: Simt, r: SimpleNamespace, expert: Int, token: Int, number: int) -> Int:
+        """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
+        part what token it may be."""
+        below = (t.const(1) << (token & (WARP - 1))) - 1
+        first = number * self.threads // self.problem.top_k
+        last = (number * self.threads + self.threads - 1) // self.problem.top_k
+        if self.words == 1 or last < WARP:
+            return t.popc(t.load(r.masks, expert) & below)
+        low, more = t.const(-1), below
+        if first < WARP:
+            high = token >= WARP
+            low, more = t.select(high, -1, below), t.select(high, below, 0)
+        return t.popc(t.load(r.masks, expert) & low) + t.popc(
+            t.load(r.masks, expert + self.stride) & more
+        )
+
+    def _sum_below(self, t: Simt, mine: Int, lane: Int) -> Int:
+        """The sum over the lanes before mine."""
+        bits = (self.each * self.most_blocks).bit_length()
+        if bits > _MOST_BALLOTS:
+            return collectives.warp_inclusive_scan(t, mine, lane) - mine
+        below, total = collectives.lanes_below(t, lane), t.const(0)
+        votes = [t.ballot((mine & (1 << bit)).ne(0)) for bit in range(bits)]
+        for bit, vote in enumerate(votes):
+            total = total + (t.popc(vote & below) << bit)
+        return total
+
+    def _starts(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        masks: list[list[Int]],
+        experts: list[Int],
+        lane: Int,
+        warp: Int,
+    ) -> tuple[list[Int], Int]:
+        """The first block of each of these experts; and, in the last lane, the blocks of all experts.
+        `masks`: of a lane's own experts."""
+        of_expert = [[word[j] for word in masks] for j in range(self.each)]
+        if self.most_blocks == 1 and self.each <= 8:
+            # A bit says that an expert has its one block.
+            used = functools.reduce(
+                operator.or_, (self._used(t, x) << j for j, x in enumerate(of_expert))
+            )
+            mine = t.popc(used)
+            base = self._sum_below(t, mine, lane)
+            both, found = (base << 8) | used, []
+            for expert in experts:
+                word = t.shfl(both, expert >> self._shift)
+                below = (t.const(1) << (expert & (self.each - 1))) - 1
+                found.append((word >> 8) + t.popc(word & below))
+            return found, base + mine
+        size = self.align.block_size
+        if self.most_blocks == 1:
+            blocks = [self._used(t, words) for words in of_expert]
+        else:
+            blocks = [(self._count(t, words) + (size - 1)) // size for words in of_expert]
+        fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
+        if not self.in_lanes:
+            mine = sum(blocks, t.const(0))
+            base = running = self._sum_below(t, mine, lane)
+            own = warp * self.stride
+            for k, four in enumerate(fours):
+                starts = []
+                for count in four:
+                    starts.append(running)
+                    running = running + count
+                t.store4(r.starts, own + lane * self.each + 4 * k, tuple(starts))
+            t.warp_sync()
+            return [t.load(r.starts, own + expert) for expert in experts], base + mine
+        # The bytes of a word times 0x01010101 are their running sums.
+        words, before = [], t.const(0)
+        for a, b, c, d in fours:
+            counts = (a | (b << 8)) | ((c | (d << 8)) << 16)
+            sums = counts * _ONES + before * _ONES
+            words.append(sums - counts)
+            before = (sums >> 24) & _BYTE
+        base = self._sum_below(t, before, lane)
+        found = []
+        for expert in experts:
+            source = expert >> self._shift
+            word = t.shfl(words[0], source)
+            if len(words) > 1:
+                word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
+            inside = (word >> ((expert & 3) << 3)) & _BYTE
+            found.append(t.shfl(base, source) + inside)
+        return found, base + before
+
+    @property
+    def _shift(self) -> int:
+        """Of an expert, to the lane that has it."""
+        return self.each.bit_length() - 1

@@ -1,0 +1,186 @@
+"""Values that no argument takes get an error in our words, whatever they are, and not NumPy's or jax's."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import moe_align_jax as maj
+from moe_align_jax import masked_quant
+from moe_align_jax.adapters import haliax
+from tests.expert_parallel.exchanges import mesh_of, over
+
+IDS, X = np.array([[1, 0], [1, -1]], np.int32), np.ones((2, 128), np.float32)
+W = np.ones((2, 128, 128), np.float32)
+LOGITS, SIZES = np.zeros((2, 2), np.float32), np.array([1, 1], np.int32)
+ALIGNED = maj.moe_align_block_size(IDS, block_size=2, num_experts=2)
+ROWS, LAYOUT = maj.permute_to_masked(X, IDS, num_experts=2)
+QUANT = np.ones((2, 4, 256), jnp.bfloat16), SIZES
+LOAD = np.array([[5, 1], [2, 2]])
+SPLIT = {"num_replicas": 2, "num_groups": 1, "num_nodes": 1, "num_gpus": 2}
+HUGE = 10**400  # beyond float64
+LONGEST = 10**5000  # more digits than Python writes
+ARRAYS = [np.zeros(0), np.zeros((2, 3)), np.array(["xla", "x"]), jnp.zeros(2), torch.zeros(2)]
+
+
+def _align(**options):
+    return maj.moe_align_block_size(IDS, **{"block_size": 2, "num_experts": 2} | options)
+
+
+def _multiply(**options):
+    return maj.grouped_matmul(X, W, ALIGNED, block_size=2, top_k=2, **options)
+
+
+def _layer(**options):
+    weights = np.ones((2, 2), np.float32)
+    return maj.fused_moe(X, W, W, weights, IDS, **{"gated": False} | options)
+
+
+def _dispatch(**options):
+    def body(x, ids, weights):
+        given = {"axis_name": "ep", "num_experts": 2} | options
+        return maj.dispatch(x, ids, weights, **given).tokens_per_expert
+
+    return over(mesh_of(1), body)(X, IDS, np.ones((2, 2), np.float32))
+
+
+# Strings by their names, which an array is not.
+NAMES = {
+    "implementation of moe_align_block_size": lambda v: _align(implementation=v),
+    "implementation of ragged_dot": lambda v: haliax.ragged_dot(X, W, SIZES, implementation=v),
+    "platform": lambda v: maj.select_implementation(
+        (2, 2), block_size=2, num_experts=2, platform=v
+    ),
+    "scale_format": lambda v: maj.silu_and_mul_masked_quant(*QUANT, scale_format=v),
+    "scale_layout": lambda v: maj.quantize_rowwise(X, scale_layout=v),
+    "activation": lambda v: _multiply(activation=v),
+    "scoring": lambda v: maj.route_topk(LOGITS, top_k=1, scoring=v),
+    "scoring of load_balancing_loss": lambda v: maj.load_balancing_loss(LOGITS, SIZES, scoring=v),
+    "drop": lambda v: maj.drop_over_capacity(IDS, num_experts=2, capacity=1, drop=v),
+    "algorithm": lambda v: maj.rebalance_experts(LOAD, **SPLIT, algorithm=v),
+    "mode": lambda v: maj.init_expert_load(v, num_layers=1, num_physical_experts=2),
+    "mode of dispatch": lambda v: _dispatch(mode=v),
+    "transport": lambda v: _dispatch(transport=v),
+}
+
+
+def refuses(call, argument, kind, match=""):
+    with pytest.raises(kind) as raised:
+        call()
+    found = re.fullmatch(rf"[\w.]+: {argument} must .+; got .+\. .+", str(raised.value))
+    assert found and re.search(match, str(raised.value)), raised.value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_are_no_names(name):
+    for value in ARRAYS:
+        refuses(lambda value=value: NAMES[name](value), name.split()[0], ValueError)
+
+
+NUMBERS = {
+    "swiglu_limit": lambda v: maj.silu_and_mul_masked_quant(*QUANT, swiglu_limit=v),
+    "amax_floor": lambda v: maj.silu_and_mul_masked_quant(*QUANT, amax_floor=v),
+    "amax_floor of quantize_rowwise": lambda v: maj.quantize_rowwise(X, amax_floor=v),
+    "swiglu_alpha": lambda v: _layer(gated=True, swiglu_alpha=v),
+    "scaling_factor": lambda v: maj.route_topk(LOGITS, top_k=1, scaling_factor=v),
+    "capacity_factor": lambda v: maj.expert_capacity(4, top_k=2, num_experts=2, capacity_factor=v),
+    "rate": lambda v: maj.update_router_bias(LOGITS[0], SIZES, rate=v),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_finite(name):
+    for value in (HUGE, -HUGE, LONGEST, float("inf"), float("nan"), np.float32(np.inf)):
+        refuses(lambda value=value: NUMBERS[name](value), name.split()[0], ValueError)
+
+
+def test_a_capacity_beyond_every_number_of_pairs_is_all_of_them():
+    sizes = {"top_k": 2**31 - 1, "num_experts": 1}
+    assert maj.expert_capacity(2**31 - 1, **sizes, capacity_factor=1e308) == 2**31 - 1
+
+
+@pytest.mark.parametrize("value", [2**31, HUGE, LONGEST], ids=["int32", "float64", "text"])
+def test_sizes_of_any_length_are_refused(value):
+    refuses(lambda: _align(num_experts=value), "num_experts", ValueError, "at most 2")
+    refuses(lambda: _align(block_size=value), "block_size", ValueError, "at most 2")
+
+
+OFFSETS = [10**30, np.array([2**32])]
+
+
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+def test_a_group_offset_beyond_int32_is_that_of_no_matrix(offset):
+    """2**32 was group 0."""
+    out = maj.ragged_dot(X, W[:1], SIZES, group_offset=offset)
+    assert not np.any(out)
+    assert np.any(maj.ragged_dot(X, W[:1], SIZES, group_offset=0))
+    if isinstance(offset, (int, np.integer)) and -(2**63) <= offset < 2**63:
+        with jax.enable_x64(True):
+            assert not np.any(maj.ragged_dot(X, W[:1], SIZES, group_offset=jnp.int64(offset)))
+
+
+WRONG = {
+    "precision": lambda: maj.ragged_dot(X, W, SIZES, precision="exact"),
+    "out_sharding": lambda: maj.ragged_dot(X, W, SIZES, out_sharding="ep"),
+    "group_offset": lambda: maj.gmm(X, W[:1], SIZES, group_offset=True),
+    "preferred_element_type": lambda: _multiply(preferred_element_type=torch.zeros(2)),
+    "out_dtype": lambda: maj.unpermute_from_masked(ROWS, LAYOUT, out_dtype=torch.zeros(2)),
+    "aligned": lambda: maj.padded_group_sizes((1, 2), block_size=2),
+    "num_fused_shared_experts": lambda: _align(num_fused_shared_experts=np.zeros(2)),
+    "sharding": lambda: maj.init_expert_load(
+        "stat", num_layers=1, num_physical_experts=2, sharding="ep"
+    ),
+    "mesh": lambda: maj.select_transport(2, top_k=2, num_ranks=2, mesh=("ep",)),
+    "num_tokens": lambda: maj.moe_block_size(False, top_k=2, num_experts=2),
+    "weight": lambda: maj.rebalance_experts(torch.ones(2, 2, requires_grad=True), **SPLIT),
+    "weight of bools": lambda: maj.rebalance_experts(LOAD > 1, **SPLIT),
+    "weight under jit": lambda: jax.jit(
+        lambda load: maj.rebalance_experts(load, **SPLIT).expert_count
+    )(LOAD),
+    "physical_count": lambda: maj.balancedness(LOAD > 1, num_gpus=2),
+    "num_rows": lambda: maj.select_matmul_implementation(
+        (2, 128), (2, 128, 128), block_size=2, num_rows="2"
+    ),
+    "top_k": lambda: maj.select_matmul_implementation(
+        (2, 128), (2, 128, 128), block_size=2, top_k=True
+    ),
+    "x_shape": lambda: maj.select_matmul_implementation((True, 128), (2, 128, 128), block_size=2),
+    "dtype": lambda: maj.select_matmul_implementation(
+        (2, 128), (2, 128, 128), block_size=2, dtype=None
+    ),
+    "dtype of a layer": lambda: maj.select_moe_implementation(
+        (2, 128), (2, 128, 128), top_k=2, dtype="float64"
+    ),
+    "has_aligned": lambda: maj.select_moe_implementation(
+        (2, 128), (2, 128, 128), top_k=2, has_aligned="no"
+    ),
+    "dtype of a router": lambda: maj.select_router_implementation((2, 4), top_k=2, dtype=4),
+    "has_bias": lambda: maj.select_router_implementation((2, 4), top_k=2, has_bias=X),
+    "shape": lambda: maj.select_router_implementation((2, True), top_k=1),
+    "dtype of a quantisation": lambda: masked_quant.select_quant_implementation(
+        (2, 4, 256), dtype="int32"
+    ),
+    "options": lambda: masked_quant.select_quant_implementation((2, 4, 256), floor=1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_kind_is_a_type_error(name):
+    refuses(WRONG[name], name.split()[0], TypeError)
+
+
+LOSSES = {
+    "load_balancing_loss": lambda axis: maj.load_balancing_loss(LOGITS, SIZES, axis_name=axis),
+    "router_z_loss": lambda axis: maj.router_z_loss(LOGITS, axis_name=axis),
+    "update_router_bias": lambda axis: maj.update_router_bias(LOGITS[0], SIZES, axis_name=axis),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_axis_is_of_the_mesh_around_it(name):
+    refuses(lambda: LOSSES[name]("ep"), "axis_name", ValueError, f"^{name}: .*; got 'ep'")
+    refuses(lambda: LOSSES[name](("ep", "tp")), "axis_name", ValueError)
+    refuses(lambda: LOSSES[name](["ep"]), "axis_name", TypeError)

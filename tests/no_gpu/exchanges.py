@@ -1,0 +1,102 @@
+"""Compiles dispatch and combine of "all_to_all" for H200s with XLA itself, without a GPU, and counts kernels.
+
+    python -m tests.no_gpu.exchanges
+
+Two pairs, each of which sends what came back from the one before, as the layers of a decode step do: the
+collectives that XLA makes of them (it combines the gathers of a token's fields), and the kernels between.
+What tells a rank its number stands once in a program.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.no_gpu import recording, script
+
+PAIRS = 2
+TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
+# ranks, tokens per rank, payload, whether what need not be packed is gathered: the kernels of a pair.
+WANTED = {
+    (2, 8, "fp8", True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, "fp8", True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, None, True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (8, 16, "fp8", True): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
+    (8, 128, "fp8", True): {
+        "all-to-all": 2,
+        "custom-call": 3,
+        "fusion": 1,
+    },  # bfloat16 is many bytes more
+    (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
+}
+# Of a program: a rank's number, and its conversion to int32.
+ONCE = {"partition-id": 1, "fusion": 1}
+
+
+def kernels(text: str) -> Counter:
+    """What runs on the GPU, asynchronous collectives as the others."""
+    found = Counter(name.removesuffix("-start") for name in recording.kernels(text))
+    return Counter({name: n for name, n in found.items() if not name.endswith("-done")})
+
+
+def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
+    """The jitted pairs, lowered for so many GPUs of one host."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import moe_align_jax as maj
+    from moe_align_jax._expert_parallel.transports import all_to_all
+
+    all_to_all.GATHERS = gathers
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
+    )
+    mesh = Mesh(np.array(topology.devices), ("ep",))
+
+    def pairs(x, ids, weights, y):
+        for _ in range(PAIRS):
+            got = maj.dispatch(
+                x, ids, weights, axis_name="ep", num_experts=EXPERTS, payload=payload,
+                mode="low_latency", initialize=False, transport="all_to_all",
+            )  # fmt: skip
+            # What the experts make of it is there once it has come.
+            y, _ = jax.lax.optimization_barrier((y, (got.x, got.scales)))
+            x = maj.combine(y, got.handle)
+        return x
+
+    def placed(dtype, rows, *shape):
+        sharding = NamedSharding(mesh, P("ep"))
+        return jax.ShapeDtypeStruct((ranks * rows, *shape), dtype, sharding=sharding)
+
+    body = jax.shard_map(pairs, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = (
+        placed(jnp.bfloat16, tokens, HIDDEN),
+        placed(jnp.int32, tokens, TOP_K),
+        placed(jnp.float32, tokens, TOP_K),
+        placed(jnp.bfloat16, EXPERTS // ranks, ranks * tokens, HIDDEN),
+    )
+    return jax.jit(body, donate_argnums=0).lower(*shapes)
+
+
+def check(plugin: str, runtime: str) -> Iterator[script.Report]:
+    del runtime
+    sys.path.append(str(Path(plugin).parents[2]))  # where jax finds its plugins
+    for sizes, of_a_pair in script.one_in_sample(WANTED.items()):
+        wanted = Counter({name: PAIRS * count for name, count in of_a_pair.items()})
+        if "all-gather" in of_a_pair:  # a packed message tells its receiver nothing but its own ids
+            wanted += Counter(ONCE)
+        found = kernels(program(*sizes).compile().as_text())
+        wrong = [] if found == wanted else [f"{dict(wanted)} are wanted; got {dict(found)}"]
+        yield (
+            f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload, gathered) {sizes}",
+            wrong,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(script.main("tests.no_gpu.exchanges", check))
