@@ -2,12 +2,12 @@
 
 python -m benchmarks.fp8_layer --peers .peers --out ROWS.jsonl
 
-A layer begins with tokens in bfloat16 and contains their cast, the alignment, two grouped products with scales
-of 128 x 128, the activation, the cast of what lies between, and the weighted sum. A measured step is four
-layers with weights of their own. Ours is one jitted program, theirs one CUDA graph of what `fused_experts`
-launches (benchmarks.vllm_moe_e4m3 says what stands in for what). Before a time is taken, sampled tokens of the
-first and last layer are compared with float32 products of the dequantised operands, by DeepGEMM's rule.
-Clocks are those of `benchmarks.moe_layer`.
+A layer begins with tokens in bfloat16 and contains their cast, the alignment, two grouped products with
+scales of 128 x 128, the activation, the cast of what lies between, and the weighted sum. A measured step is
+four layers with weights of their own. Ours is one jitted program, theirs one CUDA graph of what
+`fused_experts` launches (benchmarks.vllm_moe_e4m3 says what stands in for what). Before a time is taken,
+sampled tokens of the first and last layer are compared with float32 products of the dequantised operands,
+by DeepGEMM's rule. Clocks are those of `benchmarks.moe_layer`.
 
 DeepSeek-V3's experts, as one of 8 GPUs has them: with tensor parallelism all 256, an eighth as wide; with
 expert parallelism 32 of 256, and an expert map that drops the pairs of the others.

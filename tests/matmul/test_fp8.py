@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch
-from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
@@ -344,10 +344,15 @@ def test_select_names_the_kernel_and_why_not():
 )
 def test_tiles_follow_the_rows_of_an_expert(rows, changes, form):
     """Those that were the fastest on an H200; "c2w" where two tiles of an expert lie side by side."""
-    sizes = {"num_rows": 32 * 4096, "k": 7168, "n": 4096, "num_experts": 32 if rows == "masked" else 8}
+    sizes = {
+        "num_rows": 32 * 4096,
+        "k": 7168,
+        "n": 4096,
+        "num_experts": 32 if rows == "masked" else 8,
+    }
     lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
     given = {"max_rows": 4096} if rows == "masked" else {"block_size": 128}
-    given |= sizes | lie | {"dtype": E4M3, "out_dtype": "bfloat16"} | changes
+    given |= sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"} | changes
     assert tiles.config_for(MatmulProblem("test", rows, **given)).name == form
 
 
