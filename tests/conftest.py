@@ -142,10 +142,9 @@ def _part(config, items, part):
 
 def pytest_ignore_collect(collection_path, config):
     part = config.option.part
-    if part and collection_path.suffix == ".py":
-        file = os.path.relpath(collection_path, config.rootpath)
-        return None if parts.reads(part, file) else True
-    return None
+    file = os.path.relpath(collection_path, config.rootpath)
+    file += "/" if collection_path.is_dir() else ""
+    return True if part and not parts.reads(part, file) else None
 
 
 def pytest_collection_modifyitems(config, items):
