@@ -26,7 +26,7 @@ endif
 XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test train-example test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean examples
+.PHONY: demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
 .PHONY: venv-for-ci venv-without-torch
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
