@@ -22,9 +22,13 @@ _tangent_p = Primitive("reverse_mode_only")
 
 def reverse_mode_only(function: str, tree: Any) -> Any:
     """Its argument, an error of `function` where forward mode differentiates by it."""
-    return jax.tree.map(
-        lambda x: _same(function, x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+
+    def wrapped(x: Any) -> Any:
+        # An array that is no tracer has no tangent.
+        traced = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        return _same(function, x) if traced else x
+
+    return jax.tree.map(wrapped, tree)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
