@@ -1,5 +1,5 @@
 # make demo            runs the main job on this machine      make test   runs the tests
-# make train-example   trains a small MoE model (examples/train_moe.py)
+# make train-example   trains a small MoE model (examples/train_moe.py)      make examples   runs the others
 # make lint, docs, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
 # each target makes its own virtual environment. PYTHON=/path/to/python takes an interpreter whose packages
 # are already there instead (a machine without network).
@@ -26,11 +26,15 @@ endif
 XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test train-example test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci
+.PHONY: demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
+.PHONY: venv-for-ci venv-without-torch
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
 	$(VENV_FOR) cli test torch examples dev docs
+
+venv-without-torch:
+	$(VENV_FOR) cli test examples dev docs
 
 demo:
 	$(VENV_FOR) cli
@@ -40,6 +44,15 @@ demo:
 train-example:
 	$(VENV_FOR) examples
 	$(PY) examples/train_moe.py --out trained $(TRAIN_ARGS)
+
+# The examples but for train_moe.py, as small as they come, on this machine's GPU or CPU. The load's picture goes
+# into trained/.
+examples:
+	$(VENV_FOR) torch examples
+	mkdir -p trained
+	set -e; for example in moe_layer equinox_moe "expert_parallel_layer --devices 8" \
+		"expert_rebalancing --picture trained/load.png" "fp8_expert_parallel_layer --devices 8" transformers_experts; do \
+		set -- $$example; name=$$1; shift; echo "== $$name $$*"; $(PY) examples/$$name.py "$$@"; done
 
 # Every test function: see tests/parts.py for which of its cases.
 test:
@@ -127,22 +140,22 @@ package:
 clean:
 	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
-# Every kernel form to machine code by the newest jax's compiler, one in five by the oldest one's, too. Needs a C
-# compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the checkout the first time.
+# Kernel forms to machine code by the newest jax's compiler, one in KERNEL_SAMPLE, and one in five by the oldest
+# one's, too. Needs a C compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the
+# checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
+KERNEL_SAMPLE ?= 1
 COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording exchanges layer
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
 compile-kernels-newest:
 	$(VENV_FOR) cli test torch
-	$(PY) -m tests.no_gpu.compile --jobs $(JOBS)
-	for rows in $(COMPILED_ROWS); do $(PY) -m tests.no_gpu.$$rows || exit 1; done
-	$(PY) -m tests.no_gpu.matmul
+	$(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample $(KERNEL_SAMPLE)
+	for rows in $(COMPILED_ROWS) matmul; do $(PY) -m tests.no_gpu.$$rows --sample $(KERNEL_SAMPLE) || exit 1; done
 
-# One kernel in five: a compiler that differs at all differs in those. Kernels come in pairs and threes, which a
-# step of five cuts across.
+# One kernel in five: a compiler that differs at all differs in those.
 compile-kernels-$(OLD_JAX): old-jax
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
 	for rows in $(COMPILED_ROWS) matmul; do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows --sample 5 || exit 1; done

@@ -213,9 +213,7 @@ def every(
     """The most telling ones first. Our kernels between GPUs are left out where there is no GPU."""
     given = (size, ranks, form, implementation)
     transports = [
-        t
-        for t in exchanges.TRANSPORTS
-        if t != "all_gather" and exchanges.runs(t, ranks, platform)
+        t for t in exchanges.TRANSPORTS if t != "all_gather" and exchanges.runs(t, ranks, platform)
     ]
     yield ours(*given, transports[0])
     yield no_communication(form, implementation)

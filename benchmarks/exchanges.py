@@ -127,10 +127,10 @@ def message_kernels(exchange: Exchange, *, ours: bool) -> Exchange:
     return _traced_with(exchange, name, all_to_all, "MESSAGE_KERNELS", ours)
 
 
-def packed_before(exchange: Exchange) -> Exchange:
-    """The same with rows quantised and packed before the way out, as where that saves many bytes."""
-    name = f"{exchange.name}, packed"
-    return _traced_with(exchange, name, all_to_all, "MOST_GATHERED_MORE", -1)
+def gathering(exchange: Exchange, *, gathers: bool) -> Exchange:
+    """The same with rows that are gathered as they are, or packed before the way out."""
+    name = f"{exchange.name}, {'gathered' if gathers else 'packed'}"
+    return _traced_with(exchange, name, all_to_all, "GATHERS", gathers)
 
 
 def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
@@ -339,8 +339,7 @@ def every(
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
     if "all_to_all" in transports and size.mode == "low_latency":
         same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
-        if size.payload:
-            yield packed_before(same)
+        yield gathering(same, gathers=not all_to_all.GATHERS)
         yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:

@@ -287,19 +287,27 @@ def variants(size: Size) -> list[tuple[int, Any]]:
             wide = Config("m", 128, 192, 128, 4, group=group, skips=masked)
             square = Config("m", 128, 128, 128, 5, group=group, skips=masked)
             for block, tiles in ((192, tall), (128, wide), (128, square)):
-                for sharing, ahead in itertools.product((0, 1, 2), (False, True)):
-                    found.append((block, tiles._replace(sharing=sharing, ahead=ahead)))
-                found.append((block, tiles._replace(sharing=2, ahead=True, shared="w")))
+                for sharing in (0, 1, 2):
+                    found.append((block, tiles._replace(sharing=sharing)))
+                for early, sharing in itertools.product((False, True), (0, 1, 2)):
+                    ahead = tiles._replace(sharing=sharing, ahead=True, early=early)
+                    found.append((block, ahead))
+                    if sharing > 1:
+                        found.append((block, ahead._replace(shared="w")))
             late = square._replace(late=True)
             found += [(128, late), (128, late._replace(sharing=2))]
     if 16 < mean < 400:
-        for group, ahead in itertools.product((0, 8), (False, True)):
-            found.append((64, Config("n", 64, 256, 128, 4, group=group, ahead=ahead)))
+        for group in (0, 8):
+            tiles = Config("n", 64, 256, 128, 4, group=group)
+            for each in (tiles, tiles._replace(ahead=True), tiles._replace(ahead=True, early=True)):
+                found.append((64, each))
     if mean < 64:
         for bm in (8, 16, 32, 40):
             if mean / 2 < bm < max(17, 4 * mean):
-                for stages, ahead in itertools.product((5, 6, 8), (False, True)):
-                    found.append((bm, Config("swap", bm, 128, 128, stages, group=0, ahead=ahead)))
+                for stages, ahead in itertools.product((6, 8), (False, True)):
+                    tiles = Config("swap", bm, 128, 128, stages, group=0, ahead=ahead, early=ahead)
+                    found.append((bm, tiles))
+                    found.append((bm, tiles._replace(bn=64, computing=1, stages=2 * stages)))
     return found
 
 
@@ -405,7 +413,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
-        "--only", default="", help="providers whose name holds this, or this;or that; ends with this$"
+        "--only",
+        default="",
+        help="providers whose name holds this, or this;or that; ends with this$",
     )
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)

@@ -417,8 +417,8 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Prepare]:
         found["ours, masked"] = by_jax(ours_masked)
     else:
         found["torch._grouped_mm"] = by_torch(measure_torch, "grouped")
-        block = _block(size)
-        found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
+        for block in _blocks(size):
+            found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
         found["ours, ragged_dot"] = by_jax(ours_ragged)
         if options.jax_example:
             for config in _JAX_CONFIGS:
@@ -443,10 +443,14 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Prepare]:
     return {k: v for k, v in found.items() if not options.only or options.only in k}
 
 
-def _block(size: Size) -> int:
-    """What the table of the layer would take: an expert's mean rows, and half again."""
+def _blocks(size: Size) -> list[int]:
+    """What the layer takes; and a power of two, for which all libraries make alignments."""
+    import moe_align_jax as maj
+
     mean = 1.5 * size.rows / size.experts
-    return next((b for b in (8, 16, 32, 64) if mean <= b), 128)
+    power = next((b for b in (8, 16, 32, 64) if mean <= b), 128)
+    own = maj.moe_block_size(size.rows, top_k=1, num_experts=size.experts)
+    return list(dict.fromkeys((own, power)))
 
 
 def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -259,11 +259,16 @@ class Vllm:
 
 
 def block_sizes_of(case: Case) -> list[int]:
-    """Those that may suit a case, for `--variants`."""
-    pairs, experts = case.tokens * case.model.top_k, case.model.experts
-    if 4 * pairs <= experts:
-        return []
-    return [b for b in (8, 16, 32, 64, 128) if pairs / 4 < b * experts < 40 * pairs]
+    """Those that may suit a case beside the usual one, for `--variants`."""
+    import moe_align_jax as maj
+
+    model = case.model
+    mean = case.tokens * model.top_k / model.experts
+    usual = maj.moe_block_size(case.tokens, top_k=model.top_k, num_experts=model.experts)
+    most = 6 * mean if mean <= 8 else 3 * mean if mean < 64 else 2.2 * mean
+    least = min(1.2 * mean, 128)
+    sizes = (48, 64, 80, 128, 144, 192) if mean >= 8 else ()
+    return [b for b in sizes if b != usual and least <= b <= most]
 
 
 def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -300,7 +305,7 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         work: list[tuple[str, Callable]] = []
         if tokens in peers:
             work.append(("vllm", lambda c=case: _vllm_rows(peers[c.tokens], options.replays)))
-        for block_size in (None, 8, 16, 32, 64, 128):
+        for block_size in dict.fromkeys(key[1] for key in programs if key[0] == tokens):
             mine = {k[2]: p for k, p in programs.items() if k[:2] == (tokens, block_size)}
             if mine:
                 more = f", blocks of {block_size}" if block_size else ""

@@ -162,7 +162,8 @@ WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys o
 def fits(name: str, size: Size) -> bool:
     """Whether a shape has a routing warp for each token, and few without one."""
     config = shape_of(name)
-    routers = 4 * (config.num_warpgroups - (config.form == "split")) * config.num_ctas
+    aligners = config.aligners if config.form == "split" else 0
+    routers = 4 * (config.num_warpgroups - aligners) * config.num_ctas
     return size.tokens <= routers < max(2 * size.tokens, 5)
 
 
@@ -171,11 +172,11 @@ def failure(error: Exception) -> str:
 
 
 def shape_of(name: str) -> Any:
-    """A `FusedConfig` of "form:warpgroups:CTAs", such as "split:3:8"."""
+    """A `FusedConfig` of "form:warpgroups:CTAs[:aligners[:message]]", such as "split:3:8:1:8"."""
     from moe_align_jax._router import fused
 
-    form, warpgroups, ctas = name.split(":")
-    return fused.FusedConfig(form, int(warpgroups), int(ctas))
+    form, *numbers = name.split(":")
+    return fused.FusedConfig(form, *map(int, numbers))
 
 
 def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:

@@ -9,7 +9,7 @@ torch's: one call in a CUDA graph.
 
 Layers: `jax.vjp` of the layer by x, the weights and topk_weights, and the result: device span under jit, and
 what the compiled program allocates beside operands and results. Gradients are compared with the first
-provider's.
+provider's. Ours also as the gradient of a loss.
 
 A provider that fails, or runs out of memory, is a row that says so. A child process takes each size.
 """
@@ -30,6 +30,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, timing, training_peers  # noqa: E402
 
 _BOUND, _LAYER_BOUND = 1e-2, 3e-2
+# Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the
+# result is complete, and keep more at once. A loss' cotangent comes after the result.
+_OF_A_LOSS = "value and gradient of a loss"
 _TOP_K = 8  # of the tokens whose rows these are
 _BLOCK = 128
 _SAMPLED = 24
@@ -480,6 +483,7 @@ def layer_providers(size: Layer) -> Iterator[tuple[str, Callable[[], Callable[..
 
 def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
+    import jax.numpy as jnp
 
     arrays = layer_arrays(size)
 
@@ -489,6 +493,12 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
             if passes == "forward":
                 return run(x, gate_up, down, weights, ids)
             given = (x, gate_up, down, weights)
+            if passes == _OF_A_LOSS:
+
+                def loss(*floats):
+                    return jnp.mean(jnp.square(run(*floats, ids).astype(jnp.float32)))
+
+                return jax.value_and_grad(loss, (0, 1, 2, 3))(*given)
             y, pull = jax.vjp(lambda *floats: run(*floats, ids), *given)
             return y, *pull(toward)
 
@@ -497,8 +507,9 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = [
         (name, call_of(make, passes), passes)
         for name, make in layer_providers(size)
-        for passes in ("forward", "forward and backward")
+        for passes in ("forward", "forward and backward", _OF_A_LOSS)
         if (options.peers or name.startswith("ours")) and options.only in name
+        if passes != _OF_A_LOSS or name == "ours, default"
     ]
     # XLA tries variants of what it compiles on the GPU: those of `lax.ragged_dot` want tens of GiB, alone.
     side_by_side = [not name.startswith("lax.") for name, _, _ in wanted]
@@ -528,7 +539,7 @@ def _run_layer(
         memory = program.memory_analysis()
         row["temp_mib"] = round(memory.temp_size_in_bytes / 2**20)
         [found] = jax.block_until_ready(program([arrays]))
-        if isinstance(found, tuple):
+        if row["passes"] == "forward and backward":
             some = [np.asarray(g.reshape(-1)[:: max(1, g.size // 4096)], np.float32) for g in found]
             first.extend([] if first else some)
             errors = [

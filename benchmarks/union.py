@@ -236,12 +236,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def markdown(gpu: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The union grid in a few lines: a summary per peer and the three worst sizes."""
+    """The union grid in a few lines: a summary per peer, with the worst size of each."""
     sizes = len({r["case"] for r in rows})
     head = f"Union grid, **{gpu}**, {rows[-1]['date'][:10]}, {sizes} sizes:"
     lines = [f"- {line}" for line in summary(rows)]
-    worst = [f"- `{line}`" for line in listing(rows)[:3]]
-    return "\n".join([head, "", *lines, "", "The three worst sizes:", "", *worst, ""])
+    return "\n".join([head, "", *lines, ""])
 
 
 def listing(rows: Sequence[dict[str, Any]]) -> list[str]:

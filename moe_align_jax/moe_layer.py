@@ -176,7 +176,7 @@ def fused_moe(
         block_size = checks.check_block_size(function, block_size)
     elif aligned is not None:
         remedy = "Pass the one that aligned was made with (moe_block_size tells a good one)."
-        arguments.fail(ValueError, function, "block_size", "be given with aligned", "None", remedy)
+        checks.refuse(ValueError, function, "block_size", "be given with aligned", "None", remedy)
     for name, value in (
         ("expert_map", expert_map),
         ("expert_location", expert_location),
@@ -184,14 +184,15 @@ def fused_moe(
     ):
         if aligned is not None and value is not None:
             remedy = "It is an argument of the alignment: pass it where aligned is made."
-            arguments.fail(ValueError, function, name, "be left out with aligned", value, remedy)
+            checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
     slots = _num_slots(function, experts, expert_map)
     top_k = topk_ids.shape[1]
     pairs = tokens * top_k
     as_pairs = aligned is None and plan.without_alignment(pairs, slots)
     if as_pairs:
         block_size = 1
-    block_size = block_size or plan.block_size_for(pairs, slots, x_scales is not None)
+    any_rows = plan.takes_any_rows(weights, hidden, ffn, x_scales is not None)
+    block_size = block_size or plan.block_size_for(pairs, slots, any_rows)
     if aligned is None and not as_pairs:
         aligned = block_align.moe_align_block_size(
             topk_ids,
@@ -257,7 +258,7 @@ def _num_slots(function: str, experts: int, expert_map: Any) -> int:
     if shape is None or len(shape) != 1 or shape[0] < experts:
         rule = f"have shape [G] with G at least {experts}, the experts of the weights"
         remedy = "Pass one local id (or -1) per expert of all devices."
-        arguments.fail(ValueError, function, "expert_map", rule, expert_map, remedy)
+        checks.refuse(ValueError, function, "expert_map", rule, expert_map, remedy)
     return shape[0]
 
 
@@ -321,12 +322,12 @@ def _check_aligned(function: str, aligned: Any, block_size: int, pairs: Any) -> 
     row_of_pair = getattr(aligned, "row_of_pair", None)
     if row_of_pair is None:
         rule, remedy = "be there", "Align with return_inverse=True."
-        arguments.fail(ValueError, function, "aligned.row_of_pair", rule, "None", remedy)
+        checks.refuse(ValueError, function, "aligned.row_of_pair", rule, "None", remedy)
     if row_of_pair.dtype != np.int32 or row_of_pair.size != pairs:
         rule = f"be int32 and of {pairs} pairs, as topk_ids has"
         remedy = "Pass the topk_ids that were aligned."
         kind = ValueError if row_of_pair.dtype == np.int32 else TypeError
-        arguments.fail(kind, function, "aligned.row_of_pair", rule, row_of_pair, remedy)
+        checks.refuse(kind, function, "aligned.row_of_pair", rule, row_of_pair, remedy)
     return where, row_of_pair
 
 
@@ -356,6 +357,9 @@ def moe_block_size(
 ) -> int:
     """Rows per block that `fused_moe` takes for these sizes: for an alignment that is made before it.
 
+    Of weights whose gate and up take turns in columns, of a gelu, and of sizes that are no multiple of 64, it
+    takes 64 or 128 in place of 48 and more.
+
     Args:
         num_tokens: T.
         top_k: K.
@@ -370,7 +374,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 16, 80, 128]
+        [8, 16, 80, 144]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 8192)]
         [8, 48, 144, 192]
     """
@@ -378,7 +382,7 @@ def moe_block_size(
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     num_experts = checks.check_num_experts(function, num_experts)
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
-    return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) == E4M3)
+    return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) != E4M3)
 
 
 def select_moe_implementation(
@@ -451,7 +455,7 @@ def select_moe_implementation(
     if not experts or down[1 if weights.transposed else 2] != hidden:
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"be {shape} with H = {hidden} and an expert"
-        arguments.fail(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
+        checks.refuse(ValueError, function, "w_down_shape", rule, str(list(down)), "See x_shape.")
     kinds = (*matmul_arguments.DTYPES, str(E4M3))
     x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype, kinds))
     slots = experts
@@ -462,7 +466,8 @@ def select_moe_implementation(
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
-    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots, x.dtype == E4M3)
+    any_rows = plan.takes_any_rows(weights, hidden, ffn, x.dtype == E4M3)
+    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots, any_rows)
     num_rows = checks.max_num_tokens_padded(pairs, block_size=rows, num_experts=slots)
     problem = LayerProblem(
         tokens,

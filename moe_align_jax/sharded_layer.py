@@ -118,7 +118,7 @@ def sharded_fused_moe(
     axes = _check_axes(function, mesh, expert_axis, data_axes, tensor_axis, fsdp_axis)
     if not checks.is_one_of(method, _METHODS):
         rule, remedy = "be 'dispatch' or 'replicate'", "See its documentation."
-        arguments.fail(ValueError, function, "method", rule, checks.shown(method), remedy)
+        checks.refuse(ValueError, function, "method", rule, checks.shown(method), remedy)
     x = matmul_arguments.check_rows(function, "x", x, 2)
     tokens, hidden = x.shape
     weights, first, w_down, ffn = arguments.check_experts(
@@ -148,7 +148,7 @@ def sharded_fused_moe(
         if name is not None and size % mesh.shape[name]:
             rule = f"hold a multiple of {mesh.shape[name]} {what}, the devices of {name!r}"
             remedy = "Pad the weights, or take another mesh."
-            arguments.fail(ValueError, function, "w_down", rule, size, remedy)
+            checks.refuse(ValueError, function, "w_down", rule, size, remedy)
     layer = _Layer(
         axes,
         mesh,
@@ -224,21 +224,21 @@ class _Layer(NamedTuple):
 def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, fsdp: Any) -> _Axes:
     if not isinstance(mesh, Mesh):
         remedy = "Make one with jax.make_mesh."
-        arguments.fail(TypeError, function, "mesh", "be a jax.sharding.Mesh", mesh, remedy)
+        checks.refuse(TypeError, function, "mesh", "be a jax.sharding.Mesh", mesh, remedy)
     if not isinstance(data, (str, tuple, list)):
         rule = "be the name of an axis, or a tuple of names"
-        arguments.fail(TypeError, function, "data_axes", rule, data, "Pass () for none.")
+        checks.refuse(TypeError, function, "data_axes", rule, data, "Pass () for none.")
     data = (data,) if isinstance(data, str) else tuple(data)
     named = [("expert_axis", expert), *(("data_axes", name) for name in data)]
     named += [(a, n) for a, n in (("tensor_axis", tensor), ("fsdp_axis", fsdp)) if n is not None]
     for argument, name in named:
         if name not in mesh.axis_names:
             rule = f"name an axis of the mesh, {', '.join(map(repr, mesh.axis_names))}"
-            arguments.fail(ValueError, function, argument, rule, repr(name), "See mesh.axis_names.")
+            checks.refuse(ValueError, function, argument, rule, repr(name), "See mesh.axis_names.")
     once = [expert, *data, *([tensor] if tensor else [])]
     if len(set(once)) < len(once) or fsdp in (expert, tensor) and fsdp is not None:
         rule, got = "be different axes; fsdp_axis may be one of data_axes", str(named)
-        arguments.fail(ValueError, function, "the axes", rule, got, "Use each axis once.")
+        checks.refuse(ValueError, function, "the axes", rule, got, "Use each axis once.")
     split: tuple[str, ...] = (*data, *([fsdp] if fsdp and fsdp not in data else []), expert)
     return _Axes(expert, split, tensor, fsdp)
 

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 from collections import defaultdict
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
@@ -107,6 +108,8 @@ def pytest_configure(config):
     wanted = config.option.expect_jax
     if wanted and jax.__version__ != wanted:
         raise pytest.UsageError(f"--expect-jax {wanted}, but jax {jax.__version__} was imported")
+    if config.option.part in parts.WITHOUT_TORCH:
+        sys.modules.setdefault("torch", None)  # an import fails, as where it is not installed
 
 
 def pytest_sessionstart(session):
@@ -135,6 +138,13 @@ def _part(config, items, part):
     """Leaves the cases of one of CI's three runs."""
     chosen, config.stash[_LEFT] = parts.choose(items, part)
     _keep(config, items, chosen)
+
+
+def pytest_ignore_collect(collection_path, config):
+    part = config.option.part
+    file = os.path.relpath(collection_path, config.rootpath)
+    file += "/" if collection_path.is_dir() else ""
+    return True if part and not parts.reads(part, file) else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -185,7 +195,9 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     if left := config.stash.get(_LEFT, 0):
-        terminalreporter.write_line(f"{left} cases run in no part of CI, only in `make test-whole`")
+        terminalreporter.write_line(
+            f"{left} cases of these files run in no part of CI, only in `make test-whole`"
+        )
 
 
 def pytest_unconfigure(config):

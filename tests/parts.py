@@ -6,15 +6,14 @@ function runs in the first of them. Its cases are shared out by what they cost:
 - A function whose cases cost little runs them all: of every four the first run takes two, the others one
   each. Where there are fewer, one of the others repeats the first case.
 - A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes a
-  second), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest; the
-  only case of a function repeats there unless it takes `LONG`. `make test-whole` runs what is left, and each
-  run says how many cases that is. The mark `every_case` takes a function out of this: its cases are no
-  sample.
+  second), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest, unless
+  a case takes `VERY_LONG`; the only case of a function repeats there unless it takes `LONG`. `make
+  test-whole` runs what is left, and each run says how many cases of the files that it reads that is. The
+  mark `every_case` takes a function out of this: its cases are no sample.
 
 What depends neither on the release of jax nor on its width runs in the first run alone: files about NumPy,
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
-generate. There it takes one case in two of a function that costs more, and of those beyond the eighth one in
-eight.
+generate. There it takes, of those beyond the eighth of a function that costs more, one in eight.
 
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
@@ -26,17 +25,21 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("newest-jax", "oldest-jax", "x64")
+# They run as where PyTorch is not installed: while CI installs it.
+WITHOUT_TORCH = ("x64",)
 COSTS = Path(__file__).with_name("costs.txt")
 # Seconds of CPU per case from which a function costs more.
 COSTLY = 0.05
-# Seconds of CPU of a case that one run of CI is enough for.
+# Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 1.0
+VERY_LONG = 4.0
 
 _ONCE = re.compile(
-    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"
     r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
     r"type_hints)[^/]*\.py"
 )
+_WITH_OLDEST_JAX = "tests/bridge/test_align.py"  # PyTorch through the oldest jax
 # The cases that a costly function surely shares out; of those that follow one in sixteen runs.
 _FEW = 8
 
@@ -68,6 +71,13 @@ def write_costs(measured: dict[str, list[float]]) -> None:
     COSTS.write_text("\n".join([head, *(f"{s:6.2f} {name}" for name, s in costly)]) + "\n")
 
 
+def reads(part: str, file: str) -> bool:
+    """Whether a run takes cases of this file, or folder ("tests/gpu/"): it need not import the others."""
+    if part == "oldest-jax" and file in (_WITH_OLDEST_JAX, "tests/bridge/"):
+        return True
+    return part == "newest-jax" or not _ONCE.search(file)
+
+
 def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     """Which of a function's `count` cases each run takes, by their position in `by_function`.
 
@@ -80,9 +90,11 @@ def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     more = range(len(few), count)
     step = 8 if cost >= 1 else 4
     if _ONCE.search(function):
-        first = {*few[:: step // 2 if cost else 1], *more[::8]}
+        first = {*few[:: step if cost else 1], *more[::8]}
         return {"newest-jax": first, "oldest-jax": set(), "x64": set()}
     again, other, place = "oldest-jax", "x64", 2
+    if cost >= VERY_LONG:
+        return {"newest-jax": {*few[::step], *more[::16]}, again: set(), other: set()}
     if zlib.crc32(function.encode()) % 2:
         again, other, place = "x64", "oldest-jax", 3
     if cost and count <= place:  # the others have the first case
@@ -115,7 +127,7 @@ def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
         whole = cases[0].get_closest_marker("every_case")
         cost = 0.0 if whole else costs.get(function, 0.0)
         shares = share(function, len(cases), cost)
-        if "tests/bridge/test_align.py" in function:  # PyTorch through the oldest jax
+        if _WITH_OLDEST_JAX in function:
             shares["oldest-jax"] = set(range(-(-len(cases) // (16 if cost else 4))))
         chosen += [cases[i] for i in sorted(shares[part])]
         left += len(cases) - len(set().union(*shares.values()))

@@ -30,6 +30,14 @@ def fail(
     raise kind(message(function, argument, rule, got, remedy).rstrip())
 
 
+def refuse(
+    kind: type[Exception], function: str, argument: str, rule: str, got: object, remedy: str
+) -> NoReturn:
+    """As `fail`, of a value as the caller gave it: what is neither text nor a number is described."""
+    shown = got if isinstance(got, (str, int)) else describe(got)
+    fail(function, argument, rule, shown, remedy, kind)
+
+
 def describe(value: object) -> str:
     """`dtype [shape]` of an array, otherwise the type and value."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)

@@ -16,7 +16,10 @@ NUM_CTAS = 132  # SMs of an H100 and of an H200
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
+_LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+_GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
+_LEAST_K_OF_WIDE = 1024
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -41,6 +44,8 @@ class Config(NamedTuple):
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
+        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product
+            of the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
@@ -62,6 +67,7 @@ class Config(NamedTuple):
     sharing: int = 0
     ahead: bool = False
     shared: str = "x"
+    early: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -76,7 +82,7 @@ class Config(NamedTuple):
         more += "-skips" if self.skips else ""
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
-        more += "-ahead" if self.ahead else ""
+        more += ("-early" if self.early else "-ahead") if self.ahead else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -111,12 +117,21 @@ DEFAULT_RULES = Rules()
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
 #   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
+# A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
+#   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
+#   96 rows swapped: group 4 352, late 354; 128x256 m, late, group 4 346; of "ragged" rows 360
 # The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
 # Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
+# e4m3, 2026-11-29, device span under jit, beside DeepGEMM in a CUDA graph; "w": two CTAs share weights.
+#   32768 rows, 7168 -> 4096, 8 experts: 192x128 1445, 128x192 w 1468, without 1501, 128x128 1654; theirs 1360
+#   32768 rows, 2048 -> 7168, 8 experts: 192x128 752, 128x192 w 774, without 796, 128x128 863; theirs 717
+#   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
+#   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
+#   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -172,11 +187,11 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     least = mean_rows(problem) * (1 if guessed else rules.room)
     choices = [64, 128] if _no_swap(problem) else [8, 16, 32, 64, 128]
     wanted = next((bm for bm in choices if bm >= least), choices[-1])
+    if problem.rows == "ragged" and _LEAST_MEAN < mean_rows(problem) <= _MOST_MEAN:
+        return 144 if takes_whole(problem, 144) else wanted
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
-    if takes_whole(problem, block):
-        return block
     if problem.whole_blocks:
         wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
@@ -185,6 +200,9 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
         return parts[0]
     if not _no_swap(problem) and block % 8 == 0 and block <= 64:
         return block
+    for count in (1, 2):
+        if block % count == 0 and takes_whole(problem, block // count):
+            return block // count
     return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
 
 
@@ -195,8 +213,12 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
     """
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
-    vectors = problem.weights.bias or tests_rows(problem)
-    return 64 < block <= (184 if vectors else 192) and block % 8 == 0 and block != 128
+    most = 184 if _has_vectors(problem) else 192
+    return 64 < block <= most and block % 8 == 0 and block != 128
+
+
+def _has_vectors(problem: MatmulProblem) -> bool:
+    return problem.weights.bias or tests_rows(problem)
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -239,8 +261,11 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
     """
     pieces = 2 * piece_rows(bm) * 128
     stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
-    group = group if bm > 96 else 0
-    return Config("swap", bm, 256, 64, stages, group=group, lag=stages - 2)
+    group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
+    # Beside a copy of rows, only half as many results fit into registers.
+    fits = not _has_vectors(problem) and (problem.weights.gated or not problem.top_k)
+    late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)
+    return Config("swap", bm, 256, 64, stages, group=group, late=late, lag=stages - 2)
 
 
 def _ring_bytes(bm: int, stages: int) -> int:
@@ -270,7 +295,8 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
 
 
 def unshared(tiles: Config) -> Config:
-    """The same tiles, each of one CTA."""
+    """The same tiles, each of one CTA, which shares nothing."""
+    tiles = tiles._replace(sharing=0, shared="x")
     return tiles._replace(split=1, num_ctas=NUM_CTAS) if tiles.split > 1 else tiles
 
 
@@ -294,14 +320,24 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     """A warpgroup has sums of 64 x 128 at most: each has a second accumulator, of 128 columns of x."""
     if bm < 64 and problem.weights.gated:
         return Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0)
+    ahead = problem.scale_groups <= _GROUPS_AHEAD
     if bm < 64:
-        return Config("swap", bm, 128, 128, 6, group=0)
+        return Config("swap", bm, 128, 128, 6, group=0, ahead=ahead and problem.rows == "masked")
     group = _group(problem, rules)
     if problem.rows == "blocks" and problem.block_size % 192 == 0:
         return Config("m", 192, 128, 128, 4, group=group, computing=3)
     if bm == 64:
         return Config("n", 64, 256, 128, 4, group=group)
-    return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
+    whole = problem.rows == "masked" or problem.rows == "blocks" and problem.block_size == bm
+    wide = problem.n >= 192 and problem.k >= _LEAST_K_OF_WIDE
+    wide = wide and not problem.weights.gated and not problem.top_k
+    if not (ahead and whole and wide):
+        return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
+    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=problem.rows == "masked")
+    # Two tiles of an expert next to each other: as a rule.
+    if mean_rows(problem) > (bm if problem.rows == "masked" else 2 * bm):
+        return tiles._replace(group=0, sharing=2, shared="w")
+    return tiles
 
 
 def _may_be_tall(problem: MatmulProblem) -> bool:

@@ -187,8 +187,7 @@ def epilogue_of_parts(
     row_weights: jax.Array | None,
 ) -> jax.Array:
     """`epilogue` of `parts`."""
-    gate, up = (*found, None)[:2]
-    result = activate(problem.weights, gate, up)
+    result = activate(problem.weights, found[0], found[1] if len(found) > 1 else None)
     if row_weights is not None:
         result = result * jnp.where(used, row_weights, 0.0)[:, None]
     return jnp.where(used[:, None], result, 0.0)
@@ -324,15 +323,18 @@ def _zeros(shape: tuple[Any, ...], dtype: str, operands: tuple[jax.Array, ...]) 
     zero = jnp.zeros((), dtype)
     for x in operands[:2]:
         if 0 not in x.shape:
-            value = x[(0,) * x.ndim]
+            value = x[(0,) * x.ndim].astype(_F32)
             never = (value != value) & (value == 0)
             zero = jnp.where(never, jnp.ones((), dtype), zero)
     zeros = jnp.broadcast_to(zero, shape)
-    axes = frozenset()
-    for x in operands:
-        mat = getattr(jax.typeof(x), "mat", None)
-        axes |= frozenset(mat.varying) if mat is not None else frozenset()
+    axes = frozenset().union(*map(_varying, operands)) - _varying(zeros)
     return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The axes of a shard_map that it varies over."""
+    mat = getattr(jax.typeof(x), "mat", None)
+    return frozenset() if mat is None else frozenset(mat.varying)
 
 
 def weight_gradient(problem: WeightGradient, *operands: jax.Array) -> jax.Array:

@@ -79,8 +79,8 @@ class Products:
             ring: steps of the ring before this tile's.
             slot_of: the stage of a step.
             between: called while a product of step k runs.
-            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where the
-                scales are read from global memory.
+            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where
+                the scales are read from global memory.
         """
         refs, last = self.refs, self.shape.k_steps - 1
         if self.scales.w == "tensor":  # one for all steps
@@ -91,11 +91,20 @@ class Products:
         if self.scales.x == "tensor":
             of_all = refs.x_scales[0]
 
+        early = self.config.early
+
+        def more_of_w(k):
+            """Of the weights in step k."""
+            if place is None:
+                return self._of_blocks(tile, warpgroup, k)
+            return self._fetched(warpgroup, place, k)
+
         def step(k, carry):
             # The next step's stage is found while this one's product runs.
             sums, of_w, slot = carry
             following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
-            plgpu.barrier_wait(refs.full.at[slot])
+            if not early:
+                plgpu.barrier_wait(refs.full.at[slot])
             found, of_x, coming = list(sums), None, of_w
             for part in range(count):
 
@@ -105,17 +114,17 @@ class Products:
                     if part == 0:  # behind the product that runs
                         between(k)
                         of_x = None if of_all is not None else self._of_rows(warpgroup, slot, k)
-                        if place is None:
-                            more = self._of_blocks(tile, warpgroup, jnp.minimum(k + 1, last))
-                        else:
-                            more = self._fetched(warpgroup, place, k)
-                        scales = (of_x, more)
+                        in_step = place is not None and not early
+                        of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
+                        scales = (of_x, of_next)
+                        if early:
+                            pl.when(k < last)(lambda: plgpu.barrier_wait(refs.full.at[following]))
                     return partial[...], scales
 
                 product, scales = pl.run_scoped(scope, like)
                 if part == 0:
                     of_x, coming = scales
-                    if place is not None:
+                    if place is not None and not early:
                         of_w, coming = coming, ()
                 if part == count - 1:
                     plgpu.barrier_arrive(refs.empty.at[slot])
@@ -135,8 +144,10 @@ class Products:
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
             mine = mine & self._holds_rows(tile, warpgroup)
-        ahead = self._of_blocks(tile, warpgroup, 0) if place is None else ()
-        first = tuple(zeros), ahead, slot_of(ring)
+        none = place is not None and not early
+        first = tuple(zeros), () if none else more_of_w(0), slot_of(ring)
+        if early:  # of the first step; of the next ones each behind the product before it
+            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
         sums, *_ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
         if self.config.skips or self.config.shares_weights:
             busy = tile.busy if self.config.shares_weights else tile.valid

@@ -1,6 +1,6 @@
 """Checks of fused_moe's arguments."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,6 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._grouped_matmul import arguments, quantized
 from moe_align_jax._grouped_matmul.problem import E4M3, Scales, Weights
-
-
-def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    raise kind(checks.message(function, argument, rule, got, remedy))
 
 
 def check_experts(
@@ -28,7 +22,7 @@ def check_experts(
         rule = "be an array or a pair (gate, up)" if weights.gated else "be one array"
         got = f"{type(w_gate_up).__name__} of {len(w_gate_up)}"
         remedy = "Pass gate and up." if weights.gated else "A pair needs a gated activation."
-        fail(ValueError, function, "w_gate_up", rule, got, remedy)
+        checks.refuse(ValueError, function, "w_gate_up", rule, got, remedy)
     first = tuple(
         arguments.check_array(function, f"w_gate_up[{i}]" if pair else "w_gate_up", each)
         for i, each in enumerate(w_gate_up if pair else (w_gate_up,))
@@ -38,7 +32,7 @@ def check_experts(
     for name, each in [*named, ("w_down", w_down)]:
         if each.dtype not in (dtype, np.float32):
             rule = f"have the dtype of x, {dtype}, or float32"
-            fail(TypeError, function, name, rule, each, "Cast one.")
+            checks.refuse(TypeError, function, name, rule, each, "Cast one.")
     axes = (2, 1) if weights.transposed else (1, 2)
     columns = "2 N" if weights.gated and not pair else "N"
     shape = f"[E, {columns}, H]" if weights.transposed else f"[E, H, {columns}]"
@@ -47,24 +41,30 @@ def check_experts(
         other = arguments.TO_E4M3_LAYOUT
     for name, each in named:
         if each.ndim != 3 or each.shape[axes[0]] != hidden:
-            fail(ValueError, function, name, f"have shape {shape} with H = {hidden}", each, other)
+            checks.refuse(
+                ValueError, function, name, f"have shape {shape} with H = {hidden}", each, other
+            )
         if each.shape != first[0].shape:
             rule = f"have the shape of gate, {list(first[0].shape)}"
-            fail(ValueError, function, name, rule, each, "Pass gate and up.")
+            checks.refuse(ValueError, function, name, rule, each, "Pass gate and up.")
     experts, width = first[0].shape[0], first[0].shape[axes[1]]
     if not experts:
         rule = "hold at least one expert"
-        fail(ValueError, function, named[0][0], rule, first[0], "Pass this device's experts.")
+        checks.refuse(
+            ValueError, function, named[0][0], rule, first[0], "Pass this device's experts."
+        )
     if weights.gated and not pair:
         if width % 2:
             rule = f"have shape {shape}"
-            fail(ValueError, function, "w_gate_up", rule, first[0], "It holds gate and up.")
+            checks.refuse(
+                ValueError, function, "w_gate_up", rule, first[0], "It holds gate and up."
+            )
         width //= 2
     want = (experts, hidden, width) if weights.transposed else (experts, width, hidden)
     if w_down.shape != want:
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"have shape {shape} = {list(want)}, as w_gate_up has"
-        fail(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
+        checks.refuse(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
     return weights, first, w_down, width
 
 
@@ -100,7 +100,7 @@ def check_scales(
     if width % GROUP:
         rule = f"have an N that is a multiple of {GROUP}: a scale belongs to as many columns"
         remedy = "Pad N with zeros in both weights: what lies between the products is quantised."
-        fail(ValueError, function, "w_down", rule, f"N = {width}", remedy)
+        checks.refuse(ValueError, function, "w_down", rule, f"N = {width}", remedy)
     return Scaled(scales, down, (of_x, *of_first), tuple(of_down))
 
 
@@ -111,10 +111,10 @@ def check_bias(function: str, argument: str, value: Any, shape: tuple[int, ...])
     value = arguments.check_array(function, argument, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         rule, remedy = "be a float array", "It is used as float32."
-        fail(TypeError, function, argument, rule, value, remedy)
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
     if value.shape != shape:
         rule, remedy = f"have shape {list(shape)}", "One value for each column of the weights."
-        fail(ValueError, function, argument, rule, value, remedy)
+        checks.refuse(ValueError, function, argument, rule, value, remedy)
     return value.astype(np.float32)
 
 
@@ -126,24 +126,28 @@ def check_routing(function: str, x: Any, topk_weights: Any, topk_ids: Any) -> tu
         remedy = "Pass the expert ids that top_k returned, not their weights."
         if type(topk_ids).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
-        fail(TypeError, function, "topk_ids", "be an integer array", topk_ids, remedy)
+        checks.refuse(TypeError, function, "topk_ids", "be an integer array", topk_ids, remedy)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
         rule = f"have shape [T, K] with T = {x.shape[0]}, as x has"
-        fail(ValueError, function, "topk_ids", rule, topk_ids, "Pass one row of ids per token.")
+        checks.refuse(
+            ValueError, function, "topk_ids", rule, topk_ids, "Pass one row of ids per token."
+        )
     topk_weights = arguments.check_array(function, "topk_weights", topk_weights)
     if not jnp.issubdtype(topk_weights.dtype, jnp.floating):
         rule, remedy = "be a float array", "Pass the weights that the router gave."
-        fail(TypeError, function, "topk_weights", rule, topk_weights, remedy)
+        checks.refuse(TypeError, function, "topk_weights", rule, topk_weights, remedy)
     if topk_weights.shape != topk_ids.shape:
         rule = f"have the shape of topk_ids, {list(topk_ids.shape)}"
-        fail(ValueError, function, "topk_weights", rule, topk_weights, "One weight for each id.")
+        checks.refuse(
+            ValueError, function, "topk_weights", rule, topk_weights, "One weight for each id."
+        )
     return topk_weights.astype(np.float32), topk_ids
 
 
 def check_flag(function: str, argument: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         remedy = "It changes the compiled program: pass True or False."
-        fail(TypeError, function, argument, "be a static bool", value, remedy)
+        checks.refuse(TypeError, function, argument, "be a static bool", value, remedy)
     return bool(value)
 
 
@@ -154,9 +158,9 @@ def check_tokens(function: str, value: Any) -> Any:
         return np.int32(min(max(int(value), 0), checks.INT32_MAX))
     is_array = isinstance(value, (jax.Array, np.ndarray))
     if not is_array or not jnp.issubdtype(value.dtype, jnp.integer):
-        fail(TypeError, function, "num_valid_tokens", "be an integer", value, remedy)
+        checks.refuse(TypeError, function, "num_valid_tokens", "be an integer", value, remedy)
     if np.size(value) != 1:
-        fail(ValueError, function, "num_valid_tokens", "be a scalar", value, remedy)
+        checks.refuse(ValueError, function, "num_valid_tokens", "be a scalar", value, remedy)
     if isinstance(value, np.ndarray):
         return np.int32(min(max(int(value.item()), 0), checks.INT32_MAX))
     return value

@@ -9,12 +9,13 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 # than it saves. vLLM's factor.
 PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block where each reads
-# the weights, and its blocks should have few rows without a pair where products bound. Four sizes,
-# however many batch sizes a model is called with: each is a kernel of both products.
-_MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
+# the weights, and its blocks should have few rows without a pair where products bound. Four sizes, however
+# many batch sizes a model is called with: each is a kernel of both products.
+_MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _FEW = 16  # up to so many: their batches reach more rows per expert
-_E4M3 = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))
+# Of products whose tiles have 8, 16, 64 or 128 rows: see `takes_any_rows`.
+_POWERS_OF_TWO = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))
 # Of a batch whose size is known only when an exported program runs.
 UNKNOWN_ROWS = 64
 
@@ -97,7 +98,8 @@ class LayerProblem(NamedTuple):
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
         pairs = self.num_tokens * self.top_k
         # A tile is a block where the block size is the layer's own choice: fewer kernels for a model.
-        chosen = block_size_for(pairs, self.num_experts, self.scales is not None)
+        any_rows = takes_any_rows(self.gate_up, self.hidden, self.ffn, self.scales is not None)
+        chosen = block_size_for(pairs, self.num_experts, any_rows)
         own = is_static(pairs) and self.block_size == chosen
         return MatmulProblem(
             function=self.function,
@@ -126,16 +128,23 @@ def without_alignment(num_pairs: Any, num_experts: int) -> bool:
     return is_static(num_pairs) and PAIRS_PER_EXPERT * num_pairs <= num_experts
 
 
-def block_sizes(num_experts: int, e4m3: bool = False) -> tuple[tuple[float, int], ...]:
+def takes_any_rows(weights: Weights, hidden: int, ffn: int, e4m3: bool) -> bool:
+    """Whether blocks of any multiple of 8 rows are tiles of both products (`config.takes_whole`)."""
+    parted = weights.gated and weights.interleaved and not weights.transposed
+    whole = all(size % 64 == 0 and size > 64 for size in (hidden, ffn))
+    return whole and not (e4m3 or parted or weights.activation == "gelu")
+
+
+def block_sizes(num_experts: int, any_rows: bool = True) -> tuple[tuple[float, int], ...]:
     """(Most pairs per expert, rows per block), ascending; the last one has no limit."""
-    if e4m3:
-        return _E4M3
+    if not any_rows:
+        return _POWERS_OF_TWO
     return _FEW_EXPERTS if num_experts <= _FEW else _MANY_EXPERTS
 
 
-def block_size_for(num_pairs: Any, num_experts: int, e4m3: bool = False) -> int:
+def block_size_for(num_pairs: Any, num_experts: int, any_rows: bool = True) -> int:
     """Rows per block, of `block_sizes`."""
     if not is_static(num_pairs):
         return UNKNOWN_ROWS
     mean = num_pairs / max(1, num_experts)
-    return next(rows for most, rows in block_sizes(num_experts, e4m3) if mean <= most)
+    return next(rows for most, rows in block_sizes(num_experts, any_rows) if mean <= most)

@@ -27,7 +27,7 @@ _ATANH = [bits(1 / (2 * k + 1)) for k in range(8)]
 
 def order(x: Int) -> Int:
     """An int32 that is ordered as the float32 is (-0 below +0); and back again."""
-    return x ^ ((0 - (x >> 31)) >> 1)
+    return x ^ ((0 - (x >> 31)) & ~SIGN)
 
 
 def subtract(t: Simt, a: Int, b: Int) -> Int:

@@ -213,7 +213,7 @@ class Router:
 
     def find(self, loaded: Loaded) -> Found:
         """The experts of `choose`."""
-        t, problem, layout = self.t, self.problem, self.layout
+        t, problem = self.t, self.problem
         logits = [self._finite(x) for x in loaded.words]
         total = greatest = None
         if problem.by_logits and not problem.bias_rows:
@@ -235,20 +235,11 @@ class Router:
                 t.fadd(t.fmax(t.fadd(x, b), t.const(_MINUS_INFINITY)), t.const(0))
                 for x, b in zip(scores, loaded.bias, strict=True)
             ]
-        keys = [f32.order(x) for x in choice]
-        if self.packed:
-            keys = self._with_ids(keys)
-        if not layout.whole:
-            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
-        if problem.limits_groups:
-            stays = self._group_stays(keys)
-            keys = [t.select(stays, key, _OUT) for key in keys]
-
         logit = None
         if self.short:
-            expert = self._take_short(keys, logits)
+            expert = self._take_short(loaded)
         else:
-            value, expert = self._take(keys, self.packed)
+            value, expert = self._take(self._keys(choice, self.packed), self.packed)
             if not problem.bias_rows:
                 logit = f32.order(value)
             if self.packed:
@@ -258,34 +249,50 @@ class Router:
             expert = t.select(real, expert, -1)
         return Found(loaded, chosen, expert, logit, logits, greatest, total)
 
-    def _with_ids(self, keys: list[Int]) -> list[Int]:
-        """Ids in the low bits; of equal keys the lower id's is the greater then."""
-        mask, first = self.id_mask, self.layout.first
-        return [(key & ~mask) | (mask - (first + j)) for j, key in enumerate(keys)]
+    def _keys(self, choice: list[Int], packed: bool) -> list[Int]:
+        """Of my experts, by what they are chosen by; `packed`, with ids in the low bits: of equal ones the
+        lower id's is the greater then."""
+        t, layout, mask = self.t, self.layout, self.id_mask
+        keys = [f32.order(x) for x in choice]
+        if packed:
+            keys = [(key & ~mask) | (mask - (layout.first + j)) for j, key in enumerate(keys)]
+        if not layout.whole:
+            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+        if self.problem.limits_groups:
+            stays = self._group_stays(keys)
+            keys = [t.select(stays, key, _OUT) for key in keys]
+        return keys
 
     def _id_in(self, key: Int) -> Int:
         return self.id_mask - (key & self.id_mask)
 
-    def _take_short(self, keys: list[Int], logits: list[Int]) -> Int:
+    def _take_short(self, loaded: Loaded) -> Int:
         """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
         in the logit's high bits or no logit has any low bits; else by the whole keys."""
         t, problem, mask = self.t, self.problem, self.id_mask
-        short = self._with_ids(keys)
-        if not self.layout.whole or problem.limits_groups:
-            pairs = zip(short, keys, strict=True)
-            short = [t.select(whole.eq(_OUT), _OUT, key) for key, whole in pairs]
         groups = problem.topk_groups if problem.limits_groups else problem.num_groups
         others = problem.top_k < problem.group_size * groups and problem.top_k < WARP
-        value, _ = self._take(short, True, problem.top_k + others)
+        # The logits as they are: where one of them is not finite, what this finds is not taken.
+        choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
+        for x in loaded.words:
+            infinite = t.fma(x, t.const(0), infinite)  # a NaN
+        value, _ = self._take(self._keys(choice, True), True, problem.top_k + others)
+        expert = self._id_in(value)
         following = t.shfl(value, (self.lane + 1) & (WARP - 1))
         close = ((value ^ following) & ~mask).eq(0) & (self.lane < problem.top_k - 1 + others)
-        low = functools.reduce(operator.or_, (x & mask for x in logits))
-        unsure = t.ballot(close)
+        unsure = t.ballot(close | (infinite & ~f32.SIGN).ne(0)).ne(0)
         if problem.top_k == WARP < problem.group_size * groups:
-            unsure = t.const(-1)  # no lane holds the next one
-        unsure = unsure.ne(0) & t.ballot(low.ne(0)).ne(0)
-        expert = self._id_in(value)
-        return t.values_if(unsure, lambda: [self._take(keys, False)[1]], [expert])[0]
+            unsure = t.const(0).eq(0)  # no lane holds the next one
+
+        def look() -> list[Int]:
+            logits = [self._finite(x) for x in loaded.words]
+            low = functools.reduce(operator.or_, (x & mask for x in logits))
+            several = t.ballot(low.ne(0)).ne(0)
+            return t.values_if(
+                several, lambda: [self._take(self._keys(logits, False), False)[1]], [expert]
+            )
+
+        return t.values_if(unsure, look, [expert])[0]
 
     def weigh(self, found: Found) -> Int:
         """The weight of `choose`."""

@@ -70,7 +70,7 @@ def gmm(
         >>> maxtext.gmm(lhs, rhs, jnp.array([1, 1]), partial_sum=jnp.ones((3, 2))).tolist()
         [[2.0, 2.0], [6.0, 6.0], [1.0, 1.0]]
 
-    Source: the contract of `maxtext.kernels.megablox.ops.gmm` (Apache-2.0, commit 01873f9); no code taken.
+    Source: the contract of `maxtext.kernels.megablox.ops.gmm` (Apache-2.0, commit e591f30); no code taken.
     """
     function = "adapters.maxtext.gmm"
     if not isinstance(use_gmm_v2_heuristic_tiling, bool):

@@ -61,11 +61,12 @@ def test_the_reference_is_what_numpy_computes_and_finds_what_is_not(mesh):
 def test_rows_and_what_communication_costs(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     given = ["--launch", "default", "--models", "tiny", "--formats", "fp8", "--tokens", "3"]
-    given += ["--layers", "1", "--devices", "2", "--quick", "--providers", "ours"]
+    given += ["--layers", "1", "--devices", "2", "--quick", "--providers", "ours;no communication"]
     assert decode_step.main([*given, "--output", str(out), "--commit", "x"]) == 0
     rows = rows_of.read([out])
-    assert len(rows) == 3 and all(row["us"] > 0 and row["sets"] == 2 for row in rows)
-    assert "tiny fp8 3" in capsys.readouterr().out
+    assert len(rows) == 2 * 3 and all(row["us"] > 0 and row["sets"] == 2 for row in rows)
+    told = capsys.readouterr().out
+    assert "tiny fp8 3, donated: µs a layer beyond" in told and "ours, all_to_all" in told
 
     def row(provider, us):
         return {"case": "c", "provider": provider, "clock": "wall", "way": "donated", "us": us}

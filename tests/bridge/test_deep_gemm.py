@@ -223,6 +223,7 @@ def test_parts_of_larger_tensors(fake):
 
 # -- calls like an earlier one ---------------------------------------------------------------------
 
+
 def on_boundaries(*values):
     """Each tensor where a GPU's allocator would put it; its storage is as long as before."""
     found = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_align_jax._align import tables
+from tests import forked
 
 SCRIPT = """
 import torch
@@ -54,6 +55,13 @@ def run(code: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """A process that has imported the bridge, and forks for each script."""
+    with forked.start("import torch_bridge\n") as process:
+        yield process
+
+
 def check_script(script: str, path: str) -> None:
     result = run(script + CHECK + CHECK_PATH)
     assert result.returncode == 0, result.stderr
@@ -75,8 +83,8 @@ def test_script_on_a_gpu():
     check_script(SCRIPT, "direct")
 
 
-def test_import_fakes_and_errors_need_no_jax():
-    result = run(
+def test_import_fakes_and_errors_need_no_jax(imported):
+    result = imported.run(
         "import sys, torch_bridge, torch_bridge.vllm, torch_bridge.sglang\n"
         "print('torch' in sys.modules, 'jax' in sys.modules, 'jaxlib' in sys.modules)\n"
         "import torch\n"
@@ -89,15 +97,24 @@ def test_import_fakes_and_errors_need_no_jax():
     assert result.stdout == "True False False\n[(76,), (5,), (1,)]\n", result.stderr
 
 
-def test_import_does_not_import_the_compiler():
-    """It takes 2 s; where a program compiles, it imports it."""
-    result = run("import torch, sys, torch_bridge\nprint('torch._dynamo' in sys.modules)")
+def test_import_and_the_plugin_import_no_vllm(imported):
+    result = imported.run(
+        "import os, sys, torch_bridge.vllm_plugin as p\n"
+        "os.environ.pop(p.VARIABLE, None)\n"
+        "p.register()\nprint('vllm' in sys.modules)"
+    )
     assert result.stdout == "False\n", result.stderr
 
 
-def test_first_call_finds_sources_hashed_and_tables_parsed():
+def test_import_does_not_import_the_compiler(imported):
+    """It takes 2 s; where a program compiles, it imports it."""
+    result = imported.run("import torch, sys, torch_bridge\nprint('torch._dynamo' in sys.modules)")
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_first_call_finds_sources_hashed_and_tables_parsed(imported):
     """What the import has done; the names of tables and their bytes are looked at again."""
-    result = run(
+    result = imported.run(
         "import torch_bridge\n"
         "from pathlib import Path\n"
         "from moe_align_jax._align import tables as _tuning\n"
@@ -111,7 +128,7 @@ def test_first_call_finds_sources_hashed_and_tables_parsed():
     assert result.stdout == "{'.json'} NVIDIA H200\n", result.stderr
 
 
-def test_a_folder_of_tables_may_be_named_after_the_import(tmp_path):
+def test_a_folder_of_tables_may_be_named_after_the_import(imported, tmp_path):
     own = Path(tables.__file__).parents[1] / "data/tuning/nvidia_h200.json"
     table = json.loads(own.read_text()) | {"gpu": "mine"}
     (tmp_path / own.name).write_text(json.dumps(table))
@@ -122,7 +139,9 @@ def test_a_folder_of_tables_may_be_named_after_the_import(tmp_path):
         f"if NAMED: os.environ[_tuning.FOLDER_VARIABLE] = {str(tmp_path)!r}\n"
         "print(_tuning.table('nvidia_h200').gpu, modules.source_digest())"
     )
-    named, plain = (run(f"NAMED = {flag}\n{code}").stdout.split() for flag in (True, False))
+    named, plain = (
+        imported.run(f"NAMED = {flag}\n{code}").stdout.split() for flag in (True, False)
+    )
     assert (named[0], plain[:2]) == ("mine", ["NVIDIA", "H200"])
     assert len(named[-1]) == 64 and named[-1] != plain[-1]
 
@@ -147,8 +166,8 @@ def test_moe_align_jax_never_imports_torch():
     assert result.stdout.split() == ["False"], result.stderr
 
 
-def test_a_call_changes_no_setting_of_jax():
-    result = run(
+def test_a_call_changes_no_setting_of_jax(imported):
+    result = imported.run(
         "import os, torch, torch_bridge, jax\n"
         "before = dict(os.environ), jax.config.values.copy()\n"
         "torch_bridge.moe_align_block_size(torch.arange(8), 8, 4)\n"

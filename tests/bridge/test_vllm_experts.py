@@ -1,6 +1,7 @@
 """torch_bridge.vllm.fused_experts, and what patch() puts in the place of TritonExperts.apply."""
 
 import enum
+import functools
 import sys
 import types
 import warnings
@@ -121,24 +122,9 @@ def experts(monkeypatch):
     kind, calls = sys.modules[EXPERTS].TritonExperts, []
     original = kind.apply
 
-    def apply(
-        self,
-        output,
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation,
-        global_num_experts,
-        expert_map,
-        a1q_scale,
-        a2_scale,
-        workspace13,
-        workspace2,
-        expert_tokens_meta,
-        apply_router_weight_on_input,
-    ):
+    @functools.wraps(original)  # with its signature, which the patch asks for
+    def apply(self, *arguments):
+        output, hidden_states, *_, apply_router_weight_on_input = arguments
         calls.append((self, output, hidden_states, apply_router_weight_on_input))
 
     kind.apply, kind.calls = apply, calls

@@ -239,17 +239,18 @@ def assert_same_bits(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
 
 
-WAYS = {  # through all_to_all: (our kernels beside the exchange, the most bytes that not quantising may cost)
-    "gathered": (True, 1 << 40),
-    "packed": (True, -1),
-    "by XLA": (False, -1),
+WAYS = {  # through all_to_all: (our kernels beside the exchange, whether they gather what need not be packed)
+    "gathered": (True, True),
+    "packed": (True, False),
+    "by XLA": (False, False),
 }
 
 
 def take(monkeypatch, way):
-    kernels, most = WAYS[way]
+    kernels, gathers = WAYS[way]
     monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
-    monkeypatch.setattr(all_to_all, "MOST_GATHERED_MORE", most)
+    monkeypatch.setattr(all_to_all, "GATHERS", gathers)
+    monkeypatch.setattr(all_to_all, "MOST_GATHERED_MORE", 1 << 40)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ names the kernels on a line of its own, so that a report is counted for what it 
 when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
 off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
-looked at, by their names,
-and a first child without the sanitizer leaves the compiled programs on disk. "peers" is dispatch and
-combine by the transports "nvlink" and "nvlink_window", over two GPUs or more.
+looked at, by their names, and a first child without the sanitizer leaves the compiled programs on disk.
+"peers" is dispatch and combine by the transports "nvlink" and "nvlink_window", over two GPUs or more.
 """
 
 import argparse

@@ -215,3 +215,21 @@ def test_rows_gathered_before_the_product():
     want = reference.grouped_matmul(problem, *named.values())
     assert first.inputs["x"][0] == (problem.num_rows, 64)
     assert np.asarray(found)[:used].tobytes() == np.asarray(want)[:used].tobytes()
+
+
+@pytest.mark.parametrize(
+    "experts, top_k, tokens, columns, first",
+    [(8, 2, 8192, 14336, True), (8, 2, 1024, 14336, False), (128, 8, 65536, 768, False)],
+)
+def test_rows_of_many_columns_are_gathered_first(experts, top_k, tokens, columns, first):
+    """Where an expert has a thousand rows: a gather inside repeats for each tile of columns."""
+    lie, pairs = Weights(True, activation="silu", gated=True), tokens * top_k
+    problem = MatmulProblem(
+        *("test", "blocks", pairs + 191 * experts, 4096, columns, experts, "bfloat16", "bfloat16"),
+        *(lie, 192),
+        num_tokens=tokens,
+        top_k=top_k,
+        zero_padding=False,
+    )
+    assert tiles.permutes_first(problem, "NVIDIA H200") is first
+    assert not tiles.permutes_first(problem._replace(num_tokens=0, top_k=0), "NVIDIA H200")

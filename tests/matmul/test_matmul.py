@@ -68,6 +68,23 @@ def test_an_alignment_cut_to_its_rows(inverse, block, implementation):
         assert oracle.error(found, want) < bound(implementation, "bfloat16")
 
 
+def routed(name, tokens, top_k, experts, block, seed=0):
+    """The alignment of such ids, and which of its rows hold a pair."""
+    ids = ids_of(name, tokens, top_k, experts, seed)
+    aligned = maj.moe_align_block_size(
+        ids, block_size=block, num_experts=experts, implementation="xla"
+    )
+    is_pair = np.asarray(aligned.sorted_token_ids) < tokens * top_k
+    is_pair[int(aligned.num_tokens_post_padded[0]) :] = False
+    return aligned, is_pair
+
+
+def columns_of(n, pair, options):
+    """(Whether n columns come of 2 n, columns of one array of weights): a pair has n in each of two."""
+    gated = options.get("gated", True) and options.get("activation") is not None
+    return gated, 2 * n if gated and not pair else n
+
+
 def make_case(
     tokens,
     top_k,
@@ -87,20 +104,13 @@ def make_case(
 ):
     """(operands, options) of a `grouped_matmul`, with NaN wherever nothing may be read."""
     rng = np.random.default_rng(seed)
-    ids = ids_of(routing, tokens, top_k, experts, seed)
-    aligned = maj.moe_align_block_size(
-        ids, block_size=block, num_experts=experts, implementation="xla"
-    )
+    aligned, real = routed(routing, tokens, top_k, experts, block, seed)
     sorted_ids = np.asarray(aligned.sorted_token_ids)
-    used = int(aligned.num_tokens_post_padded[0])
-    gated = options.get("gated", True) and options.get("activation") is not None
-    columns = 2 * n if gated and not pair else n
+    gated, columns = columns_of(n, pair, options)
     shape = (experts, columns, k) if options.get("transpose_rhs") else (experts, k, columns)
     w = [normal(rng, shape, dtype, k**-0.5) for _ in range(1 + pair)]
     w = tuple(w) if pair else w[0]
     x = normal(rng, (tokens, k), dtype)
-    real = sorted_ids < tokens * top_k
-    real[used:] = False
     if not gather:
         rows = np.asarray(x)[np.where(real, sorted_ids // top_k, 0)]
         x = jnp.asarray(np.where(real[:, None], rows, np.asarray(np.nan, rows.dtype)))

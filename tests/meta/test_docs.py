@@ -1,14 +1,13 @@
 """What README.md and docs/*.md show: every Python block runs from the built wheel, every command exists.
 
-A page's blocks run one after the other in a process of its own, as a reader tries them. The process sees the
-wheel and the installed packages, and no checkout. A comment behind a `print(...)` is what it prints. A block "python3"
+A page's blocks run one after the other in a process of its own, as a reader tries them. It sees the wheel and
+the installed packages, and no checkout. A comment behind a `print(...)` is what it prints. A block "python3"
 is a script of several processes, which tests/expert_parallel/test_two_processes.py runs.
 """
 
 import ast
 import importlib
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -37,18 +38,15 @@ def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python", "py", "pycon")]
 
-# The process that sees no checkout: argv is [the wheel's folder, the file with stand-ins for vLLM]. It forks
-# for each page, before anything has used jax or torch: importing them takes longer than what most pages do.
-# A line in, JSON: [page, blocks, the folder to run in, files for what it prints]. A line out: its status.
+# Begins the process that sees no checkout. SITE is the wheel's folder, STAND_INS the file with stand-ins for
+# vLLM.
 READER = r"""
-import doctest, importlib.util, json, os, re, sys, traceback, warnings
-
-site, stand_ins = sys.argv[1:]
+import doctest, importlib.util, re, sys
 import jax.experimental.pallas
 import moe_align_jax
 if importlib.util.find_spec("torch"):
     import torch_bridge
-assert moe_align_jax.__file__.startswith(site), moe_align_jax.__file__
+assert moe_align_jax.__file__.startswith(SITE), moe_align_jax.__file__
 for absent in ("tests", "benchmarks", "examples"):
     assert importlib.util.find_spec(absent) is None, f"the checkout is on the path: {absent}"
 
@@ -60,7 +58,7 @@ def read(page, blocks):
         import torch
         has_gpu = torch.cuda.is_available()
     if "vllm" in source and importlib.util.find_spec("vllm") is None:
-        spec = importlib.util.spec_from_file_location("stand_ins", stand_ins)
+        spec = importlib.util.spec_from_file_location("stand_ins", STAND_INS)
         stubs = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(stubs)
         sys.modules.update(stubs.stand_ins(stubs.custom_ops(None, None)))
@@ -81,28 +79,6 @@ def read(page, blocks):
             if has_gpu or "CUDA" not in str(error):
                 raise  # what needs a GPU says so
             print(f"{where}: {error}", file=sys.stderr)
-
-
-warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
-for line in sys.stdin:
-    page, blocks, folder, *files = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            warnings.resetwarnings()
-            for number, file in enumerate(files, 1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-            os.chdir(folder)
-            read(page, blocks)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -129,20 +105,11 @@ def packages() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reader(wheel, tmp_path_factory):
-    """A process of `READER`."""
-    # -S: no .pth file, which may name a checkout that is installed as it stands. -P: not the working folder.
-    command = [sys.executable, "-S", "-P", "-c", READER, str(wheel)]
-    command.append(str(ROOT / "benchmarks" / "vllm_file.py"))
+def reader(wheel):
+    names = f"SITE, STAND_INS = {str(wheel)!r}, {str(ROOT / 'benchmarks' / 'vllm_file.py')!r}\n"
     path = os.pathsep.join([str(wheel), *packages()])
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path_factory.mktemp("reader"),
-        env=os.environ | {"PYTHONPATH": path},
-    ) as process:
+    # -S: no .pth file, which may name a checkout that is installed as it stands. -P: not the working folder.
+    with forked.start(names + READER, "-S", "-P", PYTHONPATH=path) as process:
         yield process
 
 
@@ -153,16 +120,11 @@ def test_python_blocks_run_from_the_wheel(page, reader, tmp_path):
     source = "".join(text for _, text in code)
     if "torch" in source:
         pytest.importorskip("torch", reason="PyTorch is not installed")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    out, err = tmp_path / "out", tmp_path / "err"
-    reader.stdin.write(json.dumps([page, code, *map(str, (folder, out, err))]) + "\n")
-    reader.stdin.flush()
-    assert reader.stdout.readline() == "0\n", err.read_text() if err.exists() else "no reader"
-    text = out.read_text()
-    printed = iter(text.splitlines())
+    done = reader.run(f"read({page!r}, {code!r})", tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = iter(done.stdout.splitlines())
     for promised in COMMENTED_PRINT.findall(source):
-        assert promised in printed, f"no line {promised!r} (in this order) in {text}"
+        assert promised in printed, f"no line {promised!r} (in this order) in {done.stdout}"
 
 
 def test_the_pages_have_python():

@@ -1,10 +1,10 @@
 """Calls in a forked process: an error in place of a hang where jax was running, a result where it was not."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+
+from tests import forked
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -44,17 +44,22 @@ parent = lambda: align(9)
 """
 
 
-def run(*parts):
-    """Lines that the process and its child print. A child that hangs ends with the test's time."""
-    code = PREPARE + "".join(parts) + FORK
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
+@pytest.fixture(scope="module")
+def library():
+    with forked.start(LIBRARY, JAX_PLATFORMS="cpu") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    with forked.start(BRIDGE, JAX_PLATFORMS="cpu") as process:
+        yield process
+
+
+def run(process, *parts):
+    """Lines that the script and its child print."""
+    done = process.run(PREPARE + "".join(parts) + FORK)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -109,7 +114,7 @@ CALLS = {
 }
 
 
-def test_every_function_that_runs_jax_refuses_in_a_process_forked_after_a_call():
+def test_every_function_that_runs_jax_refuses_in_a_process_forked_after_a_call(library):
     work = f"""
 calls = {CALLS!r}
 def work():
@@ -123,32 +128,32 @@ def work():
                 found.append(f"{{name}}: {{text}}")
     raise LookupError(found)
 """
-    lines = run(LIBRARY, ALIGN, ARRAYS, work)
+    lines = run(library, ALIGN, ARRAYS, work)
     assert lines[0].startswith("LookupError | [] |") and lines[-1] == "parent [12]"
 
 
-def test_a_process_forked_after_a_call_gets_an_error_that_names_the_processes():
-    lines = run(LIBRARY, ALIGN, "align(3)\nwork = lambda: align(4097)")
+def test_a_process_forked_after_a_call_gets_an_error_that_names_the_processes(library):
+    lines = run(library, ALIGN, "align(3)\nwork = lambda: align(4097)")
     assert_refused(lines, "moe_align_block_size")
     assert lines[-1] == "parent [12]"
 
 
-def test_a_process_forked_after_any_use_of_jax_is_refused():
-    lines = run(LIBRARY, ALIGN, "jnp.zeros(3) + 1\nwork = lambda: align(4097)")
+def test_a_process_forked_after_any_use_of_jax_is_refused(library):
+    lines = run(library, ALIGN, "jnp.zeros(3) + 1\nwork = lambda: align(4097)")
     assert_refused(lines, "moe_align_block_size")
 
 
-def test_a_trace_in_the_forked_process_is_refused():
-    lines = run(LIBRARY, ALIGN, "align(3)\nwork = lambda: jax.jit(lambda: align(99))()")
+def test_a_trace_in_the_forked_process_is_refused(library):
+    lines = run(library, ALIGN, "align(3)\nwork = lambda: jax.jit(lambda: align(99))()")
     assert_refused(lines, "moe_align_block_size")
 
 
-def test_a_process_forked_before_the_first_use_of_jax_calls():
-    lines = run(LIBRARY, ALIGN, "work = lambda: (align(4097), align(5))")
+def test_a_process_forked_before_the_first_use_of_jax_calls(library):
+    lines = run(library, ALIGN, "work = lambda: (align(4097), align(5))")
     assert lines == ["result ([4100], [8])", "parent [12]"]
 
 
-def test_children_of_a_refused_process_are_refused():
+def test_children_of_a_refused_process_are_refused(library):
     nested = """
 align(3)
 def work():
@@ -161,7 +166,7 @@ def work():
         os._exit(8)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 """
-    assert run(LIBRARY, ALIGN, nested)[0] == "result 7"
+    assert run(library, ALIGN, nested)[0] == "result 7"
 
 
 # -- torch_bridge on a CPU ---------------------------------------------------------------------------
@@ -181,8 +186,7 @@ BRIDGE_CALLS = {
 }
 
 
-def test_the_bridge_refuses_in_a_process_forked_after_a_call():
-    pytest.importorskip("torch", reason="PyTorch is not installed")
+def test_the_bridge_refuses_in_a_process_forked_after_a_call(bridge):
     work = f"""
 align(3)
 import jax.numpy
@@ -198,18 +202,16 @@ def work():
                 found.append(f"{{name}}: {{error}}")
     raise LookupError(found)
 """
-    lines = run(BRIDGE, BRIDGE_ALIGN, work)
+    lines = run(bridge, BRIDGE_ALIGN, work)
     assert lines[0].startswith("LookupError | [] |") and lines[-1] == "parent [12]"
 
 
-def test_the_bridge_calls_in_a_process_forked_before_jax_was_used():
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    lines = run(BRIDGE, BRIDGE_ALIGN, "work = lambda: (align(4097), 'jax' in sys.modules)")
+def test_the_bridge_calls_in_a_process_forked_before_jax_was_used(bridge):
+    lines = run(bridge, BRIDGE_ALIGN, "work = lambda: (align(4097), 'jax' in sys.modules)")
     assert lines == ["result ([4100], True)", "parent [12]"]
 
 
-def test_what_the_bridge_does_without_jax_goes_on_after_a_fork():
-    pytest.importorskip("torch", reason="PyTorch is not installed")
+def test_what_the_bridge_does_without_jax_goes_on_after_a_fork(bridge):
     work = """
 align(3)
 def work():
@@ -217,5 +219,5 @@ def work():
     recorder = torch_bridge.sglang.ExpertDistributionRecorder
     return no_pairs, recorder.__name__
 """
-    lines = run(BRIDGE, BRIDGE_ALIGN, work)
+    lines = run(bridge, BRIDGE_ALIGN, work)
     assert lines[0] == "result ([0], 'ExpertDistributionRecorder')"

@@ -59,12 +59,20 @@ def test_only_a_long_case_is_not_repeated():
     assert sum(map(len, shares(LIBRARY, 1, parts.LONG - 0.1).values())) == 2
 
 
+@pytest.mark.parametrize("part", parts.NAMES)
+def test_a_run_takes_no_case_of_a_file_that_it_does_not_read(part):
+    for function in (LIBRARY, ONCE, "tests/meta/test_cli.py::test_function"):
+        taken = [shares(f"{function}{i}", 9, 0.2)[part] for i in range(9)]
+        assert parts.reads(part, function.split("::")[0]) == any(taken)
+    assert parts.reads(part, "tests/bridge/test_align.py") == (part != "x64")
+
+
 @pytest.mark.parametrize(
     ("function", "count", "cost", "taken"),
     [
-        *((LIBRARY, 4, 0.2, 2), (LIBRARY, 8, 0.2, 4), (LIBRARY, 8, 2.0, 2), (LIBRARY, 8, 20.0, 2)),
-        *((LIBRARY, 456, 0.2, 4 + 28 + 28), (ONCE, 8, 0.2, 4), (ONCE, 8, 2.0, 2)),
-        (ONCE, 88, 0.2, 4 + 10),
+        *((LIBRARY, 4, 0.2, 2), (LIBRARY, 8, 0.2, 4), (LIBRARY, 8, 2.0, 2), (LIBRARY, 8, 20.0, 1)),
+        *((LIBRARY, 456, 0.2, 4 + 28 + 28), (ONCE, 8, 0.2, 2), (ONCE, 8, 2.0, 1)),
+        (ONCE, 88, 0.2, 2 + 10),
     ],
 )
 def test_of_a_costly_function_a_part_runs(function, count, cost, taken):

@@ -1,7 +1,7 @@
 """Which programs are compiled: every size of `forms`, every bucket, and every two options together."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from moe_align_jax._align import tables
@@ -136,6 +136,11 @@ def _all() -> Iterator[Case]:
     for size in forms.BATCHED_SIZES:
         for mode in MODES:
             yield Case(BatchedAlignProblem(*size), mode)
+
+
+def one_in[T](step: int, things: Iterable[T]) -> Iterator[T]:
+    """Of each `step` things one, at another place each time: things often come in pairs and threes."""
+    return (thing for i, thing in enumerate(things) if (i + i // step) % step == 0)
 
 
 def all_cases() -> list[Case]:

@@ -17,13 +17,18 @@ from tests.no_gpu import recording, script
 
 PAIRS = 2
 TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
-# ranks, tokens per rank, payload: the kernels of a pair.
+# ranks, tokens per rank, payload, whether what need not be packed is gathered: the kernels of a pair.
 WANTED = {
-    (2, 8, "fp8"): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 128, "fp8"): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 128, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (8, 16, "fp8"): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
-    (8, 128, "fp8"): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
+    (2, 8, "fp8", True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, "fp8", True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, None, True): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (8, 16, "fp8", True): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
+    (8, 128, "fp8", True): {
+        "all-to-all": 2,
+        "custom-call": 3,
+        "fusion": 1,
+    },  # bfloat16 is many bytes more
+    (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
 }
 # Of a program: a rank's number, and its conversion to int32.
 ONCE = {"partition-id": 1, "fusion": 1}
@@ -35,7 +40,7 @@ def kernels(text: str) -> Counter:
     return Counter({name: n for name, n in found.items() if not name.endswith("-done")})
 
 
-def program(ranks: int, tokens: int, payload: str | None) -> Any:
+def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
     """The jitted pairs, lowered for so many GPUs of one host."""
     import jax
     import jax.numpy as jnp
@@ -45,7 +50,9 @@ def program(ranks: int, tokens: int, payload: str | None) -> Any:
     from jax.sharding import PartitionSpec as P
 
     import moe_align_jax as maj
+    from moe_align_jax._expert_parallel.transports import all_to_all
 
+    all_to_all.GATHERS = gathers
     topology = topologies.get_topology_desc(
         "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
     )
@@ -85,7 +92,10 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
             wanted += Counter(ONCE)
         found = kernels(program(*sizes).compile().as_text())
         wrong = [] if found == wanted else [f"{dict(wanted)} are wanted; got {dict(found)}"]
-        yield f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload) {sizes}", wrong
+        yield (
+            f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload, gathered) {sizes}",
+            wrong,
+        )
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
-    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall):
+    broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
+    shared = tall._replace(sharing=2, ahead=True)
+    for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
         yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
@@ -194,15 +196,16 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
-    for out, tiles in (("bfloat16", late), ("float32", early)):
-        cut = tiles._replace(pieces=5)
-        for name, given in (
-            ("", problem(out=out)),
-            ("rhs gathered, ", problem(gathered="rhs", out=out)),
-            ("odd, ", problem(out=out, **odd)),
-        ):
-            yield f"gradient, {name}{out}, of cut experts", given, cut
-            yield f"gradient, {name}{out}, pieces", given, PiecesOf(cut)
+    cut = late._replace(pieces=5)
+    for name, given in (
+        ("bfloat16", problem()),
+        ("rhs gathered", problem(gathered="rhs")),
+        ("odd", problem(**odd)),
+    ):
+        yield f"gradient, {name}, of cut experts", given, cut
+        yield f"gradient, {name}, pieces", given, PiecesOf(cut)
+    given = problem(out="float32")
+    yield "gradient, float32, of cut experts", given, cut._replace(late=False)
 
 
 class PiecesOf(NamedTuple):

@@ -6,14 +6,13 @@ behind them. Each takes `--sample N`, and compiles then one kernel in N.
 """
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from tests.no_gpu import ptx, toolchain, worker
+from tests.no_gpu import cases, ptx, toolchain, worker
 
 type Report = tuple[str, list[str]]
 
@@ -25,7 +24,7 @@ _step = 1  # of the kernels that are compiled
 
 def one_in_sample[T](kernels: Iterable[T]) -> Iterator[T]:
     """The kernels that the command was asked for: all, or one in N."""
-    return itertools.islice(kernels, 0, None, _step)
+    return cases.one_in(_step, kernels)
 
 
 def direct(

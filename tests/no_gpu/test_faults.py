@@ -267,4 +267,6 @@ def test_what_ptxas_says_is_that_of_its_kernel():
 def test_a_sample_is_one_in_n(monkeypatch):
     assert list(script.one_in_sample("abcdefg")) == list("abcdefg")
     monkeypatch.setattr(script, "_step", 3)
-    assert list(script.one_in_sample("abcdefg")) == ["a", "d", "g"]
+    assert list(script.one_in_sample("abcdefghi")) == ["a", "f", "h"]
+    monkeypatch.setattr(script, "_step", 2)
+    assert list(script.one_in_sample("aAbBcC")) == ["a", "B", "c"]

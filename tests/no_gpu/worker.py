@@ -1,6 +1,8 @@
 """Compiles some of the cases and checks what comes out. Started by `compile`, in the toolchain's folder.
 
-    python -m tests.no_gpu.worker PLUGIN RUNTIME FIRST STEP
+    python -m tests.no_gpu.worker PLUGIN RUNTIME SAMPLE FIRST STEP
+
+It takes every STEP-th case of one in SAMPLE.
 
 Prints a JSON line per case: its name, kernels (name, registers, shared bytes), and what is wrong.
 """
@@ -296,9 +298,10 @@ def mail_faults(text: str, mailbox: int) -> Iterator[str]:
         yield f"{slow[0]} in an alignment kernel"
 
 
-def main(plugin: str, runtime: str, first: str, step: str) -> None:
+def main(plugin: str, runtime: str, sample: str, first: str, step: str) -> None:
     checker = Checker(plugin, runtime)
-    for case in cases.all_cases()[int(first) :: int(step)]:
+    chosen = list(cases.one_in(int(sample), cases.all_cases()))
+    for case in chosen[int(first) :: int(step)]:
         print(json.dumps(checker.check(case)), flush=True)
 
 

@@ -127,6 +127,7 @@ SPLIT = [
     ((64, 256, 8), 64, {"has_token_mask": True, "bias_rows": 1}, {"return_inverse": True}),
     ((64, 60, 32), 16, {"renormalize": True}, {"has_num_valid_pairs": True}),
     ((17, 8, 1), 3, {}, {"return_counts": False}),
+    ((9, 16, 4), 2, {"softmax_after_topk": True}, {"return_inverse": True}),
 ]
 
 
@@ -136,6 +137,8 @@ def shapes_of(tokens, pairs):
         ctas = 1 << (-(-tokens // routers) - 1).bit_length()
         if ctas <= 8 and routers <= max(tokens, 4):
             yield fused.FusedConfig("split", routers // 4 + 1, ctas)
+            if ctas > 1:
+                yield fused.FusedConfig("split", routers // 4 + 2, ctas, aligners=2, message=8)
     yield fused.FusedConfig("warp" if pairs <= 32 else "block", 2, ctas)
 
 

@@ -463,7 +463,7 @@ def launcher(
     """How a program is launched, whoever asks for it: `launch(*values)`.
 
     Its steps: the thread's argument memory, the current stream, memory between the kernels, the values, the
-    kernels. A repeated call spends 5 us in all, so everything that it needs is bound here once.
+    kernels. All of them are host time of every call, so what they need is bound here once.
 
     Args:
         driver: loaded the kernels.

@@ -1,6 +1,6 @@
 """Checks of the layer's arguments on torch tensors: types, dtypes, shapes and devices, so that they trace."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,25 +13,19 @@ from torch_bridge._moe.calls import ALIGNED, DTYPES, Layer, Matmul
 _FLOATS = (*DTYPES, torch.float64)
 
 
-def fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    raise kind(checks.message(function, argument, rule, got, remedy))
-
-
 def _tensor(function: str, argument: str, value: Any, like: torch.Tensor | None) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         remedy = "Call moe_align_jax for arrays of jax."
-        fail(TypeError, function, argument, "be a torch.Tensor", value, remedy)
+        checks.refuse(TypeError, function, argument, "be a torch.Tensor", value, remedy)
     if what := _checks.not_dense(value):
         remedy = "Call to_dense() or dequantize() first."
-        fail(TypeError, function, argument, "be a dense tensor", what, remedy)
+        checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)
     if like is not None and value.device != like.device:
         rule = f"be on the device of x, {like.device}"
-        fail(ValueError, function, argument, rule, str(value.device), "Move it there.")
+        checks.refuse(ValueError, function, argument, rule, str(value.device), "Move it there.")
     if value.requires_grad and torch.is_grad_enabled():
         rule, remedy = "need no gradient", "Call it under torch.no_grad(): it has no derivative."
-        fail(NotImplementedError, function, argument, rule, "requires_grad=True", remedy)
+        checks.refuse(NotImplementedError, function, argument, rule, "requires_grad=True", remedy)
     return value
 
 
@@ -39,10 +33,10 @@ def _rows(function: str, argument: str, value: Any) -> torch.Tensor:
     x = _tensor(function, argument, value, None)
     if x.dtype not in DTYPES:
         rule = "be bfloat16, float16 or float32"
-        fail(TypeError, function, argument, rule, x, "Cast it, and the weights.")
+        checks.refuse(TypeError, function, argument, rule, x, "Cast it, and the weights.")
     if x.dim() != 2:
         rule, remedy = "have shape [rows, K]", "Flatten the axes in front of the rows."
-        fail(ValueError, function, argument, rule, x, remedy)
+        checks.refuse(ValueError, function, argument, rule, x, remedy)
     return x
 
 
@@ -51,7 +45,7 @@ def _out_dtype(function: str, x: torch.Tensor, given: Any) -> torch.dtype:
         return x.dtype
     if not isinstance(given, torch.dtype) or given not in DTYPES:
         rule, remedy = "be None, torch.bfloat16, torch.float16 or torch.float32", "Leave it out."
-        fail(TypeError, function, "preferred_element_type", rule, str(given), remedy)
+        checks.refuse(TypeError, function, "preferred_element_type", rule, str(given), remedy)
     return given
 
 
@@ -65,7 +59,7 @@ def _array_of_weights(
         rule = "be a tensor or a pair (gate, up)" if is_gated else "be one tensor"
         got = f"{type(given).__name__} of {len(given)}"
         remedy = "Pass gate and up." if is_gated else "A pair needs a gated activation."
-        fail(ValueError, function, argument, rule, got, remedy)
+        checks.refuse(ValueError, function, argument, rule, got, remedy)
     names = ("gate", "up")
     return {
         name: _tensor(function, f"{argument}[{i}]", each, x)
@@ -85,20 +79,24 @@ def _check_arrays(
         name = argument if "w" in arrays else f"{argument}[{i}]"
         if each.dtype != x.dtype:
             rule = f"have the dtype of x, {x.dtype}"
-            fail(TypeError, function, name, rule, each, "Cast one.")
+            checks.refuse(TypeError, function, name, rule, each, "Cast one.")
         if each.dim() != 3 or each.shape[axis] != x.shape[1]:
             rule = f"have shape {shape} with K = {x.shape[1]}"
             remedy = f"Pass transpose_rhs={not weights.transposed} where the other axis is K."
-            fail(ValueError, function, name, rule, each, remedy)
+            checks.refuse(ValueError, function, name, rule, each, remedy)
         if each.shape != first.shape:
             rule = f"have the shape of gate, {list(first.shape)}"
-            fail(ValueError, function, name, rule, each, "Pass gate and up.")
+            checks.refuse(ValueError, function, name, rule, each, "Pass gate and up.")
     experts, width = first.shape[0], first.shape[3 - axis]
     if not experts:
-        fail(ValueError, function, argument, "hold at least one expert", first, "Pass the experts.")
+        checks.refuse(
+            ValueError, function, argument, "hold at least one expert", first, "Pass the experts."
+        )
     if weights.gated and "w" in arrays:
         if width % 2:
-            fail(ValueError, function, argument, f"have shape {shape}", first, "Gate and up.")
+            checks.refuse(
+                ValueError, function, argument, f"have shape {shape}", first, "Gate and up."
+            )
         width //= 2
     return experts, width
 
@@ -108,10 +106,12 @@ def _bias(
 ) -> torch.Tensor:
     value = _tensor(function, argument, value, x)
     if value.dtype not in _FLOATS:
-        fail(TypeError, function, argument, "be a float tensor", value, "It is used as float32.")
+        checks.refuse(
+            TypeError, function, argument, "be a float tensor", value, "It is used as float32."
+        )
     if tuple(value.shape) != shape:
         remedy = "One value for each column of the weights."
-        fail(ValueError, function, argument, f"have shape {list(shape)}", value, remedy)
+        checks.refuse(ValueError, function, argument, f"have shape {list(shape)}", value, remedy)
     return value
 
 
@@ -124,7 +124,7 @@ def _aligned(
         parts = [*aligned[:3], None]
     if len(parts) < 4 or any(part is None for part in parts[:3]):
         remedy = "Pass the result of torch_bridge.align_blocks."
-        fail(TypeError, function, "aligned", "be an AlignedBlocks", aligned, remedy)
+        checks.refuse(TypeError, function, "aligned", "be an AlignedBlocks", aligned, remedy)
     found = {}
     for name, part in zip(ALIGNED, parts, strict=True):
         if part is None:
@@ -132,17 +132,19 @@ def _aligned(
         tensor = _tensor(function, f"aligned.{name}", part, x)
         if tensor.dtype != torch.int32:
             remedy = "Pass the result of torch_bridge.align_blocks."
-            fail(TypeError, function, f"aligned.{name}", "be int32", tensor, remedy)
+            checks.refuse(TypeError, function, f"aligned.{name}", "be int32", tensor, remedy)
         found[name] = tensor
     rows, blocks = found["sorted_token_ids"], found["expert_ids"]
     if rows.dim() != 1 or blocks.dim() != 1 or blocks.shape[0] != -(-rows.shape[0] // block_size):
         rule = f"have one expert for each {block_size} of its {rows.numel()} rows"
         remedy = "Pass the block_size that aligned was made with."
-        fail(ValueError, function, "aligned.expert_ids", rule, blocks, remedy)
+        checks.refuse(ValueError, function, "aligned.expert_ids", rule, blocks, remedy)
     if found["num_tokens_post_padded"].numel() != 1:
         got = found["num_tokens_post_padded"]
         remedy = "Pass the result of torch_bridge.align_blocks."
-        fail(ValueError, function, "aligned.num_tokens_post_padded", "have shape [1]", got, remedy)
+        checks.refuse(
+            ValueError, function, "aligned.num_tokens_post_padded", "have shape [1]", got, remedy
+        )
     return found
 
 
@@ -157,7 +159,7 @@ def _check_pairs(
         is_off, rule = pairs != inverse.numel(), f"give {inverse.numel()} pairs, as aligned has,"
     if is_off:
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
-        fail(ValueError, function, "x", f"{rule} with top_k", f"{pairs}", remedy)
+        checks.refuse(ValueError, function, "x", f"{rule} with top_k", f"{pairs}", remedy)
 
 
 def check_out(function: str, out: Any, call: Matmul | Layer, x: torch.Tensor) -> torch.Tensor:
@@ -165,11 +167,11 @@ def check_out(function: str, out: Any, call: Matmul | Layer, x: torch.Tensor) ->
     out = _tensor(function, "out", out, x)
     remedy = "Pass one from torch.empty."
     if out.dtype != call.out_dtype:
-        fail(TypeError, function, "out", f"be {call.out_dtype}", out, remedy)
+        checks.refuse(TypeError, function, "out", f"be {call.out_dtype}", out, remedy)
     if tuple(out.shape) != call.shape or not out.is_contiguous():
         rule = f"be contiguous, of shape {list(call.shape)}"
         got = f"{checks.describe(out)} with strides {list(out.stride())}"
-        fail(ValueError, function, "out", rule, got, remedy)
+        checks.refuse(ValueError, function, "out", rule, got, remedy)
     return out
 
 
@@ -179,7 +181,7 @@ def check_no_overlap(function: str, out: torch.Tensor, operands: dict[str, torch
         if _ops.overlaps(out, tensor):
             remedy = "Pass a tensor of its own memory, for example from torch.empty."
             what = "tensors that share memory"
-            fail(ValueError, function, "out", f"not overlap {name}", what, remedy)
+            checks.refuse(ValueError, function, "out", f"not overlap {name}", what, remedy)
 
 
 def check_matmul(
@@ -214,7 +216,7 @@ def check_matmul(
         _check_pairs(function, x, top_k, rows, inverse)
     elif x.shape[0] != rows:
         rule = f"have a row for each of aligned, [{rows}, K]"
-        fail(ValueError, function, "x", rule, x, "Pass top_k where x has a row per token.")
+        checks.refuse(ValueError, function, "x", rule, x, "Pass top_k where x has a row per token.")
     operands = {"x": x, **arrays}
     if bias is not None:
         shape = (experts, columns * (2 if weights.gated else 1))
@@ -259,22 +261,26 @@ def check_layer(
     want = (experts, hidden, ffn) if weights.transposed else (experts, ffn, hidden)
     if w_down.dtype != x.dtype:
         rule = f"have the dtype of x, {x.dtype}"
-        fail(TypeError, function, "w_down", rule, w_down, "Cast one.")
+        checks.refuse(TypeError, function, "w_down", rule, w_down, "Cast one.")
     if tuple(w_down.shape) != want:
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"have shape {shape} = {list(want)}, as w_gate_up has"
-        fail(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
+        checks.refuse(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
     ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY, x.device)
     if ids.dim() != 2 or ids.shape[0] != tokens:
         rule = f"have shape [T, K] with T = {tokens}, as x has"
-        fail(ValueError, function, "topk_ids", rule, ids, "Pass one row of ids per token.")
+        checks.refuse(ValueError, function, "topk_ids", rule, ids, "Pass one row of ids per token.")
     topk_weights = _tensor(function, "topk_weights", topk_weights, x)
     if topk_weights.dtype not in _FLOATS:
         remedy = "Pass the weights that the router gave."
-        fail(TypeError, function, "topk_weights", "be a float tensor", topk_weights, remedy)
+        checks.refuse(
+            TypeError, function, "topk_weights", "be a float tensor", topk_weights, remedy
+        )
     if topk_weights.shape != ids.shape:
         rule = f"have the shape of topk_ids, {list(ids.shape)}"
-        fail(ValueError, function, "topk_weights", rule, topk_weights, "One weight for each id.")
+        checks.refuse(
+            ValueError, function, "topk_weights", rule, topk_weights, "One weight for each id."
+        )
     operands = {"x": x, **arrays, "w_down": w_down, "topk_weights": topk_weights, "topk_ids": ids}
     if bias_gate_up is not None:
         shape = (experts, ffn * (2 if weights.gated else 1))
@@ -288,11 +294,13 @@ def check_layer(
     if aligned is not None:
         if block_size is None:
             remedy = "Pass the one that aligned was made with."
-            fail(ValueError, function, "block_size", "be given with aligned", "None", remedy)
+            checks.refuse(
+                ValueError, function, "block_size", "be given with aligned", "None", remedy
+            )
         for name, value in (("expert_map", expert_map), ("num_valid_tokens", num_valid_tokens)):
             if value is not None:
                 remedy = "It is an argument of the alignment: pass it where aligned is made."
-                fail(ValueError, function, name, "be left out with aligned", value, remedy)
+                checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
         operands |= _layer_alignment(function, aligned, x, ids, block_size, counted)
     if expert_map is not None:
         remedy = "Pass one local id (or -1) per expert of all devices."
@@ -301,7 +309,7 @@ def check_layer(
         )
         if expert_map.dim() != 1 or expert_map.shape[0] < experts:
             rule = f"have shape [G] with G at least {experts}, the experts of the weights"
-            fail(ValueError, function, "expert_map", rule, expert_map, remedy)
+            checks.refuse(ValueError, function, "expert_map", rule, expert_map, remedy)
         operands["expert_map"] = expert_map
     if num_valid_tokens is not None:
         limit = _valid_tokens(function, num_valid_tokens, x, operands)
@@ -324,10 +332,10 @@ def _valid_tokens(
         return min(max(int(value), 0), checks.INT32_MAX)
     argument = "num_valid_tokens"
     if not isinstance(value, torch.Tensor):
-        fail(TypeError, function, argument, "be an integer", value, remedy)
+        checks.refuse(TypeError, function, argument, "be an integer", value, remedy)
     tensor = _checks.check_integer_tensor(function, argument, value, remedy, x.device)
     if tensor.numel() != 1:
-        fail(ValueError, function, argument, "be a scalar", tensor, remedy)
+        checks.refuse(ValueError, function, argument, "be a scalar", tensor, remedy)
     operands[argument] = tensor
     return -1
 
@@ -338,17 +346,17 @@ def _layer_alignment(
     found = _aligned(function, aligned, x, block_size)
     remedy = "Align with return_inverse=True."
     if "row_of_pair" not in found:
-        fail(ValueError, function, "aligned.row_of_pair", "be there", "None", remedy)
+        checks.refuse(ValueError, function, "aligned.row_of_pair", "be there", "None", remedy)
     if found["row_of_pair"].numel() != ids.numel():
         rule = f"be of {ids.numel()} pairs, as topk_ids has"
         got, remedy = found["row_of_pair"], "Pass the topk_ids that were aligned."
-        fail(ValueError, function, "aligned.row_of_pair", rule, got, remedy)
+        checks.refuse(ValueError, function, "aligned.row_of_pair", rule, got, remedy)
     if counted:
         counts = getattr(aligned, "tokens_per_expert", None)
         counts = _tensor(function, "aligned.tokens_per_expert", counts, x)
         if counts.dtype != torch.int32 or counts.dim() != 1:
             remedy = "Pass the result of torch_bridge.align_blocks."
             rule, argument = "be int32 of one dimension", "aligned.tokens_per_expert"
-            fail(TypeError, function, argument, rule, counts, remedy)
+            checks.refuse(TypeError, function, argument, rule, counts, remedy)
         found["tokens_per_expert"] = counts
     return found

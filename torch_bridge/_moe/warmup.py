@@ -1,5 +1,6 @@
 """warmup_fused_moe: the programs of a model's layers, compiled and loaded ahead of its calls."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -141,10 +142,11 @@ def _tokens(
     most: int, top_k: int, slots: int, block_size: int | None, tuning: str
 ) -> Iterator[int]:
     """Numbers of tokens that meet every program of 1 to `most` of them: the ends of all ranges."""
-    sizes = plan.block_sizes(slots)
-    rows = [block_size] if block_size else [r for _, r in sizes]
+    # Those of either table: which one serves depends on the weights.
+    sizes = [each for any_rows in (True, False) for each in plan.block_sizes(slots, any_rows)]
+    rows = [block_size] if block_size else sorted({r for _, r in sizes})
     ends = {1, most, *BUCKETS}
-    ends |= {int(mean * slots) // top_k for mean, _ in sizes[:-1]}
+    ends |= {int(mean * slots) // top_k for mean, _ in sizes if mean < math.inf}
     if block_size:
         ends |= {1 << k for k in range(most.bit_length())}
     for size in rows:

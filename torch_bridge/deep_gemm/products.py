@@ -1,8 +1,8 @@
 """DeepGEMM's grouped products: the functions, the checks of their arguments, and how they run.
 
-All rows of a block of the contiguous layout belong to one group: the kernel reads the label of a block's first
-row out of `grouped_layout`. Where that holds the groups' ends, torch finds the blocks' labels among them, on the
-device: the host never waits, and a CUDA graph can capture a call.
+All rows of a block of the contiguous layout belong to one group: the kernel reads the label of a block's
+first row out of `grouped_layout`. Where that holds the groups' ends, torch finds the blocks' labels among
+them, on the device: the host never waits, and a CUDA graph can capture a call.
 
 Torch's tracers see an operator that mutates d (and its twin over DLPack, as in `torch_bridge._ops`).
 """
@@ -21,7 +21,6 @@ from torch_bridge._direct import inplace
 from torch_bridge._dlpack_path import run as dlpack_call
 from torch_bridge.deep_gemm import direct, repeated
 from torch_bridge.deep_gemm import scales as layouts
-from torch_bridge.deep_gemm.scales import fail
 
 type _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -183,7 +182,7 @@ def fp8_m_grouped_gemm_nt_masked(
                 "be left out",
                 "No signals are given here: run combine after the product.",
             )
-            fail(NotImplementedError, function, argument, rule, value, remedy)
+            checks.refuse(NotImplementedError, function, argument, rule, value, remedy)
     options = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast, epilogue)
     m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, expected_m, *options)
 
@@ -270,21 +269,23 @@ def _check_options(
     if not isinstance(compiled_dims, str) or set(compiled_dims) - set("mnk"):
         rule, remedy = 'hold letters of "mnk"', "Every size is compiled in here: leave it out."
         got = compiled_dims if isinstance(compiled_dims, str) else type(compiled_dims).__name__
-        fail(ValueError, function, "compiled_dims", rule, repr(got), remedy)
+        checks.refuse(ValueError, function, "compiled_dims", rule, repr(got), remedy)
     if epilogue is not None:
         rule, remedy = "be None", "Apply it to d afterwards."
-        fail(NotImplementedError, function, "epilogue", rule, type(epilogue).__name__, remedy)
+        checks.refuse(
+            NotImplementedError, function, "epilogue", rule, type(epilogue).__name__, remedy
+        )
     if not recipes:
         return
     for argument, value in zip(("recipe", "recipe_a", "recipe_b"), recipes, strict=True):
         if value is not None and not isinstance(value, (tuple, list)):
             rule, remedy = "be None or a tuple of ints", "Leave it out."
-            fail(TypeError, function, argument, rule, value, remedy)
+            checks.refuse(TypeError, function, argument, rule, value, remedy)
     recipe, of_a, of_b = (None if r is None else tuple(r) for r in recipes)
     if (of_a is None) != (of_b is None) or (of_a is not None and recipe is not None):
         rule = "be None, or recipe_a and recipe_b be None, or neither of these two"
         got = f"{recipe}, {of_a}, {of_b}"
-        fail(ValueError, function, "recipe", rule, got, "Leave all three out.")
+        checks.refuse(ValueError, function, "recipe", rule, got, "Leave all three out.")
     rows, blocks = (1, GROUP), (GROUP, GROUP)
     for argument, value, known in (
         ("recipe", recipe, layouts.HOPPER_RECIPE),
@@ -293,7 +294,9 @@ def _check_options(
     ):
         if value not in (None, known):
             remedy = "Scales belong to 128 columns of a row, and to 128 x 128 of the weights."
-            fail(NotImplementedError, function, argument, f"be {known}", str(value), remedy)
+            checks.refuse(
+                NotImplementedError, function, argument, f"be {known}", str(value), remedy
+            )
 
 
 def _check_contiguous(function: str, psum: object, zero_padding: object, expected: object) -> str:
@@ -304,7 +307,7 @@ def _check_contiguous(function: str, psum: object, zero_padding: object, expecte
         _check_expected(function, argument, expected)
         if not psum:
             rule, remedy = "be None without use_psum_layout", "Leave it out."
-            fail(ValueError, function, argument, rule, str(expected), remedy)
+            checks.refuse(ValueError, function, argument, rule, str(expected), remedy)
     return _ENDS if psum else _CONTIGUOUS
 
 
@@ -316,10 +319,10 @@ def _pair(function: str, argument: str, value: Any) -> _Pair:
     """(values, scales)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         rule, remedy = "be (values, scales)", "Pass a pair of tensors."
-        fail(TypeError, function, argument, rule, value, remedy)
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
     if value[1] is None:  # without scales it would be another product
         rule, remedy = "be a tensor", "Call the bf16 product for values without scales."
-        fail(TypeError, function, f"scales of {argument}", rule, "None", remedy)
+        checks.refuse(TypeError, function, f"scales of {argument}", rule, "None", remedy)
     return value[0], value[1]
 
 
@@ -410,32 +413,36 @@ def _checked(
     named[where] = layout
     for argument, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
-            fail(TypeError, function, argument, "be a tensor", tensor, "Pass a PyTorch tensor.")
+            checks.refuse(
+                TypeError, function, argument, "be a tensor", tensor, "Pass a PyTorch tensor."
+            )
         if what := _checks.not_dense(tensor):
             remedy = "Call to_dense() or dequantize() first."
-            fail(TypeError, function, argument, "be a dense tensor", what, remedy)
+            checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)
     for argument, tensor in named.items():
         if tensor.device != d.device:
             rule, got = f"be on d's device, {d.device}", str(tensor.device)
-            fail(ValueError, function, argument, rule, got, "Move it there.")
+            checks.refuse(ValueError, function, argument, rule, got, "Move it there.")
     wanted = torch.float8_e4m3fn if quantized else torch.bfloat16
     for argument, tensor in (("a", a), ("b", b)):
         if quantized and tensor.dtype in (torch.int8, torch.uint8):
             rule, remedy = "be float8_e4m3fn", "fp4 has no instructions on Hopper."
-            fail(NotImplementedError, function, argument, rule, tensor, remedy)
+            checks.refuse(NotImplementedError, function, argument, rule, tensor, remedy)
         if tensor.dtype != wanted:
             rule = f"be {str(wanted).removeprefix('torch.')}"
-            fail(TypeError, function, argument, rule, tensor, "Cast it, or call the other product.")
+            checks.refuse(
+                TypeError, function, argument, rule, tensor, "Cast it, or call the other product."
+            )
     if d.dtype != torch.bfloat16:
-        fail(TypeError, function, "d", "be bfloat16", d, "Cast it afterwards.")
+        checks.refuse(TypeError, function, "d", "be bfloat16", d, "Cast it afterwards.")
     if layout.dtype != torch.int32:
-        fail(TypeError, function, where, "be int32", layout, "Cast it.")
+        checks.refuse(TypeError, function, where, "be int32", layout, "Cast it.")
     _check_shapes(function, masked, a, b, d)
     groups, n, k = b.shape
     sizes = groups if masked or rows == _ENDS else a.shape[0]
     if tuple(layout.shape) != (sizes,) or not layout.is_contiguous():
         rule, remedy = f"be contiguous, of shape [{sizes}]", "See the function's documentation."
-        fail(ValueError, function, where, rule, layout, remedy)
+        checks.refuse(ValueError, function, where, rule, layout, remedy)
     transposed = True
     for argument, tensor in (("a", a), ("b", b), ("d", d)):
         if tensor.is_contiguous():
@@ -447,7 +454,7 @@ def _checked(
         remedy = f"Pass {argument}.contiguous()."
         if argument == "b" and quantized:
             remedy = "wgmma reads e4m3 along K alone: pass b.contiguous(), [G, N, K]."
-        fail(ValueError, function, argument, "be contiguous", got, remedy)
+        checks.refuse(ValueError, function, argument, "be contiguous", got, remedy)
     scales, of_a, of_b = None, None, None
     if quantized:
         scales, of_a = _scales_of_a(function, a_scales, a)
@@ -477,19 +484,23 @@ def _check_shapes(function: str, masked: bool, a: Any, b: Any, d: Any) -> None:
     lead = "G, " if masked else ""
     for argument, tensor, rule in (("a", a, f"[{lead}M, K]"), ("b", b, "[G, N, K]")):
         if tensor.dim() != rule.count(",") + 1:
-            fail(ValueError, function, argument, f"have shape {rule}", tensor, "Add or drop axes.")
+            checks.refuse(
+                ValueError, function, argument, f"have shape {rule}", tensor, "Add or drop axes."
+            )
     groups, n, k = b.shape
     if a.shape[-1] != k or (masked and a.shape[0] != groups):
         want = [groups, "M", k] if masked else ["M", k]
         rule = f"have shape [{', '.join(map(str, want))}], as b has"
-        fail(ValueError, function, "a", rule, a, "b is [G, N, K].")
+        checks.refuse(ValueError, function, "a", rule, a, "b is [G, N, K].")
     for argument, size in (("G", groups), ("N", n), ("K", k)):
         if not size:
-            fail(ValueError, function, "b", f"have a positive {argument}", b, "Pass weights.")
+            checks.refuse(
+                ValueError, function, "b", f"have a positive {argument}", b, "Pass weights."
+            )
     shape = (*a.shape[:-1], n)
     if tuple(d.shape) != tuple(shape):
         rule = f"have shape {list(shape)}"
-        fail(ValueError, function, "d", rule, d, "It holds a row for each of a.")
+        checks.refuse(ValueError, function, "d", rule, d, "It holds a row for each of a.")
 
 
 def _scales_of_a(
@@ -499,16 +510,18 @@ def _scales_of_a(
     argument, k = "scales of a", a.shape[-1]
     if scales.dtype not in (torch.float32, torch.int32):
         rule = "be float32, or int32 with four exponents in each"
-        fail(TypeError, function, argument, rule, scales, "Cast them to float32.")
+        checks.refuse(TypeError, function, argument, rule, scales, "Cast them to float32.")
     if k % GROUP:
         rule, remedy = f"have a K that is a multiple of {GROUP}", "Pad K with zeros."
-        fail(ValueError, function, "a", rule, f"K = {k}", remedy)
+        checks.refuse(ValueError, function, "a", rule, f"K = {k}", remedy)
     packed = scales.dtype == torch.int32
     words = checks.cdiv(k // GROUP, GROUPS_PER_WORD) if packed else k // GROUP
     shape = (*a.shape[:-1], words)
     if tuple(scales.shape) != tuple(shape):
         rule = f"have shape {list(shape)}"
-        fail(ValueError, function, argument, rule, scales, "One for each row and 128 columns.")
+        checks.refuse(
+            ValueError, function, argument, rule, scales, "One for each row and 128 columns."
+        )
     if scales.is_contiguous():
         return Scales("row_major", "blocks", packed), scales
     pitch = layouts.pitch_of(scales)
@@ -522,13 +535,13 @@ def _scales_of_b(function: str, scales: torch.Tensor, n: int, k: int, groups: in
     argument = "scales of b"
     if scales.dtype == torch.int32:
         rule, remedy = "be float32", "Packed exponents of weights are the layout of Blackwell."
-        fail(NotImplementedError, function, argument, rule, scales, remedy)
+        checks.refuse(NotImplementedError, function, argument, rule, scales, remedy)
     if scales.dtype != torch.float32:
-        fail(TypeError, function, argument, "be float32", scales, "Cast them.")
+        checks.refuse(TypeError, function, argument, "be float32", scales, "Cast them.")
     shape = (groups, checks.cdiv(n, GROUP), k // GROUP)
     if tuple(scales.shape) != shape:
         rule = f"have shape {list(shape)}"
-        fail(ValueError, function, argument, rule, scales, "One for each 128 x 128.")
+        checks.refuse(ValueError, function, argument, rule, scales, "One for each 128 x 128.")
     return scales.contiguous()
 
 

@@ -1,7 +1,6 @@
 """DeepGEMM's helpers, as it has them on Hopper: layouts of scales, alignment of the contiguous layout."""
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
@@ -15,13 +14,6 @@ _DEFAULT_ALIGNMENT = 128
 _ALIGNMENTS = (64, 128, 192)
 _alignment = _DEFAULT_ALIGNMENT
 HOPPER_RECIPE = (1, GROUP, GROUP)
-
-
-def fail(kind: type, function: str, argument: str, rule: str, got: object, remedy: str) -> NoReturn:
-    """Raises `kind` in the form that all messages have; tensors are described."""
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    raise kind(checks.message(function, argument, rule, got, remedy))
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:
@@ -59,7 +51,7 @@ def set_mk_alignment_for_contiguous_layout(value: int) -> None:
     value = checks.check_positive_int(function, "value", value, remedy)
     if value not in _ALIGNMENTS:
         rule = f"be one of {', '.join(map(str, _ALIGNMENTS))}"
-        fail(NotImplementedError, function, "value", rule, value, remedy)
+        checks.refuse(NotImplementedError, function, "value", rule, value, remedy)
     _alignment = value
 
 
@@ -94,7 +86,7 @@ def get_tma_aligned_size(x: int, element_size: int) -> int:
     function, remedy = "get_tma_aligned_size", "Pass a number of elements and the bytes of each."
     size = checks.check_positive_int(function, "element_size", element_size, remedy)
     if _TMA_BYTES % size:
-        fail(ValueError, function, "element_size", f"divide {_TMA_BYTES}", size, remedy)
+        checks.refuse(ValueError, function, "element_size", f"divide {_TMA_BYTES}", size, remedy)
     x = checks.check_int(function, "x", x, 0, remedy)
     return checks.round_up(x, _TMA_BYTES // size)
 
@@ -122,12 +114,14 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor) -> torch.Tensor:
     function = "get_mn_major_tma_aligned_tensor"
     remedy = "Pass a scale for each row and 128 columns."
     if not isinstance(sf, torch.Tensor) or sf.dtype != torch.float32:
-        fail(TypeError, function, "sf", "be a float32 tensor", sf, remedy)
+        checks.refuse(TypeError, function, "sf", "be a float32 tensor", sf, remedy)
     if what := _checks.not_dense(sf):
-        fail(TypeError, function, "sf", "be a dense tensor", what, "Call to_dense() first.")
+        checks.refuse(
+            TypeError, function, "sf", "be a dense tensor", what, "Call to_dense() first."
+        )
     if sf.dim() not in (2, 3):
         rule = "have shape [mn, G] or [groups, mn, G]"
-        fail(ValueError, function, "sf", rule, sf, remedy)
+        checks.refuse(ValueError, function, "sf", rule, sf, remedy)
     return mn_major(sf)
 
 
@@ -199,28 +193,28 @@ def transform_sf_into_required_layout(
     if len(numbers) not in (2, 3) or (len(numbers) == 3) != isinstance(is_sfa, bool):
         rule = "be (gran_m, gran_n, gran_k) with is_sfa, or (gran_mn, gran_k) without"
         got = f"{recipe!r} with is_sfa={is_sfa!r}"
-        fail(TypeError, function, "recipe", rule, got, "Rows of e4m3 have (1, 128).")
+        checks.refuse(TypeError, function, "recipe", rule, got, "Rows of e4m3 have (1, 128).")
     if len(numbers) == 3:
         numbers = [numbers[0] if is_sfa else numbers[1], numbers[2]]
     if numbers not in ([1, GROUP], [GROUP, GROUP]):
         rule, remedy = "be (1, 128) for rows or (128, 128) for weights", "Others are of Blackwell."
-        fail(NotImplementedError, function, "recipe", rule, str(tuple(numbers)), remedy)
+        checks.refuse(NotImplementedError, function, "recipe", rule, str(tuple(numbers)), remedy)
     if not isinstance(sf, torch.Tensor):
-        fail(TypeError, function, "sf", "be a tensor", sf, "Pass the scales.")
+        checks.refuse(TypeError, function, "sf", "be a tensor", sf, "Pass the scales.")
     if sf.dtype != torch.float32:
         remedy = "Packed exponents are the layout of Blackwell."
-        fail(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)
+        checks.refuse(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)
     remedy = "Pass the sizes of the tensor that sf belongs to."
     mn, k = (checks.check_int(function, n, x, 0, remedy) for n, x in (("mn", mn), ("k", k)))
     shape = (checks.cdiv(mn, numbers[0]), checks.cdiv(k, GROUP))
     shape = shape if num_groups is None else (num_groups, *shape)
     if tuple(sf.shape) != shape:
         remedy = f"One scale for each {numbers[0]} x {GROUP}."
-        fail(ValueError, function, "sf", f"have shape {list(shape)}", sf, remedy)
+        checks.refuse(ValueError, function, "sf", f"have shape {list(shape)}", sf, remedy)
     if numbers[0] == 1:
         return mn_major(sf)
     if not (sf.is_contiguous() or sf.transpose(-1, -2).is_contiguous()):
         got = f"strides {list(sf.stride())}"
         rule = "be contiguous, or so with its last two axes exchanged"
-        fail(ValueError, function, "sf", rule, got, "Pass sf.contiguous().")
+        checks.refuse(ValueError, function, "sf", rule, got, "Pass sf.contiguous().")
     return sf

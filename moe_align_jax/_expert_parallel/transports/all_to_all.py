@@ -7,10 +7,10 @@ every time.
 The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks get the same rows, it is an
 all_gather as well, which needs no D copies of them: so large fields go.
 
-A low-latency exchange whose boxes are not cleared takes few launches: all of a token's fields are gathered as
-they are, which XLA makes one collective of, and one kernel quantises what came and fills the experts' boxes
-(`message_kernels`). Where rows that are not yet quantised would be many bytes more, another kernel quantises
-and packs them before. What XLA makes of those steps are some nine small kernels, and launching them takes
+A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
+quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). With `GATHERS` all
+of a token's fields are gathered as they are, which XLA makes one collective of, and one kernel quantises what
+came, unless rows that are not yet quantised would be many bytes more. What XLA makes of those steps are some nine small kernels, and launching them takes
 longer than the exchanges. Between two ranks the way back is a reduce-scatter where it can be: the sum of two
 numbers has one order, and rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two
 more, are enough for float32 to round a sum a second time without harm).
@@ -33,6 +33,8 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
+# Whether those gather what need not be packed, rather than pack it and unpack it.
+GATHERS = False  # that kernel has not run on a GPU
 # The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
 # kernel between two collectives has cost 11 us where the host launches it.
 MOST_GATHERED_MORE = 2 << 20
@@ -124,8 +126,8 @@ class AllToAll(Transport):
 def _gathers_all(problem: message_kernels.Gathered) -> bool:
     """Whether the tokens travel as they are given: no kernel packs them."""
     form = problem.message
-    if not problem.quantise:
-        return True
+    if not GATHERS or not problem.quantise:
+        return GATHERS
     given, sent = ([f.columns * f.dtype.itemsize for f in x] for x in (problem.given, form.payload))
     more = (form.num_ranks - 1) * form.num_tokens * (sum(given) - sum(sent))
     # Processes may be on several hosts, between which bytes cost more.
