@@ -218,8 +218,8 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul",
-        "moe_align_jax._lowering.sharding",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._lowering.sharding",
     },
     "moe_align_jax._grouped_matmul.activation_gradient": {
         "moe_align_jax._grouped_matmul",
@@ -503,6 +503,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
     "moe_align_jax._lowering.sharding": set(),
+    "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),
     "moe_align_jax._align.arguments": {
