@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -25,7 +26,7 @@ def reverse_mode_only(function: str, tree: Any) -> Any:
 
     def wrapped(x: Any) -> Any:
         # An array that is no tracer has no tangent.
-        traced = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        traced = isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
         return _same(function, x) if traced else x
 
     return jax.tree.map(wrapped, tree)
