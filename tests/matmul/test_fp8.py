@@ -546,7 +546,14 @@ def on_a_gpu():
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
-        of_most = [(20, SWAP), (20, ALONE), (200, N), (200, N._replace(ahead=True, early=True)), (512, M), (500, TALL)]
+        of_most = [
+            (20, SWAP),
+            (20, ALONE),
+            (200, N),
+            (200, N._replace(ahead=True, early=True)),
+            (512, M),
+            (500, TALL),
+        ]
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
