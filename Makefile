@@ -26,12 +26,15 @@ endif
 XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test train-example test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean venv-for-ci \
-	examples
+.PHONY: demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
+.PHONY: venv-for-ci venv-without-torch
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
 	$(VENV_FOR) cli test torch examples dev docs
+
+venv-without-torch:
+	$(VENV_FOR) cli test examples dev docs
 
 demo:
 	$(VENV_FOR) cli

@@ -2,12 +2,12 @@
 
 python -m benchmarks.fp8_layer --peers .peers --out ROWS.jsonl
 
-A layer begins with tokens in bfloat16 and contains their cast, the alignment, two grouped products with scales
-of 128 x 128, the activation, the cast of what lies between, and the weighted sum. A measured step is four
-layers with weights of their own. Ours is one jitted program, theirs one CUDA graph of what `fused_experts`
-launches (benchmarks.vllm_moe_e4m3 says what stands in for what). Before a time is taken, sampled tokens of the
-first and last layer are compared with float32 products of the dequantised operands, by DeepGEMM's rule.
-Clocks are those of `benchmarks.moe_layer`.
+A layer begins with tokens in bfloat16 and contains their cast, the alignment, two grouped products with
+scales of 128 x 128, the activation, the cast of what lies between, and the weighted sum. A measured step is
+four layers with weights of their own. Ours is one jitted program, theirs one CUDA graph of what
+`fused_experts` launches (benchmarks.vllm_moe_e4m3 says what stands in for what). Before a time is taken,
+sampled tokens of the first and last layer are compared with float32 products of the dequantised operands,
+by DeepGEMM's rule. Clocks are those of `benchmarks.moe_layer`.
 
 DeepSeek-V3's experts, as one of 8 GPUs has them: with tensor parallelism all 256, an eighth as wide; with
 expert parallelism 32 of 256, and an expert map that drops the pairs of the others.
@@ -214,31 +214,41 @@ def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dic
     yield {"clock": "wall", "way": "donated"} | moe_layer.statistics_of(samples)
 
 
-def _theirs(case: Case, folder: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    import torch
+class _Theirs:
+    """vLLM's layer of a case, its kernels compiled."""
 
-    from benchmarks import vllm_moe_e4m3
+    def __init__(self, case: Case, folder: str):
+        import torch
 
-    size = case.size
-    layer = vllm_moe_e4m3.Layer(
-        *(folder, case.tokens, size.top_k, size.experts, size.hidden, size.ffn),
-        expert_map=case.torch_map,
-    )
-    outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
-    given = (case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, outs)
-    graph = timing.capture_torch(vllm_moe_e4m3.calls(layer, *given))
-    for out in outs:
-        out.fill_(float("nan"))
-    graph.replay()
-    if wrong := case.wrong(lambda i: outs[i][case.rows].float().cpu().numpy()):
-        yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
-        return
-    [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=options.replays)
-    row = moe_layer.statistics_of(taken.samples_us)
-    facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
-    yield {"clock": "span", "way": "graph"} | row | facts
-    samples = moe_layer.wall(graph.replay, torch.cuda.synchronize, row["us"])
-    yield {"clock": "wall", "way": "graph"} | moe_layer.statistics_of(samples)
+        from benchmarks import vllm_moe_e4m3
+
+        self.case, size = case, case.size
+        self.layer = vllm_moe_e4m3.Layer(
+            *(folder, case.tokens, size.top_k, size.experts, size.hidden, size.ffn),
+            expert_map=case.torch_map,
+        )
+        self.outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
+        given = (case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, self.outs)
+        self.calls = vllm_moe_e4m3.calls(self.layer, *given)
+        self.calls[0]()
+
+    def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+        import torch
+
+        case, layer, outs = self.case, self.layer, self.outs
+        graph = timing.capture_torch(self.calls)
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        if wrong := case.wrong(lambda i: outs[i][case.rows].float().cpu().numpy()):
+            yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
+            return
+        [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=options.replays)
+        row = moe_layer.statistics_of(taken.samples_us)
+        facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
+        yield {"clock": "span", "way": "graph"} | row | facts
+        samples = moe_layer.wall(graph.replay, torch.cuda.synchronize, row["us"])
+        yield {"clock": "wall", "way": "graph"} | moe_layer.statistics_of(samples)
 
 
 def compiled(cases: Sequence[Case]) -> list[Any]:
@@ -255,47 +265,63 @@ def compiled(cases: Sequence[Case]) -> list[Any]:
         return [each.exception() or each.result() for each in waiting]
 
 
-def run_case(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
-    import moe_align_jax as maj
-
+def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[dict[str, Any]]]:
+    """Compiles everything. What is returned measures, and gives rows as they come."""
     sets = make_sets(size)
     torch_sets = [tuple(map(to_torch, pair)) for pair in sets]
     cases = [Case(size, tokens, sets, torch_sets) for tokens in options.tokens]
+    peers: list[Any] = []
+    for case in cases:
+        try:
+            peers.append(_Theirs(case, options.peers))
+        except Exception as error:  # one that cannot be built leaves the others
+            peers.append(error)
     programs = compiled(cases)
-    rate = moe_layer.read_rate()
-    rows = []
-    for case, program in zip(cases, programs, strict=True):
-        floor_us = case.bytes / rate / 1e3
-        head = {"model": size.name, "experts_here": size.experts, "tokens": case.tokens}
-        head |= {"top_k": size.top_k, "hidden": size.hidden, "ffn": size.ffn, "of": size.of}
-        head |= {"experts_hit": case.hit, "read_gbps": round(rate, 1)}
-        head |= {"floor_us": round(floor_us, 2)}
-        form = maj.select_moe_implementation(
-            (case.tokens, size.hidden),
-            (size.experts, size.hidden, size.ffn),
-            top_k=size.top_k,
-            dtype="float8_e4m3fn",
-            transpose_rhs=True,
-            num_global_experts=size.of if size.of > size.experts else None,
-        )
-        work: dict[str, Callable] = {
-            "vllm": lambda c=case: _theirs(c, options.peers, options),
-            "fused_moe": lambda c=case, p=program: _ours(c, p, options),
-        }
-        for provider, measure in work.items():
-            row = head | {"provider": provider, "status": "ok"}
-            row |= {"form": form.form} if provider == "fused_moe" else {}
-            try:
-                if provider == "fused_moe" and isinstance(program, BaseException):
-                    raise program
-                for more in measure():
-                    rows.append(row | more)
-                    print(moe_layer.line(rows[-1]), flush=True)
-            except Exception as error:  # one provider's failure leaves the other its time
-                text = f"{type(error).__name__}: {error}"[:600]
-                rows.append(row | {"status": "failed", "reason": text})
-                print(moe_layer.line(rows[-1]), flush=True)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        rate = moe_layer.read_rate()
+        for case, peer, program in zip(cases, peers, programs, strict=True):
+            head = _head(case, rate)
+            measures = (
+                ("vllm", {}, peer, lambda p=peer: p.measure(options)),
+                ("fused_moe", _form(case), program, lambda c=case, p=program: _ours(c, p, options)),
+            )
+            for provider, more, built, measure in measures:
+                row = head | {"provider": provider, "status": "ok"} | more
+                try:
+                    if isinstance(built, BaseException):
+                        raise built
+                    for found in measure():
+                        yield row | found
+                except Exception as error:  # one provider's failure leaves the other its time
+                    text = f"{type(error).__name__}: {error}"[:600]
+                    yield row | {"status": "failed", "reason": text}
+
     return rows
+
+
+def _head(case: Case, rate: float) -> dict[str, Any]:
+    size = case.size
+    head = {"model": size.name, "experts_here": size.experts, "of": size.of, "tokens": case.tokens}
+    head |= {"top_k": size.top_k, "hidden": size.hidden, "ffn": size.ffn, "experts_hit": case.hit}
+    floor_us = case.bytes / rate / 1e3
+    return head | {"read_gbps": round(rate, 1), "floor_us": round(floor_us, 2)}
+
+
+def _form(case: Case) -> dict[str, Any]:
+    """What `fused_moe` says that it runs."""
+    import moe_align_jax as maj
+
+    size = case.size
+    chosen = maj.select_moe_implementation(
+        (case.tokens, size.hidden),
+        (size.experts, size.hidden, size.ffn),
+        top_k=size.top_k,
+        dtype="float8_e4m3fn",
+        transpose_rhs=True,
+        num_global_experts=size.of if size.of > size.experts else None,
+    )
+    return {"form": chosen.form}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,12 +334,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=numbers, default=list(_TOKENS), help="batch sizes")
     parser.add_argument("--executions", type=int, default=8, help="traced steps")
     parser.add_argument("--replays", type=int, default=20, help="timed replays of a graph")
-    parser.add_argument("--timeout", type=int, default=150, help="seconds of a size")
+    parser.add_argument("--timeout", type=int, default=30, help="seconds without a row")
+    parser.add_argument("--together", type=int, default=2, help="sizes that prepare side by side")
+    parser.add_argument("--preparing", type=int, default=120, help="seconds for it")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSONL file to append to")
     options = parser.parse_args(argv)
-    ratios = moe_layer.ratios
-    return case_processes.run("benchmarks.fp8_layer", argv, options, SIZES, run_case, ratios)
+    return case_processes.run_side_by_side(
+        *("benchmarks.fp8_layer", argv, options, SIZES, prepare),
+        *(moe_layer.line, moe_layer.ratios),
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ says so.
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import sys
@@ -85,9 +86,9 @@ def _train(provider: Experts, options: argparse.Namespace) -> dict[str, Any]:
     if str(_EXAMPLES) not in sys.path:
         sys.path.insert(0, str(_EXAMPLES))
     import jax
-    import moe_language_model
-    import train_moe
 
+    moe_language_model: Any = importlib.import_module("moe_language_model")
+    train_moe: Any = importlib.import_module("train_moe")
     config, batch, length = train_moe.SIZES[options.size]
     ours = moe_language_model.fused_moe
     text, _ = train_moe.read_text(None)

@@ -124,7 +124,7 @@ class Layer:
         else:
             self.count.fill_(self.pairs * self.block)
             sorted_ids, expert_ids = None, ids.view(-1)
-        self._multiply(*a, *w13, self.first, weights, sorted_ids, expert_ids, top_k, False)
+        self._multiply(a, w13, self.first, weights, sorted_ids, expert_ids, top_k, False)
         total = self.pairs * ffn
         block = vllm_moe.BLOCK
         grid = (-(-total // block),)
@@ -132,7 +132,7 @@ class Layer:
         a = self._quantise(self.between, 1)
         if self.expert_map is not None:
             self.second.zero_()
-        self._multiply(*a, *w2, self.second, weights, sorted_ids, expert_ids, 1, True)
+        self._multiply(a, w2, self.second, weights, sorted_ids, expert_ids, 1, True)
         torch.ops._moe_C.moe_sum(self.second, out)
 
     def _quantise(self, x: Any, which: int) -> tuple[Any, Any]:
@@ -144,10 +144,8 @@ class Layer:
 
     def _multiply(
         self,
-        a: Any,
-        a_scales: Any,
-        b: Any,
-        b_scales: Any,
+        rows_of: tuple[Any, Any],
+        matrices: tuple[Any, Any],
         c: Any,
         weights: Any,
         sorted_ids: Any,
@@ -155,9 +153,10 @@ class Layer:
         top_k: int,
         weighted: bool,
     ) -> None:
-        """As vLLM's `invoke_fused_moe_triton_kernel` calls it."""
+        """As vLLM's `invoke_fused_moe_triton_kernel` calls it; rows and matrices are (values, scales)."""
         import triton.language as tl
 
+        (a, a_scales), (b, b_scales) = rows_of, matrices
         config = dict(self.config)
         config["SPLIT_K"] = 1
         config["BLOCK_SIZE_K"] = min(config["BLOCK_SIZE_K"], GROUP)

@@ -91,9 +91,9 @@ class ExpertDistributionRecorder:
         registry: Any = None,
         name: str | None = None,
     ):
-        if file_format not in files.FORMATS:
+        if not checks.is_one_of(file_format, files.FORMATS):
             fail(
-                _NAME, "file_format", f"be one of {', '.join(files.FORMATS)}", repr(file_format), ""
+                _NAME, "file_format", f"be one of {', '.join(files.FORMATS)}", checks.shown(file_format), ""
             )
         files.check_format(file_format)
         if name is not None and not isinstance(name, str):

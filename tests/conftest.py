@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 from collections import defaultdict
 
 # Before jax starts its backends: eight CPU devices to shard over, and a GPU shared with torch.
@@ -107,6 +108,8 @@ def pytest_configure(config):
     wanted = config.option.expect_jax
     if wanted and jax.__version__ != wanted:
         raise pytest.UsageError(f"--expect-jax {wanted}, but jax {jax.__version__} was imported")
+    if config.option.part in parts.WITHOUT_TORCH:
+        sys.modules.setdefault("torch", None)  # an import fails, as where it is not installed
 
 
 def pytest_sessionstart(session):
@@ -139,10 +142,9 @@ def _part(config, items, part):
 
 def pytest_ignore_collect(collection_path, config):
     part = config.option.part
-    if part and collection_path.suffix == ".py":
-        file = os.path.relpath(collection_path, config.rootpath)
-        return None if parts.reads(part, file) else True
-    return None
+    file = os.path.relpath(collection_path, config.rootpath)
+    file += "/" if collection_path.is_dir() else ""
+    return True if part and not parts.reads(part, file) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("newest-jax", "oldest-jax", "x64")
+# They run as where PyTorch is not installed: while CI installs it.
+WITHOUT_TORCH = ("x64",)
 COSTS = Path(__file__).with_name("costs.txt")
 # Seconds of CPU per case from which a function costs more.
 COSTLY = 0.05
@@ -33,7 +35,7 @@ LONG = 1.0
 VERY_LONG = 4.0
 
 _ONCE = re.compile(
-    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"
     r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
     r"type_hints)[^/]*\.py"
 )
@@ -70,8 +72,8 @@ def write_costs(measured: dict[str, list[float]]) -> None:
 
 
 def reads(part: str, file: str) -> bool:
-    """Whether a run takes cases of this file: one that takes none need not import what it imports."""
-    if part == "oldest-jax" and file.endswith(_WITH_OLDEST_JAX):
+    """Whether a run takes cases of this file, or folder ("tests/gpu/"): it need not import the others."""
+    if part == "oldest-jax" and file in (_WITH_OLDEST_JAX, "tests/bridge/"):
         return True
     return part == "newest-jax" or not _ONCE.search(file)
 

@@ -18,6 +18,8 @@ NUM_CTAS = 132  # SMs of an H100 and of an H200
 _SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+_GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
+_LEAST_K_OF_WIDE = 1024
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -42,8 +44,8 @@ class Config(NamedTuple):
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
-        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product of
-            the one before it runs.
+        early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product
+            of the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
@@ -124,6 +126,12 @@ DEFAULT_RULES = Rules()
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
 # Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
+# e4m3, 2026-11-29, device span under jit, beside DeepGEMM in a CUDA graph; "w": two CTAs share weights.
+#   32768 rows, 7168 -> 4096, 8 experts: 192x128 1445, 128x192 w 1468, without 1501, 128x128 1654; theirs 1360
+#   32768 rows, 2048 -> 7168, 8 experts: 192x128 752, 128x192 w 774, without 796, 128x128 863; theirs 717
+#   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
+#   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
+#   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -184,8 +192,6 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
     if problem.rows != "blocks":
         return wanted
     block = problem.block_size
-    if takes_whole(problem, block):
-        return block
     if problem.whole_blocks:
         wanted = choices[-1]
     # A block is one expert's: a tile is a part of it, or all of it.
@@ -194,6 +200,9 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
         return parts[0]
     if not _no_swap(problem) and block % 8 == 0 and block <= 64:
         return block
+    for count in (1, 2):
+        if block % count == 0 and takes_whole(problem, block // count):
+            return block // count
     return next((bm for bm in choices if bm >= min(block, wanted)), choices[-1])
 
 
@@ -286,7 +295,8 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
 
 
 def unshared(tiles: Config) -> Config:
-    """The same tiles, each of one CTA."""
+    """The same tiles, each of one CTA, which shares nothing."""
+    tiles = tiles._replace(sharing=0, shared="x")
     return tiles._replace(split=1, num_ctas=NUM_CTAS) if tiles.split > 1 else tiles
 
 
@@ -310,14 +320,24 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     """A warpgroup has sums of 64 x 128 at most: each has a second accumulator, of 128 columns of x."""
     if bm < 64 and problem.weights.gated:
         return Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0)
+    ahead = problem.scale_groups <= _GROUPS_AHEAD
     if bm < 64:
-        return Config("swap", bm, 128, 128, 6, group=0)
+        return Config("swap", bm, 128, 128, 6, group=0, ahead=ahead and problem.rows == "masked")
     group = _group(problem, rules)
     if problem.rows == "blocks" and problem.block_size % 192 == 0:
         return Config("m", 192, 128, 128, 4, group=group, computing=3)
     if bm == 64:
         return Config("n", 64, 256, 128, 4, group=group)
-    return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
+    whole = problem.rows == "masked" or problem.rows == "blocks" and problem.block_size == bm
+    wide = problem.n >= 192 and problem.k >= _LEAST_K_OF_WIDE
+    wide = wide and not problem.weights.gated and not problem.top_k
+    if not (ahead and whole and wide):
+        return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
+    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=problem.rows == "masked")
+    # Two tiles of an expert next to each other: as a rule.
+    if mean_rows(problem) > (bm if problem.rows == "masked" else 2 * bm):
+        return tiles._replace(group=0, sharing=2, shared="w")
+    return tiles
 
 
 def _may_be_tall(problem: MatmulProblem) -> bool:

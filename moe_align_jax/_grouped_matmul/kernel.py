@@ -65,9 +65,9 @@ class Tile(NamedTuple):
     end: jax.Array
     n: jax.Array
     used: jax.Array
-    there: jax.Array | None = None
-    busy: jax.Array | None = None
-    together: jax.Array | None = None
+    there: Any = None
+    busy: Any = None
+    together: Any = None
 
 
 class _Refs:
@@ -169,10 +169,10 @@ def build(
 ) -> Callable[..., Any]:
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
-    num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]` and expert, start and end of each tile;
-    sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those that there are; x;
-    the weights, one array or two. With an `ending`, for tiles neither late nor shared, its operands come
-    first, and its results are returned before the problem's.
+    num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
+    and expert, start and end of each tile; sorted_token_ids, row_weights, bias, scales of x and of each
+    array of weights, those that there are; x; the weights, one array or two. With an `ending`, for tiles
+    neither late nor shared, its operands come first, and its results are returned before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
@@ -261,7 +261,7 @@ def build(
                 plgpu.barrier_arrive(empty.at[stage])
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
-            scaled = (
+            scaled: Any = (
                 scaled_products.Products(problem, config, shape, refs, interpret)
                 if problem.scales
                 else None

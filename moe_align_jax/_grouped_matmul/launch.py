@@ -12,6 +12,7 @@ from moe_align_jax._grouped_matmul.config import (
     Config,
     config_for,
     permutes_first,
+    unshared,
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
@@ -58,7 +59,7 @@ def permuted(
 
 def _small_grid(problem: MatmulProblem) -> Config:
     """The interpreter runs a thread for each warpgroup of a cluster: few machines have as many."""
-    return config_for(problem)._replace(num_ctas=2, split=1)
+    return unshared(config_for(problem))._replace(num_ctas=2)
 
 
 def arguments(

@@ -87,8 +87,8 @@ class MatmulProblem(NamedTuple):
         num_pairs: of "blocks" without top_k: ids below it are pairs. 0 where the last slot tells it.
         consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
             unless an expert map gives two experts one local id, or a caller made the alignment.
-        row_labels: of "blocks": `expert_ids` is `[P]`, that of each row, of which the first of a block counts;
-            all rows are in use, and there is no `num_tokens_post_padded`. For a launch outside XLA.
+        row_labels: of "blocks": `expert_ids` is `[P]`, that of each row, of which the first of a block
+            counts; all rows are in use, and there is no `num_tokens_post_padded`. For a launch outside XLA.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """

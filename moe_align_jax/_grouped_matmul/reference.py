@@ -187,8 +187,7 @@ def epilogue_of_parts(
     row_weights: jax.Array | None,
 ) -> jax.Array:
     """`epilogue` of `parts`."""
-    gate, up = (*found, None)[:2]
-    result = activate(problem.weights, gate, up)
+    result = activate(problem.weights, found[0], found[1] if len(found) > 1 else None)
     if row_weights is not None:
         result = result * jnp.where(used, row_weights, 0.0)[:, None]
     return jnp.where(used[:, None], result, 0.0)

@@ -79,8 +79,8 @@ class Products:
             ring: steps of the ring before this tile's.
             slot_of: the stage of a step.
             between: called while a product of step k runs.
-            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where the
-                scales are read from global memory.
+            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where
+                the scales are read from global memory.
         """
         refs, last = self.refs, self.shape.k_steps - 1
         if self.scales.w == "tensor":  # one for all steps

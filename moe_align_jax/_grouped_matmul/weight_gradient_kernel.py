@@ -324,7 +324,7 @@ def build(
         refs = list(given)
         start_ref, count_ref, order_ref = refs.pop(0), refs.pop(0), refs.pop(0)
         used_ref = refs.pop(0) if of_pieces else None
-        begin_ref, end_ref = (refs.pop(0), refs.pop(0)) if tiles.pieces else (None, None)
+        of_expert = (refs.pop(0), refs.pop(0)) if tiles.pieces else None
         ids_ref = refs.pop(0) if problem.gathered else None
         left_ref, right_ref = refs.pop(0), refs.pop(0)
         sums_ref = refs.pop(0) if tiles.pieces else None
@@ -414,12 +414,13 @@ def build(
                 found = []
                 for c in range(0, tiles.bn, piece):
                     band = sums[:, c : c + piece]
-                    if tiles.pieces:
+                    if of_expert is not None and sums_ref is not None:
+                        (begin_ref, end_ref), parts_ref = of_expert, sums_ref
                         rows = pl.ds(pl.multiple_of(row, _WM), _WM)
                         columns = pl.ds(pl.multiple_of(column + c, piece), piece)
 
-                        def add(p, band, rows=rows, columns=columns):
-                            return band + load_sums(sums_ref.at[p, rows, columns])
+                        def add(p, band, ref=parts_ref, rows=rows, columns=columns):
+                            return band + load_sums(ref.at[p, rows, columns])
 
                         band = lax.fori_loop(begin_ref[expert], end_ref[expert], add, band)
                     found.append(band.astype(out_dtype))

@@ -151,9 +151,9 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         remedy = "It is compiled into the kernel: pass a Python float."
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
     factor = float("inf")
-    if checks.is_finite(scaling_factor):
+    if checks.is_finite(options.scaling_factor):
         with np.errstate(over="ignore"):
-            factor = float(np.float32(scaling_factor))
+            factor = float(np.float32(options.scaling_factor))
     if not math.isfinite(factor):
         checks.fail(
             function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."

@@ -97,6 +97,15 @@ def test_import_fakes_and_errors_need_no_jax(imported):
     assert result.stdout == "True False False\n[(76,), (5,), (1,)]\n", result.stderr
 
 
+def test_import_and_the_plugin_import_no_vllm(imported):
+    result = imported.run(
+        "import os, sys, torch_bridge.vllm_plugin as p\n"
+        "os.environ.pop(p.VARIABLE, None)\n"
+        "p.register()\nprint('vllm' in sys.modules)"
+    )
+    assert result.stdout == "False\n", result.stderr
+
+
 def test_import_does_not_import_the_compiler(imported):
     """It takes 2 s; where a program compiles, it imports it."""
     result = imported.run("import torch, sys, torch_bridge\nprint('torch._dynamo' in sys.modules)")

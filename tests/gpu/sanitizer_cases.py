@@ -298,6 +298,7 @@ def matmul_e4m3() -> None:
 def weight_gradients(interpret: bool = False) -> None:
     """Rows of both operands by TMA and by cp.async, stored late and not; experts that are cut into pieces."""
     import jax
+    import jax.numpy as jnp
 
     from moe_align_jax._grouped_matmul import reference
     from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
@@ -314,7 +315,8 @@ def weight_gradients(interpret: bool = False) -> None:
             kernel.run(problem, *operands, tiles=tiles, interpret=interpret), np.float64
         )
         with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
-            want = reference.weight_gradient(problem, *jax.tree.map(np.asarray, operands))
+            given = [jnp.asarray(np.asarray(each)) for each in operands]
+            want = reference.weight_gradient(problem, *given)
         error = np.linalg.norm(found - np.asarray(want, np.float64)) / np.linalg.norm(want)
         assert error < 5e-3, error
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
@@ -328,6 +329,33 @@ def test_select_names_the_kernel_and_why_not():
         )
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "form"),
+    [
+        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-ahead"),
+        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
+        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-ahead"),
+        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
+        ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
+        ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
+        ("blocks", {"num_rows": 33408, "block_size": 192}, "192x128x128s4m-g8-w3"),
+    ],
+)
+def test_tiles_follow_the_rows_of_an_expert(rows, changes, form):
+    """Those that were the fastest on an H200; "c2w" where two tiles of an expert lie side by side."""
+    sizes = {
+        "num_rows": 32 * 4096,
+        "k": 7168,
+        "n": 4096,
+        "num_experts": 32 if rows == "masked" else 8,
+    }
+    lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
+    given = {"max_rows": 4096} if rows == "masked" else {"block_size": 128}
+    given |= sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"} | changes
+    assert tiles.config_for(MatmulProblem("test", rows, **given)).name == form
+
+
 def bad_cases():
     """(Kind, text, what is changed)."""
     rng = np.random.default_rng(0)
@@ -543,6 +571,10 @@ def on_a_gpu():
         for name, layout in layouts.items():
             text = f"sharing, {name}"
             add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
+    for config in (BESIDE, EARLY):
+        size = (300, 2, 3, 384, 448, 128)
+        add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
+        add("sharing, one scale", config, *size, gather=False, layout={"single": True})
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():

@@ -328,6 +328,34 @@ def test_every_size_gets_tiles_that_fit():
                             assert config.bn == (256 if options or config.bm > 64 else 128)
 
 
+@pytest.mark.parametrize(
+    "block, options, rows, bm",
+    [
+        (144, {}, 2048, 144),
+        (192, {}, 2048, 192),
+        (192, {"bias": True}, 2048, 96),
+        (288, {}, 4096, 144),
+        (144, {"activation": "gelu", "gated": True}, 2048, 64),
+        (144, {"activation": "silu", "gated": True, "interleaved": True}, 2048, 128),
+        (144, {}, 16, 16),
+        (128, {}, 2048, 128),
+        (256, {}, 2048, 128),
+        (80, {}, 512, 80),
+    ],
+    ids=str,
+)
+def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
+    """Where they may be; `rows` of 8 experts are in use, as far as the sizes tell."""
+    problem = MatmulProblem(
+        *("test", "blocks", rows * 4 + 8 * (block - 1), 2048, 1536, 8, "bfloat16", "bfloat16"),
+        *(Weights(**options), block),
+        zero_padding=False,
+    )
+    config = tiles.config_for(problem)
+    assert config.bm == bm
+    assert config.late is (bm in (128, 144))
+
+
 def test_few_rows_get_small_tiles_and_many_get_large_ones():
     sizes = {"block_size": 128, "platform": "cuda", "activation": "silu"}
     forms = [

@@ -145,6 +145,7 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
     assert {"masked_quant", "permute", "weighted_sum", "router"} <= set(NAMES)
     # These run on a GPU alone: their bodies are in tests/matmul and tests/moe_layer.
     assert {"matmul", "matmul, clusters", "expert layer"} <= set(NAMES)
+    assert {"weight gradients", "activation gradient"} <= set(NAMES)
 
 
 def test_peers_need_two_gpus(monkeypatch):

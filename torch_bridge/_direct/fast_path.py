@@ -268,7 +268,13 @@ class KnownCall:
 
 
 def attempt(
-    key: Key, ids: Any, expert_map: Any = None, num_valid_pairs: Any = None, out: Any = None
+    key: Key,
+    ids: Any,
+    expert_map: Any = None,
+    num_valid_pairs: Any = None,
+    out: Any = None,
+    scratch: Any = None,
+    least: int = 0,
 ) -> Any:
     """The results of a call like an earlier one; None for every other call, valid or not.
 
@@ -276,6 +282,7 @@ def attempt(
         key: what the caller gave, unchecked. With IN_PLACE in its form, the rows of `out` are the capacity.
         ids: the caller's topk_ids (of the batched layout, the counts).
         expert_map, num_valid_pairs, out: the caller's.
+        scratch: a buffer that the caller must bring, though nothing touches it, and `least` its elements.
     """
     if _is_tracing() or _watched() or _jit_traced() or _transformed() is not None or not _known:
         return None  # as `open_to_all`, without the time of a call
@@ -289,7 +296,7 @@ def attempt(
         and (topk is None or type(topk) is int)
     ):
         return None
-    if ids.is_nested:
+    if ids.is_nested or (scratch is not None and not _is_scratch(scratch, ids, least)):
         return None
     options = ()
     if expert_map is not None:
@@ -327,11 +334,10 @@ def attempt(
     return find(key, ids, options, out)
 
 
-def is_scratch(buffer: Any, ids: Any, least: int) -> bool:
+def _is_scratch(buffer: Any, ids: torch.Tensor, least: int) -> bool:
     """Whether it is a dense int32 buffer of at least so many elements, on the device of the ids."""
     return (
         type(buffer) is torch.Tensor
-        and type(ids) is torch.Tensor
         and buffer.dtype is _INT32
         and buffer.layout is torch.strided
         and buffer.numel() >= least

@@ -1,8 +1,8 @@
 """DeepGEMM's grouped products: the functions, the checks of their arguments, and how they run.
 
-All rows of a block of the contiguous layout belong to one group: the kernel reads the label of a block's first
-row out of `grouped_layout`. Where that holds the groups' ends, torch finds the blocks' labels among them, on the
-device: the host never waits, and a CUDA graph can capture a call.
+All rows of a block of the contiguous layout belong to one group: the kernel reads the label of a block's
+first row out of `grouped_layout`. Where that holds the groups' ends, torch finds the blocks' labels among
+them, on the device: the host never waits, and a CUDA graph can capture a call.
 
 Torch's tracers see an operator that mutates d (and its twin over DLPack, as in `torch_bridge._ops`).
 """

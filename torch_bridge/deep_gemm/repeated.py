@@ -1,9 +1,9 @@
 """How a call of DeepGEMM's products that is like an earlier one is launched, past all checks but a few.
 
-The checks, the program and the order of its values depend on the tensors' shapes, strides and dtypes and on the
-options alone. A call whose tensors all lay as the kernel reads them is kept (`remember`). A later one with the
-same key is compared with it (`repeat`): whether its tensors are alike, lie on the same boundaries, and share no
-memory with d.
+The checks, the program and the order of its values depend on the tensors' shapes, strides and dtypes and on
+the options alone. A call whose tensors all lay as the kernel reads them is kept (`remember`). A later one
+with the same key is compared with it (`repeat`): whether its tensors are alike, lie on the same boundaries,
+and share no memory with d.
 """
 
 import operator
@@ -27,8 +27,8 @@ class _Known(NamedTuple):
         matches: whether other tensors are like its own.
         masks: of each tensor's pointer, the bits that must be 0.
         spans: bytes that each of them reaches over; d is the last.
-        scales: which of them has scales that lie in columns, and the bytes that its memory must have behind its
-            first; None if there is none.
+        scales: which of them has scales that lie in columns, and the bytes that its memory must have behind
+            its first; None if there is none.
         pick: from (numbers, then pointers) the values of the launch, in order.
         numbers: those of the values that are no pointers.
         launch: the program's.

@@ -35,6 +35,8 @@ from torch_bridge.sglang.recorder import (
     set_global_expert_distribution_recorder as set_global_expert_distribution_recorder,
 )
 
+_IN_PLACE = fast_path.SGLANG | fast_path.IN_PLACE
+
 
 def moe_align_block_size(
     topk_ids: torch.Tensor,
@@ -148,15 +150,12 @@ def ops_moe_align_block_size(
     taken.
     """
     buffers = (sorted_token_ids, experts_ids, num_tokens_post_pad)
-    if (
-        type(num_experts) is int
-        and type(pad_sorted_token_ids) is bool
-        and fast_path.open_to_all()
-        and fast_path.is_scratch(cumsum_buffer, topk_ids, num_experts + 1)
-    ):
-        form = fast_path.SGLANG | fast_path.IN_PLACE
-        key = (num_experts - 1, block_size, False, ignore_invalid_expert, None, form)
-        if fast_path.attempt(key, topk_ids, None, None, buffers) is not None:
+    # A scratch that is None has to be refused below.
+    is_known = type(num_experts) is int and type(pad_sorted_token_ids) is bool
+    if is_known and cumsum_buffer is not None:
+        key = (num_experts - 1, block_size, False, ignore_invalid_expert, None, _IN_PLACE)
+        scratch = cumsum_buffer, num_experts + 1
+        if fast_path.attempt(key, topk_ids, None, None, buffers, *scratch) is not None:
             return
     function = "ops_moe_align_block_size"
     topk_ids = _checks.check_integer_tensor(function, "topk_ids", topk_ids, _checks.IDS_REMEDY)

@@ -92,7 +92,7 @@ class ExpertDistributionRecorder:
         if mode is None:
             return ExpertDistributionRecorder()
         function = "ExpertDistributionRecorder.init_new"
-        if mode not in MODES:
+        if not (mode is None or checks.is_one_of(mode, MODES)):
             _fail(function, "mode", f"be one of {', '.join(MODES)} or None", repr(mode))
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
         try:
@@ -431,7 +431,7 @@ class _Recorder(ExpertDistributionRecorder):
             self._recording = False
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
-        if output_mode not in ("file", "object"):
+        if not checks.is_one_of(output_mode, ("file", "object")):
             _fail("dump_record", "output_mode", 'be "file" or "object"', repr(output_mode))
         with self._lock:
             self._own("dump_record")
