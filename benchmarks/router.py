@@ -162,8 +162,7 @@ WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys o
 def fits(name: str, size: Size) -> bool:
     """Whether a shape has a routing warp for each token, and few without one."""
     config = shape_of(name)
-    aligners = config.aligners if config.form == "split" else 0
-    routers = 4 * (config.num_warpgroups - aligners) * config.num_ctas
+    routers = 4 * (config.num_warpgroups - (config.form == "split")) * config.num_ctas
     return size.tokens <= routers < max(2 * size.tokens, 5)
 
 
@@ -172,7 +171,7 @@ def failure(error: Exception) -> str:
 
 
 def shape_of(name: str) -> Any:
-    """A `FusedConfig` of "form:warpgroups:CTAs[:aligners[:message]]", such as "split:3:8:1:8"."""
+    """A `FusedConfig` of "form:warpgroups:CTAs", such as "split:3:8"."""
     from moe_align_jax._router import fused
 
     form, *numbers = name.split(":")

@@ -36,15 +36,11 @@ class FusedConfig:
         form: "split" (`split.py`), or of the alignment, "warp" or "block" as that alone has them.
         num_warpgroups: of a CTA.
         num_ctas: CTAs of the cluster.
-        aligners: of "split", the warpgroups that align; the others choose.
-        message: of "split", ids in a message from CTA to CTA, 4 or 8.
     """
 
     form: str
     num_warpgroups: int
     num_ctas: int
-    aligners: int = 1
-    message: int = 4
 
 
 def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None:
@@ -120,8 +116,6 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             align,
             num_warpgroups=config.num_warpgroups,
             num_ctas=config.num_ctas,
-            aligners=config.aligners,
-            message=config.message,
         )
         body, shared, mailbox = code.body, code.shared, code.num_ids
     else:

@@ -5,9 +5,9 @@ them: the bits of a word, or of two. Atomic additions in shared memory set the b
 The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
-without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
-align. In a cluster they post their ids to every CTA, as a few messages, and compute the weights while those
-are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output.
+without a bit. While these align, the routing warps compute and write the weights. In one CTA the routing
+warps set the bits themselves. In a cluster they post their ids to every CTA, in messages of 4, and the
+aligning warps of each set the bits of all and write a slice of each output.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
@@ -31,8 +31,7 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
 _COUNT_SHIFT = 24
-_HALF = 0xFFFF
-_MESSAGE = 4  # words
+_MESSAGE = 4  # ids
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
@@ -51,20 +50,16 @@ class Split:
         *,
         num_warpgroups: int,
         num_ctas: int,
-        aligners: int,
-        message: int,
     ):
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
-        self.routers = (num_warpgroups - aligners) * WARPGROUP // WARP
-        self.first_thread, self.threads = self.routers * WARP, aligners * WARPGROUP
-        self.message = message
+        self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
-        # Words of a token's ids. A message of 8 ids has two in a word.
-        self.row = problem.top_k
+        self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
-            self.row = cdiv(problem.top_k, message) * _MESSAGE
+            self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE
         self.num_ids = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
@@ -119,22 +114,17 @@ class Split:
         count = routing.num_values(problem)
         chosen = t.values_if(is_token, choose, [0] * count)
 
-        def weigh() -> None:
-            with t.if_(is_token):
-                found = router.found_of(loaded, chosen)
-                routing.store(router, token, router.weigh(found), found.expert)
-
+        ids = None if self.num_ctas > 1 else r.chosen
         if self.num_ctas > 1:
-            weigh()  # while messages are on their way
             with t.if_(aligns):
                 ids = t.mail()
                 for pair, expert in self._experts(t, r, ids):
                     self._set_bit(t, r, pair // problem.top_k, expert)
-            t.block_sync()
-        else:
-            ids = r.chosen
-            t.block_sync()
-            weigh()  # while pairs are aligned
+        t.block_sync()
+        # Weights wait: in a cluster they take longer than the messages, for which pairs need not wait then.
+        with t.if_(is_token):
+            found = router.found_of(loaded, chosen)
+            routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
             self._align(t, r, ids)
 
@@ -145,15 +135,12 @@ class Split:
         parts = self.row // _MESSAGE
         width = 1 << (parts - 1).bit_length()
         part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
-        source = t.select(part < parts, part * self.message, 0)
-        words = [t.shfl(expert, source + k) for k in range(self.message)]
-        if self.message > _MESSAGE:
-            pairs = zip(words[::2], words[1::2], strict=True)
-            words = [(low & _HALF) | (high << 16) for low, high in pairs]
+        source = t.select(part < parts, part * _MESSAGE, 0)
+        ids = [t.shfl(expert, source + k) for k in range(_MESSAGE)]
         for cta in range(0, self.num_ctas, WARP // width):
             to = first + cta
             with t.if_((part < parts) & (to < self.num_ctas)):
-                t.post(to, token * self.row + part * _MESSAGE, *words)
+                t.post(to, token * self.row + part * _MESSAGE, *ids)
 
     def _keep(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token in the one CTA's shared memory, and their bits."""
@@ -204,14 +191,10 @@ class Split:
 
     def _id(self, t: Simt, ids: Any, pair: Int) -> Int:
         """Of a pair."""
-        two_in_a_word = self.num_ctas > 1 and self.message > _MESSAGE
-        if self.row == self.problem.top_k and not two_in_a_word:
+        top_k = self.problem.top_k
+        if self.row == top_k:
             return t.load(ids, pair)
-        token, k = pair // self.problem.top_k, pair % self.problem.top_k
-        if not two_in_a_word:
-            return t.load(ids, token * self.row + k)
-        word = t.load(ids, token * self.row + (k >> 1))
-        return (word << (16 - ((k & 1) << 4))) >> 16
+        return t.load(ids, pair // top_k * self.row + pair % top_k)
 
     def _align(self, t: Simt, r: SimpleNamespace, ids: Any) -> None:
         align, problem = self.align, self.problem

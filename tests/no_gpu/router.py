@@ -111,9 +111,6 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
                 ctas = 1 << (-(-problem.num_tokens // (4 * routers)) - 1).bit_length()
                 shape = fused.FusedConfig("split", routers + 1, ctas)
                 every += [(problem, align, shape)] * (ctas <= 8 and shape != config)
-                if 1 < ctas <= 8:
-                    wider = fused.FusedConfig("split", routers + 2, ctas, aligners=2, message=8)
-                    every.append((problem, align, wider))
     for position, (problem, align, config) in enumerate(every):
         what = f"{problem}"
         if align is None:

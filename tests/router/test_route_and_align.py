@@ -137,8 +137,6 @@ def shapes_of(tokens, pairs):
         ctas = 1 << (-(-tokens // routers) - 1).bit_length()
         if ctas <= 8 and routers <= max(tokens, 4):
             yield fused.FusedConfig("split", routers // 4 + 1, ctas)
-            if ctas > 1:
-                yield fused.FusedConfig("split", routers // 4 + 2, ctas, aligners=2, message=8)
     yield fused.FusedConfig("warp" if pairs <= 32 else "block", 2, ctas)
 
 
