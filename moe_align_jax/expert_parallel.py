@@ -48,9 +48,9 @@ from moe_align_jax._expert_parallel.exchange import (
     send,
     send_to_boxes,
 )
-from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._lowering import export, select
+from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 

@@ -24,9 +24,9 @@ from moe_align_jax._expert_parallel.arguments import (
     check_out_dtype,
     check_rows,
 )
-from moe_align_jax._expert_parallel.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._layout.rows import copy_to_masked, sum_rows, take_rows
 from moe_align_jax._lowering import export
+from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._lowering.sharding import vary_together
 
 _I32 = jnp.int32

@@ -20,6 +20,7 @@ from moe_align_jax._grouped_matmul import (
 from moe_align_jax._grouped_matmul import choice as why
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, MatmulProblem, Scales
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._masked_quant.problem import ScaleLayout
 from moe_align_jax.types import AlignedBlocks, Implementation, Selection
 
@@ -523,4 +524,7 @@ def _run(problem: MatmulProblem, implementation: Any, *operands: jax.Array) -> j
     as_given = tuple(
         x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)) for x in operands
     )
-    return derivative.run(as_given, problem=problem, implementation=implementation)
+    if problem.scales is None:  # e4m3 has no derivative at all
+        as_given = reverse_mode_only(problem.function, as_given)
+    with in_our_words(problem.function):
+        return derivative.run(as_given, problem=problem, implementation=implementation)

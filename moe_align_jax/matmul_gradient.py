@@ -16,6 +16,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import arguments, derivative
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax.types import Implementation
 
 
@@ -136,9 +137,11 @@ def _tgmm(
     lhs, rhs, sizes, offset = (
         x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)) for x in operands
     )
-    found = derivative.run_weight_gradient(
-        (lhs.T, rhs, sizes, offset), problem=problem, implementation=implementation
-    )
+    lhs, rhs = reverse_mode_only(function, (lhs, rhs))
+    with in_our_words(function):
+        found = derivative.run_weight_gradient(
+            (lhs.T, rhs, sizes, offset), problem=problem, implementation=implementation
+        )
     if existing_out is None:
         return found
     return (jnp.asarray(existing_out).astype(jnp.float32) + found).astype(out_dtype)

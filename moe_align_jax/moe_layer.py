@@ -19,6 +19,7 @@ from moe_align_jax._grouped_matmul import choice as why
 from moe_align_jax._grouped_matmul import config, primitive, quantized
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
+from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._masked_quant.problem import ScaleLayout
 from moe_align_jax._moe_layer import arguments, layer, plan
@@ -242,7 +243,10 @@ def fused_moe(
         *(scaled.arrays, scaled.down_arrays),
     )
     operands = _check_operands(function, problem, operands)
-    y = layer.run(operands, problem=problem, implementation=implementation)
+    if problem.scales is None:  # e4m3 has no derivative at all
+        operands = reverse_mode_only(function, operands)
+    with in_our_words(function):
+        y = layer.run(operands, problem=problem, implementation=implementation)
     return (y, counts) if counted else y
 
 

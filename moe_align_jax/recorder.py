@@ -93,7 +93,11 @@ class ExpertDistributionRecorder:
     ):
         if not checks.is_one_of(file_format, files.FORMATS):
             fail(
-                _NAME, "file_format", f"be one of {', '.join(files.FORMATS)}", checks.shown(file_format), ""
+                _NAME,
+                "file_format",
+                f"be one of {', '.join(files.FORMATS)}",
+                checks.shown(file_format),
+                "",
             )
         files.check_format(file_format)
         if name is not None and not isinstance(name, str):

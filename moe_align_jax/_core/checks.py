@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Container
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def shown(value: object) -> str:
     return repr(value) if isinstance(value, str) else describe(value)
 
 
-def is_finite(value: float) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a number is a finite float64. (math.isfinite raises for an int beyond, and does not trace.)"""
     if isinstance(value, int):
         return abs(value) <= sys.float_info.max

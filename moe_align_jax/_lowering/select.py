@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def check_implementation(function: str, implementation: object) -> None:
         )
 
 
-def dtype_of(value: object) -> np.dtype | None:
+def dtype_of(value: Any) -> np.dtype | None:
     """The dtype that it is or names; None where it is none, such as an array."""
     try:
         if value is None or isinstance(value, (jax.Array, np.ndarray, np.generic)):

@@ -376,10 +376,13 @@ def test_on_gpus_the_kernels_give_the_bits_of_the_longer_way(monkeypatch, tokens
     sharding = NamedSharding(mesh, P("ep"))
     given = quantised(batch.x) if payload else batch.x
     batch.x, batch.ids, batch.weights = (jax.device_put(a, sharding) for a in batch.args)
-    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", True)
-    results = [exchanged(batch, mesh, payload=payload) for _ in range(2)]
-    monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", False)
+    results = []
+    for way in ("gathered", "packed"):
+        take(monkeypatch, way)
+        results += [exchanged(batch, mesh, payload=payload) for _ in range(2)]
+    take(monkeypatch, "by XLA")
+    monkeypatch.setattr(all_to_all.AllToAll, "return_rows", in_rank_order)
     batch.x = jax.device_put(given, sharding)
     results.append(exchanged(batch, mesh))
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+    for result in results[1:]:
+        assert_same_bits(results[0], result)

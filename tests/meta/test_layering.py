@@ -100,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.matmul": {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.reverse_mode",
         "moe_align_jax._lowering.select",
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax.types",
@@ -133,6 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.matmul_gradient": {
         "moe_align_jax._core.checks",
         "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.reverse_mode",
         "moe_align_jax._lowering.select",
         "moe_align_jax.matmul",
         "moe_align_jax.types",
@@ -143,6 +145,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.reverse_mode",
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
         "moe_align_jax._masked_quant.problem",
@@ -215,8 +218,8 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul",
-        "moe_align_jax._lowering.sharding",
         "moe_align_jax._lowering.select",
+        "moe_align_jax._lowering.sharding",
     },
     "moe_align_jax._grouped_matmul.activation_gradient": {
         "moe_align_jax._grouped_matmul",
@@ -384,6 +387,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._expert_parallel",
         "moe_align_jax._layout",
         "moe_align_jax._lowering.export",
+        "moe_align_jax._lowering.reverse_mode",
         "moe_align_jax._lowering.sharding",
         "moe_align_jax.block_align",
     },
@@ -499,6 +503,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
     "moe_align_jax._lowering.sharding": set(),
+    "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),
     "moe_align_jax._align.arguments": {

@@ -544,6 +544,37 @@ def _layout(name):
     return call
 
 
+UP, DOWN = np.random.default_rng(0).normal(size=(2, 2, 3, 3)).astype(np.float32)
+FORWARD = {
+    "fused_moe": lambda x: maj.fused_moe(x, UP, DOWN, W, IDS, gated=False),
+    "ragged_dot": lambda x: maj.ragged_dot(x, UP, jnp.array([1, 1])),
+    "grouped_matmul": lambda x: maj.grouped_matmul(
+        x,
+        UP,
+        maj.moe_align_block_size(IDS, block_size=2, num_experts=2),
+        block_size=2,
+        top_k=2,
+    ),
+    "masked_grouped_matmul": lambda x: maj.masked_grouped_matmul(
+        jnp.stack([x, x]), UP, jnp.array([2, 1])
+    ),
+    "tgmm": lambda x: maj.tgmm(x.T, x, jnp.array([1, 1])),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_of_products_is_refused_in_our_words(name):
+    run, match = FORWARD[name], rf"^{name}: its result must be differentiated in reverse mode; got"
+    for call in (
+        lambda x: jax.jvp(run, (x,), (x,)),
+        jax.jit(lambda x: jax.jvp(run, (x,), (x,))),
+        jax.jit(jax.jacfwd(run)),
+        jax.hessian(lambda x: jnp.sum(run(x))),
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            call(SMALL)
+
+
 LAYERS = {
     "masked": _layout("masked"),
     "contiguous": _layout("contiguous"),

@@ -10,10 +10,12 @@ all_gather as well, which needs no D copies of them: so large fields go.
 A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
 quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). With `GATHERS` all
 of a token's fields are gathered as they are, which XLA makes one collective of, and one kernel quantises what
-came, unless rows that are not yet quantised would be many bytes more. What XLA makes of those steps are some nine small kernels, and launching them takes
-longer than the exchanges. Between two ranks the way back is a reduce-scatter where it can be: the sum of two
-numbers has one order, and rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two
-more, are enough for float32 to round a sum a second time without harm).
+came, unless rows that are not yet quantised would be many bytes more. What XLA makes of those steps are some
+nine small kernels, and launching them takes longer than the exchanges.
+
+Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
+rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
+to round a sum a second time without harm).
 """
 
 from typing import Any

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -22,9 +23,13 @@ _tangent_p = Primitive("reverse_mode_only")
 
 def reverse_mode_only(function: str, tree: Any) -> Any:
     """Its argument, an error of `function` where forward mode differentiates by it."""
-    return jax.tree.map(
-        lambda x: _same(function, x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+
+    def wrapped(x: Any) -> Any:
+        # An array that is no tracer has no tangent.
+        traced = isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        return _same(function, x) if traced else x
+
+    return jax.tree.map(wrapped, tree)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
