@@ -115,8 +115,13 @@ class Found(NamedTuple):
 
 
 def shortens(problem: RouteProblem) -> bool:
-    """Whether most tokens are chosen for by keys of a logit's high bits and the id."""
-    return SHORT_KEYS and problem.dtype == "float32" and not problem.bias_rows
+    """Whether most tokens are chosen for by keys of a logit's high bits and the id.
+
+    Not where groups are chosen first: the greatest logits of two groups may agree in their high bits, and the
+    logits of the group that is left out are not among those by which a doubt would be seen.
+    """
+    is_plain = not problem.bias_rows and not problem.limits_groups
+    return SHORT_KEYS and problem.dtype == "float32" and is_plain
 
 
 def id_mask(problem: RouteProblem) -> int:
@@ -270,8 +275,7 @@ class Router:
         """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
         in the logit's high bits or no logit has any low bits; else by the whole keys."""
         t, problem, mask = self.t, self.problem, self.id_mask
-        groups = problem.topk_groups if problem.limits_groups else problem.num_groups
-        others = problem.top_k < problem.group_size * groups and problem.top_k < WARP
+        others = problem.top_k < problem.num_experts and problem.top_k < WARP
         # The logits as they are: where one of them is not finite, what this finds is not taken.
         choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
         for x in loaded.words:
@@ -281,7 +285,7 @@ class Router:
         following = t.shfl(value, (self.lane + 1) & (WARP - 1))
         close = ((value ^ following) & ~mask).eq(0) & (self.lane < problem.top_k - 1 + others)
         unsure = t.ballot(close | (infinite & ~f32.SIGN).ne(0)).ne(0)
-        if problem.top_k == WARP < problem.group_size * groups:
+        if problem.top_k == WARP < problem.num_experts:
             unsure = t.const(0).eq(0)  # no lane holds the next one
 
         def look() -> list[Int]:

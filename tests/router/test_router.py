@@ -262,6 +262,20 @@ def test_logits_that_differ_in_their_last_bits_are_told_apart(implementation, nu
     np.testing.assert_allclose(np.asarray(weights), expected, rtol=2e-5, atol=1e-30)
 
 
+def test_groups_whose_greatest_logits_differ_in_their_last_bits_are_told_apart(implementation):
+    """Each token has the greatest logit in another group, by 1 unit in the last place."""
+    for num_experts, groups, stay in ((8, 8, 1), (24, 8, 2), (128, 4, 1), (256, 8, 4)):
+        size = num_experts // groups
+        logits = np.full((groups, num_experts), -3, np.float32)
+        logits[:, ::size] = 1
+        for token in range(groups):
+            logits[token, token * size] = np.nextafter(np.float32(1), np.float32(2))
+        _, ids = maj.route_topk(
+            logits, top_k=1, num_groups=groups, topk_groups=stay, implementation=implementation
+        )
+        assert np.asarray(ids)[:, 0].tolist() == list(range(0, num_experts, size))
+
+
 # -- which tokens are real ---------------------------------------------------------------------------
 
 
