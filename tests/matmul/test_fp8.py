@@ -335,7 +335,7 @@ def test_select_names_the_kernel_and_why_not():
         ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-ahead"),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
-        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-ahead"),
+        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
