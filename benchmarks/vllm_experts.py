@@ -129,6 +129,10 @@ def _known() -> dict[str, dict[str, Any]]:
             "direct_register_custom_op": lambda *given, **named: None,
             "PIN_MEMORY": False,
         },
+        # No operand here is quantised.
+        "vllm.model_executor.layers.quantization.utils.ocp_mx_utils": {
+            "OCP_MX_Scheme": types.SimpleNamespace(from_quant_dtype=lambda *dtypes: None),
+        },
         "vllm.scalar_type": {},
     }
 

@@ -22,7 +22,12 @@ from moe_align_jax._lowering.select import (
 # docs/notebook/ records it. With other releases they were compiled only.
 JAX_RUN_ON_A_GPU: dict[tuple[int, ...], str] = {
     (0, 11, 2): "",
-    (0, 12, 0): "the library's tests on an H100, and the first 76 of torch_bridge's",
+    (
+        0,
+        12,
+        0,
+    ): "the library's tests on an H100, and the first 76 of torch_bridge's, 2026-11-22; of the kernels "
+    'since then a sample on H200s, 2026-11-29, and the tests of "nvlink_window" on two',
 }
 _SIZE = {"topk_ids_or_shape": (4096, 8), "block_size": 64, "num_experts": 256}
 

@@ -409,7 +409,8 @@ def test_no_token_anywhere_and_no_static_row():
 
 
 def test_the_rule_can_be_asked(monkeypatch):
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", ())  # no jax at all
+    for releases in ("NVLINK_RUN_WITH", "WINDOW_RUN_WITH"):
+        monkeypatch.setattr(choice, releases, ())  # no jax at all
     ask = functools.partial(maj.select_transport, top_k=8, num_ranks=8)
     assert ask(128).mode == "low_latency" and ask(129).mode == "normal"
     assert ask(129, max_low_latency_tokens=256).mode == "low_latency"
@@ -422,7 +423,8 @@ def test_the_rule_can_be_asked(monkeypatch):
 
 def test_our_kernels_are_the_choice_with_the_jax_they_ran_with(monkeypatch):
     ask = functools.partial(maj.select_transport, 128, top_k=8, platform="gpu")
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
+    for releases in ("NVLINK_RUN_WITH", "WINDOW_RUN_WITH"):
+        monkeypatch.setattr(choice, releases, (select.jax_version()[:2],))
     assert ask(num_ranks=2).transport == "nvlink_window"
     assert ask(num_ranks=4).transport == "nvlink"
     assert ask(num_ranks=4, mode="normal").transport == "nvlink"

@@ -104,8 +104,9 @@ def test_it_is_the_choice_where_it_has_run(mesh):
 
     given.run(body)
     assert found[0] == maj.select_transport(4, top_k=2, num_ranks=mesh.shape["ep"], mesh=mesh)
-    if mesh.shape["ep"] > 1 and select.jax_version()[:2] in choice.NVLINK_RUN_WITH:
-        wanted = "nvlink_window" if mesh.size <= choice.WINDOW_GPUS else "nvlink"
+    run_with = {"nvlink_window": choice.WINDOW_RUN_WITH, "nvlink": choice.NVLINK_RUN_WITH}
+    wanted = "nvlink_window" if mesh.size <= choice.WINDOW_GPUS else "nvlink"
+    if mesh.shape["ep"] > 1 and select.jax_version()[:2] in run_with[wanted]:
         assert found[0].transport == wanted, found[0].reasons
 
 

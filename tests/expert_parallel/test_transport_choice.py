@@ -23,7 +23,8 @@ def on_gpus(monkeypatch):
     """As where the eight devices are GPUs and our kernels have run with this jax."""
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
+    for releases in ("NVLINK_RUN_WITH", "WINDOW_RUN_WITH"):
+        monkeypatch.setattr(choice, releases, (select.jax_version()[:2],))
     monkeypatch.setattr(choice, "WINDOW_GPUS", 8)
 
 
@@ -87,14 +88,38 @@ def test_what_a_window_cannot_do_nvlink_does(on_gpus, monkeypatch):
     assert asked.reasons["nvlink_window"] == "no memory at an address"
     monkeypatch.setattr(windows, "missing", lambda: None)
     monkeypatch.setattr(choice, "NVLINK_RUN_WITH", ((0, 1), (1, 2)))
+    monkeypatch.setattr(choice, "WINDOW_RUN_WITH", ((0, 3),))
     asked = many()
     assert asked.transport == "all_to_all"
-    for ours in ("nvlink", "nvlink_window"):
-        assert "seen running with jax 0.1 and 1.2 only" in asked.reasons[ours]
+    assert "seen running with jax 0.1 and 1.2 only" in asked.reasons["nvlink"]
+    assert "seen running with jax 0.3 only" in asked.reasons["nvlink_window"]
+
+
+@pytest.mark.parametrize(
+    ("release", "taken"),
+    [
+        # Two GPUs in mode "low_latency", two in "normal", eight in "low_latency".
+        ((0, 11, 2), ["nvlink_window", "nvlink", "nvlink"]),
+        ((0, 12, 0), ["nvlink_window", "all_to_all", "all_to_all"]),
+        ((0, 13, 0), ["all_to_all", "all_to_all", "all_to_all"]),
+    ],
+)
+def test_the_rule_by_jax_release_is_the_one_documented(monkeypatch, release, taken):
+    """Each transport where all its tests have run on GPUs."""
+    ask = functools.partial(maj.select_transport, 8, top_k=2, platform="gpu")
+    monkeypatch.setattr(choice.select, "jax_version", lambda: release)
+    # A release that nobody has seen is refused elsewhere, too: here only the rule is asked.
+    for transport in choice.TRANSPORTS.values():
+        monkeypatch.setattr(type(transport), "unavailable", lambda self, platform: None)
+    asked = [ask(num_ranks=2), ask(num_ranks=2, mode="normal"), ask(num_ranks=8)]
+    assert [one.transport for one in asked] == taken
+    why = [asked[1].reasons["nvlink"], asked[0].reasons["nvlink"]]
+    assert all(("seen running with jax 0.11 only" in one) == (release[1] != 11) for one in why)
 
 
 def test_the_platform_of_a_mesh_is_its_own(monkeypatch):
-    monkeypatch.setattr(choice, "NVLINK_RUN_WITH", (select.jax_version()[:2],))
+    for releases in ("NVLINK_RUN_WITH", "WINDOW_RUN_WITH"):
+        monkeypatch.setattr(choice, releases, (select.jax_version()[:2],))
     asked = maj.select_transport(2, top_k=2, num_ranks=8, mesh=mesh_of())
     assert asked == taken(mesh_of()) and asked.transport == "all_to_all"
     assert "not on 'cpu'" in asked.reasons["nvlink"]
