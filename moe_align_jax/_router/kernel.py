@@ -8,7 +8,8 @@ id that has it, and the four that it came from moves up. Lane k keeps what round
 
 bfloat16 and float16 logits that are chosen by leave bits for the id in a key, so that no two keys are equal,
 and one `redux.sync` finds both. So do the high bits of float32 logits, where no groups are chosen first: a
-round takes half the instructions then. They tell all unless two of the K + 1 greatest agree in them; for such a token the whole keys decide.
+round takes half the instructions then. They tell all unless two of the K + 1 greatest agree in them; for such
+a token the whole keys decide.
 
 Bytes: every logit read once, every result written once. Grid: a CTA for each 4 tokens, or 8 where they are
 many. Deterministic.
