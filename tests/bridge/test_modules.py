@@ -280,6 +280,7 @@ def test_key_names_the_problem_and_the_gpu():
             "top_k": 2,
             "num_layers": 3,
             "num_shared": 1,
+            "num_local": 5,
         }.items()
     ]
     assert len(changed) == len(PROBLEM._fields)

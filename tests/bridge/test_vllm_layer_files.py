@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from benchmarks import vllm_experts  # noqa: E402
+from tests.gpu import graphs  # noqa: E402
 from tests.moe_layer import oracle  # noqa: E402
 from torch_bridge import _vllm_experts, vllm  # noqa: E402
 
@@ -76,7 +77,7 @@ def test_a_layer_gives_what_vllms_does(form, monkeypatch):
                     if form == "graph":
                         out.fill_(float("nan"))
                         graph = torch.cuda.CUDAGraph()
-                        with torch.cuda.graph(graph):
+                        with graphs.capture(graph):
                             layer.run(*given, out, on_input)
                         graph.replay()
             else:
