@@ -144,22 +144,46 @@ def run_side_by_side(
             with contextlib.suppress(TimeoutError):  # its rows will not come: said below
                 child.ready(options.preparing, until)
         for k, child in children.items():
-            rows, reason = [], ""
-            try:
-                child.ready(1.0, time.monotonic() + 1.0)
-                child.go()
-                for row in child.rows(options.timeout, time.monotonic() + 3600):
-                    rows.append(row)
-                    print(line(row), flush=True)
-                    if options.out:
-                        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-                        with Path(options.out).open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-            except TimeoutError as error:
-                reason = str(error)
-            code = child.end()
-            if code or reason:
-                print(f"{sizes[k].name}: {reason or f'its process ended with {code}'}", flush=True)
-            print("\n".join(ratios(rows)), flush=True)
-            failed |= bool(code or reason or any(row["status"] == "failed" for row in rows))
+            rows, ended = measured(
+                child,
+                sizes[k].name,
+                options.timeout,
+                time.monotonic() + 3600,
+                options.out,
+                line,
+                ratios,
+            )
+            failed |= not ended or any(row["status"] == "failed" for row in rows)
     return 1 if failed else 0
+
+
+def measured(
+    child: Child,
+    name: str,
+    patience: float,
+    until: float,
+    out: str | None,
+    line: Callable[[dict[str, Any]], str],
+    ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a child that is prepared, and whether it ended in order. They are printed, and appended to
+    `out`; `patience` and `until` are those of `Child.rows`."""
+    rows: list[dict[str, Any]] = []
+    reason = ""
+    try:
+        child.ready(1.0, until)
+        child.go()
+        for row in child.rows(patience, until):
+            rows.append(row)
+            print(line(row), flush=True)
+            if out:
+                Path(out).parent.mkdir(parents=True, exist_ok=True)
+                with Path(out).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    except TimeoutError as error:
+        reason = str(error)
+    code = child.end()
+    if code or reason:
+        print(f"{name}: {reason or f'its process ended with {code}'}", flush=True)
+    print("\n".join(ratios(rows)), flush=True)
+    return rows, not code and not reason

@@ -23,7 +23,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import deep_gemm_peer, machine, timing, training_peers  # noqa: E402
+from benchmarks import case_processes, deep_gemm_peer, machine, timing, training_peers  # noqa: E402
 from benchmarks.children import Child  # noqa: E402
 
 _READ_BYTES = 1 << 30
@@ -574,24 +573,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measured(size: Size, child: Child, options: argparse.Namespace, until: float) -> bool:
     """Whether every row of a child came, and is one of a right result. They are printed and written."""
-    rows, reason = [], ""
-    try:
-        child.ready(1.0, until)
-        child.go()
-        for row in child.rows(options.patience, until):
-            rows.append(row)
-            print(line(row), flush=True)
-            if options.out:
-                Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-                with Path(options.out).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    except TimeoutError as error:
-        reason = str(error)
-    code = child.end()
-    if code or reason:
-        print(f"{size.name}: {reason or f'its process ended with {code}'}", flush=True)
-    print("\n".join(ratios(rows)), flush=True)
-    return not code and not reason and all(row["status"] == "ok" for row in rows)
+    rows, ended = case_processes.measured(
+        child, size.name, options.patience, until, options.out, line, ratios
+    )
+    return ended and all(row["status"] == "ok" for row in rows)
 
 
 if __name__ == "__main__":
