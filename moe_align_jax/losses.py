@@ -214,7 +214,7 @@ def _check_rate(function: str, rate: Any) -> Any:
     """A finite real number, or an array of one."""
     remedy = "Pass the step, e.g. 0.001."
     dtype: Any = getattr(rate, "dtype", None)
-    array = isinstance(rate, (jax.Array, np.ndarray, np.generic))
+    array = checks.is_array(rate) or isinstance(rate, np.generic)
     real = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if array:
         kinds = (jnp.floating, jnp.integer)

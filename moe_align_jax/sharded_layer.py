@@ -229,12 +229,17 @@ def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, f
         rule = "be the name of an axis, or a tuple of names"
         checks.refuse(TypeError, function, "data_axes", rule, data, "Pass () for none.")
     data = (data,) if isinstance(data, str) else tuple(data)
+    rule, remedy = (
+        f"name an axis of the mesh, {', '.join(map(repr, mesh.axis_names))}",
+        "See mesh.axis_names.",
+    )
     named = [("expert_axis", expert), *(("data_axes", name) for name in data)]
     named += [(a, n) for a, n in (("tensor_axis", tensor), ("fsdp_axis", fsdp)) if n is not None]
     for argument, name in named:
+        if not isinstance(name, str):
+            checks.refuse(TypeError, function, argument, rule, name, remedy)
         if name not in mesh.axis_names:
-            rule = f"name an axis of the mesh, {', '.join(map(repr, mesh.axis_names))}"
-            checks.refuse(ValueError, function, argument, rule, repr(name), "See mesh.axis_names.")
+            checks.refuse(ValueError, function, argument, rule, repr(name), remedy)
     once = [expert, *data, *([tensor] if tensor else [])]
     if len(set(once)) < len(once) or fsdp in (expert, tensor) and fsdp is not None:
         rule, got = "be different axes; fsdp_axis may be one of data_axes", str(named)

@@ -21,7 +21,7 @@ TO_E4M3_LAYOUT = (
 
 
 def check_array(function: str, argument: str, value: Any) -> Any:
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         remedy = "Pass a jax or NumPy array."
         if type(value).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
@@ -224,7 +224,7 @@ def check_offset(function: str, value: Any) -> Any:
     if value is None:
         return np.zeros(1, np.int32)
     remedy = "Pass the group that rhs[0] belongs to."
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         try:
             value = np.asarray(saturate(checks.index(value), -INT32_MAX))
         except TypeError:
