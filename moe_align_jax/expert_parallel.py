@@ -344,7 +344,7 @@ def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> j
     """
     function = "combine"
     fork.check(function)
-    if not isinstance(handle, DispatchHandle):
+    if not isinstance(handle, DispatchHandle) or not isinstance(handle.info, DispatchInfo):
         rule, got = "be a DispatchHandle", checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."
         raise TypeError(checks.message(function, "handle", rule, got, remedy))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_align_jax._expert_load.files import write_atomically
+
 MISSING = (
     "no picture: matplotlib is not installed (extra `plot`: pip install 'moe-align-jax[plot]'; "
     "in a checkout: pip install -e '.[plot]')"
@@ -30,6 +32,7 @@ def draw(
 
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,4 +59,5 @@ def draw(
         label="load / mean load of the layer",
         extend="max" if most > _MOST else "neither",
     )
-    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+    options = {"dpi": 120, "format": "png", "metadata": {"Software": None}}
+    write_atomically(path, lambda opened: figure.savefig(opened, **options))
