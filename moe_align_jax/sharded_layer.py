@@ -14,6 +14,7 @@ from moe_align_jax._align.arguments import narrow_count, narrow_map
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
+from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import Activation, Weights
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate
@@ -155,8 +156,8 @@ def sharded_fused_moe(
         method,
         weights,
         experts,
-        arguments.check_flag(function, "weights_on_input", weights_on_input),
-        arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert),
+        check_flag(function, "weights_on_input", weights_on_input),
+        check_flag(function, "return_tokens_per_expert", return_tokens_per_expert),
         matmul_arguments.result_dtype(function, x, preferred_element_type),
         checks.check_positive_int(
             function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."

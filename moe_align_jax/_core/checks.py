@@ -28,8 +28,8 @@ def fail(
     remedy: str,
     kind: type[Exception] = ValueError,
 ) -> NoReturn:
-    """Raises our error, of that kind."""
-    raise kind(message(function, argument, rule, got, remedy).rstrip())
+    """Raises our error, of that kind, and not "during the handling of" one of Python's."""
+    raise kind(message(function, argument, rule, got, remedy).rstrip()) from None
 
 
 def refuse(

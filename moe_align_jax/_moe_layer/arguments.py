@@ -141,13 +141,6 @@ def check_routing(function: str, x: Any, topk_weights: Any, topk_ids: Any) -> tu
     return topk_weights.astype(np.float32), topk_ids
 
 
-def check_flag(function: str, argument: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        remedy = "It changes the compiled program: pass True or False."
-        checks.refuse(TypeError, function, argument, "be a static bool", value, remedy)
-    return bool(value)
-
-
 def check_tokens(function: str, value: Any) -> Any:
     """num_valid_tokens: an int32 scalar on the host, or an integer array of one value."""
     remedy = "Pass the number of tokens in use, as an int or a scalar integer array."

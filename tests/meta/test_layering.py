@@ -182,6 +182,8 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._moe_layer.checkpoints": {
         "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._grouped_matmul.problem",
     },
     "moe_align_jax._moe_layer.safetensors": {"moe_align_jax._core.checks"},
     "moe_align_jax._grouped_matmul": {
