@@ -27,7 +27,6 @@ from moe_align_jax._expert_parallel.arguments import (
     global_ids,
 )
 from moe_align_jax._expert_parallel.axes import (
-    check_axis_size,
     manual,
     mesh_platform,
     nothing_like,
@@ -51,7 +50,7 @@ from moe_align_jax._expert_parallel.exchange import (
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._lowering import export, select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
-from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._lowering.sharding import check_axis, vary_together
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
@@ -178,7 +177,8 @@ def dispatch(
     """
     function = "dispatch"
     fork.check(function)
-    size = check_axis_size(function, axis_name)
+    remedy = 'Call it inside jax.shard_map over that axis, for example axis_name="ep".'
+    size = check_axis(function, axis_name, remedy)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
     ids = check_ids(function, topk_ids)

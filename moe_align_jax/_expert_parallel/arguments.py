@@ -91,7 +91,7 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
         got = f"({', '.join(checks.describe(part) for part in x)})"
         dtypes = [getattr(part, "dtype", None) for part in x]
         known = [[message.FP8, kind] for kind in (jnp.float32, jnp.int32)]
-        if payload is not None or dtypes not in known:
+        if payload is not None or dtypes not in known or not all(map(checks.is_array, x)):
             rule = "be one array, or (float8_e4m3fn, float32 or int32) without payload"
             raise TypeError(checks.message(function, "x", rule, got, remedy))
         q, scales = (jnp.asarray(part) for part in x)

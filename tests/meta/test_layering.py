@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
     },
     "moe_align_jax._lowering.export": set(),
+    "moe_align_jax._lowering.sharding": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.fork": {
         "moe_align_jax._core.checks",
     },

@@ -42,8 +42,9 @@ def _layer(**options):
 
 def _dispatch(**options):
     def body(x, ids, weights):
-        given = {"axis_name": "ep", "num_experts": 2} | options
-        return maj.dispatch(x, ids, weights, **given).tokens_per_expert
+        operands = {"x": x, "topk_ids": ids, "topk_weights": weights}
+        given = operands | {"axis_name": "ep", "num_experts": 2} | options
+        return maj.dispatch(**given).tokens_per_expert
 
     return over(mesh_of(1), body)(X, IDS, np.ones((2, 2), np.float32))
 
@@ -200,6 +201,8 @@ MASKED = {
     "tokens_per_expert": lambda m: maj.load_balancing_loss(LOGITS, m(SIZES)),
     "topk_weights": lambda m: maj.fused_moe(X, W, W, m(LOGITS), IDS, gated=False),
     "num_valid_tokens": lambda m: _layer(num_valid_tokens=m(SIZES[:1])),
+    "x of dispatch": lambda m: _dispatch(x=m(X)),
+    "topk_weights of dispatch": lambda m: _dispatch(topk_weights=m(LOGITS + 1)),
     "x of permute_to_masked": lambda m: maj.permute_to_masked(m(X), IDS, num_experts=2),
 }
 
@@ -239,3 +242,26 @@ def test_an_axis_is_of_the_mesh_around_it(name):
     refuses(lambda: LOSSES[name]("ep"), "axis_name", ValueError, f"^{name}: .*; got 'ep'")
     refuses(lambda: LOSSES[name](("ep", "tp")), "axis_name", ValueError)
     refuses(lambda: LOSSES[name](["ep"]), "axis_name", TypeError)
+    refuses(lambda: LOSSES[name](("ep", "ep")), "axis_name", ValueError, "name each axis once; got")
+
+
+def test_dispatch_names_each_axis_once():
+    refuses(lambda: _dispatch(axis_name=("ep", "ep")), "axis_name", ValueError, "axis once; got")
+
+
+@pytest.mark.parametrize("kind", ["masked", "struct", "torch"])
+def test_quantised_rows_of_dispatch_are_arrays(kind):
+    """A mask, and the shape of an array, reached jax; of torch's dtypes none equals jax's."""
+    codes, scales = maj.quantize_rowwise(X)
+    make = {
+        "masked": lambda a: np.ma.masked_array(np.asarray(a), False),
+        "struct": lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        "torch": lambda a: torch.zeros(a.shape),
+    }[kind]
+    for x in ((make(codes), scales), (codes, make(scales))):
+        refuses(lambda x=x: _dispatch(x=x), "x", TypeError)
+
+
+def test_a_handle_is_one_of_dispatch():
+    for handle in (None, (), maj.DispatchHandle(*[None] * 6), jnp.zeros(2)):
+        refuses(lambda handle=handle: maj.combine(X, handle), "handle", TypeError)
