@@ -25,7 +25,6 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
     },
     "moe_align_jax._lowering.export": set(),
-    "moe_align_jax._lowering.sharding": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.fork": {
         "moe_align_jax._core.checks",
     },
@@ -505,7 +504,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
-    "moe_align_jax._lowering.sharding": set(),
+    "moe_align_jax._lowering.sharding": {"moe_align_jax._core.checks"},
     "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),
