@@ -1,4 +1,4 @@
-"""The load of each GPU, or expert, in each layer as a picture: before and after, on one scale."""
+"""The load of each GPU in each layer as a picture: before and after, on one scale."""
 
 from pathlib import Path
 
@@ -19,16 +19,13 @@ def draw(
     after: np.ndarray,
     path: Path,
     titles: tuple[str, str],
-    *,
-    across: str = "GPU",
 ) -> None:
-    """Writes a PNG of two maps side by side, layers down and GPUs, or experts, across.
+    """Writes a PNG of two maps side by side, layers down and GPUs across.
 
     Args:
         before, after: `[L, D]` loads; each layer is drawn relative to its own mean.
         path: the file to write.
         titles: of the two maps.
-        across: what a column is.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -49,7 +46,7 @@ def draw(
     for axis, part, title in zip(axes, relative, titles, strict=True):
         scale = {"vmin": 0, "vmax": min(most, _MOST)}
         images.append(axis.imshow(part, aspect="auto", interpolation="nearest", **scale))
-        axis.set(title=title, xlabel=across)
+        axis.set(title=title, xlabel="GPU")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("layer")

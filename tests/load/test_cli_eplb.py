@@ -176,7 +176,11 @@ def test_windowed_algorithm(eplb, tmp_path):
             ("--previous", "loads"),
             "none for expert 1",
         ),
-        (b'{"logical_count": [[1, 2]]}', ("--out", "loads/x.json"), "while writing: 'loads/x.json'"),
+        (
+            b'{"logical_count": [[1, 2]]}',
+            ("--out", "loads/x.json"),
+            "while writing: 'loads/x.json'",
+        ),
     ],
 )
 def test_refusals_are_one_line(eplb, tmp_path, contents, options, words):
