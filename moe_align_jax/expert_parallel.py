@@ -42,8 +42,8 @@ from moe_align_jax._expert_parallel.choice import (
 from moe_align_jax._expert_parallel.exchange import (
     DispatchInfo,
     fills_boxes,
-    give_back_sums,
     return_rows,
+    return_sums,
     send,
     send_to_boxes,
 )
@@ -361,7 +361,7 @@ def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> j
         y = reverse_mode_only(function, y)
         if masked:
             pairs = handle.topk_weights, handle.topk_ids
-            out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
+            out = return_sums(info, y, *pairs, handle.layout, handle.plan)
         else:
             with jax.named_scope("return_rows"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))

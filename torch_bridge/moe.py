@@ -54,7 +54,7 @@ def grouped_matmul(
         preferred_element_type: dtype of the result; None for x's.
         out: `[P, N]` to be written instead of a new tensor, contiguous, overlapping no input.
         path: "auto" takes the best: "direct", a launch on torch's current stream, or "dlpack", through
-            jax. A name takes that one or raises.
+            jax. A named path is taken, or an error is raised.
 
     Returns:
         `[P, N]`, or `out`. Rows in use that hold no pair, and blocks of expert -1, are zero; rows behind
