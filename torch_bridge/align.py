@@ -80,7 +80,7 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, topk, 0)
-    if path == "auto":
+    if type(path) is str and path == "auto":  # an array is compared value by value
         results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs, out)
         if results is not None:
             return results
@@ -144,7 +144,7 @@ def align_blocks(
         >>> aligned.tokens_per_expert.tolist(), aligned.row_of_pair.tolist()
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
-    if path == "auto" and type(return_inverse) is bool:
+    if type(path) is str and path == "auto" and type(return_inverse) is bool:
         form = fast_path.align_form(True, return_inverse)
         key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, None, form)
         results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs)
