@@ -169,8 +169,8 @@ def init_expert_load(
     }
     if num_logical_experts is not None:
         sizes["num_logical_experts"] = num_logical_experts
-    if mode == "per_token":
-        sizes |= {"max_tokens": max_tokens, "top_k": top_k}
+    per_token = {"max_tokens": max_tokens, "top_k": top_k}
+    sizes |= {n: size for n, size in per_token.items() if mode == "per_token" or size is not None}
     checked = {
         name: checks.check_positive_int(function, name, value, "Pass a size.")
         for name, value in sizes.items()
@@ -193,7 +193,7 @@ def init_expert_load(
         rule, got = "be None or a jax.sharding.Sharding", checks.describe(sharding)
         remedy = "Pass jax.NamedSharding(mesh, jax.P(axis))."
         raise TypeError(checks.message(function, "sharding", rule, got, remedy))
-    tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
+    tokens, k = (checked[name] if mode == "per_token" else 0 for name in per_token)
     layout = Layout(
         mode=mode,
         num_layers=checked["num_layers"],

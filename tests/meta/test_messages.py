@@ -155,6 +155,12 @@ WRONG = {
         lambda load: maj.rebalance_experts(load, **SPLIT).expert_count
     )(LOAD),
     "physical_count": lambda: maj.balancedness(LOAD > 1, num_gpus=2),
+    "physical_count of records": lambda: maj.balancedness(
+        np.zeros(2, [("tokens", "i4")]), num_gpus=2
+    ),
+    "max_tokens": lambda: maj.init_expert_load(
+        "stat", num_layers=1, num_physical_experts=2, max_tokens="4"
+    ),
     "num_rows": lambda: maj.select_matmul_implementation(
         (2, 128), (2, 128, 128), block_size=2, num_rows="2"
     ),
@@ -240,6 +246,10 @@ MASKED = {
     "num_valid_tokens": lambda m: _layer(num_valid_tokens=m(SIZES[:1])),
     "x of dispatch": lambda m: _dispatch(x=m(X)),
     "topk_weights of dispatch": lambda m: _dispatch(topk_weights=m(LOGITS + 1)),
+    "weight": lambda m: maj.rebalance_experts(m(LOAD), **SPLIT),
+    "physical_count": lambda m: maj.balancedness(m(LOAD), num_gpus=2),
+    "physical_to_logical_map": lambda m: maj.expected_physical_count(LOAD, m(LOAD % 2)),
+    "previous": lambda m: maj.rebalance_experts(LOAD, **SPLIT, previous=m(LOAD % 2)),
     "x of permute_to_masked": lambda m: maj.permute_to_masked(m(X), IDS, num_experts=2),
 }
 
