@@ -213,7 +213,7 @@ def _check_rate(function: str, rate: Any) -> Any:
     if not real:
         got = checks.describe(rate)
         raise TypeError(checks.message(function, "rate", "be a real number", got, remedy))
-    if array and rate.shape != ():
+    if array and np.shape(rate) != ():
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
     try:
