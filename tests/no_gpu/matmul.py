@@ -117,6 +117,9 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    shared = Config("swap", 192, 256, 64, 3, group=11, lag=1, sharing=2)
+    for weights in ({"transposed": True}, silu | {"transposed": True}):
+        yield f"192, x shared, {weights}", problem(block=192, weights=weights), shared
     yield from e4m3_problems()
 
 
