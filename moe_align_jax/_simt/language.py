@@ -204,6 +204,10 @@ class Core(abc.ABC):
         """Orders memory among the threads of the warp, all of which must arrive."""
 
     @abc.abstractmethod
+    def warpgroup_sync(self) -> None:
+        """Orders memory among the threads of the warpgroup, all of which must arrive."""
+
+    @abc.abstractmethod
     def block_sync(self) -> None:
         """Orders memory among the threads of the CTA, all of which must arrive."""
 

@@ -78,6 +78,9 @@ class Clock:
             self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
+    def warpgroup_barrier(self, groups: np.ndarray | slice) -> None:
+        self.block_barrier(slice(None))
+
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
         self.tick += 1
         self._of_warp.reshape(-1)[warps] = self.tick
