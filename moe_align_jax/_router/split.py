@@ -34,6 +34,10 @@ _COUNT_SHIFT = 24
 _MESSAGE = 4  # ids
 # Whether the aligning warps of a cluster have a barrier of their own, so that no routing warp waits.
 OWN_BARRIER = False
+# Whether ids that cannot be out of range are told to the compiler as such.
+SURE = False
+# Warpgroups of a CTA that align.
+ALIGNING = 1
 # Whether an expert's tokens are counted in a byte, four to a word, where they are counted beside its bits.
 BYTE_COUNTS = False
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
@@ -56,8 +60,8 @@ class Split:
         num_ctas: int,
     ):
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
-        self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
-        self.first_thread, self.threads = self.routers * WARP, WARPGROUP
+        self.routers = (num_warpgroups - ALIGNING) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, ALIGNING * WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
@@ -71,6 +75,13 @@ class Split:
         self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
         self.counted = self.most_blocks > 1 and not self.packed
         self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
+        # No token is left out, and no id is beyond so many bits: the compiler then sees no check to make.
+        self.sure = (
+            SURE
+            and problem.num_experts & (problem.num_experts - 1) == 0
+            and not problem.has_token_mask
+            and not problem.has_num_valid_tokens
+        )
         size = align.block_size
         self.bytes = BYTE_COUNTS and self.counted and self.in_lanes and size & (size - 1) == 0
 
@@ -111,11 +122,11 @@ class Split:
             with t.if_(aligns):
                 collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
                 self._fill(t, r)
-                t.warpgroup_sync()
+                t.tail_sync(self.first_thread)
                 pairs = self._experts(t, r, t.mail())
                 for pair, expert in pairs:
                     self._set_bit(t, r, pair // problem.top_k, expert)
-                t.warpgroup_sync()
+                t.tail_sync(self.first_thread)
                 self._align(t, r, pairs)
             return
         with t.if_(aligns):
@@ -218,9 +229,11 @@ class Split:
     def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
         """Of pairs."""
         top_k = self.problem.top_k
-        if self.row == top_k:
-            return [t.load(ids, pair) for pair in pairs]
-        return [t.load(ids, pair // top_k * self.row + pair % top_k) for pair in pairs]
+        places = pairs
+        if self.row != top_k:
+            places = [pair // top_k * self.row + pair % top_k for pair in pairs]
+        words = [t.load(ids, place) for place in places]
+        return [word & (self.problem.num_experts - 1) for word in words] if self.sure else words
 
     def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
         """`pairs`: `_experts`."""

@@ -204,8 +204,9 @@ class Core(abc.ABC):
         """Orders memory among the threads of the warp, all of which must arrive."""
 
     @abc.abstractmethod
-    def warpgroup_sync(self) -> None:
-        """Orders memory among the threads of the warpgroup, all of which must arrive."""
+    def tail_sync(self, first: int) -> None:
+        """Orders memory among the threads of the CTA from `first` on, a multiple of WARP; all of them must
+        arrive."""
 
     @abc.abstractmethod
     def block_sync(self) -> None:

@@ -247,8 +247,8 @@ class MosaicSimt(Simt):
     def block_sync(self) -> None:
         gpu.barrier()
 
-    def warpgroup_sync(self) -> None:
-        mgpu_utils.warpgroup_barrier()
+    def tail_sync(self, first: int) -> None:
+        order_asm(f"bar.sync 1, {self.num_threads - first};")  # 0 is that of block_sync
 
     def open_mailbox(self) -> None:
         """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""

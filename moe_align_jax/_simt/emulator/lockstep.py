@@ -20,7 +20,7 @@ from moe_align_jax._simt.emulator.faults import (
 from moe_align_jax._simt.emulator.memory import Buffer
 from moe_align_jax._simt.emulator.races import Clock, Threads
 from moe_align_jax._simt.emulator.values import NOTHING, Scope, Value, array_of, constant
-from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel
+from moe_align_jax._simt.language import WARP, Int, Kernel
 
 
 class EmulatedSimt(AmongDevices, InCluster):
@@ -414,8 +414,8 @@ class EmulatedSimt(AmongDevices, InCluster):
     def warp_sync(self) -> None:
         self._clock.warp_barrier(self._whole(WARP, "warp_sync"))
 
-    def warpgroup_sync(self) -> None:
-        self._clock.warpgroup_barrier(self._whole(WARPGROUP, "warpgroup_sync"))
+    def tail_sync(self, first: int) -> None:
+        self._clock.tail_barrier(slice(None), first)
 
     def block_sync(self) -> None:
         self._clock.block_barrier(self._whole(self.num_threads, "block_sync"))

@@ -78,7 +78,7 @@ class Clock:
             self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
-    def warpgroup_barrier(self, groups: np.ndarray | slice) -> None:
+    def tail_barrier(self, ctas: np.ndarray | slice, first: int) -> None:
         self.block_barrier(slice(None))
 
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
