@@ -122,11 +122,11 @@ class Split:
             with t.if_(aligns):
                 collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
                 self._fill(t, r)
-                t.tail_sync(self.first_thread)
+                t.tail_sync()
                 pairs = self._experts(t, r, t.mail())
                 for pair, expert in pairs:
                     self._set_bit(t, r, pair // problem.top_k, expert)
-                t.tail_sync(self.first_thread)
+                t.tail_sync()
                 self._align(t, r, pairs)
             return
         with t.if_(aligns):
@@ -276,7 +276,9 @@ class Split:
             if align.return_counts:
                 for j in range(self.each):
                     with t.if_(first + j < align.num_experts):
-                        count = self._count(t, [word[j // 4 if self.bytes else j] for word in masks], j)
+                        count = self._count(
+                            t, [word[j // 4 if self.bytes else j] for word in masks], j
+                        )
                         t.store(r.tokens_per_expert, first + j, count)
             with t.if_(lane.eq(WARP - 1)):
                 t.store(r.num_tokens_post_padded, 0, total * align.block_size)
@@ -366,8 +368,7 @@ class Split:
             blocks = [self._used(t, words) for words in of_expert]
         else:
             blocks = [
-                (self._count(t, words, j) + (size - 1)) // size
-                for j, words in enumerate(of_expert)
+                (self._count(t, words, j) + (size - 1)) // size for j, words in enumerate(of_expert)
             ]
         fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
         if not self.in_lanes:

@@ -57,7 +57,7 @@ class MosaicSimt(Simt):
         self._devices, self._context, self._zeroed = kernel.devices, context, zeroed
         self._inbox = kernel.inbox
         self._mailbox, self._mail_barrier = mailbox, mail_barrier
-        self._mailbox_words = kernel.mailbox
+        self._mailbox_words, self._tail = kernel.mailbox, kernel.tail
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -247,8 +247,8 @@ class MosaicSimt(Simt):
     def block_sync(self) -> None:
         gpu.barrier()
 
-    def tail_sync(self, first: int) -> None:
-        order_asm(f"bar.sync 1, {self.num_threads - first};")  # 0 is that of block_sync
+    def tail_sync(self) -> None:
+        order_asm(f"bar.sync 1, {self._tail};")  # 0 is the barrier of block_sync
 
     def open_mailbox(self) -> None:
         """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
