@@ -32,6 +32,14 @@ MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
 _COUNT_SHIFT = 24
 _MESSAGE = 4  # ids
+# Whether the aligning warps of a cluster have a barrier of their own, so that no routing warp waits.
+OWN_BARRIER = False
+# Whether ids that cannot be out of range are told to the compiler as such.
+SURE = False
+# Warpgroups of a CTA that align.
+ALIGNING = 1
+# Whether an expert's tokens are counted in a byte, four to a word, where they are counted beside its bits.
+BYTE_COUNTS = False
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
@@ -52,8 +60,8 @@ class Split:
         num_ctas: int,
     ):
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
-        self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
-        self.first_thread, self.threads = self.routers * WARP, WARPGROUP
+        self.routers = (num_warpgroups - ALIGNING) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, ALIGNING * WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
@@ -67,11 +75,21 @@ class Split:
         self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
         self.counted = self.most_blocks > 1 and not self.packed
         self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
+        # No token is left out, and no id is beyond so many bits: the compiler then sees no check to make.
+        self.sure = (
+            SURE
+            and problem.num_experts & (problem.num_experts - 1) == 0
+            and not problem.has_token_mask
+            and not problem.has_num_valid_tokens
+        )
+        size = align.block_size
+        self.bytes = BYTE_COUNTS and self.counted and self.in_lanes and size & (size - 1) == 0
 
     @property
     def _cells(self) -> int:
         """Words of the masks, and of the counts behind them."""
-        return (self.words + self.counted) * self.stride
+        counts = self.stride // 4 if self.bytes else self.stride
+        return self.words * self.stride + self.counted * counts
 
     @property
     def shared(self) -> dict[str, int]:
@@ -95,6 +113,22 @@ class Split:
         is_token = routes & (token < problem.num_tokens)
         loaded = router.load(t.select(is_token, token, 0))
         aligns = warp >= self.routers
+        if self.num_ctas > 1 and OWN_BARRIER:
+            t.cluster_ready()
+            with t.if_(is_token):
+                found = router.find(loaded)
+                self._post(t, token, found.expert, lane)
+                routing.store(router, token, router.weigh(found), found.expert)
+            with t.if_(aligns):
+                collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
+                self._fill(t, r)
+                t.tail_sync()
+                pairs = self._experts(t, r, t.mail())
+                for pair, expert in pairs:
+                    self._set_bit(t, r, pair // problem.top_k, expert)
+                t.tail_sync()
+                self._align(t, r, pairs)
+            return
         with t.if_(aligns):
             collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
         if self.num_ctas > 1:
@@ -126,7 +160,7 @@ class Split:
             found = router.found_of(loaded, chosen)
             routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
-            self._align(t, r, ids)
+            self._align(t, r, self._experts(t, r, ids))
 
     # -- the routing warps
 
@@ -158,7 +192,10 @@ class Split:
                 cell = cell + (token >> 5) * self.stride
             bit = t.const(1) << (token & (WARP - 1))
             t.atomic_add(r.masks, cell, bit + (1 << _COUNT_SHIFT) if self.packed else bit)
-            if self.counted:
+            if self.bytes:
+                one = t.const(1) << ((expert & 3) << 3)
+                t.atomic_add(r.masks, (expert >> 2) + self.words * self.stride, one)
+            elif self.counted:
                 t.atomic_add(r.masks, expert + self.words * self.stride, 1)
 
     # -- the aligning warps
@@ -180,32 +217,38 @@ class Split:
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
+        pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
+        insides = [pair < align.num_pairs for pair in pairs]
+        words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
         found = []
-        for start in range(0, align.num_pairs, self.threads):
-            pair = first + start
-            inside = pair < align.num_pairs
-            at = t.select(inside, pair, 0)
-            loaded = common.LoadedId(pair, inside, (self._id(t, ids, at),))
+        for pair, inside, word in zip(pairs, insides, words, strict=True):
+            loaded = common.LoadedId(pair, inside, (word,))
             found.append((pair, common.expert_of(t, r, align, loaded, limit)))
         return found
 
-    def _id(self, t: Simt, ids: Any, pair: Int) -> Int:
-        """Of a pair."""
+    def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
+        """Of pairs."""
         top_k = self.problem.top_k
-        if self.row == top_k:
-            return t.load(ids, pair)
-        return t.load(ids, pair // top_k * self.row + pair % top_k)
+        places = pairs
+        if self.row != top_k:
+            places = [pair // top_k * self.row + pair % top_k for pair in pairs]
+        words = [t.load(ids, place) for place in places]
+        return [word & (self.problem.num_experts - 1) for word in words] if self.sure else words
 
-    def _align(self, t: Simt, r: SimpleNamespace, ids: Any) -> None:
+    def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
+        """`pairs`: `_experts`."""
         align, problem = self.align, self.problem
         tid = t.thread_id() - self.first_thread
         lane, warp = tid & (WARP - 1), tid >> 5
-        pairs = self._experts(t, r, ids)
         first = lane * self.each
-        masks = [
-            [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
-            for at in range(self._first_counted, self._cells, self.stride)
-        ]
+        if self.bytes:
+            at = lane * (self.each // 4) + self._first_counted
+            masks = [[t.load(r.masks, at + k) for k in range(self.each // 4)]]
+        else:
+            masks = [
+                [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
+                for at in range(self._first_counted, self._cells, self.stride)
+            ]
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
             self._rank(t, r, expert, pair // problem.top_k, number)
@@ -233,7 +276,9 @@ class Split:
             if align.return_counts:
                 for j in range(self.each):
                     with t.if_(first + j < align.num_experts):
-                        count = self._count(t, [word[j] for word in masks])
+                        count = self._count(
+                            t, [word[j // 4 if self.bytes else j] for word in masks], j
+                        )
                         t.store(r.tokens_per_expert, first + j, count)
             with t.if_(lane.eq(WARP - 1)):
                 t.store(r.num_tokens_post_padded, 0, total * align.block_size)
@@ -243,8 +288,10 @@ class Split:
         """Where the words begin that say how many tokens an expert has."""
         return self.words * self.stride if self.counted else 0
 
-    def _count(self, t: Simt, words: list[Int]) -> Int:
-        """The tokens of an expert."""
+    def _count(self, t: Simt, words: list[Int], number: int) -> Int:
+        """The tokens of an expert, of a lane's `number`-th."""
+        if self.bytes:
+            return (words[0] >> 8 * (number & 3)) & _BYTE
         if self.counted:
             return words[0]
         if self.packed:
@@ -294,6 +341,14 @@ class Split:
     ) -> tuple[list[Int], Int]:
         """The first block of each of these experts; and, in the last lane, the blocks of all experts.
         `masks`: of a lane's own experts."""
+        if self.bytes:
+            # Rounded up to blocks, four experts at once: no sum of a byte comes to 256.
+            size = self.align.block_size
+            shift = size.bit_length() - 1
+            rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
+            return self._starts_in_lanes(
+                t, [word & (_ONES * (_BYTE >> shift)) for word in rounded], experts, lane
+            )
         of_expert = [[word[j] for word in masks] for j in range(self.each)]
         if self.most_blocks == 1 and self.each <= 8:
             # A bit says that an expert has its one block.
@@ -312,7 +367,9 @@ class Split:
         if self.most_blocks == 1:
             blocks = [self._used(t, words) for words in of_expert]
         else:
-            blocks = [(self._count(t, words) + (size - 1)) // size for words in of_expert]
+            blocks = [
+                (self._count(t, words, j) + (size - 1)) // size for j, words in enumerate(of_expert)
+            ]
         fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
         if not self.in_lanes:
             mine = sum(blocks, t.const(0))
@@ -326,10 +383,16 @@ class Split:
                 t.store4(r.starts, own + lane * self.each + 4 * k, tuple(starts))
             t.warp_sync()
             return [t.load(r.starts, own + expert) for expert in experts], base + mine
+        four_in_one = [(a | (b << 8)) | ((c | (d << 8)) << 16) for a, b, c, d in fours]
+        return self._starts_in_lanes(t, four_in_one, experts, lane)
+
+    def _starts_in_lanes(
+        self, t: Simt, blocks: list[Int], experts: list[Int], lane: Int
+    ) -> tuple[list[Int], Int]:
+        """As `_starts`, from the blocks of a lane's own experts, a byte each."""
         # The bytes of a word times 0x01010101 are their running sums.
         words, before = [], t.const(0)
-        for a, b, c, d in fours:
-            counts = (a | (b << 8)) | ((c | (d << 8)) << 16)
+        for counts in blocks:
             sums = counts * _ONES + before * _ONES
             words.append(sums - counts)
             before = (sums >> 24) & _BYTE
