@@ -50,6 +50,8 @@ class Config(NamedTuple):
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
+        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
+            in place of a launch that makes the list of tiles.
     """
 
     form: str
@@ -68,6 +70,7 @@ class Config(NamedTuple):
     ahead: bool = False
     shared: str = "x"
     early: bool = False
+    finds: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -83,6 +86,8 @@ class Config(NamedTuple):
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
+        more += "-finds" if self.finds else ""
+        more += f"-{self.num_ctas}" if self.num_ctas > NUM_CTAS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 

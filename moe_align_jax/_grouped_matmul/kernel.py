@@ -86,9 +86,12 @@ class _Refs:
         split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.count: Any = None if problem.row_labels else refs.pop(0)
-        self.experts = refs.pop(0)
-        listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
+        self.masked_m: Any = refs.pop(0) if config.finds else None
+        self.count: Any = None if problem.row_labels or config.finds else refs.pop(0)
+        self.experts: Any = None if config.finds else refs.pop(0)
+        listed: tuple[Any, Any] = (None, None)
+        if not shape.parts and not config.finds:
+            listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
@@ -170,7 +173,7 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile; sorted_token_ids, row_weights, bias, scales of x and of each
+    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each
     array of weights, those that there are; x; the weights, one array or two. With an `ending`, for tiles
     neither late nor shared, its operands come first, and its results are returned before the problem's.
 
@@ -203,7 +206,7 @@ def build(
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
-        row_tiles = _row_tiles(problem, shape, refs)
+        row_tiles = _row_tiles(problem, config, shape, refs)
         pairs = config.shares_weights
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
@@ -225,10 +228,10 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(problem, shape, refs, at)
+                return _read(problem, config, shape, refs, at)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, shape, refs, jnp.minimum(at ^ 1, last))
-            return *_read(problem, shape, refs, jnp.minimum(at, last)), other[0]
+            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
 
         def tile_at(i, known=None):
             at, n = order(i)
@@ -523,8 +526,11 @@ def build(
 # -- which tile ------------------------------------------------------------------------------------
 
 
-def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
+def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.finds:
+        used = _used_rows(problem, refs)
+        return sum((_tiles_of(rows, config) for rows in used[1:]), _tiles_of(used[0], config))
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
@@ -545,10 +551,35 @@ def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> 
     return first * config.group + (rest - n * size), n
 
 
+def _used_rows(problem: MatmulProblem, refs: _Refs) -> list[jax.Array]:
+    """Of each expert of the masked layout."""
+    most = problem.max_rows
+    return [jnp.clip(refs.masked_m[expert], 0, most) for expert in range(problem.num_experts)]
+
+
+def _tiles_of(rows: jax.Array, config: Config) -> jax.Array:
+    return lax.div(rows + (config.bm - 1), _I32(config.bm))
+
+
+def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
+    """Expert, first row and end of a tile of rows of the masked layout; behind the last one, some expert's."""
+    before = expert = first = end = _I32(0)
+    for e, used in enumerate(_used_rows(problem, refs)):
+        behind = before + _tiles_of(used, config)
+        mine = (at >= before) & (at < behind)
+        expert = jnp.where(mine, _I32(e), expert)
+        first = jnp.where(mine, e * problem.max_rows + (at - before) * config.bm, first)
+        end = jnp.where(mine, e * problem.max_rows + used, end)
+        before = behind
+    return expert, first, end
+
+
 def _read(
-    problem: MatmulProblem, shape: Shape, refs: _Refs, at: jax.Array
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array
 ) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    if config.finds:
+        return _find(problem, config, refs, at)
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at

@@ -490,11 +490,13 @@ def test_forms_in_the_interpreter(name, monkeypatch):
     assert oracle.error(found, want) < BOUND[given.get("preferred_element_type", "bfloat16")]
 
 
-def test_masked_in_the_interpreter(monkeypatch):
-    """Tiles of 16 of 20 rows: the second reaches into the next expert's."""
+@pytest.mark.parametrize("finds", [False, True])
+def test_masked_in_the_interpreter(finds, monkeypatch):
+    """Tiles of 16 of 20 rows: the second reaches into the next expert's. The list of tiles is a launch of its
+    own, or what each CTA finds."""
     x, w, options, want = make_masked(COLUMNS, n=64)
-    given = x, w, COUNTS
-    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, SWAP, *given, **options)
+    given, config = (x, w, COUNTS), SWAP._replace(finds=finds)
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
     for rows, count, expected in zip(out.reshape(4, 20, 64), COUNTS, want, strict=True):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
@@ -504,7 +506,7 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
     second warpgroup has rows in the first of them alone, and passes stages on elsewhere."""
     counts = np.array([150, 20], np.int32)
     x, w, options, want = make_masked(COLUMNS, n=64, k=128, counts=counts, most=256)
-    config = EARLY._replace(skips=True)
+    config = EARLY._replace(skips=True, finds=True)
     given = x, w, counts
     out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
     for rows, count, expected in zip(out.reshape(2, 256, 64), counts, want, strict=True):
@@ -590,6 +592,8 @@ def on_a_gpu():
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
         shared.append(TALL._replace(**both, sharing=2))
+        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2])
+        of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)

@@ -82,10 +82,12 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
             continue
         for kernel in checker.launch._pallas_kernels_of(problem):
             [(text, launch)] = checker.compiler([kernel])
-            used = ptx.usage(worker._ptxas(text))
+            log = checker.assembled(text)
+            used = ptx.usage(log)
             wrong = [*checker._recording_faults(kernel, launch)]
             if (spilled := used.spill_stores + used.spill_loads) or used.stack:
                 wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
+            wrong += [line for line in log.splitlines() if "Performance Loss" in line]
             if launch.waits != ("griddepcontrol.wait" in text):
                 wrong.append(f"waits: {launch.waits}")
             maps = len(launch.tensor_maps)

@@ -164,6 +164,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
     broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
     shared = tall._replace(sharing=2, ahead=True)
+    swap = Config("swap", 32, 128, 128, 6, group=0, ahead=True, finds=True)
+    for few in (swap, swap._replace(bn=64, computing=1, stages=8), broad._replace(finds=True)):
+        yield *case("masked, finds", scales=columns._replace(pitch=512), **masked)[:2], few
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
@@ -280,7 +283,7 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if problem.rows != "blocks":
+        if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
         return launch.arguments(problem, config, named, where, interpret=False)
