@@ -274,6 +274,20 @@ def build(
                 """The warpgroup's sums, in one accumulator or two."""
                 if scaled:
                     return scaled(tile, warpgroup, ring, slot_of, between, place)
+                mine = tile.valid
+                if config.skips:
+                    mine = mine & epilogue.holds_rows(problem, shape, refs.vectors, tile, warpgroup)
+
+                def pass_on(k, _):
+                    slot = slot_of(ring + k)
+                    plgpu.barrier_wait(full.at[slot])
+                    between(k)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return ()
+
+                if config.skips or pairs:
+                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(mine)
+                    lax.fori_loop(0, jnp.where(passed, _I32(shape.k_steps), 0), pass_on, ())
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -298,7 +312,7 @@ def build(
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(tile.valid)
+                    @pl.when(mine)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)
@@ -329,8 +343,12 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-                for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at)
+
+                pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -387,21 +405,24 @@ def build(
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
+                there = tile.there if pairs else jnp.bool_(True)
                 if not shape.partial:
-                    return ring + steps, _I32(1), here, value
+                    return ring + steps, there.astype(_I32), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 whole = here[0] + shape.wm <= here[2]
 
-                @pl.when(jnp.logical_not(whole))
+                @pl.when(there & jnp.logical_not(whole))
                 def _():
                     for q, piece in enumerate(value):
                         store(q, piece, here)
 
-                return ring + steps, whole.astype(_I32), here, value
+                return ring + steps, (there & whole).astype(_I32), here, value
 
-            if config.ahead or pairs:
-                assert scaled and config.ahead and not (config.late or ending)
-                assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            # Which rows a part of a block has in use is known to its own CTA alone.
+            assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            assert not (pairs and ending)
+            if config.ahead:
+                assert scaled and not (config.late or ending)
                 known = read(order(0)[0])
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))

@@ -60,6 +60,8 @@ class Tiles(NamedTuple):
             a stage is free again when the next one has been multiplied.
         num_ctas: of the grid.
         pieces: that the rows of all hot experts are cut into, at most; 0: no expert is cut.
+        back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
+            expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
     """
 
     bm: int = 128
@@ -70,10 +72,12 @@ class Tiles(NamedTuple):
     lag: int = 2
     num_ctas: int = 132
     pieces: int = 0
+    back: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{'-late' if self.late else ''}"
+        more = ("-late" if self.late else "") + ("-back" if self.back else "")
+        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
 def cannot(problem: WeightGradient) -> str | None:
@@ -351,7 +355,8 @@ def build(
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            return jnp.where(lax.rem(i, _I32(2)) == 0, cta, tiles.num_ctas - 1 - cta)
+            forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
+            return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
