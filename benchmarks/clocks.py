@@ -226,7 +226,7 @@ class Traced:
 def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced | None]:
     """Runs the donated programs under the profiler, one after the other, the host waiting after each step.
 
-    None for every program without a GPU, or where the trace could not be cut into steps.
+    None for every program without a GPU, or where the trace does not show all of its steps.
     """
     import jax
 
@@ -245,17 +245,24 @@ def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced 
 
 
 def read_trace(profile: Any, calls: Sequence[int], executions: int) -> list[Traced | None]:
-    """The trace of steps that ran one after the other, `executions` times each, with pauses between."""
+    """The trace of steps that ran one after the other, `executions` times each, each annotated, with pauses
+    between."""
     events = traces.gpu_events(profile)
-    parts = traces.split_at_pauses(events, pause_ns=_PAUSE_S * 1e9 / 2)
-    if len(parts) != executions * len(calls):
+    # The device has nothing else to do around a step, and its clock differs by less from the host's.
+    slack = _PAUSE_S * 1e9 / 2
+    windows = traces.annotated(profile, _ANNOTATION)
+    if len(windows) != executions * len(calls):
         return [None] * len(calls)
-    graphs = traces.graphs_during(profile, _ANNOTATION)
-    if len(graphs) != len(parts):
-        graphs = [{} for _ in parts]
+    parts = [
+        [e for e in events if w.start_ns - slack <= e.start_ns <= w.end_ns + slack] for w in windows
+    ]
+    graphs = traces.graphs_during(profile, windows)
     found: list[Traced | None] = []
     for k, count in enumerate(calls):
         mine = parts[k * executions : (k + 1) * executions]
+        if not all(mine):
+            found.append(None)
+            continue
         copies = [sum(traces.is_host_copy(e) for e in part) for part in mine]
         found.append(
             Traced(
