@@ -474,7 +474,7 @@ def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) 
 
 
 def keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
-    """Prints a row, and appends it with where and how it was measured. Of several processes the first does."""
+    """Prints a row, and appends it with where and how it was measured; of several processes the first one."""
     import jax
 
     from benchmarks import machine

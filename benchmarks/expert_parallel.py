@@ -14,8 +14,8 @@ is an argument, tied to what it has received. Beside our transports stand
 - "nothing": what every step has beside, the small kernel that reads an element of what was received.
 
 Each launch (flags of XLA) is a process of its own, or with `--processes 2` a process for each of two GPUs.
-Ragged: `--transports ragged_all_to_all --launches ragged-decomposed`. With --packing our rows are also sent in
-one message, and x by itself, whatever the size.
+Ragged: `--transports ragged_all_to_all --launches ragged-decomposed`. With --packing our rows are also sent
+in one message, and x by itself, whatever the size.
 """
 
 import argparse

@@ -156,8 +156,8 @@ def annotated(profile: Any, annotation: str) -> list[Event]:
 
 
 def graphs_during(profile: Any, windows: Iterable[Event]) -> list[dict[str, int]]:
-    """For each of `windows`, how many CUDA graphs XLA launched, updated, recorded ahead of the step and, because
-    a profiler ran, left out. All devices of the process together."""
+    """For each of `windows`, how many CUDA graphs XLA launched, updated, recorded ahead of the step and,
+    because a profiler ran, left out. All devices of the process together."""
     graphs = [
         (kind, event.start_ns)
         for plane in profile.planes
