@@ -371,7 +371,7 @@ def expert_layer(implementation: str = "mosaic_gpu") -> None:
         check(*given, implementation, "bfloat16")
 
 
-# -- dispatch and combine over NVLink --------------------------------------------------------------------
+# -- dispatch and combine over several GPUs --------------------------------------------------------------
 
 PEERS = (
     ("normal", None, "nvlink"),
@@ -380,6 +380,7 @@ PEERS = (
     ("low_latency", "fp8", "nvlink"),
     ("low_latency", None, "nvlink_window"),
     ("low_latency", "fp8", "nvlink_window"),
+    ("low_latency", "fp8", "all_to_all"),
 )
 
 
