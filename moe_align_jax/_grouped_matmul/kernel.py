@@ -173,9 +173,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each
-    array of weights, those that there are; x; the weights, one array or two. With an `ending`, for tiles
-    neither late nor shared, its operands come first, and its results are returned before the problem's.
+    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights,
+    bias, scales of x and of each array of weights, those that there are; x; the weights, one array or two.
+    With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
+    before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
@@ -583,7 +584,7 @@ def _tiles_of(rows: jax.Array, config: Config) -> jax.Array:
 
 
 def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
-    """Expert, first row and end of a tile of rows of the masked layout; behind the last one, some expert's."""
+    """Expert, first row and end of a tile of rows of the masked layout; behind the last, some expert's."""
     before = expert = first = end = _I32(0)
     for e, used in enumerate(_used_rows(problem, refs)):
         behind = before + _tiles_of(used, config)

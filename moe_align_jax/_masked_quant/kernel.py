@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem, bits_over_448
-from moe_align_jax._masked_quant.share import Work
+from moe_align_jax._masked_quant.share import Share, Work
 
 _I32, _F32 = jnp.int32, jnp.float32
 _MANTISSA_BITS = 23
@@ -47,39 +47,53 @@ def _layout(tile: int) -> Any:
 def build(
     problem: MaskedQuantProblem, config: Config, *, interpret: bool = False
 ) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
-    """`(x [e, M, 2, G, 128], masked_m [e] int32) -> [q [e, M, G, 128], scales]`."""
+    """`(x [e, M, 2, G, 128], masked_m [e] int32) -> [q [e, M, G, 128], scales]`; without an activation
+    x is `[e, M, 1, G, 128]`."""
     experts, rows, groups = problem.num_experts, problem.max_rows, problem.num_groups
-    tile = config.tile
-    work = Work(experts, rows, -(-groups // tile), config.num_ctas)
+    tile, down = config.tile, config.down
+    if down and (problem.activates or problem.packed or tile > rows):
+        raise ValueError(f"{problem} has no tiles of {tile} rows")
+    per_row, rows_per_tile = (groups, tile) if down else (-(-groups // tile), 1)
+    work = Work(experts, rows, per_row, config.num_ctas, rows_per_tile)
 
     def body(x_ref, masked_m_ref, q_ref, s_ref, *scratch):
         memory = _Memory(tile, interpret)
 
         def tiles_of(expert):
             """Tiles of an expert, all of them there."""
-            return jnp.clip(masked_m_ref[expert], 0, rows) * work.tiles_per_row
+            return _tiles_of(work, masked_m_ref[expert])
 
         def place(at):
             """Row, and the tile's first group. A row's last tile overlaps the one before where tiles do not
-            divide it: both write the same bits."""
+            divide it, as do the last rows of tiles of several: both write the same bits."""
             row, part = lax.div(at, work.tiles_per_row), lax.rem(at, work.tiles_per_row)
+            if down:
+                return jnp.minimum(row * tile, rows - tile), part
             return row, jnp.minimum(part * tile, groups - tile) if groups % tile else part * tile
 
         def load(expert, at):
             row, first = place(at)
-            return [memory.load(x_ref.at[expert, row, k, pl.ds(first, tile)]) for k in range(2)]
+            halves, (at_row, at_group) = range(1 + problem.activates), cut(row, first)
+            return [memory.load(x_ref.at[expert, at_row, k, at_group]) for k in halves]
 
-        def finish(expert, at, gate, up):
+        def cut(row, first):
+            return (pl.ds(row, tile), first) if down else (row, pl.ds(first, tile))
+
+        def finish(expert, at, *values):
             row, first = place(at)
-            value = _activation(problem, gate, up, interpret)
+            at_row, at_group = cut(row, first)
+            if problem.activates:
+                value = _activation(problem, *values, interpret)
+            else:
+                value = values[0].astype(_F32)
             q, scale = _quantise(problem, value)
-            memory.store(q_ref.at[expert, row, pl.ds(first, tile)], q)
+            memory.store(q_ref.at[expert, at_row, at_group], q)
             if problem.packed:
                 _store_words(memory, s_ref, scratch[0], scale, expert, row, first)
             elif problem.scale_layout == "row_major":
-                memory.store(s_ref.at[expert, row, pl.ds(first, tile)], scale)
+                memory.store(s_ref.at[expert, at_row, at_group], scale)
             else:
-                memory.store(s_ref.at[expert, pl.ds(first, tile), row], scale)
+                memory.store(s_ref.at[expert, at_group, at_row], scale)
 
         def settle(expert, at, end):
             """Skips experts whose tiles are used up; callers ensure that a tile remains."""
@@ -128,7 +142,7 @@ def build(
         grid_names=("cta",),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name=problem.name,
+        kernel_name=problem.kernel_name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # What is read from global memory is never written: only shared memory needs barriers, for the
@@ -172,11 +186,19 @@ def _store_words(memory: _Memory, s_ref, shared, scale, expert, row, first) -> N
 # -- shares ----------------------------------------------------------------------------------------
 
 
+def _tiles_of(work: Work, valid: jax.Array) -> jax.Array:
+    """Tiles of so many rows."""
+    valid = jnp.clip(valid, 0, work.rows)
+    if work.rows_per_tile > 1:
+        valid = lax.div(valid + (work.rows_per_tile - 1), _I32(work.rows_per_tile))
+    return valid * work.tiles_per_row
+
+
 def _find(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list[jax.Array]:
     from moe_align_jax._simt import mosaic
 
     return mosaic.inline_scalars(
-        work.kernel(problem.name), work.find, len(work._fields), masked_m=masked_m_ref
+        work.kernel(problem.name), work.find, len(Share._fields), masked_m=masked_m_ref
     )
 
 
@@ -186,7 +208,7 @@ def _find_plainly(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list
     cta = lax.axis_index("cta")
 
     def tiles_of(expert):
-        return jnp.clip(masked_m_ref[expert], 0, work.rows) * work.tiles_per_row
+        return _tiles_of(work, masked_m_ref[expert])
 
     total = lax.fori_loop(0, work.experts, lambda i, n: n + tiles_of(i), _I32(0))
     each, more = lax.div(total, work.num_ctas), lax.rem(total, work.num_ctas)
@@ -229,6 +251,26 @@ def _activation(
     return keep(keep(silu.astype(dtype)) * up).astype(_F32)
 
 
+def nearest_reciprocal(bits: jax.Array, near: jax.Array) -> jax.Array:
+    """1 / x, rounded to nearest, of the bits of a positive float32 x, and of a float32 that is at most two
+    units in the last place off. Both, and the result, are normal numbers.
+
+    With significands m of x and q of 1 / x as integers, 2**47 - q m is what the quotient leaves. It has few
+    bits, and is found modulo 2**32, of which 2**47 is 0. It is never half of m.
+    """
+    one = 1 << _MANTISSA_BITS
+    m = (bits & (one - 1)) | one
+    found = lax.bitcast_convert_type(near, _I32)
+    below = 2 * _BIAS - 1 - (bits >> _MANTISSA_BITS)  # the exponent, but where x is a power of two
+    # `near` may be on the other side of a power of two.
+    q = (((found & (one - 1)) | one) << ((found >> _MANTISSA_BITS) - below + 1)) >> 1
+    half = m >> 1
+    for _ in range(4):  # two units above a power of two are four below it
+        rest = -(q * m)
+        q = q + (rest > half).astype(_I32) - (rest < -half).astype(_I32)
+    return lax.bitcast_convert_type((below << _MANTISSA_BITS) + (q - one), _F32)
+
+
 def _clip(x: jax.Array, bound: Any) -> jax.Array:
     return jnp.maximum(jnp.minimum(x, bound), -bound)
 
@@ -244,6 +286,8 @@ def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array,
         bits = bits_over_448(bits, lambda a, b: lax.div(a, lax.broadcast(_I32(b), a.shape)))
         scale = lax.bitcast_convert_type(bits, _F32)
         inverse = 1.0 / scale
+        if not problem.activates:
+            inverse = nearest_reciprocal(bits, inverse)
     else:  # both exactly, by their exponents
         above = (bits & ((1 << _MANTISSA_BITS) - 1)) > _E4M3_MANTISSA
         exponent = (bits >> _MANTISSA_BITS) - _E4M3_EXPONENT + above.astype(_I32)

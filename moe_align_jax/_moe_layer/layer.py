@@ -103,10 +103,12 @@ def _quantised(
         hidden = _multiply(problem.first, implementation, given, *first)
     hidden, of_hidden = casts.rowwise(
         hidden,
+        given.where[2],
         scale_format="float32",
         scale_layout=problem.between_layout,
         floor=_AMAX_FLOOR,
         divide=False,
+        implementation=None if implementation != "xla" else "xla",
     )
     with jax.named_scope("down"):
         second = (hidden, (given.w_down,), given.bias_down, (of_hidden, *given.down_scales))
