@@ -247,7 +247,8 @@ def assert_same_bits(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
 
 
-WAYS = {  # through all_to_all: whether our kernels stand beside the exchange, gather what need not be packed, or
+WAYS = {
+    # through all_to_all: whether our kernels stand beside the exchange, gather what need not be packed, and
     # pack one message for all ranks
     "gathered": (True, True, False),
     "packed": (True, False, False),

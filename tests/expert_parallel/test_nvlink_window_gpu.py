@@ -171,9 +171,10 @@ def busy(device, milliseconds):
     return work(jax.device_put(jnp.ones((8192, 8192), jnp.bfloat16), device))
 
 
-def test_a_device_that_comes_late(mesh):  # noqa: F811
+@pytest.mark.parametrize("transport", [WINDOW, "nvlink", "all_to_all"])
+def test_a_device_that_comes_late(mesh, transport):  # noqa: F811
     given = settled(mesh, 64)
-    step = stepped(given, WINDOW, 4, donate=False)
+    step = stepped(given, transport, 4, donate=False)
     arguments = [given.placed(a) for a in (given.x, given.ids, given.weights)]
     want = np.asarray(step(*arguments))
     for late in mesh.devices.flat:
