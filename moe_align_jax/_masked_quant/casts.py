@@ -40,25 +40,40 @@ def rowwise(
         x, scale_format, scale_layout, floor, divide: of `quantize_rowwise`.
     """
     with jax.named_scope("quantize_rowwise"):
-        shape = x.shape
         x = lax.stop_gradient(x)
         options = scale_format, scale_layout, floor, divide
         problem = None if implementation else _of_kernel(x, *options)
-        if problem is not None:
-            return _by_primitive(problem, x, used)
-        groups = x.astype(jnp.float32).reshape(*shape[:-1], shape[-1] // GROUP, GROUP)
-        scale = scale_of(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), floor, scale_format)
-        q = codes(groups, scale[..., None], divide=divide).reshape(shape)
-        columns = scale_layout == "column_major"
-        if scale_format != "ue8m0_packed":
-            if columns:
-                scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
-            return q, scale
-        exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
-        exponents = _pad_last(exponents, GROUPS_PER_WORD)
-        words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
-        words = lax.bitcast_convert_type(words, jnp.int32)
-        return q, words.swapaxes(-1, -2) if columns else words
+        if problem is None:
+            return _plain(x, *options)
+        return _by_primitive(problem, x, used)
+
+
+def _plain(
+    x: jax.Array, scale_format: str, scale_layout: str, floor: float, divide: bool
+) -> tuple[jax.Array, jax.Array]:
+    shape = x.shape
+    groups = x.astype(jnp.float32).reshape(*shape[:-1], shape[-1] // GROUP, GROUP)
+    scale = scale_of(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), floor, scale_format)
+    q = codes(groups, scale[..., None], divide=divide).reshape(shape)
+    columns = scale_layout == "column_major"
+    if scale_format != "ue8m0_packed":
+        if columns:
+            scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
+        return q, scale
+    exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
+    exponents = _pad_last(exponents, GROUPS_PER_WORD)
+    words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
+    words = lax.bitcast_convert_type(words, jnp.int32)
+    return q, words.swapaxes(-1, -2) if columns else words
+
+
+def by_xla(
+    problem: MaskedQuantProblem, x: jax.Array, masked_m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the kernel gives without an activation, of all rows."""
+    del masked_m
+    how = problem.scale_format, problem.scale_layout, problem.amax_floor, problem.divide
+    return _plain(x, *how)
 
 
 def _of_kernel(

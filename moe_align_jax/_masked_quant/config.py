@@ -70,5 +70,7 @@ def config_for(problem: MaskedQuantProblem) -> Config:
     else:
         tile = 1
     tiles = problem.num_experts * problem.max_rows * -(-groups // tile)
-    most = _CTAS_PER_SM[tile] if problem.activates else _CTAS_PER_SM[1]  # registers for half of the values
+    most = (
+        _CTAS_PER_SM[tile] if problem.activates else _CTAS_PER_SM[1]
+    )  # registers for half of the values
     return Config(tile, max(1, min(tiles, _NUM_SMS * most)))

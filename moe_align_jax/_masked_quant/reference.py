@@ -79,12 +79,9 @@ def masked_quant(
     problem: MaskedQuantProblem, x: jax.Array, masked_m: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     experts, rows, groups = problem.num_experts, problem.max_rows, problem.num_groups
+    gate, up = x[..., : problem.width], x[..., problem.width :]
     shape = (experts, rows, groups, problem.group_size)
-    if problem.activates:
-        gate, up = x[..., : problem.width], x[..., problem.width :]
-        values = activation(problem, gate, up).reshape(shape)
-    else:
-        values = x.astype(jnp.float32).reshape(shape)
+    values = activation(problem, gate, up).reshape(shape)
     scale = scale_of(jnp.max(jnp.abs(values), axis=-1), problem.amax_floor, problem.scale_format)
     q = codes(values, scale[..., None], divide=problem.divide)
     valid = jnp.arange(rows, dtype=jnp.int32)[None] < masked_m.astype(jnp.int32)[:, None]
