@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_align_jax._grouped_matmul import activation_gradient, derivative, reference, scaled
 from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem
+from moe_align_jax._lowering.ordering import complete_first
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._moe_layer.combine import weighted_sum
@@ -201,6 +202,8 @@ def _forward(problem, implementation, floats: Floats, where: Where):
         products = checkpoint_name(products, PRODUCTS)
         hidden = _activated(problem, products).astype(problem.dtype)
     out = _second_half(problem, implementation, given, where, hidden)
+    # The backward pass reads the products: not before the experts' results, `[P, H]`, are summed up.
+    out, products = complete_first(out, products)
     return checkpoint_name(out, RESULT), (floats, where, products)
 
 

@@ -104,6 +104,24 @@ def test_policies_by_name(policy, kept, capsys):
     assert (f"bf16[{rows},{2 * FFN}]" in capsys.readouterr().out) == kept
 
 
+@pytest.mark.parametrize("policy", ["fused_moe_gate_up", "fused_moe_out", "another name"])
+def test_the_second_product_is_never_computed_again(policy):
+    """A rematerialised layer computes its first product again, unless the policy keeps it, and that alone."""
+    x, (first, second), weights, ids = model()
+
+    def products(layer):
+        given = (x, first[0], second[0])
+        text = str(jax.make_jaxpr(jax.vjp(layer, *given)[1])(x))
+        return text.count("= grouped_matmul[")
+
+    def layer(*given):
+        return maj.fused_moe(*given, weights, ids, block_size=8)
+
+    names = jax.checkpoint_policies.save_only_these_names(policy)
+    again = products(jax.checkpoint(layer, policy=names)) - products(layer)
+    assert again == (policy != "fused_moe_gate_up")
+
+
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [("float32", True), pytest.param("bfloat16", True, marks=pytest.mark.gpu)],
