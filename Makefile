@@ -146,19 +146,19 @@ clean:
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
 KERNEL_SAMPLE ?= 1
-COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording exchanges layer
+COMPILED_MODULES := masked_quant rows router vllm_aligned peer_rows recording exchanges layer matmul
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
 compile-kernels-newest:
 	$(VENV_FOR) cli test torch
 	$(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample $(KERNEL_SAMPLE)
-	for rows in $(COMPILED_ROWS) matmul; do $(PY) -m tests.no_gpu.$$rows --sample $(KERNEL_SAMPLE) || exit 1; done
+	$(PY) -m tests.no_gpu.several --sample $(KERNEL_SAMPLE) $(COMPILED_MODULES)
 
 # One kernel in five: a compiler that differs at all differs in those.
 compile-kernels-$(OLD_JAX): old-jax
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
-	for rows in $(COMPILED_ROWS) matmul; do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows --sample 5 || exit 1; done
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.several --sample 5 $(COMPILED_MODULES)
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:
