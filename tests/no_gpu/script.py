@@ -74,8 +74,8 @@ def run_inside(name: str, check: Callable[..., Iterable[Report]], given: list[st
 
 
 def start_inside(name: str, given: list[str]) -> int:
-    """Starts the module `name` in the toolchain's folder, with `INSIDE`, the plugin and the runtime before the
-    arguments given, and returns its exit code; 1 when anything is missing."""
+    """Starts the module `name` in the toolchain's folder, with `INSIDE`, the plugin and the runtime before
+    the arguments given, and returns its exit code; 1 when anything is missing."""
     try:
         tools = toolchain.set_up()
     except toolchain.Missing as missing:
