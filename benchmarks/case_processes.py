@@ -1,8 +1,8 @@
 """Sizes of a benchmark, each in a process of its own: one that hangs costs its size alone.
 
 With a file of turns (`--turns FILE`) all sizes are prepared side by side, which is mostly compiling, and take
-turns on the GPU to be timed. Whoever prepares shares the file's lock; whoever times holds it alone. Another
-program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
+turns on the GPU to be timed. A process that prepares shares the file's lock; one that times holds it alone.
+Another program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
 """
 
 import argparse

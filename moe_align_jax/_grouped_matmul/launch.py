@@ -50,7 +50,7 @@ def permuted(
     problem: MatmulProblem, named: dict[str, jax.Array]
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some
-    token's: the kernel's epilogue, or whoever reads the result, leaves them out."""
+    token's: the kernel's epilogue, or the reader of the result, leaves them out."""
     pairs = problem.num_tokens * problem.top_k
     pair = jnp.clip(named["sorted_token_ids"], 0, pairs - 1)
     rows = lax.div(pair, jnp.int32(problem.top_k))

@@ -182,6 +182,8 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._moe_layer.checkpoints": {
         "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._grouped_matmul.problem",
     },
     "moe_align_jax._moe_layer.safetensors": {"moe_align_jax._core.checks"},
     "moe_align_jax._grouped_matmul": {
@@ -502,7 +504,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
-    "moe_align_jax._lowering.sharding": set(),
+    "moe_align_jax._lowering.sharding": {"moe_align_jax._core.checks"},
     "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),
