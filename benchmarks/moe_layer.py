@@ -57,13 +57,17 @@ _READ_BYTES = 1 << 30
 
 
 def wall(run: Callable[[], Any], wait: Callable[[], Any], layer_us: float) -> list[float]:
-    """µs per layer by the host's clock: steps after each other for about 50 ms a round."""
-    steps = int(np.clip(50_000 / (LAYERS * max(layer_us, 1.0)), 3, 300))
+    """µs per layer by the host's clock: steps after each other for about 200 ms a round.
+
+    The first step behind a wait costs the host up to half a millisecond of jax's, once: in rounds of 50 ms
+    that was 1% of a step.
+    """
+    steps = int(np.clip(200_000 / (LAYERS * max(layer_us, 1.0)), 3, 1500))
     for _ in range(6):
         run()
     wait()
     samples = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         for _ in range(steps):
             run()

@@ -248,6 +248,9 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     bm = tile_rows(problem, rules)
     if problem.scales:
         return _e4m3_config(problem, rules, bm)
+    deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
+    if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
+        return _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return _shared(problem, rules, Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0))
     if bm < 64:

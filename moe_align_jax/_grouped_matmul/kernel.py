@@ -18,7 +18,8 @@ Reads each tile of x once per n tile, and weights once per tile of rows (from L2
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -340,6 +341,7 @@ def build(
 
             def now(i, ring):
                 tile, steps = tile_at(i)
+                some = _holds_pairs(problem, shape, refs, tile)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
@@ -347,7 +349,7 @@ def build(
 
                 def store_all():
                     for q, value in enumerate(finish(sums, tile, at)):
-                        store(q, value, at)
+                        store(q, value, at, some=some)
 
                 pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps
@@ -636,6 +638,21 @@ def _tile(
     return Tile(valid, expert, row, end, n, end)
 
 
+def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:
+    """Of each `shape.store_rows` rows of a tile but the first ones: whether they hold a pair.
+
+    A block's pairs come first.
+    """
+    rows = problem.block_size if shape.store_rows else 0
+    if not rows:
+        return []
+    limit, found = epilogue.num_pairs(problem, refs.vectors), []
+    for row in range(shape.store_rows, rows, shape.store_rows):
+        pair = refs.ids[tile.row + row]
+        found.append((pair >= 0) & (pair < limit))
+    return found
+
+
 # -- products, and what becomes of them ------------------------------------------------------------
 
 
@@ -694,11 +711,17 @@ class _Store:
         self.down = config.bm // self.rows
 
     def __call__(
-        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+        self,
+        q: int,
+        value: jax.Array,
+        at: tuple[jax.Array, ...],
+        *,
+        whole: bool = False,
+        some: Sequence[jax.Array] = (),
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -719,7 +742,7 @@ class _Store:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column)
+            self._whole(slot, row, column, some)
         else:
             lax.cond(
                 row + self.rows <= end,
@@ -727,7 +750,9 @@ class _Store:
                 lambda: self._some(slot, row, column, end),
             )
 
-    def _whole(self, slot: int, row: jax.Array, column: jax.Array) -> None:
+    def _whole(
+        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
+    ) -> None:
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -735,7 +760,14 @@ class _Store:
             target = self.refs.out.at[expert, pl.ds(row - expert * most, rows), columns]
         else:
             target = self.refs.out.at[pl.ds(row, rows), columns]
-        plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        if not some:
+            plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        each = self.shape.store_rows
+        for k, wanted in enumerate((None, *some) if some else ()):
+            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(k * each, each)]
+            part = self.refs.out.at[pl.ds(row + k * each, each), columns]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, source, part)
+            copy() if wanted is None else pl.when(wanted)(copy)
 
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         if not self.shape.partial:

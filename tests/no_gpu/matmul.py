@@ -124,9 +124,29 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
-    shared = Config("swap", 192, 256, 64, 3, group=11, lag=1, sharing=2)
-    for weights in ({"transposed": True}, silu | {"transposed": True}):
-        yield f"192, x shared, {weights}", problem(block=192, weights=weights), shared
+    for bm in (8, 24):
+        deep = wide._replace(bm=bm, bk=128, stages=3, lag=1)
+        for more in (
+            {},
+            {"pair": True},
+            {"interleaved": True},
+            {"bias": True, "swiglu_limit": 7.0},
+        ):
+            lie = silu | more | {"transposed": True}
+            yield f"128 of k, {lie}", problem(block=bm, weights=lie, **gather), deep
+        lie = silu | {"transposed": True}
+        yield "128 of k, rows", problem(block=bm, weights=lie, row_weights=True), deep
+    given = problem(block=1, weights=silu | {"transposed": True}, **gather)
+    deep = wide._replace(bm=8, bk=128, stages=3, lag=1)
+    for split, ctas in ((2, 132), (4, 128)):
+        yield f"128 of k in {split}", given, deep._replace(split=split, num_ctas=ctas)
+    left: dict[str, Any] = {"zero_padding": False, "leaves_padding": True}
+    for bm, bk, stages in ((16, 128, 3), (48, 64, 5), (80, 64, 4)):
+        given = problem(block=bm, weights=silu | {"transposed": True}, **gather, **left)
+        lag = min(2, stages - 2)
+        yield f"{bm}, gated, left", given, wide._replace(bm=bm, bk=bk, stages=stages, lag=lag)
+        tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
+        yield f"{bm}, left", problem(block=bm, **left), tiles
     yield from e4m3_problems()
 
 
