@@ -235,6 +235,11 @@ class ClusterMail(abc.ABC):
         memory."""
 
     @abc.abstractmethod
+    def release(self) -> None:
+        """What the thread accessed, and what came before its last barrier, comes before its later posts, for
+        those who get these by `mail`."""
+
+    @abc.abstractmethod
     def mail(self) -> Any:
         """My mailbox, to be loaded from, once it is full. By whole warps; every CTA must come here."""
 
