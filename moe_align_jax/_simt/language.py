@@ -236,7 +236,7 @@ class ClusterMail(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """What the thread accessed, and what came before its last barrier, comes before its later posts, for
+        """What came before the thread's last `block_sync` or `tail_sync` also comes before its later posts, for
         those who get these by `mail`."""
 
     @abc.abstractmethod
