@@ -236,8 +236,8 @@ class ClusterMail(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """What came before the thread's last `block_sync` or `tail_sync` also comes before its later posts, for
-        those who get these by `mail`."""
+        """What came before the thread's last `block_sync` or `tail_sync` comes before its later posts, too,
+        for those who get these by `mail`."""
 
     @abc.abstractmethod
     def mail(self) -> Any:
