@@ -5,9 +5,10 @@ them: the bits of a word, or of two. Atomic additions in shared memory set the b
 The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
-without a bit. While these align, the routing warps compute and write the weights. In one CTA the routing
-warps set the bits themselves. In a cluster they post their ids to every CTA, in messages of 4, and the
-aligning warps of each set the bits of all and write a slice of each output.
+without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
+align. In a cluster they post their ids to every CTA, in messages of 4, and compute the weights while these
+are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output. They
+have a barrier of their own, so that no routing warp waits for them.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
@@ -32,14 +33,8 @@ MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
 _COUNT_SHIFT = 24
 _MESSAGE = 4  # ids
-# Whether the aligning warps of a cluster have a barrier of their own, so that no routing warp waits.
-OWN_BARRIER = False
-# Whether ids that cannot be out of range are told to the compiler as such.
-SURE = False
-# Warpgroups of a CTA that align.
-ALIGNING = 1
-# Whether an expert's tokens are counted in a byte, four to a word, where they are counted beside its bits.
-BYTE_COUNTS = False
+# Whether a CTA of a cluster writes what follows of its own tokens, wherever that lies.
+OWN_PAIRS = False
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
@@ -49,7 +44,7 @@ def takes(align: AlignProblem, num_tokens: int) -> bool:
 
 
 class Split:
-    """The code of one CTA: its last warpgroup aligns, the warps of the others have a token each."""
+    """The code of one CTA: its last warpgroups align, the warps of the others have a token each."""
 
     def __init__(
         self,
@@ -58,10 +53,11 @@ class Split:
         *,
         num_warpgroups: int,
         num_ctas: int,
+        num_aligning: int,
     ):
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
-        self.routers = (num_warpgroups - ALIGNING) * WARPGROUP // WARP
-        self.first_thread, self.threads = self.routers * WARP, ALIGNING * WARPGROUP
+        self.routers = (num_warpgroups - num_aligning) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, num_aligning * WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
@@ -69,21 +65,19 @@ class Split:
         if num_ctas > 1:
             self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE
         self.num_ids = problem.num_tokens * self.row
+        self.own = num_ctas > 1 and OWN_PAIRS
+        self.mailbox = self.num_ids + (num_ctas if self.own else 0)
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
-        # where that has room, so that one addition does both, or in a word of their own.
+        # where that has room, so that one addition does both, or in a byte or a word of their own.
         self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
         self.counted = self.most_blocks > 1 and not self.packed
         self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
-        # No token is left out, and no id is beyond so many bits: the compiler then sees no check to make.
-        self.sure = (
-            SURE
-            and problem.num_experts & (problem.num_experts - 1) == 0
-            and not problem.has_token_mask
-            and not problem.has_num_valid_tokens
-        )
         size = align.block_size
-        self.bytes = BYTE_COUNTS and self.counted and self.in_lanes and size & (size - 1) == 0
+        # Four counts to a word, which `_starts` rounds up to blocks at once.
+        self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
+        # Without them every id is one of an expert.
+        self.may_drop = problem.has_token_mask or problem.has_num_valid_tokens
 
     @property
     def _cells(self) -> int:
@@ -108,59 +102,76 @@ class Split:
         t.grid_dependency_wait()
         t.launch_dependents()
         router = routing.Router(t, r, problem, lane)
-        routes = warp < self.routers
         token = t.cta_id() * self.routers + warp
-        is_token = routes & (token < problem.num_tokens)
-        loaded = router.load(t.select(is_token, token, 0))
-        aligns = warp >= self.routers
-        if self.num_ctas > 1 and OWN_BARRIER:
-            t.cluster_ready()
-            with t.if_(is_token):
-                found = router.find(loaded)
-                self._post(t, token, found.expert, lane)
-                routing.store(router, token, router.weigh(found), found.expert)
-            with t.if_(aligns):
-                collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
-                self._fill(t, r)
-                t.tail_sync()
-                pairs = self._experts(t, r, t.mail())
-                for pair, expert in pairs:
-                    self._set_bit(t, r, pair // problem.top_k, expert)
-                t.tail_sync()
-                self._align(t, r, pairs)
-            return
+        routes = (warp < self.routers) & (token < problem.num_tokens)
+        loaded = router.load(t.select(routes, token, 0))
+        run = self._in_one_cta if self.num_ctas == 1 else self._in_a_cluster
+        run(t, r, router, loaded, token, routes, warp >= self.routers)
+
+    def _in_a_cluster(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        router: routing.Router,
+        loaded: routing.Loaded,
+        token: Int,
+        routes: Int,
+        aligns: Int,
+    ) -> None:
+        t.cluster_ready()
+        with t.if_(routes):
+            found = router.find(loaded)
+            self._post(t, token, found.expert, router.lane)
+            # Otherwise the assembler moves the load of the logit, and what waits for it, ahead of messages.
+            t.warp_sync()
+            routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
-            collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
-        if self.num_ctas > 1:
-            t.cluster_ready()
+            self._clear(t, r)
+            self._fill(t, r)
+            t.tail_sync()
+            if self.own:
+                # Sentinels are in place before another CTA writes a pair there.
+                to = t.thread_id() - self.first_thread
+                with t.if_(to < self.num_ctas):
+                    t.release()
+                    t.post(to, t.cta_id() + self.num_ids, 0)
+            mail = t.mail()
+            pairs = self._experts(t, r, mail)
+            for pair, expert in pairs:
+                self._set_bit(t, r, pair // self.problem.top_k, expert)
+            if self.own:
+                pairs = self._experts(t, r, mail, own=True)
+            t.tail_sync()
+            self._align(t, r, pairs)
+
+    def _in_one_cta(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        router: routing.Router,
+        loaded: routing.Loaded,
+        token: Int,
+        routes: Int,
+        aligns: Int,
+    ) -> None:
+        with t.if_(aligns):
+            self._clear(t, r)
         t.block_sync()
         with t.if_(aligns):
             self._fill(t, r)
 
         def choose() -> list[Int]:
             found = router.find(loaded)
-            if self.num_ctas > 1:
-                self._post(t, token, found.expert, lane)
-            else:
-                self._keep(t, r, token, found.expert, lane)
+            self._keep(t, r, token, found.expert, router.lane)
             return routing.values_of(found)
 
-        count = routing.num_values(problem)
-        chosen = t.values_if(is_token, choose, [0] * count)
-
-        ids = None if self.num_ctas > 1 else r.chosen
-        if self.num_ctas > 1:
-            with t.if_(aligns):
-                ids = t.mail()
-                for pair, expert in self._experts(t, r, ids):
-                    self._set_bit(t, r, pair // problem.top_k, expert)
+        chosen = t.values_if(routes, choose, [0] * routing.num_values(self.problem))
         t.block_sync()
-        # Weights wait: in a cluster they take longer than the messages, for which pairs need not wait then.
-        with t.if_(is_token):
+        with t.if_(routes):
             found = router.found_of(loaded, chosen)
             routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
-            self._align(t, r, self._experts(t, r, ids))
+            self._align(t, r, self._experts(t, r, r.chosen))
 
     # -- the routing warps
 
@@ -204,6 +215,10 @@ class Split:
         """Who I am among the aligning threads, for a fill."""
         return {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
 
+    def _clear(self, t: Simt, r: SimpleNamespace) -> None:
+        """Masks without a bit."""
+        collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
+
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
         align, mine = self.align, self._mine(t)
@@ -212,13 +227,20 @@ class Split:
         )
         common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **mine)
 
-    def _experts(self, t: Simt, r: SimpleNamespace, ids: Any) -> list[tuple[Int, Int]]:
-        """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped."""
+    def _experts(
+        self, t: Simt, r: SimpleNamespace, ids: Any, own: bool = False
+    ) -> list[tuple[Int, Int]]:
+        """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped. `own`: among
+        those of my CTA's tokens; else of all."""
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
-        pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
-        insides = [pair < align.num_pairs for pair in pairs]
+        count = self.routers * self.problem.top_k if own else align.num_pairs
+        pairs = [first + start for start in range(0, count, self.threads)]
+        insides = [pair < count for pair in pairs]
+        if own:
+            pairs = [pair + t.cta_id() * count for pair in pairs]
+            insides = [i & (p < align.num_pairs) for i, p in zip(insides, pairs, strict=True)]
         words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
         found = []
         for pair, inside, word in zip(pairs, insides, words, strict=True):
@@ -233,7 +255,11 @@ class Split:
         if self.row != top_k:
             places = [pair // top_k * self.row + pair % top_k for pair in pairs]
         words = [t.load(ids, place) for place in places]
-        return [word & (self.problem.num_experts - 1) for word in words] if self.sure else words
+        if self.may_drop:
+            return words
+        # The same words; but of so few bits the compiler knows that they need no check.
+        bits = (self.problem.num_experts - 1).bit_length()
+        return [word & ((1 << bits) - 1) for word in words]
 
     def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
         """`pairs`: `_experts`."""
@@ -258,21 +284,27 @@ class Split:
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
-        for (pair, expert), own, rank, start in zip(pairs, safe, ranks, starts, strict=True):
+        each = zip(pairs, safe, ranks, starts, strict=True)
+        for number, ((pair, expert), own, rank, start) in enumerate(each):
             kept = expert >= 0
             row = start * align.block_size + rank
-            with rows.holding(row, kept):
+            with t.if_(kept) if self.own else rows.holding(row, kept):
                 t.store(r.sorted_token_ids, row, pair)
             block, opens = start, rank.eq(0)
             if self.most_blocks > 1:
                 block = start + rank // align.block_size
                 opens = (rank % align.block_size).eq(0)
-            with names.holding(block, kept & opens):
+            with t.if_(kept & opens) if self.own else names.holding(block, kept & opens):
                 t.store(r.expert_ids, block, common.block_label(t, r, align, own))
             # Each CTA writes the rows of the tokens that it routed.
-            with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
+            count = problem.top_k * self.routers
+            mine = (pair // count).eq(t.cta_id())
+            if self.own:
+                mine = tid + number * self.threads < count
+            with t.if_(mine):
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
-        with t.if_(t.cta_id().eq(0) & warp.eq(0)):
+        last = self.threads // WARP - 1
+        with t.if_(t.cta_id().eq(0) & warp.eq(last if self.own else 0)):
             if align.return_counts:
                 for j in range(self.each):
                     with t.if_(first + j < align.num_experts):
@@ -307,8 +339,12 @@ class Split:
         """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
         part what token it may be."""
         below = (t.const(1) << (token & (WARP - 1))) - 1
-        first = number * self.threads // self.problem.top_k
-        last = (number * self.threads + self.threads - 1) // self.problem.top_k
+        first = 0 if self.own else number * self.threads // self.problem.top_k
+        last = (
+            MAX_TOKENS - 1
+            if self.own
+            else (number * self.threads + self.threads - 1) // self.problem.top_k
+        )
         if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
         low, more = t.const(-1), below

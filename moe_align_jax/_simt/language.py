@@ -235,6 +235,11 @@ class ClusterMail(abc.ABC):
         memory."""
 
     @abc.abstractmethod
+    def release(self) -> None:
+        """What came before the thread's last `block_sync` or `tail_sync` comes before its later posts, too,
+        for those who get these by `mail`."""
+
+    @abc.abstractmethod
     def mail(self) -> Any:
         """My mailbox, to be loaded from, once it is full. By whole warps; every CTA must come here."""
 

@@ -283,6 +283,9 @@ class MosaicSimt(Simt):
         )
         order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
 
+    def release(self) -> None:
+        order_asm("fence.acq_rel.cluster;")
+
     def mail(self) -> Any:
         wait = (
             "{ .reg .pred full; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, "
@@ -454,12 +457,12 @@ class WindowedMosaic(Windowed, MosaicSimt):
         ]
 
 
-# Whether a kernel with a mailbox leaves out the barrier by which Mosaic lets the CTAs of a cluster wait for
-# each other before the body: its own, behind the first loads, does for both.
-ONE_CLUSTER_BARRIER = False
-
-
 def _drop_cluster_barrier() -> None:
+    """Takes out the barrier by which Mosaic lets the CTAs of a cluster wait for each other before a body.
+
+    A kernel with a mailbox has one of its own (`open_mailbox`, `cluster_ready`), which stands behind its
+    first loads and does for both. Where a release of jax writes Mosaic's otherwise, both stay.
+    """
     block = ir.InsertionPoint.current.block
     while True:
         for operation in list(block.operations):
@@ -532,8 +535,7 @@ def launcher(
                     mail_barrier=refs.pop("mail_barrier", None),
                 )
             if kernel.mailbox:
-                if ONE_CLUSTER_BARRIER:
-                    _drop_cluster_barrier()
+                _drop_cluster_barrier()
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()

@@ -45,7 +45,9 @@ class EmulatedSimt(AmongDevices, InCluster):
             self.num_threads if self.num_ctas > 1 else 1
         )
         rank, arrived = (peers.rank, peers.arrived) if peers else (0, None)
-        self._clock = Clock(self.num_ctas, self.num_threads, rank, arrived, kernel.tail)
+        self._clock = Clock(
+            self.num_ctas, self.num_threads, rank, arrived, kernel.tail, self.cluster
+        )
         self._tail = kernel.tail
         self._waited = np.zeros(self._total, bool)
         self._join(peers)
