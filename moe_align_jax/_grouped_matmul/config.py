@@ -325,7 +325,7 @@ def _group(problem: MatmulProblem, rules: Rules) -> int:
 def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     """A warpgroup has sums of 64 x 128 at most: each has a second accumulator, of 128 columns of x."""
     if bm < 64 and problem.weights.gated:
-        return Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0)
+        return _shared(problem, rules, Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0))
     ahead = problem.scale_groups <= _GROUPS_AHEAD
     if bm < 64:
         return Config("swap", bm, 128, 128, 6, group=0, ahead=ahead and problem.rows == "masked")

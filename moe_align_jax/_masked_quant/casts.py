@@ -17,6 +17,8 @@ from moe_align_jax._masked_quant import primitive
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 from moe_align_jax._masked_quant.reference import codes, rows_quantised, scale_of
 
+# Below, what a quotient leaves would not be a normal number.
+_LEAST_DIVIDED = 1e-20
 _OPTIONS = ("scale_format", "scale_layout", "floor", "divide", "implementation")
 
 
@@ -56,7 +58,7 @@ def _of_kernel(
     static = all(isinstance(size, int) for size in x.shape)
     if not static or not math.prod(x.shape) or explicitly_sharded(x):
         return None
-    if str(x.dtype) not in ("bfloat16", "float16") or divide:
+    if str(x.dtype) not in ("bfloat16", "float16") or (divide and floor < _LEAST_DIVIDED):
         return None
     if scale_format == "ue8m0_packed" and (
         scale_layout != "column_major" or width % (GROUP * GROUPS_PER_WORD)
@@ -64,7 +66,9 @@ def _of_kernel(
         return None
     options = GROUP, scale_format, scale_layout, None, None, floor
     boxes = math.prod(lead)
-    return MaskedQuantProblem(boxes, rows, width, str(x.dtype), *options, activates=False)
+    return MaskedQuantProblem(
+        *(boxes, rows, width, str(x.dtype), *options), divide=divide, activates=False
+    )
 
 
 def _by_primitive(

@@ -463,6 +463,11 @@ FORMS = {
         {"gather": False, "layout": PACKED},
         ALONE,
     ),
+    "swap, silu, k in 2": (
+        (5, 2, 3, 512, 128, 8),
+        SILU | {"layout": PACKED},
+        WIDE._replace(bm=8, split=2, num_ctas=4),
+    ),
     "tall, alone in its cluster": (
         (20, 1, 2, 128, 192, 192),
         {"gather": False, "layout": COLUMNS},
@@ -577,6 +582,11 @@ def on_a_gpu():
         size = (300, 2, 3, 384, 448, 128)
         add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
         add("sharing, one scale", config, *size, gather=False, layout={"single": True})
+    for name, layout in layouts.items():
+        for gated in (False, True):
+            config = (WIDE if gated else SWAP)._replace(bm=8, stages=4, split=4, num_ctas=128)
+            more = (SILU if gated else {}) | {"layout": layout}
+            add(f"k in 4, {name}", config, 5, 8, 7, 1536, 320, 1, **more)
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
