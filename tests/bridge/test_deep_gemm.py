@@ -268,7 +268,7 @@ def test_a_call_like_an_earlier_one_is_launched_without_checks(layout, masked, f
             deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, where)
             want = np.einsum("mk,mnk->mn", wide_a, wide_b[where.numpy()])
         check(d, want)
-        assert len(fake.launched) == before + 1 + masked
+        assert len(fake.launched) == before + 1  # without a list of tiles: groups are few
         assert len(checks) == (1 if layout in REPEATED else count)
 
 

@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul import kernel, launch
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
+from tests.no_gpu import matmul as no_gpu
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -332,7 +334,22 @@ def test_select_names_the_kernel_and_why_not():
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
-        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-ahead"),
+        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-early"),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 6},
+            "32x64x128s8swap-g0-w1-early-finds-264",
+        ),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 6, "n": 7168},
+            "32x128x128s6swap-g0-early-finds",
+        ),
+        (
+            "masked",
+            {"expected_rows": 1024, "num_experts": 6},
+            "192x128x128s4m-g8-w3-skips-c2-ahead-finds",
+        ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early"),
@@ -518,6 +535,16 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
+def test_pieces_in_shared_memory_divide_those_of_a_tile():
+    """A slot is otherwise written for the next tile while the last store may still read it."""
+    for _, problem, config in no_gpu.problems():
+        shape = shape_of(problem, config)
+        columns = shape.columns // (1 if config.form == "m" else config.computing)
+        pieces = columns // shape.piece * (shape.wm // 64)
+        if config.form != "swap":
+            assert pieces % kernel._slots(config, shape) == 0, config
+
+
 def test_the_emulator_by_its_name():
     counts = np.array([3, 2], np.int32)
     x, w, options, want = make_masked(PACKED, k=128, n=64, counts=counts, most=8)
@@ -602,7 +629,7 @@ def on_a_gpu():
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
         shared.append(TALL._replace(**both, sharing=2))
-        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2])
+        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2], shared[3], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
         for most, config in of_most:
