@@ -331,6 +331,9 @@ def test_select_names_the_kernel_and_why_not():
         )
 
 
+GATED = Weights(transposed=True, activation="silu", gated=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
@@ -352,6 +355,18 @@ def test_select_names_the_kernel_and_why_not():
         ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        (
+            "blocks",
+            {
+                "num_rows": 8,
+                "block_size": 1,
+                "n": 256,
+                "num_tokens": 1,
+                "top_k": 8,
+                "weights": GATED,
+            },
+            "8x256x128s5swap-g0-k4",
+        ),
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
