@@ -495,6 +495,11 @@ FORMS = {
         {"gather": False, "layout": PACKED},
         ALONE,
     ),
+    "swap, silu, gathered, a warpgroup alone": (
+        (9, 2, 3, 256, 192, 8),
+        SILU,
+        ALONE._replace(bm=8, bn=128, stages=6),
+    ),
     "swap, silu, k in 2": (
         (5, 2, 3, 512, 128, 8),
         SILU | {"layout": PACKED},
@@ -629,6 +634,8 @@ def on_a_gpu():
             config = (WIDE if gated else SWAP)._replace(bm=8, stages=4, split=4, num_ctas=128)
             more = (SILU if gated else {}) | {"layout": layout}
             add(f"k in 4, {name}", config, 5, 8, 7, 1536, 320, 1, **more)
+            config = ALONE._replace(bm=8, bn=128 if gated else 64, stages=6, num_ctas=264)
+            add(f"alone, {name}", config, 90, 2, 7, 384, 320, 8, gather=gated, **more)
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
