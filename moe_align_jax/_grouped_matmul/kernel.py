@@ -44,7 +44,6 @@ _REGISTERS = {
     2: {False: (40, 232), True: (56, 224)},
     3: {False: (32, 160), True: (56, 152)},
 }
-_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
 
 
 class Tile(NamedTuple):
@@ -189,7 +188,7 @@ def build(
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    slots = 1 if swap else ending.slots if ending else _SLOTS
+    slots = ending.slots if ending else _slots(config, shape)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -275,7 +274,8 @@ def build(
             def multiply(tile, ring, between, place=None):
                 """The warpgroup's sums, in one accumulator or two."""
                 if scaled:
-                    return scaled(tile, warpgroup, ring, slot_of, between, place)
+                    before = rank * shape.k_steps if ranks > 1 else 0
+                    return scaled(tile, warpgroup, ring, slot_of, between, place, before)
                 mine = tile.valid
                 if config.skips:
                     mine = mine & epilogue.holds_rows(problem, shape, refs.vectors, tile, warpgroup)
@@ -689,6 +689,23 @@ def _operands(
     return x, w
 
 
+def _columns(config: Config, shape: Shape) -> int:
+    """Of the result, of a warpgroup."""
+    return shape.columns // (1 if config.form == "m" else config.computing)
+
+
+def _slots(config: Config, shape: Shape) -> int:
+    """Pieces of the result in shared memory, per warpgroup.
+
+    A tile's pieces are a multiple of them: a slot is then written again when all but the latest
+    `slots - 1` stores have read theirs, in the next tile too.
+    """
+    if config.form == "swap":
+        return 1
+    pieces = shape.wm // shape.piece_rows * (_columns(config, shape) // shape.piece)
+    return 2 if pieces % 2 == 0 else pieces
+
+
 class _Store:
     """Stores pieces of a tile, through a slot of shared memory each."""
 
@@ -704,11 +721,8 @@ class _Store:
     ):
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
-        self.slots = 1 if self.swap else _SLOTS
-        self.rows = shape.piece_rows
-        columns = shape.columns // (1 if config.form == "m" else config.computing)
-        self.across = columns // shape.piece
-        self.down = config.bm // self.rows
+        self.slots, self.rows = _slots(config, shape), shape.piece_rows
+        self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
         self,

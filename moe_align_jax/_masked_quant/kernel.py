@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem, bits_over_448
+from moe_align_jax._masked_quant.quotient import nearest_quotient, nearest_reciprocal
 from moe_align_jax._masked_quant.share import Share, Work
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -86,7 +87,7 @@ def build(
                 value = _activation(problem, *values, interpret)
             else:
                 value = values[0].astype(_F32)
-            q, scale = _quantise(problem, value)
+            q, scale = _quantise(problem, value, interpret)
             memory.store(q_ref.at[expert, at_row, at_group], q)
             if problem.packed:
                 _store_words(memory, s_ref, scratch[0], scale, expert, row, first)
@@ -251,31 +252,13 @@ def _activation(
     return keep(keep(silu.astype(dtype)) * up).astype(_F32)
 
 
-def nearest_reciprocal(bits: jax.Array, near: jax.Array) -> jax.Array:
-    """1 / x, rounded to nearest, of the bits of a positive float32 x, and of a float32 that is at most two
-    units in the last place off. Both, and the result, are normal numbers.
-
-    With significands m of x and q of 1 / x as integers, 2**47 - q m is what the quotient leaves. It has few
-    bits, and is found modulo 2**32, of which 2**47 is 0. It is never half of m.
-    """
-    one = 1 << _MANTISSA_BITS
-    m = (bits & (one - 1)) | one
-    found = lax.bitcast_convert_type(near, _I32)
-    below = 2 * _BIAS - 1 - (bits >> _MANTISSA_BITS)  # the exponent, but where x is a power of two
-    # `near` may be on the other side of a power of two.
-    q = (((found & (one - 1)) | one) << ((found >> _MANTISSA_BITS) - below + 1)) >> 1
-    half = m >> 1
-    for _ in range(4):  # two units above a power of two are four below it
-        rest = -(q * m)
-        q = q + (rest > half).astype(_I32) - (rest < -half).astype(_I32)
-    return lax.bitcast_convert_type((below << _MANTISSA_BITS) + (q - one), _F32)
-
-
 def _clip(x: jax.Array, bound: Any) -> jax.Array:
     return jnp.maximum(jnp.minimum(x, bound), -bound)
 
 
-def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantise(
+    problem: MaskedQuantProblem, value: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """e4m3 codes `[tile, 128]` and float32 scales `[tile]` of finite values.
 
     Nothing is clipped: a quotient is over 448 by an error of rounding at most, and 464 would still give 448.
@@ -295,8 +278,12 @@ def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array,
             lax.bitcast_convert_type(e << _MANTISSA_BITS, _F32)
             for e in (exponent, 2 * _BIAS - exponent)
         )
-    if problem.divide and problem.scale_format == "float32":
-        scaled = value / lax.broadcast_in_dim(scale, value.shape, (0,))
+    scales, inverses = (lax.broadcast_in_dim(a, value.shape, (0,)) for a in (scale, inverse))
+    if not problem.divide or problem.scale_format != "float32":
+        scaled = value * inverses
+    elif problem.activates:
+        scaled = value / scales
     else:
-        scaled = value * lax.broadcast_in_dim(inverse, value.shape, (0,))
+        layout = None if interpret else _layout(value.shape[0])
+        scaled = nearest_quotient(value, scales, inverses, layout)
     return scaled.astype(jnp.float8_e4m3fn), scale

@@ -41,9 +41,9 @@ def _implement(
     if not problem.activates and divided_by_xla(ctx):
         choice = "xla"
     if choice != "mosaic_gpu" or not math.prod(problem.outputs["q"][0]):  # nothing to launch for
-        from moe_align_jax._masked_quant import casts, reference
+        from moe_align_jax._masked_quant import reference
 
-        call = reference.masked_quant if problem.activates else casts.by_xla
+        call = reference.masked_quant if problem.activates else reference.without_activation
         return functools.partial(call, problem)
     from moe_align_jax._masked_quant import launch as kernels
 

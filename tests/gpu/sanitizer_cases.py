@@ -317,6 +317,7 @@ def matmul_e4m3() -> None:
         "sharing, rows, 192x",
         "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
         "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
+        "masked 200, columns, 16x128x128s6swap-g0-finds",
     )
     every = test_fp8.on_a_gpu()
     for name in wanted:
@@ -324,6 +325,23 @@ def matmul_e4m3() -> None:
         with pytest.MonkeyPatch.context() as patch:
             problem, operands = make(patch)
         test_fp8.check_form(problem, operands, config, interpret=False)
+
+
+def casts() -> None:
+    """Tiles of a row, the last of which overlaps another, and of rows, of which some hold no row in use."""
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+    from tests.layout import test_quantization as cases
+
+    for (count, k), layout in (((5, 1152), "row_major"), ((40, 384), "column_major")):
+        x = cases.rows(jnp.bfloat16, 40, max(k, 512))[:count, :k]
+        want, want_scales = cases.oracle_rowwise(x, 1e-4, False, False)
+        q, scales = maj.quantize_rowwise(x, scale_layout=layout)
+        np.testing.assert_array_equal(cases.bytes_of(q), cases.bytes_of(want))
+        scales = np.asarray(scales)
+        found = scales[:, :count].T if layout == "column_major" else scales
+        np.testing.assert_array_equal(found, want_scales)
 
 
 def weight_gradients(interpret: bool = False) -> None:
@@ -425,6 +443,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matmul, clusters", matmul_clusters
     yield "matmul, tiles", matmul_tiles
     yield "matmul, e4m3", matmul_e4m3
+    yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients
     yield "activation gradient", activation_gradient
     yield "expert layer", expert_layer

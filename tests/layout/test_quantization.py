@@ -12,7 +12,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax._masked_quant import casts, launch
 from moe_align_jax._masked_quant.config import config_for
-from moe_align_jax._masked_quant.kernel import nearest_reciprocal
+from moe_align_jax._masked_quant.quotient import nearest_reciprocal
 
 E4M3 = ml_dtypes.float8_e4m3fn
 F32 = np.float32
@@ -155,6 +155,7 @@ KERNELS = {
         {"scale_format": "ue8m0_packed", "scale_layout": "column_major"},
     ),
     "rows": (9, 256, 4, {"scale_layout": "column_major"}),
+    "rows, divided": (8, 128, 3, {"divide": True}),
     "rows, powers of two": (20, 128, 2, {"scale_format": "ue8m0"}),
 }
 
@@ -166,12 +167,14 @@ def test_the_kernel_gives_the_same_bits(name):
     x = jnp.asarray(rows(ml_dtypes.bfloat16, count, max(k, 512), seed=4)[:, :k])
     layout = options.get("scale_layout", "row_major")
     how = {"scale_format": options.get("scale_format", "float32"), "scale_layout": layout}
-    problem = casts._of_kernel(x, how["scale_format"], layout, 1e-4, False)
+    divide = options.get("divide", False)
+    problem = casts._of_kernel(x, how["scale_format"], layout, 1e-4, divide)
     config = config_for(problem)._replace(num_ctas=num_ctas)
     assert config.down == name.startswith("rows")
     used, run = count - 2, functools.partial(launch.run, problem, interpret=True, config=config)
     q, scales = jax.jit(run)(x[None], jnp.full(1, used, jnp.int32))
-    want, want_scales = casts.rowwise(x, floor=1e-4, divide=False, implementation="xla", **how)
+    how |= {"floor": 1e-4, "divide": divide}
+    want, want_scales = casts.rowwise(x, implementation="xla", **how)
     np.testing.assert_array_equal(bytes_of(q[0, :used]), bytes_of(want[:used]))
     here = (slice(used),) if layout == "row_major" else (slice(None), slice(used))
     np.testing.assert_array_equal(scales[0][here], want_scales[here])
@@ -190,22 +193,27 @@ def test_a_reciprocal_is_the_nearest():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scale_format", ["float32", "ue8m0", "ue8m0_packed"])
+@pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("shape", [(40, 512), (1, 7168), (333, 256), (2, 3, 2048)], ids=str)
-def test_rows_on_a_gpu_are_numpys_to_the_bit(shape, scale_format):
+def test_rows_on_a_gpu_are_numpys_to_the_bit(shape, cast):
     *_, count, k = shape
     x = np.stack([rows(ml_dtypes.bfloat16, 40, 7168, seed) for seed in range(9)])
     x = x.reshape(-1)[: math.prod(shape)].reshape(shape)
-    layouts = ("row_major", "column_major") if scale_format == "float32" else (None,)
-    q, powers = oracle_rowwise(x.reshape(-1, k), 1e-4, scale_format != "float32", False)
-    for layout in layouts:
-        found, scales = maj.quantize_rowwise(x, scale_format=scale_format, scale_layout=layout)
+    q, want = oracle_rowwise(x.reshape(-1, k), *named(CASTS[cast]))
+    for layout in ("row_major", "column_major"):
+        found, scales = maj.quantize_rowwise(x, scale_layout=layout, **CASTS[cast])
         np.testing.assert_array_equal(bytes_of(found), bytes_of(q.reshape(shape)))
-        if scale_format == "ue8m0_packed":
-            continue
         if layout == "column_major":
             scales = scales[..., :count].swapaxes(-1, -2)
-        np.testing.assert_array_equal(scales, powers.reshape(*shape[:-1], -1))
+        np.testing.assert_array_equal(scales, want.reshape(*shape[:-1], -1))
+    if named(CASTS[cast])[1]:
+        packed = CASTS[cast] | {"scale_format": "ue8m0_packed"}
+        found, words = maj.quantize_rowwise(x, **packed)
+        np.testing.assert_array_equal(bytes_of(found), bytes_of(q.reshape(shape)))
+        exponents = np.asarray(words).swapaxes(-1, -2).copy().view(np.uint8)[..., : k // 128]
+        np.testing.assert_array_equal(
+            exponents, (want.view(np.int32) >> 23).reshape(exponents.shape)
+        )
 
 
 def test_transformations():

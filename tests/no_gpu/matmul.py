@@ -188,6 +188,8 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    pairs = {"num_rows": 8, "num_tokens": 1, "top_k": 8, "n": 256, "num_experts": 128}
+    yield case("pairs, silu", 1, weights=silu, scales=rows, **pairs)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
     broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
     shared = tall._replace(sharing=2, ahead=True)
