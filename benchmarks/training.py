@@ -106,6 +106,8 @@ SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 65536, 768, 2048, 128, "zipf"),
     Product("weight gradient", 65536, 2048, 1536, 128, "one"),
     Product("weight gradient", 65536, 768, 2048, 128, "one"),
+    Product("weight gradient", 16384, 4096, 28672, 8),
+    Product("weight gradient", 16384, 14336, 4096, 8),
 )
 
 
@@ -228,7 +230,8 @@ def variants(size: Product) -> list[Any]:
     from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
 
     if size.kind == "weight gradient":
-        return [None, Tiles(late=False), Tiles(lag=1), Tiles(back=True)]
+        more = [Tiles(back=True), *(Tiles(group=g) for g in (8, 16))]
+        return [None, Tiles(late=False), Tiles(lag=1), *more]
     late = Config("m", 128, 256, 64, 4, late=True)
     skips = late._replace(skips=True)
     found: list[Any] = [None, late._replace(late=False, group=8), skips]

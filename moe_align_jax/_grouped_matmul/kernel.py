@@ -218,10 +218,11 @@ def build(
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if not config.ahead:
-                at, n = _order(config, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+                # There may be none.
+                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -563,16 +564,16 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
-def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
+def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
-    if not config.group:
+    if not group:
         return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
-    each = _I32(config.group * n_tiles)
+    each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
-    size = jnp.minimum(row_tiles - first * config.group, config.group)
+    size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
-    return first * config.group + (rest - n * size), n
+    return first * group + (rest - n * size), n
 
 
 def _used_rows(problem: MatmulProblem, refs: _Refs) -> list[jax.Array]:

@@ -1,8 +1,8 @@
 """Arrays that may be used only when another one is complete, whose own operands are then free again.
 
 XLA runs what does not depend on each other in any order. Where a program has a layer's result and, for a
-cotangent that is given, its gradients, it may begin the gradients early, and keep the temporary arrays of both at
-once. `jax.lax.optimization_barrier` orders them, but makes jax compute the layer's result again where
+cotangent that is given, its gradients, it may begin the gradients early, and keep the temporary arrays of
+both at once. `jax.lax.optimization_barrier` orders them, but makes jax compute the layer's result again where
 `jax.checkpoint` recomputes what the gradients need. This barrier lets go of what nothing uses.
 """
 

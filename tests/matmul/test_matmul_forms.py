@@ -188,16 +188,23 @@ FEW = [
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
     # Two experts of 137 and 163 rows: a warpgroup of their second tiles has none.
-    ("skips", lambda m: blocks(m, 300, 1, 2, 64, 64, 128, gather=False), SKIPS),
-    ("skips, ragged", lambda m: ragged(m, [130, 3], 140, 64, 64), SKIPS),
-    ("weights shared", lambda m: blocks(m, 300, 1, 2, 64, 64, 128, gather=False), SHARED[2]),
+    ("skips, ragged", lambda m: ragged(m, [130, 3], 140, 64, 64), SKIPS._replace(bn=64)),
+    (
+        "weights shared",
+        lambda m: blocks(m, 300, 1, 2, 64, 64, 128, gather=False),
+        SHARED[2]._replace(bn=64),
+    ),
     # Tiles of the experts 0, 1, 1, 2, 2: no two neighbours share theirs, and the last is alone.
     (
         "weights not shared",
         lambda m: blocks(m, 400, 1, 3, 64, 64, 128, gather=False, seed=1),
-        SHARED[2],
+        SHARED[2]._replace(bn=64),
     ),
-    ("rows shared", lambda m: blocks(m, 9, 1, 2, 64, 320, 128, gather=False), SHARED[1]),
+    (
+        "rows shared",
+        lambda m: blocks(m, 9, 1, 2, 64, 320, 128, gather=False),
+        SHARED[1]._replace(bn=64),
+    ),
 ]
 
 

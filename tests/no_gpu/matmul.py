@@ -231,6 +231,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
+    yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
