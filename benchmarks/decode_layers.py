@@ -220,7 +220,7 @@ def no_communication(form: str, implementation: str | None) -> Layer:
 def every(
     size: Size, ranks: int, form: str, implementation: str | None, platform: str
 ) -> Iterator[Layer]:
-    """The most telling ones first. Our kernels between GPUs are left out where there is no GPU."""
+    """The most telling ones first. What differs by our kernels alone is left out where there is no GPU."""
     given = (size, ranks, form, implementation)
     transports = [
         t for t in exchanges.TRANSPORTS if t != "all_gather" and exchanges.runs(t, ranks, platform)
@@ -235,4 +235,5 @@ def every(
     yield plain_boxes(*given, "all_gather + psum_scatter")
     for transport in transports[1:]:
         yield ours(*given, transport)
-    yield ours(*given, "all_to_all", not all_to_all.GATHERS)
+    if platform == "gpu":
+        yield ours(*given, "all_to_all", not all_to_all.GATHERS)
