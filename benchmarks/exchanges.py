@@ -149,12 +149,6 @@ def gathering(exchange: Exchange, *, gathers: bool) -> Exchange:
     return _traced_with(exchange, name, all_to_all, "GATHERS", gathers)
 
 
-def for_all(exchange: Exchange, *, for_all: bool) -> Exchange:
-    """The same with messages that all ranks get, or one for each rank."""
-    name = f"{exchange.name}, {'one message for all' if for_all else 'a message for each'}"
-    return _traced_with(exchange, name, all_to_all, "FOR_ALL", for_all)
-
-
 def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
     def changed(function):
         def run(*arguments):
@@ -362,7 +356,6 @@ def every(
     if "all_to_all" in transports and size.mode == "low_latency":
         same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
         yield gathering(same, gathers=not all_to_all.GATHERS)
-        yield for_all(same, for_all=not all_to_all.FOR_ALL)
         yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:

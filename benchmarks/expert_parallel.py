@@ -146,6 +146,8 @@ def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) ->
 
     @jax.jit  # traced and lowered once, not once per pair
     def pair(x, ids, weights, y):
+        # As a layer's router gives them: no pair's weights have travelled with those of the one before.
+        x, ids, weights = lax.optimization_barrier((x, ids, weights))
         received, handle = exchange.out(x, ids, weights)
         y, received = lax.optimization_barrier((y, received))
         return exchange.back(y, handle), ids + clocks.zero_reading(received)

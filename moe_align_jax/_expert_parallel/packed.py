@@ -2,7 +2,7 @@
 where they run, by XLA elsewhere."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,14 +28,13 @@ _I32 = jnp.int32
 
 
 def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Array]) -> jax.Array:
-    """The message `[D, T, W]`, or `[T, W]`, of tokens: see `Pack`."""
+    """The message `[D, T, W]` of tokens: see `Pack`."""
     return _pack_p.bind(*vary_together([ids, weights, *payload]), problem=problem)[0]
 
 
-def unpack(problem: Unpack, *received: jax.Array) -> dict[str, jax.Array]:
-    """By name, the outputs of `Unpack` of (perhaps this rank, and) the messages that came."""
-    operands = vary_together(list(received))
-    return dict(zip(problem.outputs, _unpack_p.bind(*operands, problem=problem), strict=True))
+def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
+    """By name, the outputs of `Unpack` of a message that came."""
+    return dict(zip(problem.outputs, _unpack_p.bind(received, problem=problem), strict=True))
 
 
 def fill_boxes(
@@ -57,50 +56,39 @@ def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: ja
     form = problem.message
     if problem.quantise:
         payload = message.quantize(payload[0])
-    if problem.for_all:
-        return [_side_by_side(form, [*payload, weights, ids])]
     ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
     local = ids[None] - ranks * form.num_local_experts
     here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
-    fields = [*payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)]
-    return [_side_by_side(form, fields)]
-
-
-def _side_by_side(form: Message, fields: Sequence[jax.Array]) -> jax.Array:
-    """The rows of a message, from the fields of each."""
-    columns, rows = [], fields[-1].shape[:-1]
-    for field, x in zip(form.fields, fields, strict=True):
+    columns = []
+    for field, x in zip(
+        form.fields,
+        (*payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)),
+        strict=True,
+    ):
         words = _words(x)
         words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, -field.words % 4)])
-        columns.append(jnp.broadcast_to(words, (*rows, words.shape[-1])))
-    return jnp.concatenate(columns, axis=-1)
+        columns.append(jnp.broadcast_to(words, (*here.shape[:2], words.shape[-1])))
+    return [jnp.concatenate(columns, axis=2)]
 
 
-def _unpack_by_xla(problem: Unpack, *received: jax.Array) -> list[jax.Array]:
+def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
     form = problem.message
-    rows = received[-1].reshape(form.num_rows, form.words)
+    rows = received.reshape(form.num_rows, form.words)
     *payload, weights, ids = (
         _from_words(rows[:, start : start + field.words], field)
         for field, start in zip(form.fields, form.starts[:-1], strict=True)
     )
-    if problem.for_all:
-        weights, ids = _own(problem, received[0], weights, ids)
     return _boxes_by_xla(problem, payload, weights, ids)
 
 
 def _fill_by_xla(problem: Gathered, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
     payload = list(message.quantize(given[0]) if problem.quantise else given)
-    return _boxes_by_xla(problem, payload, *_own(problem, rank, weights, ids))
-
-
-def _own(
-    problem: Unpack | Gathered, rank: jax.Array, weights: jax.Array, ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Weights and local ids, 0 and -1 for the experts of other ranks."""
     count = problem.message.num_local_experts
     local = ids - rank[0] * count
     here = (ids >= 0) & (local >= 0) & (local < count)
-    return jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
+    return _boxes_by_xla(
+        problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
+    )
 
 
 def _boxes_by_xla(

@@ -80,10 +80,6 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
     packed = [
         run(pack, ids[r], weights[r], *(x[r] for x in given))["message"] for r in range(ranks)
     ]
-    shared = [
-        run(pack._replace(for_all=True), ids[r], weights[r], *(x[r] for x in given))["message"]
-        for r in range(ranks)
-    ]
     for receiver in range(ranks):
         came = np.stack([packed[sender][receiver] for sender in range(ranks)])
         mine = ids.reshape(-1, top_k) - receiver * np.int64(local)
@@ -96,10 +92,6 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
         ):
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         boxes = run(kernels.Unpack(message, room), came)
-        check_boxes(boxes, want_ids, want_weights, rows, local)
-        boxes = run(
-            kernels.Unpack(message, room, True), np.array([receiver], np.int32), np.stack(shared)
-        )
         check_boxes(boxes, want_ids, want_weights, rows, local)
         gathered = kernels.Gathered(message, room, quantise)
         all_tokens = [a.reshape(-1, a.shape[-1]) for a in (ids, weights, *given)]
@@ -247,19 +239,15 @@ def assert_same_bits(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), ours, theirs)
 
 
-WAYS = {
-    # through all_to_all: whether our kernels stand beside the exchange, gather what need not be packed, and
-    # pack one message for all ranks
-    "gathered": (True, True, False),
-    "packed": (True, False, False),
-    "for all": (True, False, True),
-    "by XLA": (False, False, False),
+WAYS = {  # through all_to_all: (our kernels beside the exchange, whether they gather what need not be packed)
+    "gathered": (True, True),
+    "packed": (True, False),
+    "by XLA": (False, False),
 }
 
 
 def take(monkeypatch, way):
-    kernels, gathers, for_all = WAYS[way]
-    monkeypatch.setattr(all_to_all, "FOR_ALL", for_all)
+    kernels, gathers = WAYS[way]
     monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
     monkeypatch.setattr(all_to_all, "GATHERS", gathers)
     monkeypatch.setattr(all_to_all, "MOST_GATHERED_MORE", 1 << 40)
@@ -279,8 +267,8 @@ def test_dispatch_gives_the_bits_of_the_longer_way(monkeypatch, ranks, payload, 
         if way == "by XLA":
             monkeypatch.setattr(all_to_all.AllToAll, "return_rows", in_rank_order)
         results.append(exchanged(batch, mesh_of(ranks), **options))
-    for result in results[:-1]:
-        assert_same_bits(result, results[-1])
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
 
 
 def in_rank_order(self, rows, plan, group, in_use=None):
@@ -333,17 +321,15 @@ def test_gradients_are_those_of_the_longer_way(monkeypatch):
             lambda x, w, run=run: jnp.sum(jnp.cos(run(x, w, batch.ids))), argnums=(0, 1)
         )
         results.append(jax.jit(loss)(batch.x, batch.weights))
-    for result in results[:-1]:
-        assert_same_bits(result, results[-1])
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
 
 
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
 PAIRS = {  # ranks, way: kernels of ours, collectives; three gathers are one kernel (tests.no_gpu.exchanges)
     (2, "gathered"): (2, (0, 3, 1)),
     (2, "packed"): (3, (1, 0, 1)),
-    (2, "for all"): (3, (0, 1, 1)),
     (4, "gathered"): (2, (1, 3, 0)),
-    (4, "for all"): (3, (1, 1, 0)),
     (4, "packed"): (3, (2, 0, 0)),
 }
 
@@ -391,7 +377,7 @@ def test_on_gpus_the_kernels_give_the_bits_of_the_longer_way(monkeypatch, tokens
     given = quantised(batch.x) if payload else batch.x
     batch.x, batch.ids, batch.weights = (jax.device_put(a, sharding) for a in batch.args)
     results = []
-    for way in ("gathered", "packed", "for all"):
+    for way in ("gathered", "packed"):
         take(monkeypatch, way)
         results += [exchanged(batch, mesh, payload=payload) for _ in range(2)]
     take(monkeypatch, "by XLA")

@@ -61,10 +61,6 @@ class _Body:
             count = message.num_local_experts
             weights, ids = message.starts[-3:-1]
             for rank, row in self.copies(token):
-                if self.problem.for_all:
-                    t.store(r.message, row + ids + self.thread, expert)
-                    t.store(r.message, row + weights + self.thread, weight)
-                    continue
                 local = expert - rank * count
                 here = local.below(count)
                 # mutant: ids are those of rank 0
@@ -74,9 +70,6 @@ class _Body:
 
     def copies(self, token: Int):
         """(rank, first word of the token's message to it)."""
-        if self.problem.for_all:
-            yield self.t.const(0), token * self.message.words
-            return
         for rank in self.t.for_range(0, self.message.num_ranks):
             yield rank, (rank * self.message.num_tokens + token) * self.message.words
 

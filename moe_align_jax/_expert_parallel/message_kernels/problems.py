@@ -104,12 +104,10 @@ class Pack(NamedTuple):
     Attributes:
         message: its rows.
         quantise: whether the one array given, bfloat16, becomes the payload's e4m3 codes and float32 scales.
-        for_all: whether all ranks get the same `message [T, W]`, with the ids and weights as they are.
     """
 
     message: Message
     quantise: bool
-    for_all: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -134,8 +132,7 @@ class Pack(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
-        shape, dtype = self.message.array
-        return {"message": (shape[1:] if self.for_all else shape, dtype)}
+        return {"message": self.message.array}
 
 
 class Unpack(NamedTuple):
@@ -144,17 +141,10 @@ class Unpack(NamedTuple):
     Gives `boxes [e, room, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
     `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`; and `weights` and `ids`, each
     `[R, K]`. Rows of a box from `masked_m` on are not written.
-
-    Attributes:
-        message: its rows.
-        room: rows of a box.
-        for_all: whether the messages are those that all ranks get; `rank [1]` int32, this one, then stands
-            ahead of them.
     """
 
     message: Message
     room: int
-    for_all: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -170,8 +160,7 @@ class Unpack(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
-        rank: dict[str, Array] = {"rank": ((1,), INT32)} if self.for_all else {}
-        return rank | {"message": self.message.array}
+        return {"message": self.message.array}
 
     @property
     def outputs(self) -> dict[str, Array]:

@@ -32,9 +32,9 @@ _TARGETS_AHEAD = 8
 
 def build(problem: Unpack | Gathered) -> Kernel:
     message, gathered = problem.message, isinstance(problem, Gathered)
-    body = _GatheredBody if gathered else _ForAllBody if problem.for_all else _Body
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
+    body = _GatheredBody if gathered else _Body
     return Kernel(
         name="moe_gathered" if gathered else "moe_unpack",
         body=lambda t, r: body(t, r, problem, experts).run(),
@@ -240,11 +240,20 @@ class _Body:
                     yield box
 
 
-class _ForAllBody(_Body):
-    """Of rows that every rank gets, with global ids."""
+class _GatheredBody(_Body):
+    """Of every rank's tokens, in separate arrays."""
 
     def begin(self) -> None:
         self.first = self.t.load(self.r.rank, 0) * self.message.num_local_experts
+
+    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.topk_ids, row * self.message.top_k + k
+
+    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.pair_weights, row * self.message.top_k + k
+
+    def field(self, number: int, row: Int) -> tuple[Any, Int]:
+        return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
 
     def local(self, expert: Int) -> Int:
         found = expert - self.first
@@ -255,19 +264,6 @@ class _ForAllBody(_Body):
     def weighed(self, expert: Int, weight: Int) -> Int:
         # mutant: the weight of another rank's expert is kept
         return self.t.select(expert >= 0, weight, 0)
-
-
-class _GatheredBody(_ForAllBody):
-    """Of every rank's tokens, in separate arrays."""
-
-    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return self.r.topk_ids, row * self.message.top_k + k
-
-    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return self.r.pair_weights, row * self.message.top_k + k
-
-    def field(self, number: int, row: Int) -> tuple[Any, Int]:
-        return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
 
     def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
         if not self.problem.quantise:

@@ -38,11 +38,11 @@ MESSAGE_KERNELS = True
 # Whether those gather what need not be packed, rather than pack it and unpack it.
 # On two H200, at 8 tokens, it took 71 us a pair for 58 with donation, and 81 for 84 without (2026-11-29).
 GATHERS = False
-# Whether messages are packed once, for all ranks, and gathered, rather than packed for each rank.
-FOR_ALL = False
 # The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
 # kernel between two collectives has cost 11 us where the host launches it.
 MOST_GATHERED_MORE = 2 << 20
+# Of those, where processes may be on several hosts, between which there may be 25 GB/s.
+BETWEEN_HOSTS = 1 / 8
 
 
 class AllToAll(Transport):
@@ -108,12 +108,8 @@ class AllToAll(Transport):
         pack, unpack, gathered = self._problems(payload, ids, group, room, quantise)
         if _gathers_all(gathered):
             *payload, weights, ids = self._gather([*payload, weights, ids], group)
-            rank = _rank(group)
+            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
             found = packed.fill_boxes(gathered, rank, ids, weights, payload)
-        elif FOR_ALL:
-            sent = packed.pack(pack._replace(for_all=True), ids, weights, payload)
-            received = lax.all_gather(sent, group.axis_name, axis=0)
-            found = packed.unpack(unpack._replace(for_all=True), _rank(group), received)
         else:
             received = self._exchange(packed.pack(pack, ids, weights, payload), group)
             found = packed.unpack(unpack, received)
@@ -132,10 +128,6 @@ class AllToAll(Transport):
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)
 
 
-def _rank(group: Group) -> jax.Array:
-    return lax.axis_index(group.axis_name).astype(jnp.int32)[None]
-
-
 def _gathers_all(problem: message_kernels.Gathered) -> bool:
     """Whether the tokens travel as they are given: no kernel packs them."""
     form = problem.message
@@ -143,5 +135,5 @@ def _gathers_all(problem: message_kernels.Gathered) -> bool:
         return GATHERS
     given, sent = ([f.columns * f.dtype.itemsize for f in x] for x in (problem.given, form.payload))
     more = (form.num_ranks - 1) * form.num_tokens * (sum(given) - sum(sent))
-    # Processes may be on several hosts, between which bytes cost more.
-    return jax.process_count() == 1 and more <= MOST_GATHERED_MORE
+    most = MOST_GATHERED_MORE * (1 if jax.process_count() == 1 else BETWEEN_HOSTS)
+    return more <= most
