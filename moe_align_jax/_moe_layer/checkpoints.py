@@ -1,6 +1,7 @@
 """Weights of experts as checkpoints keep them, and as `fused_moe` takes them."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ def _is_float_array(array: Any) -> bool:
     """Of NumPy or jax, or the shape and dtype of one; bfloat16 and e4m3 are no floats of NumPy's."""
     dtype = getattr(array, "dtype", None)
     if dtype is None or not hasattr(array, "shape") or not hasattr(array, "ndim"):
+        return False
+    if isinstance(array, np.ma.MaskedArray):
         return False
     import jax.numpy as jnp
 
@@ -43,6 +46,21 @@ def _is_quantized(weights: Any) -> bool:
         return False
     first, second = (getattr(each, "dtype", None) for each in weights)
     return str(first) == E4M3 and second is not None and str(second) != E4M3
+
+
+def _check_bool(function: str, argument: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        remedy = "It says how the weights lie."
+        checks.refuse(TypeError, function, argument, "be True or False", value, remedy)
+
+
+def _check_array(function: str, argument: str, value: Any, ndim: int) -> None:
+    if not _is_float_array(value):
+        rule, remedy = "be a float array of NumPy or jax", "Convert it, e.g. by jnp.asarray."
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
+    if value.ndim != ndim:
+        remedy = "See ExpertWeights for the shapes of checkpoints."
+        checks.refuse(ValueError, function, argument, f"have {ndim} dimensions", value, remedy)
 
 
 def _values(weights: Any) -> Any:
@@ -87,15 +105,7 @@ class ExpertWeights:
     def __post_init__(self) -> None:
         function = "ExpertWeights"
         for name in ("transpose_rhs", "interleaved"):
-            if not isinstance(flag := getattr(self, name), (bool, np.bool_)):
-                checks.refuse(
-                    TypeError,
-                    function,
-                    name,
-                    "be True or False",
-                    flag,
-                    "It says how the weights lie.",
-                )
+            _check_bool(function, name, getattr(self, name))
         if self.pair and (len(self.w_gate_up) != 2 or self.interleaved):
             got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
             rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
@@ -182,9 +192,14 @@ class ExpertWeights:
             pair: gate and up as two arrays.
 
         Raises:
+            TypeError: an argument is neither None nor a bool.
             ValueError: a pair is to be interleaved; or scales of blocks would not be of blocks any more: gate
                 and up of an N that is no multiple of 128 are to be joined, parted or interleaved.
         """
+        flags = {"transpose_rhs": transpose_rhs, "interleaved": interleaved, "pair": pair}
+        for name, flag in flags.items():
+            if flag is not None:
+                _check_bool("laid_out", name, flag)
         transpose_rhs = self.transpose_rhs if transpose_rhs is None else transpose_rhs
         pair = self.pair if pair is None else pair
         if interleaved is None:
@@ -226,6 +241,7 @@ class ExpertWeights:
             interleaved: columns of gate and up take turns: GPT-OSS. Nothing in a checkpoint tells.
 
         Raises:
+            TypeError: `tensors` is no mapping to arrays, `prefix` no string or `interleaved` no bool.
             ValueError: the names or the shapes are not those of experts.
 
         Example:
@@ -241,7 +257,16 @@ class ExpertWeights:
             ((4, 96, 64), (4, 64, 48), True)
         """
         function = "from_hugging_face"
-        mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        if not isinstance(tensors, Mapping):
+            rule, remedy = (
+                "be a mapping from names to arrays",
+                "Pass the tensors of a file, by name.",
+            )
+            checks.refuse(TypeError, function, "tensors", rule, checks.describe(tensors), remedy)
+        _check_prefix(function, prefix)
+        _check_bool(function, "interleaved", interleaved)
+        named = {name: t for name, t in tensors.items() if isinstance(name, str)}
+        mine = {name[len(prefix) :]: t for name, t in named.items() if name.startswith(prefix)}
         if "gate_up_proj" not in mine:
             return cls._from_matrices(mine, prefix, interleaved)
         first, down = mine["gate_up_proj"], mine.get("down_proj")
@@ -254,6 +279,8 @@ class ExpertWeights:
                 "none",
                 "See the prefix.",
             )
+        for name, array in (("gate_up_proj", first), ("down_proj", down)):
+            _check_array(function, f"tensors[{prefix + name!r}]", array, 3)
         # [E, 2 N, H] beside [E, H, N], or [E, H, 2 N] beside [E, N, H]: no sizes fit both.
         transposed = first.shape[1:] == (2 * down.shape[2], down.shape[1])
         biases = mine.get("gate_up_proj_bias"), mine.get("down_proj_bias")
@@ -275,8 +302,15 @@ class ExpertWeights:
             The weights as NumPy arrays, e4m3 and bfloat16 in ml_dtypes' dtypes.
 
         Raises:
+            TypeError: `path` is no path, or as `from_hugging_face`.
             ValueError: there is no such file, it is none of safetensors, or as `from_hugging_face`.
         """
+        function = "from_safetensors"
+        if not isinstance(path, (str, os.PathLike)):
+            rule, remedy = "be a path", "Pass a file, or the folder of a checkpoint."
+            checks.refuse(TypeError, function, "path", rule, checks.describe(path), remedy)
+        _check_prefix(function, prefix)
+        _check_bool(function, "interleaved", interleaved)
         from moe_align_jax._moe_layer import safetensors
 
         return cls.from_hugging_face(
@@ -299,6 +333,14 @@ class ExpertWeights:
             if missing := [name for name in wanted if name not in mine]:
                 rule, remedy = f"hold {prefix}{missing[0]}", "Every expert has three matrices."
                 checks.refuse(ValueError, function, "tensors", rule, "none", remedy)
+            for name, like in zip(wanted, (names[0], names[0], names[2]), strict=True):
+                argument = f"tensors[{prefix + name!r}]"
+                _check_array(function, argument, mine[name], 2)
+                shape = mine[f"0.{like}.weight"].shape
+                if mine[name].shape != shape:
+                    rule = f"have the shape of {prefix}0.{like}.weight, {list(shape)}"
+                    remedy = "All experts of a layer have one size."
+                    checks.refuse(ValueError, function, argument, rule, mine[name], remedy)
             rows.append([_with_scales(mine, prefix, name) for name in wanted])
         gate, up, down = (_stacked(list(column)) for column in zip(*rows, strict=True))
         first: Any = (gate, up)
@@ -340,10 +382,31 @@ class ExpertWeights:
             layer: which of the scanned layers; None where they are of one layer.
             layer_axis: where the scanned layers are, MaxText's `param_scan_axis`.
             bias_gate, bias_up, bias_down: `[E, N]`, `[E, N]` and `[E, H]`, or None.
+
+        Raises:
+            TypeError: an argument is no float array, or `layer` or `layer_axis` no int.
+            ValueError: there is no such layer, or the shapes do not fit each other.
         """
+        function = "from_maxtext"
         arrays = [wi_0, wi_1, wo]
         biases = [bias_gate, bias_up, bias_down]
+        given = dict(zip(("wi_0", "wi_1", "wo"), arrays, strict=True))
+        names = ("bias_gate", "bias_up", "bias_down")
+        given |= {n: b for n, b in zip(names, biases, strict=True) if b is not None}
+        for name, array in given.items():
+            ndim = (2 if name in names else 3) + (layer is not None)
+            _check_array(function, name, array, ndim)
         if layer is not None:
+            remedy = "Pass the axis of the scanned layers, MaxText's param_scan_axis."
+            layer_axis = checks.check_int(function, "layer_axis", layer_axis, 0, remedy)
+            layer = checks.check_int(function, "layer", layer, 0, "Layers count from 0.")
+            for name, array in given.items():
+                if layer_axis >= array.ndim:
+                    rule = f"be an axis of {name}, below {array.ndim}"
+                    checks.refuse(ValueError, function, "layer_axis", rule, layer_axis, remedy)
+                if layer >= array.shape[layer_axis]:
+                    rule = f"be below {array.shape[layer_axis]}, the layers of {name}"
+                    checks.refuse(ValueError, function, "layer", rule, layer, remedy)
             arrays, biases = (
                 [None if a is None else a.take(layer, axis=layer_axis) for a in some]
                 for some in (arrays, biases)
@@ -353,7 +416,7 @@ class ExpertWeights:
             remedy = "Pass both, or none."
             checks.refuse(
                 ValueError,
-                "from_maxtext",
+                function,
                 "bias_up",
                 "be there with bias_gate",
                 "one of them",
@@ -361,6 +424,13 @@ class ExpertWeights:
             )
         both = None if gate is None else _library(gate).concatenate([gate, up], axis=1)
         return cls((arrays[0], arrays[1]), arrays[2], both, down)
+
+
+def _check_prefix(function: str, prefix: Any) -> None:
+    if not isinstance(prefix, str):
+        remedy = 'Pass for example "model.layers.0.mlp.experts.".'
+        got = checks.describe(prefix)
+        checks.refuse(TypeError, function, "prefix", "be a string", got, remedy)
 
 
 def _check_scales(name: str, weights: Any) -> None:
