@@ -126,6 +126,11 @@ class MatmulProblem(NamedTuple):
         return 2 * self.n if self.weights.gated else self.n
 
     @property
+    def counts_pairs(self) -> bool:
+        """Whether a launch of any size must tell its pairs: what rows hold is compared with them."""
+        return self.top_k > 0 or self.leaves_padding
+
+    @property
     def num_blocks(self) -> int:
         return -(-self.num_rows // self.block_size)
 

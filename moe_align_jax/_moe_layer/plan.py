@@ -111,7 +111,7 @@ class LayerProblem(NamedTuple):
             weights=weights,
             block_size=self.block_size,
             zero_padding=False,  # the weighted sum reads rows of pairs alone
-            leaves_padding=True,
+            leaves_padding=self.scales is None,
             num_pairs=pairs if is_static(pairs) else 0,
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
