@@ -277,9 +277,11 @@ def build(
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
-                mine = tile.valid
+                multiplies = tile.valid
                 if config.skips:
-                    mine = mine & epilogue.holds_rows(problem, shape, refs.vectors, tile, warpgroup)
+                    multiplies = multiplies & epilogue.holds_rows(
+                        problem, shape, refs.vectors, tile, warpgroup
+                    )
 
                 def pass_on(k, _):
                     slot = slot_of(ring + k)
@@ -289,7 +291,7 @@ def build(
                     return ()
 
                 if config.skips or pairs:
-                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(mine)
+                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(multiplies)
                     lax.fori_loop(0, jnp.where(passed, _I32(shape.k_steps), 0), pass_on, ())
 
                 def scope(*accumulators):
@@ -315,7 +317,7 @@ def build(
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(mine)
+                    @pl.when(multiplies)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)

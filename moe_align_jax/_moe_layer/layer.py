@@ -277,7 +277,9 @@ def _backward(problem, implementation, kept, ct):
         dx = derivative.input_rows(first, *args)
         row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
         dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
-        args = (implementation, given.x, rows, floats.w_gate_up, where.of_matmul)
+        # The rows of x may be copied, `[P, H]`: not before those of dx are summed up.
+        dx, x = complete_first(dx, given.x)
+        args = (implementation, x, rows, floats.w_gate_up, where.of_matmul)
         d_gate_up = derivative.weights(first, *args)
         d_bias = None
         if given.bias_gate_up is not None:
