@@ -33,7 +33,7 @@ def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
     }
     first: tuple[Any, ...] = ()
     where = None
-    if problem.rows != "blocks":
+    if problem.rows != "blocks" and not config.finds:
         program = tile_list.build(tile_list.of(problem, config.bm))
         [listing] = program.kernels
         first = (_of_masked(listing),)

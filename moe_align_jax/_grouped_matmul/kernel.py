@@ -44,7 +44,6 @@ _REGISTERS = {
     2: {False: (40, 232), True: (56, 224)},
     3: {False: (32, 160), True: (56, 152)},
 }
-_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
 
 
 class Tile(NamedTuple):
@@ -87,9 +86,12 @@ class _Refs:
         split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.count: Any = None if problem.row_labels else refs.pop(0)
-        self.experts = refs.pop(0)
-        listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
+        self.masked_m: Any = refs.pop(0) if config.finds else None
+        self.count: Any = None if problem.row_labels or config.finds else refs.pop(0)
+        self.experts: Any = None if config.finds else refs.pop(0)
+        listed: tuple[Any, Any] = (None, None)
+        if not shape.parts and not config.finds:
+            listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
@@ -171,9 +173,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile; sorted_token_ids, row_weights, bias, scales of x and of each
-    array of weights, those that there are; x; the weights, one array or two. With an `ending`, for tiles
-    neither late nor shared, its operands come first, and its results are returned before the problem's.
+    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights,
+    bias, scales of x and of each array of weights, those that there are; x; the weights, one array or two.
+    With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
+    before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
@@ -185,7 +188,7 @@ def build(
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    slots = 1 if swap else ending.slots if ending else _SLOTS
+    slots = ending.slots if ending else _slots(config, shape)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -204,7 +207,7 @@ def build(
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
-        row_tiles = _row_tiles(problem, shape, refs)
+        row_tiles = _row_tiles(problem, config, shape, refs)
         pairs = config.shares_weights
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
@@ -215,10 +218,11 @@ def build(
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if not config.ahead:
-                at, n = _order(config, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+                # There may be none.
+                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -226,10 +230,10 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(problem, shape, refs, at)
+                return _read(problem, config, shape, refs, at)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, shape, refs, jnp.minimum(at ^ 1, last))
-            return *_read(problem, shape, refs, jnp.minimum(at, last)), other[0]
+            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
 
         def tile_at(i, known=None):
             at, n = order(i)
@@ -271,7 +275,24 @@ def build(
             def multiply(tile, ring, between, place=None):
                 """The warpgroup's sums, in one accumulator or two."""
                 if scaled:
-                    return scaled(tile, warpgroup, ring, slot_of, between, place)
+                    before = rank * shape.k_steps if ranks > 1 else 0
+                    return scaled(tile, warpgroup, ring, slot_of, between, place, before)
+                multiplies = tile.valid
+                if config.skips:
+                    multiplies = multiplies & epilogue.holds_rows(
+                        problem, shape, refs.vectors, tile, warpgroup
+                    )
+
+                def pass_on(k, _):
+                    slot = slot_of(ring + k)
+                    plgpu.barrier_wait(full.at[slot])
+                    between(k)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return ()
+
+                if config.skips or pairs:
+                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(multiplies)
+                    lax.fori_loop(0, jnp.where(passed, _I32(shape.k_steps), 0), pass_on, ())
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -296,7 +317,7 @@ def build(
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(tile.valid)
+                    @pl.when(multiplies)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)
@@ -328,8 +349,12 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-                for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at, some=some)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at, some=some)
+
+                pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -386,21 +411,24 @@ def build(
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
+                there = tile.there if pairs else jnp.bool_(True)
                 if not shape.partial:
-                    return ring + steps, _I32(1), here, value
+                    return ring + steps, there.astype(_I32), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 whole = here[0] + shape.wm <= here[2]
 
-                @pl.when(jnp.logical_not(whole))
+                @pl.when(there & jnp.logical_not(whole))
                 def _():
                     for q, piece in enumerate(value):
                         store(q, piece, here)
 
-                return ring + steps, whole.astype(_I32), here, value
+                return ring + steps, (there & whole).astype(_I32), here, value
 
-            if config.ahead or pairs:
-                assert scaled and config.ahead and not (config.late or ending)
-                assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            # Which rows a part of a block has in use is known to its own CTA alone.
+            assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            assert not (pairs and ending)
+            if config.ahead:
+                assert scaled and not (config.late or ending)
                 known = read(order(0)[0])
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
@@ -525,8 +553,11 @@ def build(
 # -- which tile ------------------------------------------------------------------------------------
 
 
-def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
+def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.finds:
+        used = _used_rows(problem, refs)
+        return sum((_tiles_of(rows, config) for rows in used[1:]), _tiles_of(used[0], config))
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
@@ -535,22 +566,47 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
-def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
+def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
-    if not config.group:
+    if not group:
         return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
-    each = _I32(config.group * n_tiles)
+    each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
-    size = jnp.minimum(row_tiles - first * config.group, config.group)
+    size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
-    return first * config.group + (rest - n * size), n
+    return first * group + (rest - n * size), n
+
+
+def _used_rows(problem: MatmulProblem, refs: _Refs) -> list[jax.Array]:
+    """Of each expert of the masked layout."""
+    most = problem.max_rows
+    return [jnp.clip(refs.masked_m[expert], 0, most) for expert in range(problem.num_experts)]
+
+
+def _tiles_of(rows: jax.Array, config: Config) -> jax.Array:
+    return lax.div(rows + (config.bm - 1), _I32(config.bm))
+
+
+def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
+    """Expert, first row and end of a tile of rows of the masked layout; behind the last, some expert's."""
+    before = expert = first = end = _I32(0)
+    for e, used in enumerate(_used_rows(problem, refs)):
+        behind = before + _tiles_of(used, config)
+        mine = (at >= before) & (at < behind)
+        expert = jnp.where(mine, _I32(e), expert)
+        first = jnp.where(mine, e * problem.max_rows + (at - before) * config.bm, first)
+        end = jnp.where(mine, e * problem.max_rows + used, end)
+        before = behind
+    return expert, first, end
 
 
 def _read(
-    problem: MatmulProblem, shape: Shape, refs: _Refs, at: jax.Array
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array
 ) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    if config.finds:
+        return _find(problem, config, refs, at)
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
@@ -636,6 +692,23 @@ def _operands(
     return x, w
 
 
+def _columns(config: Config, shape: Shape) -> int:
+    """Of the result, of a warpgroup."""
+    return shape.columns // (1 if config.form == "m" else config.computing)
+
+
+def _slots(config: Config, shape: Shape) -> int:
+    """Pieces of the result in shared memory, per warpgroup.
+
+    A tile's pieces are a multiple of them: a slot is then written again when all but the latest
+    `slots - 1` stores have read theirs, in the next tile too.
+    """
+    if config.form == "swap":
+        return 1
+    pieces = shape.wm // shape.piece_rows * (_columns(config, shape) // shape.piece)
+    return 2 if pieces % 2 == 0 else pieces
+
+
 class _Store:
     """Stores pieces of a tile, through a slot of shared memory each."""
 
@@ -651,11 +724,8 @@ class _Store:
     ):
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
-        self.slots = 1 if self.swap else _SLOTS
-        self.rows = shape.piece_rows
-        columns = shape.columns // (1 if config.form == "m" else config.computing)
-        self.across = columns // shape.piece
-        self.down = config.bm // self.rows
+        self.slots, self.rows = _slots(config, shape), shape.piece_rows
+        self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
         self,

@@ -70,6 +70,7 @@ class Products:
         slot_of: Callable[[jax.Array], jax.Array],
         between: Callable[[jax.Array], None],
         place: jax.Array | None = None,
+        before: jax.Array | int = 0,
     ) -> list[jax.Array]:
         """The warpgroup's sums: gate and up, or one.
 
@@ -81,6 +82,7 @@ class Products:
             between: called while a product of step k runs.
             place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where
                 the scales are read from global memory.
+            before: steps of the tile's K before this CTA's, where several share it.
         """
         refs, last = self.refs, self.shape.k_steps - 1
         if self.scales.w == "tensor":  # one for all steps
@@ -96,7 +98,7 @@ class Products:
         def more_of_w(k):
             """Of the weights in step k."""
             if place is None:
-                return self._of_blocks(tile, warpgroup, k)
+                return self._of_blocks(tile, warpgroup, before + k)
             return self._fetched(warpgroup, place, k)
 
         def step(k, carry):
@@ -113,7 +115,8 @@ class Products:
                     scales = ()
                     if part == 0:  # behind the product that runs
                         between(k)
-                        of_x = None if of_all is not None else self._of_rows(warpgroup, slot, k)
+                        if of_all is None:
+                            of_x = self._of_rows(warpgroup, slot, before + k)
                         in_step = place is not None and not early
                         of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
                         scales = (of_x, of_next)
@@ -143,7 +146,9 @@ class Products:
         zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
-            mine = mine & self._holds_rows(tile, warpgroup)
+            mine = mine & epilogue.holds_rows(
+                self.problem, self.shape, refs.vectors, tile, warpgroup
+            )
         none = place is not None and not early
         first = tuple(zeros), () if none else more_of_w(0), slot_of(ring)
         if early:  # of the first step; of the next ones each behind the product before it
@@ -154,16 +159,6 @@ class Products:
             others = busy & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
-
-    def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
-        """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
-        row = tile.row + warpgroup * self.shape.wm
-        inside = row < tile.used
-        if self.problem.rows != "blocks" or not self.shape.reads_ids:
-            return inside
-        # The row of another warpgroup is read where this one has none in the block.
-        pair = self.refs.ids[jnp.where(inside, row, tile.row)]
-        return inside & (pair >= 0) & (pair < epilogue.num_pairs(self.problem, self.refs.vectors))
 
     # -- products
 

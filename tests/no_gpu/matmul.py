@@ -93,6 +93,13 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield "float32, ragged", problem(**ragged, out="float32"), plain
     yield "not late", problem(), m._replace(late=False)
     yield "not late, gathered", problem(**gather), m._replace(late=False)
+    skips = m._replace(skips=True)
+    for tiles in (skips, skips._replace(sharing=2), skips._replace(sharing=2, shared="w")):
+        yield "skips", problem(), tiles
+        yield "skips, transposed", problem(weights={"transposed": True}), tiles
+        yield "skips, ragged", problem(**ragged), tiles
+    yield "skips, gathered", problem(**gather), skips
+    yield "skips, gathered, silu", problem(weights=silu, **gather), skips
     yield "tall", problem(block=256), Config("m", 256, 128, 64, 4, late=True)
     yield "tall, not late", problem(block=256), Config("m", 256, 128, 64, 4)
     for bm, stages in ((8, 5), (24, 5), (32, 5), (40, 5), (64, 4)):
@@ -181,9 +188,14 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    pairs = {"num_rows": 8, "num_tokens": 1, "top_k": 8, "n": 256, "num_experts": 128}
+    yield case("pairs, silu", 1, weights=silu, scales=rows, **pairs)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
     broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
     shared = tall._replace(sharing=2, ahead=True)
+    swap = Config("swap", 32, 128, 128, 6, group=0, ahead=True, finds=True)
+    for few in (swap, swap._replace(bn=64, computing=1, stages=8), broad._replace(finds=True)):
+        yield *case("masked, finds", scales=columns._replace(pitch=512), **masked)[:2], few
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
@@ -219,6 +231,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
+    yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
@@ -300,7 +313,7 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if problem.rows != "blocks":
+        if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
         return launch.arguments(problem, config, named, where, interpret=False)
