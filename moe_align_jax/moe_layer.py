@@ -378,7 +378,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 48, 80, 128]
+        [8, 16, 80, 128]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 8192)]
         [8, 48, 144, 192]
     """
