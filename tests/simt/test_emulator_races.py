@@ -400,7 +400,7 @@ def test_the_last_threads_have_a_barrier_of_their_own():
         launch(body, **(options | {"tail_threads": 0}))
     for tail in (48, 160, -32):
         with pytest.raises(
-            LaunchError, match=rf"tail_threads must be a multiple of 32 .* got {tail}"
+            LaunchError, match=rf"tail_threads must be a multiple of 32, .* got {tail}"
         ):
             launch(body, **(options | {"tail_threads": tail}))
 
