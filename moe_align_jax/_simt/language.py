@@ -205,7 +205,7 @@ class Core(abc.ABC):
 
     @abc.abstractmethod
     def tail_sync(self) -> None:
-        """As `block_sync`, among the last threads of the CTA, as many as the kernel says (`Kernel.tail_threads`)."""
+        """As `block_sync`, among the last threads of the CTA, as many as `Kernel.tail_threads`."""
 
     @abc.abstractmethod
     def block_sync(self) -> None:
