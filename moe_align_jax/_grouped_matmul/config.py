@@ -20,8 +20,8 @@ _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
-# Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8 to
-# 11 us more under jit, and 1 to 3 more in a CUDA graph (H200, 2026-11-29).
+# Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
+# to 11 us more under jit, and 1 to 3 more in a CUDA graph (H200, 2026-11-29).
 _FINDS_EXPERTS = 8
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
