@@ -27,14 +27,15 @@ XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n 
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
 .PHONY: demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
-.PHONY: venv-for-ci venv-without-torch
+.PHONY: venv-for-ci venv-for-x64
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
 	$(VENV_FOR) cli test torch examples dev docs
 
-venv-without-torch:
-	$(VENV_FOR) cli test examples dev docs
+# What the tests with 64-bit jax need, which do without PyTorch.
+venv-for-x64:
+	$(VENV_FOR) cli test examples
 
 demo:
 	$(VENV_FOR) cli
@@ -59,8 +60,12 @@ test:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST) --part newest-jax $(BRIEF)
 
-# Results on a CPU do not depend on how far LLVM optimises, and compiling is what takes the time.
-QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0"
+# Results on a CPU do not depend on how far LLVM optimises, nor on how many pieces it compiles at once, and
+# compiling is what takes the time. A program that was compiled before, by another test, by a process that a test
+# started or by another run, is read from .cache/: jax looks for it by the program, the flags and jaxlib's release.
+QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" \
+  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/programs \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 # A quarter of the examples that `make test-whole` draws for each property.
 BRIEF := --hypothesis-profile=brief
@@ -146,19 +151,19 @@ clean:
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
 export COMPILE_PATIENCE ?= 5
 KERNEL_SAMPLE ?= 1
-COMPILED_ROWS := masked_quant rows router vllm_aligned peer_rows recording exchanges layer
+COMPILED_MODULES := masked_quant rows router vllm_aligned peer_rows recording exchanges layer matmul
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
 compile-kernels-newest:
 	$(VENV_FOR) cli test torch
 	$(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample $(KERNEL_SAMPLE)
-	for rows in $(COMPILED_ROWS) matmul; do $(PY) -m tests.no_gpu.$$rows --sample $(KERNEL_SAMPLE) || exit 1; done
+	$(PY) -m tests.no_gpu.several --sample $(KERNEL_SAMPLE) $(COMPILED_MODULES)
 
 # One kernel in five: a compiler that differs at all differs in those.
 compile-kernels-$(OLD_JAX): old-jax
 	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
-	for rows in $(COMPILED_ROWS) matmul; do $(WITH_OLD_JAX) $(PY) -m tests.no_gpu.$$rows --sample 5 || exit 1; done
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.several --sample 5 $(COMPILED_MODULES)
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:

@@ -18,8 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import torch_bridge
 from moe_align_jax import ExpertWeights, fused_moe, route_topk
@@ -114,7 +117,7 @@ def experts_forward(
     return torch_bridge.to_torch(y)
 
 
-def use_in(model: transformers.PreTrainedModel) -> None:
+def use_in(model: PreTrainedModel) -> None:
     """Has all Mixture-of-Experts layers of a model run their experts by `experts_forward`."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     model.set_experts_implementation(NAME)
@@ -136,8 +139,8 @@ _COMMON = {
 }
 _MODELS = {
     "Qwen3-MoE": (
-        transformers.Qwen3MoeConfig,
-        transformers.Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
         {
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -148,13 +151,13 @@ _MODELS = {
         },
     ),
     "Mixtral": (
-        transformers.MixtralConfig,
-        transformers.MixtralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
         {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "DeepSeek-V3": (
-        transformers.DeepseekV3Config,
-        transformers.DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
         {
             "num_key_value_heads": 4,
             "q_lora_rank": 16,
@@ -176,7 +179,7 @@ _MODELS = {
 }
 
 
-def tiny_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A small model of a kind ("Qwen3-MoE", "Mixtral", "DeepSeek-V3") with random weights, float32."""
     config_class, model_class, sizes = _MODELS[name]
     torch.manual_seed(seed)

@@ -176,7 +176,7 @@ def select_quant_implementation(
 def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.Array]:
     given = {"x": x, "masked_m": masked_m}
     for argument, array in given.items():
-        if not isinstance(array, (jax.Array, np.ndarray)):
+        if not checks.is_array(array):
             remedy = "Pass a jax or NumPy array."
             rule = "be an array"
             got = checks.describe(array)

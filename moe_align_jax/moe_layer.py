@@ -17,6 +17,7 @@ from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as why
 from moe_align_jax._grouped_matmul import config, primitive, quantized
+from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
@@ -169,8 +170,8 @@ def fused_moe(
     bias_gate_up = arguments.check_bias(function, "bias_gate_up", bias_gate_up, (experts, columns))
     bias_down = arguments.check_bias(function, "bias_down", bias_down, (experts, hidden))
     topk_weights, topk_ids = arguments.check_routing(function, values, topk_weights, topk_ids)
-    weights_on_input = arguments.check_flag(function, "weights_on_input", weights_on_input)
-    counted = arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
+    weights_on_input = check_flag(function, "weights_on_input", weights_on_input)
+    counted = check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
     out_dtype = matmul_arguments.result_dtype(function, values, preferred_element_type)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -445,11 +446,11 @@ def select_moe_implementation(
     weights = matmul_arguments.make_weights(
         function,
         transposed=transpose_rhs,
-        pair=arguments.check_flag(function, "pair", pair),
+        pair=check_flag(function, "pair", pair),
         activation=activation,
         gated=gated,
         interleaved=interleaved,
-        bias=arguments.check_flag(function, "bias_gate_up", bias_gate_up),
+        bias=check_flag(function, "bias_gate_up", bias_gate_up),
     )
     experts, ffn = down[0], down[2 if weights.transposed else 1]
     if not experts or down[1 if weights.transposed else 2] != hidden:
@@ -462,7 +463,7 @@ def select_moe_implementation(
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
     pairs = tokens * top_k
-    has_aligned = arguments.check_flag(function, "has_aligned", has_aligned)
+    has_aligned = check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -478,8 +479,8 @@ def select_moe_implementation(
         str(x.dtype),
         matmul_arguments.result_dtype(function, x, preferred_element_type),
         weights,
-        arguments.check_flag(function, "bias_down", bias_down),
-        arguments.check_flag(function, "weights_on_input", weights_on_input),
+        check_flag(function, "bias_down", bias_down),
+        check_flag(function, "weights_on_input", weights_on_input),
         rows,
         pairs if as_pairs else num_rows,
         as_pairs,

@@ -140,7 +140,7 @@ def quantize_blockwise(
 
 def _check_values(function: str, argument: str, value: Any, shape: str) -> Any:
     got = checks.describe(value)
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         remedy = "Pass a jax or NumPy array."
         raise TypeError(checks.message(function, argument, "be an array", got, remedy))
     if str(value.dtype) not in _DTYPES:

@@ -47,14 +47,15 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m".
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
         early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product
             of the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
-            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
+            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead` where
+            operands are e4m3.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
@@ -256,6 +257,9 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         tiles = _e4m3_config(problem, rules, bm)
         few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
         return tiles._replace(finds=True) if few else tiles
+    deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
+    if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
+        return _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return _shared(problem, rules, Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0))
     if bm < 64:

@@ -50,15 +50,32 @@ class Place(NamedTuple):
 def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
     """Ids below it are pairs (see reference.ids_bound).
 
-    A launch of any size gives the pairs where x is gathered, else the rows.
+    A launch of any size gives the pairs where `problem.counts_pairs`, else the rows.
     """
     bound, ids = vectors.bound, vectors.ids
+    if bound is not None and problem.counts_pairs:
+        return bound
     if problem.top_k:
-        return problem.num_tokens * problem.top_k if bound is None else bound
+        return problem.num_tokens * problem.top_k
     if problem.num_pairs and bound is None:
         return problem.num_pairs
     rows = problem.num_rows if bound is None else bound
     return rows if problem.block_size == 1 else ids[rows - 1]
+
+
+def holds_rows(
+    problem: MatmulProblem, shape: Shape, vectors: Vectors, tile: Any, warpgroup: jax.Array
+) -> jax.Array:
+    """Whether any of a warpgroup's rows of a tile is in use: the first of them, if any is."""
+    row = tile.row + warpgroup * shape.wm
+    inside = row < tile.used
+    if problem.rows != "blocks" or not shape.reads_ids:
+        return inside
+    if vectors.bound is None:  # the last block may have fewer rows
+        inside = inside & (row < problem.num_rows)
+    # The row of another warpgroup is read where this one has none in the block.
+    pair = vectors.ids[jnp.where(inside, row, tile.row)]
+    return inside & (pair >= 0) & (pair < num_pairs(problem, vectors))
 
 
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:

@@ -18,7 +18,8 @@ Reads each tile of x once per n tile, and weights once per tile of rows (from L2
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,10 +218,11 @@ def build(
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if not config.ahead:
-                at, n = _order(config, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+                # There may be none.
+                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -275,6 +277,22 @@ def build(
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
+                multiplies = tile.valid
+                if config.skips:
+                    multiplies = multiplies & epilogue.holds_rows(
+                        problem, shape, refs.vectors, tile, warpgroup
+                    )
+
+                def pass_on(k, _):
+                    slot = slot_of(ring + k)
+                    plgpu.barrier_wait(full.at[slot])
+                    between(k)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return ()
+
+                if config.skips or pairs:
+                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(multiplies)
+                    lax.fori_loop(0, jnp.where(passed, _I32(shape.k_steps), 0), pass_on, ())
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -299,7 +317,7 @@ def build(
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(tile.valid)
+                    @pl.when(multiplies)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)
@@ -326,12 +344,17 @@ def build(
 
             def now(i, ring):
                 tile, steps = tile_at(i)
+                some = _holds_pairs(problem, shape, refs, tile)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-                for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at, some=some)
+
+                pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -388,21 +411,24 @@ def build(
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
+                there = tile.there if pairs else jnp.bool_(True)
                 if not shape.partial:
-                    return ring + steps, _I32(1), here, value
+                    return ring + steps, there.astype(_I32), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 whole = here[0] + shape.wm <= here[2]
 
-                @pl.when(jnp.logical_not(whole))
+                @pl.when(there & jnp.logical_not(whole))
                 def _():
                     for q, piece in enumerate(value):
                         store(q, piece, here)
 
-                return ring + steps, whole.astype(_I32), here, value
+                return ring + steps, (there & whole).astype(_I32), here, value
 
-            if config.ahead or pairs:
-                assert scaled and config.ahead and not (config.late or ending)
-                assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            # Which rows a part of a block has in use is known to its own CTA alone.
+            assert not (pairs and shape.parts > 1 and shape.reads_ids)
+            assert not (pairs and ending)
+            if config.ahead:
+                assert scaled and not (config.late or ending)
                 known = read(order(0)[0])
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
@@ -540,16 +566,16 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
-def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
+def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
-    if not config.group:
+    if not group:
         return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
-    each = _I32(config.group * n_tiles)
+    each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
-    size = jnp.minimum(row_tiles - first * config.group, config.group)
+    size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
-    return first * config.group + (rest - n * size), n
+    return first * group + (rest - n * size), n
 
 
 def _over_experts(problem: MatmulProblem, config: Config, step: Callable, first: Any) -> Any:
@@ -625,6 +651,21 @@ def _tile(
     return Tile(valid, expert, row, end, n, end)
 
 
+def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:
+    """Of each `shape.store_rows` rows of a tile but the first ones: whether they hold a pair.
+
+    A block's pairs come first.
+    """
+    rows = problem.block_size if shape.store_rows else 0
+    if not rows:
+        return []
+    limit, found = epilogue.num_pairs(problem, refs.vectors), []
+    for row in range(shape.store_rows, rows, shape.store_rows):
+        pair = refs.ids[tile.row + row]
+        found.append((pair >= 0) & (pair < limit))
+    return found
+
+
 # -- products, and what becomes of them ------------------------------------------------------------
 
 
@@ -697,11 +738,17 @@ class _Store:
         self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
-        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+        self,
+        q: int,
+        value: jax.Array,
+        at: tuple[jax.Array, ...],
+        *,
+        whole: bool = False,
+        some: Sequence[jax.Array] = (),
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -722,7 +769,7 @@ class _Store:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column)
+            self._whole(slot, row, column, some)
         else:
             lax.cond(
                 row + self.rows <= end,
@@ -730,7 +777,9 @@ class _Store:
                 lambda: self._some(slot, row, column, end),
             )
 
-    def _whole(self, slot: int, row: jax.Array, column: jax.Array) -> None:
+    def _whole(
+        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
+    ) -> None:
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -738,7 +787,14 @@ class _Store:
             target = self.refs.out.at[expert, pl.ds(row - expert * most, rows), columns]
         else:
             target = self.refs.out.at[pl.ds(row, rows), columns]
-        plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        if not some:
+            plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        each = self.shape.store_rows
+        for k, wanted in enumerate((None, *some) if some else ()):
+            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(k * each, each)]
+            part = self.refs.out.at[pl.ds(row + k * each, each), columns]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, source, part)
+            copy() if wanted is None else pl.when(wanted)(copy)
 
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         if not self.shape.partial:

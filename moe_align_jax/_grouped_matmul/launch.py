@@ -49,12 +49,16 @@ def run(
 def permuted(
     problem: MatmulProblem, named: dict[str, jax.Array]
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
-    """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA. Rows of no pair are some
-    token's: the kernel's epilogue, or whoever reads the result, leaves them out."""
-    pairs = problem.num_tokens * problem.top_k
-    pair = jnp.clip(named["sorted_token_ids"], 0, pairs - 1)
-    rows = lax.div(pair, jnp.int32(problem.top_k))
-    x = named["x"].at[rows].get(mode="promise_in_bounds")
+    """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA.
+
+    Rows of no pair are zeros: the kernel's epilogue, or the reader of the result, leaves them out, and
+    products of zeros take the least power. XLA's gather with a bound was
+    faster, too (one H200, 17,912 rows of 4,096: 53 us for 76).
+    """
+    pairs, pair = problem.num_tokens * problem.top_k, named["sorted_token_ids"]
+    there = (pair >= 0) & (pair < pairs)
+    rows = jnp.where(there, lax.div(pair, jnp.int32(problem.top_k)), problem.num_tokens)
+    x = named["x"].at[rows].get(mode="fill", fill_value=0)
     return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
 
 

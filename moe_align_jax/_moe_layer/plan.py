@@ -11,7 +11,7 @@ PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block where each reads
 # the weights, and its blocks should have few rows without a pair where products bound. Four sizes, however
 # many batch sizes a model is called with: each is a kernel of both products.
-_MANY_EXPERTS = ((16 / 3, 8), (40, 48), (66, 80), (math.inf, 128))
+_MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _FEW = 16  # up to so many: their batches reach more rows per expert
 # Of products whose tiles have 8, 16, 64 or 128 rows: see `takes_any_rows`.
@@ -111,6 +111,7 @@ class LayerProblem(NamedTuple):
             weights=weights,
             block_size=self.block_size,
             zero_padding=False,  # the weighted sum reads rows of pairs alone
+            leaves_padding=self.scales is None,
             num_pairs=pairs if is_static(pairs) else 0,
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,

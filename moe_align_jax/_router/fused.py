@@ -36,11 +36,13 @@ class FusedConfig:
         form: "split" (`split.py`), or of the alignment, "warp" or "block" as that alone has them.
         num_warpgroups: of a CTA.
         num_ctas: CTAs of the cluster.
+        num_aligning: of "split", how many of the warpgroups align.
     """
 
     form: str
     num_warpgroups: int
     num_ctas: int
+    num_aligning: int = 1
 
 
 def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None:
@@ -116,8 +118,10 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             align,
             num_warpgroups=config.num_warpgroups,
             num_ctas=config.num_ctas,
+            num_aligning=config.num_aligning,
         )
-        body, shared, mailbox = code.body, code.shared, code.num_ids
+        body, shared, mailbox = code.body, code.shared, code.mailbox
+        tail = code.threads
     else:
         [inner] = kernels.build(
             align,
@@ -128,6 +132,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         everyone = config.num_warpgroups * WARPGROUP // WARP * config.num_ctas
         body, mailbox = _by_form(problem, inner, config.num_ctas, everyone), pairs
         shared = {**inner.shared, **({} if by_mail else {"chosen": pairs})}
+        tail = 0
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -143,6 +148,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
         mailbox=mailbox if by_mail else 0,
+        tail=tail,
         arrays=arrays,
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

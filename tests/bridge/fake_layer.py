@@ -218,14 +218,15 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
     for row in range(count):
         expert = experts[row // problem.block_size]
         pair = row if ids is None else int(ids[row])
-        limit = sizes.get(NUM_PAIRS, rows) if problem.top_k else None
+        limit = sizes.get(NUM_PAIRS, rows) if problem.counts_pairs else None
         holds = 0 <= expert < problem.num_experts
-        if problem.top_k:
+        if ids is not None and problem.counts_pairs:
             holds = holds and 0 <= pair < limit
         elif ids is not None:
             holds = holds and 0 <= pair < ids[-1]
         if not holds:
-            out[row] = 0
+            left = problem.leaves_padding and ids is not None and not 0 <= pair < limit
+            out[row] = np.nan if left else 0
             continue
         source = x[pair // problem.top_k] if problem.top_k else x[row]
         parts = []

@@ -680,6 +680,7 @@ def errors():
         (mixed, "scales of b must be float32", {"b": (b, sb.to(torch.int32))}),
         (mixed, "recipe must be", {"recipe": (1, 1, 128)}),
         (TypeError, "recipe must be None or a tuple", {"recipe": 128}),
+        (TypeError, "recipe must be None or a tuple", {"recipe": (torch.ones(2), 128, 128)}),
         (mixed, "recipe_a must be", {"recipe_a": (1, 32), "recipe_b": (128, 128)}),
         (ValueError, "recipe must be None, or", {"recipe_a": (1, 128)}),
         (mixed, "epilogue must be None", {"epilogue": object()}),

@@ -15,7 +15,6 @@ from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel import nvlink_kernels
 from moe_align_jax._expert_parallel.nvlink_kernels import Combine, Dispatch, Field, Send
 from moe_align_jax._expert_parallel.transports import peer_access, windows
-from moe_align_jax._expert_parallel.transports.nvlink import NvLinkWindow
 from moe_align_jax._simt import emulator, window
 from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices
@@ -184,8 +183,7 @@ def given_windows(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "names", "initialize"), [((8,), ("ep",), True), ((2, 4), ("dp", "ep"), False)]
 )
-def test_a_step_lowers_to_ordinary_kernels(monkeypatch, given_windows, shape, names, initialize):
-    monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
+def test_a_step_lowers_to_ordinary_kernels(given_windows, shape, names, initialize):
     mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     text = lowered(*step_over(mesh, initialize))
     assert text.count("@mosaic_gpu_v2") == 2 and BY_XLA not in text

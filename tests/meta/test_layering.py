@@ -25,6 +25,9 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
     },
     "moe_align_jax._lowering.export": set(),
+    "moe_align_jax._lowering.ordering": {
+        "moe_align_jax._lowering.primitive",
+    },
     "moe_align_jax._core.fork": {
         "moe_align_jax._core.checks",
     },
@@ -165,6 +168,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fp8",
         "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.ordering",
         "moe_align_jax._lowering.sharding",
         "moe_align_jax._masked_quant.casts",
         "moe_align_jax._moe_layer",
@@ -182,6 +186,8 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._moe_layer.checkpoints": {
         "lazily moe_align_jax._moe_layer.safetensors",
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.fp8",
+        "moe_align_jax._grouped_matmul.problem",
     },
     "moe_align_jax._moe_layer.safetensors": {"moe_align_jax._core.checks"},
     "moe_align_jax._grouped_matmul": {
@@ -511,7 +517,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._lowering.launch_value": set(),
     "moe_align_jax._lowering.primitive": set(),
-    "moe_align_jax._lowering.sharding": set(),
+    "moe_align_jax._lowering.sharding": {"moe_align_jax._core.checks"},
     "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),

@@ -12,6 +12,7 @@ import moe_align_jax as maj
 from moe_align_jax import masked_quant
 from moe_align_jax.adapters import haliax
 from tests.expert_parallel.exchanges import mesh_of, over
+from torch_bridge import vllm
 
 IDS, X = np.array([[1, 0], [1, -1]], np.int32), np.ones((2, 128), np.float32)
 W = np.ones((2, 128, 128), np.float32)
@@ -41,10 +42,17 @@ def _layer(**options):
 
 def _dispatch(**options):
     def body(x, ids, weights):
-        given = {"axis_name": "ep", "num_experts": 2} | options
-        return maj.dispatch(x, ids, weights, **given).tokens_per_expert
+        operands = {"x": x, "topk_ids": ids, "topk_weights": weights}
+        given = operands | {"axis_name": "ep", "num_experts": 2} | options
+        return maj.dispatch(**given).tokens_per_expert
 
     return over(mesh_of(1), body)(X, IDS, np.ones((2, 2), np.float32))
+
+
+def _sharded(**options):
+    mesh, weights = mesh_of(1), np.ones((2, 2), np.float32)
+    given = {"mesh": mesh, "expert_axis": "ep", "gated": False} | options
+    return maj.sharded_fused_moe(X, W, W, weights, IDS, **given)
 
 
 # Strings by their names, which an array is not.
@@ -64,6 +72,9 @@ NAMES = {
     "mode": lambda v: maj.init_expert_load(v, num_layers=1, num_physical_experts=2),
     "mode of dispatch": lambda v: _dispatch(mode=v),
     "transport": lambda v: _dispatch(transport=v),
+    "payload": lambda v: _dispatch(payload=v),
+    "method": lambda v: _sharded(method=v),
+    "op": lambda v: vllm.warmup_router(v, num_experts=2, topk=1, max_tokens=1),
 }
 
 
@@ -167,6 +178,53 @@ WRONG = {
 }
 
 
+AXES = ["expert_axis", "data_axes", "tensor_axis", "fsdp_axis"]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_what_is_no_name_is_no_axis(axis):
+    """An array was compared with every axis of the mesh, and an int of 5,000 digits written."""
+    for value in [*ARRAYS, HUGE, LONGEST, b"ep"]:
+        given = (value,) if axis == "data_axes" else value
+        refuses(lambda given=given: _sharded(**{axis: given}), axis, TypeError)
+    refuses(lambda: _sharded(**{axis: "tp"}), axis, ValueError, "; got 'tp'. ")
+
+
+MASKED = {
+    "topk_ids": lambda m: maj.moe_align_block_size(m(IDS), block_size=2, num_experts=2),
+    "x": lambda m: maj.quantize_rowwise(m(X)),
+    "lhs": lambda m: maj.ragged_dot(m(X), W, SIZES),
+    "logits": lambda m: maj.route_topk(m(LOGITS), top_k=1),
+    "correction_bias": lambda m: maj.route_topk(LOGITS, top_k=1, correction_bias=m(LOGITS[0])),
+    "token_mask": lambda m: maj.route_topk(LOGITS, top_k=1, token_mask=m(SIZES > 0)),
+    "masked_m": lambda m: maj.silu_and_mul_masked_quant(QUANT[0], m(SIZES)),
+    "tokens_per_expert": lambda m: maj.load_balancing_loss(LOGITS, m(SIZES)),
+    "topk_weights": lambda m: maj.fused_moe(X, W, W, m(LOGITS), IDS, gated=False),
+    "num_valid_tokens": lambda m: _layer(num_valid_tokens=m(SIZES[:1])),
+    "x of dispatch": lambda m: _dispatch(x=m(X)),
+    "topk_weights of dispatch": lambda m: _dispatch(topk_weights=m(LOGITS + 1)),
+    "x of permute_to_masked": lambda m: maj.permute_to_masked(m(X), IDS, num_experts=2),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_arrays_with_a_mask_are_refused(name):
+    """NumPy's functions drop the mask in silence; jax refuses the array in words of its own."""
+    masked = lambda array: np.ma.masked_array(array, np.zeros(array.shape, bool))  # noqa: E731
+    refuses(lambda: MASKED[name](masked), name.split()[0], TypeError, "got masked ")
+
+
+class Nameless:
+    def __repr__(self):
+        raise RuntimeError
+
+
+def test_a_value_that_cannot_be_written_is_named_by_its_type():
+    refuses(lambda: _align(block_size=[LONGEST]), "block_size", TypeError, "got a list. ")
+    refuses(lambda: _align(block_size=Nameless()), "block_size", TypeError, "got a Nameless. ")
+    refuses(lambda: _sharded(mesh=""), "mesh", TypeError, "got ''. ")
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_of_another_kind_is_a_type_error(name):
     refuses(WRONG[name], name.split()[0], TypeError)
@@ -184,3 +242,26 @@ def test_an_axis_is_of_the_mesh_around_it(name):
     refuses(lambda: LOSSES[name]("ep"), "axis_name", ValueError, f"^{name}: .*; got 'ep'")
     refuses(lambda: LOSSES[name](("ep", "tp")), "axis_name", ValueError)
     refuses(lambda: LOSSES[name](["ep"]), "axis_name", TypeError)
+    refuses(lambda: LOSSES[name](("ep", "ep")), "axis_name", ValueError, "name each axis once; got")
+
+
+def test_dispatch_names_each_axis_once():
+    refuses(lambda: _dispatch(axis_name=("ep", "ep")), "axis_name", ValueError, "axis once; got")
+
+
+@pytest.mark.parametrize("kind", ["masked", "struct", "torch"])
+def test_quantised_rows_of_dispatch_are_arrays(kind):
+    """A mask, and the shape of an array, reached jax; of torch's dtypes none equals jax's."""
+    codes, scales = maj.quantize_rowwise(X)
+    make = {
+        "masked": lambda a: np.ma.masked_array(np.asarray(a), False),
+        "struct": lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        "torch": lambda a: torch.zeros(a.shape),
+    }[kind]
+    for x in ((make(codes), scales), (codes, make(scales))):
+        refuses(lambda x=x: _dispatch(x=x), "x", TypeError)
+
+
+def test_a_handle_is_one_of_dispatch():
+    for handle in (None, (), maj.DispatchHandle(*[None] * 6), jnp.zeros(2)):
+        refuses(lambda handle=handle: maj.combine(X, handle), "handle", TypeError)

@@ -31,9 +31,10 @@ def problems() -> Iterator[tuple[str, Any]]:
         )
 
     gather: dict[str, Any] = {"num_tokens": 1024, "top_k": 8}
-    for block in (8, 64, 128):
-        yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather)
-        yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048)
+    for block in (8, 16, 64, 80, 128):
+        left: dict[str, Any] = {"leaves_padding": True, "expected_rows": block}
+        yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather, **left)
+        yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048, **left)
     yield "a pair with bias", blocks(64, silu | {"pair": True, "bias": True}, **gather)
     swiglu = {"transposed": True, "interleaved": True, "bias": True, "swiglu_alpha": 1.702}
     yield "gpt-oss", blocks(16, silu | swiglu | {"swiglu_limit": 7.0}, k=2880, n=2880, **gather)

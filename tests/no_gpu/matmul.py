@@ -93,6 +93,13 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield "float32, ragged", problem(**ragged, out="float32"), plain
     yield "not late", problem(), m._replace(late=False)
     yield "not late, gathered", problem(**gather), m._replace(late=False)
+    skips = m._replace(skips=True)
+    for tiles in (skips, skips._replace(sharing=2), skips._replace(sharing=2, shared="w")):
+        yield "skips", problem(), tiles
+        yield "skips, transposed", problem(weights={"transposed": True}), tiles
+        yield "skips, ragged", problem(**ragged), tiles
+    yield "skips, gathered", problem(**gather), skips
+    yield "skips, gathered, silu", problem(weights=silu, **gather), skips
     yield "tall", problem(block=256), Config("m", 256, 128, 64, 4, late=True)
     yield "tall, not late", problem(block=256), Config("m", 256, 128, 64, 4)
     for bm, stages in ((8, 5), (24, 5), (32, 5), (40, 5), (64, 4)):
@@ -117,6 +124,29 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    for bm in (8, 24):
+        deep = wide._replace(bm=bm, bk=128, stages=3, lag=1)
+        for more in (
+            {},
+            {"pair": True},
+            {"interleaved": True},
+            {"bias": True, "swiglu_limit": 7.0},
+        ):
+            lie = silu | more | {"transposed": True}
+            yield f"128 of k, {lie}", problem(block=bm, weights=lie, **gather), deep
+        lie = silu | {"transposed": True}
+        yield "128 of k, rows", problem(block=bm, weights=lie, row_weights=True), deep
+    given = problem(block=1, weights=silu | {"transposed": True}, **gather)
+    deep = wide._replace(bm=8, bk=128, stages=3, lag=1)
+    for split, ctas in ((2, 132), (4, 128)):
+        yield f"128 of k in {split}", given, deep._replace(split=split, num_ctas=ctas)
+    left: dict[str, Any] = {"zero_padding": False, "leaves_padding": True}
+    for bm, bk, stages in ((16, 128, 3), (48, 64, 5), (80, 64, 4)):
+        given = problem(block=bm, weights=silu | {"transposed": True}, **gather, **left)
+        lag = min(2, stages - 2)
+        yield f"{bm}, gated, left", given, wide._replace(bm=bm, bk=bk, stages=stages, lag=lag)
+        tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
+        yield f"{bm}, left", problem(block=bm, **left), tiles
     yield from e4m3_problems()
 
 
@@ -201,6 +231,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
+    yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),

@@ -9,14 +9,15 @@ import argparse
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.no_gpu import cases, ptx, toolchain, worker
 
 type Report = tuple[str, list[str]]
 
-_INSIDE = "--inside"  # the first argument of the process that runs in the toolchain's folder
+INSIDE = "--inside"  # the first argument of the process that runs in the toolchain's folder
 
 
 _step = 1  # of the kernels that are compiled
@@ -40,6 +41,12 @@ def direct(
         yield f"{used.registers:3} registers, grid {launch.grid[0]:5}  {what}", found
 
 
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name)
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
+    return parser
+
+
 def _print(reports: Iterable[Report]) -> int:
     wrong = count = 0
     for line, found in reports:
@@ -51,26 +58,43 @@ def _print(reports: Iterable[Report]) -> int:
     return wrong
 
 
-def main(name: str, check: Callable[..., Iterable[Report]]) -> int:
-    """Runs `check(plugin, runtime, *arguments of the command line)`.
-
-    Returns:
-        The exit code: 1 when anything is wrong or missing.
-    """
+def run_inside(name: str, check: Callable[..., Iterable[Report]], given: list[str]) -> NoReturn:
+    """Runs `check(plugin, runtime, *arguments)` of the arguments given, and ends the process: status 1 when
+    anything is wrong."""
     global _step
-    parser = argparse.ArgumentParser(prog=name)
-    parser.add_argument("--sample", type=int, default=1, metavar="N", help="compile one in N")
-    if sys.argv[1:2] == [_INSIDE]:
-        options, rest = parser.parse_known_args(sys.argv[2:])
-        _step = options.sample
+    options, rest = _parser(name).parse_known_args(given)
+    _step = options.sample
+    status = 1
+    try:
         status = 1 if _print(check(*rest)) else 0
-        sys.stdout.flush()
-        os._exit(status)  # without the destructors of a driver that is none
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # without the destructors of a driver that is none
+
+
+def start_inside(name: str, given: list[str]) -> int:
+    """Starts the module `name` in the toolchain's folder, with `INSIDE`, the plugin and the runtime before
+    the arguments given, and returns its exit code; 1 when anything is missing."""
     try:
         tools = toolchain.set_up()
     except toolchain.Missing as missing:
         print(f"{name}: {missing}", file=sys.stderr)
         return 1
     paths = [str(tools.plugin), str(tools.runtime)]
-    command = [sys.executable, "-m", name, _INSIDE, *paths, *sys.argv[1:]]
+    command = [sys.executable, "-m", name, INSIDE, *paths, *given]
     return subprocess.run(command, cwd=tools.folder, env=tools.environment()).returncode
+
+
+def main(name: str, check: Callable[..., Iterable[Report]]) -> int:
+    """Runs `check(plugin, runtime, *arguments of the command line)`.
+
+    Returns:
+        The exit code: 1 when anything is wrong or missing.
+    """
+    if sys.argv[1:2] == [INSIDE]:
+        run_inside(name, check, sys.argv[2:])
+    _parser(
+        name
+    ).parse_known_args()  # --help, and a sample that is no number, before anything is installed
+    return start_inside(name, sys.argv[1:])

@@ -1,6 +1,8 @@
 """The checks of the GPU-less compile find what they are there for: PTX by hand, each with one fault."""
 
 import ctypes
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -270,3 +272,33 @@ def test_a_sample_is_one_in_n(monkeypatch):
     assert list(script.one_in_sample("abcdefghi")) == ["a", "f", "h"]
     monkeypatch.setattr(script, "_step", 2)
     assert list(script.one_in_sample("aAbBcC")) == ["a", "B", "c"]
+
+
+SEVERAL = """
+import sys
+from types import SimpleNamespace
+from tests.no_gpu import several
+
+def module(name, check):
+    sys.modules[f"tests.no_gpu.{name}"] = SimpleNamespace(__name__=name, check=check)
+
+module("right", lambda plugin, runtime: [(f"{plugin} {runtime}", [])])
+module("wrong", lambda plugin, runtime: [("a kernel", ["16 bytes spilled"])])
+module("broken", lambda plugin, runtime: 1 / 0)
+for names in (["right", "right"], ["wrong", "right"], ["right", "broken", "right"]):
+    print(several.check_each("plugin", "runtime", "1", *names), "is the status", flush=True)
+"""
+
+
+def test_several_modules_stop_at_the_first_with_a_fault():
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL], capture_output=True, text=True, check=True
+    )
+    right = ["right:", "plugin runtime", "1 kernels, 0 faults"]
+    wrong = ["wrong:", "a kernel", "1 kernels, 1 faults"]
+    assert done.stdout.splitlines() == [
+        *(*right, *right, "0 is the status"),
+        *(*wrong, "1 is the status"),
+        *(*right, "broken:", "1 is the status"),
+    ]
+    assert "16 bytes spilled" in done.stderr and "ZeroDivisionError" in done.stderr

@@ -110,6 +110,74 @@ def test_mail_is_only_read():
         clustered(body)
 
 
+def handed_over(t, r, i, cta, fault):
+    """Each CTA writes the part of its peer first, and its own behind the peer's release."""
+    peer = cta ^ 1
+    t.store(r.out, peer * 128 + i, -1)
+    if fault != "no barrier before":
+        t.block_sync()
+    t.cluster_ready()
+    with t.if_(i.eq(0)):
+        if fault not in ("no release", "a release too late"):
+            t.release()
+        t.post(peer, 0, cta)
+        if fault == "a release too late":
+            t.release()
+    if fault == "a store after it":
+        t.store(r.out, peer * 128 + i, -2)
+    with t.if_(i < 32):
+        t.mail()
+    if fault != "no barrier behind":
+        t.block_sync()
+    t.store(r.out, cta * 128 + i, i)
+
+
+FAULTS = [
+    "no barrier before",
+    "no release",
+    "a release too late",
+    "a store after it",
+    "no barrier behind",
+]
+
+
+def test_a_release_orders_the_stores_of_two_ctas():
+    [out] = clustered(lambda t, r, i, cta: handed_over(t, r, i, cta, ""), mailbox=1)
+    assert np.array_equal(out, np.arange(512) % 128)
+    for fault in FAULTS:
+        with pytest.raises(
+            faults.RaceError, match=r"race on out\[\d+\]: store by thread .* and store"
+        ):
+            clustered(lambda t, r, i, cta, f=fault: handed_over(t, r, i, cta, f), mailbox=1)
+
+
+def test_a_release_of_the_tail_covers_the_tail():
+    def body(t, r, first):
+        i, cta = t.thread_id(), t.cta_id()
+        peer, mine = cta ^ 1, i >= first
+        t.cluster_ready()
+        with t.if_(mine):
+            t.store(r.out, peer * 128 + i, -1)
+        with t.if_(i >= 64):
+            t.tail_sync()
+            with t.if_(i.eq(64)):
+                t.release()
+                t.post(peer, 0, cta)
+            with t.if_(i >= 96):
+                t.mail()
+            t.tail_sync()
+            t.store(r.out, cta * 128 + i, i)
+            t.store(r.out, cta * 128 + i - 64, i)
+
+    options = {"outputs": {"out": (256,)}, "num_ctas": 2, "cluster": 2, "mailbox": 1, "tail": 64}
+    [out] = launch(lambda t, r: body(t, r, 64), **options)
+    assert np.array_equal(out, np.arange(256) % 64 + 64)
+    with pytest.raises(
+        faults.RaceError, match="store by thread 32 of CTA 1 and store by thread 96"
+    ):
+        launch(lambda t, r: body(t, r, 32), **options)
+
+
 @pytest.mark.parametrize("what", ["cluster_ready", "mail"])
 def test_some_threads_leave_out_what_all_must_reach(what):
     def body(t, r, i, cta):

@@ -404,7 +404,7 @@ class Launches:
     Attributes:
         values: a 64-bit word per value of the program. The driver copies them at each launch.
         write: `write(*given)` puts the first `num_given` of them there; all of them where that is None.
-        kept, kept_is_next: for whoever fills `values`: memory that they may point to, and whether they do.
+        kept, kept_is_next: memory of the thread that `values` may point to, and whether they do.
     """
 
     kept: Any = None

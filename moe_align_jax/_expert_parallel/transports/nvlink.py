@@ -213,7 +213,7 @@ class NvLinkWindow(NvLink):
     ordinary kernels. What does not fit into a window, and a program to be exported, goes as with "nvlink"."""
 
     name = "nvlink_window"
-    clears_boxes = False  # the kernel can, but has not done it on a GPU
+    clears_boxes = True
 
     def unavailable(self, platform: str) -> str | None:
         # The options of one compilation (`jit(compiler_options=...)`) are nowhere to be seen from here.
