@@ -20,9 +20,10 @@ _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
-# Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8 to
-# 11 us more under jit, and 1 to 3 more in a CUDA graph (H200, 2026-11-29).
-_FINDS_EXPERTS = 8
+# Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
+# to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
+# Larger tiles look through the experts in a loop.
+_FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -257,7 +258,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     bm = tile_rows(problem, rules)
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
-        few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS
+        few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
@@ -360,7 +361,7 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     masked = problem.rows == "masked"
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
-        return tall._replace(sharing=2, ahead=True)
+        return tall._replace(sharing=2, ahead=True, early=True)
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
@@ -377,8 +378,7 @@ def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
     tiles = tiles._replace(ahead=True, early=True)
     count = problem.num_experts * -(-problem.n // tiles.bn)
     turns = -(-count // NUM_CTAS)
-    few = problem.num_experts <= _FINDS_EXPERTS
-    if few and turns > 1 and turns * NUM_CTAS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
+    if turns > 1 and turns * NUM_CTAS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
         return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_CTAS)
     return tiles
 

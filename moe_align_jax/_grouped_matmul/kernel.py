@@ -556,8 +556,8 @@ def build(
 def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
     """Tiles that the rows in use make."""
     if config.finds:
-        used = _used_rows(problem, refs)
-        return sum((_tiles_of(rows, config) for rows in used[1:]), _tiles_of(used[0], config))
+        count = lambda expert, tiles: tiles + _used(problem, config, refs, expert)[1]  # noqa: E731
+        return _over_experts(problem, config, count, _I32(0))
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
@@ -578,27 +578,37 @@ def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[A
     return first * group + (rest - n * size), n
 
 
-def _used_rows(problem: MatmulProblem, refs: _Refs) -> list[jax.Array]:
-    """Of each expert of the masked layout."""
-    most = problem.max_rows
-    return [jnp.clip(refs.masked_m[expert], 0, most) for expert in range(problem.num_experts)]
+def _over_experts(problem: MatmulProblem, config: Config, step: Callable, first: Any) -> Any:
+    """`step(expert, carry)` for each: unrolled where tiles are small, so that its loads run side by side."""
+    if config.form != "swap":
+        return lax.fori_loop(0, problem.num_experts, step, first)
+    for expert in range(problem.num_experts):
+        first = step(_I32(expert), first)
+    return first
 
 
-def _tiles_of(rows: jax.Array, config: Config) -> jax.Array:
-    return lax.div(rows + (config.bm - 1), _I32(config.bm))
+def _used(
+    problem: MatmulProblem, config: Config, refs: _Refs, expert: jax.Array
+) -> tuple[Any, Any]:
+    """Rows of an expert of the masked layout that are in use, and their tiles."""
+    rows = jnp.clip(refs.masked_m[expert], 0, problem.max_rows)
+    return rows, lax.div(rows + (config.bm - 1), _I32(config.bm))
 
 
 def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
     """Expert, first row and end of a tile of rows of the masked layout; behind the last, some expert's."""
-    before = expert = first = end = _I32(0)
-    for e, used in enumerate(_used_rows(problem, refs)):
-        behind = before + _tiles_of(used, config)
-        mine = (at >= before) & (at < behind)
-        expert = jnp.where(mine, _I32(e), expert)
+
+    def step(e, carry):
+        before, expert, first, end = carry
+        rows, tiles = _used(problem, config, refs, e)
+        mine = (at >= before) & (at < before + tiles)
+        expert = jnp.where(mine, e, expert)
         first = jnp.where(mine, e * problem.max_rows + (at - before) * config.bm, first)
-        end = jnp.where(mine, e * problem.max_rows + used, end)
-        before = behind
-    return expert, first, end
+        end = jnp.where(mine, e * problem.max_rows + rows, end)
+        return before + tiles, expert, first, end
+
+    zero = _I32(0)
+    return _over_experts(problem, config, step, (zero, zero, zero, zero))[1:]
 
 
 def _read(

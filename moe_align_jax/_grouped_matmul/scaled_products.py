@@ -115,6 +115,7 @@ class Products:
                     scales = ()
                     if part == 0:  # behind the product that runs
                         between(k)
+                        of_x = None
                         if of_all is None:
                             of_x = self._of_rows(warpgroup, slot, before + k)
                         in_step = place is not None and not early

@@ -337,7 +337,8 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
-        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-early"),
+        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-early-finds"),
+        ("masked", {"expected_rows": 20, "num_experts": 40}, "32x128x128s6swap-g0-early"),
         (
             "masked",
             {"expected_rows": 20, "num_experts": 6},
@@ -351,7 +352,7 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-ahead-finds",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds",
         ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
