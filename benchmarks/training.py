@@ -233,11 +233,7 @@ def variants(size: Product) -> list[Any]:
         more = [Tiles(back=True), *(Tiles(group=g) for g in (8, 16))]
         return [None, Tiles(late=False), Tiles(lag=1), *more]
     late = Config("m", 128, 256, 64, 4, late=True)
-    skips = late._replace(skips=True)
-    found: list[Any] = [None, late._replace(late=False, group=8), skips]
-    found += [tiles._replace(group=g) for tiles in (late, skips) for g in (8, 16)]
-    shared = [tiles._replace(sharing=2) for tiles in (late, skips)]
-    return [*found, *shared, *(t._replace(shared="w", group=g) for t in shared for g in (2, 4))]
+    return [None, late._replace(late=False, group=8), *(late._replace(group=g) for g in (4, 8, 16))]
 
 
 def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
