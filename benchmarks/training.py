@@ -509,6 +509,7 @@ def run_layer(size: Layer, options: argparse.Namespace) -> Iterator[dict[str, An
         (name, call_of(make, passes), passes)
         for name, make in layer_providers(size)
         for passes in ("forward", "forward and backward", _OF_A_LOSS)
+        if re.search(options.passes, passes)
         if (options.peers or name.startswith("ours")) and re.search(options.only, name)
         if passes != _OF_A_LOSS or name == "ours, default"
     ]
@@ -606,6 +607,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of our kernels")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours alone")
     parser.add_argument("--only", default="", help="regular expression of the providers' names")
+    parser.add_argument("--passes", default="", help="regular expression of a layer's passes")
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that compile")

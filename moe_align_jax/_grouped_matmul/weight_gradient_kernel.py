@@ -49,7 +49,7 @@ _STEPS_OF_PIECE = 8  # a piece has at least so many
 # On an H200, 2026-11-29, 16384 rows, 8 experts, us, device span under jit:
 #   4096 x 28672: all n tiles of an m tile, then the next 6191, in groups of 8 4914, of 16 4779;
 #     rows gathered by the kernel 6864 and in groups of 16 5813, gathered before it 4855
-#   14336 x 4096: 2452, in groups of 8 2394, of 16 2392; rows of 14336 gathered by the kernel 2722, before 2737
+#   14336 x 4096: 2452, in groups of 8 2394, of 16 2392; rows of 14336 gathered by the kernel 2722, first 2737
 _COLUMNS_TO_GATHER_FIRST = 8192  # of the operand that is not gathered
 _COLUMNS_IN_A_ROUND = 4096  # of fewer, all n tiles are done before the next m tile
 
