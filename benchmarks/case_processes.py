@@ -1,8 +1,8 @@
 """Sizes of a benchmark, each in a process of its own: one that hangs costs its size alone.
 
 With a file of turns (`--turns FILE`) all sizes are prepared side by side, which is mostly compiling, and take
-turns on the GPU to be timed. Whoever prepares shares the file's lock; whoever times holds it alone. Another
-program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
+turns on the GPU to be timed. A process that prepares shares the file's lock; one that times holds it alone.
+Another program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def run(
     argv: list[str] | None,
     options: argparse.Namespace,
     sizes: Sequence[Any],
-    run_case: Callable[[Any, argparse.Namespace], list[dict[str, Any]]],
+    run_case: Callable[[Any, argparse.Namespace], Iterable[dict[str, Any]]],
     ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
 ) -> int:
     """Runs `python -m MODULE ARGV --child K` for each size, or, as that process, the size K.
@@ -36,19 +36,20 @@ def run(
         argv: its command line; None for this process's own.
         options: of that command line: `sizes`, `timeout`, `out` and `child`.
         sizes: all sizes; each has a `name`.
-        run_case: the rows of a size.
+        run_case: the rows of a size, as they come.
         ratios: the lines that are printed of these rows.
 
     Returns:
         The exit code: 1 when a size failed or was not done in time.
     """
     if options.child is not None:
-        rows = run_case(sizes[options.child], options)
-        if options.out:
-            facts = machine.facts()
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(options.out, "a") as file:
-                file.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        rows: list[dict[str, Any]] = []
+        for row in run_case(sizes[options.child], options):
+            rows.append(row)
+            if options.out:  # at once: what runs on may be ended at its limit
+                Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(row | machine.facts()) + "\n")
         print("\n".join(ratios(rows)), flush=True)
         return 1 if any(row["status"] == "failed" for row in rows) else 0
     failed = 0

@@ -149,9 +149,14 @@ def compile_all(steps: Sequence[Step]) -> list[CompiledStep]:
 
     This comes before all timing: with every program that XLA loads it drops the CUDA graphs of the others.
     """
+    import jax
+
     programs = [CompiledStep(step) for step in steps]
     pairs = [(p, jitted) for p in programs for jitted in p.jitted.values()]
-    failed = compile_together([(jitted, (p.step.carry, *p.step.rest)) for p, jitted in pairs])
+    # Processes that compile together agree on what they find: one program after the other.
+    threads = 8 if jax.process_count() == 1 else 1
+    given = [(jitted, (p.step.carry, *p.step.rest)) for p, jitted in pairs]
+    failed = compile_together(given, threads)
     for (program, _), error in zip(pairs, failed, strict=True):
         program.error = program.error or error
     return programs
@@ -165,14 +170,36 @@ def wall(program: CompiledStep, way: str, *, executions: int, rounds: int) -> li
 
     No profiler runs. The carry that came out is checked.
     """
-    carry = program.run(way, program.fresh(), max(executions, _WARM))
-    samples = []
+    chain = _Chain(program, way, executions)
     for _ in range(rounds):
+        chain.time()
+    chain.end()
+    return chain.samples
+
+
+class _Chain:
+    """Steps that follow each other, called in one way, in rounds of `executions`; it begins with some that
+    are not timed. No profiler runs.
+
+    Attributes:
+        samples: µs per call, of each round so far.
+    """
+
+    def __init__(self, program: CompiledStep, way: str, executions: int):
+        self.program, self.way, self.executions = program, way, executions
+        self._carry = program.run(way, program.fresh(), max(executions, _WARM))
+        self.samples: list[float] = []
+
+    def time(self) -> None:
         start = time.perf_counter()
-        carry = program.run(way, carry, executions)
-        samples.append((time.perf_counter() - start) * 1e6 / executions / program.step.calls)
-    program.step.check(carry)
-    return samples
+        self._carry = self.program.run(self.way, self._carry, self.executions)
+        taken = time.perf_counter() - start
+        self.samples.append(taken * 1e6 / self.executions / self.program.step.calls)
+
+    def end(self) -> None:
+        """Checks what came out."""
+        self.program.step.check(self._carry)
+        self._carry = None
 
 
 # -- the device's clock ----------------------------------------------------------------------------------
@@ -199,7 +226,7 @@ class Traced:
 def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced | None]:
     """Runs the donated programs under the profiler, one after the other, the host waiting after each step.
 
-    None for every program without a GPU, or where the trace could not be cut into steps.
+    None for every program without a GPU, or where the trace does not show all of its steps.
     """
     import jax
 
@@ -218,17 +245,24 @@ def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced 
 
 
 def read_trace(profile: Any, calls: Sequence[int], executions: int) -> list[Traced | None]:
-    """The trace of steps that ran one after the other, `executions` times each, with pauses between."""
+    """The trace of steps that ran one after the other, `executions` times each, each annotated, with pauses
+    between."""
     events = traces.gpu_events(profile)
-    parts = traces.split_at_pauses(events, pause_ns=_PAUSE_S * 1e9 / 2)
-    if len(parts) != executions * len(calls):
+    # The device has nothing else to do around a step, and its clock differs by less from the host's.
+    slack = _PAUSE_S * 1e9 / 2
+    windows = traces.annotated(profile, _ANNOTATION)
+    if len(windows) != executions * len(calls):
         return [None] * len(calls)
-    graphs = traces.graphs_during(profile, _ANNOTATION)
-    if len(graphs) != len(parts):
-        graphs = [{} for _ in parts]
+    parts = [
+        [e for e in events if w.start_ns - slack <= e.start_ns <= w.end_ns + slack] for w in windows
+    ]
+    graphs = traces.graphs_during(profile, windows)
     found: list[Traced | None] = []
     for k, count in enumerate(calls):
         mine = parts[k * executions : (k + 1) * executions]
+        if not all(mine):
+            found.append(None)
+            continue
         copies = [sum(traces.is_host_copy(e) for e in part) for part in mine]
         found.append(
             Traced(
@@ -255,29 +289,48 @@ def rows_of(
 ) -> Iterable[dict[str, Any]]:
     """A row per step and clock: "wall", in each of WAYS, and "span" where there is a GPU.
 
+    By the host's clock the steps take turns, a round of each in each way after the other: a host that is slow
+    for a while is slow for all of them. Rounds for which no time is left are not run.
+
     A step that fails, or for which no time is left, has a row with a "note" and no time.
     """
-    programs = compile_all(steps)
-    timed = []
-    for program in programs:
-        name = {"provider": program.step.name}
+    chains: list[tuple[CompiledStep, list[_Chain]]] = []
+    for program in compile_all(steps):
         if program.error is None and time.monotonic() > until:
-            yield name | {"note": "left out: no time"}
+            yield {"provider": program.step.name, "note": "left out: no time"}
             continue
         try:
             if program.error is not None:
                 raise program.error
             for way in ("donated", "waiting"):  # both programs
                 program.step.check_first(program.run(way, program.fresh(), 1))
-            for way in WAYS:
-                samples = wall(program, way, executions=executions, rounds=rounds)
-                row = name | {"clock": "wall", "way": way, "calls": program.step.calls}
-                yield row | statistics_of(samples) | {"note": ""}
-            timed.append(program)
-        except NotImplementedError as error:
-            yield name | {"note": f"does not run here: {error}"}
+            chains.append((program, [_Chain(program, way, executions) for way in WAYS]))
         except Exception as error:  # one that fails must not cost the others their run
-            yield name | {"note": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+            yield _failure(program, error)
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
+        for program, mine in chains:
+            if program.error is None:
+                try:
+                    for chain in mine:
+                        chain.time()
+                except Exception as error:
+                    program.error = error
+    timed = []
+    for program, mine in chains:
+        try:
+            if program.error is not None:
+                raise program.error
+            for chain in mine:
+                chain.end()
+                row = {"provider": program.step.name, "clock": "wall", "way": chain.way}
+                row |= {"calls": program.step.calls} | statistics_of(chain.samples)
+                yield row | {"note": ""}
+            timed.append(program)
+        except Exception as error:
+            yield _failure(program, error)
+    chains.clear()
     import jax
 
     if not timed or jax.default_backend() != "gpu":
@@ -292,6 +345,13 @@ def rows_of(
             yield {"provider": program.step.name, "note": "no span: the trace could not be cut"}
         else:
             yield _span_row(program.step, found)
+
+
+def _failure(program: CompiledStep, error: Exception) -> dict[str, Any]:
+    note = f"failed: {type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, NotImplementedError):
+        note = f"does not run here: {error}"
+    return {"provider": program.step.name, "note": note}
 
 
 def _span_row(step: Step, found: Traced) -> dict[str, Any]:
@@ -366,8 +426,16 @@ def add_arguments(
     )
     parser.add_argument("--launch", choices=LAUNCHES, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="few steps: to see that it works")
+    parser.add_argument("--executions", type=int, help="of a step, in a round")
+    parser.add_argument("--rounds", type=int, help="of each step, in each way, by the host's clock")
     parser.add_argument("--budget", type=float, default=budget, help="seconds, for all launches")
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
+
+
+def repetitions(options: argparse.Namespace, few: tuple[int, int], on_gpu: bool) -> dict[str, int]:
+    """`executions` and `rounds` that the options ask for; `few` where a look is enough."""
+    executions, rounds = few if options.quick or not on_gpu else (20, 5)
+    return {"executions": options.executions or executions, "rounds": options.rounds or rounds}
 
 
 def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) -> int:
@@ -406,11 +474,17 @@ def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) 
 
 
 def keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
-    """Prints a row, and appends it with where and how it was measured."""
+    """Prints a row, and appends it with where and how it was measured; of several processes the first one."""
+    import jax
+
     from benchmarks import machine
 
+    if jax.process_index():
+        return lambda row: None
     facts: dict[str, Any] = dict(machine.facts(options.commit))
     facts |= {"launch": options.launch, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    if jax.process_count() > 1:
+        facts["launch"] += f", {jax.process_count()} processes"
 
     out = Writer(options.output, facts)
 

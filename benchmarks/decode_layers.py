@@ -17,6 +17,7 @@ from jax import lax
 import moe_align_jax as maj
 from benchmarks import clocks, exchanges
 from benchmarks.exchanges import AXIS, Size
+from moe_align_jax._expert_parallel.transports import all_to_all
 
 # What the experts' rows and weights are, and what travels to them.
 FORMATS = {
@@ -103,10 +104,19 @@ def masked_experts(
 # -- providers -------------------------------------------------------------------------------------------
 
 
-def ours(size: Size, ranks: int, form: str, implementation: str | None, transport: str) -> Layer:
-    """dispatch and combine."""
+def ours(
+    size: Size,
+    ranks: int,
+    form: str,
+    implementation: str | None,
+    transport: str,
+    gathers: bool | None = None,
+) -> Layer:
+    """dispatch and combine; `gathers` where "all_to_all" is to send otherwise than it does."""
     options = {"transport": transport, "initialize": False}
     exchange = exchanges.ours(size, ranks, f"ours, {transport}", **options)
+    if gathers is not None:
+        exchange = exchanges.gathering(exchange, gathers=gathers)
 
     def run(h, ids, weights, w, boxes):
         del boxes
@@ -210,7 +220,7 @@ def no_communication(form: str, implementation: str | None) -> Layer:
 def every(
     size: Size, ranks: int, form: str, implementation: str | None, platform: str
 ) -> Iterator[Layer]:
-    """The most telling ones first. Our kernels between GPUs are left out where there is no GPU."""
+    """The most telling ones first. What differs by our kernels alone is left out where there is no GPU."""
     given = (size, ranks, form, implementation)
     transports = [
         t for t in exchanges.TRANSPORTS if t != "all_gather" and exchanges.runs(t, ranks, platform)
@@ -225,3 +235,5 @@ def every(
     yield plain_boxes(*given, "all_gather + psum_scatter")
     for transport in transports[1:]:
         yield ours(*given, transport)
+    if platform == "gpu":
+        yield ours(*given, "all_to_all", not all_to_all.GATHERS)

@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     platform = "gpu" if devices[0].platform in ("gpu", "cuda") else "cpu"
     implementation = "mosaic_gpu" if platform == "gpu" else None
     keep, failed = clocks.keeper(options), False
-    executions, rounds = (3, 2) if options.quick or platform != "gpu" else (20, 5)
+    repeated = clocks.repetitions(options, (3, 2), platform == "gpu")
     for name in options.models.split(","):
         model = MODELS[name]
         for form in options.formats.split(","):
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 chosen = tuple(options.providers.split(";"))
                 steps = list(steps_of(stack, tokens, implementation, platform, chosen))
                 rows = []
-                for row in clocks.rows_of(steps, executions=executions, rounds=rounds, until=until):
+                for row in clocks.rows_of(steps, **repeated, until=until):
                     failed |= "AssertionError" in row.get("note", "")
                     keep(facts | row)
                     rows.append(facts | row)

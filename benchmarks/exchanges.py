@@ -27,6 +27,21 @@ FLOOR = 1e-4  # of the fp8 payload, as DeepEP quantises
 MOST_PACKED_BYTES = 16 << 20
 
 
+def placed(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
+    """An array that every process holds whole, over the devices of all of them."""
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All of an array, of which each process may hold a part."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 class Size(NamedTuple):
     """One exchange: T tokens per rank. In mode "low_latency" they travel as fp8, unless `plain`."""
 
@@ -51,17 +66,18 @@ class Size(NamedTuple):
         out = self.hidden + self.hidden // 32 if self.payload else 2 * self.hidden
         return out + 8 * self.top_k, 2 * self.hidden
 
-    def arguments(self, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
+    def values(self, ranks: int, seed: int = 0) -> tuple[np.ndarray, ...]:
         """x, ids and weights of all ranks; no expert twice in a token."""
         rng = np.random.default_rng(seed)
-        total = self.tokens * mesh.size
+        total = self.tokens * ranks
         x = rng.standard_normal((total, self.hidden), np.float32)
         score = rng.random((total, self.experts), np.float32)
         ids = np.argpartition(score, self.top_k, axis=1)[:, : self.top_k].astype(np.int32)
-        weights = rng.random((total, self.top_k), np.float32)
-        sharding = NamedSharding(mesh, P(AXIS))
-        place = functools.partial(jax.device_put, device=sharding)
-        return place(x.astype(jnp.bfloat16)), place(ids), place(weights)
+        return x.astype(jnp.bfloat16), ids, rng.random((total, self.top_k), np.float32)
+
+    def arguments(self, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
+        """`values`, on the devices of the mesh."""
+        return tuple(placed(mesh, x) for x in self.values(mesh.size, seed))
 
     def dispatch(self, x, ids, weights, **options) -> maj.Dispatched:
         return maj.dispatch(

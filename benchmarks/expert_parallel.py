@@ -13,11 +13,13 @@ is an argument, tied to what it has received. Beside our transports stand
 - "bare": the two exchanges of the same dense bytes and nothing else;
 - "nothing": what every step has beside, the small kernel that reads an element of what was received.
 
-Each launch (flags of XLA) is a process of its own. Ragged: `--transports ragged_all_to_all --launches
-ragged-decomposed`. With --packing our rows are also sent in one message, and x by itself, whatever the size.
+Each launch (flags of XLA) is a process of its own, or with `--processes 2` a process for each of two GPUs.
+Ragged: `--transports ragged_all_to_all --launches ragged-decomposed`. With --packing our rows are also sent
+in one message, and x by itself, whatever the size.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -34,8 +36,8 @@ from jax import lax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from benchmarks import clocks, exchanges  # noqa: E402
-from benchmarks.exchanges import AXIS, Exchange, Size  # noqa: E402
+from benchmarks import clocks, exchanges, processes  # noqa: E402
+from benchmarks.exchanges import AXIS, Exchange, Size, placed, whole  # noqa: E402
 
 
 def spread(mesh: jax.sharding.Mesh, body: Callable) -> Callable:
@@ -54,8 +56,9 @@ def check_program(
     every one that comes back.
     """
     arguments = size.arguments(mesh, seed=1)
+    values = size.values(mesh.size, seed=1)
     if exchange.experts is None:
-        return _check_bare(mesh, size, exchange, arguments)
+        return _check_bare(mesh, size, exchange, arguments, values)
     local, experts = size.experts // mesh.size, exchange.experts
 
     def body(x, ids, weights):
@@ -65,35 +68,34 @@ def check_program(
         return exchange.back(experts(received, handle, scale), handle)
 
     def error(result):
-        x, ids, weights = (np.asarray(a).astype(np.float32) for a in arguments)
+        x, ids, weights = (a.astype(np.float32) for a in values)
         want = x * (weights * (1 + ids / 64)).sum(1, keepdims=True)
-        got = np.asarray(result).astype(np.float32)
+        got = whole(result).astype(np.float32)
         return _within(got, want, 0.07 if size.payload else 0.02, f"{size.name} {exchange.name}")
 
     return jax.jit(spread(mesh, body)), arguments, error
 
 
-def _check_bare(mesh, size: Size, exchange: Exchange, arguments):
+def _check_bare(mesh, size: Size, exchange: Exchange, arguments, values):
     ranks, y = mesh.size, np.random.default_rng(2).normal(size=(mesh.size, *exchange.rows))
-    y = jnp.asarray(y, jnp.bfloat16).reshape(-1, size.hidden)
-    y = jax.device_put(y, NamedSharding(mesh, P(AXIS)))
+    y = y.astype(jnp.bfloat16).reshape(-1, size.hidden)
 
     def body(x, ids, weights, y):
         received, handle = exchange.out(x, ids, weights)
         return received.reshape(ranks * size.tokens, -1), exchange.back(y, handle)
 
     def error(result):
-        received, got = (np.asarray(a) for a in result)
-        bits = np.asarray(arguments[0]).view(np.uint16)
+        received, got = (whole(a) for a in result)
+        bits = values[0].view(np.uint16)
         words = size.row_bytes[0] // 2
         rows = np.concatenate([bits] * -(-words // size.hidden), axis=1)[:, :words]
         what = f"{size.name} {exchange.name}"
         np.testing.assert_array_equal(received, np.tile(rows, (ranks, 1)), what)
-        parts = np.asarray(y).astype(np.float32).reshape(ranks, -1, size.hidden)
+        parts = y.astype(np.float32).reshape(ranks, -1, size.hidden)
         want = parts[0] if "all_to_all" in exchange.name else parts.sum(0)
         return _within(got.astype(np.float32), want, 0.02, what)
 
-    return jax.jit(spread(mesh, body)), (*arguments, y), error
+    return jax.jit(spread(mesh, body)), (*arguments, placed(mesh, y)), error
 
 
 def verify(
@@ -110,7 +112,7 @@ def verify(
             results = [jax.tree.leaves(jitted(*given)) for _ in range(2)]
             for one, other in zip(*results, strict=True):
                 np.testing.assert_array_equal(
-                    np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8), "other bits"
+                    whole(one).view(np.uint8), whole(other).view(np.uint8), "other bits"
                 )
             row["error"] = error(jitted(*given))
             yield row | {"note": f"right, error {row['error']:.2e}"}
@@ -144,6 +146,8 @@ def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) ->
 
     @jax.jit  # traced and lowered once, not once per pair
     def pair(x, ids, weights, y):
+        # As a layer's router gives them: no pair's weights have travelled with those of the one before.
+        x, ids, weights = lax.optimization_barrier((x, ids, weights))
         received, handle = exchange.out(x, ids, weights)
         y, received = lax.optimization_barrier((y, received))
         return exchange.back(y, handle), ids + clocks.zero_reading(received)
@@ -158,14 +162,15 @@ def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) ->
     shape = (mesh.size * exchange.rows[0], *exchange.rows[1:])
     sharding = NamedSharding(mesh, P(AXIS))
     y = jax.jit(lambda: jnp.ones(shape, jnp.bfloat16), out_shardings=sharding)()
-    want = exchange.ones(np.asarray(ids), np.asarray(weights))
+    before, chosen, shares = size.values(mesh.size)
+    want = exchange.ones(chosen, shares)
     # "nothing" hands x on as it was.
-    want = np.broadcast_to(want, x.shape) if want.size else np.asarray(x).astype(np.float32)
+    want = np.broadcast_to(want, x.shape) if want.size else before.astype(np.float32)
 
     def check(carry):
         what = f"{size.name} {exchange.name}, after its steps"
-        _within(np.asarray(carry[0]).astype(np.float32), want, 0.02, what)
-        np.testing.assert_array_equal(np.asarray(carry[1]), np.asarray(ids), what)
+        _within(whole(carry[0]).astype(np.float32), want, 0.02, what)
+        np.testing.assert_array_equal(whole(carry[1]), chosen, what)
 
     function = spread(mesh, body)
     return clocks.Step(exchange.name, function, (x, ids), (weights, y), calls, check)
@@ -186,7 +191,7 @@ def measure(
     chosen = [*wanted(mesh, size, options), exchanges.nothing(size)]
     steps = [step(mesh, size, exchange, calls) for exchange in chosen]
     out_bytes, back_bytes = size.row_bytes
-    ids = np.asarray(size.arguments(mesh)[1])
+    _, ids, _ = size.values(ranks)
     owner = ids.reshape(ranks, size.tokens, -1) // (size.experts // ranks)
     away = sum(
         int((owner[r] == j).any(1).sum()) for r in range(ranks) for j in range(ranks) if r != j
@@ -196,8 +201,8 @@ def measure(
         "dense_bytes": (ranks - 1) * size.tokens * (out_bytes + back_bytes),
         "useful_bytes": away * (out_bytes + back_bytes) // ranks,
     }  # fmt: skip
-    executions, rounds = (4, 2) if options.quick or platform != "gpu" else (20, 5)
-    for row in clocks.rows_of(steps, executions=executions, rounds=rounds, until=until):
+    repeated = clocks.repetitions(options, (4, 2), platform == "gpu")
+    for row in clocks.rows_of(steps, **repeated, until=until):
         yield shared | row
 
 
@@ -225,11 +230,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--packing", action="store_true", help="with and without one message")
     parser.add_argument("--calls", type=int, help="pairs in a step")
     parser.add_argument("--check-tokens", type=int, default=64, help="tokens per rank of the check")
+    processes.add_arguments(parser)
     options = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
     if options.launch is None:
-        given = sys.argv[1:] if argv is None else argv
         return clocks.run_launches("benchmarks.expert_parallel", given, options)
     until = time.monotonic() + options.budget
+    if options.processes > 1:
+        if options.process is None:
+            return processes.run("benchmarks.expert_parallel", given, options.processes)
+        processes.join(options)
+        until = math.inf  # each would leave out other steps than the others do
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     sizes = {"hidden": options.hidden, "experts": options.experts, "top_k": options.top_k}

@@ -171,7 +171,10 @@ def _rounded(x: Any) -> Any:
 
 
 def step_of(case: Case) -> tuple[Callable, tuple]:
-    """(`step(outs, *rest) -> outs`, rest): four layers, one after the other."""
+    """(`step(outs, *rest) -> outs`, rest): four layers, one after the other.
+
+    Each has ids of its own, so that XLA cannot align once for all of them.
+    """
     import jax
 
     import moe_align_jax as maj
@@ -181,15 +184,15 @@ def step_of(case: Case) -> tuple[Callable, tuple]:
     def step(outs, x, weights, ids, sets):
         del outs  # donated: the results may stand where those of the step before stood
         found = []
-        for w13, w2 in sets:
+        for (w13, w2), own in zip(sets, ids, strict=True):
             if found:  # the next layer waits for this one, as in a model
                 x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
             q = maj.quantize_rowwise(x, amax_floor=1e-10, divide=True)
-            given = (q, w13, w2, weights, ids)
+            given = (q, w13, w2, weights, own)
             found.append(maj.fused_moe(*given, transpose_rhs=True, expert_map=expert_map))
         return found
 
-    return step, (case.x, case.weights, case.ids, list(case.sets))
+    return step, (case.x, case.weights, [case.ids] * LAYERS, list(case.sets))
 
 
 def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

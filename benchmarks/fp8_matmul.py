@@ -308,6 +308,13 @@ def variants(size: Size) -> list[tuple[int, Any]]:
                     tiles = Config("swap", bm, 128, 128, stages, group=0, ahead=ahead, early=ahead)
                     found.append((bm, tiles))
                     found.append((bm, tiles._replace(bn=64, computing=1, stages=2 * stages)))
+                # Two CTAs of an SM: one stores a tile while the other multiplies.
+                narrow = Config(
+                    "swap", bm, 64, 128, 8, group=0, ahead=True, early=True, computing=1
+                )
+                found += [(bm, narrow._replace(stages=s, num_ctas=264)) for s in (6, 8)]
+    if masked:
+        found += [(block, tiles._replace(finds=True)) for block, tiles in found]
     return found
 
 

@@ -383,14 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     options.gpu = jax.default_backend() == "gpu"
     until, keep, failed = time.monotonic() + options.budget, clocks.keeper(options), False
-    executions, rounds = (4, 2) if options.quick or not options.gpu else (20, 5)
+    repeated = clocks.repetitions(options, (4, 2), options.gpu)
     for name, make in groups(options):
         if options.only not in name:
             continue
         if time.monotonic() > until:
             keep({"case": name, "provider": "all", "note": "left out: no time"})
             continue
-        for row in clocks.rows_of(make(), executions=executions, rounds=rounds, until=until):
+        for row in clocks.rows_of(make(), **repeated, until=until):
             failed |= "AssertionError" in row.get("note", "")
             keep({"case": name} | row)
     return 1 if failed else 0

@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -105,6 +106,8 @@ SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 65536, 768, 2048, 128, "zipf"),
     Product("weight gradient", 65536, 2048, 1536, 128, "one"),
     Product("weight gradient", 65536, 768, 2048, 128, "one"),
+    Product("weight gradient", 16384, 4096, 28672, 8),
+    Product("weight gradient", 16384, 14336, 4096, 8),
 )
 
 
@@ -227,10 +230,10 @@ def variants(size: Product) -> list[Any]:
     from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
 
     if size.kind == "weight gradient":
-        return [None, Tiles(late=False), Tiles(lag=1)]
-    found: list[Any] = [None]
-    found += [Config("m", 128, 256, 64, 4, group=g, late=True) for g in (4, 8, 16)]
-    return [*found, Config("m", 128, 256, 64, 4, group=8)]
+        more = [Tiles(back=True), *(Tiles(group=g) for g in (8, 16))]
+        return [None, Tiles(late=False), Tiles(lag=1), *more]
+    late = Config("m", 128, 256, 64, 4, late=True)
+    return [None, late._replace(late=False, group=8), *(late._replace(group=g) for g in (4, 8, 16))]
 
 
 def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
@@ -289,7 +292,7 @@ def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
                 yield f"ours, gathered{named(tiles)}", made
     groups = (inputs.sizes, jnp.zeros(1, jnp.int32))
     layout = _problem(size, "ragged", size.rows, False)
-    for tiles in choices if gradient else [None]:
+    for tiles in choices:
         if tiles is None or tiles.late:
             made = work(layout, None, tiles, (*inputs.operands, *groups))
             yield f"ours, ragged{named(tiles)}", made
@@ -373,9 +376,9 @@ def torch_times(inputs: Inputs, replays: int) -> Iterator[tuple[str, Callable[[]
     yield "torch._grouped_mm", grouped
 
 
-def run_product(size: Product, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_product(size: Product, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     inputs = Inputs(size)
-    work = [(n, w) for n, w in by_jax(inputs, options) if not options.only or options.only in n]
+    work = [(n, w) for n, w in by_jax(inputs, options) if re.search(options.only, n)]
     programs = compiled([(w.call, w.arrays) for _, w in work], options.threads)
 
     def check(program: Any, each: Work) -> str:
@@ -383,22 +386,21 @@ def run_product(size: Product, options: argparse.Namespace) -> list[dict[str, An
             raise program
         return inputs.wrong(each.sampled(program([each.arrays])[0]))
 
-    rows = []
-
-    def add(name: str, take: Callable[[], Any]) -> None:
+    def row_of(name: str, take: Callable[[], Any]) -> dict[str, Any]:
         row = {"case": size.name, **size._asdict(), "provider": name}
-        rows.append(_measured(row, take, size.flops))
-        print(line(rows[-1]), flush=True)
+        row = _measured(row, take, size.flops)
+        print(line(row), flush=True)
+        return row
 
     right = []
     for (name, each), program in zip(work, programs, strict=True):
         try:
             wrong = check(program, each)
         except Exception as error:  # one provider's failure leaves the others their time
-            add(name, functools.partial(_raise, error))
+            yield row_of(name, functools.partial(_raise, error))
             continue
         if wrong:
-            add(name, lambda wrong=wrong: (wrong, None))
+            yield row_of(name, lambda wrong=wrong: (wrong, None))
         else:
             right.append((name, program, each))
     with case_processes.turn(options):
@@ -409,11 +411,10 @@ def run_product(size: Product, options: argparse.Namespace) -> list[dict[str, An
             if found.note:  # it could not be told from the others in their trace
                 again = functools.partial(timing.time_jit_span, executions=options.executions)
                 found = again(program, [each.arrays])
-            add(name, lambda found=found: ("", found))
+            yield row_of(name, lambda found=found: ("", found))
         if options.peers:
             for name, take in torch_times(inputs, options.replays):
-                add(name, take)
-    return rows
+                yield row_of(name, take)
 
 
 def _raise(error: Exception) -> Any:
@@ -481,7 +482,7 @@ def layer_providers(size: Layer) -> Iterator[tuple[str, Callable[[], Callable[..
     yield from training_peers.layers(size.tokens, size.hidden, size.ffn, size.experts, size.top_k)
 
 
-def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_layer(size: Layer, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -508,7 +509,8 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
         (name, call_of(make, passes), passes)
         for name, make in layer_providers(size)
         for passes in ("forward", "forward and backward", _OF_A_LOSS)
-        if (options.peers or name.startswith("ours")) and options.only in name
+        if re.search(options.passes, passes)
+        if (options.peers or name.startswith("ours")) and re.search(options.only, name)
         if passes != _OF_A_LOSS or name == "ours, default"
     ]
     # XLA tries variants of what it compiles on the GPU: those of `lax.ragged_dot` want tens of GiB, alone.
@@ -517,7 +519,7 @@ def run_layer(size: Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
     made = iter(compiled(rest, options.threads))
     programs = [next(made) if many else None for many in side_by_side]
     with case_processes.turn(options):
-        return _run_layer(size, options, arrays, wanted, programs)
+        yield from _run_layer(size, options, arrays, wanted, programs)
 
 
 def _run_layer(
@@ -526,11 +528,10 @@ def _run_layer(
     arrays: tuple[Any, ...],
     wanted: list[tuple[str, Callable[..., Any], str]],
     programs: list[Any],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of `run_layer`; a program that is None is compiled when its turn comes."""
     import jax
 
-    rows: list[dict[str, Any]] = []
     first: list[np.ndarray] = []
 
     def measure(program: Any, row: dict[str, Any]) -> Any:
@@ -558,15 +559,14 @@ def _run_layer(
         row = {"case": size.name, **size._asdict(), "provider": name, "passes": passes}
         flops = size.flops if passes != "forward" else size.flops // 3
         row = _measured(row, functools.partial(measure, program, row), flops)
-        rows.append(row)
         print(line(row), flush=True)
-    return rows
+        yield row
 
 
 # -- all -----------------------------------------------------------------------------------------------
 
 
-def run_case(size: Product | Layer, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_case(size: Product | Layer, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return run_layer(size, options) if isinstance(size, Layer) else run_product(size, options)
 
 
@@ -606,7 +606,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument("--variants", action="store_true", help="also other tiles of our kernels")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours alone")
-    parser.add_argument("--only", default="", help="providers whose name holds this")
+    parser.add_argument("--only", default="", help="regular expression of the providers' names")
+    parser.add_argument("--passes", default="", help="regular expression of a layer's passes")
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that compile")

@@ -256,6 +256,8 @@ def layers(
         "tokamax triton": dict.fromkeys(KINDS, "triton"),
         "tokamax mosaic, weights' gradient triton": dict.fromkeys(KINDS, "mosaic_gpu")
         | {"weight gradient": "triton"},
+        "tokamax triton, inputs' gradient mosaic": dict.fromkeys(KINDS, "triton")
+        | {"input gradient": "mosaic_gpu"},
     }
 
     def on_tokamax(way: dict[str, str]) -> Callable[..., Any]:

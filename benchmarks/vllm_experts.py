@@ -39,12 +39,34 @@ _REAL = {
 
 
 class _Nothing(type):
-    """A name of vLLM's that is imported, annotated with, or inherited from, and not called."""
+    """A name of vLLM's that is imported, annotated with, or inherited from. A module may call it, or ask
+    whether it is true, while it is imported; a layer that runs gets an error instead of a silent answer."""
+
+    importing = False
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Nothing(name, (), {"__init__": lambda self, *given, **named: None})
+        return _nothing(f"{cls.__name__}.{name}")
+
+    def __call__(cls, *given: Any, **named: Any) -> Any:
+        if "stands_for" not in vars(cls):
+            return super().__call__(*given, **named)  # of a class of vLLM's that inherits from one
+        cls._refuse("called")
+        return object.__new__(cls)
+
+    def __bool__(cls) -> bool:
+        if "stands_for" in vars(cls):
+            cls._refuse("asked whether it is true")
+        return True
+
+    def _refuse(cls, what: str) -> None:
+        if not _Nothing.importing:
+            raise AssertionError(f"nothing stands in for {cls.__name__} of vLLM, which was {what}")
+
+
+def _nothing(name: str) -> Any:
+    return _Nothing(name, (), {"stands_for": name})
 
 
 class _Module(types.ModuleType):
@@ -53,7 +75,10 @@ class _Module(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(_Nothing("Nothing", (), {}), name)
+        full = f"{self.__name__}.{name}"
+        if full in _REAL or full in _known():  # `from package import module` asks here first
+            return importlib.import_module(full)
+        return _nothing(full)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -89,11 +114,16 @@ def _platform() -> Any:
     """One CUDA GPU."""
     import torch
 
+    def capability() -> int:
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+
     no, yes = (lambda *given: False), (lambda *given: True)
     names = ("is_rocm", "is_xpu", "is_cpu", "is_tpu")
     return types.SimpleNamespace(
         **dict.fromkeys(names, no),
-        **dict.fromkeys(("is_cuda", "is_cuda_alike", "supports_fp8", "has_device_capability"), yes),
+        **dict.fromkeys(("is_cuda", "is_cuda_alike", "supports_fp8"), yes),
+        has_device_capability=lambda least: capability() >= least,
         fp8_dtype=lambda: torch.float8_e4m3fn,
         device_type="cuda",
         simple_compile_backend="inductor",
@@ -101,6 +131,7 @@ def _platform() -> Any:
     )
 
 
+@functools.cache
 def _known() -> dict[str, dict[str, Any]]:
     """What stands in for modules around the layer and is used."""
     import torch
@@ -111,7 +142,8 @@ def _known() -> dict[str, dict[str, Any]]:
         name = torch.cuda.get_device_name().replace(" ", "_")
         return "NVIDIA_H200" if "H200" in name.split("_") else name
 
-    unset = {"VLLM_BATCH_INVARIANT": False, "VLLM_TUNED_CONFIG_FOLDER": None}
+    unset = dict.fromkeys(("VLLM_TUNED_CONFIG_FOLDER", "VLLM_TRITON_USE_TD"))
+    unset["VLLM_BATCH_INVARIANT"] = False
     return {
         "vllm": {"__version__": RELEASE},
         "vllm.envs": unset,
@@ -133,6 +165,7 @@ def _known() -> dict[str, dict[str, Any]]:
         "vllm.model_executor.layers.quantization.utils.ocp_mx_utils": {
             "OCP_MX_Scheme": types.SimpleNamespace(from_quant_dtype=lambda *dtypes: None),
         },
+        _LAYER: {"get_config": lambda: None},  # nobody has set the kernel's sizes by hand
         "vllm.scalar_type": {},
     }
 
@@ -154,7 +187,11 @@ def imported(peers: str | Path) -> Iterator[types.ModuleType]:
     sys.meta_path.insert(0, finder)
     try:
         # Shapes for torch.compile may be told of an op once in a process, and nobody asks for them here.
-        with mock.patch("torch.library.register_fake", lambda *given: lambda function: function):
+        def unasked(*given: Any) -> Any:
+            return lambda function: function
+
+        shapes = mock.patch("torch.library.register_fake", unasked)
+        with shapes, mock.patch.object(_Nothing, "importing", True):
             module = importlib.import_module(f"{_LAYER}.experts.triton_moe")
         yield module
     finally:
@@ -199,6 +236,7 @@ class Layer:
         tokens, top_k, experts, hidden, ffn: the sizes.
         dtype: of x and the weights; a torch dtype.
         expert_map: of global to local experts, or None.
+        device: of the workspaces.
     """
 
     def __init__(
@@ -208,6 +246,7 @@ class Layer:
         *sizes: int,
         dtype: Any = None,
         expert_map: Any = None,
+        device: str = "cuda",
     ):
         import torch
 
@@ -222,7 +261,7 @@ class Layer:
         given = (tokens, 2 * ffn, hidden, top_k, experts, experts, None, self.silu)
         first, second, _ = self.experts.workspace_shapes(*given)
         self.workspaces = [
-            torch.empty(shape, dtype=dtype or torch.bfloat16, device="cuda")
+            torch.empty(shape, dtype=dtype or torch.bfloat16, device=device)
             for shape in (first, second)
         ]
         self.num_experts = experts if expert_map is None else len(expert_map)
@@ -238,6 +277,8 @@ class Layer:
         out: Any,
         weights_on_input: bool = False,
     ) -> None:
+        if weights_on_input:  # as `MoEPrepareAndFinalizeNoDPEP.prepare`, for one expert a token
+            x = x * weights.to(x.dtype)
         self.experts.apply(
             output=out,
             hidden_states=x,

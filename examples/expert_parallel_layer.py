@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_layer import MoEParams, dense_moe_layer, init, route
+from moe_layer import MoEParams, dense_moe_layer, init, parse, route
 
 from moe_align_jax import (
     combine,
@@ -120,14 +120,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--mode", default="auto", choices=("auto", "normal", "low_latency"))
     parser.add_argument("--transport")
-    options = parser.parse_args()
-    if not 1 <= options.top_k <= options.experts:
-        parser.error(
-            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
-        )
+    options = parse(parser)
     join_processes(options)
 
     devices = jax.devices()
+    if options.experts % len(devices):
+        parser.error(f"--experts must be a multiple of the {len(devices)} devices")
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     key_params, key_x = jax.random.split(jax.random.key(0))
     params = init(

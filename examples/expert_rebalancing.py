@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_layer import MoEParams, apply_experts
+from moe_layer import MoEParams, apply_experts, parse
 
 from moe_align_jax import (
     ExpertDistributionRecorder,
@@ -233,12 +233,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--skew", type=float, default=1.0, help="exponent of Zipf's law; 0 is even")
     parser.add_argument("--picture", type=Path, help="a PNG of the load of each GPU")
-    options = parser.parse_args()
-    if not 1 <= options.top_k <= options.experts:
-        parser.error(
-            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
-        )
-
+    options = parse(parser)
+    for name in ("passes", "every", "layers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(options, name)}")
+    if options.redundant < 0:
+        parser.error(f"--redundant must be at least 0; got {options.redundant}")
+    if not 0 <= options.skew < float("inf"):
+        parser.error(f"--skew must be a number of at least 0; got {options.skew}")
     if options.picture:
         try:  # now, not after all the passes
             import matplotlib  # noqa: F401
@@ -271,7 +273,10 @@ def main() -> None:
     print(f"the step was compiled {compiled} time{'s' if compiled != 1 else ''}")
     if options.picture:
         half = [period for period in periods if period.last <= options.passes // 2] or periods
-        draw(half[0], half[-1], options.picture)
+        try:
+            draw(half[0], half[-1], options.picture)
+        except OSError as error:
+            raise SystemExit(f"not written: {error}") from None
         print(f"wrote {options.picture}")
 
 

@@ -26,7 +26,7 @@ from expert_parallel_layer import add_process_arguments, join_processes, place
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_layer import MoEParams, dense_moe_layer, init, route
+from moe_layer import MoEParams, dense_moe_layer, init, parse, route
 
 from moe_align_jax import (
     collect_expert_load,
@@ -133,14 +133,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--implementation", help="of the products: mosaic_gpu on a Hopper GPU")
-    options = parser.parse_args()
-    if not 1 <= options.top_k <= options.experts:
-        parser.error(
-            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
-        )
+    options = parse(parser)
     join_processes(options)
 
-    mesh = jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+    devices = jax.devices()
+    if options.experts % len(devices):
+        parser.error(f"--experts must be a multiple of the {len(devices)} devices")
+    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     key_params, key_x = jax.random.split(jax.random.key(0))
     sizes = {"hidden": options.hidden, "ffn": options.hidden, "num_experts": options.experts}
     params = init(key_params, **sizes)
@@ -160,7 +159,7 @@ def main() -> None:
     difference = 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum())
     counts = collect_expert_load(load, all_processes=True).logical_count.sum(axis=(0, 1))
     print(
-        f"e4m3 layer on {mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} "
+        f"e4m3 layer on {mesh.size} x {devices[0].device_kind} in {jax.process_count()} "
         f"process(es): difference from float32 "
         f"{difference:.1e} (1 - 2xy / (xx + yy)); {counts.sum()} pairs, at most {counts.max()} on an expert"
     )

@@ -119,6 +119,19 @@ def dense_moe_layer(params: MoEParams, x: jax.Array, *, top_k: int) -> jax.Array
     return jnp.einsum("te,teh->th", share, each).astype(x.dtype)
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of this process's command line, of sizes that a layer can have."""
+    options = parser.parse_args()
+    for name in ("tokens", "experts", "hidden"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(options, name)}")
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(
+            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
+        )
+    return options
+
+
 def main() -> None:
     """Runs the layer and its gradient under jit, and compares both with the dense layer."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -126,11 +139,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
-    options = parser.parse_args()
-    if not 1 <= options.top_k <= options.experts:
-        parser.error(
-            f"--top-k must be from 1 to --experts ({options.experts}); got {options.top_k}"
-        )
+    options = parse(parser)
 
     key_params, key_x = jax.random.split(jax.random.key(0))
     params = init(

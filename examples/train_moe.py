@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_align_jax import select_moe_implementation
-from moe_align_jax._cli import heatmap
 
 ROOT = Path(__file__).resolve().parents[1]
 # The model, sequences in a batch, and their length.
@@ -167,6 +166,23 @@ def draw_losses(losses: Sequence[float], first: int, held_out: float, path: Path
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
 
 
+def draw_load(loads: dict[str, np.ndarray], path: Path) -> None:
+    """Writes heat maps of layers x experts as a PNG, by title, each layer relative to its own mean."""
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(loads), sharey=True)
+    relative = [
+        load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) for load in loads.values()
+    ]
+    most = max(part.max() for part in relative)
+    for axis, part, title in zip(axes, relative, loads, strict=True):
+        image = axis.imshow(part, aspect="auto", interpolation="nearest", vmin=0, vmax=most)
+        axis.set(title=title, xlabel="expert")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes), label="load / mean load of the layer")
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+
+
 def train(options: argparse.Namespace, console: Console) -> Result:
     """Trains up to step `options.steps`, from the newest checkpoint in `options.out` if there is one."""
     config, batch, length = SIZES[options.size]
@@ -268,16 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         first = result.step - len(result.losses) + 1
         draw_losses(result.losses, first, result.held_out, options.out / "losses.png")
         part = max(1, len(result.losses) // 10)
-        heatmap.draw(
-            result.loads[:part].sum(axis=0),
-            result.loads[-part:].sum(axis=0),
-            options.out / "expert_load.png",
-            (
-                f"steps {first} to {first + part - 1}",
-                f"steps {result.step - part + 1} to {result.step}",
-            ),
-            across="expert",
-        )
+        loads = {
+            f"steps {first} to {first + part - 1}": result.loads[:part].sum(axis=0),
+            f"the last {part}, to {result.step}": result.loads[-part:].sum(axis=0),
+        }
+        draw_load(loads, options.out / "expert_load.png")
         console.print(f"wrote losses.png and expert_load.png into {options.out}", highlight=False)
     texts = complete(result.model, options.prompt, rows=4, width=32, num_tokens=48)
     for prompt, text in zip(options.prompt, texts, strict=True):

@@ -408,7 +408,7 @@ def check_dispatch(function: str, dispatch: Any) -> None:
 def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         rule = f"be one of {', '.join(choices)}"
-        fail(function, argument, rule, repr(value), "See ExpertLocation.")
+        fail(function, argument, rule, checks.shown(value), "See ExpertLocation.")
 
 
 def integer_scalar(function: str, argument: str, value: Any, remedy: str) -> Any:

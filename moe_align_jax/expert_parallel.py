@@ -27,7 +27,6 @@ from moe_align_jax._expert_parallel.arguments import (
     global_ids,
 )
 from moe_align_jax._expert_parallel.axes import (
-    check_axis_size,
     manual,
     mesh_platform,
     nothing_like,
@@ -43,15 +42,15 @@ from moe_align_jax._expert_parallel.choice import (
 from moe_align_jax._expert_parallel.exchange import (
     DispatchInfo,
     fills_boxes,
-    give_back_sums,
     return_rows,
+    return_sums,
     send,
     send_to_boxes,
 )
 from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._lowering import export, select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
-from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._lowering.sharding import check_axis, vary_together
 from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
 
 
@@ -178,7 +177,8 @@ def dispatch(
     """
     function = "dispatch"
     fork.check(function)
-    size = check_axis_size(function, axis_name)
+    remedy = 'Call it inside jax.shard_map over that axis, for example axis_name="ep".'
+    size = check_axis(function, axis_name, remedy)
     group = Group(axis_name, size, check_local_experts(function, num_experts, size))
     x, scales = check_x(function, x, payload)
     ids = check_ids(function, topk_ids)
@@ -344,7 +344,7 @@ def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> j
     """
     function = "combine"
     fork.check(function)
-    if not isinstance(handle, DispatchHandle):
+    if not isinstance(handle, DispatchHandle) or not isinstance(handle.info, DispatchInfo):
         rule, got = "be a DispatchHandle", checks.describe(handle)
         remedy = "Pass the handle of what dispatch returned."
         raise TypeError(checks.message(function, "handle", rule, got, remedy))
@@ -361,7 +361,7 @@ def combine(y: jax.Array, handle: DispatchHandle, *, out_dtype: Any = None) -> j
         y = reverse_mode_only(function, y)
         if masked:
             pairs = handle.topk_weights, handle.topk_ids
-            out = give_back_sums(info, y, *pairs, handle.layout, handle.plan)
+            out = return_sums(info, y, *pairs, handle.layout, handle.plan)
         else:
             with jax.named_scope("return_rows"):
                 rows, in_use, plan = vary_together((y, handle.in_use, handle.plan))

@@ -16,7 +16,7 @@ from moe_align_jax._align.arguments import narrow_count
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul import arguments
-from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._lowering.sharding import check_axis, vary_together
 from moe_align_jax._moe_layer.arguments import check_tokens
 
 _I32, _F32 = jnp.int32, jnp.float32
@@ -196,25 +196,16 @@ def _sum_over(x: jax.Array, axis_name: _AxisName) -> jax.Array:
 
 
 def _check_axis(function: str, axis_name: Any) -> None:
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not all(isinstance(name, str) for name in names):
-        rule = "be the name of an axis, or a tuple of names"
-        got, remedy = checks.describe(axis_name), "Name the axes of jax.shard_map."
-        raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
-    try:
-        if axis_name is not None:
-            lax.axis_size(axis_name)
-    except (NameError, KeyError):
-        rule, got = "name axes of the enclosing jax.shard_map", repr(axis_name)
+    if axis_name is not None:
         remedy = "Call it inside jax.shard_map over that axis, or leave it out."
-        raise ValueError(checks.message(function, "axis_name", rule, got, remedy)) from None
+        check_axis(function, axis_name, remedy)
 
 
 def _check_rate(function: str, rate: Any) -> Any:
     """A finite real number, or an array of one."""
     remedy = "Pass the step, e.g. 0.001."
     dtype: Any = getattr(rate, "dtype", None)
-    array = isinstance(rate, (jax.Array, np.ndarray, np.generic))
+    array = checks.is_array(rate) or isinstance(rate, np.generic)
     real = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if array:
         kinds = (jnp.floating, jnp.integer)
@@ -222,7 +213,7 @@ def _check_rate(function: str, rate: Any) -> Any:
     if not real:
         got = checks.describe(rate)
         raise TypeError(checks.message(function, "rate", "be a real number", got, remedy))
-    if array and rate.shape != ():
+    if array and np.shape(rate) != ():
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
     try:
@@ -257,7 +248,7 @@ def _check_counts(function: str, value: Any, experts: int, *, floats: bool = Fal
         rule, remedy = f"have shape [{experts}]", "Pass one count for each expert of the router."
         raise ValueError(checks.message(function, argument, rule, checks.describe(value), remedy))
     kind = np.dtype(value.dtype) if jnp.issubdtype(value.dtype, jnp.integer) else None
-    if kind is None or np.iinfo(kind).max <= INT32_MAX:
+    if kind is None or jnp.iinfo(kind).max <= INT32_MAX:
         return jnp.asarray(value)
     # Before jax narrows or wraps it.
     most = kind.type(INT32_MAX)

@@ -2,25 +2,16 @@
 
 import functools
 import inspect
-import math
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.extend.core import Primitive
 
 from moe_align_jax._core import checks, fork
 from moe_align_jax._lowering import select
-from moe_align_jax._lowering.primitive import (
-    batch_first,
-    batch_size,
-    make_primitive,
-    result_like,
-)
-from moe_align_jax._lowering.sharding import on_each_shard, vary_together
+from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._masked_quant import primitive
 from moe_align_jax._masked_quant.problem import (
     GROUPS_PER_WORD,
     MaskedQuantProblem,
@@ -166,7 +157,7 @@ def select_quant_implementation(
         raise TypeError(checks.message(function, "options", rule, unknown, remedy))
     problem = make_problem(function, shape, dtype, **(named | options))
     platform = select.check_platform(function, platform)
-    unsupported = functools.partial(_unsupported, problem)
+    unsupported = functools.partial(primitive.unsupported, problem)
     choice = select.choose(function, platform, implementation, unsupported)
     better = "the Mosaic GPU kernel runs here, and reads valid rows only"
     reasons = select.reasons_against_others(
@@ -185,7 +176,7 @@ def select_quant_implementation(
 def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.Array]:
     given = {"x": x, "masked_m": masked_m}
     for argument, array in given.items():
-        if not isinstance(array, (jax.Array, np.ndarray)):
+        if not checks.is_array(array):
             remedy = "Pass a jax or NumPy array."
             rule = "be an array"
             got = checks.describe(array)
@@ -212,7 +203,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 def _narrow(masked_m: Any, rows: int) -> jax.Array:
     """`masked_m` as int32 in [0, rows], clamped before it is narrowed."""
     if isinstance(masked_m, np.ndarray):
-        rows = min(rows, np.iinfo(masked_m.dtype).max)
+        rows = min(rows, int(jnp.iinfo(masked_m.dtype).max))
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))
     if masked_m.dtype == jnp.int32:
         return masked_m  # the kernel clamps: no additional operation here
@@ -311,7 +302,7 @@ def _check_number(function: str, argument: str, value: Any, rule: str, holds: An
     return float(value)
 
 
-# -- the primitive -------------------------------------------------------------------------------
+# -- what runs -------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
@@ -321,7 +312,9 @@ def _run(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None
             # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
             return _emulate(problem, x, masked_m)
         operands = vary_together([x, masked_m])
-        return tuple(masked_quant_p.bind(*operands, problem=problem, implementation=implementation))
+        return tuple(
+            primitive.masked_quant_p.bind(*operands, problem=problem, implementation=implementation)
+        )
 
 
 def _emulate(problem: MaskedQuantProblem, x, masked_m):
@@ -330,63 +323,3 @@ def _emulate(problem: MaskedQuantProblem, x, masked_m):
     if reason := kernels.unsupported(problem):
         raise select.not_implemented(problem.name, "emulator", reason)
     return tuple(kernels.run(problem, x, masked_m, interpret=True))
-
-
-def _unsupported(problem: MaskedQuantProblem) -> str | None:
-    from moe_align_jax._masked_quant import launch as kernels
-
-    return kernels.unsupported(problem)
-
-
-def _abstract(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
-    del masked_m, implementation
-    return [result_like(x, *result) for result in problem.outputs.values()]
-
-
-def _implement(
-    platform: str, ctx: Any, *, problem: MaskedQuantProblem, implementation: str | None
-) -> Callable:
-    del ctx
-    unsupported = functools.partial(_unsupported, problem)
-    choice = select.choose(problem.name, platform, implementation, unsupported)
-    if choice != "mosaic_gpu" or not math.prod(problem.outputs["q"][0]):  # nothing to launch for
-        from moe_align_jax._masked_quant import reference
-
-        return functools.partial(reference.masked_quant, problem)
-    from moe_align_jax._masked_quant import launch as kernels
-
-    return functools.partial(kernels.run, problem)
-
-
-def _batch(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> list[jax.Array]:
-    """A batch of problems is one problem with the experts of all."""
-    call = functools.partial(_flat_batch, primitive, dims=dims, **parameters)
-    return on_each_shard(call, operands, dims)
-
-
-def _flat_batch(primitive: Primitive, *operands, dims, problem: MaskedQuantProblem, implementation):
-    size = batch_size(operands, dims)
-    flat = []
-    for operand, dim in zip(operands, dims, strict=True):
-        operand = batch_first(operand, dim, size)
-        flat.append(lax.reshape(operand, (size * operand.shape[1], *operand.shape[2:])))
-    experts = problem.num_experts
-    problem = problem._replace(num_experts=size * experts)
-    results = primitive.bind(*flat, problem=problem, implementation=implementation)
-    return [lax.reshape(r, (size, experts, *r.shape[1:])) for r in results]
-
-
-def _refuse_derivative(primitive: Any, primals: Any, tangents: Any, **parameters: Any) -> NoReturn:
-    del primitive, primals, tangents, parameters
-    remedy = "Quantise what needs no gradient, or pass jax.lax.stop_gradient(x)."
-    name = MaskedQuantProblem.name
-    checks.fail(name, "x", "not be differentiated", "a tangent", remedy, NotImplementedError)
-
-
-masked_quant_p = make_primitive(
-    MaskedQuantProblem.name,
-    abstract=_abstract,
-    implement=_implement,
-    batch=_batch,
-    jvp=_refuse_derivative,
-)

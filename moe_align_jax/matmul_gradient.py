@@ -1,6 +1,6 @@
 """Sums over the rows of each group: the weights' gradient of a grouped product, by its usual names.
 
-`ragged_dot`, `grouped_matmul` and `fused_moe` have their derivatives: nobody needs these functions to train.
+`ragged_dot`, `grouped_matmul` and `fused_moe` have their derivatives: training does not need these functions.
 They are for code that has a `custom_vjp` of its own.
 """
 

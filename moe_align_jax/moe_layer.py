@@ -17,6 +17,7 @@ from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as why
 from moe_align_jax._grouped_matmul import config, primitive, quantized
+from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
@@ -169,8 +170,8 @@ def fused_moe(
     bias_gate_up = arguments.check_bias(function, "bias_gate_up", bias_gate_up, (experts, columns))
     bias_down = arguments.check_bias(function, "bias_down", bias_down, (experts, hidden))
     topk_weights, topk_ids = arguments.check_routing(function, values, topk_weights, topk_ids)
-    weights_on_input = arguments.check_flag(function, "weights_on_input", weights_on_input)
-    counted = arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
+    weights_on_input = check_flag(function, "weights_on_input", weights_on_input)
+    counted = check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
     out_dtype = matmul_arguments.result_dtype(function, values, preferred_element_type)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -185,6 +186,9 @@ def fused_moe(
         if aligned is not None and value is not None:
             remedy = "It is an argument of the alignment: pass it where aligned is made."
             checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
+    if expert_location is not None and not isinstance(expert_location, ExpertLocation):
+        rule, remedy = "be an ExpertLocation", "Make one."
+        checks.refuse(TypeError, function, "expert_location", rule, expert_location, remedy)
     slots = _num_slots(function, experts, expert_map)
     top_k = topk_ids.shape[1]
     pairs = tokens * top_k
@@ -374,7 +378,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 48, 80, 128]
+        [8, 16, 80, 128]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 8192)]
         [8, 48, 144, 192]
     """
@@ -382,7 +386,8 @@ def moe_block_size(
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     num_experts = checks.check_num_experts(function, num_experts)
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
-    return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) != E4M3)
+    found = select.check_dtype(function, dtype, (*matmul_arguments.DTYPES, E4M3))
+    return plan.block_size_for(num_tokens * top_k, num_experts, found != E4M3)
 
 
 def select_moe_implementation(
@@ -445,11 +450,11 @@ def select_moe_implementation(
     weights = matmul_arguments.make_weights(
         function,
         transposed=transpose_rhs,
-        pair=arguments.check_flag(function, "pair", pair),
+        pair=check_flag(function, "pair", pair),
         activation=activation,
         gated=gated,
         interleaved=interleaved,
-        bias=arguments.check_flag(function, "bias_gate_up", bias_gate_up),
+        bias=check_flag(function, "bias_gate_up", bias_gate_up),
     )
     experts, ffn = down[0], down[2 if weights.transposed else 1]
     if not experts or down[1 if weights.transposed else 2] != hidden:
@@ -462,7 +467,7 @@ def select_moe_implementation(
     if num_global_experts is not None:
         slots = checks.check_num_experts(function, num_global_experts)
     pairs = tokens * top_k
-    has_aligned = arguments.check_flag(function, "has_aligned", has_aligned)
+    has_aligned = check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
@@ -478,8 +483,8 @@ def select_moe_implementation(
         str(x.dtype),
         matmul_arguments.result_dtype(function, x, preferred_element_type),
         weights,
-        arguments.check_flag(function, "bias_down", bias_down),
-        arguments.check_flag(function, "weights_on_input", weights_on_input),
+        check_flag(function, "bias_down", bias_down),
+        check_flag(function, "weights_on_input", weights_on_input),
         rows,
         pairs if as_pairs else num_rows,
         as_pairs,

@@ -51,8 +51,9 @@ def quantize_rowwise(
     Returns:
         `(q, scales)`: float8_e4m3fn of x's shape, and the scales, float32, or int32 if packed. A group with
         an infinity or a NaN has codes and a scale that are unspecified. There is no gradient: a derivative
-        with respect to x is zero. On a GPU, whose division is good to two units in the last place, a code
-        may differ by one step from a CPU's.
+        with respect to x is zero. On a Hopper GPU a kernel casts bfloat16 and float16, to the same bits as
+        a CPU. XLA casts elsewhere, and float32, packed scales in rows, and an x that it divides over devices:
+        with a GPU's division, good to two units in the last place, a code may then differ by one step.
 
     Raises:
         TypeError: x has another dtype, or an option is not static.
@@ -139,7 +140,7 @@ def quantize_blockwise(
 
 def _check_values(function: str, argument: str, value: Any, shape: str) -> Any:
     got = checks.describe(value)
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         remedy = "Pass a jax or NumPy array."
         raise TypeError(checks.message(function, argument, "be an array", got, remedy))
     if str(value.dtype) not in _DTYPES:

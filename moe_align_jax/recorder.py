@@ -249,7 +249,7 @@ class ExpertDistributionRecorder:
             got, remedy = checks.describe(windows), "Pass for example (10, 100, 1000)."
             fail("metrics", "windows", "be ints", got, remedy, TypeError)
         if not sizes or min(sizes) < 1:
-            fail("metrics", "windows", "be passes >= 1", repr(windows), "")
+            fail("metrics", "windows", "be passes >= 1", checks.describe(windows), "")
         with self._lock:
             number, counts = expert_load.last_physical_counts(self._state, max(sizes))
             found = load_metrics(counts, self.num_gpus or 1, sizes, passes=number)

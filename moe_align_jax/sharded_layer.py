@@ -14,6 +14,7 @@ from moe_align_jax._align.arguments import narrow_count, narrow_map
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
+from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import Activation, Weights
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate
@@ -155,8 +156,8 @@ def sharded_fused_moe(
         method,
         weights,
         experts,
-        arguments.check_flag(function, "weights_on_input", weights_on_input),
-        arguments.check_flag(function, "return_tokens_per_expert", return_tokens_per_expert),
+        check_flag(function, "weights_on_input", weights_on_input),
+        check_flag(function, "return_tokens_per_expert", return_tokens_per_expert),
         matmul_arguments.result_dtype(function, x, preferred_element_type),
         checks.check_positive_int(
             function, "max_low_latency_tokens", max_low_latency_tokens, "Pass a number of tokens."
@@ -229,12 +230,17 @@ def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, f
         rule = "be the name of an axis, or a tuple of names"
         checks.refuse(TypeError, function, "data_axes", rule, data, "Pass () for none.")
     data = (data,) if isinstance(data, str) else tuple(data)
+    rule, remedy = (
+        f"name an axis of the mesh, {', '.join(map(repr, mesh.axis_names))}",
+        "See mesh.axis_names.",
+    )
     named = [("expert_axis", expert), *(("data_axes", name) for name in data)]
     named += [(a, n) for a, n in (("tensor_axis", tensor), ("fsdp_axis", fsdp)) if n is not None]
     for argument, name in named:
+        if not isinstance(name, str):
+            checks.refuse(TypeError, function, argument, rule, name, remedy)
         if name not in mesh.axis_names:
-            rule = f"name an axis of the mesh, {', '.join(map(repr, mesh.axis_names))}"
-            checks.refuse(ValueError, function, argument, rule, repr(name), "See mesh.axis_names.")
+            checks.refuse(ValueError, function, argument, rule, repr(name), remedy)
     once = [expert, *data, *([tensor] if tensor else [])]
     if len(set(once)) < len(once) or fsdp in (expert, tensor) and fsdp is not None:
         rule, got = "be different axes; fsdp_axis may be one of data_axes", str(named)

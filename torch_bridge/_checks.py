@@ -61,6 +61,19 @@ def check_bool(function: str, argument: str, value: object) -> None:
         )
 
 
+def check_integer_dtypes(function: str, argument: str, value: object) -> tuple[torch.dtype, ...]:
+    """The value, which must be a tuple or list of dtypes that ids may have."""
+    remedy = "Pass for example (torch.int32, torch.int64)."
+    given = value if isinstance(value, (tuple, list)) else ()
+    if not given or not all(
+        isinstance(dtype, torch.dtype) and dtype in INTEGER_DTYPES for dtype in given
+    ):
+        what = checks.describe(value)
+        rule = "be a tuple of integer dtypes of torch"
+        raise TypeError(checks.message(function, argument, rule, what, remedy))
+    return tuple(given)
+
+
 def not_dense(tensor: torch.Tensor) -> str | None:
     """What kind of tensor has no plain strided memory, or None."""
     if tensor.is_nested:  # it has no shape to describe

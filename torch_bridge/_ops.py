@@ -351,7 +351,7 @@ def chosen(base: str, device: torch.device, path: str = "auto") -> Callable[...,
 
 def launches_at_once(operands: dict[str, torch.Tensor], out: Sequence[torch.Tensor] = ()) -> bool:
     """Whether a call may go past torch's dispatcher, which takes some host time: plain tensors on a GPU that
-    can launch directly, and nobody who records or transforms operators."""
+    can launch directly, and nothing that records or transforms operators."""
     if not fast_path.open_to_all():
         return False
     for tensor in (*operands.values(), *out):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moe_align_jax._router.problem import RouteProblem
-from torch_bridge import _beside, _ops, _plan, dlpack
+from torch_bridge import _beside, _checks, _ops, _plan, dlpack
 from torch_bridge._direct import inplace, problems, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
@@ -58,10 +58,23 @@ def route(
         if program is not None and key is not None:
             _remember(key, program, given, out)
         return
+    if _checks.sizes_are_known() and not dlpack.is_fake(given["logits"]):
+        _check_data(function, given, out)  # under the name of the caller's op, not of the operator
     bias, is_padding = (given.get(name) for name in ("correction_bias", "is_padding"))
     op = _ops.chosen(_OPERATOR, given["logits"].device)
     three = (out["topk_weights"], out["topk_ids"], out.get("token_expert_indices"))
     op(given["logits"], bias, is_padding, *three, *options)
+
+
+def _check_data(
+    function: str, operands: dict[str, torch.Tensor], results: dict[str, torch.Tensor]
+) -> None:
+    """The checks that need data."""
+    named = {_ARGUMENTS.get(name, name): tensor for name, tensor in operands.items()}
+    for name, tensor in {**named, **results}.items():
+        dlpack.check_tensor(function, name, tensor)
+    inplace.check_plain(function, results)
+    inplace.check_no_overlap(function, results, named)
 
 
 def _run(
@@ -72,11 +85,7 @@ def _run(
     *options: Any,
 ) -> LoadedProgram | None:
     """Does a call; returns the program that was launched, if one was."""
-    named = {_ARGUMENTS.get(name, name): tensor for name, tensor in operands.items()}
-    for name, tensor in {**named, **results}.items():
-        dlpack.check_tensor(function, name, tensor)
-    inplace.check_plain(function, results)
-    inplace.check_no_overlap(function, results, named)
+    _check_data(function, operands, results)
     problem = _problem(operands, results, *options)
     if not problem.num_tokens:
         return None

@@ -257,12 +257,14 @@ def apply_instead(original: Callable[..., None], kind: type) -> Callable[..., No
             if hooked is not None and hooked(hidden_states.shape[0]):
                 raise _Refused("a hook behind the second product wants its rows")
             _refuse_tensors(hidden_states, w1, w2)
-            arguments = (hidden_states, w1, w2, topk_weights, topk_ids)
-            given = {"weights_on_input": apply_router_weight_on_input, "expert_map": expert_map}
+            # On the input: vLLM has multiplied hidden_states by them before it calls this.
+            left = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+            arguments = (hidden_states, w1, w2, left, topk_ids)
+            given = {"expert_map": expert_map}
             # Tried once for each of these: whether a launch is possible depends on no more.
             asked = (
                 *(hidden_states.shape, w1.shape, w2.shape, topk_ids.shape, hidden_states.device),
-                *(hidden_states.dtype, topk_ids.dtype, apply_router_weight_on_input, form),
+                *(hidden_states.dtype, topk_ids.dtype, form),
                 None if expert_map is None else expert_map.shape,
             )
             path = "auto" if asked in runs else "direct"

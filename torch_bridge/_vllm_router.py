@@ -304,22 +304,9 @@ def grouped_topk(
     function = "grouped_topk"
     _check_logits(function, "scores", scores)
     num_experts = scores.shape[1]
-    remedy = "Pass the sizes of the model's router."
-    groups = checks.check_positive_int(function, "num_expert_group", num_expert_group, remedy)
-    stay = checks.check_positive_int(function, "topk_group", topk_group, remedy)
-    top_k = checks.check_positive_int(function, "topk", topk, remedy)
-    if num_experts % groups:
-        rule = f"divide the number of experts, {num_experts}"
-        checks.fail(function, "num_expert_group", rule, groups, remedy)
-    if stay > groups:
-        checks.fail(function, "topk_group", f"be at most {groups}, the groups", stay, remedy)
-    if top_k > stay * (num_experts // groups):
-        rule = f"be at most {stay * (num_experts // groups)}, the experts of the groups that stay"
-        checks.fail(function, "topk", rule, top_k, remedy)
-    _check_scale(function, renormalize, routed_scaling_factor)
-    if type(scoring_func) is not int or scoring_func not in _SCORINGS:
-        rule = "be 0 (scores) or 1 (sigmoid)"
-        checks.fail(function, "scoring_func", rule, checks.describe(scoring_func), remedy)
+    groups, stay, top_k = check_groups(function, num_experts, num_expert_group, topk_group, topk)
+    check_scale(function, renormalize, routed_scaling_factor)
+    scoring = check_scoring(function, scoring_func)
     operands = {"logits": scores, "correction_bias": _check_bias(function, "bias", bias, scores)}
     shape = (scores.shape[0], top_k)
     results = {
@@ -335,7 +322,7 @@ def grouped_topk(
         operands,
         results,
         key=key,
-        scoring=_SCORINGS[scoring_func],
+        scoring=scoring,
         renormalize=renormalize,
         scaling_factor=routed_scaling_factor,
         num_groups=groups,
@@ -435,7 +422,35 @@ def _check_bias(
     return bias
 
 
-def _check_scale(function: str, renormalize: object, scaling_factor: object) -> None:
+def check_groups(
+    function: str, num_experts: int, num_expert_group: object, topk_group: object, topk: object
+) -> tuple[int, int, int]:
+    """Of `grouped_topk`: the number of groups, how many of them stay, and K."""
+    remedy = "Pass the sizes of the model's router."
+    groups = checks.check_positive_int(function, "num_expert_group", num_expert_group, remedy)
+    stay = checks.check_positive_int(function, "topk_group", topk_group, remedy)
+    top_k = checks.check_positive_int(function, "topk", topk, remedy)
+    if num_experts % groups:
+        rule = f"divide the number of experts, {num_experts}"
+        checks.fail(function, "num_expert_group", rule, groups, remedy)
+    if stay > groups:
+        checks.fail(function, "topk_group", f"be at most {groups}, the groups", stay, remedy)
+    if top_k > (most := stay * (num_experts // groups)):
+        what = "the experts" if groups == 1 else "the experts of the groups that stay"
+        checks.fail(function, "topk", f"be at most {most}, {what}", top_k, remedy)
+    return groups, stay, top_k
+
+
+def check_scoring(function: str, scoring_func: object) -> str:
+    """Of `grouped_topk`: what becomes of the scores, as the kernel names it."""
+    if type(scoring_func) is not int or scoring_func not in _SCORINGS:
+        rule, remedy = "be 0 (scores) or 1 (sigmoid)", "Pass the one of the model's router."
+        checks.fail(function, "scoring_func", rule, checks.describe(scoring_func), remedy)
+    return _SCORINGS[scoring_func]
+
+
+def check_scale(function: str, renormalize: object, scaling_factor: object) -> None:
+    """That they are a bool and a finite number."""
     _checks.check_bool(function, "renormalize", renormalize)
     remedy, got = "It is compiled into the kernel.", checks.describe(scaling_factor)
     argument, rule = "routed_scaling_factor", "be a finite Python number"
@@ -456,7 +471,7 @@ def _check_op(
 ) -> dict[str, torch.Tensor]:
     """The operands of `_route.route`; all that can be checked without data."""
     _check_logits(function, "gating_output", gating_output)
-    _check_scale(function, renormalize, scaling_factor)
+    check_scale(function, renormalize, scaling_factor)
     num_tokens, num_experts = gating_output.shape
     device = gating_output.device
     for position, (argument, tensor) in enumerate(results.items()):

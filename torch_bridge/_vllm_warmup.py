@@ -8,6 +8,8 @@ from moe_align_jax._core import checks
 from moe_align_jax._router.problem import GIVEN_SCORES, RouteProblem
 from torch_bridge import _checks, _route
 from torch_bridge._direct import problems, store
+from torch_bridge._direct.warmup_device import check_device, loading_on
+from torch_bridge._vllm_router import check_groups, check_scale, check_scoring
 
 _FUNCTION = "warmup_router"
 _SCORINGS = {
@@ -56,7 +58,7 @@ def warmup_router(
         The number of programs that are now loaded for these options.
 
     Raises:
-        TypeError, ValueError: an argument is not one that the op takes.
+        TypeError, ValueError: an argument is not one that the op takes, or torch has no such device.
         NotImplementedError: the kernel cannot run on this device, or does not take these sizes; the message
             says why.
 
@@ -66,48 +68,54 @@ def warmup_router(
         ... )  # doctest: +SKIP
         5
     """
-    if op not in _SCORINGS:
+    from moe_align_jax._router import kernel
+
+    if not checks.is_one_of(op, _SCORINGS):
         rule, remedy = (
             f"be one of {', '.join(map(repr, _SCORINGS))}",
             "Name an op of vLLM's router.",
         )
-        checks.fail(_FUNCTION, "op", rule, repr(op), remedy)
+        checks.fail(_FUNCTION, "op", rule, checks.shown(op), remedy)
     remedy = "Pass the sizes of the model's router."
-    sizes = [
+    experts, top_k, most = (
         checks.check_positive_int(_FUNCTION, argument, value, remedy)
         for argument, value in (
             ("num_experts", num_experts),
             ("topk", topk),
             ("max_tokens", max_tokens),
-            ("num_expert_group", num_expert_group),
-            ("topk_group", topk_group),
         )
-    ]
-    experts, top_k, most, groups, stay = sizes
-    for argument, flag in (
-        ("renormalize", renormalize),
-        ("correction_bias", correction_bias),
-        ("is_padding", is_padding),
-    ):
-        _checks.check_bool(_FUNCTION, argument, flag)
-    if dtype not in _route.DTYPES:
-        checks.fail(_FUNCTION, "dtype", "be float32, bfloat16 or float16", dtype, remedy, TypeError)
-    if ids_dtype not in (torch.int32, torch.int64, torch.uint32):
-        checks.fail(
-            _FUNCTION, "ids_dtype", "be int32, int64 or uint32", ids_dtype, remedy, TypeError
-        )
+    )
     grouped, scoring = op == "grouped_topk", _SCORINGS[op]
-    if grouped and scoring_func == 1:
-        scoring = "sigmoid"
+    groups, stay, _ = check_groups(_FUNCTION, experts, num_expert_group, topk_group, top_k)
+    check_scale(_FUNCTION, renormalize, routed_scaling_factor)
+    given_scoring = check_scoring(_FUNCTION, scoring_func)
+    for argument, given, default in (
+        ("num_expert_group", groups, 1),
+        ("topk_group", stay, 1),
+        ("scoring_func", scoring_func, 0),
+    ):
+        if not grouped and given != default:
+            rule = f"be left out for {op}"
+            checks.fail(_FUNCTION, argument, rule, given, "It is an option of grouped_topk.")
+    for argument, flag in (("correction_bias", correction_bias), ("is_padding", is_padding)):
+        _checks.check_bool(_FUNCTION, argument, flag)
+    for argument, given, dtypes in (
+        ("dtype", dtype, tuple(_route.DTYPES)),
+        ("ids_dtype", ids_dtype, (torch.int32, torch.int64, torch.uint32)),
+    ):
+        if not isinstance(given, torch.dtype) or given not in dtypes:
+            rule = f"be one of {', '.join(map(str, dtypes))}"
+            checks.refuse(TypeError, _FUNCTION, argument, rule, given, remedy)
+    place = check_device(_FUNCTION, device)
     problem = RouteProblem(
         1,
         experts,
         top_k,
         _route.DTYPES[dtype],
-        scoring,
+        given_scoring if grouped else scoring,
         renormalize=renormalize,
-        num_groups=groups if grouped else 1,
-        topk_groups=stay if grouped else 1,
+        num_groups=groups,
+        topk_groups=stay,
         scaling_factor=float(routed_scaling_factor),
         bias_rows=int(grouped or correction_bias),
         has_padding=is_padding and not grouped,
@@ -119,33 +127,8 @@ def warmup_router(
     while wanted[-1].num_tokens < most:
         tokens = wanted[-1].num_tokens + 1
         wanted.append(problems.route_bucket(problem._replace(num_tokens=tokens)))
-    return _prepare(torch.device("cuda" if device is None else device), wanted)
-
-
-def _prepare(device: torch.device, wanted: list[RouteProblem]) -> int:
-    """Loads them on a device.
-
-    Raises:
-        NotImplementedError: one of them cannot be had.
-    """
-    from moe_align_jax._router import kernel
-
-    programs = store.here
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        if reason := programs.machine.unavailable(device) or kernel.unsupported(wanted[-1]):
+    with loading_on(_FUNCTION, place, "the kernels") as programs:
+        if reason := kernel.unsupported(wanted[-1]):
             raise store.Unavailable(reason)
-        programs.prepare(device.index or 0, wanted, again=True)
-    except store.Unavailable as reason:
-        what = str(reason).rstrip(".")
-        raise NotImplementedError(
-            checks.message(
-                _FUNCTION,
-                "device",
-                "be one that the kernels can be launched on",
-                device,
-                f"{what[0].upper()}{what[1:]}.",
-            )
-        ) from None
+        programs.prepare(place.index or 0, wanted, again=True)
     return len(wanted)

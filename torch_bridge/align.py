@@ -42,7 +42,7 @@ def moe_align_block_size(
         num_experts: E, number of global (physical) experts, >= 1.
         block_size: rows per GEMM block, >= 1.
         topk: None, or the experts per token: the last dimension of `topk_ids`, or a divisor of the
-            length of a 1-D one. It is only checked.
+            length of a 1-D one. Used for validation only.
         expert_map: `[E]` any integer dtype, same device: global to local id, -1 if on another rank.
         ignore_invalid_experts: False maps the finished `expert_ids`, so that remote blocks read -1;
             True drops remote pairs before counting and groups by local id.
@@ -53,7 +53,7 @@ def moe_align_block_size(
             contiguous, overlapping neither each other nor an input. They are returned.
         path: "auto" takes the best: "direct", a launch on torch's current stream (Hopper or newer),
             or "dlpack", through jax (elsewhere, and where a program cannot be made, which a warning
-            says). A name takes that one or raises.
+            says). A named path is taken, or an error is raised.
 
     Returns:
         `(sorted_token_ids [P], expert_ids [cdiv(P, block_size)], num_tokens_post_pad [1])`, int32,
@@ -80,7 +80,7 @@ def moe_align_block_size(
     Source: contract of vLLM 0.33 `fused_moe/moe_align_block_size.py` (Apache-2.0); no code taken.
     """
     key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, topk, 0)
-    if path == "auto":
+    if type(path) is str and path == "auto":  # an array is compared value by value
         results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs, out)
         if results is not None:
             return results
@@ -144,7 +144,7 @@ def align_blocks(
         >>> aligned.tokens_per_expert.tolist(), aligned.row_of_pair.tolist()
         ([0, 2, 2, 2], [4, 8, 0, 5, 1, 9])
     """
-    if path == "auto" and type(return_inverse) is bool:
+    if type(path) is str and path == "auto" and type(return_inverse) is bool:
         form = fast_path.align_form(True, return_inverse)
         key = (num_experts, block_size, pad_sorted_ids, ignore_invalid_experts, None, form)
         results = fast_path.attempt(key, topk_ids, expert_map, num_valid_pairs)

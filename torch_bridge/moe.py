@@ -54,7 +54,7 @@ def grouped_matmul(
         preferred_element_type: dtype of the result; None for x's.
         out: `[P, N]` to be written instead of a new tensor, contiguous, overlapping no input.
         path: "auto" takes the best: "direct", a launch on torch's current stream, or "dlpack", through
-            jax. A name takes that one or raises.
+            jax. A named path is taken, or an error is raised.
 
     Returns:
         `[P, N]`, or `out`. Rows in use that hold no pair, and blocks of expert -1, are zero; rows behind
@@ -76,7 +76,7 @@ def grouped_matmul(
         [[3.0, 4.0], [0.0, 0.0], [10.0, 20.0], [50.0, 60.0]]
     """
     key = None
-    if path == "auto" and bias is None and row_weights is None:
+    if type(path) is str and path == "auto" and bias is None and row_weights is None:
         first = _arrays(w)
         where = tuple(aligned[:3]) if isinstance(aligned, (tuple, list)) else ()
         tensors = (x, *first, *where) if out is None else (x, *first, *where, out)
@@ -186,7 +186,7 @@ def fused_moe(
     Source: contract of vLLM 0.33 `fused_experts` (Apache-2.0); no code taken.
     """
     key = None
-    if path == "auto" and aligned is None and num_valid_tokens is None:
+    if type(path) is str and path == "auto" and aligned is None and num_valid_tokens is None:
         first = _arrays(w_gate_up)
         tensors = (x, *first, w_down, topk_weights, topk_ids)
         if expert_map is not None:

@@ -20,7 +20,7 @@ _I32 = jnp.int32
 
 
 def check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not (checks.is_array(value) or isinstance(value, np.generic)):
         if type(value).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
         got = checks.describe(value)

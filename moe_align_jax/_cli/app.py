@@ -78,7 +78,10 @@ def _guarded(console: Console, run) -> None:
 
 
 @app.command("demo")
-def demo_command(implementation: _Implementation = None, seed: int = 0) -> None:
+def demo_command(
+    implementation: _Implementation = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+) -> None:
     """Align random routings of real sizes on this machine and check the result against a plain NumPy loop."""
     console = Console()
     _guarded(console, lambda: demo.run(console, implementation=implementation, seed=seed))

@@ -108,30 +108,27 @@ def run(console: Console, files: Sequence[Path], options: Options) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    text = placement_files.to_text(new, options.num_gpus, options.format, options.first_layer)
+    written: list[tuple[str, Path, str]] = [("placement", options.placement, text)]
+    if options.report is not None:
+        written.append(("report", options.report, _report(options, files, sides, names)))
     try:
-        text = placement_files.to_text(new, options.num_gpus, options.format, options.first_layer)
-        _write(options.placement, text)
-        if options.report is not None:
-            _write(options.report, _report(options, files, sides, names))
-    except OSError as error:
-        console.print(f"[bold red]Not written:[/] {escape(str(error))}", highlight=False)
-        return 1
-    for what, path in (("placement", options.placement), ("report", options.report)):
-        if path is not None:
+        for what, path, contents in written:
+            _write(path, contents)
             console.print(f"{what}: {escape(str(path))}", highlight=False, soft_wrap=True)
-    try:
         titles = tuple(
             f"{name}: balancedness {_number(side.mean)}"
             for name, side in zip(names, sides, strict=True)
         )
         heatmap.draw(sides[0].per_gpu, sides[1].per_gpu, options.picture, (titles[0], titles[1]))
+        console.print(f"heat map: {escape(str(options.picture))}", highlight=False, soft_wrap=True)
     except ImportError:
         console.print(heatmap.MISSING, markup=False, highlight=False, soft_wrap=True)
     except OSError as error:
-        console.print(f"[bold red]Not written:[/] {escape(str(error))}", highlight=False)
+        console.print(
+            f"[bold red]Not written:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         return 1
-    else:
-        console.print(f"heat map: {escape(str(options.picture))}", highlight=False, soft_wrap=True)
     return 0
 
 

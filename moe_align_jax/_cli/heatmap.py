@@ -1,8 +1,10 @@
-"""The load of each GPU, or expert, in each layer as a picture: before and after, on one scale."""
+"""The load of each GPU in each layer as a picture: before and after, on one scale."""
 
 from pathlib import Path
 
 import numpy as np
+
+from moe_align_jax._expert_load.files import write_atomically
 
 MISSING = (
     "no picture: matplotlib is not installed (extra `plot`: pip install 'moe-align-jax[plot]'; "
@@ -17,19 +19,17 @@ def draw(
     after: np.ndarray,
     path: Path,
     titles: tuple[str, str],
-    *,
-    across: str = "GPU",
 ) -> None:
-    """Writes a PNG of two maps side by side, layers down and GPUs, or experts, across.
+    """Writes a PNG of two maps side by side, layers down and GPUs across.
 
     Args:
         before, after: `[L, D]` loads; each layer is drawn relative to its own mean.
         path: the file to write.
         titles: of the two maps.
-        across: what a column is.
 
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def draw(
     for axis, part, title in zip(axes, relative, titles, strict=True):
         scale = {"vmin": 0, "vmax": min(most, _MOST)}
         images.append(axis.imshow(part, aspect="auto", interpolation="nearest", **scale))
-        axis.set(title=title, xlabel=across)
+        axis.set(title=title, xlabel="GPU")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("layer")
@@ -56,4 +56,5 @@ def draw(
         label="load / mean load of the layer",
         extend="max" if most > _MOST else "neither",
     )
-    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+    options = {"dpi": 120, "format": "png", "metadata": {"Software": None}}
+    write_atomically(path, lambda opened: figure.savefig(opened, **options))

@@ -142,22 +142,31 @@ def split_at_pauses(events: Sequence[Event], *, pause_ns: float) -> list[list[Ev
     return parts
 
 
-def graphs_during(profile: Any, annotation: str) -> list[dict[str, int]]:
-    """Per `jax.profiler.TraceAnnotation` of that name, in order: how many CUDA graphs XLA launched, updated,
-    recorded ahead of the step and, because a profiler ran, left out. All devices of the process together."""
-    windows: list[Event] = []
-    graphs: list[tuple[str, float]] = []
-    for plane in profile.planes:
-        if not plane.name.startswith("/host:"):
-            continue
-        for line in plane.lines:
-            for event in line.events:
-                if event.name == annotation:
-                    windows.append(Event(event.name, event.start_ns, event.end_ns))
-                for kind, name in GRAPH_EVENTS.items():
-                    if event.name.startswith(name):
-                        graphs.append((kind, event.start_ns))
-    windows.sort(key=lambda e: e.start_ns)
+def annotated(profile: Any, annotation: str) -> list[Event]:
+    """The `jax.profiler.TraceAnnotation`s of that name, by the host's clock, in order of start."""
+    found = [
+        Event(event.name, event.start_ns, event.end_ns)
+        for plane in profile.planes
+        if plane.name.startswith("/host:")
+        for line in plane.lines
+        for event in line.events
+        if event.name == annotation
+    ]
+    return sorted(found, key=lambda e: e.start_ns)
+
+
+def graphs_during(profile: Any, windows: Iterable[Event]) -> list[dict[str, int]]:
+    """For each of `windows`, how many CUDA graphs XLA launched, updated, recorded ahead of the step and,
+    because a profiler ran, left out. All devices of the process together."""
+    graphs = [
+        (kind, event.start_ns)
+        for plane in profile.planes
+        if plane.name.startswith("/host:")
+        for line in plane.lines
+        for event in line.events
+        for kind, name in GRAPH_EVENTS.items()
+        if event.name.startswith(name)
+    ]
     return [
         {
             kind: sum(k == kind and w.start_ns <= at <= w.end_ns for k, at in graphs)

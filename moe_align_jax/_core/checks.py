@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Container
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -15,6 +15,8 @@ def message(function: str, argument: str, rule: str, got: object, remedy: str) -
     """The text of every error: `{function}: {argument} must {rule}; got {what}. {remedy}`."""
     if isinstance(got, int) and got.bit_length() > _SHOWN_BITS:
         got = _long_int(got)
+    if got == "":
+        got = "''"
     return f"{function}: {argument} must {rule}; got {got}. {remedy}"
 
 
@@ -26,8 +28,8 @@ def fail(
     remedy: str,
     kind: type[Exception] = ValueError,
 ) -> NoReturn:
-    """Raises our error, of that kind."""
-    raise kind(message(function, argument, rule, got, remedy).rstrip())
+    """Raises our error, of that kind, and not "during the handling of" one of Python's."""
+    raise kind(message(function, argument, rule, got, remedy).rstrip()) from None
 
 
 def refuse(
@@ -42,10 +44,16 @@ def describe(value: object) -> str:
     """`dtype [shape]` of an array, otherwise the type and value."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
-        return f"{getattr(dtype, 'name', dtype)} {list(shape)}"
+        masked = "masked " if isinstance(value, np.ma.MaskedArray) else ""
+        return f"{masked}{getattr(dtype, 'name', dtype)} {list(shape)}"
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         return _long_int(value)
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (
+        Exception
+    ):  # it may hold a number of more digits than Python writes, or be anybody's class
+        return f"a {type(value).__name__}"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -55,6 +63,15 @@ _SHOWN_BITS = 128
 
 def _long_int(value: int) -> str:
     return f"an int of {value.bit_length()} bits"
+
+
+def is_array(value: object) -> TypeGuard[Any]:
+    """Whether it is an array of NumPy or, traced or not, of jax. One with a mask is none: jax refuses it, and
+    NumPy's functions would drop the mask."""
+    if isinstance(value, np.ndarray):
+        return not isinstance(value, np.ma.MaskedArray)
+    jax = sys.modules.get("jax")  # while it is not imported, nothing is an array of it
+    return jax is not None and isinstance(value, jax.Array)
 
 
 def is_one_of(value: object, names: Container[str]) -> bool:

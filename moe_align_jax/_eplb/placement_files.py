@@ -177,7 +177,7 @@ def _from_tensorrt_llm(contents: dict[str, Any], function: str) -> FoundPlacemen
 
 def _whole(function: str, argument: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        fail(function, argument, "be an integer of at least 0", repr(value), _REMEDY)
+        fail(function, argument, "be an integer of at least 0", checks.shown(value), _REMEDY)
     return value
 
 

@@ -34,9 +34,8 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         "physical_to_logical_map": "This state records one with every pass: pass that in force.",
     }.get(argument, "Pass integers.")
     kind: Any = getattr(value, "dtype", None)
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(
-        kind, jnp.integer
-    ):
+    array = checks.is_array(value) or isinstance(value, np.generic)
+    if not array or not jnp.issubdtype(kind, jnp.integer):
         got = "None" if value is None else checks.describe(value)
         rule = "be an integer array"
         if type(value).__module__.partition(".")[0] == "torch":
@@ -45,7 +44,7 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         raise TypeError(checks.message(function, argument, rule, got, remedy))
     if value.dtype == np.int32:
         return jnp.asarray(value)
-    own, words = np.iinfo(np.dtype(kind)), np.iinfo(np.int32)
+    own, words = jnp.iinfo(kind), np.iinfo(np.int32)
     low, high = (
         np.array(f(own_, word), value.dtype)
         for f, own_, word in ((max, own.min, words.min), (min, own.max, words.max))
@@ -102,7 +101,7 @@ def pass_id(function: str, value: Any) -> jax.Array:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return jnp.asarray(np.uint32(int(value) & 0xFFFFFFFF).astype(np.int32))
     kind: Any = getattr(value, "dtype", None)
-    if not isinstance(value, (jax.Array, np.ndarray)) or not jnp.issubdtype(kind, jnp.integer):
+    if not checks.is_array(value) or not jnp.issubdtype(kind, jnp.integer):
         rule, remedy = "be a scalar integer or None", "None counts the passes."
         got = checks.describe(value)
         raise TypeError(checks.message(function, "forward_pass_id", rule, got, remedy))

@@ -28,9 +28,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         OSError: the disk is full, or cannot be written; `path` is as it was, and nothing is left over.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    name = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(handle, "wb") as file:
             write(file)
             file.flush()
@@ -38,7 +39,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
                 error.errno, f"{error.strerror or error} while writing", str(path)

@@ -41,7 +41,7 @@ def check_rows(
         raise TypeError(checks.message(function, argument, "be one array", got, remedy))
     for leaf in leaves:
         got = checks.describe(leaf)
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
+        if not checks.is_array(leaf) or _holds_no_numbers(leaf):
             raise TypeError(checks.message(function, argument, "be jax arrays", got, remedy))
         if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(checks.message(function, argument, "be floating point", got, remedy))
@@ -49,6 +49,13 @@ def check_rows(
             rule = f"have shape {checks.leading(shape)}"
             raise ValueError(checks.message(function, argument, rule, got, remedy))
     return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def _holds_no_numbers(array: Any) -> bool:
+    """NumPy's arrays of objects, text, dates and records, which jax has no like of."""
+    return isinstance(array, np.ndarray) and (
+        array.dtype.kind in "OSUMm" or array.dtype.names is not None
+    )
 
 
 def check_out_dtype(function: str, value: Any, default: Any) -> Any:
@@ -81,10 +88,10 @@ def check_local_experts(function: str, num_experts: Any, size: int) -> int:
 
 def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array | None]:
     """(x, None), or (q, scales) from a caller who has quantised."""
-    if payload is not None and payload not in message.PAYLOADS:
+    if payload is not None and not checks.is_one_of(payload, message.PAYLOADS):
         rule = f"be None or one of {', '.join(message.PAYLOADS)}"
-        remedy = "None sends x as it is."
-        raise ValueError(checks.message(function, "payload", rule, repr(payload), remedy))
+        got, remedy = checks.shown(payload), "None sends x as it is."
+        raise ValueError(checks.message(function, "payload", rule, got, remedy))
     if isinstance(x, (tuple, list)):
         remedy = (
             "Pass (e4m3 [T, H], float32 scales [T, H / 128] or int32 [T, H / 512]), or x alone."
@@ -92,7 +99,7 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
         got = f"({', '.join(checks.describe(part) for part in x)})"
         dtypes = [getattr(part, "dtype", None) for part in x]
         known = [[message.FP8, kind] for kind in (jnp.float32, jnp.int32)]
-        if payload is not None or dtypes not in known:
+        if payload is not None or dtypes not in known or not all(map(checks.is_array, x)):
             rule = "be one array, or (float8_e4m3fn, float32 or int32) without payload"
             raise TypeError(checks.message(function, "x", rule, got, remedy))
         q, scales = (jnp.asarray(part) for part in x)
@@ -103,7 +110,7 @@ def check_x(function: str, x: Any, payload: Any) -> tuple[jax.Array, jax.Array |
         return q, scales
     remedy = "Pass this rank's tokens, [num_tokens, hidden]."
     got = checks.describe(x)
-    if not isinstance(x, (jax.Array, np.ndarray)) or x.dtype.name not in _PAYLOADS:
+    if not checks.is_array(x) or x.dtype.name not in _PAYLOADS:
         rule = f"be an array of {', '.join(_PAYLOADS[:-1])}"
         raise TypeError(checks.message(function, "x", rule, got, remedy))
     if x.ndim != 2:

@@ -4,30 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from moe_align_jax._core import checks
 from moe_align_jax._lowering.sharding import vary_together
 
 AxisName = str | tuple[str, ...]
-
-
-def check_axis_size(function: str, axis_name: Any) -> int:
-    """D, the devices along `axis_name`.
-
-    Raises:
-        TypeError: not a name or a tuple of names.   ValueError: no enclosing shard_map has the axis.
-    """
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    remedy = 'Call it inside jax.shard_map over that axis, for example axis_name="ep".'
-    if not names or not all(isinstance(name, str) for name in names):
-        rule, got = "be the name of a mesh axis, or a tuple of names", checks.describe(axis_name)
-        raise TypeError(checks.message(function, "axis_name", rule, got, remedy))
-    try:
-        return lax.axis_size(axis_name)
-    except (NameError, KeyError):
-        rule, got = "name an axis of the enclosing shard_map", repr(axis_name)
-        raise ValueError(checks.message(function, "axis_name", rule, got, remedy)) from None
 
 
 def mesh_platform() -> str:

@@ -147,7 +147,7 @@ def _return_rows_backward(info, saved, d_out):
 return_rows.defvjp(_return_rows_forward, _return_rows_backward)
 
 
-def give_back_sums(info: DispatchInfo, y, weights, ids, layout, plan):
+def return_sums(info: DispatchInfo, y, weights, ids, layout, plan):
     """`[T, H]`: the weighted sum of each token's rows of y `[e, M, H]`, given back and summed over ranks.
 
     `weights` and local `ids` `[R, K]` as they were received.

@@ -67,7 +67,7 @@ class Transport(Protocol):
     # Whether the last two fields, weights and ids, arrive as the receiver's own: ids local, and -1 and 0 for
     # pairs of other ranks.
     localises: bool = False
-    # Whether it drops int32 ids outside `[0, D * e)` by itself, so that nobody need make them -1 before.
+    # Whether it drops int32 ids outside `[0, D * e)` by itself: the caller need not make them -1.
     checks_ids: bool = False
 
     # Whether `send_to_boxes` takes `initialize=True`, and writes zeros to the rows that are not in use.
@@ -99,7 +99,7 @@ class Transport(Protocol):
         ...
 
     def num_received(self, plan: Any) -> jax.Array | None:
-        """How many rows came; None where every row of the R is somebody's token."""
+        """How many rows came; None where each of the R rows is a token."""
         ...
 
     def return_rows(

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import INT32_MAX, saturate
-from moe_align_jax._grouped_matmul.options import make_weights, wrong
+from moe_align_jax._grouped_matmul.options import make_weights
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Weights
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import replicate, vary_together
@@ -21,11 +21,11 @@ TO_E4M3_LAYOUT = (
 
 
 def check_array(function: str, argument: str, value: Any) -> Any:
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         remedy = "Pass a jax or NumPy array."
         if type(value).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
-        raise wrong(TypeError, function, argument, "be an array", value, remedy)
+        checks.refuse(TypeError, function, argument, "be an array", value, remedy)
     return value
 
 
@@ -36,11 +36,11 @@ def check_rows(function: str, argument: str, value: Any, ndim: int) -> Any:
         rule, remedy = f"be one of {', '.join(DTYPES)}", "Cast it, and the weights."
         if value.dtype == E4M3:
             remedy = "Pass (values, scales), as quantize_rowwise makes them."
-        raise wrong(TypeError, function, argument, rule, value, remedy)
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
     if value.ndim != ndim:
         shape = "[rows, K]" if ndim == 2 else "[e, M, K]"
         remedy = "Flatten the axes in front of the rows." if ndim == 2 else "One axis per expert."
-        raise wrong(ValueError, function, argument, f"have shape {shape}", value, remedy)
+        checks.refuse(ValueError, function, argument, f"have shape {shape}", value, remedy)
     return value
 
 
@@ -54,10 +54,10 @@ def check_weights(
         rule = "be one array but for a gated activation"
         got = f"{type(w).__name__} of {len(w)}"
         remedy = "Pass one array, or activation= with gated=True."
-        raise wrong(ValueError, function, argument, rule, got, remedy)
+        checks.refuse(ValueError, function, argument, rule, got, remedy)
     if pair and len(w) != 2:
         rule, got = "be an array or a pair (gate, up)", f"{type(w).__name__} of {len(w)}"
-        raise wrong(ValueError, function, argument, rule, got, "Pass gate and up.")
+        checks.refuse(ValueError, function, argument, rule, got, "Pass gate and up.")
     arrays = tuple(
         check_array(function, f"{argument}[{i}]" if pair else argument, each)
         for i, each in enumerate(w if pair else (w,))
@@ -70,20 +70,20 @@ def check_weights(
         name = f"{argument}[{i}]" if pair else argument
         if each.dtype not in (x.dtype, np.float32):
             rule = f"have the dtype of the rows, {x.dtype}, or float32"
-            raise wrong(TypeError, function, name, rule, each, "Cast one of them.")
+            checks.refuse(TypeError, function, name, rule, each, "Cast one of them.")
         if each.ndim != 3 or each.shape[2 if weights.transposed else 1] != k:
             rule = f"have shape {shape} with K = {k}"
             other = "transpose_rhs=False" if weights.transposed else "transpose_rhs=True"
             remedy = f"Pass {other} where K is the other axis."
             if each.dtype == E4M3:
                 remedy = TO_E4M3_LAYOUT
-            raise wrong(ValueError, function, name, rule, each, remedy)
+            checks.refuse(ValueError, function, name, rule, each, remedy)
         if each.shape != arrays[0].shape:
             rule = f"have the shape of gate, {list(arrays[0].shape)}"
-            raise wrong(ValueError, function, name, rule, each, "Pass gate and up.")
+            checks.refuse(ValueError, function, name, rule, each, "Pass gate and up.")
         if weights.gated and not pair and each.shape[1 if weights.transposed else 2] % 2:
             rule = f"have shape {shape}"
-            raise wrong(ValueError, function, name, rule, each, "It holds gate and up.")
+            checks.refuse(ValueError, function, name, rule, each, "It holds gate and up.")
     return weights, arrays
 
 
@@ -101,7 +101,7 @@ def result_dtype(function: str, x: Any, preferred: Any) -> str:
     if name not in DTYPES:
         rule = f"be None or one of {', '.join(DTYPES)}"
         remedy = "Cast the result instead."
-        raise wrong(TypeError, function, "preferred_element_type", rule, name, remedy)
+        checks.refuse(TypeError, function, "preferred_element_type", rule, name, remedy)
     return name
 
 
@@ -110,7 +110,7 @@ def check_precision(function: str, precision: Any) -> Any:
     precision = tuple(precision) if isinstance(precision, list) else precision
     if precision is not None and not _is_precision(precision):
         rule, remedy = "be static, and one that jax.lax.dot takes", "Pass None or 'highest'."
-        raise wrong(TypeError, function, "precision", rule, checks.shown(precision), remedy)
+        checks.refuse(TypeError, function, "precision", rule, checks.shown(precision), remedy)
     return precision
 
 
@@ -133,16 +133,18 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
         if value is None:
             remedy = "Pass what moe_align_block_size returned."
             rule = "be an AlignedBlocks"
-            raise wrong(TypeError, function, "aligned", rule, aligned, remedy)
+            checks.refuse(TypeError, function, "aligned", rule, aligned, remedy)
         value = check_array(function, argument, value)
         if value.dtype != np.int32:
             remedy = "Pass what moe_align_block_size returned."
-            raise wrong(TypeError, function, argument, "be an int32 array", value, remedy)
+            checks.refuse(TypeError, function, argument, "be an int32 array", value, remedy)
         found.append(value)
     ids, experts, used = found
     if ids.ndim != 1:
         remedy = "Call jax.vmap for several alignments."
-        raise wrong(ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy)
+        checks.refuse(
+            ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
+        )
     blocks = checks.cdiv(ids.shape[0], block_size)
     if experts.shape != (blocks,):
         rule = f"be the alignment's, with cdiv(P, block_size) = {experts.shape[0]} blocks"
@@ -150,11 +152,11 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
             rule = "be the alignment's"
         got = f"{block_size}: {blocks} blocks for P = {ids.shape[0]}"
         remedy = "Pass the block_size that aligned was made with."
-        raise wrong(ValueError, function, "block_size", rule, got, remedy)
+        checks.refuse(ValueError, function, "block_size", rule, got, remedy)
     if used.size != 1:
         argument, rule = "aligned.num_tokens_post_padded", "have shape [1]"
         remedy = "Pass what moe_align_block_size returned."
-        raise wrong(ValueError, function, argument, rule, used, remedy)
+        checks.refuse(ValueError, function, argument, rule, used, remedy)
     return [ids, experts, used.reshape(1)]
 
 
@@ -168,7 +170,7 @@ def check_pairs(function: str, pairs: int, aligned: Any, num_rows: int) -> None:
     if is_off:
         got = f"{pairs}"
         remedy = "Pass x [T, K] and top_k of the topk_ids [T, top_k] that were aligned."
-        raise wrong(ValueError, function, "x", f"{rule} with top_k", got, remedy)
+        checks.refuse(ValueError, function, "x", f"{rule} with top_k", got, remedy)
 
 
 def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
@@ -201,9 +203,9 @@ def check_counts(function: str, argument: str, value: Any, least: int, most: int
     value = check_array(function, argument, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         remedy = "Pass the number of rows of each."
-        raise wrong(TypeError, function, argument, "be an integer array", value, remedy)
+        checks.refuse(TypeError, function, argument, "be an integer array", value, remedy)
     if value.ndim != 1:
-        raise wrong(ValueError, function, argument, "have one axis", value, "One count for each.")
+        checks.refuse(ValueError, function, argument, "have one axis", value, "One count for each.")
     return _clamp(value, least, most)
 
 
@@ -224,16 +226,16 @@ def check_offset(function: str, value: Any) -> Any:
     if value is None:
         return np.zeros(1, np.int32)
     remedy = "Pass the group that rhs[0] belongs to."
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not checks.is_array(value):
         try:
             value = np.asarray(saturate(checks.index(value), -INT32_MAX))
         except TypeError:
             rule = "be an integer"
-            raise wrong(TypeError, function, "group_offset", rule, value, remedy) from None
+            checks.refuse(TypeError, function, "group_offset", rule, value, remedy)
     if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise wrong(TypeError, function, "group_offset", "be an integer", value, remedy)
+        checks.refuse(TypeError, function, "group_offset", "be an integer", value, remedy)
     if value.shape not in ((), (1,)):
-        raise wrong(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
+        checks.refuse(ValueError, function, "group_offset", "be a scalar or [1]", value, remedy)
     return _clamp(value, -INT32_MAX, INT32_MAX).reshape(1)
 
 
@@ -248,14 +250,14 @@ def check_extras(
         value = check_array(function, argument, value)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             rule, remedy = "be a float array", "It is used as float32."
-            raise wrong(TypeError, function, argument, rule, value, remedy)
+            checks.refuse(TypeError, function, argument, rule, value, remedy)
         shape, _ = problem.inputs[argument]
         if value.shape != shape:
             rule = f"have shape {list(shape)}"
             remedy = (
                 "One value for each column of w." if argument == "bias" else "One for each row."
             )
-            raise wrong(ValueError, function, argument, rule, value, remedy)
+            checks.refuse(ValueError, function, argument, rule, value, remedy)
         found.append(value.astype(np.float32))
     return found
 
@@ -267,10 +269,10 @@ def check_shape(function: str, argument: str, value: Any, length: int) -> tuple[
     except TypeError:
         remedy = "Pass an array, or its shape."
         rule = "be a shape"
-        raise wrong(TypeError, function, argument, rule, value, remedy) from None
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
     if len(shape) != length or min(shape) < 0:
         rule = f"have {length} sizes of at least 0"
-        raise wrong(ValueError, function, argument, rule, str(list(shape)), "Pass all of them.")
+        checks.refuse(ValueError, function, argument, rule, str(list(shape)), "Pass all of them.")
     return shape
 
 
@@ -282,7 +284,7 @@ def check_unsharded(function: str, names: Any, operands: tuple[Any, ...]) -> Non
         spec = getattr(getattr(jax.typeof(array), "sharding", None), "spec", ())
         if any(axes is not None for axes in spec):
             rule, remedy = "not be sharded over Explicit mesh axes", "Call it inside jax.shard_map."
-            raise wrong(ValueError, function, argument, rule, str(spec), remedy)
+            checks.refuse(ValueError, function, argument, rule, str(spec), remedy)
 
 
 def check_memory(function: str, values: Any, dtype: str) -> None:
@@ -299,4 +301,4 @@ def check_memory(function: str, values: Any, dtype: str) -> None:
         rule = f"fit the {limit / 1e9:.1f} GB of a device"
         got = f"{needed / 1e9:.1f} GB"
         remedy = "Use fewer rows at a time, or a smaller dtype."
-        raise wrong(ValueError, function, "the result", rule, got, remedy)
+        checks.refuse(ValueError, function, "the result", rule, got, remedy)

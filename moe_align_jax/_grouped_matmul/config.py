@@ -20,6 +20,13 @@ _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
+# Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
+# to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
+# Larger tiles look through the experts in a loop.
+_FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
+_MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
+_NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
+_TALL_MEAN = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -50,6 +57,8 @@ class Config(NamedTuple):
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
+        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
+            in place of a launch that makes the list of tiles.
     """
 
     form: str
@@ -68,6 +77,7 @@ class Config(NamedTuple):
     ahead: bool = False
     shared: str = "x"
     early: bool = False
+    finds: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -83,6 +93,8 @@ class Config(NamedTuple):
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
+        more += "-finds" if self.finds else ""
+        more += f"-{self.num_ctas}" if self.num_ctas > NUM_CTAS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -126,6 +138,9 @@ DEFAULT_RULES = Rules()
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
 # Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
+# Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:
+#   8 rows: Mixtral, 1 token 173.1, 169.2, 16 tokens 647, 637; DeepSeek-V3 TP8, 128 tokens 680, 659, 1 token
+#   (four CTAs share a tile) 32.7, 34.0; Qwen3, 1 token 29.8, 28.7; 16 rows: Qwen3, 128 tokens 294, 290
 # e4m3, 2026-11-29, device span under jit, beside DeepGEMM in a CUDA graph; "w": two CTAs share weights.
 #   32768 rows, 7168 -> 4096, 8 experts: 192x128 1445, 128x192 w 1468, without 1501, 128x128 1654; theirs 1360
 #   32768 rows, 2048 -> 7168, 8 experts: 192x128 752, 128x192 w 774, without 796, 128x128 863; theirs 717
@@ -241,7 +256,14 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
     if problem.scales:
-        return _e4m3_config(problem, rules, bm)
+        tiles = _e4m3_config(problem, rules, bm)
+        few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
+        return tiles._replace(finds=True) if few else tiles
+    deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
+    if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
+        tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
+        if tiles.split <= 2:
+            return tiles
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return _shared(problem, rules, Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0))
     if bm < 64:
@@ -320,10 +342,11 @@ def _group(problem: MatmulProblem, rules: Rules) -> int:
 def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     """A warpgroup has sums of 64 x 128 at most: each has a second accumulator, of 128 columns of x."""
     if bm < 64 and problem.weights.gated:
-        return Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0)
+        return _shared(problem, rules, Config("swap", bm, 256, 128, 5 if bm <= 32 else 4, group=0))
     ahead = problem.scale_groups <= _GROUPS_AHEAD
     if bm < 64:
-        return Config("swap", bm, 128, 128, 6, group=0, ahead=ahead and problem.rows == "masked")
+        tiles = Config("swap", bm, 128, 128, 6, group=0)
+        return _few_rows(problem, tiles) if ahead and problem.rows == "masked" else tiles
     group = _group(problem, rules)
     if problem.rows == "blocks" and problem.block_size % 192 == 0:
         return Config("m", 192, 128, 128, 4, group=group, computing=3)
@@ -334,11 +357,28 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     wide = wide and not problem.weights.gated and not problem.top_k
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
-    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=problem.rows == "masked")
+    masked = problem.rows == "masked"
+    if masked and mean_rows(problem) > _TALL_MEAN:
+        tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
+        return tall._replace(sharing=2, ahead=True, early=True)
+    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
-    if mean_rows(problem) > (bm if problem.rows == "masked" else 2 * bm):
-        early = problem.rows == "blocks"
-        return tiles._replace(group=0, sharing=2, shared="w", early=early)
+    if mean_rows(problem) > (bm if masked else 2 * bm):
+        return tiles._replace(group=0, sharing=2, shared="w", early=not masked)
+    return tiles
+
+
+def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
+    """Swapped tiles of the masked layout.
+
+    Where whole turns of the SMs would leave many of them idle, tiles have 64 columns and one warpgroup that
+    multiplies, and an SM has two CTAs: one stores while the other multiplies.
+    """
+    tiles = tiles._replace(ahead=True, early=True)
+    count = problem.num_experts * -(-problem.n // tiles.bn)
+    turns = -(-count // NUM_CTAS)
+    if turns > 1 and turns * NUM_CTAS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
+        return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_CTAS)
     return tiles
 
 

@@ -33,7 +33,7 @@ def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
     }
     first: tuple[Any, ...] = ()
     where = None
-    if problem.rows != "blocks":
+    if problem.rows != "blocks" and not config.finds:
         program = tile_list.build(tile_list.of(problem, config.bm))
         [listing] = program.kernels
         first = (_of_masked(listing),)
@@ -51,7 +51,7 @@ def kernels(direct: DirectMatmul) -> tuple[Any, ...]:
     if where:
         names = [*where, *[name for name in names if name != "masked_m"]]
     if direct.sized_at_launch:
-        names.insert(0, NUM_PAIRS if problem.top_k else NUM_ROWS)
+        names.insert(0, NUM_PAIRS if problem.counts_pairs else NUM_ROWS)
         structs = [jax.ShapeDtypeStruct((1,), jnp.int32), *structs]
     rows = {}
     if direct.sized_at_launch:

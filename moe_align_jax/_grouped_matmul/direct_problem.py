@@ -54,7 +54,7 @@ class DirectMatmul(NamedTuple):
     @property
     def tiles(self) -> Config:
         # Tiles that a cluster shares have run under jit alone.
-        return unshared(self.config or config_for(self.problem, self.gpu_kind))
+        return self.config or unshared(config_for(self.problem, self.gpu_kind))
 
     @property
     def refusal(self) -> str | None:

@@ -50,11 +50,13 @@ class Place(NamedTuple):
 def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
     """Ids below it are pairs (see reference.ids_bound).
 
-    A launch of any size gives the pairs where x is gathered, else the rows.
+    A launch of any size gives the pairs where `problem.counts_pairs`, else the rows.
     """
     bound, ids = vectors.bound, vectors.ids
+    if bound is not None and problem.counts_pairs:
+        return bound
     if problem.top_k:
-        return problem.num_tokens * problem.top_k if bound is None else bound
+        return problem.num_tokens * problem.top_k
     if problem.num_pairs and bound is None:
         return problem.num_pairs
     rows = problem.num_rows if bound is None else bound

@@ -18,7 +18,8 @@ Reads each tile of x once per n tile, and weights once per tile of rows (from L2
 writes the rows of tiles in use. Nothing is atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,6 @@ _REGISTERS = {
     2: {False: (40, 232), True: (56, 224)},
     3: {False: (32, 160), True: (56, 152)},
 }
-_SLOTS = 2  # pieces of the result in shared memory, per warpgroup
 
 
 class Tile(NamedTuple):
@@ -86,9 +86,12 @@ class _Refs:
         split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.count: Any = None if problem.row_labels else refs.pop(0)
-        self.experts = refs.pop(0)
-        listed: tuple[Any, Any] = (None, None) if shape.parts else (refs.pop(0), refs.pop(0))
+        self.masked_m: Any = refs.pop(0) if config.finds else None
+        self.count: Any = None if problem.row_labels or config.finds else refs.pop(0)
+        self.experts: Any = None if config.finds else refs.pop(0)
+        listed: tuple[Any, Any] = (None, None)
+        if not shape.parts and not config.finds:
+            listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
@@ -170,9 +173,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile; sorted_token_ids, row_weights, bias, scales of x and of each
-    array of weights, those that there are; x; the weights, one array or two. With an `ending`, for tiles
-    neither late nor shared, its operands come first, and its results are returned before the problem's.
+    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights,
+    bias, scales of x and of each array of weights, those that there are; x; the weights, one array or two.
+    With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
+    before the problem's.
 
     `sized_at_launch`: for a launch outside XLA, of "blocks". The problem's rows and tokens are the most that
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
@@ -184,7 +188,7 @@ def build(
     stages, bm, bn, bk = config.stages, config.bm, config.bn, config.bk
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     swap = config.form == "swap"
-    slots = 1 if swap else ending.slots if ending else _SLOTS
+    slots = ending.slots if ending else _slots(config, shape)
     w_tile = (bn, bk) if weights.transposed else (bk, bn // shape.w_parts)
     w_like, o_like = transforms(w_tile[1], dtype), transforms(shape.piece, out_dtype)
     by_copies = shape.x_by_rows or shape.w_by_rows or shape.scales_by_rows
@@ -203,7 +207,7 @@ def build(
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
-        row_tiles = _row_tiles(problem, shape, refs)
+        row_tiles = _row_tiles(problem, config, shape, refs)
         pairs = config.shares_weights
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
@@ -214,10 +218,11 @@ def build(
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if not config.ahead:
-                at, n = _order(config, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-                at, n = _order(config, t, jnp.maximum(units, 1), n_tiles)  # there may be none
+                # There may be none.
+                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -225,10 +230,10 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(problem, shape, refs, at)
+                return _read(problem, config, shape, refs, at)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, shape, refs, jnp.minimum(at ^ 1, last))
-            return *_read(problem, shape, refs, jnp.minimum(at, last)), other[0]
+            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
+            return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
 
         def tile_at(i, known=None):
             at, n = order(i)
@@ -270,7 +275,8 @@ def build(
             def multiply(tile, ring, between, place=None):
                 """The warpgroup's sums, in one accumulator or two."""
                 if scaled:
-                    return scaled(tile, warpgroup, ring, slot_of, between, place)
+                    before = rank * shape.k_steps if ranks > 1 else 0
+                    return scaled(tile, warpgroup, ring, slot_of, between, place, before)
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -322,12 +328,13 @@ def build(
 
             def now(i, ring):
                 tile, steps = tile_at(i)
+                some = _holds_pairs(problem, shape, refs, tile)
                 sums, at = multiply(tile, ring, lambda k: None), place(tile)
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
                 for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at)
+                    store(q, value, at, some=some)
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -523,8 +530,11 @@ def build(
 # -- which tile ------------------------------------------------------------------------------------
 
 
-def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
+def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.finds:
+        count = lambda expert, tiles: tiles + _used(problem, config, refs, expert)[1]  # noqa: E731
+        return _over_experts(problem, config, count, _I32(0))
     if not shape.parts:
         return refs.count[0]
     block = problem.block_size
@@ -533,22 +543,57 @@ def _row_tiles(problem: MatmulProblem, shape: Shape, refs: _Refs) -> jax.Array:
     return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
 
 
-def _order(config: Config, t: jax.Array, row_tiles: jax.Array, n_tiles: int) -> tuple[Any, Any]:
+def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
-    if not config.group:
+    if not group:
         return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
-    each = _I32(config.group * n_tiles)
+    each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
-    size = jnp.minimum(row_tiles - first * config.group, config.group)
+    size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
-    return first * config.group + (rest - n * size), n
+    return first * group + (rest - n * size), n
+
+
+def _over_experts(problem: MatmulProblem, config: Config, step: Callable, first: Any) -> Any:
+    """`step(expert, carry)` for each: unrolled where tiles are small, so that its loads run side by side."""
+    if config.form != "swap":
+        return lax.fori_loop(0, problem.num_experts, step, first)
+    for expert in range(problem.num_experts):
+        first = step(_I32(expert), first)
+    return first
+
+
+def _used(
+    problem: MatmulProblem, config: Config, refs: _Refs, expert: jax.Array
+) -> tuple[Any, Any]:
+    """Rows of an expert of the masked layout that are in use, and their tiles."""
+    rows = jnp.clip(refs.masked_m[expert], 0, problem.max_rows)
+    return rows, lax.div(rows + (config.bm - 1), _I32(config.bm))
+
+
+def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
+    """Expert, first row and end of a tile of rows of the masked layout; behind the last, some expert's."""
+
+    def step(e, carry):
+        before, expert, first, end = carry
+        rows, tiles = _used(problem, config, refs, e)
+        mine = (at >= before) & (at < before + tiles)
+        expert = jnp.where(mine, e, expert)
+        first = jnp.where(mine, e * problem.max_rows + (at - before) * config.bm, first)
+        end = jnp.where(mine, e * problem.max_rows + rows, end)
+        return before + tiles, expert, first, end
+
+    zero = _I32(0)
+    return _over_experts(problem, config, step, (zero, zero, zero, zero))[1:]
 
 
 def _read(
-    problem: MatmulProblem, shape: Shape, refs: _Refs, at: jax.Array
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array
 ) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    if config.finds:
+        return _find(problem, config, refs, at)
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
@@ -581,6 +626,21 @@ def _tile(
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
     return Tile(valid, expert, row, end, n, end)
+
+
+def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:
+    """Of each `shape.store_rows` rows of a tile but the first ones: whether they hold a pair.
+
+    A block's pairs come first.
+    """
+    rows = problem.block_size if shape.store_rows else 0
+    if not rows:
+        return []
+    limit, found = epilogue.num_pairs(problem, refs.vectors), []
+    for row in range(shape.store_rows, rows, shape.store_rows):
+        pair = refs.ids[tile.row + row]
+        found.append((pair >= 0) & (pair < limit))
+    return found
 
 
 # -- products, and what becomes of them ------------------------------------------------------------
@@ -619,6 +679,23 @@ def _operands(
     return x, w
 
 
+def _columns(config: Config, shape: Shape) -> int:
+    """Of the result, of a warpgroup."""
+    return shape.columns // (1 if config.form == "m" else config.computing)
+
+
+def _slots(config: Config, shape: Shape) -> int:
+    """Pieces of the result in shared memory, per warpgroup.
+
+    A tile's pieces are a multiple of them: a slot is then written again when all but the latest
+    `slots - 1` stores have read theirs, in the next tile too.
+    """
+    if config.form == "swap":
+        return 1
+    pieces = shape.wm // shape.piece_rows * (_columns(config, shape) // shape.piece)
+    return 2 if pieces % 2 == 0 else pieces
+
+
 class _Store:
     """Stores pieces of a tile, through a slot of shared memory each."""
 
@@ -634,18 +711,21 @@ class _Store:
     ):
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
-        self.slots = 1 if self.swap else _SLOTS
-        self.rows = shape.piece_rows
-        columns = shape.columns // (1 if config.form == "m" else config.computing)
-        self.across = columns // shape.piece
-        self.down = config.bm // self.rows
+        self.slots, self.rows = _slots(config, shape), shape.piece_rows
+        self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
-        self, q: int, value: jax.Array, at: tuple[jax.Array, ...], *, whole: bool = False
+        self,
+        q: int,
+        value: jax.Array,
+        at: tuple[jax.Array, ...],
+        *,
+        whole: bool = False,
+        some: Sequence[jax.Array] = (),
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -666,7 +746,7 @@ class _Store:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column)
+            self._whole(slot, row, column, some)
         else:
             lax.cond(
                 row + self.rows <= end,
@@ -674,7 +754,9 @@ class _Store:
                 lambda: self._some(slot, row, column, end),
             )
 
-    def _whole(self, slot: int, row: jax.Array, column: jax.Array) -> None:
+    def _whole(
+        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
+    ) -> None:
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -682,7 +764,14 @@ class _Store:
             target = self.refs.out.at[expert, pl.ds(row - expert * most, rows), columns]
         else:
             target = self.refs.out.at[pl.ds(row, rows), columns]
-        plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        if not some:
+            plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
+        each = self.shape.store_rows
+        for k, wanted in enumerate((None, *some) if some else ()):
+            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(k * each, each)]
+            part = self.refs.out.at[pl.ds(row + k * each, each), columns]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, source, part)
+            copy() if wanted is None else pl.when(wanted)(copy)
 
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         if not self.shape.partial:

@@ -8,27 +8,21 @@ from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, Weights
 
 
-def wrong(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> Exception:
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    return kind(checks.message(function, argument, rule, got, remedy))
-
-
 def check_flag(function: str, argument: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         remedy = "It changes the compiled program: pass True or False."
-        raise wrong(TypeError, function, argument, "be a static bool", value, remedy)
+        checks.refuse(TypeError, function, argument, "be a static bool", value, remedy)
     return bool(value)
 
 
 def _check_number(function: str, argument: str, value: Any, least: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the program: pass a Python float."
-        raise wrong(TypeError, function, argument, "be a static number", value, remedy)
+        checks.refuse(TypeError, function, argument, "be a static number", value, remedy)
     if not checks.is_finite(value) or value < 0 or (least == "positive" and not value):
         remedy = "See its documentation for common values."
         got = value if isinstance(value, int) else str(value)
-        raise wrong(ValueError, function, argument, f"be None or {least}", got, remedy)
+        checks.refuse(ValueError, function, argument, f"be None or {least}", got, remedy)
     return float(value)
 
 
@@ -51,13 +45,13 @@ def make_weights(
     if activation is not None and not checks.is_one_of(activation, ACTIVATIONS):
         rule = f"be None or one of {', '.join(map(repr, ACTIVATIONS))}"
         got = checks.shown(activation)
-        raise wrong(ValueError, function, "activation", rule, got, "It is a static string.")
+        checks.refuse(ValueError, function, "activation", rule, got, "It is a static string.")
     gated = gated and activation is not None
     for argument, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):
         if value is not None and not (gated and activation == "silu"):
             rule = 'be None but for a gated activation "silu"'
             remedy = 'Pass activation="silu", gated=True.'
-            raise wrong(ValueError, function, argument, rule, value, remedy)
+            checks.refuse(ValueError, function, argument, rule, value, remedy)
     if swiglu_limit is not None:
         swiglu_limit = _check_number(function, "swiglu_limit", swiglu_limit, "at least 0")
     if swiglu_alpha is not None:
@@ -65,7 +59,7 @@ def make_weights(
     if interleaved and (pair or not gated):
         rule = "be False where w does not hold gate and up together"
         remedy = "Leave it out, or pass one array and an activation."
-        raise wrong(ValueError, function, "interleaved", rule, "True", remedy)
+        checks.refuse(ValueError, function, "interleaved", rule, "True", remedy)
     return Weights(
         transposed,
         pair,

@@ -89,6 +89,8 @@ class MatmulProblem(NamedTuple):
             unless an expert map gives two experts one local id, or a caller made the alignment.
         row_labels: of "blocks": `expert_ids` is `[P]`, that of each row, of which the first of a block
             counts; all rows are in use, and there is no `num_tokens_post_padded`. For a launch outside XLA.
+        leaves_padding: with `zero_padding` False: the kernel may leave rows that hold no pair as they were.
+            They may hold NaN then.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
     """
@@ -116,11 +118,17 @@ class MatmulProblem(NamedTuple):
     num_pairs: int = 0
     consecutive: bool = False
     row_labels: bool = False
+    leaves_padding: bool = False
 
     @property
     def w_columns(self) -> int:
         """Columns of the products: 2 n where gated."""
         return 2 * self.n if self.weights.gated else self.n
+
+    @property
+    def counts_pairs(self) -> bool:
+        """Whether a launch of any size must tell its pairs: what rows hold is compared with them."""
+        return self.top_k > 0 or self.leaves_padding
 
     @property
     def num_blocks(self) -> int:
@@ -194,7 +202,12 @@ class MatmulProblem(NamedTuple):
         columns = self.n if self.weights.pair else self.w_columns
         weights = Weights(self.weights.transposed, bias=self.weights.bias)
         return self._replace(
-            n=columns, weights=weights, out_dtype=self.dtype, row_weights=False, zero_padding=False
+            n=columns,
+            weights=weights,
+            out_dtype=self.dtype,
+            row_weights=False,
+            zero_padding=False,
+            leaves_padding=False,
         )
 
     @property

@@ -1,6 +1,6 @@
 """Operands that are quantised: (values e4m3, scales). What they are taken apart into, and its checks."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +33,6 @@ class Checked(NamedTuple):
     scale_arrays: tuple[Any, ...]
 
 
-def _fail(kind: type, function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    if not isinstance(got, (str, int)):
-        got = checks.describe(got)
-    raise kind(checks.message(function, argument, rule, got, remedy))
-
-
 def _is_e4m3(value: Any) -> bool:
     return str(getattr(value, "dtype", "")) == E4M3
 
@@ -57,12 +51,16 @@ def check_rows(function: str, argument: str, value: Any, ndim: int) -> tuple[Any
     if not is_quantized(value):
         rule = f"be an array, or (values, scales) with {E4M3} values"
         got = f"{type(value).__name__} of {', '.join(map(checks.describe, value)) or 'nothing'}"
-        _fail(TypeError, function, argument, rule, got, "quantize_rowwise makes such a pair.")
+        checks.refuse(
+            TypeError, function, argument, rule, got, "quantize_rowwise makes such a pair."
+        )
     x, scales = value
     arguments.check_array(function, argument, x)
     if x.ndim != ndim:
         rule = f"have values of shape {'[rows, K]' if ndim == 2 else '[e, M, K]'}"
-        _fail(ValueError, function, argument, rule, x, "Scales follow the shape of the values.")
+        checks.refuse(
+            ValueError, function, argument, rule, x, "Scales follow the shape of the values."
+        )
     return x, scales
 
 
@@ -75,13 +73,15 @@ def split_weights(function: str, argument: str, w: Any) -> tuple[Any, list[Any] 
         if any(map(_is_e4m3, parts)):
             rule = f"be (values, scales) where it is {E4M3}, each of a pair"
             got = ", ".join(map(checks.describe, parts))
-            _fail(TypeError, function, argument, rule, got, "quantize_blockwise makes such a pair.")
+            checks.refuse(
+                TypeError, function, argument, rule, got, "quantize_blockwise makes such a pair."
+            )
         return w, None
     for i, part in enumerate(parts):
         if not is_quantized(part):
             rule, remedy = "be (values, scales), as the other of the pair is", "Quantise both."
             got = part if hasattr(part, "dtype") else type(part).__name__
-            _fail(TypeError, function, f"{argument}[{i}]", rule, got, remedy)
+            checks.refuse(TypeError, function, f"{argument}[{i}]", rule, got, remedy)
     return tuple(part[0] for part in parts), [part[1] for part in parts]
 
 
@@ -112,17 +112,17 @@ def check_both(function: str, x_scales: Any, argument: str, w_scales: Any, trans
         rule = f"be (values, scales), as {other} is"
         got = "an array that is not quantised"
         remedy = f"Pass quantize_{'row' if which == 'x' else 'block'}wise({which})."
-        _fail(TypeError, function, which, rule, got, remedy)
+        checks.refuse(TypeError, function, which, rule, got, remedy)
     if w_scales is not None and transposed is False:
         rule, got = f"be True for {E4M3} weights", "False"
-        _fail(ValueError, function, "transpose_rhs", rule, got, arguments.TO_E4M3_LAYOUT)
+        checks.refuse(ValueError, function, "transpose_rhs", rule, got, arguments.TO_E4M3_LAYOUT)
 
 
 def check_unused_layout(function: str, scale_layout: Any) -> None:
     if scale_layout is not None:
         rule, remedy = "be None but for (values, scales)", "It tells how the scales of x lie."
         got = scale_layout if isinstance(scale_layout, str) else type(scale_layout).__name__
-        _fail(ValueError, function, "scale_layout", rule, got, remedy)
+        checks.refuse(ValueError, function, "scale_layout", rule, got, remedy)
 
 
 def check_groups(function: str, argument: str, scales: Scales, k: int) -> None:
@@ -130,7 +130,7 @@ def check_groups(function: str, argument: str, scales: Scales, k: int) -> None:
     if (scales.x, scales.w) != ("tensor", "tensor") and k % GROUP:
         rule = f"have a K that is a multiple of {GROUP}, as many columns as share a scale"
         remedy = "Pad K with zeros in the values, or quantise with one scale for the whole tensor."
-        _fail(ValueError, function, argument, rule, f"K = {k}", remedy)
+        checks.refuse(ValueError, function, argument, rule, f"K = {k}", remedy)
 
 
 def _as_array(function: str, argument: str, scales: Any) -> Any:
@@ -155,16 +155,16 @@ def check_x_scales(
     if layout is not None and (not isinstance(layout, str) or layout not in _LAYOUTS):
         rule = f"be None or one of {', '.join(map(repr, _LAYOUTS))}"
         got = layout if isinstance(layout, str) else type(layout).__name__
-        _fail(ValueError, function, "scale_layout", rule, got, "It is a static string.")
+        checks.refuse(ValueError, function, "scale_layout", rule, got, "It is a static string.")
     scales = _as_array(function, argument, scales)
     if scales.dtype not in (jnp.float32, jnp.int32):
         rule = "be float32, or int32 with four exponents in each"
-        _fail(TypeError, function, argument, rule, scales, "Cast them to float32.")
+        checks.refuse(TypeError, function, argument, rule, scales, "Cast them to float32.")
     packed = scales.dtype == jnp.int32
     if not packed and scales.shape in ((), (1,)):
         if layout is not None:
             rule, remedy = "be None for a single scale", "It has no layout."
-            _fail(ValueError, function, "scale_layout", rule, layout, remedy)
+            checks.refuse(ValueError, function, "scale_layout", rule, layout, remedy)
         return Scales("tensor", ""), scales.reshape(1)
     *lead, most = rows
     groups = checks.cdiv(k, GROUP)
@@ -181,12 +181,12 @@ def check_x_scales(
         if not packed:
             rule += ", or be a scalar"
         remedy = "One scale for each row and 128 columns; quantize_rowwise makes them."
-        _fail(ValueError, function, argument, rule, scales, remedy)
+        checks.refuse(ValueError, function, argument, rule, scales, remedy)
     if len(fitting) == 2 and 0 not in scales.shape:
         rule = "be given where scales fit both layouts"
         got = f"None for scales {checks.describe(scales)} of {most} rows"
         remedy = 'Pass "row_major" or "column_major".'
-        _fail(ValueError, function, "scale_layout", rule, got, remedy)
+        checks.refuse(ValueError, function, "scale_layout", rule, got, remedy)
     if fitting[0] == "column_major":
         return Scales("column_major", "", packed, scales.shape[-1]), scales
     return Scales("row_major", "", packed), scales.reshape(-1, words) if lead else scales
@@ -202,7 +202,7 @@ def check_w_scales(
         each = _as_array(function, argument, each)
         if each.dtype != jnp.float32:
             remedy = "Those of weights are not packed: cast them."
-            _fail(TypeError, function, argument, "be float32", each, remedy)
+            checks.refuse(TypeError, function, argument, "be float32", each, remedy)
         experts, n, k = values.shape
         blocks = (experts, checks.cdiv(n, GROUP), checks.cdiv(k, GROUP))
         if each.shape == blocks:
@@ -215,8 +215,8 @@ def check_w_scales(
         else:
             rule = f"have shape {list(blocks)}, [{experts}] or []"
             remedy = "One scale for each 128 x 128, or for each expert; see quantize_blockwise."
-            _fail(ValueError, function, argument, rule, each, remedy)
+            checks.refuse(ValueError, function, argument, rule, each, remedy)
     if len(set(kinds)) > 1:
         rule, remedy = "be both of blocks, or both of tensors", "Quantise both alike."
-        _fail(ValueError, function, f"scales of {names[1]}", rule, scales[1], remedy)
+        checks.refuse(ValueError, function, f"scales of {names[1]}", rule, scales[1], remedy)
     return kinds[0], found

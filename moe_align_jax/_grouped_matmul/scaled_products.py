@@ -70,6 +70,7 @@ class Products:
         slot_of: Callable[[jax.Array], jax.Array],
         between: Callable[[jax.Array], None],
         place: jax.Array | None = None,
+        before: jax.Array | int = 0,
     ) -> list[jax.Array]:
         """The warpgroup's sums: gate and up, or one.
 
@@ -81,6 +82,7 @@ class Products:
             between: called while a product of step k runs.
             place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where
                 the scales are read from global memory.
+            before: steps of the tile's K before this CTA's, where several share it.
         """
         refs, last = self.refs, self.shape.k_steps - 1
         if self.scales.w == "tensor":  # one for all steps
@@ -96,7 +98,7 @@ class Products:
         def more_of_w(k):
             """Of the weights in step k."""
             if place is None:
-                return self._of_blocks(tile, warpgroup, k)
+                return self._of_blocks(tile, warpgroup, before + k)
             return self._fetched(warpgroup, place, k)
 
         def step(k, carry):
@@ -113,7 +115,9 @@ class Products:
                     scales = ()
                     if part == 0:  # behind the product that runs
                         between(k)
-                        of_x = None if of_all is not None else self._of_rows(warpgroup, slot, k)
+                        of_x = None
+                        if of_all is None:
+                            of_x = self._of_rows(warpgroup, slot, before + k)
                         in_step = place is not None and not early
                         of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
                         scales = (of_x, of_next)

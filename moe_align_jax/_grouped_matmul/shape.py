@@ -31,6 +31,8 @@ class Shape(NamedTuple):
         x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
         scales_by_rows: of x, loaded by cp.async, one at a time.
         out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes, and needs two of them.
+        store_rows: a tile's rows are stored so many at a time, and those of which none holds a pair are not;
+            0: all of them at once.
     """
 
     columns: int
@@ -52,6 +54,7 @@ class Shape(NamedTuple):
     w_by_rows: bool
     scales_by_rows: bool
     out_by_rows: bool
+    store_rows: int
 
 
 def shape_of(problem: MatmulProblem, config: Config) -> Shape:
@@ -71,6 +74,10 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
     tests = tests_rows(problem)
+    # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
+    # the result does not have would be stored over the one that it has.
+    out_by_rows = problem.n % out_row != 0 or problem.n == out_row
+    store_rows = 0 if out_by_rows else _store_rows(problem, config)
     return Shape(
         columns,
         -(-problem.n // columns),
@@ -90,14 +97,23 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
-        bool(tests or problem.top_k or (parts > 1 and not problem.whole_blocks)),
+        bool(tests or problem.top_k or store_rows or (parts > 1 and not problem.whole_blocks)),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
         _scales_by_rows(problem, config),
-        # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
-        # the result does not have would be stored over the one that it has.
-        problem.n % out_row != 0 or problem.n == out_row,
+        out_by_rows,
+        store_rows,
     )
+
+
+def _store_rows(problem: MatmulProblem, config: Config) -> int:
+    """What `Shape.store_rows` says: a block that is one tile has its pairs in front."""
+    bm = config.bm
+    left = problem.leaves_padding and problem.rows == "blocks" and not problem.scales
+    whole = problem.block_size == bm == piece_rows(bm) and bm % 8 == 0 and bm > 8
+    if not (left and whole and config.form == "swap") or config.late or config.split > 1:
+        return 0
+    return 16 if bm >= 32 and bm % 16 == 0 else 8
 
 
 def has_scale_rows(problem: MatmulProblem) -> bool:

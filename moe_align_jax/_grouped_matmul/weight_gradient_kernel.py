@@ -46,6 +46,12 @@ _TILES_PER_CTA = (
     4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
 )
 _STEPS_OF_PIECE = 8  # a piece has at least so many
+# On an H200, 2026-11-29, 16384 rows, 8 experts, us, device span under jit:
+#   4096 x 28672: all n tiles of an m tile, then the next 6191, in groups of 8 4914, of 16 4779;
+#     rows gathered by the kernel 6864 and in groups of 16 5813, gathered before it 4855
+#   14336 x 4096: 2452, in groups of 8 2394, of 16 2392; rows of 14336 gathered by the kernel 2722, first 2737
+_COLUMNS_TO_GATHER_FIRST = 8192  # of the operand that is not gathered
+_COLUMNS_IN_A_ROUND = 4096  # of fewer, all n tiles are done before the next m tile
 
 
 class Tiles(NamedTuple):
@@ -60,6 +66,10 @@ class Tiles(NamedTuple):
             a stage is free again when the next one has been multiplied.
         num_ctas: of the grid.
         pieces: that the rows of all hot experts are cut into, at most; 0: no expert is cut.
+        group: m tiles that are done together for each n tile, so that both operands are read from L2; 0: all
+            n tiles of an m tile, then the next.
+        back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
+            expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
     """
 
     bm: int = 128
@@ -70,10 +80,14 @@ class Tiles(NamedTuple):
     lag: int = 2
     num_ctas: int = 132
     pieces: int = 0
+    group: int = 0
+    back: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{'-late' if self.late else ''}"
+        more = f"-g{self.group}" if self.group else ""
+        more += ("-late" if self.late else "") + ("-back" if self.back else "")
+        return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
 def cannot(problem: WeightGradient) -> str | None:
@@ -90,14 +104,23 @@ def cannot(problem: WeightGradient) -> str | None:
 
 def tiles_for(problem: WeightGradient) -> Tiles:
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
-    return Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+    tiles = Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+    # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
+    # read the whole of an expert's rows again for each m tile.
+    group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
+    # With few tiles, those of the expert with the most rows do not fill a round: 65536 rows, 768 x 2048, 128
+    # experts, Zipf, 380 us, in turn 385; 2048 x 1536 688 and 669.
+    return tiles._replace(group=group, back=2 * _per_expert(problem, tiles) <= tiles.num_ctas)
+
+
+def _per_expert(problem: WeightGradient, tiles: Tiles) -> int:
+    return -(-problem.layout.k // tiles.bm) * -(-problem.layout.n // tiles.bn)
 
 
 def cutting(problem: WeightGradient) -> Tiles:
     """`tiles_for`, with hot experts cut, where a matrix has so few tiles that it pays."""
     tiles, layout = tiles_for(problem), problem.layout
-    per_expert = -(-layout.k // tiles.bm) * -(-layout.n // tiles.bn)
-    pieces = tiles.num_ctas * _TILES_PER_CTA // per_expert
+    pieces = tiles.num_ctas * _TILES_PER_CTA // _per_expert(problem, tiles)
     pieces = min(pieces, layout.num_rows // (_STEPS_OF_PIECE * tiles.bk))
     # An expert is cut if it has two pieces' rows: with two pieces, only if it has all.
     return tiles._replace(pieces=pieces if pieces > 2 else 0)
@@ -227,6 +250,8 @@ def run(
 
     problem: one that `cannot` has nothing against.
     """
+    if tiles is None and gathers_first(problem):
+        problem, operands = gathered(problem, *operands)
     tiles = tiles or tiles_for(problem)
     if interpret:  # it runs a thread for each warpgroup of each CTA
         tiles = tiles._replace(num_ctas=2)
@@ -257,6 +282,28 @@ def run(
         return lambda *given: vary_together([way(*given), *operands])[0]
 
     return lax.cond(consecutive, typed(by_kernel), typed(by_loop), experts, operands)
+
+
+def gathers_first(problem: WeightGradient) -> bool:
+    """Whether rows are gathered by a launch before the kernel, which reads them once per tile of the other
+    operand's columns."""
+    other = problem.layout.n if problem.gathered == "lhs" else problem.layout.k
+    return problem.gathered is not None and other >= _COLUMNS_TO_GATHER_FIRST
+
+
+def gathered(
+    problem: WeightGradient, lhs: jax.Array, rhs: jax.Array, *where: jax.Array
+) -> tuple[WeightGradient, tuple[jax.Array, ...]]:
+    """The same sums of rows in aligned order, gathered by XLA. Rows of no pair are some token's: the kernel
+    leaves them out."""
+    layout = problem.layout
+    pairs = layout.num_tokens * layout.top_k
+    token = lax.div(jnp.clip(where[0], 0, pairs - 1), _I32(layout.top_k))
+    tokens = lhs if problem.gathered == "lhs" else rhs
+    rows = tokens.at[token].get(mode="promise_in_bounds")
+    operands = (rows, rhs) if problem.gathered == "lhs" else (lhs, rows)
+    layout = layout._replace(num_tokens=0, top_k=0, num_pairs=pairs)
+    return WeightGradient(layout), (*operands, *where)
 
 
 def arguments(
@@ -343,15 +390,16 @@ def build(
             t = i * tiles.num_ctas + place_in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
-            m = lax.div(rest, _I32(n_tiles))
+            m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
             expert = order_ref[rank]
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
-            return expert, m, rest - m * n_tiles, first, first + count, steps
+            return expert, m, n, first, first + count, steps
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            return jnp.where(lax.rem(i, _I32(2)) == 0, cta, tiles.num_ctas - 1 - cta)
+            forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
+            return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)

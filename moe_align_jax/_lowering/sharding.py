@@ -7,6 +7,28 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_align_jax._core import checks
+
+
+def check_axis(function: str, axis_name: Any, remedy: str) -> int:
+    """The devices along the axis, or axes, of the enclosing shard_map that `axis_name` names.
+
+    Raises:
+        TypeError: not a name or a tuple of names.
+        ValueError: no enclosing shard_map has the axis, or an axis is named twice.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        rule, got = "be the name of a mesh axis, or a tuple of names", checks.describe(axis_name)
+        checks.fail(function, "axis_name", rule, got, remedy, TypeError)
+    if len(set(names)) < len(names):
+        checks.fail(function, "axis_name", "name each axis once", repr(axis_name), remedy)
+    try:
+        return lax.axis_size(axis_name)
+    except (NameError, KeyError):
+        rule = "name an axis of the enclosing jax.shard_map"
+        checks.fail(function, "axis_name", rule, repr(axis_name), remedy)
+
 
 def _varying(x: Any) -> frozenset[str]:
     kind = getattr(jax.typeof(x), "mat", None)

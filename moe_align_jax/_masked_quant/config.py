@@ -19,20 +19,23 @@ class Config(NamedTuple):
     """Sizes of the kernel.
 
     Attributes:
-        tile: groups of a row that a CTA, one warpgroup, does at a time.
+        tile: groups of a row that a CTA, one warpgroup, does at a time; with `down`, rows of a group.
         num_ctas: CTAs of the grid.
         prefetch: whether a tile is loaded while the one before it is computed.
         pdl: for a launch with programmatic dependent launch.
+        down: a tile is one group of neighbouring rows, whose scales lie side by side in columns. It may have
+            rows that are not valid. Without an activation alone.
     """
 
     tile: int
     num_ctas: int
     prefetch: bool = False
     pdl: bool = False
+    down: bool = False
 
     @property
     def form(self) -> str:
-        return f"tile{self.tile}"
+        return f"tile{self.tile}{'-down' if self.down else ''}"
 
 
 def unsupported(problem: MaskedQuantProblem) -> str | None:
@@ -53,6 +56,13 @@ def unsupported(problem: MaskedQuantProblem) -> str | None:
 def config_for(problem: MaskedQuantProblem) -> Config:
     """Tile and grid for a problem that the kernel takes."""
     groups = problem.num_groups
+    if not problem.activates and not problem.packed and problem.max_rows >= 4:
+        columns = problem.scale_layout == "column_major"
+        if columns or groups < 8:
+            tile = next(n for n in (16, 8, 4) if n <= problem.max_rows)
+            tiles = problem.num_experts * -(-problem.max_rows // tile) * groups
+            most = _NUM_SMS * _CTAS_PER_SM[min(tile, 8)]
+            return Config(tile, max(1, min(tiles, most)), down=True)
     if groups >= 8:
         tile = 8
     elif groups >= 4:
@@ -60,4 +70,7 @@ def config_for(problem: MaskedQuantProblem) -> Config:
     else:
         tile = 1
     tiles = problem.num_experts * problem.max_rows * -(-groups // tile)
-    return Config(tile, max(1, min(tiles, _NUM_SMS * _CTAS_PER_SM[tile])))
+    most = (
+        _CTAS_PER_SM[tile] if problem.activates else _CTAS_PER_SM[1]
+    )  # registers for half of the values
+    return Config(tile, max(1, min(tiles, _NUM_SMS * most)))

@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem, bits_over_448
-from moe_align_jax._masked_quant.share import Work
+from moe_align_jax._masked_quant.quotient import nearest_quotient, nearest_reciprocal
+from moe_align_jax._masked_quant.share import Share, Work
 
 _I32, _F32 = jnp.int32, jnp.float32
 _MANTISSA_BITS = 23
@@ -47,39 +48,53 @@ def _layout(tile: int) -> Any:
 def build(
     problem: MaskedQuantProblem, config: Config, *, interpret: bool = False
 ) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
-    """`(x [e, M, 2, G, 128], masked_m [e] int32) -> [q [e, M, G, 128], scales]`."""
+    """`(x [e, M, 2, G, 128], masked_m [e] int32) -> [q [e, M, G, 128], scales]`; without an activation
+    x is `[e, M, 1, G, 128]`."""
     experts, rows, groups = problem.num_experts, problem.max_rows, problem.num_groups
-    tile = config.tile
-    work = Work(experts, rows, -(-groups // tile), config.num_ctas)
+    tile, down = config.tile, config.down
+    if down and (problem.activates or problem.packed or tile > rows):
+        raise ValueError(f"{problem} has no tiles of {tile} rows")
+    per_row, rows_per_tile = (groups, tile) if down else (-(-groups // tile), 1)
+    work = Work(experts, rows, per_row, config.num_ctas, rows_per_tile)
 
     def body(x_ref, masked_m_ref, q_ref, s_ref, *scratch):
         memory = _Memory(tile, interpret)
 
         def tiles_of(expert):
             """Tiles of an expert, all of them there."""
-            return jnp.clip(masked_m_ref[expert], 0, rows) * work.tiles_per_row
+            return _tiles_of(work, masked_m_ref[expert])
 
         def place(at):
             """Row, and the tile's first group. A row's last tile overlaps the one before where tiles do not
-            divide it: both write the same bits."""
+            divide it, as do the last rows of tiles of several: both write the same bits."""
             row, part = lax.div(at, work.tiles_per_row), lax.rem(at, work.tiles_per_row)
+            if down:
+                return jnp.minimum(row * tile, rows - tile), part
             return row, jnp.minimum(part * tile, groups - tile) if groups % tile else part * tile
 
         def load(expert, at):
             row, first = place(at)
-            return [memory.load(x_ref.at[expert, row, k, pl.ds(first, tile)]) for k in range(2)]
+            halves, (at_row, at_group) = range(1 + problem.activates), cut(row, first)
+            return [memory.load(x_ref.at[expert, at_row, k, at_group]) for k in halves]
 
-        def finish(expert, at, gate, up):
+        def cut(row, first):
+            return (pl.ds(row, tile), first) if down else (row, pl.ds(first, tile))
+
+        def finish(expert, at, *values):
             row, first = place(at)
-            value = _activation(problem, gate, up, interpret)
-            q, scale = _quantise(problem, value)
-            memory.store(q_ref.at[expert, row, pl.ds(first, tile)], q)
+            at_row, at_group = cut(row, first)
+            if problem.activates:
+                value = _activation(problem, *values, interpret)
+            else:
+                value = values[0].astype(_F32)
+            q, scale = _quantise(problem, value, interpret)
+            memory.store(q_ref.at[expert, at_row, at_group], q)
             if problem.packed:
                 _store_words(memory, s_ref, scratch[0], scale, expert, row, first)
             elif problem.scale_layout == "row_major":
-                memory.store(s_ref.at[expert, row, pl.ds(first, tile)], scale)
+                memory.store(s_ref.at[expert, at_row, at_group], scale)
             else:
-                memory.store(s_ref.at[expert, pl.ds(first, tile), row], scale)
+                memory.store(s_ref.at[expert, at_group, at_row], scale)
 
         def settle(expert, at, end):
             """Skips experts whose tiles are used up; callers ensure that a tile remains."""
@@ -128,7 +143,7 @@ def build(
         grid_names=("cta",),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name=problem.name,
+        kernel_name=problem.kernel_name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # What is read from global memory is never written: only shared memory needs barriers, for the
@@ -172,11 +187,19 @@ def _store_words(memory: _Memory, s_ref, shared, scale, expert, row, first) -> N
 # -- shares ----------------------------------------------------------------------------------------
 
 
+def _tiles_of(work: Work, valid: jax.Array) -> jax.Array:
+    """Tiles of so many rows."""
+    valid = jnp.clip(valid, 0, work.rows)
+    if work.rows_per_tile > 1:
+        valid = lax.div(valid + (work.rows_per_tile - 1), _I32(work.rows_per_tile))
+    return valid * work.tiles_per_row
+
+
 def _find(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list[jax.Array]:
     from moe_align_jax._simt import mosaic
 
     return mosaic.inline_scalars(
-        work.kernel(problem.name), work.find, len(work._fields), masked_m=masked_m_ref
+        work.kernel(problem.name), work.find, len(Share._fields), masked_m=masked_m_ref
     )
 
 
@@ -186,7 +209,7 @@ def _find_plainly(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list
     cta = lax.axis_index("cta")
 
     def tiles_of(expert):
-        return jnp.clip(masked_m_ref[expert], 0, work.rows) * work.tiles_per_row
+        return _tiles_of(work, masked_m_ref[expert])
 
     total = lax.fori_loop(0, work.experts, lambda i, n: n + tiles_of(i), _I32(0))
     each, more = lax.div(total, work.num_ctas), lax.rem(total, work.num_ctas)
@@ -233,7 +256,9 @@ def _clip(x: jax.Array, bound: Any) -> jax.Array:
     return jnp.maximum(jnp.minimum(x, bound), -bound)
 
 
-def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantise(
+    problem: MaskedQuantProblem, value: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """e4m3 codes `[tile, 128]` and float32 scales `[tile]` of finite values.
 
     Nothing is clipped: a quotient is over 448 by an error of rounding at most, and 464 would still give 448.
@@ -244,6 +269,8 @@ def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array,
         bits = bits_over_448(bits, lambda a, b: lax.div(a, lax.broadcast(_I32(b), a.shape)))
         scale = lax.bitcast_convert_type(bits, _F32)
         inverse = 1.0 / scale
+        if not problem.activates:
+            inverse = nearest_reciprocal(bits, inverse)
     else:  # both exactly, by their exponents
         above = (bits & ((1 << _MANTISSA_BITS) - 1)) > _E4M3_MANTISSA
         exponent = (bits >> _MANTISSA_BITS) - _E4M3_EXPONENT + above.astype(_I32)
@@ -251,8 +278,12 @@ def _quantise(problem: MaskedQuantProblem, value: jax.Array) -> tuple[jax.Array,
             lax.bitcast_convert_type(e << _MANTISSA_BITS, _F32)
             for e in (exponent, 2 * _BIAS - exponent)
         )
-    if problem.divide and problem.scale_format == "float32":
-        scaled = value / lax.broadcast_in_dim(scale, value.shape, (0,))
+    scales, inverses = (lax.broadcast_in_dim(a, value.shape, (0,)) for a in (scale, inverse))
+    if not problem.divide or problem.scale_format != "float32":
+        scaled = value * inverses
+    elif problem.activates:
+        scaled = value / scales
     else:
-        scaled = value * lax.broadcast_in_dim(inverse, value.shape, (0,))
+        layout = None if interpret else _layout(value.shape[0])
+        scaled = nearest_quotient(value, scales, inverses, layout)
     return scaled.astype(jnp.float8_e4m3fn), scale

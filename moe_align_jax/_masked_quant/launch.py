@@ -2,7 +2,6 @@
 
 import jax
 
-from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._lowering.direct_kernel import DirectKernel
 from moe_align_jax._masked_quant.config import Config
 from moe_align_jax._masked_quant.config import config_for as config_for
@@ -21,7 +20,7 @@ def run(
     """`[q, scales]`. With `interpret`, by Pallas' own interpreter, on a CPU."""
     from moe_align_jax._masked_quant import kernel
 
-    shape = (problem.num_experts, problem.max_rows, 2, problem.num_groups, GROUP)
+    shape = problem.inputs["x"]
     launch = kernel.build(problem, config or config_for(problem), interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
         q, scales = launch(x.reshape(shape), masked_m)
@@ -38,4 +37,4 @@ def direct_kernel(problem: MaskedQuantProblem) -> DirectKernel:
     dtypes = {"x": problem.dtype, "masked_m": "int32"}
     structs = [jax.ShapeDtypeStruct(s, dtypes[name]) for name, s in problem.inputs.items()]
     outputs = {name: shape for name, (shape, _) in problem.outputs.items()}
-    return DirectKernel(problem.name, problem.inputs, outputs, call, structs)
+    return DirectKernel(problem.kernel_name, problem.inputs, outputs, call, structs)

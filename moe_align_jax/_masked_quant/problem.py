@@ -47,6 +47,9 @@ class MaskedQuantProblem(NamedTuple):
         swiglu_alpha: None for `silu(gate) * up`; otherwise `gate * sigmoid(alpha * gate) * (up + 1)`.
         amax_floor: the least absolute maximum of a group.
         divide: divide by the scale, instead of multiplying by its reciprocal.
+        activates: whether x is gate and up. If not, it has N columns, which are quantised as they are
+            (`quantize_rowwise`): 1 / scale is then rounded correctly, and rows at or past `masked_m` that x
+            has may be read and written.
     """
 
     num_experts: int
@@ -60,8 +63,13 @@ class MaskedQuantProblem(NamedTuple):
     swiglu_alpha: float | None = None
     amax_floor: float = 1e-10
     divide: bool = False
+    activates: bool = True
 
     name = "silu_and_mul_masked_quant"
+
+    @property
+    def kernel_name(self) -> str:
+        return self.name if self.activates else "quantize_rowwise"
 
     @property
     def num_groups(self) -> int:
@@ -85,7 +93,7 @@ class MaskedQuantProblem(NamedTuple):
         """Name and shape of each operand of the kernel, in order."""
         groups = (self.num_groups, self.group_size)
         return {
-            "x": (self.num_experts, self.max_rows, 2, *groups),
+            "x": (self.num_experts, self.max_rows, 1 + self.activates, *groups),
             "masked_m": (self.num_experts,),
         }
 

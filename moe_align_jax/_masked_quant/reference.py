@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_align_jax._core.fp8 import E4M3_MAX, GROUPS_PER_WORD
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUP, GROUPS_PER_WORD
 from moe_align_jax._masked_quant.problem import (
     COLUMN_MULTIPLE,
     MaskedQuantProblem,
@@ -103,3 +103,37 @@ def _stored(problem: MaskedQuantProblem, scale: jax.Array, valid: jax.Array) -> 
         return scale
     padding = -problem.max_rows % COLUMN_MULTIPLE
     return jnp.pad(scale.transpose(0, 2, 1), ((0, 0), (0, 0), (0, padding)))
+
+
+def rows_quantised(
+    x: jax.Array, scale_format: str, scale_layout: str, floor: float, divide: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize_rowwise` of x `[..., M, K]`."""
+    shape = x.shape
+    groups = x.astype(jnp.float32).reshape(*shape[:-1], shape[-1] // GROUP, GROUP)
+    scale = scale_of(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), floor, scale_format)
+    q = codes(groups, scale[..., None], divide=divide).reshape(shape)
+    columns = scale_layout == "column_major"
+    if scale_format != "ue8m0_packed":
+        if columns:
+            scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
+        return q, scale
+    exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
+    exponents = _pad_last(exponents, GROUPS_PER_WORD)
+    words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
+    words = lax.bitcast_convert_type(words, jnp.int32)
+    return q, words.swapaxes(-1, -2) if columns else words
+
+
+def without_activation(
+    problem: MaskedQuantProblem, x: jax.Array, masked_m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of a problem that does not activate: all rows."""
+    del masked_m
+    how = problem.scale_format, problem.scale_layout, problem.amax_floor, problem.divide
+    return rows_quantised(x, *how)
+
+
+def _pad_last(array: jax.Array, multiple: int) -> jax.Array:
+    spare = -array.shape[-1] % multiple
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, spare))) if spare else array

@@ -24,12 +24,16 @@ class Share(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is shared out: e experts of at most `rows` valid rows, each of `tiles_per_row` tiles."""
+    """What is shared out: e experts of at most `rows` valid rows, each of `tiles_per_row` tiles.
+
+    Where a tile has `rows_per_tile` rows, so many make `tiles_per_row` tiles; the last of them may be fewer.
+    """
 
     experts: int
     rows: int
     tiles_per_row: int
     num_ctas: int
+    rows_per_tile: int = 1
 
     def kernel(self, name: str, body=None, outputs=None) -> Kernel:
         """Its grid, for the machine that `find` runs on."""
@@ -53,6 +57,8 @@ class Work(NamedTuple):
             valid = t.load(r.masked_m, t.select(there, expert, self.experts - 1))
             valid = t.select(there & (valid > 0), valid, 0)
             valid = t.select(valid < self.rows, valid, self.rows)
+            if self.rows_per_tile > 1:
+                valid = (valid + (self.rows_per_tile - 1)) // self.rows_per_tile
             running = running + valid * self.tiles_per_row
             sums.append(running)
         inclusive = warp_inclusive_scan(t, running, lane)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -120,9 +119,7 @@ def check_bias(function: str, argument: str, value: Any, shape: tuple[int, ...])
 
 def check_routing(function: str, x: Any, topk_weights: Any, topk_ids: Any) -> tuple[Any, Any]:
     """Both `[T, K]`."""
-    if not isinstance(topk_ids, (jax.Array, np.ndarray)) or not jnp.issubdtype(
-        topk_ids.dtype, jnp.integer
-    ):
+    if not checks.is_array(topk_ids) or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
         remedy = "Pass the expert ids that top_k returned, not their weights."
         if type(topk_ids).__module__.partition(".")[0] == "torch":
             remedy = "Call torch_bridge for PyTorch tensors."
@@ -144,20 +141,12 @@ def check_routing(function: str, x: Any, topk_weights: Any, topk_ids: Any) -> tu
     return topk_weights.astype(np.float32), topk_ids
 
 
-def check_flag(function: str, argument: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        remedy = "It changes the compiled program: pass True or False."
-        checks.refuse(TypeError, function, argument, "be a static bool", value, remedy)
-    return bool(value)
-
-
 def check_tokens(function: str, value: Any) -> Any:
     """num_valid_tokens: an int32 scalar on the host, or an integer array of one value."""
     remedy = "Pass the number of tokens in use, as an int or a scalar integer array."
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return np.int32(min(max(int(value), 0), checks.INT32_MAX))
-    is_array = isinstance(value, (jax.Array, np.ndarray))
-    if not is_array or not jnp.issubdtype(value.dtype, jnp.integer):
+    if not checks.is_array(value) or not jnp.issubdtype(value.dtype, jnp.integer):
         checks.refuse(TypeError, function, "num_valid_tokens", "be an integer", value, remedy)
     if np.size(value) != 1:
         checks.refuse(ValueError, function, "num_valid_tokens", "be a scalar", value, remedy)

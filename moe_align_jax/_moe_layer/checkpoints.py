@@ -1,33 +1,27 @@
 """Weights of experts as checkpoints keep them, and as `fused_moe` takes them."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._grouped_matmul.problem import E4M3
 
-_E4M3, _GROUP = "float8_e4m3fn", 128
 _SCALES = "_scale_inv"  # behind the name of an e4m3 array: its scales, which multiply (DeepSeek-V3)
 # What Hugging Face calls an expert's three matrices: (gate, up, down).
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-
-
-def _fail(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    if not isinstance(got, str):
-        got = checks.describe(got)
-    raise ValueError(checks.message(function, argument, rule, got, remedy))
-
-
-def _fail_type(function: str, argument: str, rule: str, got: Any, remedy: str) -> NoReturn:
-    raise TypeError(checks.message(function, argument, rule, checks.describe(got), remedy))
 
 
 def _is_float_array(array: Any) -> bool:
     """Of NumPy or jax, or the shape and dtype of one; bfloat16 and e4m3 are no floats of NumPy's."""
     dtype = getattr(array, "dtype", None)
     if dtype is None or not hasattr(array, "shape") or not hasattr(array, "ndim"):
+        return False
+    if isinstance(array, np.ma.MaskedArray):
         return False
     import jax.numpy as jnp
 
@@ -51,7 +45,22 @@ def _is_quantized(weights: Any) -> bool:
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         return False
     first, second = (getattr(each, "dtype", None) for each in weights)
-    return str(first) == _E4M3 and second is not None and str(second) != _E4M3
+    return str(first) == E4M3 and second is not None and str(second) != E4M3
+
+
+def _check_bool(function: str, argument: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        remedy = "It says how the weights lie."
+        checks.refuse(TypeError, function, argument, "be True or False", value, remedy)
+
+
+def _check_array(function: str, argument: str, value: Any, ndim: int) -> None:
+    if not _is_float_array(value):
+        rule, remedy = "be a float array of NumPy or jax", "Convert it, e.g. by jnp.asarray."
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
+    if value.ndim != ndim:
+        remedy = "See ExpertWeights for the shapes of checkpoints."
+        checks.refuse(ValueError, function, argument, f"have {ndim} dimensions", value, remedy)
 
 
 def _values(weights: Any) -> Any:
@@ -96,12 +105,11 @@ class ExpertWeights:
     def __post_init__(self) -> None:
         function = "ExpertWeights"
         for name in ("transpose_rhs", "interleaved"):
-            if not isinstance(flag := getattr(self, name), (bool, np.bool_)):
-                _fail_type(function, name, "be True or False", flag, "It says how the weights lie.")
+            _check_bool(function, name, getattr(self, name))
         if self.pair and (len(self.w_gate_up) != 2 or self.interleaved):
             got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
             rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
-            _fail(function, "w_gate_up", rule, got, remedy)
+            checks.refuse(ValueError, function, "w_gate_up", rule, got, remedy)
         first = [_values(each) for each in (self.w_gate_up if self.pair else (self.w_gate_up,))]
         down = _values(self.w_down)
         named = [*(("w_gate_up", each) for each in first), ("w_down", down)]
@@ -114,9 +122,16 @@ class ExpertWeights:
                     "be a float array of NumPy or jax",
                     "Convert it, e.g. by jnp.asarray.",
                 )
-                _fail_type(function, name, rule, array, remedy)
+                checks.refuse(TypeError, function, name, rule, array, remedy)
         if down.ndim != 3:
-            _fail(function, "w_down", "have shape [E, N, H]", down, "One matrix for each expert.")
+            checks.refuse(
+                ValueError,
+                function,
+                "w_down",
+                "have shape [E, N, H]",
+                down,
+                "One matrix for each expert.",
+            )
         experts, a, b = down.shape
         hidden, ffn = (a, b) if self.transpose_rhs else (b, a)
         width = ffn if self.pair else 2 * ffn
@@ -125,7 +140,7 @@ class ExpertWeights:
             if each.shape != want:
                 rule = f"have shape {list(want)} beside w_down {list(down.shape)}"
                 remedy = f"Is transpose_rhs={self.transpose_rhs} right?"
-                _fail(function, "w_gate_up", rule, each, remedy)
+                checks.refuse(ValueError, function, "w_gate_up", rule, each, remedy)
         _check_scales("w_down", self.w_down)
         for each in self.w_gate_up if self.pair else (self.w_gate_up,):
             _check_scales("w_gate_up", each)
@@ -135,7 +150,14 @@ class ExpertWeights:
         ):
             if bias is not None and bias.shape != shape:
                 rule = f"have shape {list(shape)}"
-                _fail(function, name, rule, bias, "One value for each column of the weights.")
+                checks.refuse(
+                    ValueError,
+                    function,
+                    name,
+                    rule,
+                    bias,
+                    "One value for each column of the weights.",
+                )
 
     def __iter__(self) -> Any:
         """(w_gate_up, w_down): the two that `fused_moe` takes by position."""
@@ -170,16 +192,23 @@ class ExpertWeights:
             pair: gate and up as two arrays.
 
         Raises:
+            TypeError: an argument is neither None nor a bool.
             ValueError: a pair is to be interleaved; or scales of blocks would not be of blocks any more: gate
                 and up of an N that is no multiple of 128 are to be joined, parted or interleaved.
         """
+        flags = {"transpose_rhs": transpose_rhs, "interleaved": interleaved, "pair": pair}
+        for name, flag in flags.items():
+            if flag is not None:
+                _check_bool("laid_out", name, flag)
         transpose_rhs = self.transpose_rhs if transpose_rhs is None else transpose_rhs
         pair = self.pair if pair is None else pair
         if interleaved is None:
             interleaved = self.interleaved and not pair
         if pair and interleaved:
             remedy = "Pass interleaved=False."
-            _fail("laid_out", "interleaved", "be False for a pair", "True", remedy)
+            checks.refuse(
+                ValueError, "laid_out", "interleaved", "be False for a pair", "True", remedy
+            )
         w_gate_up, bias = self.w_gate_up, self.bias_gate_up
         if pair != self.pair or interleaved != self.interleaved:
             axis = 1 if self.transpose_rhs else 2
@@ -212,6 +241,7 @@ class ExpertWeights:
             interleaved: columns of gate and up take turns: GPT-OSS. Nothing in a checkpoint tells.
 
         Raises:
+            TypeError: `tensors` is no mapping to arrays, `prefix` no string or `interleaved` no bool.
             ValueError: the names or the shapes are not those of experts.
 
         Example:
@@ -227,12 +257,30 @@ class ExpertWeights:
             ((4, 96, 64), (4, 64, 48), True)
         """
         function = "from_hugging_face"
-        mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        if not isinstance(tensors, Mapping):
+            rule, remedy = (
+                "be a mapping from names to arrays",
+                "Pass the tensors of a file, by name.",
+            )
+            checks.refuse(TypeError, function, "tensors", rule, checks.describe(tensors), remedy)
+        _check_prefix(function, prefix)
+        _check_bool(function, "interleaved", interleaved)
+        named = {name: t for name, t in tensors.items() if isinstance(name, str)}
+        mine = {name[len(prefix) :]: t for name, t in named.items() if name.startswith(prefix)}
         if "gate_up_proj" not in mine:
             return cls._from_matrices(mine, prefix, interleaved)
         first, down = mine["gate_up_proj"], mine.get("down_proj")
         if down is None:
-            _fail(function, "tensors", f"hold {prefix}down_proj", "none", "See the prefix.")
+            checks.refuse(
+                ValueError,
+                function,
+                "tensors",
+                f"hold {prefix}down_proj",
+                "none",
+                "See the prefix.",
+            )
+        for name, array in (("gate_up_proj", first), ("down_proj", down)):
+            _check_array(function, f"tensors[{prefix + name!r}]", array, 3)
         # [E, 2 N, H] beside [E, H, N], or [E, H, 2 N] beside [E, N, H]: no sizes fit both.
         transposed = first.shape[1:] == (2 * down.shape[2], down.shape[1])
         biases = mine.get("gate_up_proj_bias"), mine.get("down_proj_bias")
@@ -254,8 +302,15 @@ class ExpertWeights:
             The weights as NumPy arrays, e4m3 and bfloat16 in ml_dtypes' dtypes.
 
         Raises:
+            TypeError: `path` is no path, or as `from_hugging_face`.
             ValueError: there is no such file, it is none of safetensors, or as `from_hugging_face`.
         """
+        function = "from_safetensors"
+        if not isinstance(path, (str, os.PathLike)):
+            rule, remedy = "be a path", "Pass a file, or the folder of a checkpoint."
+            checks.refuse(TypeError, function, "path", rule, checks.describe(path), remedy)
+        _check_prefix(function, prefix)
+        _check_bool(function, "interleaved", interleaved)
         from moe_align_jax._moe_layer import safetensors
 
         return cls.from_hugging_face(
@@ -270,19 +325,27 @@ class ExpertWeights:
             rule = f"hold {prefix}gate_up_proj, or {prefix}0.gate_proj.weight"
             got = "matrices per expert, interleaved" if names else f"{sorted(mine)[:3]}"
             remedy = "Pass the prefix of one layer's experts; matrices of an expert stand apart."
-            _fail(function, "tensors", rule, got, remedy)
+            checks.refuse(ValueError, function, "tensors", rule, got, remedy)
         count = sum(name.endswith(f".{names[0]}.weight") for name in mine)
         rows = []
         for i in range(count):
             wanted = [f"{i}.{name}.weight" for name in names]
             if missing := [name for name in wanted if name not in mine]:
                 rule, remedy = f"hold {prefix}{missing[0]}", "Every expert has three matrices."
-                _fail(function, "tensors", rule, "none", remedy)
+                checks.refuse(ValueError, function, "tensors", rule, "none", remedy)
+            for name, like in zip(wanted, (names[0], names[0], names[2]), strict=True):
+                argument = f"tensors[{prefix + name!r}]"
+                _check_array(function, argument, mine[name], 2)
+                shape = mine[f"0.{like}.weight"].shape
+                if mine[name].shape != shape:
+                    rule = f"have the shape of {prefix}0.{like}.weight, {list(shape)}"
+                    remedy = "All experts of a layer have one size."
+                    checks.refuse(ValueError, function, argument, rule, mine[name], remedy)
             rows.append([_with_scales(mine, prefix, name) for name in wanted])
         gate, up, down = (_stacked(list(column)) for column in zip(*rows, strict=True))
         first: Any = (gate, up)
         # Scales of blocks that begin at 128 rows stay what they are where up follows gate.
-        if not _is_quantized(gate) or (gate[1].ndim == 3 and gate[0].shape[1] % _GROUP == 0):
+        if not _is_quantized(gate) or (gate[1].ndim == 3 and gate[0].shape[1] % GROUP == 0):
             first = _joined(first, 1, False)
         return cls(first, down, transpose_rhs=True)
 
@@ -319,10 +382,31 @@ class ExpertWeights:
             layer: which of the scanned layers; None where they are of one layer.
             layer_axis: where the scanned layers are, MaxText's `param_scan_axis`.
             bias_gate, bias_up, bias_down: `[E, N]`, `[E, N]` and `[E, H]`, or None.
+
+        Raises:
+            TypeError: an argument is no float array, or `layer` or `layer_axis` no int.
+            ValueError: there is no such layer, or the shapes do not fit each other.
         """
+        function = "from_maxtext"
         arrays = [wi_0, wi_1, wo]
         biases = [bias_gate, bias_up, bias_down]
+        given = dict(zip(("wi_0", "wi_1", "wo"), arrays, strict=True))
+        names = ("bias_gate", "bias_up", "bias_down")
+        given |= {n: b for n, b in zip(names, biases, strict=True) if b is not None}
+        for name, array in given.items():
+            ndim = (2 if name in names else 3) + (layer is not None)
+            _check_array(function, name, array, ndim)
         if layer is not None:
+            remedy = "Pass the axis of the scanned layers, MaxText's param_scan_axis."
+            layer_axis = checks.check_int(function, "layer_axis", layer_axis, 0, remedy)
+            layer = checks.check_int(function, "layer", layer, 0, "Layers count from 0.")
+            for name, array in given.items():
+                if layer_axis >= array.ndim:
+                    rule = f"be an axis of {name}, below {array.ndim}"
+                    checks.refuse(ValueError, function, "layer_axis", rule, layer_axis, remedy)
+                if layer >= array.shape[layer_axis]:
+                    rule = f"be below {array.shape[layer_axis]}, the layers of {name}"
+                    checks.refuse(ValueError, function, "layer", rule, layer, remedy)
             arrays, biases = (
                 [None if a is None else a.take(layer, axis=layer_axis) for a in some]
                 for some in (arrays, biases)
@@ -330,9 +414,23 @@ class ExpertWeights:
         gate, up, down = biases
         if (gate is None) != (up is None):
             remedy = "Pass both, or none."
-            _fail("from_maxtext", "bias_up", "be there with bias_gate", "one of them", remedy)
+            checks.refuse(
+                ValueError,
+                function,
+                "bias_up",
+                "be there with bias_gate",
+                "one of them",
+                remedy,
+            )
         both = None if gate is None else _library(gate).concatenate([gate, up], axis=1)
         return cls((arrays[0], arrays[1]), arrays[2], both, down)
+
+
+def _check_prefix(function: str, prefix: Any) -> None:
+    if not isinstance(prefix, str):
+        remedy = 'Pass for example "model.layers.0.mlp.experts.".'
+        got = checks.describe(prefix)
+        checks.refuse(TypeError, function, "prefix", "be a string", got, remedy)
 
 
 def _check_scales(name: str, weights: Any) -> None:
@@ -340,25 +438,25 @@ def _check_scales(name: str, weights: Any) -> None:
         return
     values, scales = weights
     experts, *sizes = values.shape
-    blocks = (experts, *(checks.cdiv(size, _GROUP) for size in sizes))
+    blocks = (experts, *(checks.cdiv(size, GROUP) for size in sizes))
     if scales.shape not in (blocks, (experts,), ()):
         rule = f"have scales of shape {list(blocks)} or [{experts}] beside {list(values.shape)}"
         remedy = "A scale belongs to 128 x 128 values, or to an expert."
-        _fail("ExpertWeights", name, rule, scales, remedy)
+        checks.refuse(ValueError, "ExpertWeights", name, rule, scales, remedy)
 
 
 def _with_scales(mine: Mapping[str, Any], prefix: str, name: str) -> Any:
     """An array; of e4m3, (values, float32 scales)."""
     values = mine[name]
-    if str(values.dtype) != _E4M3:
+    if str(values.dtype) != E4M3:
         return values
     scales = mine.get(name + _SCALES)
     if scales is None:
-        rule = f"hold {prefix}{name}{_SCALES} beside {_E4M3} {prefix}{name}"
+        rule = f"hold {prefix}{name}{_SCALES} beside {E4M3} {prefix}{name}"
         remedy = (
             "Scales of another name or kind are not known: pass ExpertWeights (values, scales)."
         )
-        _fail("from_hugging_face", "tensors", rule, "none", remedy)
+        checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "none", remedy)
     return values, scales.astype(np.float32)
 
 
@@ -367,7 +465,7 @@ def _stacked(matrices: list[Any]) -> Any:
     if any(map(_is_quantized, matrices)):
         if not all(map(_is_quantized, matrices)):
             rule, remedy = "hold e4m3 matrices of all experts, or of none", "Convert some of them."
-            _fail("from_hugging_face", "tensors", rule, "both", remedy)
+            checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "both", remedy)
         return tuple(_stacked([matrix[i] for matrix in matrices]) for i in range(2))
     return _library(matrices[0]).stack(matrices)
 
@@ -381,11 +479,11 @@ def _transposed(array: Any) -> Any:
 
 def _check_blocks(interleaved: bool, size: int) -> None:
     """That gate and up of so many rows have blocks of their own."""
-    if interleaved or size % _GROUP:
+    if interleaved or size % GROUP:
         rule = "keep gate and up in blocks of 128 of their own, where scales are of blocks"
         got = "interleaved" if interleaved else f"N = {size}"
         remedy = "Leave gate and up as they are, or quantise them anew: quantize_blockwise."
-        _fail("laid_out", "the layout", rule, got, remedy)
+        checks.refuse(ValueError, "laid_out", "the layout", rule, got, remedy)
 
 
 def _parted(array: Any, axis: int, interleaved: bool) -> list[Any]:
@@ -409,7 +507,7 @@ def _joined(parts: Any, axis: int, interleaved: bool) -> Any:
         if any(each.ndim < 3 for each in scales):
             if not all(np.array_equal(each, scales[0]) for each in scales):
                 rule, remedy = "stay a pair, where each has a scale of its own", "Pass pair=True."
-                _fail("laid_out", "gate and up", rule, "to be joined", remedy)
+                checks.refuse(ValueError, "laid_out", "gate and up", rule, "to be joined", remedy)
             return _joined(values, axis, interleaved), scales[0]
         _check_blocks(interleaved, values[0].shape[axis])
         return _joined(values, axis, interleaved), _joined(scales, axis, False)

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_align_jax._grouped_matmul import activation_gradient, derivative, reference, scaled
 from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem
+from moe_align_jax._lowering.ordering import complete_first
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._moe_layer.combine import weighted_sum
@@ -103,10 +104,12 @@ def _quantised(
         hidden = _multiply(problem.first, implementation, given, *first)
     hidden, of_hidden = casts.rowwise(
         hidden,
+        given.where[2],
         scale_format="float32",
         scale_layout=problem.between_layout,
         floor=_AMAX_FLOOR,
         divide=False,
+        implementation=None if implementation != "xla" else "xla",
     )
     with jax.named_scope("down"):
         second = (hidden, (given.w_down,), given.bias_down, (of_hidden, *given.down_scales))
@@ -199,6 +202,8 @@ def _forward(problem, implementation, floats: Floats, where: Where):
         products = checkpoint_name(products, PRODUCTS)
         hidden = _activated(problem, products).astype(problem.dtype)
     out = _second_half(problem, implementation, given, where, hidden)
+    # The backward pass reads the products: not before the experts' results, `[P, H]`, are summed up.
+    out, products = complete_first(out, products)
     return checkpoint_name(out, RESULT), (floats, where, products)
 
 
@@ -272,7 +277,9 @@ def _backward(problem, implementation, kept, ct):
         dx = derivative.input_rows(first, *args)
         row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
         dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
-        args = (implementation, given.x, rows, floats.w_gate_up, where.of_matmul)
+        # The rows of x may be copied, `[P, H]`: not before those of dx are summed up.
+        dx, x = complete_first(dx, given.x)
+        args = (implementation, x, rows, floats.w_gate_up, where.of_matmul)
         d_gate_up = derivative.weights(first, *args)
         d_bias = None
         if given.bias_gate_up is not None:

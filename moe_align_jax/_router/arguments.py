@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moe_align_jax._align.arguments import check_count
@@ -38,12 +37,10 @@ def check_route(
     function: str, logits: Any, options: Options
 ) -> tuple[RouteProblem, dict[str, Any]]:
     """The checked problem, and the operands by name as they were given."""
-    if not isinstance(logits, (jax.Array, np.ndarray)):
-        remedy = "Pass the gate's outputs as a jax or NumPy array."
-        if type(logits).__module__.partition(".")[0] == "torch":
-            remedy = "Call torch_bridge for PyTorch tensors."
-        got = checks.describe(logits)
-        raise TypeError(checks.message(function, "logits", "be an array", got, remedy))
+    remedy = "Pass the gate's outputs as a jax or NumPy array."
+    if type(logits).__module__.partition(".")[0] == "torch":
+        remedy = "Call torch_bridge for PyTorch tensors."
+    _check_array(function, "logits", logits, remedy)
     check_logits(function, logits)
     problem = make_problem(function, logits, options)
     operands: dict[str, Any] = {"logits": logits}
@@ -52,6 +49,7 @@ def check_route(
     if correction_bias is not None:
         remedy = "Pass one number for each expert, or None."
         _check_floats(function, "correction_bias", correction_bias, remedy)
+        _check_array(function, "correction_bias", correction_bias, remedy)
         _check_shape(function, "correction_bias", correction_bias, (num_experts,), remedy)
         operands["correction_bias"] = correction_bias
     if token_mask is not None:
@@ -60,6 +58,7 @@ def check_route(
             got = checks.describe(token_mask)
             rule = "be a bool array"
             raise TypeError(checks.message(function, "token_mask", rule, got, remedy))
+        _check_array(function, "token_mask", token_mask, remedy)
         _check_shape(function, "token_mask", token_mask, (num_tokens,), remedy)
         operands["token_mask"] = token_mask
     if num_valid_tokens is not None:
@@ -75,6 +74,12 @@ def check_route(
         has_num_valid_tokens=num_valid_tokens is not None,
     )
     return problem, operands
+
+
+def _check_array(function: str, argument: str, value: Any, remedy: str) -> None:
+    if not checks.is_array(value):
+        got = checks.describe(value)
+        raise TypeError(checks.message(function, argument, "be an array", got, remedy))
 
 
 def _check_floats(function: str, argument: str, value: Any, remedy: str) -> None:

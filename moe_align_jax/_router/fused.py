@@ -118,6 +118,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             num_ctas=config.num_ctas,
         )
         body, shared, mailbox = code.body, code.shared, code.num_ids
+        tail = code.threads
     else:
         [inner] = kernels.build(
             align,
@@ -128,6 +129,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         everyone = config.num_warpgroups * WARPGROUP // WARP * config.num_ctas
         body, mailbox = _by_form(problem, inner, config.num_ctas, everyone), pairs
         shared = {**inner.shared, **({} if by_mail else {"chosen": pairs})}
+        tail = 0
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -143,6 +145,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
         mailbox=mailbox if by_mail else 0,
+        tail_threads=tail,
         arrays=arrays,
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

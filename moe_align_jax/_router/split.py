@@ -5,9 +5,10 @@ them: the bits of a word, or of two. Atomic additions in shared memory set the b
 The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
-without a bit. While these align, the routing warps compute and write the weights. In one CTA the routing
-warps set the bits themselves. In a cluster they post their ids to every CTA, in messages of 4, and the
-aligning warps of each set the bits of all and write a slice of each output.
+without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
+align. In a cluster they post their ids to every CTA, in messages of 4, and compute the weights while these
+are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output. They
+have a barrier of their own, so that no routing warp waits for them.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
@@ -63,15 +64,21 @@ class Split:
         self.num_ids = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
-        # where that has room, so that one addition does both, or in a word of their own.
+        # where that has room, so that one addition does both, or in a byte or a word of their own.
         self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
         self.counted = self.most_blocks > 1 and not self.packed
         self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
+        size = align.block_size
+        # Four counts to a word, which `_starts` rounds up to blocks at once.
+        self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
+        # Without them every id is one of an expert.
+        self.may_drop = problem.has_token_mask or problem.has_num_valid_tokens
 
     @property
     def _cells(self) -> int:
         """Words of the masks, and of the counts behind them."""
-        return (self.words + self.counted) * self.stride
+        counts = self.stride // 4 if self.bytes else self.stride
+        return self.words * self.stride + self.counted * counts
 
     @property
     def shared(self) -> dict[str, int]:
@@ -90,43 +97,67 @@ class Split:
         t.grid_dependency_wait()
         t.launch_dependents()
         router = routing.Router(t, r, problem, lane)
-        routes = warp < self.routers
         token = t.cta_id() * self.routers + warp
-        is_token = routes & (token < problem.num_tokens)
-        loaded = router.load(t.select(is_token, token, 0))
-        aligns = warp >= self.routers
+        routes = (warp < self.routers) & (token < problem.num_tokens)
+        loaded = router.load(t.select(routes, token, 0))
+        run = self._in_one_cta if self.num_ctas == 1 else self._in_a_cluster
+        run(t, r, router, loaded, token, routes, warp >= self.routers)
+
+    def _in_a_cluster(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        router: routing.Router,
+        loaded: routing.Loaded,
+        token: Int,
+        routes: Int,
+        aligns: Int,
+    ) -> None:
+        t.cluster_ready()
+        with t.if_(routes):
+            found = router.find(loaded)
+            self._post(t, token, found.expert, router.lane)
+            # Otherwise the assembler moves the load of the logit, and what waits for it, ahead of messages.
+            t.warp_sync()
+            routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
-            collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
-        if self.num_ctas > 1:
-            t.cluster_ready()
+            self._clear(t, r)
+            self._fill(t, r)
+            t.tail_sync()
+            pairs = self._experts(t, r, t.mail())
+            for pair, expert in pairs:
+                self._set_bit(t, r, pair // self.problem.top_k, expert)
+            t.tail_sync()
+            self._align(t, r, pairs)
+
+    def _in_one_cta(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        router: routing.Router,
+        loaded: routing.Loaded,
+        token: Int,
+        routes: Int,
+        aligns: Int,
+    ) -> None:
+        with t.if_(aligns):
+            self._clear(t, r)
         t.block_sync()
         with t.if_(aligns):
             self._fill(t, r)
 
         def choose() -> list[Int]:
             found = router.find(loaded)
-            if self.num_ctas > 1:
-                self._post(t, token, found.expert, lane)
-            else:
-                self._keep(t, r, token, found.expert, lane)
+            self._keep(t, r, token, found.expert, router.lane)
             return routing.values_of(found)
 
-        count = routing.num_values(problem)
-        chosen = t.values_if(is_token, choose, [0] * count)
-
-        ids = None if self.num_ctas > 1 else r.chosen
-        if self.num_ctas > 1:
-            with t.if_(aligns):
-                ids = t.mail()
-                for pair, expert in self._experts(t, r, ids):
-                    self._set_bit(t, r, pair // problem.top_k, expert)
+        chosen = t.values_if(routes, choose, [0] * routing.num_values(self.problem))
         t.block_sync()
-        # Weights wait: in a cluster they take longer than the messages, for which pairs need not wait then.
-        with t.if_(is_token):
+        with t.if_(routes):
             found = router.found_of(loaded, chosen)
             routing.store(router, token, router.weigh(found), found.expert)
         with t.if_(aligns):
-            self._align(t, r, ids)
+            self._align(t, r, self._experts(t, r, r.chosen))
 
     # -- the routing warps
 
@@ -158,7 +189,10 @@ class Split:
                 cell = cell + (token >> 5) * self.stride
             bit = t.const(1) << (token & (WARP - 1))
             t.atomic_add(r.masks, cell, bit + (1 << _COUNT_SHIFT) if self.packed else bit)
-            if self.counted:
+            if self.bytes:
+                one = t.const(1) << ((expert & 3) << 3)
+                t.atomic_add(r.masks, (expert >> 2) + self.words * self.stride, one)
+            elif self.counted:
                 t.atomic_add(r.masks, expert + self.words * self.stride, 1)
 
     # -- the aligning warps
@@ -166,6 +200,10 @@ class Split:
     def _mine(self, t: Simt) -> dict[str, Any]:
         """Who I am among the aligning threads, for a fill."""
         return {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
+
+    def _clear(self, t: Simt, r: SimpleNamespace) -> None:
+        """Masks without a bit."""
+        collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
 
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
@@ -180,32 +218,42 @@ class Split:
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
+        pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
+        insides = [pair < align.num_pairs for pair in pairs]
+        words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
         found = []
-        for start in range(0, align.num_pairs, self.threads):
-            pair = first + start
-            inside = pair < align.num_pairs
-            at = t.select(inside, pair, 0)
-            loaded = common.LoadedId(pair, inside, (self._id(t, ids, at),))
+        for pair, inside, word in zip(pairs, insides, words, strict=True):
+            loaded = common.LoadedId(pair, inside, (word,))
             found.append((pair, common.expert_of(t, r, align, loaded, limit)))
         return found
 
-    def _id(self, t: Simt, ids: Any, pair: Int) -> Int:
-        """Of a pair."""
+    def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
+        """Of pairs."""
         top_k = self.problem.top_k
-        if self.row == top_k:
-            return t.load(ids, pair)
-        return t.load(ids, pair // top_k * self.row + pair % top_k)
+        places = pairs
+        if self.row != top_k:
+            places = [pair // top_k * self.row + pair % top_k for pair in pairs]
+        words = [t.load(ids, place) for place in places]
+        if self.may_drop:
+            return words
+        # The same words; but of so few bits the compiler knows that they need no check.
+        bits = (self.problem.num_experts - 1).bit_length()
+        return [word & ((1 << bits) - 1) for word in words]
 
-    def _align(self, t: Simt, r: SimpleNamespace, ids: Any) -> None:
+    def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
+        """`pairs`: `_experts`."""
         align, problem = self.align, self.problem
         tid = t.thread_id() - self.first_thread
         lane, warp = tid & (WARP - 1), tid >> 5
-        pairs = self._experts(t, r, ids)
         first = lane * self.each
-        masks = [
-            [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
-            for at in range(self._first_counted, self._cells, self.stride)
-        ]
+        if self.bytes:
+            at = lane * (self.each // 4) + self._first_counted
+            masks = [[t.load(r.masks, at + k) for k in range(self.each // 4)]]
+        else:
+            masks = [
+                [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
+                for at in range(self._first_counted, self._cells, self.stride)
+            ]
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
             self._rank(t, r, expert, pair // problem.top_k, number)
@@ -233,7 +281,9 @@ class Split:
             if align.return_counts:
                 for j in range(self.each):
                     with t.if_(first + j < align.num_experts):
-                        count = self._count(t, [word[j] for word in masks])
+                        count = self._count(
+                            t, [word[j // 4 if self.bytes else j] for word in masks], j
+                        )
                         t.store(r.tokens_per_expert, first + j, count)
             with t.if_(lane.eq(WARP - 1)):
                 t.store(r.num_tokens_post_padded, 0, total * align.block_size)
@@ -243,8 +293,10 @@ class Split:
         """Where the words begin that say how many tokens an expert has."""
         return self.words * self.stride if self.counted else 0
 
-    def _count(self, t: Simt, words: list[Int]) -> Int:
-        """The tokens of an expert."""
+    def _count(self, t: Simt, words: list[Int], number: int) -> Int:
+        """The tokens of an expert, of a lane's `number`-th."""
+        if self.bytes:
+            return (words[0] >> 8 * (number & 3)) & _BYTE
         if self.counted:
             return words[0]
         if self.packed:
@@ -294,6 +346,14 @@ class Split:
     ) -> tuple[list[Int], Int]:
         """The first block of each of these experts; and, in the last lane, the blocks of all experts.
         `masks`: of a lane's own experts."""
+        if self.bytes:
+            # Rounded up to blocks, four experts at once: no sum of a byte comes to 256.
+            size = self.align.block_size
+            shift = size.bit_length() - 1
+            rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
+            return self._starts_in_lanes(
+                t, [word & (_ONES * (_BYTE >> shift)) for word in rounded], experts, lane
+            )
         of_expert = [[word[j] for word in masks] for j in range(self.each)]
         if self.most_blocks == 1 and self.each <= 8:
             # A bit says that an expert has its one block.
@@ -312,7 +372,9 @@ class Split:
         if self.most_blocks == 1:
             blocks = [self._used(t, words) for words in of_expert]
         else:
-            blocks = [(self._count(t, words) + (size - 1)) // size for words in of_expert]
+            blocks = [
+                (self._count(t, words, j) + (size - 1)) // size for j, words in enumerate(of_expert)
+            ]
         fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
         if not self.in_lanes:
             mine = sum(blocks, t.const(0))
@@ -326,10 +388,16 @@ class Split:
                 t.store4(r.starts, own + lane * self.each + 4 * k, tuple(starts))
             t.warp_sync()
             return [t.load(r.starts, own + expert) for expert in experts], base + mine
+        four_in_one = [(a | (b << 8)) | ((c | (d << 8)) << 16) for a, b, c, d in fours]
+        return self._starts_in_lanes(t, four_in_one, experts, lane)
+
+    def _starts_in_lanes(
+        self, t: Simt, blocks: list[Int], experts: list[Int], lane: Int
+    ) -> tuple[list[Int], Int]:
+        """As `_starts`, from the blocks of a lane's own experts, a byte each."""
         # The bytes of a word times 0x01010101 are their running sums.
         words, before = [], t.const(0)
-        for a, b, c, d in fours:
-            counts = (a | (b << 8)) | ((c | (d << 8)) << 16)
+        for counts in blocks:
             sums = counts * _ONES + before * _ONES
             words.append(sums - counts)
             before = (sums >> 24) & _BYTE

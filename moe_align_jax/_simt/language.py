@@ -204,6 +204,10 @@ class Core(abc.ABC):
         """Orders memory among the threads of the warp, all of which must arrive."""
 
     @abc.abstractmethod
+    def tail_sync(self) -> None:
+        """As `block_sync`, among the last threads of the CTA, as many as `Kernel.tail_threads`."""
+
+    @abc.abstractmethod
     def block_sync(self) -> None:
         """Orders memory among the threads of the CTA, all of which must arrive."""
 
@@ -309,6 +313,7 @@ class Kernel:
         inbox: words that the devices may `put` here, and the body takes.
         staged: name and shape of each buffer that the devices write here and only this launch reads. They lie
             in a window (`window.py`); or they are outputs that the caller does not see.
+        tail_threads: at the end of a CTA, whole warps, that have a barrier of their own (`tail_sync`).
         tails: bytes of an input's last word that are there, of inputs that end within a word. The emulator
             refuses whole loads of such a word.
     """
@@ -327,6 +332,7 @@ class Kernel:
     devices: Devices | None = None
     inbox: int = 0
     staged: Shapes = field(default_factory=dict)
+    tail_threads: int = 0
     tails: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -375,6 +381,11 @@ def check_launch(kernel: Kernel, batch: int = 1) -> None:
     ):
         if not 1 <= value <= limit and not (value == 0 and what.startswith("bytes")):
             raise LaunchError(f"{kernel.name}: {what} must be within 1..{limit}; got {value}.")
+    if kernel.tail_threads % WARP or not 0 <= kernel.tail_threads <= kernel.num_threads:
+        raise LaunchError(
+            f"{kernel.name}: tail_threads must be a multiple of {WARP}, up to the {kernel.num_threads} of "
+            f"a CTA; got {kernel.tail_threads}."
+        )
     if kernel.num_ctas % kernel.cluster:
         raise LaunchError(
             f"{kernel.name}: num_ctas must be a multiple of the cluster; "

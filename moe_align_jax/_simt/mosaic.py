@@ -57,7 +57,7 @@ class MosaicSimt(Simt):
         self._devices, self._context, self._zeroed = kernel.devices, context, zeroed
         self._inbox = kernel.inbox
         self._mailbox, self._mail_barrier = mailbox, mail_barrier
-        self._mailbox_words = kernel.mailbox
+        self._mailbox_words, self._tail = kernel.mailbox, kernel.tail_threads
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -246,6 +246,9 @@ class MosaicSimt(Simt):
 
     def block_sync(self) -> None:
         gpu.barrier()
+
+    def tail_sync(self) -> None:
+        order_asm(f"bar.sync 1, {self._tail};")  # 0 is the barrier of block_sync
 
     def open_mailbox(self) -> None:
         """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
@@ -451,6 +454,25 @@ class WindowedMosaic(Windowed, MosaicSimt):
         ]
 
 
+def _drop_cluster_barrier() -> None:
+    """Takes out the barrier by which Mosaic lets the CTAs of a cluster wait for each other before a body.
+
+    A kernel with a mailbox has one of its own (`open_mailbox`, `cluster_ready`), which stands behind its
+    first loads and does for both. Where a release of jax writes Mosaic's otherwise, both stay.
+    """
+    block = ir.InsertionPoint.current.block
+    while True:
+        for operation in list(block.operations):
+            if operation.operation.name == "llvm.inline_asm":
+                code = ir.StringAttr(operation.operation.attributes["asm_string"]).value
+                if code.startswith("barrier.cluster."):
+                    operation.operation.erase()
+        owner: Any = block.owner
+        if owner.operation.name in ("builtin.module", "gpu.launch"):
+            return
+        block = owner.operation.block
+
+
 def _name_module(kernel: Kernel) -> None:
     """Names the module that is being made, for dumps, after the kernel and its sizes.
 
@@ -510,6 +532,7 @@ def launcher(
                     mail_barrier=refs.pop("mail_barrier", None),
                 )
             if kernel.mailbox:
+                _drop_cluster_barrier()
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import clocks, exchanges, expert_parallel, jit_clocks, masked_quant, router
+from benchmarks import (
+    clocks,
+    exchanges,
+    expert_parallel,
+    jit_clocks,
+    masked_quant,
+    processes,
+    router,
+)
 from benchmarks import rows as rows_of
 from benchmarks.cases import Case
 from moe_align_jax._cli.demo import plain_loop
@@ -100,6 +108,24 @@ def test_rows_name_clock_and_way_and_one_failure_costs_nobody_else():
         assert 0 < row["p20_us"] <= row["us"] <= row["p80_us"]
     late = list(clocks.rows_of([counting()], executions=1, rounds=1, until=0.0))
     assert [row["note"] for row in late] == ["left out: no time"]
+
+
+def test_steps_take_turns_by_the_host_s_clock(monkeypatch):
+    """A round of every step in every way, then the next round: what slows the host slows all of them."""
+    ran, real = [], clocks.CompiledStep.run
+
+    def run(program, way, carry, executions):
+        ran.append((program.step.name, way))
+        return real(program, way, carry, executions)
+
+    monkeypatch.setattr(clocks.CompiledStep, "run", run)
+    rows = list(clocks.rows_of([counting("a"), counting("b")], executions=7, rounds=3, until=1e18))
+    each = [(name, way) for name in "ab" for way in clocks.WAYS]
+    # Both programs' first results and a round of each way that is not timed; then the rounds.
+    assert ran[10:28] == each * 3
+    assert [(r["provider"], r["way"], r["samples"]) for r in rows if r["clock"] == "wall"] == [
+        (*one, 3) for one in each
+    ]
 
 
 @pytest.mark.parametrize("read", [False, True])
@@ -203,6 +229,29 @@ def test_a_trace_that_cannot_be_cut_gives_nothing():
     assert clocks.read_trace(two_steps(), [2, 2], 3) == [None, None]
 
 
+def test_a_step_of_which_the_trace_shows_nothing_costs_only_its_own_span():
+    text = plane(
+        "/device:GPU:0", {"Stream #1(Compute)": [("ours", 10.0, 1.0), ("ours", 60.0, 1.0)]}, 1
+    )
+    steps = [("benchmark step", start, 90.0) for start in (0.0, 5000.0)]
+    profile = jax.profiler.ProfileData.from_text_proto(
+        text + plane("/host:CPU", {"python": steps}, 2)
+    )
+    first, second = clocks.read_trace(profile, [1, 1], 1)
+    assert first.spans_us == [51] and second is None
+
+
+def test_a_host_that_stops_within_a_step_does_not_cut_it():
+    kernels = [("ours", start, 1.0) for start in (10.0, 4000.0, 9000.0)]
+    text = plane("/device:GPU:0", {"Stream #1(Compute)": kernels}, 1)
+    steps = [("benchmark step", 0.0, 4100.0), ("benchmark step", 8990.0, 90.0)]
+    profile = jax.profiler.ProfileData.from_text_proto(
+        text + plane("/host:CPU", {"python": steps}, 2)
+    )
+    [found] = clocks.read_trace(profile, [1], 2)
+    assert found.spans_us == [3991, 1] and found.kernels == [2, 1]
+
+
 def test_tracing_runs_every_program_the_host_waiting():
     seen = []
     step = counting(check=lambda carry: seen.append(int(carry)))
@@ -250,6 +299,40 @@ def test_each_launch_is_a_child_with_its_own_flags(monkeypatch, tmp_path, capsys
     text = capsys.readouterr().out
     assert "| p | default | 1.2 | - | - | - | - | - |" in text and "older" not in text
     assert clocks.run_launches("x", [], options(launches="nowhere")) == 2
+
+
+class FakeProcess:
+    """One that ends with this code, or never."""
+
+    def __init__(self, code):
+        self.code, self.killed = code, False
+
+    def poll(self):
+        return self.code
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize(("codes", "wanted"), [((0, 0), 0), ((None, 3), 3), ((-9, 0), 9)])
+def test_processes_have_a_gpu_each_and_end_together(monkeypatch, codes, wanted):
+    started, running = [], []
+
+    def popen(command, env):
+        started.append((command, env["CUDA_VISIBLE_DEVICES"]))
+        running.append(FakeProcess(codes[len(running)]))
+        return running[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert processes.run("benchmarks.x", ["--cases", "a"], 2) == wanted
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases")
+    processes.add_arguments(parser)
+    given = [parser.parse_args(command[3:]) for command, _ in started]
+    assert [(g.cases, g.process) for g in given] == [("a", 0), ("a", 1)]
+    assert given[0].coordinator == given[1].coordinator != ""
+    assert [gpus for _, gpus in started] == ["4", "6"] and all(p.killed for p in running)
 
 
 def test_markdown_has_a_column_for_each_clock_and_way():

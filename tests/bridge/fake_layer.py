@@ -144,13 +144,26 @@ def _row_scales(problem: Any, address: int, first: int, rows: int, pitch: int) -
     return np.repeat(found, 128, axis=1)[:, : problem.k]
 
 
+def _tiles(direct: DirectMatmul, places: dict[str, int]) -> list[tuple[int, int, int]]:
+    """(Expert, first row, end) of each."""
+    problem, bm = direct.problem, direct.tiles.bm
+    if not direct.tiles.finds:
+        [count] = _array(places["count"], (1,), np.int32)
+        listed = [_array(places[name], (count,), np.int32) for name in ("expert", "start", "end")]
+        return list(zip(*map(np.ndarray.tolist, listed), strict=True))
+    found = []
+    for expert, used in enumerate(_array(places["masked_m"], (problem.num_experts,), np.int32)):
+        first = expert * problem.max_rows
+        end = first + min(max(int(used), 0), problem.max_rows)
+        found += [(expert, row, end) for row in range(first, end, bm)]
+    return found
+
+
 def _multiply_tiles(direct: DirectMatmul, places: dict[str, int]) -> None:
-    """Row by row of the tiles that are listed, of the masked layout."""
+    """Row by row of the tiles that are listed, or that `masked_m` makes, of the masked layout."""
     problem, bm = direct.problem, direct.tiles.bm
     dtype, most = np.dtype(_DTYPES[problem.dtype]), problem.max_rows
-    [count] = _array(places["count"], (1,), np.int32)
-    listed = [_array(places[name], (count,), np.int32) for name in ("expert", "start", "end")]
-    for expert, start, end in zip(*map(np.ndarray.tolist, listed), strict=True):
+    for expert, start, end in _tiles(direct, places):
         rows = min(start + bm, end) - start
         assert start // most == expert == (start + rows - 1) // most
         place = places["x"] + start * problem.k * dtype.itemsize
@@ -205,14 +218,15 @@ def _multiply(direct: DirectMatmul, places: dict[str, int], sizes: dict[str, int
     for row in range(count):
         expert = experts[row // problem.block_size]
         pair = row if ids is None else int(ids[row])
-        limit = sizes.get(NUM_PAIRS, rows) if problem.top_k else None
+        limit = sizes.get(NUM_PAIRS, rows) if problem.counts_pairs else None
         holds = 0 <= expert < problem.num_experts
-        if problem.top_k:
+        if ids is not None and problem.counts_pairs:
             holds = holds and 0 <= pair < limit
         elif ids is not None:
             holds = holds and 0 <= pair < ids[-1]
         if not holds:
-            out[row] = 0
+            left = problem.leaves_padding and ids is not None and not 0 <= pair < limit
+            out[row] = np.nan if left else 0
             continue
         source = x[pair // problem.top_k] if problem.top_k else x[row]
         parts = []

@@ -76,3 +76,44 @@ def test_releases_of_one_cuda_version_share_no_program(machine, monkeypatch):
         assert gpu == f"H200 sm_90 driver 13000 {release}"
         keys.add(disk_cache.key_of(problem, gpu))
     assert len(keys) == 2
+
+
+class Assembler:
+    """The driver's linker, and what it loaded."""
+
+    def __init__(self):
+        self.linked, self.loaded = [], []
+        self.cubin = ctypes.create_string_buffer(b"cubin", 5)
+
+    def __getattr__(self, name):
+        return lambda *arguments: 0
+
+    def cuLinkAddData_v2(self, state, kind, text, size, *rest):
+        self.linked.append(text)
+        return 0
+
+    def cuLinkComplete(self, state, image, size):
+        image._obj.value, size._obj.value = ctypes.addressof(self.cubin), 5
+        return 0
+
+    def cuModuleLoadData(self, module, image):
+        self.loaded.append(image)
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        function._obj.value = 1
+        return 0
+
+
+def test_the_linker_gets_no_kernel_that_moves_registers():
+    """It ignores setmaxnreg, and sums were spilled. Such PTX is loaded as it is, and ends with a zero."""
+    library = Assembler()
+    loading = driver.Driver(library)
+    fields = {"entry": "kernel", "shared_bytes": 0, "parameters": ()}
+    fields |= dict.fromkeys(("grid", "cluster", "block"), (1, 1, 1))
+    plain, moving = ".entry kernel() {}", ".entry kernel() {setmaxnreg.inc.sync.aligned.u32 232;}"
+    images = [loading.assemble(text) for text in (plain, moving)]
+    assert images == [b"cubin", moving.encode() + b"\0"]
+    assert library.linked == [plain.encode() + b"\0"]
+    loading.load_kernels([fields] * 2, images, ())
+    assert library.loaded == images

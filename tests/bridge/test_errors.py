@@ -292,3 +292,29 @@ def test_more_experts_than_int32_holds_are_refused(name, tokens, size):
     text = str(raised.value)
     assert f": num_experts must be at most 2**31 - 1; got {size}. " in text
     assert_format(text)
+
+
+X, UP = torch.zeros(4, 128, dtype=torch.bfloat16), torch.zeros(4, 128, 128, dtype=torch.bfloat16)
+ALIGNED = torch_bridge.align_blocks(IDS, num_experts=4, block_size=4, return_inverse=True)
+PATHS = {
+    "moe_align_block_size": lambda path: torch_bridge.moe_align_block_size(IDS, 4, 4, path=path),
+    "align_blocks": lambda path: torch_bridge.align_blocks(
+        IDS, num_experts=4, block_size=4, path=path
+    ),
+    "explain": lambda path: torch_bridge.explain(IDS, 4, 4, path=path),
+    "grouped_matmul": lambda path: torch_bridge.grouped_matmul(
+        X, UP, ALIGNED, block_size=4, top_k=IDS.shape[1], path=path
+    ),
+    "fused_moe": lambda path: torch_bridge.fused_moe(
+        X, UP, UP, IDS.float(), IDS, gated=False, path=path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_what_is_no_name_is_no_path(name):
+    """An array was compared with "auto" value by value, ahead of the check."""
+    for value in (np.zeros((2, 2)), np.array(["auto", "direct"]), ["auto"], b"auto", None, 1):
+        with pytest.raises(ValueError, match=f"^{name}: path must be one of ") as caught:
+            PATHS[name](value)
+        assert_format(caught.value)

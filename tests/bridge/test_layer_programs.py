@@ -35,6 +35,7 @@ def e4m3(scales, rows="blocks", **sizes):
     return DirectMatmul(MatmulProblem("test", rows, scales=scales, **given | lie | sizes))
 
 
+LISTED = e4m3(Scales("column_major", "blocks", pitch=64), rows="masked")
 GATHER = {"num_tokens": 1024, "top_k": 2}
 PROGRAMS = {
     "plain": blocks(),
@@ -57,6 +58,7 @@ PROGRAMS = {
     "e4m3, packed rows": e4m3(Scales("row_major", "blocks", packed=True), k=640),
     "e4m3, single scales": e4m3(Scales("tensor", "tensor")),
     "e4m3, masked": e4m3(Scales("column_major", "blocks", True, 64), rows="masked"),
+    "e4m3, masked, a list of tiles": LISTED._replace(config=LISTED.tiles._replace(finds=False)),
     "e4m3, masked rows": e4m3(Scales("row_major", "blocks"), rows="masked"),
 }
 

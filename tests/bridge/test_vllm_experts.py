@@ -137,14 +137,16 @@ def experts(monkeypatch):
     assert kind.apply is apply and original is not apply
 
 
-def arguments_of(given, output, activation=MoEActivation.SILU, *, expert_map=None, scale=None):
+def arguments_of(
+    given, output, activation=MoEActivation.SILU, *, expert_map=None, scale=None, weighted=False
+):
     """As vLLM's modular kernel passes them."""
     x, up, down, shares, ids = given
     memory = torch.empty(4)
     experts = -1 if expert_map is None else expert_map.numel()
     return (
         *(output, x, up, down, shares, ids, activation, experts, expert_map, scale, None),
-        *(memory, memory, None, False),
+        *(memory, memory, None, weighted),
     )
 
 
@@ -158,6 +160,16 @@ def test_the_method_writes_the_layers_output(experts, gpu):
         assert_near(output, oracle.layer(*plain(*given), transpose_rhs=True)[0])
         assert_launched(gpu)
     assert not experts.calls
+
+
+def test_the_method_does_not_weight_an_input_that_vllm_has_weighted(experts, gpu):
+    """`apply_router_weight_on_input` tells `apply` that its caller has multiplied hidden_states."""
+    one, given = experts(), tensors()
+    output = lain(torch.empty(given[0].shape, dtype=given[0].dtype))
+    one.apply(*arguments_of(given, output, weighted=True))
+    given[3] = torch.ones_like(given[3])
+    assert_near(output, oracle.layer(*plain(*given), transpose_rhs=True)[0])
+    assert_launched(gpu)
 
 
 def test_the_method_knows_the_clamp_of_the_configuration(experts, gpu):

@@ -7,8 +7,82 @@ import torch_bridge
 from tests import oracle
 from tests.bridge.fake_cuda import assert_results, want_of
 from tests.bridge.helpers import assert_format, ids_of
-from torch_bridge import _ops, _specs
+from torch_bridge import _ops, _specs, vllm
 from torch_bridge._direct import store
+
+ALIGN = {"num_experts": 16, "block_size": 8, "max_tokens": 4}
+LAYER = {"num_experts": 4, "topk": 2, "hidden": 128, "ffn": 128, "max_tokens": 4}
+ROUTER = {"op": "grouped_topk", "num_experts": 8, "topk": 2, "max_tokens": 4}
+WARMUPS = {
+    "warmup": (torch_bridge.warmup, ALIGN),
+    "warmup_fused_moe": (torch_bridge.warmup_fused_moe, LAYER),
+    "warmup_router": (vllm.warmup_router, ROUTER),
+}
+NO_DEVICES = {
+    "": ValueError,
+    "gpu": ValueError,
+    -1: ValueError,
+    2**31: ValueError,
+    10**30: ValueError,
+}
+NO_DEVICES |= {"cuda:x": ValueError, True: TypeError, 1.5: TypeError, ("cuda", 0): TypeError}
+# The first argument of a case is the one that the error names.
+WRONG = {
+    "warmup": {
+        TypeError: [
+            *({"dtypes": v} for v in (None, torch.int32, (), (torch.float32,), ["int32"])),
+            *({"expert_map": v} for v in (1, "yes")),
+            *({"num_valid_pairs": v} for v in (1.0, "yes")),
+            *({flag: 1} for flag in ("ignore_invalid_experts", "pad_sorted_ids", "sglang")),
+            *({flag: None} for flag in ("tokens_per_expert", "return_inverse", "batched")),
+        ],
+        ValueError: [{"max_tokens": 2**30, "topk": 8}],
+    },
+    "warmup_fused_moe": {
+        TypeError: [
+            *({"dtype": v} for v in ("bfloat16", torch.float64, torch.float8_e4m3fn)),
+            *({"id_dtypes": v} for v in (torch.int32, (), [torch.bool])),
+            *({flag: 1} for flag in ("gated", "pair", "bias_gate_up", "bias_down")),
+            *({flag: 1} for flag in ("transpose_rhs", "num_valid_tokens", "weights_on_input")),
+            {"block_size": "16"},
+            *({"preferred_element_type": v} for v in ("float32", 10**5000)),
+        ],
+        ValueError: [{"activation": ["silu"]}, {"num_global_experts": 3}, {"swiglu_limit": -1}],
+    },
+    "warmup_router": {
+        TypeError: [
+            *({"dtype": v} for v in ("float32", [torch.float32], torch.float64)),
+            *({"routed_scaling_factor": v} for v in (None, "2", True)),
+            {"ids_dtype": "int32"},
+        ],
+        ValueError: [
+            {"op": ["grouped_topk"]},
+            {"topk": 9, "op": "topk_softmax"},
+            *({"scoring_func": v} for v in (2, True, "sigmoid")),
+            *({"num_expert_group": v} for v in (3, 0)),
+            {"topk_group": 2},
+            {"num_expert_group": 2, "op": "topk_softmax"},
+            {"scoring_func": 1, "op": "topk_sigmoid"},
+            {"topk": 2, "num_expert_group": 8},
+            {"routed_scaling_factor": float("nan")},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", WARMUPS)
+def test_warmups_refuse_wrong_values_on_every_machine(name):
+    """This one has no GPU: what is wrong with an argument is said before that."""
+    call, given = WARMUPS[name]
+    wrong = [*WRONG[name].items()]
+    wrong += [(kind, [{"device": value}]) for value, kind in NO_DEVICES.items()]
+    for kind, cases in wrong:
+        for changed in cases:
+            with pytest.raises(kind) as caught:
+                call(**given | changed)
+            argument = next(iter(changed))
+            assert str(caught.value).startswith(f"{name}: {argument} must "), caught.value
+            assert_format(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["plain", "sglang", "batched"])

@@ -464,12 +464,12 @@ F8 = ml_dtypes.float8_e4m3fn
 BAD = {
     "an axis that is not there": (
         ValueError,
-        "dispatch: axis_name must name an axis of the enclosing shard_map; got 'nope'",
+        "dispatch: axis_name must name an axis of the enclosing jax.shard_map; got 'nope'",
         lambda: calls(axis_name="nope"),
     ),
     "no shard_map at all": (
         ValueError,
-        "dispatch: axis_name must name an axis of the enclosing shard_map; got 'ep'",
+        "dispatch: axis_name must name an axis of the enclosing jax.shard_map; got 'ep'",
         lambda: maj.dispatch(
             np.zeros((2, 4), np.float32), np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32),
             axis_name="ep", num_experts=2,

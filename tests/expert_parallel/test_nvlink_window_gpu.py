@@ -12,7 +12,7 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax._expert_parallel.transports import windows
-from moe_align_jax._expert_parallel.transports.nvlink import NvLinkWindow
+from moe_align_jax._expert_parallel.transports.nvlink import NvLink
 from tests.expert_parallel.test_nvlink_gpu import Tokens, mesh  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -62,12 +62,13 @@ def test_all_results_are_those_of_nvlink(
     payload,
     initialize,
 ):
-    monkeypatch.setattr(NvLinkWindow, "clears_boxes", True)
+    """With `initialize` also those of four kernels, of which one fills the boxes with zeros."""
     given = Tokens(mesh, tokens, 4, seed=tokens, hidden=7168)
     spec = jax.sharding.PartitionSpec(("dp", "ep"))
     arguments = [given.placed(a) for a in (given.x, given.ids, given.weights)]
     results = []
-    for transport, times in ((WINDOW, 5), ("nvlink", 1)):
+    for transport, times, clears in ((WINDOW, 5, True), ("nvlink", 2, True), ("nvlink", 1, False)):
+        monkeypatch.setattr(NvLink, "clears_boxes", clears)
         body = pair(given, transport, payload, room, initialize)
         step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
         results += [step(*arguments) for _ in range(times)]
@@ -171,9 +172,10 @@ def busy(device, milliseconds):
     return work(jax.device_put(jnp.ones((8192, 8192), jnp.bfloat16), device))
 
 
-def test_a_device_that_comes_late(mesh):  # noqa: F811
+@pytest.mark.parametrize("transport", [WINDOW, "nvlink", "all_to_all"])
+def test_a_device_that_comes_late(mesh, transport):  # noqa: F811
     given = settled(mesh, 64)
-    step = stepped(given, WINDOW, 4, donate=False)
+    step = stepped(given, transport, 4, donate=False)
     arguments = [given.placed(a) for a in (given.x, given.ids, given.weights)]
     want = np.asarray(step(*arguments))
     for late in mesh.devices.flat:

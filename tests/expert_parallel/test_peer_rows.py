@@ -382,7 +382,7 @@ def test_gradients_lower_to_our_kernels(monkeypatch):
     structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
     program = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
     text = program.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-    assert "moe_dispatch_send" in text and "moe_combine_give_back" in text
+    assert "moe_dispatch_send" in text and "moe_combine_return_rows" in text
     assert "all_to_all" not in text and "all_gather" not in text
 
 

@@ -9,7 +9,8 @@ when anything was found. A "-" in the table was not run.
 "jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
 off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
 looked at, by their names, and a first child without the sanitizer leaves the compiled programs on disk.
-"peers" is dispatch and combine by the transports "nvlink" and "nvlink_window", over two GPUs or more.
+"peers" is dispatch and combine by the transports "nvlink", "nvlink_window" and "all_to_all", over two GPUs or
+more; there, too, only our kernels are looked at, as NCCL's take the tools minutes.
 """
 
 import argparse
@@ -94,7 +95,8 @@ def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], 
     # Each buffer its own cudaMalloc, so that one past the end is outside; no CUDA graphs around kernels.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": flags}
-    return environment, ["--target-processes", "all", *quiet]
+    ours = ["--kernel-regex", "kns=_mosaic_gpu_kernel"] if path == "peers" else []
+    return environment, ["--target-processes", "all", *quiet, *ours]
 
 
 def child(path: str, tool: str = "", only: str = "") -> list[str]:

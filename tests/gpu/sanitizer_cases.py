@@ -294,6 +294,7 @@ def matmul_e4m3() -> None:
         "sharing, rows, 192x",
         "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
         "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
+        "masked 200, columns, 16x128x128s6swap-g0-finds",
     )
     every = test_fp8.on_a_gpu()
     for name in wanted:
@@ -301,6 +302,23 @@ def matmul_e4m3() -> None:
         with pytest.MonkeyPatch.context() as patch:
             problem, operands = make(patch)
         test_fp8.check_form(problem, operands, config, interpret=False)
+
+
+def casts() -> None:
+    """Tiles of a row, the last of which overlaps another, and of rows, of which some hold no row in use."""
+    import jax.numpy as jnp
+
+    import moe_align_jax as maj
+    from tests.layout import test_quantization as cases
+
+    for (count, k), layout in (((5, 1152), "row_major"), ((40, 384), "column_major")):
+        x = cases.rows(jnp.bfloat16, 40, max(k, 512))[:count, :k]
+        want, want_scales = cases.oracle_rowwise(x, 1e-4, False, False)
+        q, scales = maj.quantize_rowwise(x, scale_layout=layout)
+        np.testing.assert_array_equal(cases.bytes_of(q), cases.bytes_of(want))
+        scales = np.asarray(scales)
+        found = scales[:, :count].T if layout == "column_major" else scales
+        np.testing.assert_array_equal(found, want_scales)
 
 
 def weight_gradients(interpret: bool = False) -> None:
@@ -314,14 +332,15 @@ def weight_gradients(interpret: bool = False) -> None:
 
     cut = kernel.Tiles(bk=16, pieces=3)
     for tiles, (problem, operands) in (
+        # Few CTAs: the tools' time grows with them.
         (None, cases.ragged([0, 20, 70], 95, 24, 24, out="float32")),
         (None, cases.blocks(70, 2, 2, 128, 320, 64, gathered=None, routing="dropped")),
         (None, cases.blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped")),
         (cut, cases.blocks(140, 2, 2, 128, 256, 64, gathered="rhs", routing="hot")),
     ):
-        found = np.asarray(
-            kernel.run(problem, *operands, tiles=tiles, interpret=interpret), np.float64
-        )
+        tiles = (tiles or kernel.tiles_for(problem))._replace(num_ctas=4)
+        found = kernel.run(problem, *operands, tiles=tiles, interpret=interpret)
+        found = np.asarray(found, np.float64)
         with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
             given = [jnp.asarray(np.asarray(each)) for each in operands]
             want = reference.weight_gradient(problem, *given)
@@ -347,7 +366,7 @@ def expert_layer(implementation: str = "mosaic_gpu") -> None:
         check(*given, implementation, "bfloat16")
 
 
-# -- dispatch and combine over NVLink --------------------------------------------------------------------
+# -- dispatch and combine over several GPUs --------------------------------------------------------------
 
 PEERS = (
     ("normal", None, "nvlink"),
@@ -356,6 +375,7 @@ PEERS = (
     ("low_latency", "fp8", "nvlink"),
     ("low_latency", None, "nvlink_window"),
     ("low_latency", "fp8", "nvlink_window"),
+    ("low_latency", "fp8", "all_to_all"),
 )
 
 
@@ -399,6 +419,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
     yield "matmul, e4m3", matmul_e4m3
+    yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients
     yield "activation gradient", activation_gradient
     yield "expert layer", expert_layer

@@ -1,5 +1,8 @@
 """quantize_rowwise and quantize_blockwise against NumPy, code by code; nothing is off by one."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,6 +10,9 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
+from moe_align_jax._masked_quant import casts, launch
+from moe_align_jax._masked_quant.config import config_for
+from moe_align_jax._masked_quant.quotient import nearest_reciprocal
 
 E4M3 = ml_dtypes.float8_e4m3fn
 F32 = np.float32
@@ -137,6 +143,77 @@ def test_a_cast_of_dispatch_is_within_a_step():
     np.testing.assert_allclose(scales, other_scales, rtol=2**-23)
     off = np.abs(steps(q) - steps(other))
     assert off.max() <= 1 and off.mean() < 0.005
+
+
+# Tiles of groups of a row, the last of which overlaps another, and of rows of a group.
+KERNELS = {
+    "groups": (7, 1152, 3, {}),
+    "groups, packed": (
+        7,
+        1024,
+        5,
+        {"scale_format": "ue8m0_packed", "scale_layout": "column_major"},
+    ),
+    "rows": (9, 256, 4, {"scale_layout": "column_major"}),
+    "rows, divided": (8, 128, 3, {"divide": True}),
+    "rows, powers of two": (20, 128, 2, {"scale_format": "ue8m0"}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_gives_the_same_bits(name):
+    """Of so many rows in use, by a grid of so many CTAs."""
+    count, k, num_ctas, options = KERNELS[name]
+    x = jnp.asarray(rows(ml_dtypes.bfloat16, count, max(k, 512), seed=4)[:, :k])
+    layout = options.get("scale_layout", "row_major")
+    how = {"scale_format": options.get("scale_format", "float32"), "scale_layout": layout}
+    divide = options.get("divide", False)
+    problem = casts._of_kernel(x, how["scale_format"], layout, 1e-4, divide)
+    config = config_for(problem)._replace(num_ctas=num_ctas)
+    assert config.down == name.startswith("rows")
+    used, run = count - 2, functools.partial(launch.run, problem, interpret=True, config=config)
+    q, scales = jax.jit(run)(x[None], jnp.full(1, used, jnp.int32))
+    how |= {"floor": 1e-4, "divide": divide}
+    want, want_scales = casts.rowwise(x, implementation="xla", **how)
+    np.testing.assert_array_equal(bytes_of(q[0, :used]), bytes_of(want[:used]))
+    here = (slice(used),) if layout == "row_major" else (slice(None), slice(used))
+    np.testing.assert_array_equal(scales[0][here], want_scales[here])
+
+
+def test_a_reciprocal_is_the_nearest():
+    rng = np.random.default_rng(0)
+    x = np.exp2(rng.uniform(-100, 100, 20_000)).astype(F32)
+    x[:200] = np.exp2(np.arange(-100, 100)).astype(F32)
+    x[200:400], x[400:600] = np.nextafter(x[:200], F32(0)), np.nextafter(x[:200], F32(np.inf))
+    want = F32(1) / x
+    for off in (-2, -1, 0, 1, 2):
+        near = (want.view(np.int32) + off).view(F32)
+        found = nearest_reciprocal(jnp.asarray(x.view(np.int32)), jnp.asarray(near))
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("shape", [(40, 512), (1, 7168), (333, 256), (2, 3, 2048)], ids=str)
+def test_rows_on_a_gpu_are_numpys_to_the_bit(shape, cast):
+    *_, count, k = shape
+    x = np.stack([rows(ml_dtypes.bfloat16, 40, 7168, seed) for seed in range(9)])
+    x = x.reshape(-1)[: math.prod(shape)].reshape(shape)
+    q, want = oracle_rowwise(x.reshape(-1, k), *named(CASTS[cast]))
+    for layout in ("row_major", "column_major"):
+        found, scales = maj.quantize_rowwise(x, scale_layout=layout, **CASTS[cast])
+        np.testing.assert_array_equal(bytes_of(found), bytes_of(q.reshape(shape)))
+        if layout == "column_major":
+            scales = scales[..., :count].swapaxes(-1, -2)
+        np.testing.assert_array_equal(scales, want.reshape(*shape[:-1], -1))
+    if named(CASTS[cast])[1]:
+        packed = CASTS[cast] | {"scale_format": "ue8m0_packed"}
+        found, words = maj.quantize_rowwise(x, **packed)
+        np.testing.assert_array_equal(bytes_of(found), bytes_of(q.reshape(shape)))
+        exponents = np.asarray(words).swapaxes(-1, -2).copy().view(np.uint8)[..., : k // 128]
+        np.testing.assert_array_equal(
+            exponents, (want.view(np.int32) >> 23).reshape(exponents.shape)
+        )
 
 
 def test_transformations():

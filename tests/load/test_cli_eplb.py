@@ -176,7 +176,11 @@ def test_windowed_algorithm(eplb, tmp_path):
             ("--previous", "loads"),
             "none for expert 1",
         ),
-        (b'{"logical_count": [[1, 2]]}', ("--out", "loads/x.json"), "Not written"),
+        (
+            b'{"logical_count": [[1, 2]]}',
+            ("--out", "loads/x.json"),
+            "while writing: 'loads/x.json'",
+        ),
     ],
 )
 def test_refusals_are_one_line(eplb, tmp_path, contents, options, words):
@@ -186,6 +190,24 @@ def test_refusals_are_one_line(eplb, tmp_path, contents, options, words):
     assert done.exit_code == 1
     assert words in " ".join(done.output.split())
     assert not (tmp_path / "placement.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--report", "--heatmap"])
+def test_what_was_written_before_a_file_that_cannot_be_is_said(eplb, tmp_path, option):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "loads").write_text('{"logical_count": [[1, 2]]}')
+    done = eplb("loads", "--num-gpus", "1", option, "loads/x")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1 and "placement: placement.json Not written: " in said
+    assert said.endswith("while writing: 'loads/x'")
+    assert {path.name for path in tmp_path.iterdir()} == {"loads", "placement.json"}
+
+
+def test_a_heat_map_makes_its_folder_as_a_placement_does(eplb, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "loads").write_text('{"logical_count": [[1, 2]]}')
+    done = eplb("loads", "--num-gpus", "1", "--heatmap", "pictures/load.png")
+    assert done.exit_code == 0 and (tmp_path / "pictures/load.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_unknown_algorithm_and_missing_gpus_are_usage_errors(eplb, tmp_path):

@@ -109,6 +109,25 @@ def test_more_choices_than_experts_are_refused(monkeypatch, capsys, name, top_k)
     )
 
 
+SIZES = {
+    "moe_layer": ["--tokens", "--experts", "--hidden"],
+    "fp8_expert_parallel_layer": ["--tokens", "--hidden"],
+    "expert_rebalancing": ["--passes", "--every", "--layers", "--tokens"],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_an_example_are_at_least_1(monkeypatch, capsys, name):
+    monkeypatch.syspath_prepend(FOLDER)
+    module = importlib.import_module(name)
+    for option in SIZES[name]:
+        monkeypatch.setattr(sys, "argv", [name, option, "0"])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        assert stopped.value.code == 2
+        assert f"{option} must be at least 1; got 0" in capsys.readouterr().err
+
+
 def test_a_run_balances_the_stream_and_compiles_once(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     picture = tmp_path / "load.png"

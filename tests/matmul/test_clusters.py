@@ -214,6 +214,8 @@ def test_rows_gathered_before_the_product():
     found = reference.grouped_matmul(first, *[changed[name] for name in first.inputs])
     want = reference.grouped_matmul(problem, *named.values())
     assert first.inputs["x"][0] == (problem.num_rows, 64)
+    ids = np.asarray(aligned.sorted_token_ids)
+    assert not np.asarray(changed["x"])[(ids < 0) | (ids >= 80)].any()  # of no pair: zeros
     assert np.asarray(found)[:used].tobytes() == np.asarray(want)[:used].tobytes()
 
 

@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch
+from moe_align_jax._grouped_matmul import kernel, launch
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
+from tests.no_gpu import matmul as no_gpu
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -329,12 +331,43 @@ def test_select_names_the_kernel_and_why_not():
         )
 
 
+GATED = Weights(transposed=True, activation="silu", gated=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
-        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-ahead"),
+        ("masked", {"expected_rows": 20}, "32x128x128s6swap-g0-early-finds"),
+        ("masked", {"expected_rows": 20, "num_experts": 40}, "32x128x128s6swap-g0-early"),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 6},
+            "32x64x128s8swap-g0-w1-early-finds-264",
+        ),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 6, "n": 7168},
+            "32x128x128s6swap-g0-early-finds",
+        ),
+        (
+            "masked",
+            {"expected_rows": 1024, "num_experts": 6},
+            "192x128x128s4m-g8-w3-skips-c2-early-finds",
+        ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        (
+            "blocks",
+            {
+                "num_rows": 8,
+                "block_size": 1,
+                "n": 256,
+                "num_tokens": 1,
+                "top_k": 8,
+                "weights": GATED,
+            },
+            "8x256x128s5swap-g0-k4",
+        ),
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
@@ -463,6 +496,16 @@ FORMS = {
         {"gather": False, "layout": PACKED},
         ALONE,
     ),
+    "swap, silu, gathered, a warpgroup alone": (
+        (9, 2, 3, 256, 192, 8),
+        SILU,
+        ALONE._replace(bm=8, bn=128, stages=6),
+    ),
+    "swap, silu, k in 2": (
+        (5, 2, 3, 512, 128, 8),
+        SILU | {"layout": PACKED},
+        WIDE._replace(bm=8, split=2, num_ctas=4),
+    ),
     "tall, alone in its cluster": (
         (20, 1, 2, 128, 192, 192),
         {"gather": False, "layout": COLUMNS},
@@ -490,11 +533,13 @@ def test_forms_in_the_interpreter(name, monkeypatch):
     assert oracle.error(found, want) < BOUND[given.get("preferred_element_type", "bfloat16")]
 
 
-def test_masked_in_the_interpreter(monkeypatch):
-    """Tiles of 16 of 20 rows: the second reaches into the next expert's."""
+@pytest.mark.parametrize("finds", [False, True])
+def test_masked_in_the_interpreter(finds, monkeypatch):
+    """Tiles of 16 of 20 rows: the second reaches into the next expert's. The list of tiles is a launch of its
+    own, or what each CTA finds."""
     x, w, options, want = make_masked(COLUMNS, n=64)
-    given = x, w, COUNTS
-    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, SWAP, *given, **options)
+    given, config = (x, w, COUNTS), SWAP._replace(finds=finds)
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
     for rows, count, expected in zip(out.reshape(4, 20, 64), COUNTS, want, strict=True):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
@@ -504,11 +549,21 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
     second warpgroup has rows in the first of them alone, and passes stages on elsewhere."""
     counts = np.array([150, 20], np.int32)
     x, w, options, want = make_masked(COLUMNS, n=64, k=128, counts=counts, most=256)
-    config = EARLY._replace(skips=True)
+    config = EARLY._replace(skips=True, finds=True)
     given = x, w, counts
     out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
     for rows, count, expected in zip(out.reshape(2, 256, 64), counts, want, strict=True):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
+def test_pieces_in_shared_memory_divide_those_of_a_tile():
+    """A slot is otherwise written for the next tile while the last store may still read it."""
+    for _, problem, config in no_gpu.problems():
+        shape = shape_of(problem, config)
+        columns = shape.columns // (1 if config.form == "m" else config.computing)
+        pieces = columns // shape.piece * (shape.wm // 64)
+        if config.form != "swap":
+            assert pieces % kernel._slots(config, shape) == 0, config
 
 
 def test_the_emulator_by_its_name():
@@ -575,6 +630,13 @@ def on_a_gpu():
         size = (300, 2, 3, 384, 448, 128)
         add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
         add("sharing, one scale", config, *size, gather=False, layout={"single": True})
+    for name, layout in layouts.items():
+        for gated in (False, True):
+            config = (WIDE if gated else SWAP)._replace(bm=8, stages=4, split=4, num_ctas=128)
+            more = (SILU if gated else {}) | {"layout": layout}
+            add(f"k in 4, {name}", config, 5, 8, 7, 1536, 320, 1, **more)
+            config = ALONE._replace(bm=8, bn=128 if gated else 64, stages=6, num_ctas=264)
+            add(f"alone, {name}", config, 90, 2, 7, 384, 320, 8, gather=gated, **more)
     add("one piece", M, 90, 2, 7, 256, 64, 128)
     add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
     for name, layout in layouts.items():
@@ -590,6 +652,8 @@ def on_a_gpu():
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
         shared.append(TALL._replace(**both, sharing=2))
+        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2], shared[3], N, M)
+        of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)

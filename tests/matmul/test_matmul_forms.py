@@ -24,6 +24,7 @@ M = tiles.Config("m", 128, 256, 64, 4, late=True)
 N = tiles.Config("n", 64, 256, 64, 4)
 SWAP = tiles.Config("swap", 16, 128, 128, 5, group=0)
 WIDE = tiles.Config("swap", 16, 256, 64, 6, group=0)
+SILU: dict[str, Any] = {"activation": "silu"}
 TALL = tiles.Config("m", 256, 128, 64, 4)
 MANY_ROWS = tiles.Config("swap", 144, 256, 64, 4)
 
@@ -94,9 +95,75 @@ def check(problem, operands, config, *, interpret: bool) -> None:
     assert np.linalg.norm(found - want) <= 5e-3 * size
 
 
+def check_left(monkeypatch, sizes, config, each: int, *, interpret: bool, **options) -> None:
+    """With `leaves_padding`: rows of pairs are right, and of `each` rows without a pair none is written.
+
+    x has NaN in its rows of no pair, as what lies between a layer's products may; zeros in the interpreter,
+    where rows that nobody wrote are NaN.
+    """
+    problem, operands = blocks(monkeypatch, *sizes, **options)
+    if interpret:
+        operands = (jnp.nan_to_num(operands[0]), *operands[1:])
+    problem = problem._replace(zero_padding=False, leaves_padding=True)
+    config = config._replace(num_ctas=2) if interpret else config
+    run = jax.jit(functools.partial(launch.run, problem, config=config, interpret=interpret))
+    want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)
+    for _ in range(1 if interpret else 2):
+        poison = jnp.full(problem.out_shape, jnp.nan, problem.out_dtype)
+        jax.block_until_ready(poison).delete()  # the allocator gives this memory to the result
+        found = np.asarray(run(*operands), np.float64)
+        ids = np.asarray(operands[-3])
+        held = (ids >= 0) & (ids < sizes[0] * sizes[1]) & in_use(problem, operands)
+        error = np.linalg.norm(found[held] - want[held])
+        assert error <= 5e-3 * np.linalg.norm(want[held])
+        size = problem.num_rows // each * each
+        empty = ~held[:size].reshape(-1, each).any(1)
+        empty &= np.arange(size // each) * each % problem.block_size > 0  # a block's first rows are
+        assert empty.any()
+        left = found[:size].reshape(-1, each, problem.n)[empty]
+        assert not interpret or np.isnan(left).all()  # memory of the interpreter that nobody wrote
+
+
+LEFT = [
+    ("32 rows", (20, 2, 3, 64, 128, 32), SWAP._replace(bm=32), 16, {"gather": False}),
+    ("24 rows, gathered", (9, 2, 3, 64, 128, 24), WIDE._replace(bm=24, stages=5), 8, dict(SILU)),
+]
+LEFT_ON_A_GPU = [
+    *LEFT,
+    ("80 rows", (90, 2, 5, 256, 640, 80), WIDE._replace(bm=80, stages=4), 16, {"gather": False}),
+    (
+        "80 rows, gated",
+        (90, 2, 5, 256, 320, 80),
+        WIDE._replace(bm=80, stages=4),
+        16,
+        {"transpose_rhs": True, **SILU},
+    ),
+    (
+        "16 rows, 128 of k",
+        (90, 2, 40, 256, 320, 16),
+        WIDE._replace(bk=128, stages=3, lag=1),
+        8,
+        {"transpose_rhs": True, **SILU},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LEFT, ids=[case[0] for case in LEFT])
+def test_rows_without_a_pair_are_left_in_the_interpreter(case, monkeypatch):
+    _, sizes, config, each, options = case
+    with jax.default_device(jax.devices("cpu")[0]):
+        check_left(monkeypatch, sizes, config, each, interpret=True, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LEFT_ON_A_GPU, ids=[case[0] for case in LEFT_ON_A_GPU])
+def test_rows_without_a_pair_are_left(case, monkeypatch):
+    _, sizes, config, each, options = case
+    check_left(monkeypatch, sizes, config, each, interpret=False, **options)
+
+
 # -- in the interpreter ----------------------------------------------------------------------------
 
-SILU: dict[str, Any] = {"activation": "silu"}
 FEW = [
     ("m, gathered, gated", lambda m: blocks(m, 9, 2, 2, 64, 64, 128, **SILU), M),
     ("m, late, several tiles", lambda m: blocks(m, 150, 1, 2, 64, 320, 128, gather=False), M),
@@ -120,6 +187,7 @@ FEW = [
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
+    # Two experts of 137 and 163 rows: a warpgroup of their second tiles has none.
 ]
 
 
@@ -179,6 +247,9 @@ def many() -> list[tuple[str, Any, Any]]:
             of_blocks(f"few {flag}", few, SWAP._replace(bm=bm, stages=stages), gather=False, **t)
             wide = WIDE._replace(bm=bm, stages=6 if bm < 32 else 5)
             of_blocks(f"few, gated {flag}", (90, 2, 7, 256, 320, bm), wide, **SILU, **t, **both)
+            if flag and bm <= 24:
+                deep = wide._replace(bk=128, stages=3, lag=1)
+                of_blocks(f"few, gated {flag}", (90, 2, 7, 256, 320, bm), deep, **SILU, **t, **both)
         of_blocks(f"few, pair {flag}", (90, 2, 7, 256, 320, 16), WIDE, pair=True, **SILU, **t)
         for block, config, over in ((64, N, N), (16, SWAP, WIDE)):
             odd = (61, 3, 7, 200, 136, block)

@@ -99,6 +99,11 @@ FEW = [
         lambda: blocks(140, 2, 2, 128, 256, 64, gathered=None, routing="hot"),
         kernel.Tiles(bk=16, pieces=3),
     ),
+    (
+        "three tiles by two, in groups of two, all rounds but the first back",
+        lambda: blocks(9, 2, 2, 384, 320, 64, gathered=None, routing="dropped"),
+        kernel.Tiles(bk=16, group=2, back=True),
+    ),
 ]
 
 
@@ -106,6 +111,34 @@ FEW = [
 def test_in_the_interpreter(make, tiles):
     with jax.default_device(jax.devices("cpu")[0]):
         check(*make(), tiles, interpret=True)
+
+
+@pytest.mark.parametrize("operand", ["lhs", "rhs"])
+def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, monkeypatch):
+    """The same sums of a copy of the tokens' rows; the other operand is NaN in rows without a pair."""
+    problem, operands = blocks(9, 2, 2, 64, 48, 64, gathered=operand, routing="dropped")
+    columns = 48 if operand == "lhs" else 64  # of the other operand
+    monkeypatch.setattr(kernel, "_COLUMNS_TO_GATHER_FIRST", columns + 1)
+    assert not kernel.gathers_first(problem)
+    monkeypatch.setattr(kernel, "_COLUMNS_TO_GATHER_FIRST", columns)
+    assert kernel.gathers_first(problem)
+    copied, given = kernel.gathered(problem, *operands)
+    assert copied.gathered is None and not kernel.gathers_first(copied)
+    assert [(x.shape, str(x.dtype)) for x in given] == [*copied.inputs.values()]
+    want = reference.weight_gradient(problem, *operands)
+    np.testing.assert_array_equal(reference.weight_gradient(copied, *given), want)
+
+
+def test_the_order_of_tiles_follows_from_the_matrix():
+    """In groups where it is wide, and all rounds but the first back where it has at most 66 tiles."""
+
+    def order(k, n):
+        tiles = kernel.tiles_for(ragged([3, 5], 8, k, n)[0])
+        return tiles.group, tiles.back
+
+    sizes = ((64, 256), (128, 4088), (128, 4096), (640, 4096), (768, 2048), (2048, 1536))
+    want = [(0, True), (0, True), (16, True), (16, False), (0, True), (0, False)]
+    assert [order(*size) for size in sizes] == want
 
 
 def many() -> list[tuple[str, Any, Any]]:
@@ -144,6 +177,11 @@ def many() -> list[tuple[str, Any, Any]]:
             more = {"gathered": gathered, "routing": "hot", "out": out}
             make = functools.partial(blocks, 1500, 2, 8, k, n, 128, **more)
             add(f"cut hot {gathered} {k} {n} {out}", make, tiles._replace(lag=1))
+    grouped = kernel.Tiles(group=2, back=True)
+    for gathered in (None, "lhs", "rhs"):
+        wide = functools.partial(blocks, 300, 2, 8, 640, 8192, 128, gathered=gathered)
+        add(f"wide {gathered}", wide, None, grouped._replace(lag=1))
+    add("ragged, grouped", lambda: ragged([130, 500, 3, 64], 700, 640, 1536), grouped)
     add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)
     add("offset", lambda: ragged([30, 0, 70, 5], 120, 128, 256, experts=2, offset=1), None, early)
     add("float16", lambda: ragged([30, 70], 100, 128, 256, dtype="float16", out="float16"), None)

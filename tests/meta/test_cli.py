@@ -49,6 +49,12 @@ def test_demo_says_what_its_routings_are(moe_align):
     assert "real routing" not in readme and "real routing" not in moe_align("--help").output
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_a_seed_that_jax_does_not_take_is_a_usage_error(moe_align, seed):
+    done = moe_align("demo", "--seed", str(seed))
+    assert done.exit_code == 2 and "Invalid value for '--seed'" in done.output
+
+
 def test_demo_fails_when_a_result_is_wrong(moe_align, monkeypatch):
     real = demo.moe_align_block_size
 

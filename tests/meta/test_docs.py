@@ -183,6 +183,17 @@ def test_api_pages_show_every_public_name():
         assert public <= on_pages, f"not on a page in docs/api: {sorted(public - on_pages)}"
 
 
+@pytest.mark.parametrize("face", ["vllm.py", "sglang/__init__.py", "deep_gemm/__init__.py"])
+def test_api_pages_show_the_names_of_other_projects(face):
+    """What such a face defines, or imports `as` itself to hand it on."""
+    tree = ast.parse((ROOT / "torch_bridge" / face).read_text())
+    public = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
+    handed_on = [a for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname]
+    public |= {alias.name for alias in handed_on if alias.name == alias.asname}
+    names = re.findall(r"^::: torch_bridge\.[\w.]*?(\w+)$", PAGES["docs/api/torch_bridge.md"], re.M)
+    assert public and public <= set(names), sorted(public - set(names))
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/kernels.md"])
 def test_files_on_the_map_exist(page):
     """A path in backticks exists from the root, or within one of our folders."""

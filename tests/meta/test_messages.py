@@ -12,6 +12,7 @@ import moe_align_jax as maj
 from moe_align_jax import masked_quant
 from moe_align_jax.adapters import haliax
 from tests.expert_parallel.exchanges import mesh_of, over
+from torch_bridge import vllm
 
 IDS, X = np.array([[1, 0], [1, -1]], np.int32), np.ones((2, 128), np.float32)
 W = np.ones((2, 128, 128), np.float32)
@@ -21,6 +22,7 @@ ROWS, LAYOUT = maj.permute_to_masked(X, IDS, num_experts=2)
 QUANT = np.ones((2, 4, 256), jnp.bfloat16), SIZES
 LOAD = np.array([[5, 1], [2, 2]])
 SPLIT = {"num_replicas": 2, "num_groups": 1, "num_nodes": 1, "num_gpus": 2}
+STATE = maj.init_expert_load("stat", num_layers=1, num_physical_experts=2)
 HUGE = 10**400  # beyond float64
 LONGEST = 10**5000  # more digits than Python writes
 ARRAYS = [np.zeros(0), np.zeros((2, 3)), np.array(["xla", "x"]), jnp.zeros(2), torch.zeros(2)]
@@ -41,10 +43,17 @@ def _layer(**options):
 
 def _dispatch(**options):
     def body(x, ids, weights):
-        given = {"axis_name": "ep", "num_experts": 2} | options
-        return maj.dispatch(x, ids, weights, **given).tokens_per_expert
+        operands = {"x": x, "topk_ids": ids, "topk_weights": weights}
+        given = operands | {"axis_name": "ep", "num_experts": 2} | options
+        return maj.dispatch(**given).tokens_per_expert
 
     return over(mesh_of(1), body)(X, IDS, np.ones((2, 2), np.float32))
+
+
+def _sharded(**options):
+    mesh, weights = mesh_of(1), np.ones((2, 2), np.float32)
+    given = {"mesh": mesh, "expert_axis": "ep", "gated": False} | options
+    return maj.sharded_fused_moe(X, W, W, weights, IDS, **given)
 
 
 # Strings by their names, which an array is not.
@@ -64,6 +73,9 @@ NAMES = {
     "mode": lambda v: maj.init_expert_load(v, num_layers=1, num_physical_experts=2),
     "mode of dispatch": lambda v: _dispatch(mode=v),
     "transport": lambda v: _dispatch(transport=v),
+    "payload": lambda v: _dispatch(payload=v),
+    "method": lambda v: _sharded(method=v),
+    "op": lambda v: vllm.warmup_router(v, num_experts=2, topk=1, max_tokens=1),
 }
 
 
@@ -106,6 +118,8 @@ def test_a_capacity_beyond_every_number_of_pairs_is_all_of_them():
 def test_sizes_of_any_length_are_refused(value):
     refuses(lambda: _align(num_experts=value), "num_experts", ValueError, "at most 2")
     refuses(lambda: _align(block_size=value), "block_size", ValueError, "at most 2")
+    shared = {"num_fused_shared_experts": value}
+    refuses(lambda: _align(**shared), "num_fused_shared_experts", ValueError, "an int|int")
 
 
 OFFSETS = [10**30, np.array([2**32])]
@@ -141,6 +155,12 @@ WRONG = {
         lambda load: maj.rebalance_experts(load, **SPLIT).expert_count
     )(LOAD),
     "physical_count": lambda: maj.balancedness(LOAD > 1, num_gpus=2),
+    "physical_count of records": lambda: maj.balancedness(
+        np.zeros(2, [("tokens", "i4")]), num_gpus=2
+    ),
+    "max_tokens": lambda: maj.init_expert_load(
+        "stat", num_layers=1, num_physical_experts=2, max_tokens="4"
+    ),
     "num_rows": lambda: maj.select_matmul_implementation(
         (2, 128), (2, 128, 128), block_size=2, num_rows="2"
     ),
@@ -158,6 +178,11 @@ WRONG = {
         (2, 128), (2, 128, 128), top_k=2, has_aligned="no"
     ),
     "dtype of a router": lambda: maj.select_router_implementation((2, 4), top_k=2, dtype=4),
+    "dtype of blocks": lambda: maj.moe_block_size(2, top_k=1, num_experts=2, dtype="int8"),
+    "dtype of no blocks": lambda: maj.moe_block_size(2, top_k=1, num_experts=2, dtype=X),
+    "expert_location": lambda: _layer(expert_location=X),
+    "x of objects": lambda: maj.permute_to_masked(np.array([[None], [1]]), IDS, num_experts=2),
+    "x of text": lambda: maj.permute_to_contiguous(np.array([["a"], ["b"]]), IDS, num_experts=2),
     "has_bias": lambda: maj.select_router_implementation((2, 4), top_k=2, has_bias=X),
     "shape": lambda: maj.select_router_implementation((2, True), top_k=1),
     "dtype of a quantisation": lambda: masked_quant.select_quant_implementation(
@@ -165,6 +190,86 @@ WRONG = {
     ),
     "options": lambda: masked_quant.select_quant_implementation((2, 4, 256), floor=1),
 }
+
+
+AXES = ["expert_axis", "data_axes", "tensor_axis", "fsdp_axis"]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_what_is_no_name_is_no_axis(axis):
+    """An array was compared with every axis of the mesh, and an int of 5,000 digits written."""
+    for value in [*ARRAYS, HUGE, LONGEST, b"ep"]:
+        given = (value,) if axis == "data_axes" else value
+        refuses(lambda given=given: _sharded(**{axis: given}), axis, TypeError)
+    refuses(lambda: _sharded(**{axis: "tp"}), axis, ValueError, "; got 'tp'. ")
+
+
+NARROW = {
+    "batched_moe_align_block_size": lambda n: (
+        maj.batched_moe_align_block_size(n, max_tokens_per_batch=4, block_size=2).expert_ids
+    ),
+    "silu_and_mul_masked_quant": lambda n: maj.silu_and_mul_masked_quant(QUANT[0], n)[1],
+    "load_balancing_loss": lambda n: maj.load_balancing_loss(LOGITS, n),
+    "update_router_bias": lambda n: maj.update_router_bias(LOGITS[0], n, rate=0.1),
+    "record_expert_load": lambda n: maj.record_expert_load(STATE, 0, n).pending["0"],
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_integers_of_four_bits_are_integers(name):
+    """NumPy knows no bounds of these."""
+    want = NARROW[name](SIZES)
+    for dtype in ("int4", "uint4"):
+        np.testing.assert_array_equal(NARROW[name](SIZES.astype(jnp.dtype(dtype))), want)
+
+
+def test_a_state_is_one_of_expert_load():
+    for call in (
+        lambda v: maj.record_expert_load(v, 0, SIZES),
+        maj.commit_expert_load,
+        maj.collect_expert_load,
+    ):
+        for value in (None, 1, "stat", [], SIZES, ALIGNED):
+            refuses(lambda value=value, call=call: call(value), "load", TypeError)
+
+
+MASKED = {
+    "topk_ids": lambda m: maj.moe_align_block_size(m(IDS), block_size=2, num_experts=2),
+    "x": lambda m: maj.quantize_rowwise(m(X)),
+    "lhs": lambda m: maj.ragged_dot(m(X), W, SIZES),
+    "logits": lambda m: maj.route_topk(m(LOGITS), top_k=1),
+    "correction_bias": lambda m: maj.route_topk(LOGITS, top_k=1, correction_bias=m(LOGITS[0])),
+    "token_mask": lambda m: maj.route_topk(LOGITS, top_k=1, token_mask=m(SIZES > 0)),
+    "masked_m": lambda m: maj.silu_and_mul_masked_quant(QUANT[0], m(SIZES)),
+    "tokens_per_expert": lambda m: maj.load_balancing_loss(LOGITS, m(SIZES)),
+    "topk_weights": lambda m: maj.fused_moe(X, W, W, m(LOGITS), IDS, gated=False),
+    "num_valid_tokens": lambda m: _layer(num_valid_tokens=m(SIZES[:1])),
+    "x of dispatch": lambda m: _dispatch(x=m(X)),
+    "topk_weights of dispatch": lambda m: _dispatch(topk_weights=m(LOGITS + 1)),
+    "weight": lambda m: maj.rebalance_experts(m(LOAD), **SPLIT),
+    "physical_count": lambda m: maj.balancedness(m(LOAD), num_gpus=2),
+    "physical_to_logical_map": lambda m: maj.expected_physical_count(LOAD, m(LOAD % 2)),
+    "previous": lambda m: maj.rebalance_experts(LOAD, **SPLIT, previous=m(LOAD % 2)),
+    "x of permute_to_masked": lambda m: maj.permute_to_masked(m(X), IDS, num_experts=2),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_arrays_with_a_mask_are_refused(name):
+    """NumPy's functions drop the mask in silence; jax refuses the array in words of its own."""
+    masked = lambda array: np.ma.masked_array(array, np.zeros(array.shape, bool))  # noqa: E731
+    refuses(lambda: MASKED[name](masked), name.split()[0], TypeError, "got masked ")
+
+
+class Nameless:
+    def __repr__(self):
+        raise RuntimeError
+
+
+def test_a_value_that_cannot_be_written_is_named_by_its_type():
+    refuses(lambda: _align(block_size=[LONGEST]), "block_size", TypeError, "got a list. ")
+    refuses(lambda: _align(block_size=Nameless()), "block_size", TypeError, "got a Nameless. ")
+    refuses(lambda: _sharded(mesh=""), "mesh", TypeError, "got ''. ")
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -184,3 +289,26 @@ def test_an_axis_is_of_the_mesh_around_it(name):
     refuses(lambda: LOSSES[name]("ep"), "axis_name", ValueError, f"^{name}: .*; got 'ep'")
     refuses(lambda: LOSSES[name](("ep", "tp")), "axis_name", ValueError)
     refuses(lambda: LOSSES[name](["ep"]), "axis_name", TypeError)
+    refuses(lambda: LOSSES[name](("ep", "ep")), "axis_name", ValueError, "name each axis once; got")
+
+
+def test_dispatch_names_each_axis_once():
+    refuses(lambda: _dispatch(axis_name=("ep", "ep")), "axis_name", ValueError, "axis once; got")
+
+
+@pytest.mark.parametrize("kind", ["masked", "struct", "torch"])
+def test_quantised_rows_of_dispatch_are_arrays(kind):
+    """A mask, and the shape of an array, reached jax; of torch's dtypes none equals jax's."""
+    codes, scales = maj.quantize_rowwise(X)
+    make = {
+        "masked": lambda a: np.ma.masked_array(np.asarray(a), False),
+        "struct": lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        "torch": lambda a: torch.zeros(a.shape),
+    }[kind]
+    for x in ((make(codes), scales), (codes, make(scales))):
+        refuses(lambda x=x: _dispatch(x=x), "x", TypeError)
+
+
+def test_a_handle_is_one_of_dispatch():
+    for handle in (None, (), maj.DispatchHandle(*[None] * 6), jnp.zeros(2)):
+        refuses(lambda handle=handle: maj.combine(X, handle), "handle", TypeError)

@@ -1,5 +1,7 @@
 """ExpertWeights: a checkpoint in each layout gives the layer that its own matrices give."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -217,6 +219,61 @@ def test_errors_say_what_is_missing(name):
     make, text = ERRORS[name]
     with pytest.raises(ValueError, match=rf"^{text}.*; got .*\. .+"):
         make()
+
+
+MATRICES = {
+    f"e.{i}.{name}.weight": np.zeros(shape, np.float32)
+    for i in range(2)
+    for name, shape in {"gate_proj": (N, H), "up_proj": (N, H), "down_proj": (H, N)}.items()
+}
+SCANNED = {"wi_0": (E, 3, H, N), "wi_1": (E, 3, H, N), "wo": (E, 3, N, H)}
+SCANNED = {name: np.zeros(shape, np.float32) for name, shape in SCANNED.items()}
+NO_ARRAYS = [None, 1, "x", [[1.0]], np.zeros((2, 2), int), np.ma.zeros((N, H)), [np.zeros(2), None]]
+NO_FLAGS = [1, "no", [], np.zeros((2, 2)), np.zeros(0)]
+NO_STRINGS = [None, 1, b"e.", ["e."], np.zeros(2)]
+
+
+def test_what_a_loader_does_not_take_is_a_type_error():
+    """It was an AttributeError of Python's, or NumPy's words on arrays as truths."""
+    weights = ExpertWeights.from_hugging_face(MATRICES, "e.")
+    take, read = ExpertWeights.from_hugging_face, ExpertWeights.from_safetensors
+    calls = [
+        *(("laid_out", a, lambda v, a=a: weights.laid_out(**{a: v}), NO_FLAGS)
+          for a in ("transpose_rhs", "interleaved", "pair")),
+        ("from_hugging_face", "interleaved", lambda v: take(MATRICES, interleaved=v), NO_FLAGS),
+        ("from_hugging_face", "prefix", lambda v: take(MATRICES, v), NO_STRINGS),
+        ("from_hugging_face", "tensors", lambda v: take(v), [None, 1, "x", [1], np.zeros((2, 2))]),
+        ("from_hugging_face", "tensors['e.1.up_proj.weight']",
+         lambda v: take(MATRICES | {"e.1.up_proj.weight": v}, "e."), NO_ARRAYS),
+        ("from_hugging_face", "tensors['down_proj']",
+         lambda v: take({"gate_up_proj": np.zeros((E, H, 2 * N)), "down_proj": v}), NO_ARRAYS[1:]),
+        ("from_safetensors", "path", read, [None, 1, [], b"x", np.zeros(2)]),
+        ("from_safetensors", "prefix", lambda v: read("none", v), NO_STRINGS),
+        ("from_safetensors", "interleaved", lambda v: read("none", interleaved=v), NO_FLAGS),
+        ("from_maxtext", "wi_1",
+         lambda v: ExpertWeights.from_maxtext(**SCANNED | {"wi_1": v}, layer=0), NO_ARRAYS),
+        *(("from_maxtext", a,
+           lambda v, a=a: ExpertWeights.from_maxtext(**SCANNED, **{"layer": 0} | {a: v}),
+           [1.5, "x", True, np.zeros(2)]) for a in ("layer", "layer_axis")),
+    ]  # fmt: skip
+    for function, argument, call, values in calls:
+        for value in values:
+            with pytest.raises(TypeError) as raised:
+                call(value)
+            start = f"{function}: {argument} must "
+            assert str(raised.value).startswith(start) and "; got " in str(raised.value)
+
+
+def test_layers_and_matrices_that_are_not_there():
+    """jax's take gave NaN for a layer beyond the last, and NumPy an error of its own."""
+    for layer in (3, 10**30):
+        with pytest.raises(ValueError, match="^from_maxtext: layer must be .*; got "):
+            ExpertWeights.from_maxtext(**jax.tree.map(jnp.asarray, SCANNED), layer=layer)
+    with pytest.raises(ValueError, match="^from_maxtext: layer_axis must be an axis of wi_0"):
+        ExpertWeights.from_maxtext(**SCANNED, layer=0, layer_axis=4)
+    one = MATRICES | {"e.1.down_proj.weight": np.zeros((H, N + 1), np.float32)}
+    with pytest.raises(ValueError, match=r"e\.1\.down_proj\.weight'\] must have the shape of e\.0"):
+        ExpertWeights.from_hugging_face(one, "e.")
 
 
 def test_weights_that_are_no_arrays():

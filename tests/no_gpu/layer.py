@@ -31,9 +31,10 @@ def problems() -> Iterator[tuple[str, Any]]:
         )
 
     gather: dict[str, Any] = {"num_tokens": 1024, "top_k": 8}
-    for block in (8, 64, 128):
-        yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather)
-        yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048)
+    for block in (8, 16, 64, 80, 128):
+        left: dict[str, Any] = {"leaves_padding": True, "expected_rows": block}
+        yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather, **left)
+        yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048, **left)
     yield "a pair with bias", blocks(64, silu | {"pair": True, "bias": True}, **gather)
     swiglu = {"transposed": True, "interleaved": True, "bias": True, "swiglu_alpha": 1.702}
     yield "gpt-oss", blocks(16, silu | swiglu | {"swiglu_limit": 7.0}, k=2880, n=2880, **gather)
@@ -53,6 +54,7 @@ def problems() -> Iterator[tuple[str, Any]]:
 
 def e4m3_problems() -> Iterator[tuple[str, Any]]:
     """As DeepGEMM's contiguous and masked layouts have them: each way to load scales."""
+    from moe_align_jax._grouped_matmul.config import config_for
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 
@@ -72,6 +74,13 @@ def e4m3_problems() -> Iterator[tuple[str, Any]]:
         sizes = {"num_rows": 32 * most, "max_rows": most, "expected_rows": expected}
         problem = MatmulProblem("test", "masked", scales=scales, **sizes, **given)
         yield f"e4m3, masked {most}", DirectMatmul(problem)
+    finds = config_for(problem)._replace(finds=True)
+    yield "e4m3, masked, without a list", DirectMatmul(problem, config=finds)
+    sizes = {"num_rows": 8192, "block_size": 128, "whole_blocks": True, "row_labels": True}
+    problem = MatmulProblem("test", "blocks", scales=columns, **sizes, **given | {"num_experts": 8})
+    shared = config_for(problem)
+    assert shared.shares_weights
+    yield "e4m3, shared by clusters", DirectMatmul(problem, config=shared)
 
 
 def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
@@ -82,10 +91,12 @@ def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
             continue
         for kernel in checker.launch._pallas_kernels_of(problem):
             [(text, launch)] = checker.compiler([kernel])
-            used = ptx.usage(worker._ptxas(text))
+            log = checker.assembled(text)
+            used = ptx.usage(log)
             wrong = [*checker._recording_faults(kernel, launch)]
             if (spilled := used.spill_stores + used.spill_loads) or used.stack:
                 wrong.append(f"{spilled} bytes spilled, {used.stack} bytes of stack")
+            wrong += [line for line in log.splitlines() if "Performance Loss" in line]
             if launch.waits != ("griddepcontrol.wait" in text):
                 wrong.append(f"waits: {launch.waits}")
             maps = len(launch.tensor_maps)

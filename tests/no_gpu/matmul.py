@@ -117,6 +117,29 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    for bm in (8, 24):
+        deep = wide._replace(bm=bm, bk=128, stages=3, lag=1)
+        for more in (
+            {},
+            {"pair": True},
+            {"interleaved": True},
+            {"bias": True, "swiglu_limit": 7.0},
+        ):
+            lie = silu | more | {"transposed": True}
+            yield f"128 of k, {lie}", problem(block=bm, weights=lie, **gather), deep
+        lie = silu | {"transposed": True}
+        yield "128 of k, rows", problem(block=bm, weights=lie, row_weights=True), deep
+    given = problem(block=1, weights=silu | {"transposed": True}, **gather)
+    deep = wide._replace(bm=8, bk=128, stages=3, lag=1)
+    for split, ctas in ((2, 132), (4, 128)):
+        yield f"128 of k in {split}", given, deep._replace(split=split, num_ctas=ctas)
+    left: dict[str, Any] = {"zero_padding": False, "leaves_padding": True}
+    for bm, bk, stages in ((16, 128, 3), (48, 64, 5), (80, 64, 4)):
+        given = problem(block=bm, weights=silu | {"transposed": True}, **gather, **left)
+        lag = min(2, stages - 2)
+        yield f"{bm}, gated, left", given, wide._replace(bm=bm, bk=bk, stages=stages, lag=lag)
+        tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
+        yield f"{bm}, left", problem(block=bm, **left), tiles
     yield from e4m3_problems()
 
 
@@ -158,9 +181,16 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
+    pairs = {"num_rows": 8, "num_tokens": 1, "top_k": 8, "n": 256, "num_experts": 128}
+    yield case("pairs, silu", 1, weights=silu, scales=rows, **pairs)
     tall = Config("m", 192, 128, 128, 4, computing=3, skips=True)
     broad = Config("m", 128, 192, 128, 4, skips=True, sharing=2, ahead=True, shared="w")
     shared = tall._replace(sharing=2, ahead=True)
+    swap = Config("swap", 32, 128, 128, 6, group=0, ahead=True, finds=True)
+    for few in (swap, swap._replace(bn=64, computing=1, stages=8), broad._replace(finds=True)):
+        yield *case("masked, finds", scales=columns._replace(pitch=512), **masked)[:2], few
+    many = masked | {"num_rows": 32 * 512, "num_experts": 32}
+    yield *case("masked, finds 32", scales=columns._replace(pitch=512), **many)[:2], swap
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
@@ -196,6 +226,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
+    yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
@@ -277,7 +308,7 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if problem.rows != "blocks":
+        if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
         return launch.arguments(problem, config, named, where, interpret=False)

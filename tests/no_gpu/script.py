@@ -44,7 +44,7 @@ def direct(
     checker._mode = "direct"
     for what, kernel, faults in one_in_sample(kernels):
         [(text, launch)] = checker.compiler([kernel])
-        used = ptx.usage(worker._ptxas(text))
+        used = ptx.usage(checker.assembled(text))
         found = [*faults(text, launch, used), *checker._recording_faults(kernel, launch)]
         yield f"{used.registers:3} registers, grid {launch.grid[0]:5}  {what}", found
 

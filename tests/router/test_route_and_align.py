@@ -11,6 +11,7 @@ import moe_align_jax as maj
 from moe_align_jax._router import fused, split
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import emulator, mosaic
+from moe_align_jax._simt.emulator import faults
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.align.test_lowering import MOSAIC, lower, operations
@@ -173,6 +174,27 @@ def test_warps_with_two_tasks_give_the_same_bits(sizes, block_size, routing, ali
         got = run(fused.build(problem, align, shape))
         for name, mine, theirs in zip(last.results, got, want, strict=True):
             np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), f"{shape}: {name}")
+
+
+def test_the_aligning_warps_of_a_cluster_need_both_their_barriers(monkeypatch):
+    """Masks are cleared, then bits are set, then counted: the emulator reports either barrier's absence."""
+    problem = RouteProblem(9, 16, 4)
+    align = AlignProblem(36, 16, 2, 52, return_inverse=True)
+    program = fused.build(problem, align, fused.FusedConfig("split", 3, 2))
+    logits = np.random.default_rng(0).standard_normal(9 * 16).astype(np.float32).view(np.int32)
+    emulator.run(program, [logits])
+    sync = emulator.EmulatedSimt.tail_sync
+    for left_out in (0, 1):
+        calls = []
+
+        def some(t, left_out=left_out, calls=calls):
+            calls.append(t)
+            if len(calls) - 1 != left_out:
+                sync(t)
+
+        monkeypatch.setattr(emulator.EmulatedSimt, "tail_sync", some)
+        with pytest.raises(faults.RaceError, match="race on masks"):
+            emulator.run(program, [logits])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.emulator import faults
+from moe_align_jax._simt.language import LaunchError
 from tests.simt.emulated import kernel, launch, program
 
 OUT = {"out": (128,)}
@@ -377,6 +378,33 @@ def test_divergent_barriers(operation, whole, partial):
         launch(lambda t, r: body(t, r, partial), num_ctas=2)
 
 
+def test_the_last_threads_have_a_barrier_of_their_own():
+    def body(t, r, first=64, last=191):
+        i = t.thread_id()
+        t.store(r.s, i, i)
+        with t.if_((i >= first) & t.cta_id().eq(1)):
+            t.tail_sync()
+            t.load(r.s, last - i)
+
+    options = {"shared": {"s": 128}, "num_ctas": 2, "tail_threads": 64}
+    launch(body, **options)
+    for first, words in (
+        (32, "tail_sync is reached by thread 32 of CTA 1; it is for those from 64 on"),
+        (96, "tail_sync is reached by 32 of 64 threads of CTA 1; thread 64 is not among them"),
+    ):
+        with pytest.raises(faults.DivergentBarrier, match=words):
+            launch(lambda t, r, f=first: body(t, r, f), **options)
+    with pytest.raises(faults.RaceError, match="store by thread 63 .*load by thread 64"):
+        launch(lambda t, r: body(t, r, last=127), **options)
+    with pytest.raises(faults.Undefined, match="tail_sync is for kernels with `tail_threads`"):
+        launch(body, **(options | {"tail_threads": 0}))
+    for tail in (48, 160, -32):
+        with pytest.raises(
+            LaunchError, match=rf"tail_threads must be a multiple of 32, .* got {tail}"
+        ):
+            launch(body, **(options | {"tail_threads": tail}))
+
+
 def test_divergent_loop_around_a_barrier():
     def body(t, r, trips, sync):
         for _ in t.for_range(0, trips(t.thread_id())):
@@ -452,7 +480,8 @@ def test_operands_and_own_outputs_need_no_wait():
 
 # -- exactness -------------------------------------------------------------------------------------
 
-THREADS = (0, 1, 31, 32, 33, 127, 128, 129, 160)  # of 2 CTAs of 4 warps
+THREADS = (0, 1, 31, 32, 33, 64, 65, 96, 127, 128, 129, 160, 192, 255)  # of 2 CTAs of 4 warps
+TAIL = 64
 NUM_CELLS = 3
 
 
@@ -462,10 +491,10 @@ def random_script(rng, shared):
     stray = shared or rng.random() < 0.3  # otherwise one CTA alone touches global memory
     script = [("store", dict.fromkeys(firsts, cell)) for cell in range(NUM_CELLS)]
     script.append(("block_sync", [0, 1]))
-    kinds = ["load", "store", "warp_sync", "block_sync"] + ["atomic"] * shared
+    kinds = ["load", "store", "warp_sync", "block_sync", "tail_sync"] + ["atomic"] * shared
     for _ in range(12):
         kind = rng.choice(kinds)
-        if kind == "block_sync":
+        if kind in ("block_sync", "tail_sync"):
             script.append((kind, rng.choice([[0], [1], [0, 1]])))
         elif kind == "warp_sync":
             script.append((kind, [w for w in range(8) if rng.random() < 0.6]))
@@ -482,10 +511,13 @@ def first_race(script, shared):
     clock = {x: {y: int(x == y) for y in THREADS} for x in THREADS}  # what x knows of y's time
     history = []  # thread, its time, kind, cell
     for step, (kind, who) in enumerate(script):
-        if kind in ("warp_sync", "block_sync"):
-            size = 32 if kind == "warp_sync" else 128
+        if kind.endswith("_sync"):
+            size, first = (
+                32 if kind == "warp_sync" else 128,
+                128 - TAIL if kind == "tail_sync" else 0,
+            )
             for group in who:
-                members = [x for x in THREADS if x // size == group]
+                members = [x for x in THREADS if x // size == group and x % 128 >= first]
                 joined = {y: max((clock[x][y] for x in members), default=0) for y in THREADS}
                 for x in members:
                     clock[x] = joined | {x: joined[x] + 1}
@@ -507,12 +539,14 @@ def reported_race(script, shared):
     def body(t, r):
         i = t.cta_id() * 128 + t.thread_id()
         for kind, who in script:
-            group = i >> {"warp_sync": 5, "block_sync": 7}.get(kind, 0)
+            group = i >> {"warp_sync": 5, "block_sync": 7, "tail_sync": 7}.get(kind, 0)
             taking_part, cell = i < 0, t.const(0)
             for k in who:
                 taking_part = taking_part | group.eq(k)
+            if kind == "tail_sync":
+                taking_part = taking_part & (i % 128 >= 128 - TAIL)
             with t.if_(taking_part):
-                if kind in ("warp_sync", "block_sync"):
+                if kind.endswith("_sync"):
                     getattr(t, kind)()
                 else:
                     for thread, c in who.items():
@@ -524,7 +558,7 @@ def reported_race(script, shared):
 
     place = {"shared": {"cells": 3}} if shared else {"outputs": {"cells": (3,)}}
     try:
-        launch(body, num_ctas=2, **place)
+        launch(body, num_ctas=2, tail_threads=TAIL, **place)
     except faults.RaceError:
         return len(done)
     return None

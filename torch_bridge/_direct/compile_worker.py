@@ -606,7 +606,7 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # jax is only a compiler here
     try:
         answer: dict[str, Any] = {"programs": _serve(json.load(sys.stdin))}
-    except Exception as error:  # the parent shows it; a traceback helps nobody there
+    except Exception as error:  # the parent shows it, without a traceback
         answer = {"error": f"{type(error).__name__}: {error}"}
         if isinstance(error, MachineError | ImportError):
             answer["for_every_program"] = True

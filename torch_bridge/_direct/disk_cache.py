@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     Attributes:
         kernels: for each launch, the fields of `compile_worker.KernelLaunch`.
         between: name and shape of the buffers between its kernels.
-        cubins: machine code, one per launch.
+        cubins: what is loaded of each launch: machine code, or PTX where that is better (`Driver.assemble`).
     """
 
     kernels: list[dict[str, Any]]

@@ -227,7 +227,13 @@ class Driver:
         return context
 
     def assemble(self, ptx: str) -> bytes:
-        """PTX to a cubin for the current context's device, by the driver's own assembler."""
+        """A kernel as `load_kernels` loads it: a cubin for the current context's device, or its PTX.
+
+        The driver's own assembler makes the cubin. PTX for which that would be slow code stays as it is (see
+        `is_linked`): the driver assembles it when it is loaded, and keeps the result in its cache on disk.
+        """
+        if not is_linked(ptx):
+            return ptx.encode() + b"\0"
         cuda = self.library
         state, image, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
         self.check(cuda.cuLinkCreate_v2(0, None, None, ctypes.byref(state)), "cuLinkCreate")
@@ -255,7 +261,7 @@ class Driver:
 
         Args:
             kernels: for each, the fields of `compile_worker.KernelLaunch`.
-            cubins: their machine code.
+            cubins: of `assemble`.
             names: of the program's values, in order; a kernel's parameters are among them.
         """
         cuda, specs = self.library, []
@@ -287,6 +293,16 @@ class Driver:
     def synchronize(self) -> None:
         """Waits for all work of the current context."""
         self.check(self.library.cuCtxSynchronize(), "running a kernel")
+
+
+def is_linked(ptx: str) -> bool:
+    """Whether a kernel passes the driver's linker, the only function of the driver that gives a cubin.
+
+    The linker assembles a file as one of several. It ignores setmaxnreg there, "to maintain compatibility
+    across compilation units": warpgroups that multiply then have 168 registers each, not 232. Sums were
+    spilled, each wgmma waited for the one before it, and a product of e4m3 took four times as long.
+    """
+    return "setmaxnreg" not in ptx
 
 
 class Memory:
@@ -388,7 +404,7 @@ class Launches:
     Attributes:
         values: a 64-bit word per value of the program. The driver copies them at each launch.
         write: `write(*given)` puts the first `num_given` of them there; all of them where that is None.
-        kept, kept_is_next: for whoever fills `values`: memory that they may point to, and whether they do.
+        kept, kept_is_next: memory of the thread that `values` may point to, and whether they do.
     """
 
     kept: Any = None

@@ -60,7 +60,7 @@ except ImportError:  # pragma: no cover
 
 
 def open_to_all() -> bool:
-    """Whether a call may go past torch's dispatcher: nobody traces, records or transforms operators."""
+    """Whether a call may go past torch's dispatcher: nothing traces, records or transforms operators."""
     return not (_is_tracing() or _watched() or _jit_traced()) and _transformed() is None
 
 

@@ -158,7 +158,8 @@ def check_plain(function: str, buffers: Mapping[str, torch.Tensor]) -> None:
     for argument, buffer in buffers.items():
         if buffer.is_neg():
             what, rule = "a tensor whose negative bit is set", "hold plain values"
-            raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
+            remedy = "Pass one from torch.empty."
+            raise ValueError(checks.message(function, argument, rule, what, remedy))
 
 
 def check_no_overlap(

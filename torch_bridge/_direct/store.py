@@ -21,7 +21,7 @@ from torch_bridge._direct.machine import Machine
 from torch_bridge._direct.problems import KernelProblem
 from torch_bridge._direct.program import LoadedProgram
 
-with contextlib.suppress(OSError, ValueError):  # said again, and louder, by the first call
+with contextlib.suppress(OSError, ValueError):  # best effort: the first call reports what fails
     disk_cache.code_digest()
     tables.preload()
 

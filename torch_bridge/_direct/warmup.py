@@ -7,8 +7,10 @@ import torch
 
 from moe_align_jax._core import checks
 from moe_align_jax.types import BatchedAlignProblem
-from torch_bridge._direct import problems, store
-from torch_bridge._specs import BatchedSpec
+from torch_bridge import _checks
+from torch_bridge._direct import problems
+from torch_bridge._direct.warmup_device import check_device, loading_on
+from torch_bridge._specs import AlignSpec, BatchedSpec
 
 
 def warmup(
@@ -53,7 +55,8 @@ def warmup(
         The number of programs that are now loaded for these options.
 
     Raises:
-        TypeError, ValueError: a size is not an int >= 1, or batched comes with an option of the others.
+        TypeError, ValueError: a size is not an int >= 1, an option is of another type, torch has no such
+            device, or batched comes with an option of the others.
         NotImplementedError: the direct path cannot run on this device; the message says why.
 
     Example:
@@ -67,20 +70,25 @@ def warmup(
     max_tokens = checks.check_positive_int(function, "max_tokens", max_tokens, remedy)
     topk = checks.check_positive_int(function, "topk", topk, remedy)
     most = max_tokens * topk
-    device = torch.device("cuda" if device is None else device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    with_map = expert_map is not None and expert_map is not False
-    with_limit = num_valid_pairs is not None and num_valid_pairs is not False
-    options = {
-        "topk": topk > 1,
-        "expert_map": with_map,
+    device = check_device(function, device)
+    dtypes = _checks.check_integer_dtypes(function, "dtypes", dtypes)
+    _checks.check_bool(function, "batched", batched)
+    with_map = _is_passed(function, "expert_map", expert_map, (torch.Tensor,))
+    with_limit = _is_passed(function, "num_valid_pairs", num_valid_pairs, (int, torch.Tensor))
+    flags = {
         "ignore_invalid_experts": ignore_invalid_experts,
         "pad_sorted_ids": pad_sorted_ids,
-        "num_valid_pairs": with_limit,
         "tokens_per_expert": tokens_per_expert,
         "return_inverse": return_inverse,
         "sglang": sglang,
+    }
+    for argument, flag in flags.items():
+        _checks.check_bool(function, argument, flag)
+    options = {
+        "topk": topk > 1,
+        "expert_map": with_map,
+        "num_valid_pairs": with_limit,
+        **flags,
     }
     if batched and (given := [name for name, on in options.items() if on]):
         raise ValueError(
@@ -96,11 +104,8 @@ def warmup(
         spec = BatchedSpec(num_experts, max_tokens, block_size)
         spec.check_capacity(function, "max_tokens")
     else:
-        checks.max_num_tokens_padded(most, block_size=block_size, num_experts=num_experts)
-    programs = store.here
-    try:
-        if reason := programs.machine.unavailable(device):
-            raise store.Unavailable(reason)
+        AlignSpec(most, num_experts, block_size).check_capacity(function, "max_tokens")
+    with loading_on(function, device, "the kernels") as programs:
         tuning = programs.machine.tuning(device)
         if batched:
             sizes = (num_experts, max_tokens, block_size)
@@ -123,15 +128,12 @@ def warmup(
                 for id_words in words
             }
         programs.prepare(device.index or 0, sorted(wanted), again=True)
-    except store.Unavailable as reason:
-        what = str(reason).rstrip(".")
-        raise NotImplementedError(
-            checks.message(
-                function,
-                "device",
-                "be one that the kernels can be launched on",
-                device,
-                f"{what[0].upper()}{what[1:]}.",
-            )
-        ) from None
     return len(wanted)
+
+
+def _is_passed(function: str, argument: str, value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether calls pass it, as a bool or a value of it says."""
+    if value is not None and not isinstance(value, (bool, *kinds)):
+        rule, remedy = "be None, a bool or a value of it", "Pass True where calls pass one."
+        checks.refuse(TypeError, function, argument, rule, value, remedy)
+    return value is not None and value is not False

@@ -13,10 +13,9 @@ from moe_align_jax.types import AlignedBlocks
 from torch_bridge import _plan, dlpack
 from torch_bridge._direct.call import bound, narrow
 from torch_bridge._dlpack_path.run import hand_over
-from torch_bridge._moe.calls import ALIGNED, DTYPES, Layer, Matmul
+from torch_bridge._moe.calls import ALIGNED, DTYPES, Call, Matmul
 from torch_bridge._resolved import Plan
 
-type Call = Matmul | Layer
 _MOST_EXPERTS = 2**31 - 1  # an id
 
 

@@ -6,6 +6,7 @@ import torch
 
 from moe_align_jax._grouped_matmul.problem import Weights
 
+# As jax names them.
 DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -60,6 +61,8 @@ class Layer(NamedTuple):
 
     function = "fused_moe"
 
+
+type Call = Matmul | Layer
 
 # The names of a call's tensors, in the order of the operators' schemas.
 ALIGNED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "row_of_pair")

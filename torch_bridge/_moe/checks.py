@@ -45,7 +45,7 @@ def _out_dtype(function: str, x: torch.Tensor, given: Any) -> torch.dtype:
         return x.dtype
     if not isinstance(given, torch.dtype) or given not in DTYPES:
         rule, remedy = "be None, torch.bfloat16, torch.float16 or torch.float32", "Leave it out."
-        checks.refuse(TypeError, function, "preferred_element_type", rule, str(given), remedy)
+        checks.refuse(TypeError, function, "preferred_element_type", rule, given, remedy)
     return given
 
 
@@ -245,10 +245,10 @@ def check_layer(
     preferred_element_type: Any,
     block_size: Any,
     transpose_rhs: Any,
+    function: str = Layer.function,
     **options: Any,
 ) -> tuple[Layer, dict[str, torch.Tensor]]:
-    """A `fused_moe`, and its tensors by name."""
-    function = Layer.function
+    """A `fused_moe`, and its tensors by name; `function`: whom the errors name."""
     x = _rows(function, "x", x)
     pair = isinstance(w_gate_up, (tuple, list))
     weights = make_weights(

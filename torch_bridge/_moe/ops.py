@@ -1,4 +1,4 @@
-"""The layer's torch operators, with fakes, for torch's tracers and whoever watches operators."""
+"""The layer's torch operators, with fakes, for torch's tracers and what else watches operators."""
 
 from collections.abc import Sequence
 from typing import Any

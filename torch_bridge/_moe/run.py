@@ -9,11 +9,10 @@ from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from torch_bridge import _plan, dlpack
 from torch_bridge._direct import fast_path, store
 from torch_bridge._moe import direct
-from torch_bridge._moe.calls import Layer, Matmul
+from torch_bridge._moe.calls import Call, Layer, Matmul
 from torch_bridge._moe.programs import LayerPrograms, layer_programs, matmul_program
 from torch_bridge._resolved import Plan
 
-type Call = Matmul | Layer
 _REMEDY = "Call it once with these shapes and options before the capture (or warmup_fused_moe)."
 
 

@@ -10,9 +10,11 @@ from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul.problem import Activation
 from moe_align_jax._moe_layer import plan
 from moe_align_jax._moe_layer.direct_problem import BUCKETS
-from torch_bridge import moe
+from torch_bridge import _checks, moe
 from torch_bridge._direct import problems, store
+from torch_bridge._direct.warmup_device import check_device, loading_on
 from torch_bridge._moe import run
+from torch_bridge._moe.calls import DTYPES
 from torch_bridge._moe.programs import layer_programs
 
 
@@ -64,7 +66,8 @@ def warmup_fused_moe(
         The number of programs that are now loaded for these options.
 
     Raises:
-        TypeError, ValueError: a size is not an int >= 1, or an option is out of range.
+        TypeError, ValueError: a size is not an int >= 1, an option is out of range, or torch has no such
+            device.
         NotImplementedError: the direct path cannot run this, or not here; the message says why.
 
     Example:
@@ -75,16 +78,32 @@ def warmup_fused_moe(
     function = "warmup_fused_moe"
     remedy = "Pass the sizes of the layer."
     sizes = {"topk": topk, "hidden": hidden, "ffn": ffn, "max_tokens": max_tokens}
-    for name, size in sizes.items():
-        checks.check_positive_int(function, name, size, remedy)
-    checks.check_num_experts(function, num_experts)
+    topk, hidden, ffn, max_tokens = (
+        checks.check_positive_int(function, name, size, remedy) for name, size in sizes.items()
+    )
+    num_experts = checks.check_num_experts(function, num_experts)
     slots = num_experts
     if num_global_experts is not None:
-        slots = checks.check_num_experts(function, num_global_experts)
-    place = torch.device("cuda" if device is None else device)
-    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
-        place = torch.device("cuda", torch.cuda.current_device())
-    programs, wanted = store.here, set()
+        remedy = "Pass the length of expert_map, or None."
+        slots = checks.check_int(
+            function, "num_global_experts", num_global_experts, num_experts, remedy
+        )
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        rule, remedy = "be torch.bfloat16, torch.float16 or torch.float32", "It is that of x."
+        checks.refuse(TypeError, function, "dtype", rule, dtype, remedy)
+    id_dtypes = _checks.check_integer_dtypes(function, "id_dtypes", id_dtypes)
+    flags = {
+        "gated": gated,
+        "pair": pair,
+        "bias_gate_up": bias_gate_up,
+        "bias_down": bias_down,
+        "transpose_rhs": transpose_rhs,
+        "num_valid_tokens": num_valid_tokens,
+    }
+    for argument, flag in flags.items():
+        _checks.check_bool(function, argument, flag)
+    place = check_device(function, device)
+    wanted: set[Any] = set()
     width = ffn * (2 if gated and activation is not None and not pair else 1)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -112,29 +131,28 @@ def warmup_fused_moe(
     }
     if num_global_experts is not None:
         options["expert_map"] = empty(slots, kind=torch.int32)
-    try:
-        if reason := programs.machine.unavailable(place):
-            raise store.Unavailable(reason)
+
+    def checked(tokens: int, id_dtype: torch.dtype) -> Any:
+        return moe.checked_layer(
+            *(empty(tokens, hidden), (up, up) if pair else up, weights_of(hidden, ffn)),
+            empty(tokens, topk, kind=torch.float32),
+            empty(tokens, topk, kind=id_dtype),
+            function=function,
+            **options,
+        )
+
+    checked(1, id_dtypes[0])  # the options that are left, whatever the machine
+    with loading_on(function, place, "the layer") as programs:
         index = place.index or 0
         tuning, kind = programs.machine.tuning(place), run.gpu_kind(index)
         for tokens in _tokens(max_tokens, topk, slots, block_size, tuning):
             for id_dtype in id_dtypes:
-                call, operands = moe.checked_layer(
-                    *(empty(tokens, hidden), (up, up) if pair else up, weights_of(hidden, ffn)),
-                    empty(tokens, topk, kind=torch.float32),
-                    empty(tokens, topk, kind=id_dtype),
-                    **options,
-                )
+                call, operands = checked(tokens, id_dtype)
                 one = layer_programs(call, operands, kind, tuning)
                 if one.refusal:
                     raise store.Unavailable(one.refusal)
                 wanted.update(one.each)
         programs.prepare(index, sorted(wanted, key=repr), again=True)
-    except store.Unavailable as reason:
-        what = str(reason).rstrip(".")
-        rule = "be one that the layer can be launched on"
-        remedy = f"{what[0].upper()}{what[1:]}."
-        raise NotImplementedError(checks.message(function, "device", rule, place, remedy)) from None
     return len(wanted)
 
 

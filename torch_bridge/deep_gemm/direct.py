@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_align_jax._core.int32 import INT32_MAX
-from moe_align_jax._grouped_matmul.config import UNIT, config_for, unshared
+from moe_align_jax._grouped_matmul.config import UNIT, config_for
 from moe_align_jax._grouped_matmul.direct_problem import (
     NUM_PAIRS,
     NUM_ROWS,
@@ -60,7 +60,7 @@ def program_problem(problem: MatmulProblem, gpu_kind: str) -> DirectMatmul:
 
     What a caller expects of a mean group only chooses tiles, of which there are few.
     """
-    tiles = unshared(config_for(problem, gpu_kind))  # as they are launched
+    tiles = config_for(problem, gpu_kind)
     general = problem._replace(function="grouped_matmul", expected_rows=0)
     if problem.rows == "blocks":
         block = problem.block_size

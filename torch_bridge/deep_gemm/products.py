@@ -278,7 +278,8 @@ def _check_options(
     if not recipes:
         return
     for argument, value in zip(("recipe", "recipe_a", "recipe_b"), recipes, strict=True):
-        if value is not None and not isinstance(value, (tuple, list)):
+        ints = isinstance(value, (tuple, list)) and all(type(size) is int for size in value)
+        if value is not None and not ints:
             rule, remedy = "be None or a tuple of ints", "Leave it out."
             checks.refuse(TypeError, function, argument, rule, value, remedy)
     recipe, of_a, of_b = (None if r is None else tuple(r) for r in recipes)

@@ -398,5 +398,5 @@ def choose(function: str, mode: str, backend: str, deepep_mode: str) -> type[Gat
         return LowLatency
     rule, remedy = 'be "normal" or "low_latency"', "The hook that counts must be known beforehand."
     raise NotImplementedError(
-        checks.message(function, "deepep_mode", rule, repr(deepep_mode), remedy)
+        checks.message(function, "deepep_mode", rule, checks.shown(deepep_mode), remedy)
     )

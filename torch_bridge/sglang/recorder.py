@@ -93,7 +93,7 @@ class ExpertDistributionRecorder:
             return ExpertDistributionRecorder()
         function = "ExpertDistributionRecorder.init_new"
         if not (mode is None or checks.is_one_of(mode, MODES)):
-            _fail(function, "mode", f"be one of {', '.join(MODES)} or None", repr(mode))
+            _fail(function, "mode", f"be one of {', '.join(MODES)} or None", checks.shown(mode))
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
         try:
             buffer_size = checks.index(buffer_size)
@@ -432,7 +432,7 @@ class _Recorder(ExpertDistributionRecorder):
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
         if not checks.is_one_of(output_mode, ("file", "object")):
-            _fail("dump_record", "output_mode", 'be "file" or "object"', repr(output_mode))
+            _fail("dump_record", "output_mode", 'be "file" or "object"', checks.shown(output_mode))
         with self._lock:
             self._own("dump_record")
             self._need_no_layer()

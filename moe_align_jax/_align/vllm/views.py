@@ -48,7 +48,7 @@ class PartOfGrid:
         t: the machine.
         num_ctas: CTAs of the part, a multiple of the cluster.
         number: which part my CTA belongs to, 0 where there is one.
-        waited: whether whoever runs the body has waited for the kernels before.
+        waited: whether the kernel that runs the body has waited for the kernels before it.
     """
 
     def __init__(self, t: Simt, num_ctas: int, number: Int | int = 0, *, waited: bool):

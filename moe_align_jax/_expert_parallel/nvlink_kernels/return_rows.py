@@ -38,4 +38,4 @@ def build(problem: ReturnRows) -> Kernel:
         copying.for_tokens(t, problem.num_tokens, one)
         collectives.device_sync(t)
 
-    return copying.kernel("moe_combine_give_back", problem, body)
+    return copying.kernel("moe_combine_return_rows", problem, body)

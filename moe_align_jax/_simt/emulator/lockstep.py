@@ -45,7 +45,8 @@ class EmulatedSimt(AmongDevices, InCluster):
             self.num_threads if self.num_ctas > 1 else 1
         )
         rank, arrived = (peers.rank, peers.arrived) if peers else (0, None)
-        self._clock = Clock(self.num_ctas, self.num_threads, rank, arrived)
+        self._clock = Clock(self.num_ctas, self.num_threads, rank, arrived, kernel.tail_threads)
+        self._tail = kernel.tail_threads
         self._waited = np.zeros(self._total, bool)
         self._join(peers)
         self._open_mailboxes(kernel)
@@ -413,6 +414,29 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     def warp_sync(self) -> None:
         self._clock.warp_barrier(self._whole(WARP, "warp_sync"))
+
+    def tail_sync(self) -> None:
+        if not self._tail:
+            raise Undefined(f"{self.name}: tail_sync is for kernels with `tail_threads`.")
+        first, lanes = self.num_threads - self._tail, self.scope.lanes
+        arrived = np.zeros(self._total, bool)
+        arrived[slice(None) if lanes is None else lanes] = True
+        rows = arrived.reshape(self.num_ctas, self.num_threads)
+        if rows[:, :first].any():
+            cta, thread = np.argwhere(rows[:, :first])[0]
+            raise DivergentBarrier(
+                f"{self.name}: tail_sync is reached by thread {thread} of CTA {cta}; it is for those "
+                f"from {first} on."
+            )
+        count = rows[:, first:].sum(axis=1)
+        if (partial := (count > 0) & (count < self._tail)).any():
+            cta = int(partial.argmax())
+            missing = first + int(rows[cta, first:].argmin())
+            raise DivergentBarrier(
+                f"{self.name}: tail_sync is reached by {count[cta]} of {self._tail} threads of CTA "
+                f"{cta}; thread {missing} is not among them."
+            )
+        self._clock.tail_barrier(count.nonzero()[0])
 
     def block_sync(self) -> None:
         self._clock.block_barrier(self._whole(self.num_threads, "block_sync"))

@@ -9,7 +9,7 @@ from moe_align_jax._simt.emulator.faults import (
     UninitialisedRead,
     UnwrittenOutput,
 )
-from moe_align_jax._simt.emulator.races import ONE_THREAD, Threads, Touches, thread_of
+from moe_align_jax._simt.emulator.races import ONE_THREAD, SPAN, Threads, Touches, thread_of
 
 
 class Buffer:
@@ -130,7 +130,7 @@ class Buffer:
     def _race(
         self, action: str, cells: np.ndarray, threads: Threads, other: str, lane: int, mark: int
     ) -> str:
-        others = "" if mark & 3 == ONE_THREAD else ", with other threads,"
+        others = "" if mark & SPAN == ONE_THREAD else ", with other threads,"
         return (
             f"{self.kernel}: race on {self.cell(int(cells[lane]))}: {other} by "
             f"{self.thread(mark)}{others} and {action} by {self.thread(int(threads.marks[lane]))}, "
