@@ -88,7 +88,7 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
     text = " ".join(PAGE.split())
     for way, launch, said in (
         ("not waiting", "default", "Without waiting it takes {:.1f} and {:.1f} times the two bare exchanges"),
-        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times: our aim"),
+        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times. With"),
         ("donated", "default", "With donation it takes {:.1f} and {:.1f} times."),
     ):  # fmt: skip
         ours, *bare = (found[CASES[0], name, launch, "wall", way] for name in names)

@@ -98,9 +98,12 @@ def check(problem, operands, config, *, interpret: bool) -> None:
 def check_left(monkeypatch, sizes, config, each: int, *, interpret: bool, **options) -> None:
     """With `leaves_padding`: rows of pairs are right, and of `each` rows without a pair none is written.
 
-    x has NaN in its rows of no pair, as what lies between a layer's products may.
+    x has NaN in its rows of no pair, as what lies between a layer's products may; zeros in the interpreter,
+    where rows that nobody wrote are NaN.
     """
     problem, operands = blocks(monkeypatch, *sizes, **options)
+    if interpret:
+        operands = (jnp.nan_to_num(operands[0]), *operands[1:])
     problem = problem._replace(zero_padding=False, leaves_padding=True)
     config = config._replace(num_ctas=2) if interpret else config
     run = jax.jit(functools.partial(launch.run, problem, config=config, interpret=interpret))
