@@ -142,7 +142,7 @@ def _known() -> dict[str, dict[str, Any]]:
         name = torch.cuda.get_device_name().replace(" ", "_")
         return "NVIDIA_H200" if "H200" in name.split("_") else name
 
-    unset = dict.fromkeys(("VLLM_TUNED_CONFIG_FOLDER", "VLLM_TRITON_USE_TD"))
+    unset: dict[str, Any] = {"VLLM_TUNED_CONFIG_FOLDER": None, "VLLM_TRITON_USE_TD": None}
     unset["VLLM_BATCH_INVARIANT"] = False
     return {
         "vllm": {"__version__": RELEASE},
