@@ -162,8 +162,7 @@ WHOLE_KEYS = ", whole keys"  # behind one of the names: without the short keys o
 def fits(name: str, size: Size) -> bool:
     """Whether a shape has a routing warp for each token, and few without one."""
     config = shape_of(name)
-    aligning = config.num_aligning if config.form == "split" else 0
-    routers = 4 * (config.num_warpgroups - aligning) * config.num_ctas
+    routers = 4 * (config.num_warpgroups - (config.form == "split")) * config.num_ctas
     return size.tokens <= routers < max(2 * size.tokens, 5)
 
 
@@ -172,7 +171,7 @@ def failure(error: Exception) -> str:
 
 
 def shape_of(name: str) -> Any:
-    """A `FusedConfig` of "form:warpgroups:CTAs[:those that align]", such as "split:3:8" or "split:4:8:2"."""
+    """A `FusedConfig` of "form:warpgroups:CTAs", such as "split:3:8"."""
     from moe_align_jax._router import fused
 
     form, *numbers = name.split(":")
@@ -403,8 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes",
         default="",
-        help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. split:3:8,block:2:8; behind "
-        "split's, of how many warpgroups the task is to align, e.g. split:4:8:2",
+        help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. split:3:8,block:2:8",
     )
     parser.add_argument("--whole-keys", action="store_true", help="ours without short keys, too")
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")

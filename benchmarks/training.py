@@ -233,11 +233,7 @@ def variants(size: Product) -> list[Any]:
         more = [Tiles(back=True), *(Tiles(group=g) for g in (8, 16))]
         return [None, Tiles(late=False), Tiles(lag=1), *more]
     late = Config("m", 128, 256, 64, 4, late=True)
-    skips = late._replace(skips=True)
-    found: list[Any] = [None, late._replace(late=False, group=8), skips]
-    found += [tiles._replace(group=g) for tiles in (late, skips) for g in (8, 16)]
-    shared = [tiles._replace(sharing=2) for tiles in (late, skips)]
-    return [*found, *shared, *(t._replace(shared="w", group=g) for t in shared for g in (2, 4))]
+    return [None, late._replace(late=False, group=8), *(late._replace(group=g) for g in (4, 8, 16))]
 
 
 def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
@@ -513,6 +509,7 @@ def run_layer(size: Layer, options: argparse.Namespace) -> Iterator[dict[str, An
         (name, call_of(make, passes), passes)
         for name, make in layer_providers(size)
         for passes in ("forward", "forward and backward", _OF_A_LOSS)
+        if re.search(options.passes, passes)
         if (options.peers or name.startswith("ours")) and re.search(options.only, name)
         if passes != _OF_A_LOSS or name == "ours, default"
     ]
@@ -610,6 +607,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", action="store_true", help="also other tiles of our kernels")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours alone")
     parser.add_argument("--only", default="", help="regular expression of the providers' names")
+    parser.add_argument("--passes", default="", help="regular expression of a layer's passes")
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that compile")

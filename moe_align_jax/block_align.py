@@ -301,7 +301,7 @@ def batched_moe_align_block_size(
     problem = BatchedAlignProblem(counts.shape[0], max_tokens_per_batch, block_size)
     checks.check_fits_int32(function, "max_tokens_per_batch", problem.capacity, "a padded length P")
     if isinstance(counts, np.ndarray):
-        counts = np.clip(counts, 0, min(max_tokens_per_batch, np.iinfo(counts.dtype).max))
+        counts = np.clip(counts, 0, min(max_tokens_per_batch, int(jnp.iinfo(counts.dtype).max)))
         counts = counts.astype(np.int32)
     return _batched_align(counts, problem=problem, implementation=implementation)
 

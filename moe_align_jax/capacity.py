@@ -157,7 +157,7 @@ def drop_over_capacity(
         raise ValueError(checks.message(function, "drop", rule, checks.shown(drop), remedy))
     if (capacity is None) == (capacity_factor is None):
         rule = "be given, or capacity_factor, and not both"
-        got = f"{capacity} and capacity_factor={capacity_factor}"
+        got = f"{checks.describe(capacity)} and {checks.describe(capacity_factor)}"
         raise ValueError(checks.message(function, "capacity", rule, got, "Pass one of them."))
     if capacity_factor is not None:
         capacity = _capacity(function, topk_ids.size, num_experts, capacity_factor)

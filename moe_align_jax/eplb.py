@@ -339,7 +339,7 @@ def _real(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
     """
     array = maps.as_array(function, argument, value, remedy)
     if array.dtype.kind not in "iuf":
-        if array.dtype.kind == "V" or array.dtype.name == "bfloat16":  # ml_dtypes' floats
+        if array.dtype.kind == "V" and array.dtype.names is None:  # ml_dtypes' floats
             try:
                 return array.astype(np.float32)
             except (TypeError, ValueError):

@@ -169,8 +169,8 @@ def init_expert_load(
     }
     if num_logical_experts is not None:
         sizes["num_logical_experts"] = num_logical_experts
-    if mode == "per_token":
-        sizes |= {"max_tokens": max_tokens, "top_k": top_k}
+    per_token = {"max_tokens": max_tokens, "top_k": top_k}
+    sizes |= {n: size for n, size in per_token.items() if mode == "per_token" or size is not None}
     checked = {
         name: checks.check_positive_int(function, name, value, "Pass a size.")
         for name, value in sizes.items()
@@ -193,7 +193,7 @@ def init_expert_load(
         rule, got = "be None or a jax.sharding.Sharding", checks.describe(sharding)
         remedy = "Pass jax.NamedSharding(mesh, jax.P(axis))."
         raise TypeError(checks.message(function, "sharding", rule, got, remedy))
-    tokens, k = checked.get("max_tokens", 0), checked.get("top_k", 0)
+    tokens, k = (checked[name] if mode == "per_token" else 0 for name in per_token)
     layout = Layout(
         mode=mode,
         num_layers=checked["num_layers"],
@@ -227,6 +227,13 @@ def _of_rank(sharding: jax.sharding.Sharding | None, rank: int) -> jax.sharding.
         return sharding
     spec = (*sharding.spec, *[None] * rank)[:rank]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+
+
+def _check_state(function: str, load: Any) -> None:
+    if not isinstance(load, ExpertLoad):
+        rule, got = "be an ExpertLoad", checks.describe(load)
+        remedy = "Pass what init_expert_load, or the last of these calls, returned."
+        raise TypeError(checks.message(function, "load", rule, got, remedy))
 
 
 def record_expert_load(
@@ -277,6 +284,7 @@ def record_expert_load(
     """
     function = "record_expert_load"
     fork.check(function)
+    _check_state(function, load)
     layout = load.layout
     if layout is None:
         return load
@@ -327,10 +335,11 @@ def commit_expert_load(
         >>> collect_expert_load(commit_expert_load(load, forward_pass_id=7)).forward_pass_id.tolist()
         [7]
     """
-    if load.layout is None:
-        return load
     function = "commit_expert_load"
     fork.check(function)
+    _check_state(function, load)
+    if load.layout is None:
+        return load
     pending = [load.pending.get(str(layer)) for layer in range(load.layout.num_layers)]
     load = dataclasses.replace(load, pending={})
     return _commit(function, load, pending, physical_to_logical_map, forward_pass_id)
@@ -362,6 +371,7 @@ def collect_expert_load(load: ExpertLoad, *, all_processes: bool = False) -> Loa
         ([[[5, 6, 7]]], [[[12, 6]]])
     """
     fork.check("collect_expert_load")
+    _check_state("collect_expert_load", load)
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
         raise ValueError(checks.message("collect_expert_load", "load", rule, None, remedy))

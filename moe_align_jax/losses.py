@@ -213,7 +213,7 @@ def _check_rate(function: str, rate: Any) -> Any:
     if not real:
         got = checks.describe(rate)
         raise TypeError(checks.message(function, "rate", "be a real number", got, remedy))
-    if array and rate.shape != ():
+    if array and np.shape(rate) != ():
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
     try:
@@ -248,7 +248,7 @@ def _check_counts(function: str, value: Any, experts: int, *, floats: bool = Fal
         rule, remedy = f"have shape [{experts}]", "Pass one count for each expert of the router."
         raise ValueError(checks.message(function, argument, rule, checks.describe(value), remedy))
     kind = np.dtype(value.dtype) if jnp.issubdtype(value.dtype, jnp.integer) else None
-    if kind is None or np.iinfo(kind).max <= INT32_MAX:
+    if kind is None or jnp.iinfo(kind).max <= INT32_MAX:
         return jnp.asarray(value)
     # Before jax narrows or wraps it.
     most = kind.type(INT32_MAX)

@@ -203,7 +203,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 def _narrow(masked_m: Any, rows: int) -> jax.Array:
     """`masked_m` as int32 in [0, rows], clamped before it is narrowed."""
     if isinstance(masked_m, np.ndarray):
-        rows = min(rows, np.iinfo(masked_m.dtype).max)
+        rows = min(rows, int(jnp.iinfo(masked_m.dtype).max))
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))
     if masked_m.dtype == jnp.int32:
         return masked_m  # the kernel clamps: no additional operation here

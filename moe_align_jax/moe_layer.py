@@ -186,6 +186,9 @@ def fused_moe(
         if aligned is not None and value is not None:
             remedy = "It is an argument of the alignment: pass it where aligned is made."
             checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
+    if expert_location is not None and not isinstance(expert_location, ExpertLocation):
+        rule, remedy = "be an ExpertLocation", "Make one."
+        checks.refuse(TypeError, function, "expert_location", rule, expert_location, remedy)
     slots = _num_slots(function, experts, expert_map)
     top_k = topk_ids.shape[1]
     pairs = tokens * top_k
@@ -375,7 +378,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 48, 80, 128]
+        [8, 16, 80, 128]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 8192)]
         [8, 48, 144, 192]
     """
@@ -383,7 +386,8 @@ def moe_block_size(
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)
     num_experts = checks.check_num_experts(function, num_experts)
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
-    return plan.block_size_for(num_tokens * top_k, num_experts, jnp.dtype(dtype) != E4M3)
+    found = select.check_dtype(function, dtype, (*matmul_arguments.DTYPES, E4M3))
+    return plan.block_size_for(num_tokens * top_k, num_experts, found != E4M3)
 
 
 def select_moe_implementation(

@@ -33,7 +33,7 @@ def check_shared(function: str, shared: Any, shape: tuple[Any, ...]) -> int:
         remedy = "Pass the columns of shared experts."
         raise TypeError(checks.message(function, argument, rule, got, remedy))
     if not 0 <= shared <= (shape[-1] if len(shape) > 1 else 0):
-        got = f"{shared} for ids {list(shape)}"
+        got = f"{checks.describe(shared)} for ids {list(shape)}"
         rule = "be at most the columns of topk_ids"
         fail(function, argument, rule, got, "Pass ids [..., top_k].")
     return int(shared)

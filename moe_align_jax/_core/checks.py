@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Container
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def _long_int(value: int) -> str:
     return f"an int of {value.bit_length()} bits"
 
 
-def is_array(value: object) -> bool:
+def is_array(value: object) -> TypeGuard[Any]:
     """Whether it is an array of NumPy or, traced or not, of jax. One with a mask is none: jax refuses it, and
     NumPy's functions would drop the mask."""
     if isinstance(value, np.ndarray):

@@ -9,7 +9,10 @@ from moe_align_jax._core.checks import fail
 
 
 def as_array(function: str, argument: str, value: Any, remedy: str) -> np.ndarray:
-    """`np.asarray`, with our own error for lists of different lengths."""
+    """`np.asarray`, with our own error for lists of different lengths, and for a mask that it would drop."""
+    if isinstance(value, np.ma.MaskedArray):
+        rule, got = "be an array without a mask", checks.describe(value)
+        fail(function, argument, rule, got, "Fill it: array.filled(0).", TypeError)
     try:
         return np.asarray(value)
     except ValueError:

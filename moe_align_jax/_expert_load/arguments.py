@@ -44,7 +44,7 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
         raise TypeError(checks.message(function, argument, rule, got, remedy))
     if value.dtype == np.int32:
         return jnp.asarray(value)
-    own, words = np.iinfo(np.dtype(kind)), np.iinfo(np.int32)
+    own, words = jnp.iinfo(kind), np.iinfo(np.int32)
     low, high = (
         np.array(f(own_, word), value.dtype)
         for f, own_, word in ((max, own.min, words.min), (min, own.max, words.max))

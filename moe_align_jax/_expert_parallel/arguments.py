@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_align_jax._align.arguments import check_count, check_integer_array, narrow_count
 from moe_align_jax._core import checks
@@ -40,7 +41,7 @@ def check_rows(
         raise TypeError(checks.message(function, argument, "be one array", got, remedy))
     for leaf in leaves:
         got = checks.describe(leaf)
-        if not checks.is_array(leaf):
+        if not checks.is_array(leaf) or _holds_no_numbers(leaf):
             raise TypeError(checks.message(function, argument, "be jax arrays", got, remedy))
         if floating and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(checks.message(function, argument, "be floating point", got, remedy))
@@ -48,6 +49,13 @@ def check_rows(
             rule = f"have shape {checks.leading(shape)}"
             raise ValueError(checks.message(function, argument, rule, got, remedy))
     return jax.tree.unflatten(kind, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def _holds_no_numbers(array: Any) -> bool:
+    """NumPy's arrays of objects, text, dates and records, which jax has no like of."""
+    return isinstance(array, np.ndarray) and (
+        array.dtype.kind in "OSUMm" or array.dtype.names is not None
+    )
 
 
 def check_out_dtype(function: str, value: Any, default: Any) -> Any:

@@ -47,15 +47,14 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m".
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
         early: with `ahead`: a stage is waited for, and the scales of its weights are read, while the product
             of the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
-            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead` where
-            operands are e4m3.
+            the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
@@ -139,6 +138,9 @@ DEFAULT_RULES = Rules()
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
 # Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
+# Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:
+#   8 rows: Mixtral, 1 token 173.1, 169.2, 16 tokens 647, 637; DeepSeek-V3 TP8, 128 tokens 680, 659, 1 token
+#   (four CTAs share a tile) 32.7, 34.0; Qwen3, 1 token 29.8, 28.7; 16 rows: Qwen3, 128 tokens 294, 290
 # e4m3, 2026-11-29, device span under jit, beside DeepGEMM in a CUDA graph; "w": two CTAs share weights.
 #   32768 rows, 7168 -> 4096, 8 experts: 192x128 1445, 128x192 w 1468, without 1501, 128x128 1654; theirs 1360
 #   32768 rows, 2048 -> 7168, 8 experts: 192x128 752, 128x192 w 774, without 796, 128x128 863; theirs 717
@@ -259,7 +261,9 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
-        return _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
+        tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
+        if tiles.split <= 2:
+            return tiles
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
         return _shared(problem, rules, Config("swap", bm, 256, 64, 6 if bm < 32 else 5, group=0))
     if bm < 64:

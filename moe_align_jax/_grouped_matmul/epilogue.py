@@ -63,21 +63,6 @@ def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
     return rows if problem.block_size == 1 else ids[rows - 1]
 
 
-def holds_rows(
-    problem: MatmulProblem, shape: Shape, vectors: Vectors, tile: Any, warpgroup: jax.Array
-) -> jax.Array:
-    """Whether any of a warpgroup's rows of a tile is in use: the first of them, if any is."""
-    row = tile.row + warpgroup * shape.wm
-    inside = row < tile.used
-    if problem.rows != "blocks" or not shape.reads_ids:
-        return inside
-    if vectors.bound is None:  # the last block may have fewer rows
-        inside = inside & (row < problem.num_rows)
-    # The row of another warpgroup is read where this one has none in the block.
-    pair = vectors.ids[jnp.where(inside, row, tile.row)]
-    return inside & (pair >= 0) & (pair < num_pairs(problem, vectors))
-
-
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
     limit, alpha = weights.swiglu_limit, weights.swiglu_alpha
     if limit is not None and up is not None:

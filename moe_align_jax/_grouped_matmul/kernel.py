@@ -279,22 +279,6 @@ def build(
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
-                multiplies = tile.valid
-                if config.skips:
-                    multiplies = multiplies & epilogue.holds_rows(
-                        problem, shape, refs.vectors, tile, warpgroup
-                    )
-
-                def pass_on(k, _):
-                    slot = slot_of(ring + k)
-                    plgpu.barrier_wait(full.at[slot])
-                    between(k)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return ()
-
-                if config.skips or pairs:
-                    passed = (tile.busy if pairs else tile.valid) & jnp.logical_not(multiplies)
-                    lax.fori_loop(0, jnp.where(passed, _I32(shape.k_steps), 0), pass_on, ())
 
                 def scope(*accumulators):
                     def step(k, _):
@@ -319,7 +303,7 @@ def build(
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(multiplies)
+                    @pl.when(tile.valid)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)
@@ -351,12 +335,8 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-
-                def store_all():
-                    for q, value in enumerate(finish(sums, tile, at)):
-                        store(q, value, at, some=some)
-
-                pl.when(tile.there)(store_all) if pairs else store_all()
+                for q, value in enumerate(finish(sums, tile, at)):
+                    store(q, value, at, some=some)
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -413,24 +393,21 @@ def build(
                     pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
-                there = tile.there if pairs else jnp.bool_(True)
                 if not shape.partial:
-                    return ring + steps, there.astype(_I32), here, value
+                    return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 whole = here[0] + shape.wm <= here[2]
 
-                @pl.when(there & jnp.logical_not(whole))
+                @pl.when(jnp.logical_not(whole))
                 def _():
                     for q, piece in enumerate(value):
                         store(q, piece, here)
 
-                return ring + steps, (there & whole).astype(_I32), here, value
+                return ring + steps, whole.astype(_I32), here, value
 
-            # Which rows a part of a block has in use is known to its own CTA alone.
-            assert not (pairs and shape.parts > 1 and shape.reads_ids)
-            assert not (pairs and ending)
-            if config.ahead:
-                assert scaled and not (config.late or ending)
+            if config.ahead or pairs:
+                assert scaled and config.ahead and not (config.late or ending)
+                assert not (pairs and shape.parts > 1 and shape.reads_ids)
                 known = read(order(0)[0])
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))

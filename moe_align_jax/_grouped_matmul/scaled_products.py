@@ -147,9 +147,7 @@ class Products:
         zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
         if self.config.skips:
-            mine = mine & epilogue.holds_rows(
-                self.problem, self.shape, refs.vectors, tile, warpgroup
-            )
+            mine = mine & self._holds_rows(tile, warpgroup)
         none = place is not None and not early
         first = tuple(zeros), () if none else more_of_w(0), slot_of(ring)
         if early:  # of the first step; of the next ones each behind the product before it
@@ -160,6 +158,16 @@ class Products:
             others = busy & jnp.logical_not(mine)
             lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
         return list(sums)
+
+    def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
+        """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
+        row = tile.row + warpgroup * self.shape.wm
+        inside = row < tile.used
+        if self.problem.rows != "blocks" or not self.shape.reads_ids:
+            return inside
+        # The row of another warpgroup is read where this one has none in the block.
+        pair = self.refs.ids[jnp.where(inside, row, tile.row)]
+        return inside & (pair >= 0) & (pair < epilogue.num_pairs(self.problem, self.refs.vectors))
 
     # -- products
 

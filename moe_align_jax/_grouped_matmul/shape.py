@@ -73,7 +73,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     row = ROW_BYTES // _BYTES[problem.dtype]
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
-    tests, skips = tests_rows(problem), config.skips and problem.rows == "blocks"
+    tests = tests_rows(problem)
     # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
     # the result does not have would be stored over the one that it has.
     out_by_rows = problem.n % out_row != 0 or problem.n == out_row
@@ -97,12 +97,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
-        bool(
-            tests
-            or problem.top_k
-            or store_rows
-            or ((parts > 1 or skips) and not problem.whole_blocks)
-        ),
+        bool(tests or problem.top_k or store_rows or (parts > 1 and not problem.whole_blocks)),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
         _scales_by_rows(problem, config),

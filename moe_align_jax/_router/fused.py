@@ -36,13 +36,11 @@ class FusedConfig:
         form: "split" (`split.py`), or of the alignment, "warp" or "block" as that alone has them.
         num_warpgroups: of a CTA.
         num_ctas: CTAs of the cluster.
-        num_aligning: of "split", how many of the warpgroups align.
     """
 
     form: str
     num_warpgroups: int
     num_ctas: int
-    num_aligning: int = 1
 
 
 def config_for(problem: RouteProblem, align: AlignProblem) -> FusedConfig | None:
@@ -118,9 +116,8 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             align,
             num_warpgroups=config.num_warpgroups,
             num_ctas=config.num_ctas,
-            num_aligning=config.num_aligning,
         )
-        body, shared, mailbox = code.body, code.shared, code.mailbox
+        body, shared, mailbox = code.body, code.shared, code.num_ids
         tail = code.threads
     else:
         [inner] = kernels.build(
@@ -148,7 +145,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
         mailbox=mailbox if by_mail else 0,
-        tail=tail,
+        tail_threads=tail,
         arrays=arrays,
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

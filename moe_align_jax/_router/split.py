@@ -33,8 +33,6 @@ MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
 _COUNT_SHIFT = 24
 _MESSAGE = 4  # ids
-# Whether a CTA of a cluster writes what follows of its own tokens, wherever that lies.
-OWN_PAIRS = False
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
@@ -44,7 +42,7 @@ def takes(align: AlignProblem, num_tokens: int) -> bool:
 
 
 class Split:
-    """The code of one CTA: its last warpgroups align, the warps of the others have a token each."""
+    """The code of one CTA: its last warpgroup aligns, the warps of the others have a token each."""
 
     def __init__(
         self,
@@ -53,11 +51,10 @@ class Split:
         *,
         num_warpgroups: int,
         num_ctas: int,
-        num_aligning: int,
     ):
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
-        self.routers = (num_warpgroups - num_aligning) * WARPGROUP // WARP
-        self.first_thread, self.threads = self.routers * WARP, num_aligning * WARPGROUP
+        self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
+        self.first_thread, self.threads = self.routers * WARP, WARPGROUP
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
@@ -65,8 +62,6 @@ class Split:
         if num_ctas > 1:
             self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE
         self.num_ids = problem.num_tokens * self.row
-        self.own = num_ctas > 1 and OWN_PAIRS
-        self.mailbox = self.num_ids + (num_ctas if self.own else 0)
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
         # where that has room, so that one addition does both, or in a byte or a word of their own.
@@ -129,18 +124,9 @@ class Split:
             self._clear(t, r)
             self._fill(t, r)
             t.tail_sync()
-            if self.own:
-                # Sentinels are in place before another CTA writes a pair there.
-                to = t.thread_id() - self.first_thread
-                with t.if_(to < self.num_ctas):
-                    t.release()
-                    t.post(to, t.cta_id() + self.num_ids, 0)
-            mail = t.mail()
-            pairs = self._experts(t, r, mail)
+            pairs = self._experts(t, r, t.mail())
             for pair, expert in pairs:
                 self._set_bit(t, r, pair // self.problem.top_k, expert)
-            if self.own:
-                pairs = self._experts(t, r, mail, own=True)
             t.tail_sync()
             self._align(t, r, pairs)
 
@@ -227,20 +213,13 @@ class Split:
         )
         common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **mine)
 
-    def _experts(
-        self, t: Simt, r: SimpleNamespace, ids: Any, own: bool = False
-    ) -> list[tuple[Int, Int]]:
-        """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped. `own`: among
-        those of my CTA's tokens; else of all."""
+    def _experts(self, t: Simt, r: SimpleNamespace, ids: Any) -> list[tuple[Int, Int]]:
+        """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped."""
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
-        count = self.routers * self.problem.top_k if own else align.num_pairs
-        pairs = [first + start for start in range(0, count, self.threads)]
-        insides = [pair < count for pair in pairs]
-        if own:
-            pairs = [pair + t.cta_id() * count for pair in pairs]
-            insides = [i & (p < align.num_pairs) for i, p in zip(insides, pairs, strict=True)]
+        pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
+        insides = [pair < align.num_pairs for pair in pairs]
         words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
         found = []
         for pair, inside, word in zip(pairs, insides, words, strict=True):
@@ -284,27 +263,21 @@ class Split:
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
-        each = zip(pairs, safe, ranks, starts, strict=True)
-        for number, ((pair, expert), own, rank, start) in enumerate(each):
+        for (pair, expert), own, rank, start in zip(pairs, safe, ranks, starts, strict=True):
             kept = expert >= 0
             row = start * align.block_size + rank
-            with t.if_(kept) if self.own else rows.holding(row, kept):
+            with rows.holding(row, kept):
                 t.store(r.sorted_token_ids, row, pair)
             block, opens = start, rank.eq(0)
             if self.most_blocks > 1:
                 block = start + rank // align.block_size
                 opens = (rank % align.block_size).eq(0)
-            with t.if_(kept & opens) if self.own else names.holding(block, kept & opens):
+            with names.holding(block, kept & opens):
                 t.store(r.expert_ids, block, common.block_label(t, r, align, own))
             # Each CTA writes the rows of the tokens that it routed.
-            count = problem.top_k * self.routers
-            mine = (pair // count).eq(t.cta_id())
-            if self.own:
-                mine = tid + number * self.threads < count
-            with t.if_(mine):
+            with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
-        last = self.threads // WARP - 1
-        with t.if_(t.cta_id().eq(0) & warp.eq(last if self.own else 0)):
+        with t.if_(t.cta_id().eq(0) & warp.eq(0)):
             if align.return_counts:
                 for j in range(self.each):
                     with t.if_(first + j < align.num_experts):
@@ -339,12 +312,8 @@ class Split:
         """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
         part what token it may be."""
         below = (t.const(1) << (token & (WARP - 1))) - 1
-        first = 0 if self.own else number * self.threads // self.problem.top_k
-        last = (
-            MAX_TOKENS - 1
-            if self.own
-            else (number * self.threads + self.threads - 1) // self.problem.top_k
-        )
+        first = number * self.threads // self.problem.top_k
+        last = (number * self.threads + self.threads - 1) // self.problem.top_k
         if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
         low, more = t.const(-1), below

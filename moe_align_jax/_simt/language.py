@@ -2,7 +2,7 @@
 
 A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds the kernel's refs by name.
 It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
-`emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
+`emulator/` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 A value is an `Int` (`ints.py`). The primitives stand in four classes: `Core` (threads, control flow,
 memory, warps, barriers), `FloatBits` (float32 arithmetic on the bits of an int32: `floats.py`),
@@ -205,7 +205,7 @@ class Core(abc.ABC):
 
     @abc.abstractmethod
     def tail_sync(self) -> None:
-        """As `block_sync`, among the last threads of the CTA, as many as the kernel says (`Kernel.tail`)."""
+        """As `block_sync`, among the last threads of the CTA, as many as `Kernel.tail_threads`."""
 
     @abc.abstractmethod
     def block_sync(self) -> None:
@@ -233,11 +233,6 @@ class ClusterMail(abc.ABC):
         """Puts a word, or 4 from a multiple of 4 on, into the mailbox of a CTA of my cluster, by its index in
         the grid; mine is one of them. Post each word at most once per launch; a post orders no other
         memory."""
-
-    @abc.abstractmethod
-    def release(self) -> None:
-        """What came before the thread's last `block_sync` or `tail_sync` comes before its later posts, too,
-        for those who get these by `mail`."""
 
     @abc.abstractmethod
     def mail(self) -> Any:
@@ -318,7 +313,7 @@ class Kernel:
         inbox: words that the devices may `put` here, and the body takes.
         staged: name and shape of each buffer that the devices write here and only this launch reads. They lie
             in a window (`window.py`); or they are outputs that the caller does not see.
-        tail: threads at the end of a CTA, whole warps, that have a barrier of their own (`tail_sync`).
+        tail_threads: at the end of a CTA, whole warps, that have a barrier of their own (`tail_sync`).
         tails: bytes of an input's last word that are there, of inputs that end within a word. The emulator
             refuses whole loads of such a word.
     """
@@ -337,7 +332,7 @@ class Kernel:
     devices: Devices | None = None
     inbox: int = 0
     staged: Shapes = field(default_factory=dict)
-    tail: int = 0
+    tail_threads: int = 0
     tails: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -386,10 +381,10 @@ def check_launch(kernel: Kernel, batch: int = 1) -> None:
     ):
         if not 1 <= value <= limit and not (value == 0 and what.startswith("bytes")):
             raise LaunchError(f"{kernel.name}: {what} must be within 1..{limit}; got {value}.")
-    if kernel.tail % WARP or not 0 <= kernel.tail <= kernel.num_threads:
+    if kernel.tail_threads % WARP or not 0 <= kernel.tail_threads <= kernel.num_threads:
         raise LaunchError(
-            f"{kernel.name}: tail must be a multiple of {WARP} up to the {kernel.num_threads} threads of a "
-            f"CTA; got {kernel.tail}."
+            f"{kernel.name}: tail_threads must be a multiple of {WARP}, up to the {kernel.num_threads} of "
+            f"a CTA; got {kernel.tail_threads}."
         )
     if kernel.num_ctas % kernel.cluster:
         raise LaunchError(

@@ -57,7 +57,7 @@ class MosaicSimt(Simt):
         self._devices, self._context, self._zeroed = kernel.devices, context, zeroed
         self._inbox = kernel.inbox
         self._mailbox, self._mail_barrier = mailbox, mail_barrier
-        self._mailbox_words, self._tail = kernel.mailbox, kernel.tail
+        self._mailbox_words, self._tail = kernel.mailbox, kernel.tail_threads
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -282,9 +282,6 @@ class MosaicSimt(Simt):
             "[barrier]; }"
         )
         order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
-
-    def release(self) -> None:
-        order_asm("fence.acq_rel.cluster;")
 
     def mail(self) -> Any:
         wait = (

@@ -12,7 +12,7 @@ from benchmarks import training as bench
 from benchmarks import training_peers as peers
 
 OPTIONS = argparse.Namespace(
-    only="ours, xla", variants=True, peers=True, executions=1, replays=1, threads=1
+    only="ours, xla", passes="", variants=True, peers=True, executions=1, replays=1, threads=1
 )
 
 

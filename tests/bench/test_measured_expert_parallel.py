@@ -70,7 +70,7 @@ def test_every_table_of_two_clocks_is_that_of_its_rows():
     files = [
         (f"{pairs}-windows-2026-11-28", 1, 48, CASES),
         (f"{pairs}-fallback-2026-11-29", 1, 48, CASES),
-        (f"{pairs}-fallback-2026-11-29-b", 1, 24, CASES),
+        (f"{pairs}-fallback-2026-11-29-c", 1, 40, CASES),
         *((FEW, 1, 56, [f"{model} fp8 {tokens}" for tokens in (8, 64)]) for model in MODELS),
         (DECODE, 1, 49, DECODE_CASES),
         (f"{pairs}-clocks-2026-11-28", 0, 60, CASES),
@@ -83,24 +83,32 @@ def test_every_table_of_two_clocks_is_that_of_its_rows():
 
 
 def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
-    found = measured("expert-parallel-x2-fallback-2026-11-29-b")
+    found = measured("expert-parallel-x2-fallback-2026-11-29-c")
     names = ("ours, all_to_all", "bare all_to_all twice", "bare all_gather + psum_scatter")
-    texts = [
-        "Without waiting it takes {:.1f} and {:.1f} times the two bare exchanges",
-        "With donation it takes {:.1f} and {:.1f} times.",
-    ]
-    for way, text in zip(("not waiting", "donated"), texts, strict=True):
-        ours, *bare = (found[CASES[0], name, "default", "wall", way] for name in names)
-        assert text.format(*(ours / one for one in bare)) in " ".join(PAGE.split())
+    text = " ".join(PAGE.split())
+    for way, launch, said in (
+        ("not waiting", "default", "Without waiting it takes {:.1f} and {:.1f} times the two bare exchanges"),
+        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times. With"),
+        ("donated", "default", "With donation it takes {:.1f} and {:.1f} times."),
+    ):  # fmt: skip
+        ours, *bare = (found[CASES[0], name, launch, "wall", way] for name in names)
+        assert said.format(*(ours / one for one in bare)) in text
+    earlier = measured("expert-parallel-x2-fallback-2026-11-29-b")
+    ours, gathered = (earlier[CASES[0], f"{names[0]}{form}", "default", "wall", "donated"]
+                      for form in ("", ", gathered"))  # fmt: skip
+    assert f"(04:43) it took {gathered:.0f} µs with donation for {ours:.0f}" in text
 
 
 def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
     """By the benchmark's own subtraction; and no plain exchange, nor gathered tokens, is faster."""
-    found = {}
+    found, fallback, nvlink = {}, [], {}
     for name in (FEW, DECODE):
         for line in decode_step.communication(rows_of.read([RESULTS / f"{name}.jsonl"])):
             case, _, rest = line.partition(", ")
             way = rest.partition(": ")[0]
+            fallback.append(float(re.search(r"ours, all_to_all \S+ \((\S+) of plain", rest)[1]))
+            of_plain = re.search(r"ours, nvlink \S+ \((\S+) of plain", rest)[1]
+            nvlink.setdefault(way, []).append(float(of_plain))
             found[case, way] = re.search(r"ours, nvlink_window \S+ \((\S+) of plain", rest)[1]
     for tokens in (8, 64, 128):
         cells = [
@@ -109,6 +117,16 @@ def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
         ]
         assert f"| {tokens} | {' | '.join(cells)} |" in PAGE
     assert len(found) == 4 * 6 - 1  # the first trace of Qwen3's steps at 128 tokens was not cut
+    said = f"it adds {min(fallback):.2f} to {max(fallback):.2f} of what plain collectives add"
+    text = " ".join(PAGE.split())
+    assert said in text
+    least, most = (f(nvlink["donated"] + nvlink["not waiting"]) for f in (min, max))
+    assert f"where the host does not wait ({least:.2f} to {most:.2f}); waiting" in text
+    for way, said in (
+        ("waiting", "it adds {:.2f} to {:.2f} of"),
+        ("span", "by span {:.2f} to {:.2f}."),
+    ):
+        assert said.format(min(nvlink[way]), max(nvlink[way])) in text
     every = measured(FEW) | measured(DECODE)
     for (case, name, *column), us in every.items():
         if name.startswith(("plain", "gathered")):

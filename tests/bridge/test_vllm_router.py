@@ -482,7 +482,9 @@ def test_bad_arguments_are_refused_and_nothing_is_written(kind, argument, change
 
 def test_overlap_and_missing_tokens_are_refused():
     weights, ids, order = buffers()
-    with pytest.raises(ValueError, match="^topk_\\w+: token_expert_indices must not overlap topk_ids"):
+    with pytest.raises(
+        ValueError, match="^topk_\\w+: token_expert_indices must not overlap topk_ids"
+    ):
         vllm.topk_softmax(weights, ids, ids, tensor(X))
     x = torch.zeros(13, 4)
     with pytest.raises(ValueError, match="^topk_\\w+: topk_weights must not overlap gating_output"):

@@ -14,8 +14,8 @@ import moe_align_jax as maj
 from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel import nvlink_kernels
 from moe_align_jax._expert_parallel.nvlink_kernels import Combine, Dispatch, Field, Send
-from moe_align_jax._expert_parallel.transports import peer_access, windows
-from moe_align_jax._simt import emulator, window
+from moe_align_jax._expert_parallel.transports import nvlink, peer_access, windows
+from moe_align_jax._simt import emulator, mosaic, window
 from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices
 from tests.simt.mutants import WINDOW, Mutant, markers, mutated
@@ -201,11 +201,45 @@ def test_what_has_no_window_goes_by_xla(given_windows, monkeypatch):
     checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = jax.export.export(program, platforms=("cuda",), disabled_checks=checks)(*structs)
     assert exported.mlir_module().count(BY_XLA) == 2 and not given_windows
+    # The kernel clears boxes in windows alone, so that a selection of XLA's stands behind it here.
+    program, structs = step_over(mesh, initialize=True, payload="fp8")
+    cleared = jax.export.export(program, platforms=("cuda",), disabled_checks=checks)(*structs)
+    assert cleared.mlir_module().count(BY_XLA) == 2 and not given_windows
+    for kept, module in ((2, cleared), (0, exported)):  # of codes and scales
+        assert module.mlir_module().count("stablehlo.select") == kept
     # Mode "normal" moves many rows, which windows have no room for.
     assert BY_XLA in lowered(*step_over(mesh, mode="normal")) and not given_windows
     monkeypatch.undo()  # these devices are CPUs of this process
     monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
     assert lowered(*step_over(mesh)).count(BY_XLA) == 2
+
+
+def test_boxes_that_no_window_has_cleared_are_cleared_behind_the_kernel(monkeypatch):
+    """Whatever lies in rows that are not in use; the rest is as the kernel gave it."""
+    codes = np.dtype(jnp.float8_e4m3fn)
+    send = Send(3, 2, (Field(256, BF16),), Devices(2), 4, routing=True, quantise=codes)
+    problem = Dispatch(send, 5, initialize=True)
+    rng = np.random.default_rng(0)
+    gave = {n: rng.integers(0, 256, (*s, d.itemsize), np.uint8).view(d)[..., 0]
+            for n, (s, d) in (problem.outputs | problem.staged).items()}  # fmt: skip
+    gave["masked_m"] = np.array([0, 5, 2, 1], np.int32)
+    built = []
+
+    def launcher(kernel):
+        built.append(kernel)
+        return lambda *operands: list(map(jnp.asarray, gave.values()))
+
+    monkeypatch.setattr(mosaic, "launcher", launcher)
+    got = nvlink._clearing_behind(problem)()
+    [kernel] = built
+    assert kernel.name == "moe_dispatch" and len(got) == len(problem.outputs)
+    assert "boxes0" in kernel.partial  # rows that are not in use it leaves alone
+    for (name, want), found in zip(gave.items(), got, strict=False):
+        if name.startswith("boxes"):
+            want = want.copy()
+            for expert, used in enumerate(gave["masked_m"]):
+                want[expert, used:] = 0
+        np.testing.assert_array_equal(np.asarray(found).view(np.uint8), want.view(np.uint8), name)
 
 
 # -- the memory --------------------------------------------------------------------------------------------

@@ -281,29 +281,6 @@ def matmul_clusters() -> None:
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
 
 
-def matmul_tiles(interpret: bool = False) -> None:
-    """bfloat16 tiles of which a warpgroup has no rows, and those whose rows or weights two CTAs share."""
-    import jax
-    import jax.numpy as jnp
-    import pytest
-
-    from moe_align_jax._grouped_matmul import launch, reference
-    from tests.matmul import test_matmul_forms as cases
-
-    with pytest.MonkeyPatch.context() as patch:
-        problem, operands = cases.blocks(patch, 300, 1, 2, 64, 320, 128, gather=False)
-    with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
-        given = [jnp.asarray(np.asarray(each)) for each in operands]
-        want = np.asarray(reference.grouped_matmul(problem, *given), np.float64)
-    used = np.asarray(operands[-3]) < 300  # the last block may hold no pairs
-    for config in (cases.SKIPS, *cases.SHARED[1:]):
-        config = config._replace(num_ctas=4)
-        found = launch.run(problem, *operands, config=config, interpret=interpret)
-        found = np.asarray(found).astype(np.float64)
-        error = np.linalg.norm((found - want)[used]) / np.linalg.norm(want[used])
-        assert error < 5e-3, error
-
-
 def matmul_e4m3() -> None:
     """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
     import pytest
@@ -441,7 +418,6 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
-    yield "matmul, tiles", matmul_tiles
     yield "matmul, e4m3", matmul_e4m3
     yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients

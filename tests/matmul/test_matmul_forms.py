@@ -27,9 +27,6 @@ WIDE = tiles.Config("swap", 16, 256, 64, 6, group=0)
 SILU: dict[str, Any] = {"activation": "silu"}
 TALL = tiles.Config("m", 256, 128, 64, 4)
 MANY_ROWS = tiles.Config("swap", 144, 256, 64, 4)
-SKIPS = M._replace(skips=True)
-# Two CTAs share rows, or weights.
-SHARED = M._replace(sharing=2), SKIPS._replace(sharing=2), SKIPS._replace(sharing=2, shared="w")
 
 
 class Made(Exception):
@@ -101,9 +98,12 @@ def check(problem, operands, config, *, interpret: bool) -> None:
 def check_left(monkeypatch, sizes, config, each: int, *, interpret: bool, **options) -> None:
     """With `leaves_padding`: rows of pairs are right, and of `each` rows without a pair none is written.
 
-    x has NaN in its rows of no pair, as what lies between a layer's products may.
+    x has NaN in its rows of no pair, as what lies between a layer's products may; zeros in the interpreter,
+    where rows that nobody wrote are NaN.
     """
     problem, operands = blocks(monkeypatch, *sizes, **options)
+    if interpret:
+        operands = (jnp.nan_to_num(operands[0]), *operands[1:])
     problem = problem._replace(zero_padding=False, leaves_padding=True)
     config = config._replace(num_ctas=2) if interpret else config
     run = jax.jit(functools.partial(launch.run, problem, config=config, interpret=interpret))
@@ -188,23 +188,6 @@ FEW = [
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
     # Two experts of 137 and 163 rows: a warpgroup of their second tiles has none.
-    ("skips, ragged", lambda m: ragged(m, [130, 3], 140, 64, 64), SKIPS._replace(bn=64)),
-    (
-        "weights shared",
-        lambda m: blocks(m, 300, 1, 2, 64, 64, 128, gather=False),
-        SHARED[2]._replace(bn=64),
-    ),
-    # Tiles of the experts 0, 1, 1, 2, 2: no two neighbours share theirs, and the last is alone.
-    (
-        "weights not shared",
-        lambda m: blocks(m, 400, 1, 3, 64, 64, 128, gather=False, seed=1),
-        SHARED[2]._replace(bn=64),
-    ),
-    (
-        "rows shared",
-        lambda m: blocks(m, 9, 1, 2, 64, 320, 128, gather=False),
-        SHARED[1]._replace(bn=64),
-    ),
 ]
 
 
@@ -285,10 +268,6 @@ def many() -> list[tuple[str, Any, Any]]:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)
             of_blocks(f"swap, gated {flag}", sizes, tile, transpose_rhs=flag, **SILU)
-        of_blocks(f"skips, gathered {flag}", (300, 2, 5, 256, 640, 128), SKIPS, transpose_rhs=flag)
-        for routing in ("uniform", "hot", "dropped"):
-            sizes, t = (300, 2, 5, 256, 640, 128), {"transpose_rhs": flag, "gather": False}
-            of_blocks(f"shared, {routing} {flag}", sizes, SKIPS, *SHARED, routing=routing, **t)
     of_blocks("many experts", (200, 2, 512, 64, 128, 16), None)
     for routing in ("hot", "half", "dropped"):
         for block in (16, 64, 128, 256):
@@ -305,7 +284,7 @@ def many() -> list[tuple[str, Any, Any]]:
         add(
             f"ragged {sizes[:5]}",
             lambda m, sizes=sizes, rows=rows: ragged(m, sizes, rows, 256, 640),
-            *(M, N, SWAP, MANY_ROWS, SKIPS, *SHARED[1:]),
+            *(M, N, SWAP, MANY_ROWS),
         )
     add("ragged, odd", lambda m: ragged(m, [130, 7, 3], 144, 200, 136), N, SWAP)
     for counts in ([3, 0, 17, 20], [0, 0, 0], [20] * 4):

@@ -129,12 +129,16 @@ def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, 
     np.testing.assert_array_equal(reference.weight_gradient(copied, *given), want)
 
 
-def test_tiles_are_done_in_groups_where_a_matrix_is_wide():
-    def group(n):
-        problem, _ = ragged([3, 5], 8, 64, n)
-        return kernel.tiles_for(problem).group
+def test_the_order_of_tiles_follows_from_the_matrix():
+    """In groups where it is wide, and all rounds but the first back where it has at most 66 tiles."""
 
-    assert [group(n) for n in (256, 4096, 4352, 28672)] == [0, 0, 16, 16]
+    def order(k, n):
+        tiles = kernel.tiles_for(ragged([3, 5], 8, k, n)[0])
+        return tiles.group, tiles.back
+
+    sizes = ((64, 256), (128, 4088), (128, 4096), (640, 4096), (768, 2048), (2048, 1536))
+    want = [(0, True), (0, True), (16, True), (16, False), (0, True), (0, False)]
+    assert [order(*size) for size in sizes] == want
 
 
 def many() -> list[tuple[str, Any, Any]]:
@@ -175,7 +179,7 @@ def many() -> list[tuple[str, Any, Any]]:
             add(f"cut hot {gathered} {k} {n} {out}", make, tiles._replace(lag=1))
     grouped = kernel.Tiles(group=2, back=True)
     for gathered in (None, "lhs", "rhs"):
-        wide = functools.partial(blocks, 300, 2, 8, 640, 4608, 128, gathered=gathered)
+        wide = functools.partial(blocks, 300, 2, 8, 640, 8192, 128, gathered=gathered)
         add(f"wide {gathered}", wide, None, grouped._replace(lag=1))
     add("ragged, grouped", lambda: ragged([130, 500, 3, 64], 700, 640, 1536), grouped)
     add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)

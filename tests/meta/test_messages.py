@@ -22,6 +22,7 @@ ROWS, LAYOUT = maj.permute_to_masked(X, IDS, num_experts=2)
 QUANT = np.ones((2, 4, 256), jnp.bfloat16), SIZES
 LOAD = np.array([[5, 1], [2, 2]])
 SPLIT = {"num_replicas": 2, "num_groups": 1, "num_nodes": 1, "num_gpus": 2}
+STATE = maj.init_expert_load("stat", num_layers=1, num_physical_experts=2)
 HUGE = 10**400  # beyond float64
 LONGEST = 10**5000  # more digits than Python writes
 ARRAYS = [np.zeros(0), np.zeros((2, 3)), np.array(["xla", "x"]), jnp.zeros(2), torch.zeros(2)]
@@ -117,6 +118,8 @@ def test_a_capacity_beyond_every_number_of_pairs_is_all_of_them():
 def test_sizes_of_any_length_are_refused(value):
     refuses(lambda: _align(num_experts=value), "num_experts", ValueError, "at most 2")
     refuses(lambda: _align(block_size=value), "block_size", ValueError, "at most 2")
+    shared = {"num_fused_shared_experts": value}
+    refuses(lambda: _align(**shared), "num_fused_shared_experts", ValueError, "an int|int")
 
 
 OFFSETS = [10**30, np.array([2**32])]
@@ -152,6 +155,12 @@ WRONG = {
         lambda load: maj.rebalance_experts(load, **SPLIT).expert_count
     )(LOAD),
     "physical_count": lambda: maj.balancedness(LOAD > 1, num_gpus=2),
+    "physical_count of records": lambda: maj.balancedness(
+        np.zeros(2, [("tokens", "i4")]), num_gpus=2
+    ),
+    "max_tokens": lambda: maj.init_expert_load(
+        "stat", num_layers=1, num_physical_experts=2, max_tokens="4"
+    ),
     "num_rows": lambda: maj.select_matmul_implementation(
         (2, 128), (2, 128, 128), block_size=2, num_rows="2"
     ),
@@ -169,6 +178,11 @@ WRONG = {
         (2, 128), (2, 128, 128), top_k=2, has_aligned="no"
     ),
     "dtype of a router": lambda: maj.select_router_implementation((2, 4), top_k=2, dtype=4),
+    "dtype of blocks": lambda: maj.moe_block_size(2, top_k=1, num_experts=2, dtype="int8"),
+    "dtype of no blocks": lambda: maj.moe_block_size(2, top_k=1, num_experts=2, dtype=X),
+    "expert_location": lambda: _layer(expert_location=X),
+    "x of objects": lambda: maj.permute_to_masked(np.array([[None], [1]]), IDS, num_experts=2),
+    "x of text": lambda: maj.permute_to_contiguous(np.array([["a"], ["b"]]), IDS, num_experts=2),
     "has_bias": lambda: maj.select_router_implementation((2, 4), top_k=2, has_bias=X),
     "shape": lambda: maj.select_router_implementation((2, True), top_k=1),
     "dtype of a quantisation": lambda: masked_quant.select_quant_implementation(
@@ -190,6 +204,33 @@ def test_what_is_no_name_is_no_axis(axis):
     refuses(lambda: _sharded(**{axis: "tp"}), axis, ValueError, "; got 'tp'. ")
 
 
+NARROW = {
+    "batched_moe_align_block_size": lambda n: (
+        maj.batched_moe_align_block_size(n, max_tokens_per_batch=4, block_size=2).expert_ids
+    ),
+    "silu_and_mul_masked_quant": lambda n: maj.silu_and_mul_masked_quant(QUANT[0], n)[1],
+    "load_balancing_loss": lambda n: maj.load_balancing_loss(LOGITS, n),
+    "update_router_bias": lambda n: maj.update_router_bias(LOGITS[0], n, rate=0.1),
+    "record_expert_load": lambda n: maj.record_expert_load(STATE, 0, n).pending["0"],
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_integers_of_four_bits_are_integers(name):
+    """NumPy knows no bounds of these."""
+    np.testing.assert_array_equal(NARROW[name](SIZES.astype(jnp.int4)), NARROW[name](SIZES))
+
+
+def test_a_state_is_one_of_expert_load():
+    for call in (
+        lambda v: maj.record_expert_load(v, 0, SIZES),
+        maj.commit_expert_load,
+        maj.collect_expert_load,
+    ):
+        for value in (None, 1, "stat", [], SIZES, ALIGNED):
+            refuses(lambda value=value, call=call: call(value), "load", TypeError)
+
+
 MASKED = {
     "topk_ids": lambda m: maj.moe_align_block_size(m(IDS), block_size=2, num_experts=2),
     "x": lambda m: maj.quantize_rowwise(m(X)),
@@ -203,6 +244,10 @@ MASKED = {
     "num_valid_tokens": lambda m: _layer(num_valid_tokens=m(SIZES[:1])),
     "x of dispatch": lambda m: _dispatch(x=m(X)),
     "topk_weights of dispatch": lambda m: _dispatch(topk_weights=m(LOGITS + 1)),
+    "weight": lambda m: maj.rebalance_experts(m(LOAD), **SPLIT),
+    "physical_count": lambda m: maj.balancedness(m(LOAD), num_gpus=2),
+    "physical_to_logical_map": lambda m: maj.expected_physical_count(LOAD, m(LOAD % 2)),
+    "previous": lambda m: maj.rebalance_experts(LOAD, **SPLIT, previous=m(LOAD % 2)),
     "x of permute_to_masked": lambda m: maj.permute_to_masked(m(X), IDS, num_experts=2),
 }
 

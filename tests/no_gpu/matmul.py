@@ -93,13 +93,6 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield "float32, ragged", problem(**ragged, out="float32"), plain
     yield "not late", problem(), m._replace(late=False)
     yield "not late, gathered", problem(**gather), m._replace(late=False)
-    skips = m._replace(skips=True)
-    for tiles in (skips, skips._replace(sharing=2), skips._replace(sharing=2, shared="w")):
-        yield "skips", problem(), tiles
-        yield "skips, transposed", problem(weights={"transposed": True}), tiles
-        yield "skips, ragged", problem(**ragged), tiles
-    yield "skips, gathered", problem(**gather), skips
-    yield "skips, gathered, silu", problem(weights=silu, **gather), skips
     yield "tall", problem(block=256), Config("m", 256, 128, 64, 4, late=True)
     yield "tall, not late", problem(block=256), Config("m", 256, 128, 64, 4)
     for bm, stages in ((8, 5), (24, 5), (32, 5), (40, 5), (64, 4)):

@@ -107,9 +107,9 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
         if split.takes(align, problem.num_tokens):
             form = "warp" if align.num_pairs <= WARP else "block"
             every.append((problem, align, fused.FusedConfig(form, 2, config.num_ctas)))
-            for routers, aligning in ((1, 1), (2, 1), (2, 2)):  # warpgroups
+            for routers in (1, 2):  # warpgroups
                 ctas = 1 << (-(-problem.num_tokens // (4 * routers)) - 1).bit_length()
-                shape = fused.FusedConfig("split", routers + aligning, ctas, aligning)
+                shape = fused.FusedConfig("split", routers + 1, ctas)
                 every += [(problem, align, shape)] * (ctas <= 8 and shape != config)
     for position, (problem, align, config) in enumerate(every):
         what = f"{problem}"

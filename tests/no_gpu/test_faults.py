@@ -141,6 +141,7 @@ def test_launch(change, fault):
     assert not fault or fault in found[0]
 
 
+ARRIVE = "barrier.cluster.arrive.relaxed.aligned; "
 POST = "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %r2, [%r3];"
 
 
@@ -148,10 +149,12 @@ POST = "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %r2, [%
     ("instructions", "mailbox", "fault"),
     [
         ("", 0, None),
-        ("barrier.cluster.arrive.relaxed.aligned; " + POST, 8, None),
-        ("", 8, "of 8 words, and 0 posts"),
+        (ARRIVE + POST, 8, None),
+        (ARRIVE, 8, "of 8 words, and 0 posts"),
         (POST, 0, "of 0 words, and 1 posts"),
-        (POST + "fence.acq_rel.cluster;", 8, "fence.acq_rel.cluster in"),
+        (POST, 8, "0 barriers of the cluster, not 1"),
+        (ARRIVE + ARRIVE + POST, 8, "2 barriers of the cluster, not 1"),
+        (ARRIVE + POST + "fence.acq_rel.cluster;", 8, "fence.acq_rel.cluster in"),
         (POST + "barrier.cluster.arrive.aligned;", 8, "barrier.cluster.arrive.aligned in"),
         ("barrier.cluster.arrive.release.aligned;", 0, "arrive.release.aligned in"),
     ],

@@ -133,13 +133,11 @@ SPLIT = [
 
 
 def shapes_of(tokens, pairs):
-    """4 and 8 routing warps to a CTA, 4 and 8 aligning ones; and the launch that has the alignment's own
-    kernel in it."""
+    """4 and 8 routing warps to a CTA; and the launch that has the alignment's own kernel in it."""
     for routers in (4, 8):
         ctas = 1 << (-(-tokens // routers) - 1).bit_length()
-        for aligning in (1, 2):
-            if ctas <= 8 and routers <= max(tokens, 4):
-                yield fused.FusedConfig("split", routers // 4 + aligning, ctas, aligning)
+        if ctas <= 8 and routers <= max(tokens, 4):
+            yield fused.FusedConfig("split", routers // 4 + 1, ctas)
     yield fused.FusedConfig("warp" if pairs <= 32 else "block", 2, ctas)
 
 
@@ -182,7 +180,7 @@ def test_the_aligning_warps_of_a_cluster_need_both_their_barriers(monkeypatch):
     """Masks are cleared, then bits are set, then counted: the emulator reports either barrier's absence."""
     problem = RouteProblem(9, 16, 4)
     align = AlignProblem(36, 16, 2, 52, return_inverse=True)
-    program = fused.build(problem, align, fused.FusedConfig("split", 3, 2, 1))
+    program = fused.build(problem, align, fused.FusedConfig("split", 3, 2))
     logits = np.random.default_rng(0).standard_normal(9 * 16).astype(np.float32).view(np.int32)
     emulator.run(program, [logits])
     sync = emulator.EmulatedSimt.tail_sync

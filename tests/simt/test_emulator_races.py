@@ -386,7 +386,7 @@ def test_the_last_threads_have_a_barrier_of_their_own():
             t.tail_sync()
             t.load(r.s, last - i)
 
-    options = {"shared": {"s": 128}, "num_ctas": 2, "tail": 64}
+    options = {"shared": {"s": 128}, "num_ctas": 2, "tail_threads": 64}
     launch(body, **options)
     for first, words in (
         (32, "tail_sync is reached by thread 32 of CTA 1; it is for those from 64 on"),
@@ -396,11 +396,13 @@ def test_the_last_threads_have_a_barrier_of_their_own():
             launch(lambda t, r, f=first: body(t, r, f), **options)
     with pytest.raises(faults.RaceError, match="store by thread 63 .*load by thread 64"):
         launch(lambda t, r: body(t, r, last=127), **options)
-    with pytest.raises(faults.Undefined, match="tail_sync is for kernels with a `tail`"):
-        launch(body, **(options | {"tail": 0}))
+    with pytest.raises(faults.Undefined, match="tail_sync is for kernels with `tail_threads`"):
+        launch(body, **(options | {"tail_threads": 0}))
     for tail in (48, 160, -32):
-        with pytest.raises(LaunchError, match=rf"tail must be a multiple of 32 .* got {tail}"):
-            launch(body, **(options | {"tail": tail}))
+        with pytest.raises(
+            LaunchError, match=rf"tail_threads must be a multiple of 32, .* got {tail}"
+        ):
+            launch(body, **(options | {"tail_threads": tail}))
 
 
 def test_divergent_loop_around_a_barrier():
@@ -556,7 +558,7 @@ def reported_race(script, shared):
 
     place = {"shared": {"cells": 3}} if shared else {"outputs": {"cells": (3,)}}
     try:
-        launch(body, num_ctas=2, tail=TAIL, **place)
+        launch(body, num_ctas=2, tail_threads=TAIL, **place)
     except faults.RaceError:
         return len(done)
     return None

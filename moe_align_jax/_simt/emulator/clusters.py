@@ -13,7 +13,6 @@ from moe_align_jax._simt.emulator.faults import (
     Undefined,
 )
 from moe_align_jax._simt.emulator.memory import Buffer
-from moe_align_jax._simt.emulator.races import Clock
 from moe_align_jax._simt.emulator.values import Scope, array_of
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
@@ -27,7 +26,6 @@ class InCluster(Simt):
     _whole: Callable[[int, str], Any]
     _full: Callable[[np.ndarray], np.ndarray]
     _stored: Callable[[Int | int], np.ndarray]
-    _clock: Clock
 
     def _open_mailboxes(self, kernel: Kernel) -> None:
         words = kernel.mailbox
@@ -72,21 +70,15 @@ class InCluster(Simt):
         if posted[cells].any() or np.unique(cells).size < cells.size:
             raise RaceError(f"{self.name}: a word of a mailbox is posted once.")
         posted[cells] = True
-        lanes = self.scope.lanes
-        self._clock.posted(np.arange(to.size) if lanes is None else lanes, to)
         for k, word in enumerate(words):
             self._mailbox.data[cells[:, k]] = word
 
-    def release(self) -> None:
-        self._clock.release(slice(None) if self.scope.lanes is None else self.scope.lanes)
-
     def mail(self) -> Buffer:
-        warps = self._whole(WARP, "mail")
+        self._whole(WARP, "mail")
         waiting = np.unique(self.scope.active(self._full(self._cta)))
         if not self._posted[waiting].all():
             raise DivergentBarrier(f"{self.name}: mail waits for a word that nobody posts.")
         self._fetched = True
-        self._clock.mailed(warps)
         return self._mailbox
 
     def _check_mail_end(self) -> None:

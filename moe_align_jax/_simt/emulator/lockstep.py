@@ -45,10 +45,8 @@ class EmulatedSimt(AmongDevices, InCluster):
             self.num_threads if self.num_ctas > 1 else 1
         )
         rank, arrived = (peers.rank, peers.arrived) if peers else (0, None)
-        self._clock = Clock(
-            self.num_ctas, self.num_threads, rank, arrived, kernel.tail, self.cluster
-        )
-        self._tail = kernel.tail
+        self._clock = Clock(self.num_ctas, self.num_threads, rank, arrived, kernel.tail_threads)
+        self._tail = kernel.tail_threads
         self._waited = np.zeros(self._total, bool)
         self._join(peers)
         self._open_mailboxes(kernel)
@@ -419,7 +417,7 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     def tail_sync(self) -> None:
         if not self._tail:
-            raise Undefined(f"{self.name}: tail_sync is for kernels with a `tail`.")
+            raise Undefined(f"{self.name}: tail_sync is for kernels with `tail_threads`.")
         first, lanes = self.num_threads - self._tail, self.scope.lanes
         arrived = np.zeros(self._total, bool)
         arrived[slice(None) if lanes is None else lanes] = True

@@ -2,10 +2,8 @@
 
 Two accesses to a cell by different threads, one of them a write, need a barrier between them:
 `warp_sync` or `block_sync` within a warp, `block_sync` between the warps of a CTA, or `tail_sync` between
-those of its tail. Two CTAs of one cluster are ordered by a `release` whose later post the other one has got
-by `mail`: it covers what came before the releasing thread's last `block_sync` or `tail_sync`. Others, also
-those of two devices, are ordered only by a `device_arrive` that the other one has waited for. Atomics do not
-conflict with each other, only with plain accesses.
+those of its tail. Two CTAs, also those of two devices, are ordered only by a `device_arrive` that the other
+one has waited for. Atomics do not conflict with each other, only with plain accesses.
 
 A *mark* is one int64 saying who touched a cell and when: `stamp << 35 | thread << 3 | span`.
 Every barrier takes the next tick of one clock as the stamp of the warps that arrive. So an access
@@ -57,7 +55,6 @@ class Clock:
 
     `arrived`: the tick of each device's `device_arrive`, 0 before it: all its CTAs come there at once.
     `tail`: threads at the end of each CTA that have a barrier of their own.
-    `cluster`: CTAs of a cluster.
     """
 
     def __init__(
@@ -67,7 +64,6 @@ class Clock:
         rank: int = 0,
         arrived: np.ndarray | None = None,
         tail: int = 0,
-        cluster: int = 1,
     ):
         self.num_threads, self._tail = num_threads, tail
         self.tick = 1
@@ -77,12 +73,6 @@ class Clock:
         self._of_warp = np.ones((num_ctas, num_threads // WARP), np.int64)
         self._of_cta = np.ones(num_ctas, np.int64)
         self._of_tail = np.ones(num_ctas, np.int64)
-        # Once a thread has released: the ticks of its CTA and of its tail then, by thread; those that its
-        # CTA has posted since, by CTA and the place of the other one in the cluster; and the warps with mail.
-        self._cluster = cluster
-        self._released: np.ndarray | None = None
-        self._posted = np.zeros((2, 0, 0), np.int64)
-        self._has_mail = np.zeros_like(self.heard)
         total = num_ctas * num_threads
         self._thread = np.arange(rank * total, (rank + 1) * total, dtype=np.int64) << THREAD
         self._threads: Threads | None = None
@@ -91,47 +81,18 @@ class Clock:
         self.tick += 1
         self._of_cta[ctas] = self._of_tail[ctas] = self.tick
         self._of_warp[ctas] = self.tick
-        self._tell_each_other(ctas, 0)
+        if self._arrived is not None:
+            self.heard[ctas] = self.heard[ctas].any(axis=1, keepdims=True)
         self._threads = None
 
     def tail_barrier(self, ctas: np.ndarray | slice) -> None:
         self.tick += 1
         first = (self.num_threads - self._tail) // WARP
         self._of_tail[ctas] = self._of_warp[ctas, first:] = self.tick
-        self._tell_each_other(ctas, first)
+        if self._arrived is not None:
+            heard = self.heard[ctas, first:]
+            self.heard[ctas, first:] = heard.any(axis=1, keepdims=True)
         self._threads = None
-
-    def _tell_each_other(self, ctas: np.ndarray | slice, first: int) -> None:
-        """What one of the warps from `first` on knows of other CTAs, all of them do."""
-        for known, matters in (
-            (self.heard, self._arrived is not None),
-            (self._has_mail, self._released is not None),
-        ):
-            if matters:
-                known[ctas, first:] = known[ctas, first:].any(axis=1, keepdims=True)
-
-    def release(self, threads: np.ndarray | slice) -> None:
-        """By these threads of the grid."""
-        if self._released is None:
-            num_ctas = self._of_cta.size
-            self._released = np.zeros((2, num_ctas * self.num_threads), np.int64)
-            self._posted = np.zeros((2, num_ctas, self._cluster), np.int64)
-        in_tail = np.arange(self._released.shape[1]) % self.num_threads
-        in_tail = in_tail >= self.num_threads - self._tail
-        of_tail = np.where(in_tail, self._of_tail.repeat(self.num_threads), 0)
-        self._released[0, threads] = self._of_cta.repeat(self.num_threads)[threads]
-        self._released[1, threads] = of_tail[threads]
-
-    def posted(self, threads: np.ndarray, to: np.ndarray) -> None:
-        """These threads have put something into the mailboxes of those CTAs."""
-        if self._released is not None:
-            for ticks, told in zip(self._released, self._posted, strict=True):
-                place = (threads // self.num_threads, to % self._cluster)
-                np.maximum.at(told, place, ticks[threads])
-
-    def mailed(self, warps: np.ndarray | slice) -> None:
-        """These warps have got all that was posted to their CTAs."""
-        self._has_mail.reshape(-1)[warps] = True
 
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
         self.tick += 1
@@ -166,31 +127,14 @@ class Clock:
 
     def told_before(self, me: np.ndarray, old: np.ndarray) -> np.ndarray:
         """Which accesses, by their marks, were told of to the warps of these threads."""
-        told = self._told_by_mail(me, old)
         if self._arrived is None:
-            return told
+            return np.zeros(me.shape, bool)
         num_ctas, warps = self.heard.shape
         mine = me // WARP - self._rank * num_ctas * warps
         other, stamp, span = thread_of(old) // WARP, old >> STAMP, old & SPAN
         peers = (mine // warps == other // warps % num_ctas) & (span <= ONE_CTA)
-        arrived = stamp < self._arrived[other // warps // num_ctas]
-        return told | (peers & arrived & self.heard.reshape(-1)[mine])
-
-    def _told_by_mail(self, me: np.ndarray, old: np.ndarray) -> np.ndarray:
-        if self._released is None:
-            return np.zeros(me.shape, bool)
-        first = self._rank * self._of_cta.size * self.num_threads
-        me, other, stamp, span = me - first, thread_of(old) - first, old >> STAMP, old & SPAN
-        mine, theirs = me // self.num_threads, other // self.num_threads
-        # Another device's CTAs are none of the cluster.
-        near = (mine // self._cluster == theirs // self._cluster) & (other >= 0)
-        near &= theirs < self._of_cta.size
-        by_cta, by_tail = self._posted[:, np.where(near, theirs, 0), mine % self._cluster]
-        in_tail = other % self.num_threads >= self.num_threads - self._tail
-        told = ((span <= ONE_CTA) & (stamp < by_cta)) | (
-            (span <= ONE_TAIL) & in_tail & (stamp < by_tail)
-        )
-        return near & told & self._has_mail.reshape(-1)[me // WARP]
+        told = stamp < self._arrived[other // warps // num_ctas]
+        return peers & told & self.heard.reshape(-1)[mine]
 
 
 def thread_of(marks):
@@ -272,11 +216,7 @@ class Touches:
             cta = me // self._num_threads
             apart = (cta != other // self._num_threads) | (span == SEVERAL_CTAS)
             reach[(cta != winner // self._num_threads) | (apart & (old > 0))] = SEVERAL_CTAS
-        for span in (
-            ONE_WARP,
-            ONE_TAIL,
-            ONE_CTA,
-            SEVERAL_CTAS,
-        ):  # the widest that a lane found stays
+        # The widest that a lane found stays.
+        for span in (ONE_WARP, ONE_TAIL, ONE_CTA, SEVERAL_CTAS):
             wide_lanes = reach == span
             self.marks[cells[wide_lanes]] = marks[wide_lanes] | span
