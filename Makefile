@@ -60,12 +60,10 @@ test:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST) --part newest-jax $(BRIEF)
 
-# Results on a CPU do not depend on how far LLVM optimises, nor on how many pieces it compiles at once, and
-# compiling is what takes the time. A program that was compiled before, by another test, by a process that a test
-# started or by another run, is read from .cache/: jax looks for it by the program, the flags and jaxlib's release.
+# Compiling is what takes the time, and results on a CPU do not depend on how far LLVM optimises, on how many
+# pieces of a program it takes side by side, nor on the source lines that each operation could name.
 QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" \
-  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/programs \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+  JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0
 
 # A quarter of the examples that `make test-whole` draws for each property.
 BRIEF := --hypothesis-profile=brief

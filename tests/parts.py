@@ -31,8 +31,8 @@ COSTS = Path(__file__).with_name("costs.txt")
 # Seconds of CPU per case from which a function costs more.
 COSTLY = 0.05
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
-LONG = 1.0
-VERY_LONG = 4.0
+LONG = 0.5
+VERY_LONG = 2.0
 
 _ONCE = re.compile(
     r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"

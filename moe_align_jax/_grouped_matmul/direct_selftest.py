@@ -25,7 +25,7 @@ class Example(NamedTuple):
     """One input of a program, and what it must give, of some columns.
 
     Attributes:
-        inputs: an array for each operand, as far as the trial reads it.
+        inputs: an array for each operand, as far as the self-test reads it.
         sizes: a number for each size that the launch gives.
         outputs: bytes of each result.
         rows: of the result, those that are compared.

@@ -197,7 +197,9 @@ def build(
         raise ValueError(
             f"a ring of {stages} stages would wait for itself, {config.lag} steps behind"
         )
-    memory_registers, compute_registers = _REGISTERS[computing][by_copies]
+    # Many experts' loads take registers of the loader; small tiles leave enough.
+    more = by_copies or config.finds and swap
+    memory_registers, compute_registers = _REGISTERS[computing][more]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
     ranks, sharing = config.split, max(1, config.sharing)
     clusters = config.num_ctas // (ranks * sharing)

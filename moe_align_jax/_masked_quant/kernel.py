@@ -84,7 +84,8 @@ def build(
             row, first = place(at)
             at_row, at_group = cut(row, first)
             if problem.activates:
-                value = _activation(problem, *values, interpret)
+                gate, up = values
+                value = _activation(problem, gate, up, interpret)
             else:
                 value = values[0].astype(_F32)
             q, scale = _quantise(problem, value, interpret)

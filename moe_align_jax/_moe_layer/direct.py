@@ -37,7 +37,7 @@ class Example(NamedTuple):
     """One input of a program, and what it must give.
 
     Attributes:
-        inputs: an array for each operand, as far as the trial reads it.
+        inputs: an array for each operand, as far as the self-test reads it.
         sizes: a number for each size that the launch gives.
         outputs: bytes of each result.
         expected: float32, the result.

@@ -2,7 +2,7 @@
 
 A body is a Python function `body(t, r)`: `t` is the machine (`Simt`), `r` holds the kernel's refs by name.
 It runs once per backend: `mosaic.py` traces it to MLIR inside one `plgpu.inline_mgpu` block,
-`emulator.py` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
+`emulator/` executes it by NumPy over all threads in lock step. What a primitive means is said here, once.
 
 A value is an `Int` (`ints.py`). The primitives stand in four classes: `Core` (threads, control flow,
 memory, warps, barriers), `FloatBits` (float32 arithmetic on the bits of an int32: `floats.py`),

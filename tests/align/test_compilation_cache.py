@@ -13,6 +13,8 @@ import pytest
 import moe_align_jax as maj
 from tests import forms
 
+# The callers' lines in what is lowered, as without the setting of `make test`: the bytes must not hold them.
+LINES = {"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "10"}
 SIZES = ((8, 256, 16), (512, 64, 16), (8192, 64, 128), (100, 5000, 4))
 
 # Its arguments: sizes, in the order in which they are run. Prints jax's own counts of hits and misses.
@@ -55,7 +57,7 @@ def process(folder, sizes, implementation, padding=""):
         [sys.executable, "-c", code, json.dumps(sizes)],
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder)},
+        env=os.environ | LINES | {"JAX_COMPILATION_CACHE_DIR": str(folder)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -76,6 +78,16 @@ def lowered(size, where="here"):
     return hashlib.sha256(program.as_text().encode()).hexdigest()
 
 
+@pytest.fixture
+def lines():
+    [(name, limit)] = LINES.items()
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update(name.lower(), int(limit))
+    yield
+    jax.config.update(name.lower(), before)
+
+
+@pytest.mark.usefixtures("lines")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernel_bytes_do_not_depend_on_what_was_lowered_before_nor_on_the_caller(size):
     """jaxlib 0.11.2 writes a count of modules into each one, unless it is named before."""

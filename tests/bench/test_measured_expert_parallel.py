@@ -88,7 +88,7 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
     text = " ".join(PAGE.split())
     for way, launch, said in (
         ("not waiting", "default", "Without waiting it takes {:.1f} and {:.1f} times the two bare exchanges"),
-        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times: our aim"),
+        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times. With"),
         ("donated", "default", "With donation it takes {:.1f} and {:.1f} times."),
     ):  # fmt: skip
         ours, *bare = (found[CASES[0], name, launch, "wall", way] for name in names)
@@ -101,12 +101,14 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
 
 def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
     """By the benchmark's own subtraction; and no plain exchange, nor gathered tokens, is faster."""
-    found, fallback = {}, []
+    found, fallback, nvlink = {}, [], {}
     for name in (FEW, DECODE):
         for line in decode_step.communication(rows_of.read([RESULTS / f"{name}.jsonl"])):
             case, _, rest = line.partition(", ")
             way = rest.partition(": ")[0]
             fallback.append(float(re.search(r"ours, all_to_all \S+ \((\S+) of plain", rest)[1]))
+            of_plain = re.search(r"ours, nvlink \S+ \((\S+) of plain", rest)[1]
+            nvlink.setdefault(way, []).append(float(of_plain))
             found[case, way] = re.search(r"ours, nvlink_window \S+ \((\S+) of plain", rest)[1]
     for tokens in (8, 64, 128):
         cells = [
@@ -116,7 +118,15 @@ def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
         assert f"| {tokens} | {' | '.join(cells)} |" in PAGE
     assert len(found) == 4 * 6 - 1  # the first trace of Qwen3's steps at 128 tokens was not cut
     said = f"it adds {min(fallback):.2f} to {max(fallback):.2f} of what plain collectives add"
-    assert said in " ".join(PAGE.split())
+    text = " ".join(PAGE.split())
+    assert said in text
+    least, most = (f(nvlink["donated"] + nvlink["not waiting"]) for f in (min, max))
+    assert f"where the host does not wait ({least:.2f} to {most:.2f}); waiting" in text
+    for way, said in (
+        ("waiting", "it adds {:.2f} to {:.2f} of"),
+        ("span", "by span {:.2f} to {:.2f}."),
+    ):
+        assert said.format(min(nvlink[way]), max(nvlink[way])) in text
     every = measured(FEW) | measured(DECODE)
     for (case, name, *column), us in every.items():
         if name.startswith(("plain", "gathered")):

@@ -146,7 +146,7 @@ def test_steps_of_a_descriptor_follow_the_pitch_of_the_launch():
     with pytest.raises(ValueError, match="does not have the rows"):
         columns.with_pitch("scale_pitch", (3, 4100))
     fake = FakeCuda()
-    one = driver.TensorMap(0, 1, 0, *sized[1:6])
+    one = driver.BoundTensorMap(0, 1, 0, *sized[1:6])
     driver.TensorMaps(driver.Driver(fake), (one,)).address([4096, 260 << 8])
     [(_, _, sizes, strides, box, _)] = fake.described
     assert (sizes, strides[:1], box) == ((260, 3), (1040,), (128, 1))
@@ -154,8 +154,8 @@ def test_steps_of_a_descriptor_follow_the_pitch_of_the_launch():
 
 def test_descriptors_are_encoded_once_for_each_address_and_size():
     fake = FakeCuda()
-    one = driver.TensorMap(0, 1, 1, 9, (64, 4096), (128,), (64, 16), 3)
-    other = driver.TensorMap(2, -1, 0, 9, (8,), (), (8,), 0)
+    one = driver.BoundTensorMap(0, 1, 1, 9, (64, 4096), (128,), (64, 16), 3)
+    other = driver.BoundTensorMap(2, -1, 0, 9, (8,), (), (8,), 0)
     maps = driver.TensorMaps(driver.Driver(fake), (one, other))
     first = maps.address([4096, 7 << 8, 8192])
     assert first % 64 == 0 and maps.address([4096, 7 << 8, 8192]) == first
@@ -169,7 +169,7 @@ def test_descriptors_are_encoded_once_for_each_address_and_size():
 def test_a_descriptor_that_the_driver_refuses_is_an_error():
     fake = FakeCuda()
     fake.result = 1
-    one = driver.TensorMap(0, -1, 0, 9, (64, 4096), (128,), (64, 16), 3)
+    one = driver.BoundTensorMap(0, -1, 0, 9, (64, 4096), (128,), (64, 16), 3)
     with pytest.raises(driver.DriverError, match=r"describing an array of sizes \[64, 4096\]"):
         driver.TensorMaps(driver.Driver(fake), (one,)).address([4096])
 
@@ -177,7 +177,7 @@ def test_a_descriptor_that_the_driver_refuses_is_an_error():
 def test_kept_descriptors_are_bounded(monkeypatch):
     monkeypatch.setattr(driver, "_MAX_BLOCKS", 3)
     fake = FakeCuda()
-    one = driver.TensorMap(0, -1, 0, 9, (64, 4096), (128,), (64, 16), 3)
+    one = driver.BoundTensorMap(0, -1, 0, 9, (64, 4096), (128,), (64, 16), 3)
     maps = driver.TensorMaps(driver.Driver(fake), (one,))
     for k in range(1, 20):
         maps.address([4096 * k])

@@ -332,6 +332,8 @@ def test_scales_are_the_correctly_rounded_quotient(implementation, dtype):
     amax = np.arange(one, two, (two - one) // 128).astype(np.uint16).view(dtype)
     assert len(amax) == 128
     amax = np.concatenate([amax, amax * np.array(2.0**-9, dtype), amax * np.array(2.0**13, dtype)])
+    if implementation == "emulator":  # a row at a time; the next test has every mantissa
+        amax = amax[::7]
     want = amax.astype(np.float32) / np.float32(448)
     got = scales_of(amax, implementation, dtype)
     np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))

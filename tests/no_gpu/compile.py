@@ -74,15 +74,16 @@ def main() -> int:
     for name, (n, threads, registers, shared) in sorted(most.items()):
         print(f"{name:28} {n:8} {threads:17} {registers:10} {shared:13}")
     wrong = [f"{one['case']}\n    {fault}" for one in done for fault in one["wrong"]]
-    expected = len(list(cases.one_in(arguments.sample, cases.all_cases())))
+    every = cases.all_cases()
+    expected = len(list(cases.one_in(arguments.sample, every)))
     if expected != len(done):
         wrong.append(f"{len(done)} cases came back of {expected}")
     for fault in wrong:
         print(fault, file=sys.stderr)
     kernels = sum(n for n, *_ in most.values())
     print(
-        f"jaxlib {tools.folder.name}: {len(done)} programs, {kernels} kernels, {len(wrong)} faults, "
-        f"{time.monotonic() - begun:.0f} s"
+        f"jaxlib {tools.folder.name}: {len(done)} of {len(every)} programs, {kernels} kernels, "
+        f"{len(wrong)} faults, {time.monotonic() - begun:.0f} s"
     )
     return 1 if wrong else 0
 

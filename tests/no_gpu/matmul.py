@@ -189,6 +189,8 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     swap = Config("swap", 32, 128, 128, 6, group=0, ahead=True, finds=True)
     for few in (swap, swap._replace(bn=64, computing=1, stages=8), broad._replace(finds=True)):
         yield *case("masked, finds", scales=columns._replace(pitch=512), **masked)[:2], few
+    many = masked | {"num_rows": 32 * 512, "num_experts": 32}
+    yield *case("masked, finds 32", scales=columns._replace(pitch=512), **many)[:2], swap
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles

@@ -21,11 +21,19 @@ INSIDE = "--inside"  # the first argument of the process that runs in the toolch
 
 
 _step = 1  # of the kernels that are compiled
+_listed = 0  # kernels that there are, compiled or not
 
 
 def one_in_sample[T](kernels: Iterable[T]) -> Iterator[T]:
     """The kernels that the command was asked for: all, or one in N."""
-    return cases.one_in(_step, kernels)
+
+    def counted() -> Iterator[T]:
+        global _listed
+        for kernel in kernels:
+            _listed += 1
+            yield kernel
+
+    return cases.one_in(_step, counted())
 
 
 def direct(
@@ -54,7 +62,8 @@ def _print(reports: Iterable[Report]) -> int:
         for fault in found:
             print(f"    {fault}", file=sys.stderr, flush=True)
         wrong, count = wrong + len(found), count + 1
-    print(f"{count} kernels, {wrong} faults")
+    left = f", one in {_step} of {_listed} cases" if _step > 1 else ""
+    print(f"{count} kernels{left}, {wrong} faults")
     return wrong
 
 

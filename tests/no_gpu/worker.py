@@ -198,7 +198,9 @@ class Checker:
         values = [*sentinels.values()]
         names = [*sentinels]
         maps = [
-            self.driver.TensorMap(names.index(one["buffer"]), -1, 0, *(one[x] for x in _DESCRIBED))
+            self.driver.BoundTensorMap(
+                names.index(one["buffer"]), -1, 0, *(one[x] for x in _DESCRIBED)
+            )
             for one in launch.tensor_maps
         ]
         recorded.num_maps = 0

@@ -82,7 +82,7 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
 _SIZE_SHIFT = 8  # a size is given times 256, like the pointers beside it
 
 
-class TensorMap(NamedTuple):
+class BoundTensorMap(NamedTuple):
     """How an array is copied by TMA: the arguments of `cuTensorMapEncodeTiled`, but for its address.
 
     Attributes:
@@ -121,7 +121,7 @@ class LaunchSpec(NamedTuple):
     block: Sequence[int]
     shared_bytes: int
     parameters: tuple[int, ...]
-    tensor_maps: tuple[TensorMap, ...] = ()
+    tensor_maps: tuple[BoundTensorMap, ...] = ()
     waits: bool = True
 
 
@@ -279,10 +279,10 @@ class Driver:
             at = {name: position for position, name in enumerate(names)} | {_TENSOR_MAPS: _BY_VALUE}
             positions = tuple([at[name] for name in kernel["parameters"]])
             maps = [
-                TensorMap(
+                BoundTensorMap(
                     at[one["buffer"]],
                     at[one["rows"]] if one["rows"] else -1,
-                    *[one[field] for field in TensorMap._fields[2:]],
+                    *[one[field] for field in BoundTensorMap._fields[2:]],
                 )
                 for one in kernel.get("tensor_maps", ())
             ]
@@ -351,7 +351,7 @@ class TensorMaps:
     Not for two threads at once.
     """
 
-    def __init__(self, driver: Driver, maps: Sequence[TensorMap]):
+    def __init__(self, driver: Driver, maps: Sequence[BoundTensorMap]):
         self._driver, self._maps = driver, maps
         self._positions = [x for one in maps for x in (one.address, one.rows) if x >= 0]
         # By the values that they were encoded from: where they lie, and the memory.
