@@ -514,7 +514,7 @@ REFUSED = [
     (
         dict(expert_location=DYNAMIC.layer(0), num_fused_shared_experts=K + 1),
         ValueError,
-        r"num_fused_shared_experts must be at most the columns of topk_ids; got 4 for ids \[",
+        r"num_fused_shared_experts must be at most the columns of topk_ids; got int 4 for ids \[",
     ),
     (
         dict(expert_location=DYNAMIC.layer(0), num_fused_shared_experts=-1),
