@@ -157,6 +157,9 @@ def fused_experts(
     arguments = (hidden_states, w1, w2, topk_weights, topk_ids)
     try:
         options = _options_of(activation) | _biases_of(quant_config)
+        if apply_router_weight_on_input and options.get("bias_gate_up") is not None:
+            # vLLM's kernel adds the bias before it multiplies by the router's weight; ours weights the input.
+            raise _Refused("the router's weights multiply w1_bias, too")
         options |= {
             "transpose_rhs": True,
             "weights_on_input": apply_router_weight_on_input,

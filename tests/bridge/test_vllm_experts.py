@@ -87,16 +87,20 @@ REFUSED = {
     "quant_dtype is int8": (MoEActivation.SILU, {"quant_dtype": "int8"}),
     "weight_quant_dtype is int4": ("silu", {"weight_quant_dtype": "int4"}),
     "no activation situ": (MoEActivation.SITU, {}),
+    # vLLM gives (x W + bias) * weight; ours would give (weight * x) W + bias.
+    "weights multiply w1_bias": ("silu", {"w1_bias": torch.ones(6, 256)}, True),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_ours_cannot_do_is_vllms(reason, gpu, monkeypatch):
-    activation, quantised = REFUSED[reason]
-    config = SimpleNamespace(**vars(PLAIN) | quantised)
+    activation, held, *on_input = REFUSED[reason]
+    config = SimpleNamespace(**vars(PLAIN) | held)
+    options = {"activation": activation, "quant_config": config}
+    options["apply_router_weight_on_input"] = bool(on_input)
     given = tensors()
     with pytest.raises(NotImplementedError, match=reason) as caught:
-        vllm.fused_experts(*given, activation=activation, quant_config=config)
+        vllm.fused_experts(*given, **options)
     assert_format(caught.value)
     calls = []
     theirs = types.ModuleType("vllm.model_executor.layers.fused_moe.fused_moe")
@@ -104,11 +108,11 @@ def test_what_ours_cannot_do_is_vllms(reason, gpu, monkeypatch):
     stub_vllm.make(monkeypatch)
     monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
     with pytest.warns(UserWarning, match=f"vLLM's own expert layer runs .*{reason}"):
-        assert vllm.fused_experts(*given, activation=activation, quant_config=config) == "theirs"
+        assert vllm.fused_experts(*given, **options) == "theirs"
     with warnings.catch_warnings():  # each reason once
         warnings.simplefilter("error")
-        vllm.fused_experts(*given, activation=activation, quant_config=config)
-    assert calls[0] == (*given, activation, False, -1, None, config) and len(calls) == 2
+        vllm.fused_experts(*given, **options)
+    assert calls[0] == (*given, activation, bool(on_input), -1, None, config) and len(calls) == 2
     assert not gpu.launched
 
 
