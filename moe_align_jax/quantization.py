@@ -42,9 +42,9 @@ def quantize_rowwise(
             "ue8m0_packed", the exponents of the latter: byte i of int32 word j is that of group 4 j + i, of
             value 2**(byte - 127). Bytes behind the last group are 0. Static.
         scale_layout: "row_major" `[..., M, G]` (the default), or "column_major"
-            `[..., G, round_up(M, 4)]`, whose rows TMA reads. Packed scales are column-major
-            `[..., ceil(G / 4), M]` by default, as `silu_and_mul_masked_quant` makes them, or row-major
-            `[..., M, ceil(G / 4)]`, as `dispatch` takes them. Static.
+            `[..., G, round_up(M, 4)]`, whose rows TMA reads; columns from M on are unspecified. Packed scales
+            are column-major `[..., ceil(G / 4), M]` by default, as `silu_and_mul_masked_quant` makes them, or
+            row-major `[..., M, ceil(G / 4)]`, as `dispatch` takes them. Static.
         amax_floor: least maximum of a group: 1e-4 as DeepGEMM and DeepEP have it, 1e-10 as SGLang. Static.
         divide: `x / scale` instead of `x * (1 / scale)`. Static.
 

@@ -791,3 +791,7 @@ class _Store:
         )
         # Other threads than read the slot write to it next.
         plgpu.commit_smem()
+        if self.shape.partial and not self.shape.out_by_rows and self.slots > 1:
+            # These stores are no group of TMA's, of which `__call__` counts the latest: an earlier tile's
+            # store may still read a slot that one of the next pieces writes to.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)

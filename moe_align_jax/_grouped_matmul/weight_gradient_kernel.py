@@ -333,6 +333,16 @@ def arguments(
     return [*found, lhs, rhs, *(() if sums is None else (sums,))]
 
 
+def unread_stores(n: int, bn: int, piece: int) -> int:
+    """How many of the latest stores may still read their slot when the next band is put.
+
+    Band q of a tile takes slot q modulo the slots. Where a tile has a number of bands that is no multiple of
+    the slots, two stores in a row read the same slot, and the second one must wait for the first.
+    """
+    bands = (bn // piece, -(-n // piece))
+    return 0 if any(count % _SLOTS for count in bands) else _SLOTS - 1
+
+
 def build_pieces(
     problem: WeightGradient, tiles: Tiles, *, interpret: bool = False
 ) -> Callable[..., jax.Array]:
@@ -479,6 +489,8 @@ def build(
                     return ref[...]
                 return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
+            unread = unread_stores(n, tiles.bn, piece)
+
             def put(q, value, at):
                 """Band q of a tile at (expert, first row, first column), if the result has it."""
                 expert, row, column = at
@@ -487,7 +499,7 @@ def build(
                 @pl.when((row < k) & (column < n))
                 def _():
                     tile = o_tiles.at[warpgroup, q % _SLOTS]
-                    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(unread, wait_read_only=True)
                     tile[...] = value
                     plgpu.commit_smem()
                     if by_rows:

@@ -107,6 +107,21 @@ FEW = [
 ]
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("n", [8, 64, 72, 320, 512, 1440, 2880])
+@pytest.mark.parametrize("bn", [64, 128, 256])
+def test_no_band_is_put_into_a_slot_that_a_store_still_reads(n, bn, itemsize):
+    """Band after band of two experts' tiles, each store as late as the wait ahead of a band lets it be."""
+    piece, reading = 128 // itemsize, []
+    most = kernel.unread_stores(n, bn, piece)
+    for _ in range(2):
+        for column in range(0, n, bn):
+            for q in range(-(-min(bn, n - column) // piece)):
+                reading = reading[len(reading) - most :] if most else []
+                assert q % kernel._SLOTS not in reading
+                reading.append(q % kernel._SLOTS)
+
+
 @pytest.mark.parametrize(("make", "tiles"), [f[1:] for f in FEW], ids=[f[0] for f in FEW])
 def test_in_the_interpreter(make, tiles):
     with jax.default_device(jax.devices("cpu")[0]):
