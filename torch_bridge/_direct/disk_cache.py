@@ -1,9 +1,14 @@
-"""Compiled programs on disk, so that a later process neither imports jax nor compiles.
+"""Compiled programs on disk, so that a later process neither imports jax nor compiles, but for PTX.
 
-An entry is one file: magic, SHA-256 of the rest, length and text of a JSON header, the cubins. It is keyed
-by everything that could change the machine code or its meaning, written under another name and moved into
-place, and checked before use; what does not check is removed and made again. The folder belongs to the user
-alone, and its size is bounded. Imports neither jax nor torch.
+An entry is one file: magic, SHA-256 of the rest, length and text of a JSON header, and what is loaded of
+each kernel: machine code, or PTX of one that moves registers (`driver.is_linked`). The driver assembles PTX
+when a process loads it, and keeps the result in a cache of its own. Without that cache (CUDA_CACHE_DISABLE,
+or a folder that it cannot write) each process assembles again: 0.13 to 0.15 s a kernel, in place of 0.3 to
+0.5 ms (one H200, driver 580.159.04, host's clock, 2026-11-29).
+
+An entry is keyed by everything that could change the machine code or its meaning, written under another
+name and moved into place, and checked before use; what does not check is removed and made again. The folder
+belongs to the user alone, and its size is bounded. Imports neither jax nor torch.
 
 Only programs are kept, not the reasons why something could not be compiled: each process remembers those
 for itself. A reason that holds for a whole machine (no compiler, an unknown jaxlib, a GPU that one process
