@@ -143,7 +143,7 @@ package:
 clean:
 	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
-# Kernel forms to machine code by the newest jax's compiler, one in KERNEL_SAMPLE, and one in five by the oldest
+# Kernel forms to machine code by the newest jax's compiler, one in KERNEL_SAMPLE, and one in ten by the oldest
 # one's, too. Needs a C compiler and no GPU. Both CUDA plugins (400 MB each, unpacked) are installed into the
 # checkout the first time.
 # Seconds that a kernel may take to compile count the waiting for a core, too: five times the limit here.
@@ -158,10 +158,10 @@ compile-kernels-newest:
 	$(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample $(KERNEL_SAMPLE)
 	$(PY) -m tests.no_gpu.several --sample $(KERNEL_SAMPLE) $(COMPILED_MODULES)
 
-# One kernel in five: a compiler that differs at all differs in those.
+# One kernel in ten: a compiler that differs at all differs in those.
 compile-kernels-$(OLD_JAX): old-jax
-	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 5
-	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.several --sample 5 $(COMPILED_MODULES)
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.compile --jobs $(JOBS) --sample 10
+	$(WITH_OLD_JAX) $(PY) -m tests.no_gpu.several --sample 10 $(COMPILED_MODULES)
 
 # jax[cuda13] and torch install side by side: a dry run of the resolver, which writes nothing.
 resolve:

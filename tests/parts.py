@@ -5,8 +5,8 @@ function runs in the first of them. Its cases are shared out by what they cost:
 
 - A function whose cases cost little runs them all: of every four the first run takes two, the others one
   each. Where there are fewer, one of the others repeats the first case.
-- A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes a
-  second), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest, unless
+- A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes
+  `SPARSE`), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest, unless
   a case takes `VERY_LONG`; the only case of a function repeats there unless it takes `LONG`. `make
   test-whole` runs what is left, and each run says how many cases of the files that it reads that is. The
   mark `every_case` takes a function out of this: its cases are no sample.
@@ -30,6 +30,8 @@ WITHOUT_TORCH = ("x64",)
 COSTS = Path(__file__).with_name("costs.txt")
 # Seconds of CPU per case from which a function costs more.
 COSTLY = 0.05
+# Seconds of CPU of a case from which a run takes one in eight.
+SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
@@ -88,7 +90,7 @@ def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     """
     few = range(min(count, _FEW) if cost else count)
     more = range(len(few), count)
-    step = 8 if cost >= 1 else 4
+    step = 8 if cost >= SPARSE else 4
     if _ONCE.search(function):
         first = {*few[:: step if cost else 1], *more[::8]}
         return {"newest-jax": first, "oldest-jax": set(), "x64": set()}

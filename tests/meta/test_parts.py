@@ -70,7 +70,12 @@ def test_a_run_takes_no_case_of_a_file_that_it_does_not_read(part):
 @pytest.mark.parametrize(
     ("function", "count", "cost", "taken"),
     [
-        *((LIBRARY, 4, 0.2, 2), (LIBRARY, 8, 0.2, 4), (LIBRARY, 8, 1.5, 2), (LIBRARY, 8, 2.0, 1)),
+        *(
+            (LIBRARY, 4, 0.2, 2),
+            (LIBRARY, 8, 0.2, 4),
+            (LIBRARY, 8, parts.SPARSE, 2),
+            (LIBRARY, 8, 2.0, 1),
+        ),
         *((LIBRARY, 456, 0.2, 4 + 28 + 28), (ONCE, 8, 0.2, 2), (ONCE, 8, 2.0, 1)),
         (ONCE, 88, 0.2, 2 + 10),
     ],
@@ -85,7 +90,7 @@ def item(nodeid, *marks):
 
 
 def test_what_no_run_takes_is_counted(monkeypatch):
-    monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 0.5})
+    monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 0.2})
     items = [item(f"{LIBRARY}[{i}]") for i in range(8)] + [item(f"{ONCE}[{i}]") for i in range(8)]
     chosen = {name: parts.choose(items, name) for name in parts.NAMES}
     assert {left for _, left in chosen.values()} == {4}
