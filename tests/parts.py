@@ -6,8 +6,8 @@ function runs in the first of them. Its cases are shared out by what they cost:
 - A function whose cases cost little runs them all: of every four the first run takes two, the others one
   each. Where there are fewer, one of the others repeats the first case.
 - A function of `costs.txt` costs more. The first run takes one case in four (in eight, where a case takes
-  `SPARSE`), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest, unless
-  a case takes `VERY_LONG`; the only case of a function repeats there unless it takes `LONG`. `make
+  `SPARSE`), and of those beyond the eighth one in sixteen. One of the others takes as many of the rest,
+  unless a case takes `VERY_LONG`; the only case of a function repeats there unless it takes `LONG`. `make
   test-whole` runs what is left, and each run says how many cases of the files that it reads that is. The
   mark `every_case` takes a function out of this: its cases are no sample.
 
