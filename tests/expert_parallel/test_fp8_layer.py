@@ -98,7 +98,8 @@ def test_no_array_is_copied_or_turned_between_the_stages(example):
     counts = jax.ShapeDtypeStruct((e,), jnp.int32)
     run = jax.jit(lambda *a: example.experts(*a, implementation="mosaic_gpu"))
     text = run.trace(params, rows, counts).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") >= 5  # products, their lists, activation
+    # Two products, which find their tiles themselves at so few experts, and the activation between them.
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
     found = set(re.findall(r"stablehlo\.(\w+)", text)) - {"custom_call", "reshape", "constant"}
     assert not found & {"transpose", "convert", "pad", "concatenate", "copy", "gather", "slice"}, (
         found

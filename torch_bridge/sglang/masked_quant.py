@@ -142,8 +142,9 @@ def _compiled(problem: MaskedQuantProblem):
     from moe_align_jax import silu_and_mul_masked_quant
 
     options = problem._asdict()
-    for of_x in ("num_experts", "max_rows", "width", "dtype"):
-        del options[of_x]
+    # The first four are x's own, and this function always activates.
+    for no_option in ("num_experts", "max_rows", "width", "dtype", "activates"):
+        del options[no_option]
     return jax.jit(functools.partial(silu_and_mul_masked_quant, **options))
 
 
