@@ -109,7 +109,7 @@ def _quantised(
         scale_layout=problem.between_layout,
         floor=_AMAX_FLOOR,
         divide=False,
-        implementation=None if implementation != "xla" else "xla",
+        implementation="xla" if implementation == "xla" else None,
     )
     with jax.named_scope("down"):
         second = (hidden, (given.w_down,), given.bias_down, (of_hidden, *given.down_scales))
