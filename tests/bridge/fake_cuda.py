@@ -117,6 +117,10 @@ class FakeCuda:
         module._obj.value = int(image.split()[1]) + 1
         return 0
 
+    def cuModuleUnload(self, module) -> int:
+        self.loads -= 1
+        return 0
+
     def cuModuleGetFunction(self, function, module, name) -> int:
         kernel = self.kernels[value_of(module) - 1][0]
         assert name.decode() == kernel.name

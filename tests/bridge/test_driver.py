@@ -117,3 +117,60 @@ def test_the_linker_gets_no_kernel_that_moves_registers():
     assert library.linked == [plain.encode() + b"\0"]
     loading.load_kernels([fields] * 2, images, ())
     assert library.loaded == images
+
+
+class Loader:
+    """A driver whose call `fails` returns 2, out of memory, at the second kernel; `held` is what is loaded."""
+
+    def __init__(self, fails):
+        self.fails, self.held, self.calls = fails, [], dict.fromkeys((fails, "loads"), 0)
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name != self.fails:
+                return 0
+            self.calls[name] += 1
+            return 2 * (self.calls[name] == 2)
+
+        return call
+
+    def cuModuleLoadData(self, module, image):
+        if result := self.__getattr__("cuModuleLoadData")():
+            return result
+        self.calls["loads"] += 1
+        module._obj.value = self.calls["loads"]
+        self.held.append(module._obj.value)
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        function._obj.value = 100 + module.value
+        return self.__getattr__("cuModuleGetFunction")()
+
+    def cuModuleUnload(self, module):
+        self.held.remove(module.value)
+        return 3  # which must not hide what failed
+
+
+FIELDS = {"entry": "kernel", "shared_bytes": 0, "parameters": ("x",)}
+FIELDS |= dict.fromkeys(("grid", "cluster", "block"), (1, 1, 1))
+
+
+@pytest.mark.parametrize("fails", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"])
+def test_kernels_before_one_that_does_not_load_are_unloaded(fails):
+    library = Loader(fails)
+    with pytest.raises(driver.DriverError, match="CUDA driver error 2"):
+        driver.Driver(library).load_kernels([FIELDS] * 3, [b"cubin"] * 3, ("x",))
+    assert library.calls["loads"] in (1, 2) and not library.held
+
+
+def test_kernels_of_other_arguments_are_unloaded():
+    library = Loader("")
+    with pytest.raises(KeyError):
+        driver.Driver(library).load_kernels([FIELDS] * 2, [b"cubin"] * 2, ("y",))
+    assert library.calls["loads"] == 1 and not library.held
+
+
+def test_kernels_that_load_stay():
+    library = Loader("")
+    specs = driver.Driver(library).load_kernels([FIELDS] * 2, [b"cubin"] * 2, ("x",))
+    assert [spec.function for spec in specs] == [101, 102] and library.held == [1, 2]

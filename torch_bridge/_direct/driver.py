@@ -263,32 +263,52 @@ class Driver:
             kernels: for each, the fields of `compile_worker.KernelLaunch`.
             cubins: of `assemble`.
             names: of the program's values, in order; a kernel's parameters are among them.
+
+        Where one of them does not load, those before it are unloaded again.
         """
-        cuda, specs = self.library, []
-        for kernel, cubin in zip(kernels, cubins, strict=True):
-            entry, shared = kernel["entry"], kernel["shared_bytes"]
-            module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            if result := cuda.cuModuleLoadData(ctypes.byref(module), cubin):
-                self.check(result, f"loading {entry}")
-            if result := cuda.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()):
-                self.check(result, f"finding {entry}")
-            if result := cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared):
-                self.check(result, f"asking for {shared} bytes of shared memory")
-            assert function.value is not None
-            shape = kernel["grid"], kernel["cluster"], kernel["block"]
-            at = {name: position for position, name in enumerate(names)} | {_TENSOR_MAPS: _BY_VALUE}
-            positions = tuple([at[name] for name in kernel["parameters"]])
-            maps = [
-                BoundTensorMap(
-                    at[one["buffer"]],
-                    at[one["rows"]] if one["rows"] else -1,
-                    *[one[field] for field in BoundTensorMap._fields[2:]],
-                )
-                for one in kernel.get("tensor_maps", ())
+        modules: list[ctypes.c_void_p] = []
+        try:
+            return [
+                self._load_kernel(kernel, cubin, names, modules)
+                for kernel, cubin in zip(kernels, cubins, strict=True)
             ]
-            waits = kernel.get("waits", True)
-            specs.append(LaunchSpec(function.value, *shape, shared, positions, tuple(maps), waits))
-        return specs
+        except BaseException:
+            # Nobody would have their functions. What failed is told, not that a module does not unload.
+            for module in modules:
+                self.library.cuModuleUnload(module)
+            raise
+
+    def _load_kernel(
+        self,
+        kernel: Mapping[str, Any],
+        cubin: bytes,
+        names: Sequence[str],
+        modules: list[ctypes.c_void_p],
+    ) -> LaunchSpec:
+        """One kernel of `load_kernels`; its module is appended to `modules` as soon as it is loaded."""
+        cuda, entry, shared = self.library, kernel["entry"], kernel["shared_bytes"]
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        if result := cuda.cuModuleLoadData(ctypes.byref(module), cubin):
+            self.check(result, f"loading {entry}")
+        modules.append(module)
+        if result := cuda.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()):
+            self.check(result, f"finding {entry}")
+        if result := cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared):
+            self.check(result, f"asking for {shared} bytes of shared memory")
+        assert function.value is not None
+        shape = kernel["grid"], kernel["cluster"], kernel["block"]
+        at = {name: position for position, name in enumerate(names)} | {_TENSOR_MAPS: _BY_VALUE}
+        positions = tuple([at[name] for name in kernel["parameters"]])
+        maps = [
+            BoundTensorMap(
+                at[one["buffer"]],
+                at[one["rows"]] if one["rows"] else -1,
+                *[one[field] for field in BoundTensorMap._fields[2:]],
+            )
+            for one in kernel.get("tensor_maps", ())
+        ]
+        waits = kernel.get("waits", True)
+        return LaunchSpec(function.value, *shape, shared, positions, tuple(maps), waits)
 
     def synchronize(self) -> None:
         """Waits for all work of the current context."""
