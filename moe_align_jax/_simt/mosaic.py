@@ -454,23 +454,34 @@ class WindowedMosaic(Windowed, MosaicSimt):
         ]
 
 
+# The barrier by which Mosaic lets the CTAs of a cluster wait for each other before a body (jax 0.11.2, 0.12).
+_CLUSTER_BARRIER = ["barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;"]
+
+
 def _drop_cluster_barrier() -> None:
-    """Takes out the barrier by which Mosaic lets the CTAs of a cluster wait for each other before a body.
+    """Takes out Mosaic's barrier of the cluster ahead of the body.
 
     A kernel with a mailbox has one of its own (`open_mailbox`, `cluster_ready`), which stands behind its
-    first loads and does for both. Where a release of jax writes Mosaic's otherwise, both stay.
+    first loads and does for both. Half a barrier would make the kernel wait for ever: unless exactly the two
+    halves that we know stand there, as in another release of jax, all stays, and the kernel has two barriers.
     """
-    block = ir.InsertionPoint.current.block
+    block, found = ir.InsertionPoint.current.block, []
     while True:
-        for operation in list(block.operations):
-            if operation.operation.name == "llvm.inline_asm":
+        here = []
+        for operation in block.operations:
+            name, code = operation.operation.name, ""
+            if name == "llvm.inline_asm":
                 code = ir.StringAttr(operation.operation.attributes["asm_string"]).value
-                if code.startswith("barrier.cluster."):
-                    operation.operation.erase()
+            if "barrier.cluster" in code or name.startswith("nvvm.cluster."):
+                here.append((code or name, operation.operation))
+        found = here + found  # what is around a block stands ahead of it
         owner: Any = block.owner
         if owner.operation.name in ("builtin.module", "gpu.launch"):
-            return
+            break
         block = owner.operation.block
+    if [code for code, _ in found] == _CLUSTER_BARRIER:
+        for _, operation in found:
+            operation.erase()
 
 
 def _name_module(kernel: Kernel) -> None:
