@@ -69,7 +69,9 @@ def grouped_matmul(
             `[E, K, N]`. Or float32, as master weights: cast to x's dtype here, with a float32 gradient.
             For e4m3 x, (e4m3 values, float32 scales), of `quantize_blockwise`, or a pair of such
             pairs: `[E, N, K]` (`transpose_rhs=True`), a scale for each 128 x 128, or `[E]` or `[]`.
-        aligned: from `moe_align_block_size`, P rows. P may be any length that holds the rows in use.
+        aligned: from `moe_align_block_size`, P rows. P may be any length that holds the rows in use. One made
+            by hand must have, as those do, the pairs of each block ahead of its padding: the kernel takes a
+            block's rows behind the first padding for padding. (Eager calls on a CPU check it.)
         block_size: the one that `aligned` was made with. Static.
         top_k: pairs per token, where x holds the tokens; None where x holds the aligned rows. Static.
         transpose_rhs: w is `[E, N, K]` (`[E, 2 N, K]`, or a pair of `[E, N, K]`). Static.
@@ -161,6 +163,8 @@ def grouped_matmul(
         num_pairs=num_pairs,
     )
     extras = arguments.check_extras(function, problem, bias, row_weights)
+    pairs = num_pairs or problem.num_tokens * problem.top_k
+    arguments.check_order(function, where, pairs, block_size, problem.num_experts)
     return _run(problem, implementation, values, *arrays, *extras, *of_scales, *where)
 
 

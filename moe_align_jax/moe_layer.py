@@ -96,7 +96,8 @@ def fused_moe(
             instead of the experts' results. With K > 1 that makes a copy of x for each k. Static.
         aligned: an alignment of topk_ids made before, with its row_of_pair: of `route_and_align`, or of
             `moe_align_block_size(..., return_inverse=True)`. It needs `block_size`. expert_map,
-            expert_location and num_valid_tokens are then the alignment's, and left out here.
+            expert_location and num_valid_tokens are then the alignment's, and left out here. One made by
+            hand must have the pairs of each block ahead of its padding, as for `grouped_matmul`.
         expert_map: `[G]` any integer dtype, the local id of each of G experts, -1 for those of other devices:
             topk_ids are in `[0, G)`, and the weights are those of E local experts.
         expert_location: topk_ids are logical experts, and E (or G) counts physical slots, as for
@@ -215,7 +216,7 @@ def fused_moe(
         where: Any = aligned[:3]
         row_of_pair = aligned.row_of_pair
     elif aligned is not None:
-        where, row_of_pair = _check_aligned(function, aligned, block_size, pairs)
+        where, row_of_pair = _check_aligned(function, aligned, block_size, pairs, experts)
         check_blocks = True
         counts = aligned.tokens_per_expert
     else:
@@ -321,7 +322,9 @@ def _count(expert_of_pair: jax.Array, *, experts: int) -> jax.Array:
     return jnp.sum(expert_of_pair[:, None] == every[None, :], axis=0, dtype=_I32)
 
 
-def _check_aligned(function: str, aligned: Any, block_size: int, pairs: Any) -> tuple[Any, Any]:
+def _check_aligned(
+    function: str, aligned: Any, block_size: int, pairs: Any, experts: int
+) -> tuple[Any, Any]:
     where = matmul_arguments.check_aligned(function, aligned, block_size)
     row_of_pair = getattr(aligned, "row_of_pair", None)
     if row_of_pair is None:
@@ -332,6 +335,8 @@ def _check_aligned(function: str, aligned: Any, block_size: int, pairs: Any) -> 
         remedy = "Pass the topk_ids that were aligned."
         kind = ValueError if row_of_pair.dtype == np.int32 else TypeError
         checks.refuse(kind, function, "aligned.row_of_pair", rule, row_of_pair, remedy)
+    matmul_arguments.check_order(function, where, pairs, block_size, experts)
+    matmul_arguments.check_inverse(function, where[0], row_of_pair)
     return where, row_of_pair
 
 

@@ -24,7 +24,8 @@ class AlignedBlocks(NamedTuple):
 
     Attributes:
         sorted_token_ids: `[P]` int32. Pair indices (`token * top_k + k`) grouped by expert, ascending
-            within an expert; every other slot, to the very end, holds n.
+            within an expert; every other slot, to the very end, holds n. So in each block the pairs come
+            first: the grouped products count on it.
             `[2, 4, 6, 6,  0, 3, 6, 6,  1, 5, 6, 6, ...]`
         expert_ids: `[B]` int32. `expert_ids[b]` is the expert of rows `[b*block_size, (b+1)*block_size)`;
             -1 in every block past the last used one. `[1, 2, 3, -1, ...]`

@@ -44,7 +44,9 @@ def grouped_matmul(
             (which the kernels do not multiply: jax does).
         w: `[E, K, N]` of x's dtype, with `transpose_rhs` `[E, N, K]`; or a pair (gate, up) of these.
             Gated, one tensor has 2 N columns.
-        aligned: of `align_blocks`, or the three results of `moe_align_block_size`.
+        aligned: of `align_blocks`, or the three results of `moe_align_block_size`. In each block the pairs
+            come ahead of the padding. Without `top_k`, pass all of its rows: the last one tells what is
+            padding.
         block_size: the one that `aligned` was made with.
         top_k: row r of the product is that of token `sorted_token_ids[r] // top_k` of x.
         transpose_rhs, activation, gated, interleaved, swiglu_limit, swiglu_alpha: as for

@@ -194,8 +194,74 @@ def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
 def _without_padding(ids: jax.Array, counts: jax.Array) -> jax.Array:
     ids, counts = vary_together([jnp.asarray(ids), replicate(jnp.asarray(counts))])
     bound = jnp.max(ids, initial=-1)
-    full = jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0]
+    # torch_bridge, given three results, knows the rows in use in place of the counts. They are all rows of
+    # some whole alignments, too. Two slots of one value are padding: each pair has a slot of its own.
+    once = jnp.sum(ids == bound, dtype=jnp.int32) == 1
+    full = once & (jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0])
     return jnp.where(full | (ids < bound), ids, -1)
+
+
+def check_order(function: str, where: Any, pairs: int, block_size: int, num_experts: int) -> None:
+    """That the pairs of each block in use stand ahead of its padding: the kernels count on it.
+
+    Nothing is checked under jit, and of arrays on a GPU, for which the host would have to wait.
+
+    Args:
+        function: for the message.
+        where: of `check_aligned`.
+        pairs: ids below it are pairs; 0 where the last slot tells it.
+        block_size: rows per block.
+        num_experts: E, of the weights.
+    """
+    if block_size == 1 or not all(map(is_on_host, where)):
+        return
+    ids, experts, used = map(np.asarray, where)
+    blocks = min(max(checks.cdiv(int(used[0]), block_size), 0), experts.size)
+    if not blocks:
+        return
+    ids = ids[: blocks * block_size]
+    held = np.zeros(blocks * block_size, bool)
+    held[: ids.size] = (ids >= 0) & (ids < (pairs or np.asarray(where[0])[-1]))
+    held = held.reshape(blocks, block_size)
+    late = held[:, 1:] & ~held[:, :-1]
+    late &= ((experts[:blocks] >= 0) & (experts[:blocks] < num_experts))[:, None]
+    if late.any():
+        block, row = np.argwhere(late)[0].tolist()
+        rule = "have the pairs of each block ahead of its padding"
+        slot = block * block_size + row
+        got = f"padding in slot {slot} and pair {ids[slot + 1]} in slot {slot + 1}"
+        remedy = "Align with moe_align_block_size, or move the padding to the block's end."
+        checks.refuse(ValueError, function, "aligned.sorted_token_ids", rule, got, remedy)
+
+
+def check_inverse(function: str, pair_of_row: Any, row_of_pair: Any) -> None:
+    """That each pair lies in the row that the inverse names, or in none: checked as `check_order` is."""
+    if not all(map(is_on_host, (pair_of_row, row_of_pair))):
+        return
+    ids, rows = np.asarray(pair_of_row), np.asarray(row_of_pair).reshape(-1)
+    [kept] = np.nonzero(rows >= 0)
+    there = rows[kept] < ids.size
+    there[there] = ids[rows[kept[there]]] == kept[there]
+    if not there.all():
+        pair = int(kept[np.argmin(there)])
+        row = int(rows[pair])
+        rule = "be the inverse of aligned.sorted_token_ids"
+        holds = f"which holds {ids[row]}" if row < ids.size else f"of {ids.size} rows"
+        remedy = "Change both, or align with moe_align_block_size(..., return_inverse=True)."
+        got = f"row {row} for pair {pair}, {holds}"
+        checks.refuse(ValueError, function, "aligned.row_of_pair", rule, got, remedy)
+
+
+def is_on_host(value: Any) -> bool:
+    """Whether an array's values are known now, in the host's memory: not traced, and not on a GPU."""
+    if isinstance(value, np.ndarray):
+        return True
+    known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    return (
+        known
+        and value.is_fully_addressable
+        and all(device.platform == "cpu" for device in value.devices())
+    )
 
 
 def check_counts(function: str, argument: str, value: Any, least: int, most: int) -> Any:

@@ -59,7 +59,8 @@ class MatmulProblem(NamedTuple):
 
         "blocks": row r is in block `r // block_size`; `expert_ids` `[B]` gives the block's expert (-1: the
             rows are zero), `num_tokens_post_padded` `[1]` the rows in use, and `sorted_token_ids` `[P]` the
-            pair of each row (negative or not below `num_pairs`: the row holds none, and is zero).
+            pair of each row (negative or not below `num_pairs`: the row holds none, and is zero). The pairs
+            of a block come first: kernels may take what is behind its first padding for padding.
         "masked": expert e has rows `e * max_rows` on, of which `masked_m[e]` are in use.
         "ragged": groups follow each other; `group_sizes` `[G]` tells their rows. Group `g` uses the weights
             `g - group_offset[0]`; groups for which there are none, and rows behind the last group, are zero.

@@ -120,7 +120,7 @@ def test_the_linker_gets_no_kernel_that_moves_registers():
 
 
 class Loader:
-    """A driver whose call `fails` returns 2, out of memory, at the second kernel; `held` is what is loaded."""
+    """A driver whose call `fails` returns 2 (no memory) at the second kernel; `held` is what is loaded."""
 
     def __init__(self, fails):
         self.fails, self.held, self.calls = fails, [], dict.fromkeys((fails, "loads"), 0)

@@ -385,6 +385,28 @@ def test_calls_with_lists_are_told_from_calls_with_tensors(gpu):
         torch_bridge.grouped_matmul(x, up, other, **options)
 
 
+def test_rows_of_no_pair_are_zero_where_all_rows_are_in_use():
+    """Four experts of a pair each in blocks of 4 use all that there is: padding was multiplied."""
+    ids = torch.arange(4)[:, None]
+    aligned = torch_bridge.align_blocks(ids, block_size=4, num_experts=4)
+    assert int(aligned.num_tokens_post_padded) == aligned.sorted_token_ids.numel() == 16
+    x, w = torch.ones(16, 8), torch.ones(4, 8, 8)
+    for given in (aligned, tuple(aligned[:3])):
+        got = torch_bridge.grouped_matmul(x, w, given, block_size=4)
+        assert got[:, 0].tolist() == [8, 0, 0, 0] * 4
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_padding_ahead_of_a_pair_is_refused(top_k):
+    x, w = torch.ones(2 if top_k else 4, 8), torch.ones(1, 8, 8)
+    parts = [
+        torch.tensor(part, dtype=torch.int32) for part in ([0, 2, 1, 2], [0], [4], [2], [0, 2])
+    ]
+    rule = "grouped_matmul: aligned.sorted_token_ids must have the pairs of each block ahead"
+    with pytest.raises(ValueError, match=rule):
+        torch_bridge.grouped_matmul(x, w, AlignedBlocks(*parts), block_size=4, top_k=top_k)
+
+
 def test_descriptors_of_a_repeated_call_are_encoded_once(gpu):
     given = tensors()
     out = lain(torch.empty(given[0].shape, dtype=BF16))

@@ -68,6 +68,41 @@ def test_an_alignment_cut_to_its_rows(inverse, block, implementation):
         assert oracle.error(found, want) < bound(implementation, "bfloat16")
 
 
+PADDED_FIRST = np.array(
+    [5, 0, 1, 5, 2, 5, 3, 4], np.int32
+)  # padding is 5: slots 0 and 5 are in front of pairs
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_padding_ahead_of_a_pair_is_refused(array, inverse, top_k):
+    """The kernels take what is behind a block's first padding for padding, and lost the pairs there."""
+    x, w = np.ones((5 if top_k else 8, 8), np.float32), np.ones((2, 8, 8), np.float32)
+    experts, used = np.array([0, 1], np.int32), np.array([8], np.int32)
+    rows = np.array([1, 2, 4, 6, 7], np.int32)
+
+    def blocks(ids, experts=experts, used=used):
+        given = maj.AlignedBlocks(ids, experts, used, np.array([2, 3], np.int32))
+        given = given._replace(row_of_pair=rows if inverse else None)
+        return maj.AlignedBlocks(*(None if part is None else array(part) for part in given))
+
+    multiply = functools.partial(maj.grouped_matmul, x, w, block_size=4, top_k=top_k)
+    rule = "must have the pairs of each block ahead of its padding"
+    got = "got padding in slot 0 and pair 0 in slot 1"
+    with pytest.raises(
+        ValueError, match=rf"^grouped_matmul: aligned.sorted_token_ids {rule}; {got}\. "
+    ):
+        multiply(blocks(PADDED_FIRST))
+    in_order = np.array([0, 1, 5, 5, 2, 3, 4, 5], np.int32)
+    np.testing.assert_array_equal(multiply(blocks(in_order))[:, 0], [8, 8, 0, 0, 8, 8, 8, 0])
+    # Of blocks that are not in use, or have no expert here, nothing is said.
+    half = np.array([0, 1, 5, 5, 5, 2, 5, 5], np.int32)
+    for other in ({"used": np.array([4], np.int32)}, {"experts": np.array([0, -1], np.int32)}):
+        found = multiply(blocks(half, **other))
+        np.testing.assert_array_equal(found[:4, 0], [8, 8, 0, 0])
+
+
 def routed(name, tokens, top_k, experts, block, seed=0):
     """The alignment of such ids, and which of its rows hold a pair."""
     ids = ids_of(name, tokens, top_k, experts, seed)

@@ -255,6 +255,46 @@ def test_an_alignment_made_before(use):
     np.testing.assert_array_equal(counts, aligned.tokens_per_expert)
 
 
+def edited(aligned, first, second, *, inverse):
+    """The alignment with two of its slots exchanged, and its inverse told so or not."""
+    ids = np.asarray(aligned.sorted_token_ids).copy()
+    ids[[first, second]] = ids[[second, first]]
+    rows = np.asarray(aligned.row_of_pair).copy()
+    for row in (first, second):
+        if inverse and ids[row] < rows.size:
+            rows[ids[row]] = row
+    return aligned._replace(sorted_token_ids=ids, row_of_pair=rows)
+
+
+def test_an_edited_alignment():
+    """Any order of an expert's pairs is right; what kernels or the derivative would misread is refused."""
+    operands, options = make_layer(13, 2, 4)
+    ids = operands[4]
+    aligned = maj.moe_align_block_size(ids, block_size=8, num_experts=4, return_inverse=True)
+    want, _ = wanted(operands, options)
+
+    def layer(aligned):
+        return maj.fused_moe(*operands, aligned=aligned, block_size=8, **options)
+
+    [count] = np.nonzero(np.asarray(aligned.sorted_token_ids)[:8] == ids.size)
+    assert count.size and count[0] >= 2  # the first block has pairs, and padding behind them
+    assert error(layer(edited(aligned, 0, 1, inverse=True)), want) < 1e-5
+    name = "fused_moe: aligned"
+    with pytest.raises(
+        ValueError, match=f"{name}.sorted_token_ids must have the pairs .* in slot 1"
+    ):
+        layer(edited(aligned, 0, 7, inverse=True))
+    with pytest.raises(
+        ValueError, match=f"{name}.row_of_pair must be the inverse of .*; got row 0 for"
+    ):
+        layer(edited(aligned, 0, 1, inverse=False))
+    behind = np.where(np.asarray(aligned.row_of_pair) == 0, 1000, aligned.row_of_pair)
+    with pytest.raises(
+        ValueError, match=f"{name}.row_of_pair must .*; got row 1000 for pair .* rows"
+    ):
+        layer(aligned._replace(row_of_pair=behind.astype(np.int32)))
+
+
 @pytest.mark.parametrize("tokens", [2, 13], ids=["pairs", "blocks"])
 @pytest.mark.parametrize("dispatch", ["dynamic", "round_robin"])
 def test_an_expert_location(tokens, dispatch):

@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 import moe_align_jax
+from moe_align_jax._grouped_matmul import arguments
 from moe_align_jax.types import AlignedBlocks
 from torch_bridge import _plan, dlpack
 from torch_bridge._direct.call import bound, narrow
 from torch_bridge._dlpack_path.run import hand_over
-from torch_bridge._moe.calls import ALIGNED, DTYPES, Call, Matmul
+from torch_bridge._moe.calls import ALIGNED, DTYPES, Call, Layer, Matmul
 from torch_bridge._resolved import Plan
 
 _MOST_EXPERTS = 2**31 - 1  # an id
@@ -131,6 +133,28 @@ def _narrowed(call: Call, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
     return found
 
 
+def _check_aligned(call: Call, inputs: Mapping[str, torch.Tensor]) -> None:
+    """What jax's function checks of arrays whose values it sees; here it is traced."""
+    where = [inputs[name].numpy() for name in ALIGNED[:3]]
+    where[2] = where[2].reshape(1)
+    weights = next(inputs[name] for name in ("w", "gate") if name in inputs)
+    inverse, ids = inputs.get("row_of_pair"), where[0]
+    pairs = (
+        inputs["x"].shape[0] * call.top_k
+        if isinstance(call, Matmul)
+        else inputs["topk_ids"].numel()
+    )
+    if not pairs:  # what is there twice is padding: each pair has a slot of its own
+        used = ids[: max(int(where[2][0]), 0)]
+        most = int(used.max(initial=0))
+        pairs = most if np.count_nonzero(used == most) > 1 else 0
+    if pairs:
+        sizes = (pairs, call.block_size, weights.shape[0])
+        arguments.check_order(call.function, where, *sizes)
+    if isinstance(call, Layer) and inverse is not None:
+        arguments.check_inverse(call.function, where[0], inverse.numpy())
+
+
 def run(
     call: Call, operands: Mapping[str, torch.Tensor], plan: Plan, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
@@ -142,6 +166,8 @@ def run(
             for name, x in operands.items()
         }
         inputs |= _narrowed(call, inputs)
+        if device.type == "cpu" and "sorted_token_ids" in inputs:
+            _check_aligned(call, inputs)
         arrays = {name: dlpack.share(x) for name, x in inputs.items()}
         results = _run(arrays, call=call, implementation=plan.implementation)
         handed = hand_over(results, copy="outputs" in plan.copies, out=None)
