@@ -4,7 +4,6 @@ Functions of the router's logits and of the pairs that each expert got, which `f
 no coefficient: multiply them by the model's own, and add them to its loss.
 """
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -173,7 +172,7 @@ def update_router_bias(
         rule, remedy = "have shape [E]", "Call it for each layer, or with jax.vmap."
         raise ValueError(checks.message(function, "bias", rule, checks.describe(bias), remedy))
     counts = _check_counts(function, tokens_per_expert, bias.shape[0])
-    rate = _check_rate(function, rate)
+    rate = _check_rate(function, rate, bias.dtype)
     _check_axis(function, axis_name)
     with jax.named_scope(function):
         counts = counts.astype(_I32)
@@ -201,8 +200,8 @@ def _check_axis(function: str, axis_name: Any) -> None:
         check_axis(function, axis_name, remedy)
 
 
-def _check_rate(function: str, rate: Any) -> Any:
-    """A finite real number, or an array of one."""
+def _check_rate(function: str, rate: Any, of_bias: Any) -> Any:
+    """A real number that is finite in the bias' dtype, or an array of one."""
     remedy = "Pass the step, e.g. 0.001."
     dtype: Any = getattr(rate, "dtype", None)
     array = checks.is_array(rate) or isinstance(rate, np.generic)
@@ -216,12 +215,13 @@ def _check_rate(function: str, rate: Any) -> Any:
     if array and np.shape(rate) != ():
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
-    try:
-        got = "" if isinstance(rate, jax.Array) or math.isfinite(rate) else str(rate)
-    except OverflowError:
-        got = "an int beyond float64"
-    if got:
-        raise ValueError(checks.message(function, "rate", "be finite", got, remedy))
+    if not isinstance(rate, jax.Array):
+        number: Any = rate.item() if array else rate
+        most = float(jnp.finfo(of_bias).max)
+        if not checks.is_finite(number) or abs(number) > most:
+            got = number if isinstance(number, int) else str(rate)
+            rule = f"be finite, and so in {of_bias}, the bias' dtype"
+            raise ValueError(checks.message(function, "rate", rule, got, remedy))
     return rate
 
 

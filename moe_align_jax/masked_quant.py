@@ -259,14 +259,14 @@ def make_problem(
         rule, got = "be a static bool", checks.describe(divide)
         remedy = "Pass True or False."
         raise TypeError(checks.message(function, "divide", rule, got, remedy))
-    rule = f"be at least {_LEAST_FLOOR}"
+    rule = f"be at least {_LEAST_FLOOR} and a finite float32"
     floor = _check_number(function, "amax_floor", amax_floor, rule, lambda v: v >= _LEAST_FLOOR)
     limit, alpha = swiglu_limit, swiglu_alpha
     if limit is not None:
-        rule = "be None or at least 0"
+        rule = "be None or at least 0 and a finite float32"
         limit = _check_number(function, "swiglu_limit", limit, rule, lambda v: v >= 0)
     if alpha is not None:
-        rule = "be None or positive"
+        rule = "be None or positive and a finite float32"
         alpha = _check_number(function, "swiglu_alpha", alpha, rule, lambda v: v > 0)
     return MaskedQuantProblem(
         experts,
@@ -291,12 +291,12 @@ def _check_choice(function: str, argument: str, value: object, choices: tuple[st
 
 
 def _check_number(function: str, argument: str, value: Any, rule: str, holds: Any) -> float:
-    """A static finite number, as a float."""
+    """A static number that is finite in float32, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the kernel: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, argument, "be a static number", got, remedy))
-    if not checks.is_finite(value) or not holds(value):
+    if not checks.is_finite_float32(value) or not holds(value):
         remedy = "See its documentation for common values."
         raise ValueError(checks.message(function, argument, rule, value, remedy))
     return float(value)

@@ -164,7 +164,10 @@ def _check_floor(function: str, value: Any) -> float:
         rule, remedy = "be a static number", "It is compiled into the program: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, "amax_floor", rule, got, remedy))
-    if not checks.is_finite(value) or value < _LEAST_FLOOR:
-        rule, remedy = f"be at least {_LEAST_FLOOR} and finite", "1e-4 and 1e-10 are usual."
+    if not checks.is_finite_float32(value) or value < _LEAST_FLOOR:
+        rule, remedy = (
+            f"be at least {_LEAST_FLOOR} and a finite float32",
+            "1e-4 and 1e-10 are usual.",
+        )
         raise ValueError(checks.message(function, "amax_floor", rule, value, remedy))
     return float(value)

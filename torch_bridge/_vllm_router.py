@@ -456,7 +456,7 @@ def check_scale(function: str, renormalize: object, scaling_factor: object) -> N
     argument, rule = "routed_scaling_factor", "be a finite Python number"
     if not isinstance(scaling_factor, (int, float)) or isinstance(scaling_factor, bool):
         checks.fail(function, argument, rule, got, remedy, TypeError)
-    if not checks.is_finite(scaling_factor):
+    if not checks.is_finite_float32(scaling_factor):
         checks.fail(function, argument, rule, got, remedy)
 
 

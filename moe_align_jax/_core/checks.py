@@ -91,6 +91,16 @@ def is_finite(value: Any) -> bool:
     return -float("inf") < value < float("inf")
 
 
+# From it on a number rounds to an infinity of float32.
+_BEYOND_FLOAT32 = float(2**128 - 2**103)
+
+
+def is_finite_float32(value: Any) -> bool:
+    """Whether a number that a program computes with in float32 is finite there."""
+    number = float(value) if isinstance(value, np.generic) else value
+    return abs(number) < _BEYOND_FLOAT32
+
+
 def leading(shape, rest: str = "...") -> str:
     """`[2, 4, ...]`: a shape of which only the first sizes are numbers."""
     return f"[{', '.join(map(str, (*shape, rest)))}]"

@@ -19,10 +19,11 @@ def _check_number(function: str, argument: str, value: Any, least: str) -> float
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the program: pass a Python float."
         checks.refuse(TypeError, function, argument, "be a static number", value, remedy)
-    if not checks.is_finite(value) or value < 0 or (least == "positive" and not value):
+    if not checks.is_finite_float32(value) or value < 0 or (least == "positive" and not value):
         remedy = "See its documentation for common values."
         got = value if isinstance(value, int) else str(value)
-        checks.refuse(ValueError, function, argument, f"be None or {least}", got, remedy)
+        rule = f"be None or {least} and a finite float32"
+        checks.refuse(ValueError, function, argument, rule, got, remedy)
     return float(value)
 
 

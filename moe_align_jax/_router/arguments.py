@@ -1,6 +1,5 @@
 """What the router's functions check of their arguments, and the problem that they make of them."""
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,11 +154,7 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         rule, got = "be a static number", checks.describe(scaling_factor)
         remedy = "It is compiled into the kernel: pass a Python float."
         raise TypeError(checks.message(function, "scaling_factor", rule, got, remedy))
-    factor = float("inf")
-    if checks.is_finite(options.scaling_factor):
-        with np.errstate(over="ignore"):
-            factor = float(np.float32(options.scaling_factor))
-    if not math.isfinite(factor):
+    if not checks.is_finite_float32(scaling_factor):
         checks.fail(
             function, "scaling_factor", "be a finite float32", scaling_factor, "Pass 1.0 for none."
         )
@@ -173,7 +168,7 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         renormalize=bool(options.renormalize),
         num_groups=groups,
         topk_groups=stay,
-        scaling_factor=factor,
+        scaling_factor=float(np.float32(scaling_factor)),
     )
 
 

@@ -100,13 +100,28 @@ NUMBERS = {
     "scaling_factor": lambda v: maj.route_topk(LOGITS, top_k=1, scaling_factor=v),
     "capacity_factor": lambda v: maj.expert_capacity(4, top_k=2, num_experts=2, capacity_factor=v),
     "rate": lambda v: maj.update_router_bias(LOGITS[0], SIZES, rate=v),
+    "swiglu_limit of grouped_matmul": lambda v: _multiply(activation="silu", swiglu_limit=v),
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_finite(name):
-    for value in (HUGE, -HUGE, LONGEST, float("inf"), float("nan"), np.float32(np.inf)):
+    beyond_float32 = () if name == "capacity_factor" else (1e39, np.float64(3.4028236e38))
+    others = (float("inf"), float("nan"), np.float32(np.inf))
+    for value in (HUGE, -HUGE, LONGEST, *others, *beyond_float32):
         refuses(lambda value=value: NUMBERS[name](value), name.split()[0], ValueError)
+
+
+def test_the_greatest_float32_is_finite():
+    most = np.finfo(np.float32).max
+    for value in (most, float(most)):
+        q, scales = maj.quantize_rowwise(X, amax_floor=value)
+        np.testing.assert_array_equal(scales, np.full((2, 1), most / np.float32(448)))
+        assert not np.asarray(q, np.float32).any()
+    refuses(
+        lambda: maj.update_router_bias(LOGITS[0].astype(np.float16), SIZES, rate=7e4),
+        *("rate", ValueError, "float16"),
+    )
 
 
 def test_a_capacity_beyond_every_number_of_pairs_is_all_of_them():

@@ -189,8 +189,8 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             what, remedy = checks.describe(number), "It is compiled into the kernel."
             raise TypeError(checks.message(_FUNCTION, argument, "be a Python number", what, remedy))
-        if not checks.is_finite(number) or number < 0:
-            rule, remedy = "be at least 0 and finite", "Pass 0 for none."
+        if not checks.is_finite_float32(number) or number < 0:
+            rule, remedy = "be at least 0 and a finite float32", "Pass 0 for none."
             raise ValueError(checks.message(_FUNCTION, argument, rule, number, remedy))
     if x.dtype not in _DTYPES:
         _fail(TypeError, "input", "be bfloat16 or float16", x)
