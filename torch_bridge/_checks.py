@@ -83,6 +83,13 @@ def not_dense(tensor: torch.Tensor) -> str | None:
     return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
 
 
+def check_no_gradient(function: str, argument: str, tensor: torch.Tensor) -> None:
+    """Raises NotImplementedError where autograd would follow what becomes of the tensor."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        rule, remedy = "need no gradient", "Call it under torch.no_grad(): it has no derivative."
+        checks.refuse(NotImplementedError, function, argument, rule, "requires_grad=True", remedy)
+
+
 def check_integer_tensor(
     function: str, argument: str, value: object, remedy: str, device: torch.device | None = None
 ) -> torch.Tensor:

@@ -155,6 +155,7 @@ def fused_experts(
     Source: contract of vLLM 0.33 `fused_moe/fused_moe.py` (Apache-2.0); no code taken.
     """
     arguments = (hidden_states, w1, w2, topk_weights, topk_ids)
+    checks.check_bool("fused_experts", "apply_router_weight_on_input", apply_router_weight_on_input)
     try:
         options = _options_of(activation) | _biases_of(quant_config)
         if apply_router_weight_on_input and options.get("bias_gate_up") is not None:

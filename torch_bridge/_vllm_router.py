@@ -482,6 +482,7 @@ def _check_op(
         if tensor.dim() != 2 or tensor.shape[0] != num_tokens:
             _fail(function, argument, f"have shape [{num_tokens}, topk]", tensor)
         _check_device(function, argument, tensor, device)
+        _checks.check_no_gradient(function, argument, tensor)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             what = f"{checks.describe(tensor)} of another layout"
             checks.fail(function, argument, "be contiguous", what, _REMEDY)

@@ -12,7 +12,7 @@ import moe_align_jax as maj
 from moe_align_jax import masked_quant
 from moe_align_jax.adapters import haliax
 from tests.expert_parallel.exchanges import mesh_of, over
-from torch_bridge import vllm
+from torch_bridge import deep_gemm, sglang, vllm
 
 IDS, X = np.array([[1, 0], [1, -1]], np.int32), np.ones((2, 128), np.float32)
 W = np.ones((2, 128, 128), np.float32)
@@ -325,3 +325,54 @@ def test_quantised_rows_of_dispatch_are_arrays(kind):
 def test_a_handle_is_one_of_dispatch():
     for handle in (None, (), maj.DispatchHandle(*[None] * 6), jnp.zeros(2)):
         refuses(lambda handle=handle: maj.combine(X, handle), "handle", TypeError)
+
+
+def _route_into(weights, renormalize=False, scale=1.0):
+    ids = torch.full((2, 1), 7, dtype=torch.int32)
+    args = (weights, ids, ids.clone(), torch.zeros(2, 2), renormalize, None, scale)
+    try:
+        vllm.topk_sigmoid(*args)
+    finally:
+        assert ids.tolist() == [[7], [7]]  # nothing is written
+
+
+def _quantise_into(written, x, scales):
+    sglang.silu_and_mul_masked_post_quant_fwd(x, written, scales, 128, torch.ones(1).int())
+
+
+@pytest.mark.parametrize("argument", ["input", "output_scale"])
+def test_sglangs_quantisation_has_no_gradient(argument):
+    """torch's own words came, and where the scales needed one the codes were written."""
+    x, scales = torch.ones(1, 4, 256, dtype=torch.bfloat16), torch.zeros(1, 4, 1)
+    written = torch.zeros(1, 4, 128, dtype=torch.float8_e4m3fn)
+    {"input": x, "output_scale": scales}[argument].requires_grad_()
+    refuses(lambda: _quantise_into(written, x, scales), argument, NotImplementedError, "gradient")
+    assert not written.float().any()
+
+
+def test_vllms_router_writes_no_result_that_needs_a_gradient():
+    weights = torch.zeros(2, 1, requires_grad=True)
+    refuses(lambda: _route_into(weights), "topk_weights", NotImplementedError, "gradient")
+    refuses(lambda: _route_into(torch.zeros(2, 1), scale=1e39), "routed_scaling_factor", ValueError)
+
+
+def test_arrays_are_no_options_of_the_bridge():
+    """Their truth was asked for, or they were compared with numbers."""
+    x, w1, w2 = torch.ones(1, 2), torch.ones(2, 4, 2), torch.ones(2, 2, 2)
+    layer = (
+        *(x.bfloat16(), w1.bfloat16(), w2.bfloat16()),
+        torch.ones(1, 1),
+        torch.ones(1, 1).int(),
+    )
+    for value in (*ARRAYS, None, 1, "no"):
+        refuses(
+            lambda value=value: vllm.fused_experts(*layer, apply_router_weight_on_input=value),
+            *("apply_router_weight_on_input", TypeError, "^fused_experts: "),
+        )
+        if value is not None and not isinstance(value, int):
+            refuses(
+                lambda value=value: deep_gemm.transform_sf_into_required_layout(
+                    torch.ones(2, 4, 1), 4, 128, (1, 128), value
+                ),
+                *("num_groups", TypeError),
+            )

@@ -23,9 +23,7 @@ def _tensor(function: str, argument: str, value: Any, like: torch.Tensor | None)
     if like is not None and value.device != like.device:
         rule = f"be on the device of x, {like.device}"
         checks.refuse(ValueError, function, argument, rule, str(value.device), "Move it there.")
-    if value.requires_grad and torch.is_grad_enabled():
-        rule, remedy = "need no gradient", "Call it under torch.no_grad(): it has no derivative."
-        checks.refuse(NotImplementedError, function, argument, rule, "requires_grad=True", remedy)
+    _checks.check_no_gradient(function, argument, value)
     return value
 
 

@@ -206,6 +206,8 @@ def transform_sf_into_required_layout(
         checks.refuse(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)
     remedy = "Pass the sizes of the tensor that sf belongs to."
     mn, k = (checks.check_int(function, n, x, 0, remedy) for n, x in (("mn", mn), ("k", k)))
+    if num_groups is not None:
+        num_groups = checks.check_int(function, "num_groups", num_groups, 0, remedy)
     shape = (checks.cdiv(mn, numbers[0]), checks.cdiv(k, GROUP))
     shape = shape if num_groups is None else (num_groups, *shape)
     if tuple(sf.shape) != shape:

@@ -60,6 +60,7 @@ def silu_and_mul_masked_post_quant_fwd(
     Raises:
         TypeError: a tensor has another dtype.
         ValueError: a shape, device or layout does not fit, or tensors share memory.
+        NotImplementedError: a tensor needs a gradient.
         torch_bridge.Miss: a stream is captured into a CUDA graph and the kernel for these sizes was
             not used before: call it once ahead of the capture. Nothing is written in any of these cases.
 
@@ -181,6 +182,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
             what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
             rule = "be a torch.Tensor"
             raise TypeError(checks.message(_FUNCTION, argument, rule, what, remedy))
+        _checks.check_no_gradient(_FUNCTION, argument, tensor)
     x, masked_m, output, output_scale = tensors.values()
     _checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
     remedy = "Pass how many values share a scale, for example 128."
