@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import INT32_MAX, saturate
@@ -256,7 +257,7 @@ def is_on_host(value: Any) -> bool:
     """Whether an array's values are known now, in the host's memory: not traced, and not on a GPU."""
     if isinstance(value, np.ndarray):
         return True
-    known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    known = isinstance(value, jax.Array) and not isinstance(value, Tracer)
     return (
         known
         and value.is_fully_addressable
