@@ -216,7 +216,7 @@ def _check_rate(function: str, rate: Any, of_bias: Any) -> Any:
         got = checks.describe(rate)
         raise ValueError(checks.message(function, "rate", "be a scalar", got, remedy))
     if not isinstance(rate, jax.Array):
-        number = np.asarray(rate).item() if array else rate
+        number: Any = np.asarray(rate).item() if array else rate
         most = float(jnp.finfo(of_bias).max)
         if not checks.is_finite(number) or abs(number) > most:
             got = number if isinstance(number, int) else str(rate)
