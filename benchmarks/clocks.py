@@ -283,8 +283,8 @@ def read_trace(profile: Any, calls: Sequence[int], executions: int) -> list[Trac
 def _shares(
     of_gpus: Sequence[Sequence[traces.Event]], start_ns: float, end_ns: float
 ) -> list[list[traces.Event]]:
-    """What each GPU began within that time; the GPU that was the last to begin comes last. A GPU that did less
-    than half of what the busiest did has no part in the step, whose GPUs all run one program."""
+    """What each GPU began within that time; the GPU that was the last to begin comes last. A GPU that did
+    half of what the busiest did, or less, has no part in the step, whose GPUs all run one program."""
     every = [[e for e in events if start_ns <= e.start_ns <= end_ns] for events in of_gpus]
     most = max(map(len, every), default=0)
     taking_part = (share for share in every if 2 * len(share) > most)
