@@ -55,10 +55,12 @@ examples:
 		"expert_rebalancing --picture trained/load.png" "fp8_expert_parallel_layer --devices 8" transformers_experts; do \
 		set -- $$example; name=$$1; shift; echo "== $$name $$*"; $(PY) examples/$$name.py "$$@"; done
 
-# Every test function: see tests/parts.py for which of its cases.
+# Every test function: see tests/parts.py for which of its cases. TURN=0 and TURN=1 leave half of the very long
+# functions to each other: CI takes one of the two by the commit.
+TURN ?=
 test:
 	$(VENV_FOR) cli test torch examples
-	$(QUICK_XLA) $(PYTEST) --part newest-jax $(BRIEF)
+	$(QUICK_XLA) $(PYTEST) --part newest-jax $(if $(TURN),--turn $(TURN)) $(BRIEF)
 
 # Compiling is what takes the time, and results on a CPU do not depend on how far LLVM optimises, on how many
 # pieces of a program it takes side by side, nor on the source lines that each operation could name.

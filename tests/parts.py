@@ -13,7 +13,10 @@ function runs in the first of them. Its cases are shared out by what they cost:
 
 What depends neither on the release of jax nor on its width runs in the first run alone: files about NumPy,
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
-generate. There it takes, of those beyond the eighth of a function that costs more, one in eight.
+generate. There it takes, of those beyond the eighth of a function that costs more, one in eight. Those whose
+cases take `VERY_LONG` come in two turns: `make test` runs both, and CI the one that the hash of the commit
+gives (`--turn`, see `.ci/run`), so that over the commits each of them runs. Which turn a function has follows
+from `costs.txt`; of a function with the mark `every_case` each turn takes half of the cases.
 
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
@@ -22,7 +25,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMES = ("newest-jax", "oldest-jax", "x64")
 # They run as where PyTorch is not installed: while CI installs it.
@@ -35,6 +38,8 @@ SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
+# CI runs the very long functions of the first run's own files in this many turns.
+TURNS = 2
 
 _ONCE = re.compile(
     r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"
@@ -71,6 +76,16 @@ def write_costs(measured: dict[str, list[float]]) -> None:
     costly = sorted((name, seconds) for name, seconds in rows.items() if seconds >= COSTLY)
     head = "# Seconds of CPU per case of the test functions that cost more than others: `make test-costs`."
     COSTS.write_text("\n".join([head, *(f"{s:6.2f} {name}" for name, s in costly)]) + "\n")
+
+
+def turns(costs: dict[str, float]) -> dict[str, int]:
+    """The turn of each function that CI runs in turns: both cost about the same.
+
+    Dealt out from the longest on as 0, 1, 1, 0, 0, 1, 1, 0 and so on.
+    """
+    long = [name for name in costs if costs[name] >= VERY_LONG and _ONCE.search(name)]
+    long.sort(key=lambda name: (-costs[name], name))
+    return {name: (i + 1) // 2 % TURNS for i, name in enumerate(long)}
 
 
 def reads(part: str, file: str) -> bool:
@@ -119,10 +134,25 @@ def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     }
 
 
-def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
-    """The cases of one of the three runs, and how many run in none of them."""
+class Chosen(NamedTuple):
+    """What `choose` gives."""
+
+    cases: list[Any]
+    left: int  # cases that run in none of the three runs
+    waiting: int  # cases of this run that the other turn runs
+
+
+def choose(items: list[Any], part: str, turn: int | None = None) -> Chosen:
+    """The cases of one of the three runs.
+
+    Args:
+        items: what pytest has collected.
+        part: one of `NAMES`.
+        turn: which of the `TURNS`; None for all of them.
+    """
     costs = read_costs()
-    chosen, left = [], 0
+    turn_of = turns(costs)
+    chosen, left, waiting = [], 0, 0
     for function, cases in by_function(items):
         if part == "x64" and "test_doctests" in function:
             continue  # jnp.ones() of an example is float64 there, which grouped products refuse
@@ -131,6 +161,11 @@ def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
         shares = share(function, len(cases), cost)
         if _WITH_OLDEST_JAX in function:
             shares["oldest-jax"] = set(range(-(-len(cases) // (16 if cost else 4))))
-        chosen += [cases[i] for i in sorted(shares[part])]
+        ours = sorted(shares[part])
         left += len(cases) - len(set().union(*shares.values()))
-    return chosen, left
+        if turn is not None and function in turn_of:
+            theirs = len(ours)
+            ours = ours[turn::TURNS] if whole else ours if turn_of[function] == turn else []
+            waiting += theirs - len(ours)
+        chosen += [cases[i] for i in ours]
+    return Chosen(chosen, left, waiting)
