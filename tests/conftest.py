@@ -209,9 +209,9 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{left} cases of these files run in no part of CI, only in `make test-whole`"
         )
     if waiting := config.stash.get(_WAITING, 0):
-        others = [turn for turn in range(parts.TURNS) if turn != config.option.turn]
         terminalreporter.write_line(
-            f"{waiting} cases run in CI's other turn: `make test TURN={others[0]}`, or `make test` for both"
+            f"{waiting} cases of this run wait for CI's other turn (this is turn {config.option.turn}); "
+            "without TURN, `make` runs both"
         )
 
 

@@ -15,8 +15,9 @@ What depends neither on the release of jax nor on its width runs in the first ru
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
 generate. There it takes, of those beyond the eighth of a function that costs more, one in eight. Those whose
 cases take `VERY_LONG` come in two turns: `make test` runs both, and CI the one that the hash of the commit
-gives (`--turn`, see `.ci/run`), so that over the commits each of them runs. Which turn a function has follows
-from `costs.txt`; of a function with the mark `every_case` each turn takes half of the cases.
+gives (`--turn`, see `.ci/run`), so that over the commits each of them runs. So do the cases that the other two
+runs repeat of functions whose cases take `LONG`. Which turn a function has follows from `costs.txt`; of a
+function with the mark `every_case` each turn takes half of the cases.
 
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
@@ -38,7 +39,8 @@ SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
-# CI runs the very long functions of the first run's own files in this many turns.
+# CI runs the very long functions of the first run's own files, and the long ones that the other runs repeat, in
+# this many turns.
 TURNS = 2
 
 _ONCE = re.compile(
@@ -78,12 +80,15 @@ def write_costs(measured: dict[str, list[float]]) -> None:
     COSTS.write_text("\n".join([head, *(f"{s:6.2f} {name}" for name, s in costly)]) + "\n")
 
 
-def turns(costs: dict[str, float]) -> dict[str, int]:
-    """The turn of each function that CI runs in turns: both cost about the same.
+def turns(costs: dict[str, float], part: str) -> dict[str, int]:
+    """The turn of each function that a run of CI takes in turns: both cost about the same.
 
     Dealt out from the longest on as 0, 1, 1, 0, 0, 1, 1, 0 and so on.
     """
-    long = [name for name in costs if costs[name] >= VERY_LONG and _ONCE.search(name)]
+    if part == "newest-jax":
+        long = [name for name in costs if costs[name] >= VERY_LONG and _ONCE.search(name)]
+    else:
+        long = [name for name in costs if costs[name] >= LONG and not _ONCE.search(name)]
     long.sort(key=lambda name: (-costs[name], name))
     return {name: (i + 1) // 2 % TURNS for i, name in enumerate(long)}
 
@@ -151,7 +156,7 @@ def choose(items: list[Any], part: str, turn: int | None = None) -> Chosen:
         turn: which of the `TURNS`; None for all of them.
     """
     costs = read_costs()
-    turn_of = turns(costs)
+    turn_of = turns(costs, part)
     chosen, left, waiting = [], 0, 0
     for function, cases in by_function(items):
         if part == "x64" and "test_doctests" in function:

@@ -102,7 +102,8 @@ def test_what_no_run_takes_is_counted(monkeypatch):
 
 def test_each_very_long_function_of_the_first_runs_own_files_has_one_turn(monkeypatch):
     long = {f"{ONCE}{i}": parts.VERY_LONG + i for i in range(7)}
-    others = {f"{LIBRARY}{i}": 20.0 for i in range(3)} | {f"{ONCE}_short": parts.VERY_LONG - 0.1}
+    others = {f"{LIBRARY}{i}": 0.2 for i in range(3)} | {f"{LIBRARY}_long": 20.0}
+    others |= {f"{ONCE}_short": parts.VERY_LONG - 0.1}
     pages = "tests/meta/test_docs.py::test_pages"
     monkeypatch.setattr(parts, "read_costs", lambda: long | others | {pages: 8.0})
     items = [item(name) for name in (*long, *others)]
@@ -121,9 +122,27 @@ def test_each_very_long_function_of_the_first_runs_own_files_has_one_turn(monkey
         ] * 2
 
 
-def test_both_turns_cost_about_the_same():
+def test_the_other_runs_repeat_long_functions_in_turns(monkeypatch):
+    long = {f"{LIBRARY}{i}": parts.LONG for i in range(6)}
+    short = {f"{LIBRARY}_short{i}": parts.LONG - 0.1 for i in range(6)}
+    monkeypatch.setattr(parts, "read_costs", lambda: long | short)
+    items = [item(f"{name}[{i}]") for name in (*long, *short) for i in range(8)]
+    for part in parts.NAMES[1:]:
+        everything = {x.nodeid for x in parts.choose(items, part).cases}
+        halves = [parts.choose(items, part, turn) for turn in range(parts.TURNS)]
+        names = [{x.nodeid for x in half.cases} for half in halves]
+        assert names[0] | names[1] == everything
+        in_both = {parts.function_of(name) for name in names[0] & names[1]}
+        assert in_both == {parts.function_of(name) for name in everything} & set(short) != set()
+        assert [half.waiting for half in halves] == [len(everything - have) for have in names]
+    first = [parts.choose(items, "newest-jax", turn) for turn in (None, *range(parts.TURNS))]
+    assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.parametrize("part", parts.NAMES)
+def test_both_turns_cost_about_the_same(part):
     costs = parts.read_costs()
-    turn_of = parts.turns(costs)
+    turn_of = parts.turns(costs, part)
     sums = [sum(costs[n] for n in turn_of if turn_of[n] == turn) for turn in range(parts.TURNS)]
     assert min(sums) > 0.9 * max(sums) > 0
 
