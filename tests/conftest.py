@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite: strict jax, one `implementation` fixture, shards."""
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -216,7 +217,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_unconfigure(config):
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(trylast=True)
