@@ -13,11 +13,12 @@ function runs in the first of them. Its cases are shared out by what they cost:
 
 What depends neither on the release of jax nor on its width runs in the first run alone: files about NumPy,
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
-generate. There it takes, of those beyond the eighth of a function that costs more, one in eight. Those whose
-cases take `VERY_LONG` come in two turns: `make test` runs both, and CI the one that the hash of the commit
-gives (`--turn`, see `.ci/run`), so that over the commits each of them runs. So do the cases that the other two
-runs repeat of functions whose cases take `LONG`. Which turn a function has follows from `costs.txt`; of a
-function with the mark `every_case` each turn takes half of the cases.
+generate. There it takes, of those beyond the eighth of a function that costs more, one in eight.
+
+Two turns: of these functions, those whose cases take `VERY_LONG` run in one of two turns (`--turn`), and so do
+the cases that the other two runs repeat of functions whose cases take `LONG`. `make test` runs both turns; CI runs
+the one that the hash of the commit gives (see `.ci/run`), so that over the commits each case has its turn. Which
+one that is follows from `costs.txt`; of a function with the mark `every_case` each turn takes half of the cases.
 
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
@@ -39,8 +40,8 @@ SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
-# CI runs the very long functions of the first run's own files, and the long ones that the other runs repeat, in
-# this many turns.
+# CI runs the very long functions of the first run's own files in this many turns, and so the long ones that the
+# other runs repeat.
 TURNS = 2
 
 _ONCE = re.compile(
