@@ -1,7 +1,7 @@
 """Which cases each of CI's three runs of the suite takes: `--part` of tests/conftest.py.
 
 CI runs the suite with the newest jax, with the oldest that we support, and with 64-bit jax. Every test
-function runs in the first of them. Its cases are shared out by what they cost:
+function runs in the first of them (in turns, see below). Its cases are shared out by what they cost:
 
 - A function whose cases cost little runs them all: of every four the first run takes two, the others one
   each. Where there are fewer, one of the others repeats the first case.
@@ -15,10 +15,11 @@ What depends neither on the release of jax nor on its width runs in the first ru
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
 generate. There it takes, of those beyond the eighth of a function that costs more, one in eight.
 
-Two turns: of these functions, those whose cases take `VERY_LONG` run in one of two turns (`--turn`), and so do
-the cases that the other two runs repeat of functions whose cases take `LONG`. `make test` runs both turns; CI runs
-the one that the hash of the commit gives (see `.ci/run`), so that over the commits each case has its turn. Which
-one that is follows from `costs.txt`; of a function with the mark `every_case` each turn takes half of the cases.
+Two turns: of these functions, those whose cases take `VERY_LONG` run in one of two turns (`--turn`), and so
+do the cases that the other two runs repeat of functions whose cases take `LONG`. `make test` runs both
+turns; CI runs the one that the hash of the commit gives (see `.ci/run`), so that over the commits each case
+has its turn. Which one that is follows from `costs.txt`; of a function with the mark `every_case` each turn
+takes half of the cases.
 
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
