@@ -41,8 +41,8 @@ SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
-# CI runs the very long functions of the first run's own files in this many turns, and so the long ones that the
-# other runs repeat.
+# CI runs the very long functions of the first run's own files in this many turns, and the long ones that the
+# other runs repeat, too.
 TURNS = 2
 
 _ONCE = re.compile(
