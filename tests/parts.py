@@ -46,8 +46,8 @@ VERY_LONG = 2.0
 TURNS = 2
 
 _ONCE = re.compile(
-    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"
-    r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
+    r"make_venv|messages|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|two_processes|"
     r"type_hints)[^/]*\.py"
 )
 _WITH_OLDEST_JAX = "tests/bridge/test_align.py"  # PyTorch through the oldest jax
