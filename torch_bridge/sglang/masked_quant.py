@@ -6,6 +6,7 @@ tracers see an operator that mutates them (and its twin over DLPack, as in `torc
 """
 
 import functools
+import inspect
 
 import torch
 
@@ -141,10 +142,9 @@ def _compiled(problem: MaskedQuantProblem):
 
     from moe_align_jax import silu_and_mul_masked_quant
 
-    options = problem._asdict()
-    # The first four are x's own, and this function always activates.
-    for no_option in ("num_experts", "max_rows", "width", "dtype", "activates"):
-        del options[no_option]
+    # The problem's other fields are sizes of x, or the kernel's own.
+    named = inspect.signature(silu_and_mul_masked_quant).parameters
+    options = {name: value for name, value in problem._asdict().items() if name in named}
     return jax.jit(functools.partial(silu_and_mul_masked_quant, **options))
 
 
