@@ -30,6 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import machine, moe_layer  # noqa: E402
 from benchmarks.children import Child  # noqa: E402
 from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
+from moe_align_jax._core.hopper import NUM_SMS  # noqa: E402
 from moe_align_jax._grouped_matmul.config import Config  # noqa: E402
 
 QWEN, DEEPSEEK, MIXTRAL = MODELS
@@ -81,7 +82,7 @@ class Variant(NamedTuple):
 
 
 def _in_clusters(tiles: Config, split: int) -> Config:
-    return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
+    return tiles._replace(split=split, num_ctas=128 if split > 2 else NUM_SMS)
 
 
 def _swapped(bm: int, group: int) -> Config:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 
 INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
@@ -20,8 +21,7 @@ WARP, THREADS = 32, 128
 MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
-_ENOUGH_CTAS = 132  # rows are cut until there are so many: an H100 or H200 has as many SMs
-_MAX_CTAS = 8 * _ENOUGH_CTAS
+_MAX_CTAS = 8 * NUM_SMS
 _VECTOR = 4  # words
 
 type Array = tuple[tuple[int, ...], Any]  # shape, dtype
@@ -249,9 +249,9 @@ def quantised(columns: int) -> tuple[Field, Field]:
 
 
 def _parts(rows: int, fields: tuple[Field, ...]) -> int:
-    """As many as give every CTA's threads a move of the longest field, until there are CTAs enough."""
+    """As many as give every CTA's threads a move of the longest field, until each SM has a CTA."""
     most = max(-(-field.units // THREADS) for field in fields)
-    return max(1, min(most, _ENOUGH_CTAS // rows))
+    return max(1, min(most, NUM_SMS // rows))
 
 
 def unsupported(*problems: Pack | Unpack | Gathered) -> str | None:
