@@ -223,7 +223,7 @@ class _Theirs:
     def __init__(self, case: Case, folder: str):
         import torch
 
-        from benchmarks import vllm_moe_e4m3
+        from benchmarks import vllm_moe, vllm_moe_e4m3
 
         self.case, size = case, case.size
         self.layer = vllm_moe_e4m3.Layer(
@@ -232,7 +232,7 @@ class _Theirs:
         )
         self.outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
         given = (case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, self.outs)
-        self.calls = vllm_moe_e4m3.calls(self.layer, *given)
+        self.calls = vllm_moe.calls(self.layer, *given)
         self.calls[0]()
 
     def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
