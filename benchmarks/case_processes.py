@@ -35,17 +35,22 @@ def add_arguments(
 ) -> None:
     """The options that `run` reads, with a benchmark's defaults; `timeout` is the one that this benchmark's
     earlier command lines call `--timeout`."""
-    add = parser.add_argument
     if timeout:
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        add("--timeout", dest=timeout, type=float, **hidden)
-    add("--out", metavar="FILE", help="JSONL to append to")
-    add("--patience", type=float, default=patience, help="seconds without a row")
-    add("--preparing", type=float, default=preparing, help="seconds until it is prepared")
-    add("--together", type=int, default=together, help="processes that prepare side by side")
-    add("--budget", type=float, default=budget, help="seconds in all")
-    add("--turns", default="", metavar="FILE", help="whose lock is held while one measures")
-    add("--child", type=int, help=argparse.SUPPRESS)
+        parser.add_argument("--timeout", dest=timeout, type=float, **hidden)
+    parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
+    parser.add_argument("--patience", type=float, default=patience, help="seconds without a row")
+    parser.add_argument(
+        "--preparing", type=float, default=preparing, help="seconds until it is prepared"
+    )
+    parser.add_argument(
+        "--together", type=int, default=together, help="processes that prepare side by side"
+    )
+    parser.add_argument("--budget", type=float, default=budget, help="seconds in all")
+    parser.add_argument(
+        "--turns", default="", metavar="FILE", help="whose lock is held while one measures"
+    )
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
 
 
 def chosen(options: argparse.Namespace, cases: Sequence[Any]) -> list[int]:
