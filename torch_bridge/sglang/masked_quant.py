@@ -7,6 +7,7 @@ tracers see an operator that mutates them (and its twin over DLPack, as in `torc
 
 import functools
 import inspect
+from typing import NoReturn
 
 import torch
 
@@ -271,9 +272,9 @@ def _scale_layout(scales: torch.Tensor) -> str:
     raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
 
 
-def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> None:
+def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> NoReturn:
     remedy = "See torch_bridge.sglang for what each tensor holds."
-    raise kind(checks.message(_FUNCTION, argument, rule, checks.describe(tensor), remedy))
+    checks.refuse(kind, _FUNCTION, argument, rule, tensor, remedy)
 
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
