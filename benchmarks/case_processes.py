@@ -1,8 +1,11 @@
-"""Sizes of a benchmark, each in a process of its own: one that hangs costs its size alone.
+"""Cases of a benchmark, each in a process of its own: one that hangs costs its case alone.
 
-With a file of turns (`--turns FILE`) all sizes are prepared side by side, which is mostly compiling, and take
-turns on the GPU to be timed. A process that prepares shares the file's lock; one that times holds it alone.
-Another program that must not run beside a timing shares it too: `flock --shared FILE COMMAND`.
+Several prepare side by side, which is mostly compiling; then one after the other has the GPU for itself. A
+case is a generator of rows that calls `children.wait_for_turn` when it is prepared.
+
+With `--turns FILE` several such programs may run at once: one shares the file's lock while its processes
+prepare, and holds it alone while one of them measures. Another program that must not run beside a timing
+shares it too: `flock --shared FILE COMMAND`.
 """
 
 import argparse
@@ -10,153 +13,119 @@ import contextlib
 import fcntl
 import itertools
 import json
-import subprocess
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from benchmarks import machine
+from benchmarks import children
 from benchmarks.children import Child
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    patience: float = 30,
+    preparing: float = 120,
+    together: int = 1,
+    budget: float = math.inf,
+    timeout: str = "",
+) -> None:
+    """The options that `run` reads, with a benchmark's defaults; `timeout` is the one that this benchmark's
+    earlier command lines call `--timeout`."""
+    if timeout:
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument("--timeout", dest=timeout, type=float, **hidden)
+    parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
+    parser.add_argument("--patience", type=float, default=patience, help="seconds without a row")
+    parser.add_argument(
+        "--preparing", type=float, default=preparing, help="seconds until it is prepared"
+    )
+    parser.add_argument(
+        "--together", type=int, default=together, help="processes that prepare side by side"
+    )
+    parser.add_argument("--budget", type=float, default=budget, help="seconds in all")
+    parser.add_argument(
+        "--turns", default="", metavar="FILE", help="whose lock is held while one measures"
+    )
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+
+
+def chosen(options: argparse.Namespace, cases: Sequence[Any]) -> list[int]:
+    """Numbers of the cases that `--sizes` names; all by default."""
+    return [int(k) for k in options.sizes.split(",") if k] or [*range(len(cases))]
 
 
 def run(
     module: str,
-    argv: list[str] | None,
+    argv: Sequence[str] | None,
     options: argparse.Namespace,
-    sizes: Sequence[Any],
+    cases: Sequence[Any],
     run_case: Callable[[Any, argparse.Namespace], Iterable[dict[str, Any]]],
+    line: Callable[[dict[str, Any]], str],
     ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
+    numbers: Sequence[int] | None = None,
 ) -> int:
-    """Runs `python -m MODULE ARGV --child K` for each size, or, as that process, the size K.
+    """Runs `python -m MODULE ARGV --child K` for each case, or, as that process, the case K.
 
     Args:
         module: the benchmark's name, `benchmarks.NAME`.
         argv: its command line; None for this process's own.
-        options: of that command line: `sizes`, `timeout`, `out` and `child`.
-        sizes: all sizes; each has a `name`.
-        run_case: the rows of a size, as they come.
-        ratios: the lines that are printed of these rows.
+        options: of that command line: those of `add_arguments`.
+        cases: all cases; each has a `name`.
+        run_case: the rows of a case, as they come.
+        line: a row as it is printed.
+        ratios: the lines that are printed of a case's rows.
+        numbers: of the cases to run; all by default.
 
     Returns:
-        The exit code: 1 when a size failed or was not done in time.
+        The exit code: 1 when a case failed or was not done in time.
     """
     if options.child is not None:
-        rows: list[dict[str, Any]] = []
-        facts = machine.facts()  # ahead of the timings: it starts processes
-        for row in run_case(sizes[options.child], options):
-            rows.append(row)
-            if options.out:  # at once: what runs on may be ended at its limit
-                Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-                with open(options.out, "a") as file:
-                    file.write(json.dumps(row | facts) + "\n")
-        print("\n".join(ratios(rows)), flush=True)
-        return 1 if any(row["status"] == "failed" for row in rows) else 0
-    failed = 0
-    given = list(argv if argv is not None else sys.argv[1:])
-    chosen = [int(k) for k in options.sizes.split(",") if k] or range(len(sizes))
-    commands = {k: [sys.executable, "-m", module, *given, "--child", str(k)] for k in chosen}
-    if getattr(options, "turns", ""):
-        return _side_by_side(commands, options, sizes)
-    for k, command in commands.items():
-        try:
-            failed += subprocess.run(command, timeout=options.timeout).returncode != 0
-        except subprocess.TimeoutExpired:
-            failed += 1
-            print(f"{sizes[k].name}: not done after {options.timeout} s", flush=True)
-    return 1 if failed else 0
-
-
-def _side_by_side(
-    commands: dict[int, list[str]], options: argparse.Namespace, sizes: Sequence[Any]
-) -> int:
-    children = {}
-    for k, command in commands.items():
-        with open(options.turns, "a") as file:
-            # The child inherits the lock: no other child has a turn before this one is prepared.
-            fcntl.flock(file, fcntl.LOCK_SH)
-            number = file.fileno()
-            command = [*command, "--turn", str(number)]
-            children[k] = subprocess.Popen(command, pass_fds=[number])
-    end, failed = time.monotonic() + options.timeout, 0
-    for k, child in children.items():
-        try:
-            failed += child.wait(max(0.0, end - time.monotonic())) != 0
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            failed += 1
-            print(f"{sizes[k].name}: not done after {options.timeout} s", flush=True)
-    return 1 if failed else 0
-
-
-def add_turns(parser: argparse.ArgumentParser) -> None:
-    """The options that `run` and `turn` read."""
-    parser.add_argument(
-        "--turns",
-        default="",
-        help="file whose lock is held while a size is timed; all prepare at once",
-    )
-    parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
-
-
-@contextlib.contextmanager
-def turn(options: argparse.Namespace) -> Iterator[None]:
-    """Within it a size of `run` is timed: all others are prepared, and none is timed meanwhile."""
-    number = getattr(options, "turn", None)
-    if number is not None:
-        fcntl.flock(number, fcntl.LOCK_EX)
-    yield
-    if number is not None:
-        fcntl.flock(number, fcntl.LOCK_UN)
-
-
-def run_side_by_side(
-    module: str,
-    argv: list[str] | None,
-    options: argparse.Namespace,
-    sizes: Sequence[Any],
-    prepare: Callable[[Any, argparse.Namespace], Callable[[], Iterator[dict[str, Any]]]],
-    line: Callable[[dict[str, Any]], str],
-    ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
-) -> int:
-    """As `run`, of processes that prepare side by side, and measure one after the other.
-
-    Args:
-        module, argv, sizes, ratios: as for `run`.
-        options: `sizes`, `out` and `child` as there; `timeout`: seconds without a row; `together`: how many
-            sizes prepare side by side; `preparing`: seconds that they have for it.
-        prepare: called with a size; what it returns measures, and gives rows as they come.
-        line: a row as it is printed.
-    """
-    given = list(argv if argv is not None else sys.argv[1:])
-    if options.child is not None:
-        measure, facts = prepare(sizes[options.child], options), machine.facts()
-        print("READY", flush=True)
-        sys.stdin.readline()
-        for row in measure():
-            print("ROW " + json.dumps(row | facts), flush=True)
+        children.give(run_case(cases[options.child], options))
         return 0
-    numbers, failed = [int(k) for k in options.sizes.split(",") if k] or range(len(sizes)), False
-    for some in itertools.batched(numbers, options.together):
-        children = {k: Child(module, [*given, "--child", str(k)]) for k in some}
-        until = time.monotonic() + options.preparing
-        for child in children.values():
-            with contextlib.suppress(TimeoutError):  # its rows will not come: said below
-                child.ready(options.preparing, until)
-        for k, child in children.items():
-            rows, ended = measured(
-                child,
-                sizes[k].name,
-                options.timeout,
-                time.monotonic() + 3600,
-                options.out,
-                line,
-                ratios,
-            )
-            failed |= not ended or any(row["status"] == "failed" for row in rows)
+    given, failed = list(sys.argv[1:] if argv is None else argv), False
+    numbers = range(len(cases)) if numbers is None else numbers
+    until = time.monotonic() + options.budget
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(options.turns, "a")) if options.turns else None
+        # Nobody else may measure while one prepares: with turns all prepare first.
+        together = max(1, len(numbers)) if lock else options.together
+        for some in itertools.batched(numbers, together):
+            _lock(lock, fcntl.LOCK_SH, until)
+            started = {k: Child(module, [*given, "--child", str(k)]) for k in some}
+            wait_until_ready(started.values(), options.preparing, until)
+            for k, child in started.items():
+                _lock(lock, fcntl.LOCK_EX, until)
+                limits = (options.patience, until)
+                rows, ended = measured(child, cases[k].name, *limits, options.out, line, ratios)
+                if lock:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    time.sleep(0.05)  # others who wait for it come first
+                failed |= not ended or any(row["status"] == "failed" for row in rows)
     return 1 if failed else 0
+
+
+def _lock(file: IO[str] | None, kind: int, until: float) -> None:
+    """Takes that lock of the file, if there is one; no longer tried when the time is up."""
+    while file is not None:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.02)
+
+
+def wait_until_ready(started: Iterable[Child], preparing: float, until: float) -> None:
+    """Waits until all are prepared, or their time is up. What does not become ready `measured` will say."""
+    until = min(until, time.monotonic() + preparing)
+    for child in started:
+        with contextlib.suppress(TimeoutError):
+            child.ready(preparing, until)
 
 
 def measured(
@@ -169,7 +138,7 @@ def measured(
     ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
 ) -> tuple[list[dict[str, Any]], bool]:
     """The rows of a child that is prepared, and whether it ended in order. They are printed, and appended to
-    `out`; `patience` and `until` are those of `Child.rows`."""
+    `out`; `patience` and `until` are those of `Child.ready`."""
     rows: list[dict[str, Any]] = []
     reason = ""
     try:
@@ -177,15 +146,21 @@ def measured(
         child.go()
         for row in child.rows(patience, until):
             rows.append(row)
-            print(line(row), flush=True)
-            if out:
-                Path(out).parent.mkdir(parents=True, exist_ok=True)
-                with Path(out).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            keep(row, out, line)
     except TimeoutError as error:
         reason = str(error)
     code = child.end()
     if code or reason:
         print(f"{name}: {reason or f'its process ended with {code}'}", flush=True)
-    print("\n".join(ratios(rows)), flush=True)
+    for text in ratios(rows):
+        print(text, flush=True)
     return rows, not code and not reason
+
+
+def keep(row: dict[str, Any], out: str | None, line: Callable[[dict[str, Any]], str]) -> None:
+    """Prints a row, and appends it to the file `out`: at once, as what runs on may be ended at its limit."""
+    print(line(row), flush=True)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with Path(out).open("a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,4 +1,7 @@
-"""Benchmarks that run as children: a process that prepares, waits to be told, and gives rows as they come."""
+"""A benchmark's child: a process that prepares, waits for its turn to measure, and gives rows as they come.
+
+`wait_for_turn` and `give` are called in the child, `Child` is what its parent has of it.
+"""
 
 import json
 import queue
@@ -6,14 +9,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import machine
 
+_READY, _ROW = "READY", "ROW "
+
+
+def wait_for_turn() -> None:
+    """Tells the parent that all is prepared, and waits until this process may measure."""
+    print(_READY, flush=True)
+    sys.stdin.readline()
+
+
+def give(rows: Iterable[dict[str, Any]], commit_id: str | None = None) -> None:
+    """Gives the parent rows as they come, each with where it was measured."""
+    facts = machine.facts(commit_id)  # ahead of the timings: it starts processes
+    for row in rows:
+        print(_ROW + json.dumps(row | facts), flush=True)
+
 
 class Child:
-    """`python -m module argv`, which prints "READY", reads a line, and prints rows as "ROW " and JSON."""
+    """`python -m module argv`, which calls `give`, and `wait_for_turn` meanwhile."""
 
     def __init__(self, module: str, argv: Sequence[str]):
         command, pipe = [sys.executable, "-m", module, *argv], subprocess.PIPE
@@ -21,6 +39,7 @@ class Child:
             command, stdin=pipe, stdout=pipe, text=True, cwd=machine.ROOT
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
+        self.early: list[dict[str, Any]] = []  # rows that came before it was ready
         self.is_ready = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -32,16 +51,8 @@ class Child:
                 self.lines.put(text)
         self.lines.put(None)
 
-    def rows(self, patience: float, until: float, last: str = "") -> Iterator[dict[str, Any]]:
-        """Rows as they come, to the line `last` or to the end of the output. Other lines are printed.
-
-        Args:
-            patience: seconds of silence that are allowed.
-            until: when the time is up, on `time.monotonic`.
-
-        Raises:
-            TimeoutError: it was silent for too long, or the time is up.
-        """
+    def _rows(self, patience: float, until: float, last: str = "") -> Iterator[dict[str, Any]]:
+        """Rows to the line `last`, or to the end of the output. Other lines are printed."""
         while True:
             left = min(patience, until - time.monotonic())
             try:
@@ -54,24 +65,34 @@ class Child:
                 return
             if last and text.strip() == last:
                 return
-            if text.startswith("ROW "):
-                yield json.loads(text[4:])
+            if text.startswith(_ROW):
+                yield json.loads(text.removeprefix(_ROW))
             else:
                 print(text, end="", flush=True)
 
     def ready(self, patience: float, until: float) -> None:
         """Waits until it is ready, or has ended.
 
+        Args:
+            patience: seconds of silence that are allowed.
+            until: when the time is up, on `time.monotonic`.
+
         Raises:
-            TimeoutError: as `rows`.
+            TimeoutError: it was silent for too long, or the time is up.
         """
         if not self.is_ready:
-            for _ in self.rows(patience, until, "READY"):
-                pass
+            for row in self._rows(patience, until, _READY):
+                self.early.append(row)
             self.is_ready = True
 
+    def rows(self, patience: float, until: float) -> Iterator[dict[str, Any]]:
+        """Its rows, as they come; arguments and errors are those of `ready`."""
+        while self.early:
+            yield self.early.pop(0)
+        yield from self._rows(patience, until)
+
     def go(self) -> None:
-        """Tells it to begin."""
+        """Tells it to measure."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write("go\n")

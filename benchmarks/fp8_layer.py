@@ -25,7 +25,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, moe_layer, timing  # noqa: E402
+from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.fp8_matmul import calc_diff  # noqa: E402
 from benchmarks.moe_cases import LAYERS, Model, routing  # noqa: E402
 
@@ -223,7 +223,7 @@ class _Theirs:
     def __init__(self, case: Case, folder: str):
         import torch
 
-        from benchmarks import vllm_moe_e4m3
+        from benchmarks import vllm_moe, vllm_moe_e4m3
 
         self.case, size = case, case.size
         self.layer = vllm_moe_e4m3.Layer(
@@ -232,7 +232,7 @@ class _Theirs:
         )
         self.outs = [torch.full_like(case.torch_x, float("nan")) for _ in range(LAYERS)]
         given = (case.torch_x, case.torch_sets, case.torch_weights, case.torch_ids, self.outs)
-        self.calls = vllm_moe_e4m3.calls(self.layer, *given)
+        self.calls = vllm_moe.calls(self.layer, *given)
         self.calls[0]()
 
     def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -268,8 +268,8 @@ def compiled(cases: Sequence[Case]) -> list[Any]:
         return [each.exception() or each.result() for each in waiting]
 
 
-def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[dict[str, Any]]]:
-    """Compiles everything. What is returned measures, and gives rows as they come."""
+def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compiles everything, waits for its turn, and gives rows as they come."""
     sets = make_sets(size)
     torch_sets = [tuple(map(to_torch, pair)) for pair in sets]
     cases = [Case(size, tokens, sets, torch_sets) for tokens in options.tokens]
@@ -280,27 +280,24 @@ def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[di
         except Exception as error:  # one that cannot be built leaves the others
             peers.append(error)
     programs = compiled(cases)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        rate = moe_layer.read_rate()
-        for case, peer, program in zip(cases, peers, programs, strict=True):
-            head = _head(case, rate)
-            measures = (
-                ("vllm", {}, peer, lambda p=peer: p.measure(options)),
-                ("fused_moe", _form(case), program, lambda c=case, p=program: _ours(c, p, options)),
-            )
-            for provider, more, built, measure in measures:
-                row = head | {"provider": provider, "status": "ok"} | more
-                try:
-                    if isinstance(built, BaseException):
-                        raise built
-                    for found in measure():
-                        yield row | found
-                except Exception as error:  # one provider's failure leaves the other its time
-                    text = f"{type(error).__name__}: {error}"[:600]
-                    yield row | {"status": "failed", "reason": text}
-
-    return rows
+    children.wait_for_turn()
+    rate = moe_layer.read_rate()
+    for case, peer, program in zip(cases, peers, programs, strict=True):
+        head = _head(case, rate)
+        measures = (
+            ("vllm", {}, peer, lambda p=peer: p.measure(options)),
+            ("fused_moe", _form(case), program, lambda c=case, p=program: _ours(c, p, options)),
+        )
+        for provider, more, built, measure in measures:
+            row = head | {"provider": provider, "status": "ok"} | more
+            try:
+                if isinstance(built, BaseException):
+                    raise built
+                for found in measure():
+                    yield row | found
+            except Exception as error:  # one provider's failure leaves the other its time
+                text = f"{type(error).__name__}: {error}"[:600]
+                yield row | {"status": "failed", "reason": text}
 
 
 def _head(case: Case, rate: float) -> dict[str, Any]:
@@ -337,15 +334,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=numbers, default=list(_TOKENS), help="batch sizes")
     parser.add_argument("--executions", type=int, default=8, help="traced steps")
     parser.add_argument("--replays", type=int, default=20, help="timed replays of a graph")
-    parser.add_argument("--timeout", type=int, default=30, help="seconds without a row")
-    parser.add_argument("--together", type=int, default=2, help="sizes that prepare side by side")
-    parser.add_argument("--preparing", type=int, default=120, help="seconds for it")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="JSONL file to append to")
+    case_processes.add_arguments(parser, together=2, timeout="patience")
     options = parser.parse_args(argv)
-    return case_processes.run_side_by_side(
-        *("benchmarks.fp8_layer", argv, options, SIZES, prepare),
-        *(moe_layer.line, moe_layer.ratios),
+    return case_processes.run(
+        *("benchmarks.fp8_layer", argv, options, SIZES, run_case),
+        *(moe_layer.line, moe_layer.ratios, case_processes.chosen(options, SIZES)),
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, deep_gemm_peer, grouped_matmul, timing  # noqa: E402
+from benchmarks import case_processes, children, deep_gemm_peer, grouped_matmul, timing  # noqa: E402
 from benchmarks.grouped_matmul import Size, line  # noqa: E402
 
 _SAMPLED_ROWS = 24
@@ -360,8 +360,8 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     return {name: measure for name, measure in found.items() if is_wanted(name)}
 
 
-def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[dict[str, Any]]]:
-    """Compiles everything. What is returned measures, and gives a row for each provider."""
+def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compiles everything, waits for its turn, and gives a row for each provider."""
     inputs = Inputs(size, options.calls)
     work: list[tuple[str, Any]] = []
     with ThreadPoolExecutor(4) as pool:
@@ -370,13 +370,10 @@ def prepare(size: Size, options: argparse.Namespace) -> Callable[[], Iterator[di
                 work.append((provider, make(inputs, pool)))
             except Exception as error:  # one that cannot be built leaves the others
                 work.append((provider, error))
-
-    def rows() -> Iterator[dict[str, Any]]:
-        rate = grouped_matmul.read_rate()
-        for provider, measure in work:
-            yield _row(inputs, provider, measure, rate)
-
-    return rows
+    children.wait_for_turn()
+    rate = grouped_matmul.read_rate()
+    for provider, measure in work:
+        yield _row(inputs, provider, measure, rate)
 
 
 def _row(inputs: Inputs, provider: str, measure: Any, rate: float) -> dict[str, Any]:
@@ -427,14 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=2, help="inputs, and calls in a program")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument("--replays", type=int, default=12)
-    parser.add_argument("--timeout", type=int, default=30, help="seconds without a row")
-    parser.add_argument("--together", type=int, default=4, help="sizes that prepare side by side")
-    parser.add_argument("--preparing", type=int, default=120, help="seconds for it")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="JSONL file to append to")
+    case_processes.add_arguments(parser, together=4, timeout="patience")
     options = parser.parse_args(argv)
-    module = "benchmarks.fp8_matmul"
-    return case_processes.run_side_by_side(module, argv, options, SIZES, prepare, line, ratios)
+    return case_processes.run(
+        *("benchmarks.fp8_matmul", argv, options, SIZES, run_case, line, ratios),
+        case_processes.chosen(options, SIZES),
+    )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ side by side, operands and compilation, then one after the other measures.
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import itertools
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +27,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, deep_gemm_peer, machine, timing, training_peers  # noqa: E402
-from benchmarks.children import Child  # noqa: E402
+from benchmarks import case_processes, children, deep_gemm_peer, timing, training_peers  # noqa: E402
 
 _READ_BYTES = 1 << 30
 _SAMPLED_ROWS = 24
@@ -453,7 +449,7 @@ def _blocks(size: Size) -> list[int]:
 
 
 def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Prepares everything, waits for a line on its input, and gives a row for each provider."""
+    """Prepares everything, waits for its turn, and gives a row for each provider."""
     inputs, work = Inputs(size, options.calls), []
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for provider, prepare in providers(size, options).items():
@@ -462,8 +458,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             except Exception as error:  # one that cannot be built leaves the others
                 measure = error
             work.append((provider, measure))
-    print("READY", flush=True)
-    sys.stdin.readline()
+    children.wait_for_turn()
     rate = read_rate()
     # In turn, so that a GPU that warms up, or slows down, does so under all of them.
     found: dict[str, list[Any]] = {provider: [] for provider, _ in work}
@@ -545,38 +540,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=int, default=1, help="times that each is measured, in turn"
     )
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds without a row")
-    parser.add_argument("--preparing", type=float, default=120.0, help="seconds for it")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all")
-    parser.add_argument("--together", type=int, default=6, help="sizes that prepare side by side")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="JSONL file to append to")
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args(given)
-    if options.child is not None:
-        facts = machine.facts()
-        for row in run_case(SIZES[options.child], options):
-            print("ROW " + json.dumps(row | facts), flush=True)
-        return 0
-    numbers = [int(k) for k in options.sizes.split(",") if k] or list(range(len(SIZES)))
-    until, failed = time.monotonic() + options.budget, False
-    for some in itertools.batched(numbers, options.together):
-        names = {k: [*given, "--child", str(k)] for k in some}
-        started = {k: Child("benchmarks.grouped_matmul", argv) for k, argv in names.items()}
-        for child in started.values():
-            with contextlib.suppress(TimeoutError):  # its rows will not come: said below
-                child.ready(options.preparing, min(until, time.monotonic() + options.preparing))
-        for k, child in started.items():
-            failed |= not _measured(SIZES[k], child, options, until)
-    return 1 if failed else 0
-
-
-def _measured(size: Size, child: Child, options: argparse.Namespace, until: float) -> bool:
-    """Whether every row of a child came, and is one of a right result. They are printed and written."""
-    rows, ended = case_processes.measured(
-        child, size.name, options.patience, until, options.out, line, ratios
+    case_processes.add_arguments(parser, patience=20, budget=600, together=6)
+    options = parser.parse_args(argv)
+    return case_processes.run(
+        *("benchmarks.grouped_matmul", argv, options, SIZES, run_case, line, ratios),
+        case_processes.chosen(options, SIZES),
     )
-    return ended and all(row["status"] == "ok" for row in rows)
 
 
 if __name__ == "__main__":

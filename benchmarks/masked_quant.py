@@ -32,7 +32,7 @@ FLOOR = 1e-10
 _L2_BYTES = 50 << 20
 _COPY_BYTES = 1 << 30
 _SAMPLED_ROWS = 256
-# (groups of a tile, CTAs for each of 132 SMs, whether a tile is loaded ahead): as many CTAs as an SM holds by
+# (groups of a tile, CTAs for each SM, whether a tile is loaded ahead): as many CTAs as an SM holds by
 # their registers, and fewer.
 VARIANTS = [
     *((8, per_sm, False) for per_sm in (10, 8, 5)),
@@ -170,6 +170,7 @@ def ours(size: Size, variant: tuple[int, int, bool] | None) -> Callable:
     if variant is None:
         return maj.silu_and_mul_masked_quant
     from moe_align_jax import masked_quant
+    from moe_align_jax._core.hopper import NUM_SMS
     from moe_align_jax._masked_quant import launch as kernels
     from moe_align_jax._masked_quant.config import Config
 
@@ -178,7 +179,7 @@ def ours(size: Size, variant: tuple[int, int, bool] | None) -> Callable:
     problem = masked_quant.make_problem(
         "benchmark", shape, "bfloat16", group_size=GROUP, scale_format="float32", scale_layout=None
     )
-    config = Config(tile, 132 * per_sm, prefetch)
+    config = Config(tile, NUM_SMS * per_sm, prefetch)
     return jax.jit(functools.partial(kernels.run, problem, config=config))
 
 

@@ -20,15 +20,12 @@ that hangs or dies in a case is started again behind it.
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +33,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import machine, timing  # noqa: E402
+from benchmarks import case_processes, children, timing  # noqa: E402
 from benchmarks.children import Child  # noqa: E402
 from benchmarks.moe_cases import (  # noqa: E402
     LAYERS,
@@ -277,7 +274,7 @@ def block_sizes_of(case: Case) -> list[int]:
 
 
 def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Compiles everything, waits for a line on its input, and gives the rows of every batch size."""
+    """Compiles everything, waits for its turn, and gives the rows of every batch size."""
     import moe_align_jax as maj
 
     sets = make_sets(model)
@@ -294,8 +291,7 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
             peers[case.tokens] = Vllm(case, options.peers)
         except Exception as error:
             peers[case.tokens] = error
-    print("READY", flush=True)
-    sys.stdin.readline()
+    children.wait_for_turn()
     rate = read_rate()
     for case in cases:
         tokens = case.tokens
@@ -366,9 +362,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def child(options: argparse.Namespace) -> int:
     [model] = [m for m in MODELS + OTHERS if m.name == options.child]
-    facts = machine.facts(options.commit)
-    for row in run_model(model, options):
-        print("ROW " + json.dumps(facts | row), flush=True)
+    children.give(run_model(model, options), options.commit)
     return 0
 
 
@@ -380,7 +374,7 @@ def measured(
     while True:
         seen, reason = [], ""
         try:
-            child.ready(options.patience + options.compiling, until)
+            child.ready(options.patience + options.preparing, until)
             child.go()
             for row in child.rows(options.patience, until):
                 seen.append(row["tokens"])
@@ -417,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--executions", type=int, default=10, help="traced steps")
     parser.add_argument("--replays", type=int, default=20, help="timed replays of a graph")
     parser.add_argument("--patience", type=float, default=25.0, help="seconds without a row")
-    parser.add_argument("--compiling", type=float, default=100.0, help="seconds for compiling")
+    parser.add_argument("--preparing", type=float, default=100.0, help="seconds for compiling")
     parser.add_argument("--budget", type=float, default=230.0, help="seconds in all")
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     parser.add_argument(
@@ -437,19 +431,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = begun + options.budget
     # They compile side by side; then one after the other has the GPU for itself.
     started = [Child(MODULE, arguments(model, argv, options.tokens)) for model in models]
-    for each in started:
-        with contextlib.suppress(TimeoutError):  # `measured` will find out, and say so
-            each.ready(options.compiling, begun + options.compiling)
+    case_processes.wait_until_ready(started, options.preparing, until)
     print(f"compiled within {time.monotonic() - begun:.0f} s", flush=True)
     for i, (model, each) in enumerate(zip(models, started, strict=True)):
         # What one model leaves of its share is the next one's.
         share = (until - time.monotonic()) / (len(models) - i)
         for row in measured(model, each, argv, options, time.monotonic() + share):
             rows.append(row)
-            print(line(row), flush=True)
-            if options.out:
-                with Path(options.out).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            case_processes.keep(row, options.out, line)
     print("\n".join(ratios(rows)))
     return 0 if any("us" in row for row in rows) else 1
 

@@ -13,12 +13,9 @@ import argparse
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,9 +24,9 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import machine, moe_layer  # noqa: E402
-from benchmarks.children import Child  # noqa: E402
+from benchmarks import case_processes, children, moe_layer  # noqa: E402
 from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
+from moe_align_jax._core.hopper import NUM_SMS  # noqa: E402
 from moe_align_jax._grouped_matmul.config import Config  # noqa: E402
 
 QWEN, DEEPSEEK, MIXTRAL = MODELS
@@ -81,7 +78,7 @@ class Variant(NamedTuple):
 
 
 def _in_clusters(tiles: Config, split: int) -> Config:
-    return tiles._replace(split=split, num_ctas=128 if split > 2 else 132)
+    return tiles._replace(split=split, num_ctas=128 if split > 2 else NUM_SMS)
 
 
 def _swapped(bm: int, group: int) -> Config:
@@ -127,8 +124,20 @@ def variants(model: Model, tokens: int) -> list[Variant]:
     return found
 
 
-def run_case(model: Model, tokens: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Compiles every variant, of sizes alone; makes the weights when it is told to go on."""
+class Batch(NamedTuple):
+    """A model's layer at a batch size."""
+
+    model: Model
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} {self.tokens}"
+
+
+def run_case(batch: Batch, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compiles every variant, of sizes alone; makes the weights when its turn comes."""
+    model, tokens = batch
     import jax
 
     structs, work = moe_layer.structs_of(model, tokens), []
@@ -143,8 +152,7 @@ def run_case(model: Model, tokens: int, options: argparse.Namespace) -> Iterator
             except Exception as error:  # one that cannot be built leaves the others
                 made = error
             work.append((variant, made))
-    print("READY", flush=True)
-    sys.stdin.readline()
+    children.wait_for_turn()
     rate, case = moe_layer.read_rate(), Case(model, tokens, make_sets(model))
     for variant, made in work:
         row: dict[str, Any] = {"model": model.name, "tokens": tokens, "variant": variant.name}
@@ -193,53 +201,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     numbers = lambda text: [int(t) for t in text.split(",")]  # noqa: E731
-    parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
     parser.add_argument("--models", default="", help="parts of names, comma-separated; all")
     parser.add_argument("--tokens", type=numbers, default=[1, 16, 128, 1024, 8192])
     parser.add_argument("--executions", type=int, default=6, help="traced steps")
-    parser.add_argument("--patience", type=float, default=8.0, help="seconds without a row")
-    parser.add_argument("--compiling", type=float, default=100.0, help="seconds for compiling")
-    parser.add_argument("--budget", type=float, default=220.0, help="seconds in all")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args(given)
-    if options.child is not None:
-        name, _, tokens = options.child.rpartition(" ")
-        [model] = [m for m in MODELS if m.name == name]
-        facts = machine.facts()
-        for row in run_case(model, int(tokens), options):
-            print("ROW " + json.dumps(facts | row), flush=True)
-        return 0
+    limits: dict[str, Any] = {"patience": 8, "preparing": 100, "budget": 220, "together": 100}
+    case_processes.add_arguments(parser, **limits)
+    options = parser.parse_args(argv)
     wanted = [part for part in options.models.split(",") if part]
     models = [m for m in MODELS if not wanted or any(part in m.name for part in wanted)]
-    begun = time.monotonic()
-    until = begun + options.budget
-    names = [f"{m.name} {tokens}" for tokens in options.tokens for m in models]
-    started = {n: Child("benchmarks.moe_tiles", [*given, "--child", n]) for n in names}
-    failed = False
-    for name, each in started.items():
-        reason = ""
-        try:
-            # All of them compile side by side; then one after the other has the GPU for itself.
-            for other in started.values() if each is started[names[0]] else ():
-                with contextlib.suppress(TimeoutError):  # its rows will not come: said below
-                    other.ready(options.compiling, begun + options.compiling)
-            print(f"{name}, after {time.monotonic() - begun:.0f} s", flush=True)
-            each.ready(options.patience, until)
-            each.go()
-            for row in each.rows(options.patience, until):
-                failed |= row["status"] == "failed"
-                print(line(row), flush=True)
-                if options.out:
-                    with Path(options.out).open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-        except TimeoutError as error:
-            reason = str(error)
-        code = each.end()
-        if code or reason:
-            failed = True
-            print(f"{name}: {reason or f'its process ended with {code}'}", flush=True)
-    return 1 if failed else 0
+    batches = [Batch(model, tokens) for tokens in options.tokens for model in models]
+    return case_processes.run(
+        *("benchmarks.moe_tiles", argv, options, batches, run_case),
+        *(line, lambda rows: ()),
+    )
 
 
 if __name__ == "__main__":

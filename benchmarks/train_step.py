@@ -28,7 +28,7 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, training_peers  # noqa: E402
+from benchmarks import case_processes, children, training_peers  # noqa: E402
 
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # The losses of bfloat16 steps differ by the order of sums alone.
@@ -78,7 +78,6 @@ def run_case(provider: Experts, options: argparse.Namespace) -> list[dict[str, A
         row |= _train(provider, options)
     except Exception as error:
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
-    print(line(row), flush=True)
     return [row]
 
 
@@ -105,12 +104,12 @@ def _train(provider: Experts, options: argparse.Namespace) -> dict[str, Any]:
         step = functools.partial(jitted, model, optimizer)
         losses = [jax.block_until_ready(step(batches[0]))[0]]  # compiles
         seconds = []
-        with case_processes.turn(options):
-            for tokens in batches[1:]:
-                begun = time.perf_counter()
-                loss, _ = jax.block_until_ready(step(tokens))
-                seconds.append(time.perf_counter() - begun)
-                losses.append(loss)
+        children.wait_for_turn()
+        for tokens in batches[1:]:
+            begun = time.perf_counter()
+            loss, _ = jax.block_until_ready(step(tokens))
+            seconds.append(time.perf_counter() - begun)
+            losses.append(loss)
     finally:
         moe_language_model.fused_moe = ours
     memory = jax.devices()[0].memory_stats() or {}
@@ -161,12 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=["small", "large"], default="large")
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--sizes", default="", help="numbers of the libraries to run, e.g. 0,4")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a library")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="JSONL file to append to")
-    case_processes.add_turns(parser)
+    case_processes.add_arguments(parser, patience=120, timeout="budget")
     options = parser.parse_args(argv)
-    code = case_processes.run("benchmarks.train_step", argv, options, PROVIDERS, run_case, ratios)
+    code = case_processes.run(
+        *("benchmarks.train_step", argv, options, PROVIDERS, run_case, line, ratios),
+        case_processes.chosen(options, PROVIDERS),
+    )
     if options.child is None and options.out and Path(options.out).exists():
         rows = [json.loads(text) for text in Path(options.out).read_text().splitlines()]
         newest = {row["provider"]: row for row in rows if row["case"] == case_of(options)}

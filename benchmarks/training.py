@@ -28,7 +28,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, timing, training_peers  # noqa: E402
+from benchmarks import case_processes, children, timing, training_peers  # noqa: E402
 
 _BOUND, _LAYER_BOUND = 1e-2, 3e-2
 # Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the
@@ -388,9 +388,7 @@ def run_product(size: Product, options: argparse.Namespace) -> Iterator[dict[str
 
     def row_of(name: str, take: Callable[[], Any]) -> dict[str, Any]:
         row = {"case": size.name, **size._asdict(), "provider": name}
-        row = _measured(row, take, size.flops)
-        print(line(row), flush=True)
-        return row
+        return _measured(row, take, size.flops)
 
     right = []
     for (name, each), program in zip(work, programs, strict=True):
@@ -403,18 +401,18 @@ def run_product(size: Product, options: argparse.Namespace) -> Iterator[dict[str
             yield row_of(name, lambda wrong=wrong: (wrong, None))
         else:
             right.append((name, program, each))
-    with case_processes.turn(options):
-        # One trace for all: it takes as long as many calls.
-        calls, arrays = [p for _, p, _ in right], [[each.arrays] for *_, each in right]
-        taken = timing.time_jit_spans(calls, arrays, executions=options.executions) if right else []
-        for (name, program, each), found in zip(right, taken, strict=True):
-            if found.note:  # it could not be told from the others in their trace
-                again = functools.partial(timing.time_jit_span, executions=options.executions)
-                found = again(program, [each.arrays])
-            yield row_of(name, lambda found=found: ("", found))
-        if options.peers:
-            for name, take in torch_times(inputs, options.replays):
-                yield row_of(name, take)
+    children.wait_for_turn()
+    # One trace for all: it takes as long as many calls.
+    calls, arrays = [p for _, p, _ in right], [[each.arrays] for *_, each in right]
+    taken = timing.time_jit_spans(calls, arrays, executions=options.executions) if right else []
+    for (name, program, each), found in zip(right, taken, strict=True):
+        if found.note:  # it could not be told from the others in their trace
+            again = functools.partial(timing.time_jit_span, executions=options.executions)
+            found = again(program, [each.arrays])
+        yield row_of(name, lambda found=found: ("", found))
+    if options.peers:
+        for name, take in torch_times(inputs, options.replays):
+            yield row_of(name, take)
 
 
 def _raise(error: Exception) -> Any:
@@ -518,8 +516,8 @@ def run_layer(size: Layer, options: argparse.Namespace) -> Iterator[dict[str, An
     rest = [(call, arrays) for (_, call, _), many in zip(wanted, side_by_side, strict=True) if many]
     made = iter(compiled(rest, options.threads))
     programs = [next(made) if many else None for many in side_by_side]
-    with case_processes.turn(options):
-        yield from _run_layer(size, options, arrays, wanted, programs)
+    children.wait_for_turn()
+    yield from _run_layer(size, options, arrays, wanted, programs)
 
 
 def _run_layer(
@@ -558,9 +556,7 @@ def _run_layer(
             [program] = compiled([(call, arrays)], 1)
         row = {"case": size.name, **size._asdict(), "provider": name, "passes": passes}
         flops = size.flops if passes != "forward" else size.flops // 3
-        row = _measured(row, functools.partial(measure, program, row), flops)
-        print(line(row), flush=True)
-        yield row
+        yield _measured(row, functools.partial(measure, program, row), flops)
 
 
 # -- all -----------------------------------------------------------------------------------------------
@@ -611,12 +607,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    case_processes.add_turns(parser)
-    parser.add_argument("--out", help="JSONL file to append to")
+    case_processes.add_arguments(parser, patience=120, timeout="budget")
     options = parser.parse_args(argv)
-    return case_processes.run("benchmarks.training", argv, options, SIZES, run_case, ratios)
+    return case_processes.run(
+        *("benchmarks.training", argv, options, SIZES, run_case, line, ratios),
+        case_processes.chosen(options, SIZES),
+    )
 
 
 if __name__ == "__main__":

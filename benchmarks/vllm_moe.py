@@ -88,13 +88,21 @@ def choose_config(
     folder: str, tokens: int, top_k: int, experts: int, hidden: int, ffn: int, device: str
 ) -> tuple[dict[str, Any], str]:
     """(Sizes of the kernel, where they are from)."""
-    tables = json.loads(Path(folder, CONFIGS).read_text())
     name = config_name(experts, ffn, device)
+    return tuned_or_default(folder, name, tokens, experts, ffn, hidden, top_k, None)
+
+
+def tuned_or_default(
+    folder: str, name: str, tokens: int, *more_of_rule: Any
+) -> tuple[dict[str, Any], str]:
+    """(Sizes of the kernel, where they are from): of the tuned table `name` the row nearest to `tokens`, or
+    what vLLM's rule gives for `tokens` and the arguments behind it."""
+    tables = json.loads(Path(folder, CONFIGS).read_text())
     if table := tables.get(name):
         table = {int(key): value for key, value in table.items() if key != "triton_version"}
         return dict(table[min(table, key=lambda key: abs(key - tokens))]), name
     rule = module(folder).get_default_config
-    return dict(rule(tokens, experts, ffn, hidden, top_k, None)), "vLLM's default"
+    return dict(rule(tokens, *more_of_rule)), "vLLM's default"
 
 
 def silu_and_mul(folder: str, x: Any, out: Any) -> None:
@@ -109,20 +117,35 @@ def _activate(kernels: Any, x: Any, out: Any) -> None:
 
 
 class Layer:
-    """`fused_experts` of one size, with its buffers: `run(x, w13, w2, weights, ids, out)`."""
+    """`fused_experts` of one size, with its buffers: `run(x, w13, w2, weights, ids, out)`.
 
-    def __init__(self, folder: str, tokens: int, top_k: int, experts: int, hidden: int, ffn: int):
+    `expert_map` tells which of all experts are here, or is None.
+    """
+
+    # Of weights that are not quantised: how sizes are found, and keywords of the kernel.
+    choose_config = staticmethod(choose_config)
+    keywords: dict[str, Any] = {"use_fp8_w8a8": False, "SWAP_AB": False}
+
+    def __init__(
+        self,
+        folder: str,
+        tokens: int,
+        top_k: int,
+        experts: int,
+        hidden: int,
+        ffn: int,
+        expert_map: Any = None,
+    ):
         import torch
 
         torch.ops.load_library(str(Path(folder, LIBRARY).resolve()))
         self.torch, self.kernels = torch, module(folder)
         device = torch.cuda.get_device_name()
-        self.config, self.source = choose_config(
-            folder, tokens, top_k, experts, hidden, ffn, device
-        )
-        self.sizes = (tokens, top_k, experts, hidden, ffn)
-        self.pairs = tokens * top_k
-        self.aligns = self.pairs * 4 > experts
+        sizes = tokens, top_k, experts, hidden, ffn
+        self.config, self.source = self.choose_config(folder, *sizes, device)
+        self.top_k, self.pairs, self.expert_map = top_k, tokens * top_k, expert_map
+        self.of = experts if expert_map is None else len(expert_map)
+        self.aligns = self.pairs * 4 > self.of or expert_map is not None
         self.block = self.config["BLOCK_SIZE_M"]
         bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
         shared = torch.empty(self.pairs * max(2 * ffn, hidden), **bf16)
@@ -131,31 +154,43 @@ class Layer:
         self.between = torch.empty(self.pairs, ffn, **bf16)
         int32: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
         if self.aligns:
-            capacity = self.pairs + min(self.pairs, experts) * (self.block - 1)
+            capacity = self.pairs + min(self.pairs, self.of) * (self.block - 1)
             self.sorted = torch.empty(capacity, **int32)
             self.experts = torch.empty(-(-capacity // self.block), **int32)
         self.count = torch.empty(1, **int32)
 
     def run(self, x: Any, w13: Any, w2: Any, weights: Any, ids: Any, out: Any) -> None:
-        torch, (_, top_k, experts, _, _) = self.torch, self.sizes
+        rows = self.rows(x, 0)
         if self.aligns:
-            op = torch.ops._moe_C.moe_align_block_size
-            spare = len(op.default._schema.arguments) - 6
-            arrays = (self.sorted, self.experts, self.count)
-            op(ids, experts, self.block, *arrays, *[None] * spare)
-            sorted_ids, expert_ids = self.sorted, self.experts
+            op = self.torch.ops._moe_C.moe_align_block_size
+            spare = len(op.default._schema.arguments) - 7
+            arrays = (self.sorted, self.experts, self.count, self.expert_map)
+            op(ids, self.of, self.block, *arrays, *[None] * spare)
+            blocks = self.sorted, self.experts
         else:
             self.count.fill_(self.pairs * self.block)
-            sorted_ids, expert_ids = None, ids.view(-1)
-        self._multiply(x, w13, self.first, weights, sorted_ids, expert_ids, top_k, False)
+            blocks = None, ids.view(-1)
+        self._multiply(rows, w13, self.first, weights, *blocks, self.top_k, False)
         _activate(self.kernels, self.first, self.between)
-        self._multiply(self.between, w2, self.second, weights, sorted_ids, expert_ids, 1, True)
-        torch.ops._moe_C.moe_sum(self.second, out)
+        rows = self.rows(self.between, 1)
+        if self.expert_map is not None:
+            self.second.zero_()
+        self._multiply(rows, w2, self.second, weights, *blocks, 1, True)
+        self.torch.ops._moe_C.moe_sum(self.second, out)
+
+    def rows(self, x: Any, which: int) -> Any:
+        """The first operand of a product, 0 or 1."""
+        del which
+        return x
+
+    def operands(self, rows: Any, matrices: Any) -> tuple[Any, Any, tuple[Any, ...], list[int]]:
+        """(rows, matrices, scales of both, strides of the scales and, at the end, sizes of their blocks)."""
+        return rows, matrices, (None, None), [0] * 9
 
     def _multiply(
         self,
-        a: Any,
-        b: Any,
+        rows_of: Any,
+        matrices: Any,
         c: Any,
         weights: Any,
         sorted_ids: Any,
@@ -163,10 +198,11 @@ class Layer:
         top_k: int,
         weighted: bool,
     ) -> None:
-        """As vLLM's `invoke_fused_moe_triton_kernel` calls it, for weights that are not quantised."""
+        """As vLLM's `invoke_fused_moe_triton_kernel` calls it."""
         import triton.language as tl
 
-        config = dict(self.config)
+        a, b, scales, strides = self.operands(rows_of, matrices)
+        config = self.config | self.keywords
         config["SPLIT_K"] = 1
         block = config["BLOCK_SIZE_M"]
         rows = self.pairs * block if sorted_ids is None else sorted_ids.shape[0]
@@ -175,21 +211,19 @@ class Layer:
         n, k = b.shape[1], b.shape[2]
         grid = (-(-rows // block) * -(-n // config["BLOCK_SIZE_N"]),)
         self.kernels.fused_moe_kernel[grid](
-            *(a, b, c, None, None, None, weights, sorted_ids, expert_ids, self.count),
+            *(a, b, c, None, *scales, weights, sorted_ids, expert_ids, self.count),
             *(n, k, rows, a.shape[0] * top_k),
             *(a.stride(0), a.stride(1), b.stride(0), b.stride(2), b.stride(1)),
             *(c.stride(1), c.stride(2)),
-            *[0] * 9,
+            *strides,
             MUL_ROUTED_WEIGHT=weighted,
             top_k=top_k,
             compute_type=tl.bfloat16,
-            use_fp8_w8a8=False,
             use_int8_w8a8=False,
             use_int8_w8a16=False,
             per_channel_quant=False,
             naive_block_assignment=sorted_ids is None,
             HAS_BIAS=False,
-            SWAP_AB=False,
             USE_TD=False,
             **config,
         )

@@ -124,12 +124,12 @@ def moe_align_block_size(
         topk_ids,
         "Pass the expert ids that top_k returned, not their weights.",
     )
-    for argument, flag in (
-        ("ignore_invalid_experts", ignore_invalid_experts),
-        ("pad_sorted_ids", pad_sorted_ids),
-        ("return_inverse", return_inverse),
-    ):
-        checks.check_bool(function, argument, flag)
+    flags = {
+        "ignore_invalid_experts": ignore_invalid_experts,
+        "pad_sorted_ids": pad_sorted_ids,
+        "return_inverse": return_inverse,
+    }
+    checks.check_bools(function, flags)
 
     dispatch, tables, shared = "", {}, 0
     if expert_location is not None:

@@ -215,11 +215,11 @@ def route_and_align(
     )
     problem, operands = arguments.check_route(function, logits, options)
     block_size = checks.check_block_size(function, block_size)
-    for argument, flag in (
-        ("ignore_invalid_experts", ignore_invalid_experts),
-        ("return_inverse", return_inverse),
-    ):
-        checks.check_bool(function, argument, flag)
+    flags = {
+        "ignore_invalid_experts": ignore_invalid_experts,
+        "return_inverse": return_inverse,
+    }
+    checks.check_bools(function, flags)
     dispatch, tables, slots = arguments.check_location(
         function, expert_location, problem.num_experts
     )

@@ -3,9 +3,10 @@
 #
 #   tools/make_venv.sh VENV [EXTRA...]
 #
-# VENV/.complete-EXTRA names what was installed (checkout, Python, pyproject.toml): anything else there is
-# installed again. VENV/.unfinished stands while an install runs: one that was killed is not trusted, and
-# the environment is made anew. A working environment that somebody else made is kept and added to.
+# VENV/.complete-EXTRA holds the hash of the pyproject.toml that the extra was installed by: after a change of it
+# the extra is installed again. VENV/.made-in names the checkout: in another one the environment is made anew.
+# VENV/.unfinished stands while an install runs: one that was killed is not trusted, and the environment is made
+# anew. A working environment that somebody else made is kept and added to.
 set -eu
 
 venv=$1

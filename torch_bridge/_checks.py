@@ -1,5 +1,7 @@
 """Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -56,9 +58,15 @@ def check_bool(function: str, argument: str, value: object) -> None:
                 argument,
                 "be a Python bool",
                 checks.describe(value),
-                "It changes the compiled program, so it is static.",
+                checks.STATIC_REMEDY,
             )
         )
+
+
+def check_bools(function: str, flags: Mapping[str, object]) -> None:
+    """`check_bool` of several arguments, by name."""
+    for argument, value in flags.items():
+        check_bool(function, argument, value)
 
 
 def check_integer_dtypes(function: str, argument: str, value: object) -> tuple[torch.dtype, ...]:

@@ -6,6 +6,7 @@ Elsewhere, and for what those kernels do not take, it is torch's own elementwise
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -324,7 +325,7 @@ def _narrowed(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 def _fail(
     function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
-) -> None:
+) -> NoReturn:
     checks.fail(function, argument, rule, checks.describe(got), _REMEDY, kind)
 
 

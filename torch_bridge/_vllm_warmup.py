@@ -97,8 +97,8 @@ def warmup_router(
         if not grouped and given != default:
             rule = f"be left out for {op}"
             checks.fail(_FUNCTION, argument, rule, given, "It is an option of grouped_topk.")
-    for argument, flag in (("correction_bias", correction_bias), ("is_padding", is_padding)):
-        _checks.check_bool(_FUNCTION, argument, flag)
+    flags = {"correction_bias": correction_bias, "is_padding": is_padding}
+    _checks.check_bools(_FUNCTION, flags)
     for argument, given, dtypes in (
         ("dtype", dtype, tuple(_route.DTYPES)),
         ("ids_dtype", ids_dtype, (torch.int32, torch.int64, torch.uint32)),

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._core.int32 import cdiv
 from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
@@ -23,7 +24,7 @@ _MOST_ROUNDS_OF_1024 = 6  # of "grid" with the inverse: a thread of 1024 has 64 
 _MAX_SORTED_ROUNDS = 16  # of "sorted", which keeps all ids in registers
 _MAX_DIGIT_BITS = 8  # of "sorted"
 _MOST_CELLS = 2**31 - 2**24  # of "sorted": with more, its loop counters over rows could wrap
-_SHARED_WORDS = 232_448 // 4
+_SHARED_WORDS = MAX_SHARED_BYTES // 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 import operator
 import sys
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
 from moe_align_jax._core.int32 import INT32_MAX, round_up
 from moe_align_jax._core.int32 import cdiv as cdiv
+
+# Of an argument whose value is known when a call is traced.
+STATIC_REMEDY = "It changes the compiled program, so it is static."
 
 
 def message(function: str, argument: str, rule: str, got: object, remedy: str) -> str:
@@ -143,16 +146,17 @@ def check_int(function: str, argument: str, value: object, least: int, remedy: s
     return number
 
 
-def check_bool(
-    function: str,
-    argument: str,
-    value: object,
-    remedy: str = "It changes the compiled program, so it is static.",
-) -> bool:
+def check_bool(function: str, argument: str, value: object, remedy: str = STATIC_REMEDY) -> bool:
     """A static Python bool (or NumPy's); a string or a number is none."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(message(function, argument, "be a Python bool", describe(value), remedy))
     return bool(value)
+
+
+def check_bools(function: str, flags: Mapping[str, object], remedy: str = STATIC_REMEDY) -> None:
+    """`check_bool` of several arguments, by name."""
+    for argument, value in flags.items():
+        check_bool(function, argument, value, remedy)
 
 
 def check_block_size(function: str, value: object) -> int:

@@ -14,7 +14,6 @@ from moe_align_jax import block_align
 from moe_align_jax._expert_parallel import message, message_kernels
 from moe_align_jax._expert_parallel.message_kernels import (
     Field,
-    Gathered,
     Message,
     Pack,
     Unpack,
@@ -38,13 +37,13 @@ def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
 
 
 def fill_boxes(
-    problem: Gathered,
+    problem: Unpack,
     rank: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
     payload: list[jax.Array],
 ) -> dict[str, jax.Array]:
-    """By name, the outputs of `Gathered` of every rank's tokens."""
+    """By name, the outputs of a gathered `Unpack` of every rank's tokens."""
     operands = vary_together([rank, ids, weights, *payload])
     return dict(zip(problem.outputs, _gathered_p.bind(*operands, problem=problem), strict=True))
 
@@ -81,7 +80,7 @@ def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
     return _boxes_by_xla(problem, payload, weights, ids)
 
 
-def _fill_by_xla(problem: Gathered, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
+def _fill_by_xla(problem: Unpack, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
     payload = list(message.quantize(given[0]) if problem.quantise else given)
     count = problem.message.num_local_experts
     local = ids - rank[0] * count
@@ -92,7 +91,7 @@ def _fill_by_xla(problem: Gathered, rank: jax.Array, ids: jax.Array, weights: ja
 
 
 def _boxes_by_xla(
-    problem: Unpack | Gathered, payload: list[jax.Array], weights: jax.Array, ids: jax.Array
+    problem: Unpack, payload: list[jax.Array], weights: jax.Array, ids: jax.Array
 ) -> list[jax.Array]:
     """Of the rows that came, with local ids."""
     aligned = block_align.moe_align_block_size(
@@ -123,10 +122,10 @@ def _from_words(words: jax.Array, field: Field) -> jax.Array:
 
 
 def _make(name: str, by_xla: Callable) -> Primitive:
-    def abstract(*avals: Any, problem: Pack | Unpack | Gathered):
+    def abstract(*avals: Any, problem: Pack | Unpack):
         return [result_like(avals[0], *array) for array in problem.outputs.values()]
 
-    def implement(platform: str, ctx: Any, *, problem: Pack | Unpack | Gathered) -> Callable:
+    def implement(platform: str, ctx: Any, *, problem: Pack | Unpack) -> Callable:
         # XLA cannot split a custom call where it divides a program by itself: there its own way stays.
         if select.kernels_unavailable(platform) or divided_by_xla(ctx):
             return lambda *operands: by_xla(problem, *vary_together(operands))
@@ -134,7 +133,7 @@ def _make(name: str, by_xla: Callable) -> Primitive:
 
         return mosaic.launcher(message_kernels.build(problem))
 
-    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack | Gathered):
+    def batch(primitive: Primitive, operands: Any, dims: Any, *, problem: Pack | Unpack):
         del primitive
         return jax.vmap(functools.partial(by_xla, problem), in_axes=tuple(dims))(*operands)
 
@@ -153,7 +152,7 @@ def problems(
     num_local_experts: int,
     room: int,
     quantise: bool,
-) -> tuple[Pack, Unpack, Gathered]:
+) -> tuple[Pack, Unpack, Unpack]:
     """What the kernels of an exchange have to do: the first two of messages, or the third alone.
 
     Args:
@@ -168,4 +167,5 @@ def problems(
         fields = message_kernels.quantised(fields[0].columns)
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
-    return Pack(form, quantise), Unpack(form, room), Gathered(form, room, quantise)
+    gathered = Unpack(form, room, gathered=True, quantise=quantise)
+    return Pack(form, quantise), Unpack(form, room), gathered

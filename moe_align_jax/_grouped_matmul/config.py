@@ -5,17 +5,16 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES, NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
-MAX_SHARED_BYTES = 232_448
-NUM_CTAS = 132  # SMs of an H100 and of an H200
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
-_SPLITS = {4: (24, 128), 2: (66, NUM_CTAS)}
+_SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
@@ -69,7 +68,7 @@ class Config(NamedTuple):
     group: int = 4
     late: bool = False
     lag: int = 2
-    num_ctas: int = NUM_CTAS
+    num_ctas: int = NUM_SMS
     computing: int = 2
     split: int = 1
     skips: bool = False
@@ -94,7 +93,7 @@ class Config(NamedTuple):
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
         more += "-finds" if self.finds else ""
-        more += f"-{self.num_ctas}" if self.num_ctas > NUM_CTAS else ""
+        more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -320,7 +319,7 @@ def unshared(tiles: Config) -> Config:
     """The same tiles, each of one CTA, which shares nothing."""
     # Without a cluster `early` lost: 1827 us for 1501.
     tiles = tiles._replace(sharing=0, shared="x", early=tiles.early and tiles.sharing < 2)
-    return tiles._replace(split=1, num_ctas=NUM_CTAS) if tiles.split > 1 else tiles
+    return tiles._replace(split=1, num_ctas=NUM_SMS) if tiles.split > 1 else tiles
 
 
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
@@ -376,9 +375,9 @@ def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
     """
     tiles = tiles._replace(ahead=True, early=True)
     count = problem.num_experts * -(-problem.n // tiles.bn)
-    turns = -(-count // NUM_CTAS)
-    if turns > 1 and turns * NUM_CTAS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
-        return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_CTAS)
+    turns = -(-count // NUM_SMS)
+    if turns > 1 and turns * NUM_SMS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
+        return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_SMS)
     return tiles
 
 

@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._grouped_matmul import inline, kernel, reference
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
@@ -78,7 +79,7 @@ class Tiles(NamedTuple):
     stages: int = 4
     late: bool = True
     lag: int = 2
-    num_ctas: int = 132
+    num_ctas: int = NUM_SMS
     pieces: int = 0
     group: int = 0
     back: bool = False

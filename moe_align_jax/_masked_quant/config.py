@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 
 MAX_EXPERTS = 1024
-_NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
 # CTAs per SM that their registers allow (43 a thread with tiles of 8 groups), by groups of a tile. More CTAs
 # would run in a second round, which leaves part of the memory's bandwidth unused.
 _CTAS_PER_SM = {8: 10, 4: 16, 1: 16}
@@ -61,7 +61,7 @@ def config_for(problem: MaskedQuantProblem) -> Config:
         if columns or groups < 8:
             tile = next(n for n in (16, 8, 4) if n <= problem.max_rows)
             tiles = problem.num_experts * -(-problem.max_rows // tile) * groups
-            most = _NUM_SMS * _CTAS_PER_SM[min(tile, 8)]
+            most = NUM_SMS * _CTAS_PER_SM[min(tile, 8)]
             return Config(tile, max(1, min(tiles, most)), down=True)
     if groups >= 8:
         tile = 8
@@ -73,4 +73,4 @@ def config_for(problem: MaskedQuantProblem) -> Config:
     most = (
         _CTAS_PER_SM[tile] if problem.activates else _CTAS_PER_SM[1]
     )  # registers for half of the values
-    return Config(tile, max(1, min(tiles, _NUM_SMS * most)))
+    return Config(tile, max(1, min(tiles, NUM_SMS * most)))

@@ -14,6 +14,7 @@ from moe_align_jax._grouped_matmul.problem import E4M3
 _SCALES = "_scale_inv"  # behind the name of an e4m3 array: its scales, which multiply (DeepSeek-V3)
 # What Hugging Face calls an expert's three matrices: (gate, up, down).
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_FLAG_REMEDY = "It says how the weights lie."
 
 
 def _is_float_array(array: Any) -> bool:
@@ -46,12 +47,6 @@ def _is_quantized(weights: Any) -> bool:
         return False
     first, second = (getattr(each, "dtype", None) for each in weights)
     return str(first) == E4M3 and second is not None and str(second) != E4M3
-
-
-def _check_bool(function: str, argument: str, value: Any) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        remedy = "It says how the weights lie."
-        checks.refuse(TypeError, function, argument, "be True or False", value, remedy)
 
 
 def _check_array(function: str, argument: str, value: Any, ndim: int) -> None:
@@ -104,8 +99,8 @@ class ExpertWeights:
 
     def __post_init__(self) -> None:
         function = "ExpertWeights"
-        for name in ("transpose_rhs", "interleaved"):
-            _check_bool(function, name, getattr(self, name))
+        flags = {"transpose_rhs": self.transpose_rhs, "interleaved": self.interleaved}
+        checks.check_bools(function, flags, _FLAG_REMEDY)
         if self.pair and (len(self.w_gate_up) != 2 or self.interleaved):
             got = f"{len(self.w_gate_up)} arrays" + ", interleaved" * self.interleaved
             rule, remedy = "be an array or a pair (gate, up)", "A pair is not interleaved."
@@ -197,9 +192,8 @@ class ExpertWeights:
                 and up of an N that is no multiple of 128 are to be joined, parted or interleaved.
         """
         flags = {"transpose_rhs": transpose_rhs, "interleaved": interleaved, "pair": pair}
-        for name, flag in flags.items():
-            if flag is not None:
-                _check_bool("laid_out", name, flag)
+        given = {name: flag for name, flag in flags.items() if flag is not None}
+        checks.check_bools("laid_out", given, _FLAG_REMEDY)
         transpose_rhs = self.transpose_rhs if transpose_rhs is None else transpose_rhs
         pair = self.pair if pair is None else pair
         if interleaved is None:
@@ -264,7 +258,7 @@ class ExpertWeights:
             )
             checks.refuse(TypeError, function, "tensors", rule, checks.describe(tensors), remedy)
         _check_prefix(function, prefix)
-        _check_bool(function, "interleaved", interleaved)
+        checks.check_bool(function, "interleaved", interleaved, _FLAG_REMEDY)
         named = {name: t for name, t in tensors.items() if isinstance(name, str)}
         mine = {name[len(prefix) :]: t for name, t in named.items() if name.startswith(prefix)}
         if "gate_up_proj" not in mine:
@@ -310,7 +304,7 @@ class ExpertWeights:
             rule, remedy = "be a path", "Pass a file, or the folder of a checkpoint."
             checks.refuse(TypeError, function, "path", rule, checks.describe(path), remedy)
         _check_prefix(function, prefix)
-        _check_bool(function, "interleaved", interleaved)
+        checks.check_bool(function, "interleaved", interleaved, _FLAG_REMEDY)
         from moe_align_jax._moe_layer import safetensors
 
         return cls.from_hugging_face(

@@ -119,8 +119,11 @@ def make_problem(function: str, logits: Any, options: Options) -> RouteProblem:
         got = checks.shown(scoring)
         rule = f"be one of {', '.join(map(repr, SCORINGS))}"
         checks.fail(function, "scoring", rule, got, "It is a static string.")
-    for argument in ("softmax_after_topk", "renormalize"):
-        checks.check_bool(function, argument, getattr(options, argument))
+    flags = {
+        "softmax_after_topk": options.softmax_after_topk,
+        "renormalize": options.renormalize,
+    }
+    checks.check_bools(function, flags)
     if options.softmax_after_topk and scoring != "softmax":
         got, remedy = f"True with {scoring!r}", "Other scores do not depend on each other."
         checks.fail(

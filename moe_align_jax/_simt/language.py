@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._simt.floats import FloatBits
 from moe_align_jax._simt.ints import Int as Int
 from moe_align_jax._simt.jumps import LEFT_LOOP, BodyError, refuse_jumps
@@ -37,7 +38,6 @@ WARP = 32
 WARPGROUP = 128
 # Limits of sm_90, which the lowering does not check (a launch over them aborts the process).
 MAX_THREADS = 1024
-MAX_SHARED_BYTES = 232_448
 MAX_CLUSTER = 16
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 MAIL_BARRIER_WORDS = 2  # in shared memory, that count what has come into a mailbox

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import grouped_matmul as bench
-from moe_align_jax._grouped_matmul.config import MAX_SHARED_BYTES
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 
 SMALL = bench.Size(40, 32, 16, 4)
 MASKED = bench.Size(30, 32, 16, 4, max_rows=16)

@@ -109,7 +109,7 @@ def test_behind_a_case_that_hangs_or_dies_another_child_goes_on(tmp_path, monkey
     (tmp_path / "fake_child.py").write_text(CHILD)
     monkeypatch.setattr(moe_layer, "MODULE", "fake_child")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    options = argparse.Namespace(tokens=[1, 2, 3, 4], patience=1.0, compiling=60.0)
+    options = argparse.Namespace(tokens=[1, 2, 3, 4], patience=1.0, preparing=60.0)
     child = children.Child("fake_child", moe_layer.arguments(MODEL, [], options.tokens))
     child.ready(60, time.monotonic() + 60)
     found = list(moe_layer.measured(MODEL, child, [], options, time.monotonic() + 120))

@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import moe_tiles  # noqa: E402
-from moe_align_jax._grouped_matmul import config, launch  # noqa: E402
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES  # noqa: E402
+from moe_align_jax._grouped_matmul import launch  # noqa: E402
 
 
 @pytest.mark.parametrize("model", moe_tiles.MODELS, ids=lambda model: model.name)
@@ -23,7 +24,7 @@ def test_variants_can_run(model):
                 rows, slots = (tiles.bm // (1 + many), 1) if tiles.form == "swap" else (64, 2)
                 parts = tiles.bn * tiles.bm * 4 if tiles.split > 1 else 0
                 used = stage * tiles.stages + 2 * slots * rows * 128 + parts + 1024
-                assert used <= config.MAX_SHARED_BYTES, variant.name
+                assert used <= MAX_SHARED_BYTES, variant.name
 
 
 def test_a_variant_is_what_is_lowered_while_it_is_chosen():

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import sys
 
 import pytest
@@ -10,6 +11,12 @@ from benchmarks import train_step as bench
 from tests.models import example
 
 example.need("flax", "optax", "orbax.checkpoint", "matplotlib", "rich")
+
+
+@pytest.fixture(autouse=True)
+def its_turn(monkeypatch):
+    """What a case that runs in the test's own process reads when it waits for its turn."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
 
 
 def test_the_same_losses_whoever_multiplies(monkeypatch):

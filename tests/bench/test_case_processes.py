@@ -1,132 +1,132 @@
-"""benchmarks/case_processes.py: a process for each size, whose rows are appended and whose failure counts."""
+"""benchmarks/case_processes.py: a process for each case, whose rows are appended and whose failure counts."""
 
-import argparse
+import fcntl
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+import time
 
 import pytest
 
 from benchmarks import case_processes
 
-SIZES = [SimpleNamespace(name=name) for name in ("small", "large", "huge")]
-
-
-def run(run_case=None, argv=None, **given):
-    options = argparse.Namespace(**{"child": None, "sizes": "", "out": None, "timeout": 5} | given)
-    ratios = lambda rows: [f"{len(rows)} rows"]  # noqa: E731
-    return case_processes.run("benchmarks.some", argv or [], options, SIZES, run_case, ratios)
-
-
-@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("failed", 1)])
-def test_a_child_appends_its_rows(status, code, tmp_path, capsys):
-    file = tmp_path / "folder" / "rows.jsonl"
-    for _ in range(2):
-        case = lambda size, options: [{"size": size.name, "status": status}]  # noqa: E731
-        assert run(case, child=1, out=str(file)) == code
-    rows = [json.loads(text) for text in file.read_text().splitlines()]
-    assert [(row["size"], row["status"]) for row in rows] == [("large", status)] * 2
-    assert "1 rows" in capsys.readouterr().out
-
-
-def test_every_size_runs_although_one_hangs_and_one_fails(monkeypatch, capsys):
-    commands = []
-
-    def fake(command, timeout):
-        commands.append(command[2:])
-        if command[-1] == "0":
-            raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=int(command[-1]) - 1)
-
-    monkeypatch.setattr(subprocess, "run", fake)
-    assert run(argv=["--calls", "3"]) == 1
-    assert commands == [["benchmarks.some", "--calls", "3", "--child", k] for k in "012"]
-    assert "small: not done after 5 s" in capsys.readouterr().out
-    assert run(sizes="1") == 0
-
-
-_SLEEPER = """
+MODULE = """
 import argparse, sys, time
-from benchmarks import case_processes
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--child", type=int)
-case_processes.add_turns(parser)
-options = parser.parse_args()
-time.sleep(0.4 * options.child)  # prepares
-with open(sys.argv[0] + ".log", "a") as log:
-    print("prepared", options.child, file=log, flush=True)
-    with case_processes.turn(options):
-        print("begins", options.child, file=log, flush=True)
-        time.sleep(0.2)
-        print("ends", options.child, file=log, flush=True)
-sys.exit(options.child == 1)
-"""
-
-
-def test_all_are_prepared_before_one_is_timed_and_no_two_are_timed_at_once(tmp_path, monkeypatch):
-    module = tmp_path / "sleeper.py"
-    module.write_text(_SLEEPER)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(case_processes.__file__).parents[1]}")
-    given = {"sizes": "0,1", "turns": str(tmp_path / "turns"), "timeout": 30}
-    options = argparse.Namespace(**{"child": None, "out": None} | given)
-    assert case_processes.run("sleeper", [], options, SIZES, None, None) == 1
-    lines = [line.split() for line in Path(f"{module}.log").read_text().splitlines()]
-    assert sorted(lines[:2]) == [["prepared", "0"], ["prepared", "1"]]
-    assert [what for what, _ in lines[2:]] == ["begins", "ends"] * 2
-    assert lines[2][1] == lines[3][1] != lines[4][1] == lines[5][1]
-
-
-SIDE = """
-import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from benchmarks import case_processes
+from benchmarks import case_processes, children
 
-sizes = [SimpleNamespace(name=name) for name in ("small", "large", "huge")]
-number = int(sys.argv[-1]) if "--child" in sys.argv else None
-folder = sys.argv[1]
+children.machine.facts = lambda commit: {"gpu": "none"}  # without jax
+cases = [SimpleNamespace(name=name) for name in ("small", "large", "huge")]
+log = Path(__file__).with_suffix(".log")
 
 
-def prepare(size, options):
-    (Path(folder) / size.name).touch()
-    if size.name == "large":
+def say(*words):
+    with log.open("a") as file:
+        print(*words, file=file, flush=True)
+
+
+def run_case(case, options):
+    say("prepares", case.name)
+    if case.name == options.dies:
         raise SystemExit(3)
+    yield {"case": case.name, "status": "ok", "early": True}
+    print("a word of", case.name, flush=True)
+    children.wait_for_turn()
+    say("begins", case.name)
+    time.sleep(0.2)
+    yield {"case": case.name, "status": "failed" if case.name == options.fails else "ok"}
+    if case.name == options.hangs:
+        time.sleep(60)
+    say("ends", case.name)
 
-    def rows():
-        there = all((Path(folder) / each.name).exists() for each in sizes)
-        yield {"case": size.name, "status": "ok" if there else "failed"}
-        if size.name == "huge":
-            time.sleep(60)
 
-    return rows
-
-
-options = SimpleNamespace(
-    child=number, sizes="", out=folder + "/rows.jsonl", timeout=2, together=3, preparing=30
-)
+parser = argparse.ArgumentParser()
+for name in ("--sizes", "--dies", "--fails", "--hangs"):
+    parser.add_argument(name, default="")
+case_processes.add_arguments(parser, patience=2, timeout="patience")
+options = parser.parse_args()
 ratios = lambda rows: [f"{len(rows)} of them"]
 line = lambda row: f"{row['case']} is {row['status']}"
 sys.exit(
-    case_processes.run_side_by_side("side", sys.argv[1:], options, sizes, prepare, line, ratios)
+    case_processes.run(
+        *("some", None, options, cases, run_case, line, ratios),
+        case_processes.chosen(options, cases),
+    )
 )
 """
 
 
-def test_sizes_prepare_side_by_side_and_measure_in_turn(tmp_path, monkeypatch):
-    """One ends while it prepares, one hangs behind its row: the others' rows come, and both are told."""
-    (tmp_path / "side.py").write_text(SIDE)
-    path = f"{tmp_path}:{case_processes.machine.ROOT}"
-    monkeypatch.setenv("PYTHONPATH", path)
-    command = [sys.executable, "-m", "side", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines() == [
-        *("small is ok", "1 of them"),
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    (tmp_path / "some.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{case_processes.children.machine.ROOT}")
+    given = [sys.executable, "-m", "some"]
+    return lambda *argv: subprocess.Popen([*given, *argv], stdout=subprocess.PIPE, text=True)
+
+
+def output_of(process):
+    return process.communicate(timeout=100)[0].splitlines()
+
+
+def events(tmp_path):
+    return [tuple(text.split()) for text in (tmp_path / "some.log").read_text().splitlines()]
+
+
+def test_cases_prepare_side_by_side_and_measure_in_turn(tmp_path, start):
+    """One ends while it prepares, one hangs behind its rows: the others' rows come, and both are told."""
+    file = tmp_path / "folder" / "rows.jsonl"
+    process = start("--together", "3", "--dies", "large", "--hangs", "huge", "--out", str(file))
+    lines = output_of(process)
+    assert process.returncode == 1
+    words = {f"a word of {name}" for name in ("small", "huge")}
+    assert words < {*lines}
+    assert [text for text in lines if text not in words] == [
+        *("small is ok", "small is ok", "2 of them"),
         *("large: its process ended with 3", "0 of them"),
-        *("huge is ok", "huge: silent for 2 s", "1 of them"),
+        *("huge is ok", "huge is ok", "huge: silent for 2 s", "2 of them"),
     ]
-    rows = [json.loads(text) for text in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["case"] for row in rows] == ["small", "huge"]
+    rows = [json.loads(text) for text in file.read_text().splitlines()]
+    assert [(row["case"], "early" in row) for row in rows] == [
+        *(("small", True), ("small", False), ("huge", True), ("huge", False)),
+    ]
+    assert all(row["gpu"] == "none" for row in rows)
+    seen = events(tmp_path)
+    assert {what for what, _ in seen[:3]} == {"prepares"}
+    assert seen[3:] == [("begins", "small"), ("ends", "small"), ("begins", "huge")]
+
+
+def test_one_after_the_other_a_failed_row_and_a_choice(tmp_path, start):
+    process = start("--sizes", "1,2", "--fails", "large")
+    assert "large is failed" in output_of(process) and process.returncode == 1
+    assert [name for _, name in events(tmp_path)] == ["large"] * 3 + ["huge"] * 3
+    process = start("--sizes", "0", "--timeout", "50")
+    assert output_of(process)[-1] == "2 of them" and process.returncode == 0
+
+
+def test_none_is_begun_when_the_time_is_up(tmp_path, start):
+    process = start("--budget", "0")
+    lines = output_of(process)
+    assert process.returncode == 1
+    assert [text for text in lines if "time" in text] == [
+        f"{name}: no time was left" for name in ("small", "large", "huge")
+    ]
+    assert not (tmp_path / "some.log").exists() or "begins" not in dict(events(tmp_path))
+
+
+def test_none_measures_while_another_program_holds_the_lock(tmp_path, start):
+    """It shares the lock while it prepares, and waits for those who share it before a case is measured."""
+    turns = tmp_path / "turns"
+    with turns.open("a") as mine:
+        fcntl.flock(mine, fcntl.LOCK_SH)
+        process = start("--turns", str(turns), "--sizes", "0,1")
+        until = time.monotonic() + 60
+        while not (tmp_path / "some.log").exists() or len(events(tmp_path)) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert {what for what, _ in events(tmp_path)} == {"prepares"}
+        fcntl.flock(mine, fcntl.LOCK_UN)
+        output_of(process)
+    assert process.returncode == 0
+    assert [what for what, _ in events(tmp_path)][2:] == ["begins", "ends"] * 2

@@ -1,14 +1,20 @@
 """silu_and_mul_masked_post_quant_fwd from PyTorch, against NumPy."""
 
+import inspect
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_align_jax import silu_and_mul_masked_quant
+from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 from tests.gpu.graphs import capture
 from tests.layout import masked_quant_oracle as oracle
 from torch_bridge import dlpack, sglang
+from torch_bridge.sglang import masked_quant
 
 quant = sglang.silu_and_mul_masked_post_quant_fwd
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -104,6 +110,22 @@ def test_a_view_that_is_not_aligned():
 def test_no_rows():
     x, q, scales, masked_m = buffers(2, 0, 128)
     quant(x, q, scales, 128, masked_m)
+
+
+def test_a_new_field_of_the_kernel_is_no_option_of_the_function():
+    """By jax the call passes on every option of the function, and nothing that it does not take."""
+    wider = namedtuple("Wider", [*MaskedQuantProblem._fields, "new"])
+    problem = wider(*MaskedQuantProblem(2, 4, 256, group_size=64), new=3)
+    compiled = masked_quant._compiled.__wrapped__(problem)
+    named = inspect.signature(silu_and_mul_masked_quant).parameters
+    options = compiled.__wrapped__.keywords
+    assert {*options} == {*named} - {"x", "masked_m", "implementation"}
+    x, _, _, masked_m = buffers(2, 4, 256, group=64)
+    x, counts = numpy_of(x), masked_m.numpy()
+    codes, scales = map(np.asarray, compiled(x, counts))
+    oracle.assert_close(
+        codes.view(np.uint8), scales, *oracle.expected(x, counts, group_size=64), counts
+    )
 
 
 def test_a_view_that_is_negated():

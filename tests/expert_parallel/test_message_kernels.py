@@ -93,7 +93,7 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         boxes = run(kernels.Unpack(message, room), came)
         check_boxes(boxes, want_ids, want_weights, rows, local)
-        gathered = kernels.Gathered(message, room, quantise)
+        gathered = kernels.Unpack(message, room, gathered=True, quantise=quantise)
         all_tokens = [a.reshape(-1, a.shape[-1]) for a in (ids, weights, *given)]
         boxes = run(gathered, np.array([receiver], np.int32), *all_tokens)
         check_boxes(boxes, want_ids, want_weights, rows, local)

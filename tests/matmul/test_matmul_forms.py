@@ -14,6 +14,7 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax import matmul
+from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
@@ -392,7 +393,7 @@ def test_every_size_gets_tiles_that_fit():
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
                         rows = tiles.piece_rows(config.bm) if config.form == "swap" else 64
                         pieces = 2 * (1 if config.form == "swap" else 2) * rows * 128
-                        assert ring + pieces + 1024 <= tiles.MAX_SHARED_BYTES, (problem, config)
+                        assert ring + pieces + 1024 <= MAX_SHARED_BYTES, (problem, config)
                         if config.form == "swap":
                             assert config.bm <= max(block, 8) or block % 8, (problem, config)
                             assert item == 2 and not options.get("interleaved")

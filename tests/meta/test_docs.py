@@ -216,6 +216,22 @@ def test_files_on_the_map_exist(page):
     assert named and missing == []
 
 
+@pytest.mark.parametrize(
+    ("page", "folder"),
+    [
+        *(("docs/architecture.md", name) for name in ("moe_align_jax", "torch_bridge")),
+        ("tests/README.md", "tests"),
+    ],
+)
+def test_the_map_names_all_that_lies_in_a_folder(page, folder):
+    """Every module and folder of a package, every folder of the tests."""
+    lie = [path for path in (ROOT / folder).iterdir() if not path.name.startswith(("__", "."))]
+    modules = [path.name for path in lie if path.suffix == ".py" and folder != "tests"]
+    folders = [f"{path.name}/" for path in lie if path.is_dir()]
+    text = (ROOT / page).read_text()
+    assert folders and [n for n in (*modules, *folders) if not re.search(rf"\b{n}", text)] == []
+
+
 # -- commands ----------------------------------------------------------------------------------------
 
 COMMANDS = ("moe-align", "make", "python", "pip")
@@ -246,12 +262,15 @@ def options_of(words: list[str]) -> set[str]:
 
 
 def declared(source: str) -> set[str]:
-    """The options that a file's argument parser takes."""
+    """The options that a file's argument parser takes, also those that another benchmark's module adds."""
     found = {"-h", "--help"}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            values = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
-            found |= {v for v in values if v.startswith("-")}
+        match node:
+            case ast.Call(ast.Attribute(attr="add_argument")):
+                values = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+                found |= {v for v in values if v.startswith("-")}
+            case ast.Call(ast.Attribute(ast.Name(module), "add_arguments")):
+                found |= declared((ROOT / "benchmarks" / f"{module}.py").read_text())
     return found
 
 

@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.checks",
     },
     "moe_align_jax._align.config": {
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax.types",
     },
@@ -236,6 +237,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.weight_gradient_kernel": {
+        "moe_align_jax._core.hopper",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
     },
@@ -342,6 +344,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._masked_quant": {
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._core.fp8",
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._lowering.direct_kernel",
         "moe_align_jax._masked_quant",
@@ -351,6 +354,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._layout.kernels": {
         "moe_align_jax._lowering.launch_value",
         "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._layout.kernels",
         "moe_align_jax._simt.collectives",
@@ -358,6 +362,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._expert_parallel.nvlink_kernels": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.nvlink_kernels",
@@ -370,6 +375,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._expert_parallel.message_kernels": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.message_kernels",
@@ -377,6 +383,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._simt": {
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._simt",
     },
@@ -521,6 +528,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._lowering.reverse_mode": {"moe_align_jax._core.checks"},
     "moe_align_jax._core.int32": set(),
     "moe_align_jax._core.fp8": set(),
+    "moe_align_jax._core.hopper": set(),
     "moe_align_jax._align.arguments": {
         "moe_align_jax._core",
     },
@@ -555,6 +563,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._grouped_matmul.config": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul.problem",
     },
@@ -648,6 +657,7 @@ JAX_FREE = (
     "moe_align_jax._core.checks",
     "moe_align_jax._core.fork",
     "moe_align_jax._core.fp8",
+    "moe_align_jax._core.hopper",
     "moe_align_jax._core.int32",
     "moe_align_jax._align.config",
     "moe_align_jax._align.tables",

@@ -284,8 +284,8 @@ def test_weights_that_are_no_arrays():
         ({"w_down": down.tolist()}, "w_down must be a float array"),
         ({"w_down": down.astype(int)}, "w_down must be a float array"),
         ({"bias_down": [1.0] * 8}, "bias_down must be a float array"),
-        ({"transpose_rhs": "no"}, "transpose_rhs must be True or False"),
-        ({"interleaved": 2}, "interleaved must be True or False"),
+        ({"transpose_rhs": "no"}, "transpose_rhs must be a Python bool"),
+        ({"interleaved": 2}, "interleaved must be a Python bool"),
     ):
         given = {"w_gate_up": first, "w_down": down} | change
         with pytest.raises(TypeError, match=rf"^ExpertWeights: {text}.*; got .*\. .+"):

@@ -96,7 +96,8 @@ def messages() -> Iterator[Compiled]:
     ]
     for form, quantise, room in given:
         pack, unpack = kernels.Pack(form, quantise), kernels.Unpack(form, room)
-        for problem in (pack, unpack, kernels.Gathered(form, room, quantise)):
+        gathered = unpack._replace(gathered=True, quantise=quantise)
+        for problem in (pack, unpack, gathered):
             kernel = kernels.build(problem)
             structs = [jax.ShapeDtypeStruct(*array) for array in problem.inputs.values()]
             shapes = [{n: s for n, (s, _) in a.items()} for a in (problem.inputs, problem.outputs)]

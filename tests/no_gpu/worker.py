@@ -230,7 +230,7 @@ def _ptxas(text: str, *options: str) -> str:
 
 def launch_faults(kernel: Any, mode: str, launch: Any) -> Iterator[str]:
     """The launch against the kernel's own description."""
-    from moe_align_jax._simt.language import MAX_SHARED_BYTES
+    from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 
     grid, batch = (kernel.num_ctas, 1, 1), BATCH if mode == "vmap" else 1
     if batch > 1:  # Mosaic folds axes of one CTA or cluster

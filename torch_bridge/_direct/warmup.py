@@ -82,8 +82,7 @@ def warmup(
         "return_inverse": return_inverse,
         "sglang": sglang,
     }
-    for argument, flag in flags.items():
-        _checks.check_bool(function, argument, flag)
+    _checks.check_bools(function, flags)
     options = {
         "topk": topk > 1,
         "expert_map": with_map,

@@ -100,8 +100,7 @@ def warmup_fused_moe(
         "transpose_rhs": transpose_rhs,
         "num_valid_tokens": num_valid_tokens,
     }
-    for argument, flag in flags.items():
-        _checks.check_bool(function, argument, flag)
+    _checks.check_bools(function, flags)
     place = check_device(function, device)
     wanted: set[Any] = set()
     width = ffn * (2 if gated and activation is not None and not pair else 1)

@@ -6,6 +6,8 @@ tracers see an operator that mutates them (and its twin over DLPack, as in `torc
 """
 
 import functools
+import inspect
+from typing import NoReturn
 
 import torch
 
@@ -142,10 +144,9 @@ def _compiled(problem: MaskedQuantProblem):
 
     from moe_align_jax import silu_and_mul_masked_quant
 
-    options = problem._asdict()
-    # The first four are x's own, and this function always activates.
-    for no_option in ("num_experts", "max_rows", "width", "dtype", "activates"):
-        del options[no_option]
+    # The problem's other fields are sizes of x, or the kernel's own.
+    named = inspect.signature(silu_and_mul_masked_quant).parameters
+    options = {name: value for name, value in problem._asdict().items() if name in named}
     return jax.jit(functools.partial(silu_and_mul_masked_quant, **options))
 
 
@@ -273,9 +274,9 @@ def _scale_layout(scales: torch.Tensor) -> str:
     raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
 
 
-def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> None:
+def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> NoReturn:
     remedy = "See torch_bridge.sglang for what each tensor holds."
-    raise kind(checks.message(_FUNCTION, argument, rule, checks.describe(tensor), remedy))
+    checks.refuse(kind, _FUNCTION, argument, rule, tensor, remedy)
 
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long

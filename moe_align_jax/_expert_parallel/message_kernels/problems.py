@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 
 INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
@@ -20,8 +21,7 @@ WARP, THREADS = 32, 128
 MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
-_ENOUGH_CTAS = 132  # rows are cut until there are so many: an H100 or H200 has as many SMs
-_MAX_CTAS = 8 * _ENOUGH_CTAS
+_MAX_CTAS = 8 * NUM_SMS
 _VECTOR = 4  # words
 
 type Array = tuple[tuple[int, ...], Any]  # shape, dtype
@@ -136,53 +136,28 @@ class Pack(NamedTuple):
 
 
 class Unpack(NamedTuple):
-    """Messages that came to the experts' boxes: `message [D, T, W]`, row `s * T + t` from token t of rank s.
+    """Rows that came to the experts' boxes: row `s * T + t` is token t of rank s.
+
+    They come as `message [D, T, W]`; or, `gathered`, as every rank's tokens: `rank [1]` int32, this one;
+    `topk_ids [R, K]` int32, global (an id of another rank's expert, or of none, is left out); `pair_weights
+    [R, K]` float32; and a `[R, c]` array for each field of the payload.
 
     Gives `boxes [e, room, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
     `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`; and `weights` and `ids`, each
     `[R, K]`. Rows of a box from `masked_m` on are not written.
-    """
-
-    message: Message
-    room: int
-
-    @property
-    def given(self) -> tuple[Field, ...]:
-        return self.message.payload
-
-    @property
-    def parts(self) -> int:
-        return _parts(self.message.num_rows, self.given)
-
-    @property
-    def num_ctas(self) -> int:
-        return min(self.message.num_rows * self.parts, _MAX_CTAS)
-
-    @property
-    def inputs(self) -> dict[str, Array]:
-        return {"message": self.message.array}
-
-    @property
-    def outputs(self) -> dict[str, Array]:
-        return _boxes_and_layout(self.message, self.room)
-
-
-class Gathered(NamedTuple):
-    """Every rank's tokens to the boxes of this rank's experts: `rank [1]` int32, this one; `topk_ids [R, K]`
-    int32, global (an id of another rank's expert, or of none, is left out); `weights [R, K]` float32; and a
-    `[R, c]` array for each field of the payload. Row `s * T + t` is token t of rank s.
-
-    Gives what `Unpack` does.
 
     Attributes:
-        message: the rows, as they would be in a message.
+        message: the rows, as they are or would be in a message.
         room: rows of a box.
-        quantise: whether the one array given, bfloat16, becomes the payload's e4m3 codes and float32 scales.
+        gathered: whether no kernel has packed them.
+        quantise: of gathered rows: whether the one array given, bfloat16, becomes the payload's e4m3 codes
+            and float32 scales.
     """
 
     message: Message
     room: int
-    quantise: bool
+    gathered: bool = False
+    quantise: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -198,6 +173,8 @@ class Gathered(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
+        if not self.gathered:
+            return {"message": self.message.array}
         rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)
         named: dict[str, Array] = {
             "rank": ((1,), INT32),
@@ -210,7 +187,19 @@ class Gathered(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
-        return _boxes_and_layout(self.message, self.room)
+        experts, pairs = self.message.num_local_experts, (self.message.num_rows, self.message.top_k)
+        boxes: dict[str, Array] = {
+            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            for number, field in enumerate(self.message.payload)
+        }
+        return boxes | {
+            "masked_m": ((experts,), INT32),
+            "tokens_per_expert": ((experts,), INT32),
+            "row_of_pair": (pairs, INT32),
+            "pair_of_row": ((experts, self.room), INT32),
+            "weights": (pairs, FLOAT32),
+            "ids": (pairs, INT32),
+        }
 
 
 def _given(message: Message, quantise: bool) -> tuple[Field, ...]:
@@ -220,22 +209,6 @@ def _given(message: Message, quantise: bool) -> tuple[Field, ...]:
     import ml_dtypes
 
     return (Field(message.payload[0].columns, np.dtype(ml_dtypes.bfloat16)),)
-
-
-def _boxes_and_layout(message: Message, room: int) -> dict[str, Array]:
-    experts, pairs = message.num_local_experts, (message.num_rows, message.top_k)
-    boxes: dict[str, Array] = {
-        f"boxes{number}": ((experts, room, field.columns), field.dtype)
-        for number, field in enumerate(message.payload)
-    }
-    return boxes | {
-        "masked_m": ((experts,), INT32),
-        "tokens_per_expert": ((experts,), INT32),
-        "row_of_pair": (pairs, INT32),
-        "pair_of_row": ((experts, room), INT32),
-        "weights": (pairs, FLOAT32),
-        "ids": (pairs, INT32),
-    }
 
 
 def quantised(columns: int) -> tuple[Field, Field]:
@@ -249,12 +222,12 @@ def quantised(columns: int) -> tuple[Field, Field]:
 
 
 def _parts(rows: int, fields: tuple[Field, ...]) -> int:
-    """As many as give every CTA's threads a move of the longest field, until there are CTAs enough."""
+    """As many as give every CTA's threads a move of the longest field, until each SM has a CTA."""
     most = max(-(-field.units // THREADS) for field in fields)
-    return max(1, min(most, _ENOUGH_CTAS // rows))
+    return max(1, min(most, NUM_SMS // rows))
 
 
-def unsupported(*problems: Pack | Unpack | Gathered) -> str | None:
+def unsupported(*problems: Pack | Unpack) -> str | None:
     """Why the kernels do not take an exchange, or None."""
     message = problems[0].message
     if any(f.columns * f.dtype.itemsize % 4 or not f.columns for f in message.payload):

@@ -19,7 +19,6 @@ from moe_align_jax._expert_parallel import e4m3
 from moe_align_jax._expert_parallel.message_kernels import rows
 from moe_align_jax._expert_parallel.message_kernels.problems import (
     THREADS,
-    Gathered,
     Unpack,
     words,
 )
@@ -30,13 +29,13 @@ _WARPS = THREADS // WARP
 _TARGETS_AHEAD = 8
 
 
-def build(problem: Unpack | Gathered) -> Kernel:
-    message, gathered = problem.message, isinstance(problem, Gathered)
+def build(problem: Unpack) -> Kernel:
+    message = problem.message
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
-    body = _GatheredBody if gathered else _Body
+    body = _GatheredBody if problem.gathered else _Body
     return Kernel(
-        name="moe_gathered" if gathered else "moe_unpack",
+        name="moe_gathered" if problem.gathered else "moe_unpack",
         body=lambda t, r: body(t, r, problem, experts).run(),
         inputs={name: (words(array),) for name, array in problem.inputs.items()},
         outputs={name: (words(array),) for name, array in problem.outputs.items()},
@@ -55,7 +54,7 @@ type Held = list[tuple[Int, tuple[Int, ...]]]
 class _Body:
     """Of rows that came in messages."""
 
-    def __init__(self, t: Simt, r: SimpleNamespace, problem: Any, experts: int):
+    def __init__(self, t: Simt, r: SimpleNamespace, problem: Unpack, experts: int):
         self.t, self.r, self.problem, self.message = t, r, problem, problem.message
         self.experts = experts  # of a CTA
         self.thread, self.cta = t.thread_id(), t.cta_id()

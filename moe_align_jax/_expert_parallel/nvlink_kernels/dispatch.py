@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
@@ -33,8 +34,6 @@ from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 MAX_PAIRS, MAX_TOP_K = 64 * WARPGROUP, WARP
 _WARPS = WARPGROUP // WARP  # that send rows, and that count
 _MAX_EXPERTS = 32  # of a CTA: about 100 ns each
-# Rows are cut until these CTAs have work: an H100 or H200 has as many SMs.
-_ENOUGH_CTAS = 132
 # So many rows that came are copied at a time, from four source ranks on: by 64 threads each, of which 448
 # words of 16 bytes (7168 columns of e4m3) leave none idle.
 _ROWS_AT_A_TIME = 4
@@ -58,14 +57,14 @@ def unsupported(problem: Dispatch) -> str | None:
 
 
 def parts(problem: Dispatch) -> int:
-    """Into how many parts a row is cut: at most so many that every sending thread has 16 bytes of the first
-    field."""
+    """Into how many parts a row is cut, so that each SM has some: at most so many that every sending thread
+    has 16 bytes of the first field."""
     send = problem.send
     first = send.fields[0]
     units = [field.words for field in send.fields]
     if send.quantise is not None:
         units = [first.columns // GROUP]
-    most = min(_ENOUGH_CTAS // problem.num_tokens, first.words // (4 * WARPGROUP))
+    most = min(NUM_SMS // problem.num_tokens, first.words // (4 * WARPGROUP))
     fitting = (k for k in range(most, 1, -1) if all(unit % k == 0 for unit in units))
     return next(fitting, 1)
 

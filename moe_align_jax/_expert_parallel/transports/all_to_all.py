@@ -118,7 +118,7 @@ class AllToAll(Transport):
 
     def _problems(
         self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
-    ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Gathered]:
+    ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
         return packed.problems(payload, ids, group.size, group.num_local_experts, room, quantise)
 
     def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
@@ -128,7 +128,7 @@ class AllToAll(Transport):
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)
 
 
-def _gathers_all(problem: message_kernels.Gathered) -> bool:
+def _gathers_all(problem: message_kernels.Unpack) -> bool:
     """Whether the tokens travel as they are given: no kernel packs them."""
     form = problem.message
     if not GATHERS or not problem.quantise:

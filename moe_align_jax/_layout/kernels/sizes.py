@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
+from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 
 THREADS = 128  # of a CTA: one warpgroup
 VECTOR_BYTES, WORD_BYTES = 16, 4
-_NUM_SMS = 132  # of an H100 or H200; others run the same grid in more or fewer rounds
 
 # What the kernel of the masked layout can take.
 MAX_EXPERTS = 4096  # a word of shared memory each
@@ -113,14 +113,14 @@ def held_registers(problem: MaskedCopy, parts: int) -> int:
 def copy_config(problem: MaskedCopy) -> CopyConfig:
     """Rows are split until a thread can hold its share, and until there are CTAs enough."""
     most = max([1, *(-(-leaf.units // THREADS) for leaf in problem.leaves)])
-    parts = min(most, max(1, -(-_NUM_SMS * 4 // problem.num_tokens)))
+    parts = min(most, max(1, -(-NUM_SMS * 4 // problem.num_tokens)))
     while parts < most and held_registers(problem, parts) > _MOST_HELD:
         parts += 1
     cells = problem.num_rows
     if problem.initialize:
         cells = max([cells, *(cells * leaf.units for leaf in problem.leaves)])
     wanted = max(problem.num_tokens * parts, -(-cells // (THREADS * _FILLED_PER_THREAD)))
-    return CopyConfig(parts, min(wanted, _NUM_SMS * _CTAS_PER_SM))
+    return CopyConfig(parts, min(wanted, NUM_SMS * _CTAS_PER_SM))
 
 
 # -- the weighted sum --------------------------------------------------------------------------------
