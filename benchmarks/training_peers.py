@@ -224,11 +224,13 @@ def _by_jax_example(block: tuple[int, ...], kind: str, left: Any, right: Any, g:
 def layer(dot: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
     """An expert layer as models write it on `ragged_dot(rows, weights, sizes)`: sort, gather, two products.
 
-    Rows are gathered as a permutation of repeated tokens, so that no gradient is a scatter that adds up.
+    Rows are gathered as a permutation of repeated tokens, so that no gradient is a scatter that adds up. The
+    layer is jitted: a model of many of them traces and lowers their kernels once, as it does ours.
     """
     import jax
     import jax.numpy as jnp
 
+    @jax.jit
     def run(x: Any, gate_up: Any, down: Any, weights: Any, ids: Any) -> Any:
         tokens, top_k = ids.shape
         flat = ids.reshape(-1)

@@ -28,7 +28,7 @@ from moe_language_model import Config, Model, complete, forward
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_align_jax import select_moe_implementation
+from moe_align_jax import load_balancing_loss, select_moe_implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 # The model, sequences in a batch, and their length.
@@ -43,11 +43,7 @@ SIZES = {
 
 def balance_loss(router_logits: jax.Array, tokens_per_expert: jax.Array) -> jax.Array:
     """Switch Transformer's load-balancing loss, the mean over the layers: 1 for an even load."""
-    experts = router_logits.shape[-1]
-    mean_score = jax.nn.softmax(router_logits, axis=-1).mean(axis=1)
-    counts = tokens_per_expert.astype(jnp.float32)
-    share = counts / counts.sum(axis=1, keepdims=True)
-    return experts * jnp.mean(jnp.sum(share * mean_score, axis=1))
+    return jnp.mean(jax.vmap(load_balancing_loss)(router_logits, tokens_per_expert))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

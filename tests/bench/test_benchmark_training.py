@@ -6,6 +6,7 @@ import json
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,21 @@ OPTIONS = argparse.Namespace(
 def its_turn(monkeypatch):
     """What a case that runs in the test's own process reads when it waits for its turn."""
     monkeypatch.setattr("sys.stdin", io.StringIO())
+
+
+def test_a_model_of_peers_layers_lowers_one():
+    """Eight layers of a kernel that takes a second to lower would take eight."""
+    like, layer = jax.ShapeDtypeStruct, dict(peers.layers(4, 8, 8, 2, 1))["lax.ragged_dot"]()
+    gate_up, down = like((2, 8, 16), "float32"), like((2, 8, 8), "float32")
+    x, weights, ids = (
+        like(s, d) for s, d in (((4, 8), "float32"), ((4, 1), "float32"), ((4, 1), "int32"))
+    )
+
+    def model(x, *given):
+        return layer(layer(x, *given), *given)
+
+    text = jax.jit(model).trace(x, gate_up, down, weights, ids).lower().as_text()
+    assert text.count("call @run(") == 2 and text.count("func.func private @run(") == 1
 
 
 @pytest.mark.parametrize("kind", peers.KINDS)
