@@ -55,10 +55,14 @@ examples:
 		"expert_rebalancing --picture trained/load.png" "fp8_expert_parallel_layer --devices 8" transformers_experts; do \
 		set -- $$example; name=$$1; shift; echo "== $$name $$*"; $(PY) examples/$$name.py "$$@"; done
 
+# TURN=0 and TURN=1 leave half of the longest functions to each other: CI takes one of the two by the commit.
+TURN ?=
+PART = $(BRIEF) $(if $(TURN),--turn $(TURN)) --part
+
 # Every test function: see tests/parts.py for which of its cases.
 test:
 	$(VENV_FOR) cli test torch examples
-	$(QUICK_XLA) $(PYTEST) --part newest-jax $(BRIEF)
+	$(QUICK_XLA) $(PYTEST) $(PART) newest-jax
 
 # Compiling is what takes the time, and results on a CPU do not depend on how far LLVM optimises, on how many
 # pieces of a program it takes side by side, nor on the source lines that each operation could name.
@@ -82,7 +86,7 @@ test-costs:
 # The library's tests with 64-bit jax: every output must still be int32.
 test-x64:
 	$(VENV_FOR) cli test torch examples
-	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) --part x64 $(BRIEF)
+	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(PART) x64
 
 # The oldest jax we support, laid over the same environment: PyTorch is not installed twice.
 WITH_OLD_JAX = PYTHONPATH=$(CURDIR)/$(OLD_JAX_DIR):$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -94,7 +98,7 @@ old-jax:
 	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && touch $(OLD_JAX_DIR)/.complete; }
 
 test-jax-0.11: old-jax
-	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) --part oldest-jax $(BRIEF)
+	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) $(PART) oldest-jax
 
 # The oldest transformers whose experts run by ours, with what it asks for otherwise than the newest one.
 OLD_TRANSFORMERS := 5.17.0

@@ -207,10 +207,14 @@ class _Chain:
 
 @dataclass(frozen=True)
 class Traced:
-    """What a trace shows of one step, per execution, on the first GPU.
+    """What a trace shows of one step, per execution, on the GPU that was the last to begin.
+
+    One that begins before the others waits for them within its first exchange. For how long is the launch's
+    affair, which the profiler slows, and the same however many layers a step has.
 
     Attributes:
         spans_us: first start to last end of all its kernels and copies, host copies included, per call.
+        apart_us: how much earlier the first GPU began, of each execution; 0 where there is one.
         kernels: kernels, device copies and fills per call, of each execution.
         host_copies: copies between host and device per call, of each execution.
         graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler; of all
@@ -218,6 +222,7 @@ class Traced:
     """
 
     spans_us: list[float]
+    apart_us: list[float]
     kernels: list[float]
     host_copies: list[float]
     graphs: list[dict[str, int]]
@@ -247,32 +252,43 @@ def traced(programs: Sequence[CompiledStep], *, executions: int) -> list[Traced 
 def read_trace(profile: Any, calls: Sequence[int], executions: int) -> list[Traced | None]:
     """The trace of steps that ran one after the other, `executions` times each, each annotated, with pauses
     between."""
-    events = traces.gpu_events(profile)
     # The device has nothing else to do around a step, and its clock differs by less from the host's.
     slack = _PAUSE_S * 1e9 / 2
     windows = traces.annotated(profile, _ANNOTATION)
     if len(windows) != executions * len(calls):
         return [None] * len(calls)
-    parts = [
-        [e for e in events if w.start_ns - slack <= e.start_ns <= w.end_ns + slack] for w in windows
-    ]
+    of_gpus = [traces.gpu_events(profile, gpu) for gpu in traces.gpus(profile)]
+    parts = [_shares(of_gpus, w.start_ns - slack, w.end_ns + slack) for w in windows]
     graphs = traces.graphs_during(profile, windows)
     found: list[Traced | None] = []
     for k, count in enumerate(calls):
-        mine = parts[k * executions : (k + 1) * executions]
-        if not all(mine):
+        every = parts[k * executions : (k + 1) * executions]
+        if not all(every):
             found.append(None)
             continue
+        mine = [shares[-1] for shares in every]
         copies = [sum(traces.is_host_copy(e) for e in part) for part in mine]
         found.append(
             Traced(
                 [(max(e.end_ns for e in p) - p[0].start_ns) / 1e3 / count for p in mine],
+                [(shares[-1][0].start_ns - shares[0][0].start_ns) / 1e3 for shares in every],
                 [(len(p) - c) / count for p, c in zip(mine, copies, strict=True)],
                 [c / count for c in copies],
                 graphs[k * executions : (k + 1) * executions],
             )
         )
     return found
+
+
+def _shares(
+    of_gpus: Sequence[Sequence[traces.Event]], start_ns: float, end_ns: float
+) -> list[list[traces.Event]]:
+    """What each GPU began within that time; the GPU that was the last to begin comes last. A GPU that did
+    half of what the busiest did, or less, has no part in the step, whose GPUs all run one program."""
+    every = [[e for e in events if start_ns <= e.start_ns <= end_ns] for events in of_gpus]
+    most = max(map(len, every), default=0)
+    taking_part = (share for share in every if 2 * len(share) > most)
+    return sorted(taking_part, key=lambda share: share[0].start_ns)
 
 
 # -- rows ------------------------------------------------------------------------------------------------
@@ -358,6 +374,7 @@ def _span_row(step: Step, found: Traced) -> dict[str, Any]:
     row = {"provider": step.name, "clock": "span", "way": "donated", "calls": step.calls}
     row |= statistics_of(found.spans_us)
     row["first_us"] = round(found.spans_us[0], 2)
+    row["apart_us"] = round(statistics.median(found.apart_us), 2)
     for column, values in (("kernels", found.kernels), ("host_copies", found.host_copies)):
         row[column] = round(statistics.median(values), 2)
     for kind in traces.GRAPH_EVENTS:

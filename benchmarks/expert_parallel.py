@@ -140,40 +140,50 @@ def wanted(mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace) -> 
 
 
 def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) -> clocks.Step:
-    """`((x, ids), weights, y) -> (x, ids)` through a chain of pairs: what is sent back exists only after what
-    was received, and each pair sends what came back from the one before. An element of everything received is
-    read, as the experts would read it."""
+    """`((x, ids, weights), y) -> (x, ids, weights)` through a chain of pairs, each of which sends what came
+    back from the one before. An element of everything received is read, as the experts would read it, ahead
+    of what is sent back; between bare exchanges nothing needs to stand, and XLA reads it when it likes. Ids
+    and weights are those of the pair before with a zero added that comes of the reading: as a layer's router
+    gives them, no pair's have travelled with those of another.
+
+    No operation is left that could run beside an exchange, as none is in a layer. Beside one XLA would launch
+    the exchange on a stream of its own, and have each stream wait for the other.
+    """
+    stands_between = exchange.experts is not None
 
     @jax.jit  # traced and lowered once, not once per pair
     def pair(x, ids, weights, y):
-        # As a layer's router gives them: no pair's weights have travelled with those of the one before.
-        x, ids, weights = lax.optimization_barrier((x, ids, weights))
         received, handle = exchange.out(x, ids, weights)
-        y, received = lax.optimization_barrier((y, received))
-        return exchange.back(y, handle), ids + clocks.zero_reading(received)
+        if not stands_between:
+            y, received = lax.optimization_barrier((y, received))
+        zero = clocks.zero_reading(received)
+        ids, weights = ids + zero, weights + zero.astype(weights.dtype)
+        if stands_between:
+            y, ids, weights = lax.optimization_barrier((y, ids, weights))
+        return exchange.back(y, handle), ids, weights
 
-    def body(carry, weights, y):
-        x, ids = carry
+    def body(carry, y):
         for _ in range(calls):
-            x, ids = pair(x, ids, weights, y)
-        return x, ids
+            carry = pair(*carry, y)
+        return carry
 
-    x, ids, weights = size.arguments(mesh)
+    carry = size.arguments(mesh)
     shape = (mesh.size * exchange.rows[0], *exchange.rows[1:])
     sharding = NamedSharding(mesh, P(AXIS))
     y = jax.jit(lambda: jnp.ones(shape, jnp.bfloat16), out_shardings=sharding)()
     before, chosen, shares = size.values(mesh.size)
     want = exchange.ones(chosen, shares)
     # "nothing" hands x on as it was.
-    want = np.broadcast_to(want, x.shape) if want.size else before.astype(np.float32)
+    want = np.broadcast_to(want, before.shape) if want.size else before.astype(np.float32)
 
     def check(carry):
         what = f"{size.name} {exchange.name}, after its steps"
         _within(whole(carry[0]).astype(np.float32), want, 0.02, what)
         np.testing.assert_array_equal(whole(carry[1]), chosen, what)
+        np.testing.assert_array_equal(whole(carry[2]), shares, what)
 
     function = spread(mesh, body)
-    return clocks.Step(exchange.name, function, (x, ids), (weights, y), calls, check)
+    return clocks.Step(exchange.name, function, carry, (y,), calls, check)
 
 
 def calls_of(size: Size, platform: str, quick: bool) -> int:

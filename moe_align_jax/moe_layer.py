@@ -284,7 +284,7 @@ def _blocks_of_pairs(
     expert_location: Any,
     num_valid_tokens: Any,
 ) -> tuple[Any, jax.Array]:
-    """`Operands.where` and `row_of_pair`, where block i is pair i; -1 for the expert of a dropped pair."""
+    """`Operands.where` and `row_of_pair`, where block i is pair i; a dropped pair has none of the experts."""
     limit = _num_valid_pairs(function, num_valid_tokens, *topk_ids.shape)
     if expert_location is not None:
         from moe_align_jax import expert_dispatch
@@ -303,16 +303,17 @@ def _map_pairs(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     ids = replicate(ids)
     flat = lax.reshape(ids, (math.prod(ids.shape),))
+    # Without a map or a limit the ids are passed on as they are: the products test their range, and of one
+    # token a launch that only replaced those outside it is 1 of 6.
     flat = narrow_map(flat, slots)
-    flat = jnp.where((flat >= 0) & (flat < slots), flat, -1)
     if expert_map is not None:
         expert_map = narrow_map(replicate(expert_map), slots)
         flat, expert_map = vary_together([flat, expert_map])
-        flat = jnp.where(flat >= 0, expert_map[jnp.maximum(flat, 0)], -1)
-        flat = jnp.where((flat >= 0) & (flat < experts), flat, -1)
+        known = (flat >= 0) & (flat < slots)
+        flat = jnp.where(known, expert_map[jnp.where(known, flat, 0)], -1)
     if limit is not None:
         flat = jnp.where(lax.iota(_I32, flat.shape[0]) < limit, flat, -1)
-    return layer.blocks_of_pairs(flat)
+    return layer.blocks_of_pairs(flat, experts)
 
 
 @functools.partial(jax.jit, static_argnames="experts")

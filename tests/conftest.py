@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite: strict jax, one `implementation` fixture, shards."""
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -51,6 +52,7 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("default")
 
 _LEFT = pytest.StashKey[int]()  # cases that run in no part of CI
+_WAITING = pytest.StashKey[int]()  # cases that run in CI's other turn
 _SECONDS = pytest.StashKey[defaultdict[str, list[float]]]()
 
 KERNELS = ("emulator", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
@@ -98,6 +100,12 @@ def pytest_addoption(parser):
         help="one of the three runs of CI, which share out the cases (see tests/parts.py)",
     )
     parser.addoption(
+        "--turn",
+        type=int,
+        choices=range(parts.TURNS),
+        help="with --part: of the functions that CI runs in turns only those of this one",
+    )
+    parser.addoption(
         "--write-costs",
         action="store_true",
         help="after a run of the suite in one process: write tests/costs.txt anew",
@@ -136,8 +144,9 @@ def _sample(config, items, each):
 
 def _part(config, items, part):
     """Leaves the cases of one of CI's three runs."""
-    chosen, config.stash[_LEFT] = parts.choose(items, part)
-    _keep(config, items, chosen)
+    chosen = parts.choose(items, part, config.option.turn)
+    config.stash[_LEFT], config.stash[_WAITING] = chosen.left, chosen.waiting
+    _keep(config, items, chosen.cases)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -190,7 +199,9 @@ def pytest_runtest_protocol(item):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     """From a worker process: each has collected all, and all say the same."""
-    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[_LEFT] = output.get("left", 0)
+    node.config.stash[_WAITING] = output.get("waiting", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -198,10 +209,15 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             f"{left} cases of these files run in no part of CI, only in `make test-whole`"
         )
+    if waiting := config.stash.get(_WAITING, 0):
+        terminalreporter.write_line(
+            f"{waiting} cases of this run wait for CI's other turn (this is turn {config.option.turn}); "
+            "without TURN, `make` runs both"
+        )
 
 
 def pytest_unconfigure(config):
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(trylast=True)
@@ -212,6 +228,7 @@ def pytest_sessionfinish(session, exitstatus):
     on_worker = hasattr(config, "workerinput")
     if on_worker:
         config.workeroutput["left"] = config.stash.get(_LEFT, 0)
+        config.workeroutput["waiting"] = config.stash.get(_WAITING, 0)
     elif config.option.write_costs:
         parts.write_costs(config.stash[_SECONDS])
     if exitstatus == 0 and not on_worker and not config.option.collectonly and reporter:

@@ -1,7 +1,7 @@
 """Which cases each of CI's three runs of the suite takes: `--part` of tests/conftest.py.
 
 CI runs the suite with the newest jax, with the oldest that we support, and with 64-bit jax. Every test
-function runs in the first of them. Its cases are shared out by what they cost:
+function runs in the first of them (in turns, see below). Its cases are shared out by what they cost:
 
 - A function whose cases cost little runs them all: of every four the first run takes two, the others one
   each. Where there are fewer, one of the others repeats the first case.
@@ -15,6 +15,12 @@ What depends neither on the release of jax nor on its width runs in the first ru
 shell, processes, command line, benchmarks and text, the files of PyTorch, and the examples that train and
 generate. There it takes, of those beyond the eighth of a function that costs more, one in eight.
 
+Two turns: of these functions, those whose cases take `VERY_LONG` run in one of two turns (`--turn`), and so
+do the cases that the other two runs repeat of functions whose cases take `LONG`. `make test` runs both
+turns; CI runs the one that the hash of the commit gives (see `.ci/run`), so that over the commits each case
+has its turn. Which one that is follows from `costs.txt`; of a function with the mark `every_case` each turn
+takes half of the cases.
+
 `costs.txt` comes from `make test-costs`. A function that is new is not in it, and costs little until it is.
 """
 
@@ -22,7 +28,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMES = ("newest-jax", "oldest-jax", "x64")
 # They run as where PyTorch is not installed: while CI installs it.
@@ -35,10 +41,13 @@ SPARSE = 0.25
 # Seconds of CPU of a case that one run of CI is enough for, and of one whose function the first runs alone.
 LONG = 0.5
 VERY_LONG = 2.0
+# CI runs the very long functions of the first run's own files in this many turns, and the long ones that the
+# other runs repeat, too.
+TURNS = 2
 
 _ONCE = re.compile(
-    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|messages|"
-    r"make_venv|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|"
+    r"tests/(bench|bridge|gpu|no_gpu)/|test_(cli|docs|emulator|eplb|files|fork|gpu_test|language_traps|layering|"
+    r"make_venv|messages|oracle|package|project_files|sanitize|soak|train_moe|transformers|tun|two_processes|"
     r"type_hints)[^/]*\.py"
 )
 _WITH_OLDEST_JAX = "tests/bridge/test_align.py"  # PyTorch through the oldest jax
@@ -71,6 +80,19 @@ def write_costs(measured: dict[str, list[float]]) -> None:
     costly = sorted((name, seconds) for name, seconds in rows.items() if seconds >= COSTLY)
     head = "# Seconds of CPU per case of the test functions that cost more than others: `make test-costs`."
     COSTS.write_text("\n".join([head, *(f"{s:6.2f} {name}" for name, s in costly)]) + "\n")
+
+
+def turns(costs: dict[str, float], part: str) -> dict[str, int]:
+    """The turn of each function that a run of CI takes in turns: both cost about the same.
+
+    Dealt out from the longest on as 0, 1, 1, 0, 0, 1, 1, 0 and so on.
+    """
+    if part == "newest-jax":
+        long = [name for name in costs if costs[name] >= VERY_LONG and _ONCE.search(name)]
+    else:
+        long = [name for name in costs if costs[name] >= LONG and not _ONCE.search(name)]
+    long.sort(key=lambda name: (-costs[name], name))
+    return {name: (i + 1) // 2 % TURNS for i, name in enumerate(long)}
 
 
 def reads(part: str, file: str) -> bool:
@@ -119,10 +141,25 @@ def share(function: str, count: int, cost: float = 0.0) -> dict[str, set[int]]:
     }
 
 
-def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
-    """The cases of one of the three runs, and how many run in none of them."""
+class Chosen(NamedTuple):
+    """What `choose` gives."""
+
+    cases: list[Any]
+    left: int  # cases that run in none of the three runs
+    waiting: int  # cases of this run that the other turn runs
+
+
+def choose(items: list[Any], part: str, turn: int | None = None) -> Chosen:
+    """The cases of one of the three runs.
+
+    Args:
+        items: what pytest has collected.
+        part: one of `NAMES`.
+        turn: which of the `TURNS`; None for all of them.
+    """
     costs = read_costs()
-    chosen, left = [], 0
+    turn_of = turns(costs, part)
+    chosen, left, waiting = [], 0, 0
     for function, cases in by_function(items):
         if part == "x64" and "test_doctests" in function:
             continue  # jnp.ones() of an example is float64 there, which grouped products refuse
@@ -131,6 +168,11 @@ def choose(items: list[Any], part: str) -> tuple[list[Any], int]:
         shares = share(function, len(cases), cost)
         if _WITH_OLDEST_JAX in function:
             shares["oldest-jax"] = set(range(-(-len(cases) // (16 if cost else 4))))
-        chosen += [cases[i] for i in sorted(shares[part])]
+        ours = sorted(shares[part])
         left += len(cases) - len(set().union(*shares.values()))
-    return chosen, left
+        if turn is not None and function in turn_of:
+            theirs = len(ours)
+            ours = ours[turn::TURNS] if whole else ours if turn_of[function] == turn else []
+            waiting += theirs - len(ours)
+        chosen += [cases[i] for i in ours]
+    return Chosen(chosen, left, waiting)

@@ -120,6 +120,12 @@ def gpu_events(profile: Any, device: int = 0, *, operations: bool = False) -> li
     return sorted(events, key=lambda e: (e.start_ns, e.end_ns))
 
 
+def gpus(profile: Any) -> list[int]:
+    """The numbers of the GPUs that the trace knows, in order."""
+    found = (re.match(r"/device:GPU:(\d+)", plane.name) for plane in profile.planes)
+    return sorted({int(match[1]) for match in found if match})
+
+
 def is_host_copy(event: Event) -> bool:
     """Whether the event is a copy between host and device."""
     return bool(_HOST_COPY.search(event.name))

@@ -53,12 +53,16 @@ class Operands(NamedTuple):
     down_scales: tuple[jax.Array, ...] = ()
 
 
-def blocks_of_pairs(expert_of_pair: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """(`Operands.where`, `row_of_pair`) with block i for pair i: int32 `[n]`, -1 for a dropped pair."""
+def blocks_of_pairs(
+    expert_of_pair: jax.Array, experts: int
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """(`Operands.where`, `row_of_pair`) with block i for pair i: int32 `[n]`, outside `[0, experts)` for a
+    dropped pair."""
     [n] = expert_of_pair.shape
     pair = lax.iota(_I32, n)
     count = jnp.full(1, n, _I32)
-    return (pair, expert_of_pair, count), jnp.where(expert_of_pair >= 0, pair, -1)
+    there = (expert_of_pair >= 0) & (expert_of_pair < experts)
+    return (pair, expert_of_pair, count), jnp.where(there, pair, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))

@@ -214,6 +214,7 @@ def test_a_trace_gives_spans_with_host_copies_and_graphs():
     first, second = clocks.read_trace(two_steps(), [2, 2], 2)
     assert first.spans_us == pytest.approx([(1013 - 990) / 2, 13 / 2])
     assert first.kernels == [1, 1] and first.host_copies == [1, 0]
+    assert first.apart_us == [0, 0]  # of two GPUs one alone had a part in it
     assert first.graphs == [
         {"launched": 2, "updated": 2, "recorded": 1, "left_out": 0},
         {"launched": 1, "updated": 0, "recorded": 0, "left_out": 0},
@@ -223,6 +224,23 @@ def test_a_trace_gives_spans_with_host_copies_and_graphs():
     row = clocks._span_row(counting("ours"), first)
     assert (row["clock"], row["way"], row["first_us"], row["us"]) == ("span", "donated", 11.5, 9.0)
     assert (row["kernels"], row["host_copies"], row["graphs_updated"]) == (1, 0.5, 1)
+
+
+def test_a_span_is_that_of_the_gpu_that_begins_last():
+    """The other one waits within its first kernel, for as long as the launch takes, in the first execution;
+    in the second one the other is the one that waits."""
+    late = [("exchange", 490.0, 8.0), ("expert", 499.0, 5.0), ("exchange", 4010.0, 40.0)]
+    early = [("exchange", 100.0, 397.0), ("expert", 498.0, 5.0), ("exchange", 4042.0, 7.0)]
+    steps = [("benchmark step", start, 900.0) for start in (90.0, 4000.0)]
+    planes = [("/device:GPU:0", early), ("/device:GPU:1", late), ("/device:GPU:2", [])]
+    lines = [(name, {"Stream #1(Compute)": events}) for name, events in planes]
+    lines.append(("/host:CPU", {"python": steps}))
+    text = "".join(plane(*line, number) for number, line in enumerate(lines, start=1))
+    profile = jax.profiler.ProfileData.from_text_proto(text)
+    [found] = clocks.read_trace(profile, [2], 2)
+    assert found.spans_us == [14 / 2, 7 / 2] and found.apart_us == [390, 32]
+    assert found.kernels == [1, 0.5]
+    assert clocks._span_row(counting("ours"), found)["apart_us"] == 211
 
 
 def test_a_trace_that_cannot_be_cut_gives_nothing():
@@ -397,7 +415,7 @@ def test_a_step_makes_every_exchange_and_its_result_is_checked(mode):
         carry = program.run("donated", program.fresh(), 2)
         program.step.check(carry)
         with pytest.raises(AssertionError, match="after its steps"):
-            program.step.check((carry[0] + jnp.bfloat16(1), carry[1]))
+            program.step.check((carry[0] + jnp.bfloat16(1), *carry[1:]))
         if program.step.name.startswith("bare"):
             step = program.step
             text = program.jitted[False].lower(step.carry, *step.rest).compile().as_text()

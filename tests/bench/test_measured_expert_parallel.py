@@ -133,6 +133,19 @@ def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
             assert every[case, "ours, nvlink_window", *column] < us
 
 
+def test_the_first_gpus_wait_for_the_other_ones_launch_is_that_of_the_rows():
+    """By how much a span exceeds the wall clock with donation, in ms a step."""
+    more = []
+    for name, calls in ((FEW, 16), (DECODE, 16), ("expert-parallel-x2-windows-2026-11-28", 40)):
+        every = measured(name)
+        for (case, who, *rest), us in every.items():
+            if who == "ours, nvlink_window" and rest == ["default", "span", "donated"]:
+                wall = every[case, who, "default", "wall", "donated"]
+                more.append((us - wall) * calls / 1e3)
+    assert len(more) == 7
+    assert f"by {min(more):.1f} to {max(more):.1f} ms a step" in " ".join(PAGE.split())
+
+
 def test_what_clearing_in_one_kernel_takes_is_that_of_its_rows():
     found = measured("expert-parallel-x2-clears-2026-11-29")
     name = "nvlink_window, initialize=True, {} kernel{}"

@@ -93,11 +93,58 @@ def test_what_no_run_takes_is_counted(monkeypatch):
     monkeypatch.setattr(parts, "read_costs", lambda: {LIBRARY: 0.2})
     items = [item(f"{LIBRARY}[{i}]") for i in range(8)] + [item(f"{ONCE}[{i}]") for i in range(8)]
     chosen = {name: parts.choose(items, name) for name in parts.NAMES}
-    assert {left for _, left in chosen.values()} == {4}
-    run = [x.nodeid for cases, _ in chosen.values() for x in cases]
+    assert {got.left for got in chosen.values()} == {4}
+    run = [x.nodeid for got in chosen.values() for x in got.cases]
     assert len(run) == len(set(run)) == 12
     marked = [item(x.nodeid, "every_case") for x in items]
-    assert all(parts.choose(marked, name)[1] == 0 for name in parts.NAMES)
+    assert all(parts.choose(marked, name).left == 0 for name in parts.NAMES)
+
+
+def test_each_very_long_function_of_the_first_runs_own_files_has_one_turn(monkeypatch):
+    long = {f"{ONCE}{i}": parts.VERY_LONG + i for i in range(7)}
+    others = {f"{LIBRARY}{i}": 0.2 for i in range(3)} | {f"{LIBRARY}_long": 20.0}
+    others |= {f"{ONCE}_short": parts.VERY_LONG - 0.1}
+    pages = "tests/meta/test_docs.py::test_pages"
+    monkeypatch.setattr(parts, "read_costs", lambda: long | others | {pages: 8.0})
+    items = [item(name) for name in (*long, *others)]
+    items += [item(f"{pages}[{i}]", "every_case") for i in range(5)]
+    everything = parts.choose(items, "newest-jax")
+    assert everything.waiting == 0 and len(everything.cases) == len(items)
+    halves = [parts.choose(items, "newest-jax", turn) for turn in range(parts.TURNS)]
+    names = [{x.nodeid for x in half.cases} for half in halves]
+    assert names[0] | names[1] == {x.nodeid for x in items} and names[0] & names[1] == set(others)
+    for half in halves:
+        assert half.left == everything.left and half.waiting + len(half.cases) == len(items)
+        assert {sum(x.nodeid.startswith(pages) for x in half.cases)} <= {2, 3}
+    for part in parts.NAMES[1:]:
+        assert [parts.choose(items, part, turn) for turn in range(parts.TURNS)] == [
+            parts.choose(items, part)
+        ] * 2
+
+
+def test_the_other_runs_repeat_long_functions_in_turns(monkeypatch):
+    long = {f"{LIBRARY}{i}": parts.LONG for i in range(6)}
+    short = {f"{LIBRARY}_short{i}": parts.LONG - 0.1 for i in range(6)}
+    monkeypatch.setattr(parts, "read_costs", lambda: long | short)
+    items = [item(f"{name}[{i}]") for name in (*long, *short) for i in range(8)]
+    for part in parts.NAMES[1:]:
+        everything = {x.nodeid for x in parts.choose(items, part).cases}
+        halves = [parts.choose(items, part, turn) for turn in range(parts.TURNS)]
+        names = [{x.nodeid for x in half.cases} for half in halves]
+        assert names[0] | names[1] == everything
+        in_both = {parts.function_of(name) for name in names[0] & names[1]}
+        assert in_both == {parts.function_of(name) for name in everything} & set(short) != set()
+        assert [half.waiting for half in halves] == [len(everything - have) for have in names]
+    first = [parts.choose(items, "newest-jax", turn) for turn in (None, *range(parts.TURNS))]
+    assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.parametrize("part", parts.NAMES)
+def test_both_turns_cost_about_the_same(part):
+    costs = parts.read_costs()
+    turn_of = parts.turns(costs, part)
+    sums = [sum(costs[n] for n in turn_of if turn_of[n] == turn) for turn in range(parts.TURNS)]
+    assert min(sums) > 0.9 * max(sums) > 0
 
 
 def test_costs_are_read_as_they_were_written(monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
 """The files for people and for services: links lead somewhere, and what they state is what the code does."""
 
+import os
 import pathlib
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -79,6 +81,25 @@ def test_the_security_page_states_the_limits_of_the_cache():
 def test_ci_runs_the_script_that_people_run():
     workflow = text_of(".github/workflows/ci.yml")
     assert re.findall(r"^ +- run: (.+)$", workflow, re.M) == ["sh .ci/run"]
+
+
+@pytest.mark.parametrize(
+    ("given", "commit", "turn"),
+    [
+        *(("", "4243140", "0"), ("", "4243141", "1"), ("", "abcdef8", "0"), ("", "abcde8f", "1")),
+        *(("0", "4243141", "0"), ("1", "4243140", "1"), ("", "", "0")),
+    ],
+)
+def test_the_commit_gives_the_turn_of_the_longest_tests(given, commit, turn):
+    [line] = re.findall(r"^case .*TURN.* esac$", text_of(".ci/run"), re.M)
+    script = f"git() {{ echo {commit}; }}\n{line}\nexport TURN\nsh -c 'echo $TURN'"
+    done = subprocess.run(
+        ["sh", "-eu", "-c", script],
+        env=os.environ | {"TURN": given},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [turn]), done.stderr
 
 
 def test_services_read_their_files():
