@@ -29,6 +29,7 @@ from moe_align_jax import (
     plan_expert_moves,
     rebalance_experts,
     record_expert_load,
+    route_topk,
     to_physical_ids,
     update_expert_weights,
 )
@@ -84,7 +85,7 @@ def make_step(mesh: Mesh, *, top_k: int) -> tuple[Any, list]:
         counts = []
         for layer in range(model.router.shape[0]):
             logits = x @ model.router[layer] + popularity[layer][None]
-            weights, topk_ids = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+            weights, topk_ids = route_topk(logits, top_k=top_k)
             physical = to_physical_ids(topk_ids, location, layer=layer)
             # This device's slots; the others' are out of range, and so dropped.
             mine = jnp.where((physical >= first) & (physical < first + slots), physical - first, -1)

@@ -1,4 +1,4 @@
-"""A small Mixture-of-Experts layer in JAX: a router, and fused_moe.
+"""A small Mixture-of-Experts layer in JAX: route_topk, and fused_moe.
 
 The shortest complete use, meant for reading. Every stage stands under `jax.named_scope`, so that a profile
 shows it. Run it: `python examples/moe_layer.py`.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_align_jax import fused_moe, select_moe_implementation
+from moe_align_jax import fused_moe, route_topk, select_moe_implementation
 
 
 class MoEParams(NamedTuple):
@@ -53,8 +53,8 @@ def init(
 def route(router: jax.Array, x: jax.Array, *, top_k: int) -> tuple[jax.Array, jax.Array]:
     """The top_k experts of each token: weights `[T, K]` that sum to 1, and ids `[T, K]` int32."""
     with jax.named_scope("route"):
-        logits, topk_ids = jax.lax.top_k(x.astype(jnp.float32) @ router.astype(jnp.float32), top_k)
-        return jax.nn.softmax(logits), topk_ids
+        logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
+        return route_topk(logits, top_k=top_k, renormalize=True)
 
 
 def apply_experts(
