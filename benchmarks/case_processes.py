@@ -12,16 +12,15 @@ import argparse
 import contextlib
 import fcntl
 import itertools
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import children
 from benchmarks.children import Child
+from benchmarks.rows import Writer
 
 
 def add_arguments(
@@ -88,7 +87,7 @@ def run(
         return 0
     given, failed = list(sys.argv[1:] if argv is None else argv), False
     numbers = range(len(cases)) if numbers is None else numbers
-    until = time.monotonic() + options.budget
+    until, out = time.monotonic() + options.budget, Writer(options.out or None)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(open(options.turns, "a")) if options.turns else None
         # Nobody else may measure while one prepares: with turns all prepare first.
@@ -100,7 +99,7 @@ def run(
             for k, child in started.items():
                 _lock(lock, fcntl.LOCK_EX, until)
                 limits = (options.patience, until)
-                rows, ended = measured(child, cases[k].name, *limits, options.out, line, ratios)
+                rows, ended = measured(child, cases[k].name, *limits, out, line, ratios)
                 if lock:
                     fcntl.flock(lock, fcntl.LOCK_UN)
                     time.sleep(0.05)  # others who wait for it come first
@@ -133,11 +132,11 @@ def measured(
     name: str,
     patience: float,
     until: float,
-    out: str | None,
+    out: Writer,
     line: Callable[[dict[str, Any]], str],
     ratios: Callable[[list[dict[str, Any]]], Iterable[str]],
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a child that is prepared, and whether it ended in order. They are printed, and appended to
+    """The rows of a child that is prepared, and whether it ended in order. They are printed, and written to
     `out`; `patience` and `until` are those of `Child.ready`."""
     rows: list[dict[str, Any]] = []
     reason = ""
@@ -157,10 +156,7 @@ def measured(
     return rows, not code and not reason
 
 
-def keep(row: dict[str, Any], out: str | None, line: Callable[[dict[str, Any]], str]) -> None:
-    """Prints a row, and appends it to the file `out`: at once, as what runs on may be ended at its limit."""
+def keep(row: dict[str, Any], out: Writer, line: Callable[[dict[str, Any]], str]) -> None:
+    """Prints a row, and writes it to `out`: at once, as what runs on may be ended at its limit."""
     print(line(row), flush=True)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    out.write([row])

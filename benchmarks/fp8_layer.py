@@ -28,11 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.fp8_matmul import calc_diff  # noqa: E402
 from benchmarks.moe_cases import LAYERS, Model, routing  # noqa: E402
+from moe_align_jax._core.fp8 import E4M3_MAX, GROUP  # noqa: E402
 
 _SAMPLED_TOKENS = 8
 _BOUND = 1e-3  # of DeepGEMM's rule
 _TOKENS = (1, 16, 128, 1024, 8192)
-_GROUP = 128
 
 
 class Size(NamedTuple):
@@ -157,7 +157,7 @@ class Case:
 def _wide(w: Any, expert: int) -> Any:
     """float32 `[N, K]` of an expert's weights."""
     values, scales = w[0][expert].float(), w[1][expert]
-    scales = scales.repeat_interleave(_GROUP, 0).repeat_interleave(_GROUP, 1)
+    scales = scales.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
     return values * scales[: values.shape[0], : values.shape[1]]
 
 
@@ -165,8 +165,8 @@ def _rounded(x: Any) -> Any:
     """A vector through e4m3 and back, with a scale for each 128 values."""
     import torch
 
-    groups = x.reshape(-1, _GROUP)
-    scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-10) / 448
+    groups = x.reshape(-1, GROUP)
+    scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-10) / E4M3_MAX
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).reshape(-1)
 
 

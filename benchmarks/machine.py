@@ -10,6 +10,7 @@ from pathlib import Path
 # The commit, where the code was copied to a machine without its .git.
 COMMIT_VARIABLE = "MOE_ALIGN_COMMIT"
 ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("date", "gpu", "driver", "cpu", "python", "jax", "torch", "commit")  # of `facts`
 
 
 def _output(*command: str) -> str:
@@ -47,13 +48,14 @@ def facts(commit_id: str | None = None) -> dict[str, str | None]:
     device = jax.devices()[0]
     on_gpu = device.platform in ("gpu", "cuda")
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpu": device.device_kind if on_gpu else None,
-        "driver": driver.splitlines()[0] if on_gpu and driver else None,
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": _version("torch"),
-        "commit": commit_id or commit(),
-    }
+    values = (
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device.device_kind if on_gpu else None,
+        driver.splitlines()[0] if on_gpu and driver else None,
+        platform.processor() or platform.machine(),
+        platform.python_version(),
+        jax.__version__,
+        _version("torch"),
+        commit_id or commit(),
+    )
+    return dict(zip(NAMES, values, strict=True))

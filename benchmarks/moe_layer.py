@@ -44,6 +44,7 @@ from benchmarks.moe_cases import (  # noqa: E402
     layer_bytes,
     make_sets,
 )
+from benchmarks.rows import Writer  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
@@ -427,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = models if wanted else list(MODELS)
     if not models:
         parser.error(f"no model of {', '.join(m.name for m in MODELS + OTHERS)} is named so")
-    begun, rows = time.monotonic(), []
+    begun, rows, out = time.monotonic(), [], Writer(options.out or None)
     until = begun + options.budget
     # They compile side by side; then one after the other has the GPU for itself.
     started = [Child(MODULE, arguments(model, argv, options.tokens)) for model in models]
@@ -438,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = (until - time.monotonic()) / (len(models) - i)
         for row in measured(model, each, argv, options, time.monotonic() + share):
             rows.append(row)
-            case_processes.keep(row, options.out, line)
+            case_processes.keep(row, out, line)
     print("\n".join(ratios(rows)))
     return 0 if any("us" in row for row in rows) else 1
 

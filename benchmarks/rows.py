@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
 FACTS = "facts"
 OURS = ("mosaic_gpu", "xla")  # what ratios refer to: the first that was measured,
 OURS_IN_GRAPHS = (
@@ -25,12 +27,15 @@ class Writer:
 
     Args:
         path: the file; its folder is made. None writes nothing.
-        facts: what every row of this run shares: date, GPU, versions, launch.
+        facts: what every row of this run shares: date, GPU, versions, launch. None: each row brings these
+            with it, under `machine.NAMES`, as it was measured by a process of its own; those of the first row
+            are the run's.
     """
 
-    def __init__(self, path: str | Path | None, facts: Mapping[str, Any]):
+    def __init__(self, path: str | Path | None, facts: Mapping[str, Any] | None = None):
         self._path = None if path is None else Path(path)
-        self._facts, self._written = dict(facts), False
+        self._facts = None if facts is None else dict(facts)
+        self._written = False
 
     def write(self, rows: Iterable[Row]) -> None:
         """Appends the rows; a value that is the run's own is not repeated, another one stands in the row."""
@@ -39,10 +44,13 @@ class Writer:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             for row in rows:
+                if self._facts is None:
+                    self._facts = {name: row[name] for name in machine.NAMES if name in row}
+                facts = self._facts
                 if not self._written:
-                    file.write(json.dumps({FACTS: self._facts}) + "\n")
+                    file.write(json.dumps({FACTS: facts}) + "\n")
                     self._written = True
-                own = {k: v for k, v in row.items() if k not in self._facts or self._facts[k] != v}
+                own = {k: v for k, v in row.items() if k not in facts or facts[k] != v}
                 file.write(json.dumps(own) + "\n")
 
 

@@ -16,7 +16,6 @@ says so.
 import argparse
 import functools
 import importlib
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, training_peers  # noqa: E402
+from benchmarks.rows import read  # noqa: E402
 
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # The losses of bfloat16 steps differ by the order of sums alone.
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case_processes.chosen(options, PROVIDERS),
     )
     if options.child is None and options.out and Path(options.out).exists():
-        rows = [json.loads(text) for text in Path(options.out).read_text().splitlines()]
+        rows = read([options.out])
         newest = {row["provider"]: row for row in rows if row["case"] == case_of(options)}
         print("\n".join(compare([*newest.values()])), flush=True)
     return code

@@ -25,6 +25,21 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     )
 
 
+def test_facts_that_rows_bring_stand_once(tmp_path):
+    """Of processes that measure a case each: a later date stands in its rows, nothing else again."""
+    file, later = tmp_path / "rows.jsonl", {**FACTS, "date": "2026-11-29"}
+    writer = rows.Writer(file)
+    given = [{"case": "a", **FACTS}, {"case": "b", "note": None, **FACTS}, {"case": "c", **later}]
+    for row in given:
+        writer.write([row])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [
+        {"facts": FACTS},
+        *({"case": "a"}, {"case": "b", "note": None}, {"case": "c", "date": "2026-11-29"}),
+    ]
+    assert rows.read([file]) == given
+
+
 def test_rows_without_facts_are_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"case": "a", "gpu": "x"}\n\n{"case": "b"}\n')

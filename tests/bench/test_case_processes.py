@@ -1,14 +1,13 @@
 """benchmarks/case_processes.py: a process for each case, whose rows are appended and whose failure counts."""
 
 import fcntl
-import json
 import subprocess
 import sys
 import time
 
 import pytest
 
-from benchmarks import case_processes
+from benchmarks import case_processes, rows
 
 MODULE = """
 import argparse, sys, time
@@ -86,11 +85,12 @@ def test_cases_prepare_side_by_side_and_measure_in_turn(tmp_path, start):
         *("large: its process ended with 3", "0 of them"),
         *("huge is ok", "huge is ok", "huge: silent for 2 s", "2 of them"),
     ]
-    rows = [json.loads(text) for text in file.read_text().splitlines()]
-    assert [(row["case"], "early" in row) for row in rows] == [
+    kept = rows.read([file])
+    assert [(row["case"], "early" in row) for row in kept] == [
         *(("small", True), ("small", False), ("huge", True), ("huge", False)),
     ]
-    assert all(row["gpu"] == "none" for row in rows)
+    assert all(row["gpu"] == "none" for row in kept)
+    assert file.read_text().count("gpu") == 1  # what they share stands once
     seen = events(tmp_path)
     assert {what for what, _ in seen[:3]} == {"prepares"}
     assert seen[3:] == [("begins", "small"), ("ends", "small"), ("begins", "huge")]
