@@ -233,5 +233,5 @@ def pytest_sessionfinish(session, exitstatus):
         parts.write_costs(config.stash[_SECONDS])
     if exitstatus == 0 and not on_worker and not config.option.collectonly and reporter:
         if not reporter.stats.get("passed"):
-            reporter.write_line("no test passed: this run proves nothing", red=True)
+            reporter.write_line("no test passed: this run tested nothing", red=True)
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

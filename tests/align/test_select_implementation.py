@@ -148,7 +148,7 @@ def test_default_platform_is_that_of_the_process():
 
 @pytest.mark.parametrize("name", ["xla", "emulator", None])
 def test_named_implementation_runs_and_nothing_else(monkeypatch, name):
-    """The contract suite would prove nothing if a name fell back to another implementation."""
+    """The contract suite would show nothing if a name fell back to another implementation."""
     from moe_align_jax._align import reference
     from moe_align_jax._simt import emulator
 

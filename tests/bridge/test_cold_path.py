@@ -72,8 +72,8 @@ def test_a_first_call_is_short(gpu):
     assert_results(_specs.AlignSpec(IDS.numel(), 16, 8), trace.result, want_of_ids())
     assert 20 < len(trace.calls) <= 60, trace
     assert trace.changes <= 20, trace
-    once = ("attempt", "check_alignment", "resolve", "problem_for", "failure", "copies", "execute")
-    once += ("program_for", "prepare", "load", "store", "launch", "keep")
+    once = ("attempt", "check_alignment", "resolve", "problem_for", "failure", "copies")
+    once += ("first_launch", "program_for", "prepare", "load", "store", "launch", "keep")
     assert {name: trace.counts[name] for name in once} == dict.fromkeys(once, 1)
 
 
@@ -145,7 +145,7 @@ def test_a_call_is_known_after_the_first_one(name, gpu):
 
 
 def test_explain_shows_the_object_that_a_first_call_obeys(gpu, monkeypatch):
-    decided, execute = [], direct_call.execute
+    decided, launch = [], direct_call.first_launch
     resolve = _plan.resolve
 
     def noted(*arguments, **options):
@@ -155,7 +155,9 @@ def test_explain_shows_the_object_that_a_first_call_obeys(gpu, monkeypatch):
     obeyed = []
     monkeypatch.setattr(_plan, "resolve", noted)
     monkeypatch.setattr(
-        direct_call, "execute", lambda store, one, *a: obeyed.append(one) or execute(store, one, *a)
+        direct_call,
+        "first_launch",
+        lambda store, one, *a: obeyed.append(one) or launch(store, one, *a),
     )
     strided = torch.stack([IDS, IDS], 1)[:, 0]
     explained = torch_bridge.explain(strided, 16, 8)

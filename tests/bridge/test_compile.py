@@ -247,8 +247,8 @@ def test_jit_trace_records_the_operator_and_holds_for_other_sizes(name):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
-def test_jit_trace_of_a_call_that_took_the_shortcut_before(fake):
-    """The shortcut launches past the dispatcher: a trace would hold its results as constants."""
+def test_jit_trace_of_a_call_that_took_the_fast_path_before(fake):
+    """The fast path launches past the dispatcher: a trace would hold its results as constants."""
     ids = torch.tensor([[1, 0], [1, 3]], dtype=torch.int32)
     for _ in range(3):
         torch_bridge.moe_align_block_size(ids, 4, 4)

@@ -70,7 +70,7 @@ def emulate(problem, trial, *, garbage=GARBAGE):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("n", "num_experts", "block_size"), SIZES)
 def test_sized_program_gives_the_exact_result(n, num_experts, block_size, options):
-    """Against the trial, which test_launch.py holds to the oracle."""
+    """Against the trial, which test_compile_worker.py holds to the oracle."""
     problem = sized_problem(n, num_experts, block_size, options)
     trial = selftest.align_example(problem, n, seed=n)
     results = emulate(problem, trial, garbage=n % num_experts)  # ids that would count

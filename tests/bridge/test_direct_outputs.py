@@ -82,7 +82,7 @@ def test_one_launch_fills_larger_buffers(name, more, launches_here, monkeypatch)
     fills, fill = [], torch.Tensor.fill_
     monkeypatch.setattr(torch.Tensor, "fill_", lambda x, value: fills.append(x) or fill(x, value))
     rows = least + more
-    for again in range(2):  # the second call may take the shortcut
+    for again in range(2):  # the second call may take the fast path
         held = [torch.empty(k + 4, dtype=torch.int32) for k in (rows, -(-rows // 8), 1)]
         for tensor in held:
             tensor[...] = POISON
@@ -148,7 +148,7 @@ def test_a_program_of_bounded_rows_is_helped_by_a_second_fill(more, launches_her
     n = ids.numel()
     problem = _specs.AlignSpec(n, 5000, 4)
     want, rows = want_of(problem, array, {}), problem.capacity + more
-    for _ in range(2):  # the second call may not take the shortcut beyond the bound
+    for _ in range(2):  # the second call may not take the fast path beyond the bound
         buffers = [torch.full((k,), POISON, dtype=torch.int32) for k in (rows, -(-rows // 4), 1)]
         vllm.ops_moe_align_block_size(ids, 5000, 4, *buffers)
         assert buffers[0].tolist() == [*want.sorted_token_ids, *[n] * more]

@@ -219,7 +219,7 @@ def test_capture_is_refused_before_jax_is_touched(monkeypatch):
 
     monkeypatch.setattr(dlpack, "check_not_capturing", refuse)
     monkeypatch.setattr(dlpack, "jax_platform", lambda *a: pytest.fail("asked jax"))
-    monkeypatch.setattr(_ops.dlpack_call, "execute", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(_ops.dlpack_call, "run_in_jax", lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(RuntimeError, match="capturing"):
         torch_bridge.moe_align_block_size(IDS, 4, 4)
 

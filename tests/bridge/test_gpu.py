@@ -283,13 +283,13 @@ def test_gpu_without_the_hand_over_the_overwrite_is_seen(monkeypatch):
     base, want = _large(3)
     problem = _specs.AlignSpec(base.numel(), 64, 32)
     made = _plan.resolve("f", problem, {"topk_ids": base}, path="dlpack")
-    jax.block_until_ready(run.execute(made, {"topk_ids": base}))
+    jax.block_until_ready(run.run_in_jax(made, {"topk_ids": base}))
     wrong = 0
     for _ in range(10):
         ids = base.clone()
         torch.cuda.synchronize()
         _busy_jax()
-        got = run.execute(made, {"topk_ids": ids})
+        got = run.run_in_jax(made, {"topk_ids": ids})
         ids.fill_(1)
         wrong += not np.array_equal(np.asarray(got[0]), want.sorted_token_ids)
     assert wrong > 0

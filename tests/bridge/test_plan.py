@@ -17,7 +17,7 @@ class Spy:
     def __init__(self, monkeypatch):
         self.plans, self.executed, self.copied, self.imported = [], [], [], []
         self.implementations, self.out_copies = [], 0
-        resolve, execute, import_ = _plan.resolve, dlpack_call.execute, jax.dlpack.from_dlpack
+        resolve, execute, import_ = _plan.resolve, dlpack_call.run_in_jax, jax.dlpack.from_dlpack
         compact_copy, copy_all = dlpack.compact_copy, dlpack_call._copy_all
         from torch_bridge._dlpack_path import jax_calls
 
@@ -50,7 +50,7 @@ class Spy:
             copy_all(targets, sources)
 
         monkeypatch.setattr(_plan, "resolve", spy_plan)
-        monkeypatch.setattr(dlpack_call, "execute", spy_execute)
+        monkeypatch.setattr(dlpack_call, "run_in_jax", spy_execute)
         monkeypatch.setattr(dlpack, "compact_copy", spy_copy)
         monkeypatch.setattr(jax.dlpack, "from_dlpack", spy_import)
         monkeypatch.setattr(jax_calls, "run", spy_run)

@@ -62,7 +62,7 @@ def test_poisoned_outputs_are_all_written(size, call):
         got = function(given)
         reused += len(where & {field.unsafe_buffer_pointer() for field in got})
         oracle.assert_same(got, want_of(size, ids))
-    assert reused, "no output lay in poisoned memory: this test proves nothing"
+    assert reused, "no output lay in poisoned memory: this test shows nothing"
 
 
 @pytest.mark.parametrize("size", forms.SIZES, ids=str)

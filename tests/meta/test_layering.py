@@ -478,6 +478,8 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
         "lazily moe_align_jax._grouped_matmul.primitive",
         "moe_align_jax._expert_load.files",
+        "moe_align_jax._expert_load.metrics",
+        "moe_align_jax._expert_load.ring",
         "moe_align_jax._masked_quant.problem",
         "moe_align_jax._router.problem",
         "moe_align_jax.batched_moe_align_block_size",

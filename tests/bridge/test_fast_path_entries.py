@@ -1,6 +1,6 @@
 """Each entry point's calls seen before, on a fake driver: right results, and the ordinary way for all others.
 
-Here the ordinary way is DLPack's, on CPU tensors; what launches is the shortcut.
+Here the ordinary way is DLPack's, on CPU tensors; what launches is the fast path.
 """
 
 import collections
@@ -429,7 +429,7 @@ def only_known(monkeypatch):
     def fail(*arguments, **options):
         pytest.fail("the ordinary way")
 
-    return lambda: monkeypatch.setattr(direct_call, "execute", fail)
+    return lambda: monkeypatch.setattr(direct_call, "first_launch", fail)
 
 
 @pytest.mark.gpu

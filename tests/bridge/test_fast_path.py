@@ -1,4 +1,4 @@
-"""The shortcut of calls seen before, on a fake driver: which calls take it, and which do not."""
+"""The fast path of calls seen before, on a fake driver: which calls take it, and which do not."""
 
 from typing import Any
 
@@ -169,7 +169,7 @@ def test_map_and_out(fake, filtered):
         assert not fake.launched
 
 
-def test_shortcut_gives_the_results(seen_before):
+def test_fast_path_gives_the_results(seen_before):
     ids, want = seen_before
     problem = _specs.AlignSpec(ids.numel(), 16, 8)
     for given in (ids, ids.clone(), torch.nn.functional.pad(ids.flatten(), (1, 0))[1:].view(37, 3)):
@@ -178,7 +178,7 @@ def test_shortcut_gives_the_results(seen_before):
         assert_results(problem, results, want)
 
 
-def test_shortcut_into_out(seen_before):
+def test_fast_path_into_out(seen_before):
     ids, want = seen_before
     problem = _specs.AlignSpec(ids.numel(), 16, 8)
     out = tuple(torch.empty(shape, dtype=torch.int32) for shape in problem.outputs.values())
@@ -241,7 +241,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
+def test_fast_path_leaves_other_calls_alone(case, seen_before, fake):
     ids, _ = seen_before
     others = {name: (arguments, options) for name, arguments, options in _others(ids)}
     assert list(others) == CASES
@@ -256,7 +256,7 @@ def test_shortcut_leaves_other_calls_alone(case, seen_before, fake):
 
 
 @pytest.mark.parametrize("transform", ["vmap", "functionalize", "grad"])
-def test_shortcut_is_closed_inside_transforms(transform):
+def test_fast_path_is_closed_inside_transforms(transform):
     """There a tensor is of the plain type, and its pointer is 0 or an error."""
     seen = []
 
@@ -270,20 +270,20 @@ def test_shortcut_is_closed_inside_transforms(transform):
     assert fast_path.open_to_all()
 
 
-def test_shortcut_is_closed_to_modes_that_watch_operators():
+def test_fast_path_is_closed_to_modes_that_watch_operators():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     with TorchDispatchMode():
         assert not fast_path.open_to_all()
 
 
-def test_shortcut_only_on_the_current_device(seen_before, fake):
+def test_fast_path_only_on_the_current_device(seen_before, fake):
     ids, _ = seen_before
     fake.device = 1
     assert attempt(ids, 16, 8, False) is None
 
 
-def test_shortcut_is_kept_for_calls_with_a_loaded_program(fake):
+def test_fast_path_is_kept_for_calls_with_a_loaded_program(fake):
     """And with ids, map and bound that the kernels read where they lie."""
     _, ids = ids_of(torch.int32)
     n = ids.numel()
@@ -318,7 +318,7 @@ def test_shortcut_is_kept_for_calls_with_a_loaded_program(fake):
         assert len(fast_path._known) == index
 
 
-def test_shortcut_is_bounded(fake, monkeypatch):
+def test_fast_path_is_bounded(fake, monkeypatch):
     monkeypatch.setattr(fast_path, "_MAX_KNOWN", 8)
     for n in range(17, 33):
         ids = torch.zeros(n, dtype=torch.int32)
@@ -326,7 +326,7 @@ def test_shortcut_is_bounded(fake, monkeypatch):
         assert 1 <= len(fast_path._known) <= 8
 
 
-def test_shortcut_fills_the_buffers_of_the_in_place_form(fake):
+def test_fast_path_fills_the_buffers_of_the_in_place_form(fake):
     """Their rows are the capacity; buffers whose lengths do not fit together go the ordinary way."""
     array, ids = ids_of(torch.int32)
     n, problem = ids.numel(), _specs.AlignSpec(ids.numel(), 16, 8)
