@@ -13,7 +13,7 @@ replicas is made of these rows on the host, in int64.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from moe_align_jax._core import checks, fork
 from moe_align_jax._expert_load import arguments
 from moe_align_jax._expert_load.ring import (
     HEADER,
+    MODES,
     Layout,
+    LoadMode,
     LoadRecord,
     physical_counts,
     read_rows,
@@ -33,8 +35,6 @@ from moe_align_jax._expert_load.ring import (
 )
 from moe_align_jax._lowering import export
 
-LoadMode = Literal["stat", "stat_approx", "per_pass", "per_token"]
-MODES = ("stat", "stat_approx", "per_pass", "per_token")
 _I32 = jnp.int32
 
 

@@ -13,18 +13,17 @@ from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import primitive
 from moe_align_jax._masked_quant.problem import (
+    FORMATS,
     GROUPS_PER_WORD,
+    LAYOUTS,
+    LEAST_FLOOR,
     MaskedQuantProblem,
     ScaleFormat,
     ScaleLayout,
 )
 from moe_align_jax.types import Implementation, Selection
 
-_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
-_LAYOUTS = ("row_major", "column_major")
 _DTYPES = ("bfloat16", "float16")
-# Below, the reciprocal of a scale could overflow.
-_LEAST_FLOOR = 1e-30
 
 
 def silu_and_mul_masked_quant(
@@ -239,10 +238,10 @@ def make_problem(
     """The checked problem of x's shape and dtype, and the options."""
     remedy = "Pass how many values share a scale, for example 128."
     group_size = checks.check_positive_int(function, "group_size", group_size, remedy)
-    _check_choice(function, "scale_format", scale_format, _FORMATS)
+    _check_choice(function, "scale_format", scale_format, FORMATS)
     if scale_layout is None:
         scale_layout = "column_major" if scale_format == "ue8m0_packed" else "row_major"
-    _check_choice(function, "scale_layout", scale_layout, _LAYOUTS)
+    _check_choice(function, "scale_layout", scale_layout, LAYOUTS)
     if scale_format == "ue8m0_packed" and scale_layout != "column_major":
         rule, remedy = "be column_major for packed scales", "Leave it out."
         message = checks.message(function, "scale_layout", rule, repr(scale_layout), remedy)
@@ -259,8 +258,8 @@ def make_problem(
         rule, got = "be a static bool", checks.describe(divide)
         remedy = "Pass True or False."
         raise TypeError(checks.message(function, "divide", rule, got, remedy))
-    rule = f"be at least {_LEAST_FLOOR} and a finite float32"
-    floor = _check_number(function, "amax_floor", amax_floor, rule, lambda v: v >= _LEAST_FLOOR)
+    rule = f"be at least {LEAST_FLOOR} and a finite float32"
+    floor = _check_number(function, "amax_floor", amax_floor, rule, lambda v: v >= LEAST_FLOOR)
     limit, alpha = swiglu_limit, swiglu_alpha
     if limit is not None:
         rule = "be None or at least 0 and a finite float32"

@@ -8,13 +8,15 @@ import numpy as np
 from moe_align_jax._core import checks
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._masked_quant import casts
-from moe_align_jax._masked_quant.problem import ScaleFormat, ScaleLayout
+from moe_align_jax._masked_quant.problem import (
+    FORMATS,
+    LAYOUTS,
+    LEAST_FLOOR,
+    ScaleFormat,
+    ScaleLayout,
+)
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
-_LAYOUTS = ("row_major", "column_major")
-# Below, the reciprocal of a scale could overflow.
-_LEAST_FLOOR = 1e-30
 
 
 def quantize_rowwise(
@@ -70,11 +72,11 @@ def quantize_rowwise(
     """
     function = "quantize_rowwise"
     x = _check_values(function, "x", x, "[..., M, K]")
-    _check_choice(function, "scale_format", scale_format, _FORMATS)
+    _check_choice(function, "scale_format", scale_format, FORMATS)
     packed = scale_format == "ue8m0_packed"
     if scale_layout is None:
         scale_layout = "column_major" if packed else "row_major"
-    _check_choice(function, "scale_layout", scale_layout, _LAYOUTS)
+    _check_choice(function, "scale_layout", scale_layout, LAYOUTS)
     if x.shape[-1] % GROUP:
         rule = f"have a last dimension that is a multiple of {GROUP}"
         remedy = "Pad K with zeros: a scale belongs to 128 columns."
@@ -126,7 +128,7 @@ def quantize_blockwise(
     """
     function = "quantize_blockwise"
     w = _check_values(function, "w", w, "[..., N, K]")
-    _check_choice(function, "scale_format", scale_format, _FORMATS[:2])
+    _check_choice(function, "scale_format", scale_format, FORMATS[:2])
     return casts.blockwise(
         w,
         scale_format=scale_format,
@@ -164,9 +166,9 @@ def _check_floor(function: str, value: Any) -> float:
         rule, remedy = "be a static number", "It is compiled into the program: pass a Python float."
         got = checks.describe(value)
         raise TypeError(checks.message(function, "amax_floor", rule, got, remedy))
-    if not checks.is_finite_float32(value) or value < _LEAST_FLOOR:
+    if not checks.is_finite_float32(value) or value < LEAST_FLOOR:
         rule, remedy = (
-            f"be at least {_LEAST_FLOOR} and a finite float32",
+            f"be at least {LEAST_FLOOR} and a finite float32",
             "1e-4 and 1e-10 are usual.",
         )
         raise ValueError(checks.message(function, "amax_floor", rule, value, remedy))

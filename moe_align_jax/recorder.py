@@ -22,7 +22,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.checks import fail
 from moe_align_jax._expert_load import arguments, files, passes
 from moe_align_jax._expert_load.metrics import WINDOWS, Gauges, LoadMetrics, load_metrics
-from moe_align_jax._expert_load.ring import LoadRecord
+from moe_align_jax._expert_load.ring import MODES, LoadMode, LoadRecord
 
 logger = logging.getLogger(__name__)
 _NAME = "ExpertDistributionRecorder"
@@ -74,7 +74,7 @@ class ExpertDistributionRecorder:
 
     def __init__(
         self,
-        mode: expert_load.LoadMode | None,
+        mode: LoadMode | None,
         *,
         num_layers: int,
         num_physical_experts: int,
@@ -427,7 +427,7 @@ class ExpertDistributionRecorder:
     def _need_mode(self, function: str) -> None:
         if self.mode is None:
             raise RuntimeError(
-                f"{function}: mode must be one of {', '.join(expert_load.MODES)}; got None. "
+                f"{function}: mode must be one of {', '.join(MODES)}; got None. "
                 f"Make the {_NAME} with a mode."
             )
 

@@ -106,13 +106,15 @@ def run(
     decided = _plan.resolve(function, spec, operands, path=path, **options)
     if decided.plan.path == "direct" and decided.problem and decided.plan.implementation != "none":
         try:
-            return direct_call.execute(store.here, decided, operands, max_valid_pairs, out, larger)
+            return direct_call.first_launch(
+                store.here, decided, operands, max_valid_pairs, out, larger
+            )
         except store.Unavailable as reason:
             if path == "direct":
                 raise NotImplementedError(_plan.direct_refused(function, str(reason))) from None
             store.here.warn_once(str(reason))
         decided = _plan.resolve(function, spec, operands, path="dlpack", **options)
-    return dlpack_call.execute(decided, operands, max_valid_pairs, out)
+    return dlpack_call.run_in_jax(decided, operands, max_valid_pairs, out)
 
 
 def run_op(

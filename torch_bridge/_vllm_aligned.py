@@ -6,7 +6,6 @@ Elsewhere, and for what those kernels do not take, it is torch's own elementwise
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 import torch
 
@@ -87,15 +86,15 @@ def fused_globalize_align_block_size(
     remedy = "Pass the expert ids that DeepEP received."
     ids = _checks.check_integer_tensor(function, "topk_idx", topk_idx, remedy)
     if ids.dtype != torch.int64:
-        _fail(function, "topk_idx", "be int64", ids, TypeError)
+        checks.refuse(TypeError, function, "topk_idx", "be int64", ids, _REMEDY)
     if ids.dim() != 2 or ids.shape[1] < 1:
-        _fail(function, "topk_idx", "have shape [num_tokens, topk]", ids)
+        checks.refuse(ValueError, function, "topk_idx", "have shape [num_tokens, topk]", ids, _REMEDY)
     if any(size > 1 and step == 0 for size, step in zip(ids.shape, ids.stride(), strict=True)):
-        _fail(function, "topk_idx", "hold each id in memory of its own", ids)
+        checks.refuse(ValueError, function, "topk_idx", "hold each id in memory of its own", ids, _REMEDY)
     remedy = "Pass the tokens received up to each rank."
     received = _checks.check_integer_tensor(function, "psum", psum, remedy, ids.device)
     if received.dim() != 1 or received.shape[0] < 1:
-        _fail(function, "psum", "have shape [ranks]", received)
+        checks.refuse(ValueError, function, "psum", "have shape [ranks]", received, _REMEDY)
     remedy = "Pass the sizes of the expert-parallel group."
     first = checks.check_int(function, "rank_expert_offset", rank_expert_offset, 0, remedy)
     everyone = checks.check_positive_int(function, "global_num_experts", global_num_experts, remedy)
@@ -211,7 +210,7 @@ def moe_lora_align_block_size(
     )
     device = topk_ids.device
     if topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
-        _fail(function, "topk_ids", "have shape [num_tokens, topk]", topk_ids)
+        checks.refuse(ValueError, function, "topk_ids", "have shape [num_tokens, topk]", topk_ids, _REMEDY)
     remedy = "Pass the sizes of the buffers."
     loras = checks.check_positive_int(function, "max_loras", max_loras, remedy)
     least = inplace.least_sizes(spec)
@@ -237,10 +236,10 @@ def moe_lora_align_block_size(
     _check_buffers(function, written, device, exact, at_least=False)
     mapping = _integers(function, "token_lora_mapping", token_lora_mapping, device)
     if mapping.shape[0] != topk_ids.shape[0]:
-        _fail(function, "token_lora_mapping", f"have shape [{topk_ids.shape[0]}]", mapping)
+        checks.refuse(ValueError, function, "token_lora_mapping", f"have shape [{topk_ids.shape[0]}]", mapping, _REMEDY)
     enabled = _integers(function, "adapter_enabled", adapter_enabled, device)
     if enabled.shape[0] < loras:
-        _fail(function, "adapter_enabled", f"have at least {loras} elements", enabled)
+        checks.refuse(ValueError, function, "adapter_enabled", f"have at least {loras} elements", enabled, _REMEDY)
     in_use = _integers(function, "lora_ids", lora_ids, device)
     given = {"token_lora_mapping": mapping, "adapter_enabled": enabled, "lora_ids": in_use}
     _check_data(function, written, {**operands, **given})
@@ -323,12 +322,6 @@ def _narrowed(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return ids.to(torch.int64).clamp(-1, num_experts)
 
 
-def _fail(
-    function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
-) -> NoReturn:
-    checks.fail(function, argument, rule, checks.describe(got), _REMEDY, kind)
-
-
 def _integers(
     function: str, argument: str, value: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
@@ -337,7 +330,7 @@ def _integers(
         value = value.to(torch.uint8)
     value = _checks.check_integer_tensor(function, argument, value, _REMEDY, device)
     if value.dim() != 1:
-        _fail(function, argument, "have one dimension", value)
+        checks.refuse(ValueError, function, argument, "have one dimension", value, _REMEDY)
     return value
 
 
@@ -358,7 +351,7 @@ def _check_buffers(
             continue
         if not longer or buffer.numel() < size:
             rule = f"have {'at least ' if longer else ''}{size} elements"
-            _fail(function, name, rule, buffer)
+            checks.refuse(ValueError, function, name, rule, buffer, _REMEDY)
 
 
 def _check_data(

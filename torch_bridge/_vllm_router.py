@@ -5,7 +5,6 @@ installed vLLM and `torch_bridge/vllm.py` imports that patch.
 """
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 import torch
 
@@ -385,16 +384,10 @@ def _by_table(
 # -- checks ------------------------------------------------------------------------------------------
 
 
-def _fail(
-    function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
-) -> NoReturn:
-    checks.fail(function, argument, rule, checks.describe(got), _REMEDY, kind)
-
-
 def _check_floats(function: str, argument: str, value: object) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype not in _route.DTYPES:
         rule = "be a float32, bfloat16 or float16 torch.Tensor"
-        _fail(function, argument, rule, value, TypeError)
+        checks.refuse(TypeError, function, argument, rule, value, _REMEDY)
     elif what := _checks.not_dense(value):
         checks.fail(function, argument, "be a dense tensor", what, "Call to_dense().", TypeError)
 
@@ -403,7 +396,7 @@ def _check_logits(function: str, argument: str, logits: torch.Tensor) -> None:
     _check_floats(function, argument, logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         rule = "have shape [num_tokens, num_experts] with at least one expert"
-        _fail(function, argument, rule, logits)
+        checks.refuse(ValueError, function, argument, rule, logits, _REMEDY)
 
 
 def _check_device(function: str, argument: str, value: torch.Tensor, device: torch.device) -> None:
@@ -417,7 +410,7 @@ def _check_bias(
 ) -> torch.Tensor:
     _check_floats(function, argument, bias)
     if bias.dim() != 1 or bias.shape[0] != logits.shape[1]:
-        _fail(function, argument, f"have shape [{logits.shape[1]}]", bias)
+        checks.refuse(ValueError, function, argument, f"have shape [{logits.shape[1]}]", bias, _REMEDY)
     _check_device(function, argument, bias, logits.device)
     return bias
 
@@ -478,9 +471,9 @@ def _check_op(
         dtypes = ((torch.float32,), _ID_DTYPES, (torch.int32,))[position]
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            _fail(function, argument, f"be a tensor of dtype {names}", tensor, TypeError)
+            checks.refuse(TypeError, function, argument, f"be a tensor of dtype {names}", tensor, _REMEDY)
         if tensor.dim() != 2 or tensor.shape[0] != num_tokens:
-            _fail(function, argument, f"have shape [{num_tokens}, topk]", tensor)
+            checks.refuse(ValueError, function, argument, f"have shape [{num_tokens}, topk]", tensor, _REMEDY)
         _check_device(function, argument, tensor, device)
         _checks.check_no_gradient(function, argument, tensor)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
@@ -490,10 +483,10 @@ def _check_op(
     top_k = weights.shape[1]
     for argument, tensor in zip(list(results)[1:], others, strict=True):
         if tensor.shape[1] != top_k:
-            _fail(function, argument, f"have shape [{num_tokens}, {top_k}]", tensor)
+            checks.refuse(ValueError, function, argument, f"have shape [{num_tokens}, {top_k}]", tensor, _REMEDY)
     if not 1 <= top_k <= num_experts:
         rule = f"have 1 to {num_experts} columns, the number of experts"
-        _fail(function, "topk_weights", rule, weights)
+        checks.refuse(ValueError, function, "topk_weights", rule, weights, _REMEDY)
     operands = {"logits": gating_output}
     if bias is not None:
         argument = "e_score_correction_bias"
@@ -503,9 +496,9 @@ def _check_op(
             torch.bool,
             torch.uint8,
         ):
-            _fail(function, "is_padding", "be a bool or uint8 tensor", is_padding, TypeError)
+            checks.refuse(TypeError, function, "is_padding", "be a bool or uint8 tensor", is_padding, _REMEDY)
         if is_padding.dim() != 1 or is_padding.shape[0] != num_tokens:
-            _fail(function, "is_padding", f"have shape [{num_tokens}]", is_padding)
+            checks.refuse(ValueError, function, "is_padding", f"have shape [{num_tokens}]", is_padding, _REMEDY)
         _check_device(function, "is_padding", is_padding, device)
         operands["is_padding"] = is_padding
     return operands
@@ -529,7 +522,7 @@ def _check_tokens(
         function, "input_tokens", input_tokens, remedy, logits.device
     )
     if tokens.dim() != 1 or tokens.shape[0] != logits.shape[0]:
-        _fail(function, "input_tokens", f"have shape [{logits.shape[0]}]", tokens)
+        checks.refuse(ValueError, function, "input_tokens", f"have shape [{logits.shape[0]}]", tokens, _REMEDY)
     return tokens.to(torch.int64)
 
 
@@ -540,7 +533,7 @@ def _check_table(
     name = "hash_indices_table"
     table = _checks.check_integer_tensor(function, name, table, remedy, device)
     if table.dim() != 2 or table.shape[1] != top_k or table.shape[0] < 1:
-        _fail(function, name, f"have shape [vocabulary, {top_k}]", table)
+        checks.refuse(ValueError, function, name, f"have shape [vocabulary, {top_k}]", table, _REMEDY)
     return table if table.dtype in (torch.int32, torch.int64) else table.to(torch.int64)
 
 

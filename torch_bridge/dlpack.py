@@ -40,7 +40,7 @@ else:
 # compiled for pointers on 256 bytes (its lowering declares so, and LLVM drops the low bits).
 _CPU_ALIGNMENT = 64
 _XLA_CUDA_ALIGNMENT = 16
-_MOSAIC_ALIGNMENT = 256
+MOSAIC_ALIGNMENT = 256
 
 _DTYPES = (
     torch.bool,
@@ -76,7 +76,7 @@ def alignment(device_type: str, implementation: str | None = None) -> int:
     """Bytes that a pointer must be a multiple of, to be used where it lies."""
     if device_type == "cpu":
         return _CPU_ALIGNMENT
-    return _MOSAIC_ALIGNMENT if implementation == "mosaic_gpu" else _XLA_CUDA_ALIGNMENT
+    return MOSAIC_ALIGNMENT if implementation == "mosaic_gpu" else _XLA_CUDA_ALIGNMENT
 
 
 def copy_reason(tensor: torch.Tensor, boundary: int) -> str | None:

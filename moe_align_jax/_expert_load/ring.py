@@ -1,12 +1,14 @@
 """The rows of the ring: their layout, and what the host makes of them. NumPy alone."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from moe_align_jax._core import checks
 
+LoadMode = Literal["stat", "stat_approx", "per_pass", "per_token"]
+MODES = get_args(LoadMode)
 HEADER = 4  # words: 16 bytes, so that the counts behind it stay aligned
 
 

@@ -1,12 +1,15 @@
 """The static description of one fused activation and quantisation. Imports nothing of ours and no jax."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from moe_align_jax._core.fp8 import GROUPS_PER_WORD
 
 ScaleFormat = Literal["float32", "ue8m0", "ue8m0_packed"]
 ScaleLayout = Literal["row_major", "column_major"]
+FORMATS, LAYOUTS = get_args(ScaleFormat), get_args(ScaleLayout)
+# Of a group's absolute maximum: below, the reciprocal of a scale could overflow.
+LEAST_FLOOR = 1e-30
 
 # TMA takes rows whose pitch is a multiple of 16 bytes: 4 scales.
 COLUMN_MULTIPLE = 4

@@ -51,10 +51,6 @@ def read(path: Any, prefix: str = "") -> dict[str, np.ndarray]:
     return found
 
 
-def _fail(rule: str, got: object, remedy: str) -> Exception:
-    return ValueError(checks.message(_FUNCTION, "path", rule, got, remedy))
-
-
 def _files(path: Path, prefix: str) -> list[Path]:
     if path.is_file():
         return [path]
@@ -66,10 +62,10 @@ def _files(path: Path, prefix: str) -> list[Path]:
             outside = [file for file in wanted if Path(file).name != file]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             rule, remedy = f"have an index {_INDEX} with a weight_map", "Download the index again."
-            raise _fail(rule, f"{index}: {error!r}", remedy) from None
+            checks.fail(_FUNCTION, "path", rule, f"{index}: {error!r}", remedy)
         if outside:
             rule = "have an index that names files of its own folder"
-            raise _fail(rule, repr(outside[0]), "Do not read a checkpoint that you do not trust.")
+            checks.fail(_FUNCTION, "path", rule, repr(outside[0]), "Do not read a checkpoint that you do not trust.")
         files = sorted(path / file for file in wanted)
     else:
         files = sorted(path.glob("*.safetensors"))
@@ -78,13 +74,13 @@ def _files(path: Path, prefix: str) -> list[Path]:
                 "be a safetensors file, or a folder with some",
                 "Download the checkpoint.",
             )
-            raise _fail(rule, path, remedy)
+            checks.fail(_FUNCTION, "path", rule, path, remedy)
     if missing := [file for file in files if not file.is_file()]:
         rule, remedy = (
             f"hold {missing[0].name}, which its index names",
             "Download the whole checkpoint.",
         )
-        raise _fail(rule, path, remedy)
+        checks.fail(_FUNCTION, "path", rule, path, remedy)
     return files
 
 
@@ -93,13 +89,13 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise _fail("be a safetensors file", f"{path} of {size} bytes", remedy)
+            checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path} of {size} bytes", remedy)
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise _fail("be a safetensors file", f"{path}: {error}", remedy) from None
+            checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path}: {error}", remedy)
     if not isinstance(header, dict):
-        raise _fail("be a safetensors file", f"{path} with a header of {type(header)}", remedy)
+        checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path} with a header of {type(header)}", remedy)
     found, data = (
         {},
         np.memmap(path, np.uint8, "r") if size > 8 + length else np.zeros(8 + length, np.uint8),
@@ -111,15 +107,15 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             sizes = [*shape, begin, end]
         except (TypeError, KeyError, ValueError):
-            raise _fail(f"describe {name}", f"{path}: {entry!r}", remedy) from None
+            checks.fail(_FUNCTION, "path", f"describe {name}", f"{path}: {entry!r}", remedy)
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             rule = f"hold {name} in one of {', '.join(_DTYPES)}"
-            raise _fail(rule, f"{dtype!r}", "Convert the checkpoint.")
+            checks.fail(_FUNCTION, "path", rule, f"{dtype!r}", "Convert the checkpoint.")
         fits = all(type(value) is int and value >= 0 for value in sizes)
         if not fits or end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-            raise _fail(f"describe {name}", f"{path}: {entry!r}", remedy)
+            checks.fail(_FUNCTION, "path", f"describe {name}", f"{path}: {entry!r}", remedy)
         if 8 + length + end > size:
-            raise _fail(f"hold all of {name}", f"{path} of {size} bytes", remedy)
+            checks.fail(_FUNCTION, "path", f"hold all of {name}", f"{path} of {size} bytes", remedy)
         part = data[8 + length + begin : 8 + length + end]
         found[name] = part.view(_DTYPES[dtype]).reshape(shape)
     return found

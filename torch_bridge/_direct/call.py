@@ -55,7 +55,7 @@ def copies(
     return found
 
 
-def execute(
+def first_launch(
     store: Store,
     decided: "Resolved",
     operands: dict[str, torch.Tensor],
@@ -83,7 +83,7 @@ def execute(
     index = next(iter(operands.values())).get_device()
     if index != store.machine.current_device():
         with store.machine.on_device(index):
-            return execute(store, decided, operands, max_valid_pairs, out, larger)
+            return first_launch(store, decided, operands, max_valid_pairs, out, larger)
     spec, problem = decided.spec, decided.problem
     assert problem is not None
     program = store.program_for(decided.function, index, problem)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MAX_KEPT_BYTES = 256 << 20
 
 
-def execute(
+def run_in_jax(
     decided: "Resolved",
     operands: Mapping[str, torch.Tensor],
     max_valid_pairs: int | None = None,

@@ -7,7 +7,6 @@ tracers see an operator that mutates them (and its twin over DLPack, as in `torc
 
 import functools
 import inspect
-from typing import NoReturn
 
 import torch
 
@@ -19,7 +18,7 @@ from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
 
 _FUNCTION = "silu_and_mul_masked_post_quant_fwd"
-_MOSAIC_ALIGNMENT = 256
+_REMEDY = "See torch_bridge.sglang for what each tensor holds."
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _OPERATOR = "silu_and_mul_masked_quant_into"
 _SCHEMA = (
@@ -98,7 +97,7 @@ def _run(path, tensors, group, ue8m0, alpha, limit) -> None:
     x, masked_m, output, output_scale = tensors.values()
     if path == "auto" and (program := _program(problem, tensors.values())) is not None:
         with torch.cuda.device(x.device):
-            if masked_m.dtype != torch.int32 or masked_m.data_ptr() % _MOSAIC_ALIGNMENT:
+            if masked_m.dtype != torch.int32 or masked_m.data_ptr() % dlpack.MOSAIC_ALIGNMENT:
                 masked_m = masked_m.clamp(0, problem.max_rows).to(torch.int32, copy=True)
             program.launch(*(t.data_ptr() for t in (x, masked_m, output, output_scale)))
         return
@@ -120,7 +119,7 @@ def _program(problem: MaskedQuantProblem, tensors) -> LoadedProgram | None:
     x, masked_m, output, scales = tensors
     if store.unavailable(x.device) is not None:
         return None
-    if any(t.data_ptr() % _MOSAIC_ALIGNMENT for t in (x, output, scales)):
+    if any(t.data_ptr() % dlpack.MOSAIC_ALIGNMENT for t in (x, output, scales)):
         return None
     if x.is_neg() or masked_m.is_neg():  # jax gets a copy that has the signs
         return None
@@ -196,13 +195,13 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
             rule, remedy = "be at least 0 and a finite float32", "Pass 0 for none."
             raise ValueError(checks.message(_FUNCTION, argument, rule, number, remedy))
     if x.dtype not in _DTYPES:
-        _fail(TypeError, "input", "be bfloat16 or float16", x)
+        checks.refuse(TypeError, _FUNCTION, "input", "be bfloat16 or float16", x, _REMEDY)
     if output.dtype != torch.float8_e4m3fn:
-        _fail(TypeError, "output", "be float8_e4m3fn", output)
+        checks.refuse(TypeError, _FUNCTION, "output", "be float8_e4m3fn", output, _REMEDY)
     if output_scale.dtype not in (torch.float32, torch.int32):
-        _fail(TypeError, "output_scale", "be float32, or int32 for packed scales", output_scale)
+        checks.refuse(TypeError, _FUNCTION, "output_scale", "be float32, or int32 for packed scales", output_scale, _REMEDY)
     if x.dim() != 3 or x.shape[2] % 2 or not x.shape[2] or x.shape[2] // 2 % group:
-        _fail(ValueError, "input", f"have shape [e, M, 2 N], N a multiple of {group}", x)
+        checks.refuse(ValueError, _FUNCTION, "input", f"have shape [e, M, 2 N], N a multiple of {group}", x, _REMEDY)
     experts, rows, width = x.shape[0], x.shape[1], x.shape[2] // 2
     _checks.check_integer_tensor(
         _FUNCTION, "masked_m", masked_m, "Pass the valid rows of each expert."
@@ -210,7 +209,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     packed, groups = output_scale.dtype == torch.int32, width // group
     if packed and (not ue8m0 or groups % GROUPS_PER_WORD):
         rule = "be float32 unless scale_ue8m0 holds and N is a multiple of 4 groups"
-        _fail(ValueError, "output_scale", rule, output_scale)
+        checks.refuse(ValueError, _FUNCTION, "output_scale", rule, output_scale, _REMEDY)
     shapes = {
         "output": (experts, rows, width),
         "output_scale": (
@@ -220,7 +219,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     }
     for argument, shape in shapes.items():
         if tuple(tensors[argument].shape) != shape:
-            _fail(ValueError, argument, f"have shape {list(shape)}", tensors[argument])
+            checks.refuse(ValueError, _FUNCTION, argument, f"have shape {list(shape)}", tensors[argument], _REMEDY)
     for argument, tensor in tensors.items():
         if tensor.device != x.device:
             rule = f"be on the input's device, {x.device}"
@@ -272,11 +271,6 @@ def _scale_layout(scales: torch.Tensor) -> str:
     rule, what = "be contiguous, or column-major for TMA", f"strides {list(scales.stride())}"
     remedy = "Pass torch.empty([e, M, G])."
     raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
-
-
-def _fail(kind: type[Exception], argument: str, rule: str, tensor: torch.Tensor) -> NoReturn:
-    remedy = "See torch_bridge.sglang for what each tensor holds."
-    checks.refuse(kind, _FUNCTION, argument, rule, tensor, remedy)
 
 
 _library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long

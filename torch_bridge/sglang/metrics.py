@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from moe_align_jax._expert_load.metrics import WINDOWS
 from torch_bridge.sglang.accumulate import Reduce
 from torch_bridge.sglang.gather import Sizes
-
-WINDOWS = (10, 100, 1000)
 
 
 @dataclasses.dataclass

@@ -11,17 +11,19 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
 from moe_align_jax._core import checks
+from moe_align_jax._expert_load.metrics import WINDOWS
+from moe_align_jax._expert_load.ring import MODES
 from torch_bridge import _checks
 from torch_bridge.sglang import accumulate, gather
-from torch_bridge.sglang.metrics import WINDOWS, History
+from torch_bridge.sglang.metrics import History
 
 logger = logging.getLogger("torch_bridge.sglang")
-MODES = ("stat", "stat_approx", "per_pass", "per_token")
+_REMEDY = "See ExpertDistributionRecorder.init_new."
 _DIRECTORY = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
 
 
@@ -93,21 +95,21 @@ class ExpertDistributionRecorder:
             return ExpertDistributionRecorder()
         function = "ExpertDistributionRecorder.init_new"
         if not (mode is None or checks.is_one_of(mode, MODES)):
-            _fail(function, "mode", f"be one of {', '.join(MODES)} or None", checks.shown(mode))
+            checks.fail(function, "mode", f"be one of {', '.join(MODES)} or None", checks.shown(mode), _REMEDY)
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
         try:
             buffer_size = checks.index(buffer_size)
         except TypeError:
-            _fail(function, "buffer_size", "be an int", checks.describe(buffer_size), TypeError)
+            checks.fail(function, "buffer_size", "be an int", checks.describe(buffer_size), _REMEDY, TypeError)
         if buffer_size == 0:
-            _fail(function, "buffer_size", "not be 0", 0)
+            checks.fail(function, "buffer_size", "not be 0", 0, _REMEDY)
         _checks.check_bool(function, "enable_metrics", enable_metrics)
         _checks.check_bool(function, "replicated_tokens", replicated_tokens)
         for name, value in (("moe_a2a_backend", moe_a2a_backend), ("deepep_mode", deepep_mode)):
             if not isinstance(value, str):
-                _fail(function, name, "be a str", checks.describe(value), TypeError)
+                checks.fail(function, name, "be a str", checks.describe(value), _REMEDY, TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
-            _fail(function, "directory", "be a path", checks.describe(directory), TypeError)
+            checks.fail(function, "directory", "be a path", checks.describe(directory), _REMEDY, TypeError)
         if mode == "per_token":
             tokens, k = (
                 checks.check_positive_int(function, name, value, "Mode per_token needs it.")
@@ -291,7 +293,7 @@ class _Recorder(ExpertDistributionRecorder):
             forward_pass_id = checks.index(forward_pass_id)
         except TypeError:
             got = checks.describe(forward_pass_id)
-            _fail(function, "forward_pass_id", "be an int", got, TypeError)
+            checks.fail(function, "forward_pass_id", "be an int", got, _REMEDY, TypeError)
         with self._lock:
             self._own(function)
             if self._thread is not None:
@@ -432,7 +434,7 @@ class _Recorder(ExpertDistributionRecorder):
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
         if not checks.is_one_of(output_mode, ("file", "object")):
-            _fail("dump_record", "output_mode", 'be "file" or "object"', checks.shown(output_mode))
+            checks.fail("dump_record", "output_mode", 'be "file" or "object"', checks.shown(output_mode), _REMEDY)
         with self._lock:
             self._own("dump_record")
             self._need_no_layer()
@@ -488,8 +490,3 @@ def _capturing() -> bool:
     return gather.capturing()
 
 
-def _fail(
-    function: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError
-) -> NoReturn:
-    remedy = "See ExpertDistributionRecorder.init_new."
-    raise kind(checks.message(function, argument, rule, got, remedy))

@@ -75,7 +75,7 @@ class Scope:
         return self._threads
 
 
-class Machine(Protocol):
+class ScopedMachine(Protocol):
     """What a value asks of the machine that it was computed on.
 
     Attributes:
@@ -90,7 +90,7 @@ class Machine(Protocol):
 class Value(Int):
     """One int32 or bool per thread."""
 
-    def __init__(self, array: np.ndarray, machine: Machine):
+    def __init__(self, array: np.ndarray, machine: ScopedMachine):
         self.array, self.machine, self.scope = array, machine, machine.scope
 
     def _binary(self, name: str, other: Int | int, reverse: bool = False) -> "Value":
