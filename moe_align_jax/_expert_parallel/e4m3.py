@@ -36,4 +36,5 @@ def codes(t: Simt, words: tuple[Int, ...], lane: Int) -> tuple[tuple[Int, ...], 
 
 
 def _greater(t: Simt, a: Int, b: Int) -> Int:
+    """The greater of two signed values."""
     return t.select(a < b, b, a)

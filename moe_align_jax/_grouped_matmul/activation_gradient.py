@@ -37,6 +37,7 @@ def takes(problem: ActivationGradient) -> bool:
 
 
 def _abstract(products, *rest, problem: ActivationGradient, implementation: str | None):
+    """Shape and dtype of each result, for tracing."""
     del rest, implementation
     rows, n = problem.product.out_shape
     dtype = problem.product.dtype
@@ -46,6 +47,7 @@ def _abstract(products, *rest, problem: ActivationGradient, implementation: str 
 
 
 def _lowering(problem: ActivationGradient, platform: str, implementation: str | None):
+    """The function of the operands that computes the gradient on this platform."""
     match choose(problem, platform, implementation):
         case "loop":
             return reference.activation_gradient
@@ -58,6 +60,7 @@ def _lowering(problem: ActivationGradient, platform: str, implementation: str | 
 def _by_fusions(
     implementation: str | None, problem: ActivationGradient, *operands: jax.Array
 ) -> list[jax.Array]:
+    """The gradient by a grouped product and XLA's fusions."""
     products, scale, used, toward, w, *where = operands
     product, first = problem.product, problem.product._replace(weights=problem.weights)
     with jax.named_scope("down"):
@@ -71,6 +74,7 @@ def _by_fusions(
 def _by_kernel(
     problem: ActivationGradient, *operands: jax.Array, interpret: bool
 ) -> list[jax.Array]:
+    """The gradient by one kernel; `interpret` runs it in Pallas' interpreter."""
     from moe_align_jax._grouped_matmul import activation_gradient_kernel
 
     products, scale, used, *rest = operands
@@ -83,6 +87,7 @@ _p = primitive.make_matmul_primitive("activation_gradient", _abstract, _lowering
 
 
 def _bind(problem: ActivationGradient, implementation: str | None, *operands: jax.Array) -> Any:
+    """The results by the primitive, or in the interpreter at once."""
     if implementation == "emulator":
         # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
         if takes(problem):
@@ -94,16 +99,19 @@ def _bind(problem: ActivationGradient, implementation: str | None, *operands: ja
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(problem: ActivationGradient, implementation: str | None, floats, rest):
+    """The results as a function whose derivative is defined below: of floats, and of the rest."""
     products, scale, toward, w = floats
     used, *where = rest
     return tuple(_bind(problem, implementation, products, scale, used, toward, w, *where))
 
 
 def _forward(problem, implementation, floats, rest):
+    """The results, and what `_backward` needs of the operands."""
     return _differentiable(problem, implementation, floats, rest), (floats, rest)
 
 
 def _backward(problem, implementation, kept, cts):
+    """The cotangents of the operands, by the derivative of `_by_fusions`."""
     leaves, tree = jax.tree.flatten((cts, *kept))
     cts, floats, rest = jax.tree.unflatten(tree, vary_together(leaves))
     used, *where = rest

@@ -103,6 +103,8 @@ def build(
 
 
 def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> kernel.Ending:
+    """What becomes of the sums of a tile: the gradients of gate and up, and each row's share of the weights'
+    gradient."""
     product = problem.product
     shape, piece = shape_of(product, config), 64 if interpret else PIECE
     rows, n = product.num_rows, product.n

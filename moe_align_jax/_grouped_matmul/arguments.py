@@ -22,6 +22,7 @@ TO_E4M3_LAYOUT = (
 
 
 def check_array(function: str, argument: str, value: Any) -> Any:
+    """The value, which must be an array of NumPy or jax."""
     if not checks.is_array(value):
         remedy = "Pass a jax or NumPy array."
         if type(value).__module__.partition(".")[0] == "torch":
@@ -95,6 +96,7 @@ def result_columns(weights: Weights, w: Any) -> int:
 
 
 def result_dtype(function: str, x: Any, preferred: Any) -> str:
+    """The name of the result's dtype: the preferred one, else that of x, of which e4m3 becomes bfloat16."""
     if preferred is None:
         return "bfloat16" if x.dtype == E4M3 else str(x.dtype)
     dtype = select.dtype_of(preferred)
@@ -116,6 +118,7 @@ def check_precision(function: str, precision: Any) -> Any:
 
 
 def _is_precision(value: Any) -> bool:
+    """Whether jax's dot products take it as their `precision`."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     try:
         hash(value)
@@ -193,6 +196,7 @@ def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
 
 @jax.jit
 def _without_padding(ids: jax.Array, counts: jax.Array) -> jax.Array:
+    """The ids, -1 in place of padding: known by its value, which is above all pairs."""
     ids, counts = vary_together([jnp.asarray(ids), replicate(jnp.asarray(counts))])
     bound = jnp.max(ids, initial=-1)
     # torch_bridge, given three results, knows the rows in use in place of the counts. They are all rows of
@@ -330,6 +334,7 @@ def check_extras(
 
 
 def check_shape(function: str, argument: str, value: Any, length: int) -> tuple[int, ...]:
+    """The shape of an array, or a shape as it is: it must have that many sizes, none below 0."""
     shape = getattr(value, "shape", value)
     try:
         shape = tuple(map(checks.index, shape))

@@ -67,6 +67,7 @@ class ClusterSum:
         plgpu.barrier_arrive(self.free)
 
     def wait(self) -> None:
+        """Waits until rank 0 has taken what the ranks put before. Ahead of the next `put`."""
         plgpu.barrier_wait(self.free)
 
 
@@ -83,6 +84,7 @@ def _place(ref: Any) -> Any:
 
 
 def _put(parts: Any, values: Sequence[jax.Array]) -> None:
+    """Stores this thread's values to `parts`: a pair of neighbours at a time, `_place` says where."""
     @inline.emits(arg_types=(plgpu.RefType(), *[plgpu.Layout.WGMMA] * len(values)))
     def emit(_, ref, *arrays):
         place, at = _place(ref), 0
@@ -100,6 +102,7 @@ def _put(parts: Any, values: Sequence[jax.Array]) -> None:
 
 
 def _take(parts: Any, ranks: int, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The sums over what all ranks stored, in the order of the ranks: arrays of these shapes."""
     wgmma = plgpu.Layout.WGMMA
     results = [plgpu.ShapeDtypeStruct(shape, jnp.dtype(_F32), layout=wgmma) for shape in shapes]
 

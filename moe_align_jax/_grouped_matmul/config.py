@@ -80,6 +80,7 @@ class Config(NamedTuple):
 
     @property
     def shares_weights(self) -> bool:
+        """Whether the CTAs of a cluster load a tile of the weights together, each a part of it."""
         return self.sharing > 1 and self.shared == "w"
 
     @property
@@ -232,6 +233,7 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
 
 
 def _has_vectors(problem: MatmulProblem) -> bool:
+    """Whether a tile's end reads a bias or ids."""
     return problem.weights.bias or tests_rows(problem)
 
 
@@ -290,6 +292,7 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
 
 
 def _ring_bytes(bm: int, stages: int) -> int:
+    """Shared memory of so many stages of bfloat16 tiles, bm rows and 256 columns, 64 deep."""
     return stages * 64 * (bm + 256) * 2
 
 
@@ -331,6 +334,7 @@ def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
 
 
 def _group(problem: MatmulProblem, rules: Rules) -> int:
+    """Rows' tiles that are done together, so that their weights are read from L2."""
     if problem.w_columns <= rules.narrow:
         return 0
     if problem.rows == "masked":

@@ -134,6 +134,7 @@ def _weights(
     like: jax.Array,
     where: tuple[jax.Array, ...],
 ) -> jax.Array:
+    """The gradient of the weights, in the dtype and layout of `like`."""
     layout = gradient.layout._replace(out_dtype=str(like.dtype))
     gradient = gradient._replace(layout=layout)
     operands = (rows, x) if problem.weights.transposed else (x, rows)
@@ -229,10 +230,12 @@ def cast(problem: MatmulProblem, floats: tuple[jax.Array, ...]) -> tuple[jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(problem: MatmulProblem, implementation: str | None, floats, where):
+    """The product as a function whose derivative is defined here: of floats, and of where rows belong."""
     return primitive.bind(problem, implementation, *cast(problem, floats), *where)
 
 
 def _forward(problem, implementation, floats, where):
+    """The product, and its operands for `_backward`. Raises NotImplementedError for e4m3."""
     if problem.scales:
         rule, remedy = "not be differentiated", "Train in bfloat16, or pass jax.lax.stop_gradient."
         rule = checks.message(problem.function, "e4m3 x", rule, "a tangent", remedy)
@@ -241,6 +244,7 @@ def _forward(problem, implementation, floats, where):
 
 
 def _backward(problem, implementation, kept, ct):
+    """The cotangents of the operands."""
     floats, where = kept
     return backward(problem, implementation, floats, where, ct)
 
@@ -277,10 +281,12 @@ def _nothing(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable_gradient(problem: WeightGradient, implementation: str | None, floats, where):
+    """The gradient of the weights as a function whose derivative is defined here."""
     return weight_gradient.bind(problem, implementation, *floats, *where)
 
 
 def _gradient_forward(problem, implementation, floats, where):
+    """The gradient of the weights, and its operands for the way back."""
     return _differentiable_gradient(problem, implementation, floats, where), (floats, where)
 
 

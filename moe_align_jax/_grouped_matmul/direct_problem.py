@@ -45,14 +45,17 @@ class DirectMatmul(NamedTuple):
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.problem.num_experts
 
     @property
     def block_size(self) -> int:
+        """Rows of a block."""
         return self.problem.block_size
 
     @property
     def tiles(self) -> Config:
+        """The tiles that the kernel is built with: those given, else the ones for the problem on that GPU."""
         # Tiles that a cluster shares have run under jit alone.
         return self.config or unshared(config_for(self.problem, self.gpu_kind))
 
@@ -103,4 +106,5 @@ class DirectMatmul(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the result."""
         return {"out": self.problem.out_shape}

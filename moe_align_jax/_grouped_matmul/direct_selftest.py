@@ -171,6 +171,7 @@ def _add_scales(
 
 
 def _powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random powers of two, whose products and sums are exact."""
     return np.exp2(rng.integers(-1, 2, shape)).astype(np.float32)
 
 

@@ -64,6 +64,13 @@ def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
 
 
 def activate(weights: Weights, gate: jax.Array, up: jax.Array | None) -> jax.Array:
+    """The activation of a tile of float32 sums, times `up` where the weights are gated.
+
+    Args:
+        weights: which activation, and its limit and alpha.
+        gate: the sums; of gated weights those of the gate.
+        up: of the same shape, or None.
+    """
     limit, alpha = weights.swiglu_limit, weights.swiglu_alpha
     if limit is not None and up is not None:
         gate = jnp.minimum(gate, _F32(limit))
@@ -155,6 +162,8 @@ def pieces(
 
 
 class _Finish:
+    """The end of a warpgroup's sums: bias, activation, row weights, and the cast to the result's dtype."""
+
     def __init__(
         self,
         problem: MatmulProblem,
@@ -182,6 +191,7 @@ class _Finish:
         return lax.broadcast_in_dim(vector, shape, (axis,))
 
     def with_bias(self, x: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+        """`x` plus the expert's bias from `column` on, which lies along `axis`; `x` itself without a bias."""
         if self.vectors.bias is None:
             return x
         count = x.shape[axis]
@@ -217,6 +227,8 @@ class _Finish:
     # -- pieces
 
     def plain(self, gate: jax.Array, up: jax.Array | None, row: jax.Array, c: int) -> jax.Array:
+        """A piece whose rows are those of the result: gate and up from column `c` of the tile on, rows from
+        `row` on."""
         column = self.place.column + c
         gate = self.with_bias(gate, column, 1)
         if up is not None:
@@ -225,12 +237,15 @@ class _Finish:
         return self.scaled(value, row, plgpu.Layout.WGMMA, 0).astype(self.dtype)
 
     def parted(self, product: jax.Array, row: jax.Array, c: int) -> jax.Array:
+        """A piece of interleaved gate and up, from column `2 c` of the product on, parted into the result's
+        columns."""
         product = self.with_bias(product, 2 * self.place.column + c, 1)
         gate, up = inline.part_columns(product, interpret=self.interpret)
         value = activate(self.problem.weights, gate, up)
         return self.scaled(value, row, inline.PARTED, 0).astype(self.dtype)
 
     def swapped(self, gate: jax.Array, up: jax.Array | None, c: int) -> jax.Array:
+        """A piece whose columns are the result's rows; rows of gate and up are its columns from `c` on."""
         column = self.place.column + c
         gate = self.with_bias(gate, column, 0)
         if up is not None:

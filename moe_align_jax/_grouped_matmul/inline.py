@@ -42,22 +42,27 @@ def emits(**types: Any) -> Any:
 
 
 def i32() -> ir.Type:
+    """MLIR's type int32."""
     return ir.IntegerType.get_signless(32)
 
 
 def _i64() -> ir.Type:
+    """MLIR's type int64."""
     return ir.IntegerType.get_signless(64)
 
 
 def int32(value: int) -> Any:
+    """An int32 constant in MLIR."""
     return arith.constant(i32(), value)
 
 
 def _long(value: int) -> Any:
+    """An int64 constant in MLIR."""
     return arith.constant(_i64(), value)
 
 
 def scalar_of(array: Any) -> Any:
+    """The MLIR value of Mosaic's array of one value."""
     return array.registers.item()
 
 
@@ -67,14 +72,17 @@ def thread_index() -> Any:
 
 
 def less(a: Any, b: Any) -> Any:
+    """Signed `a < b` of two MLIR values."""
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
 def shared_address(ref: Any) -> Any:
+    """The address of a ref in shared memory, as int32."""
     return llvm.ptrtoint(i32(), mgpu_utils.memref_ptr(ref))
 
 
 def global_address(ref: Any, units: Any, unit_bytes: int) -> Any:
+    """The address `units` (int32, of `unit_bytes` each) behind the start of a ref in global memory."""
     base = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref))
     return arith.addi(base, arith.muli(arith.extsi(_i64(), units), _long(unit_bytes)))
 

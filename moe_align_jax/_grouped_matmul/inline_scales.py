@@ -24,6 +24,7 @@ _BYTES = 4
 
 
 def _layout(rows: int) -> Any:
+    """How a warpgroup's threads hold a value for each of so many rows: each every 128th."""
     count = -(-rows // inline.THREADS)
     return plgpu.Layout.WG_STRIDED((count * inline.THREADS,), vec_size=1)
 

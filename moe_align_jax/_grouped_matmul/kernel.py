@@ -611,6 +611,14 @@ def _tile(
     n: jax.Array,
     known: tuple[jax.Array, ...],
 ) -> Tile:
+    """Tile `at` of the rows and n of the columns.
+
+    Args:
+        problem, config, shape: of the kernel.
+        refs: in which its expert stands.
+        at, n: its numbers.
+        known: what `_known` has loaded of it.
+    """
     if not shape.parts:
         expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.
@@ -759,6 +767,10 @@ class _Store:
     def _whole(
         self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
     ) -> None:
+        """Stores a slot by TMA, all of its rows, from (row, column) of the result on.
+
+        With `some`, it stores runs of `store_rows` rows: the first, and the further ones whose `some` holds.
+        """
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -776,6 +788,7 @@ class _Store:
             copy() if wanted is None else pl.when(wanted)(copy)
 
     def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
+        """Stores a slot's rows that lie before `end`, by threads, from (row, column) of the result on."""
         if not self.shape.partial:
             end = row + self.rows
         inline.store_rows(

@@ -99,6 +99,7 @@ def arguments(
 
 
 def _pad(x: jax.Array, count: int, value: Any) -> jax.Array:
+    """A vector with `count` more elements of that value behind it."""
     return jnp.pad(x, (0, count), constant_values=value) if count else x
 
 
@@ -118,6 +119,7 @@ def bias(problem: MatmulProblem, shape: Shape, given: jax.Array) -> jax.Array:
 
 
 def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) -> jax.Array:
+    """x in the shape that the kernel reads."""
     if problem.rows == "masked":
         return x.reshape(problem.num_experts, problem.max_rows, problem.k)
     if interpret and problem.top_k and problem.k % config.bk:
@@ -129,6 +131,8 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
 def _list(
     problem: MatmulProblem, config: Config, named: dict[str, jax.Array], interpret: bool
 ) -> list[jax.Array]:
+    """The list of tiles, as `tile_list.build` gives it, of an operand that says how many rows the groups
+    have."""
     tiles = tile_list.of(problem, config.bm)
     program = tile_list.build(tiles)
     names = ("group_sizes", "group_offset") if tiles.ragged else ("masked_m",)

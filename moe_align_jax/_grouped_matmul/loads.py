@@ -118,6 +118,7 @@ class Loader:
     def _rows(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int, barrier: Any
     ) -> None:
+        """Asks TMA for the tile's rows of x, one part of a step of them, into a slot."""
         rows, ks = self.config.bm, pl.ds(step * self.width, self.width)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -133,6 +134,7 @@ class Loader:
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int
     ) -> None:
+        """The same by cp.async: for rows whose pitch TMA does not take."""
         # Rows behind a group's are some other's, or zeros: they are not stored.
         matrix = inline.Matrix(self.problem.num_rows, self.chunks, self.chunks)
         inline.copy_matrix(
@@ -147,6 +149,7 @@ class Loader:
         return lax.div(k, _I32(GROUPS_PER_WORD)) if self.problem.scales.packed else k
 
     def _scales(self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any) -> None:
+        """Asks TMA for the scales of the tile's rows in step k, of scales by columns."""
         rows, word = self.config.bm, self._word(k)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
@@ -159,6 +162,7 @@ class Loader:
     def _scales_by_rows(
         self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array
     ) -> None:
+        """The same by cp.async, from where `find` has found the rows."""
         problem, scales, word = self.problem, self.problem.scales, self._word(k)
         assert scales and found.scales is not None
         shape = problem.inputs["x_scales"][0]
@@ -215,6 +219,8 @@ class Loader:
         size: int,
         which: int | None,
     ) -> None:
+        """Asks TMA for a piece of the tile's weights in step k; the last six arguments are a row of
+        `_pieces`."""
         weights, bk = self.problem.weights, self.config.bk
         ns, ks = pl.ds(self._first(tile, column, which), size), pl.ds(k * bk, bk)
         ref = refs.weights[array]
@@ -249,6 +255,7 @@ class Loader:
         size: int,
         which: int | None,
     ) -> None:
+        """The same by cp.async: for weights whose pitch TMA does not take."""
         problem, weights, bk = self.problem, self.problem.weights, self.config.bk
         first = self._first(tile, column, which)
         values = inline.CHUNK_BYTES // self.item

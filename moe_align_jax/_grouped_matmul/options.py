@@ -9,6 +9,7 @@ from moe_align_jax._grouped_matmul.problem import ACTIVATIONS, Weights
 
 
 def check_flag(function: str, argument: str, value: Any) -> bool:
+    """The flag as a bool; it must be a static one."""
     if not isinstance(value, (bool, np.bool_)):
         remedy = "It changes the compiled program: pass True or False."
         checks.refuse(TypeError, function, argument, "be a static bool", value, remedy)
@@ -16,6 +17,7 @@ def check_flag(function: str, argument: str, value: Any) -> bool:
 
 
 def _check_number(function: str, argument: str, value: Any, least: str) -> float:
+    """The number as a float; it must be static, a finite float32 and not negative, or "positive"."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         remedy = "It is compiled into the program: pass a Python float."
         checks.refuse(TypeError, function, argument, "be a static number", value, remedy)

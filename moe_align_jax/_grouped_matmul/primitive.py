@@ -51,6 +51,7 @@ def _one_by_one(primitive: Primitive, operands: Any, dims: Any, **parameters: An
 
 
 def _loop(primitive: Primitive, dims: Any, parameters: dict[str, Any], *operands: Any) -> Any:
+    """The rule of vmap: one call after the other, over the leading dimension of the batched operands."""
     batched = [
         jnp.moveaxis(x, dim, 0) if dim else x
         for x, dim in zip(operands, dims, strict=True)
@@ -66,11 +67,13 @@ def _loop(primitive: Primitive, dims: Any, parameters: dict[str, Any], *operands
 
 
 def _forward_abstract(x, *rest, problem: MatmulProblem, implementation: str | None):
+    """Shape and dtype of the result, for tracing."""
     del rest, implementation
     return result_like(x, problem.out_shape, problem.out_dtype)
 
 
 def _forward_lowering(problem: MatmulProblem, platform: str, implementation: str | None):
+    """The function of the operands that computes the product on this platform."""
     if choose(problem, platform, implementation) == "xla":
         return reference.grouped_matmul
     from moe_align_jax._grouped_matmul import launch

@@ -133,6 +133,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the rows, the last of which may be partial."""
         return -(-self.num_rows // self.block_size)
 
     @property
@@ -182,6 +183,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def _x_scales(self) -> tuple[int, ...]:
+        """Shape of the scales of x."""
         assert self.scales
         if self.scales.x == "tensor":
             return (1,)
@@ -195,6 +197,7 @@ class MatmulProblem(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int]:
+        """Shape of the result."""
         return (self.num_rows, self.n)
 
     @property
@@ -263,6 +266,7 @@ class WeightGradient(NamedTuple):
 
     @property
     def function(self) -> str:
+        """The function that errors name."""
         return self.layout.function
 
     @property
@@ -277,4 +281,5 @@ class WeightGradient(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int, int]:
+        """Shape of the result: [E, K, N]."""
         return (self.layout.num_experts, self.layout.k, self.layout.n)

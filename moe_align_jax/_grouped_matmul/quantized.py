@@ -34,6 +34,7 @@ class Checked(NamedTuple):
 
 
 def _is_e4m3(value: Any) -> bool:
+    """Whether it is an array of e4m3 codes."""
     return str(getattr(value, "dtype", "")) == E4M3
 
 
@@ -119,6 +120,7 @@ def check_both(function: str, x_scales: Any, argument: str, w_scales: Any, trans
 
 
 def check_unused_layout(function: str, scale_layout: Any) -> None:
+    """Raises ValueError where a layout of scales is given, but x has none."""
     if scale_layout is not None:
         rule, remedy = "be None but for (values, scales)", "It tells how the scales of x lie."
         got = scale_layout if isinstance(scale_layout, str) else type(scale_layout).__name__

@@ -194,6 +194,8 @@ def epilogue_of_parts(
 
 
 class _Operands(NamedTuple):
+    """The operands by name: x (with scales a pair), the weights, and what else the problem has."""
+
     x: Any
     w: tuple[Any, ...]
     bias: jax.Array | None
@@ -202,6 +204,7 @@ class _Operands(NamedTuple):
 
 
 def named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
+    """The operands of the primitive, which come in the order of `problem.inputs`, by name."""
     rest = list(operands)
     x = rest.pop(0)
     w = tuple(rest.pop(0) for _ in range(1 + problem.weights.pair))
@@ -228,6 +231,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(problem: MatmulProblem, tiles: Tiles, i: jax.Array, ids: jax.Array | None) -> _Rows:
+    """The rows of tile i; `ids` are those of the pairs, None where rows are their own."""
     start = tiles.start[i]
     row = start + jnp.arange(tiles.size, dtype=_I32)
     expert = tiles.expert[i]
@@ -272,6 +276,7 @@ def _spare(problem: MatmulProblem) -> int:
 
 
 def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: Any) -> Any:
+    """Of each array of a pytree the part that belongs to the expert of tile i."""
     expert = jnp.clip(tiles.expert[i], 0, problem.num_experts - 1)
     one = functools.partial(lax.dynamic_index_in_dim, index=expert, keepdims=False)
     return jax.tree.map(one, array)

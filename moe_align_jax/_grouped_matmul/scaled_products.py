@@ -202,6 +202,7 @@ class Products:
         return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
 
     def _zeros(self, shape: tuple[int, int]) -> jax.Array:
+        """Float32 zeros as a warpgroup holds its sums."""
         zeros = jnp.zeros(shape, _F32)
         return zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
@@ -250,6 +251,7 @@ class Products:
     def _fetched(
         self, warpgroup: jax.Array, place: jax.Array, k: jax.Array
     ) -> tuple[jax.Array, ...]:
+        """The weights' scales of step k in a slot: one for each of the warpgroup's sums."""
         count = sums_of(self.problem, self.config, self.shape)
         return tuple(self.refs.w_scale_rows[warpgroup, place, i, k] for i in range(count))
 

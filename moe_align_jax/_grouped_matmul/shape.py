@@ -58,6 +58,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(problem: MatmulProblem, config: Config) -> Shape:
+    """The sizes that follow from a problem and its tiles."""
     bm, bn, weights = config.bm, config.bn, problem.weights
     columns = bn // 2 if weights.gated else bn
     parted = weights.gated and weights.interleaved and not weights.transposed

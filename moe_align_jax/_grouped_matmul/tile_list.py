@@ -45,6 +45,7 @@ class TileList(NamedTuple):
 
 
 def of(problem: MatmulProblem, bm: int) -> TileList:
+    """The list for a problem whose rows are "ragged" or "masked", with tiles of `bm` rows."""
     ragged = problem.rows == "ragged"
     groups = problem.num_groups if ragged else problem.num_experts
     return TileList(ragged, groups, problem.num_experts, problem.num_rows, problem.max_rows, bm)
@@ -81,6 +82,9 @@ def build(tiles: TileList) -> Program:
 
 
 class _Body:
+    """What the one CTA does: a thread counts the tiles of neighbouring groups, then a warp writes those of a
+    group."""
+
     def __init__(self, t: Simt, r: SimpleNamespace, tiles: TileList):
         self.t, self.r, self.tiles = t, r, tiles
         self.tid = t.thread_id()
@@ -89,6 +93,7 @@ class _Body:
         self.each = -(-self.groups // _THREADS)  # of a thread
 
     def run(self) -> None:
+        """Counts the tiles, and lists them."""
         t, r = self.t, self.r
         t.grid_dependency_wait()
         offset = t.load(r.offset, 0) if self.tiles.ragged else t.const(0)
@@ -182,6 +187,7 @@ class _Body:
             t.store(r.count, 0, everything)
 
     def write(self, offset: Int) -> None:
+        """Lists the tiles of each group; `offset` is the number of the first group whose weights are here."""
         t, r, tiles = self.t, self.r, self.tiles
         num_warps = _THREADS // WARP
         for group in t.for_range(self.warp, self.groups, num_warps):

@@ -38,11 +38,13 @@ def implementation_for(problem: WeightGradient, implementation: str | None) -> s
 
 
 def _abstract(lhs, *rest, problem: WeightGradient, implementation: str | None):
+    """Shape and dtype of the result, for tracing."""
     del rest, implementation
     return result_like(lhs, problem.out_shape, problem.layout.out_dtype)
 
 
 def _lowering(problem: WeightGradient, platform: str, implementation: str | None):
+    """The function of the operands that computes the gradient on this platform."""
     if choose(problem, platform, implementation) == "xla":
         return reference.weight_gradient
     from moe_align_jax._grouped_matmul import weight_gradient_kernel

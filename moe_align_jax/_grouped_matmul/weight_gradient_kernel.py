@@ -86,6 +86,7 @@ class Tiles(NamedTuple):
 
     @property
     def name(self) -> str:
+        """For tables: `128x256x64s4-late`."""
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
@@ -104,6 +105,7 @@ def cannot(problem: WeightGradient) -> str | None:
 
 
 def tiles_for(problem: WeightGradient) -> Tiles:
+    """The tiles for a problem, as measured on an H200."""
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
     tiles = Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
@@ -115,6 +117,7 @@ def tiles_for(problem: WeightGradient) -> Tiles:
 
 
 def _per_expert(problem: WeightGradient, tiles: Tiles) -> int:
+    """Tiles of an expert's matrix."""
     return -(-problem.layout.k // tiles.bm) * -(-problem.layout.n // tiles.bn)
 
 
@@ -232,6 +235,8 @@ class _Operand(NamedTuple):
 
 
 def _operand(problem: WeightGradient, tiles: Tiles, name: str) -> _Operand:
+    """How the kernel reads "lhs" or "rhs": its columns, those of a tile, whether it gathers rows, whether TMA
+    loads it."""
     layout, gathered = problem.layout, problem.gathered == name
     columns, wide = (layout.k, tiles.bm) if name == "lhs" else (layout.n, tiles.bn)
     step = {"blocks": layout.block_size, "masked": layout.max_rows, "ragged": 1}[layout.rows]

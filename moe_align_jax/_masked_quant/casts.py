@@ -74,6 +74,7 @@ def _of_kernel(
 def _by_primitive(
     problem: MaskedQuantProblem, x: jax.Array, used: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
+    """(codes, scales) of x by the primitive: of the first `used` rows of each box, None for all rows."""
     shape = x.shape
     boxes, rows = problem.num_experts, problem.max_rows
     if used is None:

@@ -35,6 +35,7 @@ class Config(NamedTuple):
 
     @property
     def form(self) -> str:
+        """For tables: `tile4` or `tile4-down`."""
         return f"tile{self.tile}{'-down' if self.down else ''}"
 
 

@@ -162,11 +162,13 @@ class _Memory:
         self._layout = None if interpret else _layout(tile)
 
     def load(self, ref: Any) -> jax.Array:
+        """The values of a ref, in this layout."""
         if self._layout is None:
             return ref[...]
         return plgpu.load(ref, layout=self._layout, optimized=False)
 
     def store(self, ref: Any, value: jax.Array) -> None:
+        """Stores values of this layout to a ref."""
         if self._layout is not None and hasattr(plgpu, "store"):
             # jax 0.12 has this one, and refuses the plain one for runs of few bytes.
             plgpu.store(ref, value, optimized=False)
@@ -197,6 +199,7 @@ def _tiles_of(work: Work, valid: jax.Array) -> jax.Array:
 
 
 def _find(problem: MaskedQuantProblem, work: Work, masked_m_ref) -> list[jax.Array]:
+    """The share of this CTA: the values of `Share`, found from the experts' sizes."""
     from moe_align_jax._simt import mosaic
 
     return mosaic.inline_scalars(
@@ -254,6 +257,7 @@ def _activation(
 
 
 def _clip(x: jax.Array, bound: Any) -> jax.Array:
+    """`x` within `-bound` and `bound`."""
     return jnp.maximum(jnp.minimum(x, bound), -bound)
 
 

@@ -22,12 +22,14 @@ from moe_align_jax._masked_quant.problem import MaskedQuantProblem
 
 
 def unsupported(problem: MaskedQuantProblem) -> str | None:
+    """Why the kernel does not take this problem, or None."""
     from moe_align_jax._masked_quant import launch as kernels
 
     return kernels.unsupported(problem)
 
 
 def _abstract(x, masked_m, *, problem: MaskedQuantProblem, implementation: str | None):
+    """Shape and dtype of each result, for tracing."""
     del masked_m, implementation
     return [result_like(x, *result) for result in problem.outputs.values()]
 
@@ -35,6 +37,7 @@ def _abstract(x, masked_m, *, problem: MaskedQuantProblem, implementation: str |
 def _implement(
     platform: str, ctx: Any, *, problem: MaskedQuantProblem, implementation: str | None
 ) -> Callable:
+    """The function of the operands that quantises on this platform."""
     because = functools.partial(unsupported, problem)
     choice = select.choose(problem.name, platform, implementation, because)
     # A cast that XLA divides over devices stays with XLA.
@@ -57,6 +60,7 @@ def _batch(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) ->
 
 
 def _flat_batch(primitive: Primitive, *operands, dims, problem: MaskedQuantProblem, implementation):
+    """The rule of vmap: the experts of a batch are the experts of one larger problem."""
     size = batch_size(operands, dims)
     flat = []
     for operand, dim in zip(operands, dims, strict=True):
@@ -69,6 +73,7 @@ def _flat_batch(primitive: Primitive, *operands, dims, problem: MaskedQuantProbl
 
 
 def _refuse_derivative(primitive: Any, primals: Any, tangents: Any, **parameters: Any) -> NoReturn:
+    """Raises NotImplementedError: quantisation has no derivative."""
     del primitive, primals, tangents, parameters
     remedy = "Quantise what needs no gradient, or pass jax.lax.stop_gradient(x)."
     name = MaskedQuantProblem.name

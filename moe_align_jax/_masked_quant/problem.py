@@ -72,18 +72,22 @@ class MaskedQuantProblem(NamedTuple):
 
     @property
     def kernel_name(self) -> str:
+        """The name of the kernel: that of the function that it computes."""
         return self.name if self.activates else "quantize_rowwise"
 
     @property
     def num_groups(self) -> int:
+        """Groups of a result row, each with a scale."""
         return self.width // self.group_size
 
     @property
     def packed(self) -> bool:
+        """Whether four exponents share an int32."""
         return self.scale_format == "ue8m0_packed"
 
     @property
     def scales_shape(self) -> tuple[int, int, int]:
+        """Shape of the scales as the kernel writes them; by columns with the pitch that TMA asks for."""
         if self.packed:
             return self.num_experts, self.num_groups // GROUPS_PER_WORD, self.max_rows
         if self.scale_layout == "column_major":

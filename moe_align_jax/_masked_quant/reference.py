@@ -78,6 +78,7 @@ def codes(values: jax.Array, scale: jax.Array, *, divide: bool) -> jax.Array:
 def masked_quant(
     problem: MaskedQuantProblem, x: jax.Array, masked_m: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """(codes `[e, M, N]`, scales `[e, M, G]` as stored) of x `[e, M, 2 N]`; zeros at or past `masked_m`."""
     experts, rows, groups = problem.num_experts, problem.max_rows, problem.num_groups
     gate, up = x[..., : problem.width], x[..., problem.width :]
     shape = (experts, rows, groups, problem.group_size)
@@ -135,5 +136,6 @@ def without_activation(
 
 
 def _pad_last(array: jax.Array, multiple: int) -> jax.Array:
+    """The array with zeros behind its last dimension, up to a multiple."""
     spare = -array.shape[-1] % multiple
     return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, spare))) if spare else array

@@ -56,10 +56,12 @@ def mismatch(
 
 
 def _valid(problem: MaskedQuantProblem, masked_m: np.ndarray) -> list[tuple[int, int]]:
+    """(first row, rows) of the experts that are compared."""
     return [(i * problem.max_rows, int(n)) for i, n in enumerate(masked_m[:2])]
 
 
 def _steps(codes: np.ndarray) -> np.ndarray:
+    """Codes as integers whose differences count e4m3's values between them."""
     magnitude = (codes & 0x7F).astype(np.int32)
     return np.where(codes & 0x80, -magnitude, magnitude)
 
@@ -73,6 +75,7 @@ def _row_major(problem: MaskedQuantProblem, scales: np.ndarray) -> np.ndarray:
 
 
 def _expected(problem: MaskedQuantProblem, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """NumPy's (codes, scales) of rows of x."""
     f32, dtype = np.float32, x.dtype
     gate, up = x[:, : problem.width].astype(f32), x[:, problem.width :].astype(f32)
     limit, alpha = problem.swiglu_limit, problem.swiglu_alpha

@@ -76,12 +76,14 @@ def check_route(
 
 
 def _check_array(function: str, argument: str, value: Any, remedy: str) -> None:
+    """Raises TypeError unless it is an array."""
     if not checks.is_array(value):
         got = checks.describe(value)
         raise TypeError(checks.message(function, argument, "be an array", got, remedy))
 
 
 def _check_floats(function: str, argument: str, value: Any, remedy: str) -> None:
+    """Raises TypeError unless it is an array of a dtype that the router takes."""
     if str(getattr(value, "dtype", "")) not in DTYPES:
         rule, got = "be float32, bfloat16 or float16", checks.describe(value)
         raise TypeError(checks.message(function, argument, rule, got, remedy))
@@ -90,12 +92,14 @@ def _check_floats(function: str, argument: str, value: Any, remedy: str) -> None
 def _check_shape(
     function: str, argument: str, value: Any, shape: tuple[Any, ...], remedy: str
 ) -> None:
+    """Raises ValueError unless the array has this shape."""
     if value.shape != shape:
         rule, got = f"have shape {list(shape)}", checks.describe(value)
         raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def check_logits(function: str, logits: Any) -> None:
+    """Raises unless they are floats `[num_tokens, num_experts]` with at least one expert."""
     remedy = "Pass the gate's outputs, a row for each token."
     _check_floats(function, "logits", logits, remedy)
     if len(logits.shape) != 2 or logits.shape[1] == 0:

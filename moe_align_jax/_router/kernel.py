@@ -74,10 +74,12 @@ class _Layout(NamedTuple):
     num_groups: int
 
     def within(self, j: int) -> Int:
+        """Whether this lane holds an expert at place j: a group may have fewer than its lanes hold."""
         return (self.part * self.each + j < self.size) & (self.group < self.num_groups)
 
 
 def _layout(problem: RouteProblem, lane: Int) -> _Layout:
+    """Which experts each lane holds: where groups are limited, neighbouring lanes hold a group."""
     groups = problem.num_groups if problem.limits_groups else 1
     size = problem.num_experts // groups
     lanes = WARP >> (groups - 1).bit_length()
@@ -193,6 +195,7 @@ class Router:
         return expert if self.layout.whole else self.t.select(self.layout.within(j), expert, 0)
 
     def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
+        """An expert's word of a vector that begins at `start`; of 16-bit floats (`halves`) as float32."""
         if not halves:
             return self.t.load(ref, expert + start)
         # No word: the last one of an odd number of halves is not the caller's.
@@ -270,6 +273,8 @@ class Router:
         return keys
 
     def _id_in(self, key: Int) -> Int:
+        """The expert id in the low bits of a key, where it stands inverted: of equal values the lower id is
+        the greater key."""
         return self.id_mask - (key & self.id_mask)
 
     def _take_short(self, loaded: Loaded) -> Int:
@@ -325,6 +330,7 @@ class Router:
         )
 
     def _greatest(self, keys: list[Int]) -> Int:
+        """The greatest key of this lane, `_OUT` where it holds none."""
         best = keys[0]
         for j, key in enumerate(keys[1:], start=1):
             if not self.layout.whole:
@@ -335,9 +341,11 @@ class Router:
         return best
 
     def _greater(self, a: Int, b: Int) -> Int:
+        """The greater of two keys."""
         return self.t.select(b > a, b, a)
 
     def _lesser(self, a: Int, b: Int) -> Int:
+        """The lesser of two keys."""
         return self.t.select(b > a, a, b)
 
     def _powers(self, logits: list[Int], greatest: Int) -> list[Int]:

@@ -79,6 +79,7 @@ def _run(program: Any, choice: str, dtypes: list[str], operands: tuple[jax.Array
 
 
 def _route(problem: RouteProblem, choice: str, *operands: jax.Array) -> Any:
+    """`[weights, ids]` of a problem, each `[T, K]`, by the implementation `choice`."""
     if choice == "xla" or not problem.num_tokens:  # nothing to launch for
         return reference.route(problem, **dict(zip(problem.inputs, operands, strict=True)))
     from moe_align_jax._router import kernel
@@ -95,6 +96,7 @@ def _route(problem: RouteProblem, choice: str, *operands: jax.Array) -> Any:
 def _weights_tangent(
     problem: RouteProblem, logits: jax.Array, tangent: jax.Array, topk_ids: jax.Array
 ) -> jax.Array:
+    """The tangent of the weights, with the chosen ids as constants."""
     def weights(x):
         return reference.weights_of(problem, x, topk_ids)
 
@@ -114,6 +116,7 @@ def _jvp(primitive: Primitive, primals: Any, tangents: Any, problem: RouteProble
 
 
 def _abstract(logits, *rest, problem: RouteProblem, implementation: str | None):
+    """Shape and dtype of each result, for tracing."""
     del rest, implementation
     return [result_like(logits, *result) for result in problem.outputs.values()]
 
@@ -121,12 +124,14 @@ def _abstract(logits, *rest, problem: RouteProblem, implementation: str | None):
 def _implement(
     platform: str, ctx: Any, *, problem: RouteProblem, implementation: str | None
 ) -> Callable:
+    """The function of the operands that computes the router on this platform."""
     del ctx
     choice = choose(problem.name, problem, platform, implementation)
     return functools.partial(_route, problem, choice)
 
 
 def _batch(primitive: Primitive, operands: Any, dims: Any, **parameters: Any) -> list[jax.Array]:
+    """The rule of vmap: a batch's tokens are those of one longer problem, on each shard by itself."""
     call = functools.partial(_flat_batch, primitive, dims=dims, **parameters)
     return on_each_shard(call, operands, dims)
 
@@ -178,6 +183,7 @@ route_p = make_primitive(
 def _fused_abstract(
     logits, *rest, problem: RouteProblem, align: AlignProblem, implementation: str | None
 ):
+    """Shape and dtype of each result, for tracing."""
     del rest, implementation
     kinds = [*problem.outputs.values(), *((s, "int32") for s in align.outputs.values())]
     return [result_like(logits, *kind) for kind in kinds]
@@ -200,6 +206,7 @@ def _apart(
 def _fused(
     problem: RouteProblem, align: AlignProblem, choice: str, config: Any, *operands: jax.Array
 ) -> list[jax.Array]:
+    """`[weights, ids, *alignment]` of one launch for both."""
     from moe_align_jax._router import fused
 
     program = fused.build(problem, align, config)
@@ -226,6 +233,8 @@ def _implement_fused(
     align: AlignProblem,
     implementation: str | None,
 ) -> Callable:
+    """The function of the operands that routes and aligns on this platform, in one launch where that is
+    possible."""
     del ctx
     choice = choose("route_and_align", problem, platform, implementation)
     if config := fused_config(problem, align, choice):

@@ -71,6 +71,7 @@ class RouteProblem(NamedTuple):
 
     @property
     def group_size(self) -> int:
+        """Experts of a group."""
         return self.num_experts // self.num_groups
 
     @property

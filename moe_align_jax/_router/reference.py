@@ -26,6 +26,7 @@ def _scores(problem: RouteProblem, x: jax.Array) -> jax.Array:
 
 
 def _elementwise(problem: RouteProblem, x: jax.Array) -> jax.Array:
+    """The score of each logit, but for softmax, whose scores depend on all logits of a token."""
     if problem.scoring == "sigmoid":
         return jax.nn.sigmoid(x)
     if problem.scoring == GIVEN_SCORES:
@@ -82,6 +83,7 @@ def choose(problem: RouteProblem, logits: jax.Array, bias: jax.Array | None) -> 
 
 
 def _floored_sum(x: jax.Array) -> jax.Array:
+    """The sums that weights are divided by, `[T, 1]`: never 0."""
     return jnp.sum(x, axis=-1, keepdims=True) + _F32(SUM_FLOOR)
 
 
@@ -93,6 +95,7 @@ def _normalized(x: jax.Array) -> jax.Array:
 
 @_normalized.defjvp
 def _normalized_jvp(primals, tangents):
+    """The derivative of `_normalized`."""
     # Without the square of the sum, which is 0 in float32 where all are about 0.
     [x], [moved] = primals, tangents
     y, total = _normalized(x), _floored_sum(x)

@@ -91,6 +91,7 @@ def mismatch(
 
 
 def _scores(problem: RouteProblem, x: np.ndarray) -> np.ndarray:
+    """NumPy's scores of logits, in float64."""
     if problem.scoring == "softmax":
         power = np.exp(x - x.max(axis=1, keepdims=True))
         return power / power.sum(axis=1, keepdims=True)
@@ -114,6 +115,7 @@ def _in_groups(problem: RouteProblem, choice: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _weights(problem: RouteProblem, x: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> Any:
+    """NumPy's weights of the chosen ids."""
     weights = np.take_along_axis(x if problem.over_chosen else scores, ids, axis=1)
     if problem.over_chosen:
         weights = np.exp(weights - weights.max(axis=1, keepdims=True))

@@ -91,6 +91,8 @@ class Split:
         return arrays
 
     def body(self, t: Simt, r: SimpleNamespace) -> None:
+        """The kernel's body: the first warps choose the experts of a token each, the last warpgroup aligns
+        them."""
         problem = self.problem
         tid = t.thread_id()
         lane, warp = tid & (WARP - 1), tid >> 5
@@ -113,6 +115,14 @@ class Split:
         routes: Int,
         aligns: Int,
     ) -> None:
+        """With several CTAs: routers post their tokens' ids to the CTAs that align, then write the weights.
+
+        Args:
+            t, r: as of a body.
+            router, loaded: of this warp, with its token's logits under way.
+            token: the warp's.
+            routes, aligns: whether the warp has a token, whether it aligns.
+        """
         t.cluster_ready()
         with t.if_(routes):
             found = router.find(loaded)
@@ -140,6 +150,10 @@ class Split:
         routes: Int,
         aligns: Int,
     ) -> None:
+        """With one CTA: all routers set their tokens' bits in shared memory, then the last warpgroup aligns.
+
+        The arguments are those of `_in_a_cluster`.
+        """
         with t.if_(aligns):
             self._clear(t, r)
         t.block_sync()
@@ -183,6 +197,8 @@ class Split:
             self._set_bit(t, r, token, common.expert_of(t, r, self.align, loaded, limit))
 
     def _set_bit(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int) -> None:
+        """Notes that the token chose the expert, and counts it where counts are kept. Nothing of an expert of
+        -1."""
         with t.if_(expert >= 0):
             cell = expert
             if self.words > 1:

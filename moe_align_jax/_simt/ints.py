@@ -7,6 +7,7 @@ from moe_align_jax._simt.jumps import BodyError
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:
+    """Raises `BodyError`: Python would take one answer for all threads."""
     raise BodyError(f"kernel body: {what} must not be used on a value of the threads. {remedy}")
 
 
@@ -25,7 +26,15 @@ class Int(abc.ABC):
     """
 
     @abc.abstractmethod
-    def _binary(self, name: str, other: "Int | int", reverse: bool = False) -> "Int": ...
+    def _binary(self, name: str, other: "Int | int", reverse: bool = False) -> "Int":
+        """`self name other`, or with `reverse` `other name self`, for each thread.
+
+        Args:
+            name: "add", "sub", "mul", "udiv", "urem", "and", "or", "xor", "shl", "shr"; of comparisons "eq",
+                "ne", "slt", "sle", "sgt", "sge", "ult".
+            other: a value, or a static int.
+            reverse: whether `other` is the left operand.
+        """
 
     # -- the same for signed and unsigned
 
@@ -58,9 +67,11 @@ class Int(abc.ABC):
         return self._binary("shl", other)
 
     def eq(self, other):
+        """Whether both are equal, for each thread."""
         return self._binary("eq", other)
 
     def ne(self, other):
+        """Whether both differ, for each thread."""
         return self._binary("ne", other)
 
     # -- signed

@@ -94,6 +94,7 @@ class Core(abc.ABC):
         return self._watched(self._for_range(start, stop, step))
 
     def _watched(self, loop: Iterator[Int]) -> Iterator[Int]:
+        """The iterations of a loop; notes it when the body leaves the loop before its end."""
         ended = False
         try:
             yield from loop
@@ -337,6 +338,7 @@ class Kernel:
 
     @property
     def num_threads(self) -> int:
+        """Threads of a CTA."""
         return self.num_warpgroups * WARPGROUP
 
     @property

@@ -30,10 +30,12 @@ _BINARY = {
 
 
 def i32() -> ir.Type:
+    """MLIR's type int32."""
     return ir.IntegerType.get_signless(32)
 
 
 def value_of(x: "Int | int") -> ir.Value:
+    """A value, or a static int, as an i32 of MLIR; an int from 2**31 on keeps its bits."""
     if isinstance(x, MlirInt):
         return x.value
     x = int(x)  # type: ignore[arg-type]
@@ -41,6 +43,7 @@ def value_of(x: "Int | int") -> ir.Value:
 
 
 def index_of(x: "Int | int") -> ir.Value:
+    """A value, or a static int, as MLIR's index."""
     return arith.index_cast(ir.IndexType.get(), value_of(x))
 
 
@@ -69,11 +72,13 @@ class Ref:
     staged: str = ""  # the name of an array in a window
 
     def indices(self, index: Any) -> list[ir.Value]:
+        """An index of the ref, one value or a tuple of them, as MLIR's indices of the memref."""
         if isinstance(index, tuple):
             return [index_of(i) for i in index]
         return [index_of(index + self.offset if self.offset else index)]
 
     def pointer(self, index: Int | int) -> ir.Value:
+        """The address of a word."""
         element = ir.MemRefType(self.memref.type).element_type
         base = mgpu_utils.memref_ptr(self.memref)
         at = index + self.offset if self.offset else index
@@ -81,6 +86,7 @@ class Ref:
 
 
 def shuffle(value: ir.Value, lane: ir.Value, clamp: int, kind: nvvm.ShflKind) -> MlirInt:
+    """The value that another lane has: `shfl.sync` of that kind, with its operands `lane` and `clamp`."""
     mask = value_of(FULL_MASK)
     if next(iter(inspect.signature(nvvm.shfl_sync).parameters)) == "thread_mask":  # jax >= 0.12
         return MlirInt(nvvm.shfl_sync(mask, value, lane, value_of(clamp), kind, results=[i32()]))

@@ -118,6 +118,7 @@ class MosaicSimt(Simt):
         self._store_words(ref, index, value)
 
     def _store_words(self, ref: Ref, index: Int | int, values: tuple[Int, ...]) -> None:
+        """Stores two or four words at once, at an index that is a multiple of their number."""
         words = llvm.mlir_undef(ir.VectorType.get((len(values),), i32()))
         for k, value in enumerate(values):
             words = llvm.insertelement(words, value_of(value), value_of(k))
@@ -221,6 +222,7 @@ class MosaicSimt(Simt):
         return MlirInt(asm)
 
     def _over_warp(self, operation: str, value: Int) -> Int:
+        """A reduction over the warp's 32 lanes, by `redux.sync`."""
         code = f"redux.sync.{operation}.s32 $0, $1, 0xffffffff;"
         return MlirInt(
             llvm.inline_asm(i32(), [value_of(value)], code, "=r,r", has_side_effects=True)
@@ -258,6 +260,7 @@ class MosaicSimt(Simt):
         order_asm("barrier.cluster.arrive.relaxed.aligned;")
 
     def _shared_address(self, ref: Ref | None, index: Int | int) -> ir.Value:
+        """The address of a word of shared memory, as int32."""
         assert ref is not None  # the kernel has a mailbox
         return llvm.ptrtoint(i32(), ref.pointer(index))
 
@@ -357,6 +360,7 @@ class MosaicSimt(Simt):
         ]
 
     def _grid_control(self, instruction: str) -> None:
+        """Emits an instruction of programmatic dependent launch, in a kernel that is launched so."""
         # Without PDL nothing: so XLA launches (measured: PDL gives nothing in its CUDA graphs).
         if self._pdl:
             order_asm(instruction)
@@ -393,6 +397,7 @@ class WindowedMosaic(Windowed, MosaicSimt):
         return self.staged(ref.staged, rank)
 
     def _address(self, offset: Int | int, place: Int | None = None) -> ir.Value:
+        """The address of a word of a window: this device's, or that of the device at a place."""
         where = self._place if place is None else place
         return address_of(self._window.address, (where, self._window.num_bytes), (offset, 4))
 

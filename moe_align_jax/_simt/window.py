@@ -66,6 +66,7 @@ class Window:
 
     @property
     def half_words(self) -> int:
+        """Words of a half, which kernels use in turn."""
         return (self.num_bytes // 4 - DATA) // 2 // _ALIGNED * _ALIGNED
 
 
@@ -144,7 +145,7 @@ class Windowed(Simt):
     def device_wait(self) -> None:
         lane = self.thread_id() & (WARP - 1)
         with self.if_(lane < self._group.count):
-            # mutant: nobody is waited for
+            # mutant: no device is waited for
             self._watch(self._flag(lane), self._epoch)
         self.warp_sync()
 
@@ -160,6 +161,7 @@ class Windowed(Simt):
         return (self._half * MAX_RANKS + rank) * MAX_CTAS + self.cta_id() + FLAGS
 
     def _mail(self, index: Int | int) -> Int:
+        """The offset of a word of the inbox: in the half of this epoch, two words each."""
         return (self._half * MAX_INBOX + index) * 2 + INBOX
 
     # -- of the backend

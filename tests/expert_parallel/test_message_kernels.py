@@ -178,13 +178,13 @@ MUTANTS = (
     _mutant(
         "unpack",
         "a row past the box's room is written",
-        "return t.select(place <= room, expert * room + place, -1)",
+        "return t.select(place <= rows_per_expert, expert * rows_per_expert + place, -1)",
         "wrong",
     ),
     _mutant(
         "unpack",
         "an unused row says that it is pair 0's",
-        "t.store(r.pair_of_row, expert * room + place, 0)",
+        "t.store(r.pair_of_row, expert * rows_per_expert + place, 0)",
         "wrong",
     ),
     _mutant("unpack", "an expert of another rank is kept", "here = found >= 0", "wrong"),

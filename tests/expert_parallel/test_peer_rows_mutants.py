@@ -24,7 +24,7 @@ MUTANTS = (
     _mutant("places are read before all warps have counted", "pass"),
     _mutant("peers are not told of the rows", BLOCK_SYNC, kills="DivergentBarrier"),
     _mutant(
-        "ids that are nobody's here are not put",
+        "ids of other ranks' experts are not put",
         "t.put(rank, at, t.select(here, local + _FIRST_ID, 0))",
         kills="Undefined",
     ),
@@ -42,12 +42,12 @@ MUTANTS = (
     _mutant("a warp's counts are those of the first warp", "t.store(self.r.totals, number, total)"),
     _mutant(
         "a row past the box's room is written",
-        "row = t.select(at <= room, expert * room + at, -1)",
+        "row = t.select(at <= rows_per_expert, expert * rows_per_expert + at, -1)",
         kills="wrong",
     ),
     _mutant(
         "the first row that is not in use is not cleared",
-        "first, end = (expert * room + used + 1) * field.words, (expert + 1) * room * field.words",
+        "first = (expert * rows_per_expert + used + 1) * field.words",
         kills="UnwrittenOutput",
     ),
     _mutant(
@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     _mutant(
         "an unused row says that it is pair 0's",
-        "t.store(r.pair_of_row, expert * room + place, 0)",
+        "t.store(r.pair_of_row, expert * rows_per_expert + place, 0)",
         kills="wrong",
     ),
 )

@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(WINDOW, "tickets are not taken back", "pass", "wrong"),
     Mutant(WINDOW, "the epoch stays", "pass", "wrong"),
-    Mutant(WINDOW, "nobody is waited for", "pass", "wrong"),
+    Mutant(WINDOW, "no device is waited for", "pass", "wrong"),
     Mutant(
         WINDOW,
         "a word is put without its epoch",

@@ -366,11 +366,15 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.nvlink_kernels",
+        "moe_align_jax._expert_parallel.row_words",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._expert_parallel.e4m3": {
         "moe_align_jax._core.fp8",
+        "moe_align_jax._simt.language",
+    },
+    "moe_align_jax._expert_parallel.row_words": {
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._expert_parallel.message_kernels": {
@@ -379,6 +383,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.int32",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.message_kernels",
+        "moe_align_jax._expert_parallel.row_words",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },
@@ -909,6 +914,78 @@ def test_importing_and_calling_the_library_never_imports_torch():
 def test_module_says_what_it_is(module):
     source = MODULES[module].read_text()
     assert ast.get_docstring(ast.parse(source)), "no module docstring"
+
+
+# Where kernels are: their bodies, what these are made of, and what launches and replaces them.
+KERNELS = (
+    "moe_align_jax._align.kernels",
+    "moe_align_jax._align.vllm",
+    "moe_align_jax._expert_parallel.e4m3",
+    "moe_align_jax._expert_parallel.message_kernels",
+    "moe_align_jax._expert_parallel.nvlink_kernels",
+    "moe_align_jax._expert_parallel.row_words",
+    "moe_align_jax._grouped_matmul",
+    "moe_align_jax._layout.kernels",
+    "moe_align_jax._masked_quant",
+    "moe_align_jax._router",
+    "moe_align_jax._simt",
+)
+
+
+def undocumented(sources: dict[str, str]) -> set[str]:
+    """Functions, methods and classes that do not say what they are, as `module.name`.
+
+    A method may leave it to the class that it inherits from. Functions within functions, and what Python
+    names (`__init__`), need no words.
+    """
+    found, said, bases = set(), {}, {}
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                own = {n.name for n in node.body if isinstance(n, ast.FunctionDef) if _says(n)}
+                said.setdefault(node.name, {})[module] = own
+                bases[module, node.name] = [ast.unparse(b).rpartition(".")[2] for b in node.bases]
+
+    def inherits(module: str, name: str, method: str) -> bool:
+        for base in bases[module, name]:
+            # A class of the same module, or the only ones of that name.
+            owners = [module] if module in said.get(base, {}) else said.get(base, {})
+            if any(method in said[base][m] or inherits(m, base, method) for m in owners):
+                return True
+        return False
+
+    for module, source in sources.items():
+        for node in ast.parse(source).body:
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            for each in (node, *members):
+                if not isinstance(each, (ast.FunctionDef, ast.ClassDef)) or _says(each):
+                    continue
+                if each is node:
+                    found.add(f"{module}.{each.name}")
+                elif not each.name.startswith("__") and not inherits(module, node.name, each.name):
+                    found.add(f"{module}.{node.name}.{each.name}")
+    return found
+
+
+def _says(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    return ast.get_docstring(node) is not None
+
+
+def test_each_function_of_the_kernels_says_what_it_takes_and_gives():
+    of_kernels = {m: text for m, text in sources().items() if any(under(m, k) for k in KERNELS)}
+    assert len(of_kernels) > 70 and undocumented(of_kernels) == set()
+
+
+def test_undocumented_functions_are_found():
+    """Its own words, or those of a class that it inherits from: of its module, or imported."""
+    first = "class A:\n    'a'\n    def f(self):\n        'f'\n    def g(self): pass\n"
+    second = "import p\nclass B(p.A):\n    'b'\n    def __init__(self): pass\n    def f(self): pass\n"
+    second += "    def g(self): pass\n    def h(self):\n        'h'\n        def i(): pass\n"
+    assert undocumented({"p": first, "q": second}) == {"p.A.g", "q.B.g"}
+    assert undocumented({"p": first, "q": f"{second}class A: pass\n"}) == {
+        *("p.A.g", "q.A", "q.B.g", "q.B.f"),
+    }
+    assert undocumented({"p": "def f(): pass\ndef _g(): pass\nx = lambda: 1\n"}) == {"p.f", "p._g"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not under(m, "benchmarks")])

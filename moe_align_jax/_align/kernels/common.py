@@ -223,6 +223,7 @@ def block_label(
 
 
 def padded(count: Int, block_size: int) -> Int:
+    """`count` rounded up to a multiple of the block: the rows that an expert of so many pairs takes."""
     return (count + (block_size - 1)) // block_size * block_size
 
 

@@ -35,10 +35,12 @@ class Partition:
 
     @property
     def threads(self) -> int:
+        """Threads of a CTA."""
         return self.num_warpgroups * WARPGROUP
 
     @property
     def num_warps(self) -> int:
+        """Warps of a CTA."""
         return self.threads // WARP
 
     @property
@@ -48,6 +50,7 @@ class Partition:
 
     @property
     def tiles(self) -> int:
+        """Tiles of a CTA: with those of all CTAs they hold all pairs."""
         return -(-self.num_pairs // (self.tile * self.num_ctas))
 
     def tiles_of(self, num_pairs: Int | int) -> Int | int:
@@ -247,6 +250,7 @@ class HistogramSums:
         return row, row < self._layout.num_rows
 
     def _there(self, column: Int, group: Int | int) -> Int:
+        """Whether there are such a column and group: the last round of a CTA may go past the end."""
         there = column < self._layout.words
         return there if isinstance(group, int) else there & (group < self._groups)
 
@@ -273,6 +277,13 @@ class HistogramSums:
             self._add(k, self._load(k), before, totals)
 
     def _add(self, round_: Int | int, words: list[Int], before: str, totals: str) -> None:
+        """Adds the words of a round to the sums in shared memory.
+
+        Args:
+            round_: its number.
+            words: loaded ones, one per row of this thread's group.
+            before, totals: names of the sums over the clusters before this one, and over all.
+        """
         t, partition = self._t, self._layout
         column, group = self._place(round_)
         my_row = t.cta_id() >> (partition.cluster.bit_length() - 1)

@@ -44,6 +44,7 @@ class Columns:
         return t.select(expert >= 0, column, -1)
 
     def expert(self, column: Int) -> Int:
+        """The expert whose counts stand in a column: the inverse of `of`."""
         if self.per_thread == 1:
             return column
         return column % self.run * self.per_thread + column // self.run
@@ -108,9 +109,12 @@ class Placer:
     # -- the pairs of this CTA alone
 
     def first_of(self, tile: Int | int) -> Int:
+        """The first pair of this CTA's tile of that number."""
         return self.cta * (self.tiles * self.partition.tile) + tile * self.partition.tile
 
     def read_tile(self, first: Int) -> list[Int]:
+        """Loads the experts of this thread's pairs of the tile that starts at pair `first`: -1 for a dropped
+        pair."""
         t, r, problem = self.t, self.r, self.problem
         self.limit = common.pair_limit(t, r, problem)
         return [
@@ -119,6 +123,7 @@ class Placer:
         ]
 
     def clear_histogram(self) -> None:
+        """Zeros to the histograms of all warps."""
         words = self.partition.num_warps * self.columns.stride
         collectives.fill(
             self.t, self.r.histogram, 0, words, self.tid, self.partition.threads, vector=True
@@ -141,6 +146,8 @@ class Placer:
         return [self.my_columns[k] + w * stride for w in range(self.partition.num_warps)]
 
     def count(self, tile: Tile) -> Tile:
+        """The tile with `counts`, sums over the warps' histograms; with `by_warp` where registers hold the
+        parts."""
         t = self.t
         zero, words = (
             t.const(0),
@@ -230,6 +237,7 @@ class Placer:
         return starts, in_use
 
     def _write_row(self, row: Int, pair: Int, column: Int) -> None:
+        """Writes a pair to its row; a block's first row also names the block's expert, that of `column`."""
         self.t.store(self.r.sorted_token_ids, row, pair)
         common.name_block(self.t, self.r, self.problem, row, self.columns.expert(column))
 
@@ -238,6 +246,10 @@ class Placer:
         return (self._scatter_sorted if self.local_sort else self._scatter_unsorted)(tile, starts)
 
     def _scatter_unsorted(self, tile: Tile, starts: list[Int]) -> list[Int]:
+        """Writes a tile's pairs straight to their rows, which begin at `starts` for this thread's experts.
+
+        Gives the counts of these experts in the tile.
+        """
         t = self.t
         counts = [self._spread(tile, k, start) for k, start in enumerate(starts)]
         # mutant: places are read before they are written
@@ -250,6 +262,8 @@ class Placer:
         return counts
 
     def _scatter_sorted(self, tile: Tile, starts: list[Int]) -> list[Int]:
+        """As `_scatter_unsorted`, of a tile that is sorted in shared memory: neighbouring threads write
+        neighbouring rows."""
         t, r = self.t, self.r
         assert tile.counts is not None and tile.local_starts is not None and tile.kept is not None
         for k, (start, local) in enumerate(zip(starts, tile.local_starts, strict=True)):
@@ -280,6 +294,7 @@ class Placer:
         return tile.counts
 
     def _write_inverse(self, pair: Int, word: Int, row: Int) -> None:
+        """Writes the row of a pair, or -1 of a dropped one (`word` negative), where it is asked for."""
         common.write_inverse(self.t, self.r, self.problem, self.sizes, pair, word, row)
 
     def fill(self, in_use: Int) -> None:
@@ -316,6 +331,7 @@ class Placer:
 
 
 def partition_of(problem: AlignProblem, config: BlockAlignMosaicConfig) -> counting.Partition:
+    """How the kernels cut up the pairs of a problem, with the sizes of that configuration."""
     return counting.Partition(
         num_pairs=problem.num_pairs,
         num_bins=problem.num_experts,

@@ -57,6 +57,7 @@ def _begin(t: Simt, is_first: bool) -> None:
 
 
 def _received(problem: ReceivedProblem, inner: Program) -> Program:
+    """The kernels of the alignment `inner`, on refs that stand for what DeepEP received."""
     given, results = problem.inputs, problem.outputs
     built = []
     for kernel in inner.kernels:
@@ -118,6 +119,7 @@ def _of_received(problem: ReceivedProblem, kernel: Kernel, is_first: bool) -> An
 
 
 def _adapters(problem: AdaptersProblem, inner: Program) -> Program:
+    """The kernels of the alignment `inner`, each once more for every adapter, in one grid."""
     own = problem.inputs
     built, between = [], {}
     for kernel in inner.kernels:

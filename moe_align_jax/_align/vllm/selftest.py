@@ -92,6 +92,7 @@ def example(problem: ReceivedProblem | AdaptersProblem, n: int, seed: int) -> Ex
 
 
 def _received(problem: ReceivedProblem, n: int, capacity: int, rng: Any) -> Example:
+    """An example of n pairs with what NumPy makes of it: ids out of range, tokens that did not come."""
     experts, first = problem.num_experts, 7
     bound = max(1, experts - 1)  # the last one lies beyond the global experts
     ids = rng.integers(-2, experts + 1, n)
@@ -122,6 +123,7 @@ def _received(problem: ReceivedProblem, n: int, capacity: int, rng: Any) -> Exam
 
 
 def _adapters(problem: AdaptersProblem, n: int, capacity: int, rng: Any) -> Example:
+    """An example of n pairs with what NumPy makes of it: adapters that are not in use, tokens without one."""
     adapters, experts = problem.num_adapters, problem.num_experts
     ids = rng.integers(-2, experts + 2, n).astype(np.int64 if problem.id_words == 2 else np.int32)
     mapping = rng.integers(-1, adapters, n // problem.top_k).astype(np.int32)

@@ -59,23 +59,29 @@ class PartOfGrid:
         return getattr(self._t, name)
 
     def cta_id(self) -> Int:
+        """Index of the CTA within its part."""
         return self._t.cta_id() - self._first
 
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
+        """Sends values to the mailbox of a CTA of the same part, counted within it."""
         self._t.post(cta + self._first, index, *values)
 
     def grid_dependency_wait(self) -> None:
+        """Waits for the kernels before this one, unless the kernel around the body has."""
         if not self._waited:
             self._t.grid_dependency_wait()
 
     def launch_dependents(self) -> None:
+        """Lets the next kernel start, unless the kernel around the body has."""
         if not self._waited:
             self._t.launch_dependents()
 
     def launch_value(self, ref: Any) -> Int:
+        """A value that the launch gives, or its stand-in's first word."""
         return self.load(ref, 0) if isinstance(ref, Computed) else self._t.launch_value(ref)
 
     def load(self, ref: Any, index: Any) -> Int:
+        """The word at an index of a ref; where the ref stands for another, computed or read there."""
         if isinstance(ref, Computed):
             assert ref.word is not None
             return ref.word(index)
@@ -84,6 +90,7 @@ class PartOfGrid:
         return self._t.load(ref, index)
 
     def load4(self, ref: Any, index: Int | int) -> tuple[Int, ...]:
+        """Four neighbouring words: in one load, unless a part of a ref does not start at a multiple of 4."""
         if not isinstance(ref, Further):
             return self._t.load4(ref, index)
         if ref.whole:
@@ -91,6 +98,7 @@ class PartOfGrid:
         return tuple(self._t.load(ref.ref, ref.start + index + k) for k in range(4))
 
     def store(self, ref: Any, index: Any, value: Int | int) -> None:
+        """Stores a word at an index of a ref, or gives it to the function that stands for the ref."""
         if isinstance(ref, Computed):
             assert ref.put is not None
             ref.put(index, value)
@@ -103,6 +111,7 @@ class PartOfGrid:
                 self._t.store(ref.ref, ref.start + index, value)
 
     def store4(self, ref: Any, index: Int | int, value: Any) -> None:
+        """Stores four words, or one word four times, at an index that is a multiple of 4."""
         if not isinstance(ref, Further):
             self._t.store4(ref, index, value)
         elif ref.whole:

@@ -6,12 +6,12 @@ makes some nine kernels of the same (quantise, pack, repeat, unpack, align, copy
 launches, or records anew where a buffer has moved.
 """
 
-from moe_align_jax._expert_parallel.message_kernels.problems import Field as Field
 from moe_align_jax._expert_parallel.message_kernels.problems import Message as Message
 from moe_align_jax._expert_parallel.message_kernels.problems import Pack as Pack
 from moe_align_jax._expert_parallel.message_kernels.problems import Unpack as Unpack
 from moe_align_jax._expert_parallel.message_kernels.problems import quantised as quantised
 from moe_align_jax._expert_parallel.message_kernels.problems import unsupported as unsupported
+from moe_align_jax._expert_parallel.row_words import Field as Field
 from moe_align_jax._simt.language import Kernel
 
 

@@ -8,13 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._core.fp8 import GROUP
-from moe_align_jax._expert_parallel import e4m3
+from moe_align_jax._expert_parallel import e4m3, row_words
 from moe_align_jax._expert_parallel.message_kernels import rows
-from moe_align_jax._expert_parallel.message_kernels.problems import Pack, words
+from moe_align_jax._expert_parallel.message_kernels.problems import Pack
+from moe_align_jax._expert_parallel.row_words import Piece, words
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 
 def build(problem: Pack) -> Kernel:
+    """The kernel that writes the messages.
+
+    Takes `problem.inputs`: `topk_ids`, `weights` and `field0`, `field1`, ...; gives `message`.
+    Words of a message that belong to no field are not written.
+    """
     message = problem.message
     return Kernel(
         name="moe_pack",
@@ -29,11 +35,14 @@ def build(problem: Pack) -> Kernel:
 
 
 class _Body:
+    """What a CTA does, for one unit after the other: a token, or a part of its row."""
+
     def __init__(self, t: Simt, r: SimpleNamespace, problem: Pack):
         self.t, self.r, self.problem, self.message = t, r, problem, problem.message
         self.thread = t.thread_id()
 
     def run(self) -> None:
+        """Packs the units of my CTA."""
         t, units = self.t, self.message.num_tokens * self.problem.parts
         t.grid_dependency_wait()
         if units == t.num_ctas:
@@ -43,10 +52,11 @@ class _Body:
                 self.pack(unit)
 
     def pack(self, unit: Int) -> None:
+        """Writes a unit's part of its token's messages to all ranks; the first part also ids and weights."""
         t, r, message, parts = self.t, self.r, self.message, self.problem.parts
         token = unit // parts if parts > 1 else unit
         part = unit - token * parts
-        batches = rows.batches(rows.pieces(t, self.problem.given, part, parts))
+        batches = row_words.batches(rows.pieces(t, self.problem.given, part, parts))
         # All loads first: none waits for another.
         held = self.load(batches[0], token)
         mine = self.thread < message.top_k
@@ -73,22 +83,24 @@ class _Body:
         for rank in self.t.for_range(0, self.message.num_ranks):
             yield rank, (rank * self.message.num_tokens + token) * self.message.words
 
-    def load(self, batch: list[rows.Piece], token: Int) -> list[Any]:
+    def load(self, batch: list[Piece], token: Int) -> list[Any]:
+        """Loads my moves of a token's row: a value for each piece of the batch."""
         given = self.problem.given
         return [
             rows.load(self.t, getattr(self.r, f"field{p.field}"), p, token * given[p.field].words)
             for p in batch
         ]
 
-    def copy(self, batch: list[rows.Piece], held: list[Any], token: Int) -> None:
+    def copy(self, batch: list[Piece], held: list[Any], token: Int) -> None:
+        """Stores the loaded values of a batch into the token's message to each rank."""
         t, message = self.t, self.message
         for _, row in self.copies(token):
             for piece, value in zip(batch, held, strict=True):
                 # mutant: a row ends one move late
                 with t.if_(piece.inside):
-                    rows.store(t, self.r.message, piece, row + message.starts[piece.field], value)
+                    row_words.store(t, self.r.message, piece, row + message.starts[piece.field], value)
 
-    def quantise(self, batch: list[rows.Piece], held: list[Any], token: Int) -> None:
+    def quantise(self, batch: list[Piece], held: list[Any], token: Int) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
         t, r, message = self.t, self.r, self.message
         lane = self.thread & (WARP - 1)

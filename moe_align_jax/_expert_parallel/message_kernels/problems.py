@@ -8,44 +8,20 @@ D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e
 """
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._expert_parallel.row_words import FLOAT32, INT32, VECTOR, Array, Field, words
 
-INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
 WARP, THREADS = 32, 128
 MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
-_VECTOR = 4  # words
-
-type Array = tuple[tuple[int, ...], Any]  # shape, dtype
-
-
-class Field(NamedTuple):
-    """What a row has of one array: so many columns, whose bytes are a multiple of 4."""
-
-    columns: int
-    dtype: Any
-
-    @property
-    def words(self) -> int:
-        return self.columns * self.dtype.itemsize // 4
-
-    @property
-    def width(self) -> int:
-        """Words that a thread moves at once."""
-        return 1 if self.words % _VECTOR else _VECTOR
-
-    @property
-    def units(self) -> int:
-        """Moves of a row."""
-        return self.words // self.width
 
 
 class Message(NamedTuple):
@@ -64,12 +40,13 @@ class Message(NamedTuple):
 
     @property
     def fields(self) -> tuple[Field, ...]:
+        """All that a row has, in order: the payload, the weights, the ids."""
         return (*self.payload, Field(self.top_k, FLOAT32), Field(self.top_k, INT32))
 
     @property
     def starts(self) -> tuple[int, ...]:
         """The first word of each field, and W."""
-        lengths = (-(-field.words // _VECTOR) * _VECTOR for field in self.fields)
+        lengths = (-(-field.words // VECTOR) * VECTOR for field in self.fields)
         return tuple(itertools.accumulate(lengths, initial=0))
 
     @property
@@ -79,7 +56,7 @@ class Message(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether some of the W words are nobody's."""
+        """Whether some of the W words belong to no field."""
         return self.words > sum(field.words for field in self.fields)
 
     @property
@@ -94,12 +71,13 @@ class Message(NamedTuple):
 
     @property
     def array(self) -> Array:
+        """Shape and dtype of a message."""
         return (self.num_ranks, self.num_tokens, self.words), INT32
 
 
 class Pack(NamedTuple):
-    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` is nobody's), `weights [T, K]`
-    float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` names no expert),
+    `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`.
 
     Attributes:
         message: its rows.
@@ -111,6 +89,7 @@ class Pack(NamedTuple):
 
     @property
     def given(self) -> tuple[Field, ...]:
+        """The fields of the arrays that are given."""
         return _given(self.message, self.quantise)
 
     @property
@@ -120,10 +99,12 @@ class Pack(NamedTuple):
 
     @property
     def num_ctas(self) -> int:
+        """CTAs of the grid: each takes a unit or more."""
         return min(self.message.num_tokens * self.parts, _MAX_CTAS)
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each input, in order."""
         tokens, pairs = self.message.num_tokens, (self.message.num_tokens, self.message.top_k)
         named = {"topk_ids": (pairs, INT32), "weights": (pairs, FLOAT32)}
         for number, field in enumerate(self.given):
@@ -132,6 +113,7 @@ class Pack(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of the result."""
         return {"message": self.message.array}
 
 
@@ -142,37 +124,41 @@ class Unpack(NamedTuple):
     `topk_ids [R, K]` int32, global (an id of another rank's expert, or of none, is left out); `pair_weights
     [R, K]` float32; and a `[R, c]` array for each field of the payload.
 
-    Gives `boxes [e, room, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
-    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`; and `weights` and `ids`, each
+    Gives `boxes [e, M, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, M]`; and `weights` and `ids`, each
     `[R, K]`. Rows of a box from `masked_m` on are not written.
 
     Attributes:
         message: the rows, as they are or would be in a message.
-        room: rows of a box.
+        rows_per_expert: M, the rows of a box.
         gathered: whether no kernel has packed them.
         quantise: of gathered rows: whether the one array given, bfloat16, becomes the payload's e4m3 codes
             and float32 scales.
     """
 
     message: Message
-    room: int
+    rows_per_expert: int
     gathered: bool = False
     quantise: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
+        """The fields of the rows that came."""
         return _given(self.message, self.quantise)
 
     @property
     def parts(self) -> int:
+        """CTAs that a row is cut for."""
         return _parts(self.message.num_rows, self.given)
 
     @property
     def num_ctas(self) -> int:
+        """CTAs of the grid: each takes a unit or more."""
         return min(self.message.num_rows * self.parts, _MAX_CTAS)
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each input, in order."""
         if not self.gathered:
             return {"message": self.message.array}
         rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)
@@ -187,16 +173,17 @@ class Unpack(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each result, in order."""
         experts, pairs = self.message.num_local_experts, (self.message.num_rows, self.message.top_k)
         boxes: dict[str, Array] = {
-            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            f"boxes{number}": ((experts, self.rows_per_expert, field.columns), field.dtype)
             for number, field in enumerate(self.message.payload)
         }
         return boxes | {
             "masked_m": ((experts,), INT32),
             "tokens_per_expert": ((experts,), INT32),
             "row_of_pair": (pairs, INT32),
-            "pair_of_row": ((experts, self.room), INT32),
+            "pair_of_row": ((experts, self.rows_per_expert), INT32),
             "weights": (pairs, FLOAT32),
             "ids": (pairs, INT32),
         }
@@ -237,11 +224,6 @@ def unsupported(*problems: Pack | Unpack) -> str | None:
     if message.num_pairs > MAX_PAIRS:
         return f"every CTA compares all pairs, at most {MAX_PAIRS}"
     arrays = [a for p in problems for a in (*p.inputs.values(), *p.outputs.values())]
-    if max(int(np.prod(s)) * np.dtype(d).itemsize // 4 for s, d in arrays) > INT32_MAX:
+    if max(map(words, arrays)) > INT32_MAX:
         return "the kernels count words in int32"
     return None
-
-
-def words(array: Array) -> int:
-    shape, dtype = array
-    return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4

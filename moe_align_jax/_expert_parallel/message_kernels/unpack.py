@@ -15,13 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._core.fp8 import GROUP
-from moe_align_jax._expert_parallel import e4m3
+from moe_align_jax._expert_parallel import e4m3, row_words
 from moe_align_jax._expert_parallel.message_kernels import rows
-from moe_align_jax._expert_parallel.message_kernels.problems import (
-    THREADS,
-    Unpack,
-    words,
-)
+from moe_align_jax._expert_parallel.message_kernels.problems import THREADS, Unpack
+from moe_align_jax._expert_parallel.row_words import Piece, words
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
@@ -30,6 +27,11 @@ _TARGETS_AHEAD = 8
 
 
 def build(problem: Unpack) -> Kernel:
+    """The kernel that fills the boxes.
+
+    Takes `problem.inputs`: `message`, or the gathered arrays; gives `boxes0`, `boxes1`, ..., the fields of
+    the layout, `weights` and `ids`. Rows of a box that are not in use are not written.
+    """
     message = problem.message
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
@@ -70,6 +72,7 @@ class _Body:
         return self.r.message, row * self.message.words + self.message.starts[-2] + k
 
     def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        """(array, word) of the weight of a row's pair k."""
         return self.r.message, row * self.message.words + self.message.starts[-3] + k
 
     def field(self, number: int, row: Int) -> tuple[Any, Int]:
@@ -86,6 +89,7 @@ class _Body:
         return weight
 
     def run(self) -> None:
+        """Unpacks the units of my CTA: rows, or parts of rows."""
         t, units = self.t, self.message.num_rows * self.problem.parts
         t.grid_dependency_wait()
         self.begin()
@@ -104,7 +108,7 @@ class _Body:
         t, message, parts = self.t, self.message, self.problem.parts
         row = unit // parts if parts > 1 else unit
         part = unit - row * parts
-        batches = rows.batches(rows.pieces(t, self.problem.given, part, parts))
+        batches = row_words.batches(rows.pieces(t, self.problem.given, part, parts))
         # All loads first: none waits for another.
         held = self.load(batches[0], row)
         mine = self.lane < message.top_k
@@ -166,11 +170,12 @@ class _Body:
 
     def find(self, expert: Int, kept: Int) -> Int:
         """The row in the boxes of lane k's pair, -1 for none."""
-        t, room, top_k = self.t, self.problem.room, self.message.top_k
+        t, rows_per_expert, top_k = self.t, self.problem.rows_per_expert, self.message.top_k
         lane = t.select(kept, self.lane, 0)
-        place = collectives.value_if(t, kept, lambda: self.sum(self.r.places, lane, top_k), room)
+        count = lambda: self.sum(self.r.places, lane, top_k)  # noqa: E731
+        place = collectives.value_if(t, kept, count, rows_per_expert)
         # mutant: a row past the box's room is written
-        return t.select(place < room, expert * room + place, -1)
+        return t.select(place < rows_per_expert, expert * rows_per_expert + place, -1)
 
     def sum(self, ref: Any, at: Int, stride: int) -> Int:
         """Of what the warps have counted."""
@@ -182,7 +187,8 @@ class _Body:
     def lay_out_experts(self, held: Held) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use. All threads
         meet here: what the warps counted before can be read afterwards."""
-        t, r, room, count = self.t, self.r, self.problem.room, self.message.num_local_experts
+        t, r, count = self.t, self.r, self.message.num_local_experts
+        rows_per_expert = self.problem.rows_per_expert
         for number in t.for_range(0, self.experts):
             expert = self.cta + number * t.num_ctas
             with t.if_(expert < count):
@@ -197,14 +203,23 @@ class _Body:
                 total = self.sum(r.totals, number, self.experts)
                 with t.if_(self.thread.eq(0)):
                     t.store(r.tokens_per_expert, expert, total)
-                    t.store(r.masked_m, expert, t.select(total < room, total, room))
-                for place in t.for_range(total + self.thread, room, THREADS):
+                    used = t.select(total < rows_per_expert, total, rows_per_expert)
+                    t.store(r.masked_m, expert, used)
+                for place in t.for_range(total + self.thread, rows_per_expert, THREADS):
                     # mutant: an unused row says that it is pair 0's
-                    t.store(r.pair_of_row, expert * room + place, self.message.num_pairs)
+                    t.store(r.pair_of_row, expert * rows_per_expert + place, self.message.num_pairs)
 
     def lay_out(
         self, row: Int, part: Int, mine: Int, expert: Int, weight: Int, target: Int
     ) -> None:
+        """Writes what the layout has of a row's pairs, a lane each; one warp of the row's first part does.
+
+        Args:
+            row, part: of the unit.
+            mine: whether the lane has a pair.
+            expert, weight: the pair's.
+            target: its row in the boxes, -1 for none.
+        """
         t, r = self.t, self.r
         pair = row * self.message.top_k + self.lane
         with t.if_(mine & self.warp.eq(0) & part.eq(0)):
@@ -216,18 +231,19 @@ class _Body:
 
     # -- the rows
 
-    def load(self, batch: list[rows.Piece], row: Int) -> list[Any]:
+    def load(self, batch: list[Piece], row: Int) -> list[Any]:
+        """Loads my moves of a row that came: a value for each piece of the batch."""
         starts = {piece.field: self.field(piece.field, row) for piece in batch}
         return [rows.load(self.t, starts[p.field][0], p, starts[p.field][1]) for p in batch]
 
-    def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
+    def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         """Writes the row's moves once per pair."""
         t, payload = self.t, self.message.payload
         for box in self.boxes(target):
             for piece, value in zip(batch, held, strict=True):
                 ref = getattr(self.r, f"boxes{piece.field}")
                 with t.if_(piece.inside):
-                    rows.store(t, ref, piece, box * payload[piece.field].words, value)
+                    row_words.store(t, ref, piece, box * payload[piece.field].words, value)
 
     def boxes(self, target: Int) -> Iterator[Int]:
         """The rows in the boxes that the lanes of my warp know."""
@@ -264,7 +280,7 @@ class _GatheredBody(_Body):
         # mutant: the weight of another rank's expert is kept
         return self.t.select(expert >= 0, weight, 0)
 
-    def put(self, batch: list[rows.Piece], held: list[Any], target: Int) -> None:
+    def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         if not self.problem.quantise:
             super().put(batch, held, target)
             return

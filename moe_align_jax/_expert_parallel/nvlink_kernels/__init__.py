@@ -16,11 +16,11 @@ from moe_align_jax._expert_parallel.nvlink_kernels.dispatch import (
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
     Combine,
     Dispatch,
-    Field,
     PeerProblem,
     ReturnRows,
     Send,
 )
+from moe_align_jax._expert_parallel.row_words import Field
 from moe_align_jax._simt.language import Kernel
 
 __all__ = [

@@ -10,8 +10,10 @@ import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from moe_align_jax._expert_parallel import row_words
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import Combine
+from moe_align_jax._expert_parallel.row_words import Piece
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
@@ -73,6 +75,8 @@ class _Pairs(NamedTuple):
 
 
 class _Combiner:
+    """What a CTA does: its warpgroups send sums to the home ranks, and add up what came for its units."""
+
     def __init__(self, t: Simt, r: SimpleNamespace, problem: Combine):
         self.t, self.r, self.problem = t, r, problem
         self.row_words = problem.columns // 2
@@ -85,6 +89,7 @@ class _Combiner:
         self.group = thread >> (WARPGROUP.bit_length() - 1)
 
     def run(self) -> None:
+        """Sends the sums of the CTA's units, waits for the other devices, and adds up what they sent."""
         t, count = self.t, self.problem.devices.count
         t.grid_dependency_wait()
         copying.for_tokens(t, self.num_units, self._send)
@@ -116,6 +121,7 @@ class _Combiner:
             self._store(there, me * self.problem.num_tokens, unit, sums)
 
     def _load_pairs(self, home: Int, token: Int) -> list[_Pairs]:
+        """Loads a lane's pairs of a token of the home rank, 32 of the token at a time."""
         t, r, top_k = self.t, self.r, self.problem.top_k
         first, found = (home * self.problem.num_tokens + token) * top_k, []
         for start in range(0, top_k, WARP):
@@ -137,6 +143,7 @@ class _Combiner:
         return votes.ne(0), masks
 
     def _sum_pairs(self, unit: Int, pairs: list[_Pairs], masks: list[Int]) -> list[Int]:
+        """The float32 sums of a unit over the pairs that the masks name: 8 for each piece of this thread."""
         t, pieces = self.t, self._pieces(unit)
         sums = [t.const(0)] * (8 * len(pieces))
         for some, mask in zip(pairs, masks, strict=True):
@@ -151,7 +158,7 @@ class _Combiner:
         return sums
 
     def _add_rows(
-        self, pairs: _Pairs, count: int, mask: Int, sums: list[Int], pieces: list[copying.Piece]
+        self, pairs: _Pairs, count: int, mask: Int, sums: list[Int], pieces: list[Piece]
     ) -> list[Int]:
         """Adds the first `count` pairs of the mask, and takes them out; where there are fewer, nothing."""
         t, rows = self.t, []
@@ -189,6 +196,7 @@ class _Combiner:
         return found
 
     def _sum_ranks(self, unit: Int, wanted: list[Int]) -> None:
+        """Adds up what the ranks sent for a unit, those that `wanted` names, and writes the result."""
         t, pieces, tokens = self.t, self._pieces(unit), self.problem.num_tokens
         token = unit // self.parts
         held = [
@@ -202,14 +210,15 @@ class _Combiner:
 
     # -- parts of rows
 
-    def _pieces(self, unit: Int) -> list[copying.Piece]:
+    def _pieces(self, unit: Int) -> list[Piece]:
+        """This thread's moves of a unit's part of a row."""
         first = unit % self.parts * self.part_words + self.group_thread * 4
         return [
-            copying.Piece(0, 4, first + start, first + start < self.row_words)
+            Piece(0, 4, first + start, first + start < self.row_words)
             for start in range(0, self.part_words, WARPGROUP * 4)
         ]
 
-    def _load(self, ref: Any, pieces: list[copying.Piece], row: Int, there: Int) -> list[Int]:
+    def _load(self, ref: Any, pieces: list[Piece], row: Int, there: Int) -> list[Int]:
         """My words of a row, zeros where it is not there."""
         t, start, words = self.t, row * self.row_words, []
         for piece in pieces:
@@ -223,4 +232,4 @@ class _Combiner:
         words = [t.bfloat16_pair(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
         for number, piece in enumerate(self._pieces(unit)):
             with t.if_(piece.inside):
-                copying.store(t, ref, piece, start, tuple(words[4 * number : 4 * number + 4]))
+                row_words.store(t, ref, piece, start, tuple(words[4 * number : 4 * number + 4]))

@@ -1,48 +1,33 @@
 """Rows of words among the threads of a warpgroup or more, 16 bytes each where their length allows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from moe_align_jax._expert_parallel.nvlink_kernels.problems import Field, PeerProblem, words
+from moe_align_jax._expert_parallel.nvlink_kernels.problems import PeerProblem
+from moe_align_jax._expert_parallel.row_words import Field, Piece, words
 from moe_align_jax._simt.language import Int, Kernel, Simt
 
 # CTAs wait for each other's peers: all of them are to be resident, on any GPU that has NVLink.
 MIN_SMS = 114
 MAX_CTAS = 2 * MIN_SMS  # of one warpgroup, whose threads may have all registers they like
-# 16-byte words that a thread holds, from its loads to its stores.
-MOST_HELD = 16
-
-
-class Piece(NamedTuple):
-    """A thread's share of a row: `width` words from `first` on, where `inside` says so."""
-
-    field: int
-    width: int
-    first: Int
-    inside: Int
 
 
 def pieces(t: Simt, fields: Sequence[Field], thread: Int, threads: int) -> Iterator[Piece]:
+    """The moves of thread `thread` of `threads` that copy a row of all fields together."""
     for number, field in enumerate(fields):
-        width = 4 if field.words % 4 == 0 else 1
+        width = field.width
         for start in range(0, field.words, threads * width):
             first = thread * width + start
             yield Piece(number, width, first, first < field.words)
 
 
-def batches(all_pieces: Iterator[Piece], copies: int = 1) -> list[list[Piece]]:
-    """As many as fit into registers when each is held `copies` times."""
-    every, most = list(all_pieces), max(1, MOST_HELD // copies)
-    return [every[i : i + most] for i in range(0, len(every), most)]
-
-
 def load(t: Simt, ref: Any, piece: Piece, row: Int) -> Any:
+    """Loads a piece of the row that starts at word `row`.
+
+    Past the row's end it loads the row's first words again, so that no branch separates two loads.
+    """
     at = t.select(piece.inside, row + piece.first, row)
     return t.load4(ref, at) if piece.width == 4 else t.load(ref, at)
-
-
-def store(t: Simt, ref: Any, piece: Piece, row: Int, value: Any) -> None:
-    (t.store4 if piece.width == 4 else t.store)(ref, row + piece.first, value)
 
 
 def for_tokens(t: Simt, num_tokens: int, body: Callable[[Int], None]) -> None:
@@ -69,6 +54,16 @@ def kernel(
     num_ctas: int | None = None,
     **options: Any,
 ) -> Kernel:
+    """The kernel of a problem between devices: its arrays are those of the problem.
+
+    Args:
+        name: of the kernel.
+        problem: what is moved.
+        body: `body(t, r)`.
+        num_warpgroups: of a CTA.
+        num_ctas: of the grid; None: one for each token, as far as all are resident.
+        **options: of `Kernel`.
+    """
     return Kernel(
         name=name,
         body=body,

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._expert_parallel import row_words
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
-    INT32,
     Dispatch,
-    Field,
     most_words,
 )
 from moe_align_jax._expert_parallel.nvlink_kernels.send import Sender
+from moe_align_jax._expert_parallel.row_words import INT32, Field, Piece
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
@@ -70,6 +70,7 @@ def parts(problem: Dispatch) -> int:
 
 
 def _num_ctas(problem: Dispatch) -> int:
+    """CTAs of the grid: one for each unit, as far as all are resident."""
     # As many as of one warpgroup are resident: two take no more registers than there are for one.
     return min(problem.num_tokens * parts(problem), copying.MAX_CTAS)
 
@@ -114,6 +115,8 @@ class _Found(NamedTuple):
 
 
 class _Dispatcher:
+    """What a CTA does. A unit is a token, or a part of its row; a CTA receives the same ones of all ranks."""
+
     def __init__(self, t: Simt, r: SimpleNamespace, problem: Dispatch):
         self.t, self.r, self.problem, self.send = t, r, problem, problem.send
         self.parts = parts(problem)
@@ -128,6 +131,7 @@ class _Dispatcher:
         self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
 
     def run(self) -> None:
+        """Sends the CTA's units, finds the places of what comes for them, and copies it into the boxes."""
         t = self.t
         t.grid_dependency_wait()
         with t.if_(self.thread < WARPGROUP):
@@ -156,6 +160,7 @@ class _Dispatcher:
                 self._copy(unit, self._find(unit))
 
     def _wait_for_rows(self) -> None:
+        """Waits until the rows for this CTA's units have come from all devices."""
         with self.t.if_(self.warp.eq(0)):
             # mutant: rows are copied before they are there
             self.t.device_wait()
@@ -163,9 +168,11 @@ class _Dispatcher:
         self.t.block_sync()
 
     def _token(self, unit: Int) -> Int:
+        """The token of a unit."""
         return unit // self.parts if self.parts > 1 else unit
 
     def _round(self, unit: Int) -> Int:
+        """Which of this CTA's units it is."""
         if self.rounds == 1:
             return self.t.const(0)
         return (unit - self.t.cta_id()) // self.t.num_ctas
@@ -175,7 +182,7 @@ class _Dispatcher:
     def _send_routes(self, unit: Int) -> None:
         """A token's ids and weights to everyone, marks in place of those of the others' experts.
 
-        The weights are read when the rows are: nobody needs them before.
+        The weights are read when the rows are: nothing needs them before.
         """
         t, r, top_k, count = self.t, self.r, self.send.top_k, self.send.num_local_experts
         token = self._token(unit)
@@ -192,7 +199,7 @@ class _Dispatcher:
                 rank = (t.rank() + k) % self.sources
                 local = expert - rank * count
                 here = local.below(count)
-                # mutant: ids that are nobody's here are not put
+                # mutant: ids of other ranks' experts are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
                 # mutant: weights of others' experts are kept
                 t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
@@ -200,6 +207,8 @@ class _Dispatcher:
     # -- the counting warpgroup
 
     def _count(self) -> None:
+        """Counts, of the pairs on all ranks: those before each pair of the CTA's units, and those of its
+        experts."""
         t, thread = self.t, self.thread - WARPGROUP
         warp = thread // WARP
         if self.rounds == 1:
@@ -221,7 +230,7 @@ class _Dispatcher:
         t, held, others = self.t, [], []
         share = copying.pieces(t, [Field(self.problem.num_pairs, INT32)], thread, WARPGROUP)
         # Half as many at a time as fit into registers: each has its address, too, until it has come.
-        for batch in copying.batches(share, 2):
+        for batch in row_words.batches(share, 2):
             places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
             taken = t.take([*places, *also])
             also, others = [], others + taken[len(batch) :]
@@ -284,34 +293,36 @@ class _Dispatcher:
 
     def _lay_out_experts(self) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use."""
-        t, r, room = self.t, self.r, self.problem.room
+        t, r, rows_per_expert = self.t, self.r, self.problem.rows_per_expert
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas
             with t.if_(expert < self.send.num_local_experts):
                 total = self._sum(r.totals, number, self.experts)
                 with t.if_(self.thread.eq(0)):
                     t.store(r.tokens_per_expert, expert, total)
-                    t.store(r.masked_m, expert, t.select(total < room, total, room))
-                for place in t.for_range(total + self.thread, room, t.num_threads):
+                    used = t.select(total < rows_per_expert, total, rows_per_expert)
+                    t.store(r.masked_m, expert, used)
+                for place in t.for_range(total + self.thread, rows_per_expert, t.num_threads):
                     # mutant: an unused row says that it is pair 0's
-                    t.store(r.pair_of_row, expert * room + place, self.problem.num_pairs)
+                    t.store(r.pair_of_row, expert * rows_per_expert + place, self.problem.num_pairs)
                 if self.problem.initialize:
-                    self._clear(expert, t.select(total < room, total, room))
+                    self._clear(expert, t.select(total < rows_per_expert, total, rows_per_expert))
 
     def _clear(self, expert: Int, used: Int) -> None:
         """Zeros to the rows of an expert's box from `used` on, while the rows that come are on their way."""
-        t, room = self.t, self.problem.room
+        t, rows_per_expert = self.t, self.problem.rows_per_expert
         for number, field in enumerate(self.send.received):
-            width, ref = 4 if field.words % 4 == 0 else 1, getattr(self.r, f"boxes{number}")
+            width, ref = field.width, getattr(self.r, f"boxes{number}")
             store = t.store4 if width == 4 else t.store
             # mutant: the first row that is not in use is not cleared
-            first, end = (expert * room + used) * field.words, (expert + 1) * room * field.words
+            first = (expert * rows_per_expert + used) * field.words
+            end = (expert + 1) * rows_per_expert * field.words
             for at in t.for_range(first + self.thread * width, end, t.num_threads * width):
                 store(ref, at, 0)
 
     def _find(self, unit: Int) -> list[_Found]:
         """The rows of the source ranks that my group of threads copies."""
-        t, top_k, room = self.t, self.send.top_k, self.problem.room
+        t, top_k, rows_per_expert = self.t, self.send.top_k, self.problem.rows_per_expert
         token, places = self._token(unit), self._round(unit) * self.slots
         found = []
         for start in range(0, self.sources, self.groups):
@@ -328,9 +339,9 @@ class _Dispatcher:
             def place(slot=slot, stride=stride) -> Int:
                 return self._sum(self.r.places, slot, stride)
 
-            at = collectives.value_if(t, kept, place, room)
+            at = collectives.value_if(t, kept, place, rows_per_expert)
             # mutant: a row past the box's room is written
-            row = t.select(at < room, expert * room + at, -1)
+            row = t.select(at < rows_per_expert, expert * rows_per_expert + at, -1)
             found.append(_Found(source, first, mine, expert, row))
         return found
 
@@ -342,6 +353,7 @@ class _Dispatcher:
         return opens
 
     def _lay_out(self, unit: Int, found: list[_Found]) -> None:
+        """Writes ids and places of a unit's pairs, which `_find` found."""
         t, r = self.t, self.r
         opens = self._opens(unit)
         for one in found:
@@ -374,8 +386,8 @@ class _Dispatcher:
         pieces = list(copying.pieces(t, fields, thread, self.copying))
         share = [(number, piece) for number in range(len(found)) for piece in pieces]
         with t.if_(any_used):
-            for start in range(0, len(share), copying.MOST_HELD):
-                batch = share[start : start + copying.MOST_HELD]
+            for start in range(0, len(share), row_words.MOST_HELD):
+                batch = share[start : start + row_words.MOST_HELD]
                 held = [
                     copying.load(
                         t,
@@ -390,8 +402,16 @@ class _Dispatcher:
                     self._store(found[number].row, part, mine, fields)
 
     def _store(
-        self, row: Int, part: Int, held: list[tuple[copying.Piece, Any]], fields: list[Field]
+        self, row: Int, part: Int, held: list[tuple[Piece, Any]], fields: list[Field]
     ) -> None:
+        """Stores what this thread has loaded of a row to each of its places in the boxes.
+
+        Args:
+            row: lane k's place, -1 for none.
+            part: of the row.
+            held: moves with their values.
+            fields: of a part.
+        """
         t, top_k = self.t, self.send.top_k
         for start in t.for_range(0, top_k, _TARGETS_AHEAD):
             targets = [t.shfl(row, start + k) for k in range(min(top_k, _TARGETS_AHEAD))]
@@ -401,4 +421,4 @@ class _Dispatcher:
                         ref = getattr(self.r, f"boxes{piece.field}")
                         at = (target * self.parts + part) * fields[piece.field].words
                         with t.if_(piece.inside):
-                            copying.store(t, ref, piece, at, value)
+                            row_words.store(t, ref, piece, at, value)

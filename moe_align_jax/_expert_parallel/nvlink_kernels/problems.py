@@ -5,29 +5,9 @@ D ranks, T tokens per rank, K top_k, R = D * T rows that a rank can receive, H c
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._expert_parallel.row_words import FLOAT32, INT32, Array, Field, words
 from moe_align_jax._simt.language import Devices
-
-type Array = tuple[tuple[int, ...], Any]  # shape, dtype
-
-INT32, FLOAT32 = np.dtype("int32"), np.dtype("float32")
-
-
-class Field(NamedTuple):
-    """What a row has of one array: so many columns, whose bytes are a multiple of 4."""
-
-    columns: int
-    dtype: Any
-
-    @property
-    def words(self) -> int:
-        return self.columns * self.dtype.itemsize // 4
-
-    def part(self, parts: int) -> "Field":
-        """Of a row that is cut into so many equal parts."""
-        return self._replace(columns=self.columns // parts)
 
 
 class Send(NamedTuple):
@@ -53,6 +33,7 @@ class Send(NamedTuple):
 
     @property
     def received(self) -> tuple[Field, ...]:
+        """The fields that a rank receives: those sent, or codes and scales."""
         if self.quantise is None:
             return self.fields
         [field] = self.fields
@@ -60,6 +41,7 @@ class Send(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each input, in order."""
         pairs = (self.num_tokens, self.top_k)
         named: dict[str, Array] = {"topk_ids": (pairs, INT32)}
         if self.routing:
@@ -70,6 +52,7 @@ class Send(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each result, in order."""
         rows = self.devices.count * self.num_tokens
         named: dict[str, Array] = {
             f"received{number}": ((rows, field.columns), field.dtype)
@@ -84,28 +67,36 @@ class Send(NamedTuple):
 
     @property
     def staged(self) -> dict[str, Array]:
+        """Arrays in a window: none, as the results themselves are written by peers."""
         return {}
 
 
 class Dispatch(NamedTuple):
-    """`Send` with routing, and what a rank receives into boxes of `room` rows for each of its e experts.
+    """`Send` with routing, and what a rank receives into boxes of M rows, one for each of its e experts.
 
-    Gives `boxes [e, room, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
-    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send`
+    Gives `boxes [e, M, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, M]`, and ids and weights as `Send`
     does. Rows of a box from `masked_m` on are zeros with `initialize`, else not written. Staged are the rows
     and weights that came.
+
+    Attributes:
+        send: the tokens and where they go.
+        rows_per_expert: M.
+        initialize: whether rows that are not in use become zeros.
     """
 
     send: Send
-    room: int
+    rows_per_expert: int
     initialize: bool = False
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.send.num_tokens
 
     @property
     def devices(self) -> Devices:
+        """The ranks' devices."""
         return self.send.devices
 
     @property
@@ -115,27 +106,30 @@ class Dispatch(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each input, in order."""
         return self.send.inputs
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each result, in order."""
         experts = self.send.num_local_experts
         rows = self.devices.count * self.num_tokens
         boxes: dict[str, Array] = {
-            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            f"boxes{number}": ((experts, self.rows_per_expert, field.columns), field.dtype)
             for number, field in enumerate(self.send.received)
         }
         layout: dict[str, Array] = {
             "masked_m": ((experts,), INT32),
             "tokens_per_expert": ((experts,), INT32),
             "row_of_pair": ((rows, self.send.top_k), INT32),
-            "pair_of_row": ((experts, self.room), INT32),
+            "pair_of_row": ((experts, self.rows_per_expert), INT32),
         }
         pairs = {name: self.send.outputs[name] for name in ("local_weights", "local_ids")}
         return boxes | layout | pairs
 
     @property
     def staged(self) -> dict[str, Array]:
+        """Name, shape and dtype of each array that peers write and this kernel reads."""
         outputs = self.send.outputs
         rows = {name: array for name, array in outputs.items() if name.startswith("received")}
         return rows | {"sent_weights": outputs["local_weights"]}
@@ -150,17 +144,20 @@ class ReturnRows(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of the input."""
         return {
             "rows": ((self.devices.count * self.num_tokens, self.field.columns), self.field.dtype)
         }
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of the result."""
         shape = (self.devices.count, self.num_tokens, self.field.columns)
         return {"parts": (shape, self.field.dtype)}
 
     @property
     def staged(self) -> dict[str, Array]:
+        """Arrays in a window: none, as the result itself is written by peers."""
         return {}
 
 
@@ -185,6 +182,7 @@ class Combine(NamedTuple):
 
     @property
     def inputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of each input, in order."""
         pairs = (self.devices.count * self.num_tokens, self.top_k)
         return {
             "y": ((self.num_rows, self.columns), self.dtype),
@@ -196,19 +194,16 @@ class Combine(NamedTuple):
 
     @property
     def outputs(self) -> dict[str, Array]:
+        """Name, shape and dtype of the result."""
         return {"out": ((self.num_tokens, self.columns), self.dtype)}
 
     @property
     def staged(self) -> dict[str, Array]:
+        """Name, shape and dtype of each array that peers write and this kernel reads."""
         return {"parts": ((self.devices.count, self.num_tokens, self.columns), self.dtype)}
 
 
 type PeerProblem = Send | Dispatch | ReturnRows | Combine
-
-
-def words(array: Array) -> int:
-    shape, dtype = array
-    return int(np.prod(shape)) * np.dtype(dtype).itemsize // 4
 
 
 def most_words(problem: PeerProblem) -> int:

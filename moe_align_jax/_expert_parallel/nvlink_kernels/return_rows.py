@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from moe_align_jax._expert_parallel import row_words
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import ReturnRows
 from moe_align_jax._simt import collectives
@@ -20,7 +21,7 @@ def build(problem: ReturnRows) -> Kernel:
         def one(token: Int) -> None:
             target = (t.rank() * problem.num_tokens + token) * field.words
             all_pieces = copying.pieces(t, [field], t.thread_id(), WARPGROUP)
-            for batch in copying.batches(all_pieces, count):
+            for batch in row_words.batches(all_pieces, count):
                 held = [
                     [
                         copying.load(
@@ -33,7 +34,7 @@ def build(problem: ReturnRows) -> Kernel:
                 for ref, values in zip(there, held, strict=True):
                     for piece, value in zip(batch, values, strict=True):
                         with t.if_(piece.inside):
-                            copying.store(t, ref, piece, target, value)
+                            row_words.store(t, ref, piece, target, value)
 
         copying.for_tokens(t, problem.num_tokens, one)
         collectives.device_sync(t)

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._core.fp8 import GROUP
-from moe_align_jax._expert_parallel import e4m3
+from moe_align_jax._expert_parallel import e4m3, row_words
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import Send
+from moe_align_jax._expert_parallel.row_words import Piece
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
 
@@ -39,6 +40,7 @@ class Sender:
         ]
 
     def run(self) -> None:
+        """The whole kernel: sends the CTA's tokens, and waits until its index's peers have sent theirs."""
         t, problem = self.t, self.problem
         t.grid_dependency_wait()
 
@@ -46,10 +48,12 @@ class Sender:
         collectives.device_sync(t)
 
     def send_row(self, unit: Int) -> None:
+        """Stores a unit's row on each rank that has an expert of its token; with routing ids and weights on
+        all ranks."""
         t, problem = self.t, self.problem
         token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
-        batches = copying.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
+        batches = row_words.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
         held = [self._load(batches[0], unit)]
         routes = self._load_routes(token) if problem.routing else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]
@@ -61,7 +65,8 @@ class Sender:
         for route in routes:
             self._store_route(t.rank() * problem.num_tokens + token, *route)
 
-    def _load(self, batch: list[copying.Piece], unit: Int) -> list[Any]:
+    def _load(self, batch: list[Piece], unit: Int) -> list[Any]:
+        """Loads this thread's moves of a unit: a value for each piece of the batch."""
         words = [field.words for field in self.fields]
         return [
             copying.load(self.t, getattr(self.r, f"field{p.field}"), p, unit * words[p.field])
@@ -69,6 +74,7 @@ class Sender:
         ]
 
     def _wanted(self, ids: list[Int], rank: Int) -> Int:
+        """Whether one of the ids is an expert of the rank."""
         count = self.problem.num_local_experts
         first = rank * count
         wanted = (ids[0] - first).below(count)
@@ -77,14 +83,15 @@ class Sender:
         return wanted
 
     def _copy(
-        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+        self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]
     ) -> None:
+        """Stores the loaded values of a batch to that row of each rank, where it is wanted."""
         t, fields = self.t, self.fields
         for refs, goes in zip(self.there, wanted, strict=True):
             for piece, value in zip(batch, held, strict=True):
                 with t.if_(piece.inside & goes):
                     ref = refs[f"received{piece.field}"]
-                    copying.store(t, ref, piece, row * fields[piece.field].words, value)
+                    row_words.store(t, ref, piece, row * fields[piece.field].words, value)
 
     def _load_routes(self, token: Int) -> list[tuple[Int, Int, Int, Int]]:
         """(k, whether it is there, expert, weight): a pair of the token for each thread."""
@@ -106,7 +113,7 @@ class Sender:
                 t.store(refs["local_weights"], at, t.select(here, weight, 0))
 
     def _quantise(
-        self, batch: list[copying.Piece], held: list[Any], row: Int, wanted: list[Int]
+        self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]
     ) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
         t, [field] = self.t, self.fields

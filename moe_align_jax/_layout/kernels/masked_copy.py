@@ -62,6 +62,7 @@ def build(problem: MaskedCopy, config: CopyConfig) -> Program:
 
 
 def _item_bytes(dtype: str) -> int:
+    """Bytes of a value of that dtype."""
     return 1 if dtype.startswith("float8") else int("".join(filter(str.isdigit, dtype))) // 8
 
 
@@ -76,6 +77,9 @@ class _Unit(NamedTuple):
 
 
 class _Body:
+    """What a CTA does: the parts of tokens' rows that are its own, its share of the layout and of unused
+    rows."""
+
     def __init__(self, t: Simt, r: SimpleNamespace, problem: MaskedCopy, config: CopyConfig):
         self.t, self.r, self.problem = t, r, problem
         self.parts, self.num_units = config.parts, problem.num_tokens * config.parts
@@ -84,6 +88,7 @@ class _Body:
         self.cta = t.cta_id()
 
     def run(self) -> None:
+        """Copies the CTA's units, and fills its share of what is not in use."""
         t = self.t
         t.grid_dependency_wait()
         if self.num_units <= t.num_ctas:
@@ -151,15 +156,16 @@ class _Body:
         return _Unit(part, held, pair, t.load(r.topk_ids, asked), t.load(r.place_of_pair, asked))
 
     def store(self, unit: _Unit) -> None:
-        t, r, room = self.t, self.r, self.problem.room
+        """Writes a unit into the boxes of its token's pairs; of the first part of a row also their places."""
+        t, r, rows_per_expert = self.t, self.r, self.problem.rows_per_expert
         mine = self.lane < self.problem.top_k
         kept = mine & (unit.place >= 0)
         # A dropped pair's id may be anything.
         expert = t.select(kept, unit.expert, 0)
         place = unit.place - t.load(r.first, expert)
         # mutant: rows past an expert's room are copied
-        kept = kept & place.below(room)
-        row = t.select(kept, expert * room + place, -1)
+        kept = kept & place.below(rows_per_expert)
+        row = t.select(kept, expert * rows_per_expert + place, -1)
         # mutant: every part of a row writes its place
         with t.if_(mine & self.warp.eq(0) & unit.part.eq(0)):
             t.store(r.row_of_pair, unit.pair, row)
@@ -184,15 +190,16 @@ class _Body:
     # -- what is not in use
 
     def fill(self) -> None:
+        """Writes this thread's share of the layout: sizes, rows without a pair, and zeros where asked for."""
         t, r, problem = self.t, self.r, self.problem
-        room, everyone = problem.room, t.num_ctas * THREADS
+        rows_per_expert, everyone = problem.rows_per_expert, t.num_ctas * THREADS
         me = self.cta * THREADS + self.tid
         for expert in t.for_range(me, problem.num_experts, everyone):
             used = self.used(expert)
-            t.store(r.masked_m, expert, t.select(used < room, used, room))
+            t.store(r.masked_m, expert, t.select(used < rows_per_expert, used, rows_per_expert))
         for row in collectives.strided(t, me, problem.num_rows, everyone):
-            expert = row // room
-            with t.if_(row - expert * room >= self.used(expert)):
+            expert = row // rows_per_expert
+            with t.if_(row - expert * rows_per_expert >= self.used(expert)):
                 t.store(r.pair_of_row, row, problem.num_pairs)
         if not problem.initialize:
             return
@@ -200,7 +207,7 @@ class _Body:
             units = leaf.units
             for at in collectives.strided(t, me, problem.num_rows * units, everyone):
                 row = at // units
-                expert = row // room
+                expert = row // rows_per_expert
                 # mutant: a row in use is cleared
-                with t.if_(row - expert * room >= self.used(expert)):
+                with t.if_(row - expert * rows_per_expert >= self.used(expert)):
                     self.put(target, leaf, at, 0)

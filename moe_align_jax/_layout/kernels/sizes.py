@@ -40,6 +40,7 @@ class Leaf(NamedTuple):
 
     @property
     def words(self) -> int:
+        """Words of a row."""
         return self.row_bytes // WORD_BYTES
 
 
@@ -49,10 +50,10 @@ def movable(dtype: str, row_bytes: int) -> bool:
 
 
 class MaskedCopy(NamedTuple):
-    """What `permute_to_masked` has to do: T tokens of K pairs into e boxes of `room` rows.
+    """What `permute_to_masked` has to do: T tokens of K pairs into e boxes of M rows.
 
     Attributes:
-        num_tokens, top_k, num_experts, room: T, K, e, M.
+        num_tokens, top_k, num_experts, rows_per_expert: T, K, e, M.
         initialize: whether rows that are not in use become zero.
         leaves: the arrays whose rows move.
     """
@@ -60,17 +61,19 @@ class MaskedCopy(NamedTuple):
     num_tokens: int
     top_k: int
     num_experts: int
-    room: int
+    rows_per_expert: int
     initialize: bool
     leaves: tuple[Leaf, ...]
 
     @property
     def num_pairs(self) -> int:
+        """Pairs of all tokens."""
         return self.num_tokens * self.top_k
 
     @property
     def num_rows(self) -> int:
-        return self.num_experts * self.room
+        """Rows of all boxes."""
+        return self.num_experts * self.rows_per_expert
 
 
 class CopyConfig(NamedTuple):
@@ -87,7 +90,7 @@ class CopyConfig(NamedTuple):
 
 def copy_unsupported(problem: MaskedCopy) -> str | None:
     """Why the kernel does not take this problem, or None."""
-    sizes = (problem.num_tokens, problem.top_k, problem.num_experts, problem.room)
+    sizes = (problem.num_tokens, problem.top_k, problem.num_experts, problem.rows_per_expert)
     if not all(isinstance(size, int) for size in sizes):
         return "the kernel needs static shapes"
     if problem.num_experts > MAX_EXPERTS:
@@ -153,6 +156,7 @@ class RowSum(NamedTuple):
 
     @property
     def item_bytes(self) -> int:
+        """Bytes of a value."""
         return 4 if self.dtype == "float32" else 2
 
     @property
@@ -162,6 +166,7 @@ class RowSum(NamedTuple):
         return VECTOR_BYTES // self.item_bytes
 
     def grained(self, num_rows: int) -> tuple[int, int, int]:
+        """The shape of so many rows in the kernel: a vector for each `grain` values."""
         return num_rows, self.width // self.grain, self.grain
 
 

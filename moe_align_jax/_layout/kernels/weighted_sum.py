@@ -123,6 +123,7 @@ def _tile(
     first: jax.Array,
     interpret: bool,
 ) -> jax.Array:
+    """The sums of a tile's values of a token, from value `first` of its row on, as a warpgroup holds them."""
     y_ref, rows_ref, *weights_ref = refs
     tile, top_k = config.tile, problem.top_k
     shape = (tile // problem.grain, problem.grain)

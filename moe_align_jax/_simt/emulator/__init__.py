@@ -20,6 +20,7 @@ from moe_align_jax._simt.language import Kernel, Program, check_launch
 
 
 def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -> None:
+    """Raises `EmulatorError` unless the arrays and the kernels of a program fit each other."""
     shapes = dict(program.inputs)
     for (name, shape), array in zip(program.inputs.items(), arrays, strict=True):
         if array.shape != tuple(shape) or array.dtype != np.int32:
@@ -42,6 +43,7 @@ def _check_program(program: Program, arrays: Sequence[np.ndarray], batch: int) -
 
 
 def _common(kernel: Kernel, check_races: bool) -> dict[str, Any]:
+    """What all buffers of a kernel are made with."""
     return {
         "kernel": kernel.name,
         "num_threads": kernel.num_threads,
@@ -53,6 +55,7 @@ def _common(kernel: Kernel, check_races: bool) -> dict[str, Any]:
 def _outputs(
     kernel: Kernel, check_races: bool, before: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, Buffer]:
+    """A buffer for each output, with what `before` says that it holds, else zeros."""
     held = before or {}
     return {
         name: Buffer(
@@ -78,6 +81,7 @@ def _run_kernel(
     producers: dict[str, int],
     check_races: bool,
 ) -> None:
+    """Runs the kernel's body on `machine`, over its inputs and into its outputs."""
     common = _common(kernel, check_races)
     refs = {
         name: Buffer(
@@ -105,6 +109,8 @@ def _run_kernel(
 
 
 def _finish(kernel: Kernel, outputs: dict[str, Buffer]) -> dict[str, np.ndarray]:
+    """The arrays of the outputs, each of which must be written in full unless it is a partial or a staged
+    one."""
     for name, buffer in outputs.items():
         if name not in kernel.partial and name not in kernel.staged:
             buffer.check_written()

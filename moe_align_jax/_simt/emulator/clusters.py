@@ -28,6 +28,7 @@ class InCluster(Simt):
     _stored: Callable[[Int | int], np.ndarray]
 
     def _open_mailboxes(self, kernel: Kernel) -> None:
+        """Makes the mailbox of each CTA, of which nothing has come yet."""
         words = kernel.mailbox
         self._mailbox = Buffer(
             "the mailbox",

@@ -56,10 +56,12 @@ class AmongDevices(Simt):
     _full: Callable[[np.ndarray], np.ndarray]
 
     def _join(self, peers: Peers | None) -> None:
+        """Takes the other devices that run the kernel, None for none."""
         self._peers = peers
         self._untold = False  # whether it has stored to other devices since its `device_arrive`
 
     def _others(self) -> Peers:
+        """The devices that run the kernel. Raises where there is one alone."""
         if self._peers is None:
             raise Undefined(f"{self.name}: it runs on one device.")
         return self._peers

@@ -54,17 +54,20 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     @property
     def waited(self) -> bool:
+        """Whether a thread has waited for the kernels before this one."""
         return bool(self._waited.any())
 
     # -- helpers
 
     def _condition(self, condition: Int) -> np.ndarray:
+        """The array of a condition, one boolean for each thread or for all."""
         array = array_of(condition)
         if array.dtype != bool:
             raise Undefined(f"{self.name}: a condition must be a boolean; got an int32.")
         return array
 
     def _full(self, array: np.ndarray) -> np.ndarray:
+        """The array with an element for each thread."""
         return array if array.size == self._total else array.repeat(self._total)
 
     def _spread(self, values: np.ndarray) -> Value:
@@ -88,6 +91,7 @@ class EmulatedSimt(AmongDevices, InCluster):
 
     @contextmanager
     def _inside(self, inner: Scope) -> Iterator[Scope]:
+        """Runs what follows with those lanes alone active; values of it end with it."""
         outer, self.scope = self.scope, inner
         try:
             yield inner
@@ -96,6 +100,7 @@ class EmulatedSimt(AmongDevices, InCluster):
             self.scope = outer
 
     def _threads(self) -> Threads:
+        """The threads that are active now."""
         return self.scope.threads(self._clock)
 
     def _whole(self, size: int, what: str) -> np.ndarray | slice:
@@ -215,9 +220,11 @@ class EmulatedSimt(AmongDevices, InCluster):
         return cells
 
     def _culprit(self, ref: Buffer, bad: np.ndarray) -> str:
+        """The first thread of an access where `bad` holds, as messages name it."""
         return ref.thread(int(self._threads().marks[bad.argmax()]))
 
     def _read(self, ref: Buffer, cells: np.ndarray, threads: Threads) -> np.ndarray:
+        """The words of these cells; raises where a kernel before writes them that was not waited for."""
         if ref.producer is not None:
             waited = self.scope.active(self._waited)
             if ref.producer not in self._behind or not waited.all():
@@ -244,12 +251,14 @@ class EmulatedSimt(AmongDevices, InCluster):
             ref.write(self._cells(ref, index), stored, self._threads())
 
     def _stored(self, value: Int | int) -> np.ndarray:
+        """The active lanes' values of what is stored, which must be int32."""
         array = array_of(value)
         if array.dtype != np.int32:
             raise Undefined(f"{self.name}: memory holds int32 values; got a boolean.")
         return self.scope.active(array)
 
     def _vectors(self, ref: Buffer, index: Any, width: int = 4) -> np.ndarray:
+        """The cells of `width` neighbouring words for each active lane."""
         return (self._cells(ref, index, width=width)[:, None] + np.arange(width)).reshape(-1)
 
     def load4(self, ref: Buffer, index: Int | int) -> tuple[Int, ...]:
@@ -280,6 +289,7 @@ class EmulatedSimt(AmongDevices, InCluster):
         self._store_words(ref, index, value)
 
     def _store_words(self, ref: Buffer | Remote, index: Int | int, values: tuple[Int, ...]) -> None:
+        """Stores two or four neighbouring words of each active lane, also to other devices."""
         if isinstance(ref, Remote):
             for buffer in self._each_device(ref):
                 self._store_words(buffer, index, values)
@@ -301,6 +311,7 @@ class EmulatedSimt(AmongDevices, InCluster):
     # -- float32, as the bits of an int32
 
     def _float(self, operation: Callable, *operands: Int | int) -> Int:
+        """The bits of a float32 operation on values that hold float32 bits."""
         arrays = [array_of(x).view(np.float32) for x in operands]
         with np.errstate(all="ignore"):  # lanes that are not active may hold anything
             result = operation(*arrays)
@@ -347,6 +358,7 @@ class EmulatedSimt(AmongDevices, InCluster):
         return self._pair(low, high, ml_dtypes.float8_e4m3fn, np.uint8, 8)
 
     def _pair(self, low: Int, high: Int, kind: Any, word: Any, bits: int) -> Int:
+        """Two float32 rounded to `kind`, `bits` wide each, in one int32."""
         halves = []
         with np.errstate(all="ignore"):
             for x in (low, high):
@@ -390,6 +402,7 @@ class EmulatedSimt(AmongDevices, InCluster):
         return self.select(mine, votes, votes ^ -1)
 
     def _over_warp(self, what: str, operation: Callable, value: Int) -> Int:
+        """A reduction over each warp, all of whose lanes must be active."""
         self._whole(WARP, what)
         rows = self._full(array_of(value)).reshape(-1, WARP)
         return Value(operation(rows).repeat(WARP), self)

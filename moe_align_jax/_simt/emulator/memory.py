@@ -47,6 +47,7 @@ class Buffer:
         self._atomic: Touches | None = None
 
     def read(self, cells: np.ndarray, threads: Threads) -> np.ndarray:
+        """The words of these cells, one for each thread. Raises on a cell without a value, and on a race."""
         if self.written is not None:
             self._check_initialised(cells, threads)
             if self._check:
@@ -57,6 +58,7 @@ class Buffer:
         return self.data.take(cells)
 
     def write(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
+        """Stores a value of each thread to its cell. Raises on an input, and on a race."""
         written = self._writable()
         if self._check:
             self._no_conflict(
@@ -69,6 +71,7 @@ class Buffer:
         self.data[cells] = value
 
     def atomic_add(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
+        """Adds each thread's value to its cell of shared memory. Raises as `read` and `write` do."""
         written = self._writable()
         if not self.per_cta:
             raise Undefined(
@@ -93,11 +96,13 @@ class Buffer:
             )
 
     def _writable(self) -> Touches:
+        """Who wrote each cell; raises for an input."""
         if self.written is None:
             raise Undefined(f"{self.kernel}: {self.name} is an input, and inputs are only read.")
         return self.written
 
     def _check_initialised(self, cells: np.ndarray, threads: Threads) -> None:
+        """Raises where a thread reads a cell that nothing has written."""
         marks = self._writable().marks.take(cells)
         if not marks.all():
             lane = int((marks == 0).argmax())
@@ -109,6 +114,7 @@ class Buffer:
     def _no_conflict(
         self, action: str, cells: np.ndarray, threads: Threads, **earlier: Touches | None
     ) -> None:
+        """Raises where an access and an earlier one of another thread are not ordered by a barrier."""
         for other, touches in earlier.items():
             if touches is not None and (clash := touches.conflict(cells, threads)):
                 raise RaceError(self._race(action, cells, threads, other, *clash))
@@ -116,11 +122,13 @@ class Buffer:
     # -- names for messages
 
     def cell(self, cell: int) -> str:
+        """A cell as messages name it."""
         if self.per_cta:
             return f"{self.name}[{cell % self.words}] of CTA {cell // self.words}"
         return f"{self.name}{[int(i) for i in np.unravel_index(cell, self.shape)]}"
 
     def thread(self, mark: int) -> str:
+        """The thread that left a mark, as messages name it."""
         cta, thread = divmod(thread_of(mark), self._num_threads)
         if self._num_ctas:
             device, cta = divmod(cta, self._num_ctas)
@@ -130,6 +138,7 @@ class Buffer:
     def _race(
         self, action: str, cells: np.ndarray, threads: Threads, other: str, lane: int, mark: int
     ) -> str:
+        """The message of a race between an access and an earlier one."""
         others = "" if mark & SPAN == ONE_THREAD else ", with other threads,"
         return (
             f"{self.kernel}: race on {self.cell(int(cells[lane]))}: {other} by "

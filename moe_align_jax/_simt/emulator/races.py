@@ -31,6 +31,7 @@ type Floor = np.ndarray | int
 
 
 def _at(floor: Floor, lanes: np.ndarray) -> Floor:
+    """The floors of some lanes."""
     return floor if isinstance(floor, int) else floor[lanes]
 
 
@@ -43,9 +44,11 @@ class Threads(NamedTuple):
     clock: "Clock"
 
     def at(self, lanes: np.ndarray) -> "Threads":
+        """Those of some lanes."""
         return Threads(self.marks[lanes], _at(self.floor, lanes), self.clock)
 
     def times(self, n: int) -> "Threads":
+        """Each of them n times in a row: for n neighbouring cells."""
         floor = self.floor if isinstance(self.floor, int) else self.floor.repeat(n)
         return Threads(self.marks.repeat(n), floor, self.clock)
 
@@ -78,6 +81,7 @@ class Clock:
         self._threads: Threads | None = None
 
     def block_barrier(self, ctas: np.ndarray | slice) -> None:
+        """All threads of these CTAs have met."""
         self.tick += 1
         self._of_cta[ctas] = self._of_tail[ctas] = self.tick
         self._of_warp[ctas] = self.tick
@@ -86,6 +90,7 @@ class Clock:
         self._threads = None
 
     def tail_barrier(self, ctas: np.ndarray | slice) -> None:
+        """All threads of these CTAs' tails have met."""
         self.tick += 1
         first = (self.num_threads - self._tail) // WARP
         self._of_tail[ctas] = self._of_warp[ctas, first:] = self.tick
@@ -95,11 +100,13 @@ class Clock:
         self._threads = None
 
     def warp_barrier(self, warps: np.ndarray | slice) -> None:
+        """All lanes of these warps have met."""
         self.tick += 1
         self._of_warp.reshape(-1)[warps] = self.tick
         self._threads = None
 
     def _floor(self, of_cta: np.ndarray) -> Floor:
+        """The floor of each thread of these CTAs' last barriers; an int where all agree."""
         floor = of_cta.reshape(-1) << STAMP
         uniform = (floor == floor[0]).all()
         return int(floor[0]) if uniform else floor.repeat(self.num_threads)

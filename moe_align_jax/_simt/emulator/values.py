@@ -16,6 +16,7 @@ NOTHING = 0x5EED5EED
 
 
 def _unsigned(operation: Callable) -> Callable:
+    """The operation on int32 arrays whose bits are unsigned."""
     return lambda a, b: operation(a.view(np.uint32), b.view(np.uint32)).view(np.int32)
 
 
@@ -44,6 +45,7 @@ _LOGIC = {
 
 @functools.lru_cache(4096)
 def constant(value: int) -> np.ndarray:
+    """A static int as an array of one int32; unsigned ones of 32 bits keep their bits."""
     if not -(2**31) <= value < 2**32:
         raise Undefined(f"{value} is no 32-bit integer.")
     array = np.array([value & 0xFFFFFFFF], np.uint32).view(np.int32)
@@ -63,11 +65,13 @@ class Scope:
         self._tick = 0
 
     def active(self, array: np.ndarray) -> np.ndarray:
+        """The values of the lanes that are active, of an array with one for each lane or for all."""
         if self.lanes is None or array.size == 1:
             return array
         return array.take(self.lanes)
 
     def threads(self, clock: Clock) -> Threads:
+        """The threads that are active, with their marks of now."""
         if self._tick != clock.tick:
             self._tick = clock.tick
             everyone = clock.threads()

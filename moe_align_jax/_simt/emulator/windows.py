@@ -90,6 +90,7 @@ class _Board:
             self._pass_on()
 
     def _pass_on(self) -> None:
+        """Lets stores through and says who goes on, as soon as all CTAs wait."""
         if self._failed or not self._waiting or len(self._waiting) < self._alive:
             return
         for pending in self._pending.values():
@@ -107,6 +108,7 @@ class _Board:
         self._running = self._schedule.choose(sorted(ready))
 
     def store(self, actor: Actor, store: Store) -> None:
+        """A store of a CTA is under way: the schedule decides when it comes through."""
         self._pending[actor].append(store)
 
     def flush(self, actor: Actor) -> None:
@@ -116,6 +118,7 @@ class _Board:
         self._pending[actor].clear()
 
     def _write(self, store: Store) -> None:
+        """Makes a store visible in its window."""
         place, cells, values = store
         self.memory[place][cells] = values
 
@@ -138,10 +141,12 @@ class _Staged(Buffer):
         self._cta, self._place, self._offset = cta, place, offset
 
     def read(self, cells: np.ndarray, threads: Threads) -> np.ndarray:
+        """The words of these cells now, after others had a turn."""
         self._cta.pause()
         return self.data.take(cells)
 
     def write(self, cells: np.ndarray, value: np.ndarray, threads: Threads) -> None:
+        """Stores a value of each thread: under way until the schedule lets it through."""
         values = np.broadcast_to(value, cells.shape)
         self._cta.board.store(self._cta.actor, (self._place, cells + self._offset, values.copy()))
 
@@ -157,9 +162,11 @@ class _Cta(window.Windowed, EmulatedSimt):
 
     @property
     def _mine(self) -> np.ndarray:
+        """This device's window."""
         return self.board.memory[self.actor[0]]
 
     def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Until the schedule says that this CTA goes on, and not before `ready`."""
         self.board.pause(self.actor, ready)
 
     def rank(self) -> Int:  # not EmulatedSimt's
@@ -180,6 +187,7 @@ class _Cta(window.Windowed, EmulatedSimt):
         return _Staged(self, name, words, where, first)
 
     def _active(self, *values: Int | int) -> list[np.ndarray]:
+        """The active lanes' elements of some values."""
         return [self.scope.active(self._full(array_of(value))) for value in values]
 
     def _now(self, offset: int) -> Int:
@@ -317,6 +325,7 @@ def run_in_window(
 def _buffer(
     kernel: Kernel, name: str, shape: tuple[int, ...], data: np.ndarray, writable: bool
 ) -> Buffer:
+    """A buffer of words in which races are not looked for."""
     return Buffer(
         name,
         shape,
@@ -331,6 +340,7 @@ def _buffer(
 
 
 def _buffers(kernel: Kernel, shapes: Shapes) -> dict[str, Buffer]:
+    """Buffers of zeros of these shapes."""
     return {
         name: _buffer(kernel, name, shape, np.zeros(int(np.prod(shape)), np.int32), True)
         for name, shape in shapes.items()
