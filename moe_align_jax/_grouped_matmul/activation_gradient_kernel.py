@@ -103,8 +103,7 @@ def build(
 
 
 def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> kernel.Ending:
-    """What becomes of the sums of a tile: the gradients of gate and up, and each row's share of the weights'
-    gradient."""
+    """What is made of a tile's sums: the gradient of gate and up, and a part of that of the row weights."""
     product = problem.product
     shape, piece = shape_of(product, config), 64 if interpret else PIECE
     rows, n = product.num_rows, product.n

@@ -334,7 +334,7 @@ def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
 
 
 def _group(problem: MatmulProblem, rules: Rules) -> int:
-    """Rows' tiles that are done together, so that their weights are read from L2."""
+    """`Config.group` for a problem; 0 of narrow weights."""
     if problem.w_columns <= rules.narrow:
         return 0
     if problem.rows == "masked":

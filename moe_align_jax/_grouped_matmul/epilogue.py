@@ -237,8 +237,7 @@ class _Finish:
         return self.scaled(value, row, plgpu.Layout.WGMMA, 0).astype(self.dtype)
 
     def parted(self, product: jax.Array, row: jax.Array, c: int) -> jax.Array:
-        """A piece of interleaved gate and up, from column `2 c` of the product on, parted into the result's
-        columns."""
+        """A piece of interleaved gate and up, from the tile's column `c` of these on, parted."""
         product = self.with_bias(product, 2 * self.place.column + c, 1)
         gate, up = inline.part_columns(product, interpret=self.interpret)
         value = activate(self.problem.weights, gate, up)

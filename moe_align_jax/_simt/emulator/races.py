@@ -106,7 +106,7 @@ class Clock:
         self._threads = None
 
     def _floor(self, of_cta: np.ndarray) -> Floor:
-        """The floor of each thread of these CTAs' last barriers; an int where all agree."""
+        """The floor of each thread: the last barrier of its CTA; an int where all agree."""
         floor = of_cta.reshape(-1) << STAMP
         uniform = (floor == floor[0]).all()
         return int(floor[0]) if uniform else floor.repeat(self.num_threads)
