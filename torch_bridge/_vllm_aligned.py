@@ -88,9 +88,13 @@ def fused_globalize_align_block_size(
     if ids.dtype != torch.int64:
         checks.refuse(TypeError, function, "topk_idx", "be int64", ids, _REMEDY)
     if ids.dim() != 2 or ids.shape[1] < 1:
-        checks.refuse(ValueError, function, "topk_idx", "have shape [num_tokens, topk]", ids, _REMEDY)
+        checks.refuse(
+            ValueError, function, "topk_idx", "have shape [num_tokens, topk]", ids, _REMEDY
+        )
     if any(size > 1 and step == 0 for size, step in zip(ids.shape, ids.stride(), strict=True)):
-        checks.refuse(ValueError, function, "topk_idx", "hold each id in memory of its own", ids, _REMEDY)
+        checks.refuse(
+            ValueError, function, "topk_idx", "hold each id in memory of its own", ids, _REMEDY
+        )
     remedy = "Pass the tokens received up to each rank."
     received = _checks.check_integer_tensor(function, "psum", psum, remedy, ids.device)
     if received.dim() != 1 or received.shape[0] < 1:
@@ -210,7 +214,9 @@ def moe_lora_align_block_size(
     )
     device = topk_ids.device
     if topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
-        checks.refuse(ValueError, function, "topk_ids", "have shape [num_tokens, topk]", topk_ids, _REMEDY)
+        checks.refuse(
+            ValueError, function, "topk_ids", "have shape [num_tokens, topk]", topk_ids, _REMEDY
+        )
     remedy = "Pass the sizes of the buffers."
     loras = checks.check_positive_int(function, "max_loras", max_loras, remedy)
     least = inplace.least_sizes(spec)
@@ -236,10 +242,24 @@ def moe_lora_align_block_size(
     _check_buffers(function, written, device, exact, at_least=False)
     mapping = _integers(function, "token_lora_mapping", token_lora_mapping, device)
     if mapping.shape[0] != topk_ids.shape[0]:
-        checks.refuse(ValueError, function, "token_lora_mapping", f"have shape [{topk_ids.shape[0]}]", mapping, _REMEDY)
+        checks.refuse(
+            ValueError,
+            function,
+            "token_lora_mapping",
+            f"have shape [{topk_ids.shape[0]}]",
+            mapping,
+            _REMEDY,
+        )
     enabled = _integers(function, "adapter_enabled", adapter_enabled, device)
     if enabled.shape[0] < loras:
-        checks.refuse(ValueError, function, "adapter_enabled", f"have at least {loras} elements", enabled, _REMEDY)
+        checks.refuse(
+            ValueError,
+            function,
+            "adapter_enabled",
+            f"have at least {loras} elements",
+            enabled,
+            _REMEDY,
+        )
     in_use = _integers(function, "lora_ids", lora_ids, device)
     given = {"token_lora_mapping": mapping, "adapter_enabled": enabled, "lora_ids": in_use}
     _check_data(function, written, {**operands, **given})

@@ -410,7 +410,9 @@ def _check_bias(
 ) -> torch.Tensor:
     _check_floats(function, argument, bias)
     if bias.dim() != 1 or bias.shape[0] != logits.shape[1]:
-        checks.refuse(ValueError, function, argument, f"have shape [{logits.shape[1]}]", bias, _REMEDY)
+        checks.refuse(
+            ValueError, function, argument, f"have shape [{logits.shape[1]}]", bias, _REMEDY
+        )
     _check_device(function, argument, bias, logits.device)
     return bias
 
@@ -471,9 +473,13 @@ def _check_op(
         dtypes = ((torch.float32,), _ID_DTYPES, (torch.int32,))[position]
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            checks.refuse(TypeError, function, argument, f"be a tensor of dtype {names}", tensor, _REMEDY)
+            checks.refuse(
+                TypeError, function, argument, f"be a tensor of dtype {names}", tensor, _REMEDY
+            )
         if tensor.dim() != 2 or tensor.shape[0] != num_tokens:
-            checks.refuse(ValueError, function, argument, f"have shape [{num_tokens}, topk]", tensor, _REMEDY)
+            checks.refuse(
+                ValueError, function, argument, f"have shape [{num_tokens}, topk]", tensor, _REMEDY
+            )
         _check_device(function, argument, tensor, device)
         _checks.check_no_gradient(function, argument, tensor)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
@@ -483,7 +489,14 @@ def _check_op(
     top_k = weights.shape[1]
     for argument, tensor in zip(list(results)[1:], others, strict=True):
         if tensor.shape[1] != top_k:
-            checks.refuse(ValueError, function, argument, f"have shape [{num_tokens}, {top_k}]", tensor, _REMEDY)
+            checks.refuse(
+                ValueError,
+                function,
+                argument,
+                f"have shape [{num_tokens}, {top_k}]",
+                tensor,
+                _REMEDY,
+            )
     if not 1 <= top_k <= num_experts:
         rule = f"have 1 to {num_experts} columns, the number of experts"
         checks.refuse(ValueError, function, "topk_weights", rule, weights, _REMEDY)
@@ -496,9 +509,18 @@ def _check_op(
             torch.bool,
             torch.uint8,
         ):
-            checks.refuse(TypeError, function, "is_padding", "be a bool or uint8 tensor", is_padding, _REMEDY)
+            checks.refuse(
+                TypeError, function, "is_padding", "be a bool or uint8 tensor", is_padding, _REMEDY
+            )
         if is_padding.dim() != 1 or is_padding.shape[0] != num_tokens:
-            checks.refuse(ValueError, function, "is_padding", f"have shape [{num_tokens}]", is_padding, _REMEDY)
+            checks.refuse(
+                ValueError,
+                function,
+                "is_padding",
+                f"have shape [{num_tokens}]",
+                is_padding,
+                _REMEDY,
+            )
         _check_device(function, "is_padding", is_padding, device)
         operands["is_padding"] = is_padding
     return operands
@@ -522,7 +544,9 @@ def _check_tokens(
         function, "input_tokens", input_tokens, remedy, logits.device
     )
     if tokens.dim() != 1 or tokens.shape[0] != logits.shape[0]:
-        checks.refuse(ValueError, function, "input_tokens", f"have shape [{logits.shape[0]}]", tokens, _REMEDY)
+        checks.refuse(
+            ValueError, function, "input_tokens", f"have shape [{logits.shape[0]}]", tokens, _REMEDY
+        )
     return tokens.to(torch.int64)
 
 
@@ -533,7 +557,9 @@ def _check_table(
     name = "hash_indices_table"
     table = _checks.check_integer_tensor(function, name, table, remedy, device)
     if table.dim() != 2 or table.shape[1] != top_k or table.shape[0] < 1:
-        checks.refuse(ValueError, function, name, f"have shape [vocabulary, {top_k}]", table, _REMEDY)
+        checks.refuse(
+            ValueError, function, name, f"have shape [vocabulary, {top_k}]", table, _REMEDY
+        )
     return table if table.dtype in (torch.int32, torch.int64) else table.to(torch.int64)
 
 

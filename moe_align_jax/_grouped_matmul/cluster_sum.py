@@ -85,6 +85,7 @@ def _place(ref: Any) -> Any:
 
 def _put(parts: Any, values: Sequence[jax.Array]) -> None:
     """Stores this thread's values to `parts`: a pair of neighbours at a time, `_place` says where."""
+
     @inline.emits(arg_types=(plgpu.RefType(), *[plgpu.Layout.WGMMA] * len(values)))
     def emit(_, ref, *arrays):
         place, at = _place(ref), 0

@@ -65,7 +65,13 @@ def _files(path: Path, prefix: str) -> list[Path]:
             checks.fail(_FUNCTION, "path", rule, f"{index}: {error!r}", remedy)
         if outside:
             rule = "have an index that names files of its own folder"
-            checks.fail(_FUNCTION, "path", rule, repr(outside[0]), "Do not read a checkpoint that you do not trust.")
+            checks.fail(
+                _FUNCTION,
+                "path",
+                rule,
+                repr(outside[0]),
+                "Do not read a checkpoint that you do not trust.",
+            )
         files = sorted(path / file for file in wanted)
     else:
         files = sorted(path.glob("*.safetensors"))
@@ -89,13 +95,21 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path} of {size} bytes", remedy)
+            checks.fail(
+                _FUNCTION, "path", "be a safetensors file", f"{path} of {size} bytes", remedy
+            )
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
             checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path}: {error}", remedy)
     if not isinstance(header, dict):
-        checks.fail(_FUNCTION, "path", "be a safetensors file", f"{path} with a header of {type(header)}", remedy)
+        checks.fail(
+            _FUNCTION,
+            "path",
+            "be a safetensors file",
+            f"{path} with a header of {type(header)}",
+            remedy,
+        )
     found, data = (
         {},
         np.memmap(path, np.uint8, "r") if size > 8 + length else np.zeros(8 + length, np.uint8),

@@ -97,6 +97,7 @@ def _weights_tangent(
     problem: RouteProblem, logits: jax.Array, tangent: jax.Array, topk_ids: jax.Array
 ) -> jax.Array:
     """The tangent of the weights, with the chosen ids as constants."""
+
     def weights(x):
         return reference.weights_of(problem, x, topk_ids)
 

@@ -121,7 +121,10 @@ def _mutant(name: str, new: str, kills: str = "RaceError") -> Mutant:
 MUTANTS = (
     _mutant("an expert's first place is read before it is there", "pass"),
     _mutant("rows past an expert's room are copied", "kept = kept & (place >= 0)", kills="wrong"),
-    _mutant("a row in use is cleared", "with t.if_(row - expert * rows_per_expert >= self.used(expert) - 1):"),
+    _mutant(
+        "a row in use is cleared",
+        "with t.if_(row - expert * rows_per_expert >= self.used(expert) - 1):",
+    ),
     _mutant("a row ends one unit late", "with t.if_(at <= leaf.units):", kills="wrong"),
     _mutant("every part of a row writes its place", "with t.if_(mine & self.warp.eq(0)):"),
 )

@@ -979,7 +979,9 @@ def test_each_function_of_the_kernels_says_what_it_takes_and_gives():
 def test_undocumented_functions_are_found():
     """Its own words, or those of a class that it inherits from: of its module, or imported."""
     first = "class A:\n    'a'\n    def f(self):\n        'f'\n    def g(self): pass\n"
-    second = "import p\nclass B(p.A):\n    'b'\n    def __init__(self): pass\n    def f(self): pass\n"
+    second = (
+        "import p\nclass B(p.A):\n    'b'\n    def __init__(self): pass\n    def f(self): pass\n"
+    )
     second += "    def g(self): pass\n    def h(self):\n        'h'\n        def i(): pass\n"
     assert undocumented({"p": first, "q": second}) == {"p.A.g", "q.B.g"}
     assert undocumented({"p": first, "q": f"{second}class A: pass\n"}) == {

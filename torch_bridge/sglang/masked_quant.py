@@ -199,9 +199,23 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     if output.dtype != torch.float8_e4m3fn:
         checks.refuse(TypeError, _FUNCTION, "output", "be float8_e4m3fn", output, _REMEDY)
     if output_scale.dtype not in (torch.float32, torch.int32):
-        checks.refuse(TypeError, _FUNCTION, "output_scale", "be float32, or int32 for packed scales", output_scale, _REMEDY)
+        checks.refuse(
+            TypeError,
+            _FUNCTION,
+            "output_scale",
+            "be float32, or int32 for packed scales",
+            output_scale,
+            _REMEDY,
+        )
     if x.dim() != 3 or x.shape[2] % 2 or not x.shape[2] or x.shape[2] // 2 % group:
-        checks.refuse(ValueError, _FUNCTION, "input", f"have shape [e, M, 2 N], N a multiple of {group}", x, _REMEDY)
+        checks.refuse(
+            ValueError,
+            _FUNCTION,
+            "input",
+            f"have shape [e, M, 2 N], N a multiple of {group}",
+            x,
+            _REMEDY,
+        )
     experts, rows, width = x.shape[0], x.shape[1], x.shape[2] // 2
     _checks.check_integer_tensor(
         _FUNCTION, "masked_m", masked_m, "Pass the valid rows of each expert."
@@ -219,7 +233,14 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     }
     for argument, shape in shapes.items():
         if tuple(tensors[argument].shape) != shape:
-            checks.refuse(ValueError, _FUNCTION, argument, f"have shape {list(shape)}", tensors[argument], _REMEDY)
+            checks.refuse(
+                ValueError,
+                _FUNCTION,
+                argument,
+                f"have shape {list(shape)}",
+                tensors[argument],
+                _REMEDY,
+            )
     for argument, tensor in tensors.items():
         if tensor.device != x.device:
             rule = f"be on the input's device, {x.device}"

@@ -95,12 +95,25 @@ class ExpertDistributionRecorder:
             return ExpertDistributionRecorder()
         function = "ExpertDistributionRecorder.init_new"
         if not (mode is None or checks.is_one_of(mode, MODES)):
-            checks.fail(function, "mode", f"be one of {', '.join(MODES)} or None", checks.shown(mode), _REMEDY)
+            checks.fail(
+                function,
+                "mode",
+                f"be one of {', '.join(MODES)} or None",
+                checks.shown(mode),
+                _REMEDY,
+            )
         sizes = gather.sizes_of(function, expert_location_metadata, rank)
         try:
             buffer_size = checks.index(buffer_size)
         except TypeError:
-            checks.fail(function, "buffer_size", "be an int", checks.describe(buffer_size), _REMEDY, TypeError)
+            checks.fail(
+                function,
+                "buffer_size",
+                "be an int",
+                checks.describe(buffer_size),
+                _REMEDY,
+                TypeError,
+            )
         if buffer_size == 0:
             checks.fail(function, "buffer_size", "not be 0", 0, _REMEDY)
         _checks.check_bool(function, "enable_metrics", enable_metrics)
@@ -109,7 +122,9 @@ class ExpertDistributionRecorder:
             if not isinstance(value, str):
                 checks.fail(function, name, "be a str", checks.describe(value), _REMEDY, TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
-            checks.fail(function, "directory", "be a path", checks.describe(directory), _REMEDY, TypeError)
+            checks.fail(
+                function, "directory", "be a path", checks.describe(directory), _REMEDY, TypeError
+            )
         if mode == "per_token":
             tokens, k = (
                 checks.check_positive_int(function, name, value, "Mode per_token needs it.")
@@ -434,7 +449,13 @@ class _Recorder(ExpertDistributionRecorder):
 
     def dump_record(self, output_mode: Literal["file", "object"] = "file") -> Any:
         if not checks.is_one_of(output_mode, ("file", "object")):
-            checks.fail("dump_record", "output_mode", 'be "file" or "object"', checks.shown(output_mode), _REMEDY)
+            checks.fail(
+                "dump_record",
+                "output_mode",
+                'be "file" or "object"',
+                checks.shown(output_mode),
+                _REMEDY,
+            )
         with self._lock:
             self._own("dump_record")
             self._need_no_layer()
@@ -488,5 +509,3 @@ def set_global_expert_distribution_recorder(value: ExpertDistributionRecorder) -
 
 def _capturing() -> bool:
     return gather.capturing()
-
-

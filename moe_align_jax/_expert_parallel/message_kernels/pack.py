@@ -98,7 +98,9 @@ class _Body:
             for piece, value in zip(batch, held, strict=True):
                 # mutant: a row ends one move late
                 with t.if_(piece.inside):
-                    row_words.store(t, self.r.message, piece, row + message.starts[piece.field], value)
+                    row_words.store(
+                        t, self.r.message, piece, row + message.starts[piece.field], value
+                    )
 
     def quantise(self, batch: list[Piece], held: list[Any], token: Int) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""

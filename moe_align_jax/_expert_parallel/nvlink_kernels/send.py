@@ -82,9 +82,7 @@ class Sender:
             wanted = wanted | (expert - first).below(count)
         return wanted
 
-    def _copy(
-        self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]
-    ) -> None:
+    def _copy(self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]) -> None:
         """Stores the loaded values of a batch to that row of each rank, where it is wanted."""
         t, fields = self.t, self.fields
         for refs, goes in zip(self.there, wanted, strict=True):
@@ -112,9 +110,7 @@ class Sender:
                 t.store(refs["local_ids"], at, t.select(here, local, -1))
                 t.store(refs["local_weights"], at, t.select(here, weight, 0))
 
-    def _quantise(
-        self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]
-    ) -> None:
+    def _quantise(self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
         t, [field] = self.t, self.fields
         lane = self.thread & (WARP - 1)
