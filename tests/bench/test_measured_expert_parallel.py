@@ -187,8 +187,7 @@ def test_readme_says_what_the_rows_say():
     text = " ".join((ROOT / "README.md").read_text().split())
     plain = min("all_to_all", "all_gather + psum_scatter", key=lambda kind: found[
         CASES[1], f"plain job, {kind}, sorted", "default", "wall", "donated"])  # fmt: skip
-    said = f"donated (2026-11-28): {pair('ours, nvlink_window')} µs; two bare all_to_all "
-    said += (
-        f"{pair('bare all_to_all twice')}, plain collectives {pair(f'plain job, {plain}, sorted')}"
-    )
-    assert said in text
+    others = pair(f"plain job, {plain}, sorted")
+    said = f"| {pair('ours, nvlink_window')} | two bare all_to_all {pair('bare all_to_all twice')}, "
+    assert f"{said}plain collectives {others} |" in text
+    assert "wall clock on two, 8 / 128 tokens each, the state donated, 2026-11-28" in text

@@ -79,7 +79,7 @@ class Message(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether some of the W words are nobody's."""
+        """Whether some of the W words belong to no field."""
         return self.words > sum(field.words for field in self.fields)
 
     @property
@@ -98,8 +98,8 @@ class Message(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` is nobody's), `weights [T, K]`
-    float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` has no
+    expert), `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`.
 
     Attributes:
         message: its rows.

@@ -175,7 +175,7 @@ class _Dispatcher:
     def _send_routes(self, unit: Int) -> None:
         """A token's ids and weights to everyone, marks in place of those of the others' experts.
 
-        The weights are read when the rows are: nobody needs them before.
+        The weights are read by those who read the rows, and not before.
         """
         t, r, top_k, count = self.t, self.r, self.send.top_k, self.send.num_local_experts
         token = self._token(unit)
