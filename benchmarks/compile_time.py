@@ -4,7 +4,7 @@ python -m benchmarks.compile_time --out ROWS.jsonl
 
 jax's compilation cache is off. "mosaic_gpu" is a jit with one call: tracing and lowering, compiling (Mosaic
 and ptxas), the first run. "torch_bridge" is a program that is sized at launch, in the process that compiles
-for PyTorch: tracing and lowering, Mosaic's compiler, assembling by the driver, the proof on the GPU. The
+for PyTorch: tracing and lowering, Mosaic's compiler, assembling by the driver, the self-test on the GPU. The
 first program of a process also pays for what every compiler loads once: under jit a row of its own.
 """
 
@@ -30,7 +30,7 @@ from moe_align_jax.types import AlignProblem, BatchedAlignProblem
 
 GOAL_S = 0.5
 # The steps of a program, in order; a total is over those that were measured.
-STEPS = ("lower_s", "compile_s", "first_run_s", "assemble_s", "prove_s")
+STEPS = ("lower_s", "compile_s", "first_run_s", "assemble_s", "self_test_s")
 # Sizes whose forms differ, in the tables that there are; with options the largest program of each form.
 CASES = tuple(
     Case(num_pairs=n, num_experts=num_experts, block_size=block, with_options=options)

@@ -61,10 +61,10 @@ def test_rows_hold_the_median_of_each_step():
     assert "total_s" not in compile_time.row_of("c", "p", "f", [{"lower_s": 0.1}])
 
 
-def test_rows_of_pytorchs_programs_separate_the_proof(monkeypatch):
+def test_rows_of_pytorchs_programs_separate_the_self_test(monkeypatch):
     """From an answer as compile_worker.py gives it; its own test says that it does."""
     measured = compile_time.programs("")[-2:]
-    seconds = {"lower": 0.1, "compile": 0.2, "assemble": 0.03, "prove": 0.004}
+    seconds = {"lower": 0.1, "compile": 0.2, "assemble": 0.03, "self_test": 0.004}
     asked = []
 
     def run(command, input, **options):
@@ -78,5 +78,5 @@ def test_rows_of_pytorchs_programs_separate_the_proof(monkeypatch):
     assert whole["case"] == "all of these" and failed["error"] == "no memory"
     assert (row["case"], row["form"]) == ("batched 256x512x64", "batched")
     assert (row["lower_s"], row["compile_s"]) == (0.1, 0.2)
-    assert (row["assemble_s"], row["prove_s"], row["total_s"]) == (0.03, 0.004, 0.334)
+    assert (row["assemble_s"], row["self_test_s"], row["total_s"]) == (0.03, 0.004, 0.334)
     assert "1 of 1 programs within" in compile_time.verdict([whole, failed, row])

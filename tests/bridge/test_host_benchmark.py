@@ -85,10 +85,10 @@ def test_every_provider_runs_and_has_its_peer(peers, monkeypatch, tmp_path):
     assert set(beside.values()) <= set(results)
 
 
-def test_first_call_separates_the_proof():
+def test_first_call_separates_the_self_test():
     """The seconds that the compiling process answers with, of each program."""
     answer = json.dumps(
-        {"programs": [{"seconds": {"compile": 1.5, "prove": 0.5}}, {"error": "no"}]}
+        {"programs": [{"seconds": {"compile": 1.5, "self_test": 0.5}}, {"error": "no"}]}
     )
     command = [sys.executable, "-c", f"print({answer!r})", "compile_worker.py"]
     call = f"subprocess.run({command!r}, capture_output=True, text=True)"
@@ -96,8 +96,8 @@ def test_first_call_separates_the_proof():
     script = script.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     run = json.loads(done.stdout)
-    assert (run["compile_ms"], run["proof_ms"], run["imports_jax"]) == (3000, 1000, False)
+    assert (run["compile_ms"], run["self_test_ms"], run["imports_jax"]) == (3000, 1000, False)
     row = host.first_call_row("ours", [run] * 3)
-    assert (row["compile_ms"], row["proof_ms"], row["processes"]) == (3000, 1000, 3)
-    nothing = run | {"compile_ms": 0.0, "proof_ms": 0.0}
+    assert (row["compile_ms"], row["self_test_ms"], row["processes"]) == (3000, 1000, 3)
+    nothing = run | {"compile_ms": 0.0, "self_test_ms": 0.0}
     assert "compile_ms" not in host.first_call_row("ours", [nothing])

@@ -291,7 +291,7 @@ def compare(fake, problem, launches, cubins, shapes):
     compile_worker.compare_with_numpy(driver, machine_driver, problem, launches, cubins, shapes)
 
 
-PROVED = [
+SELF_TESTED = [
     bucket_problem(8, 8, 4),
     bucket_problem(
         *(60, 8, 4, 2),
@@ -306,8 +306,8 @@ PROVED = [
 ]
 
 
-@pytest.mark.parametrize("problem", PROVED, ids=[f"{p.name[:5]} {p.num_pairs}" for p in PROVED])
-def test_prove_passes_a_right_program(problem, fake):
+@pytest.mark.parametrize("problem", SELF_TESTED, ids=[f"{p.name[:5]} {p.num_pairs}" for p in SELF_TESTED])
+def test_self_test_passes_a_right_program(problem, fake):
     launches, cubins, shapes = fake.compiled(problem)
     compare(fake, problem, launches, cubins, shapes)
     assert len(fake.launched) == 2 * len(launches)
@@ -315,7 +315,7 @@ def test_prove_passes_a_right_program(problem, fake):
 
 
 @pytest.mark.parametrize("size", [(5, 4, 2, 16), (300, 9000, 4, 1200), (2500, 8, 16, 2620)])
-def test_prove_passes_a_program_of_one_size(size, fake):
+def test_self_test_passes_a_program_of_one_size(size, fake):
     """Whose ids start where their memory does: as a benchmark compares with."""
     for problem in (AlignProblem(*size), AlignProblem(*size, id_words=2, expert_map="filter")):
         launches, cubins, shapes = fake.compiled(problem)
@@ -347,24 +347,24 @@ def _off_by_one(name):
 
 
 @pytest.mark.parametrize("name", ["sorted_token_ids", "expert_ids", "num_tokens_post_padded"])
-def test_prove_finds_a_wrong_cell(name, fake):
-    launches, cubins, shapes = fake.compiled(PROVED[0])
+def test_self_test_finds_a_wrong_cell(name, fake):
+    launches, cubins, shapes = fake.compiled(SELF_TESTED[0])
     kernel, problem, how = fake.kernels[-1]
     broken = dataclasses.replace(kernel, body=_off_by_one(name)(kernel.body))
     fake.kernels[-1] = (broken, problem, how)
     with pytest.raises(compile_worker.CompileError, match=rf"{name}\[0\]"):
-        compare(fake, PROVED[0], launches, cubins, shapes)
+        compare(fake, SELF_TESTED[0], launches, cubins, shapes)
     assert not fake._memory
 
 
-def test_prove_reports_a_launch_that_the_driver_refuses(fake):
-    launches, cubins, shapes = fake.compiled(PROVED[0])
+def test_self_test_reports_a_launch_that_the_driver_refuses(fake):
+    launches, cubins, shapes = fake.compiled(SELF_TESTED[0])
     fake.result = 1
     with pytest.raises(driver.DriverError, match=r"launching a kernel failed: .*error 1\)\.$"):
-        compare(fake, PROVED[0], launches, cubins, shapes)
+        compare(fake, SELF_TESTED[0], launches, cubins, shapes)
     fake.result = 901  # a capture that another thread has ended
     with pytest.raises(driver.DriverError, match=r"error 901\)\. Another call .*thread_local"):
-        compare(fake, PROVED[0], launches, cubins, shapes)
+        compare(fake, SELF_TESTED[0], launches, cubins, shapes)
 
 
 # -- the process ----------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_answer_says_what_each_step_took(monkeypatch, tmp_path):
     first, second = (one["seconds"] for one in compile_worker._serve(request))
     whole = time.monotonic() - begun
     for steps in (first, second):
-        assert steps["compile"] >= 0.02 and steps["assemble"] >= 0.03 and steps["prove"] >= 0.04
+        assert steps["compile"] >= 0.02 and steps["assemble"] >= 0.03 and steps["self_test"] >= 0.04
         assert steps["lower"] > 0
     assert whole - 1 < sum(first.values()) + sum(second.values()) <= whole + 0.01
 

@@ -24,7 +24,7 @@ MUTANTS = (
     _mutant("places are read before all warps have counted", "pass"),
     _mutant("peers are not told of the rows", BLOCK_SYNC, kills="DivergentBarrier"),
     _mutant(
-        "ids that are nobody's here are not put",
+        "ids without an expert here are not put",
         "t.put(rank, at, t.select(here, local + _FIRST_ID, 0))",
         kills="Undefined",
     ),

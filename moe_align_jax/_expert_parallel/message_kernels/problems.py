@@ -98,8 +98,8 @@ class Message(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` has no
-    expert), `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+    """Tokens to messages: `topk_ids [T, K]` int32 (one outside `[0, D * e)` has no expert), `weights [T, K]`
+    float32 and a `[T, c]` array for each field to `message [D, T, W]`.
 
     Attributes:
         message: its rows.

@@ -192,7 +192,7 @@ class _Dispatcher:
                 rank = (t.rank() + k) % self.sources
                 local = expert - rank * count
                 here = local.below(count)
-                # mutant: ids that are nobody's here are not put
+                # mutant: ids without an expert here are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
                 # mutant: weights of others' experts are kept
                 t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
