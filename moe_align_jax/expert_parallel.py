@@ -51,7 +51,7 @@ from moe_align_jax._expert_parallel.transport import Group
 from moe_align_jax._lowering import export, select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._lowering.sharding import check_axis, vary_together
-from moe_align_jax.masked_layout import MaskedLayout, check_room, permute_to_masked
+from moe_align_jax.masked_layout import MaskedLayout, check_rows_per_expert, permute_to_masked
 
 
 @export.register_namedtuple
@@ -193,11 +193,11 @@ def dispatch(
         initialize = payload is None and scales is None
     platform, sizes = mesh_platform(), {"mode": chosen, "num_ranks": size}
     choice = choose(function, transport, **sizes, platform=platform, axis_name=axis_name)
-    room = None
+    rows_per_expert = None
     if chosen == "low_latency":
         rows = size * x.shape[0]
         experts = group.num_local_experts
-        room = check_room(function, max_tokens_per_expert, experts, rows, ids.shape[1])
+        rows_per_expert = check_rows_per_expert(function, max_tokens_per_expert, experts, rows, ids.shape[1])
 
     info = DispatchInfo(chosen, choice.transport, group, x.shape[0])
     with jax.named_scope(function), in_our_words(function):
@@ -205,8 +205,8 @@ def dispatch(
         with jax.named_scope("plan"):
             plan = TRANSPORTS[info.transport].plan(sent.ids, group)
         with jax.named_scope("send"):
-            received, layout = _send(info, sent, plan, room, bool(initialize))
-        return _lay_out(info, received, layout, plan, room, bool(initialize), choice)
+            received, layout = _send(info, sent, plan, rows_per_expert, bool(initialize))
+        return _lay_out(info, received, layout, plan, rows_per_expert, bool(initialize), choice)
 
 
 class _Message(NamedTuple):
@@ -267,13 +267,13 @@ def _prepare(
 
 
 def _send(
-    info: DispatchInfo, given: _Message, plan: Any, room: int | None, initialize: bool
+    info: DispatchInfo, given: _Message, plan: Any, rows_per_expert: int | None, initialize: bool
 ) -> tuple[_Message, MaskedLayout | None]:
     """What came, and its layout where the transport has put the rows into the experts' boxes already."""
     clears = TRANSPORTS[info.transport].clears_boxes
-    if room and (clears or not initialize) and fills_boxes(info, *given, room):
+    if rows_per_expert and (clears or not initialize) and fills_boxes(info, *given, rows_per_expert):
         info = dataclasses.replace(info, initialize=initialize)
-        *received, layout = send_to_boxes(info, room, *given, plan)
+        *received, layout = send_to_boxes(info, rows_per_expert, *given, plan)
         return _Message(*received), MaskedLayout(*layout)
     return _Message(*send(info, *given, plan)), None
 
@@ -283,14 +283,14 @@ def _lay_out(
     received: _Message,
     layout: MaskedLayout | None,
     plan: Any,
-    room: int | None,
+    rows_per_expert: int | None,
     initialize: bool,
     choice: TransportChoice,
 ) -> Dispatched:
-    """The result: rows as they came, or with `room` by expert, so many rows each."""
+    """The result: rows as they came, or, with `rows_per_expert`, so many of each expert."""
     x, scales, weights, ids = received
     in_use = jnp.any(ids >= 0, axis=1)
-    if room is None:
+    if rows_per_expert is None:
         handle = DispatchHandle(info, plan, in_use, None, None, None)
         return Dispatched(x, scales, None, None, ids, weights, handle, choice)
     if layout is None:
@@ -298,7 +298,7 @@ def _lay_out(
             (x, scales),
             ids,
             num_experts=info.group.num_local_experts,
-            max_tokens_per_expert=room,
+            max_tokens_per_expert=rows_per_expert,
             initialize=initialize,
         )
     if scales is not None and scales.dtype == jnp.int32:

@@ -120,18 +120,18 @@ def permute_to_masked(
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
-    room = check_room(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
+    rows_per_expert = check_rows_per_expert(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
     ids = narrow_on_host(ids, num_experts)
     if num_tokens == 0:
         zeros = jax.tree.map(
-            lambda leaf: jnp.zeros((num_experts, room, *leaf.shape[1:]), leaf.dtype), x
+            lambda leaf: jnp.zeros((num_experts, rows_per_expert, *leaf.shape[1:]), leaf.dtype), x
         )
         layout = MaskedLayout(
-            *_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, room))
+            *_zeros((num_experts,), (num_experts,), ids.shape, (num_experts, rows_per_expert))
         )
         return vary_together((zeros, layout, (x, ids)))[:2]
     with in_our_words(function):
-        return _to_masked(x, ids, num_experts=num_experts, room=room, initialize=initialize)
+        return _to_masked(x, ids, num_experts=num_experts, rows_per_expert=rows_per_expert, initialize=initialize)
 
 
 def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -143,22 +143,22 @@ def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
     return [jnp.zeros(shape, _I32) for shape in shapes]
 
 
-def check_room(
+def check_rows_per_expert(
     function: str, max_tokens_per_expert: Any, num_experts: int, num_tokens: int, top_k: int
 ) -> int:
     """M."""
-    room, name = max(num_tokens, 1), "max_tokens_per_expert"
+    rows_per_expert, name = max(num_tokens, 1), "max_tokens_per_expert"
     if max_tokens_per_expert is not None:
         remedy = "Pass the rows per expert."
-        room = checks.check_positive_int(function, name, max_tokens_per_expert, remedy)
-    rows = num_experts * room + num_tokens * top_k
+        rows_per_expert = checks.check_positive_int(function, name, max_tokens_per_expert, remedy)
+    rows = num_experts * rows_per_expert + num_tokens * top_k
     checks.check_fits_int32(function, name, rows, "a number of rows")
-    return room
+    return rows_per_expert
 
 
-@functools.partial(jax.jit, static_argnames=("num_experts", "room", "initialize"))
+@functools.partial(jax.jit, static_argnames=("num_experts", "rows_per_expert", "initialize"))
 def _to_masked(
-    x: Any, ids: jax.Array, *, num_experts: int, room: int, initialize: bool
+    x: Any, ids: jax.Array, *, num_experts: int, rows_per_expert: int, initialize: bool
 ) -> tuple[Any, MaskedLayout]:
     with jax.named_scope("permute_to_masked"):
         aligned = block_align.moe_align_block_size(
@@ -171,7 +171,7 @@ def _to_masked(
             aligned.sorted_token_ids,
             aligned.row_of_pair,
             aligned.tokens_per_expert,
-            room=room,
+            rows_per_expert=rows_per_expert,
             initialize=initialize,
         )
         masked_m, row_of_pair, pair_of_row = layout

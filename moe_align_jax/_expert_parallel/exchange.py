@@ -85,34 +85,34 @@ def _send_backward(info, saved, cotangents):
 send.defvjp(_send_forward, _send_backward)
 
 
-def fills_boxes(info: DispatchInfo, x, scales, weights, ids, room: int) -> bool:
+def fills_boxes(info: DispatchInfo, x, scales, weights, ids, rows_per_expert: int) -> bool:
     """Whether `send_to_boxes` takes these."""
     fields = _fields(x, scales, weights, ids)
     transport = TRANSPORTS[info.transport]
-    return transport.fills_boxes(fields, info.group, room, info.quantise)
+    return transport.fills_boxes(fields, info.group, rows_per_expert, info.quantise)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def send_to_boxes(info: DispatchInfo, room: int, x, scales, weights, ids, plan):
+def send_to_boxes(info: DispatchInfo, rows_per_expert: int, x, scales, weights, ids, plan):
     """`send`, then `permute_to_masked` of what came: (x, scales, weights, ids, layout)."""
     del plan
     fields = _fields(x, scales, weights, ids)
     transport = TRANSPORTS[info.transport]
     options = {"initialize": True} if info.initialize else {}
     boxes, layout, received = transport.send_to_boxes(
-        fields, info.group, room, info.quantise, **options
+        fields, info.group, rows_per_expert, info.quantise, **options
     )
     return boxes[0], boxes[1] if len(boxes) > 1 else None, *received, layout
 
 
-def _boxes_forward(info, room, *operands):
-    results = send_to_boxes(info, room, *operands)
+def _boxes_forward(info, rows_per_expert, *operands):
+    results = send_to_boxes(info, rows_per_expert, *operands)
     ids, (_, _, row_of_pair, _) = results[3:]
     return results, (operands[-1], ids >= 0, row_of_pair)
 
 
-def _boxes_backward(info, room, saved, cotangents):
-    del room
+def _boxes_backward(info, rows_per_expert, saved, cotangents):
+    del rows_per_expert
     plan, mine, row_of_pair = saved
     d_x, d_scales, d_weights, *_ = cotangents
     if d_scales is None:

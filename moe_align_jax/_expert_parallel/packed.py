@@ -100,7 +100,7 @@ def _boxes_by_xla(
     counts = aligned.tokens_per_expert
     (masked_m, row_of_pair, pair_of_row), boxes = copy_to_masked(
         *(payload, ids, aligned.sorted_token_ids, aligned.row_of_pair, counts),
-        room=problem.room,
+        rows_per_expert=problem.rows_per_expert,
         initialize=False,
     )
     return [*boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids]
@@ -150,7 +150,7 @@ def problems(
     ids: jax.Array,
     num_ranks: int,
     num_local_experts: int,
-    room: int,
+    rows_per_expert: int,
     quantise: bool,
 ) -> tuple[Pack, Unpack, Unpack]:
     """What the kernels of an exchange have to do: the first two of messages, or the third alone.
@@ -159,7 +159,7 @@ def problems(
         payload: `[T, c]` arrays; with `quantise` one, bfloat16.
         ids: `[T, K]`.
         num_ranks, num_local_experts: D, e.
-        room: rows of a box.
+        rows_per_expert: M, the rows of a box.
         quantise: whether the payload is quantised on the way.
     """
     fields = tuple(Field(x.shape[1], jnp.dtype(x.dtype)) for x in payload)
@@ -167,5 +167,5 @@ def problems(
         fields = message_kernels.quantised(fields[0].columns)
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
-    gathered = Unpack(form, room, gathered=True, quantise=quantise)
-    return Pack(form, quantise), Unpack(form, room), gathered
+    gathered = Unpack(form, rows_per_expert, gathered=True, quantise=quantise)
+    return Pack(form, quantise), Unpack(form, rows_per_expert), gathered

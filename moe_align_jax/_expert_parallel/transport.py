@@ -125,21 +125,21 @@ class Transport(Protocol):
         """As `send_fields` of e4m3 codes and float32 scales of x, weights and ids."""
         _refuse(self.name, "send_quantised")
 
-    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+    def fills_boxes(self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool) -> bool:
         """Whether `send_to_boxes` takes these."""
-        del fields, group, room, quantise
+        del fields, group, rows_per_expert, quantise
         return False
 
     def send_to_boxes(
-        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """(the payload in boxes `[e, room, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
+        """(the payload in boxes `[e, M, c]`, the four fields of their `MaskedLayout`, [weights, ids] as of
         `send_fields`). Rows from `masked_m` on are not written, or zeros: `clears_boxes`.
 
         Args:
             fields: the payload, weights and ids.
             group: the ranks.
-            room: rows per expert.
+            rows_per_expert: M.
             quantise: whether the payload, one array, becomes e4m3 codes and float32 scales.
         """
         _refuse(self.name, "send_to_boxes")

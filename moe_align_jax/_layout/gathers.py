@@ -21,7 +21,7 @@ def accumulator(dtype: Any) -> Any:
 
 
 def masked_layout(
-    topk_ids: jax.Array, order: jax.Array, place_of_pair: jax.Array, counts: jax.Array, room: int
+    topk_ids: jax.Array, order: jax.Array, place_of_pair: jax.Array, counts: jax.Array, rows_per_expert: int
 ) -> list[jax.Array]:
     """`[masked_m [e], row_of_pair [T, K], pair_of_row [e, M]]` of pairs in order of their experts.
 
@@ -30,23 +30,23 @@ def masked_layout(
         order: `[n]` int32, the pairs by expert, the dropped ones left out.
         place_of_pair: `[n]` int32, its inverse, -1 for a dropped pair.
         counts: `[e]` int32, pairs of each expert.
-        room: M.
+        rows_per_expert: M.
     """
     ids, num_experts = topk_ids, counts.shape[0]
     first = jnp.cumsum(counts, dtype=_I32) - counts
-    masked_m = jnp.minimum(counts, _I32(room))
+    masked_m = jnp.minimum(counts, _I32(rows_per_expert))
     if ids.size == 0:
-        empty = jnp.zeros((num_experts, room), _I32)
+        empty = jnp.zeros((num_experts, rows_per_expert), _I32)
         return [masked_m, jnp.zeros(ids.shape, _I32), empty]
-    place = jnp.arange(room, dtype=_I32)[None]
+    place = jnp.arange(rows_per_expert, dtype=_I32)[None]
     pair = order.at[first[:, None] + place].get(mode="clip")
     pair_of_row = jnp.where(place < masked_m[:, None], pair, _I32(ids.size))
     row = place_of_pair.reshape(ids.shape)
     # A kept pair's id is in range, whatever its dtype; a dropped one's is not used.
     expert = jnp.where(row < 0, 0, ids.astype(_I32))
     place = row - first.at[expert].get(mode="clip")
-    kept = (row >= 0) & (place < room)
-    row_of_pair = jnp.where(kept, expert * _I32(room) + place, -1)
+    kept = (row >= 0) & (place < rows_per_expert)
+    row_of_pair = jnp.where(kept, expert * _I32(rows_per_expert) + place, -1)
     return [masked_m, row_of_pair, pair_of_row]
 
 

@@ -70,7 +70,7 @@ def _differentiate(reference: Callable, primitive: Primitive, primals, tangents,
 
 def _copy_abstract(topk_ids, order, place_of_pair, counts, *leaves, problem: kernels.MaskedCopy):
     del order, place_of_pair, counts
-    boxes = (problem.num_experts, problem.room)
+    boxes = (problem.num_experts, problem.rows_per_expert)
     layout = ((problem.num_experts,), topk_ids.shape, boxes)
     return [
         *(result_like(topk_ids, shape, jnp.int32) for shape in layout),
@@ -79,7 +79,7 @@ def _copy_abstract(topk_ids, order, place_of_pair, counts, *leaves, problem: ker
 
 
 def _copy_reference(problem: kernels.MaskedCopy, topk_ids, order, place_of_pair, counts, *leaves):
-    layout = gathers.masked_layout(topk_ids, order, place_of_pair, counts, problem.room)
+    layout = gathers.masked_layout(topk_ids, order, place_of_pair, counts, problem.rows_per_expert)
     _, row_of_pair, pair_of_row = layout
     boxes = pair_of_row.shape
     rows = (
@@ -114,9 +114,9 @@ def _row_bytes(leaf: jax.Array) -> int:
 
 
 def copy(
-    indices: tuple[jax.Array, ...], leaves: list[jax.Array], room: int, initialize: bool
+    indices: tuple[jax.Array, ...], leaves: list[jax.Array], rows_per_expert: int, initialize: bool
 ) -> list[jax.Array]:
-    """`[*gathers.masked_layout(*indices, room), rows [e, M, ...] of each leaf]`, without a gradient.
+    """`[*gathers.masked_layout(*indices, M), rows [e, M, ...] of each leaf]`, without a gradient.
 
     `leaves` are `movable`, and vary over a shard_map's axes at least as the ids do.
     """
@@ -126,7 +126,7 @@ def copy(
         num_tokens,
         top_k,
         counts.shape[0],
-        room,
+        rows_per_expert,
         initialize,
         tuple(kernels.Leaf(x.dtype.name, _row_bytes(x)) for x in leaves),
     )

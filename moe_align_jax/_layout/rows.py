@@ -24,21 +24,21 @@ def copy_to_masked(
     place_of_pair: jax.Array,
     counts: jax.Array,
     *,
-    room: int,
+    rows_per_expert: int,
     initialize: bool,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """`([masked_m, row_of_pair, pair_of_row], rows of each leaf [e, M, ...])`.
 
     Args:
         leaves: `[T, ...]` each.
-        topk_ids, order, place_of_pair, counts, room: as for `gathers.masked_layout`.
+        topk_ids, order, place_of_pair, counts, rows_per_expert: as for `gathers.masked_layout`.
         initialize: whether rows that are not in use are zero. If not, they are not even written.
     """
     indices = vary_together((topk_ids, order, place_of_pair, counts))
     together = primitives.movable(leaves)  # the others by themselves
     # A gradient rule wants x to vary as its rows do, over the axes of the ids, too.
     moved = [vary_together((leaves[k], indices[0]))[0] for k in together]
-    layout, rows = _copy(room, initialize, moved, indices)
+    layout, rows = _copy(rows_per_expert, initialize, moved, indices)
     done = dict(zip(together, rows, strict=True))
     _, row_of_pair, pair_of_row = layout
     for k, x in enumerate(leaves):
@@ -90,18 +90,18 @@ def sum_rows(
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def _copy_body(room, initialize, leaves, indices):
-    layout_and_rows = primitives.copy(indices, leaves, room, initialize)
+def _copy_body(rows_per_expert, initialize, leaves, indices):
+    layout_and_rows = primitives.copy(indices, leaves, rows_per_expert, initialize)
     return layout_and_rows[:3], layout_and_rows[3:]
 
 
-def _copy_forward(room, initialize, leaves, indices):
-    layout, rows = _copy_body(room, initialize, leaves, indices)
+def _copy_forward(rows_per_expert, initialize, leaves, indices):
+    layout, rows = _copy_body(rows_per_expert, initialize, leaves, indices)
     return (layout, rows), layout[1]
 
 
-def _copy_backward(room, initialize, row_of_pair, cotangents):
-    del room, initialize
+def _copy_backward(rows_per_expert, initialize, row_of_pair, cotangents):
+    del rows_per_expert, initialize
     _, d_rows = cotangents
     return [sum_copies(d, row_of_pair) for d in d_rows], None
 

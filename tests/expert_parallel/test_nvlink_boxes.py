@@ -32,7 +32,7 @@ def launched_by_xla(problem, *operands):
     local, weights = jnp.where(mine, local, -1), jnp.where(mine, gather(weights), 0)
     received = [gather(x) for x in fields]
     boxes, layout = maj.permute_to_masked(
-        received, local, num_experts=LOCAL, max_tokens_per_expert=problem.room
+        received, local, num_experts=LOCAL, max_tokens_per_expert=problem.rows_per_expert
     )
     given = dict(layout._asdict(), local_ids=local, local_weights=weights)
     given |= {f"received{k}": x for k, x in enumerate(received)}

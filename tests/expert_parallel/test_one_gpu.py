@@ -32,7 +32,7 @@ def run(problem, *arrays):
         call = lambda *given: packed.fill_boxes(problem, *given[:3], list(given[3:]))  # noqa: E731
     found = jax.jit(call)(*operands)
     got = {name: np.array(array) for name, array in found.items()}
-    unused = np.arange(problem.room) >= got["masked_m"][:, None]
+    unused = np.arange(problem.rows_per_expert) >= got["masked_m"][:, None]
     for name, array in got.items():
         if name.startswith("boxes"):
             array[unused] = np.zeros((), array.dtype)

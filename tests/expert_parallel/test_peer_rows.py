@@ -142,7 +142,7 @@ def check_dispatch(problem: Dispatch, ids, weights, *fields) -> None:
         local = ids.reshape(pairs) - rank * experts
         local = np.where((local >= 0) & (local < experts), local, -1)
         np.testing.assert_array_equal(mine["local_ids"], local)
-        for name, array in layout_of(local, experts, problem.room).items():
+        for name, array in layout_of(local, experts, problem.rows_per_expert).items():
             np.testing.assert_array_equal(mine[name], array, name)
         pair = mine["pair_of_row"]
         for number in range(len(send.received)):

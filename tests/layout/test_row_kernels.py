@@ -60,12 +60,12 @@ def emulate_copy(problem, config, ids, seed=0):
         masked_copy.build(problem, config), operands
     )
     marks = np.arange(problem.num_tokens)[:, None]
-    _, *want = masked_oracle(marks, ids, problem.num_experts, problem.room)
+    _, *want = masked_oracle(marks, ids, problem.num_experts, problem.rows_per_expert)
     assert masked_m.tolist() == want[0] and counts.tolist() == want[1]
     assert row_of_pair.tolist() == want[2].ravel().tolist()
     assert pair_of_row.tolist() == want[3].ravel().tolist()
     for x, got in zip(given, rows, strict=True):
-        boxes = masked_oracle(x, ids, problem.num_experts, problem.room)[0]
+        boxes = masked_oracle(x, ids, problem.num_experts, problem.rows_per_expert)[0]
         # The emulator's memory starts as zeros: what is not written stays so.
         assert got.view(np.uint8).reshape(boxes.shape).tolist() == boxes.tolist()
 
@@ -109,7 +109,7 @@ def test_copy_takes_every_size_that_it_says():
             assert 1 <= num_ctas <= 132 * 8 and held <= 32
     assert "experts" in kernels.copy_unsupported(problem._replace(num_experts=5000))
     assert "pairs" in kernels.copy_unsupported(problem._replace(top_k=33))
-    assert "int32" in kernels.copy_unsupported(problem._replace(room=1 << 22))
+    assert "int32" in kernels.copy_unsupported(problem._replace(rows_per_expert=1 << 22))
     assert not kernels.movable("float32", 0) and not kernels.movable("int8", 6)
     assert not kernels.movable("complex64", 16)
 

@@ -142,20 +142,20 @@ class Unpack(NamedTuple):
     `topk_ids [R, K]` int32, global (an id of another rank's expert, or of none, is left out); `pair_weights
     [R, K]` float32; and a `[R, c]` array for each field of the payload.
 
-    Gives `boxes [e, room, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
-    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`; and `weights` and `ids`, each
+    Gives `boxes [e, M, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, M]`; and `weights` and `ids`, each
     `[R, K]`. Rows of a box from `masked_m` on are not written.
 
     Attributes:
         message: the rows, as they are or would be in a message.
-        room: rows of a box.
+        rows_per_expert: M, the rows of a box.
         gathered: whether no kernel has packed them.
         quantise: of gathered rows: whether the one array given, bfloat16, becomes the payload's e4m3 codes
             and float32 scales.
     """
 
     message: Message
-    room: int
+    rows_per_expert: int
     gathered: bool = False
     quantise: bool = False
 
@@ -189,14 +189,14 @@ class Unpack(NamedTuple):
     def outputs(self) -> dict[str, Array]:
         experts, pairs = self.message.num_local_experts, (self.message.num_rows, self.message.top_k)
         boxes: dict[str, Array] = {
-            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            f"boxes{number}": ((experts, self.rows_per_expert, field.columns), field.dtype)
             for number, field in enumerate(self.message.payload)
         }
         return boxes | {
             "masked_m": ((experts,), INT32),
             "tokens_per_expert": ((experts,), INT32),
             "row_of_pair": (pairs, INT32),
-            "pair_of_row": ((experts, self.room), INT32),
+            "pair_of_row": ((experts, self.rows_per_expert), INT32),
             "weights": (pairs, FLOAT32),
             "ids": (pairs, INT32),
         }

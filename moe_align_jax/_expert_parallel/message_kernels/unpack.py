@@ -166,7 +166,7 @@ class _Body:
 
     def find(self, expert: Int, kept: Int) -> Int:
         """The row in the boxes of lane k's pair, -1 for none."""
-        t, room, top_k = self.t, self.problem.room, self.message.top_k
+        t, room, top_k = self.t, self.problem.rows_per_expert, self.message.top_k
         lane = t.select(kept, self.lane, 0)
         place = collectives.value_if(t, kept, lambda: self.sum(self.r.places, lane, top_k), room)
         # mutant: a row past the box's room is written
@@ -182,7 +182,7 @@ class _Body:
     def lay_out_experts(self, held: Held) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use. All threads
         meet here: what the warps counted before can be read afterwards."""
-        t, r, room, count = self.t, self.r, self.problem.room, self.message.num_local_experts
+        t, r, room, count = self.t, self.r, self.problem.rows_per_expert, self.message.num_local_experts
         for number in t.for_range(0, self.experts):
             expert = self.cta + number * t.num_ctas
             with t.if_(expert < count):

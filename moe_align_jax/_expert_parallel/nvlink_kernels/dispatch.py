@@ -284,7 +284,7 @@ class _Dispatcher:
 
     def _lay_out_experts(self) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use."""
-        t, r, room = self.t, self.r, self.problem.room
+        t, r, room = self.t, self.r, self.problem.rows_per_expert
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas
             with t.if_(expert < self.send.num_local_experts):
@@ -300,7 +300,7 @@ class _Dispatcher:
 
     def _clear(self, expert: Int, used: Int) -> None:
         """Zeros to the rows of an expert's box from `used` on, while the rows that come are on their way."""
-        t, room = self.t, self.problem.room
+        t, room = self.t, self.problem.rows_per_expert
         for number, field in enumerate(self.send.received):
             width, ref = 4 if field.words % 4 == 0 else 1, getattr(self.r, f"boxes{number}")
             store = t.store4 if width == 4 else t.store
@@ -311,7 +311,7 @@ class _Dispatcher:
 
     def _find(self, unit: Int) -> list[_Found]:
         """The rows of the source ranks that my group of threads copies."""
-        t, top_k, room = self.t, self.send.top_k, self.problem.room
+        t, top_k, room = self.t, self.send.top_k, self.problem.rows_per_expert
         token, places = self._token(unit), self._round(unit) * self.slots
         found = []
         for start in range(0, self.sources, self.groups):

@@ -88,16 +88,21 @@ class Send(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """`Send` with routing, and what a rank receives into boxes of `room` rows for each of its e experts.
+    """`Send` with routing, and what a rank receives into boxes of M rows for each of its e experts.
 
-    Gives `boxes [e, room, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
-    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, room]`, and ids and weights as `Send`
+    Gives `boxes [e, M, c]` per field received, the `MaskedLayout` of the received ids: `masked_m [e]`,
+    `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, M]`, and ids and weights as `Send`
     does. Rows of a box from `masked_m` on are zeros with `initialize`, else not written. Staged are the rows
     and weights that came.
+
+    Attributes:
+        send: what is sent.
+        rows_per_expert: M.
+        initialize: whether unused rows are zeros.
     """
 
     send: Send
-    room: int
+    rows_per_expert: int
     initialize: bool = False
 
     @property
@@ -122,14 +127,14 @@ class Dispatch(NamedTuple):
         experts = self.send.num_local_experts
         rows = self.devices.count * self.num_tokens
         boxes: dict[str, Array] = {
-            f"boxes{number}": ((experts, self.room, field.columns), field.dtype)
+            f"boxes{number}": ((experts, self.rows_per_expert, field.columns), field.dtype)
             for number, field in enumerate(self.send.received)
         }
         layout: dict[str, Array] = {
             "masked_m": ((experts,), INT32),
             "tokens_per_expert": ((experts,), INT32),
             "row_of_pair": ((rows, self.send.top_k), INT32),
-            "pair_of_row": ((experts, self.room), INT32),
+            "pair_of_row": ((experts, self.rows_per_expert), INT32),
         }
         pairs = {name: self.send.outputs[name] for name in ("local_weights", "local_ids")}
         return boxes | layout | pairs

@@ -89,11 +89,11 @@ class AllToAll(Transport):
     ) -> list[jax.Array]:
         return self.send_fields([*message.quantize(x), weights, ids], None, group)
 
-    def fills_boxes(self, fields: list[jax.Array], group: Group, room: int, quantise: bool) -> bool:
+    def fills_boxes(self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool) -> bool:
         if not MESSAGE_KERNELS:
             return False
         *payload, _, ids = fields
-        problems = self._problems(payload, ids, group, room, quantise)
+        problems = self._problems(payload, ids, group, rows_per_expert, quantise)
         form = problems[0].message
         if not all(movable(f.dtype.name, f.columns * f.dtype.itemsize) for f in form.payload):
             return False
@@ -102,10 +102,10 @@ class AllToAll(Transport):
         return message_kernels.unsupported(*problems) is None
 
     def send_to_boxes(
-        self, fields: list[jax.Array], group: Group, room: int, quantise: bool
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
-        pack, unpack, gathered = self._problems(payload, ids, group, room, quantise)
+        pack, unpack, gathered = self._problems(payload, ids, group, rows_per_expert, quantise)
         if _gathers_all(gathered):
             *payload, weights, ids = self._gather([*payload, weights, ids], group)
             rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
@@ -117,9 +117,9 @@ class AllToAll(Transport):
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
     def _problems(
-        self, payload: list[jax.Array], ids: jax.Array, group: Group, room: int, quantise: bool
+        self, payload: list[jax.Array], ids: jax.Array, group: Group, rows_per_expert: int, quantise: bool
     ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
-        return packed.problems(payload, ids, group.size, group.num_local_experts, room, quantise)
+        return packed.problems(payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise)
 
     def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
         return [lax.all_gather(field, group.axis_name, axis=0, tiled=True) for field in fields]

@@ -39,7 +39,7 @@ def run_copy(
     program = masked_copy.build(problem, config or copy_config(problem))
     flat = [x.reshape(-1) for x in (topk_ids, place_of_pair, tokens_per_expert, *leaves)]
     masked_m, row_of_pair, pair_of_row, *rows = mosaic.run(program, flat)
-    boxes = (problem.num_experts, problem.room)
+    boxes = (problem.num_experts, problem.rows_per_expert)
     return [
         masked_m,
         row_of_pair.reshape(problem.num_tokens, problem.top_k),

@@ -151,7 +151,7 @@ class _Body:
         return _Unit(part, held, pair, t.load(r.topk_ids, asked), t.load(r.place_of_pair, asked))
 
     def store(self, unit: _Unit) -> None:
-        t, r, room = self.t, self.r, self.problem.room
+        t, r, room = self.t, self.r, self.problem.rows_per_expert
         mine = self.lane < self.problem.top_k
         kept = mine & (unit.place >= 0)
         # A dropped pair's id may be anything.
@@ -185,7 +185,7 @@ class _Body:
 
     def fill(self) -> None:
         t, r, problem = self.t, self.r, self.problem
-        room, everyone = problem.room, t.num_ctas * THREADS
+        room, everyone = problem.rows_per_expert, t.num_ctas * THREADS
         me = self.cta * THREADS + self.tid
         for expert in t.for_range(me, problem.num_experts, everyone):
             used = self.used(expert)

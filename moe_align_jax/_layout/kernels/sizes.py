@@ -49,10 +49,10 @@ def movable(dtype: str, row_bytes: int) -> bool:
 
 
 class MaskedCopy(NamedTuple):
-    """What `permute_to_masked` has to do: T tokens of K pairs into e boxes of `room` rows.
+    """What `permute_to_masked` has to do: T tokens of K pairs into e boxes of M rows.
 
     Attributes:
-        num_tokens, top_k, num_experts, room: T, K, e, M.
+        num_tokens, top_k, num_experts, rows_per_expert: T, K, e, M.
         initialize: whether rows that are not in use become zero.
         leaves: the arrays whose rows move.
     """
@@ -60,7 +60,7 @@ class MaskedCopy(NamedTuple):
     num_tokens: int
     top_k: int
     num_experts: int
-    room: int
+    rows_per_expert: int
     initialize: bool
     leaves: tuple[Leaf, ...]
 
@@ -70,7 +70,7 @@ class MaskedCopy(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return self.num_experts * self.room
+        return self.num_experts * self.rows_per_expert
 
 
 class CopyConfig(NamedTuple):
@@ -87,7 +87,7 @@ class CopyConfig(NamedTuple):
 
 def copy_unsupported(problem: MaskedCopy) -> str | None:
     """Why the kernel does not take this problem, or None."""
-    sizes = (problem.num_tokens, problem.top_k, problem.num_experts, problem.room)
+    sizes = (problem.num_tokens, problem.top_k, problem.num_experts, problem.rows_per_expert)
     if not all(isinstance(size, int) for size in sizes):
         return "the kernel needs static shapes"
     if problem.num_experts > MAX_EXPERTS:
