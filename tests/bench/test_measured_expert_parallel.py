@@ -133,7 +133,7 @@ def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
             assert every[case, "ours, nvlink_window", *column] < us
 
 
-def test_the_first_gpus_wait_for_the_other_ones_launch_is_that_of_the_rows():
+def test_how_long_gpu_0_waits_for_the_launch_on_gpu_1_is_that_of_the_rows():
     """By how much a span exceeds the wall clock with donation, in ms a step."""
     more = []
     for name, calls in ((FEW, 16), (DECODE, 16), ("expert-parallel-x2-windows-2026-11-28", 40)):
