@@ -55,7 +55,7 @@ examples:
 		"expert_rebalancing --picture trained/load.png" "fp8_expert_parallel_layer --devices 8" transformers_experts; do \
 		set -- $$example; name=$$1; shift; echo "== $$name $$*"; $(PY) examples/$$name.py "$$@"; done
 
-# TURN=0 and TURN=1 leave half of the longest functions to each other: CI takes one of the two by the commit.
+# TURN=0 and TURN=1 each run half of the longest functions, both together all: CI takes one by the commit.
 TURN ?=
 PART = $(BRIEF) $(if $(TURN),--turn $(TURN)) --part
 

@@ -143,6 +143,8 @@ def measured(
     reason = ""
     try:
         child.ready(1.0, until)
+        if time.monotonic() > until:  # without the lock, too: another program may be measuring
+            raise TimeoutError("no time was left")
         child.go()
         for row in child.rows(patience, until):
             rows.append(row)

@@ -71,14 +71,14 @@ def case_of(options: argparse.Namespace) -> str:
     return f"training step, {options.size}"
 
 
-def run_case(provider: Experts, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_case(provider: Experts, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row."""
     row: dict[str, Any] = {"case": case_of(options), "provider": provider.name}
     try:
         row |= _train(provider, options)
     except Exception as error:
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
-    return [row]
+    yield row
 
 
 def _train(provider: Experts, options: argparse.Namespace) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=["small", "large"], default="large")
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--sizes", default="", help="numbers of the libraries to run, e.g. 0,4")
-    case_processes.add_arguments(parser, patience=120, timeout="budget")
+    case_processes.add_arguments(parser, patience=120)
     options = parser.parse_args(argv)
     code = case_processes.run(
         *("benchmarks.train_step", argv, options, PROVIDERS, run_case, line, ratios),

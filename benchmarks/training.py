@@ -607,7 +607,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
-    case_processes.add_arguments(parser, patience=120, timeout="budget")
+    case_processes.add_arguments(parser, patience=120)
     options = parser.parse_args(argv)
     return case_processes.run(
         *("benchmarks.training", argv, options, SIZES, run_case, line, ratios),

@@ -220,7 +220,7 @@ def _check_rate(function: str, rate: Any, of_bias: Any) -> Any:
         most = float(jnp.finfo(of_bias).max)
         if not checks.is_finite(number) or abs(number) > most:
             got = number if isinstance(number, int) else str(rate)
-            rule = f"be finite, and so in {of_bias}, the bias' dtype"
+            rule = f"be finite in {of_bias}, the bias' dtype"
             raise ValueError(checks.message(function, "rate", rule, got, remedy))
     return rate
 

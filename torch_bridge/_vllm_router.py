@@ -453,11 +453,11 @@ def check_scale(function: str, renormalize: object, scaling_factor: object) -> N
     """That they are a bool and a finite number."""
     _checks.check_bool(function, "renormalize", renormalize)
     remedy, got = "It is compiled into the kernel.", checks.describe(scaling_factor)
-    argument, rule = "routed_scaling_factor", "be a finite Python number"
+    argument = "routed_scaling_factor"
     if not isinstance(scaling_factor, (int, float)) or isinstance(scaling_factor, bool):
-        checks.fail(function, argument, rule, got, remedy, TypeError)
+        checks.fail(function, argument, "be a Python number", got, remedy, TypeError)
     if not checks.is_finite_float32(scaling_factor):
-        checks.fail(function, argument, rule, got, remedy)
+        checks.fail(function, argument, "be finite in float32", got, remedy)
 
 
 def _check_op(

@@ -10,7 +10,7 @@ import numpy as np
 from moe_align_jax._core.int32 import INT32_MAX, round_up
 from moe_align_jax._core.int32 import cdiv as cdiv
 
-# Of an argument whose value is known when a call is traced.
+# The remedy for an argument that must be static.
 STATIC_REMEDY = "It changes the compiled program, so it is static."
 
 

@@ -195,10 +195,7 @@ def pairs_of(aligned: Any, ids: Any) -> tuple[Any, int]:
 def _without_padding(ids: jax.Array, counts: jax.Array) -> jax.Array:
     ids, counts = vary_together([jnp.asarray(ids), replicate(jnp.asarray(counts))])
     bound = jnp.max(ids, initial=-1)
-    # torch_bridge, given three results, knows the rows in use in place of the counts. They are all rows of
-    # some whole alignments, too. Two slots of one value are padding: each pair has a slot of its own.
-    once = jnp.sum(ids == bound, dtype=jnp.int32) == 1
-    full = once & (jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0])
+    full = jnp.sum(counts, dtype=jnp.int32) >= ids.shape[0]
     return jnp.where(full | (ids < bound), ids, -1)
 
 
@@ -249,7 +246,7 @@ def check_inverse(function: str, pair_of_row: Any, row_of_pair: Any) -> None:
         rule = "be the inverse of aligned.sorted_token_ids"
         holds = f"which holds {ids[row]}" if row < ids.size else f"of {ids.size} rows"
         remedy = "Change both, or align with moe_align_block_size(..., return_inverse=True)."
-        got = f"row {row} for pair {pair}, {holds}"
+        got = f"pair {pair} in row {row}, {holds}"
         checks.refuse(ValueError, function, "aligned.row_of_pair", rule, got, remedy)
 
 

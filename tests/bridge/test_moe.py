@@ -396,6 +396,25 @@ def test_rows_of_no_pair_are_zero_where_all_rows_are_in_use():
         assert got[:, 0].tolist() == [8, 0, 0, 0] * 4
 
 
+def test_the_only_row_of_no_pair_is_zero():
+    """One pair in a block of two: no other row shows that the last one is padding."""
+    aligned = torch_bridge.align_blocks(
+        torch.zeros(1, 1, dtype=torch.int32), block_size=2, num_experts=1
+    )
+    assert aligned.sorted_token_ids.tolist() == [0, 1]
+    x = torch.tensor([[1.0] * 8, [float("nan")] * 8])
+    for given in (aligned, tuple(aligned[:3])):
+        got = torch_bridge.grouped_matmul(x, torch.ones(1, 8, 8), given, block_size=2)
+        assert got[:, 0].tolist() == [8, 0]
+
+
+def test_blocks_of_one_row_hold_pairs_alone():
+    aligned = torch_bridge.align_blocks(torch.tensor([[1], [0], [1]]), block_size=1, num_experts=2)
+    x, w = torch.arange(3.0)[:, None].expand(3, 8).contiguous(), torch.ones(2, 8, 8)
+    got = torch_bridge.grouped_matmul(x, w, tuple(aligned[:3]), block_size=1)
+    assert got[:, 0].tolist() == [0, 8, 16]
+
+
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_padding_ahead_of_a_pair_is_refused(top_k):
     x, w = torch.ones(2 if top_k else 4, 8), torch.ones(1, 8, 8)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 
 import moe_align_jax
@@ -99,7 +98,8 @@ def _run(arrays: dict[str, jax.Array], *, call: Call, implementation: str) -> li
     if "sorted_token_ids" in arrays:
         parts = [arrays.get(name) for name in ALIGNED]
         count = jnp.reshape(parts[2], (1,))  # type: ignore[arg-type]
-        counts = arrays.get("tokens_per_expert", count)
+        # Without counts the last slot tells what is padding, as it does for a direct launch.
+        counts = arrays.get("tokens_per_expert")
         row_of_pair = None if parts[3] is None else jnp.reshape(parts[3], (-1,))
         aligned = AlignedBlocks(parts[0], parts[1], count, counts, row_of_pair)  # type: ignore[arg-type]
     if isinstance(call, Matmul):
@@ -138,19 +138,13 @@ def _check_aligned(call: Call, inputs: Mapping[str, torch.Tensor]) -> None:
     where = [inputs[name].numpy() for name in ALIGNED[:3]]
     where[2] = where[2].reshape(1)
     weights = next(inputs[name] for name in ("w", "gate") if name in inputs)
-    inverse, ids = inputs.get("row_of_pair"), where[0]
+    inverse = inputs.get("row_of_pair")
     pairs = (
         inputs["x"].shape[0] * call.top_k
         if isinstance(call, Matmul)
         else inputs["topk_ids"].numel()
     )
-    if not pairs:  # what is there twice is padding: each pair has a slot of its own
-        used = ids[: max(int(where[2][0]), 0)]
-        most = int(used.max(initial=0))
-        pairs = most if np.count_nonzero(used == most) > 1 else 0
-    if pairs:
-        sizes = (pairs, call.block_size, weights.shape[0])
-        arguments.check_order(call.function, where, *sizes)
+    arguments.check_order(call.function, where, pairs, call.block_size, weights.shape[0])
     if isinstance(call, Layer) and inverse is not None:
         arguments.check_inverse(call.function, where[0], inverse.numpy())
 
