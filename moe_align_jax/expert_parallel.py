@@ -197,7 +197,9 @@ def dispatch(
     if chosen == "low_latency":
         rows = size * x.shape[0]
         experts = group.num_local_experts
-        rows_per_expert = check_rows_per_expert(function, max_tokens_per_expert, experts, rows, ids.shape[1])
+        rows_per_expert = check_rows_per_expert(
+            function, max_tokens_per_expert, experts, rows, ids.shape[1]
+        )
 
     info = DispatchInfo(chosen, choice.transport, group, x.shape[0])
     with jax.named_scope(function), in_our_words(function):
@@ -271,7 +273,11 @@ def _send(
 ) -> tuple[_Message, MaskedLayout | None]:
     """What came, and its layout where the transport has put the rows into the experts' boxes already."""
     clears = TRANSPORTS[info.transport].clears_boxes
-    if rows_per_expert and (clears or not initialize) and fills_boxes(info, *given, rows_per_expert):
+    if (
+        rows_per_expert
+        and (clears or not initialize)
+        and fills_boxes(info, *given, rows_per_expert)
+    ):
         info = dataclasses.replace(info, initialize=initialize)
         *received, layout = send_to_boxes(info, rows_per_expert, *given, plan)
         return _Message(*received), MaskedLayout(*layout)

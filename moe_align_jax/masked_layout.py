@@ -120,7 +120,9 @@ def permute_to_masked(
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
-    rows_per_expert = check_rows_per_expert(function, max_tokens_per_expert, num_experts, num_tokens, top_k)
+    rows_per_expert = check_rows_per_expert(
+        function, max_tokens_per_expert, num_experts, num_tokens, top_k
+    )
     ids = narrow_on_host(ids, num_experts)
     if num_tokens == 0:
         zeros = jax.tree.map(
@@ -131,7 +133,9 @@ def permute_to_masked(
         )
         return vary_together((zeros, layout, (x, ids)))[:2]
     with in_our_words(function):
-        return _to_masked(x, ids, num_experts=num_experts, rows_per_expert=rows_per_expert, initialize=initialize)
+        return _to_masked(
+            x, ids, num_experts=num_experts, rows_per_expert=rows_per_expert, initialize=initialize
+        )
 
 
 def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -125,7 +125,9 @@ class Transport(Protocol):
         """As `send_fields` of e4m3 codes and float32 scales of x, weights and ids."""
         _refuse(self.name, "send_quantised")
 
-    def fills_boxes(self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool) -> bool:
+    def fills_boxes(
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
+    ) -> bool:
         """Whether `send_to_boxes` takes these."""
         del fields, group, rows_per_expert, quantise
         return False

@@ -21,7 +21,11 @@ def accumulator(dtype: Any) -> Any:
 
 
 def masked_layout(
-    topk_ids: jax.Array, order: jax.Array, place_of_pair: jax.Array, counts: jax.Array, rows_per_expert: int
+    topk_ids: jax.Array,
+    order: jax.Array,
+    place_of_pair: jax.Array,
+    counts: jax.Array,
+    rows_per_expert: int,
 ) -> list[jax.Array]:
     """`[masked_m [e], row_of_pair [T, K], pair_of_row [e, M]]` of pairs in order of their experts.
 

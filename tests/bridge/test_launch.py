@@ -306,7 +306,9 @@ SELF_TESTED = [
 ]
 
 
-@pytest.mark.parametrize("problem", SELF_TESTED, ids=[f"{p.name[:5]} {p.num_pairs}" for p in SELF_TESTED])
+@pytest.mark.parametrize(
+    "problem", SELF_TESTED, ids=[f"{p.name[:5]} {p.num_pairs}" for p in SELF_TESTED]
+)
 def test_self_test_passes_a_right_program(problem, fake):
     launches, cubins, shapes = fake.compiled(problem)
     compare(fake, problem, launches, cubins, shapes)

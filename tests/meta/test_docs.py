@@ -233,7 +233,9 @@ def test_the_map_names_all_that_lies_in_a_folder(page, folder):
     of_folder = rf"^```text\n(?:(?!```).*\n)*?{re.escape(folder)}/\n((?:  .*\n)+)"
     part = re.search(of_folder, text, re.M)
     shown = part[1] if part else "".join(re.findall(r"^\|.*\n", text, re.M))
-    missing = [n for n in (*modules, *folders) if not re.search(rf"(?<![\w/]){re.escape(n)}", shown)]
+    missing = [
+        n for n in (*modules, *folders) if not re.search(rf"(?<![\w/]){re.escape(n)}", shown)
+    ]
     assert folders and missing == []
 
 

@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
-from moe_align_jax import moe_layer
 from moe_align_jax._moe_layer import plan
 from tests.matmul.oracle import error
 from tests.moe_layer import oracle

@@ -182,7 +182,12 @@ class _Body:
     def lay_out_experts(self, held: Held) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use. All threads
         meet here: what the warps counted before can be read afterwards."""
-        t, r, room, count = self.t, self.r, self.problem.rows_per_expert, self.message.num_local_experts
+        t, r, room, count = (
+            self.t,
+            self.r,
+            self.problem.rows_per_expert,
+            self.message.num_local_experts,
+        )
         for number in t.for_range(0, self.experts):
             expert = self.cta + number * t.num_ctas
             with t.if_(expert < count):

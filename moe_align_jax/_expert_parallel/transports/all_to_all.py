@@ -89,7 +89,9 @@ class AllToAll(Transport):
     ) -> list[jax.Array]:
         return self.send_fields([*message.quantize(x), weights, ids], None, group)
 
-    def fills_boxes(self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool) -> bool:
+    def fills_boxes(
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
+    ) -> bool:
         if not MESSAGE_KERNELS:
             return False
         *payload, _, ids = fields
@@ -117,9 +119,16 @@ class AllToAll(Transport):
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
     def _problems(
-        self, payload: list[jax.Array], ids: jax.Array, group: Group, rows_per_expert: int, quantise: bool
+        self,
+        payload: list[jax.Array],
+        ids: jax.Array,
+        group: Group,
+        rows_per_expert: int,
+        quantise: bool,
     ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
-        return packed.problems(payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise)
+        return packed.problems(
+            payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise
+        )
 
     def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
         return [lax.all_gather(field, group.axis_name, axis=0, tiled=True) for field in fields]

@@ -122,7 +122,9 @@ class NvLink(Transport):
         problem = self._problem([x], ids, group, routing=True, quantise=True)
         return self._launch(problem, ids, weights, x)
 
-    def fills_boxes(self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool) -> bool:
+    def fills_boxes(
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
+    ) -> bool:
         *payload, _, ids = fields
         if ids.size == 0 or any(x.shape[1] * x.dtype.itemsize % _WORD for x in payload):
             return False
@@ -146,7 +148,12 @@ class NvLink(Transport):
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
     def _dispatch_problem(
-        self, payload: list[jax.Array], ids: jax.Array, group: Group, rows_per_expert: int, quantise: bool
+        self,
+        payload: list[jax.Array],
+        ids: jax.Array,
+        group: Group,
+        rows_per_expert: int,
+        quantise: bool,
     ) -> nvlink_kernels.Dispatch:
         send = self._problem(payload, ids, group, routing=True, quantise=quantise)
         return nvlink_kernels.Dispatch(send, rows_per_expert)
@@ -304,7 +311,9 @@ def _clearing_behind(problem: nvlink_kernels.Dispatch) -> Callable:
 
     def dispatch(*operands: jax.Array) -> list[jax.Array]:
         found = dict(zip(problem.outputs, launch(*operands), strict=False))
-        used = jnp.arange(problem.rows_per_expert, dtype=jnp.int32)[None] < found["masked_m"][:, None]
+        used = (
+            jnp.arange(problem.rows_per_expert, dtype=jnp.int32)[None] < found["masked_m"][:, None]
+        )
         for name in problem.outputs:
             if name.startswith("boxes"):
                 zero = jnp.zeros((), found[name].dtype)
