@@ -39,9 +39,9 @@ def add_arguments(
         parser.add_argument("--timeout", dest=timeout, type=float, **hidden)
     parser.add_argument("--out", metavar="FILE", help="JSONL to append to")
     parser.add_argument("--patience", type=float, default=patience, help="seconds without a row")
-    parser.add_argument(
-        "--preparing", type=float, default=preparing, help="seconds until it is prepared"
-    )
+    seconds: dict[str, Any] = {"type": float, "default": preparing}
+    # --compiling: its name in earlier command lines.
+    parser.add_argument("--preparing", "--compiling", help="seconds until prepared", **seconds)
     parser.add_argument(
         "--together", type=int, default=together, help="processes that prepare side by side"
     )

@@ -214,7 +214,7 @@ class Traced:
 
     Attributes:
         spans_us: first start to last end of all its kernels and copies, host copies included, per call.
-        apart_us: how much earlier the first GPU began, of each execution; 0 where there is one.
+        apart_us: how much earlier than that GPU the earliest one began, of each execution; 0 where one ran.
         kernels: kernels, device copies and fills per call, of each execution.
         host_copies: copies between host and device per call, of each execution.
         graphs: CUDA graphs of XLA launched, updated, recorded, and left out because of the profiler; of all

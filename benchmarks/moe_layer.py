@@ -412,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--executions", type=int, default=10, help="traced steps")
     parser.add_argument("--replays", type=int, default=20, help="timed replays of a graph")
     parser.add_argument("--patience", type=float, default=25.0, help="seconds without a row")
-    parser.add_argument("--preparing", type=float, default=100.0, help="seconds for compiling")
+    seconds: dict[str, Any] = {"type": float, "default": 100.0}
+    # --compiling: its name in earlier command lines.
+    parser.add_argument("--preparing", "--compiling", help="seconds for compiling", **seconds)
     parser.add_argument("--budget", type=float, default=230.0, help="seconds in all")
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     parser.add_argument(

@@ -64,7 +64,7 @@ def moe_align_block_size(
             dtype: the chosen experts. Ids outside `[0, num_experts)` are dropped. Ids are compared in
             their own dtype. Without x64, jax narrows a 64-bit NumPy array that is an argument of a
             transformed function (`jax.jit`; `jax.vmap`, also eagerly) to its low 32 bits before this
-            function sees it; one that the function closes over is compared whole.
+            function sees it; of one that the function closes over, all 64 bits are compared.
             Sharded over devices under plain jit, the result is the global one (ids are gathered);
             per-shard results are shard_map's.
         block_size: rows per GEMM block (its BLOCK_M), >= 1. Static.

@@ -372,15 +372,21 @@ def collect_expert_load(load: ExpertLoad, *, all_processes: bool = False) -> Loa
     """
     fork.check("collect_expert_load")
     _check_state("collect_expert_load", load)
-    if load.layout is None:
-        rule, remedy = "have a recording mode", "Make the state with a mode."
-        raise ValueError(checks.message("collect_expert_load", "load", rule, None, remedy))
+    layout = _layout_of("collect_expert_load", load)
     remedy = "Pass True in every process, or in none."
     if checks.check_bool("collect_expert_load", "all_processes", all_processes, remedy):
         ring, control = _of_all_processes((load.ring, load.control))
-        return read_rows(ring, control, load.layout)
+        return read_rows(ring, control, layout)
     numbers = _numbers(load.control)
-    return read_rows(_on_host(load.ring), _on_host(load.control), load.layout, numbers)
+    return read_rows(_on_host(load.ring), _on_host(load.control), layout, numbers)
+
+
+def _layout_of(function: str, load: ExpertLoad) -> Layout:
+    """The layout of the ring, which a state without a recording mode has not."""
+    if load.layout is None:
+        rule, remedy = "have a recording mode", "Make the state with a mode."
+        raise ValueError(checks.message(function, "load", rule, None, remedy))
+    return load.layout
 
 
 def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
@@ -393,8 +399,7 @@ def last_physical_counts(load: ExpertLoad, most: int) -> tuple[int, np.ndarray]:
         N, the passes recorded, and `[min(N, most), L, Ep]` int64, oldest first, summed over the shards.
     """
     fork.check("metrics")
-    layout = load.layout
-    assert layout is not None
+    layout = _layout_of("metrics", load)
     parts, numbers = _parts(load.ring).values(), _numbers(load.control)
     headers = np.concatenate([np.asarray(_headers(part, layout)) for part in parts])
     slots = used_rows(headers, _on_host(load.control))

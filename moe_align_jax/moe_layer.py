@@ -97,7 +97,8 @@ def fused_moe(
         aligned: an alignment of topk_ids made before, with its row_of_pair: of `route_and_align`, or of
             `moe_align_block_size(..., return_inverse=True)`. It needs `block_size`. expert_map,
             expert_location and num_valid_tokens are then the alignment's, and left out here. One made by
-            hand must have the pairs of each block ahead of its padding, as for `grouped_matmul`.
+            hand must have the pairs of each block ahead of its padding, as for `grouped_matmul`, and as
+            row_of_pair the inverse of its sorted_token_ids. (Eager calls on a CPU check both.)
         expert_map: `[G]` any integer dtype, the local id of each of G experts, -1 for those of other devices:
             topk_ids are in `[0, G)`, and the weights are those of E local experts.
         expert_location: topk_ids are logical experts, and E (or G) counts physical slots, as for

@@ -159,7 +159,8 @@ def fused_moe(
         transpose_rhs: weights are `[E, 2 N, H]` (`[E, N, H]`, each of a pair) and `[E, H, N]`, as Hugging
             Face and vLLM keep them.
         aligned: an alignment of topk_ids made before, of `align_blocks(..., return_inverse=True)`. It
-            needs `block_size`; expert_map and num_valid_tokens are then the alignment's.
+            needs `block_size`; expert_map and num_valid_tokens are then the alignment's. Of one made by
+            hand the same is asked as by `moe_align_jax.fused_moe`.
         expert_map: `[G]`, any integer dtype: the local id of each of G experts, -1 for those of other
             devices. topk_ids are then in `[0, G)`. Pairs of a local id of E or more are dropped, too.
         num_valid_tokens: None, an int or a scalar integer tensor: tokens from this one on are not real,

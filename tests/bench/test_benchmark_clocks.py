@@ -414,8 +414,10 @@ def test_a_step_makes_every_exchange_and_its_result_is_checked(mode):
         assert program.error is None
         carry = program.run("donated", program.fresh(), 2)
         program.step.check(carry)
-        with pytest.raises(AssertionError, match="after its steps"):
-            program.step.check((carry[0] + jnp.bfloat16(1), *carry[1:]))
+        for k, part in enumerate(carry):  # x, ids, weights
+            other = (*carry[:k], part + jnp.ones((), part.dtype), *carry[k + 1 :])
+            with pytest.raises(AssertionError, match="after its steps"):
+                program.step.check(other)
         if program.step.name.startswith("bare"):
             step = program.step
             text = program.jitted[False].lower(step.carry, *step.rest).compile().as_text()

@@ -100,7 +100,7 @@ def test_one_after_the_other_a_failed_row_and_a_choice(tmp_path, start):
     process = start("--sizes", "1,2", "--fails", "large")
     assert "large is failed" in output_of(process) and process.returncode == 1
     assert [name for _, name in events(tmp_path)] == ["large"] * 3 + ["huge"] * 3
-    process = start("--sizes", "0", "--timeout", "50")
+    process = start("--sizes", "0", "--timeout", "50", "--compiling", "60")
     assert output_of(process)[-1] == "2 of them" and process.returncode == 0
 
 
@@ -115,11 +115,14 @@ def test_none_is_begun_when_the_time_is_up(tmp_path, start):
 
 
 def test_none_measures_while_another_program_holds_the_lock(tmp_path, start):
-    """It shares the lock while it prepares, and waits for those who share it before a case is measured."""
+    """It waits to share the lock before it prepares, and for those who share it before a case is measured."""
     turns = tmp_path / "turns"
     with turns.open("a") as mine:
-        fcntl.flock(mine, fcntl.LOCK_SH)
+        fcntl.flock(mine, fcntl.LOCK_EX)
         process = start("--turns", str(turns), "--sizes", "0,1")
+        time.sleep(1.5)  # a program that did not wait would have prepared
+        assert not (tmp_path / "some.log").exists()
+        fcntl.flock(mine, fcntl.LOCK_SH)
         until = time.monotonic() + 60
         while not (tmp_path / "some.log").exists() or len(events(tmp_path)) < 2:
             assert time.monotonic() < until

@@ -36,7 +36,7 @@ def on_host(tree):
 
 
 def given(mesh):
-    """x, weights of the pairs and of the experts, and ids, one of them nobody's: NumPy, of all tokens."""
+    """x, weights of the pairs and of the experts, and ids, one of them of no expert: NumPy, of all tokens."""
     rng, total = np.random.default_rng(0), TOKENS * mesh.size
     x = rng.normal(size=(total, HIDDEN)).astype(np.float32)
     ids = np.argsort(rng.random((total, EXPERTS)), axis=1)[:, :TOP_K].astype(np.int32)

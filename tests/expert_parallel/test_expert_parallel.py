@@ -132,7 +132,7 @@ def test_normal_as_its_authors_test_it(emulated_ragged, transport):
             mode="normal", transport=transport,
         )  # fmt: skip
         assert got.masked_m is None and got.scales is None
-        # Rows of nobody may hold anything.
+        # Rows with no local expert may hold anything.
         x = jnp.where(jnp.any(got.topk_ids >= 0, axis=1)[:, None], got.x, jnp.nan)
         weights = maj.combine(got.topk_weights, got.handle)
         return got.x, got.topk_ids, got.topk_weights, maj.combine(x, got.handle), weights
@@ -180,7 +180,7 @@ def test_masked_rows_stand_where_the_formula_says():
 
 
 def test_a_caller_who_has_quantised_and_valid_tokens_of_each_rank():
-    """(q, scales) travel bit by bit; rows past num_valid_tokens are nobody's."""
+    """(q, scales) travel bit by bit; rows past num_valid_tokens have no expert."""
     rng = np.random.default_rng(6)
     q = rng.integers(0, 127, (16, 128)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     scales = rng.random((16, 1)).astype(np.float32)
@@ -319,7 +319,7 @@ def test_gradient_of_bfloat16_and_of_a_replicated_input():
 
 
 @pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
-def test_rows_of_nobody_take_no_part_in_gradients(transport):
+def test_rows_with_no_local_expert_take_no_part_in_gradients(transport):
     """A dense exchange delivers them, but their tokens get nothing for it, and neither do their results."""
     size, num_experts = 4, 4
     batch = Batch(size, 5, 3, 2, num_experts, seed=17)

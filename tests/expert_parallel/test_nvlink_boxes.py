@@ -56,7 +56,7 @@ def launches(monkeypatch):
 
 
 def run(body):
-    """The body over all devices: x, ids (some of nobody, some twice in a token), weights."""
+    """The body over all devices: x, ids (some of no expert, some twice in a token), weights."""
     mesh = jax.make_mesh((jax.device_count(),), ("ep",), (jax.sharding.AxisType.Auto,))
     rng, rows = np.random.default_rng(0), mesh.size * TOKENS
     x = rng.standard_normal((rows, HIDDEN)).astype(jnp.bfloat16)

@@ -33,7 +33,7 @@ def mesh(request):
 
 
 class Tokens:
-    """Random tokens of all ranks; some ids are nobody's."""
+    """Random tokens of all ranks; some ids are of no expert."""
 
     def __init__(
         self, mesh, tokens: int, top_k: int, seed: int, dtype=jnp.bfloat16, hidden=HIDDEN, experts=0

@@ -228,7 +228,7 @@ def check_combine(devices, tokens, top_k, columns, seed, local=2):
     """Against sums in the kernel's order: of float32 with one rounding a step, to the last bit."""
     rng, num_rows = np.random.default_rng(seed), 11
     y = rng.standard_normal((devices, num_rows, columns)).astype(jnp.bfloat16)
-    y[:, 3] = np.nan  # a row of nobody
+    y[:, 3] = np.nan  # a row of no pair
     ids = rng.integers(-1, devices * local + 2, (devices, tokens, top_k)).astype(np.int32)
     ids[0, 0] = -1
     shape = (devices, devices * tokens, top_k)

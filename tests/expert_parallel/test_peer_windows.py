@@ -168,7 +168,7 @@ def lowered(program, structs) -> str:
 
 @pytest.fixture
 def given_windows(monkeypatch):
-    """As on a machine with GPUs, with windows at an address of nobody; the (kernel, mesh) that want one."""
+    """As on a machine with GPUs, with windows where no memory is; the (kernel, mesh) that want one."""
     wanted = []
 
     def for_kernel(kernel, mesh):

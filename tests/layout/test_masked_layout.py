@@ -111,7 +111,7 @@ def test_padding_can_be_marked():
 
 @pytest.mark.parametrize("initialize", [True, False])
 def test_every_bit_of_a_payload_of_any_dtype(initialize):
-    """A pytree, trailing dimensions; unwritten rows are nobody's."""
+    """A pytree, trailing dimensions; rows that are not used are zeros or not compared."""
     rng = np.random.default_rng(2)
     given = {}
     for name in ("int8", "bfloat16", "float8_e4m3fn", "float32"):

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from moe_align_jax import expert_load
 
 LAYERS, EXPERTS, LOGICAL, TOKENS, TOP_K = 3, 10, 7, 12, 2
 COUNTING = ("stat", "stat_approx", "per_pass")
@@ -604,6 +605,13 @@ BAD = {
             maj.init_expert_load(None, num_layers=1, num_physical_experts=1)
         ),
         "have a recording mode",
+    ),
+    "off, for metrics": (
+        ValueError,
+        lambda: expert_load.last_physical_counts(
+            maj.init_expert_load(None, num_layers=1, num_physical_experts=1), 1
+        ),
+        "metrics: load must have a recording mode",
     ),
 }
 

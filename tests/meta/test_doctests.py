@@ -1,4 +1,4 @@
-"""Every example in a docstring, and every Python snippet of the README, gives what it shows."""
+"""Every example in a docstring, and of the README, gives what it shows."""
 
 import doctest
 import importlib
@@ -55,26 +55,6 @@ def test_readme_examples():
     for block in prompts:
         test = parser.get_doctest(block, {}, "README.md", "README.md", 0)
         assert test.examples and doctest.DocTestRunner().run(test).failed == 0
-
-
-def test_readme_jax_snippet_equals_a_loop():
-    """The function that the README shows, run on numbers."""
-    [snippet] = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        if "def experts(" in block
-    ]
-    scope: dict = {}
-    exec(snippet, scope)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(12, 8)).astype(np.float32)
-    weights = rng.normal(size=(4, 8, 6)).astype(np.float32)
-    topk_ids = rng.integers(0, 4, (12, 2)).astype(np.int32)
-    got = scope["experts"](x, weights, topk_ids, num_experts=4, block_size=4)
-    aligned = maj.moe_align_block_size(topk_ids, block_size=4, num_experts=4, return_inverse=True)
-    for pair, row in enumerate(np.asarray(aligned.row_of_pair)):
-        want = x[pair // 2] @ weights[topk_ids.ravel()[pair]]
-        np.testing.assert_allclose(got[row], want, rtol=1e-5, atol=1e-5)
 
 
 def test_readme_names_both_commands_that_ci_runs():

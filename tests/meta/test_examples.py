@@ -151,18 +151,18 @@ def readme_code(containing: str) -> str:
     return code
 
 
-def test_readme_jax_code_multiplies_each_row_by_its_expert(inputs):
-    params, x, _, ids = inputs
+def test_readme_jax_code_is_a_layer_from_logits_to_its_result(inputs):
+    params, x, _, _ = inputs
     names = {}
     exec(readme_code("def experts("), names)
+    router = jax.random.normal(jax.random.key(5), (HIDDEN, EXPERTS), jnp.float32)
+    gate_up = jnp.concatenate([params.gate, params.up], axis=2)
     with jax.default_matmul_precision("highest"):
-        out = names["experts"](x, params.gate, ids, num_experts=EXPERTS, block_size=4)
-    flat, row = np.asarray(ids).ravel(), 0
-    for expert in range(EXPERTS):
-        pairs = np.flatnonzero(flat == expert)
-        want = np.asarray(x)[pairs // TOP_K] @ np.asarray(params.gate[expert])
-        np.testing.assert_allclose(out[row : row + len(pairs)], want, rtol=1e-5, atol=1e-5)
-        row += -(-len(pairs) // 4) * 4
+        y = jax.jit(names["experts"])(x, router, gate_up, params.down)
+    scores = np.exp(np.asarray(x, np.float64) @ np.asarray(router, np.float64))
+    ids = np.argsort(-scores, axis=1)[:, :TOP_K]
+    weights = np.take_along_axis(scores, ids, axis=1) / scores.sum(1, keepdims=True)
+    np.testing.assert_allclose(y, loop_over_pairs(params, x, weights, ids), rtol=2e-5, atol=2e-6)
 
 
 def test_readme_torch_code_aligns():

@@ -366,7 +366,7 @@ def test_counts_of_any_dtype_with_many_rows(dtype):
 
 
 def test_what_is_seen_of_a_numpy_int64():
-    """As the README says: whole where the array reaches us, its low 32 bits where jax has narrowed it."""
+    """As the README says: all 64 bits where the array reaches us, the low 32 where jax has narrowed it."""
     ids = np.array([[0, 2**32 + 1]])
 
     def counts(ids, **options):

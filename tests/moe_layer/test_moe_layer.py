@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
-from moe_align_jax import moe_layer
 from moe_align_jax._moe_layer import plan
 from tests.matmul.oracle import error
 from tests.moe_layer import oracle
@@ -318,12 +317,13 @@ def test_an_expert_location(tokens, dispatch):
     np.testing.assert_array_equal(np.bincount(logical, weights=counts), pairs)
 
 
-def test_ids_of_pairs_are_passed_on_as_they_are():
-    """The products test their range: no kernel of its own replaces those outside it."""
-    ids = np.array([[3, -1, 2**31 - 1], [4, 0, -(2**31)]], np.int32)
-    where, rows = moe_layer._map_pairs(ids, None, None, experts=4, slots=4)
-    np.testing.assert_array_equal(where[1], ids.reshape(-1))
-    np.testing.assert_array_equal(rows, [0, -1, -1, -1, 4, -1])
+def test_ids_outside_the_experts_are_dropped_where_each_pair_is_a_block():
+    """No kernel of its own replaces them there: the products test their range."""
+    operands, options = make_layer(2, 3, experts=24)
+    ids = np.array([[3, -1, 2**31 - 1], [24, 0, -(2**31)]], np.int32)
+    operands = (*operands[:4], ids)
+    want, _ = wanted(operands, options)
+    assert error(maj.fused_moe(*operands), want) < 1e-5
 
 
 def test_int64_and_unsigned_ids():

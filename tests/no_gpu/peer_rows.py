@@ -57,7 +57,7 @@ def problems() -> Iterator:
 
 
 def lowered(problem, windowed: bool) -> bytes:
-    """The Mosaic module of a problem in a mesh of its devices, with a window at an address of nobody."""
+    """The Mosaic module of a problem in a mesh of its devices, with a window at an address without memory."""
     import jax
     from jax.sharding import PartitionSpec as P
 
