@@ -29,13 +29,13 @@ class Writer:
         path: the file; its folder is made. None writes nothing.
         facts: what every row of this run shares: date, GPU, versions, launch. None: each row brings these
             with it, under `machine.NAMES`, as it was measured by a process of its own; those of the first row
-            are the run's.
+            that has any are the run's.
     """
 
     def __init__(self, path: str | Path | None, facts: Mapping[str, Any] | None = None):
         self._path = None if path is None else Path(path)
         self._facts = None if facts is None else dict(facts)
-        self._written = False
+        self._written: dict[str, Any] | None = None
 
     def write(self, rows: Iterable[Row]) -> None:
         """Appends the rows; a value that is the run's own is not repeated, another one stands in the row."""
@@ -45,11 +45,12 @@ class Writer:
         with self._path.open("a") as file:
             for row in rows:
                 if self._facts is None:
-                    self._facts = {name: row[name] for name in machine.NAMES if name in row}
-                facts = self._facts
-                if not self._written:
+                    brought = {name: row[name] for name in machine.NAMES if name in row}
+                    self._facts = brought or None
+                facts = self._facts or {}
+                if self._written != facts:
                     file.write(json.dumps({FACTS: facts}) + "\n")
-                    self._written = True
+                    self._written = facts
                 own = {k: v for k, v in row.items() if k not in facts or facts[k] != v}
                 file.write(json.dumps(own) + "\n")
 

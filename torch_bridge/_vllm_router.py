@@ -387,7 +387,7 @@ def _by_table(
 def _check_floats(function: str, argument: str, value: object) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype not in _route.DTYPES:
         rule = "be a float32, bfloat16 or float16 torch.Tensor"
-        checks.refuse(TypeError, function, argument, rule, value, _REMEDY)
+        checks.fail(function, argument, rule, checks.describe(value), _REMEDY, TypeError)
     elif what := _checks.not_dense(value):
         checks.fail(function, argument, "be a dense tensor", what, "Call to_dense().", TypeError)
 
@@ -473,9 +473,8 @@ def _check_op(
         dtypes = ((torch.float32,), _ID_DTYPES, (torch.int32,))[position]
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            checks.refuse(
-                TypeError, function, argument, f"be a tensor of dtype {names}", tensor, _REMEDY
-            )
+            rule = f"be a tensor of dtype {names}"
+            checks.fail(function, argument, rule, checks.describe(tensor), _REMEDY, TypeError)
         if tensor.dim() != 2 or tensor.shape[0] != num_tokens:
             checks.refuse(
                 ValueError, function, argument, f"have shape [{num_tokens}, topk]", tensor, _REMEDY
@@ -509,9 +508,8 @@ def _check_op(
             torch.bool,
             torch.uint8,
         ):
-            checks.refuse(
-                TypeError, function, "is_padding", "be a bool or uint8 tensor", is_padding, _REMEDY
-            )
+            argument, rule = "is_padding", "be a bool or uint8 tensor"
+            checks.fail(function, argument, rule, checks.describe(is_padding), _REMEDY, TypeError)
         if is_padding.dim() != 1 or is_padding.shape[0] != num_tokens:
             checks.refuse(
                 ValueError,

@@ -1,4 +1,4 @@
-"""The static description of one fused activation and quantisation. Imports nothing of ours and no jax."""
+"""The static description of one fused activation and quantisation. Imports no jax."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args

@@ -40,6 +40,17 @@ def test_facts_that_rows_bring_stand_once(tmp_path):
     assert rows.read([file]) == given
 
 
+def test_a_case_that_failed_before_it_had_facts_takes_them_from_no_other(tmp_path):
+    """A child that died brings none: they are those of the next row, and an earlier run's are not its own."""
+    file = tmp_path / "rows.jsonl"
+    rows.Writer(file, FACTS).write([{"case": "earlier"}])
+    given = [{"case": "died"}, {"case": "b", **FACTS}, {"case": "c", **FACTS}]
+    rows.Writer(file).write(given)
+    assert rows.read([file]) == [{"case": "earlier", **FACTS}, *given]
+    lines = file.read_text().splitlines()
+    assert json.loads(lines[-1]) == {"case": "c"} and len(lines) == 7
+
+
 def test_rows_without_facts_are_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"case": "a", "gpu": "x"}\n\n{"case": "b"}\n')

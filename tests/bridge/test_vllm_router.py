@@ -294,6 +294,8 @@ def test_a_call_like_an_earlier_one_is_launched_at_once(launching, monkeypatch):
         named = {"renormalize": True, "e_score_correction_bias": bias, **changed}
         with pytest.raises(TypeError, match="must be"):
             vllm.topk_sigmoid(*got, x, **named)
+    with pytest.raises(TypeError, match=r"is_padding must be a bool or uint8 tensor; got int 1\."):
+        vllm.topk_sigmoid(*got, x, True, bias, is_padding=1)
     with pytest.raises(ValueError, match="must not overlap"):
         vllm.topk_sigmoid(got[0], got[1], got[1], x, True, bias)
     with pytest.raises(ValueError, match="must be contiguous"):

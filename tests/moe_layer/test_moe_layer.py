@@ -285,12 +285,13 @@ def test_an_edited_alignment():
     ):
         layer(edited(aligned, 0, 7, inverse=True))
     with pytest.raises(
-        ValueError, match=f"{name}.row_of_pair must be the inverse of .*; got row 0 for"
+        ValueError,
+        match=f"{name}.row_of_pair must be the inverse of .*; got pair .* in row 0, which",
     ):
         layer(edited(aligned, 0, 1, inverse=False))
     behind = np.where(np.asarray(aligned.row_of_pair) == 0, 1000, aligned.row_of_pair)
     with pytest.raises(
-        ValueError, match=f"{name}.row_of_pair must .*; got row 1000 for pair .* rows"
+        ValueError, match=f"{name}.row_of_pair must .*; got pair .* in row 1000, of .* rows"
     ):
         layer(aligned._replace(row_of_pair=behind.astype(np.int32)))
 
