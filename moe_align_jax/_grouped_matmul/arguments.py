@@ -221,9 +221,9 @@ def check_order(function: str, where: Any, pairs: int, block_size: int, num_expe
     blocks = min(max(checks.cdiv(int(used[0]), block_size), 0), experts.size)
     if not blocks:
         return
-    ids = ids[: blocks * block_size]
+    bound, ids = pairs or ids[-1], ids[: blocks * block_size]
     held = np.zeros(blocks * block_size, bool)
-    held[: ids.size] = (ids >= 0) & (ids < (pairs or np.asarray(where[0])[-1]))
+    held[: ids.size] = (ids >= 0) & (ids < bound)
     held = held.reshape(blocks, block_size)
     late = held[:, 1:] & ~held[:, :-1]
     late &= ((experts[:blocks] >= 0) & (experts[:blocks] < num_experts))[:, None]
