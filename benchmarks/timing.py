@@ -113,6 +113,45 @@ def time_jit_spans(
     return timings
 
 
+def time_jit_spans_in_turns(
+    programs: Sequence[Callable],
+    arguments: Sequence[Sequence[Any]],
+    *,
+    executions: int = 12,
+    rounds: int = 2,
+) -> list[Timing | Exception]:
+    """As `time_jit_span` of each program, in rounds, every second one backward.
+
+    Long products reach the GPU's power limit, which then lowers its clock: whoever comes later is slower.
+    Forth and back, each program has the same mean place. The samples of all rounds are one timing. A program
+    that fails has its error instead, and no further turn.
+    """
+    turns: list[list[Timing]] = [[] for _ in programs]
+    failed: dict[int, Exception] = {}
+    for number in range(rounds):
+        order = range(len(programs)) if number % 2 == 0 else reversed(range(len(programs)))
+        for i in order:
+            each = -(-executions // rounds)
+            if i in failed:
+                continue
+            try:
+                turns[i].append(time_jit_span(programs[i], arguments[i], executions=each))
+            except Exception as error:  # one program's failure leaves the others their time
+                failed[i] = error
+    return [failed[i] if i in failed else _together(mine) for i, mine in enumerate(turns)]
+
+
+def _together(turns: Sequence[Timing]) -> Timing:
+    """The samples of one program's turns; those by a trace alone, where some were not."""
+    by_trace = [turn for turn in turns if turn.metric == "span_us"]
+    kept = by_trace or turns
+    notes = dict.fromkeys(turn.note for turn in turns if turn.note)
+    samples = [sample for turn in kept for sample in turn.samples_us]
+    first = kept[0]
+    note = "; ".join(notes)
+    return Timing(first.metric, samples, first.calls, note, first.kernels_per_call)
+
+
 def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:
     """Wall time on the host, dispatch included: for machines without a GPU."""
     run()

@@ -14,7 +14,14 @@ from benchmarks import training as bench
 from benchmarks import training_peers as peers
 
 OPTIONS = argparse.Namespace(
-    only="ours, xla", passes="", variants=True, peers=True, executions=1, replays=1, threads=1
+    only="ours, xla",
+    passes="",
+    variants=True,
+    peers=True,
+    executions=1,
+    replays=1,
+    threads=1,
+    rounds=2,
 )
 
 
@@ -105,6 +112,44 @@ def test_ratios_are_to_the_best_peers_and_to_dense():
     [text] = bench.ratios(rows)
     assert text == "c: ours, b 55.0 us; 1.80x of y (99.0); 2.00x of x (110.0); 0.91 of dense (50.0)"
     assert "no memory" in bench.line(rows[-1])
+
+
+def test_providers_of_a_layer_are_timed_forth_and_back(monkeypatch):
+    """Whoever always came last would be slowed by the GPU's power limit; one that fails leaves the others."""
+    order = []
+
+    def span(program, given, *, executions):
+        order.append(program)
+        if program == "b" and order.count("b") == 2:
+            raise MemoryError("none left")
+        return bench.timing.Timing("span_us", [10.0 * len(order)] * executions)
+
+    monkeypatch.setattr(bench.timing, "time_jit_span", span)
+    a, b, c = bench.timing.time_jit_spans_in_turns("abc", [[]] * 3, executions=4, rounds=2)
+    assert order == [*"abc", *"cba"]
+    assert isinstance(a, bench.timing.Timing) and isinstance(c, bench.timing.Timing)
+    assert (a.samples_us, c.samples_us) == ([10, 10, 60, 60], [30, 30, 40, 40])
+    assert a.percentile(50) == c.percentile(50) and isinstance(b, MemoryError)
+
+
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_our_rows_lie_in_the_blocks_of_the_size(kind):
+    """P = n + min(n, E) (block - 1) rows, of which those in use are where `sampled` looks."""
+    size = bench.Product(kind, 64, 16, 8, 4, block=24)
+    inputs = bench.Inputs(size)
+    name, work = next(bench.ours(inputs, False))
+    assert name == "ours, blocks"
+    rows, ids, experts = (np.asarray(work.arrays[i]) for i in (0, 2, 3))
+    assert rows.shape == (64 + 4 * 23, size.n if kind == "input gradient" else size.k)
+    for block, expert in enumerate(experts):
+        real = ids[24 * block : 24 * (block + 1)]
+        assert (inputs.expert_of_pair[real[real < 64]] == expert).all()
+    assert (ids < 64).sum() == 64
+    # The rows are those of the pairs, which stand in the order of experts in `operands`.
+    place = {pair: i for i, pair in enumerate(inputs.order.tolist())}
+    left = np.asarray(inputs.operands[0]).astype(np.float32)
+    for row, pair in zip(rows.astype(np.float32), ids.tolist(), strict=True):
+        assert pair >= 64 or (row == left[place[pair]]).all()
 
 
 def test_sizes():
