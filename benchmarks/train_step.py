@@ -9,8 +9,9 @@ layers of 64 experts, 16,384 tokens in a batch; `small` is for a CPU.
 
 Each library trains for `--steps` steps from the same weights on the same batches. Time: of a step, the host
 waiting behind each, median. Each row holds the losses, which are compared with those of the first library,
-and the most memory that jax had on the device. A library that fails, or runs out of memory, is a row that
-says so.
+the most memory that jax had on the device, and XLA_FLAGS. With --xla_gpu_enable_triton_gemm=false there the
+dense products are cuBLAS': XLA's own, in Triton, take tens of seconds to tune. A library that fails, or runs
+out of memory, is a row that says so.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def case_of(options: argparse.Namespace) -> str:
 def run_case(provider: Experts, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row."""
     row: dict[str, Any] = {"case": case_of(options), "provider": provider.name}
+    row["xla_flags"] = os.environ.get("XLA_FLAGS", "")  # they may say whose dense products run
     try:
         row |= _train(provider, options)
     except Exception as error:

@@ -26,10 +26,13 @@ def test_the_same_losses_whoever_multiplies(monkeypatch):
 
     config = dataclasses.replace(train_moe.SIZES["small"][0], layers=1, hidden=16, heads=2, ffn=8)
     monkeypatch.setitem(train_moe.SIZES, "small", (config, 2, 16))
+    flags = "--xla_gpu_enable_triton_gemm=false"  # a real one: XLA ends the process at others
+    monkeypatch.setenv("XLA_FLAGS", flags)
     with example.settings():
         [ours] = bench.run_case(bench.Experts("ours"), options)
         [theirs] = bench.run_case(bench.Experts("lax.ragged_dot"), options)
     assert ours["status"] == theirs["status"] == "ok", (ours, theirs)
+    assert ours["xla_flags"] == flags
     assert ours["us"] > 0 and ours["tokens"] == 32 and len(ours["losses"]) == 3
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
     assert ours["losses"][0] != ours["losses"][-1]
