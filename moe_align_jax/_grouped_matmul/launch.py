@@ -49,17 +49,27 @@ def run(
 def permuted(
     problem: MatmulProblem, named: dict[str, jax.Array]
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
-    """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA.
+    """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA."""
+    sizes = {"num_tokens": problem.num_tokens, "top_k": problem.top_k}
+    x = rows_of_pairs(named["x"], named["sorted_token_ids"], **sizes)
+    pairs = problem.num_tokens * problem.top_k
+    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
+
+
+def rows_of_pairs(
+    tokens: jax.Array, sorted_token_ids: jax.Array, *, num_tokens: int, top_k: int
+) -> jax.Array:
+    """`[num_rows, .]`: the row of each pair's token, gathered by XLA.
 
     Rows of no pair are zeros: the kernel's epilogue, or the reader of the result, leaves them out, and
     products of zeros take the least power. XLA's gather takes 106 us with `mode="fill"`, and 102 where
-    such rows are some token's (one H200, 2026-11-29, 17,912 rows of 4,096).
+    such rows are some token's (one H200, 2026-11-29, 17,912 rows of 4,096). Products and weights' gradients
+    ask for them by the same operations, so that XLA makes one array for both.
     """
-    pairs, pair = problem.num_tokens * problem.top_k, named["sorted_token_ids"]
+    pairs, pair = num_tokens * top_k, sorted_token_ids
     there = (pair >= 0) & (pair < pairs)
-    rows = jnp.where(there, lax.div(pair, jnp.int32(problem.top_k)), problem.num_tokens)
-    x = named["x"].at[rows].get(mode="fill", fill_value=0)
-    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
+    rows = jnp.where(there, lax.div(pair, jnp.int32(top_k)), num_tokens)
+    return tokens.at[rows].get(mode="fill", fill_value=0)
 
 
 def _small_grid(problem: MatmulProblem) -> Config:

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.hopper import NUM_SMS
-from moe_align_jax._grouped_matmul import inline, kernel, reference
+from moe_align_jax._grouped_matmul import inline, kernel, launch, reference
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._lowering.sharding import vary_together
@@ -300,13 +300,12 @@ def gathers_first(problem: WeightGradient) -> bool:
 def gathered(
     problem: WeightGradient, lhs: jax.Array, rhs: jax.Array, *where: jax.Array
 ) -> tuple[WeightGradient, tuple[jax.Array, ...]]:
-    """The same sums of rows in aligned order, gathered by XLA. Rows of no pair are some token's: the kernel
-    leaves them out."""
+    """The same sums of rows in aligned order, gathered by XLA."""
     layout = problem.layout
     pairs = layout.num_tokens * layout.top_k
-    token = lax.div(jnp.clip(where[0], 0, pairs - 1), _I32(layout.top_k))
     tokens = lhs if problem.gathered == "lhs" else rhs
-    rows = tokens.at[token].get(mode="promise_in_bounds")
+    sizes = {"num_tokens": layout.num_tokens, "top_k": layout.top_k}
+    rows = launch.rows_of_pairs(tokens, where[0], **sizes)
     operands = (rows, rhs) if problem.gathered == "lhs" else (lhs, rows)
     layout = layout._replace(num_tokens=0, top_k=0, num_pairs=pairs)
     return WeightGradient(layout), (*operands, *where)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import reference, weight_gradient
+from moe_align_jax._grouped_matmul import launch, reference, weight_gradient
 from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
 from tests.matmul.test_matmul import ids_of, normal
@@ -142,6 +142,20 @@ def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, 
     assert [(x.shape, str(x.dtype)) for x in given] == [*copied.inputs.values()]
     want = reference.weight_gradient(problem, *operands)
     np.testing.assert_array_equal(reference.weight_gradient(copied, *given), want)
+
+
+def test_a_product_and_a_weight_gradient_share_the_rows_that_are_gathered_first():
+    """A layer's backward pass reads the rows of the result's cotangent in both."""
+    problem, (other, tokens, *where) = blocks(9, 2, 2, 64, 48, 64, gathered="rhs", routing="dropped")
+
+    def both(tokens, *where):
+        named = {"x": tokens, "sorted_token_ids": where[0]}
+        _, of_product = launch.permuted(problem.layout, named)
+        _, of_gradient = kernel.gathered(problem, other, tokens, *where)
+        return of_product["x"], of_gradient[1]
+
+    text = jax.jit(both).lower(tokens, *where).compile().as_text()
+    assert text.count(" gather(") == 1
 
 
 def test_the_order_of_tiles_follows_from_the_matrix():
