@@ -146,7 +146,9 @@ def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, 
 
 def test_a_product_and_a_weight_gradient_share_the_rows_that_are_gathered_first():
     """A layer's backward pass reads the rows of the result's cotangent in both."""
-    problem, (other, tokens, *where) = blocks(9, 2, 2, 64, 48, 64, gathered="rhs", routing="dropped")
+    problem, (other, tokens, *where) = blocks(
+        9, 2, 2, 64, 48, 64, gathered="rhs", routing="dropped"
+    )
 
     def both(tokens, *where):
         named = {"x": tokens, "sorted_token_ids": where[0]}
