@@ -286,8 +286,8 @@ class PeerDevices(abc.ABC):
         raise NotImplementedError
 
     def take_tagged(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
-        """Waits until the words from each (index, width) on have been put, and returns them. A width is 1, or 2
-        or 4 at a multiple of 2. All CTAs must be resident."""
+        """Waits until the words from each (index, width) on have been put, and returns them. A width is 1, or
+        2 or 4 at a multiple of 2. All CTAs must be resident."""
         raise NotImplementedError
 
 

@@ -220,11 +220,11 @@ class _Dispatcher:
                 here = local.below(count)
                 # mutant: ids of other ranks' experts are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
-                # mutant: weights of others' experts are kept
                 if self.tagged:
                     sent = self.tagged.weights + at
                     t.put_tagged(rank, sent, t.select(here, weight, 0))
                 else:
+                    # mutant: weights of others' experts are kept
                     t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
 
     # -- the counting warpgroup
@@ -432,7 +432,7 @@ class _Dispatcher:
                     self._store(found[number].row, part, mine, fields)
 
     def _take_rows(self, batch: list[tuple[int, Piece]], given: list[Int]) -> list[Any]:
-        """Waits for the words of a batch, which are tagged; `given`: the units that they are of, by number."""
+        """Waits for the words of a batch, which are tagged; `given`: the units they are of, by number."""
         t, tagged, places = self.t, self.tagged, []
         assert tagged is not None
         for number, piece in batch:
