@@ -29,10 +29,10 @@ kernel in between. A flag of E + 1, though, may come while q is in E: it is in t
 Why nothing comes late. A CTA raises its flags after all its stores and puts (`device_arrive`), and a kernel
 ends only when each CTA has seen those of its peers. All CTAs have peers of their index, so when a kernel has
 ended all that was stored to this device in its epoch is there. A kernel whose rows are tagged
-(`device_begun`) takes them without a flag, and its flags say only what (1) needs. Some of its words may not be taken (a row
-that has no place in its box), and come here after this device's kernel of E has ended. They come before the
-peer's kernel of E has ended, whose stores are all performed then, so before its flag of E + 1, for which (1)
-waits.
+(`device_begun`) takes them without a flag, and its flags say only what (1) needs. Some of its words may not
+be taken (a row that has no place in its box), and come here after this device's kernel of E has ended. They
+come before the peer's kernel of E has ended, whose stores are all performed then, so before its flag of
+E + 1, for which (1) waits.
 
 Why the epoch can be advanced in the middle of a kernel. The CTA that takes the last ticket does it, and a CTA
 takes its ticket when all its threads have read the epoch.
