@@ -230,7 +230,7 @@ def communication(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     cells: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if "us" in row:
-            clock = "span" if row["clock"] == "span" else row["way"]
+            clock = row["way"] if row["clock"] == "wall" else row["clock"]
             cells.setdefault((row["case"], clock), {})[row["provider"]] = row["us"]
     for (case, clock), found in cells.items():
         alone = found.pop("no communication", None)
