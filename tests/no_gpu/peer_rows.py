@@ -98,6 +98,7 @@ def faults(problem, windowed: bool, text: str, used: ptx.Usage) -> Iterator[str]
         yield f"{kernel.num_ctas} CTAs, of which {resident} are resident on an SM"
     # Rows of few tokens carry their epoch: they need no fence, and the flag says that the kernel has begun.
     tagged = windowed and problem.num_tokens <= 8
+    tagged &= not (isinstance(problem, nvlink_kernels.Combine) and problem.devices.count > 4)
     fences = re.findall(r"fence\.acq_rel\.sys", text)
     signal = r"acq_rel\.sys; st\.relaxed\.sys" if windowed else r"red\.relaxed\.sys"
     signal = r"st\.relaxed\.sys\.global\.u32" if tagged else signal

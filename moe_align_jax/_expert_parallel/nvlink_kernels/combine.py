@@ -26,9 +26,11 @@ _RESIDENT_WARPGROUPS = 8
 WORDS_PER_THREAD = 1
 # Rows whose loads are under way at a time: more pairs of a token on one rank are rare.
 ROWS_AT_A_TIME = 4
-_UNIT_WORDS = (
-    WORDS_PER_THREAD * WARPGROUP * 4
-)  # that a warpgroup's threads hold; the last of a row has fewer
+# Words of a unit, of which the last of a row may use fewer.
+_UNIT_WORDS = WORDS_PER_THREAD * WARPGROUP * 4
+# So many ranks' words, and where they are, fit into the registers of a thread that awaits them together. A
+# warpgroup for each of 8 ranks leaves it 64.
+_MAX_TAGGED_RANKS = 4
 
 
 def part_words(columns: int) -> int:
@@ -92,10 +94,9 @@ class _Combiner:
         self.group = thread >> (WARPGROUP.bit_length() - 1)
         # Whether sums travel in tagged words. Each warpgroup then adds up at most one unit: a second one
         # would be awaited only after the first.
-        words = problem.devices.count * self.num_units * _UNIT_WORDS
-        self.tagged = (
-            words <= t.tagged_words and self.num_units <= problem.devices.count * t.num_ctas
-        )
+        ranks = problem.devices.count
+        fits = ranks * self.num_units * _UNIT_WORDS <= t.tagged_words and ranks <= _MAX_TAGGED_RANKS
+        self.tagged = fits and self.num_units <= ranks * t.num_ctas
 
     def run(self) -> None:
         """Sends the sums of the CTA's units, waits for the other devices, and adds up what they sent."""
