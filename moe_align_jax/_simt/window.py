@@ -173,9 +173,13 @@ class Windowed(Simt):
     tagged_words = TAGGED
 
     def put_tagged(self, rank: Int | int, index: Int, *words: Int) -> None:
-        put = self._put_two if len(words) == 2 else self._put
+        place, at, [first, *more] = self._at_rank(rank), self._tagged(index), words
         # mutant: tagged words are put without their epoch
-        put(self._at_rank(rank), self._tagged(index), *words, self._epoch)
+        epoch = self._epoch
+        if more:
+            self._put_two(place, at, first, more[0], epoch)
+        else:
+            self._put(place, at, first, epoch)
 
     def take_tagged(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
         return self._take([(self._tagged(index), width) for index, width in places], self._epoch)

@@ -159,7 +159,7 @@ MUTANTS = (
     Mutant(
         WINDOW,
         "tagged words are put without their epoch",
-        "put(self._at_rank(rank), self._tagged(index), *words, self.const(0))",
+        "epoch = self.const(0)",
         "DivergentBarrier",
     ),
 )

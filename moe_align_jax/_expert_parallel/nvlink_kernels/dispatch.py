@@ -438,7 +438,8 @@ class _Dispatcher:
         for number, piece in batch:
             first = t.select(piece.inside, piece.first, 0)
             places.append((tagged.at(given[number], piece.field) + first, piece.width))
-        return [words if len(words) > 1 else words[0] for words in t.take_tagged(places)]
+        each: list[Any] = t.take_tagged(places)
+        return [x[0] if width == 1 else x for x, (_, width) in zip(each, places, strict=True)]
 
     def _store(
         self, row: Int, part: Int, held: list[tuple[Piece, Any]], fields: list[Field]
