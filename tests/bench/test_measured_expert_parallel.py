@@ -156,6 +156,26 @@ def test_what_clearing_in_one_kernel_takes_is_that_of_its_rows():
     assert f"with 128 tokens {one[1]:.0f} and {four[1]:.0f}, most" in text
 
 
+def test_what_tagged_rows_take_is_that_of_their_rows():
+    found, text = measured("expert-parallel-x2-tagged-2026-11-29"), " ".join(PAGE.split())
+    tagged, flags = (
+        {
+            way: [
+                found[f"low_latency {n}", f"ours, nvlink_window, {name}", "default", "wall", way]
+                for n in (8, 32)
+            ]
+            for way in ("donated", "not waiting")
+        }
+        for name in ("tagged rows", "rows ahead of a flag")
+    )
+    one, two = tagged["donated"]
+    assert f"A pair took {one:.1f} µs at 8 tokens and {two:.1f} at 32, and " in text
+    one, two = flags["donated"]
+    assert f"and {one:.1f} and {two:.1f} with flags (" in text
+    figures = [*tagged["not waiting"], *flags["not waiting"]]
+    assert "without waiting {:.1f} and {:.1f} for {:.1f} and {:.1f}".format(*figures) in text
+
+
 def test_mode_normal_is_that_of_its_rows():
     found = measured("expert-parallel-x2-normal-2026-11-29")
     ours, bare = (
