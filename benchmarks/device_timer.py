@@ -4,22 +4,17 @@ No profiler runs. CUPTI, which the profiler's spans come from, slows the launch 
 that a span under it can exceed the wall clock of the same program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
-from moe_align_jax._simt.mlir import order_asm
+from moe_align_jax._simt import mosaic
 
-_WORDS = (1, 2)  # of a time: the lower 32 bits of the nanoseconds first
+_WORDS = 2  # of a time: the lower 32 bits of the nanoseconds first
 _FIRST = (
     ".reg .pred first; .reg .u32 me; mov.u32 me, %tid.x; setp.eq.u32 first, me, 0; "
     "@!first bra done; "
@@ -35,40 +30,17 @@ _TICK = (
 )
 
 
-def _kernel(name: str, code: str, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """The arrays, each in its own memory as it was, and behind them what one thread stores by `code`."""
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_, *memrefs):
-            i64 = ir.IntegerType.get_signless(64)
-            order_asm(code, [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(memrefs[-1]))], "l,")
-
-        emit(*refs)
-
-    held = [jax.new_ref(x) for x in arrays]
-    run = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(_WORDS, jnp.int32)],
-        num_threads=1,
-        thread_name="warpgroup",
-        kernel_name=name,
-    )
-    [words] = run(*held)
-    return [*(jax.freeze(x) for x in held), words]
-
-
 def stamped(tree: Any) -> tuple[Any, jax.Array]:
     """(the tree, the time `[1, 2]` int32) when all of it is there, ahead of what uses the tree returned."""
     leaves, kind = jax.tree.flatten(tree)
-    *leaves, now = _kernel("benchmark_time", _NOW, leaves)
+    *leaves, now = mosaic.run_between(leaves, "benchmark_time", _NOW, _WORDS)
     return jax.tree.unflatten(kind, leaves), now
 
 
 def tick_ns() -> int:
     """The least step of the first GPU's timer."""
     with jax.default_device(jax.local_devices()[0]):
-        [words] = jax.jit(lambda: _kernel("benchmark_tick", _TICK, []))()
+        [words] = jax.jit(lambda: mosaic.run_between([], "benchmark_tick", _TICK, _WORDS))()
     return int(nanoseconds(np.asarray(words))[0])
 
 

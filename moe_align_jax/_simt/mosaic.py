@@ -587,6 +587,35 @@ def launcher(
     )
 
 
+def run_between(arrays: Sequence[jax.Array], name: str, code: str, words: int) -> list[jax.Array]:
+    """The arrays, each in its own memory as it was, and int32 `[1, words]` that a kernel of one CTA stores.
+
+    It runs behind what makes the arrays, and ahead of what uses those returned. `code`: its instructions for
+    each of 128 threads, as PTX; `$0` is the address of the words.
+    """
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_, *memrefs):
+            i64 = ir.IntegerType.get_signless(64)
+            order_asm(code, [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(memrefs[-1]))], "l,")
+
+        emit(*refs)
+
+    held = [
+        jax.new_ref(x) for x in arrays
+    ]  # a kernel that may write to them is one that they wait for
+    run = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((1, words), jnp.int32)],
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name=name,
+    )
+    [found] = run(*held)
+    return [*(jax.freeze(x) for x in held), found]
+
+
 def inline_scalars(
     kernel: Kernel,
     compute: Callable[[Simt, SimpleNamespace], Sequence[Int]],

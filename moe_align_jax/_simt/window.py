@@ -144,6 +144,8 @@ class Windowed(Simt):
         self._arrive(self._tell_alone)
 
     def _arrive(self, tell: Callable[[Int, Int, Int], None]) -> None:
+        """Raises my flags on all devices by `tell`, which takes a place, an offset and a value; the CTA that
+        takes the last ticket advances the epoch."""
         self.block_sync()  # all threads have stored, and have read the epoch
         thread = self.thread_id()
         with self.if_(thread < self._group.count):
