@@ -105,8 +105,7 @@ class CompiledStep:
         if timer:
             from benchmarks import device_timer
 
-            around = device_timer.around(step.function, step.carry)
-            self.timed = jax.jit(around, donate_argnums=0)
+            self.timed = device_timer.jitted(step.function, step.carry)
         self.error: Exception | None = None
         self.jitted = {
             True: jax.jit(step.function, donate_argnums=0),

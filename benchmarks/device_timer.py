@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_align_jax._simt import mosaic
 
+# XLA 0.11.2 and 0.12 make one fusion of a slice and a custom call that reads it, even where that call hands
+# the slice on in its own memory. The fusion's result is other memory, which then nothing writes.
+_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _WORDS = 2  # of a time: the lower 32 bits of the nanoseconds first
 _FIRST = (
     ".reg .pred first; .reg .u32 me; mov.u32 me, %tid.x; setp.eq.u32 first, me, 0; "
@@ -69,6 +72,11 @@ def around(function: Callable, carry: Any) -> Callable:
         return carry, starts, ends
 
     return timed
+
+
+def jitted(function: Callable, carry: Any) -> Callable:
+    """`around` as a jitted function whose carry is donated."""
+    return jax.jit(around(function, carry), donate_argnums=0, compiler_options=_OPTIONS)
 
 
 def nanoseconds(times: np.ndarray) -> np.ndarray:
