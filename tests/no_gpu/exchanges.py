@@ -91,7 +91,7 @@ def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
 
 
 def timed_slice(ranks: int) -> Any:
-    """A slice of what an exchange gives, as the result of a step between two readings of the timer, lowered."""
+    """A step between two readings of the timer, lowered. Its result is a slice of what an exchange gives."""
     import jax
     import jax.numpy as jnp
     import numpy as np
