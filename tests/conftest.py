@@ -13,8 +13,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
-# XLA 0.12 adds up small arrays by a kernel of its own, for which NCCL must give it the peers' addresses. On
-# two H200 in a container NCCL could not (`ncclGetPeerDevicePointer failed`), and any small psum failed.
+# XLA 0.12 adds up arrays by a kernel of its own, for which NCCL must give it the peers' addresses. On two
+# H200 in a container NCCL could not (`ncclGetPeerDevicePointer failed`), and every psum failed.
 OWN_ALL_REDUCE = "--xla_gpu_experimental_use_collective_kernels"
 if importlib.metadata.version("jax").startswith("0.12.") and (
     OWN_ALL_REDUCE not in os.environ["XLA_FLAGS"]

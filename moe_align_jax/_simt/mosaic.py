@@ -593,8 +593,8 @@ def run_between(arrays: Sequence[jax.Array], name: str, code: str, words: int) -
     It runs behind what makes the arrays, and ahead of what uses those returned. `code`: its instructions for
     each of 128 threads, as PTX; `$0` is the address of the words.
 
-    Compile the program without `xla_gpu_enable_dynamic_slice_fusion`, which is on by default: XLA would fuse a
-    slice among the arrays with the kernel, and lose it.
+    Compile the program without `xla_gpu_enable_dynamic_slice_fusion`, which is on by default: XLA would fuse
+    a slice among the arrays with the kernel, and lose it.
     """
 
     def body(*refs):
