@@ -1,4 +1,5 @@
-"""Both clocks of a jitted step: the GPU's, out of the profiler's trace, and the host's, over many steps.
+"""The clocks of a jitted step: the host's, over many steps; the GPU's own timer around a step; and the span
+of its kernels in the profiler's trace, which the profiler makes longer (`device_timer`).
 
 A GPU's span says nothing about what the host pays to launch: kernels that XLA replays as one CUDA graph span
 little, and a graph whose buffers have moved is updated by the host, kernel by kernel, before each launch. So
@@ -47,6 +48,7 @@ WAYS = {
 _PAUSE_S = 0.002  # between two traced steps: far more than between any two kernels of a step
 _ANNOTATION = "benchmark step"
 _WARM = 5  # XLA records its CUDA graph after the first executions
+CLOCKS = ("wall", "timer", "span")
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,18 @@ def zero_reading(tree: Any) -> Any:
 
 
 class CompiledStep:
-    """A step, compiled twice: with its carry donated, and without."""
+    """A step, compiled twice: with its carry donated, and without. With `timer` once more, as `device_timer`
+    gives it."""
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Step, timer: bool = False):
         import jax
 
         self.step = step
+        self.timed: Any = None
+        if timer:
+            from benchmarks import device_timer
+
+            self.timed = device_timer.jitted(step.function, step.carry)
         self.error: Exception | None = None
         self.jitted = {
             True: jax.jit(step.function, donate_argnums=0),
@@ -144,15 +152,16 @@ def compile_together(
     return failed
 
 
-def compile_all(steps: Sequence[Step]) -> list[CompiledStep]:
-    """Every step, with and without donation. A step that fails has its `error`.
+def compile_all(steps: Sequence[Step], timer: bool = False) -> list[CompiledStep]:
+    """Every step, with and without donation; with `timer` also between two readings of the GPU's timer. A
+    step that fails has its `error`.
 
     This comes before all timing: with every program that XLA loads it drops the CUDA graphs of the others.
     """
     import jax
 
-    programs = [CompiledStep(step) for step in steps]
-    pairs = [(p, jitted) for p in programs for jitted in p.jitted.values()]
+    programs = [CompiledStep(step, timer) for step in steps]
+    pairs = [(p, f) for p in programs for f in (*p.jitted.values(), p.timed) if f is not None]
     # Processes that compile together agree on what they find: one program after the other.
     threads = 8 if jax.process_count() == 1 else 1
     given = [(jitted, (p.step.carry, *p.step.rest)) for p, jitted in pairs]
@@ -202,7 +211,52 @@ class _Chain:
         self._carry = None
 
 
-# -- the device's clock ----------------------------------------------------------------------------------
+# -- the device's timer ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a GPU's own timer says of one step, of each execution, on the GPU that was the last to begin.
+
+    Attributes:
+        spans_us: from before its first kernel to behind its last one, per call.
+        apart_us: for how much longer any other GPU was in the step, waiting for that one.
+    """
+
+    spans_us: list[float]
+    apart_us: list[float]
+
+
+def timed(program: CompiledStep, *, executions: int) -> Timed:
+    """Runs a program that was compiled with the timer; its carry is donated, the host waits for each step,
+    and no profiler runs."""
+    import jax
+
+    from benchmarks import device_timer
+
+    carry, found = program.fresh(), []
+    for number in range(_WARM + executions):
+        carry, *times = jax.block_until_ready(program.timed(carry, *program.step.rest))
+        if number >= _WARM:
+            found.append([_all_devices(time) for time in times])
+    program.step.check(carry)
+    spans, apart = zip(*(device_timer.span_ns(*times) for times in found), strict=True)
+    per_call = 1e3 * program.step.calls
+    return Timed([ns / per_call for ns in spans], [ns / 1e3 for ns in apart])
+
+
+def _all_devices(array: Any) -> np.ndarray:
+    """An array of a row per device, of all processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+# -- the profiler's span ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -301,17 +355,27 @@ def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def rows_of(
-    steps: Sequence[Step], *, executions: int, rounds: int, until: float, traced_steps: int = 10
+    steps: Sequence[Step],
+    *,
+    executions: int,
+    rounds: int,
+    until: float,
+    traced_steps: int = 10,
+    clocks: Sequence[str] = CLOCKS,
 ) -> Iterable[dict[str, Any]]:
-    """A row per step and clock: "wall", in each of WAYS, and "span" where there is a GPU.
+    """A row per step and clock, of CLOCKS: "wall", in each of WAYS, and where there is a GPU also "timer"
+    and "span".
 
     By the host's clock the steps take turns, a round of each in each way after the other: a host that is slow
     for a while is slow for all of them. Rounds for which no time is left are not run.
 
     A step that fails, or for which no time is left, has a row with a "note" and no time.
     """
+    import jax
+
     chains: list[tuple[CompiledStep, list[_Chain]]] = []
-    for program in compile_all(steps):
+    on_gpu = jax.default_backend() == "gpu"
+    for program in compile_all(steps, on_gpu and "timer" in clocks):
         if program.error is None and time.monotonic() > until:
             yield {"provider": program.step.name, "note": "left out: no time"}
             continue
@@ -333,7 +397,7 @@ def rows_of(
                         chain.time()
                 except Exception as error:
                     program.error = error
-    timed = []
+    ran = []
     for program, mine in chains:
         try:
             if program.error is not None:
@@ -343,24 +407,42 @@ def rows_of(
                 row = {"provider": program.step.name, "clock": "wall", "way": chain.way}
                 row |= {"calls": program.step.calls} | statistics_of(chain.samples)
                 yield row | {"note": ""}
-            timed.append(program)
+            ran.append(program)
         except Exception as error:
             yield _failure(program, error)
     chains.clear()
-    import jax
-
-    if not timed or jax.default_backend() != "gpu":
+    if not ran or not on_gpu:
+        return
+    yield from _timer_rows([p for p in ran if p.timed is not None], 2 * traced_steps)
+    if "span" not in clocks:
         return
     try:
-        every = traced(timed, executions=traced_steps)
+        every = traced(ran, executions=traced_steps)
     except Exception as error:
         yield {"provider": "all", "note": f"no spans: {type(error).__name__}: {str(error)[:300]}"}
         return
-    for program, found in zip(timed, every, strict=True):
+    for program, found in zip(ran, every, strict=True):
         if found is None:
             yield {"provider": program.step.name, "note": "no span: the trace could not be cut"}
         else:
             yield _span_row(program.step, found)
+
+
+def _timer_rows(programs: Sequence[CompiledStep], executions: int) -> Iterable[dict[str, Any]]:
+    """A row for each by the GPU's timer, with the timer's own step."""
+    from benchmarks import device_timer
+
+    tick = device_timer.tick_ns() if programs else 0
+    for program in programs:
+        try:
+            found = timed(program, executions=executions)
+        except Exception as error:
+            yield {**_failure(program, error), "note": f"no timer: {str(error)[:300]}"}
+            continue
+        row = {"provider": program.step.name, "clock": "timer", "way": "donated"}
+        row |= {"calls": program.step.calls} | statistics_of(found.spans_us)
+        apart = round(statistics.median(found.apart_us), 2)
+        yield row | {"apart_us": apart, "tick_ns": tick, "note": ""}
 
 
 def _failure(program: CompiledStep, error: Exception) -> dict[str, Any]:
@@ -408,12 +490,16 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
         if row["clock"] == "wall":
             line[row["way"]] = f"{row['us']:.1f}"
             continue
+        if row["clock"] == "timer":
+            line["timer"] = f"{row['us']:.1f}"
+            continue
         line["span"] = f"{row['us']:.1f}"
         line["span, first traced"] = f"{row['first_us']:.1f}"
         line["kernels"] = f"{row['kernels']:g} + {row['host_copies']:g}"
     parts = []
-    titles = [*WAYS, "span", "span, first traced", "kernels"]
-    header = [f"wall, {t}" for t in WAYS] + ["span", "span, first traced", "kernels + host copies"]
+    titles = [*WAYS, "timer", "span", "span, first traced", "kernels"]
+    header = [f"wall, {t}" for t in WAYS]
+    header += ["device timer", "span", "span, first traced", "kernels + host copies"]
     for table, text in where.items():
         parts.append(f"**{table[1]}**; {text}; µs a call:\n")
         parts.append("| | launch | " + " | ".join(header) + " |")
@@ -446,13 +532,20 @@ def add_arguments(
     parser.add_argument("--executions", type=int, help="of a step, in a round")
     parser.add_argument("--rounds", type=int, help="of each step, in each way, by the host's clock")
     parser.add_argument("--budget", type=float, default=budget, help="seconds, for all launches")
+    parser.add_argument(
+        "--clocks", default=",".join(CLOCKS), help="comma-separated: of a GPU timer and span"
+    )
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
 
 
-def repetitions(options: argparse.Namespace, few: tuple[int, int], on_gpu: bool) -> dict[str, int]:
-    """`executions` and `rounds` that the options ask for; `few` where a look is enough."""
+def repetitions(options: argparse.Namespace, few: tuple[int, int], on_gpu: bool) -> dict[str, Any]:
+    """`executions`, `rounds` and `clocks` that the options ask for; `few` where a look is enough."""
     executions, rounds = few if options.quick or not on_gpu else (20, 5)
-    return {"executions": options.executions or executions, "rounds": options.rounds or rounds}
+    return {
+        "executions": options.executions or executions,
+        "rounds": options.rounds or rounds,
+        "clocks": options.clocks.split(","),
+    }
 
 
 def run_launches(module: str, argv: Sequence[str], options: argparse.Namespace) -> int:

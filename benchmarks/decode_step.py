@@ -4,7 +4,7 @@ python -m benchmarks.decode_step --output ROWS.jsonl
 
 A layer is `x = x0 + experts(norm(x))`: a router, an exchange, and two masked grouped products with SwiGLU
 between them. Layers take turns over as many sets of weights as fit. Every step that computes is first held to
-the same layers in float32. Then steps are timed by both clocks (`benchmarks.clocks`), in time per layer.
+the same layers in float32. Then steps are timed by each clock (`benchmarks.clocks`), in time per layer.
 Beside ours stand
 
 - "plain": the same job on plain collectives and jax.numpy, with the same products on boxes ("boxes"), or on
@@ -230,7 +230,7 @@ def communication(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     cells: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if "us" in row:
-            clock = "span" if row["clock"] == "span" else row["way"]
+            clock = row["way"] if row["clock"] == "wall" else row["clock"]
             cells.setdefault((row["case"], clock), {})[row["provider"]] = row["us"]
     for (case, clock), found in cells.items():
         alone = found.pop("no communication", None)

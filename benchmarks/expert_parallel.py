@@ -1,4 +1,4 @@
-"""dispatch + combine over the GPUs of one host, per transport, beside plain collectives, by both clocks.
+"""dispatch + combine over the GPUs of one host, per transport, beside plain collectives, by each clock.
 
 python -m benchmarks.expert_parallel --output ROWS.jsonl
 

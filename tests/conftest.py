@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -12,6 +13,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+# XLA 0.12 adds up arrays by a kernel of its own, for which NCCL must give it the peers' addresses. On two
+# H200 in a container NCCL could not (`ncclGetPeerDevicePointer failed`), and every psum failed.
+OWN_ALL_REDUCE = "--xla_gpu_experimental_use_collective_kernels"
+if importlib.metadata.version("jax").startswith("0.12.") and (
+    OWN_ALL_REDUCE not in os.environ["XLA_FLAGS"]
+):
+    os.environ["XLA_FLAGS"] += f" {OWN_ALL_REDUCE}="
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # torch.compile in this process: starting processes for it takes longer than what the tests compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

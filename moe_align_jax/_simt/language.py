@@ -261,6 +261,11 @@ class PeerDevices(abc.ABC):
         """By whole warps: waits until all my peers have come to their `device_arrive`. What they wrote here
         the warp may read from then on, its CTA after a `block_sync`, and later kernels after this one."""
 
+    def device_begun(self) -> None:
+        """In place of `device_arrive`, where all that peers wait for is put, tagged or into the inbox. It
+        orders nothing: a peer's `device_wait` then says only that this kernel has begun here."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def put(self, rank: Int | int, index: Int | int, value: Int) -> None:
         """Puts a word, not 0, into the inbox of the device of that rank; each word of an inbox at most once.
@@ -270,6 +275,20 @@ class PeerDevices(abc.ABC):
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
         """Waits until the words of my inbox at each (index, width) have been put, and returns them. A width
         is 1, or 4 at a multiple of 4. All CTAs must be resident; every word that is put must be taken."""
+
+    # How many tagged words a kernel has on each device: words beside which stands for which launch they are.
+    # They are like an inbox, but larger, may be 0, and need not be taken. Not every machine has them.
+    tagged_words = 0
+
+    def put_tagged(self, rank: Int | int, index: Int, *words: Int) -> None:
+        """Puts one word, or at an even index two by one access, among the tagged words of that rank's
+        device; each at most once. They are visible to `take_tagged` without a fence, and order nothing."""
+        raise NotImplementedError
+
+    def take_tagged(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
+        """Waits until the words from each (index, width) on have been put, and returns them. A width is 1, or
+        2 or 4 at a multiple of 2. All CTAs must be resident."""
+        raise NotImplementedError
 
 
 class Simt(Core, FloatBits, ClusterMail, PeerDevices):

@@ -422,6 +422,10 @@ class WindowedMosaic(Windowed, MosaicSimt):
         signal = "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$0], $1;"
         order_asm(signal, operands, "l,r,")
 
+    def _tell_alone(self, place: Int, offset: Int, value: Int) -> None:
+        operands = [self._address(offset, place), value_of(value)]
+        order_asm("st.relaxed.sys.global.u32 [$0], $1;", operands, "l,r,")
+
     def _watch(self, offset: Int, value: Int) -> None:
         look = "ld.acquire.sys.global.u32 seen, [$0]; setp.ne.u32 more, seen, $1;"
         operands = [self._address(offset), value_of(value)]
@@ -433,12 +437,20 @@ class WindowedMosaic(Windowed, MosaicSimt):
         operands = [self._address(offset, place), value_of(value), value_of(epoch)]
         order_asm(store, operands, "l,r,r,")
 
+    def _put_two(self, place: Int, offset: Int, first: Int, second: Int, epoch: Int) -> None:
+        store = (
+            "{ .reg .b64 one, two; mov.b64 one, {$1, $3}; mov.b64 two, {$2, $3}; "
+            "st.relaxed.sys.global.v2.u64 [$0], {one, two}; }"
+        )
+        words = [value_of(word) for word in (first, second, epoch)]
+        order_asm(store, [self._address(offset, place), *words], "l,r,r,r,")
+
     def _take(self, offsets: Sequence[tuple[Int, int]], epoch: Int) -> list[tuple[Int, ...]]:
-        # All loads before any is looked at: one latency. Two pairs of 8 bytes to a load where there are four.
+        # All loads before any is looked at: one latency. Two pairs of 8 bytes to a load where there are more.
         ends = list(itertools.accumulate(width for _, width in offsets))
         count, loads = ends[-1], []
         for number, (end, (_, width)) in enumerate(zip(ends, offsets, strict=True)):
-            step = 2 if width == 4 else 1
+            step = 1 if width == 1 else 2
             for k in range(0, width, step):
                 pairs = ", ".join(f"pair{end - width + k + i}" for i in range(step))
                 vector, target = (".v2", "{" + pairs + "}") if step == 2 else ("", pairs)
@@ -573,6 +585,38 @@ def launcher(
         kernel_name=kernel.name,
         **grid,
     )
+
+
+def run_between(arrays: Sequence[jax.Array], name: str, code: str, words: int) -> list[jax.Array]:
+    """The arrays, each in its own memory as it was, and int32 `[1, words]` that a kernel of one CTA stores.
+
+    It runs behind what makes the arrays, and ahead of what uses those returned. `code`: its instructions for
+    each of 128 threads, as PTX; `$0` is the address of the words.
+
+    Compile the program without `xla_gpu_enable_dynamic_slice_fusion`, which is on by default: XLA would fuse
+    a slice among the arrays with the kernel, and lose it.
+    """
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_, *memrefs):
+            i64 = ir.IntegerType.get_signless(64)
+            order_asm(code, [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(memrefs[-1]))], "l,")
+
+        emit(*refs)
+
+    held = [
+        jax.new_ref(x) for x in arrays
+    ]  # a kernel that may write to them is one that they wait for
+    run = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((1, words), jnp.int32)],
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name=name,
+    )
+    [found] = run(*held)
+    return [*(jax.freeze(x) for x in held), found]
 
 
 def inline_scalars(

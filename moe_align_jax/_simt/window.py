@@ -10,7 +10,8 @@ A window holds, in words of 4 bytes:
     TICKET   how many CTAs of the kernel that runs have read the epoch.
     FLAGS    [2, MAX_RANKS, MAX_CTAS]: the epoch in which the CTA of that index of that rank last arrived.
     INBOX    [2, MAX_INBOX, 2]: words that peers put, each with the epoch that it is for.
-    DATA     2 halves: the staged arrays of a kernel.
+    DATA     2 halves: the staged arrays of a kernel, and at the end [TAGGED, 2]: words that peers put, each
+             with the epoch that it is for.
 
 The first index of each is the half, `epoch % 2`. A kernel's epoch is one more than the one that it finds. All
 devices of a group launch the same kernels over a window in the same order, each device one after the other,
@@ -27,14 +28,18 @@ kernel in between. A flag of E + 1, though, may come while q is in E: it is in t
 
 Why nothing comes late. A CTA raises its flags after all its stores and puts (`device_arrive`), and a kernel
 ends only when each CTA has seen those of its peers. All CTAs have peers of their index, so when a kernel has
-ended all that was stored to this device in its epoch is there.
+ended all that was stored to this device in its epoch is there. A kernel whose rows are tagged
+(`device_begun`) takes them without a flag, and its flags say only what (1) needs. Some of its words may not
+be taken (a row that has no place in its box), and come here after this device's kernel of E has ended. They
+come before the peer's kernel of E has ended, whose stores are all performed then, so before its flag of
+E + 1, for which (1) waits.
 
 Why the epoch can be advanced in the middle of a kernel. The CTA that takes the last ticket does it, and a CTA
 takes its ticket when all its threads have read the epoch.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +54,9 @@ FLAGS = 1024
 INBOX = FLAGS + 2 * MAX_RANKS * MAX_CTAS
 DATA = 1 << 16
 assert INBOX + 2 * MAX_INBOX * 2 <= DATA
+# Each takes 8 bytes of the link's time for 4 of rows, which pays only for few tokens. Of 7168 columns and
+# two ranks: up to 36 tokens of each rank back in bfloat16, and some 70 there in e4m3.
+TAGGED = 1 << 18
 _ALIGNED = 64  # words that a staged array is a multiple of
 
 
@@ -81,7 +89,7 @@ def places(kernel: Kernel) -> dict[str, int]:
 
 def bytes_needed(kernel: Kernel) -> int:
     """Of a window that the kernel can use."""
-    return 4 * (DATA + 2 * places(kernel)[""])
+    return 4 * (DATA + 2 * (places(kernel)[""] + 2 * TAGGED))
 
 
 def unsupported(kernel: Kernel) -> str | None:
@@ -129,11 +137,19 @@ class Windowed(Simt):
         return self._me
 
     def device_arrive(self) -> None:
+        # mutant: peers are told without a fence
+        self._arrive(self._tell)
+
+    def device_begun(self) -> None:
+        self._arrive(self._tell_alone)
+
+    def _arrive(self, tell: Callable[[Int, Int, Int], None]) -> None:
+        """Raises my flags on all devices by `tell`, which takes a place, an offset and a value; the CTA that
+        takes the last ticket advances the epoch."""
         self.block_sync()  # all threads have stored, and have read the epoch
         thread = self.thread_id()
         with self.if_(thread < self._group.count):
-            # mutant: peers are told without a fence
-            self._tell(self._at_rank(thread), self._flag(self._me), self._epoch)
+            tell(self._at_rank(thread), self._flag(self._me), self._epoch)
         with self.if_(thread.eq(self.num_threads - 1)):
             last = self._add(TICKET, 1).eq(self.num_ctas - 1)
             with self.if_(last):
@@ -155,6 +171,25 @@ class Windowed(Simt):
 
     def take(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
         return self._take([(self._mail(index), width) for index, width in places], self._epoch)
+
+    tagged_words = TAGGED
+
+    def put_tagged(self, rank: Int | int, index: Int, *words: Int) -> None:
+        place, at, [first, *more] = self._at_rank(rank), self._tagged(index), words
+        # mutant: tagged words are put without their epoch
+        epoch = self._epoch
+        if more:
+            self._put_two(place, at, first, more[0], epoch)
+        else:
+            self._put(place, at, first, epoch)
+
+    def take_tagged(self, places: Sequence[tuple[Int, int]]) -> list[tuple[Int, ...]]:
+        return self._take([(self._tagged(index), width) for index, width in places], self._epoch)
+
+    def _tagged(self, index: Int) -> Int:
+        """The offset of a tagged word. They end where a half ends, at the same places for every kernel: where
+        an epoch stands has never stood anything else."""
+        return (self._half + 1) * self._half_words + (DATA - 2 * TAGGED) + index * 2
 
     def _flag(self, rank: Int) -> Int:
         """Of my index's CTA on that rank."""
@@ -185,6 +220,14 @@ class Windowed(Simt):
     @abc.abstractmethod
     def _tell(self, place: Int, offset: Int, value: Int) -> None:
         """A word of a device's window, after all that my CTA stored before."""
+
+    @abc.abstractmethod
+    def _tell_alone(self, place: Int, offset: Int, value: Int) -> None:
+        """A word of a device's window; orders nothing else."""
+
+    @abc.abstractmethod
+    def _put_two(self, place: Int, offset: Int, first: Int, second: Int, epoch: Int) -> None:
+        """As `_put` of neighbours, one access of 16 bytes, of which each 8 bytes are whole."""
 
     @abc.abstractmethod
     def _watch(self, offset: Int, value: Int) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
     clocks,
+    device_timer,
     exchanges,
     expert_parallel,
     jit_clocks,
@@ -126,6 +127,54 @@ def test_steps_take_turns_by_the_host_s_clock(monkeypatch):
     assert [(r["provider"], r["way"], r["samples"]) for r in rows if r["clock"] == "wall"] == [
         (*one, 3) for one in each
     ]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_rows_by_the_devices_own_timer(monkeypatch, devices):
+    """A reading ahead of a step and one behind it. The time is that of the device that took the least: the
+    other one waited for it."""
+    asked = []
+
+    def stamped(tree):
+        """Starts at 2**32 ns, and ends 8 µs later; device 1 1 µs after device 0."""
+        asked.append(tree)
+        late = (
+            0 if len(asked) % 2 else 8000 + (1000 * jax.lax.axis_index("ep") if devices > 1 else 0)
+        )
+        return tree, jnp.stack([jnp.int32(late), jnp.int32(1)])[None]
+
+    monkeypatch.setattr(device_timer, "stamped", stamped)
+    monkeypatch.setattr(device_timer, "tick_ns", lambda: 32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mesh = jax.make_mesh((devices,), ("ep",), devices=jax.devices()[:devices])
+    carry = jax.device_put(jnp.arange(2, dtype=jnp.int32), jax.NamedSharding(mesh, jax.P("ep")))
+    seen = []
+    step = clocks.Step("s", lambda x: x + 1, carry, (), 2, check=lambda x: seen.append(x.tolist()))
+    rows = clocks.rows_of([step], executions=1, rounds=1, until=1e18, clocks=("wall", "timer"))
+    [row] = [row for row in rows if row["clock"] == "timer"]
+    assert (row["us"], row["apart_us"], row["tick_ns"], row["samples"]) == (
+        4.0,
+        devices - 1,
+        32,
+        20,
+    )
+    assert seen[-1] == [25, 26]  # 5 steps to warm up, 20 that count
+    assert clocks.text_of({"case": "c", **row}).split()[2:5] == ["timer", "donated", "4.00"]
+
+
+def test_the_timer_is_read_where_the_step_waits_for_it():
+    """Lowered for a GPU: both kernels hand all of the step's state on in its own memory."""
+    carry = {"x": jnp.zeros((2, 128), jnp.bfloat16), "ids": jnp.zeros(3, jnp.int32)}
+    around = device_timer.around(
+        lambda c, d: jax.tree.map(lambda x: x + d.astype(x.dtype), c), carry
+    )
+    traced = jax.jit(around, donate_argnums=0).trace(carry, jnp.int32(1))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2 and text.count("output_operand_alias<") == 2 * 2
+    starts = np.array([[-1, 0], [5, 1]], np.int32)
+    ends = np.array([[7, 1], [5, 2]], np.int32)
+    # 2**32 - 1 to 2**32 + 7; 2**32 + 5 to 2**33 + 5.
+    assert device_timer.span_ns(starts, ends) == (8, 2**32 - 8)
 
 
 @pytest.mark.parametrize("read", [False, True])
@@ -360,11 +409,12 @@ def test_markdown_has_a_column_for_each_clock_and_way():
             zip(clocks.WAYS, (47.0, 52.0, 59.0), strict=True)]  # fmt: skip
     span = {"clock": "span", "way": "donated", "us": 18.0, "first_us": 54.0}
     rows.append(shared | span | {"kernels": 4, "host_copies": 0.5})
+    rows.append(shared | {"clock": "timer", "way": "donated", "us": 21.0, "apart_us": 3.0})
     rows.append(shared | {"note": "left out: no time"})
     lines = clocks.markdown(rows).splitlines()
     assert lines[0] == "**c**; H200, 2026-11-28, jax 0.11.2; µs a call:"
     assert lines[2].startswith("| | launch | wall, donated | wall, not waiting | wall, waiting |")
-    assert lines[4] == "| ours | default | 47.0 | 52.0 | 59.0 | 18.0 | 54.0 | 4 + 0.5 |"
+    assert lines[4] == "| ours | default | 47.0 | 52.0 | 59.0 | 21.0 | 18.0 | 54.0 | 4 + 0.5 |"
 
 
 # -- expert parallelism ---------------------------------------------------------------------------------

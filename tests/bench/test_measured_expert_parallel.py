@@ -16,10 +16,13 @@ COLUMNS = {
     "wall clock, waiting": ("wall", "waiting"),
     "device span, donated": ("span", "donated"),
 }
+TIMER = {"device timer, donated": ("timer", "donated")}
 CASES = ("low_latency 8", "low_latency 128")
 MODELS = ("deepseek-v3", "qwen3-30b-a3b")
 DECODE, DECODE_CASES = "decode-step-x2-2026-11-29", [f"{model} fp8 128" for model in MODELS]
 FEW = f"{DECODE}-b"  # 8 and 64 tokens
+TIMED = f"{DECODE}-c"  # 8, 64 and 128 tokens, by the device timer
+TIMED_PAIRS = "expert-parallel-x2-timer-2026-11-29"
 
 
 def measured(*names):
@@ -35,7 +38,7 @@ def tables():
         heads, _, *rows = [
             [c.strip() for c in line.strip("|\n").split("|")] for line in text.splitlines()
         ]
-        if set(COLUMNS) <= set(heads):
+        if {head for head, (clock, _) in COLUMNS.items() if clock == "wall"} <= set(heads):
             yield heads, rows
 
 
@@ -45,18 +48,17 @@ def provider(cell):
     return name.removesuffix(", the default").replace("steps by XLA", "by XLA")
 
 
-def _pair(cell):
-    return ["-", "-"] if cell == "-" else cell.split(" / ")
-
-
 def compared(heads, rows, found, digits, cases=CASES):
     """How many cells of a table were held to the rows."""
     count = 0
     for row in rows:
         cells = dict(zip(heads, row, strict=True))
-        for head, (clock, way) in COLUMNS.items():
-            for case, text in zip(cases, _pair(cells[head]), strict=True):
-                if text == "-":  # not measured
+        for head in cells.keys() & (COLUMNS | TIMER):
+            clock, way = (COLUMNS | TIMER)[head]
+            if cells[head] == "-":  # not measured
+                continue
+            for case, text in zip(cases, cells[head].split(" / "), strict=True):
+                if text == "-":
                     continue
                 key = case, provider(row[0]), cells.get("launch", "default"), clock, way
                 assert f"{found[key]:.{digits}f}" == text, key
@@ -68,9 +70,11 @@ def test_every_table_of_two_clocks_is_that_of_its_rows():
     given = [*tables()]
     pairs = "expert-parallel-x2"
     files = [
-        (f"{pairs}-windows-2026-11-28", 1, 48, CASES),
+        (TIMED_PAIRS, 1, 92, CASES),
         (f"{pairs}-fallback-2026-11-29", 1, 48, CASES),
-        (f"{pairs}-fallback-2026-11-29-c", 1, 40, CASES),
+        (f"{pairs}-fallback-2026-11-29-d", 1, 96, CASES),
+        *((TIMED, 1, 68, [f"{model} fp8 {tokens}" for tokens in (8, 64, 128)]) for model in MODELS),
+        (f"{pairs}-windows-2026-11-28", 1, 48, CASES),
         *((FEW, 1, 56, [f"{model} fp8 {tokens}" for tokens in (8, 64)]) for model in MODELS),
         (DECODE, 1, 49, DECODE_CASES),
         (f"{pairs}-clocks-2026-11-28", 0, 60, CASES),
@@ -83,33 +87,90 @@ def test_every_table_of_two_clocks_is_that_of_its_rows():
 
 
 def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
-    found = measured("expert-parallel-x2-fallback-2026-11-29-c")
-    names = ("ours, all_to_all", "bare all_to_all twice", "bare all_gather + psum_scatter")
-    text = " ".join(PAGE.split())
-    for way, launch, said in (
-        ("not waiting", "default", "Without waiting it takes {:.1f} and {:.1f} times the two bare exchanges"),
-        ("not waiting", "default, 2 processes", "for each GPU {:.1f} and {:.1f} times. With"),
-        ("donated", "default", "With donation it takes {:.1f} and {:.1f} times."),
-    ):  # fmt: skip
-        ours, *bare = (found[CASES[0], name, launch, "wall", way] for name in names)
-        assert said.format(*(ours / one for one in bare)) in text
-    earlier = measured("expert-parallel-x2-fallback-2026-11-29-b")
-    ours, gathered = (earlier[CASES[0], f"{names[0]}{form}", "default", "wall", "donated"]
-                      for form in ("", ", gathered"))  # fmt: skip
-    assert f"(04:43) it took {gathered:.0f} µs with donation for {ours:.0f}" in text
+    found = measured("expert-parallel-x2-fallback-2026-11-29-d")
+    text, said = " ".join(PAGE.split()), {}
+    for form in ("", ", gathered"):
+        ratios = [
+            us / found[case, f"bare {exchanges}", launch, *column]
+            for (case, name, launch, *column), us in found.items()
+            for exchanges in ("all_to_all twice", "all_gather + psum_scatter")
+            if name == f"ours, all_to_all{form}" and launch.startswith("default")
+            and column == ["wall", "not waiting"]
+        ]  # fmt: skip
+        assert len(ratios) == 6
+        said[form] = f"{min(ratios):.2f} to {max(ratios):.2f} times"
+    assert f"Without waiting it takes {said['']} the bare exchanges" in text
+    assert f"gathered {said[', gathered']};" in text
+
+
+def test_pairs_by_the_device_timer_beside_plain_jobs_are_those_of_the_rows():
+    """Each at its best launch."""
+    found, text = measured(TIMED_PAIRS), " ".join(PAGE.split())
+
+    def best(beginning, case, *column):
+        return min(
+            us for (c, name, _, *k), us in found.items()
+            if c == case and name.startswith(beginning) and k == [*column]
+        )  # fmt: skip
+
+    for column, said in (
+        (("wall", "donated"), "takes {:.2f} and {:.2f} of the wall clock with donation"),
+        (("wall", "not waiting"), "{:.2f} and {:.2f} without donation and waiting"),
+        (("timer", "donated"), "and {:.2f} and {:.2f} by the device timer"),
+    ):
+        of_plain = [best("ours", c, *column) / best("plain", c, *column) for c in CASES]
+        assert said.format(*of_plain) in text
+    ways = [("wall", way) for way in ("donated", "not waiting", "waiting")]
+    slower = [
+        (case, way) for case in CASES for way in ways
+        if best("ours", case, *way) > best("bare", case, *way)
+    ]  # fmt: skip
+    assert slower == [("low_latency 128", ("wall", "waiting"))]
+    ours, bare = (best(name, *slower[0][:1], *slower[0][1]) for name in ("ours", "bare"))
+    assert f"each step of 128 tokens: {ours:.1f} beside {bare:.1f}." in text
+
+
+def _communication(name):
+    """The benchmark's own subtraction, a line for each case and way."""
+    return decode_step.communication(rows_of.read([RESULTS / f"{name}.jsonl"]))
+
+
+def _of_plain(transport, line):
+    return float(re.search(rf"ours, {transport} \S+ \((\S+) of plain", line)[1])
+
+
+def test_what_the_decode_step_pays_by_the_device_timer_is_that_of_its_rows():
+    found, fallback, text = {}, [], " ".join(PAGE.split())
+    for line in _communication(TIMED):
+        case, _, rest = line.partition(", ")
+        found[case, rest.partition(": ")[0]] = f"{_of_plain('nvlink_window', rest):.2f}"
+        if case.endswith(" 128"):
+            fallback += [_of_plain(f"all_to_all{form}", rest) for form in ("", ", gathered")]
+    for tokens in (8, 64, 128):
+        cells = [
+            " / ".join(found[f"{m} fp8 {tokens}", way] for m in MODELS)
+            for way in ("donated", "not waiting", "waiting", "timer")
+        ]
+        assert f"| {tokens} | {' | '.join(cells)} |" in PAGE
+    assert (
+        f"adds {min(fallback):.2f} to {max(fallback):.2f} of what plain collectives add at" in text
+    )
+    every = measured(TIMED)
+    for (case, name, *column), us in every.items():
+        if name.startswith(("plain", "gathered")):
+            assert every[case, "ours, nvlink_window", *column] < us
 
 
 def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
     """By the benchmark's own subtraction; and no plain exchange, nor gathered tokens, is faster."""
     found, fallback, nvlink = {}, [], {}
-    for name in (FEW, DECODE):
-        for line in decode_step.communication(rows_of.read([RESULTS / f"{name}.jsonl"])):
-            case, _, rest = line.partition(", ")
-            way = rest.partition(": ")[0]
-            fallback.append(float(re.search(r"ours, all_to_all \S+ \((\S+) of plain", rest)[1]))
-            of_plain = re.search(r"ours, nvlink \S+ \((\S+) of plain", rest)[1]
-            nvlink.setdefault(way, []).append(float(of_plain))
-            found[case, way] = re.search(r"ours, nvlink_window \S+ \((\S+) of plain", rest)[1]
+    earlier = [*_communication(FEW), *_communication(DECODE)]
+    for line in earlier:
+        case, _, rest = line.partition(", ")
+        way = rest.partition(": ")[0]
+        fallback.append(_of_plain("all_to_all", rest))
+        nvlink.setdefault(way, []).append(_of_plain("nvlink", rest))
+        found[case, way] = f"{_of_plain('nvlink_window', rest):.2f}"
     for tokens in (8, 64, 128):
         cells = [
             " / ".join(found.get((f"{m} fp8 {tokens}", way), "-") for m in MODELS)
@@ -117,6 +178,11 @@ def test_what_the_decode_step_pays_for_communication_is_that_of_its_rows():
         ]
         assert f"| {tokens} | {' | '.join(cells)} |" in PAGE
     assert len(found) == 4 * 6 - 1  # the first trace of Qwen3's steps at 128 tokens was not cut
+    fallback += [
+        _of_plain("all_to_all", line)
+        for line in _communication(TIMED)
+        if "ours, all_to_all " in line
+    ]
     said = f"it adds {min(fallback):.2f} to {max(fallback):.2f} of what plain collectives add"
     text = " ".join(PAGE.split())
     assert said in text
@@ -156,6 +222,26 @@ def test_what_clearing_in_one_kernel_takes_is_that_of_its_rows():
     assert f"with 128 tokens {one[1]:.0f} and {four[1]:.0f}, most" in text
 
 
+def test_what_tagged_rows_take_is_that_of_their_rows():
+    found, text = measured("expert-parallel-x2-tagged-2026-11-29"), " ".join(PAGE.split())
+    tagged, flags = (
+        {
+            way: [
+                found[f"low_latency {n}", f"ours, nvlink_window, {name}", "default", "wall", way]
+                for n in (8, 32)
+            ]
+            for way in ("donated", "not waiting")
+        }
+        for name in ("tagged rows", "rows ahead of a flag")
+    )
+    one, two = tagged["donated"]
+    assert f"A pair took {one:.1f} µs at 8 tokens and {two:.1f} at 32, and " in text
+    one, two = flags["donated"]
+    assert f"and {one:.1f} and {two:.1f} with flags (" in text
+    figures = [*tagged["not waiting"], *flags["not waiting"]]
+    assert "without waiting {:.1f} and {:.1f} for {:.1f} and {:.1f}".format(*figures) in text
+
+
 def test_mode_normal_is_that_of_its_rows():
     found = measured("expert-parallel-x2-normal-2026-11-29")
     ours, bare = (
@@ -177,7 +263,7 @@ def test_mode_normal_is_that_of_its_rows():
 
 
 def test_readme_says_what_the_rows_say():
-    found = measured("expert-parallel-x2-windows-2026-11-28")
+    found = measured(TIMED_PAIRS)
 
     def pair(name):
         return " / ".join(
@@ -190,4 +276,4 @@ def test_readme_says_what_the_rows_say():
     others = pair(f"plain job, {plain}, sorted")
     said = f"| {pair('ours, nvlink_window')} | bare all_to_all {pair('bare all_to_all twice')}, "
     assert f"{said}collectives {others} |" in text
-    assert "wall clock on two, 8 / 128 tokens each, the state donated, 2026-11-28" in text
+    assert "wall clock on two, 8 / 128 tokens each, the state donated, 2026-11-29" in text

@@ -224,3 +224,89 @@ def test_a_device_that_never_comes_is_an_error_in_time(transport):
     assert "no error on" not in ended.stdout, told
     assert "error on" in ended.stdout or ended.returncode != 0, told
     assert "CUDA_ERROR_LAUNCH_FAILED" in told or "launch failure" in told, told[-3000:]
+
+
+GIVEN_UP = """
+    import ctypes, os, threading, time
+    import jax, numpy as np
+    import moe_align_jax as maj
+    from moe_align_jax._simt import mlir
+    mlir.PATIENCE = 3 * 10**9  # 3 s
+    from tests.expert_parallel.test_nvlink_window_gpu import settled
+
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, len(jax.devices())), ("dp", "ep"), axes)
+    given = settled(mesh, 8)
+
+    def body(x, ids, weights):
+        def pair(_, x):
+            options = {"mode": "low_latency", "transport": "TRANSPORT", "initialize": False}
+            got = given.dispatch(x, ids, weights, **options)
+            return maj.combine(got.x, got.handle)
+        return jax.lax.fori_loop(0, 20000, pair, x)  # 0.2 s and more
+
+    spec = jax.sharding.PartitionSpec(("dp", "ep"))
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+    arguments = [given.placed(a) for a in (given.x, given.ids, given.weights)]
+    jax.block_until_ready(step(*arguments))
+
+    cuda = ctypes.CDLL("libcuda.so.1")
+    def call(name, *arguments):
+        if error := getattr(cuda, name)(*arguments):
+            raise OSError(f"{name}: {error}")
+    last, device = jax.local_devices()[-1], ctypes.c_int()
+    context, module, function, stream = (ctypes.c_void_p() for _ in range(4))
+    code = b".version 8.0\\n.target sm_90\\n.address_size 64\\n.visible .entry t() { trap; ret; }\\n\\0"
+    call("cuDeviceGet", ctypes.byref(device), last.local_hardware_id)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    call("cuCtxSetCurrent", context)
+    call("cuModuleLoadData", ctypes.byref(module), code)
+    call("cuModuleGetFunction", ctypes.byref(function), module, b"t")
+    call("cuStreamCreate", ctypes.byref(stream), 1)  # 1: it waits for no other stream
+    told, began = {}, time.time()
+
+    def look(device, shard):
+        try:
+            np.asarray(shard.data)
+            told[device] = "no error on"
+        except Exception as error:
+            told[device] = "error on"
+            print(type(error).__name__, str(error)[:200], flush=True)
+        print(f"{told[device]} {device} after {time.time() - began:.1f} s", flush=True)
+
+    def work():
+        try:
+            shards = step(*arguments).addressable_shards
+        except Exception as error:
+            told.update(dict.fromkeys(mesh.devices.flat, "error on"))
+            print("error at the call:", type(error).__name__, str(error)[:200], flush=True)
+            return
+        for shard in shards:
+            threading.Thread(target=look, args=(shard.device, shard), daemon=True).start()
+
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.06)
+    call("cuLaunchKernel", function, 1, 1, 1, 1, 1, 1, 0, stream, None, None)
+    print("given up while it ran:", not told, flush=True)
+    while len(told) < mesh.size and time.time() < began + 15:
+        time.sleep(0.05)
+    count = sum(found == "error on" for found in told.values())
+    print(f"{count} of {mesh.size} are told", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("transport", [WINDOW, "nvlink", "all_to_all"])
+def test_a_step_that_one_gpu_gives_up_is_an_error_on_all(transport):
+    """By a trap of another kernel on the last GPU, while the step runs."""
+    if len(jax.devices("gpu")) < 2:
+        pytest.skip("needs two GPUs")
+    code = textwrap.dedent(GIVEN_UP).replace("TRANSPORT", transport)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    told = ended.stdout + ended.stderr[-3000:]
+    print(told)
+    assert "given up while it ran: True" in ended.stdout, told
+    count = len(jax.devices("gpu"))
+    assert f"{count} of {count} are told" in ended.stdout or ended.returncode < 0, told

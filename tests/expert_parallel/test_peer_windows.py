@@ -20,21 +20,24 @@ from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices
 from tests.simt.mutants import WINDOW, Mutant, markers, mutated
 
-BYTES, BF16 = 1 << 20, np.dtype(jnp.bfloat16)
+BYTES, BF16 = 1 << 23, np.dtype(jnp.bfloat16)
+CODES = np.dtype(jnp.float8_e4m3fn)
 
 
-def dispatch(rng, devices, tokens, top_k, local, room, columns):
+def dispatch(rng, devices, tokens, top_k, local, room, columns, quantise=None):
     """The kernel, and each device's operands: ids, weights, rows."""
-    send = Send(tokens, top_k, (Field(columns, BF16),), Devices(devices), local, True)
+    send = Send(tokens, top_k, (Field(columns, BF16),), Devices(devices), local, True, quantise)
     ids = rng.integers(-1, devices * local + 1, (devices, tokens, top_k)).astype(np.int32)
     weights = rng.random((devices, tokens, top_k), np.float32)
     x = rng.standard_normal((devices, tokens, columns)).astype(BF16)
     return launch(Dispatch(send, room), ids, weights, x)
 
 
-def combine(rng, devices, tokens, top_k, local, columns):
-    """Every pair has a row of its own, by its number."""
+def combine(rng, devices, tokens, top_k, local, columns, at_home=False):
+    """Every pair has a row of its own, by its number. `at_home`: tokens have experts of their own device."""
     ids = rng.integers(0, devices * local, (devices, tokens, top_k)).astype(np.int32)
+    if at_home:
+        ids = ids % local + local * np.arange(devices, dtype=np.int32)[:, None, None]
     every = ids.reshape(1, -1, top_k) - local * np.arange(devices, dtype=np.int32)[:, None, None]
     mine = (every >= 0) & (every < local)
     rows = np.arange(every[0].size, dtype=np.int32).reshape(every[0].shape)
@@ -59,7 +62,9 @@ def launches(devices, seed=0):
         combine(rng, devices, 3, 2, 2, 8),
         dispatch(rng, devices, 5, 3, 1, 4, 24),
         combine(rng, devices, 2, 3, 1, 1032),
+        dispatch(rng, devices, 3, 2, 2, 4, 256, CODES),
         dispatch(rng, devices, 3, 2, 2, 4, 8),
+        combine(rng, devices, 3, 2, 2, 8, at_home=True),  # no sum of another device to wait for
         dispatch(rng, devices, 3, 2, 2, 4, 8),
     ]
     alone = [emulator.run_on_devices(kernel, given) for kernel, given in each]
@@ -71,13 +76,15 @@ def launches(devices, seed=0):
 
 # By chance; and each device as far ahead of the others as it can be, the stores of all late or prompt.
 SCHEDULES = [
-    (0, (), 0.3), (1, (), 0.9), (2, (0, 1, 2), 0.0), (3, (2, 1, 0), 0.0), (4, (1,), 0.1),
+    (0, (), 0.3), (1, (0,), 0.9), (2, (0, 1, 2), 0.0), (3, (2, 1, 0), 0.0), (4, (1,), 0.1),
 ]  # fmt: skip
 
 
-def check(devices=2, epoch=0, schedules=SCHEDULES) -> None:
-    """By what is imported now."""
+def check(monkeypatch, devices=2, epoch=0, schedules=SCHEDULES, tagged=True) -> None:
+    """By what is imported now. With `tagged` False rows travel as they do where tagged words are too few."""
     emulated = importlib.import_module("moe_align_jax._simt.emulator.windows")
+    if not tagged:
+        monkeypatch.setattr(emulated._Cta, "tagged_words", 0)
     each, want = launches(devices)
     for schedule in schedules:
         got = emulated.run_in_window(
@@ -89,13 +96,47 @@ def check(devices=2, epoch=0, schedules=SCHEDULES) -> None:
                     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("devices", "schedules"), [(2, SCHEDULES), (3, SCHEDULES[1:3])])
-def test_launches_over_one_window_give_what_each_gives_alone(devices, schedules):
-    check(devices, schedules=schedules)
+@pytest.mark.parametrize(
+    ("devices", "schedules", "tagged"),
+    [(2, SCHEDULES, True), (2, SCHEDULES[1:3], False), (3, SCHEDULES[1:3], True)],
+)
+def test_launches_over_one_window_give_what_each_gives_alone(
+    monkeypatch, devices, schedules, tagged
+):
+    check(monkeypatch, devices, schedules=schedules, tagged=tagged)
 
 
-def test_the_epoch_goes_on_after_its_greatest():
-    check(epoch=-3, schedules=SCHEDULES[1:3])
+def test_the_epoch_goes_on_after_its_greatest(monkeypatch):
+    check(monkeypatch, epoch=-3, schedules=SCHEDULES[1:3])
+
+
+def test_rows_of_few_tokens_carry_their_epoch(monkeypatch):
+    """Those of 8 tokens of DeepSeek-V3's size, with no fence; behind those of 128 is a flag."""
+    counts = {}
+    for name in ("put_tagged", "device_begun", "device_arrive"):
+        real = getattr(mosaic.WindowedMosaic, name)
+
+        def counted(self, *args, real=real, name=name):
+            counts[name] = counts.get(name, 0) + 1
+            return real(self, *args)
+
+        monkeypatch.setattr(mosaic.WindowedMosaic, name, counted)
+    for tokens, tagged in ((8, True), (128, False)):
+        send = Send(tokens, 8, (Field(7168, BF16),), Devices(2), 128, True, CODES)
+        rows = 2 * tokens * 8
+        for problem in (
+            Dispatch(send, 2 * tokens),
+            Combine(tokens, 8, rows, 7168, BF16, Devices(2), 128),
+        ):
+            counts.clear()
+            over = window.Window(windows.FIRST_ADDRESS, windows.SIZES[1])
+            run = jax.jit(mosaic.launcher(nvlink_kernels.build(problem), window=over))
+            given = [((1,), jnp.int32), *problem.inputs.values()]
+            lowered(run, [jax.ShapeDtypeStruct(*one) for one in given])
+            assert (counts.get("device_begun"), counts.get("device_arrive")) == (
+                (1, None) if tagged else (None, 1)
+            )
+            assert ("put_tagged" in counts) == tagged
 
 
 MUTANTS = (
@@ -103,7 +144,7 @@ MUTANTS = (
     Mutant(
         WINDOW,
         "peers are told without a fence",
-        "self._put(self._at_rank(thread), self._flag(self._me), self._epoch, self._epoch)",
+        "self._arrive(self._tell_alone)",
         "wrong",
     ),
     Mutant(WINDOW, "tickets are not taken back", "pass", "wrong"),
@@ -115,6 +156,12 @@ MUTANTS = (
         "self._put(self._at_rank(rank), self._mail(index), value, self.const(0))",
         "DivergentBarrier",
     ),
+    Mutant(
+        WINDOW,
+        "tagged words are put without their epoch",
+        "epoch = self.const(0)",
+        "DivergentBarrier",
+    ),
 )
 
 
@@ -122,10 +169,17 @@ def test_every_marker_has_its_mutant():
     assert {(m.module, m.name) for m in MUTANTS} == markers(WINDOW)
 
 
+# Of rows that a flag follows. Stores that come through one by one: some of a row may come behind its flag.
+UNTAGGED = {
+    "peers are told without a fence": [(seed, (), 0.1) for seed in range(7, 12)],
+}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant_is_killed(mutant):
+def test_mutant_is_killed(mutant, monkeypatch):
+    tagged, schedules = mutant.name not in UNTAGGED, UNTAGGED.get(mutant.name, SCHEDULES)
     with mutated(mutant), pytest.raises(mutant.errors):
-        check()
+        check(monkeypatch, schedules=schedules, tagged=tagged)
 
 
 def test_a_kernel_that_does_not_fit_is_refused():
@@ -133,7 +187,7 @@ def test_a_kernel_that_does_not_fit_is_refused():
     kernel, _ = one = combine(np.random.default_rng(0), 2, 2, 1, 1, 1032)
     needed = window.bytes_needed(kernel)
     # Half a window holds the parts of both ranks: 2 * 2 rows of 516 words, in multiples of 64.
-    assert needed == 4 * (window.DATA + 2 * 2112)
+    assert needed == 4 * (window.DATA + 2 * (2112 + 2 * window.TAGGED))
     emulated.run_in_window([one], emulated.Schedule(0), num_bytes=needed)
     with pytest.raises(faults.OutOfBounds, match="does not fit"):
         emulated.run_in_window([one], emulated.Schedule(0), num_bytes=needed - 4)

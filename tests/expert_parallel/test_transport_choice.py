@@ -100,7 +100,7 @@ def test_what_a_window_cannot_do_nvlink_does(on_gpus, monkeypatch):
     [
         # Two GPUs in mode "low_latency", two in "normal", eight in "low_latency".
         ((0, 11, 2), ["nvlink_window", "nvlink", "nvlink"]),
-        ((0, 12, 0), ["nvlink_window", "all_to_all", "all_to_all"]),
+        ((0, 12, 0), ["nvlink_window", "nvlink", "nvlink"]),
         ((0, 13, 0), ["all_to_all", "all_to_all", "all_to_all"]),
     ],
 )
@@ -114,7 +114,8 @@ def test_the_rule_by_jax_release_is_the_one_documented(monkeypatch, release, tak
     asked = [ask(num_ranks=2), ask(num_ranks=2, mode="normal"), ask(num_ranks=8)]
     assert [one.transport for one in asked] == taken
     why = [asked[1].reasons["nvlink"], asked[0].reasons["nvlink"]]
-    assert all(("seen running with jax 0.11 only" in one) == (release[1] != 11) for one in why)
+    seen = "seen running with jax 0.11 and 0.12 only"
+    assert all((seen in one) == (release[1] == 13) for one in why)
 
 
 def test_the_platform_of_a_mesh_is_its_own(monkeypatch):

@@ -90,6 +90,33 @@ def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
     return jax.jit(body, donate_argnums=0).lower(*shapes)
 
 
+def timed_slice(ranks: int) -> Any:
+    """A step between two readings of the timer, lowered. Its result is a slice of what an exchange gives."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from benchmarks import device_timer
+
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
+    )
+    mesh = Mesh(np.array(topology.devices), ("ep",))
+
+    def step(x):
+        rows = x.reshape(1, -1, HIDDEN).repeat(ranks, 0)
+        return jax.lax.all_to_all(rows, "ep", 0, 0)[0]
+
+    x = jax.ShapeDtypeStruct(
+        (ranks * 8, HIDDEN), jnp.bfloat16, sharding=NamedSharding(mesh, P("ep"))
+    )
+    body = jax.shard_map(step, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    return device_timer.jitted(body, x).lower(x)
+
+
 def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     del runtime
     sys.path.append(str(Path(plugin).parents[2]))  # where jax finds its plugins
@@ -108,6 +135,10 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
             f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload, gathered) {sizes}",
             wrong,
         )
+    text = timed_slice(2).compile().as_text()
+    stamps = recording.kernels(text).count("custom-call")
+    wrong = [] if stamps == 2 else [f"two readings of the timer are wanted; got {stamps}"]
+    yield "the timer around a step that keeps a slice", wrong
 
 
 if __name__ == "__main__":

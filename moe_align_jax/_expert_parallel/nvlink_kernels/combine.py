@@ -26,6 +26,11 @@ _RESIDENT_WARPGROUPS = 8
 WORDS_PER_THREAD = 1
 # Rows whose loads are under way at a time: more pairs of a token on one rank are rare.
 ROWS_AT_A_TIME = 4
+# Words of a unit, of which the last of a row may use fewer.
+_UNIT_WORDS = WORDS_PER_THREAD * WARPGROUP * 4
+# So many ranks' words, and where they are, fit into the registers of a thread that awaits them together. A
+# warpgroup for each of 8 ranks leaves it 64.
+_MAX_TAGGED_RANKS = 4
 
 
 def part_words(columns: int) -> int:
@@ -87,6 +92,11 @@ class _Combiner:
         self.lane = thread & (WARP - 1)
         self.group_thread = thread & (WARPGROUP - 1)
         self.group = thread >> (WARPGROUP.bit_length() - 1)
+        # Whether sums travel in tagged words. Each warpgroup then adds up at most one unit: a second one
+        # would be awaited only after the first.
+        ranks = problem.devices.count
+        fits = ranks * self.num_units * _UNIT_WORDS <= t.tagged_words and ranks <= _MAX_TAGGED_RANKS
+        self.tagged = fits and self.num_units <= ranks * t.num_ctas
 
     def run(self) -> None:
         """Sends the sums of the CTA's units, waits for the other devices, and adds up what they sent."""
@@ -99,9 +109,17 @@ class _Combiner:
             inside = first < self.num_units
             unit = t.select(inside, first, 0)
             wanted = self._ranks(unit)  # while the last rows are on their way
-            collectives.device_sync(t)
-            with t.if_(inside):
-                self._sum_ranks(unit, wanted)
+            if self.tagged:
+                t.device_begun()
+                with t.if_(inside):
+                    self._sum_tagged(unit, wanted)
+                # Peers have begun this kernel, and read nothing any more of the one before.
+                with t.if_(self.group.eq(0) & (self.group_thread < WARP)):
+                    t.device_wait()
+            else:
+                collectives.device_sync(t)
+                with t.if_(inside):
+                    self._sum_ranks(unit, wanted)
         else:
             collectives.device_sync(t)
             for unit in t.for_range(first, self.num_units, step):
@@ -117,8 +135,11 @@ class _Combiner:
         with t.if_(wanted):
             sums = self._sum_pairs(unit, pairs, masks)
             # My rank, and where the other one's memory is, are loads: beside the rows, not ahead of them.
-            there, me = t.remote(self.r.parts, self.group), t.rank()
-            self._store(there, me * self.problem.num_tokens, unit, sums)
+            if self.tagged:
+                self._put_tagged(unit, sums)
+            else:
+                there, me = t.remote(self.r.parts, self.group), t.rank()
+                self._store(there, me * self.problem.num_tokens, unit, sums)
 
     def _load_pairs(self, home: Int, token: Int) -> list[_Pairs]:
         """Loads a lane's pairs of a token of the home rank, 32 of the token at a time."""
@@ -197,16 +218,61 @@ class _Combiner:
 
     def _sum_ranks(self, unit: Int, wanted: list[Int]) -> None:
         """Adds up what the ranks sent for a unit, those that `wanted` names, and writes the result."""
-        t, pieces, tokens = self.t, self._pieces(unit), self.problem.num_tokens
+        pieces, tokens = self._pieces(unit), self.problem.num_tokens
         token = unit // self.parts
         held = [
             self._load(self.r.parts, pieces, token + rank * tokens, there)
             for rank, there in enumerate(wanted)
         ]
+        self._add_up(unit, held)
+
+    def _add_up(self, unit: Int, held: list[list[Int]]) -> None:
+        """Stores the sum of a unit's words of all ranks, in the ranks' order."""
+        t = self.t
         sums = _floats(held[0])
         for words in held[1:]:
             sums = [t.fadd(a, b) for a, b in zip(sums, _floats(words), strict=True)]
         self._store(self.r.out, 0, unit, sums)
+
+    # -- sums in tagged words
+
+    def _tagged_at(self, rank: Int | int, unit: Int) -> list[Int]:
+        """Where this thread's four words of a rank's unit are: two, and half a unit behind them two more. So
+        the threads of a warp store to places next to each other."""
+        first = (unit + rank * self.num_units) * _UNIT_WORDS + self.group_thread * 2
+        return [first, first + _UNIT_WORDS // 2]
+
+    def _put_tagged(self, unit: Int, sums: list[Int]) -> None:
+        """Sends the sums of a unit to the rank of this warpgroup's number."""
+        t, [piece] = self.t, self._pieces(unit)
+        words = [t.bfloat16_pair(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        with t.if_(piece.inside):
+            for at, *pair in zip(
+                self._tagged_at(t.rank(), unit), words[::2], words[1::2], strict=True
+            ):
+                t.put_tagged(self.group, at, *pair)
+
+    def _sum_tagged(self, unit: Int, wanted: list[Int]) -> None:
+        """Adds up what the ranks sent of a unit. All words are awaited together. In place of a rank's that
+        sends none, another rank's are awaited, and count as zeros."""
+        t, [piece] = self.t, self._pieces(unit)
+        any_wanted, given = wanted[-1], t.const(len(wanted) - 1)
+        for rank in reversed(range(len(wanted) - 1)):
+            given = t.select(wanted[rank], rank, given)
+            any_wanted = any_wanted | wanted[rank]
+
+        def take() -> list[Int]:
+            ranks = [t.select(there, rank, given) for rank, there in enumerate(wanted)]
+            places = [(at, 2) for rank in ranks for at in self._tagged_at(rank, unit)]
+            return [word for words in t.take_tagged(places) for word in words]
+
+        count = 4 * len(wanted)
+        came = t.values_if(any_wanted & piece.inside, take, [t.const(0)] * count)
+        held = [
+            [t.select(there, word, 0) for word in came[4 * rank : 4 * rank + 4]]
+            for rank, there in enumerate(wanted)
+        ]
+        self._add_up(unit, held)
 
     # -- parts of rows
 

@@ -11,6 +11,7 @@ tokens are cut into parts, each for a CTA.
 """
 
 import functools
+import itertools
 import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
     Dispatch,
     most_words,
 )
-from moe_align_jax._expert_parallel.nvlink_kernels.send import Sender
+from moe_align_jax._expert_parallel.nvlink_kernels.send import Sender, Tagged
 from moe_align_jax._expert_parallel.row_words import INT32, Field, Piece
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Simt
@@ -129,6 +130,16 @@ class _Dispatcher:
         self.copying = t.num_threads // self.groups  # threads of a group
         self.thread = t.thread_id()
         self.lane, self.warp = self.thread & (WARP - 1), self.thread // WARP
+        self.tagged = self._tagged()
+
+    def _tagged(self) -> Tagged | None:
+        """Where rows and weights are among the tagged words. None where they travel without tags: the
+        machine has too few, or a CTA has several units, of which each would be awaited after the other."""
+        lengths = (-(-f.part(self.parts).words // 4) * 4 for f in self.send.received)
+        starts = tuple(itertools.accumulate(lengths, initial=0))
+        tagged = Tagged(starts, self.sources * self.units)
+        fits = tagged.weights + self.problem.num_pairs <= self.t.tagged_words
+        return tagged if fits and self.rounds == 1 else None
 
     def run(self) -> None:
         """Sends the CTA's units, finds the places of what comes for them, and copies it into the boxes."""
@@ -136,12 +147,15 @@ class _Dispatcher:
         t.grid_dependency_wait()
         with t.if_(self.thread < WARPGROUP):
             rows = self.send._replace(routing=False)
-            sender = Sender(t, self.r, rows, self.thread, self.parts)
+            sender = Sender(t, self.r, rows, self.thread, self.parts, self.tagged)
             copying.for_tokens(t, self.units, sender.send_row)
         with t.if_(self.warp.eq(_WARPS)):
             copying.for_tokens(t, self.units, self._send_routes)
-        # mutant: peers are not told of the rows
-        t.device_arrive()  # one fence: it waits for the rows
+        if self.tagged:
+            t.device_begun()
+        else:
+            # mutant: peers are not told of the rows
+            t.device_arrive()  # one fence: it waits for the rows
         with t.if_(self.thread >= WARPGROUP):
             self._count()
         # mutant: places are read before all warps have counted
@@ -150,8 +164,13 @@ class _Dispatcher:
         if self.rounds == 1:
             found = self._find(t.cta_id())
             self._lay_out(t.cta_id(), found)
-            self._wait_for_rows()
+            if not self.tagged:
+                self._wait_for_rows()
             self._copy(t.cta_id(), found)
+            if self.tagged:
+                # Peers have begun this kernel, and read nothing any more of the one before.
+                with t.if_(self.warp.eq(0)):
+                    t.device_wait()
         else:
             for unit in t.for_range(t.cta_id(), self.units, t.num_ctas):
                 self._lay_out(unit, self._find(unit))
@@ -201,8 +220,12 @@ class _Dispatcher:
                 here = local.below(count)
                 # mutant: ids of other ranks' experts are not put
                 t.put(rank, at, t.select(here, local + _FIRST_ID, _NO_ID))
-                # mutant: weights of others' experts are kept
-                t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
+                if self.tagged:
+                    sent = self.tagged.weights + at
+                    t.put_tagged(rank, sent, t.select(here, weight, 0))
+                else:
+                    # mutant: weights of others' experts are kept
+                    t.store(t.remote(r.sent_weights, rank), at, t.select(here, weight, 0))
 
     # -- the counting warpgroup
 
@@ -372,7 +395,11 @@ class _Dispatcher:
         for one in found:
             with t.if_(opens & one.mine):
                 pair = one.first_pair + self.lane
-                t.store(self.r.local_weights, pair, t.load(self.r.sent_weights, pair))
+                if self.tagged:
+                    [[weight]] = t.take_tagged([(pair + self.tagged.weights, 1)])
+                else:
+                    weight = t.load(self.r.sent_weights, pair)
+                t.store(self.r.local_weights, pair, weight)
         fields = [field.part(self.parts) for field in self.send.received]
         part = unit - self._token(unit) * self.parts
         used = [t.ballot(one.row >= 0).ne(0) for one in found]
@@ -388,18 +415,31 @@ class _Dispatcher:
         with t.if_(any_used):
             for start in range(0, len(share), row_words.MOST_HELD):
                 batch = share[start : start + row_words.MOST_HELD]
-                held = [
-                    copying.load(
-                        t,
-                        getattr(self.r, f"received{piece.field}"),
-                        piece,
-                        given[number] * fields[piece.field].words,
-                    )
-                    for number, piece in batch
-                ]
+                if self.tagged:
+                    held = self._take_rows(batch, given)
+                else:
+                    held = [
+                        copying.load(
+                            t,
+                            getattr(self.r, f"received{piece.field}"),
+                            piece,
+                            given[number] * fields[piece.field].words,
+                        )
+                        for number, piece in batch
+                    ]
                 for number in sorted({number for number, _ in batch}):
                     mine = [(p, v) for (n, p), v in zip(batch, held, strict=True) if n == number]
                     self._store(found[number].row, part, mine, fields)
+
+    def _take_rows(self, batch: list[tuple[int, Piece]], given: list[Int]) -> list[Any]:
+        """Waits for the words of a batch, which are tagged; `given`: the units they are of, by number."""
+        t, tagged, places = self.t, self.tagged, []
+        assert tagged is not None
+        for number, piece in batch:
+            first = t.select(piece.inside, piece.first, 0)
+            places.append((tagged.at(given[number], piece.field) + first, piece.width))
+        each: list[Any] = t.take_tagged(places)
+        return [x[0] if width == 1 else x for x, (_, width) in zip(each, places, strict=True)]
 
     def _store(
         self, row: Int, part: Int, held: list[tuple[Piece, Any]], fields: list[Field]

@@ -1,7 +1,7 @@
 """Tokens to the ranks of their experts, quantised on the way if asked."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._expert_parallel import e4m3, row_words
@@ -22,13 +22,43 @@ def build(problem: Send) -> Kernel:
     return copying.kernel("moe_dispatch_send", problem, body, partial=sparse)
 
 
+class Tagged(NamedTuple):
+    """Where a rank's units, and behind them its weights, are among its tagged words (`PeerDevices`).
+
+    Attributes:
+        starts: where each field begins in a unit, and how many words a unit has.
+        units: of all ranks.
+    """
+
+    starts: tuple[int, ...]
+    units: int
+
+    def at(self, unit: Int, field: int) -> Int:
+        """The first word of a field of a unit."""
+        return unit * self.starts[-1] + self.starts[field]
+
+    @property
+    def weights(self) -> int:
+        """The first weight."""
+        return self.units * self.starts[-1]
+
+
 class Sender:
     """A warpgroup's sending. With `parts`, its unit is a part of a token's row: `token * parts + part`.
 
-    Without `routing` rows alone are sent.
+    Without `routing` rows alone are sent. With `tagged` they go to the tagged words of their ranks.
     """
 
-    def __init__(self, t: Simt, r: SimpleNamespace, problem: Send, thread: Int, parts: int = 1):
+    def __init__(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        problem: Send,
+        thread: Int,
+        parts: int = 1,
+        tagged: Tagged | None = None,
+    ):
+        self.tagged = tagged
         self.t, self.r, self.problem, self.thread, self.parts = t, r, problem, thread, parts
         self.fields = [field.part(parts) for field in problem.fields]
         self.ranks = copying.everyone(t, problem.devices.count)
@@ -85,11 +115,17 @@ class Sender:
     def _copy(self, batch: list[Piece], held: list[Any], row: Int, wanted: list[Int]) -> None:
         """Stores the loaded values of a batch to that row of each rank, where it is wanted."""
         t, fields = self.t, self.fields
-        for refs, goes in zip(self.there, wanted, strict=True):
+        for rank, refs, goes in zip(self.ranks, self.there, wanted, strict=True):
             for piece, value in zip(batch, held, strict=True):
                 with t.if_(piece.inside & goes):
-                    ref = refs[f"received{piece.field}"]
-                    row_words.store(t, ref, piece, row * fields[piece.field].words, value)
+                    if self.tagged:
+                        at = self.tagged.at(row, piece.field) + piece.first
+                        words = value if piece.width > 1 else [value]
+                        for k in range(0, piece.width, 2):  # two are one access
+                            t.put_tagged(rank, at + k, *words[k : k + 2])
+                    else:
+                        ref = refs[f"received{piece.field}"]
+                        row_words.store(t, ref, piece, row * fields[piece.field].words, value)
 
     def _load_routes(self, token: Int) -> list[tuple[Int, Int, Int, Int]]:
         """(k, whether it is there, expert, weight): a pair of the token for each thread."""
@@ -118,9 +154,16 @@ class Sender:
         for piece, words in zip(batch, held, strict=True):
             codes, scale = e4m3.codes(t, words, lane)
             group = piece.first // (GROUP // 2)
-            for refs, goes in zip(self.there, wanted, strict=True):
+            for rank, refs, goes in zip(self.ranks, self.there, wanted, strict=True):
                 with t.if_(piece.inside & goes):
-                    at = row * (field.columns // 4) + piece.first // 2
-                    t.store2(refs["received0"], at, codes)
-                    with t.if_(opens):
-                        t.store(refs["received1"], row * (field.columns // GROUP) + group, scale)
+                    if self.tagged:
+                        t.put_tagged(rank, self.tagged.at(row, 0) + piece.first // 2, *codes)
+                        with t.if_(opens):
+                            t.put_tagged(rank, self.tagged.at(row, 1) + group, scale)
+                    else:
+                        at = row * (field.columns // 4) + piece.first // 2
+                        t.store2(refs["received0"], at, codes)
+                        with t.if_(opens):
+                            t.store(
+                                refs["received1"], row * (field.columns // GROUP) + group, scale
+                            )

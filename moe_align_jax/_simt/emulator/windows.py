@@ -213,6 +213,15 @@ class _Cta(window.Windowed, EmulatedSimt):
             self.pause()
             self.board.memory[where][at] = word
 
+    def _tell_alone(self, place: Int, offset: Int, value: Int) -> None:
+        self.pause()
+        for where, at, word in zip(*self._active(place, offset, value), strict=True):
+            self.board.store(self.actor, (where, np.array([at]), np.array([word])))
+
+    def _put_two(self, place: Int, offset: Int, first: Int, second: Int, epoch: Int) -> None:
+        self._put(place, offset, first, epoch)
+        self._put(place, offset + 2, second, epoch)
+
     def _watch(self, offset: Int, value: Int) -> None:
         if self.scope.count:
             at, words = self._active(offset, value)
@@ -230,10 +239,17 @@ class _Cta(window.Windowed, EmulatedSimt):
             self.scope.active(first)[:, None] + 2 * np.arange(width)
             for first, (_, width) in zip(every, offsets, strict=True)
         ]
-        last = window.INBOX + 4 * window.MAX_INBOX
-        if any((one < window.INBOX).any() or (one + 1 >= last).any() for one in cells):
-            raise OutOfBounds(f"{self.name}: takes words that are not in the inbox.")
-        self.pause(lambda: all((self._mine[at + 1] == epochs[0]).all() for at in cells))
+        ends = [window.DATA + half * self._half_words for half in (1, 2)]
+        parts = [(window.INBOX, window.INBOX + 4 * window.MAX_INBOX)]
+        parts += [(end - 2 * window.TAGGED, end) for end in ends]
+        last = ends[-1]
+        if not all(
+            one.size == 0 or any(a <= one.min() and one.max() + 1 < b for a, b in parts)
+            for one in cells
+        ):
+            raise OutOfBounds(f"{self.name}: takes words that carry no epoch.")
+        if self.scope.count:
+            self.pause(lambda: all((self._mine[at + 1] == epochs[0]).all() for at in cells))
         for first, (_, width) in zip(every, offsets, strict=True):
             inside = first.clip(0, last - 2 * width)
             words = [self._mine[inside + 2 * k] for k in range(width)]
