@@ -32,7 +32,6 @@ from moe_align_jax.types import AlignProblem
 MAX_TOKENS = 2 * WARP
 _BYTE, _ONES = 255, 0x01010101
 _COUNT_SHIFT = 24
-_MESSAGE = 4  # ids
 _MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
@@ -60,7 +59,7 @@ class Split:
         self.stride = self.each * WARP
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
-            self.row = cdiv(problem.top_k, _MESSAGE) * _MESSAGE
+            self.row = cdiv(problem.top_k, routing.MESSAGE) * routing.MESSAGE
         self.num_ids = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
@@ -81,6 +80,12 @@ class Split:
         return self.words * self.stride + self.counted * counts
 
     @property
+    def _late_outputs(self) -> list[str]:
+        """What every aligning thread writes behind the mail."""
+        inverse = ["row_of_pair"] if self.align.return_inverse else []
+        return ["sorted_token_ids", "expert_ids", *inverse]
+
+    @property
     def shared(self) -> dict[str, int]:
         """Words of each shared-memory array."""
         arrays = {"masks": self._cells}
@@ -98,7 +103,8 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        router = routing.Router(t, r, problem, lane)
+        multiplies = self.routers <= WARPGROUP // WARP
+        router = routing.Router(t, r, problem, lane, multiplies=multiplies)
         token = t.cta_id() * self.routers + warp
         routes = (warp < self.routers) & (token < problem.num_tokens)
         loaded = router.load(t.select(routes, token, 0))
@@ -125,14 +131,21 @@ class Split:
         """
         t.cluster_ready()
         with t.if_(routes):
-            found = router.find(loaded)
-            self._post(t, token, found.expert, router.lane)
+            if routing.sends_early(self.problem):
+                found = router.find(loaded, functools.partial(self._send, t, token, router.lane))
+            else:
+                found = router.find(loaded)
+                self._post(t, token, found.expert, router.lane)
             # Otherwise the assembler moves the load of the logit, and what waits for it, ahead of messages.
             t.warp_sync()
             routing.store(router, token, router.weigh(found), found.expert)
+        one = routing.hidden_one(t)
         with t.if_(aligns):
             self._clear(t, r)
             self._fill(t, r)
+            # Else their addresses are loaded again behind the mail.
+            outputs = {name: t.held(getattr(r, name), one - 1) for name in self._late_outputs}
+            r = SimpleNamespace(**{**vars(r), **outputs})
             t.tail_sync()
             pairs = self._experts(t, r, t.mail())
             for pair, expert in pairs:
@@ -177,15 +190,22 @@ class Split:
 
     def _post(self, t: Simt, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token to every CTA: a lane sends a message of them to one."""
-        parts = self.row // _MESSAGE
+        parts = self.row // routing.MESSAGE
+        width = 1 << (parts - 1).bit_length()
+        part = lane & (width - 1)
+        source = t.select(part < parts, part * routing.MESSAGE, 0)
+        ids = [t.shfl(expert, source + k) for k in range(routing.MESSAGE)]
+        self._send(t, token, lane, ids)
+
+    def _send(self, t: Simt, token: Int, lane: Int, ids: list[Int]) -> None:
+        """As `_post`, of a lane's message."""
+        parts = self.row // routing.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
-        source = t.select(part < parts, part * _MESSAGE, 0)
-        ids = [t.shfl(expert, source + k) for k in range(_MESSAGE)]
         for cta in range(0, self.num_ctas, WARP // width):
             to = first + cta
             with t.if_((part < parts) & (to < self.num_ctas)):
-                t.post(to, token * self.row + part * _MESSAGE, *ids)
+                t.post(to, token * self.row + part * routing.MESSAGE, *ids)
 
     def _keep(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token in the one CTA's shared memory, and their bits."""
