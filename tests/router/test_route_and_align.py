@@ -124,6 +124,7 @@ SPLIT = [
     ((1, 256, 8), 16, {}, {}),
     ((4, 64, 8), 128, {}, {"expert_map": "label"}),
     ((5, 64, 6), 4, {"has_token_mask": True}, {"return_inverse": True}),
+    ((12, 64, 8), 4, {"has_token_mask": True}, {"return_inverse": True}),
     ((33, 160, 8), 16, {}, {"return_inverse": True}),
     ((64, 256, 8), 64, {"has_token_mask": True, "bias_rows": 1}, {"return_inverse": True}),
     ((64, 60, 32), 16, {"renormalize": True}, {"has_num_valid_pairs": True}),

@@ -625,3 +625,15 @@ def test_dtypes_of_the_oracle_are_those_of_the_library():
     from moe_align_jax._router.problem import GREATEST
 
     assert {d: float(ml_dtypes.finfo(d).max) for d in DTYPES} == GREATEST
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(3, 200), (3, 4), (127, 128)])
+@pytest.mark.parametrize("top_k", [4, 5])
+def test_logits_that_differ_in_their_lowest_bits_alone_are_told_apart(lower, higher, top_k):
+    """The greatest two, and then the K-th and the one behind it; an id takes the place of those bits."""
+    ordinary = np.linspace(-2, -1, 256, dtype=np.float32)
+    logits = np.stack([ordinary, ordinary])
+    logits[1, [10, 20, 30, 40][: top_k - 1]] = [9, 8, 7, 6][: top_k - 1]
+    logits[:, lower], logits[:, higher] = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+    _, ids = maj.route_topk(logits, top_k=top_k, implementation="emulator")
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :top_k])
