@@ -34,6 +34,12 @@ MAX_GROUPS = WARP  # a lane or more each
 # From so many tokens on two warpgroups to a CTA are 3 to 12% faster than one (H200, 2026-11-28).
 MANY_TOKENS = 4096
 
+# From so many tokens on keys move by multiplications (`Router`). E = 256, with them and without, in us: 8192
+# tokens take 5.11 and 5.36, but 64 take 1.54 and 1.49, 32 take 1.53 and 1.48. A launch of two warps to a
+# scheduler is slower with them, too (`split.py`, 64 tokens: 2.12 and 2.09), which is how dense the 132 SMs
+# of an H200 are at 1056 tokens. H200, under jit, device spans, 2026-11-29; sizes between were not measured.
+MULTIPLY_FROM = 1057
+
 # Whether float32 logits are chosen by short keys first (`Router._take_short`).
 SHORT_KEYS = True
 
@@ -153,12 +159,16 @@ def sends_early(problem: RouteProblem) -> bool:
     return shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
 
 
+def can_keep(problem: RouteProblem) -> bool:
+    """Whether `Router.keep` has its use, and whole vectors to store."""
+    return shortens(problem) and problem.num_experts % (4 * WARP) == 0
+
+
 class Router:
     """The code of one warp: `load`, then `choose`, which is `find` and `weigh`.
 
     `multiplies`: keys move by multiplications with 1, which the units for them execute beside what sorts and
-    compares: 8192 tokens take 5.11 us instead of 5.36 (E = 256), but a launch of two routing warps to a
-    scheduler 2.07 us instead of 2.05 (64 tokens; H200, under jit, device spans, 2026-11-29).
+    compares. That pays where many warps share a scheduler (`MULTIPLY_FROM`).
     """
 
     def __init__(
@@ -168,7 +178,7 @@ class Router:
         problem: RouteProblem,
         lane: Int,
         *,
-        multiplies: bool = True,
+        multiplies: bool = False,
     ):
         self.t, self.r, self.problem, self.lane = t, r, problem, lane
         self.layout = _layout(problem, lane)
@@ -178,6 +188,9 @@ class Router:
         self.packed = exact and not problem.bias_rows
         self.short = shortens(problem)
         self.id_mask = id_mask(problem)
+        self.kept: tuple[Any, Int] | None = (
+            None  # where in shared memory my token's logits are (`keep`)
+        )
         # Of short keys: 1, of which the compiler does not know it; the ids of my experts as a key has them.
         self.one: Int | None = None
         self.id_bits: list[Int] = []
@@ -208,6 +221,14 @@ class Router:
         if problem.has_padding:
             real.append(t.load_narrow(r.is_padding, token, 1).eq(0))
         return Loaded(token, words, bias, real)
+
+    def keep(self, loaded: Loaded, ref: Any, start: Int) -> None:
+        """Stores the logits in shared memory, where `weigh` finds those of the chosen experts. A `warp_sync`
+        must stand between the two. Only where `can_keep`."""
+        self.kept = ref, start
+        for k in range(0, self.layout.each, 4):
+            words = loaded.words[k : k + 4]
+            self.t.store4(ref, start + (self.layout.first + k), tuple(words))
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
         """float32 bits of my experts, of a row that starts at that element (an even one for halves)."""
@@ -588,6 +609,9 @@ class Router:
 
     def _reload(self, token: Int, expert: Int) -> Int:
         """The logit of lane k's expert, by which it was not chosen."""
+        if self.kept is not None:
+            ref, start = self.kept
+            return self._finite(self.t.load(ref, start + expert))
         start = token * self.problem.num_experts
         return self._finite(self._element(self.r.logits, start, expert, self.halves))
 
@@ -685,7 +709,7 @@ def build(problem: RouteProblem) -> Program:
         token = t.cta_id() * warps + warp
         t.grid_dependency_wait()
         t.launch_dependents()
-        router = Router(t, r, problem, lane)
+        router = Router(t, r, problem, lane, multiplies=problem.num_tokens >= MULTIPLY_FROM)
         exact = problem.num_tokens % warps == 0 and not problem.sized_at_launch
         asked = token if exact else t.select(token < router.num_tokens, token, 0)
         loaded = router.load(asked)

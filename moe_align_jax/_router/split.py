@@ -57,6 +57,10 @@ class Split:
         self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
         self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
         self.stride = self.each * WARP
+        # The barrier of the cluster empties the L1 cache, so that a logit that is loaded again comes from L2.
+        # Where two routing warps share a scheduler, it is faster to keep all logits in shared memory:
+        # 64 tokens take 2.06 us instead of 2.09 (E = 256, H200, under jit, device spans, 2026-11-29).
+        self.keeps = self.routers > WARPGROUP // WARP and num_ctas > 1 and routing.can_keep(problem)
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
             self.row = cdiv(problem.top_k, routing.MESSAGE) * routing.MESSAGE
@@ -91,6 +95,8 @@ class Split:
         arrays = {"masks": self._cells}
         if self.num_ctas == 1:
             arrays["chosen"] = self.num_ids
+        if self.keeps:
+            arrays["kept"] = self.routers * self.problem.num_experts
         if not self.in_lanes:
             arrays["starts"] = self.threads // WARP * self.stride
         return arrays
@@ -103,8 +109,7 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        multiplies = self.routers <= WARPGROUP // WARP
-        router = routing.Router(t, r, problem, lane, multiplies=multiplies)
+        router = routing.Router(t, r, problem, lane)
         token = t.cta_id() * self.routers + warp
         routes = (warp < self.routers) & (token < problem.num_tokens)
         loaded = router.load(t.select(routes, token, 0))
@@ -131,6 +136,9 @@ class Split:
         """
         t.cluster_ready()
         with t.if_(routes):
+            if self.keeps:
+                start = (t.thread_id() >> 5) * self.problem.num_experts
+                router.keep(loaded, r.kept, start)
             if routing.sends_early(self.problem):
                 found = router.find(loaded, functools.partial(self._send, t, token, router.lane))
             else:
