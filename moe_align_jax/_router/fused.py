@@ -147,5 +147,6 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         mailbox=mailbox if by_mail else 0,
         tail_threads=tail,
         arrays=arrays,
+        starts_at_once=config.form == "split",
     )
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))

@@ -8,8 +8,9 @@ id that has it, and the four that it came from moves up. Lane k keeps what round
 
 bfloat16 and float16 logits that are chosen by leave bits for the id in a key, so that no two keys are equal,
 and one `redux.sync` finds both. So do the high bits of float32 logits, where no groups are chosen first: a
-round takes half the instructions then. They tell all unless two of the K + 1 greatest agree in them; for such
-a token the whole keys decide.
+round takes half the instructions then, and a lane sorts in eights. They tell all unless two of the K + 1
+greatest agree in them; for such a token the whole keys decide. Every lane sees what a round finds, so that
+the ids can be sent on (`Send`) before lane k has picked its own.
 
 Bytes: every logit read once, every result written once. Grid: a CTA for each 4 tokens, or 8 where they are
 many. Deterministic.
@@ -19,6 +20,7 @@ T tokens, E experts, K chosen, G groups; a lane holds `each` experts of its grou
 
 import functools
 import operator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,11 +34,18 @@ MAX_GROUPS = WARP  # a lane or more each
 # From so many tokens on two warpgroups to a CTA are 3 to 12% faster than one (H200, 2026-11-28).
 MANY_TOKENS = 4096
 
+# From so many tokens on keys move by multiplications (`Router`). E = 256, with them and without, in us: 8192
+# tokens take 5.11 and 5.36, but 64 take 1.54 and 1.49, 32 take 1.53 and 1.48. A launch of two warps to a
+# scheduler is slower with them, too (`split.py`, 64 tokens: 2.12 and 2.09), which is how dense the 132 SMs
+# of an H200 are at 1056 tokens. H200, under jit, device spans, 2026-11-29; sizes between were not measured.
+MULTIPLY_FROM = 1057
+
 # Whether float32 logits are chosen by short keys first (`Router._take_short`).
 SHORT_KEYS = True
 
 _OUT = -(2**31)  # below every key
-_FOUR = 4
+_FOUR, _EIGHT = 4, 8
+MESSAGE = 4  # ids that are sent at once
 _HALF = 0xFFFF
 _MINUS_INFINITY = f32.bits(float("-inf"))
 
@@ -117,6 +126,11 @@ class Found(NamedTuple):
     total: Int | None
 
 
+def hidden_one(t: Simt) -> Int:
+    """1, of which the compiler does not know it. By whole warps."""
+    return t.ballot(t.thread_id() < t.num_threads) & 1
+
+
 def shortens(problem: RouteProblem) -> bool:
     """Whether most tokens are chosen for by keys of a logit's high bits and the id.
 
@@ -136,10 +150,36 @@ def id_mask(problem: RouteProblem) -> int:
     return (1 << max(1, (problem.num_experts - 1).bit_length())) - 1
 
 
-class Router:
-    """The code of one warp: `load`, then `choose`, which is `find` and `weigh`."""
+# Sends the ids of a token on: lane k has `MESSAGE` of them, part `k % parts`.
+type Send = Callable[[list[Int]], None]
 
-    def __init__(self, t: Simt, r: SimpleNamespace, problem: RouteProblem, lane: Int):
+
+def sends_early(problem: RouteProblem) -> bool:
+    """Whether `Router.find` calls its `send`: the parts are at most two, whole ones."""
+    return shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
+
+
+def can_keep(problem: RouteProblem) -> bool:
+    """Whether `Router.keep` has its use, and whole vectors to store."""
+    return shortens(problem) and problem.num_experts % (4 * WARP) == 0
+
+
+class Router:
+    """The code of one warp: `load`, then `choose`, which is `find` and `weigh`.
+
+    `multiplies`: keys move by multiplications with 1, which the units for them execute beside what sorts and
+    compares. That pays where many warps share a scheduler (`MULTIPLY_FROM`).
+    """
+
+    def __init__(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        problem: RouteProblem,
+        lane: Int,
+        *,
+        multiplies: bool = False,
+    ):
         self.t, self.r, self.problem, self.lane = t, r, problem, lane
         self.layout = _layout(problem, lane)
         self.halves = problem.dtype != "float32"
@@ -148,6 +188,17 @@ class Router:
         self.packed = exact and not problem.bias_rows
         self.short = shortens(problem)
         self.id_mask = id_mask(problem)
+        self.kept: tuple[Any, Int] | None = (
+            None  # where in shared memory my token's logits are (`keep`)
+        )
+        # Of short keys: 1, of which the compiler does not know it; the ids of my experts as a key has them.
+        self.one: Int | None = None
+        self.id_bits: list[Int] = []
+        if self.short:
+            if multiplies:
+                self.one = hidden_one(t)
+            last = self.id_mask - self.layout.first
+            self.id_bits = [t.hidden(last - j) for j in range(self.layout.each)]
         self.num_tokens: Any = problem.num_tokens
         if problem.sized_at_launch:
             self.num_tokens = t.launch_value(r.num_tokens)
@@ -170,6 +221,14 @@ class Router:
         if problem.has_padding:
             real.append(t.load_narrow(r.is_padding, token, 1).eq(0))
         return Loaded(token, words, bias, real)
+
+    def keep(self, loaded: Loaded, ref: Any, start: Int) -> None:
+        """Stores the logits in shared memory, where `weigh` finds those of the chosen experts. A `warp_sync`
+        must stand between the two. Only where `can_keep`."""
+        self.kept = ref, start
+        for k in range(0, self.layout.each, 4):
+            words = loaded.words[k : k + 4]
+            self.t.store4(ref, start + (self.layout.first + k), tuple(words))
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
         """float32 bits of my experts, of a row that starts at that element (an even one for halves)."""
@@ -220,8 +279,8 @@ class Router:
         found = self.find(loaded)
         return self.weigh(found), found.expert
 
-    def find(self, loaded: Loaded) -> Found:
-        """The experts of `choose`."""
+    def find(self, loaded: Loaded, send: Send | None = None) -> Found:
+        """The experts of `choose`. They are sent, too, as soon as they are known, where `sends_early`."""
         t, problem = self.t, self.problem
         logits = [self._finite(x) for x in loaded.words]
         total = greatest = None
@@ -246,7 +305,7 @@ class Router:
             ]
         logit = None
         if self.short:
-            expert = self._take_short(loaded)
+            expert = self._take_short(loaded, send)
         else:
             value, expert = self._take(self._keys(choice, self.packed), self.packed)
             if not problem.bias_rows:
@@ -254,8 +313,7 @@ class Router:
             if self.packed:
                 logit, expert = f32.order(value) & ~self.id_mask, self._id_in(value)
         chosen = expert
-        for real in loaded.real:
-            expert = t.select(real, expert, -1)
+        [expert] = self._real_only(loaded, [expert])
         return Found(loaded, chosen, expert, logit, logits, greatest, total)
 
     def _keys(self, choice: list[Int], packed: bool) -> list[Int]:
@@ -277,32 +335,123 @@ class Router:
         the greater key."""
         return self.id_mask - (key & self.id_mask)
 
-    def _take_short(self, loaded: Loaded) -> Int:
+    def _short_keys(self, logits: list[Int]) -> list[Int]:
+        """As packed `_keys`, in two instructions less."""
+        t, layout, mask = self.t, self.layout, self.id_mask
+        keys = []
+        for x, bits in zip(logits, self.id_bits, strict=True):
+            sign = 0 - (x >> 31)
+            keys.append(t.masked_xor(sign, ~f32.SIGN & ~mask, t.masked_or(x, ~mask, bits)))
+        if not layout.whole:
+            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+        return keys
+
+    def _take_short(self, loaded: Loaded, send: Send | None) -> Int:
         """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
         in the logit's high bits or no logit has any low bits; else by the whole keys."""
         t, problem, mask = self.t, self.problem, self.id_mask
-        others = problem.top_k < problem.num_experts and problem.top_k < WARP
         # The logits as they are: where one of them is not finite, what this finds is not taken.
         choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
         for x in loaded.words:
             infinite = t.fma(x, t.const(0), infinite)  # a NaN
-        value, _ = self._take(self._keys(choice, True), True, problem.top_k + others)
-        expert = self._id_in(value)
-        following = t.shfl(value, (self.lane + 1) & (WARP - 1))
-        close = ((value ^ following) & ~mask).eq(0) & (self.lane < problem.top_k - 1 + others)
-        unsure = t.ballot(close | (infinite & ~f32.SIGN).ne(0)).ne(0)
-        if problem.top_k == WARP < problem.num_experts:
-            unsure = t.const(0).eq(0)  # no lane holds the next one
+        bests, nearest = self._rounds(self._short_keys(choice))
+        expert = self._id_in(self._own(bests))
+        doubts = t.ballot(nearest.below(mask + 1) | (infinite & ~f32.SIGN).ne(0))
+        parts, ids = problem.top_k // MESSAGE, []
+        if send is not None:
+            for k in range(MESSAGE):
+                key = bests[k]
+                if parts == 2:
+                    key = t.select((self.lane & 1).ne(0), bests[MESSAGE + k], key)
+                ids.append(self._id_in(key))
+            # Ahead of the code of the doubt, which is long.
+            with t.if_(doubts.eq(0)):
+                send(self._real_only(loaded, ids))
+            t.warp_sync()  # else the compiler makes one branch of this one and the next
 
         def look() -> list[Int]:
             logits = [self._finite(x) for x in loaded.words]
             low = functools.reduce(operator.or_, (x & mask for x in logits))
             several = t.ballot(low.ne(0)).ne(0)
-            return t.values_if(
-                several, lambda: [self._take(self._keys(logits, False), False)[1]], [expert]
-            )
 
-        return t.values_if(unsure, look, [expert])[0]
+            def whole() -> list[Int]:
+                chosen = self._take(self._keys(logits, False), False)[1]
+                first = (self.lane & (parts - 1)) * MESSAGE
+                return [chosen, *(t.shfl(chosen, first + k) for k in range(len(ids)))]
+
+            chosen, *sent = t.values_if(several, whole, [expert, *ids])
+            if send is not None:
+                send(self._real_only(loaded, sent))
+            return [chosen]
+
+        return t.values_if(doubts.ne(0), look, [expert])[0]
+
+    def _rounds(self, keys: list[Int]) -> tuple[list[Int], Int]:
+        """The K greatest of the warp's keys, no two of which are equal, in every lane; and in which bits the
+        two most alike differ, of them and of the greatest of this lane that is left."""
+        t, problem = self.t, self.problem
+        others = problem.top_k < problem.num_experts
+        lists = [self._network(keys[k : k + _EIGHT]) for k in range(0, len(keys), _EIGHT)]
+        bests, nearest = [], t.const(-1)
+        for k in range(problem.top_k):
+            best = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
+            left = problem.top_k - 1 - k + others  # heads that are looked at later
+            lists = [self._without_head(one, one[0].eq(best), left) for one in lists]
+            if bests:
+                nearest = self._nearer(nearest, best ^ bests[-1])
+            bests.append(best)
+        if others:
+            head = functools.reduce(self._greater, (one[0] for one in lists))
+            nearest = self._nearer(nearest, head ^ bests[-1])
+        return bests, nearest
+
+    def _nearer(self, a: Int, b: Int) -> Int:
+        """The lesser of two without a sign."""
+        return self.t.select(b.below(a), b, a)
+
+    def _without_head(self, keys: list[Int], was_taken: Int, left: int) -> list[Int]:
+        """Moved up by one where the head was taken; no longer than `left`."""
+        t, moved = self.t, []
+        for key, after in zip(keys[:left], [*keys[1:], _OUT], strict=False):
+            if self.one is None or isinstance(after, int):
+                moved.append(t.select(was_taken, after, key))
+            else:
+                moved.append(t.multiply_if(was_taken, after, self.one, key))
+        return moved
+
+    def _network(self, keys: list[Int]) -> list[Int]:
+        """Sorted, descending, by Batcher's odd-even merges of a power of two places; where there is no key,
+        it counts as the least."""
+        size, keys = 1 << (len(keys) - 1).bit_length(), list(keys)
+        merged = 1
+        while merged < size:
+            distance = merged
+            while distance >= 1:
+                for at in range(distance % merged, size - distance, 2 * distance):
+                    for a in range(at, at + min(distance, size - at - distance)):
+                        b = a + distance
+                        if a // (2 * merged) == b // (2 * merged) and b < len(keys):
+                            x, y = keys[a], keys[b]
+                            keys[a], keys[b] = self._greater(x, y), self._lesser(x, y)
+                distance //= 2
+            merged *= 2
+        return keys
+
+    def _own(self, values: list[Int]) -> Int:
+        """The k-th in lane k: by a tree of choices by the lane's bits."""
+        bit = 1
+        while len(values) > 1:
+            odd = (self.lane & bit).ne(0)
+            pairs = zip(values[::2], values[1::2], strict=False)
+            values = [self.t.select(odd, b, a) for a, b in pairs] + values[len(values) & ~1 :]
+            bit *= 2
+        return values[0]
+
+    def _real_only(self, loaded: Loaded, ids: list[Int]) -> list[Int]:
+        """-1 in the place of ids where the token is not real."""
+        for real in loaded.real:
+            ids = [self.t.select(real, word, -1) for word in ids]
+        return ids
 
     def weigh(self, found: Found) -> Int:
         """The weight of `choose`."""
@@ -393,11 +542,10 @@ class Router:
             better = better + t.select(ahead, 1, 0)
         return better < problem.topk_groups
 
-    def _take(self, keys: list[Int], packed: bool, rounds: int | None = None) -> tuple[Int, Int]:
-        """(key, expert) of lane k: the k-th greatest key, for so many k, by default K. `packed`: no two are
-        equal, and the expert, which stands in the key, is not given."""
-        t, problem, lane = self.t, self.problem, self.lane
-        rounds = rounds or problem.top_k
+    def _take(self, keys: list[Int], packed: bool) -> tuple[Int, Int]:
+        """(key, expert) of lane k: the k-th greatest key. `packed`: no two are equal, and the expert, which
+        stands in the key, is not given."""
+        t, lane, rounds = self.t, self.lane, self.problem.top_k
         items = [(key, self.layout.first + j) for j, key in enumerate(keys)]
         fours = [self._sorted(items[k : k + _FOUR], packed) for k in range(0, len(items), _FOUR)]
         fours = [four[:rounds] for four in fours]
@@ -461,6 +609,9 @@ class Router:
 
     def _reload(self, token: Int, expert: Int) -> Int:
         """The logit of lane k's expert, by which it was not chosen."""
+        if self.kept is not None:
+            ref, start = self.kept
+            return self._finite(self.t.load(ref, start + expert))
         start = token * self.problem.num_experts
         return self._finite(self._element(self.r.logits, start, expert, self.halves))
 
@@ -558,7 +709,7 @@ def build(problem: RouteProblem) -> Program:
         token = t.cta_id() * warps + warp
         t.grid_dependency_wait()
         t.launch_dependents()
-        router = Router(t, r, problem, lane)
+        router = Router(t, r, problem, lane, multiplies=problem.num_tokens >= MULTIPLY_FROM)
         exact = problem.num_tokens % warps == 0 and not problem.sized_at_launch
         asked = token if exact else t.select(token < router.num_tokens, token, 0)
         loaded = router.load(asked)
@@ -574,5 +725,6 @@ def build(problem: RouteProblem) -> Program:
         num_warpgroups=num_warpgroups,
         num_ctas=-(-problem.num_tokens // warps),
         arrays=arrays,
+        starts_at_once=True,
     )
     return Program(inputs=kernel.inputs, kernels=(kernel,), results=tuple(names))

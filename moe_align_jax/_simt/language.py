@@ -71,6 +71,29 @@ class Core(abc.ABC):
     def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
         """`condition ? a : b`, both computed."""
 
+    # -- one instruction, or one register, where the compiler would take another
+    def multiply_if(self, condition: Int, a: Int, b: Int, other: Int) -> Int:
+        """`condition ? a * b : other`, by the unit that multiplies."""
+        return self.select(condition, a * b, other)
+
+    def masked_or(self, a: Int, mask: int, b: Int) -> Int:
+        """`a & mask | b`."""
+        return (a & mask) | b
+
+    def masked_xor(self, a: Int, mask: int, b: Int) -> Int:
+        """`a & mask ^ b`."""
+        return (a & mask) ^ b
+
+    def hidden(self, value: Int) -> Int:
+        """The value, computed here, of which the compiler knows nothing."""
+        return value
+
+    def held(self, ref: Any, zero: Int) -> Any:
+        """The same output, its address in a register from here on. `zero`: 0, of which the compiler does not
+        know it."""
+        del zero
+        return ref
+
     # -- control flow
     def if_(self, condition: Int) -> AbstractContextManager[None]:
         """`with t.if_(c):` runs the body where c holds.
@@ -333,6 +356,8 @@ class Kernel:
         inbox: words that the devices may `put` here, and the body takes.
         staged: name and shape of each buffer that the devices write here and only this launch reads. They lie
             in a window (`window.py`); or they are outputs that the caller does not see.
+        starts_at_once: the body does without Mosaic's barriers of the CTA ahead of it. Only what was timed
+            with it says so.
         tail_threads: at the end of a CTA, whole warps, that have a barrier of their own (`tail_sync`).
         tails: bytes of an input's last word that are there, of inputs that end within a word. The emulator
             refuses whole loads of such a word.
@@ -352,6 +377,7 @@ class Kernel:
     devices: Devices | None = None
     inbox: int = 0
     staged: Shapes = field(default_factory=dict)
+    starts_at_once: bool = False
     tail_threads: int = 0
     tails: Mapping[str, int] = field(default_factory=dict)
 

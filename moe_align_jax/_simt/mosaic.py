@@ -76,6 +76,33 @@ class MosaicSimt(Simt):
     def select(self, condition: Int, a: Int | int, b: Int | int) -> Int:
         return MlirInt(arith.select(value_of(condition), value_of(a), value_of(b)))
 
+    def multiply_if(self, condition: Int, a: Int, b: Int, other: Int) -> Int:
+        values = [value_of(x) for x in (other, a, b, condition)]
+        code = "@$4 mad.lo.s32 $0, $2, $3, 0;"
+        return MlirInt(llvm.inline_asm(i32(), values, code, "=r,0,r,r,b"))
+
+    def _lop3(self, a: Int, mask: int, b: Int, table: int) -> Int:
+        code = f"lop3.b32 $0, $1, {mask & 0xFFFFFFFF:#x}, $2, {table:#x};"
+        return MlirInt(llvm.inline_asm(i32(), [value_of(a), value_of(b)], code, "=r,r,r"))
+
+    def masked_or(self, a: Int, mask: int, b: Int) -> Int:
+        return self._lop3(a, mask, b, 0xEA)
+
+    def masked_xor(self, a: Int, mask: int, b: Int) -> Int:
+        return self._lop3(a, mask, b, 0x6A)
+
+    def hidden(self, value: Int) -> Int:
+        code, operands = "mov.b32 $0, $1;", [value_of(value)]
+        return MlirInt(llvm.inline_asm(i32(), operands, code, "=r,r", has_side_effects=True))
+
+    def held(self, ref: Ref, zero: Int) -> Ref:
+        i64 = ir.IntegerType.get_signless(64)
+        address = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref.memref))
+        operands, code = [address, arith.extui(i64, value_of(zero))], "add.s64 $0, $1, $2;"
+        address = llvm.inline_asm(i64, operands, code, "=l,l,l", has_side_effects=True)
+        [words] = ir.MemRefType(ref.memref.type).shape
+        return Ref(global_array(address, words))
+
     def _if(self, condition: Int) -> AbstractContextManager[None]:
         return mgpu_utils.when(value_of(condition))
 
@@ -475,28 +502,32 @@ class WindowedMosaic(Windowed, MosaicSimt):
 _CLUSTER_BARRIER = ["barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;"]
 
 
-def _drop_cluster_barrier() -> None:
-    """Takes out Mosaic's barrier of the cluster ahead of the body.
+def _drop_barriers(kernel: Kernel) -> None:
+    """Takes out Mosaic's barriers ahead of the body, of which the kernel has no need.
 
-    A kernel with a mailbox has one of its own (`open_mailbox`, `cluster_ready`), which stands behind its
-    first loads and does for both. Half a barrier would make the kernel wait for ever: unless exactly the two
-    halves that we know stand there, as in another release of jax, all stays, and the kernel has two barriers.
+    Those of the CTA stand behind Mosaic's own barriers in shared memory, of which there are none here
+    (`Kernel.starts_at_once`). That of the cluster: a kernel with a mailbox has one of its own
+    (`open_mailbox`, `cluster_ready`), which stands behind its first loads and does for both. Half a barrier
+    would make the kernel wait for ever: unless exactly the two halves that we know stand there, as in another
+    release of jax, all stays, and the kernel has two barriers.
     """
     block, found = ir.InsertionPoint.current.block, []
     while True:
         here = []
-        for operation in block.operations:
+        for operation in list(block.operations):
             name, code = operation.operation.name, ""
             if name == "llvm.inline_asm":
                 code = ir.StringAttr(operation.operation.attributes["asm_string"]).value
             if "barrier.cluster" in code or name.startswith("nvvm.cluster."):
                 here.append((code or name, operation.operation))
+            elif name == "gpu.barrier" and kernel.starts_at_once:
+                operation.operation.erase()
         found = here + found  # what is around a block stands ahead of it
         owner: Any = block.owner
         if owner.operation.name in ("builtin.module", "gpu.launch"):
             break
         block = owner.operation.block
-    if [code for code, _ in found] == _CLUSTER_BARRIER:
+    if kernel.mailbox and [code for code, _ in found] == _CLUSTER_BARRIER:
         for _, operation in found:
             operation.erase()
 
@@ -559,8 +590,9 @@ def launcher(
                     mailbox=refs.pop("mailbox", None),
                     mail_barrier=refs.pop("mail_barrier", None),
                 )
+            if kernel.mailbox or kernel.starts_at_once:
+                _drop_barriers(kernel)
             if kernel.mailbox:
-                _drop_cluster_barrier()
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()

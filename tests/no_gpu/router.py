@@ -3,11 +3,12 @@
     python -m tests.no_gpu.router
 
 As `compile` does for the alignment: nothing spills, the launch that was read is the one that jaxlib makes,
-the kernel waits where PDL needs it, and logits are loaded 16 bytes at a time where a lane has as many.
-Exit code 1 otherwise.
+the kernel waits where PDL needs it, no barrier of the CTA holds up its loads, and logits are loaded 16 bytes
+at a time where a lane has as many. Exit code 1 otherwise.
 """
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from tests.no_gpu import ptx, script, worker
 class _Direct(NamedTuple):
     name: str
     mailbox: int
+    starts_at_once: bool
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
     call: Callable
@@ -128,7 +130,8 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
         shapes = dict(one.inputs), dict(one.outputs)
         per_load = 4 if problem.dtype == "float32" else 8
         whole = problem.num_experts % (32 * per_load) == 0
-        yield what, _Direct(one.name, one.mailbox, *shapes, call, structs), pdl, 16 if whole else 4
+        about = one.name, one.mailbox, one.starts_at_once
+        yield what, _Direct(*about, *shapes, call, structs), pdl, 16 if whole else 4
     for problem in sized_problems():  # as compile_worker.py compiles them: operands are int32 words
         [one] = kernel.build(problem).kernels
         per_load = 4 if problem.dtype == "float32" else 8
@@ -149,6 +152,9 @@ def faults(kernel, pdl: bool, width: int, text: str, launch, used: ptx.Usage) ->
     # What was not chosen by the logits loads K of them again. Two words of a lane are one load to LLVM.
     if (width == 16) != (16 in widths) or 16 in widths and widths - {16, 4, 2}:
         yield f"logits are loaded {sorted(widths)} bytes at a time, not {width}"
+    barriers = re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync", text[: loads[0].position])
+    if kernel.starts_at_once and barriers:
+        yield "a barrier of the CTA stands ahead of the logits' loads"
     divided = text[: loads[0].position].count("bra")
     ahead = [a for a in loads if text[: a.position].count("bra") == divided]
     if len(ahead) < sum(a.bytes == width for a in loads if width == 16):

@@ -124,6 +124,8 @@ SPLIT = [
     ((1, 256, 8), 16, {}, {}),
     ((4, 64, 8), 128, {}, {"expert_map": "label"}),
     ((5, 64, 6), 4, {"has_token_mask": True}, {"return_inverse": True}),
+    ((12, 64, 8), 4, {"has_token_mask": True}, {"return_inverse": True}),
+    ((12, 128, 5), 16, {"has_token_mask": True}, {"return_inverse": True}),
     ((33, 160, 8), 16, {}, {"return_inverse": True}),
     ((64, 256, 8), 64, {"has_token_mask": True, "bias_rows": 1}, {"return_inverse": True}),
     ((64, 60, 32), 16, {"renormalize": True}, {"has_num_valid_pairs": True}),
@@ -195,6 +197,28 @@ def test_the_aligning_warps_of_a_cluster_need_both_their_barriers(monkeypatch):
         monkeypatch.setattr(emulator.EmulatedSimt, "tail_sync", some)
         with pytest.raises(faults.RaceError, match="race on masks"):
             emulator.run(program, [logits])
+
+
+def test_logits_that_are_kept_give_the_weights_of_any_logits(monkeypatch):
+    """Of 8 routing warps to a CTA: infinite ones, NaN, and ones that the short keys cannot tell apart. The
+    launch of 4 to a CTA, which keeps none, says what is right; and without the barrier between a warp's
+    stores and loads the emulator reports a race."""
+    problem = RouteProblem(9, 128, 8, renormalize=True)
+    align = AlignProblem(72, 128, 16, 2048)
+    logits = np.random.default_rng(1).standard_normal((9, 128)).astype(np.float32)
+    logits[1, 5:8], logits[2, 3], logits[3, 4:6], logits[4] = np.inf, np.nan, -np.inf, 0
+    logits[5, 9], logits[5, 2] = 4, np.nextafter(np.float32(4), np.float32(5))
+    given = [logits.ravel().view(np.int32)]
+    keeps, loads_again = (
+        fused.build(problem, align, fused.FusedConfig("split", *shape))
+        for shape in ((3, 2), (2, 4))
+    )
+    assert "kept" in keeps.kernels[0].shared and "kept" not in loads_again.kernels[0].shared
+    for got, want in zip(emulator.run(keeps, given), emulator.run(loads_again, given), strict=True):
+        np.testing.assert_array_equal(got, want)
+    monkeypatch.setattr(emulator.EmulatedSimt, "warp_sync", lambda t: None)
+    with pytest.raises(faults.RaceError, match="race on kept"):
+        emulator.run(keeps, given)
 
 
 @pytest.mark.parametrize(

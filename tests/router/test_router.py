@@ -625,3 +625,40 @@ def test_dtypes_of_the_oracle_are_those_of_the_library():
     from moe_align_jax._router.problem import GREATEST
 
     assert {d: float(ml_dtypes.finfo(d).max) for d in DTYPES} == GREATEST
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(3, 200), (3, 4), (127, 128)])
+@pytest.mark.parametrize("top_k", [4, 5])
+def test_logits_that_differ_in_their_lowest_bits_alone_are_told_apart(lower, higher, top_k):
+    """The greatest two, and then the K-th and the one behind it; an id takes the place of those bits."""
+    ordinary = np.linspace(-2, -1, 256, dtype=np.float32)
+    logits = np.stack([ordinary, ordinary])
+    logits[1, [10, 20, 30, 40][: top_k - 1]] = [9, 8, 7, 6][: top_k - 1]
+    logits[:, lower], logits[:, higher] = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+    _, ids = maj.route_topk(logits, top_k=top_k, implementation="emulator")
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :top_k])
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (60, 5)])
+def test_keys_move_by_multiplications_where_tokens_are_many(monkeypatch, num_experts, top_k):
+    """The same choice, of few tokens that count as many."""
+    from moe_align_jax._router import kernel
+    from moe_align_jax._router.problem import RouteProblem
+    from moe_align_jax._simt import emulator
+
+    logits = router_oracle.make_logits(6, num_experts, "float32", seed=1)
+    calls, multiply_if = [], emulator.EmulatedSimt.multiply_if
+
+    def counted(t, *given):
+        calls.append(t)
+        return multiply_if(t, *given)
+
+    monkeypatch.setattr(emulator.EmulatedSimt, "multiply_if", counted)
+    for first, multiplies in ((7, False), (6, True)):
+        monkeypatch.setattr(kernel, "MULTIPLY_FROM", first)
+        calls.clear()
+        program = kernel.build(RouteProblem(6, num_experts, top_k))
+        found = emulator.run(program, [logits.ravel().view(np.int32)])
+        weights, ids = (np.asarray(x).reshape(6, top_k) for x in found)
+        router_oracle.assert_routed((weights.view(np.float32), ids), logits, top_k=top_k)
+        assert bool(calls) == multiplies
