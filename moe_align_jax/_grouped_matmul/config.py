@@ -58,6 +58,8 @@ class Config(NamedTuple):
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
             in place of a launch that makes the list of tiles.
+        by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
+            that its weights are not read again for blocks of a second group.
     """
 
     form: str
@@ -77,6 +79,7 @@ class Config(NamedTuple):
     shared: str = "x"
     early: bool = False
     finds: bool = False
+    by_expert: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -94,6 +97,7 @@ class Config(NamedTuple):
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
         more += "-finds" if self.finds else ""
+        more += "-experts" if self.by_expert else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -177,6 +181,23 @@ def unsupported(problem: MatmulProblem) -> str | None:
     return None
 
 
+def refused(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why these tiles, given by name, cannot be this problem's, or None. `config_for` chooses no such tiles.
+
+    An ill address stops every later kernel of the process, so that it must not come to that.
+    """
+    if tiles.form == "swap" and _no_swap(problem):
+        if problem.out_dtype == "float32":
+            return "swapped tiles store 16 bits"
+        if problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem):
+            return "swapped tiles load ids in pairs: blocks must have an even number of rows"
+        return "swapped tiles cannot part interleaved columns of untransposed weights"
+    listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
+    if tiles.by_expert and not (listed and tiles.group):
+        return "groups of one expert's blocks are of the masked layout, by a list of tiles"
+    return None
+
+
 def mean_rows(problem: MatmulProblem) -> float:
     """Rows per expert: what the caller expects, or as many as if all are hit alike."""
     if problem.expected_rows:
@@ -228,13 +249,22 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
     """
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
-    most = 184 if _has_vectors(problem) else 192
+    most = 184 if _has_vectors(problem, block) else 192
     return 64 < block <= most and block % 8 == 0 and block != 128
 
 
-def _has_vectors(problem: MatmulProblem) -> bool:
-    """Whether a tile's end reads a bias or ids."""
-    return problem.weights.bias or tests_rows(problem)
+def _has_vectors(problem: MatmulProblem, bm: int) -> bool:
+    """Whether the end of a swapped tile of many rows reads a bias, row weights or ids."""
+    ids = tests_rows(problem) and not counts_rows(problem, bm)
+    return bool(problem.weights.bias or problem.row_weights or ids)
+
+
+def counts_rows(problem: MatmulProblem, bm: int) -> bool:
+    """Whether counting a tile's pairs tells which of its rows are zero.
+
+    A block's pairs come first, and a tile has rows of one block.
+    """
+    return tests_rows(problem) and problem.block_size % bm == 0
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -286,7 +316,7 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
     stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
     group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
     # Beside a copy of rows, only half as many results fit into registers.
-    fits = not _has_vectors(problem) and (problem.weights.gated or not problem.top_k)
+    fits = not _has_vectors(problem, bm) and (problem.weights.gated or not problem.top_k)
     late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)
     return Config("swap", bm, 256, 64, stages, group=group, late=late, lag=stages - 2)
 

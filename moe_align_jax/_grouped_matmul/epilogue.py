@@ -131,7 +131,7 @@ def pieces(
     Swapped, `[piece, piece_rows]` each, column after column of the result.
     """
     gated, piece = problem.weights.gated, shape.piece
-    finish = _Finish(problem, place, vectors, shape.tests_rows, interpret)
+    finish = _Finish(problem, place, vectors, shape, interpret)
     first, second, second_at = sums[0], sums[-1], 0
     if gated and len(sums) == 1 and not shape.parted:  # up is behind gate
         second_at = first.shape[0 if place.swap else 1] // 2
@@ -169,11 +169,17 @@ class _Finish:
         problem: MatmulProblem,
         place: Place,
         vectors: Vectors,
-        tests_rows: bool,
+        shape: Shape,
         interpret: bool,
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
-        self.tests_rows, self.interpret = tests_rows, interpret
+        self.tests_rows, self.interpret = shape.tests_rows, interpret
+        self.pairs: Any = None  # of the tile's rows: how many hold one, and come first
+        if shape.counts_rows:
+            limit = jnp.where(place.valid, num_pairs(problem, vectors), 0)
+            self.pairs = inline.count_rows(
+                vectors.ids, place.row, limit, rows=shape.wn, interpret=interpret
+            )
         self.dtype = problem.out_dtype
         # For gated weights that are not interleaved, bias has gate, then up, each in whole tiles.
         bias = vectors.bias
@@ -206,7 +212,9 @@ class _Finish:
         if self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
-        if self.tests_rows:
+        if self.pairs is not None:
+            wanted = self.numbers(x.shape, layout, axis) < self.pairs
+        elif self.tests_rows:
             ref = self.vectors.ids.at[pl.ds(first, count)]
             ids = self.load(ref, layout, axis, x.shape)
             limit = jnp.where(self.place.valid, num_pairs(self.problem, self.vectors), 0)
@@ -223,6 +231,12 @@ class _Finish:
         if not self.interpret:
             zeros = plgpu.layout_cast(zeros, layout)
         return lax.select(wanted, x, zeros)
+
+    def numbers(self, shape: tuple[int, ...], layout: Any, axis: int) -> jax.Array:
+        """Values of `shape` in `layout`, each its own index along `axis`."""
+        if self.interpret:
+            return lax.broadcasted_iota(_I32, shape, axis)
+        return plgpu.broadcasted_iota(_I32, shape, axis, layout=layout)
 
     # -- pieces
 

@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
+_LANES = 32  # of a warp
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
 # wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes
@@ -204,6 +205,52 @@ def find_rows(
         )
 
     return emit(ids_ref, start, end, *more)
+
+
+def count_rows(
+    ids_ref: Any, first: jax.Array, limit: Any, *, rows: int, interpret: bool
+) -> jax.Array:
+    """How many of `rows` ids from `first` on are in [0, limit), as an int32.
+
+    Every warp counts all of them, by votes: a number takes one register, a vector of ids as many as a tile
+    has rows.
+
+    Args:
+        ids_ref: `[.]` int32 in global memory, at least `first + rows` of them.
+        first: of the ids.
+        limit: int32.
+        rows: a number.
+        interpret: whether Pallas' interpreter runs it.
+    """
+    if interpret:
+        ids = ids_ref[pl.ds(first, rows)]
+        return jnp.sum((ids >= 0) & (ids < limit), dtype=_I32)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((), jnp.dtype(_I32), layout=scalar)
+
+    @emits(arg_types=(plgpu.RefType(), scalar, scalar), return_type=result)
+    def emit(_, ids, begin, most):
+        lane = arith.remui(thread_index(), int32(_LANES))
+        total = int32(0)
+        for done in range(0, rows, _LANES):
+            here = arith.addi(lane, int32(done))
+            inside = less(here, int32(rows))
+            at = arith.addi(scalar_of(begin), arith.select(inside, here, int32(0)))
+            pair = memref.load(ids, [arith.index_cast(ir.IndexType.get(), at)])
+            below = arith.andi(less(pair, scalar_of(most)), less(int32(-1), pair))
+            there = arith.select(arith.andi(inside, below), int32(1), int32(0))
+            count = mgpu_utils.inline_ptx(
+                "{ .reg .pred p; .reg .b32 votes; setp.ne.b32 p, $1, 0; "
+                "vote.sync.ballot.b32 votes, p, 0xffffffff; popc.b32 $0, votes; }",
+                there,
+                result_types=i32(),
+                has_side_effects=True,
+                convergent=True,
+            )
+            total = arith.addi(total, count)
+        return mgpu.FragmentedArray.splat(total, (), is_signed=True)
+
+    return emit(ids_ref, first, limit)
 
 
 def copy_rows(

@@ -16,7 +16,7 @@ import moe_align_jax as maj
 from moe_align_jax import matmul
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch, reference, tile_list
+from moe_align_jax._grouped_matmul import kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 from tests.matmul.test_matmul import make_case, normal
@@ -184,10 +184,25 @@ FEW = [
         lambda m: blocks(m, 9, 1, 1, 64, 640, 144, gather=False),
         MANY_ROWS._replace(late=True),
     ),
+    (
+        "swap, many rows, zeros",
+        lambda m: blocks(m, 150, 1, 3, 64, 128, 144, gather=False, routing="dropped"),
+        MANY_ROWS._replace(late=True),
+    ),
+    (
+        "swap, two tiles, zeros",
+        lambda m: blocks(m, 150, 1, 2, 64, 128, 192, gather=False),
+        MANY_ROWS._replace(bm=96),
+    ),
     ("remote", lambda m: blocks(m, 20, 2, 4, 64, 64, 16, routing="dropped", bias=True), SWAP),
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
+    (
+        "masked, by expert",
+        lambda m: masked(m, [3, 0, 40, 17], 40, 64, 320),
+        SWAP._replace(bm=8, group=3, by_expert=True),
+    ),
     # Two experts of 137 and 163 rows: a warpgroup of their second tiles has none.
 ]
 
@@ -196,6 +211,21 @@ FEW = [
 def test_forms_in_the_interpreter(make, config, monkeypatch):
     with jax.default_device(jax.devices("cpu")[0]):
         check(*make(monkeypatch), config, interpret=True)
+
+
+def test_tiles_that_do_not_fit_a_problem_are_refused(monkeypatch):
+    """Swapped tiles load two rows' ids at once: blocks of one row led to a misaligned address on an H200."""
+    problem, _ = blocks(monkeypatch, 9, 2, 40, 64, 128, 1, gather=False)
+    with pytest.raises(ValueError, match="even number of rows"):
+        kernel.build(problem, SWAP._replace(bm=8))
+    kernel.build(problem._replace(zero_padding=False), SWAP._replace(bm=8))
+    with pytest.raises(ValueError, match="store 16 bits"):
+        kernel.build(problem._replace(out_dtype="float32", zero_padding=False), SWAP)
+    with pytest.raises(ValueError, match="interleaved"):
+        weights = Weights(activation="silu", gated=True, interleaved=True)
+        kernel.build(problem._replace(weights=weights, zero_padding=False), WIDE)
+    with pytest.raises(ValueError, match="masked layout"):
+        kernel.build(problem, M._replace(by_expert=True))
 
 
 def test_the_emulator_by_its_name():
