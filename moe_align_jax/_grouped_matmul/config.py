@@ -245,7 +245,8 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
 def takes_whole(problem: MatmulProblem, block: int) -> bool:
     """Whether a block of so many rows, which are neither few nor 128, is one swapped tile.
 
-    With 192 rows, and a vector along them or along the columns, registers do not suffice.
+    With 192 rows, and a vector along them or along the columns, registers do not suffice; to count the rows
+    that hold a pair takes none (`counts_rows`).
     """
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False

@@ -213,8 +213,8 @@ class _Finish:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
         if self.pairs is not None:
-            wanted = self.numbers(x.shape, layout, axis) < self.pairs
-        elif self.tests_rows:
+            return inline.keep_columns(x, self.pairs, interpret=self.interpret)
+        if self.tests_rows:
             ref = self.vectors.ids.at[pl.ds(first, count)]
             ids = self.load(ref, layout, axis, x.shape)
             limit = jnp.where(self.place.valid, num_pairs(self.problem, self.vectors), 0)
@@ -231,12 +231,6 @@ class _Finish:
         if not self.interpret:
             zeros = plgpu.layout_cast(zeros, layout)
         return lax.select(wanted, x, zeros)
-
-    def numbers(self, shape: tuple[int, ...], layout: Any, axis: int) -> jax.Array:
-        """Values of `shape` in `layout`, each its own index along `axis`."""
-        if self.interpret:
-            return lax.broadcasted_iota(_I32, shape, axis)
-        return plgpu.broadcasted_iota(_I32, shape, axis, layout=layout)
 
     # -- pieces
 

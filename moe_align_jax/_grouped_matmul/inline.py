@@ -24,6 +24,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
 _LANES = 32  # of a warp
+_COLUMNS = 8  # of a tile of wgmma's layout, of which a thread has two
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
 # wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes
@@ -251,6 +252,43 @@ def count_rows(
         return mgpu.FragmentedArray.splat(total, (), is_signed=True)
 
     return emit(ids_ref, first, limit)
+
+
+def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
+    """Float32 `[64 i, 8 j]` in wgmma's layout with zeros from column `count` on.
+
+    A thread has columns 8 j + 2 (lane % 4) and the next one. It compares numbers with one register, which the
+    compiler must take for another one each time: it would keep a predicate for each column.
+    """
+    if interpret:
+        columns = lax.broadcasted_iota(_I32, x.shape, 1)
+        return jnp.where(columns < count, x, jnp.zeros_like(x))
+    scalar = plgpu.Layout.WG_SPLAT(())
+    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
+    def emit(_, values, most):
+        first = arith.muli(arith.remui(thread_index(), int32(4)), int32(2))
+        left = mgpu_utils.inline_ptx(
+            "sub.s32 $0, $1, $2;",
+            *(scalar_of(most), first),
+            result_types=i32(),
+            has_side_effects=True,
+        )
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        registers = np.empty_like(values.registers)
+        for at in np.ndindex(values.registers.shape):
+            found = values.registers[at]
+            for k in range(2):
+                kept = less(int32(_COLUMNS * at[1] + k), left)
+                value = arith.select(kept, vector.extract(found, [], [k]), zero)
+                found = vector.insert(value, found, [], [k])
+            registers[at] = found
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
+        )
+
+    return emit(x, count)
 
 
 def copy_rows(
