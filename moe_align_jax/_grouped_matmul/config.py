@@ -131,7 +131,8 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 4096 -> 14336, 8 experts: group 8 5026, 16 5042; 256x128 tiles 5248, late 5271
 #   8192 rows, 7168 -> 512, 256 experts: 64x256 n 475, 40 rows swapped 482, 64 rows swapped 486
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
-#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
+#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, 14:00, four
+#   turns: group 8 1381, 4 1387, 11 1370; groups of one expert: 8 1307, 4 1310, 8 and not late 1333
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
 # A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
 #   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
@@ -305,7 +306,9 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _whole(problem, bm, group)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
-    return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+    by_expert = problem.rows == "masked" and group > 0
+    late = may_be_late(problem)
+    return Config("m", 128, 256, 64, 4, group=group, late=late, by_expert=by_expert)
 
 
 def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:

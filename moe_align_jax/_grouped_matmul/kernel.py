@@ -400,7 +400,8 @@ def build(
                 if not shape.partial:
                     return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
-                whole = here[0] + shape.wm <= here[2]
+                rows = shape.wn if swap else shape.wm  # of the result, of this warpgroup's sums
+                whole = here[0] + rows <= here[2]
 
                 @pl.when(jnp.logical_not(whole))
                 def _():

@@ -197,6 +197,12 @@ FEW = [
     ("remote", lambda m: blocks(m, 20, 2, 4, 64, 64, 16, routing="dropped", bias=True), SWAP),
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
+    # 130 of a tile's 144 rows, which must leave the next group's alone.
+    (
+        "ragged, many rows, late",
+        lambda m: ragged(m, [3, 130, 3], 136, 64, 128),
+        MANY_ROWS._replace(late=True),
+    ),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
     (
         "masked, by expert",
@@ -295,6 +301,7 @@ def many() -> list[tuple[str, Any, Any]]:
     for flag in (False, True):
         late = MANY_ROWS._replace(late=True)
         more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
+        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=8))
         for tile in more:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)
@@ -315,7 +322,7 @@ def many() -> list[tuple[str, Any, Any]]:
         add(
             f"ragged {sizes[:5]}",
             lambda m, sizes=sizes, rows=rows: ragged(m, sizes, rows, 256, 640),
-            *(M, N, SWAP, MANY_ROWS),
+            *(M, N, SWAP, MANY_ROWS, MANY_ROWS._replace(late=True)),
         )
     add("ragged, odd", lambda m: ragged(m, [130, 7, 3], 144, 200, 136), N, SWAP)
     for counts in ([3, 0, 17, 20], [0, 0, 0], [20] * 4):
@@ -324,7 +331,21 @@ def many() -> list[tuple[str, Any, Any]]:
             lambda m, counts=counts: masked(m, counts, 20, 256, 640),
             *(M, N, SWAP),
         )
-    add("masked, gated", lambda m: masked(m, [512, 129, 0], 512, 256, 320 * 2, **SILU), M, N, WIDE)
+    by_expert = [M._replace(group=group, by_expert=True) for group in (2, 8)]
+    add(
+        "masked, gated",
+        lambda m: masked(m, [512, 129, 0], 512, 256, 320 * 2, **SILU),
+        *(M, N, WIDE, *by_expert),
+    )
+    for most in (500, 512):  # a tile ends with the expert's rows, or in the next one's
+        add(
+            f"masked, many rows of {most}",
+            lambda m, most=most: masked(m, [300, 10, 64, 0, 450, 129, most], most, 256, 640),
+            *(*by_expert, MANY_ROWS._replace(late=True), None),
+        )
+    of_blocks("zeros", (700, 2, 5, 256, 640, 144), None, gather=False, routing="dropped")
+    of_blocks("zeros", (700, 2, 5, 256, 640, 192), None, gather=False, routing="hot")
+    of_blocks("zeros", (700, 2, 5, 256, 640, 176), None, gather=False, routing="dropped")
     return found
 
 
@@ -456,6 +477,25 @@ def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
     config = tiles.config_for(problem)
     assert config.bm == bm
     assert config.late is (bm in (128, 144))
+
+
+def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():
+    """Few rows an expert, and other layouts, have the tiles that they had."""
+    sizes = {"k": 7168, "n": 4096, "num_experts": 32, "dtype": "bfloat16"}
+    sizes |= {"out_dtype": "bfloat16", "weights": Weights()}
+
+    def name(rows, columns=4096, **more):
+        problem = MatmulProblem("test", "masked", 32 * rows, **sizes | {"n": columns} | more)
+        return tiles.config_for(problem._replace(max_rows=rows), "NVIDIA H200").name
+
+    assert name(1024) == "128x256x64s4m-g8-late-experts"
+    assert name(1024, out_dtype="float32") == "128x256x64s4m-g8-experts"
+    assert name(1024, 512) == "128x256x64s4m-g0-late"
+    assert name(128) == "16x128x128s5swap-g0" and name(512) == "64x256x64s4n-g8"
+    blocks_ = MatmulProblem("test", "blocks", 32768, **sizes, block_size=128)
+    ragged_ = MatmulProblem("test", "ragged", 32768, **sizes, num_groups=32)
+    for problem in (blocks_, ragged_):
+        assert not tiles.config_for(problem, "NVIDIA H200").by_expert
 
 
 def test_few_rows_get_small_tiles_and_many_get_large_ones():

@@ -111,19 +111,16 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
         yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
         yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
-    for bm, stages in ((144, 4), (192, 3)):
+    for bm, stages in ((144, 4), (176, 3), (192, 3)):
         tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
         yield f"{bm}, ragged", problem(**ragged), tiles
         yield f"{bm}, masked", problem(**masked), tiles
         for transposed in (False, True):
             weights = {"transposed": transposed}
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
-            weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
+            weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
-    tiles = Config("swap", 176, 256, 64, 3, group=8, lag=1)
-    yield "176", problem(block=176), tiles
-    yield "176, ragged", problem(**ragged), tiles
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
     yield "144, late, ragged", problem(**ragged), tiles
