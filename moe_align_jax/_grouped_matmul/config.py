@@ -131,7 +131,7 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 4096 -> 14336, 8 experts: group 8 5026, 16 5042; 256x128 tiles 5248, late 5271
 #   8192 rows, 7168 -> 512, 256 experts: 64x256 n 475, 40 rows swapped 482, 64 rows swapped 486
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
-#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, 14:00, four
+#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, 13:52, four
 #   turns: group 8 1381, 4 1387, 11 1370; groups of one expert: 8 1307, 4 1310, 8 and not late 1333
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
 # A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:

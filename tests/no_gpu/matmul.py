@@ -59,7 +59,11 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield "masked", problem(**masked), tiles
         yield "masked, uneven", problem(**uneven), tiles
         if not swapped:
-            yield "masked, by expert", problem(**masked), tiles._replace(by_expert=True)
+            by_expert = tiles._replace(by_expert=True)
+            yield "masked, by expert", problem(**masked), by_expert
+            for options in ({}, {"transposed": True, "bias": True}, {"interleaved": True}):
+                weights = silu | {"swiglu_limit": 7.0, "swiglu_alpha": 1.702} | options
+                yield f"masked, by expert, {weights}", problem(**uneven, weights=weights), by_expert
         yield "partial", problem(block=block * 3 // 4), tiles
         if not tall:  # too many registers
             yield "odd", problem(block=block, **odd), tiles
