@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import epilogue, inline_scales
+from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales
 from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
@@ -137,12 +137,11 @@ class Products:
                     found[i] = self._add(found[i], piece, of_x, scale)
             return tuple(found), coming, following
 
-        def pass_on(k, _):
+        def pass_on(k):
             slot = slot_of(ring + k)
             plgpu.barrier_wait(refs.full.at[slot])
             between(k)
             plgpu.barrier_arrive(refs.empty.at[slot])
-            return ()
 
         zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(self.shape.k_steps), tile.valid
@@ -156,7 +155,8 @@ class Products:
         if self.config.skips or self.config.shares_weights:
             busy = tile.busy if self.config.shares_weights else tile.valid
             others = busy & jnp.logical_not(mine)
-            lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
+            passed = jnp.where(others, all_steps, 0)
+            inline.loop(passed, pass_on, interpret=self.interpret)
         return list(sums)
 
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
