@@ -653,7 +653,7 @@ def on_a_gpu():
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
-        shared.append(TALL._replace(**both, sharing=2))
+        shared.append(TALL._replace(**both, sharing=2, early=True))
         finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2], shared[3], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
