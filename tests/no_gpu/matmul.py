@@ -181,7 +181,13 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
     # Many rows of each expert, and a short K: its loops, where unrolled, took more registers than there are.
     for experts, most, k, n in ((2, 768, 1024, 192), (6, 4096, 2048, 4096), (16, 4096, 1024, 4096)):
-        sizes = {"num_experts": experts, "num_rows": experts * most, "max_rows": most, "k": k, "n": n}
+        sizes = {
+            "num_experts": experts,
+            "num_rows": experts * most,
+            "max_rows": most,
+            "k": k,
+            "n": n,
+        }
         more = {"rows": "masked", "expected_rows": min(most, 1024)}
         yield case("masked, many", scales=columns._replace(pitch=most), **more, **sizes)
     for block in (8, 32, 40):
