@@ -270,7 +270,7 @@ def block_sizes_of(case: Case) -> list[int]:
     usual = maj.moe_block_size(case.tokens, top_k=model.top_k, num_experts=model.experts)
     most = 6 * mean if mean <= 8 else 3 * mean if mean < 64 else 2.2 * mean
     least = min(1.2 * mean, 128)
-    sizes = (48, 64, 80, 128, 144, 192) if mean >= 8 else ()
+    sizes = (48, 64, 80, 128, 144, 176, 192) if mean >= 8 else ()
     return [b for b in sizes if b != usual and least <= b <= most]
 
 

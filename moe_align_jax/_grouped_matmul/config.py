@@ -61,6 +61,8 @@ class Config(NamedTuple):
             in place of a launch that makes the list of tiles.
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
+        by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
+            that its weights are not read again for blocks of a second group.
     """
 
     form: str
@@ -81,6 +83,7 @@ class Config(NamedTuple):
     early: bool = False
     finds: bool = False
     paired: bool = False
+    by_expert: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -99,6 +102,7 @@ class Config(NamedTuple):
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
         more += "-finds" if self.finds else ""
         more += "-paired" if self.paired else ""
+        more += "-experts" if self.by_expert else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -132,7 +136,8 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 4096 -> 14336, 8 experts: group 8 5026, 16 5042; 256x128 tiles 5248, late 5271
 #   8192 rows, 7168 -> 512, 256 experts: 64x256 n 475, 40 rows swapped 482, 64 rows swapped 486
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
-#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369
+#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, 13:52, four
+#   turns: group 8 1381, 4 1387, 11 1370; groups of one expert: 8 1307, 4 1310, 8 and not late 1333
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
 # A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
 #   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
@@ -179,6 +184,23 @@ def unsupported(problem: MatmulProblem) -> str | None:
     groups = {"masked": problem.num_experts, "ragged": problem.num_groups}.get(problem.rows, 0)
     if groups > MAX_GROUPS:
         return f"the kernel takes at most {MAX_GROUPS} groups of rows; these are {groups}"
+    return None
+
+
+def refused(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why these tiles, given by name, cannot be this problem's, or None. `config_for` chooses no such tiles.
+
+    An ill address stops every later kernel of the process, so that it must not come to that.
+    """
+    if tiles.form == "swap" and _no_swap(problem):
+        if problem.out_dtype == "float32":
+            return "swapped tiles store 16 bits"
+        if problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem):
+            return "swapped tiles load ids in pairs: blocks must have an even number of rows"
+        return "swapped tiles cannot part interleaved columns of untransposed weights"
+    listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
+    if tiles.by_expert and not (listed and tiles.group):
+        return "groups of one expert's blocks are of the masked layout, by a list of tiles"
     return None
 
 
@@ -229,17 +251,27 @@ def tile_rows(problem: MatmulProblem, rules: Rules = DEFAULT_RULES) -> int:
 def takes_whole(problem: MatmulProblem, block: int) -> bool:
     """Whether a block of so many rows, which are neither few nor 128, is one swapped tile.
 
-    With 192 rows, and a vector along them or along the columns, registers do not suffice.
+    With 192 rows, and a vector along them or along the columns, registers do not suffice; to count the rows
+    that hold a pair takes none (`counts_rows`).
     """
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
-    most = 184 if _has_vectors(problem) else 192
+    most = 184 if _has_vectors(problem, block) else 192
     return 64 < block <= most and block % 8 == 0 and block != 128
 
 
-def _has_vectors(problem: MatmulProblem) -> bool:
-    """Whether a tile's end reads a bias or ids."""
-    return problem.weights.bias or tests_rows(problem)
+def _has_vectors(problem: MatmulProblem, bm: int) -> bool:
+    """Whether the end of a swapped tile of many rows reads a bias, row weights or ids."""
+    ids = tests_rows(problem) and not counts_rows(problem, bm)
+    return bool(problem.weights.bias or problem.row_weights or ids)
+
+
+def counts_rows(problem: MatmulProblem, bm: int) -> bool:
+    """Whether counting a tile's pairs tells which of its rows are zero.
+
+    A block's pairs come first, and a tile has rows of one block.
+    """
+    return tests_rows(problem) and problem.block_size % bm == 0
 
 
 def _no_swap(problem: MatmulProblem) -> bool:
@@ -279,7 +311,9 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _whole(problem, bm, group)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
-    return Config("m", 128, 256, 64, 4, group=group, late=may_be_late(problem))
+    by_expert = problem.rows == "masked" and group > 0
+    late = may_be_late(problem)
+    return Config("m", 128, 256, 64, 4, group=group, late=late, by_expert=by_expert)
 
 
 def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
@@ -291,7 +325,7 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
     stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
     group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
     # Beside a copy of rows, only half as many results fit into registers.
-    fits = not _has_vectors(problem) and (problem.weights.gated or not problem.top_k)
+    fits = not _has_vectors(problem, bm) and (problem.weights.gated or not problem.top_k)
     late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)
     return Config("swap", bm, 256, 64, stages, group=group, late=late, lag=stages - 2)
 

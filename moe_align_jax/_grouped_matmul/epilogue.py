@@ -131,7 +131,7 @@ def pieces(
     Swapped, `[piece, piece_rows]` each, column after column of the result.
     """
     gated, piece = problem.weights.gated, shape.piece
-    finish = _Finish(problem, place, vectors, shape.tests_rows, interpret)
+    finish = _Finish(problem, place, vectors, shape, interpret)
     first, second, second_at = sums[0], sums[-1], 0
     if gated and len(sums) == 1 and not shape.parted:  # up is behind gate
         second_at = first.shape[0 if place.swap else 1] // 2
@@ -169,11 +169,17 @@ class _Finish:
         problem: MatmulProblem,
         place: Place,
         vectors: Vectors,
-        tests_rows: bool,
+        shape: Shape,
         interpret: bool,
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
-        self.tests_rows, self.interpret = tests_rows, interpret
+        self.tests_rows, self.interpret = shape.tests_rows, interpret
+        self.pairs: Any = None  # of the tile's rows: how many hold one, and come first
+        if shape.counts_rows:
+            limit = jnp.where(place.valid, num_pairs(problem, vectors), 0)
+            self.pairs = inline.count_rows(
+                vectors.ids, place.row, limit, rows=shape.wn, interpret=interpret
+            )
         self.dtype = problem.out_dtype
         # For gated weights that are not interleaved, bias has gate, then up, each in whole tiles.
         bias = vectors.bias
@@ -206,6 +212,8 @@ class _Finish:
         if self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
+        if self.pairs is not None:
+            return inline.keep_columns(x, self.pairs, interpret=self.interpret)
         if self.tests_rows:
             ref = self.vectors.ids.at[pl.ds(first, count)]
             ids = self.load(ref, layout, axis, x.shape)

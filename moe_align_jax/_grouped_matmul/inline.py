@@ -24,6 +24,8 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
+_LANES = 32  # of a warp
+_COLUMNS = 8  # of a tile of wgmma's layout, of which a thread has two
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
 # wgmma's accumulator, of which each thread has two neighbouring columns, after these were parted: 4 lanes
@@ -245,6 +247,89 @@ def find_rows(
         )
 
     return emit(ids_ref, start, end, *more)
+
+
+def count_rows(
+    ids_ref: Any, first: jax.Array, limit: Any, *, rows: int, interpret: bool
+) -> jax.Array:
+    """How many of `rows` ids from `first` on are in [0, limit), as an int32.
+
+    Every warp counts all of them, by votes: a number takes one register, a vector of ids as many as a tile
+    has rows.
+
+    Args:
+        ids_ref: `[.]` int32 in global memory, at least `first + rows` of them.
+        first: of the ids.
+        limit: int32.
+        rows: a number.
+        interpret: whether Pallas' interpreter runs it.
+    """
+    if interpret:
+        ids = ids_ref[pl.ds(first, rows)]
+        return jnp.sum((ids >= 0) & (ids < limit), dtype=_I32)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((), jnp.dtype(_I32), layout=scalar)
+
+    @emits(arg_types=(plgpu.RefType(), scalar, scalar), return_type=result)
+    def emit(_, ids, begin, most):
+        lane = arith.remui(thread_index(), int32(_LANES))
+        total = int32(0)
+        for done in range(0, rows, _LANES):
+            here = arith.addi(lane, int32(done))
+            inside = less(here, int32(rows))
+            at = arith.addi(scalar_of(begin), arith.select(inside, here, int32(0)))
+            pair = memref.load(ids, [arith.index_cast(ir.IndexType.get(), at)])
+            below = arith.andi(less(pair, scalar_of(most)), less(int32(-1), pair))
+            there = arith.select(arith.andi(inside, below), int32(1), int32(0))
+            count = mgpu_utils.inline_ptx(
+                "{ .reg .pred p; .reg .b32 votes; setp.ne.b32 p, $1, 0; "
+                "vote.sync.ballot.b32 votes, p, 0xffffffff; popc.b32 $0, votes; }",
+                there,
+                result_types=i32(),
+                has_side_effects=True,
+                convergent=True,
+            )
+            total = arith.addi(total, count)
+        return mgpu.FragmentedArray.splat(total, (), is_signed=True)
+
+    return emit(ids_ref, first, limit)
+
+
+def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
+    """Float32 `[64 i, 8 j]` in wgmma's layout with zeros from column `count` on.
+
+    A thread has columns 8 j + 2 (lane % 4) and the next one. It compares numbers with one register, which the
+    compiler must take for another one each time: it would keep a predicate for each column.
+    """
+    if interpret:
+        columns = lax.broadcasted_iota(_I32, x.shape, 1)
+        return jnp.where(columns < count, x, jnp.zeros_like(x))
+    scalar = plgpu.Layout.WG_SPLAT(())
+    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
+    def emit(_, values, most):
+        first = arith.muli(arith.remui(thread_index(), int32(4)), int32(2))
+        left = mgpu_utils.inline_ptx(
+            "sub.s32 $0, $1, $2;",
+            *(scalar_of(most), first),
+            result_types=i32(),
+            has_side_effects=True,
+        )
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        registers = np.empty_like(values.registers)
+        for at in np.ndindex(values.registers.shape):
+            found = values.registers[at]
+            for k in range(2):
+                kept = less(int32(_COLUMNS * at[1] + k), left)
+                value = arith.select(kept, vector.extract(found, [], [k]), zero)
+                found = vector.insert(value, found, [], [k])
+            registers[at] = found
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
+        )
+
+    return emit(x, count)
 
 
 def copy_rows(

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales, loads, scaled_products
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
-from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul.config import Config, refused
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
 from moe_align_jax._lowering.launch_value import launch_value
@@ -182,6 +182,8 @@ def build(
     a launch has. What it has of pairs (of rows, where x is not gathered) rides in the place of a first
     operand's pointer, times 256, and descriptors are made of its rows.
     """
+    if reason := refused(problem, config):
+        raise ValueError(f"tiles {config.name}: {reason}")
     shape, weights = shape_of(problem, config), problem.weights
     if ending:
         shape = shape._replace(piece=ending.piece)
@@ -219,7 +221,9 @@ def build(
         def order(i):
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
-            if not config.ahead:
+            if config.by_expert:
+                at, n = _in_expert(problem, config, refs, t, n_tiles)
+            elif not config.ahead:
                 at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
@@ -396,7 +400,8 @@ def build(
                 if not shape.partial:
                     return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
-                whole = here[0] + shape.wm <= here[2]
+                rows = shape.wn if swap else shape.wm  # of the result, of this warpgroup's sums
+                whole = here[0] + rows <= here[2]
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
@@ -558,6 +563,25 @@ def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[A
     size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
     return first * group + (rest - n * size), n
+
+
+def _in_expert(
+    problem: MatmulProblem, config: Config, refs: _Refs, t: jax.Array, n_tiles: int
+) -> tuple[Any, Any]:
+    """(Tile of rows, n tile) of the t-th tile, in groups of up to `group` row tiles of one expert.
+
+    As all n tiles of a group follow each other, tile t // n_tiles of the rows is one of t's group.
+    """
+    near = lax.div(t, _I32(n_tiles))
+    begin = refs.experts[near] * problem.max_rows
+    before = lax.div(refs.starts[near] - begin, _I32(config.bm))  # tiles of the expert
+    count = lax.div(refs.ends[near] - begin + (config.bm - 1), _I32(config.bm))
+    inside = lax.div(before, _I32(config.group)) * config.group
+    size = jnp.minimum(count - inside, config.group)
+    first = near - before + inside
+    rest = t - first * n_tiles
+    n = lax.div(rest, size)
+    return first + (rest - n * size), n
 
 
 def _over_experts(problem: MatmulProblem, config: Config, step: Callable, first: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, piece_rows, tests_rows
+from moe_align_jax._grouped_matmul.config import Config, counts_rows, piece_rows, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
         piece_rows: rows of them: 64; of swapped tiles all, or half of many, which leaves room for a stage.
         parted: whether the kernel itself parts interleaved columns.
         tests_rows: whether sorted_token_ids say which rows of the result are zero.
+        counts_rows: whether a tile's pairs are counted for that: they come first.
         reads_ids: whether they are read at all.
         x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
         scales_by_rows: of x, loaded by cp.async, one at a time.
@@ -49,6 +50,7 @@ class Shape(NamedTuple):
     piece_rows: int
     parted: bool
     tests_rows: bool
+    counts_rows: bool
     reads_ids: bool
     x_by_rows: bool
     w_by_rows: bool
@@ -98,6 +100,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
+        config.form == "swap" and config.bm > 64 and counts_rows(problem, config.bm),
         bool(tests or problem.top_k or store_rows or (parts > 1 and not problem.whole_blocks)),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,

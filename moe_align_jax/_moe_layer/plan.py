@@ -9,14 +9,19 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 # than it saves. vLLM's factor.
 PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block where each reads
-# the weights, and its blocks should have few rows without a pair where products bound. Four sizes, however
-# many batch sizes a model is called with: each is a kernel of both products.
+# the weights, and its blocks should have few rows without a pair where products bound. Four or five sizes,
+# however many batch sizes a model is called with: each is a kernel of both products.
 # Of many experts, one H200, 2026-11-29, device span in us, by rows: Qwen3-30B-A3B, 128 tokens: 16 291,
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
+# Up to eight experts have blocks of 176 too, six of which hold 1024 rows: of 192, a ninth would be padding.
+# Mixtral 8x7B, forward, forward and backward: 4096 tokens: 128 4043, 12822; 176 3803, 12337; 192 4050,
+# 13275; 8192 tokens, forward: 176 8385, 192 8293. With more experts the kernels of pairs without an alignment
+# are more, by how many CTAs share a tile: a fifth size would make 14 kernels for 16 experts.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
-_FEW = 16  # up to so many: their batches reach more rows per expert
+_EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (1056, 176), _FEW_EXPERTS[-1])
+_FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
 # Of products whose tiles have 8, 16, 64 or 128 rows: see `takes_any_rows`.
 _POWERS_OF_TWO = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))
 # Of a batch whose size is known only when an exported program runs.
@@ -143,7 +148,8 @@ def block_sizes(num_experts: int, any_rows: bool = True) -> tuple[tuple[float, i
     """(Most pairs per expert, rows per block), ascending; the last one has no limit."""
     if not any_rows:
         return _POWERS_OF_TWO
-    return _FEW_EXPERTS if num_experts <= _FEW else _MANY_EXPERTS
+    few = _EIGHT_EXPERTS if num_experts <= _EIGHT else _FEW_EXPERTS
+    return few if num_experts <= _FEW else _MANY_EXPERTS
 
 
 def block_size_for(num_pairs: Any, num_experts: int, any_rows: bool = True) -> int:

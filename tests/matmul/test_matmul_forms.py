@@ -16,7 +16,7 @@ import moe_align_jax as maj
 from moe_align_jax import matmul
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch, reference, tile_list
+from moe_align_jax._grouped_matmul import kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 from tests.matmul.test_matmul import make_case, normal
@@ -184,10 +184,31 @@ FEW = [
         lambda m: blocks(m, 9, 1, 1, 64, 640, 144, gather=False),
         MANY_ROWS._replace(late=True),
     ),
+    (
+        "swap, many rows, zeros",
+        lambda m: blocks(m, 150, 1, 3, 64, 128, 144, gather=False, routing="dropped"),
+        MANY_ROWS._replace(late=True),
+    ),
+    (
+        "swap, two tiles, zeros",
+        lambda m: blocks(m, 150, 1, 2, 64, 128, 192, gather=False),
+        MANY_ROWS._replace(bm=96),
+    ),
     ("remote", lambda m: blocks(m, 20, 2, 4, 64, 64, 16, routing="dropped", bias=True), SWAP),
     ("ragged", lambda m: ragged(m, [3, 0, 17, 5], 30, 64, 64), SWAP),
     ("ragged, m", lambda m: ragged(m, [130, 3], 140, 64, 64), M),
+    # 130 of a tile's 144 rows, which must leave the next group's alone.
+    (
+        "ragged, many rows, late",
+        lambda m: ragged(m, [3, 130, 3], 136, 64, 128),
+        MANY_ROWS._replace(late=True),
+    ),
     ("masked", lambda m: masked(m, [3, 0, 17], 20, 64, 64), SWAP),
+    (
+        "masked, by expert",
+        lambda m: masked(m, [3, 0, 40, 17], 40, 64, 320),
+        SWAP._replace(bm=8, group=3, by_expert=True),
+    ),
     # Two experts of 137 and 163 rows: a warpgroup of their second tiles has none.
 ]
 
@@ -196,6 +217,21 @@ FEW = [
 def test_forms_in_the_interpreter(make, config, monkeypatch):
     with jax.default_device(jax.devices("cpu")[0]):
         check(*make(monkeypatch), config, interpret=True)
+
+
+def test_tiles_that_do_not_fit_a_problem_are_refused(monkeypatch):
+    """Swapped tiles load two rows' ids at once: blocks of one row led to a misaligned address on an H200."""
+    problem, _ = blocks(monkeypatch, 9, 2, 40, 64, 128, 1, gather=False)
+    with pytest.raises(ValueError, match="even number of rows"):
+        kernel.build(problem, SWAP._replace(bm=8))
+    kernel.build(problem._replace(zero_padding=False), SWAP._replace(bm=8))
+    with pytest.raises(ValueError, match="store 16 bits"):
+        kernel.build(problem._replace(out_dtype="float32", zero_padding=False), SWAP)
+    with pytest.raises(ValueError, match="interleaved"):
+        weights = Weights(activation="silu", gated=True, interleaved=True)
+        kernel.build(problem._replace(weights=weights, zero_padding=False), WIDE)
+    with pytest.raises(ValueError, match="masked layout"):
+        kernel.build(problem, M._replace(by_expert=True))
 
 
 def test_the_emulator_by_its_name():
@@ -265,6 +301,7 @@ def many() -> list[tuple[str, Any, Any]]:
     for flag in (False, True):
         late = MANY_ROWS._replace(late=True)
         more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
+        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=8))
         for tile in more:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)
@@ -285,7 +322,7 @@ def many() -> list[tuple[str, Any, Any]]:
         add(
             f"ragged {sizes[:5]}",
             lambda m, sizes=sizes, rows=rows: ragged(m, sizes, rows, 256, 640),
-            *(M, N, SWAP, MANY_ROWS),
+            *(M, N, SWAP, MANY_ROWS, MANY_ROWS._replace(late=True)),
         )
     add("ragged, odd", lambda m: ragged(m, [130, 7, 3], 144, 200, 136), N, SWAP)
     for counts in ([3, 0, 17, 20], [0, 0, 0], [20] * 4):
@@ -294,7 +331,21 @@ def many() -> list[tuple[str, Any, Any]]:
             lambda m, counts=counts: masked(m, counts, 20, 256, 640),
             *(M, N, SWAP),
         )
-    add("masked, gated", lambda m: masked(m, [512, 129, 0], 512, 256, 320 * 2, **SILU), M, N, WIDE)
+    by_expert = [M._replace(group=group, by_expert=True) for group in (2, 8)]
+    add(
+        "masked, gated",
+        lambda m: masked(m, [512, 129, 0], 512, 256, 320 * 2, **SILU),
+        *(M, N, WIDE, *by_expert),
+    )
+    for most in (500, 512):  # a tile ends with the expert's rows, or in the next one's
+        add(
+            f"masked, many rows of {most}",
+            lambda m, most=most: masked(m, [300, 10, 64, 0, 450, 129, most], most, 256, 640),
+            *(*by_expert, MANY_ROWS._replace(late=True), None),
+        )
+    of_blocks("zeros", (700, 2, 5, 256, 640, 144), None, gather=False, routing="dropped")
+    of_blocks("zeros", (700, 2, 5, 256, 640, 192), None, gather=False, routing="hot")
+    of_blocks("zeros", (700, 2, 5, 256, 640, 176), None, gather=False, routing="dropped")
     return found
 
 
@@ -426,6 +477,25 @@ def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
     config = tiles.config_for(problem)
     assert config.bm == bm
     assert config.late is (bm in (128, 144))
+
+
+def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():
+    """Few rows an expert, and other layouts, have the tiles that they had."""
+    sizes = {"k": 7168, "n": 4096, "num_experts": 32, "dtype": "bfloat16"}
+    sizes |= {"out_dtype": "bfloat16", "weights": Weights()}
+
+    def name(rows, columns=4096, **more):
+        problem = MatmulProblem("test", "masked", 32 * rows, **sizes | {"n": columns} | more)
+        return tiles.config_for(problem._replace(max_rows=rows), "NVIDIA H200").name
+
+    assert name(1024) == "128x256x64s4m-g8-late-experts"
+    assert name(1024, out_dtype="float32") == "128x256x64s4m-g8-experts"
+    assert name(1024, 512) == "128x256x64s4m-g0-late"
+    assert name(128) == "16x128x128s5swap-g0" and name(512) == "64x256x64s4n-g8"
+    blocks_ = MatmulProblem("test", "blocks", 32768, **sizes, block_size=128)
+    ragged_ = MatmulProblem("test", "ragged", 32768, **sizes, num_groups=32)
+    for problem in (blocks_, ragged_):
+        assert not tiles.config_for(problem, "NVIDIA H200").by_expert
 
 
 def test_few_rows_get_small_tiles_and_many_get_large_ones():

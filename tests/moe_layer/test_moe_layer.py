@@ -204,10 +204,10 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [60, 500, 4096])
+@pytest.mark.parametrize("tokens", [60, 500, 1500, 4096, 4400])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_experts_on_a_gpu(tokens, transposed):
-    """Blocks of 48, 144 and 192 rows; the last ones' are gathered before the product."""
+    """Blocks of 48, 144, 176, and 176 and 192 rows that are gathered before the product."""
     operands, options = make_layer(
         *(tokens, 2, 8, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
     )

@@ -58,6 +58,12 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield "ragged", problem(**ragged), tiles
         yield "masked", problem(**masked), tiles
         yield "masked, uneven", problem(**uneven), tiles
+        if not swapped:
+            by_expert = tiles._replace(by_expert=True)
+            yield "masked, by expert", problem(**masked), by_expert
+            for options in ({}, {"transposed": True, "bias": True}, {"interleaved": True}):
+                weights = silu | {"swiglu_limit": 7.0, "swiglu_alpha": 1.702} | options
+                yield f"masked, by expert, {weights}", problem(**uneven, weights=weights), by_expert
         yield "partial", problem(block=block * 3 // 4), tiles
         if not tall:  # too many registers
             yield "odd", problem(block=block, **odd), tiles
@@ -109,14 +115,31 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=bm, weights=silu | {"transposed": True}, **gather)
         yield f"{bm}, gated", given, wide._replace(bm=bm, stages=stages)
         yield f"{bm}", problem(block=bm), s._replace(bm=bm, stages=stages - 1)
-    for bm, stages in ((144, 4), (192, 3)):
+    for bm, stages in ((144, 4), (176, 3), (192, 3)):
         tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
         yield f"{bm}, ragged", problem(**ragged), tiles
+        yield f"{bm}, masked", problem(**masked), tiles
         for transposed in (False, True):
             weights = {"transposed": transposed}
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
-            weights = silu | weights | {"bias": bm == 144}  # more rows and a bias spill
+            weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
+    tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
+    yield "144, late, masked", problem(**uneven), tiles
+    yield "144, late, ragged", problem(**ragged), tiles
+    narrow = s._replace(bm=8, bn=128, bk=64, stages=6, computing=1, split=4, num_ctas=128)
+    lie = silu | {"transposed": True}
+    for bk, stages in ((64, 6), (128, 3)):
+        given = problem(block=1, weights=lie, **gather)
+        yield (
+            f"pairs, {bk} of k, one warpgroup",
+            given,
+            narrow._replace(bk=bk, stages=stages, lag=1),
+        )
+    narrow = s._replace(bm=8, bn=64, stages=4, lag=1, computing=1, num_ctas=264)
+    more = {"weights": {"transposed": True}, "zero_padding": False}
+    yield "pairs, one warpgroup", problem(block=1, **more), narrow
     for bm in (8, 24):
         deep = wide._replace(bm=bm, bk=128, stages=3, lag=1)
         for more in (
