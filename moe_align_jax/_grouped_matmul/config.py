@@ -19,6 +19,7 @@ _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
+_LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spills registers
 # Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
@@ -58,6 +59,8 @@ class Config(NamedTuple):
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
             in place of a launch that makes the list of tiles.
+        paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
+            even number of stages. Of e4m3.
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
     """
@@ -79,6 +82,7 @@ class Config(NamedTuple):
     shared: str = "x"
     early: bool = False
     finds: bool = False
+    paired: bool = False
     by_expert: bool = False
 
     @property
@@ -97,6 +101,7 @@ class Config(NamedTuple):
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
         more += "-finds" if self.finds else ""
+        more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -394,14 +399,15 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     wide = wide and not problem.weights.gated and not problem.top_k
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
+    paired = problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     masked = problem.rows == "masked"
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
-        return tall._replace(sharing=2, ahead=True, early=True)
+        return tall._replace(sharing=2, ahead=True, early=True, paired=paired)
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
-        return tiles._replace(group=0, sharing=2, shared="w", early=not masked)
+        return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
     return tiles
 
 

@@ -8,6 +8,7 @@ at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the ch
 tile, counted row after row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +120,46 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
         *(target, source, arith.select(there, int32(CHUNK_BYTES), int32(0))),
         has_side_effects=True,
     )
+
+
+# -- loops -----------------------------------------------------------------------------------------
+
+
+def loop(count: jax.Array, step: Callable[[jax.Array], Any], *, interpret: bool) -> None:
+    """`step(0)` to `step(count - 1)`: a loop that neither LLVM nor ptxas unrolls.
+
+    Unrolled, a short loop's addresses are all computed ahead of it, and may take more registers than there
+    are.
+    """
+    if interpret:
+
+        def plain(k, _):
+            step(k)
+
+        lax.fori_loop(0, count, plain, None)
+        return
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    # LLVM unrolls a loop where it sees which constants its count may be.
+    @emits(
+        arg_types=(scalar,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(_I32), layout=scalar),
+    )
+    def hidden(_, value):
+        same = llvm.inline_asm(
+            i32(), [scalar_of(value)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(same, (), is_signed=True)
+
+    @emits()
+    def not_unrolled(_):  # said to ptxas in the block that a loop begins with
+        mgpu_utils.inline_ptx('.pragma "nounroll";', has_side_effects=True)
+
+    def body(k, _):
+        not_unrolled()
+        step(k)
+
+    lax.fori_loop(0, hidden(count), body, None)
 
 
 # -- bounds that a launch gives -------------------------------------------------------------------

@@ -445,7 +445,7 @@ def build(
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
-                def step(k, _):
+                def step(k, _=()):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
@@ -462,7 +462,10 @@ def build(
 
                     return ()
 
-                lax.fori_loop(0, steps, step, ())
+                if computing == 3:  # the loader has 32 registers
+                    inline.loop(steps, step, interpret=interpret)
+                else:
+                    lax.fori_loop(0, steps, step, ())
                 return ring + steps
 
             end = lax.fori_loop(0, mine, one, _I32(0))

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import epilogue, inline_scales
+from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales
 from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
@@ -93,7 +93,11 @@ class Products:
         if self.scales.x == "tensor":
             of_all = refs.x_scales[0]
 
-        early = self.config.early
+        early, steps = self.config.early, self.shape.k_steps
+        # Both stages of a turn follow each other: each tile begins at an even one.
+        paired = self.config.paired and steps % 2 == 0 and self.config.stages % 2 == 0
+        # Whether the scales of the weights are read in the step itself, behind its product.
+        in_step = place is not None and (not early or paired)
 
         def more_of_w(k):
             """Of the weights in step k."""
@@ -101,10 +105,8 @@ class Products:
                 return self._of_blocks(tile, warpgroup, before + k)
             return self._fetched(warpgroup, place, k)
 
-        def step(k, carry):
-            # The next step's stage is found while this one's product runs.
-            sums, of_w, slot = carry
-            following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
+        def one(k, sums, of_w, slot, following, more):
+            """Step k, in stage `slot`; `more`: whether there is another, which is in stage `following`."""
             if not early:
                 plgpu.barrier_wait(refs.full.at[slot])
             found, of_x, coming = list(sums), None, of_w
@@ -118,45 +120,58 @@ class Products:
                         of_x = None
                         if of_all is None:
                             of_x = self._of_rows(warpgroup, slot, before + k)
-                        in_step = place is not None and not early
                         of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
                         scales = (of_x, of_next)
                         if early:
-                            pl.when(k < last)(lambda: plgpu.barrier_wait(refs.full.at[following]))
+                            pl.when(more)(lambda: plgpu.barrier_wait(refs.full.at[following]))
                     return partial[...], scales
 
                 product, scales = pl.run_scoped(scope, like)
                 if part == 0:
                     of_x, coming = scales
-                    if place is not None and not early:
+                    if in_step:
                         of_w, coming = coming, ()
                 if part == count - 1:
                     plgpu.barrier_arrive(refs.empty.at[slot])
                 for i, piece in self._pieces(product, part):
                     scale = of_w[i] if of_all is None else of_w[i] * of_all
                     found[i] = self._add(found[i], piece, of_x, scale)
-            return tuple(found), coming, following
+            return tuple(found), coming
 
-        def pass_on(k, _):
+        def step(k, carry):
+            # The next step's stage is found while this one's product runs.
+            sums, of_w, slot = carry
+            following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
+            return *one(k, sums, of_w, slot, following, k < last), following
+
+        def two(i, carry):
+            """Two steps: where the second one's operands lie is found beside the sums of the first."""
+            sums, of_w, slot = carry
+            following = jnp.where(slot == self.config.stages - 2, 0, slot + 2)
+            sums, of_w = one(2 * i, sums, of_w, slot, slot + 1, True)
+            more = i < steps // 2 - 1
+            return *one(2 * i + 1, sums, of_w, slot + 1, following, more), following
+
+        def pass_on(k):
             slot = slot_of(ring + k)
             plgpu.barrier_wait(refs.full.at[slot])
             between(k)
             plgpu.barrier_arrive(refs.empty.at[slot])
-            return ()
 
         zeros = [self._zeros(shape) for shape in self._shapes()]
-        all_steps, mine = _I32(self.shape.k_steps), tile.valid
+        all_steps, mine = _I32(steps), tile.valid
         if self.config.skips:
             mine = mine & self._holds_rows(tile, warpgroup)
-        none = place is not None and not early
-        first = tuple(zeros), () if none else more_of_w(0), slot_of(ring)
+        first = tuple(zeros), () if in_step else more_of_w(0), slot_of(ring)
         if early:  # of the first step; of the next ones each behind the product before it
             pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
-        sums, *_ = lax.fori_loop(0, jnp.where(mine, all_steps, 0), step, first)
+        turns, turn = (_I32(steps // 2), two) if paired else (all_steps, step)
+        sums, *_ = lax.fori_loop(0, jnp.where(mine, turns, 0), turn, first)
         if self.config.skips or self.config.shares_weights:
             busy = tile.busy if self.config.shares_weights else tile.valid
             others = busy & jnp.logical_not(mine)
-            lax.fori_loop(0, jnp.where(others, all_steps, 0), pass_on, ())
+            passed = jnp.where(others, all_steps, 0)
+            inline.loop(passed, pass_on, interpret=self.interpret)
         return list(sums)
 
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:

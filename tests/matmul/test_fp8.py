@@ -352,10 +352,12 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-early-finds",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds-paired",
         ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
-        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead-paired"),
+        ("masked", {"expected_rows": 192, "k": 2176}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead"),
         (
             "blocks",
             {
@@ -368,7 +370,7 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             },
             "8x256x128s5swap-g0-k4",
         ),
-        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early"),
+        ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early-paired"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
@@ -487,9 +489,9 @@ FORMS = {
         BROAD,
     ),
     "broad, weights shared": (
-        (50, 2, 3, 256, 192, 128),
+        (50, 2, 3, 512, 192, 128),  # two turns of two steps
         {"gather": False, "layout": COLUMNS, "row_weights": True, "routing": "dropped"},
-        EARLY,
+        EARLY._replace(paired=True),
     ),
     "swap, a warpgroup alone": (
         (9, 2, 3, 256, 192, 16),
@@ -548,10 +550,11 @@ def test_masked_in_the_interpreter(finds, monkeypatch):
 
 def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
     """Tiles of 128 rows: two of the first expert, one of the second, which is the last and has no other. The
-    second warpgroup has rows in the first of them alone, and passes stages on elsewhere."""
+    second warpgroup has rows in the first of them alone, and passes stages on elsewhere. One step
+    is no pair."""
     counts = np.array([150, 20], np.int32)
     x, w, options, want = make_masked(COLUMNS, n=64, k=128, counts=counts, most=256)
-    config = EARLY._replace(skips=True, finds=True)
+    config = EARLY._replace(skips=True, finds=True, paired=True)
     given = x, w, counts
     out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
     for rows, count, expected in zip(out.reshape(2, 256, 64), counts, want, strict=True):
@@ -628,6 +631,11 @@ def on_a_gpu():
         for name, layout in layouts.items():
             text = f"sharing, {name}"
             add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
+    for config in (BESIDE, EARLY, tall._replace(early=True)):
+        config = config._replace(paired=True)
+        for name, layout in layouts.items():
+            size = (300, 2, 3, 384 if name == "packed rows" else 2048, 448, config.bm)
+            add(f"paired, {name}, {size[3]}", config, *size, gather=False, layout=layout)
     for config in (BESIDE, EARLY):
         size = (300, 2, 3, 384, 448, 128)
         add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
@@ -653,7 +661,7 @@ def on_a_gpu():
         of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
-        shared.append(TALL._replace(**both, sharing=2))
+        shared.append(TALL._replace(**both, sharing=2, early=True))
         finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2], shared[3], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
@@ -671,6 +679,17 @@ def on_a_gpu():
         x, w, options, _ = make_masked(COLUMNS, counts=counts, most=64, answers=False)
         return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
 
+    for name in ("columns", "packed", "rows"):
+        for config in (BESIDE, EARLY, TALL._replace(sharing=2, ahead=True, early=True)):
+            config = config._replace(paired=True, skips=True, finds=True)
+
+            def paired(patch, layout=layouts[name]):
+                counts = np.array([600, 0, 3, 300], np.int32)
+                given = {"counts": counts, "most": 600, "k": 2048, "n": 448, "answers": False}
+                x, w, options, _ = make_masked(layout, **given)
+                return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
+
+            found.append((f"paired, masked 600, {name}, {config.name}", paired, config))
     for config in (SWAP, ALONE, M):
         config = config._replace(finds=True)
         found.append((f"masked, 30 experts, {config.name}", many, config))

@@ -202,6 +202,29 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     sizes = {"rows": "masked", "max_rows": 64, "num_rows": 512}
     yield case("masked 64", scales=columns._replace(pitch=64), **sizes)
     yield case("masked 64, rows, silu", scales=rows, weights=silu, **sizes)
+    # Many rows of each expert, and a short K: its loops, where unrolled, took more registers than there are.
+    for experts, most, k, n in ((2, 768, 1024, 192), (6, 4096, 2048, 4096), (16, 4096, 1024, 4096)):
+        sizes = {
+            "num_experts": experts,
+            "num_rows": experts * most,
+            "max_rows": most,
+            "k": k,
+            "n": n,
+        }
+        more = {"rows": "masked", "expected_rows": min(most, 1024)}
+        yield case("masked, many", scales=columns._replace(pitch=most), **more, **sizes)
+    # Tiles of clusters whose loop over k takes two steps in a turn.
+    packed, single = columns._replace(packed=True), Scales("tensor", "tensor")
+    many_rows: dict[str, Any] = {"num_rows": 32768, "k": 2048, "n": 7168}
+    of_most = many_rows | {"rows": "masked", "max_rows": 4096, "expected_rows": 1024}
+    yield case("weights shared, long", **many_rows | {"k": 7168})
+    yield case("masked, long", scales=columns, **of_most | {"k": 7168})
+    yield case("masked, mean 192", scales=columns, **of_most | {"expected_rows": 192})
+    for each in (columns, rows, packed, rows._replace(packed=True), single):
+        yield case("weights shared, scales", scales=each, **many_rows)
+        yield case("masked, scales", scales=each, **of_most)
+    for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
+        yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
         yield case(f"{block}, silu", block, weights=silu)
     pairs = {"num_rows": 8, "num_tokens": 1, "top_k": 8, "n": 256, "num_experts": 128}
