@@ -224,8 +224,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
         yield case("weights shared, scales", scales=each, **many_rows)
         yield case("masked, scales", scales=each, **of_most)
     for mean in (192, 1024):
-        *given, tiles = case("masked, paired", scales=columns, **of_most | {"expected_rows": mean})
-        yield *given, tiles._replace(paired=True)
+        given = of_most | {"expected_rows": mean}
+        name, problem, tiles = case("masked, paired", scales=columns, **given)
+        yield name, problem, tiles._replace(paired=True)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
         yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
