@@ -352,11 +352,10 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-early-finds-paired",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds",
         ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
-        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead-paired"),
-        ("masked", {"expected_rows": 192, "k": 2176}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
         ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead"),
         (
             "blocks",
@@ -371,6 +370,8 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             "8x256x128s5swap-g0-k4",
         ),
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early-paired"),
+        ("blocks", {"num_rows": 33280, "k": 2176}, "128x192x128s4m-g0-c2w-early"),
+        ("blocks", {"num_rows": 33280, "k": 1024}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),

@@ -213,7 +213,7 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
         }
         more = {"rows": "masked", "expected_rows": min(most, 1024)}
         yield case("masked, many", scales=columns._replace(pitch=most), **more, **sizes)
-    # Tiles of clusters whose loop over k takes two steps in a turn.
+    # Tiles of clusters: their loop over k takes two steps in a turn, by default outside the masked layout.
     packed, single = columns._replace(packed=True), Scales("tensor", "tensor")
     many_rows: dict[str, Any] = {"num_rows": 32768, "k": 2048, "n": 7168}
     of_most = many_rows | {"rows": "masked", "max_rows": 4096, "expected_rows": 1024}
@@ -223,6 +223,10 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for each in (columns, rows, packed, rows._replace(packed=True), single):
         yield case("weights shared, scales", scales=each, **many_rows)
         yield case("masked, scales", scales=each, **of_most)
+    for mean in (192, 1024):
+        given = of_most | {"expected_rows": mean}
+        name, problem, tiles = case("masked, paired", scales=columns, **given)
+        yield name, problem, tiles._replace(paired=True)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
         yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
