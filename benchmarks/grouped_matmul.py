@@ -461,10 +461,11 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             work.append((provider, measure))
     children.wait_for_turn()
     rate = read_rate()
-    # In turn, so that a GPU that warms up, or slows down, does so under all of them.
+    # In turn, every second round backward: a GPU that warms up, or slows down, does so under all of them.
     found: dict[str, list[Any]] = {provider: [] for provider, _ in work}
-    for last in [*[False] * (options.rounds - 1), True]:
-        for provider, measure in work:
+    for number in range(options.rounds):
+        last = number == options.rounds - 1
+        for provider, measure in work if number % 2 == 0 else reversed(work):
             row = {"case": size.name, **size._asdict(), "provider": provider}
             row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
             row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}

@@ -400,7 +400,7 @@ def build(
                 if not shape.partial:
                     return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
-                rows = shape.wn if swap else shape.wm  # of the result, of this warpgroup's sums
+                rows = shape.wn if swap else shape.wm  # swapped: a warpgroup has all of a tile's
                 whole = here[0] + rows <= here[2]
 
                 @pl.when(jnp.logical_not(whole))

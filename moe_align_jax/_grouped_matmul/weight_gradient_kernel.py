@@ -300,7 +300,8 @@ def gathers_first(problem: WeightGradient) -> bool:
 def gathered(
     problem: WeightGradient, lhs: jax.Array, rhs: jax.Array, *where: jax.Array
 ) -> tuple[WeightGradient, tuple[jax.Array, ...]]:
-    """The same sums of rows in aligned order, gathered by XLA."""
+    """The same sums of rows in aligned order, gathered by XLA. The kernel leaves out the rows of no pair: the
+    other operand's may hold NaN there."""
     layout = problem.layout
     pairs = layout.num_tokens * layout.top_k
     tokens = lhs if problem.gathered == "lhs" else rhs

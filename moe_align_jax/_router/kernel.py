@@ -112,7 +112,7 @@ class Found(NamedTuple):
 
     Attributes:
         expert: lane k's, -1 of a token that is not real.
-        logit: that of lane k's expert. Of a bias `None`: it is loaded again.
+        logit: that of lane k's expert. `None` where it must be loaded again: of a bias, or of short keys.
         logits: of my experts.
         greatest, total: of the softmax over all, where it is known already.
     """
@@ -188,9 +188,8 @@ class Router:
         self.packed = exact and not problem.bias_rows
         self.short = shortens(problem)
         self.id_mask = id_mask(problem)
-        self.kept: tuple[Any, Int] | None = (
-            None  # where in shared memory my token's logits are (`keep`)
-        )
+        # Where in shared memory my token's logits are (`keep`).
+        self.kept: tuple[Any, Int] | None = None
         # Of short keys: 1, of which the compiler does not know it; the ids of my experts as a key has them.
         self.one: Int | None = None
         self.id_bits: list[Int] = []

@@ -2,7 +2,8 @@
 
 A token names an expert at most once, so the pairs of an expert are told by its tokens alone, up to 64 of
 them: the bits of a word, or of two. Atomic additions in shared memory set the bits, which no order changes.
-The number of an expert's bits is its count, and a pair's rank is the number of those before its token's.
+The number of an expert's bits is its count, unless its tokens are counted beside them, and a pair's rank is
+the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
 without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
@@ -75,8 +76,8 @@ class Split:
         if self.words > 1 and self.most_blocks == 1:
             # A byte is shorter to read than two words of bits: 64 tokens in blocks of 64 rows take 2.16 us
             # instead of 2.28 (E = 256, H200, under jit, device spans, 2026-11-29).
-            rounds_up = size & (size - 1) == 0 and problem.num_tokens + size - 1 <= _BYTE
-            self.counted = self.in_lanes and rounds_up
+            fits_bytes = size & (size - 1) == 0 and problem.num_tokens + size - 1 <= _BYTE
+            self.counted = self.in_lanes and fits_bytes
         # Four counts to a word, which `_starts` rounds up to blocks at once.
         self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
         # Without them every id is one of an expert.

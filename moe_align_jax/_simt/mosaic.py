@@ -637,9 +637,8 @@ def run_between(arrays: Sequence[jax.Array], name: str, code: str, words: int) -
 
         emit(*refs)
 
-    held = [
-        jax.new_ref(x) for x in arrays
-    ]  # a kernel that may write to them is one that they wait for
+    # A kernel that may write to the arrays is one that their readers wait for.
+    held = [jax.new_ref(x) for x in arrays]
     run = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((1, words), jnp.int32)],

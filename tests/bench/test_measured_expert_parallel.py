@@ -66,7 +66,7 @@ def compared(heads, rows, found, digits, cases=CASES):
     return count
 
 
-def test_every_table_of_two_clocks_is_that_of_its_rows():
+def test_every_table_of_clocks_is_that_of_its_rows():
     given = [*tables()]
     pairs = "expert-parallel-x2"
     files = [

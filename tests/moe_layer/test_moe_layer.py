@@ -204,10 +204,13 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [60, 500, 1500, 4096, 4400])
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(60, 48), (500, 144), (1500, 176), (4096, 176), (4400, 192)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_few_experts_on_a_gpu(tokens, transposed):
-    """Blocks of 48, 144, 176, and 176 and 192 rows that are gathered before the product."""
+def test_few_experts_on_a_gpu(tokens, rows, transposed):
+    """Each size of a block; of the last two, rows are gathered before the product."""
+    assert maj.moe_block_size(tokens, top_k=2, num_experts=8) == rows
     operands, options = make_layer(
         *(tokens, 2, 8, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
     )

@@ -2,8 +2,9 @@
 
 A CTA takes the same units on every device: a part of a token's row, so that many SMs share few tokens and
 their shares differ little. Each of its warpgroups sums the pairs of another home rank; after all devices'
-CTAs of this index have met, the CTA adds up what came for its own units. A rank sends what it has an
-expert for, and the home knows which ranks these are: from its tokens' ids.
+CTAs of this index have met, the CTA adds up what came for its own units. (Over windows, rows of few tokens
+carry their epoch: they are awaited word by word, and the devices meet at the end.) A rank sends what it has
+an expert for, and the home knows which ranks these are: from its tokens' ids.
 """
 
 import functools

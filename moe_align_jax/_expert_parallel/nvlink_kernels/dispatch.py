@@ -3,8 +3,9 @@
 Of a CTA's two warpgroups one sends rows, as `send` does. The other puts ids into everyone's inbox, takes all
 that come here, and counts: the place of a pair in its expert's box is the number of pairs of the same
 expert before it. An id is its own message: no fence, which would wait for rows, is ahead of it. So the places
-are known when the rows are here. A CTA copies the rows that the peers of its index have sent. Every CTA
-takes all ids: this is for small batches.
+are known when the rows are here. A CTA copies the rows that the peers of its index have sent. (Over windows,
+rows of few tokens carry their epoch, and are awaited word by word.) Every CTA takes all ids: this is for
+small batches.
 
 D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts. Rows of few
 tokens are cut into parts, each for a CTA.
