@@ -82,6 +82,8 @@ class MosaicSimt(Simt):
         return MlirInt(llvm.inline_asm(i32(), values, code, "=r,0,r,r,b"))
 
     def _lop3(self, a: Int, mask: int, b: Int, table: int) -> Int:
+        """Any function of the three, bit by bit, in one instruction: `table` has its values for the 8
+        triples of bits, as PTX's `lop3` counts them."""
         code = f"lop3.b32 $0, $1, {mask & 0xFFFFFFFF:#x}, $2, {table:#x};"
         return MlirInt(llvm.inline_asm(i32(), [value_of(a), value_of(b)], code, "=r,r,r"))
 
