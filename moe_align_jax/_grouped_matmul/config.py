@@ -192,12 +192,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
 
     An ill address stops every later kernel of the process, so that it must not come to that.
     """
-    if tiles.form == "swap" and _no_swap(problem):
-        if problem.out_dtype == "float32":
-            return "swapped tiles store 16 bits"
-        if problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem):
-            return "swapped tiles load ids in pairs: blocks must have an even number of rows"
-        return "swapped tiles cannot part interleaved columns of untransposed weights"
+    if tiles.form == "swap" and (reason := _no_swap(problem)):
+        return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -274,13 +270,17 @@ def counts_rows(problem: MatmulProblem, bm: int) -> bool:
     return tests_rows(problem) and problem.block_size % bm == 0
 
 
-def _no_swap(problem: MatmulProblem) -> bool:
-    """Swapped tiles cannot part interleaved columns, nor store float32; ids and weights of their rows are
-    loaded in pairs, which must not begin at an odd row."""
+def _no_swap(problem: MatmulProblem) -> str | None:
+    """Why the problem has no swapped tiles, or None. A pair of ids, or of weights, must not begin at an odd
+    row."""
     weights = problem.weights
-    untransposed = weights.interleaved and weights.gated and not weights.transposed
-    odd = problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem)
-    return untransposed or problem.out_dtype == "float32" or bool(odd)
+    if problem.out_dtype == "float32":
+        return "swapped tiles store 16 bits"
+    if problem.rows == "blocks" and problem.block_size % 2 and tests_rows(problem):
+        return "swapped tiles load ids in pairs: blocks must have an even number of rows"
+    if weights.interleaved and weights.gated and not weights.transposed:
+        return "swapped tiles cannot part interleaved columns of untransposed weights"
+    return None
 
 
 def tests_rows(problem: MatmulProblem) -> bool:
