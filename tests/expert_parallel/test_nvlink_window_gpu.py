@@ -211,15 +211,19 @@ ABANDONED = """
 """
 
 
+def run_over_two_gpus(program: str, transport: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, which an error of a GPU ends."""
+    if len(jax.devices("gpu")) < 2:
+        pytest.skip("needs two GPUs")
+    code = textwrap.dedent(program).replace("TRANSPORT", transport)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("transport", [WINDOW])
 def test_a_device_that_never_comes_is_an_error_in_time(transport):
     """Here for the device that waits; the other one then waits for it in turn."""
-    if len(jax.devices("gpu")) < 2:
-        pytest.skip("needs two GPUs")
-    code = textwrap.dedent(ABANDONED).replace("TRANSPORT", transport)
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
+    ended = run_over_two_gpus(ABANDONED, transport)
     told = ended.stdout + ended.stderr
     assert "no error on" not in ended.stdout, told
     assert "error on" in ended.stdout or ended.returncode != 0, told
@@ -299,12 +303,7 @@ GIVEN_UP = """
 @pytest.mark.parametrize("transport", [WINDOW, "nvlink", "all_to_all"])
 def test_a_step_that_one_gpu_gives_up_is_an_error_on_all(transport):
     """By a trap of another kernel on the last GPU, while the step runs."""
-    if len(jax.devices("gpu")) < 2:
-        pytest.skip("needs two GPUs")
-    code = textwrap.dedent(GIVEN_UP).replace("TRANSPORT", transport)
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
+    ended = run_over_two_gpus(GIVEN_UP, transport)
     told = ended.stdout + ended.stderr[-3000:]
     print(told)
     assert "given up while it ran: True" in ended.stdout, told
