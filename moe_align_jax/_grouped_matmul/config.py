@@ -27,6 +27,8 @@ _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
+# Rows of a block of which six hold 1024 rows: a group of six begins with an expert's first tile as a rule.
+_SIXTH = 176
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -378,7 +380,9 @@ def _group(problem: MatmulProblem, rules: Rules) -> int:
         return 0
     if problem.rows == "masked":
         return rules.masked_group
-    return rules.few_group if problem.num_experts <= rules.few_experts else rules.many_group
+    if problem.num_experts > rules.few_experts:
+        return rules.many_group
+    return 6 if problem.block_size == _SIXTH else rules.few_group
 
 
 def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:

@@ -301,7 +301,7 @@ def many() -> list[tuple[str, Any, Any]]:
     for flag in (False, True):
         late = MANY_ROWS._replace(late=True)
         more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
-        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=8))
+        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=6))
         for tile in more:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)

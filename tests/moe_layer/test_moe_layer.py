@@ -205,14 +205,15 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("tokens", "rows"), [(60, 48), (500, 144), (1500, 176), (4096, 176), (4400, 192)]
+    ("tokens", "experts", "rows"),
+    [(60, 8, 48), (500, 8, 144), (1500, 8, 176), (4096, 8, 176), (4600, 9, 192)],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_few_experts_on_a_gpu(tokens, rows, transposed):
+def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
     """Each size of a block; of the last two, rows are gathered before the product."""
-    assert maj.moe_block_size(tokens, top_k=2, num_experts=8) == rows
+    assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
-        *(tokens, 2, 8, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
+        *(tokens, 2, experts, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
     )
     want = maj.fused_moe(*operands, implementation="xla", **options)
     y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
