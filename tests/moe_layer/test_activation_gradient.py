@@ -263,7 +263,7 @@ def check_second_derivative(problem, operands, implementation):
 
 
 def test_second_derivative_in_the_interpreter(monkeypatch):
-    """Products by "xla": their kernels take a minute of the interpreter's time, and have tests of their own."""
+    """Products by "xla": their kernels, which have tests of their own, take the interpreter a minute."""
     monkeypatch.setattr(derivative, "implementation_for", lambda problem, implementation: "xla")
     with jax.default_device(jax.devices("cpu")[0]):
         check_second_derivative(*make_case(12, 1, 2, 64, 512, block=4), "emulator")
