@@ -105,7 +105,7 @@ class Dispatched(NamedTuple):
 
     @property
     def expected_m(self) -> int | None:
-        """ "low_latency": rows of a mean expert where all are hit alike, `ceil(T * K / e)`, at most M; else None.
+        """Rows of a mean expert where all are hit alike: `ceil(T * K / e)`, at most M; None for "normal".
 
         A Python int, known when the program is traced: `expected_m` of `masked_grouped_matmul`, whose tiles
         are chosen for it. Padding tokens (`num_valid_tokens`) count as tokens.

@@ -1,4 +1,4 @@
-"""Whoever multiplies behind dispatch tells the rows of a mean expert, and tiles follow: by ids that NumPy draws."""
+"""Products behind dispatch are told the rows of a mean expert, and tiles follow: by ids that NumPy draws."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def products(monkeypatch):
 
 def pairs_of_experts(tokens, model):
     """`[draws, E]` of two ranks, top_k distinct experts for each token."""
-    draws = np.random.default_rng(0).random((20, 2 * tokens, model.experts))
+    draws = np.random.default_rng(0).random((100, 2 * tokens, model.experts))
     ids = draws.argpartition(model.top_k, axis=2)[..., : model.top_k]
     return np.stack([np.bincount(each.ravel(), minlength=model.experts) for each in ids])
 
@@ -51,7 +51,9 @@ def test_the_result_of_dispatch_tells_the_rows_of_a_mean_expert(mode):
     def body(x, ids, weights):
         for most in (None, 2):
             options = {} if mode == "normal" else {"max_tokens_per_expert": most}
-            got = maj.dispatch(x, ids, weights, axis_name="ep", num_experts=16, mode=mode, **options)
+            got = maj.dispatch(
+                x, ids, weights, axis_name="ep", num_experts=16, mode=mode, **options
+            )
             told.append(got.expected_m)
         told.append(jax.tree.map(lambda leaf: leaf, got).expected_m)
         return maj.combine(got.x, got.handle)
@@ -59,7 +61,9 @@ def test_the_result_of_dispatch_tells_the_rows_of_a_mean_expert(mode):
     ids = np.random.default_rng(0).random((20, 16)).argsort(1)[:, :3].astype(np.int32)
     x, weights = np.ones((20, 8), np.float32), np.ones((20, 3), np.float32)
     jax.eval_shape(over(mesh_of(4), body), x, ids, weights)
-    assert told[:3] == ([None] * 3 if mode == "normal" else [round(np.bincount(ids.flat).mean()), 2, 2])
+    assert told[:3] == (
+        [None] * 3 if mode == "normal" else [round(np.bincount(ids.flat).mean()), 2, 2]
+    )
 
 
 def test_layers_tell_the_rows_of_a_mean_expert(monkeypatch, products):
@@ -81,6 +85,7 @@ def test_layers_tell_the_rows_of_a_mean_expert(monkeypatch, products):
 
     quantised = fp8.Fp8Params(params.router, scaled(e, 2 * f, h), scaled(e, h, f))
     load = jax.eval_shape(lambda: fp8.init_load(mesh, num_experts=e))
+    page = (ROOT / "docs/expert_parallel.md").read_text()
     for tokens in (8, 64, 128):
         counts = pairs_of_experts(tokens, DEEPSEEK)
         x = like((2 * tokens, h), bf16)
@@ -98,6 +103,11 @@ def test_layers_tell_the_rows_of_a_mean_expert(monkeypatch, products):
             assert reads(problem, counts) < (1.6 if tokens == 128 else 1.05)
             untold = reads(problem._replace(expected_rows=0), counts)
             assert untold > (1.3 if tokens == 8 else 4.4)
+            before, since = (
+                config.config_for(p, H200).bm for p in (problem._replace(expected_rows=0), problem)
+            )
+            told = f"{before}, {since} | {untold:.1f}, {reads(problem, counts):.1f}"
+            assert f"| {tokens} | {counts.mean():.0f} | {told} |" in page
         products.clear()
 
 
