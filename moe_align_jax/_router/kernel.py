@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from moe_align_jax._router import arithmetic as f32
 from moe_align_jax._router.problem import GREATEST, SUM_FLOOR, RouteProblem
-from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Kernel, Program, Simt, form
 
 MAX_EXPERTS = 1024  # 32 in a lane's registers
 MAX_TOP_K = WARP  # lane k keeps the k-th
@@ -47,6 +47,7 @@ _OUT = -(2**31)  # below every key
 _FOUR, _EIGHT = 4, 8
 MESSAGE = 4  # ids that are sent at once
 _HALF = 0xFFFF
+_RANGE = 128  # beyond it logits count as equal to short keys in fixed point
 _MINUS_INFINITY = f32.bits(float("-inf"))
 
 
@@ -81,6 +82,13 @@ class _Layout(NamedTuple):
     part: Int
     size: int
     num_groups: int
+    piece: int = 0
+
+    def offset(self, j: int) -> int:
+        """My j-th expert is that far behind my first."""
+        if not self.piece:
+            return j
+        return j // self.piece * self.piece * WARP + j % self.piece
 
     def within(self, j: int) -> Int:
         """Whether this lane holds an expert at place j: a group may have fewer than its lanes hold."""
@@ -95,6 +103,9 @@ def _layout(problem: RouteProblem, lane: Int) -> _Layout:
     each = -(-size // lanes)
     whole = lanes * each == size and lanes * groups == WARP
     group, part = lane >> (lanes.bit_length() - 1), lane & (lanes - 1)
+    piece = 4 if problem.dtype == "float32" else 8
+    if form("v") and whole and groups == 1 and each % piece == 0 and each > piece:
+        return _Layout(each, lanes, whole, group, lane * piece, part, size, groups, piece)
     return _Layout(each, lanes, whole, group, group * size + part * each, part, size, groups)
 
 
@@ -147,6 +158,8 @@ def id_mask(problem: RouteProblem) -> int:
         return _HALF
     if problem.dtype == "float16":
         return MAX_EXPERTS - 1  # of 13
+    if form("q") and shortens(problem):
+        return (1 << max(8, (problem.num_experts - 1).bit_length())) - 1
     return (1 << max(1, (problem.num_experts - 1).bit_length())) - 1
 
 
@@ -157,6 +170,18 @@ type Send = Callable[[list[Int]], None]
 def sends_early(problem: RouteProblem) -> bool:
     """Whether `Router.find` calls its `send`: the parts are at most two, whole ones."""
     return shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
+
+
+def packs_ids(problem: RouteProblem) -> bool:
+    """Whether a message of `Router.find` has all ids of a token, 16 bits each."""
+    many = problem.num_tokens > WARP  # few tokens have a thread for each pair
+    return form("p") and many and sends_early(problem) and problem.top_k == 2 * MESSAGE
+
+
+def sends_keys(problem: RouteProblem) -> bool:
+    """Whether `Router.find` sends keys' halves, whose low bits are those of inverted ids."""
+    masked = problem.has_token_mask or problem.has_num_valid_tokens or problem.has_padding
+    return form("o") and packs_ids(problem) and not masked
 
 
 def can_keep(problem: RouteProblem) -> bool:
@@ -197,7 +222,13 @@ class Router:
             if multiplies:
                 self.one = hidden_one(t)
             last = self.id_mask - self.layout.first
-            self.id_bits = [t.hidden(last - j) for j in range(self.layout.each)]
+            offsets = [self.layout.offset(j) for j in range(self.layout.each)]
+            if form("q"):
+                self.shift = t.ballot(t.thread_id() < t.num_threads) & (self.id_mask + 1)
+                # 1 in fixed point becomes the least of all.
+                least = -(2**31) - self._one_bits * (self.id_mask + 1)
+                last = last + ((least + 2**31) % 2**32 - 2**31)
+            self.id_bits = [t.hidden(last - j) for j in offsets]
         self.num_tokens: Any = problem.num_tokens
         if problem.sized_at_launch:
             self.num_tokens = t.launch_value(r.num_tokens)
@@ -227,7 +258,8 @@ class Router:
         self.kept = ref, start
         for k in range(0, self.layout.each, 4):
             words = loaded.words[k : k + 4]
-            self.t.store4(ref, start + (self.layout.first + k), tuple(words))
+            at = start + (self.layout.first + self.layout.offset(k))
+            self.t.store4(ref, at, tuple(words))
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
         """float32 bits of my experts, of a row that starts at that element (an even one for halves)."""
@@ -235,12 +267,14 @@ class Router:
         per_word = 2 if halves else 1
         if layout.whole and layout.each % (4 * per_word) == 0:
             at = (layout.first + start) >> (per_word - 1)
-            words = [
-                word for k in range(0, layout.each // per_word, 4) for word in t.load4(ref, at + k)
-            ]
+            words = []
+            for k in range(0, layout.each // per_word, 4):
+                words += t.load4(ref, at + layout.offset(k * per_word) // per_word)
         elif layout.whole and layout.each % per_word == 0:
             at = (layout.first + start) >> (per_word - 1)
-            words = [t.load(ref, at + k) for k in range(layout.each // per_word)]
+            words = []
+            for k in range(layout.each // per_word):
+                words.append(t.load(ref, at + layout.offset(k * per_word) // per_word))
         else:
             return [self._element(ref, start, self._expert(j), halves) for j in range(layout.each)]
         if not halves:
@@ -249,7 +283,7 @@ class Router:
 
     def _expert(self, j: int) -> Int:
         """My j-th; 0 where there is none."""
-        expert = self.layout.first + j
+        expert = self.layout.first + self.layout.offset(j)
         return expert if self.layout.whole else self.t.select(self.layout.within(j), expert, 0)
 
     def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
@@ -321,7 +355,10 @@ class Router:
         t, layout, mask = self.t, self.layout, self.id_mask
         keys = [f32.order(x) for x in choice]
         if packed:
-            keys = [(key & ~mask) | (mask - (layout.first + j)) for j, key in enumerate(keys)]
+            keys = [
+                (key & ~mask) | (mask - (layout.first + layout.offset(j)))
+                for j, key in enumerate(keys)
+            ]
         if not layout.whole:
             keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
         if self.problem.limits_groups:
@@ -338,12 +375,38 @@ class Router:
         """As packed `_keys`, in two instructions less."""
         t, layout, mask = self.t, self.layout, self.id_mask
         keys = []
+        if form("q"):
+            scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * _RANGE), 0.5, self._one))
+            for x, bits in zip(logits, self.id_bits, strict=True):
+                fixed = t.fadd(t.fma_saturated(x, scale, half), one)
+                keys.append(t.multiply_add(fixed, self.shift, bits))
+            if not layout.whole:
+                keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+            return keys
         for x, bits in zip(logits, self.id_bits, strict=True):
             sign = 0 - (x >> 31)
             keys.append(t.masked_xor(sign, ~f32.SIGN & ~mask, t.masked_or(x, ~mask, bits)))
         if not layout.whole:
             keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
         return keys
+
+    @property
+    def _one(self) -> float:
+        """What is added to numbers from 0 to 1, so that their bits are in fixed point, as many as a key has
+        room for beside an id."""
+        return float(max(1, (self.id_mask + 1) // 256))
+
+    @property
+    def _one_bits(self) -> int:
+        return f32.bits(self._one)
+
+    def _differs(self, x: Int) -> Int:
+        """The bits in which a finite logit differs from its number in fixed point."""
+        t = self.t
+        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * _RANGE), 0.5, self._one))
+        fixed = t.fadd(t.fma_saturated(x, scale, half), one)
+        middle = t.const(f32.bits(-(self._one + 0.5) * 2 * _RANGE))
+        return t.fma(fixed, t.const(f32.bits(2 * _RANGE)), middle) ^ x
 
     def _take_short(self, loaded: Loaded, send: Send | None) -> Int:
         """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
@@ -353,28 +416,69 @@ class Router:
         choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
         for x in loaded.words:
             infinite = t.fma(x, t.const(0), infinite)  # a NaN
-        bests, nearest = self._rounds(self._short_keys(choice))
-        expert = self._id_in(self._own(bests))
-        doubts = t.ballot(nearest.below(mask + 1) | (infinite & ~f32.SIGN).ne(0))
-        parts, ids = problem.top_k // MESSAGE, []
-        if send is not None:
+        if form("q"):
+            choice, infinite = loaded.words, t.const(0)
+        bests, nearest, spent = self._rounds(self._short_keys(choice))
+        expert = None if form("o") else self._id_in(self._own(bests))
+        parts, ids, packs = problem.top_k // MESSAGE, [], packs_ids(problem)
+
+        def make_ids() -> None:
             for k in range(MESSAGE):
                 key = bests[k]
+                if packs:
+                    word = t.low_halves(bests[2 * k], bests[2 * k + 1])
+                    ids.append(word if sends_keys(problem) else self._ids_in(word))
+                    continue
                 if parts == 2:
                     key = t.select((self.lane & 1).ne(0), bests[MESSAGE + k], key)
                 ids.append(self._id_in(key))
+
+        if send is not None and form("o"):
+            make_ids()
+            ids = [t.hidden(word) for word in ids]
+        doubts = nearest.below(mask + 1)
+        if not form("q"):
+            doubts = doubts | (infinite & ~f32.SIGN).ne(0)
+        for one in spent:
+            doubts = doubts | one
+        if form("o"):
+            doubtful, sure = t.any_lane(doubts)
+        else:
+            doubts = t.ballot(doubts)
+            doubtful, sure = doubts.ne(0), doubts.eq(0)
+        if send is not None:
+            if not form("o"):
+                make_ids()
             # Ahead of the code of the doubt, which is long.
-            with t.if_(doubts.eq(0)):
+            with t.if_(sure):
                 send(self._real_only(loaded, ids))
             t.warp_sync()  # else the compiler makes one branch of this one and the next
+        if expert is None:
+            expert = self._id_in(self._own(bests))
 
         def look() -> list[Int]:
             logits = [self._finite(x) for x in loaded.words]
-            low = functools.reduce(operator.or_, (x & mask for x in logits))
+            if form("q"):
+                # Those ahead of the last one, by which they are ordered, must be exact.
+                keys, last = self._short_keys(logits), bests[-1]
+                low = [
+                    t.select((key | mask) >= last, self._differs(x), 0)
+                    for key, x in zip(keys, logits, strict=True)
+                ]
+            else:
+                low = [x & mask for x in logits]
+            low = functools.reduce(operator.or_, low)
+            for one in spent:
+                low = low | t.select(one, 1, 0)
             several = t.ballot(low.ne(0)).ne(0)
 
             def whole() -> list[Int]:
                 chosen = self._take(self._keys(logits, False), False)[1]
+                if packs and ids:
+                    both = [t.low_halves(t.shfl(chosen, 2 * k), t.shfl(chosen, 2 * k + 1)) for k in range(4)]
+                    if sends_keys(problem):
+                        both = [self._ids_in(word) for word in both]
+                    return [chosen, *both]
                 first = (self.lane & (parts - 1)) * MESSAGE
                 return [chosen, *(t.shfl(chosen, first + k) for k in range(len(ids)))]
 
@@ -383,14 +487,26 @@ class Router:
                 send(self._real_only(loaded, sent))
             return [chosen]
 
-        return t.values_if(doubts.ne(0), look, [expert])[0]
+        return t.values_if(doubtful, look, [expert])[0]
 
-    def _rounds(self, keys: list[Int]) -> tuple[list[Int], Int]:
+    def _ids_in(self, keys: Int) -> Int:
+        """Of two keys' low halves."""
+        both = self.id_mask * 0x10001
+        return both - (keys & both)
+
+    def _rounds(self, keys: list[Int]) -> tuple[list[Int], Int, list[Int]]:
         """The K greatest of the warp's keys, no two of which are equal, in every lane; and in which bits the
         two most alike differ, of them and of the greatest of this lane that is left."""
         t, problem = self.t, self.problem
         others = problem.top_k < problem.num_experts
         lists = [self._network(keys[k : k + _EIGHT]) for k in range(0, len(keys), _EIGHT)]
+        cut = [False] * len(lists)
+        if form("d"):
+            cut = [k + _EIGHT <= len(keys) for k in range(0, len(keys), _EIGHT)]
+            lists = [
+                self._greatest_four(keys[k : k + _EIGHT]) if one else self._network(keys[k : k + _EIGHT])
+                for k, one in zip(range(0, len(keys), _EIGHT), cut, strict=True)
+            ]
         bests, nearest = [], t.const(-1)
         for k in range(problem.top_k):
             best = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
@@ -402,7 +518,19 @@ class Router:
         if others:
             head = functools.reduce(self._greater, (one[0] for one in lists))
             nearest = self._nearer(nearest, head ^ bests[-1])
-        return bests, nearest
+        spent = [one[0].eq(_OUT) for one, short in zip(lists, cut, strict=True) if short]
+        return bests, nearest, spent
+
+    def _greatest_four(self, keys: list[Int]) -> list[Int]:
+        """Of eight, sorted, descending."""
+        a, b = self._network(keys[:4]), self._network(keys[4:])
+        four = [self._greater(x, y) for x, y in zip(a, b[::-1], strict=True)]
+        for distance in (2, 1):
+            for k in range(4):
+                if not k & distance:
+                    x, y = four[k], four[k + distance]
+                    four[k], four[k + distance] = self._greater(x, y), self._lesser(x, y)
+        return four
 
     def _nearer(self, a: Int, b: Int) -> Int:
         """The lesser of two without a sign."""
@@ -545,7 +673,8 @@ class Router:
         """(key, expert) of lane k: the k-th greatest key. `packed`: no two are equal, and the expert, which
         stands in the key, is not given."""
         t, lane, rounds = self.t, self.lane, self.problem.top_k
-        items = [(key, self.layout.first + j) for j, key in enumerate(keys)]
+        offsets = map(self.layout.offset, range(len(keys)))
+        items = [(key, self.layout.first + k) for key, k in zip(keys, offsets, strict=True)]
         fours = [self._sorted(items[k : k + _FOUR], packed) for k in range(0, len(items), _FOUR)]
         fours = [four[:rounds] for four in fours]
         value, expert = t.const(0), t.const(0)

@@ -27,7 +27,7 @@ from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import collectives
-from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt, form
 from moe_align_jax.types import AlignProblem
 
 MAX_TOKENS = 2 * WARP
@@ -65,7 +65,12 @@ class Split:
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
             self.row = cdiv(problem.top_k, routing.MESSAGE) * routing.MESSAGE
+        # Two ids to a word of the mail; a thread then has neighbouring pairs.
+        self.packs = num_ctas > 1 and routing.packs_ids(problem)
+        if self.packs:
+            self.row = problem.top_k // 2
         self.num_ids = problem.num_tokens * self.row
+        self.place: Any = None
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
         # where that has room, so that one addition does both, or in a byte or a word of their own.
@@ -93,6 +98,9 @@ class Split:
     def _late_outputs(self) -> list[str]:
         """What every aligning thread writes behind the mail."""
         inverse = ["row_of_pair"] if self.align.return_inverse else []
+        if form("t") and self.bytes:
+            inverse += ["num_tokens_post_padded"]
+            inverse += ["tokens_per_expert"] if self.align.return_counts else []
         return ["sorted_token_ids", "expert_ids", *inverse]
 
     @property
@@ -103,6 +111,12 @@ class Split:
             arrays["chosen"] = self.num_ids
         if self.keeps:
             arrays["kept"] = self.routers * self.problem.num_experts
+        if self.bytes:
+            # Of each aligning warp.
+            if form("b") and self.words > 1:
+                arrays["bytes"] = self.threads // WARP * self.stride // 4
+            if form("s") and self.words > 1:
+                arrays["sums"] = self.threads // WARP * (WARP // 4)
         if not self.in_lanes:
             arrays["starts"] = self.threads // WARP * self.stride
         return arrays
@@ -115,6 +129,7 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
+        self.marks = [t.clock()] if form("z") else []
         router = routing.Router(t, r, problem, lane)
         token = t.cta_id() * self.routers + warp
         routes = (warp < self.routers) & (token < problem.num_tokens)
@@ -141,18 +156,30 @@ class Split:
             routes, aligns: whether the warp has a token, whether it aligns.
         """
         t.cluster_ready()
+        self._mark(t)
         with t.if_(routes):
             if self.keeps:
                 start = (t.thread_id() >> 5) * self.problem.num_experts
                 router.keep(loaded, r.kept, start)
+            self.place = None
+            if form("o") and self.packs:
+                self.place = t.mail_place(router.lane, token * self.row)
             if routing.sends_early(self.problem):
                 found = router.find(loaded, functools.partial(self._send, t, token, router.lane))
             else:
                 found = router.find(loaded)
                 self._post(t, token, found.expert, router.lane)
             # Otherwise the assembler moves the load of the logit, and what waits for it, ahead of messages.
+            if form("z"):
+                sent = t.clock()
             t.warp_sync()
             routing.store(router, token, router.weigh(found), found.expert)
+            if form("z"):
+                warp = t.thread_id() >> 5
+                with t.if_(router.lane.eq(0)):
+                    at = t.cta_id() * WARP + warp
+                    t.store(r.tokens_per_expert, at + 8, sent)
+                    t.store(r.tokens_per_expert, at + 16, t.clock())
         one = routing.hidden_one(t)
         with t.if_(aligns):
             self._clear(t, r)
@@ -161,11 +188,27 @@ class Split:
             outputs = {name: t.held(getattr(r, name), one - 1) for name in self._late_outputs}
             r = SimpleNamespace(**{**vars(r), **outputs})
             t.tail_sync()
-            pairs = self._experts(t, r, t.mail())
+            self._mark(t)
+            mail = t.mail()
+            self._mark(t)
+            pairs = self._experts(t, r, mail)
             for pair, expert in pairs:
                 self._set_bit(t, r, pair // self.problem.top_k, expert)
             t.tail_sync()
+            self._mark(t)
             self._align(t, r, pairs)
+            self._mark(t)
+            if form("z"):
+                with t.if_(t.thread_id().eq(self.first_thread)):
+                    for k, mark in enumerate(self.marks):
+                        t.store(r.tokens_per_expert, t.cta_id() * WARP + k, mark)
+
+    def _mark(self, t: Simt) -> None:
+        """Of an aligning warp: the start, the cluster is there, ready for mail, the mail is there, the bits
+        are set, all is stored; 6 words of a CTA's 32. From 8 and 16 on, of each routing warp: its messages
+        are sent; its weights are stored."""
+        if form("z"):
+            self.marks.append(t.clock())
 
     def _in_one_cta(
         self,
@@ -216,6 +259,10 @@ class Split:
         parts = self.row // routing.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
+        if self.place is not None:
+            with t.if_(lane < self.num_ctas):
+                t.post_at(self.place, *ids)
+            return
         for cta in range(0, self.num_ctas, WARP // width):
             to = first + cta
             with t.if_((part < parts) & (to < self.num_ctas)):
@@ -254,6 +301,18 @@ class Split:
     def _clear(self, t: Simt, r: SimpleNamespace) -> None:
         """Masks without a bit."""
         collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
+        if self.bytes and form("s") and self.words > 1:
+            first = t.thread_id() - self.first_thread
+            with t.if_(first < self.threads // 4):
+                t.store(r.sums, first, 0)
+            lane = first & (WARP - 1)
+            ones = t.const(_ONES)
+            self.before_me = []
+            for k in range(8):
+                # Bytes of the lanes before mine: none, all, or those below.
+                inside = (t.const(1) << ((lane & 3) << 3)) - 1
+                here = t.select((lane >> 2).eq(k), inside & _ONES, 0)
+                self.before_me.append(t.hidden(t.select((lane >> 2) > k, ones, here)))
 
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
@@ -268,6 +327,8 @@ class Split:
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
+        if self.packs:
+            return self._packed_experts(t, r, ids, first, limit)
         pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
         insides = [pair < align.num_pairs for pair in pairs]
         words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
@@ -275,6 +336,31 @@ class Split:
         for pair, inside, word in zip(pairs, insides, words, strict=True):
             loaded = common.LoadedId(pair, inside, (word,))
             found.append((pair, common.expert_of(t, r, align, loaded, limit)))
+        return found
+
+    def _packed_experts(
+        self, t: Simt, r: SimpleNamespace, ids: Any, first: Int, limit: Any
+    ) -> list[tuple[Int, Int]]:
+        """As `_experts`, of words with two ids."""
+        align, found = self.align, []
+        words = range(0, cdiv(align.num_pairs, 2), self.threads)
+        insides = [(first + start) * 2 < align.num_pairs for start in words]  # top_k is even
+        loaded = [
+            t.load(ids, t.select(inside, first + start, 0))
+            for start, inside in zip(words, insides, strict=True)
+        ]
+        bits = (self.problem.num_experts - 1).bit_length()
+        if routing.sends_keys(self.problem):
+            loaded = [word ^ -1 for word in loaded]
+        for start, inside, word in zip(words, insides, loaded, strict=True):
+            for half in (0, 1):
+                pair = first * 2 + (2 * start + half)
+                if self.may_drop:
+                    one = word >> 16 if half else (word << 16) >> 16
+                else:
+                    one = ((word >> 16) if half else word) & ((1 << bits) - 1)
+                loaded_id = common.LoadedId(pair, inside, (one,))
+                found.append((pair, common.expert_of(t, r, align, loaded_id, limit)))
         return found
 
     def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
@@ -304,12 +390,24 @@ class Split:
                 [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
                 for at in range(self._first_counted, self._cells, self.stride)
             ]
+        spreads = form("t") and self.bytes
+        if spreads and align.return_counts:
+            part = cdiv(align.num_experts, self.num_ctas)
+            mine = t.cta_id() * part + tid
+            inside = (tid < part) & (mine < align.num_experts)
+            counted = t.load_byte(r.masks, t.select(inside, mine, 0) + self._first_counted * 4)
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
             self._rank(t, r, expert, pair // problem.top_k, number)
             for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
         ]
         starts, total = self._starts(t, r, masks, safe, lane, warp)
+        if spreads:
+            if align.return_counts:
+                with t.if_(inside):
+                    t.store(r.tokens_per_expert, mine, counted)
+            with t.if_(t.cta_id().eq(0) & tid.eq(WARP - 1)):
+                t.store(r.num_tokens_post_padded, 0, total * align.block_size)
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
@@ -327,6 +425,8 @@ class Split:
             # Each CTA writes the rows of the tokens that it routed.
             with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
+        if spreads:
+            return
         with t.if_(t.cta_id().eq(0) & warp.eq(0)):
             if align.return_counts:
                 for j in range(self.each):
@@ -364,9 +464,16 @@ class Split:
         below = (t.const(1) << (token & (WARP - 1))) - 1
         first = number * self.threads // self.problem.top_k
         last = (number * self.threads + self.threads - 1) // self.problem.top_k
+        if self.packs:
+            number //= 2
+            first = number * 2 * self.threads // self.problem.top_k
+            last = (number * 2 * self.threads + 2 * self.threads - 1) // self.problem.top_k
         if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
         low, more = t.const(-1), below
+        if self.bytes and form("b") and first >= WARP:
+            count = t.load_byte(r.masks, expert + self._first_counted * 4)
+            return count - t.popc(t.load(r.masks, expert + self.stride) & (below ^ -1))
         if first < WARP:
             high = token >= WARP
             low, more = t.select(high, -1, below), t.select(high, below, 0)
@@ -401,9 +508,10 @@ class Split:
             size = self.align.block_size
             shift = size.bit_length() - 1
             rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
-            return self._starts_in_lanes(
-                t, [word & (_ONES * (_BYTE >> shift)) for word in rounded], experts, lane
-            )
+            words = [word & (_ONES * (_BYTE >> shift)) for word in rounded]
+            if self.words > 1 and (form("b") or form("s")):
+                return self._starts_by_bytes(t, r, words, experts, lane, warp)
+            return self._starts_in_lanes(t, words, experts, lane)
         of_expert = [[word[j] for word in masks] for j in range(self.each)]
         if self.most_blocks == 1 and self.each <= 8:
             # A bit says that an expert has its one block.
@@ -459,6 +567,55 @@ class Split:
             if len(words) > 1:
                 word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
             inside = (word >> ((expert & 3) << 3)) & _BYTE
+            found.append(t.shfl(base, source) + inside)
+        return found, base + before
+
+    def _starts_by_bytes(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        blocks: list[Int],
+        experts: list[Int],
+        lane: Int,
+        warp: Int,
+    ) -> tuple[list[Int], Int]:
+        """As `_starts_in_lanes`, by shared memory."""
+        words, before = [], t.const(0)
+        for counts in blocks:
+            sums = counts * _ONES + before * _ONES
+            words.append(sums - counts)
+            before = (sums >> 24) & _BYTE
+        if form("s"):
+            t.store_byte(r.sums, warp * WARP + lane, before)
+        if form("b"):
+            at = warp * (self.stride // 4) + lane * len(words)
+            if len(words) == 2:
+                t.store2(r.bytes, at, tuple(words))
+            else:
+                for k, word in enumerate(words):
+                    t.store(r.bytes, at + k, word)
+        t.warp_sync()
+        if form("s"):
+            eights = [x for k in (0, 4) for x in t.load4(r.sums, warp * (WARP // 4) + k)]
+            halves = []
+            for k in (0, 4):
+                total = t.const(0)
+                for word, mask in zip(eights[k : k + 4], self.before_me[k : k + 4], strict=True):
+                    total = t.dot(word, mask, total)
+                halves.append(total)
+            base = halves[0] + halves[1]
+        else:
+            base = self._sum_below(t, before, lane)
+        found = []
+        for expert in experts:
+            source = expert >> self._shift
+            if form("b"):
+                inside = t.load_byte(r.bytes, warp * self.stride + expert)
+            else:
+                word = t.shfl(words[0], source)
+                if len(words) > 1:
+                    word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
+                inside = (word >> ((expert & 3) << 3)) & _BYTE
             found.append(t.shfl(base, source) + inside)
         return found, base + before
 

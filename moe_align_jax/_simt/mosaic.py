@@ -93,6 +93,42 @@ class MosaicSimt(Simt):
     def masked_xor(self, a: Int, mask: int, b: Int) -> Int:
         return self._lop3(a, mask, b, 0x6A)
 
+    def multiply_add(self, a: Int, b: Int, c: Int) -> Int:
+        values = [value_of(x) for x in (a, b, c)]
+        return MlirInt(llvm.inline_asm(i32(), values, "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r"))
+
+    def low_halves(self, a: Int, b: Int) -> Int:
+        values = [value_of(x) for x in (a, b)]
+        return MlirInt(llvm.inline_asm(i32(), values, "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r"))
+
+    def any_lane(self, condition: Int) -> tuple[Int, Int]:
+        i1, code = ir.IntegerType.get_signless(1), "vote.sync.any.pred $0, $1, 0xffffffff;"
+        operands = [value_of(condition)]
+        found = llvm.inline_asm(i1, operands, code, "=b,b", has_side_effects=True)
+        return MlirInt(found), MlirInt(arith.xori(found, arith.constant(i1, 1)))
+
+    def _byte_at(self, ref: Ref, index: Int) -> ir.Value:
+        kind = ir.IntegerType.get_signless(8)
+        return mgpu_utils.getelementptr(ref.pointer(0), [value_of(index)], kind)
+
+    def load_byte(self, ref: Ref, index: Int) -> Int:
+        kind = ir.IntegerType.get_signless(8)
+        return MlirInt(arith.extui(i32(), llvm.load(kind, self._byte_at(ref, index), alignment=1)))
+
+    def store_byte(self, ref: Ref, index: Int, value: Int) -> None:
+        kind = ir.IntegerType.get_signless(8)
+        llvm.store(arith.trunci(kind, value_of(value)), self._byte_at(ref, index), alignment=1)
+
+    def dot(self, a: Int, b: Int, c: Int) -> Int:
+        values = [value_of(x) for x in (a, b, c)]
+        return MlirInt(
+            llvm.inline_asm(i32(), values, "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r")
+        )
+
+    def clock(self) -> Int:
+        code = "mov.u32 $0, %clock;"
+        return MlirInt(llvm.inline_asm(i32(), [], code, "=r,~{memory}", has_side_effects=True))
+
     def hidden(self, value: Int) -> Int:
         code, operands = "mov.b32 $0, $1;", [value_of(value)]
         return MlirInt(llvm.inline_asm(i32(), operands, code, "=r,r", has_side_effects=True))
@@ -180,6 +216,9 @@ class MosaicSimt(Simt):
 
     def fma(self, a: Int, b: Int, c: Int | int) -> Int:
         return self._float("fma.rn.f32", a, b, c)
+
+    def fma_saturated(self, a: Int, b: Int, c: Int) -> Int:
+        return self._float("fma.rn.sat.f32", a, b, c)
 
     def fadd(self, a: Int, b: Int) -> Int:
         return self._float("add.rn.f32", a, b)
@@ -314,6 +353,23 @@ class MosaicSimt(Simt):
             "[barrier]; }"
         )
         order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
+
+    def mail_place(self, cta: Int | int, index: Int | int) -> Any:
+        there = [self._shared_address(self._mailbox, index)]
+        there += [self._shared_address(self._mail_barrier, 0)]
+        code, number = "mapa.shared::cluster.u32 $0, $1, $2;", value_of(cta & (self.cluster - 1))
+        return [
+            llvm.inline_asm(i32(), [x, number], code, "=r,r,r", has_side_effects=True)
+            for x in there
+        ]
+
+    def post_at(self, place: Any, *values: Int | int) -> None:
+        names = ", ".join(f"${k + 2}" for k in range(len(values)))
+        width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
+        asm = (
+            f"st.async.shared::cluster.mbarrier::complete_tx::bytes{width}.b32 [$0], {source}, [$1];"
+        )
+        order_asm(asm, [*place, *map(value_of, values)], "r," * (2 + len(values)))
 
     def mail(self) -> Any:
         wait = (
