@@ -445,12 +445,12 @@ class Router:
             doubtful, sure = t.any_lane(doubts)
         else:
             doubts = t.ballot(doubts)
-            doubtful, sure = doubts.ne(0), doubts.eq(0)
+            doubtful = None
         if send is not None:
             if not form("o"):
                 make_ids()
             # Ahead of the code of the doubt, which is long.
-            with t.if_(sure):
+            with t.if_(doubts.eq(0) if doubtful is None else sure):
                 send(self._real_only(loaded, ids))
             t.warp_sync()  # else the compiler makes one branch of this one and the next
         if expert is None:
@@ -487,6 +487,8 @@ class Router:
                 send(self._real_only(loaded, sent))
             return [chosen]
 
+        if doubtful is None:
+            doubtful = doubts.ne(0)
         return t.values_if(doubtful, look, [expert])[0]
 
     def _ids_in(self, keys: Int) -> Int:

@@ -425,7 +425,7 @@ class Split:
             # Each CTA writes the rows of the tokens that it routed.
             with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
-        if spreads:
+        if spreads or form("z"):
             return
         with t.if_(t.cta_id().eq(0) & warp.eq(0)):
             if align.return_counts:
