@@ -7,9 +7,9 @@ the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
 without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
-align. In a cluster they post their ids to every CTA, in messages of 4, and compute the weights while these
-are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output. They
-have a barrier of their own, so that no routing warp waits for them.
+align. In a cluster they post their ids to every CTA, in messages of 4 words, and compute the weights while
+these are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output.
+They have a barrier of their own, so that no routing warp waits for them.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
@@ -19,15 +19,17 @@ Bytes: every output written once, the rows and blocks in use twice. Grid: one cl
 
 import functools
 import operator
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._align.kernels import common
 from moe_align_jax._core.int32 import cdiv
+from moe_align_jax._router import fixed_point
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import collectives
-from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt, form
+from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
 from moe_align_jax.types import AlignProblem
 
 MAX_TOKENS = 2 * WARP
@@ -64,13 +66,12 @@ class Split:
         self.keeps = self.routers > WARPGROUP // WARP and num_ctas > 1 and routing.can_keep(problem)
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
-            self.row = cdiv(problem.top_k, routing.MESSAGE) * routing.MESSAGE
+            self.row = cdiv(problem.top_k, fixed_point.MESSAGE) * fixed_point.MESSAGE
         # Two ids to a word of the mail; a thread then has neighbouring pairs.
-        self.packs = num_ctas > 1 and routing.packs_ids(problem)
+        self.packs = num_ctas > 1 and fixed_point.packs_ids(problem)
         if self.packs:
             self.row = problem.top_k // 2
-        self.num_ids = problem.num_tokens * self.row
-        self.place: Any = None
+        self.num_words = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
         # where that has room, so that one addition does both, or in a byte or a word of their own.
@@ -85,6 +86,9 @@ class Split:
             self.counted = self.in_lanes and fits_bytes
         # Four counts to a word, which `_starts` rounds up to blocks at once.
         self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
+        # Of more than 32 tokens an aligning thread reads counts and first blocks of its pairs' experts as
+        # bytes (`_starts_by_bytes`); up to 32 it has fewer pairs, and shuffles bring them.
+        self.by_bytes = self.bytes and self.words > 1
         # Without them every id is one of an expert.
         self.may_drop = problem.has_token_mask or problem.has_num_valid_tokens
 
@@ -98,9 +102,6 @@ class Split:
     def _late_outputs(self) -> list[str]:
         """What every aligning thread writes behind the mail."""
         inverse = ["row_of_pair"] if self.align.return_inverse else []
-        if form("t") and self.bytes:
-            inverse += ["num_tokens_post_padded"]
-            inverse += ["tokens_per_expert"] if self.align.return_counts else []
         return ["sorted_token_ids", "expert_ids", *inverse]
 
     @property
@@ -108,15 +109,13 @@ class Split:
         """Words of each shared-memory array."""
         arrays = {"masks": self._cells}
         if self.num_ctas == 1:
-            arrays["chosen"] = self.num_ids
+            arrays["chosen"] = self.num_words
         if self.keeps:
             arrays["kept"] = self.routers * self.problem.num_experts
-        if self.bytes:
-            # Of each aligning warp.
-            if form("b") and self.words > 1:
-                arrays["bytes"] = self.threads // WARP * self.stride // 4
-            if form("s") and self.words > 1:
-                arrays["sums"] = self.threads // WARP * (WARP // 4)
+        if self.by_bytes:
+            # Of each aligning warp: the first block of each expert among its lane's, and each lane's blocks.
+            arrays["firsts"] = self.threads // WARP * self.stride // 4
+            arrays["sums"] = self.threads // WARP * WARP // 4
         if not self.in_lanes:
             arrays["starts"] = self.threads // WARP * self.stride
         return arrays
@@ -129,8 +128,10 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        self.marks = [t.clock()] if form("z") else []
-        router = routing.Router(t, r, problem, lane)
+        if routing.shortens(problem):
+            router = fixed_point.FixedPointRouter(t, r, problem, lane)
+        else:
+            router = routing.Router(t, r, problem, lane)
         token = t.cta_id() * self.routers + warp
         routes = (warp < self.routers) & (token < problem.num_tokens)
         loaded = router.load(t.select(routes, token, 0))
@@ -156,59 +157,38 @@ class Split:
             routes, aligns: whether the warp has a token, whether it aligns.
         """
         t.cluster_ready()
-        self._mark(t)
         with t.if_(routes):
             if self.keeps:
                 start = (t.thread_id() >> 5) * self.problem.num_experts
                 router.keep(loaded, r.kept, start)
-            self.place = None
-            if form("o") and self.packs:
-                self.place = t.mail_place(router.lane, token * self.row)
-            if routing.sends_early(self.problem):
-                found = router.find(loaded, functools.partial(self._send, t, token, router.lane))
+            send = functools.partial(self._send, t, token, router.lane)
+            if self.packs:
+                # Its address is there before the message is.
+                place = t.mail_place(router.lane, token * self.row)
+                send = functools.partial(self._send_packed, t, router.lane, place)
+            if fixed_point.sends_early(self.problem):
+                assert isinstance(router, fixed_point.FixedPointRouter)
+                found = router.find(loaded, send)
             else:
                 found = router.find(loaded)
                 self._post(t, token, found.expert, router.lane)
             # Otherwise the assembler moves the load of the logit, and what waits for it, ahead of messages.
-            if form("z"):
-                sent = t.clock()
             t.warp_sync()
             routing.store(router, token, router.weigh(found), found.expert)
-            if form("z"):
-                warp = t.thread_id() >> 5
-                with t.if_(router.lane.eq(0)):
-                    at = t.cta_id() * WARP + warp
-                    t.store(r.tokens_per_expert, at + 8, sent)
-                    t.store(r.tokens_per_expert, at + 16, t.clock())
         one = routing.hidden_one(t)
         with t.if_(aligns):
             self._clear(t, r)
+            before = self._lanes_before(t) if self.by_bytes else []
             self._fill(t, r)
             # Else their addresses are loaded again behind the mail.
             outputs = {name: t.held(getattr(r, name), one - 1) for name in self._late_outputs}
             r = SimpleNamespace(**{**vars(r), **outputs})
             t.tail_sync()
-            self._mark(t)
-            mail = t.mail()
-            self._mark(t)
-            pairs = self._experts(t, r, mail)
+            pairs = self._experts(t, r, t.mail())
             for pair, expert in pairs:
                 self._set_bit(t, r, pair // self.problem.top_k, expert)
             t.tail_sync()
-            self._mark(t)
-            self._align(t, r, pairs)
-            self._mark(t)
-            if form("z"):
-                with t.if_(t.thread_id().eq(self.first_thread)):
-                    for k, mark in enumerate(self.marks):
-                        t.store(r.tokens_per_expert, t.cta_id() * WARP + k, mark)
-
-    def _mark(self, t: Simt) -> None:
-        """Of an aligning warp: the start, the cluster is there, ready for mail, the mail is there, the bits
-        are set, all is stored; 6 words of a CTA's 32. From 8 and 16 on, of each routing warp: its messages
-        are sent; its weights are stored."""
-        if form("z"):
-            self.marks.append(t.clock())
+            self._align(t, r, pairs, before)
 
     def _in_one_cta(
         self,
@@ -247,26 +227,27 @@ class Split:
 
     def _post(self, t: Simt, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token to every CTA: a lane sends a message of them to one."""
-        parts = self.row // routing.MESSAGE
+        parts = self.row // fixed_point.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part = lane & (width - 1)
-        source = t.select(part < parts, part * routing.MESSAGE, 0)
-        ids = [t.shfl(expert, source + k) for k in range(routing.MESSAGE)]
+        source = t.select(part < parts, part * fixed_point.MESSAGE, 0)
+        ids = [t.shfl(expert, source + k) for k in range(fixed_point.MESSAGE)]
         self._send(t, token, lane, ids)
 
     def _send(self, t: Simt, token: Int, lane: Int, ids: list[Int]) -> None:
         """As `_post`, of a lane's message."""
-        parts = self.row // routing.MESSAGE
+        parts = self.row // fixed_point.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
-        if self.place is not None:
-            with t.if_(lane < self.num_ctas):
-                t.post_at(self.place, *ids)
-            return
         for cta in range(0, self.num_ctas, WARP // width):
             to = first + cta
             with t.if_((part < parts) & (to < self.num_ctas)):
-                t.post(to, token * self.row + part * routing.MESSAGE, *ids)
+                t.post(to, token * self.row + part * fixed_point.MESSAGE, *ids)
+
+    def _send_packed(self, t: Simt, lane: Int, place: Any, words: list[Int]) -> None:
+        """All ids of a token, two to a word: a lane sends them to one CTA."""
+        with t.if_(lane < self.num_ctas):
+            t.post_at(place, *words)
 
     def _keep(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token in the one CTA's shared memory, and their bits."""
@@ -301,18 +282,21 @@ class Split:
     def _clear(self, t: Simt, r: SimpleNamespace) -> None:
         """Masks without a bit."""
         collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
-        if self.bytes and form("s") and self.words > 1:
-            first = t.thread_id() - self.first_thread
-            with t.if_(first < self.threads // 4):
-                t.store(r.sums, first, 0)
-            lane = first & (WARP - 1)
-            ones = t.const(_ONES)
-            self.before_me = []
-            for k in range(8):
-                # Bytes of the lanes before mine: none, all, or those below.
-                inside = (t.const(1) << ((lane & 3) << 3)) - 1
-                here = t.select((lane >> 2).eq(k), inside & _ONES, 0)
-                self.before_me.append(t.hidden(t.select((lane >> 2) > k, ones, here)))
+        if self.by_bytes:
+            word = t.thread_id() - self.first_thread
+            with t.if_(word < self.threads // 4):
+                t.store(r.sums, word, 0)
+
+    def _lanes_before(self, t: Simt) -> list[Int]:
+        """A byte for each lane of the warp, 1 for those before mine and 0 for the others. Made ahead of the
+        mail, and hidden, so that none of it is left to do behind it."""
+        lane = (t.thread_id() - self.first_thread) & (WARP - 1)
+        words = []
+        for k in range(WARP // 4):
+            below = (t.const(1) << ((lane & 3) << 3)) - 1  # in the word that has my own lane
+            own = t.select((lane >> 2).eq(k), below & _ONES, 0)
+            words.append(t.hidden(t.select((lane >> 2) > k, t.const(_ONES), own)))
+        return words
 
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
@@ -341,26 +325,26 @@ class Split:
     def _packed_experts(
         self, t: Simt, r: SimpleNamespace, ids: Any, first: Int, limit: Any
     ) -> list[tuple[Int, Int]]:
-        """As `_experts`, of words with two ids."""
+        """As `_experts`, of words with two ids. `first`: my first word."""
         align, found = self.align, []
-        words = range(0, cdiv(align.num_pairs, 2), self.threads)
-        insides = [(first + start) * 2 < align.num_pairs for start in words]  # top_k is even
-        loaded = [
+        starts = range(0, cdiv(align.num_pairs, 2), self.threads)
+        insides = [(first + start) * 2 < align.num_pairs for start in starts]  # a token has 8 pairs
+        words = [
             t.load(ids, t.select(inside, first + start, 0))
-            for start, inside in zip(words, insides, strict=True)
+            for start, inside in zip(starts, insides, strict=True)
         ]
-        bits = (self.problem.num_experts - 1).bit_length()
-        if routing.sends_keys(self.problem):
-            loaded = [word ^ -1 for word in loaded]
-        for start, inside, word in zip(words, insides, loaded, strict=True):
+        if fixed_point.inverts_ids(self.problem):
+            words = [word ^ -1 for word in words]
+        id_bits = (1 << (self.problem.num_experts - 1).bit_length()) - 1
+        for start, inside, word in zip(starts, insides, words, strict=True):
             for half in (0, 1):
                 pair = first * 2 + (2 * start + half)
                 if self.may_drop:
-                    one = word >> 16 if half else (word << 16) >> 16
+                    expert = word >> 16 if half else (word << 16) >> 16  # with the sign of -1
                 else:
-                    one = ((word >> 16) if half else word) & ((1 << bits) - 1)
-                loaded_id = common.LoadedId(pair, inside, (one,))
-                found.append((pair, common.expert_of(t, r, align, loaded_id, limit)))
+                    expert = (word >> 16 if half else word) & id_bits
+                loaded = common.LoadedId(pair, inside, (expert,))
+                found.append((pair, common.expert_of(t, r, align, loaded, limit)))
         return found
 
     def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
@@ -376,8 +360,14 @@ class Split:
         bits = (self.problem.num_experts - 1).bit_length()
         return [word & ((1 << bits) - 1) for word in words]
 
-    def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
-        """`pairs`: `_experts`."""
+    def _align(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        pairs: list[tuple[Int, Int]],
+        before: Sequence[Int] = (),
+    ) -> None:
+        """`pairs`: `_experts`; `before`: `_lanes_before`."""
         align, problem = self.align, self.problem
         tid = t.thread_id() - self.first_thread
         lane, warp = tid & (WARP - 1), tid >> 5
@@ -390,24 +380,12 @@ class Split:
                 [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
                 for at in range(self._first_counted, self._cells, self.stride)
             ]
-        spreads = form("t") and self.bytes
-        if spreads and align.return_counts:
-            part = cdiv(align.num_experts, self.num_ctas)
-            mine = t.cta_id() * part + tid
-            inside = (tid < part) & (mine < align.num_experts)
-            counted = t.load_byte(r.masks, t.select(inside, mine, 0) + self._first_counted * 4)
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
             self._rank(t, r, expert, pair // problem.top_k, number)
             for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
         ]
-        starts, total = self._starts(t, r, masks, safe, lane, warp)
-        if spreads:
-            if align.return_counts:
-                with t.if_(inside):
-                    t.store(r.tokens_per_expert, mine, counted)
-            with t.if_(t.cta_id().eq(0) & tid.eq(WARP - 1)):
-                t.store(r.num_tokens_post_padded, 0, total * align.block_size)
+        starts, total = self._starts(t, r, masks, safe, lane, warp, before)
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
@@ -425,8 +403,6 @@ class Split:
             # Each CTA writes the rows of the tokens that it routed.
             with t.if_((pair // (problem.top_k * self.routers)).eq(t.cta_id())):
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
-        if spreads or form("z"):
-            return
         with t.if_(t.cta_id().eq(0) & warp.eq(0)):
             if align.return_counts:
                 for j in range(self.each):
@@ -462,18 +438,16 @@ class Split:
         """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
         part what token it may be."""
         below = (t.const(1) << (token & (WARP - 1))) - 1
-        first = number * self.threads // self.problem.top_k
-        last = (number * self.threads + self.threads - 1) // self.problem.top_k
-        if self.packs:
-            number //= 2
-            first = number * 2 * self.threads // self.problem.top_k
-            last = (number * 2 * self.threads + 2 * self.threads - 1) // self.problem.top_k
+        side, threads = (number // 2, 2 * self.threads) if self.packs else (number, self.threads)
+        first = side * threads // self.problem.top_k
+        last = (side * threads + threads - 1) // self.problem.top_k
         if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
-        low, more = t.const(-1), below
-        if self.bytes and form("b") and first >= WARP:
+        if self.by_bytes and first >= WARP:
+            # Without the word of the first 32 tokens: all but those from this one on.
             count = t.load_byte(r.masks, expert + self._first_counted * 4)
             return count - t.popc(t.load(r.masks, expert + self.stride) & (below ^ -1))
+        low, more = t.const(-1), below
         if first < WARP:
             high = token >= WARP
             low, more = t.select(high, -1, below), t.select(high, below, 0)
@@ -500,17 +474,18 @@ class Split:
         experts: list[Int],
         lane: Int,
         warp: Int,
+        before: Sequence[Int],
     ) -> tuple[list[Int], Int]:
         """The first block of each of these experts; and, in the last lane, the blocks of all experts.
-        `masks`: of a lane's own experts."""
+        `masks`: of a lane's own experts; `before`: `_lanes_before`."""
         if self.bytes:
             # Rounded up to blocks, four experts at once: no sum of a byte comes to 256.
             size = self.align.block_size
             shift = size.bit_length() - 1
             rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
             words = [word & (_ONES * (_BYTE >> shift)) for word in rounded]
-            if self.words > 1 and (form("b") or form("s")):
-                return self._starts_by_bytes(t, r, words, experts, lane, warp)
+            if self.by_bytes:
+                return self._starts_by_bytes(t, r, words, experts, lane, warp, before)
             return self._starts_in_lanes(t, words, experts, lane)
         of_expert = [[word[j] for word in masks] for j in range(self.each)]
         if self.most_blocks == 1 and self.each <= 8:
@@ -553,13 +528,8 @@ class Split:
         self, t: Simt, blocks: list[Int], experts: list[Int], lane: Int
     ) -> tuple[list[Int], Int]:
         """As `_starts`, from the blocks of a lane's own experts, a byte each."""
-        # The bytes of a word times 0x01010101 are their running sums.
-        words, before = [], t.const(0)
-        for counts in blocks:
-            sums = counts * _ONES + before * _ONES
-            words.append(sums - counts)
-            before = (sums >> 24) & _BYTE
-        base = self._sum_below(t, before, lane)
+        words, mine = self._running_sums(t, blocks)
+        base = self._sum_below(t, mine, lane)
         found = []
         for expert in experts:
             source = expert >> self._shift
@@ -568,7 +538,17 @@ class Split:
                 word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
             inside = (word >> ((expert & 3) << 3)) & _BYTE
             found.append(t.shfl(base, source) + inside)
-        return found, base + before
+        return found, base + mine
+
+    def _running_sums(self, t: Simt, blocks: list[Int]) -> tuple[list[Int], Int]:
+        """For each byte the sum of the bytes before it, in words as they are; and the sum of all."""
+        # The bytes of a word times 0x01010101 are their running sums.
+        words, total = [], t.const(0)
+        for counts in blocks:
+            sums = counts * _ONES + total * _ONES
+            words.append(sums - counts)
+            total = (sums >> 24) & _BYTE
+        return words, total
 
     def _starts_by_bytes(
         self,
@@ -578,46 +558,32 @@ class Split:
         experts: list[Int],
         lane: Int,
         warp: Int,
+        before: Sequence[Int],
     ) -> tuple[list[Int], Int]:
-        """As `_starts_in_lanes`, by shared memory."""
-        words, before = [], t.const(0)
-        for counts in blocks:
-            sums = counts * _ONES + before * _ONES
-            words.append(sums - counts)
-            before = (sums >> 24) & _BYTE
-        if form("s"):
-            t.store_byte(r.sums, warp * WARP + lane, before)
-        if form("b"):
-            at = warp * (self.stride // 4) + lane * len(words)
-            if len(words) == 2:
-                t.store2(r.bytes, at, tuple(words))
-            else:
-                for k, word in enumerate(words):
-                    t.store(r.bytes, at + k, word)
-        t.warp_sync()
-        if form("s"):
-            eights = [x for k in (0, 4) for x in t.load4(r.sums, warp * (WARP // 4) + k)]
-            halves = []
-            for k in (0, 4):
-                total = t.const(0)
-                for word, mask in zip(eights[k : k + 4], self.before_me[k : k + 4], strict=True):
-                    total = t.dot(word, mask, total)
-                halves.append(total)
-            base = halves[0] + halves[1]
+        """As `_starts_in_lanes`, but by shared memory, where four pairs of a thread would take 12 shuffles.
+        The sum over the lanes before mine comes from products of bytes, not from ballots."""
+        words, mine = self._running_sums(t, blocks)
+        t.store_byte(r.sums, warp * WARP + lane, mine)
+        at = warp * (self.stride // 4) + lane * len(words)
+        if len(words) == 2:
+            t.store2(r.firsts, at, tuple(words))
         else:
-            base = self._sum_below(t, before, lane)
+            t.store(r.firsts, at, words[0])
+        t.warp_sync()
+        sums = [x for k in (0, 4) for x in t.load4(r.sums, warp * (WARP // 4) + k)]
+        halves = []
+        for k in (0, 4):
+            total = t.const(0)
+            for word, mask in zip(sums[k : k + 4], before[k : k + 4], strict=True):
+                total = t.dot_bytes(word, mask, total)
+            halves.append(total)
+        base = halves[0] + halves[1]
         found = []
         for expert in experts:
             source = expert >> self._shift
-            if form("b"):
-                inside = t.load_byte(r.bytes, warp * self.stride + expert)
-            else:
-                word = t.shfl(words[0], source)
-                if len(words) > 1:
-                    word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
-                inside = (word >> ((expert & 3) << 3)) & _BYTE
+            inside = t.load_byte(r.firsts, warp * self.stride + expert)
             found.append(t.shfl(base, source) + inside)
-        return found, base + before
+        return found, base + mine
 
     @property
     def _shift(self) -> int:

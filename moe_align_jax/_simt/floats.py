@@ -12,9 +12,9 @@ class FloatBits(abc.ABC):
     def fma(self, a: Int, b: Int, c: Int | int) -> Int:
         """`a * b + c`, rounded once."""
 
+    @abc.abstractmethod
     def fma_saturated(self, a: Int, b: Int, c: Int) -> Int:
-        """`a * b + c`, no less than 0 and no more than 1; 0 of a NaN."""
-        return self.fmin(self.fmax(self.fma(a, b, c), 0), 0x3F800000)
+        """As `fma`, but 0 of what is less or a NaN, and 1 of what is greater than 1."""
 
     @abc.abstractmethod
     def fadd(self, a: Int, b: Int) -> Int:

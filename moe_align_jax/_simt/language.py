@@ -22,7 +22,6 @@ several devices run it. A kernel sees what the kernels before it wrote, from its
 """
 
 import abc
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -42,25 +41,6 @@ MAX_THREADS = 1024
 MAX_CLUSTER = 16
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 MAIL_BARRIER_WORDS = 2  # in shared memory, that count what has come into a mailbox
-
-
-# Candidates of the router's kernels that are to be timed, a letter each; all give the same bits.
-#   v  a lane holds experts in pieces of one vector load, so that the lanes' loads lie side by side
-#   q  short keys of fixed-point numbers, made by the units that multiply and add; not of a float's high bits
-#   d  a lane sorts the four greatest of its eights only; a token of which one of them had four is in doubt
-#   p  one message of eight 16-bit ids for a token and CTA, not two of four words
-#   b  the rank of a token of the second word from the expert's count and that word alone, the first blocks of
-#      a lane's experts from shared memory
-#   s  the lanes' sums before mine by dot products of bytes, not by ballots
-#   o  what a message needs is there before it is known that no token is in doubt
-#   t  each CTA writes a part of tokens_per_expert, and the total is written ahead of the pairs' rows
-#   z  no form, but a measurement: tokens_per_expert holds the SM's clock at marks (`Split._mark`)
-FORM = os.environ.get("ROUTER_FORM", "")
-
-
-def form(letter: str) -> bool:
-    """Whether a form is on."""
-    return letter in FORM
 
 
 class Core(abc.ABC):
@@ -108,32 +88,20 @@ class Core(abc.ABC):
         """`a * b + c`, by the unit that multiplies."""
         return a * b + c
 
+    def dot_bytes(self, a: Int, b: Int, c: Int) -> Int:
+        """`c`, and the sum of the products of the four bytes of a and of b, without signs."""
+        for k in range(0, 32, 8):
+            c = c + ((a >> k) & 0xFF) * ((b >> k) & 0xFF)
+        return c
+
     def low_halves(self, a: Int, b: Int) -> Int:
         """The low 16 bits of a, and above them those of b."""
         return (a & 0xFFFF) | (b << 16)
 
     def any_lane(self, condition: Int) -> tuple[Int, Int]:
-        """Whether the condition holds in any lane; and whether in none. By whole warps."""
+        """Whether the condition holds in any lane of the warp; and whether in none. By whole warps."""
         votes = self.ballot(condition)
         return votes.ne(0), votes.eq(0)
-
-    def load_byte(self, ref: Any, index: Int) -> Int:
-        """A byte of words in shared memory."""
-        return (self.load(ref, index >> 2) >> ((index & 3) << 3)) & 255
-
-    def store_byte(self, ref: Any, index: Int, value: Int) -> None:
-        """Stores a byte, where a 0 was, of words in shared memory."""
-        self.atomic_add(ref, index >> 2, value << ((index & 3) << 3))
-
-    def dot(self, a: Int, b: Int, c: Int) -> Int:
-        """The sum of the products of bytes of a and b, and c."""
-        for k in range(0, 32, 8):
-            c = c + ((a >> k) & 255) * ((b >> k) & 255)
-        return c
-
-    def clock(self) -> Int:
-        """Cycles of the SM."""
-        return self.const(0)
 
     def hidden(self, value: Int) -> Int:
         """The value, computed here, of which the compiler knows nothing."""
@@ -217,6 +185,15 @@ class Core(abc.ABC):
     def load_narrow(self, ref: Any, index: Int | int, width: int) -> Int:
         """The `index`-th number of `width` bytes, 1 or 2, in an input's memory; the bits above it are 0. It
         reads no byte beside it, so that an input may end within a word (`Kernel.tails`)."""
+
+    def load_byte(self, ref: Any, index: Int) -> Int:
+        """The `index`-th byte of an array of words in shared memory, without a sign."""
+        return (self.load(ref, index >> 2) >> ((index & 3) << 3)) & 0xFF
+
+    def store_byte(self, ref: Any, index: Int, value: Int) -> None:
+        """Stores the low byte of a value as the `index`-th byte of an array of words in shared memory, where
+        a 0 was. The other bytes of the word stay as they are."""
+        self.atomic_add(ref, index >> 2, (value & 0xFF) << ((index & 3) << 3))
 
     @abc.abstractmethod
     def store4(self, ref: Any, index: Int | int, value: Int | int | tuple[Int, ...]) -> None:
@@ -310,11 +287,11 @@ class ClusterMail(abc.ABC):
         memory."""
 
     def mail_place(self, cta: Int | int, index: Int | int) -> Any:
-        """Where `post_at` puts its words, computed here."""
+        """Where `post_at` puts its words; computed here, and not where they are posted."""
         return cta, index
 
     def post_at(self, place: Any, *values: Int | int) -> None:
-        """As `post`."""
+        """As `post`, to a place that `mail_place` gave."""
         self.post(*place, *values)
 
     @abc.abstractmethod

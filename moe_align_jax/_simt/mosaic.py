@@ -94,8 +94,17 @@ class MosaicSimt(Simt):
         return self._lop3(a, mask, b, 0x6A)
 
     def multiply_add(self, a: Int, b: Int, c: Int) -> Int:
-        values = [value_of(x) for x in (a, b, c)]
-        return MlirInt(llvm.inline_asm(i32(), values, "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r"))
+        return self._integer("mad.lo.s32", a, b, c)
+
+    def dot_bytes(self, a: Int, b: Int, c: Int) -> Int:
+        return self._integer("dp4a.u32.u32", a, b, c)
+
+    def _integer(self, instruction: str, *operands: Int) -> Int:
+        """One instruction on int32 operands, with a result of 32 bits."""
+        values = [value_of(x) for x in operands]
+        places = ", ".join(f"${k}" for k in range(len(values) + 1))
+        constraints = "=r" + ",r" * len(values)
+        return MlirInt(llvm.inline_asm(i32(), values, f"{instruction} {places};", constraints))
 
     def low_halves(self, a: Int, b: Int) -> Int:
         values = [value_of(x) for x in (a, b)]
@@ -106,28 +115,6 @@ class MosaicSimt(Simt):
         operands = [value_of(condition)]
         found = llvm.inline_asm(i1, operands, code, "=b,b", has_side_effects=True)
         return MlirInt(found), MlirInt(arith.xori(found, arith.constant(i1, 1)))
-
-    def _byte_at(self, ref: Ref, index: Int) -> ir.Value:
-        kind = ir.IntegerType.get_signless(8)
-        return mgpu_utils.getelementptr(ref.pointer(0), [value_of(index)], kind)
-
-    def load_byte(self, ref: Ref, index: Int) -> Int:
-        kind = ir.IntegerType.get_signless(8)
-        return MlirInt(arith.extui(i32(), llvm.load(kind, self._byte_at(ref, index), alignment=1)))
-
-    def store_byte(self, ref: Ref, index: Int, value: Int) -> None:
-        kind = ir.IntegerType.get_signless(8)
-        llvm.store(arith.trunci(kind, value_of(value)), self._byte_at(ref, index), alignment=1)
-
-    def dot(self, a: Int, b: Int, c: Int) -> Int:
-        values = [value_of(x) for x in (a, b, c)]
-        return MlirInt(
-            llvm.inline_asm(i32(), values, "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r")
-        )
-
-    def clock(self) -> Int:
-        code = "mov.u32 $0, %clock;"
-        return MlirInt(llvm.inline_asm(i32(), [], code, "=r,~{memory}", has_side_effects=True))
 
     def hidden(self, value: Int) -> Int:
         code, operands = "mov.b32 $0, $1;", [value_of(value)]
@@ -175,6 +162,19 @@ class MosaicSimt(Simt):
         base = mgpu_utils.memref_ptr(ref.memref)
         at = mgpu_utils.getelementptr(base, [value_of(index)], kind)
         return MlirInt(arith.extui(i32(), llvm.load(kind, at, alignment=width)))
+
+    def _byte(self, ref: Ref, index: Int) -> tuple[ir.Type, ir.Value]:
+        """The type of a byte, and a pointer to one of an array of words."""
+        kind = ir.IntegerType.get_signless(8)
+        return kind, mgpu_utils.getelementptr(ref.pointer(0), [value_of(index)], kind)
+
+    def load_byte(self, ref: Ref, index: Int) -> Int:
+        kind, at = self._byte(ref, index)
+        return MlirInt(arith.extui(i32(), llvm.load(kind, at, alignment=1)))
+
+    def store_byte(self, ref: Ref, index: Int, value: Int) -> None:
+        kind, at = self._byte(ref, index)
+        llvm.store(arith.trunci(kind, value_of(value)), at, alignment=1)
 
     def store4(self, ref: Ref, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
@@ -355,20 +355,20 @@ class MosaicSimt(Simt):
         order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
 
     def mail_place(self, cta: Int | int, index: Int | int) -> Any:
-        there = [self._shared_address(self._mailbox, index)]
-        there += [self._shared_address(self._mail_barrier, 0)]
-        code, number = "mapa.shared::cluster.u32 $0, $1, $2;", value_of(cta & (self.cluster - 1))
+        words = [self._shared_address(self._mailbox, index)]
+        words += [self._shared_address(self._mail_barrier, 0)]
+        number, code = value_of(cta & (self.cluster - 1)), "mapa.shared::cluster.u32 $0, $1, $2;"
+        # Volatile, or the compiler would compute the addresses where they are used.
         return [
-            llvm.inline_asm(i32(), [x, number], code, "=r,r,r", has_side_effects=True)
-            for x in there
+            llvm.inline_asm(i32(), [word, number], code, "=r,r,r", has_side_effects=True)
+            for word in words
         ]
 
     def post_at(self, place: Any, *values: Int | int) -> None:
         names = ", ".join(f"${k + 2}" for k in range(len(values)))
         width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
-        asm = (
-            f"st.async.shared::cluster.mbarrier::complete_tx::bytes{width}.b32 [$0], {source}, [$1];"
-        )
+        send = "st.async.shared::cluster.mbarrier::complete_tx::bytes"
+        asm = f"{send}{width}.b32 [$0], {source}, [$1];"
         order_asm(asm, [*place, *map(value_of, values)], "r," * (2 + len(values)))
 
     def mail(self) -> Any:
