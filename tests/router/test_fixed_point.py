@@ -1,12 +1,13 @@
 """Short keys in fixed point, and what one launch does with them: held to NumPy and to the router alone."""
 
+import jax
 import numpy as np
 import pytest
 
 import moe_align_jax as maj
 from moe_align_jax._router import fixed_point, fused, kernel
 from moe_align_jax._router.problem import RouteProblem
-from moe_align_jax._simt import emulator
+from moe_align_jax._simt import emulator, mosaic
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.router import router_oracle
@@ -14,9 +15,17 @@ from tests.router import router_oracle
 F32 = np.float32
 
 
-def run(program, given):
-    words = [np.ascontiguousarray(given[name]).ravel().view(np.int32) for name in program.inputs]
-    return dict(zip(program.results, map(np.asarray, emulator.run(program, words)), strict=True))
+ON_GPU = pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)])
+
+
+def run(program, given, on_gpu=False):
+    words = [np.ascontiguousarray(given[name]).ravel() for name in program.inputs]
+    if on_gpu:
+        found = jax.jit(lambda *operands: mosaic.run(program, operands))(*words)
+    else:
+        found = emulator.run(program, [x.view(np.int32) for x in words])
+    found = [np.asarray(x).view(np.int32) for x in found]
+    return dict(zip(program.results, found, strict=True))
 
 
 def one_launch(problem, block_size, **options):
@@ -77,15 +86,16 @@ SIZES = [
 ]
 
 
+@ON_GPU
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_one_launch_chooses_as_numpy_does_and_weighs_as_the_router_alone(size):
+def test_one_launch_chooses_as_numpy_does_and_weighs_as_the_router_alone(size, on_gpu):
     num_tokens, num_experts, top_k, block_size = size
     # A softmax over all experts adds them up in another order where lanes hold vectors.
     problem = RouteProblem(num_tokens, num_experts, top_k, renormalize=num_tokens != 48)
     program, _ = one_launch(problem, block_size)
     for seed in (0, 7)[: 1 + (num_tokens < 12)]:
         given = {"logits": unusual(num_tokens, num_experts, seed)}
-        got, alone = run(program, given), run(kernel.build(problem), given)
+        got, alone = (run(one, given, on_gpu) for one in (program, kernel.build(problem)))
         ids = chosen_by_numpy(given["logits"], top_k)
         np.testing.assert_array_equal(got["topk_ids"].reshape(num_tokens, top_k), ids)
         np.testing.assert_array_equal(got["topk_weights"], alone["topk_weights"])
@@ -96,8 +106,9 @@ def test_one_launch_chooses_as_numpy_does_and_weighs_as_the_router_alone(size):
             np.testing.assert_array_equal(got[name], np.ravel(x), name)
 
 
+@ON_GPU
 @pytest.mark.parametrize("num_tokens", [24, 40])
-def test_tokens_that_are_not_real_have_no_expert_in_a_message(num_tokens):
+def test_tokens_that_are_not_real_have_no_expert_in_a_message(num_tokens, on_gpu):
     """Eight ids to a message, which are not inverted then; and a map of labels."""
     problem = RouteProblem(
         num_tokens, 256, 8, renormalize=True, has_token_mask=True, has_num_valid_tokens=True
@@ -113,7 +124,7 @@ def test_tokens_that_are_not_real_have_no_expert_in_a_message(num_tokens):
         "num_valid_tokens": np.array([count], np.int32),
         "expert_map": rng.permutation(256).astype(np.int32) - 100,
     }
-    got = run(program, given)
+    got = run(program, given, on_gpu)
     ids = chosen_by_numpy(given["logits"], 8)
     ids[~(mask & (np.arange(num_tokens) < count))] = -1
     np.testing.assert_array_equal(got["topk_ids"].reshape(ids.shape), ids)
