@@ -124,11 +124,11 @@ class FixedPointRouter(kernel.Router):
     def _take_short(self, loaded: kernel.Loaded, send: Send | None = None) -> Int:
         t, mask = self.t, self.id_mask
         bests, nearest, lists = self._rounds(self._short_keys(loaded.words))
-        # Made ahead of the vote, while it is waited for.
-        message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
-        doubts = nearest.below(mask + 1)
         # Of a list whose four were all taken the fifth may be greater than what was taken instead.
         spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
+        # Made ahead of the vote, so that nothing is left to do behind it.
+        message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
+        doubts = nearest.below(mask + 1)
         for one in spent:
             doubts = doubts | one
         doubtful, sure = t.any_lane(doubts)
