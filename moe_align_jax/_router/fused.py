@@ -117,7 +117,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             num_warpgroups=config.num_warpgroups,
             num_ctas=config.num_ctas,
         )
-        body, shared, mailbox = code.body, code.shared, code.num_ids
+        body, shared, mailbox = code.body, code.shared, code.num_words
         tail = code.threads
     else:
         [inner] = kernels.build(

@@ -9,8 +9,8 @@ id that has it, and the four that it came from moves up. Lane k keeps what round
 bfloat16 and float16 logits that are chosen by leave bits for the id in a key, so that no two keys are equal,
 and one `redux.sync` finds both. So do the high bits of float32 logits, where no groups are chosen first: a
 round takes half the instructions then, and a lane sorts in eights. They tell all unless two of the K + 1
-greatest agree in them; for such a token the whole keys decide. Every lane sees what a round finds, so that
-the ids can be sent on (`Send`) before lane k has picked its own.
+greatest agree in them; for such a token the whole keys decide. One launch with the alignment has short keys
+of another kind (`fixed_point.py`).
 
 Bytes: every logit read once, every result written once. Grid: a CTA for each 4 tokens, or 8 where they are
 many. Deterministic.
@@ -43,9 +43,8 @@ MULTIPLY_FROM = 1057
 # Whether float32 logits are chosen by short keys first (`Router._take_short`).
 SHORT_KEYS = True
 
-_OUT = -(2**31)  # below every key
-_FOUR, _EIGHT = 4, 8
-MESSAGE = 4  # ids that are sent at once
+OUT = -(2**31)  # no key is below it
+_FOUR, EIGHT = 4, 8
 _HALF = 0xFFFF
 _MINUS_INFINITY = f32.bits(float("-inf"))
 
@@ -63,14 +62,16 @@ def unsupported(problem: RouteProblem) -> str | None:
     return None
 
 
-class _Layout(NamedTuple):
-    """Which experts a lane holds: `first + j` for j below `each`, where `within(j)`.
+class Layout(NamedTuple):
+    """Which experts a lane holds: `first + offset(j)` for j below `each`, where `within(j)`.
 
     Attributes:
         each: keys of a lane.
         lanes: of a group.
         whole: every lane holds that many.
         group, first: the lane's group and its first expert.
+        vector: of a lane's experts, how many lie side by side; as many of each other lane lie between them
+            and its next ones. 0: all of them lie side by side.
     """
 
     each: int
@@ -81,13 +82,20 @@ class _Layout(NamedTuple):
     part: Int
     size: int
     num_groups: int
+    vector: int = 0
+
+    def offset(self, j: int) -> int:
+        """How far the lane's j-th expert lies behind its first."""
+        if not self.vector:
+            return j
+        return j // self.vector * self.vector * WARP + j % self.vector
 
     def within(self, j: int) -> Int:
         """Whether this lane holds an expert at place j: a group may have fewer than its lanes hold."""
         return (self.part * self.each + j < self.size) & (self.group < self.num_groups)
 
 
-def _layout(problem: RouteProblem, lane: Int) -> _Layout:
+def _layout(problem: RouteProblem, lane: Int) -> Layout:
     """Which experts each lane holds: where groups are limited, neighbouring lanes hold a group."""
     groups = problem.num_groups if problem.limits_groups else 1
     size = problem.num_experts // groups
@@ -95,7 +103,7 @@ def _layout(problem: RouteProblem, lane: Int) -> _Layout:
     each = -(-size // lanes)
     whole = lanes * each == size and lanes * groups == WARP
     group, part = lane >> (lanes.bit_length() - 1), lane & (lanes - 1)
-    return _Layout(each, lanes, whole, group, group * size + part * each, part, size, groups)
+    return Layout(each, lanes, whole, group, group * size + part * each, part, size, groups)
 
 
 class Loaded(NamedTuple):
@@ -150,15 +158,6 @@ def id_mask(problem: RouteProblem) -> int:
     return (1 << max(1, (problem.num_experts - 1).bit_length())) - 1
 
 
-# Sends the ids of a token on: lane k has `MESSAGE` of them, part `k % parts`.
-type Send = Callable[[list[Int]], None]
-
-
-def sends_early(problem: RouteProblem) -> bool:
-    """Whether `Router.find` calls its `send`: the parts are at most two, whole ones."""
-    return shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
-
-
 def can_keep(problem: RouteProblem) -> bool:
     """Whether `Router.keep` has its use, and whole vectors to store."""
     return shortens(problem) and problem.num_experts % (4 * WARP) == 0
@@ -181,13 +180,13 @@ class Router:
         multiplies: bool = False,
     ):
         self.t, self.r, self.problem, self.lane = t, r, problem, lane
-        self.layout = _layout(problem, lane)
+        self.layout = self._make_layout()
         self.halves = problem.dtype != "float32"
         # A key holds the id and all of the logit; a short one, of float32 logits, its high bits only.
         exact = problem.dtype == "bfloat16" or (SHORT_KEYS and problem.dtype == "float16")
         self.packed = exact and not problem.bias_rows
         self.short = shortens(problem)
-        self.id_mask = id_mask(problem)
+        self.id_mask = self._make_id_mask()
         # Where in shared memory my token's logits are (`keep`).
         self.kept: tuple[Any, Int] | None = None
         # Of short keys: 1, of which the compiler does not know it; the ids of my experts as a key has them.
@@ -196,11 +195,24 @@ class Router:
         if self.short:
             if multiplies:
                 self.one = hidden_one(t)
-            last = self.id_mask - self.layout.first
-            self.id_bits = [t.hidden(last - j) for j in range(self.layout.each)]
+            last = self._last_id_bits()
+            offsets = map(self.layout.offset, range(self.layout.each))
+            self.id_bits = [t.hidden(last - offset) for offset in offsets]
         self.num_tokens: Any = problem.num_tokens
         if problem.sized_at_launch:
             self.num_tokens = t.launch_value(r.num_tokens)
+
+    def _make_layout(self) -> Layout:
+        """Which experts this lane holds."""
+        return _layout(self.problem, self.lane)
+
+    def _make_id_mask(self) -> int:
+        """The bits of a key that hold an id."""
+        return id_mask(self.problem)
+
+    def _last_id_bits(self) -> Int:
+        """The id of my first expert as a short key has it: inverted, so that the lower id is the greater."""
+        return self.id_mask - self.layout.first
 
     # -- memory
 
@@ -226,8 +238,8 @@ class Router:
         must stand between the two. Only where `can_keep`."""
         self.kept = ref, start
         for k in range(0, self.layout.each, 4):
-            words = loaded.words[k : k + 4]
-            self.t.store4(ref, start + (self.layout.first + k), tuple(words))
+            first = self.layout.first + self.layout.offset(k)
+            self.t.store4(ref, start + first, tuple(loaded.words[k : k + 4]))
 
     def _row(self, ref: Any, start: Any, halves: bool) -> list[Int]:
         """float32 bits of my experts, of a row that starts at that element (an even one for halves)."""
@@ -235,12 +247,12 @@ class Router:
         per_word = 2 if halves else 1
         if layout.whole and layout.each % (4 * per_word) == 0:
             at = (layout.first + start) >> (per_word - 1)
-            words = [
-                word for k in range(0, layout.each // per_word, 4) for word in t.load4(ref, at + k)
-            ]
+            starts = [layout.offset(k) // per_word for k in range(0, layout.each, 4 * per_word)]
+            words = [word for start in starts for word in t.load4(ref, at + start)]
         elif layout.whole and layout.each % per_word == 0:
             at = (layout.first + start) >> (per_word - 1)
-            words = [t.load(ref, at + k) for k in range(layout.each // per_word)]
+            starts = [layout.offset(k) // per_word for k in range(0, layout.each, per_word)]
+            words = [t.load(ref, at + start) for start in starts]
         else:
             return [self._element(ref, start, self._expert(j), halves) for j in range(layout.each)]
         if not halves:
@@ -249,7 +261,7 @@ class Router:
 
     def _expert(self, j: int) -> Int:
         """My j-th; 0 where there is none."""
-        expert = self.layout.first + j
+        expert = self.layout.first + self.layout.offset(j)
         return expert if self.layout.whole else self.t.select(self.layout.within(j), expert, 0)
 
     def _element(self, ref: Any, start: Any, expert: Int, halves: bool) -> Int:
@@ -278,8 +290,12 @@ class Router:
         found = self.find(loaded)
         return self.weigh(found), found.expert
 
-    def find(self, loaded: Loaded, send: Send | None = None) -> Found:
-        """The experts of `choose`. They are sent, too, as soon as they are known, where `sends_early`."""
+    def find(self, loaded: Loaded) -> Found:
+        """The experts of `choose`."""
+        return self._find(loaded, self._take_short)
+
+    def _find(self, loaded: Loaded, take_short: Callable[[Loaded], Int]) -> Found:
+        """As `find`. `take_short`: of a token that is chosen for by short keys."""
         t, problem = self.t, self.problem
         logits = [self._finite(x) for x in loaded.words]
         total = greatest = None
@@ -304,7 +320,7 @@ class Router:
             ]
         logit = None
         if self.short:
-            expert = self._take_short(loaded, send)
+            expert = take_short(loaded)
         else:
             value, expert = self._take(self._keys(choice, self.packed), self.packed)
             if not problem.bias_rows:
@@ -321,12 +337,14 @@ class Router:
         t, layout, mask = self.t, self.layout, self.id_mask
         keys = [f32.order(x) for x in choice]
         if packed:
-            keys = [(key & ~mask) | (mask - (layout.first + j)) for j, key in enumerate(keys)]
+            experts = [layout.first + layout.offset(j) for j in range(layout.each)]
+            inverted = [mask - expert for expert in experts]
+            keys = [(key & ~mask) | ids for key, ids in zip(keys, inverted, strict=True)]
         if not layout.whole:
-            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+            keys = [t.select(layout.within(j), key, OUT) for j, key in enumerate(keys)]
         if self.problem.limits_groups:
             stays = self._group_stays(keys)
-            keys = [t.select(stays, key, _OUT) for key in keys]
+            keys = [t.select(stays, key, OUT) for key in keys]
         return keys
 
     def _id_in(self, key: Int) -> Int:
@@ -342,55 +360,40 @@ class Router:
             sign = 0 - (x >> 31)
             keys.append(t.masked_xor(sign, ~f32.SIGN & ~mask, t.masked_or(x, ~mask, bits)))
         if not layout.whole:
-            keys = [t.select(layout.within(j), key, _OUT) for j, key in enumerate(keys)]
+            keys = [t.select(layout.within(j), key, OUT) for j, key in enumerate(keys)]
         return keys
 
-    def _take_short(self, loaded: Loaded, send: Send | None) -> Int:
+    def _take_short(self, loaded: Loaded) -> Int:
         """The expert of lane k: by short keys where they tell all, since no two of the K + 1 greatest agree
         in the logit's high bits or no logit has any low bits; else by the whole keys."""
-        t, problem, mask = self.t, self.problem, self.id_mask
+        t, mask = self.t, self.id_mask
         # The logits as they are: where one of them is not finite, what this finds is not taken.
         choice, infinite = [t.fadd(x, t.const(0)) for x in loaded.words], t.const(0)
         for x in loaded.words:
             infinite = t.fma(x, t.const(0), infinite)  # a NaN
-        bests, nearest = self._rounds(self._short_keys(choice))
+        bests, nearest, _ = self._rounds(self._short_keys(choice))
         expert = self._id_in(self._own(bests))
         doubts = t.ballot(nearest.below(mask + 1) | (infinite & ~f32.SIGN).ne(0))
-        parts, ids = problem.top_k // MESSAGE, []
-        if send is not None:
-            for k in range(MESSAGE):
-                key = bests[k]
-                if parts == 2:
-                    key = t.select((self.lane & 1).ne(0), bests[MESSAGE + k], key)
-                ids.append(self._id_in(key))
-            # Ahead of the code of the doubt, which is long.
-            with t.if_(doubts.eq(0)):
-                send(self._real_only(loaded, ids))
-            t.warp_sync()  # else the compiler makes one branch of this one and the next
 
         def look() -> list[Int]:
             logits = [self._finite(x) for x in loaded.words]
             low = functools.reduce(operator.or_, (x & mask for x in logits))
             several = t.ballot(low.ne(0)).ne(0)
-
-            def whole() -> list[Int]:
-                chosen = self._take(self._keys(logits, False), False)[1]
-                first = (self.lane & (parts - 1)) * MESSAGE
-                return [chosen, *(t.shfl(chosen, first + k) for k in range(len(ids)))]
-
-            chosen, *sent = t.values_if(several, whole, [expert, *ids])
-            if send is not None:
-                send(self._real_only(loaded, sent))
-            return [chosen]
+            return t.values_if(several, lambda: [self._take_whole(logits)], [expert])
 
         return t.values_if(doubts.ne(0), look, [expert])[0]
 
-    def _rounds(self, keys: list[Int]) -> tuple[list[Int], Int]:
-        """The K greatest of the warp's keys, no two of which are equal, in every lane; and in which bits the
-        two most alike differ, of them and of the greatest of this lane that is left."""
+    def _take_whole(self, logits: list[Int]) -> Int:
+        """The expert of lane k by whole keys, of float32 logits."""
+        return self._take(self._keys(logits, False), False)[1]
+
+    def _rounds(self, keys: list[Int]) -> tuple[list[Int], Int, list[list[Int]]]:
+        """The K greatest of the warp's keys, no two of which are equal, in every lane; in which bits the two
+        most alike differ, of them and of the greatest of this lane that is left; and what is left of each of
+        `_lists`, from the greatest on."""
         t, problem = self.t, self.problem
         others = problem.top_k < problem.num_experts
-        lists = [self._network(keys[k : k + _EIGHT]) for k in range(0, len(keys), _EIGHT)]
+        lists = self._lists(keys)
         bests, nearest = [], t.const(-1)
         for k in range(problem.top_k):
             best = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
@@ -402,7 +405,11 @@ class Router:
         if others:
             head = functools.reduce(self._greater, (one[0] for one in lists))
             nearest = self._nearer(nearest, head ^ bests[-1])
-        return bests, nearest
+        return bests, nearest, lists
+
+    def _lists(self, keys: list[Int]) -> list[list[Int]]:
+        """This lane's short keys in eights, each sorted, descending."""
+        return [self._network(keys[k : k + EIGHT]) for k in range(0, len(keys), EIGHT)]
 
     def _nearer(self, a: Int, b: Int) -> Int:
         """The lesser of two without a sign."""
@@ -411,7 +418,7 @@ class Router:
     def _without_head(self, keys: list[Int], was_taken: Int, left: int) -> list[Int]:
         """Moved up by one where the head was taken; no longer than `left`."""
         t, moved = self.t, []
-        for key, after in zip(keys[:left], [*keys[1:], _OUT], strict=False):
+        for key, after in zip(keys[:left], [*keys[1:], OUT], strict=False):
             if self.one is None or isinstance(after, int):
                 moved.append(t.select(was_taken, after, key))
             else:
@@ -478,14 +485,14 @@ class Router:
         )
 
     def _greatest(self, keys: list[Int]) -> Int:
-        """The greatest key of this lane, `_OUT` where it holds none."""
+        """The greatest key of this lane, `OUT` where it holds none."""
         best = keys[0]
         for j, key in enumerate(keys[1:], start=1):
             if not self.layout.whole:
-                key = self.t.select(self.layout.within(j), key, _OUT)
+                key = self.t.select(self.layout.within(j), key, OUT)
             best = self._greater(best, key)
         if not self.layout.whole:
-            best = self.t.select(self.layout.within(0), best, _OUT)
+            best = self.t.select(self.layout.within(0), best, OUT)
         return best
 
     def _greater(self, a: Int, b: Int) -> Int:
@@ -515,7 +522,7 @@ class Router:
         """Whether my group is among the best."""
         t, problem, layout = self.t, self.problem, self.layout
         pair = problem.bias_rows and problem.group_size > 1
-        first, second = keys[0], t.const(_OUT)
+        first, second = keys[0], t.const(OUT)
         for key in keys[1:]:
             if pair:
                 second = self._greater(second, self._lesser(first, key))
@@ -545,7 +552,8 @@ class Router:
         """(key, expert) of lane k: the k-th greatest key. `packed`: no two are equal, and the expert, which
         stands in the key, is not given."""
         t, lane, rounds = self.t, self.lane, self.problem.top_k
-        items = [(key, self.layout.first + j) for j, key in enumerate(keys)]
+        offsets = map(self.layout.offset, range(len(keys)))
+        items = [(key, self.layout.first + at) for key, at in zip(keys, offsets, strict=True)]
         fours = [self._sorted(items[k : k + _FOUR], packed) for k in range(0, len(items), _FOUR)]
         fours = [four[:rounds] for four in fours]
         value, expert = t.const(0), t.const(0)
@@ -596,7 +604,7 @@ class Router:
         t, moved = self.t, []
         for i, (key, expert) in enumerate(four[:left]):
             if i + 1 == len(four):
-                moved.append((t.select(was_head, _OUT, key), expert))
+                moved.append((t.select(was_head, OUT, key), expert))
                 continue
             after, its = four[i + 1]
             moved.append((t.select(was_head, after, key), expert))
@@ -620,7 +628,7 @@ class Router:
         inside = lane < problem.top_k
         if problem.scoring == "softmax":
             if problem.over_chosen and problem.bias_rows:
-                greatest = f32.order(t.warp_max(t.select(inside, f32.order(logit), _OUT)))
+                greatest = f32.order(t.warp_max(t.select(inside, f32.order(logit), OUT)))
             elif greatest is None:  # chosen by the logits: the first is the greatest of all
                 greatest = t.shfl(logit, 0)
             if not problem.over_chosen and total is None:

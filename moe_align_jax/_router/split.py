@@ -7,9 +7,9 @@ the number of those before its token's.
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
 without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
-align. In a cluster they post their ids to every CTA, in messages of 4, and compute the weights while these
-are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output. They
-have a barrier of their own, so that no routing warp waits for them.
+align. In a cluster they post their ids to every CTA, in messages of 4 words, and compute the weights while
+these are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output.
+They have a barrier of their own, so that no routing warp waits for them.
 
 Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
 sum over the lanes before it comes from one ballot for each bit of a lane's sum.
@@ -19,11 +19,13 @@ Bytes: every output written once, the rows and blocks in use twice. Grid: one cl
 
 import functools
 import operator
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._align.kernels import common
 from moe_align_jax._core.int32 import cdiv
+from moe_align_jax._router import fixed_point
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import collectives
@@ -64,8 +66,12 @@ class Split:
         self.keeps = self.routers > WARPGROUP // WARP and num_ctas > 1 and routing.can_keep(problem)
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
-            self.row = cdiv(problem.top_k, routing.MESSAGE) * routing.MESSAGE
-        self.num_ids = problem.num_tokens * self.row
+            self.row = cdiv(problem.top_k, fixed_point.MESSAGE) * fixed_point.MESSAGE
+        # Two ids to a word of the mail; a thread then has neighbouring pairs.
+        self.packs = num_ctas > 1 and fixed_point.packs_ids(problem)
+        if self.packs:
+            self.row = problem.top_k // 2
+        self.num_words = problem.num_tokens * self.row
         self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
         # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
         # where that has room, so that one addition does both, or in a byte or a word of their own.
@@ -80,6 +86,9 @@ class Split:
             self.counted = self.in_lanes and fits_bytes
         # Four counts to a word, which `_starts` rounds up to blocks at once.
         self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
+        # Of more than 32 tokens an aligning thread reads counts and first blocks of its pairs' experts as
+        # bytes (`_starts_by_bytes`); up to 32 it has fewer pairs, and shuffles bring them.
+        self.by_bytes = self.bytes and self.words > 1
         # Without them every id is one of an expert.
         self.may_drop = problem.has_token_mask or problem.has_num_valid_tokens
 
@@ -100,9 +109,13 @@ class Split:
         """Words of each shared-memory array."""
         arrays = {"masks": self._cells}
         if self.num_ctas == 1:
-            arrays["chosen"] = self.num_ids
+            arrays["chosen"] = self.num_words
         if self.keeps:
             arrays["kept"] = self.routers * self.problem.num_experts
+        if self.by_bytes:
+            # Of each aligning warp: the first block of each expert among its lane's, and each lane's blocks.
+            arrays["firsts"] = self.threads // WARP * self.stride // 4
+            arrays["sums"] = self.threads // WARP * WARP // 4
         if not self.in_lanes:
             arrays["starts"] = self.threads // WARP * self.stride
         return arrays
@@ -115,7 +128,10 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        router = routing.Router(t, r, problem, lane)
+        if routing.shortens(problem):
+            router = fixed_point.FixedPointRouter(t, r, problem, lane)
+        else:
+            router = routing.Router(t, r, problem, lane)
         token = t.cta_id() * self.routers + warp
         routes = (warp < self.routers) & (token < problem.num_tokens)
         loaded = router.load(t.select(routes, token, 0))
@@ -145,8 +161,14 @@ class Split:
             if self.keeps:
                 start = (t.thread_id() >> 5) * self.problem.num_experts
                 router.keep(loaded, r.kept, start)
-            if routing.sends_early(self.problem):
-                found = router.find(loaded, functools.partial(self._send, t, token, router.lane))
+            send = functools.partial(self._send, t, token, router.lane)
+            if self.packs:
+                # Its address is there before the message is.
+                place = t.mail_place(router.lane, token * self.row)
+                send = functools.partial(self._send_packed, t, router.lane, place)
+            if fixed_point.sends_early(self.problem):
+                assert isinstance(router, fixed_point.FixedPointRouter)
+                found = router.find(loaded, send)
             else:
                 found = router.find(loaded)
                 self._post(t, token, found.expert, router.lane)
@@ -156,6 +178,7 @@ class Split:
         one = routing.hidden_one(t)
         with t.if_(aligns):
             self._clear(t, r)
+            before = self._lanes_before(t) if self.by_bytes else []
             self._fill(t, r)
             # Else their addresses are loaded again behind the mail.
             outputs = {name: t.held(getattr(r, name), one - 1) for name in self._late_outputs}
@@ -165,7 +188,7 @@ class Split:
             for pair, expert in pairs:
                 self._set_bit(t, r, pair // self.problem.top_k, expert)
             t.tail_sync()
-            self._align(t, r, pairs)
+            self._align(t, r, pairs, before)
 
     def _in_one_cta(
         self,
@@ -204,22 +227,27 @@ class Split:
 
     def _post(self, t: Simt, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token to every CTA: a lane sends a message of them to one."""
-        parts = self.row // routing.MESSAGE
+        parts = self.row // fixed_point.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part = lane & (width - 1)
-        source = t.select(part < parts, part * routing.MESSAGE, 0)
-        ids = [t.shfl(expert, source + k) for k in range(routing.MESSAGE)]
+        source = t.select(part < parts, part * fixed_point.MESSAGE, 0)
+        ids = [t.shfl(expert, source + k) for k in range(fixed_point.MESSAGE)]
         self._send(t, token, lane, ids)
 
     def _send(self, t: Simt, token: Int, lane: Int, ids: list[Int]) -> None:
         """As `_post`, of a lane's message."""
-        parts = self.row // routing.MESSAGE
+        parts = self.row // fixed_point.MESSAGE
         width = 1 << (parts - 1).bit_length()
         part, first = lane & (width - 1), lane >> (width.bit_length() - 1)
         for cta in range(0, self.num_ctas, WARP // width):
             to = first + cta
             with t.if_((part < parts) & (to < self.num_ctas)):
-                t.post(to, token * self.row + part * routing.MESSAGE, *ids)
+                t.post(to, token * self.row + part * fixed_point.MESSAGE, *ids)
+
+    def _send_packed(self, t: Simt, lane: Int, place: Any, words: list[Int]) -> None:
+        """All ids of a token, two to a word: a lane sends them to one CTA."""
+        with t.if_(lane < self.num_ctas):
+            t.post_at(place, *words)
 
     def _keep(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int, lane: Int) -> None:
         """The ids of a token in the one CTA's shared memory, and their bits."""
@@ -254,6 +282,21 @@ class Split:
     def _clear(self, t: Simt, r: SimpleNamespace) -> None:
         """Masks without a bit."""
         collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
+        if self.by_bytes:
+            word = t.thread_id() - self.first_thread
+            with t.if_(word < self.threads // 4):
+                t.store(r.sums, word, 0)
+
+    def _lanes_before(self, t: Simt) -> list[Int]:
+        """A byte for each lane of the warp, 1 for those before mine and 0 for the others. Made ahead of the
+        mail, and hidden, so that none of it is left to do behind it."""
+        lane = (t.thread_id() - self.first_thread) & (WARP - 1)
+        words = []
+        for k in range(WARP // 4):
+            below = (t.const(1) << ((lane & 3) << 3)) - 1  # in the word that has my own lane
+            own = t.select((lane >> 2).eq(k), below & _ONES, 0)
+            words.append(t.hidden(t.select((lane >> 2) > k, t.const(_ONES), own)))
+        return words
 
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
@@ -268,6 +311,8 @@ class Split:
         align = self.align
         first = t.thread_id() - self.first_thread
         limit = common.pair_limit(t, r, align)
+        if self.packs:
+            return self._packed_experts(t, r, ids, first, limit)
         pairs = [first + start for start in range(0, align.num_pairs, self.threads)]
         insides = [pair < align.num_pairs for pair in pairs]
         words = self._ids(t, ids, [t.select(i, p, 0) for i, p in zip(insides, pairs, strict=True)])
@@ -275,6 +320,31 @@ class Split:
         for pair, inside, word in zip(pairs, insides, words, strict=True):
             loaded = common.LoadedId(pair, inside, (word,))
             found.append((pair, common.expert_of(t, r, align, loaded, limit)))
+        return found
+
+    def _packed_experts(
+        self, t: Simt, r: SimpleNamespace, ids: Any, first: Int, limit: Any
+    ) -> list[tuple[Int, Int]]:
+        """As `_experts`, of words with two ids. `first`: my first word."""
+        align, found = self.align, []
+        starts = range(0, cdiv(align.num_pairs, 2), self.threads)
+        insides = [(first + start) * 2 < align.num_pairs for start in starts]  # a token has 8 pairs
+        words = [
+            t.load(ids, t.select(inside, first + start, 0))
+            for start, inside in zip(starts, insides, strict=True)
+        ]
+        if fixed_point.inverts_ids(self.problem):
+            words = [word ^ -1 for word in words]
+        id_bits = (1 << (self.problem.num_experts - 1).bit_length()) - 1
+        for start, inside, word in zip(starts, insides, words, strict=True):
+            for half in (0, 1):
+                pair = first * 2 + (2 * start + half)
+                if self.may_drop:
+                    expert = word >> 16 if half else (word << 16) >> 16  # with the sign of -1
+                else:
+                    expert = (word >> 16 if half else word) & id_bits
+                loaded = common.LoadedId(pair, inside, (expert,))
+                found.append((pair, common.expert_of(t, r, align, loaded, limit)))
         return found
 
     def _ids(self, t: Simt, ids: Any, pairs: list[Int]) -> list[Int]:
@@ -290,8 +360,14 @@ class Split:
         bits = (self.problem.num_experts - 1).bit_length()
         return [word & ((1 << bits) - 1) for word in words]
 
-    def _align(self, t: Simt, r: SimpleNamespace, pairs: list[tuple[Int, Int]]) -> None:
-        """`pairs`: `_experts`."""
+    def _align(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        pairs: list[tuple[Int, Int]],
+        before: Sequence[Int] = (),
+    ) -> None:
+        """`pairs`: `_experts`; `before`: `_lanes_before`."""
         align, problem = self.align, self.problem
         tid = t.thread_id() - self.first_thread
         lane, warp = tid & (WARP - 1), tid >> 5
@@ -309,7 +385,7 @@ class Split:
             self._rank(t, r, expert, pair // problem.top_k, number)
             for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
         ]
-        starts, total = self._starts(t, r, masks, safe, lane, warp)
+        starts, total = self._starts(t, r, masks, safe, lane, warp, before)
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
@@ -362,10 +438,15 @@ class Split:
         """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
         part what token it may be."""
         below = (t.const(1) << (token & (WARP - 1))) - 1
-        first = number * self.threads // self.problem.top_k
-        last = (number * self.threads + self.threads - 1) // self.problem.top_k
+        side, threads = (number // 2, 2 * self.threads) if self.packs else (number, self.threads)
+        first = side * threads // self.problem.top_k
+        last = (side * threads + threads - 1) // self.problem.top_k
         if self.words == 1 or last < WARP:
             return t.popc(t.load(r.masks, expert) & below)
+        if self.by_bytes and first >= WARP:
+            # Without the word of the first 32 tokens: all but those from this one on.
+            count = t.load_byte(r.masks, expert + self._first_counted * 4)
+            return count - t.popc(t.load(r.masks, expert + self.stride) & (below ^ -1))
         low, more = t.const(-1), below
         if first < WARP:
             high = token >= WARP
@@ -393,17 +474,19 @@ class Split:
         experts: list[Int],
         lane: Int,
         warp: Int,
+        before: Sequence[Int],
     ) -> tuple[list[Int], Int]:
         """The first block of each of these experts; and, in the last lane, the blocks of all experts.
-        `masks`: of a lane's own experts."""
+        `masks`: of a lane's own experts; `before`: `_lanes_before`."""
         if self.bytes:
             # Rounded up to blocks, four experts at once: no sum of a byte comes to 256.
             size = self.align.block_size
             shift = size.bit_length() - 1
             rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
-            return self._starts_in_lanes(
-                t, [word & (_ONES * (_BYTE >> shift)) for word in rounded], experts, lane
-            )
+            words = [word & (_ONES * (_BYTE >> shift)) for word in rounded]
+            if self.by_bytes:
+                return self._starts_by_bytes(t, r, words, experts, lane, warp, before)
+            return self._starts_in_lanes(t, words, experts, lane)
         of_expert = [[word[j] for word in masks] for j in range(self.each)]
         if self.most_blocks == 1 and self.each <= 8:
             # A bit says that an expert has its one block.
@@ -445,13 +528,8 @@ class Split:
         self, t: Simt, blocks: list[Int], experts: list[Int], lane: Int
     ) -> tuple[list[Int], Int]:
         """As `_starts`, from the blocks of a lane's own experts, a byte each."""
-        # The bytes of a word times 0x01010101 are their running sums.
-        words, before = [], t.const(0)
-        for counts in blocks:
-            sums = counts * _ONES + before * _ONES
-            words.append(sums - counts)
-            before = (sums >> 24) & _BYTE
-        base = self._sum_below(t, before, lane)
+        words, mine = self._running_sums(t, blocks)
+        base = self._sum_below(t, mine, lane)
         found = []
         for expert in experts:
             source = expert >> self._shift
@@ -460,7 +538,52 @@ class Split:
                 word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
             inside = (word >> ((expert & 3) << 3)) & _BYTE
             found.append(t.shfl(base, source) + inside)
-        return found, base + before
+        return found, base + mine
+
+    def _running_sums(self, t: Simt, blocks: list[Int]) -> tuple[list[Int], Int]:
+        """For each byte the sum of the bytes before it, in words as they are; and the sum of all."""
+        # The bytes of a word times 0x01010101 are their running sums.
+        words, total = [], t.const(0)
+        for counts in blocks:
+            sums = counts * _ONES + total * _ONES
+            words.append(sums - counts)
+            total = (sums >> 24) & _BYTE
+        return words, total
+
+    def _starts_by_bytes(
+        self,
+        t: Simt,
+        r: SimpleNamespace,
+        blocks: list[Int],
+        experts: list[Int],
+        lane: Int,
+        warp: Int,
+        before: Sequence[Int],
+    ) -> tuple[list[Int], Int]:
+        """As `_starts_in_lanes`, but by shared memory, where four pairs of a thread would take 12 shuffles.
+        The sum over the lanes before mine comes from products of bytes, not from ballots."""
+        words, mine = self._running_sums(t, blocks)
+        t.store_byte(r.sums, warp * WARP + lane, mine)
+        at = warp * (self.stride // 4) + lane * len(words)
+        if len(words) == 2:
+            t.store2(r.firsts, at, tuple(words))
+        else:
+            t.store(r.firsts, at, words[0])
+        t.warp_sync()
+        sums = [x for k in (0, 4) for x in t.load4(r.sums, warp * (WARP // 4) + k)]
+        halves = []
+        for k in (0, 4):
+            total = t.const(0)
+            for word, mask in zip(sums[k : k + 4], before[k : k + 4], strict=True):
+                total = t.dot_bytes(word, mask, total)
+            halves.append(total)
+        base = halves[0] + halves[1]
+        found = []
+        for expert in experts:
+            source = expert >> self._shift
+            inside = t.load_byte(r.firsts, warp * self.stride + expert)
+            found.append(t.shfl(base, source) + inside)
+        return found, base + mine
 
     @property
     def _shift(self) -> int:

@@ -13,6 +13,10 @@ class FloatBits(abc.ABC):
         """`a * b + c`, rounded once."""
 
     @abc.abstractmethod
+    def fma_saturated(self, a: Int, b: Int, c: Int) -> Int:
+        """As `fma`, but 0 of what is less or a NaN, and 1 of what is greater than 1."""
+
+    @abc.abstractmethod
     def fadd(self, a: Int, b: Int) -> Int:
         """`a + b`."""
 

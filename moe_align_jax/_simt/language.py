@@ -84,6 +84,25 @@ class Core(abc.ABC):
         """`a & mask ^ b`."""
         return (a & mask) ^ b
 
+    def multiply_add(self, a: Int, b: Int, c: Int) -> Int:
+        """`a * b + c`, by the unit that multiplies."""
+        return a * b + c
+
+    def dot_bytes(self, a: Int, b: Int, c: Int) -> Int:
+        """`c`, and the sum of the products of the four bytes of a and of b, without signs."""
+        for k in range(0, 32, 8):
+            c = c + ((a >> k) & 0xFF) * ((b >> k) & 0xFF)
+        return c
+
+    def low_halves(self, a: Int, b: Int) -> Int:
+        """The low 16 bits of a, and above them those of b."""
+        return (a & 0xFFFF) | (b << 16)
+
+    def any_lane(self, condition: Int) -> tuple[Int, Int]:
+        """Whether the condition holds in any lane of the warp; and whether in none. By whole warps."""
+        votes = self.ballot(condition)
+        return votes.ne(0), votes.eq(0)
+
     def hidden(self, value: Int) -> Int:
         """The value, computed here, of which the compiler knows nothing."""
         return value
@@ -166,6 +185,15 @@ class Core(abc.ABC):
     def load_narrow(self, ref: Any, index: Int | int, width: int) -> Int:
         """The `index`-th number of `width` bytes, 1 or 2, in an input's memory; the bits above it are 0. It
         reads no byte beside it, so that an input may end within a word (`Kernel.tails`)."""
+
+    def load_byte(self, ref: Any, index: Int) -> Int:
+        """The `index`-th byte of an array of words in shared memory, without a sign."""
+        return (self.load(ref, index >> 2) >> ((index & 3) << 3)) & 0xFF
+
+    def store_byte(self, ref: Any, index: Int, value: Int) -> None:
+        """Stores the low byte of a value as the `index`-th byte of an array of words in shared memory, where
+        a 0 was. The other bytes of the word stay as they are."""
+        self.atomic_add(ref, index >> 2, (value & 0xFF) << ((index & 3) << 3))
 
     @abc.abstractmethod
     def store4(self, ref: Any, index: Int | int, value: Int | int | tuple[Int, ...]) -> None:
@@ -257,6 +285,14 @@ class ClusterMail(abc.ABC):
         """Puts a word, or 4 from a multiple of 4 on, into the mailbox of a CTA of my cluster, by its index in
         the grid; mine is one of them. Post each word at most once per launch; a post orders no other
         memory."""
+
+    def mail_place(self, cta: Int | int, index: Int | int) -> Any:
+        """Where `post_at` puts its words; computed here, and not where they are posted."""
+        return cta, index
+
+    def post_at(self, place: Any, *values: Int | int) -> None:
+        """As `post`, to a place that `mail_place` gave."""
+        self.post(*place, *values)
 
     @abc.abstractmethod
     def mail(self) -> Any:

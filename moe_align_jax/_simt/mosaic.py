@@ -93,6 +93,29 @@ class MosaicSimt(Simt):
     def masked_xor(self, a: Int, mask: int, b: Int) -> Int:
         return self._lop3(a, mask, b, 0x6A)
 
+    def multiply_add(self, a: Int, b: Int, c: Int) -> Int:
+        return self._integer("mad.lo.s32", a, b, c)
+
+    def dot_bytes(self, a: Int, b: Int, c: Int) -> Int:
+        return self._integer("dp4a.u32.u32", a, b, c)
+
+    def _integer(self, instruction: str, *operands: Int) -> Int:
+        """One instruction on int32 operands, with a result of 32 bits."""
+        values = [value_of(x) for x in operands]
+        places = ", ".join(f"${k}" for k in range(len(values) + 1))
+        constraints = "=r" + ",r" * len(values)
+        return MlirInt(llvm.inline_asm(i32(), values, f"{instruction} {places};", constraints))
+
+    def low_halves(self, a: Int, b: Int) -> Int:
+        values = [value_of(x) for x in (a, b)]
+        return MlirInt(llvm.inline_asm(i32(), values, "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r"))
+
+    def any_lane(self, condition: Int) -> tuple[Int, Int]:
+        i1, code = ir.IntegerType.get_signless(1), "vote.sync.any.pred $0, $1, 0xffffffff;"
+        operands = [value_of(condition)]
+        found = llvm.inline_asm(i1, operands, code, "=b,b", has_side_effects=True)
+        return MlirInt(found), MlirInt(arith.xori(found, arith.constant(i1, 1)))
+
     def hidden(self, value: Int) -> Int:
         code, operands = "mov.b32 $0, $1;", [value_of(value)]
         return MlirInt(llvm.inline_asm(i32(), operands, code, "=r,r", has_side_effects=True))
@@ -140,6 +163,19 @@ class MosaicSimt(Simt):
         at = mgpu_utils.getelementptr(base, [value_of(index)], kind)
         return MlirInt(arith.extui(i32(), llvm.load(kind, at, alignment=width)))
 
+    def _byte(self, ref: Ref, index: Int) -> tuple[ir.Type, ir.Value]:
+        """The type of a byte, and a pointer to one of an array of words."""
+        kind = ir.IntegerType.get_signless(8)
+        return kind, mgpu_utils.getelementptr(ref.pointer(0), [value_of(index)], kind)
+
+    def load_byte(self, ref: Ref, index: Int) -> Int:
+        kind, at = self._byte(ref, index)
+        return MlirInt(arith.extui(i32(), llvm.load(kind, at, alignment=1)))
+
+    def store_byte(self, ref: Ref, index: Int, value: Int) -> None:
+        kind, at = self._byte(ref, index)
+        llvm.store(arith.trunci(kind, value_of(value)), at, alignment=1)
+
     def store4(self, ref: Ref, index: Int | int, value: Any) -> None:
         self._store_words(ref, index, value if isinstance(value, tuple) else (value,) * 4)
 
@@ -180,6 +216,9 @@ class MosaicSimt(Simt):
 
     def fma(self, a: Int, b: Int, c: Int | int) -> Int:
         return self._float("fma.rn.f32", a, b, c)
+
+    def fma_saturated(self, a: Int, b: Int, c: Int) -> Int:
+        return self._float("fma.rn.sat.f32", a, b, c)
 
     def fadd(self, a: Int, b: Int) -> Int:
         return self._float("add.rn.f32", a, b)
@@ -314,6 +353,23 @@ class MosaicSimt(Simt):
             "[barrier]; }"
         )
         order_asm(asm, [*there, *map(value_of, values)], "r," * (3 + len(values)))
+
+    def mail_place(self, cta: Int | int, index: Int | int) -> Any:
+        words = [self._shared_address(self._mailbox, index)]
+        words += [self._shared_address(self._mail_barrier, 0)]
+        number, code = value_of(cta & (self.cluster - 1)), "mapa.shared::cluster.u32 $0, $1, $2;"
+        # Volatile, or the compiler would compute the addresses where they are used.
+        return [
+            llvm.inline_asm(i32(), [word, number], code, "=r,r,r", has_side_effects=True)
+            for word in words
+        ]
+
+    def post_at(self, place: Any, *values: Int | int) -> None:
+        names = ", ".join(f"${k + 2}" for k in range(len(values)))
+        width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
+        send = "st.async.shared::cluster.mbarrier::complete_tx::bytes"
+        asm = f"{send}{width}.b32 [$0], {source}, [$1];"
+        order_asm(asm, [*place, *map(value_of, values)], "r," * (2 + len(values)))
 
     def mail(self) -> Any:
         wait = (

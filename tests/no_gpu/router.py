@@ -80,7 +80,7 @@ def aligned_problems() -> Iterator[tuple[Any, Any]]:
         (Problem(1, 256, 8), 16, 256, {}),
         (Problem(4, 256, 8, "bfloat16"), 16, 256, {"expert_map": "label"}),
         (Problem(8, 256, 8), 64, 256, {"return_inverse": True}),
-        (Problem(16, 64, 6), 64, 64, {"return_inverse": True}),
+        (Problem(64, 256, 8, renormalize=True), 16, 256, {"return_inverse": True}),
         (Problem(32, 256, 8, **deepseek), 64, 288, {"return_inverse": True, **dynamic}),
         (Problem(64, 256, 8, has_token_mask=True), 64, 256, {"expert_map": "filter"}),
         (Problem(64, 256, 8, "bfloat16"), 128, 256, {"return_inverse": True}),

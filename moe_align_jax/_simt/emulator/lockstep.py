@@ -321,6 +321,10 @@ class EmulatedSimt(AmongDevices, InCluster):
         # The product of two float32 is exact in float64.
         return self._float(lambda x, y, z: x.astype(np.float64) * y + z, a, b, c)
 
+    def fma_saturated(self, a: Int, b: Int, c: Int) -> Int:
+        result = self.fma(a, b, c)  # rounded, as 0 and 1 are what they are
+        return self._float(lambda x: np.where(np.isnan(x), 0, np.clip(x, 0, 1)), result)
+
     def fadd(self, a: Int, b: Int) -> Int:
         return self._float(np.add, a, b)
 

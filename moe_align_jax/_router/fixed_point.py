@@ -1,0 +1,218 @@
+"""The router's choice in one launch with the alignment: short keys in fixed point.
+
+Two routing warps share a scheduler there, whose integer unit both of them wait for: each of its instructions
+keeps it for two cycles. So a float32 logit's short key is made by the units that multiply and add:
+
+    fixed = saturate(logit / 256 + 1/2) + one      the low bits of this float32 are in fixed point
+    key   = bits(fixed) * (ids + 1) + constant     those bits, above the inverted id
+
+The range is -128 to 128. At E <= 256 an id has 8 bits, and the unit of the fixed point is 2**-15; each bit
+more of an id doubles the unit. A logit beyond the range, or infinite, counts as its nearest end, and a NaN as
+the lower one.
+
+A token is in doubt where two of its K + 1 greatest keys agree but for their ids. The ids decide then if every
+logit that counts at least as much as the K-th is equal to its number in fixed point: then those that seem
+equal are equal. Otherwise whole keys decide. Logits that were bfloat16 before are equal to their numbers from
+2**-8 to 128, so that their ties cost nothing.
+
+Of each eight keys a lane sorts the greatest four only. Where all four of them are chosen, the fifth might
+have to be, too: whole keys decide for that token.
+
+A lane holds experts in vectors: four, then those of the 31 other lanes come, then its next four. So the loads
+of a warp lie side by side. Not where a softmax adds up all experts' powers: the sum's order would be another
+than that of the router alone, whose bits the one launch gives.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+
+from moe_align_jax._router import arithmetic as f32
+from moe_align_jax._router import kernel
+from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._simt.language import WARP, Int
+
+MESSAGE = 4  # words that are sent at once
+_VECTOR = 4  # words of a load
+_LIMIT = 128  # the greatest logit that has a number in fixed point, and that of the least
+_FEWEST_ID_BITS = (
+    8  # of a key: the 24 others hold all that float32 leaves of a number in fixed point
+)
+
+# Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words.
+type Send = Callable[[list[Int]], None]
+
+
+def sends_early(problem: RouteProblem) -> bool:
+    """Whether `FixedPointRouter.find` calls its `send`: the parts are at most two, whole ones."""
+    return kernel.shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
+
+
+def packs_ids(problem: RouteProblem) -> bool:
+    """Whether a message has all ids of a token, 16 bits each, and not one to a word.
+
+    From 33 tokens on. Up to 32 the aligning warps have a thread for each pair of a token's two, and unpack
+    for nothing.
+    """
+    is_one_message = sends_early(problem) and problem.top_k == 2 * MESSAGE
+    return is_one_message and problem.num_tokens > WARP
+
+
+def inverts_ids(problem: RouteProblem) -> bool:
+    """Whether a packed message holds the low halves of keys, whose low bits are inverted ids: what receives
+    them turns them round. Not where a message may say that a token is not real."""
+    may_drop = problem.has_token_mask or problem.has_num_valid_tokens or problem.has_padding
+    return packs_ids(problem) and not may_drop
+
+
+class FixedPointRouter(kernel.Router):
+    """A `Router` for problems of which `shortens` holds, with short keys in fixed point."""
+
+    def _make_layout(self) -> kernel.Layout:
+        layout, problem = super()._make_layout(), self.problem
+        adds_all = problem.scoring == "softmax" and not problem.over_chosen
+        several = layout.each % _VECTOR == 0 and layout.each > _VECTOR
+        if layout.whole and several and not adds_all:
+            layout = layout._replace(first=self.lane * _VECTOR, vector=_VECTOR)
+        return layout
+
+    def _make_id_mask(self) -> int:
+        bits = (self.problem.num_experts - 1).bit_length()
+        return (1 << max(_FEWEST_ID_BITS, bits)) - 1
+
+    @property
+    def _one(self) -> float:
+        """What moves a number from 0 to 1 to where a float32 has as many bits below its exponent's as a key
+        has beside its id."""
+        return float((self.id_mask + 1) >> _FEWEST_ID_BITS)
+
+    def _last_id_bits(self) -> Int:
+        t, size, inverted = self.t, self.id_mask + 1, super()._last_id_bits()
+        # What moves a number's bits above the id. The compiler does not know that it is a power of two, by
+        # which it would shift, in the integer unit.
+        self.size = t.ballot(t.thread_id() < t.num_threads) & size
+        # 0 in fixed point becomes the least key of all.
+        least = -(2**31) - f32.bits(self._one) * size
+        return inverted + ((least + 2**31) % 2**32 - 2**31)
+
+    def _fixed(self, logit: Int) -> Int:
+        """`_one` and, in fixed point, where the logit stands between -`_LIMIT` and `_LIMIT`: from 0 to 1."""
+        t = self.t
+        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * _LIMIT), 0.5, self._one))
+        return t.fadd(t.fma_saturated(logit, scale, half), one)
+
+    def _inexact_bits(self, logit: Int) -> Int:
+        """0 of a finite logit that is equal to its number in fixed point."""
+        t, width = self.t, 2 * _LIMIT
+        middle = t.const(f32.bits(-(self._one + 0.5) * width))
+        return t.fma(self._fixed(logit), t.const(f32.bits(width)), middle) ^ logit
+
+    def _short_keys(self, logits: list[Int]) -> list[Int]:
+        t, layout = self.t, self.layout
+        keys = [
+            t.multiply_add(self._fixed(logit), self.size, bits)
+            for logit, bits in zip(logits, self.id_bits, strict=True)
+        ]
+        if not layout.whole:
+            keys = [t.select(layout.within(j), key, kernel.OUT) for j, key in enumerate(keys)]
+        return keys
+
+    def find(self, loaded: kernel.Loaded, send: Send | None = None) -> kernel.Found:
+        """As `Router.find`. The experts are sent, too, as soon as they are known, where `sends_early`."""
+        return self._find(loaded, functools.partial(self._take_short, send=send))
+
+    def _take_short(self, loaded: kernel.Loaded, send: Send | None = None) -> Int:
+        t, mask = self.t, self.id_mask
+        bests, nearest, lists = self._rounds(self._short_keys(loaded.words))
+        # Of a list whose four were all taken the fifth may be greater than what was taken instead.
+        spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
+        # Made ahead of the vote, so that nothing is left to do behind it.
+        message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
+        doubts = nearest.below(mask + 1)
+        for one in spent:
+            doubts = doubts | one
+        doubtful, sure = t.any_lane(doubts)
+        if send is not None:
+            # Ahead of the code of the doubt, which is long.
+            with t.if_(sure):
+                send(self._real_only(loaded, message))
+            t.warp_sync()  # else the compiler makes one branch of this one and the next
+        expert = self._id_in(self._own(bests))
+
+        def look() -> list[Int]:
+            logits, last = [self._finite(x) for x in loaded.words], bests[-1]
+            # Only those by which the K greatest are told from the others and put in order must be exact.
+            low = [
+                t.select((key | mask) >= last, self._inexact_bits(x), 0)
+                for key, x in zip(self._short_keys(logits), logits, strict=True)
+            ]
+            low = functools.reduce(operator.or_, low)
+            for one in spent:
+                low = low | t.select(one, 1, 0)
+            several = t.ballot(low.ne(0)).ne(0)
+
+            def whole() -> list[Int]:
+                chosen = self._take_whole(logits)
+                return [chosen, *(self._message_of(chosen) if message else [])]
+
+            chosen, *words = t.values_if(several, whole, [expert, *message])
+            if send is not None:
+                send(self._real_only(loaded, words))
+            return [chosen]
+
+        return t.values_if(doubtful, look, [expert])[0]
+
+    @property
+    def _num_cut(self) -> int:
+        """Of `_lists`, those that are cut to four: whole eights. Not where a lane may hold fewer experts than
+        its keys, since such a list seems to have no key left."""
+        layout = self.layout
+        return layout.each // kernel.EIGHT if layout.whole else 0
+
+    def _lists(self, keys: list[Int]) -> list[list[Int]]:
+        eights = [keys[k : k + kernel.EIGHT] for k in range(0, len(keys), kernel.EIGHT)]
+        cut, rest = eights[: self._num_cut], eights[self._num_cut :]
+        return [*map(self._greatest_four, cut), *map(self._network, rest)]
+
+    def _greatest_four(self, keys: list[Int]) -> list[Int]:
+        """Of eight, sorted, descending: of two sorted fours the greater of each pair from opposite ends, in
+        a bitonic order, which two turns of comparisons sort."""
+        a, b = self._network(keys[:4]), self._network(keys[4:])
+        four = [self._greater(x, y) for x, y in zip(a, b[::-1], strict=True)]
+        for distance in (2, 1):
+            for k in range(4):
+                if not k & distance:
+                    x, y = four[k], four[k + distance]
+                    four[k], four[k + distance] = self._greater(x, y), self._lesser(x, y)
+        return four
+
+    # -- messages
+
+    def _message(self, bests: list[Int]) -> list[Int]:
+        """Of the K greatest keys."""
+        t, problem = self.t, self.problem
+        if packs_ids(problem):
+            pairs = zip(bests[::2], bests[1::2], strict=True)
+            words = [t.low_halves(first, second) for first, second in pairs]
+            return words if inverts_ids(problem) else [self._inverted(word) for word in words]
+        ids = []
+        for k, key in enumerate(bests[:MESSAGE]):
+            if problem.top_k > MESSAGE:
+                key = t.select((self.lane & 1).ne(0), bests[MESSAGE + k], key)
+            ids.append(self._id_in(key))
+        return ids
+
+    def _message_of(self, expert: Int) -> list[Int]:
+        """Of the experts, the k-th in lane k."""
+        t, problem = self.t, self.problem
+        if packs_ids(problem):
+            firsts = range(0, problem.top_k, 2)
+            words = [t.low_halves(t.shfl(expert, k), t.shfl(expert, k + 1)) for k in firsts]
+            return [self._inverted(word) for word in words] if inverts_ids(problem) else words
+        first = (self.lane & (problem.top_k // MESSAGE - 1)) * MESSAGE
+        return [t.shfl(expert, first + k) for k in range(MESSAGE)]
+
+    def _inverted(self, halves: Int) -> Int:
+        """A word of two ids from one of two inverted ids, and the other way round."""
+        both = self.id_mask * 0x10001
+        return both - (halves & both)
