@@ -482,18 +482,17 @@ def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
 def test_groups_of_blocks_of_176_rows_hold_1024_rows():
     """Six of them: as many times 1024 rows fill whole groups. Other tiles have the groups that they had."""
 
-    def name(block, experts=8, columns=28672, **more):
-        sizes = (32768, 4096, columns, experts, "bfloat16", more.pop("out_dtype", "bfloat16"))
-        problem = MatmulProblem("test", "blocks", *sizes, Weights(**more), block, zero_padding=False)
-        return tiles.config_for(problem, "NVIDIA H200").name
+    def found(block, experts=8, columns=28672, out_dtype="bfloat16"):
+        sizes = (32768, 4096, columns, experts, "bfloat16", out_dtype)
+        problem = MatmulProblem("test", "blocks", *sizes, Weights(), block, zero_padding=False)
+        config = tiles.config_for(problem, "NVIDIA H200")
+        return config.bm, config.group
 
     assert 5 * 176 < 1024 <= 6 * 176
-    assert name(176) == name(176, experts=16) == "176x256x64s3swap-g6"
-    assert name(192) == "192x256x64s3swap-g8" and name(160) == "160x256x64s3swap-g8"
-    assert name(176, experts=17) == "176x256x64s3swap-g4"
-    assert name(176, columns=512) == "176x256x64s3swap-g0"
-    assert name(144) == "144x256x64s4swap-g4-late"
-    assert name(128) == name(176, out_dtype="float32") == "128x256x64s4m-g8-late"
+    assert found(176) == found(176, experts=16) == (176, 6)
+    assert found(160) == (160, 8) and found(192) == (192, 8) and found(144) == (144, 4)
+    assert found(176, experts=17) == (176, 4) and found(176, columns=512) == (176, 0)
+    assert found(176, out_dtype="float32") == (128, 8)
 
 
 def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():
