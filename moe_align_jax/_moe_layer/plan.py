@@ -9,8 +9,8 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 # than it saves. vLLM's factor.
 PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block where each reads
-# the weights, and its blocks should have few rows without a pair where products bound. Four sizes,
-# however many batch sizes a model is called with: each is a kernel of both products.
+# the weights, and its blocks should have few rows without a pair where products bound. Four sizes, however
+# many batch sizes a model is called with: each is a kernel of both products.
 # Of many experts, one H200, 2026-11-29, device span in us, by rows: Qwen3-30B-A3B, 128 tokens: 16 291,
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.

@@ -213,7 +213,10 @@ def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
     """Each size of a block; of the last two, rows are gathered before the product."""
     assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
-        *(tokens, 2, experts, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
+        *(tokens, 2, experts, 512, 5120),
+        dtype="bfloat16",
+        routing="uniform",
+        transpose_rhs=transposed,
     )
     want = maj.fused_moe(*operands, implementation="xla", **options)
     y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
