@@ -612,6 +612,19 @@ def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
     assert 2 <= len(found) <= 12, sorted(found)
 
 
+def test_largest_blocks_by_the_number_of_experts():
+    """Means just above and far above 270 rows; e4m3 has powers of two."""
+
+    def found(experts, **dtype):
+        means = (271, 1024, 1057, 4096)
+        given = {"top_k": 1, "num_experts": experts} | dtype
+        return {maj.moe_block_size(mean * experts, **given) for mean in means}
+
+    assert found(1) == found(8) == {176}
+    assert found(9) == found(16) == {192}
+    assert found(17) == found(8, dtype="float8_e4m3fn") == {128}
+
+
 def test_block_size_is_what_fused_moe_takes():
     for tokens in (3, 40, 300):
         operands, _ = make_layer(tokens, dtype="bfloat16")
