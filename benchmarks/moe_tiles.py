@@ -112,7 +112,7 @@ def variants(model: Model, tokens: int) -> list[Variant]:
             found.append(Variant({}, first, second, block))
         return found
     rules: dict[str, Any] = {"permute_columns": 1} if mean >= 1000 else {}
-    many = ((128, (8,)), (176, (8,)), (192, (8, 16)))
+    many = ((128, (8,)), (176, (6, 8)), (192, (8, 16)))
     for block, groups in many if mean >= 1000 else ((128, (4,)), (144, (0, 4)), (192, (8,))):
         for group, late in itertools.product(groups, (False, True) if block == 144 else (False,)):
             tiles = _WIDE if block == 128 else _swapped(block, group)

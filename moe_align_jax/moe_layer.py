@@ -387,7 +387,7 @@ def moe_block_size(
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
         [8, 16, 80, 128]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 4096, 8192)]
-        [8, 48, 144, 176, 192]
+        [8, 48, 144, 176, 176]
     """
     function, remedy = "moe_block_size", "Pass the shapes of x and of the weights."
     top_k = checks.check_positive_int(function, "top_k", top_k, remedy)

@@ -142,6 +142,12 @@ DEFAULT_RULES = Rules()
 # A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
 #   144 rows swapped: late, group 4 315, 8 320; not late, group 0 317, 4 321, 8 327; of "ragged" rows 333, 336
 #   96 rows swapped: group 4 352, late 354; 128x256 m, late, group 4 346; of "ragged" rows 360
+# Six tiles of 176 rows hold 1024 rows: where experts have 1024, 2048 or 4096, groups of six mostly begin with
+# an expert's first tile. In us, means of four turns (three at 4096 tokens), 2026-11-29:
+#   Mixtral's layer, 8192 tokens, 17:04: 192 rows, group 8 8272; 176 rows, group 6 8079, 12 8090
+#   Mixtral's layer, 4096 tokens, 17:04: 176 rows, group 8 3973, 6 3880 (less in two turns)
+#   32768 rows, 4096 -> 14336, 8 experts, 16:31: 192 rows, group 8 4963; 176 rows, group 8 5031, 6 4973
+# By rule, not measured: other means, nine to 16 experts in blocks of 176 that a caller asks for.
 # The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
@@ -323,7 +329,8 @@ def _whole(problem: MatmulProblem, bm: int, group: int) -> Config:
     """
     pieces = 2 * piece_rows(bm) * 128
     stages = next(n for n in (4, 3) if _ring_bytes(bm, n) + pieces + 1024 <= MAX_SHARED_BYTES)
-    group = 0 if bm <= 96 else min(group, 4) if bm <= 144 else group
+    most = 0 if bm <= 96 else 4 if bm <= 144 else 6 if bm == 176 else group
+    group = min(group, most)
     # Beside a copy of rows, only half as many results fit into registers.
     fits = not _has_vectors(problem, bm) and (problem.weights.gated or not problem.top_k)
     late = bm == 144 and problem.rows == "blocks" and fits and may_be_late(problem)

@@ -9,20 +9,23 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 # than it saves. vLLM's factor.
 PAIRS_PER_EXPERT = 4
 # (Most pairs per expert, rows per block). An expert should rarely have more than one block where each reads
-# the weights, and its blocks should have few rows without a pair where products bound. Four or five sizes,
-# however many batch sizes a model is called with: each is a kernel of both products.
+# the weights, and its blocks should have few rows without a pair where products bound. Four sizes, however
+# many batch sizes a model is called with: each is a kernel of both products.
 # Of many experts, one H200, 2026-11-29, device span in us, by rows: Qwen3-30B-A3B, 128 tokens: 16 291,
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
-# Up to eight experts have blocks of 176 too, six of which hold 1024 rows: of 192, a ninth would be padding.
-# Mixtral 8x7B, forward, forward and backward: 4096 tokens: 128 4043, 12822; 176 3803, 12337; 192 4050,
-# 13275; 8192 tokens, forward: 176 8385, 192 8293. Other means were not measured: 192 may be faster where it
-# needs a block less, as of 353 to 384 rows. With more experts the kernels of pairs without an alignment are
-# more, by how many CTAs share a tile (`config._SPLITS`): a fifth size would make 14 kernels for 16 experts,
-# and a model shall need at most 12.
+# Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
+# Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
+#   4096 tokens, 13:52, all in groups of 8: 128 rows 4043, 12822; 176 3803, 12337; 192 4050, 13275
+#   8192 tokens: groups of 8, 13:52: 176 8385, 192 8293; then 192 in groups of 8, 176 in groups of 6:
+#   16:31 8444, 8274; 17:04 8272, 8079, with backward 26491, 25686 (means of 12)
+# By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
+# fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
+# keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14
+# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
-_EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (1056, 176), _FEW_EXPERTS[-1])
+_EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
 # Of products whose tiles have 8, 16, 64 or 128 rows: see `takes_any_rows`.
 _POWERS_OF_TWO = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))

@@ -301,7 +301,7 @@ def many() -> list[tuple[str, Any, Any]]:
     for flag in (False, True):
         late = MANY_ROWS._replace(late=True)
         more = (MANY_ROWS, late, MANY_ROWS._replace(bm=192, stages=3, lag=1))
-        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=8))
+        more = (*more, MANY_ROWS._replace(bm=176, stages=3, lag=1, group=6))
         for tile in more:
             sizes = (700, 2, 3, 256, 640, tile.bm)
             of_blocks(f"swap {flag}", sizes, tile, gather=False, transpose_rhs=flag)
@@ -477,6 +477,22 @@ def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
     config = tiles.config_for(problem)
     assert config.bm == bm
     assert config.late is (bm in (128, 144))
+
+
+def test_groups_of_blocks_of_176_rows_hold_1024_rows():
+    """Six of them: as many times 1024 rows fill whole groups. Other tiles have the groups that they had."""
+
+    def found(block, experts=8, columns=28672, out_dtype="bfloat16"):
+        sizes = (32768, 4096, columns, experts, "bfloat16", out_dtype)
+        problem = MatmulProblem("test", "blocks", *sizes, Weights(), block, zero_padding=False)
+        config = tiles.config_for(problem, "NVIDIA H200")
+        return config.bm, config.group
+
+    assert 5 * 176 < 1024 <= 6 * 176
+    assert found(176) == found(176, experts=16) == (176, 6)
+    assert found(160) == (160, 8) and found(192) == (192, 8) and found(144) == (144, 4)
+    assert found(176, experts=17) == (176, 4) and found(176, columns=512) == (176, 0)
+    assert found(176, out_dtype="float32") == (128, 8)
 
 
 def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():

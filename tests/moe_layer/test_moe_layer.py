@@ -205,14 +205,18 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("tokens", "rows"), [(60, 48), (500, 144), (1500, 176), (4096, 176), (4400, 192)]
+    ("tokens", "experts", "rows"),
+    [(60, 8, 48), (500, 8, 144), (1500, 8, 176), (4096, 8, 176), (4600, 9, 192)],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_few_experts_on_a_gpu(tokens, rows, transposed):
+def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
     """Each size of a block; of the last two, rows are gathered before the product."""
-    assert maj.moe_block_size(tokens, top_k=2, num_experts=8) == rows
+    assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
-        *(tokens, 2, 8, 512, 5120), dtype="bfloat16", routing="uniform", transpose_rhs=transposed
+        *(tokens, 2, experts, 512, 5120),
+        dtype="bfloat16",
+        routing="uniform",
+        transpose_rhs=transposed,
     )
     want = maj.fused_moe(*operands, implementation="xla", **options)
     y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
@@ -606,6 +610,19 @@ def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
         blocks, first, second = selection.form.split(", ")
         found |= {("first", blocks, first), ("second", blocks, second)}
     assert 2 <= len(found) <= 12, sorted(found)
+
+
+def test_largest_blocks_by_the_number_of_experts():
+    """Means just above and far above 270 rows; e4m3 has powers of two."""
+
+    def found(experts, **dtype):
+        means = (271, 1024, 1057, 4096)
+        given = {"top_k": 1, "num_experts": experts} | dtype
+        return {maj.moe_block_size(mean * experts, **given) for mean in means}
+
+    assert found(1) == found(8) == {176}
+    assert found(9) == found(16) == {192}
+    assert found(17) == found(8, dtype="float8_e4m3fn") == {128}
 
 
 def test_block_size_is_what_fused_moe_takes():
