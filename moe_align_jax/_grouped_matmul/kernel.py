@@ -213,6 +213,8 @@ def build(
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
         row_tiles = _row_tiles(problem, config, shape, refs)
         pairs = config.shares_weights
+        # The CTAs of a cluster have parts of one block: both there, of one expert.
+        even = pairs and shape.parts > 0 and shape.parts % sharing == 0
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
         total = units * n_tiles
@@ -237,6 +239,9 @@ def build(
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
                 return _read(problem, config, shape, refs, at)
+            if even:
+                [expert] = _read(problem, config, shape, refs, at)
+                return expert, expert
             last = jnp.maximum(row_tiles - 1, 0)
             other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
             return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
@@ -247,12 +252,18 @@ def build(
             if not pairs:
                 tile = _tile(problem, config, shape, refs, at, n, known)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
-            last = jnp.maximum(row_tiles - 1, 0)
             *known, other = known
-            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
-            there = at < row_tiles
-            valid = tile.valid & there
-            peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
+            peer = (other >= 0) & (other < problem.num_experts)
+            if even:
+                tile = _tile(problem, config, shape, refs, at, n, tuple(known))
+                there, valid, beside = None, tile.valid, at ^ 1
+            else:
+                last = jnp.maximum(row_tiles - 1, 0)
+                tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
+                there, beside = at < row_tiles, jnp.minimum(at ^ 1, last)
+                valid, peer = tile.valid & there, peer & ((at ^ 1) < row_tiles)
+            if shape.parts > 1 and shape.reads_ids:
+                peer = peer & _has_pair(problem, refs, _row(problem, config, shape, beside))
             tile = tile._replace(
                 valid=valid,
                 expert=jnp.clip(tile.expert, 0, problem.num_experts - 1),
@@ -304,6 +315,18 @@ def build(
 
                         return ()
 
+                    if pairs:  # the other CTA multiplies, and waits for this one's stages
+
+                        def pass_on(k, _):
+                            slot = slot_of(ring + k)
+                            plgpu.barrier_wait(full.at[slot])
+                            plgpu.barrier_arrive(empty.at[slot])
+                            return ()
+
+                        @pl.when(tile.busy & jnp.logical_not(tile.valid))
+                        def _():
+                            lax.fori_loop(0, shape.k_steps, pass_on, ())
+
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
@@ -339,8 +362,12 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-                for q, value in enumerate(finish(sums, tile, at)):
-                    store(q, value, at, some=some)
+
+                def store_all():
+                    for q, value in enumerate(finish(sums, tile, at)):
+                        store(q, value, at, some=some)
+
+                store_all() if tile.there is None else pl.when(tile.there)(store_all)
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -355,7 +382,7 @@ def build(
                     for q, value in enumerate(finish(sums, tile, at)):
                         store(q, value, at)
 
-                pl.when(tile.there)(store_all) if pairs else store_all()
+                store_all() if tile.there is None else pl.when(tile.there)(store_all)
                 return ring + steps, following
 
             def together(i, ring):
@@ -392,16 +419,26 @@ def build(
                     for q in range(len(pieces)):
                         pl.when((k == q) & (waits > 0))(lambda q=q: put(q))
 
+                first, done = 0, steps
+                if pairs:  # ahead of the products, of which the registers then have no flag to keep
+                    first = shape.k_steps
+                    for q in range(len(pieces)):
+                        idle = jnp.logical_not(tile.valid) & (waits > 0)
+                        pl.when(idle)(lambda q=q: put(q))
                 sums = multiply(tile, ring, between)
-                for q in range(len(pieces)):
-                    pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
+                for q in range(first, len(pieces)):
+                    pl.when((done <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
                 if not shape.partial:
-                    return ring + steps, _I32(1), here, value
+                    waits = _I32(1) if tile.there is None else tile.there.astype(_I32)
+                    return ring + steps, waits, here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 rows = shape.wn if swap else shape.wm  # swapped: a warpgroup has all of a tile's
                 whole = here[0] + rows <= here[2]
+                if tile.there is not None:
+                    here = *here[:2], jnp.where(tile.there, here[2], 0)
+                    whole = whole & tile.there
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
@@ -410,7 +447,8 @@ def build(
 
                 return ring + steps, whole.astype(_I32), here, value
 
-            if config.ahead or pairs:
+            assert not (pairs and ending)
+            if config.ahead or (pairs and scaled):
                 assert scaled and config.ahead and not (config.late or ending)
                 assert not (pairs and shape.parts > 1 and shape.reads_ids)
                 known = read(order(0)[0])
@@ -659,10 +697,20 @@ def _tile(
     if (
         shape.parts > 1 and shape.reads_ids
     ):  # a block's pairs come first: a later part may have none
-        limit = epilogue.num_pairs(problem, refs.vectors)
-        pair = refs.ids[row]
-        valid = valid & (pair >= 0) & (pair < limit)
+        valid = valid & _has_pair(problem, refs, row)
     return Tile(valid, expert, row, end, n, end)
+
+
+def _row(problem: MatmulProblem, config: Config, shape: Shape, at: jax.Array) -> jax.Array:
+    """The first row of a tile of "blocks"."""
+    block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
+    return block * problem.block_size + (at - block * shape.parts) * config.bm
+
+
+def _has_pair(problem: MatmulProblem, refs: _Refs, row: jax.Array) -> jax.Array:
+    """Whether a row of "blocks" holds a pair."""
+    pair = refs.ids[row]
+    return (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
 
 
 def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:

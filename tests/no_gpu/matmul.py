@@ -124,6 +124,21 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    both: dict[str, Any] = {"sharing": 2, "shared": "w"}
+    for bm, stages, late in ((144, 4, True), (144, 4, False), (176, 3, False), (192, 3, False)):
+        tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2, late=late, **both)
+        for transposed in (False, True):
+            lie = {"transposed": transposed}
+            yield f"{bm}, cluster", problem(block=bm, weights=lie), tiles
+            yield f"{bm}, cluster, two parts", problem(block=2 * bm, weights=lie), tiles
+            yield f"{bm}, cluster, left", problem(block=bm, weights=lie, zero_padding=False), tiles
+            lie = silu | lie
+            more = {"zero_padding": False, "leaves_padding": True}
+            yield f"{bm}, cluster, gated", problem(block=bm, weights=lie, **gather), tiles
+            yield f"{bm}, cluster, gated, permuted", problem(block=bm, weights=lie, **more), tiles
+        yield f"{bm}, cluster, ragged", problem(**ragged), tiles
+        yield f"{bm}, cluster, masked", problem(**masked), tiles
+        yield f"{bm}, cluster, x", problem(block=bm), tiles._replace(shared="x")
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
