@@ -125,20 +125,31 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     both: dict[str, Any] = {"sharing": 2, "shared": "w"}
-    for bm, stages, late in ((144, 4, True), (144, 4, False), (176, 3, False), (192, 3, False)):
+    for bm, stages, late in ((144, 4, True), (144, 4, False), (176, 3, False), (184, 3, False), (192, 3, False)):
         tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2, late=late, **both)
         for transposed in (False, True):
             lie = {"transposed": transposed}
             yield f"{bm}, cluster", problem(block=bm, weights=lie), tiles
             yield f"{bm}, cluster, two parts", problem(block=2 * bm, weights=lie), tiles
             yield f"{bm}, cluster, left", problem(block=bm, weights=lie, zero_padding=False), tiles
-            lie = silu | lie
             more = {"zero_padding": False, "leaves_padding": True}
+            yield f"{bm}, cluster, left, two parts", problem(block=2 * bm, weights=lie, **more), tiles
+            lie = silu | lie
             yield f"{bm}, cluster, gated", problem(block=bm, weights=lie, **gather), tiles
+            given = problem(block=2 * bm, weights=lie, **gather, **more)
+            yield f"{bm}, cluster, gated, two parts", given, tiles
             yield f"{bm}, cluster, gated, permuted", problem(block=bm, weights=lie, **more), tiles
         yield f"{bm}, cluster, ragged", problem(**ragged), tiles
         yield f"{bm}, cluster, masked", problem(**masked), tiles
         yield f"{bm}, cluster, x", problem(block=bm), tiles._replace(shared="x")
+    tiles = Config("m", 128, 256, 64, 4, group=4, late=True, **both)
+    yield "128, cluster", problem(block=128), tiles
+    yield "128, cluster, left", problem(zero_padding=False), tiles
+    for transposed in (False, True):
+        lie = silu | {"transposed": transposed}
+        yield "128, cluster, gated", problem(weights=lie, zero_padding=False, **gather), tiles
+        lie = {"transposed": transposed}
+        yield "128, cluster, down", problem(weights=lie, zero_padding=False), tiles
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
