@@ -461,37 +461,37 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             work.append((provider, measure))
     children.wait_for_turn()
     rate = read_rate()
-    # In turn, every second round backward: a GPU that warms up, or slows down, does so under all of them.
-    found: dict[str, list[Any]] = {provider: [] for provider, _ in work}
-    for number in range(options.rounds):
-        last = number == options.rounds - 1
-        for provider, measure in work if number % 2 == 0 else reversed(work):
-            row = {"case": size.name, **size._asdict(), "provider": provider}
-            row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
-            row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
-            try:
-                if isinstance(measure, Exception):
-                    raise measure
-                wrong, taken = measure()
-            except Exception as error:  # one provider's failure leaves the others their time
-                wrong, taken = f"{type(error).__name__}: {error}"[:400], None
-            if taken is not None:
-                found[provider].append(taken)
-            if not last:
-                us = f"{taken.percentile(50):.1f} us" if taken else wrong
-                print(f"{size.name} {provider}: {us}", flush=True)
-            elif taken is None:
-                yield row | {"status": "failed", "reason": wrong}
-            else:
-                yield row | _figures(inputs, found[provider], rate)
+    names = [provider for provider, _ in work]
+
+    def told(i: int, turn: timing.Timing) -> None:
+        print(f"{size.name} {names[i]}: {turn.percentile(50):.1f} us", flush=True)
+
+    measures = [functools.partial(_timing_of, measure) for _, measure in work]
+    for i, found in timing.in_turns(measures, options.rounds, told=told):
+        row = {"case": size.name, **size._asdict(), "provider": names[i]}
+        row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
+        row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
+        if isinstance(found, Exception):
+            reason = f"{type(found).__name__}: {found}"[:400]
+            yield row | {"status": "failed", "reason": reason}
+        else:
+            yield row | _figures(inputs, found, rate)
 
 
-def _figures(inputs: Inputs, taken: Sequence[timing.Timing], rate: float) -> dict[str, Any]:
-    """Of the samples of all rounds."""
-    samples = [us for one in taken for us in one.samples_us]
-    low, us, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
-    row: dict[str, Any] = {"status": "ok", "metric": taken[-1].metric, "us": us}
-    row |= {"p20_us": low, "p80_us": high, "calls": taken[-1].calls, "note": taken[-1].note}
+def _timing_of(measure: Any) -> timing.Timing:
+    """What a measure of `Prepare` takes. Raises where its result is wrong, or if it is an error itself."""
+    if isinstance(measure, Exception):
+        raise measure
+    wrong, taken = measure()
+    if wrong:
+        raise AssertionError(wrong)
+    return taken
+
+
+def _figures(inputs: Inputs, taken: timing.Timing, rate: float) -> dict[str, Any]:
+    low, us, high = (round(taken.percentile(p), 2) for p in (20, 50, 80))
+    row: dict[str, Any] = {"status": "ok", "metric": taken.metric, "us": us}
+    row |= {"p20_us": low, "p80_us": high, "calls": taken.calls, "note": taken.note}
     row |= {"tflops": round(inputs.flops / us / 1e6, 1)}
     gbps = round(inputs.bytes / us / 1e3, 1)
     return row | {"gbps": gbps, "of_read": round(gbps / rate, 3)}

@@ -1,7 +1,8 @@
 """Time per call: a CUDA graph for torch callables, a profiler trace for jit, wall time on a CPU."""
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,27 +123,50 @@ def time_jit_spans_in_turns(
 ) -> list[Timing | Exception]:
     """As `time_jit_span` of each program, in rounds, every second one backward.
 
-    Long products reach the GPU's power limit, which then lowers its clock: whoever comes later is slower.
-    Forth and back, each program has the same mean place. The samples of all rounds are one timing. A program
-    that fails has its error instead, and no further turn.
+    See `in_turns`. A program that fails has its error instead, and no further turn.
     """
-    turns: list[list[Timing]] = [[] for _ in programs]
-    failed: dict[int, Exception] = {}
+    each = -(-executions // rounds)
+    measures = [
+        functools.partial(time_jit_span, program, given, executions=each)
+        for program, given in zip(programs, arguments, strict=True)
+    ]
+    found = dict(in_turns(measures, rounds))
+    return [found[i] for i in range(len(measures))]
+
+
+def in_turns(
+    measures: Sequence[Callable[[], Timing]],
+    rounds: int,
+    *,
+    told: Callable[[int, Timing], None] = lambda index, turn: None,
+) -> Iterator[tuple[int, Timing | Exception]]:
+    """(index, timing of all its rounds) of each measure, as the last of its rounds ends.
+
+    Every second round goes backward. Long products reach the GPU's power limit, which then lowers its clock:
+    whoever comes later is slower. Forth and back, each has the same mean place. A measure that fails has its
+    error instead, at once, and no further turn. `told`: called with each turn but the last ones.
+    """
+    turns: list[list[Timing]] = [[] for _ in measures]
+    failed = set[int]()
     for number in range(rounds):
-        order = range(len(programs)) if number % 2 == 0 else reversed(range(len(programs)))
+        order = range(len(measures)) if number % 2 == 0 else reversed(range(len(measures)))
         for i in order:
-            each = -(-executions // rounds)
             if i in failed:
                 continue
             try:
-                turns[i].append(time_jit_span(programs[i], arguments[i], executions=each))
-            except Exception as error:  # one program's failure leaves the others their time
-                failed[i] = error
-    return [failed[i] if i in failed else _together(mine) for i, mine in enumerate(turns)]
+                turns[i].append(measures[i]())
+            except Exception as error:  # one measure's failure leaves the others their time
+                failed.add(i)
+                yield i, error
+                continue
+            if number < rounds - 1:
+                told(i, turns[i][-1])
+            else:
+                yield i, _together(turns[i])
 
 
 def _together(turns: Sequence[Timing]) -> Timing:
-    """The samples of one program's turns; those by a trace alone, where some were not."""
+    """The samples of one measure's turns; those by a trace alone, where some were not."""
     by_trace = [turn for turn in turns if turn.metric == "span_us"]
     kept = by_trace or turns
     notes = dict.fromkeys(turn.note for turn in turns if turn.note)

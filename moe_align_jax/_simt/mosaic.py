@@ -500,8 +500,40 @@ class WindowedMosaic(Windowed, MosaicSimt):
         ]
 
 
-# The barrier by which Mosaic lets the CTAs of a cluster wait for each other before a body (jax 0.11.2, 0.12).
-_CLUSTER_BARRIER = ["barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;"]
+# What Mosaic does ahead of a body that waits for nothing of its own (jax 0.11.2, 0.12): the CTAs of a cluster
+# wait for each other, then the threads of a CTA, twice.
+_FENCE = "fence.mbarrier_init.release.cluster;"
+_CLUSTER_BARRIER = ("barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;")
+_CTA_BARRIER = "gpu.barrier"
+# Operations ahead of a body that change nothing that others can see.
+_HARMLESS_DIALECTS = {"arith", "builtin"}
+_HARMLESS = {
+    *("gpu.thread_id", "gpu.block_id", "gpu.block_dim", "gpu.grid_dim"),
+    *("gpu.dynamic_shared_memory", "memref.subview", "mosaic_gpu.slice_smem"),
+    *("mosaic_gpu.custom_primitive", "nvvm.elect.sync", "nvvm.shfl.sync"),
+    *("llvm.add", "llvm.mul", "llvm.extractvalue", "llvm.insertvalue", "llvm.mlir.constant"),
+    *("llvm.mlir.undef", "llvm.ptrtoint", "llvm.inttoptr"),
+}
+
+
+def _ahead_of_body() -> list[tuple[str, Any]]:
+    """(name, or code of an inline assembly, operation) of all that stands ahead of the insertion point in the
+    kernel and may do more than compute, in order."""
+    block, found = ir.InsertionPoint.current.block, []
+    while True:
+        here = []
+        for operation in block.operations:
+            name = operation.operation.name
+            if name == "llvm.inline_asm":
+                name = ir.StringAttr(operation.operation.attributes["asm_string"]).value
+            elif name in _HARMLESS or name.split(".")[0] in _HARMLESS_DIALECTS:
+                continue
+            here.append((name, operation.operation))
+        found = here + found  # what is around a block stands ahead of it
+        owner: Any = block.owner
+        if owner.operation.name in ("builtin.module", "gpu.launch"):
+            return found
+        block = owner.operation.block
 
 
 def _drop_barriers(kernel: Kernel) -> None:
@@ -510,27 +542,17 @@ def _drop_barriers(kernel: Kernel) -> None:
     Those of the CTA stand behind Mosaic's own barriers in shared memory, of which there are none here
     (`Kernel.starts_at_once`). That of the cluster: a kernel with a mailbox has one of its own
     (`open_mailbox`, `cluster_ready`), which stands behind its first loads and does for both. Half a barrier
-    would make the kernel wait for ever: unless exactly the two halves that we know stand there, as in another
-    release of jax, all stays, and the kernel has two barriers.
+    would make the kernel wait for ever, and a barrier that we do not know may be there for something that we
+    do not know: unless exactly what we know stands ahead, as may be so in another release of jax, all stays.
+    The kernel then waits at barriers that it does not need.
     """
-    block, found = ir.InsertionPoint.current.block, []
-    while True:
-        here = []
-        for operation in list(block.operations):
-            name, code = operation.operation.name, ""
-            if name == "llvm.inline_asm":
-                code = ir.StringAttr(operation.operation.attributes["asm_string"]).value
-            if "barrier.cluster" in code or name.startswith("nvvm.cluster."):
-                here.append((code or name, operation.operation))
-            elif name == "gpu.barrier" and kernel.starts_at_once:
-                operation.operation.erase()
-        found = here + found  # what is around a block stands ahead of it
-        owner: Any = block.owner
-        if owner.operation.name in ("builtin.module", "gpu.launch"):
-            break
-        block = owner.operation.block
-    if kernel.mailbox and [code for code, _ in found] == _CLUSTER_BARRIER:
-        for _, operation in found:
+    found = _ahead_of_body()
+    of_cluster = _CLUSTER_BARRIER if kernel.cluster > 1 else ()
+    if [name for name, _ in found] != [_FENCE, *of_cluster, _CTA_BARRIER, _CTA_BARRIER]:
+        return
+    for name, operation in found:
+        of_cta = name == _CTA_BARRIER and kernel.starts_at_once
+        if of_cta or (name in _CLUSTER_BARRIER and kernel.mailbox):
             operation.erase()
 
 

@@ -69,6 +69,39 @@ def test_ratios_are_to_the_best_grouped_peer():
     assert "0.500 of torch._grouped_mm" in text and "1.200 of dense" in text
 
 
+def test_rounds_go_forth_and_back_and_one_that_fails_leaves_the_others(monkeypatch, capsys):
+    order = []
+
+    def prepared(name):
+        def measure():
+            order.append(name)
+            turn = order.count(name)
+            if name == "wrong" and turn == 2:
+                return "relative error 1.0", None
+            metric = "wall_us" if (name, turn) == ("blind", 1) else "span_us"
+            return "", bench.timing.Timing(metric, [10.0 * len(order)] * 3, note=metric)
+
+        def fail():
+            raise MemoryError("none left")
+
+        return lambda inputs, pool: fail() if name == "large" else measure
+
+    names = ("first", "wrong", "large", "blind")
+    monkeypatch.setattr(bench, "providers", lambda *_: {name: prepared(name) for name in names})
+    monkeypatch.setattr(bench, "read_rate", lambda: 1000.0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    given = vars(OPTIONS) | {"calls": 1, "rounds": 3}
+    rows = {row["provider"]: row for row in bench.run_case(SMALL, argparse.Namespace(**given))}
+    assert order == ["first", "wrong", "blind", "blind", "wrong", "first", "first", "blind"]
+    assert rows["first"]["us"] == 60  # of 10, 60 and 70
+    # The samples that are no span are left out, and its note says that there were some.
+    assert (rows["blind"]["us"], rows["blind"]["metric"]) == (60, "span_us")
+    assert rows["blind"]["note"] == "wall_us; span_us"
+    assert rows["wrong"]["reason"] == "AssertionError: relative error 1.0"
+    assert rows["large"]["reason"] == "MemoryError: none left"
+    assert capsys.readouterr().out.count(" us") == 5  # every turn but the last ones
+
+
 def test_a_case_prepares_waits_and_measures(monkeypatch, capsys):
     monkeypatch.setattr(bench, "read_rate", lambda: 1000.0)
     monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))

@@ -103,6 +103,34 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
     assert f"gathered {said[', gathered']};" in text
 
 
+def test_what_xla_does_for_our_kernels_ahead_of_a_step_is_that_of_its_rows():
+    name = "expert-parallel-x2-fallback-timeline-2026-11-29"
+    rows, text = rows_of.read([RESULTS / f"{name}.jsonl"]), " ".join(PAGE.split())
+    steps = {
+        provider: [
+            next(r["us"] for r in rows if (r["provider"], r["what"]) == (provider, f"Thunks::{w}"))
+            for w in ("Prepare", "Initialize")
+        ]
+        for provider in ("packed", "packed, gathered", "bare all_to_all twice")
+    }
+    of_bare, each, said = steps.pop("bare all_to_all twice"), [], []
+    for provider, taken in steps.items():
+        launched = [
+            r["count"] for r in rows
+            if r["provider"] == provider and r["side"] == "GPU 0" and "mosaic_gpu" in r["what"]
+        ]  # fmt: skip
+        kernels = sum(launched) // 3  # executions
+        each.append((sum(taken) - sum(of_bare)) / kernels)
+        said.append((kernels, *taken))
+    (many, *packed), (few, *gathered) = said
+    assert (
+        f"with {many} of our kernels, that took {packed[0]:.0f} and {packed[1]:.0f} µs, with {few} "
+        f"(gathered) {gathered[0]:.0f} and {gathered[1]:.0f}, and {of_bare[0]:.0f} and {of_bare[1]:.0f} for"
+    ) in text
+    assert f"{min(each):.1f} to {max(each):.1f} µs for each of our kernels" in text
+    assert f"{name}.jsonl" in text
+
+
 def test_pairs_by_the_device_timer_beside_plain_jobs_are_those_of_the_rows():
     """Each at its best launch."""
     found, text = measured(TIMED_PAIRS), " ".join(PAGE.split())

@@ -17,7 +17,7 @@ from moe_align_jax._expert_parallel.nvlink_kernels import Combine, Dispatch, Fie
 from moe_align_jax._expert_parallel.transports import nvlink, peer_access, windows
 from moe_align_jax._simt import emulator, mosaic, window
 from moe_align_jax._simt.emulator import faults
-from moe_align_jax._simt.language import Devices
+from moe_align_jax._simt.language import Devices, Kernel
 from tests.simt.mutants import WINDOW, Mutant, markers, mutated
 
 BYTES, BF16 = 1 << 23, np.dtype(jnp.bfloat16)
@@ -191,6 +191,76 @@ def test_a_kernel_that_does_not_fit_is_refused():
     emulated.run_in_window([one], emulated.Schedule(0), num_bytes=needed)
     with pytest.raises(faults.OutOfBounds, match="does not fit"):
         emulated.run_in_window([one], emulated.Schedule(0), num_bytes=needed - 4)
+
+
+def put_and_take(put, take=lambda t: None):
+    """A launch over windows in which thread 0 of each of two devices puts words by `put(t, rank)`."""
+    emulated = importlib.import_module("moe_align_jax._simt.emulator.windows")
+
+    def body(t, r):
+        with t.if_(t.thread_id().eq(0)):
+            put(t, 1 - t.rank())
+        t.device_begun()
+        t.device_wait()
+        with t.if_(t.thread_id().eq(0)):
+            found = take(t)
+            t.store(r.out, 0, found[0][-1] if found else 7)
+
+    one = Kernel(
+        name="k", body=body, inputs={}, outputs={"out": (1,)}, num_warpgroups=1,
+        devices=Devices(2), inbox=4,
+    )  # fmt: skip
+    launches = [(one, [[], []])] * 3  # in both halves
+    got = emulated.run_in_window(launches, emulated.Schedule(0), num_bytes=BYTES)
+    return [int(out[0]) for launch in got for [out] in launch]
+
+
+LAST = window.TAGGED - 1
+
+
+def tagged(index, *words, rank=0):
+    return lambda t, peer: t.put_tagged(peer + rank, t.const(index), *words)
+
+
+@pytest.mark.parametrize(
+    ("put", "take"),
+    [
+        (tagged(LAST, 5), lambda t: t.take_tagged([(t.const(LAST), 1)])),
+        (tagged(LAST - 1, 4, 5), lambda t: t.take_tagged([(t.const(LAST - 1), 2)])),
+        (lambda t, peer: t.put(peer, 3, t.const(5)), lambda t: t.take([(t.const(3), 1)])),
+    ],
+)
+def test_words_are_put_up_to_the_last_place(put, take):
+    assert put_and_take(put, take) == [5] * 6
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        tagged(-1, 5),
+        tagged(LAST + 1, 5),  # in the first half: the other half's staged arrays
+        tagged(LAST, 4, 5),
+        tagged(1, 4, 5),  # two by one access, of 16 bytes, from 8 bytes on
+        tagged(0, 5, rank=1),
+        tagged(0, 5, rank=-2),
+        lambda t, peer: t.put(peer, -1, t.const(5)),
+        lambda t, peer: t.put(peer, 4, t.const(5)),
+    ],
+)
+def test_a_word_is_put_where_one_of_its_kind_stands(put):
+    with pytest.raises(faults.OutOfBounds, match="puts"):
+        put_and_take(put)
+
+
+def test_a_word_is_put_once_in_a_launch():
+    with pytest.raises(faults.RaceError, match="put once"):
+        put_and_take(lambda t, peer: [t.put_tagged(peer, t.const(6), word) for word in (5, 5)])
+
+
+def test_a_word_is_taken_where_one_of_its_kind_stands():
+    for index in (-1, LAST + 1):
+        with pytest.raises(faults.OutOfBounds, match="takes"):
+            put_and_take(tagged(LAST, 5), lambda t, at=index: t.take_tagged([(t.const(at), 1)]))
 
 
 # -- what is lowered ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ first gather has the rank's number beside it.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ WANTED = {
 }
 # Of a pair besides: what reads the rows that came.
 READING = {"fusion": 1}
+# The two exchanges alone, which pairs are compared with, and what reads the rows and makes the next ones.
+BARE = {
+    "all_to_all": {"all-to-all": 2, "fusion": 1},
+    "all_gather": {"all-gather": 1, "reduce-scatter": 1, "fusion": 1},
+}
+# Of a program of bare exchanges: what makes the first rows.
+FIRST = {"fusion": 1}
 # Of a program: a rank's number, and its conversion to int32.
 ONCE = {"partition-id": 1, "fusion": 1}
 
@@ -44,24 +51,60 @@ def kernels(text: str) -> Counter:
     return Counter({name: n for name, n in found.items() if not name.endswith("-done")})
 
 
-def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
-    """The jitted pairs, lowered for so many GPUs of one host."""
-    import jax
-    import jax.numpy as jnp
+def times(of_a_pair: Mapping[str, int]) -> Counter:
+    """The kernels of all pairs."""
+    return Counter({name: PAIRS * count for name, count in of_a_pair.items()})
+
+
+def differ(wanted: Counter, found: Counter) -> list[str]:
+    """What is wrong, if anything is."""
+    return [] if found == wanted else [f"{dict(wanted)} are wanted; got {dict(found)}"]
+
+
+def mesh_of(ranks: int) -> Any:
+    """So many GPUs of one host that is not here."""
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import Mesh
+
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
+    )
+    return Mesh(np.array(topology.devices), ("ep",))
+
+
+def lowered(pairs: Any, ranks: int, tokens: int, *rows: int) -> Any:
+    """`pairs(x, ids, weights, y)`, jitted and lowered. `rows`: the shape of a rank's y, but for columns."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
+
+    mesh = mesh_of(ranks)
+
+    def placed(dtype, first, *shape):
+        sharding = NamedSharding(mesh, P("ep"))
+        return jax.ShapeDtypeStruct((ranks * first, *shape), dtype, sharding=sharding)
+
+    body = jax.shard_map(pairs, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = (
+        placed(jnp.bfloat16, tokens, HIDDEN),
+        placed(jnp.int32, tokens, TOP_K),
+        placed(jnp.float32, tokens, TOP_K),
+        placed(jnp.bfloat16, *rows, HIDDEN),
+    )
+    return jax.jit(body, donate_argnums=0).lower(*shapes)
+
+
+def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
+    """Our pairs, lowered."""
+    import jax
 
     import moe_align_jax as maj
     from benchmarks import clocks
     from moe_align_jax._expert_parallel.transports import all_to_all
 
     all_to_all.GATHERS = gathers
-    topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
-    )
-    mesh = Mesh(np.array(topology.devices), ("ep",))
 
     def pairs(x, ids, weights, y):
         for _ in range(PAIRS):
@@ -76,35 +119,38 @@ def program(ranks: int, tokens: int, payload: str | None, gathers: bool) -> Any:
             x = maj.combine(y, got.handle)
         return x, ids
 
-    def placed(dtype, rows, *shape):
-        sharding = NamedSharding(mesh, P("ep"))
-        return jax.ShapeDtypeStruct((ranks * rows, *shape), dtype, sharding=sharding)
+    return lowered(pairs, ranks, tokens, EXPERTS // ranks, ranks * tokens)
 
-    body = jax.shard_map(pairs, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    shapes = (
-        placed(jnp.bfloat16, tokens, HIDDEN),
-        placed(jnp.int32, tokens, TOP_K),
-        placed(jnp.float32, tokens, TOP_K),
-        placed(jnp.bfloat16, EXPERTS // ranks, ranks * tokens, HIDDEN),
-    )
-    return jax.jit(body, donate_argnums=0).lower(*shapes)
+
+def bare(kind: str, ranks: int = 2, tokens: int = 8) -> Any:
+    """Pairs of bare exchanges, lowered."""
+    import jax
+
+    from benchmarks import clocks, exchanges
+
+    exchange = exchanges.bare(exchanges.Size("low_latency", tokens, HIDDEN), ranks, kind)
+
+    def pairs(x, ids, weights, y):
+        for _ in range(PAIRS):
+            received, handle = exchange.out(x, ids, weights)
+            y, received = jax.lax.optimization_barrier((y, received))
+            zero = clocks.zero_reading(received)
+            x = exchange.back(y, handle) + zero.astype(x.dtype)
+        return x
+
+    return lowered(pairs, ranks, tokens, ranks * tokens)
 
 
 def timed_slice(ranks: int) -> Any:
     """A step between two readings of the timer, lowered. Its result is a slice of what an exchange gives."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import device_timer
 
-    topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=recording.H200, topology=f"1x1x{ranks}"
-    )
-    mesh = Mesh(np.array(topology.devices), ("ep",))
+    mesh = mesh_of(ranks)
 
     def step(x):
         rows = x.reshape(1, -1, HIDDEN).repeat(ranks, 0)
@@ -121,13 +167,12 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
     del runtime
     sys.path.append(str(Path(plugin).parents[2]))  # where jax finds its plugins
     for sizes, of_a_pair in script.one_in_sample(WANTED.items()):
-        of_a_pair = Counter(of_a_pair) + Counter(READING)
-        wanted = Counter({name: PAIRS * count for name, count in of_a_pair.items()})
+        wanted = times(of_a_pair) + times(READING)
         if "all-gather" in of_a_pair:  # a packed message tells its receiver nothing but its own ids
             wanted += Counter(ONCE)
         text = program(*sizes).compile().as_text()
         found = kernels(text)
-        wrong = [] if found == wanted else [f"{dict(wanted)} are wanted; got {dict(found)}"]
+        wrong = differ(wanted, found)
         beside = sum(name.endswith("-start") for name in recording.kernels(text))
         if beside > ("all-gather" in of_a_pair):
             wrong.append(f"{beside} exchanges run beside other work, each on a stream of its own")
@@ -135,6 +180,10 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
             f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload, gathered) {sizes}",
             wrong,
         )
+    for kind, of_a_pair in script.one_in_sample(BARE.items()):
+        found = kernels(bare(kind).compile().as_text())
+        wanted = times(of_a_pair) + Counter(FIRST)
+        yield f"{found.total()} kernels  {PAIRS} bare exchanges, {kind}", differ(wanted, found)
     text = timed_slice(2).compile().as_text()
     stamps = recording.kernels(text).count("custom-call")
     wrong = [] if stamps == 2 else [f"two readings of the timer are wanted; got {stamps}"]

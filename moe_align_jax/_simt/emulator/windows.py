@@ -18,7 +18,12 @@ import numpy as np
 
 from moe_align_jax._simt import window
 from moe_align_jax._simt.emulator.devices import Remote
-from moe_align_jax._simt.emulator.faults import DivergentBarrier, OutOfBounds, Undefined
+from moe_align_jax._simt.emulator.faults import (
+    DivergentBarrier,
+    OutOfBounds,
+    RaceError,
+    Undefined,
+)
 from moe_align_jax._simt.emulator.lockstep import EmulatedSimt
 from moe_align_jax._simt.emulator.memory import Buffer
 from moe_align_jax._simt.emulator.races import Threads
@@ -63,6 +68,7 @@ class _Board:
     def __init__(self, devices: int, actors: list[Actor], words: int, schedule: Schedule):
         self.memory = [np.zeros(words, np.int32) for _ in range(devices)]
         self.ended = Counter[tuple[int, int]]()  # CTAs, by launch and device
+        self._put = set[tuple[int, int, int]]()  # launch, place and word of each word that was put
         self._pending: dict[Actor, list[Store]] = {actor: [] for actor in actors}
         self._waiting: dict[Actor, Callable[[], bool]] = {}
         self._turn = threading.Condition()
@@ -111,6 +117,12 @@ class _Board:
         """A store of a CTA is under way: the schedule decides when it comes through."""
         self._pending[actor].append(store)
 
+    def first_put(self, launch: int, place: int, cell: int) -> bool:
+        """Whether a word is put there for the first time in a launch. One CTA runs at a time."""
+        known = len(self._put)
+        self._put.add((launch, place, cell))
+        return len(self._put) > known
+
     def flush(self, actor: Actor) -> None:
         """All that the CTA has stored comes through."""
         for store in self._pending[actor]:
@@ -152,12 +164,13 @@ class _Staged(Buffer):
 
 
 class _Cta(window.Windowed, EmulatedSimt):
-    """A CTA of a launch on the device of a place."""
+    """A CTA of the launch of that number on the device of a place."""
 
-    def __init__(self, kernel: Kernel, board: _Board, actor: Actor, half_words: int):
+    def __init__(self, kernel: Kernel, board: _Board, actor: Actor, half_words: int, number: int):
         EmulatedSimt.__init__(self, dataclasses.replace(kernel, num_ctas=1))
         self.board, self.actor, self._words_of = board, actor, kernel.staged
         self.num_ctas, self._cta = kernel.num_ctas, constant(actor[1])
+        self._inbox_words, self._number = kernel.inbox, number
         self.open_window(kernel, self.const(actor[0]), half_words)
 
     @property
@@ -218,7 +231,28 @@ class _Cta(window.Windowed, EmulatedSimt):
         for where, at, word in zip(*self._active(place, offset, value), strict=True):
             self.board.store(self.actor, (where, np.array([at]), np.array([word])))
 
+    def _check_tagged(self, doing: str, cells: np.ndarray, width: int = 2) -> None:
+        """Raises unless words stand where a word of this launch and its epoch stand: in its half, within the
+        inbox or the tagged words. `width`: of the access, of which they are multiples.
+
+        Args:
+            doing: what is done, for the message.
+            cells: the first word of each access, in words of a window.
+            width: 2 for a word and its epoch, 4 for two of them at once.
+        """
+        half = int(array_of(self._half)[0])
+        inbox = window.INBOX + half * 2 * window.MAX_INBOX
+        tagged = window.DATA + (half + 1) * self._half_words - 2 * window.TAGGED
+        fits = np.zeros(cells.shape, bool)
+        for start, words in ((inbox, self._inbox_words), (tagged, window.TAGGED)):
+            at = cells - start
+            fits |= (at >= 0) & (at + width <= 2 * words) & (at % width == 0)
+        if not fits.all():
+            wrong = cells[fits.argmin()]
+            raise OutOfBounds(f"{self.name}: {doing} at word {wrong} of a window, no place for it.")
+
     def _put_two(self, place: Int, offset: Int, first: Int, second: Int, epoch: Int) -> None:
+        self._check_tagged("puts two words and their epochs", self._active(offset)[0], 4)
         self._put(place, offset, first, epoch)
         self._put(place, offset + 2, second, epoch)
 
@@ -229,7 +263,14 @@ class _Cta(window.Windowed, EmulatedSimt):
 
     def _put(self, place: Int, offset: Int, value: Int, epoch: Int) -> None:
         self.pause()
-        for where, at, *words in zip(*self._active(place, offset, value, epoch), strict=True):
+        places, cells, values, epochs = self._active(place, offset, value, epoch)
+        of_rank = [int(array_of(self._at_rank(rank))[0]) for rank in range(self._group.count)]
+        if not np.isin(places, of_rank).all():
+            raise OutOfBounds(f"{self.name}: puts a word into the window of no rank.")
+        self._check_tagged("puts a word and its epoch", cells)
+        for where, at, *words in zip(places, cells, values, epochs, strict=True):
+            if not self.board.first_put(self._number, where, at):
+                raise RaceError(f"{self.name}: a word is put once.")
             self.board.store(self.actor, (where, at + np.arange(2), np.array(words)))
 
     def _take(self, offsets: Sequence[tuple[Int, int]], epoch: Int) -> list[tuple[Int, ...]]:
@@ -239,19 +280,12 @@ class _Cta(window.Windowed, EmulatedSimt):
             self.scope.active(first)[:, None] + 2 * np.arange(width)
             for first, (_, width) in zip(every, offsets, strict=True)
         ]
-        ends = [window.DATA + half * self._half_words for half in (1, 2)]
-        parts = [(window.INBOX, window.INBOX + 4 * window.MAX_INBOX)]
-        parts += [(end - 2 * window.TAGGED, end) for end in ends]
-        last = ends[-1]
-        if not all(
-            one.size == 0 or any(a <= one.min() and one.max() + 1 < b for a, b in parts)
-            for one in cells
-        ):
-            raise OutOfBounds(f"{self.name}: takes words that carry no epoch.")
+        for one in cells:
+            self._check_tagged("takes a word and its epoch", one.reshape(-1))
         if self.scope.count:
             self.pause(lambda: all((self._mine[at + 1] == epochs[0]).all() for at in cells))
         for first, (_, width) in zip(every, offsets, strict=True):
-            inside = first.clip(0, last - 2 * width)
+            inside = first.clip(0, self._mine.size - 2 * width)
             words = [self._mine[inside + 2 * k] for k in range(width)]
             results.append(tuple(Value(one, self) for one in words))
         return results
@@ -298,7 +332,7 @@ def run_in_window(
             if number:
                 before, ctas = (number - 1, device), launches[number - 1][0].num_ctas
                 board.pause(actor, lambda b=before, n=ctas: board.ended[b] == n)
-            machine = _Cta(kernel, board, actor, half_words)
+            machine = _Cta(kernel, board, actor, half_words, number)
             inputs = zip(kernel.inputs.items(), given[device], strict=True)
             refs = {
                 name: _buffer(kernel, name, shape, np.asarray(x, np.int32).reshape(-1), False)
