@@ -29,7 +29,7 @@ from moe_align_jax._grouped_matmul.problem import ActivationGradient
 _I32, _F32 = jnp.int32, jnp.float32
 GROUP = 128  # values that are added up together
 NO_PAIR = float(jnp.finfo(_F32).min)  # in place of the weight of a row without a pair
-_MOST_CHUNKS = 7  # of a part of a row: they are unrolled
+_MOST_CHUNKS = 7  # of a part of a row
 
 
 class Sizes(NamedTuple):
@@ -72,7 +72,7 @@ def sizes_of(problem: ActivationGradient) -> Sizes:
     tile = 8 if groups % 8 == 0 else 4
     tiles = groups // tile
     chunks = next(n for n in range(_MOST_CHUNKS, 0, -1) if tiles % n == 0)
-    return Sizes(tile, chunks, tiles // chunks, NUM_SMS * 6)
+    return Sizes(tile, chunks, tiles // chunks, NUM_SMS * 5)
 
 
 def run(
@@ -136,56 +136,56 @@ def build(
         return plgpu.layout_cast(value, layout.reduce(1) if reduced else layout)
 
     def body(count_ref, scale_ref, products_ref, g_ref, toward_ref, scaled_ref, parts_ref):
-        cta = lax.axis_index("cta")
+        cta, chunks = lax.axis_index("cta"), sizes.chunks
         count = jnp.clip(count_ref[0], 0, rows) * sizes.parts
+        mine = lax.div(count - cta + (sizes.num_ctas - 1), _I32(sizes.num_ctas))
+        total_steps = jnp.maximum(mine, 0) * chunks
+        zeros, no_sums = constant(jnp.zeros((tile, GROUP), _F32)), jnp.zeros(tile, _F32)
+        no_sums = constant(no_sums, reduced=True)
 
-        def chunk(row, first):
-            at = pl.ds(first, tile)
-            gate, up = (load(products_ref.at[row, k, at]) for k in range(2))
-            return load(g_ref.at[row, at]), gate, up
-
-        def one(i, _):
+        def place(step):
+            """Row, part, and first group of a step of this CTA."""
+            i = lax.div(step, _I32(chunks))
             item = cta + i * sizes.num_ctas
             row, part = lax.div(item, _I32(sizes.parts)), lax.rem(item, _I32(sizes.parts))
-            begin = part * (sizes.chunks * tile)
-            scale = scale_ref[row]
-            here = scale > NO_PAIR
+            return row, part, (part * chunks + (step - i * chunks)) * tile
 
-            @pl.when(here)
-            def _():
-                total = constant(jnp.zeros(tile, _F32), reduced=True)
-                following = chunk(row, begin)
-                for c in range(sizes.chunks):
-                    first = begin + c * tile
-                    at = pl.ds(first, tile)
-                    g, gate, up = (x.astype(_F32) for x in following)
-                    if c + 1 < sizes.chunks:
-                        following = chunk(row, first + tile)
-                    sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
-                    active = gate * sigmoid
-                    value = active * up
-                    total = total + jnp.sum(g * value, axis=1)
-                    toward = g * scale
-                    slope = sigmoid + active * (1.0 - sigmoid)
-                    store(scaled_ref.at[row, at], (value * scale).astype(dtype))
-                    store(toward_ref.at[row, 0, at], (toward * up * slope).astype(dtype))
-                    store(toward_ref.at[row, 1, at], (toward * active).astype(dtype))
-                store(parts_ref.at[row, part], total)
+        def ask(step):
+            """A step's scale and values. Those of rows without a pair are not used."""
+            row, _, first = place(step)
+            at = pl.ds(first, tile)
+            gate, up = (load(products_ref.at[row, k, at]) for k in range(2))
+            return scale_ref[row], load(g_ref.at[row, at]), gate, up
 
-            @pl.when(jnp.logical_not(here))
-            def _():
-                zeros = constant(jnp.zeros((tile, GROUP), dtype))
-                for c in range(sizes.chunks):
-                    at = pl.ds(begin + c * tile, tile)
-                    store(scaled_ref.at[row, at], zeros)
-                    store(toward_ref.at[row, 0, at], zeros)
-                    store(toward_ref.at[row, 1, at], zeros)
-                store(parts_ref.at[row, part], constant(jnp.zeros(tile, _F32), reduced=True))
+        def finish(step, total, scale, *values):
+            row, part, first = place(step)
+            at, c = pl.ds(first, tile), lax.rem(step, _I32(chunks))
+            here = constant(lax.broadcast(scale > NO_PAIR, (tile, GROUP)))
+            g, gate, up = (lax.select(here, x.astype(_F32), zeros) for x in values)
+            scale = jnp.where(scale > NO_PAIR, scale, 0.0)
+            sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+            active = gate * sigmoid
+            value = active * up
+            first_one = constant(lax.broadcast(c == 0, (tile,)), reduced=True)
+            total = lax.select(first_one, no_sums, total) + jnp.sum(g * value, axis=1)
+            toward = g * scale
+            slope = sigmoid + active * (1.0 - sigmoid)
+            store(scaled_ref.at[row, at], (value * scale).astype(dtype))
+            store(toward_ref.at[row, 0, at], (toward * up * slope).astype(dtype))
+            store(toward_ref.at[row, 1, at], (toward * active).astype(dtype))
+            pl.when(c == chunks - 1)(lambda: store(parts_ref.at[row, part], total))
+            return total
 
-            return ()
+        def one(step, carry):
+            total, *values = carry
+            following = ask(step + 1)
+            return finish(step, total, *values), *following
 
-        mine = lax.div(count - cta + (sizes.num_ctas - 1), _I32(sizes.num_ctas))
-        lax.fori_loop(0, jnp.maximum(mine, 0), one, ())
+        @pl.when(total_steps > 0)
+        def _():
+            first = (no_sums, *ask(_I32(0)))
+            last = lax.fori_loop(0, total_steps - 1, one, first)
+            finish(total_steps - 1, *last)
 
     like = jax.ShapeDtypeStruct
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
