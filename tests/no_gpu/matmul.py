@@ -29,7 +29,7 @@ _AT_ONCE = 12
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config
+    from moe_align_jax._grouped_matmul.config import Config, evened
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -124,6 +124,15 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    for bm in (176, 184, 192):
+        for transposed in (False, True):
+            tiles = Config("swap", bm, 256, 64, 3, group=4, lag=1)
+            given = problem(
+                block=bm, weights={"transposed": transposed}, consecutive=True, zero_padding=False
+            )
+            found = evened(given, tiles, transposed)
+            assert found.heights
+            yield f"even {bm}", given, found
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -272,6 +281,8 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
         yield f"gradient, ragged, {out}", problem(out=out, **ragged), tiles
         yield f"gradient, odd, {out}", problem(out=out, gathered="rhs", **odd), tiles
     yield "gradient, masked", problem("masked", max_rows=512), late
+    yield "gradient, 32 rows a stage", problem(), late._replace(bk=32, stages=8)
+    yield "gradient, 32 rows a stage, gathered", problem(gathered="rhs"), late._replace(bk=32, stages=8)
     yield "gradient, masked, uneven", problem("masked", max_rows=500, num_rows=4000), late
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
@@ -358,6 +369,8 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
+        if config.heights:
+            where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(problem.num_blocks, jnp.int32)] * 3]
         if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
