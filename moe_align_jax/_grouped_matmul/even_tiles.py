@@ -1,4 +1,4 @@
-"""Tiles of about the same height for the blocks of each expert: the list that `Config.heights` needs. Candidate.
+"""Tiles of about the same height for the blocks of each expert: the list that `Config.heights` needs.
 
 An expert's rows follow each other from its first block on, and padding is behind the last of them. So they
 may be cut anew, into as many tiles as there are blocks: of 512 rows in three blocks of 184, three tiles of

@@ -281,8 +281,6 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
         yield f"gradient, ragged, {out}", problem(out=out, **ragged), tiles
         yield f"gradient, odd, {out}", problem(out=out, gathered="rhs", **odd), tiles
     yield "gradient, masked", problem("masked", max_rows=512), late
-    yield "gradient, 32 rows a stage", problem(), late._replace(bk=32, stages=8)
-    yield "gradient, 32 rows a stage, gathered", problem(gathered="rhs"), late._replace(bk=32, stages=8)
     yield "gradient, masked, uneven", problem("masked", max_rows=500, num_rows=4000), late
     yield "gradient, float16", problem(dtype="float16", out="float16"), late
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
