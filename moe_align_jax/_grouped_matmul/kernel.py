@@ -289,8 +289,8 @@ def build(
                 else None
             )
 
-            def multiply(tile, ring, between, place=None):
-                """The warpgroup's sums, in one accumulator or two."""
+            def multiply(tile, ring, between, place=None, rows=None):
+                """The warpgroup's sums, in one accumulator or two; of a swapped tile's first `rows` rows."""
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
@@ -302,7 +302,7 @@ def build(
                         for part in range(shape.k_parts):
                             for a, acc in enumerate(accumulators):
                                 operands = _operands(
-                                    problem, config, shape, refs, warpgroup, slot, part, a
+                                    problem, config, shape, refs, warpgroup, slot, part, a, rows
                                 )
                                 plgpu.wgmma(acc, *operands)
                         between(k)
@@ -339,7 +339,7 @@ def build(
 
                     return [acc[...] for acc in accumulators]
 
-                like = accumulator((shape.wm, shape.wn), _F32)
+                like = accumulator((shape.wm, rows or shape.wn), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
 
             def place(tile):
@@ -368,6 +368,22 @@ def build(
                         store(q, value, at, some=some)
 
                 store_all() if tile.there is None else pl.when(tile.there)(store_all)
+                return ring + steps
+
+            def now_even(i, ring):
+                tile, steps = tile_at(i)
+                at = place(tile)
+
+                def of_height(rows):
+                    less = shape._replace(wn=rows, piece_rows=rows)
+                    sums = multiply(tile, ring, lambda k: None, rows=rows)
+                    here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap)
+                    found = epilogue.pieces(problem, less, here, sums, refs.vectors, interpret)
+                    for q, value in enumerate(found):
+                        store(q, value, at, rows=rows)
+
+                for rows in config.heights:
+                    pl.when(tile.end - tile.row == rows)(functools.partial(of_height, rows))
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -456,7 +472,8 @@ def build(
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
                 inline_scales.await_groups(interpret=interpret)
             elif not config.late:
-                lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
+                usual = now_even if config.heights else now
+                lax.fori_loop(0, mine, together if ranks > 1 else usual, _I32(0))
             else:
                 none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
@@ -740,9 +757,12 @@ def _operands(
     slot: jax.Array,
     part: int,
     accumulator: int,
+    rows_of_x: int | None = None,
 ) -> tuple[Any, Any]:
     """wgmma's two, for 64 columns of x."""
     x = refs.x_tiles.at[slot, part]
+    if rows_of_x is not None and rows_of_x < config.bm:
+        x = refs.x_tiles.at[slot, part, pl.ds(0, rows_of_x)]
     if config.form == "m":
         x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
     ks = pl.ds(64 * part, 64)
@@ -807,10 +827,12 @@ class _Store:
         *,
         whole: bool = False,
         some: Sequence[jax.Array] = (),
+        rows: int | None = None,
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`. `rows`: that a
+        tile has whose pieces have all of its rows.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -818,6 +840,8 @@ class _Store:
             down, across = q % self.down, q // self.down
         row, column = row + self.rows * down, pl.multiple_of(column + self.shape.piece * across, 8)
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
+        if rows is not None and rows < self.rows:
+            tile = self.refs.o_tiles.at[self.warpgroup, slot, pl.ds(0, rows)]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
             inline.store_parted(tile, self.like, value, interpret=self.interpret)
@@ -831,7 +855,7 @@ class _Store:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column, some)
+            self._whole(slot, row, column, some, rows)
         else:
             lax.cond(
                 row + self.rows <= end,
@@ -840,13 +864,22 @@ class _Store:
             )
 
     def _whole(
-        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
+        self,
+        slot: int,
+        row: jax.Array,
+        column: jax.Array,
+        some: Sequence[jax.Array] = (),
+        rows_of_tile: int | None = None,
     ) -> None:
         """Stores a slot by TMA, all of its rows, from (row, column) of the result on.
 
         With `some`, it stores runs of `store_rows` rows: the first, and the further ones whose `some` holds.
         """
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
+        if rows_of_tile is not None and rows_of_tile < rows:
+            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(0, rows_of_tile)]
+            plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows_of_tile), columns])
+            return
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(row, most)

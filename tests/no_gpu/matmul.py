@@ -29,7 +29,7 @@ _AT_ONCE = 12
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config
+    from moe_align_jax._grouped_matmul.config import Config, evened
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -150,6 +150,15 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield "128, cluster, gated", problem(weights=lie, zero_padding=False, **gather), tiles
         lie = {"transposed": transposed}
         yield "128, cluster, down", problem(weights=lie, zero_padding=False), tiles
+    for bm in (176, 184, 192):
+        for transposed in (False, True):
+            tiles = Config("swap", bm, 256, 64, 3, group=4, lag=1)
+            given = problem(
+                block=bm, weights={"transposed": transposed}, consecutive=True, zero_padding=False
+            )
+            found = evened(given, tiles, transposed)
+            assert found.heights
+            yield f"even {bm}", given, found
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -384,6 +393,8 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
+        if config.heights:
+            where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(problem.num_blocks, jnp.int32)] * 3]
         if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
