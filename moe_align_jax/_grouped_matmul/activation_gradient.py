@@ -6,7 +6,6 @@ kernel     all of it in one, where `enabled`: see `activation_gradient_kernel`
 """
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -18,8 +17,6 @@ from moe_align_jax._lowering.primitive import result_like
 from moe_align_jax._lowering.sharding import vary_together
 
 _F32 = jnp.float32
-# Candidate, off by default: MOE_TRAIN_ACROSS=rows takes one launch of ours in place of XLA's two fusions.
-by_rows = os.environ.get("MOE_TRAIN_ACROSS") == "rows"
 # The kernel saves memory, and no time: on an H200 it was measured between 1 % faster and 5 % slower than the
 # fusions. jax's caches keep what was traced before this is set.
 enabled = False
@@ -61,26 +58,15 @@ def _lowering(problem: ActivationGradient, platform: str, implementation: str | 
 
 
 def _by_fusions(
-    implementation: str | None,
-    problem: ActivationGradient,
-    *operands: jax.Array,
-    plain: bool = False,
+    implementation: str | None, problem: ActivationGradient, *operands: jax.Array
 ) -> list[jax.Array]:
-    """The gradient by a grouped product and XLA's fusions; unless `plain`, the candidate in their place."""
+    """The gradient by a grouped product and XLA's fusions."""
     products, scale, used, toward, w, *where = operands
     product, first = problem.product, problem.product._replace(weights=problem.weights)
     with jax.named_scope("down"):
         g = derivative.product(product, implementation, toward, w, None, tuple(where))
-    with jax.named_scope("gate_up"):
-        if by_rows and not plain and implementation != "xla":
-            from moe_align_jax._grouped_matmul import activation_rows_kernel as rows
-
-            if rows.cannot(problem) is None:
-                weight = jnp.where(used, scale, rows.NO_PAIR)
-                interpret = implementation == "emulator"
-                found = rows.run(problem, products, g, weight, where[2], interpret=interpret)
-                return list(found)
         g = g.astype(_F32)
+    with jax.named_scope("gate_up"):
         found = reference.across_activation(first, products, g, scale, used)
     return list(found)
 
@@ -132,7 +118,7 @@ def _backward(problem, implementation, kept, cts):
 
     def fusions(products, scale, toward, w):
         given = (products, scale, used, toward, w, *where)
-        return tuple(_by_fusions(implementation, problem, *given, plain=True))
+        return tuple(_by_fusions(implementation, problem, *given))
 
     _, pull = jax.vjp(fusions, *floats)
     return pull(cts), tuple(None for _ in rest)

@@ -1,6 +1,5 @@
 """Tiles of the kernel: what a GPU kind takes for which size, and what the kernel cannot take. No jax here."""
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -85,8 +84,6 @@ class Config(NamedTuple):
     finds: bool = False
     paired: bool = False
     by_expert: bool = False
-    heights: tuple[int, ...] = ()
-    exact: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -106,8 +103,6 @@ class Config(NamedTuple):
         more += "-finds" if self.finds else ""
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
-        if self.heights:
-            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -199,38 +194,9 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     """
     if tiles.form == "swap" and (reason := _no_swap(problem)):
         return reason
-    if tiles.heights and (reason := cannot_be_even(problem, tiles)):
-        return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
-    return None
-
-
-# Candidate, off by default: MOE_TRAIN_EVEN=even or =exact gives tall swapped tiles these heights.
-even = os.environ.get("MOE_TRAIN_EVEN", "")
-EVEN_STEPS = (0, 8, 16, 24, 40)
-
-
-def evened(problem: MatmulProblem, tiles: Config, exact: bool) -> Config:
-    """Tiles with `heights`, where they can have them."""
-    heights = tuple(tiles.bm - step for step in EVEN_STEPS)
-    more = tiles._replace(heights=heights, exact=exact, late=False)
-    return tiles if cannot_be_even(problem, more) else more
-
-
-def cannot_be_even(problem: MatmulProblem, tiles: Config) -> str | None:
-    """Why tiles cannot have `heights`, or None."""
-    if problem.rows != "blocks" or problem.block_size != tiles.bm or not problem.consecutive:
-        return "tiles of even heights are of an expert's blocks, which follow each other"
-    if problem.top_k or tests_rows(problem) or problem.whole_blocks or problem.row_labels:
-        return "tiles of even heights are of rows in order, whose padding may hold anything"
-    if problem.scales or problem.row_weights or problem.n % 64 or problem.n == 64 or problem.k % 64:
-        return "tiles of even heights are of 16 bits and whole columns"
-    if tiles.form != "swap" or tiles.bm < 176 or tiles.late or tiles.split > 1 or tiles.sharing:
-        return "tiles of even heights are tall swapped tiles, stored at once"
-    if problem.weights.gated or problem.weights.bias or problem.out_dtype == "float32":
-        return "tiles of even heights are of plain products"
     return None
 
 
@@ -342,8 +308,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        whole = _whole(problem, bm, group)
-        return evened(problem, whole, even == "exact") if even else whole
+        return _whole(problem, bm, group)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0

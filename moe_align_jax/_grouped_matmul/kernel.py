@@ -213,8 +213,6 @@ def build(
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
         row_tiles = _row_tiles(problem, config, shape, refs)
         pairs = config.shares_weights
-        # The CTAs of a cluster have parts of one block: both there, of one expert.
-        even = pairs and shape.parts > 0 and shape.parts % sharing == 0
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
         total = units * n_tiles
@@ -239,9 +237,6 @@ def build(
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
                 return _read(problem, config, shape, refs, at)
-            if even:
-                [expert] = _read(problem, config, shape, refs, at)
-                return expert, expert
             last = jnp.maximum(row_tiles - 1, 0)
             other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
             return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
@@ -252,18 +247,12 @@ def build(
             if not pairs:
                 tile = _tile(problem, config, shape, refs, at, n, known)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+            last = jnp.maximum(row_tiles - 1, 0)
             *known, other = known
-            peer = (other >= 0) & (other < problem.num_experts)
-            if even:
-                tile = _tile(problem, config, shape, refs, at, n, tuple(known))
-                there, valid, beside = None, tile.valid, at ^ 1
-            else:
-                last = jnp.maximum(row_tiles - 1, 0)
-                tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
-                there, beside = at < row_tiles, jnp.minimum(at ^ 1, last)
-                valid, peer = tile.valid & there, peer & ((at ^ 1) < row_tiles)
-            if shape.parts > 1 and shape.reads_ids:
-                peer = peer & _has_pair(problem, refs, _row(problem, config, shape, beside))
+            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
+            there = at < row_tiles
+            valid = tile.valid & there
+            peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
             tile = tile._replace(
                 valid=valid,
                 expert=jnp.clip(tile.expert, 0, problem.num_experts - 1),
@@ -289,8 +278,8 @@ def build(
                 else None
             )
 
-            def multiply(tile, ring, between, place=None, rows=None):
-                """The warpgroup's sums, in one accumulator or two; of a swapped tile's first `rows` rows."""
+            def multiply(tile, ring, between, place=None):
+                """The warpgroup's sums, in one accumulator or two."""
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
@@ -302,7 +291,7 @@ def build(
                         for part in range(shape.k_parts):
                             for a, acc in enumerate(accumulators):
                                 operands = _operands(
-                                    problem, config, shape, refs, warpgroup, slot, part, a, rows
+                                    problem, config, shape, refs, warpgroup, slot, part, a
                                 )
                                 plgpu.wgmma(acc, *operands)
                         between(k)
@@ -314,18 +303,6 @@ def build(
                             plgpu.barrier_arrive(empty.at[slot_of(ring + k + stages - 1)])
 
                         return ()
-
-                    if pairs:  # the other CTA multiplies, and waits for this one's stages
-
-                        def pass_on(k, _):
-                            slot = slot_of(ring + k)
-                            plgpu.barrier_wait(full.at[slot])
-                            plgpu.barrier_arrive(empty.at[slot])
-                            return ()
-
-                        @pl.when(tile.busy & jnp.logical_not(tile.valid))
-                        def _():
-                            lax.fori_loop(0, shape.k_steps, pass_on, ())
 
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
@@ -339,7 +316,7 @@ def build(
 
                     return [acc[...] for acc in accumulators]
 
-                like = accumulator((shape.wm, rows or shape.wn), _F32)
+                like = accumulator((shape.wm, shape.wn), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
 
             def place(tile):
@@ -362,28 +339,8 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-
-                def store_all():
-                    for q, value in enumerate(finish(sums, tile, at)):
-                        store(q, value, at, some=some)
-
-                store_all() if tile.there is None else pl.when(tile.there)(store_all)
-                return ring + steps
-
-            def now_even(i, ring):
-                tile, steps = tile_at(i)
-                at = place(tile)
-
-                def of_height(rows):
-                    less = shape._replace(wn=rows, piece_rows=rows)
-                    sums = multiply(tile, ring, lambda k: None, rows=rows)
-                    here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap)
-                    found = epilogue.pieces(problem, less, here, sums, refs.vectors, interpret)
-                    for q, value in enumerate(found):
-                        store(q, value, at, rows=rows)
-
-                for rows in config.heights:
-                    pl.when(tile.end - tile.row == rows)(functools.partial(of_height, rows))
+                for q, value in enumerate(finish(sums, tile, at)):
+                    store(q, value, at, some=some)
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -398,7 +355,7 @@ def build(
                     for q, value in enumerate(finish(sums, tile, at)):
                         store(q, value, at)
 
-                store_all() if tile.there is None else pl.when(tile.there)(store_all)
+                pl.when(tile.there)(store_all) if pairs else store_all()
                 return ring + steps, following
 
             def together(i, ring):
@@ -435,26 +392,16 @@ def build(
                     for q in range(len(pieces)):
                         pl.when((k == q) & (waits > 0))(lambda q=q: put(q))
 
-                first, done = 0, steps
-                if pairs:  # ahead of the products, of which the registers then have no flag to keep
-                    first = shape.k_steps
-                    for q in range(len(pieces)):
-                        idle = jnp.logical_not(tile.valid) & (waits > 0)
-                        pl.when(idle)(lambda q=q: put(q))
                 sums = multiply(tile, ring, between)
-                for q in range(first, len(pieces)):
-                    pl.when((done <= q) & (waits > 0))(lambda q=q: put(q))
+                for q in range(len(pieces)):
+                    pl.when((steps <= q) & (waits > 0))(lambda q=q: put(q))
                 here = place(tile)
                 value = finish(sums, tile, here)
                 if not shape.partial:
-                    waits = _I32(1) if tile.there is None else tile.there.astype(_I32)
-                    return ring + steps, waits, here, value
+                    return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 rows = shape.wn if swap else shape.wm  # swapped: a warpgroup has all of a tile's
                 whole = here[0] + rows <= here[2]
-                if tile.there is not None:
-                    here = *here[:2], jnp.where(tile.there, here[2], 0)
-                    whole = whole & tile.there
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
@@ -463,8 +410,7 @@ def build(
 
                 return ring + steps, whole.astype(_I32), here, value
 
-            assert not (pairs and ending)
-            if config.ahead or (pairs and scaled):
+            if config.ahead or pairs:
                 assert scaled and config.ahead and not (config.late or ending)
                 assert not (pairs and shape.parts > 1 and shape.reads_ids)
                 known = read(order(0)[0])
@@ -472,8 +418,7 @@ def build(
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
                 inline_scales.await_groups(interpret=interpret)
             elif not config.late:
-                usual = now_even if config.heights else now
-                lax.fori_loop(0, mine, together if ranks > 1 else usual, _I32(0))
+                lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
             else:
                 none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
@@ -714,20 +659,10 @@ def _tile(
     if (
         shape.parts > 1 and shape.reads_ids
     ):  # a block's pairs come first: a later part may have none
-        valid = valid & _has_pair(problem, refs, row)
+        limit = epilogue.num_pairs(problem, refs.vectors)
+        pair = refs.ids[row]
+        valid = valid & (pair >= 0) & (pair < limit)
     return Tile(valid, expert, row, end, n, end)
-
-
-def _row(problem: MatmulProblem, config: Config, shape: Shape, at: jax.Array) -> jax.Array:
-    """The first row of a tile of "blocks"."""
-    block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
-    return block * problem.block_size + (at - block * shape.parts) * config.bm
-
-
-def _has_pair(problem: MatmulProblem, refs: _Refs, row: jax.Array) -> jax.Array:
-    """Whether a row of "blocks" holds a pair."""
-    pair = refs.ids[row]
-    return (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
 
 
 def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:
@@ -757,12 +692,9 @@ def _operands(
     slot: jax.Array,
     part: int,
     accumulator: int,
-    rows_of_x: int | None = None,
 ) -> tuple[Any, Any]:
     """wgmma's two, for 64 columns of x."""
     x = refs.x_tiles.at[slot, part]
-    if rows_of_x is not None and rows_of_x < config.bm:
-        x = refs.x_tiles.at[slot, part, pl.ds(0, rows_of_x)]
     if config.form == "m":
         x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
     ks = pl.ds(64 * part, 64)
@@ -827,12 +759,10 @@ class _Store:
         *,
         whole: bool = False,
         some: Sequence[jax.Array] = (),
-        rows: int | None = None,
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`. `rows`: that a
-        tile has whose pieces have all of its rows.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -840,8 +770,6 @@ class _Store:
             down, across = q % self.down, q // self.down
         row, column = row + self.rows * down, pl.multiple_of(column + self.shape.piece * across, 8)
         tile = self.refs.o_tiles.at[self.warpgroup, slot]
-        if rows is not None and rows < self.rows:
-            tile = self.refs.o_tiles.at[self.warpgroup, slot, pl.ds(0, rows)]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
             inline.store_parted(tile, self.like, value, interpret=self.interpret)
@@ -855,7 +783,7 @@ class _Store:
         if self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column, some, rows)
+            self._whole(slot, row, column, some)
         else:
             lax.cond(
                 row + self.rows <= end,
@@ -864,22 +792,13 @@ class _Store:
             )
 
     def _whole(
-        self,
-        slot: int,
-        row: jax.Array,
-        column: jax.Array,
-        some: Sequence[jax.Array] = (),
-        rows_of_tile: int | None = None,
+        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
     ) -> None:
         """Stores a slot by TMA, all of its rows, from (row, column) of the result on.
 
         With `some`, it stores runs of `store_rows` rows: the first, and the further ones whose `some` holds.
         """
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
-        if rows_of_tile is not None and rows_of_tile < rows:
-            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(0, rows_of_tile)]
-            plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows_of_tile), columns])
-            return
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(row, most)

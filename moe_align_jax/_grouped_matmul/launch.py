@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax._grouped_matmul import even_tiles, kernel, tile_list
+from moe_align_jax._grouped_matmul import kernel, tile_list
 from moe_align_jax._grouped_matmul.config import (
     Config,
     config_for,
@@ -42,8 +42,6 @@ def run(
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
         listed = problem.rows != "blocks" and not config.finds
         where = _list(problem, config, named, interpret) if listed else None
-        if config.heights:
-            where = even_tiles.find(problem, config, named)
         out = launch(*arguments(problem, config, named, where, interpret=interpret))
     return out.reshape(problem.out_shape)
 
@@ -137,8 +135,6 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
     if interpret and problem.top_k and problem.k % config.bk:
         # The interpreter's loads by index know no bounds.
         return jnp.pad(x, ((0, 0), (0, -problem.k % config.bk)))
-    if interpret and config.heights:
-        return jnp.pad(x, ((0, config.bm), (0, 0)))
     return x
 
 

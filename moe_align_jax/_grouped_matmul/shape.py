@@ -76,8 +76,6 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     row = ROW_BYTES // _BYTES[problem.dtype]
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
-    if config.heights:
-        parts = 0
     tests = tests_rows(problem)
     # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
     # the result does not have would be stored over the one that it has.
@@ -91,7 +89,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         accumulators * owners if apart else 1,
         parts,
         {
-            "blocks": not config.heights and parts * bm != problem.block_size,
+            "blocks": parts * bm != problem.block_size,
             "masked": problem.max_rows % bm != 0,
             "ragged": True,
         }[problem.rows],
@@ -99,7 +97,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         wn,
         accumulators,
         out_row,
-        (bm if config.heights else piece_rows(bm)) if config.form == "swap" else 64,
+        piece_rows(bm) if config.form == "swap" else 64,
         parted,
         tests,
         config.form == "swap" and config.bm > 64 and counts_rows(problem, config.bm),
@@ -115,8 +113,6 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
 def _store_rows(problem: MatmulProblem, config: Config) -> int:
     """What `Shape.store_rows` says: a block that is one tile has its pairs in front."""
     bm = config.bm
-    if config.heights:
-        return 0
     left = problem.leaves_padding and problem.rows == "blocks" and not problem.scales
     whole = problem.block_size == bm == piece_rows(bm) and bm % 8 == 0 and bm > 8
     if not (left and whole and config.form == "swap") or config.late or config.split > 1:

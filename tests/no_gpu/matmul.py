@@ -29,7 +29,7 @@ _AT_ONCE = 12
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config, evened
+    from moe_align_jax._grouped_matmul.config import Config
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -124,41 +124,6 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
-    both: dict[str, Any] = {"sharing": 2, "shared": "w"}
-    for bm, stages, late in ((144, 4, True), (144, 4, False), (176, 3, False), (184, 3, False), (192, 3, False)):
-        tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2, late=late, **both)
-        for transposed in (False, True):
-            lie = {"transposed": transposed}
-            yield f"{bm}, cluster", problem(block=bm, weights=lie), tiles
-            yield f"{bm}, cluster, two parts", problem(block=2 * bm, weights=lie), tiles
-            yield f"{bm}, cluster, left", problem(block=bm, weights=lie, zero_padding=False), tiles
-            more = {"zero_padding": False, "leaves_padding": True}
-            yield f"{bm}, cluster, left, two parts", problem(block=2 * bm, weights=lie, **more), tiles
-            lie = silu | lie
-            yield f"{bm}, cluster, gated", problem(block=bm, weights=lie, **gather), tiles
-            given = problem(block=2 * bm, weights=lie, **gather, **more)
-            yield f"{bm}, cluster, gated, two parts", given, tiles
-            yield f"{bm}, cluster, gated, permuted", problem(block=bm, weights=lie, **more), tiles
-        yield f"{bm}, cluster, ragged", problem(**ragged), tiles
-        yield f"{bm}, cluster, masked", problem(**masked), tiles
-        yield f"{bm}, cluster, x", problem(block=bm), tiles._replace(shared="x")
-    tiles = Config("m", 128, 256, 64, 4, group=4, late=True, **both)
-    yield "128, cluster", problem(block=128), tiles
-    yield "128, cluster, left", problem(zero_padding=False), tiles
-    for transposed in (False, True):
-        lie = silu | {"transposed": transposed}
-        yield "128, cluster, gated", problem(weights=lie, zero_padding=False, **gather), tiles
-        lie = {"transposed": transposed}
-        yield "128, cluster, down", problem(weights=lie, zero_padding=False), tiles
-    for bm in (176, 184, 192):
-        for transposed in (False, True):
-            tiles = Config("swap", bm, 256, 64, 3, group=4, lag=1)
-            given = problem(
-                block=bm, weights={"transposed": transposed}, consecutive=True, zero_padding=False
-            )
-            found = evened(given, tiles, transposed)
-            assert found.heights
-            yield f"even {bm}", given, found
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -393,8 +358,6 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if config.heights:
-            where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(problem.num_blocks, jnp.int32)] * 3]
         if problem.rows != "blocks" and not config.finds:
             capacity = tile_list.of(problem, config.bm).capacity
             where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]

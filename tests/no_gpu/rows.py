@@ -153,43 +153,6 @@ def sums() -> Iterator[Compiled]:
         yield Compiled(f"{problem}, {config}", direct, widths, _together(config.ahead))
 
 
-def activation_rows() -> Iterator[Compiled]:
-    """Candidate: the derivative of the activation, row by row."""
-    import jax
-    import jax.numpy as jnp
-
-    from moe_align_jax._grouped_matmul import activation_rows_kernel as kernel
-    from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem, Weights
-
-    for rows, n in ((17952, 14336), (300, 512), (9000, 4096)):
-        given = {"k": 4096, "num_experts": 8, "block_size": 192, "zero_padding": False}
-        product = MatmulProblem(
-            *("test", "blocks", rows), n=n, dtype="bfloat16", out_dtype="bfloat16", **given
-        )
-        problem = ActivationGradient(product, Weights(activation="silu", gated=True))
-        assert kernel.cannot(problem) is None
-        sizes = kernel.sizes_of(problem)
-        groups = n // 128
-        inputs = {
-            "count": (1,),
-            "scale": (rows,),
-            "products": (rows, 2, groups, 128),
-            "g": (rows, groups, 128),
-        }
-        dtypes = (jnp.int32, jnp.float32, jnp.bfloat16, jnp.bfloat16)
-        structs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(inputs.values(), dtypes, strict=True)]
-        outputs = {
-            "toward": inputs["products"],
-            "scaled": inputs["g"],
-            "parts": (rows, sizes.parts, sizes.tile),
-        }
-        call = kernel.build(problem, sizes)
-        direct = _Direct("activation_gradient_rows", inputs, outputs, call, structs)
-        width = 2 * sizes.tile
-        widths = {"products": width, "g": width, "toward": width, "scaled": width}
-        yield Compiled(f"{n}, {sizes}", direct, widths, lambda text, parameters: iter(()))
-
-
 def _together(ahead: int) -> Callable:
     """As many rows are asked for, with no branch between them, as the sizes say."""
 
@@ -244,7 +207,7 @@ def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[s
 
 
 def check(plugin: str, runtime: str) -> Iterator[script.Report]:
-    every = (*activation_rows(), *messages(), *sums(), *copies())
+    every = (*messages(), *sums(), *copies())
     given = ((one.what, one.kernel, functools.partial(faults, one)) for one in every)
     yield from script.direct(plugin, runtime, given)
 
