@@ -12,6 +12,7 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
+MAX_BLOCKS = 4096  # that are cut into tiles of several heights: eight for each thread that does it
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
@@ -63,6 +64,10 @@ class Config(NamedTuple):
             even number of stages. Of e4m3.
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
+        heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
+            whose rows are one of these, which fall from bm on. Swapped tiles, not late.
+        exact: with `heights`: the tiles of an expert have the least rows together, by two heights; otherwise
+            all of them have one height.
     """
 
     form: str
@@ -84,6 +89,8 @@ class Config(NamedTuple):
     finds: bool = False
     paired: bool = False
     by_expert: bool = False
+    heights: tuple[int, ...] = ()
+    exact: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -103,6 +110,8 @@ class Config(NamedTuple):
         more += "-finds" if self.finds else ""
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
+        if self.heights:
+            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -194,10 +203,50 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     """
     if tiles.form == "swap" and (reason := _no_swap(problem)):
         return reason
+    if tiles.heights and (reason := _no_heights(problem, tiles)):
+        return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
     return None
+
+
+def with_heights(problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool) -> Config:
+    """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
+
+    They are not late: a finished tile waits in registers, of which those of one height are others than those
+    of the next.
+    """
+    heights = tuple(tiles.bm - rows for rows in (0, *less))
+    found = tiles._replace(heights=heights, exact=exact, late=False)
+    return tiles if _no_heights(problem, found) else found
+
+
+def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why tiles cannot have `heights`, or None."""
+    if problem.rows != "blocks" or problem.block_size != tiles.bm:
+        return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
+    if problem.top_k or problem.whole_blocks or problem.row_labels:
+        return "tiles of several heights have the rows of x in order, and ids that tell pairs"
+    if problem.num_blocks > MAX_BLOCKS:
+        return f"at most {MAX_BLOCKS} blocks are cut into tiles of several heights"
+    if problem.scales or problem.row_weights or problem.weights.bias or problem.weights.gated:
+        return "tiles of several heights are of plain products"
+    if tiles.form != "swap" or tiles.bm <= 128 or not _may_be_tall(problem):
+        return "tiles of several heights are swapped tiles of more than 128 rows, of whole columns"
+    if tiles.late or tiles.split > 1 or tiles.sharing:
+        return "tiles of several heights are stored at once, by one CTA each"
+    first, *rest = tiles.heights
+    falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
+    fits = all(height % 8 == 0 and height > tiles.bm // 2 for height in tiles.heights)
+    if first != tiles.bm or not (falls and fits):
+        return "heights fall from a block's on, by multiples of 8 rows, and are more than half of it"
+    return None
+
+
+def height_piece(bm: int) -> int:
+    """Rows that tiles of several heights store at a time: all, or half of those with four stages."""
+    return bm if bm > 144 else piece_rows(bm)
 
 
 def mean_rows(problem: MatmulProblem) -> float:

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 from tests.no_gpu import ptx, script, toolchain, worker
 
 MAX_SECONDS = 2.0
+MAX_SECONDS_OF_HEIGHTS = 3.0  # a loop over k for each height
 # Kernels that ptxas and the disassembler are given together.
 _AT_ONCE = 12
 
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config
+    from moe_align_jax._grouped_matmul.config import Config, with_heights
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -124,6 +125,12 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}", problem(block=bm, weights=weights), tiles._replace(late=bm == 144)
             weights = silu | weights | {"bias": bm < 192}  # more rows and a bias spill
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
+    several = [(144, False, True), (144, True, True), (192, False, True), (176, True, True)]
+    for bm, transposed, exact in (*several, (192, True, False)):
+        stages, less = (4, (8, 16, 24, 40)) if bm == 144 else (3, (8, 16, 40))
+        given = problem(block=bm, weights={"transposed": transposed}, zero_padding=exact)
+        tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
+        yield f"{bm}, heights", given, with_heights(given, tiles, less, exact)
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -321,7 +328,7 @@ def lower(problem: Any, config: Any) -> Any:
     import jax.numpy as jnp
 
     from moe_align_jax._grouped_matmul import activation_gradient_kernel as ending
-    from moe_align_jax._grouped_matmul import kernel, launch, tile_list, weight_gradient_kernel
+    from moe_align_jax._grouped_matmul import kernel, launch, weight_gradient_kernel
     from moe_align_jax._grouped_matmul.problem import ActivationGradient, WeightGradient
 
     if isinstance(problem, ActivationGradient):
@@ -358,9 +365,9 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if problem.rows != "blocks" and not config.finds:
-            capacity = tile_list.of(problem, config.bm).capacity
-            where = [jnp.zeros(1, jnp.int32), *[jnp.zeros(capacity, jnp.int32)] * 3]
+        if config.heights or (problem.rows != "blocks" and not config.finds):
+            [listing] = launch.list_of(problem, config).kernels
+            where = [jnp.zeros(shape, jnp.int32) for shape in listing.outputs.values()]
         return launch.arguments(problem, config, named, where, interpret=False)
 
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in problem.inputs.values()]
@@ -442,8 +449,8 @@ def _ptxas(texts: Sequence[str]) -> list[tuple[str, str]]:
         return list(zip(logs, of_each(_disassembled(cubin), len(texts)), strict=True))
 
 
-def faults(log: str, sass: str, seconds: float) -> Iterator[str]:
-    """What is wrong with a kernel that took so long to compile."""
+def faults(log: str, sass: str, seconds: float, most: float) -> Iterator[str]:
+    """What is wrong with a kernel that took so long to compile, of `most` seconds."""
     used = ptx.usage(log)
     if (spilled := used.spill_stores + used.spill_loads) or used.stack:
         yield f"{spilled} bytes spilled, {used.stack} bytes of stack"
@@ -454,7 +461,7 @@ def faults(log: str, sass: str, seconds: float) -> Iterator[str]:
     if not _HGMMA.search(sass):
         yield "no wgmma"
     # Other processes share this machine's cores: this much at the most.
-    if seconds > MAX_SECONDS * float(os.environ.get("COMPILE_PATIENCE", "1")):
+    if seconds > most * float(os.environ.get("COMPILE_PATIENCE", "1")):
         yield f"compiled in {seconds:.1f} s"
 
 
@@ -499,7 +506,8 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
             fine, _ptxas([x for *_, x in fine]), strict=True
         ):
             line = f"{ptx.usage(log).registers:3} registers, {seconds:4.1f} s  {name}"
-            yield line, [*faults(log, sass, seconds)]
+            most = MAX_SECONDS_OF_HEIGHTS if "heights" in name else MAX_SECONDS
+            yield line, [*faults(log, sass, seconds, most)]
 
 
 if __name__ == "__main__":
