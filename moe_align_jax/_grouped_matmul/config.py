@@ -12,7 +12,7 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
-MAX_BLOCKS = 4096  # that are cut into tiles of several heights: eight for each thread that does it
+MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each thread that does it
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
@@ -211,7 +211,9 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
-def with_heights(problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool) -> Config:
+def with_heights(
+    problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool
+) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
     They are not late: a finished tile waits in registers, of which those of one height are others than those
@@ -240,7 +242,9 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     fits = all(height % 8 == 0 and height > tiles.bm // 2 for height in tiles.heights)
     if first != tiles.bm or not (falls and fits):
-        return "heights fall from a block's on, by multiples of 8 rows, and are more than half of it"
+        return (
+            "heights fall from a block's on, by multiples of 8 rows, and are more than half of it"
+        )
     return None
 
 

@@ -54,8 +54,8 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs, behind: of tiles of several heights: rows that hold a pair, and the row behind those that follow
-            the tile and hold none.
+        pairs, behind: of tiles of several heights: rows that hold a pair, and the row behind those that
+            follow the tile and hold none.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
@@ -178,8 +178,9 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile (with `heights`: pairs and behind, too), or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights,
-    bias, scales of x and of each array of weights, those that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs and behind), or masked_m `[e]`
+    (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those
+    that there are; x; the weights, one array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 

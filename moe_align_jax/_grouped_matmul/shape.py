@@ -2,7 +2,13 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, counts_rows, height_piece, piece_rows, tests_rows
+from moe_align_jax._grouped_matmul.config import (
+    Config,
+    counts_rows,
+    height_piece,
+    piece_rows,
+    tests_rows,
+)
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -102,7 +108,12 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         parted,
         tests,
         blocks and config.form == "swap" and bm > 64 and counts_rows(problem, bm),
-        bool((tests and not config.heights) or problem.top_k or store_rows or (parts > 1 and not problem.whole_blocks)),
+        bool(
+            (tests and not config.heights)
+            or problem.top_k
+            or store_rows
+            or (parts > 1 and not problem.whole_blocks)
+        ),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
         _scales_by_rows(problem, config),
