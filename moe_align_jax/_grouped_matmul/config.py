@@ -25,6 +25,7 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
+_MOST_K_OF_EVEN = 1024  # up to which tiles of one height, not of a block's, were found to be faster
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -166,6 +167,12 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
+# Tiles of several heights ("exact": two of an expert; "even": one), 2026-11-29, beside those of a block's:
+#   8192 rows, 4096 -> 14336, 8 experts, blocks of 176: 1217, even 1199, exact 1187
+#   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 2897; of 192 even 2814; of 184 even 2866, exact 2837
+# They lost where K is long and experts are many, whose CTAs of two heights share fewer reads of the weights:
+#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
+#   experts, blocks of 176: 2174, even 2173, exact 2170
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -209,6 +216,19 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
     return None
+
+
+def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
+    """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
+    few = problem.num_experts <= rules.few_experts
+    if few and tiles.bm >= 176:
+        return with_heights(problem, tiles, (8, 16, 40), True)
+    if not few and tiles.bm == 144 and problem.zero_padding:
+        return with_heights(problem, tiles, (8, 16, 24, 40), True)
+    many = problem.num_experts >= 128 and problem.k <= _MOST_K_OF_EVEN and problem.consecutive
+    if many and tiles.bm == 192:
+        return with_heights(problem, tiles, (8, 16, 24, 40), False)
+    return tiles
 
 
 def with_heights(
@@ -361,7 +381,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        return _whole(problem, bm, group)
+        return _cut(problem, _whole(problem, bm, group), rules)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0

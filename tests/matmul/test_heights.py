@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import cut_list, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
@@ -189,3 +190,62 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
     usual = LOW if block == 144 else HIGH._replace(bm=block)
     config = tiles.with_heights(problem, usual, HEIGHTS, exact)
     check(where, problem, config, interpret=False)
+
+
+def test_which_products_take_them():
+    """Blocks of 176 rows and more of few experts, 144 of many alone, 192 of many where K is short."""
+
+    def chosen(block, experts, k=4096, **more):
+        given = problem_of(
+            made(block, experts, [(0, block)] * 4000), block, experts, k, 1536, **more
+        )
+        found = tiles.config_for(given._replace(num_rows=experts * block * 9))
+        assert found.bm == block and not (found.heights and found.late)
+        return found.heights[1:], found.exact
+
+    any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
+    assert chosen(192, 8) == ((184, 176, 152), True)
+    assert chosen(176, 8, **any_rows) == ((168, 160, 136), True)
+    assert chosen(144, 128, 2048) == ((136, 128, 120, 104), True)
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
+    for others in (
+        chosen(144, 8),
+        chosen(144, 128, 2048, **any_rows),
+        chosen(192, 128, 2048, **any_rows),
+        chosen(176, 128),
+        chosen(176, 8, row_weights=True),
+    ):
+        assert others == ((), False)
+
+
+@pytest.mark.gpu
+def test_the_public_function_takes_them(monkeypatch):
+    """As `moe_align_block_size` makes blocks, some experts of which have nothing."""
+    rng = np.random.default_rng(1)
+    counts = [4000, 0, 4100, 4096, 1, 4224, 3999, 4300]
+    ids = np.repeat(np.arange(8, dtype=np.int32), counts)
+    rng.shuffle(ids)
+    aligned = maj.moe_align_block_size(jnp.asarray(ids[:, None]), block_size=192, num_experts=8)
+    sorted_ids, experts = np.asarray(aligned.sorted_token_ids), np.asarray(aligned.expert_ids)
+    real = (sorted_ids < len(ids)) & (
+        np.arange(len(sorted_ids)) < int(aligned.num_tokens_post_padded[0])
+    )
+    x = rng.normal(size=(len(sorted_ids), 512)).astype(np.float32)
+    x[~real] = np.nan
+    w = rng.normal(size=(8, 512, 2048)).astype(np.float32) / 20
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    taken = []
+    build = kernel.build
+    monkeypatch.setattr(
+        kernel,
+        "build",
+        lambda problem, config, **o: taken.append(config) or build(problem, config, **o),
+    )
+    out = np.asarray(maj.grouped_matmul(x, w, aligned, block_size=192), np.float64)
+    assert any(config.heights for config in taken)
+    used = np.arange(len(out)) < int(aligned.num_tokens_post_padded[0])
+    assert not out[used & ~real].any()
+    some = np.flatnonzero(real)[::97]
+    w64, x64 = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    want = np.stack([x64[r] @ w64[experts[r // 192]] for r in some])
+    assert np.linalg.norm(out[some] - want) < 5e-3 * np.linalg.norm(want)
