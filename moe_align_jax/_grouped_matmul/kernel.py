@@ -97,7 +97,10 @@ class _Refs:
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
-        self.pairs, self.behind = (refs.pop(0) if config.heights else None for _ in range(2))
+        more: tuple[Any, Any] = (None, None)
+        if config.heights:
+            more = refs.pop(0), refs.pop(0)
+        self.pairs, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
@@ -734,12 +737,12 @@ def _operands(
     slot: jax.Array,
     part: int,
     accumulator: int,
-    rows: int,
+    height: int,
 ) -> tuple[Any, Any]:
-    """wgmma's two, for 64 columns of x; of tiles of several heights, for the first `rows` rows."""
+    """wgmma's two, for 64 columns of x; of tiles of several heights, for the first `height` rows."""
     x = refs.x_tiles.at[slot, part]
-    if config.heights and rows < config.bm:
-        x = refs.x_tiles.at[slot, part, pl.ds(0, rows)]
+    if config.heights and height < config.bm:
+        x = refs.x_tiles.at[slot, part, pl.ds(0, height)]
     if config.form == "m":
         x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
     ks = pl.ds(64 * part, 64)
