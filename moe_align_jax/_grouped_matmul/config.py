@@ -473,7 +473,8 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
     masked = problem.rows == "masked"
-    # Two steps in a turn took 1.5% less for 2048 -> 7168 (H200, 2026-11-29); no masked tiles were timed so.
+    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49). Masked tiles lost 1 to 2% (192 rows),
+    # or lost 0.9% at K = 2048 and gained 0.5 and 1.3% at 4096 and 7168 (128 rows).
     paired = not masked and problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
