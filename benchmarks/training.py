@@ -463,7 +463,7 @@ def layer_arrays(size: Layer) -> tuple[Any, ...]:
 
 
 def across_the_activation() -> Callable[..., Any]:
-    """Our layer with the kernel of `activation_gradient`, which layers do not take otherwise."""
+    """Our layer with the product that ends in the derivative of the activation, which is not the default."""
     import jax
 
     import moe_align_jax as maj

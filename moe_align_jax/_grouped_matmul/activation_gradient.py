@@ -1,8 +1,11 @@
 """A layer's backward step across its activation: a product, the derivative of the activation, sums of rows.
 
 loop       "xla": block after block, so that nothing is kept of the product, nor of what is between
-fusions    on a GPU with kernels: the product's kernel, and what XLA makes of the rest
+rows       on a GPU with kernels: the product's kernel, and one for the rest, `across_activation_kernel`
+fusions    where that one does not take the problem: the product's kernel, and what XLA makes of the rest
 kernel     all of it in one, where `enabled`: see `activation_gradient_kernel`
+
+The second derivative is that of the fusions.
 """
 
 import functools
@@ -17,23 +20,25 @@ from moe_align_jax._lowering.primitive import result_like
 from moe_align_jax._lowering.sharding import vary_together
 
 _F32 = jnp.float32
-# The kernel saves memory, and no time: on an H200 it was measured between 1 % faster and 5 % slower than the
-# fusions. jax's caches keep what was traced before this is set.
+# The one kernel needs no g in memory and is not faster: on an H200 it was measured between 1 % faster and 5 %
+# slower than the fusions. jax's caches keep what was traced before this is set.
 enabled = False
 
 
 def choose(problem: ActivationGradient, platform: str, implementation: str | None) -> str:
-    """ "loop", "fusions" or "kernel"."""
+    """ "loop", "rows", "fusions" or "kernel"."""
     if primitive.choose(problem.product, platform, implementation) == "xla":
         return "loop"
-    return "kernel" if enabled and takes(problem) else "fusions"
+    return _by_kernels(problem)
 
 
-def takes(problem: ActivationGradient) -> bool:
-    """Whether the kernel does."""
-    from moe_align_jax._grouped_matmul import activation_gradient_kernel
+def _by_kernels(problem: ActivationGradient) -> str:
+    """Of the ways with kernels, on a GPU and in the interpreter, the one that runs."""
+    from moe_align_jax._grouped_matmul import across_activation_kernel, activation_gradient_kernel
 
-    return activation_gradient_kernel.cannot(problem) is None
+    if enabled and activation_gradient_kernel.cannot(problem) is None:
+        return "kernel"
+    return "rows" if across_activation_kernel.cannot(problem) is None else "fusions"
 
 
 def _abstract(products, *rest, problem: ActivationGradient, implementation: str | None):
@@ -48,13 +53,10 @@ def _abstract(products, *rest, problem: ActivationGradient, implementation: str 
 
 def _lowering(problem: ActivationGradient, platform: str, implementation: str | None):
     """The function of the operands that computes the gradient on this platform."""
-    match choose(problem, platform, implementation):
-        case "loop":
-            return reference.activation_gradient
-        case "kernel":
-            return functools.partial(_by_kernel, interpret=False)
-        case _:
-            return functools.partial(_by_fusions, implementation)
+    way = choose(problem, platform, implementation)
+    if way == "loop":
+        return reference.activation_gradient
+    return functools.partial(_WAYS[way], implementation)
 
 
 def _by_fusions(
@@ -62,27 +64,52 @@ def _by_fusions(
 ) -> list[jax.Array]:
     """The gradient by a grouped product and XLA's fusions."""
     products, scale, used, toward, w, *where = operands
-    product, first = problem.product, problem.product._replace(weights=problem.weights)
-    with jax.named_scope("down"):
-        g = derivative.product(product, implementation, toward, w, None, tuple(where))
-        g = g.astype(_F32)
+    g = _product(implementation, problem, toward, w, where)
+    first = problem.product._replace(weights=problem.weights)
     with jax.named_scope("gate_up"):
-        found = reference.across_activation(first, products, g, scale, used)
+        found = reference.across_activation(first, products, g.astype(_F32), scale, used)
     return list(found)
 
 
-def _by_kernel(
-    problem: ActivationGradient, *operands: jax.Array, interpret: bool
+def _by_rows(
+    implementation: str | None, problem: ActivationGradient, *operands: jax.Array
 ) -> list[jax.Array]:
-    """The gradient by one kernel; `interpret` runs it in Pallas' interpreter."""
+    """The gradient by a grouped product and a kernel that takes its rows one by one."""
+    from moe_align_jax._grouped_matmul import across_activation_kernel as kernel
+
+    products, scale, used, toward, w, *where = operands
+    g = _product(implementation, problem, toward, w, where)
+    with jax.named_scope("gate_up"):
+        scale = jnp.where(used, scale, kernel.NO_PAIR)
+        given = (products, g, scale, where[2])
+        return list(kernel.run(problem, *given, interpret=implementation == "emulator"))
+
+
+def _product(
+    implementation: str | None,
+    problem: ActivationGradient,
+    toward: jax.Array,
+    w: jax.Array,
+    where: list[jax.Array],
+) -> jax.Array:
+    """g `[P, N]`: the cotangent of what the second product multiplied, by the product's implementation."""
+    with jax.named_scope("down"):
+        return derivative.product(problem.product, implementation, toward, w, None, tuple(where))
+
+
+def _by_kernel(
+    implementation: str | None, problem: ActivationGradient, *operands: jax.Array
+) -> list[jax.Array]:
+    """The gradient by one kernel."""
     from moe_align_jax._grouped_matmul import activation_gradient_kernel
 
     products, scale, used, *rest = operands
     scale = jnp.where(used, scale, activation_gradient_kernel.NO_PAIR)
-    given = (products, scale, *rest)
+    given, interpret = (products, scale, *rest), implementation == "emulator"
     return list(activation_gradient_kernel.run(problem, *given, interpret=interpret))
 
 
+_WAYS = {"rows": _by_rows, "fusions": _by_fusions, "kernel": _by_kernel}
 _p = primitive.make_matmul_primitive("activation_gradient", _abstract, _lowering, results=True)
 
 
@@ -90,9 +117,7 @@ def _bind(problem: ActivationGradient, implementation: str | None, *operands: ja
     """The results by the primitive, or in the interpreter at once."""
     if implementation == "emulator":
         # Pallas' interpreter works by ordered callbacks, which no lowering rule can emit.
-        if takes(problem):
-            return _by_kernel(problem, *operands, interpret=True)
-        return _by_fusions(implementation, problem, *operands)
+        return _WAYS[_by_kernels(problem)](implementation, problem, *operands)
     name = derivative.implementation_for(problem.product, implementation)
     return _p.bind(*operands, problem=problem, implementation=name)
 
@@ -131,9 +156,10 @@ _differentiable.defvjp(_forward, _backward)
 def run(
     operands: tuple[jax.Array, ...], *, problem: ActivationGradient, implementation: str | None
 ) -> tuple[jax.Array, ...]:
-    """(dh `[P, 2 N]`, s a `[P, N]`, sums of g a float32 `[P]`); see `activation_gradient_kernel`.
+    """(dh `[P, 2 N]`, s a `[P, N]`, sums of g a float32 `[P]`); see `across_activation_kernel`.
 
-    Of rows that are not in use, the kernel leaves the first two unspecified, but for those of blocks in use.
+    The kernels leave rows behind the blocks in use unspecified. Within these blocks, rows without a pair are
+    zero in the first two.
 
     operands: products, scale (the weight of each row's pair), which rows hold one, those of the product.
     """

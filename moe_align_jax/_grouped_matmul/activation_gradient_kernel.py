@@ -147,7 +147,7 @@ def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> ker
             start = pl.multiple_of(column + c, piece)
             g = g_tile[:, c : c + piece]
             # Rows without a pair may hold anything. Of d they have zeros, so that g is zero.
-            has_pair = scale > lowest
+            has_pair = scale != lowest  # a weight of NaN is one
             gate = load(products_ref.at[here, pl.ds(start, piece)])
             gate = lax.select(has_pair, gate, zeros)
             sigmoid = 1.0 / (1.0 + jnp.exp(-gate))

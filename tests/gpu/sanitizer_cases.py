@@ -356,12 +356,14 @@ def weight_gradients(interpret: bool = False) -> None:
 
 
 def activation_gradient(interpret: bool = False) -> None:
-    """The product that ends in the derivative of the activation."""
+    """The product that ends in the derivative of the activation, and the kernel that follows a product."""
     from tests.moe_layer import test_activation_gradient as cases
 
     for transposed in (False, True):
         made = cases.make_case(12, 2, 2, 64, 256, transposed=transposed)
         cases.check(*made, interpret=interpret)
+    for ffn in (1024, 1536):
+        cases.check_rows(*cases.make_case(12, 2, 2, 64, ffn, block=16), interpret=interpret)
 
 
 def expert_layer(implementation: str = "mosaic_gpu") -> None:

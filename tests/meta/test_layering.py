@@ -228,6 +228,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.select",
         "moe_align_jax._lowering.sharding",
     },
+    "moe_align_jax._grouped_matmul.across_activation_kernel": {
+        "moe_align_jax._core.hopper",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._grouped_matmul",
+    },
     "moe_align_jax._grouped_matmul.activation_gradient": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
@@ -610,6 +615,7 @@ FOREIGN: dict[str, set[str]] = {
     },
     "jax.experimental.pallas": {
         "moe_align_jax._lowering.launch_value",
+        "moe_align_jax._grouped_matmul.across_activation_kernel",
         "moe_align_jax._grouped_matmul.activation_gradient_kernel",
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
         "lazily benchmarks.grouped_matmul",

@@ -123,13 +123,20 @@ def test_the_second_product_is_never_computed_again(policy):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    ["float32", "bfloat16", pytest.param("bfloat16", marks=pytest.mark.gpu, id="bfloat16, GPU")],
+    ("dtype", "ffn"),
+    [
+        pytest.param("float32", 128, id="float32"),
+        pytest.param("bfloat16", 128, id="bfloat16"),
+        pytest.param("bfloat16", 128, marks=pytest.mark.gpu, id="bfloat16, GPU"),
+        pytest.param(
+            "bfloat16", 512, marks=pytest.mark.gpu, id="bfloat16, GPU, across by a kernel"
+        ),
+    ],
 )
-def test_memory_of_a_derivative_does_not_grow_with_the_experts(dtype):
+def test_memory_of_a_derivative_does_not_grow_with_the_experts(dtype, ffn):
     """By XLA's own account: at most 1.2 times x, the first products and their derivative, what the
     activation made of them, and one array of H columns. With the layer's value."""
-    tokens, top_k, experts, hidden, ffn, block = 2048, 4, 16, 256, 128, 128
+    tokens, top_k, experts, hidden, block = 2048, 4, 16, 256, 128
     like = jax.ShapeDtypeStruct
     x, routing = like((tokens, hidden), dtype), (tokens, top_k)
     first, second = (experts, hidden, 2 * ffn), (experts, ffn, hidden)

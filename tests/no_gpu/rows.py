@@ -1,9 +1,10 @@
-"""Compiles the kernels that move rows without a GPU, and checks the result.
+"""Compiles the kernels that go over rows without a GPU, and checks the result.
 
     python -m tests.no_gpu.rows
 
 As `compile` does for the alignment: nothing spills, the launch that was read is the one that jaxlib makes,
-rows are moved 16 bytes at a time, and a row's loads come before its stores. Exit code 1 otherwise.
+rows are read and written 16 bytes at a time where they can be, and a row that is moved is loaded before it is
+stored. Exit code 1 otherwise.
 """
 
 import functools
@@ -153,6 +154,35 @@ def sums() -> Iterator[Compiled]:
         yield Compiled(f"{problem}, {config}", direct, widths, _together(config.ahead))
 
 
+def activations() -> Iterator[Compiled]:
+    """The backward step across an activation: Mixtral's rows, and those of the narrower tile."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_align_jax._grouped_matmul import across_activation_kernel as kernel
+    from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem, Weights
+
+    for rows, n, dtype in ((17952, 14336, "bfloat16"), (300, 1536, "float16")):
+        given = {"k": 4096, "num_experts": 8, "block_size": 192, "zero_padding": False}
+        product = MatmulProblem("test", "blocks", rows, n=n, dtype=dtype, out_dtype=dtype, **given)
+        problem = ActivationGradient(product, Weights(activation="silu", gated=True))
+        sizes, groups = kernel.sizes_of(problem), n // kernel.GROUP
+        inputs = {
+            "count": (1,),
+            "scale": (rows,),
+            "products": (rows, 2, groups, kernel.GROUP),
+            "g": (rows, groups, kernel.GROUP),
+        }
+        dtypes = (jnp.int32, jnp.float32, jnp.dtype(dtype), jnp.dtype(dtype))
+        structs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(inputs.values(), dtypes, strict=True)]
+        outputs = {"toward": inputs["products"], "scaled": inputs["g"]}
+        outputs["parts"] = (rows, sizes.parts, sizes.tile)
+        call = kernel.build(problem, sizes)
+        direct = _Direct("across_activation", inputs, outputs, call, structs)
+        widths = dict.fromkeys(("products", "g", "toward", "scaled"), 2 * sizes.tile)
+        yield Compiled(f"{problem}, {sizes}", direct, widths, lambda text, parameters: iter(()))
+
+
 def _together(ahead: int) -> Callable:
     """As many rows are asked for, with no branch between them, as the sizes say."""
 
@@ -207,7 +237,7 @@ def faults(one: Compiled, text: str, launch: Any, used: ptx.Usage) -> Iterator[s
 
 
 def check(plugin: str, runtime: str) -> Iterator[script.Report]:
-    every = (*messages(), *sums(), *copies())
+    every = (*activations(), *messages(), *sums(), *copies())
     given = ((one.what, one.kernel, functools.partial(faults, one)) for one in every)
     yield from script.direct(plugin, runtime, given)
 

@@ -1,0 +1,238 @@
+"""The kernel of a layer's backward step across its activation, row by row, in one launch.
+
+With g `[P, N]` the cotangent of s a, s the weight of a row's pair, and (gate, up) the row's first products:
+
+    dh = s g * (derivative of silu(gate) * up)          [P, 2 N]
+    s a = s silu(gate) * up                              [P, N], for the gradient of w_down
+    sum over N of g a                                    [P], for the gradient of the weights
+
+It is `reference.across_activation`, of which XLA makes two fusions that read g, gate and up twice. Here a
+value is read once and written once: 6 N bytes in and 6 N out for each row in use. Rows behind the blocks in
+use are neither read nor written.
+
+A CTA of one warpgroup takes a part of a row, tile after tile, and asks for the next tile's values before it
+uses those of this one. Each part of a row gives partial sums over N, which are added up in their order by
+XLA: nothing is atomic. It shares no memory between threads.
+
+It takes silu(gate) * up with all of gate first, in bfloat16 and float16, and N a multiple of 512 (Mixtral
+14336, DeepSeek-V3 2048, not 768). Of other activations, of gate and up interleaved, with a limit or an alpha
+of SwiGLU, ungated, in float32 and with other N, XLA's fusions remain: `cannot` says why.
+
+P rows, N = 128 G values of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_align_jax._core.hopper import NUM_SMS
+from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._grouped_matmul.activation_gradient_kernel import NO_PAIR
+from moe_align_jax._grouped_matmul.problem import ActivationGradient
+
+_I32, _F32 = jnp.int32, jnp.float32
+GROUP = 128  # values that a warp, or half of one, adds up
+_CTAS_OF_SM = 5
+_MOST_CHUNKS = 7
+
+
+class Sizes(NamedTuple):
+    """How a row is cut, and the grid.
+
+    Attributes:
+        tile: groups of 128 values that a CTA takes at a time, 8 or 4.
+        chunks: tiles of a part of a row, which one CTA takes one after the other.
+        parts: of a row.
+        num_ctas: of the grid; they take the parts of all rows in turn.
+    """
+
+    tile: int
+    chunks: int
+    parts: int
+    num_ctas: int
+
+
+def cannot(problem: ActivationGradient) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    product, weights = problem.product, problem.weights
+    sizes = (product.num_rows, product.n)
+    if not all(isinstance(size, int) for size in sizes):
+        return "the kernel needs static shapes"
+    usual = weights.activation == "silu" and weights.gated and not weights.interleaved
+    if not usual or weights.swiglu_limit is not None or weights.swiglu_alpha is not None:
+        return "the kernel has the derivative of silu(gate) * up alone, with all of gate first"
+    dtypes = {product.dtype, product.out_dtype}
+    if product.rows != "blocks" or dtypes not in ({"bfloat16"}, {"float16"}):
+        return "the kernel takes blocks of bfloat16 or float16"
+    if not product.n or product.n % (4 * GROUP):
+        return f"the kernel needs N a multiple of {4 * GROUP}"
+    if 2 * product.num_rows * product.n > INT32_MAX:
+        return "the kernel counts values in int32"
+    return None
+
+
+def sizes_of(problem: ActivationGradient) -> Sizes:
+    """The cut of this problem's rows, and the grid."""
+    groups = problem.product.n // GROUP
+    tile = 8 if groups % 8 == 0 else 4
+    tiles = groups // tile
+    chunks = next(n for n in range(_MOST_CHUNKS, 0, -1) if tiles % n == 0)
+    return Sizes(tile, chunks, tiles // chunks, NUM_SMS * _CTAS_OF_SM)
+
+
+def run(
+    problem: ActivationGradient,
+    products: jax.Array,
+    g: jax.Array,
+    scale: jax.Array,
+    num_rows: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dh `[P, 2 N]`, s a `[P, N]`, float32 sums of g a `[P]`): unspecified behind the blocks in use.
+
+    Args:
+        problem: one that `cannot` has nothing against.
+        products: `[P, 2 N]`, the first products.
+        g: `[P, N]`, in the products' dtype.
+        scale: float32 `[P]`, the weight of each row's pair. Rows with `NO_PAIR` are zero in all results,
+            whatever the other operands hold there.
+        num_rows: int32 `[1]`, rows in use.
+        interpret: whether Pallas' interpreter runs it, on a CPU.
+    """
+    rows, n = problem.product.out_shape
+    sizes = sizes_of(problem)
+    if interpret:
+        sizes = sizes._replace(num_ctas=2)
+    with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
+        toward, scaled, parts = build(problem, sizes, interpret=interpret)(
+            num_rows,
+            scale,
+            products.reshape(rows, 2, n // GROUP, GROUP),
+            g.reshape(rows, n // GROUP, GROUP),
+        )
+    sums = jnp.sum(parts.reshape(rows, -1), axis=1)
+    return toward.reshape(rows, 2 * n), scaled.reshape(rows, n), sums
+
+
+def build(
+    problem: ActivationGradient, sizes: Sizes, *, interpret: bool = False
+) -> Callable[..., Any]:
+    """`(num_rows [1], scale [P], products [P, 2, G, 128], g [P, G, 128]) -> [dh, s a, partial sums]`.
+
+    The results have the shapes of products and of g, and `[P, parts, tile]` in float32.
+    """
+    rows, n = problem.product.out_shape
+    block = problem.product.block_size
+    dtype, groups, tile = jnp.dtype(problem.product.dtype), n // GROUP, sizes.tile
+    layout: Any = None if interpret else _layout(tile)
+
+    def load(ref: Any) -> jax.Array:
+        """A tile of values from global memory, in registers."""
+        if interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def store(ref: Any, value: jax.Array) -> None:
+        """A tile, or a vector of its sums, to global memory."""
+        if not interpret and hasattr(plgpu, "store"):
+            plgpu.store(ref, value, optimized=False)  # jax 0.12
+        else:
+            ref[...] = value
+
+    def in_layout(value: jax.Array) -> jax.Array:
+        """`[tile, 128]` as a tile lies in registers; `[tile]` as its sums do."""
+        if interpret:
+            return value
+        return plgpu.layout_cast(value, layout if value.ndim == 2 else layout.reduce(1))
+
+    def body(count_ref, scale_ref, products_ref, g_ref, toward_ref, scaled_ref, parts_ref):
+        """All parts of rows of this CTA."""
+        cta, chunks = lax.axis_index("cta"), sizes.chunks
+        used = jnp.clip(count_ref[0], 0, rows)
+        # Whole blocks: a product reads all rows of a block in use.
+        used = jnp.minimum(lax.div(used + (block - 1), _I32(block)) * block, rows)
+        mine = lax.div(used * sizes.parts - cta + (sizes.num_ctas - 1), _I32(sizes.num_ctas))
+        steps = jnp.maximum(mine, 0) * chunks
+        zeros, no_sums = in_layout(jnp.zeros((tile, GROUP), _F32)), in_layout(jnp.zeros(tile, _F32))
+
+        def place(step):
+            """Row, part, and first group of a step of this CTA."""
+            i = lax.div(step, _I32(chunks))
+            item = cta + i * sizes.num_ctas
+            row, part = lax.div(item, _I32(sizes.parts)), lax.rem(item, _I32(sizes.parts))
+            return row, part, (part * chunks + (step - i * chunks)) * tile
+
+        def ask(step):
+            """A step's scale and values (g, gate, up). Those of rows without a pair are not used."""
+            row, _, first = place(step)
+            at = pl.ds(first, tile)
+            gate, up = (load(products_ref.at[row, k, at]) for k in range(2))
+            return scale_ref[row], load(g_ref.at[row, at]), gate, up
+
+        def finish(step, total, scale, *values):
+            """Stores a step's results; the sums `[tile]` of the part up to here."""
+            row, part, first = place(step)
+            at, chunk = pl.ds(first, tile), lax.rem(step, _I32(chunks))
+            has_pair = scale != NO_PAIR
+            here = in_layout(lax.broadcast(has_pair, (tile, GROUP)))
+            g, gate, up = (lax.select(here, x.astype(_F32), zeros) for x in values)
+            scale = jnp.where(has_pair, scale, 0.0)
+            sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+            active = gate * sigmoid
+            value = active * up
+            begins = in_layout(lax.broadcast(chunk == 0, (tile,)))
+            total = lax.select(begins, no_sums, total) + jnp.sum(g * value, axis=1)
+            toward = g * scale
+            slope = sigmoid + active * (1.0 - sigmoid)
+            store(scaled_ref.at[row, at], (value * scale).astype(dtype))
+            store(toward_ref.at[row, 0, at], (toward * up * slope).astype(dtype))
+            store(toward_ref.at[row, 1, at], (toward * active).astype(dtype))
+            pl.when(chunk == chunks - 1)(lambda: store(parts_ref.at[row, part], total))
+            return total
+
+        def one(step, carry):
+            """A step, whose values are there; those of the next one are asked for."""
+            total, *values = carry
+            following = ask(step + 1)
+            return finish(step, total, *values), *following
+
+        @pl.when(steps > 0)
+        def _():
+            """The last step asks for nothing: no row behind those in use is read."""
+            first = (no_sums, *ask(_I32(0)))
+            last = lax.fori_loop(0, steps - 1, one, first)
+            finish(steps - 1, *last)
+
+    like = jax.ShapeDtypeStruct
+    options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    return plgpu.kernel(
+        body,
+        out_type=[
+            like((rows, 2, groups, GROUP), dtype),
+            like((rows, groups, GROUP), dtype),
+            like((rows, sizes.parts, tile), _F32),
+        ],
+        grid=(sizes.num_ctas,),
+        grid_names=("cta",),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="across_activation",
+        # What is read is never written, and no memory is shared.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        **options,
+    )
+
+
+def _layout(tile: int) -> Any:
+    """Of `[tile, 128]` values: a group lies within a warp, a thread has 16 bytes in one piece, or 8."""
+    if tile == 8:
+        tiling = plgpu.Tiling(((8, GROUP), (2, GROUP), (8,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    tiling = plgpu.Tiling(((4, GROUP), (4,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
