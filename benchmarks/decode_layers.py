@@ -81,11 +81,25 @@ def routed(
     return ids, weights
 
 
+def expected_m(size: Size, ranks: int) -> int:
+    """Rows of a mean expert: that of `Dispatched`, for those too that call no dispatch."""
+    return -(-ranks * size.tokens * size.top_k // size.experts)
+
+
 def masked_experts(
-    form: str, implementation: str | None, rows: Any, scales: Any, masked_m: jax.Array, w: Weights
+    form: str,
+    implementation: str | None,
+    rows: Any,
+    scales: Any,
+    masked_m: jax.Array,
+    w: Weights,
+    mean: int | None,
 ) -> jax.Array:
-    """`[e, M, H]` to `[e, M, H]` bfloat16: every expert on the rows of its box that are in use."""
-    options: dict[str, Any] = {"implementation": implementation}
+    """`[e, M, H]` to `[e, M, H]` bfloat16: every expert on the rows of its box that are in use.
+
+    Tiles are chosen for experts of `mean` rows.
+    """
+    options: dict[str, Any] = {"implementation": implementation, "expected_m": mean}
     if form == "fp8":
         options["transpose_rhs"] = True
         # Columns are what the second product's kernel reads by TMA, in whole tiles.
@@ -121,7 +135,7 @@ def ours(
     def run(h, ids, weights, w, boxes):
         del boxes
         (rows, scales, masked_m, *_), handle = exchange.out(h, ids, weights)
-        y = masked_experts(form, implementation, rows, scales, masked_m, w)
+        y = masked_experts(form, implementation, rows, scales, masked_m, w, expected_m(size, ranks))
         return exchange.back(y, handle)
 
     return Layer(exchange.name, run)
@@ -139,7 +153,7 @@ def plain_boxes(size: Size, ranks: int, form: str, implementation: str | None, k
             None if x is None else x.reshape(local, rows_of_box, x.shape[-1])
             for x in (rows, scales)
         )
-        y = masked_experts(form, implementation, rows, scales, counts, w)
+        y = masked_experts(form, implementation, rows, scales, counts, w, expected_m(size, ranks))
         return exchange.back(y.reshape(-1, size.hidden), handle)
 
     return Layer(f"plain, {kind}, boxes", run)
@@ -184,7 +198,8 @@ def gathered_boxes(size: Size, ranks: int, form: str, implementation: str | None
             rows, mine, num_experts=size.experts // ranks, initialize=False
         )
         rows, scales = (*boxes, None)[:2]
-        y = masked_experts(form, implementation, rows, scales, layout.masked_m, w)
+        mean = expected_m(size, ranks)
+        y = masked_experts(form, implementation, rows, scales, layout.masked_m, w, mean)
         sums = maj.unpermute_from_masked(y, layout, weights)
         return lax.psum_scatter(sums, AXIS, scatter_dimension=0, tiled=True)
 
@@ -204,14 +219,14 @@ def gathered_fused(size: Size, ranks: int, form: str, implementation: str | None
     return Layer("gathered tokens, fused_moe", run)
 
 
-def no_communication(form: str, implementation: str | None) -> Layer:
+def no_communication(size: Size, ranks: int, form: str, implementation: str | None) -> Layer:
     """Routing, and the same products on boxes that are there: `(rows, scales, masked_m)`."""
 
     def run(h, ids, weights, w, boxes):
         rows, scales, masked_m = boxes
         # The products wait for the routing, and the next layer for the products.
         masked_m = masked_m + clocks.zero_reading((ids, weights))
-        y = masked_experts(form, implementation, rows, scales, masked_m, w)
+        y = masked_experts(form, implementation, rows, scales, masked_m, w, expected_m(size, ranks))
         return jnp.zeros_like(h) + clocks.zero_reading(y).astype(h.dtype)
 
     return Layer("no communication", run, bare=True)
@@ -226,7 +241,7 @@ def every(
         t for t in exchanges.TRANSPORTS if t != "all_gather" and exchanges.runs(t, ranks, platform)
     ]
     yield ours(*given, transports[0])
-    yield no_communication(form, implementation)
+    yield no_communication(*given)
     yield plain_boxes(*given, "all_to_all")
     yield gathered_boxes(*given)
     if form != "fp8":

@@ -33,11 +33,14 @@ AXIS = "ep"
 PARAM_SPECS = MoEParams(router=P(), gate=P(AXIS), up=P(AXIS), down=P(AXIS))
 
 
-def masked_experts(params: MoEParams, rows: jax.Array, masked_m: jax.Array) -> jax.Array:
+def masked_experts(
+    params: MoEParams, rows: jax.Array, masked_m: jax.Array, expected_m: int | None
+) -> jax.Array:
     """`[e, M, H]` to `[e, M, H]`: every expert on the rows of its box that are in use."""
-    pair = (params.gate, params.up)
-    hidden = masked_grouped_matmul(rows, pair, masked_m, activation="silu")
-    return masked_grouped_matmul(hidden, params.down, masked_m)
+    # Tiles are chosen for the rows of a mean expert.
+    matmul = functools.partial(masked_grouped_matmul, expected_m=expected_m)
+    hidden = matmul(rows, (params.gate, params.up), masked_m, activation="silu")
+    return matmul(hidden, params.down, masked_m)
 
 
 def grouped_experts(params: MoEParams, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -69,7 +72,8 @@ def layer_of_one_device(
         tokens = (tokens.astype(jnp.float32) * scales).astype(x.dtype)
     with jax.named_scope("experts"):
         if got.masked_m is not None:
-            return combine(masked_experts(params, tokens, got.masked_m), got.handle)
+            y = masked_experts(params, tokens, got.masked_m, got.expected_m)
+            return combine(y, got.handle)
         rows, layout = permute_to_contiguous(
             tokens, got.topk_ids, num_experts=local, expert_alignment=alignment
         )

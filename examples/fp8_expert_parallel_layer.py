@@ -72,11 +72,18 @@ def experts(
     rows: tuple[jax.Array, jax.Array],
     masked_m: jax.Array,
     *,
+    expected_m: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`[e, M, H]` as (e4m3, scales) to `[e, M, H]` bfloat16: every expert on its rows in use."""
+    """`[e, M, H]` as (e4m3, scales) to `[e, M, H]` bfloat16: every expert on its rows in use.
+
+    Tiles are chosen for `expected_m`, the rows of a mean expert.
+    """
     matmul = functools.partial(
-        masked_grouped_matmul, transpose_rhs=True, implementation=implementation
+        masked_grouped_matmul,
+        transpose_rhs=True,
+        expected_m=expected_m,
+        implementation=implementation,
     )
     hidden = matmul(rows, params.gate_up, masked_m, scale_layout="row_major")
     # Columns of scales are what the next product's kernel reads by TMA.
@@ -99,6 +106,7 @@ def layer_of_one_device(
     )
     load = record_expert_load(load, None, got.masked_m[None])
     with jax.named_scope("experts"):
+        options["expected_m"] = got.expected_m
         y = experts(params, (got.x, got.scales), got.masked_m, **options)
     return combine(y, got.handle, out_dtype=x.dtype), load
 

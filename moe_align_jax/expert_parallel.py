@@ -103,6 +103,19 @@ class Dispatched(NamedTuple):
     handle: Any
     choice: Any
 
+    @property
+    def expected_m(self) -> int | None:
+        """Rows of a mean expert where all are hit alike: `ceil(T * K / e)`, at most M; None for "normal".
+
+        A Python int, known when the program is traced: `expected_m` of `masked_grouped_matmul`, whose tiles
+        are chosen for it. Padding tokens (`num_valid_tokens`) count as tokens.
+        """
+        info, ids, layout = self.handle.info, self.handle.topk_ids, self.handle.layout
+        if layout is None:
+            return None
+        mean = -(-info.num_tokens * ids.shape[1] // info.group.num_local_experts)
+        return max(1, min(mean, layout.pair_of_row.shape[1]))
+
 
 def dispatch(
     x: jax.Array | tuple[jax.Array, jax.Array],

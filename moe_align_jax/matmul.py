@@ -200,7 +200,9 @@ def masked_grouped_matmul(
             scale_layout, implementation: as for `grouped_matmul`.
         bias: `[e, N]`, gated `[e, 2 N]`.
         expected_m: rows of a mean expert, as far as the caller knows: the kernel's tiles are chosen for it.
-            None: an eighth of M. Static.
+            Behind `dispatch` it is the `expected_m` of its result. None: an eighth of M, maybe far off: each
+            tile of an expert's rows reads all of its weights, so where tiles have too few rows they are read
+            several times. Static.
 
     Returns:
         `[e, M, N]`. Rows from `masked_m[i]` on are unspecified, and may be NaN, in x and in the result.

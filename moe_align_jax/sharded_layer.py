@@ -408,12 +408,16 @@ def _dispatched(
         )
     else:
         hidden = masked_grouped_matmul(
-            got.x, first, got.masked_m, bias=bias_gate_up, **layer.options
+            *(got.x, first, got.masked_m),
+            bias=bias_gate_up,
+            expected_m=got.expected_m,
+            **layer.options,
         )
         y = masked_grouped_matmul(
             *(hidden, w_down, got.masked_m),
             bias=bias_down,
             transpose_rhs=layer.weights.transposed,
+            expected_m=got.expected_m,
             implementation=layer.implementation,
         )
     return combine(y, got.handle, out_dtype=layer.out_dtype)

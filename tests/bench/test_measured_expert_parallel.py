@@ -22,7 +22,9 @@ MODELS = ("deepseek-v3", "qwen3-30b-a3b")
 DECODE, DECODE_CASES = "decode-step-x2-2026-11-29", [f"{model} fp8 128" for model in MODELS]
 FEW = f"{DECODE}-b"  # 8 and 64 tokens
 TIMED = f"{DECODE}-c"  # 8, 64 and 128 tokens, by the device timer
+BF16 = f"{DECODE}-d"  # 128 tokens, by the device timer
 TIMED_PAIRS = "expert-parallel-x2-timer-2026-11-29"
+NORMAL = "expert-parallel-x2-normal-2026-11-29-b"
 
 
 def measured(*names):
@@ -71,9 +73,12 @@ def test_every_table_of_clocks_is_that_of_its_rows():
     pairs = "expert-parallel-x2"
     files = [
         (TIMED_PAIRS, 1, 92, CASES),
+        (f"{TIMED_PAIRS}-b", 1, 32, CASES),
+        (NORMAL, 1, 24, ["normal 4096"]),
         (f"{pairs}-fallback-2026-11-29", 1, 48, CASES),
         (f"{pairs}-fallback-2026-11-29-d", 1, 96, CASES),
         *((TIMED, 1, 68, [f"{model} fp8 {tokens}" for tokens in (8, 64, 128)]) for model in MODELS),
+        (BF16, 1, 56, [f"{model} bf16 128" for model in MODELS]),
         (f"{pairs}-windows-2026-11-28", 1, 48, CASES),
         *((FEW, 1, 56, [f"{model} fp8 {tokens}" for tokens in (8, 64)]) for model in MODELS),
         (DECODE, 1, 49, DECODE_CASES),
@@ -277,17 +282,60 @@ def test_mode_normal_is_that_of_its_rows():
         for name in ("ours, nvlink", "bare all_to_all twice")
     )
     text = " ".join(PAGE.split())
-    assert (
-        '`"nvlink"` {:.0f} µs donated, {:.0f} not waiting, {:.0f} waiting, span {:.0f};'.format(
-            *ours
-        )
-        in text
-    )
+    said = "took {:.0f} µs donated, {:.0f} not waiting, {:.0f} waiting, span {:.0f}; two bare"
+    assert said.format(*ours) in text
     assert "two bare all_to_all {:.0f}, {:.0f}, {:.0f} and {:.0f}.".format(*bare) in text
+    found = measured(NORMAL)
+    donated, not_waiting, timer = (
+        "{:.2f}".format(
+            found["normal 4096", "ours, nvlink", "default", *column]
+            / found["normal 4096", "bare all_to_all twice", "default", *column]
+        )
+        for column in (("wall", "donated"), ("wall", "not waiting"), ("timer", "donated"))
+    )
+    assert donated == not_waiting
     assert (
-        f"{ours[0] / bare[0]:.2f} of their wall clock and {ours[3] / bare[3]:.2f} of their span"
+        f"{donated} of two bare all_to_all's wall clock, donated and not waiting, and {timer} of"
         in text
     )
+
+
+def test_the_decode_step_in_bfloat16_is_that_of_its_rows():
+    """What it loses to, and what its communication adds."""
+    found, text = measured(BF16), " ".join(PAGE.split())
+    ways = [("wall", "donated"), ("wall", "not waiting"), ("wall", "waiting"), ("timer", "donated")]
+
+    def of_ours(model, way, other="gathered tokens, fused_moe"):
+        case = f"{model} bf16 128"
+        ours = found[case, "ours, nvlink_window", "default", *way]
+        return f"{ours / found[case, other, 'default', *way]:.2f}"
+
+    donated, not_waiting, waiting, timer = (of_ours("deepseek-v3", way) for way in ways)
+    assert waiting == timer
+    assert (
+        f"ours takes {donated} times gathered tokens with `fused_moe` by wall clock with donation, "
+        f"{not_waiting} not waiting, {waiting} waiting and by the device timer."
+    ) in text
+    assert f"the faster of the two ({of_ours(MODELS[1], ways[0])}, donated)" in text
+    slower = {
+        (case, name, *way)
+        for (case, name, launch, *way), us in found.items()
+        if name.startswith(("plain", "gathered"))
+        and us < found[case, "ours, nvlink_window", launch, *way]
+    }
+    assert slower == {
+        *((f"{MODELS[0]} bf16 128", "gathered tokens, fused_moe", *way) for way in ways),
+        (f"{MODELS[1]} bf16 128", "gathered tokens, boxes", "wall", "waiting"),
+    }
+    added = {}
+    for line in _communication(BF16):
+        way = line.partition(", ")[2].partition(": ")[0]
+        added.setdefault(way, []).append(f"{_of_plain('nvlink_window', line):.2f}")
+    added = {way: " / ".join(both) for way, both in added.items()}
+    assert (
+        f"{added['donated']} donated, {added['not waiting']} not waiting, "
+        f"{added['waiting']} waiting, {added['timer']} by the device timer."
+    ) in text
 
 
 def test_readme_says_what_the_rows_say():

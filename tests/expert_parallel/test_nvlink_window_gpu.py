@@ -216,7 +216,7 @@ def run_over_two_gpus(program: str, transport: str) -> subprocess.CompletedProce
     if len(jax.devices("gpu")) < 2:
         pytest.skip("needs two GPUs")
     code = textwrap.dedent(program).replace("TRANSPORT", transport)
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-X", "faulthandler", "-c", code]  # says which signal ended it
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -304,7 +304,7 @@ GIVEN_UP = """
 def test_a_step_that_one_gpu_gives_up_is_an_error_on_all(transport):
     """By a trap of another kernel on the last GPU, while the step runs."""
     ended = run_over_two_gpus(GIVEN_UP, transport)
-    told = ended.stdout + ended.stderr[-3000:]
+    told = f"ended with {ended.returncode}\n{ended.stdout}{ended.stderr[-3000:]}"
     print(told)
     assert "given up while it ran: True" in ended.stdout, told
     count = len(jax.devices("gpu"))

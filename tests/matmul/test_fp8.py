@@ -355,6 +355,11 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             "192x128x128s4m-g8-w3-skips-c2-early-finds",
         ),
         ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
+        (
+            "masked",
+            {"expected_rows": 128, "num_experts": 8},
+            "128x192x128s4m-g8-skips-ahead-finds",
+        ),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
         ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead"),
         (
@@ -663,7 +668,8 @@ def on_a_gpu():
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
         shared.append(TALL._replace(**both, sharing=2, early=True))
-        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), shared[2], shared[3], N, M)
+        alone = shared[0]._replace(sharing=0)
+        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), alone, *shared[2:], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
         for most, config in of_most:

@@ -227,6 +227,10 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield case("weights shared, long", **many_rows | {"k": 7168})
     yield case("masked, long", scales=columns, **of_most | {"k": 7168})
     yield case("masked, mean 192", scales=columns, **of_most | {"expected_rows": 192})
+    # The decode step of 8 experts of a GPU, 128 rows each.
+    yield case(
+        "masked, decode", scales=columns, **of_most | {"expected_rows": 128, "num_experts": 8}
+    )
     for each in (columns, rows, packed, rows._replace(packed=True), single):
         yield case("weights shared, scales", scales=each, **many_rows)
         yield case("masked, scales", scales=each, **of_most)
