@@ -25,7 +25,9 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
-_MOST_K_OF_EVEN = 1024  # up to which tiles of one height, not of a block's, were found to be faster
+# Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
+# which there are, the K up to which they are. See above `RULES`.
+_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS = 176, 128, 1024
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -66,7 +68,7 @@ class Config(NamedTuple):
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
-            whose rows are one of these, which fall from bm on. Swapped tiles, not late.
+            whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
         exact: with `heights`: the tiles of an expert have the least rows together, by two heights; otherwise
             all of them have one height.
     """
@@ -167,10 +169,16 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
-# Tiles of several heights ("exact": two of an expert; "even": one), 2026-11-29, beside those of a block's:
-#   8192 rows, 4096 -> 14336, 8 experts, blocks of 176: 1217, even 1199, exact 1187
-#   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 2897; of 192 even 2814; of 184 even 2866, exact 2837
-# They lost where K is long and experts are many, whose CTAs of two heights share fewer reads of the weights:
+# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29, 17:05,
+# means of four turns with the launch that lists them:
+#   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
+#   in groups of 6 4925; of 184 exact 4963
+#   8192 rows, 4096 -> 14336, 8 experts: blocks of 176 1250, exact 1239; exact of 184 1254, of 192 1275
+#   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
+# They lost with two blocks of 144 rows for an expert, although the product itself took less (325 to 332):
+#   32768 rows, 2048 -> 1536, 128 experts: 337, exact 347 to 355, even 355
+# In an earlier run they lost where K is long and experts are many, whose CTAs of two heights share fewer
+# reads of the weights:
 #   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
 #   experts, blocks of 176: 2174, even 2173, exact 2170
 RULES = {"NVIDIA H200": DEFAULT_RULES}
@@ -220,14 +228,11 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
-    few = problem.num_experts <= rules.few_experts
-    if few and tiles.bm >= 176:
+    if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
         return with_heights(problem, tiles, (8, 16, 40), True)
-    if not few and tiles.bm == 144 and problem.zero_padding:
-        return with_heights(problem, tiles, (8, 16, 24, 40), True)
-    many = problem.num_experts >= 128 and problem.k <= _MOST_K_OF_EVEN and problem.consecutive
-    if many and tiles.bm == 192:
-        return with_heights(problem, tiles, (8, 16, 24, 40), False)
+    short = problem.k <= _MOST_K_OF_HEIGHTS and problem.consecutive
+    if short and problem.num_experts >= _MANY_OF_HEIGHTS and tiles.bm in (184, 192):
+        return with_heights(problem, tiles, (8, 16, 24, 40), tiles.bm == 184)
     return tiles
 
 
@@ -254,23 +259,15 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return f"at most {MAX_BLOCKS} blocks are cut into tiles of several heights"
     if problem.scales or problem.row_weights or problem.weights.bias or problem.weights.gated:
         return "tiles of several heights are of plain products"
-    if tiles.form != "swap" or tiles.bm <= 128 or not _may_be_tall(problem):
-        return "tiles of several heights are swapped tiles of more than 128 rows, of whole columns"
+    if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
+        return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
     if tiles.late or tiles.split > 1 or tiles.sharing:
         return "tiles of several heights are stored at once, by one CTA each"
     first, *rest = tiles.heights
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
-    fits = all(height % 8 == 0 and height > tiles.bm // 2 for height in tiles.heights)
-    if first != tiles.bm or not (falls and fits):
-        return (
-            "heights fall from a block's on, by multiples of 8 rows, and are more than half of it"
-        )
+    if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
+        return "heights fall from a block's on, by multiples of 8 rows"
     return None
-
-
-def height_piece(bm: int) -> int:
-    """Rows that tiles of several heights store at a time: all, or half of those with four stages."""
-    return bm if bm > 144 else piece_rows(bm)
 
 
 def mean_rows(problem: MatmulProblem) -> float:

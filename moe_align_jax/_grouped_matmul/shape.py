@@ -2,13 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import (
-    Config,
-    counts_rows,
-    height_piece,
-    piece_rows,
-    tests_rows,
-)
+from moe_align_jax._grouped_matmul.config import Config, counts_rows, piece_rows, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -126,7 +120,7 @@ def _piece_rows(config: Config) -> int:
     """What `Shape.piece_rows` says."""
     if config.form != "swap":
         return 64
-    return height_piece(config.bm) if config.heights else piece_rows(config.bm)
+    return config.bm if config.heights else piece_rows(config.bm)
 
 
 def _store_rows(problem: MatmulProblem, config: Config) -> int:

@@ -18,8 +18,7 @@ from moe_align_jax._grouped_matmul import cut_list, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 
-LOW = tiles.Config("swap", 144, 256, 64, 4)
-HIGH = tiles.Config("swap", 192, 256, 64, 3, lag=1)
+TALL = tiles.Config("swap", 192, 256, 64, 3, lag=1)
 
 
 class Made(NamedTuple):
@@ -143,76 +142,87 @@ HEIGHTS = (8, 16, 24, 40)
 
 def test_product_in_the_interpreter():
     """Half of the tile's columns are there; rows of a piece that has not all of its own."""
-    given = [(0, 144), (0, 100), (-1, 0), (0, 7), (1, 144), (1, 1), (2, 10), (2, 100)]
-    where = made(144, 3, given)
-    problem = problem_of(where, 144, 3, 64, 128)
+    given = [(0, 152), (0, 100), (-1, 0), (0, 7), (1, 152), (1, 1), (2, 10), (2, 100)]
+    where = made(152, 3, given)
+    problem = problem_of(where, 152, 3, 64, 128)
     with jax.default_device(jax.devices("cpu")[0]):
-        config = tiles.with_heights(problem, LOW, (16,), True)
+        config = tiles.with_heights(problem, TALL._replace(bm=152), (16,), True)
         check(where, problem, config, interpret=True)
 
 
 def test_what_cannot_be_cut_is_refused():
-    where = made(144, 3, ODD)
-    problem = problem_of(where, 144, 3, 64, 384)
-    tall = tiles.with_heights(problem, LOW, HEIGHTS, True)
-    assert tall.heights == (144, 136, 128, 120, 104)
+    where = made(184, 3, ODD)
+    problem = problem_of(where, 184, 3, 64, 384)
+    usual = TALL._replace(bm=184)
+    tall = tiles.with_heights(problem, usual, HEIGHTS, True)
+    assert tall.heights == (184, 176, 168, 160, 144)
     kernel.build(problem, tall)
     for refused, reason in [
         (tall._replace(late=True), "stored at once"),
-        (tall._replace(heights=(144, 72)), "more than half"),
-        (tall._replace(heights=(144, 140)), "multiples of 8"),
-        (tall._replace(heights=(136, 128)), "fall from a block's"),
-        (tall._replace(bm=72), "each as high"),
+        (tall._replace(heights=(184, 0)), "multiples of 8"),
+        (tall._replace(heights=(184, 180)), "multiples of 8"),
+        (tall._replace(heights=(176, 168)), "fall from a block's"),
+        (tall._replace(bm=92), "each as high"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
     for other in (
-        {"block_size": 288},
+        {"block_size": 368},
         {"row_weights": True},
         {"num_tokens": 9, "top_k": 1},
         {"weights": Weights(bias=True)},
         {"n": 40},
     ):
-        assert tiles.with_heights(problem._replace(**other), LOW, HEIGHTS, True) == LOW
+        assert tiles.with_heights(problem._replace(**other), usual, HEIGHTS, True) == usual
+    low = problem._replace(block_size=144)
+    late = tiles.Config("swap", 144, 256, 64, 4, late=True)
+    assert tiles.with_heights(low, late, HEIGHTS, True) == late
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("padding", ["zeros", "any", "left"])
-@pytest.mark.parametrize("block", [144, 176, 184, 192])
+@pytest.mark.parametrize(
+    ("block", "padding", "transposed", "exact"),
+    [
+        *((176, padding, True, True) for padding in ("zeros", "any", "left")),
+        *((184, padding, True, True) for padding in ("zeros", "any", "left")),
+        *((block, "zeros", False, True) for block in (176, 184, 192)),
+        *((184, "left", False, True), (192, "zeros", True, True), (192, "left", False, True)),
+        *((192, "any", True, False), (192, "left", True, False), (192, "any", False, False)),
+    ],
+)
 def test_products_on_a_gpu(block, padding, transposed, exact):
     given = [(e, block if p == 144 else p) for e, p in ODD]
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     options = {"zero_padding": padding == "zeros", "leaves_padding": padding == "left"}
     problem = problem_of(where, block, 8, 448, 640, transposed=transposed, **options)
-    usual = LOW if block == 144 else HIGH._replace(bm=block)
-    config = tiles.with_heights(problem, usual, HEIGHTS, exact)
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, exact)
     check(where, problem, config, interpret=False)
 
 
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 144 of many alone, 192 of many where K is short."""
+    """Blocks of 176 rows and more of few experts, 184 and 192 of many where K is short."""
 
     def chosen(block, experts, k=4096, **more):
         given = problem_of(
             made(block, experts, [(0, block)] * 4000), block, experts, k, 1536, **more
         )
-        found = tiles.config_for(given._replace(num_rows=experts * block * 9))
+        found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
         return found.heights[1:], found.exact
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
     assert chosen(192, 8) == ((184, 176, 152), True)
     assert chosen(176, 8, **any_rows) == ((168, 160, 136), True)
-    assert chosen(144, 128, 2048) == ((136, 128, 120, 104), True)
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), True)
     assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
     for others in (
         chosen(144, 8),
-        chosen(144, 128, 2048, **any_rows),
+        chosen(144, 128, 1024, **any_rows),
         chosen(192, 128, 2048, **any_rows),
-        chosen(176, 128),
+        chosen(184, 128, 1024),
+        chosen(184, 64, 1024, **any_rows),
+        chosen(176, 128, 1024, **any_rows),
         chosen(176, 8, row_weights=True),
     ):
         assert others == ((), False)
