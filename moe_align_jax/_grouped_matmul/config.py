@@ -26,8 +26,10 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
-# which there are, the K up to which they are. See above `RULES`.
+# which there are, the K up to which they are. See above `RULES`. Below so many rows times K times N they are
+# not taken: between the launch that lists them and the product 17 to 27 us passed under jit, at any size.
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS = 176, 128, 1024
+_LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -169,8 +171,8 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
-# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29, 17:05,
-# means of four turns with the launch that lists them:
+# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29,
+# 17:05, means of four turns with the launch that lists them:
 #   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
 #   in groups of 6 4925; of 184 exact 4963
 #   8192 rows, 4096 -> 14336, 8 experts: blocks of 176 1250, exact 1239; exact of 184 1254, of 192 1275
@@ -228,6 +230,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
+    if problem.num_rows * problem.k * problem.n < _LEAST_WORK_OF_HEIGHTS:
+        return tiles
     if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
         return with_heights(problem, tiles, (8, 16, 40), True)
     short = problem.k <= _MOST_K_OF_HEIGHTS and problem.consecutive
@@ -470,8 +474,8 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
     masked = problem.rows == "masked"
-    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49). Masked tiles lost 1 to 2% (192 rows),
-    # or lost 0.9% at K = 2048 and gained 0.5 and 1.3% at 4096 and 7168 (128 rows).
+    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49). Masked tiles lost 1 to 2% (192
+    # rows), or lost 0.9% at K = 2048 and gained 0.5 and 1.3% at 4096 and 7168 (128 rows).
     paired = not masked and problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)

@@ -203,10 +203,8 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
 def test_which_products_take_them():
     """Blocks of 176 rows and more of few experts, 184 and 192 of many where K is short."""
 
-    def chosen(block, experts, k=4096, **more):
-        given = problem_of(
-            made(block, experts, [(0, block)] * 4000), block, experts, k, 1536, **more
-        )
+    def chosen(block, experts, k=4096, n=14336, **more):
+        given = problem_of(made(block, experts, []), block, experts, k, n, **more)
         found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
         return found.heights[1:], found.exact
@@ -218,6 +216,7 @@ def test_which_products_take_them():
     assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
     for others in (
         chosen(144, 8),
+        chosen(192, 8, n=7168),
         chosen(144, 128, 1024, **any_rows),
         chosen(192, 128, 2048, **any_rows),
         chosen(184, 128, 1024),
@@ -244,6 +243,7 @@ def test_the_public_function_takes_them(monkeypatch):
     x[~real] = np.nan
     w = rng.normal(size=(8, 512, 2048)).astype(np.float32) / 20
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    monkeypatch.setattr(tiles, "_LEAST_WORK_OF_HEIGHTS", 0)
     taken = []
     build = kernel.build
     monkeypatch.setattr(

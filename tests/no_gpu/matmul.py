@@ -127,7 +127,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             yield f"{bm}, gated", problem(block=bm, weights=weights, **gather), tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
-        less = (8, 16, 40) if bm == 176 else (8, 16, 24, 40)
+        less = (8, 16, 24, 40) if bm == 184 else (8, 16, 40)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         yield f"{bm}, heights", given, with_heights(given, tiles, less, exact=True)
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
