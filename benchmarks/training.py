@@ -88,7 +88,8 @@ class Layer(NamedTuple):
 # TFLOP/s). Experts of 1024 rows fill six blocks of 176 (1056 rows) as a rule: 749 in place of 729 with 128
 # experts and 1536 columns, 756 in place of 730 with 2048 columns, 778 in place of 747 with 8 experts. Experts
 # of 512 rows fill three blocks of 184 (552 rows) as a rule, and five of 128 as often as four: 714 in place of
-# 664, of the input's gradient 707 in place of 663. From 1024 to 7168 columns 184 lost: 656 beside 662.
+# 664, of the input's gradient 707 in place of 663. From 1024 to 7168 columns 184 lost, 656 beside 662,
+# until its tiles had several heights: 660 beside 627 in a later run.
 SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 131072, 7168, 1024, 256),
     Product("weight gradient", 262144, 4096, 1536, 128),
@@ -96,7 +97,7 @@ SIZES: tuple[Product | Layer, ...] = (
     Product("input gradient", 262144, 4096, 1536, 128),
     Product("forward", 131072, 7168, 2048, 128, block=176),
     Product("forward", 131072, 7168, 1024, 256, block=184),
-    Product("forward", 131072, 1024, 7168, 256),
+    Product("forward", 131072, 1024, 7168, 256, block=184),
     Product("forward", 131072, 4096, 1536, 128, block=176),
     Product("forward", 8192, 4096, 14336, 8, block=176),
     Product("weight gradient", 131072, 7168, 1024, 256, "zipf"),

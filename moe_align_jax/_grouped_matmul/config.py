@@ -12,6 +12,7 @@ from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
 UNIT = 8
 MAX_GROUPS = 4096  # that the list of tiles is made of
+MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each thread that does it
 # CTAs that share a tile: up to how many tiles, and CTAs of the grid. A cluster lies within one group of SMs,
 # of which a GPU may have some with 14: not all SMs can be filled with clusters of 4, and still fewer with 8.
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
@@ -24,6 +25,11 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
+# Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
+# which there are, the K up to which they are. See above `RULES`. Below so many rows times K times N they are
+# not taken: between the launch that lists them and the product 17 to 27 us passed under jit, at any size.
+_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS = 176, 128, 1024
+_LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -63,6 +69,10 @@ class Config(NamedTuple):
             even number of stages. Of e4m3.
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
+        heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
+            whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
+        exact: with `heights`: the tiles of an expert have the least rows together, by two heights; otherwise
+            all of them have one height.
     """
 
     form: str
@@ -84,6 +94,8 @@ class Config(NamedTuple):
     finds: bool = False
     paired: bool = False
     by_expert: bool = False
+    heights: tuple[int, ...] = ()
+    exact: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -103,6 +115,8 @@ class Config(NamedTuple):
         more += "-finds" if self.finds else ""
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
+        if self.heights:
+            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -163,6 +177,18 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
+# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29,
+# 17:05, means of four turns with the launch that lists them:
+#   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
+#   in groups of 6 4925; of 184 exact 4963
+#   8192 rows, 4096 -> 14336, 8 experts: blocks of 176 1250, exact 1239; exact of 184 1254, of 192 1275
+#   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
+# They lost with two blocks of 144 rows for an expert, although the product itself took less (325 to 332):
+#   32768 rows, 2048 -> 1536, 128 experts: 337, exact 347 to 355, even 355
+# In an earlier run they lost where K is long and experts are many, whose CTAs of two heights share fewer
+# reads of the weights:
+#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
+#   experts, blocks of 176: 2174, even 2173, exact 2170
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -200,9 +226,57 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     """
     if tiles.form == "swap" and (reason := _no_swap(problem)):
         return reason
+    if tiles.heights and (reason := _no_heights(problem, tiles)):
+        return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
+    return None
+
+
+def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
+    """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
+    if problem.num_rows * problem.k * problem.n < _LEAST_WORK_OF_HEIGHTS:
+        return tiles
+    if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
+        return with_heights(problem, tiles, (8, 16, 40), True)
+    short = problem.k <= _MOST_K_OF_HEIGHTS and problem.consecutive
+    if short and problem.num_experts >= _MANY_OF_HEIGHTS and tiles.bm in (184, 192):
+        return with_heights(problem, tiles, (8, 16, 24, 40), tiles.bm == 184)
+    return tiles
+
+
+def with_heights(
+    problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool
+) -> Config:
+    """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
+
+    They are not late: a finished tile waits in registers, of which those of one height are others than those
+    of the next.
+    """
+    heights = tuple(tiles.bm - rows for rows in (0, *less))
+    found = tiles._replace(heights=heights, exact=exact, late=False)
+    return tiles if _no_heights(problem, found) else found
+
+
+def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why tiles cannot have `heights`, or None."""
+    if problem.rows != "blocks" or problem.block_size != tiles.bm:
+        return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
+    if problem.top_k or problem.whole_blocks or problem.row_labels:
+        return "tiles of several heights have the rows of x in order, and ids that tell pairs"
+    if problem.num_blocks > MAX_BLOCKS:
+        return f"at most {MAX_BLOCKS} blocks are cut into tiles of several heights"
+    if problem.scales or problem.row_weights or problem.weights.bias or problem.weights.gated:
+        return "tiles of several heights are of plain products"
+    if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
+        return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
+    if tiles.late or tiles.split > 1 or tiles.sharing:
+        return "tiles of several heights are stored at once, by one CTA each"
+    first, *rest = tiles.heights
+    falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
+    if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
+        return "heights fall from a block's on, by multiples of 8 rows"
     return None
 
 
@@ -314,7 +388,7 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        return _whole(problem, bm, group)
+        return _cut(problem, _whole(problem, bm, group), rules)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0

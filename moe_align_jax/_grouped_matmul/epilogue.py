@@ -38,6 +38,7 @@ class Place(NamedTuple):
         expert, valid: of the tile.
         row, column: the first, of the result.
         swap: whether rows of the sums are columns of the result.
+        pairs: how many of the rows hold a pair, where the list of tiles tells it; they come first.
     """
 
     expert: jax.Array
@@ -45,6 +46,7 @@ class Place(NamedTuple):
     row: jax.Array
     column: jax.Array
     swap: bool
+    pairs: Any = None
 
 
 def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:
@@ -174,7 +176,7 @@ class _Finish:
     ):
         self.problem, self.place, self.vectors = problem, place, vectors
         self.tests_rows, self.interpret = shape.tests_rows, interpret
-        self.pairs: Any = None  # of the tile's rows: how many hold one, and come first
+        self.pairs = place.pairs  # of the tile's rows: how many hold one, and come first
         if shape.counts_rows:
             limit = jnp.where(place.valid, num_pairs(problem, vectors), 0)
             self.pairs = inline.count_rows(

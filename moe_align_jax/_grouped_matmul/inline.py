@@ -556,6 +556,67 @@ def store_rows(
     emit(tile_ref, out_ref, row, end, column)
 
 
+def store_zeros(
+    out_ref: Any,
+    row: jax.Array,
+    end: jax.Array,
+    column: jax.Array,
+    columns: int,
+    *,
+    interpret: bool,
+) -> None:
+    """Zeros into rows `[row, end)` of `out_ref` `[., N]` in global memory, into so many columns from `column`
+    on: none, where `end` is not behind `row`.
+
+    Columns that the result does not have are left out: N and `column` are multiples of 8.
+    """
+    limit = out_ref.shape[-1]
+    values = CHUNK_BYTES // jnp.dtype(out_ref.dtype).itemsize  # of a chunk
+    if interpret:
+
+        def one(r, _):
+            for chunk in range(columns // values):
+                at = column + chunk * values
+
+                @pl.when(at < limit)
+                def _(at=at):
+                    out_ref[r, pl.ds(at, values)] = jnp.zeros(values, out_ref.dtype)
+
+            return ()
+
+        lax.fori_loop(row, end, one, ())
+        return
+    per_row = columns // values
+    assert THREADS % per_row == 0
+    each = THREADS // per_row  # rows at a time
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @emits(arg_types=(plgpu.RefType(), scalar, scalar, scalar))
+    def emit(_, out, first, stop, start):
+        chunk = arith.remui(thread_index(), int32(per_row))
+        mine = arith.addi(scalar_of(first), arith.divui(thread_index(), int32(per_row)))
+        at = arith.addi(scalar_of(start), arith.muli(chunk, int32(values)))
+        there = arith.andi(less(mine, scalar_of(stop)), less(at, int32(limit)))
+        with mgpu_utils.when(there):
+            # Rows times columns may be more than int32 holds.
+            wide = arith.muli(arith.extsi(_i64(), mine), _long(limit))
+            wide = arith.addi(wide, arith.extsi(_i64(), at))
+            pointer = llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(out))
+            pointer = arith.addi(pointer, arith.muli(wide, _long(CHUNK_BYTES // values)))
+            mgpu_utils.inline_ptx(
+                "st.global.v4.b32 [$0], {$1, $1, $1, $1};",
+                *(pointer, int32(0)),
+                has_side_effects=True,
+            )
+
+    def some(k, _):
+        emit(out_ref, row + k * each, end, column)
+        return ()
+
+    rounds = lax.div(jnp.maximum(end - row, 0) + (each - 1), _I32(each))
+    lax.fori_loop(0, rounds, some, ())
+
+
 # -- columns that are gate and up in turn ----------------------------------------------------------
 
 

@@ -54,6 +54,8 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
+        pairs, behind: of tiles of several heights: rows that hold a pair, and the row behind those that
+            follow the tile and hold none.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
@@ -65,6 +67,8 @@ class Tile(NamedTuple):
     end: jax.Array
     n: jax.Array
     used: jax.Array
+    pairs: Any = None
+    behind: Any = None
     there: Any = None
     busy: Any = None
     together: Any = None
@@ -93,6 +97,10 @@ class _Refs:
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
+        more: tuple[Any, Any] = (None, None)
+        if config.heights:
+            more = refs.pop(0), refs.pop(0)
+        self.pairs, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
@@ -173,8 +181,9 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile, or masked_m `[e]` (`Config.finds`); sorted_token_ids, row_weights,
-    bias, scales of x and of each array of weights, those that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs and behind), or masked_m `[e]`
+    (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those
+    that there are; x; the weights, one array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 
@@ -278,8 +287,8 @@ def build(
                 else None
             )
 
-            def multiply(tile, ring, between, place=None):
-                """The warpgroup's sums, in one accumulator or two."""
+            def multiply(tile, ring, between, place=None, rows=shape.wn):
+                """The warpgroup's sums, in one accumulator or two; of a swapped tile's first `rows` rows."""
                 if scaled:
                     before = rank * shape.k_steps if ranks > 1 else 0
                     return scaled(tile, warpgroup, ring, slot_of, between, place, before)
@@ -291,7 +300,7 @@ def build(
                         for part in range(shape.k_parts):
                             for a, acc in enumerate(accumulators):
                                 operands = _operands(
-                                    problem, config, shape, refs, warpgroup, slot, part, a
+                                    problem, config, shape, refs, warpgroup, slot, part, a, rows
                                 )
                                 plgpu.wgmma(acc, *operands)
                         between(k)
@@ -316,7 +325,7 @@ def build(
 
                     return [acc[...] for acc in accumulators]
 
-                like = accumulator((shape.wm, shape.wn), _F32)
+                like = accumulator((shape.wm, rows), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
 
             def place(tile):
@@ -341,6 +350,30 @@ def build(
                     return ring + steps
                 for q, value in enumerate(finish(sums, tile, at)):
                     store(q, value, at, some=some)
+                return ring + steps
+
+            def now_by_height(i, ring):
+                tile, steps = tile_at(i)
+
+                def of_height(rows):
+                    sums, at = multiply(tile, ring, lambda k: None, rows=rows), place(tile)
+                    pairs = tile.pairs if shape.tests_rows else None
+                    here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap, pairs)
+                    less = shape._replace(wn=rows)
+                    found = epilogue.pieces(problem, less, here, sums, refs.vectors, interpret)
+                    for q, value in enumerate(found):
+                        store(q, value, at, rows=value.shape[1])
+
+                def by_height(heights):
+                    """One branch within the other: none needs a tile's height behind its products."""
+                    first, *others = heights
+                    lax.cond(
+                        tile.end - tile.row == first,
+                        lambda: of_height(first),
+                        lambda: by_height(others) if others else None,
+                    )
+
+                by_height(config.heights)
                 return ring + steps
 
             def now_and_ahead(i, carry):
@@ -418,7 +451,8 @@ def build(
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
                 inline_scales.await_groups(interpret=interpret)
             elif not config.late:
-                lax.fori_loop(0, mine, together if ranks > 1 else now, _I32(0))
+                usual = now_by_height if config.heights else now
+                lax.fori_loop(0, mine, together if ranks > 1 else usual, _I32(0))
             else:
                 none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
@@ -466,6 +500,11 @@ def build(
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
+                if config.heights and not problem.leaves_padding:
+                    columns = tile.n * shape.columns, shape.columns
+                    inline.store_zeros(
+                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
+                    )
                 return ring + steps
 
             end = lax.fori_loop(0, mine, one, _I32(0))
@@ -623,6 +662,9 @@ def _read(
     """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
     if config.finds:
         return _find(problem, config, refs, at)
+    if config.heights:
+        found = refs.experts[at], refs.starts[at], refs.ends[at]
+        return *found, refs.pairs[at], refs.behind[at]
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
@@ -646,6 +688,9 @@ def _tile(
         at, n: its numbers.
         known: what `_known` has loaded of it.
     """
+    if config.heights:
+        expert, row, end, pairs, behind = known
+        return Tile(end > row, expert, row, end, n, end, pairs, behind)
     if not shape.parts:
         expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.
@@ -692,9 +737,12 @@ def _operands(
     slot: jax.Array,
     part: int,
     accumulator: int,
+    height: int,
 ) -> tuple[Any, Any]:
-    """wgmma's two, for 64 columns of x."""
+    """wgmma's two, for 64 columns of x; of tiles of several heights, for the first `height` rows."""
     x = refs.x_tiles.at[slot, part]
+    if config.heights and height < config.bm:
+        x = refs.x_tiles.at[slot, part, pl.ds(0, height)]
     if config.form == "m":
         x = refs.x_tiles.at[slot, part, pl.ds(warpgroup * shape.wm, shape.wm)]
     ks = pl.ds(64 * part, 64)
@@ -759,17 +807,21 @@ class _Store:
         *,
         whole: bool = False,
         some: Sequence[jax.Array] = (),
+        rows: int = 0,
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
-        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`.
+        `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`. `rows`: of a piece
+        that may have fewer than the others; 0: it has as many.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
         if self.swap:
             down, across = q % self.down, q // self.down
         row, column = row + self.rows * down, pl.multiple_of(column + self.shape.piece * across, 8)
-        tile = self.refs.o_tiles.at[self.warpgroup, slot]
+        tile, less = self.refs.o_tiles.at[self.warpgroup, slot], 0 < rows < self.rows
+        if less:
+            tile = self.refs.o_tiles.at[self.warpgroup, slot, pl.ds(0, rows)]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
             inline.store_parted(tile, self.like, value, interpret=self.interpret)
@@ -780,7 +832,11 @@ class _Store:
         else:
             tile[...] = value
         plgpu.commit_smem()
-        if self.shape.out_by_rows:
+        if less:
+            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(0, rows)]
+            columns = pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
+            plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows), columns])
+        elif self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
             self._whole(slot, row, column, some)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax._grouped_matmul import kernel, tile_list
+from moe_align_jax._grouped_matmul import cut_list, kernel, tile_list
 from moe_align_jax._grouped_matmul.config import (
     Config,
     config_for,
@@ -16,6 +16,7 @@ from moe_align_jax._grouped_matmul.config import (
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
+from moe_align_jax._simt.language import Program
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
     launch = kernel.build(problem, config, interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-        listed = problem.rows != "blocks" and not config.finds
+        listed = config.heights or (problem.rows != "blocks" and not config.finds)
         where = _list(problem, config, named, interpret) if listed else None
         out = launch(*arguments(problem, config, named, where, interpret=interpret))
     return out.reshape(problem.out_shape)
@@ -135,18 +136,26 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
     if interpret and problem.top_k and problem.k % config.bk:
         # The interpreter's loads by index know no bounds.
         return jnp.pad(x, ((0, 0), (0, -problem.k % config.bk)))
+    if interpret and config.heights:  # and a tile may reach past the last row
+        return jnp.pad(x, ((0, config.bm), (0, 0)))
     return x
+
+
+def list_of(problem: MatmulProblem, config: Config) -> Program:
+    """The launch that makes the list of tiles, for tiles that come from one."""
+    if config.heights:
+        return cut_list.build(cut_list.of(problem, config.heights, config.exact))
+    return tile_list.build(tile_list.of(problem, config.bm))
 
 
 def _list(
     problem: MatmulProblem, config: Config, named: dict[str, jax.Array], interpret: bool
 ) -> list[jax.Array]:
-    """The list of tiles, as `tile_list.build` gives it, of an operand that says how many rows the groups
-    have."""
-    tiles = tile_list.of(problem, config.bm)
-    program = tile_list.build(tiles)
-    names = ("group_sizes", "group_offset") if tiles.ragged else ("masked_m",)
-    operands = [named[name] for name in names]
+    """The list of tiles, as `cut_list.build` gives it of blocks, or `tile_list.build` of an operand that says
+    how many rows the groups have."""
+    program = list_of(problem, config)
+    names = {"ragged": ("group_sizes", "group_offset"), "masked": ("masked_m",)}
+    operands = [named[name] for name in names.get(problem.rows, tuple(program.inputs))]
     if not interpret:
         from moe_align_jax._simt import mosaic
 
@@ -156,6 +165,6 @@ def _list(
     def on_host(*arrays):
         return tuple(emulator.run(program, [np.asarray(a) for a in arrays]))
 
-    shapes = [(1,), *[(tiles.capacity,)] * 3]
-    results = [jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes]
+    shapes = program.kernels[0].outputs
+    results = [jax.ShapeDtypeStruct(shapes[name], np.int32) for name in program.results]
     return list(jax.pure_callback(on_host, results, *operands))

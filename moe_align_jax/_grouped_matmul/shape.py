@@ -19,7 +19,7 @@ class Shape(NamedTuple):
         k_steps: stages of the ring that a tile takes; of a CTA, where several share its k.
         k_parts: tiles of 128 bytes of columns of x that a stage has.
         w_parts: tiles of the weights that a stage has; more than one where gate and up lie apart.
-        parts: tiles of a block's rows; 0 where tiles come from a list.
+        parts: tiles of a block's rows; 0 where tiles come from a list, as those of several heights do.
         partial: whether a tile may end before its last row.
         wm, wn: a warpgroup's accumulator: rows and columns, of the tile or, swapped, of its transpose.
         accumulators: of a warpgroup: 2 where gate and up lie apart.
@@ -75,7 +75,8 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     owners = 1 if config.form == "m" else config.computing
     row = ROW_BYTES // _BYTES[problem.dtype]
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
-    parts = -(-problem.block_size // bm) if problem.rows == "blocks" else 0
+    blocks = problem.rows == "blocks" and not config.heights
+    parts = -(-problem.block_size // bm) if blocks else 0
     tests = tests_rows(problem)
     # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
     # the result does not have would be stored over the one that it has.
@@ -89,7 +90,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         accumulators * owners if apart else 1,
         parts,
         {
-            "blocks": parts * bm != problem.block_size,
+            "blocks": blocks and parts * bm != problem.block_size,
             "masked": problem.max_rows % bm != 0,
             "ragged": True,
         }[problem.rows],
@@ -97,11 +98,16 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         wn,
         accumulators,
         out_row,
-        piece_rows(bm) if config.form == "swap" else 64,
+        _piece_rows(config),
         parted,
         tests,
-        config.form == "swap" and config.bm > 64 and counts_rows(problem, config.bm),
-        bool(tests or problem.top_k or store_rows or (parts > 1 and not problem.whole_blocks)),
+        blocks and config.form == "swap" and bm > 64 and counts_rows(problem, bm),
+        bool(
+            (tests and not config.heights)
+            or problem.top_k
+            or store_rows
+            or (parts > 1 and not problem.whole_blocks)
+        ),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,
         _scales_by_rows(problem, config),
@@ -110,10 +116,18 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     )
 
 
+def _piece_rows(config: Config) -> int:
+    """What `Shape.piece_rows` says."""
+    if config.form != "swap":
+        return 64
+    return config.bm if config.heights else piece_rows(config.bm)
+
+
 def _store_rows(problem: MatmulProblem, config: Config) -> int:
     """What `Shape.store_rows` says: a block that is one tile has its pairs in front."""
     bm = config.bm
     left = problem.leaves_padding and problem.rows == "blocks" and not problem.scales
+    left = left and not config.heights
     whole = problem.block_size == bm == piece_rows(bm) and bm % 8 == 0 and bm > 8
     if not (left and whole and config.form == "swap") or config.late or config.split > 1:
         return 0

@@ -1,0 +1,199 @@
+"""The kernel that cuts the blocks of each expert anew, into tiles of about one height.
+
+Blocks of one expert that follow each other are a run. Where every block of it but the last is full, its pairs
+stand in neighbouring rows, with padding behind the last of them, so that the run may be cut into as many
+tiles as it has blocks, none of which is much taller than it must be: 512 rows in three blocks of 184 rows
+are three tiles of 176, not of 184, 184 and 144. Tiles of about one height keep the CTAs that read the same
+weights at the same step. Any other block is a run of its own.
+
+One CTA. Each thread has some neighbouring blocks. As many tiles as blocks: tile b is the place-th of its run.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._simt.collectives import block_exclusive_scan
+from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt
+
+_WARPGROUPS = 4
+_THREADS = 128 * _WARPGROUPS
+_STEP = 8  # rows: heights differ by a multiple of it
+_ROWS_AT_ONCE = 16  # of a block that are first asked for their last one, whether it holds a pair
+_OPEN = 1 << 16  # counts blocks that are not full, above the count of runs
+
+
+class CutList(NamedTuple):
+    """Blocks, and the heights of the tiles that they are cut into.
+
+    Attributes:
+        num_rows: of the array.
+        block: rows of a block.
+        num_blocks: B, the last of which may lie partly behind the array.
+        num_experts: weights that there are.
+        num_pairs: ids below it are pairs; 0: the last id tells it.
+        heights: of tiles, falling; the first is that of a block.
+        exact: the tiles of a run may have two heights, so that they have the least rows together; otherwise
+            all of them have the same.
+    """
+
+    num_rows: int
+    block: int
+    num_blocks: int
+    num_experts: int
+    num_pairs: int
+    heights: tuple[int, ...]
+    exact: bool
+
+
+def of(problem: MatmulProblem, heights: tuple[int, ...], exact: bool) -> CutList:
+    """The list for a problem of "blocks"."""
+    sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
+    return CutList(*sizes, problem.num_pairs, heights, exact)
+
+
+def build(cut: CutList) -> Program:
+    """`(sorted_token_ids [P], expert_ids [B], num_tokens_post_padded [1]) -> (count [1], expert, start, end,
+    pairs and behind of each tile [B])`.
+
+    Rows `[start, end)` are multiplied: none, or as many as one of the heights; the first `pairs` of them hold
+    a pair. Rows `[end, behind)` hold none, and are in use. An expert of -1: there are no rows to multiply.
+    """
+    inputs = {
+        "sorted_token_ids": (cut.num_rows,),
+        "expert_ids": (cut.num_blocks,),
+        "num_tokens_post_padded": (1,),
+    }
+    listed = ("expert", "start", "end", "pairs", "behind")
+    outputs = {"count": (1,)} | dict.fromkeys(listed, (cut.num_blocks,))
+    kernel = Kernel(
+        name="cut_blocks",
+        body=lambda t, r: _Body(t, r, cut).run(),
+        inputs=inputs,
+        outputs=outputs,
+        shared={
+            "first": cut.num_blocks + 1,  # block of each run, and the end of the last one
+            "open": cut.num_blocks,  # blocks before it that are not full
+            "held": cut.num_blocks,  # pairs
+            "sums": WARP,
+        },
+        num_warpgroups=_WARPGROUPS,
+        num_ctas=1,
+        partial=frozenset(listed),
+    )
+    return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))
+
+
+class _Body:
+    """What the one CTA does: it counts the pairs of each block and finds the runs, then cuts each of them."""
+
+    def __init__(self, t: Simt, r: SimpleNamespace, cut: CutList):
+        self.t, self.r, self.cut = t, r, cut
+        each = -(-cut.num_blocks // _THREADS)  # of a thread
+        self.blocks = [t.thread_id() * each + k for k in range(each)]
+
+    def run(self) -> None:
+        """Finds the runs, and cuts them."""
+        t, r, cut = self.t, self.r, self.cut
+        t.grid_dependency_wait()
+        used = t.load(r.num_tokens_post_padded, 0)
+        used = (t.select(used > 0, used, 0) + (cut.block - 1)) // cut.block
+        used = t.select(used < cut.num_blocks, used, cut.num_blocks)
+        limit = t.const(cut.num_pairs)
+        if not cut.num_pairs:
+            limit = t.load(r.sorted_token_ids, cut.num_rows - 1)
+            limit = t.select(limit > 0, limit, 0)
+        experts = [self.expert(block, used) for block in self.blocks]
+        before = self.expert(self.blocks[0] - 1, used)
+        found = []  # of each block: 1 where a run begins, plus `_OPEN` where it is not full
+        for block, expert in zip(self.blocks, experts, strict=True):
+            held = self.held(block, limit)
+            there = block < used
+            begins = block.eq(0) | expert.ne(before) | (expert < 0)
+            count = t.select(begins, 1, 0) + t.select(held < cut.block, _OPEN, 0)
+            found.append((held, begins, t.select(there, count, 0)))
+            before = expert
+        total = found[0][2]
+        for _, _, count in found[1:]:
+            total = total + count
+        running, everything = block_exclusive_scan(t, total, r.sums)
+        runs = []
+        for block, (held, begins, count) in zip(self.blocks, found, strict=True):
+            opened, running = running // _OPEN, running + count
+            runs.append(running % _OPEN - 1)
+            with t.if_(block < used):
+                t.store(r.held, block, held)
+                t.store(r.open, block, opened)
+            with t.if_((block < used) & begins):
+                t.store(r.first, runs[-1], block)
+        with t.if_(t.thread_id().eq(0)):
+            t.store(r.first, everything % _OPEN, used)
+            t.store(r.count, 0, used)
+        t.block_sync()
+        for block, expert, run in zip(self.blocks, experts, runs, strict=True):
+            with t.if_(block < used):
+                self.tile(block, expert, run)
+
+    def expert(self, block: Int, used: Int) -> Int:
+        """Whose weights a block uses; -1 for none, and where there is no such block."""
+        there = block.below(used)
+        expert = self.t.load(self.r.expert_ids, self.t.select(there, block, 0))
+        return self.t.select(there & expert.below(self.cut.num_experts), expert, -1)
+
+    def is_pair(self, row: Int, there: Int, limit: Int) -> Int:
+        """1 where a row holds a pair, else 0."""
+        there = there & row.below(self.cut.num_rows)
+        pair = self.t.load(self.r.sorted_token_ids, self.t.select(there, row, 0))
+        return self.t.select(there & pair.below(limit), 1, 0)
+
+    def held(self, block: Int, limit: Int) -> Int:
+        """Pairs of a block; they come first."""
+        t, size = self.t, self.cut.block
+        first, there = block * size, block < self.cut.num_blocks
+        groups = -(-size // _ROWS_AT_ONCE)
+        full = t.const(0)
+        for group in range(groups):
+            last = min((group + 1) * _ROWS_AT_ONCE, size) - 1
+            full = full + self.is_pair(first + last, there, limit)
+        before = full * _ROWS_AT_ONCE
+        found = t.select(before < size, before, size)
+        for row in range(_ROWS_AT_ONCE - 1):  # of the group that is not full
+            at = before + row
+            found = found + self.is_pair(first + at, there & (at < size), limit)
+        return found
+
+    def height(self, rows: Int) -> Int:
+        """The least height that has so many rows."""
+        found = self.t.const(self.cut.heights[0])
+        for each in self.cut.heights[1:]:
+            found = self.t.select(rows <= each, each, found)
+        return found
+
+    def tile(self, block: Int, expert: Int, run: Int) -> None:
+        """Lists the tile of a block of that run."""
+        t, r, cut = self.t, self.r, self.cut
+        first, behind = t.load(r.first, run), t.load(r.first, run + 1)
+        full = t.load(r.open, behind - 1).eq(t.load(r.open, first))  # all but the last
+        first, behind = t.select(full, first, block), t.select(full, behind, block + 1)
+        pairs = (behind - 1 - first) * cut.block + t.load(r.held, behind - 1)
+        pairs = t.select(expert >= 0, pairs, 0)
+        count, place = behind - first, block - first
+        units = (pairs + (_STEP - 1)) // _STEP
+        if cut.exact:
+            low = units // count
+            more = units - low * count  # so many tiles, the first ones, are a step higher
+            lower, higher = self.height(low * _STEP), self.height((low + 1) * _STEP)
+            rows = t.select(place < more, higher, lower)
+            start = place * lower + t.select(place < more, place, more) * (higher - lower)
+        else:
+            rows = self.height((units + (count - 1)) // count * _STEP)
+            start = place * rows
+        left = pairs - start
+        left = t.select(left > 0, left, 0)
+        base, end = first * cut.block, start + t.select(left > 0, rows, 0)
+        after = t.select(place.eq(count - 1), count * cut.block, start + rows) + base
+        t.store(r.expert, block, expert)
+        t.store(r.start, block, base + start)
+        t.store(r.end, block, base + end)
+        t.store(r.pairs, block, t.select(left < rows, left, rows))
+        t.store(r.behind, block, t.select(after < cut.num_rows, after, cut.num_rows))
