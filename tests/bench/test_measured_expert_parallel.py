@@ -23,6 +23,8 @@ DECODE, DECODE_CASES = "decode-step-x2-2026-11-29", [f"{model} fp8 128" for mode
 FEW = f"{DECODE}-b"  # 8 and 64 tokens
 TIMED = f"{DECODE}-c"  # 8, 64 and 128 tokens, by the device timer
 BF16 = f"{DECODE}-d"  # 128 tokens, by the device timer
+TOLD = f"{DECODE}-e"  # the same with `expected_m` and without
+TOLD_CASES = ["deepseek-v3 bf16 128", "deepseek-v3 fp8 128", "qwen3-30b-a3b bf16 128"]
 TIMED_PAIRS = "expert-parallel-x2-timer-2026-11-29"
 NORMAL = "expert-parallel-x2-normal-2026-11-29-b"
 
@@ -78,7 +80,7 @@ def test_every_table_of_clocks_is_that_of_its_rows():
         (f"{pairs}-fallback-2026-11-29", 1, 48, CASES),
         (f"{pairs}-fallback-2026-11-29-d", 1, 96, CASES),
         *((TIMED, 1, 68, [f"{model} fp8 {tokens}" for tokens in (8, 64, 128)]) for model in MODELS),
-        (BF16, 1, 56, [f"{model} bf16 128" for model in MODELS]),
+        (TOLD, 1, 56, TOLD_CASES),
         (f"{pairs}-windows-2026-11-28", 1, 48, CASES),
         *((FEW, 1, 56, [f"{model} fp8 {tokens}" for tokens in (8, 64)]) for model in MODELS),
         (DECODE, 1, 49, DECODE_CASES),
@@ -300,42 +302,100 @@ def test_mode_normal_is_that_of_its_rows():
     )
 
 
-def test_the_decode_step_in_bfloat16_is_that_of_its_rows():
-    """What it loses to, and what its communication adds."""
-    found, text = measured(BF16), " ".join(PAGE.split())
+def test_the_decode_step_told_the_rows_of_a_mean_expert_is_that_of_its_rows():
+    """What that changes, what it loses to, and what its communication adds."""
+    found, earlier, text = measured(TOLD), measured(BF16) | measured(TIMED), " ".join(PAGE.split())
     ways = [("wall", "donated"), ("wall", "not waiting"), ("wall", "waiting"), ("timer", "donated")]
+    donated, not_waiting, waiting, timer = ways
+    ours = "ours, nvlink_window, told"
 
-    def of_ours(model, way, other="gathered tokens, fused_moe"):
-        case = f"{model} bf16 128"
-        ours = found[case, "ours, nvlink_window", "default", *way]
-        return f"{ours / found[case, other, 'default', *way]:.2f}"
+    def of(case, other, way):
+        key = case, ours, "default", *way
+        return f"{found[key] / found[case, other, 'default', *way]:.2f}"
 
-    donated, not_waiting, waiting, timer = (of_ours("deepseek-v3", way) for way in ways)
-    assert waiting == timer
+    deepseek, e4m3, qwen = TOLD_CASES
+    untold, boxes = "ours, nvlink_window, untold", "gathered tokens, boxes, told"
+    both = [of(case, untold, way) for way in (donated, timer) for case in (deepseek, e4m3)]
+    said = "ours takes {} of its untold time in bfloat16 and {} in e4m3, donated ({} and {} by the"
+    assert said.format(*both) in text
+    both = [of(case, boxes, donated) for case in (deepseek, e4m3)]
+    assert "It takes {} and {} of gathered tokens in boxes.".format(*both) in text
+    few = "gathered tokens, fused_moe"
+    three = (donated, not_waiting, timer)
+    shares = [of(case, few, way) for case in (deepseek, qwen) for way in three]
+    shares += [of(case, few, waiting) for case in (deepseek, qwen)]
     assert (
-        f"ours takes {donated} times gathered tokens with `fused_moe` by wall clock with donation, "
-        f"{not_waiting} not waiting, {waiting} waiting and by the device timer."
-    ) in text
-    assert f"the faster of the two ({of_ours(MODELS[1], ways[0])}, donated)" in text
+        "takes {} donated, {} not waiting and {} by the device timer at DeepSeek-V3's sizes, "
+        "and {}, {} and {} at Qwen3-30B-A3B's. Where the host waits for each step **it loses**: "
+        "{} and {}."
+    ).format(*shares) in text
     slower = {
         (case, name, *way)
-        for (case, name, launch, *way), us in found.items()
-        if name.startswith(("plain", "gathered"))
-        and us < found[case, "ours, nvlink_window", launch, *way]
+        for (case, name, _, *way), us in found.items()
+        if name.startswith("gathered") and us < found[case, ours, "default", *way]
     }
     assert slower == {
-        *((f"{MODELS[0]} bf16 128", "gathered tokens, fused_moe", *way) for way in ways),
-        (f"{MODELS[1]} bf16 128", "gathered tokens, boxes", "wall", "waiting"),
-    }
-    added = {}
-    for line in _communication(BF16):
-        way = line.partition(", ")[2].partition(": ")[0]
-        added.setdefault(way, []).append(f"{_of_plain('nvlink_window', line):.2f}")
-    added = {way: " / ".join(both) for way, both in added.items()}
+        (deepseek, few, *not_waiting), (deepseek, few, *waiting), (qwen, few, *waiting)
+    }  # fmt: skip
+    before = [
+        f"{us[0]:.1f} / {us[1]:.1f}"
+        for names in (
+            ["ours, nvlink_window"],
+            [few],
+            ["plain, all_to_all, boxes", "plain, all_gather + psum_scatter, boxes"],
+            ["plain, all_to_all, sorted"],
+        )
+        for us in [
+            [min(earlier[case, name, "default", *donated] for name in names)
+             for case in (deepseek, qwen)]
+        ]
+    ]  # fmt: skip
     assert (
-        f"{added['donated']} donated, {added['not waiting']} not waiting, "
-        f"{added['waiting']} waiting, {added['timer']} by the device timer."
-    ) in text
+        "ours took {}, gathered tokens with `fused_moe` {}, the faster plain exchange into boxes "
+        "{}, and a plain all_to_all with rows sorted for `ragged_dot` {}."
+    ).format(*before) in text
+
+    def beyond(rows, name, bare, case, way):
+        us = rows.get((case, name, "default", *way))
+        return us and us - rows[case, bare, "default", *way]
+
+    def plain(case, way):
+        names = {name for c, name, *_ in earlier if c == case and name.startswith("plain")}
+        return min(beyond(earlier, name, "no communication", case, way) for name in names)
+
+    def line(head, value, digits=1):
+        cells = (
+            " / ".join("-" if us is None else f"{us:.{digits}f}" for us in map(value, TOLD_CASES, [way] * 3))
+            for way in ways
+        )  # fmt: skip
+        return f"| {head} | {' | '.join(cells)} |"
+
+    def told(*at):
+        return beyond(found, ours, "no communication, told", *at)
+
+    assert line("ours, told (17:19)", told) in PAGE
+    said = line(
+        "ours, untold (17:19)", lambda *at: beyond(found, untold, "no communication, untold", *at)
+    )
+    assert said in PAGE
+    assert line("the faster plain exchange, untold (16:41; e4m3 13:54)", plain) in PAGE
+    said = line("ours, told, relative to that", lambda *at: told(*at) / plain(*at), 2)
+    assert said in PAGE
+    gaps = " ".join((ROOT / "docs/performance.md").read_text().split())
+    assert (
+        "{:.0f} µs a layer at DeepSeek-V3's sizes, gathered tokens with `fused_moe` {:.0f}; "
+        "{:.0f} and {:.0f} at Qwen3-30B-A3B's. Donated {:.0f} and {:.0f}, {:.0f} and {:.0f}."
+    ).format(
+        *(found[case, name, "default", *way]
+          for way in (waiting, donated) for case in (deepseek, qwen) for name in (ours, few))
+    ) in gaps  # fmt: skip
+    pair = [[found[c, n, "default", *donated] for n in (ours, untold)] for c in (deepseek, e4m3)]
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    said = "takes {:.0f} µs a layer with it and {:.0f} without in bfloat16, {:.0f} and {:.0f} in"
+    assert said.format(*pair[0], *pair[1]) in changes
+    assert f"without which ours takes {pair[0][1]:.0f}." in gaps
+    said = "takes {:.0f} µs a layer with it and {:.0f} without (2026-11-29, 17:19"
+    assert said.format(*pair[1]) in " ".join((ROOT / "docs/fp8.md").read_text().split())
 
 
 def test_readme_says_what_the_rows_say():
