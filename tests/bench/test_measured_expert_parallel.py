@@ -413,3 +413,9 @@ def test_readme_says_what_the_rows_say():
     said = f"| {pair('ours, nvlink_window')} | bare all_to_all {pair('bare all_to_all twice')}, "
     assert f"{said}collectives {others} |" in text
     assert "wall clock on two, 8 / 128 tokens each, the state donated, 2026-11-29" in text
+    quiet = measured(f"{TIMED_PAIRS}-b")
+    ours, bare = (
+        " / ".join(f"{quiet[case, name, 'default', 'wall', 'donated']:.0f}" for case in CASES)
+        for name in ("ours, nvlink_window", "bare all_to_all twice")
+    )
+    assert f"at 16:41: {ours}, bare all_to_all {bare})." in text
