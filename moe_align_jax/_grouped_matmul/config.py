@@ -71,8 +71,8 @@ class Config(NamedTuple):
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
-        exact: with `heights`: the tiles of an expert have the least rows together, by two heights; otherwise
-            all of them have one height.
+        exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
+            the least height for its share; otherwise all have that of the largest share.
     """
 
     form: str

@@ -33,8 +33,8 @@ class CutList(NamedTuple):
         num_experts: weights that there are.
         num_pairs: ids below it are pairs; 0: the last id tells it.
         heights: of tiles, falling; the first is that of a block.
-        exact: the tiles of a run may have two heights, so that they have the least rows together; otherwise
-            all of them have the same.
+        exact: a run's pairs are shared evenly by its tiles, to 8 rows, and each tile has the least height for
+            its share: a run has at most two heights. Otherwise all have that of the largest share.
     """
 
     num_rows: int

@@ -13,7 +13,7 @@ the lower one.
 A token is in doubt where two of its K + 1 greatest keys agree but for their ids. The ids decide then if every
 logit that counts at least as much as the K-th is equal to its number in fixed point: then those that seem
 equal are equal. Otherwise whole keys decide. Logits that were bfloat16 before are equal to their numbers from
-2**-8 to 128, so that their ties cost nothing.
+2**-8 to 128 at E <= 256, and from twice as much on for each bit more of an id: their ties cost nothing there.
 
 Of each eight keys a lane sorts the greatest four only. Where all four of them are chosen, the fifth might
 have to be, too: whole keys decide for that token.
@@ -61,8 +61,7 @@ def packs_ids(problem: RouteProblem) -> bool:
 def inverts_ids(problem: RouteProblem) -> bool:
     """Whether a packed message holds the low halves of keys, whose low bits are inverted ids: what receives
     them turns them round. Not where a message may say that a token is not real."""
-    may_drop = problem.has_token_mask or problem.has_num_valid_tokens or problem.has_padding
-    return packs_ids(problem) and not may_drop
+    return packs_ids(problem) and not problem.may_drop
 
 
 class FixedPointRouter(kernel.Router):

@@ -80,6 +80,11 @@ class RouteProblem(NamedTuple):
         return self.topk_groups < self.num_groups
 
     @property
+    def may_drop(self) -> bool:
+        """Whether a token may be none that is real. Its ids are -1 then; otherwise each is an expert's."""
+        return self.has_token_mask or self.has_num_valid_tokens or self.has_padding
+
+    @property
     def over_chosen(self) -> bool:
         """Whether weights depend on the chosen logits alone: a softmax over all, divided by the chosen ones'
         sum, is the softmax over those."""

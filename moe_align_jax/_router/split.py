@@ -89,8 +89,6 @@ class Split:
         # Of more than 32 tokens an aligning thread reads counts and first blocks of its pairs' experts as
         # bytes (`_starts_by_bytes`); up to 32 it has fewer pairs, and shuffles bring them.
         self.by_bytes = self.bytes and self.words > 1
-        # Without them every id is one of an expert.
-        self.may_drop = problem.has_token_mask or problem.has_num_valid_tokens
 
     @property
     def _cells(self) -> int:
@@ -339,7 +337,7 @@ class Split:
         for start, inside, word in zip(starts, insides, words, strict=True):
             for half in (0, 1):
                 pair = first * 2 + (2 * start + half)
-                if self.may_drop:
+                if self.problem.may_drop:
                     expert = word >> 16 if half else (word << 16) >> 16  # with the sign of -1
                 else:
                     expert = (word >> 16 if half else word) & id_bits
@@ -354,7 +352,7 @@ class Split:
         if self.row != top_k:
             places = [pair // top_k * self.row + pair % top_k for pair in pairs]
         words = [t.load(ids, place) for place in places]
-        if self.may_drop:
+        if self.problem.may_drop:
             return words
         # The same words; but of so few bits the compiler knows that they need no check.
         bits = (self.problem.num_experts - 1).bit_length()

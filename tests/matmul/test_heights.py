@@ -95,6 +95,34 @@ def test_list_of_tiles(case, known, exact):
         assert computed < 0.9 * usual
 
 
+@pytest.mark.parametrize(
+    ("pairs", "exact", "even"),
+    [
+        ((192, 192, 96), [176, 176, 176], [176, 176, 176]),  # not 176, 152 and 152
+        ((192, 192, 1), [152, 152, 152], [152, 152, 152]),
+        ((192, 192, 141), [176, 176, 176], [176, 176, 176]),
+        ((192, 192, 145), [184, 176, 176], [184, 184, 184]),
+        ((192, 77), [152, 152], [152, 152]),
+        ((192, 192, 192, 192, 1), [176, 176, 152, 152, 152], [176] * 5),
+        ((8,), [152], [152]),
+    ],
+)
+def test_each_tile_has_the_least_height_for_its_share(pairs, exact, even):
+    """Of those that `config_for` gives to blocks of 192 rows, between which heights are left out."""
+    where = made(192, 1, [(0, count) for count in pairs])
+    cut = cut_list.CutList(
+        *(len(where.ids), 192, len(where.experts), 1),
+        int(where.ids[-1]),
+        (192, 184, 176, 152),
+        True,
+    )
+    for one, heights in ((cut, exact), (cut._replace(exact=False), even)):
+        count, _, start, end, *_ = emulator.run(
+            cut_list.build(one), [where.ids, where.experts, where.used]
+        )
+        assert (end - start)[: count[0]].tolist() == heights
+
+
 def problem_of(where: Made, block: int, num_experts: int, k: int, n: int, **more: Any):
     options: dict[str, Any] = {"block_size": block, "num_pairs": int(where.ids[-1])} | more
     weights = Weights(transposed=options.pop("transposed", False))

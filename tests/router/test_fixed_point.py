@@ -134,6 +134,22 @@ def test_tokens_that_are_not_real_have_no_expert_in_a_message(num_tokens, on_gpu
         np.testing.assert_array_equal(got[name], np.ravel(x), name)
 
 
+def test_padding_tokens_have_no_expert_in_a_message():
+    """Of the bytes that a launch outside jax is given."""
+    problem = RouteProblem(40, 256, 8, renormalize=True, has_padding=True)
+    assert fixed_point.packs_ids(problem) and not fixed_point.inverts_ids(problem)
+    program, _ = one_launch(problem, 16)
+    padding = np.arange(40) % 3 == 0
+    given = {"logits": unusual(40, 256, 0), "is_padding": padding.astype(np.int8).view(np.int32)}
+    got = run(program, given)
+    ids = chosen_by_numpy(given["logits"], 8)
+    ids[padding] = -1
+    np.testing.assert_array_equal(got["topk_ids"].reshape(ids.shape), ids)
+    want = oracle.expected(ids, block_size=16, num_experts=256, return_inverse=True)
+    for name, x in want._asdict().items():
+        np.testing.assert_array_equal(got[name], np.ravel(x), name)
+
+
 def greatest(*values):
     """256 logits: these at some ids, the others far below them, close to each other and not exact."""
     logits = np.full(256, -9, F32) + np.linspace(0, 1e-4, 256, dtype=F32)
@@ -207,6 +223,27 @@ def test_more_bits_of_an_id_leave_a_coarser_unit(monkeypatch, num_experts, unit)
     got = run(program, {"logits": logits})
     np.testing.assert_array_equal(got["topk_ids"], chosen_by_numpy(logits, 8)[0])
     assert not calls
+
+
+@pytest.mark.parametrize("num_experts", [256, 1024])
+def test_from_where_on_ties_of_bfloat16_logits_are_exact(monkeypatch, num_experts):
+    """From 2**-8 on of 256 experts, and of two more bits of an id from four times as much on."""
+    calls, take_whole = [], kernel.Router._take_whole
+
+    def counted(router, logits):
+        calls.append(router)
+        return take_whole(router, logits)
+
+    program, _ = one_launch(RouteProblem(1, num_experts, 8, renormalize=True), 16)
+    monkeypatch.setattr(kernel.Router, "_take_whole", counted)
+    least = num_experts / 256 * 2.0**-8
+    for first, needed in ((least, False), (least / 2, True)):
+        logits, tie = np.full((1, num_experts), -9, F32), first * (1 + 2.0**-7)
+        logits[0, 10:90:10] = [9, 8, 7, 6, 5, 4, tie, tie]
+        calls.clear()
+        got = run(program, {"logits": logits})
+        np.testing.assert_array_equal(got["topk_ids"], chosen_by_numpy(logits, 8)[0])
+        assert bool(calls) == needed
 
 
 def test_weights_are_those_of_the_oracle():
