@@ -36,7 +36,10 @@ class DirectMatmul(NamedTuple):
             weights=Weights(*problem.weights), scales=Scales(*scales) if scales else None
         )
         config = fields["config"]
-        return cls(problem, fields["gpu_kind"], Config(*config) if config else None)
+        if config:
+            config = Config(*config)
+            config = config._replace(heights=tuple(config.heights))  # JSON has lists
+        return cls(problem, fields["gpu_kind"], config or None)
 
     @property
     def sized_at_launch(self) -> bool:

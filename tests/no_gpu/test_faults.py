@@ -257,14 +257,16 @@ def test_what_ptxas_says_is_that_of_its_kernel():
     sass = "        /*0000*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR36], R24 ;\n"
     assert (
         list(
-            matmul.faults(found[0].replace("4 bytes spill loads", "0 bytes spill loads"), sass, 1.0)
+            matmul.faults(
+                found[0].replace("4 bytes spill loads", "0 bytes spill loads"), sass, 1.0, 2.0
+            )
         )
         == []
     )
-    spilled, serialized = matmul.faults(found[1], sass, 1.0)
+    spilled, serialized = matmul.faults(found[1], sass, 1.0, 2.0)
     assert spilled == "16 bytes spilled, 8 bytes of stack" and "serialized" in serialized
     [nothing] = matmul.faults(
-        found[0].replace("4 bytes spill loads", "0 bytes spill loads"), "", 1.0
+        found[0].replace("4 bytes spill loads", "0 bytes spill loads"), "", 1.0, 2.0
     )
     assert nothing == "no wgmma"
 
