@@ -35,9 +35,8 @@ from moe_align_jax._simt.language import WARP, Int
 MESSAGE = 4  # words that are sent at once
 _VECTOR = 4  # words of a load
 _LIMIT = 128  # the greatest logit that has a number in fixed point, and that of the least
-_FEWEST_ID_BITS = (
-    8  # of a key: the 24 others hold all that float32 leaves of a number in fixed point
-)
+# Of a key: the 24 others hold all that float32 leaves of a number in fixed point.
+_FEWEST_ID_BITS = 8
 
 # Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words.
 type Send = Callable[[list[Int]], None]
