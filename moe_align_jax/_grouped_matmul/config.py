@@ -64,13 +64,14 @@ class Config(NamedTuple):
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
-            in place of a launch that makes the list of tiles.
+            in place of a launch that makes the list of tiles. With `heights`: the warpgroup that loads finds
+            each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
-            whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
+            whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
     """
@@ -96,6 +97,11 @@ class Config(NamedTuple):
     by_expert: bool = False
     heights: tuple[int, ...] = ()
     exact: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether CTAs find tiles of several heights themselves."""
+        return self.finds and bool(self.heights)
 
     @property
     def shares_weights(self) -> bool:
@@ -228,6 +234,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
+    if tiles.finds and not tiles.heights and problem.rows != "masked":
+        return "tiles of one height are found in the masked layout alone"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -247,15 +255,20 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
 
 
 def with_heights(
-    problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool
+    problem: MatmulProblem,
+    tiles: Config,
+    less: tuple[int, ...],
+    exact: bool,
+    *,
+    finds: bool = False,
+    late: bool = False,
 ) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
-    They are not late: a finished tile waits in registers, of which those of one height are others than those
-    of the next.
+    Late tiles wait in as many registers as the highest has.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, late=False)
+    found = tiles._replace(heights=heights, exact=exact, late=late, finds=finds)
     return tiles if _no_heights(problem, found) else found
 
 
@@ -263,16 +276,24 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why tiles cannot have `heights`, or None."""
     if problem.rows != "blocks" or problem.block_size != tiles.bm:
         return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
-    if problem.top_k or problem.whole_blocks or problem.row_labels:
-        return "tiles of several heights have the rows of x in order, and ids that tell pairs"
-    if problem.num_blocks > MAX_BLOCKS:
-        return f"at most {MAX_BLOCKS} blocks are cut into tiles of several heights"
-    if problem.scales or problem.row_weights or problem.weights.bias or problem.weights.gated:
-        return "tiles of several heights are of plain products"
-    if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
-        return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
-    if tiles.late or tiles.split > 1 or tiles.sharing:
-        return "tiles of several heights are stored at once, by one CTA each"
+    if problem.whole_blocks or problem.row_labels or problem.top_k and not tiles.finds:
+        return (
+            "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
+        )
+    if problem.num_rows < problem.block_size or problem.num_blocks > MAX_BLOCKS:
+        return f"one to {MAX_BLOCKS} blocks are cut into tiles of several heights"
+    if problem.scales or problem.row_weights or problem.weights.bias:
+        return "tiles of several heights have no scales, row weights or bias"
+    if problem.weights.gated and not tiles.finds:
+        return "tiles of several heights of gated products are found, not listed"
+    if tiles.form != "swap" or tiles.bm <= 96 or not _may_be_tall(problem):
+        return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
+    if tiles.split > 1 or tiles.sharing:
+        return "tiles of several heights are of one CTA each"
+    if tiles.late and (tiles.bm > 144 or not may_be_late(problem)):
+        return "of more than 144 rows tiles of several heights are stored at once"
+    if tiles.bm <= 144 and tiles.heights[-1] <= piece_rows(tiles.bm) < tiles.bm:
+        return "tiles that are stored by halves of a block have more rows than a half"
     first, *rest = tiles.heights
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):

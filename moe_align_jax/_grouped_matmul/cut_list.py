@@ -18,7 +18,7 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt
 
 _WARPGROUPS = 4
 _THREADS = 128 * _WARPGROUPS
-_STEP = 8  # rows: heights differ by a multiple of it
+STEP = 8  # rows: heights differ by a multiple of it
 _ROWS_AT_ONCE = 16  # of a block that are first asked for their last one, whether it holds a pair
 _OPEN = 1 << 16  # counts blocks that are not full, above the count of runs
 
@@ -178,15 +178,15 @@ class _Body:
         pairs = (behind - 1 - first) * cut.block + t.load(r.held, behind - 1)
         pairs = t.select(expert >= 0, pairs, 0)
         count, place = behind - first, block - first
-        units = (pairs + (_STEP - 1)) // _STEP
+        units = (pairs + (STEP - 1)) // STEP
         if cut.exact:
             low = units // count
             more = units - low * count  # so many tiles, the first ones, are a step higher
-            lower, higher = self.height(low * _STEP), self.height((low + 1) * _STEP)
+            lower, higher = self.height(low * STEP), self.height((low + 1) * STEP)
             rows = t.select(place < more, higher, lower)
             start = place * lower + t.select(place < more, place, more) * (higher - lower)
         else:
-            rows = self.height((units + (count - 1)) // count * _STEP)
+            rows = self.height((units + (count - 1)) // count * STEP)
             start = place * rows
         left = pairs - start
         left = t.select(left > 0, left, 0)

@@ -61,7 +61,9 @@ class DirectMatmul(NamedTuple):
         """The tiles that the kernel is built with: those given, else the ones for the problem on that GPU."""
         # Tiles that a cluster shares have run under jit alone.
         found = self.config or unshared(config_for(self.problem, self.gpu_kind))
-        return found._replace(heights=(), exact=False)  # their list is made of three arrays
+        if not found.heights:
+            return found
+        return found._replace(heights=(), exact=False, finds=False)  # not tried outside of jit
 
     @property
     def refusal(self) -> str | None:

@@ -130,6 +130,24 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         less = (8, 16, 24, 40) if bm == 184 else (8, 16, 40)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         yield f"{bm}, heights", given, with_heights(given, tiles, less, exact=True)
+    for transposed, zeros in ((False, False), (False, True), (True, False), (True, True)):
+        given = problem(block=144, weights={"transposed": transposed}, zero_padding=zeros)
+        for late in (True, False):
+            tiles = Config("swap", 144, 256, 64, 4, group=4, lag=2)
+            tiles = with_heights(given, tiles, (8, 16, 24, 40), True, finds=True, late=late)
+            yield "144, found heights", given, tiles
+    for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
+        given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
+        tiles = Config("swap", bm, 256, 64, 3, lag=1)
+        tiles = with_heights(given, tiles, (8, 16, 40), bm < 192, finds=True)
+        yield f"{bm}, found heights", given, tiles
+    for bm, late in ((144, True), (144, False), (176, False), (184, False)):
+        for more in ({}, {"transposed": True}, {"pair": True}):
+            given = problem(block=bm, weights=silu | more, zero_padding=False, **gather)
+            stages = 4 if bm == 144 else 3
+            tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
+            tiles = with_heights(given, tiles, (8, 16, 24), True, finds=True, late=late)
+            yield f"{bm}, found heights, gated", given, tiles
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -368,7 +386,7 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if config.heights or (problem.rows != "blocks" and not config.finds):
+        if not config.finds and (config.heights or problem.rows != "blocks"):
             [listing] = launch.list_of(problem, config).kernels
             where = [jnp.zeros(shape, jnp.int32) for shape in listing.outputs.values()]
         return launch.arguments(problem, config, named, where, interpret=False)
