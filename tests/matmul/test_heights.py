@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import pallas as pl
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import cut_list, kernel, launch, reference
+from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 
@@ -95,6 +97,52 @@ def test_list_of_tiles(case, known, exact):
         assert computed < 0.9 * usual
 
 
+class _Memory:
+    """An array as a kernel reads it: by an index, or a slice that begins at one."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = jnp.asarray(values)
+
+    def __getitem__(self, at: Any) -> jax.Array:
+        if isinstance(at, pl.Slice):
+            return lax.dynamic_slice(self.values, (at.start,), (at.size,))
+        return self.values[at]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("case", LISTS)
+def test_tiles_that_are_found(case, exact):
+    """Each row in use is one tile's; where blocks but the last are full, they are those of the list."""
+    block, given = LISTS[case]
+    num_experts = max([e for e, _ in given if e != 7], default=0) + 1
+    where = made(block, num_experts, given)
+    heights = tuple(range(block, block // 2, -8))
+    problem = problem_of(where, block, num_experts, 64, 128)
+    config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
+    experts, ids = _Memory(where.experts), _Memory(where.ids)
+
+    @jax.vmap
+    def find(at):
+        used, limit = jnp.int32(len(given)), jnp.int32(problem.num_pairs)
+        return found_cut.find(*(problem, config, experts, ids, at, used, limit), interpret=True)
+
+    listed = [np.asarray(a) for a in find(jnp.arange(len(given), dtype=jnp.int32))]
+    seen = np.zeros(len(where.ids), int)
+    for expert, start, end, pairs, behind in zip(*listed, strict=True):
+        assert end - start in (0, *heights) and 0 <= pairs <= end - start
+        assert where.held[start : start + pairs].all()
+        assert not where.held[start + pairs : behind].any()
+        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
+        assert (own == expert).all() if pairs else True
+        seen[start:behind] += 1
+    assert (seen == (np.arange(len(seen)) < where.used[0])).all()
+    cut = cut_list.of(problem, heights, exact)
+    count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
+    if case != "odd":
+        for found, one in zip(listed[1:], want[1:], strict=True):
+            assert found.tolist() == one[: count[0]].tolist()
+
+
 @pytest.mark.parametrize(
     ("pairs", "exact", "even"),
     [
@@ -166,6 +214,47 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
 
 
 HEIGHTS = (8, 16, 24, 40)
+FOUND = [(0, 144), (0, 60), (-1, 0), (1, 144), (1, 144), (1, 3), (2, 1), (3, 144)]
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
+def test_tiles_that_are_found_in_the_interpreter(late):
+    """Tiles of two heights, of none, and behind the rows in use; each is told to the other warpgroups."""
+    where = made(144, 4, FOUND)
+    problem = problem_of(where, 144, 4, 320, 128)
+    usual = tiles.Config("swap", 144, 256, 64, 4, group=2)
+    config = tiles.with_heights(problem, usual, HEIGHTS, True, finds=True, late=late)
+    assert config.cuts and config.late == late
+    with jax.default_device(jax.devices("cpu")[0]):
+        check(where, problem, config, interpret=True)
+        nothing = where._replace(used=np.zeros(1, np.int32), held=np.zeros(len(where.ids), bool))
+        check(nothing, problem, config, interpret=True)
+        beyond = where._replace(used=np.full(1, 9 * len(where.ids), np.int32))
+        check(beyond, problem, config, interpret=True)
+
+
+def test_gathered_tiles_that_are_found_in_the_interpreter():
+    """Gate and up of gathered rows: blocks of one expert, cut anew, hold any tokens."""
+    where = made(144, 4, FOUND)
+    pairs, tokens = int(where.ids[-1]), 128
+    rng = np.random.default_rng(2)
+    ids = where.ids.copy()
+    ids[where.ids < pairs] = rng.permutation(5 * tokens)[:pairs]
+    ids[where.ids >= pairs] = 5 * tokens
+    problem = problem_of(where, 144, 4, 128, 128, num_tokens=tokens, top_k=5, zero_padding=False)
+    problem = problem._replace(weights=Weights(activation="silu", gated=True), num_pairs=0)
+    usual = tiles.Config("swap", 144, 256, 64, 4, group=2, lag=2)
+    config = tiles.with_heights(problem, usual, HEIGHTS, True, finds=True, late=True)
+    assert config.cuts
+    x = rng.normal(size=(tokens, 128))
+    w = rng.normal(size=(4, 128, 256)) * 128**-0.5
+    operands = [jnp.asarray(x, "bfloat16"), jnp.asarray(w, "bfloat16"), jnp.asarray(ids)]
+    operands += [jnp.asarray(a) for a in (where.experts, where.used)]
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = launch.run(problem, *operands, interpret=True, config=config._replace(num_ctas=2))
+        want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)[where.held]
+    error = np.linalg.norm(np.asarray(out, np.float64)[where.held] - want)
+    assert error <= 5e-3 * np.linalg.norm(want)
 
 
 def test_product_in_the_interpreter():
@@ -187,6 +276,7 @@ def test_what_cannot_be_cut_is_refused():
     kernel.build(problem, tall)
     for refused, reason in [
         (tall._replace(late=True), "stored at once"),
+        (usual._replace(finds=True), "in the masked layout alone"),
         (tall._replace(heights=(184, 0)), "multiples of 8"),
         (tall._replace(heights=(184, 180)), "multiples of 8"),
         (tall._replace(heights=(176, 168)), "fall from a block's"),
@@ -204,7 +294,8 @@ def test_what_cannot_be_cut_is_refused():
         assert tiles.with_heights(problem._replace(**other), usual, HEIGHTS, True) == usual
     low = problem._replace(block_size=144)
     late = tiles.Config("swap", 144, 256, 64, 4, late=True)
-    assert tiles.with_heights(low, late, HEIGHTS, True) == late
+    assert tiles.with_heights(low, late, (8, 72), True) == late
+    assert tiles.with_heights(low, late, HEIGHTS, True, late=True).late
 
 
 @pytest.mark.gpu
