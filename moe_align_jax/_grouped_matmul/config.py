@@ -74,6 +74,7 @@ class Config(NamedTuple):
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
+        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
     """
 
     form: str
@@ -97,6 +98,7 @@ class Config(NamedTuple):
     by_expert: bool = False
     heights: tuple[int, ...] = ()
     exact: bool = False
+    trims: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -123,6 +125,7 @@ class Config(NamedTuple):
         more += "-experts" if self.by_expert else ""
         if self.heights:
             more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
+        more += "-trims" if self.trims else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -234,6 +237,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
+    if tiles.trims and not tiles.heights:
+        return "tiles of one height load all of their rows"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
@@ -262,13 +267,14 @@ def with_heights(
     *,
     finds: bool = False,
     late: bool = False,
+    trims: bool = False,
 ) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
     Late tiles wait in as many registers as the highest has.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, late=late, finds=finds)
+    found = tiles._replace(heights=heights, exact=exact, late=late, finds=finds, trims=trims)
     return tiles if _no_heights(problem, found) else found
 
 
@@ -290,6 +296,8 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
     if tiles.split > 1 or tiles.sharing:
         return "tiles of several heights are of one CTA each"
+    if tiles.trims and (problem.top_k or problem.k % 64):
+        return "only rows that TMA loads are loaded by a tile's height"
     if tiles.late and (tiles.bm > 144 or not may_be_late(problem)):
         return "of more than 144 rows tiles of several heights are stored at once"
     if tiles.bm <= 144 and tiles.heights[-1] <= piece_rows(tiles.bm) < tiles.bm:

@@ -10,7 +10,7 @@ One CTA. Each thread has some neighbouring blocks. As many tiles as blocks: tile
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._simt.collectives import block_exclusive_scan
@@ -49,7 +49,8 @@ class CutList(NamedTuple):
 def of(problem: MatmulProblem, heights: tuple[int, ...], exact: bool) -> CutList:
     """The list for a problem of "blocks"."""
     sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
-    return CutList(*sizes, problem.num_pairs, heights, exact)
+    pairs = problem.num_tokens * problem.top_k or problem.num_pairs
+    return CutList(*sizes, pairs, heights, exact)
 
 
 def build(cut: CutList) -> Program:
@@ -84,6 +85,35 @@ def build(cut: CutList) -> Program:
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))
 
 
+def _height(t: Simt, cut: CutList, rows: Int) -> Int:
+    """The least height that has so many rows."""
+    found = t.const(cut.heights[0])
+    for each in cut.heights[1:]:
+        found = t.select(rows <= each, each, found)
+    return found
+
+
+def share(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[Int, Int]:
+    """(First row, height) of the place-th of `count` tiles that share a run's pairs."""
+    units = (pairs + (STEP - 1)) // STEP
+    if not cut.exact:
+        rows = _height(t, cut, (units + (count - 1)) // count * STEP)
+        return place * rows, rows
+    low = units // count
+    more = units - low * count  # so many tiles, the first ones, are a step higher
+    lower, higher = _height(t, cut, low * STEP), _height(t, cut, (low + 1) * STEP)
+    start = place * lower + t.select(place < more, place, more) * (higher - lower)
+    return start, t.select(place < more, higher, lower)
+
+
+def limit_of(t: Simt, cut: CutList, ids: Any) -> Int:
+    """Ids below it are pairs."""
+    if cut.num_pairs:
+        return t.const(cut.num_pairs)
+    limit = t.load(ids, cut.num_rows - 1)
+    return t.select(limit > 0, limit, 0)
+
+
 class _Body:
     """What the one CTA does: it counts the pairs of each block and finds the runs, then cuts each of them."""
 
@@ -99,10 +129,7 @@ class _Body:
         used = t.load(r.num_tokens_post_padded, 0)
         used = (t.select(used > 0, used, 0) + (cut.block - 1)) // cut.block
         used = t.select(used < cut.num_blocks, used, cut.num_blocks)
-        limit = t.const(cut.num_pairs)
-        if not cut.num_pairs:
-            limit = t.load(r.sorted_token_ids, cut.num_rows - 1)
-            limit = t.select(limit > 0, limit, 0)
+        limit = limit_of(t, cut, r.sorted_token_ids)
         experts = [self.expert(block, used) for block in self.blocks]
         before = self.expert(self.blocks[0] - 1, used)
         found = []  # of each block: 1 where a run begins, plus `_OPEN` where it is not full
@@ -162,13 +189,6 @@ class _Body:
             found = found + self.is_pair(first + at, there & (at < size), limit)
         return found
 
-    def height(self, rows: Int) -> Int:
-        """The least height that has so many rows."""
-        found = self.t.const(self.cut.heights[0])
-        for each in self.cut.heights[1:]:
-            found = self.t.select(rows <= each, each, found)
-        return found
-
     def tile(self, block: Int, expert: Int, run: Int) -> None:
         """Lists the tile of a block of that run."""
         t, r, cut = self.t, self.r, self.cut
@@ -178,16 +198,7 @@ class _Body:
         pairs = (behind - 1 - first) * cut.block + t.load(r.held, behind - 1)
         pairs = t.select(expert >= 0, pairs, 0)
         count, place = behind - first, block - first
-        units = (pairs + (STEP - 1)) // STEP
-        if cut.exact:
-            low = units // count
-            more = units - low * count  # so many tiles, the first ones, are a step higher
-            lower, higher = self.height(low * STEP), self.height((low + 1) * STEP)
-            rows = t.select(place < more, higher, lower)
-            start = place * lower + t.select(place < more, place, more) * (higher - lower)
-        else:
-            rows = self.height((units + (count - 1)) // count * STEP)
-            start = place * rows
+        start, rows = share(t, cut, pairs, count, place)
         left = pairs - start
         left = t.select(left > 0, left, 0)
         base, end = first * cut.block, start + t.select(left > 0, rows, 0)

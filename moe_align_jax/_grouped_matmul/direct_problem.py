@@ -63,7 +63,9 @@ class DirectMatmul(NamedTuple):
         found = self.config or unshared(config_for(self.problem, self.gpu_kind))
         if not found.heights:
             return found
-        return found._replace(heights=(), exact=False, finds=False)  # not tried outside of jit
+        return found._replace(
+            heights=(), exact=False, finds=False, trims=False
+        )  # not tried outside of jit
 
     @property
     def refusal(self) -> str | None:

@@ -9,73 +9,180 @@ which the stages of the ring hide. The warpgroups that multiply read the result 
 Where blocks of a run are not full, it ends there: a caller may have made such blocks, or an expert map.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, scf
 
-from moe_align_jax._grouped_matmul import inline
+from moe_align_jax._grouped_matmul import cut_list
 from moe_align_jax._grouped_matmul.config import Config
-from moe_align_jax._grouped_matmul.cut_list import STEP
-from moe_align_jax._grouped_matmul.inline import int32, scalar_of
+from moe_align_jax._grouped_matmul.cut_list import STEP, CutList
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 _I32 = jnp.int32
-_LANES = 32  # of a warp
 SLOTS = 2  # of what is told: the tile that is multiplied, and the next one
 WORDS = 8  # of a slot: first row, rows, n tile, pairs
+FOUND = 5  # values of a tile
 
 
 def find(
-    problem: MatmulProblem,
-    config: Config,
-    experts: Any,
-    ids: Any,
-    at: jax.Array,
-    used: jax.Array,
-    limit: Any,
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """(expert, first row, end, pairs, row behind those that follow and hold none) of tile `at`.
+    problem: MatmulProblem, config: Config, experts: Any, ids: Any, at: jax.Array, used: jax.Array
+) -> list[jax.Array]:
+    """What `tile_of` says, in the kernel of that problem; `experts`, `ids`: in global memory."""
+    from moe_align_jax._simt import mosaic
 
-    Args:
-        problem, config: of the kernel.
-        experts, ids: `expert_ids` and `sorted_token_ids`, in global memory.
-        at: less than `used`, or the rows are of no use.
-        used: blocks in use, all of whose rows are there.
-        limit: ids below it are pairs.
-        interpret: whether Pallas' interpreter runs it.
-    """
-    block = problem.block_size
-    limit = jnp.maximum(_I32(limit), 0)
-    there = problem.num_rows // block
-    find_run = _plain_run if interpret else _run
-    expert, before, after = find_run(experts, ids, at, used, limit, block=block, there=there)
-    valid = (expert >= 0) & (expert < problem.num_experts)
-    before, after = jnp.where(valid, before, 0), jnp.where(valid, after, 1)
-    first, count = at - before, before + after
-    held = inline.count_rows(
-        ids, (first + count - 1) * block, limit, rows=block, interpret=interpret
+    cut = cut_list.of(problem, config.heights, config.exact)
+    sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
+    machine = Kernel(
+        name=f"grouped_matmul_{config.form}",
+        body=lambda t, r: None,
+        inputs=sizes,
+        outputs={"out": problem.out_shape},
+        num_warpgroups=config.computing + 1,
+        num_ctas=config.num_ctas,
     )
+
+    def compute(t: Simt, r: SimpleNamespace, *values: Int) -> tuple[Int, ...]:
+        return tile_of(t, r, cut, *values)
+
+    return mosaic.inline_scalars(
+        machine, compute, FOUND, values=(at, used), sorted_token_ids=ids, expert_ids=experts
+    )
+
+
+def tile_of(t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int) -> tuple[Int, ...]:
+    """(Expert, first row, end, pairs, the row behind those that follow and hold none) of tile `at`.
+
+    By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there. There
+    is no such tile where `at` is not among them.
+    """
+    limit = cut_list.limit_of(t, cut, r.sorted_token_ids)
+    expert, before, after = _run_of(t, r, cut, at, used, limit)
+    valid = expert.below(cut.num_experts)
+    before, after = t.select(valid, before, 0), t.select(valid, after, 1)
+    first, count = at - before, before + after
+    held = _held(t, r, cut, first + (count - 1), limit)
+    pairs = t.select(valid, (count - 1) * cut.block + held, 0)
+    start, rows = cut_list.share(t, cut, pairs, count, before)
+    left = t.select(pairs > start, pairs - start, 0)
+    row = first * cut.block + start
+    end = row + t.select(left > 0, rows, 0)
+    behind = t.select(after.eq(1), (first + count) * cut.block, row + rows)
+    return expert, row, end, t.select(left < rows, left, rows), behind
+
+
+def _run_of(
+    t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
+) -> tuple[Int, Int, Int]:
+    """(Expert of block `at`, blocks of its run before it, blocks from it on); a window of 32 at a time."""
+    lane, there = t.thread_id() % WARP, cut.num_rows // cut.block
+
+    def expert_of(block: Int) -> Int:
+        """-2 where there is no such block, which is no block's expert."""
+        inside = block.below(there)
+        expert = t.load(r.expert_ids, t.select(inside, block, 0))
+        return t.select(inside & (block < used), expert, -2)
+
+    def full(block: Int) -> Int:
+        inside = block.below(there)
+        row = t.select(inside, block, 0) * cut.block + (cut.block - 1)
+        return inside & t.load(r.sorted_token_ids, row).below(limit)
+
+    def ahead(first: Int) -> tuple[Int, Int]:
+        """(Experts of 32 blocks from there on, whether the block before each is full)."""
+        block = first + lane
+        return expert_of(block), full(block - 1)
+
+    def back(behind: Int) -> tuple[Int, Int]:
+        """(Experts of the 32 blocks before that one, the nearest first, whether each is full)."""
+        block = behind - 1 - lane
+        return expert_of(block), full(block)
+
+    near, far = ahead(at), back(at)  # their loads run side by side
+    expert = t.shfl(near[0], 0)
+
+    def count(window: tuple[Int, Int]) -> Int:
+        """How many of them, the first ones, belong to the run."""
+        whose, filled = window
+        breaks = t.ballot(whose.eq(expert) & filled) ^ -1
+        least = t.highest_bit(breaks & (0 - breaks))
+        return t.select(breaks.eq(0), WARP, least)
+
+    def go_on(found: Int, window: Callable[[Int], tuple[Int, Int]]) -> Int:
+        """Blocks of the run, of which the first window has so many."""
+
+        def step(values):
+            more = count(window(values[0]))
+            return values[0] + more, more
+
+        return t.values_while((found, found), lambda values: values[1].eq(WARP), step)[0]
+
+    # A block belongs to its own run, whatever the one before it holds.
+    own = near[0], near[1] | lane.eq(0)
+    after = go_on(count(own), lambda done: ahead(at + done))
+    return expert, go_on(count(far), lambda done: back(at - done)), after
+
+
+def _held(t: Simt, r: SimpleNamespace, cut: CutList, block: Int, limit: Int) -> Int:
+    """Pairs of a block; they come first, and votes count them."""
+    lane, total = t.thread_id() % WARP, t.const(0)
+    inside = block.below(cut.num_rows // cut.block)
+    first = t.select(inside, block, 0) * cut.block
+    for done in range(0, cut.block, WARP):
+        row = lane + done
+        there = row < cut.block
+        pair = t.load(r.sorted_token_ids, first + t.select(there, row, 0))
+        total = total + t.popc(t.ballot(there & pair.below(limit)))
+    return total
+
+
+# -- for the interpreter, which runs none of that -----------------------------------------------
+
+
+def find_plainly(
+    problem: MatmulProblem, config: Config, experts: Any, ids: Any, at: jax.Array, used: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What `find` says, one block after the other."""
+    block = problem.block_size
+    there = problem.num_rows // block
+    limit = _I32(problem.num_tokens * problem.top_k or problem.num_pairs)
+    if not (problem.top_k or problem.num_pairs):
+        limit = jnp.maximum(ids[problem.num_rows - 1], 0)
+    expert = experts[at]
+    valid = (expert >= 0) & (expert < problem.num_experts)
+
+    def goes_on(one):
+        """Whether the block behind it is of its run."""
+        inside = valid & (one >= 0) & (one + 1 < used)
+        here = jnp.clip(one, 0, there - 1)
+        pair = ids[here * block + block - 1]
+        full = (pair >= 0) & (pair < limit)
+        behind = experts[jnp.minimum(here + 1, there - 1)]
+        return inside & full & (experts[here] == expert) & (behind == expert)
+
+    before = lax.while_loop(lambda k: goes_on(at - k - 1), lambda k: k + 1, _I32(0))
+    after = lax.while_loop(lambda k: goes_on(at + k - 1), lambda k: k + 1, _I32(1))
+    first, count = at - before, before + after
+    last = ids[pl.ds((first + count - 1) * block, block)]
+    held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = _cut(config, pairs, count, before)
+    start, rows = _share_plainly(config, pairs, count, before)
     left = jnp.maximum(pairs - start, 0)
-    rows_there = jnp.where(left > 0, rows, 0)
     row = first * block + start
-    last = before == count - 1
-    behind = jnp.where(last, (first + count) * block, row + rows)
-    return expert, row, row + rows_there, jnp.minimum(left, rows), behind
+    behind = jnp.where(after == 1, (first + count) * block, row + rows)
+    return expert, row, row + jnp.where(left > 0, rows, 0), jnp.minimum(left, rows), behind
 
 
-def _cut(config: Config, pairs: Any, count: Any, place: Any) -> tuple[jax.Array, jax.Array]:
-    """(First row, height) of the place-th of `count` tiles that share so many pairs: as `cut_list` has it."""
+def _share_plainly(
+    config: Config, pairs: Any, count: Any, place: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What `cut_list.share` says."""
 
     def height(rows: Any) -> Any:
         found = _I32(config.heights[0])
@@ -88,133 +195,10 @@ def _cut(config: Config, pairs: Any, count: Any, place: Any) -> tuple[jax.Array,
         rows = height(lax.div(units + (count - 1), count) * STEP)
         return place * rows, rows
     low = lax.div(units, count)
-    more = units - low * count  # so many tiles, the first ones, are a step higher
+    more = units - low * count
     lower, higher = height(low * STEP), height((low + 1) * STEP)
     start = place * lower + jnp.minimum(place, more) * (higher - lower)
     return start, jnp.where(place < more, higher, lower)
-
-
-def _plain_run(
-    experts: Any, ids: Any, at: Any, used: Any, limit: Any, *, block: int, there: int
-) -> tuple[jax.Array, ...]:
-    """What `_run` says, one block after the other, for the interpreter."""
-    expert = experts[at]
-
-    def goes_on(block_):
-        """Whether the block behind it is of its run."""
-        inside = (block_ >= 0) & (block_ + 1 < used)
-        here = jnp.clip(block_, 0, there - 1)
-        pair = ids[here * block + block - 1]
-        full = (pair >= 0) & (pair < limit)
-        behind = experts[jnp.minimum(here + 1, there - 1)]
-        return inside & full & (experts[here] == expert) & (behind == expert)
-
-    before = lax.while_loop(lambda k: goes_on(at - k - 1), lambda k: k + 1, _I32(0))
-    after = lax.while_loop(lambda k: goes_on(at + k - 1), lambda k: k + 1, _I32(1))
-    return expert, before, after
-
-
-def _run(
-    experts: Any, ids: Any, at: Any, used: Any, limit: Any, *, block: int, there: int
-) -> tuple[jax.Array, ...]:
-    """(Expert of block `at`, blocks of its run before it, blocks from it on)."""
-    scalar = plgpu.Layout.WG_SPLAT(())
-    result = plgpu.ShapeDtypeStruct((), jnp.dtype(_I32), layout=scalar)
-    types = (plgpu.RefType(), plgpu.RefType(), scalar, scalar, scalar)
-
-    @inline.emits(arg_types=types, return_type=(result, result, result))
-    def emit(_, experts_, ids_, at_, used_, limit_):
-        begin, stop, most = scalar_of(at_), scalar_of(used_), scalar_of(limit_)
-        lane = arith.remui(inline.thread_index(), int32(_LANES))
-
-        def load(array, place):
-            return memref.load(array, [arith.index_cast(ir.IndexType.get(), place)])
-
-        def expert_of(one):
-            """Of a block; -2 where there is none: no block's."""
-            inside = _below(one, int32(there))
-            found = load(experts_, arith.select(inside, one, int32(0)))
-            return arith.select(arith.andi(inside, inline.less(one, stop)), found, int32(-2))
-
-        def full(one):
-            inside = _below(one, int32(there))
-            row = arith.muli(arith.select(inside, one, int32(0)), int32(block))
-            pair = load(ids_, arith.addi(row, int32(block - 1)))
-            return arith.andi(inside, _below(pair, most))
-
-        def ahead(first):
-            """(Experts of 32 blocks from there on, whether each block before them is full)."""
-            one = arith.addi(first, lane)
-            return expert_of(one), full(arith.subi(one, int32(1)))
-
-        def back(behind):
-            """(Experts of the 32 blocks before that one, the nearest first, whether each is full)."""
-            one = arith.subi(arith.subi(behind, int32(1)), lane)
-            return expert_of(one), full(one)
-
-        near, far = ahead(begin), back(begin)
-        expert = _first_lane(near[0])
-
-        def count(window, own=None):
-            """How many of a warp's blocks, the first ones, belong to the run."""
-            whose, before = window
-            before = before if own is None else arith.ori(before, own)
-            same = arith.cmpi(arith.CmpIPredicate.eq, whose, expert)
-            return _leading(arith.andi(same, before))
-
-        own = arith.cmpi(arith.CmpIPredicate.eq, lane, int32(0))
-        after = _go_on(count(near, own), lambda done: count(ahead(arith.addi(begin, done))))
-        before = _go_on(count(far), lambda done: count(back(arith.subi(begin, done))))
-        return tuple(
-            mgpu.FragmentedArray.splat(each, (), is_signed=True) for each in (expert, before, after)
-        )
-
-    return emit(experts, ids, at, used, limit)
-
-
-def _below(a: Any, b: Any) -> Any:
-    """`0 <= a < b` of two MLIR values, of which b is not negative."""
-    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
-
-
-def _first_lane(value: Any) -> Any:
-    """The value of the warp's first lane."""
-    return mgpu_utils.inline_ptx(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
-        value,
-        result_types=inline.i32(),
-        has_side_effects=True,
-        convergent=True,
-    )
-
-
-def _leading(holds: Any) -> Any:
-    """Of the warp's lanes, from the first on, how many say so."""
-    return mgpu_utils.inline_ptx(
-        "{ .reg .pred p; .reg .b32 votes; setp.eq.b32 p, $1, 0; "
-        "vote.sync.ballot.b32 votes, p, 0xffffffff; brev.b32 votes, votes; clz.b32 $0, votes; }",
-        arith.extui(inline.i32(), holds),
-        result_types=inline.i32(),
-        has_side_effects=True,
-        convergent=True,
-    )
-
-
-def _go_on(first: Any, more: Any) -> Any:
-    """`first`, and where that is all 32 what `more(blocks so far)` adds, until that is fewer."""
-    types = [inline.i32(), inline.i32()]  # blocks so far, of which the last window
-    loop = scf.WhileOp(types, [first, first])
-    asked = loop.before.blocks.append(*types)
-    with ir.InsertionPoint.at_block_begin(asked):
-        done, last = asked.arguments
-        goes = arith.cmpi(arith.CmpIPredicate.eq, last, int32(_LANES))
-        scf.condition(goes, [done, last])
-    body = loop.after.blocks.append(*types)
-    with ir.InsertionPoint.at_block_begin(body):
-        done, _ = body.arguments
-        found = more(done)
-        scf.yield_([arith.addi(done, found), found])
-    return loop.results[0]
 
 
 # -- from the warpgroup that loads to those that multiply -----------------------------------------

@@ -265,11 +265,8 @@ def build(
         def found(i):
             """The i-th tile, which the warpgroup that loads finds and tells the others."""
             at, n = order(i)
-            limit = epilogue.num_pairs(problem, refs.vectors)
-            known = found_cut.find(
-                *(problem, config, refs.experts, refs.ids, at, row_tiles, limit),
-                interpret=interpret,
-            )
+            find = found_cut.find_plainly if interpret else found_cut.find
+            known = tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles))
             tile = _tile(problem, config, shape, refs, at, n, known)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)

@@ -19,6 +19,7 @@ from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
+from moe_align_jax._simt.language import Kernel, Program
 
 TALL = tiles.Config("swap", 192, 256, 64, 3, lag=1)
 
@@ -109,24 +110,48 @@ class _Memory:
         return self.values[at]
 
 
+def found_by_votes(cut: cut_list.CutList, where: Made, used: int) -> list[np.ndarray]:
+    """The values of each tile, as a CTA finds them in the emulator."""
+    sizes = {"sorted_token_ids": where.ids.shape, "expert_ids": where.experts.shape}
+
+    def body(t, r):
+        values = found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used))
+        with t.if_(t.thread_id().eq(32)):
+            for place, value in enumerate(values):
+                t.store(r.found, t.cta_id() * found_cut.FOUND + place, value)
+
+    machine = Kernel(
+        name="found",
+        body=body,
+        inputs=sizes,
+        outputs={"found": (used * found_cut.FOUND,)},
+        num_warpgroups=1,
+        num_ctas=used,
+    )
+    program = Program(inputs=sizes, kernels=(machine,), results=("found",))
+    [found] = emulator.run(program, [where.ids, where.experts])
+    return list(found.reshape(used, found_cut.FOUND).T)
+
+
+LONG = [(e, p) for e, c in enumerate((31, 32, 33, 64, 97)) for p in [144] * c + [1 + e]]
+LONG += [(5, 144)] * 32 + [(6, 144)] * 65 + [(7, 9)]
+FOUND_LISTS = LISTS | {"long": (144, LONG)}
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
-@pytest.mark.parametrize("case", LISTS)
-def test_tiles_that_are_found(case, exact):
+@pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
+@pytest.mark.parametrize("case", [case for case in FOUND_LISTS if case != "nothing"])
+def test_tiles_that_are_found(case, known, exact):
     """Each row in use is one tile's; where blocks but the last are full, they are those of the list."""
-    block, given = LISTS[case]
-    num_experts = max([e for e, _ in given if e != 7], default=0) + 1
+    block, given = FOUND_LISTS[case]
+    num_experts = max([e for e, _ in given if e != 7 or case == "long"], default=0) + 1
     where = made(block, num_experts, given)
     heights = tuple(range(block, block // 2, -8))
     problem = problem_of(where, block, num_experts, 64, 128)
-    config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
-    experts, ids = _Memory(where.experts), _Memory(where.ids)
-
-    @jax.vmap
-    def find(at):
-        used, limit = jnp.int32(len(given)), jnp.int32(problem.num_pairs)
-        return found_cut.find(*(problem, config, experts, ids, at, used, limit), interpret=True)
-
-    listed = [np.asarray(a) for a in find(jnp.arange(len(given), dtype=jnp.int32))]
+    if not known:
+        problem = problem._replace(num_pairs=0)
+    cut = cut_list.of(problem, heights, exact)
+    listed = found_by_votes(cut, where, len(given))
     seen = np.zeros(len(where.ids), int)
     for expert, start, end, pairs, behind in zip(*listed, strict=True):
         assert end - start in (0, *heights) and 0 <= pairs <= end - start
@@ -136,11 +161,19 @@ def test_tiles_that_are_found(case, exact):
         assert (own == expert).all() if pairs else True
         seen[start:behind] += 1
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
-    cut = cut_list.of(problem, heights, exact)
-    count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     if case != "odd":
+        count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
         for found, one in zip(listed[1:], want[1:], strict=True):
             assert found.tolist() == one[: count[0]].tolist()
+    config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
+    experts, ids = _Memory(where.experts), _Memory(where.ids)
+
+    @jax.vmap
+    def plainly(at):
+        return found_cut.find_plainly(problem, config, experts, ids, at, jnp.int32(len(given)))
+
+    for found, one in zip(listed, plainly(jnp.arange(len(given), dtype=jnp.int32)), strict=True):
+        assert found.tolist() == one.tolist()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +256,8 @@ def test_tiles_that_are_found_in_the_interpreter(late):
     where = made(144, 4, FOUND)
     problem = problem_of(where, 144, 4, 320, 128)
     usual = tiles.Config("swap", 144, 256, 64, 4, group=2)
-    config = tiles.with_heights(problem, usual, HEIGHTS, True, finds=True, late=late)
+    more = {"finds": True, "late": late, "trims": late}
+    config = tiles.with_heights(problem, usual, HEIGHTS, True, **more)
     assert config.cuts and config.late == late
     with jax.default_device(jax.devices("cpu")[0]):
         check(where, problem, config, interpret=True)

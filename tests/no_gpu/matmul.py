@@ -134,7 +134,8 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=144, weights={"transposed": transposed}, zero_padding=zeros)
         for late in (True, False):
             tiles = Config("swap", 144, 256, 64, 4, group=4, lag=2)
-            tiles = with_heights(given, tiles, (8, 16, 24, 40), True, finds=True, late=late)
+            more = {"finds": True, "late": late, "trims": late}
+            tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
             yield "144, found heights", given, tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
