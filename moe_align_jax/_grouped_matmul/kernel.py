@@ -382,12 +382,14 @@ def build(
             def by_height(tile, heights, of_height, otherwise):
                 """One branch within the other: none needs a tile's height behind its products."""
                 first, *others = heights
+                if not others:
+                    there = lambda: of_height(first)  # noqa: E731
+                    return lax.cond(tile.end - tile.row != first, otherwise, there)
+                # Mosaic lowers the second function twice, to learn the types of its results.
                 return lax.cond(
-                    tile.end - tile.row == first,
+                    tile.end - tile.row != first,
+                    lambda: by_height(tile, others, of_height, otherwise),
                     lambda: of_height(first),
-                    lambda: (
-                        by_height(tile, others, of_height, otherwise) if others else otherwise()
-                    ),
                 )
 
             def of_height(tile, ring, between, rows):
