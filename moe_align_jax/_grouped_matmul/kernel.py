@@ -620,7 +620,7 @@ def build(
         empty_barriers = plgpu.ClusterBarrier(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
-    told = []
+    told: list[Any] = []
     if config.cuts:
         told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
         for arrivals in (1, computing):

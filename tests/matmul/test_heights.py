@@ -223,7 +223,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False)
+    usual = config._replace(heights=(), exact=False, finds=False, trims=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -350,6 +350,30 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
     options = {"zero_padding": padding == "zeros", "leaves_padding": padding == "left"}
     problem = problem_of(where, block, 8, 448, 640, transposed=transposed, **options)
     config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, exact)
+    check(where, problem, config, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("block", "padding", "transposed", "late"),
+    [
+        *((144, padding, False, late) for padding in ("zeros", "left") for late in (True, False)),
+        *((144, padding, True, True) for padding in ("zeros", "any", "left")),
+        (176, "zeros", False, False),
+        (184, "left", True, False),
+        (192, "any", False, False),
+    ],
+)
+def test_tiles_that_are_found_on_a_gpu(block, padding, transposed, late):
+    """Of runs of up to 97 blocks, and of blocks that are no run of full ones."""
+    given = [(e, block if p == 144 else p) for e, p in ODD + LONG]
+    where = made(block, 8, given)
+    options = {"zero_padding": padding == "zeros", "leaves_padding": padding == "left"}
+    problem = problem_of(where, block, 8, 448, 640, transposed=transposed, **options)
+    stages = 4 if block == 144 else 3
+    usual = tiles.Config("swap", block, 256, 64, stages, group=4)
+    more = {"finds": True, "late": late, "trims": padding == "zeros"}
+    config = tiles.with_heights(problem, usual, HEIGHTS, block < 192, **more)
     check(where, problem, config, interpret=False)
 
 
