@@ -73,6 +73,8 @@ class Config(NamedTuple):
             whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
+        falling: with `heights`, not `exact`: tiles are taken from the tallest to the lowest, so that all CTAs
+            take about as long for a tile, and remain at the same step.
     """
 
     form: str
@@ -96,6 +98,7 @@ class Config(NamedTuple):
     by_expert: bool = False
     heights: tuple[int, ...] = ()
     exact: bool = False
+    falling: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -116,7 +119,8 @@ class Config(NamedTuple):
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
         if self.heights:
-            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
+            kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
+            more += kind + ".".join(map(str, self.heights[1:]))
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -271,8 +275,10 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights are of plain products"
     if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
         return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
-    if tiles.late or tiles.split > 1 or tiles.sharing:
+    if tiles.late or tiles.split > 1 or tiles.shares_weights:
         return "tiles of several heights are stored at once, by one CTA each"
+    if tiles.exact and tiles.falling:
+        return "tiles of one expert that have two heights are not taken by height"
     first, *rest = tiles.heights
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
