@@ -44,6 +44,7 @@ _REGISTERS = {False: (40, 232), True: (56, 224)}
 _SLOTS = 2  # bands of the result in shared memory, per warpgroup
 _COMPUTING = 2  # warpgroups that multiply
 _WM = 64  # columns of lhs that a warpgroup has
+_SHORT = 16  # rows of a wgmma
 _TILES_PER_CTA = (
     4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
 )
@@ -74,6 +75,7 @@ class Tiles(NamedTuple):
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
         sharing: CTAs of a cluster that have neighbouring m tiles of the same columns of rhs, whose tile they
             load together. They divide the m tiles, and TMA loads both operands.
+        short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
     """
 
     bm: int = 128
@@ -87,6 +89,7 @@ class Tiles(NamedTuple):
     group: int = 0
     back: bool = False
     sharing: int = 1
+    short: bool = False
 
     @property
     def name(self) -> str:
@@ -94,6 +97,7 @@ class Tiles(NamedTuple):
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
         more += f"-c{self.sharing}" if self.sharing > 1 else ""
+        more += "-short" if self.short else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -448,19 +452,8 @@ def build(
                         slot = slot_of(ring + k)
                         plgpu.barrier_wait(full.at[slot])
                         rows = end - first - k * bk
-
-                        @pl.when(rows < bk)
-                        def _():
-                            # Both warpgroups write the same zeros: each waits for its own.
-                            for (side, _, stage), like in zip(sides, likes, strict=True):
-                                if side.by_tma:
-                                    inline.clear_rows(
-                                        *(stage.at[slot], like, rows),
-                                        shape=(bk, side.wide),
-                                        interpret=interpret,
-                                    )
-                            plgpu.commit_smem()
-
+                        if not tiles.short:
+                            pl.when(rows < bk)(lambda: clear(slot, rows))
                         a = left_tiles.at[slot, :, pl.ds(warpgroup * _WM, _WM)]
                         plgpu.wgmma(sums, a.transpose((1, 0)), right_tiles.at[slot])
                         between(k)
@@ -474,15 +467,63 @@ def build(
                         return ()
 
                     # The wait belongs to the branch: see the kernel of the product.
-                    @pl.when(steps > 0)
+                    whole = whole_steps(tile)
+
+                    @pl.when(whole > 0)
                     def _():
-                        lax.fori_loop(0, steps, step, ())
+                        lax.fori_loop(0, whole, step, ())
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+                        plgpu.barrier_arrive(empty.at[slot_of(ring + whole + stages - 1)])
 
                     return sums[...]
 
-                return pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                sums = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                if not tiles.short:
+                    return sums
+                slot, rest = slot_of(ring + steps - 1), end - first - whole_steps(tile) * bk
+
+                def last(most, sums):
+                    """The rows behind the whole steps, which are `most` at most."""
+
+                    def these(sums):
+                        clear(slot, rest, most - _SHORT, most)
+                        return inline.multiply_rows(
+                            *(sums, left_tiles.at[slot], right_tiles.at[slot], likes, warpgroup),
+                            rows=most,
+                            interpret=interpret,
+                        )
+
+                    if most == bk:
+                        return these(sums)
+                    return lax.cond(
+                        rest <= most, these, functools.partial(last, most + _SHORT), sums
+                    )
+
+                def some(sums):
+                    plgpu.barrier_wait(full.at[slot])
+                    sums = last(_SHORT, sums)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return sums
+
+                return lax.cond(rest > 0, some, lambda sums: sums, sums)
+
+            def clear(slot, rows, before=0, most=bk):
+                """Zeros into a stage's rows from `rows` on, up to `most`, none of the `before` first."""
+                # Both warpgroups write the same zeros: each waits for its own.
+                for (side, _, stage), like in zip(sides, likes, strict=True):
+                    if side.by_tma:
+                        inline.clear_rows(
+                            *(stage.at[slot], like, rows),
+                            shape=(most, side.wide),
+                            interpret=interpret,
+                            before=before,
+                        )
+                plgpu.commit_smem()
+
+            def whole_steps(tile):
+                """Of a tile's steps those that the loop takes: with `short`, those of a whole stage."""
+                *_, first, end, steps = tile
+                return lax.div(end - first, _I32(bk)) if tiles.short else steps
 
             def bands(tile, sums):
                 """The sums in bands of columns, rounded; of an expert that is cut, those of its pieces."""
@@ -554,7 +595,7 @@ def build(
 
                 sums = multiply(tile, ring, between)
                 for q in range(len(last)):
-                    late = (tile[-1] <= q) & (waits > 0)
+                    late = (whole_steps(tile) <= q) & (waits > 0)
                     pl.when(late)(lambda q=q: put(q, last[q], at))
                 return ring + tile[-1], _I32(1), place(tile), bands(tile, sums)
 

@@ -295,6 +295,10 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     yield "gradient, rhs shared", problem(), late._replace(sharing=2)
     yield "gradient, rhs shared, wide", problem(n=8192), early._replace(sharing=2, group=16)
+    for gathered in (None, "rhs"):
+        yield "gradient, short", problem(gathered=gathered), late._replace(short=True)
+    yield "gradient, short, rhs shared", problem(), late._replace(short=True, sharing=2)
+    yield "gradient, short, not late", problem(), early._replace(short=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
