@@ -75,6 +75,8 @@ class Config(NamedTuple):
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
+        falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
+            that all CTAs take about as long for a tile, and remain at the same step.
     """
 
     form: str
@@ -99,6 +101,7 @@ class Config(NamedTuple):
     heights: tuple[int, ...] = ()
     exact: bool = False
     trims: bool = False
+    falling: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -124,7 +127,8 @@ class Config(NamedTuple):
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
         if self.heights:
-            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
+            kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
+            more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -263,18 +267,20 @@ def with_heights(
     problem: MatmulProblem,
     tiles: Config,
     less: tuple[int, ...],
-    exact: bool,
+    exact: bool = False,
     *,
     finds: bool = False,
     late: bool = False,
     trims: bool = False,
+    falling: bool = False,
 ) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
     Late tiles wait in as many registers as the highest has.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, late=late, finds=finds, trims=trims)
+    found = tiles._replace(heights=heights, exact=exact, falling=falling)
+    found = found._replace(late=late, finds=finds, trims=trims)
     return tiles if _no_heights(problem, found) else found
 
 
@@ -294,8 +300,12 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights of gated products are found, not listed"
     if tiles.form != "swap" or tiles.bm <= 96 or not _may_be_tall(problem):
         return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
-    if tiles.split > 1 or tiles.sharing:
-        return "tiles of several heights are of one CTA each"
+    if tiles.split > 1 or tiles.shares_weights:
+        return "tiles of several heights are of one CTA each, which may share x"
+    if tiles.sharing and (tiles.late or tiles.finds or tiles.trims):
+        return "CTAs that share x have a list of tiles, load whole blocks, and store at once"
+    if tiles.falling and (tiles.exact or tiles.finds):
+        return "tiles by falling height come from a list, and all of an expert have one height"
     if tiles.trims and (problem.top_k or problem.k % 64):
         return "only rows that TMA loads are loaded by a tile's height"
     if tiles.late and (tiles.bm > 144 or not may_be_late(problem)):

@@ -63,9 +63,9 @@ class DirectMatmul(NamedTuple):
         found = self.config or unshared(config_for(self.problem, self.gpu_kind))
         if not found.heights:
             return found
-        return found._replace(
-            heights=(), exact=False, finds=False, trims=False
-        )  # not tried outside of jit
+        # Not tried outside of jit.
+        found = found._replace(finds=False, trims=False, falling=False)
+        return found._replace(heights=(), exact=False)
 
     @property
     def refusal(self) -> str | None:

@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._grouped_matmul import inline, kernel, launch, reference
+from moe_align_jax._grouped_matmul.cluster_sum import AXIS
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._lowering.sharding import vary_together
@@ -43,6 +44,7 @@ _REGISTERS = {False: (40, 232), True: (56, 224)}
 _SLOTS = 2  # bands of the result in shared memory, per warpgroup
 _COMPUTING = 2  # warpgroups that multiply
 _WM = 64  # columns of lhs that a warpgroup has
+_SHORT = 16  # rows of a wgmma
 _TILES_PER_CTA = (
     4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
 )
@@ -71,6 +73,9 @@ class Tiles(NamedTuple):
             n tiles of an m tile, then the next.
         back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
+        sharing: CTAs of a cluster that have neighbouring m tiles of the same columns of rhs, whose tile they
+            load together. They divide the m tiles, and TMA loads both operands.
+        short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
     """
 
     bm: int = 128
@@ -83,12 +88,16 @@ class Tiles(NamedTuple):
     pieces: int = 0
     group: int = 0
     back: bool = False
+    sharing: int = 1
+    short: bool = False
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4-late`."""
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
+        more += f"-c{self.sharing}" if self.sharing > 1 else ""
+        more += "-short" if self.short else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -260,7 +269,7 @@ def run(
         problem, operands = gathered(problem, *operands)
     tiles = tiles or tiles_for(problem)
     if interpret:  # it runs a thread for each warpgroup of each CTA
-        tiles = tiles._replace(num_ctas=2)
+        tiles = tiles._replace(num_ctas=2 * tiles.sharing)
 
     def by_kernel(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
         given = functools.partial(arguments, problem, tiles, interpret=interpret)
@@ -373,9 +382,14 @@ def build(
     likes = [kernel.transforms(each.wide, dtype) for each in (left, right)]
     o_like = kernel.transforms(piece, out_dtype)
     m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
-    per_expert = m_tiles * n_tiles
-    total = layout.num_experts * per_expert
     by_copies = not (left.by_tma and right.by_tma)
+    sharing = tiles.sharing
+    if sharing > 1 and (by_copies or m_tiles % sharing or tiles.num_ctas % sharing):
+        raise ValueError(f"a cluster cannot share {tiles.name} of {m_tiles} m tiles")
+    # Below, a cluster counts as one CTA, with `sharing` neighbouring m tiles as its tile.
+    m_units, clusters = m_tiles // sharing, tiles.num_ctas // sharing
+    per_expert = m_units * n_tiles
+    total = layout.num_experts * per_expert
     # TMA stores of a single piece lose the dimension of pieces, and with it their index.
     by_rows = not of_pieces and (k % _WM != 0 or n % piece != 0 or n == piece)
     out_shape = problem.out_shape
@@ -393,20 +407,22 @@ def build(
         sums_ref = refs.pop(0) if tiles.pieces else None
         out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        cluster_rank = lax.axis_index(AXIS) if sharing > 1 else _I32(0)
         if used_ref is None:
-            rounds, rest_of_round = divmod(total, tiles.num_ctas)
+            rounds, rest_of_round = divmod(total, clusters)
         else:
             in_use = used_ref[0] * per_expert
-            rounds = lax.div(in_use, _I32(tiles.num_ctas))
-            rest_of_round = in_use - rounds * tiles.num_ctas
+            rounds = lax.div(in_use, _I32(clusters))
+            rest_of_round = in_use - rounds * clusters
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            t = i * tiles.num_ctas + place_in_round(i)
+            t = i * clusters + place_in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
-            m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
+            m, n = kernel.in_groups(tiles.group, rest, m_units, n_tiles)
+            m = m * sharing + cluster_rank if sharing > 1 else m
             expert = order_ref[rank]
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
@@ -415,7 +431,7 @@ def build(
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
             forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
-            return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
+            return jnp.where(forth, cta, clusters - 1 - cta)
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
@@ -436,19 +452,8 @@ def build(
                         slot = slot_of(ring + k)
                         plgpu.barrier_wait(full.at[slot])
                         rows = end - first - k * bk
-
-                        @pl.when(rows < bk)
-                        def _():
-                            # Both warpgroups write the same zeros: each waits for its own.
-                            for (side, _, stage), like in zip(sides, likes, strict=True):
-                                if side.by_tma:
-                                    inline.clear_rows(
-                                        *(stage.at[slot], like, rows),
-                                        shape=(bk, side.wide),
-                                        interpret=interpret,
-                                    )
-                            plgpu.commit_smem()
-
+                        if not tiles.short:
+                            pl.when(rows < bk)(lambda: clear(slot, rows))
                         a = left_tiles.at[slot, :, pl.ds(warpgroup * _WM, _WM)]
                         plgpu.wgmma(sums, a.transpose((1, 0)), right_tiles.at[slot])
                         between(k)
@@ -462,15 +467,63 @@ def build(
                         return ()
 
                     # The wait belongs to the branch: see the kernel of the product.
-                    @pl.when(steps > 0)
+                    whole = whole_steps(tile)
+
+                    @pl.when(whole > 0)
                     def _():
-                        lax.fori_loop(0, steps, step, ())
+                        lax.fori_loop(0, whole, step, ())
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+                        plgpu.barrier_arrive(empty.at[slot_of(ring + whole + stages - 1)])
 
                     return sums[...]
 
-                return pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                sums = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                if not tiles.short:
+                    return sums
+                slot, rest = slot_of(ring + steps - 1), end - first - whole_steps(tile) * bk
+
+                def last(most, sums):
+                    """The rows behind the whole steps, which are `most` at most."""
+
+                    def these(sums):
+                        clear(slot, rest, most - _SHORT, most)
+                        return inline.multiply_rows(
+                            *(sums, left_tiles.at[slot], right_tiles.at[slot], likes, warpgroup),
+                            rows=most,
+                            interpret=interpret,
+                        )
+
+                    if most == bk:
+                        return these(sums)
+                    return lax.cond(
+                        rest <= most, these, functools.partial(last, most + _SHORT), sums
+                    )
+
+                def some(sums):
+                    plgpu.barrier_wait(full.at[slot])
+                    sums = last(_SHORT, sums)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return sums
+
+                return lax.cond(rest > 0, some, lambda sums: sums, sums)
+
+            def clear(slot, rows, before=0, most=bk):
+                """Zeros into a stage's rows from `rows` on, up to `most`, none of the `before` first."""
+                # Both warpgroups write the same zeros: each waits for its own.
+                for (side, _, stage), like in zip(sides, likes, strict=True):
+                    if side.by_tma:
+                        inline.clear_rows(
+                            *(stage.at[slot], like, rows),
+                            shape=(most, side.wide),
+                            interpret=interpret,
+                            before=before,
+                        )
+                plgpu.commit_smem()
+
+            def whole_steps(tile):
+                """Of a tile's steps those that the loop takes: with `short`, those of a whole stage."""
+                *_, first, end, steps = tile
+                return lax.div(end - first, _I32(bk)) if tiles.short else steps
 
             def bands(tile, sums):
                 """The sums in bands of columns, rounded; of an expert that is cut, those of its pieces."""
@@ -542,7 +595,7 @@ def build(
 
                 sums = multiply(tile, ring, between)
                 for q in range(len(last)):
-                    late = (tile[-1] <= q) & (waits > 0)
+                    late = (whole_steps(tile) <= q) & (waits > 0)
                     pl.when(late)(lambda q=q: put(q, last[q], at))
                 return ring + tile[-1], _I32(1), place(tile), bands(tile, sums)
 
@@ -601,7 +654,11 @@ def build(
                         if side.by_tma:
                             rows = pl.ds(pl.multiple_of(first + k * bk, 8), bk)
                             source = ref.at[rows, pl.ds(column, side.wide)]
-                            plgpu.copy_gmem_to_smem(source, stage.at[slot], full.at[slot])
+                            shared = sharing > 1 and side is right and not interpret
+                            plgpu.copy_gmem_to_smem(
+                                *(source, stage.at[slot], full.at[slot]),
+                                collective_axes=AXIS if shared else None,
+                            )
                         else:
                             inline.copy_wide_rows(
                                 *(ref, stage.at[slot], like, rest.pop(0)),
@@ -642,6 +699,13 @@ def build(
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     arrivals = left.by_tma + right.by_tma + by_copies
+    empty_barriers: Any = plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages)
+    grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)}
+    if sharing > 1:
+        grid |= {"cluster": (sharing,), "cluster_names": (AXIS,)}
+        empty_barriers = plgpu.ClusterBarrier(
+            collective_axes=(AXIS,), num_arrivals=_COMPUTING, num_barriers=stages
+        )
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
@@ -650,10 +714,9 @@ def build(
             plgpu.SMEM((stages, bk, tiles.bn), dtype, transforms=likes[1]),
             plgpu.SMEM((_COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
+            empty_barriers,
         ],
-        grid=(tiles.num_ctas,),
-        grid_names=("cta",),
+        **grid,
         num_threads=_COMPUTING + 1,
         thread_name="warpgroup",
         kernel_name="grouped_weight_gradient" + ("_of_pieces" if of_pieces else ""),

@@ -64,18 +64,19 @@ LISTS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("kind", ["exact", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
-def test_list_of_tiles(case, known, exact):
+def test_list_of_tiles(case, known, kind):
     """Each row in use is one tile's, whose rows to multiply hold all pairs, and of its expert alone."""
+    exact = kind == "exact"
     block, given = LISTS[case]
     num_experts = max([e for e, _ in given if e != 7], default=0) + 1
     heights = tuple(range(block, block // 2, -8))
     where = made(block, num_experts, given)
     cut = cut_list.CutList(
         *(len(where.ids), block, len(where.experts), num_experts),
-        *(int(where.ids[-1]) if known else 0, heights, exact),
+        *(int(where.ids[-1]) if known else 0, heights, exact, kind == "falling"),
     )
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
@@ -89,6 +90,12 @@ def test_list_of_tiles(case, known, exact):
         seen[start:behind] += 1
         computed += end - start
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
+    if kind == "falling":
+        rows = (listed[2] - listed[1])[: count[0]]
+        assert (np.diff(rows) <= 0).all()
+        # Of one height, in the order of their rows: an expert's tiles remain neighbours.
+        same = np.flatnonzero(np.diff(rows) == 0)
+        assert (listed[1][same] < listed[1][same + 1]).all()
     usual = block * sum(p > 0 and 0 <= e < num_experts for e, p in given)
     if case == "few":  # one step of rows at most behind the pairs of each expert of many blocks
         least = 2 * 20 * 184 + 192
@@ -223,7 +230,8 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False, finds=False, trims=False)
+    usual = config._replace(heights=(), exact=False, falling=False, sharing=0)
+    usual = usual._replace(finds=False, trims=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -315,6 +323,11 @@ def test_what_cannot_be_cut_is_refused():
         (tall._replace(heights=(184, 180)), "multiples of 8"),
         (tall._replace(heights=(176, 168)), "fall from a block's"),
         (tall._replace(bm=92), "each as high"),
+        (tall._replace(falling=True), "by falling height"),
+        (tall._replace(falling=True, exact=False, finds=True), "by falling height"),
+        (tall._replace(sharing=2, shared="w"), "one CTA each"),
+        (tall._replace(sharing=2, finds=True), "share x have a list"),
+        (tall._replace(sharing=2, trims=True), "share x have a list"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
@@ -375,6 +388,20 @@ def test_tiles_that_are_found_on_a_gpu(block, padding, transposed, late):
     more = {"finds": True, "late": late, "trims": padding == "zeros"}
     config = tiles.with_heights(problem, usual, HEIGHTS, block < 192, **more)
     check(where, problem, config, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [176, 184, 192])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("sharing", [0, 2])
+def test_tiles_by_height_on_a_gpu(block, transposed, sharing):
+    """Alone, and two CTAs that load x together; of an even number of n tiles."""
+    given = [(e, block if p == 144 else p) for e, p in ODD]
+    given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
+    where = made(block, 8, given)
+    problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
+    config = tiles.with_heights(problem, TALL._replace(bm=block, group=3), HEIGHTS, falling=True)
+    check(where, problem, config._replace(sharing=sharing), interpret=False)
 
 
 def test_which_products_take_them():

@@ -100,6 +100,16 @@ FEW = [
         kernel.Tiles(bk=16, pieces=3),
     ),
     (
+        "short, late, and an expert of fewer rows than a stage",
+        lambda: ragged([70, 0, 23, 64, 130], 300, 128, 256),
+        kernel.Tiles(short=True),
+    ),
+    (
+        "short, rhs gathered, float32",
+        lambda: blocks(40, 2, 2, 128, 64, 64, gathered="rhs", routing="dropped", out="float32"),
+        kernel.Tiles(short=True, late=False),
+    ),
+    (
         "three tiles by two, in groups of two, all rounds but the first back",
         lambda: blocks(9, 2, 2, 384, 320, 64, gathered=None, routing="dropped"),
         kernel.Tiles(bk=16, group=2, back=True),
@@ -480,3 +490,41 @@ def test_a_callers_alignment_within_shard_map():
     traced = jax.jit(step).trace(w, x, like((64, 2), jnp.int32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.case" in text and "grouped_weight_gradient" in text
+
+
+def test_a_cluster_shares_whole_m_tiles():
+    """Of operands that TMA reads, in a grid of whole clusters."""
+    pairs = kernel.Tiles(sharing=2)
+    problem, _ = blocks(9, 2, 2, 512, 256, 64, gathered=None)
+    kernel.build(problem, pairs)
+    odd, _ = blocks(9, 2, 2, 384, 256, 64, gathered=None)
+    copied, _ = blocks(9, 2, 2, 512, 256, 64, gathered="lhs")
+    for given, tiles in ((odd, pairs), (copied, pairs), (problem, pairs._replace(num_ctas=131))):
+        with pytest.raises(ValueError, match="cannot share"):
+            kernel.build(given, tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("routing", ["uniform", "dropped", "hot"])
+def test_shared_rhs_on_a_gpu(late, short, routing):
+    """Right, and the bits of tiles that share nothing."""
+    problem, operands = blocks(300, 4, 5, 1024, 768, 64, gathered=None, routing=routing)
+    pairs = kernel.Tiles(late=late, sharing=2, short=short)
+    check(problem, operands, pairs, interpret=False)
+    alone = kernel.run(problem, *operands, tiles=pairs._replace(sharing=1))
+    found = kernel.run(problem, *operands, tiles=pairs)
+    assert np.asarray(found).tobytes() == np.asarray(alone).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("gathered", [None, "lhs", "rhs"])
+def test_last_rows_on_a_gpu(gathered, late):
+    """Each number of rows that a last step may have; NaN behind them."""
+    tiles = kernel.Tiles(late=late, short=True, lag=1)
+    check(*blocks(310, 4, 24, 384, 512, 64, gathered=gathered), tiles, interpret=False)
+    sizes = [16 * i + j for i in range(9) for j in (0, 1, 15)]
+    if gathered is None:
+        check(*ragged(sizes, sum(sizes) + 3, 256, 320), tiles, interpret=False)
