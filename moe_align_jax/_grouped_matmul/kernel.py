@@ -673,7 +673,11 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     block = problem.block_size
     count = refs.vectors.bound if problem.row_labels else refs.count[0]
     blocks = lax.div(count + (block - 1), _I32(block))
-    return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
+    # Ids are read of whole tiles. A last block that is not whole is none of an alignment's, whose rows in use
+    # are whole blocks.
+    whole = shape.reads_ids and not shape.partial
+    most = problem.num_rows // block if whole else problem.num_blocks
+    return jnp.clip(blocks, 0, most) * shape.parts
 
 
 def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
