@@ -275,7 +275,7 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights are of plain products"
     if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
         return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
-    if tiles.late or tiles.split > 1 or tiles.shares_weights:
+    if tiles.late or tiles.split > 1 or tiles.sharing:
         return "tiles of several heights are stored at once, by one CTA each"
     if tiles.exact and tiles.falling:
         return "tiles of one expert that have two heights are not taken by height"

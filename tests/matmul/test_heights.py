@@ -149,7 +149,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False, falling=False, sharing=0)
+    usual = config._replace(heights=(), exact=False, falling=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_cut_is_refused():
         (tall._replace(heights=(176, 168)), "fall from a block's"),
         (tall._replace(bm=92), "each as high"),
         (tall._replace(falling=True), "not taken by height"),
-        (tall._replace(sharing=2, shared="w"), "stored at once"),
+        (tall._replace(sharing=2), "stored at once"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
@@ -240,15 +240,14 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
 @pytest.mark.gpu
 @pytest.mark.parametrize("block", [176, 184, 192])
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("sharing", [0, 2])
-def test_tiles_by_height_on_a_gpu(block, transposed, sharing):
-    """Alone, and two CTAs that load x together; of an even number of n tiles."""
+def test_tiles_by_height_on_a_gpu(block, transposed):
+    """Right, and the bits of tiles of one height."""
     given = [(e, block if p == 144 else p) for e, p in ODD]
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
     config = tiles.with_heights(problem, TALL._replace(bm=block, group=3), HEIGHTS, False)
-    check(where, problem, config._replace(falling=True, sharing=sharing), interpret=False)
+    check(where, problem, config._replace(falling=True), interpret=False)
 
 
 def test_which_products_take_them():
