@@ -116,7 +116,11 @@ def cannot(problem: WeightGradient) -> str | None:
 def tiles_for(problem: WeightGradient) -> Tiles:
     """The tiles for a problem, as measured on an H200."""
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
-    tiles = Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+    tiles = Tiles(
+        late=problem.layout.out_dtype != "float32",
+        lag=1 if problem.gathered else 2,
+        short=inline.multiplies_rows(),
+    )
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
     group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
@@ -374,6 +378,12 @@ def build(
     """The kernel as a function of what `arguments` gives."""
     if tiles.lag > tiles.stages - 2:
         raise ValueError(f"the loads would wait for products that wait for them: {tiles}")
+    if tiles.short and not inline.multiplies_rows():
+        raise ValueError(
+            f"this jax does not have what {tiles.name} are made of; take `short=False`"
+        )
+    if tiles.short and tiles.bk != 64:
+        raise ValueError(f"`short` tiles have stages of 64 rows, not of {tiles.bk}")
     layout = problem.layout
     k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
