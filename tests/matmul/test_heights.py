@@ -175,13 +175,15 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
 HEIGHTS = (8, 16, 24, 40)
 
 
-def test_product_in_the_interpreter():
+@pytest.mark.parametrize("falling", [False, True])
+def test_product_in_the_interpreter(falling):
     """Half of the tile's columns are there; rows of a piece that has not all of its own."""
     given = [(0, 152), (0, 100), (-1, 0), (0, 7), (1, 152), (1, 1), (2, 10), (2, 100)]
     where = made(152, 3, given)
     problem = problem_of(where, 152, 3, 64, 128)
     with jax.default_device(jax.devices("cpu")[0]):
-        config = tiles.with_heights(problem, TALL._replace(bm=152), (16,), True)
+        usual = TALL._replace(bm=152)
+        config = tiles.with_heights(problem, usual, (16,), not falling, falling=falling)
         check(where, problem, config, interpret=True)
 
 
@@ -246,35 +248,39 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
-    config = tiles.with_heights(problem, TALL._replace(bm=block, group=3), HEIGHTS, False)
-    check(where, problem, config._replace(falling=True), interpret=False)
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, False, falling=True)
+    check(where, problem, config, interpret=False)
 
 
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 184 and 192 of many where K is short."""
+    """Blocks of 176 rows and more of few experts, 184 and 192 of many: by height where K is long."""
 
     def chosen(block, experts, k=4096, n=14336, **more):
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
         found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
-        return found.heights[1:], found.exact
+        kind = "exact" if found.exact else "falling" if found.falling else "even"
+        assert not found.falling or found.group == 0
+        return found.heights[1:], kind if found.heights else ""
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
-    assert chosen(192, 8) == ((184, 176, 152), True)
-    assert chosen(176, 8, **any_rows) == ((168, 160, 136), True)
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), True)
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
+    assert chosen(192, 8) == ((184, 176, 152), "exact")
+    assert chosen(176, 8, **any_rows) == ((168, 160, 136), "exact")
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact")
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even")
+    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), "falling")
+    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), "falling")
     for others in (
         chosen(144, 8),
         chosen(192, 8, n=7168),
         chosen(144, 128, 1024, **any_rows),
-        chosen(192, 128, 2048, **any_rows),
         chosen(184, 128, 1024),
+        chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
         chosen(176, 128, 1024, **any_rows),
         chosen(176, 8, row_weights=True),
     ):
-        assert others == ((), False)
+        assert others == ((), "")
 
 
 @pytest.mark.gpu

@@ -131,8 +131,12 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         yield f"{bm}, heights", given, with_heights(given, tiles, less, exact=True)
     given = problem(block=184, zero_padding=False)
-    tiles = with_heights(given, Config("swap", 184, 256, 64, 3, lag=1, group=0), (8, 16), False)
-    yield "184, heights, falling", given, tiles._replace(falling=True)
+    tiles = Config("swap", 184, 256, 64, 3, lag=1)
+    yield (
+        "184, heights, falling",
+        given,
+        with_heights(given, tiles, (8, 16, 24, 40), False, falling=True),
+    )
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
