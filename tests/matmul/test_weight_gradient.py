@@ -542,32 +542,6 @@ def test_a_callers_alignment_within_shard_map():
     assert "stablehlo.case" in text and "grouped_weight_gradient" in text
 
 
-def test_a_cluster_shares_whole_m_tiles():
-    """Of operands that TMA reads, in a grid of whole clusters."""
-    pairs = kernel.Tiles(sharing=2)
-    problem, _ = blocks(9, 2, 2, 512, 256, 64, gathered=None)
-    kernel.build(problem, pairs)
-    odd, _ = blocks(9, 2, 2, 384, 256, 64, gathered=None)
-    copied, _ = blocks(9, 2, 2, 512, 256, 64, gathered="lhs")
-    for given, tiles in ((odd, pairs), (copied, pairs), (problem, pairs._replace(num_ctas=131))):
-        with pytest.raises(ValueError, match="cannot share"):
-            kernel.build(given, tiles)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("short", [True, False])
-@pytest.mark.parametrize("routing", ["uniform", "dropped", "hot"])
-def test_shared_rhs_on_a_gpu(late, short, routing):
-    """Right, and the bits of tiles that share nothing."""
-    problem, operands = blocks(300, 4, 5, 1024, 768, 64, gathered=None, routing=routing)
-    pairs = kernel.Tiles(late=late, sharing=2, short=short)
-    check(problem, operands, pairs, interpret=False)
-    alone = kernel.run(problem, *operands, tiles=pairs._replace(sharing=1))
-    found = kernel.run(problem, *operands, tiles=pairs)
-    assert np.asarray(found).tobytes() == np.asarray(alone).tobytes()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(128, 256), (384, 320), (200, 136)])
 @pytest.mark.parametrize(
