@@ -26,9 +26,10 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
-# which there are, the K up to which they are. See above `RULES`. Below so many rows times K times N they are
-# not taken: between the launch that lists them and the product 17 to 27 us passed under jit, at any size.
-_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_EXACT = 176, 128, 1024
+# which there are, the K up to which they are; with a longer K so many experts, by falling height. See above
+# `RULES`. Below so many rows times K times N they are not taken: between the launch that lists them and the
+# product 17 to 27 us passed under jit, at any size.
+_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
@@ -249,12 +250,12 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         return tiles
     if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
         return with_heights(problem, tiles, (8, 16, 40), True)
-    many = problem.num_experts >= _MANY_OF_HEIGHTS and problem.consecutive
-    if not many or tiles.bm not in (184, 192):
-        return tiles
-    if problem.k <= _MOST_K_OF_EXACT:
-        return with_heights(problem, tiles, (8, 16, 24, 40), tiles.bm == 184)
-    return with_heights(problem, tiles, (8, 16, 24, 40), False, falling=True)
+    falling = problem.k > _MOST_K_OF_HEIGHTS
+    many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
+    if many and problem.consecutive and tiles.bm in (184, 192):
+        exact = tiles.bm == 184 and not falling
+        return with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
+    return tiles
 
 
 def with_heights(

@@ -274,6 +274,8 @@ def test_which_products_take_them():
         chosen(144, 8),
         chosen(192, 8, n=7168),
         chosen(144, 128, 1024, **any_rows),
+        chosen(192, 128, 2048, **any_rows),
+        chosen(184, 255, 7168, 1024, **any_rows),
         chosen(184, 128, 1024),
         chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
