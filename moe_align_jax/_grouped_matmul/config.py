@@ -254,15 +254,15 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
     if many and problem.consecutive and tiles.bm in (184, 192):
         exact = tiles.bm == 184 and not falling
-        return with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
-    return tiles
+        tiles = with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
+    return tiles._replace(group=0) if tiles.falling else tiles
 
 
 def with_heights(
     problem: MatmulProblem,
     tiles: Config,
     less: tuple[int, ...],
-    exact: bool,
+    exact: bool = False,
     *,
     falling: bool = False,
 ) -> Config:
@@ -272,9 +272,7 @@ def with_heights(
     of the next.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, late=False)
-    if falling:  # CTAs that have tiles of one height read the same weights without groups
-        found = found._replace(falling=True, group=0)
+    found = tiles._replace(heights=heights, exact=exact, falling=falling, late=False)
     return tiles if _no_heights(problem, found) else found
 
 

@@ -248,7 +248,7 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
-    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, False, falling=True)
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, falling=True)
     check(where, problem, config, interpret=False)
 
 
@@ -260,7 +260,7 @@ def test_which_products_take_them():
         found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
         kind = "exact" if found.exact else "falling" if found.falling else "even"
-        assert not found.falling or found.group == 0
+        assert found.falling == (found.group == 0)
         return found.heights[1:], kind if found.heights else ""
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
@@ -276,6 +276,7 @@ def test_which_products_take_them():
         chosen(144, 128, 1024, **any_rows),
         chosen(192, 128, 2048, **any_rows),
         chosen(184, 255, 7168, 1024, **any_rows),
+        chosen(184, 256, 7168, 1024, row_weights=True, **any_rows),
         chosen(184, 128, 1024),
         chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),

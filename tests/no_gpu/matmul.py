@@ -135,7 +135,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
     yield (
         "184, heights, falling",
         given,
-        with_heights(given, tiles, (8, 16, 24, 40), False, falling=True),
+        with_heights(given, tiles, (8, 16, 24, 40), falling=True),
     )
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
