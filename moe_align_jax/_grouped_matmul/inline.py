@@ -17,12 +17,18 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jax.experimental.mosaic.gpu.wgmma import wgmma_m64
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
+
+_descriptor: Any
+_wgmma: Any
+try:  # what Mosaic makes its own wgmma of; a later jax may have it elsewhere
+    from jax.experimental.mosaic.gpu.mma_utils import create_descriptor as _descriptor
+    from jax.experimental.mosaic.gpu.wgmma import wgmma_m64 as _wgmma
+except ImportError:
+    _descriptor = _wgmma = None
 
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
@@ -893,6 +899,11 @@ def clear_rows(
     emit(tile_ref, first)
 
 
+def multiplies_rows() -> bool:
+    """Whether this jax has what `multiply_rows` is made of."""
+    return _wgmma is not None
+
+
 def multiply_rows(
     sums: jax.Array,
     left_ref: Any,
@@ -922,15 +933,14 @@ def multiply_rows(
         left = mgpu.memref_transpose(left, (1, 0, 3, 2))
         kind = ir.MemRefType(left.type).element_type
         more = {"swizzle": 128, "large_tile": (group, group)}
-        described: Any = mma_utils.create_descriptor
-        (a, (_, (a_step, *_))), *_ = described(
+        (a, (_, (a_step, *_))), *_ = _descriptor(
             left, group_size=(group, group), logical_k_major=False, **more
         )
-        (b, (_, (b_step, *_))), *_ = described(
+        (b, (_, (b_step, *_))), *_ = _descriptor(
             right, group_size=(group, sums.shape[1]), logical_k_major=True, **more
         )
         given = mgpu.WGMMAAccumulator.from_registers(values)
-        registers = wgmma_m64(
+        registers = _wgmma(
             given._value.registers,
             *(a, b, True, True, a_step, b_step),
             n=sums.shape[1],

@@ -33,7 +33,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._grouped_matmul import inline, kernel, launch, reference
-from moe_align_jax._grouped_matmul.cluster_sum import AXIS
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._lowering.sharding import vary_together
@@ -73,8 +72,6 @@ class Tiles(NamedTuple):
             n tiles of an m tile, then the next.
         back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
-        sharing: CTAs of a cluster that have neighbouring m tiles of the same columns of rhs, whose tile they
-            load together. They divide the m tiles, and TMA loads both operands.
         short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
     """
 
@@ -88,7 +85,6 @@ class Tiles(NamedTuple):
     pieces: int = 0
     group: int = 0
     back: bool = False
-    sharing: int = 1
     short: bool = False
 
     @property
@@ -96,7 +92,6 @@ class Tiles(NamedTuple):
         """For tables: `128x256x64s4-late`."""
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
-        more += f"-c{self.sharing}" if self.sharing > 1 else ""
         more += "-short" if self.short else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
@@ -115,8 +110,15 @@ def cannot(problem: WeightGradient) -> str | None:
 
 def tiles_for(problem: WeightGradient) -> Tiles:
     """The tiles for a problem, as measured on an H200."""
+    # Last rows to 16, beside whole steps, us, 2026-11-29, 19:44 and 20:10: 131072 rows, 7168 x 1024, 256
+    # experts 2781, 2864 (Zipf 3217, 3249); 262144 rows, 4096 x 1536, 128 experts 4316, 4344; 65536 rows,
+    # 768 x 2048, 128 experts 317, 330; 16384 rows, 4096 x 28672, 8 experts 4853, 4913.
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
-    tiles = Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+    tiles = Tiles(
+        late=problem.layout.out_dtype != "float32",
+        lag=1 if problem.gathered else 2,
+        short=inline.multiplies_rows(),
+    )
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
     group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
@@ -269,7 +271,7 @@ def run(
         problem, operands = gathered(problem, *operands)
     tiles = tiles or tiles_for(problem)
     if interpret:  # it runs a thread for each warpgroup of each CTA
-        tiles = tiles._replace(num_ctas=2 * tiles.sharing)
+        tiles = tiles._replace(num_ctas=2)
 
     def by_kernel(experts: Experts, operands: tuple[jax.Array, ...]) -> jax.Array:
         given = functools.partial(arguments, problem, tiles, interpret=interpret)
@@ -374,6 +376,12 @@ def build(
     """The kernel as a function of what `arguments` gives."""
     if tiles.lag > tiles.stages - 2:
         raise ValueError(f"the loads would wait for products that wait for them: {tiles}")
+    if tiles.short and not inline.multiplies_rows():
+        raise ValueError(
+            f"this jax does not have what {tiles.name} are made of; take `short=False`"
+        )
+    if tiles.short and tiles.bk != 64:
+        raise ValueError(f"`short` tiles have stages of 64 rows, not of {tiles.bk}")
     layout = problem.layout
     k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
@@ -383,12 +391,7 @@ def build(
     o_like = kernel.transforms(piece, out_dtype)
     m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
     by_copies = not (left.by_tma and right.by_tma)
-    sharing = tiles.sharing
-    if sharing > 1 and (by_copies or m_tiles % sharing or tiles.num_ctas % sharing):
-        raise ValueError(f"a cluster cannot share {tiles.name} of {m_tiles} m tiles")
-    # Below, a cluster counts as one CTA, with `sharing` neighbouring m tiles as its tile.
-    m_units, clusters = m_tiles // sharing, tiles.num_ctas // sharing
-    per_expert = m_units * n_tiles
+    per_expert = m_tiles * n_tiles
     total = layout.num_experts * per_expert
     # TMA stores of a single piece lose the dimension of pieces, and with it their index.
     by_rows = not of_pieces and (k % _WM != 0 or n % piece != 0 or n == piece)
@@ -407,22 +410,20 @@ def build(
         sums_ref = refs.pop(0) if tiles.pieces else None
         out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        cluster_rank = lax.axis_index(AXIS) if sharing > 1 else _I32(0)
         if used_ref is None:
-            rounds, rest_of_round = divmod(total, clusters)
+            rounds, rest_of_round = divmod(total, tiles.num_ctas)
         else:
             in_use = used_ref[0] * per_expert
-            rounds = lax.div(in_use, _I32(clusters))
-            rest_of_round = in_use - rounds * clusters
+            rounds = lax.div(in_use, _I32(tiles.num_ctas))
+            rest_of_round = in_use - rounds * tiles.num_ctas
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            t = i * clusters + place_in_round(i)
+            t = i * tiles.num_ctas + place_in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
-            m, n = kernel.in_groups(tiles.group, rest, m_units, n_tiles)
-            m = m * sharing + cluster_rank if sharing > 1 else m
+            m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
             expert = order_ref[rank]
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
@@ -431,7 +432,7 @@ def build(
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
             forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
-            return jnp.where(forth, cta, clusters - 1 - cta)
+            return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
@@ -654,11 +655,7 @@ def build(
                         if side.by_tma:
                             rows = pl.ds(pl.multiple_of(first + k * bk, 8), bk)
                             source = ref.at[rows, pl.ds(column, side.wide)]
-                            shared = sharing > 1 and side is right and not interpret
-                            plgpu.copy_gmem_to_smem(
-                                *(source, stage.at[slot], full.at[slot]),
-                                collective_axes=AXIS if shared else None,
-                            )
+                            plgpu.copy_gmem_to_smem(source, stage.at[slot], full.at[slot])
                         else:
                             inline.copy_wide_rows(
                                 *(ref, stage.at[slot], like, rest.pop(0)),
@@ -699,13 +696,6 @@ def build(
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     arrivals = left.by_tma + right.by_tma + by_copies
-    empty_barriers: Any = plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages)
-    grid: dict[str, Any] = {"grid": (clusters,), "grid_names": ("cta",)}
-    if sharing > 1:
-        grid |= {"cluster": (sharing,), "cluster_names": (AXIS,)}
-        empty_barriers = plgpu.ClusterBarrier(
-            collective_axes=(AXIS,), num_arrivals=_COMPUTING, num_barriers=stages
-        )
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
@@ -714,9 +704,10 @@ def build(
             plgpu.SMEM((stages, bk, tiles.bn), dtype, transforms=likes[1]),
             plgpu.SMEM((_COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            empty_barriers,
+            plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
         ],
-        **grid,
+        grid=(tiles.num_ctas,),
+        grid_names=("cta",),
         num_threads=_COMPUTING + 1,
         thread_name="warpgroup",
         kernel_name="grouped_weight_gradient" + ("_of_pieces" if of_pieces else ""),

@@ -19,9 +19,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import kernel, launch, reference
-from moe_align_jax._grouped_matmul import weight_gradient_kernel as gradient_kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
-from tests.matmul import test_heights, test_weight_gradient
 from tests.matmul.oracle import error
 from tests.matmul.test_matmul import make_case, normal
 
@@ -134,18 +132,6 @@ print("right")
 def in_the_interpreter() -> None:
     gated = make(2, 2, 3, 256, 64, gated=True, bias=True, dropped=True)
     check(gated, shared(GATED, 2, clusters=2), interpret=True)
-    # Two CTAs load x together, and have the same height for a tile each.
-    given = [(0, 152), (0, 100), (-1, 0), (0, 7), (1, 152), (1, 1), (2, 10), (2, 100)]
-    where = test_heights.made(152, 3, given)
-    problem = test_heights.problem_of(where, 152, 3, 64, 512, transposed=True)
-    tall = tiles.Config("swap", 152, 256, 64, 3, lag=1, sharing=2)
-    tall = tiles.with_heights(problem, tall, (16,), falling=True)
-    test_heights.check(where, problem, tall, interpret=True)
-    # Two CTAs load a tile of rhs together, for three such pairs of m tiles and two tiles of columns.
-    rows = test_weight_gradient.blocks(9, 2, 2, 768, 320, 64, gathered=None, routing="dropped")
-    for late in (True, False):
-        pairs = gradient_kernel.Tiles(bk=16, sharing=2, late=late)
-        test_weight_gradient.check(*rows, pairs, interpret=True)
 
 
 def test_shared_tiles_in_the_interpreter():

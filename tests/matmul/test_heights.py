@@ -230,8 +230,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False, falling=False, sharing=0)
-    usual = usual._replace(finds=False, trims=False)
+    usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -299,13 +298,15 @@ def test_gathered_tiles_that_are_found_in_the_interpreter():
     assert error <= 5e-3 * np.linalg.norm(want)
 
 
-def test_product_in_the_interpreter():
+@pytest.mark.parametrize("falling", [False, True])
+def test_product_in_the_interpreter(falling):
     """Half of the tile's columns are there; rows of a piece that has not all of its own."""
     given = [(0, 152), (0, 100), (-1, 0), (0, 7), (1, 152), (1, 1), (2, 10), (2, 100)]
     where = made(152, 3, given)
     problem = problem_of(where, 152, 3, 64, 128)
     with jax.default_device(jax.devices("cpu")[0]):
-        config = tiles.with_heights(problem, TALL._replace(bm=152), (16,), True)
+        usual = TALL._replace(bm=152)
+        config = tiles.with_heights(problem, usual, (16,), not falling, falling=falling)
         check(where, problem, config, interpret=True)
 
 
@@ -325,9 +326,7 @@ def test_what_cannot_be_cut_is_refused():
         (tall._replace(bm=92), "each as high"),
         (tall._replace(falling=True), "by falling height"),
         (tall._replace(falling=True, exact=False, finds=True), "by falling height"),
-        (tall._replace(sharing=2, shared="w"), "one CTA each"),
-        (tall._replace(sharing=2, finds=True), "share x have a list"),
-        (tall._replace(sharing=2, trims=True), "share x have a list"),
+        (tall._replace(sharing=2), "one CTA each"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
@@ -393,42 +392,48 @@ def test_tiles_that_are_found_on_a_gpu(block, padding, transposed, late):
 @pytest.mark.gpu
 @pytest.mark.parametrize("block", [176, 184, 192])
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("sharing", [0, 2])
-def test_tiles_by_height_on_a_gpu(block, transposed, sharing):
-    """Alone, and two CTAs that load x together; of an even number of n tiles."""
+def test_tiles_by_height_on_a_gpu(block, transposed):
+    """Right, and the bits of tiles of one height."""
     given = [(e, block if p == 144 else p) for e, p in ODD]
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
-    config = tiles.with_heights(problem, TALL._replace(bm=block, group=3), HEIGHTS, falling=True)
-    check(where, problem, config._replace(sharing=sharing), interpret=False)
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, falling=True)
+    check(where, problem, config, interpret=False)
 
 
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 184 and 192 of many where K is short."""
+    """Blocks of 176 rows and more of few experts, 184 and 192 of many: by height where K is long."""
 
     def chosen(block, experts, k=4096, n=14336, **more):
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
         found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
-        return found.heights[1:], found.exact
+        kind = "exact" if found.exact else "falling" if found.falling else "even"
+        assert found.falling == (found.group == 0)
+        return found.heights[1:], kind if found.heights else ""
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
-    assert chosen(192, 8) == ((184, 176, 152), True)
-    assert chosen(176, 8, **any_rows) == ((168, 160, 136), True)
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), True)
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
+    assert chosen(192, 8) == ((184, 176, 152), "exact")
+    assert chosen(176, 8, **any_rows) == ((168, 160, 136), "exact")
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact")
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even")
+    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), "falling")
+    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), "falling")
     for others in (
         chosen(144, 8),
         chosen(192, 8, n=7168),
         chosen(144, 128, 1024, **any_rows),
         chosen(192, 128, 2048, **any_rows),
+        chosen(184, 255, 7168, 1024, **any_rows),
+        chosen(184, 256, 7168, 1024, row_weights=True, **any_rows),
         chosen(184, 128, 1024),
+        chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
         chosen(176, 128, 1024, **any_rows),
         chosen(176, 8, row_weights=True),
     ):
-        assert others == ((), False)
+        assert others == ((), "")
 
 
 @pytest.mark.gpu

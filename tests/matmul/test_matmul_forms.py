@@ -236,8 +236,8 @@ def test_tiles_that_do_not_fit_a_problem_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_last_block_that_is_not_whole_is_not_read(gathered):
-    """As many rows in use as an ill alignment likes: ids and row weights end with P. The interpreter refuses to
-    read what is behind them."""
+    """As many rows in use as an ill alignment likes: ids and row weights end with P. The interpreter refuses
+    to read what is behind them."""
     block, rows = 72, 72 + 17
     sizes: dict[str, Any] = {"num_tokens": block, "top_k": 1} if gathered else {"num_pairs": rows}
     weights = Weights(activation="silu", gated=gathered)

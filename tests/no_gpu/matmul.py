@@ -149,12 +149,13 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
             tiles = with_heights(given, tiles, (8, 16, 24), True, finds=True, late=late)
             yield f"{bm}, found heights, gated", given, tiles
-    for transposed in (False, True):
-        given = problem(block=184, weights={"transposed": transposed}, zero_padding=False)
-        tiles = Config("swap", 184, 256, 64, 3, lag=1, sharing=2)
-        yield "184, x shared", given, tiles
-        tiles = with_heights(given, tiles, (8, 16, 24, 40), falling=True)
-        yield "184, x shared, heights, falling", given, tiles
+    given = problem(block=184, zero_padding=False)
+    tiles = Config("swap", 184, 256, 64, 3, lag=1)
+    yield (
+        "184, heights, falling",
+        given,
+        with_heights(given, tiles, (8, 16, 24, 40), falling=True),
+    )
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -294,7 +295,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
         layout = MatmulProblem("test", rows, **given | {"out_dtype": out} | sizes)
         return WeightGradient(layout, gathered)
 
-    late, early = Tiles(), Tiles(late=False)
+    late, early = Tiles(short=True), Tiles(short=True, late=False)
     ragged: dict[str, Any] = {"rows": "ragged", "num_groups": 8}
     odd: dict[str, Any] = {"k": 200, "n": 136, "num_rows": 4093}
     for out, tiles in (("bfloat16", late), ("bfloat16", early), ("float32", early)):
@@ -312,12 +313,9 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
     yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
-    yield "gradient, rhs shared", problem(), late._replace(sharing=2)
-    yield "gradient, rhs shared, wide", problem(n=8192), early._replace(sharing=2, group=16)
     for gathered in (None, "rhs"):
-        yield "gradient, short", problem(gathered=gathered), late._replace(short=True)
-    yield "gradient, short, rhs shared", problem(), late._replace(short=True, sharing=2)
-    yield "gradient, short, not late", problem(), early._replace(short=True)
+        given = problem(gathered=gathered)
+        yield "gradient, whole steps", given, late._replace(short=False)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
