@@ -262,12 +262,16 @@ def build(
             other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
             return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
 
-        def found(i):
-            """The i-th tile, which the warpgroup that loads finds and tells the others."""
+        def found(i, before_none):
+            """The i-th tile, which the warpgroup that loads finds and tells the others.
+
+            `before_none` is called ahead of telling a tile of no rows.
+            """
             at, n = order(i)
             find = found_cut.find_plainly if interpret else found_cut.find
             known = tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles))
             tile = _tile(problem, config, shape, refs, at, n, known)
+            pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
@@ -547,8 +551,23 @@ def build(
                 """What was asked for `lag` steps before `step` is there."""
                 plgpu.barrier_arrive(full.at[slot_of(step - lag + stages)])
 
-            def one(i, ring):
-                tile, steps = found(i) if config.cuts else tile_at(i)
+            def all_arrived(ring, said):
+                """What was asked for before step `ring` is there, of which steps before `said` were said."""
+                inline.wait_for_copies(0, interpret=interpret)
+                for lag in range(config.lag, 0, -1):
+                    pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
+
+            def one(i, carry):
+                ring, said = carry
+                if config.cuts:
+                    # The others would wait for a tile's last steps, of which the next tile's steps say that
+                    # they are there, and this warpgroup, with tiles of none to tell, for the others.
+                    rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
+                    tile, steps = found(i, rest)
+                    if by_copies:
+                        said = jnp.where(tile.valid, said, ring)
+                else:
+                    tile, steps = tile_at(i)
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
@@ -562,7 +581,7 @@ def build(
                         return ()
                     inline.commit_copies(interpret=interpret)
 
-                    @pl.when(at >= config.lag)
+                    @pl.when(at - config.lag >= said)
                     def _():
                         inline.wait_for_copies(config.lag, interpret=interpret)
                         arrived(at, config.lag)
@@ -578,13 +597,11 @@ def build(
                     inline.store_zeros(
                         *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
                     )
-                return ring + steps
+                return ring + steps, said
 
-            end = lax.fori_loop(0, mine, one, _I32(0))
+            end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
             if by_copies:
-                inline.wait_for_copies(0, interpret=interpret)
-                for lag in range(config.lag, 0, -1):
-                    pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
+                all_arrived(end, said)
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])

@@ -5,6 +5,10 @@ before an expert's last one.
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +25,7 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 
+ROOT = Path(__file__).parents[2]
 TALL = tiles.Config("swap", 192, 256, 64, 3, lag=1)
 
 
@@ -274,9 +279,32 @@ def test_tiles_that_are_found_in_the_interpreter(late):
         check(beyond, problem, config, interpret=True)
 
 
+_IN_ANOTHER_PROCESS = """
+import jax
+from tests.matmul import test_heights as here
+with jax.default_device(jax.devices("cpu")[0]):
+    here.gathered_in_the_interpreter()
+print("right")
+"""
+
+
 def test_gathered_tiles_that_are_found_in_the_interpreter():
+    """Also of many blocks of no expert behind others: where the warpgroup that loads told of them before it
+    had said that the last rows are there, all waited for each other. In a process that can be ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split()[-1:] == ["right"], done.stderr[-3000:]
+
+
+def gathered_in_the_interpreter() -> None:
     """Gate and up of gathered rows: blocks of one expert, cut anew, hold any tokens."""
-    where = made(144, 4, FOUND)
+    where = made(144, 4, FOUND + [(-1, 0)] * 8)
     pairs, tokens = int(where.ids[-1]), 128
     rng = np.random.default_rng(2)
     ids = where.ids.copy()
@@ -291,9 +319,8 @@ def test_gathered_tiles_that_are_found_in_the_interpreter():
     w = rng.normal(size=(4, 128, 256)) * 128**-0.5
     operands = [jnp.asarray(x, "bfloat16"), jnp.asarray(w, "bfloat16"), jnp.asarray(ids)]
     operands += [jnp.asarray(a) for a in (where.experts, where.used)]
-    with jax.default_device(jax.devices("cpu")[0]):
-        out = launch.run(problem, *operands, interpret=True, config=config._replace(num_ctas=2))
-        want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)[where.held]
+    out = launch.run(problem, *operands, interpret=True, config=config._replace(num_ctas=2))
+    want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)[where.held]
     error = np.linalg.norm(np.asarray(out, np.float64)[where.held] - want)
     assert error <= 5e-3 * np.linalg.norm(want)
 
