@@ -25,10 +25,13 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
-# Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
-# which there are, the K up to which they are; with a longer K so many experts, by falling height. See above
-# `RULES`. Below so many rows times K times N they are not taken: between the launch that lists them and the
-# product 17 to 27 us passed under jit, at any size.
+# Tiles of several heights: see above `RULES`. Rows less than a block's; columns up to which all n tiles of a
+# block of 144 rows follow each other; of few experts, rows of a block from which on they are faster. Of many,
+# what a launch lists: from so many experts on, up to that K; with a longer K from so many, by falling height.
+# Below so many rows times K times N there is no list: between its launch and the product 17 to 27 us passed
+# under jit, at any size.
+_LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
+_NARROW_OF_144 = 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
@@ -191,18 +194,31 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
-# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29,
-# 17:05, means of four turns with the launch that lists them:
+# Tiles of several heights ("exact": two of an expert; "even": one), of 128 experts and more found by the CTAs
+# themselves in blocks of 144 rows, late, 2026-11-29, 19:53, 20:10 and 20:12, medians or means of four turns:
+#   32768 rows, 2048 -> 1536, 128 experts: one height 330; found, group 0 313.1, 4 315.1, 8 316.4; not trimmed
+#   316.1; not late 321, trimmed 318.5; even 317; listed 341; a sixth height 315.1; of 176 to 192 359 to 369
+#   65536 rows, 768 -> 2048, 128 experts: blocks of 128 311.2; of 144 313.8, found 294.1; of 184 found 305
+#   65536 gathered rows, gate and up, 2048 -> 768: 128 721.8; of 144 740, found, group 4 715.4, 0 709.6
+#   131072 rows, 1024 -> 7168, 256 experts: 128 2927; of 144 2830, found, group 4 2685, 0 2772, 8 2787; of 184
+#   listed 2803
+#   131072 rows, 4096 -> 1536, 128 experts: 176 2201; of 144 found, group 0 2136, 4 2202, 8 2249; of 184,
+#   group 0, even found 2131, falling 2150
+#   262144 rows, 4096 -> 1536: 128 4367; of 144 found, group 0 4227, 4 4331, 8 4458; of 184 even found 4238
+#   262144 rows, 1536 -> 4096: 128 4330; of 144 found, group 4 4299, 0 4395, 8 4306; of 184 even found 4325
+# Found, or by a launch that lists them, of eight experts, in blocks of 176 rows in groups of 6:
+#   32768 rows, 4096 -> 14336: listed 4821, found 4789, even 4851, trimmed 4768 for 4725; of 192 4842, 4824;
+#   of 184 found 4839; of 144 late 4903 for 4725
+#   8192 rows, 4096 -> 14336: listed 1255, found 1229, even 1214; of 192 1285, 1270; of 184 found 1231
+#   Gate and up of gathered rows (Mixtral's layer, 4096 tokens, both found): 4424 for 4162.
+# By rule, not measured: products of gathered rows without an activation, 17 to 127 experts.
+# Lists, 17:05, means of four turns with the launch:
 #   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
 #   in groups of 6 4925; of 184 exact 4963
-#   8192 rows, 4096 -> 14336, 8 experts: blocks of 176 1250, exact 1239; exact of 184 1254, of 192 1275
 #   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
-# They lost with two blocks of 144 rows for an expert, although the product itself took less (325 to 332):
-#   32768 rows, 2048 -> 1536, 128 experts: 337, exact 347 to 355, even 355
 # In an earlier run they lost where K is long and experts are many: CTAs that read the same weights drift
 # apart where they had tiles of other heights before, and read them from memory again.
-#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
-#   experts, blocks of 176: 2174, even 2173, exact 2170
+#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835
 # Listed from the tallest to the lowest they do not ("falling"; all n tiles of each). 19:44, medians of four
 # turns, the same clock and launch:
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
@@ -259,15 +275,27 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
+    few = problem.num_experts <= rules.few_experts
+    if tiles.bm == 144:
+        more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
+        found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
+        narrow = not few and problem.w_columns <= _NARROW_OF_144
+        return found._replace(group=0) if found.heights and narrow else found
+    if few:
+        tall = tiles.bm >= _LEAST_OF_HEIGHTS
+        plain = not (problem.weights.gated or problem.top_k)
+        return (
+            with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
+            if tall and plain
+            else tiles
+        )
     if problem.num_rows * problem.k * problem.n < _LEAST_WORK_OF_HEIGHTS:
         return tiles
-    if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
-        return with_heights(problem, tiles, (8, 16, 40), True)
     falling = problem.k > _MOST_K_OF_HEIGHTS
     many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
     if many and problem.consecutive and tiles.bm in (184, 192):
         exact = tiles.bm == 184 and not falling
-        tiles = with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
+        tiles = with_heights(problem, tiles, _LESS_OF_MANY, exact, falling=falling)
     return tiles._replace(group=0) if tiles.falling else tiles
 
 
@@ -300,8 +328,10 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return (
             "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
         )
-    if problem.num_rows < problem.block_size or problem.num_blocks > MAX_BLOCKS:
-        return f"one to {MAX_BLOCKS} blocks are cut into tiles of several heights"
+    if problem.num_rows < problem.block_size:
+        return "one block at least is cut into tiles of several heights"
+    if problem.num_blocks > MAX_BLOCKS and not tiles.finds:
+        return f"a list of tiles of several heights is made of {MAX_BLOCKS} blocks at most"
     if problem.scales or problem.row_weights or problem.weights.bias:
         return "tiles of several heights have no scales, row weights or bias"
     if problem.weights.gated and not tiles.finds:

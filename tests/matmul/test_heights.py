@@ -430,37 +430,62 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
 
 
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 184 and 192 of many: by height where K is long."""
+    """Blocks of 144 rows; of few experts those of 176 and more, but no gate and up; of many, by a list, those
+    of 184 and 192."""
 
-    def chosen(block, experts, k=4096, n=14336, **more):
+    def chosen(block, experts, k=4096, n=14336, rows=7, **more):
+        weights = more.pop("weights", Weights())
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
-        found = tiles.config_for(given._replace(num_rows=experts * block * 7))
-        assert found.bm == block and not (found.heights and found.late)
+        given = given._replace(num_rows=experts * block * rows, weights=weights)
+        found = tiles.config_for(given)
+        assert found.bm == block
+        if not found.heights:
+            assert not (found.finds or found.falling or found.exact or found.trims)
+            return None
+        assert found.heights[0] == block
         kind = "exact" if found.exact else "falling" if found.falling else "even"
-        assert found.falling == (found.group == 0)
-        return found.heights[1:], kind if found.heights else ""
+        flags = found.finds, found.late, found.trims
+        return found.heights[1:], kind, found.group, *flags
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
-    assert chosen(192, 8) == ((184, 176, 152), "exact")
-    assert chosen(176, 8, **any_rows) == ((168, 160, 136), "exact")
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact")
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even")
-    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), "falling")
-    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), "falling")
+    silu = Weights(activation="silu", gated=True)
+    gather = {"num_tokens": 4096, "top_k": 8, "zero_padding": False}
+    low = (136, 128, 120, 104)
+    assert chosen(144, 128) == (low, "exact", 4, True, True, True)
+    assert chosen(144, 128, n=2048, **any_rows) == (low, "exact", 0, True, True, True)
+    assert chosen(144, 8, n=2048, rows=3) == (low, "exact", 4, True, True, True)
+    assert chosen(144, 128, 2048, 768, weights=silu, **gather) == (
+        low,
+        *("exact", 0),
+        True,
+        True,
+        False,
+    )
+    assert chosen(144, 128, 2048, 2048, **gather) == (low, "exact", 0, True, False, False)
+    assert chosen(144, 128, 2048, 1088, weights=silu, **gather)[2] == 4
+    assert chosen(192, 8) == ((184, 176, 152), "exact", 8, True, False, False)
+    assert chosen(176, 8, rows=3, **any_rows) == ((168, 160, 136), "exact", 6, True, False, False)
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", 4, *3 * [False])
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", 4, *3 * [False])
+    falling = "falling", 0, *3 * [False]
+    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
+    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)
     for others in (
-        chosen(144, 8),
-        chosen(192, 8, n=7168),
-        chosen(144, 128, 1024, **any_rows),
+        chosen(144, 128, row_weights=True),
+        chosen(144, 128, weights=Weights(bias=True)),
+        chosen(176, 8, weights=silu),
+        chosen(176, 8, **gather),
+        chosen(176, 8, row_weights=True),
         chosen(192, 128, 2048, **any_rows),
         chosen(184, 255, 7168, 1024, **any_rows),
         chosen(184, 256, 7168, 1024, row_weights=True, **any_rows),
+        chosen(184, 256, 2048, 512, rows=3, **any_rows),
         chosen(184, 128, 1024),
         chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
         chosen(176, 128, 1024, **any_rows),
-        chosen(176, 8, row_weights=True),
     ):
-        assert others == ((), "")
+        assert others is None
 
 
 @pytest.mark.gpu
@@ -479,7 +504,6 @@ def test_the_public_function_takes_them(monkeypatch):
     x[~real] = np.nan
     w = rng.normal(size=(8, 512, 2048)).astype(np.float32) / 20
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
-    monkeypatch.setattr(tiles, "_LEAST_WORK_OF_HEIGHTS", 0)
     taken = []
     build = kernel.build
     monkeypatch.setattr(

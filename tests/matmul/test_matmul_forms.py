@@ -18,6 +18,7 @@ from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax._simt import emulator
 from tests.matmul.test_matmul import make_case, normal
 
@@ -468,8 +469,7 @@ def test_every_size_gets_tiles_that_fit():
                         config = tiles.config_for(problem)
                         item = 4 if out == "float32" else 2
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
-                        rows = tiles.piece_rows(config.bm) if config.form == "swap" else 64
-                        rows = config.bm if config.heights else rows
+                        rows = shape_of(problem, config).piece_rows
                         pieces = 2 * (1 if config.form == "swap" else 2) * rows * 128
                         assert ring + pieces + 1024 <= MAX_SHARED_BYTES, (problem, config)
                         if config.form == "swap":
