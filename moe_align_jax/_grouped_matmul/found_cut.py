@@ -32,9 +32,18 @@ FOUND = 5  # values of a tile
 
 
 def find(
-    problem: MatmulProblem, config: Config, experts: Any, ids: Any, at: jax.Array, used: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    experts: Any,
+    ids: Any,
+    at: jax.Array,
+    used: jax.Array,
+    limit: jax.Array,
 ) -> list[jax.Array]:
-    """What `tile_of` says, in the kernel of that problem; `experts`, `ids`: in global memory."""
+    """What `tile_of` says, in the kernel of that problem; `experts`, `ids`: in global memory.
+
+    A launch of another size has fewer blocks than the problem: none is read that is not in use.
+    """
     from moe_align_jax._simt import mosaic
 
     cut = cut_list.of(problem, config.heights, config.exact)
@@ -52,22 +61,26 @@ def find(
         return tile_of(t, r, cut, *values)
 
     return mosaic.inline_scalars(
-        machine, compute, FOUND, values=(at, used), sorted_token_ids=ids, expert_ids=experts
+        *(machine, compute, FOUND),
+        values=(at, used, limit),
+        sorted_token_ids=ids,
+        expert_ids=experts,
     )
 
 
-def tile_of(t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int) -> tuple[Int, ...]:
+def tile_of(
+    t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
+) -> tuple[Int, ...]:
     """(Expert, first row, end, pairs, the row behind those that follow and hold none) of tile `at`.
 
-    By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there. There
-    is no such tile where `at` is not among them.
+    By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there; `at` is
+    one of them. Ids below `limit` are pairs.
     """
-    limit = cut_list.limit_of(t, cut, r.sorted_token_ids)
     expert, before, after = _run_of(t, r, cut, at, used, limit)
     valid = expert.below(cut.num_experts)
     before, after = t.select(valid, before, 0), t.select(valid, after, 1)
     first, count = at - before, before + after
-    held = _held(t, r, cut, first + (count - 1), limit)
+    held = _held(t, r, cut, first + (count - 1), used, limit)
     pairs = t.select(valid, (count - 1) * cut.block + held, 0)
     start, rows = cut_list.share(t, cut, pairs, count, before)
     left = t.select(pairs > start, pairs - start, 0)
@@ -81,16 +94,16 @@ def _run_of(
     t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
 ) -> tuple[Int, Int, Int]:
     """(Expert of block `at`, blocks of its run before it, blocks from it on); a window of 32 at a time."""
-    lane, there = t.thread_id() % WARP, cut.num_rows // cut.block
+    lane = t.thread_id() % WARP
 
     def expert_of(block: Int) -> Int:
         """-2 where there is no such block, which is no block's expert."""
-        inside = block.below(there)
+        inside = block.below(used)
         expert = t.load(r.expert_ids, t.select(inside, block, 0))
-        return t.select(inside & (block < used), expert, -2)
+        return t.select(inside, expert, -2)
 
     def full(block: Int) -> Int:
-        inside = block.below(there)
+        inside = block.below(used)
         row = t.select(inside, block, 0) * cut.block + (cut.block - 1)
         return inside & t.load(r.sorted_token_ids, row).below(limit)
 
@@ -129,10 +142,10 @@ def _run_of(
     return expert, go_on(count(far), lambda done: back(at - done)), after
 
 
-def _held(t: Simt, r: SimpleNamespace, cut: CutList, block: Int, limit: Int) -> Int:
+def _held(t: Simt, r: SimpleNamespace, cut: CutList, block: Int, used: Int, limit: Int) -> Int:
     """Pairs of a block; they come first, and votes count them."""
     lane, total = t.thread_id() % WARP, t.const(0)
-    inside = block.below(cut.num_rows // cut.block)
+    inside = block.below(used)
     first = t.select(inside, block, 0) * cut.block
     for done in range(0, cut.block, WARP):
         row = lane + done
@@ -146,14 +159,17 @@ def _held(t: Simt, r: SimpleNamespace, cut: CutList, block: Int, limit: Int) -> 
 
 
 def find_plainly(
-    problem: MatmulProblem, config: Config, experts: Any, ids: Any, at: jax.Array, used: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    experts: Any,
+    ids: Any,
+    at: jax.Array,
+    used: jax.Array,
+    limit: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """What `find` says, one block after the other."""
     block = problem.block_size
     there = problem.num_rows // block
-    limit = _I32(problem.num_tokens * problem.top_k or problem.num_pairs)
-    if not (problem.top_k or problem.num_pairs):
-        limit = jnp.maximum(ids[problem.num_rows - 1], 0)
     expert = experts[at]
     valid = (expert >= 0) & (expert < problem.num_experts)
 

@@ -269,7 +269,9 @@ def build(
             """
             at, n = order(i)
             find = found_cut.find_plainly if interpret else found_cut.find
-            known = tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles))
+            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+            where = refs.experts, refs.ids, at, row_tiles, limit
+            known = tuple(find(problem, config, *where))
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)

@@ -127,7 +127,8 @@ def found_by_votes(cut: cut_list.CutList, where: Made, used: int) -> list[np.nda
     sizes = {"sorted_token_ids": where.ids.shape, "expert_ids": where.experts.shape}
 
     def body(t, r):
-        values = found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used))
+        limit = cut_list.limit_of(t, cut, r.sorted_token_ids)
+        values = found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used), limit)
         with t.if_(t.thread_id().eq(32)):
             for place, value in enumerate(values):
                 t.store(r.found, t.cta_id() * found_cut.FOUND + place, value)
@@ -182,7 +183,8 @@ def test_tiles_that_are_found(case, known, exact):
 
     @jax.vmap
     def plainly(at):
-        return found_cut.find_plainly(problem, config, experts, ids, at, jnp.int32(len(given)))
+        used, limit = (jnp.int32(value) for value in (len(given), where.ids[-1]))
+        return found_cut.find_plainly(problem, config, experts, ids, at, used, limit)
 
     for found, one in zip(listed, plainly(jnp.arange(len(given), dtype=jnp.int32)), strict=True):
         assert found.tolist() == one.tolist()

@@ -108,9 +108,8 @@ def layer_programs(
     tokens, top_k = ids.shape
     aligned = operands.get("sorted_token_ids")
     slots = operands["expert_map"].shape[0] if "expert_map" in operands else call.num_experts
-    kind = plan.kind_of_blocks(call.weights, x.shape[1], call.ffn)
-    if kind == plan.HEIGHTS:  # tiles that are launched directly have one height
-        kind = plan.ANY_ROWS
+    has_bias_down = "bias_down" in operands
+    kind = plan.kind_of_blocks(call.weights, x.shape[1], call.ffn, bias_down=has_bias_down)
     block_size = call.block_size or plan.block_size_for(tokens * top_k, slots, kind)
     most = token_bucket(tokens, top_k, slots, call.block_size, kind)
     rows = checks.capacity(
@@ -121,7 +120,7 @@ def layer_programs(
     problem = LayerProblem(
         *(most, top_k, x.shape[1], call.ffn, call.num_experts),
         *(DTYPES[x.dtype], DTYPES[call.out_dtype], call.weights),
-        "bias_down" in operands,
+        has_bias_down,
         call.weights_on_input,
         block_size,
         rows,
