@@ -336,6 +336,8 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights have no scales, row weights or bias"
     if problem.weights.gated and not tiles.finds:
         return "tiles of several heights of gated products are found, not listed"
+    if problem.weights.activation == "gelu_tanh" and not problem.weights.gated:
+        return "tiles of several heights with tanh of all columns would spill registers"
     if tiles.form != "swap" or tiles.bm <= 96 or not _may_be_tall(problem):
         return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
     if tiles.split > 1 or tiles.sharing:
@@ -408,6 +410,8 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
     most = 184 if _has_vectors(problem, block) else 192
+    tanh = problem.weights.activation == "gelu_tanh" and not problem.weights.gated
+    most = 128 if tanh and problem.top_k else most  # more spill, beside a copy of rows
     return 64 < block <= most and block % 8 == 0 and block != 128
 
 

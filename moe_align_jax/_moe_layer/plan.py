@@ -155,7 +155,8 @@ def kind_of_blocks(
     these may have several heights (`config.with_heights`)."""
     parted = weights.gated and weights.interleaved and not weights.transposed
     whole = all(size % 64 == 0 and size > 64 for size in (hidden, ffn))
-    if not whole or e4m3 or parted or weights.activation == "gelu":
+    spills = weights.activation == "gelu" or weights.activation == "gelu_tanh" and not weights.gated
+    if not whole or e4m3 or parted or spills:
         return POWERS_OF_TWO
     return ANY_ROWS if weights.bias or bias_down else HEIGHTS
 

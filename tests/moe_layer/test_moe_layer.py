@@ -625,8 +625,9 @@ def test_largest_blocks_by_the_number_of_experts():
     assert found(17) == found(256) == {144}
     assert found(8, dtype="float8_e4m3fn") == found(17, dtype="float8_e4m3fn") == {128}
     shapes = {"x_shape": (8192, 512), "w_down_shape": (64, 512, 512), "top_k": 4}
-    for biases in ({"bias_gate_up": True}, {"bias_down": True}):
-        form = maj.select_moe_implementation(**shapes, **biases, platform="cuda").form
+    tanh = {"activation": "gelu_tanh", "gated": False}
+    for options in ({"bias_gate_up": True}, {"bias_down": True}, tanh):
+        form = maj.select_moe_implementation(**shapes, **options, platform="cuda").form
         assert form.startswith("blocks of 128, 128x256x64s4m")
     form = maj.select_moe_implementation(**shapes, platform="cuda").form
     assert form.startswith("blocks of 144") and form.count("late-finds") == 2
