@@ -25,15 +25,15 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
-# Tiles of several heights: see above `RULES`. Rows less than a block's; columns up to which all n tiles of a
-# block of 144 rows follow each other; of few experts, rows of a block from which on they are faster. Of many,
-# what a launch lists: from so many experts on, up to that K; with a longer K from so many, by falling height.
-# Below so many rows times K times N there is no list: between its launch and the product 17 to 27 us passed
-# under jit, at any size.
+# Tiles of several heights: see above `RULES`. Rows less than a block's. Of blocks of 144 rows, columns up to
+# which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of a
+# block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to that K.
+# With a longer K a launch lists them by falling height, from so many experts on; not below so many rows times K
+# times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
-_NARROW_OF_144 = 2048
+_NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
-_LEAST_WORK_OF_HEIGHTS = 1 << 39
+_LEAST_WORK_OF_LISTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -279,24 +279,25 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     if tiles.bm == 144:
         more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
-        narrow = not few and problem.w_columns <= _NARROW_OF_144
-        return found._replace(group=0) if found.heights and narrow else found
+        in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
+        in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
+        return found._replace(group=0) if found.heights and in_turn else found
     if few:
-        tall = tiles.bm >= _LEAST_OF_HEIGHTS
         plain = not (problem.weights.gated or problem.top_k)
-        return (
-            with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
-            if tall and plain
-            else tiles
-        )
-    if problem.num_rows * problem.k * problem.n < _LEAST_WORK_OF_HEIGHTS:
+        if tiles.bm < _LEAST_OF_HEIGHTS or not plain:
+            return tiles
+        return with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
+    if tiles.bm not in (184, 192) or not problem.consecutive:
         return tiles
-    falling = problem.k > _MOST_K_OF_HEIGHTS
-    many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
-    if many and problem.consecutive and tiles.bm in (184, 192):
-        exact = tiles.bm == 184 and not falling
-        tiles = with_heights(problem, tiles, _LESS_OF_MANY, exact, falling=falling)
-    return tiles._replace(group=0) if tiles.falling else tiles
+    if problem.k <= _MOST_K_OF_HEIGHTS:
+        many = problem.num_experts >= _MANY_OF_HEIGHTS and not problem.top_k
+        exact = tiles.bm == 184
+        return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
+    work = problem.num_rows * problem.k * problem.n
+    if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
+        return tiles
+    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
+    return found._replace(group=0) if found.heights else tiles
 
 
 def with_heights(

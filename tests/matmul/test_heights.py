@@ -463,12 +463,14 @@ def test_which_products_take_them():
         True,
         False,
     )
+    assert chosen(144, 128, 1536, n=2048, **any_rows) == (low, "exact", 4, True, True, True)
     assert chosen(144, 128, 2048, 2048, **gather) == (low, "exact", 0, True, False, False)
     assert chosen(144, 128, 2048, 1088, weights=silu, **gather)[2] == 4
     assert chosen(192, 8) == ((184, 176, 152), "exact", 8, True, False, False)
     assert chosen(176, 8, rows=3, **any_rows) == ((168, 160, 136), "exact", 6, True, False, False)
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", 4, *3 * [False])
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", 4, *3 * [False])
+    tall = 4, True, False, False
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", *tall)
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
     falling = "falling", 0, *3 * [False]
     assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
     assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)
