@@ -33,6 +33,9 @@ _LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
+# Rows of an expert, of blocks, up to which warpgroups without pairs multiply nothing: beyond, they are fewer
+# than one in 16.
+_MOST_MEAN_OF_SKIPS = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -53,7 +56,8 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        skips: a warpgroup none of whose rows are in use, or hold a pair, multiplies nothing. Form "m", e4m3.
+        leaves: of "blocks", with `skips`: rows of x that no warpgroup multiplies are not loaded by TMA.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
@@ -87,6 +91,7 @@ class Config(NamedTuple):
     computing: int = 2
     split: int = 1
     skips: bool = False
+    leaves: bool = False
     sharing: int = 0
     ahead: bool = False
     shared: str = "x"
@@ -108,7 +113,7 @@ class Config(NamedTuple):
         more = "-late" if self.late else ""
         more += f"-w{self.computing}" if self.computing != 2 else ""
         more += f"-k{self.split}" if self.split > 1 else ""
-        more += "-skips" if self.skips else ""
+        more += ("-leaves" if self.leaves else "-skips") if self.skips else ""
         more += f"-c{self.sharing}" if self.sharing else ""
         more += "w" if self.shares_weights else ""
         more += ("-early" if self.early else "-ahead") if self.ahead else ""
@@ -228,6 +233,10 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
+    if tiles.skips and (tiles.form != "m" or not problem.scales):
+        return "warpgroups that multiply nothing are those of form m, of e4m3"
+    if tiles.leaves and not (tiles.skips and marks_rows(problem) and tiles.sharing < 2):
+        return "rows are not loaded where ids or labels tell them, and by one CTA"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -348,6 +357,11 @@ def counts_rows(problem: MatmulProblem, bm: int) -> bool:
     A block's pairs come first, and a tile has rows of one block.
     """
     return tests_rows(problem) and problem.block_size % bm == 0
+
+
+def marks_rows(problem: MatmulProblem) -> bool:
+    """Whether an id, or a label, of each row of blocks tells rows that hold no pair."""
+    return problem.rows == "blocks" and (problem.row_labels or not problem.whole_blocks)
 
 
 def _no_swap(problem: MatmulProblem) -> str | None:
@@ -471,23 +485,27 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
         tiles = Config("swap", bm, 128, 128, 6, group=0)
         return _few_rows(problem, tiles) if ahead and problem.rows == "masked" else tiles
     group = _group(problem, rules)
+    masked = problem.rows == "masked"
+    # Of the last tile of an expert, every other one's second half holds no pair.
+    mean = mean_rows(problem._replace(expected_rows=0))
+    skips = masked or marks_rows(problem) and mean <= _MOST_MEAN_OF_SKIPS
     if problem.rows == "blocks" and problem.block_size % 192 == 0:
-        return Config("m", 192, 128, 128, 4, group=group, computing=3)
+        return Config("m", 192, 128, 128, 4, group=group, computing=3, skips=skips)
     if bm == 64:
         return Config("n", 64, 256, 128, 4, group=group)
     whole = problem.rows == "masked" or problem.rows == "blocks" and problem.block_size == bm
     wide = problem.n >= 192 and problem.k >= _LEAST_K_OF_WIDE
     wide = wide and not problem.weights.gated and not problem.top_k
     if not (ahead and whole and wide):
-        return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
-    masked = problem.rows == "masked"
+        late = may_be_late(problem)
+        return Config("m", 128, 128, 128, 5, group=group, late=late, skips=skips and not masked)
     # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49). Masked tiles of 192 rows lost 1 to
     # 2%; those of 128 rows lost 0.9% at K = 2048 and gained 0.5 and 1.3% at 4096 and 7168.
     paired = not masked and problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
         return tall._replace(sharing=2, ahead=True, early=True)
-    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
+    tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=skips)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)

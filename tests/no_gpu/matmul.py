@@ -255,6 +255,15 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
         yield *case("skips, of ids", tiles.bm)[:2], tiles
         yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
+    wide = Config("m", 128, 192, 128, 4, group=0, skips=True, ahead=True)
+    higher = tall._replace(ahead=True, early=True)
+    for tiles in (wide, higher, tall, wide._replace(sharing=1, early=True, paired=True)):
+        for leaves in (False, True):
+            for scale in (columns, single):
+                yield *case("skips", tiles.bm, scales=scale)[:2], tiles._replace(leaves=leaves)
+    for more in ({}, {"pair": True}, {"interleaved": True}, {"bias": True, "swiglu_limit": 7.0}):
+        weights = silu | more
+        yield case(f"skips, {weights}", weights=weights, scales=rows, row_weights=True, **gather)
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
