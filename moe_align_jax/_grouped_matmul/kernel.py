@@ -248,7 +248,7 @@ def build(
         # Rows of a tile whose marks a warpgroup reads: its own first one; the loader those of the others.
         looked_at = _LookedAt(problem, config, shape, refs, warpgroup, row_tiles)
 
-        def read(at, by_loader=False):
+        def read(at, by_loader=False) -> Any:
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
                 known = _read(problem, config, shape, refs, at)
@@ -259,19 +259,17 @@ def build(
             known = _read(problem, config, shape, refs, at)
             return *known, looked_at.read(at, by_loader), other[0]
 
-        def tile_at(i, known=None, by_loader=False):
+        def tile_at(i, known: Any = None, by_loader=False):
             at, n = order(i)
             known = read(at, by_loader) if known is None else known
             if not pairs:
-                *known, marks = known
-                tile = _tile(problem, config, shape, refs, at, n, tuple(known))
-                tile = looked_at.told(tile, marks, by_loader)
+                tile = _tile(problem, config, shape, refs, at, n, known[:-1])
+                tile = looked_at.told(tile, known[-1], by_loader)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
             last = jnp.maximum(row_tiles - 1, 0)
-            *known, marks, other = known
-            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
-            tile = looked_at.told(tile, marks, by_loader)
-            there = at < row_tiles
+            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, known[:-2])
+            tile = looked_at.told(tile, known[-2], by_loader)
+            there, other = at < row_tiles, known[-1]
             valid = tile.valid & there
             peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
             tile = tile._replace(
