@@ -586,6 +586,8 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
         return _over_experts(problem, config, count, _I32(0))
     if not shape.parts:
         return refs.count[0]
+    if problem.all_rows and refs.vectors.bound is None:  # else a launch may have fewer
+        return _I32(problem.num_blocks * shape.parts)
     block = problem.block_size
     count = refs.vectors.bound if problem.row_labels else refs.count[0]
     blocks = lax.div(count + (block - 1), _I32(block))
