@@ -28,18 +28,25 @@ import operator
 from collections.abc import Callable
 
 from moe_align_jax._router import arithmetic as f32
-from moe_align_jax._router import kernel
+from moe_align_jax._router import forms, kernel
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, Int
 
 MESSAGE = 4  # words that are sent at once
 _VECTOR = 4  # words of a load
 _LIMIT = 128  # the greatest logit that has a number in fixed point, and that of the least
+_NARROW_LIMIT = 32
 # Of a key: the 24 others hold all that float32 leaves of a number in fixed point.
 _FEWEST_ID_BITS = 8
 
-# Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words.
-type Send = Callable[[list[Int]], None]
+# Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words. The second: where not
+# all warps that come here do so, whether this one does.
+type Send = Callable[[list[Int], Int | None], None]
+
+
+def limit() -> int:
+    """The greatest logit that has a number in fixed point, and that of the least."""
+    return _NARROW_LIMIT if forms.has("r") else _LIMIT
 
 
 def sends_early(problem: RouteProblem) -> bool:
@@ -94,14 +101,14 @@ class FixedPointRouter(kernel.Router):
         return inverted + ((least + 2**31) % 2**32 - 2**31)
 
     def _fixed(self, logit: Int) -> Int:
-        """`_one` and, in fixed point, where the logit stands between -`_LIMIT` and `_LIMIT`: from 0 to 1."""
+        """`_one` and, in fixed point, where the logit stands between -`limit` and `limit`: from 0 to 1."""
         t = self.t
-        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * _LIMIT), 0.5, self._one))
+        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * limit()), 0.5, self._one))
         return t.fadd(t.fma_saturated(logit, scale, half), one)
 
     def _inexact_bits(self, logit: Int) -> Int:
         """0 of a finite logit that is equal to its number in fixed point."""
-        t, width = self.t, 2 * _LIMIT
+        t, width = self.t, 2 * limit()
         middle = t.const(f32.bits(-(self._one + 0.5) * width))
         return t.fma(self._fixed(logit), t.const(f32.bits(width)), middle) ^ logit
 
@@ -121,7 +128,8 @@ class FixedPointRouter(kernel.Router):
 
     def _take_short(self, loaded: kernel.Loaded, send: Send | None = None) -> Int:
         t, mask = self.t, self.id_mask
-        bests, nearest, lists = self._rounds(self._short_keys(loaded.words))
+        keys = self._short_keys(loaded.words)
+        bests, nearest, lists = self._rounds(keys)
         # Of a list whose four were all taken the fifth may be greater than what was taken instead.
         spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
         # Made ahead of the vote, so that nothing is left to do behind it.
@@ -130,14 +138,16 @@ class FixedPointRouter(kernel.Router):
         for one in spent:
             doubts = doubts | one
         doubtful, sure = t.any_lane(doubts)
-        if send is not None:
+        if send is not None and forms.has("p"):
+            send(self._real_only(loaded, message), sure)
+        elif send is not None:
             # Ahead of the code of the doubt, which is long.
             with t.if_(sure):
-                send(self._real_only(loaded, message))
+                send(self._real_only(loaded, message), None)
             t.warp_sync()  # else the compiler makes one branch of this one and the next
         expert = self._id_in(self._own(bests))
 
-        def look() -> list[Int]:
+        def slow() -> list[Int]:
             logits, last = [self._finite(x) for x in loaded.words], bests[-1]
             # Only those by which the K greatest are told from the others and put in order must be exact.
             low = [
@@ -153,12 +163,66 @@ class FixedPointRouter(kernel.Router):
                 chosen = self._take_whole(logits)
                 return [chosen, *(self._message_of(chosen) if message else [])]
 
-            chosen, *words = t.values_if(several, whole, [expert, *message])
+            return t.values_if(several, whole, [expert, *message])
+
+        def look() -> list[Int]:
+            if self._can_look_twice:
+                unclear, chosen = self._second_look(loaded, keys, bests, lists, spent)
+                words = self._message_of(chosen) if message else []
+                chosen, *words = t.values_if(unclear, slow, [chosen, *words])
+            else:
+                chosen, *words = slow()
             if send is not None:
-                send(self._real_only(loaded, words))
+                send(self._real_only(loaded, words), None)
             return [chosen]
 
         return t.values_if(doubtful, look, [expert])[0]
+
+    @property
+    def _can_look_twice(self) -> bool:
+        """Whether `_second_look` can be asked: every key is an expert's, and one stands behind the K-th."""
+        top_k = self.problem.top_k
+        rest = top_k < min(self.problem.num_experts, WARP)
+        return forms.has("q") and self.layout.whole and rest
+
+    def _second_look(
+        self,
+        loaded: kernel.Loaded,
+        keys: list[Int],
+        bests: list[Int],
+        lists: list[list[Int]],
+        spent: list[Int],
+    ) -> tuple[Int, Int]:
+        """Whether whole keys must decide; and the expert of lane k, where they need not.
+
+        They need not where at most one more expert than K has a number that is at least the K-th's, and of
+        those no three are equal in fixed point: then neighbours that are equal change places by their
+        logits. Where a list was cut, only if there is no such expert.
+
+        Args:
+            loaded, keys: the token's logits, and the short keys of this lane.
+            bests, lists: what `_rounds` found.
+            spent: of each list that was cut, whether all of it was taken.
+        """
+        t, lane, mask, top_k = self.t, self.lane, self.id_mask, self.problem.top_k
+        t.warp_sync()  # the logits that are kept have been stored
+        head = functools.reduce(self._greater, (one[0] for one in lists))
+        behind = t.warp_max(head)
+        counts = [t.select((key | mask) >= bests[-1], 1, 0) for key in keys]
+        count = t.warp_sum(functools.reduce(operator.add, counts))
+        key = self._own([*bests, behind])
+        expert = self._id_in(key)
+        if self.problem.num_experts <= mask:  # what stands for no key has an id, too
+            expert = t.select(expert.below(self.problem.num_experts), expert, 0)
+        value = f32.order(self._reload(loaded.token, expert))
+        after = (lane + 1) & (WARP - 1)
+        equal = (key ^ t.shfl(key, after)).below(mask + 1) & (lane + 1 < count)
+        runs, swaps = t.ballot(equal), t.ballot(equal & (t.shfl(value, after) > value))
+        unclear = (count > top_k + 1) | (runs & (runs >> 1)).ne(0)
+        for one in spent:
+            unclear = unclear | ((count > top_k) & t.ballot(one).ne(0))
+        source = lane + ((swaps >> lane) & 1) - (((swaps << 1) >> lane) & 1)
+        return unclear, t.shfl(expert, source & (WARP - 1))
 
     @property
     def _num_cut(self) -> int:

@@ -295,6 +295,19 @@ class ClusterMail(abc.ABC):
         self.post(*place, *values)
 
     @abc.abstractmethod
+    def post_if(self, condition: Int, place: Any, *values: Int | int) -> None:
+        """`post_at` where the condition holds, without a branch."""
+
+    def cluster_ready_warp(self, *, opens: bool) -> None:
+        """As `cluster_ready`, by whole warps that come here apart. `opens`: of those with the first thread."""
+        raise NotImplementedError
+
+    def mail_part(self, part: int) -> Any:
+        """As `mail`, once the words before `Kernel.mail_split` are there, or (part 1) the others."""
+        del part
+        return self.mail()
+
+    @abc.abstractmethod
     def mail(self) -> Any:
         """My mailbox, to be loaded from, once it is full. By whole warps; every CTA must come here."""
 
@@ -385,6 +398,7 @@ class Kernel:
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
         mailbox: words that each CTA gets from the CTAs of its cluster.
+        mail_split: words at the start of a mailbox that are counted apart from the others; 0: none.
         arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
         devices: the devices that run the kernel together; each may write to the staged arrays of the others,
@@ -408,6 +422,7 @@ class Kernel:
     num_ctas: int = 1
     cluster: int = 1
     mailbox: int = 0
+    mail_split: int = 0
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None
@@ -425,7 +440,8 @@ class Kernel:
     @property
     def shared_arrays(self) -> dict[str, int]:
         """Words of each array in shared memory, with the mailbox and what counts its words."""
-        mail = {"mailbox": self.mailbox, "mail_barrier": MAIL_BARRIER_WORDS} if self.mailbox else {}
+        barriers = MAIL_BARRIER_WORDS * (2 if self.mail_split else 1)
+        mail = {"mailbox": self.mailbox, "mail_barrier": barriers} if self.mailbox else {}
         return {**self.shared, **mail}
 
     @property
