@@ -132,9 +132,9 @@ class FixedPointRouter(kernel.Router):
         bests, nearest, lists = self._rounds(keys)
         # Of a list whose four were all taken the fifth may be greater than what was taken instead.
         spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
+        doubts = nearest.below(mask + 1)
         # Made ahead of the vote, so that nothing is left to do behind it.
         message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
-        doubts = nearest.below(mask + 1)
         for one in spent:
             doubts = doubts | one
         doubtful, sure = t.any_lane(doubts)
@@ -209,7 +209,10 @@ class FixedPointRouter(kernel.Router):
         head = functools.reduce(self._greater, (one[0] for one in lists))
         behind = t.warp_max(head)
         counts = [t.select((key | mask) >= bests[-1], 1, 0) for key in keys]
-        count = t.warp_sum(functools.reduce(operator.add, counts))
+        while len(counts) > 1:  # a tree: one after the other they would wait for each other
+            pairs = zip(counts[::2], counts[1::2], strict=False)
+            counts = [t.hidden(a + b) for a, b in pairs] + counts[len(counts) & ~1 :]
+        count = t.warp_sum(counts[0])
         key = self._own([*bests, behind])
         expert = self._id_in(key)
         if self.problem.num_experts <= mask:  # what stands for no key has an id, too

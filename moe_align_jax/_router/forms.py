@@ -1,14 +1,15 @@
 """Forms of the one launch that are being tried: each letter is a change, and "" is what runs.
 
-    s   tokens are dealt out to the CTAs in turns, so that few tokens leave no scheduler two routing warps
-    q   a token in doubt has a second look at exact logits of the K + 1 greatest, ahead of whole keys
-    r   the range of fixed point is -32 to 32, its unit a quarter
-    b   routing and aligning warps part ahead of the logits' loads, and each waits for the cluster by itself
-    p   a message is sent by a predicated instruction, without a branch around it
-    h   the words of a mailbox are counted in two halves; bits of the first are set while the second is awaited
+s   tokens are dealt out to the CTAs in turns, so that few tokens leave no scheduler two routing warps
+q   a token in doubt has a second look at exact logits of the K + 1 greatest, ahead of whole keys
+r   the range of fixed point is -32 to 32, its unit a quarter
+b   routing and aligning warps part ahead of the logits' loads, and each waits for the cluster by itself
+p   a message is sent by a predicated instruction, without a branch around it
+l   with b: logits are asked for ahead of the mailbox's opening and of the warps' parting
+h   words of a mailbox are counted in two halves; bits of the first are set while the second is awaited
 """
 
-LETTERS = "sqrbph"
+LETTERS = "sqrbplh"
 _chosen: set[str] = set()
 
 

@@ -152,9 +152,14 @@ class Split:
         """As `_in_a_cluster`, but warps part first of all."""
         token = self._token(t, warp, cta)
         routes = (warp < self.routers) & (token < self.problem.num_tokens)
+        loaded = None
+        if self.opens_mailbox:
+            loaded = self._router(t, r, lane).load(t.select(routes, token, 0))
+            t.open_mailbox()
         with t.if_(routes):
             router = self._router(t, r, lane)
-            loaded = router.load(token)
+            if loaded is None:
+                loaded = router.load(token)
             t.cluster_ready_warp(opens=True)
             self._route(t, r, router, loaded, token)
         if self.problem.num_tokens < self.routers * self.num_ctas:
@@ -364,9 +369,16 @@ class Split:
         common.Slice(t, align.num_blocks).fill(r.expert_ids, -1, vector=True, **mine)
 
     @property
+    def opens_mailbox(self) -> bool:
+        """Whether the body opens the mailbox."""
+        return self.num_ctas > 1 and forms.has("b") and forms.has("l")
+
+    @property
     def mail_split(self) -> int:
         """Words of the mailbox's first half, where it is counted apart; else 0."""
-        return self.threads if forms.has("h") and self.packs and self.num_words > self.threads else 0
+        return (
+            self.threads if forms.has("h") and self.packs and self.num_words > self.threads else 0
+        )
 
     def _experts(
         self, t: Simt, r: SimpleNamespace, ids: Any, part: int | None = None

@@ -276,6 +276,9 @@ class Core(abc.ABC):
 class ClusterMail(abc.ABC):
     """What the CTAs of one cluster send to each other."""
 
+    def open_mailbox(self) -> None:  # noqa: B027 (the emulator has nothing to do)
+        """By every thread, once, ahead of `cluster_ready`, where `Kernel.opens_mailbox` says so."""
+
     @abc.abstractmethod
     def cluster_ready(self) -> None:
         """By every thread, before the first `post`: waits until all CTAs of the cluster run."""
@@ -299,7 +302,7 @@ class ClusterMail(abc.ABC):
         """`post_at` where the condition holds, without a branch."""
 
     def cluster_ready_warp(self, *, opens: bool) -> None:
-        """As `cluster_ready`, by whole warps that come here apart. `opens`: of those with the first thread."""
+        """As `cluster_ready`, by whole warps, each once. `opens`: the first thread may be among them."""
         raise NotImplementedError
 
     def mail_part(self, part: int) -> Any:
@@ -398,6 +401,7 @@ class Kernel:
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
         mailbox: words that each CTA gets from the CTAs of its cluster.
+        opens_mailbox: the body opens it (`open_mailbox`); otherwise that is done ahead of the body.
         mail_split: words at the start of a mailbox that are counted apart from the others; 0: none.
         arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
@@ -423,6 +427,7 @@ class Kernel:
     cluster: int = 1
     mailbox: int = 0
     mail_split: int = 0
+    opens_mailbox: bool = False
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None

@@ -322,7 +322,7 @@ class MosaicSimt(Simt):
         order_asm(f"bar.sync 1, {self._tail};")  # 0 is the barrier of block_sync
 
     def open_mailbox(self) -> None:
-        """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
+        """Of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
         with self._if(self.thread_id().eq(0)):
             for part, _ in enumerate(self._mail_parts()):
                 init = "mbarrier.init.shared::cta.b64 [$0], 1;"
@@ -709,7 +709,7 @@ def launcher(
                 )
             if kernel.mailbox or kernel.starts_at_once:
                 _drop_barriers(kernel)
-            if kernel.mailbox:
+            if kernel.mailbox and not kernel.opens_mailbox:
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()
