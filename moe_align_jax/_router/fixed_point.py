@@ -10,13 +10,19 @@ The range is -128 to 128. At E <= 256 an id has 8 bits, and the unit of the fixe
 more of an id doubles the unit. A logit beyond the range, or infinite, counts as its nearest end, and a NaN as
 the lower one.
 
-A token is in doubt where two of its K + 1 greatest keys agree but for their ids. The ids decide then if every
-logit that counts at least as much as the K-th is equal to its number in fixed point: then those that seem
-equal are equal. Otherwise whole keys decide. Logits that were bfloat16 before are equal to their numbers from
-2**-8 to 128 at E <= 256, and from twice as much on for each bit more of an id: their ties cost nothing there.
+A token is in doubt where two of its K + 1 greatest keys agree but for their ids, and where a lane might have
+to give more keys than it sorts: of each eight it sorts the greatest four only, and all four were chosen. Then
+three looks follow, until one of them decides:
 
-Of each eight keys a lane sorts the greatest four only. Where all four of them are chosen, the fifth might
-have to be, too: whole keys decide for that token.
+1. At the logits of the K + 1 greatest. Where only two neighbours at a time agree, and no key beyond these has
+   a number as great as the K-th's, those two change places by their logits. Two logits that agree by chance
+   are nearly always alone.
+2. At what fixed point leaves of each logit that counts at least as much as the K-th. Where that is nothing,
+   those that seem equal are equal, and ids decide. Logits that were bfloat16 before are equal to their
+   numbers from 2**-8 to 128 at E <= 256, and from twice as much on for each bit more of an id.
+3. At all logits: the token is chosen for again, by whole keys.
+
+The first look needs a multiple of 32 experts, and K below 32.
 
 A lane holds experts in vectors: four, then those of the 31 other lanes come, then its next four. So the loads
 of a warp lie side by side. Not where a softmax adds up all experts' powers: the sum's order would be another
@@ -28,25 +34,18 @@ import operator
 from collections.abc import Callable
 
 from moe_align_jax._router import arithmetic as f32
-from moe_align_jax._router import forms, kernel
+from moe_align_jax._router import kernel
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt.language import WARP, Int
 
 MESSAGE = 4  # words that are sent at once
 _VECTOR = 4  # words of a load
 _LIMIT = 128  # the greatest logit that has a number in fixed point, and that of the least
-_NARROW_LIMIT = 32
 # Of a key: the 24 others hold all that float32 leaves of a number in fixed point.
 _FEWEST_ID_BITS = 8
 
-# Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words. The second: where not
-# all warps that come here do so, whether this one does.
-type Send = Callable[[list[Int], Int | None], None]
-
-
-def limit() -> int:
-    """The greatest logit that has a number in fixed point, and that of the least."""
-    return _NARROW_LIMIT if forms.has("r") else _LIMIT
+# Sends the message of a token on: lane k has part `k % parts` of it, `MESSAGE` words.
+type Send = Callable[[list[Int]], None]
 
 
 def sends_early(problem: RouteProblem) -> bool:
@@ -101,14 +100,14 @@ class FixedPointRouter(kernel.Router):
         return inverted + ((least + 2**31) % 2**32 - 2**31)
 
     def _fixed(self, logit: Int) -> Int:
-        """`_one` and, in fixed point, where the logit stands between -`limit` and `limit`: from 0 to 1."""
+        """`_one` and, in fixed point, where the logit stands between -`_LIMIT` and `_LIMIT`: from 0 to 1."""
         t = self.t
-        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * limit()), 0.5, self._one))
+        scale, half, one = (t.const(f32.bits(x)) for x in (1 / (2 * _LIMIT), 0.5, self._one))
         return t.fadd(t.fma_saturated(logit, scale, half), one)
 
     def _inexact_bits(self, logit: Int) -> Int:
         """0 of a finite logit that is equal to its number in fixed point."""
-        t, width = self.t, 2 * limit()
+        t, width = self.t, 2 * _LIMIT
         middle = t.const(f32.bits(-(self._one + 0.5) * width))
         return t.fma(self._fixed(logit), t.const(f32.bits(width)), middle) ^ logit
 
@@ -138,16 +137,14 @@ class FixedPointRouter(kernel.Router):
         for one in spent:
             doubts = doubts | one
         doubtful, sure = t.any_lane(doubts)
-        if send is not None and forms.has("p"):
-            send(self._real_only(loaded, message), sure)
-        elif send is not None:
+        if send is not None:
             # Ahead of the code of the doubt, which is long.
             with t.if_(sure):
-                send(self._real_only(loaded, message), None)
+                send(self._real_only(loaded, message))
             t.warp_sync()  # else the compiler makes one branch of this one and the next
         expert = self._id_in(self._own(bests))
 
-        def slow() -> list[Int]:
+        def by_ids() -> list[Int]:
             logits, last = [self._finite(x) for x in loaded.words], bests[-1]
             # Only those by which the K greatest are told from the others and put in order must be exact.
             low = [
@@ -160,30 +157,30 @@ class FixedPointRouter(kernel.Router):
             several = t.ballot(low.ne(0)).ne(0)
 
             def whole() -> list[Int]:
-                chosen = self._take_whole(logits)
-                return [chosen, *(self._message_of(chosen) if message else [])]
+                return with_message(self._take_whole(logits))
 
             return t.values_if(several, whole, [expert, *message])
+
+        def with_message(chosen: Int) -> list[Int]:
+            return [chosen, *(self._message_of(chosen) if message else [])]
 
         def look() -> list[Int]:
             if self._can_look_twice:
                 unclear, chosen = self._second_look(loaded, keys, bests, lists, spent)
-                words = self._message_of(chosen) if message else []
-                chosen, *words = t.values_if(unclear, slow, [chosen, *words])
+                chosen, *words = t.values_if(unclear, by_ids, with_message(chosen))
             else:
-                chosen, *words = slow()
+                chosen, *words = by_ids()
             if send is not None:
-                send(self._real_only(loaded, words), None)
+                send(self._real_only(loaded, words))
             return [chosen]
 
         return t.values_if(doubtful, look, [expert])[0]
 
     @property
     def _can_look_twice(self) -> bool:
-        """Whether `_second_look` can be asked: every key is an expert's, and one stands behind the K-th."""
-        top_k = self.problem.top_k
-        rest = top_k < min(self.problem.num_experts, WARP)
-        return forms.has("q") and self.layout.whole and rest
+        """Whether `_second_look` can be asked: each lane has a key, and all of them are experts', so that K
+        rounds leave one that stands behind the K-th."""
+        return self.layout.whole and self.problem.top_k < WARP
 
     def _second_look(
         self,
@@ -193,11 +190,11 @@ class FixedPointRouter(kernel.Router):
         lists: list[list[Int]],
         spent: list[Int],
     ) -> tuple[Int, Int]:
-        """Whether whole keys must decide; and the expert of lane k, where they need not.
+        """Whether more must be looked at, in every lane; and the expert of lane k, where not.
 
-        They need not where at most one more expert than K has a number that is at least the K-th's, and of
-        those no three are equal in fixed point: then neighbours that are equal change places by their
-        logits. Where a list was cut, only if there is no such expert.
+        Not where at most K + 1 experts have numbers that are at least the K-th's, and no three of these have
+        the same one: then neighbours that have the same one change places by their logits. Of a list that was
+        cut the (K + 1)-th may be missing: then only where there are K.
 
         Args:
             loaded, keys: the token's logits, and the short keys of this lane.
@@ -206,24 +203,32 @@ class FixedPointRouter(kernel.Router):
         """
         t, lane, mask, top_k = self.t, self.lane, self.id_mask, self.problem.top_k
         t.warp_sync()  # the logits that are kept have been stored
-        head = functools.reduce(self._greater, (one[0] for one in lists))
-        behind = t.warp_max(head)
+        behind = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
         counts = [t.select((key | mask) >= bests[-1], 1, 0) for key in keys]
-        while len(counts) > 1:  # a tree: one after the other they would wait for each other
+        while len(counts) > 1:
+            # A tree, and hidden: the compiler would add one after the other, and each waits for the last.
             pairs = zip(counts[::2], counts[1::2], strict=False)
             counts = [t.hidden(a + b) for a, b in pairs] + counts[len(counts) & ~1 :]
         count = t.warp_sum(counts[0])
+
         key = self._own([*bests, behind])
         expert = self._id_in(key)
-        if self.problem.num_experts <= mask:  # what stands for no key has an id, too
-            expert = t.select(expert.below(self.problem.num_experts), expert, 0)
         value = f32.order(self._reload(loaded.token, expert))
         after = (lane + 1) & (WARP - 1)
-        equal = (key ^ t.shfl(key, after)).below(mask + 1) & (lane + 1 < count)
-        runs, swaps = t.ballot(equal), t.ballot(equal & (t.shfl(value, after) > value))
-        unclear = (count > top_k + 1) | (runs & (runs >> 1)).ne(0)
+        agree = (key ^ t.shfl(key, after)).below(mask + 1) & (lane + 1 < count)
+        # Equal ones stay as they are, the lower id first.
+        # mutant: equal logits change places
+        behind_greater = t.shfl(value, after) > value
+        # Bit k: whether ranks k and k + 1 have the same number; whether they change places.
+        pairs, swaps = t.ballot(agree), t.ballot(agree & behind_greater)
+        # mutant: of more keys than were looked at none is the greatest
+        unclear = count > top_k + 1
+        # mutant: of three that agree the third is the least
+        unclear = unclear | (pairs & (pairs >> 1)).ne(0)
         for one in spent:
+            # mutant: no key is missing from a list that was cut
             unclear = unclear | ((count > top_k) & t.ballot(one).ne(0))
+        # mutant: of two that change places the second stays
         source = lane + ((swaps >> lane) & 1) - (((swaps << 1) >> lane) & 1)
         return unclear, t.shfl(expert, source & (WARP - 1))
 

@@ -118,7 +118,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
             num_ctas=config.num_ctas,
         )
         body, shared, mailbox = code.body, code.shared, code.num_words
-        tail, mail_split, opens = code.threads, code.mail_split, code.opens_mailbox
+        tail = code.threads
     else:
         [inner] = kernels.build(
             align,
@@ -129,8 +129,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         everyone = config.num_warpgroups * WARPGROUP // WARP * config.num_ctas
         body, mailbox = _by_form(problem, inner, config.num_ctas, everyone), pairs
         shared = {**inner.shared, **({} if by_mail else {"chosen": pairs})}
-        tail = mail_split = 0
-        opens = False
+        tail = 0
 
     names, arrays = routing.outputs(problem)
     inputs = {**routing.kernel_inputs(problem), **align.inputs}
@@ -146,8 +145,6 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
         mailbox=mailbox if by_mail else 0,
-        mail_split=mail_split if by_mail else 0,
-        opens_mailbox=opens,
         tail_threads=tail,
         arrays=arrays,
         starts_at_once=config.form == "split",

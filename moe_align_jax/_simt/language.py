@@ -276,9 +276,6 @@ class Core(abc.ABC):
 class ClusterMail(abc.ABC):
     """What the CTAs of one cluster send to each other."""
 
-    def open_mailbox(self) -> None:  # noqa: B027 (the emulator has nothing to do)
-        """By every thread, once, ahead of `cluster_ready`, where `Kernel.opens_mailbox` says so."""
-
     @abc.abstractmethod
     def cluster_ready(self) -> None:
         """By every thread, before the first `post`: waits until all CTAs of the cluster run."""
@@ -296,19 +293,6 @@ class ClusterMail(abc.ABC):
     def post_at(self, place: Any, *values: Int | int) -> None:
         """As `post`, to a place that `mail_place` gave."""
         self.post(*place, *values)
-
-    @abc.abstractmethod
-    def post_if(self, condition: Int, place: Any, *values: Int | int) -> None:
-        """`post_at` where the condition holds, without a branch."""
-
-    def cluster_ready_warp(self, *, opens: bool) -> None:
-        """As `cluster_ready`, by whole warps, each once. `opens`: the first thread may be among them."""
-        raise NotImplementedError
-
-    def mail_part(self, part: int) -> Any:
-        """As `mail`, once the words before `Kernel.mail_split` are there, or (part 1) the others."""
-        del part
-        return self.mail()
 
     @abc.abstractmethod
     def mail(self) -> Any:
@@ -401,8 +385,6 @@ class Kernel:
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
         mailbox: words that each CTA gets from the CTAs of its cluster.
-        opens_mailbox: the body opens it (`open_mailbox`); otherwise that is done ahead of the body.
-        mail_split: words at the start of a mailbox that are counted apart from the others; 0: none.
         arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
         devices: the devices that run the kernel together; each may write to the staged arrays of the others,
@@ -426,8 +408,6 @@ class Kernel:
     num_ctas: int = 1
     cluster: int = 1
     mailbox: int = 0
-    mail_split: int = 0
-    opens_mailbox: bool = False
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None
@@ -445,8 +425,7 @@ class Kernel:
     @property
     def shared_arrays(self) -> dict[str, int]:
         """Words of each array in shared memory, with the mailbox and what counts its words."""
-        barriers = MAIL_BARRIER_WORDS * (2 if self.mail_split else 1)
-        mail = {"mailbox": self.mailbox, "mail_barrier": barriers} if self.mailbox else {}
+        mail = {"mailbox": self.mailbox, "mail_barrier": MAIL_BARRIER_WORDS} if self.mailbox else {}
         return {**self.shared, **mail}
 
     @property

@@ -58,7 +58,6 @@ class MosaicSimt(Simt):
         self._inbox = kernel.inbox
         self._mailbox, self._mail_barrier = mailbox, mail_barrier
         self._mailbox_words, self._tail = kernel.mailbox, kernel.tail_threads
-        self._mail_split = kernel.mail_split
 
     def thread_id(self) -> Int:
         return MlirInt(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -322,29 +321,11 @@ class MosaicSimt(Simt):
         order_asm(f"bar.sync 1, {self._tail};")  # 0 is the barrier of block_sync
 
     def open_mailbox(self) -> None:
-        """Of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
+        """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
         with self._if(self.thread_id().eq(0)):
-            for part, _ in enumerate(self._mail_parts()):
-                init = "mbarrier.init.shared::cta.b64 [$0], 1;"
-                order_asm(init, [self._mail_counter(part)], "r,")
-            order_asm("fence.mbarrier_init.release.cluster;")
+            init = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
+            order_asm(init, [self._shared_address(self._mail_barrier, 0)], "r,")
         order_asm("barrier.cluster.arrive.relaxed.aligned;")
-
-    def _mail_parts(self) -> list[int]:
-        """Words that each barrier of the mailbox counts."""
-        split, words = self._mail_split, self._mailbox_words
-        return [split, words - split] if split else [words]
-
-    def _mail_counter(self, part: int = 0) -> ir.Value:
-        """The address of the barrier that counts a part of the mailbox's words."""
-        return self._shared_address(self._mail_barrier, 2 * part)
-
-    def _mail_counter_of(self, index: Int | int) -> ir.Value:
-        """That of the barrier that counts the word at an index."""
-        if not self._mail_split:
-            return self._mail_counter()
-        first, second = (MlirInt(self._mail_counter(part)) for part in (0, 1))
-        return value_of(self.select(MlirInt(value_of(index)) < self._mail_split, first, second))
 
     def _shared_address(self, ref: Ref | None, index: Int | int) -> ir.Value:
         """The address of a word of shared memory, as int32."""
@@ -352,22 +333,17 @@ class MosaicSimt(Simt):
         return llvm.ptrtoint(i32(), ref.pointer(index))
 
     def cluster_ready(self) -> None:
-        self.cluster_ready_warp(opens=True)
-
-    def cluster_ready_warp(self, *, opens: bool) -> None:
         order_asm("barrier.cluster.wait.acquire.aligned;")
-        if not opens:
-            return
         # Not before: racecheck cannot tell it from a race with the other lanes' part in the init. Words that
         # come before this is said count, too.
         with self._if(self.thread_id().eq(0)):
             expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
-            for part, words in enumerate(self._mail_parts()):
-                order_asm(expect, [self._mail_counter(part), value_of(words * 4)], "r,r,")
+            words = [self._shared_address(self._mail_barrier, 0), value_of(self._mailbox_words * 4)]
+            order_asm(expect, words, "r,r,")
 
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
         there = [self._shared_address(self._mailbox, index)]
-        there += [self._mail_counter_of(index), value_of(cta & (self.cluster - 1))]
+        there += [self._shared_address(self._mail_barrier, 0), value_of(cta & (self.cluster - 1))]
         names = ", ".join(f"${k + 3}" for k in range(len(values)))
         width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
         asm = (
@@ -380,7 +356,7 @@ class MosaicSimt(Simt):
 
     def mail_place(self, cta: Int | int, index: Int | int) -> Any:
         words = [self._shared_address(self._mailbox, index)]
-        words += [self._mail_counter_of(index)]
+        words += [self._shared_address(self._mail_barrier, 0)]
         number, code = value_of(cta & (self.cluster - 1)), "mapa.shared::cluster.u32 $0, $1, $2;"
         # Volatile, or the compiler would compute the addresses where they are used.
         return [
@@ -395,25 +371,12 @@ class MosaicSimt(Simt):
         asm = f"{send}{width}.b32 [$0], {source}, [$1];"
         order_asm(asm, [*place, *map(value_of, values)], "r," * (2 + len(values)))
 
-    def post_if(self, condition: Int, place: Any, *values: Int | int) -> None:
-        names = ", ".join(f"${k + 3}" for k in range(len(values)))
-        width, source = (".v4", "{" + names + "}") if len(values) == 4 else ("", names)
-        send = "st.async.shared::cluster.mbarrier::complete_tx::bytes"
-        asm = f"@$0 {send}{width}.b32 [$1], {source}, [$2];"
-        operands = [value_of(condition), *place, *map(value_of, values)]
-        order_asm(asm, operands, "b," + "r," * (2 + len(values)))
-
     def mail(self) -> Any:
-        for part, _ in enumerate(self._mail_parts()):
-            self.mail_part(part)
-        return self._mailbox
-
-    def mail_part(self, part: int) -> Any:
         wait = (
             "{ .reg .pred full; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, "
             "[$0], 0; @!full bra again; }"
         )
-        order_asm(wait, [self._mail_counter(part)], "r,")
+        order_asm(wait, [self._shared_address(self._mail_barrier, 0)], "r,")
         return self._mailbox
 
     def rank(self) -> Int:
@@ -709,7 +672,7 @@ def launcher(
                 )
             if kernel.mailbox or kernel.starts_at_once:
                 _drop_barriers(kernel)
-            if kernel.mailbox and not kernel.opens_mailbox:
+            if kernel.mailbox:
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()

@@ -49,16 +49,6 @@ class InCluster(Simt):
             raise DivergentBarrier(f"{self.name}: cluster_ready is for all threads.")
         self._ready = True
 
-    def cluster_ready_warp(self, *, opens: bool) -> None:
-        self._whole(WARP, "cluster_ready_warp")
-        if not opens and (self.scope.active(self._full(array_of(self.thread_id()))) == 0).any():
-            raise Undefined(f"{self.name}: the first thread's warp opens the mailbox.")
-        self._ready = True
-
-    def post_if(self, condition: Int, place: Any, *values: Int | int) -> None:
-        with self._if(condition):
-            self.post_at(place, *values)
-
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
         width = len(values)
         if width not in (1, 4):
@@ -83,12 +73,6 @@ class InCluster(Simt):
         posted[cells] = True
         for k, word in enumerate(words):
             self._mailbox.data[cells[:, k]] = word
-
-    def mail_part(self, part: int) -> Buffer:
-        fetched = self._fetched
-        mailbox = self.mail()
-        self._fetched = fetched or part == 1
-        return mailbox
 
     def mail(self) -> Buffer:
         self._whole(WARP, "mail")
