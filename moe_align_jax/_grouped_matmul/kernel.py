@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales, loads, scaled_products
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
-from moe_align_jax._grouped_matmul.config import Config, marks_rows, refused
+from moe_align_jax._grouped_matmul.config import Config, refused
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
 from moe_align_jax._lowering.launch_value import launch_value
@@ -59,8 +59,7 @@ class Tile(NamedTuple):
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
-        holds: of blocks, with `Config.skips`: whether any of the warpgroup's rows holds a pair; for the
-            loader, of each warpgroup but the first.
+        holds: of blocks, with `Config.skips`: whether the second warpgroup's rows hold a pair.
     """
 
     valid: jax.Array
@@ -245,31 +244,25 @@ def build(
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
 
-        # Rows of a tile whose marks a warpgroup reads: its own first one; the loader those of the others.
-        looked_at = _LookedAt(problem, config, shape, refs, warpgroup, row_tiles)
-
-        def read(at, by_loader=False) -> Any:
+        def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                known = _read(problem, config, shape, refs, at)
-                return *known, looked_at.read(at, by_loader)
+                return _read(problem, config, shape, refs, at, row_tiles)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
+            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last), row_tiles)
             at = jnp.minimum(at, last)
-            known = _read(problem, config, shape, refs, at)
-            return *known, looked_at.read(at, by_loader), other[0]
+            return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def tile_at(i, known: Any = None, by_loader=False):
+        def tile_at(i, known=None):
             at, n = order(i)
-            known = read(at, by_loader) if known is None else known
+            known = read(at) if known is None else known
             if not pairs:
-                tile = _tile(problem, config, shape, refs, at, n, known[:-1])
-                tile = looked_at.told(tile, known[-1], by_loader)
+                tile = _tile(problem, config, shape, refs, at, n, known)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
             last = jnp.maximum(row_tiles - 1, 0)
-            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, known[:-2])
-            tile = looked_at.told(tile, known[-2], by_loader)
-            there, other = at < row_tiles, known[-1]
+            *known, other = known
+            tile = _tile(problem, config, shape, refs, jnp.minimum(at, last), n, tuple(known))
+            there = at < row_tiles
             valid = tile.valid & there
             peer = (other >= 0) & (other < problem.num_experts) & ((at ^ 1) < row_tiles)
             tile = tile._replace(
@@ -485,7 +478,7 @@ def build(
                 plgpu.barrier_arrive(full.at[slot_of(step - lag + stages)])
 
             def one(i, ring):
-                tile, steps = tile_at(i, by_loader=True)
+                tile, steps = tile_at(i)
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
@@ -669,9 +662,15 @@ def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) ->
 
 
 def _read(
-    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    at: jax.Array,
+    row_tiles: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    """What memory tells about a tile of rows, of so many: its expert; of a list, also the first row and the
+    end; of blocks, with `skips`, the first id of the second warpgroup's rows."""
     if config.finds:
         return _find(problem, config, refs, at)
     if config.heights:
@@ -680,7 +679,11 @@ def _read(
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
-    return (refs.experts[block * problem.block_size if problem.row_labels else block],)
+    expert = refs.experts[block * problem.block_size if problem.row_labels else block]
+    if not config.skips:
+        return (expert,)
+    # Without a tile there may be no such row.
+    return expert, refs.ids[jnp.where(row_tiles > 0, at * config.bm + shape.wm, 0)]
 
 
 def _tile(
@@ -711,7 +714,7 @@ def _tile(
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
-    [expert] = known
+    expert, *first_id = known
     valid = (expert >= 0) & (expert < problem.num_experts)
     if (
         shape.parts > 1 and shape.reads_ids
@@ -719,70 +722,12 @@ def _tile(
         limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
-    return Tile(valid, expert, row, end, n, end)
-
-
-class _LookedAt:
-    """Which warpgroups of a tile of blocks have rows that hold a pair, by an id or a label of each.
-
-    A block's pairs come first: the first of a warpgroup's rows holds one if any does.
-    """
-
-    def __init__(
-        self,
-        problem: MatmulProblem,
-        config: Config,
-        shape: Shape,
-        refs: _Refs,
-        warpgroup: jax.Array,
-        row_tiles: jax.Array,
-    ):
-        self.problem, self.config, self.shape, self.refs = problem, config, shape, refs
-        self.warpgroup, self.row_tiles = warpgroup, row_tiles
-        self.does = config.skips and marks_rows(problem)
-        if self.does and not problem.row_labels:
-            self.limit = epilogue.num_pairs(problem, refs.vectors)
-
-    def _inside(self, by_loader: bool) -> list[Any]:
-        """The rows of a tile that are looked at."""
-        if not self.does:
-            return []
-        if not by_loader:
-            return [self.warpgroup * self.shape.wm]
-        if not self.config.leaves:
-            return []
-        return [w * self.shape.wm for w in range(1, self.config.computing)]
-
-    def _is_there(self, row: jax.Array, inside: Any) -> Any:
-        """Whether the tile whose first row is `row` has a row so many rows behind it."""
-        problem, size, here = self.problem, self.problem.block_size, row + inside
-        there: Any = True
-        if self.shape.partial:
-            there = here < lax.div(row, _I32(size)) * size + size
-        if problem.row_labels:  # there are as many as the launch has rows
-            there = (here < self.refs.vectors.bound) & there
-        return there
-
-    def read(self, at: jax.Array, by_loader: bool) -> tuple[jax.Array, ...]:
-        """What is looked at of tile `at`: nothing waits for it yet."""
-        problem, parts, found = self.problem, self.shape.parts, []
-        for inside in self._inside(by_loader):
-            block = lax.div(at, _I32(parts)) if parts > 1 else at
-            row = block * problem.block_size + (at - block * parts) * self.config.bm
-            there = self._is_there(row, inside) & (self.row_tiles > 0)
-            ref = self.refs.experts if problem.row_labels else self.refs.ids
-            found.append(ref[jnp.where(there, row + inside, row)])
-        return tuple(found)
-
-    def told(self, tile: Tile, marks: tuple[jax.Array, ...], by_loader: bool) -> Tile:
-        """The tile, with what its marks tell."""
-        found = []
-        for inside, mark in zip(self._inside(by_loader), marks, strict=True):
-            holds = (mark >= 0) & self._is_there(tile.row, inside)
-            found.append(holds if self.problem.row_labels else holds & (mark < self.limit))
-        if not found:
-            return tile
-        return tile._replace(holds=tuple(found) if by_loader else found[0])
+    tile = Tile(valid, expert, row, end, n, end)
+    if first_id:  # the same of the second half
+        [pair] = first_id
+        holds = (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
+        tile = tile._replace(holds=holds)
+    return tile
 
 
 def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:

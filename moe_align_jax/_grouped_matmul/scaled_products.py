@@ -177,7 +177,7 @@ class Products:
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
         """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
         if tile.holds is not None:
-            return tile.holds
+            return (warpgroup == 0) | tile.holds
         return tile.row + warpgroup * self.shape.wm < tile.used
 
     # -- products

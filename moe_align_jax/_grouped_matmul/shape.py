@@ -2,13 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_align_jax._grouped_matmul.config import (
-    Config,
-    counts_rows,
-    marks_rows,
-    piece_rows,
-    tests_rows,
-)
+from moe_align_jax._grouped_matmul.config import Config, counts_rows, piece_rows, tests_rows
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 ROW_BYTES = 128  # of a row of a tile in shared memory
@@ -113,7 +107,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             or problem.top_k
             or store_rows
             or (parts > 1 and not problem.whole_blocks)
-            or (config.skips and marks_rows(problem) and not problem.row_labels)
+            or (blocks and config.skips)
         ),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import epilogue, kernel, launch
+from moe_align_jax._grouped_matmul import kernel, launch
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 from tests.matmul import oracle
@@ -377,7 +377,8 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early-paired"),
         ("blocks", {"num_rows": 33280, "k": 2176}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 33280, "k": 1024}, "128x192x128s4m-g0-c2w-early"),
-        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-skips-ahead"),
+        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g0-skips-ahead"),
+        ("blocks", {"num_rows": 2048, "whole_blocks": True}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33408, "block_size": 192}, "192x128x128s4m-g8-w3"),
@@ -464,6 +465,7 @@ SWAP = tiles.Config("swap", 16, 128, 128, 6, group=0)
 WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
 N = tiles.Config("n", 64, 256, 128, 4)
 M = tiles.Config("m", 128, 128, 128, 5, late=True)
+HALVES = tiles.Config("m", 128, 192, 128, 4, group=0, ahead=True, skips=True)
 TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
 BROAD = tiles.Config("m", 128, 192, 128, 4, sharing=2)  # three scales of w for each row
 BESIDE = BROAD._replace(shared="w", ahead=True)
@@ -484,10 +486,10 @@ FORMS = {
         N,
     ),
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
-    "skips, late, columns": (
+    "skips, columns": (
         (20, 1, 2, 128, 192, 128),
         {"gather": False, "layout": COLUMNS, "row_weights": True},
-        M._replace(skips=True),
+        HALVES,
     ),
     "broad, an odd number of tiles": (
         (20, 1, 2, 256, 448, 128),
@@ -567,120 +569,71 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
-WIDE_M = tiles.Config("m", 128, 192, 128, 4, group=0, ahead=True)
-HALVES = {
-    "wide": (WIDE_M, {"gather": False, "layout": COLUMNS}),
-    "wide, clusters": (EARLY._replace(paired=True), {"gather": False, "layout": COLUMNS}),
-    "late, gathered, silu": (M, SILU | {"bias": True}),
-    "tall": (TALL, {"gather": False, "layout": COLUMNS, "row_weights": True}),
-    "two tiles of a block": (M._replace(late=False), {"gather": False, "block": 256}),
-    "a part of a tile": (M, {"gather": False, "layout": COLUMNS, "block": 68}),
-}
-
-
-@pytest.mark.parametrize("name", HALVES)
-def test_warpgroups_without_pairs_multiply_nothing(name, monkeypatch):
+@pytest.mark.parametrize("layout", [COLUMNS, {}], ids=["columns", "rows"])
+def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
     """Experts of every number of pairs around a warpgroup's 64 rows, and a block without an expert: the bits
-    of tiles whose warpgroups all multiply, zeros in all rows of padding, and products of the others. What x
-    holds there, NaN, is in no result."""
-    config, options = HALVES[name]
-    block = dict(options).get("block", config.bm)
-    options = {k: v for k, v in options.items() if k != "block"}
+    of tiles whose warpgroups all multiply, and zeros in all rows of padding, where x is NaN. Where rows of
+    padding need not be zero, they are products of it, but for the halves that nothing multiplies."""
     counts = [0, 1, 63, 64, 65, 127, 128, 3]
     ids = np.repeat(np.arange(8), counts)[:, None]
     ids = np.random.default_rng(3).permutation(ids).astype(np.int32)
 
     def routing(*_):
-        aligned = maj.moe_align_block_size(ids, block_size=block, num_experts=8)
+        aligned = maj.moe_align_block_size(ids, block_size=128, num_experts=8)
         used = int(aligned.num_tokens_post_padded[0])
         experts = np.array(aligned.expert_ids)
-        experts[used // block - 1] = -1
+        experts[used // 128 - 1] = -1
         is_pair = np.asarray(aligned.sorted_token_ids) < len(ids)
-        is_pair[used - block :] = False
+        is_pair[used - 128 :] = False
         return aligned._replace(expert_ids=jnp.asarray(experts)), is_pair
 
     monkeypatch.setattr("tests.matmul.test_fp8.routed", routing)
-    k, n = (256, 192) if config.bn == 192 else (128, 128)
-    size = (len(ids), 1, 8, k, n, block)
-    operands, given, want = make_case(*size, **options)
+    operands, given, want = make_case(len(ids), 1, 8, 256, 192, 128, gather=False, layout=layout)
     holds = routing()[1][: len(want)]
     problem, operands = made(monkeypatch, maj.grouped_matmul, *operands, **given)
-    assert marks_of(problem, config._replace(skips=True))
-    place = np.arange(len(want)) // block, np.arange(len(want)) % block // 64
-    some = np.zeros((place[0][-1] + 1, -(-block // 64)), bool)
-    some[place[0][holds], place[1][holds]] = True  # of each warpgroup's rows
-    assert 3 <= (~some).sum() < some.size - 3
 
-    def run(problem, config):
-        call = functools.partial(launch.run, problem, config=config._replace(num_ctas=2))
+    def run(config, **changes):
+        changed = problem._replace(**changes)
+        call = functools.partial(launch.run, changed, config=config._replace(num_ctas=2))
         with jax.default_device(jax.devices("cpu")[0]):
             out = jax.jit(functools.partial(call, interpret=True))(*operands)
         return np.asarray(out)[: len(want)].view(np.uint16)
 
-    usual = run(problem, config)
-    assert oracle.error(usual.view(jnp.bfloat16).astype(np.float64), want) < BOUND["bfloat16"]
-    assert not (usual[~holds] & 0x7FFF).any()
-    assert (run(problem, config._replace(skips=True)) == usual).all()
-    left = config._replace(skips=True, leaves=True)
-    if not tiles.refused(problem, left) and not problem.top_k:
-        assert (run(problem, left) == usual).all()
-    found = run(problem._replace(zero_padding=False), config._replace(skips=True))
-    assert (found[holds] == usual[holds]).all()
-    if not problem.top_k:  # products would be NaN
-        assert not (found[~some[place]] & 0x7FFF).any()
+    found = run(HALVES)
+    assert oracle.error(found.view(jnp.bfloat16).astype(np.float64), want) < BOUND["bfloat16"]
+    assert not (found[~holds] & 0x7FFF).any()
+    assert (found == run(HALVES._replace(skips=False))).all()
+    loose = run(HALVES, zero_padding=False)
+    assert (loose[holds] == found[holds]).all()
+    halves = loose.reshape(-1, 64, 192)
+    empty = ~holds.reshape(-1, 64).any(1)
+    assert empty.sum() == 5  # of the tiles with 1, 63 and 64 pairs, and both of no expert
+    assert not (halves[empty] & 0x7FFF).any()
+    assert np.isnan(halves[~empty].view(jnp.bfloat16).astype(np.float32)).any()
 
 
-def marks_of(problem, config):
-    """Whether the kernel looks at rows' ids or labels."""
-    return config.skips and tiles.marks_rows(problem) and shape_of(problem, config).reads_ids
-
-
-@pytest.mark.parametrize("by_ids", [False, True])
-@pytest.mark.parametrize(("block", "bm", "computing"), [(128, 128, 2), (192, 192, 3), (68, 128, 2)])
-def test_labels_tell_warpgroups_without_rows(block, bm, computing, by_ids):
-    """Labels of -1, and rows that the launch does not have, of which none is read; or ids."""
+def test_halves_are_left_out_of_tiles_that_can_do_without():
+    """Others read no id of the second half, or load for another CTA, too."""
     lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
-    rows, bound = 7 * block, 5 * block + 10
-    given = {"num_rows": rows, "k": 1024, "n": 192, "num_experts": 3, "block_size": block}
-    given |= {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16", "num_pairs": rows} | lie
-    labeled = {"whole_blocks": not by_ids, "row_labels": not by_ids, "zero_padding": False}
-    problem = MatmulProblem("test", "blocks", **labeled, **given)
-    config = tiles.Config("m", bm, 128, 128, 4, computing=computing, skips=True, leaves=True)
-    labels = np.full(rows, -1, np.int32)
-    for at, count in enumerate((1, 63, 64, 65, block, 10)):
-        labels[at * block : at * block + min(count, block)] = at % 3
-    shape, seen = shape_of(problem, config), []
-    assert shape.reads_ids == by_ids
-    if by_ids:
-        labels = np.where(labels < 0, rows + np.arange(rows) % 2, np.arange(rows))
-
-    class Labels:
-        def __getitem__(self, row):
-            seen.append(int(row))
-            return jnp.asarray(labels)[row]
-
-    class Refs:
-        experts = None if by_ids else Labels()
-        ids = Labels() if by_ids else None
-        vectors = epilogue.Vectors(ids, None, None, None if by_ids else jnp.int32(bound))
-
-    held, most = (labels >= 0) & (labels < rows), rows if by_ids else bound
-    for at, block_rows in enumerate(np.split(held[: 6 * block], 6)):
-        first = at * block
-        tile = kernel.Tile(*[jnp.int32(0)] * 2, jnp.int32(first), *[jnp.int32(0)] * 3)
-        want = [
-            bool(block_rows[w : w + bm // computing].any() and first + w < most)
-            for w in range(0, bm, bm // computing)
-        ]
-        found = []
-        for warpgroup in range(computing):
-            looks = kernel._LookedAt(problem, config, shape, Refs, jnp.int32(warpgroup), 6)
-            marks = looks.read(jnp.int32(at), False)
-            found.append(bool(looks.told(tile, marks, False).holds))
-            of_all = looks.told(tile, looks.read(jnp.int32(at), True), True).holds
-        assert found == want, at
-        assert [bool(h) for h in of_all] == want[1:]
-    assert max(seen) < most
+    sizes = {"num_rows": 4096, "k": 1024, "n": 192, "num_experts": 8, "block_size": 128}
+    given = sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
+    problem = MatmulProblem("test", "blocks", **given)
+    assert not tiles.refused(problem, HALVES)
+    tall = TALL._replace(ahead=True, skips=True)
+    for changes, config, reason in [
+        ({"num_tokens": 2048, "top_k": 2}, HALVES, "in order"),
+        ({"whole_blocks": True}, HALVES, "ids tell pairs"),
+        ({"whole_blocks": True, "row_labels": True}, HALVES, "ids tell pairs"),
+        ({"block_size": 192}, tall, "second of two warpgroups"),
+        ({}, N._replace(skips=True, ahead=True, bm=128), "second of two warpgroups"),
+        ({"block_size": 256}, HALVES, "that are a block"),
+        ({"block_size": 68}, HALVES, "that are a block"),
+        ({}, M._replace(skips=True), "read ahead"),
+        ({}, HALVES._replace(sharing=1), "of one CTA"),
+        ({}, BESIDE._replace(skips=True), "of one CTA"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            kernel.build(problem._replace(**changes), config)
 
 
 def test_pieces_in_shared_memory_divide_those_of_a_tile():
@@ -742,18 +695,10 @@ def on_a_gpu():
         float32 = {"preferred_element_type": "float32", "gather": False}
         add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
         add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
-    for config in (M, TALL):
-        for gather in (False, True):
-            more = {"gather": gather, "routing": "dropped", "layout": {} if gather else COLUMNS}
-            size = (300, 2, 3, 384, 448, config.bm)
-            add(f"skips, gathered {gather}", config._replace(skips=True), *size, **more)
-    higher = TALL._replace(ahead=True, early=True)
-    for config in (WIDE_M, higher, EARLY, WIDE_M._replace(sharing=1, early=True)):
-        for name, layout in layouts.items():
-            for leaves in (False, True)[: 1 + (config.sharing < 2)]:
-                skipping = config._replace(skips=True, leaves=leaves)
-                text = f"without pairs, {name}"
-                add(text, skipping, 300, 2, 9, 384, 448, config.bm, gather=False, layout=layout)
+    for name, layout in every:
+        for routing in ("uniform", "dropped"):
+            more = {"gather": False, "routing": routing, "layout": layout}
+            add(f"halves, {name}, {routing}", HALVES, 300, 2, 9, 384, 448, 128, **more)
     tall = TALL._replace(sharing=2, ahead=True)
     early = TALL._replace(ahead=True, early=True)
     for config in (BROAD, BESIDE, EARLY, TALL._replace(sharing=1), tall, early):

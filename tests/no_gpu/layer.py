@@ -81,11 +81,6 @@ def e4m3_problems() -> Iterator[tuple[str, Any]]:
     shared = config_for(problem)
     assert shared.shares_weights
     yield "e4m3, shared by clusters", DirectMatmul(problem, config=shared)
-    for block in (128, 192):
-        sizes = {"num_rows": 40 * block, "block_size": block, "row_labels": True}
-        few = MatmulProblem("test", "blocks", scales=columns, whole_blocks=True, **sizes, **given)
-        assert config_for(few).skips
-        yield f"e4m3, labels tell {block} rows' warpgroups", DirectMatmul(few)
 
 
 def check(plugin: str, runtime: str, part: str = "") -> Iterator[script.Report]:
