@@ -19,8 +19,8 @@ from tests.no_gpu import recording, script
 
 PAIRS = 2
 TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
-# ranks, tokens per rank, payload, whether tokens are gathered as they are (None: as the transport chooses): the
-# kernels of a pair. A fusion adds up the rows of a token's pairs, and over more than two ranks one the ranks'.
+# ranks, tokens per rank, payload, whether tokens are gathered as they are (None: as the transport chooses):
+# the kernels of a pair. A fusion adds up a token's rows, and over more than two ranks another the ranks'.
 WANTED = {
     (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
     (2, 128, "fp8", True): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},

@@ -22,8 +22,8 @@ MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
-# CTAs up to which rows are cut into parts. All of what a part has to do in `pack` is to move it; where boxes are
-# filled, each also compares the row's ids with all others.
+# CTAs up to which rows are cut into parts. `pack` does nothing twice for that; where boxes are filled, each
+# part compares its row's ids with all others.
 _PACKING_CTAS = 8 * NUM_SMS
 _FILLING_CTAS = NUM_SMS
 
@@ -213,7 +213,7 @@ def quantised(columns: int) -> tuple[Field, Field]:
 
 
 def _parts(rows: int, fields: tuple[Field, ...], ctas: int) -> int:
-    """As many as give every CTA's threads a move of the longest field, while there are at most so many CTAs."""
+    """As many as give every CTA's threads a move of the longest field, up to so many CTAs of all rows."""
     most = max(-(-field.units // THREADS) for field in fields)
     return max(1, min(most, ctas // rows))
 

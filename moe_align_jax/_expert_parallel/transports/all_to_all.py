@@ -10,9 +10,9 @@ all_gather as well, which needs no D copies of them: so large fields go.
 A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
 quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). Where a rank
 receives few bytes, all of a token's fields are gathered as they are instead, which XLA makes one collective
-of, and one kernel quantises what came. What XLA makes of those steps are some nine small kernels, and launching them
-takes longer than the exchanges. Few tokens' rows are added up by XLA on the way back: that is one kernel, and
-the host launches a kernel of XLA's faster than one of ours.
+of, and one kernel quantises what came. What XLA makes of those steps are some nine small kernels, and
+launching them takes longer than the exchanges. A token's rows, though, XLA adds up in one kernel, and the
+host launches a kernel of XLA's faster than one of ours: so few rows are added up by XLA.
 
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
@@ -37,16 +37,16 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
-# Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at most
-# MOST_GATHERED_BYTES of their rows so.
+# Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
+# most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200 with fp8, a pair of dispatch and combine was 7 to 10 us faster gathered than packed at 8 tokens per
-# rank and, in CUDA graphs, 8 to 15 us slower at 128 (2026-11-29): between them it is the same at some 50 to 70.
+# On two H200 a pair of dispatch and combine (fp8 out) was 6 to 12 us faster gathered at 8 tokens per rank, and
+# in CUDA graphs 8 to 15 us slower at 128 (2026-11-29): about the same between 50 and 70.
 MOST_GATHERED_BYTES = 768 << 10
 # Of those, where processes may be on several hosts, between which bytes take longer.
 BETWEEN_HOSTS = 1 / 4
-# The values that are read to add up the rows of all pairs, up to which XLA does it where boxes are filled. The
-# host launches its fusion in some 4 us, and a kernel of ours in 10.
+# The values in the rows of all pairs, up to which XLA adds them up. The host launches a fusion of XLA's in
+# some 4 us, and a kernel of ours in 10.
 MOST_SUMMED_BY_XLA = 1 << 24
 
 
