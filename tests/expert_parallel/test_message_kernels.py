@@ -397,6 +397,12 @@ def test_few_tokens_are_gathered_and_more_are_packed(monkeypatch, ranks, payload
         assert (packs, gathers) == (tokens > last, tokens <= last)
 
 
+def test_several_processes_gather_a_quarter_of_that(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sizes = [exchanges.Size("low_latency", tokens) for tokens in (8, 13, 14)]
+    assert [exchanges.gathers(size, 2) for size in sizes] == [True, True, False]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sums_of_few_rows_are_those_of_numpy_in_the_order_of_pairs(monkeypatch, ranks):
     """Weighted in float32, without what stands in rows that are not in use; then over the ranks in order."""

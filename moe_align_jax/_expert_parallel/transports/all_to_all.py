@@ -40,8 +40,8 @@ MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200 a pair of dispatch and combine (fp8 out) was 6 to 12 us faster gathered at 8 tokens per rank, and
-# in CUDA graphs 8 to 15 us slower at 128 (2026-11-29): about the same between 50 and 70.
+# On two H200 a pair of dispatch and combine (fp8 out) was 6 to 12 us faster gathered at 8 tokens per rank,
+# and in CUDA graphs 8 to 15 us slower at 128 (2026-11-29): about the same between 50 and 70.
 MOST_GATHERED_BYTES = 768 << 10
 # Of those, where processes may be on several hosts, between which bytes take longer.
 BETWEEN_HOSTS = 1 / 4
