@@ -158,13 +158,6 @@ def gathering(exchange: Exchange, *, gathers: bool) -> Exchange:
     return _traced_with(exchange, name, all_to_all, "GATHERS", gathers)
 
 
-def summing(exchange: Exchange, *, by_xla: bool) -> Exchange:
-    """The same with rows added up by XLA on the way back of "all_to_all", or by our kernel."""
-    name = f"{exchange.name}, {'sums by XLA' if by_xla else 'sums by our kernel'}"
-    most = 1 << 62 if by_xla else 0
-    return _traced_with(exchange, name, all_to_all, "MOST_SUMMED_BY_XLA", most)
-
-
 def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
     def changed(function):
         def run(*arguments):

@@ -80,7 +80,7 @@ def pick(y: jax.Array, row: jax.Array) -> jax.Array:
     """`[T, ...]` rows of y, zero for row -1."""
     if y.shape[0] == 0:
         return jnp.zeros((*row.shape, *y.shape[1:]), y.dtype)
-    return y.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return y.at[jnp.where(row < 0, y.shape[0], row)].get(mode="fill", fill_value=0)
 
 
 def weighted_sum(y: jax.Array, weights: jax.Array | None, row_of_pair: jax.Array) -> jax.Array:

@@ -20,16 +20,15 @@ from tests.no_gpu import recording, script
 PAIRS = 2
 TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
 # ranks, tokens per rank, payload, whether tokens are gathered as they are (None: as the transport chooses):
-# the kernels of a pair. A fusion adds up a token's rows, and over more than two ranks another the ranks'.
+# the kernels of a pair. A fusion adds up over more than two ranks.
 WANTED = {
-    (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
-    (2, 128, "fp8", True): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
-    (2, 32, None, None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
-    (8, 7, "fp8", None): {"all-gather": 1, "custom-call": 1, "fusion": 2, "all-to-all": 1},
-    # Many rows, which our kernel adds up.
+    (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, None, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (8, 16, "fp8", None): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
     (8, 128, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
-    (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 2, "fusion": 1, "reduce-scatter": 1},
-    (2, 128, "fp8", None): {"all-to-all": 1, "custom-call": 2, "fusion": 1, "reduce-scatter": 1},
+    (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
+    (4, 64, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
 }
 # Of a pair besides: what reads the rows that came.
 READING = {"fusion": 1}

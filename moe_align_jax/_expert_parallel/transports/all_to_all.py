@@ -11,8 +11,7 @@ A low-latency exchange whose boxes are not cleared takes few launches: one kerne
 quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). Where a rank
 receives few bytes, all of a token's fields are gathered as they are instead, which XLA makes one collective
 of, and one kernel quantises what came. What XLA makes of those steps are some nine small kernels, and
-launching them takes longer than the exchanges. A token's rows, though, XLA adds up in one kernel, and the
-host launches a kernel of XLA's faster than one of ours: so few rows are added up by XLA.
+launching them takes longer than the exchanges.
 
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
@@ -32,7 +31,6 @@ from moe_align_jax._expert_parallel.transport import (
     ranks_of_tokens,
     sum_over_ranks,
 )
-from moe_align_jax._layout import gathers
 from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
@@ -40,14 +38,12 @@ MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200 a pair of dispatch and combine (fp8 out) was 6 to 12 us faster gathered at 8 tokens per rank,
-# and in CUDA graphs 8 to 15 us slower at 128 (2026-11-29): about the same between 50 and 70.
-MOST_GATHERED_BYTES = 768 << 10
+# On two H200, fp8 out and bfloat16 back, 2026-11-29, 20:10, not waiting, us a pair, gathered, packed, two
+# bare all_to_all: 8 tokens per rank 73.0, 79.9, 50.3; 128 tokens 73.2, 80.0, 51.0; with CUDA graphs of one
+# kernel and more 65.5, 74.6, 45.5; 73.0, 80.3, 50.0. On the GPU itself 128 tokens take longer gathered.
+MOST_GATHERED_BYTES = 2 << 20
 # Of those, where processes may be on several hosts, between which bytes take longer.
 BETWEEN_HOSTS = 1 / 4
-# The values in the rows of all pairs, up to which XLA adds them up. The host launches a fusion of XLA's in
-# some 4 us, and a kernel of ours in 10.
-MOST_SUMMED_BY_XLA = 1 << 24
 
 
 class AllToAll(Transport):
@@ -122,23 +118,6 @@ class AllToAll(Transport):
             found = packed.unpack(unpack, received)
         *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = found.values()
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
-
-    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
-        return MESSAGE_KERNELS and row_of_pair.size * y.shape[1] <= MOST_SUMMED_BY_XLA
-
-    def sum_pairs(
-        self,
-        y: jax.Array,
-        weights: jax.Array,
-        row_of_pair: jax.Array,
-        local_ids: jax.Array,
-        plan: Any,
-        group: Group,
-    ) -> jax.Array:
-        del local_ids
-        sums = gathers.weighted_sum(y, weights, row_of_pair).astype(y.dtype)
-        with jax.named_scope("return_rows"):
-            return self.return_rows(sums, plan, group)
 
     def _problems(
         self,
