@@ -237,8 +237,10 @@ def variants(size: Product) -> list[Any]:
     from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
 
     if size.kind == "weight gradient":
-        more = [Tiles(back=True), *(Tiles(group=g) for g in (8, 16))]
-        return [None, Tiles(late=False), Tiles(lag=1), *more]
+        usual = Tiles(short=True)
+        more: list[dict[str, Any]] = [{"late": False}, {"lag": 1}, {"back": True}]
+        more += [{"group": 8}, {"group": 16}, {"short": False}]
+        return [None, *(usual._replace(**each) for each in more)]
     late = Config("m", 128, 256, 64, 4, late=True)
     return [None, late._replace(late=False, group=8), *(late._replace(group=g) for g in (4, 8, 16))]
 

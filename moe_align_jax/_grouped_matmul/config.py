@@ -26,9 +26,10 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
-# which there are, the K up to which they are. See above `RULES`. Below so many rows times K times N they are
-# not taken: between the launch that lists them and the product 17 to 27 us passed under jit, at any size.
-_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS = 176, 128, 1024
+# which there are, the K up to which they are; with a longer K so many experts, by falling height. See above
+# `RULES`. Below so many rows times K times N they are not taken: between the launch that lists them and the
+# product 17 to 27 us passed under jit, at any size.
+_LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_HEIGHTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
@@ -73,6 +74,8 @@ class Config(NamedTuple):
             whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
+        falling: with `heights`, not `exact`: tiles are taken from the tallest to the lowest, so that all CTAs
+            take about as long for a tile, and remain at the same step.
     """
 
     form: str
@@ -96,6 +99,7 @@ class Config(NamedTuple):
     by_expert: bool = False
     heights: tuple[int, ...] = ()
     exact: bool = False
+    falling: bool = False
 
     @property
     def shares_weights(self) -> bool:
@@ -116,7 +120,8 @@ class Config(NamedTuple):
         more += "-paired" if self.paired else ""
         more += "-experts" if self.by_expert else ""
         if self.heights:
-            more += ("-exact" if self.exact else "-even") + ".".join(map(str, self.heights[1:]))
+            kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
+            more += kind + ".".join(map(str, self.heights[1:]))
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -185,10 +190,15 @@ DEFAULT_RULES = Rules()
 #   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
 # They lost with two blocks of 144 rows for an expert, although the product itself took less (325 to 332):
 #   32768 rows, 2048 -> 1536, 128 experts: 337, exact 347 to 355, even 355
-# In an earlier run they lost where K is long and experts are many, whose CTAs of two heights share fewer
-# reads of the weights:
+# In an earlier run they lost where K is long and experts are many: CTAs that read the same weights drift
+# apart where they had tiles of other heights before, and read them from memory again.
 #   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
 #   experts, blocks of 176: 2174, even 2173, exact 2170
+# Listed from the tallest to the lowest they do not ("falling"; all n tiles of each). 19:44, medians of four
+# turns, the same clock and launch:
+#   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
+#   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
+#   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -240,14 +250,21 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         return tiles
     if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
         return with_heights(problem, tiles, (8, 16, 40), True)
-    short = problem.k <= _MOST_K_OF_HEIGHTS and problem.consecutive
-    if short and problem.num_experts >= _MANY_OF_HEIGHTS and tiles.bm in (184, 192):
-        return with_heights(problem, tiles, (8, 16, 24, 40), tiles.bm == 184)
-    return tiles
+    falling = problem.k > _MOST_K_OF_HEIGHTS
+    many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
+    if many and problem.consecutive and tiles.bm in (184, 192):
+        exact = tiles.bm == 184 and not falling
+        tiles = with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
+    return tiles._replace(group=0) if tiles.falling else tiles
 
 
 def with_heights(
-    problem: MatmulProblem, tiles: Config, less: tuple[int, ...], exact: bool
+    problem: MatmulProblem,
+    tiles: Config,
+    less: tuple[int, ...],
+    exact: bool = False,
+    *,
+    falling: bool = False,
 ) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
@@ -255,7 +272,7 @@ def with_heights(
     of the next.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, late=False)
+    found = tiles._replace(heights=heights, exact=exact, falling=falling, late=False)
     return tiles if _no_heights(problem, found) else found
 
 
@@ -273,6 +290,8 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
     if tiles.late or tiles.split > 1 or tiles.sharing:
         return "tiles of several heights are stored at once, by one CTA each"
+    if tiles.exact and tiles.falling:
+        return "tiles of one expert that have two heights are not taken by height"
     first, *rest = tiles.heights
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):

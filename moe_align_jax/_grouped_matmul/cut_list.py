@@ -6,20 +6,28 @@ tiles as it has blocks, none of which is much taller than it must be: 512 rows i
 are three tiles of 176, not of 184, 184 and 144. Tiles of about one height keep the CTAs that read the same
 weights at the same step. Any other block is a run of its own.
 
-One CTA. Each thread has some neighbouring blocks. As many tiles as blocks: tile b is the place-th of its run.
+One CTA. Each thread has some neighbouring blocks. As many tiles as blocks: tile b is the place-th of its run,
+or the list is sorted by height.
 """
 
+import functools
+import operator
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._simt.collectives import block_exclusive_scan
+from moe_align_jax._simt.collectives import (
+    block_exclusive_scan,
+    block_exclusive_scans,
+    value_if,
+)
 from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt
 
 _WARPGROUPS = 4
 _THREADS = 128 * _WARPGROUPS
 _STEP = 8  # rows: heights differ by a multiple of it
 _ROWS_AT_ONCE = 16  # of a block that are first asked for their last one, whether it holds a pair
+_COUNT = 1 << 16  # two counts of blocks in a word: the second in units of it
 _OPEN = 1 << 16  # counts blocks that are not full, above the count of runs
 
 
@@ -35,6 +43,8 @@ class CutList(NamedTuple):
         heights: of tiles, falling; the first is that of a block.
         exact: a run's pairs are shared evenly by its tiles, to 8 rows, and each tile has the least height for
             its share: a run has at most two heights. Otherwise all have that of the largest share.
+        falling: tiles are listed from the tallest to the lowest, those without rows last; of one height in
+            the order of their blocks. A run has one height then: its tiles remain neighbours. Not `exact`.
     """
 
     num_rows: int
@@ -44,12 +54,15 @@ class CutList(NamedTuple):
     num_pairs: int
     heights: tuple[int, ...]
     exact: bool
+    falling: bool = False
 
 
-def of(problem: MatmulProblem, heights: tuple[int, ...], exact: bool) -> CutList:
+def of(
+    problem: MatmulProblem, heights: tuple[int, ...], exact: bool, falling: bool = False
+) -> CutList:
     """The list for a problem of "blocks"."""
     sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
-    return CutList(*sizes, problem.num_pairs, heights, exact)
+    return CutList(*sizes, problem.num_pairs, heights, exact, falling)
 
 
 def build(cut: CutList) -> Program:
@@ -76,7 +89,8 @@ def build(cut: CutList) -> Program:
             "open": cut.num_blocks,  # blocks before it that are not full
             "held": cut.num_blocks,  # pairs
             "sums": WARP,
-        },
+        }
+        | ({"class_sums": WARP * (len(cut.heights) // 2 + 1)} if cut.falling else {}),
         num_warpgroups=_WARPGROUPS,
         num_ctas=1,
         partial=frozenset(listed),
@@ -130,9 +144,21 @@ class _Body:
             t.store(r.first, everything % _OPEN, used)
             t.store(r.count, 0, used)
         t.block_sync()
-        for block, expert, run in zip(self.blocks, experts, runs, strict=True):
+        places = self.blocks
+        if cut.falling:
+            classes = [
+                value_if(
+                    t,
+                    block < used,
+                    functools.partial(self.height_class, block, expert, run),
+                    len(cut.heights) + 1,
+                )
+                for block, expert, run in zip(self.blocks, experts, runs, strict=True)
+            ]
+            places = self.by_class(classes)
+        for block, expert, run, place in zip(self.blocks, experts, runs, places, strict=True):
             with t.if_(block < used):
-                self.tile(block, expert, run)
+                self.tile(block, expert, run, place)
 
     def expert(self, block: Int, used: Int) -> Int:
         """Whose weights a block uses; -1 for none, and where there is no such block."""
@@ -169,14 +195,51 @@ class _Body:
             found = self.t.select(rows <= each, each, found)
         return found
 
-    def tile(self, block: Int, expert: Int, run: Int) -> None:
-        """Lists the tile of a block of that run."""
+    def height_class(self, block: Int, expert: Int, run: Int) -> Int:
+        """Which of the heights the tile of a block has; their number, of a tile without rows."""
+        t, cut = self.t, self.cut
+        first, behind, pairs = self.run_of(block, expert, run)
+        count = behind - first
+        units = (pairs + (_STEP - 1)) // _STEP
+        rows = self.height((units + (count - 1)) // count * _STEP)
+        found = t.const(0)
+        for each in cut.heights[1:]:
+            found = found + t.select(rows <= each, 1, 0)
+        return t.select((block - first) * rows < pairs, found, len(cut.heights))
+
+    def by_class(self, classes: list[Int]) -> list[Int]:
+        """Place of each block's tile: lower classes first, in the order of blocks."""
+        t, kinds = self.t, range(0, len(self.cut.heights) + 1, 2)  # two classes a scan
+        ones = [
+            [t.select(c.eq(low), 1, 0) + t.select(c.eq(low + 1), _COUNT, 0) for c in classes]
+            for low in kinds
+        ]
+        totals = [functools.reduce(operator.add, each) for each in ones]
+        scans = block_exclusive_scans(t, totals, self.r.class_sums)
+        places, before = [t.const(0) for _ in classes], t.const(0)
+        for low, each, (running, everything) in zip(kinds, ones, scans, strict=True):
+            of_low = everything % _COUNT
+            for k, (kind, one) in enumerate(zip(classes, each, strict=True)):
+                next_class = running // _COUNT + of_low
+                here = t.select(kind.eq(low), running % _COUNT, next_class) + before
+                places[k] = t.select(kind.eq(low) | kind.eq(low + 1), here, places[k])
+                running = running + one
+            before = before + of_low + everything // _COUNT
+        return places
+
+    def run_of(self, block: Int, expert: Int, run: Int) -> tuple[Int, Int, Int]:
+        """(First block, block behind the last one, pairs) of a block's run, or of it alone."""
         t, r, cut = self.t, self.r, self.cut
         first, behind = t.load(r.first, run), t.load(r.first, run + 1)
         full = t.load(r.open, behind - 1).eq(t.load(r.open, first))  # all but the last
         first, behind = t.select(full, first, block), t.select(full, behind, block + 1)
         pairs = (behind - 1 - first) * cut.block + t.load(r.held, behind - 1)
-        pairs = t.select(expert >= 0, pairs, 0)
+        return first, behind, t.select(expert >= 0, pairs, 0)
+
+    def tile(self, block: Int, expert: Int, run: Int, at: Int) -> None:
+        """Lists the tile of a block of that run, in place `at`."""
+        t, r, cut = self.t, self.r, self.cut
+        first, behind, pairs = self.run_of(block, expert, run)
         count, place = behind - first, block - first
         units = (pairs + (_STEP - 1)) // _STEP
         if cut.exact:
@@ -192,8 +255,8 @@ class _Body:
         left = t.select(left > 0, left, 0)
         base, end = first * cut.block, start + t.select(left > 0, rows, 0)
         after = t.select(place.eq(count - 1), count * cut.block, start + rows) + base
-        t.store(r.expert, block, expert)
-        t.store(r.start, block, base + start)
-        t.store(r.end, block, base + end)
-        t.store(r.pairs, block, t.select(left < rows, left, rows))
-        t.store(r.behind, block, t.select(after < cut.num_rows, after, cut.num_rows))
+        t.store(r.expert, at, expert)
+        t.store(r.start, at, base + start)
+        t.store(r.end, at, base + end)
+        t.store(r.pairs, at, t.select(left < rows, left, rows))
+        t.store(r.behind, at, t.select(after < cut.num_rows, after, cut.num_rows))

@@ -8,7 +8,7 @@ at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the ch
 tile, counted row after row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,14 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
+
+_descriptor: Any
+_wgmma: Any
+try:  # what Mosaic makes its own wgmma of; a later jax may have it elsewhere
+    from jax.experimental.mosaic.gpu.mma_utils import create_descriptor as _descriptor
+    from jax.experimental.mosaic.gpu.wgmma import wgmma_m64 as _wgmma
+except ImportError:
+    _descriptor = _wgmma = None
 
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
@@ -829,8 +837,10 @@ def clear_rows(
     *,
     shape: tuple[int, int],
     interpret: bool,
+    before: int = 0,
 ) -> None:
-    """Zeros into a tile's rows from `first` on. Values have 16 bits."""
+    """Zeros into a tile's rows from `first` on, none of which is one of the `before` first. Values have 16
+    bits. `shape`: up to which row, and of how many columns."""
     rows, columns = shape
     if interpret:
 
@@ -841,7 +851,7 @@ def clear_rows(
 
             return ()
 
-        lax.fori_loop(0, rows, one, ())
+        lax.fori_loop(before, rows, one, ())
         return
     per_row = columns * 2 // CHUNK_BYTES
 
@@ -850,7 +860,7 @@ def clear_rows(
         # The swizzle stays within a row: chunks are taken as they lie, 8 rows of 128 bytes after each other.
         base = arith.addi(shared_address(tile), arith.muli(thread_index(), int32(CHUNK_BYTES)))
         zero = int32(0)
-        for i in range(rows * per_row // THREADS):
+        for i in range(before * per_row // THREADS, rows * per_row // THREADS):
             index = arith.addi(thread_index(), int32(i * THREADS))
             group = arith.muli(arith.divui(index, int32(8 * per_row)), int32(8))
             row = arith.addi(group, arith.remui(arith.divui(index, int32(8)), int32(8)))
@@ -862,3 +872,62 @@ def clear_rows(
                 )
 
     emit(tile_ref, first)
+
+
+def multiplies_rows() -> bool:
+    """Whether this jax has what `multiply_rows` is made of."""
+    return _wgmma is not None
+
+
+def multiply_rows(
+    sums: jax.Array,
+    left_ref: Any,
+    right_ref: Any,
+    likes: Sequence[tuple[Any, ...]],
+    band: jax.Array,
+    *,
+    rows: int,
+    interpret: bool,
+) -> jax.Array:
+    """`sums + left[:rows, 64 band:][:, :64]^T right[:rows]`, complete; `rows` is a multiple of 16.
+
+    Mosaic's own wgmma takes 64 rows of tiles with TMA's 128-byte swizzle, or multiples of them.
+    """
+    if interpret:
+        left = left_ref[:rows, pl.ds(band * 64, 64)].astype(jnp.float32)
+        return sums + jnp.dot(left.T, right_ref[:rows, :].astype(jnp.float32))
+    like = plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=plgpu.Layout.WGMMA)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    kinds = plgpu.RefType(likes[0]), plgpu.RefType(likes[1]), plgpu.Layout.WGMMA, scalar
+
+    @emits(arg_types=kinds, return_type=like)
+    def emit(_, left, right, values, which):
+        group, per_instruction = 64, 16
+        which = arith.index_cast(ir.IndexType.get(), scalar_of(which))
+        left = mgpu.memref_slice(left, (slice(None), mgpu.ds(which, 1)))
+        left = mgpu.memref_transpose(left, (1, 0, 3, 2))
+        kind = ir.MemRefType(left.type).element_type
+        more = {"swizzle": 128, "large_tile": (group, group)}
+        (a, (_, (a_step, *_))), *_ = _descriptor(
+            left, group_size=(group, group), logical_k_major=False, **more
+        )
+        (b, (_, (b_step, *_))), *_ = _descriptor(
+            right, group_size=(group, sums.shape[1]), logical_k_major=True, **more
+        )
+        given = mgpu.WGMMAAccumulator.from_registers(values)
+        registers = _wgmma(
+            given._value.registers,
+            *(a, b, True, True, a_step, b_step),
+            n=sums.shape[1],
+            swizzle=rows // per_instruction * 32,  # which tells how many instructions there are
+            a_element_type=kind,
+            b_element_type=kind,
+        )
+        for order in ("commit_group.sync.aligned", "wait_group.sync.aligned 0"):
+            mgpu_utils.inline_ptx(f"wgmma.{order};", has_side_effects=True)
+        found = mgpu.FragmentedArray(
+            _registers=registers, _layout=given._value.layout, _is_signed=values.is_signed
+        )
+        return mgpu.optimization_barrier(found).to_layout(values.layout)
+
+    return emit(left_ref, right_ref, sums, band)

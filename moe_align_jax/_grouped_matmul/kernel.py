@@ -2,8 +2,8 @@
 
 A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
 memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile
-is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the
-device.
+is loaded while the last is stored. Whose weights each tile uses is read on the device, and how many tiles
+there are, unless all rows are known to be in use (`MatmulProblem.all_rows`).
 
     form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
     form "n":     all rows, half of the columns;
@@ -586,6 +586,8 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
         return _over_experts(problem, config, count, _I32(0))
     if not shape.parts:
         return refs.count[0]
+    if problem.all_rows and refs.vectors.bound is None:  # else a launch may have fewer
+        return _I32(problem.num_blocks * shape.parts)
     block = problem.block_size
     count = refs.vectors.bound if problem.row_labels else refs.count[0]
     blocks = lax.div(count + (block - 1), _I32(block))

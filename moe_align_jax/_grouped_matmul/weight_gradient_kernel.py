@@ -43,6 +43,7 @@ _REGISTERS = {False: (40, 232), True: (56, 224)}
 _SLOTS = 2  # bands of the result in shared memory, per warpgroup
 _COMPUTING = 2  # warpgroups that multiply
 _WM = 64  # columns of lhs that a warpgroup has
+_SHORT = 16  # rows of a wgmma
 _TILES_PER_CTA = (
     4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
 )
@@ -71,6 +72,7 @@ class Tiles(NamedTuple):
             n tiles of an m tile, then the next.
         back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
+        short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
     """
 
     bm: int = 128
@@ -83,12 +85,14 @@ class Tiles(NamedTuple):
     pieces: int = 0
     group: int = 0
     back: bool = False
+    short: bool = False
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4-late`."""
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
+        more += "-short" if self.short else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -106,8 +110,15 @@ def cannot(problem: WeightGradient) -> str | None:
 
 def tiles_for(problem: WeightGradient) -> Tiles:
     """The tiles for a problem, as measured on an H200."""
+    # Last rows to 16, beside whole steps, us, 2026-11-29, 19:44 and 20:10: 131072 rows, 7168 x 1024, 256
+    # experts 2781, 2864 (Zipf 3217, 3249); 262144 rows, 4096 x 1536, 128 experts 4316, 4344; 65536 rows,
+    # 768 x 2048, 128 experts 317, 330; 16384 rows, 4096 x 28672, 8 experts 4853, 4913.
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.
-    tiles = Tiles(late=problem.layout.out_dtype != "float32", lag=1 if problem.gathered else 2)
+    tiles = Tiles(
+        late=problem.layout.out_dtype != "float32",
+        lag=1 if problem.gathered else 2,
+        short=inline.multiplies_rows(),
+    )
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
     group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
@@ -365,6 +376,12 @@ def build(
     """The kernel as a function of what `arguments` gives."""
     if tiles.lag > tiles.stages - 2:
         raise ValueError(f"the loads would wait for products that wait for them: {tiles}")
+    if tiles.short and not inline.multiplies_rows():
+        raise ValueError(
+            f"this jax does not have what {tiles.name} are made of; take `short=False`"
+        )
+    if tiles.short and tiles.bk != 64:
+        raise ValueError(f"`short` tiles have stages of 64 rows, not of {tiles.bk}")
     layout = problem.layout
     k, n, stages, bk = layout.k, layout.n, tiles.stages, tiles.bk
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
@@ -373,9 +390,9 @@ def build(
     likes = [kernel.transforms(each.wide, dtype) for each in (left, right)]
     o_like = kernel.transforms(piece, out_dtype)
     m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
+    by_copies = not (left.by_tma and right.by_tma)
     per_expert = m_tiles * n_tiles
     total = layout.num_experts * per_expert
-    by_copies = not (left.by_tma and right.by_tma)
     # TMA stores of a single piece lose the dimension of pieces, and with it their index.
     by_rows = not of_pieces and (k % _WM != 0 or n % piece != 0 or n == piece)
     out_shape = problem.out_shape
@@ -436,19 +453,8 @@ def build(
                         slot = slot_of(ring + k)
                         plgpu.barrier_wait(full.at[slot])
                         rows = end - first - k * bk
-
-                        @pl.when(rows < bk)
-                        def _():
-                            # Both warpgroups write the same zeros: each waits for its own.
-                            for (side, _, stage), like in zip(sides, likes, strict=True):
-                                if side.by_tma:
-                                    inline.clear_rows(
-                                        *(stage.at[slot], like, rows),
-                                        shape=(bk, side.wide),
-                                        interpret=interpret,
-                                    )
-                            plgpu.commit_smem()
-
+                        if not tiles.short:
+                            pl.when(rows < bk)(lambda: clear(slot, rows))
                         a = left_tiles.at[slot, :, pl.ds(warpgroup * _WM, _WM)]
                         plgpu.wgmma(sums, a.transpose((1, 0)), right_tiles.at[slot])
                         between(k)
@@ -462,15 +468,63 @@ def build(
                         return ()
 
                     # The wait belongs to the branch: see the kernel of the product.
-                    @pl.when(steps > 0)
+                    whole = whole_steps(tile)
+
+                    @pl.when(whole > 0)
                     def _():
-                        lax.fori_loop(0, steps, step, ())
+                        lax.fori_loop(0, whole, step, ())
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot_of(ring + steps + stages - 1)])
+                        plgpu.barrier_arrive(empty.at[slot_of(ring + whole + stages - 1)])
 
                     return sums[...]
 
-                return pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                sums = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                if not tiles.short:
+                    return sums
+                slot, rest = slot_of(ring + steps - 1), end - first - whole_steps(tile) * bk
+
+                def last(most, sums):
+                    """The rows behind the whole steps, which are `most` at most."""
+
+                    def these(sums):
+                        clear(slot, rest, most - _SHORT, most)
+                        return inline.multiply_rows(
+                            *(sums, left_tiles.at[slot], right_tiles.at[slot], likes, warpgroup),
+                            rows=most,
+                            interpret=interpret,
+                        )
+
+                    if most == bk:
+                        return these(sums)
+                    return lax.cond(
+                        rest <= most, these, functools.partial(last, most + _SHORT), sums
+                    )
+
+                def some(sums):
+                    plgpu.barrier_wait(full.at[slot])
+                    sums = last(_SHORT, sums)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return sums
+
+                return lax.cond(rest > 0, some, lambda sums: sums, sums)
+
+            def clear(slot, rows, before=0, most=bk):
+                """Zeros into a stage's rows from `rows` on, up to `most`, none of the `before` first."""
+                # Both warpgroups write the same zeros: each waits for its own.
+                for (side, _, stage), like in zip(sides, likes, strict=True):
+                    if side.by_tma:
+                        inline.clear_rows(
+                            *(stage.at[slot], like, rows),
+                            shape=(most, side.wide),
+                            interpret=interpret,
+                            before=before,
+                        )
+                plgpu.commit_smem()
+
+            def whole_steps(tile):
+                """Of a tile's steps those that the loop takes: with `short`, those of a whole stage."""
+                *_, first, end, steps = tile
+                return lax.div(end - first, _I32(bk)) if tiles.short else steps
 
             def bands(tile, sums):
                 """The sums in bands of columns, rounded; of an expert that is cut, those of its pieces."""
@@ -542,7 +596,7 @@ def build(
 
                 sums = multiply(tile, ring, between)
                 for q in range(len(last)):
-                    late = (tile[-1] <= q) & (waits > 0)
+                    late = (whole_steps(tile) <= q) & (waits > 0)
                     pl.when(late)(lambda q=q: put(q, last[q], at))
                 return ring + tile[-1], _I32(1), place(tile), bands(tile, sums)
 

@@ -61,18 +61,19 @@ LISTS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("kind", ["exact", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
-def test_list_of_tiles(case, known, exact):
+def test_list_of_tiles(case, known, kind):
     """Each row in use is one tile's, whose rows to multiply hold all pairs, and of its expert alone."""
+    exact = kind == "exact"
     block, given = LISTS[case]
     num_experts = max([e for e, _ in given if e != 7], default=0) + 1
     heights = tuple(range(block, block // 2, -8))
     where = made(block, num_experts, given)
     cut = cut_list.CutList(
         *(len(where.ids), block, len(where.experts), num_experts),
-        *(int(where.ids[-1]) if known else 0, heights, exact),
+        *(int(where.ids[-1]) if known else 0, heights, exact, kind == "falling"),
     )
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
@@ -86,6 +87,12 @@ def test_list_of_tiles(case, known, exact):
         seen[start:behind] += 1
         computed += end - start
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
+    if kind == "falling":
+        rows = (listed[2] - listed[1])[: count[0]]
+        assert (np.diff(rows) <= 0).all()
+        # Of one height, in the order of their rows: an expert's tiles remain neighbours.
+        same = np.flatnonzero(np.diff(rows) == 0)
+        assert (listed[1][same] < listed[1][same + 1]).all()
     usual = block * sum(p > 0 and 0 <= e < num_experts for e, p in given)
     if case == "few":  # one step of rows at most behind the pairs of each expert of many blocks
         least = 2 * 20 * 184 + 192
@@ -142,7 +149,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False)
+    usual = config._replace(heights=(), exact=False, falling=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -168,13 +175,15 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
 HEIGHTS = (8, 16, 24, 40)
 
 
-def test_product_in_the_interpreter():
+@pytest.mark.parametrize("falling", [False, True])
+def test_product_in_the_interpreter(falling):
     """Half of the tile's columns are there; rows of a piece that has not all of its own."""
     given = [(0, 152), (0, 100), (-1, 0), (0, 7), (1, 152), (1, 1), (2, 10), (2, 100)]
     where = made(152, 3, given)
     problem = problem_of(where, 152, 3, 64, 128)
     with jax.default_device(jax.devices("cpu")[0]):
-        config = tiles.with_heights(problem, TALL._replace(bm=152), (16,), True)
+        usual = TALL._replace(bm=152)
+        config = tiles.with_heights(problem, usual, (16,), not falling, falling=falling)
         check(where, problem, config, interpret=True)
 
 
@@ -191,6 +200,8 @@ def test_what_cannot_be_cut_is_refused():
         (tall._replace(heights=(184, 180)), "multiples of 8"),
         (tall._replace(heights=(176, 168)), "fall from a block's"),
         (tall._replace(bm=92), "each as high"),
+        (tall._replace(falling=True), "not taken by height"),
+        (tall._replace(sharing=2), "stored at once"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
@@ -228,31 +239,51 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
     check(where, problem, config, interpret=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [176, 184, 192])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_tiles_by_height_on_a_gpu(block, transposed):
+    """Right, and the bits of tiles of one height."""
+    given = [(e, block if p == 144 else p) for e, p in ODD]
+    given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
+    where = made(block, 8, given)
+    problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, falling=True)
+    check(where, problem, config, interpret=False)
+
+
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 184 and 192 of many where K is short."""
+    """Blocks of 176 rows and more of few experts, 184 and 192 of many: by height where K is long."""
 
     def chosen(block, experts, k=4096, n=14336, **more):
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
         found = tiles.config_for(given._replace(num_rows=experts * block * 7))
         assert found.bm == block and not (found.heights and found.late)
-        return found.heights[1:], found.exact
+        kind = "exact" if found.exact else "falling" if found.falling else "even"
+        assert found.falling == (found.group == 0)
+        return found.heights[1:], kind if found.heights else ""
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
-    assert chosen(192, 8) == ((184, 176, 152), True)
-    assert chosen(176, 8, **any_rows) == ((168, 160, 136), True)
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), True)
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), False)
+    assert chosen(192, 8) == ((184, 176, 152), "exact")
+    assert chosen(176, 8, **any_rows) == ((168, 160, 136), "exact")
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact")
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even")
+    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), "falling")
+    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), "falling")
     for others in (
         chosen(144, 8),
         chosen(192, 8, n=7168),
         chosen(144, 128, 1024, **any_rows),
         chosen(192, 128, 2048, **any_rows),
+        chosen(184, 255, 7168, 1024, **any_rows),
+        chosen(184, 256, 7168, 1024, row_weights=True, **any_rows),
         chosen(184, 128, 1024),
+        chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
         chosen(176, 128, 1024, **any_rows),
         chosen(176, 8, row_weights=True),
     ):
-        assert others == ((), False)
+        assert others == ((), "")
 
 
 @pytest.mark.gpu

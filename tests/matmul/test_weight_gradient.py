@@ -172,6 +172,66 @@ def test_the_order_of_tiles_follows_from_the_matrix():
     assert [order(*size) for size in sizes] == want
 
 
+LAST = (0, 1, 15, 16, 17, 31, 33, 48, 63, 64, 65, 0, 127, 192)  # rows of an expert
+
+
+def of_whole_numbers(rows, k, n, out, sizes=LAST):
+    """(problem, operands, NumPy's answer) of whole numbers, whose sums are exact in any order.
+
+    NaN behind each expert's rows in "blocks", which TMA reads, and behind all rows of "ragged".
+    """
+    block, rng = 64, np.random.default_rng(0)
+    first, at = [], 0
+    for size in sizes:
+        first.append(at)
+        at += -(-size // block) * block if rows == "blocks" else size
+    num_rows = at + block
+    lhs, rhs = np.full((num_rows, k), np.nan), np.full((num_rows, n), np.nan)
+    ids, want = np.full(num_rows, sum(sizes)), np.zeros((len(sizes), k, n))
+    for expert, (begin, size) in enumerate(zip(first, sizes, strict=True)):
+        mine = slice(begin, begin + size)
+        lhs[mine], rhs[mine] = (rng.integers(-3, 4, (size, columns)) for columns in (k, n))
+        ids[mine] = np.arange(size) + sum(sizes[:expert])
+        want[expert] = lhs[mine].T @ rhs[mine]
+    more, where = {"num_groups": len(sizes)}, [np.array(sizes), np.zeros(1)]
+    if rows == "blocks":
+        blocks_of = [-(-size // block) for size in sizes]
+        experts = np.append(np.repeat(np.arange(len(sizes)), blocks_of), 0)
+        more = {"block_size": block, "num_pairs": sum(sizes), "consecutive": True}
+        where = [ids, experts, np.array([at])]
+    layout = MatmulProblem(*("test", rows, num_rows, k, n, len(sizes), "bfloat16", out), **more)
+    operands = [jnp.asarray(x, "bfloat16") for x in (lhs, rhs)]
+    operands += [jnp.asarray(each, jnp.int32) for each in where]
+    return WeightGradient(layout), operands, want.astype(jnp.dtype(out))
+
+
+@pytest.mark.parametrize(("rows", "out"), [("blocks", "bfloat16"), ("ragged", "float32")])
+def test_each_number_of_last_rows_in_the_interpreter(rows, out):
+    """The product of the last rows alone, beside NaN, equals NumPy's."""
+    problem, operands, want = of_whole_numbers(rows, 128, 256, out)
+    tiles = kernel.tiles_for(problem)
+    assert tiles.short
+    with jax.default_device(jax.devices("cpu")[0]):
+        run = functools.partial(kernel.run, problem, interpret=True, tiles=tiles)
+        np.testing.assert_array_equal(np.asarray(jax.jit(run)(*operands)), want)
+
+
+def test_a_jax_without_the_parts_of_wgmma_takes_whole_steps(monkeypatch):
+    problem, *_ = of_whole_numbers("blocks", 128, 256, "bfloat16")
+    monkeypatch.setattr(kernel.inline, "_wgmma", None)
+    assert not kernel.tiles_for(problem).short
+    with pytest.raises(ValueError, match="this jax"):
+        kernel.build(problem, kernel.Tiles(short=True))
+    kernel.build(problem, kernel.Tiles())
+
+
+def test_last_rows_are_of_stages_of_64_rows():
+    """Parts of other stages would need other instructions."""
+    problem, *_ = of_whole_numbers("blocks", 128, 256, "bfloat16")
+    with pytest.raises(ValueError, match="64 rows"):
+        kernel.build(problem, kernel.Tiles(bk=32, short=True))
+
+
 def many() -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     early = kernel.Tiles(late=False)
@@ -480,3 +540,37 @@ def test_a_callers_alignment_within_shard_map():
     traced = jax.jit(step).trace(w, x, like((64, 2), jnp.int32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.case" in text and "grouped_weight_gradient" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(128, 256), (384, 320), (200, 136)])
+@pytest.mark.parametrize(
+    ("rows", "out", "late"),
+    [
+        *((rows, "bfloat16", late) for rows in ("blocks", "ragged") for late in (True, False)),
+        *((rows, "float32", False) for rows in ("blocks", "ragged")),
+    ],
+)
+def test_each_number_of_last_rows_on_a_gpu(rows, out, late, size):
+    """NumPy's bits, and those of whole steps, with an expert for each number of rows up to 130."""
+    problem, operands, want = of_whole_numbers(rows, *size, out, (*LAST, *range(131)))
+    for short in (True, False):
+        tiles = kernel.Tiles(late=late, short=short)
+        run = jax.jit(functools.partial(kernel.run, problem, tiles=tiles))
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(run(*operands)), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("gathered", [None, "lhs", "rhs"])
+def test_gathered_last_rows_on_a_gpu(gathered, late):
+    """The bits of whole steps, of values whose sums are rounded."""
+    problem, operands = blocks(310, 4, 24, 384, 512, 64, gathered=gathered)
+    tiles = kernel.Tiles(late=late, short=True, lag=1)
+    check(problem, operands, tiles, interpret=False)
+    found, whole = (
+        np.asarray(kernel.run(problem, *operands, tiles=each))
+        for each in (tiles, tiles._replace(short=False))
+    )
+    assert found.tobytes() == whole.tobytes()

@@ -130,6 +130,13 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         less = (8, 16, 24, 40) if bm == 184 else (8, 16, 40)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         yield f"{bm}, heights", given, with_heights(given, tiles, less, exact=True)
+    given = problem(block=184, zero_padding=False)
+    tiles = Config("swap", 184, 256, 64, 3, lag=1)
+    yield (
+        "184, heights, falling",
+        given,
+        with_heights(given, tiles, (8, 16, 24, 40), falling=True),
+    )
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -169,7 +176,24 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield f"{bm}, gated, left", given, wide._replace(bm=bm, bk=bk, stages=stages, lag=lag)
         tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
         yield f"{bm}, left", problem(block=bm, **left), tiles
+    yield from one_token()
     yield from e4m3_problems()
+
+
+def one_token() -> Iterator[tuple[str, Any, Any]]:
+    """Both products of layers of one token, whose rows are known to be all in use, in their usual tiles."""
+    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.problem import Weights
+    from moe_align_jax._moe_layer.plan import LayerProblem
+
+    for sizes in ((8, 2048, 768, 128), (8, 7168, 256, 256), (2, 4096, 14336, 8)):
+        for transposed in (True, False):
+            weights = Weights(transposed, activation="silu", gated=True)
+            given = (1, *sizes, "bfloat16", "bfloat16", weights, False, False)
+            layer = LayerProblem(*given, 1, sizes[0], True, False)
+            for which, product in (("gate and up", layer.first), ("down", layer.second)):
+                name = f"one token, {which}, {sizes[3]} experts, transposed {transposed}"
+                yield name, product, config_for(product, "NVIDIA H200")
 
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
@@ -269,7 +293,7 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
         layout = MatmulProblem("test", rows, **given | {"out_dtype": out} | sizes)
         return WeightGradient(layout, gathered)
 
-    late, early = Tiles(), Tiles(late=False)
+    late, early = Tiles(short=True), Tiles(short=True, late=False)
     ragged: dict[str, Any] = {"rows": "ragged", "num_groups": 8}
     odd: dict[str, Any] = {"k": 200, "n": 136, "num_rows": 4093}
     for out, tiles in (("bfloat16", late), ("bfloat16", early), ("float32", early)):
@@ -287,6 +311,9 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     yield "gradient, tiny", problem(k=8, n=8, num_rows=37, **ragged), late
     yield "gradient, one piece", problem(k=64, n=64), late
     yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
+    for gathered in (None, "rhs"):
+        given = problem(gathered=gathered)
+        yield "gradient, whole steps", given, late._replace(short=False)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
