@@ -54,7 +54,8 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3. Of "blocks" it
+            is the second of two, if its first id tells that its rows hold no pair: nor are they loaded.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
@@ -238,6 +239,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
+    if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
+        return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -296,6 +299,17 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
         return "heights fall from a block's on, by multiples of 8 rows"
+    return None
+
+
+def _no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why no warpgroup of a tile of blocks can be without a pair, or None."""
+    if problem.top_k or problem.whole_blocks or problem.row_labels:
+        return "rows are left out that lie in order, and whose ids tell pairs"
+    if not problem.scales or tiles.form != "m" or tiles.computing != 2:
+        return "the second of two warpgroups that have rows of their own is left out, of e4m3"
+    if tiles.bm != problem.block_size or not tiles.ahead or tiles.sharing:
+        return "rows are left out of tiles that are a block, read ahead, of one CTA"
     return None
 
 
@@ -510,6 +524,11 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
+    # Of an expert's last tile, every other one's second half holds no pair: 5.5% less time (H200, 2026-11-29,
+    # 20:27; 2.3% in groups of 8).
+    skipping = tiles._replace(group=0, skips=True)
+    if problem.rows == "blocks" and not _no_skips(problem, skipping):
+        return skipping
     return tiles
 
 

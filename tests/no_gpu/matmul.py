@@ -277,8 +277,12 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield *case("masked, finds 32", scales=columns._replace(pitch=512), **many)[:2], swap
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
-        yield *case("skips, of ids", tiles.bm)[:2], tiles
-        yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
+    for more in ({}, {"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
+        for each in (columns, rows, packed, rows._replace(packed=True), single):
+            given = more | {"num_rows": 8192, "num_experts": 32}
+            name, problem, tiles = case("halves", scales=each, **given)
+            assert tiles.skips
+            yield name, problem, tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
