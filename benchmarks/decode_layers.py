@@ -17,7 +17,6 @@ from jax import lax
 import moe_align_jax as maj
 from benchmarks import clocks, exchanges
 from benchmarks.exchanges import AXIS, Size
-from moe_align_jax._expert_parallel.transports import all_to_all
 
 # What the experts' rows and weights are, and what travels to them.
 FORMATS = {
@@ -251,4 +250,4 @@ def every(
     for transport in transports[1:]:
         yield ours(*given, transport)
     if platform == "gpu":
-        yield ours(*given, "all_to_all", not all_to_all.GATHERS)
+        yield ours(*given, "all_to_all", not exchanges.gathers(size, ranks))

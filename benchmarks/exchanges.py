@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
 from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
-from moe_align_jax._expert_parallel import message
+from moe_align_jax._expert_parallel import message, packed
 from moe_align_jax._expert_parallel.transports import all_to_all
 
 AXIS = "ep"
@@ -141,6 +141,15 @@ def message_kernels(exchange: Exchange, *, ours: bool) -> Exchange:
     """The same with our kernels beside the exchanges of "all_to_all", or with what XLA makes of it."""
     name = f"{exchange.name}, {'message kernels' if ours else 'by XLA'}"
     return _traced_with(exchange, name, all_to_all, "MESSAGE_KERNELS", ours)
+
+
+def gathers(size: Size, ranks: int) -> bool:
+    """Whether "all_to_all" gathers tokens of that size as they are, where no one says otherwise."""
+    payload: Any = [jax.ShapeDtypeStruct((size.tokens, size.hidden), jnp.bfloat16)]
+    ids: Any = jax.ShapeDtypeStruct((size.tokens, size.top_k), jnp.int32)
+    boxes = size.experts // ranks, ranks * size.tokens
+    *_, gathered = packed.problems(payload, ids, ranks, *boxes, size.payload is not None)
+    return all_to_all.gathers_all(gathered)
 
 
 def gathering(exchange: Exchange, *, gathers: bool) -> Exchange:
@@ -355,7 +364,7 @@ def every(
         yield ours(size, ranks, f"ours, {transport}", transport=transport)
     if "all_to_all" in transports and size.mode == "low_latency":
         same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
-        yield gathering(same, gathers=not all_to_all.GATHERS)
+        yield gathering(same, gathers=not gathers(size, ranks))
         yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:

@@ -2,8 +2,8 @@
 
 A persistent CTA has two warpgroups that multiply and one that loads. They share a ring of stages in shared
 memory, each with bk columns of a tile of x and of the weights, that runs on from tile to tile: the next tile
-is loaded while the last is stored. How many tiles there are, and whose weights each uses, is read on the
-device.
+is loaded while the last is stored. Whose weights each tile uses is read on the device, and how many tiles
+there are, unless all rows are known to be in use (`MatmulProblem.all_rows`).
 
     form "m":     each warpgroup multiplies half of the tile's rows with all of its columns;
     form "n":     all rows, half of the columns;
@@ -66,6 +66,7 @@ class Tile(NamedTuple):
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
+        holds: of blocks, with `Config.skips`: whether the second warpgroup's rows hold a pair.
     """
 
     valid: jax.Array
@@ -79,6 +80,7 @@ class Tile(NamedTuple):
     there: Any = None
     busy: Any = None
     together: Any = None
+    holds: Any = None
 
 
 class _Refs:
@@ -257,10 +259,11 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(problem, config, shape, refs, at)
+                return _read(problem, config, shape, refs, at, row_tiles)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last))
-            return *_read(problem, config, shape, refs, jnp.minimum(at, last)), other[0]
+            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last), row_tiles)
+            at = jnp.minimum(at, last)
+            return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
         def found(i, before_none):
             """The i-th tile, which the warpgroup that loads finds and tells the others.
@@ -689,6 +692,8 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
         return _over_experts(problem, config, count, _I32(0))
     if not shape.parts:
         return refs.count[0]
+    if problem.all_rows and refs.vectors.bound is None:  # else a launch may have fewer
+        return _I32(problem.num_blocks * shape.parts)
     block = problem.block_size
     count = refs.vectors.bound if problem.row_labels else refs.count[0]
     blocks = lax.div(count + (block - 1), _I32(block))
@@ -764,9 +769,15 @@ def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) ->
 
 
 def _read(
-    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, at: jax.Array
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    at: jax.Array,
+    row_tiles: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """What memory tells about a tile of rows: its expert; of a list, also the first row and the end."""
+    """What memory tells about a tile of rows, of so many: its expert; of a list, also the first row and the
+    end; of blocks, with `skips`, the first id of the second warpgroup's rows."""
     if config.finds:
         return _find(problem, config, refs, at)
     if config.heights:
@@ -775,7 +786,11 @@ def _read(
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
-    return (refs.experts[block * problem.block_size if problem.row_labels else block],)
+    expert = refs.experts[block * problem.block_size if problem.row_labels else block]
+    if not config.skips:
+        return (expert,)
+    # Without a tile there may be no such row.
+    return expert, refs.ids[jnp.where(row_tiles > 0, at * config.bm + shape.wm, 0)]
 
 
 def _tile(
@@ -806,7 +821,7 @@ def _tile(
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
     part = at - block * shape.parts
     row, end = block * problem.block_size + part * config.bm, (block + 1) * problem.block_size
-    [expert] = known
+    expert, *first_id = known
     valid = (expert >= 0) & (expert < problem.num_experts)
     if (
         shape.parts > 1 and shape.reads_ids
@@ -814,7 +829,12 @@ def _tile(
         limit = epilogue.num_pairs(problem, refs.vectors)
         pair = refs.ids[row]
         valid = valid & (pair >= 0) & (pair < limit)
-    return Tile(valid, expert, row, end, n, end)
+    tile = Tile(valid, expert, row, end, n, end)
+    if first_id:  # the same of the second half
+        [pair] = first_id
+        holds = (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
+        tile = tile._replace(holds=holds)
+    return tile
 
 
 def _holds_pairs(problem: MatmulProblem, shape: Shape, refs: _Refs, tile: Tile) -> list[jax.Array]:

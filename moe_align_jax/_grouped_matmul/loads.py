@@ -56,6 +56,9 @@ class Loader:
         self.w_by_matrix = shape.w_by_rows and not interpret
         self.pieces = self._pieces()
         x_copies = 0 if problem.top_k or self.x_by_matrix else shape.k_parts
+        self.by_halves = problem.rows == "blocks" and config.skips
+        if self.by_halves:
+            x_copies *= 2
         self.scales_by_tma = has_scale_rows(problem) and not shape.scales_by_rows
         w_copies = 0 if self.w_by_matrix else len(self.pieces)
         self.copies = x_copies + w_copies + self.scales_by_tma
@@ -125,6 +128,8 @@ class Loader:
             most = _I32(self.problem.max_rows)
             expert = lax.div(tile.row, most)
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
+        elif self.by_halves:
+            return self._halves(refs, tile, slot, ks, part, barrier)
         else:
             if self.config.trims:
                 for height in self.config.heights:
@@ -148,6 +153,23 @@ class Loader:
             refs.x_rows.at[slot, part, pl.ds(0, rows)],
         )
         plgpu.copy_gmem_to_smem(source, target, barrier)
+
+    def _halves(
+        self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any
+    ) -> None:
+        """The same, each warpgroup's rows by a copy of their own.
+
+        Of rows that hold no pair only the arrival is made: what the slot holds in their place is not read.
+        """
+        each = self.shape.wm
+
+        def copy(first: int) -> None:
+            source = refs.x.at[pl.ds(tile.row + first, each), ks]
+            target = refs.x_rows.at[slot, part, pl.ds(first, each)]
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+
+        copy(0)
+        lax.cond(tile.holds, lambda: copy(each), lambda: plgpu.barrier_arrive(barrier))
 
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int

@@ -94,6 +94,9 @@ class MatmulProblem(NamedTuple):
             They may hold NaN then.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.
         scales: of e4m3 operands; None for others.
+        all_rows: of "blocks": it is known that all rows are in use, so that a kernel need not wait for
+            `num_tokens_post_padded` before it knows its tiles. A block may have no expert all the same.
+            A launch that says how many rows it has (`kernel.build`'s `sized_at_launch`) reads it.
     """
 
     function: str
@@ -120,6 +123,7 @@ class MatmulProblem(NamedTuple):
     consecutive: bool = False
     row_labels: bool = False
     leaves_padding: bool = False
+    all_rows: bool = False
 
     @property
     def w_columns(self) -> int:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales
+from moe_align_jax._grouped_matmul import inline, inline_scales
 from moe_align_jax._grouped_matmul.config import E4M3_COLUMNS, Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
@@ -176,13 +176,9 @@ class Products:
 
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
         """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
-        row = tile.row + warpgroup * self.shape.wm
-        inside = row < tile.used
-        if self.problem.rows != "blocks" or not self.shape.reads_ids:
-            return inside
-        # The row of another warpgroup is read where this one has none in the block.
-        pair = self.refs.ids[jnp.where(inside, row, tile.row)]
-        return inside & (pair >= 0) & (pair < epilogue.num_pairs(self.problem, self.refs.vectors))
+        if tile.holds is not None:
+            return (warpgroup == 0) | tile.holds
+        return tile.row + warpgroup * self.shape.wm < tile.used
 
     # -- products
 

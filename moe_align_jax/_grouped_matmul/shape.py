@@ -108,6 +108,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             or store_rows
             or config.cuts
             or (parts > 1 and not problem.whole_blocks)
+            or (blocks and config.skips)
         ),
         problem.top_k > 0 or problem.k % row != 0,
         (problem.k if weights.transposed else problem.n) % row != 0,

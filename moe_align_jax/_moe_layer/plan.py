@@ -134,6 +134,7 @@ class LayerProblem(NamedTuple):
             num_pairs=pairs if is_static(pairs) else 0,
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
+            all_rows=self.pairs,
             **sizes,
         )
 

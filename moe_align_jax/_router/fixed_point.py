@@ -10,13 +10,19 @@ The range is -128 to 128. At E <= 256 an id has 8 bits, and the unit of the fixe
 more of an id doubles the unit. A logit beyond the range, or infinite, counts as its nearest end, and a NaN as
 the lower one.
 
-A token is in doubt where two of its K + 1 greatest keys agree but for their ids. The ids decide then if every
-logit that counts at least as much as the K-th is equal to its number in fixed point: then those that seem
-equal are equal. Otherwise whole keys decide. Logits that were bfloat16 before are equal to their numbers from
-2**-8 to 128 at E <= 256, and from twice as much on for each bit more of an id: their ties cost nothing there.
+A token is in doubt where two of its K + 1 greatest keys agree but for their ids, and where a lane might have
+to give more keys than it sorts: of each eight it sorts the greatest four only, and all four were chosen. Then
+three looks follow, until one of them decides:
 
-Of each eight keys a lane sorts the greatest four only. Where all four of them are chosen, the fifth might
-have to be, too: whole keys decide for that token.
+1. At the logits of the K + 1 greatest. Where only two neighbours at a time agree, and no key beyond these has
+   a number as great as the K-th's, those two change places by their logits. Two logits that agree by chance
+   are nearly always alone.
+2. At what fixed point leaves of each logit that counts at least as much as the K-th. Where that is nothing,
+   those that seem equal are equal, and ids decide. Logits that were bfloat16 before are equal to their
+   numbers from 2**-8 to 128 at E <= 256, and from twice as much on for each bit more of an id.
+3. At all logits: the token is chosen for again, by whole keys.
+
+The first look needs a multiple of 32 experts, and K below 32.
 
 A lane holds experts in vectors: four, then those of the 31 other lanes come, then its next four. So the loads
 of a warp lie side by side. Not where a softmax adds up all experts' powers: the sum's order would be another
@@ -121,12 +127,13 @@ class FixedPointRouter(kernel.Router):
 
     def _take_short(self, loaded: kernel.Loaded, send: Send | None = None) -> Int:
         t, mask = self.t, self.id_mask
-        bests, nearest, lists = self._rounds(self._short_keys(loaded.words))
+        keys = self._short_keys(loaded.words)
+        bests, nearest, lists = self._rounds(keys)
         # Of a list whose four were all taken the fifth may be greater than what was taken instead.
         spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
+        doubts = nearest.below(mask + 1)
         # Made ahead of the vote, so that nothing is left to do behind it.
         message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
-        doubts = nearest.below(mask + 1)
         for one in spent:
             doubts = doubts | one
         doubtful, sure = t.any_lane(doubts)
@@ -137,7 +144,7 @@ class FixedPointRouter(kernel.Router):
             t.warp_sync()  # else the compiler makes one branch of this one and the next
         expert = self._id_in(self._own(bests))
 
-        def look() -> list[Int]:
+        def by_ids() -> list[Int]:
             logits, last = [self._finite(x) for x in loaded.words], bests[-1]
             # Only those by which the K greatest are told from the others and put in order must be exact.
             low = [
@@ -150,15 +157,80 @@ class FixedPointRouter(kernel.Router):
             several = t.ballot(low.ne(0)).ne(0)
 
             def whole() -> list[Int]:
-                chosen = self._take_whole(logits)
-                return [chosen, *(self._message_of(chosen) if message else [])]
+                return with_message(self._take_whole(logits))
 
-            chosen, *words = t.values_if(several, whole, [expert, *message])
+            return t.values_if(several, whole, [expert, *message])
+
+        def with_message(chosen: Int) -> list[Int]:
+            return [chosen, *(self._message_of(chosen) if message else [])]
+
+        def look() -> list[Int]:
+            if self._can_look_twice:
+                unclear, chosen = self._second_look(loaded, keys, bests, lists, spent)
+                chosen, *words = t.values_if(unclear, by_ids, with_message(chosen))
+            else:
+                chosen, *words = by_ids()
             if send is not None:
                 send(self._real_only(loaded, words))
             return [chosen]
 
         return t.values_if(doubtful, look, [expert])[0]
+
+    @property
+    def _can_look_twice(self) -> bool:
+        """Whether `_second_look` can be asked: each lane has a key, and all of them are experts', so that K
+        rounds leave one that stands behind the K-th."""
+        return self.layout.whole and self.problem.top_k < WARP
+
+    def _second_look(
+        self,
+        loaded: kernel.Loaded,
+        keys: list[Int],
+        bests: list[Int],
+        lists: list[list[Int]],
+        spent: list[Int],
+    ) -> tuple[Int, Int]:
+        """Whether more must be looked at, in every lane; and the expert of lane k, where not.
+
+        Not where at most K + 1 experts have numbers that are at least the K-th's, and no three of these have
+        the same one: then neighbours that have the same one change places by their logits. Of a list that was
+        cut the (K + 1)-th may be missing: then only where there are K.
+
+        Args:
+            loaded, keys: the token's logits, and the short keys of this lane.
+            bests, lists: what `_rounds` found.
+            spent: of each list that was cut, whether all of it was taken.
+        """
+        t, lane, mask, top_k = self.t, self.lane, self.id_mask, self.problem.top_k
+        t.warp_sync()  # the logits that are kept have been stored
+        behind = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
+        counts = [t.select((key | mask) >= bests[-1], 1, 0) for key in keys]
+        while len(counts) > 1:
+            # A tree, and hidden: the compiler would add one after the other, and each waits for the last.
+            pairs = zip(counts[::2], counts[1::2], strict=False)
+            counts = [t.hidden(a + b) for a, b in pairs] + counts[len(counts) & ~1 :]
+        count = t.warp_sum(counts[0])
+
+        key = self._own([*bests, behind])
+        expert = self._id_in(key)
+        value = f32.order(self._reload(loaded.token, expert))
+        after = (lane + 1) & (WARP - 1)
+        agree = (key ^ t.shfl(key, after)).below(mask + 1) & (lane + 1 < count)
+        # Equal ones stay as they are, the lower id first.
+        # mutant: equal logits change places
+        behind_greater = t.shfl(value, after) > value
+        # Bit k: whether ranks k and k + 1 have the same number; whether they change places.
+        pairs, swaps = t.ballot(agree), t.ballot(agree & behind_greater)
+        # mutant: of more keys than were looked at none is the greatest
+        unclear = count > top_k + 1
+        # mutant: of three that agree the third is the least
+        unclear = unclear | (pairs & (pairs >> 1)).ne(0)
+        for one in spent:
+            # mutant: no key is missing from a list that was cut
+            unclear = unclear | ((count > top_k) & t.ballot(one).ne(0))
+        # mutant: of two that change places the second stays
+        source = lane + ((swaps >> lane) & 1) - (((swaps << 1) >> lane) & 1)
+        return unclear, t.shfl(expert, source & (WARP - 1))
 
     @property
     def _num_cut(self) -> int:

@@ -145,6 +145,7 @@ def build(problem: RouteProblem, align: AlignProblem, config: FusedConfig) -> Pr
         num_ctas=config.num_ctas,
         cluster=config.num_ctas,
         mailbox=mailbox if by_mail else 0,
+        opens_mailbox=by_mail and config.form == "split",
         tail_threads=tail,
         arrays=arrays,
         starts_at_once=config.form == "split",

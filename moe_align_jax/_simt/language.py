@@ -289,8 +289,15 @@ class ClusterMail(abc.ABC):
     """What the CTAs of one cluster send to each other."""
 
     @abc.abstractmethod
-    def cluster_ready(self) -> None:
-        """By every thread, before the first `post`: waits until all CTAs of the cluster run."""
+    def open_mailbox(self) -> None:
+        """By every thread, once, ahead of `cluster_ready`: in the body of a kernel that `opens_mailbox`, and
+        in no other."""
+
+    @abc.abstractmethod
+    def cluster_ready(self, *, has_first: bool = True) -> None:
+        """By every warp, once, before its first `post` and ahead of `mail`: waits until all CTAs of the
+        cluster run. `has_first`: whether the first thread may be among those that come here, which says then
+        how many words its CTA waits for."""
 
     @abc.abstractmethod
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
@@ -397,6 +404,7 @@ class Kernel:
         num_ctas: CTAs in the grid.
         cluster: CTAs per cluster.
         mailbox: words that each CTA gets from the CTAs of its cluster.
+        opens_mailbox: the body opens it, behind its first loads. Otherwise that is done ahead of the body.
         arrays: (shape, dtype) of buffers that are not int32 arrays outside; the body sees their words.
         partial: outputs that need not be written in full.
         devices: the devices that run the kernel together; each may write to the staged arrays of the others,
@@ -420,6 +428,7 @@ class Kernel:
     num_ctas: int = 1
     cluster: int = 1
     mailbox: int = 0
+    opens_mailbox: bool = False
     arrays: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     devices: Devices | None = None

@@ -339,7 +339,7 @@ class MosaicSimt(Simt):
         order_asm(f"bar.sync 1, {self._tail};")  # 0 is the barrier of block_sync
 
     def open_mailbox(self) -> None:
-        """At the start of a kernel with a mailbox: `post` counts bytes down on a barrier beside it."""
+        """Makes the barrier beside the mailbox on which `post` counts bytes down."""
         with self._if(self.thread_id().eq(0)):
             init = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
             order_asm(init, [self._shared_address(self._mail_barrier, 0)], "r,")
@@ -350,8 +350,10 @@ class MosaicSimt(Simt):
         assert ref is not None  # the kernel has a mailbox
         return llvm.ptrtoint(i32(), ref.pointer(index))
 
-    def cluster_ready(self) -> None:
+    def cluster_ready(self, *, has_first: bool = True) -> None:
         order_asm("barrier.cluster.wait.acquire.aligned;")
+        if not has_first:
+            return
         # Not before: racecheck cannot tell it from a race with the other lanes' part in the init. Words that
         # come before this is said count, too.
         with self._if(self.thread_id().eq(0)):
@@ -690,7 +692,7 @@ def launcher(
                 )
             if kernel.mailbox or kernel.starts_at_once:
                 _drop_barriers(kernel)
-            if kernel.mailbox:
+            if kernel.mailbox and not kernel.opens_mailbox:
                 machine.open_mailbox()
             kernel.body(machine, SimpleNamespace(**refs))
             machine.check_loops()

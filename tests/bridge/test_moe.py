@@ -521,6 +521,8 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
         assert one.block_size == one.first.tiles.bm
         tiles.setdefault(one.block_size, []).append(tokens)
         assert one.num_rows % one.block_size == 0
+        # The most rows that a launch has are not those in use.
+        assert not (one.first.problem.all_rows or one.second.problem.all_rows)
         assert one.num_rows <= one.first.problem.num_rows
     assert sorted(tiles) == [rows for _, rows in block_sizes(E_)]
     assert len(found) <= 2 * 6 + 4

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
+from benchmarks import exchanges
 from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel.transport import Group, sum_over_ranks
 from moe_align_jax._expert_parallel.transports import all_to_all
@@ -250,7 +251,6 @@ def take(monkeypatch, way):
     kernels, gathers = WAYS[way]
     monkeypatch.setattr(all_to_all, "MESSAGE_KERNELS", kernels)
     monkeypatch.setattr(all_to_all, "GATHERS", gathers)
-    monkeypatch.setattr(all_to_all, "MOST_GATHERED_MORE", 1 << 40)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +360,39 @@ def test_a_pair_of_dispatch_and_combine_has_few_kernels_and_two_exchanges(monkey
     kernels_of_xla = {"sort", "scatter", "gather", "concatenate", "while"}
     kernels_of_xla |= {"partition_id"} if way == "packed" else set()
     assert not found & kernels_of_xla, found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "payload", "last"),
+    [(2, "fp8", 146), (4, "fp8", 48), (8, "fp8", 20), (2, None, 146)],
+)
+def test_few_tokens_are_gathered_and_more_are_packed(monkeypatch, ranks, payload, last):
+    """By the shapes alone, with DeepSeek-V3's rows: `(ranks - 1) * tokens * 14336` bytes come to a rank."""
+    monkeypatch.setattr(expert_parallel, "mesh_platform", lambda: "gpu")
+
+    def body(x, ids, weights):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=16, mode="low_latency", payload=payload,
+            transport="all_to_all", initialize=False, max_low_latency_tokens=256,
+        )  # fmt: skip
+        return got.masked_m
+
+    for tokens in (1, last, last + 1):
+        size = exchanges.Size("low_latency", tokens, plain=payload is None)
+        assert exchanges.gathers(size, ranks) == (tokens <= last)
+        shapes = [(tokens * ranks, width) for width in (7168, 8, 8)]
+        kinds = (jnp.bfloat16, jnp.int32, jnp.float32)
+        given = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, kinds, strict=True)]
+        step = jax.jit(split(mesh_of(ranks), body)).trace(*given)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+        packs, gathers = "moe_pack" in text, "stablehlo.all_gather" in text
+        assert (packs, gathers) == (tokens > last, tokens <= last)
+
+
+def test_several_processes_gather_a_quarter_of_that(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sizes = [exchanges.Size("low_latency", tokens) for tokens in (8, 36, 37)]
+    assert [exchanges.gathers(size, 2) for size in sizes] == [True, True, False]
 
 
 @pytest.mark.gpu

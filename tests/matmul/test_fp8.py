@@ -377,7 +377,8 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         ("blocks", {"num_rows": 33280}, "128x192x128s4m-g0-c2w-early-paired"),
         ("blocks", {"num_rows": 33280, "k": 2176}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 33280, "k": 1024}, "128x192x128s4m-g0-c2w-early"),
-        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g8-ahead"),
+        ("blocks", {"num_rows": 2048}, "128x192x128s4m-g0-skips-ahead"),
+        ("blocks", {"num_rows": 2048, "whole_blocks": True}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33408, "block_size": 192}, "192x128x128s4m-g8-w3"),
@@ -464,6 +465,7 @@ SWAP = tiles.Config("swap", 16, 128, 128, 6, group=0)
 WIDE = tiles.Config("swap", 16, 256, 128, 5, group=0)
 N = tiles.Config("n", 64, 256, 128, 4)
 M = tiles.Config("m", 128, 128, 128, 5, late=True)
+HALVES = tiles.Config("m", 128, 192, 128, 4, group=0, ahead=True, skips=True)
 TALL = tiles.Config("m", 192, 128, 128, 4, computing=3)
 BROAD = tiles.Config("m", 128, 192, 128, 4, sharing=2)  # three scales of w for each row
 BESIDE = BROAD._replace(shared="w", ahead=True)
@@ -484,10 +486,10 @@ FORMS = {
         N,
     ),
     "m, late, columns": ((20, 1, 2, 256, 192, 128), {"gather": False, "layout": COLUMNS}, M),
-    "skips, late, columns": (
+    "skips, columns": (
         (20, 1, 2, 128, 192, 128),
         {"gather": False, "layout": COLUMNS, "row_weights": True},
-        M._replace(skips=True),
+        HALVES,
     ),
     "broad, an odd number of tiles": (
         (20, 1, 2, 256, 448, 128),
@@ -567,6 +569,73 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
+@pytest.mark.parametrize("layout", [COLUMNS, {}], ids=["columns", "rows"])
+def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
+    """Experts of every number of pairs around a warpgroup's 64 rows, and a block without an expert: the bits
+    of tiles whose warpgroups all multiply, and zeros in all rows of padding, where x is NaN. Where rows of
+    padding need not be zero, they are products of it, but for the halves that nothing multiplies."""
+    counts = [0, 1, 63, 64, 65, 127, 128, 3]
+    ids = np.repeat(np.arange(8), counts)[:, None]
+    ids = np.random.default_rng(3).permutation(ids).astype(np.int32)
+
+    def routing(*_):
+        aligned = maj.moe_align_block_size(ids, block_size=128, num_experts=8)
+        used = int(aligned.num_tokens_post_padded[0])
+        experts = np.array(aligned.expert_ids)
+        experts[used // 128 - 1] = -1
+        is_pair = np.asarray(aligned.sorted_token_ids) < len(ids)
+        is_pair[used - 128 :] = False
+        return aligned._replace(expert_ids=jnp.asarray(experts)), is_pair
+
+    monkeypatch.setattr("tests.matmul.test_fp8.routed", routing)
+    operands, given, want = make_case(len(ids), 1, 8, 256, 192, 128, gather=False, layout=layout)
+    holds = routing()[1][: len(want)]
+    problem, operands = made(monkeypatch, maj.grouped_matmul, *operands, **given)
+
+    def run(config, **changes):
+        changed = problem._replace(**changes)
+        call = functools.partial(launch.run, changed, config=config._replace(num_ctas=2))
+        with jax.default_device(jax.devices("cpu")[0]):
+            out = jax.jit(functools.partial(call, interpret=True))(*operands)
+        return np.asarray(out)[: len(want)].view(np.uint16)
+
+    found = run(HALVES)
+    assert oracle.error(found.view(jnp.bfloat16).astype(np.float64), want) < BOUND["bfloat16"]
+    assert not (found[~holds] & 0x7FFF).any()
+    assert (found == run(HALVES._replace(skips=False))).all()
+    loose = run(HALVES, zero_padding=False)
+    assert (loose[holds] == found[holds]).all()
+    halves = loose.reshape(-1, 64, 192)
+    empty = ~holds.reshape(-1, 64).any(1)
+    assert empty.sum() == 5  # of the tiles with 1, 63 and 64 pairs, and both of no expert
+    assert not (halves[empty] & 0x7FFF).any()
+    assert np.isnan(halves[~empty].view(jnp.bfloat16).astype(np.float32)).any()
+
+
+def test_halves_are_left_out_of_tiles_that_can_do_without():
+    """Others read no id of the second half, or load for another CTA, too."""
+    lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
+    sizes = {"num_rows": 4096, "k": 1024, "n": 192, "num_experts": 8, "block_size": 128}
+    given = sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
+    problem = MatmulProblem("test", "blocks", **given)
+    assert not tiles.refused(problem, HALVES)
+    tall = TALL._replace(ahead=True, skips=True)
+    for changes, config, reason in [
+        ({"num_tokens": 2048, "top_k": 2}, HALVES, "in order"),
+        ({"whole_blocks": True}, HALVES, "ids tell pairs"),
+        ({"whole_blocks": True, "row_labels": True}, HALVES, "ids tell pairs"),
+        ({"block_size": 192}, tall, "second of two warpgroups"),
+        ({}, N._replace(skips=True, ahead=True, bm=128), "second of two warpgroups"),
+        ({"block_size": 256}, HALVES, "that are a block"),
+        ({"block_size": 68}, HALVES, "that are a block"),
+        ({}, M._replace(skips=True), "read ahead"),
+        ({}, HALVES._replace(sharing=1), "of one CTA"),
+        ({}, BESIDE._replace(skips=True), "of one CTA"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            kernel.build(problem._replace(**changes), config)
+
+
 def test_pieces_in_shared_memory_divide_those_of_a_tile():
     """A slot is otherwise written for the next tile while the last store may still read it."""
     for _, problem, config in no_gpu.problems():
@@ -626,11 +695,10 @@ def on_a_gpu():
         float32 = {"preferred_element_type": "float32", "gather": False}
         add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
         add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
-    for config in (M, TALL):
-        for gather in (False, True):
-            more = {"gather": gather, "routing": "dropped", "layout": {} if gather else COLUMNS}
-            size = (300, 2, 3, 384, 448, config.bm)
-            add(f"skips, gathered {gather}", config._replace(skips=True), *size, **more)
+    for name, layout in every:
+        for routing in ("uniform", "dropped"):
+            more = {"gather": False, "routing": routing, "layout": layout}
+            add(f"halves, {name}, {routing}", HALVES, 300, 2, 9, 384, 448, 128, **more)
     tall = TALL._replace(sharing=2, ahead=True)
     early = TALL._replace(ahead=True, early=True)
     for config in (BROAD, BESIDE, EARLY, TALL._replace(sharing=1), tall, early):

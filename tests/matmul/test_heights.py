@@ -371,6 +371,10 @@ def test_what_cannot_be_cut_is_refused():
     late = tiles.Config("swap", 144, 256, 64, 4, late=True)
     assert tiles.with_heights(low, late, (8, 72), True) == late
     assert tiles.with_heights(low, late, HEIGHTS, True, late=True).late
+    gathered = low._replace(num_tokens=9, top_k=1)
+    for lag in (2, 3):  # of three steps a tile of one step would wait for itself
+        found = tiles.with_heights(gathered, late._replace(lag=lag), HEIGHTS, True, finds=True)
+        assert bool(found.heights) == (lag == 2)
 
 
 @pytest.mark.gpu

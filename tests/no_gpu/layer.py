@@ -78,6 +78,10 @@ def e4m3_problems() -> Iterator[tuple[str, Any]]:
     yield "e4m3, masked, without a list", DirectMatmul(problem, config=finds)
     sizes = {"num_rows": 8192, "block_size": 128, "whole_blocks": True, "row_labels": True}
     problem = MatmulProblem("test", "blocks", scales=columns, **sizes, **given | {"num_experts": 8})
+    sizes = {"num_rows": 8192, "block_size": 128}
+    halves = MatmulProblem("test", "blocks", scales=columns, **sizes, **given)
+    assert config_for(halves).skips
+    yield "e4m3, halves left out", DirectMatmul(halves)
     shared = config_for(problem)
     assert shared.shares_weights
     yield "e4m3, shared by clusters", DirectMatmul(problem, config=shared)

@@ -210,7 +210,24 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         yield f"{bm}, gated, left", given, wide._replace(bm=bm, bk=bk, stages=stages, lag=lag)
         tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
         yield f"{bm}, left", problem(block=bm, **left), tiles
+    yield from one_token()
     yield from e4m3_problems()
+
+
+def one_token() -> Iterator[tuple[str, Any, Any]]:
+    """Both products of layers of one token, whose rows are known to be all in use, in their usual tiles."""
+    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.problem import Weights
+    from moe_align_jax._moe_layer.plan import LayerProblem
+
+    for sizes in ((8, 2048, 768, 128), (8, 7168, 256, 256), (2, 4096, 14336, 8)):
+        for transposed in (True, False):
+            weights = Weights(transposed, activation="silu", gated=True)
+            given = (1, *sizes, "bfloat16", "bfloat16", weights, False, False)
+            layer = LayerProblem(*given, 1, sizes[0], True, False)
+            for which, product in (("gate and up", layer.first), ("down", layer.second)):
+                name = f"one token, {which}, {sizes[3]} experts, transposed {transposed}"
+                yield name, product, config_for(product, "NVIDIA H200")
 
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
@@ -294,8 +311,12 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     yield *case("masked, finds 32", scales=columns._replace(pitch=512), **many)[:2], swap
     for tiles in (Config("m", 128, 128, 128, 5, late=True, skips=True), tall, shared, broad):
         yield *case("skips, masked", scales=columns._replace(pitch=512), **masked)[:2], tiles
-        yield *case("skips, of ids", tiles.bm)[:2], tiles
-        yield *case("skips, gathered", tiles.bm, scales=rows, **gather)[:2], tiles
+    for more in ({}, {"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
+        for each in (columns, rows, packed, rows._replace(packed=True), single):
+            given = more | {"num_rows": 8192, "num_experts": 32}
+            name, problem, tiles = case("halves", scales=each, **given)
+            assert tiles.skips
+            yield name, problem, tiles
 
 
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:

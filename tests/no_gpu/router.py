@@ -3,8 +3,8 @@
     python -m tests.no_gpu.router
 
 As `compile` does for the alignment: nothing spills, the launch that was read is the one that jaxlib makes,
-the kernel waits where PDL needs it, no barrier of the CTA holds up its loads, and logits are loaded 16 bytes
-at a time where a lane has as many. Exit code 1 otherwise.
+the kernel waits where PDL needs it, no barrier of the CTA holds up its loads, nor of a cluster if the body
+opens the mailbox, and logits are loaded 16 bytes at a time where a lane has as many. Exit code 1 otherwise.
 """
 
 import functools
@@ -20,6 +20,7 @@ class _Direct(NamedTuple):
     name: str
     mailbox: int
     starts_at_once: bool
+    opens_mailbox: bool
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
     call: Callable
@@ -130,7 +131,7 @@ def kernels() -> Iterator[tuple[str, Any, bool, int]]:
         shapes = dict(one.inputs), dict(one.outputs)
         per_load = 4 if problem.dtype == "float32" else 8
         whole = problem.num_experts % (32 * per_load) == 0
-        about = one.name, one.mailbox, one.starts_at_once
+        about = one.name, one.mailbox, one.starts_at_once, one.opens_mailbox
         yield what, _Direct(*about, *shapes, call, structs), pdl, 16 if whole else 4
     for problem in sized_problems():  # as compile_worker.py compiles them: operands are int32 words
         [one] = kernel.build(problem).kernels
@@ -155,6 +156,8 @@ def faults(kernel, pdl: bool, width: int, text: str, launch, used: ptx.Usage) ->
     barriers = re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync", text[: loads[0].position])
     if kernel.starts_at_once and barriers:
         yield "a barrier of the CTA stands ahead of the logits' loads"
+    if kernel.opens_mailbox and "barrier.cluster" in text[: loads[0].position]:
+        yield "the mailbox is opened ahead of the logits' loads"
     divided = text[: loads[0].position].count("bra")
     ahead = [a for a in loads if text[: a.position].count("bra") == divided]
     if len(ahead) < sum(a.bytes == width for a in loads if width == 16):

@@ -1,16 +1,20 @@
 """Short keys in fixed point, and what one launch does with them: held to NumPy and to the router alone."""
 
+import pathlib
+import types
+
 import jax
 import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._router import fixed_point, fused, kernel
+from moe_align_jax._router import fixed_point, fused, kernel, split
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import emulator, mosaic
 from moe_align_jax.types import AlignProblem
 from tests import oracle
 from tests.router import router_oracle
+from tests.simt.mutants import Mutant, markers
 
 F32 = np.float32
 
@@ -168,48 +172,187 @@ def of_one_lane(count, *values):
     return logits
 
 
-# Logits of a token, and whether whole keys are needed.
+# What decides for a token: its short keys, the logits of the K + 1 greatest, what fixed point leaves of those
+# that count, or whole keys.
+KEYS, LOGITS, IDS, WHOLE = range(4)
+
+# Logits of a token, and which of these decides.
 TOKENS = {
-    "no two alike": (greatest(*EIGHT), False),
-    "a tie": (greatest(*EIGHT[:-1], 4.0), False),
-    "a tie with the one behind": (greatest(*EIGHT, 3.0, 3.0), False),
-    "a tie of the least unit": (greatest(*EIGHT[:-1], 3 * UNIT, 3 * UNIT), False),
-    "a unit apart": (greatest(*EIGHT[:-1], 4 + UNIT), False),
-    "half a unit apart": (greatest(*EIGHT[:-1], 4 + UNIT / 2), True),
-    "half a unit apart, the greater first": (greatest(9 + UNIT / 2, 9.0, *EIGHT[1:-1]), True),
-    "a tie of a third": (greatest(*EIGHT[:-1], 1 / 3, 1 / 3), True),
-    "a tie, another is not exact": (greatest(*EIGHT[:-1], 4.0, 8.1), True),
-    "at the ends of the range": (greatest(128, 128, *EIGHT[:-1]), False),
-    "beyond the range": (greatest(129, 128, *EIGHT[:-1]), True),
-    "one beyond the range": (greatest(129, *EIGHT), False),
-    "far beyond the range": (greatest(1e30, 3e38, *EIGHT[:-1]), True),
-    "far below the range": (greatest(*EIGHT[:6]) - 1000, True),
-    "infinite": (greatest(np.inf, np.inf, *EIGHT[:-1]), True),
-    "a NaN": (greatest(*EIGHT, np.nan), False),
-    "NaN alone": (np.full(256, np.nan, F32), True),
-    "all alike": (np.full(256, 1.5, F32), True),  # the first lane has more than it sorts
-    "three of one lane": (of_one_lane(3, *EIGHT[:5]), False),
-    "four of one lane": (of_one_lane(4, *EIGHT[:4]), True),
-    "five of one lane": (of_one_lane(5, *EIGHT[:3]), True),
-    "eight of one lane": (of_one_lane(8), True),
+    "no two alike": (greatest(*EIGHT), KEYS),
+    "a tie": (greatest(*EIGHT[:-1], 4.0), LOGITS),
+    "a tie with the one behind": (greatest(*EIGHT, 3.0), LOGITS),
+    "a tie with two behind": (greatest(*EIGHT, 3.0, 3.0), IDS),
+    "ties of all": (greatest(9, 9, 8, 8, 7, 7, 6, 6), LOGITS),
+    "a tie of three": (greatest(*EIGHT[:-2], 5.0, 5.0), IDS),
+    "a tie of three, another is not exact": (greatest(*EIGHT[:4], 8.1, 5.0, 5.0, 5.0), WHOLE),
+    "a tie of the least unit": (greatest(*EIGHT[:-1], 3 * UNIT, 3 * UNIT), LOGITS),
+    "a unit apart": (greatest(*EIGHT[:-1], 4 + UNIT), KEYS),
+    "half a unit apart": (greatest(*EIGHT[:-1], 4 + UNIT / 2), LOGITS),
+    "half a unit apart, the greater first": (greatest(9 + UNIT / 2, 9.0, *EIGHT[1:-1]), LOGITS),
+    "half a unit apart, with the one behind": (greatest(*EIGHT, 3 + UNIT / 2), LOGITS),
+    "half a unit apart, three": (greatest(*EIGHT[:-1], 4 + UNIT / 4, 4 + UNIT / 2), WHOLE),
+    "half a unit apart, with two behind": (
+        greatest(*EIGHT, 3 + UNIT / 4, 3 + UNIT / 2),
+        WHOLE,
+    ),
+    "a tie of a third": (greatest(*EIGHT[:-1], 1 / 3, 1 / 3), LOGITS),
+    "a tie of three thirds": (greatest(*EIGHT[:-2], 1 / 3, 1 / 3, 1 / 3), WHOLE),
+    "a tie, another is not exact": (greatest(*EIGHT[:-1], 4.0, 8.1), LOGITS),
+    "at the ends of the range": (greatest(128, 128, *EIGHT[:-1]), LOGITS),
+    "beyond the range": (greatest(129, 128, *EIGHT[:-1]), LOGITS),
+    "one beyond the range": (greatest(129, *EIGHT), KEYS),
+    "far beyond the range": (greatest(1e30, 3e38, *EIGHT[:-1]), LOGITS),
+    "three beyond the range": (greatest(1e30, 3e38, 129, *EIGHT[:-1]), WHOLE),
+    "far below the range": (greatest(*EIGHT[:6]) - 1000, WHOLE),
+    "infinite": (greatest(np.inf, np.inf, *EIGHT[:-1]), LOGITS),
+    "a NaN": (greatest(*EIGHT, np.nan), KEYS),
+    "NaN alone": (np.full(256, np.nan, F32), WHOLE),
+    "all alike": (np.full(256, 1.5, F32), WHOLE),  # the first lane has more than it sorts
+    "three of one lane": (of_one_lane(3, *EIGHT[:5]), KEYS),
+    "four of one lane": (of_one_lane(4, *EIGHT[:4]), LOGITS),
+    "four of one lane, and a tie": (of_one_lane(4, 9.0, 8.0, 8.0, 7.0), LOGITS),
+    "four of one lane, a tie with the one behind": (of_one_lane(4, *EIGHT[:4], 7.0), WHOLE),
+    "five of one lane": (of_one_lane(5, *EIGHT[:3]), WHOLE),
+    "five of one lane, which seem to be four": (of_one_lane(5, *EIGHT[:4]), WHOLE),
+    "eight of one lane": (of_one_lane(8), WHOLE),
 }
 
 
+@pytest.fixture
+def looks(monkeypatch):
+    """What has been asked beside short keys."""
+    asked = set()
+
+    def watch(owner, name, which):
+        method = getattr(owner, name)
+
+        def watched(self, *arguments):
+            asked.add(which)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(fixed_point.FixedPointRouter, "_second_look", LOGITS)
+    watch(fixed_point.FixedPointRouter, "_inexact_bits", IDS)
+    watch(kernel.Router, "_take_whole", WHOLE)
+    return asked
+
+
 @pytest.mark.parametrize("name", TOKENS)
-def test_whole_keys_decide_only_where_those_in_fixed_point_cannot(monkeypatch, name):
-    logits, needed = TOKENS[name]
-    calls, take_whole = [], kernel.Router._take_whole
-
-    def counted(router, logits):
-        calls.append(router)
-        return take_whole(router, logits)
-
+def test_whole_keys_decide_only_where_those_in_fixed_point_cannot(looks, name):
+    """Nor the logits of the K + 1 greatest, which are looked at first."""
+    logits, decides = TOKENS[name]
     program, _ = one_launch(RouteProblem(1, 256, 8, renormalize=True), 16)
-    monkeypatch.setattr(kernel.Router, "_take_whole", counted)
     given = {"logits": logits.astype(F32)[None]}
     got = run(program, given)
     np.testing.assert_array_equal(got["topk_ids"], chosen_by_numpy(given["logits"], 8)[0])
-    assert bool(calls) == needed
+    assert looks == {LOGITS, IDS, WHOLE} & set(range(decides + 1))
+
+
+def neighbours(num_experts, top_k):
+    """Tokens whose logits of two or three neighbouring ranks are equal or an ulp apart: at every rank, and
+    with either id first; of every two ranks; and of the last two that count, where others are beyond the
+    range, infinite or NaN, or all of them beyond it."""
+    rng = np.random.default_rng(num_experts + top_k)
+    tokens = []
+
+    def token(*groups, step, up=True, change=lambda x: x):
+        """`groups`: the first and the number of ranks that are equal or, with `step`, an ulp apart."""
+        x = rng.standard_normal(num_experts).astype(F32)
+        order = np.argsort(-x)
+        for first, number in groups:
+            ranks = order[first : first + number]
+            value = x[ranks[0]]
+            for expert in sorted(ranks, reverse=not up):
+                x[expert] = value
+                value = np.nextafter(value, F32(np.inf)) if step else value
+        tokens.append(change(x).astype(F32))
+
+    def far(x):
+        return np.where(np.argsort(np.argsort(-x)) < 2, x + 200, x)
+
+    def infinite(x):
+        return np.where(np.argsort(np.argsort(-x)) < 2, np.inf, x)
+
+    def with_nan(x):
+        return np.where(np.argsort(np.argsort(-x)) == top_k + 1, np.nan, x)
+
+    for first in range(top_k):
+        token((first, 2), step=False)
+        token((first, 2), step=True)
+        token((first, 2), step=True, up=False)
+        if first + 3 <= num_experts:
+            token((first, 3), step=True)
+            token((first, 3), step=first % 2, up=False)
+    every = [(first, 2) for first in range(0, top_k, 2)]
+    for up in (False, True):
+        token(*every, step=True, up=up)
+        for change in (far, infinite, with_nan, lambda x: x * 1000, lambda x: x - 1000):
+            token((top_k - 1, 2), step=True, up=up, change=change)
+    return np.stack(tokens)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 8, 31])
+@pytest.mark.parametrize("num_experts", [32, 128, 225, 256, 512])
+def test_neighbours_that_agree_are_told_apart_at_every_rank(num_experts, top_k):
+    logits = neighbours(num_experts, top_k)
+    for start in range(0, len(logits), 64):
+        some = logits[start : start + 64]
+        problem = RouteProblem(len(some), num_experts, top_k, renormalize=True)
+        program, _ = one_launch(problem, 16)
+        got, alone = (run(one, {"logits": some}) for one in (program, kernel.build(problem)))
+        ids = chosen_by_numpy(some, top_k)
+        np.testing.assert_array_equal(got["topk_ids"].reshape(len(some), top_k), ids)
+        np.testing.assert_array_equal(got["topk_weights"], alone["topk_weights"])
+        want = oracle.expected(ids, block_size=16, num_experts=num_experts, return_inverse=True)
+        for name, x in want._asdict().items():
+            np.testing.assert_array_equal(got[name], np.ravel(x), name)
+
+
+def _mutant(name, new):
+    return Mutant(fixed_point.__name__, name, new, kills="wrong")
+
+
+# The second look with one line changed.
+MUTANTS = (
+    _mutant("equal logits change places", "behind_greater = t.shfl(value, after) >= value"),
+    _mutant("of more keys than were looked at none is the greatest", "unclear = count < 0"),
+    _mutant("of three that agree the third is the least", "pass"),
+    _mutant("no key is missing from a list that was cut", "pass"),
+    _mutant("of two that change places the second stays", "source = lane + ((swaps >> lane) & 1)"),
+)
+
+
+def choose_all():
+    """Raises what the emulator reports, or AssertionError where NumPy chooses other experts."""
+    tokens = np.stack([x.astype(F32) for x, _ in TOKENS.values()])
+    for logits, top_k in (
+        (tokens, 8),
+        (neighbours(256, 8)[:64], 8),
+        (neighbours(128, 31)[-64:], 31),
+    ):
+        problem = RouteProblem(len(logits), logits.shape[1], top_k, renormalize=True)
+        program, _ = one_launch(problem, 16)
+        got = run(program, {"logits": logits})["topk_ids"].reshape(len(logits), top_k)
+        np.testing.assert_array_equal(got, chosen_by_numpy(logits, top_k))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_second_look_that_is_wrong_chooses_other_experts(monkeypatch, mutant):
+    changed = types.ModuleType(fixed_point.__name__)
+    source = mutant.apply(pathlib.Path(fixed_point.__file__).read_text())
+    exec(compile(source, mutant.name, "exec"), changed.__dict__)
+    monkeypatch.setattr(split, "fixed_point", changed)
+    with pytest.raises(mutant.errors):
+        choose_all()
+
+
+def test_the_second_look_as_it_is_chooses_right():
+    choose_all()
+
+
+def test_every_marker_in_the_second_look_has_its_mutant():
+    assert {(m.module, m.name) for m in MUTANTS} == markers(fixed_point.__name__)
 
 
 @pytest.mark.parametrize(("num_experts", "unit"), [(225, UNIT), (512, 2 * UNIT), (1024, 4 * UNIT)])
@@ -226,24 +369,18 @@ def test_more_bits_of_an_id_leave_a_coarser_unit(monkeypatch, num_experts, unit)
 
 
 @pytest.mark.parametrize("num_experts", [256, 1024])
-def test_from_where_on_ties_of_bfloat16_logits_are_exact(monkeypatch, num_experts):
-    """From 2**-8 on of 256 experts, and of two more bits of an id from four times as much on."""
-    calls, take_whole = [], kernel.Router._take_whole
-
-    def counted(router, logits):
-        calls.append(router)
-        return take_whole(router, logits)
-
+def test_from_where_on_ties_of_bfloat16_logits_are_exact(looks, num_experts):
+    """From 2**-8 on of 256 experts, and of two more bits of an id from four times as much on. Of three, which
+    the logits of the K + 1 greatest do not tell."""
     program, _ = one_launch(RouteProblem(1, num_experts, 8, renormalize=True), 16)
-    monkeypatch.setattr(kernel.Router, "_take_whole", counted)
     least = num_experts / 256 * 2.0**-8
     for first, needed in ((least, False), (least / 2, True)):
         logits, tie = np.full((1, num_experts), -9, F32), first * (1 + 2.0**-7)
-        logits[0, 10:90:10] = [9, 8, 7, 6, 5, 4, tie, tie]
-        calls.clear()
+        logits[0, 10:90:10] = [9, 8, 7, 6, 5, tie, tie, tie]
+        looks.clear()
         got = run(program, {"logits": logits})
         np.testing.assert_array_equal(got["topk_ids"], chosen_by_numpy(logits, 8)[0])
-        assert bool(calls) == needed
+        assert looks == {LOGITS, IDS} | ({WHOLE} if needed else set())
 
 
 def test_weights_are_those_of_the_oracle():

@@ -7,13 +7,13 @@ from moe_align_jax._simt.emulator import faults
 from tests.simt.emulated import launch
 
 
-def clustered(body, mailbox=256):
+def clustered(body, mailbox=256, **options):
     """Runs `body(t, r, i, cta)` on two clusters of two CTAs of 128 threads."""
 
     def whole(t, r):
         body(t, r, t.thread_id(), t.cta_id())
 
-    return launch(whole, outputs={"out": (512,)}, num_ctas=4, cluster=2, mailbox=mailbox)
+    return launch(whole, outputs={"out": (512,)}, num_ctas=4, cluster=2, mailbox=mailbox, **options)
 
 
 def tell_both(t, r, i, cta):
@@ -45,6 +45,25 @@ def test_four_words_at_once():
     sent, place = np.divmod(i * 2 + (i & 1), 4)
     words = np.stack([sent, sent + 1, cta ^ 1, np.full(512, -1)])
     assert np.array_equal(out, words[place, np.arange(512)])
+
+
+def test_warps_wait_for_the_cluster_apart():
+    def body(t, r, i, cta):
+        t.open_mailbox()
+        with t.if_(i < 64):
+            t.cluster_ready()
+            for to in range(2):
+                t.post((cta & 2) + to, (cta & 1) * 64 + i, cta * 1000 + i)
+            t.store(r.out, cta * 128 + i, 0)
+        with t.if_(i >= 64):
+            t.cluster_ready(has_first=False)
+            box = t.mail()
+            t.store(r.out, cta * 128 + i, t.load(box, i - 64) + t.load(box, i) * 2)
+
+    [out] = clustered(body, mailbox=128, opens_mailbox=True)
+    cta, i = np.divmod(np.arange(512), 128)
+    first = (cta & 2) * 1000 + i - 64
+    assert np.array_equal(out, np.where(i < 64, 0, first + (first + 1000) * 2))
 
 
 def posts(*arguments, ready=True):
@@ -120,3 +139,62 @@ def test_some_threads_leave_out_what_all_must_reach(what):
 
     with pytest.raises(faults.DivergentBarrier, match=what):
         clustered(body)
+
+
+def ready_twice(t, i):
+    t.cluster_ready()
+    with t.if_(i < 32):
+        t.cluster_ready()
+
+
+def ready_in_part(t, i):
+    with t.if_(i >= 32):
+        t.cluster_ready()
+
+
+def opened_in_part(t, i):
+    with t.if_(i < 32):
+        t.open_mailbox()
+
+
+def opened_twice(t, i):
+    t.open_mailbox()
+    t.open_mailbox()
+
+
+def posted_by_another_warp(t, i):
+    ready_in_part(t, i)
+    with t.if_(i.eq(5)):
+        t.post(t.cta_id(), 0, 1)
+
+
+def fetched_by_another_warp(t, i):
+    ready_in_part(t, i)
+    with t.if_(i >= 32):
+        for to in range(2):
+            t.post((t.cta_id() & 2) + to, (t.cta_id() & 1) * 96 + i - 32, 1)
+    with t.if_(i < 32):
+        t.mail()
+
+
+@pytest.mark.parametrize(
+    ("use", "opens", "error", "what"),
+    [
+        (ready_twice, False, faults.Undefined, "cluster_ready once"),
+        (ready_in_part, False, faults.DivergentBarrier, "ends without cluster_ready"),
+        (posted_by_another_warp, False, faults.RaceError, "post before cluster_ready"),
+        (fetched_by_another_warp, False, faults.RaceError, "mail before cluster_ready"),
+        (lambda t, i: t.cluster_ready(has_first=False), False, faults.Undefined, "has_first"),
+        (lambda t, i: t.cluster_ready(), True, faults.Undefined, "before open_mailbox"),
+        (lambda t, i: t.open_mailbox(), False, faults.Undefined, "that say so, once"),
+        (opened_twice, True, faults.Undefined, "that say so, once"),
+        (opened_in_part, True, faults.DivergentBarrier, "open_mailbox is for all threads"),
+    ],
+)
+def test_misuse_of_what_opens_a_mailbox_is_reported(use, opens, error, what):
+    def body(t, r, i, cta):
+        use(t, i)
+        t.store(r.out, cta * 128 + i, i)
+
+    with pytest.raises(error, match=what):
+        clustered(body, mailbox=192, opens_mailbox=opens)

@@ -29,6 +29,8 @@ def barriers(mailbox: int = 0, cluster: int = 2, batched: bool = False, **option
 
     def body(t, r):
         if mailbox:
+            if options.get("opens_mailbox"):
+                t.open_mailbox()
             t.cluster_ready()
         t.store(r.out, t.thread_id(), t.load(r.x, t.thread_id()))
         owner = ir.InsertionPoint.current.block.owner
@@ -58,6 +60,7 @@ def test_barriers_that_a_kernel_has_no_need_of_are_taken_out(batched):
     assert barriers(batched=batched) == [*theirs, CTA, CTA]
     assert barriers(256, batched=batched) == [CTA, CTA, *ours]
     assert barriers(256, batched=batched, starts_at_once=True) == ours
+    assert barriers(256, batched=batched, starts_at_once=True, opens_mailbox=True) == ours
     assert barriers(batched=batched, starts_at_once=True) == theirs
     assert barriers(cluster=1, batched=batched, starts_at_once=True) == []
 

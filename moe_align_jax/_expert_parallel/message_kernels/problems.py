@@ -22,6 +22,10 @@ MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
+# CTAs up to which rows are cut into parts. `pack` does nothing twice for that; where boxes are filled, each
+# part compares its row's ids with all others.
+_PACKING_CTAS = 8 * NUM_SMS
+_FILLING_CTAS = NUM_SMS
 
 
 class Message(NamedTuple):
@@ -95,7 +99,7 @@ class Pack(NamedTuple):
     @property
     def parts(self) -> int:
         """CTAs that a token's row is cut for."""
-        return _parts(self.message.num_tokens, self.given)
+        return _parts(self.message.num_tokens, self.given, _PACKING_CTAS)
 
     @property
     def num_ctas(self) -> int:
@@ -149,7 +153,7 @@ class Unpack(NamedTuple):
     @property
     def parts(self) -> int:
         """CTAs that a row is cut for."""
-        return _parts(self.message.num_rows, self.given)
+        return _parts(self.message.num_rows, self.given, _FILLING_CTAS)
 
     @property
     def num_ctas(self) -> int:
@@ -208,10 +212,10 @@ def quantised(columns: int) -> tuple[Field, Field]:
     )
 
 
-def _parts(rows: int, fields: tuple[Field, ...]) -> int:
-    """As many as give every CTA's threads a move of the longest field, until each SM has a CTA."""
+def _parts(rows: int, fields: tuple[Field, ...], ctas: int) -> int:
+    """As many as give every CTA's threads a move of the longest field, up to so many CTAs of all rows."""
     most = max(-(-field.units // THREADS) for field in fields)
-    return max(1, min(most, NUM_SMS // rows))
+    return max(1, min(most, ctas // rows))
 
 
 def unsupported(*problems: Pack | Unpack) -> str | None:

@@ -8,10 +8,10 @@ The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks ge
 all_gather as well, which needs no D copies of them: so large fields go.
 
 A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
-quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). With `GATHERS` all
-of a token's fields are gathered as they are, which XLA makes one collective of, and one kernel quantises what
-came, unless rows that are not yet quantised would be many bytes more. What XLA makes of those steps are some
-nine small kernels, and launching them takes longer than the exchanges.
+quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). Where a rank
+receives few bytes, all of a token's fields are gathered as they are instead, which XLA makes one collective
+of, and one kernel quantises what came. What XLA makes of those steps are some nine small kernels, and
+launching them takes longer than the exchanges.
 
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
@@ -35,14 +35,15 @@ from moe_align_jax._layout.kernels import movable
 
 # Whether low-latency exchanges use our kernels beside the collectives, where they run.
 MESSAGE_KERNELS = True
-# Whether those gather what need not be packed, rather than pack it and unpack it.
-# On two H200, at 8 tokens, it took 71 us a pair for 58 with donation, and 81 for 84 without (2026-11-29).
-GATHERS = False
-# The bytes into a rank that not quantising before a gather may cost. At 200 GB/s they take 10 us, and a
-# kernel between two collectives has cost 11 us where the host launches it.
-MOST_GATHERED_MORE = 2 << 20
-# Of those, where processes may be on several hosts, between which there may be 25 GB/s.
-BETWEEN_HOSTS = 1 / 8
+# Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
+# most MOST_GATHERED_BYTES of their rows so.
+GATHERS: bool | None = None
+# On two H200, fp8 out and bfloat16 back, 2026-11-29, 20:10, not waiting, us a pair, gathered, packed, two
+# bare all_to_all: 8 tokens per rank 73.0, 79.9, 50.3; 128 tokens 73.2, 80.0, 51.0; with CUDA graphs of one
+# kernel and more 65.5, 74.6, 45.5; 73.0, 80.3, 50.0. On the GPU itself 128 tokens take longer gathered.
+MOST_GATHERED_BYTES = 2 << 20
+# Of those, where processes may be on several hosts, between which bytes take longer.
+BETWEEN_HOSTS = 1 / 4
 
 
 class AllToAll(Transport):
@@ -108,7 +109,7 @@ class AllToAll(Transport):
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
         pack, unpack, gathered = self._problems(payload, ids, group, rows_per_expert, quantise)
-        if _gathers_all(gathered):
+        if gathers_all(gathered):
             *payload, weights, ids = self._gather([*payload, weights, ids], group)
             rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
             found = packed.fill_boxes(gathered, rank, ids, weights, payload)
@@ -137,12 +138,11 @@ class AllToAll(Transport):
         return lax.all_to_all(parts, group.axis_name, split_axis=0, concat_axis=0)
 
 
-def _gathers_all(problem: message_kernels.Unpack) -> bool:
+def gathers_all(problem: message_kernels.Unpack) -> bool:
     """Whether the tokens travel as they are given: no kernel packs them."""
-    form = problem.message
-    if not GATHERS or not problem.quantise:
+    if GATHERS is not None:
         return GATHERS
-    given, sent = ([f.columns * f.dtype.itemsize for f in x] for x in (problem.given, form.payload))
-    more = (form.num_ranks - 1) * form.num_tokens * (sum(given) - sum(sent))
-    most = MOST_GATHERED_MORE * (1 if jax.process_count() == 1 else BETWEEN_HOSTS)
-    return more <= most
+    form = problem.message
+    row = sum(field.columns * field.dtype.itemsize for field in problem.given)
+    most = MOST_GATHERED_BYTES * (1 if jax.process_count() == 1 else BETWEEN_HOSTS)
+    return (form.num_ranks - 1) * form.num_tokens * row <= most

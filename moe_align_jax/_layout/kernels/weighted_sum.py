@@ -1,7 +1,7 @@
 """The kernel of the weighted sum of each token's rows, in Pallas Mosaic GPU.
 
 A CTA of one warpgroup takes a tile of a token's row: it asks for that of all pairs before it uses any, and
-adds up in float32, k ascending. LLVM fuses a product with its sum, as it does for XLA.
+adds up in float32, k ascending. LLVM fuses a product with its sum; XLA's own kernel rounds the product.
 
 Reads the rows of pairs and writes T rows; a row's last tile may overlap the one before: both write the same
 bits. Nothing is atomic. Needs sm_90.

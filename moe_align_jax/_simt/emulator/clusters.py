@@ -42,18 +42,36 @@ class InCluster(Simt):
             check_races=False,
         )
         self._posted = np.zeros((kernel.num_ctas, words), bool)
-        self._ready = self._fetched = False
+        self._body_opens, self._opened = kernel.opens_mailbox, not kernel.opens_mailbox
+        self._ready = np.zeros(kernel.num_ctas * kernel.num_threads, bool)
+        self._fetched = False
 
-    def cluster_ready(self) -> None:
+    def open_mailbox(self) -> None:
         if self.scope.lanes is not None:
-            raise DivergentBarrier(f"{self.name}: cluster_ready is for all threads.")
-        self._ready = True
+            raise DivergentBarrier(f"{self.name}: open_mailbox is for all threads.")
+        if not self._body_opens or self._opened:
+            raise Undefined(f"{self.name}: open_mailbox is for kernels that say so, once.")
+        self._opened = True
+
+    def cluster_ready(self, *, has_first: bool = True) -> None:
+        self._whole(WARP, "cluster_ready")
+        if not self._opened:
+            raise Undefined(f"{self.name}: cluster_ready before open_mailbox.")
+        if self._are_ready().any():
+            raise Undefined(f"{self.name}: a warp comes to cluster_ready once.")
+        if not has_first and (self.scope.active(self._full(array_of(self.thread_id()))) == 0).any():
+            raise Undefined(f"{self.name}: cluster_ready has the first thread, against has_first.")
+        self._ready[slice(None) if self.scope.lanes is None else self.scope.lanes] = True
+
+    def _are_ready(self) -> np.ndarray:
+        """Of the active threads, which have come to `cluster_ready`."""
+        return self.scope.active(self._ready)
 
     def post(self, cta: Int | int, index: Int | int, *values: Int | int) -> None:
         width = len(values)
         if width not in (1, 4):
             raise Undefined(f"{self.name}: post puts 1 word or 4; got {width}.")
-        if not self._ready:
+        if not self._are_ready().all():
             raise RaceError(f"{self.name}: post before cluster_ready: that CTA may not run yet.")
         to, at = (self.scope.active(self._full(array_of(x))) for x in (cta, index))
         words = [self._stored(value) for value in values]
@@ -76,6 +94,8 @@ class InCluster(Simt):
 
     def mail(self) -> Buffer:
         self._whole(WARP, "mail")
+        if not self._are_ready().all():
+            raise RaceError(f"{self.name}: mail before cluster_ready: there may be no mailbox yet.")
         waiting = np.unique(self.scope.active(self._full(self._cta)))
         if not self._posted[waiting].all():
             raise DivergentBarrier(f"{self.name}: mail waits for a word that nobody posts.")
@@ -84,5 +104,7 @@ class InCluster(Simt):
 
     def _check_mail_end(self) -> None:
         """A CTA's mailbox is gone as soon as the CTA ends."""
+        if self._posted.size and not self._ready.all():
+            raise DivergentBarrier(f"{self.name}: a warp ends without cluster_ready.")
         if self._posted.size and not self._fetched:
             raise RaceError(f"{self.name}: it ends without mail: a word may still be on its way.")
