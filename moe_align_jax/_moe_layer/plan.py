@@ -14,7 +14,10 @@ PAIRS_PER_EXPERT = 4
 # Of many experts, one H200, 2026-11-29, device span in us, by rows: Qwen3-30B-A3B, 128 tokens: 16 291,
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.
-# Above a mean of 66, blocks of 144 where their tiles have several heights (`HEIGHTS`), else of 128: FIGURES
+# Above a mean of 66, blocks of 144 where their tiles have several heights (`HEIGHTS`), else of 128. Span,
+# wall clock, 2026-11-29, 20:10 and 20:27: DeepSeek-V3 TP8, 8192 tokens: 128 1791, 1880; 144 of one height
+# 1803, 1907, of several 1699, 1823; Qwen3-30B-A3B, 4096: 613, 685; 596, 697; 592 to 594, 652 to 680. By
+# rule, not measured: other means.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
