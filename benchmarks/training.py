@@ -88,17 +88,19 @@ class Layer(NamedTuple):
 # TFLOP/s). Experts of 1024 rows fill six blocks of 176 (1056 rows) as a rule: 749 in place of 729 with 128
 # experts and 1536 columns, 756 in place of 730 with 2048 columns, 778 in place of 747 with 8 experts. Experts
 # of 512 rows fill three blocks of 184 (552 rows) as a rule, and five of 128 as often as four: 714 in place of
-# 664, of the input's gradient 707 in place of 663. From 1024 to 7168 columns 184 lost, 656 beside 662,
-# until its tiles had several heights: 660 beside 627 in a later run.
+# 664, of the input's gradient 707 in place of 663. Since tiles of several heights find themselves, blocks of
+# 144 are faster where K is shorter: from 1024 to 7168 columns 717 beside 687 of 184 and 657 of 128, from 4096
+# to 1536 772 beside 749 of 176, and from 1536 to 4096, the other's input gradient in another layout, 767
+# beside 742 of 128.
 SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 131072, 7168, 1024, 256),
     Product("weight gradient", 262144, 4096, 1536, 128),
     Product("input gradient", 131072, 1024, 7168, 256, block=184),
-    Product("input gradient", 262144, 4096, 1536, 128),
+    Product("input gradient", 262144, 4096, 1536, 128, block=144),
     Product("forward", 131072, 7168, 2048, 128, block=176),
     Product("forward", 131072, 7168, 1024, 256, block=184),
-    Product("forward", 131072, 1024, 7168, 256, block=184),
-    Product("forward", 131072, 4096, 1536, 128, block=176),
+    Product("forward", 131072, 1024, 7168, 256, block=144),
+    Product("forward", 131072, 4096, 1536, 128, block=144),
     Product("forward", 8192, 4096, 14336, 8, block=176),
     Product("weight gradient", 131072, 7168, 1024, 256, "zipf"),
     Product("weight gradient", 262144, 4096, 1536, 128, "zipf"),

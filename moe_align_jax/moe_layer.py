@@ -197,8 +197,9 @@ def fused_moe(
     as_pairs = aligned is None and plan.without_alignment(pairs, slots)
     if as_pairs:
         block_size = 1
-    any_rows = plan.takes_any_rows(weights, hidden, ffn, x_scales is not None)
-    block_size = block_size or plan.block_size_for(pairs, slots, any_rows)
+    has_bias_down, e4m3 = bias_down is not None, x_scales is not None
+    kind = plan.kind_of_blocks(weights, hidden, ffn, e4m3, has_bias_down)
+    block_size = block_size or plan.block_size_for(pairs, slots, kind)
     if aligned is None and not as_pairs:
         aligned = block_align.moe_align_block_size(
             topk_ids,
@@ -235,7 +236,7 @@ def fused_moe(
         str(values.dtype),
         out_dtype,
         weights,
-        bias_down is not None,
+        has_bias_down,
         weights_on_input,
         block_size,
         where[0].shape[0],
@@ -369,7 +370,7 @@ def moe_block_size(
     """Rows per block that `fused_moe` takes for these sizes: for an alignment that is made before it.
 
     Of weights whose gate and up take turns in columns, of a gelu, and of sizes that are no multiple of 64, it
-    takes 64 or 128 in place of 48 and more.
+    takes 64 or 128 in place of 48 and more; with biases and more than 16 experts 128 in place of 144.
 
     Args:
         num_tokens: T.
@@ -385,7 +386,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 16, 80, 128]
+        [8, 16, 80, 144]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 4096, 8192)]
         [8, 48, 144, 176, 176]
     """
@@ -394,7 +395,8 @@ def moe_block_size(
     num_experts = checks.check_num_experts(function, num_experts)
     num_tokens = checks.check_int(function, "num_tokens", num_tokens, 0, remedy)
     found = select.check_dtype(function, dtype, (*matmul_arguments.DTYPES, E4M3))
-    return plan.block_size_for(num_tokens * top_k, num_experts, found != E4M3)
+    kind = plan.POWERS_OF_TWO if found == E4M3 else plan.HEIGHTS
+    return plan.block_size_for(num_tokens * top_k, num_experts, kind)
 
 
 def select_moe_implementation(
@@ -447,7 +449,7 @@ def select_moe_implementation(
         'pairs'
         >>> selection = select_moe_implementation((8192, 2048), **shape)
         >>> selection.implementation, selection.form.split(",")[0]
-        ('mosaic_gpu', 'blocks of 128')
+        ('mosaic_gpu', 'blocks of 144')
     """
     function = "select_moe_implementation"
     select.check_implementation(function, implementation)
@@ -478,8 +480,9 @@ def select_moe_implementation(
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
-    any_rows = plan.takes_any_rows(weights, hidden, ffn, x.dtype == E4M3)
-    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots, any_rows)
+    bias_down = check_flag(function, "bias_down", bias_down)
+    kind = plan.kind_of_blocks(weights, hidden, ffn, x.dtype == E4M3, bias_down)
+    rows = 1 if as_pairs else block_size or plan.block_size_for(pairs, slots, kind)
     num_rows = checks.max_num_tokens_padded(pairs, block_size=rows, num_experts=slots)
     problem = LayerProblem(
         tokens,
@@ -490,7 +493,7 @@ def select_moe_implementation(
         str(x.dtype),
         matmul_arguments.result_dtype(function, x, preferred_element_type),
         weights,
-        check_flag(function, "bias_down", bias_down),
+        bias_down,
         check_flag(function, "weights_on_input", weights_on_input),
         rows,
         pairs if as_pairs else num_rows,

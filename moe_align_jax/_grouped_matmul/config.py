@@ -25,12 +25,16 @@ _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spil
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
 # Larger tiles look through the experts in a loop.
 _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
-# Tiles of several heights: rows of a block from which on they are faster; and of many experts, so many of
-# which there are, the K up to which they are; with a longer K so many experts, by falling height. See above
-# `RULES`. Below so many rows times K times N they are not taken: between the launch that lists them and the
-# product 17 to 27 us passed under jit, at any size.
+# Tiles of several heights: see above `RULES`. Rows less than a block's. Of blocks of 144 rows, columns up to
+# which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of
+# a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
+# that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
+# rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
+_MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
+_LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
+_NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
-_LEAST_WORK_OF_HEIGHTS = 1 << 39
+_LEAST_WORK_OF_LISTS = 1 << 39
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -66,17 +70,19 @@ class Config(NamedTuple):
         ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
             while this one is stored: into shared memory. Of e4m3 with scales of blocks.
         finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
-            in place of a launch that makes the list of tiles.
+            in place of a launch that makes the list of tiles. With `heights`: the warpgroup that loads finds
+            each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
         by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
-            whose rows are one of these, which fall from bm on. Swapped tiles of 152 rows and more, not late.
+            whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
-        falling: with `heights`, not `exact`: tiles are taken from the tallest to the lowest, so that all CTAs
-            take about as long for a tile, and remain at the same step.
+        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
+        falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
+            that all CTAs take about as long for a tile, and remain at the same step.
     """
 
     form: str
@@ -100,7 +106,13 @@ class Config(NamedTuple):
     by_expert: bool = False
     heights: tuple[int, ...] = ()
     exact: bool = False
+    trims: bool = False
     falling: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether CTAs find tiles of several heights themselves."""
+        return self.finds and bool(self.heights)
 
     @property
     def shares_weights(self) -> bool:
@@ -123,6 +135,7 @@ class Config(NamedTuple):
         if self.heights:
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
+        more += "-trims" if self.trims else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -183,18 +196,31 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 2048 -> 1536, 128 experts: 128x192 w 229, without 230, 128x128 241, 192x128 254; theirs 226
 #   masked 32 x 4096, mean 192, 7168 -> 6144: 128x192 w 554, without 628, 64x256 640, 128x128 656; theirs 555
 #   masked 6 x 4096, mean 1024, 7168 -> 6144: 128x192 w 409, without 417, 192x128 421, 128x128 466; theirs 377
-# Tiles of several heights ("exact": two of an expert; "even": one) beside those of a block's, 2026-11-29,
-# 17:05, means of four turns with the launch that lists them:
+# Tiles of several heights ("exact": two of an expert; "even": one), of 128 experts and more found by the CTAs
+# themselves in blocks of 144 rows, late, 2026-11-29, 19:53, 20:10 and 20:12, medians or means of four turns:
+#   32768 rows, 2048 -> 1536, 128 experts: one height 330; found, group 0 313.1, 4 315.1, 8 316.4; not trimmed
+#   316.1; not late 321, trimmed 318.5; even 317; listed 341; a sixth height 315.1; of 176 to 192 359 to 369
+#   65536 rows, 768 -> 2048, 128 experts: blocks of 128 311.2; of 144 313.8, found 294.1; of 184 found 305
+#   65536 gathered rows, gate and up, 2048 -> 768: 128 721.8; of 144 740, found, group 4 715.4, 0 709.6
+#   131072 rows, 1024 -> 7168, 256 experts: 128 2927; of 144 2830, found, group 4 2685, 0 2772, 8 2787; of 184
+#   listed 2803
+#   131072 rows, 4096 -> 1536, 128 experts: 176 2201; of 144 found, group 0 2136, 4 2202, 8 2249; of 184,
+#   group 0, even found 2131, falling 2150
+#   262144 rows, 4096 -> 1536: 128 4367; of 144 found, group 0 4227, 4 4331, 8 4458; of 184 even found 4238
+#   262144 rows, 1536 -> 4096: 128 4330; of 144 found, group 4 4299, 0 4395, 8 4306; of 184 even found 4325
+# Found, or by a launch that lists them, of eight experts, in blocks of 176 rows in groups of 6:
+#   32768 rows, 4096 -> 14336: listed 4821, found 4789, even 4851, trimmed 4768 for 4725; of 192 4842, 4824;
+#   of 184 found 4839; of 144 late 4903 for 4725
+#   8192 rows, 4096 -> 14336: listed 1255, found 1229, even 1214; of 192 1285, 1270; of 184 found 1231
+#   Gate and up of gathered rows (Mixtral's layer, 4096 tokens, both found): 4424 for 4162.
+# By rule, not measured: products of gathered rows without an activation, 17 to 127 experts.
+# Lists, 17:05, means of four turns with the launch:
 #   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
 #   in groups of 6 4925; of 184 exact 4963
-#   8192 rows, 4096 -> 14336, 8 experts: blocks of 176 1250, exact 1239; exact of 184 1254, of 192 1275
 #   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
-# They lost with two blocks of 144 rows for an expert, although the product itself took less (325 to 332):
-#   32768 rows, 2048 -> 1536, 128 experts: 337, exact 347 to 355, even 355
 # In an earlier run they lost where K is long and experts are many: CTAs that read the same weights drift
 # apart where they had tiles of other heights before, and read them from memory again.
-#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835; 4096 -> 1536, 128
-#   experts, blocks of 176: 2174, even 2173, exact 2170
+#   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835
 # Listed from the tallest to the lowest they do not ("falling"; all n tiles of each). 19:44, medians of four
 # turns, the same clock and launch:
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
@@ -239,6 +265,10 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
+    if tiles.trims and not tiles.heights:
+        return "tiles of one height load all of their rows"
+    if tiles.finds and not tiles.heights and problem.rows != "masked":
+        return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
         return reason
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
@@ -249,16 +279,29 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
-    if problem.num_rows * problem.k * problem.n < _LEAST_WORK_OF_HEIGHTS:
+    few = problem.num_experts <= rules.few_experts
+    if tiles.bm == 144:
+        more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
+        found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
+        in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
+        in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
+        return found._replace(group=0) if found.heights and in_turn else found
+    if few:
+        plain = not (problem.weights.gated or problem.top_k)
+        if tiles.bm < _LEAST_OF_HEIGHTS or not plain:
+            return tiles
+        return with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
+    if tiles.bm not in (184, 192) or not problem.consecutive:
         return tiles
-    if problem.num_experts <= rules.few_experts and tiles.bm >= _LEAST_OF_HEIGHTS:
-        return with_heights(problem, tiles, (8, 16, 40), True)
-    falling = problem.k > _MOST_K_OF_HEIGHTS
-    many = problem.num_experts >= (_MANY_OF_FALLING if falling else _MANY_OF_HEIGHTS)
-    if many and problem.consecutive and tiles.bm in (184, 192):
-        exact = tiles.bm == 184 and not falling
-        tiles = with_heights(problem, tiles, (8, 16, 24, 40), exact, falling=falling)
-    return tiles._replace(group=0) if tiles.falling else tiles
+    if problem.k <= _MOST_K_OF_HEIGHTS:
+        many = problem.num_experts >= _MANY_OF_HEIGHTS and not problem.top_k
+        exact = tiles.bm == 184
+        return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
+    work = problem.num_rows * problem.k * problem.n
+    if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
+        return tiles
+    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
+    return found._replace(group=0) if found.heights else tiles
 
 
 def with_heights(
@@ -267,15 +310,18 @@ def with_heights(
     less: tuple[int, ...],
     exact: bool = False,
     *,
+    finds: bool = False,
+    late: bool = False,
+    trims: bool = False,
     falling: bool = False,
 ) -> Config:
     """Swapped tiles of the height of a block, and of so many rows less; the same tiles where they cannot be.
 
-    They are not late: a finished tile waits in registers, of which those of one height are others than those
-    of the next.
+    Late tiles wait in as many registers as the highest has.
     """
     heights = tuple(tiles.bm - rows for rows in (0, *less))
-    found = tiles._replace(heights=heights, exact=exact, falling=falling, late=False)
+    found = tiles._replace(heights=heights, exact=exact, falling=falling)
+    found = found._replace(late=late, finds=finds, trims=trims)
     return tiles if _no_heights(problem, found) else found
 
 
@@ -283,18 +329,34 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why tiles cannot have `heights`, or None."""
     if problem.rows != "blocks" or problem.block_size != tiles.bm:
         return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
-    if problem.top_k or problem.whole_blocks or problem.row_labels:
-        return "tiles of several heights have the rows of x in order, and ids that tell pairs"
-    if problem.num_blocks > MAX_BLOCKS:
-        return f"at most {MAX_BLOCKS} blocks are cut into tiles of several heights"
-    if problem.scales or problem.row_weights or problem.weights.bias or problem.weights.gated:
-        return "tiles of several heights are of plain products"
-    if tiles.form != "swap" or tiles.bm <= 144 or not _may_be_tall(problem):
-        return "tiles of several heights are swapped tiles of more than 144 rows, of whole columns"
-    if tiles.late or tiles.split > 1 or tiles.sharing:
-        return "tiles of several heights are stored at once, by one CTA each"
-    if tiles.exact and tiles.falling:
-        return "tiles of one expert that have two heights are not taken by height"
+    if problem.whole_blocks or problem.row_labels or problem.top_k and not tiles.finds:
+        return (
+            "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
+        )
+    if problem.num_rows < problem.block_size:
+        return "one block at least is cut into tiles of several heights"
+    if problem.num_blocks > MAX_BLOCKS and not tiles.finds:
+        return f"a list of tiles of several heights is made of {MAX_BLOCKS} blocks at most"
+    if problem.scales or problem.row_weights or problem.weights.bias:
+        return "tiles of several heights have no scales, row weights or bias"
+    if problem.weights.gated and not tiles.finds:
+        return "tiles of several heights of gated products are found, not listed"
+    if problem.weights.activation == "gelu_tanh" and not problem.weights.gated:
+        return "tiles of several heights with tanh of all columns would spill registers"
+    if tiles.form != "swap" or tiles.bm <= 96 or not _may_be_tall(problem):
+        return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
+    if tiles.split > 1 or tiles.sharing:
+        return "tiles of several heights are of one CTA each"
+    if tiles.falling and (tiles.exact or tiles.finds):
+        return "tiles by falling height come from a list, and all of an expert have one height"
+    if tiles.finds and problem.top_k and tiles.lag > _MOST_LAG_OF_FOUND:
+        return "gathered tiles that find themselves say within two steps that rows are there"
+    if tiles.trims and (problem.top_k or problem.k % 64):
+        return "only rows that TMA loads are loaded by a tile's height"
+    if tiles.late and (tiles.bm > 144 or not may_be_late(problem)):
+        return "of more than 144 rows tiles of several heights are stored at once"
+    if tiles.bm <= 144 and tiles.heights[-1] <= piece_rows(tiles.bm) < tiles.bm:
+        return "tiles that are stored by halves of a block have more rows than a half"
     first, *rest = tiles.heights
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
@@ -366,6 +428,8 @@ def takes_whole(problem: MatmulProblem, block: int) -> bool:
     if problem.scales or _no_swap(problem) or not _may_be_tall(problem):
         return False
     most = 184 if _has_vectors(problem, block) else 192
+    tanh = problem.weights.activation == "gelu_tanh" and not problem.weights.gated
+    most = 128 if tanh and problem.top_k else most  # more spill, beside a copy of rows
     return 64 < block <= most and block % 8 == 0 and block != 128
 
 

@@ -13,7 +13,7 @@ or the list is sorted by height.
 import functools
 import operator
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._simt.collectives import (
@@ -25,7 +25,7 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Program, Simt
 
 _WARPGROUPS = 4
 _THREADS = 128 * _WARPGROUPS
-_STEP = 8  # rows: heights differ by a multiple of it
+STEP = 8  # rows: heights differ by a multiple of it
 _ROWS_AT_ONCE = 16  # of a block that are first asked for their last one, whether it holds a pair
 _COUNT = 1 << 16  # two counts of blocks in a word: the second in units of it
 _OPEN = 1 << 16  # counts blocks that are not full, above the count of runs
@@ -62,7 +62,8 @@ def of(
 ) -> CutList:
     """The list for a problem of "blocks"."""
     sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
-    return CutList(*sizes, problem.num_pairs, heights, exact, falling)
+    pairs = problem.num_tokens * problem.top_k or problem.num_pairs
+    return CutList(*sizes, pairs, heights, exact, falling)
 
 
 def build(cut: CutList) -> Program:
@@ -98,6 +99,35 @@ def build(cut: CutList) -> Program:
     return Program(inputs=inputs, kernels=(kernel,), results=tuple(outputs))
 
 
+def _height(t: Simt, cut: CutList, rows: Int) -> Int:
+    """The least height that has so many rows."""
+    found = t.const(cut.heights[0])
+    for each in cut.heights[1:]:
+        found = t.select(rows <= each, each, found)
+    return found
+
+
+def share(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[Int, Int]:
+    """(First row, height) of the place-th of `count` tiles that share a run's pairs."""
+    units = (pairs + (STEP - 1)) // STEP
+    if not cut.exact:
+        rows = _height(t, cut, (units + (count - 1)) // count * STEP)
+        return place * rows, rows
+    low = units // count
+    more = units - low * count  # so many tiles, the first ones, are a step higher
+    lower, higher = _height(t, cut, low * STEP), _height(t, cut, (low + 1) * STEP)
+    start = place * lower + t.select(place < more, place, more) * (higher - lower)
+    return start, t.select(place < more, higher, lower)
+
+
+def limit_of(t: Simt, cut: CutList, ids: Any) -> Int:
+    """Ids below it are pairs."""
+    if cut.num_pairs:
+        return t.const(cut.num_pairs)
+    limit = t.load(ids, cut.num_rows - 1)
+    return t.select(limit > 0, limit, 0)
+
+
 class _Body:
     """What the one CTA does: it counts the pairs of each block and finds the runs, then cuts each of them."""
 
@@ -113,10 +143,7 @@ class _Body:
         used = t.load(r.num_tokens_post_padded, 0)
         used = (t.select(used > 0, used, 0) + (cut.block - 1)) // cut.block
         used = t.select(used < cut.num_blocks, used, cut.num_blocks)
-        limit = t.const(cut.num_pairs)
-        if not cut.num_pairs:
-            limit = t.load(r.sorted_token_ids, cut.num_rows - 1)
-            limit = t.select(limit > 0, limit, 0)
+        limit = limit_of(t, cut, r.sorted_token_ids)
         experts = [self.expert(block, used) for block in self.blocks]
         before = self.expert(self.blocks[0] - 1, used)
         found = []  # of each block: 1 where a run begins, plus `_OPEN` where it is not full
@@ -188,24 +215,15 @@ class _Body:
             found = found + self.is_pair(first + at, there & (at < size), limit)
         return found
 
-    def height(self, rows: Int) -> Int:
-        """The least height that has so many rows."""
-        found = self.t.const(self.cut.heights[0])
-        for each in self.cut.heights[1:]:
-            found = self.t.select(rows <= each, each, found)
-        return found
-
     def height_class(self, block: Int, expert: Int, run: Int) -> Int:
         """Which of the heights the tile of a block has; their number, of a tile without rows."""
         t, cut = self.t, self.cut
         first, behind, pairs = self.run_of(block, expert, run)
-        count = behind - first
-        units = (pairs + (_STEP - 1)) // _STEP
-        rows = self.height((units + (count - 1)) // count * _STEP)
+        start, rows = share(t, cut, pairs, behind - first, block - first)
         found = t.const(0)
         for each in cut.heights[1:]:
             found = found + t.select(rows <= each, 1, 0)
-        return t.select((block - first) * rows < pairs, found, len(cut.heights))
+        return t.select(start < pairs, found, len(cut.heights))
 
     def by_class(self, classes: list[Int]) -> list[Int]:
         """Place of each block's tile: lower classes first, in the order of blocks."""
@@ -241,16 +259,7 @@ class _Body:
         t, r, cut = self.t, self.r, self.cut
         first, behind, pairs = self.run_of(block, expert, run)
         count, place = behind - first, block - first
-        units = (pairs + (_STEP - 1)) // _STEP
-        if cut.exact:
-            low = units // count
-            more = units - low * count  # so many tiles, the first ones, are a step higher
-            lower, higher = self.height(low * _STEP), self.height((low + 1) * _STEP)
-            rows = t.select(place < more, higher, lower)
-            start = place * lower + t.select(place < more, place, more) * (higher - lower)
-        else:
-            rows = self.height((units + (count - 1)) // count * _STEP)
-            start = place * rows
+        start, rows = share(t, cut, pairs, count, place)
         left = pairs - start
         left = t.select(left > 0, left, 0)
         base, end = first * cut.block, start + t.select(left > 0, rows, 0)

@@ -61,7 +61,11 @@ class DirectMatmul(NamedTuple):
         """The tiles that the kernel is built with: those given, else the ones for the problem on that GPU."""
         # Tiles that a cluster shares have run under jit alone.
         found = self.config or unshared(config_for(self.problem, self.gpu_kind))
-        return found._replace(heights=(), exact=False)  # their list is made of three arrays
+        if not found.heights or found.finds:
+            return found
+        return found._replace(
+            heights=(), exact=False, falling=False
+        )  # there is no launch for a list
 
     @property
     def refusal(self) -> str | None:

@@ -340,6 +340,31 @@ def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Arra
     return emit(x, count)
 
 
+def widen(x: jax.Array, columns: int, *, interpret: bool) -> jax.Array:
+    """`[64 i, 8 j]` in wgmma's layout with as many columns, of zeros behind its own."""
+    more = columns - x.shape[1]
+    if not more:
+        return x
+    if interpret:
+        return jnp.pad(x, ((0, 0), (0, more)))
+    layout = plgpu.Layout.WGMMA
+    like = plgpu.ShapeDtypeStruct((x.shape[0], columns), x.dtype, layout=layout)
+
+    @emits(arg_types=(layout,), return_type=like)
+    def emit(_, values):
+        zero = arith.constant(values.mlir_dtype, 0.0)
+        wide = mgpu.FragmentedArray.splat(
+            zero, like.shape, layout=values.layout, is_signed=values.is_signed
+        )
+        registers = wide.registers.copy()
+        registers[:, : values.registers.shape[1]] = values.registers
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
+        )
+
+    return emit(x)
+
+
 def copy_rows(
     x_ref: Any,
     tile_ref: Any,

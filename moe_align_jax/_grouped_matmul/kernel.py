@@ -28,7 +28,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, inline, inline_scales, loads, scaled_products
+from moe_align_jax._grouped_matmul import (
+    epilogue,
+    found_cut,
+    inline,
+    inline_scales,
+    loads,
+    scaled_products,
+)
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
 from moe_align_jax._grouped_matmul.config import Config, refused
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -92,15 +99,16 @@ class _Refs:
         split = config.split
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
-        self.masked_m: Any = refs.pop(0) if config.finds else None
-        self.count: Any = None if problem.row_labels or config.finds else refs.pop(0)
-        self.experts: Any = None if config.finds else refs.pop(0)
+        by_expert = config.finds and not config.cuts
+        self.masked_m: Any = refs.pop(0) if by_expert else None
+        self.count: Any = None if problem.row_labels or by_expert else refs.pop(0)
+        self.experts: Any = None if by_expert else refs.pop(0)
         listed: tuple[Any, Any] = (None, None)
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
         more: tuple[Any, Any] = (None, None)
-        if config.heights:
+        if config.heights and not config.finds:
             more = refs.pop(0), refs.pop(0)
         self.pairs, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
@@ -113,6 +121,10 @@ class _Refs:
         self.x = refs.pop(0)
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
+        self.told: Any = None
+        if config.cuts:
+            read, told, words = refs.pop(), refs.pop(), refs.pop()
+            self.told = found_cut.Told(words, told, read)
         self.empty, self.full = refs.pop(), refs.pop()
         if ending:
             self.more += [refs.pop(0) for _ in ending.outputs]
@@ -211,7 +223,7 @@ def build(
             f"a ring of {stages} stages would wait for itself, {config.lag} steps behind"
         )
     # Many experts' loads take registers of the loader; small tiles leave enough.
-    more = by_copies or config.finds and swap
+    more = by_copies or config.finds and swap and not config.cuts
     memory_registers, compute_registers = _REGISTERS[computing][more]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
     ranks, sharing = config.split, max(1, config.sharing)
@@ -253,7 +265,26 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
+        def found(i, before_none):
+            """The i-th tile, which the warpgroup that loads finds and tells the others.
+
+            `before_none` is called ahead of telling a tile of no rows.
+            """
+            at, n = order(i)
+            find = found_cut.find_plainly if interpret else found_cut.find
+            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+            where = refs.experts, refs.ids, at, row_tiles, limit
+            known = tuple(find(problem, config, *where))
+            tile = _tile(problem, config, shape, refs, at, n, known)
+            pl.when(jnp.logical_not(tile.valid))(before_none)
+            refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
+            return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+
         def tile_at(i, known=None):
+            if config.cuts:
+                row, end, n, held = refs.told.hear(i, 4)
+                tile = Tile(end > row, _I32(0), row, end, n, end, held)
+                return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
             at, n = order(i)
             known = read(at) if known is None else known
             if not pairs:
@@ -282,6 +313,8 @@ def build(
                 plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
+            if config.cuts:
+                refs.told.allow()
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
             scaled: Any = (
@@ -355,29 +388,64 @@ def build(
                     store(q, value, at, some=some)
                 return ring + steps
 
+            def by_height(tile, heights, of_height, otherwise):
+                """One branch within the other: none needs a tile's height behind its products."""
+                first, *others = heights
+                if not others:
+                    there = lambda: of_height(first)  # noqa: E731
+                    return lax.cond(tile.end - tile.row != first, otherwise, there)
+                # Mosaic lowers the second function twice, to learn the types of its results.
+                return lax.cond(
+                    tile.end - tile.row != first,
+                    lambda: by_height(tile, others, of_height, otherwise),
+                    lambda: of_height(first),
+                )
+
+            def of_height(tile, ring, between, rows):
+                """The pieces of a tile of so many rows."""
+                sums, at = multiply(tile, ring, between, rows=rows), place(tile)
+                pairs = tile.pairs if shape.tests_rows else None
+                here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap, pairs)
+                less = shape._replace(wn=rows)
+                return epilogue.pieces(problem, less, here, sums, refs.vectors, interpret)
+
             def now_by_height(i, ring):
                 tile, steps = tile_at(i)
 
-                def of_height(rows):
-                    sums, at = multiply(tile, ring, lambda k: None, rows=rows), place(tile)
-                    pairs = tile.pairs if shape.tests_rows else None
-                    here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap, pairs)
-                    less = shape._replace(wn=rows)
-                    found = epilogue.pieces(problem, less, here, sums, refs.vectors, interpret)
-                    for q, value in enumerate(found):
-                        store(q, value, at, rows=value.shape[1])
+                def store_all(rows):
+                    for q, value in enumerate(of_height(tile, ring, lambda k: None, rows)):
+                        store(q, value, place(tile), rows=value.shape[1])
 
-                def by_height(heights):
-                    """One branch within the other: none needs a tile's height behind its products."""
-                    first, *others = heights
-                    lax.cond(
-                        tile.end - tile.row == first,
-                        lambda: of_height(first),
-                        lambda: by_height(others) if others else None,
-                    )
-
-                by_height(config.heights)
+                by_height(tile, config.heights, store_all, lambda: None)
                 return ring + steps
+
+            def later_by_height(i, carry):
+                ring, held, at, pieces = carry  # `held`: rows of the tile that waits, or none
+                tile, steps = tile_at(i)
+
+                def put(q):
+                    store(q, pieces[q], at, height=held)
+
+                def between(k):
+                    for q in range(len(pieces)):
+                        pl.when((k == q) & (held > 0))(lambda q=q: put(q))
+
+                def kept(rows):
+                    found = of_height(tile, ring, between, rows)
+                    for q in range(shape.k_steps, len(pieces)):
+                        pl.when(held > 0)(lambda q=q: put(q))
+                    return [
+                        inline.widen(value, shape.piece_rows, interpret=interpret)
+                        for value in found
+                    ]
+
+                def nothing():
+                    for q in range(len(pieces)):
+                        pl.when(held > 0)(lambda q=q: put(q))
+                    return pieces
+
+                value = by_height(tile, config.heights, kept, nothing)
+                return ring + steps, tile.end - tile.row, place(tile), value
 
             def now_and_ahead(i, carry):
                 ring, known = carry
@@ -453,6 +521,17 @@ def build(
                 scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
                 lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
                 inline_scales.await_groups(interpret=interpret)
+            elif config.late and config.heights:
+                none = epilogue.nothing(problem, shape, swap, interpret)
+                zero = _I32(0)
+                first = (zero, zero, (zero, zero, zero), none)
+                _, held, at, pieces = lax.fori_loop(0, mine, later_by_height, first)
+
+                @pl.when(held > 0)
+                def _():
+                    for q, value in enumerate(pieces):
+                        store(q, value, at, height=held)
+
             elif not config.late:
                 usual = now_by_height if config.heights else now
                 lax.fori_loop(0, mine, together if ranks > 1 else usual, _I32(0))
@@ -477,8 +556,23 @@ def build(
                 """What was asked for `lag` steps before `step` is there."""
                 plgpu.barrier_arrive(full.at[slot_of(step - lag + stages)])
 
-            def one(i, ring):
-                tile, steps = tile_at(i)
+            def all_arrived(ring, said):
+                """What was asked for before step `ring` is there, of which steps before `said` were said."""
+                inline.wait_for_copies(0, interpret=interpret)
+                for lag in range(config.lag, 0, -1):
+                    pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
+
+            def one(i, carry):
+                ring, said = carry
+                if config.cuts:
+                    # The others would wait for a tile's last steps, of which the next tile's steps say that
+                    # they are there, and this warpgroup, with tiles of none to tell, for the others.
+                    rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
+                    tile, steps = found(i, rest)
+                    if by_copies:
+                        said = jnp.where(tile.valid, said, ring)
+                else:
+                    tile, steps = tile_at(i)
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
@@ -492,7 +586,7 @@ def build(
                         return ()
                     inline.commit_copies(interpret=interpret)
 
-                    @pl.when(at >= config.lag)
+                    @pl.when(at - config.lag >= said)
                     def _():
                         inline.wait_for_copies(config.lag, interpret=interpret)
                         arrived(at, config.lag)
@@ -508,16 +602,16 @@ def build(
                     inline.store_zeros(
                         *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
                     )
-                return ring + steps
+                return ring + steps, said
 
-            end = lax.fori_loop(0, mine, one, _I32(0))
+            end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
             if by_copies:
-                inline.wait_for_copies(0, interpret=interpret)
-                for lag in range(config.lag, 0, -1):
-                    pl.when(end >= lag)(lambda lag=lag: arrived(end, lag))
+                all_arrived(end, said)
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
+            if config.cuts:
+                refs.told.end(mine)
 
         lax.cond(warpgroup < computing, compute, load)
 
@@ -548,6 +642,11 @@ def build(
         empty_barriers = plgpu.ClusterBarrier(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
+    told: list[Any] = []
+    if config.cuts:
+        told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
+        for arrivals in (1, computing):
+            told.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=found_cut.SLOTS))
     if ending:
         out_type = (*ending.outputs, out_type)
     launch = plgpu.kernel(
@@ -562,6 +661,7 @@ def build(
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),
             empty_barriers,
             *shared,
+            *told,
         ],
         grid=(clusters,),
         grid_names=("cta",),
@@ -584,6 +684,9 @@ def build(
 
 def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.cuts:  # whose rows are all there
+        blocks = lax.div(refs.count[0] + (problem.block_size - 1), _I32(problem.block_size))
+        return jnp.clip(blocks, 0, problem.num_rows // problem.block_size)
     if config.finds:
         count = lambda expert, tiles: tiles + _used(problem, config, refs, expert)[1]  # noqa: E731
         return _over_experts(problem, config, count, _I32(0))
@@ -594,7 +697,11 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     block = problem.block_size
     count = refs.vectors.bound if problem.row_labels else refs.count[0]
     blocks = lax.div(count + (block - 1), _I32(block))
-    return jnp.clip(blocks, 0, problem.num_blocks) * shape.parts
+    # Ids are read of whole tiles. A last block that is not whole is none of an alignment's, whose rows in use
+    # are whole blocks.
+    whole = shape.reads_ids and not shape.partial
+    most = problem.num_rows // block if whole else problem.num_blocks
+    return jnp.clip(blocks, 0, most) * shape.parts
 
 
 def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
@@ -816,7 +923,11 @@ class _Store:
     ):
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
-        self.slots, self.rows = _slots(config, shape), shape.piece_rows
+        self.slots, self.rows, self.heights = (
+            _slots(config, shape),
+            shape.piece_rows,
+            config.heights,
+        )
         self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
@@ -828,11 +939,12 @@ class _Store:
         whole: bool = False,
         some: Sequence[jax.Array] = (),
         rows: int = 0,
+        height: Any = None,
     ) -> None:
         """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
 
         `whole`: all of the tile's rows are known to be stored. `some`: of `_holds_pairs`. `rows`: of a piece
-        that may have fewer than the others; 0: it has as many.
+        that may have fewer than the others; 0: it has as many. `height`: of the tile, one of `heights`.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -853,9 +965,11 @@ class _Store:
             tile[...] = value
         plgpu.commit_smem()
         if less:
-            source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(0, rows)]
-            columns = pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
-            plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows), columns])
+            self._first(slot, row, column, rows)
+        elif height is not None and down == self.down - 1:
+            for each in self.heights:
+                first = functools.partial(self._first, slot, row, column, each - self.rows * down)
+                pl.when(height == each)(first)
         elif self.shape.out_by_rows:
             self._some(slot, row, column, end)
         elif whole or not self.shape.partial:
@@ -866,6 +980,12 @@ class _Store:
                 lambda: self._whole(slot, row, column),
                 lambda: self._some(slot, row, column, end),
             )
+
+    def _first(self, slot: int, row: jax.Array, column: jax.Array, rows: int) -> None:
+        """Stores a slot's first rows by TMA."""
+        source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(0, rows)]
+        columns = pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
+        plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows), columns])
 
     def _whole(
         self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()

@@ -41,7 +41,7 @@ def run(
     config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
     launch = kernel.build(problem, config, interpret=interpret)
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-        listed = config.heights or (problem.rows != "blocks" and not config.finds)
+        listed = not config.finds and (config.heights or problem.rows != "blocks")
         where = _list(problem, config, named, interpret) if listed else None
         out = launch(*arguments(problem, config, named, where, interpret=interpret))
     return out.reshape(problem.out_shape)
@@ -89,7 +89,7 @@ def arguments(
     """The kernel's operands, of the problem's; `where`: the list of tiles, if there is one."""
     shape, weights = shape_of(problem, config), problem.weights
     names = ("num_tokens_post_padded", "expert_ids")
-    if config.finds:
+    if config.finds and not config.cuts:
         names = ("masked_m",)
     found = list(where or [named[name] for name in names if name in named])
     # A tile may reach past the last row: what it reads there is not used.

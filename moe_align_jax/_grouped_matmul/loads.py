@@ -1,5 +1,6 @@
 """What the loading warpgroup does for a stage of the ring: TMA, or cp.async where TMA cannot count."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,11 +131,28 @@ class Loader:
         elif self.by_halves:
             return self._halves(refs, tile, slot, ks, part, barrier)
         else:
+            if self.config.trims:
+                for height in self.config.heights:
+                    copy = functools.partial(
+                        self._first_rows, refs, tile, slot, ks, part, barrier, height
+                    )
+                    pl.when(tile.end - tile.row == height)(copy)
+                return
             source = refs.x.at[pl.ds(tile.row, rows), ks]
         shared = self.config.sharing > 1 and not self.config.shares_weights and not self.interpret
         plgpu.copy_gmem_to_smem(
             *(source, refs.x_rows.at[slot, part], barrier), collective_axes=AXIS if shared else None
         )
+
+    def _first_rows(
+        self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any, rows: int
+    ) -> None:
+        """The same for a tile of so many rows, the first ones of a slot."""
+        source, target = (
+            refs.x.at[pl.ds(tile.row, rows), ks],
+            refs.x_rows.at[slot, part, pl.ds(0, rows)],
+        )
+        plgpu.copy_gmem_to_smem(source, target, barrier)
 
     def _halves(
         self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any

@@ -106,6 +106,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             (tests and not config.heights)
             or problem.top_k
             or store_rows
+            or config.cuts
             or (parts > 1 and not problem.whole_blocks)
             or (blocks and config.skips)
         ),
@@ -121,7 +122,8 @@ def _piece_rows(config: Config) -> int:
     """What `Shape.piece_rows` says."""
     if config.form != "swap":
         return 64
-    return config.bm if config.heights else piece_rows(config.bm)
+    # Of higher tiles, halves of some heights are no multiple of 8; they leave no room for a stage.
+    return config.bm if config.heights and config.bm > 144 else piece_rows(config.bm)
 
 
 def _store_rows(problem: MatmulProblem, config: Config) -> int:

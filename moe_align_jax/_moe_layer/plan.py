@@ -14,7 +14,12 @@ PAIRS_PER_EXPERT = 4
 # Of many experts, one H200, 2026-11-29, device span in us, by rows: Qwen3-30B-A3B, 128 tokens: 16 291,
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.
-_MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
+# Above a mean of 66, blocks of 144 where their tiles have several heights (`HEIGHTS`), else of 128. Span,
+# wall clock, 2026-11-29, 20:10 and 20:27: DeepSeek-V3 TP8, 8192 tokens: 128 1791, 1880; 144 of one height
+# 1803, 1907, of several 1699, 1823; Qwen3-30B-A3B, 4096: 613, 685; 596, 697; 592 to 594, 652 to 680. By
+# rule, not measured: other means.
+_MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
+_MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
 #   4096 tokens, 13:52, all in groups of 8: 128 rows 4043, 12822; 176 3803, 12337; 192 4050, 13275
@@ -27,8 +32,11 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 128))
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
-# Of products whose tiles have 8, 16, 64 or 128 rows: see `takes_any_rows`.
+# Of products whose tiles have 8, 16, 64 or 128 rows: see `kind_of_blocks`.
 _POWERS_OF_TWO = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))
+# Kinds of blocks: of a few powers of two rows; of any multiple of 8 rows, which are tiles; the same, that are
+# cut into tiles of several heights.
+POWERS_OF_TWO, ANY_ROWS, HEIGHTS = "powers of two", "any rows", "several heights"
 # Of a batch whose size is known only when an exported program runs.
 UNKNOWN_ROWS = 64
 
@@ -111,8 +119,9 @@ class LayerProblem(NamedTuple):
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
         pairs = self.num_tokens * self.top_k
         # A tile is a block where the block size is the layer's own choice: fewer kernels for a model.
-        any_rows = takes_any_rows(self.gate_up, self.hidden, self.ffn, self.scales is not None)
-        chosen = block_size_for(pairs, self.num_experts, any_rows)
+        widths, e4m3 = (self.hidden, self.ffn), self.scales is not None
+        kind = kind_of_blocks(self.gate_up, *widths, e4m3, self.bias_down)
+        chosen = block_size_for(pairs, self.num_experts, kind)
         own = is_static(pairs) and self.block_size == chosen
         return MatmulProblem(
             function=self.function,
@@ -143,24 +152,31 @@ def without_alignment(num_pairs: Any, num_experts: int) -> bool:
     return is_static(num_pairs) and PAIRS_PER_EXPERT * num_pairs <= num_experts
 
 
-def takes_any_rows(weights: Weights, hidden: int, ffn: int, e4m3: bool) -> bool:
-    """Whether blocks of any multiple of 8 rows are tiles of both products (`config.takes_whole`)."""
+def kind_of_blocks(
+    weights: Weights, hidden: int, ffn: int, e4m3: bool = False, bias_down: bool = False
+) -> str:
+    """Whether blocks of any multiple of 8 rows are tiles of both products (`config.takes_whole`), and whether
+    these may have several heights (`config.with_heights`)."""
     parted = weights.gated and weights.interleaved and not weights.transposed
     whole = all(size % 64 == 0 and size > 64 for size in (hidden, ffn))
-    return whole and not (e4m3 or parted or weights.activation == "gelu")
+    spills = weights.activation == "gelu" or weights.activation == "gelu_tanh" and not weights.gated
+    if not whole or e4m3 or parted or spills:
+        return POWERS_OF_TWO
+    return ANY_ROWS if weights.bias or bias_down else HEIGHTS
 
 
-def block_sizes(num_experts: int, any_rows: bool = True) -> tuple[tuple[float, int], ...]:
+def block_sizes(num_experts: int, kind: str = HEIGHTS) -> tuple[tuple[float, int], ...]:
     """(Most pairs per expert, rows per block), ascending; the last one has no limit."""
-    if not any_rows:
+    if kind == POWERS_OF_TWO:
         return _POWERS_OF_TWO
-    few = _EIGHT_EXPERTS if num_experts <= _EIGHT else _FEW_EXPERTS
-    return few if num_experts <= _FEW else _MANY_EXPERTS
+    if num_experts <= _FEW:
+        return _EIGHT_EXPERTS if num_experts <= _EIGHT else _FEW_EXPERTS
+    return _MANY_EXPERTS if kind == HEIGHTS else _MANY_OF_ONE_HEIGHT
 
 
-def block_size_for(num_pairs: Any, num_experts: int, any_rows: bool = True) -> int:
+def block_size_for(num_pairs: Any, num_experts: int, kind: str = HEIGHTS) -> int:
     """Rows per block, of `block_sizes`."""
     if not is_static(num_pairs):
         return UNKNOWN_ROWS
     mean = num_pairs / max(1, num_experts)
-    return next(rows for most, rows in block_sizes(num_experts, any_rows) if mean <= most)
+    return next(rows for most, rows in block_sizes(num_experts, kind) if mean <= most)

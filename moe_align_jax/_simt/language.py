@@ -168,6 +168,18 @@ class Core(abc.ABC):
     ) -> list[Int]:
         """For each value `condition ? computed : other`; compute() runs only where the condition holds."""
 
+    @abc.abstractmethod
+    def values_while(
+        self,
+        first: Sequence[Int],
+        goes_on: Callable[[Sequence[Int]], Int],
+        step: Callable[[Sequence[Int]], Sequence[Int]],
+    ) -> list[Int]:
+        """The values that `step` makes of the `first` ones, again and again while `goes_on` of them holds.
+
+        `goes_on` depends on the values alone. Each function is traced once.
+        """
+
     # -- memory
     @abc.abstractmethod
     def load(self, ref: Any, index: Any) -> Int:

@@ -147,6 +147,24 @@ class MosaicSimt(Simt):
             scf.YieldOp([value_of(x) for x in others])
         return [MlirInt(result) for result in branch.results]
 
+    def values_while(
+        self,
+        first: Sequence[Int],
+        goes_on: Callable[[Sequence[Int]], Int],
+        step: Callable[[Sequence[Int]], Sequence[Int]],
+    ) -> list[Int]:
+        types = [i32()] * len(first)
+        loop = scf.WhileOp(types, [value_of(x) for x in first])
+        before = loop.before.blocks.append(*types)
+        with ir.InsertionPoint.at_block_begin(before):
+            values = [MlirInt(x) for x in before.arguments]
+            scf.condition(value_of(goes_on(values)), list(before.arguments))
+        after = loop.after.blocks.append(*types)
+        with ir.InsertionPoint.at_block_begin(after):
+            values = [MlirInt(x) for x in after.arguments]
+            scf.YieldOp([value_of(x) for x in step(values)])
+        return [MlirInt(result) for result in loop.results]
+
     def load(self, ref: Ref, index: Any) -> Int:
         return MlirInt(memref.load(ref.memref, ref.indices(index)))
 
@@ -734,28 +752,33 @@ def run_between(arrays: Sequence[jax.Array], name: str, code: str, words: int) -
 
 def inline_scalars(
     kernel: Kernel,
-    compute: Callable[[Simt, SimpleNamespace], Sequence[Int]],
+    compute: Callable[..., Sequence[Int]],
     count: int,
+    *,
+    values: Sequence[jax.Array] = (),
     **refs: Any,
 ) -> list[jax.Array]:
     """`count` int32 scalars that code of the language computes within another Pallas kernel.
 
     `kernel` says who runs: one-dimensional in its grid, and named as the other one. Every thread of a
-    warpgroup must compute the same. `refs` are the other kernel's, int32, by name.
+    warpgroup must compute the same. `refs` are the other kernel's, int32, by name. `compute` is given the
+    machine, the refs, and the `values`: int32 scalars of the other kernel.
     """
     scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
+    types: Any = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT(())] * len(values)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=[scalar] * count)
-    def emit(_, *memrefs):
+    @plgpu.inline_mgpu(arg_types=tuple(types), return_type=[scalar] * count)
+    def emit(_, *given):
         _name_module(kernel)
-        named = zip(refs, memrefs, strict=True)
+        named = zip(refs, given[: len(refs)], strict=True)
         r = SimpleNamespace(**{name: Ref(m) for name, m in named})
+        own = [MlirInt(array.registers.item()) for array in given[len(refs) :]]
         machine = MosaicSimt(kernel)
-        values = compute(machine, r)
+        found = compute(machine, r, *own)
         machine.check_loops()
-        return [mgpu.FragmentedArray.splat(value_of(v), (), is_signed=True) for v in values]
+        return [mgpu.FragmentedArray.splat(value_of(v), (), is_signed=True) for v in found]
 
-    scalars: Any = emit(*refs.values())
+    scalars: Any = emit(*refs.values(), *values)
     return scalars
 
 

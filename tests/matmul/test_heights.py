@@ -5,19 +5,27 @@ before an expert's last one.
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import pallas as pl
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import cut_list, kernel, launch, reference
+from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
+from moe_align_jax._simt.language import Kernel, Program
 
+ROOT = Path(__file__).parents[2]
 TALL = tiles.Config("swap", 192, 256, 64, 3, lag=1)
 
 
@@ -102,6 +110,86 @@ def test_list_of_tiles(case, known, kind):
         assert computed < 0.9 * usual
 
 
+class _Memory:
+    """An array as a kernel reads it: by an index, or a slice that begins at one."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = jnp.asarray(values)
+
+    def __getitem__(self, at: Any) -> jax.Array:
+        if isinstance(at, pl.Slice):
+            return lax.dynamic_slice(self.values, (at.start,), (at.size,))
+        return self.values[at]
+
+
+def found_by_votes(cut: cut_list.CutList, where: Made, used: int) -> list[np.ndarray]:
+    """The values of each tile, as a CTA finds them in the emulator."""
+    sizes = {"sorted_token_ids": where.ids.shape, "expert_ids": where.experts.shape}
+
+    def body(t, r):
+        limit = cut_list.limit_of(t, cut, r.sorted_token_ids)
+        values = found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used), limit)
+        with t.if_(t.thread_id().eq(32)):
+            for place, value in enumerate(values):
+                t.store(r.found, t.cta_id() * found_cut.FOUND + place, value)
+
+    machine = Kernel(
+        name="found",
+        body=body,
+        inputs=sizes,
+        outputs={"found": (used * found_cut.FOUND,)},
+        num_warpgroups=1,
+        num_ctas=used,
+    )
+    program = Program(inputs=sizes, kernels=(machine,), results=("found",))
+    [found] = emulator.run(program, [where.ids, where.experts])
+    return list(found.reshape(used, found_cut.FOUND).T)
+
+
+LONG = [(e, p) for e, c in enumerate((31, 32, 33, 64, 97)) for p in [144] * c + [1 + e]]
+LONG += [(5, 144)] * 32 + [(6, 144)] * 65 + [(7, 9)]
+FOUND_LISTS = LISTS | {"long": (144, LONG)}
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
+@pytest.mark.parametrize("case", [case for case in FOUND_LISTS if case != "nothing"])
+def test_tiles_that_are_found(case, known, exact):
+    """Each row in use is one tile's; where blocks but the last are full, they are those of the list."""
+    block, given = FOUND_LISTS[case]
+    num_experts = max([e for e, _ in given if e != 7 or case == "long"], default=0) + 1
+    where = made(block, num_experts, given)
+    heights = tuple(range(block, block // 2, -8))
+    problem = problem_of(where, block, num_experts, 64, 128)
+    if not known:
+        problem = problem._replace(num_pairs=0)
+    cut = cut_list.of(problem, heights, exact)
+    listed = found_by_votes(cut, where, len(given))
+    seen = np.zeros(len(where.ids), int)
+    for expert, start, end, pairs, behind in zip(*listed, strict=True):
+        assert end - start in (0, *heights) and 0 <= pairs <= end - start
+        assert where.held[start : start + pairs].all()
+        assert not where.held[start + pairs : behind].any()
+        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
+        assert (own == expert).all() if pairs else True
+        seen[start:behind] += 1
+    assert (seen == (np.arange(len(seen)) < where.used[0])).all()
+    if case != "odd":
+        count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
+        for found, one in zip(listed[1:], want[1:], strict=True):
+            assert found.tolist() == one[: count[0]].tolist()
+    config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
+    experts, ids = _Memory(where.experts), _Memory(where.ids)
+
+    @jax.vmap
+    def plainly(at):
+        used, limit = (jnp.int32(value) for value in (len(given), where.ids[-1]))
+        return found_cut.find_plainly(problem, config, experts, ids, at, used, limit)
+
+    for found, one in zip(listed, plainly(jnp.arange(len(given), dtype=jnp.int32)), strict=True):
+        assert found.tolist() == one.tolist()
+
+
 @pytest.mark.parametrize(
     ("pairs", "exact", "even"),
     [
@@ -149,7 +237,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     w = rng.normal(size=(problem.num_experts, *lies)).astype(np.float32) * problem.k**-0.5
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
-    usual = config._replace(heights=(), exact=False, falling=False)
+    usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -173,6 +261,70 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
 
 
 HEIGHTS = (8, 16, 24, 40)
+FOUND = [(0, 144), (0, 60), (-1, 0), (1, 144), (1, 144), (1, 3), (2, 1), (3, 144)]
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
+def test_tiles_that_are_found_in_the_interpreter(late):
+    """Tiles of two heights, of none, and behind the rows in use; each is told to the other warpgroups."""
+    where = made(144, 4, FOUND)
+    problem = problem_of(where, 144, 4, 320, 128)
+    usual = tiles.Config("swap", 144, 256, 64, 4, group=2)
+    more = {"finds": True, "late": late, "trims": late}
+    config = tiles.with_heights(problem, usual, HEIGHTS, True, **more)
+    assert config.cuts and config.late == late
+    with jax.default_device(jax.devices("cpu")[0]):
+        check(where, problem, config, interpret=True)
+        nothing = where._replace(used=np.zeros(1, np.int32), held=np.zeros(len(where.ids), bool))
+        check(nothing, problem, config, interpret=True)
+        beyond = where._replace(used=np.full(1, 9 * len(where.ids), np.int32))
+        check(beyond, problem, config, interpret=True)
+
+
+_IN_ANOTHER_PROCESS = """
+import jax
+from tests.matmul import test_heights as here
+with jax.default_device(jax.devices("cpu")[0]):
+    here.gathered_in_the_interpreter()
+print("right")
+"""
+
+
+def test_gathered_tiles_that_are_found_in_the_interpreter():
+    """Also of many blocks of no expert behind others: where the warpgroup that loads told of them before it
+    had said that the last rows are there, all waited for each other. In a process that can be ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split()[-1:] == ["right"], done.stderr[-3000:]
+
+
+def gathered_in_the_interpreter() -> None:
+    """Gate and up of gathered rows: blocks of one expert, cut anew, hold any tokens."""
+    where = made(144, 4, FOUND + [(-1, 0)] * 8)
+    pairs, tokens = int(where.ids[-1]), 128
+    rng = np.random.default_rng(2)
+    ids = where.ids.copy()
+    ids[where.ids < pairs] = rng.permutation(5 * tokens)[:pairs]
+    ids[where.ids >= pairs] = 5 * tokens
+    problem = problem_of(where, 144, 4, 128, 128, num_tokens=tokens, top_k=5, zero_padding=False)
+    problem = problem._replace(weights=Weights(activation="silu", gated=True), num_pairs=0)
+    usual = tiles.Config("swap", 144, 256, 64, 4, group=2, lag=2)
+    config = tiles.with_heights(problem, usual, HEIGHTS, True, finds=True, late=True)
+    assert config.cuts
+    x = rng.normal(size=(tokens, 128))
+    w = rng.normal(size=(4, 128, 256)) * 128**-0.5
+    operands = [jnp.asarray(x, "bfloat16"), jnp.asarray(w, "bfloat16"), jnp.asarray(ids)]
+    operands += [jnp.asarray(a) for a in (where.experts, where.used)]
+    out = launch.run(problem, *operands, interpret=True, config=config._replace(num_ctas=2))
+    want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)[where.held]
+    error = np.linalg.norm(np.asarray(out, np.float64)[where.held] - want)
+    assert error <= 5e-3 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("falling", [False, True])
@@ -196,12 +348,14 @@ def test_what_cannot_be_cut_is_refused():
     kernel.build(problem, tall)
     for refused, reason in [
         (tall._replace(late=True), "stored at once"),
+        (usual._replace(finds=True), "in the masked layout alone"),
         (tall._replace(heights=(184, 0)), "multiples of 8"),
         (tall._replace(heights=(184, 180)), "multiples of 8"),
         (tall._replace(heights=(176, 168)), "fall from a block's"),
         (tall._replace(bm=92), "each as high"),
-        (tall._replace(falling=True), "not taken by height"),
-        (tall._replace(sharing=2), "stored at once"),
+        (tall._replace(falling=True), "by falling height"),
+        (tall._replace(falling=True, exact=False, finds=True), "by falling height"),
+        (tall._replace(sharing=2), "one CTA each"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem, refused)
@@ -215,7 +369,12 @@ def test_what_cannot_be_cut_is_refused():
         assert tiles.with_heights(problem._replace(**other), usual, HEIGHTS, True) == usual
     low = problem._replace(block_size=144)
     late = tiles.Config("swap", 144, 256, 64, 4, late=True)
-    assert tiles.with_heights(low, late, HEIGHTS, True) == late
+    assert tiles.with_heights(low, late, (8, 72), True) == late
+    assert tiles.with_heights(low, late, HEIGHTS, True, late=True).late
+    gathered = low._replace(num_tokens=9, top_k=1)
+    for lag in (2, 3):  # of three steps a tile of one step would wait for itself
+        found = tiles.with_heights(gathered, late._replace(lag=lag), HEIGHTS, True, finds=True)
+        assert bool(found.heights) == (lag == 2)
 
 
 @pytest.mark.gpu
@@ -240,6 +399,30 @@ def test_products_on_a_gpu(block, padding, transposed, exact):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("block", "padding", "transposed", "late"),
+    [
+        *((144, padding, False, late) for padding in ("zeros", "left") for late in (True, False)),
+        *((144, padding, True, True) for padding in ("zeros", "any", "left")),
+        (176, "zeros", False, False),
+        (184, "left", True, False),
+        (192, "any", False, False),
+    ],
+)
+def test_tiles_that_are_found_on_a_gpu(block, padding, transposed, late):
+    """Of runs of up to 97 blocks, and of blocks that are no run of full ones."""
+    given = [(e, block if p == 144 else p) for e, p in ODD + LONG]
+    where = made(block, 8, given)
+    options = {"zero_padding": padding == "zeros", "leaves_padding": padding == "left"}
+    problem = problem_of(where, block, 8, 448, 640, transposed=transposed, **options)
+    stages = 4 if block == 144 else 3
+    usual = tiles.Config("swap", block, 256, 64, stages, group=4)
+    more = {"finds": True, "late": late, "trims": padding == "zeros"}
+    config = tiles.with_heights(problem, usual, HEIGHTS, block < 192, **more)
+    check(where, problem, config, interpret=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block", [176, 184, 192])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_tiles_by_height_on_a_gpu(block, transposed):
@@ -253,37 +436,65 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
 
 
 def test_which_products_take_them():
-    """Blocks of 176 rows and more of few experts, 184 and 192 of many: by height where K is long."""
+    """Blocks of 144 rows; of few experts those of 176 and more, but no gate and up; of many, by a list, those
+    of 184 and 192."""
 
-    def chosen(block, experts, k=4096, n=14336, **more):
+    def chosen(block, experts, k=4096, n=14336, rows=7, **more):
+        weights = more.pop("weights", Weights())
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
-        found = tiles.config_for(given._replace(num_rows=experts * block * 7))
-        assert found.bm == block and not (found.heights and found.late)
+        given = given._replace(num_rows=experts * block * rows, weights=weights)
+        found = tiles.config_for(given)
+        assert found.bm == block
+        if not found.heights:
+            assert not (found.finds or found.falling or found.exact or found.trims)
+            return None
+        assert found.heights[0] == block
         kind = "exact" if found.exact else "falling" if found.falling else "even"
-        assert found.falling == (found.group == 0)
-        return found.heights[1:], kind if found.heights else ""
+        flags = found.finds, found.late, found.trims
+        return found.heights[1:], kind, found.group, *flags
 
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
-    assert chosen(192, 8) == ((184, 176, 152), "exact")
-    assert chosen(176, 8, **any_rows) == ((168, 160, 136), "exact")
-    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact")
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even")
-    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), "falling")
-    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), "falling")
+    silu = Weights(activation="silu", gated=True)
+    gather = {"num_tokens": 4096, "top_k": 8, "zero_padding": False}
+    low = (136, 128, 120, 104)
+    assert chosen(144, 128) == (low, "exact", 4, True, True, True)
+    assert chosen(144, 128, n=2048, **any_rows) == (low, "exact", 0, True, True, True)
+    assert chosen(144, 8, n=2048, rows=3) == (low, "exact", 4, True, True, True)
+    assert chosen(144, 128, 2048, 768, weights=silu, **gather) == (
+        low,
+        *("exact", 0),
+        True,
+        True,
+        False,
+    )
+    assert chosen(144, 128, 1536, n=2048, **any_rows) == (low, "exact", 4, True, True, True)
+    assert chosen(144, 128, 2048, 2048, **gather) == (low, "exact", 0, True, False, False)
+    assert chosen(144, 128, 2048, 1088, weights=silu, **gather)[2] == 4
+    assert chosen(192, 8) == ((184, 176, 152), "exact", 8, True, False, False)
+    assert chosen(176, 8, rows=3, **any_rows) == ((168, 160, 136), "exact", 6, True, False, False)
+    tall = 4, True, False, False
+    assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", *tall)
+    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
+    falling = "falling", 0, *3 * [False]
+    assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
+    assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)
     for others in (
-        chosen(144, 8),
-        chosen(192, 8, n=7168),
-        chosen(144, 128, 1024, **any_rows),
+        chosen(144, 128, row_weights=True),
+        chosen(144, 128, weights=Weights(bias=True)),
+        chosen(144, 128, weights=Weights(activation="gelu_tanh")),
+        chosen(176, 8, weights=silu),
+        chosen(176, 8, **gather),
+        chosen(176, 8, row_weights=True),
         chosen(192, 128, 2048, **any_rows),
         chosen(184, 255, 7168, 1024, **any_rows),
         chosen(184, 256, 7168, 1024, row_weights=True, **any_rows),
+        chosen(184, 256, 2048, 512, rows=3, **any_rows),
         chosen(184, 128, 1024),
         chosen(184, 256, 7168, 1024),
         chosen(184, 64, 1024, **any_rows),
         chosen(176, 128, 1024, **any_rows),
-        chosen(176, 8, row_weights=True),
     ):
-        assert others == ((), "")
+        assert others is None
 
 
 @pytest.mark.gpu
@@ -302,7 +513,6 @@ def test_the_public_function_takes_them(monkeypatch):
     x[~real] = np.nan
     w = rng.normal(size=(8, 512, 2048)).astype(np.float32) / 20
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
-    monkeypatch.setattr(tiles, "_LEAST_WORK_OF_HEIGHTS", 0)
     taken = []
     build = kernel.build
     monkeypatch.setattr(

@@ -18,6 +18,7 @@ from moe_align_jax._core.hopper import MAX_SHARED_BYTES
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax._simt import emulator
 from tests.matmul.test_matmul import make_case, normal
 
@@ -234,6 +235,32 @@ def test_tiles_that_do_not_fit_a_problem_are_refused(monkeypatch):
         kernel.build(problem, M._replace(by_expert=True))
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_last_block_that_is_not_whole_is_not_read(gathered):
+    """As many rows in use as an ill alignment likes: ids and row weights end with P. The interpreter refuses
+    to read what is behind them."""
+    block, rows = 72, 72 + 17
+    sizes: dict[str, Any] = {"num_tokens": block, "top_k": 1} if gathered else {"num_pairs": rows}
+    weights = Weights(activation="silu", gated=gathered)
+    shape = (rows, 64, 64 if gathered else 128, 2)
+    kinds = ("bfloat16", "bfloat16", weights)
+    problem = MatmulProblem("test", "blocks", *shape, *kinds, block_size=block, **sizes)
+    problem = problem._replace(zero_padding=not gathered, row_weights=not gathered)
+    rng = np.random.default_rng(0)
+    x = normal(rng, (block if gathered else rows, 64), "bfloat16")
+    w = normal(rng, (2, 64, 128), "bfloat16", 64**-0.5)
+    ids, experts = np.arange(rows, dtype=np.int32), np.array([1, 0], np.int32)
+    vector = [np.ones(rows, np.float32)] if problem.row_weights else []
+    operands = [x, w, *vector, ids, experts, np.array([1 << 30], np.int32)]
+    operands = [jnp.asarray(x) for x in operands]
+    config = tiles.Config("swap", block, 256, 64, 3, lag=1, num_ctas=2)
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = launch.run(problem, *operands, interpret=True, config=config)
+        want = reference.grouped_matmul(problem, *operands)
+    found, want = (np.asarray(a)[:block].astype(np.float64) for a in (out, want))
+    assert np.linalg.norm(found - want) <= 1e-2 * np.linalg.norm(want)
+
+
 def test_the_emulator_by_its_name():
     """From the public function, under jit, with a derivative."""
     (x, w, aligned), options = make_case(5, 2, 2, 64, 64, 16)
@@ -442,8 +469,7 @@ def test_every_size_gets_tiles_that_fit():
                         config = tiles.config_for(problem)
                         item = 4 if out == "float32" else 2
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
-                        rows = tiles.piece_rows(config.bm) if config.form == "swap" else 64
-                        rows = config.bm if config.heights else rows
+                        rows = shape_of(problem, config).piece_rows
                         pieces = 2 * (1 if config.form == "swap" else 2) * rows * 128
                         assert ring + pieces + 1024 <= MAX_SHARED_BYTES, (problem, config)
                         if config.form == "swap":

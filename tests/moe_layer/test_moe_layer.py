@@ -613,7 +613,7 @@ def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
 
 
 def test_largest_blocks_by_the_number_of_experts():
-    """Means just above and far above 270 rows; e4m3 has powers of two."""
+    """Means just above and far above 270 rows; e4m3 has powers of two, and biases tiles of one height."""
 
     def found(experts, **dtype):
         means = (271, 1024, 1057, 4096)
@@ -622,7 +622,15 @@ def test_largest_blocks_by_the_number_of_experts():
 
     assert found(1) == found(8) == {176}
     assert found(9) == found(16) == {192}
-    assert found(17) == found(8, dtype="float8_e4m3fn") == {128}
+    assert found(17) == found(256) == {144}
+    assert found(8, dtype="float8_e4m3fn") == found(17, dtype="float8_e4m3fn") == {128}
+    shapes = {"x_shape": (8192, 512), "w_down_shape": (64, 512, 512), "top_k": 4}
+    tanh = {"activation": "gelu_tanh", "gated": False}
+    for options in ({"bias_gate_up": True}, {"bias_down": True}, tanh):
+        form = maj.select_moe_implementation(**shapes, **options, platform="cuda").form
+        assert form.startswith("blocks of 128, 128x256x64s4m")
+    form = maj.select_moe_implementation(**shapes, platform="cuda").form
+    assert form.startswith("blocks of 144") and form.count("late-finds") == 2
 
 
 def test_block_size_is_what_fused_moe_takes():

@@ -31,7 +31,7 @@ def problems() -> Iterator[tuple[str, Any]]:
         )
 
     gather: dict[str, Any] = {"num_tokens": 1024, "top_k": 8}
-    for block in (8, 16, 64, 80, 128):
+    for block in (8, 16, 64, 80, 128, 144, 176):
         left: dict[str, Any] = {"leaves_padding": True, "expected_rows": block}
         yield f"gate and up, {block}", blocks(block, silu | {"transposed": True}, **gather, **left)
         yield f"down, {block}", blocks(block, {"transposed": True}, k=768, n=2048, **left)

@@ -30,7 +30,7 @@ _AT_ONCE = 12
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config, with_heights
+    from moe_align_jax._grouped_matmul.config import Config, config_for, with_heights
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -130,6 +130,40 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         less = (8, 16, 24, 40) if bm == 184 else (8, 16, 40)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         yield f"{bm}, heights", given, with_heights(given, tiles, less, exact=True)
+    for transposed, zeros in ((False, False), (False, True), (True, False), (True, True)):
+        given = problem(block=144, weights={"transposed": transposed}, zero_padding=zeros)
+        for late in (True, False):
+            tiles = Config("swap", 144, 256, 64, 4, group=4, lag=2)
+            more = {"finds": True, "late": late, "trims": late}
+            tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
+            yield "144, found heights", given, tiles
+    for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
+        given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
+        tiles = Config("swap", bm, 256, 64, 3, lag=1)
+        tiles = with_heights(given, tiles, (8, 16, 40), bm < 192, finds=True)
+        yield f"{bm}, found heights", given, tiles
+    alpha = silu | {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+    turns = {"interleaved": True, "transposed": True}
+    for more in (
+        *(silu | each for each in ({}, {"transposed": True}, turns, {"pair": True})),
+        *(alpha | each for each in (turns, {"pair": True, "transposed": True})),
+        *({"activation": each, "gated": True} for each in ("gelu_tanh", "relu2", None)),
+        *({"activation": each} for each in ("silu", "relu2", None)),
+        {"transposed": True},
+    ):
+        sizes = {"num_experts": 128, "expected_rows": 144, "zero_padding": False, **gather}
+        for out in ("bfloat16", "float16"):
+            given = problem(block=144, weights=more, out=out, **sizes | {"dtype": out})
+            yield f"144, heights by default, {out}, {more}", given, config_for(given)
+    given = problem(block=144, weights={"activation": "gelu_tanh"}, zero_padding=False, **gather)
+    yield "144, gelu_tanh of all columns", given, config_for(given)
+    for bm, late in ((144, True), (144, False), (176, False), (184, False)):
+        for more in ({}, {"transposed": True}, {"pair": True}):
+            given = problem(block=bm, weights=silu | more, zero_padding=False, **gather)
+            stages = 4 if bm == 144 else 3
+            tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
+            tiles = with_heights(given, tiles, (8, 16, 24), True, finds=True, late=late)
+            yield f"{bm}, found heights, gated", given, tiles
     given = problem(block=184, zero_padding=False)
     tiles = Config("swap", 184, 256, 64, 3, lag=1)
     yield (
@@ -399,7 +433,7 @@ def lower(problem: Any, config: Any) -> Any:
     def arguments(*operands):
         named = dict(zip(problem.inputs, operands, strict=True))
         where = None
-        if config.heights or (problem.rows != "blocks" and not config.finds):
+        if not config.finds and (config.heights or problem.rows != "blocks"):
             [listing] = launch.list_of(problem, config).kernels
             where = [jnp.zeros(shape, jnp.int32) for shape in listing.outputs.values()]
         return launch.arguments(problem, config, named, where, interpret=False)

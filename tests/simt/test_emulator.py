@@ -314,6 +314,22 @@ def test_loop_near_the_int32_limit_ends():
     assert got.tolist() == [128 - i for i in range(128)]
 
 
+def test_values_while_goes_on_for_some_threads():
+    """Each thread halves its number until it is odd, and counts; some do not begin."""
+    numbers = np.arange(128, dtype=np.int32) * 8 + 3 * (np.arange(128) % 2)
+
+    def body(t, r):
+        i = t.thread_id()
+        first = t.load(r.a, i), t.const(0)
+        goes_on = lambda values: (values[0] & 1).eq(0) & (values[0] > 0)  # noqa: E731
+        number, count = t.values_while(first, goes_on, lambda v: (v[0] >> 1, v[1] + 1))
+        t.store(r.out, i, number * 100 + count)
+
+    [got] = launch(body, numbers, outputs=OUT)
+    counts = [int(n & -n).bit_length() - 1 if n else 0 for n in numbers]
+    assert got.tolist() == [(int(n) >> c) * 100 + c for n, c in zip(numbers, counts, strict=True)]
+
+
 def test_value_if_computes_under_the_narrowed_mask():
     def body(t, r):
         i = t.thread_id()

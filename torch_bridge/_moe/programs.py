@@ -89,12 +89,12 @@ def matmul_program(call: Matmul, operands: dict[str, torch.Tensor], gpu_kind: st
     return DirectMatmul(exact._replace(**sizes), gpu_kind, tiles)
 
 
-def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int, any_rows: bool) -> int:
+def token_bucket(tokens: int, top_k: int, num_experts: int, block_size: int, kind: str) -> int:
     """The most tokens of the program that serves so many; `block_size` 0: the layer chooses it."""
     if block_size:
         return _power_of_two(tokens, _LEAST_TOKENS)
-    chosen = plan.block_size_for(tokens * top_k, num_experts, any_rows)
-    most = next(m for m, rows in plan.block_sizes(num_experts, any_rows) if rows == chosen)
+    chosen = plan.block_size_for(tokens * top_k, num_experts, kind)
+    most = next(m for m, rows in plan.block_sizes(num_experts, kind) if rows == chosen)
     if most != math.inf:
         return max(tokens, int(most * num_experts) // top_k)
     return next((n for n in _MANY_TOKENS if n >= tokens), tokens)
@@ -108,9 +108,10 @@ def layer_programs(
     tokens, top_k = ids.shape
     aligned = operands.get("sorted_token_ids")
     slots = operands["expert_map"].shape[0] if "expert_map" in operands else call.num_experts
-    any_rows = plan.takes_any_rows(call.weights, x.shape[1], call.ffn, False)
-    block_size = call.block_size or plan.block_size_for(tokens * top_k, slots, any_rows)
-    most = token_bucket(tokens, top_k, slots, call.block_size, any_rows)
+    has_bias_down = "bias_down" in operands
+    kind = plan.kind_of_blocks(call.weights, x.shape[1], call.ffn, bias_down=has_bias_down)
+    block_size = call.block_size or plan.block_size_for(tokens * top_k, slots, kind)
+    most = token_bucket(tokens, top_k, slots, call.block_size, kind)
     rows = checks.capacity(
         most * top_k, block_size=block_size, num_experts=slots, pad_sorted_ids=True
     )
@@ -119,7 +120,7 @@ def layer_programs(
     problem = LayerProblem(
         *(most, top_k, x.shape[1], call.ffn, call.num_experts),
         *(DTYPES[x.dtype], DTYPES[call.out_dtype], call.weights),
-        "bias_down" in operands,
+        has_bias_down,
         call.weights_on_input,
         block_size,
         rows,

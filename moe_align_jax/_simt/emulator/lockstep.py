@@ -181,6 +181,19 @@ class EmulatedSimt(AmongDevices, InCluster):
                         result[inside.lanes] = value.take(inside.lanes)
         return [Value(result, self) for result in results]
 
+    def values_while(
+        self,
+        first: Sequence[Int],
+        goes_on: Callable[[Sequence[Int]], Int],
+        step: Callable[[Sequence[Int]], Sequence[Int]],
+    ) -> list[Int]:
+        values: list[Int] = list(first)
+        while True:
+            going = goes_on(values)
+            if not self._chosen(self.scope, self._condition(going)).count:
+                return values
+            values = self.values_if(going, lambda known=values: step(known), values)
+
     # -- memory
 
     def _cells(self, ref: Buffer, index: Any, width: int = 1, narrow: bool = False) -> np.ndarray:
