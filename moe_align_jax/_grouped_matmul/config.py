@@ -402,8 +402,13 @@ def tests_rows(problem: MatmulProblem) -> bool:
     return problem.rows == "blocks" and bool(problem.row_weights or zeros)
 
 
-def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
-    """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults)."""
+def config_for(
+    problem: MatmulProblem, gpu_kind: str | None = None, *, lists: bool = True
+) -> Config:
+    """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults).
+
+    lists: whether a launch ahead of the product can list its tiles, as those of several heights need it.
+    """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
     if problem.scales:
@@ -421,7 +426,8 @@ def config_for(problem: MatmulProblem, gpu_kind: str | None = None) -> Config:
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        return _cut(problem, _whole(problem, bm, group), rules)
+        whole = _whole(problem, bm, group)
+        return _cut(problem, whole, rules) if lists else whole
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0

@@ -15,6 +15,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import cut_list, kernel, launch, reference
+from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 
@@ -284,6 +285,19 @@ def test_which_products_take_them():
         chosen(176, 8, row_weights=True),
     ):
         assert others == ((), "")
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 4096), (256, 1024), (256, 7168)])
+def test_launches_outside_jit_have_the_tiles_of_one_height(experts, k):
+    """All of them, with their order: no launch lists the others."""
+    given = problem_of(made(192, experts, []), 192, experts, k, 14336, zero_padding=False)
+    given = given._replace(num_rows=experts * 192 * 7, consecutive=True)
+    listed = tiles.config_for(given)
+    group = 8 if experts == 8 else 4
+    assert listed.heights
+    for config in (None, tiles.config_for(given, lists=False)):
+        found = DirectMatmul(given, config=config).tiles
+        assert found == TALL._replace(bm=192, group=group, lag=found.lag, stages=found.stages)
 
 
 @pytest.mark.gpu
