@@ -531,8 +531,10 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
     # Of an expert's last tile, every other one's second half holds no pair: 5.5% less time (H200, 2026-11-29,
-    # 20:27; 2.3% in groups of 8).
-    skipping = tiles._replace(group=0, skips=True)
+    # 20:27; 2.3% in groups of 8). Where one row of tiles fills all SMs, the next one would read the expert's
+    # weights from memory again: groups remain (not timed).
+    fills = -(-problem.n // tiles.bn) >= NUM_SMS
+    skipping = tiles._replace(group=tiles.group if fills else 0, skips=True)
     if problem.rows == "blocks" and not _no_skips(problem, skipping):
         return skipping
     return tiles
