@@ -60,12 +60,10 @@ class DirectMatmul(NamedTuple):
     def tiles(self) -> Config:
         """The tiles that the kernel is built with: those given, else the ones for the problem on that GPU."""
         # Tiles that a cluster shares have run under jit alone.
-        found = self.config or unshared(config_for(self.problem, self.gpu_kind))
+        found = self.config or unshared(config_for(self.problem, self.gpu_kind, lists=False))
         if not found.heights or found.finds:
             return found
-        return found._replace(
-            heights=(), exact=False, falling=False
-        )  # there is no launch for a list
+        return found._replace(heights=(), exact=False, falling=False)  # no launch lists them
 
     @property
     def refusal(self) -> str | None:

@@ -14,6 +14,9 @@ alignment, an expert map that gives two experts one local id) that is tested on 
                       row is overwritten with zeros in shared memory, since it may be NaN (0 * NaN)
     rows by cp.async  of a gathered operand, and of groups that begin anywhere: zeros behind the last row
 
+Of an expert's last rows, which do not fill a stage, only as many as fill 16 are multiplied, and made zero
+where they are none of its own (`Tiles.short`).
+
 A `late` tile stays in registers, rounded, and is stored in bands of columns between the products of the next
 one. Where a matrix has fewer tiles than the GPU has multiprocessors, an expert with most of the rows would
 leave some without work: its rows are cut into pieces. A first launch sums each piece, into float32, and the

@@ -378,6 +378,8 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         ("blocks", {"num_rows": 33280, "k": 2176}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 33280, "k": 1024}, "128x192x128s4m-g0-c2w-early"),
         ("blocks", {"num_rows": 2048}, "128x192x128s4m-g0-skips-ahead"),
+        ("blocks", {"num_rows": 2048, "n": 25152}, "128x192x128s4m-g0-skips-ahead"),
+        ("blocks", {"num_rows": 2048, "n": 25153}, "128x192x128s4m-g8-skips-ahead"),
         ("blocks", {"num_rows": 2048, "whole_blocks": True}, "128x192x128s4m-g8-ahead"),
         ("blocks", {"num_rows": 33280, "k": 256}, "128x128x128s5m-g8-late"),
         ("blocks", {"num_rows": 33280, "num_tokens": 4096, "top_k": 8}, "128x128x128s5m-g8-late"),

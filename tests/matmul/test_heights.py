@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, reference
+from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
@@ -495,6 +496,24 @@ def test_which_products_take_them():
         chosen(176, 128, 1024, **any_rows),
     ):
         assert others is None
+
+
+def test_launches_outside_jit_have_no_listed_tiles():
+    """They have those of one height, with their order, where a launch would list the others."""
+    given = problem_of(made(192, 256, []), 192, 256, 7168, 14336, zero_padding=False)
+    given = given._replace(num_rows=256 * 192 * 7, consecutive=True)
+    assert tiles.config_for(given).falling
+    for config in (None, tiles.config_for(given, lists=False)):
+        found = DirectMatmul(given, config=config).tiles
+        assert found == TALL._replace(bm=192, group=4, lag=found.lag, stages=found.stages)
+
+
+@pytest.mark.parametrize(("experts", "block"), [(8, 176), (256, 144), (256, 184)])
+def test_launches_outside_jit_find_their_tiles(experts, block):
+    given = problem_of(made(block, experts, []), block, experts, 1024, 7168, zero_padding=False)
+    given = given._replace(num_rows=experts * block * 7, consecutive=True)
+    found = DirectMatmul(given).tiles
+    assert found.heights and found.finds and found == tiles.config_for(given)
 
 
 @pytest.mark.gpu

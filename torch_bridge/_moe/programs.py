@@ -85,7 +85,7 @@ def matmul_program(call: Matmul, operands: dict[str, torch.Tensor], gpu_kind: st
     if call.top_k:
         sizes["num_tokens"] = _power_of_two(exact.num_tokens, _LEAST_TOKENS)
     # As they are launched: tiles that differ in how clusters share them are one program.
-    tiles = unshared(config_for(exact, gpu_kind))
+    tiles = unshared(config_for(exact, gpu_kind, lists=False))
     return DirectMatmul(exact._replace(**sizes), gpu_kind, tiles)
 
 

@@ -22,9 +22,8 @@ MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
-# CTAs up to which rows are cut into parts. `pack` does nothing twice for that; where boxes are filled, each
-# part compares its row's ids with all others.
-_PACKING_CTAS = 8 * NUM_SMS
+# CTAs up to which rows are cut into parts where boxes are filled: each part compares its row's ids with all
+# others. `pack` does nothing twice for that.
 _FILLING_CTAS = NUM_SMS
 
 
@@ -99,7 +98,7 @@ class Pack(NamedTuple):
     @property
     def parts(self) -> int:
         """CTAs that a token's row is cut for."""
-        return _parts(self.message.num_tokens, self.given, _PACKING_CTAS)
+        return _parts(self.message.num_tokens, self.given, _MAX_CTAS)
 
     @property
     def num_ctas(self) -> int:
