@@ -341,8 +341,9 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of several heights have no scales, row weights or bias"
     if problem.weights.gated and not tiles.finds:
         return "tiles of several heights of gated products are found, not listed"
-    if problem.weights.activation == "gelu_tanh" and not problem.weights.gated:
-        return "tiles of several heights with tanh of all columns would spill registers"
+    most = {"gelu_tanh": 0, "silu": 144}.get(problem.weights.activation or "", tiles.bm)
+    if not problem.weights.gated and tiles.bm > most:
+        return "tiles of several heights with an exponential of all columns would spill registers"
     if tiles.form != "swap" or tiles.bm <= 96 or not _may_be_tall(problem):
         return "tiles of several heights are swapped tiles of more than 96 rows, of whole columns"
     if tiles.split > 1 or tiles.sharing:

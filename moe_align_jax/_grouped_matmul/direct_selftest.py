@@ -42,7 +42,8 @@ class Example(NamedTuple):
 
 
 def examples(direct: DirectMatmul) -> Iterator[Example]:
-    """Of some blocks of the first two experts; of a masked layout, of their first rows.
+    """Of some blocks of the first two experts; of a masked layout, of their first rows; of tiles of several
+    heights, of a run that is cut into two, and of the lowest one.
 
     Values are small multiples of an eighth, so that sums of products are exact in float32. Scales are
     powers of two.
@@ -116,7 +117,12 @@ def _rows(
         pairs = tokens * problem.top_k
     ids = np.full(rows, pairs, np.int32)
     # The last row of a block holds no pair.
-    holds = np.arange(rows) % block < max(1, block - 1)
+    held = np.full(blocks, max(1, block - 1))
+    if direct.tiles.heights and in_use == 3:
+        # A run of two blocks is shared by tiles of the second height and the third; then the lowest.
+        expert_ids[:in_use] = 0, 0, experts - 1
+        held[:in_use] = block, sum(direct.tiles.heights[1:3]) - 3 - block, 5
+    holds = np.arange(rows) % block < np.repeat(held, block)[:rows]
     holds &= np.arange(rows) < in_use * block
     if problem.top_k:
         ids[holds] = rng.integers(0, pairs, holds.sum())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_align_jax._grouped_matmul import direct, direct_selftest, reference
+from moe_align_jax._grouped_matmul import cut_list, direct, direct_selftest, reference
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._moe_layer.direct_problem import DirectSum, sum_bucket
+from moe_align_jax._simt import emulator
 from tests.bridge.fake_cuda import FakeCuda
 from torch_bridge._direct import compile_worker, driver, host_code
 from torch_bridge._moe.calls import Matmul
@@ -46,6 +47,7 @@ PROGRAMS = {
     "bias": blocks(128, SILU | {"bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}),
     "parted": blocks(64, SILU | {"interleaved": True, "bias": True}),
     "rows": blocks(24, {"bias": True}, row_weights=True, k=200, n=136),
+    "found": blocks(144),
     "masked": DirectMatmul(
         MatmulProblem(
             *("test", "masked", 4 * 64, 128, 64, 4, "bfloat16", "bfloat16"),
@@ -109,6 +111,24 @@ def test_expected_values_of_the_self_test_are_those_of_the_reference():
     want = np.asarray(reference.grouped_matmul(exact, *given)).astype(np.float32)
     want = want[example.rows][:, example.columns]
     np.testing.assert_allclose(example.expected, want, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("block", [144, 176, 184])
+def test_the_self_test_meets_tiles_of_several_heights(block):
+    """A run that is cut into tiles of two heights, and a tile of the lowest one."""
+    problem = blocks(block, n=256)
+    config = problem.tiles
+    assert config.finds and config.exact
+    [example] = direct_selftest.examples(problem)
+    given, rows = example.inputs, example.sizes["num_rows"]
+    sizes = rows, block, rows // block, problem.problem.num_experts
+    cut = cut_list.CutList(*sizes, 0, config.heights, exact=True)
+    names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+    count, _, start, end, pairs, _ = emulator.run(
+        cut_list.build(cut), [given[name] for name in names]
+    )
+    assert list((end - start)[: count[0]]) == [*config.heights[1:3], config.heights[-1]]
+    assert pairs[: count[0]].sum() == len(example.rows)
 
 
 @pytest.mark.parametrize("name", ["plain", "gathered", "masked"])

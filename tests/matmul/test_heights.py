@@ -483,6 +483,7 @@ def test_which_products_take_them():
         chosen(144, 128, row_weights=True),
         chosen(144, 128, weights=Weights(bias=True)),
         chosen(144, 128, weights=Weights(activation="gelu_tanh")),
+        *(chosen(block, 8, weights=Weights(activation="silu")) for block in (176, 184, 192)),
         chosen(176, 8, weights=silu),
         chosen(176, 8, **gather),
         chosen(176, 8, row_weights=True),
