@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import training as bench
 from benchmarks import training_peers as peers
+from moe_align_jax._grouped_matmul import activation_gradient
 
 OPTIONS = argparse.Namespace(
     only="ours, xla",
@@ -27,8 +28,12 @@ OPTIONS = argparse.Namespace(
 
 @pytest.fixture(autouse=True)
 def its_turn(monkeypatch):
-    """What a case that runs in the test's own process reads when it waits for its turn."""
+    """What a case that runs in the test's own process reads when it waits for its turn.
+
+    What a layer's provider switches on is off again for the tests that come next in the process.
+    """
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(activation_gradient, "enabled", activation_gradient.enabled)
 
 
 def test_a_model_of_peers_layers_lowers_one():
