@@ -108,6 +108,8 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
+    rotates: bool = False
+    clears_last: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -136,6 +138,8 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
+        more += "-rotates" if self.rotates else ""
+        more += "-last" if self.clears_last else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 

@@ -576,12 +576,23 @@ def build(
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
+                def clear():
+                    columns = tile.n * shape.columns, shape.columns
+                    inline.store_zeros(
+                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
+                    )
+
+                clears = bool(config.heights) and not problem.leaves_padding
+                amid = clears and not config.clears_last
+
                 def step(k, _=()):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
                     of_row = k if first is None else first + k
                     loader.load(refs, tile, rows, slot, of_row, full.at[slot])
+                    if amid:  # the ring is full: this warpgroup would wait
+                        pl.when(k == min(stages, shape.k_steps) - 1)(clear)
                     if not by_copies:
                         return ()
                     inline.commit_copies(interpret=interpret)
@@ -597,11 +608,10 @@ def build(
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
-                if config.heights and not problem.leaves_padding:
-                    columns = tile.n * shape.columns, shape.columns
-                    inline.store_zeros(
-                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
-                    )
+                if amid:
+                    pl.when(steps == 0)(clear)
+                elif clears:
+                    clear()
                 return ring + steps, said
 
             end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
