@@ -46,9 +46,7 @@ def find(
     """
     from moe_align_jax._simt import mosaic
 
-    cut = cut_list.of(
-        problem, config.heights, config.exact, rotates=config.rotates
-    )
+    cut = cut_list.of(problem, config.heights, config.exact, rotates=config.rotates)
     sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
     machine = Kernel(
         name=f"grouped_matmul_{config.form}",

@@ -142,8 +142,16 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         tiles = with_heights(given, tiles, (8, 16, 40), bm < 192, finds=True)
         yield f"{bm}, found heights", given, tiles
-    for bm, transposed, exact in ((144, False, True), (144, False, False), (192, False, False),
-                                  (192, True, False), (192, False, True), (192, True, True), (184, True, True), (184, True, False)):
+    for bm, transposed, exact in (
+        (144, False, True),
+        (144, False, False),
+        (192, False, False),
+        (192, True, False),
+        (192, False, True),
+        (192, True, True),
+        (184, True, True),
+        (184, True, False),
+    ):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=False)
         stages = 4 if bm == 144 else 3
         tiles = Config("swap", bm, 256, 64, stages, group=0, lag=stages - 2)
