@@ -122,7 +122,7 @@ class _Refs:
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
         self.told: Any = None
-        if config.cuts:
+        if config.heights:
             read, told, words = refs.pop(), refs.pop(), refs.pop()
             self.told = found_cut.Told(words, told, read)
         self.empty, self.full = refs.pop(), refs.pop()
@@ -246,7 +246,7 @@ def build(
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
-            elif not config.ahead:
+            elif not (config.ahead or config.heights):
                 at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
@@ -265,23 +265,28 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def found(i, before_none):
-            """The i-th tile, which the warpgroup that loads finds and tells the others.
+        def known_of(i):
+            """Of tiles of several heights, what the warpgroup that loads finds, or reads, of the i-th."""
+            at, _ = order(i)
+            if not config.cuts:
+                return read(at)
+            find = found_cut.find_plainly if interpret else found_cut.find
+            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+            return tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles, limit))
+
+        def told(i, known, before_none):
+            """The i-th tile, of which the warpgroup that loads knows that, and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
             at, n = order(i)
-            find = found_cut.find_plainly if interpret else found_cut.find
-            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
-            where = refs.experts, refs.ids, at, row_tiles, limit
-            known = tuple(find(problem, config, *where))
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
         def tile_at(i, known=None):
-            if config.cuts:
+            if config.heights:
                 row, end, n, held = refs.told.hear(i, 4)
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
@@ -313,7 +318,7 @@ def build(
                 plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
-            if config.cuts:
+            if config.heights:
                 refs.told.allow()
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
@@ -563,12 +568,12 @@ def build(
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
             def one(i, carry):
-                ring, said = carry
-                if config.cuts:
+                ring, said, *known = carry
+                if config.heights:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = found(i, rest)
+                    tile, steps = told(i, known, rest)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
@@ -576,23 +581,12 @@ def build(
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
-                def clear():
-                    columns = tile.n * shape.columns, shape.columns
-                    inline.store_zeros(
-                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
-                    )
-
-                clears = bool(config.heights) and not problem.leaves_padding
-                amid = clears and not config.clears_last
-
                 def step(k, _=()):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
                     of_row = k if first is None else first + k
                     loader.load(refs, tile, rows, slot, of_row, full.at[slot])
-                    if amid:  # the ring is full: this warpgroup would wait
-                        pl.when(k == min(stages, shape.k_steps) - 1)(clear)
                     if not by_copies:
                         return ()
                     inline.commit_copies(interpret=interpret)
@@ -604,23 +598,32 @@ def build(
 
                     return ()
 
-                if computing == 3:  # the loader has 32 registers
+                if config.heights:
+                    # As soon as the ring is full this warpgroup has time: what it does only now, the others
+                    # do not wait for.
+                    full_at = steps if config.plain else jnp.minimum(steps, stages)
+                    lax.fori_loop(0, full_at, step, ())
+                    if not problem.leaves_padding:
+                        columns = tile.n * shape.columns, shape.columns
+                        inline.store_zeros(
+                            *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
+                        )
+                    known = known_of(i + 1)
+                    lax.fori_loop(full_at, steps, step, ())
+                elif computing == 3:  # the loader has 32 registers
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
-                if amid:
-                    pl.when(steps == 0)(clear)
-                elif clears:
-                    clear()
-                return ring + steps, said
+                return ring + steps, said, *known
 
-            end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
+            known = known_of(_I32(0)) if config.heights else ()
+            end, said, *_ = lax.fori_loop(0, mine, one, (_I32(0), _I32(0), *known))
             if by_copies:
                 all_arrived(end, said)
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
-            if config.cuts:
+            if config.heights:
                 refs.told.end(mine)
 
         lax.cond(warpgroup < computing, compute, load)
@@ -653,7 +656,7 @@ def build(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
     told: list[Any] = []
-    if config.cuts:
+    if config.heights:
         told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
         for arrivals in (1, computing):
             told.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=found_cut.SLOTS))
