@@ -109,7 +109,7 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     rotates: bool = False
-    plain: bool = False
+    amid: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -139,7 +139,7 @@ class Config(NamedTuple):
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += "-rotates" if self.rotates else ""
-        more += "-plain" if self.plain else ""
+        more += "-amid" if self.amid else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
