@@ -112,7 +112,7 @@ class _Refs:
         more: tuple[Any, Any, Any] = (None, None, None)
         if config.heights and not config.finds:
             more = refs.pop(0), refs.pop(0), refs.pop(0)
-        self.pairs, self.empty, self.behind = more
+        self.pairs, self.padding, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
@@ -797,7 +797,7 @@ def _read(
         return _find(problem, config, refs, at)
     if config.heights:
         found = refs.experts[at], refs.starts[at], refs.ends[at]
-        return *found, refs.pairs[at], refs.empty[at], refs.behind[at]
+        return *found, refs.pairs[at], refs.padding[at], refs.behind[at]
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
