@@ -240,6 +240,23 @@ def test_higher_tiles_take_turns():
     assert (heights.sum(0) == heights.sum() / 3).all()
 
 
+@pytest.mark.parametrize("pairs", [(144, 144, 144, 80), (144, 144, 1), (144, 144), (1,), (0,)])
+def test_each_tile_of_a_run_clears_as_many_rows(pairs):
+    """Where the last one cleared them all, the CTA that had it in each run fell behind the others."""
+    where = made(144, 1, [(0, count) for count in pairs])
+    cut = cut_list.CutList(
+        *(len(where.ids), 144, len(where.experts), 1, int(where.ids[-1])),
+        *((144, 136, 128, 120, 104), True),
+    )
+    count, _, start, end, _, empty, behind = emulator.run(
+        cut_list.build(cut), [where.ids, where.experts, where.used]
+    )
+    cleared = np.maximum(behind - empty, 0)[: count[0]]
+    left = where.used[0] - (end - start)[: count[0]].sum()
+    assert cleared.sum() == left
+    assert (cleared <= -(-left // len(pairs))).all()
+
+
 def problem_of(where: Made, block: int, num_experts: int, k: int, n: int, **more: Any):
     options: dict[str, Any] = {"block_size": block, "num_pairs": int(where.ids[-1])} | more
     weights = Weights(transposed=options.pop("transposed", False))
