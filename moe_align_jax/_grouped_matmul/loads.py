@@ -93,11 +93,7 @@ class Loader:
         self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array, barrier: Any
     ) -> None:
         """Step k of a tile into a stage."""
-        for piece in self.pieces:
-            if self.w_by_matrix:
-                self._weights_by_matrix(refs, tile, slot, k, *piece)
-            else:
-                self._weights(refs, tile, slot, k, barrier, *piece)
+        self.load_weights(refs, tile, slot, k, barrier)
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
             if found.rows is not None:
@@ -116,6 +112,16 @@ class Loader:
             self._scales(refs, tile, slot, k, barrier)
         elif self.shape.scales_by_rows:
             self._scales_by_rows(refs, tile, found, slot, k)
+
+    def load_weights(
+        self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any
+    ) -> None:
+        """The weights of step k of a tile into a stage."""
+        for piece in self.pieces:
+            if self.w_by_matrix:
+                self._weights_by_matrix(refs, tile, slot, k, *piece)
+            else:
+                self._weights(refs, tile, slot, k, barrier, *piece)
 
     # -- x
 

@@ -287,3 +287,32 @@ class WeightGradient(NamedTuple):
     def out_shape(self) -> tuple[int, int, int]:
         """Shape of the result: [E, K, N]."""
         return (self.layout.num_experts, self.layout.k, self.layout.n)
+
+
+class TokenSum(NamedTuple):
+    """Everything static about a product of blocks of one pair, and the sum of each token's rows of it.
+
+    Pair t * top_k + k is the k-th of token t. One whose `expert_ids` is no expert adds nothing.
+
+    Attributes:
+        product: of the pairs, `[num_tokens * top_k, n]`; without an activation.
+        num_tokens, top_k: T and K.
+        out_dtype: of the sums.
+    """
+
+    product: MatmulProblem
+    num_tokens: int
+    top_k: int
+    out_dtype: str
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each operand by name, in order."""
+        names = ["x", "w", *(["bias"] if self.product.weights.bias else []), "expert_ids"]
+        found = {name: self.product.inputs[name] for name in names}
+        return found | {"topk_weights": ((self.num_tokens, self.top_k), "float32")}
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        """Shape of the result: [T, H]."""
+        return (self.num_tokens, self.product.n)

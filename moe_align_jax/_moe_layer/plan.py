@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, TokenSum, Weights
 
 # With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
 # than it saves. vLLM's factor.
@@ -105,6 +105,13 @@ class LayerProblem(NamedTuple):
                 pitch = -(-self.num_rows // 4) * 4
             scales = Scales(layout, self.down_scales, pitch=pitch)
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
+
+    @property
+    def token_sum(self) -> TokenSum | None:
+        """Of pairs: the second product and the sum of each token's rows as one problem."""
+        if not self.pairs or self.scales or not is_static(self.num_tokens):
+            return None
+        return TokenSum(self.second, self.num_tokens, self.top_k, self.out_dtype)
 
     @property
     def between_layout(self) -> str:
