@@ -16,7 +16,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as why
-from moe_align_jax._grouped_matmul import config, primitive, quantized
+from moe_align_jax._grouped_matmul import config, primitive, quantized, token_sum_config
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
@@ -522,4 +522,6 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
     tiles = [config.config_for(each, kind).name for each in both]
+    if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
+        tiles[1] = f"{sums.name}-sums"
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

@@ -61,9 +61,7 @@ def config_for(problem: TokenSum) -> Config | None:
     if unsupported(problem):
         return None
     tiles = problem.num_tokens * -(-problem.product.n // COLUMNS)
-    split = next(
-        (s for s in _SPLITS if s * tiles <= NUM_SMS and _shares(problem, _DEEP, s)), 1
-    )
+    split = next((s for s in _SPLITS if s * tiles <= NUM_SMS and _shares(problem, _DEEP, s)), 1)
     stages = _STAGES_OF_HALF if split > 2 else _STAGES
     found = Config("swap", _ROWS, COLUMNS, _DEEP, stages, group=0, computing=1)
     return found._replace(split=split, num_ctas=NUM_SMS // split * split)

@@ -209,24 +209,23 @@ def build(
                 if not interpret:
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                 begin = ring, zeros, refs.experts[first], refs.shares[first]
-                ring, total, *_ = lax.fori_loop(0, part.pairs, pair, begin)
+                ring, total = lax.fori_loop(0, part.pairs, pair, begin)[:2]
                 if split == 1:
                     _store(problem, refs.out, total, token, n, interpret)
                     return ring
-                mine = (cta, slice(None), 0) if interpret else (0,)
-                added = ClusterSum(
-                    *(split, refs.parts.at[mine], refs.shared.at[0], refs.shared.at[1], interpret)
-                )
-                added.put([total])
+                parts = refs.parts.at[(cta, slice(None), 0) if interpret else (0,)]
+                ready, free = refs.shared.at[0], refs.shared.at[1]
+                cluster = ClusterSum(split, parts, ready, free, interpret)
+                cluster.put([total])
 
                 @pl.when(rank == 0)
                 def _():
-                    [sums] = added.take([total.shape])
-                    added.taken()
+                    [sums] = cluster.take([total.shape])
+                    cluster.taken()
                     _store(problem, refs.out, sums, token, n, interpret)
 
-                pl.when(rank != 0)(added.taken)
-                added.wait()
+                pl.when(rank != 0)(cluster.taken)
+                cluster.wait()
                 return ring
 
             lax.fori_loop(0, mine, one, _I32(0))
@@ -338,9 +337,7 @@ def _store(
         thread, index = inline.thread_index(), ir.IndexType.get()
         # A warp has 16 rows of the sums, of which lanes 0, 4, 8, ... have the first column.
         warp, lane = arith.divui(thread, inline.int32(32)), arith.remui(thread, inline.int32(32))
-        within = arith.addi(
-            arith.muli(warp, inline.int32(16)), arith.divui(lane, inline.int32(4))
-        )
+        within = arith.addi(arith.muli(warp, inline.int32(16)), arith.divui(lane, inline.int32(4)))
         first = arith.muli(inline.scalar_of(tile), inline.int32(_COLUMNS))
         first = arith.addi(first, within)
         owns = arith.cmpi(

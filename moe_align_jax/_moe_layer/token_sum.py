@@ -3,9 +3,6 @@
 "xla" makes them after each other. It has no derivative: the layer that it is a part of has one.
 """
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -242,7 +242,12 @@ def token_sums() -> Iterator[tuple[str, Any, Any]]:
         product = MatmulProblem("test", "blocks", *given, block_size=1, num_pairs=tokens * top_k)
         return TokenSum(product, tokens, top_k, out)
 
-    for sizes in ((8, 2048, 768, 128), (8, 7168, 256, 256), (2, 4096, 14336, 8), (4, 2880, 2880, 128)):
+    for sizes in (
+        (8, 2048, 768, 128),
+        (8, 7168, 256, 256),
+        (2, 4096, 14336, 8),
+        (4, 2880, 2880, 128),
+    ):
         for transposed, out in ((True, "bfloat16"), (False, "float16"), (True, "float32")):
             bias = sizes[0] == 4
             for tokens in (1, 2):
