@@ -207,6 +207,8 @@ def build(
     """
     if reason := refused(problem, config):
         raise ValueError(f"tiles {config.name}: {reason}")
+    if sized_at_launch and problem.in_order:
+        raise ValueError("a launch that says its rows has sorted_token_ids")
     shape, weights = shape_of(problem, config), problem.weights
     if ending:
         shape = shape._replace(piece=ending.piece)

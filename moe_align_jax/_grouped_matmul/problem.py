@@ -97,6 +97,7 @@ class MatmulProblem(NamedTuple):
         all_rows: of "blocks": it is known that all rows are in use, so that a kernel need not wait for
             `num_tokens_post_padded` before it knows its tiles. A block may have no expert all the same.
             A launch that says how many rows it has (`kernel.build`'s `sized_at_launch`) reads it.
+        in_order: with top_k and blocks of one row: it is known that row r is pair r, of token r // top_k.
     """
 
     function: str
@@ -124,6 +125,7 @@ class MatmulProblem(NamedTuple):
     row_labels: bool = False
     leaves_padding: bool = False
     all_rows: bool = False
+    in_order: bool = False
 
     @property
     def w_columns(self) -> int:

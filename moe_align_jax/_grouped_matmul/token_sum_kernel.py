@@ -246,10 +246,9 @@ def build(
                         plgpu.barrier_wait(refs.empty.at[slot])
                         loader.load_weights(refs, tile, slot, at, barrier)
                         for each in range(shape.k_parts):
-                            ks = pl.ds(at * config.bk + each * width, width)
-                            source = refs.x.at[pl.ds(row, 1), ks]
-                            target = refs.x_rows.at[slot, each, pl.ds(0, 1)]
-                            plgpu.copy_gmem_to_smem(source, target, barrier)
+                            loader.load_row(
+                                refs, row, slot, at * shape.k_parts + each, each, barrier
+                            )
                         return ()
 
                     steps = jnp.where(tile.valid, _I32(part.steps), 0)

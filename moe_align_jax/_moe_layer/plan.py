@@ -151,6 +151,7 @@ class LayerProblem(NamedTuple):
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
             all_rows=self.pairs,
+            in_order=self.pairs,
             **sizes,
         )
 
