@@ -281,6 +281,18 @@ def matmul_clusters() -> None:
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
 
 
+def token_sums() -> None:
+    """Second products that sum up each token's pairs: by one CTA, and by clusters of four."""
+    from tests.moe_layer import test_token_sum
+
+    for name in ("bias", "columns end in a tile"):
+        sizes, config = test_token_sum.CASES[name]
+        test_token_sum.check(test_token_sum.make(**sizes), config, interpret=False)
+    for name in ("4 share 8 pairs, bias", "4 share 2 pairs"):
+        sizes, config = test_token_sum.ON_A_GPU[name]
+        test_token_sum.check(test_token_sum.make(**sizes), config, interpret=False)
+
+
 def matmul_e4m3() -> None:
     """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
     import pytest
@@ -427,6 +439,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
+    yield "matmul, sums of tokens", token_sums
     yield "matmul, e4m3", matmul_e4m3
     yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients
