@@ -523,5 +523,5 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     kind = None if choice == "emulator" else select.gpu_kind()
     tiles = [config.config_for(each, kind).name for each in both]
     if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
-        tiles[1] = f"{sums.name}-sums"
+        tiles[1] = sums.name
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

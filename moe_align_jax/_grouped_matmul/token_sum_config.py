@@ -1,16 +1,40 @@
 """Tiles of the kernel that sums up each token's pairs, and what it cannot take. No jax here."""
 
+from typing import NamedTuple
+
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES, NUM_SMS
 from moe_align_jax._grouped_matmul import config as products
-from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import TokenSum
 
-COLUMNS = 64  # of a tile
-_ROWS = 8  # of x in a tile
-_DEEP = 128  # of k in a stage
-_SPLITS = (4, 2)  # CTAs of a cluster
-# Two CTAs of a cluster of four must fit into an SM: not all SMs of a GPU can be filled with such clusters.
-_STAGES, _STAGES_OF_HALF = 12, 6
+WEIGHT_ROWS = 64  # wgmma's: columns of the result times pairs
+X_ROWS = 8  # wgmma's least
+_SPARE_BYTES = 4096  # of shared memory, for what is not the ring
+
+
+class Tiles(NamedTuple):
+    """Sizes of the kernel.
+
+    Attributes:
+        pairs: of a token that are multiplied together; each has 64 / pairs columns of the result.
+        bk: of k that a stage of the ring in shared memory holds.
+        stages: of the ring.
+        num_ctas: of the grid.
+    """
+
+    pairs: int
+    bk: int
+    stages: int
+    num_ctas: int = 2 * NUM_SMS
+
+    @property
+    def columns(self) -> int:
+        """Of the result, of a tile."""
+        return WEIGHT_ROWS // self.pairs
+
+    @property
+    def name(self) -> str:
+        """For tables: `2x32x256s3-sums-264`."""
+        return f"{self.pairs}x{self.columns}x{self.bk}s{self.stages}-sums-{self.num_ctas}"
 
 
 def unsupported(problem: TokenSum) -> str | None:
@@ -29,39 +53,28 @@ def unsupported(problem: TokenSum) -> str | None:
     return None
 
 
-def refused(problem: TokenSum, tiles: Config) -> str | None:
+def refused(problem: TokenSum, tiles: Tiles) -> str | None:
     """Why these tiles, given by name, cannot be this problem's, or None."""
     if reason := unsupported(problem):
         return reason
-    if (tiles.form, tiles.bm, tiles.bn, tiles.computing) != ("swap", _ROWS, COLUMNS, 1):
-        return "a token's pairs are summed up in swapped tiles of 64 columns, by one warpgroup"
-    if tiles.bk % 64 or not _shares(problem, tiles.bk, tiles.split):
-        return "each CTA of a cluster has as many pairs, or as many steps of one"
-    if stage_bytes(tiles.bk) * tiles.stages + 8192 > MAX_SHARED_BYTES:
+    if tiles.pairs not in (1, 2, 4) or tiles.pairs > problem.top_k:
+        return "1, 2 or 4 of a token's pairs are multiplied together"
+    if tiles.pairs > 1 and not problem.product.weights.transposed:
+        return "of weights [E, K, N] TMA reads 64 columns, for one pair"
+    if tiles.bk % 64 or tiles.bk > 512:
+        return "a stage holds multiples of 128 bytes of a row"
+    if stage_bytes(tiles.bk) * tiles.stages + _SPARE_BYTES > MAX_SHARED_BYTES:
         return "the ring does not fit into shared memory"
     return None
 
 
 def stage_bytes(bk: int) -> int:
     """Shared memory of a stage of the ring."""
-    return 2 * bk * (COLUMNS + _ROWS)
+    return 2 * bk * (WEIGHT_ROWS + X_ROWS)
 
 
-def _shares(problem: TokenSum, bk: int, split: int) -> bool:
-    """Whether so many CTAs can share a tile evenly. A bias is added to the products of all of k."""
-    if problem.top_k % split == 0:
-        return True
-    steps, pieces = -(-problem.product.k // bk), split // problem.top_k
-    even = split % problem.top_k == 0 and steps % pieces == 0
-    return even and not problem.product.weights.bias
-
-
-def config_for(problem: TokenSum) -> Config | None:
+def config_for(problem: TokenSum) -> Tiles | None:
     """Tiles for a problem; None where the kernel does not take it, or where it was not found faster."""
     if unsupported(problem):
         return None
-    tiles = problem.num_tokens * -(-problem.product.n // COLUMNS)
-    split = next((s for s in _SPLITS if s * tiles <= NUM_SMS and _shares(problem, _DEEP, s)), 1)
-    stages = _STAGES_OF_HALF if split > 2 else _STAGES
-    found = Config("swap", _ROWS, COLUMNS, _DEEP, stages, group=0, computing=1)
-    return found._replace(split=split, num_ctas=NUM_SMS // split * split)
+    return Tiles(1, 256, 3)

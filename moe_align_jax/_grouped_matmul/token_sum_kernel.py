@@ -1,40 +1,47 @@
 """The kernel of a product whose rows are pairs, and of the weighted sum of each token's rows.
 
-A tile is 64 columns of one token's result. Its loop over k runs through the token's pairs, one after the
-other: through the weights of each one's expert, and its row of x. Behind each pair, what its products made is
-multiplied by its weight and added to the tile's sums, in registers; no row of the products is written to
-memory. One warpgroup loads, and one multiplies: the weights are wgmma's first operand, and the pair's row is
-the first of the eight columns of its second; what the others hold is computed, and not stored.
+A tile is some columns of one token's result. Its loop over k runs through the token's pairs: through the
+weights of each one's expert, and its row of x. Behind a pair, what its products made is multiplied by its
+weight and added to the tile's sums, in registers; no row of the products is written to memory. One
+warpgroup loads, and one multiplies: the weights are wgmma's first operand, rows of x its second. Where
+tiles of 64 columns are few, two or four pairs are multiplied together, of 32 or 16 columns each:
 
-Where tiles are fewer than SMs, a cluster of CTAs shares each of them (`Config.split`): every CTA has as many
-of the pairs, or a part of one pair's k, and the first one adds up what all have, in order (cluster_sum.py).
+    64 rows of weights:   16 columns of pair 0 | 16 of pair 1 | 16 of pair 2 | 16 of pair 3
+    8 rows of x:          those of pairs 0, 1, 2, 3, and four that hold anything
+
+Of the 64 x 8 sums, those of a pair's rows and its own column are used. The others may be NaN.
 
 Reads the weights of the experts hit once for each pair, and x once for each tile of columns. Nothing is
-atomic: the same bits in every run. Needs sm_90a: wgmma, TMA.
+atomic, and the order of each sum is fixed: the same bits in every run. Needs sm_90a: wgmma, TMA.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-from moe_align_jax._grouped_matmul import inline, kernel, launch, loads
-from moe_align_jax._grouped_matmul.cluster_sum import AXIS, ClusterSum
-from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul import inline, kernel
 from moe_align_jax._grouped_matmul.problem import TokenSum
-from moe_align_jax._grouped_matmul.shape import Shape, shape_of
-from moe_align_jax._grouped_matmul.token_sum_config import config_for, refused
+from moe_align_jax._grouped_matmul.token_sum_config import (
+    WEIGHT_ROWS,
+    X_ROWS,
+    Tiles,
+    config_for,
+    refused,
+)
 
 _I32, _F32 = jnp.int32, jnp.float32
-_ROWS = 8  # of x in a tile: wgmma's least; one of them is a pair's
-_COLUMNS = 64  # of a tile: wgmma's rows
+_WIDTH = 64  # columns of 128 bytes
 
 
 class _Refs(NamedTuple):
@@ -43,122 +50,122 @@ class _Refs(NamedTuple):
     Attributes:
         experts: `[T K]` int32, of each pair.
         shares: `[T K]` float32, the pairs' weights.
-        bias: `[E, .]` float32, with whole tiles of columns, or None.
-        x, weights: the product's operands; a list of one array of weights, as `loads` has them.
-        out: the result.
+        bias: `[E, n]` float32, or None.
+        x, w, out: operands and result.
         x_tiles, x_rows: the ring's rows of x for wgmma and for TMA: the same memory.
         w_tiles: the ring's weights.
-        parts: what a CTA of a cluster puts, or None.
+        sums: `[64]` float32, where warps meet; None in the interpreter.
         full, empty: barriers of the ring.
-        shared: barriers of the cluster, or None.
     """
 
     experts: Any
     shares: Any
     bias: Any
     x: Any
-    weights: Any
+    w: Any
     out: Any
     x_tiles: Any
     x_rows: Any
     w_tiles: Any
-    parts: Any
+    sums: Any
     full: Any
     empty: Any
-    shared: Any
 
 
-def _refs(problem: TokenSum, given: list[Any], split: int, interpret: bool) -> _Refs:
+def _refs(problem: TokenSum, given: Sequence[Any], interpret: bool) -> _Refs:
     """The kernel's refs, which come in the order of operands, results and scratch memory."""
-    experts, shares = given.pop(0), given.pop(0)
-    bias = given.pop(0) if problem.product.weights.bias else None
-    x, w, out = given.pop(0), given.pop(0), given.pop(0)
-    parts = given.pop(0) if split > 1 and interpret else None
-    tiles = given.pop(0)
+    rest = iter(given)
+    experts, shares = next(rest), next(rest)
+    bias = next(rest) if problem.product.weights.bias else None
+    x, w, out, tiles = (next(rest) for _ in range(4))
     x_tiles, x_rows = (tiles, tiles) if interpret else tiles
-    w_tiles, full, empty = given.pop(0), given.pop(0), given.pop(0)
-    shared = given.pop(0) if split > 1 else None
-    if split > 1 and not interpret:
-        parts = given.pop(0)
-    return _Refs(
-        *(experts, shares, bias, x, [w], out, x_tiles, x_rows, w_tiles, parts, full, empty, shared)
-    )
+    w_tiles, full, empty = (next(rest) for _ in range(3))
+    sums = None if interpret else next(rest)
+    return _Refs(experts, shares, bias, x, w, out, x_tiles, x_rows, w_tiles, sums, full, empty)
 
 
-class _Part(NamedTuple):
-    """What one CTA of a cluster has of a tile.
+class _Group(NamedTuple):
+    """Pairs of a token that are multiplied together.
 
     Attributes:
-        pairs: how many of the token's pairs.
-        steps: of each of these pairs' k.
-        pieces: CTAs that share one pair's k.
+        pair: the first one.
+        experts: of each.
+        shares: their weights.
+        there: whether each is a pair, and has an expert.
     """
 
-    pairs: int
-    steps: int
-    pieces: int
+    pair: jax.Array
+    experts: tuple[jax.Array, ...]
+    shares: tuple[jax.Array, ...]
+    there: tuple[jax.Array, ...]
+
+    @property
+    def some(self) -> jax.Array:
+        """Whether any is there."""
+        return functools.reduce(jnp.logical_or, self.there)
 
 
-def _part(problem: TokenSum, shape: Shape, split: int) -> _Part:
-    """Of a cluster of `split` CTAs."""
-    pieces = max(1, split // problem.top_k)
-    return _Part(max(1, problem.top_k // split), shape.k_steps // pieces, pieces)
-
-
-def build(
-    problem: TokenSum, config: Config, *, interpret: bool = False
-) -> Callable[..., jax.Array]:
+def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callable[..., jax.Array]:
     """The kernel as a function of expert_ids `[T K]`, topk_weights `[T K]`, bias if there is one, x and w."""
-    if reason := refused(problem, config):
-        raise ValueError(f"tiles {config.name}: {reason}")
-    product, split, stages = problem.product, config.split, config.stages
-    # `split` shares pairs among CTAs here, and not the steps of one product.
-    shape = shape_of(product, config._replace(split=1))
-    part, tiles = _part(problem, shape, split), problem.num_tokens * shape.n_tiles
-    clusters = min(config.num_ctas // split, tiles)
-    dtype, width = jnp.dtype(product.dtype), config.bk // shape.k_parts
+    if reason := refused(problem, tiles):
+        raise ValueError(f"tiles {tiles.name}: {reason}")
+    product, top_k, stages, bk = problem.product, problem.top_k, tiles.stages, tiles.bk
+    columns, together = tiles.columns, tiles.pairs
+    n_tiles, k_steps, k_parts = -(-product.n // columns), -(-product.k // bk), bk // _WIDTH
+    groups, count = -(-top_k // together), problem.num_tokens * n_tiles
+    ctas, dtype = min(tiles.num_ctas, count), jnp.dtype(product.dtype)
     transposed = product.weights.transposed
-    w_tile = (_COLUMNS, config.bk) if transposed else (config.bk, _COLUMNS)
-    w_like = kernel.transforms(w_tile[1], dtype)
-    loader = loads.Loader(
-        *(product, config, shape, kernel.transforms(width, dtype), w_like, interpret)
-    )
+    w_tile = (WEIGHT_ROWS, bk) if transposed else (bk, WEIGHT_ROWS)
 
     def body(*given):
-        refs = _refs(problem, list(given), split, interpret)
+        refs = _refs(problem, given, interpret)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        rank = lax.axis_index(AXIS) if split > 1 else _I32(0)
-        mine = lax.div(tiles - cta + (clusters - 1), _I32(clusters))
-        first_step = lax.rem(rank, _I32(part.pieces)) * part.steps
+        mine = lax.div(count - cta + (ctas - 1), _I32(ctas))
 
         def place(i):
-            """(Token, n tile, this CTA's first pair) of its i-th tile."""
-            t = cta + i * clusters
-            token = lax.div(t, _I32(shape.n_tiles))
-            first = token * problem.top_k + lax.div(rank * problem.top_k, _I32(split))
-            return token, t - token * shape.n_tiles, first
+            """(Token, n tile) of this CTA's i-th tile."""
+            token = lax.div(cta + i * ctas, _I32(n_tiles))
+            return token, cta + i * ctas - token * n_tiles
 
-        def at_most(pair):
-            """The pair, or the last one: what is read ahead may lie behind it."""
-            return jnp.minimum(pair, _I32(problem.num_tokens * problem.top_k - 1))
+        def read(token, j):
+            """What memory tells of a token's j-th group: (experts, weights). Behind the last, of some pair."""
+            last = _I32(problem.num_tokens * top_k - 1)
+            pairs = [jnp.minimum(token * top_k + j * together + b, last) for b in range(together)]
+            return tuple(refs.experts[p] for p in pairs), tuple(refs.shares[p] for p in pairs)
 
-        def there(expert):
-            return (expert >= 0) & (expert < product.num_experts)
+        def group_of(token, j, experts, shares):
+            there = []
+            for b, expert in enumerate(experts):
+                is_one = (expert >= 0) & (expert < product.num_experts)
+                if top_k % together:
+                    is_one = is_one & (j * together + b < top_k)
+                there.append(is_one)
+            return _Group(token * top_k + j * together, experts, shares, tuple(there))
+
+        def over_groups(token, step, first):
+            """`step(group, carry)` for each group of a token; what the next one is, is read ahead."""
+
+            def one(j, given):
+                carry, *known = given
+                following = read(token, j + 1)
+                return step(group_of(token, j, *known), carry), *following
+
+            return lax.fori_loop(0, groups, one, (first, *read(token, 0)))[0]
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))
 
-        def of_pair(ring):
-            """The products of a pair whose expert there is, complete."""
+        def products(ring):
+            """Of a group, complete."""
 
             def scope(acc):
                 def step(k, _):
                     slot = slot_of(ring + k)
                     plgpu.barrier_wait(refs.full.at[slot])
-                    for each in range(shape.k_parts):
-                        plgpu.wgmma(acc, *_operands(refs, slot, each, transposed))
+                    for part in range(k_parts):
+                        plgpu.wgmma(acc, *_operands(refs, slot, part, transposed))
                     # All but this step's are done, so that their stage can be loaded again.
-                    plgpu.wgmma_wait(shape.k_parts)
+                    plgpu.wgmma_wait(k_parts)
 
                     @pl.when(k > 0)
                     def _():
@@ -166,97 +173,54 @@ def build(
 
                     return ()
 
-                lax.fori_loop(0, part.steps, step, ())
+                lax.fori_loop(0, k_steps, step, ())
                 plgpu.wgmma_wait(0)
-                last = ring + (part.steps + stages - 1)
-                plgpu.barrier_arrive(refs.empty.at[slot_of(last)])
+                plgpu.barrier_arrive(refs.empty.at[slot_of(ring + (k_steps + stages - 1))])
                 return acc[...]
 
-            return pl.run_scoped(scope, kernel.accumulator((_COLUMNS, _ROWS), _F32))
-
-        def with_bias(value, expert, n):
-            """The expert's bias lies along the columns of the result."""
-            if refs.bias is None:
-                return value
-            ref = refs.bias.at[expert, pl.ds(n * _COLUMNS, _COLUMNS)]
-            if interpret:
-                bias = ref[...]
-            else:
-                layout = plgpu.Layout.WGMMA.reduce(1)
-                bias = plgpu.load(ref, layout=layout, optimized=False)
-            return value + lax.broadcast_in_dim(bias, value.shape, (0,))
+            return pl.run_scoped(scope, kernel.accumulator((WEIGHT_ROWS, X_ROWS), _F32))
 
         def compute():
             for stage in range(stages):
                 plgpu.barrier_arrive(refs.empty.at[stage])
 
             def one(i, ring):
-                token, n, first = place(i)
+                token, n = place(i)
 
-                def pair(j, carry):
-                    ring, total, expert, share = carry
-                    ahead = at_most(first + j + 1)
-                    following = refs.experts[ahead], refs.shares[ahead]
+                def add(group, carry):
+                    ring, total = carry
 
                     def added():
-                        return total + share * with_bias(of_pair(ring), expert, n)
+                        return _added(tiles, refs, total, products(ring), group, n, interpret)
 
-                    total = lax.cond(there(expert), added, lambda: total)
-                    steps = jnp.where(there(expert), _I32(part.steps), 0)
-                    return ring + steps, total, *following
+                    total = lax.cond(group.some, added, lambda: total)
+                    return ring + jnp.where(group.some, _I32(k_steps), 0), total
 
-                zeros = jnp.zeros((_COLUMNS, _ROWS), _F32)
+                zeros = jnp.zeros((WEIGHT_ROWS, X_ROWS), _F32)
                 if not interpret:
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                begin = ring, zeros, refs.experts[first], refs.shares[first]
-                ring, total = lax.fori_loop(0, part.pairs, pair, begin)[:2]
-                if split == 1:
-                    _store(problem, refs.out, total, token, n, interpret)
-                    return ring
-                parts = refs.parts.at[(cta, slice(None), 0) if interpret else (0,)]
-                ready, free = refs.shared.at[0], refs.shared.at[1]
-                cluster = ClusterSum(split, parts, ready, free, interpret)
-                cluster.put([total])
-
-                @pl.when(rank == 0)
-                def _():
-                    [sums] = cluster.take([total.shape])
-                    cluster.taken()
-                    _store(problem, refs.out, sums, token, n, interpret)
-
-                pl.when(rank != 0)(cluster.taken)
-                cluster.wait()
+                ring, total = over_groups(token, add, (ring, zeros))
+                _store(problem, tiles, refs, total, token, n, interpret)
                 return ring
 
             lax.fori_loop(0, mine, one, _I32(0))
 
         def load():
             def one(i, ring):
-                _, n, first = place(i)
+                token, n = place(i)
 
-                def pair(j, carry):
-                    ring, expert = carry
-                    row = first + j
-                    following = refs.experts[at_most(row + 1)]
-                    tile = kernel.Tile(there(expert), expert, row, row + 1, n, row + 1)
-
+                def ask(group, ring):
                     def step(k, _):
-                        slot, at = slot_of(ring + k), first_step + k
-                        barrier = refs.full.at[slot]
+                        slot = slot_of(ring + k)
                         plgpu.barrier_wait(refs.empty.at[slot])
-                        loader.load_weights(refs, tile, slot, at, barrier)
-                        for each in range(shape.k_parts):
-                            loader.load_row(
-                                refs, row, slot, at * shape.k_parts + each, each, barrier
-                            )
+                        _ask(problem, tiles, refs, group, n, slot, k)
                         return ()
 
-                    steps = jnp.where(tile.valid, _I32(part.steps), 0)
+                    steps = jnp.where(group.some, _I32(k_steps), 0)
                     lax.fori_loop(0, steps, step, ())
-                    return ring + steps, following
+                    return ring + steps
 
-                begin = ring, refs.experts[first]
-                return lax.fori_loop(0, part.pairs, pair, begin)[0]
+                return over_groups(token, ask, ring)
 
             end = lax.fori_loop(0, mine, one, _I32(0))
             # No barrier is left in the midst of a phase.
@@ -266,27 +230,18 @@ def build(
         lax.cond(warpgroup < 1, compute, load)
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
-    out_type: Any = jax.ShapeDtypeStruct(problem.out_shape, jnp.dtype(problem.out_dtype))
-    scratch = [
-        kernel.views((stages, shape.k_parts, _ROWS, width), dtype, interpret),
-        plgpu.SMEM((stages, 1, *w_tile), dtype, transforms=w_like),
-        plgpu.Barrier(num_arrivals=shape.k_parts + 1, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-    ]
-    if split > 1:
-        options |= {"cluster": (split,), "cluster_names": (AXIS,)}
-        scratch.append(plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=2))
-        words = _COLUMNS * _ROWS
-        if interpret:  # its CTAs have no memory in common but global memory
-            in_memory = jax.ShapeDtypeStruct((clusters, split, 1, words), _F32)
-            out_type = [out_type, in_memory]
-        else:
-            scratch.append(plgpu.SMEM((1, words), _F32))
-    call = plgpu.kernel(
+    w_like = kernel.transforms(w_tile[1], dtype)
+    return plgpu.kernel(
         body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(clusters,),
+        out_type=jax.ShapeDtypeStruct(problem.out_shape, jnp.dtype(problem.out_dtype)),
+        scratch_types=[
+            kernel.views((stages, k_parts, X_ROWS, _WIDTH), dtype, interpret),
+            plgpu.SMEM((stages, *w_tile), dtype, transforms=w_like),
+            plgpu.Barrier(num_arrivals=k_parts + together, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            *([] if interpret else [plgpu.SMEM((WEIGHT_ROWS,), _F32)]),
+        ],
+        grid=(ctas,),
         grid_names=("cta",),
         num_threads=2,
         thread_name="warpgroup",
@@ -294,82 +249,209 @@ def build(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
-    if not (interpret and split > 1):
-        return call
-    return lambda *operands: call(*operands)[0]
 
 
-def _operands(refs: _Refs, slot: jax.Array, each: int, transposed: bool) -> tuple[Any, Any]:
+def _ask(
+    problem: TokenSum,
+    tiles: Tiles,
+    refs: _Refs,
+    group: _Group,
+    n: jax.Array,
+    slot: jax.Array,
+    k: jax.Array,
+) -> None:
+    """Asks TMA for step k of a group: weights of each of its pairs, and their rows of x.
+
+    Of a pair that is not there only the arrival is made: what the slot holds in its place is not used.
+    """
+    barrier, columns = refs.full.at[slot], tiles.columns
+    ks, ns = pl.ds(k * tiles.bk, tiles.bk), pl.ds(n * columns, columns)
+    for b, expert in enumerate(group.experts):
+        if problem.product.weights.transposed:
+            source = refs.w.at[expert, ns, ks]
+            target = refs.w_tiles.at[slot, pl.ds(b * columns, columns)]
+        else:
+            source, target = refs.w.at[expert, ks, ns], refs.w_tiles.at[slot]
+        copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier)
+        if tiles.pairs == 1:
+            copy()
+            continue
+        lax.cond(group.there[b], copy, lambda: plgpu.barrier_arrive(barrier))
+    for part in range(tiles.bk // _WIDTH):
+        ks = pl.ds(k * tiles.bk + part * _WIDTH, _WIDTH)
+        source = refs.x.at[pl.ds(group.pair, tiles.pairs), ks]
+        target = refs.x_rows.at[slot, part, pl.ds(0, tiles.pairs)]
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+def _operands(refs: _Refs, slot: jax.Array, part: int, transposed: bool) -> tuple[Any, Any]:
     """wgmma's two, for 64 columns of x."""
-    x, ks = refs.x_tiles.at[slot, each], pl.ds(64 * each, 64)
+    x, ks = refs.x_tiles.at[slot, part], pl.ds(_WIDTH * part, _WIDTH)
     if transposed:
-        return refs.w_tiles.at[slot, 0, :, ks], x.transpose((1, 0))
-    return refs.w_tiles.at[slot, 0, ks].transpose((1, 0)), x.transpose((1, 0))
+        return refs.w_tiles.at[slot, :, ks], x.transpose((1, 0))
+    return refs.w_tiles.at[slot, ks].transpose((1, 0)), x.transpose((1, 0))
+
+
+def _added(
+    tiles: Tiles,
+    refs: _Refs,
+    total: jax.Array,
+    acc: jax.Array,
+    group: _Group,
+    n: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """`total` and a group's products, bias included, times the pairs' weights; `[64, 8]`.
+
+    Rows of a pair that is not there stay as they are.
+    """
+    columns, bias = tiles.columns, refs.bias
+    if interpret:
+        rows = lax.broadcasted_iota(_I32, total.shape, 0)
+        for b in range(tiles.pairs):
+            value = acc
+            if bias is not None:  # whose columns lie along the pair's rows
+                expert = jnp.clip(group.experts[b], 0, bias.shape[0] - 1)
+                at = jnp.minimum(n * columns, bias.shape[1] - columns)
+                own = jnp.roll(bias[expert, pl.ds(at, columns)], at - n * columns)
+                value = acc + jnp.tile(own, tiles.pairs)[:, None]
+            mine = (lax.div(rows, _I32(columns)) == b) & group.there[b]
+            total = jnp.where(mine, total + group.shares[b] * value, total)
+        return total
+    wgmma, scalar = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
+    there = [one.astype(_I32) for one in group.there]
+    like = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=wgmma)
+    vectors = () if bias is None else (bias,)
+    types = (*[plgpu.RefType()] * len(vectors), wgmma, wgmma, *[scalar] * (1 + 3 * tiles.pairs))
+
+    @inline.emits(arg_types=types, return_type=like)
+    def emit(_, *given):
+        ref = given[0] if vectors else None
+        sums, values, tile, *rest = given[len(vectors) :]
+        scalars = [inline.scalar_of(one) for one in rest]
+        expert_of, share_of, there_of = (
+            scalars[k * tiles.pairs : (k + 1) * tiles.pairs] for k in range(3)
+        )
+        kind, found = ir.VectorType.get((2,), ir.F32Type.get()), np.empty_like(sums.registers)
+        for i, at in enumerate(np.ndindex(sums.registers.shape)):
+            row, own = _row(i), [expert_of[0], share_of[0], there_of[0]]
+            block = arith.divui(row, inline.int32(columns))
+            for b in range(1, tiles.pairs):
+                mine = arith.cmpi(arith.CmpIPredicate.eq, block, inline.int32(b))
+                others = expert_of[b], share_of[b], there_of[b]
+                own = [arith.select(mine, *both) for both in zip(others, own, strict=True)]
+            expert, share, is_there = own
+            value = values.registers[at]
+            if ref is not None:
+                value = arith.addf(
+                    value, vector.broadcast(kind, _bias(ref, expert, row, tile, columns))
+                )
+            value = arith.mulf(value, vector.broadcast(kind, share))
+            value = arith.addf(sums.registers[at], value)
+            wanted = arith.cmpi(arith.CmpIPredicate.ne, is_there, inline.int32(0))
+            found[at] = arith.select(wanted, value, sums.registers[at])
+        return mgpu.FragmentedArray(
+            _registers=found, _layout=sums.layout, _is_signed=sums.is_signed
+        )
+
+    return emit(*vectors, total, acc, n, *group.experts, *group.shares, *there)
+
+
+def _row(i: int) -> Any:
+    """Of the `[64, 8]` sums, the row of a thread's i-th two values: a warp has 16, of which each lane has two."""
+    thread = inline.thread_index()
+    warp, lane = arith.divui(thread, inline.int32(32)), arith.remui(thread, inline.int32(32))
+    within = arith.addi(arith.muli(warp, inline.int32(16)), arith.divui(lane, inline.int32(4)))
+    return arith.addi(within, inline.int32(8 * i))
+
+
+def _bias(ref: Any, expert: Any, row: Any, tile: Any, columns: int) -> Any:
+    """The bias of a row of the sums; of some expert or column, where there is none."""
+    [experts, width] = ref.type.shape
+    within = arith.remui(row, inline.int32(columns))
+    column = arith.addi(arith.muli(inline.scalar_of(tile), inline.int32(columns)), within)
+    column = arith.minsi(column, inline.int32(width - 1))
+    expert = arith.minsi(arith.maxsi(expert, inline.int32(0)), inline.int32(experts - 1))
+    index = ir.IndexType.get()
+    return memref.load(ref, [arith.index_cast(index, expert), arith.index_cast(index, column)])
 
 
 def _store(
     problem: TokenSum,
-    out_ref: Any,
-    sums: jax.Array,
+    tiles: Tiles,
+    refs: _Refs,
+    total: jax.Array,
     token: jax.Array,
     n: jax.Array,
     interpret: bool,
 ) -> None:
-    """The first column of `[64, 8]` sums, rounded, to the token's row, from column 64 n on.
+    """Each pair's own column of the sums, added up in order and rounded, to the token's row.
 
-    Threads store single values: a tile has 64 of them. Columns that the result does not have are left out.
+    Columns that the result does not have are left out.
     """
-    columns, rounded = problem.product.n, sums.astype(problem.out_dtype)
+    width, columns = problem.product.n, tiles.columns
     if interpret:
-        for c in range(0, _COLUMNS, _ROWS):  # there are multiples of 8 columns
-            at = n * _COLUMNS + c
+        own = [total[b * columns : (b + 1) * columns, b] for b in range(tiles.pairs)]
+        rounded = functools.reduce(jnp.add, own).astype(problem.out_dtype)
+        for c in range(0, columns, 8):  # there are multiples of 8 columns
+            at = n * columns + c
 
-            @pl.when(at < columns)
+            @pl.when(at < width)
             def _(c=c, at=at):
-                out_ref[token, pl.ds(at, _ROWS)] = rounded[c : c + _ROWS, 0]
+                refs.out[token, pl.ds(at, 8)] = rounded[c : c + 8]
 
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @inline.emits(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, scalar, scalar))
-    def emit(_, out, values, row, tile):
+    @inline.emits(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WGMMA, scalar, scalar))
+    def emit(_, out, shared, values, row, tile):
         thread, index = inline.thread_index(), ir.IndexType.get()
-        # A warp has 16 rows of the sums, of which lanes 0, 4, 8, ... have the first column.
-        warp, lane = arith.divui(thread, inline.int32(32)), arith.remui(thread, inline.int32(32))
-        within = arith.addi(arith.muli(warp, inline.int32(16)), arith.divui(lane, inline.int32(4)))
-        first = arith.muli(inline.scalar_of(tile), inline.int32(_COLUMNS))
-        first = arith.addi(first, within)
-        owns = arith.cmpi(
-            arith.CmpIPredicate.eq, arith.remui(lane, inline.int32(4)), inline.int32(0)
-        )
-        to_row = arith.index_cast(index, inline.scalar_of(row))
+        equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
+        # Lane l has columns 2 (l % 4) and the next one.
+        pair_of_lane = arith.remui(thread, inline.int32(4))
         for i, register in enumerate(values.registers.flat):
-            at = arith.addi(first, inline.int32(8 * i))
-            mine = arith.andi(owns, inline.less(at, inline.int32(columns)))
-            with mgpu_utils.when(mine):
-                value = vector.extract(register, [], [0])
-                memref.store(value, out, [to_row, arith.index_cast(index, at)])
+            at = _row(i)
+            block = arith.divui(at, inline.int32(columns))
+            odd = equal(arith.remui(block, inline.int32(2)), inline.int32(1))
+            first, second = (vector.extract(register, [], [k]) for k in range(2))
+            owns = equal(pair_of_lane, arith.divui(block, inline.int32(2)))
+            with mgpu_utils.when(owns):
+                memref.store(
+                    arith.select(odd, second, first), shared, [arith.index_cast(index, at)]
+                )
+        mgpu_utils.warpgroup_barrier()
+        column = arith.addi(arith.muli(inline.scalar_of(tile), inline.int32(columns)), thread)
+        mine = inline.less(thread, inline.int32(columns))
+        mine = arith.andi(mine, inline.less(column, inline.int32(width)))
+        with mgpu_utils.when(mine):
+            sums = None
+            for b in range(tiles.pairs):
+                at = arith.addi(thread, inline.int32(b * columns))
+                value = memref.load(shared, [arith.index_cast(index, at)])
+                sums = value if sums is None else arith.addf(sums, value)
+            kind = out.type.element_type
+            rounded = sums if kind == ir.F32Type.get() else arith.truncf(kind, sums)
+            to = [arith.index_cast(index, one) for one in (inline.scalar_of(row), column)]
+            memref.store(rounded, out, to)
+        mgpu_utils.warpgroup_barrier()  # the next tile's are stored behind these reads
 
-    emit(out_ref, rounded, token, n)
+    emit(refs.out, refs.sums, total, token, n)
 
 
 def run(
     problem: TokenSum,
     *operands: jax.Array,
     interpret: bool = False,
-    config: Config | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
-    """`[T, n]` of `problem.inputs`, by the kernel; `config`: tiles, None for the usual ones."""
+    """`[T, n]` of `problem.inputs`, by the kernel; `tiles`: None for the usual ones."""
     named = dict(zip(problem.inputs, operands, strict=True))
-    if config is None:
-        config = config_for(problem)
-        assert config
-        if interpret:  # which runs a thread for each warpgroup of a cluster
-            config = config._replace(split=1, num_ctas=2)
-    pairs = problem.num_tokens * problem.top_k
-    given = [named["expert_ids"], named["topk_weights"].reshape(pairs)]
+    if tiles is None:
+        tiles = config_for(problem)
+        assert tiles
+        if interpret:  # which runs a thread for each warpgroup
+            tiles = tiles._replace(num_ctas=2)
+    named["topk_weights"] = named["topk_weights"].reshape(-1)
+    names = [name for name in ("expert_ids", "topk_weights", "bias", "x", "w") if name in named]
     with jax.enable_x64(False):  # its indices are int32; plgpu makes 64-bit ones otherwise
-        if problem.product.weights.bias:
-            shape = shape_of(problem.product, config._replace(split=1))
-            given.append(launch.bias(problem.product, shape, named["bias"]))
-        return build(problem, config, interpret=interpret)(*given, named["x"], named["w"])
+        return build(problem, tiles, interpret=interpret)(*[named[name] for name in names])

@@ -5,10 +5,6 @@ their weight.
 """
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +13,14 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import token_sum_config as tiles
-from moe_align_jax._grouped_matmul import token_sum_kernel
-from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul import token_sum_config, token_sum_kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum, Weights
+from moe_align_jax._grouped_matmul.token_sum_config import Tiles
 from moe_align_jax._moe_layer import token_sum
 from tests.matmul.oracle import error
 from tests.moe_layer.test_moe_layer import make_layer, wanted
 
-ROOT = Path(__file__).parents[2]
-PLAIN = Config("swap", 8, 64, 128, 6, group=0, computing=1, num_ctas=2)
+PLAIN = Tiles(1, 128, 6, num_ctas=2)
 BOUND = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-6}
 
 
@@ -76,9 +70,9 @@ def make(
     return problem, [jnp.asarray(named[name]) for name in problem.inputs], want
 
 
-def check(given, config: Config | None, *, interpret: bool) -> None:
+def check(given, tiles: Tiles | None, *, interpret: bool) -> None:
     problem, operands, want = given
-    run = functools.partial(token_sum_kernel.run, problem, config=config, interpret=interpret)
+    run = functools.partial(token_sum_kernel.run, problem, tiles=tiles, interpret=interpret)
     run = jax.jit(run)
     poison = jnp.full(problem.out_shape, jnp.nan, problem.out_dtype)
     jax.block_until_ready(poison).delete()  # the allocator gives this memory to the result
@@ -92,12 +86,24 @@ def check(given, config: Config | None, *, interpret: bool) -> None:
     assert error(got, want) < BOUND[problem.out_dtype]
 
 
-CASES: dict[str, tuple[dict[str, Any], Config]] = {
+CASES: dict[str, tuple[dict[str, Any], Tiles]] = {
     "usual": ({"tokens": 3, "top_k": 3, "experts": 5, "k": 256, "n": 128}, PLAIN),
     "columns end in a tile": ({"tokens": 1, "top_k": 4, "experts": 9, "k": 64, "n": 200}, PLAIN),
     "not transposed": (
         {"tokens": 2, "top_k": 2, "experts": 4, "k": 192, "n": 64, "transposed": False},
         PLAIN,
+    ),
+    "two pairs together": (
+        {"tokens": 3, "top_k": 4, "experts": 5, "k": 192, "n": 72, "bias": True},
+        PLAIN._replace(pairs=2),
+    ),
+    "two of three pairs": (
+        {"tokens": 3, "top_k": 3, "experts": 5, "k": 128, "n": 96},
+        PLAIN._replace(pairs=2),
+    ),
+    "four of six pairs": (
+        {"tokens": 3, "top_k": 6, "experts": 5, "k": 128, "n": 40, "bias": True},
+        PLAIN._replace(pairs=4),
     ),
     "bias": ({"tokens": 3, "top_k": 2, "experts": 4, "k": 128, "n": 72, "bias": True}, PLAIN),
     "float32": (
@@ -114,71 +120,37 @@ CASES: dict[str, tuple[dict[str, Any], Config]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_sums_in_the_interpreter(name):
-    sizes, config = CASES[name]
-    check(make(**sizes), config, interpret=True)
+    sizes, tiles = CASES[name]
+    check(make(**sizes), tiles, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_sums_on_a_gpu(name):
-    sizes, config = CASES[name]
-    check(make(**sizes), config, interpret=False)
+    sizes, tiles = CASES[name]
+    check(make(**sizes), tiles, interpret=False)
 
 
-# Shapes of models, and clusters: each CTA has whole pairs, one of them, or a part of one's k.
-ON_A_GPU: dict[str, tuple[dict[str, Any], Config | None]] = {
-    "DeepSeek": ({"tokens": 1, "top_k": 8, "experts": 16, "k": 256, "n": 7168}, None),
-    "Qwen3": ({"tokens": 2, "top_k": 8, "experts": 16, "k": 768, "n": 2048}, None),
-    "Mixtral": ({"tokens": 1, "top_k": 2, "experts": 8, "k": 14336, "n": 4096}, None),
-    "GPT-OSS": (
-        {"tokens": 2, "top_k": 4, "experts": 8, "k": 2880, "n": 2880, "bias": True},
-        None,
-    ),
-    "many tokens": ({"tokens": 40, "top_k": 8, "experts": 16, "k": 256, "n": 1024}, None),
-}
-for top_k, split in ((8, 2), (8, 4), (8, 8), (6, 2), (2, 4)):
-    few = {"tokens": 3, "top_k": top_k, "experts": 12, "k": 512, "n": 320}
-    clusters = PLAIN._replace(split=split, num_ctas=5 * split)
-    ON_A_GPU[f"{split} share {top_k} pairs"] = few, clusters
-    if top_k >= split:
-        more: dict[str, Any] = {"bias": True, "transposed": False}
-        ON_A_GPU[f"{split} share {top_k} pairs, bias"] = few | more, clusters
+# Shapes of models, in the usual tiles and in others.
+ON_A_GPU: dict[str, tuple[dict[str, Any], Tiles | None]] = {}
+for tiles in (None, Tiles(1, 128, 12), Tiles(2, 256, 3), Tiles(4, 384, 2), Tiles(4, 64, 6, 5)):
+    for name, sizes in {
+        "DeepSeek": {"tokens": 1, "top_k": 8, "experts": 16, "k": 256, "n": 7168},
+        "Qwen3": {"tokens": 2, "top_k": 8, "experts": 16, "k": 768, "n": 2048},
+        "Mixtral": {"tokens": 1, "top_k": 2, "experts": 8, "k": 14336, "n": 4096},
+        "GPT-OSS": {"tokens": 2, "top_k": 4, "experts": 8, "k": 2880, "n": 2880, "bias": True},
+        "K = 6, bias": {"tokens": 9, "top_k": 6, "experts": 8, "k": 320, "n": 200, "bias": True},
+        "many tokens": {"tokens": 40, "top_k": 8, "experts": 16, "k": 256, "n": 1024},
+    }.items():
+        if tiles is None or tiles.pairs <= sizes["top_k"]:
+            ON_A_GPU[f"{name}, {tiles.name if tiles else 'usual'}"] = sizes, tiles
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
-def test_models_and_clusters_on_a_gpu(name):
-    sizes, config = ON_A_GPU[name]
-    check(make(**sizes), config, interpret=False)
-
-
-_IN_ANOTHER_PROCESS = """
-import jax
-from tests.moe_layer import test_token_sum as here
-with jax.default_device(jax.devices("cpu")[0]):
-    here.in_the_interpreter()
-print("right")
-"""
-
-
-def in_the_interpreter() -> None:
-    clusters = PLAIN._replace(split=2, num_ctas=4)
-    check(make(3, 4, 5, 128, 128, bias=True), clusters, interpret=True)
-    check(make(1, 2, 5, 256, 64), clusters._replace(split=4, bk=64), interpret=True)
-
-
-def test_clusters_in_the_interpreter():
-    """More threads than a machine with two cores gives to XLA (see test_clusters.py)."""
-    environment = os.environ | {"NPROC": "24", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", _IN_ANOTHER_PROCESS],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split()[-1:] == ["right"], done.stderr[-3000:]
+def test_models_on_a_gpu(name):
+    sizes, tiles = ON_A_GPU[name]
+    check(make(**sizes), tiles, interpret=False)
 
 
 # -- within the layer ------------------------------------------------------------------------------
@@ -276,31 +248,29 @@ def product_of(**changes) -> TokenSum:
     ids=str,
 )
 def test_what_the_kernel_does_not_take(changes):
-    assert tiles.unsupported(product_of()) is None
-    assert tiles.unsupported(product_of(**changes))
-    assert tiles.config_for(product_of(**changes)) is None
+    assert token_sum_config.unsupported(product_of()) is None
+    assert token_sum_config.unsupported(product_of(**changes))
+    assert token_sum_config.config_for(product_of(**changes)) is None
 
 
 @pytest.mark.parametrize(
-    "config",
+    "tiles",
     [
-        PLAIN._replace(bn=128),
+        PLAIN._replace(pairs=3),
+        PLAIN._replace(pairs=4),
         PLAIN._replace(bk=96),
-        PLAIN._replace(split=3),
         PLAIN._replace(stages=13),
-        PLAIN._replace(bm=16),
     ],
-    ids=lambda config: config.name,
+    ids=lambda tiles: tiles.name,
 )
-def test_tiles_that_are_refused(config):
-    problem = product_of()
-    assert tiles.refused(problem, PLAIN) is None
+def test_tiles_that_are_refused(tiles):
+    problem = product_of()  # of two pairs
+    assert token_sum_config.refused(problem, PLAIN) is None
     with pytest.raises(ValueError, match="tiles"):
-        token_sum_kernel.build(problem, config)
+        token_sum_kernel.build(problem, tiles)
 
 
-def test_a_part_of_a_pair_has_no_bias():
-    """Each CTA that has a part of its k would add it."""
-    four = PLAIN._replace(split=4, bk=64)
-    assert tiles.refused(product_of(), four) is None
-    assert tiles.refused(product_of(weights=Weights(True, bias=True)), four)
+def test_weights_that_are_not_transposed_are_read_for_one_pair():
+    problem = product_of(weights=Weights(False))
+    assert token_sum_config.refused(problem, PLAIN) is None
+    assert token_sum_config.refused(problem, PLAIN._replace(pairs=2))
