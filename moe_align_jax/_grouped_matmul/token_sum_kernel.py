@@ -128,7 +128,7 @@ def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callab
             return token, cta + i * ctas - token * n_tiles
 
         def read(token, j):
-            """What memory tells of a token's j-th group: (experts, weights). Behind the last, of some pair."""
+            """What memory tells of a token's j-th group: experts and weights; behind the last, anything."""
             last = _I32(problem.num_tokens * top_k - 1)
             pairs = [jnp.minimum(token * top_k + j * together + b, last) for b in range(together)]
             return tuple(refs.experts[p] for p in pairs), tuple(refs.shares[p] for p in pairs)
@@ -358,7 +358,7 @@ def _added(
 
 
 def _row(i: int) -> Any:
-    """Of the `[64, 8]` sums, the row of a thread's i-th two values: a warp has 16, of which each lane has two."""
+    """The row of a thread's i-th two values of the sums: a warp has 16 rows, and a lane two of them."""
     thread = inline.thread_index()
     warp, lane = arith.divui(thread, inline.int32(32)), arith.remui(thread, inline.int32(32))
     within = arith.addi(arith.muli(warp, inline.int32(16)), arith.divui(lane, inline.int32(4)))
