@@ -618,6 +618,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._lowering.launch_value",
@@ -627,6 +628,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.pallas": {
         "moe_align_jax._lowering.launch_value",
@@ -647,6 +649,8 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
+        "moe_align_jax._grouped_matmul.token_sum_kernel",
     },
     "jaxlib.version": {
         "lazily moe_align_jax._cli",
@@ -660,6 +664,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax._src": set(),
     "typer": {

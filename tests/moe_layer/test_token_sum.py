@@ -106,6 +106,7 @@ CASES: dict[str, tuple[dict[str, Any], Tiles]] = {
         PLAIN._replace(pairs=4),
     ),
     "bias": ({"tokens": 3, "top_k": 2, "experts": 4, "k": 128, "n": 72, "bias": True}, PLAIN),
+    "few columns": ({"tokens": 1, "top_k": 2, "experts": 4, "k": 64, "n": 8, "bias": True}, PLAIN),
     "float32": (
         {"tokens": 2, "top_k": 3, "experts": 4, "k": 320, "n": 64, "out": "float32"},
         PLAIN._replace(bk=64, stages=2),
