@@ -73,7 +73,8 @@ def fused_moe(
     On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens and
     applies the activation, one back to H columns, and the sum. Products are accumulated in float32; `hidden`
     and the experts' results are rounded to x's dtype; the sum over k is made in float32, in order, without
-    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own.
+    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own, and
+    the second product's kernel may make the sum, of results that are not rounded, in another fixed order.
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32. Or (e4m3 values, scales), as for `grouped_matmul`; then the

@@ -169,12 +169,19 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "float32 result": {"tokens": 1, "experts": 8, "preferred_element_type": "float32"},
     "not transposed": {"tokens": 1, "experts": 8, "transpose_rhs": False, "hidden": 128},
+    # Gate and up in narrow tiles.
+    "narrow": {"tokens": 2, "experts": 16, "routing": "dropped", "hidden": 128, "ffn": 128},
+    "narrow, pair": {"tokens": 1, "experts": 8, "hidden": 256, "pair": True, "bias": True},
+    "narrow, interleaved": {
+        **{"tokens": 1, "experts": 8, "hidden": 128, "interleaved": True, "bias": True},
+        **{"swiglu_limit": 0.7, "swiglu_alpha": 1.702},
+    },
 }
 
 
 def layer(name: str) -> tuple[tuple, dict[str, Any]]:
-    given = {"transpose_rhs": True, "hidden": 72} | LAYERS[name]
-    return make_layer(top_k=2, ffn=64, dtype="bfloat16", **given)
+    given = {"transpose_rhs": True, "hidden": 72, "ffn": 64} | LAYERS[name]
+    return make_layer(top_k=2, dtype="bfloat16", **given)
 
 
 @pytest.fixture
@@ -199,6 +206,17 @@ def test_layers_of_pairs(runs, name):
     assert [problem.num_tokens for problem in runs] == [len(want)]
     assert got.dtype == options.get("preferred_element_type", "bfloat16")
     assert error(got, want) < 5e-3 if pairs.any() else not np.any(got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_pairs_on_a_gpu(name):
+    operands, options = layer(name)
+    run = jax.jit(functools.partial(maj.fused_moe, implementation="mosaic_gpu", **options))
+    got = np.asarray(run(*operands))
+    want, pairs = wanted(operands, options)
+    assert error(got, want) < 5e-3 if pairs.any() else not np.any(got)
+    assert np.asarray(run(*operands)).tobytes() == got.tobytes()
 
 
 @pytest.mark.parametrize("name", ["dropped", "biases", "weights on input"])
