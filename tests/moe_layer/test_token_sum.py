@@ -249,6 +249,35 @@ def test_xla_makes_products_and_sums_after_each_other():
 # -- which sizes get it ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        ((1, 256, 8, 7168, 256), ("8x128x128s6swap-g0-w1-k2", "1x64x256s3-sums-264")),
+        ((8, 256, 8, 7168, 256), ("8x128x128s6swap-g0-w1", "1x64x256s3-sums-264")),
+        ((1, 128, 8, 2048, 768), ("8x128x128s6swap-g0-w1", "4x16x256s3-sums-264")),
+        ((2, 128, 8, 2048, 768), ("8x128x128s6swap-g0-w1", "2x32x256s3-sums-264")),
+        ((1, 8, 2, 4096, 14336), ("8x256x128s3swap-g0", "2x32x256s3-sums-264")),
+        ((1, 128, 4, 2880, 2880), ("8x256x64s6swap-g0", "4x16x256s3-sums-264")),
+        ((5, 128, 8, 2048, 768), ("8x256x128s3swap-g0", "8x128x128s5swap-g0")),  # aligned
+    ],
+    ids=str,
+)
+def test_tiles_of_models(sizes, names):
+    """As measured on an H200."""
+    tokens, experts, top_k, hidden, ffn = sizes
+    form = maj.select_moe_implementation(
+        (tokens, hidden), (experts, hidden, ffn), top_k=top_k, transpose_rhs=True, platform="cuda"
+    ).form
+    assert form.split(", ")[1:] == [*names]
+
+
+def test_fewer_tiles_than_the_product_alone_has():
+    """Of weights that are not transposed, whose pairs are not multiplied together."""
+    problem = product_of(weights=Weights(False), num_rows=2, k=1024, n=2048)
+    assert token_sum_config.config_for(problem) is None
+    assert token_sum_config.config_for(product_of(num_rows=2, k=1024, n=2048)) is not None
+
+
 def product_of(**changes) -> TokenSum:
     problem, *_ = make(1, 2, 3, 128, 64)
     out, changes = changes.pop("out", "bfloat16"), dict(changes)

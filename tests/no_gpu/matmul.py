@@ -229,6 +229,13 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
             for which, product in (("gate and up", layer.first), ("down", layer.second)):
                 name = f"one token, {which}, {sizes[3]} experts, transposed {transposed}"
                 yield name, product, config_for(product, "NVIDIA H200")
+    swiglu = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+    for more in ({"pair": True}, {"interleaved": True}, {"bias": True, **swiglu}):
+        for tokens in (1, 4):
+            weights = Weights(True, activation="silu", gated=True, **more)
+            given = (tokens, 8, 7168, 256, 256, "bfloat16", "float16", weights, False, False)
+            product = LayerProblem(*given, 1, 8 * tokens, True, False).first
+            yield f"few tokens, {tokens}, {more}", product, config_for(product, "NVIDIA H200")
 
 
 def token_sums() -> Iterator[tuple[str, Any, Any]]:
