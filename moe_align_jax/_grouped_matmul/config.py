@@ -193,8 +193,8 @@ DEFAULT_RULES = Rules()
 #   8 tokens, 256 tiles: 1 of three stages 95.8; wide 96.6
 #   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
 #   2 tokens, 192 tiles: 1 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8
-#   Mixtral 8x7B, 1 token, 448 tiles (22:42, x by cp.async): 1 109.6; wide 106.5
-# Clusters of 4 that fill an SM each lost (22.1 of 18.0, 22:42): not all of 32 run at once.
+#   Mixtral 8x7B, 1 token, 448 tiles (22:39): 1 109.6; wide 106.5
+# Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
 # Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:

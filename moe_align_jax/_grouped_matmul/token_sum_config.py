@@ -19,7 +19,7 @@ _SPARE_BYTES = 4096  # of shared memory, for what is not the ring
 #   4 tokens: two 24.8; 2x32x256 s3 22.7, 1x64x256 s3 23.4
 #   Mixtral 8x7B, 1 token: two 57.3; 2x32x256 s3 55.3, s6 (132) 54.3; 2x32x128 s12 (132) 54.6
 #   GPT-OSS 120B, 1 token: two 19.4; 4x16x256 s3 18.0, 2x32x256 s6 (132) 17.8, s3 19.9, 1x64x256 s3 27.9
-# Clusters of two or four CTAs that share a tile's pairs lost (22:42): Qwen3, 1 token 10.1, two 9.9.
+# Clusters of two or four CTAs that share a tile's pairs lost (22:39): Qwen3, 1 token 10.1, two 9.9.
 
 
 class Tiles(NamedTuple):
