@@ -58,8 +58,9 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3. Of "blocks" it
-            is the second of two, if its first id tells that its rows hold no pair: nor are they loaded.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m"; of e4m3, and of
+            "blocks". Of these it is the second of two, if its first id tells that its rows hold no pair: nor
+            are they loaded.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
@@ -149,8 +150,8 @@ class Rules(NamedTuple):
         few_experts: up to so many, `few_group` blocks are done together, else `many_group`.
         few_group, many_group, masked_group: see `Config.group`; the last of the masked layout.
         split: whether clusters share the k of a tile where tiles are few.
-        permute_columns: columns of the weights from which rows are gathered before the product, and not once
-            per n tile within it; 0: never. Not measured yet.
+        permute_columns, permute_rows: columns of the weights, and rows of a mean expert, from which rows are
+            gathered before the product, and not once per n tile within it; no columns: never.
     """
 
     room: float = 1.5
@@ -161,6 +162,7 @@ class Rules(NamedTuple):
     masked_group: int = 8
     split: bool = True
     permute_columns: int = 10_000
+    permute_rows: int = 100
 
 
 DEFAULT_RULES = Rules()
@@ -271,6 +273,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
         return reason
+    if tiles.skips and problem.rows != "blocks" and not problem.scales:
+        return "of bfloat16 and float16 rows are left out of blocks alone"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -367,12 +371,16 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why no warpgroup of a tile of blocks can be without a pair, or None."""
-    if problem.top_k or problem.whole_blocks or problem.row_labels:
-        return "rows are left out that lie in order, and whose ids tell pairs"
-    if not problem.scales or tiles.form != "m" or tiles.computing != 2:
-        return "the second of two warpgroups that have rows of their own is left out, of e4m3"
-    if tiles.bm != problem.block_size or not tiles.ahead or tiles.sharing:
-        return "rows are left out of tiles that are a block, read ahead, of one CTA"
+    if problem.whole_blocks or problem.row_labels:
+        return "rows are left out whose ids tell pairs"
+    if problem.scales and problem.top_k:
+        return "rows of e4m3 are left out that lie in order"
+    if tiles.form != "m" or tiles.computing != 2:
+        return "the second of two warpgroups that have rows of their own is left out"
+    if tiles.bm != problem.block_size or tiles.sharing:
+        return "rows are left out of tiles that are a block, of one CTA"
+    if problem.scales and not tiles.ahead:
+        return "rows of e4m3 are left out of tiles that are read ahead"
     return None
 
 
@@ -551,9 +559,10 @@ def unshared(tiles: Config) -> Config:
 
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     """Whether rows are gathered by a launch before the product."""
-    least = RULES.get(gpu_kind or "", DEFAULT_RULES).permute_columns
-    pairs = problem.num_tokens * problem.top_k
-    many = not problem.scales and tile_rows(problem) >= 128 and pairs >= 1000 * problem.num_experts
+    rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
+    least, pairs = rules.permute_columns, problem.num_tokens * problem.top_k
+    many = tile_rows(problem) >= 128 and pairs >= rules.permute_rows * problem.num_experts
+    many = many and not problem.scales
     return bool(least and problem.top_k and many and problem.w_columns >= least)
 
 
