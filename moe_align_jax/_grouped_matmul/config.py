@@ -161,8 +161,8 @@ class Rules(NamedTuple):
     many_group: int = 4
     masked_group: int = 8
     split: bool = True
-    permute_columns: int = 10_000
-    permute_rows: int = 100
+    permute_columns: int = 5_000
+    permute_rows: int = 200
 
 
 DEFAULT_RULES = Rules()
