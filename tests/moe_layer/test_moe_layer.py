@@ -210,7 +210,7 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
-    """Each size of a block; of the last two, rows are gathered before the product."""
+    """Each size of a block; of the last three, rows are gathered before the product."""
     assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
         *(tokens, 2, experts, 512, 5120),
