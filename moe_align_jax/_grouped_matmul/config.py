@@ -58,9 +58,8 @@ class Config(NamedTuple):
         num_ctas: of the grid.
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
-        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m"; of e4m3, and of
-            "blocks". Of these it is the second of two, if its first id tells that its rows hold no pair: nor
-            are they loaded.
+        skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3. Of "blocks" it
+            is the second of two, if its first id tells that its rows hold no pair: nor are they loaded.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
@@ -273,8 +272,6 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
         return reason
-    if tiles.skips and problem.rows != "blocks" and not problem.scales:
-        return "of bfloat16 and float16 rows are left out of blocks alone"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -297,10 +294,13 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         return with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
     if tiles.bm not in (184, 192) or not problem.consecutive:
         return tiles
+    if tiles.bm == 184 and (problem.weights.gated or problem.k <= _MOST_K_OF_HEIGHTS):
+        many = problem.num_experts >= _MANY_OF_HEIGHTS
+        more = {"finds": True, "trims": not problem.top_k}
+        return with_heights(problem, tiles, _LESS_OF_MANY, True, **more) if many else tiles
     if problem.k <= _MOST_K_OF_HEIGHTS:
         many = problem.num_experts >= _MANY_OF_HEIGHTS and not problem.top_k
-        exact = tiles.bm == 184
-        return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
+        return with_heights(problem, tiles, _LESS_OF_MANY, finds=True) if many else tiles
     work = problem.num_rows * problem.k * problem.n
     if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
@@ -371,16 +371,12 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def _no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why no warpgroup of a tile of blocks can be without a pair, or None."""
-    if problem.whole_blocks or problem.row_labels:
-        return "rows are left out whose ids tell pairs"
-    if problem.scales and problem.top_k:
-        return "rows of e4m3 are left out that lie in order"
-    if tiles.form != "m" or tiles.computing != 2:
-        return "the second of two warpgroups that have rows of their own is left out"
-    if tiles.bm != problem.block_size or tiles.sharing:
-        return "rows are left out of tiles that are a block, of one CTA"
-    if problem.scales and not tiles.ahead:
-        return "rows of e4m3 are left out of tiles that are read ahead"
+    if problem.top_k or problem.whole_blocks or problem.row_labels:
+        return "rows are left out that lie in order, and whose ids tell pairs"
+    if not problem.scales or tiles.form != "m" or tiles.computing != 2:
+        return "the second of two warpgroups that have rows of their own is left out, of e4m3"
+    if tiles.bm != problem.block_size or not tiles.ahead or tiles.sharing:
+        return "rows are left out of tiles that are a block, read ahead, of one CTA"
     return None
 
 

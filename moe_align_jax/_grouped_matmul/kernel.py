@@ -323,10 +323,6 @@ def build(
                 else None
             )
 
-            def multiplies(tile):
-                """Whether this warpgroup has a product of the tile: not where its rows hold no pair."""
-                return tile.valid & ((warpgroup == 0) | tile.holds) if config.skips else tile.valid
-
             def multiply(tile, ring, between, place=None, rows=shape.wn):
                 """The warpgroup's sums, in one accumulator or two; of a swapped tile's first `rows` rows."""
                 if scaled:
@@ -353,37 +349,20 @@ def build(
 
                         return ()
 
-                    def pass_on(k):
-                        slot = slot_of(ring + k)
-                        plgpu.barrier_wait(full.at[slot])
-                        between(k)
-                        plgpu.barrier_arrive(empty.at[slot])
-
                     # The wait belongs to the branch: where the paths with and without wgmma met ahead of
                     # it, ptxas moved conversions of the sums ahead of it (CUDA 13.0, a tile of 16 rows: wrong
                     # results that changed from run to run).
-                    @pl.when(multiplies(tile))
+                    @pl.when(tile.valid)
                     def _():
                         lax.fori_loop(0, shape.k_steps, step, ())
                         plgpu.wgmma_wait(0)
                         last = ring + (shape.k_steps + stages - 1)
                         plgpu.barrier_arrive(empty.at[slot_of(last)])
 
-                    if config.skips:
-                        others = tile.valid & jnp.logical_not(multiplies(tile))
-                        inline.loop(
-                            jnp.where(others, _I32(shape.k_steps), 0), pass_on, interpret=interpret
-                        )
                     return [acc[...] for acc in accumulators]
 
                 like = accumulator((shape.wm, rows), _F32)
                 return pl.run_scoped(scope, *[like] * shape.accumulators)
-
-            leaves = config.skips and problem.leaves_padding and not problem.scales
-
-            def stores(tile):
-                """Whether this warpgroup's rows are stored: where they hold no pair nobody reads them."""
-                return multiplies(tile) | jnp.logical_not(tile.valid)
 
             def place(tile):
                 """(First row, first column, end) of what this warpgroup has."""
@@ -405,12 +384,8 @@ def build(
                 if ending:
                     ending.finish(refs, sums, tile, at, warpgroup)
                     return ring + steps
-
-                def store_all():
-                    for q, value in enumerate(finish(sums, tile, at)):
-                        store(q, value, at, some=some)
-
-                pl.when(stores(tile))(store_all) if leaves else store_all()
+                for q, value in enumerate(finish(sums, tile, at)):
+                    store(q, value, at, some=some)
                 return ring + steps
 
             def by_height(tile, heights, of_height, otherwise):
@@ -527,8 +502,7 @@ def build(
                 here = place(tile)
                 value = finish(sums, tile, here)
                 if not shape.partial:
-                    waits = stores(tile).astype(_I32) if leaves else _I32(1)
-                    return ring + steps, waits, here, value
+                    return ring + steps, _I32(1), here, value
                 # Stored at once: single rows take registers that the next tile's products need.
                 rows = shape.wn if swap else shape.wm  # swapped: a warpgroup has all of a tile's
                 whole = here[0] + rows <= here[2]

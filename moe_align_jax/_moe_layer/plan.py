@@ -19,6 +19,10 @@ PAIRS_PER_EXPERT = 4
 # 1803, 1907, of several 1699, 1823; Qwen3-30B-A3B, 4096: 613, 685; 596, 697; 592 to 594, 652 to 680. By
 # rule, not measured: other means.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
+# Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
+# the card's power limit (means of turns): 144 1079, 1288; 184 1044, 1217; 192 1067, 1247; 128 1028, 1216. At
+# 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. A fifth size needs 13 kernels.
+_OF_128_EXPERTS = (*_MANY_EXPERTS[:-1], (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
@@ -177,7 +181,9 @@ def block_sizes(num_experts: int, kind: str = HEIGHTS) -> tuple[tuple[float, int
         return _POWERS_OF_TWO
     if num_experts <= _FEW:
         return _EIGHT_EXPERTS if num_experts <= _EIGHT else _FEW_EXPERTS
-    return _MANY_EXPERTS if kind == HEIGHTS else _MANY_OF_ONE_HEIGHT
+    if kind != HEIGHTS:
+        return _MANY_OF_ONE_HEIGHT
+    return _OF_128_EXPERTS if num_experts == 128 else _MANY_EXPERTS
 
 
 def block_size_for(num_pairs: Any, num_experts: int, kind: str = HEIGHTS) -> int:
