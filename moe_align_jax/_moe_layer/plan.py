@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, TokenSum, Weights
 
 # With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
 # than it saves. vLLM's factor.
@@ -20,7 +20,7 @@ PAIRS_PER_EXPERT = 4
 # rule, not measured: other means.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
-# the card's power limit (means of turns): 144 1079, 1288; 184 1044, 1217; 192 1067, 1247; 128 1028, 1216. At
+# the card's power limit (means of turns): 144 1079, 1288; 184 1042, 1212; 192 1067, 1247; 128 1028, 1216. At
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. A fifth size needs 13 kernels.
 _OF_128_EXPERTS = (*_MANY_EXPERTS[:-1], (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
@@ -111,6 +111,13 @@ class LayerProblem(NamedTuple):
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
 
     @property
+    def token_sum(self) -> TokenSum | None:
+        """Of pairs: the second product and the sum of each token's rows as one problem."""
+        if not self.pairs or self.scales or not is_static(self.num_tokens):
+            return None
+        return TokenSum(self.second, self.num_tokens, self.top_k, self.out_dtype)
+
+    @property
     def between_layout(self) -> str:
         """Of the scales between the products: columns, which TMA reads, of rows that have a number."""
         return "column_major" if is_static(self.num_rows) else "row_major"
@@ -142,6 +149,7 @@ class LayerProblem(NamedTuple):
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
             all_rows=self.pairs,
+            in_order=self.pairs,
             **sizes,
         )
 
