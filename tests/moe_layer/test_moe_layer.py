@@ -599,8 +599,9 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
         (16, 2, 4096, 4096),
     ],
 )
-def test_a_model_takes_at_most_thirteen_kernels_of_matmul(model):
-    """Over every batch size up to 16384: blocks and tiles of both products. Twelve, but of 128 experts."""
+def test_a_model_takes_few_kernels_of_matmul(model):
+    """Over every batch size up to 16384: blocks and tiles of both products. At most 12, but 14 of 128 experts,
+    which have a fifth size of blocks."""
     experts, top_k, hidden, ffn = model
     found = set()
     for tokens in [*range(1, 1100), *range(1100, 16385, 16)]:
@@ -609,7 +610,7 @@ def test_a_model_takes_at_most_thirteen_kernels_of_matmul(model):
         )
         blocks, first, second = selection.form.split(", ")
         found |= {("first", blocks, first), ("second", blocks, second)}
-    assert 2 <= len(found) <= 12 + (experts == 128), sorted(found)
+    assert 2 <= len(found) <= (14 if experts == 128 else 12), sorted(found)
 
 
 def test_largest_blocks_by_the_number_of_experts():
