@@ -32,7 +32,8 @@ _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
 # fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
 # keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14
-# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12 (of 128 experts 14).
+# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12,
+# of 128 experts 14.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert

@@ -600,8 +600,8 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
     ],
 )
 def test_a_model_takes_few_kernels_of_matmul(model):
-    """Over every batch size up to 16384: blocks and tiles of both products. At most 12, but 14 of 128 experts,
-    which have a fifth size of blocks."""
+    """Over every batch size up to 16384: blocks and tiles of both products. At most 12, but 14
+    of 128 experts, which have a fifth size of blocks."""
     experts, top_k, hidden, ffn = model
     found = set()
     for tokens in [*range(1, 1100), *range(1100, 16385, 16)]:
