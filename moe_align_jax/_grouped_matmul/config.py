@@ -190,10 +190,14 @@ DEFAULT_RULES = Rules()
 # under jit, x read by TMA in all of them; by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, 1 token, 32 tiles: 2 17.2, three stages 21.3, 4 of three stages 17.7; wide 17.7
 #   2 tokens, 64 tiles: 2 29.7, 1 of three stages 38.6; wide 32.7; 4 tokens, 128: 1 52.4; wide 53.7
-#   8 tokens, 256 tiles: 1 of three stages 95.8; wide 96.6
+#   8 tokens, 256 tiles: 1 of three stages, two CTAs an SM 95.8; wide 96.6; 23:20 on another card 97.0, of six
+#   stages 101.8; wide, x by cp.async 100.0
 #   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
-#   2 tokens, 192 tiles: 1 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8
-#   Mixtral 8x7B, 1 token, 448 tiles (22:39): 1 109.6; wide 106.5
+#   2 tokens, 192 tiles: 1 27.2, of three stages 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8; 23:20,
+#   wide with x by cp.async: 1 token 1 16.9; wide 15.9; 2 tokens 1 25.1; wide 26.0; 4 tokens 1 45.7; wide 47.6
+#   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5 (22:39), 1 109.3; wide 114.4 (23:20)
+#   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5 (23:20;
+#   at 23:00 wide 32.6)
 # Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
@@ -491,9 +495,9 @@ def config_for(
         few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
-    if bm == 8 and deep and problem.in_order:
-        narrow = Config("swap", bm, 128, 128, 6, group=0, computing=1)
-        if _num_tiles(problem, narrow) <= _MOST_NARROW:
+    if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
+        narrow = _narrow(problem)
+        if _num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
             return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
         tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
@@ -553,6 +557,17 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)
     return tiles
+
+
+def _narrow(problem: MatmulProblem) -> Config:
+    """Swapped tiles of 64 columns of gate and up, by one warpgroup; 96 KiB of weights are asked for ahead, or
+    twice as many where a tile has an SM for itself."""
+    tiles = Config("swap", 8, 128, 128 if problem.k % 128 == 0 else 64, 3, group=0, computing=1)
+    if NUM_SMS < _num_tiles(problem, tiles) <= 2 * NUM_SMS:
+        tiles = tiles._replace(num_ctas=2 * NUM_SMS)  # all tiles at once, two of them in an SM
+    else:
+        tiles = tiles._replace(stages=6)
+    return tiles if tiles.bk == 128 else tiles._replace(stages=2 * tiles.stages)
 
 
 def _num_tiles(problem: MatmulProblem, tiles: Config) -> int:

@@ -231,11 +231,12 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
                 yield name, product, config_for(product, "NVIDIA H200")
     swiglu = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
     for more in ({"pair": True}, {"interleaved": True}, {"bias": True, **swiglu}):
-        for tokens in (1, 4):
+        for tokens, hidden in ((1, 7168), (4, 7168), (8, 7168), (1, 2880), (8, 2880)):
             weights = Weights(True, activation="silu", gated=True, **more)
-            given = (tokens, 8, 7168, 256, 256, "bfloat16", "float16", weights, False, False)
+            given = (tokens, 8, hidden, 256, 256, "bfloat16", "float16", weights, False, False)
             product = LayerProblem(*given, 1, 8 * tokens, True, False).first
-            yield f"few tokens, {tokens}, {more}", product, config_for(product, "NVIDIA H200")
+            name = f"few tokens, {tokens}, {hidden}, {more}"
+            yield name, product, config_for(product, "NVIDIA H200")
 
 
 def token_sums() -> Iterator[tuple[str, Any, Any]]:
