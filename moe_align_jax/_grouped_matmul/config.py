@@ -30,6 +30,7 @@ _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
+_MOST_FOUND_GROUPS = 256  # of which each lane of a warp has up to eight
 _MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
@@ -78,11 +79,15 @@ class Config(NamedTuple):
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
+            Of "ragged" rows, found and late: so are those of a group (found_groups.py).
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
+        strands: the tiles of rows, in their order, are parted into so many stretches, whose tiles take turns.
+            Experts of few rows, whose tiles wait for their weights, then run beside those of many, whose
+            tiles wait for the tensor cores, also where experts are sorted by their rows.
     """
 
     form: str
@@ -108,6 +113,7 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
+    strands: int = 1
 
     @property
     def cuts(self) -> bool:
@@ -136,6 +142,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
+        more += f"-r{self.strands}" if self.strands > 1 else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -281,7 +288,8 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
     few = problem.num_experts <= rules.few_experts
     if tiles.bm == 144:
-        more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
+        late = tiles.late or problem.rows == "ragged" and may_be_late(problem)
+        more = {"finds": True, "late": late, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
@@ -327,15 +335,18 @@ def with_heights(
 
 def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why tiles cannot have `heights`, or None."""
-    if problem.rows != "blocks" or problem.block_size != tiles.bm:
+    if problem.rows == "ragged" and (reason := _no_heights_of_groups(problem, tiles)):
+        return reason
+    of_blocks = problem.rows == "blocks" and problem.block_size == tiles.bm
+    if problem.rows != "ragged" and not of_blocks:
         return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
     if problem.whole_blocks or problem.row_labels or problem.top_k and not tiles.finds:
         return (
             "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
         )
-    if problem.num_rows < problem.block_size:
+    if problem.num_rows < tiles.bm:
         return "one block at least is cut into tiles of several heights"
-    if problem.num_blocks > MAX_BLOCKS and not tiles.finds:
+    if not tiles.finds and problem.num_blocks > MAX_BLOCKS:
         return f"a list of tiles of several heights is made of {MAX_BLOCKS} blocks at most"
     if problem.scales or problem.row_weights or problem.weights.bias:
         return "tiles of several heights have no scales, row weights or bias"
@@ -362,6 +373,15 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
         return "heights fall from a block's on, by multiples of 8 rows"
+    return None
+
+
+def _no_heights_of_groups(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why tiles of groups cannot have `heights`, or None; see `_no_heights` for what all of them cannot."""
+    if not (tiles.finds and tiles.late):
+        return "tiles of several heights of groups are found, and stored late"
+    if not 0 < problem.num_groups <= _MOST_FOUND_GROUPS:
+        return f"tiles of several heights are found of at most {_MOST_FOUND_GROUPS} groups"
     return None
 
 

@@ -188,14 +188,14 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = _share_plainly(config, pairs, count, before)
+    start, rows = share_plainly(config, pairs, count, before)
     left = jnp.maximum(pairs - start, 0)
     row = first * block + start
     behind = jnp.where(after == 1, (first + count) * block, row + rows)
     return expert, row, row + jnp.where(left > 0, rows, 0), jnp.minimum(left, rows), behind
 
 
-def _share_plainly(
+def share_plainly(
     config: Config, pairs: Any, count: Any, place: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""

@@ -20,7 +20,7 @@ writes the rows of tiles in use. Nothing is atomic: the same bits in every run. 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._grouped_matmul import (
     epilogue,
     found_cut,
+    found_groups,
     inline,
     inline_scales,
     loads,
@@ -61,8 +62,8 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs, behind: of tiles of several heights: rows that hold a pair, and the row behind those that
-            follow the tile and hold none.
+        pairs, behind: of tiles of several heights: rows that hold a pair, or are the group's, and the row
+            behind those that follow the tile and hold none.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
@@ -100,9 +101,14 @@ class _Refs:
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         by_expert = config.finds and not config.cuts
+        by_group = config.cuts and problem.rows == "ragged"
+        self.sizes, self.offset = (
+            (refs.pop(0), refs.pop(0)) if by_group else cast(tuple[Any, Any], (None, None))
+        )
         self.masked_m: Any = refs.pop(0) if by_expert else None
-        self.count: Any = None if problem.row_labels or by_expert else refs.pop(0)
-        self.experts: Any = None if by_expert else refs.pop(0)
+        known = by_expert or by_group
+        self.count: Any = None if problem.row_labels or known else refs.pop(0)
+        self.experts: Any = None if known else refs.pop(0)
         listed: tuple[Any, Any] = (None, None)
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
@@ -195,9 +201,9 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile (with `heights` also pairs and behind), or masked_m `[e]`
-    (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those
-    that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs and behind), or, with `Config.finds`,
+    masked_m `[e]` or group_sizes `[G]` and group_offset `[1]`; sorted_token_ids, row_weights, bias, scales
+    of x and of each array of weights, those that there are; x; the weights, one array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 
@@ -234,7 +240,7 @@ def build(
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
-        row_tiles = _row_tiles(problem, config, shape, refs)
+        row_tiles = _row_tiles(problem, config, shape, refs, interpret)
         pairs = config.shares_weights
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
@@ -247,7 +253,7 @@ def build(
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
             elif not config.ahead:
-                at, n = in_groups(config.group, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles, config.strands)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
                 # There may be none.
@@ -271,10 +277,14 @@ def build(
             `before_none` is called ahead of telling a tile of no rows.
             """
             at, n = order(i)
-            find = found_cut.find_plainly if interpret else found_cut.find
-            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
-            where = refs.experts, refs.ids, at, row_tiles, limit
-            known = tuple(find(problem, config, *where))
+            if problem.rows == "ragged":
+                find = found_groups.find_plainly if interpret else found_groups.find
+                known = tuple(find(problem, config, refs.sizes, refs.offset, at))
+            else:
+                find = found_cut.find_plainly if interpret else found_cut.find
+                limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+                where = refs.experts, refs.ids, at, row_tiles, limit
+                known = tuple(find(problem, config, *where))
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
@@ -424,7 +434,7 @@ def build(
                 tile, steps = tile_at(i)
 
                 def put(q):
-                    store(q, pieces[q], at, height=held)
+                    store(q, pieces[q], at, whole=True, height=held)
 
                 def between(k):
                     for q in range(len(pieces)):
@@ -445,7 +455,18 @@ def build(
                     return pieces
 
                 value = by_height(tile, config.heights, kept, nothing)
-                return ring + steps, tile.end - tile.row, place(tile), value
+                height, here = tile.end - tile.row, place(tile)
+                if problem.rows != "ragged":
+                    return ring + steps, height, here, value
+                # A group's only tile, of more rows than the group, is stored at once.
+                less = tile.pairs < height
+
+                @pl.when(less)
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, (here[0], here[1], tile.row + tile.pairs))
+
+                return ring + steps, jnp.where(less, 0, height), here, value
 
             def now_and_ahead(i, carry):
                 ring, known = carry
@@ -530,7 +551,7 @@ def build(
                 @pl.when(held > 0)
                 def _():
                     for q, value in enumerate(pieces):
-                        store(q, value, at, height=held)
+                        store(q, value, at, whole=True, height=held)
 
             elif not config.late:
                 usual = now_by_height if config.heights else now
@@ -682,8 +703,13 @@ def build(
 # -- which tile ------------------------------------------------------------------------------------
 
 
-def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
+def _row_tiles(
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, interpret: bool
+) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.cuts and problem.rows == "ragged":
+        count = found_groups.count_plainly if interpret else found_groups.count
+        return count(problem, config, refs.sizes, refs.offset)
     if config.cuts:  # whose rows are all there
         blocks = lax.div(refs.count[0] + (problem.block_size - 1), _I32(problem.block_size))
         return jnp.clip(blocks, 0, problem.num_rows // problem.block_size)
@@ -704,16 +730,39 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     return jnp.clip(blocks, 0, most) * shape.parts
 
 
-def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
-    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
+def in_groups(
+    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, strands: int = 1
+) -> tuple[Any, Any]:
+    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner.
+
+    `strands`: see `Config`; of a whole group's turn.
+    """
     if not group:
-        return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
+        at = lax.div(t, _I32(n_tiles))
+        return in_strands(strands, at, row_tiles), lax.rem(t, _I32(n_tiles))
     each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
+    if strands > 1:  # the last group, if it is not whole, remains the last
+        whole = lax.div(row_tiles, _I32(group))
+        first = jnp.where(first < whole, in_strands(strands, first, whole), first)
     size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
     return first * group + (rest - n * size), n
+
+
+def in_strands(strands: int, at: jax.Array, count: Any) -> jax.Array:
+    """Which of `count` comes at place `at`, where neighbours are parted into `strands` that take turns.
+
+    The strands are equal, but the first ones may have one more.
+    """
+    if strands == 1:
+        return at
+    size = lax.div(count, _I32(strands))
+    more = count - size * strands
+    turn = lax.div(at, _I32(strands))
+    strand = at - turn * strands
+    return strand * size + jnp.minimum(strand, more) + turn
 
 
 def _in_expert(
