@@ -85,9 +85,9 @@ class Config(NamedTuple):
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
-        strands: the tiles of rows, in their order, are parted into so many stretches, whose tiles take turns.
-            Experts of few rows, whose tiles wait for their weights, then run beside those of many, whose
-            tiles wait for the tensor cores, also where experts are sorted by their rows.
+        mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
+            blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
+            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
     """
 
     form: str
@@ -113,7 +113,7 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
-    strands: int = 1
+    mixes: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -142,7 +142,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
-        more += f"-r{self.strands}" if self.strands > 1 else ""
+        more += "-mixes" if self.mixes else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -274,6 +274,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.trims and not tiles.heights:
         return "tiles of one height load all of their rows"
+    if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
+        return "of blocks whose tiles find themselves alone a part is mixed with the others"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):

@@ -5,8 +5,12 @@ height for its share. Where a tile would reach behind its group, it begins so ma
 a group may overlap, and compute rows twice, with the same bits. So a tile is stored whole, but that of a
 group with fewer rows than the tile.
 
-Each warp of the loading warpgroup looks at all groups, each lane at some neighbouring ones: two scans tell
-where rows and tiles begin, a vote tells whose tile it is. All groups' loads run side by side.
+Each warp of the loading warpgroup looks at all groups, each lane at every 32nd: scans tell where rows and tiles
+begin, a vote tells whose tile it is. All groups' loads run side by side.
+
+Tiles are taken group by group, but not in the groups' order: lane by lane, by the lanes' reversed bits. Groups of
+few rows, whose tiles wait for their weights, then run beside those of many, whose tiles wait for the tensor
+cores, also where the groups are sorted by their rows.
 """
 
 from collections.abc import Callable
@@ -114,12 +118,13 @@ class _Scanned(NamedTuple):
     """What a lane knows: of its groups, and the sums over all.
 
     Attributes:
-        begins: the first row of each, and the row behind the last.
+        begins, ends: the first row of each, and the row behind its last.
         firsts: tiles before each, and those up to the last.
         rows, tiles: of all groups.
     """
 
     begins: list[Int]
+    ends: list[Int]
     firsts: list[Int]
     rows: Int
     tiles: Int
@@ -139,11 +144,11 @@ def tile_of(t: Simt, r: SimpleNamespace, groups: Groups, at: Int) -> tuple[Int, 
     """
     found, lane = _scan(t, r, groups), t.thread_id() % WARP
     each = len(found.firsts) - 1
-    mine = [found.firsts[0], found.begins[0], found.begins[1], lane * each]
+    mine = [found.firsts[0], found.begins[0], found.ends[0], lane]
     for k in range(1, each):
         # Of the groups that begin with this tile, the last has it: others before it are empty.
         later = at >= found.firsts[k]
-        values = found.firsts[k], found.begins[k], found.begins[k + 1], lane * each + k
+        values = found.firsts[k], found.begins[k], found.ends[k], lane + k * WARP
         mine = [t.select(later, new, old) for new, old in zip(values, mine, strict=True)]
     has = (at >= found.firsts[0]) & (at < found.firsts[each])
     votes = t.ballot(has)
@@ -188,27 +193,39 @@ def _scan(t: Simt, r: SimpleNamespace, groups: Groups) -> _Scanned:
 
     loaded = []
     for k in range(each):
-        group = lane * each + k
+        group = lane + k * WARP
         there = group < groups.count
         loaded.append((there, t.load(r.sizes, t.select(there, group, 0))))
-    sums = [t.const(0)]
+    sums, distance = [], 1
     for there, size in loaded:
         size = t.select(there & (size > 0), size, 0)
-        sums.append(add(sums[-1], t.select(size < groups.num_rows, size, groups.num_rows)))
-    inclusive, distance = sums[-1], 1
-    while distance < WARP:
-        other = t.shfl_up(inclusive, distance)
-        inclusive = add(inclusive, t.select(lane >= distance, other, 0))
+        sums.append(t.select(size < groups.num_rows, size, groups.num_rows))
+    while distance < WARP:  # the scans of all k side by side
+        others = [t.shfl_up(value, distance) for value in sums]
+        sums = [
+            add(value, t.select(lane >= distance, other, 0))
+            for value, other in zip(sums, others, strict=True)
+        ]
         distance *= 2
-    before = t.shfl_up(inclusive, 1)
-    before = t.select(lane > 0, before, 0)
-    begins = [add(before, value) for value in sums]
-    tiles = [t.const(0)]
-    for k in range(each):
-        tiles.append(tiles[-1] + _tiles(groups, begins[k + 1] - begins[k]))
-    through = warp_inclusive_scan(t, tiles[-1], lane)
-    firsts = [through - tiles[-1] + value for value in tiles]
-    return _Scanned(begins, firsts, t.shfl(inclusive, WARP - 1), t.shfl(through, WARP - 1))
+    rows, begins, ends, tiles = t.const(0), [], [], [t.const(0)]
+    for value in sums:
+        before = t.shfl_up(value, 1)
+        begins.append(add(rows, t.select(lane > 0, before, 0)))
+        ends.append(add(rows, value))
+        rows = add(rows, t.shfl(value, WARP - 1))
+        tiles.append(tiles[-1] + _tiles(groups, ends[-1] - begins[-1]))
+    place = _reversed(lane)
+    counts = t.shfl(tiles[-1], place)  # of the lane that is taken at this place
+    through = warp_inclusive_scan(t, counts, lane)
+    first = t.shfl(through - counts, place)
+    firsts = [first + value for value in tiles]
+    return _Scanned(begins, ends, firsts, rows, t.shfl(through, WARP - 1))
+
+
+def _reversed(lane: Any) -> Any:
+    """A lane's five bits from the last to the first, of any integers."""
+    low = ((lane & 1) << 4) | ((lane & 2) << 2)
+    return low | (lane & 4) | ((lane >> 2) & 2) | ((lane >> 4) & 1)
 
 
 # -- for the interpreter, which runs none of that -----------------------------------------------
@@ -217,34 +234,51 @@ def _scan(t: Simt, r: SimpleNamespace, groups: Groups) -> _Scanned:
 def count_plainly(problem: MatmulProblem, config: Config, sizes: Any, offset: Any) -> jax.Array:
     """What `count` says."""
     del offset
-    rows, tiles = lax.fori_loop(
-        0, problem.num_groups, _step(problem, config, sizes), (_I32(0),) * 2
-    )
+
+    def step(group, before):
+        begin, end = _rows_plainly(problem, sizes, group, before[0])
+        return end, before[1] + _tiles_plainly(config, end - begin)
+
+    rows, tiles = lax.fori_loop(0, problem.num_groups, step, (_I32(0), _I32(0)))
     return tiles + _tiles_plainly(config, problem.num_rows - rows)
 
 
 def find_plainly(
     problem: MatmulProblem, config: Config, sizes: Any, offset: Any, at: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """What `find` says, one group after the other."""
-    step, zero = _step(problem, config, sizes), _I32(0)
+    """What `find` says, one group after the other, in the order of their tiles."""
+    zero, most = _I32(0), config.heights[0]
+    each = -(-problem.num_groups // WARP)
 
-    def look(group, carry):
+    def look(place, carry):
         before, found = carry
-        after = step(group, before)
-        mine = (at >= before[1]) & (at < after[1])
-        here = before[1], before[0], after[0], group
+        turn = lax.div(place, _I32(each))
+        group = (place - turn * each) * WARP + _reversed(turn)
+        there = group < problem.num_groups
+
+        def up_to(other, rows):
+            return _rows_plainly(problem, sizes, other, rows)[1]
+
+        begin = lax.fori_loop(0, jnp.where(there, group, 0), up_to, zero)
+        own = jnp.minimum(group, problem.num_groups - 1)
+        end = jnp.where(there, _rows_plainly(problem, sizes, own, begin)[1], begin)
+        after = before + _tiles_plainly(config, end - begin)
+        mine = (at >= before) & (at < after)
+        here = before, begin, end, group
         return after, tuple(jnp.where(mine, a, b) for a, b in zip(here, found, strict=True))
 
     nothing = zero, zero, zero, _I32(-1)
-    (rows, tiles), found = lax.fori_loop(0, problem.num_groups, look, ((zero, zero), nothing))
+    tiles, found = lax.fori_loop(0, each * WARP, look, (zero, nothing))
     first, begin, end, group = found
+    rows = lax.fori_loop(
+        0, problem.num_groups, lambda g, rows: _rows_plainly(problem, sizes, g, rows)[1], zero
+    )
     behind = at >= tiles
     first, begin = jnp.where(behind, tiles, first), jnp.where(behind, rows, begin)
     end = jnp.where(behind, problem.num_rows, end)
     mine = group - offset[0]
     valid = (mine >= 0) & (mine < problem.num_experts) & jnp.logical_not(behind)
-    pairs, place, most = end - begin, at - first, config.heights[0]
+    pairs, place = end - begin, at - first
     shared = jnp.maximum(_tiles_plainly(config, pairs), 1)
     start, height = share_plainly(config, pairs, shared, place)
     start = jnp.minimum(start, jnp.maximum(pairs - height, 0))
@@ -259,15 +293,9 @@ def find_plainly(
     )
 
 
-def _step(problem: MatmulProblem, config: Config, sizes: Any) -> Callable[..., Any]:
-    """(Rows, tiles) of the groups before, with those of one more."""
-
-    def step(group, before):
-        rows, tiles = before
-        own = jnp.clip(sizes[group], 0, problem.num_rows - rows)
-        return rows + own, tiles + _tiles_plainly(config, own)
-
-    return step
+def _rows_plainly(problem: MatmulProblem, sizes: Any, group: Any, begin: Any) -> tuple[Any, Any]:
+    """(First row, the row behind the last) of a group that begins there."""
+    return begin, begin + jnp.clip(sizes[group], 0, problem.num_rows - begin)
 
 
 def _tiles_plainly(config: Config, rows: Any) -> jax.Array:

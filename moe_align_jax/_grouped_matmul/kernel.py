@@ -84,6 +84,21 @@ class Tile(NamedTuple):
     holds: Any = None
 
 
+class Mixing(NamedTuple):
+    """Two parts of the tiles of rows, or of whole groups of them, which are taken in turns; see `mixed`.
+
+    Attributes:
+        small: of the small part; 0: all keep their order.
+        large_from, small_from: the first of either part.
+        units: of both parts.
+    """
+
+    small: jax.Array
+    large_from: jax.Array
+    small_from: jax.Array
+    units: jax.Array
+
+
 class _Refs:
     """The kernel's refs by name."""
 
@@ -247,13 +262,13 @@ def build(
         total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def order(i):
+        def order(i, known=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
             elif not config.ahead:
-                at, n = in_groups(config.group, t, units, n_tiles, config.strands)
+                at, n = in_groups(config.group, t, units, n_tiles, known)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
                 # There may be none.
@@ -271,12 +286,12 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def found(i, before_none):
+        def found(i, before_none, known_order):
             """The i-th tile, which the warpgroup that loads finds and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
-            at, n = order(i)
+            at, n = order(i, known_order)
             if problem.rows == "ragged":
                 find = found_groups.find_plainly if interpret else found_groups.find
                 known = tuple(find(problem, config, refs.sizes, refs.offset, at))
@@ -583,13 +598,17 @@ def build(
                 for lag in range(config.lag, 0, -1):
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
+            how = None
+            if config.mixes:
+                how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
+
             def one(i, carry):
                 ring, said = carry
                 if config.cuts:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = found(i, rest)
+                    tile, steps = found(i, rest, how)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
@@ -731,38 +750,53 @@ def _row_tiles(
 
 
 def in_groups(
-    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, strands: int = 1
+    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, known: "Mixing | None" = None
 ) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner.
 
-    `strands`: see `Config`; of a whole group's turn.
+    `known`: how tiles of rows, or groups of them, are mixed.
     """
     if not group:
         at = lax.div(t, _I32(n_tiles))
-        return in_strands(strands, at, row_tiles), lax.rem(t, _I32(n_tiles))
+        return mixed(known, at) if known else at, lax.rem(t, _I32(n_tiles))
     each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
-    if strands > 1:  # the last group, if it is not whole, remains the last
-        whole = lax.div(row_tiles, _I32(group))
-        first = jnp.where(first < whole, in_strands(strands, first, whole), first)
+    if known:
+        first = mixed(known, first)
     size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
     return first * group + (rest - n * size), n
 
 
-def in_strands(strands: int, at: jax.Array, count: Any) -> jax.Array:
-    """Which of `count` comes at place `at`, where neighbours are parted into `strands` that take turns.
+def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> Mixing:
+    """How tiles of blocks are mixed: not at all, but where the experts seem to be sorted by their rows.
 
-    The strands are equal, but the first ones may have one more.
+    Then the tile at two thirds of the rows is of an expert of the first half, or that at one third of one of
+    the second half. Two loads, side by side.
     """
-    if strands == 1:
-        return at
-    size = lax.div(count, _I32(strands))
-    more = count - size * strands
-    turn = lax.div(at, _I32(strands))
-    strand = at - turn * strands
-    return strand * size + jnp.minimum(strand, more) + turn
+    units = row_tiles if not group else lax.div(row_tiles, _I32(group))
+    third = lax.div(units, _I32(3))
+    last = jnp.maximum(row_tiles - 1, 0)
+    near, far = (jnp.minimum(at * max(1, group), last) for at in (third, units - third))
+    falls = (experts[far] >= 0) & (experts[far] * 2 < num_experts)
+    rises = (experts[near] * 2 > num_experts) & (experts[near] < num_experts)
+    small = jnp.where(falls | rises, third, 0)
+    return Mixing(
+        small, jnp.where(falls, 0, small), jnp.where(falls, units - small, 0).astype(_I32), units
+    )
+
+
+def mixed(known: Mixing, at: jax.Array) -> jax.Array:
+    """Which unit (tile of rows, or whole group of them) is the at-th: after two of the large part one of the
+    small part; what is left of the large part, and a group that is not whole, come last."""
+    turn = lax.div(at, _I32(3))
+    place = at - turn * 3
+    both = turn < known.small
+    of_small = both & (place == 2)
+    of_large = jnp.where(both, turn * 2 + place, at - known.small) + known.large_from
+    found = jnp.where(of_small, turn + known.small_from, of_large)
+    return jnp.where(at < known.units, found, at)
 
 
 def _in_expert(

@@ -140,37 +140,62 @@ def check(case: str, problem: MatmulProblem, config: tiles.Config, *, interpret:
         assert one.tobytes() == found[0].tobytes()
 
 
-@pytest.mark.parametrize(("case", "strands"), [("odd", 3), ("some weights", 1), ("nothing", 2)])
-def test_products_in_the_interpreter(case, strands):
+@pytest.mark.parametrize("case", ["odd", "some weights", "nothing"])
+def test_products_in_the_interpreter(case):
     with jax.default_device(jax.devices("cpu")[0]):
-        config = FOUND._replace(strands=strands)
-        check(case, problem_of(case, 320, 128), config, interpret=True)
+        check(case, problem_of(case, 320, 128), FOUND, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize(("group", "strands"), [(0, 1), (0, 3), (4, 1), (4, 2)])
+@pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_products_on_a_gpu(case, group, strands, transposed):
+def test_products_on_a_gpu(case, group, transposed):
     """Right, and the bits of tiles of one height, which come from a list."""
     problem = problem_of(case, 448, 640, transposed=transposed)
-    check(case, problem, FOUND._replace(group=group, strands=strands), interpret=False)
+    check(case, problem, FOUND._replace(group=group), interpret=False)
+
+
+SORTED = {"falling": [9, 7, 5, 4, 3, 2] + [1] * 24, "rising": [1] * 24 + [2, 3, 4, 5, 7, 9]}
 
 
 @pytest.mark.parametrize("group", [0, 4])
-@pytest.mark.parametrize("strands", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 12, 261])
-def test_strands_take_turns(count, strands, group):
-    """Each tile once. Without groups, neighbours of a strand are as far apart as there are strands."""
-    n_tiles = 6
+@pytest.mark.parametrize("case", ["falling", "rising", "alike", "one", "two", "no expert"])
+def test_blocks_are_mixed_where_experts_are_sorted(case, group):
+    """Each tile once; two tiles of the part with most rows, then one of the part with most experts."""
+    n_tiles, num_experts = 6, 30
+    held = SORTED.get(case) or {"one": [1], "two": [1, 1]}.get(case) or [2] * num_experts
+    experts = np.repeat(np.arange(len(held), dtype=np.int32), held)
+    if case == "no expert":
+        experts[:] = -1
+    count, read = len(experts), jnp.asarray(experts)
+    known = kernel.mixing(group, read, num_experts, jnp.int32(count))
     places = jnp.arange(count * n_tiles, dtype=jnp.int32)
     rows, columns = jax.vmap(
-        lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, strands)
+        lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, known)
     )(places)
     every = [(row, n) for row in range(count) for n in range(n_tiles)]
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == every
-    if not group:
-        order = rows.tolist()[::n_tiles]
-        for strand in range(min(strands, count)):
-            own = order[strand::strands]
-            assert own == list(range(own[0], own[0] + len(own)))
+    plain, _ = jax.vmap(lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles))(places)
+    assert (rows.tolist() == plain.tolist()) == (case not in SORTED)
+    if case in SORTED:  # at no time are all tiles of experts with one block
+        singles = np.flatnonzero(np.array(held) == 1)
+        third = count // 3 * n_tiles
+        for part in (rows[:third], rows[third : 2 * third], rows[2 * third :]):
+            some = np.isin(experts[np.asarray(part)], singles)
+            assert 0.2 < some.mean() < 0.8
+
+
+def test_groups_are_mixed():
+    """Groups that are sorted by their rows: each stretch of tiles has some of small ones and of large ones."""
+    sizes = (3000 // np.arange(1, 65)).astype(np.int32)
+    rows = int(sizes.sum())
+    problem = problem_of("odd")._replace(num_rows=rows, num_groups=64, num_experts=64)
+    where = jnp.asarray(sizes), jnp.zeros(1, jnp.int32)
+    count = int(found_groups.count_plainly(problem, FOUND, *where))
+    expert, *_ = jax.vmap(lambda at: found_groups.find_plainly(problem, FOUND, *where, at))(
+        jnp.arange(count, dtype=jnp.int32)
+    )
+    assert (np.diff(np.flatnonzero(np.asarray(expert) == 0)) == 1).all()  # remain neighbours
+    for part in np.array_split(np.asarray(expert)[21:], 4):  # behind the first one's
+        assert 0.2 < (sizes[part] <= 144).mean() < 0.9

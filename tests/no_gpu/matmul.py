@@ -140,10 +140,14 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
     for groups, transposed in ((8, False), (128, True), (256, False), (256, True)):
         weights = {"transposed": transposed}
         given = problem(**ragged | {"num_groups": groups}, weights=weights)
-        tiles = Config("swap", 144, 256, 64, 4, group=0 if transposed else 4, strands=3)
+        tiles = Config("swap", 144, 256, 64, 4, group=0 if transposed else 4)
         more = {"finds": True, "late": True, "trims": True}
         tiles = with_heights(given, tiles, (8, 16, 24, 40, 64), True, **more)
         yield f"144, found heights of {groups} groups", given, tiles
+    for group, more in ((0, {}), (4, gather)):
+        given = problem(block=144, num_experts=128, zero_padding=False, **more)
+        tiles = config_for(given)._replace(group=group, mixes=True)
+        yield "144, found heights, mixed", given, tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
