@@ -31,6 +31,7 @@ _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
 _MOST_FOUND_GROUPS = 256  # of which each lane of a warp has up to eight
+_LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 _MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
@@ -114,6 +115,8 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
+    rotates: bool = False
+    plain: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -143,6 +146,8 @@ class Config(NamedTuple):
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
+        more += "-rotates" if self.rotates else ""
+        more += "-plain" if self.plain else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -233,6 +238,15 @@ DEFAULT_RULES = Rules()
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
 #   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
 #   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
+# Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
+# means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
+#   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
+#   the same of 12288 and 8192 rows: listed 128 236, 234; found, group 0 208, 202, group 4 207 of the latter
+#   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
+#   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
+#   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
+# Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
+# and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -295,7 +309,8 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
-        return found._replace(group=0) if found.heights and in_turn else found
+        mixes = found.cuts and problem.rows == "blocks" and not few
+        return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
     if few:
         plain = not (problem.weights.gated or problem.top_k)
         if tiles.bm < _LEAST_OF_HEIGHTS or not plain:
@@ -312,6 +327,15 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         return tiles
     found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
     return found._replace(group=0) if found.heights else tiles
+
+
+def _found_of_groups(problem: MatmulProblem, rules: Rules) -> Config | None:
+    """Tiles of "ragged" rows of several heights that find themselves, or None where 128 rows are better."""
+    many = problem.num_experts > rules.few_experts and mean_rows(problem) >= _LEAST_MEAN_OF_FOUND
+    if problem.rows != "ragged" or not many or not takes_whole(problem, 144):
+        return None
+    found = _cut(problem, _whole(problem, 144, _group(problem, rules)), rules)
+    return found if found.cuts else None
 
 
 def with_heights(
@@ -498,6 +522,8 @@ def config_for(
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
+    if heights and bm == 128 and (found := _found_of_groups(problem, rules)):
+        return found
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
         few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]

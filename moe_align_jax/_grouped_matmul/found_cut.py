@@ -46,7 +46,7 @@ def find(
     """
     from moe_align_jax._simt import mosaic
 
-    cut = cut_list.of(problem, config.heights, config.exact)
+    cut = cut_list.of(problem, config.heights, config.exact, rotates=config.rotates)
     sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
     machine = Kernel(
         name=f"grouped_matmul_{config.form}",
@@ -82,7 +82,7 @@ def tile_of(
     first, count = at - before, before + after
     held = _held(t, r, cut, first + (count - 1), used, limit)
     pairs = t.select(valid, (count - 1) * cut.block + held, 0)
-    start, rows = cut_list.share(t, cut, pairs, count, before)
+    start, rows = cut_list.share(t, cut, pairs, count, before, expert)
     left = t.select(pairs > start, pairs - start, 0)
     row = first * cut.block + start
     end = row + t.select(left > 0, rows, 0)
@@ -188,7 +188,7 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = share_plainly(config, pairs, count, before)
+    start, rows = share_plainly(config, pairs, count, before, expert)
     left = jnp.maximum(pairs - start, 0)
     row = first * block + start
     behind = jnp.where(after == 1, (first + count) * block, row + rows)
@@ -196,7 +196,7 @@ def find_plainly(
 
 
 def share_plainly(
-    config: Config, pairs: Any, count: Any, place: Any
+    config: Config, pairs: Any, count: Any, place: Any, expert: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""
 
@@ -213,6 +213,12 @@ def share_plainly(
     low = lax.div(units, count)
     more = units - low * count
     lower, higher = height(low * STEP), height((low + 1) * STEP)
+    if config.rotates:
+        turn = lax.rem(jnp.maximum(expert, 0), count)
+        taller = lambda p: jnp.where(lax.rem(p + turn, count) < more, 1, 0)  # noqa: E731
+        before = lax.fori_loop(0, place, lambda p, found: found + taller(p), _I32(0))
+        start = place * lower + before * (higher - lower)
+        return start, jnp.where(taller(place) > 0, higher, lower)
     start = place * lower + jnp.minimum(place, more) * (higher - lower)
     return start, jnp.where(place < more, higher, lower)
 

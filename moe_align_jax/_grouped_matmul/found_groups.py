@@ -5,12 +5,12 @@ height for its share. Where a tile would reach behind its group, it begins so ma
 a group may overlap, and compute rows twice, with the same bits. So a tile is stored whole, but that of a
 group with fewer rows than the tile.
 
-Each warp of the loading warpgroup looks at all groups, each lane at every 32nd: scans tell where rows and tiles
-begin, a vote tells whose tile it is. All groups' loads run side by side.
+Each warp of the loading warpgroup looks at all groups, each lane at every 32nd: scans tell where rows and
+tiles begin, a vote tells whose tile it is. All groups' loads run side by side.
 
-Tiles are taken group by group, but not in the groups' order: lane by lane, by the lanes' reversed bits. Groups of
-few rows, whose tiles wait for their weights, then run beside those of many, whose tiles wait for the tensor
-cores, also where the groups are sorted by their rows.
+Tiles are taken group by group, but not in the groups' order: lane by lane, by the lanes' reversed bits.
+Groups of few rows, whose tiles wait for their weights, then run beside those of many, whose tiles wait for
+the tensor cores, also where the groups are sorted by their rows.
 """
 
 from collections.abc import Callable
@@ -160,7 +160,7 @@ def tile_of(t: Simt, r: SimpleNamespace, groups: Groups, at: Int) -> tuple[Int, 
     mine = group - t.load(r.offset, 0)
     valid = mine.below(groups.num_experts) & (at < found.tiles)
     pairs, place = end - begin, at - first
-    start, height = cut_list.share(t, groups.cut, pairs, _tiles(groups, pairs), place)
+    start, height = cut_list.share(t, groups.cut, pairs, _tiles(groups, pairs), place, mine)
     latest = t.select(pairs > height, pairs - height, 0)
     start = t.select(start < latest, start, latest)
     row = begin + t.select(valid, start, place * groups.heights[0])
@@ -280,7 +280,7 @@ def find_plainly(
     valid = (mine >= 0) & (mine < problem.num_experts) & jnp.logical_not(behind)
     pairs, place = end - begin, at - first
     shared = jnp.maximum(_tiles_plainly(config, pairs), 1)
-    start, height = share_plainly(config, pairs, shared, place)
+    start, height = share_plainly(config, pairs, shared, place, mine)
     start = jnp.minimum(start, jnp.maximum(pairs - height, 0))
     row = begin + jnp.where(valid, start, place * most)
     stop = jnp.minimum(row + most, end)

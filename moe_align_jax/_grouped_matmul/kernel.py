@@ -143,7 +143,7 @@ class _Refs:
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
         self.told: Any = None
-        if config.cuts:
+        if config.heights:
             read, told, words = refs.pop(), refs.pop(), refs.pop()
             self.told = found_cut.Told(words, told, read)
         self.empty, self.full = refs.pop(), refs.pop()
@@ -244,7 +244,7 @@ def build(
             f"a ring of {stages} stages would wait for itself, {config.lag} steps behind"
         )
     # Many experts' loads take registers of the loader; small tiles leave enough.
-    more = by_copies or config.finds and swap and not config.cuts
+    more = by_copies or config.finds and swap and (not config.cuts or problem.rows == "ragged")
     memory_registers, compute_registers = _REGISTERS[computing][more]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
     ranks, sharing = config.split, max(1, config.sharing)
@@ -262,17 +262,17 @@ def build(
         total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def order(i, known=None):
+        def order(i, how=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
-            elif not config.ahead:
-                at, n = in_groups(config.group, t, units, n_tiles, known)
+            elif not (config.ahead or config.heights):
+                at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
                 # There may be none.
-                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
+                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles, how)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -286,27 +286,31 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def found(i, before_none, known_order):
-            """The i-th tile, which the warpgroup that loads finds and tells the others.
+        def known_of(i, how):
+            """Of tiles of several heights, what the warpgroup that loads finds, or reads, of the i-th."""
+            at, _ = order(i, how)
+            if not config.cuts:
+                return read(at)
+            if problem.rows == "ragged":
+                find = found_groups.find_plainly if interpret else found_groups.find
+                return tuple(find(problem, config, refs.sizes, refs.offset, at))
+            find = found_cut.find_plainly if interpret else found_cut.find
+            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+            return tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles, limit))
+
+        def told(i, known, before_none, how):
+            """The i-th tile, of which the warpgroup that loads knows that, and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
-            at, n = order(i, known_order)
-            if problem.rows == "ragged":
-                find = found_groups.find_plainly if interpret else found_groups.find
-                known = tuple(find(problem, config, refs.sizes, refs.offset, at))
-            else:
-                find = found_cut.find_plainly if interpret else found_cut.find
-                limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
-                where = refs.experts, refs.ids, at, row_tiles, limit
-                known = tuple(find(problem, config, *where))
+            at, n = order(i, how)
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
         def tile_at(i, known=None):
-            if config.cuts:
+            if config.heights:
                 row, end, n, held = refs.told.hear(i, 4)
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
@@ -338,7 +342,7 @@ def build(
                 plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
-            if config.cuts:
+            if config.heights:
                 refs.told.allow()
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
@@ -603,12 +607,12 @@ def build(
                 how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
 
             def one(i, carry):
-                ring, said = carry
-                if config.cuts:
+                ring, said, *known = carry
+                if config.heights:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = found(i, rest, how)
+                    tile, steps = told(i, known, rest, how)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
@@ -633,24 +637,32 @@ def build(
 
                     return ()
 
-                if computing == 3:  # the loader has 32 registers
+                if config.heights:
+                    # As soon as the ring is full this warpgroup has time: what it does only now, the others
+                    # do not wait for.
+                    full_at = steps if config.plain else jnp.minimum(steps, stages)
+                    lax.fori_loop(0, full_at, step, ())
+                    if not problem.leaves_padding:
+                        columns = tile.n * shape.columns, shape.columns
+                        inline.store_zeros(
+                            *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
+                        )
+                    known = known_of(i + 1, how)
+                    lax.fori_loop(full_at, steps, step, ())
+                elif computing == 3:  # the loader has 32 registers
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
-                if config.heights and not problem.leaves_padding:
-                    columns = tile.n * shape.columns, shape.columns
-                    inline.store_zeros(
-                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
-                    )
-                return ring + steps, said
+                return ring + steps, said, *known
 
-            end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
+            known = known_of(_I32(0), how) if config.heights else ()
+            end, said, *_ = lax.fori_loop(0, mine, one, (_I32(0), _I32(0), *known))
             if by_copies:
                 all_arrived(end, said)
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
-            if config.cuts:
+            if config.heights:
                 refs.told.end(mine)
 
         lax.cond(warpgroup < computing, compute, load)
@@ -683,7 +695,7 @@ def build(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
     told: list[Any] = []
-    if config.cuts:
+    if config.heights:
         told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
         for arrivals in (1, computing):
             told.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=found_cut.SLOTS))

@@ -187,7 +187,7 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
 
 
 def test_groups_are_mixed():
-    """Groups that are sorted by their rows: each stretch of tiles has some of small ones and of large ones."""
+    """Groups that are sorted by their rows: each stretch of tiles has some of small and of large ones."""
     sizes = (3000 // np.arange(1, 65)).astype(np.int32)
     rows = int(sizes.sum())
     problem = problem_of("odd")._replace(num_rows=rows, num_groups=64, num_experts=64)
@@ -199,3 +199,31 @@ def test_groups_are_mixed():
     assert (np.diff(np.flatnonzero(np.asarray(expert) == 0)) == 1).all()  # remain neighbours
     for part in np.array_split(np.asarray(expert)[21:], 4):  # behind the first one's
         assert 0.2 < (sizes[part] <= 144).mean() < 0.9
+
+
+def test_which_products_take_them():
+    """From 64 rows a group on, of more than 16 experts; with as many as two tiles of 144 rows hold, of few, too."""
+
+    def chosen(rows, groups, k=2048, n=1536, **more):
+        weights = more.pop("weights", Weights())
+        kinds = "bfloat16", more.pop("out_dtype", "bfloat16"), weights
+        given = MatmulProblem(
+            "test", "ragged", rows, k, n, groups, *kinds, num_groups=groups, **more
+        )
+        return tiles.config_for(given)
+
+    assert chosen(32768, 128) == FOUND
+    assert chosen(8192, 128) == FOUND
+    assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
+    assert chosen(2048, 8) == FOUND._replace(group=4)
+    assert chosen(131072, 256, weights=Weights(transposed=True)) == FOUND
+    for usual in (
+        chosen(32768, 8),
+        chosen(8191, 128),
+        chosen(131072, 257),
+        chosen(32768, 128, n=64),
+        chosen(32768, 128, k=2056),
+        chosen(32768, 128, out_dtype="float32"),
+        chosen(32768, 128, weights=Weights(bias=True)),
+    ):
+        assert not usual.heights and not usual.finds
