@@ -116,7 +116,7 @@ class Config(NamedTuple):
     falling: bool = False
     mixes: bool = False
     rotates: bool = False
-    plain: bool = False
+    amid: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -147,7 +147,7 @@ class Config(NamedTuple):
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
         more += "-rotates" if self.rotates else ""
-        more += "-plain" if self.plain else ""
+        more += "-amid" if self.amid else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 

@@ -13,6 +13,7 @@ Groups of few rows, whose tiles wait for their weights, then run beside those of
 the tensor cores, also where the groups are sorted by their rows.
 """
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -118,13 +119,12 @@ class _Scanned(NamedTuple):
     """What a lane knows: of its groups, and the sums over all.
 
     Attributes:
-        begins, ends: the first row of each, and the row behind its last.
+        begins: the first row of each.
         firsts: tiles before each, and those up to the last.
         rows, tiles: of all groups.
     """
 
     begins: list[Int]
-    ends: list[Int]
     firsts: list[Int]
     rows: Int
     tiles: Int
@@ -137,23 +137,25 @@ def count_of(t: Simt, r: SimpleNamespace, groups: Groups) -> Int:
 
 
 def tile_of(t: Simt, r: SimpleNamespace, groups: Groups, at: Int) -> tuple[Int, ...]:
-    """(Expert, first row, the row behind its height, rows that are its group's, the row behind those that it
-    zeroes) of tile `at`, which there must be.
+    """(Expert, first row, the row behind its height, rows that are its group's, and the first row and end of
+    those that it zeroes) of tile `at`, which there must be.
 
     By whole warps, of which each finds the same. A tile without weights has no height.
     """
     found, lane = _scan(t, r, groups), t.thread_id() % WARP
     each = len(found.firsts) - 1
-    mine = [found.firsts[0], found.begins[0], found.ends[0], lane]
+    mine = [found.firsts[0], found.begins[0], lane]
     for k in range(1, each):
         # Of the groups that begin with this tile, the last has it: others before it are empty.
         later = at >= found.firsts[k]
-        values = found.firsts[k], found.begins[k], found.ends[k], lane + k * WARP
+        values = found.firsts[k], found.begins[k], lane + k * WARP
         mine = [t.select(later, new, old) for new, old in zip(values, mine, strict=True)]
     has = (at >= found.firsts[0]) & (at < found.firsts[each])
     votes = t.ballot(has)
     whose = t.select(votes.eq(0), 0, t.highest_bit(votes))
-    first, begin, end, group = [t.shfl(value, whose) for value in mine]
+    first, begin, group = [t.shfl(value, whose) for value in mine]
+    # Read again: the ends of all groups would take more registers than there are.
+    end = _sum(t, groups, begin, _clipped(t, groups, t.load(r.sizes, group)))
     behind = at >= found.tiles  # of all groups
     first = t.select(behind, found.tiles, first)
     begin, end = t.select(behind, found.rows, begin), t.select(behind, groups.num_rows, end)
@@ -172,8 +174,21 @@ def tile_of(t: Simt, r: SimpleNamespace, groups: Groups, at: Int) -> tuple[Int, 
         row,
         t.select(valid, row + height, row),
         t.select(valid, own, 0),
+        row,
         t.select(valid, row, stop),
     )
+
+
+def _sum(t: Simt, groups: Groups, a: Int, b: Int) -> Int:
+    """Of values in [0, num_rows]: at most num_rows."""
+    total = a + b
+    return t.select(total < groups.num_rows, total, groups.num_rows)
+
+
+def _clipped(t: Simt, groups: Groups, size: Int) -> Int:
+    """A group's size as it counts: in [0, num_rows]."""
+    size = t.select(size > 0, size, 0)
+    return t.select(size < groups.num_rows, size, groups.num_rows)
 
 
 def _tiles(groups: Groups, rows: Int) -> Int:
@@ -186,11 +201,7 @@ def _scan(t: Simt, r: SimpleNamespace, groups: Groups) -> _Scanned:
     lane = t.thread_id() % WARP
     each = -(-groups.count // WARP)
 
-    def add(a: Int, b: Int) -> Int:
-        """Of values in [0, num_rows]: at most num_rows."""
-        total = a + b
-        return t.select(total < groups.num_rows, total, groups.num_rows)
-
+    add = functools.partial(_sum, t, groups)
     loaded = []
     for k in range(each):
         group = lane + k * WARP
@@ -198,8 +209,7 @@ def _scan(t: Simt, r: SimpleNamespace, groups: Groups) -> _Scanned:
         loaded.append((there, t.load(r.sizes, t.select(there, group, 0))))
     sums, distance = [], 1
     for there, size in loaded:
-        size = t.select(there & (size > 0), size, 0)
-        sums.append(t.select(size < groups.num_rows, size, groups.num_rows))
+        sums.append(t.select(there, _clipped(t, groups, size), 0))
     while distance < WARP:  # the scans of all k side by side
         others = [t.shfl_up(value, distance) for value in sums]
         sums = [
@@ -207,19 +217,18 @@ def _scan(t: Simt, r: SimpleNamespace, groups: Groups) -> _Scanned:
             for value, other in zip(sums, others, strict=True)
         ]
         distance *= 2
-    rows, begins, ends, tiles = t.const(0), [], [], [t.const(0)]
+    rows, begins, tiles = t.const(0), [], [t.const(0)]
     for value in sums:
         before = t.shfl_up(value, 1)
         begins.append(add(rows, t.select(lane > 0, before, 0)))
-        ends.append(add(rows, value))
+        tiles.append(tiles[-1] + _tiles(groups, add(rows, value) - begins[-1]))
         rows = add(rows, t.shfl(value, WARP - 1))
-        tiles.append(tiles[-1] + _tiles(groups, ends[-1] - begins[-1]))
     place = _reversed(lane)
     counts = t.shfl(tiles[-1], place)  # of the lane that is taken at this place
     through = warp_inclusive_scan(t, counts, lane)
     first = t.shfl(through - counts, place)
     firsts = [first + value for value in tiles]
-    return _Scanned(begins, ends, firsts, rows, t.shfl(through, WARP - 1))
+    return _Scanned(begins, firsts, rows, t.shfl(through, WARP - 1))
 
 
 def _reversed(lane: Any) -> Any:
@@ -289,6 +298,7 @@ def find_plainly(
         row,
         jnp.where(valid, row + height, row),
         jnp.where(valid, jnp.minimum(pairs, height), 0),
+        row,
         jnp.where(valid, row, stop),
     )
 

@@ -62,8 +62,9 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs, behind: of tiles of several heights: rows that hold a pair, or are the group's, and the row
-            behind those that follow the tile and hold none.
+        pairs: of tiles of several heights: rows that hold a pair, or are the group's.
+        empty, behind: of those: the first row, and the row behind the last one, of the tile's share of its
+            run's rows that are in use and no tile's.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
@@ -77,6 +78,7 @@ class Tile(NamedTuple):
     n: jax.Array
     used: jax.Array
     pairs: Any = None
+    empty: Any = None
     behind: Any = None
     there: Any = None
     busy: Any = None
@@ -128,10 +130,10 @@ class _Refs:
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
-        more: tuple[Any, Any] = (None, None)
+        more: tuple[Any, Any, Any] = (None, None, None)
         if config.heights and not config.finds:
-            more = refs.pop(0), refs.pop(0)
-        self.pairs, self.behind = more
+            more = refs.pop(0), refs.pop(0), refs.pop(0)
+        self.pairs, self.padding, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
@@ -216,9 +218,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile (with `heights` also pairs and behind), or, with `Config.finds`,
-    masked_m `[e]` or group_sizes `[G]` and group_offset `[1]`; sorted_token_ids, row_weights, bias, scales
-    of x and of each array of weights, those that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs, empty and behind), or, with
+    `Config.finds`, masked_m `[e]` or group_sizes `[G]` and group_offset `[1]`; sorted_token_ids,
+    row_weights, bias, scales of x and of each array of weights, those that there are; x; the weights, one
+    array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 
@@ -244,7 +247,7 @@ def build(
             f"a ring of {stages} stages would wait for itself, {config.lag} steps behind"
         )
     # Many experts' loads take registers of the loader; small tiles leave enough.
-    more = by_copies or config.finds and swap and (not config.cuts or problem.rows == "ragged")
+    more = by_copies or config.finds and swap and not config.cuts
     memory_registers, compute_registers = _REGISTERS[computing][more]
     loader = loads.Loader(problem, config, shape, transforms(x_width, dtype), w_like, interpret)
     ranks, sharing = config.split, max(1, config.sharing)
@@ -267,7 +270,7 @@ def build(
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
-            elif not (config.ahead or config.heights):
+            elif not config.ahead:
                 at, n = in_groups(config.group, t, units, n_tiles)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
@@ -286,24 +289,22 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def known_of(i, how):
-            """Of tiles of several heights, what the warpgroup that loads finds, or reads, of the i-th."""
-            at, _ = order(i, how)
-            if not config.cuts:
-                return read(at)
-            if problem.rows == "ragged":
-                find = found_groups.find_plainly if interpret else found_groups.find
-                return tuple(find(problem, config, refs.sizes, refs.offset, at))
-            find = found_cut.find_plainly if interpret else found_cut.find
-            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
-            return tuple(find(problem, config, refs.experts, refs.ids, at, row_tiles, limit))
-
-        def told(i, known, before_none, how):
-            """The i-th tile, of which the warpgroup that loads knows that, and tells the others.
+        def told(i, before_none, how):
+            """The i-th tile, which the warpgroup that loads finds or reads in the list, and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
             at, n = order(i, how)
+            if config.cuts and problem.rows == "ragged":
+                find = found_groups.find_plainly if interpret else found_groups.find
+                known = tuple(find(problem, config, refs.sizes, refs.offset, at))
+            elif config.cuts:
+                find = found_cut.find_plainly if interpret else found_cut.find
+                limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+                where = refs.experts, refs.ids, at, row_tiles, limit
+                known = tuple(find(problem, config, *where))
+            else:
+                known = read(at)
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
@@ -607,12 +608,12 @@ def build(
                 how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
 
             def one(i, carry):
-                ring, said, *known = carry
+                ring, said = carry
                 if config.heights:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = told(i, known, rest, how)
+                    tile, steps = told(i, rest, how)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
@@ -620,12 +621,23 @@ def build(
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
+                def clear():
+                    columns = tile.n * shape.columns, shape.columns
+                    inline.store_zeros(
+                        *(refs.out, tile.empty, tile.behind, *columns), interpret=interpret
+                    )
+
+                clears = bool(config.heights) and not problem.leaves_padding
+                amid = clears and config.amid
+
                 def step(k, _=()):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
                     of_row = k if first is None else first + k
                     loader.load(refs, tile, rows, slot, of_row, full.at[slot])
+                    if amid:
+                        pl.when(k == min(stages, shape.k_steps) - 1)(clear)
                     if not by_copies:
                         return ()
                     inline.commit_copies(interpret=interpret)
@@ -637,26 +649,17 @@ def build(
 
                     return ()
 
-                if config.heights:
-                    # As soon as the ring is full this warpgroup has time: what it does only now, the others
-                    # do not wait for.
-                    full_at = steps if config.plain else jnp.minimum(steps, stages)
-                    lax.fori_loop(0, full_at, step, ())
-                    if not problem.leaves_padding:
-                        columns = tile.n * shape.columns, shape.columns
-                        inline.store_zeros(
-                            *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
-                        )
-                    known = known_of(i + 1, how)
-                    lax.fori_loop(full_at, steps, step, ())
-                elif computing == 3:  # the loader has 32 registers
+                if computing == 3:  # the loader has 32 registers
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
-                return ring + steps, said, *known
+                if amid:
+                    pl.when(steps == 0)(clear)
+                elif clears:
+                    clear()
+                return ring + steps, said
 
-            known = known_of(_I32(0), how) if config.heights else ()
-            end, said, *_ = lax.fori_loop(0, mine, one, (_I32(0), _I32(0), *known))
+            end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
             if by_copies:
                 all_arrived(end, said)
             # No barrier is left in the midst of a phase.
@@ -877,7 +880,7 @@ def _read(
         return _find(problem, config, refs, at)
     if config.heights:
         found = refs.experts[at], refs.starts[at], refs.ends[at]
-        return *found, refs.pairs[at], refs.behind[at]
+        return *found, refs.pairs[at], refs.padding[at], refs.behind[at]
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
@@ -906,8 +909,8 @@ def _tile(
         known: what `_known` has loaded of it.
     """
     if config.heights:
-        expert, row, end, pairs, behind = known
-        return Tile(end > row, expert, row, end, n, end, pairs, behind)
+        expert, row, end, *more = known
+        return Tile(end > row, expert, row, end, n, end, *more)
     if not shape.parts:
         expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.

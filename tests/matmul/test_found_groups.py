@@ -86,14 +86,14 @@ def test_tiles_that_are_found(case, exact):
     expert = np.where((group >= offset) & (group < offset + experts), group - offset, -1)
     expert[group >= len(sizes)] = -1
     held, zeroed = np.zeros(rows, int), np.zeros(rows, int)
-    for own, row, end, pairs, behind in zip(*listed, strict=True):
+    for own, row, end, pairs, empty, behind in zip(*listed, strict=True):
         assert end - row in (0, *HEIGHTS) and 0 <= pairs <= end - row
         assert (expert[row : row + pairs] == own).all()
         assert len(set(group[row : row + pairs])) <= 1
         if 0 < pairs < end - row:  # of a group that is less than a tile
             assert (group == group[row]).sum() == pairs
         held[row : row + pairs] += 1
-        zeroed[end:behind] += 1
+        zeroed[empty:behind] += 1
     assert ((held > 0) == (expert >= 0)).all()
     assert (zeroed == (expert < 0)).all()
     counts = np.bincount(group, minlength=len(sizes) + 1)
@@ -202,7 +202,7 @@ def test_groups_are_mixed():
 
 
 def test_which_products_take_them():
-    """From 64 rows a group on, of more than 16 experts; with as many as two tiles of 144 rows hold, of few, too."""
+    """From 64 rows a group on, of more than 16 experts; of few, where two tiles of 144 rows hold a group."""
 
     def chosen(rows, groups, k=2048, n=1536, **more):
         weights = more.pop("weights", Weights())

@@ -70,6 +70,18 @@ LISTS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 
 
+def check_tile(where, block, heights, seen, expert, start, end, pairs, empty, behind) -> int:
+    """Rows that a tile multiplies. Those and the ones that it clears are counted in `seen`."""
+    assert end - start in (0, *heights) and 0 <= pairs <= end - start
+    assert where.held[start : start + pairs].all()
+    assert not where.held[start + pairs : end].any() and not where.held[empty:behind].any()
+    own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
+    assert (own == expert).all() if pairs else True
+    seen[start:end] += 1
+    seen[empty:behind] += 1
+    return end - start
+
+
 @pytest.mark.parametrize("kind", ["exact", "rotates", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
@@ -88,14 +100,8 @@ def test_list_of_tiles(case, known, kind):
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
     seen, computed = np.zeros(len(where.ids), int), 0
-    for expert, start, end, pairs, behind in zip(*(a[: count[0]] for a in listed), strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
-        computed += end - start
+    for tile in zip(*(a[: count[0]] for a in listed), strict=True):
+        computed += check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if kind == "falling":
         rows = (listed[2] - listed[1])[: count[0]]
@@ -169,13 +175,8 @@ def test_tiles_that_are_found(case, known, kind):
     cut = cut_list.of(problem, heights, exact, rotates=rotates)
     listed = found_by_votes(cut, where, len(given))
     seen = np.zeros(len(where.ids), int)
-    for expert, start, end, pairs, behind in zip(*listed, strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
+    for tile in zip(*listed, strict=True):
+        check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if case != "odd":
         count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
@@ -237,6 +238,23 @@ def test_higher_tiles_take_turns():
     heights = (end - start)[: count[0]].reshape(runs, 3)
     assert heights[:3].tolist() == [[184, 176, 176], [176, 176, 184], [176, 184, 176]]
     assert (heights.sum(0) == heights.sum() / 3).all()
+
+
+@pytest.mark.parametrize("pairs", [(144, 144, 144, 80), (144, 144, 1), (144, 144), (1,), (0,)])
+def test_each_tile_of_a_run_clears_as_many_rows(pairs):
+    """Where the last one cleared them all, the CTA that had it in each run fell behind the others."""
+    where = made(144, 1, [(0, count) for count in pairs])
+    cut = cut_list.CutList(
+        *(len(where.ids), 144, len(where.experts), 1, int(where.ids[-1])),
+        *((144, 136, 128, 120, 104), True),
+    )
+    count, _, start, end, _, empty, behind = emulator.run(
+        cut_list.build(cut), [where.ids, where.experts, where.used]
+    )
+    cleared = np.maximum(behind - empty, 0)[: count[0]]
+    left = where.used[0] - (end - start)[: count[0]].sum()
+    assert cleared.sum() == left
+    assert (cleared <= -(-left // len(pairs))).all()
 
 
 def problem_of(where: Made, block: int, num_experts: int, k: int, n: int, **more: Any):
