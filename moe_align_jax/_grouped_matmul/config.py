@@ -300,7 +300,7 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
-def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
+def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
     few = problem.num_experts <= rules.few_experts
     if tiles.bm == 144:
@@ -323,7 +323,7 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         exact = tiles.bm == 184
         return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
     work = problem.num_rows * problem.k * problem.n
-    if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
+    if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
     found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
     return found._replace(group=0) if found.heights else tiles
@@ -514,11 +514,11 @@ def tests_rows(problem: MatmulProblem) -> bool:
 
 
 def config_for(
-    problem: MatmulProblem, gpu_kind: str | None = None, *, heights: bool = True
+    problem: MatmulProblem, gpu_kind: str | None = None, *, lists: bool = True
 ) -> Config:
     """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults).
 
-    heights: whether tiles may have several heights.
+    lists: whether a launch ahead of the product can list its tiles, as those by falling height need it.
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
@@ -539,8 +539,7 @@ def config_for(
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        whole = _whole(problem, bm, group)
-        return _cut(problem, whole, rules) if heights else whole
+        return _cut(problem, _whole(problem, bm, group), rules, lists)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0
