@@ -334,7 +334,7 @@ def _found_of_groups(problem: MatmulProblem, rules: Rules) -> Config | None:
     many = problem.num_experts > rules.few_experts and mean_rows(problem) >= _LEAST_MEAN_OF_FOUND
     if problem.rows != "ragged" or not many or not takes_whole(problem, 144):
         return None
-    found = _cut(problem, _whole(problem, 144, _group(problem, rules)), rules)
+    found = _cut(problem, _whole(problem, 144, _group(problem, rules)), rules, False)
     return found if found.cuts else None
 
 
@@ -522,7 +522,7 @@ def config_for(
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
-    if heights and bm == 128 and (found := _found_of_groups(problem, rules)):
+    if bm == 128 and (found := _found_of_groups(problem, rules)):
         return found
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
