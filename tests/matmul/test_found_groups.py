@@ -213,6 +213,12 @@ def test_which_products_take_them():
         return tiles.config_for(given)
 
     assert chosen(32768, 128) == FOUND
+    for experts in (8, 128):
+        blocks = MatmulProblem(
+            *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
+            **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
+        )
+        assert tiles.config_for(blocks).mixes == (experts == 128)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
     assert chosen(2048, 8) == FOUND._replace(group=4)
