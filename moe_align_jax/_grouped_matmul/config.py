@@ -116,8 +116,6 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
-    rotates: bool = False
-    amid: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -147,8 +145,6 @@ class Config(NamedTuple):
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
-        more += "-rotates" if self.rotates else ""
-        more += "-amid" if self.amid else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -248,6 +244,11 @@ DEFAULT_RULES = Rules()
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
 #   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
 #   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
+# Trimmed, 22:40, medians of four turns: 2583 to 2571, the input gradient 2616 to 2601. In blocks of 192,
+# found, in groups of 3, as many as an expert has: 2586 and 2599 even, 2584 and 2600 with an expert's higher
+# tiles beginning with another one in each. Of 184 found: 2622 to 2747.
+# To find the next tile while the ring is full, not behind a tile's loads, lost: the input gradient 2598 to
+# 2613, 131072 rows, 1024 -> 7168 that leave padding 2605 to 2739, gate and up 687 to 691.
 # Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
 # means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
 #   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
@@ -255,6 +256,8 @@ DEFAULT_RULES = Rules()
 #   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
 #   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
 #   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
+# In another order of groups, 23:24, a later run: uniform 305 (blocks 308), Zipf 343 (380), rising 352 (378),
+# shuffled 339 (353).
 # Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
 # and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
 RULES = {"NVIDIA H200": DEFAULT_RULES}
@@ -335,7 +338,7 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
     work = problem.num_rows * problem.k * problem.n
     if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
-    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
+    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True, trims=True)
     return found._replace(group=0) if found.heights else tiles
 
 

@@ -630,7 +630,9 @@ def build(
                     )
 
                 clears = bool(config.heights) and not problem.leaves_padding
-                amid = clears and config.amid
+                # Tiles that are stored at once pause at their end. Late ones do not: there this warpgroup has
+                # time once the ring is full.
+                amid = clears and config.late
 
                 def step(k, _=()):
                     at = ring + k
