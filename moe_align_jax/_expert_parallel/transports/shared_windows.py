@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from moe_align_jax._expert_parallel.transports import cuda_memory, peer_access
+from moe_align_jax._lowering import select
 from moe_align_jax._simt.language import Devices
 from moe_align_jax._simt.window import Window
 
@@ -126,6 +127,10 @@ class _Shared:
 
     def make(self) -> None:
         """The memory of my own devices, and the socket by which others get it."""
+        for _, device in self._mine:
+            platform = "cuda" if device.platform == "gpu" else device.platform
+            if reason := select.kernels_unavailable(platform):
+                raise OSError(reason)
         driver = self._driver = cuda_memory.Driver(peer_access.library())
         u64 = ctypes.c_uint64
         total = self._num_bytes * len(self._devices)
