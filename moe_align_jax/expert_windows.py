@@ -17,7 +17,8 @@ def connect_windows(mesh: jax.sharding.Mesh, *, num_bytes: int = _DEFAULT_BYTES)
     what XLA has, which the others map; it lives as long as the process. Processes hand it to each other
     through a socket in the folder of temporary files, which they must share.
 
-    One call is enough for a mesh; a second one does nothing. Programs of one process need none.
+    It is a collective: a process waits for the others to call it. One call is enough for a mesh; a second one
+    does nothing. Programs of one process need none.
 
     Args:
         mesh: all devices of all processes. Dispatch has windows over this mesh, in this order, with experts
@@ -31,7 +32,7 @@ def connect_windows(mesh: jax.sharding.Mesh, *, num_bytes: int = _DEFAULT_BYTES)
 
     Raises:
         TypeError: mesh is no `jax.sharding.Mesh`, or num_bytes no int.   ValueError: num_bytes is no multiple
-        of 2 MiB, or the mesh has not all devices.   RuntimeError: a process did not come within a minute.
+        of 2 MiB, or the mesh has not all devices.
 
     Example:
         >>> mesh = jax.make_mesh((jax.device_count(),), ("ep",))

@@ -14,11 +14,13 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_align_jax._expert_parallel.transports import cuda_memory, peer_access
 from moe_align_jax._lowering import select
@@ -26,10 +28,10 @@ from moe_align_jax._simt.language import Devices
 from moe_align_jax._simt.window import Window
 
 FIRST_ADDRESS = 0x2800_0000_0000  # above the windows of a process by itself
-_WAIT_S = 60  # for another process
+_WAIT_S = 60  # for another process at its socket
+_MOST_TOLD = 4096
 
 _connected: dict[tuple[int, ...], tuple[Devices, Window]] = {}
-_connects = 0
 _next_address = FIRST_ADDRESS
 
 
@@ -50,20 +52,16 @@ def connect(devices: Sequence[Any], num_bytes: int) -> str | None:
 
     Returns:
         None, or why there can be none: the same text in every process.
-
-    Raises:
-        RuntimeError: a process did not come within a minute.
     """
-    global _connects, _next_address
+    global _next_address
     if _key(devices) in _connected:
         return None
-    number, _connects = _connects, _connects + 1
     address, _next_address = _next_address, _next_address + num_bytes * len(devices)
-    every = _Every(number)
     shared = _Shared(devices, num_bytes, address)
     try:
-        reason = every.tell("made", shared.make, shared.about)
-        reason = reason or every.tell("mapped", lambda: shared.map(every.told["made"]), str)
+        every, reason = _told(shared.make)
+        if reason is None:
+            _, reason = _told(lambda: shared.map(every))
         if reason is None:
             _connected[_key(devices)] = Devices(len(devices), 1), Window(address, num_bytes)
         return reason
@@ -75,37 +73,25 @@ def _key(devices: Sequence[Any]) -> tuple[int, ...]:
     return tuple(device.id for device in devices)
 
 
-class _Every:
-    """What all processes say of a step."""
+def _told(step: Callable[[], Any]) -> tuple[list[Any], str | None]:
+    """Takes a step, and says how it went: what it gave in every process, and the first reason of any process
+    against it, or None."""
+    try:
+        mine = {"reason": None, "gave": step()}
+    except OSError as error:
+        mine = {"reason": f"process {jax.process_index()}: {error}"[:999], "gave": None}
+    every = [json.loads(text) for text in _every_text(json.dumps(mine))]
+    reasons = [one["reason"] for one in every if one["reason"]]
+    return [one["gave"] for one in every], next(iter(reasons), None)
 
-    def __init__(self, number: int):
-        from jax._src import distributed
 
-        self._client = distributed.global_state.client
-        self._place = f"moe_align_jax/windows/{number}"
-        self.told: dict[str, list[Any]] = {}
-
-    def tell(self, step: str, do: Any, about: Any) -> str | None:
-        """Takes a step, and says how it went: the first reason of any process against it, or None."""
-        try:
-            do()
-            mine = {"reason": None, "about": about()}
-        except OSError as error:
-            mine = {"reason": f"process {jax.process_index()}: {error}", "about": None}
-        place = f"{self._place}/{step}"
-        self._client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(mine))
-        try:
-            every = [
-                json.loads(
-                    self._client.blocking_key_value_get(f"{place}/{process}", _WAIT_S * 1000)
-                )
-                for process in range(jax.process_count())
-            ]
-        except Exception as error:
-            what = f"not every process has called it: {str(error)[:200]}"
-            raise RuntimeError(what) from error
-        self.told[step] = [one["about"] for one in every]
-        return next((one["reason"] for one in every if one["reason"]), None)
+def _every_text(text: str) -> list[str]:
+    """The texts of all processes, in order."""
+    given = np.zeros(_MOST_TOLD, np.uint8)
+    said = np.frombuffer(text.encode()[:_MOST_TOLD], np.uint8)
+    given[: len(said)] = said
+    found = multihost_utils.process_allgather(given)
+    return [bytes(one).rstrip(b"\0").decode() for one in np.asarray(found)]
 
 
 class _Shared:
@@ -125,8 +111,8 @@ class _Shared:
         here = jax.process_index()
         return [(n, d) for n, d in enumerate(self._devices) if d.process_index == here]
 
-    def make(self) -> None:
-        """The memory of my own devices, and the socket by which others get it."""
+    def make(self) -> dict[str, Any]:
+        """The memory of my own devices, and the socket by which others get it; what they need to know."""
         for _, device in self._mine:
             platform = "cuda" if device.platform == "gpu" else device.platform
             if reason := select.kernels_unavailable(platform):
@@ -165,12 +151,10 @@ class _Shared:
         self._listener.bind(str(Path(self._folder.name) / "windows"))
         self._listener.listen(jax.process_count())
         threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
-
-    def about(self) -> dict[str, Any]:
-        """What others need to know."""
         host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         places = [place for place, _ in self._mine]
-        return {"host": host, "folder": self._folder.name, "places": places}
+        asked = [*_key(self._devices), self._num_bytes]
+        return {"host": host, "asked": asked, "folder": self._folder.name, "places": places}
 
     def _serve(self, listener: socket.socket) -> None:
         for _ in range(jax.process_count() - 1):
@@ -187,6 +171,8 @@ class _Shared:
         for process, other in enumerate(every):
             if process == jax.process_index():
                 continue
+            if other["asked"] != me["asked"]:
+                raise OSError(f"process {process} asked for other windows")
             if other["host"] != me["host"]:
                 raise OSError(f"process {process} is on another host")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
