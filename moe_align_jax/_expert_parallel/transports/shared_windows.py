@@ -28,6 +28,8 @@ from moe_align_jax._simt.language import Devices
 from moe_align_jax._simt.window import Window
 
 FIRST_ADDRESS = 0x2800_0000_0000  # above the windows of a process by itself
+# Processes start, compile and write files each for itself: a kernel waits ten minutes for another process.
+PATIENCE = 10
 _WAIT_S = 60  # for another process at its socket
 _MOST_TOLD = 4096
 
@@ -63,7 +65,10 @@ def connect(devices: Sequence[Any], num_bytes: int) -> str | None:
         if reason is None:
             _, reason = _told(lambda: shared.map(every))
         if reason is None:
-            _connected[_key(devices)] = Devices(len(devices), 1), Window(address, num_bytes)
+            _connected[_key(devices)] = (
+                Devices(len(devices), 1),
+                Window(address, num_bytes, PATIENCE),
+            )
         return reason
     finally:
         shared.close(keep=_key(devices) in _connected)
