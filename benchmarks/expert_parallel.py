@@ -36,6 +36,7 @@ from jax import lax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+import moe_align_jax as maj  # noqa: E402
 from benchmarks import clocks, exchanges, processes  # noqa: E402
 from benchmarks.exchanges import AXIS, Exchange, Size, placed, whole  # noqa: E402
 
@@ -253,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         until = math.inf  # each would leave out other steps than the others do
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    if options.processes > 1 and (reason := maj.connect_windows(mesh)):
+        print(f"no windows: {reason}", flush=True)
     sizes = {"hidden": options.hidden, "experts": options.experts, "top_k": options.top_k}
     keep = clocks.keeper(options)
     failed = False
