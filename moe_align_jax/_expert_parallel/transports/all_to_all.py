@@ -38,12 +38,12 @@ MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200, fp8 out and bfloat16 back, 2026-11-29, 20:10, not waiting, us a pair, gathered, packed, two
-# bare all_to_all: 8 tokens per rank 73.0, 79.9, 50.3; 128 tokens 73.2, 80.0, 51.0; with CUDA graphs of one
-# kernel and more 65.5, 74.6, 45.5; 73.0, 80.3, 50.0. On the GPU itself 128 tokens take longer gathered.
-MOST_GATHERED_BYTES = 2 << 20
+# On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed. 23:02: 60.9
+# and 66.8 with 8 tokens per rank, 54.8 and 56.3 with 64, 72.7 and 59.7 with 128, of which the GPUs take 70
+# gathered; 20:10, on a slower host: 73.0 and 79.9 with 8 tokens, 73.2 and 80.0 with 128.
+MOST_GATHERED_BYTES = 1 << 20
 # Of those, where processes may be on several hosts, between which bytes take longer.
-BETWEEN_HOSTS = 1 / 4
+BETWEEN_HOSTS = 1 / 2
 
 
 class AllToAll(Transport):
