@@ -23,10 +23,10 @@ TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
 # the kernels of a pair. A fusion adds up over more than two ranks.
 WANTED = {
     (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 64, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 64, None, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 32, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 32, None, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
     (2, 128, "fp8", None): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
-    (8, 8, "fp8", None): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
+    (8, 4, "fp8", None): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
     (8, 128, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
     (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
     (4, 64, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
