@@ -18,6 +18,7 @@ MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each t
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+_MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each block is one pair
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
 _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spills registers
@@ -185,7 +186,16 @@ DEFAULT_RULES = Rules()
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
-# Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
+# Gate and up in narrow tiles, 128x128 of one warpgroup, six stages, beside those of 256 columns, 23:00, in us
+# under jit, x read by TMA in all of them; by how many CTAs share the k of a tile:
+#   DeepSeek-V3 TP8, 1 token, 32 tiles: 2 17.2, three stages 21.3, 4 of three stages 17.7; wide 17.7
+#   2 tokens, 64 tiles: 2 29.7, 1 of three stages 38.6; wide 32.7; 4 tokens, 128: 1 52.4; wide 53.7
+#   8 tokens, 256 tiles: 1 of three stages 95.8; wide 96.6
+#   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
+#   2 tokens, 192 tiles: 1 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8
+#   Mixtral 8x7B, 1 token, 448 tiles (22:39): 1 109.6; wide 106.5
+# Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
+# Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
 # Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:
 #   8 rows: Mixtral, 1 token 173.1, 169.2, 16 tokens 647, 637; DeepSeek-V3 TP8, 128 tokens 680, 659, 1 token
@@ -277,7 +287,7 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
-def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
+def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
     few = problem.num_experts <= rules.few_experts
     if tiles.bm == 144:
@@ -298,7 +308,7 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         exact = tiles.bm == 184
         return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
     work = problem.num_rows * problem.k * problem.n
-    if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
+    if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
     found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
     return found._replace(group=0) if found.heights else tiles
@@ -468,11 +478,11 @@ def tests_rows(problem: MatmulProblem) -> bool:
 
 
 def config_for(
-    problem: MatmulProblem, gpu_kind: str | None = None, *, heights: bool = True
+    problem: MatmulProblem, gpu_kind: str | None = None, *, lists: bool = True
 ) -> Config:
     """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults).
 
-    heights: whether tiles may have several heights.
+    lists: whether a launch ahead of the product can list its tiles, as those by falling height need it.
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
@@ -481,6 +491,10 @@ def config_for(
         few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
+    if bm == 8 and deep and problem.in_order:
+        narrow = Config("swap", bm, 128, 128, 6, group=0, computing=1)
+        if _num_tiles(problem, narrow) <= _MOST_NARROW:
+            return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
         tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
         if tiles.split <= 2:
@@ -491,8 +505,7 @@ def config_for(
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        whole = _whole(problem, bm, group)
-        return _cut(problem, whole, rules) if heights else whole
+        return _cut(problem, _whole(problem, bm, group), rules, lists)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0
@@ -533,13 +546,19 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
     """
     if not rules.split or problem.rows != "blocks" or problem.block_size != 1:
         return tiles
-    columns = tiles.bn // (2 if problem.weights.gated else 1)
-    count = problem.num_blocks * -(-problem.n // columns)
-    steps = -(-problem.k // tiles.bk)
+    count, steps = _num_tiles(problem, tiles), -(-problem.k // tiles.bk)
     for split, (most, num_ctas) in _SPLITS.items():
+        if split > 2 and tiles.computing == 1:  # whose ring takes all of an SM
+            continue
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)
     return tiles
+
+
+def _num_tiles(problem: MatmulProblem, tiles: Config) -> int:
+    """Of blocks that are a tile each."""
+    columns = tiles.bn // (2 if problem.weights.gated else 1)
+    return problem.num_blocks * -(-problem.n // columns)
 
 
 def unshared(tiles: Config) -> Config:

@@ -499,18 +499,22 @@ def test_which_products_take_them():
         assert others is None
 
 
-@pytest.mark.parametrize(
-    ("experts", "block", "k"), [(8, 192, 4096), (256, 184, 1024), (256, 192, 7168)]
-)
-def test_launches_outside_jit_have_the_tiles_of_one_height(experts, block, k):
-    """With their order, too: tiles of several heights have run under jit alone."""
-    given = problem_of(made(block, experts, []), block, experts, k, 14336, zero_padding=False)
-    given = given._replace(num_rows=experts * block * 7, consecutive=True)
-    assert tiles.config_for(given).heights
-    group = 8 if experts == 8 else 4
-    for config in (None, tiles.config_for(given, heights=False)):
+def test_launches_outside_jit_have_no_listed_tiles():
+    """They have those of one height, with their order, where a launch would list the others."""
+    given = problem_of(made(192, 256, []), 192, 256, 7168, 14336, zero_padding=False)
+    given = given._replace(num_rows=256 * 192 * 7, consecutive=True)
+    assert tiles.config_for(given).falling
+    for config in (None, tiles.config_for(given, lists=False)):
         found = DirectMatmul(given, config=config).tiles
-        assert found == TALL._replace(bm=block, group=group, lag=found.lag, stages=found.stages)
+        assert found == TALL._replace(bm=192, group=4, lag=found.lag, stages=found.stages)
+
+
+@pytest.mark.parametrize(("experts", "block"), [(8, 176), (256, 144), (256, 184)])
+def test_launches_outside_jit_find_their_tiles(experts, block):
+    given = problem_of(made(block, experts, []), block, experts, 1024, 7168, zero_padding=False)
+    given = given._replace(num_rows=experts * block * 7, consecutive=True)
+    found = DirectMatmul(given).tiles
+    assert found.heights and found.finds and found == tiles.config_for(given)
 
 
 @pytest.mark.gpu
