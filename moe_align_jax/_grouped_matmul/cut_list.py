@@ -68,17 +68,18 @@ def of(
 
 def build(cut: CutList) -> Program:
     """`(sorted_token_ids [P], expert_ids [B], num_tokens_post_padded [1]) -> (count [1], expert, start, end,
-    pairs and behind of each tile [B])`.
+    pairs, empty and behind of each tile [B])`.
 
     Rows `[start, end)` are multiplied: none, or as many as one of the heights; the first `pairs` of them hold
-    a pair. Rows `[end, behind)` hold none, and are in use. An expert of -1: there are no rows to multiply.
+    a pair. Rows `[empty, behind)`, if there are any, hold none, are in use and no tile's. An expert of -1:
+    there are no rows to multiply.
     """
     inputs = {
         "sorted_token_ids": (cut.num_rows,),
         "expert_ids": (cut.num_blocks,),
         "num_tokens_post_padded": (1,),
     }
-    listed = ("expert", "start", "end", "pairs", "behind")
+    listed = ("expert", "start", "end", "pairs", "empty", "behind")
     outputs = {"count": (1,)} | dict.fromkeys(listed, (cut.num_blocks,))
     kernel = Kernel(
         name="cut_blocks",
@@ -118,6 +119,18 @@ def share(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[In
     lower, higher = _height(t, cut, low * STEP), _height(t, cut, (low + 1) * STEP)
     start = place * lower + t.select(place < more, place, more) * (higher - lower)
     return start, t.select(place < more, higher, lower)
+
+
+def padding(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[Int, Int]:
+    """(First row, row behind the last one) of those of a run that hold no pair and are no tile's, which the
+    place-th of its tiles clears: each an equal share, so that none falls behind the others."""
+    start, rows = share(t, cut, pairs, count, count - 1)
+    used = start + t.select(pairs > start, rows, 0)
+    each = (count * cut.block - used + (count - 1)) // count
+    first = used + place * each
+    last = first + each
+    behind = count * cut.block
+    return first, t.select(last < behind, last, behind)
 
 
 def limit_of(t: Simt, cut: CutList, ids: Any) -> Int:
@@ -263,9 +276,11 @@ class _Body:
         left = pairs - start
         left = t.select(left > 0, left, 0)
         base, end = first * cut.block, start + t.select(left > 0, rows, 0)
-        after = t.select(place.eq(count - 1), count * cut.block, start + rows) + base
+        empty, after = padding(t, cut, pairs, count, place)
+        after = base + after
         t.store(r.expert, at, expert)
         t.store(r.start, at, base + start)
         t.store(r.end, at, base + end)
         t.store(r.pairs, at, t.select(left < rows, left, rows))
+        t.store(r.empty, at, base + empty)
         t.store(r.behind, at, t.select(after < cut.num_rows, after, cut.num_rows))

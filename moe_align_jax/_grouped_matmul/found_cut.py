@@ -28,7 +28,7 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 _I32 = jnp.int32
 SLOTS = 2  # of what is told: the tile that is multiplied, and the next one
 WORDS = 8  # of a slot: first row, rows, n tile, pairs
-FOUND = 5  # values of a tile
+FOUND = 6  # values of a tile
 
 
 def find(
@@ -71,7 +71,7 @@ def find(
 def tile_of(
     t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
 ) -> tuple[Int, ...]:
-    """(Expert, first row, end, pairs, the row behind those that follow and hold none) of tile `at`.
+    """(Expert, first row, end, pairs, and the first row and end of those that it clears) of tile `at`.
 
     By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there; `at` is
     one of them. Ids below `limit` are pairs.
@@ -86,8 +86,9 @@ def tile_of(
     left = t.select(pairs > start, pairs - start, 0)
     row = first * cut.block + start
     end = row + t.select(left > 0, rows, 0)
-    behind = t.select(after.eq(1), (first + count) * cut.block, row + rows)
-    return expert, row, end, t.select(left < rows, left, rows), behind
+    base = first * cut.block
+    empty, behind = cut_list.padding(t, cut, pairs, count, before)
+    return expert, row, end, t.select(left < rows, left, rows), base + empty, base + behind
 
 
 def _run_of(
@@ -188,14 +189,20 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = _share_plainly(config, pairs, count, before)
+    start, rows = share_plainly(config, pairs, count, before)
     left = jnp.maximum(pairs - start, 0)
-    row = first * block + start
-    behind = jnp.where(after == 1, (first + count) * block, row + rows)
-    return expert, row, row + jnp.where(left > 0, rows, 0), jnp.minimum(left, rows), behind
+    base = first * block
+    row = base + start
+    last, height = share_plainly(config, pairs, count, count - 1)
+    used_rows = last + jnp.where(pairs > last, height, 0)
+    each = lax.div(count * block - used_rows + (count - 1), count)
+    empty = used_rows + before * each
+    behind = jnp.minimum(empty + each, count * block)
+    end = row + jnp.where(left > 0, rows, 0)
+    return expert, row, end, jnp.minimum(left, rows), base + empty, base + behind
 
 
-def _share_plainly(
+def share_plainly(
     config: Config, pairs: Any, count: Any, place: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""

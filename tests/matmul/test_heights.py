@@ -70,6 +70,18 @@ LISTS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 
 
+def check_tile(where, block, heights, seen, expert, start, end, pairs, empty, behind) -> int:
+    """Rows that a tile multiplies. Those and the ones that it clears are counted in `seen`."""
+    assert end - start in (0, *heights) and 0 <= pairs <= end - start
+    assert where.held[start : start + pairs].all()
+    assert not where.held[start + pairs : end].any() and not where.held[empty:behind].any()
+    own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
+    assert (own == expert).all() if pairs else True
+    seen[start:end] += 1
+    seen[empty:behind] += 1
+    return end - start
+
+
 @pytest.mark.parametrize("kind", ["exact", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
@@ -87,14 +99,8 @@ def test_list_of_tiles(case, known, kind):
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
     seen, computed = np.zeros(len(where.ids), int), 0
-    for expert, start, end, pairs, behind in zip(*(a[: count[0]] for a in listed), strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
-        computed += end - start
+    for tile in zip(*(a[: count[0]] for a in listed), strict=True):
+        computed += check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if kind == "falling":
         rows = (listed[2] - listed[1])[: count[0]]
@@ -167,13 +173,8 @@ def test_tiles_that_are_found(case, known, exact):
     cut = cut_list.of(problem, heights, exact)
     listed = found_by_votes(cut, where, len(given))
     seen = np.zeros(len(where.ids), int)
-    for expert, start, end, pairs, behind in zip(*listed, strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
+    for tile in zip(*listed, strict=True):
+        check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if case != "odd":
         count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
@@ -217,6 +218,23 @@ def test_each_tile_has_the_least_height_for_its_share(pairs, exact, even):
             cut_list.build(one), [where.ids, where.experts, where.used]
         )
         assert (end - start)[: count[0]].tolist() == heights
+
+
+@pytest.mark.parametrize("pairs", [(144, 144, 144, 80), (144, 144, 1), (144, 144), (1,), (0,)])
+def test_each_tile_of_a_run_clears_as_many_rows(pairs):
+    """Where the last one cleared them all, the CTA that had it in each run fell behind the others."""
+    where = made(144, 1, [(0, count) for count in pairs])
+    cut = cut_list.CutList(
+        *(len(where.ids), 144, len(where.experts), 1, int(where.ids[-1])),
+        *((144, 136, 128, 120, 104), True),
+    )
+    count, _, start, end, _, empty, behind = emulator.run(
+        cut_list.build(cut), [where.ids, where.experts, where.used]
+    )
+    cleared = np.maximum(behind - empty, 0)[: count[0]]
+    left = where.used[0] - (end - start)[: count[0]].sum()
+    assert cleared.sum() == left
+    assert (cleared <= -(-left // len(pairs))).all()
 
 
 def problem_of(where: Made, block: int, num_experts: int, k: int, n: int, **more: Any):
@@ -432,7 +450,8 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
-    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, falling=True)
+    more = {"falling": True, "trims": True}
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, **more)
     check(where, problem, config, interpret=False)
 
 
@@ -476,7 +495,7 @@ def test_which_products_take_them():
     tall = 4, True, False, False
     assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", *tall)
     assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
-    falling = "falling", 0, *3 * [False]
+    falling = "falling", 0, False, False, True
     assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
     assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)
     for others in (
