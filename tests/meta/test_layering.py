@@ -458,6 +458,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering",
         "moe_align_jax.masked_layout",
     },
+    "moe_align_jax.expert_windows": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_parallel",
+    },
     "moe_align_jax._expert_parallel": {
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._align.arguments",
