@@ -36,6 +36,7 @@ from jax import lax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+import moe_align_jax as maj  # noqa: E402
 from benchmarks import clocks, exchanges, processes  # noqa: E402
 from benchmarks.exchanges import AXIS, Exchange, Size, placed, whole  # noqa: E402
 
@@ -139,7 +140,9 @@ def wanted(mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace) -> 
     return [exchange for exchange in every if exchange.name.startswith(beginnings)]
 
 
-def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) -> clocks.Step:
+def step(
+    mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int, reads: bool = True
+) -> clocks.Step:
     """`((x, ids, weights), y) -> (x, ids, weights)` through a chain of pairs, each of which sends what came
     back from the one before. An element of everything received is read, as the experts would read it, ahead
     of what is sent back; between bare exchanges nothing needs to stand, and XLA reads it when it likes. Ids
@@ -148,12 +151,18 @@ def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) ->
 
     No operation is left that could run beside an exchange, as none is in a layer. Beside one XLA would launch
     the exchange on a stream of its own, and have each stream wait for the other.
+
+    Without `reads` nothing stands between the exchanges of a pair that does the job, as nothing need between
+    bare ones: for kernels of ours, of which XLA leaves out none, read or not. Ids and weights are then those
+    of the pair before, behind its result.
     """
     stands_between = exchange.experts is not None
 
     @jax.jit  # traced and lowered once, not once per pair
     def pair(x, ids, weights, y):
         received, handle = exchange.out(x, ids, weights)
+        if not reads:
+            return lax.optimization_barrier((exchange.back(y, handle), ids, weights))
         if not stands_between:
             y, received = lax.optimization_barrier((y, received))
         zero = clocks.zero_reading(received)
@@ -182,8 +191,8 @@ def step(mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int) ->
         np.testing.assert_array_equal(whole(carry[1]), chosen, what)
         np.testing.assert_array_equal(whole(carry[2]), shares, what)
 
-    function = spread(mesh, body)
-    return clocks.Step(exchange.name, function, carry, (y,), calls, check)
+    name = exchange.name if reads else f"{exchange.name}, nothing between"
+    return clocks.Step(name, spread(mesh, body), carry, (y,), calls, check)
 
 
 def calls_of(size: Size, platform: str, quick: bool) -> int:
@@ -200,6 +209,10 @@ def measure(
     calls = options.calls or calls_of(size, platform, options.quick)
     chosen = [*wanted(mesh, size, options), exchanges.nothing(size)]
     steps = [step(mesh, size, exchange, calls) for exchange in chosen]
+    if options.nothing_between and platform == "gpu" and size.mode == "low_latency":
+        kernels = ("ours, nvlink_window", "ours, all_to_all", "ours, all_to_all, packed")
+        alone = [e for e in chosen if e.name.removesuffix(", gathered") in kernels]
+        steps += [step(mesh, size, exchange, calls, reads=False) for exchange in alone]
     out_bytes, back_bytes = size.row_bytes
     _, ids, _ = size.values(ranks)
     owner = ids.reshape(ranks, size.tokens, -1) // (size.experts // ranks)
@@ -238,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--providers", default="", help='by how their names begin: "ours, nvlink;bare"'
     )
     parser.add_argument("--packing", action="store_true", help="with and without one message")
+    parser.add_argument(
+        "--nothing-between",
+        action="store_true",
+        help="pairs of our kernels also without the small kernel that reads what came",
+    )
     parser.add_argument("--calls", type=int, help="pairs in a step")
     parser.add_argument("--check-tokens", type=int, default=64, help="tokens per rank of the check")
     processes.add_arguments(parser)
@@ -253,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         until = math.inf  # each would leave out other steps than the others do
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    if options.processes > 1 and (reason := maj.connect_windows(mesh)):
+        print(f"no windows: {reason}", flush=True)
     sizes = {"hidden": options.hidden, "experts": options.experts, "top_k": options.top_k}
     keep = clocks.keeper(options)
     failed = False

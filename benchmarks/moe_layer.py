@@ -11,8 +11,8 @@ products of torch's.
 
     span   the device's time: of a graph by CUDA events around a replay; of a jitted step from its first
            kernel to its last one, by the profiler
-    wall   the host's time of many steps after each other, of which it waits for the last one; ours with the
-           results of the step before donated, and without
+    wall   the host's time of many steps after each other, of which it waits for the last one, in turns; ours
+           with the results of the step before donated, and without
 
 A model is a child process. All of them compile at the same time; then they measure one after the other. One
 that hangs or dies in a case is started again behind it.
@@ -25,8 +25,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,7 @@ from benchmarks.rows import Writer  # noqa: E402
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
 _READ_BYTES = 1 << 30
+_TURNS = 2  # by the host's clock: forth and back
 
 
 # -- clocks --------------------------------------------------------------------------------------------
@@ -181,9 +182,37 @@ def compile_ours(
     return found
 
 
+class Wall(NamedTuple):
+    """Steps that follow each other, to be timed by the host's clock.
+
+    Attributes:
+        way: how they are called.
+        run: one step.
+        wait: until the last one has ended.
+        layer_us: about the time of a layer.
+        wrong: "" where the last results are right.
+    """
+
+    way: str
+    run: Callable[[], Any]
+    wait: Callable[[], Any]
+    layer_us: float
+    wrong: Callable[[], str]
+
+    def time(self) -> timing.Timing:
+        """
+        Raises:
+            ValueError: the results are wrong.
+        """
+        samples = wall(self.run, self.wait, self.layer_us)
+        if wrong := self.wrong():
+            raise ValueError(f"later: {wrong}")
+        return timing.Timing("wall_us", samples, LAYERS)
+
+
 def measure_ours(
     case: Case, programs: dict[str, Any], executions: int, clocks: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | Wall]:
     import jax
     import jax.numpy as jnp
 
@@ -198,8 +227,11 @@ def measure_ours(
             held[0] = program(held[0], *rest)
             return held[0]
 
-        first = jax.block_until_ready(run())
-        if wrong := case.wrong(lambda layer, outs=first: np.asarray(outs[layer][case.sample])):
+        def wrong_now(held=held):
+            return case.wrong(lambda layer: np.asarray(held[0][layer][case.sample]))
+
+        jax.block_until_ready(run())
+        if wrong := wrong_now():
             yield {"clock": "span", "way": way, "status": "failed", "reason": wrong}
             return
         if way == "donated":
@@ -211,11 +243,8 @@ def measure_ours(
             else:
                 yield {"clock": "span", "way": way, "status": "failed", "reason": facts["note"]}
         if clocks:
-            samples = wall(run, lambda held=held: jax.block_until_ready(held[0]), span_us)
-            yield {"clock": "wall", "way": way} | statistics_of(samples)
-        last = held[0]
-        if wrong := case.wrong(lambda layer, outs=last: np.asarray(outs[layer][case.sample])):
-            yield {"clock": "wall", "way": way, "status": "failed", "reason": f"later: {wrong}"}
+            wait = lambda held=held: jax.block_until_ready(held[0])  # noqa: E731
+            yield Wall(way, run, wait, span_us, wrong_now)
 
 
 class Vllm:
@@ -238,7 +267,7 @@ class Vllm:
         )
         self.calls[0]()
 
-    def measure(self, replays: int) -> Iterator[dict[str, Any]]:
+    def measure(self, replays: int) -> Iterator[dict[str, Any] | Wall]:
         import torch
 
         case, layer = self.case, self.layer
@@ -247,15 +276,49 @@ class Vllm:
             out.fill_(float("nan"))
         graph.replay()
         rows = torch.from_numpy(case.sample).cuda()
-        if wrong := case.wrong(lambda i: self.outs[i][rows].float().cpu().numpy()):
+
+        def wrong_now():
+            return case.wrong(lambda i: self.outs[i][rows].float().cpu().numpy())
+
+        if wrong := wrong_now():
             yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
             return
         [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=replays)
         row = statistics_of(taken.samples_us)
         facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
         yield {"clock": "span", "way": "graph"} | row | facts
-        samples = wall(graph.replay, torch.cuda.synchronize, row["us"])
-        yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
+        yield Wall("graph", graph.replay, torch.cuda.synchronize, row["us"], wrong_now)
+
+
+def measured_in_turns(
+    work: Sequence[tuple[dict[str, Any], Callable[[], Iterable[dict[str, Any] | Wall]]]],
+) -> Iterator[dict[str, Any]]:
+    """Rows of `(what they begin with, measure)`: spans as they come; then everybody's wall clock, in turns.
+
+    In steps after each other long products reach the GPU's power limit, and the warmer it is, the lower is
+    its clock: whoever comes later would be slower.
+    """
+    walls: list[tuple[dict[str, Any], Wall]] = []
+    for head, measure in work:
+        try:
+            for more in measure():
+                if isinstance(more, Wall):
+                    walls.append((head, more))
+                else:
+                    yield head | more
+        except Exception as error:  # one provider's failure leaves the others their time
+            yield head | _failed(error)
+    for i, taken in timing.in_turns([each.time for _, each in walls], _TURNS):
+        head, each = walls[i]
+        row = head | {"clock": "wall", "way": each.way}
+        if isinstance(taken, Exception):
+            yield row | _failed(taken)
+        else:
+            yield row | statistics_of(taken.samples_us)
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}
 
 
 # -- a child per model ---------------------------------------------------------------------------------
@@ -304,27 +367,23 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         form = maj.select_moe_implementation(
             (tokens, model.hidden), shape, top_k=model.top_k, transpose_rhs=True
         )
-        work: list[tuple[str, Callable]] = []
+        work: list[tuple[dict[str, Any], Callable]] = []
+        head |= {"status": "ok"}
         if tokens in peers:
-            work.append(("vllm", lambda c=case: _vllm_rows(peers[c.tokens], options.replays)))
+            rows = lambda c=case: _vllm_rows(peers[c.tokens], options.replays)  # noqa: E731
+            work.append((head | {"provider": "vllm"}, rows))
         for block_size in dict.fromkeys(key[1] for key in programs if key[0] == tokens):
             mine = {k[2]: p for k, p in programs.items() if k[:2] == (tokens, block_size)}
             if mine:
                 more = f", blocks of {block_size}" if block_size else ""
                 rows = lambda c=case, m=mine: measure_ours(c, m, options.executions, len(m) > 1)  # noqa: E731
-                work.append((f"fused_moe{more}", rows))
-        for provider, measure in work:
-            row = head | {"provider": provider, "status": "ok"}
-            row |= {"form": form.form} if provider == "fused_moe" else {}
-            try:
-                for more in measure():
-                    yield row | more
-            except Exception as error:  # one provider's failure leaves the others their time
-                text = f"{type(error).__name__}: {error}"[:600]
-                yield row | {"status": "failed", "reason": text}
+                row = head | {"provider": f"fused_moe{more}"}
+                row |= {} if more else {"form": form.form}
+                work.append((row, rows))
+        yield from measured_in_turns(work)
 
 
-def _vllm_rows(peer: Any, replays: int) -> Iterator[dict[str, Any]]:
+def _vllm_rows(peer: Any, replays: int) -> Iterator[dict[str, Any] | Wall]:
     if isinstance(peer, BaseException):
         raise peer
     yield from peer.measure(replays)

@@ -5,7 +5,10 @@ python -m benchmarks.moe_tiles --out ROWS.jsonl
 Each variant is one jitted step of four layers, as in benchmarks.moe_layer, with other tiles, another block
 size or another rule (`_grouped_matmul/config.py`). Before a time is taken, sampled tokens are compared with
 float32 products of torch's. The time is the device's span per layer; a variant's kernels are listed beside
-it. A batch size of a model is a child process. All of them compile first, side by side, then one after the
+it. With `--sustained ROUNDS` the variants then take turns, forth and back, by the host's clock of
+benchmarks.moe_layer: steps after each other, in which long products reach the GPU's power limit, so that the
+tiles of the least energy win, which need not be those of the least span. A batch size of a model is a child
+process. All of them compile first, side by side, then one after the
 other measures: one that hangs or dies loses the variants that it had left.
 """
 
@@ -24,7 +27,7 @@ import numpy as np
 # Both frameworks share one GPU here; by default jax would take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, children, moe_layer  # noqa: E402
+from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
 from moe_align_jax._core.hopper import NUM_SMS  # noqa: E402
 from moe_align_jax._grouped_matmul.config import Config  # noqa: E402
@@ -166,46 +169,86 @@ def run_case(batch: Batch, options: argparse.Namespace) -> Iterator[dict[str, An
             work.append((variant, made))
     children.wait_for_turn()
     rate, case = moe_layer.read_rate(), Case(model, tokens, make_sets(model))
+    head: dict[str, Any] = {"model": model.name, "tokens": tokens}
+    head["floor_us"] = round(layer_bytes(model, tokens, case.hit) / rate / 1e3, 2)
+    measured: list[tuple[dict[str, Any], _Steps]] = []
     for variant, made in work:
-        row: dict[str, Any] = {"model": model.name, "tokens": tokens, "variant": variant.name}
-        row["floor_us"] = round(layer_bytes(model, tokens, case.hit) / rate / 1e3, 2)
+        row = head | {"variant": variant.name}
         try:
             if isinstance(made, Exception):
                 raise made
-            yield row | _measure(case, made.result(), options.executions)
+            steps = _Steps(case, made.result())
+            yield row | {"clock": "span"} | steps.span(options.executions)
+            measured.append((row, steps))
         except Exception as error:
-            yield row | {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+            yield row | _failed(error)
+    turns = [steps.sustained for _, steps in measured]
+    for i, taken in timing.in_turns(turns, options.sustained):
+        row = measured[i][0] | {"clock": "wall"}
+        if isinstance(taken, Exception):
+            yield row | _failed(taken)
+        else:
+            yield row | {"status": "ok"} | moe_layer.statistics_of(taken.samples_us)
 
 
-def _measure(case: Case, program: Any, executions: int) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
 
-    rest = moe_layer.rest_of(case)
-    held = [[jnp.full_like(case.x, jnp.nan) for _ in range(LAYERS)]]
 
-    def run():
-        held[0] = program(held[0], *rest)
-        return held[0]
+class _Steps:
+    """Steps of a variant, each of which has the results of the one before donated.
 
-    first = jax.block_until_ready(run())
-    bits = [np.asarray(out[case.sample]).tobytes() for out in first]
-    if wrong := case.wrong(lambda layer: np.asarray(first[layer][case.sample])):
-        return {"status": "failed", "reason": wrong}
-    samples, facts = moe_layer.spans(run, executions)
-    if [np.asarray(out[case.sample]).tobytes() for out in held[0]] != bits:
-        return {"status": "failed", "reason": "other bits in a later run"}
-    if not samples:
-        return {"status": "failed", "reason": facts["note"]}
-    return {"status": "ok"} | moe_layer.statistics_of(samples) | facts
+    Raises:
+        ValueError: the first step's results are wrong, or a later one's have other bits.
+    """
+
+    def __init__(self, case: Case, program: Any):
+        import jax
+        import jax.numpy as jnp
+
+        self.case, self.program, self.rest = case, program, moe_layer.rest_of(case)
+        self.us = 0.0  # of a layer, by span
+        self.outs = [jnp.full_like(case.x, jnp.nan) for _ in range(LAYERS)]
+        first = jax.block_until_ready(self())
+        if wrong := case.wrong(lambda layer: np.asarray(first[layer][case.sample])):
+            raise ValueError(wrong)
+        self.bits = self._bits()
+
+    def __call__(self) -> Any:
+        self.outs = self.program(self.outs, *self.rest)
+        return self.outs
+
+    def _bits(self) -> list[bytes]:
+        return [np.asarray(out[self.case.sample]).tobytes() for out in self.outs]
+
+    def _check(self) -> None:
+        if self._bits() != self.bits:
+            raise ValueError("other bits in a later run")
+
+    def span(self, executions: int) -> dict[str, Any]:
+        samples, facts = moe_layer.spans(self, executions)
+        self._check()
+        if not samples:
+            raise ValueError(facts["note"])
+        found = moe_layer.statistics_of(samples)
+        self.us = found["us"]
+        return {"status": "ok"} | found | facts
+
+    def sustained(self) -> timing.Timing:
+        import jax
+
+        samples = moe_layer.wall(self, lambda: jax.block_until_ready(self.outs), self.us)
+        self._check()
+        return timing.Timing("wall_us", samples, LAYERS)
 
 
 def line(row: dict[str, Any]) -> str:
     name = f"{row['model']:16} T {row['tokens']:5} {row['variant']:70}"
     if "us" not in row:
         return f"{name} {row['status']}: {row['reason']}"
-    parts = ", ".join(f"{n[:24]} {us}" for n, us in row["parts"].items())
-    return f"{name} {row['us']:9.2f} us {row['us'] / row['floor_us']:.2f} of the read  {parts}"
+    parts = ", ".join(f"{n[:24]} {us}" for n, us in row.get("parts", {}).items())
+    read = row["us"] / row["floor_us"]
+    return f"{name} {row['clock']:4} {row['us']:9.2f} us {read:.2f} of the read  {parts}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,6 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default="", help="parts of names, comma-separated; all")
     parser.add_argument("--tokens", type=numbers, default=[1, 16, 128, 1024, 8192])
     parser.add_argument("--executions", type=int, default=6, help="traced steps")
+    parser.add_argument(
+        "--sustained", type=int, default=0, metavar="ROUNDS", help="turns by the host's clock"
+    )
     limits: dict[str, Any] = {"patience": 8, "preparing": 100, "budget": 220, "together": 100}
     case_processes.add_arguments(parser, **limits)
     options = parser.parse_args(argv)

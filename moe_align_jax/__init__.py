@@ -41,6 +41,7 @@ _MODULE_OF = {
     "collect_expert_load": "expert_load",
     "combine": "expert_parallel",
     "commit_expert_load": "expert_load",
+    "connect_windows": "expert_windows",
     "dispatch": "expert_parallel",
     "drop_over_capacity": "capacity",
     "expected_physical_count": "eplb",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from moe_align_jax.expert_weights import (
         update_expert_weights_by_chunks as update_expert_weights_by_chunks,
     )
+    from moe_align_jax.expert_windows import connect_windows as connect_windows
     from moe_align_jax.losses import load_balancing_loss as load_balancing_loss
     from moe_align_jax.losses import router_z_loss as router_z_loss
     from moe_align_jax.losses import update_router_bias as update_router_bias

@@ -154,7 +154,7 @@ def return_sums(info: DispatchInfo, y, weights, ids, layout, plan):
     """
     flat = y.reshape(-1, *y.shape[2:])
     operands = flat, weights, layout.row_of_pair, layout.pair_of_row.reshape(-1), plan
-    if TRANSPORTS[info.transport].sums_pairs(flat, layout.row_of_pair):
+    if TRANSPORTS[info.transport].sums_pairs(flat, layout.row_of_pair, info.group):
         return _in_one_step(info, *vary_together((*operands, ids)))
     return _in_two_steps(info, *vary_together(operands))
 

@@ -146,9 +146,9 @@ class Transport(Protocol):
         """
         _refuse(self.name, "send_to_boxes")
 
-    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array, group: Group) -> bool:
         """Whether `sum_pairs` takes these."""
-        del y, row_of_pair
+        del y, row_of_pair, group
         return False
 
     def sum_pairs(

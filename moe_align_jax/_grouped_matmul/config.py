@@ -31,11 +31,15 @@ _FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
+_MOST_FOUND_GROUPS = 256  # of which each lane of a warp has up to eight
+_LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 _MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
+_GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
+_LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
@@ -79,11 +83,15 @@ class Config(NamedTuple):
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
+            Of "ragged" rows, found and late: so are those of a group (found_groups.py).
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
+        mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
+            blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
+            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
     """
 
     form: str
@@ -109,6 +117,7 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
+    mixes: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -137,6 +146,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
+        more += "-mixes" if self.mixes else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -150,8 +160,8 @@ class Rules(NamedTuple):
         few_experts: up to so many, `few_group` blocks are done together, else `many_group`.
         few_group, many_group, masked_group: see `Config.group`; the last of the masked layout.
         split: whether clusters share the k of a tile where tiles are few.
-        permute_columns: columns of the weights from which rows are gathered before the product, and not once
-            per n tile within it; 0: never. Not measured yet.
+        permute_columns, permute_rows: columns of the weights, and rows of a mean expert, from which rows are
+            gathered before the product, and not once per n tile within it; no columns: never.
     """
 
     room: float = 1.5
@@ -161,7 +171,8 @@ class Rules(NamedTuple):
     many_group: int = 4
     masked_group: int = 8
     split: bool = True
-    permute_columns: int = 10_000
+    permute_columns: int = 5_000
+    permute_rows: int = 200
 
 
 DEFAULT_RULES = Rules()
@@ -190,10 +201,14 @@ DEFAULT_RULES = Rules()
 # under jit, x read by TMA in all of them; by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, 1 token, 32 tiles: 2 17.2, three stages 21.3, 4 of three stages 17.7; wide 17.7
 #   2 tokens, 64 tiles: 2 29.7, 1 of three stages 38.6; wide 32.7; 4 tokens, 128: 1 52.4; wide 53.7
-#   8 tokens, 256 tiles: 1 of three stages 95.8; wide 96.6
+#   8 tokens, 256 tiles: 1 of three stages, two CTAs an SM 95.8; wide 96.6; 23:20 on another card 97.0, of six
+#   stages 101.8; wide, x by cp.async 100.0
 #   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
-#   2 tokens, 192 tiles: 1 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8
-#   Mixtral 8x7B, 1 token, 448 tiles (22:39): 1 109.6; wide 106.5
+#   2 tokens, 192 tiles: 1 27.2, of three stages 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8; 23:20,
+#   wide with x by cp.async: 1 token 1 16.9; wide 15.9; 2 tokens 1 25.1; wide 26.0; 4 tokens 1 45.7; wide 47.6
+#   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5 (22:39), 1 109.3; wide 114.4 (23:20)
+#   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5 (23:20;
+#   at 23:00 wide 32.6)
 # Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
@@ -241,6 +256,25 @@ DEFAULT_RULES = Rules()
 # tiles beginning with another one in each. Of 184 found: 2622 to 2747.
 # To find the next tile while the ring is full, not behind a tile's loads, lost: the input gradient 2598 to
 # 2613, 131072 rows, 1024 -> 7168 that leave padding 2605 to 2739, gate and up 687 to 691.
+# Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
+# means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
+#   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
+#   the same of 12288 and 8192 rows: listed 128 236, 234; found, group 0 208, 202, group 4 207 of the latter
+#   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
+#   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
+#   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
+# In another order of groups, 23:24, a later run: uniform 305 (blocks 308), Zipf 343 (380), rising 352 (378),
+# shuffled 339 (353).
+# Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
+# and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
+# Layers at the card's power limit, steps after each other, in turns, span and sustained, 22:54 and 23:23:
+#   Qwen3, 8192 tokens: blocks of 144 1079, 1288 and 1066, 1277; of 184 in groups of 6 1042, 1212 and 1034,
+#   1190, of 4 1044, 1217 and 1034, 1205, of 8 1046, 1241; of 192 1067, 1247; of 128 1028, 1216 and 1016, 1208
+#   DeepSeek-V3 TP8, 8192, 144: late 1647, 1875 and 1624, 1829; gate and up not late 1625, 1866 and 1592,
+#   1782; down not late 1705, 1888; Mixtral, 1024: not late, in both 0.997 of late
+#   Rows gathered before the product, of the time within it, span, sustained: Mixtral (28672 columns), 1024
+#   tokens 0.909, 0.926; 2048 0.909, 0.903; 512 1.022, 1.006; 256 1.026, 1.014; 32 experts, 5760 columns, mean
+#   of 256 0.994, 0.967, of 1024 0.966, 0.939; Qwen3 (1536 columns), 8192 1.06 sustained
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -282,6 +316,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.trims and not tiles.heights:
         return "tiles of one height load all of their rows"
+    if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
+        return "of blocks whose tiles find themselves alone a part is mixed with the others"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
@@ -296,11 +332,14 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
     few = problem.num_experts <= rules.few_experts
     if tiles.bm == 144:
-        more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
+        late = tiles.late or problem.rows == "ragged" and may_be_late(problem)
+        early = problem.weights.gated and problem.k >= _LEAST_K_NOT_LATE and not few
+        more = {"finds": True, "late": late and not early, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
-        return found._replace(group=0) if found.heights and in_turn else found
+        mixes = found.cuts and problem.rows == "blocks" and not few
+        return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
     if few:
         plain = not (problem.weights.gated or problem.top_k)
         if tiles.bm < _LEAST_OF_HEIGHTS or not plain:
@@ -308,15 +347,29 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         return with_heights(problem, tiles, _LESS_OF_FEW, True, finds=True)
     if tiles.bm not in (184, 192) or not problem.consecutive:
         return tiles
+    many = problem.num_experts >= _MANY_OF_HEIGHTS
+    wanted = problem.weights.gated or problem.k <= _MOST_K_OF_HEIGHTS
+    if tiles.bm == 184 and wanted and problem.num_experts < _MANY_OF_FALLING:
+        more = {"finds": True, "trims": not problem.top_k}
+        found = with_heights(problem, tiles, _LESS_OF_MANY, True, **more) if many else tiles
+        return found._replace(group=_GROUP_OF_184) if found.heights else tiles
     if problem.k <= _MOST_K_OF_HEIGHTS:
-        many = problem.num_experts >= _MANY_OF_HEIGHTS and not problem.top_k
-        exact = tiles.bm == 184
+        exact, many = tiles.bm == 184, many and not problem.top_k
         return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
     work = problem.num_rows * problem.k * problem.n
     if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
     found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True, trims=True)
     return found._replace(group=0) if found.heights else tiles
+
+
+def _found_of_groups(problem: MatmulProblem, rules: Rules) -> Config | None:
+    """Tiles of "ragged" rows of several heights that find themselves, or None where 128 rows are better."""
+    many = problem.num_experts > rules.few_experts and mean_rows(problem) >= _LEAST_MEAN_OF_FOUND
+    if problem.rows != "ragged" or not many or not takes_whole(problem, 144):
+        return None
+    found = _cut(problem, _whole(problem, 144, _group(problem, rules)), rules, False)
+    return found if found.cuts else None
 
 
 def with_heights(
@@ -342,15 +395,18 @@ def with_heights(
 
 def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why tiles cannot have `heights`, or None."""
-    if problem.rows != "blocks" or problem.block_size != tiles.bm:
+    if problem.rows == "ragged" and (reason := _no_heights_of_groups(problem, tiles)):
+        return reason
+    of_blocks = problem.rows == "blocks" and problem.block_size == tiles.bm
+    if problem.rows != "ragged" and not of_blocks:
         return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
     if problem.whole_blocks or problem.row_labels or problem.top_k and not tiles.finds:
         return (
             "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
         )
-    if problem.num_rows < problem.block_size:
+    if problem.num_rows < tiles.bm:
         return "one block at least is cut into tiles of several heights"
-    if problem.num_blocks > MAX_BLOCKS and not tiles.finds:
+    if not tiles.finds and problem.num_blocks > MAX_BLOCKS:
         return f"a list of tiles of several heights is made of {MAX_BLOCKS} blocks at most"
     if problem.scales or problem.row_weights or problem.weights.bias:
         return "tiles of several heights have no scales, row weights or bias"
@@ -377,6 +433,15 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
         return "heights fall from a block's on, by multiples of 8 rows"
+    return None
+
+
+def _no_heights_of_groups(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why tiles of groups cannot have `heights`, or None; see `_no_heights` for what all of them cannot."""
+    if not (tiles.finds and tiles.late):
+        return "tiles of several heights of groups are found, and stored late"
+    if not 0 < problem.num_groups <= _MOST_FOUND_GROUPS:
+        return f"tiles of several heights are found of at most {_MOST_FOUND_GROUPS} groups"
     return None
 
 
@@ -491,14 +556,16 @@ def config_for(
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
+    if bm == 128 and (found := _found_of_groups(problem, rules)):
+        return found
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
         few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
-    if bm == 8 and deep and problem.in_order:
-        narrow = Config("swap", bm, 128, 128, 6, group=0, computing=1)
-        if _num_tiles(problem, narrow) <= _MOST_NARROW:
+    if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
+        narrow = _narrow(problem)
+        if _num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
             return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
         tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
@@ -560,6 +627,17 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
     return tiles
 
 
+def _narrow(problem: MatmulProblem) -> Config:
+    """Swapped tiles of 64 columns of gate and up, by one warpgroup; 96 KiB of weights are asked for ahead, or
+    twice as many where a tile has an SM for itself."""
+    tiles = Config("swap", 8, 128, 128 if problem.k % 128 == 0 else 64, 3, group=0, computing=1)
+    if NUM_SMS < _num_tiles(problem, tiles) <= 2 * NUM_SMS:
+        tiles = tiles._replace(num_ctas=2 * NUM_SMS)  # all tiles at once, two of them in an SM
+    else:
+        tiles = tiles._replace(stages=6)
+    return tiles if tiles.bk == 128 else tiles._replace(stages=2 * tiles.stages)
+
+
 def _num_tiles(problem: MatmulProblem, tiles: Config) -> int:
     """Of blocks that are a tile each."""
     columns = tiles.bn // (2 if problem.weights.gated else 1)
@@ -575,9 +653,10 @@ def unshared(tiles: Config) -> Config:
 
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     """Whether rows are gathered by a launch before the product."""
-    least = RULES.get(gpu_kind or "", DEFAULT_RULES).permute_columns
-    pairs = problem.num_tokens * problem.top_k
-    many = not problem.scales and tile_rows(problem) >= 128 and pairs >= 1000 * problem.num_experts
+    rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
+    least, pairs = rules.permute_columns, problem.num_tokens * problem.top_k
+    many = tile_rows(problem) >= 128 and pairs >= rules.permute_rows * problem.num_experts
+    many = many and not problem.scales
     return bool(least and problem.top_k and many and problem.w_columns >= least)
 
 

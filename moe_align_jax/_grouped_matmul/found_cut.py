@@ -189,11 +189,11 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = _share_plainly(config, pairs, count, before)
+    start, rows = share_plainly(config, pairs, count, before)
     left = jnp.maximum(pairs - start, 0)
     base = first * block
     row = base + start
-    last, height = _share_plainly(config, pairs, count, count - 1)
+    last, height = share_plainly(config, pairs, count, count - 1)
     used_rows = last + jnp.where(pairs > last, height, 0)
     each = lax.div(count * block - used_rows + (count - 1), count)
     empty = used_rows + before * each
@@ -202,7 +202,7 @@ def find_plainly(
     return expert, row, end, jnp.minimum(left, rows), base + empty, base + behind
 
 
-def _share_plainly(
+def share_plainly(
     config: Config, pairs: Any, count: Any, place: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""

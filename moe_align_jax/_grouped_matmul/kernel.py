@@ -20,7 +20,7 @@ writes the rows of tiles in use. Nothing is atomic: the same bits in every run. 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._grouped_matmul import (
     epilogue,
     found_cut,
+    found_groups,
     inline,
     inline_scales,
     loads,
@@ -61,7 +62,7 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs: of tiles of several heights: rows that hold a pair.
+        pairs: of tiles of several heights: rows that hold a pair, or are the group's.
         empty, behind: of those: the first row, and the row behind the last one, of the tile's share of its
             run's rows that are in use and no tile's.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
@@ -85,6 +86,21 @@ class Tile(NamedTuple):
     holds: Any = None
 
 
+class Mixing(NamedTuple):
+    """Two parts of the tiles of rows, or of whole groups of them, which are taken in turns; see `mixed`.
+
+    Attributes:
+        small: of the small part; 0: all keep their order.
+        large_from, small_from: the first of either part.
+        units: of both parts.
+    """
+
+    small: jax.Array
+    large_from: jax.Array
+    small_from: jax.Array
+    units: jax.Array
+
+
 class _Refs:
     """The kernel's refs by name."""
 
@@ -102,9 +118,14 @@ class _Refs:
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         by_expert = config.finds and not config.cuts
+        by_group = config.cuts and problem.rows == "ragged"
+        self.sizes, self.offset = (
+            (refs.pop(0), refs.pop(0)) if by_group else cast(tuple[Any, Any], (None, None))
+        )
         self.masked_m: Any = refs.pop(0) if by_expert else None
-        self.count: Any = None if problem.row_labels or by_expert else refs.pop(0)
-        self.experts: Any = None if by_expert else refs.pop(0)
+        known = by_expert or by_group
+        self.count: Any = None if problem.row_labels or known else refs.pop(0)
+        self.experts: Any = None if known else refs.pop(0)
         listed: tuple[Any, Any] = (None, None)
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
@@ -197,9 +218,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile (with `heights` also pairs, empty and behind), or masked_m `[e]`
-    (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those
-    that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs, empty and behind), or, with
+    `Config.finds`, masked_m `[e]` or group_sizes `[G]` and group_offset `[1]`; sorted_token_ids,
+    row_weights, bias, scales of x and of each array of weights, those that there are; x; the weights, one
+    array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 
@@ -238,20 +260,20 @@ def build(
         full, empty = refs.full, refs.empty
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if ranks > 1 or config.sharing else _I32(0)
-        row_tiles = _row_tiles(problem, config, shape, refs)
+        row_tiles = _row_tiles(problem, config, shape, refs, interpret)
         pairs = config.shares_weights
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
         total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def order(i):
+        def order(i, how=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
             elif not config.ahead:
-                at, n = in_groups(config.group, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles, how)
             else:
                 t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
                 # There may be none.
@@ -269,13 +291,16 @@ def build(
             at = jnp.minimum(at, last)
             return *_read(problem, config, shape, refs, at, row_tiles), other[0]
 
-        def told(i, before_none):
+        def told(i, before_none, how):
             """The i-th tile, which the warpgroup that loads finds or reads in the list, and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
-            at, n = order(i)
-            if config.cuts:
+            at, n = order(i, how)
+            if config.cuts and problem.rows == "ragged":
+                find = found_groups.find_plainly if interpret else found_groups.find
+                known = tuple(find(problem, config, refs.sizes, refs.offset, at))
+            elif config.cuts:
                 find = found_cut.find_plainly if interpret else found_cut.find
                 limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
                 where = refs.experts, refs.ids, at, row_tiles, limit
@@ -431,7 +456,7 @@ def build(
                 tile, steps = tile_at(i)
 
                 def put(q):
-                    store(q, pieces[q], at, height=held)
+                    store(q, pieces[q], at, whole=True, height=held)
 
                 def between(k):
                     for q in range(len(pieces)):
@@ -452,7 +477,18 @@ def build(
                     return pieces
 
                 value = by_height(tile, config.heights, kept, nothing)
-                return ring + steps, tile.end - tile.row, place(tile), value
+                height, here = tile.end - tile.row, place(tile)
+                if problem.rows != "ragged":
+                    return ring + steps, height, here, value
+                # A group's only tile, of more rows than the group, is stored at once.
+                less = tile.pairs < height
+
+                @pl.when(less)
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, (here[0], here[1], tile.row + tile.pairs))
+
+                return ring + steps, jnp.where(less, 0, height), here, value
 
             def now_and_ahead(i, carry):
                 ring, known = carry
@@ -537,7 +573,7 @@ def build(
                 @pl.when(held > 0)
                 def _():
                     for q, value in enumerate(pieces):
-                        store(q, value, at, height=held)
+                        store(q, value, at, whole=True, height=held)
 
             elif not config.late:
                 usual = now_by_height if config.heights else now
@@ -569,13 +605,17 @@ def build(
                 for lag in range(config.lag, 0, -1):
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
+            how = None
+            if config.mixes:
+                how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
+
             def one(i, carry):
                 ring, said = carry
                 if config.heights:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = told(i, rest)
+                    tile, steps = told(i, rest, how)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
@@ -701,8 +741,13 @@ def build(
 # -- which tile ------------------------------------------------------------------------------------
 
 
-def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs) -> jax.Array:
+def _row_tiles(
+    problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, interpret: bool
+) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.cuts and problem.rows == "ragged":
+        count = found_groups.count_plainly if interpret else found_groups.count
+        return count(problem, config, refs.sizes, refs.offset)
     if config.cuts:  # whose rows are all there
         blocks = lax.div(refs.count[0] + (problem.block_size - 1), _I32(problem.block_size))
         return jnp.clip(blocks, 0, problem.num_rows // problem.block_size)
@@ -723,16 +768,54 @@ def _row_tiles(problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs
     return jnp.clip(blocks, 0, most) * shape.parts
 
 
-def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
-    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
+def in_groups(
+    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, known: "Mixing | None" = None
+) -> tuple[Any, Any]:
+    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner.
+
+    `known`: how tiles of rows, or groups of them, are mixed.
+    """
     if not group:
-        return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
+        at = lax.div(t, _I32(n_tiles))
+        return mixed(known, at) if known else at, lax.rem(t, _I32(n_tiles))
     each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
+    if known:
+        first = mixed(known, first)
     size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
     return first * group + (rest - n * size), n
+
+
+def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> Mixing:
+    """How tiles of blocks are mixed: not at all, but where the experts seem to be sorted by their rows.
+
+    Then the tile at two thirds of the rows is of an expert of the first half, or that at one third of one of
+    the second half. Two loads, side by side.
+    """
+    units = row_tiles if not group else lax.div(row_tiles, _I32(group))
+    third = lax.div(units, _I32(3))
+    last = jnp.maximum(row_tiles - 1, 0)
+    near, far = (jnp.minimum(at * max(1, group), last) for at in (third, units - third))
+    falls = (experts[far] >= 0) & (experts[far] * 2 < num_experts)
+    rises = (experts[near] * 2 > num_experts) & (experts[near] < num_experts)
+    small = jnp.where(falls | rises, third, 0)
+    return Mixing(
+        small, jnp.where(falls, 0, small), jnp.where(falls, units - small, 0).astype(_I32), units
+    )
+
+
+def mixed(known: Mixing, at: jax.Array) -> jax.Array:
+    """Which unit (tile of rows, or whole group of them) is the at-th: after two of the large part one of the
+    small part; what is left of the large part, and a group that is not whole, come last."""
+    turn = lax.div(at, _I32(3))
+    place = at - turn * 3
+    both = turn < known.small
+    of_small = both & (place == 2)
+    of_large = jnp.where(both, turn * 2 + place, at - known.small) + known.large_from
+    found = jnp.where(of_small, turn + known.small_from, of_large)
+    return jnp.where(at < known.units, found, at)
 
 
 def _in_expert(

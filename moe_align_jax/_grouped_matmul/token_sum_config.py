@@ -8,7 +8,9 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum
 
 WEIGHT_ROWS = 64  # wgmma's: columns of the result times pairs
 X_ROWS = 8  # wgmma's least
-_ENOUGH = 100  # tiles that keep the memory busy: one CTA each
+# Tiles that keep the memory busy, each of a CTA: where a pair's k is one stage, and where it is more.
+_ENOUGH, _ENOUGH_OF_STAGES = 100, 190
+_DEEP = 256  # of k in a stage
 _SPARE_BYTES = 4096  # of shared memory, for what is not the ring
 # One H200, 2026-11-29, 23:00, device span under jit in us, of the second product and the sum of a layer;
 # "two": a product and XLA's sum. By pairs x columns x bk, stages, and CTAs, where these are not 264.
@@ -93,10 +95,11 @@ def config_for(problem: TokenSum) -> Tiles | None:
     choices = [
         p for p in (1, 2, 4) if p <= problem.top_k and (p == 1 or product.weights.transposed)
     ]
-    pairs = next((p for p in choices if p * whole >= _ENOUGH), choices[-1])
+    enough = _ENOUGH if product.k <= _DEEP else _ENOUGH_OF_STAGES
+    pairs = next((p for p in choices if p * whole >= enough), choices[-1])
     if pairs * whole < min(_ENOUGH, _ctas_of_product(product)):
         return None
-    return Tiles(pairs, 256, 3)
+    return Tiles(pairs, _DEEP, 3)
 
 
 def _ctas_of_product(product: MatmulProblem) -> int:

@@ -19,6 +19,10 @@ PAIRS_PER_EXPERT = 4
 # 1803, 1907, of several 1699, 1823; Qwen3-30B-A3B, 4096: 613, 685; 596, 697; 592 to 594, 652 to 680. By
 # rule, not measured: other means.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
+# Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
+# the card's power limit (means of turns): 144 1079, 1288; 184 1042, 1212; 192 1067, 1247; 128 1028, 1216. At
+# 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. A fifth size: 14 kernels.
+_OF_128_EXPERTS = (*_MANY_EXPERTS[:-1], (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
@@ -28,7 +32,8 @@ _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
 # fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
 # keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14
-# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12.
+# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12,
+# of 128 experts 14.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
@@ -179,7 +184,9 @@ def block_sizes(num_experts: int, kind: str = HEIGHTS) -> tuple[tuple[float, int
         return _POWERS_OF_TWO
     if num_experts <= _FEW:
         return _EIGHT_EXPERTS if num_experts <= _EIGHT else _FEW_EXPERTS
-    return _MANY_EXPERTS if kind == HEIGHTS else _MANY_OF_ONE_HEIGHT
+    if kind != HEIGHTS:
+        return _MANY_OF_ONE_HEIGHT
+    return _OF_128_EXPERTS if num_experts == 128 else _MANY_EXPERTS
 
 
 def block_size_for(num_pairs: Any, num_experts: int, kind: str = HEIGHTS) -> int:

@@ -113,13 +113,14 @@ def order_asm(instructions: str, operands: Sequence[ir.Value] = (), constraints:
     )
 
 
-def patient(look: str, registers: str = "") -> str:
-    """A loop until `look`, instructions that set the predicate `more`, finds what it waits for."""
+def patient(look: str, registers: str = "", times: int = 1) -> str:
+    """A loop until `look`, instructions that set the predicate `more`, finds what it waits for: so many times
+    `PATIENCE` at most."""
     return (
         f"{{ .reg .pred more, first, late; .reg .u64 since, now; {registers} mov.u64 since, 0; "
         f"again: {look} @!more bra there; mov.u64 now, %globaltimer; setp.eq.u64 first, since, 0; "
         "selp.u64 since, now, since, first; sub.u64 now, now, since; "
-        f"setp.gt.u64 late, now, {PATIENCE}; @late trap; bra again; there: }}"
+        f"setp.gt.u64 late, now, {times * PATIENCE}; @late trap; bra again; there: }}"
     )
 
 

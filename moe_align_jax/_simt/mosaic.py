@@ -534,7 +534,7 @@ class WindowedMosaic(Windowed, MosaicSimt):
     def _watch(self, offset: Int, value: Int) -> None:
         look = "ld.acquire.sys.global.u32 seen, [$0]; setp.ne.u32 more, seen, $1;"
         operands = [self._address(offset), value_of(value)]
-        order_asm(patient(look, ".reg .u32 seen;"), operands, "l,r,")
+        order_asm(patient(look, ".reg .u32 seen;", self._window.patience), operands, "l,r,")
 
     def _put(self, place: Int, offset: Int, value: Int, epoch: Int) -> None:
         # One access of 8 bytes: the two words of a vector could come one after the other.
@@ -567,7 +567,7 @@ class WindowedMosaic(Windowed, MosaicSimt):
             test, more = ("setp.ne.or.u32", ", more") if k else ("setp.ne.u32", "")
             looks.append(f"mov.b64 {{${k}, tag}}, pair{k}; {test} more, tag, {tag}{more};")
         registers = f".reg .b64 pair<{count}>; .reg .b32 tag;"
-        asm = patient(" ".join([*loads, *looks]), registers)
+        asm = patient(" ".join([*loads, *looks]), registers, self._window.patience)
         constraints = ["=&r"] * count + ["l"] * len(offsets) + ["r"]
         operands = [*(self._address(offset) for offset, _ in offsets), value_of(epoch)]
         words = _found(asm, count, operands, constraints)

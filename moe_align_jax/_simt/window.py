@@ -67,10 +67,12 @@ class Window:
     Attributes:
         address: of the first device's.
         num_bytes: of each.
+        patience: how many times `PATIENCE` in `mlir.py` a kernel waits for another device.
     """
 
     address: int
     num_bytes: int
+    patience: int = 1
 
     @property
     def half_words(self) -> int:

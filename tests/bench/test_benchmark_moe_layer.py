@@ -49,7 +49,8 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
     case = moe_cases.Case(MODEL, tokens, sets)
     programs = moe_layer.compile_ours([case], [None], both=True)
     mine = {key[2]: program for key, program in programs.items()}
-    rows = list(moe_layer.measure_ours(case, mine, 2, True))
+    measure = lambda: moe_layer.measure_ours(case, mine, 2, True)  # noqa: E731
+    rows = list(moe_layer.measured_in_turns([({"provider": "fused_moe"}, measure)]))
     timed = [row for row in rows if "us" in row]
     assert {(row["clock"], row["way"]) for row in timed} == {
         ("wall", "donated"),
@@ -64,6 +65,25 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
     swapped = case.wrong(lambda layer: case.answers[moe_cases.LAYERS - 1 - layer])
     assert swapped.startswith("layer 0")
     assert "nan" in case.wrong(lambda layer: case.answers[layer] * np.nan)
+
+
+def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
+    monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
+    order = []
+
+    def measure(name, wrong=""):
+        yield {"clock": "span", "us": 1.0}
+        run = lambda: order.append(name) or float(len(order))  # noqa: E731
+        yield moe_layer.Wall(name, run, lambda: None, 1.0, lambda: wrong)
+
+    work = [({"provider": name}, lambda name=name: measure(name)) for name in "ab"]
+    work.append(({"provider": "c"}, lambda: measure("c", "not right")))
+    rows = list(moe_layer.measured_in_turns(work))
+    assert [row["clock"] for row in rows[:3]] == ["span"] * 3
+    assert order == ["a", "b", "c", "b", "a"]
+    found = {row["provider"]: row for row in rows[3:]}
+    assert found["a"]["us"] == 3.0 and found["b"]["us"] == 3.0  # of 1 and 5, of 2 and 4
+    assert found["c"]["status"] == "failed" and "later: not right" in found["c"]["reason"]
 
 
 def test_routing_draws_distinct_experts_and_shares():

@@ -125,6 +125,48 @@ def check_load(mesh, local_experts):
     np.testing.assert_array_equal(alone.physical_count, own.reshape(1, 1, -1))
 
 
+def check_windows(mesh):
+    """On GPUs of one host low-latency exchanges go through them, in the bits of "all_to_all"."""
+    reason = maj.connect_windows(mesh)
+    if mesh.devices.flat[0].platform != "gpu":
+        assert reason == "process 0: Mosaic GPU kernels run on NVIDIA GPUs only, not on 'cpu'", (
+            reason
+        )
+        return
+    assert reason is None, reason
+    assert maj.connect_windows(mesh) is None
+    x, weights, _, _, ids = given(mesh)
+    asked = maj.select_transport(8, top_k=TOP_K, num_ranks=mesh.size, mesh=mesh)
+    assert asked.transport == ("nvlink_window" if mesh.size == 2 else "all_to_all"), asked
+
+    def exchanged(transport, payload, mode, x, weights, ids):
+        got = maj.dispatch(
+            x, ids, weights, axis_name="ep", num_experts=EXPERTS, mode=mode, payload=payload,
+            transport=transport,
+        )  # fmt: skip
+        y = got.x.astype(jnp.bfloat16)
+        if got.masked_m is not None:  # the rest is not written
+            used = jnp.arange(y.shape[1])[None] < got.masked_m[:, None]
+            y = jnp.where(used[..., None], y, 0)
+            return y, got.masked_m, maj.combine(y, got.handle)
+        y = jnp.where(jnp.any(got.topk_ids >= 0, axis=1)[:, None], y, 0)
+        return y, got.topk_ids, got.topk_weights, maj.combine(y, got.handle)
+
+    arrays = [place(mesh, a) for a in (x.astype(jnp.bfloat16), weights, ids)]
+    for payload, mode in ((None, "low_latency"), ("fp8", "low_latency"), ("fp8", "normal")):
+        results = []
+        for transport in ("nvlink_window", "nvlink_window", "all_to_all"):
+            body = functools.partial(exchanged, transport, payload, mode)
+            results.append(jax.tree.leaves(on_host(jax.jit(over(mesh, body))(*arrays))))
+        for ours, again, theirs in zip(*results, strict=True):
+            np.testing.assert_array_equal(ours, again)
+            np.testing.assert_array_equal(ours, theirs, f"{payload} {mode}")
+    body = functools.partial(exchange, "low_latency")
+    alone = mesh_of(jax.local_devices()[:1])
+    x, weights, first, _, ids = given(mesh)
+    compare(mesh, alone, lambda m: over(m, body), x, weights, first[:, :, 0], ids)
+
+
 def check_choice(mesh):
     """The transport is XLA's collectives; our kernels refuse by name, in our words."""
     asked = maj.select_transport(8, top_k=TOP_K, num_ranks=mesh.size, mesh=mesh)
@@ -165,6 +207,7 @@ def main() -> None:
     for local_experts in (False, True):
         check_load(mesh, local_experts)
     check_choice(mesh)
+    check_windows(mesh)
     print(f"process {number} of {processes}: right, on {mesh.devices.flat[0].device_kind}")
 
 

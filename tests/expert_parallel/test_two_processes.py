@@ -129,3 +129,40 @@ def test_two_gpu_processes_over_nccl():
     assert all(
         f"process {number} of 2: right, on NVIDIA" in text for number, text in enumerate(texts)
     )
+
+
+def connecting(*failing):
+    """Commands of two processes, in which these calls of the driver fail."""
+    module = "tests.expert_parallel.windows_process"
+    return lambda address, number: ["-m", module, address, "2", str(number), *failing[number:][:1]]
+
+
+def cpu_devices(count):
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+    }
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_processes_map_the_memory_of_each_other(each):
+    """At the same addresses, in the order of the devices."""
+    want = [f"of process {process}" for process in range(2) for _ in range(each)]
+    for text in run_together(connecting(), [cpu_devices(each)] * 2, timeout=120):
+        assert "said None" in text and f"mapped {want}" in text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cuMemCreate",
+        "cuMemExportToShareableHandle",
+        "cuMemImportFromShareableHandle",
+        "cuMemSetAccess",
+    ],
+)
+def test_where_one_process_fails_all_have_no_windows(call):
+    """And all say the same."""
+    for text in run_together(connecting("", call), [cpu_devices(1)] * 2, timeout=120):
+        assert f"said process 1: {call} failed (CUDA driver error 801)" in text
+        assert "mapped [None, None]" in text

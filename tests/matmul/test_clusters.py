@@ -224,10 +224,16 @@ def test_rows_gathered_before_the_product():
 
 @pytest.mark.parametrize(
     "experts, top_k, tokens, columns, first",
-    [(8, 2, 8192, 14336, True), (8, 2, 1024, 14336, False), (128, 8, 65536, 768, False)],
+    [
+        (8, 2, 8192, 14336, True),
+        (8, 2, 1024, 14336, True),
+        (8, 2, 512, 14336, False),
+        (32, 4, 2048, 2880, True),
+        (128, 8, 65536, 768, False),
+    ],
 )
 def test_rows_of_many_columns_are_gathered_first(experts, top_k, tokens, columns, first):
-    """Where an expert has a thousand rows: a gather inside repeats for each tile of columns."""
+    """Where an expert has 200 rows: a gather inside repeats for each tile of columns."""
     lie, pairs = Weights(True, activation="silu", gated=True), tokens * top_k
     problem = MatmulProblem(
         *("test", "blocks", pairs + 191 * experts, 4096, columns, experts, "bfloat16", "bfloat16"),

@@ -494,6 +494,12 @@ def test_which_products_take_them():
     assert chosen(176, 8, rows=3, **any_rows) == ((168, 160, 136), "exact", 6, True, False, False)
     tall = 4, True, False, False
     assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", *tall)
+    of_184 = (176, 168, 160, 144), "exact", 6, True, False
+    both: dict[str, Any] = {"consecutive": True, **gather}
+    assert chosen(184, 128, 2048, 768, weights=silu, **both) == (*of_184, False)
+    assert chosen(184, 128, 768, 2048, **any_rows) == (*of_184, True)
+    assert chosen(144, 256, 7168, 256, weights=silu, **gather)[3:] == (True, False, False)
+    assert chosen(184, 64, 2048, 768, weights=silu, **both) is None
     assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
     falling = "falling", 0, False, False, True
     assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)

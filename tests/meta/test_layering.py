@@ -278,6 +278,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._grouped_matmul.found_groups": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._grouped_matmul.tile_list": {
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._simt.collectives",
@@ -451,6 +457,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._layout",
         "moe_align_jax._lowering",
         "moe_align_jax.masked_layout",
+    },
+    "moe_align_jax.expert_windows": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.fork",
+        "moe_align_jax._expert_parallel",
     },
     "moe_align_jax._expert_parallel": {
         "lazily moe_align_jax._simt.mosaic",

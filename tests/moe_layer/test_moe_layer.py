@@ -210,7 +210,7 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
-    """Each size of a block; of the last two, rows are gathered before the product."""
+    """Each size of a block; of the last three, rows are gathered before the product."""
     assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
         *(tokens, 2, experts, 512, 5120),
@@ -599,8 +599,9 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
         (16, 2, 4096, 4096),
     ],
 )
-def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
-    """Over every batch size up to 16384: blocks and tiles of both products."""
+def test_a_model_takes_few_kernels_of_matmul(model):
+    """Over every batch size up to 16384: blocks and tiles of both products. At most 12, but 14
+    of 128 experts, which have a fifth size of blocks."""
     experts, top_k, hidden, ffn = model
     found = set()
     for tokens in [*range(1, 1100), *range(1100, 16385, 16)]:
@@ -609,7 +610,7 @@ def test_a_model_takes_at_most_twelve_kernels_of_matmul(model):
         )
         blocks, first, second = selection.form.split(", ")
         found |= {("first", blocks, first), ("second", blocks, second)}
-    assert 2 <= len(found) <= 12, sorted(found)
+    assert 2 <= len(found) <= (14 if experts == 128 else 12), sorted(found)
 
 
 def test_largest_blocks_by_the_number_of_experts():
@@ -622,7 +623,7 @@ def test_largest_blocks_by_the_number_of_experts():
 
     assert found(1) == found(8) == {176}
     assert found(9) == found(16) == {192}
-    assert found(17) == found(256) == {144}
+    assert found(17) == found(256) == {144} and found(128) == {144, 184}
     assert found(8, dtype="float8_e4m3fn") == found(17, dtype="float8_e4m3fn") == {128}
     shapes = {"x_shape": (8192, 512), "w_down_shape": (64, 512, 512), "top_k": 4}
     tanh = {"activation": "gelu_tanh", "gated": False}

@@ -23,15 +23,20 @@ TOP_K, HIDDEN, EXPERTS = 8, 7168, 256
 # the kernels of a pair. A fusion adds up over more than two ranks.
 WANTED = {
     (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 128, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (2, 128, None, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
-    (8, 16, "fp8", None): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
+    (2, 32, "fp8", None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 32, None, None): {"all-gather": 1, "custom-call": 2, "reduce-scatter": 1},
+    (2, 128, "fp8", None): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
+    (8, 4, "fp8", None): {"all-gather": 1, "custom-call": 2, "all-to-all": 1, "fusion": 1},
     (8, 128, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
     (2, 8, "fp8", False): {"all-to-all": 1, "custom-call": 3, "reduce-scatter": 1},
     (4, 64, "fp8", None): {"all-to-all": 2, "custom-call": 3, "fusion": 1},
 }
 # Of a pair besides: what reads the rows that came.
 READING = {"fusion": 1}
+# Without that. XLA leaves out no kernel of ours, nor an exchange of what they take.
+NOTHING_BETWEEN = {sizes: WANTED[sizes] for sizes in ((2, 8, "fp8", None), (2, 8, "fp8", False))}
+# Of a program that reads nothing: ids that it hands on as they came.
+PASSED_ON = {"copy": 1}
 # The two exchanges alone, which pairs are compared with, and what reads the rows and makes the next ones.
 BARE = {
     "all_to_all": {"all-to-all": 2, "fusion": 1},
@@ -94,8 +99,10 @@ def lowered(pairs: Any, ranks: int, tokens: int, *rows: int) -> Any:
     return jax.jit(body, donate_argnums=0).lower(*shapes)
 
 
-def program(ranks: int, tokens: int, payload: str | None, gathers: bool | None) -> Any:
-    """Our pairs, lowered."""
+def program(
+    ranks: int, tokens: int, payload: str | None, gathers: bool | None, reads: bool = True
+) -> Any:
+    """Our pairs, lowered. Without `reads` nothing stands between the exchanges of a pair."""
     import jax
 
     import moe_align_jax as maj
@@ -110,6 +117,11 @@ def program(ranks: int, tokens: int, payload: str | None, gathers: bool | None) 
                 x, ids, weights, axis_name="ep", num_experts=EXPERTS, payload=payload,
                 mode="low_latency", initialize=False, transport="all_to_all",
             )  # fmt: skip
+            if not reads:
+                x, ids, weights = jax.lax.optimization_barrier(
+                    (maj.combine(y, got.handle), ids, weights)
+                )
+                continue
             # What the experts make of it is there once it has come, and is read.
             zero = clocks.zero_reading((got.x, got.scales))
             given = y, ids + zero, weights + zero.astype(weights.dtype)
@@ -178,6 +190,12 @@ def check(plugin: str, runtime: str) -> Iterator[script.Report]:
             f"{found.total()} kernels  {PAIRS} exchanges, (ranks, tokens, payload, gathered) {sizes}",
             wrong,
         )
+    for sizes, of_a_pair in script.one_in_sample(NOTHING_BETWEEN.items()):
+        found = kernels(program(*sizes, reads=False).compile().as_text())
+        wanted = times(of_a_pair) + Counter(PASSED_ON)
+        if "all-gather" in of_a_pair:
+            wanted += Counter(ONCE)
+        yield f"{found.total()} kernels  {PAIRS} exchanges, nothing between", differ(wanted, found)
     for kind, of_a_pair in script.one_in_sample(BARE.items()):
         found = kernels(bare(kind).compile().as_text())
         wanted = times(of_a_pair) + Counter(FIRST)

@@ -137,6 +137,18 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             more = {"finds": True, "late": late, "trims": late}
             tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
             yield "144, found heights", given, tiles
+    for groups, transposed in ((8, False), (128, True), (256, False), (256, True)):
+        weights = {"transposed": transposed}
+        given = problem(**ragged | {"num_groups": groups}, weights=weights)
+        tiles = Config("swap", 144, 256, 64, 4, group=0 if transposed else 4)
+        more = {"finds": True, "late": True, "trims": True}
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
+        yield f"144, found heights of {groups} groups", given, tiles
+    for group, more in ((0, {}), (4, gather)):
+        sizes = {"num_experts": 128, "expected_rows": 144, "zero_padding": False, **more}
+        given = problem(block=144, **sizes)
+        tiles = config_for(given)._replace(group=group, mixes=True)
+        yield "144, found heights, mixed", given, tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
@@ -229,11 +241,12 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
                 yield name, product, config_for(product, "NVIDIA H200")
     swiglu = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
     for more in ({"pair": True}, {"interleaved": True}, {"bias": True, **swiglu}):
-        for tokens in (1, 4):
+        for tokens, hidden in ((1, 7168), (4, 7168), (8, 7168), (1, 2880), (8, 2880)):
             weights = Weights(True, activation="silu", gated=True, **more)
-            given = (tokens, 8, 7168, 256, 256, "bfloat16", "float16", weights, False, False)
+            given = (tokens, 8, hidden, 256, 256, "bfloat16", "float16", weights, False, False)
             product = LayerProblem(*given, 1, 8 * tokens, True, False).first
-            yield f"few tokens, {tokens}, {more}", product, config_for(product, "NVIDIA H200")
+            name = f"few tokens, {tokens}, {hidden}, {more}"
+            yield name, product, config_for(product, "NVIDIA H200")
 
 
 def token_sums() -> Iterator[tuple[str, Any, Any]]:

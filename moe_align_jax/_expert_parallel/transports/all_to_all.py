@@ -38,12 +38,12 @@ MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200, fp8 out and bfloat16 back, 2026-11-29, 20:10, not waiting, us a pair, gathered, packed, two
-# bare all_to_all: 8 tokens per rank 73.0, 79.9, 50.3; 128 tokens 73.2, 80.0, 51.0; with CUDA graphs of one
-# kernel and more 65.5, 74.6, 45.5; 73.0, 80.3, 50.0. On the GPU itself 128 tokens take longer gathered.
-MOST_GATHERED_BYTES = 2 << 20
-# Of those, where processes may be on several hosts, between which bytes take longer.
-BETWEEN_HOSTS = 1 / 4
+# On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed. 23:02: 60.9
+# and 66.8 with 8 tokens per rank, 54.8 and 56.3 with 64, 72.7 and 59.7 with 128, of which the GPUs take 70
+# gathered. 20:10, on a slower host: 73.0 and 79.9 with 8 tokens, 73.8 and 83.1 with 32, 73.2 and 80.0 with
+# 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
+# with 64.
+MOST_GATHERED_BYTES = 512 << 10
 
 
 class AllToAll(Transport):
@@ -144,5 +144,4 @@ def gathers_all(problem: message_kernels.Unpack) -> bool:
         return GATHERS
     form = problem.message
     row = sum(field.columns * field.dtype.itemsize for field in problem.given)
-    most = MOST_GATHERED_BYTES * (1 if jax.process_count() == 1 else BETWEEN_HOSTS)
-    return (form.num_ranks - 1) * form.num_tokens * row <= most
+    return (form.num_ranks - 1) * form.num_tokens * row <= MOST_GATHERED_BYTES

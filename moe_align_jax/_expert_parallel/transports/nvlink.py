@@ -27,10 +27,12 @@ from moe_align_jax._expert_parallel.transport import (
     ranks_of_tokens,
     sum_over_ranks,
 )
-from moe_align_jax._expert_parallel.transports import peer_access, windows
+from moe_align_jax._expert_parallel.transports import peer_access, shared_windows, windows
+from moe_align_jax._expert_parallel.transports.all_to_all import AllToAll
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import make_primitive, result_like
 from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._simt import window
 from moe_align_jax._simt.language import Devices
 
 # XLA keeps the addresses of at most so many devices of a process for a kernel.
@@ -56,14 +58,18 @@ class NvLink(Transport):
             return f"it writes to the GPUs of its own process, and the program has {processes} processes"
         if reason := peer_access.missing():
             return reason
+        return self._refused(jax.local_device_count(), "process")
+
+    def _refused(self, count: int, whose: str) -> str | None:
+        """Why the enclosing mesh is none of these `count` devices, or None."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.manual_axes and mesh.size == 1:
             return "one device has no peers"
         if mesh.size > MAX_DEVICES:
             return f"it takes meshes of at most {MAX_DEVICES} devices; this one has {mesh.size}"
-        if mesh.manual_axes and mesh.size != (count := jax.local_device_count()):
+        if mesh.manual_axes and mesh.size != count:
             return (
-                f"it takes a mesh of all {count} devices of the process; this one has {mesh.size}"
+                f"it takes a mesh of all {count} devices of the {whose}; this one has {mesh.size}"
             )
         sizes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
         if auto := [n for n, size in sizes if size > 1 and n not in mesh.manual_axes]:
@@ -196,7 +202,8 @@ class NvLink(Transport):
         mask = None if in_use is None else ranks_of_tokens(plan, group)
         return _out_of_words(sum_over_ranks(parts, mask), rows)
 
-    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array, group: Group) -> bool:
+        del group
         return y.dtype == jnp.bfloat16 and y.shape[1] % 8 == 0 and y.size * row_of_pair.size > 0
 
     def sum_pairs(
@@ -208,11 +215,16 @@ class NvLink(Transport):
         plan: jax.Array,
         group: Group,
     ) -> jax.Array:
+        problem = self._combine_problem(y, row_of_pair, group)
+        return self._launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
+
+    def _combine_problem(
+        self, y: jax.Array, row_of_pair: jax.Array, group: Group
+    ) -> nvlink_kernels.Combine:
         num_rows, columns = y.shape
         num_tokens, top_k = row_of_pair.shape[0] // group.size, row_of_pair.shape[1]
         sizes = num_tokens, top_k, num_rows, columns, np.dtype(y.dtype)
-        problem = nvlink_kernels.Combine(*sizes, _devices(group), group.num_local_experts)
-        return self._launch(problem, y, row_of_pair, weights, local_ids, plan)[0]
+        return nvlink_kernels.Combine(*sizes, _devices(group), group.num_local_experts)
 
 
 class NvLinkWindow(NvLink):
@@ -228,10 +240,82 @@ class NvLinkWindow(NvLink):
         if given and given[-1] not in _IN_TURN:
             asked = f"{_ORDER}={given[-1]}"
             return f"two kernels over one window must not run together, and XLA_FLAGS has {asked}"
-        return super().unavailable(platform) or windows.missing()
+        if jax.process_count() == 1:
+            return super().unavailable(platform) or windows.missing()
+        if reason := select.kernels_unavailable("cuda" if platform == "gpu" else platform):
+            return reason
+        count = jax.device_count()
+        if not shared_windows.room(Devices(count, 1)):
+            return f"the {jax.process_count()} processes have not called connect_windows"
+        return self._refused(count, "program")
 
     def _launch(self, problem: nvlink_kernels.PeerProblem, *operands: jax.Array) -> list[jax.Array]:
         return _launch(problem, *operands, windowed=bool(problem.staged))
+
+    # -- with several processes: what no window holds goes by XLA's collectives
+
+    def _has_room(self, problem: nvlink_kernels.PeerProblem) -> bool:
+        """Whether there is a window for it, or another way of ours."""
+        if jax.process_count() == 1:
+            return True
+        kernel = nvlink_kernels.build(problem)
+        if window.unsupported(kernel):
+            return False
+        return window.bytes_needed(kernel) <= shared_windows.room(problem.devices)
+
+    def fills_boxes(
+        self, fields: list[jax.Array], group: Group, rows_per_expert: int, quantise: bool
+    ) -> bool:
+        if not super().fills_boxes(fields, group, rows_per_expert, quantise):
+            return False
+        *payload, _, ids = fields
+        problem = self._dispatch_problem(payload, ids, group, rows_per_expert, quantise)
+        return self._has_room(problem)
+
+    def sums_pairs(self, y: jax.Array, row_of_pair: jax.Array, group: Group) -> bool:
+        if not super().sums_pairs(y, row_of_pair, group):
+            return False
+        return self._has_room(self._combine_problem(y, row_of_pair, group))
+
+    def send_fields(
+        self, fields: list[jax.Array], plan: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        if jax.process_count() == 1:
+            return super().send_fields(fields, plan, group)
+        return _localised(_COLLECTIVES.send_fields(fields, None, group), group)
+
+    def send_quantised(
+        self, x: jax.Array, weights: jax.Array, ids: jax.Array, group: Group
+    ) -> list[jax.Array]:
+        if jax.process_count() == 1:
+            return super().send_quantised(x, weights, ids, group)
+        return _localised(_COLLECTIVES.send_quantised(x, weights, ids, group), group)
+
+    def send(self, rows: jax.Array, plan: jax.Array, group: Group) -> jax.Array:
+        if jax.process_count() == 1:
+            return super().send(rows, plan, group)
+        return _COLLECTIVES.send(rows, None, group)
+
+    def return_rows(
+        self, rows: jax.Array, plan: jax.Array, group: Group, in_use: jax.Array | None = None
+    ) -> jax.Array:
+        if jax.process_count() == 1:
+            return super().return_rows(rows, plan, group, in_use)
+        ranks = ranks_of_tokens(plan, group)
+        return _COLLECTIVES.return_rows(rows, ranks, group, in_use)
+
+
+_COLLECTIVES = AllToAll()
+
+
+def _localised(received: list[jax.Array], group: Group) -> list[jax.Array]:
+    """What came of all tokens, with ids of this rank alone, and weights of 0 for others'."""
+    *payload, weights, ids = received
+    local = ids - lax.axis_index(group.axis_name).astype(jnp.int32) * jnp.int32(
+        group.num_local_experts
+    )
+    mine = (ids >= 0) & (local >= 0) & (local < group.num_local_experts)
+    return [*payload, jnp.where(mine, weights, 0.0), jnp.where(mine, local, -1)]
 
 
 NVLINK, NVLINK_WINDOW = NvLink(), NvLinkWindow()
@@ -295,6 +379,10 @@ def _implement(
             return list(launch(*vary_together([place[None], *operands])))
 
         return in_window
+    if jax.process_count() > 1:
+        rule = "be over the mesh of devices that connect_windows was given, in that order"
+        remedy = "A program to be exported has no windows, either: pass transport='all_to_all'."
+        raise NotImplementedError(checks.message("dispatch", "axis_name", rule, mesh, remedy))
     NVLINK.check_mesh(mesh)
     if windowed and isinstance(problem, nvlink_kernels.Dispatch) and problem.initialize:
         return _clearing_behind(problem)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from moe_align_jax._expert_parallel.transports import peer_access
+from moe_align_jax._expert_parallel.transports import cuda_memory, peer_access, shared_windows
 from moe_align_jax._simt import window
 from moe_align_jax._simt.language import Devices, Kernel
 from moe_align_jax._simt.window import Window
@@ -27,33 +27,10 @@ from moe_align_jax._simt.window import Window
 # A window has the first of these sizes that is enough: few windows, for the sizes that a program has.
 SIZES = tuple(megabytes << 20 for megabytes in (16, 64, 256))
 FIRST_ADDRESS = 0x2000_0000_0000  # below what Linux gives to mmap, above what CUDA asks for
-_DEVICE_MEMORY, _PINNED, _READ_WRITE, _VMM_SUPPORTED = 1, 1, 3, 102
 
 _windows: dict[Any, Window] = {}
 _lock = threading.Lock()
 _next_address = FIRST_ADDRESS
-
-
-class _Location(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
-
-
-class _Properties(ctypes.Structure):
-    """CUmemAllocationProp."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location", _Location),
-        ("win32_metadata", ctypes.c_void_p),
-        ("flags", ctypes.c_ubyte * 8),
-    ]
-
-
-class _Access(ctypes.Structure):
-    """CUmemAccessDesc."""
-
-    _fields_ = [("location", _Location), ("flags", ctypes.c_int)]
 
 
 def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
@@ -63,6 +40,9 @@ def for_kernel(kernel: Kernel, mesh: Any) -> Window | None:
     if window.unsupported(kernel) or needed > SIZES[-1]:
         return None
     devices = [*mesh.devices.flat] if isinstance(mesh, jax.sharding.Mesh) else []
+    if jax.process_count() > 1:
+        assert kernel.devices is not None
+        return shared_windows.find(devices, kernel.devices, needed)
     here = set(jax.local_devices())
     if not devices or any(d.platform != "gpu" or d not in here for d in devices):
         return None
@@ -94,7 +74,9 @@ def find(devices: Sequence[Any], group: Devices, num_bytes: int) -> Window:
     key = ordinals, group, size
     with _lock:
         if key not in _windows:
-            _windows[key] = Window(_make(_Driver(peer_access.library()), ordinals, size), size)
+            _windows[key] = Window(
+                _make(cuda_memory.Driver(peer_access.library()), ordinals, size), size
+            )
         return _windows[key]
 
 
@@ -105,10 +87,12 @@ def missing() -> str | None:
     if len(gpus) < 2:
         return None
     try:
-        driver = _Driver(peer_access.library())
+        driver = cuda_memory.Driver(peer_access.library())
         for device in gpus:
             if not driver.number(
-                "cuDeviceGetAttribute", _VMM_SUPPORTED, driver.device(device.local_hardware_id)
+                "cuDeviceGetAttribute",
+                cuda_memory.VMM_SUPPORTED,
+                driver.device(device.local_hardware_id),
             ):
                 return f"GPU {device.local_hardware_id} cannot map memory at an address"
     except OSError as error:
@@ -116,42 +100,11 @@ def missing() -> str | None:
     return None
 
 
-class _Driver:
-    def __init__(self, cuda: Any):
-        self._cuda = cuda
-        self("cuInit", 0)
-
-    def __call__(self, name: str, *arguments: Any) -> None:
-        function = getattr(self._cuda, name, None)
-        if function is None:
-            raise OSError(f"it has no {name}")
-        if error := function(*arguments):
-            raise OSError(f"{name} failed (CUDA driver error {error})")
-
-    def number(self, name: str, *arguments: Any) -> int:
-        """What the driver writes to the first argument."""
-        value = ctypes.c_int()
-        self(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    def word(self, name: str, *arguments: Any) -> int:
-        """The same of 64 bits."""
-        value = ctypes.c_uint64()
-        self(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    def device(self, ordinal: int) -> int:
-        return self.number("cuDeviceGet", ordinal)
-
-
-def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:
+def _make(driver: cuda_memory.Driver, ordinals: Sequence[int], size: int) -> int:
     """The address of zeroed windows, one after the other, on these GPUs."""
     global _next_address
     u64, total = ctypes.c_uint64, size * len(ordinals)
-    properties = [
-        _Properties(type=_PINNED, location=_Location(_DEVICE_MEMORY, driver.device(ordinal)))
-        for ordinal in ordinals
-    ]
+    properties = [cuda_memory.properties(driver.device(ordinal)) for ordinal in ordinals]
     address = driver.word("cuMemAddressReserve", u64(total), u64(0), u64(_next_address), u64(0))
     mapped = 0
     try:
@@ -162,12 +115,10 @@ def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:
             finally:
                 driver("cuMemRelease", u64(handle))  # the mapping keeps the memory
             mapped += size
-        access = (_Access * len(properties))(
-            *[_Access(p.location, _READ_WRITE) for p in properties]
-        )
-        driver("cuMemSetAccess", u64(address), u64(total), access, u64(len(properties)))
+        locations = [one.location for one in properties]
+        cuda_memory.give_access(driver, address, total, locations)
         for number, ordinal in enumerate(ordinals):
-            _clear(driver, ordinal, address + number * size, size)
+            cuda_memory.clear(driver, ordinal, address + number * size, size)
     except OSError:
         if mapped:
             driver("cuMemUnmap", u64(address), u64(mapped))
@@ -175,14 +126,3 @@ def _make(driver: _Driver, ordinals: Sequence[int], size: int) -> int:
         raise
     _next_address = max(_next_address, address + total)
     return address
-
-
-def _clear(driver: _Driver, ordinal: int, address: int, size: int) -> None:
-    # The context that XLA has, too; it is never given back, as the window is not.
-    context = driver.word("cuDevicePrimaryCtxRetain", driver.device(ordinal))
-    driver("cuCtxPushCurrent_v2", ctypes.c_uint64(context))
-    try:
-        driver("cuMemsetD32_v2", ctypes.c_uint64(address), 0, ctypes.c_uint64(size // 4))
-        driver("cuStreamSynchronize", None)
-    finally:
-        driver.word("cuCtxPopCurrent_v2")
