@@ -405,20 +405,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one launch by these shapes, too: form:warpgroups:CTAs, e.g. split:3:8,block:2:8",
     )
     parser.add_argument("--whole-keys", action="store_true", help="ours without short keys, too")
-    parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument(
-        "--size", help="one size instead: tokens,experts,top_k,kind,dtype,block_size"
+        "--sizes", default="", help="numbers of sizes to run instead of all, e.g. 0,1,4"
+    )
+    parser.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        help="a size instead, may be repeated: tokens,experts,top_k,kind,dtype,block_size",
     )
     parser.add_argument("--copies", type=int, default=20, help="inputs per program")
     parser.add_argument("--executions", type=int, default=12)
     parser.add_argument("--replays", type=int, default=30)
     parser.add_argument("--out", help="JSONL file to append to")
     options = parser.parse_args(argv)
-    sizes = [SIZES[int(k)] for k in options.sizes.split(",") if k] or list(SIZES)
-    if options.size:
-        words = options.size.split(",")
+    sizes = [SIZES[int(k)] for k in options.sizes.split(",") if k]
+    for text in options.size:
+        words = text.split(",")
         numbers = {k: int(words[k]) for k in (0, 1, 2, 5) if k < len(words)}
-        sizes = [Size(*(numbers.get(k, word) for k, word in enumerate(words)))]  # type: ignore[arg-type]
+        sizes.append(Size(*(numbers.get(k, word) for k, word in enumerate(words))))  # type: ignore[arg-type]
+    sizes = sizes or list(SIZES)
     for name in ("sglang_router", "vllm"):
         path = getattr(options, name)
         if path and not Path(path).is_file():

@@ -5,7 +5,8 @@ python -m benchmarks.training --out ROWS.jsonl
 Products: tokamax's own sizes for an H100. Every provider has the same rows, in the order of their experts,
 which are drawn uniformly; bfloat16. Sampled values of each result are compared with NumPy's in float32 before
 a time is taken. TFLOP/s count rows in use, not padding. Ours and jax's: device span of one call under jit;
-torch's: one call in a CUDA graph.
+torch's: one call in a CUDA graph. Providers take turns, forth and back: at the GPU's power limit whoever
+comes later has a lower clock.
 
 Layers: `jax.vjp` of the layer by x, the weights and topk_weights, and the result: device span under jit, and
 what the compiled program allocates beside operands and results. Gradients are compared with the first
@@ -20,7 +21,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -351,37 +352,46 @@ def compiled(wanted: Sequence[tuple[Callable[..., Any], Any]], threads: int) -> 
     return done
 
 
-def torch_times(inputs: Inputs, replays: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """torch's grouped product, and a dense one of the same m, k and n."""
-    import torch
+def torch_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], tuple[str, Any]]]]:
+    """torch's grouped product, and a dense one of the same m, k and n.
 
-    from torch_bridge import to_torch
-
+    Each is a name, and what gives "" and a measure of so many replays, or says what is wrong.
+    """
     size = inputs.size
-    left, right = map(to_torch, inputs.operands)
-    kind = size.kind
-    if kind == "weight gradient":
-        left = left.t()
-    elif kind == "input gradient":
-        right = right.transpose(1, 2)
-    ends = torch.from_numpy(np.cumsum(inputs.counts, dtype=np.int32)).to(left.device)
 
-    def dense() -> Any:
-        other = right if kind == "weight gradient" else right[0]
+    def operands() -> tuple[Any, Any]:
+        from torch_bridge import to_torch
+
+        left, right = map(to_torch, inputs.operands)
+        if size.kind == "weight gradient":
+            return left.t(), right
+        return left, right.transpose(1, 2) if size.kind == "input gradient" else right
+
+    def replayed(call: Callable[[], Any]) -> Callable[[int], timing.Timing]:
+        graph = timing.capture_torch([call])
+        return lambda replays: timing.time_torch_graphs([(graph, 1)], replays=replays)[0]
+
+    def dense() -> tuple[str, Any]:
+        import torch
+
+        left, right = operands()
+        other = right if size.kind == "weight gradient" else right[0]
         out = torch.empty(left.shape[0], other.shape[1], dtype=left.dtype, device=left.device)
-        call = functools.partial(torch.mm, left, other, out=out)
-        return "", timing.time_torch_graph([call], replays=replays)
+        return "", replayed(functools.partial(torch.mm, left, other, out=out))
 
-    def grouped() -> Any:
+    def grouped() -> tuple[str, Any]:
+        import torch
+
+        left, right = operands()
+        ends = torch.from_numpy(np.cumsum(inputs.counts, dtype=np.int32)).to(left.device)
         out = torch._grouped_mm(left, right, offs=ends)
-        if kind == "weight gradient":
+        if size.kind == "weight gradient":
             found = np.stack([out[e][inputs.columns].float().cpu().numpy() for e in inputs.experts])
         else:
             found = out[torch.from_numpy(inputs.rows).to(left.device)].float().cpu().numpy()
         if wrong := inputs.wrong(found):
             return wrong, None
-        call = functools.partial(torch._grouped_mm, left, right, offs=ends)
-        return "", timing.time_torch_graph([call], replays=replays)
+        return "", replayed(functools.partial(torch._grouped_mm, left, right, offs=ends))
 
     yield "torch.mm, dense", dense
     yield "torch._grouped_mm", grouped
@@ -391,39 +401,49 @@ def run_product(size: Product, options: argparse.Namespace) -> Iterator[dict[str
     inputs = Inputs(size)
     work = [(n, w) for n, w in by_jax(inputs, options) if re.search(options.only, n)]
     programs = compiled([(w.call, w.arrays) for _, w in work], options.threads)
+    turn_of = {n: -(-n // options.rounds) for n in (options.executions, options.replays)}
 
-    def check(program: Any, each: Work) -> str:
+    def by_span(program: Any, each: Work) -> tuple[str, Any]:
         if isinstance(program, BaseException):
             raise program
-        return inputs.wrong(each.sampled(program([each.arrays])[0]))
+        if wrong := inputs.wrong(each.sampled(program([each.arrays])[0])):
+            return wrong, None
+        span = functools.partial(timing.time_jit_span, program, [each.arrays])
+        return "", functools.partial(span, executions=turn_of[options.executions])
+
+    def in_graph(make: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
+        wrong, replayed = make()
+        return wrong, replayed and functools.partial(replayed, turn_of[options.replays])
 
     def row_of(name: str, take: Callable[[], Any]) -> dict[str, Any]:
         row = {"case": size.name, **size._asdict(), "provider": name}
         return _measured(row, take, size.flops)
 
-    right = []
-    for (name, each), program in zip(work, programs, strict=True):
-        try:
-            wrong = check(program, each)
-        except Exception as error:  # one provider's failure leaves the others their time
-            yield row_of(name, functools.partial(_raise, error))
-            continue
-        if wrong:
-            yield row_of(name, lambda wrong=wrong: (wrong, None))
-        else:
-            right.append((name, program, each))
+    right: list[tuple[str, Callable[[], timing.Timing]]] = []
+
+    def rows_of_wrong(makers: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Those that are right are in `right` then."""
+        for name, make in makers:
+            try:
+                wrong, measure = make()
+            except Exception as error:  # one provider's failure leaves the others their time
+                yield row_of(name, functools.partial(_raise, error))
+                continue
+            if wrong:
+                yield row_of(name, lambda wrong=wrong: (wrong, None))
+            else:
+                right.append((name, measure))
+
+    made = zip(work, programs, strict=True)
+    yield from rows_of_wrong((w[0], functools.partial(by_span, p, w[1])) for w, p in made)
     children.wait_for_turn()
-    # One trace for all: it takes as long as many calls.
-    calls, arrays = [p for _, p, _ in right], [[each.arrays] for *_, each in right]
-    taken = timing.time_jit_spans(calls, arrays, executions=options.executions) if right else []
-    for (name, program, each), found in zip(right, taken, strict=True):
-        if found.note:  # it could not be told from the others in their trace
-            again = functools.partial(timing.time_jit_span, executions=options.executions)
-            found = again(program, [each.arrays])
-        yield row_of(name, lambda found=found: ("", found))
     if options.peers:
-        for name, take in torch_times(inputs, options.replays):
-            yield row_of(name, take)
+        by_torch = torch_calls(inputs)
+        yield from rows_of_wrong((name, functools.partial(in_graph, m)) for name, m in by_torch)
+    for index, found in timing.in_turns([measure for _, measure in right], options.rounds):
+        failed = isinstance(found, Exception)
+        take = functools.partial(_raise, found) if failed else lambda found=found: ("", found)
+        yield row_of(right[index][0], take)
 
 
 def _raise(error: Exception) -> Any:
@@ -647,7 +667,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", default="", help="regular expression of a layer's passes")
     parser.add_argument("--executions", type=int, default=8)
     parser.add_argument("--replays", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2, help="of a layer's providers, in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="of providers, forth and back")
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     case_processes.add_arguments(parser, patience=120)
     options = parser.parse_args(argv)

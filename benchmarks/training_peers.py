@@ -6,6 +6,7 @@ of groups, `[m, k]` and `[m, n]`, weights `[E, k, n]`, and the rows of each grou
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -50,7 +51,9 @@ def _tokamax() -> Any:
         parts = "xprof.cli.tools.get_kernel_stats_tool".split(".")
         for i in range(len(parts)):
             name = ".".join(parts[: i + 1])
-            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name] = module = types.ModuleType(name)
+            # Who looks for it once more, where this import failed the first time, asks for its spec.
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
             if i:
                 setattr(sys.modules[".".join(parts[:i])], parts[i], sys.modules[name])
     if importlib.util.find_spec("triton") is not None:

@@ -30,6 +30,8 @@ _FINDS_EXPERTS, _ALL_FIND_EXPERTS = 32, 8
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
+_MOST_FOUND_GROUPS = 256  # of which each lane of a warp has up to eight
+_LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 _MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
@@ -69,7 +71,7 @@ class Config(NamedTuple):
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
         ahead: the warpgroup that loads reads what the next tile is while the others multiply this one, copies
             the scales of its weights into shared memory, and tells them. Of e4m3 with scales of blocks.
-        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself (found_group.py), in place
+        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself (found_masked.py), in place
             of a launch that makes the list of tiles. With `heights`: the warpgroup that loads finds
             each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
@@ -78,11 +80,15 @@ class Config(NamedTuple):
             that its weights are not read again for blocks of a second group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
+            Of "ragged" rows, found and late: so are those of a group (found_groups.py).
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
+        mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
+            blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
+            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
@@ -110,6 +116,9 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
+    mixes: bool = False
+    rotates: bool = False
+    amid: bool = False
     peeled: bool = False
 
     @property
@@ -139,6 +148,9 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
+        more += "-mixes" if self.mixes else ""
+        more += "-rotates" if self.rotates else ""
+        more += "-amid" if self.amid else ""
         more += "-peeled" if self.peeled else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -230,6 +242,15 @@ DEFAULT_RULES = Rules()
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
 #   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
 #   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
+# Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
+# means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
+#   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
+#   the same of 12288 and 8192 rows: listed 128 236, 234; found, group 0 208, 202, group 4 207 of the latter
+#   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
+#   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
+#   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
+# Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
+# and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -271,6 +292,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.trims and not tiles.heights:
         return "tiles of one height load all of their rows"
+    if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
+        return "of blocks whose tiles find themselves alone a part is mixed with the others"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
@@ -283,15 +306,17 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
-def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
+def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Config:
     """The same tiles, of several heights where these were found to be faster: see above `RULES`."""
     few = problem.num_experts <= rules.few_experts
     if tiles.bm == 144:
-        more = {"finds": True, "late": tiles.late, "trims": not problem.top_k}
+        late = tiles.late or problem.rows == "ragged" and may_be_late(problem)
+        more = {"finds": True, "late": late, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
-        return found._replace(group=0) if found.heights and in_turn else found
+        mixes = found.cuts and problem.rows == "blocks" and not few
+        return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
     if few:
         plain = not (problem.weights.gated or problem.top_k)
         if tiles.bm < _LEAST_OF_HEIGHTS or not plain:
@@ -304,10 +329,19 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules) -> Config:
         exact = tiles.bm == 184
         return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
     work = problem.num_rows * problem.k * problem.n
-    if problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
+    if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
     found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
     return found._replace(group=0) if found.heights else tiles
+
+
+def _found_of_groups(problem: MatmulProblem, rules: Rules) -> Config | None:
+    """Tiles of "ragged" rows of several heights that find themselves, or None where 128 rows are better."""
+    many = problem.num_experts > rules.few_experts and mean_rows(problem) >= _LEAST_MEAN_OF_FOUND
+    if problem.rows != "ragged" or not many or not takes_whole(problem, 144):
+        return None
+    found = _cut(problem, _whole(problem, 144, _group(problem, rules)), rules, False)
+    return found if found.cuts else None
 
 
 def with_heights(
@@ -333,15 +367,18 @@ def with_heights(
 
 def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why tiles cannot have `heights`, or None."""
-    if problem.rows != "blocks" or problem.block_size != tiles.bm:
+    if problem.rows == "ragged" and (reason := _no_heights_of_groups(problem, tiles)):
+        return reason
+    of_blocks = problem.rows == "blocks" and problem.block_size == tiles.bm
+    if problem.rows != "ragged" and not of_blocks:
         return "tiles of several heights are cut of an expert's blocks, each as high as the highest"
     if problem.whole_blocks or problem.row_labels or problem.top_k and not tiles.finds:
         return (
             "tiles of several heights have ids that tell pairs; listed ones the rows of x in order"
         )
-    if problem.num_rows < problem.block_size:
+    if problem.num_rows < tiles.bm:
         return "one block at least is cut into tiles of several heights"
-    if problem.num_blocks > MAX_BLOCKS and not tiles.finds:
+    if not tiles.finds and problem.num_blocks > MAX_BLOCKS:
         return f"a list of tiles of several heights is made of {MAX_BLOCKS} blocks at most"
     if problem.scales or problem.row_weights or problem.weights.bias:
         return "tiles of several heights have no scales, row weights or bias"
@@ -368,6 +405,15 @@ def _no_heights(problem: MatmulProblem, tiles: Config) -> str | None:
     falls = all(a > b for a, b in zip(tiles.heights, rest, strict=False))
     if first != tiles.bm or not falls or any(h % 8 or h <= 0 for h in tiles.heights):
         return "heights fall from a block's on, by multiples of 8 rows"
+    return None
+
+
+def _no_heights_of_groups(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why tiles of groups cannot have `heights`, or None; see `_no_heights` for what all of them cannot."""
+    if not (tiles.finds and tiles.late):
+        return "tiles of several heights of groups are found, and stored late"
+    if not 0 < problem.num_groups <= _MOST_FOUND_GROUPS:
+        return f"tiles of several heights are found of at most {_MOST_FOUND_GROUPS} groups"
     return None
 
 
@@ -474,14 +520,16 @@ def tests_rows(problem: MatmulProblem) -> bool:
 
 
 def config_for(
-    problem: MatmulProblem, gpu_kind: str | None = None, *, heights: bool = True
+    problem: MatmulProblem, gpu_kind: str | None = None, *, lists: bool = True
 ) -> Config:
     """Tiles for a problem that the kernel takes, on a GPU kind (None: the defaults).
 
-    heights: whether tiles may have several heights.
+    lists: whether a launch ahead of the product can list its tiles, as those by falling height need it.
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
     bm = tile_rows(problem, rules)
+    if bm == 128 and (found := _found_of_groups(problem, rules)):
+        return found
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
         most = _FINDS_EXPERTS if tiles.ahead or tiles.form == "swap" else _ALL_FIND_EXPERTS
@@ -498,8 +546,7 @@ def config_for(
         return _shared(problem, rules, Config("swap", bm, 128, 128, 5 if bm <= 40 else 4, group=0))
     group = _group(problem, rules)
     if bm not in (64, 128):
-        whole = _whole(problem, bm, group)
-        return _cut(problem, whole, rules) if heights else whole
+        return _cut(problem, _whole(problem, bm, group), rules, lists)
     if bm == 64 or not _may_be_tall(problem):
         return Config("n", 64, 256, 64, 4, group=group)
     by_expert = problem.rows == "masked" and group > 0

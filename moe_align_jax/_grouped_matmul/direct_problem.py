@@ -59,8 +59,8 @@ class DirectMatmul(NamedTuple):
     @property
     def tiles(self) -> Config:
         """The tiles that the kernel is built with: those given, else the ones for the problem on that GPU."""
-        # Tiles that a cluster shares, and those of several heights, have run under jit alone.
-        found = self.config or unshared(config_for(self.problem, self.gpu_kind, heights=False))
+        # Tiles that a cluster shares have run under jit alone.
+        found = self.config or unshared(config_for(self.problem, self.gpu_kind, lists=False))
         if not found.heights or found.finds:
             return found
         return found._replace(heights=(), exact=False, falling=False)  # no launch lists them

@@ -28,7 +28,7 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 _I32 = jnp.int32
 SLOTS = 2  # of what is told: the tile that is multiplied, and the next one
 WORDS = 8  # of a slot: first row, rows, n tile, pairs
-FOUND = 5  # values of a tile
+FOUND = 6  # values of a tile
 
 
 def find(
@@ -46,7 +46,7 @@ def find(
     """
     from moe_align_jax._simt import mosaic
 
-    cut = cut_list.of(problem, config.heights, config.exact)
+    cut = cut_list.of(problem, config.heights, config.exact, rotates=config.rotates)
     sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
     machine = Kernel(
         name=f"grouped_matmul_{config.form}",
@@ -71,7 +71,7 @@ def find(
 def tile_of(
     t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
 ) -> tuple[Int, ...]:
-    """(Expert, first row, end, pairs, the row behind those that follow and hold none) of tile `at`.
+    """(Expert, first row, end, pairs, and the first row and end of those that it clears) of tile `at`.
 
     By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there; `at` is
     one of them. Ids below `limit` are pairs.
@@ -82,12 +82,13 @@ def tile_of(
     first, count = at - before, before + after
     held = _held(t, r, cut, first + (count - 1), used, limit)
     pairs = t.select(valid, (count - 1) * cut.block + held, 0)
-    start, rows = cut_list.share(t, cut, pairs, count, before)
+    start, rows = cut_list.share(t, cut, pairs, count, before, expert)
     left = t.select(pairs > start, pairs - start, 0)
     row = first * cut.block + start
     end = row + t.select(left > 0, rows, 0)
-    behind = t.select(after.eq(1), (first + count) * cut.block, row + rows)
-    return expert, row, end, t.select(left < rows, left, rows), behind
+    base = first * cut.block
+    empty, behind = cut_list.padding(t, cut, pairs, count, before, expert)
+    return expert, row, end, t.select(left < rows, left, rows), base + empty, base + behind
 
 
 def _run_of(
@@ -188,15 +189,21 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = _share_plainly(config, pairs, count, before)
+    start, rows = share_plainly(config, pairs, count, before, expert)
     left = jnp.maximum(pairs - start, 0)
-    row = first * block + start
-    behind = jnp.where(after == 1, (first + count) * block, row + rows)
-    return expert, row, row + jnp.where(left > 0, rows, 0), jnp.minimum(left, rows), behind
+    base = first * block
+    row = base + start
+    last, height = share_plainly(config, pairs, count, count - 1, expert)
+    used_rows = last + jnp.where(pairs > last, height, 0)
+    each = lax.div(count * block - used_rows + (count - 1), count)
+    empty = used_rows + before * each
+    behind = jnp.minimum(empty + each, count * block)
+    end = row + jnp.where(left > 0, rows, 0)
+    return expert, row, end, jnp.minimum(left, rows), base + empty, base + behind
 
 
-def _share_plainly(
-    config: Config, pairs: Any, count: Any, place: Any
+def share_plainly(
+    config: Config, pairs: Any, count: Any, place: Any, expert: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""
 
@@ -213,6 +220,12 @@ def _share_plainly(
     low = lax.div(units, count)
     more = units - low * count
     lower, higher = height(low * STEP), height((low + 1) * STEP)
+    if config.rotates:
+        turn = lax.rem(jnp.maximum(expert, 0), count)
+        taller = lambda p: jnp.where(lax.rem(p + turn, count) < more, 1, 0)  # noqa: E731
+        before = lax.fori_loop(0, place, lambda p, found: found + taller(p), _I32(0))
+        start = place * lower + before * (higher - lower)
+        return start, jnp.where(taller(place) > 0, higher, lower)
     start = place * lower + jnp.minimum(place, more) * (higher - lower)
     return start, jnp.where(place < more, higher, lower)
 

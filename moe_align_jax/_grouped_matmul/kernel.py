@@ -20,7 +20,7 @@ writes the rows of tiles in use. Nothing is atomic: the same bits in every run. 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._grouped_matmul import (
     epilogue,
     found_cut,
-    found_group,
+    found_groups,
+    found_masked,
     inline,
     inline_scales,
     loads,
@@ -62,8 +63,10 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs, behind: of tiles of several heights: rows that hold a pair, and the row behind those that
-            follow the tile and hold none.
+        pairs: of tiles of several heights: rows that hold a pair, or are the group's; of blocks, with
+            `Config.ahead`, where padding is zero: rows that hold a pair.
+        empty, behind: of those: the first row, and the row behind the last one, of the tile's share of its
+            run's rows that are in use and no tile's.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
@@ -77,11 +80,27 @@ class Tile(NamedTuple):
     n: jax.Array
     used: jax.Array
     pairs: Any = None
+    empty: Any = None
     behind: Any = None
     there: Any = None
     busy: Any = None
     together: Any = None
     holds: Any = None
+
+
+class Mixing(NamedTuple):
+    """Two parts of the tiles of rows, or of whole groups of them, which are taken in turns; see `mixed`.
+
+    Attributes:
+        small: of the small part; 0: all keep their order.
+        large_from, small_from: the first of either part.
+        units: of both parts.
+    """
+
+    small: jax.Array
+    large_from: jax.Array
+    small_from: jax.Array
+    units: jax.Array
 
 
 class _Refs:
@@ -101,17 +120,22 @@ class _Refs:
         bound = launch_value(refs.pop(0)) if sized_at_launch else None
         self.more = [refs.pop(0) for _ in range(ending.inputs if ending else 0)]
         by_expert = config.finds and not config.cuts
+        by_group = config.cuts and problem.rows == "ragged"
+        self.sizes, self.offset = (
+            (refs.pop(0), refs.pop(0)) if by_group else cast(tuple[Any, Any], (None, None))
+        )
         self.masked_m: Any = refs.pop(0) if by_expert else None
-        self.count: Any = None if problem.row_labels or by_expert else refs.pop(0)
-        self.experts: Any = None if by_expert else refs.pop(0)
+        known = by_expert or by_group
+        self.count: Any = None if problem.row_labels or known else refs.pop(0)
+        self.experts: Any = None if known else refs.pop(0)
         listed: tuple[Any, Any] = (None, None)
         if not shape.parts and not config.finds:
             listed = refs.pop(0), refs.pop(0)
         self.starts, self.ends = listed
-        more: tuple[Any, Any] = (None, None)
+        more: tuple[Any, Any, Any] = (None, None, None)
         if config.heights and not config.finds:
-            more = refs.pop(0), refs.pop(0)
-        self.pairs, self.behind = more
+            more = refs.pop(0), refs.pop(0), refs.pop(0)
+        self.pairs, self.padding, self.behind = more
         self.ids: Any = refs.pop(0) if shape.reads_ids else None
         row_weights = refs.pop(0) if problem.row_weights else None
         bias = refs.pop(0) if problem.weights.bias else None
@@ -123,7 +147,7 @@ class _Refs:
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
         self.told: Any = None
-        if config.cuts or config.ahead:
+        if config.heights or config.ahead:
             read, told, words = refs.pop(), refs.pop(), refs.pop()
             self.told = found_cut.Told(words, told, read)
         self.empty, self.full = refs.pop(), refs.pop()
@@ -196,9 +220,10 @@ def build(
     """The kernel as a function of the operands that `launch` gives it, in this order:
 
     num_tokens_post_padded `[1]` and expert_ids `[B]` (the latter alone with `row_labels`), or count `[1]`
-    and expert, start and end of each tile (with `heights` also pairs and behind), or masked_m `[e]`
-    (`Config.finds`); sorted_token_ids, row_weights, bias, scales of x and of each array of weights, those
-    that there are; x; the weights, one array or two.
+    and expert, start and end of each tile (with `heights` also pairs, empty and behind), or, with
+    `Config.finds`, masked_m `[e]` or group_sizes `[G]` and group_offset `[1]`; sorted_token_ids,
+    row_weights, bias, scales of x and of each array of weights, those that there are; x; the weights, one
+    array or two.
     With an `ending`, for tiles neither late nor shared, its operands come first, and its results are returned
     before the problem's.
 
@@ -242,13 +267,13 @@ def build(
         total = units * n_tiles
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
-        def order(i):
+        def order(i, how=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA."""
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
             else:
-                at, n = in_groups(config.group, t, units, n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles, how)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -262,23 +287,29 @@ def build(
             other = _read(*given, jnp.minimum(at ^ 1, last), row_tiles, interpret)
             return *_read(*given, jnp.minimum(at, last), row_tiles, interpret), other[0]
 
-        def found(i, before_none):
-            """The i-th tile, which the warpgroup that loads finds and tells the others.
+        def told(i, before_none, how):
+            """The i-th tile, which the warpgroup that loads finds or reads in the list, and tells the others.
 
             `before_none` is called ahead of telling a tile of no rows.
             """
-            at, n = order(i)
-            find = found_cut.find_plainly if interpret else found_cut.find
-            limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
-            where = refs.experts, refs.ids, at, row_tiles, limit
-            known = tuple(find(problem, config, *where))
+            at, n = order(i, how)
+            if config.cuts and problem.rows == "ragged":
+                find = found_groups.find_plainly if interpret else found_groups.find
+                known = tuple(find(problem, config, refs.sizes, refs.offset, at))
+            elif config.cuts:
+                find = found_cut.find_plainly if interpret else found_cut.find
+                limit = jnp.maximum(_I32(epilogue.num_pairs(problem, refs.vectors)), 0)
+                where = refs.experts, refs.ids, at, row_tiles, limit
+                known = tuple(find(problem, config, *where))
+            else:
+                known = read(at)
             tile = _tile(problem, config, shape, refs, at, n, known)
             pl.when(jnp.logical_not(tile.valid))(before_none)
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
         def tile_at(i):
-            if config.cuts:
+            if config.heights:
                 row, end, n, held = refs.told.hear(i, 4)
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
@@ -345,7 +376,7 @@ def build(
                 plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
-            if config.cuts or config.ahead:
+            if config.heights or config.ahead:
                 refs.told.allow()
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
 
@@ -450,7 +481,7 @@ def build(
                 tile, steps = tile_at(i)
 
                 def put(q):
-                    store(q, pieces[q], at, height=held)
+                    store(q, pieces[q], at, whole=True, height=held)
 
                 def between(k):
                     for q in range(len(pieces)):
@@ -471,7 +502,18 @@ def build(
                     return pieces
 
                 value = by_height(tile, config.heights, kept, nothing)
-                return ring + steps, tile.end - tile.row, place(tile), value
+                height, here = tile.end - tile.row, place(tile)
+                if problem.rows != "ragged":
+                    return ring + steps, height, here, value
+                # A group's only tile, of more rows than the group, is stored at once.
+                less = tile.pairs < height
+
+                @pl.when(less)
+                def _():
+                    for q, piece in enumerate(value):
+                        store(q, piece, (here[0], here[1], tile.row + tile.pairs))
+
+                return ring + steps, jnp.where(less, 0, height), here, value
 
             def now_as_told(i, ring):
                 tile, steps = hear(i)
@@ -560,7 +602,7 @@ def build(
                 @pl.when(held > 0)
                 def _():
                     for q, value in enumerate(pieces):
-                        store(q, value, at, height=held)
+                        store(q, value, at, whole=True, height=held)
 
             elif not config.late:
                 usual = now_by_height if config.heights else now
@@ -592,21 +634,23 @@ def build(
                 for lag in range(config.lag, 0, -1):
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
+            how = None
+            if config.mixes:
+                how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
+
             def one(i, carry):
                 ring, said = carry
-                if config.cuts:
+                if config.heights:
                     # The others would wait for a tile's last steps, of which the next tile's steps say that
                     # they are there, and this warpgroup, with tiles of none to tell, for the others.
                     rest = (lambda: all_arrived(ring, said)) if by_copies else (lambda: None)
-                    tile, steps = found(i, rest)
+                    tile, steps = told(i, rest, how)
                     if by_copies:
                         said = jnp.where(tile.valid, said, ring)
                 else:
                     tile, steps = tile_at(i)
                     if config.ahead:
-                        if (
-                            by_copies
-                        ):  # see above; a tile of few steps does not say all of the last one's
+                        if by_copies:  # see above; few steps do not say all of the last tile's
                             rest = (steps == 0) | (shape.k_steps < config.lag)
                             pl.when(rest)(lambda: all_arrived(ring, said))
                             said = jnp.where(rest, ring, said)
@@ -614,12 +658,23 @@ def build(
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
+                def clear():
+                    columns = tile.n * shape.columns, shape.columns
+                    inline.store_zeros(
+                        *(refs.out, tile.empty, tile.behind, *columns), interpret=interpret
+                    )
+
+                clears = bool(config.heights) and not problem.leaves_padding
+                amid = clears and config.amid
+
                 def step(k, _=()):
                     at = ring + k
                     slot = slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
                     of_row = k if first is None else first + k
                     loader.load(refs, tile, rows, slot, of_row, full.at[slot])
+                    if amid:
+                        pl.when(k == min(stages, shape.k_steps) - 1)(clear)
                     if not by_copies:
                         return ()
                     inline.commit_copies(interpret=interpret)
@@ -635,11 +690,10 @@ def build(
                     inline.loop(steps, step, interpret=interpret)
                 else:
                     lax.fori_loop(0, steps, step, ())
-                if config.heights and not problem.leaves_padding:
-                    columns = tile.n * shape.columns, shape.columns
-                    inline.store_zeros(
-                        *(refs.out, tile.end, tile.behind, *columns), interpret=interpret
-                    )
+                if amid:
+                    pl.when(steps == 0)(clear)
+                elif clears:
+                    clear()
                 return ring + steps, said
 
             end, said = lax.fori_loop(0, mine, one, (_I32(0), _I32(0)))
@@ -648,7 +702,7 @@ def build(
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
-            if config.cuts or config.ahead:
+            if config.heights or config.ahead:
                 refs.told.end(mine)
 
         lax.cond(warpgroup < computing, compute, load)
@@ -681,7 +735,7 @@ def build(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
     told: list[Any] = []
-    if config.cuts or config.ahead:
+    if config.heights or config.ahead:
         told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
         for arrivals in (1, computing):
             told.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=found_cut.SLOTS))
@@ -724,6 +778,9 @@ def _row_tiles(
     problem: MatmulProblem, config: Config, shape: Shape, refs: _Refs, interpret: bool
 ) -> jax.Array:
     """Tiles that the rows in use make."""
+    if config.cuts and problem.rows == "ragged":
+        count = found_groups.count_plainly if interpret else found_groups.count
+        return count(problem, config, refs.sizes, refs.offset)
     if config.cuts:  # whose rows are all there
         blocks = lax.div(refs.count[0] + (problem.block_size - 1), _I32(problem.block_size))
         return jnp.clip(blocks, 0, problem.num_rows // problem.block_size)
@@ -743,16 +800,54 @@ def _row_tiles(
     return jnp.clip(blocks, 0, most) * shape.parts
 
 
-def in_groups(group: int, t: jax.Array, row_tiles: Any, n_tiles: int) -> tuple[Any, Any]:
-    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner."""
+def in_groups(
+    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, known: "Mixing | None" = None
+) -> tuple[Any, Any]:
+    """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner.
+
+    `known`: how tiles of rows, or groups of them, are mixed.
+    """
     if not group:
-        return lax.div(t, _I32(n_tiles)), lax.rem(t, _I32(n_tiles))
+        at = lax.div(t, _I32(n_tiles))
+        return mixed(known, at) if known else at, lax.rem(t, _I32(n_tiles))
     each = _I32(group * n_tiles)
     first = lax.div(t, each)
     rest = t - first * each
+    if known:
+        first = mixed(known, first)
     size = jnp.minimum(row_tiles - first * group, group)
     n = lax.div(rest, size)
     return first * group + (rest - n * size), n
+
+
+def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> Mixing:
+    """How tiles of blocks are mixed: not at all, but where the experts seem to be sorted by their rows.
+
+    Then the tile at two thirds of the rows is of an expert of the first half, or that at one third of one of
+    the second half. Two loads, side by side.
+    """
+    units = row_tiles if not group else lax.div(row_tiles, _I32(group))
+    third = lax.div(units, _I32(3))
+    last = jnp.maximum(row_tiles - 1, 0)
+    near, far = (jnp.minimum(at * max(1, group), last) for at in (third, units - third))
+    falls = (experts[far] >= 0) & (experts[far] * 2 < num_experts)
+    rises = (experts[near] * 2 > num_experts) & (experts[near] < num_experts)
+    small = jnp.where(falls | rises, third, 0)
+    return Mixing(
+        small, jnp.where(falls, 0, small), jnp.where(falls, units - small, 0).astype(_I32), units
+    )
+
+
+def mixed(known: Mixing, at: jax.Array) -> jax.Array:
+    """Which unit (tile of rows, or whole group of them) is the at-th: after two of the large part one of the
+    small part; what is left of the large part, and a group that is not whole, come last."""
+    turn = lax.div(at, _I32(3))
+    place = at - turn * 3
+    both = turn < known.small
+    of_small = both & (place == 2)
+    of_large = jnp.where(both, turn * 2 + place, at - known.small) + known.large_from
+    found = jnp.where(of_small, turn + known.small_from, of_large)
+    return jnp.where(at < known.units, found, at)
 
 
 def _in_expert(
@@ -777,8 +872,8 @@ def _in_expert(
 def _found(
     problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array, interpret: bool
 ) -> Sequence[Any]:
-    """What `found_group.tile_of` says of a tile of rows of the masked layout."""
-    find = found_group.find_plainly if interpret else found_group.find
+    """What `found_masked.tile_of` says of a tile of rows of the masked layout."""
+    find = found_masked.find_plainly if interpret else found_masked.find
     return find(problem, config, refs.masked_m, at)
 
 
@@ -797,7 +892,7 @@ def _read(
         return tuple(_found(problem, config, refs, at, interpret)[:3])
     if config.heights:
         found = refs.experts[at], refs.starts[at], refs.ends[at]
-        return *found, refs.pairs[at], refs.behind[at]
+        return *found, refs.pairs[at], refs.padding[at], refs.behind[at]
     if not shape.parts:
         return refs.experts[at], refs.starts[at], refs.ends[at]
     block = lax.div(at, _I32(shape.parts)) if shape.parts > 1 else at
@@ -826,8 +921,8 @@ def _tile(
         known: what `_known` has loaded of it.
     """
     if config.heights:
-        expert, row, end, pairs, behind = known
-        return Tile(end > row, expert, row, end, n, end, pairs, behind)
+        expert, row, end, *more = known
+        return Tile(end > row, expert, row, end, n, end, *more)
     if not shape.parts:
         expert, row, used = known
         # In the masked layout a tile may write to all of its expert's rows.

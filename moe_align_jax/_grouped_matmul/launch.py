@@ -89,7 +89,9 @@ def arguments(
     """The kernel's operands, of the problem's; `where`: the list of tiles, if there is one."""
     shape, weights = shape_of(problem, config), problem.weights
     names = ("num_tokens_post_padded", "expert_ids")
-    if config.finds and not config.cuts:
+    if problem.rows == "ragged" and config.cuts:
+        names = ("group_sizes", "group_offset")
+    elif config.finds and not config.cuts:
         names = ("masked_m",)
     found = list(where or [named[name] for name in names if name in named])
     # A tile may reach past the last row: what it reads there is not used.
@@ -144,7 +146,8 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
 def list_of(problem: MatmulProblem, config: Config) -> Program:
     """The launch that makes the list of tiles, for tiles that come from one."""
     if config.heights:
-        return cut_list.build(cut_list.of(problem, config.heights, config.exact, config.falling))
+        more = config.exact, config.falling, config.rotates
+        return cut_list.build(cut_list.of(problem, config.heights, *more))
     return tile_list.build(tile_list.of(problem, config.bm))
 
 

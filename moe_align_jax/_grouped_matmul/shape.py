@@ -106,7 +106,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             (tests and not config.heights)
             or problem.top_k
             or store_rows
-            or config.cuts
+            or (config.cuts and problem.rows == "blocks")
             or (parts > 1 and not problem.whole_blocks)
             or (blocks and config.skips)
         ),

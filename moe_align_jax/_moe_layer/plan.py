@@ -116,19 +116,13 @@ class LayerProblem(NamedTuple):
         """The dtype of the products' results."""
         return "bfloat16" if self.scales else self.dtype
 
-    @property
-    def _kinds_of_blocks(self) -> tuple[str, ...]:
-        """Those that the layer may have chosen: a launch outside of jit has tiles of one height."""
-        sizes = self.hidden, self.ffn, self.scales is not None, self.bias_down
-        kind = kind_of_blocks(self.gate_up, *sizes)
-        return (HEIGHTS, ANY_ROWS) if kind == HEIGHTS else (kind,)
-
     def _matmul(self, weights: Weights, **sizes: Any) -> MatmulProblem:
         pairs = self.num_tokens * self.top_k
         # A tile is a block where the block size is the layer's own choice: fewer kernels for a model.
-        own = is_static(pairs) and self.block_size in (
-            block_size_for(pairs, self.num_experts, kind) for kind in self._kinds_of_blocks
-        )
+        widths, e4m3 = (self.hidden, self.ffn), self.scales is not None
+        kind = kind_of_blocks(self.gate_up, *widths, e4m3, self.bias_down)
+        chosen = block_size_for(pairs, self.num_experts, kind)
+        own = is_static(pairs) and self.block_size == chosen
         return MatmulProblem(
             function=self.function,
             rows="blocks",

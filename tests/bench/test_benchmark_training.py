@@ -1,6 +1,7 @@
 """benchmarks/training.py: its inputs, its checks, the layers of other libraries, its ratios."""
 
 import argparse
+import importlib.util
 import io
 import json
 import sys
@@ -135,6 +136,72 @@ def test_providers_of_a_layer_are_timed_forth_and_back(monkeypatch):
     assert isinstance(a, bench.timing.Timing) and isinstance(c, bench.timing.Timing)
     assert (a.samples_us, c.samples_us) == ([10, 10, 60, 60], [30, 30, 40, 40])
     assert a.percentile(50) == c.percentile(50) and isinstance(b, MemoryError)
+
+
+def test_providers_of_a_product_are_timed_forth_and_back(monkeypatch):
+    """Ours, the peers' and torch's alike, each in as many parts as there are rounds."""
+    size, order = bench.Product("forward", 64, 16, 8, 4), []
+
+    def taken(name, samples):
+        order.append((name, samples))
+        return bench.timing.Timing("span_us", [1.0 * len(order)] * samples)
+
+    def by_torch(inputs):
+        yield "torch.mm, dense", lambda: ("", lambda replays: taken("torch", replays))
+        yield "torch._grouped_mm", lambda: ("relative error 1", None)
+
+    def span(program, given, *, executions):
+        return taken(program([given[0]])[0], executions)
+
+    inputs = bench.Inputs(size)
+    right = inputs.answers
+
+    def by_jax(given, options):
+        for name in ("ours, blocks", "peer"):
+            yield name, bench.Work(lambda *arrays: None, (), lambda out: right)
+
+    monkeypatch.setattr(bench, "torch_calls", by_torch)
+    monkeypatch.setattr(bench, "by_jax", by_jax)
+    monkeypatch.setattr(bench.timing, "time_jit_span", span)
+    monkeypatch.setattr(bench, "compiled", lambda work, threads: [lambda a, n=n: [n] for n in "ab"])
+    more = {"only": "", "executions": 5, "replays": 4, "rounds": 2}
+    rows = list(bench.run_product(size, argparse.Namespace(**vars(OPTIONS) | more)))
+    assert order == [(n, 2 if n == "torch" else 3) for n in ("a", "b", "torch", "torch", "b", "a")]
+    us = {row["provider"]: row.get("us", row.get("reason")) for row in rows}
+    assert us == {
+        "torch._grouped_mm": "relative error 1",
+        **dict.fromkeys(("ours, blocks", "peer", "torch.mm, dense"), 3.5),
+    }
+
+
+def test_a_second_try_of_tokamax_says_what_the_first_said(monkeypatch):
+    """Stubs of xprof that a failed import leaves behind are found by the next one."""
+    for name in [n for n in sys.modules if n.split(".")[0] == "xprof"]:
+        monkeypatch.delitem(sys.modules, name)
+    wanted = []
+
+    def import_module(name):
+        wanted.append(name)
+        raise ModuleNotFoundError("one of its parts is not installed")
+
+    monkeypatch.setattr(peers.importlib, "import_module", import_module)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", _spec_without_triton)
+    peers._tokamax.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(ModuleNotFoundError, match="one of its parts"):
+                peers._tokamax()
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == "xprof"]:
+            del sys.modules[name]
+    assert wanted == ["tokamax._src.ops.ragged_dot.api"] * 2
+
+
+_FIND_SPEC = importlib.util.find_spec
+
+
+def _spec_without_triton(name):
+    return None if name == "triton" else _FIND_SPEC(name)
 
 
 def test_our_rows_lie_in_the_blocks_of_the_size():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from moe_align_jax._grouped_matmul import cut_list, direct, direct_selftest, reference
-from moe_align_jax._grouped_matmul.config import config_for
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._moe_layer.direct_problem import DirectSum, sum_bucket
@@ -26,12 +25,6 @@ def blocks(block=16, weights=None, **sizes):
     given = {"num_rows": 4096, "k": 128, "n": 192, "num_experts": 5, "dtype": "bfloat16"}
     given |= {"out_dtype": "bfloat16", "weights": Weights(**(weights or {}))} | sizes
     return DirectMatmul(MatmulProblem("test", "blocks", block_size=block, **given))
-
-
-def found_blocks(block, **sizes):
-    """With tiles of several heights, which jit has; a direct launch has them by name alone."""
-    given = blocks(block, **sizes)
-    return given._replace(config=config_for(given.problem))
 
 
 def e4m3(scales, rows="blocks", **sizes):
@@ -54,7 +47,7 @@ PROGRAMS = {
     "bias": blocks(128, SILU | {"bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}),
     "parted": blocks(64, SILU | {"interleaved": True, "bias": True}),
     "rows": blocks(24, {"bias": True}, row_weights=True, k=200, n=136),
-    "found": found_blocks(144),
+    "found": blocks(144),
     "masked": DirectMatmul(
         MatmulProblem(
             *("test", "masked", 4 * 64, 128, 64, 4, "bfloat16", "bfloat16"),
@@ -123,7 +116,7 @@ def test_expected_values_of_the_self_test_are_those_of_the_reference():
 @pytest.mark.parametrize("block", [144, 176, 184])
 def test_the_self_test_meets_tiles_of_several_heights(block):
     """A run that is cut into tiles of two heights, and a tile of the lowest one."""
-    problem = found_blocks(block, n=256)
+    problem = blocks(block, n=256)
     config = problem.tiles
     assert config.finds and config.exact
     [example] = direct_selftest.examples(problem)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torch_bridge
-from moe_align_jax._moe_layer.plan import ANY_ROWS, block_sizes
+from moe_align_jax._moe_layer.plan import block_sizes
 from moe_align_jax.types import AlignedBlocks
 from tests.bridge.helpers import assert_format, misaligned
 from tests.moe_layer import oracle
@@ -498,8 +498,7 @@ def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
 
 
 def test_few_programs_serve_all_numbers_of_tokens(gpu):
-    """With the tiles that the layer has for each number under jit, but that no cluster shares them, and that
-    all have the height of their block."""
+    """With the tiles that the layer has for each number under jit, but that no cluster shares them."""
     from moe_align_jax._grouped_matmul.config import config_for, unshared
 
     E_, K_ = 128, 8
@@ -518,15 +517,14 @@ def test_few_programs_serve_all_numbers_of_tokens(gpu):
         assert one.refusal is None
         found |= {one.first, one.second, one.total}
         exact = one.first.problem._replace(num_tokens=tokens, num_rows=one.num_rows)
-        tiles_of_jit = config_for(exact, "NVIDIA H200", heights=False)
-        assert one.first.tiles == unshared(tiles_of_jit), tokens
+        assert one.first.tiles == unshared(config_for(exact, "NVIDIA H200")), tokens
         assert one.block_size == one.first.tiles.bm
         tiles.setdefault(one.block_size, []).append(tokens)
         assert one.num_rows % one.block_size == 0
         # The most rows that a launch has are not those in use.
         assert not (one.first.problem.all_rows or one.second.problem.all_rows)
         assert one.num_rows <= one.first.problem.num_rows
-    assert sorted(tiles) == [rows for _, rows in block_sizes(E_, ANY_ROWS)]
+    assert sorted(tiles) == [rows for _, rows in block_sizes(E_)]
     assert len(found) <= 2 * 6 + 4
 
 

@@ -67,6 +67,24 @@ def test_gpu_layer_is_the_oracles_in_every_size_class(T, dtype):
         assert torch.equal(again, first)
 
 
+@pytest.mark.parametrize("T", [600, 1000, 2500])
+def test_gpu_layer_in_tiles_of_several_heights(T):
+    """Of more experts than 16, with more than 66 pairs each; -1 and ids that no expert has among them."""
+    many = 24
+    up, down = weights(experts=many)
+    x, shares, ids = tokens(T, experts=many)
+    ids[: T // 2, 0] = 3  # a hot expert, whose run is longer than the 32 blocks of a look
+    first = torch_bridge.fused_moe(x, up, down, shares, ids, **VLLM, path="direct")
+    sample = [*range(0, T, T // 7), T - 1]
+    assert_near(first[sample].cpu(), want_of(x, up, down, shares, ids, sample))
+    graph, out = captured(lambda: torch_bridge.fused_moe(x, up, down, shares, ids, **VLLM))
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, first)
+
+
 def test_gpu_options_of_the_layer():
     up, down = weights()
     x, shares, ids = tokens(30)
@@ -128,10 +146,11 @@ def test_gpu_weights_of_local_ids_that_no_expert_has_may_be_nan(T):
 
 
 @pytest.mark.parametrize("form", ["gathered", "rows"])
-@pytest.mark.parametrize("block_size", [8, 24, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 24, 64, 128, 144, 176, 184])
 def test_gpu_matmul_is_row_by_row(block_size, form):
     up, _ = weights()
-    x, _, ids = tokens(60)
+    # Of blocks that are cut anew, some follow each other.
+    x, _, ids = tokens(60 if block_size <= 128 else 900)
     aligned = torch_bridge.align_blocks(ids, block_size=block_size, num_experts=E)
     P = aligned.sorted_token_ids.shape[0]
     if form == "rows":

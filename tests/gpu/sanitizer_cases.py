@@ -281,6 +281,42 @@ def matmul_clusters() -> None:
         test_clusters.check(test_clusters.make(**sizes), config, interpret=False)
 
 
+def matmul_heights(interpret: bool = False) -> None:
+    """Tiles of several heights: found and listed, late and not; of padding that is cleared beside them."""
+    import jax
+    import ml_dtypes
+
+    from moe_align_jax._grouped_matmul import config, launch
+    from tests.matmul import test_heights as cases
+
+    found = {"finds": True, "trims": True}
+    for block, exact, more in (
+        (144, True, found | {"late": True}),
+        (144, True, found),
+        (192, False, found),
+        (184, False, {"falling": True}),
+    ):
+        given = [(e, block if p == 144 else p) for e, p in cases.FOUND]
+        where = cases.made(block, 4, given)
+        problem = cases.problem_of(where, block, 4, 320, 128)
+        stages = 4 if block == 144 else 3
+        usual = config.Config("swap", block, 256, 64, stages, group=2, num_ctas=2)
+        tiles = config.with_heights(problem, usual, cases.HEIGHTS, exact, **more)
+        assert tiles.heights
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(problem.num_rows, 320)).astype(ml_dtypes.bfloat16)
+        w = rng.normal(size=(4, 320, 128)).astype(ml_dtypes.bfloat16)
+        used = int(where.used[0])  # the kernel writes no others
+        call = functools.partial(launch.run, problem, config=tiles, interpret=interpret)
+        out = jax.jit(lambda *given, call=call, used=used: call(*given)[:used])(x, w, *where[:3])
+        out = np.asarray(out).astype(np.float64)
+        expert = np.repeat(where.experts, block)
+        want = np.zeros_like(out)
+        for row in np.flatnonzero(where.held[:used]):
+            want[row] = x[row].astype(np.float64) @ w[expert[row]].astype(np.float64)
+        np.testing.assert_allclose(out, want, rtol=2e-2, atol=2e-1)
+
+
 def matmul_e4m3() -> None:
     """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
     import pytest
@@ -427,6 +463,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "router", router
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
+    yield "matmul, heights", matmul_heights
     yield "matmul, e4m3", matmul_e4m3
     yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients

@@ -70,12 +70,24 @@ LISTS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["exact", "even", "falling"])
+def check_tile(where, block, heights, seen, expert, start, end, pairs, empty, behind) -> int:
+    """Rows that a tile multiplies. Those and the ones that it clears are counted in `seen`."""
+    assert end - start in (0, *heights) and 0 <= pairs <= end - start
+    assert where.held[start : start + pairs].all()
+    assert not where.held[start + pairs : end].any() and not where.held[empty:behind].any()
+    own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
+    assert (own == expert).all() if pairs else True
+    seen[start:end] += 1
+    seen[empty:behind] += 1
+    return end - start
+
+
+@pytest.mark.parametrize("kind", ["exact", "rotates", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
 def test_list_of_tiles(case, known, kind):
     """Each row in use is one tile's, whose rows to multiply hold all pairs, and of its expert alone."""
-    exact = kind == "exact"
+    exact = kind in ("exact", "rotates")
     block, given = LISTS[case]
     num_experts = max([e for e, _ in given if e != 7], default=0) + 1
     heights = tuple(range(block, block // 2, -8))
@@ -83,18 +95,13 @@ def test_list_of_tiles(case, known, kind):
     cut = cut_list.CutList(
         *(len(where.ids), block, len(where.experts), num_experts),
         *(int(where.ids[-1]) if known else 0, heights, exact, kind == "falling"),
+        rotates=kind == "rotates",
     )
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
     seen, computed = np.zeros(len(where.ids), int), 0
-    for expert, start, end, pairs, behind in zip(*(a[: count[0]] for a in listed), strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
-        computed += end - start
+    for tile in zip(*(a[: count[0]] for a in listed), strict=True):
+        computed += check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if kind == "falling":
         rows = (listed[2] - listed[1])[: count[0]]
@@ -152,11 +159,12 @@ LONG += [(5, 144)] * 32 + [(6, 144)] * 65 + [(7, 9)]
 FOUND_LISTS = LISTS | {"long": (144, LONG)}
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("kind", ["exact", "rotates", "even"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", [case for case in FOUND_LISTS if case != "nothing"])
-def test_tiles_that_are_found(case, known, exact):
+def test_tiles_that_are_found(case, known, kind):
     """Each row in use is one tile's; where blocks but the last are full, they are those of the list."""
+    exact, rotates = kind != "even", kind == "rotates"
     block, given = FOUND_LISTS[case]
     num_experts = max([e for e, _ in given if e != 7 or case == "long"], default=0) + 1
     where = made(block, num_experts, given)
@@ -164,22 +172,18 @@ def test_tiles_that_are_found(case, known, exact):
     problem = problem_of(where, block, num_experts, 64, 128)
     if not known:
         problem = problem._replace(num_pairs=0)
-    cut = cut_list.of(problem, heights, exact)
+    cut = cut_list.of(problem, heights, exact, rotates=rotates)
     listed = found_by_votes(cut, where, len(given))
     seen = np.zeros(len(where.ids), int)
-    for expert, start, end, pairs, behind in zip(*listed, strict=True):
-        assert end - start in (0, *heights) and 0 <= pairs <= end - start
-        assert where.held[start : start + pairs].all()
-        assert not where.held[start + pairs : behind].any()
-        own = where.experts[start // block : -(-(start + pairs) // block)] if pairs else ()
-        assert (own == expert).all() if pairs else True
-        seen[start:behind] += 1
+    for tile in zip(*listed, strict=True):
+        check_tile(where, block, heights, seen, *tile)
     assert (seen == (np.arange(len(seen)) < where.used[0])).all()
     if case != "odd":
         count, *want = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
         for found, one in zip(listed[1:], want[1:], strict=True):
             assert found.tolist() == one[: count[0]].tolist()
     config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
+    config = config._replace(rotates=rotates)
     experts, ids = _Memory(where.experts), _Memory(where.ids)
 
     @jax.vmap
@@ -219,6 +223,40 @@ def test_each_tile_has_the_least_height_for_its_share(pairs, exact, even):
         assert (end - start)[: count[0]].tolist() == heights
 
 
+def test_higher_tiles_take_turns():
+    """Of several experts with one share each: each of a run's tiles is one of the higher ones as often."""
+    runs = 6
+    where = made(192, runs, [(e, count) for e in range(runs) for count in (192, 192, 145)])
+    cut = cut_list.CutList(
+        *(len(where.ids), 192, len(where.experts), runs, int(where.ids[-1])),
+        *((192, 184, 176), True),
+        rotates=True,
+    )
+    count, _, start, end, *_ = emulator.run(
+        cut_list.build(cut), [where.ids, where.experts, where.used]
+    )
+    heights = (end - start)[: count[0]].reshape(runs, 3)
+    assert heights[:3].tolist() == [[184, 176, 176], [176, 176, 184], [176, 184, 176]]
+    assert (heights.sum(0) == heights.sum() / 3).all()
+
+
+@pytest.mark.parametrize("pairs", [(144, 144, 144, 80), (144, 144, 1), (144, 144), (1,), (0,)])
+def test_each_tile_of_a_run_clears_as_many_rows(pairs):
+    """Where the last one cleared them all, the CTA that had it in each run fell behind the others."""
+    where = made(144, 1, [(0, count) for count in pairs])
+    cut = cut_list.CutList(
+        *(len(where.ids), 144, len(where.experts), 1, int(where.ids[-1])),
+        *((144, 136, 128, 120, 104), True),
+    )
+    count, _, start, end, _, empty, behind = emulator.run(
+        cut_list.build(cut), [where.ids, where.experts, where.used]
+    )
+    cleared = np.maximum(behind - empty, 0)[: count[0]]
+    left = where.used[0] - (end - start)[: count[0]].sum()
+    assert cleared.sum() == left
+    assert (cleared <= -(-left // len(pairs))).all()
+
+
 def problem_of(where: Made, block: int, num_experts: int, k: int, n: int, **more: Any):
     options: dict[str, Any] = {"block_size": block, "num_pairs": int(where.ids[-1])} | more
     weights = Weights(transposed=options.pop("transposed", False))
@@ -239,6 +277,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
     usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
+    usual = usual._replace(rotates=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -265,8 +304,12 @@ HEIGHTS = (8, 16, 24, 40)
 FOUND = [(0, 144), (0, 60), (-1, 0), (1, 144), (1, 144), (1, 3), (2, 1), (3, 144)]
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
-def test_tiles_that_are_found_in_the_interpreter(late):
+@pytest.mark.parametrize(
+    ("late", "rotates"),
+    [(True, False), (True, True), (False, True)],
+    ids=["late", "late, in turns", "at once, in turns"],
+)
+def test_tiles_that_are_found_in_the_interpreter(late, rotates):
     """Tiles of two heights, of none, and behind the rows in use; each is told to the other warpgroups."""
     where = made(144, 4, FOUND)
     problem = problem_of(where, 144, 4, 320, 128)
@@ -274,6 +317,7 @@ def test_tiles_that_are_found_in_the_interpreter(late):
     more = {"finds": True, "late": late, "trims": late}
     config = tiles.with_heights(problem, usual, HEIGHTS, True, **more)
     assert config.cuts and config.late == late
+    config = config._replace(rotates=rotates)
     with jax.default_device(jax.devices("cpu")[0]):
         check(where, problem, config, interpret=True)
         nothing = where._replace(used=np.zeros(1, np.int32), held=np.zeros(len(where.ids), bool))
@@ -499,18 +543,22 @@ def test_which_products_take_them():
         assert others is None
 
 
-@pytest.mark.parametrize(
-    ("experts", "block", "k"), [(8, 192, 4096), (256, 184, 1024), (256, 192, 7168)]
-)
-def test_launches_outside_jit_have_the_tiles_of_one_height(experts, block, k):
-    """With their order, too: tiles of several heights have run under jit alone."""
-    given = problem_of(made(block, experts, []), block, experts, k, 14336, zero_padding=False)
-    given = given._replace(num_rows=experts * block * 7, consecutive=True)
-    assert tiles.config_for(given).heights
-    group = 8 if experts == 8 else 4
-    for config in (None, tiles.config_for(given, heights=False)):
+def test_launches_outside_jit_have_no_listed_tiles():
+    """They have those of one height, with their order, where a launch would list the others."""
+    given = problem_of(made(192, 256, []), 192, 256, 7168, 14336, zero_padding=False)
+    given = given._replace(num_rows=256 * 192 * 7, consecutive=True)
+    assert tiles.config_for(given).falling
+    for config in (None, tiles.config_for(given, lists=False)):
         found = DirectMatmul(given, config=config).tiles
-        assert found == TALL._replace(bm=block, group=group, lag=found.lag, stages=found.stages)
+        assert found == TALL._replace(bm=192, group=4, lag=found.lag, stages=found.stages)
+
+
+@pytest.mark.parametrize(("experts", "block"), [(8, 176), (256, 144), (256, 184)])
+def test_launches_outside_jit_find_their_tiles(experts, block):
+    given = problem_of(made(block, experts, []), block, experts, 1024, 7168, zero_padding=False)
+    given = given._replace(num_rows=experts * block * 7, consecutive=True)
+    found = DirectMatmul(given).tiles
+    assert found.heights and found.finds and found == tiles.config_for(given)
 
 
 @pytest.mark.gpu

@@ -137,11 +137,44 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             more = {"finds": True, "late": late, "trims": late}
             tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
             yield "144, found heights", given, tiles
+    for groups, transposed in ((8, False), (128, True), (256, False), (256, True)):
+        weights = {"transposed": transposed}
+        given = problem(**ragged | {"num_groups": groups}, weights=weights)
+        tiles = Config("swap", 144, 256, 64, 4, group=0 if transposed else 4)
+        more = {"finds": True, "late": True, "trims": True}
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), True, **more)
+        yield f"144, found heights of {groups} groups", given, tiles
+    for group, more in ((0, {}), (4, gather)):
+        sizes = {"num_experts": 128, "expected_rows": 144, "zero_padding": False, **more}
+        given = problem(block=144, **sizes)
+        tiles = config_for(given)._replace(group=group, mixes=True)
+        yield "144, found heights, mixed", given, tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         tiles = with_heights(given, tiles, (8, 16, 40), bm < 192, finds=True)
         yield f"{bm}, found heights", given, tiles
+    for bm, transposed, exact in (
+        (144, False, True),
+        (144, False, False),
+        (192, False, False),
+        (192, True, False),
+        (192, False, True),
+        (192, True, True),
+        (184, True, True),
+        (184, True, False),
+    ):
+        given = problem(block=bm, weights={"transposed": transposed}, zero_padding=False)
+        stages = 4 if bm == 144 else 3
+        tiles = Config("swap", bm, 256, 64, stages, group=0, lag=stages - 2)
+        more = {"finds": True, "late": bm == 144, "trims": True}
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), exact, **more)
+        yield f"{bm}, found heights in rotation", given, tiles._replace(rotates=exact)
+    for bm in (184, 192):
+        given = problem(block=bm, weights={"transposed": True}, zero_padding=False)
+        tiles = Config("swap", bm, 256, 64, 3, group=0, lag=1)
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), falling=True, trims=True)
+        yield f"{bm}, heights, falling and trimmed in rotation", given, tiles
     alpha = silu | {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
     turns = {"interleaved": True, "transposed": True}
     for more in (

@@ -85,7 +85,7 @@ def matmul_program(call: Matmul, operands: dict[str, torch.Tensor], gpu_kind: st
     if call.top_k:
         sizes["num_tokens"] = _power_of_two(exact.num_tokens, _LEAST_TOKENS)
     # As they are launched: tiles that differ in how clusters share them are one program.
-    tiles = unshared(config_for(exact, gpu_kind, heights=False))
+    tiles = unshared(config_for(exact, gpu_kind, lists=False))
     return DirectMatmul(exact._replace(**sizes), gpu_kind, tiles)
 
 
@@ -110,8 +110,6 @@ def layer_programs(
     slots = operands["expert_map"].shape[0] if "expert_map" in operands else call.num_experts
     has_bias_down = "bias_down" in operands
     kind = plan.kind_of_blocks(call.weights, x.shape[1], call.ffn, bias_down=has_bias_down)
-    if kind == plan.HEIGHTS:  # such tiles have run under jit alone
-        kind = plan.ANY_ROWS
     block_size = call.block_size or plan.block_size_for(tokens * top_k, slots, kind)
     most = token_bucket(tokens, top_k, slots, call.block_size, kind)
     rows = checks.capacity(

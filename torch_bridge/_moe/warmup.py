@@ -159,8 +159,8 @@ def _tokens(
     most: int, top_k: int, slots: int, block_size: int | None, tuning: str
 ) -> Iterator[int]:
     """Numbers of tokens that meet every program of 1 to `most` of them: the ends of all ranges."""
-    # Those of either table: which one serves depends on the weights.
-    kinds = plan.ANY_ROWS, plan.POWERS_OF_TWO
+    # Those of every table: which one serves depends on the weights.
+    kinds = plan.HEIGHTS, plan.ANY_ROWS, plan.POWERS_OF_TWO
     sizes = [each for kind in kinds for each in plan.block_sizes(slots, kind)]
     rows = [block_size] if block_size else sorted({r for _, r in sizes})
     ends = {1, most, *BUCKETS}

@@ -1,0 +1,235 @@
+"""Tiles of several heights of consecutive groups, which the product finds itself: ragged_dot's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_align_jax._grouped_matmul import config as tiles
+from moe_align_jax._grouped_matmul import found_groups, kernel, launch, reference
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._simt import emulator
+from moe_align_jax._simt.language import Kernel, Program
+
+BLOCK = 144
+HEIGHTS = (144, 136, 128, 120, 104)
+LATE = tiles.Config("swap", BLOCK, 256, 64, 4, group=0, late=True)
+FOUND = LATE._replace(heights=HEIGHTS, exact=True, finds=True, trims=True)
+
+# Rows of each group, those of the array, the first group with weights, and how many have some.
+CASES: dict[str, tuple[list[int], int, int, int]] = {
+    "odd": ([0, 1, 144, 145, 0, 0, 288, 289, 7, 103, 104, 105, 0, 300], 1700, 0, 14),
+    "one": ([1000], 1000, 0, 1),
+    "nothing": ([0, 0, 0], 300, 0, 3),
+    "too many": ([-5, 2**31 - 1, 40, 2**31 - 1], 700, 0, 4),
+    "some weights": ([150, 20, 300, 40, 500, 0, 90], 1300, 2, 3),
+    "none before": ([150, 20, 300], 600, -2, 3),
+    "many": ([(7 * g) % 331 for g in range(256)], 42000, 0, 256),
+    "large": ([5000, 0, 12000, 3], 17003, 0, 4),
+}
+
+
+def problem_of(case: str, k: int = 64, n: int = 128, **more: Any) -> MatmulProblem:
+    sizes, rows, _, experts = CASES[case]
+    kinds = "bfloat16", "bfloat16", Weights(transposed=more.pop("transposed", False))
+    return MatmulProblem(
+        "test", "ragged", rows, k, n, experts, *kinds, num_groups=len(sizes), **more
+    )
+
+
+def operands_of(case: str) -> tuple[np.ndarray, np.ndarray]:
+    sizes, _, offset, _ = CASES[case]
+    return np.array(sizes, np.int32), np.array([offset], np.int32)
+
+
+def by_votes(problem: MatmulProblem, config: tiles.Config, case: str) -> list[np.ndarray]:
+    """The values of each tile, as a CTA finds them in the emulator."""
+    groups = found_groups.of(problem, config)
+    most = -(-problem.num_rows // BLOCK) + problem.num_groups + 1
+    width = found_groups.FOUND
+
+    def body(t, r):
+        count = found_groups.count_of(t, r, groups)
+        with t.if_(t.thread_id().eq(0)):
+            t.store(r.count, t.cta_id(), count)
+        there = t.cta_id() < count
+        values = found_groups.tile_of(t, r, groups, t.select(there, t.cta_id(), 0))
+        with t.if_(t.thread_id().eq(32)):
+            for place, value in enumerate(values):
+                t.store(r.found, t.cta_id() * width + place, value)
+
+    machine = Kernel(
+        name="found",
+        body=body,
+        inputs=groups.inputs,
+        outputs={"count": (most,), "found": (most * width,)},
+        num_warpgroups=1,
+        num_ctas=most,
+    )
+    program = Program(inputs=groups.inputs, kernels=(machine,), results=("count", "found"))
+    count, found = emulator.run(program, list(operands_of(case)))
+    assert (count == count[0]).all() and count[0] <= most
+    return list(found.reshape(most, width)[: count[0]].T)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
+@pytest.mark.parametrize("case", CASES)
+def test_tiles_that_are_found(case, exact):
+    """Each row is in a tile of its group, of the fewest that hold it, or is zeroed by one tile."""
+    sizes, rows, offset, experts = CASES[case]
+    problem, config = problem_of(case), FOUND._replace(exact=exact)
+    listed = by_votes(problem, config, case)
+    ends = np.minimum(np.cumsum(np.maximum(np.array(sizes, np.int64), 0)), rows)
+    group = np.searchsorted(ends, np.arange(rows), side="right")
+    expert = np.where((group >= offset) & (group < offset + experts), group - offset, -1)
+    expert[group >= len(sizes)] = -1
+    held, zeroed = np.zeros(rows, int), np.zeros(rows, int)
+    for own, row, end, pairs, empty, behind in zip(*listed, strict=True):
+        assert end - row in (0, *HEIGHTS) and 0 <= pairs <= end - row
+        assert (expert[row : row + pairs] == own).all()
+        assert len(set(group[row : row + pairs])) <= 1
+        if 0 < pairs < end - row:  # of a group that is less than a tile
+            assert (group == group[row]).sum() == pairs
+        held[row : row + pairs] += 1
+        zeroed[empty:behind] += 1
+    assert ((held > 0) == (expert >= 0)).all()
+    assert (zeroed == (expert < 0)).all()
+    counts = np.bincount(group, minlength=len(sizes) + 1)
+    assert len(listed[0]) == (-(-counts // BLOCK)).sum()
+
+    @jax.vmap
+    def plainly(at):
+        where = (jnp.asarray(a) for a in operands_of(case))
+        return found_groups.find_plainly(problem, config, *where, at)
+
+    numbers = jnp.arange(len(listed[0]), dtype=jnp.int32)
+    for found, one in zip(listed, plainly(numbers), strict=True):
+        assert found.tolist() == one.tolist()
+    count = found_groups.count_plainly(
+        problem, config, *(jnp.asarray(a) for a in operands_of(case))
+    )
+    assert int(count) == len(numbers)
+
+
+def check(case: str, problem: MatmulProblem, config: tiles.Config, *, interpret: bool) -> None:
+    """Right, with zeros in rows without weights; on a GPU always the bits of tiles of one height."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(problem.num_rows, problem.k)), problem.dtype)
+    lies = (problem.n, problem.k) if problem.weights.transposed else (problem.k, problem.n)
+    w = rng.normal(size=(problem.num_experts, *lies)) * problem.k**-0.5
+    operands = [x, jnp.asarray(w, problem.dtype), *(jnp.asarray(a) for a in operands_of(case))]
+    want = np.asarray(reference.grouped_matmul(problem, *operands), np.float64)
+
+    def run(chosen):
+        program = jax.jit(lambda *a: launch.run(problem, *a, config=chosen, interpret=interpret))
+        jax.block_until_ready(jnp.full(problem.out_shape, jnp.nan, problem.out_dtype)).delete()
+        return [np.asarray(program(*operands)) for _ in range(1 if interpret else 2)]
+
+    if interpret:
+        config = config._replace(num_ctas=2)
+    found = run(config)
+    error = np.linalg.norm(found[0].astype(np.float64) - want)
+    assert error <= 5e-3 * max(np.linalg.norm(want), 1e-30)
+    zero = ~want.any(axis=1)
+    assert not found[0][zero].any()
+    if not interpret:
+        found += run(LATE._replace(late=False))
+    for one in found[1:]:
+        assert one.tobytes() == found[0].tobytes()
+
+
+@pytest.mark.parametrize("case", ["odd", "some weights", "nothing"])
+def test_products_in_the_interpreter(case):
+    with jax.default_device(jax.devices("cpu")[0]):
+        check(case, problem_of(case, 320, 128), FOUND, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_products_on_a_gpu(case, group, transposed):
+    """Right, and the bits of tiles of one height, which come from a list."""
+    problem = problem_of(case, 448, 640, transposed=transposed)
+    check(case, problem, FOUND._replace(group=group), interpret=False)
+
+
+SORTED = {"falling": [9, 7, 5, 4, 3, 2] + [1] * 24, "rising": [1] * 24 + [2, 3, 4, 5, 7, 9]}
+
+
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.parametrize("case", ["falling", "rising", "alike", "one", "two", "no expert"])
+def test_blocks_are_mixed_where_experts_are_sorted(case, group):
+    """Each tile once; two tiles of the part with most rows, then one of the part with most experts."""
+    n_tiles, num_experts = 6, 30
+    held = SORTED.get(case) or {"one": [1], "two": [1, 1]}.get(case) or [2] * num_experts
+    experts = np.repeat(np.arange(len(held), dtype=np.int32), held)
+    if case == "no expert":
+        experts[:] = -1
+    count, read = len(experts), jnp.asarray(experts)
+    known = kernel.mixing(group, read, num_experts, jnp.int32(count))
+    places = jnp.arange(count * n_tiles, dtype=jnp.int32)
+    rows, columns = jax.vmap(
+        lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, known)
+    )(places)
+    every = [(row, n) for row in range(count) for n in range(n_tiles)]
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == every
+    plain, _ = jax.vmap(lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles))(places)
+    assert (rows.tolist() == plain.tolist()) == (case not in SORTED)
+    if case in SORTED:  # at no time are all tiles of experts with one block
+        singles = np.flatnonzero(np.array(held) == 1)
+        third = count // 3 * n_tiles
+        for part in (rows[:third], rows[third : 2 * third], rows[2 * third :]):
+            some = np.isin(experts[np.asarray(part)], singles)
+            assert 0.2 < some.mean() < 0.8
+
+
+def test_groups_are_mixed():
+    """Groups that are sorted by their rows: each stretch of tiles has some of small and of large ones."""
+    sizes = (3000 // np.arange(1, 65)).astype(np.int32)
+    rows = int(sizes.sum())
+    problem = problem_of("odd")._replace(num_rows=rows, num_groups=64, num_experts=64)
+    where = jnp.asarray(sizes), jnp.zeros(1, jnp.int32)
+    count = int(found_groups.count_plainly(problem, FOUND, *where))
+    expert, *_ = jax.vmap(lambda at: found_groups.find_plainly(problem, FOUND, *where, at))(
+        jnp.arange(count, dtype=jnp.int32)
+    )
+    assert (np.diff(np.flatnonzero(np.asarray(expert) == 0)) == 1).all()  # remain neighbours
+    for part in np.array_split(np.asarray(expert)[21:], 4):  # behind the first one's
+        assert 0.2 < (sizes[part] <= 144).mean() < 0.9
+
+
+def test_which_products_take_them():
+    """From 64 rows a group on, of more than 16 experts; of few, where two tiles of 144 rows hold a group."""
+
+    def chosen(rows, groups, k=2048, n=1536, **more):
+        weights = more.pop("weights", Weights())
+        kinds = "bfloat16", more.pop("out_dtype", "bfloat16"), weights
+        given = MatmulProblem(
+            "test", "ragged", rows, k, n, groups, *kinds, num_groups=groups, **more
+        )
+        return tiles.config_for(given)
+
+    assert chosen(32768, 128) == FOUND
+    for experts in (8, 128):
+        blocks = MatmulProblem(
+            *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
+            **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
+        )
+        assert tiles.config_for(blocks).mixes == (experts == 128)
+    assert chosen(8192, 128) == FOUND
+    assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
+    assert chosen(2048, 8) == FOUND._replace(group=4)
+    assert chosen(131072, 256, weights=Weights(transposed=True)) == FOUND
+    for usual in (
+        chosen(32768, 8),
+        chosen(8191, 128),
+        chosen(131072, 257),
+        chosen(32768, 128, n=64),
+        chosen(32768, 128, k=2056),
+        chosen(32768, 128, out_dtype="float32"),
+        chosen(32768, 128, weights=Weights(bias=True)),
+    ):
+        assert not usual.heights and not usual.finds
