@@ -62,8 +62,11 @@ class Variant(NamedTuple):
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """What is lowered meanwhile gets it."""
+        import jax
+
         from moe_align_jax._grouped_matmul import config, launch
         from moe_align_jax._lowering import select
+        from moe_align_jax._moe_layer import token_sum
 
         kind, usual = select.gpu_kind() or "", config.config_for
         rules = config.RULES.get(kind, config.DEFAULT_RULES)._replace(**self.rules)
@@ -72,7 +75,16 @@ class Variant(NamedTuple):
             mine = self.first if problem.weights.gated else self.second
             return mine or usual(problem, gpu_kind)
 
-        with mock.patch.dict(config.RULES, {kind: rules}):
+        takes = token_sum.takes
+
+        def sums(problem):  # tiles of the second product are of one that leaves the sum to XLA
+            return self.second is None and takes(problem)
+
+        jax.clear_caches()  # of layers that were traced with the other way to sum
+        with (
+            mock.patch.dict(config.RULES, {kind: rules}),
+            mock.patch.object(token_sum, "takes", sums),
+        ):
             with mock.patch.object(launch, "config_for", config_for):
                 yield
 

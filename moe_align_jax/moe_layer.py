@@ -16,7 +16,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as why
-from moe_align_jax._grouped_matmul import config, primitive, quantized
+from moe_align_jax._grouped_matmul import config, primitive, quantized, token_sum_config
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
@@ -73,7 +73,8 @@ def fused_moe(
     On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens and
     applies the activation, one back to H columns, and the sum. Products are accumulated in float32; `hidden`
     and the experts' results are rounded to x's dtype; the sum over k is made in float32, in order, without
-    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own.
+    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own, and
+    the second product's kernel may make the sum, of results that are not rounded, in another fixed order.
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32. Or (e4m3 values, scales), as for `grouped_matmul`; then the
@@ -522,4 +523,6 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
     tiles = [config.config_for(each, kind).name for each in both]
+    if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
+        tiles[1] = sums.name
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

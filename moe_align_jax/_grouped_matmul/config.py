@@ -18,6 +18,7 @@ MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each t
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+_MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each block is one pair
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
 _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spills registers
@@ -117,8 +118,6 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
-    rotates: bool = False
-    amid: bool = False
     peeled: bool = False
 
     @property
@@ -149,8 +148,6 @@ class Config(NamedTuple):
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
-        more += "-rotates" if self.rotates else ""
-        more += "-amid" if self.amid else ""
         more += "-peeled" if self.peeled else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -201,7 +198,20 @@ DEFAULT_RULES = Rules()
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
-# Lost in the same run: clusters that also add up a token's pairs in the second product, without a launch
+# Gate and up in narrow tiles, 128x128 of one warpgroup, six stages, beside those of 256 columns, 23:00, in us
+# under jit, x read by TMA in all of them; by how many CTAs share the k of a tile:
+#   DeepSeek-V3 TP8, 1 token, 32 tiles: 2 17.2, three stages 21.3, 4 of three stages 17.7; wide 17.7
+#   2 tokens, 64 tiles: 2 29.7, 1 of three stages 38.6; wide 32.7; 4 tokens, 128: 1 52.4; wide 53.7
+#   8 tokens, 256 tiles: 1 of three stages, two CTAs an SM 95.8; wide 96.6; 23:20 on another card 97.0, of six
+#   stages 101.8; wide, x by cp.async 100.0
+#   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
+#   2 tokens, 192 tiles: 1 27.2, of three stages 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8; 23:20,
+#   wide with x by cp.async: 1 token 1 16.9; wide 15.9; 2 tokens 1 25.1; wide 26.0; 4 tokens 1 45.7; wide 47.6
+#   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5 (22:39), 1 109.3; wide 114.4 (23:20)
+#   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5 (23:20;
+#   at 23:00 wide 32.6)
+# Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
+# Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
 # Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:
 #   8 rows: Mixtral, 1 token 173.1, 169.2, 16 tokens 647, 637; DeepSeek-V3 TP8, 128 tokens 680, 659, 1 token
@@ -242,6 +252,11 @@ DEFAULT_RULES = Rules()
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
 #   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
 #   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
+# Trimmed, 22:40, medians of four turns: 2583 to 2571, the input gradient 2616 to 2601. In blocks of 192,
+# found, in groups of 3, as many as an expert has: 2586 and 2599 even, 2584 and 2600 with an expert's higher
+# tiles beginning with another one in each. Of 184 found: 2622 to 2747.
+# To find the next tile while the ring is full, not behind a tile's loads, lost: the input gradient 2598 to
+# 2613, 131072 rows, 1024 -> 7168 that leave padding 2605 to 2739, gate and up 687 to 691.
 # Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
 # means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
 #   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
@@ -249,6 +264,8 @@ DEFAULT_RULES = Rules()
 #   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
 #   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
 #   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
+# In another order of groups, 23:24, a later run: uniform 305 (blocks 308), Zipf 343 (380), rising 352 (378),
+# shuffled 339 (353).
 # Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
 # and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
 RULES = {"NVIDIA H200": DEFAULT_RULES}
@@ -331,7 +348,7 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
     work = problem.num_rows * problem.k * problem.n
     if not lists or problem.num_experts < _MANY_OF_FALLING or work < _LEAST_WORK_OF_LISTS:
         return tiles
-    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True)
+    found = with_heights(problem, tiles, _LESS_OF_MANY, falling=True, trims=True)
     return found._replace(group=0) if found.heights else tiles
 
 
@@ -536,6 +553,10 @@ def config_for(
         few = problem.rows == "masked" and problem.num_experts <= most
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
+    if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
+        narrow = _narrow(problem)
+        if _num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
+            return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
         tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
         if tiles.split <= 2:
@@ -587,13 +608,30 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
     """
     if not rules.split or problem.rows != "blocks" or problem.block_size != 1:
         return tiles
-    columns = tiles.bn // (2 if problem.weights.gated else 1)
-    count = problem.num_blocks * -(-problem.n // columns)
-    steps = -(-problem.k // tiles.bk)
+    count, steps = _num_tiles(problem, tiles), -(-problem.k // tiles.bk)
     for split, (most, num_ctas) in _SPLITS.items():
+        if split > 2 and tiles.computing == 1:  # whose ring takes all of an SM
+            continue
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)
     return tiles
+
+
+def _narrow(problem: MatmulProblem) -> Config:
+    """Swapped tiles of 64 columns of gate and up, by one warpgroup; 96 KiB of weights are asked for ahead, or
+    twice as many where a tile has an SM for itself."""
+    tiles = Config("swap", 8, 128, 128 if problem.k % 128 == 0 else 64, 3, group=0, computing=1)
+    if NUM_SMS < _num_tiles(problem, tiles) <= 2 * NUM_SMS:
+        tiles = tiles._replace(num_ctas=2 * NUM_SMS)  # all tiles at once, two of them in an SM
+    else:
+        tiles = tiles._replace(stages=6)
+    return tiles if tiles.bk == 128 else tiles._replace(stages=2 * tiles.stages)
+
+
+def _num_tiles(problem: MatmulProblem, tiles: Config) -> int:
+    """Of blocks that are a tile each."""
+    columns = tiles.bn // (2 if problem.weights.gated else 1)
+    return problem.num_blocks * -(-problem.n // columns)
 
 
 def unshared(tiles: Config) -> Config:

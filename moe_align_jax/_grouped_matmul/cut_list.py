@@ -45,8 +45,6 @@ class CutList(NamedTuple):
             its share: a run has at most two heights. Otherwise all have that of the largest share.
         falling: tiles are listed from the tallest to the lowest, those without rows last; of one height in
             the order of their blocks. A run has one height then: its tiles remain neighbours. Not `exact`.
-        rotates: the higher tiles of a run begin with the expert-th of its tiles, and wrap: otherwise with the
-            first, so that the CTA that has the first ones of each run would fall behind. `exact` alone.
     """
 
     num_rows: int
@@ -57,20 +55,15 @@ class CutList(NamedTuple):
     heights: tuple[int, ...]
     exact: bool
     falling: bool = False
-    rotates: bool = False
 
 
 def of(
-    problem: MatmulProblem,
-    heights: tuple[int, ...],
-    exact: bool,
-    falling: bool = False,
-    rotates: bool = False,
+    problem: MatmulProblem, heights: tuple[int, ...], exact: bool, falling: bool = False
 ) -> CutList:
     """The list for a problem of "blocks"."""
     sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
     pairs = problem.num_tokens * problem.top_k or problem.num_pairs
-    return CutList(*sizes, pairs, heights, exact, falling, rotates)
+    return CutList(*sizes, pairs, heights, exact, falling)
 
 
 def build(cut: CutList) -> Program:
@@ -115,9 +108,7 @@ def _height(t: Simt, cut: CutList, rows: Int) -> Int:
     return found
 
 
-def share(
-    t: Simt, cut: CutList, pairs: Int, count: Int, place: Int, expert: Int
-) -> tuple[Int, Int]:
+def share(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[Int, Int]:
     """(First row, height) of the place-th of `count` tiles that share a run's pairs."""
     units = (pairs + (STEP - 1)) // STEP
     if not cut.exact:
@@ -126,26 +117,14 @@ def share(
     low = units // count
     more = units - low * count  # so many tiles, the first ones, are a step higher
     lower, higher = _height(t, cut, low * STEP), _height(t, cut, (low + 1) * STEP)
-    if cut.rotates:
-        turn = t.select(expert > 0, expert, 0) % count
-        at = place + turn
-        at = t.select(at < count, at, at - count)
-        # Of the places from `turn` on, those before `at`; of all, but for those before `turn`.
-        least = lambda a, b: t.select(a < b, a, b)  # noqa: E731
-        before = least(at, more) - least(turn, more)
-        before = before + t.select(at < turn, more, 0)
-        start = place * lower + before * (higher - lower)
-        return start, t.select(at < more, higher, lower)
     start = place * lower + t.select(place < more, place, more) * (higher - lower)
     return start, t.select(place < more, higher, lower)
 
 
-def padding(
-    t: Simt, cut: CutList, pairs: Int, count: Int, place: Int, expert: Int
-) -> tuple[Int, Int]:
+def padding(t: Simt, cut: CutList, pairs: Int, count: Int, place: Int) -> tuple[Int, Int]:
     """(First row, row behind the last one) of those of a run that hold no pair and are no tile's, which the
     place-th of its tiles clears: each an equal share, so that none falls behind the others."""
-    start, rows = share(t, cut, pairs, count, count - 1, expert)
+    start, rows = share(t, cut, pairs, count, count - 1)
     used = start + t.select(pairs > start, rows, 0)
     each = (count * cut.block - used + (count - 1)) // count
     first = used + place * each
@@ -253,7 +232,7 @@ class _Body:
         """Which of the heights the tile of a block has; their number, of a tile without rows."""
         t, cut = self.t, self.cut
         first, behind, pairs = self.run_of(block, expert, run)
-        start, rows = share(t, cut, pairs, behind - first, block - first, expert)
+        start, rows = share(t, cut, pairs, behind - first, block - first)
         found = t.const(0)
         for each in cut.heights[1:]:
             found = found + t.select(rows <= each, 1, 0)
@@ -293,11 +272,11 @@ class _Body:
         t, r, cut = self.t, self.r, self.cut
         first, behind, pairs = self.run_of(block, expert, run)
         count, place = behind - first, block - first
-        start, rows = share(t, cut, pairs, count, place, expert)
+        start, rows = share(t, cut, pairs, count, place)
         left = pairs - start
         left = t.select(left > 0, left, 0)
         base, end = first * cut.block, start + t.select(left > 0, rows, 0)
-        empty, after = padding(t, cut, pairs, count, place, expert)
+        empty, after = padding(t, cut, pairs, count, place)
         after = base + after
         t.store(r.expert, at, expert)
         t.store(r.start, at, base + start)

@@ -46,7 +46,7 @@ def find(
     """
     from moe_align_jax._simt import mosaic
 
-    cut = cut_list.of(problem, config.heights, config.exact, rotates=config.rotates)
+    cut = cut_list.of(problem, config.heights, config.exact)
     sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
     machine = Kernel(
         name=f"grouped_matmul_{config.form}",
@@ -82,12 +82,12 @@ def tile_of(
     first, count = at - before, before + after
     held = _held(t, r, cut, first + (count - 1), used, limit)
     pairs = t.select(valid, (count - 1) * cut.block + held, 0)
-    start, rows = cut_list.share(t, cut, pairs, count, before, expert)
+    start, rows = cut_list.share(t, cut, pairs, count, before)
     left = t.select(pairs > start, pairs - start, 0)
     row = first * cut.block + start
     end = row + t.select(left > 0, rows, 0)
     base = first * cut.block
-    empty, behind = cut_list.padding(t, cut, pairs, count, before, expert)
+    empty, behind = cut_list.padding(t, cut, pairs, count, before)
     return expert, row, end, t.select(left < rows, left, rows), base + empty, base + behind
 
 
@@ -189,11 +189,11 @@ def find_plainly(
     last = ids[pl.ds((first + count - 1) * block, block)]
     held = jnp.sum((last >= 0) & (last < limit), dtype=_I32)
     pairs = jnp.where(valid, (count - 1) * block + held, 0)
-    start, rows = share_plainly(config, pairs, count, before, expert)
+    start, rows = share_plainly(config, pairs, count, before)
     left = jnp.maximum(pairs - start, 0)
     base = first * block
     row = base + start
-    last, height = share_plainly(config, pairs, count, count - 1, expert)
+    last, height = share_plainly(config, pairs, count, count - 1)
     used_rows = last + jnp.where(pairs > last, height, 0)
     each = lax.div(count * block - used_rows + (count - 1), count)
     empty = used_rows + before * each
@@ -203,7 +203,7 @@ def find_plainly(
 
 
 def share_plainly(
-    config: Config, pairs: Any, count: Any, place: Any, expert: Any
+    config: Config, pairs: Any, count: Any, place: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What `cut_list.share` says."""
 
@@ -220,12 +220,6 @@ def share_plainly(
     low = lax.div(units, count)
     more = units - low * count
     lower, higher = height(low * STEP), height((low + 1) * STEP)
-    if config.rotates:
-        turn = lax.rem(jnp.maximum(expert, 0), count)
-        taller = lambda p: jnp.where(lax.rem(p + turn, count) < more, 1, 0)  # noqa: E731
-        before = lax.fori_loop(0, place, lambda p, found: found + taller(p), _I32(0))
-        start = place * lower + before * (higher - lower)
-        return start, jnp.where(taller(place) > 0, higher, lower)
     start = place * lower + jnp.minimum(place, more) * (higher - lower)
     return start, jnp.where(place < more, higher, lower)
 

@@ -162,7 +162,7 @@ def tile_of(t: Simt, r: SimpleNamespace, groups: Groups, at: Int) -> tuple[Int, 
     mine = group - t.load(r.offset, 0)
     valid = mine.below(groups.num_experts) & (at < found.tiles)
     pairs, place = end - begin, at - first
-    start, height = cut_list.share(t, groups.cut, pairs, _tiles(groups, pairs), place, mine)
+    start, height = cut_list.share(t, groups.cut, pairs, _tiles(groups, pairs), place)
     latest = t.select(pairs > height, pairs - height, 0)
     start = t.select(start < latest, start, latest)
     row = begin + t.select(valid, start, place * groups.heights[0])
@@ -289,7 +289,7 @@ def find_plainly(
     valid = (mine >= 0) & (mine < problem.num_experts) & jnp.logical_not(behind)
     pairs, place = end - begin, at - first
     shared = jnp.maximum(_tiles_plainly(config, pairs), 1)
-    start, height = share_plainly(config, pairs, shared, place, mine)
+    start, height = share_plainly(config, pairs, shared, place)
     start = jnp.minimum(start, jnp.maximum(pairs - height, 0))
     row = begin + jnp.where(valid, start, place * most)
     stop = jnp.minimum(row + most, end)

@@ -173,7 +173,7 @@ def transforms(columns: int, dtype: Any, rows: int = 8) -> tuple[Any, ...]:
     return kinds.TilingTransform((rows, swizzle // size)), kinds.SwizzleTransform(swizzle)
 
 
-def _views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
+def views(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
     """Tiles with rows of 128 bytes, in tiles of 8 rows as wgmma and registers want them, and by single rows.
 
     The bytes are the same. TMA copies from any row on by the second, only from every eighth by the first, and
@@ -233,6 +233,8 @@ def build(
     """
     if reason := refused(problem, config):
         raise ValueError(f"tiles {config.name}: {reason}")
+    if sized_at_launch and problem.in_order:
+        raise ValueError("a launch that says its rows has sorted_token_ids")
     shape, weights = shape_of(problem, config), problem.weights
     if ending:
         shape = shape._replace(piece=ending.piece)
@@ -665,7 +667,9 @@ def build(
                     )
 
                 clears = bool(config.heights) and not problem.leaves_padding
-                amid = clears and config.amid
+                # Tiles that are stored at once pause at their end. Late ones do not: there this warpgroup has
+                # time once the ring is full.
+                amid = clears and config.late
 
                 def step(k, _=()):
                     at = ring + k
@@ -745,9 +749,9 @@ def build(
         body,
         out_type=out_type,
         scratch_types=[
-            _views(x_tiles, dtype, interpret),
+            views(x_tiles, dtype, interpret),
             plgpu.SMEM(w_tiles, dtype, transforms=w_like),
-            _views(o_tiles, out_dtype, interpret),
+            views(o_tiles, out_dtype, interpret),
             *scale_rows,
             *parts,
             plgpu.Barrier(num_arrivals=loader.copies + by_copies, num_barriers=stages),

@@ -146,8 +146,7 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
 def list_of(problem: MatmulProblem, config: Config) -> Program:
     """The launch that makes the list of tiles, for tiles that come from one."""
     if config.heights:
-        more = config.exact, config.falling, config.rotates
-        return cut_list.build(cut_list.of(problem, config.heights, *more))
+        return cut_list.build(cut_list.of(problem, config.heights, config.exact, config.falling))
     return tile_list.build(tile_list.of(problem, config.bm))
 
 

@@ -55,7 +55,8 @@ class Loader:
         self.x_by_matrix = shape.x_by_rows and not problem.top_k and not interpret
         self.w_by_matrix = shape.w_by_rows and not interpret
         self.pieces = self._pieces()
-        x_copies = 0 if problem.top_k or self.x_by_matrix else shape.k_parts
+        gathered = problem.top_k > 0 and not shape.x_by_token
+        x_copies = 0 if gathered or self.x_by_matrix else shape.k_parts
         self.by_halves = problem.rows == "blocks" and config.skips
         if self.by_halves:
             x_copies *= 2
@@ -70,7 +71,7 @@ class Loader:
         bound = refs.vectors.bound
         if bound is None:
             bound = problem.num_tokens * problem.top_k if problem.top_k else problem.num_rows
-        if problem.top_k:
+        if problem.top_k and not self.shape.x_by_token:
             rows = inline.find_rows(
                 *(refs.ids, tile.row, tile.end),
                 rows=self.config.bm,
@@ -93,11 +94,7 @@ class Loader:
         self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array, barrier: Any
     ) -> None:
         """Step k of a tile into a stage."""
-        for piece in self.pieces:
-            if self.w_by_matrix:
-                self._weights_by_matrix(refs, tile, slot, k, *piece)
-            else:
-                self._weights(refs, tile, slot, k, barrier, *piece)
+        self.load_weights(refs, tile, slot, k, barrier)
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
             if found.rows is not None:
@@ -110,6 +107,8 @@ class Loader:
                 )
             elif self.x_by_matrix:
                 self._rows_by_matrix(refs, tile, slot, step, part)
+            elif self.shape.x_by_token:
+                self.load_row(refs, self._token(tile), slot, step, part, barrier)
             else:
                 self._rows(refs, tile, slot, step, part, barrier)
         if self.scales_by_tma:
@@ -117,7 +116,34 @@ class Loader:
         elif self.shape.scales_by_rows:
             self._scales_by_rows(refs, tile, found, slot, k)
 
+    def load_weights(
+        self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any
+    ) -> None:
+        """The weights of step k of a tile into a stage."""
+        for piece in self.pieces:
+            if self.w_by_matrix:
+                self._weights_by_matrix(refs, tile, slot, k, *piece)
+            else:
+                self._weights(refs, tile, slot, k, barrier, *piece)
+
     # -- x
+
+    def _token(self, tile: Any) -> jax.Array:
+        """That of the tile's first row, which is a pair."""
+        return lax.div(tile.row, _I32(self.problem.top_k))
+
+    def load_row(
+        self,
+        refs: Any,
+        row: jax.Array,
+        slot: jax.Array,
+        step: jax.Array,
+        part: int,
+        barrier: Any,
+    ) -> None:
+        """Asks TMA for one part of a step of a row of x, which becomes the first of a slot."""
+        source = refs.x.at[pl.ds(row, 1), pl.ds(step * self.width, self.width)]
+        plgpu.copy_gmem_to_smem(source, refs.x_rows.at[slot, part, pl.ds(0, 1)], barrier)
 
     def _rows(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int, barrier: Any

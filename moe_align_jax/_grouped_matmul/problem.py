@@ -97,6 +97,7 @@ class MatmulProblem(NamedTuple):
         all_rows: of "blocks": it is known that all rows are in use, so that a kernel need not wait for
             `num_tokens_post_padded` before it knows its tiles. A block may have no expert all the same.
             A launch that says how many rows it has (`kernel.build`'s `sized_at_launch`) reads it.
+        in_order: with top_k and blocks of one row: it is known that row r is pair r, of token r // top_k.
     """
 
     function: str
@@ -124,6 +125,7 @@ class MatmulProblem(NamedTuple):
     row_labels: bool = False
     leaves_padding: bool = False
     all_rows: bool = False
+    in_order: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -287,3 +289,32 @@ class WeightGradient(NamedTuple):
     def out_shape(self) -> tuple[int, int, int]:
         """Shape of the result: [E, K, N]."""
         return (self.layout.num_experts, self.layout.k, self.layout.n)
+
+
+class TokenSum(NamedTuple):
+    """Everything static about a product of blocks of one pair, and the sum of each token's rows of it.
+
+    Pair t * top_k + k is the k-th of token t. One whose `expert_ids` is no expert adds nothing.
+
+    Attributes:
+        product: of the pairs, `[num_tokens * top_k, n]`; without an activation.
+        num_tokens, top_k: T and K.
+        out_dtype: of the sums.
+    """
+
+    product: MatmulProblem
+    num_tokens: int
+    top_k: int
+    out_dtype: str
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each operand by name, in order."""
+        names = ["x", "w", *(["bias"] if self.product.weights.bias else []), "expert_ids"]
+        found = {name: self.product.inputs[name] for name in names}
+        return found | {"topk_weights": ((self.num_tokens, self.top_k), "float32")}
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        """Shape of the result: [T, H]."""
+        return (self.num_tokens, self.product.n)

@@ -30,6 +30,7 @@ class Shape(NamedTuple):
         counts_rows: whether a tile's pairs are counted for that: they come first.
         reads_ids: whether they are read at all.
         x_by_rows, w_by_rows: loaded by cp.async, 16 bytes at a time.
+        x_by_token: of each tile one row of x is loaded, by TMA; what the others hold is not used.
         scales_by_rows: of x, loaded by cp.async, one at a time.
         out_by_rows: stored 16 bytes at a time: TMA counts whole rows of 128 bytes, and needs two of them.
         store_rows: a tile's rows are stored so many at a time, and those of which none holds a pair are not;
@@ -53,6 +54,7 @@ class Shape(NamedTuple):
     counts_rows: bool
     reads_ids: bool
     x_by_rows: bool
+    x_by_token: bool
     w_by_rows: bool
     scales_by_rows: bool
     out_by_rows: bool
@@ -77,7 +79,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     out_row = ROW_BYTES // _BYTES[problem.out_dtype]
     blocks = problem.rows == "blocks" and not config.heights
     parts = -(-problem.block_size // bm) if blocks else 0
-    tests = tests_rows(problem)
+    tests, of_token = tests_rows(problem), by_token(problem, config)
     # Of a single piece, Mosaic leaves TMA's dimension out, and with it the index: pieces of a tile that
     # the result does not have would be stored over the one that it has.
     out_by_rows = problem.n % out_row != 0 or problem.n == out_row
@@ -104,18 +106,26 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
         blocks and config.form == "swap" and bm > 64 and counts_rows(problem, bm),
         bool(
             (tests and not config.heights)
-            or problem.top_k
+            or (problem.top_k and not of_token)
             or store_rows
             or (config.cuts and problem.rows == "blocks")
             or (parts > 1 and not problem.whole_blocks)
             or (blocks and config.skips)
         ),
-        problem.top_k > 0 or problem.k % row != 0,
+        (problem.top_k > 0 and not of_token) or problem.k % row != 0,
+        of_token,
         (problem.k if weights.transposed else problem.n) % row != 0,
         _scales_by_rows(problem, config),
         out_by_rows,
         store_rows,
     )
+
+
+def by_token(problem: MatmulProblem, config: Config) -> bool:
+    """What `Shape.x_by_token` says: a gathered row whose token is known, which TMA can read."""
+    known = problem.in_order and problem.top_k > 0 and problem.block_size == 1
+    fits = config.form == "swap" and problem.k % 64 == 0 and not problem.scales
+    return known and fits and problem.rows == "blocks"
 
 
 def _piece_rows(config: Config) -> int:

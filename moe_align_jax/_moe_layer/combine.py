@@ -1,8 +1,8 @@
 """The weighted sum of the experts' results of each token. No atomics.
 
 XLA makes one fusion of the sum: it was measured at the memory's rate on an H200, so that there is no kernel
-of ours. Rows of no pair and weights of dropped pairs may hold NaN: they are left out by selection, not by a
-product with zero.
+of ours but within the second product of pairs (token_sum.py). Rows of no pair and weights of dropped pairs
+may hold NaN: they are left out by selection, not by a product with zero.
 """
 
 from typing import Any

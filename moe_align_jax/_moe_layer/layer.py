@@ -16,6 +16,7 @@ from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProb
 from moe_align_jax._lowering.ordering import complete_first
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
+from moe_align_jax._moe_layer import token_sum
 from moe_align_jax._moe_layer.combine import weighted_sum
 from moe_align_jax._moe_layer.plan import LayerProblem, is_static
 
@@ -175,7 +176,13 @@ def _differentiable(
         extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
         operands = (given.x, *given.w_gate_up, *extras, *where.of_matmul)
         hidden = derivative.run(operands, problem=problem.first, implementation=implementation)
-    return _second_half(problem, implementation, given, where, hidden)
+    sums = problem.token_sum
+    if sums is None or not token_sum.takes(sums):
+        return _second_half(problem, implementation, given, where, hidden)
+    with jax.named_scope("down"):
+        extras = () if given.bias_down is None else (given.bias_down,)
+        operands = (hidden, given.w_down, *extras, where.expert_ids, given.topk_weights)
+        return token_sum.bind(sums, implementation, *operands)
 
 
 def _second_half(

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, TokenSum, Weights
 
 # With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
 # than it saves. vLLM's factor.
@@ -107,6 +107,13 @@ class LayerProblem(NamedTuple):
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
 
     @property
+    def token_sum(self) -> TokenSum | None:
+        """Of pairs: the second product and the sum of each token's rows as one problem."""
+        if not self.pairs or self.scales or not is_static(self.num_tokens):
+            return None
+        return TokenSum(self.second, self.num_tokens, self.top_k, self.out_dtype)
+
+    @property
     def between_layout(self) -> str:
         """Of the scales between the products: columns, which TMA reads, of rows that have a number."""
         return "column_major" if is_static(self.num_rows) else "row_major"
@@ -138,6 +145,7 @@ class LayerProblem(NamedTuple):
             expected_rows=self.block_size if own else 0,
             consecutive=not self.check_blocks,
             all_rows=self.pairs,
+            in_order=self.pairs,
             **sizes,
         )
 

@@ -317,6 +317,15 @@ def matmul_heights(interpret: bool = False) -> None:
         np.testing.assert_allclose(out, want, rtol=2e-2, atol=2e-1)
 
 
+def token_sums() -> None:
+    """Second products that sum up each token's pairs, one after the other and several together."""
+    from tests.moe_layer import test_token_sum
+
+    for name in ("columns end in a tile", "bias", "two of three pairs", "four of six pairs"):
+        sizes, tiles = test_token_sum.CASES[name]
+        test_token_sum.check(test_token_sum.make(**sizes), tiles, interpret=False)
+
+
 def matmul_e4m3() -> None:
     """Tiles that share rows, or weights, within a cluster, cut short, and without rows; scales every way."""
     import pytest
@@ -464,6 +473,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
     yield "matmul, heights", matmul_heights
+    yield "matmul, sums of tokens", token_sums
     yield "matmul, e4m3", matmul_e4m3
     yield "casts to e4m3", casts
     yield "weight gradients", weight_gradients

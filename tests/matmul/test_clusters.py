@@ -151,23 +151,26 @@ def test_shared_tiles_in_the_interpreter():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "splits"),
+    ("sizes", "transposed", "splits"),
     [
-        ((1, 256, 8, 7168, 256), (4, 1)),
-        ((2, 256, 8, 7168, 256), (2, 1)),
-        ((8, 256, 8, 7168, 256), (1, 1)),
-        ((1, 128, 8, 2048, 768), (2, 1)),
-        ((16, 128, 8, 2048, 768), (1, 1)),
-        ((1, 8, 2, 4096, 14336), (1, 2)),
+        ((1, 256, 8, 7168, 256), True, (2, 1)),
+        ((1, 256, 8, 7168, 256), False, (4, 1)),
+        ((2, 256, 8, 7168, 256), True, (2, 1)),
+        ((4, 256, 8, 7168, 256), False, (2, 1)),
+        ((8, 256, 8, 7168, 256), True, (1, 1)),
+        ((1, 128, 8, 2048, 768), True, (1, 1)),
+        ((1, 128, 8, 2048, 768), False, (2, 1)),
+        ((16, 128, 8, 2048, 768), True, (1, 1)),
+        ((1, 8, 2, 4096, 14336), False, (1, 2)),
     ],
     ids=str,
 )
-def test_few_tiles_are_shared(sizes, splits):
+def test_few_tiles_are_shared(sizes, transposed, splits):
     """As measured on an H200; the split follows from the shapes alone."""
     tokens, experts, top_k, hidden, ffn = sizes
-    form = maj.select_moe_implementation(
-        (tokens, hidden), (experts, hidden, ffn), top_k=top_k, transpose_rhs=True, platform="cuda"
-    ).form
+    down = (experts, hidden, ffn) if transposed else (experts, ffn, hidden)
+    given = {"top_k": top_k, "transpose_rhs": transposed, "platform": "cuda"}
+    form = maj.select_moe_implementation((tokens, hidden), down, **given).form
     for name, split in zip(form.split(", ")[1:], splits, strict=True):
         assert name.endswith(f"-k{split}") if split > 1 else "-k" not in name, form
 

@@ -186,6 +186,22 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
             assert 0.2 < some.mean() < 0.8
 
 
+@pytest.mark.parametrize("group", [0, 2])
+def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
+    """Right; and the kernel takes its tiles in that order."""
+    from tests.matmul import test_heights
+
+    held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 5 * e) for e in range(2, 6))]
+    where = test_heights.made(144, 12, held)
+    problem = test_heights.problem_of(where, 144, 12, 64, 128)
+    config = FOUND._replace(group=group, mixes=True)
+    asked, mixed = [], kernel.mixed
+    monkeypatch.setattr(kernel, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
+    with jax.default_device(jax.devices("cpu")[0]):
+        test_heights.check(where, problem, config, interpret=True)
+    assert asked
+
+
 def test_groups_are_mixed():
     """Groups that are sorted by their rows: each stretch of tiles has some of small and of large ones."""
     sizes = (3000 // np.arange(1, 65)).astype(np.int32)

@@ -82,12 +82,12 @@ def check_tile(where, block, heights, seen, expert, start, end, pairs, empty, be
     return end - start
 
 
-@pytest.mark.parametrize("kind", ["exact", "rotates", "even", "falling"])
+@pytest.mark.parametrize("kind", ["exact", "even", "falling"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", LISTS)
 def test_list_of_tiles(case, known, kind):
     """Each row in use is one tile's, whose rows to multiply hold all pairs, and of its expert alone."""
-    exact = kind in ("exact", "rotates")
+    exact = kind == "exact"
     block, given = LISTS[case]
     num_experts = max([e for e, _ in given if e != 7], default=0) + 1
     heights = tuple(range(block, block // 2, -8))
@@ -95,7 +95,6 @@ def test_list_of_tiles(case, known, kind):
     cut = cut_list.CutList(
         *(len(where.ids), block, len(where.experts), num_experts),
         *(int(where.ids[-1]) if known else 0, heights, exact, kind == "falling"),
-        rotates=kind == "rotates",
     )
     count, *listed = emulator.run(cut_list.build(cut), [where.ids, where.experts, where.used])
     assert count[0] == len(given)
@@ -159,12 +158,11 @@ LONG += [(5, 144)] * 32 + [(6, 144)] * 65 + [(7, 9)]
 FOUND_LISTS = LISTS | {"long": (144, LONG)}
 
 
-@pytest.mark.parametrize("kind", ["exact", "rotates", "even"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])
 @pytest.mark.parametrize("known", [True, False], ids=["pairs are known", "the last id tells"])
 @pytest.mark.parametrize("case", [case for case in FOUND_LISTS if case != "nothing"])
-def test_tiles_that_are_found(case, known, kind):
+def test_tiles_that_are_found(case, known, exact):
     """Each row in use is one tile's; where blocks but the last are full, they are those of the list."""
-    exact, rotates = kind != "even", kind == "rotates"
     block, given = FOUND_LISTS[case]
     num_experts = max([e for e, _ in given if e != 7 or case == "long"], default=0) + 1
     where = made(block, num_experts, given)
@@ -172,7 +170,7 @@ def test_tiles_that_are_found(case, known, kind):
     problem = problem_of(where, block, num_experts, 64, 128)
     if not known:
         problem = problem._replace(num_pairs=0)
-    cut = cut_list.of(problem, heights, exact, rotates=rotates)
+    cut = cut_list.of(problem, heights, exact)
     listed = found_by_votes(cut, where, len(given))
     seen = np.zeros(len(where.ids), int)
     for tile in zip(*listed, strict=True):
@@ -183,7 +181,6 @@ def test_tiles_that_are_found(case, known, kind):
         for found, one in zip(listed[1:], want[1:], strict=True):
             assert found.tolist() == one[: count[0]].tolist()
     config = TALL._replace(bm=block, heights=heights, exact=exact, finds=True)
-    config = config._replace(rotates=rotates)
     experts, ids = _Memory(where.experts), _Memory(where.ids)
 
     @jax.vmap
@@ -223,23 +220,6 @@ def test_each_tile_has_the_least_height_for_its_share(pairs, exact, even):
         assert (end - start)[: count[0]].tolist() == heights
 
 
-def test_higher_tiles_take_turns():
-    """Of several experts with one share each: each of a run's tiles is one of the higher ones as often."""
-    runs = 6
-    where = made(192, runs, [(e, count) for e in range(runs) for count in (192, 192, 145)])
-    cut = cut_list.CutList(
-        *(len(where.ids), 192, len(where.experts), runs, int(where.ids[-1])),
-        *((192, 184, 176), True),
-        rotates=True,
-    )
-    count, _, start, end, *_ = emulator.run(
-        cut_list.build(cut), [where.ids, where.experts, where.used]
-    )
-    heights = (end - start)[: count[0]].reshape(runs, 3)
-    assert heights[:3].tolist() == [[184, 176, 176], [176, 176, 184], [176, 184, 176]]
-    assert (heights.sum(0) == heights.sum() / 3).all()
-
-
 @pytest.mark.parametrize("pairs", [(144, 144, 144, 80), (144, 144, 1), (144, 144), (1,), (0,)])
 def test_each_tile_of_a_run_clears_as_many_rows(pairs):
     """Where the last one cleared them all, the CTA that had it in each run fell behind the others."""
@@ -277,7 +257,6 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
     usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
-    usual = usual._replace(rotates=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -304,12 +283,8 @@ HEIGHTS = (8, 16, 24, 40)
 FOUND = [(0, 144), (0, 60), (-1, 0), (1, 144), (1, 144), (1, 3), (2, 1), (3, 144)]
 
 
-@pytest.mark.parametrize(
-    ("late", "rotates"),
-    [(True, False), (True, True), (False, True)],
-    ids=["late", "late, in turns", "at once, in turns"],
-)
-def test_tiles_that_are_found_in_the_interpreter(late, rotates):
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
+def test_tiles_that_are_found_in_the_interpreter(late):
     """Tiles of two heights, of none, and behind the rows in use; each is told to the other warpgroups."""
     where = made(144, 4, FOUND)
     problem = problem_of(where, 144, 4, 320, 128)
@@ -317,7 +292,6 @@ def test_tiles_that_are_found_in_the_interpreter(late, rotates):
     more = {"finds": True, "late": late, "trims": late}
     config = tiles.with_heights(problem, usual, HEIGHTS, True, **more)
     assert config.cuts and config.late == late
-    config = config._replace(rotates=rotates)
     with jax.default_device(jax.devices("cpu")[0]):
         check(where, problem, config, interpret=True)
         nothing = where._replace(used=np.zeros(1, np.int32), held=np.zeros(len(where.ids), bool))
@@ -476,7 +450,8 @@ def test_tiles_by_height_on_a_gpu(block, transposed):
     given += [(e, p) for e in range(8) for p in [block] * (2 * e) + [1 + 17 * e]]
     where = made(block, 8, given)
     problem = problem_of(where, block, 8, 448, 1024, transposed=transposed)
-    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, falling=True)
+    more = {"falling": True, "trims": True}
+    config = tiles.with_heights(problem, TALL._replace(bm=block), HEIGHTS, **more)
     check(where, problem, config, interpret=False)
 
 
@@ -520,7 +495,7 @@ def test_which_products_take_them():
     tall = 4, True, False, False
     assert chosen(184, 256, 1024, **any_rows) == ((176, 168, 160, 144), "exact", *tall)
     assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
-    falling = "falling", 0, *3 * [False]
+    falling = "falling", 0, False, False, True
     assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
     assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)
     for others in (

@@ -14,9 +14,10 @@ from moe_align_jax._grouped_matmul import direct, kernel, launch
 from moe_align_jax._grouped_matmul.config import config_for
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax._moe_layer.plan import LayerProblem
 from tests.matmul.oracle import error
-from tests.matmul.test_clusters import PLAIN, make
+from tests.matmul.test_clusters import GATED, PLAIN, make
 from tests.moe_layer.test_moe_layer import make_layer, wanted
 
 
@@ -46,6 +47,52 @@ def test_a_count_that_is_known_is_not_read_on_a_gpu(sizes, transposed, gated):
     names = ("tokens", "top_k", "experts", "k", "n")
     given = dict(zip(names, sizes, strict=True)) | {"transposed": transposed, "gated": gated}
     problem, operands, want = told_of_none(**given)
+    used = ~np.isnan(want[:, 0])
+    run = jax.jit(functools.partial(launch.run, problem, gpu_kind="NVIDIA H200"))
+    got = np.asarray(run(*operands))[used]
+    assert error(got, want[used]) < 5e-3
+    problem, operands, _ = make(**given, dropped=True)
+    read = jax.jit(functools.partial(launch.run, problem, gpu_kind="NVIDIA H200"))
+    assert np.asarray(read(*operands))[used].tobytes() == got.tobytes()
+
+
+def in_order(**sizes):
+    """(Problem, operands, result) of `make`, of which row r is pair r; the ids in memory are no pairs."""
+    problem, operands, want = make(**sizes, dropped=True)
+    named = dict(zip(problem.inputs, operands, strict=True))
+    named["sorted_token_ids"] = jnp.full_like(named["sorted_token_ids"], -1)
+    return problem._replace(all_rows=True, in_order=True), [*named.values()], want
+
+
+@pytest.mark.parametrize("k", [128, 72])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_rows_in_order_need_no_ids(gated, k):
+    """TMA reads the one row of x that is a tile's; with a K that it does not take, ids are read."""
+    sizes = {"tokens": 3, "top_k": 2, "experts": 4, "k": k, "n": 64, "gated": gated}
+    problem, operands, want = in_order(**sizes)
+    config = (GATED if gated else PLAIN)._replace(num_ctas=2)
+    if k == 72:
+        operands = make(**sizes, dropped=True)[1]
+    used = ~np.isnan(want[:, 0])
+    assert 0 < used.sum() < len(used)
+    got = launch.run(problem, *operands, config=config, interpret=True)
+    assert error(np.asarray(got)[used], want[used]) < 5e-3
+    assert shape_of(problem, config).reads_ids == (k == 72)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 8, 256, 7168, 256), (1, 8, 128, 2048, 768), (5, 8, 256, 1024, 192), (2, 1, 8, 512, 64)],
+    ids=str,
+)
+def test_rows_in_order_need_no_ids_on_a_gpu(sizes, transposed, gated):
+    """The usual tiles; the same bits as where ids are read and rows come by cp.async."""
+    names = ("tokens", "top_k", "experts", "k", "n")
+    given = dict(zip(names, sizes, strict=True)) | {"transposed": transposed, "gated": gated}
+    problem, operands, want = in_order(**given)
     used = ~np.isnan(want[:, 0])
     run = jax.jit(functools.partial(launch.run, problem, gpu_kind="NVIDIA H200"))
     got = np.asarray(run(*operands))[used]

@@ -178,6 +178,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.problem",
     },
     "moe_align_jax._moe_layer.combine": set(),
+    "moe_align_jax._moe_layer.token_sum": {
+        "lazily moe_align_jax._grouped_matmul.token_sum_kernel",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering.primitive",
+        "moe_align_jax._moe_layer.combine",
+    },
     "moe_align_jax._moe_layer.direct": {
         "moe_align_jax._layout.kernels",
         "moe_align_jax._lowering.direct_kernel",
@@ -205,6 +211,10 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._grouped_matmul.kernel": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.launch_value",
+    },
+    "moe_align_jax._grouped_matmul.token_sum_config": {
+        "moe_align_jax._core.hopper",
+        "moe_align_jax._grouped_matmul",
     },
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
@@ -619,6 +629,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.mosaic": {
         "moe_align_jax._lowering.launch_value",
@@ -628,6 +639,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.pallas": {
         "moe_align_jax._lowering.launch_value",
@@ -649,6 +661,8 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
+        "moe_align_jax._grouped_matmul.token_sum_kernel",
     },
     "jaxlib.version": {
         "lazily moe_align_jax._cli",
@@ -662,6 +676,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax._src": set(),
     "typer": {
@@ -703,6 +718,7 @@ JAX_FREE = (
     "moe_align_jax._grouped_matmul.options",
     "moe_align_jax._grouped_matmul.problem",
     "moe_align_jax._grouped_matmul.shape",
+    "moe_align_jax._grouped_matmul.token_sum_config",
     "moe_align_jax._moe_layer.direct_problem",
     "moe_align_jax._masked_quant.problem",
     "moe_align_jax._router.kernel",

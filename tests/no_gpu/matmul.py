@@ -154,27 +154,6 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
         tiles = with_heights(given, tiles, (8, 16, 40), bm < 192, finds=True)
         yield f"{bm}, found heights", given, tiles
-    for bm, transposed, exact in (
-        (144, False, True),
-        (144, False, False),
-        (192, False, False),
-        (192, True, False),
-        (192, False, True),
-        (192, True, True),
-        (184, True, True),
-        (184, True, False),
-    ):
-        given = problem(block=bm, weights={"transposed": transposed}, zero_padding=False)
-        stages = 4 if bm == 144 else 3
-        tiles = Config("swap", bm, 256, 64, stages, group=0, lag=stages - 2)
-        more = {"finds": True, "late": bm == 144, "trims": True}
-        tiles = with_heights(given, tiles, (8, 16, 24, 40), exact, **more)
-        yield f"{bm}, found heights in rotation", given, tiles._replace(rotates=exact)
-    for bm in (184, 192):
-        given = problem(block=bm, weights={"transposed": True}, zero_padding=False)
-        tiles = Config("swap", bm, 256, 64, 3, group=0, lag=1)
-        tiles = with_heights(given, tiles, (8, 16, 24, 40), falling=True, trims=True)
-        yield f"{bm}, heights, falling and trimmed in rotation", given, tiles
     alpha = silu | {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
     turns = {"interleaved": True, "transposed": True}
     for more in (
@@ -197,13 +176,11 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
             tiles = with_heights(given, tiles, (8, 16, 24), True, finds=True, late=late)
             yield f"{bm}, found heights, gated", given, tiles
-    given = problem(block=184, zero_padding=False)
-    tiles = Config("swap", 184, 256, 64, 3, lag=1)
-    yield (
-        "184, heights, falling",
-        given,
-        with_heights(given, tiles, (8, 16, 24, 40), falling=True),
-    )
+    for transposed in (False, True):
+        given = problem(block=184, weights={"transposed": transposed}, zero_padding=False)
+        tiles = Config("swap", 184, 256, 64, 3, lag=1)
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), falling=True, trims=True)
+        yield "184, heights, falling", given, tiles
     yield "two of 96", problem(block=192), Config("swap", 96, 256, 64, 4, group=8, late=True)
     tiles = Config("swap", 144, 256, 64, 4, group=4, late=True)
     yield "144, late, masked", problem(**uneven), tiles
@@ -244,6 +221,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         tiles = s._replace(bm=bm, stages=4 if bm < 80 else 3)
         yield f"{bm}, left", problem(block=bm, **left), tiles
     yield from one_token()
+    yield from token_sums()
     yield from e4m3_problems()
 
 
@@ -261,6 +239,37 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
             for which, product in (("gate and up", layer.first), ("down", layer.second)):
                 name = f"one token, {which}, {sizes[3]} experts, transposed {transposed}"
                 yield name, product, config_for(product, "NVIDIA H200")
+    swiglu = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+    for more in ({"pair": True}, {"interleaved": True}, {"bias": True, **swiglu}):
+        for tokens, hidden in ((1, 7168), (4, 7168), (8, 7168), (1, 2880), (8, 2880)):
+            weights = Weights(True, activation="silu", gated=True, **more)
+            given = (tokens, 8, hidden, 256, 256, "bfloat16", "float16", weights, False, False)
+            product = LayerProblem(*given, 1, 8 * tokens, True, False).first
+            name = f"few tokens, {tokens}, {hidden}, {more}"
+            yield name, product, config_for(product, "NVIDIA H200")
+
+
+def token_sums() -> Iterator[tuple[str, Any, Any]]:
+    """Second products of layers of few tokens, which sum up each token's pairs."""
+    from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum, Weights
+    from moe_align_jax._grouped_matmul.token_sum_config import Tiles, refused
+
+    def problem(tokens, top_k, n, k, experts, transposed=True, bias=False, out="bfloat16"):
+        dtype = "float16" if out == "float16" else "bfloat16"
+        given = (tokens * top_k, k, n, experts, dtype, dtype, Weights(transposed, bias=bias))
+        product = MatmulProblem("test", "blocks", *given, block_size=1, num_pairs=tokens * top_k)
+        return TokenSum(product, tokens, top_k, out)
+
+    models = (8, 2048, 768, 128), (8, 7168, 256, 256), (2, 4096, 14336, 8), (6, 2880, 2880, 128)
+    for sizes in models:
+        for transposed, out in ((True, "bfloat16"), (False, "float16"), (True, "float32")):
+            for tokens in (1, 2):
+                for tiles in (Tiles(1, 256, 3), Tiles(2, 128, 6), Tiles(4, 384, 2)):
+                    bias = sizes[0] == 6
+                    given = problem(tokens, *sizes, transposed, bias, out)
+                    if not refused(given, tiles):
+                        kind = f"transposed {transposed}, {out}"
+                        yield f"token sum, {tokens}, {sizes}, {kind}", given, tiles
 
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
@@ -430,8 +439,18 @@ def lower(problem: Any, config: Any) -> Any:
     import jax.numpy as jnp
 
     from moe_align_jax._grouped_matmul import activation_gradient_kernel as ending
-    from moe_align_jax._grouped_matmul import kernel, launch, weight_gradient_kernel
-    from moe_align_jax._grouped_matmul.problem import ActivationGradient, WeightGradient
+    from moe_align_jax._grouped_matmul import (
+        kernel,
+        launch,
+        token_sum_kernel,
+        weight_gradient_kernel,
+    )
+    from moe_align_jax._grouped_matmul.problem import ActivationGradient, TokenSum, WeightGradient
+
+    if isinstance(problem, TokenSum):
+        structs = [jax.ShapeDtypeStruct(*each) for each in problem.inputs.values()]
+        call = jax.jit(functools.partial(token_sum_kernel.run, problem, tiles=config))
+        return call.trace(*structs).lower(lowering_platforms=("cuda",))
 
     if isinstance(problem, ActivationGradient):
         structs = [jax.ShapeDtypeStruct(*each) for each in problem.inputs.values()]
