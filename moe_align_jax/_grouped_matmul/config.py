@@ -23,9 +23,9 @@ _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into share
 _LEAST_K_OF_WIDE = 1024
 _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spills registers
 # Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
-# to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29).
-# Larger tiles look through the experts in a loop.
-_FINDS_EXPERTS = {"swap": 32, "m": 8, "n": 8}
+# to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29). 32 experts
+# of 192 rows took as long either way (22:57). Where every warpgroup of a large tile looks, fewer.
+_FINDS_EXPERTS, _ALL_FIND_EXPERTS = 32, 8
 # Tiles of several heights: see above `RULES`. Rows less than a block's. Of blocks of 144 rows, columns up to
 # which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
@@ -72,10 +72,10 @@ class Config(NamedTuple):
             of the one before it runs.
         shared: "x": the CTAs have neighbouring n tiles of the same rows; "w": neighbouring tiles of rows and
             the same n tile, whose weights are shared where both belong to one expert. "w" needs `ahead`.
-        ahead: what the next tile is, is read while this one is multiplied, and the scales of its weights
-            while this one is stored: into shared memory. Of e4m3 with scales of blocks.
-        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself, by a step for each expert,
-            in place of a launch that makes the list of tiles. With `heights`: the warpgroup that loads finds
+        ahead: the warpgroup that loads reads what the next tile is while the others multiply this one, copies
+            the scales of its weights into shared memory, and tells them. Of e4m3 with scales of blocks.
+        finds: of the masked layout: each CTA finds its tiles in `masked_m` itself (found_masked.py), in place
+            of a launch that makes the list of tiles. With `heights`: the warpgroup that loads finds
             each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
@@ -92,6 +92,8 @@ class Config(NamedTuple):
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
             blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
             wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
+        peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
+            are zeroed. Of e4m3.
     """
 
     form: str
@@ -118,6 +120,7 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
+    peeled: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -147,6 +150,7 @@ class Config(NamedTuple):
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
+        more += "-peeled" if self.peeled else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
@@ -322,6 +326,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := _no_skips(problem, tiles)):
         return reason
+    if tiles.paired and tiles.peeled:
+        return "two steps ahead of the loop over k would spill registers"
     listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
     if tiles.by_expert and not (listed and tiles.group):
         return "groups of one expert's blocks are of the masked layout, by a list of tiles"
@@ -560,7 +566,8 @@ def config_for(
         return found
     if problem.scales:
         tiles = _e4m3_config(problem, rules, bm)
-        few = problem.rows == "masked" and problem.num_experts <= _FINDS_EXPERTS[tiles.form]
+        most = _FINDS_EXPERTS if tiles.ahead or tiles.form == "swap" else _ALL_FIND_EXPERTS
+        few = problem.rows == "masked" and problem.num_experts <= most
         return tiles._replace(finds=True) if few else tiles
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
@@ -688,12 +695,13 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
     masked = problem.rows == "masked"
-    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49). Masked tiles of 192 rows lost 1 to
-    # 2%; those of 128 rows lost 0.9% at K = 2048 and gained 0.5 and 1.3% at 4096 and 7168.
-    paired = not masked and problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
+    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49), and of masked tiles of 128 rows 0.7
+    # to 2.2% (22:57). Masked tiles of 192 rows lost 1 to 2%; a first turn ahead of their loop took up to 1.2%
+    # less (22:57).
+    paired = problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
-        return tall._replace(sharing=2, ahead=True, early=True)
+        return tall._replace(sharing=2, ahead=True, early=True, peeled=True)
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):

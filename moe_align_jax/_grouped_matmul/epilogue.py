@@ -214,6 +214,10 @@ class _Finish:
         if self.vectors.row_weights is not None:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
+        if self.pairs is not None and axis == 0:
+            return inline.keep_rows(
+                x, self.pairs - (first - self.place.row), interpret=self.interpret
+            )
         if self.pairs is not None:
             return inline.keep_columns(x, self.pairs, interpret=self.interpret)
         if self.tests_rows:

@@ -241,21 +241,30 @@ class Told:
         for slot in range(SLOTS):
             plgpu.barrier_arrive(self.was_read.at[slot])
 
-    def tell(self, i: Any, *values: jax.Array) -> None:
-        """The loading warpgroup says so of its i-th tile."""
+    def tell(
+        self, i: Any, *values: jax.Array, more: Callable[[jax.Array], None] | None = None
+    ) -> None:
+        """The loading warpgroup says so of its i-th tile; `more(slot)` writes what else belongs to it."""
         slot = lax.rem(i, _I32(SLOTS))
         plgpu.barrier_wait(self.was_read.at[slot])
         for place, value in enumerate(values):
             self.words[slot * WORDS + place] = value
+        if more:
+            more(slot)
         plgpu.barrier_arrive(self.told.at[slot])
 
-    def hear(self, i: Any, count: int) -> list[jax.Array]:
-        """What was told of the i-th tile."""
+    def hear(self, i: Any, count: int, *, keep: bool = False) -> list[jax.Array]:
+        """What was told of the i-th tile. `keep`: nothing else is told in its place before `done`."""
         slot = lax.rem(i, _I32(SLOTS))
         plgpu.barrier_wait(self.told.at[slot])
         found = [self.words[slot * WORDS + place] for place in range(count)]
-        plgpu.barrier_arrive(self.was_read.at[slot])
+        if not keep:
+            self.done(i)
         return found
+
+    def done(self, i: Any) -> None:
+        """A warpgroup that multiplies has read what belongs to its i-th tile."""
+        plgpu.barrier_arrive(self.was_read.at[lax.rem(i, _I32(SLOTS))])
 
     def end(self, count: Any) -> None:
         """The loading warpgroup leaves no barrier in the midst of a phase, after so many tiles."""

@@ -33,6 +33,7 @@ except ImportError:
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
 _LANES = 32  # of a warp
+_ROW_AXIS = 4  # of the registers of wgmma's layout: rows 8 of each 16
 _COLUMNS = 8  # of a tile of wgmma's layout, of which a thread has two
 _TILE_BYTES = 1024  # 8 rows of 128 bytes
 
@@ -146,28 +147,43 @@ def loop(count: jax.Array, step: Callable[[jax.Array], Any], *, interpret: bool)
 
         lax.fori_loop(0, count, plain, None)
         return
+
+    def body(k, _):
+        not_unrolled(interpret=interpret)
+        step(k)
+
+    lax.fori_loop(0, hidden(count, interpret=interpret), body, None)
+
+
+def hidden(count: jax.Array, *, interpret: bool) -> jax.Array:
+    """The same number. LLVM unrolls a loop where it sees which constants its count may be."""
+    if interpret:
+        return count
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    # LLVM unrolls a loop where it sees which constants its count may be.
     @emits(
         arg_types=(scalar,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(_I32), layout=scalar),
     )
-    def hidden(_, value):
+    def emit(_, value):
         same = llvm.inline_asm(
             i32(), [scalar_of(value)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
         )
         return mgpu.FragmentedArray.splat(same, (), is_signed=True)
 
+    return emit(count)
+
+
+def not_unrolled(*, interpret: bool) -> None:
+    """Said to ptxas in the block that a loop begins with."""
+    if interpret:
+        return
+
     @emits()
-    def not_unrolled(_):  # said to ptxas in the block that a loop begins with
+    def emit(_):
         mgpu_utils.inline_ptx('.pragma "nounroll";', has_side_effects=True)
 
-    def body(k, _):
-        not_unrolled()
-        step(k)
-
-    lax.fori_loop(0, hidden(count), body, None)
+    emit()
 
 
 # -- bounds that a launch gives -------------------------------------------------------------------
@@ -333,6 +349,36 @@ def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Arra
                 value = arith.select(kept, vector.extract(found, [], [k]), zero)
                 found = vector.insert(value, found, [], [k])
             registers[at] = found
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
+        )
+
+    return emit(x, count)
+
+
+def keep_rows(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
+    """Float32 `[64, 8 j]` in wgmma's layout with zeros from row `count` on.
+
+    A thread has row 16 (warp) + (lane / 4) and the eighth row behind it.
+    """
+    if interpret:
+        rows = lax.broadcasted_iota(_I32, x.shape, 0)
+        return jnp.where(rows < count, x, jnp.zeros_like(x))
+    scalar = plgpu.Layout.WG_SPLAT(())
+    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
+    def emit(_, values, most):
+        lane = arith.remui(thread_index(), int32(_LANES))
+        warp = arith.divui(thread_index(), int32(_LANES))
+        first = arith.addi(arith.muli(warp, int32(16)), arith.divui(lane, int32(4)))
+        kept = [less(arith.addi(first, int32(8 * k)), scalar_of(most)) for k in range(2)]
+        kind = values.registers.flat[0].type
+        zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
+        zeros = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, zero))
+        registers = np.empty_like(values.registers)
+        for at in np.ndindex(values.registers.shape):
+            registers[at] = arith.select(kept[at[_ROW_AXIS]], values.registers[at], zeros)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=values.layout, _is_signed=values.is_signed
         )

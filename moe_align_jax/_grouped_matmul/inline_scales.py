@@ -155,7 +155,7 @@ def copy_groups(
 ) -> None:
     """Asks for elements `first` on of an array of scales, `count` of them: one thread for each.
 
-    They are there for all threads of the warpgroup after `await_groups`.
+    They are there for this thread after `await_groups`.
 
     Args:
         scales_ref: in global memory, contiguous.
@@ -188,13 +188,13 @@ def copy_groups(
 
 
 def await_groups(*, interpret: bool) -> None:
-    """Until what the warpgroup's threads asked for is there, for all of them."""
+    """Until what this thread asked for is there. A warpgroup that stores by TMA would wait for its stores,
+    too: ptxas counts both in one place."""
     if interpret:
         return
 
     @inline.emits()
     def emit(_):
         mgpu_utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
-        mgpu_utils.warpgroup_barrier()
 
     emit()

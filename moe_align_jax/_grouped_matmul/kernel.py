@@ -32,6 +32,7 @@ from moe_align_jax._grouped_matmul import (
     epilogue,
     found_cut,
     found_groups,
+    found_masked,
     inline,
     inline_scales,
     loads,
@@ -62,7 +63,8 @@ class Tile(NamedTuple):
         expert: whose weights it uses, where valid.
         row, end, n: see above.
         used: the row behind the last one in use, as far as the list of tiles tells; else as `end`.
-        pairs: of tiles of several heights: rows that hold a pair, or are the group's.
+        pairs: of tiles of several heights: rows that hold a pair, or are the group's; of blocks, with
+            `Config.ahead`, where padding is zero: rows that hold a pair.
         empty, behind: of those: the first row, and the row behind the last one, of the tile's share of its
             run's rows that are in use and no tile's.
         there: whether there is such a tile: of two CTAs that share weights, the last may have none.
@@ -145,7 +147,7 @@ class _Refs:
         self.weights = [refs.pop(0) for _ in range(1 + problem.weights.pair)]
         self.shared: Any = refs.pop() if split > 1 else None  # barriers of the cluster
         self.told: Any = None
-        if config.heights:
+        if config.heights or config.ahead:
             read, told, words = refs.pop(), refs.pop(), refs.pop()
             self.told = found_cut.Told(words, told, read)
         self.empty, self.full = refs.pop(), refs.pop()
@@ -268,16 +270,12 @@ def build(
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def order(i, how=None):
-            """(Tile of rows, n tile) of the i-th tile of this CTA; behind the last one, of the last."""
+            """(Tile of rows, n tile) of the i-th tile of this CTA."""
             t = cta + i * clusters
             if config.by_expert:
                 at, n = _in_expert(problem, config, refs, t, n_tiles)
-            elif not config.ahead:
-                at, n = in_groups(config.group, t, units, n_tiles, how)
             else:
-                t = jnp.clip(t, 0, jnp.maximum(total - 1, 0))
-                # There may be none.
-                at, n = in_groups(config.group, t, jnp.maximum(units, 1), n_tiles)
+                at, n = in_groups(config.group, t, units, n_tiles, how)
             if pairs:
                 return at * sharing + rank, n
             return at, n * sharing + rank if sharing > 1 else n
@@ -285,11 +283,11 @@ def build(
         def read(at):
             """What memory tells about a tile of rows, and about that of the other CTA."""
             if not pairs:
-                return _read(problem, config, shape, refs, at, row_tiles)
+                return _read(problem, config, shape, refs, at, row_tiles, interpret)
             last = jnp.maximum(row_tiles - 1, 0)
-            other = _read(problem, config, shape, refs, jnp.minimum(at ^ 1, last), row_tiles)
-            at = jnp.minimum(at, last)
-            return *_read(problem, config, shape, refs, at, row_tiles), other[0]
+            given = problem, config, shape, refs
+            other = _read(*given, jnp.minimum(at ^ 1, last), row_tiles, interpret)
+            return *_read(*given, jnp.minimum(at, last), row_tiles, interpret), other[0]
 
         def told(i, before_none, how):
             """The i-th tile, which the warpgroup that loads finds or reads in the list, and tells the others.
@@ -312,13 +310,13 @@ def build(
             refs.told.tell(i, tile.row, tile.end, tile.n, tile.pairs)
             return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
 
-        def tile_at(i, known=None):
+        def tile_at(i):
             if config.heights:
                 row, end, n, held = refs.told.hear(i, 4)
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
             at, n = order(i)
-            known = read(at) if known is None else known
+            known = read(at)
             if not pairs:
                 tile = _tile(problem, config, shape, refs, at, n, known)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
@@ -337,6 +335,41 @@ def build(
             )
             return tile, jnp.where(tile.busy, _I32(shape.k_steps), 0)
 
+        scaled: Any = None
+        if problem.scales:
+            scaled = scaled_products.Products(problem, config, shape, refs, interpret)
+
+        def tell(i, tile):
+            """What the others must know of the i-th tile, and the scales of its weights."""
+            flags = _I32(0)
+            for place, flag in enumerate((tile.valid, tile.there, tile.busy, tile.holds)):
+                if flag is not None:
+                    flags = flags | (flag.astype(_I32) << place)
+            words = [tile.row, tile.end, tile.n, tile.used, tile.expert, flags]
+            if shape.tests_rows:
+                limit = jnp.where(tile.valid, epilogue.num_pairs(problem, refs.vectors), 0)
+                where = refs.ids, tile.row, _I32(limit)
+                words.append(inline.count_rows(*where, rows=bm, interpret=interpret))
+
+            def scales(slot):
+                for owner in range(scaled_products.owners_of(config)):
+                    scaled.fetch(tile, _I32(owner), slot)
+                inline_scales.await_groups(interpret=interpret)
+
+            refs.told.tell(i, *words, more=scales)
+
+        def hear(i):
+            """The i-th tile, and its steps."""
+            words = refs.told.hear(i, 6 + shape.tests_rows, keep=True)
+            row, end, n, used, expert, flags, *held = words
+            valid, there, busy, holds = ((flags & (1 << k)) != 0 for k in range(4))
+            tile = Tile(valid, expert, row, end, n, used, *held)
+            if pairs:
+                tile = tile._replace(there=there, busy=busy)
+            if config.skips and problem.rows == "blocks":
+                tile = tile._replace(holds=holds)
+            return tile, jnp.where(busy if pairs else valid, _I32(shape.k_steps), 0)
+
         def slot_of(step):
             return lax.rem(step, _I32(stages))
 
@@ -345,15 +378,9 @@ def build(
                 plgpu.set_max_registers(compute_registers, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
-            if config.heights:
+            if config.heights or config.ahead:
                 refs.told.allow()
             store = _Store(problem, config, shape, refs, o_like, warpgroup, interpret)
-
-            scaled: Any = (
-                scaled_products.Products(problem, config, shape, refs, interpret)
-                if problem.scales
-                else None
-            )
 
             def multiply(tile, ring, between, place=None, rows=shape.wn):
                 """The warpgroup's sums, in one accumulator or two; of a swapped tile's first `rows` rows."""
@@ -490,20 +517,27 @@ def build(
 
                 return ring + steps, jnp.where(less, 0, height), here, value
 
-            def now_and_ahead(i, carry):
-                ring, known = carry
-                following = read(order(i + 1)[0])
-                tile, steps = tile_at(i, known)
-                inline_scales.await_groups(interpret=interpret)
+            def now_as_told(i, ring):
+                tile, steps = hear(i)
                 sums, at = multiply(tile, ring, lambda k: None, i & 1), place(tile)
-                scaled.fetch(tile_at(i + 1, following)[0], warpgroup, (i + 1) & 1)
+                refs.told.done(i)
+                plain = shape._replace(tests_rows=False)
 
-                def store_all():
-                    for q, value in enumerate(finish(sums, tile, at)):
+                def store_all(held=None):
+                    """Of the rows, `held` have a pair, and the others are zero; all are as they are."""
+                    here = epilogue.Place(tile.expert, tile.valid, at[0], at[1], swap, held)
+                    found = epilogue.pieces(problem, plain, here, sums, refs.vectors, interpret)
+                    for q, value in enumerate(found):
                         store(q, value, at)
 
-                pl.when(tile.there)(store_all) if pairs else store_all()
-                return ring + steps, following
+                def store_tile():
+                    if not shape.tests_rows:
+                        return store_all()
+                    held = tile.pairs - warpgroup * shape.wm
+                    return lax.cond(held >= shape.wm, store_all, lambda: store_all(held))
+
+                pl.when(tile.there)(store_tile) if pairs else store_tile()
+                return ring + steps
 
             def together(i, ring):
                 """A tile of the cluster's: its first CTA stores it."""
@@ -560,10 +594,7 @@ def build(
             if config.ahead or pairs:
                 assert scaled and config.ahead and not (config.late or ending)
                 assert not (pairs and shape.parts > 1 and shape.reads_ids)
-                known = read(order(0)[0])
-                scaled.fetch(tile_at(0, known)[0], warpgroup, _I32(0))
-                lax.fori_loop(0, mine, now_and_ahead, (_I32(0), known))
-                inline_scales.await_groups(interpret=interpret)
+                lax.fori_loop(0, mine, now_as_told, _I32(0))
             elif config.late and config.heights:
                 none = epilogue.nothing(problem, shape, swap, interpret)
                 zero = _I32(0)
@@ -620,6 +651,12 @@ def build(
                         said = jnp.where(tile.valid, said, ring)
                 else:
                     tile, steps = tile_at(i)
+                    if config.ahead:
+                        if by_copies:  # see above; few steps do not say all of the last tile's
+                            rest = (steps == 0) | (shape.k_steps < config.lag)
+                            pl.when(rest)(lambda: all_arrived(ring, said))
+                            said = jnp.where(rest, ring, said)
+                        tell(i, tile)
                 rows = loader.find(refs, tile)
                 first = rank * shape.k_steps if ranks > 1 else None
 
@@ -669,7 +706,7 @@ def build(
             # No barrier is left in the midst of a phase.
             for stage in range(stages):
                 plgpu.barrier_wait(empty.at[slot_of(end + stage)])
-            if config.heights:
+            if config.heights or config.ahead:
                 refs.told.end(mine)
 
         lax.cond(warpgroup < computing, compute, load)
@@ -702,7 +739,7 @@ def build(
             collective_axes=(AXIS,), num_arrivals=computing, num_barriers=stages
         )
     told: list[Any] = []
-    if config.heights:
+    if config.heights or config.ahead:
         told = [plgpu.SMEM((found_cut.SLOTS * found_cut.WORDS,), _I32)]
         for arrivals in (1, computing):
             told.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=found_cut.SLOTS))
@@ -752,8 +789,7 @@ def _row_tiles(
         blocks = lax.div(refs.count[0] + (problem.block_size - 1), _I32(problem.block_size))
         return jnp.clip(blocks, 0, problem.num_rows // problem.block_size)
     if config.finds:
-        count = lambda expert, tiles: tiles + _used(problem, config, refs, expert)[1]  # noqa: E731
-        return _over_experts(problem, config, count, _I32(0))
+        return _found(problem, config, refs, _I32(0), interpret)[-1]
     if not shape.parts:
         return refs.count[0]
     if problem.all_rows and refs.vectors.bound is None:  # else a launch may have fewer
@@ -837,37 +873,12 @@ def _in_expert(
     return first + (rest - n * size), n
 
 
-def _over_experts(problem: MatmulProblem, config: Config, step: Callable, first: Any) -> Any:
-    """`step(expert, carry)` for each: unrolled where tiles are small, so that its loads run side by side."""
-    if config.form != "swap":
-        return lax.fori_loop(0, problem.num_experts, step, first)
-    for expert in range(problem.num_experts):
-        first = step(_I32(expert), first)
-    return first
-
-
-def _used(
-    problem: MatmulProblem, config: Config, refs: _Refs, expert: jax.Array
-) -> tuple[Any, Any]:
-    """Rows of an expert of the masked layout that are in use, and their tiles."""
-    rows = jnp.clip(refs.masked_m[expert], 0, problem.max_rows)
-    return rows, lax.div(rows + (config.bm - 1), _I32(config.bm))
-
-
-def _find(problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array) -> tuple[Any, ...]:
-    """Expert, first row and end of a tile of rows of the masked layout; behind the last, some expert's."""
-
-    def step(e, carry):
-        before, expert, first, end = carry
-        rows, tiles = _used(problem, config, refs, e)
-        mine = (at >= before) & (at < before + tiles)
-        expert = jnp.where(mine, e, expert)
-        first = jnp.where(mine, e * problem.max_rows + (at - before) * config.bm, first)
-        end = jnp.where(mine, e * problem.max_rows + rows, end)
-        return before + tiles, expert, first, end
-
-    zero = _I32(0)
-    return _over_experts(problem, config, step, (zero, zero, zero, zero))[1:]
+def _found(
+    problem: MatmulProblem, config: Config, refs: _Refs, at: jax.Array, interpret: bool
+) -> Sequence[Any]:
+    """What `found_masked.tile_of` says of a tile of rows of the masked layout."""
+    find = found_masked.find_plainly if interpret else found_masked.find
+    return find(problem, config, refs.masked_m, at)
 
 
 def _read(
@@ -877,11 +888,12 @@ def _read(
     refs: _Refs,
     at: jax.Array,
     row_tiles: jax.Array,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows, of so many: its expert; of a list, also the first row and the
     end; of blocks, with `skips`, the first id of the second warpgroup's rows."""
     if config.finds:
-        return _find(problem, config, refs, at)
+        return tuple(_found(problem, config, refs, at, interpret)[:3])
     if config.heights:
         found = refs.experts[at], refs.starts[at], refs.ends[at]
         return *found, refs.pairs[at], refs.padding[at], refs.behind[at]

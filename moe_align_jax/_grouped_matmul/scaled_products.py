@@ -45,7 +45,12 @@ def weights_memory(problem: MatmulProblem, config: Config, shape: Shape) -> Any:
     """Scales of the weights of two tiles, this one and the next, for each warpgroup, in shared memory."""
     sums = sums_of(problem, config, shape)
     groups = -(-problem.scale_groups // _LEAST_ROWS) * _LEAST_ROWS
-    return plgpu.SMEM((config.computing, 2, sums, groups), _F32)
+    return plgpu.SMEM((owners_of(config), 2, sums, groups), _F32)
+
+
+def owners_of(config: Config) -> int:
+    """Warpgroups that have scales of the weights for themselves; 1 where they share them."""
+    return 1 if config.form == "m" else config.computing
 
 
 class Products:
@@ -158,20 +163,42 @@ class Products:
             between(k)
             plgpu.barrier_arrive(refs.empty.at[slot])
 
-        zeros = [self._zeros(shape) for shape in self._shapes()]
         all_steps, mine = _I32(steps), tile.valid
         if self.config.skips:
             mine = mine & self._holds_rows(tile, warpgroup)
-        first = tuple(zeros), () if in_step else more_of_w(0), slot_of(ring)
-        if early:  # of the first step; of the next ones each behind the product before it
-            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
-        turns, turn = (_I32(steps // 2), two) if paired else (all_steps, step)
-        sums, *_ = lax.fori_loop(0, jnp.where(mine, turns, 0), turn, first)
-        if self.config.skips or self.config.shares_weights:
+        of_turn, turn = (2, two) if paired else (1, step)
+        passes = self.config.skips or self.config.shares_weights
+
+        def pass_all():
             busy = tile.busy if self.config.shares_weights else tile.valid
             others = busy & jnp.logical_not(mine)
             passed = jnp.where(others, all_steps, 0)
             inline.loop(passed, pass_on, interpret=self.interpret)
+
+        def begin(sums):
+            return sums, () if in_step else more_of_w(0), slot_of(ring)
+
+        if early:  # of the first step; of the next ones each behind the product before it
+            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
+        if self.config.peeled:
+
+            def run():
+                none = (None,) * len(self._shapes())
+                carry = turn(_I32(0), begin(none))
+                turns = inline.hidden(_I32(steps // of_turn), interpret=self.interpret)
+                return lax.fori_loop(1, turns, turn, carry)[0]
+
+            def other():
+                if passes:
+                    pass_all()
+                return tuple(self._zeros(shape) for shape in self._shapes())
+
+            return list(lax.cond(mine, run, other))
+        zeros = tuple(self._zeros(shape) for shape in self._shapes())
+        turns = jnp.where(mine, _I32(steps // of_turn), 0)
+        sums, *_ = lax.fori_loop(0, turns, turn, begin(zeros))
+        if passes:
+            pass_all()
         return list(sums)
 
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
@@ -218,13 +245,14 @@ class Products:
         return zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
     def _add(
-        self, total: jax.Array, piece: jax.Array, of_x: jax.Array | None, of_w: jax.Array
+        self, total: jax.Array | None, piece: jax.Array, of_x: jax.Array | None, of_w: jax.Array
     ) -> jax.Array:
-        """One multiplication and addition for each value: ptxas makes an FFMA of them."""
-        if of_x is None:
-            return total + piece * of_w
-        axis = 1 if self.swap else 0
-        return total + piece * lax.broadcast_in_dim(of_x * of_w, piece.shape, (axis,))
+        """One multiplication and addition for each value: ptxas makes an FFMA of them. No `total` is 0."""
+        scale: Any = of_w
+        if of_x is not None:
+            axis = 1 if self.swap else 0
+            scale = lax.broadcast_in_dim(of_x * of_w, piece.shape, (axis,))
+        return piece * scale if total is None else total + piece * scale
 
     # -- scales
 
@@ -253,7 +281,7 @@ class Products:
         for i, (ref, expert, block) in enumerate(self._blocks(tile, warpgroup)):
             inline_scales.copy_groups(
                 ref,
-                self.refs.w_scale_rows.at[warpgroup, place, i],
+                self.refs.w_scale_rows.at[self._owner(warpgroup), place, i],
                 (expert * ref.shape[1] + block) * ref.shape[2],
                 count=ref.shape[2],
                 interpret=self.interpret,
@@ -264,7 +292,12 @@ class Products:
     ) -> tuple[jax.Array, ...]:
         """The weights' scales of step k in a slot: one for each of the warpgroup's sums."""
         count = sums_of(self.problem, self.config, self.shape)
-        return tuple(self.refs.w_scale_rows[warpgroup, place, i, k] for i in range(count))
+        owner = self._owner(warpgroup)
+        return tuple(self.refs.w_scale_rows[owner, place, i, k] for i in range(count))
+
+    def _owner(self, warpgroup: Any) -> Any:
+        """Where the scales of a warpgroup's weights are."""
+        return 0 if owners_of(self.config) == 1 else warpgroup
 
     def _of_blocks(
         self, tile: Any, warpgroup: jax.Array, k: jax.Array | int

@@ -352,16 +352,26 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-early-finds",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds-peeled",
         ),
-        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead"),
+        (
+            "masked",
+            {"expected_rows": 1024, "num_experts": 33},
+            "192x128x128s4m-g8-w3-skips-c2-early-peeled",
+        ),
+        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds"),
         (
             "masked",
             {"expected_rows": 128, "num_experts": 8},
             "128x192x128s4m-g8-skips-ahead-finds",
         ),
-        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead"),
-        ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead"),
+        ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead-finds-paired"),
+        (
+            "masked",
+            {"expected_rows": 192, "num_experts": 33},
+            "128x192x128s4m-g0-skips-c2w-ahead-paired",
+        ),
+        ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead-finds"),
         (
             "blocks",
             {
@@ -523,6 +533,11 @@ FORMS = {
         {"gather": False, "layout": COLUMNS},
         TALL._replace(sharing=1, ahead=True),
     ),
+    "tall, a first turn, one step behind the copies": (
+        (20, 1, 2, 128, 192, 192),
+        {"gather": False, "layout": PACKED_ROWS, "routing": "dropped"},
+        TALL._replace(ahead=True, early=True, peeled=True),
+    ),
     "tall, pair": ((9, 1, 1, 128, 128, 192), SILU | {"pair": True, "gather": False}, TALL),
 }
 
@@ -633,6 +648,7 @@ def test_halves_are_left_out_of_tiles_that_can_do_without():
         ({}, M._replace(skips=True), "read ahead"),
         ({}, HALVES._replace(sharing=1), "of one CTA"),
         ({}, BESIDE._replace(skips=True), "of one CTA"),
+        ({}, BESIDE._replace(paired=True, peeled=True), "spill"),
     ]:
         with pytest.raises(ValueError, match=reason):
             kernel.build(problem._replace(**changes), config)
@@ -703,7 +719,8 @@ def on_a_gpu():
             add(f"halves, {name}, {routing}", HALVES, 300, 2, 9, 384, 448, 128, **more)
     tall = TALL._replace(sharing=2, ahead=True)
     early = TALL._replace(ahead=True, early=True)
-    for config in (BROAD, BESIDE, EARLY, TALL._replace(sharing=1), tall, early):
+    peeled = early._replace(sharing=2, peeled=True)
+    for config in (BROAD, BESIDE, EARLY, TALL._replace(sharing=1), tall, early, peeled):
         for name, layout in layouts.items():
             text = f"sharing, {name}"
             add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
@@ -738,6 +755,7 @@ def on_a_gpu():
         both = {"skips": True, "ahead": True}
         shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
         shared.append(TALL._replace(**both, sharing=2, early=True))
+        shared.append(shared[-1]._replace(peeled=True))
         alone = shared[0]._replace(sharing=0)
         finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), alone, *shared[2:], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
@@ -758,7 +776,8 @@ def on_a_gpu():
 
     for name in ("columns", "packed", "rows"):
         for config in (BESIDE, EARLY, TALL._replace(sharing=2, ahead=True, early=True)):
-            config = config._replace(paired=True, skips=True, finds=True)
+            config = config._replace(skips=True, finds=True)
+            config = config._replace(paired=config.bm == 128, peeled=config.bm == 192)
 
             def paired(patch, layout=layouts[name]):
                 counts = np.array([600, 0, 3, 300], np.int32)
@@ -767,7 +786,7 @@ def on_a_gpu():
                 return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
 
             found.append((f"paired, masked 600, {name}, {config.name}", paired, config))
-    for config in (SWAP, ALONE, M):
+    for config in (SWAP, ALONE, M, BESIDE._replace(skips=True), EARLY._replace(peeled=True)):
         config = config._replace(finds=True)
         found.append((f"masked, 30 experts, {config.name}", many, config))
     return found

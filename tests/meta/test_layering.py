@@ -278,6 +278,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._grouped_matmul.found_masked": {
+        "lazily moe_align_jax._simt.mosaic",
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._grouped_matmul.found_groups": {
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._grouped_matmul",
@@ -653,6 +658,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.inline",
         "moe_align_jax._grouped_matmul.inline_scales",
         "moe_align_jax._grouped_matmul.found_cut",
+        "moe_align_jax._grouped_matmul.found_masked",
         "moe_align_jax._grouped_matmul.kernel",
         "moe_align_jax._grouped_matmul.loads",
         "moe_align_jax._grouped_matmul.scaled_products",

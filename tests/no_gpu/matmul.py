@@ -336,7 +336,8 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for mean in (192, 1024):
         given = of_most | {"expected_rows": mean}
         name, problem, tiles = case("masked, paired", scales=columns, **given)
-        yield name, problem, tiles._replace(paired=True)
+        yield name, problem, tiles._replace(paired=True, peeled=False)
+        yield name, problem, tiles._replace(paired=False, peeled=True)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
         yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
