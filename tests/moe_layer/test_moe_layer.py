@@ -592,25 +592,26 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
     assert "stablehlo.while" in lowered(1, "cpu")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "model",
+    ("model", "most"),
     [
-        *((128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (32, 4, 2880, 2880)),
-        (16, 2, 4096, 4096),
+        *(((128, 8, 2048, 768), 12), ((8, 2, 4096, 14336), 12), ((256, 8, 7168, 256), 12)),
+        *(((32, 4, 2880, 2880), 12), ((16, 2, 4096, 4096), 12), ((128, 4, 2880, 2880), 14)),
     ],
 )
-def test_a_model_takes_few_kernels_of_matmul(model):
-    """Over every batch size up to 16384: blocks and tiles of both products. At most 12, but 14
-    of 128 experts, which have a fifth size of blocks."""
+def test_a_model_takes_few_kernels_of_matmul(model, most, transposed):
+    """Over every batch size up to 16384: blocks and tiles of both products."""
     experts, top_k, hidden, ffn = model
+    w_down = (experts, hidden, ffn) if transposed else (experts, ffn, hidden)
     found = set()
     for tokens in [*range(1, 1100), *range(1100, 16385, 16)]:
         selection = maj.select_moe_implementation(
-            (tokens, hidden), (experts, ffn, hidden), top_k=top_k, platform="cuda"
+            (tokens, hidden), w_down, top_k=top_k, transpose_rhs=transposed, platform="cuda"
         )
         blocks, first, second = selection.form.split(", ")
         found |= {("first", blocks, first), ("second", blocks, second)}
-    assert 2 <= len(found) <= (14 if experts == 128 else 12), sorted(found)
+    assert 2 <= len(found) <= most, sorted(found)
 
 
 def test_largest_blocks_by_the_number_of_experts():
