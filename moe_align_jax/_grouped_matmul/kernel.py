@@ -1037,11 +1037,8 @@ class _Store:
     ):
         self.problem, self.shape, self.refs, self.like = problem, shape, refs, like
         self.swap, self.warpgroup, self.interpret = config.form == "swap", warpgroup, interpret
-        self.slots, self.rows, self.heights = (
-            _slots(config, shape),
-            shape.piece_rows,
-            config.heights,
-        )
+        self.slots, self.rows = _slots(config, shape), shape.piece_rows
+        self.heights = config.heights
         self.across, self.down = _columns(config, shape) // shape.piece, config.bm // self.rows
 
     def __call__(
