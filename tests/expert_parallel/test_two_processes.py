@@ -166,3 +166,16 @@ def test_where_one_process_fails_all_have_no_windows(call):
     for text in run_together(connecting("", call), [cpu_devices(1)] * 2, timeout=120):
         assert f"said process 1: {call} failed (CUDA driver error 801)" in text
         assert "mapped [None, None]" in text
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("size", "process 0: process 1 asked for other windows"),
+        ("error", "process 1: ValueError: not of the driver"),
+    ],
+)
+def test_other_arguments_and_errors_are_no_windows_either(what, reason):
+    """No process waits for one that had an error, and all can call once more."""
+    for text in run_together(connecting("", what), [cpu_devices(1)] * 2, timeout=120):
+        assert f"said {reason}" in text and "mapped [None, None]" in text

@@ -2,7 +2,8 @@
 tests.expert_parallel.windows_process COORDINATOR PROCESSES NUMBER [what fails]`.
 
 Memory is a file in memory, which this driver maps at places of its own: what a process writes to a window
-another one is to read there. Prints what `connect` said, and what is mapped after it.
+another one is to read there. Prints what `connect` said, and what is mapped after it. What fails is a call
+of the driver, or "error", an error that is not the driver's, or "size": this process asks for another one.
 """
 
 import ctypes
@@ -81,6 +82,8 @@ class Driver:
         os.close(handle)
 
     def _cuMemSetAccess(self, address, total, access, count):
+        if self.failing == "error":
+            raise ValueError("not of the driver")
         self.access.append((address, total, [one.location.id for one in access]))
 
     def _cuDevicePrimaryCtxRetain(self, *_):
@@ -101,7 +104,7 @@ def main() -> None:
     peer_access.library = lambda: driver
     select.kernels_unavailable = lambda platform: None  # these devices are CPUs
     devices, first = jax.devices(), shared_windows.FIRST_ADDRESS
-    reason = shared_windows.connect(devices, SIZE)
+    reason = shared_windows.connect(devices, 2 * SIZE if driver.failing == "size" else SIZE)
     print("said", reason)
     print("mapped", [driver.mapped.get(first + n * SIZE) for n in range(len(devices))])
     group = Devices(len(devices), 1)
@@ -124,6 +127,10 @@ def main() -> None:
     else:
         assert window is None and shared_windows.room(group) == 0
         assert driver.reserved is None and not driver.mapped
+        driver.failing = ""
+        assert shared_windows.connect(devices, SIZE) is None  # once more, and all at one address
+        again = shared_windows.find(devices, group, SIZE)
+        assert again is not None and again.address == first
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ Nothing of this happens while a program is traced or lowered, where a process ma
 call of its own, which every process makes, and all of them get the same answer.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import socket
@@ -58,7 +60,7 @@ def connect(devices: Sequence[Any], num_bytes: int) -> str | None:
     global _next_address
     if _key(devices) in _connected:
         return None
-    address, _next_address = _next_address, _next_address + num_bytes * len(devices)
+    address = _next_address
     shared = _Shared(devices, num_bytes, address)
     try:
         every, reason = _told(shared.make)
@@ -69,6 +71,8 @@ def connect(devices: Sequence[Any], num_bytes: int) -> str | None:
                 Devices(len(devices), 1),
                 Window(address, num_bytes, PATIENCE),
             )
+            # Behind an attempt that failed, in which sizes may have differed, all begin at one address again.
+            _next_address = address + num_bytes * len(devices)
         return reason
     finally:
         shared.close(keep=_key(devices) in _connected)
@@ -83,8 +87,10 @@ def _told(step: Callable[[], Any]) -> tuple[list[Any], str | None]:
     against it, or None."""
     try:
         mine = {"reason": None, "gave": step()}
-    except OSError as error:
-        mine = {"reason": f"process {jax.process_index()}: {error}"[:999], "gave": None}
+    except Exception as error:  # the others wait for this process' answer, whatever went wrong
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        reason = f"process {jax.process_index()}: {kind}{error}"
+        mine = {"reason": reason[: _MOST_TOLD // 8], "gave": None}  # a letter is 6 bytes at most
     every = [json.loads(text) for text in _every_text(json.dumps(mine))]
     reasons = [one["reason"] for one in every if one["reason"]]
     return [one["gave"] for one in every], next(iter(reasons), None)
@@ -158,16 +164,19 @@ class _Shared:
         threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
         host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         places = [place for place, _ in self._mine]
-        asked = [*_key(self._devices), self._num_bytes]
+        # A digest: ids of many devices would not fit into what is told.
+        asked = hashlib.sha256(repr((_key(self._devices), self._num_bytes)).encode()).hexdigest()
         return {"host": host, "asked": asked, "folder": self._folder.name, "places": places}
 
     def _serve(self, listener: socket.socket) -> None:
         for _ in range(jax.process_count() - 1):
             try:
-                with listener.accept()[0] as peer:
-                    socket.send_fds(peer, [b"w"], self._files)
-            except OSError:
+                peer, _ = listener.accept()
+            except OSError:  # closed
                 return
+            # One that has gone says so itself; the others still wait.
+            with peer, contextlib.suppress(OSError):
+                socket.send_fds(peer, [b"w"], self._files)
 
     def map(self, every: Sequence[dict[str, Any]]) -> None:
         """The memory of others' devices beside mine; mine is cleared."""
@@ -183,7 +192,8 @@ class _Shared:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
                 peer.settimeout(_WAIT_S)
                 peer.connect(str(Path(other["folder"]) / "windows"))
-                _, files, _, _ = socket.recv_fds(peer, 1, len(other["places"]))
+                most = len(other["places"])
+                _, files, _, _ = socket.recv_fds(peer, 1, most, socket.MSG_CMSG_CLOEXEC)
             try:
                 if len(files) != len(other["places"]):
                     raise OSError(f"process {process} gave {len(files)} files")
