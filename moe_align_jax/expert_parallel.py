@@ -411,7 +411,7 @@ def select_transport(
         max_low_latency_tokens: as for `dispatch`.
         platform: "cpu" or "gpu"; None for the mesh's, or jax's default.
         mesh: of the shard_map that dispatch would be called in, manual over all axes. Our own kernels do not
-            take every mesh: with None the answer is for one of all GPUs of the process.
+            take every mesh: with None the answer is for one of all GPUs, of all processes.
         transport: as for `dispatch`.
 
     Returns:

@@ -371,7 +371,8 @@ def moe_block_size(
     """Rows per block that `fused_moe` takes for these sizes: for an alignment that is made before it.
 
     Of weights whose gate and up take turns in columns, of a gelu, and of sizes that are no multiple of 64, it
-    takes 64 or 128 in place of 48 and more; with biases and more than 16 experts 128 in place of 144.
+    takes 64 or 128 in place of 48 and more; with biases and more than 16 experts 128 in place of 144 and 184.
+    Of 128 experts all of these have blocks of 8, too, where this says 16.
 
     Args:
         num_tokens: T.
@@ -387,7 +388,7 @@ def moe_block_size(
 
     Example:
         >>> [moe_block_size(t, top_k=8, num_experts=128) for t in (16, 128, 1024, 8192)]
-        [8, 16, 80, 144]
+        [16, 16, 80, 184]
         >>> [moe_block_size(t, top_k=2, num_experts=8) for t in (16, 128, 1024, 4096, 8192)]
         [8, 48, 144, 176, 176]
     """
@@ -450,7 +451,7 @@ def select_moe_implementation(
         'pairs'
         >>> selection = select_moe_implementation((8192, 2048), **shape)
         >>> selection.implementation, selection.form.split(",")[0]
-        ('mosaic_gpu', 'blocks of 144')
+        ('mosaic_gpu', 'blocks of 184')
     """
     function = "select_moe_implementation"
     select.check_implementation(function, implementation)

@@ -22,7 +22,8 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
 # the card's power limit (means of turns): 144 1079, 1288; 184 1042, 1212; 192 1067, 1247; 128 1028, 1216. At
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. No blocks of 8, so that a model
-# needs no more than 12 kernels: DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8 and 260.1 of 16.
+# needs no more than 12 kernels (GPT-OSS 120B 14): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8,
+# and 260.1 of 16.
 _OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
@@ -33,8 +34,7 @@ _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
 # fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
 # keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14
-# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12,
-# of 128 experts 14.
+# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
