@@ -83,6 +83,16 @@ def test_what_a_window_has_no_room_for_goes_by_collectives(processes):
         assert "moe_dispatch" not in text and "moe_combine" not in text
 
 
+def test_of_two_meshes_the_smaller_window_counts(processes):
+    other = jax.make_mesh(
+        (2,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[1::-1]
+    )
+    processes()
+    processes(num_bytes=1 << 20, mesh=other)
+    for mesh in (mesh_of(2), other):
+        assert re.search(COLLECTIVES, lowered(mesh, transport="nvlink_window"))
+
+
 def test_without_windows_the_transport_is_refused(processes):
     with pytest.raises(NotImplementedError, match="2 processes have not called connect_windows"):
         lowered(mesh_of(2), transport="nvlink_window")

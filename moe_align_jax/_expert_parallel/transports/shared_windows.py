@@ -46,8 +46,9 @@ def find(devices: Sequence[Any], group: Devices, num_bytes: int) -> Window | Non
 
 
 def room(group: Devices) -> int:
-    """Bytes of the window of all devices; 0 where they are not connected for that group of ranks."""
-    return max((w.num_bytes for found, w in _connected.values() if found == group), default=0)
+    """Bytes of the window of all devices; 0 where they are not connected for that group of ranks. Where
+    meshes of two orders are, the fewest: a trace does not know the order."""
+    return min((w.num_bytes for found, w in _connected.values() if found == group), default=0)
 
 
 def connect(devices: Sequence[Any], num_bytes: int) -> str | None:
