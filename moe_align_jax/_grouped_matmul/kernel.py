@@ -533,8 +533,11 @@ def build(
                 def store_tile():
                     if not shape.tests_rows:
                         return store_all()
-                    held = tile.pairs - warpgroup * shape.wm
-                    return lax.cond(held >= shape.wm, store_all, lambda: store_all(held))
+                    # In form "m" alone a warpgroup has rows of its own.
+                    rows = shape.wn if swap else shape.wm
+                    before = warpgroup * shape.wm if config.form == "m" else 0
+                    held = tile.pairs - before
+                    return lax.cond(held >= rows, store_all, lambda: store_all(held))
 
                 pl.when(tile.there)(store_tile) if pairs else store_tile()
                 return ring + steps

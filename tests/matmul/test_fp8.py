@@ -518,6 +518,12 @@ FORMS = {
         {"gather": False, "layout": PACKED},
         ALONE,
     ),
+    "swap, ahead": (
+        (9, 2, 3, 256, 192, 16),
+        {"gather": False, "layout": PACKED},
+        ALONE._replace(bn=128, stages=6, computing=2),
+    ),
+    "n, ahead": ((9, 2, 3, 256, 192, 64), {"gather": False}, N._replace(ahead=True)),
     "swap, silu, gathered, a warpgroup alone": (
         (9, 2, 3, 256, 192, 8),
         SILU,
