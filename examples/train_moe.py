@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_align_jax import load_balancing_loss, select_moe_implementation
 
+_HELD_OUT_BATCHES = 8
 ROOT = Path(__file__).resolve().parents[1]
 # The model, sequences in a batch, and their length.
 SIZES = {
@@ -229,12 +230,16 @@ def train(options: argparse.Namespace, console: Console) -> Result:
     if losses:
         checkpoints.save(step, model, optimizer)
     checkpoints.close()
-    tokens = batch_of(held_out, 0, batch=batch, length=length, seed=options.seed)
+    # Of one batch alone the mean would depend on which few places of the text it happens to have.
+    held = [
+        batch_of(held_out, number, batch=batch, length=length, seed=options.seed)
+        for number in range(_HELD_OUT_BATCHES)
+    ]
     result = Result(
         [float(nats) for nats in losses],
         np.array([np.asarray(load) for load in loads]).reshape(-1, config.layers, config.experts),
         step,
-        float(cross_entropy(forward(model, tokens[:, :-1]), tokens[:, 1:])),
+        float(np.mean([cross_entropy(forward(model, t[:, :-1]), t[:, 1:]) for t in held])),
         model,
     )
     if losses:

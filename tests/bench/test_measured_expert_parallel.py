@@ -74,6 +74,7 @@ def test_every_table_of_clocks_is_that_of_its_rows():
     given = [*tables()]
     pairs = "expert-parallel-x2"
     files = [
+        (f"{pairs}-processes-2026-11-29", 1, 36, [f"low_latency {n}" for n in (8, 64, 128)]),
         (TIMED_PAIRS, 1, 92, CASES),
         (f"{TIMED_PAIRS}-b", 1, 32, CASES),
         (NORMAL, 1, 24, ["normal 4096"]),

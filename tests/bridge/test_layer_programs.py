@@ -124,7 +124,7 @@ def test_the_self_test_meets_tiles_of_several_heights(block):
     sizes = rows, block, rows // block, problem.problem.num_experts
     cut = cut_list.CutList(*sizes, 0, config.heights, exact=True)
     names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-    count, _, start, end, pairs, _ = emulator.run(
+    count, _, start, end, pairs, *_ = emulator.run(
         cut_list.build(cut), [given[name] for name in names]
     )
     assert list((end - start)[: count[0]]) == [*config.heights[1:3], config.heights[-1]]

@@ -89,16 +89,17 @@ def test_rows_in_order_need_no_ids(gated, k):
     ids=str,
 )
 def test_rows_in_order_need_no_ids_on_a_gpu(sizes, transposed, gated):
-    """The usual tiles; the same bits as where ids are read and rows come by cp.async."""
+    """The usual tiles; the same bits as where ids are read and rows come by cp.async, in the same tiles."""
     names = ("tokens", "top_k", "experts", "k", "n")
     given = dict(zip(names, sizes, strict=True)) | {"transposed": transposed, "gated": gated}
     problem, operands, want = in_order(**given)
     used = ~np.isnan(want[:, 0])
-    run = jax.jit(functools.partial(launch.run, problem, gpu_kind="NVIDIA H200"))
+    tiles = config_for(problem, "NVIDIA H200")
+    run = jax.jit(functools.partial(launch.run, problem, config=tiles))
     got = np.asarray(run(*operands))[used]
     assert error(got, want[used]) < 5e-3
     problem, operands, _ = make(**given, dropped=True)
-    read = jax.jit(functools.partial(launch.run, problem, gpu_kind="NVIDIA H200"))
+    read = jax.jit(functools.partial(launch.run, problem, config=tiles))
     assert np.asarray(read(*operands))[used].tobytes() == got.tobytes()
 
 

@@ -260,7 +260,7 @@ def test_xla_makes_products_and_sums_after_each_other():
         ((4, 128, 8, 2048, 768), ("8x128x128s6swap-g0-w1", "2x32x256s3-sums-264")),
         ((1, 8, 2, 4096, 14336), ("8x256x128s3swap-g0", "2x32x256s3-sums-264")),
         ((1, 128, 4, 2880, 2880), ("8x128x64s6swap-g0-w1-264", "4x16x256s3-sums-264")),
-        ((5, 128, 8, 2048, 768), ("8x256x128s3swap-g0", "8x128x128s5swap-g0")),  # aligned
+        ((5, 128, 8, 2048, 768), ("16x256x128s3swap-g0", "16x128x128s5swap-g0")),  # aligned
     ],
     ids=str,
 )
