@@ -111,7 +111,7 @@ def test_tiles_that_are_found(case, exact):
         )
     for found, one in zip(listed, told, strict=True):
         assert found.tolist() == one.tolist()
-    assert int(count) == len(numbers)
+    assert int(count) == len(listed[0])
 
 
 def check(case: str, problem: MatmulProblem, config: tiles.Config, *, interpret: bool) -> None:
