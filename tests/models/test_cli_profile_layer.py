@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
@@ -188,3 +189,19 @@ def test_the_least_work_of_a_layer():
     assert work["down", "backward"] == (4 * 8 * down, 4 * moved)
     assert work["combine", "forward"] == (2 * 8 * 16, 4 * (8 * 16 + 4 * 16) + 8 * 8)
     assert work["route", "forward"][0] == 2 * 4 * 16 * 5
+
+
+def test_a_rate_is_that_of_many_calls_after_each_other(monkeypatch):
+    """The host pays once for all of them; each call takes what the one before gave."""
+    ticks = iter([0.0, 24.0, 100.0, 112.0, 200.0, 236.0, 300.0, 324.0, 400.0, 424.0])
+    monkeypatch.setattr(profile_layer.time, "perf_counter", lambda: next(ticks))
+    traced, given = [], []
+
+    def program(x, y):
+        traced.append(x)
+        jax.debug.callback(lambda value: given.append(float(value)), x)
+        return x + y
+
+    assert profile_layer._seconds(program, 4, jnp.float32(1), jnp.float32(2)) == 12.0 / 4
+    jax.effects_barrier()
+    assert len(traced) == 4 and sorted(given) == sorted([1.0, 3.0, 5.0, 7.0] * 6)
