@@ -1,7 +1,7 @@
 """The kernel that copies each token's row to the rows of its pairs, by TMA alone.
 
-A CTA takes a token at a time: it loads the row into shared memory once, and stores it once per pair. Rows of
-blocks that hold no pair get zeros, so that a product of them takes little power; with `reach`, only those
+A CTA takes a token at a time: one warpgroup loads the row into shared memory once, and stores it once per
+pair; another one looks for rows without a pair. Rows of blocks that hold no pair get zeros, so that a product of them takes little power; with `reach`, only those
 that lie so close behind a pair that a tile may load them. Rows of blocks that are not in use are not written.
 
 Reads T rows; writes a row per pair, and those zeros. Nothing is atomic, every row is written once. Needs
@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._layout.kernels.sizes import CHECKED_ROWS, Spread, SpreadConfig
+from moe_align_jax._grouped_matmul.spread import CHECKED_ROWS, Spread, SpreadConfig
 
 _I32 = jnp.int32
 
@@ -81,18 +81,25 @@ def build(
 
             return ()
 
-        lax.fori_loop(0, ahead, first, ())
-        lax.fori_loop(0, mine, spread, ())
-        if problem.clears:
+        def copies():
+            lax.fori_loop(0, ahead, first, ())
+            lax.fori_loop(0, mine, spread, ())
+            plgpu.wait_smem_to_gmem(0)
+
+        def clears():
             zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
             plgpu.commit_smem()
             used = jnp.clip(used_ref[0], 0, num_rows)
             chunks = lax.div(used + (each - 1), _I32(each))
-            lax.fori_loop(
-                0, jnp.maximum(lax.div(chunks - cta + (ctas - 1), _I32(ctas)), 0), clear, ()
-            )
+            own = jnp.maximum(lax.div(chunks - cta + (ctas - 1), _I32(ctas)), 0)
+            lax.fori_loop(0, own, clear, ())
             plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0)
+
+        if problem.clears:
+            lax.cond(lax.axis_index("warpgroup") == 0, copies, clears)
+        else:
+            copies()
 
     shape, dtype = problem.grained(1)[1:], jnp.dtype(problem.dtype)
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
@@ -106,7 +113,7 @@ def build(
         ],
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=1,
+        num_threads=1 + problem.clears,
         thread_name="warpgroup",
         kernel_name="spread_rows",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
