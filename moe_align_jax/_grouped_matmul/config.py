@@ -7,6 +7,7 @@ import numpy as np
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES, NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._grouped_matmul import spread
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem
 
 # What 16 bytes hold of a 16-bit type: rows are read in units of it.
@@ -166,6 +167,7 @@ class Rules(NamedTuple):
         split: whether clusters share the k of a tile where tiles are few.
         permute_columns, permute_rows: columns of the weights, and rows of a mean expert, from which rows are
             gathered before the product, and not once per n tile within it; no columns: never.
+        spread_columns, spread_rows: the same, where it is known which rows a token's pairs have.
     """
 
     room: float = 1.5
@@ -177,6 +179,8 @@ class Rules(NamedTuple):
     split: bool = True
     permute_columns: int = 5_000
     permute_rows: int = 200
+    spread_columns: int = 1_536
+    spread_rows: int = 200
 
 
 DEFAULT_RULES = Rules()
@@ -659,12 +663,27 @@ def unshared(tiles: Config) -> Config:
 
 
 def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
-    """Whether rows are gathered by a launch before the product."""
+    """Whether rows are gathered by XLA before the product."""
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
-    least, pairs = rules.permute_columns, problem.num_tokens * problem.top_k
-    many = tile_rows(problem) >= 128 and pairs >= rules.permute_rows * problem.num_experts
+    return _gathers_first(problem, rules.permute_columns, rules.permute_rows)
+
+
+def spreads_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
+    """Whether the kernel of `spread` copies rows before the product."""
+    rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
+    if not problem.inverse or problem.rows != "blocks" or problem.block_size % spread.CHECKED_ROWS:
+        return False
+    if not _gathers_first(problem, rules.spread_columns, rules.spread_rows):
+        return False
+    return problem.leaves_padding and not spread.unsupported(spread.of(problem))
+
+
+def _gathers_first(problem: MatmulProblem, columns: int, rows: int) -> bool:
+    """Whether the weights have so many columns (none: never), and a mean expert so many rows."""
+    pairs = problem.num_tokens * problem.top_k
+    many = tile_rows(problem) >= 128 and pairs >= rows * problem.num_experts
     many = many and not problem.scales
-    return bool(least and problem.top_k and many and problem.w_columns >= least)
+    return bool(columns and problem.top_k and many and problem.w_columns >= columns)
 
 
 def _group(problem: MatmulProblem, rules: Rules) -> int:

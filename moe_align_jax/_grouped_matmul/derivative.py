@@ -246,7 +246,11 @@ def _forward(problem, implementation, floats, where):
 def _backward(problem, implementation, kept, ct):
     """The cotangents of the operands."""
     floats, where = kept
-    return backward(problem, implementation, floats, where, ct)
+    if not problem.inverse:
+        return backward(problem, implementation, floats, where, ct)
+    problem = problem._replace(inverse=False)
+    found, none = backward(problem, implementation, floats, where[:-1], ct)
+    return found, (*none, None)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_align_jax._grouped_matmul import cut_list, kernel, tile_list
+from moe_align_jax._grouped_matmul import cut_list, kernel, spread, spread_kernel, tile_list
 from moe_align_jax._grouped_matmul.config import (
     Config,
     config_for,
     permutes_first,
+    spreads_first,
     unshared,
 )
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -36,7 +37,9 @@ def run(
         config: tiles; None for the usual ones.
     """
     named = dict(zip(problem.inputs, operands, strict=True))
-    if config is None and not interpret and permutes_first(problem, gpu_kind):
+    if config is None and not interpret and spreads_first(problem, gpu_kind):
+        problem, named = spread_out(problem, named, gpu_kind)
+    elif config is None and not interpret and permutes_first(problem, gpu_kind):
         problem, named = permuted(problem, named)
     config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
     launch = kernel.build(problem, config, interpret=interpret)
@@ -53,8 +56,28 @@ def permuted(
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA."""
     sizes = {"num_tokens": problem.num_tokens, "top_k": problem.top_k}
     x = rows_of_pairs(named["x"], named["sorted_token_ids"], **sizes)
-    pairs = problem.num_tokens * problem.top_k
-    return problem._replace(num_tokens=0, top_k=0, num_pairs=pairs), named | {"x": x}
+    return problem.permuted, named | {"x": x}
+
+
+def spread_out(
+    problem: MatmulProblem,
+    named: dict[str, jax.Array],
+    gpu_kind: str | None = None,
+    interpret: bool = False,
+) -> tuple[MatmulProblem, dict[str, jax.Array]]:
+    """The same as `permuted` by the kernel of `spread`, which needs `problem.inverse`.
+
+    Rows behind the last pair of a block are zeros where a tile is a block; of tiles of several heights those
+    that follow closely. The others hold anything.
+    """
+    close = spread.REACH if config_for(problem.permuted, gpu_kind).heights else 0
+    copy = spread.of(problem)._replace(reach=close)
+    with jax.enable_x64(False):
+        launch = spread_kernel.build(copy, spread.config_for(copy), interpret=interpret)
+        names = ("sorted_token_ids", "num_tokens_post_padded")
+        x = named["x"].reshape(copy.grained(problem.num_tokens))
+        rows = launch(named["row_of_pair"].reshape(-1), *(named[name] for name in names), x)
+    return problem.permuted, named | {"x": rows.reshape(problem.num_rows, problem.k)}
 
 
 def rows_of_pairs(

@@ -98,6 +98,8 @@ class MatmulProblem(NamedTuple):
             `num_tokens_post_padded` before it knows its tiles. A block may have no expert all the same.
             A launch that says how many rows it has (`kernel.build`'s `sized_at_launch`) reads it.
         in_order: with top_k and blocks of one row: it is known that row r is pair r, of token r // top_k.
+        inverse: with top_k: the last operand is `row_of_pair` `[num_tokens, top_k]`, the row of each pair, -1
+            for none. By it a launch may copy tokens' rows to those of their pairs (spread.py).
     """
 
     function: str
@@ -126,6 +128,7 @@ class MatmulProblem(NamedTuple):
     leaves_padding: bool = False
     all_rows: bool = False
     in_order: bool = False
+    inverse: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -175,6 +178,8 @@ class MatmulProblem(NamedTuple):
             found["expert_ids"] = ((labels,), "int32")
             if not self.row_labels:
                 found["num_tokens_post_padded"] = ((1,), "int32")
+            if self.inverse:
+                found["row_of_pair"] = ((self.num_tokens, self.top_k), "int32")
         elif self.rows == "masked":
             found["masked_m"] = ((self.num_experts,), "int32")
         else:
@@ -205,6 +210,12 @@ class MatmulProblem(NamedTuple):
     def out_shape(self) -> tuple[int, int]:
         """Shape of the result."""
         return (self.num_rows, self.n)
+
+    @property
+    def permuted(self) -> "MatmulProblem":
+        """Of rows of x that were gathered: `[num_rows, k]`."""
+        pairs = self.num_tokens * self.top_k
+        return self._replace(num_tokens=0, top_k=0, num_pairs=pairs, inverse=False)
 
     @property
     def plain(self) -> "MatmulProblem":

@@ -213,6 +213,8 @@ def named(problem: MatmulProblem, operands: tuple[jax.Array, ...]) -> _Operands:
     if problem.scales:
         x = (x, scaled.of_rows(problem, rest.pop(0)))
         w = tuple((each, rest.pop(0)) for each in w)
+    if problem.inverse:  # of the launches alone
+        rest.pop()
     return _Operands(x, w, bias, row_weights, tuple(rest))
 
 

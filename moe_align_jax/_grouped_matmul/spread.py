@@ -1,13 +1,17 @@
 """Copies of tokens' rows to the rows of their pairs: sizes, and what the kernel cannot take. No jax here."""
 
+import math
 from typing import NamedTuple
 
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
+from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 DTYPES = ("bfloat16", "float16")
+THREADS = 128  # of a warpgroup
 MAX_TOP_K = 64  # the loop over a token's pairs is unrolled
 CHECKED_ROWS = 8  # that are looked at together; blocks are multiples of them
+REACH = 16  # of tiles of several heights: so far a tile may load rows behind an expert's last pair, mostly
 _MOST_BOX = 256  # of TMA, in each dimension
 _SHARED_BYTES = 72 * 1024  # of shared memory of a CTA, of which an SM has three
 _MOST_SLOTS, _LEAST_SLOTS = 12, 3
@@ -37,6 +41,11 @@ class Spread(NamedTuple):
         fits = range(_MOST_BOX, 7, -8)
         return next((g for g in fits if self.width % g == 0), 0)
 
+    @property
+    def zero_rows(self) -> int:
+        """Rows of zeros in shared memory: a warpgroup stores equal values 128 at a time."""
+        return THREADS // math.gcd(THREADS, self.width)
+
     def grained(self, num_rows: int) -> tuple[int, int, int]:
         """The shape of so many rows in the kernel."""
         return num_rows, self.width // self.grain, self.grain
@@ -54,6 +63,17 @@ class SpreadConfig(NamedTuple):
     slots: int
     ahead: int
     num_ctas: int
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"spread-{self.slots}-{self.ahead}-{self.num_ctas}"
+
+
+def of(problem: MatmulProblem) -> Spread:
+    """The copy ahead of a product."""
+    sizes = problem.num_tokens, problem.top_k, problem.num_rows, problem.k
+    return Spread(*sizes, problem.dtype)
 
 
 def unsupported(problem: Spread) -> str | None:
@@ -73,7 +93,8 @@ def unsupported(problem: Spread) -> str | None:
 
 
 def _slots(problem: Spread) -> int:
-    return min(_MOST_SLOTS, _SHARED_BYTES // (2 * problem.width) - 1)
+    """Rows that shared memory holds, besides those of zeros."""
+    return min(_MOST_SLOTS, _SHARED_BYTES // (2 * problem.width) - problem.zero_rows)
 
 
 def config_for(problem: Spread) -> SpreadConfig:

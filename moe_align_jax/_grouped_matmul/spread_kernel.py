@@ -1,8 +1,9 @@
 """The kernel that copies each token's row to the rows of its pairs, by TMA alone.
 
 A CTA takes a token at a time: one warpgroup loads the row into shared memory once, and stores it once per
-pair; another one looks for rows without a pair. Rows of blocks that hold no pair get zeros, so that a product of them takes little power; with `reach`, only those
-that lie so close behind a pair that a tile may load them. Rows of blocks that are not in use are not written.
+pair. Another one looks for rows of blocks that hold no pair. They get zeros, so that a product of them takes
+little power; with `reach`, only those that lie so close behind a pair that a tile may load them. Rows of
+blocks that are not in use are not written.
 
 Reads T rows; writes a row per pair, and those zeros. Nothing is atomic, every row is written once. Needs
 sm_90: TMA.
@@ -77,7 +78,7 @@ def build(
                 for k in range(each):
                     there = row + k < num_rows
                     empty = there & jnp.logical_not(is_pair(jnp.minimum(row + k, num_rows - 1)))
-                    pl.when(empty)(lambda k=k: put(zeros, row + k))
+                    pl.when(empty)(lambda k=k: put(zeros.at[0], row + k))
 
             return ()
 
@@ -108,7 +109,7 @@ def build(
         out_type=jax.ShapeDtypeStruct(problem.grained(num_rows), dtype),
         scratch_types=[
             plgpu.SMEM((slots, *shape), dtype),
-            plgpu.SMEM(shape, dtype),
+            plgpu.SMEM((problem.zero_rows, *shape), dtype),
             plgpu.Barrier(num_barriers=slots),
         ],
         grid=(ctas,),

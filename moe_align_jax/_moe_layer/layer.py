@@ -174,8 +174,11 @@ def _differentiable(
     given = floats.cast(problem.dtype)
     with jax.named_scope("gate_up"):
         extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
-        operands = (given.x, *given.w_gate_up, *extras, *where.of_matmul)
-        hidden = derivative.run(operands, problem=problem.first, implementation=implementation)
+        first, rows = problem.first, where.of_matmul
+        if problem.spreads:
+            first, rows = first._replace(inverse=True), (*rows, where.row_of_pair)
+        operands = (given.x, *given.w_gate_up, *extras, *rows)
+        hidden = derivative.run(operands, problem=first, implementation=implementation)
     sums = problem.token_sum
     if sums is None or not token_sum.takes(sums):
         return _second_half(problem, implementation, given, where, hidden)

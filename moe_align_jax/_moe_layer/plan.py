@@ -113,6 +113,13 @@ class LayerProblem(NamedTuple):
         return self._matmul(weights, k=self.ffn, n=self.hidden, scales=scales)
 
     @property
+    def spreads(self) -> bool:
+        """Whether the first product may copy tokens' rows to those of their pairs by `row_of_pair`, which has
+        a row for each pair of a token."""
+        several = self.weights_on_input and self.top_k > 1
+        return not (self.pairs or self.scales or several) and is_static(self.num_tokens)
+
+    @property
     def token_sum(self) -> TokenSum | None:
         """Of pairs: the second product and the sum of each token's rows as one problem."""
         if not self.pairs or self.scales or not is_static(self.num_tokens):

@@ -216,6 +216,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.hopper",
         "moe_align_jax._grouped_matmul",
     },
+    "moe_align_jax._grouped_matmul.spread": {
+        "moe_align_jax._core.hopper",
+        "moe_align_jax._core.int32",
+        "moe_align_jax._grouped_matmul.problem",
+    },
     "moe_align_jax._grouped_matmul.primitive": {
         "lazily moe_align_jax._grouped_matmul.launch",
         "moe_align_jax._core.checks",
@@ -615,6 +620,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul.problem",
+        "moe_align_jax._grouped_matmul.spread",
     },
 }
 
@@ -667,6 +673,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mosaic",
         "moe_align_jax._grouped_matmul.inline_sums",
+        "moe_align_jax._grouped_matmul.spread_kernel",
         "moe_align_jax._grouped_matmul.token_sum_kernel",
     },
     "jaxlib.version": {
@@ -723,6 +730,7 @@ JAX_FREE = (
     "moe_align_jax._grouped_matmul.options",
     "moe_align_jax._grouped_matmul.problem",
     "moe_align_jax._grouped_matmul.shape",
+    "moe_align_jax._grouped_matmul.spread",
     "moe_align_jax._grouped_matmul.token_sum_config",
     "moe_align_jax._moe_layer.direct_problem",
     "moe_align_jax._masked_quant.problem",

@@ -433,6 +433,16 @@ def activation_gradients() -> Iterator[tuple[str, Any, Any]]:
         yield f"activation, transposed {transposed}", ActivationGradient(product, first), TILE
 
 
+def spreads() -> Iterator[tuple[str, Any, Any]]:
+    """As `problems`, of copies of tokens' rows to those of their pairs."""
+    from moe_align_jax._grouped_matmul.spread import REACH, Spread, config_for
+
+    for sizes in ((8192, 8, 83840, 2048), (8192, 2, 17912, 4096), (1, 64, 700, 8)):
+        for more in ({}, {"reach": REACH}, {"clears": False, "dtype": "float16"}):
+            problem = Spread(*sizes, **{"dtype": "bfloat16"} | more)
+            yield f"{problem}", problem, config_for(problem)
+
+
 def lower(problem: Any, config: Any) -> Any:
     """The kernel as `launch` calls it, lowered for a GPU."""
     import jax
@@ -442,10 +452,19 @@ def lower(problem: Any, config: Any) -> Any:
     from moe_align_jax._grouped_matmul import (
         kernel,
         launch,
+        spread_kernel,
         token_sum_kernel,
         weight_gradient_kernel,
     )
     from moe_align_jax._grouped_matmul.problem import ActivationGradient, TokenSum, WeightGradient
+    from moe_align_jax._grouped_matmul.spread import Spread
+
+    if isinstance(problem, Spread):
+        shapes = (problem.num_tokens * problem.top_k,), (problem.num_rows,), (1,)
+        structs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+        structs.append(jax.ShapeDtypeStruct(problem.grained(problem.num_tokens), problem.dtype))
+        call = jax.jit(spread_kernel.build(problem, config))
+        return call.trace(*structs).lower(lowering_platforms=("cuda",))
 
     if isinstance(problem, TokenSum):
         structs = [jax.ShapeDtypeStruct(*each) for each in problem.inputs.values()]
@@ -575,7 +594,9 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def faults(log: str, sass: str, seconds: float, most: float) -> Iterator[str]:
+def faults(
+    log: str, sass: str, seconds: float, most: float, multiplies: bool = True
+) -> Iterator[str]:
     """What is wrong with a kernel that took so many seconds of CPU time to compile, of `most`."""
     used = ptx.usage(log)
     if (spilled := used.spill_stores + used.spill_loads) or used.stack:
@@ -584,7 +605,7 @@ def faults(log: str, sass: str, seconds: float, most: float) -> Iterator[str]:
         yield next(line for line in log.splitlines() if "serialized" in line)
     if early := list(early_reads(sass)):
         yield f"{len(early)} times sums are used before the wait for them: {early[0]}"
-    if not _HGMMA.search(sass):
+    if multiplies and not _HGMMA.search(sass):
         yield "no wgmma"
     # CPU time rises, too, where other processes share the cores and their caches: this much at the most.
     if seconds > most * float(os.environ.get("COMPILE_PATIENCE", "1")):
@@ -603,7 +624,7 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
 
     def compiled() -> Iterator[tuple[str, float, str]]:
         """(what it is, seconds, PTX, or what the compiler says) of each kernel."""
-        every = (*problems(), *weight_gradients(), *activation_gradients())
+        every = (*problems(), *weight_gradients(), *activation_gradients(), *spreads())
         for what, problem, config in script.one_in_sample(every):
             if isinstance(problem, MatmulProblem):
                 config = config._replace(late=config.late and may_be_late(problem))
@@ -633,7 +654,7 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
         ):
             line = f"{ptx.usage(log).registers:3} registers, {seconds:4.1f} s  {name}"
             most = MAX_SECONDS_OF_HEIGHTS if "heights" in name else MAX_SECONDS
-            yield line, [*faults(log, sass, seconds, most)]
+            yield line, [*faults(log, sass, seconds, most, "Spread" not in name)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""The kernel that copies tokens' rows to those of their pairs, ahead of a product: against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import config as tiles
+from moe_align_jax._grouped_matmul import launch, reference, spread, spread_kernel
+from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
+from moe_align_jax._moe_layer.plan import LayerProblem
+
+
+def routed(tokens, top_k, experts, block, seed=0, dropped=0.0):
+    """(row_of_pair, sorted_token_ids, num_tokens_post_padded) of a random routing, and the alignment."""
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
+    ids = np.where(rng.random(ids.shape) < dropped, -1, ids)
+    aligned = maj.moe_align_block_size(
+        jnp.asarray(ids), block_size=block, num_experts=experts, return_inverse=True
+    )
+    return (aligned.row_of_pair.reshape(-1), aligned.sorted_token_ids, aligned[2]), aligned
+
+
+def run(problem, where, x, *, interpret, config=None):
+    launched = spread_kernel.build(
+        problem, config or spread.config_for(problem), interpret=interpret
+    )
+    with jax.enable_x64(False):
+        given = [jnp.asarray(each, jnp.int32) for each in where]
+        out = launched(*given, x.reshape(problem.grained(problem.num_tokens)))
+    return np.asarray(out).reshape(problem.num_rows, problem.width)
+
+
+def check(tokens, top_k, experts, width, block, *, interpret, config=None, dropped=0.0, **more):
+    """Each row of a pair is its token's; behind an expert's last pair, rows are zeros as far as was asked."""
+    where, _ = routed(tokens, top_k, experts, block, dropped=dropped)
+    pairs, (_, ids, used) = tokens * top_k, map(np.asarray, where)
+    dtype = more.pop("dtype", "bfloat16")
+    problem = spread.Spread(tokens, top_k, len(ids), width, dtype, **more)
+    assert spread.unsupported(problem) is None
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((tokens, width), np.float32), dtype)
+    out, x = run(problem, where, x, interpret=interpret, config=config), np.asarray(x)
+    for row, pair in enumerate(ids[: int(used[0])]):
+        behind = ids[max(0, row - (problem.reach or block)) : row] if problem.clears else ids[:0]
+        if 0 <= pair < pairs:
+            assert out[row].tobytes() == x[pair // top_k].tobytes(), row
+        elif ((behind >= 0) & (behind < pairs)).any():
+            assert not out[row].any(), row
+    return out
+
+
+SMALL = spread.SpreadConfig(3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ((13, 2, 3, 64, 16), {}),
+        ((13, 2, 3, 64, 16), {"dropped": 0.4}),
+        ((40, 3, 5, 520, 24), {"reach": 8}),
+        ((5, 1, 4, 256, 8), {"dtype": "float16"}),
+        ((9, 4, 4, 72, 16), {"clears": False}),
+        ((1, 2, 2, 8, 8), {}),
+    ],
+)
+def test_in_the_interpreter(sizes, more):
+    check(*sizes, interpret=True, config=SMALL, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8192, 8, 128, 2048, 184),
+        (3000, 2, 8, 4096, 176),
+        (700, 6, 32, 2880, 144),
+        (5, 1, 3, 16384, 8),
+    ],
+)
+def test_on_a_gpu(sizes, dropped):
+    """Right, and the same bits in the rows of pairs in a second run."""
+    if sizes[3] == 16384:
+        assert spread.unsupported(spread.Spread(5, 1, 24, 16384, "bfloat16"))
+        return
+    for more in ({}, {"reach": spread.REACH}, {"clears": False}):
+        check(*sizes, interpret=False, dropped=dropped, **more)
+
+
+def problem_of(tokens, top_k, experts, hidden, ffn, block, rows):
+    lie = Weights(True, activation="silu", gated=True)
+    given = ("test", "blocks", rows, hidden, ffn, experts, "bfloat16", "bfloat16", lie, block)
+    more = {"zero_padding": False, "leaves_padding": True, "inverse": True}
+    return MatmulProblem(*given, num_tokens=tokens, top_k=top_k, **more)
+
+
+def test_the_product_of_copied_rows():
+    """The same as of a gather within the product; what rows of no pair hold reaches no row of a pair."""
+    (row_of_pair, ids, used), aligned = routed(40, 2, 3, 16)
+    problem = problem_of(40, 2, 3, 64, 64, 16, ids.shape[0])
+    rng = np.random.default_rng(2)
+    x, w = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), "bfloat16")
+        for shape in ((40, 64), (3, 128, 64))
+    )
+    operands = (x, w, ids, aligned.expert_ids, used, row_of_pair.reshape(40, 2))
+    named = dict(zip(problem.inputs, operands, strict=True))
+    small = pytest.MonkeyPatch()
+    with small.context() as patch:
+        patch.setattr(spread, "config_for", lambda problem: SMALL)
+        first, changed = launch.spread_out(problem, named, interpret=True)
+    assert first.inputs["x"][0] == (problem.num_rows, 64) and not first.inverse
+    found = reference.grouped_matmul(first, *[changed[name] for name in first.inputs])
+    want = reference.grouped_matmul(problem, *operands)
+    real = (np.asarray(ids) >= 0) & (np.asarray(ids) < 80)
+    assert np.asarray(found)[real].tobytes() == np.asarray(want)[real].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens", "hidden", "ffn", "first"),
+    [
+        (128, 8, 8192, 2048, 768, True),
+        (8, 2, 8192, 4096, 14336, True),
+        (32, 4, 8192, 2880, 2880, True),
+        (256, 8, 8192, 7168, 256, False),  # two tiles of columns
+        (128, 8, 1024, 2048, 768, False),  # weights bound
+    ],
+)
+def test_which_products_take_it(experts, top_k, tokens, hidden, ffn, first):
+    block = maj.moe_block_size(tokens, top_k=top_k, num_experts=experts)
+    rows = tokens * top_k + experts * (block - 1)
+    problem = problem_of(tokens, top_k, experts, hidden, ffn, block, rows)
+    assert tiles.spreads_first(problem, "NVIDIA H200") is first
+    assert not tiles.spreads_first(problem._replace(inverse=False), "NVIDIA H200")
+    assert not tiles.spreads_first(problem.permuted, "NVIDIA H200")
+
+
+def test_which_layers_know_the_rows():
+    """Those with an alignment, whose x has a row per token."""
+    lie = Weights(True, activation="silu", gated=True)
+    sizes = (64, 2, 128, 256, 8, "bfloat16", "bfloat16", lie, False)
+    layer = LayerProblem(*sizes, False, 16, 256, False, False)
+    assert layer.spreads
+    assert not layer._replace(weights_on_input=True).spreads
+    assert layer._replace(weights_on_input=True, top_k=1).spreads
+    assert not layer._replace(pairs=True, block_size=1).spreads
+    assert not layer.first.inverse  # which a launch from PyTorch takes, too
+
+
+def test_what_it_takes():
+    given = spread.Spread(8, 2, 64, 2048, "bfloat16")
+    assert spread.unsupported(given) is None
+    for change in (
+        {"dtype": "float32"},
+        {"width": 12},
+        {"width": 1 << 15},
+        {"num_tokens": "T"},
+        {"top_k": 65},
+        {"num_rows": 0},
+    ):
+        assert spread.unsupported(given._replace(**change)), change
+    for width in (8, 2048, 2880, 4096, 7168):
+        problem = given._replace(width=width)
+        sizes = spread.config_for(problem)
+        shape = problem.grained(1)
+        assert shape[1] * shape[2] == width and max(shape) <= 256
+        assert (
+            3 * 2 * width * (sizes.slots + problem.zero_rows) <= 227 * 1024 - 3 * 2048
+        )  # of three CTAs
+        assert 0 < sizes.ahead < sizes.slots
