@@ -13,6 +13,7 @@ MAX_TOP_K = 64  # the loop over a token's pairs is unrolled
 CHECKED_ROWS = 8  # that are looked at together; blocks are multiples of them
 REACH = 16  # of tiles of several heights: so far a tile may load rows behind an expert's last pair, mostly
 _MOST_BOX = 256  # of TMA, in each dimension
+_ALIGNED = 64  # values in 128 bytes: where TMA writes, a row begins at a multiple of them
 _SHARED_BYTES = 72 * 1024  # of shared memory of a CTA, of which an SM has three
 _MOST_SLOTS, _LEAST_SLOTS = 12, 3
 
@@ -38,8 +39,7 @@ class Spread(NamedTuple):
     @property
     def grain(self) -> int:
         """Values of a row that TMA counts along one dimension of a box."""
-        fits = range(_MOST_BOX, 7, -8)
-        return next((g for g in fits if self.width % g == 0), 0)
+        return next(g for g in range(_MOST_BOX, 0, -8) if self.width % g == 0)
 
     @property
     def zero_rows(self) -> int:
@@ -83,8 +83,8 @@ def unsupported(problem: Spread) -> str | None:
         return "the kernel needs static shapes"
     if problem.dtype not in DTYPES or not 1 <= problem.top_k <= MAX_TOP_K:
         return f"the kernel copies {' and '.join(DTYPES)}, to at most {MAX_TOP_K} rows"
-    if not problem.num_tokens * problem.num_rows or not problem.width or not problem.grain:
-        return "the kernel takes at least one row, of a multiple of 8 values"
+    if not problem.num_tokens * problem.num_rows or not problem.width or problem.width % _ALIGNED:
+        return f"the kernel takes at least one row, of a multiple of {_ALIGNED} values"
     if problem.width // problem.grain > _MOST_BOX or _slots(problem) < _LEAST_SLOTS:
         return "the kernel takes rows that fit into shared memory several times"
     if problem.num_tokens * problem.top_k > INT32_MAX:

@@ -88,7 +88,11 @@ def build(
             plgpu.wait_smem_to_gmem(0)
 
         def clears():
-            zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+            nothing = jnp.zeros(zeros.shape, zeros.dtype)
+            if not interpret:  # one at a time: rows need not be multiples of more
+                layout = plgpu.Layout.WG_STRIDED(zeros.shape, vec_size=1)
+                nothing = plgpu.layout_cast(nothing, layout)
+            zeros[...] = nothing
             plgpu.commit_smem()
             used = jnp.clip(used_ref[0], 0, num_rows)
             chunks = lax.div(used + (each - 1), _I32(each))

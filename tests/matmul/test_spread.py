@@ -60,10 +60,10 @@ SMALL = spread.SpreadConfig(3, 1, 2)
     [
         ((13, 2, 3, 64, 16), {}),
         ((13, 2, 3, 64, 16), {"dropped": 0.4}),
-        ((40, 3, 5, 520, 24), {"reach": 8}),
+        ((40, 3, 5, 576, 24), {"reach": 8}),
         ((5, 1, 4, 256, 8), {"dtype": "float16"}),
-        ((9, 4, 4, 72, 16), {"clears": False}),
-        ((1, 2, 2, 8, 8), {}),
+        ((9, 4, 4, 192, 16), {"clears": False}),
+        ((1, 2, 2, 64, 8), {}),
     ],
 )
 def test_in_the_interpreter(sizes, more):
@@ -155,14 +155,14 @@ def test_what_it_takes():
     assert spread.unsupported(given) is None
     for change in (
         {"dtype": "float32"},
-        {"width": 12},
+        {"width": 72},
         {"width": 1 << 15},
         {"num_tokens": "T"},
         {"top_k": 65},
         {"num_rows": 0},
     ):
         assert spread.unsupported(given._replace(**change)), change
-    for width in (8, 2048, 2880, 4096, 7168):
+    for width in (64, 2048, 2880, 4096, 7168):
         problem = given._replace(width=width)
         sizes = spread.config_for(problem)
         shape = problem.grained(1)
