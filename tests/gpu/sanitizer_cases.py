@@ -317,6 +317,14 @@ def matmul_heights(interpret: bool = False) -> None:
         np.testing.assert_allclose(out, want, rtol=2e-2, atol=2e-1)
 
 
+def copied_rows(interpret: bool = False) -> None:
+    """Tokens' rows to those of their pairs, and zeros behind them."""
+    from tests.matmul import test_spread as cases
+
+    more = {"config": cases.SMALL} if interpret else {}
+    cases.check(40, 3, 5, 192, 16, interpret=interpret, dropped=0.3, **more)
+
+
 def token_sums() -> None:
     """Second products that sum up each token's pairs, one after the other and several together."""
     from tests.moe_layer import test_token_sum
@@ -473,6 +481,7 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matmul", matmul
     yield "matmul, clusters", matmul_clusters
     yield "matmul, heights", matmul_heights
+    yield "matmul, copied rows", copied_rows
     yield "matmul, sums of tokens", token_sums
     yield "matmul, e4m3", matmul_e4m3
     yield "casts to e4m3", casts
