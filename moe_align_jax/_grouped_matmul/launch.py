@@ -67,11 +67,11 @@ def spread_out(
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same as `permuted` by the kernel of `spread`, which needs `problem.inverse`.
 
-    Rows behind the last pair of a block are zeros where a tile is a block; of tiles of several heights those
-    that follow closely. The others hold anything.
+    Rows of no pair are zeros where a tile is a block. Tiles of several heights load few of them: they hold
+    anything then.
     """
-    close = spread.REACH if config_for(problem.permuted, gpu_kind).heights else 0
-    copy = spread.of(problem)._replace(reach=close)
+    heights = bool(config_for(problem.permuted, gpu_kind).heights)
+    copy = spread.of(problem)._replace(clears=not heights)
     with jax.enable_x64(False):
         launch = spread_kernel.build(copy, spread.config_for(copy), interpret=interpret)
         names = ("sorted_token_ids", "num_tokens_post_padded")

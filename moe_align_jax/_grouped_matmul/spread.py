@@ -11,7 +11,6 @@ DTYPES = ("bfloat16", "float16")
 THREADS = 128  # of a warpgroup
 MAX_TOP_K = 64  # the loop over a token's pairs is unrolled
 CHECKED_ROWS = 8  # that are looked at together; blocks are multiples of them
-REACH = 16  # of tiles of several heights: so far a tile may load rows behind an expert's last pair, mostly
 _MOST_BOX = 256  # of TMA, in each dimension
 _ALIGNED = 64  # values in 128 bytes: where TMA writes, a row begins at a multiple of them
 _SHARED_BYTES = 72 * 1024  # of shared memory of a CTA, of which an SM has three
@@ -24,8 +23,7 @@ class Spread(NamedTuple):
     Attributes:
         num_tokens, top_k, num_rows, width: T, K, P, H.
         dtype: of the rows.
-        clears: whether rows of blocks in use that hold no pair become zero.
-        reach: with `clears`: only up to so many rows behind a pair; 0: all of them.
+        clears: whether rows of blocks in use that hold no pair become zero. Otherwise they are not written.
     """
 
     num_tokens: int
@@ -34,7 +32,6 @@ class Spread(NamedTuple):
     width: int
     dtype: str
     clears: bool = True
-    reach: int = 0
 
     @property
     def grain(self) -> int:

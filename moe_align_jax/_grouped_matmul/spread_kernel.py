@@ -1,9 +1,8 @@
 """The kernel that copies each token's row to the rows of its pairs, by TMA alone.
 
 A CTA takes a token at a time: one warpgroup loads the row into shared memory once, and stores it once per
-pair. Another one looks for rows of blocks that hold no pair. They get zeros, so that a product of them takes
-little power; with `reach`, only those that lie so close behind a pair that a tile may load them. Rows of
-blocks that are not in use are not written.
+pair. With `clears` another one looks for rows of blocks in use that hold no pair: they get zeros, so that a
+product of them takes little power. No other row is written.
 
 Reads T rows; writes a row per pair, and those zeros. Nothing is atomic, every row is written once. Needs
 sm_90: TMA.
@@ -69,11 +68,9 @@ def build(
 
         def clear(i, _):
             row = (cta + i * ctas) * each
-            near = jnp.maximum(row - problem.reach, 0)
-            wanted = is_pair(row) | is_pair(near) if problem.reach else True
 
             # Whether the last of them is a pair's tells of all: of a block the pairs come first.
-            @pl.when(jnp.logical_not(is_pair(jnp.minimum(row + (each - 1), num_rows - 1))) & wanted)
+            @pl.when(jnp.logical_not(is_pair(jnp.minimum(row + (each - 1), num_rows - 1))))
             def _():
                 for k in range(each):
                     there = row + k < num_rows

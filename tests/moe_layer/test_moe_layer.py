@@ -210,7 +210,7 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
-    """Each size of a block; of the last three, rows are gathered before the product."""
+    """Each size of a block; of the last three, rows are copied to their pairs before the product."""
     assert maj.moe_block_size(tokens, top_k=2, num_experts=experts) == rows
     operands, options = make_layer(
         *(tokens, 2, experts, 512, 5120),
@@ -221,6 +221,26 @@ def test_few_experts_on_a_gpu(tokens, experts, rows, transposed):
     want = maj.fused_moe(*operands, implementation="xla", **options)
     y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
     assert error(y, np.asarray(want, np.float64)) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "rows"),
+    [(3300, 128, 8, 144), (8192, 128, 8, 184), (2700, 32, 4, 144)],
+)
+@pytest.mark.parametrize("routing", ["uniform", "hot", "dropped"])
+def test_rows_that_are_copied_on_a_gpu(tokens, experts, top_k, rows, routing):
+    """Of many experts, ahead of the first product; its tiles have several heights. The same bits again."""
+    assert maj.moe_block_size(tokens, top_k=top_k, num_experts=experts) == rows
+    operands, options = make_layer(
+        tokens, top_k, experts, 512, 768, dtype="bfloat16", routing=routing, transpose_rhs=True
+    )
+    want = maj.fused_moe(*operands, implementation="xla", **options)
+    layer = jax.jit(functools.partial(maj.fused_moe, implementation="mosaic_gpu", **options))
+    assert "spread_rows" in layer.lower(*operands).as_text()
+    y = layer(*operands)
+    assert error(y, np.asarray(want, np.float64)) < 5e-3
+    assert np.asarray(y).tobytes() == np.asarray(layer(*operands)).tobytes()
 
 
 @pytest.mark.parametrize("tokens", [1, 9], ids=["pairs", "blocks"])

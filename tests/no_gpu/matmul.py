@@ -435,7 +435,7 @@ def activation_gradients() -> Iterator[tuple[str, Any, Any]]:
 
 def spreads() -> Iterator[tuple[str, Any, Any]]:
     """As `problems`, of copies of tokens' rows to those of their pairs."""
-    from moe_align_jax._grouped_matmul.spread import REACH, Spread, config_for
+    from moe_align_jax._grouped_matmul.spread import Spread, config_for
 
     for sizes in (
         (8192, 8, 83840, 2048),
@@ -443,7 +443,7 @@ def spreads() -> Iterator[tuple[str, Any, Any]]:
         (1, 64, 700, 64),
         (99, 4, 900, 2880),
     ):
-        for more in ({}, {"reach": REACH}, {"clears": False, "dtype": "float16"}):
+        for more in ({}, {"clears": False, "dtype": "float16"}):
             problem = Spread(*sizes, **{"dtype": "bfloat16"} | more)
             yield f"{problem}", problem, config_for(problem)
 
