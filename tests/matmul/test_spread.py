@@ -7,7 +7,7 @@ import pytest
 
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import launch, reference, spread, spread_kernel
+from moe_align_jax._grouped_matmul import derivative, launch, reference, spread, spread_kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._moe_layer.plan import LayerProblem
 
@@ -118,6 +118,30 @@ def test_the_product_of_copied_rows():
     want = reference.grouped_matmul(problem, *operands)
     real = (np.asarray(ids) >= 0) & (np.asarray(ids) < 80)
     assert np.asarray(found)[real].tobytes() == np.asarray(want)[real].tobytes()
+
+
+def test_the_derivative_is_the_same():
+    """Of a product that knows the rows of pairs, as of one that does not."""
+    (row_of_pair, ids, used), aligned = routed(12, 2, 3, 16)
+    problem = problem_of(12, 2, 3, 64, 64, 16, ids.shape[0])
+    rng = np.random.default_rng(3)
+    x, w, ct = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), "bfloat16")
+        for shape in ((12, 64), (3, 128, 64), (ids.shape[0], 64))
+    )
+    where = (ids, aligned.expert_ids, used, row_of_pair.reshape(12, 2))
+
+    def gradients(problem, where):
+        def loss(x, w):
+            y = derivative.run((x, w, *where), problem=problem, implementation="xla")
+            return jnp.sum(y.astype(jnp.float32) * ct.astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1))(x, w)
+
+    found = gradients(problem, where)
+    want = gradients(problem._replace(inverse=False), where[:3])
+    for a, b in zip(found, want, strict=True):
+        assert np.asarray(a).any() and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize(
