@@ -40,6 +40,7 @@ _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
+_GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
 _LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
@@ -167,7 +168,8 @@ class Rules(NamedTuple):
         split: whether clusters share the k of a tile where tiles are few.
         permute_columns, permute_rows: columns of the weights, and rows of a mean expert, from which rows are
             gathered before the product, and not once per n tile within it; no columns: never.
-        spread_columns, spread_rows: the same, where it is known which rows a token's pairs have.
+        spread_columns, spread_rows: further columns and rows, where it is known which rows a token's pairs
+            have: a kernel of our own copies them then (spread.py). No columns: XLA does.
     """
 
     room: float = 1.5
@@ -180,7 +182,7 @@ class Rules(NamedTuple):
     permute_columns: int = 5_000
     permute_rows: int = 200
     spread_columns: int = 1_536
-    spread_rows: int = 200
+    spread_rows: int = 430
 
 
 DEFAULT_RULES = Rules()
@@ -283,6 +285,12 @@ DEFAULT_RULES = Rules()
 #   Rows gathered before the product, of the time within it, span, sustained: Mixtral (28672 columns), 1024
 #   tokens 0.909, 0.926; 2048 0.909, 0.903; 512 1.022, 1.006; 256 1.026, 1.014; 32 experts, 5760 columns, mean
 #   of 256 0.994, 0.967, of 1024 0.966, 0.939; Qwen3 (1536 columns), 8192 1.06 sustained
+# Rows copied by the kernel of spread.py, by the same clocks, 2026-11-30, 01:41 and 02:00, and former tiles:
+#   Qwen3, 8192 tokens (1536 columns): gate and up in groups of 4 1061, 1221, of 6 1062, 1230 and 1064, 1229;
+#   gathered within it 1048, 1255 and 1051, 1261; tiles of 144, late, 1070, 1240, of 192 1084, 1241, of 128
+#   1097, 1272. Rows of no pair as zeros: 1073, 1226
+#   Mixtral, 8192: 8030, 8889, with zeros 8341, 8885 and 8078, 8824; by XLA 8180, 8902 and 8313, 8880;
+#   blocks of 192 in groups of 11 8041, 8813; two CTAs that share rows, in groups of 12, 8165, 8906
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
@@ -362,7 +370,9 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
     if tiles.bm == 184 and wanted and problem.num_experts < _MANY_OF_FALLING:
         more = {"finds": True, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_MANY, True, **more) if many else tiles
-        return found._replace(group=_GROUP_OF_184) if found.heights else tiles
+        copied = problem.weights.gated and not problem.top_k
+        group = _GROUP_OF_COPIED if copied else _GROUP_OF_184
+        return found._replace(group=group) if found.heights else tiles
     if problem.k <= _MOST_K_OF_HEIGHTS:
         exact, many = tiles.bm == 184, many and not problem.top_k
         return with_heights(problem, tiles, _LESS_OF_MANY, exact, finds=True) if many else tiles
@@ -671,11 +681,11 @@ def permutes_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
 def spreads_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     """Whether the kernel of `spread` copies rows before the product."""
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
-    if not problem.inverse or problem.rows != "blocks" or problem.block_size % spread.CHECKED_ROWS:
+    if not (problem.inverse and problem.leaves_padding and rules.spread_columns):
         return False
-    if not _gathers_first(problem, rules.spread_columns, rules.spread_rows):
-        return False
-    return problem.leaves_padding and not spread.unsupported(spread.of(problem))
+    wanted = _gathers_first(problem, rules.spread_columns, rules.spread_rows)
+    wanted = wanted or permutes_first(problem, gpu_kind)
+    return wanted and not spread.unsupported(spread.of(problem))
 
 
 def _gathers_first(problem: MatmulProblem, columns: int, rows: int) -> bool:

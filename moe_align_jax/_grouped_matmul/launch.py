@@ -38,7 +38,7 @@ def run(
     """
     named = dict(zip(problem.inputs, operands, strict=True))
     if config is None and not interpret and spreads_first(problem, gpu_kind):
-        problem, named = spread_out(problem, named, gpu_kind)
+        problem, named = spread_out(problem, named)
     elif config is None and not interpret and permutes_first(problem, gpu_kind):
         problem, named = permuted(problem, named)
     config = config or (_small_grid(problem) if interpret else config_for(problem, gpu_kind))
@@ -60,23 +60,14 @@ def permuted(
 
 
 def spread_out(
-    problem: MatmulProblem,
-    named: dict[str, jax.Array],
-    gpu_kind: str | None = None,
-    interpret: bool = False,
+    problem: MatmulProblem, named: dict[str, jax.Array], interpret: bool = False
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
-    """The same as `permuted` by the kernel of `spread`, which needs `problem.inverse`.
-
-    Rows of no pair are zeros where a tile is a block. Tiles of several heights load few of them: they hold
-    anything then.
-    """
-    heights = bool(config_for(problem.permuted, gpu_kind).heights)
-    copy = spread.of(problem)._replace(clears=not heights)
+    """The same as `permuted` by the kernel of `spread`, by `row_of_pair`. Rows of no pair hold anything."""
+    copy = spread.of(problem)
     with jax.enable_x64(False):
         launch = spread_kernel.build(copy, spread.config_for(copy), interpret=interpret)
-        names = ("sorted_token_ids", "num_tokens_post_padded")
         x = named["x"].reshape(copy.grained(problem.num_tokens))
-        rows = launch(named["row_of_pair"].reshape(-1), *(named[name] for name in names), x)
+        rows = launch(named["row_of_pair"].reshape(-1), x)
     return problem.permuted, named | {"x": rows.reshape(problem.num_rows, problem.k)}
 
 

@@ -1,6 +1,5 @@
 """Copies of tokens' rows to the rows of their pairs: sizes, and what the kernel cannot take. No jax here."""
 
-import math
 from typing import NamedTuple
 
 from moe_align_jax._core.hopper import NUM_SMS
@@ -8,9 +7,7 @@ from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 
 DTYPES = ("bfloat16", "float16")
-THREADS = 128  # of a warpgroup
 MAX_TOP_K = 64  # the loop over a token's pairs is unrolled
-CHECKED_ROWS = 8  # that are looked at together; blocks are multiples of them
 _MOST_BOX = 256  # of TMA, in each dimension
 _ALIGNED = 64  # values in 128 bytes: where TMA writes, a row begins at a multiple of them
 _SHARED_BYTES = 72 * 1024  # of shared memory of a CTA, of which an SM has three
@@ -23,7 +20,6 @@ class Spread(NamedTuple):
     Attributes:
         num_tokens, top_k, num_rows, width: T, K, P, H.
         dtype: of the rows.
-        clears: whether rows of blocks in use that hold no pair become zero. Otherwise they are not written.
     """
 
     num_tokens: int
@@ -31,17 +27,11 @@ class Spread(NamedTuple):
     num_rows: int
     width: int
     dtype: str
-    clears: bool = True
 
     @property
     def grain(self) -> int:
         """Values of a row that TMA counts along one dimension of a box."""
         return next(g for g in range(_MOST_BOX, 0, -8) if self.width % g == 0)
-
-    @property
-    def zero_rows(self) -> int:
-        """Rows of zeros in shared memory: a warpgroup stores equal values 128 at a time."""
-        return THREADS // math.gcd(THREADS, self.width)
 
     def grained(self, num_rows: int) -> tuple[int, int, int]:
         """The shape of so many rows in the kernel."""
@@ -90,8 +80,8 @@ def unsupported(problem: Spread) -> str | None:
 
 
 def _slots(problem: Spread) -> int:
-    """Rows that shared memory holds, besides those of zeros."""
-    return min(_MOST_SLOTS, _SHARED_BYTES // (2 * problem.width) - problem.zero_rows)
+    """Rows that shared memory holds."""
+    return min(_MOST_SLOTS, _SHARED_BYTES // (2 * problem.width))
 
 
 def config_for(problem: Spread) -> SpreadConfig:

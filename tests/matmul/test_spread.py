@@ -13,44 +13,36 @@ from moe_align_jax._moe_layer.plan import LayerProblem
 
 
 def routed(tokens, top_k, experts, block, seed=0, dropped=0.0):
-    """(row_of_pair, sorted_token_ids, num_tokens_post_padded) of a random routing, and the alignment."""
+    """The alignment of a random routing."""
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
     ids = np.where(rng.random(ids.shape) < dropped, -1, ids)
-    aligned = maj.moe_align_block_size(
+    return maj.moe_align_block_size(
         jnp.asarray(ids), block_size=block, num_experts=experts, return_inverse=True
     )
-    return (aligned.row_of_pair.reshape(-1), aligned.sorted_token_ids, aligned[2]), aligned
 
 
-def run(problem, where, x, *, interpret, config=None):
-    launched = spread_kernel.build(
-        problem, config or spread.config_for(problem), interpret=interpret
-    )
-    used = int(where[2][0])  # the kernel writes no others
-    with jax.enable_x64(False):
-        given = [jnp.asarray(each, jnp.int32) for each in where]
-        given.append(x.reshape(problem.grained(problem.num_tokens)))
-        out = (launched if interpret else jax.jit(lambda *given: launched(*given)[:used]))(*given)
-    return np.asarray(out)[:used].reshape(used, problem.width)
-
-
-def check(tokens, top_k, experts, width, block, *, interpret, config=None, dropped=0.0, **more):
-    """Each row of a pair is its token's; behind a block's last pair, rows are zeros."""
-    where, _ = routed(tokens, top_k, experts, block, dropped=dropped)
-    pairs, (_, ids, used) = tokens * top_k, map(np.asarray, where)
-    dtype = more.pop("dtype", "bfloat16")
-    problem = spread.Spread(tokens, top_k, len(ids), width, dtype, **more)
+def check(
+    tokens, top_k, experts, width, block, *, interpret, config=None, dropped=0.0, dtype="bfloat16"
+):
+    """Each row of a pair is its token's."""
+    aligned = routed(tokens, top_k, experts, block, dropped=dropped)
+    ids, used = np.asarray(aligned.sorted_token_ids), int(aligned.num_tokens_post_padded[0])
+    problem = spread.Spread(tokens, top_k, len(ids), width, dtype)
     assert spread.unsupported(problem) is None
+    config = config or spread.config_for(problem)
+    launched = spread_kernel.build(problem, config, interpret=interpret)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((tokens, width), np.float32), dtype)
-    out, x = run(problem, where, x, interpret=interpret, config=config), np.asarray(x)
-    for row, pair in enumerate(ids[: int(used[0])]):
-        if 0 <= pair < pairs:
-            assert out[row].tobytes() == x[pair // top_k].tobytes(), row
-        elif problem.clears:
-            assert not out[row].any(), row
-    return out
+    with jax.enable_x64(False):
+        given = jnp.asarray(aligned.row_of_pair, jnp.int32), x.reshape(problem.grained(tokens))
+        # Without a GPU as it is: the interpreter works by callbacks.
+        run = launched if interpret else jax.jit(lambda *given: launched(*given)[:used])
+        out = np.asarray(run(*given))[:used].reshape(used, width)
+    real = (ids[:used] >= 0) & (ids[:used] < tokens * top_k)
+    assert real.sum() == (np.asarray(aligned.row_of_pair) >= 0).sum() > 0
+    want = np.asarray(x)[ids[:used][real] // top_k]
+    assert out[real].tobytes() == want.tobytes()
 
 
 SMALL = spread.SpreadConfig(3, 1, 2)
@@ -63,7 +55,7 @@ SMALL = spread.SpreadConfig(3, 1, 2)
         ((13, 2, 3, 64, 16), {"dropped": 0.4}),
         ((40, 3, 5, 576, 24), {}),
         ((5, 1, 4, 256, 8), {"dtype": "float16"}),
-        ((9, 4, 4, 192, 16), {"clears": False}),
+        ((9, 4, 4, 192, 16), {}),
         ((1, 2, 2, 64, 8), {}),
     ],
 )
@@ -75,20 +67,10 @@ def test_in_the_interpreter(sizes, more):
 @pytest.mark.parametrize("dropped", [0.0, 0.3])
 @pytest.mark.parametrize(
     "sizes",
-    [
-        (8192, 8, 128, 2048, 184),
-        (3000, 2, 8, 4096, 176),
-        (700, 6, 32, 2880, 144),
-        (5, 1, 3, 16384, 8),
-    ],
+    [(8192, 8, 128, 2048, 184), (3000, 2, 8, 4096, 176), (700, 6, 32, 2880, 144), (5, 1, 3, 64, 8)],
 )
 def test_on_a_gpu(sizes, dropped):
-    """Right, and the same bits in the rows of pairs in a second run."""
-    if sizes[3] == 16384:
-        assert spread.unsupported(spread.Spread(5, 1, 24, 16384, "bfloat16"))
-        return
-    for more in ({}, {"clears": False}):
-        check(*sizes, interpret=False, dropped=dropped, **more)
+    check(*sizes, interpret=False, dropped=dropped)
 
 
 def problem_of(tokens, top_k, experts, hidden, ffn, block, rows):
@@ -100,7 +82,8 @@ def problem_of(tokens, top_k, experts, hidden, ffn, block, rows):
 
 def test_the_product_of_copied_rows():
     """The same as of a gather within the product; what rows of no pair hold reaches no row of a pair."""
-    (row_of_pair, ids, used), aligned = routed(40, 2, 3, 16)
+    aligned = routed(40, 2, 3, 16)
+    ids, used, row_of_pair = aligned[0], aligned[2], aligned.row_of_pair
     problem = problem_of(40, 2, 3, 64, 64, 16, ids.shape[0])
     rng = np.random.default_rng(2)
     x, w = (
@@ -122,7 +105,8 @@ def test_the_product_of_copied_rows():
 
 def test_the_derivative_is_the_same():
     """Of a product that knows the rows of pairs, as of one that does not."""
-    (row_of_pair, ids, used), aligned = routed(12, 2, 3, 16)
+    aligned = routed(12, 2, 3, 16)
+    ids, used, row_of_pair = aligned[0], aligned[2], aligned.row_of_pair
     problem = problem_of(12, 2, 3, 64, 64, 16, ids.shape[0])
     rng = np.random.default_rng(3)
     x, w, ct = (
@@ -151,7 +135,8 @@ def test_the_derivative_is_the_same():
         (8, 2, 8192, 4096, 14336, True),
         (32, 4, 8192, 2880, 2880, True),
         (256, 8, 8192, 7168, 256, False),  # two tiles of columns
-        (128, 8, 1024, 2048, 768, False),  # weights bound
+        (128, 8, 4096, 2048, 768, False),  # few rows of an expert
+        (8, 2, 1024, 4096, 14336, True),  # in place of XLA's gather
     ],
 )
 def test_which_products_take_it(experts, top_k, tokens, hidden, ffn, first):
@@ -160,6 +145,7 @@ def test_which_products_take_it(experts, top_k, tokens, hidden, ffn, first):
     problem = problem_of(tokens, top_k, experts, hidden, ffn, block, rows)
     assert tiles.spreads_first(problem, "NVIDIA H200") is first
     assert not tiles.spreads_first(problem._replace(inverse=False), "NVIDIA H200")
+    assert not tiles.spreads_first(problem._replace(leaves_padding=False), "NVIDIA H200")
     assert not tiles.spreads_first(problem.permuted, "NVIDIA H200")
 
 
@@ -192,7 +178,5 @@ def test_what_it_takes():
         sizes = spread.config_for(problem)
         shape = problem.grained(1)
         assert shape[1] * shape[2] == width and max(shape) <= 256
-        assert (
-            3 * 2 * width * (sizes.slots + problem.zero_rows) <= 227 * 1024 - 3 * 2048
-        )  # of three CTAs
+        assert 3 * 2 * width * sizes.slots <= 227 * 1024 - 3 * 2048  # of three CTAs
         assert 0 < sizes.ahead < sizes.slots
