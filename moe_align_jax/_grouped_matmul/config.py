@@ -285,12 +285,13 @@ DEFAULT_RULES = Rules()
 #   Rows gathered before the product, of the time within it, span, sustained: Mixtral (28672 columns), 1024
 #   tokens 0.909, 0.926; 2048 0.909, 0.903; 512 1.022, 1.006; 256 1.026, 1.014; 32 experts, 5760 columns, mean
 #   of 256 0.994, 0.967, of 1024 0.966, 0.939; Qwen3 (1536 columns), 8192 1.06 sustained
-# Rows copied by the kernel of spread.py, by the same clocks, 2026-11-30, 01:41 and 02:00, and former tiles:
-#   Qwen3, 8192 tokens (1536 columns): gate and up in groups of 4 1061, 1221, of 6 1062, 1230 and 1064, 1229;
-#   gathered within it 1048, 1255 and 1051, 1261; tiles of 144, late, 1070, 1240, of 192 1084, 1241, of 128
-#   1097, 1272. Rows of no pair as zeros: 1073, 1226
-#   Mixtral, 8192: 8030, 8889, with zeros 8341, 8885 and 8078, 8824; by XLA 8180, 8902 and 8313, 8880;
-#   blocks of 192 in groups of 11 8041, 8813; two CTAs that share rows, in groups of 12, 8165, 8906
+# Rows copied by the kernel of spread.py, by the same clocks, 2026-11-30, 01:40, 02:00 and 02:14:
+#   Qwen3, 8192 tokens (1536 columns): gate and up in groups of 4 1061, 1221 and 1046, 1204, of 6 1064, 1229
+#   and 1062, 1230; gathered within it, of 6 1051, 1261, 1048, 1255 and 1034, 1241; tiles of 144, late, 1070,
+#   1240, of 192 1084, 1241, of 128 1097, 1272
+#   Mixtral, 8192: 8030, 8877 and 8041, 8716; by XLA 8313, 8880, 8180, 8902 and 8228, 8781; blocks of 192 in
+#   groups of 11 8041, 8813; two CTAs that share rows, in groups of 12, 8165, 8906
+# By rule, not measured: other products of 5000 columns, in place of XLA's gather, and those of fewer columns.
 RULES = {"NVIDIA H200": DEFAULT_RULES}
 
 
