@@ -26,14 +26,15 @@ from moe_align_jax._lowering.sharding import divided_by_xla, vary_together
 _I32 = jnp.int32
 
 
-def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Array]) -> jax.Array:
-    """The message `[D, T, W]` of tokens: see `Pack`."""
-    return _pack_p.bind(*vary_together([ids, weights, *payload]), problem=problem)[0]
+def pack(problem: Pack, *operands: jax.Array) -> list[jax.Array]:
+    """What `Pack` gives: the message `[D, T, W]` of tokens, or its halves where it swaps."""
+    return _pack_p.bind(*vary_together(operands), problem=problem)
 
 
-def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
-    """By name, the outputs of `Unpack` of a message that came."""
-    return dict(zip(problem.outputs, _unpack_p.bind(received, problem=problem), strict=True))
+def unpack(problem: Unpack, *received: jax.Array) -> dict[str, jax.Array]:
+    """By name, the outputs of `Unpack` of a message that came, not of gathered rows."""
+    found = _unpack_p.bind(*vary_together(received), problem=problem)
+    return dict(zip(problem.outputs, found, strict=True))
 
 
 def fill_boxes(
@@ -51,10 +52,12 @@ def fill_boxes(
 # -- by XLA ----------------------------------------------------------------------------------------------
 
 
-def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: jax.Array):
+def _pack_by_xla(problem: Pack, *operands: jax.Array):
     form = problem.message
+    *rank, ids, weights = operands[: problem.swaps + 2]
+    payload = operands[problem.swaps + 2 :]
     if problem.quantise:
-        payload = message.quantize(payload[0])
+        payload = tuple(message.quantize(payload[0]))
     ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
     local = ids[None] - ranks * form.num_local_experts
     here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
@@ -67,11 +70,18 @@ def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: ja
         words = _words(x)
         words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, -field.words % 4)])
         columns.append(jnp.broadcast_to(words, (*here.shape[:2], words.shape[-1])))
-    return [jnp.concatenate(columns, axis=2)]
+    whole = jnp.concatenate(columns, axis=2)
+    if problem.swaps:
+        first = rank[0][0] == 0
+        return [jnp.where(first, *halves) for halves in (whole, whole[::-1])]
+    return [whole]
 
 
-def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
-    form = problem.message
+def _unpack_by_xla(problem: Unpack, *operands: jax.Array) -> list[jax.Array]:
+    form, received = problem.message, operands[0]
+    if problem.swapped:
+        rank, kept, came = operands
+        received = jnp.where(rank[0] == 0, jnp.stack([kept, came]), jnp.stack([came, kept]))
     rows = received.reshape(form.num_rows, form.words)
     *payload, weights, ids = (
         _from_words(rows[:, start : start + field.words], field)
@@ -152,6 +162,7 @@ def problems(
     num_local_experts: int,
     rows_per_expert: int,
     quantise: bool,
+    swaps: bool = False,
 ) -> tuple[Pack, Unpack, Unpack]:
     """What the kernels of an exchange have to do: the first two of messages, or the third alone.
 
@@ -161,6 +172,7 @@ def problems(
         num_ranks, num_local_experts: D, e.
         rows_per_expert: M, the rows of a box.
         quantise: whether the payload is quantised on the way.
+        swaps: whether two ranks swap messages.
     """
     fields = tuple(Field(x.shape[1], jnp.dtype(x.dtype)) for x in payload)
     if quantise:
@@ -168,4 +180,5 @@ def problems(
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
     gathered = Unpack(form, rows_per_expert, gathered=True, quantise=quantise)
-    return Pack(form, quantise), Unpack(form, rows_per_expert), gathered
+    unpack = Unpack(form, rows_per_expert, swapped=swaps)
+    return Pack(form, quantise, swaps), unpack, gathered

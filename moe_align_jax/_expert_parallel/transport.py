@@ -70,6 +70,8 @@ class Transport(Protocol):
     # Whether it drops int32 ids outside `[0, D * e)` by itself: the caller need not make them -1.
     checks_ids: bool = False
 
+    # Whether XLA makes the kernel that adds up a token's rows ahead of `return_rows`.
+    sums_by_xla: bool = False
     # Whether `send_to_boxes` takes `initialize=True`, and writes zeros to the rows that are not in use.
     clears_boxes: bool = False
 

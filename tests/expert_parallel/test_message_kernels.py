@@ -81,6 +81,12 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
     packed = [
         run(pack, ids[r], weights[r], *(x[r] for x in given))["message"] for r in range(ranks)
     ]
+    if ranks == 2:
+        swaps, ranks_of = kernels.Pack(message, quantise, swaps=True), np.arange(2, dtype=np.int32)
+        swapped = [
+            run(swaps, ranks_of[r : r + 1], ids[r], weights[r], *(x[r] for x in given))
+            for r in range(2)
+        ]
     for receiver in range(ranks):
         came = np.stack([packed[sender][receiver] for sender in range(ranks)])
         mine = ids.reshape(-1, top_k) - receiver * np.int64(local)
@@ -94,6 +100,12 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         boxes = run(kernels.Unpack(message, room), came)
         check_boxes(boxes, want_ids, want_weights, rows, local)
+        if ranks == 2:
+            kept, _ = swapped[receiver].values()
+            _, sent_here = swapped[1 - receiver].values()
+            swap = kernels.Unpack(message, room, swapped=True)
+            boxes = run(swap, np.array([receiver], np.int32), kept, sent_here)
+            check_boxes(boxes, want_ids, want_weights, rows, local)
         gathered = kernels.Unpack(message, room, gathered=True, quantise=quantise)
         all_tokens = [a.reshape(-1, a.shape[-1]) for a in (ids, weights, *given)]
         boxes = run(gathered, np.array([receiver], np.int32), *all_tokens)

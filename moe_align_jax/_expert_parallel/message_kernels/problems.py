@@ -77,18 +77,26 @@ class Message(NamedTuple):
         """Shape and dtype of a message."""
         return (self.num_ranks, self.num_tokens, self.words), INT32
 
+    @property
+    def half(self) -> Array:
+        """Shape and dtype of what a message has for one of two ranks."""
+        return (self.num_tokens, self.words), INT32
+
 
 class Pack(NamedTuple):
     """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` names no expert),
-    `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+    `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`; or, `swaps`, first
+    `rank [1]` int32, this one of two, to `kept [T, W]` and `sent [T, W]`, its own and the other's.
 
     Attributes:
         message: its rows.
         quantise: whether the one array given, bfloat16, becomes the payload's e4m3 codes and float32 scales.
+        swaps: whether two ranks swap what each has for the other.
     """
 
     message: Message
     quantise: bool
+    swaps: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -109,21 +117,25 @@ class Pack(NamedTuple):
     def inputs(self) -> dict[str, Array]:
         """Name, shape and dtype of each input, in order."""
         tokens, pairs = self.message.num_tokens, (self.message.num_tokens, self.message.top_k)
-        named = {"topk_ids": (pairs, INT32), "weights": (pairs, FLOAT32)}
+        named: dict[str, Array] = {"rank": ((1,), INT32)} if self.swaps else {}
+        named |= {"topk_ids": (pairs, INT32), "weights": (pairs, FLOAT32)}
         for number, field in enumerate(self.given):
             named[f"field{number}"] = ((tokens, field.columns), field.dtype)
         return named
 
     @property
     def outputs(self) -> dict[str, Array]:
-        """Name, shape and dtype of the result."""
+        """Name, shape and dtype of each result, in order."""
+        if self.swaps:
+            return {"kept": self.message.half, "sent": self.message.half}
         return {"message": self.message.array}
 
 
 class Unpack(NamedTuple):
     """Rows that came to the experts' boxes: row `s * T + t` is token t of rank s.
 
-    They come as `message [D, T, W]`; or, `gathered`, as every rank's tokens: `rank [1]` int32, this one;
+    They come as `message [D, T, W]`; or, `swapped`, as `rank [1]` int32, this one of two, `kept [T, W]` and
+    `came [T, W]`, its own and the other's; or, `gathered`, as every rank's tokens: `rank [1]`;
     `topk_ids [R, K]` int32, global (an id of another rank's expert, or of none, is left out); `pair_weights
     [R, K]` float32; and a `[R, c]` array for each field of the payload.
 
@@ -137,12 +149,14 @@ class Unpack(NamedTuple):
         gathered: whether no kernel has packed them.
         quantise: of gathered rows: whether the one array given, bfloat16, becomes the payload's e4m3 codes
             and float32 scales.
+        swapped: whether two ranks have swapped what each had for the other.
     """
 
     message: Message
     rows_per_expert: int
     gathered: bool = False
     quantise: bool = False
+    swapped: bool = False
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -162,6 +176,9 @@ class Unpack(NamedTuple):
     @property
     def inputs(self) -> dict[str, Array]:
         """Name, shape and dtype of each input, in order."""
+        if self.swapped:
+            half = self.message.half
+            return {"rank": ((1,), INT32), "kept": half, "came": half}
         if not self.gathered:
             return {"message": self.message.array}
         rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)

@@ -35,9 +35,13 @@ def build(problem: Unpack) -> Kernel:
     message = problem.message
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
-    body = _GatheredBody if problem.gathered else _Body
+    body, name = _Body, "moe_unpack"
+    if problem.gathered:
+        body, name = _GatheredBody, "moe_gathered"
+    elif problem.swapped:
+        body, name = _SwappedBody, "moe_unpack_swapped"
     return Kernel(
-        name="moe_gathered" if problem.gathered else "moe_unpack",
+        name=name,
         body=lambda t, r: body(t, r, problem, experts).run(),
         inputs={name: (words(array),) for name, array in problem.inputs.items()},
         outputs={name: (words(array),) for name, array in problem.outputs.items()},
@@ -79,6 +83,10 @@ class _Body:
         """(array, word) where a row of the payload begins."""
         return self.r.message, row * self.message.words + self.message.starts[number]
 
+    def read(self, array: Any, word: Int, width: int = 1) -> Any:
+        """A word of what came, or a tuple of so many."""
+        return self.t.load4(array, word) if width == 4 else self.t.load(array, word)
+
     def local(self, expert: Int) -> Int:
         """An id that came as one of this rank, -1 for others."""
         return expert
@@ -113,7 +121,7 @@ class _Body:
         held = self.load(batches[0], row)
         mine = self.lane < message.top_k
         asked = t.select(mine, self.lane, 0)
-        came, weight = t.load(*self.ids(row, asked)), t.load(*self.weights(row, asked))
+        came, weight = self.read(*self.ids(row, asked)), self.read(*self.weights(row, asked))
         expert = self.local(came)
         weight = self.weighed(expert, weight)
         kept = mine & (expert >= 0)
@@ -143,7 +151,7 @@ class _Body:
             at = t.select(inside, pair, 0)
             row = at // message.top_k
             where = self.ids(row, at - row * message.top_k)
-            ids = t.load4(*where) if width == 4 else (t.load(*where),)
+            ids = self.read(*where, width) if width == 4 else (self.read(*where),)
             held.append((pair, tuple(t.select(inside, self.local(one), -1) for one in ids)))
         return held
 
@@ -234,7 +242,7 @@ class _Body:
     def load(self, batch: list[Piece], row: Int) -> list[Any]:
         """Loads my moves of a row that came: a value for each piece of the batch."""
         starts = {piece.field: self.field(piece.field, row) for piece in batch}
-        return [rows.load(self.t, starts[p.field][0], p, starts[p.field][1]) for p in batch]
+        return [rows.load(self.t, *starts[p.field], p, self.read) for p in batch]
 
     def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         """Writes the row's moves once per pair."""
@@ -253,6 +261,40 @@ class _Body:
             for box in [t.shfl(target, start + k) for k in ahead]:  # -1 of lanes without a pair
                 with t.if_(box >= 0):
                     yield box
+
+
+class _SwappedBody(_Body):
+    """Of rows of two ranks: my own and those that came, each an array."""
+
+    def begin(self) -> None:
+        self.second = self.t.load(self.r.rank, 0).ne(0)
+
+    @property
+    def half(self) -> int:
+        """Words of a rank's rows."""
+        return self.message.num_tokens * self.message.words
+
+    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return None, row * self.message.words + self.message.starts[-2] + k
+
+    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return None, row * self.message.words + self.message.starts[-3] + k
+
+    def field(self, number: int, row: Int) -> tuple[Any, Int]:
+        return None, row * self.message.words + self.message.starts[number]
+
+    def read(self, array: Any, word: Int, width: int = 1) -> Any:
+        """Of both arrays, so that no branch is between two loads."""
+        del array
+        t, half = self.t, self.half
+        late = word >= half
+        at = t.select(late, word - half, word)
+        # mutant: what came is taken for what was kept
+        own = late.eq(self.second)
+        kept, came = (super(_SwappedBody, self).read(a, at, width) for a in (self.r.kept, self.r.came))
+        if width == 1:
+            return t.select(own, kept, came)
+        return tuple(t.select(own, *both) for both in zip(kept, came, strict=True))
 
 
 class _GatheredBody(_Body):

@@ -44,11 +44,17 @@ GATHERS: bool | None = None
 # 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
 # with 64.
 MOST_GATHERED_BYTES = 512 << 10
+SWAPS = False
+SUMS_BY_XLA = False
 
 
 class AllToAll(Transport):
     name = "all_to_all"
     checks_ids = True  # the receiver, or `pack`, keeps its own ids and no others
+
+    @property
+    def sums_by_xla(self) -> bool:
+        return SUMS_BY_XLA
 
     def unavailable(self, platform: str) -> str | None:
         del platform
@@ -114,8 +120,7 @@ class AllToAll(Transport):
             rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
             found = packed.fill_boxes(gathered, rank, ids, weights, payload)
         else:
-            received = self._exchange(packed.pack(pack, ids, weights, payload), group)
-            found = packed.unpack(unpack, received)
+            found = packed.unpack(unpack, *self._swap(pack, [ids, weights, *payload], group))
         *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = found.values()
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
@@ -128,8 +133,16 @@ class AllToAll(Transport):
         quantise: bool,
     ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
         return packed.problems(
-            payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise
-        )
+            payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise,
+            swaps=SWAPS and group.size == 2,
+        )  # fmt: skip
+
+    def _swap(self, pack: message_kernels.Pack, operands: list[jax.Array], group: Group):
+        if not pack.swaps:
+            return [self._exchange(packed.pack(pack, *operands)[0], group)]
+        rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
+        kept, sent = packed.pack(pack, rank, *operands)
+        return [rank, kept, lax.ppermute(sent, group.axis_name, [(0, 1), (1, 0)])]
 
     def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
         return [lax.all_gather(field, group.axis_name, axis=0, tiled=True) for field in fields]
