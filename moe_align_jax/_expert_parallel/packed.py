@@ -78,7 +78,7 @@ def _pack_by_xla(problem: Pack, *operands: jax.Array):
 
 
 def _unpack_by_xla(problem: Unpack, *operands: jax.Array) -> list[jax.Array]:
-    form, received = problem.message, operands[0]
+    form, received = problem.message, operands[-1]
     if problem.swapped:
         rank, kept, came = operands
         received = jnp.where(rank[0] == 0, jnp.stack([kept, came]), jnp.stack([came, kept]))
@@ -87,6 +87,11 @@ def _unpack_by_xla(problem: Unpack, *operands: jax.Array) -> list[jax.Array]:
         _from_words(rows[:, start : start + field.words], field)
         for field, start in zip(form.fields, form.starts[:-1], strict=True)
     )
+    if problem.same:
+        rank, count = operands[0][0], form.num_local_experts
+        local = ids - rank * count
+        here = (ids >= 0) & (local >= 0) & (local < count)
+        weights, ids = jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
     return _boxes_by_xla(problem, payload, weights, ids)
 
 
@@ -163,6 +168,7 @@ def problems(
     rows_per_expert: int,
     quantise: bool,
     swaps: bool = False,
+    same: bool = False,
 ) -> tuple[Pack, Unpack, Unpack]:
     """What the kernels of an exchange have to do: the first two of messages, or the third alone.
 
@@ -180,5 +186,7 @@ def problems(
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
     gathered = Unpack(form, rows_per_expert, gathered=True, quantise=quantise)
-    unpack = Unpack(form, rows_per_expert, swapped=swaps)
+    unpack = Unpack(form, rows_per_expert, swapped=swaps, same=same)
+    if same:
+        form = form._replace(num_ranks=1, num_local_experts=num_ranks * num_local_experts)
     return Pack(form, quantise, swaps), unpack, gathered

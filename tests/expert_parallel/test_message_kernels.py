@@ -100,6 +100,14 @@ def check_exchange(monkeypatch, sizes, payload, room, most_ctas=1000, quantise=F
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         boxes = run(kernels.Unpack(message, room), came)
         check_boxes(boxes, want_ids, want_weights, rows, local)
+        same = message._replace(num_ranks=1, num_local_experts=ranks * local)
+        came = [
+            run(kernels.Pack(same, quantise), ids[r], weights[r], *(x[r] for x in given))["message"]
+            for r in range(ranks)
+        ]
+        every = kernels.Unpack(message, room, same=True)
+        boxes = run(every, np.array([receiver], np.int32), np.concatenate(came))
+        check_boxes(boxes, want_ids, want_weights, rows, local)
         if ranks == 2:
             kept, _ = swapped[receiver].values()
             _, sent_here = swapped[1 - receiver].values()

@@ -157,6 +157,7 @@ class Unpack(NamedTuple):
     gathered: bool = False
     quantise: bool = False
     swapped: bool = False
+    same: bool = False  # every rank has sent the same to all: ids are global
 
     @property
     def given(self) -> tuple[Field, ...]:
@@ -180,7 +181,8 @@ class Unpack(NamedTuple):
             half = self.message.half
             return {"rank": ((1,), INT32), "kept": half, "came": half}
         if not self.gathered:
-            return {"message": self.message.array}
+            rank: dict[str, Array] = {"rank": ((1,), INT32)} if self.same else {}
+            return rank | {"message": self.message.array}
         rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)
         named: dict[str, Array] = {
             "rank": ((1,), INT32),

@@ -38,6 +38,8 @@ def build(problem: Unpack) -> Kernel:
     body, name = _Body, "moe_unpack"
     if problem.gathered:
         body, name = _GatheredBody, "moe_gathered"
+    elif problem.same:
+        body, name = _SameBody, "moe_unpack_same"
     elif problem.swapped:
         body, name = _SwappedBody, "moe_unpack_swapped"
     return Kernel(
@@ -297,20 +299,11 @@ class _SwappedBody(_Body):
         return tuple(t.select(own, *both) for both in zip(kept, came, strict=True))
 
 
-class _GatheredBody(_Body):
-    """Of every rank's tokens, in separate arrays."""
+class _SameBody(_Body):
+    """Of messages with global ids."""
 
     def begin(self) -> None:
         self.first = self.t.load(self.r.rank, 0) * self.message.num_local_experts
-
-    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return self.r.topk_ids, row * self.message.top_k + k
-
-    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return self.r.pair_weights, row * self.message.top_k + k
-
-    def field(self, number: int, row: Int) -> tuple[Any, Int]:
-        return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
 
     def local(self, expert: Int) -> Int:
         found = expert - self.first
@@ -321,6 +314,19 @@ class _GatheredBody(_Body):
     def weighed(self, expert: Int, weight: Int) -> Int:
         # mutant: the weight of another rank's expert is kept
         return self.t.select(expert >= 0, weight, 0)
+
+
+class _GatheredBody(_SameBody):
+    """Of every rank's tokens, in separate arrays."""
+
+    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.topk_ids, row * self.message.top_k + k
+
+    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
+        return self.r.pair_weights, row * self.message.top_k + k
+
+    def field(self, number: int, row: Int) -> tuple[Any, Int]:
+        return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
 
     def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         if not self.problem.quantise:

@@ -45,6 +45,7 @@ GATHERS: bool | None = None
 # with 64.
 MOST_GATHERED_BYTES = 512 << 10
 SWAPS = False
+SAME = False
 SUMS_BY_XLA = False
 
 
@@ -134,10 +135,15 @@ class AllToAll(Transport):
     ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
         return packed.problems(
             payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise,
-            swaps=SWAPS and group.size == 2,
+            swaps=SWAPS and group.size == 2, same=SAME,
         )  # fmt: skip
 
     def _swap(self, pack: message_kernels.Pack, operands: list[jax.Array], group: Group):
+        if SAME:
+            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
+            rows = packed.pack(pack, *operands)[0][0]
+            got = lax.all_gather(rows, group.axis_name, axis=0, tiled=False)
+            return [rank, got]
         if not pack.swaps:
             return [self._exchange(packed.pack(pack, *operands)[0], group)]
         rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
