@@ -26,14 +26,14 @@ from moe_align_jax._lowering.sharding import divided_by_xla, vary_together
 _I32 = jnp.int32
 
 
-def pack(problem: Pack, *operands: jax.Array) -> list[jax.Array]:
-    """What `Pack` gives: the message `[D, T, W]` of tokens, or its halves where it swaps."""
-    return _pack_p.bind(*vary_together(operands), problem=problem)
+def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Array]) -> jax.Array:
+    """The message `[T, W]` of tokens: see `Pack`."""
+    return _pack_p.bind(*vary_together([ids, weights, *payload]), problem=problem)[0]
 
 
-def unpack(problem: Unpack, *received: jax.Array) -> dict[str, jax.Array]:
-    """By name, the outputs of `Unpack` of a message that came, not of gathered rows."""
-    found = _unpack_p.bind(*vary_together(received), problem=problem)
+def unpack(problem: Unpack, rank: jax.Array, received: jax.Array) -> dict[str, jax.Array]:
+    """By name, the outputs of `Unpack` of the messages that came."""
+    found = _unpack_p.bind(*vary_together([rank, received]), problem=problem)
     return dict(zip(problem.outputs, found, strict=True))
 
 
@@ -52,63 +52,42 @@ def fill_boxes(
 # -- by XLA ----------------------------------------------------------------------------------------------
 
 
-def _pack_by_xla(problem: Pack, *operands: jax.Array):
+def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: jax.Array):
     form = problem.message
-    *rank, ids, weights = operands[: problem.swaps + 2]
-    payload = operands[problem.swaps + 2 :]
     if problem.quantise:
-        payload = tuple(message.quantize(payload[0]))
-    ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
-    local = ids[None] - ranks * form.num_local_experts
-    here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
+        payload = message.quantize(payload[0])
     columns = []
-    for field, x in zip(
-        form.fields,
-        (*payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)),
-        strict=True,
-    ):
-        words = _words(x)
-        words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, -field.words % 4)])
-        columns.append(jnp.broadcast_to(words, (*here.shape[:2], words.shape[-1])))
-    whole = jnp.concatenate(columns, axis=2)
-    if problem.swaps:
-        first = rank[0][0] == 0
-        return [jnp.where(first, *halves) for halves in (whole, whole[::-1])]
-    return [whole]
+    for field, x in zip(form.fields, (*payload, weights, ids), strict=True):
+        columns.append(jnp.pad(_words(x), [(0, 0), (0, -field.words % 4)]))
+    return [jnp.concatenate(columns, axis=1)]
 
 
-def _unpack_by_xla(problem: Unpack, *operands: jax.Array) -> list[jax.Array]:
-    form, received = problem.message, operands[-1]
-    if problem.swapped:
-        rank, kept, came = operands
-        received = jnp.where(rank[0] == 0, jnp.stack([kept, came]), jnp.stack([came, kept]))
-    rows = received.reshape(form.num_rows, form.words)
+def _unpack_by_xla(problem: Unpack, rank: jax.Array, received: jax.Array) -> list[jax.Array]:
+    form = problem.message
     *payload, weights, ids = (
-        _from_words(rows[:, start : start + field.words], field)
+        _from_words(received[:, start : start + field.words], field)
         for field, start in zip(form.fields, form.starts[:-1], strict=True)
     )
-    if problem.same:
-        rank, count = operands[0][0], form.num_local_experts
-        local = ids - rank * count
-        here = (ids >= 0) & (local >= 0) & (local < count)
-        weights, ids = jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
-    return _boxes_by_xla(problem, payload, weights, ids)
+    return _boxes_by_xla(problem, rank, payload, weights, ids)
 
 
 def _fill_by_xla(problem: Unpack, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
     payload = list(message.quantize(given[0]) if problem.quantise else given)
-    count = problem.message.num_local_experts
-    local = ids - rank[0] * count
-    here = (ids >= 0) & (local >= 0) & (local < count)
-    return _boxes_by_xla(
-        problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
-    )
+    return _boxes_by_xla(problem, rank, payload, weights, ids)
 
 
 def _boxes_by_xla(
-    problem: Unpack, payload: list[jax.Array], weights: jax.Array, ids: jax.Array
+    problem: Unpack,
+    rank: jax.Array,
+    payload: list[jax.Array],
+    weights: jax.Array,
+    ids: jax.Array,
 ) -> list[jax.Array]:
-    """Of the rows that came, with local ids."""
+    """Of the rows that came, with global ids."""
+    count = problem.message.num_local_experts
+    local = ids - rank[0] * count
+    here = (ids >= 0) & (local >= 0) & (local < count)
+    weights, ids = jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
     aligned = block_align.moe_align_block_size(
         ids, block_size=1, num_experts=problem.message.num_local_experts, return_inverse=True
     )
@@ -167,8 +146,6 @@ def problems(
     num_local_experts: int,
     rows_per_expert: int,
     quantise: bool,
-    swaps: bool = False,
-    same: bool = False,
 ) -> tuple[Pack, Unpack, Unpack]:
     """What the kernels of an exchange have to do: the first two of messages, or the third alone.
 
@@ -178,7 +155,6 @@ def problems(
         num_ranks, num_local_experts: D, e.
         rows_per_expert: M, the rows of a box.
         quantise: whether the payload is quantised on the way.
-        swaps: whether two ranks swap messages.
     """
     fields = tuple(Field(x.shape[1], jnp.dtype(x.dtype)) for x in payload)
     if quantise:
@@ -186,7 +162,4 @@ def problems(
     num_tokens, top_k = ids.shape
     form = Message(num_ranks, num_tokens, top_k, num_local_experts, fields)
     gathered = Unpack(form, rows_per_expert, gathered=True, quantise=quantise)
-    unpack = Unpack(form, rows_per_expert, swapped=swaps, same=same)
-    if same:
-        form = form._replace(num_ranks=1, num_local_experts=num_ranks * num_local_experts)
-    return Pack(form, quantise, swaps), unpack, gathered
+    return Pack(form, quantise), Unpack(form, rows_per_expert), gathered

@@ -98,22 +98,19 @@ def messages() -> Iterator[Compiled]:
     for form, quantise, room in given:
         pack, unpack = kernels.Pack(form, quantise), kernels.Unpack(form, room)
         gathered = unpack._replace(gathered=True, quantise=quantise)
-        swapped = pack._replace(swaps=True), unpack._replace(swapped=True)
-        for problem in (pack, unpack, gathered, *(swapped if form.num_ranks == 2 else ())):
+        for problem in (pack, unpack, gathered):
             kernel = kernels.build(problem)
             structs = [jax.ShapeDtypeStruct(*array) for array in problem.inputs.values()]
             shapes = [{n: s for n, (s, _) in a.items()} for a in (problem.inputs, problem.outputs)]
             direct = _Direct(kernel.name, *shapes, mosaic.launcher(kernel), structs)
-            packs = isinstance(problem, kernels.Pack)
-            fields_given = packs or problem.gathered
-            source = "field" if fields_given else ("came" if problem in swapped else "message")
-            target = "boxes" if not packs else ("sent" if problem in swapped else "message")
+            source = "message" if problem is unpack else "field"
+            target = "message" if problem is pack else "boxes"
             widths = {}
             if source == "field":
                 widths = {f"field{k}": 4 * field.width for k, field in enumerate(problem.given)}
             if target == "boxes":
                 # Eight codes come of 16 bytes that are quantised here, and a scale of 16 times as many.
-                quantised = quantise and fields_given
+                quantised = quantise and problem is not unpack
                 written = (8, 4) if quantised else [4 * f.width for f in form.payload]
                 widths |= {f"boxes{k}": width for k, width in enumerate(written)}
             assert problems.THREADS == 128

@@ -1,6 +1,6 @@
 """A thread's share of a row that several CTAs, or one, move."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from moe_align_jax._expert_parallel.message_kernels.problems import THREADS
@@ -16,12 +16,8 @@ def pieces(t: Simt, fields: tuple[Field, ...], part: Int, parts: int) -> Iterato
             yield Piece(number, field.width, unit * field.width, unit < field.units)
 
 
-def load(
-    t: Simt, ref: Any, row: Int, piece: Piece, read: Callable[[Any, Int, int], Any] | None = None
-) -> Any:
-    """From a field that starts at word `row`, by `read(ref, word, width)` if given. Past its end the first
-    words are loaded again, so that no branch separates two loads."""
+def load(t: Simt, ref: Any, piece: Piece, row: Int) -> Any:
+    """From a field that starts at word `row`. Past its end the first words are loaded again, so that no
+    branch separates two loads."""
     at = row + t.select(piece.inside, piece.first, 0)
-    if read is not None:
-        return read(ref, at, piece.width)
     return t.load4(ref, at) if piece.width == 4 else t.load(ref, at)

@@ -35,15 +35,9 @@ def build(problem: Unpack) -> Kernel:
     message = problem.message
     boxes = (f"boxes{number}" for number in range(len(message.payload)))
     experts = -(-message.num_local_experts // problem.num_ctas)
-    body, name = _Body, "moe_unpack"
-    if problem.gathered:
-        body, name = _GatheredBody, "moe_gathered"
-    elif problem.same:
-        body, name = _SameBody, "moe_unpack_same"
-    elif problem.swapped:
-        body, name = _SwappedBody, "moe_unpack_swapped"
+    body = _GatheredBody if problem.gathered else _Body
     return Kernel(
-        name=name,
+        name="moe_gathered" if problem.gathered else "moe_unpack",
         body=lambda t, r: body(t, r, problem, experts).run(),
         inputs={name: (words(array),) for name, array in problem.inputs.items()},
         outputs={name: (words(array),) for name, array in problem.outputs.items()},
@@ -70,9 +64,6 @@ class _Body:
 
     # -- what came
 
-    def begin(self) -> None:
-        """What every thread needs to know, behind the wait for the kernel before."""
-
     def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
         """(array, word) of an id of a row."""
         return self.r.message, row * self.message.words + self.message.starts[-2] + k
@@ -85,24 +76,23 @@ class _Body:
         """(array, word) where a row of the payload begins."""
         return self.r.message, row * self.message.words + self.message.starts[number]
 
-    def read(self, array: Any, word: Int, width: int = 1) -> Any:
-        """A word of what came, or a tuple of so many."""
-        return self.t.load4(array, word) if width == 4 else self.t.load(array, word)
-
     def local(self, expert: Int) -> Int:
         """An id that came as one of this rank, -1 for others."""
-        return expert
+        found = expert - self.first
+        # mutant: an expert of another rank is kept
+        here = found.below(self.message.num_local_experts)
+        return self.t.select(here, found, -1)
 
     def weighed(self, expert: Int, weight: Int) -> Int:
-        """The weight that came with an id."""
-        del expert
-        return weight
+        """The weight of a local id: 0 for -1."""
+        # mutant: the weight of another rank's expert is kept
+        return self.t.select(expert >= 0, weight, 0)
 
     def run(self) -> None:
         """Unpacks the units of my CTA: rows, or parts of rows."""
         t, units = self.t, self.message.num_rows * self.problem.parts
         t.grid_dependency_wait()
-        self.begin()
+        self.first = t.load(self.r.rank, 0) * self.message.num_local_experts
         if units == t.num_ctas:
             self.unpack(self.cta)
         else:
@@ -123,7 +113,7 @@ class _Body:
         held = self.load(batches[0], row)
         mine = self.lane < message.top_k
         asked = t.select(mine, self.lane, 0)
-        came, weight = self.read(*self.ids(row, asked)), self.read(*self.weights(row, asked))
+        came, weight = t.load(*self.ids(row, asked)), t.load(*self.weights(row, asked))
         expert = self.local(came)
         weight = self.weighed(expert, weight)
         kept = mine & (expert >= 0)
@@ -153,7 +143,7 @@ class _Body:
             at = t.select(inside, pair, 0)
             row = at // message.top_k
             where = self.ids(row, at - row * message.top_k)
-            ids = self.read(*where, width) if width == 4 else (self.read(*where),)
+            ids = t.load4(*where) if width == 4 else (t.load(*where),)
             held.append((pair, tuple(t.select(inside, self.local(one), -1) for one in ids)))
         return held
 
@@ -244,7 +234,7 @@ class _Body:
     def load(self, batch: list[Piece], row: Int) -> list[Any]:
         """Loads my moves of a row that came: a value for each piece of the batch."""
         starts = {piece.field: self.field(piece.field, row) for piece in batch}
-        return [rows.load(self.t, *starts[p.field], p, self.read) for p in batch]
+        return [rows.load(self.t, starts[p.field][0], p, starts[p.field][1]) for p in batch]
 
     def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         """Writes the row's moves once per pair."""
@@ -265,58 +255,7 @@ class _Body:
                     yield box
 
 
-class _SwappedBody(_Body):
-    """Of rows of two ranks: my own and those that came, each an array."""
-
-    def begin(self) -> None:
-        self.second = self.t.load(self.r.rank, 0).ne(0)
-
-    @property
-    def half(self) -> int:
-        """Words of a rank's rows."""
-        return self.message.num_tokens * self.message.words
-
-    def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return None, row * self.message.words + self.message.starts[-2] + k
-
-    def weights(self, row: Int, k: Int) -> tuple[Any, Int]:
-        return None, row * self.message.words + self.message.starts[-3] + k
-
-    def field(self, number: int, row: Int) -> tuple[Any, Int]:
-        return None, row * self.message.words + self.message.starts[number]
-
-    def read(self, array: Any, word: Int, width: int = 1) -> Any:
-        """Of both arrays, so that no branch is between two loads."""
-        del array
-        t, half = self.t, self.half
-        late = word >= half
-        at = t.select(late, word - half, word)
-        # mutant: what came is taken for what was kept
-        own = late.eq(self.second)
-        kept, came = (super(_SwappedBody, self).read(a, at, width) for a in (self.r.kept, self.r.came))
-        if width == 1:
-            return t.select(own, kept, came)
-        return tuple(t.select(own, *both) for both in zip(kept, came, strict=True))
-
-
-class _SameBody(_Body):
-    """Of messages with global ids."""
-
-    def begin(self) -> None:
-        self.first = self.t.load(self.r.rank, 0) * self.message.num_local_experts
-
-    def local(self, expert: Int) -> Int:
-        found = expert - self.first
-        # mutant: an expert of another rank is kept
-        here = found.below(self.message.num_local_experts)
-        return self.t.select(here, found, -1)
-
-    def weighed(self, expert: Int, weight: Int) -> Int:
-        # mutant: the weight of another rank's expert is kept
-        return self.t.select(expert >= 0, weight, 0)
-
-
-class _GatheredBody(_SameBody):
+class _GatheredBody(_Body):
     """Of every rank's tokens, in separate arrays."""
 
     def ids(self, row: Int, k: Int) -> tuple[Any, Int]:

@@ -44,18 +44,11 @@ GATHERS: bool | None = None
 # 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
 # with 64.
 MOST_GATHERED_BYTES = 512 << 10
-SWAPS = False
-SAME = False
-SUMS_BY_XLA = False
 
 
 class AllToAll(Transport):
     name = "all_to_all"
     checks_ids = True  # the receiver, or `pack`, keeps its own ids and no others
-
-    @property
-    def sums_by_xla(self) -> bool:
-        return SUMS_BY_XLA
 
     def unavailable(self, platform: str) -> str | None:
         del platform
@@ -116,12 +109,13 @@ class AllToAll(Transport):
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
         pack, unpack, gathered = self._problems(payload, ids, group, rows_per_expert, quantise)
+        rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
         if gathers_all(gathered):
             *payload, weights, ids = self._gather([*payload, weights, ids], group)
-            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
             found = packed.fill_boxes(gathered, rank, ids, weights, payload)
         else:
-            found = packed.unpack(unpack, *self._swap(pack, [ids, weights, *payload], group))
+            [received] = self._gather([packed.pack(pack, ids, weights, payload)], group)
+            found = packed.unpack(unpack, rank, received)
         *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = found.values()
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
@@ -134,21 +128,8 @@ class AllToAll(Transport):
         quantise: bool,
     ) -> tuple[message_kernels.Pack, message_kernels.Unpack, message_kernels.Unpack]:
         return packed.problems(
-            payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise,
-            swaps=SWAPS and group.size == 2, same=SAME,
-        )  # fmt: skip
-
-    def _swap(self, pack: message_kernels.Pack, operands: list[jax.Array], group: Group):
-        if SAME:
-            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
-            rows = packed.pack(pack, *operands)[0][0]
-            got = lax.all_gather(rows, group.axis_name, axis=0, tiled=False)
-            return [rank, got]
-        if not pack.swaps:
-            return [self._exchange(packed.pack(pack, *operands)[0], group)]
-        rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
-        kept, sent = packed.pack(pack, rank, *operands)
-        return [rank, kept, lax.ppermute(sent, group.axis_name, [(0, 1), (1, 0)])]
+            payload, ids, group.size, group.num_local_experts, rows_per_expert, quantise
+        )
 
     def _gather(self, fields: list[jax.Array], group: Group) -> list[jax.Array]:
         return [lax.all_gather(field, group.axis_name, axis=0, tiled=True) for field in fields]
