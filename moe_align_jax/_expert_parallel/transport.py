@@ -70,8 +70,6 @@ class Transport(Protocol):
     # Whether it drops int32 ids outside `[0, D * e)` by itself: the caller need not make them -1.
     checks_ids: bool = False
 
-    # Whether XLA makes the kernel that adds up a token's rows ahead of `return_rows`.
-    sums_by_xla: bool = False
     # Whether `send_to_boxes` takes `initialize=True`, and writes zeros to the rows that are not in use.
     clears_boxes: bool = False
 
@@ -113,6 +111,11 @@ class Transport(Protocol):
         which have one; None if the others hold zeros already.
         """
         ...
+
+    def sums_by_xla(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+        """Whether XLA makes the kernel that adds up a received token's rows of y, ahead of `return_rows`."""
+        del y, row_of_pair
+        return False
 
     # -- steps that it may do on the way
 

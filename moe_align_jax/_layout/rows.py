@@ -81,7 +81,8 @@ def sum_rows(
         row_of_pair: `[T, K]` int32.
         pair_of_row: `[P]` int32.
         out_dtype: of the result, rounded to once; None for float32 (float64 for float64).
-        by_xla: whether XLA makes the kernel also where ours runs. It rounds products, ours does not.
+        by_xla: whether XLA makes the kernel also where ours runs. It rounds products, ours does not. Of
+            weighted sums in the dtype of y alone.
     """
     out_dtype = jnp.dtype(accumulator(y.dtype) if out_dtype is None else out_dtype)
     if weights is None:
@@ -125,7 +126,8 @@ _copy.defvjp(_copy_forward, _copy_backward)
 def _sum_rows_body(out_dtype, by_xla, y, weights, row_of_pair, pair_of_row):
     del pair_of_row
     if by_xla:
-        return gathers.weighted_sum(y, weights, row_of_pair).astype(out_dtype)
+        assert weights is not None and out_dtype == y.dtype
+        return gathers.weighted_sum_by_words(y, weights, row_of_pair)
     return primitives.weighted_sum(y, weights, row_of_pair, out_dtype)
 
 

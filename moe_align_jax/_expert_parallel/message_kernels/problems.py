@@ -78,8 +78,8 @@ class Message(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Tokens to a message: `topk_ids [T, K]` int32, `weights [T, K]` float32 and a `[T, c]` array for each field
-    to `message [T, W]`.
+    """Tokens to a message: `topk_ids [T, K]` int32, `weights [T, K]` float32 and a `[T, c]` array for each
+    field to `message [T, W]`.
 
     Attributes:
         message: its rows.
