@@ -493,7 +493,7 @@ def test_rows_of_expert_parallelism(tmp_path, capsys):
     # In "low_latency" our own transport stands there in all four forms.
     assert len(checks) == 6 + 3 and all("error" in r for r in checks)
     timed = [r for r in rows if "clock" in r and r["clock"] == "wall"]
-    assert {r["way"] for r in timed} == set(clocks.WAYS) and len(timed) == 3 * 7
+    assert {r["way"] for r in timed} == set(clocks.WAYS) and len(timed) == 3 * 9
     assert all(r["us"] > 0 and r["calls"] == 2 and r["devices"] == 2 for r in timed)
     assert "ours, all_to_all" in capsys.readouterr().out
 
