@@ -162,8 +162,8 @@ def step(
     bare ones: for kernels of ours, of which XLA leaves out none, read or not. Ids and weights are then those
     of the pair before, behind its result.
 
-    With `between` the rows of a bare pair, too, are read ahead of its way back, by the kernel that stands there
-    in pairs that do the job: like is compared with like.
+    With `between` the rows of a bare pair, too, are read ahead of its way back, by the kernel that stands
+    there in pairs that do the job: like is compared with like.
     """
     stands_between = between or exchange.experts is not None
 
