@@ -60,6 +60,14 @@ def test_run_that_dies_is_not_clean(monkeypatch, capsys):
     assert capsys.readouterr().out.count("did not finish") == 4
 
 
+def test_only_initcheck_looks_at_kernels_that_are_not_ours():
+    """It must see what they write; the others take long over them."""
+    for tool in sanitize.TOOLS:
+        _, options = sanitize.settings("jit", tool, [])
+        assert ("kns=_mosaic_gpu_kernel" in options) == (tool != "initcheck"), tool
+    assert "kns=_mosaic_gpu_kernel" in sanitize.settings("peers", "initcheck", [])[1]
+
+
 # -- what is run ---------------------------------------------------------------------------------------
 
 
