@@ -646,6 +646,7 @@ def too_large(call: Callable[..., Any], arrays: Any, row: dict[str, Any]) -> str
         return ""
     lowered = jax.jit(lambda many: [call(*each) for each in many]).lower([arrays])
     memory = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).memory_analysis()
+    assert memory is not None
     size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if size <= limit:
         return ""
