@@ -462,6 +462,10 @@ def peers(mode: str, payload: str | None, transport: str) -> None:
 
 # -- all of a path -------------------------------------------------------------------------------------
 
+# initcheck does not see what TMA stores: it reported the results of these, whose values are right, when they
+# were copied to the host, and of "heights" just as many rows as TMA stores (2026-11-30).
+_STORED_BY_TMA = ("matmul, heights", "weight gradients", "activation gradient")
+
 
 def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what to run) of each step of the path "jit" or "peers"."""
@@ -470,6 +474,12 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"{mode} {payload or ''}".strip() + f" {transport}"
             yield name, functools.partial(peers, mode, payload, transport)
         return
+    for name, run in _under_jit(tool):
+        if tool != "initcheck" or name not in _STORED_BY_TMA:
+            yield name, run
+
+
+def _under_jit(tool: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for case in (*cases(tool), *small_cases()):
         yield case.name, functools.partial(align, case)
     yield "masked_quant", masked_quant

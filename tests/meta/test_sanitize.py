@@ -156,6 +156,13 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
     assert {"weight gradients", "activation gradient"} <= set(NAMES)
 
 
+def test_initcheck_leaves_out_what_it_does_not_see():
+    seen = [name for name, _ in sanitizer_cases.runs("jit", "initcheck")]
+    left_out = [name for name in NAMES if name not in seen]
+    assert left_out == ["matmul, heights", "weight gradients", "activation gradient"]
+    assert [name for name, _ in sanitizer_cases.runs("jit", "memcheck")].count(left_out[0]) == 1
+
+
 def test_peers_need_two_gpus(monkeypatch):
     assert sanitizer_cases.names("peers")[:2] == ["normal nvlink", "normal fp8 nvlink"]
     monkeypatch.setattr(jax, "devices", lambda platform: ["one"])
