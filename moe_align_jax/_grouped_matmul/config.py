@@ -18,6 +18,8 @@ MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each t
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+# Gate and up of 256 experts with at most a pair on average, of few columns and a long K: see `RULES`.
+_EXPERTS_OF_HALVES, _MOST_N_OF_HALVES, _LEAST_K_OF_HALVES = 256, 256, 5_000
 _MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each block is one pair
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
@@ -577,7 +579,10 @@ def config_for(
         if _num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
             return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
-        tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
+        tiles = Config("swap", bm, 256, 128, 3, group=0, lag=1)
+        if _takes_halves(problem, rules):
+            return tiles._replace(split=2)
+        tiles = _shared(problem, rules, tiles)
         if tiles.split <= 2:
             return tiles
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
@@ -634,6 +639,16 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)
     return tiles
+
+
+def _takes_halves(problem: MatmulProblem, rules: Rules) -> bool:
+    """Whether two CTAs share each of a gathered product's tiles of 8 rows, of gate and up: where these are few,
+    and long, the last turn of whole tiles leaves many SMs idle."""
+    size = problem.num_experts == _EXPERTS_OF_HALVES and problem.n <= _MOST_N_OF_HALVES
+    size = size and problem.k >= _LEAST_K_OF_HALVES and problem.k % (2 * 128) == 0
+    pairs = problem.num_tokens * problem.top_k
+    few = 0 < pairs <= problem.num_experts
+    return rules.split and problem.rows == "blocks" and problem.block_size == 8 and size and few
 
 
 def _narrow(problem: MatmulProblem) -> Config:
