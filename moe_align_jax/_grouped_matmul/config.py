@@ -642,8 +642,8 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
 
 
 def _takes_halves(problem: MatmulProblem, rules: Rules) -> bool:
-    """Whether two CTAs share each of a gathered product's tiles of 8 rows, of gate and up: where these are few,
-    and long, the last turn of whole tiles leaves many SMs idle."""
+    """Whether two CTAs share each tile of a gathered product of 8 rows: few and long ones leave many SMs idle
+    in their last turn."""
     size = problem.num_experts == _EXPERTS_OF_HALVES and problem.n <= _MOST_N_OF_HALVES
     size = size and problem.k >= _LEAST_K_OF_HALVES and problem.k % (2 * 128) == 0
     pairs = problem.num_tokens * problem.top_k
