@@ -91,11 +91,9 @@ class Config(NamedTuple):
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
-        mixes: of blocks, found: stretches that the tiles of rows are parted into, which take turns where
-            experts seem to be sorted by their rows (`kernel.mixed`): tiles of experts with few rows wait for
-            weights, those of the others for the tensor cores. 0: all keep their order. 1: the third of the
-            blocks that has most of the experts runs beside the other two. Groups of "ragged" rows are
-            always mixed.
+        mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
+            blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
+            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
@@ -123,7 +121,7 @@ class Config(NamedTuple):
     exact: bool = False
     trims: bool = False
     falling: bool = False
-    mixes: int = 0
+    mixes: bool = False
     peeled: bool = False
 
     @property
@@ -153,7 +151,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
-        more += f"-mixes{self.mixes}" if self.mixes else ""
+        more += "-mixes" if self.mixes else ""
         more += "-peeled" if self.peeled else ""
         more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -348,7 +346,7 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
-        mixes = 1 if found.cuts and problem.rows == "blocks" and not few else 0
+        mixes = found.cuts and problem.rows == "blocks" and not few
         return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
     if few:
         plain = not (problem.weights.gated or problem.top_k)

@@ -103,19 +103,6 @@ class Mixing(NamedTuple):
     units: jax.Array
 
 
-class Stretches(NamedTuple):
-    """Stretches of tiles of rows, or of whole groups of them, which take turns by `chunk` of them.
-
-    Attributes:
-        count, chunk: of stretches; of what a stretch has in a turn.
-        each: of a stretch, a multiple of the chunk; 0: all keep their order. What is left comes last.
-    """
-
-    count: int
-    chunk: int
-    each: jax.Array
-
-
 class _Refs:
     """The kernel's refs by name."""
 
@@ -654,8 +641,7 @@ def build(
 
             how = None
             if config.mixes:
-                sizes = config.group, config.mixes
-                how = mixing(*sizes, refs.experts, problem.num_experts, row_tiles)
+                how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
 
             def one(i, carry):
                 ring, said = carry
@@ -822,11 +808,7 @@ def _row_tiles(
 
 
 def in_groups(
-    group: int,
-    t: jax.Array,
-    row_tiles: Any,
-    n_tiles: int,
-    known: "Mixing | Stretches | None" = None,
+    group: int, t: jax.Array, row_tiles: Any, n_tiles: int, known: "Mixing | None" = None
 ) -> tuple[Any, Any]:
     """(Tile of rows, n tile) of the t-th tile. In groups of `group` row tiles: n outer, rows inner.
 
@@ -845,9 +827,7 @@ def in_groups(
     return first * group + (rest - n * size), n
 
 
-def mixing(
-    group: int, stretches: int, experts: Any, num_experts: int, row_tiles: jax.Array
-) -> "Mixing | Stretches":
+def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> Mixing:
     """How tiles of blocks are mixed: not at all, but where the experts seem to be sorted by their rows.
 
     Then the tile at two thirds of the rows is of an expert of the first half, or that at one third of one of
@@ -859,26 +839,15 @@ def mixing(
     near, far = (jnp.minimum(at * max(1, group), last) for at in (third, units - third))
     falls = (experts[far] >= 0) & (experts[far] * 2 < num_experts)
     rises = (experts[near] * 2 > num_experts) & (experts[near] < num_experts)
-    if stretches > 1:
-        chunk = 1 if group else 2
-        each = lax.div(units, _I32(stretches * chunk)) * chunk
-        return Stretches(stretches, chunk, jnp.where(falls | rises, each, 0))
     small = jnp.where(falls | rises, third, 0)
     return Mixing(
         small, jnp.where(falls, 0, small), jnp.where(falls, units - small, 0).astype(_I32), units
     )
 
 
-def mixed(known: "Mixing | Stretches", at: jax.Array) -> jax.Array:
+def mixed(known: Mixing, at: jax.Array) -> jax.Array:
     """Which unit (tile of rows, or whole group of them) is the at-th: after two of the large part one of the
     small part; what is left of the large part, and a group that is not whole, come last."""
-    if isinstance(known, Stretches):
-        of_turn = known.count * known.chunk
-        turn = lax.div(at, _I32(of_turn))
-        place = at - turn * of_turn
-        which = lax.div(place, _I32(known.chunk))
-        found = which * known.each + turn * known.chunk + (place - which * known.chunk)
-        return jnp.where(at < known.count * known.each, found, at)
     turn = lax.div(at, _I32(3))
     place = at - turn * 3
     both = turn < known.small

@@ -160,18 +160,17 @@ def test_products_on_a_gpu(case, group, transposed):
 SORTED = {"falling": [9, 7, 5, 4, 3, 2] + [1] * 24, "rising": [1] * 24 + [2, 3, 4, 5, 7, 9]}
 
 
-@pytest.mark.parametrize("stretches", [1, 3, 6])
 @pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("case", ["falling", "rising", "alike", "one", "two", "no expert"])
-def test_blocks_are_mixed_where_experts_are_sorted(case, group, stretches):
-    """Each tile once; tiles of experts with one block run beside those of experts with many."""
+def test_blocks_are_mixed_where_experts_are_sorted(case, group):
+    """Each tile once; two tiles of the part with most rows, then one of the part with most experts."""
     n_tiles, num_experts = 6, 30
     held = SORTED.get(case) or {"one": [1], "two": [1, 1]}.get(case) or [2] * num_experts
     experts = np.repeat(np.arange(len(held), dtype=np.int32), held)
     if case == "no expert":
         experts[:] = -1
     count, read = len(experts), jnp.asarray(experts)
-    known = kernel.mixing(group, stretches, read, num_experts, jnp.int32(count))
+    known = kernel.mixing(group, read, num_experts, jnp.int32(count))
     places = jnp.arange(count * n_tiles, dtype=jnp.int32)
     rows, columns = jax.vmap(
         lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, known)
@@ -179,9 +178,8 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group, stretches):
     every = [(row, n) for row in range(count) for n in range(n_tiles)]
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == every
     plain, _ = jax.vmap(lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles))(places)
-    few = stretches == 6 and group == 4  # groups: one for a stretch
     assert (rows.tolist() == plain.tolist()) == (case not in SORTED)
-    if case in SORTED and not few:  # at no time are all tiles of experts with one block
+    if case in SORTED:  # at no time are all tiles of experts with one block
         singles = np.flatnonzero(np.array(held) == 1)
         third = count // 3 * n_tiles
         for part in (rows[:third], rows[third : 2 * third], rows[2 * third :]):
@@ -197,7 +195,7 @@ def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
     held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 5 * e) for e in range(2, 6))]
     where = test_heights.made(144, 12, held)
     problem = test_heights.problem_of(where, 144, 12, 64, 128)
-    config = FOUND._replace(group=group, mixes=3)
+    config = FOUND._replace(group=group, mixes=True)
     asked, mixed = [], kernel.mixed
     monkeypatch.setattr(kernel, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
     with jax.default_device(jax.devices("cpu")[0]):
@@ -237,7 +235,7 @@ def test_which_products_take_them():
             *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
             **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
         )
-        assert tiles.config_for(blocks).mixes == (1 if experts == 128 else 0)
+        assert tiles.config_for(blocks).mixes == (experts == 128)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
     assert chosen(2048, 8) == FOUND._replace(group=4)
