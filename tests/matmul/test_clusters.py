@@ -189,7 +189,7 @@ def test_few_tiles_are_shared(sizes, transposed, splits):
 )
 @pytest.mark.parametrize("transposed", [True, False])
 def test_tiles_of_short_blocks_are_shared(tokens, experts, hidden, ffn, shared, transposed):
-    """Gate and up of as few experts' rows as a batch of DeepSeek-V3 under TP8 hits; not the second product."""
+    """Gate and up of DeepSeek-V3 under TP8, up to a pair an expert; not the second product."""
     form = maj.select_moe_implementation(
         *((tokens, hidden), (experts, hidden, ffn) if transposed else (experts, ffn, hidden)),
         **{"top_k": 8, "transpose_rhs": transposed, "platform": "cuda"},
