@@ -76,10 +76,11 @@ def tile_of(
     By whole warps, of which each finds the same. `used`: blocks in use, all of whose rows are there; `at` is
     one of them. Ids below `limit` are pairs.
     """
-    expert, before, after, held = _run_of(t, r, cut, at, used, limit)
+    expert, before, after = _run_of(t, r, cut, at, used, limit)
     valid = expert.below(cut.num_experts)
     before, after = t.select(valid, before, 0), t.select(valid, after, 1)
     first, count = at - before, before + after
+    held = _held(t, r, cut, first + (count - 1), used, limit)
     pairs = t.select(valid, (count - 1) * cut.block + held, 0)
     start, rows = cut_list.share(t, cut, pairs, count, before)
     left = t.select(pairs > start, pairs - start, 0)
@@ -92,14 +93,9 @@ def tile_of(
 
 def _run_of(
     t: Simt, r: SimpleNamespace, cut: CutList, at: Int, used: Int, limit: Int
-) -> tuple[Int, Int, Int, Int]:
-    """(Expert of block `at`, blocks of its run before it, blocks from it on, pairs of the last one).
-
-    A window of 32 at a time, on either side. Of the first windows the experts are read first, which remain in
-    L2: they tell which blocks' ids must be read. These may be in memory: all of them are asked for at once,
-    also those of the run's last block as it is if all blocks before it are full.
-    """
-    lane, own = t.thread_id() % WARP, at * cut.block
+) -> tuple[Int, Int, Int]:
+    """(Expert of block `at`, blocks of its run before it, blocks from it on); a window of 32 at a time."""
+    lane = t.thread_id() % WARP
 
     def expert_of(block: Int) -> Int:
         """-2 where there is no such block, which is no block's expert."""
@@ -107,76 +103,55 @@ def _run_of(
         expert = t.load(r.expert_ids, t.select(inside, block, 0))
         return t.select(inside, expert, -2)
 
-    def last_id(block: Int, wanted: Int) -> Int:
-        """That of a block in use; others ask for one that some lane asks for."""
-        row = t.select(wanted & block.below(used), block * cut.block, own)
-        return t.load(r.sorted_token_ids, row + (cut.block - 1))
-
     def full(block: Int) -> Int:
         inside = block.below(used)
-        return inside & last_id(block, inside).below(limit)
+        row = t.select(inside, block, 0) * cut.block + (cut.block - 1)
+        return inside & t.load(r.sorted_token_ids, row).below(limit)
 
-    def leading(holds: Int) -> Int:
-        """Of how many lanes, the first ones, it holds."""
-        breaks = t.ballot(holds) ^ -1
+    def ahead(first: Int) -> tuple[Int, Int]:
+        """(Experts of 32 blocks from there on, whether the block before each is full)."""
+        block = first + lane
+        return expert_of(block), full(block - 1)
+
+    def back(behind: Int) -> tuple[Int, Int]:
+        """(Experts of the 32 blocks before that one, the nearest first, whether each is full)."""
+        block = behind - 1 - lane
+        return expert_of(block), full(block)
+
+    near, far = ahead(at), back(at)  # their loads run side by side
+    expert = t.shfl(near[0], 0)
+
+    def count(window: tuple[Int, Int]) -> Int:
+        """How many of them, the first ones, belong to the run."""
+        whose, filled = window
+        breaks = t.ballot(whose.eq(expert) & filled) ^ -1
         least = t.highest_bit(breaks & (0 - breaks))
         return t.select(breaks.eq(0), WARP, least)
 
-    def go_on(found: Int, window: Callable[[Int], Int]) -> Int:
+    def go_on(found: Int, window: Callable[[Int], tuple[Int, Int]]) -> Int:
         """Blocks of the run, of which the first window has so many."""
 
         def step(values):
-            more = leading(window(values[0]))
+            more = count(window(values[0]))
             return values[0] + more, more
 
         return t.values_while((found, found), lambda values: values[1].eq(WARP), step)[0]
 
-    def ahead(done: Int) -> Int:
-        """Whether each of the 32 blocks from there on may follow the one before it."""
-        block = at + done + lane
-        return expert_of(block).eq(expert) & full(block - 1)
-
-    def back(done: Int) -> Int:
-        """The same of the 32 blocks before those, the nearest first."""
-        block = at - done - 1 - lane
-        return expert_of(block).eq(expert) & full(block)
-
-    near, far = expert_of(at + lane), expert_of(at - 1 - lane)
-    expert = t.shfl(near, 0)
-    near, far = near.eq(expert), far.eq(expert)
-    after, before = leading(near), leading(far)
-    near, far = lane < after, lane < before
-    guess = at + (after - 1)
-    ids = _ids_of(t, r, cut, guess)
     # A block belongs to its own run, whatever the one before it holds.
-    follows = near & (last_id(at + lane - 1, near & (lane > 0)).below(limit) | lane.eq(0))
-    leads = far & last_id(at - 1 - lane, far).below(limit)
-    held = _count(t, ids, limit)
-    after, before = go_on(leading(follows), ahead), go_on(leading(leads), back)
-    last = at + (after - 1)
-    held, _ = t.values_while(
-        (held, t.select(last.eq(guess), 0, 1)),
-        lambda values: values[1].eq(1),
-        lambda values: (_count(t, _ids_of(t, r, cut, last), limit), t.const(0)),
-    )
-    return expert, before, after, held
+    own = near[0], near[1] | lane.eq(0)
+    after = go_on(count(own), lambda done: ahead(at + done))
+    return expert, go_on(count(far), lambda done: back(at - done)), after
 
 
-def _ids_of(t: Simt, r: SimpleNamespace, cut: CutList, block: Int) -> list[tuple[Int, Int]]:
-    """(Whether the lane has one, the id) of each 32 rows of a block in use."""
-    lane, found = t.thread_id() % WARP, []
+def _held(t: Simt, r: SimpleNamespace, cut: CutList, block: Int, used: Int, limit: Int) -> Int:
+    """Pairs of a block; they come first, and votes count them."""
+    lane, total = t.thread_id() % WARP, t.const(0)
+    inside = block.below(used)
+    first = t.select(inside, block, 0) * cut.block
     for done in range(0, cut.block, WARP):
         row = lane + done
         there = row < cut.block
-        at = block * cut.block + t.select(there, row, 0)
-        found.append((there, t.load(r.sorted_token_ids, at)))
-    return found
-
-
-def _count(t: Simt, ids: list[tuple[Int, Int]], limit: Int) -> Int:
-    """Pairs among a block's ids; they come first, and votes count them."""
-    total = t.const(0)
-    for there, pair in ids:
+        pair = t.load(r.sorted_token_ids, first + t.select(there, row, 0))
         total = total + t.popc(t.ballot(there & pair.below(limit)))
     return total
 
