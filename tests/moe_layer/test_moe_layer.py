@@ -204,8 +204,7 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [12, 32])
-@pytest.mark.parametrize("routing", ["uniform", "hot", "dropped"])
+@pytest.mark.parametrize(("tokens", "routing"), [(12, "uniform"), (16, "dropped"), (32, "hot")])
 def test_two_ctas_for_each_tile_on_a_gpu(tokens, routing):
     """Against "xla", and of the same bits twice, where two CTAs share each tile of gate and up."""
     operands, options = make_layer(
