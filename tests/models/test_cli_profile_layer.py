@@ -44,7 +44,7 @@ def test_kernels_of_a_gpu_belong_to_stages(moe_align, tmp_path):
 
 
 def test_a_redirected_table_is_not_cut(monkeypatch, tmp_path):
-    """A file has no width: rich would take 80 characters, and cut each cell that does not fit."""
+    """A file has no width: rich would take 80 characters, and cut the cells that do not fit."""
     monkeypatch.delenv("COLUMNS", raising=False)
     options = ["--model", "qwen3-30b-a3b", "--scale", "64", "--num-tokens", "16", "--repeats", "1"]
     done = CliRunner().invoke(app, ["profile", *options, "--out", str(tmp_path)])
