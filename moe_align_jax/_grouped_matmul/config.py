@@ -219,7 +219,7 @@ DEFAULT_RULES = Rules()
 # tokens weights at two places in each), 2026-11-30, 01:39:
 #   12 tokens: 1 234, 234, 240, 2 216, 216, 217; 16 tokens: 1 278, 263, 263, 263, 278, 279, 2 261, 261, 261,
 #   261, 262, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414; in another one,
-#   02:13: 48 tokens: 1 507, 2 510; 64 tokens: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
+#   02:13: 48 tokens: 1 507, 2 510; 64: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
 #   Qwen3-30B-A3B, 16 tokens, 2026-11-29, 22:34: 1 182.5, 2 190.3
 # Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
