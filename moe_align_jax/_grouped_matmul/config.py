@@ -79,8 +79,9 @@ class Config(NamedTuple):
             each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
-        by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
-            that its weights are not read again for blocks of a second group.
+        by_expert: of the masked layout, by a list, or found by the warpgroup that loads: a group of blocks
+            is one expert's, or a part of it, so that its weights are not read again for blocks of a second
+            group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
             Of "ragged" rows, found and late: so are those of a group (found_groups.py).
@@ -328,9 +329,10 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.paired and tiles.peeled:
         return "two steps ahead of the loop over k would spill registers"
-    listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
-    if tiles.by_expert and not (listed and tiles.group):
-        return "groups of one expert's blocks are of the masked layout, by a list of tiles"
+    # By a list, or found: read ahead, by the warpgroup that loads alone.
+    ordered = problem.rows == "masked" and tiles.finds == tiles.ahead
+    if tiles.by_expert and not (ordered and tiles.group):
+        return "groups of one expert's blocks are of the masked layout, listed, or found ahead"
     return None
 
 
