@@ -87,7 +87,8 @@ class Config(NamedTuple):
             Of "ragged" rows, found and late: so are those of a group (found_groups.py).
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
-        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
+        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest. Of masked
+            tiles with `skips`: the second warpgroup's rows are not loaded where none of them is in use.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
@@ -319,8 +320,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
-    if tiles.trims and not tiles.heights:
-        return "tiles of one height load all of their rows"
+    if tiles.trims and not tiles.heights and (reason := _no_trims(problem, tiles)):
+        return reason
     if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
         return "of blocks whose tiles find themselves alone a part is mixed with the others"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
@@ -461,6 +462,17 @@ def _no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
         return "the second of two warpgroups that have rows of their own is left out, of e4m3"
     if tiles.bm != problem.block_size or not tiles.ahead or tiles.sharing:
         return "rows are left out of tiles that are a block, read ahead, of one CTA"
+    return None
+
+
+def _no_trims(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why a tile of one height loads all of its rows, or None."""
+    if problem.rows != "masked" or problem.top_k or not tiles.skips or tiles.computing != 2:
+        return (
+            "of tiles of one height only masked ones of two warpgroups, which may skip, load a half"
+        )
+    if tiles.sharing > 1 and not tiles.shares_weights:
+        return "CTAs that load rows for each other load all of them"
     return None
 
 

@@ -57,7 +57,7 @@ class Loader:
         self.pieces = self._pieces()
         gathered = problem.top_k > 0 and not shape.x_by_token
         x_copies = 0 if gathered or self.x_by_matrix else shape.k_parts
-        self.by_halves = problem.rows == "blocks" and config.skips
+        self.by_halves = config.skips and (problem.rows == "blocks" or config.trims)
         if self.by_halves:
             x_copies *= 2
         self.scales_by_tma = has_scale_rows(problem) and not shape.scales_by_rows
@@ -150,12 +150,12 @@ class Loader:
     ) -> None:
         """Asks TMA for the tile's rows of x, one part of a step of them, into a slot."""
         rows, ks = self.config.bm, pl.ds(step * self.width, self.width)
+        if self.by_halves:
+            return self._halves(refs, tile, slot, ks, part, barrier)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(tile.row, most)
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
-        elif self.by_halves:
-            return self._halves(refs, tile, slot, ks, part, barrier)
         else:
             if self.config.trims:
                 for height in self.config.heights:
@@ -185,17 +185,23 @@ class Loader:
     ) -> None:
         """The same, each warpgroup's rows by a copy of their own.
 
-        Of rows that hold no pair only the arrival is made: what the slot holds in their place is not read.
+        Of rows that hold no pair, or are not in use, only the arrival is made: what the slot holds in their
+        place is not read.
         """
-        each = self.shape.wm
+        each, masked = self.shape.wm, self.problem.rows == "masked"
+        most = _I32(self.problem.max_rows)
+        expert = lax.div(tile.row, most) if masked else 0
+        row = tile.row - expert * most if masked else tile.row
 
         def copy(first: int) -> None:
-            source = refs.x.at[pl.ds(tile.row + first, each), ks]
+            rows = pl.ds(row + first, each)
+            source = refs.x.at[expert, rows, ks] if masked else refs.x.at[rows, ks]
             target = refs.x_rows.at[slot, part, pl.ds(first, each)]
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
         copy(0)
-        lax.cond(tile.holds, lambda: copy(each), lambda: plgpu.barrier_arrive(barrier))
+        holds = tile.row + each < tile.used if masked else tile.holds
+        lax.cond(holds, lambda: copy(each), lambda: plgpu.barrier_arrive(barrier))
 
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int
