@@ -41,6 +41,10 @@ _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
 _LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
+# Masked, 6 x 20 rows, us (H200, 2026-11-30, 02:00): 7168 -> 6144, 96 CTAs of three tiles each 68.5, two CTAs
+# an SM of narrow tiles 72.8, of as many each 72.4; 4096 -> 4096, 96 of two 29.2, narrow 31.0, 30.9;
+# 3072 -> 7168, 112 of three 36.7, 132 CTAs 37.5; 2048 -> 4096 16.5 to 17.5 in all of them.
+_MOST_EVEN_TURNS, _LEAST_EVEN_CTAS = 3, 96
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
@@ -153,7 +157,8 @@ class Config(NamedTuple):
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
         more += "-peeled" if self.peeled else ""
-        more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
+        usual = self.num_ctas == NUM_SMS or self.num_ctas < NUM_SMS and self.split > 1
+        more += "" if usual else f"-{self.num_ctas}"
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -582,7 +587,7 @@ def config_for(
         tiles = _e4m3_config(problem, rules, bm)
         most = _FINDS_EXPERTS if tiles.ahead or tiles.form == "swap" else _ALL_FIND_EXPERTS
         few = problem.rows == "masked" and problem.num_experts <= most
-        return tiles._replace(finds=True) if few else tiles
+        return tiles._replace(finds=True) if few else tiles._replace(by_expert=False)
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
         narrow = _narrow(problem)
@@ -715,7 +720,8 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     paired = problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
-        return tall._replace(sharing=2, ahead=True, early=True, peeled=True)
+        tall = tall._replace(sharing=2, ahead=True, early=True, peeled=True)
+        return tall._replace(by_expert=True)  # where they are found
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
@@ -733,12 +739,16 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
 def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
     """Swapped tiles of the masked layout.
 
-    Where whole turns of the SMs would leave many of them idle, tiles have 64 columns and one warpgroup that
-    multiplies, and an SM has two CTAs: one stores while the other multiplies.
+    Where CTAs would have two or three tiles, each has as many: fewer CTAs, of which none is the last. Where
+    those would be too few, and whole turns of the SMs leave many of them idle, tiles have 64 columns and one
+    warpgroup that multiplies, and an SM has two CTAs: one stores while the other multiplies.
     """
     tiles = tiles._replace(ahead=True, early=True)
     count = problem.num_experts * -(-problem.n // tiles.bn)
     turns = -(-count // NUM_SMS)
+    even = -(-count // turns)
+    if 1 < turns <= _MOST_EVEN_TURNS and even >= _LEAST_EVEN_CTAS:
+        return tiles._replace(num_ctas=even)
     if turns > 1 and turns * NUM_SMS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
         return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_SMS)
     return tiles

@@ -58,8 +58,8 @@ class Loader:
         gathered = problem.top_k > 0 and not shape.x_by_token
         x_copies = 0 if gathered or self.x_by_matrix else shape.k_parts
         self.by_halves = config.skips and (problem.rows == "blocks" or config.trims)
-        if self.by_halves:
-            x_copies *= 2
+        self.twice = self.by_halves and not config.trims
+        x_copies *= 1 + self.twice
         self.scales_by_tma = has_scale_rows(problem) and not shape.scales_by_rows
         w_copies = 0 if self.w_by_matrix else len(self.pieces)
         self.copies = x_copies + w_copies + self.scales_by_tma
@@ -183,25 +183,27 @@ class Loader:
     def _halves(
         self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any
     ) -> None:
-        """The same, each warpgroup's rows by a copy of their own.
+        """The same, or half as many rows where the second warpgroup has no pair, or no row in use.
 
-        Of rows that hold no pair, or are not in use, only the arrival is made: what the slot holds in their
-        place is not read.
+        What the slot holds in their place is not read.
         """
-        each, masked = self.shape.wm, self.problem.rows == "masked"
-        most = _I32(self.problem.max_rows)
+        masked, most = self.problem.rows == "masked", _I32(self.problem.max_rows)
         expert = lax.div(tile.row, most) if masked else 0
         row = tile.row - expert * most if masked else tile.row
 
-        def copy(first: int) -> None:
-            rows = pl.ds(row + first, each)
+        def copy(first: int, count: int) -> None:
+            rows = pl.ds(row + first, count)
             source = refs.x.at[expert, rows, ks] if masked else refs.x.at[rows, ks]
-            target = refs.x_rows.at[slot, part, pl.ds(first, each)]
+            target = refs.x_rows.at[slot, part, pl.ds(first, count)]
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
-        copy(0)
-        holds = tile.row + each < tile.used if masked else tile.holds
-        lax.cond(holds, lambda: copy(each), lambda: plgpu.barrier_arrive(barrier))
+        half = self.shape.wm
+        holds = tile.row + half < tile.used if masked else tile.holds
+        if self.twice:
+            copy(0, half)
+            lax.cond(holds, lambda: copy(half, half), lambda: plgpu.barrier_arrive(barrier))
+        else:
+            lax.cond(holds, lambda: copy(0, self.config.bm), lambda: copy(0, half))
 
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int

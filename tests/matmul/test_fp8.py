@@ -343,17 +343,22 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 20, "num_experts": 6},
-            "32x64x128s8swap-g0-w1-early-finds-264",
+            "32x128x128s6swap-g0-early-finds-96",  # 192 tiles
         ),
         (
             "masked",
             {"expected_rows": 20, "num_experts": 6, "n": 7168},
-            "32x128x128s6swap-g0-early-finds",
+            "32x128x128s6swap-g0-early-finds-112",  # 336
+        ),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 5},  # 160: too few for every second SM
+            "32x64x128s8swap-g0-w1-early-finds-264",
         ),
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-early-finds-peeled",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds-experts-peeled",
         ),
         (
             "masked",
