@@ -57,9 +57,9 @@ class Loader:
         self.pieces = self._pieces()
         gathered = problem.top_k > 0 and not shape.x_by_token
         x_copies = 0 if gathered or self.x_by_matrix else shape.k_parts
-        self.by_halves = config.skips and (problem.rows == "blocks" or config.trims)
-        self.twice = self.by_halves and not config.trims
-        x_copies *= 1 + self.twice
+        self.by_halves = problem.rows == "blocks" and config.skips
+        if self.by_halves:
+            x_copies *= 2
         self.scales_by_tma = has_scale_rows(problem) and not shape.scales_by_rows
         w_copies = 0 if self.w_by_matrix else len(self.pieces)
         self.copies = x_copies + w_copies + self.scales_by_tma
@@ -150,12 +150,14 @@ class Loader:
     ) -> None:
         """Asks TMA for the tile's rows of x, one part of a step of them, into a slot."""
         rows, ks = self.config.bm, pl.ds(step * self.width, self.width)
-        if self.by_halves:
-            return self._halves(refs, tile, slot, ks, part, barrier)
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(tile.row, most)
+            if self.config.trims:
+                return self._some(refs, tile, expert, slot, ks, part, barrier)
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
+        elif self.by_halves:
+            return self._halves(refs, tile, slot, ks, part, barrier)
         else:
             if self.config.trims:
                 for height in self.config.heights:
@@ -180,30 +182,42 @@ class Loader:
         )
         plgpu.copy_gmem_to_smem(source, target, barrier)
 
+    def _some(
+        self,
+        refs: Any,
+        tile: Any,
+        expert: jax.Array,
+        slot: jax.Array,
+        ks: Any,
+        part: int,
+        barrier: Any,
+    ) -> None:
+        """The same in the masked layout, but for the second warpgroup's rows where none of them is in use."""
+        row, half = tile.row - expert * self.problem.max_rows, self.shape.wm
+
+        def copy(count: int) -> None:
+            source = refs.x.at[expert, pl.ds(row, count), ks]
+            plgpu.copy_gmem_to_smem(source, refs.x_rows.at[slot, part, pl.ds(0, count)], barrier)
+
+        holds = tile.row + half < tile.used
+        lax.cond(holds, lambda: copy(self.config.bm), lambda: copy(half))
+
     def _halves(
         self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any
     ) -> None:
-        """The same, or half as many rows where the second warpgroup has no pair, or no row in use.
+        """The same, each warpgroup's rows by a copy of their own.
 
-        What the slot holds in their place is not read.
+        Of rows that hold no pair only the arrival is made: what the slot holds in their place is not read.
         """
-        masked, most = self.problem.rows == "masked", _I32(self.problem.max_rows)
-        expert = lax.div(tile.row, most) if masked else 0
-        row = tile.row - expert * most if masked else tile.row
+        each = self.shape.wm
 
-        def copy(first: int, count: int) -> None:
-            rows = pl.ds(row + first, count)
-            source = refs.x.at[expert, rows, ks] if masked else refs.x.at[rows, ks]
-            target = refs.x_rows.at[slot, part, pl.ds(first, count)]
+        def copy(first: int) -> None:
+            source = refs.x.at[pl.ds(tile.row + first, each), ks]
+            target = refs.x_rows.at[slot, part, pl.ds(first, each)]
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
-        half = self.shape.wm
-        holds = tile.row + half < tile.used if masked else tile.holds
-        if self.twice:
-            copy(0, half)
-            lax.cond(holds, lambda: copy(half, half), lambda: plgpu.barrier_arrive(barrier))
-        else:
-            lax.cond(holds, lambda: copy(0, self.config.bm), lambda: copy(0, half))
+        copy(0)
+        lax.cond(tile.holds, lambda: copy(each), lambda: plgpu.barrier_arrive(barrier))
 
     def _rows_by_matrix(
         self, refs: Any, tile: Any, slot: jax.Array, step: jax.Array, part: int

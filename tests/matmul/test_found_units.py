@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import found_masked
+from moe_align_jax._grouped_matmul import found_masked, kernel
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
@@ -109,3 +109,14 @@ def test_units_hold_every_tile_once():
                 rows = [min(max(count, 0), 1000) for count in counts]
                 tiles_of = sum(-(-r // config.bm) for r in rows)
                 assert len(seen) == len(set(seen)) == tiles_of * n_tiles
+
+
+def test_tiles_that_cannot_be_in_this_order_are_refused():
+    """The warpgroup that loads finds groups; a CTA leaves out what it loads for itself."""
+    problem = problem_of([5, 7], 384)
+    with pytest.raises(ValueError, match="listed, or found ahead"):
+        kernel.build(problem, BROAD._replace(finds=False))
+    with pytest.raises(ValueError, match="load rows for each other"):
+        kernel.build(problem, TALL._replace(computing=2, bm=128, trims=True))
+    with pytest.raises(ValueError, match="only masked ones of two warpgroups"):
+        kernel.build(problem, TALL._replace(trims=True))

@@ -365,11 +365,11 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             {"expected_rows": 1024, "num_experts": 33},
             "192x128x128s4m-g8-w3-skips-c2-early-peeled",
         ),
-        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds"),
+        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
         (
             "masked",
             {"expected_rows": 128, "num_experts": 8},
-            "128x192x128s4m-g8-skips-ahead-finds",
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
         ),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead-finds-paired"),
         (
